@@ -1,0 +1,69 @@
+# The two commands for everybody: `make quickstart` and `make test`. Each makes its own virtual environment below .venv and
+# installs what it needs; again only when setup.py or pyproject.toml has changed.
+#
+# PYTHON: an interpreter of 3.10 or newer. TORCH: what pip installs as torch; the default pins a release, since an unpinned
+# torch can pull gigabytes of CUDA packages. For a CUDA build: make TORCH='torch==X --index-url …', see README.md.
+
+usable = $(1) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+PYTHON ?= $(shell for p in python3.11 python3.10 python3.12 python3; do $(call usable,$$p) && echo $$p && break; done)
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+
+QUICKSTART := .venv/quickstart
+DEV := .venv/dev
+# The tools find each other (torchrun, shellcheck) through the environment's own bin.
+DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart setup lint type test test-all example format clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
+
+quickstart: $(QUICKSTART)/.installed ## simulate proteins, pretrain a tiny model on 2 CPU processes, evaluate, plot (minutes)
+	$(QUICKSTART)/bin/esm2mega quickstart --out $(or $(OUT),quickstart)
+
+setup: $(DEV)/.installed ## the environment for development
+	@echo "activate it with: . $(DEV)/bin/activate"
+
+format: $(DEV)/.installed ## write the code in the common format
+	$(DEV_RUN) ruff check --fix --quiet .
+	$(DEV_RUN) ruff format .
+
+lint: $(DEV)/.installed ## style of Python and shell
+	$(DEV_RUN) ruff check .
+	$(DEV_RUN) ruff format --check .
+	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/*.sbatch)
+
+type: $(DEV)/.installed ## types
+	$(DEV_RUN) mypy
+
+# One thread per process: the tests start groups of processes that would fight over the cores.
+test: lint type ## style, types, and all tests that need minutes and no GPU
+	$(DEV_RUN) OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: lint type ## also the slow tests, and those for a GPU where there is one
+	$(DEV_RUN) OMP_NUM_THREADS=1 pytest -q $(PYTEST_ARGS)
+
+example: $(DEV)/.installed ## the CPU example, in reduced form
+	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh
+
+clean: ## remove the environments and caches
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# The stamp is written last: an interrupted installation is done again.
+$(QUICKSTART)/.installed: setup.py pyproject.toml
+	$(call install,$(QUICKSTART),.)
+
+$(DEV)/.installed: setup.py pyproject.toml
+	$(call install,$(DEV),.[dev])
+
+define install
+	@$(if $(strip $(PYTHON)),,echo "no Python 3.10 or newer with the venv module found; name one with PYTHON=…" >&2; exit 2)
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip
+	$(1)/bin/python -m pip install --quiet $(TORCH)
+	$(1)/bin/python -m pip install --quiet --editable "$(2)"
+	@touch $@
+endef

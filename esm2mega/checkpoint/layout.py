@@ -1,0 +1,151 @@
+"""Names and completeness of checkpoint directories. Knows files, not tensors.
+
+``RUN_DIR/checkpoints/step_00000010/`` holds ``model/`` (Megatron-Core's distributed format), ``config.yaml`` (the run's
+configuration and its tokenizer), ``train_state.json`` and, written last, ``COMPLETE``. While it is being written the
+directory has another name; a directory without ``COMPLETE`` is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import esm2mega
+from esm2mega.config.load import run_from_yaml, save_resolved
+from esm2mega.config.schema import Run
+from esm2mega.data.tokenizer import TOKENIZER_HASH, VOCAB
+from esm2mega.errors import UserError
+
+FORMAT_VERSION = 1
+MODEL = "model"
+CONFIG = "config.yaml"
+STATE = "train_state.json"
+COMPLETE = "COMPLETE"
+_NAME = re.compile(r"step_(\d{8})")
+
+
+def checkpoints_dir(run_dir: str | Path) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def step_dir(run_dir: str | Path, step: int) -> Path:
+    return checkpoints_dir(run_dir) / f"step_{step:08d}"
+
+
+def partial_dir(directory: Path) -> Path:
+    """Where a checkpoint grows before it gets its name."""
+    return directory.with_name(f"{directory.name}.partial")
+
+
+def is_complete(directory: Path) -> bool:
+    return (directory / COMPLETE).is_file()
+
+
+def find_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[Path]]:
+    """Checkpoints of a run, oldest first, and the directories that look like one but are not complete."""
+    folder = checkpoints_dir(run_dir)
+    named = sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name)) if folder.is_dir() else []
+    return [p for p in named if is_complete(p)], [p for p in named if not is_complete(p)]
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a user's path means: the directory itself, or the newest complete one of a run directory.
+
+    Raises:
+        UserError: There is none, or the one named was not completed.
+    """
+    directory = Path(path)
+    if is_complete(directory):
+        return directory
+    if not directory.is_dir():
+        raise UserError(f"{path}: no such checkpoint; give a step_XXXXXXXX directory or a run directory")
+    run_dir = directory.parent if directory.name == "checkpoints" else directory
+    complete, _ = find_checkpoints(run_dir)
+    if complete:
+        return complete[-1]
+    if (directory / MODEL).exists() or _NAME.fullmatch(directory.name):
+        raise UserError(f"{path}: not a complete checkpoint: the file {COMPLETE} is missing; use an earlier step_ directory")
+    raise UserError(f"{path}: holds no complete checkpoint (no step_XXXXXXXX/{COMPLETE}); give another directory")
+
+
+def write_description(directory: Path, run: Run, state: dict[str, Any]) -> None:
+    """Write ``config.yaml`` and ``train_state.json`` into a growing checkpoint."""
+    config = directory / CONFIG
+    save_resolved(run, config)
+    tokenizer = {"tokenizer": {"hash": TOKENIZER_HASH, "vocabulary": list(VOCAB)}}
+    with config.open("a") as file:
+        file.write(yaml.safe_dump(tokenizer, default_flow_style=None))
+    header = {"format_version": FORMAT_VERSION, "esm2mega_version": esm2mega.__version__}
+    (directory / STATE).write_text(json.dumps({**header, **state}, indent=1) + "\n")
+
+
+def complete(partial: Path, directory: Path) -> None:
+    """Mark a written checkpoint as complete, flush it to the disk and give it its name."""
+    (partial / COMPLETE).write_text("")
+    for path in [p for p in partial.rglob("*") if p.is_file()] + [partial]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
+
+
+def read_config(checkpoint: Path) -> Run:
+    """The configuration of the run that wrote the checkpoint.
+
+    Raises:
+        UserError: Missing or unreadable, or the checkpoint was made with another tokenizer.
+    """
+    path = checkpoint / CONFIG
+    try:
+        tokenizer = (yaml.safe_load(path.read_text()) or {}).get("tokenizer") or {}
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}; the checkpoint is damaged") from error
+    if tokenizer.get("hash") != TOKENIZER_HASH:
+        raise UserError(f"{path}: made with another tokenizer ({tokenizer.get('hash')}); this version has {TOKENIZER_HASH}")
+    return run_from_yaml(path, ignore=("tokenizer",))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """``train_state.json`` of a checkpoint; a version that this code does not know is an error."""
+    path = checkpoint / STATE
+    try:
+        state = json.loads(path.read_text())
+        version = state["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); the checkpoint is damaged, use an earlier one") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version}, this esm2mega reads {FORMAT_VERSION}; use the version that wrote it")
+    return state
+
+
+def prune(run_dir: str | Path, keep_last: int, keep_best: int) -> list[Path]:
+    """Remove checkpoints that are neither among the newest `keep_last` nor the best `keep_best` by validation loss.
+
+    Incomplete directories older than the newest checkpoint go too: nothing will ever read them.
+
+    Returns:
+        What was removed.
+    """
+    complete_ones, incomplete = find_checkpoints(run_dir)
+    scored = [(loss, p) for p in complete_ones if (loss := read_state(p).get("valid_loss")) is not None]
+    best = [path for _, path in sorted(scored, key=lambda pair: pair[0])[:keep_best]]
+    keep = {*complete_ones[-max(keep_last, 1) :], *best}
+    removed = [p for p in complete_ones if p not in keep] + _older(incomplete, complete_ones)
+    for path in removed:
+        shutil.rmtree(path)
+    return removed
+
+
+def _older(paths: Sequence[Path], complete_ones: Sequence[Path]) -> list[Path]:
+    return [p for p in paths if complete_ones and p.name < complete_ones[-1].name]

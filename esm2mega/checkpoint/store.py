@@ -1,0 +1,146 @@
+"""Weights, optimizer and training state to and from a checkpoint, at any parallel layout."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import unwrap_model
+
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.metadata import check_metadata
+from esm2mega.config.schema import Run
+from esm2mega.errors import MachineError, UserError
+
+_SHARDING = {
+    # Of the formats of the distributed optimizer the only one that every TP, PP and DP size can read.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # Its shards meet on one data-parallel rank over gloo, in host memory, not on every GPU.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save_checkpoint(
+    directory: Path, model: Sequence[Any], optimizer: MegatronOptimizer, run: Run, state: dict[str, Any]
+) -> None:
+    """Write a checkpoint; all ranks call this together.
+
+    The directory appears under its name when everything is in it. If any rank fails, none of it stays.
+
+    Args:
+        directory: ``RUN_DIR/checkpoints/step_XXXXXXXX`` on a file system that all ranks share.
+        model: This rank's chunks, as wrapped for training.
+        optimizer: Their optimizer.
+        run: The resolved configuration.
+        state: JSON values that the resumed run needs.
+
+    Raises:
+        MachineError: The disk is full or a file cannot be written.
+    """
+    partial = layout.partial_dir(directory)
+    speaks = dist.get_rank() == 0
+    failure: BaseException | None = None
+    try:
+        if speaks:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / layout.MODEL).mkdir(parents=True)
+        _agree(failure)
+        dist_checkpointing.save(
+            _sharded_state(model, optimizer, is_loading=False), str(partial / layout.MODEL), content_metadata=_SHARDING
+        )
+        if speaks:
+            layout.write_description(partial, run, state)
+            layout.complete(partial, directory)
+    except (OSError, CheckpointingException, RuntimeError, torch.distributed.checkpoint.CheckpointException) as error:
+        failure = error
+    try:
+        _agree(failure)
+    except MachineError as error:
+        if speaks:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise MachineError(f"{directory}: not saved: {error}; free space or choose another run_dir") from failure
+
+
+def _agree(failure: BaseException | None) -> None:
+    """Raise on every rank when any rank failed. All-gather over the world; every rank holds all reasons."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, None if failure is None else _reason(failure))
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise MachineError(reason if len(reasons) == 1 else f"{reason} (rank {rank})")
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own words where there are any, else the first line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    for known in ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied"):
+        if known in str(error):
+            return known
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def load_training_state(checkpoint: Path, model: Sequence[Any], optimizer: MegatronOptimizer) -> None:
+    """Restore weights and optimizer in place, whatever layout wrote them. Every tensor must be there, and no other.
+
+    Raises:
+        UserError: Missing, unexpected or unreadable tensors.
+    """
+    wanted = _sharded_state(model, optimizer, is_loading=True)
+    loaded = _load(checkpoint, wanted, StrictHandling.RAISE_ALL)
+    _put_weights(model, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def load_weights(checkpoint: Path, model: Sequence[Any]) -> None:
+    """Restore weights alone, in place. Optimizer tensors in the checkpoint are not read.
+
+    Raises:
+        UserError: A weight is missing, or the checkpoint holds one that the model has no place for.
+    """
+    wanted = _sharded_state(model, None, is_loading=True)
+    loaded, missing, unexpected = _load(checkpoint, wanted, StrictHandling.RETURN_ALL)
+    unexpected = {key for key in unexpected if not key.startswith("optimizer.")}
+    if missing or unexpected:
+        raise UserError(
+            f"{checkpoint}: tensors do not fit the model: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+        )
+    _put_weights(model, loaded)
+
+
+def _load(checkpoint: Path, wanted: dict[str, Any], strict: StrictHandling) -> Any:
+    model_dir = checkpoint / layout.MODEL
+    check_metadata(model_dir)
+    try:
+        return dist_checkpointing.load(wanted, str(model_dir), strict=strict)
+    except (OSError, KeyError, CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
+        logging.getLogger(__name__).debug("loading %s failed", model_dir, exc_info=error)
+        raise UserError(f"{model_dir}: cannot be loaded into this model: {_reason(error)}") from error
+
+
+def _put_weights(model: Sequence[Any], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(unwrap_model(list(model))):
+        chunk.load_state_dict(loaded[f"model{number}"])
+
+
+def _sharded_state(model: Sequence[Any], optimizer: MegatronOptimizer | None, is_loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        f"model{number}": chunk.sharded_state_dict(metadata=dict(_SHARDING))
+        for number, chunk in enumerate(unwrap_model(list(model)))
+    }
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(_SHARDING))
+    return state

@@ -1,0 +1,305 @@
+"""The command line: parse, load, call; and the one place where an error becomes a line and an exit code.
+
+Exit codes: 0 done, 2 bad input or configuration, 75 stopped by a signal after saving, 1 anything else.
+Commands import what they call when they are called, so that `esm2mega --help` needs neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from esm2mega import __version__
+from esm2mega.errors import MachineError, StoppedBySignal, UserError
+
+
+@dataclass
+class _Options:
+    """What applies to every command."""
+
+    verbose: bool = False
+
+
+def _set_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(_Options).verbose = True
+
+
+def _verbose_option() -> click.Option:
+    """`-v`, accepted before and after the command; eager, so that it holds for argument errors too."""
+    return click.Option(
+        ["-v", "--verbose"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_set_verbose,
+        help="Show the traceback of an error.",
+    )
+
+
+class _Command(click.Command):
+    """A command that takes `-v`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_verbose_option())
+
+
+class _Group(click.Group):
+    """A group that takes `-v` and lists its commands in the order of the work."""
+
+    command_class = _Command
+    group_class = type  # subgroups are of this class too
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_verbose_option())
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(cls=_Group, context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="esm2mega")
+def cli() -> None:
+    """ESM-2 protein language models on Megatron-Core: from FASTA to checkpoints, on a laptop or many GPUs.
+
+    Under several processes: torchrun --nproc-per-node N -m esm2mega COMMAND …
+    """
+
+
+def _single_process(command: Callable[..., None]) -> Callable[..., None]:
+    """Under torchrun, a command that one process can do is done by rank 0; the others leave."""
+
+    @functools.wraps(command)
+    def on_rank_zero(*args: Any, **kwargs: Any) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            command(*args, **kwargs)
+
+    return on_rank_zero
+
+
+@cli.command(short_help="Simulate, prepare, pretrain a tiny model, evaluate and plot, in minutes.")
+@click.option("--out", default="quickstart", show_default=True, metavar="DIR", help="Directory to make.")
+@_single_process
+def quickstart(out: str) -> None:
+    """Simulate protein families, pretrain a tiny model on 2 CPU processes, evaluate it and plot the run."""
+    from esm2mega.quickstart import quickstart as run_quickstart
+
+    run_quickstart(out)
+
+
+@cli.group()
+def prepare() -> None:
+    """Turn sequence files into token stores for training."""
+
+
+@prepare.command("fasta")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
+@click.option("--out", required=True, metavar="DIR", help="Directory to make; gets train, valid and test.")
+@click.option(
+    "--val-size",
+    "--valid-size",
+    "valid_size",
+    default=0,
+    metavar="N",
+    help="Sequences held out for validation.",
+)
+@click.option("--test-size", default=0, metavar="N", help="Sequences held out for testing.")
+@click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the split.")
+@_single_process
+def prepare_fasta_command(
+    inputs: tuple[str, ...], out: str, valid_size: int, test_size: int, seed: int
+) -> None:
+    """Write the sequences of FASTA files (.gz too) into token stores."""
+    from esm2mega.data.fasta import total_bytes
+    from esm2mega.data.prepare import prepare_fasta
+    from esm2mega.report.progress import Progress
+
+    with Progress(total_bytes(inputs), "prepare", "byte") as progress:
+        report = prepare_fasta(
+            inputs, out, valid_size=valid_size, test_size=test_size, seed=seed, progress=progress
+        )
+    click.echo("\n".join(report.lines()))
+
+
+@cli.command(short_help="Train a masked language model, or resume training.")
+@click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
+def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Train a masked language model; resumes from the newest checkpoint in run_dir.
+
+    Example: esm2mega pretrain --config pretrain_esm2_8M data.train=DIR/train data.valid=DIR/valid
+    """
+    from esm2mega.config.load import load_run
+    from esm2mega.config.validate import check_training_inputs, validate, world_size_from_environment
+
+    run = load_run(config, overrides)
+    validate(run, world_size_from_environment())
+    check_training_inputs(run)
+
+    from esm2mega.train.pretrain import pretrain as run_pretrain
+
+    run_pretrain(run)
+
+
+@cli.command(short_help="Loss and perplexity of a checkpoint on a token store.")
+@click.argument("checkpoint")
+@click.option("--data", required=True, metavar="STORE", help="Token store to evaluate on.")
+@click.option("--out", metavar="FILE.json", help="Also write the numbers to this file.")
+@click.option("--max-batches", type=click.IntRange(1), metavar="N", help="Packs to evaluate [default: all].")
+@click.option(
+    "--micro-batch-tokens",
+    type=click.IntRange(3),
+    metavar="T",
+    help="Tokens of one pack [default: as in training].",
+)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
+def evaluate(
+    checkpoint: str,
+    data: str,
+    out: str | None,
+    max_batches: int | None,
+    micro_batch_tokens: int | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Masked-language-model loss and perplexity of a checkpoint, beside the unigram baseline."""
+    from esm2mega.train.evaluate import evaluate_checkpoint
+
+    numbers = evaluate_checkpoint(
+        checkpoint,
+        data,
+        out,
+        max_batches=max_batches,
+        micro_batch_tokens=micro_batch_tokens,
+        overrides=overrides,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        for name, value in numbers.items():
+            click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+@cli.command()
+@click.argument("path")
+@_single_process
+def inspect(path: str) -> None:
+    """What a checkpoint or token store holds."""
+    from esm2mega.inspect import inspect_path
+
+    click.echo(inspect_path(path))
+
+
+@cli.command(short_help="Curves of a run as PNG and HTML.")
+@click.argument("run_dir")
+@_single_process
+def plot(run_dir: str) -> None:
+    """Draw the curves of a run from its log.jsonl, as PNG and as one self-contained HTML file."""
+    from esm2mega.report.plot import plot_run
+
+    files = plot_run(run_dir)
+    click.echo(f"{files.png}\n{files.html}")
+
+
+@cli.command(short_help="What this machine can do, with cures for what is missing.")
+@_single_process
+def doctor() -> None:
+    """Check versions, devices, communication between processes, and the file system."""
+    from esm2mega.doctor import doctor as run_doctor
+
+    works, report = run_doctor()
+    click.echo(report)
+    if not works:
+        raise click.exceptions.Exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every error of every command ends here.
+
+    Args:
+        arguments: the words after the program name; None takes them from the process.
+    """
+    options = _Options()
+    try:
+        # Not standalone: click would print its own multi-line usage errors and exit by itself.
+        code = cli.main(
+            None if arguments is None else list(arguments), "esm2mega", standalone_mode=False, obj=options
+        )
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else error.format_message())
+        return 0
+    except click.ClickException as error:
+        hint = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "esm2mega"
+        _report(f"error: {' '.join(error.format_message().split())} (see `{hint} --help`)", error, options)
+        return 2
+    except (UserError, StoppedBySignal) as error:
+        # Every process finds the same mistake in a configuration; a machine's fault may strike only one.
+        kind = "stopped" if isinstance(error, StoppedBySignal) else "error"
+        _report(f"{kind}: {error}", error, options, common=not isinstance(error, MachineError))
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt) as error:
+        _report("interrupted", error, options)
+        return 1
+    except OSError as error:
+        # A full disk, a vanished file system, no permission: what failed and where is all there is to say.
+        place = f": {error.filename}" if error.filename else ""
+        _report(f"error: {error.strerror or error}{place}", error, options, common=False)
+        return 1
+    except Exception as error:
+        text = " ".join(str(error).split())
+        _report(
+            f"internal error: {type(error).__name__}: {text} (run with -v for the traceback)",
+            error,
+            options,
+            common=False,
+        )
+        return 1
+
+
+def _report(line: str, error: BaseException, options: _Options, common: bool = True) -> None:
+    """Print an error to stderr if it is this process's turn.
+
+    Args:
+        common: every process meets this error, so rank 0 speaks for all until they know each other.
+    """
+    if not _may_speak(error, common):
+        return
+    if options.verbose:
+        traceback.print_exception(error)
+    rank = f"[rank {os.environ.get('RANK', '0')}] " if _world_size_or_one() > 1 else ""
+    print(f"esm2mega: {rank}{line}", file=sys.stderr, flush=True)
+
+
+def _may_speak(error: BaseException, common: bool) -> bool:
+    if _world_size_or_one() == 1:
+        return True
+    # Whoever takes the process group down while an error passes asks first and leaves the answer on it.
+    claimed = getattr(error, "claimed_report", None)
+    if claimed is not None:
+        return bool(claimed)
+    # Looked up, not imported: without torch.distributed there is no process group to ask.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        from esm2mega.parallel.errors import claim_error_report
+
+        return claim_error_report()
+    return not common or os.environ.get("RANK", "0") == "0"
+
+
+def _world_size_or_one() -> int:
+    from esm2mega.config.validate import world_size_from_environment
+
+    try:
+        return world_size_from_environment()
+    except UserError:
+        return 1

@@ -1,0 +1,311 @@
+"""YAML files and dotted overrides to a typed `Run`; a mistake is one line with key, place and cure.
+
+Files are merged in the order of their `defaults`, then the file itself, then the `key=value` overrides.
+OmegaConf types and interpolates (`${oc.env:HOME}`, `${train.micro_batch_tokens}`); its own errors never reach
+the user.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import functools
+import os
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+import esm2mega
+from esm2mega.config.presets import fill_shape
+from esm2mega.config.schema import Run
+from esm2mega.config.validate import check_choices
+from esm2mega.errors import MachineError, UserError
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One value on its way into the configuration, with the place it was written at."""
+
+    key: str
+    value: Any
+    where: str
+
+
+def load_run(config: str | None, overrides: Sequence[str] = ()) -> Run:
+    """Load, merge, type and resolve a configuration.
+
+    Args:
+        config: path of a YAML file, or the name of a shipped one (`pretrain_esm2_8M`); None for the defaults.
+        overrides: `key=value` with dotted keys; a leading `+` or `++` is accepted and means the same.
+
+    Raises:
+        UserError: unreadable file, YAML error, unknown key, wrong type, or contradicting dimensions.
+    """
+    tree = OmegaConf.structured(Run)
+    settings = list(_file_settings(find_config(config), ())) if config is not None else []
+    settings += [_parse_override(text) for text in overrides]
+    for setting in settings:
+        _apply(tree, setting)
+    return resolve(_to_run(tree, {setting.key: setting.where for setting in settings}))
+
+
+def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Run:
+    """Read a configuration that `save_resolved` wrote; a name of a shipped configuration is not looked up.
+
+    Args:
+        path: the file.
+        ignore: top-level keys that the writer added beside the run's.
+    """
+    tree = OmegaConf.structured(Run)
+    for setting in _file_settings(Path(path), ()):
+        if setting.key not in ignore:
+            _apply(tree, setting)
+    return resolve(_to_run(tree, {}))
+
+
+def load_run_over(base: Run, overrides: Sequence[str]) -> Run:
+    """A resolved run with `key=value` overrides on top, checked and resolved as `load_run` does."""
+    tree = OmegaConf.structured(base)
+    for text in overrides:
+        _apply(tree, _parse_override(text))
+    return resolve(_to_run(tree, {}))
+
+
+def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
+    """Write YAML that `run_from_yaml` reads back to an equal `Run`; `path` is replaced in one step."""
+    text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(run)))
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(f"# Resolved configuration, written by esm2mega {esm2mega.__version__}.\n{text}")
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise MachineError(f"{target}: cannot write the configuration: {error.strerror or error}") from error
+
+
+def resolve(run: Run) -> Run:
+    """A copy with the derived keys filled: the model's dimensions from its size, and the end of the decay."""
+    run = copy.deepcopy(run)
+    check_choices(run)
+    fill_shape(run.model)
+    if run.schedule.decay_steps is None:
+        # ESM-2 decays over 90 % of training and then stays flat. Integers: 0.9 * max_steps may round down.
+        part = 9 if run.schedule.name in ("linear", "cosine_plateau") else 10
+        run.schedule.decay_steps = max(1, part * run.train.max_steps // 10)
+    return run
+
+
+def conf_dir() -> Path:
+    """Directory of the shipped configurations: inside the installed package, or beside it in a checkout."""
+    package = Path(esm2mega.__file__).parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def config_names() -> list[str]:
+    """Names of the shipped configurations."""
+    return sorted(path.stem for path in conf_dir().glob("*.yaml"))
+
+
+def find_config(config: str, beside: Path | None = None) -> Path:
+    """The file that `config` means: a path, else a name beside the including file, else a shipped name."""
+    path = Path(config)
+    if path.is_file():
+        return path
+    if path.name == config:
+        for folder in (beside, conf_dir()):
+            for name in (config, f"{config}.yaml"):
+                if folder is not None and (folder / name).is_file():
+                    return folder / name
+        if path.suffix not in (".yaml", ".yml") and not path.exists():
+            near = difflib.get_close_matches(config, config_names(), n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"no configuration file or shipped name {config!r} (names: {', '.join(config_names())}){hint}"
+            )
+    reason = "is a directory" if path.is_dir() else "does not exist"
+    raise UserError(
+        f"configuration file {config} {reason}; give a YAML file or one of {', '.join(config_names())}"
+    )
+
+
+@functools.cache
+def known_keys() -> dict[str, Any]:
+    """Every valid dotted key and its type."""
+    return dict(_typed_keys(Run, ""))
+
+
+def nearest_key(key: str) -> str:
+    """The valid dotted key that was most likely meant by an unknown one."""
+    last = key.rpartition(".")[2]
+
+    def likeness(candidate: str) -> tuple[float, float]:
+        # The last part counts as much as the whole: a right name in the wrong section finds its section.
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        part = difflib.SequenceMatcher(None, last, candidate.rpartition(".")[2]).ratio()
+        return max(whole, part), whole
+
+    return max(known_keys(), key=likeness)
+
+
+def _typed_keys(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, hint in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _typed_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            yield prefix + name, hint
+
+
+def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting]:
+    """Settings of a file, those of its `defaults` first."""
+    if path.resolve() in including:
+        raise UserError(f"{path}: includes itself through `defaults`; remove the circle")
+    content, lines = _read_yaml(path)
+    defaults = content.pop("defaults", None) or []
+    for name in defaults if isinstance(defaults, list) else [defaults]:
+        where = f"{path}:{lines.get('defaults', 1)}"
+        if not isinstance(name, str):
+            raise UserError(f"{where}: defaults must be a name or a list of names, got {_show(name)}")
+        try:
+            found = find_config(name, beside=path.parent)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        yield from _file_settings(found, (*including, path.resolve()))
+    yield from _leaves(content, "", path, lines)
+
+
+def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
+    """A file's mapping, with the line of every dotted key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        # OmegaConf reads 4e-4 as a number, plain YAML 1.1 as text; the second pass is for line numbers only.
+        config = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}); give a YAML file") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        problem = " ".join(str(error.problem or error.context or "unreadable").split())
+        raise UserError(f"{path}:{line}: not valid YAML: {problem}; correct this line") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{path}: not a YAML configuration: {_first_line(error)}") from error
+    content = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else None
+    # A file with one word in it reads as a mapping of that word to null.
+    if not isinstance(content, dict) or (node is not None and not isinstance(node, yaml.MappingNode)):
+        raise UserError(f"{path}: the top level must be `key: value` pairs, as in {conf_dir() / 'base.yaml'}")
+    return content, dict(_key_lines(node, "")) if node is not None else {}
+
+
+def _key_lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield f"{prefix}{key.value}", key.start_mark.line + 1
+            yield from _key_lines(value, f"{prefix}{key.value}.")
+
+
+def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, int]) -> Iterator[_Setting]:
+    """Walk a file's mapping down to the schema's keys; what is no section is a value, known or not."""
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if _is_section(key) and isinstance(value, dict):
+            yield from _leaves(value, f"{key}.", path, lines)
+        elif _is_section(key) and value is None:
+            continue  # a section whose keys are all commented out
+        else:
+            yield _Setting(key, value, f"{path}:{lines.get(key, 1)}")
+
+
+def _parse_override(text: str) -> _Setting:
+    key, equals, value = text.partition("=")
+    key = key.strip().lstrip("+")
+    if not equals or not key:
+        raise UserError(f"override {text!r} is not key=value; write for example train.max_steps=100")
+    try:
+        # OmegaConf's own reading of one value, so that overrides and files agree on what is a number.
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"override {text!r}: the value is not valid YAML: {_first_line(error)}; quote it"
+        ) from error
+    return _Setting(key, typing.cast(dict[str, Any], parsed)["value"], "override")
+
+
+def _apply(tree: DictConfig, setting: _Setting) -> None:
+    """Set one value in the typed tree, or say what is wrong with it."""
+    key, value = setting.key, setting.value
+    types_of = known_keys()
+    if _is_section(key):
+        inside = [k for k in types_of if k.startswith(f"{key}.")]
+        raise UserError(f"{setting.where}: {key} is a section, not a value; set its keys, e.g. {inside[0]}")
+    if key not in types_of:
+        raise UserError(f"{setting.where}: unknown key {key}; the nearest valid key is {nearest_key(key)}")
+    kind, _ = _kind(types_of[key])
+    # OmegaConf turns any number into true, and true into the text "True": `resume: no` would become a path.
+    misread = (kind is bool and not isinstance(value, (bool, str)) and value not in (0, 1, None)) or (
+        kind is str and (isinstance(value, bool) or value == "")
+    )
+    try:
+        if misread:
+            raise ValueError
+        OmegaConf.update(tree, key, value)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(
+            f"{setting.where}: {key}={_show(value)}: expected {_expected(types_of[key])}"
+        ) from error
+
+
+def _to_run(tree: DictConfig, places: dict[str, str]) -> Run:
+    """The typed tree as a real dataclass tree, with interpolations resolved."""
+    try:
+        return typing.cast(Run, OmegaConf.to_object(tree))
+    except MissingMandatoryValue as error:
+        key = error.full_key or "a value"
+        raise UserError(
+            f"{places.get(key, 'override')}: {key}=??? must be given; add the override {key}=VALUE"
+        ) from error
+    except OmegaConfBaseException as error:
+        key = error.full_key or "a value"
+        raise UserError(
+            f"{places.get(key, 'override')}: {key}: {_first_line(error)}; correct the ${{...}} in it"
+        ) from error
+
+
+def _is_section(key: str) -> bool:
+    return any(known.startswith(f"{key}.") for known in known_keys())
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    """The type of a key without its None, and whether None is allowed."""
+    if isinstance(hint, types.UnionType):
+        inner = [part for part in typing.get_args(hint) if part is not type(None)]
+        return inner[0], True
+    return hint, False
+
+
+def _expected(hint: Any) -> str:
+    kind, optional = _kind(hint)
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    return words.get(kind, "a list of numbers") + (" or null" if optional else "")
+
+
+def _show(value: Any) -> str:
+    """A value as it would stand in YAML."""
+    if isinstance(value, str):
+        return value if value else "''"
+    return yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()
+
+
+def _first_line(error: Exception) -> str:
+    return (
+        " ".join(str(error).strip().splitlines()[0].split()) if str(error).strip() else type(error).__name__
+    )

@@ -1,0 +1,168 @@
+"""The configuration of a run as typed dataclasses, one per concern, and `Run` that holds them.
+
+Every key, its unit and its valid values are described in `conf/base.yaml`, which lists exactly these fields
+with these defaults (a test compares the two). A field with a closed set of values carries it, see `choices`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+MODEL_SIZES = ("tiny", "8M", "35M", "150M", "650M", "3B", "15B")
+
+
+def _choice(default: Any, *values: str) -> Any:
+    """A field whose value must be one of `values` (or null where the type allows it)."""
+    return field(default=default, metadata={"choices": values})
+
+
+@dataclass
+class ModelConfig:
+    """Shape and numerics of the model; given are `size` or all four dimensions, loading fills the rest."""
+
+    size: str | None = _choice(None, *MODEL_SIZES)
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    precision: str = _choice("fp32", "fp32", "bf16", "fp64")
+    layer_spec: str = _choice("auto", "auto", "local", "te")
+    attention_backend: str = _choice("auto", "auto", "sdpa", "varlen", "flash", "te")
+    recompute: str = _choice("none", "none", "selective", "full")
+    layernorm_epsilon: float = 1e-5
+    init_std: float = 0.02
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is split over processes; the data-parallel size follows from the world size."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    timeout_minutes: float = 30.0
+
+
+@dataclass
+class DataConfig:
+    """Token stores, cropping, masking and packing. Lengths count tokens with `<cls>` and `<eos>`."""
+
+    train: str | None = None
+    valid: str | None = None
+    test: str | None = None
+    max_seq_length: int = 1024
+    crop: str = _choice("random", "random", "start")
+    mlm_probability: float = 0.15
+    mask_fraction: float = 0.8
+    random_fraction: float = 0.1
+    random_residues: str = _choice("amino_acids", "amino_acids", "all")
+    pack_window: int = 16384
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """Stop when the validation loss no longer falls."""
+
+    patience: int = 0
+    min_delta: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """Batch sizes in tokens, length of the run and how often it reports."""
+
+    micro_batch_tokens: int = 4096
+    global_batch_tokens: int = 4096
+    max_steps: int = 1000
+    eval_every: int = 0
+    eval_batches: int = 0
+    log_every: int = 10
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer; the defaults are those of ESM-2."""
+
+    name: str = _choice("adam", "adam")
+    lr: float = 4e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over optimizer steps; `decay_steps` is filled at loading when it is null."""
+
+    name: str = _choice("linear", "linear", "cosine", "cosine_plateau", "constant")
+    warmup_steps: int = 2000
+    decay_steps: int | None = None
+    min_lr_ratio: float = 0.1
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved when, what is kept, and where a start looks for an earlier state."""
+
+    save_every: int = 0
+    keep_last: int = 2
+    keep_best: int = 1
+    resume: str = "auto"
+    async_save: bool = False
+
+
+@dataclass
+class LoggingConfig:
+    """Writers beside `log.jsonl`, which is always written."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str | None = None
+    wandb_run_name: str | None = None
+
+
+@dataclass
+class Run:
+    """One run, complete: everything that decides its numbers and its files."""
+
+    run_dir: str = "runs/esm2"
+    seed: int = 1234
+    init_from: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """All leaf values of a configuration dataclass under their dotted names, in the order of the schema."""
+    leaves: dict[str, Any] = {}
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            leaves.update(flatten(value, f"{prefix}{entry.name}."))
+        else:
+            leaves[prefix + entry.name] = value
+    return leaves
+
+
+def choices(section: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """The closed sets of valid values: dotted name -> values, for the fields that have one."""
+    found: dict[str, tuple[str, ...]] = {}
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            found.update(choices(value, f"{prefix}{entry.name}."))
+        elif "choices" in entry.metadata:
+            found[prefix + entry.name] = entry.metadata["choices"]
+    return found

@@ -1,0 +1,330 @@
+"""Checks of a whole configuration against itself and the number of processes, before anything is started.
+
+Pure Python: the command line runs these checks before it imports torch. Each error is one line with the
+value, the rule, the key and the cure. Batch arithmetic: T = `train.micro_batch_tokens`, DP = world size /
+(TP x PP), and one optimizer step takes `train.global_batch_tokens` = T x DP x micro-batches per rank.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+
+from esm2mega.config.presets import shape_of
+from esm2mega.config.schema import Run, choices, flatten
+from esm2mega.errors import UserError
+
+_AT_LEAST = {
+    "seed": 0,
+    "model.num_layers": 1,
+    "model.hidden_size": 1,
+    "model.ffn_hidden_size": 1,
+    "model.num_attention_heads": 1,
+    "parallel.tensor_model_parallel_size": 1,
+    "parallel.pipeline_model_parallel_size": 1,
+    "parallel.virtual_pipeline_model_parallel_size": 1,
+    "data.max_seq_length": 3,  # <cls>, one residue, <eos>
+    "data.pack_window": 1,
+    "train.micro_batch_tokens": 1,
+    "train.global_batch_tokens": 1,
+    "train.max_steps": 1,
+    "train.eval_every": 0,
+    "train.eval_batches": 0,
+    "train.log_every": 1,
+    "train.early_stopping.patience": 0,
+    "train.early_stopping.min_delta": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_grad": 0,
+    "schedule.warmup_steps": 0,
+    "schedule.decay_steps": 1,
+    "schedule.min_lr_ratio": 0,
+    "checkpoint.save_every": 0,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": 0,
+    "data.mask_fraction": 0,
+    "data.random_fraction": 0,
+}
+_AT_MOST = {
+    # Seeds go to numpy and torch generators; both take 63 bits.
+    "seed": 2**63 - 1,
+    "data.mask_fraction": 1,
+    "data.random_fraction": 1,
+    "schedule.min_lr_ratio": 1,
+}
+_GREATER_THAN_ZERO = (
+    "parallel.timeout_minutes",
+    "model.layernorm_epsilon",
+    "model.init_std",
+    "optim.lr",
+    "optim.eps",
+)
+
+
+def validate(run: Run, world_size: int) -> None:
+    """Refuse a configuration that cannot run, or would run as something else than it says.
+
+    Args:
+        run: a resolved configuration (see `esm2mega.config.load.resolve`).
+        world_size: number of processes of the run, over all machines.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    check_choices(run)
+    _check_ranges(run)
+    _check_model(run)
+    _check_layout(run)
+    _check_masking(run)
+    _check_schedule(run)
+    _check_batches(run, world_size)
+
+
+def world_size_from_environment() -> int:
+    """Number of processes of the run, as torchrun set it in `WORLD_SIZE`; 1 without a launcher."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(
+            f"environment variable WORLD_SIZE={text} is not a number of processes; let torchrun set it"
+        )
+    return int(text)
+
+
+def data_parallel_size(run: Run, world_size: int) -> int:
+    """Number of model replicas: world size / (TP x PP)."""
+    tp = run.parallel.tensor_model_parallel_size
+    pp = run.parallel.pipeline_model_parallel_size
+    if world_size < 1 or world_size % (tp * pp):
+        raise UserError(
+            f"world size {world_size} is not a multiple of parallel.tensor_model_parallel_size={tp} x "
+            f"parallel.pipeline_model_parallel_size={pp} = {tp * pp}; "
+            f"start a multiple of {tp * pp} processes or change these sizes"
+        )
+    return world_size // (tp * pp)
+
+
+def num_micro_batches(run: Run, world_size: int) -> int:
+    """Micro-batches (packs of T tokens) that each rank takes per optimizer step."""
+    dp_size = data_parallel_size(run, world_size)
+    micro, total = run.train.micro_batch_tokens, run.train.global_batch_tokens
+    step = micro * dp_size
+    if total % step:
+        # The smaller neighbour is no cure when it is zero.
+        nearest = [str(n) for n in (total // step * step, (total // step + 1) * step) if n]
+        raise UserError(
+            f"train.global_batch_tokens={total} is not a multiple of train.micro_batch_tokens={micro} x "
+            f"data-parallel size {dp_size} = {step}; set train.global_batch_tokens={' or '.join(nearest)}"
+        )
+    return total // step
+
+
+def check_choices(run: Run) -> None:
+    """Every key with a closed set of values holds one of them."""
+    values = flatten(run)
+    for key, valid in choices(run).items():
+        value = values[key]
+        # The schema's types leave null only where it has a meaning (no preset size).
+        if value is None or value in valid:
+            continue
+        by_lower = {v.lower(): v for v in valid}
+        near = difflib.get_close_matches(str(value).lower(), by_lower, n=1, cutoff=0.4)
+        hint = f"; did you mean {by_lower[near[0]]}?" if near else ""
+        raise UserError(f"{key}={value} is not one of {', '.join(valid)}{hint}")
+
+
+def check_training_inputs(run: Run) -> None:
+    """What only a training run needs: inputs that are named and exist, and validation data to evaluate on."""
+    if run.data.train is None:
+        raise UserError(
+            "data.train is not set: give a token store, e.g. data.train=DIR/train made by "
+            "`esm2mega prepare fasta INPUT --out DIR`"
+        )
+    for key in ("data.train", "data.valid", "data.test"):
+        path = flatten(run)[key]
+        if path is not None and not os.path.isdir(path):
+            raise UserError(
+                f"{key}={path} is not an existing token store; make one with `esm2mega prepare fasta`"
+            )
+    if run.train.eval_every and run.data.valid is None:
+        raise UserError(
+            f"train.eval_every={run.train.eval_every} needs data.valid; "
+            "give a validation token store, or set train.eval_every=0"
+        )
+    if run.init_from is not None and not os.path.exists(run.init_from):
+        raise UserError(f"init_from={run.init_from} does not exist; give a checkpoint, or init_from=null")
+    resume = run.checkpoint.resume
+    if resume not in ("auto", "never") and not os.path.isdir(resume):
+        raise UserError(
+            f"checkpoint.resume={resume} is neither auto, never nor an existing checkpoint directory; "
+            "give one of the three"
+        )
+
+
+def _check_ranges(run: Run) -> None:
+    """Single values, each on its own."""
+    values = flatten(run)
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value} is not a finite number; give one")
+    for key, low in _AT_LEAST.items():
+        if values[key] is not None and values[key] < low:
+            raise UserError(f"{key}={values[key]} is too small; it must be at least {low}")
+    for key, high in _AT_MOST.items():
+        if values[key] > high:
+            raise UserError(f"{key}={values[key]} is too large; it must be at most {high}")
+    for key in _GREATER_THAN_ZERO:
+        if values[key] <= 0:
+            raise UserError(f"{key}={values[key]} must be greater than 0")
+    if not 0 < run.data.mlm_probability < 1:
+        raise UserError(
+            f"data.mlm_probability={run.data.mlm_probability} must be above 0 and below 1; ESM-2 uses 0.15"
+        )
+    if len(run.optim.betas) != 2 or not all(math.isfinite(b) and 0 <= b < 1 for b in run.optim.betas):
+        raise UserError(
+            f"optim.betas={run.optim.betas} must be two numbers in [0, 1); ESM-2 uses [0.9, 0.98]"
+        )
+    if not run.run_dir:
+        raise UserError("run_dir is empty; give the directory that the run is written to")
+
+
+def _check_model(run: Run) -> None:
+    """The model on its own, and what its precision allows."""
+    model = run.model
+    shape = shape_of(model)
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    if hidden % heads:
+        raise UserError(
+            f"model.hidden_size={hidden} is not divisible by model.num_attention_heads={heads}; "
+            "change one of the two"
+        )
+    if hidden // heads % 2:
+        raise UserError(
+            f"model.hidden_size={hidden} / model.num_attention_heads={heads} gives head dimension "
+            f"{hidden // heads}, which is odd; rotary positions turn pairs of channels, so choose an even one"
+        )
+    if model.attention_backend in ("varlen", "flash") and model.precision != "bf16":
+        raise UserError(
+            f"model.attention_backend={model.attention_backend} computes in half precision only, but "
+            f"model.precision={model.precision}; set model.precision=bf16 or model.attention_backend=auto"
+        )
+    if model.precision == "fp64":
+        # Neither Transformer Engine nor megatron-core's distributed optimizer supports double precision.
+        if "te" in (model.layer_spec, model.attention_backend):
+            raise UserError(
+                "model.precision=fp64 does not exist in Transformer Engine; "
+                "set model.layer_spec=local and model.attention_backend=sdpa"
+            )
+        if run.parallel.distributed_optimizer:
+            raise UserError(
+                "parallel.distributed_optimizer=true does not support model.precision=fp64; "
+                "set parallel.distributed_optimizer=false or model.precision=fp32"
+            )
+
+
+def _check_layout(run: Run) -> None:
+    """The model's dimensions against TP, PP, VPP and SP."""
+    shape, parallel = shape_of(run.model), run.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    for name, value in (
+        ("num_attention_heads", shape.num_attention_heads),
+        ("ffn_hidden_size", shape.ffn_hidden_size),
+    ):
+        if value % tp:
+            raise UserError(
+                f"model.{name}={value} is not divisible by parallel.tensor_model_parallel_size={tp}; "
+                f"choose one of {_layout_list(shape.num_attention_heads, shape.ffn_hidden_size)}"
+            )
+    if shape.num_layers % pp:
+        raise UserError(
+            f"model.num_layers={shape.num_layers} is not divisible by "
+            f"parallel.pipeline_model_parallel_size={pp}; choose one of {_layout_list(shape.num_layers)}"
+        )
+    if vpp is not None:
+        if pp == 1:
+            raise UserError(
+                f"parallel.virtual_pipeline_model_parallel_size={vpp} needs "
+                "parallel.pipeline_model_parallel_size > 1; set it to null"
+            )
+        if shape.num_layers % (pp * vpp):
+            raise UserError(
+                f"model.num_layers={shape.num_layers} is not divisible by "
+                f"parallel.pipeline_model_parallel_size={pp} x "
+                f"parallel.virtual_pipeline_model_parallel_size={vpp} = {pp * vpp}; "
+                f"for this pipeline size choose one of {_layout_list(shape.num_layers // pp)}"
+            )
+    if parallel.sequence_parallel:
+        if tp == 1:
+            raise UserError(
+                "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; "
+                "set parallel.sequence_parallel=false"
+            )
+        if run.train.micro_batch_tokens % tp:
+            raise UserError(
+                f"train.micro_batch_tokens={run.train.micro_batch_tokens} is not divisible by "
+                f"parallel.tensor_model_parallel_size={tp}, which parallel.sequence_parallel=true needs; "
+                f"set train.micro_batch_tokens={-(-run.train.micro_batch_tokens // tp) * tp}"
+            )
+
+
+def _layout_list(*dimensions: int) -> str:
+    """The parallel sizes up to 64 that divide every dimension."""
+    return ", ".join(str(n) for n in range(1, 65) if all(d % n == 0 for d in dimensions))
+
+
+def _check_masking(run: Run) -> None:
+    """Masking fractions, and splits that must not be the training data."""
+    data = run.data
+    if data.mask_fraction + data.random_fraction > 1 + 1e-9:  # the sum of two decimals may be off by rounding
+        raise UserError(
+            f"data.mask_fraction={data.mask_fraction} + data.random_fraction={data.random_fraction} is more "
+            "than 1; what they leave of 1 is the fraction kept unchanged (ESM-2: 0.8 and 0.1)"
+        )
+    for split in ("valid", "test"):
+        path = getattr(data, split)
+        if (
+            path is not None
+            and data.train is not None
+            and os.path.realpath(path) == os.path.realpath(data.train)
+        ):
+            raise UserError(
+                f"data.{split}={path} is also data.train; its loss would not measure unseen proteins: "
+                "give another store (`esm2mega prepare fasta` takes --val-size and --test-size)"
+            )
+
+
+def _check_schedule(run: Run) -> None:
+    """Warmup before the end of the decay, and early stopping that can ever trigger."""
+    schedule, train = run.schedule, run.train
+    if schedule.decay_steps is None:
+        raise UserError("schedule.decay_steps is not set; load the configuration with esm2mega.config.load")
+    if schedule.warmup_steps >= schedule.decay_steps:
+        raise UserError(
+            f"schedule.warmup_steps={schedule.warmup_steps} is not smaller than schedule.decay_steps="
+            f"{schedule.decay_steps} (by default 90 % of train.max_steps={train.max_steps}, for cosine and "
+            "constant all of it); lower the warmup or raise train.max_steps"
+        )
+    if train.early_stopping.patience and not train.eval_every:
+        raise UserError(
+            f"train.early_stopping.patience={train.early_stopping.patience} counts evaluations, but "
+            "train.eval_every=0 never evaluates; set train.eval_every"
+        )
+
+
+def _check_batches(run: Run, world_size: int) -> None:
+    """Packs against sequences, and the batch against the processes."""
+    train = run.train
+    if train.micro_batch_tokens < run.data.max_seq_length:
+        raise UserError(
+            f"train.micro_batch_tokens={train.micro_batch_tokens} is smaller than data.max_seq_length="
+            f"{run.data.max_seq_length}, so a long protein would not fit into a pack; "
+            "raise train.micro_batch_tokens or lower data.max_seq_length"
+        )
+    count = num_micro_batches(run, world_size)
+    pp = run.parallel.pipeline_model_parallel_size
+    if run.parallel.virtual_pipeline_model_parallel_size is not None and count % pp:
+        raise UserError(
+            f"{count} micro-batches per step (train.global_batch_tokens={train.global_batch_tokens}) are not "
+            f"divisible by parallel.pipeline_model_parallel_size={pp}, which a virtual pipeline needs; "
+            "change train.global_batch_tokens, or set parallel.virtual_pipeline_model_parallel_size=null"
+        )

@@ -1,0 +1,376 @@
+"""The token store: a directory of memory-mapped proteins, written once and read without loading it whole.
+
+    tokens.bin, tokens.idx     megatron-core IndexedDataset of uint8 token ids: residues, one item per protein
+    ids.bin, ids.offsets.npy   the ids in UTF-8 back to back, and int64 [n + 1] where each begins (and ends)
+    manifest.json              format, tokenizer hash, counts, sources, size and SHA-256 of the other files
+
+`lengths` count residues; a protein of L residues has L + 2 tokens with `<cls>` and `<eos>`, which are added
+when it is read for the model. A store is written under a name that `TokenStore` refuses and renamed when it
+is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega import __version__
+from esm2mega.data import tokenizer
+from esm2mega.errors import UserError
+
+FORMAT = "esm2mega token store"
+FORMAT_VERSION = 1
+PARTIAL_SUFFIX = ".partial"
+
+_TOKENS, _INDEX = "tokens.bin", "tokens.idx"
+_IDS, _ID_OFFSETS = "ids.bin", "ids.offsets.npy"
+_MANIFEST = "manifest.json"
+_FILES = (_TOKENS, _INDEX, _IDS, _ID_OFFSETS)
+
+# Head of a megatron-core index: magic, version 1, dtype code 1 (uint8), number of sequences, number of
+# document bounds. Behind it: int32 lengths, int64 byte offsets, int64 document bounds (one for each).
+_INDEX_HEAD = struct.Struct("<9sQBQQ")
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_VERSION = 1
+_INDEX_UINT8 = 1
+
+_CHUNK = 1 << 20
+_PREPARE_AGAIN = "make it again with `esm2mega prepare fasta`"
+
+
+def partial_path(path: Path) -> Path:
+    """A new name beside `path` for something unfinished, refused by `TokenStore`."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}{PARTIAL_SUFFIX}")
+
+
+@dataclass
+class StoreCounts:
+    """What a store holds, and what was changed on the way in."""
+
+    sequences: int = 0
+    residues: int = 0
+    token_counts: list[int] = field(default_factory=lambda: [0] * len(tokenizer.VOCAB))
+    lower_case_residues: int = 0
+    unknown_residues: int = 0
+    dropped_sequences: int = 0
+
+    def add(self, num_sequences: int, byte_counts: npt.NDArray[np.int64]) -> None:
+        """Adds proteins given by the byte histogram [256] of their residues as they were written."""
+        tokens = tokenizer.token_histogram(byte_counts)
+        self.sequences += num_sequences
+        self.residues += int(byte_counts.sum())
+        self.token_counts = (np.asarray(self.token_counts) + tokens).tolist()
+        self.lower_case_residues += tokenizer.lower_case_count(byte_counts)
+        self.unknown_residues += tokenizer.unknown_count(byte_counts)
+
+
+class _HashedFile:
+    """A new file that knows its size and SHA-256 when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115, closed by close() or abandon()
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._bytes += len(data)
+
+    def close(self) -> dict[str, Any]:
+        """Brings the file to the disk; returns its entry in the manifest."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+    def abandon(self) -> None:
+        """Closes without caring what reached the disk."""
+        with contextlib.suppress(OSError):  # a full disk fails the flush too; the file is about to be removed
+            self._file.close()
+
+
+class _LengthSpool:
+    """Lengths of any number of items in a temporary file, so that memory stays constant at UniRef90 size."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "xb")  # noqa: SIM115, closed by close() or abandon()
+
+    def append(self, lengths: npt.NDArray[np.int32]) -> None:
+        self._file.write(lengths.astype("<i4").tobytes())
+
+    def close(self) -> npt.NDArray[np.int32]:
+        """Ends writing and returns all lengths [n] as a memory map; the name is gone from the directory."""
+        self._file.close()
+        lengths = np.memmap(self._path, dtype="<i4", mode="r")
+        self._path.unlink()
+        return lengths.view(np.ndarray)
+
+    def abandon(self) -> None:
+        """Closes without caring what reached the disk."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _starts(lengths: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields, chunk by chunk, where each item [n] begins when all lie back to back."""
+    end = 0
+    for first in range(0, len(lengths), _CHUNK):
+        ends = np.cumsum(lengths[first : first + _CHUNK], dtype=np.int64) + end
+        yield ends - lengths[first : first + _CHUNK]
+        end = int(ends[-1])
+
+
+class StoreWriter:
+    """Writes one token store: the end of the `with` block completes it, an exception removes every trace.
+
+    `provenance` goes into the manifest (sources, split) and may be filled until the block is left.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Names the store; nothing is created before the `with` block is entered.
+
+        Args:
+            path: directory of the finished store; must not exist.
+        """
+        self.path = Path(path)
+        self.counts = StoreCounts()
+        self.provenance: dict[str, Any] = {}
+        self._partial = partial_path(self.path)
+        if self.path.exists():
+            raise UserError(f"{self.path}: exists already; name another directory or remove it")
+
+    def __enter__(self) -> StoreWriter:
+        self._partial.mkdir(parents=True)
+        self._tokens = _HashedFile(self._partial / _TOKENS)
+        self._ids = _HashedFile(self._partial / _IDS)
+        self._lengths = _LengthSpool(self._partial / "tokens.lengths")
+        self._id_lengths = _LengthSpool(self._partial / "ids.lengths")
+        return self
+
+    def append(self, ids: Sequence[str], residues: Sequence[bytes]) -> None:
+        """Appends a batch of proteins; larger batches are faster (a few MiB of residues is plenty).
+
+        Args:
+            ids: n ids, repeats allowed.
+            residues: n sequences of residue bytes without white space, none empty.
+        """
+        joined = b"".join(residues)
+        encoded_ids = [name.encode("utf-8") for name in ids]
+        self._tokens.write(tokenizer.encode_residues(joined).tobytes())
+        self._ids.write(b"".join(encoded_ids))
+        self._lengths.append(np.fromiter(map(len, residues), dtype=np.int32, count=len(residues)))
+        self._id_lengths.append(np.fromiter(map(len, encoded_ids), dtype=np.int32, count=len(ids)))
+        self.counts.add(len(residues), tokenizer.byte_histogram(joined))
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if exc_type is None:
+                self._complete()
+                os.rename(self._partial, self.path)
+        finally:
+            if self._partial.exists():
+                self._remove_partial()
+
+    def _complete(self) -> None:
+        """Writes the index files and the manifest."""
+        if not self.counts.sequences:
+            raise UserError(f"{self.path}: a token store needs at least one sequence")
+        files = {_TOKENS: self._tokens.close(), _IDS: self._ids.close()}
+        files[_INDEX] = self._write_index(self._lengths.close())
+        files[_ID_OFFSETS] = self._write_id_offsets(self._id_lengths.close())
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "created_by": f"esm2mega {__version__}",
+            "tokenizer_hash": tokenizer.TOKENIZER_HASH,
+            **asdict(self.counts),
+            **self.provenance,
+            "files": files,
+        }
+        with open(self._partial / _MANIFEST, "x", encoding="utf-8") as stream:
+            json.dump(manifest, stream, indent=1, ensure_ascii=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _write_index(self, lengths: npt.NDArray[np.int32]) -> dict[str, Any]:
+        count = len(lengths)
+        index = _HashedFile(self._partial / _INDEX)
+        index.write(_INDEX_HEAD.pack(_INDEX_MAGIC, _INDEX_VERSION, _INDEX_UINT8, count, count + 1))
+        for first in range(0, count, _CHUNK):
+            index.write(lengths[first : first + _CHUNK].tobytes())
+        for starts in _starts(lengths):
+            index.write(starts.astype("<i8").tobytes())
+        for first in range(0, count + 1, _CHUNK):
+            index.write(np.arange(first, min(first + _CHUNK, count + 1), dtype="<i8").tobytes())
+        return index.close()
+
+    def _write_id_offsets(self, lengths: npt.NDArray[np.int32]) -> dict[str, Any]:
+        offsets = _HashedFile(self._partial / _ID_OFFSETS)
+        header = {"descr": "<i8", "fortran_order": False, "shape": (len(lengths) + 1,)}
+        np.lib.format.write_array_header_1_0(offsets, header)
+        for starts in _starts(lengths):
+            offsets.write(starts.astype("<i8").tobytes())
+        offsets.write(struct.pack("<q", int(lengths.sum(dtype=np.int64))))
+        return offsets.close()
+
+    def _remove_partial(self) -> None:
+        for open_file in (self._tokens, self._ids, self._lengths, self._id_lengths):
+            open_file.abandon()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+
+class TokenStore:
+    """Read-only view of a store; only the pages that are touched are loaded.
+
+    Attributes:
+        manifest: the content of manifest.json.
+        lengths: residues of each protein, int32 [n].
+        starts: position of each protein's first residue in `tokens`, int64 [n].
+        tokens: all residues back to back as token ids, uint8 [residues].
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens the store and checks that its files fit each other and this tokenizer; reads no tokens."""
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+        self._check_sizes()
+        self.tokens: npt.NDArray[np.uint8] = _map(self.path / _TOKENS, np.uint8)
+        self.lengths, self.starts = self._map_index()
+        self._ids: npt.NDArray[np.uint8] = _map(self.path / _IDS, np.uint8)
+        self._id_offsets: npt.NDArray[np.int64] = np.load(self.path / _ID_OFFSETS, mmap_mode="r").view(
+            np.ndarray
+        )
+        if len(self._id_offsets) != len(self) + 1:
+            raise _damaged(
+                self.path / _ID_OFFSETS, f"has {len(self._id_offsets)} offsets for {len(self)} ids"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def residues(self, i: int) -> npt.NDArray[np.uint8]:
+        """Token ids of protein `i` without special tokens, [L], as a view of the file."""
+        start = self.starts[i]
+        return self.tokens[start : start + self.lengths[i]]
+
+    def id(self, i: int) -> str:
+        """The id of protein `i`."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"protein {i} of a store of {len(self)}")
+        return self._ids[self._id_offsets[i] : self._id_offsets[i + 1]].tobytes().decode("utf-8")
+
+    @property
+    def token_counts(self) -> npt.NDArray[np.int64]:
+        """How often each token id occurs, [33]; `<cls>` and `<eos>` are not stored and count 0."""
+        return np.asarray(self.manifest["token_counts"], dtype=np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two stores if they hold equal proteins in equal order, whatever the ids and sources."""
+        files = self.manifest["files"]
+        return hashlib.sha256((files[_TOKENS]["sha256"] + files[_INDEX]["sha256"]).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Reads every byte and raises UserError when a file is not what was written."""
+        for name in _FILES:
+            if _sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
+                raise _damaged(self.path / name, "differs from its checksum in manifest.json")
+
+    def _check_sizes(self) -> None:
+        for name in _FILES:
+            file = self.path / name
+            if not file.is_file():
+                raise _damaged(file, "is missing")
+            expected, found = self.manifest["files"][name]["bytes"], file.stat().st_size
+            if found != expected:
+                raise _damaged(file, f"has {found} bytes, its manifest says {expected}")
+
+    def _map_index(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """The lengths [n] and starts [n] inside tokens.idx."""
+        file = self.path / _INDEX
+        count = int(self.manifest["sequences"])
+        with open(file, "rb") as stream:
+            head = stream.read(_INDEX_HEAD.size)
+        if head != _INDEX_HEAD.pack(_INDEX_MAGIC, _INDEX_VERSION, _INDEX_UINT8, count, count + 1):
+            raise _damaged(file, f"is not a uint8 megatron-core index of {count} sequences")
+        lengths = _map(file, np.dtype("<i4"), count, _INDEX_HEAD.size)
+        starts = _map(file, np.dtype("<i8"), count, _INDEX_HEAD.size + lengths.nbytes)
+        if starts[-1] + lengths[-1] != len(self.tokens):
+            raise _damaged(file, f"ends at residue {starts[-1] + lengths[-1]} of {len(self.tokens)}")
+        return lengths, starts
+
+
+def _map(file: Path, dtype: npt.DTypeLike, count: int | None = None, offset: int = 0) -> npt.NDArray[Any]:
+    """A read-only memory map as a plain array: slices of `np.memmap` itself cost several times more."""
+    shape = None if count is None else (count,)
+    return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
+
+
+def _read_manifest(path: Path) -> Mapping[str, Any]:
+    """The manifest of a complete store of this format and tokenizer; anything else is a UserError."""
+    if any(part.startswith(".") and part.endswith(PARTIAL_SUFFIX) for part in path.resolve().parts):
+        raise UserError(f"{path}: is what an interrupted `prepare` left behind; remove it and prepare again")
+    if not path.exists():
+        raise UserError(f"{path}: no such token store; make one with `esm2mega prepare fasta`")
+    file = path / _MANIFEST
+    if not file.is_file():
+        inside = [
+            f"{path / name}" for name in ("train", "valid", "test") if (path / name / _MANIFEST).is_file()
+        ]
+        cure = f"did you mean {' or '.join(inside)}?" if inside else "make one with `esm2mega prepare fasta`"
+        raise UserError(f"{path}: not a token store (no {_MANIFEST}); {cure}")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise _damaged(file, f"is not JSON ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{file}: is not the manifest of an esm2mega token store; check the path")
+    _check_identity(file, manifest)
+    return manifest
+
+
+def _check_identity(file: Path, manifest: Mapping[str, Any]) -> None:
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format_version {version} is not {FORMAT_VERSION}, the one known; {_PREPARE_AGAIN}"
+        )
+    if manifest.get("tokenizer_hash") != tokenizer.TOKENIZER_HASH:
+        made = str(manifest.get("tokenizer_hash"))[:12]
+        ours = tokenizer.TOKENIZER_HASH[:12]
+        raise UserError(f"{file}: made with another tokenizer (hash {made}, not {ours}); {_PREPARE_AGAIN}")
+    if any(name not in manifest.get("files", {}) for name in _FILES) or not manifest.get("sequences"):
+        raise _damaged(file, "lacks the entries 'files' or 'sequences'")
+
+
+def _damaged(file: Path, what: str) -> UserError:
+    return UserError(f"{file}: {what}: the token store is damaged; {_PREPARE_AGAIN}")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,163 @@
+"""Bidirectional self-attention over a pack: each sequence attends to itself and to nothing else.
+
+Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` heads, ``t`` tensor-parallel size, ``d`` head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from esm2mega.errors import UserError
+from esm2mega.model.packed import PackedSequences
+from esm2mega.model.rotary import split_and_rotate
+
+Kernel = Callable[[Tensor, Tensor, Tensor, PackedSequences, float], Tensor]
+"""q, k, v ``[T, n/t, d]``, borders, scale -> ``[T, n/t, d]``."""
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+    """PyTorch's attention, one call per sequence. Any device, any dtype."""
+    outputs = []
+    # split, not slicing: the backward of a slice fills the whole tensor with zeros once per sequence.
+    for segment in zip(q.split(packed.seqlens), k.split(packed.seqlens), v.split(packed.seqlens), strict=True):
+        # [l, n/t, d] -> [1, n/t, l, d]
+        qs, ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in segment)
+        out = scaled_dot_product_attention(qs, ks, vs, scale=scale)
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+    """`torch.nn.attention.varlen`: one kernel for the pack, no further package. CUDA, bf16 or fp16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = packed.max_seqlen_q
+    return varlen_attn(q, k, v, packed.cu_seqlens_q, packed.cu_seqlens_kv, longest, longest, scale=scale)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+    """The flash-attn package's varlen kernel. CUDA, bf16 or fp16."""
+    from flash_attn import flash_attn_varlen_func
+
+    longest = packed.max_seqlen_q
+    return flash_attn_varlen_func(
+        q, k, v, packed.cu_seqlens_q, packed.cu_seqlens_kv, longest, longest, softmax_scale=scale
+    )
+
+
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "varlen": varlen, "flash": flash}
+
+
+def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel behind `model.attention_backend` on this device.
+
+    Args:
+        name: ``auto``, or one of `KERNELS`.
+        device: Where the model lives.
+        dtype: Of q, k and v.
+
+    Raises:
+        UserError: A kernel was asked for by name that cannot run here.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    usable = {
+        "sdpa": True,
+        "varlen": device.type == "cuda" and half and _installed("torch.nn.attention.varlen"),
+        "flash": device.type == "cuda" and half and _installed("flash_attn"),
+    }
+    if name == "auto":
+        return next(kernel for kernel in ("flash", "varlen", "sdpa") if usable[kernel])
+    if not usable[name]:
+        raise UserError(
+            f"model.attention_backend={name} needs CUDA, bf16 and its package; this is {device.type} with {dtype}: "
+            "set model.attention_backend=auto"
+        )
+    return name
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class PackedCoreAttention(MegatronModule):
+    """Softmax attention within each sequence of a pack. No dropout: ESM-2 has none."""
+
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **unused: Any) -> None:
+        super().__init__(config=config)
+        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        self.kernel = KERNELS[config.packed_attention]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSequences,
+    ) -> Tensor:
+        """q, k and v ``[T, n/t, d]`` -> ``[T, n/t, d]``; the borders are the only mask there is."""
+        return self.kernel(query, key, value, packed_seq_params, self.scale)
+
+
+class ESM2SelfAttention(SelfAttention):
+    """Megatron-Core's self-attention with ESM-2's rotary tables, which are made once per micro-batch.
+
+    The parent would rebuild cos and sin for q and for k in every layer, and copy ``cu_seqlens`` to the host each time.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: PackedSequences,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend within each sequence.
+
+        Args:
+            hidden_states: ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism (the projection gathers).
+            attention_mask: Unused: a pack needs no mask.
+            rotary_pos_emb: ``[2, T, 1, d / 2]`` from `RotaryTables`.
+            packed_seq_params: Borders of the sequences.
+            **unused: What the transformer layer passes for decoders.
+
+        Returns:
+            Output in the layout of `hidden_states`, and the bias ``[h]`` that the caller adds.
+        """
+        qkv, _ = self.linear_qkv(hidden_states)
+        # [T, 1, 3h/t] -> [T, n/t, 3, d]: rows of the fused weight are head-major, q k v per head
+        qkv = qkv.view(qkv.shape[0], self.num_attention_heads_per_partition, 3, self.hidden_size_per_attention_head)
+        query, key, value = split_and_rotate(qkv, rotary_pos_emb)
+        if self.checkpoint_core_attention and self.training:
+            context = self._checkpointed_attention_forward(
+                query, key, value, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed_seq_params
+            )
+        else:
+            context = self.core_attention(
+                query,
+                key,
+                value,
+                None,
+                attn_mask_type=self.attn_mask_type,
+                attention_bias=None,
+                packed_seq_params=packed_seq_params,
+            )
+        # [T, n/t, d] -> [T, 1, h/t]
+        return self.linear_proj(context.reshape(context.shape[0], 1, -1))

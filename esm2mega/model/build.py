@@ -1,0 +1,110 @@
+"""From the configuration to this rank's part of the model: the only place that translates our keys to Megatron-Core's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import gelu
+
+from esm2mega.config.presets import shape_of
+from esm2mega.config.schema import ModelConfig, ParallelConfig
+from esm2mega.model import layer_spec
+from esm2mega.model.attention import choose_kernel
+from esm2mega.model.esm2 import ESM2Model, stage_flags
+from esm2mega.model.init import initialize_parameters
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass
+class ESM2TransformerConfig(TransformerConfig):
+    """Megatron-Core's configuration, and which kernel attends within a pack."""
+
+    packed_attention: str = "sdpa"
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, device: torch.device, packed_attention: str
+) -> ESM2TransformerConfig:
+    """Megatron-Core's configuration of an ESM-2.
+
+    Args:
+        model: Shape and numerics.
+        parallel: Layout.
+        device: Where the weights live.
+        packed_attention: Kernel name from `choose_kernel`.
+    """
+    dtype = DTYPES[model.precision]
+    shape = shape_of(model)
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return ESM2TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        layernorm_epsilon=model.layernorm_epsilon,
+        activation_func=gelu,
+        # The fused kernel is the tanh approximation; ESM-2 has the exact-erf form.
+        bias_activation_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.precision == "bf16",
+        use_cpu_initialization=device.type == "cpu",
+        # `esm2mega.model.init` fills the weights, the same at every layout. Megatron-Core's own initialisation still has
+        # to run, since it marks which dimension of a weight is split, but it draws nothing.
+        init_method=_leave_unset,
+        output_layer_init_method=_leave_unset,
+        embedding_init_method=_leave_unset,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # Loss functions return sums and counts; gradients are divided once, by the global count.
+        calculate_per_token_loss=True,
+        # With two pipeline ranks the previous and the next rank are the same peer, and the batched exchange of the
+        # interleaved schedule swaps their messages silently. The overlapped one keeps them apart.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        packed_attention=packed_attention,
+        **_recompute(model.recompute),
+    )
+
+
+def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _recompute(mode: str) -> dict[str, Any]:
+    if mode == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if mode == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def build_model(model: ModelConfig, parallel: ParallelConfig, device: torch.device, seed: int) -> list[ESM2Model]:
+    """This rank's chunks of the model with initial weights: one, or several under the interleaved schedule."""
+    spec = layer_spec.choose_layer_spec(model.layer_spec)
+    te_attention = spec == "te" and model.attention_backend in ("auto", "te")
+    wanted = "auto" if te_attention else model.attention_backend
+    kernel = choose_kernel(wanted, device, DTYPES[model.precision])
+    config = transformer_config(model, parallel, device, kernel)
+    layer = layer_spec.te_layer("te" if te_attention else kernel) if spec == "te" else layer_spec.local_layer()
+
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in [None] if virtual is None else range(virtual):
+        pre_process, post_process = stage_flags(vp_stage)
+        num_layers = get_num_layers_to_build(config, vp_stage)
+        chunk = ESM2Model(
+            config, layer_spec.block(layer, num_layers), device, pre_process, post_process, vp_stage
+        ).to(device)
+        initialize_parameters(chunk, seed, model.init_std)
+        chunks.append(chunk)
+    return chunks

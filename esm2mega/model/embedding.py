@@ -1,0 +1,56 @@
+"""ESM-2's input: the vocabulary-parallel table with per-sequence token dropout.
+
+Legend: ``T`` tokens of a pack, ``n`` sequences, ``t`` tensor-parallel size, ``h`` hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from torch import Tensor
+
+from esm2mega.data.tokenizer import MASK
+from esm2mega.model.packed import PackedSequences
+
+# ESM-2 was trained with 15 % of the residues selected and 80 % of those replaced by <mask>. Each sequence is rescaled as
+# if it had that share of zeroed rows, also when it has none, as at inference (Lin et al. 2023; fair-esm model/esm2.py).
+TRAINED_MASK_RATIO = 0.15 * 0.8
+
+
+def token_dropout_scale(input_ids: Tensor, packed: PackedSequences) -> Tensor:
+    """Factor of each embedding row: 0 at ``<mask>``, else ``(1 - 0.12) / (1 - masked/length)`` of its sequence.
+
+    Args:
+        input_ids: int64 ``[T]``.
+        packed: Borders; lengths count ``<cls>`` and ``<eos>``.
+
+    Returns:
+        fp64 ``[T]`` (the quotient is exact whatever the model's dtype; the caller casts).
+    """
+    masked = input_ids == MASK
+    sequence_ids = packed.sequence_ids()
+    lengths = packed.cu_seqlens_q.diff().double()
+    counts = torch.zeros_like(lengths).index_add_(0, sequence_ids, masked.double())
+    # A sequence of nothing but <mask> has no row left to scale; the clamp keeps its 0 * inf from becoming NaN.
+    scale = (1.0 - TRAINED_MASK_RATIO) / (1.0 - counts / lengths).clamp(min=torch.finfo(torch.float64).tiny)
+    return scale[sequence_ids].masked_fill(masked, 0.0)
+
+
+class ESM2Embedding(LanguageModelEmbedding):
+    """Megatron-Core's language-model embedding without positions, and token dropout on its output."""
+
+    def forward(self, input_ids: Tensor, packed: PackedSequences) -> Tensor:  # type: ignore[override]
+        """Embed a pack.
+
+        Args:
+            input_ids: int64 ``[T]``.
+            packed: Borders of the sequences.
+
+        Returns:
+            ``[T, 1, h]``, or this rank's ``[T/t, 1, h]`` under sequence parallelism.
+        """
+        embeddings = super().forward(input_ids.unsqueeze(0), position_ids=None)
+        scale = token_dropout_scale(input_ids, packed).to(embeddings.dtype)
+        if self.config.sequence_parallel:
+            scale = scale.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return embeddings * scale[:, None, None]

@@ -1,0 +1,165 @@
+"""`ESM2Model`: the stage of ESM-2 that this rank holds.
+
+Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``h`` hidden size, ``t`` tensor-parallel size,
+``v`` vocabulary (33), ``V`` vocabulary padded for the tensor-parallel split.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from torch import Tensor
+
+from esm2mega.data.tokenizer import VOCAB
+from esm2mega.model.embedding import ESM2Embedding
+from esm2mega.model.lm_head import LMHead
+from esm2mega.model.packed import PackedSequences
+from esm2mega.model.rotary import RotaryTables
+
+VOCAB_SIZE = len(VOCAB)
+
+
+def padded_vocab_size(tensor_model_parallel_size: int) -> int:
+    """Rows of the token table: the least multiple of 8 (tensor cores) and of TP that holds 33.
+
+    That is 40 for every TP size that divides the heads of a published ESM-2 (1, 2, 4, 5, 8, 10, 20, 40), so the table's
+    shape does not depend on the layout.
+    """
+    multiple = math.lcm(8, tensor_model_parallel_size)
+    return -(-VOCAB_SIZE // multiple) * multiple
+
+
+class ESM2Model(LanguageModule):
+    """ESM-2, or the pipeline stage of it that this rank holds.
+
+    The first stage (`pre_process`) embeds, the last (`post_process`) normalises and predicts. Checkpoint keys are those
+    of Megatron-Core's BERT: ``embedding``, ``encoder``, ``lm_head``, ``output_layer``, and ``rotary``.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: TransformerBlockSubmodules,
+        device: torch.device,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        """Build the modules with unset weights; `esm2mega.model.init` fills them.
+
+        Args:
+            config: `esm2mega.model.build.ESM2TransformerConfig`.
+            submodules: Layers of this stage, from `esm2mega.model.layer_spec`.
+            device: Where the weights live.
+            pre_process: Whether this is the first stage.
+            post_process: Whether this is the last stage.
+            vp_stage: Number of this chunk under the interleaved schedule.
+        """
+        super().__init__(config=config)
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = True
+        self.padded_vocab_size = padded_vocab_size(config.tensor_model_parallel_size)
+
+        self.rotary = RotaryTables(config, device, vp_stage)
+        if pre_process:
+            self.embedding = ESM2Embedding(
+                config, self.padded_vocab_size, max_sequence_length=0, position_embedding_type="rope"
+            )
+        self.encoder = TransformerBlock(
+            config, submodules, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+        )
+        if post_process:
+            # The head sees tokens of all ranks at once, so within it nothing is split over the sequence.
+            head_config = copy.copy(config)
+            head_config.sequence_parallel = False
+            self.lm_head = LMHead(head_config, device)
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                self.padded_vocab_size,
+                config=head_config,
+                init_method=config.init_method,
+                bias=True,
+                # 40 columns: gathering [m, V/t] logits is cheaper than the three all-reduces of a split cross-entropy.
+                gather_output=True,
+                skip_weight_param_allocation=pre_process,
+            )
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
+        """Take the hidden states that the previous pipeline stage sent (called by the schedule)."""
+        self.encoder.set_input_tensor(input_tensor[0])
+
+    def encode(self, input_ids: Tensor, packed: PackedSequences) -> Tensor:
+        """Hidden states after this stage's layers (and the final LayerNorm on the last stage).
+
+        Args:
+            input_ids: int64 ``[T]``; read by the first stage only.
+            packed: Borders of the sequences.
+
+        Returns:
+            ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism.
+        """
+        return self.encoder(
+            hidden_states=self.embedding(input_ids, packed) if self.pre_process else None,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary(packed),
+            packed_seq_params=packed,
+        )
+
+    def forward(self, input_ids: Tensor, packed: PackedSequences, logit_positions: Tensor | None = None) -> Tensor:
+        """Hidden states for the next stage, or logits on the last one.
+
+        Args:
+            input_ids: int64 ``[T]``; read by the first stage only.
+            packed: Borders of the sequences.
+            logit_positions: int64 ``[m]``, tokens that get logits; all of them when None. Training passes the masked
+                ones: the head then costs 15 % of what it would.
+
+        Returns:
+            Hidden states in the layout of `encode`, or logits ``[m, v]``, the same on every tensor-parallel rank. The
+            padding of the vocabulary is cut off, so it can take no probability.
+        """
+        hidden_states = self.encode(input_ids, packed)
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            # Every rank computes the same head on the gathered tokens, so the gradient is split, not reduced.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        if logit_positions is not None:
+            hidden_states = hidden_states.index_select(0, logit_positions)
+        shared = self.shared_embedding_or_output_weight() if self.pre_process else None
+        logits, _ = self.output_layer(self.lm_head(hidden_states), weight=shared)
+        # [m, 1, V] -> [m, v]
+        return logits[:, 0, :VOCAB_SIZE]
+
+    def global_parameter_name(self, name: str) -> str:
+        """The name of a parameter in the whole model: layers counted from the first stage, tied weights under one name."""
+        if name == "output_layer.weight":
+            return "embedding.word_embeddings.weight"
+        prefix = "encoder.layers."
+        if not name.startswith(prefix):
+            return name
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{self.encoder.layers[int(number)].layer_number - 1}.{rest}"
+
+
+def stage_flags(vp_stage: int | None = None) -> tuple[bool, bool]:
+    """(pre_process, post_process) of this rank's chunk `vp_stage`."""
+    return (
+        parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+    )

@@ -1,0 +1,101 @@
+"""Which modules a transformer layer is made of: Megatron-Core's own linears, or Transformer Engine's.
+
+Both specs write the same checkpoint keys: the LayerNorms of the local spec are stored under the names that they have
+inside Transformer Engine's fused LayerNorm-linear modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from esm2mega.errors import UserError
+from esm2mega.model.attention import ESM2SelfAttention, PackedCoreAttention
+from esm2mega.model.layernorm import LayerNorm
+
+
+def transformer_engine_found() -> bool:
+    """Whether Transformer Engine can be imported here (it cannot without CUDA libraries)."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+def choose_layer_spec(name: str) -> str:
+    """``local`` or ``te`` for `model.layer_spec`; ``auto`` takes Transformer Engine when it is there."""
+    found = transformer_engine_found()
+    if name == "te" and not found:
+        raise UserError("model.layer_spec=te: Transformer Engine cannot be imported; install esm2mega[te] or use auto")
+    return ("te" if found else "local") if name == "auto" else name
+
+
+def local_layer() -> ModuleSpec:
+    """A pre-LN layer of Megatron-Core's parallel linears and our LayerNorm; runs everywhere."""
+    return _layer(
+        norm=LayerNorm,
+        column=ColumnParallelLinear,
+        row=RowParallelLinear,
+        core_attention=PackedCoreAttention,
+        keys={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    )
+
+
+def te_layer(core_attention: str) -> ModuleSpec:
+    """The same layer of Transformer Engine's fused LayerNorm-linear modules.
+
+    GELU stays PyTorch's exact-erf one: Transformer Engine's kernel is the tanh approximation.
+
+    Args:
+        core_attention: ``te`` for Transformer Engine's attention, else one of `esm2mega.model.attention.KERNELS`.
+    """
+    from megatron.core.extensions.transformer_engine import (
+        TEDotProductAttention,
+        TELayerNormColumnParallelLinear,
+        TERowParallelLinear,
+    )
+
+    return _layer(
+        norm=None,
+        column=TELayerNormColumnParallelLinear,
+        row=TERowParallelLinear,
+        core_attention=TEDotProductAttention if core_attention == "te" else PackedCoreAttention,
+        keys={},
+    )
+
+
+def _layer(norm: Any, column: Any, row: Any, core_attention: Any, keys: dict[str, str]) -> ModuleSpec:
+    norms = {} if norm is None else {"input_layernorm": norm, "pre_mlp_layernorm": norm}
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=ESM2SelfAttention,
+                # padding, not causal: the polarity that Transformer Engine needs for bidirectional packs
+                params={"attn_mask_type": AttnMaskType.padding},
+                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=core_attention, linear_proj=row),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=keys,
+            **norms,
+        ),
+    )
+
+
+def block(layer: ModuleSpec, num_layers: int) -> TransformerBlockSubmodules:
+    """`num_layers` equal layers (those of one pipeline stage) and the final LayerNorm (built on the last stage alone)."""
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LayerNorm)

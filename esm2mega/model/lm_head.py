@@ -1,0 +1,28 @@
+"""The masked-language-model head before its decoder: dense, GELU, LayerNorm.
+
+Legend: ``m`` tokens that get logits, ``h`` hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from esm2mega.model.layernorm import LayerNorm
+
+
+class LMHead(MegatronModule):
+    """Replicated over the tensor-parallel group: every rank holds the same weights and sees the same tokens."""
+
+    def __init__(self, config: TransformerConfig, device: torch.device) -> None:
+        """Args: config: without sequence parallelism, since the tokens arrive gathered. device: where weights live."""
+        super().__init__(config=config)
+        h = config.hidden_size
+        self.dense = torch.nn.Linear(h, h, device=device, dtype=config.params_dtype)
+        self.layer_norm = LayerNorm(config, h, config.layernorm_epsilon)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[m, 1, h] -> [m, 1, h]``. GELU is the exact-erf form."""
+        return self.layer_norm(torch.nn.functional.gelu(self.dense(hidden_states)))

@@ -1,0 +1,113 @@
+"""What the encoder knows about a pack: where each sequence begins, and the way from and to padded batches.
+
+Legend: ``T`` tokens of a pack, ``n`` sequences in it, ``b`` and ``s`` the padded batch's rows and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from esm2mega.data.tokenizer import PAD
+from esm2mega.errors import UserError
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Borders of the sequences of one pack, in the form Megatron-Core hands to attention (``thd``).
+
+    A pad tail, where there is one, is a sequence of its own: it attends to itself alone.
+
+    Attributes:
+        seqlens: Lengths in tokens, on the host, so that per-sequence kernels need no device synchronisation.
+    """
+
+    seqlens: tuple[int, ...] = ()
+
+    @classmethod
+    def from_lengths(cls, seqlens: Sequence[int], device: torch.device | str = "cpu") -> PackedSequences:
+        """Borders of sequences that lie back to back.
+
+        Args:
+            seqlens: ``n`` lengths in tokens.
+            device: Where ``cu_seqlens`` (int32, ``[n + 1]``) is wanted.
+        """
+        lengths = torch.tensor([0, *seqlens], dtype=torch.int32)
+        cu_seqlens = lengths.cumsum(0, dtype=torch.int32).to(device)
+        longest = max(seqlens)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            seqlens=tuple(seqlens),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.seqlens)
+
+    def sequence_ids(self) -> Tensor:
+        """Which sequence each token belongs to: int64 ``[T]``, on the device of ``cu_seqlens``."""
+        lengths = self.cu_seqlens_q.diff().long()
+        numbers = torch.arange(len(self.seqlens), device=lengths.device)
+        # output_size spares the device synchronisation that finding the sum would cost.
+        return torch.repeat_interleave(numbers, lengths, output_size=self.num_tokens)
+
+    def positions(self) -> Tensor:
+        """Position of each token within its sequence, from 0: int64 ``[T]``."""
+        starts = self.cu_seqlens_q[:-1].long()
+        return torch.arange(self.num_tokens, device=starts.device) - starts[self.sequence_ids()]
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, PackedSequences]:
+    """Pack a padded batch, dropping the padding.
+
+    Args:
+        input_ids: int64 ``[b, s]``.
+        attention_mask: ``[b, s]``, 1 = keep (the Hugging Face polarity). Padding may be on either side, not inside.
+
+    Returns:
+        Token ids ``[T]`` and the borders.
+
+    Raises:
+        UserError: A row is empty or its kept tokens are not contiguous.
+    """
+    keep = attention_mask.bool()
+    lengths = keep.sum(dim=1)
+    if (lengths == 0).any():
+        raise UserError(f"row {int((lengths == 0).nonzero()[0])} of the batch has no token: attention_mask is all 0")
+    columns = torch.arange(keep.shape[1], device=keep.device)
+    first = torch.where(keep, columns, keep.shape[1]).amin(dim=1)
+    last = torch.where(keep, columns, -1).amax(dim=1)
+    if (gaps := last - first + 1 != lengths).any():
+        row = int(gaps.nonzero()[0])
+        raise UserError(f"row {row} of attention_mask has a gap: kept tokens must be contiguous, pad at the ends only")
+    return input_ids[keep], PackedSequences.from_lengths(lengths.tolist(), input_ids.device)
+
+
+def unpack(values: Tensor, attention_mask: Tensor, fill: float = 0.0) -> Tensor:
+    """Put per-token values of a pack back into the padded form: ``[T, ...] -> [b, s, ...]``.
+
+    Args:
+        values: One entry per kept token, in the order of `pack`.
+        attention_mask: The mask given to `pack`.
+        fill: Value at padding.
+    """
+    padded = values.new_full((*attention_mask.shape, *values.shape[1:]), fill)
+    padded[attention_mask.bool()] = values
+    return padded
+
+
+def pad_pack(input_ids: Tensor, packed: PackedSequences, multiple: int) -> tuple[Tensor, PackedSequences]:
+    """Lengthen a pack to a multiple of `multiple` tokens by a tail of ``<pad>`` (sequence parallelism needs T % TP == 0)."""
+    tail = -packed.num_tokens % multiple
+    if tail == 0:
+        return input_ids, packed
+    ids = torch.nn.functional.pad(input_ids, (0, tail), value=PAD)
+    return ids, PackedSequences.from_lengths((*packed.seqlens, tail), input_ids.device)

@@ -1,0 +1,108 @@
+"""Rotary position embedding of ESM-2: half-split pairs, base 10000, carried frequencies, tables once per micro-batch.
+
+Legend: ``T`` tokens of a pack, ``n`` heads, ``t`` tensor-parallel size, ``d`` head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_sharded_tensor_for_checkpoint
+from torch import Tensor
+
+from esm2mega.model.packed import PackedSequences
+
+ROTARY_BASE = 10000.0
+
+
+class RotaryTables(MegatronModule):
+    """Frequencies, and the cos/sin tables of a pack.
+
+    The frequencies are part of the checkpoint: published ESM-2 weights were trained with fp16-rounded ones, and
+    recomputing them changes the logits (Hugging Face transformers PR #19587). They are fp32 in fp32 and bf16 models and
+    fp64 in fp64 models, and never follow a cast of the weights.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, config: TransformerConfig, device: torch.device, vp_stage: int | None = None) -> None:
+        super().__init__(config=config)
+        assert config.kv_channels is not None
+        self.vp_stage = vp_stage or 0
+        dtype = torch.float64 if config.params_dtype == torch.float64 else torch.float32
+        exponents = torch.arange(0, config.kv_channels, 2, dtype=dtype, device=device) / config.kv_channels
+        # [d / 2]
+        self.register_buffer("inv_freq", 1.0 / ROTARY_BASE**exponents)
+
+    def forward(self, packed: PackedSequences) -> Tensor:
+        """Tables for every token: ``[2, T, 1, d / 2]``, cos then sin, in the dtype of the frequencies."""
+        angles = torch.outer(packed.positions().to(self.inv_freq.dtype), self.inv_freq)
+        return torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Every pipeline stage holds the same frequencies: one of them is written, all read it."""
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        chunk = self.vp_stage * parallel_state.get_pipeline_model_parallel_world_size() + stage
+        key = f"{prefix}inv_freq"
+        tensor = make_sharded_tensor_for_checkpoint(
+            self.inv_freq,
+            key,
+            sharded_offsets,
+            replica_id=(
+                chunk,
+                parallel_state.get_tensor_model_parallel_rank(),
+                parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            ),
+        )
+        return {key: tensor}
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    """One pass from the fused projection to rotated q and k; its backward is the rotation by the negative angle."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        ctx.save_for_backward(tables)
+        q, k, v = qkv.unbind(dim=2)
+        return _rotate(q, tables[0], tables[1]), _rotate(k, tables[0], tables[1]), v.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (tables,) = ctx.saved_tensors
+        dq, dk, dv = grads
+        dqkv = dq.new_empty(*dq.shape[:2], 3, dq.shape[2])
+        _rotate(dq, tables[0], -tables[1], out=dqkv[:, :, 0])
+        _rotate(dk, tables[0], -tables[1], out=dqkv[:, :, 1])
+        dqkv[:, :, 2] = dv
+        return dqkv, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rotate pair ``(i, i + d/2)`` of ``x [T, n/t, d]``; computed in the tables' dtype, returned in that of `x`."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    first, second = x.chunk(2, dim=-1)
+    out_first, out_second = out.chunk(2, dim=-1)
+    # First the products with cos, then sin is added in place: two passes, no temporary in fp32.
+    out_first.copy_(torch.addcmul(first * cos, second, sin, value=-1))
+    out_second.copy_(torch.addcmul(second * cos, first, sin))
+    return out
+
+
+def split_and_rotate(qkv: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Separate the fused projection and rotate q and k.
+
+    Args:
+        qkv: ``[T, n/t, 3, d]``.
+        tables: ``[2, T, 1, d / 2]`` from `RotaryTables`.
+
+    Returns:
+        q, k and v, each ``[T, n/t, d]``.
+    """
+    return _SplitAndRotate.apply(qkv, tables)

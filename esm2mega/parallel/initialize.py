@@ -1,0 +1,98 @@
+"""Start and end of the process groups: backend, device, Megatron-Core groups, seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from esm2mega.config.schema import ParallelConfig
+from esm2mega.parallel import cpu, kernels
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. Sizes multiply to `world_size`; ranks count from 0."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process writes logs, prints and shows progress: global rank 0, alone."""
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Number of processes that torchrun or Slurm announced through ``WORLD_SIZE``; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
+    """Build all process groups of a run, yield this process's `Ranks`, and take the groups down again.
+
+    Under torchrun the rendezvous comes from the environment (NCCL with GPUs, gloo without). Without a launcher a
+    world of one process is made in memory: no port is opened.
+
+    Args:
+        config: Sizes of the tensor and pipeline dimensions; the data dimension is what remains of the world.
+        seed: Seed of the generators behind dropout. Weights and data do not use them: both are pure functions of the
+            run's seed, see `esm2mega.model.init` and `esm2mega.data.sampling`.
+    """
+    device = _claim_device()
+    if device.type == "cpu":
+        cpu.install()
+    kernels.install()
+    timeout = timedelta(minutes=config.timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    else:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+            distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+            # Checkpoints of the distributed optimizer are gathered in host memory.
+            create_gloo_process_groups=config.distributed_optimizer,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield Ranks(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            device=device,
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _claim_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,48 @@
+"""Multi-tensor kernels for gradient norm and clipping when neither Transformer Engine nor apex is installed.
+
+Megatron-Core's own fallback takes each tensor's norm in a Python loop with a device synchronisation per tensor and
+rounds the result to fp32. ``torch._foreach_*`` does the same in a few launches and keeps the tensors' dtype, which the
+fp64 proofs need. Where the fused kernels exist they stay in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.optimizer import clip_grads
+
+
+def foreach_l2_norm(
+    chunk_size: int, overflow_buffer: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """L2 norm over all tensors, with the calling convention of apex's ``multi_tensor_l2norm``.
+
+    Args:
+        chunk_size: Ignored; part of the convention.
+        overflow_buffer: Ignored; part of the convention.
+        tensor_lists: One list of tensors.
+        per_tensor: Also return each tensor's norm.
+
+    Returns:
+        Norm over all, shape ``[1]``, in the dtype of the tensors; norms of each, ``[n]``, or None.
+    """
+    norms = torch.stack(torch._foreach_norm(tensor_lists[0]))
+    total = torch.linalg.vector_norm(norms).reshape(1)
+    return total, norms if per_tensor else None
+
+
+def foreach_scale(
+    chunk_size: int, overflow_buffer: torch.Tensor, tensor_lists: list[list[torch.Tensor]], scale: float
+) -> None:
+    """Scale the first list into the second, with the calling convention of apex's ``multi_tensor_scale``."""
+    source, target = tensor_lists
+    if source is not target:
+        torch._foreach_copy_(target, source)
+    torch._foreach_mul_(target, scale)
+
+
+def install() -> None:
+    """Put these kernels behind gradient clipping, unless fused ones were found."""
+    if not clip_grads.l2_norm_impl.__name__.startswith("local_"):
+        return
+    clip_grads.l2_norm_impl = foreach_l2_norm
+    clip_grads.multi_tensor_scale_impl = foreach_scale

@@ -1,0 +1,130 @@
+"""Optional trackers (TensorBoard, Weights & Biases), fed with the records of `log.jsonl`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from esm2mega.config.schema import LoggingConfig
+from esm2mega.errors import MachineError, UserError
+
+
+class Tracker(Protocol):
+    """One place outside the run directory's log that records go to."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record of the log."""
+
+    def close(self) -> None:
+        """Hand over what is still buffered."""
+
+
+class TensorBoardTracker:
+    """Event files under `RUN_DIR/tensorboard`, scalars named `train/loss`, `eval/valid_loss` and so on."""
+
+    def __init__(self, run_dir: str | Path, finished_steps: int = 0) -> None:
+        """Open the event file; on resume TensorBoard hides the later events that an earlier process wrote."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise _not_installed("tensorboard", "tensorboard") from None
+        self._writer: Any = SummaryWriter(
+            str(Path(run_dir, "tensorboard")), purge_step=finished_steps + 1 if finished_steps else None
+        )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write every number of the record at the record's step."""
+        for name, value in scalars(record):
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """One Weights & Biases run per run directory: a resumed run goes on in the same W&B run."""
+
+    ID_FILE = "wandb_run_id.txt"
+
+    def __init__(
+        self, run_dir: str | Path, project: str | None, run_name: str | None, config: Mapping[str, Any]
+    ) -> None:
+        """Start or resume the W&B run whose id is kept in the run directory."""
+        try:
+            import wandb
+        except ImportError:
+            raise _not_installed("wandb", "wandb") from None
+        id_file = Path(run_dir, self.ID_FILE)
+        if id_file.exists():
+            run_id = id_file.read_text().strip()
+        else:
+            import uuid
+
+            run_id = uuid.uuid4().hex[:12]
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            id_file.write_text(run_id + "\n")
+        try:
+            self._run: Any = wandb.init(
+                project=project or "esm2mega",
+                name=run_name or Path(run_dir).name,
+                id=run_id,
+                resume="allow",
+                dir=str(run_dir),
+                config=dict(config),
+            )
+        except Exception as error:  # wandb raises its own family, network and login errors among them
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            raise MachineError(
+                f"logging.wandb=true, but W&B did not start: {first_line}; "
+                "log in with `wandb login`, set WANDB_MODE=offline, or set logging.wandb=false"
+            ) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log every number of the record at the record's step."""
+        self._run.log(dict(scalars(record)), step=int(record["step"]))
+
+    def close(self) -> None:
+        """Finish the W&B run."""
+        self._run.finish()
+
+
+def open_trackers(
+    settings: LoggingConfig, run_dir: str | Path, config: Mapping[str, Any], finished_steps: int = 0
+) -> list[Tracker]:
+    """Open the trackers that the configuration asks for, on the one rank that logs.
+
+    Args:
+        settings: the `logging` section of the run.
+        run_dir: the run's directory.
+        config: the resolved configuration, nested or flat, shown beside the curves.
+        finished_steps: the step that is resumed from; 0 for a fresh run.
+
+    Raises:
+        UserError: a tracker was asked for and its package is not installed.
+    """
+    trackers: list[Tracker] = []
+    if settings.tensorboard:
+        trackers.append(TensorBoardTracker(run_dir, finished_steps))
+    if settings.wandb:
+        trackers.append(WandbTracker(run_dir, settings.wandb_project, settings.wandb_run_name, config))
+    return trackers
+
+
+def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the record's finite numbers as (`kind/name`, value); the step is the axis, not a curve."""
+    kind = record.get("kind", "train")
+    for name, value in record.items():
+        if name == "step" or isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if math.isfinite(value):
+            yield f"{kind}/{name}", float(value)
+
+
+def _not_installed(key: str, package: str) -> UserError:
+    return UserError(
+        f"logging.{key}=true, but the package {package} is not installed; "
+        f"pip install 'esm2mega[logging]' or set logging.{key}=false"
+    )

@@ -1,0 +1,198 @@
+"""The training log `log.jsonl`: one JSON object per line, written by one rank, readable while the run goes
+on.
+
+Durability: each record is one `write` handed to the operating system at once, so a killed process loses
+nothing. The file is synced to the disk at every evaluation record, at least every `SYNC_SECONDS` seconds of
+writing, and by `sync()`, so a power cut loses the last seconds. A record cut short by either is dropped by
+the readers and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from esm2mega.errors import MachineError, UserError
+
+TRAIN = "train"
+EVAL = "eval"
+LOG_NAME = "log.jsonl"
+SYNC_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class LogContents(NamedTuple):
+    """What a log holds, and whether its last line was cut short."""
+
+    records: list[dict[str, Any]]
+    dropped_lines: int
+    """1 when a half-written last line was left out, else 0."""
+
+
+class JsonlLog:
+    """Append records to a log; opening repairs a half-written last line left by a killed run."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open `path` for appending, creating it and its directory when absent."""
+        self.path = Path(path)
+        self._descriptor = -1
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                # A new record must never be glued to the fragment of an old one.
+                contents = scan_log(self.path)
+                if contents.dropped_lines:
+                    _warn_dropped(self.path)
+                    self._replace(contents.records)
+            self._open()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record.
+
+        Numpy and torch scalars become numbers; NaN and infinities become null, since JSON has neither.
+        """
+        line = _to_line(record).encode()
+        try:
+            written = os.write(self._descriptor, line)
+            if written != len(line):  # a full disk may take a part; the rest then raises
+                os.write(self._descriptor, line[written:])
+            now = time.monotonic()
+            if record.get("kind") == EVAL or now - self._synced_at >= SYNC_SECONDS:
+                self.sync()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def sync(self) -> None:
+        """Force everything written so far to the disk."""
+        os.fsync(self._descriptor)
+        self._synced_at = time.monotonic()
+
+    def truncate_after(self, step: int) -> int:
+        """Drop the records of steps beyond `step`, as a resume from the checkpoint of `step` must.
+
+        The file is replaced in one rename: a kill at any moment leaves the old or the new log. Records
+        without a step stay.
+
+        Returns:
+            The number of records dropped.
+        """
+        records = scan_log(self.path).records
+        kept = [record for record in records if record.get("step") is None or record["step"] <= step]
+        if len(kept) < len(records):
+            try:
+                os.close(self._descriptor)
+                self._replace(kept)
+                self._open()
+            except OSError as error:
+                raise self._failed(error) from error
+        return len(records) - len(kept)
+
+    def close(self) -> None:
+        """Sync and close; closing twice is harmless."""
+        if self._descriptor >= 0:
+            self.sync()
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> JsonlLog:
+        """Return the open log."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the log."""
+        self.close()
+
+    def _open(self) -> None:
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._synced_at = time.monotonic()
+
+    def _replace(self, records: list[dict[str, Any]]) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as handle:
+                handle.writelines(map(_to_line, records))
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        # The rename itself reaches the disk with the directory.
+        directory = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _failed(self, error: OSError) -> MachineError:
+        return MachineError(
+            f"cannot write the log {self.path}: {error.strerror or error}; "
+            "free space there or choose another run_dir"
+        )
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """Return the records of a log in order; a half-written last line is left out with a warning.
+
+    Raises:
+        UserError: no such file, or a line that is not a JSON object anywhere but at the end.
+    """
+    contents = scan_log(path)
+    if contents.dropped_lines:
+        _warn_dropped(path)
+    return contents.records
+
+
+def scan_log(path: str | Path) -> LogContents:
+    """Read a log, reporting a half-written last line in the result and not as a warning."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no log at {path}; give the run_dir of a run that has started") from None
+    except OSError as error:
+        raise UserError(f"cannot read the log {path}: {error.strerror}") from None
+    *lines, rest = data.split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path}:{number}: not a JSON object; the log was edited or damaged: remove this line"
+            )
+        records.append(record)
+    return LogContents(records, dropped_lines=int(bool(rest)))
+
+
+def _warn_dropped(path: str | Path) -> None:
+    logger.warning("%s: dropped 1 half-written last line (the run was killed while writing it)", path)
+
+
+def _to_line(record: Mapping[str, Any]) -> str:
+    return json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy and torch scalars into Python numbers and non-finite ones into None, nested ones too."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

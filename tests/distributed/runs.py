@@ -1,0 +1,93 @@
+"""Small training runs through the command line, and the full tensors of what they saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from tests.ranks import run_ranks
+
+# L, H, A, F, d = 4, 48, 6, 104, 8: all different, and divisible as TP 2 and PP 2 and 4 need.
+SHAPE = ("model.num_layers=4", "model.hidden_size=48", "model.num_attention_heads=6", "model.ffn_hidden_size=104")
+
+SETTINGS = (
+    *SHAPE,
+    "data.max_seq_length=300",
+    "train.micro_batch_tokens=512",
+    "train.global_batch_tokens=2048",
+    "train.max_steps=5",
+    "train.log_every=1",
+    "optim.lr=2e-3",
+    "schedule.name=constant",
+    "schedule.warmup_steps=0",
+)
+
+
+def write_fasta(path: Path, count: int = 90) -> Path:
+    """Random proteins of 1 to 420 residues, so that some are cropped; the tail of the alphabet occurs too."""
+    rng = np.random.default_rng(7)
+    letters = np.frombuffer(b"LAGVSERTIDPKQNFYMHWCXBUZO", dtype=np.uint8)
+    lengths = [1, 2, 420, *rng.integers(20, 330, count - 3)]
+    with path.open("wb") as file:
+        for number, length in enumerate(lengths):
+            file.write(b">p%d\n%s\n" % (number, rng.choice(letters, size=length).tobytes()))
+    return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind."""
+
+    run_dir: Path
+    losses: list[float]
+    grad_norms: list[float]
+
+    def weights(self, step: int) -> dict[str, torch.Tensor]:
+        """Full tensors of the model in a checkpoint, read without Megatron-Core."""
+        tensors = full_tensors(self.run_dir / "checkpoints" / f"step_{step:08d}" / "model")
+        return {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
+
+
+def train(run_dir: Path, data: Path, settings: Mapping[str, Any], world_size: int = 1) -> Outcome:
+    """Run ``esm2mega pretrain`` with `SETTINGS` and `settings` on `world_size` processes."""
+    arguments = ["-m", "esm2mega", "-v", "pretrain", f"run_dir={run_dir}", f"data.train={data}", *SETTINGS]
+    arguments += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    run_ranks(arguments, world_size, run_dir / "output")
+    return outcome(run_dir)
+
+
+def outcome(run_dir: Path) -> Outcome:
+    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    records = [record for record in records if record["kind"] == "train"]
+    return Outcome(run_dir, [r["loss"] for r in records], [r["grad_norm"] for r in records])
+
+
+def full_tensors(model_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a distributed checkpoint, whole."""
+    metadata = FileSystemReader(model_dir).read_metadata()
+    state: STATE_DICT_TYPE = {}
+    _load_state_dict(
+        state, FileSystemReader(model_dir), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    kept = {k for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    return {name: value for name, value in _flat(state).items() if name in kept}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor):
+            flat[f"{prefix}{name}"] = value
+    return flat

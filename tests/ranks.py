@@ -1,0 +1,103 @@
+"""Start a command as several ranks of one world, as torchrun would, and never leave a process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """How one rank ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class RanksFailed(AssertionError):
+    """A rank ended badly or the time ran out; the message holds the first failing rank's output."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_ranks(arguments: Sequence[str], world_size: int, folder: Path) -> list[subprocess.Popen[str]]:
+    """Start ``python arguments`` `world_size` times with the variables of torchrun; output goes to files in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        if world_size > 1:
+            environment |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        out, err = ((folder / f"rank{rank}.{name}").open("w") for name in ("out", "err"))
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=out, stderr=err, env=environment, start_new_session=True, text=True
+        )
+        processes.append(process)
+    return processes
+
+
+def wait_ranks(processes: Sequence[subprocess.Popen[str]], folder: Path, timeout: float) -> list[RankResult]:
+    """Wait for all ranks; when one fails the others get a moment, then the whole process groups are ended."""
+    deadline = time.monotonic() + timeout
+    try:
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() not in (None, 0) for process in processes):
+                deadline = min(deadline, time.monotonic() + 10)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    finally:
+        end_ranks(processes)
+    return [
+        RankResult(
+            process.returncode,
+            (folder / f"rank{rank}.out").read_text(),
+            (folder / f"rank{rank}.err").read_text(),
+        )
+        for rank, process in enumerate(processes)
+    ]
+
+
+def end_ranks(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """End every process group that still lives, helpers of checkpoint saving included."""
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def run_ranks(arguments: Sequence[str], world_size: int, folder: Path, timeout: float = 180) -> list[RankResult]:
+    """Run all ranks to the end; any failure is `RanksFailed` with the first failing rank's words."""
+    results = wait_ranks(start_ranks(arguments, world_size, folder), folder, timeout)
+    for rank, result in enumerate(results):
+        if result.returncode != 0:
+            raise RanksFailed(f"rank {rank} of {world_size} ended with {result.returncode}:\n{result.stderr[-4000:]}")
+    return results

@@ -1,0 +1,109 @@
+"""The shipped configurations: base.yaml is the schema, the others are the published recipes."""
+
+import re
+
+import pytest
+from omegaconf import OmegaConf
+
+from esm2mega.config.load import conf_dir, config_names, load_run
+from esm2mega.config.presets import PRESETS
+from esm2mega.config.schema import Run, flatten
+from esm2mega.config.validate import num_micro_batches, validate
+
+SIZES = [size for size in PRESETS if size != "tiny"]
+LAYOUT = re.compile(r"^# layout (\d+):(.*)$", re.MULTILINE)
+
+
+def layouts(name: str) -> list[tuple[int, str]]:
+    """The `# layout PROCESSES: overrides` lines of a shipped configuration."""
+    return [(int(n), text.strip()) for n, text in LAYOUT.findall((conf_dir() / f"{name}.yaml").read_text())]
+
+
+def test_all_sizes_are_shipped():
+    assert set(config_names()) == {"base", *(f"pretrain_esm2_{size}" for size in PRESETS)}
+
+
+def test_base_lists_the_keys_and_defaults_of_the_schema():
+    def leaves(tree, prefix=""):
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    base = dict(leaves(OmegaConf.to_container(OmegaConf.load(conf_dir() / "base.yaml"))))
+    schema = flatten(Run())
+    assert list(base) == list(schema)
+    assert base == schema
+
+
+def test_base_documents_every_key():
+    """A comment stands above each key, or above the keys of the same block right before it."""
+    documented = False
+    for line in (conf_dir() / "base.yaml").read_text().splitlines():
+        if line.lstrip().startswith("#"):
+            documented = True
+        elif not line.strip() or re.fullmatch(r"\s*\w+:", line):
+            documented = False
+        else:
+            assert documented, line
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_deltas_only(size):
+    content = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"pretrain_esm2_{size}.yaml"))
+    assert content.pop("defaults") == "base"
+    schema = flatten(Run())
+    flat = {
+        f"{section}.{key}" if isinstance(values, dict) else section: value
+        for section, values in content.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
+    assert [key for key, value in flat.items() if schema[key] == value and "micro" not in key] == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_recipe(size):
+    run = load_run(f"pretrain_esm2_{size}")
+    assert run.model.size == size
+    assert run.model.precision == "bf16"
+    assert run.train.max_steps == 500_000
+    assert run.train.global_batch_tokens == 2_097_152
+    assert run.data.max_seq_length == 1024
+    assert run.optim.lr == (1.6e-4 if size == "15B" else 4e-4)
+    assert run.optim.weight_decay == (0.1 if size == "15B" else 0.01)
+    assert (run.optim.name, run.optim.betas, run.optim.eps, run.optim.clip_grad) == (
+        "adam",
+        [0.9, 0.98],
+        1e-8,
+        1.0,
+    )
+    assert (run.schedule.name, run.schedule.warmup_steps, run.schedule.decay_steps) == (
+        "linear",
+        2000,
+        450_000,
+    )
+    assert run.schedule.min_lr_ratio == 0.1
+    assert (run.data.mlm_probability, run.data.mask_fraction, run.data.random_fraction) == (0.15, 0.8, 0.1)
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_documented_layouts_are_valid(size):
+    name = f"pretrain_esm2_{size}"
+    found = layouts(name)
+    assert {n for n, _ in found} >= ({1, 2} if size == "tiny" else {1, 8, 64})
+    for processes, text in found:
+        if text.startswith("does not fit"):
+            assert (size, processes) == ("15B", 1)
+            continue
+        run = load_run(name, text.split())
+        validate(run, processes)
+        assert num_micro_batches(run, processes) >= 1
+
+
+def test_tiny_is_for_a_cpu_and_minutes():
+    run = load_run("pretrain_esm2_tiny")
+    assert run.model.precision == "fp32"
+    assert run.train.max_steps * run.train.global_batch_tokens < 5_000_000
+    for world_size in (1, 2):
+        validate(run, world_size)

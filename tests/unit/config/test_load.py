@@ -1,0 +1,289 @@
+"""Files and overrides become a typed `Run`, or one line that names key, place and cure."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from esm2mega.config import load
+from esm2mega.config.load import (
+    find_config,
+    known_keys,
+    load_run,
+    load_run_over,
+    nearest_key,
+    resolve,
+    run_from_yaml,
+    save_resolved,
+)
+from esm2mega.config.schema import Run, flatten
+from esm2mega.errors import MachineError, UserError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(content: str | bytes, name: str = "run.yaml") -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write_file
+
+
+def error_of(config: str | None, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_run(config, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_with_a_size():
+    expected = Run()
+    expected.model.size = "8M"
+    run = load_run(None, ["model.size=8M"])
+    assert run == resolve(expected)
+    assert isinstance(run, Run)
+    assert (run.model.num_layers, run.schedule.decay_steps) == (6, 900)
+
+
+def test_file_then_overrides(write):
+    config = write(
+        "model: {size: tiny}\ntrain:\n  max_steps: 7\n  early_stopping: {patience: 2}\noptim: {lr: 1e-3}\n"
+    )
+    run = load_run(config, ["train.max_steps=9", "++optim.betas=[0.8, 0.9]", "+seed=3", "data.train=/a b"])
+    assert (run.train.max_steps, run.train.early_stopping.patience, run.seed) == (9, 2, 3)
+    assert (run.optim.lr, run.optim.betas, run.data.train) == (1e-3, [0.8, 0.9], "/a b")
+
+
+def test_the_last_override_wins():
+    assert load_run(None, ["model.size=8M", "seed=1", "seed=2"]).seed == 2
+
+
+def test_defaults_are_merged_first_and_found_beside_the_file(write):
+    write("model: {size: tiny}\nseed: 5\noptim: {lr: 0.1}\n", "first.yaml")
+    write("seed: 6\n", "second.yaml")
+    run = load_run(write("defaults: [first, second]\noptim: {lr: 0.2}\n"))
+    assert (run.model.size, run.seed, run.optim.lr) == ("tiny", 6, 0.2)
+
+
+def test_a_shipped_name_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_run("pretrain_esm2_8M").model.size == "8M"
+    assert find_config("pretrain_esm2_8M.yaml") == find_config("pretrain_esm2_8M")
+
+
+def test_a_file_wins_over_a_shipped_name(write, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write("model: {size: tiny}\n", "pretrain_esm2_8M.yaml")
+    assert load_run("pretrain_esm2_8M.yaml").model.size == "tiny"
+
+
+def test_empty_file_empty_section_and_dotted_key(write):
+    config = write("train:\n  # max_steps: 1\nmodel.size: tiny\n")
+    assert load_run(config) == load_run(write("", "empty.yaml"), ["model.size=tiny"])
+
+
+def test_interpolation(monkeypatch, write):
+    monkeypatch.setenv("ESM2MEGA_TEST_SCRATCH", "/scratch")
+    config = write(
+        "model: {size: tiny}\nrun_dir: ${oc.env:ESM2MEGA_TEST_SCRATCH}/run\n"
+        "train:\n  micro_batch_tokens: 2048\n  global_batch_tokens: ${train.micro_batch_tokens}\n"
+    )
+    run = load_run(config)
+    assert (run.run_dir, run.train.global_batch_tokens) == ("/scratch/run", 2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "max_steps", "expected"),
+    [
+        ("linear", 500_000, 450_000),
+        ("linear", 15, 13),
+        ("linear", 1, 1),
+        ("cosine_plateau", 100, 90),
+        ("cosine", 100, 100),
+        ("constant", 100, 100),
+    ],
+)
+def test_decay_steps_are_derived(name, max_steps, expected):
+    run = load_run(None, ["model.size=tiny", f"schedule.name={name}", f"train.max_steps={max_steps}"])
+    assert run.schedule.decay_steps == expected
+
+
+def test_given_decay_steps_stay():
+    assert load_run(None, ["model.size=tiny", "schedule.decay_steps=5"]).schedule.decay_steps == 5
+
+
+def test_resolve_leaves_its_argument_alone():
+    run = Run()
+    run.model.size = "tiny"
+    resolve(run)
+    assert run.model.num_layers is None and run.schedule.decay_steps is None
+
+
+# Text that YAML could read as something else must survive as text.
+@pytest.mark.parametrize("text", ["plain", "1e-5", "no", "null", "a: b # c", "[x]", "ünïcode", "'quoted'"])
+def test_resolved_configuration_round_trip(tmp_path, text):
+    run = load_run("pretrain_esm2_650M", ["optim.eps=1e-8", "optim.betas=[0.9,0.95]", "data.crop=start"])
+    run.logging.wandb_run_name = text
+    save_resolved(run, tmp_path / "config.yaml")
+    assert run_from_yaml(tmp_path / "config.yaml") == run
+    assert load_run(str(tmp_path / "config.yaml")) == run
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    run = load_run(None, ["model.size=tiny"])
+    save_resolved(run, tmp_path / "config.yaml")
+    before = (tmp_path / "config.yaml").read_bytes()
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(load.os, "replace", no_space)
+    with pytest.raises(MachineError, match="cannot write the configuration: No space left on device"):
+        save_resolved(run, tmp_path / "config.yaml")
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_run_from_yaml_does_not_look_up_names():
+    with pytest.raises(UserError, match="pretrain_esm2_8M: cannot read the configuration: No such file"):
+        run_from_yaml("pretrain_esm2_8M")
+
+
+def test_run_from_yaml_ignores_only_what_it_is_told_to(write):
+    path = write("model: {size: tiny}\ntokenizer: abc\n")
+    assert run_from_yaml(path, ignore=["tokenizer"]).model.size == "tiny"
+    with pytest.raises(UserError, match=":2: unknown key tokenizer"):
+        run_from_yaml(path)
+
+
+def test_load_run_over_changes_a_resolved_run_and_leaves_it_alone():
+    base = load_run(None, ["model.size=tiny"])
+    changed = load_run_over(base, ["train.micro_batch_tokens=2048"])
+    assert (base.train.micro_batch_tokens, changed.train.micro_batch_tokens) == (4096, 2048)
+    assert load_run_over(base, []) == base
+    with pytest.raises(UserError, match="unknown key train.lr; the nearest valid key is optim.lr"):
+        load_run_over(base, ["train.lr=1"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("trian.max_steps", "train.max_steps"),
+        ("train.max_step", "train.max_steps"),
+        ("train.lr", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("learning_rate.warmup_steps", "schedule.warmup_steps"),
+        ("tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
+        ("model.tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
+        ("parallel.tensor_parallel_size", "parallel.tensor_model_parallel_size"),
+        ("micro_batch_size", "train.micro_batch_tokens"),
+        ("data.max_length", "data.max_seq_length"),
+        ("early_stopping.patience", "train.early_stopping.patience"),
+        ("optim.lr.value", "optim.lr"),
+    ],
+)
+def test_unknown_key_names_the_nearest(wrong, meant):
+    assert nearest_key(wrong) == meant
+    assert error_of(None, f"{wrong}=1") == f"override: unknown key {wrong}; the nearest valid key is {meant}"
+
+
+def test_known_keys_are_those_of_the_schema():
+    assert list(known_keys()) == list(flatten(Run()))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.max_steps=abc", "train.max_steps=abc: expected an integer"),
+        ("train.max_steps=1.5", "train.max_steps=1.5: expected an integer"),
+        ("train.max_steps=true", "train.max_steps=true: expected an integer"),
+        ("train.max_steps=null", "train.max_steps=null: expected an integer"),
+        ("train.max_steps=", "train.max_steps=null: expected an integer"),
+        ("model.num_layers=x", "model.num_layers=x: expected an integer or null"),
+        ("optim.lr=fast", "optim.lr=fast: expected a number"),
+        ("optim.lr=[1]", "optim.lr=[1]: expected a number"),
+        ("parallel.sequence_parallel=3", "parallel.sequence_parallel=3: expected true or false"),
+        ("parallel.sequence_parallel=maybe", "parallel.sequence_parallel=maybe: expected true or false"),
+        ("optim.betas=0.9", "optim.betas=0.9: expected a list of numbers"),
+        ("optim.betas=[a,b]", "optim.betas=[a, b]: expected a list of numbers"),
+        ("checkpoint.resume=no", "checkpoint.resume=false: expected text"),
+        ("run_dir={a: 1}", "run_dir={a: 1}: expected text"),
+        ("run_dir=''", "run_dir='': expected text"),
+        ("train=5", "train is a section, not a value; set its keys, e.g. train.micro_batch_tokens"),
+        ("train.early_stopping=5", "train.early_stopping is a section, not a value"),
+        ("seed=${run_dir}", "'runs/esm2' of type 'str' could not be converted to Integer"),
+        ("run_dir=${nowhere}", "run_dir: Interpolation key 'nowhere' not found"),
+        ("run_dir=${", "the value is not valid YAML"),
+        ("optim.betas=[0.9", "override 'optim.betas=[0.9': the value is not valid YAML"),
+        ("data.train=???", "data.train=??? must be given; add the override data.train=VALUE"),
+        (
+            "model.size=650",
+            "model.size=650 is not one of tiny, 8M, 35M, 150M, 650M, 3B, 15B; did you mean 650M?",
+        ),
+        ("max_steps", "override 'max_steps' is not key=value"),
+        ("=3", "override '=3' is not key=value"),
+    ],
+)
+def test_bad_override(override, expected):
+    assert expected in error_of(None, "model.size=8M", override)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "seed: 1\ntrain:\n  max_stepz: 4\n",
+            ":3: unknown key train.max_stepz; the nearest valid key is train.max_steps",
+        ),
+        ("seed: 1\n\ntrain:\n  max_steps: x\n", ":4: train.max_steps=x: expected an integer"),
+        ("train: 5\n", ":1: train is a section, not a value"),
+        ("3: 4\n", ":1: unknown key 3"),
+        ("seed: [1\nrun_dir: x\n", ":2: not valid YAML"),
+        ("seed: 1\nseed: 2\n", ":2: not valid YAML: found duplicate key seed"),
+        ("\tseed: 1\n", ":1: not valid YAML"),
+        ("seed: *nothing\n", ":1: not valid YAML: found undefined alias"),
+        ("seed: !!python/object:os.system x\n", ":1: not valid YAML: could not determine a constructor"),
+        ("run_dir: ${nowhere}\n", ":1: run_dir: Interpolation key 'nowhere' not found"),
+        ("data:\n  train: ???\n", ":2: data.train=??? must be given"),
+        ("- a\n- b\n", "the top level must be `key: value` pairs"),
+        ("word\n", "the top level must be `key: value` pairs"),
+        ("defaults: 3\n", ":1: defaults must be a name or a list of names, got 3"),
+        ("seed: 1\ndefaults: [pretrain_8M]\n", ":2: no configuration file or shipped name 'pretrain_8M'"),
+        ("defaults: run\n", "includes itself through `defaults`"),
+        (b"\x00\x01binary", "not a YAML configuration"),
+        (b"\xff\xfe\x00", "not a text file in UTF-8 (byte 0)"),
+    ],
+)
+def test_bad_file_names_file_and_line(write, content, expected):
+    config = write(content)
+    message = error_of(config, "model.size=8M")
+    assert expected in message
+    assert message.startswith(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("pretrain_8M", "did you mean pretrain_esm2_8M?"),
+        ("nowhere.yaml", "configuration file nowhere.yaml does not exist"),
+        ("some/where", "configuration file some/where does not exist"),
+        (".", "configuration file . is a directory"),
+    ],
+)
+def test_missing_file(config, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = error_of(config)
+    assert expected in message
+    assert "pretrain_esm2_650M" in message
+
+
+def test_unreadable_file(write, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    config = write("seed: 1\n")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert error_of(config) == f"{config}: cannot read the configuration: Permission denied"

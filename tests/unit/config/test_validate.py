@@ -1,0 +1,240 @@
+"""Every rule on a whole configuration, with the words of its message, and the batch arithmetic."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esm2mega.config.load import load_run
+from esm2mega.config.schema import Run
+from esm2mega.config.validate import (
+    check_training_inputs,
+    data_parallel_size,
+    num_micro_batches,
+    validate,
+)
+from esm2mega.errors import UserError
+
+BASE = [
+    "model.size=8M",
+    "schedule.warmup_steps=10",
+]  # 6 layers, hidden 320, 20 heads; T = global batch = 4096
+
+
+def make(*overrides: str) -> Run:
+    return load_run(None, [*BASE, *overrides])
+
+
+RULES = [
+    # model
+    (["model.size=null", "model.num_layers=1", "model.hidden_size=7", "model.ffn_hidden_size=8",
+      "model.num_attention_heads=2"], 1,
+     "model.hidden_size=7 is not divisible by model.num_attention_heads=2"),
+    (["model.size=null", "model.num_layers=1", "model.hidden_size=6", "model.ffn_hidden_size=8",
+      "model.num_attention_heads=2"], 1, "gives head dimension 3, which is odd"),
+    (["model.size=null", "model.num_layers=0", "model.hidden_size=6", "model.ffn_hidden_size=8",
+      "model.num_attention_heads=2"], 1, "model.num_layers=0 is too small; it must be at least 1"),
+    (["model.attention_backend=flash"], 1, "model.attention_backend=flash computes in half precision only"),
+    (["model.attention_backend=varlen", "model.precision=fp64"], 1, "set model.precision=bf16"),
+    (["model.precision=fp64", "model.layer_spec=te"], 1, "model.precision=fp64 does not exist in"),
+    (["model.precision=fp64", "model.attention_backend=te"], 1, "does not exist in Transformer Engine"),
+    (["model.precision=fp64", "parallel.distributed_optimizer=true"], 1,
+     "parallel.distributed_optimizer=true does not support model.precision=fp64"),
+    (["model.layernorm_epsilon=0"], 1, "model.layernorm_epsilon=0.0 must be greater than 0"),
+    (["model.init_std=-1"], 1, "model.init_std=-1.0 must be greater than 0"),
+    # layout
+    (["parallel.tensor_model_parallel_size=3"], 3,
+     "model.num_attention_heads=20 is not divisible by parallel.tensor_model_parallel_size=3; "
+     "choose one of 1, 2, 4, 5, 10, 20"),
+    (["model.size=null", "model.num_layers=1", "model.hidden_size=8", "model.ffn_hidden_size=6",
+      "model.num_attention_heads=4", "parallel.tensor_model_parallel_size=4"], 4,
+     "model.ffn_hidden_size=6 is not divisible by parallel.tensor_model_parallel_size=4; choose one of 1, 2"),
+    (["parallel.pipeline_model_parallel_size=4"], 4,
+     "model.num_layers=6 is not divisible by parallel.pipeline_model_parallel_size=4; "
+     "choose one of 1, 2, 3, 6"),
+    (["parallel.virtual_pipeline_model_parallel_size=2"], 1,
+     "parallel.virtual_pipeline_model_parallel_size=2 needs parallel.pipeline_model_parallel_size > 1"),
+    (["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"], 2,
+     "parallel.virtual_pipeline_model_parallel_size=2 = 4; for this pipeline size choose one of 1, 3"),
+    (["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=3",
+      "train.global_batch_tokens=12288"], 2,
+     "3 micro-batches per step (train.global_batch_tokens=12288) are not divisible by "
+     "parallel.pipeline_model_parallel_size=2"),
+    (["parallel.sequence_parallel=true"], 1,
+     "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1"),
+    (["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true",
+      "train.micro_batch_tokens=1026", "train.global_batch_tokens=1026"], 4,
+     "train.micro_batch_tokens=1026 is not divisible by parallel.tensor_model_parallel_size=4, which "
+     "parallel.sequence_parallel=true needs; set train.micro_batch_tokens=1028"),
+    (["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=3"], 8,
+     "world size 8 is not a multiple of parallel.tensor_model_parallel_size=2 x "
+     "parallel.pipeline_model_parallel_size=3 = 6"),
+    (["parallel.tensor_model_parallel_size=2"], 1, "world size 1 is not a multiple of"),
+    ([], 0, "world size 0 is not a multiple of"),
+    (["parallel.tensor_model_parallel_size=0"], 1, "parallel.tensor_model_parallel_size=0 is too small"),
+    (["parallel.timeout_minutes=0"], 1, "parallel.timeout_minutes=0.0 must be greater than 0"),
+    # batches
+    (["train.micro_batch_tokens=1000"], 1,
+     "train.micro_batch_tokens=1000 is smaller than data.max_seq_length=1024"),
+    (["data.max_seq_length=2"], 1, "data.max_seq_length=2 is too small; it must be at least 3"),
+    (["train.global_batch_tokens=20000"], 2, "train.global_batch_tokens=20000 is not a multiple of "
+     "train.micro_batch_tokens=4096 x data-parallel size 2 = 8192; "
+     "set train.global_batch_tokens=16384 or 24576"),
+    ([], 2, "= 8192; set train.global_batch_tokens=8192"),
+    (["train.max_steps=0"], 1, "train.max_steps=0 is too small; it must be at least 1"),
+    (["train.log_every=0"], 1, "train.log_every=0 is too small; it must be at least 1"),
+    (["train.eval_every=-1"], 1, "train.eval_every=-1 is too small; it must be at least 0"),
+    (["train.early_stopping.patience=2"], 1, "train.early_stopping.patience=2 counts evaluations"),
+    # data
+    (["data.mlm_probability=0"], 1, "data.mlm_probability=0.0 must be above 0 and below 1"),
+    (["data.mlm_probability=1"], 1, "data.mlm_probability=1.0 must be above 0 and below 1"),
+    (["data.mask_fraction=1.1"], 1, "data.mask_fraction=1.1 is too large; it must be at most 1"),
+    (["data.random_fraction=-0.1"], 1, "data.random_fraction=-0.1 is too small; it must be at least 0"),
+    (["data.mask_fraction=0.8", "data.random_fraction=0.3"], 1,
+     "data.mask_fraction=0.8 + data.random_fraction=0.3 is more than 1"),
+    (["data.train=store", "data.valid=./x/../store"], 1, "data.valid=./x/../store is also data.train"),
+    (["data.train=store", "data.test=store"], 1, "data.test=store is also data.train"),
+    (["data.pack_window=0"], 1, "data.pack_window=0 is too small"),
+    (["seed=-1"], 1, "seed=-1 is too small; it must be at least 0"),
+    (["seed=9223372036854775808"], 1, "seed=9223372036854775808 is too large"),
+    # optimizer and schedule
+    (["optim.lr=0"], 1, "optim.lr=0.0 must be greater than 0"),
+    (["optim.lr=nan"], 1, "optim.lr=nan is not a finite number"),
+    (["optim.eps=0"], 1, "optim.eps=0.0 must be greater than 0"),
+    (["optim.weight_decay=-0.1"], 1, "optim.weight_decay=-0.1 is too small"),
+    (["optim.clip_grad=-1"], 1, "optim.clip_grad=-1.0 is too small"),
+    (["optim.betas=[0.9]"], 1, "optim.betas=[0.9] must be two numbers in [0, 1)"),
+    (["optim.betas=[0.9,1.0]"], 1, "optim.betas=[0.9, 1.0] must be two numbers in [0, 1)"),
+    (["schedule.warmup_steps=900"], 1,
+     "schedule.warmup_steps=900 is not smaller than schedule.decay_steps=900 "
+     "(by default 90 % of train.max_steps=1000"),
+    (["schedule.decay_steps=10"], 1, "schedule.warmup_steps=10 is not smaller than schedule.decay_steps=10"),
+    (["schedule.min_lr_ratio=1.5"], 1, "schedule.min_lr_ratio=1.5 is too large; it must be at most 1"),
+    # checkpoints
+    (["checkpoint.keep_last=0"], 1, "checkpoint.keep_last=0 is too small; it must be at least 1"),
+    (["checkpoint.save_every=-5"], 1, "checkpoint.save_every=-5 is too small"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "expected"), RULES)
+def test_rule(overrides, world_size, expected):
+    with pytest.raises(UserError) as caught:
+        validate(make(*overrides), world_size)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.precision=bf32", "model.precision=bf32 is not one of fp32, bf16, fp64; did you mean fp32?"),
+        ("model.precision=BF16", "did you mean bf16?"),
+        ("model.size=650m", "did you mean 650M?"),
+        ("model.recompute=fully", "is not one of none, selective, full; did you mean full?"),
+        ("model.layer_spec=x", "model.layer_spec=x is not one of auto, local, te"),
+        ("model.attention_backend=spda", "did you mean sdpa?"),
+        ("data.crop=chunk", "data.crop=chunk is not one of random, start"),
+        ("data.random_residues=amino", "did you mean amino_acids?"),
+        ("optim.name=adamw", "optim.name=adamw is not one of adam; did you mean adam?"),
+        ("schedule.name=cosine-plateau", "did you mean cosine_plateau?"),
+    ],
+)
+def test_closed_choice_lists_the_valid_and_the_nearest(override, expected):
+    with pytest.raises(UserError) as caught:
+        make(override)
+    assert expected in str(caught.value)
+
+
+def test_validate_checks_choices_of_a_run_made_in_python():
+    run = make()
+    run.optim.name = "sgd"
+    with pytest.raises(UserError, match=r"optim\.name=sgd is not one of adam"):
+        validate(run, 1)
+
+
+def test_validate_needs_a_resolved_run():
+    run = make()
+    run.schedule.decay_steps = None
+    with pytest.raises(UserError, match=r"schedule\.decay_steps is not set"):
+        validate(run, 1)
+    run.model.num_layers = None
+    with pytest.raises(UserError, match=r"model\.num_layers not set"):
+        validate(run, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        ([], 1),
+        (["train.global_batch_tokens=8192"], 2),
+        (["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"], 2),
+        (["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=3"], 6),
+        (["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=3",
+          "train.global_batch_tokens=16384"], 4),
+        (["model.precision=fp64"], 1),
+        (["model.precision=bf16", "model.attention_backend=flash", "parallel.distributed_optimizer=true"], 1),
+        (["data.max_seq_length=3", "train.micro_batch_tokens=3", "train.global_batch_tokens=6"], 1),
+        (["data.mask_fraction=0.9", "data.random_fraction=0.1"], 1),
+        (["data.mask_fraction=0", "data.random_fraction=0"], 1),
+        (["optim.clip_grad=0", "optim.weight_decay=0", "schedule.warmup_steps=0"], 1),
+        (["train.eval_every=5", "train.early_stopping.patience=1"], 1),
+        (["data.train=a", "data.valid=b", "data.test=b"], 1),
+        # A run may stop before its schedule ends.
+        (["train.max_steps=5", "schedule.decay_steps=100"], 1),
+        (["train.max_steps=1", "schedule.warmup_steps=0"], 1),
+    ],
+)  # fmt: skip
+def test_valid(overrides, world_size):
+    validate(make(*overrides), world_size)
+
+
+@given(
+    micro=st.integers(1, 64),
+    accumulation=st.integers(1, 32),
+    tp=st.integers(1, 4),
+    pp=st.integers(1, 4),
+    dp=st.integers(1, 16),
+)
+def test_batch_arithmetic(micro, accumulation, tp, pp, dp):
+    run = Run()
+    run.parallel.tensor_model_parallel_size = tp
+    run.parallel.pipeline_model_parallel_size = pp
+    run.train.micro_batch_tokens = micro
+    run.train.global_batch_tokens = micro * dp * accumulation
+    assert data_parallel_size(run, tp * pp * dp) == dp
+    assert num_micro_batches(run, tp * pp * dp) == accumulation
+    run.train.global_batch_tokens += 1
+    if micro * dp > 1:
+        with pytest.raises(UserError, match=r"is not a multiple of train\.micro_batch_tokens"):
+            num_micro_batches(run, tp * pp * dp)
+
+
+@pytest.fixture
+def stores(tmp_path):
+    for split in ("train", "valid"):
+        (tmp_path / split).mkdir()
+    return [f"data.train={tmp_path}/train", f"data.valid={tmp_path}/valid", "train.eval_every=5"]
+
+
+def test_training_inputs_that_exist(stores, tmp_path):
+    check_training_inputs(make(*stores))
+    check_training_inputs(make(*stores, f"checkpoint.resume={tmp_path}", f"init_from={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=null", "data.train is not set: give a token store"),
+        ("data.train=/nowhere", "data.train=/nowhere is not an existing token store"),
+        ("data.test=/nowhere", "data.test=/nowhere is not an existing token store"),
+        ("data.valid=null", "train.eval_every=5 needs data.valid"),
+        ("init_from=/nowhere", "init_from=/nowhere does not exist"),
+        (
+            "checkpoint.resume=Auto",
+            "checkpoint.resume=Auto is neither auto, never nor an existing checkpoint",
+        ),
+    ],
+)
+def test_training_inputs_that_are_missing(stores, override, expected):
+    with pytest.raises(UserError) as caught:
+        check_training_inputs(make(*stores, override))
+    assert expected in str(caught.value)

@@ -1,0 +1,194 @@
+"""The FASTA reader: what is FASTA is read as written, everything else is one line naming the place."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from pathlib import Path
+
+import dnaio
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from esm2mega.data import fasta
+from esm2mega.data.fasta import FastaReader, FastaRecord, total_bytes
+from esm2mega.errors import UserError
+
+
+def write(tmp_path: Path, content: bytes, name: str = "in.fasta") -> Path:
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+def read(tmp_path: Path, content: bytes) -> list[FastaRecord]:
+    return list(FastaReader(write(tmp_path, content)))
+
+
+def message(tmp_path: Path, content: bytes) -> str:
+    """The error of reading `content`, without the directory, after checking that it is one line."""
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as caught:
+        list(FastaReader(path))
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith(str(path))
+    return text.removeprefix(f"{path.parent}/")
+
+
+EXPECTED = [FastaRecord("a", b"MKTL", 1), FastaRecord("b", b"ACdef*-.", 4)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b">a first\nMK\nTL\n>b\nACdef*-.\n",
+        b">a first\nMK\nTL\n>b\nACdef*-.",
+        b">a first\r\nMK\r\nTL\r\n>b\r\nACdef*-.\r\n",
+        b">a\tfirst > b\nM K\n\tTL \n>b\nACd ef*-.\n\n\n",
+        b"\xef\xbb\xbf>a first\nMK\nTL\n>b\nACdef*-.\n",
+        b">a \xe9 Latin-1 description\nMK\nTL\n>b\nACdef*-.\n",
+    ],
+    ids=["plain", "no final newline", "CRLF", "white space", "byte order mark", "any description"],
+)
+def test_records(tmp_path: Path, content: bytes) -> None:
+    assert read(tmp_path, content) == EXPECTED
+
+
+def test_blank_lines_count_as_lines(tmp_path: Path) -> None:
+    content = b"\n  \n>a\n\nMK\n\nTL\n\n>b\nAC\n"
+    assert read(tmp_path, content) == [FastaRecord("a", b"MKTL", 3), FastaRecord("b", b"AC", 9)]
+
+
+def test_duplicate_and_non_ascii_ids_are_kept(tmp_path: Path) -> None:
+    records = read(tmp_path, ">x\nM\n>x\nM\n>prot\u00e9ine\u2013\u03b1 d\nK\n".encode())
+    assert [record.id for record in records] == ["x", "x", "prot\u00e9ine\u2013\u03b1"]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 64])
+def test_block_borders_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    content = b"\n\n>a x\r\nMK\nTL\n\n>b\nACDEFG\n>c\nW"
+    whole = read(tmp_path, content)
+    monkeypatch.setattr(fasta, "_BLOCK_BYTES", block_bytes)
+    assert read(tmp_path, content) == whole
+    assert [(r.id, r.residues, r.line) for r in whole] == [
+        ("a", b"MKTL", 3),
+        ("b", b"ACDEFG", 7),
+        ("c", b"W", 9),
+    ]
+    assert FastaReader(tmp_path / "in.fasta").count_headers() == 3
+
+
+def test_gzip_is_recognised_by_content_and_hashed_as_it_lies_on_disk(tmp_path: Path) -> None:
+    members = gzip.compress(b">a first\nMK\nTL\n>b\nAC") + gzip.compress(b"def*-.\n")
+    path = write(tmp_path, members, "named_wrongly.fasta")
+    reader = FastaReader(path)
+    assert list(reader) == EXPECTED
+    assert reader.sha256 == hashlib.sha256(members).hexdigest()
+    assert reader.num_records == reader.count_headers() == 2
+
+
+def test_progress_counts_bytes_on_disk(tmp_path: Path) -> None:
+    class Count:
+        total = 0
+
+        def update(self, n: int) -> None:
+            self.total += n
+
+    plain = write(tmp_path, b">a\n" + b"MKTL" * 1000 + b"\n")
+    packed = write(tmp_path, gzip.compress(plain.read_bytes()), "a.gz")
+    progress = Count()
+    for path in (plain, packed):
+        list(FastaReader(path, progress))
+    assert progress.total == total_bytes([plain, packed]) == plain.stat().st_size + packed.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "in.fasta: no sequences in the file"),
+        (b"\n \r\n\n", "in.fasta: no sequences in the file"),
+        (b">a\nMK\n>b desc\n>c\nAC\n", "in.fasta:3: no sequence under the header of 'b'"),
+        (b">a\nMK\n>b desc\n \n\n", "in.fasta:3: no sequence under the header of 'b'"),
+        (b">only a header", "in.fasta:1: no sequence under the header of 'only'"),
+        (
+            b"\nid,sequence\na,MKTL\n",
+            "in.fasta:2: not FASTA: a record must start with '>' but this line starts 'id,",
+        ),
+        (b"MKTL", "in.fasta:1: not FASTA: a record must start with '>' but this line starts 'MKTL'"),
+        (b"@read\nACGT\n+\nIIII\n", "in.fasta:1: not FASTA"),
+        (b"; comment\n>a\nMK\n", "in.fasta:1: not FASTA"),
+        (b"\x7fELF\x02\x01\x00\x00\x00", "in.fasta: is a binary file"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "in.fasta: is a binary file"),
+        (">a\nMK\n".encode("utf-16"), "in.fasta: is a binary file"),
+        (b">a\x00\x01\x02\nMK\n", "in.fasta:1: the id 'a\\x00\\x01\\x02' holds unprintable characters"),
+        (b">a\nMK\n\x00\x01\n", "in.fasta:3: '\\x00' in the sequence of 'a' is no residue"),
+        (b">a\nMK\n>b\nAC\nD1\n", "in.fasta:5: '1' in the sequence of 'b' is no residue"),
+        (b">a\nMK>b\nAC\n", "in.fasta:2: '>' in the sequence of 'a' is no residue"),
+        (">a\nMK\nA\u00c5C\n".encode(), "in.fasta:3: '\u00c5' in the sequence of 'a' is no residue"),
+        (b">a\nMK\nA\xc5C\n", "in.fasta:3: '\ufffd' in the sequence of 'a' is no residue"),
+        (b">a\nMK\n>\nAC\n", "in.fasta:3: the header has no id"),
+        (b">a\nMK\n> b\nAC\n", "in.fasta:3: the header has no id"),
+        (b">a\nMK\n>prot\xe9ine\nAC\n", "in.fasta:3: the id b'prot\\xe9ine' is not UTF-8"),
+        (gzip.compress(b">a\nMK\n" * 1000)[:-20], "in.fasta: the gzip data ends early (truncated file)"),
+        (gzip.compress(b">a\nMK\n")[:-1], "in.fasta: the gzip data ends early (truncated file)"),
+        (gzip.compress(b""), "in.fasta: no sequences in the file"),
+        (b"\x1f\x8b" + b"no gzip at all", "in.fasta: damaged gzip data"),
+        (b"BZh91AY&SY", "in.fasta: is bzip2-compressed; decompress it first"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "in.fasta: is zstd-compressed; decompress it first"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, content: bytes, expected: str) -> None:
+    assert message(tmp_path, content).startswith(expected)
+
+
+def test_damaged_gzip_checksum(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(b">a\nMK\n"))
+    packed[-8] ^= 1
+    assert message(tmp_path, bytes(packed)).startswith("in.fasta: damaged gzip data")
+
+
+def test_missing_file_and_directory(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such FASTA file"):
+        FastaReader(tmp_path / "absent.fasta")
+    with pytest.raises(UserError, match="is a directory"):
+        FastaReader(tmp_path)
+
+
+ID = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=8)
+RESIDUES = st.text("ACDEFGHIKLMNPQRSTVWYXacdj*-.", min_size=1, max_size=90)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    records=st.lists(st.tuples(ID, RESIDUES), min_size=1, max_size=8),
+    width=st.integers(1, 60),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    block_bytes=st.integers(1, 40),
+)
+def test_any_records_survive_writing_and_reading(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    records: list[tuple[str, str]],
+    width: int,
+    newline: str,
+    block_bytes: int,
+) -> None:
+    lines = []
+    for name, residues in records:
+        lines += [f">{name} description"]
+        lines += [residues[i : i + width] for i in range(0, len(residues), width)]
+    monkeypatch.setattr(fasta, "_BLOCK_BYTES", block_bytes)
+    found = read(tmp_path, newline.join(lines).encode())
+    assert [(record.id, record.residues.decode()) for record in found] == records
+    assert [record.line for record in found] == [i for i, line in enumerate(lines, 1) if line.startswith(">")]
+
+
+def test_real_file_reads_as_with_dnaio(real_fasta: Path) -> None:
+    with dnaio.open(real_fasta) as reference:
+        expected = [(record.id, record.sequence) for record in reference]
+    reader = FastaReader(real_fasta)
+    assert [(record.id, record.residues.decode()) for record in reader] == expected
+    assert reader.num_records == reader.count_headers() == 8000

@@ -1,0 +1,160 @@
+"""The report shows the right numbers, needs no network, and refuses a run without records."""
+
+import base64
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from esm2mega.errors import UserError
+from esm2mega.report.log import JsonlLog
+from esm2mega.report.plot import _figure, plot_run, running_mean, summarise
+
+
+def train(step, loss=2.5, **more):
+    record = {
+        "kind": "train",
+        "step": step,
+        "loss": loss,
+        "lr": 1e-4,
+        "grad_norm": 0.5,
+        "tokens_per_second": 900.0 + step,
+    }
+    return {**record, "consumed_tokens": step * 4096, "pack_fill": 0.99, **more}
+
+
+def evaluation(step, loss, unigram=2.9):
+    return {
+        "kind": "eval",
+        "step": step,
+        "valid_loss": loss,
+        "valid_perplexity": math.exp(loss),
+        "unigram_loss": unigram,
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    run = tmp_path / "run <1>"
+    with JsonlLog(run / "log.jsonl") as log:
+        for step in range(10, 101, 10):
+            log.write(train(step, 3.0 - step / 200))
+            if step % 50 == 0:
+                log.write(evaluation(step, 3.0 - step / 200))
+    (run / "config.yaml").write_text(
+        "run_dir: r\nmodel:\n  size: tiny\noptim:\n  betas: [0.9, 0.98]\ninit_from: null\n"
+    )
+    return run
+
+
+class Resources(HTMLParser):
+    """Collects every attribute that could make a browser load something, and the visible text."""
+
+    def __init__(self):
+        super().__init__()
+        self.links, self.text, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [
+            value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")
+        ]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parse(path):
+    page = Resources()
+    page.feed(path.read_text())
+    return page
+
+
+def test_files_and_final_numbers(run_dir):
+    files = plot_run(run_dir)
+    assert (files.png, files.html) == (run_dir / "report.png", run_dir / "report.html")
+    assert files.png.read_bytes().startswith(b"\x89PNG\r\n")
+    assert files.summary["Validation loss"] == "2.5000 nats at step 100"
+    assert files.summary["Unigram baseline"] == "2.9000 nats"
+    assert files.summary["Against the baseline"] == "0.4000 nats below"
+    assert files.summary["Tokens consumed"] == "409,600"
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "config.yaml",
+        "log.jsonl",
+        "report.html",
+        "report.png",
+    ]
+
+
+def test_html_loads_nothing_and_holds_the_png_and_the_configuration(run_dir):
+    files = plot_run(run_dir)
+    page = parse(files.html)
+    (image,) = page.links
+    prefix = "data:image/png;base64,"
+    assert image.startswith(prefix)
+    assert base64.b64decode(image[len(prefix) :]) == files.png.read_bytes()
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"url\(|@import|https?:", files.html.read_text())
+    text = "".join(page.text)
+    for shown in ("model.size", "tiny", "optim.betas", "[0.9, 0.98]", "2.5000 nats at step 100", "run <1>"):
+        assert shown in text
+
+
+def test_the_baseline_is_dashed_and_labelled(run_dir):
+    figure = _figure("run", [train(10)], [evaluation(10, 2.4, unigram=2.875)])
+    loss, *panels = figure.axes
+    lines = {line.get_label(): line for line in loss.get_lines()}
+    baseline = lines["unigram baseline (2.875)"]
+    assert baseline.is_dashed()
+    assert list(baseline.get_ydata()) == [2.875, 2.875]
+    assert list(lines["validation"].get_ydata()) == [2.4]
+    assert [panel.get_title(loc="left").split(" (")[0] for panel in panels] == [
+        "Learning rate", "Gradient norm before clipping", "Throughput",
+    ]  # fmt: skip
+    assert all(axes.get_xlabel() == "optimizer step" for axes in figure.axes)
+
+
+def test_long_runs_get_a_running_mean(run_dir):
+    figure = _figure("run", [train(step) for step in range(200)], [])
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["training (mean of 5 records)"]
+
+
+def test_running_mean_looks_back_only():
+    assert running_mean([1.0, 2.0, 3.0, 10.0], 2) == [1.0, 1.5, 2.5, 6.5]
+
+
+def test_best_is_not_last_and_above_the_baseline_is_said():
+    rows = summarise([], [evaluation(10, 2.7), evaluation(20, 3.0)])
+    assert rows["Best validation loss"] == "2.7000 nats at step 10"
+    assert rows["Validation loss"] == "3.0000 nats at step 20"
+    assert rows["Against the baseline"] == "0.1000 nats above"
+
+
+@pytest.mark.parametrize(
+    "records",
+    [[train(10)], [evaluation(10, 2.5)], [train(10, None), train(20, 2.0)], [{"kind": "train", "step": 1}]],
+    ids=["no evaluation", "no training", "diverged", "no numbers"],
+)
+def test_partial_logs_are_drawn(records, tmp_path):
+    with JsonlLog(tmp_path / "log.jsonl") as log:
+        for record in records:
+            log.write(record)
+    assert plot_run(tmp_path).png.stat().st_size > 10_000
+
+
+def test_diverged_records_are_counted():
+    assert (
+        summarise([train(10, None), train(20)], [])["Records without a finite loss"]
+        == "1 (the run diverged there)"
+    )
+
+
+def test_no_log_and_empty_log(tmp_path):
+    with pytest.raises(UserError, match="no log at"):
+        plot_run(tmp_path)
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(UserError, match="holds no training or evaluation record yet"):
+        plot_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
