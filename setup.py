@@ -22,7 +22,7 @@ REQUIRED = [
     "safetensors>=0.4",
     "tokenizers>=0.19",
     "psutil>=5.9",  # megatron-core imports it when a checkpoint is saved, without requiring it
-    "dnaio>=1.2",
+    "biopython>=1.84",
     "click>=8.2",
     "rich>=13.7",
     "matplotlib>=3.8",
@@ -33,6 +33,7 @@ DEV = [
     # References that the parity tests compare with.
     "transformers>=5.23",
     "fair-esm==2.0.0",
+    "dnaio>=1.2",
     "scipy>=1.11",
     "scikit-learn>=1.4",
     # Tests.

@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -229,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after the program name; None takes them from the process.
     """
     options = _Options()
+    # Megatron-Core warns at import about each optional package that is absent; `esm2mega doctor` says that once.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
         # Not standalone: click would print its own multi-line usage errors and exit by itself.
         code = cli.main(

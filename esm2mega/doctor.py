@@ -20,7 +20,7 @@ OK, MISSING, FAILED = "ok", "missing", "FAILED"
 COLLECTIVE_SECONDS = 60.0
 FREE_GIB = 1.0
 
-REQUIRED = ("torch", "megatron-core", "numpy", "omegaconf", "safetensors", "dnaio")
+REQUIRED = ("torch", "megatron-core", "numpy", "omegaconf", "safetensors", "biopython")
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,16 @@ Say = Callable[[str], None]
 print_line: Say = partial(print, flush=True)
 
 PROCESSES = 2
-STEPS = 500
-VALID_SIZE = 160
-FAMILIES, MEMBERS = 40, 50
+STEPS = 1200
+VALID_SIZE = 120
+FAMILIES, MEMBERS = 16, 125
 # Domain-sized proteins of close families: enough structure per residue for a small model to learn in minutes.
 # Validation proteins are members of families that training has seen, which no validation protein itself is
 # part of.
-FAMILY = FamilySpec(median_length=130, length_sigma=0.3, min_length=70, max_length=220)
+FAMILY = FamilySpec(median_length=110, length_sigma=0.3, min_length=60, max_length=220)
 LAST_LINES = 8
+PREFIX = "esm2mega: "
+"""How every command begins a line about its own end."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,12 @@ def pretrain_overrides(store: Path, run_dir: Path, seed: int, steps: int) -> lis
         "data.train": store / "train",
         "data.valid": store / "valid",
         "data.max_seq_length": 256,
-        "train.micro_batch_tokens": 2048,
-        "train.global_batch_tokens": 2048,
+        "train.micro_batch_tokens": 1024,
+        "train.global_batch_tokens": 1024,
         "train.max_steps": steps,
-        "train.eval_every": max(1, steps // 5),
-        "train.log_every": max(1, steps // 50),
-        "optim.lr": 2e-3,
+        "train.eval_every": max(1, steps // 10),
+        "train.log_every": max(1, steps // 150),
+        "optim.lr": 1e-3,
         "schedule.warmup_steps": steps // 10,
     }
     return [f"{key}={value}" for key, value in settings.items()]
@@ -251,5 +253,7 @@ def run_step(name: str, command: Sequence[str], say: Say) -> None:
     if code != 0:
         kind = UserError if code == UserError.exit_code else MachineError
         # What the command itself said is better than the traceback that the launcher prints after it.
-        reasons = [line for line in said if "esm2mega: " in line][-LAST_LINES:] or said[-LAST_LINES:]
-        raise kind(f"{name} failed with exit code {code}; its last lines:\n" + "\n".join(reasons))
+        reasons = [line.removeprefix(PREFIX) for line in said if line.startswith(PREFIX)]
+        if reasons:
+            raise kind(f"{name} failed with exit code {code}: {reasons[-1]}")
+        raise kind("\n".join([f"{name} failed with exit code {code}; its last lines:", *said[-LAST_LINES:]]))

@@ -25,7 +25,7 @@ class RankResult:
 
 
 class RanksFailed(AssertionError):
-    """A rank ended badly or the time ran out; the message holds the first failing rank's output."""
+    """A rank ended badly or the time ran out; the message holds every rank's last output."""
 
 
 def free_port() -> int:
@@ -95,9 +95,10 @@ def end_ranks(processes: Sequence[subprocess.Popen[str]]) -> None:
 
 
 def run_ranks(arguments: Sequence[str], world_size: int, folder: Path, timeout: float = 180) -> list[RankResult]:
-    """Run all ranks to the end; any failure is `RanksFailed` with the first failing rank's words."""
+    """Run all ranks to the end; any failure is `RanksFailed` with every rank's code and last words."""
     results = wait_ranks(start_ranks(arguments, world_size, folder), folder, timeout)
-    for rank, result in enumerate(results):
-        if result.returncode != 0:
-            raise RanksFailed(f"rank {rank} of {world_size} ended with {result.returncode}:\n{result.stderr[-4000:]}")
+    if any(result.returncode for result in results):
+        # Only one rank reports an error, and it need not be the first.
+        ends = (f"rank {rank}: code {r.returncode}\n{r.stderr[-3000:]}" for rank, r in enumerate(results))
+        raise RanksFailed("\n".join(ends))
     return results

@@ -14,10 +14,7 @@ from esm2mega.errors import UserError
 
 # Exact names: a whole module would let a pickle call any function in it.
 _ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
     ("torch", "Size"),
-    ("torch._C", "_get_privateuse_name"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
     ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
@@ -27,9 +24,13 @@ _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", "TensorProperties"),
     ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.planner", "SavePlan"),
+    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
+    ("torch.distributed.checkpoint.planner", "WriteItem"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
     ("torch.serialization", "_get_layout"),
 }
-_DTYPES = "bfloat16 float16 float32 float64 int8 int16 int32 int64 uint8 bool float half double".split()
+_DTYPES = ("bfloat16", "float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
 
 
 class _AllowList(pickle.Unpickler):

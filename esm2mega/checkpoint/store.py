@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
@@ -99,10 +101,48 @@ def load_training_state(checkpoint: Path, model: Sequence[Any], optimizer: Megat
     Raises:
         UserError: Missing, unexpected or unreadable tensors.
     """
+    _make_loadable(optimizer)
     wanted = _sharded_state(model, optimizer, is_loading=True)
     loaded = _load(checkpoint, wanted, StrictHandling.RAISE_ALL)
     _put_weights(model, loaded)
-    optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(optimizer, loaded["optimizer"])
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    optimizer.load_state_dict(state)
+    for part in _sharded_torch_adams(optimizer):
+        for own in part.optimizer.state.values():
+            # Loading gave every parameter the same tensor, which each of them would then count up.
+            own["step"] = own["step"].clone()
+
+
+def _make_loadable(optimizer: MegatronOptimizer) -> None:
+    """Let Megatron-Core's sharded optimizer load into PyTorch's Adam, which keeps its step count among the tensors.
+
+    Two places assume the fused Adams of apex or Transformer Engine, which do not: the step count is read from a state that
+    does not exist before the first step, and the count is expected among the loaded tensors, where it is not.
+    """
+    for part in _sharded_torch_adams(optimizer):
+        for parameter in part.get_parameters():
+            state = part.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        part._set_main_param_and_optimizer_states = partial(
+            _set_states, part, type(part)._set_main_param_and_optimizer_states
+        )
+
+
+def _set_states(
+    part: Any, original: Callable[..., None], model_parameter: torch.Tensor, tensors: dict[str, torch.Tensor]
+) -> None:
+    original(part, model_parameter, {**part._get_main_param_and_optimizer_states(model_parameter), **tensors})
+
+
+def _sharded_torch_adams(optimizer: MegatronOptimizer) -> list[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [p for p in parts if isinstance(p, DistributedOptimizer) and isinstance(p.optimizer, torch.optim.AdamW)]
 
 
 def load_weights(checkpoint: Path, model: Sequence[Any]) -> None:

@@ -6,8 +6,10 @@ line ends and a missing newline at the end are fine. A residue is an ASCII lette
 other character is an error, as is a record without residues: dropping or guessing would silently shift what
 belongs to which residue.
 
-Records and letters are cut out by bytes methods on blocks, so the cost per residue is that of C loops. The
-readers of other packages know no line numbers, refuse ids outside ASCII or skip lines without a word.
+Biopython's `SimpleFastaParser` does the parsing. It knows no line numbers, skips text in front of the first
+record and drops control characters at line ends. So the text handle it reads counts the lines, for messages
+that name one, and looks for characters that are no residues. The parser takes line by line: when it yields a
+record, the last line it took is the next header.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import re
 import string
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from Bio.SeqIO.FastaIO import SimpleFastaParser
 
 from esm2mega.errors import UserError
 
@@ -29,9 +34,7 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 1 << 20
 _WHITE_SPACE = b" \t\r\n\v\f"
-_RESIDUE_BYTES = string.ascii_letters.encode() + b"*-."
-_NOT_A_RESIDUE = re.compile(rb"[^" + re.escape(_RESIDUE_BYTES + _WHITE_SPACE) + rb"]")
-_BLANK_LINES = re.compile(rb"(?:[ \t\r\v\f]*\n)*")
+_SEQUENCE_BYTES = string.ascii_letters.encode() + b"*-." + _WHITE_SPACE
 _UTF8_MARK = b"\xef\xbb\xbf"
 _OTHER_COMPRESSION = {
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -72,6 +75,25 @@ class _TrackedFile(io.FileIO):
         return count
 
 
+class _CountedLines:
+    """The parser's text handle: `number` of the last line taken; `stray`: line and first non-residue."""
+
+    def __init__(self, header: bytes, number: int, stream: Iterable[bytes]) -> None:
+        self._lines = chain([header], stream)
+        self.number = number - 1
+        self.stray: tuple[int, str] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """Goes on where the last iteration ended: the parser loops to the first header, then again."""
+        for line in self._lines:
+            self.number += 1
+            if line[:1] != b">" and (stray := line.translate(None, _SEQUENCE_BYTES)) and not self.stray:
+                # A character outside ASCII is up to four bytes; show it whole where it is valid UTF-8.
+                self.stray = self.number, stray[:4].decode("utf-8", errors="replace")[0]
+            # Other bytes than ASCII become surrogates, which the parser does not take for white space.
+            yield line.decode("ascii", "surrogateescape")
+
+
 class FastaReader:
     """Iterates over the records of one FASTA file; `sha256` and `num_records` are known afterwards."""
 
@@ -95,50 +117,49 @@ class FastaReader:
 
     def __iter__(self) -> Iterator[FastaRecord]:
         """Yields the records in file order; raises UserError at the first thing that is not FASTA."""
-        line = 1
-        pending = bytearray()  # from the start of a record to the end of what has been read
-        started = False
-        for block in self._blocks():
-            # The last byte seen may be the newline in front of this block's first ">".
-            seen = max(0, len(pending) - 1) if started else 0
-            pending += block
-            if not started:
-                line += self._skip_blank_lines(pending)
-                started = self._check_start(pending, line)
-            cut = pending.rfind(b"\n>", seen)
-            if cut < 0 or not started:
-                continue
-            for text in bytes(pending[1:cut]).split(b"\n>"):
-                yield self._parse(text, line)
-                line += text.count(b"\n") + 1
-            del pending[: cut + 1]
-        if not pending.strip(_WHITE_SPACE):
-            raise UserError(f"{self.path}: no sequences in the file; give a FASTA file with `>id` records")
-        if not started:  # a single unfinished line, too short for the check above
-            self._check_start(pending + b"\n", line)
-        yield self._parse(bytes(pending[1:]), line)
+        with self._opened() as stream:
+            header, line = self._first_header(stream)
+            lines = _CountedLines(header, line, stream)
+            for title, sequence in SimpleFastaParser(lines):
+                name = self._parse_id(title.encode("ascii", "surrogateescape"), line)
+                if lines.stray:
+                    place, shown = lines.stray
+                    raise UserError(
+                        f"{self.path}:{place}: {shown!r} in the sequence of {name!r} is no residue "
+                        "(letters and '*-.' are)"
+                    )
+                residues = sequence.encode().translate(None, _WHITE_SPACE)
+                if not residues:
+                    raise UserError(
+                        f"{self.path}:{line}: no sequence under the header of {name!r}; "
+                        "remove or complete the record"
+                    )
+                self.num_records += 1
+                yield FastaRecord(name, residues, line)
+                line = lines.number
 
     def count_headers(self) -> int:
         """Counts the records in a full pass over the file, without looking into them."""
         count = 0
         last = b"\n"
-        for block in self._blocks():
-            count += (last + block).count(b"\n>")
-            last = block[-1:]
+        with self._opened() as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                count += (last + block).count(b"\n>")
+                last = block[-1:]
         return count
 
-    def _blocks(self) -> Iterator[bytes]:
-        """Yields the decompressed content in blocks; sets `sha256` at the end."""
+    @contextmanager
+    def _opened(self) -> Iterator[io.BufferedReader[Any]]:
+        """The decompressed content behind any byte order mark; sets `sha256` once it was read to the end."""
         try:
             with (
                 _TrackedFile(self.path, self._progress) as raw,
                 io.BufferedReader(raw, _BLOCK_BYTES) as buffered,
             ):
                 stream = self._decompressed(buffered)
-                block = stream.read(_BLOCK_BYTES).removeprefix(_UTF8_MARK)
-                while block:
-                    yield block
-                    block = stream.read(_BLOCK_BYTES)
+                if stream.peek(3).startswith(_UTF8_MARK):
+                    stream.read(3)
+                yield stream
                 self.sha256 = raw.sha256.hexdigest()
         except EOFError:
             raise UserError(
@@ -149,51 +170,32 @@ class FastaReader:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from None
 
-    def _decompressed(self, buffered: io.BufferedReader[_TrackedFile]) -> BinaryIO:
+    def _decompressed(self, buffered: io.BufferedReader[Any]) -> io.BufferedReader[Any]:
         magic = buffered.peek(8)
         if magic.startswith(b"\x1f\x8b"):
-            return cast(BinaryIO, gzip.GzipFile(fileobj=buffered))
+            return io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BLOCK_BYTES)
         for prefix, name in _OTHER_COMPRESSION.items():
             if magic.startswith(prefix):
                 raise UserError(
                     f"{self.path}: is {name}-compressed; decompress it first (gzip and plain text are read)"
                 )
-        return cast(BinaryIO, buffered)
+        return buffered
 
-    def _skip_blank_lines(self, pending: bytearray) -> int:
-        """Removes leading blank lines in place and returns how many there were."""
-        blank = _BLANK_LINES.match(pending)
-        assert blank is not None  # the pattern matches the empty string
-        removed = blank.group()
-        del pending[: len(removed)]
-        return removed.count(b"\n")
-
-    def _check_start(self, pending: bytearray, line: int) -> bool:
-        """True when a record starts here, False when more bytes are needed to tell."""
-        if pending.startswith(b">"):
-            return True
-        if b"\0" in pending:
+    def _first_header(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
+        """Skips blank lines; returns the first header and its line number."""
+        line = 1
+        while (start := stream.readline(_BLOCK_BYTES)).isspace():
+            line += start.endswith(b"\n")
+        if not start:
+            raise UserError(f"{self.path}: no sequences in the file; give a FASTA file with `>id` records")
+        if start.startswith(b">"):
+            return start if start.endswith(b"\n") else start + stream.readline(), line
+        if b"\0" in start + stream.peek():
             raise UserError(f"{self.path}: is a binary file, not FASTA text")
-        if b"\n" not in pending and len(pending) < _BLOCK_BYTES:
-            return False
-        start = bytes(pending[:30]).split(b"\n")[0].decode("utf-8", errors="replace")
+        shown = start[:30].removesuffix(b"\n").decode("utf-8", errors="replace")
         raise UserError(
-            f"{self.path}:{line}: not FASTA: a record must start with '>' but this line starts {start!r}"
+            f"{self.path}:{line}: not FASTA: a record must start with '>' but this line starts {shown!r}"
         )
-
-    def _parse(self, text: bytes, line: int) -> FastaRecord:
-        """Parses one record given without its `>`."""
-        header, _, body = text.partition(b"\n")
-        name = self._parse_id(header, line)
-        if body.translate(None, _RESIDUE_BYTES + _WHITE_SPACE):
-            self._raise_stray_character(name, body, line)
-        residues = body.translate(None, _WHITE_SPACE)
-        if not residues:
-            raise UserError(
-                f"{self.path}:{line}: no sequence under the header of {name!r}; remove or complete the record"
-            )
-        self.num_records += 1
-        return FastaRecord(name, residues, line)
 
     def _parse_id(self, header: bytes, line: int) -> str:
         words = header.split(None, 1)
@@ -210,16 +212,6 @@ class FastaReader:
                 f"{self.path}:{line}: the id {name[:60]!r} holds unprintable characters; is this FASTA?"
             )
         return name
-
-    def _raise_stray_character(self, name: str, body: bytes, header_line: int) -> None:
-        stray = _NOT_A_RESIDUE.search(body)
-        assert stray is not None  # the caller found one
-        line = header_line + 1 + body.count(b"\n", 0, stray.start())
-        # A character outside ASCII is up to four bytes; show it whole where it is valid UTF-8.
-        shown = body[stray.start() : stray.start() + 4].decode("utf-8", errors="replace")[0]
-        raise UserError(
-            f"{self.path}:{line}: {shown!r} in the sequence of {name!r} is no residue (letters and '*-.' are)"
-        )
 
 
 def total_bytes(paths: Sequence[str | Path]) -> int:

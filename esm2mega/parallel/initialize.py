@@ -14,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.parallel import cpu, kernels
+from esm2mega.parallel.errors import claim_error_report
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,6 @@ class Ranks:
     def speaks(self) -> bool:
         """Whether this process writes logs, prints and shows progress: global rank 0, alone."""
         return self.rank == 0
-
-
-def world_size_from_environment() -> int:
-    """Number of processes that torchrun or Slurm announced through ``WORLD_SIZE``; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -85,6 +81,10 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
             dp_size=parallel_state.get_data_parallel_world_size(),
             device=device,
         )
+    except BaseException as error:
+        # The question which rank reports can only be asked while the ranks still know each other.
+        error.claimed_report = claim_error_report()  # type: ignore[attr-defined]
+        raise
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -19,12 +19,12 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import Run
-from esm2mega.config.validate import validate
+from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.data.loader import BatchSpec, EvalPacks, PackedBatch
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import MachineError
 from esm2mega.model.build import build_model
-from esm2mega.parallel.initialize import Ranks, process_groups, world_size_from_environment
+from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import Progress
 from esm2mega.train.losses import LossReduction, MLMLossReduction
 from esm2mega.train.step import run_schedule

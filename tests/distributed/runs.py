@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from esm2mega.checkpoint.layout import step_dir
+from esm2mega.checkpoint.tensors import TensorReader
 from tests.ranks import run_ranks
 
 # L, H, A, F, d = 4, 48, 6, 104, 8: all different, and divisible as TP 2 and PP 2 and 4 need.
@@ -53,8 +51,8 @@ class Outcome:
     grad_norms: list[float]
 
     def weights(self, step: int) -> dict[str, torch.Tensor]:
-        """Full tensors of the model in a checkpoint, read without Megatron-Core."""
-        tensors = full_tensors(self.run_dir / "checkpoints" / f"step_{step:08d}" / "model")
+        """Full tensors of the model in a checkpoint."""
+        tensors = full_tensors(step_dir(self.run_dir, step))
         return {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
 
 
@@ -72,22 +70,7 @@ def outcome(run_dir: Path) -> Outcome:
     return Outcome(run_dir, [r["loss"] for r in records], [r["grad_norm"] for r in records])
 
 
-def full_tensors(model_dir: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a distributed checkpoint, whole."""
-    metadata = FileSystemReader(model_dir).read_metadata()
-    state: STATE_DICT_TYPE = {}
-    _load_state_dict(
-        state, FileSystemReader(model_dir), planner=_EmptyStateDictLoadPlanner(), no_dist=True
-    )
-    kept = {k for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-    return {name: value for name, value in _flat(state).items() if name in kept}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, torch.Tensor):
-            flat[f"{prefix}{name}"] = value
-    return flat
+def full_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, optimizer included."""
+    reader = TensorReader(checkpoint)
+    return {name: reader.read(name) for name in reader.index}

@@ -108,11 +108,10 @@ def test_output_of_a_step_is_passed_on(tmp_path):
 @pytest.mark.parametrize(("code", "kind"), [(2, UserError), (1, MachineError), (9, MachineError)])
 def test_a_failed_step_ends_with_what_the_command_said(code, kind):
     script = f"import sys; print('esm2mega: error: bad input'); print('launcher noise'); sys.exit({code})"
-    with pytest.raises(UserError, match=f"prepare failed with exit code {code}") as failure:
+    with pytest.raises(UserError) as failure:
         run_step("prepare", [sys.executable, "-c", script], lambda line: None)
     assert type(failure.value) is kind
-    assert "esm2mega: error: bad input" in str(failure.value)
-    assert "noise" not in str(failure.value)
+    assert str(failure.value) == f"prepare failed with exit code {code}: error: bad input"
 
 
 def test_a_failure_without_a_message_of_ours_shows_the_last_lines():

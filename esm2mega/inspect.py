@@ -1,0 +1,81 @@
+"""What a path holds: a token store, a run, or a checkpoint with every tensor and its checksum."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from esm2mega.errors import UserError
+
+_OPTIMIZER = "optimizer."
+
+
+def inspect_path(path: str | Path) -> str:
+    """Describe `path` in lines for a reader.
+
+    Raises:
+        UserError: It is neither a token store nor a run nor a checkpoint, or it is damaged.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{path}: no such directory; give a token store, a run directory or a checkpoint")
+    if (directory / "manifest.json").is_file():
+        return "\n".join(_store_lines(directory))
+    return "\n".join(_checkpoint_lines(directory))
+
+
+def _store_lines(directory: Path) -> Iterator[str]:
+    from esm2mega.data.store import TokenStore
+    from esm2mega.data.tokenizer import VOCAB
+
+    store = TokenStore(directory)
+    store.verify()
+    yield f"token store {directory} (format {store.manifest['format_version']}, checksums hold)"
+    yield f"{len(store):,} sequences, {int(store.lengths.sum()):,} residues"
+    if len(store):
+        yield f"lengths {store.lengths.min():,} to {store.lengths.max():,}, mean {store.lengths.mean():.1f} residues"
+    for source in store.manifest["sources"]:
+        yield f"source {source['name']}  sha256 {source['sha256']}"
+    total = max(int(store.token_counts.sum()), 1)
+    counted = [(VOCAB[token], count) for token, count in enumerate(store.token_counts.tolist()) if count]
+    for token, count in sorted(counted, key=lambda pair: -pair[1]):
+        yield f"  {token:<8} {count:>16,}  {100 * count / total:6.3f} %"
+    yield f"tokenizer {store.manifest['tokenizer_hash']}"
+
+
+def _checkpoint_lines(directory: Path) -> Iterator[str]:
+    import torch
+
+    from esm2mega.checkpoint import layout
+    from esm2mega.checkpoint.tensors import TensorReader
+    from esm2mega.config.presets import shape_of
+
+    checkpoint = layout.resolve_checkpoint(directory)
+    run, state = layout.read_config(checkpoint), layout.read_state(checkpoint)
+    shape, reader = shape_of(run.model), TensorReader(checkpoint)
+    yield f"checkpoint {checkpoint} (format {state['format_version']}, esm2mega {state['esm2mega_version']})"
+    yield (
+        f"model {run.model.size or 'own shape'}: {shape.num_layers} layers, hidden {shape.hidden_size}, "
+        f"{shape.num_attention_heads} heads, FFN {shape.ffn_hidden_size}, {run.model.precision}"
+    )
+    loss = "not evaluated" if state["valid_loss"] is None else f"{state['valid_loss']:.4f}"
+    data = state["data"]
+    yield (
+        f"step {state['step']:,}, {data['consumed_samples']:,} samples, {data['consumed_tokens']:,} tokens, "
+        f"validation loss {loss}"
+    )
+    if len(others := layout.find_checkpoints(checkpoint.parent.parent)[0]) > 1:
+        yield f"checkpoints of the run: {', '.join(p.name for p in others)}"
+    whole = hashlib.sha256()
+    for name, info in reader.index.items():
+        if name.startswith(_OPTIMIZER):
+            continue
+        # As bytes: numpy has no bfloat16.
+        digest = hashlib.sha256(reader.read(name).flatten().view(torch.uint8).numpy()).hexdigest()
+        whole.update(f"{name} {digest}\n".encode())
+        yield f"  {name:<58} {str(info.dtype).removeprefix('torch.'):<9} {list(info.shape)!s:<18} {digest[:16]}"
+    yield f"weights sha256 {whole.hexdigest()}"
+    optimizer = [info for name, info in reader.index.items() if name.startswith(_OPTIMIZER)]
+    if optimizer:
+        yield f"optimizer: {len(optimizer)} tensors, {sum(i.num_bytes for i in optimizer) / 1e9:.3f} GB"

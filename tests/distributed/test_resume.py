@@ -1,0 +1,118 @@
+"""A killed run goes on as if nothing had happened, at the same layout bit by bit, and at another on the same curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.runs import SETTINGS, Outcome, full_tensors, outcome, train
+from tests.distributed.test_layouts import DISTRIBUTED_OPTIMIZER, PP, SP, TOLERANCE, TP
+from tests.ranks import end_ranks, start_ranks
+
+pytestmark = pytest.mark.distributed
+
+STEPS = {"train.max_steps": 10, "checkpoint.save_every": 5, "checkpoint.keep_last": 5, "train.eval_every": 5}
+# Fields of a record that are times, not results.
+CLOCK = ("tokens_per_second", "step_time", "memory_gb")
+
+
+def settings(store: Path) -> dict[str, Any]:
+    return {**STEPS, "data.valid": str(store.parent / "valid")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Outcome:
+    return train(tmp_path_factory.mktemp("unbroken") / "run", store, settings(store))
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in CLOCK} for record in lines]
+
+
+def back_to_step_5(run_dir: Path, target: Path) -> Path:
+    """A copy of a run as a crash after step 5 would have left it: later checkpoints gone, later log lines there."""
+    shutil.copytree(run_dir, target)
+    shutil.rmtree(target / "checkpoints" / "step_00000010")
+    return target
+
+
+def test_kill_and_resume_is_bit_identical(unbroken: Outcome, store: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["-m", "esm2mega", "pretrain", f"run_dir={run_dir}", f"data.train={store}", *SETTINGS]
+    arguments += [f"{key}={value}" for key, value in settings(store).items()]
+    (process,) = start_ranks(arguments, 1, tmp_path / "killed")
+    try:
+        complete = run_dir / "checkpoints" / "step_00000005" / "COMPLETE"
+        deadline = time.monotonic() + 120
+        while not complete.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert complete.exists(), (tmp_path / "killed" / "rank0.err").read_text()
+        os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        end_ranks([process])
+    assert not (run_dir / "checkpoints" / "step_00000010").exists(), "the run was too fast to be killed between"
+    resumed = train(run_dir, store, settings(store))
+    assert records(run_dir) == records(unbroken.run_dir)
+    assert resumed.losses == unbroken.losses
+    expected = full_tensors(unbroken.run_dir / "checkpoints" / "step_00000010")
+    actual = full_tensors(run_dir / "checkpoints" / "step_00000010")
+    assert actual.keys() == expected.keys()
+    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in expected)
+    assert [name for name, value in expected.items() if not torch.equal(actual[name], value)] == []
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(2, {TP: 2, SP: True}), (2, {PP: 2}), (4, {TP: 2})],
+    ids=["TP2+SP", "PP2", "TP2xDP2"],
+)
+def test_resume_at_another_layout(
+    unbroken: Outcome, store: Path, tmp_path: Path, world_size: int, layout: dict[str, Any]
+) -> None:
+    run_dir = back_to_step_5(unbroken.run_dir, tmp_path / "run")
+    train(run_dir, store, {**settings(store), **layout}, world_size)
+    resumed = outcome(run_dir)
+    assert len(resumed.losses) == 10
+    assert max(abs(a - b) / b for a, b in zip(resumed.losses, unbroken.losses, strict=True)) <= TOLERANCE.fp32_curve
+    assert (
+        max(abs(a - b) / b for a, b in zip(resumed.grad_norms, unbroken.grad_norms, strict=True)) <= TOLERANCE.fp32_curve
+    )
+
+
+def test_resume_distributed_optimizer_at_another_data_parallel_size(store: Path, tmp_path: Path) -> None:
+    sharded = {**settings(store), DISTRIBUTED_OPTIMIZER: True}
+    whole = train(tmp_path / "whole", store, sharded, world_size=2)
+    run_dir = back_to_step_5(whole.run_dir, tmp_path / "run")
+    train(run_dir, store, {**sharded, TP: 2}, world_size=2)
+    resumed = outcome(run_dir)
+    assert max(abs(a - b) / b for a, b in zip(resumed.losses, whole.losses, strict=True)) <= TOLERANCE.fp32_curve
+
+
+def test_stop_signal_saves_and_exits_75(store: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["-m", "esm2mega", "pretrain", f"run_dir={run_dir}", f"data.train={store}", *SETTINGS]
+    arguments += ["train.max_steps=100000"]
+    processes = start_ranks(arguments, 2, tmp_path / "output")
+    try:
+        deadline = time.monotonic() + 120
+        log = run_dir / "log.jsonl"
+        while time.monotonic() < deadline and not (log.exists() and len(log.read_bytes().splitlines()) >= 2):
+            time.sleep(0.05)
+        # One rank alone gets the signal; both must stop.
+        processes[1].send_signal(signal.SIGUSR1)
+        codes = [process.wait(timeout=60) for process in processes]
+    finally:
+        end_ranks(processes)
+    assert codes == [75, 75], (tmp_path / "output" / "rank0.err").read_text()
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    last = records(run_dir)[-1]["step"]
+    assert saved.name == f"step_{last:08d}"
