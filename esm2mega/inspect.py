@@ -34,7 +34,8 @@ def _store_lines(directory: Path) -> Iterator[str]:
     yield f"token store {directory} (format {store.manifest['format_version']}, checksums hold)"
     yield f"{len(store):,} sequences, {int(store.lengths.sum()):,} residues"
     if len(store):
-        yield f"lengths {store.lengths.min():,} to {store.lengths.max():,}, mean {store.lengths.mean():.1f} residues"
+        low, high, mean = store.lengths.min(), store.lengths.max(), store.lengths.mean()
+        yield f"lengths {low:,} to {high:,}, mean {mean:.1f} residues"
     for source in store.manifest["sources"]:
         yield f"source {source['name']}  sha256 {source['sha256']}"
     total = max(int(store.token_counts.sum()), 1)
@@ -72,9 +73,10 @@ def _checkpoint_lines(directory: Path) -> Iterator[str]:
         if name.startswith(_OPTIMIZER):
             continue
         # As bytes: numpy has no bfloat16.
-        digest = hashlib.sha256(reader.read(name).flatten().view(torch.uint8).numpy()).hexdigest()
+        digest = hashlib.sha256(reader.read(name).flatten().view(torch.uint8).numpy().data).hexdigest()
         whole.update(f"{name} {digest}\n".encode())
-        yield f"  {name:<58} {str(info.dtype).removeprefix('torch.'):<9} {list(info.shape)!s:<18} {digest[:16]}"
+        dtype = str(info.dtype).removeprefix("torch.")
+        yield f"  {name:<58} {dtype:<9} {list(info.shape)!s:<18} {digest[:16]}"
     yield f"weights sha256 {whole.hexdigest()}"
     optimizer = [info for name, info in reader.index.items() if name.startswith(_OPTIMIZER)]
     if optimizer:

@@ -31,8 +31,7 @@ STEPS = 1200
 VALID_SIZE = 120
 FAMILIES, MEMBERS = 16, 125
 # Domain-sized proteins of close families: enough structure per residue for a small model to learn in minutes.
-# Validation proteins are members of families that training has seen, which no validation protein itself is
-# part of.
+# Validation proteins are unseen members of families that training has seen.
 FAMILY = FamilySpec(median_length=110, length_sigma=0.3, min_length=60, max_length=220)
 LAST_LINES = 8
 PREFIX = "esm2mega: "
@@ -152,10 +151,10 @@ def summary(result: QuickstartResult) -> str:
         + ["data.train=my_store/train", "data.valid=my_store/valid"]
     )
     return f"""
-Validation loss {result.valid_loss:.3f} nats per residue; a model that knows only residue frequencies has
-{result.unigram_loss:.3f}. The model is {abs(result.gain):.3f} nats {side} that baseline, on proteins it has
-not seen of families it has. Plot:       {result.plot} (open in a browser) and
-{result.plot.with_name(PNG_NAME).name} Checkpoint: {result.checkpoint}
+Validation loss {result.valid_loss:.3f} nats per residue; residue frequencies: {result.unigram_loss:.3f}.
+The model is {abs(result.gain):.3f} nats {side} that baseline, on unseen proteins of families it has seen.
+Plot:       {result.plot} (open it in a browser), {result.plot.with_name(PNG_NAME).name}
+Checkpoint: {result.checkpoint}
 
 Next, with your own proteins:
   esm2mega prepare fasta my_proteins.fasta.gz --out my_store --val-size 1000

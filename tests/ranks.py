@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -35,7 +36,9 @@ def free_port() -> int:
 
 
 def start_ranks(arguments: Sequence[str], world_size: int, folder: Path) -> list[subprocess.Popen[str]]:
-    """Start ``python arguments`` `world_size` times with the variables of torchrun; output goes to files in `folder`."""
+    """Start ``python arguments`` `world_size` times with the variables of torchrun; output goes to files in
+    `folder`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     processes = []
@@ -56,7 +59,12 @@ def start_ranks(arguments: Sequence[str], world_size: int, folder: Path) -> list
             }
         out, err = ((folder / f"rank{rank}.{name}").open("w") for name in ("out", "err"))
         process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=out, stderr=err, env=environment, start_new_session=True, text=True
+            [sys.executable, *arguments],
+            stdout=out,
+            stderr=err,
+            env=environment,
+            start_new_session=True,
+            text=True,
         )
         processes.append(process)
     return processes
@@ -87,14 +95,14 @@ def wait_ranks(processes: Sequence[subprocess.Popen[str]], folder: Path, timeout
 def end_ranks(processes: Sequence[subprocess.Popen[str]]) -> None:
     """End every process group that still lives, helpers of checkpoint saving included."""
     for process in processes:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 
-def run_ranks(arguments: Sequence[str], world_size: int, folder: Path, timeout: float = 180) -> list[RankResult]:
+def run_ranks(
+    arguments: Sequence[str], world_size: int, folder: Path, timeout: float = 180
+) -> list[RankResult]:
     """Run all ranks to the end; any failure is `RanksFailed` with every rank's code and last words."""
     results = wait_ranks(start_ranks(arguments, world_size, folder), folder, timeout)
     if any(result.returncode for result in results):

@@ -1,8 +1,8 @@
 """Names and completeness of checkpoint directories. Knows files, not tensors.
 
-``RUN_DIR/checkpoints/step_00000010/`` holds ``model/`` (Megatron-Core's distributed format), ``config.yaml`` (the run's
-configuration and its tokenizer), ``train_state.json`` and, written last, ``COMPLETE``. While it is being written the
-directory has another name; a directory without ``COMPLETE`` is not a checkpoint.
+``RUN_DIR/checkpoints/step_00000010/`` holds ``model/`` (Megatron-Core's distributed format), ``config.yaml``
+(the run's configuration and its tokenizer), ``train_state.json`` and, written last, ``COMPLETE``. While it is
+being written the directory has another name; a directory without ``COMPLETE`` is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ _NAME = re.compile(r"step_(\d{8})")
 
 
 def checkpoints_dir(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
     return Path(run_dir) / "checkpoints"
 
 
 def step_dir(run_dir: str | Path, step: int) -> Path:
+    """The name of the checkpoint after `step` optimizer steps."""
     return checkpoints_dir(run_dir) / f"step_{step:08d}"
 
 
@@ -45,6 +47,7 @@ def partial_dir(directory: Path) -> Path:
 
 
 def is_complete(directory: Path) -> bool:
+    """Whether everything was written before the process ended."""
     return (directory / COMPLETE).is_file()
 
 
@@ -56,7 +59,7 @@ def find_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[Path]]:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a user's path means: the directory itself, or the newest complete one of a run directory.
+    """The checkpoint that a user's path means: the directory itself, or the newest complete one of a run.
 
     Raises:
         UserError: There is none, or the one named was not completed.
@@ -71,8 +74,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if complete:
         return complete[-1]
     if (directory / MODEL).exists() or _NAME.fullmatch(directory.name):
-        raise UserError(f"{path}: not a complete checkpoint: the file {COMPLETE} is missing; use an earlier step_ directory")
-    raise UserError(f"{path}: holds no complete checkpoint (no step_XXXXXXXX/{COMPLETE}); give another directory")
+        raise UserError(
+            f"{path}: not a complete checkpoint: {COMPLETE} is missing; use an earlier step_ directory"
+        )
+    raise UserError(
+        f"{path}: holds no complete checkpoint (no step_XXXXXXXX/{COMPLETE}); give another directory"
+    )
 
 
 def write_description(directory: Path, run: Run, state: dict[str, Any]) -> None:
@@ -108,11 +115,15 @@ def read_config(checkpoint: Path) -> Run:
     """
     path = checkpoint / CONFIG
     try:
-        tokenizer = (yaml.safe_load(path.read_text()) or {}).get("tokenizer") or {}
+        tokenizer_hash = ((yaml.safe_load(path.read_text()) or {}).get("tokenizer") or {}).get("hash")
     except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}; the checkpoint is damaged") from error
-    if tokenizer.get("hash") != TOKENIZER_HASH:
-        raise UserError(f"{path}: made with another tokenizer ({tokenizer.get('hash')}); this version has {TOKENIZER_HASH}")
+        raise UserError(
+            f"{path}: cannot be read: {str(error).splitlines()[0]}; the checkpoint is damaged"
+        ) from error
+    if tokenizer_hash != TOKENIZER_HASH:
+        raise UserError(
+            f"{path}: made with another tokenizer ({tokenizer_hash}); this version has {TOKENIZER_HASH}"
+        )
     return run_from_yaml(path, ignore=("tokenizer",))
 
 
@@ -123,14 +134,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         state = json.loads(path.read_text())
         version = state["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the checkpoint is damaged, use an earlier one") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); the checkpoint is damaged, use an earlier one"
+        ) from error
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}, this esm2mega reads {FORMAT_VERSION}; use the version that wrote it")
+        raise UserError(
+            f"{path}: format version {version}, esm2mega reads {FORMAT_VERSION}; use the one that wrote it"
+        )
     return state
 
 
 def prune(run_dir: str | Path, keep_last: int, keep_best: int) -> list[Path]:
-    """Remove checkpoints that are neither among the newest `keep_last` nor the best `keep_best` by validation loss.
+    """Remove checkpoints neither among the newest `keep_last` nor the best `keep_best` by validation.
 
     Incomplete directories older than the newest checkpoint go too: nothing will ever read them.
 

@@ -1,7 +1,8 @@
 """Refuse checkpoint metadata that would run code when it is read.
 
-``torch.distributed.checkpoint`` stores its index, ``.metadata``, as a pickle and reads it without an allow-list. The file
-is therefore opened here first, under a list of the few classes that an honest index is made of.
+``torch.distributed.checkpoint`` stores its index, ``.metadata``, as a pickle and reads it without an
+allow-list. The file is therefore opened here first, under a list of the few classes that an honest index is
+made of.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
 
 from esm2mega.errors import UserError
 
@@ -33,11 +36,15 @@ _ALLOWED = {
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
 
 
+class _Refused(Exception):
+    """The file asks for a name that is not on the list."""
+
+
 class _AllowList(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPES):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        raise _Refused(f"{module}.{name}")
 
 
 def check_metadata(model_dir: Path) -> None:
@@ -45,10 +52,20 @@ def check_metadata(model_dir: Path) -> None:
     path = model_dir / ".metadata"
     try:
         with path.open("rb") as file:
-            _AllowList(file).load()
+            index = _AllowList(file).load()
+        if not isinstance(index, Metadata):
+            raise TypeError(f"a {type(index).__name__}")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); the checkpoint is damaged, use an earlier one") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused: it would load {error}; only tensor indices are allowed in it") from error
-    except (EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise UserError(f"{path}: not an index of tensors ({error}); the checkpoint is damaged, use an earlier one") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); the checkpoint is damaged, use an earlier one"
+        ) from error
+    except _Refused as error:
+        raise UserError(
+            f"{path}: refused: it would load {error}; only tensor indices are allowed in it"
+        ) from error
+    except Exception as error:
+        # Damaged bytes make a pickle ask for anything: memory, absent attributes, impossible sizes.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: not an index of tensors ({reason}); the checkpoint is damaged, use an earlier one"
+        ) from error

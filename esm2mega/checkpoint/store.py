@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import CheckpointException
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.metadata import check_metadata
@@ -30,6 +32,19 @@ _SHARDING = {
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
+
+# What Megatron-Core's and PyTorch's readers raise on files that are absent, cut or of another shape.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    CheckpointingException,
+    CheckpointException,
+)
 
 
 def save_checkpoint(
@@ -58,19 +73,28 @@ def save_checkpoint(
             (partial / layout.MODEL).mkdir(parents=True)
         _agree(failure)
         dist_checkpointing.save(
-            _sharded_state(model, optimizer, is_loading=False), str(partial / layout.MODEL), content_metadata=_SHARDING
+            _sharded_state(model, optimizer, is_loading=False),
+            str(partial / layout.MODEL),
+            content_metadata=_SHARDING,
         )
         if speaks:
             layout.write_description(partial, run, state)
             layout.complete(partial, directory)
-    except (OSError, CheckpointingException, RuntimeError, torch.distributed.checkpoint.CheckpointException) as error:
+    except (
+        OSError,
+        CheckpointingException,
+        RuntimeError,
+        CheckpointException,
+    ) as error:
         failure = error
     try:
         _agree(failure)
     except MachineError as error:
         if speaks:
             shutil.rmtree(partial, ignore_errors=True)
-        raise MachineError(f"{directory}: not saved: {error}; free space or choose another run_dir") from failure
+        raise MachineError(
+            f"{directory}: not saved: {error}; free space or choose another run_dir"
+        ) from failure
 
 
 def _agree(failure: BaseException | None) -> None:
@@ -96,7 +120,9 @@ def _reason(error: BaseException) -> str:
 
 
 def load_training_state(checkpoint: Path, model: Sequence[Any], optimizer: MegatronOptimizer) -> None:
-    """Restore weights and optimizer in place, whatever layout wrote them. Every tensor must be there, and no other.
+    """Restore weights and optimizer in place, whatever layout wrote them.
+
+    Every tensor must be there, and no other.
 
     Raises:
         UserError: Missing, unexpected or unreadable tensors.
@@ -117,10 +143,11 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
 
 
 def _make_loadable(optimizer: MegatronOptimizer) -> None:
-    """Let Megatron-Core's sharded optimizer load into PyTorch's Adam, which keeps its step count among the tensors.
+    """Let Megatron-Core's sharded optimizer load into PyTorch's Adam, whose step count is among the tensors.
 
-    Two places assume the fused Adams of apex or Transformer Engine, which do not: the step count is read from a state that
-    does not exist before the first step, and the count is expected among the loaded tensors, where it is not.
+    Two places assume the fused Adams of apex or Transformer Engine, which do not: the step count is read from
+    a state that does not exist before the first step, and the count is expected among the loaded tensors,
+    where it is not.
     """
     for part in _sharded_torch_adams(optimizer):
         for parameter in part.get_parameters():
@@ -142,7 +169,9 @@ def _set_states(
 
 def _sharded_torch_adams(optimizer: MegatronOptimizer) -> list[Any]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [p for p in parts if isinstance(p, DistributedOptimizer) and isinstance(p.optimizer, torch.optim.AdamW)]
+    return [
+        p for p in parts if isinstance(p, DistributedOptimizer) and isinstance(p.optimizer, torch.optim.AdamW)
+    ]
 
 
 def load_weights(checkpoint: Path, model: Sequence[Any]) -> None:
@@ -152,11 +181,13 @@ def load_weights(checkpoint: Path, model: Sequence[Any]) -> None:
         UserError: A weight is missing, or the checkpoint holds one that the model has no place for.
     """
     wanted = _sharded_state(model, None, is_loading=True)
-    loaded, missing, unexpected = _load(checkpoint, wanted, StrictHandling.RETURN_ALL)
+    # Megatron-Core speaks of the model's side: what it calls missing is in the checkpoint, and not asked for.
+    loaded, unexpected, missing = _load(checkpoint, wanted, StrictHandling.RETURN_ALL)
     unexpected = {key for key in unexpected if not key.startswith("optimizer.")}
     if missing or unexpected:
         raise UserError(
-            f"{checkpoint}: tensors do not fit the model: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+            f"{checkpoint}: tensors do not fit the model: missing {sorted(missing)}, "
+            f"unexpected {sorted(unexpected)}"
         )
     _put_weights(model, loaded)
 
@@ -166,7 +197,11 @@ def _load(checkpoint: Path, wanted: dict[str, Any], strict: StrictHandling) -> A
     check_metadata(model_dir)
     try:
         return dist_checkpointing.load(wanted, str(model_dir), strict=strict)
-    except (OSError, KeyError, CheckpointingException, torch.distributed.checkpoint.CheckpointException) as error:
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{model_dir}: common.pt is not a file of plain values; use an earlier checkpoint"
+        ) from error
+    except _UNREADABLE as error:
         logging.getLogger(__name__).debug("loading %s failed", model_dir, exc_info=error)
         raise UserError(f"{model_dir}: cannot be loaded into this model: {_reason(error)}") from error
 
@@ -176,11 +211,15 @@ def _put_weights(model: Sequence[Any], loaded: dict[str, Any]) -> None:
         chunk.load_state_dict(loaded[f"model{number}"])
 
 
-def _sharded_state(model: Sequence[Any], optimizer: MegatronOptimizer | None, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(
+    model: Sequence[Any], optimizer: MegatronOptimizer | None, is_loading: bool
+) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model{number}": chunk.sharded_state_dict(metadata=dict(_SHARDING))
         for number, chunk in enumerate(unwrap_model(list(model)))
     }
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(_SHARDING))
+        state["optimizer"] = optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=dict(_SHARDING)
+        )
     return state

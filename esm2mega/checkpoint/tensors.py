@@ -28,7 +28,9 @@ class TensorInfo:
 
 
 class TensorReader:
-    """Tensors of one checkpoint by name. Layers are stacked: axis 0 of ``encoder.layers.…`` is the layer number."""
+    """Tensors of one checkpoint by name. Layers are stacked: axis 0 of ``encoder.layers.…`` is the layer
+    number.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         """Args: checkpoint: a complete ``step_XXXXXXXX`` directory."""

@@ -1,6 +1,7 @@
 """Bidirectional self-attention over a pack: each sequence attends to itself and to nothing else.
 
-Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` heads, ``t`` tensor-parallel size, ``d`` head dimension.
+Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` heads, ``t`` tensor-parallel size, ``d`` head
+dimension.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float)
     """PyTorch's attention, one call per sequence. Any device, any dtype."""
     outputs = []
     # split, not slicing: the backward of a slice fills the whole tensor with zeros once per sequence.
-    for segment in zip(q.split(packed.seqlens), k.split(packed.seqlens), v.split(packed.seqlens), strict=True):
+    for segment in zip(
+        q.split(packed.seqlens), k.split(packed.seqlens), v.split(packed.seqlens), strict=True
+    ):
         # [l, n/t, d] -> [1, n/t, l, d]
         qs, ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in segment)
         out = scaled_dot_product_attention(qs, ks, vs, scale=scale)
@@ -41,7 +44,10 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: floa
     from torch.nn.attention.varlen import varlen_attn
 
     longest = packed.max_seqlen_q
-    return varlen_attn(q, k, v, packed.cu_seqlens_q, packed.cu_seqlens_kv, longest, longest, scale=scale)
+    borders = packed.cu_seqlens_q
+    attended = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale)
+    assert isinstance(attended, Tensor)  # a tuple only when further outputs are asked for
+    return attended
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float) -> Tensor:
@@ -78,7 +84,8 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
         return next(kernel for kernel in ("flash", "varlen", "sdpa") if usable[kernel])
     if not usable[name]:
         raise UserError(
-            f"model.attention_backend={name} needs CUDA, bf16 and its package; this is {device.type} with {dtype}: "
+            f"model.attention_backend={name} needs CUDA, bf16 and its package; "
+            f"this is {device.type} with {dtype}: "
             "set model.attention_backend=auto"
         )
     return name
@@ -94,7 +101,9 @@ def _installed(module: str) -> bool:
 class PackedCoreAttention(MegatronModule):
     """Softmax attention within each sequence of a pack. No dropout: ESM-2 has none."""
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **unused: Any) -> None:
+    def __init__(
+        self, config: Any, layer_number: int, softmax_scale: float | None = None, **unused: Any
+    ) -> None:
         super().__init__(config=config)
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.kernel = KERNELS[config.packed_attention]
@@ -117,10 +126,11 @@ class PackedCoreAttention(MegatronModule):
 class ESM2SelfAttention(SelfAttention):
     """Megatron-Core's self-attention with ESM-2's rotary tables, which are made once per micro-batch.
 
-    The parent would rebuild cos and sin for q and for k in every layer, and copy ``cu_seqlens`` to the host each time.
+    The parent would rebuild cos and sin for q and for k in every layer, and copy ``cu_seqlens`` to the host
+    each time.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -132,7 +142,8 @@ class ESM2SelfAttention(SelfAttention):
         """Attend within each sequence.
 
         Args:
-            hidden_states: ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism (the projection gathers).
+            hidden_states: ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism (the projection
+                gathers).
             attention_mask: Unused: a pack needs no mask.
             rotary_pos_emb: ``[2, T, 1, d / 2]`` from `RotaryTables`.
             packed_seq_params: Borders of the sequences.
@@ -143,11 +154,18 @@ class ESM2SelfAttention(SelfAttention):
         """
         qkv, _ = self.linear_qkv(hidden_states)
         # [T, 1, 3h/t] -> [T, n/t, 3, d]: rows of the fused weight are head-major, q k v per head
-        qkv = qkv.view(qkv.shape[0], self.num_attention_heads_per_partition, 3, self.hidden_size_per_attention_head)
+        qkv = qkv.view(
+            qkv.shape[0], self.num_attention_heads_per_partition, 3, self.hidden_size_per_attention_head
+        )
         query, key, value = split_and_rotate(qkv, rotary_pos_emb)
         if self.checkpoint_core_attention and self.training:
             context = self._checkpointed_attention_forward(
-                query, key, value, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed_seq_params
+                query,
+                key,
+                value,
+                None,
+                attn_mask_type=self.attn_mask_type,
+                packed_seq_params=packed_seq_params,
             )
         else:
             context = self.core_attention(

@@ -1,4 +1,6 @@
-"""From the configuration to this rank's part of the model: the only place that translates our keys to Megatron-Core's."""
+"""From the configuration to this rank's part of the model: the only place that translates our keys to
+Megatron-Core's.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,9 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=model.precision == "bf16",
         use_cpu_initialization=device.type == "cpu",
-        # `esm2mega.model.init` fills the weights, the same at every layout. Megatron-Core's own initialisation still has
-        # to run, since it marks which dimension of a weight is split, but it draws nothing.
+        # `esm2mega.model.init` fills the weights, the same at every layout. Megatron-Core's own
+        # initialisation still has to run, since it marks which dimension of a weight is split, but it draws
+        # nothing.
         init_method=_leave_unset,
         output_layer_init_method=_leave_unset,
         embedding_init_method=_leave_unset,
@@ -67,8 +70,8 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         # Loss functions return sums and counts; gradients are divided once, by the global count.
         calculate_per_token_loss=True,
-        # With two pipeline ranks the previous and the next rank are the same peer, and the batched exchange of the
-        # interleaved schedule swaps their messages silently. The overlapped one keeps them apart.
+        # With two pipeline ranks the previous and the next rank are the same peer, and the batched exchange
+        # of the interleaved schedule swaps their messages silently. The overlapped one keeps them apart.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         packed_attention=packed_attention,
@@ -88,14 +91,18 @@ def _recompute(mode: str) -> dict[str, Any]:
     return {}
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, device: torch.device, seed: int) -> list[ESM2Model]:
-    """This rank's chunks of the model with initial weights: one, or several under the interleaved schedule."""
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, device: torch.device, seed: int
+) -> list[ESM2Model]:
+    """This rank's chunks of the model with initial weights: one, or several if interleaved."""
     spec = layer_spec.choose_layer_spec(model.layer_spec)
     te_attention = spec == "te" and model.attention_backend in ("auto", "te")
     wanted = "auto" if te_attention else model.attention_backend
     kernel = choose_kernel(wanted, device, DTYPES[model.precision])
     config = transformer_config(model, parallel, device, kernel)
-    layer = layer_spec.te_layer("te" if te_attention else kernel) if spec == "te" else layer_spec.local_layer()
+    layer = (
+        layer_spec.te_layer("te" if te_attention else kernel) if spec == "te" else layer_spec.local_layer()
+    )
 
     virtual = parallel.virtual_pipeline_model_parallel_size
     chunks = []

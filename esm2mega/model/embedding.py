@@ -12,13 +12,14 @@ from torch import Tensor
 from esm2mega.data.tokenizer import MASK
 from esm2mega.model.packed import PackedSequences
 
-# ESM-2 was trained with 15 % of the residues selected and 80 % of those replaced by <mask>. Each sequence is rescaled as
-# if it had that share of zeroed rows, also when it has none, as at inference (Lin et al. 2023; fair-esm model/esm2.py).
+# ESM-2 was trained with 15 % of the residues selected and 80 % of those replaced by <mask>. Each sequence is
+# rescaled as if it had that share of zeroed rows, also when it has none, as at inference (Lin et al. 2023;
+# fair-esm model/esm2.py).
 TRAINED_MASK_RATIO = 0.15 * 0.8
 
 
 def token_dropout_scale(input_ids: Tensor, packed: PackedSequences) -> Tensor:
-    """Factor of each embedding row: 0 at ``<mask>``, else ``(1 - 0.12) / (1 - masked/length)`` of its sequence.
+    """Factor of each row: 0 at ``<mask>``, else ``(1 - 0.12) / (1 - masked/length)`` of its sequence.
 
     Args:
         input_ids: int64 ``[T]``.
@@ -31,15 +32,16 @@ def token_dropout_scale(input_ids: Tensor, packed: PackedSequences) -> Tensor:
     sequence_ids = packed.sequence_ids()
     lengths = packed.cu_seqlens_q.diff().double()
     counts = torch.zeros_like(lengths).index_add_(0, sequence_ids, masked.double())
-    # A sequence of nothing but <mask> has no row left to scale; the clamp keeps its 0 * inf from becoming NaN.
-    scale = (1.0 - TRAINED_MASK_RATIO) / (1.0 - counts / lengths).clamp(min=torch.finfo(torch.float64).tiny)
+    # Infinite for a sequence of nothing but <mask>, which has no row left to scale: each of its factors is
+    # set to 0.
+    scale = (1.0 - TRAINED_MASK_RATIO) / (1.0 - counts / lengths)
     return scale[sequence_ids].masked_fill(masked, 0.0)
 
 
 class ESM2Embedding(LanguageModelEmbedding):
     """Megatron-Core's language-model embedding without positions, and token dropout on its output."""
 
-    def forward(self, input_ids: Tensor, packed: PackedSequences) -> Tensor:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, packed: PackedSequences) -> Tensor:
         """Embed a pack.
 
         Args:

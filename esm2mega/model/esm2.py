@@ -31,8 +31,8 @@ VOCAB_SIZE = len(VOCAB)
 def padded_vocab_size(tensor_model_parallel_size: int) -> int:
     """Rows of the token table: the least multiple of 8 (tensor cores) and of TP that holds 33.
 
-    That is 40 for every TP size that divides the heads of a published ESM-2 (1, 2, 4, 5, 8, 10, 20, 40), so the table's
-    shape does not depend on the layout.
+    That is 40 for every TP size that divides the heads of a published ESM-2 (1, 2, 4, 5, 8, 10, 20, 40), so
+    the table's shape does not depend on the layout.
     """
     multiple = math.lcm(8, tensor_model_parallel_size)
     return -(-VOCAB_SIZE // multiple) * multiple
@@ -41,8 +41,9 @@ def padded_vocab_size(tensor_model_parallel_size: int) -> int:
 class ESM2Model(LanguageModule):
     """ESM-2, or the pipeline stage of it that this rank holds.
 
-    The first stage (`pre_process`) embeds, the last (`post_process`) normalises and predicts. Checkpoint keys are those
-    of Megatron-Core's BERT: ``embedding``, ``encoder``, ``lm_head``, ``output_layer``, and ``rotary``.
+    The first stage (`pre_process`) embeds, the last (`post_process`) normalises and predicts. Checkpoint keys
+    are those of Megatron-Core's BERT: ``embedding``, ``encoder``, ``lm_head``, ``output_layer``, and
+    ``rotary``.
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class ESM2Model(LanguageModule):
                 config=head_config,
                 init_method=config.init_method,
                 bias=True,
-                # 40 columns: gathering [m, V/t] logits is cheaper than the three all-reduces of a split cross-entropy.
+                # 40 columns: gathering [m, V/t] logits is cheaper than the three all-reduces of a split
+                # cross-entropy.
                 gather_output=True,
                 skip_weight_param_allocation=pre_process,
             )
@@ -118,18 +120,20 @@ class ESM2Model(LanguageModule):
             packed_seq_params=packed,
         )
 
-    def forward(self, input_ids: Tensor, packed: PackedSequences, logit_positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, packed: PackedSequences, logit_positions: Tensor | None = None
+    ) -> Tensor:
         """Hidden states for the next stage, or logits on the last one.
 
         Args:
             input_ids: int64 ``[T]``; read by the first stage only.
             packed: Borders of the sequences.
-            logit_positions: int64 ``[m]``, tokens that get logits; all of them when None. Training passes the masked
-                ones: the head then costs 15 % of what it would.
+            logit_positions: int64 ``[m]``, tokens that get logits; all of them when None. Training passes the
+                masked ones: the head then costs 15 % of what it would.
 
         Returns:
-            Hidden states in the layout of `encode`, or logits ``[m, v]``, the same on every tensor-parallel rank. The
-            padding of the vocabulary is cut off, so it can take no probability.
+            Hidden states in the layout of `encode`, or logits ``[m, v]``, the same on every tensor-parallel
+            rank. The padding of the vocabulary is cut off, so it can take no probability.
         """
         hidden_states = self.encode(input_ids, packed)
         if not self.post_process:
@@ -147,7 +151,9 @@ class ESM2Model(LanguageModule):
         return logits[:, 0, :VOCAB_SIZE]
 
     def global_parameter_name(self, name: str) -> str:
-        """The name of a parameter in the whole model: layers counted from the first stage, tied weights under one name."""
+        """The name of a parameter in the whole model: layers counted from the first stage, tied weights under
+        one name.
+        """
         if name == "output_layer.weight":
             return "embedding.word_embeddings.weight"
         prefix = "encoder.layers."

@@ -16,8 +16,9 @@ from esm2mega.model.esm2 import VOCAB_SIZE, ESM2Model
 def initialize_parameters(model: ESM2Model, seed: int, std: float) -> None:
     """Fill all parameters as ESM-2 starts: normal(0, std) matrices, zero biases, LayerNorms 1 and 0.
 
-    Each full matrix is drawn in fp32 on the CPU from a generator of its own, keyed by the seed and the parameter's name in
-    the whole model, and this rank keeps its slice. The row of ``<pad>`` and the padding of the vocabulary are zero.
+    Each full matrix is drawn in fp32 on the CPU from a generator of its own, keyed by the seed and the
+    parameter's name in the whole model, and this rank keeps its slice. The row of ``<pad>`` and the padding
+    of the vocabulary are zero.
 
     Args:
         model: A stage or chunk of the model.
@@ -32,7 +33,9 @@ def _initial_value(name: str, parameter: Tensor, seed: int, std: float) -> Tenso
     if parameter.dim() == 1:
         is_scale = name.endswith(("norm.weight", "layer_norm_weight"))
         return torch.full_like(parameter, 1.0 if is_scale else 0.0)
-    partition_dim = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
+    partition_dim = (
+        getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
+    )
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     shape = list(parameter.shape)
     if partition_dim >= 0:

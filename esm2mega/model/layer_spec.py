@@ -1,7 +1,7 @@
 """Which modules a transformer layer is made of: Megatron-Core's own linears, or Transformer Engine's.
 
-Both specs write the same checkpoint keys: the LayerNorms of the local spec are stored under the names that they have
-inside Transformer Engine's fused LayerNorm-linear modules.
+Both specs write the same checkpoint keys: the LayerNorms of the local spec are stored under the names that
+they have inside Transformer Engine's fused LayerNorm-linear modules.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def choose_layer_spec(name: str) -> str:
     """``local`` or ``te`` for `model.layer_spec`; ``auto`` takes Transformer Engine when it is there."""
     found = transformer_engine_found()
     if name == "te" and not found:
-        raise UserError("model.layer_spec=te: Transformer Engine cannot be imported; install esm2mega[te] or use auto")
+        raise UserError(
+            "model.layer_spec=te: Transformer Engine cannot be imported; install esm2mega[te] or use auto"
+        )
     return ("te" if found else "local") if name == "auto" else name
 
 
@@ -59,7 +61,8 @@ def te_layer(core_attention: str) -> ModuleSpec:
     GELU stays PyTorch's exact-erf one: Transformer Engine's kernel is the tanh approximation.
 
     Args:
-        core_attention: ``te`` for Transformer Engine's attention, else one of `esm2mega.model.attention.KERNELS`.
+        core_attention: ``te`` for Transformer Engine's attention, else one of
+            `esm2mega.model.attention.KERNELS`.
     """
     from megatron.core.extensions.transformer_engine import (
         TEDotProductAttention,
@@ -85,7 +88,9 @@ def _layer(norm: Any, column: Any, row: Any, core_attention: Any, keys: dict[str
                 module=ESM2SelfAttention,
                 # padding, not causal: the polarity that Transformer Engine needs for bidirectional packs
                 params={"attn_mask_type": AttnMaskType.padding},
-                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=core_attention, linear_proj=row),
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column, core_attention=core_attention, linear_proj=row
+                ),
             ),
             self_attn_bda=get_bias_dropout_add,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
@@ -97,5 +102,7 @@ def _layer(norm: Any, column: Any, row: Any, core_attention: Any, keys: dict[str
 
 
 def block(layer: ModuleSpec, num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` equal layers (those of one pipeline stage) and the final LayerNorm (built on the last stage alone)."""
+    """`num_layers` equal layers (those of one pipeline stage) and the final LayerNorm (built on the last
+    stage alone).
+    """
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LayerNorm)

@@ -11,9 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` with the constructor that Megatron-Core's specs call.
 
-    Statistics are taken in fp32 for bf16 input by the kernel itself. Under sequence parallelism each rank normalises its
-    share of the tokens, so the gradients of weight and bias are partial sums; the mark ``sequence_parallel`` makes
-    Megatron-Core all-reduce them over the tensor-parallel group.
+    Statistics are taken in fp32 for bf16 input by the kernel itself. Under sequence parallelism each rank
+    normalises its share of the tokens, so the gradients of weight and bias are partial sums; the mark
+    ``sequence_parallel`` makes Megatron-Core all-reduce them over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any) -> None:

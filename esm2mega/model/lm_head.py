@@ -14,10 +14,12 @@ from esm2mega.model.layernorm import LayerNorm
 
 
 class LMHead(MegatronModule):
-    """Replicated over the tensor-parallel group: every rank holds the same weights and sees the same tokens."""
+    """Replicated over the tensor-parallel group: all ranks hold the same weights and see the same tokens."""
 
     def __init__(self, config: TransformerConfig, device: torch.device) -> None:
-        """Args: config: without sequence parallelism, since the tokens arrive gathered. device: where weights live."""
+        """Args: config: without sequence parallelism, since the tokens arrive gathered. device: where weights
+        live.
+        """
         super().__init__(config=config)
         h = config.hidden_size
         self.dense = torch.nn.Linear(h, h, device=device, dtype=config.params_dtype)

@@ -70,7 +70,8 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, PackedSeque
 
     Args:
         input_ids: int64 ``[b, s]``.
-        attention_mask: ``[b, s]``, 1 = keep (the Hugging Face polarity). Padding may be on either side, not inside.
+        attention_mask: ``[b, s]``, 1 = keep (the Hugging Face polarity). Padding may be on either side, not
+            inside.
 
     Returns:
         Token ids ``[T]`` and the borders.
@@ -81,13 +82,17 @@ def pack(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, PackedSeque
     keep = attention_mask.bool()
     lengths = keep.sum(dim=1)
     if (lengths == 0).any():
-        raise UserError(f"row {int((lengths == 0).nonzero()[0])} of the batch has no token: attention_mask is all 0")
+        raise UserError(
+            f"row {int((lengths == 0).nonzero()[0])} of the batch has no token: attention_mask is all 0"
+        )
     columns = torch.arange(keep.shape[1], device=keep.device)
     first = torch.where(keep, columns, keep.shape[1]).amin(dim=1)
     last = torch.where(keep, columns, -1).amax(dim=1)
     if (gaps := last - first + 1 != lengths).any():
         row = int(gaps.nonzero()[0])
-        raise UserError(f"row {row} of attention_mask has a gap: kept tokens must be contiguous, pad at the ends only")
+        raise UserError(
+            f"row {row} of attention_mask has a gap: kept tokens must be contiguous, pad at the ends only"
+        )
     return input_ids[keep], PackedSequences.from_lengths(lengths.tolist(), input_ids.device)
 
 
@@ -105,7 +110,9 @@ def unpack(values: Tensor, attention_mask: Tensor, fill: float = 0.0) -> Tensor:
 
 
 def pad_pack(input_ids: Tensor, packed: PackedSequences, multiple: int) -> tuple[Tensor, PackedSequences]:
-    """Lengthen a pack to a multiple of `multiple` tokens by a tail of ``<pad>`` (sequence parallelism needs T % TP == 0)."""
+    """Lengthen a pack to a multiple of `multiple` tokens by a tail of ``<pad>`` (sequence parallelism needs T
+    % TP == 0).
+    """
     tail = -packed.num_tokens % multiple
     if tail == 0:
         return input_ids, packed

@@ -1,10 +1,11 @@
-"""Rotary position embedding of ESM-2: half-split pairs, base 10000, carried frequencies, tables once per micro-batch.
+"""Rotary embedding of ESM-2: half-split pairs, base 10000, carried frequencies, one table per micro-batch.
 
 Legend: ``T`` tokens of a pack, ``n`` heads, ``t`` tensor-parallel size, ``d`` head dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ ROTARY_BASE = 10000.0
 class RotaryTables(MegatronModule):
     """Frequencies, and the cos/sin tables of a pack.
 
-    The frequencies are part of the checkpoint: published ESM-2 weights were trained with fp16-rounded ones, and
-    recomputing them changes the logits (Hugging Face transformers PR #19587). They are fp32 in fp32 and bf16 models and
-    fp64 in fp64 models, and never follow a cast of the weights.
+    The frequencies are part of the checkpoint: published ESM-2 weights were trained with fp16-rounded ones,
+    and recomputing them changes the logits (Hugging Face transformers PR #19587). They are fp32 in fp32 and
+    bf16 models and fp64 in fp64 models, and never follow a cast of the weights.
     """
 
     inv_freq: Tensor
@@ -38,6 +39,13 @@ class RotaryTables(MegatronModule):
         exponents = torch.arange(0, config.kv_channels, 2, dtype=dtype, device=device) / config.kv_channels
         # [d / 2]
         self.register_buffer("inv_freq", 1.0 / ROTARY_BASE**exponents)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTables:
+        """Follow ``.to``, ``.bfloat16`` and the like to another device, but not to another precision."""
+        frequencies = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = frequencies.to(self.inv_freq.device)
+        return self
 
     def forward(self, packed: PackedSequences) -> Tensor:
         """Tables for every token: ``[2, T, 1, d / 2]``, cos then sin, in the dtype of the frequencies."""
@@ -65,16 +73,18 @@ class RotaryTables(MegatronModule):
 
 
 class _SplitAndRotate(torch.autograd.Function):
-    """One pass from the fused projection to rotated q and k; its backward is the rotation by the negative angle."""
+    """One pass from the fused projection to rotated q and k; its backward is the rotation by the negative
+    angle.
+    """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, qkv: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(tables)
         q, k, v = qkv.unbind(dim=2)
         return _rotate(q, tables[0], tables[1]), _rotate(k, tables[0], tables[1]), v.contiguous()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (tables,) = ctx.saved_tensors
         dq, dk, dv = grads
         dqkv = dq.new_empty(*dq.shape[:2], 3, dq.shape[2])
@@ -85,7 +95,9 @@ class _SplitAndRotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotate pair ``(i, i + d/2)`` of ``x [T, n/t, d]``; computed in the tables' dtype, returned in that of `x`."""
+    """Rotate pair ``(i, i + d/2)`` of ``x [T, n/t, d]``; computed in the tables' dtype, returned in that of
+    `x`.
+    """
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)

@@ -1,18 +1,18 @@
 """Everything odd about running Megatron-Core without a GPU, in one table.
 
-Megatron-Core assumes CUDA in a few dozen places: it asks ``torch.cuda`` for the current device, creates small tensors
-on ``"cuda"``, compares ``Tensor.type()`` with ``"torch.cuda.FloatTensor"`` and keeps CUDA generator states. `ROWS` names
-each place, why it matters, and which of four adaptations it gets:
+Megatron-Core assumes CUDA in a few dozen places: it asks ``torch.cuda`` for the current device, creates small
+tensors on ``"cuda"``, compares ``Tensor.type()`` with ``"torch.cuda.FloatTensor"`` and keeps CUDA generator
+states. `ROWS` names each place, why it matters, and which of four adaptations it gets:
 
-* `Namespace`: the module's global name ``torch`` becomes a proxy that forwards everything to the real torch except
-  ``torch.cuda``, which answers for the CPU. Only that module sees the proxy.
+* `Namespace`: the module's global name ``torch`` becomes a proxy that forwards everything to the real torch
+  except ``torch.cuda``, which answers for the CPU. Only that module sees the proxy.
 * `Constant`: literals such as ``"cuda"`` in the functions of a module are exchanged in their code objects.
 * `Attribute`: an attribute name in one function is exchanged (``weight.cuda()`` becomes ``weight.cpu()``).
 * `Replace`: a module-level function is bound to ours.
 
-Nothing outside ``megatron.core`` changes: user code keeps the real torch, and ``tensor.cuda()`` still raises there.
-`install` runs once, only when CUDA is absent, and fails with the row's name when a Megatron-Core version no longer has
-the place (the row must then be revised, see ``tests/unit/parallel/test_cpu.py``).
+Nothing outside ``megatron.core`` changes: user code keeps the real torch, and ``tensor.cuda()`` still raises
+there. `install` runs once, only when CUDA is absent, and fails with the row's name when a Megatron-Core
+version no longer has the place (the row must then be revised, see ``tests/unit/parallel/test_cpu.py``).
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ class Namespace(Row):
     """Give the module a ``torch`` whose ``cuda`` namespace answers for the CPU."""
 
     def find(self, module: types.ModuleType) -> bool:
-        return vars(module).get("torch") is torch and any("cuda" in f.__code__.co_names for f in _functions(module))
+        return vars(module).get("torch") is torch and any(
+            "cuda" in f.__code__.co_names for f in _functions(module)
+        )
 
     def adapt(self, module: types.ModuleType) -> None:
         module.torch = _TORCH_ON_CPU  # type: ignore[attr-defined]
@@ -249,7 +251,9 @@ _FLOAT = _OneOf("torch.FloatTensor", "torch.DoubleTensor")
 
 ROWS: tuple[Row, ...] = (
     Constant("megatron.core.pipeline_parallel.schedules", "token counter of every schedule", "cuda", "cpu"),
-    Namespace("megatron.core.pipeline_parallel.p2p_communication", "receive buffers, synchronize after batched p2p"),
+    Namespace(
+        "megatron.core.pipeline_parallel.p2p_communication", "receive buffers, synchronize after batched p2p"
+    ),
     Namespace("megatron.core.utils", "buffer that sequence parallelism gathers into"),
     Namespace("megatron.core.tensor_parallel.layers", "weight allocation, sequence-parallel gather buffers"),
     Namespace("megatron.core.tensor_parallel.mappings", "buffers of gather and reduce-scatter"),
@@ -273,21 +277,57 @@ ROWS: tuple[Row, ...] = (
         "cuda",
         "cpu",
     ),
-    Namespace("megatron.core.distributed.param_and_grad_buffer", "parameter and gradient buffers, streams (0.19)"),
+    Namespace(
+        "megatron.core.distributed.param_and_grad_buffer", "parameter and gradient buffers, streams (0.19)"
+    ),
     Constant("megatron.core.optimizer.optimizer", "found-inf flag, loss scale", "cuda", "cpu"),
-    Constant("megatron.core.optimizer.optimizer", "bf16 parameters get fp32 copies", "torch.cuda.BFloat16Tensor", "torch.BFloat16Tensor"),
-    Constant("megatron.core.optimizer.optimizer", "fp32 parameters in a bf16 model", "torch.cuda.FloatTensor", "torch.FloatTensor"),
+    Constant(
+        "megatron.core.optimizer.optimizer",
+        "bf16 parameters get fp32 copies",
+        "torch.cuda.BFloat16Tensor",
+        "torch.BFloat16Tensor",
+    ),
+    Constant(
+        "megatron.core.optimizer.optimizer",
+        "fp32 parameters in a bf16 model",
+        "torch.cuda.FloatTensor",
+        "torch.FloatTensor",
+    ),
     Namespace("megatron.core.optimizer.optimizer", "loss scale of chained optimizers"),
     Constant("megatron.core.optimizer.clip_grads", "norm and overflow buffers", "cuda", "cpu"),
-    Constant("megatron.core.optimizer.clip_grads", "clipping asserts the gradient's type", "torch.cuda.FloatTensor", _FLOAT),
-    Constant("megatron.core.optimizer.distrib_optimizer", "bf16 shards get fp32 copies", "torch.cuda.BFloat16Tensor", "torch.BFloat16Tensor"),
-    Constant("megatron.core.optimizer.distrib_optimizer", "fp32 shards are views", "torch.cuda.FloatTensor", "torch.FloatTensor"),
+    Constant(
+        "megatron.core.optimizer.clip_grads",
+        "clipping asserts the gradient's type",
+        "torch.cuda.FloatTensor",
+        _FLOAT,
+    ),
+    Constant(
+        "megatron.core.optimizer.distrib_optimizer",
+        "bf16 shards get fp32 copies",
+        "torch.cuda.BFloat16Tensor",
+        "torch.BFloat16Tensor",
+    ),
+    Constant(
+        "megatron.core.optimizer.distrib_optimizer",
+        "fp32 shards are views",
+        "torch.cuda.FloatTensor",
+        "torch.FloatTensor",
+    ),
     Namespace("megatron.core.optimizer.distrib_optimizer", "gather buffers of reshardable checkpoints"),
     Namespace("megatron.core.dist_checkpointing.strategies.filesystem_async", "synchronize before writing"),
-    Constant("megatron.core.dist_checkpointing.strategies.state_dict_saver", "agreement on a cached plan", "cuda", "cpu"),
-    Namespace("megatron.core.dist_checkpointing.strategies.state_dict_saver", "all ranks learn of a failed write"),
-    Namespace("megatron.core.dist_checkpointing.strategies.async_utils", "all ranks learn of a finished write"),
-)  # fmt: skip
+    Constant(
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+        "agreement on a cached plan",
+        "cuda",
+        "cpu",
+    ),
+    Namespace(
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver", "all ranks learn of a failed write"
+    ),
+    Namespace(
+        "megatron.core.dist_checkpointing.strategies.async_utils", "all ranks learn of a finished write"
+    ),
+)
 
 _installed = False
 
@@ -307,7 +347,7 @@ def install() -> None:
         import megatron.core
 
         raise MachineError(
-            f"megatron-core {megatron.core.__version__} does not have what esm2mega adapts for running without a GPU: "
+            f"megatron-core {megatron.core.__version__} lacks what esm2mega adapts to run without a GPU: "
             f"{'; '.join(missing)}. Use megatron-core 0.16.1 (Python < 3.12) or 0.19.x (Python >= 3.12)"
         )
     for row, module in zip(ROWS, modules, strict=True):
@@ -341,7 +381,11 @@ def _holds(code: types.CodeType, value: str) -> bool:
     def within(constant: Any) -> bool:
         if isinstance(constant, types.CodeType):
             return _holds(constant, value)
-        return any(within(c) for c in constant) if isinstance(constant, (tuple, frozenset)) else constant == value
+        return (
+            any(within(c) for c in constant)
+            if isinstance(constant, (tuple, frozenset))
+            else constant == value
+        )
 
     return any(within(constant) for constant in code.co_consts)
 

@@ -9,8 +9,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 def claim_error_report() -> bool:
     """Whether this process is the first of the world to report an error.
 
-    Every failing rank asks; the rendezvous store answers exactly one of them with True. When the store is gone (its
-    host already left) nobody can be asked, and the process speaks for itself.
+    Every failing rank asks; the rendezvous store answers exactly one of them with True. When the store is
+    gone (its host already left) nobody can be asked, and the process speaks for itself.
     """
     if not dist.is_initialized():
         return True

@@ -41,13 +41,13 @@ class Ranks:
 def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     """Build all process groups of a run, yield this process's `Ranks`, and take the groups down again.
 
-    Under torchrun the rendezvous comes from the environment (NCCL with GPUs, gloo without). Without a launcher a
-    world of one process is made in memory: no port is opened.
+    Under torchrun the rendezvous comes from the environment (NCCL with GPUs, gloo without). Without a
+    launcher a world of one process is made in memory: no port is opened.
 
     Args:
         config: Sizes of the tensor and pipeline dimensions; the data dimension is what remains of the world.
-        seed: Seed of the generators behind dropout. Weights and data do not use them: both are pure functions of the
-            run's seed, see `esm2mega.model.init` and `esm2mega.data.sampling`.
+        seed: Seed of the generators behind dropout. Weights and data do not use them: both are pure functions
+            of the run's seed, see `esm2mega.model.init` and `esm2mega.data.sampling`.
     """
     device = _claim_device()
     if device.type == "cpu":
@@ -58,7 +58,11 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     else:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=timeout,
         )
     try:
         parallel_state.initialize_model_parallel(

@@ -1,8 +1,8 @@
 """Multi-tensor kernels for gradient norm and clipping when neither Transformer Engine nor apex is installed.
 
-Megatron-Core's own fallback takes each tensor's norm in a Python loop with a device synchronisation per tensor and
-rounds the result to fp32. ``torch._foreach_*`` does the same in a few launches and keeps the tensors' dtype, which the
-fp64 proofs need. Where the fused kernels exist they stay in place.
+Megatron-Core's own fallback takes each tensor's norm in a Python loop with a device synchronisation per
+tensor and rounds the result to fp32. ``torch._foreach_*`` does the same in a few launches and keeps the
+tensors' dtype, which the fp64 proofs need. Where the fused kernels exist they stay in place.
 """
 
 from __future__ import annotations

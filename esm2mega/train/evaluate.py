@@ -18,7 +18,7 @@ from torch import Tensor
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.config.load import load_run_over
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.data.loader import BatchSpec, EvalPacks, PackedBatch
 from esm2mega.data.store import TokenStore
@@ -30,18 +30,26 @@ from esm2mega.train.losses import LossReduction, MLMLossReduction
 from esm2mega.train.step import run_schedule
 
 _GROUP = 16
-"""Micro-batches handed to the schedule at once: a pipeline stays full, and a large split is never in memory whole."""
+"""Micro-batches handed to the schedule at once: a pipeline stays full, and a large split is never in memory
+whole.
+"""
 
 
 def unigram_log_probabilities(token_counts: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """Log-frequency of each token in the training set, ``[v]`` fp64, with one count added so that none is impossible."""
+    """Log-frequency of each token in the training set, ``[v]`` fp64, with one count added so that none is
+    impossible.
+    """
     counts = torch.as_tensor(np.asarray(token_counts), dtype=torch.float64, device=device) + 1.0
     return (counts / counts.sum()).log()
 
 
 @torch.no_grad()
 def evaluate(
-    model: list[Any], loss: LossReduction, batches: Iterable[PackedBatch], ranks: Ranks, progress: Progress | None = None
+    model: list[Any],
+    loss: LossReduction,
+    batches: Iterable[PackedBatch],
+    ranks: Ranks,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Global means over a split; all ranks call this together.
 
@@ -94,7 +102,8 @@ def evaluate_checkpoint(
         out: JSON file for the result.
         max_batches: Stop after so many packs over all ranks; None for the whole store.
         micro_batch_tokens: Pack length; None for that of training.
-        overrides: ``key=value`` over the checkpoint's configuration, such as the parallel layout of this evaluation.
+        overrides: ``key=value`` over the checkpoint's configuration, such as the parallel layout of this
+            evaluation.
 
     Returns:
         What is written to `out`.
@@ -104,7 +113,7 @@ def evaluate_checkpoint(
     changes = list(overrides)
     if micro_batch_tokens is not None:
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
-    run = _for_evaluation(load_run_over(layout.read_config(directory), changes))
+    run = _for_evaluation(load_run_over(layout.read_config(directory), changes), changes)
     validate(run, world_size_from_environment())
     store = TokenStore(data)
     with process_groups(run.parallel, run.seed) as ranks:
@@ -130,17 +139,28 @@ def evaluate_checkpoint(
     return result
 
 
-def _for_evaluation(run: Run) -> Run:
-    """One micro-batch per rank is enough for the rules on batch sizes, which speak of training."""
-    world = world_size_from_environment()
-    model_parallel = run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size
-    ranks_of_data = max(1, world // model_parallel)
-    run.train.global_batch_tokens = run.train.micro_batch_tokens * ranks_of_data * run.parallel.pipeline_model_parallel_size
+def _for_evaluation(run: Run, overrides: Sequence[str]) -> Run:
+    """The training run made fit for the processes that are there.
+
+    The layout of training stays where it fits or was asked for; else every process holds the whole model. The
+    batch becomes one micro-batch per rank: the rules on batch sizes speak of training.
+    """
+    world, parallel = world_size_from_environment(), run.parallel
+    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world % model_parallel and not any("parallel." in override for override in overrides):
+        run.parallel = ParallelConfig(timeout_minutes=parallel.timeout_minutes)
+        model_parallel = 1
+    data_parallel = max(1, world // model_parallel)
+    run.train.global_batch_tokens = (
+        run.train.micro_batch_tokens * data_parallel * run.parallel.pipeline_model_parallel_size
+    )
     return run
 
 
 def _groups(batches: Iterator[PackedBatch], size: int, multiple: int) -> Iterator[list[PackedBatch]]:
-    """Lists of at most `size` packs, each filled to a multiple with packs without labels (the interleaved schedule asks)."""
+    """Lists of at most `size` packs, each filled to a multiple with packs without labels (the interleaved
+    schedule asks).
+    """
     while group := list(islice(batches, size)):
         first = group[0]
         unlabelled = replace(first, label_positions=first.label_positions[:0], labels=first.labels[:0])

@@ -43,7 +43,9 @@ class LoopState:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop does besides steps. Every rank calls all of them; the writers act on the rank that speaks."""
+    """What the loop does besides steps. Every rank calls all of them; the writers act on the rank that
+    speaks.
+    """
 
     log: Callable[[dict[str, Any]], None]
     show: Callable[[StepResult], None]
@@ -51,7 +53,9 @@ class Hooks:
     save: Callable[[LoopState], None]
 
 
-def fit(run: Run, state: TrainState, stream: TrainStream, loop: LoopState, hooks: Hooks, ranks: Ranks) -> None:
+def fit(
+    run: Run, state: TrainState, stream: TrainStream, loop: LoopState, hooks: Hooks, ranks: Ranks
+) -> None:
     """Train from `loop.step` to the end of the run; `loop` is advanced in place and saved at the end.
 
     Raises:
@@ -70,7 +74,11 @@ def fit(run: Run, state: TrainState, stream: TrainStream, loop: LoopState, hooks
             last = loop.step == train.max_steps or stopping
             if last or loop.step % train.log_every == 0:
                 lap = clock.lap(loop.step, stream.state.consumed_tokens)
-                hooks.log(_training_record(loop.step, result, lap, stream.state.consumed_tokens, memory_gb(ranks.device)))
+                hooks.log(
+                    _training_record(
+                        loop.step, result, lap, stream.state.consumed_tokens, memory_gb(ranks.device)
+                    )
+                )
             with clock.paused():
                 improved = False
                 if hooks.evaluate and not stopping and (last or _every(train.eval_every, loop.step)):
@@ -83,13 +91,13 @@ def fit(run: Run, state: TrainState, stream: TrainStream, loop: LoopState, hooks
                     hooks.save(loop)
             if stopping:
                 raise StoppedBySignal(
-                    f"stopped by {stop.name or 'a signal on another rank'} after step {loop.step}, which is saved; "
+                    f"stopped by {stop.name or 'another rank'} after step {loop.step}, which is saved; "
                     "start the same command again to go on"
                 )
 
 
 def note_evaluation(loop: LoopState, valid_loss: float, train: TrainConfig) -> bool:
-    """Enter an evaluation into the state; returns whether it is the best so far by more than ``min_delta``."""
+    """Enter an evaluation into the state; True when it is the best so far by more than ``min_delta``."""
     best = loop.best_valid_loss
     improved = best is None or valid_loss < best - train.early_stopping.min_delta
     loop.valid_loss = valid_loss
@@ -107,7 +115,9 @@ def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _training_record(step: int, result: StepResult, lap: Lap, consumed_tokens: int, memory: float) -> dict[str, Any]:
+def _training_record(
+    step: int, result: StepResult, lap: Lap, consumed_tokens: int, memory: float
+) -> dict[str, Any]:
     return {
         "kind": "train",
         "step": step,

@@ -1,8 +1,9 @@
 """Losses as sums and counts, reduced to a global sum over a global count.
 
-A mean of means would weight a micro-batch with three labels like one with six hundred. Here each micro-batch gives a sum
-and a count, gradients are summed over micro-batches and data-parallel ranks, and one division by the global count follows.
-The answer then does not depend on how the labels were dealt out, and a micro-batch without labels contributes 0.
+A mean of means would weight a micro-batch with three labels like one with six hundred. Here each micro-batch
+gives a sum and a count, gradients are summed over micro-batches and data-parallel ranks, and one division by
+the global count follows. The answer then does not depend on how the labels were dealt out, and a micro-batch
+without labels contributes 0.
 
 Legend: ``m`` labelled tokens of a micro-batch, ``v`` vocabulary.
 """
@@ -52,8 +53,8 @@ class LossReduction(ABC):
     def bind(self, batch: Any) -> Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """The function that the schedule calls with the model's output of `batch`.
 
-        It returns the three values of Megatron-Core's per-token form: the sum to differentiate, the int32 count that the
-        gradients will be divided by, and the report that `reduce` combines.
+        It returns the three values of Megatron-Core's per-token form: the sum to differentiate, the int32
+        count that the gradients will be divided by, and the report that `reduce` combines.
         """
         return partial(self._schedule_loss, batch)
 
@@ -72,13 +73,14 @@ class LossReduction(ABC):
             device: Where the process groups communicate.
 
         Returns:
-            Global mean of each name (0.0 where the global count is 0) and ``count``, the global number of labels; valid
-            on every rank.
+            Global mean of each name (0.0 where the global count is 0) and ``count``, the global number of
+            labels; valid on every rank.
         """
         totals = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
         for report in reports:
             totals += torch.stack([report[name] for name in self.names])
-        # Sum over the data-parallel group: the last stages agree. Then each last stage tells its own pipeline.
+        # Sum over the data-parallel group: the last stages agree. Then each last stage tells its own
+        # pipeline.
         dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         if pipeline.size() > 1:
@@ -97,8 +99,8 @@ class LossReduction(ABC):
 class MLMLossReduction(LossReduction):
     """Cross-entropy at the masked positions.
 
-    With `unigram` it also reports ``unigram_loss``: the cross-entropy that predicting the training set's residue
-    frequencies would have on the very same labels, which a model must beat to have learned anything.
+    With `unigram` it also reports ``unigram_loss``: the cross-entropy that predicting the training set's
+    residue frequencies would have on the very same labels, which a model must beat to have learned anything.
     """
 
     def __init__(self, unigram: Tensor | None = None) -> None:

@@ -19,7 +19,7 @@ from esm2mega.model.esm2 import ESM2Model
 def wrap_data_parallel(
     chunks: list[ESM2Model], model: ModelConfig, parallel: ParallelConfig
 ) -> list[DistributedDataParallel]:
-    """Put the chunks under Megatron-Core's data parallelism, and its gradient finalisation behind the schedule.
+    """Put the chunks under Megatron-Core's data parallelism, and gradient finalisation behind the schedule.
 
     Gradients of bf16 models are kept and reduced in fp32.
     """
@@ -36,13 +36,13 @@ def wrap_data_parallel(
 
 
 def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwargs: Any) -> None:
-    # The gradients are scaled by 1.0 / num_tokens, which for an integer tensor is an fp32 quotient; in fp64 it is exact
-    # enough for every precision. The count is all-reduced in place either way.
+    # The gradients are scaled by 1.0 / num_tokens, which for an integer tensor is an fp32 quotient; in fp64
+    # it is exact enough for every precision. The count is all-reduced in place either way.
     finalize_model_grads(model, num_tokens.double(), **kwargs)
 
 
 def build_optimizer(config: OptimConfig, run: Run, model: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Adam with decoupled weight decay on matrices (none on biases and LayerNorms), fused where apex or TE is found."""
+    """Adam with decoupled weight decay on matrices, none on biases and LayerNorms; fused with apex or TE."""
     precision = run.model.precision
     return get_megatron_optimizer(
         OptimizerConfig(
@@ -64,14 +64,19 @@ def build_optimizer(config: OptimConfig, run: Run, model: list[DistributedDataPa
     )
 
 
-def build_schedule(config: ScheduleConfig, optim: OptimConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """The learning rate of step s (counted from 0), with w warmup steps, d decay steps, peak p and floor m = ratio * p.
+def build_schedule(
+    config: ScheduleConfig, optim: OptimConfig, optimizer: MegatronOptimizer
+) -> OptimizerParamScheduler:
+    """The rate of step s, counted from 0: w warmup steps, d decay steps, peak p, floor m = ratio * p.
 
-    Up to w: ``p * s / w``, so the very first update has rate 0 as in the published recipe. Then ``linear``: a straight line
-    from p at w to m at d, flat after; ``cosine`` and ``cosine_plateau``: half a cosine from p at w to m at d, flat after (they
-    differ in the default of d: the last step, or 90 % of it); ``constant``: p.
+    Up to w: ``p * s / w``, so the very first update has rate 0 as in the published recipe. Then ``linear``: a
+    straight line from p at w to m at d, flat after; ``cosine`` and ``cosine_plateau``: half a cosine from p
+    at w to m at d, flat after (they differ in the default of d: the last step, or 90 % of it); ``constant``:
+    p.
     """
-    style = {"linear": "linear", "cosine": "cosine", "cosine_plateau": "cosine", "constant": "constant"}[config.name]
+    style = {"linear": "linear", "cosine": "cosine", "cosine_plateau": "cosine", "constant": "constant"}[
+        config.name
+    ]
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -87,7 +87,7 @@ def _train(
             if record["kind"] == "eval":
                 progress.message(
                     f"step {record['step']}: validation loss {record['valid_loss']:.4f}, perplexity "
-                    f"{record['valid_perplexity']:.2f} (residue frequencies alone: {record['unigram_loss']:.4f})"
+                    f"{record['valid_perplexity']:.2f} (residue frequencies: {record['unigram_loss']:.4f})"
                 )
 
         def show(result: StepResult) -> None:
@@ -113,8 +113,8 @@ def find_resume(run: Run) -> Path | None:
     """The checkpoint that `checkpoint.resume` means, or None for a fresh start.
 
     Raises:
-        UserError: A fresh start was asked for in a directory that holds a run, or the named checkpoint is not there, or it
-            is of another model.
+        UserError: A fresh start was asked for in a directory that holds a run, or the named checkpoint is not
+            there, or it is of another model.
     """
     if run.checkpoint.resume not in ("auto", "never"):
         found: Path | None = layout.resolve_checkpoint(run.checkpoint.resume)
@@ -131,7 +131,9 @@ def find_resume(run: Run) -> Path | None:
     if found is not None:
         saved = layout.read_config(found)
         if (theirs := shape_of(saved.model)) != (ours := shape_of(run.model)):
-            raise UserError(f"{found}: holds a model of {theirs}, the configuration says {ours}; choose another run_dir")
+            raise UserError(
+                f"{found}: holds a model of {theirs}, the configuration says {ours}; choose another run_dir"
+            )
     return found
 
 
@@ -143,8 +145,12 @@ def _resume(checkpoint: Path, state: TrainState, stream: TrainStream) -> LoopSta
     return LoopState(**saved["loop"])
 
 
-def _saved_state(loop: LoopState, state: TrainState, stream: TrainStream, store: TokenStore) -> dict[str, Any]:
-    """``train_state.json``: no generator states, since data, masks and weights are pure functions of seed and position."""
+def _saved_state(
+    loop: LoopState, state: TrainState, stream: TrainStream, store: TokenStore
+) -> dict[str, Any]:
+    """``train_state.json``: no generator states, since data, masks and weights are pure functions of seed and
+    position.
+    """
     return {
         "step": loop.step,
         "valid_loss": loop.valid_loss,
@@ -165,10 +171,12 @@ def _announce(
         f"model    {run.model.size or 'own shape'}: {shape.num_layers} layers, hidden {shape.hidden_size}, "
         f"{shape.num_attention_heads} heads, FFN {shape.ffn_hidden_size}; {run.model.precision}, "
         f"attention {config.packed_attention}",
-        f"layout   {ranks.world_size} x {ranks.device.type}: TP {ranks.tp_size}, PP {ranks.pp_size}, DP {ranks.dp_size}"
+        f"layout   {ranks.world_size} x {ranks.device.type}: "
+        f"TP {ranks.tp_size}, PP {ranks.pp_size}, DP {ranks.dp_size}"
         + (", SP" if run.parallel.sequence_parallel else ""),
-        f"batch    {run.train.global_batch_tokens} tokens per step in packs of {run.train.micro_batch_tokens}",
+        f"batch    {run.train.global_batch_tokens} tokens a step in packs of {run.train.micro_batch_tokens}",
         f"data     {len(store)} sequences of {run.data.train}",
-        f"run      {run.run_dir}" + (f", resumed from {resume_from.name} at step {loop.step}" if resume_from else ""),
+        f"run      {run.run_dir}"
+        + (f", resumed from {resume_from.name} at step {loop.step}" if resume_from else ""),
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -48,14 +48,20 @@ class StepResult:
 
 
 def forward_step(loss: LossReduction, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
-    """What the schedule calls per micro-batch: the model's output, and the function that turns it into a loss."""
+    """What the schedule calls per micro-batch: the model's output, and the function that turns it into a
+    loss.
+    """
     batch = next(batches)
     packed = PackedSequences.from_lengths(batch.seqlens, batch.input_ids.device)
     return model(batch.input_ids, packed, batch.label_positions), loss.bind(batch)
 
 
 def run_schedule(
-    model: list[Any], loss: LossReduction, batches: Sequence[PackedBatch], device: torch.device, forward_only: bool
+    model: list[Any],
+    loss: LossReduction,
+    batches: Sequence[PackedBatch],
+    device: torch.device,
+    forward_only: bool,
 ) -> list[dict[str, Tensor]]:
     """Run this rank's micro-batches through the pipeline.
 
@@ -99,7 +105,9 @@ def train_step(state: TrainState, batches: Sequence[PackedBatch]) -> StepResult:
     metrics = state.loss.reduce(reports, state.device)
     lr = max(group["lr"] for group in state.optimizer.param_groups)
     if not all(map(_finite, metrics.values())):
-        raise MachineError(f"the loss is {metrics['loss']}; lower optim.lr, or look at the last packs of the log")
+        raise MachineError(
+            f"the loss is {metrics['loss']}; lower optim.lr, or look at the last packs of the log"
+        )
     _, grad_norm, _ = state.optimizer.step()
     if not _finite(float(grad_norm)):
         raise MachineError(f"the gradient norm is {grad_norm}; lower optim.lr or set optim.clip_grad")

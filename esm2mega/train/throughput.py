@@ -30,7 +30,9 @@ class Throughput:
     """A clock that stands still while the loop does something else than training."""
 
     def __init__(self, step: int, consumed_tokens: int, global_batch_tokens: int) -> None:
-        """Args: step, consumed_tokens: where training starts. global_batch_tokens: computed per step, padding included."""
+        """Args: step, consumed_tokens: where training starts. global_batch_tokens: computed per step, padding
+        included.
+        """
         self._step, self._tokens = step, consumed_tokens
         self._global_batch_tokens = global_batch_tokens
         self._began = time.perf_counter()
@@ -50,7 +52,7 @@ class Throughput:
 
 
 def memory_gb(device: torch.device) -> float:
-    """GB (1e9 bytes): the most that tensors of this rank held on a GPU, or what the process holds on a CPU."""
+    """GB (1e9 bytes): the most that this rank's tensors held on a GPU, or what the process holds on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9

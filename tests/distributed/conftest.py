@@ -14,5 +14,19 @@ from tests.ranks import run_ranks
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
     fasta = write_fasta(folder / "random.fasta")
-    run_ranks(["-m", "esm2mega", "prepare", "fasta", str(fasta), "--out", str(folder / "data"), "--valid-size", "12"], 1, folder)
+    run_ranks(
+        [
+            "-m",
+            "esm2mega",
+            "prepare",
+            "fasta",
+            str(fasta),
+            "--out",
+            str(folder / "data"),
+            "--valid-size",
+            "12",
+        ],
+        1,
+        folder,
+    )
     return folder / "data" / "train"

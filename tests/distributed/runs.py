@@ -16,7 +16,12 @@ from esm2mega.checkpoint.tensors import TensorReader
 from tests.ranks import run_ranks
 
 # L, H, A, F, d = 4, 48, 6, 104, 8: all different, and divisible as TP 2 and PP 2 and 4 need.
-SHAPE = ("model.num_layers=4", "model.hidden_size=48", "model.num_attention_heads=6", "model.ffn_hidden_size=104")
+SHAPE = (
+    "model.num_layers=4",
+    "model.hidden_size=48",
+    "model.num_attention_heads=6",
+    "model.ffn_hidden_size=104",
+)
 
 SETTINGS = (
     *SHAPE,

@@ -26,10 +26,10 @@ pytestmark = pytest.mark.distributed
 class Tolerance:
     """Bounds against the run of one process.
 
-    fp64 and the fp32 losses and norms are relative. The fp32 weights are absolute: Adam divides each gradient by its own
-    running size, so where a gradient is rounding noise around zero the noise decides the sign of an update of up to lr, in
-    each of the five steps. No smaller bound than 2 * 5 * lr holds for a single such weight; but they are few, so nearly all
-    weights must agree closely as well.
+    fp64 and the fp32 losses and norms are relative. The fp32 weights are absolute: Adam divides each gradient
+    by its own running size, so where a gradient is rounding noise around zero the noise decides the sign of
+    an update of up to lr, in each of the five steps. No smaller bound than 2 * 5 * lr holds for a single such
+    weight; but they are few, so nearly all weights must agree closely as well.
     """
 
     fp64: float = 1e-10

@@ -1,4 +1,6 @@
-"""A killed run goes on as if nothing had happened, at the same layout bit by bit, and at another on the same curve."""
+"""A killed run goes on as if nothing had happened, at the same layout bit by bit, and at another on the same
+curve.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def back_to_step_5(run_dir: Path, target: Path) -> Path:
-    """A copy of a run as a crash after step 5 would have left it: later checkpoints gone, later log lines there."""
+    """A copy of a run as a crash after step 5 would have left it: later checkpoints gone, later log lines
+    there.
+    """
     shutil.copytree(run_dir, target)
     shutil.rmtree(target / "checkpoints" / "step_00000010")
     return target
@@ -59,7 +63,9 @@ def test_kill_and_resume_is_bit_identical(unbroken: Outcome, store: Path, tmp_pa
         os.killpg(process.pid, signal.SIGKILL)
     finally:
         end_ranks([process])
-    assert not (run_dir / "checkpoints" / "step_00000010").exists(), "the run was too fast to be killed between"
+    assert not (run_dir / "checkpoints" / "step_00000010").exists(), (
+        "the run was too fast to be killed between"
+    )
     resumed = train(run_dir, store, settings(store))
     assert records(run_dir) == records(unbroken.run_dir)
     assert resumed.losses == unbroken.losses
@@ -82,9 +88,13 @@ def test_resume_at_another_layout(
     train(run_dir, store, {**settings(store), **layout}, world_size)
     resumed = outcome(run_dir)
     assert len(resumed.losses) == 10
-    assert max(abs(a - b) / b for a, b in zip(resumed.losses, unbroken.losses, strict=True)) <= TOLERANCE.fp32_curve
     assert (
-        max(abs(a - b) / b for a, b in zip(resumed.grad_norms, unbroken.grad_norms, strict=True)) <= TOLERANCE.fp32_curve
+        max(abs(a - b) / b for a, b in zip(resumed.losses, unbroken.losses, strict=True))
+        <= TOLERANCE.fp32_curve
+    )
+    assert (
+        max(abs(a - b) / b for a, b in zip(resumed.grad_norms, unbroken.grad_norms, strict=True))
+        <= TOLERANCE.fp32_curve
     )
 
 
@@ -94,7 +104,9 @@ def test_resume_distributed_optimizer_at_another_data_parallel_size(store: Path,
     run_dir = back_to_step_5(whole.run_dir, tmp_path / "run")
     train(run_dir, store, {**sharded, TP: 2}, world_size=2)
     resumed = outcome(run_dir)
-    assert max(abs(a - b) / b for a, b in zip(resumed.losses, whole.losses, strict=True)) <= TOLERANCE.fp32_curve
+    assert (
+        max(abs(a - b) / b for a, b in zip(resumed.losses, whole.losses, strict=True)) <= TOLERANCE.fp32_curve
+    )
 
 
 def test_stop_signal_saves_and_exits_75(store: Path, tmp_path: Path) -> None:

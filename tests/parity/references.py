@@ -78,7 +78,8 @@ def fair_esm(shape: Shape, dtype: torch.dtype) -> torch.nn.Module:
     ).to(dtype)
     randomize(model)
     if dtype == torch.float64:
-        # .to() rounded nothing, but the frequencies were made in fp32; the fp64 proof wants the formula in fp64.
+        # .to() rounded nothing, but the frequencies were made in fp32; the fp64 proof wants the formula in
+        # fp64.
         d = shape.hidden_size // shape.num_attention_heads
         for layer in model.layers:
             layer.self_attn.rot_emb.inv_freq = 1.0 / 10000.0 ** (torch.arange(0, d, 2, dtype=dtype) / d)
@@ -150,7 +151,9 @@ class Batch:
 
 
 def batch() -> Batch:
-    """Lengths 3 to 700 tokens, ``<mask>`` tokens, the non-standard residues X B U Z O and one unknown letter (J)."""
+    """Lengths 3 to 700 tokens, ``<mask>`` tokens, the non-standard residues X B U Z O and one unknown letter
+    (J).
+    """
     generator = torch.Generator().manual_seed(SEED + 1)
     lengths = [1, 46, 298, 255, 698]
     width = max(lengths) + 2

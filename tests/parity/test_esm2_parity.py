@@ -19,7 +19,9 @@ from esm2mega.parallel.initialize import process_groups
 from tests.parity import references
 from tests.parity.references import Shape
 
-pytest.importorskip("transformers", reason="Hugging Face transformers is not installed: pip install esm2mega[dev]")
+pytest.importorskip(
+    "transformers", reason="Hugging Face transformers is not installed: pip install esm2mega[dev]"
+)
 pytest.importorskip("esm", reason="fair-esm is not installed: pip install esm2mega[dev]")
 
 
@@ -136,7 +138,9 @@ def test_neighbours_in_the_pack_do_not_matter() -> None:
     together = our_logits(model, batch)
     for row in range(batch.input_ids.shape[0]):
         alone = replace(
-            batch, input_ids=batch.input_ids[row : row + 1], attention_mask=batch.attention_mask[row : row + 1]
+            batch,
+            input_ids=batch.input_ids[row : row + 1],
+            attention_mask=batch.attention_mask[row : row + 1],
         )
         keep = alone.attention_mask[0].bool()
         assert (our_logits(model, alone)[0, keep] - together[row, keep]).abs().max() < 1e-12

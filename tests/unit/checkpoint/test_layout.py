@@ -1,0 +1,163 @@
+"""Which directory is a checkpoint, which is the newest, which may go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from esm2mega.checkpoint import layout
+from esm2mega.data.tokenizer import TOKENIZER_HASH
+from esm2mega.errors import UserError
+from tests.unit.conftest import TinyRun
+from tests.unit.runs import tiny_run
+
+
+def _checkpoint(run_dir: Path, step: int, valid_loss: float | None = None, complete: bool = True) -> Path:
+    """A checkpoint without tensors."""
+    directory = layout.step_dir(run_dir, step)
+    partial = layout.partial_dir(directory)
+    (partial / layout.MODEL).mkdir(parents=True)
+    layout.write_description(partial, tiny_run(run_dir=run_dir), {"step": step, "valid_loss": valid_loss})
+    if complete:
+        layout.complete(partial, directory)
+    else:
+        partial.rename(directory)
+    return directory
+
+
+def _names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def _left(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in layout.checkpoints_dir(run_dir).iterdir())
+
+
+def test_names(tmp_path: Path) -> None:
+    assert layout.step_dir(tmp_path, 42) == tmp_path / "checkpoints" / "step_00000042"
+    assert layout.partial_dir(layout.step_dir(tmp_path, 42)).name == "step_00000042.partial"
+
+
+def test_complete_gives_the_name_last(tmp_path: Path) -> None:
+    directory = _checkpoint(tmp_path, 3)
+    assert layout.is_complete(directory)
+    assert _left(tmp_path) == ["step_00000003"]
+
+
+def test_complete_replaces_what_has_the_name(tmp_path: Path) -> None:
+    """A directory of that step without COMPLETE, left by a crash on a file system without atomic renames."""
+    stale = layout.step_dir(tmp_path, 3)
+    stale.mkdir(parents=True)
+    (stale / "stale").write_text("")
+    directory = _checkpoint(tmp_path, 3)
+    assert layout.is_complete(directory)
+    assert not (directory / "stale").exists()
+
+
+def test_find_sorts_and_separates(tmp_path: Path) -> None:
+    for step in (100, 20):
+        _checkpoint(tmp_path, step)
+    _checkpoint(tmp_path, 60, complete=False)
+    for other in ("step_00000007.partial", "step_7", "best"):
+        (layout.checkpoints_dir(tmp_path) / other).mkdir()
+    complete, incomplete = layout.find_checkpoints(tmp_path)
+    assert _names(complete) == ["step_00000020", "step_00000100"]
+    assert _names(incomplete) == ["step_00000060"]
+    assert layout.find_checkpoints(tmp_path / "absent") == ([], [])
+
+
+def test_resolve_takes_the_newest_complete_one(tmp_path: Path) -> None:
+    first, newest = _checkpoint(tmp_path, 20), _checkpoint(tmp_path, 100)
+    _checkpoint(tmp_path, 200, complete=False)
+    assert layout.resolve_checkpoint(tmp_path) == newest
+    assert layout.resolve_checkpoint(tmp_path / "checkpoints") == newest
+    assert layout.resolve_checkpoint(str(first)) == first
+
+
+def test_resolve_refuses(tmp_path: Path) -> None:
+    incomplete = _checkpoint(tmp_path, 20, complete=False)
+    with pytest.raises(UserError, match="not a complete checkpoint: the file COMPLETE is missing"):
+        layout.resolve_checkpoint(incomplete)
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        layout.resolve_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="absent: no such checkpoint"):
+        layout.resolve_checkpoint(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_best", "kept"),
+    [(1, 0, {50}), (2, 0, {40, 50}), (1, 1, {50, 20}), (2, 2, {40, 50, 20, 10})],
+)
+def test_prune_keeps_newest_and_best(tmp_path: Path, keep_last: int, keep_best: int, kept: set[int]) -> None:
+    for step, loss in ((10, 2.5), (20, 2.0), (30, None), (40, 3.0), (50, None)):
+        _checkpoint(tmp_path, step, loss)
+    removed = layout.prune(tmp_path, keep_last, keep_best)
+    assert _left(tmp_path) == [f"step_{step:08d}" for step in sorted(kept)]
+    assert set(_names(removed)) == {f"step_{step:08d}" for step in {10, 20, 30, 40, 50} - kept}
+
+
+def test_prune_never_removes_the_newest(tmp_path: Path) -> None:
+    newest = _checkpoint(tmp_path, 10)
+    assert layout.prune(tmp_path, 0, 0) == []
+    assert layout.is_complete(newest)
+
+
+def test_prune_removes_incomplete_ones_that_were_overtaken(tmp_path: Path) -> None:
+    _checkpoint(tmp_path, 10, complete=False)
+    _checkpoint(tmp_path, 20)
+    _checkpoint(tmp_path, 30, complete=False)
+    layout.prune(tmp_path, 1, 1)
+    assert _left(tmp_path) == ["step_00000020", "step_00000030"]
+
+
+def test_state_and_configuration_come_back(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path, 10, 2.5)
+    state = layout.read_state(checkpoint)
+    assert (state["step"], state["valid_loss"], state["format_version"]) == (10, 2.5, 1)
+    assert layout.read_config(checkpoint) == tiny_run(run_dir=tmp_path)
+    assert TOKENIZER_HASH in (checkpoint / "config.yaml").read_text()
+
+
+def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path, 10) / "train_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
+    with pytest.raises(UserError, match=r"train_state.json: format version 2, this esm2mega reads 1"):
+        layout.read_state(path.parent)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+def test_damaged_state_is_refused(tmp_path: Path, content: str) -> None:
+    path = _checkpoint(tmp_path, 10) / "train_state.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="the checkpoint is damaged"):
+        layout.read_state(path.parent)
+    path.unlink()
+    with pytest.raises(UserError, match="the checkpoint is damaged"):
+        layout.read_state(path.parent)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path, 10) / "config.yaml"
+    path.write_text(path.read_text().replace(TOKENIZER_HASH, "another"))
+    with pytest.raises(
+        UserError, match=f"made with another tokenizer .another.; this version has {TOKENIZER_HASH}"
+    ):
+        layout.read_config(path.parent)
+
+
+@pytest.mark.parametrize("content", ["", "a: [", "just words", "tokenizer: words", "- 1"])
+def test_damaged_configuration_is_refused(tmp_path: Path, content: str) -> None:
+    path = _checkpoint(tmp_path, 10) / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        layout.read_config(path.parent)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_copied_run_is_found_where_it_lies(finished: TinyRun, tmp_path: Path) -> None:
+    shutil.copytree(finished.run_dir, tmp_path / "copy")
+    assert layout.resolve_checkpoint(tmp_path / "copy") == layout.step_dir(tmp_path / "copy", 4)

@@ -1,0 +1,288 @@
+"""What is saved comes back, what does not fit is refused, and a full disk leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esm2mega.checkpoint import layout, store
+from esm2mega.checkpoint.store import load_training_state, load_weights, save_checkpoint
+from esm2mega.errors import MachineError, UserError
+from esm2mega.train.step import TrainState, train_step
+from tests.ranks import RankResult, start_ranks, wait_ranks
+from tests.unit.conftest import TinyRun
+from tests.unit.runs import SETTINGS, packed_batch, tiny_run, train_state
+
+BATCHES = [packed_batch([[0, 5, 32, 7, 32, 2]], {1: 5, 2: 9, 3: 4, 4: 23})]
+SHARDED = "parallel.distributed_optimizer=true"
+
+
+def _weights(state: TrainState) -> dict[str, Tensor]:
+    return {
+        name: value.clone() for name, value in state.model[0].module.state_dict().items() if value is not None
+    }
+
+
+def _optimizer(state: TrainState) -> list[tuple[str, Any]]:
+    """Moments and step counts in the order of the parameters, and the settings of the groups."""
+    parts = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+    found: list[tuple[str, Any]] = []
+    for part in parts:
+        for group in part.optimizer.param_groups:
+            # Loading puts the step count into the groups of the sharded optimizer too; Adam ignores it there.
+            settings = {key: value for key, value in group.items() if key not in ("params", "step")}
+            found += sorted(settings.items())
+            for parameter in group["params"]:
+                found.append(("main", parameter.detach().clone()))
+                found += sorted(
+                    (key, value.clone()) for key, value in part.optimizer.state[parameter].items()
+                )
+    return found
+
+
+def _same(first: Any, second: Any) -> bool:
+    return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)
+
+
+def _stepped(*overrides: str) -> TrainState:
+    state = train_state(tiny_run(*overrides))
+    with torch.no_grad():
+        # As loaded frequencies of published weights would be.
+        state.model[0].module.rotary.inv_freq.mul_(1.25)
+    for _ in range(2):
+        train_step(state, BATCHES)
+    return state
+
+
+def _save(state: TrainState, directory: Path, *overrides: str) -> Path:
+    save_checkpoint(
+        directory, state.model, state.optimizer, tiny_run(*overrides), {"step": 2, "valid_loss": None}
+    )
+    return directory
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model.precision=fp64",),
+        ("model.precision=bf16",),
+        ("model.precision=fp32", SHARDED),
+        ("model.precision=bf16", SHARDED),
+    ],
+    ids=" ".join,
+)
+def test_training_state_comes_back(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    from esm2mega.parallel.initialize import process_groups
+
+    with process_groups(tiny_run(*settings).parallel, seed=1):
+        saved = _stepped(*settings)
+        checkpoint = _save(saved, tmp_path / "step_00000002", *settings)
+        fresh = train_state(tiny_run("seed=77", *settings))
+        assert not torch.equal(
+            _weights(fresh)["lm_head.dense.weight"], _weights(saved)["lm_head.dense.weight"]
+        )
+        load_training_state(checkpoint, fresh.model, fresh.optimizer)
+        expected, actual = _weights(saved), _weights(fresh)
+        assert actual.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+        moments, loaded = _optimizer(saved), _optimizer(fresh)
+        assert [key for key, _ in loaded] == [key for key, _ in moments]
+        assert [key for (key, a), (_, b) in zip(loaded, moments, strict=True) if not _same(a, b)] == []
+        assert {"exp_avg", "exp_avg_sq", "step", "lr", "main"} <= {key for key, _ in moments}
+        # The proof that nothing is missing: both go on alike.
+        for state in (saved, fresh):
+            train_step(state, BATCHES)
+        assert all(
+            torch.equal(a, b) for a, b in zip(_weights(saved).values(), _weights(fresh).values(), strict=True)
+        )
+
+
+def test_weights_alone_come_back(world: None, tmp_path: Path) -> None:
+    saved = _stepped()
+    checkpoint = _save(saved, tmp_path / "step_00000002")
+    fresh = train_state(tiny_run("seed=77"))
+    load_weights(checkpoint, fresh.model)
+    expected, actual = _weights(saved), _weights(fresh)
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+    assert not any("exp_avg" in key for key, _ in _optimizer(fresh))
+
+
+def test_directory_holds_what_a_reader_needs(world: None, tmp_path: Path) -> None:
+    checkpoint = _save(_stepped(), tmp_path / "checkpoints" / "step_00000002")
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "COMPLETE",
+        "config.yaml",
+        "model",
+        "train_state.json",
+    }
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["step_00000002"]
+    assert layout.read_config(checkpoint) == tiny_run()
+
+
+def test_saving_again_replaces_remains_of_a_crash(world: None, tmp_path: Path) -> None:
+    remains = tmp_path / "step_00000002.partial" / "model"
+    remains.mkdir(parents=True)
+    (remains / "__9_9.distcp").write_text("")
+    checkpoint = _save(_stepped(), tmp_path / "step_00000002")
+    assert not (checkpoint / "model" / "__9_9.distcp").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+@pytest.fixture
+def tampered(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Renames the model's tensors in what is saved or asked for: fill in old -> new."""
+    names: dict[str, str] = {}
+    original = store._sharded_state
+
+    def renamed(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        state = original(*arguments, **keywords)
+        for tensor in state["model0"].values():
+            tensor.key = names.get(tensor.key, tensor.key)
+        return state
+
+    monkeypatch.setattr(store, "_sharded_state", renamed)
+    return names
+
+
+def test_tensors_of_another_model_are_refused(world: None, tmp_path: Path, tampered: dict[str, str]) -> None:
+    state = _stepped()
+    checkpoint = _save(state, tmp_path / "step_00000002")
+    tampered["lm_head.dense.bias"] = "lm_head.other.bias"
+    with pytest.raises(UserError) as error:
+        load_weights(checkpoint, state.model)
+    assert "missing ['lm_head.other.bias'], unexpected ['lm_head.dense.bias']" in str(error.value)
+    with pytest.raises(UserError, match="cannot be loaded into this model") as error:
+        load_training_state(checkpoint, state.model, state.optimizer)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_optimizer_is_refused_when_training_goes_on(world: None, tmp_path: Path) -> None:
+    """A checkpoint of weights alone cannot be resumed, only started from."""
+    from megatron.core import dist_checkpointing
+
+    state = _stepped()
+    checkpoint = tmp_path / "step_00000002"
+    (checkpoint / "model").mkdir(parents=True)
+    weights = store._sharded_state(state.model, None, is_loading=False)
+    dist_checkpointing.save(weights, str(checkpoint / "model"))
+    load_weights(checkpoint, state.model)
+    with pytest.raises(UserError, match="cannot be loaded into this model"):
+        load_training_state(checkpoint, state.model, state.optimizer)
+
+
+@pytest.mark.parametrize("change", ["model.num_layers=3", "model.ffn_hidden_size=64"])
+def test_another_shape_is_refused(world: None, finished: TinyRun, change: str) -> None:
+    other = train_state(tiny_run(change))
+    checkpoint = layout.step_dir(finished.run_dir, 4)
+    for load in (
+        lambda: load_weights(checkpoint, other.model),
+        lambda: load_training_state(checkpoint, other.model, other.optimizer),
+    ):
+        with pytest.raises(UserError) as error:
+            load()
+        assert str(checkpoint) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "absent"])
+@pytest.mark.parametrize("file", [".metadata", "metadata.json", "common.pt", "__0_0.distcp"])
+def test_damaged_files_are_refused(
+    world: None, finished: TinyRun, tmp_path: Path, file: str, damage: str
+) -> None:
+    checkpoint = tmp_path / "step_00000004"
+    shutil.copytree(layout.step_dir(finished.run_dir, 4), checkpoint)
+    path = checkpoint / "model" / file
+    assert path.is_file()
+    if damage == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(b"garbage" * 10)
+    state = train_state(tiny_run())
+    with pytest.raises(UserError) as error:
+        load_training_state(checkpoint, state.model, state.optimizer)
+    assert str(checkpoint) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not hold root back")
+def test_unwritable_directory_is_a_machine_error(world: None, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(MachineError, match="Permission denied"):
+        _save(_stepped(), tmp_path / "checkpoints" / "step_00000002")
+
+
+def test_path_below_a_file_is_a_machine_error(world: None, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        MachineError, match="not saved: Not a directory; free space or choose another run_dir"
+    ):
+        _save(_stepped(), tmp_path / "file" / "step_00000002")
+
+
+# The command line with a limit on the size of a file: beyond it writing fails, as it does on a full disk.
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from esm2mega.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def _pretrain(finished: TinyRun, run_dir: Path) -> list[str]:
+    return ["pretrain", f"run_dir={run_dir}", f"data.train={finished.train}", *SETTINGS]
+
+
+def _assert_clean_failure(results: list[RankResult], run_dir: Path, reason: str) -> None:
+    assert [result.returncode for result in results] == [1] * len(results)
+    lines = [line for result in results for line in result.stderr.splitlines()]
+    errors = [line for line in lines if line.startswith("esm2mega: ") and "error: " in line]
+    assert len(errors) == 1, "\n".join(lines)
+    assert f"step_00000004: not saved: {reason}" in errors[0]
+    assert "Traceback" not in "\n".join(lines)
+    assert list((run_dir / "checkpoints").iterdir()) == []
+
+
+def test_full_disk_while_saving(finished: TinyRun, tmp_path: Path) -> None:
+    """Both ranks end, and one of them tells why."""
+    run_dir = tmp_path / "run"
+    arguments = ["-c", LIMITED, *_pretrain(finished, run_dir)]
+    processes = start_ranks(arguments, 2, tmp_path / "output")
+    results = wait_ranks(processes, tmp_path / "output", timeout=120)
+    _assert_clean_failure(results, run_dir, "File too large")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="mount is not installed")
+def test_really_full_disk_while_saving(finished: TinyRun, tmp_path: Path, small_disk: Path) -> None:
+    run_dir = small_disk / "run"
+    processes = start_ranks(["-m", "esm2mega", *_pretrain(finished, run_dir)], 1, tmp_path / "output")
+    _assert_clean_failure(
+        wait_ranks(processes, tmp_path / "output", timeout=120), run_dir, "No space left on device"
+    )

@@ -1,0 +1,124 @@
+"""Attention within each sequence against plain softmax attention, and the choice of a kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from esm2mega.errors import UserError
+from esm2mega.model import attention
+from esm2mega.model.attention import choose_kernel, sdpa
+from esm2mega.model.packed import PackedSequences
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LENGTHS = [1, 7, 4]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v for each segment and head, written out."""
+    outputs = torch.zeros_like(q)
+    start = 0
+    for length in LENGTHS:
+        for head in range(q.shape[1]):
+            rows = slice(start, start + length)
+            scores = q[rows, head] @ k[rows, head].T * scale
+            outputs[rows, head] = scores.softmax(dim=-1) @ v[rows, head]
+        start += length
+    return outputs
+
+
+def _inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    shape = (sum(LENGTHS), 2, 6)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("scale", [6**-0.5, 1.7])
+def test_sdpa_equals_plain_attention(scale: float) -> None:
+    results = []
+    for kernel in (
+        lambda *x: sdpa(*x, PackedSequences.from_lengths(LENGTHS), scale),
+        lambda *x: _plain(*x, scale),
+    ):
+        inputs = _inputs()
+        out = kernel(*inputs)
+        (out * torch.arange(out.numel(), dtype=torch.float64).view_as(out)).sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    for ours, reference in zip(*results, strict=True):
+        assert (ours - reference).abs().max() <= 1e-12 * reference.abs().max()
+
+
+def test_sequences_do_not_see_each_other() -> None:
+    q, k, v = (x.detach() for x in _inputs())
+    packed = PackedSequences.from_lengths(LENGTHS)
+    before = sdpa(q, k, v, packed, 0.5)
+    k[1:8] += 1.0
+    v[1:8] *= 2.0
+    after = sdpa(q, k, v, packed, 0.5)
+    assert torch.equal(before[:1], after[:1])
+    assert torch.equal(before[8:], after[8:])
+    assert not torch.equal(before[1:8], after[1:8])
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Which packages are found: fill the set."""
+    found: set[str] = set()
+    monkeypatch.setattr(attention, "_installed", found.__contains__)
+    return found
+
+
+VARLEN, FLASH = "torch.nn.attention.varlen", "flash_attn"
+
+
+@pytest.mark.parametrize(
+    ("found", "device", "dtype", "expected"),
+    [
+        ({VARLEN, FLASH}, CUDA, torch.bfloat16, "flash"),
+        ({VARLEN}, CUDA, torch.bfloat16, "varlen"),
+        ({VARLEN}, CUDA, torch.float16, "varlen"),
+        (set(), CUDA, torch.bfloat16, "sdpa"),
+        ({VARLEN, FLASH}, CUDA, torch.float32, "sdpa"),
+        ({VARLEN, FLASH}, CPU, torch.bfloat16, "sdpa"),
+    ],
+)
+def test_auto_takes_the_fastest_that_runs(
+    packages: set[str], found: set[str], device: torch.device, dtype: torch.dtype, expected: str
+) -> None:
+    packages |= found
+    assert choose_kernel("auto", device, dtype) == expected
+
+
+@pytest.mark.parametrize("name", ["sdpa", "varlen", "flash"])
+def test_a_named_kernel_is_taken(packages: set[str], name: str) -> None:
+    packages |= {VARLEN, FLASH}
+    assert choose_kernel(name, CUDA, torch.bfloat16) == name
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash"])
+@pytest.mark.parametrize(
+    ("found", "device", "dtype"),
+    [
+        ({VARLEN, FLASH}, CPU, torch.bfloat16),
+        ({VARLEN, FLASH}, CUDA, torch.float32),
+        (set(), CUDA, torch.bfloat16),
+    ],
+)
+def test_a_named_kernel_that_cannot_run_is_an_error(
+    packages: set[str], found: set[str], device: torch.device, dtype: torch.dtype, name: str
+) -> None:
+    packages |= found
+    with pytest.raises(UserError) as error:
+        choose_kernel(name, device, dtype)
+    message = str(error.value)
+    assert f"model.attention_backend={name}" in message
+    assert device.type in message
+    assert "model.attention_backend=auto" in message
+    assert "\n" not in message
+
+
+def test_finding_a_package_does_not_import_it() -> None:
+    assert attention._installed("torch.nn.functional")
+    assert not attention._installed("no_such_package.deeper")
+    assert not attention._installed("no_such_package")

@@ -1,0 +1,77 @@
+"""Packs and padded batches: borders, positions, and the way there and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from esm2mega.errors import UserError
+from esm2mega.model.packed import PackedSequences, pack, pad_pack, unpack
+
+# Rows of length 2, 4 and 3, padded at the right, not at all, and at the left.
+IDS = torch.tensor([[0, 2, 1, 1], [0, 7, 8, 2], [1, 0, 9, 2]])
+MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1]])
+
+
+def test_from_lengths() -> None:
+    packed = PackedSequences.from_lengths([2, 4, 3])
+    assert packed.cu_seqlens_q.tolist() == [0, 2, 6, 9]
+    assert packed.cu_seqlens_kv.tolist() == [0, 2, 6, 9]
+    assert packed.cu_seqlens_q.dtype == torch.int32
+    assert (packed.max_seqlen_q, packed.max_seqlen_kv) == (4, 4)
+    assert packed.seqlens == (2, 4, 3)
+    assert packed.num_tokens == 9
+    assert packed.qkv_format == "thd"
+
+
+def test_sequence_ids_and_positions() -> None:
+    packed = PackedSequences.from_lengths([2, 1, 3])
+    assert packed.sequence_ids().tolist() == [0, 0, 1, 2, 2, 2]
+    assert packed.positions().tolist() == [0, 1, 0, 0, 1, 2]
+
+
+def test_pack_drops_padding_of_either_side() -> None:
+    ids, packed = pack(IDS, MASK)
+    assert ids.tolist() == [0, 2, 0, 7, 8, 2, 0, 9, 2]
+    assert packed.seqlens == (2, 4, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_round_trip(dtype: torch.dtype) -> None:
+    mask = MASK.to(dtype)
+    ids, _ = pack(IDS, mask)
+    assert torch.equal(unpack(ids, mask, fill=1), IDS)
+
+
+def test_unpack_keeps_trailing_dimensions_and_gradients() -> None:
+    values = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    padded = unpack(values, MASK, fill=-3.0)
+    assert padded.shape == (3, 4, 5)
+    assert torch.equal(padded[MASK.bool()], values)
+    assert (padded[~MASK.bool()] == -3.0).all()
+    padded.sum().backward()
+    assert torch.equal(values.grad, torch.ones_like(values))
+
+
+def test_empty_row_is_named() -> None:
+    with pytest.raises(UserError, match="row 1 .* no token"):
+        pack(IDS, torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]]))
+
+
+def test_gap_is_named() -> None:
+    with pytest.raises(UserError, match="row 2 .* gap"):
+        pack(IDS, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1]]))
+
+
+@pytest.mark.parametrize(("multiple", "tail"), [(8, 7), (4, 3), (2, 1)])
+def test_pad_pack_adds_a_segment_of_its_own(multiple: int, tail: int) -> None:
+    ids, packed = pad_pack(*pack(IDS, MASK), multiple)
+    assert ids.tolist() == [0, 2, 0, 7, 8, 2, 0, 9, 2] + [1] * tail
+    assert packed.seqlens == (2, 4, 3, tail)
+    assert packed.cu_seqlens_q.tolist() == [0, 2, 6, 9, 9 + tail]
+
+
+@pytest.mark.parametrize("multiple", [1, 3, 9])
+def test_pad_pack_leaves_a_multiple_alone(multiple: int) -> None:
+    ids, packed = pack(IDS, MASK)
+    assert pad_pack(ids, packed, multiple) == (ids, packed)

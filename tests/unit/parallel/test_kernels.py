@@ -1,0 +1,92 @@
+"""The gradient-norm and scaling kernels against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.optimizer import clip_grads
+
+from esm2mega.parallel import kernels
+
+UNUSED = torch.zeros(1, dtype=torch.int)
+
+
+def _tensors(dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(5,), (3, 4), (1,), (7, 2, 2)]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-15)], ids=str)
+def test_norm_is_that_of_one_long_vector(dtype: torch.dtype, bound: float) -> None:
+    tensors = _tensors(dtype)
+    total, each = kernels.foreach_l2_norm(2048, UNUSED, [tensors], per_tensor=True)
+    expected = torch.cat([t.flatten() for t in tensors]).double().square().sum().sqrt()
+    assert total.shape == (1,)
+    assert total.dtype == dtype
+    assert abs(total.item() / expected.item() - 1) <= bound
+    assert each is not None
+    assert each.tolist() == pytest.approx(
+        [t.double().square().sum().sqrt().item() for t in tensors], rel=bound
+    )
+
+
+def test_norm_of_each_only_on_request() -> None:
+    assert kernels.foreach_l2_norm(2048, UNUSED, [_tensors(torch.float32)], per_tensor=False)[1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scale_into_another_list(dtype: torch.dtype) -> None:
+    source, target = _tensors(dtype), [torch.full_like(t, 9) for t in _tensors(dtype)]
+    kernels.foreach_scale(2048, UNUSED, [source, target], 0.25)
+    assert all(torch.equal(t, s * 0.25) for s, t in zip(source, target, strict=True))
+    assert all(torch.equal(s, o) for s, o in zip(source, _tensors(dtype), strict=True)), (
+        "the source is only read"
+    )
+
+
+def test_scale_in_place() -> None:
+    tensors = _tensors(torch.float64)
+    kernels.foreach_scale(2048, UNUSED, [tensors, tensors], 0.25)
+    assert all(torch.equal(t, o * 0.25) for t, o in zip(tensors, _tensors(torch.float64), strict=True))
+
+
+def test_install_replaces_the_fallback_and_spares_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def local_l2_norm() -> None: ...
+
+    def fused_l2_norm() -> None: ...
+
+    monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", None)
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", fused_l2_norm)
+    kernels.install()
+    assert clip_grads.l2_norm_impl is fused_l2_norm
+    assert clip_grads.multi_tensor_scale_impl is None
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", local_l2_norm)
+    kernels.install()
+    assert clip_grads.l2_norm_impl is kernels.foreach_l2_norm
+    assert clip_grads.multi_tensor_scale_impl is kernels.foreach_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_clipping_goes_through_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Megatron-Core calls them: the norm of all gradients, then one factor."""
+    from megatron.core import parallel_state
+
+    from esm2mega.config.schema import ParallelConfig
+    from esm2mega.parallel.initialize import process_groups
+
+    with process_groups(ParallelConfig(), seed=1):
+        parameters = [torch.nn.Parameter(torch.zeros_like(t)) for t in _tensors(dtype)]
+        for parameter, gradient in zip(parameters, _tensors(dtype), strict=True):
+            parameter.grad = gradient
+        norm = clip_grads.get_grad_norm_fp32(
+            [p.grad for p in parameters if p.grad is not None],
+            grad_stats_parallel_group=parallel_state.get_model_parallel_group(),
+        )
+        clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=0.5, total_norm=norm)
+    expected = torch.cat([t.flatten() for t in _tensors(torch.float64)]).norm().item()
+    assert norm == pytest.approx(expected, rel=1e-6 if dtype == torch.float32 else 1e-14)
+    for parameter, gradient in zip(parameters, _tensors(dtype), strict=True):
+        assert parameter.grad is not None
+        # Megatron-Core adds 1e-6 to the norm before it divides.
+        assert torch.allclose(parameter.grad, gradient * (0.5 / (expected + 1e-6)), rtol=1e-6)

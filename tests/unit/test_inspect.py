@@ -1,0 +1,78 @@
+"""What `esm2mega inspect` tells of a store, a run and a checkpoint."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from esm2mega.checkpoint import layout
+from esm2mega.errors import UserError
+from esm2mega.inspect import inspect_path
+from tests.unit.conftest import TinyRun
+
+
+def _checksums(text: str) -> dict[str, str]:
+    """Name of a tensor -> its checksum."""
+    lines = [line.split() for line in text.splitlines() if line.startswith("  ")]
+    return {line[0]: line[-1] for line in lines}
+
+
+def _whole(text: str) -> str:
+    found = re.search(r"^weights sha256 ([0-9a-f]{64})$", text, re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def test_checkpoint(finished: TinyRun) -> None:
+    text = inspect_path(finished.run_dir)
+    assert f"checkpoint {layout.step_dir(finished.run_dir, 4)} (format 1, esm2mega " in text
+    assert "2 layers, hidden 24, 3 heads, FFN 56, fp64" in text
+    assert "step 4, " in text
+    assert re.search(r"validation loss \d\.\d{4}$", text, re.MULTILINE)
+    assert "checkpoints of the run: step_00000002, step_00000004" in text
+    assert re.search(
+        r"  embedding.word_embeddings.weight +float64 +\[40, 24\] +[0-9a-f]{16}$", text, re.MULTILINE
+    )
+    assert "optimizer: " in text
+    assert not any(name.startswith("optimizer") for name in _checksums(text))
+
+
+def test_run_directory_means_its_newest_checkpoint(finished: TinyRun) -> None:
+    assert inspect_path(finished.run_dir) == inspect_path(layout.step_dir(finished.run_dir, 4))
+
+
+def test_checksums_are_repeatable_and_change_with_a_weight(finished: TinyRun) -> None:
+    first, second = (inspect_path(layout.step_dir(finished.run_dir, step)) for step in (2, 4))
+    assert _whole(second) == _whole(inspect_path(finished.run_dir))
+    assert _whole(first) != _whole(second)
+    old, new = _checksums(first), _checksums(second)
+    assert old.keys() == new.keys()
+    assert [name for name in old if old[name] == new[name]] == ["rotary.inv_freq"], (
+        "training moved all others"
+    )
+
+
+def test_token_store(finished: TinyRun) -> None:
+    text = inspect_path(finished.valid)
+    assert f"token store {finished.valid} (format 1, checksums hold)" in text
+    assert "15 sequences" in text
+
+
+def test_damaged_store_is_an_error(finished: TinyRun, tmp_path: Path) -> None:
+    shutil.copytree(finished.valid, tmp_path / "store")
+    tokens = tmp_path / "store" / "tokens.bin"
+    content = bytearray(tokens.read_bytes())
+    content[3] ^= 1
+    tokens.write_bytes(content)
+    with pytest.raises(UserError, match="tokens.bin"):
+        inspect_path(tmp_path / "store")
+
+
+def test_nothing_to_inspect_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        inspect_path(tmp_path / "absent")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        inspect_path(tmp_path)

@@ -1,0 +1,148 @@
+"""Evaluation: the loss of a split does not depend on how it was cut into packs and dealt to ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from esm2mega.checkpoint import layout
+from esm2mega.data.store import TokenStore
+from esm2mega.errors import MachineError, UserError
+from esm2mega.train import evaluate as module
+from esm2mega.train.evaluate import (
+    evaluate_checkpoint,
+    evaluation_record,
+    perplexity,
+    unigram_log_probabilities,
+)
+from tests.ranks import run_ranks
+from tests.unit.conftest import TinyRun
+from tests.unit.runs import packed_batch
+
+SAME = ("loss", "unigram_loss")
+
+
+@pytest.fixture(scope="module")
+def result(finished: TinyRun) -> dict[str, Any]:
+    return evaluate_checkpoint(finished.run_dir, finished.valid)
+
+
+def test_unigram_has_one_more_of_each() -> None:
+    probabilities = unigram_log_probabilities(np.array([3, 0, 5]), torch.device("cpu")).exp()
+    assert probabilities.dtype == torch.float64
+    assert probabilities.tolist() == pytest.approx([4 / 11, 1 / 11, 6 / 11], rel=1e-14)
+
+
+def test_result_is_that_of_the_training_log(finished: TinyRun, result: dict[str, Any]) -> None:
+    lines = (finished.run_dir / "log.jsonl").read_text().splitlines()
+    logged = [record for line in lines if (record := json.loads(line))["kind"] == "eval"][-1]
+    assert logged["step"] == result["step"] == 4
+    assert result["loss"] == pytest.approx(logged["valid_loss"], rel=1e-12)
+    assert result["unigram_loss"] == pytest.approx(logged["unigram_loss"], rel=1e-12)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]), rel=1e-14)
+    assert result["num_sequences"] == len(TokenStore(finished.valid)) == 15
+    assert result["checkpoint"] == str(layout.step_dir(finished.run_dir, 4))
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [64, 200, 4096])
+def test_packs_do_not_matter(finished: TinyRun, result: dict[str, Any], micro_batch_tokens: int) -> None:
+    other = evaluate_checkpoint(finished.run_dir, finished.valid, micro_batch_tokens=micro_batch_tokens)
+    assert other["num_labels"] == result["num_labels"] > 20
+    for name in SAME:
+        assert other[name] == pytest.approx(result[name], rel=1e-12)
+
+
+def test_group_size_does_not_matter(
+    finished: TinyRun, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_GROUP", 2)
+    assert evaluate_checkpoint(finished.run_dir, finished.valid)["loss"] == pytest.approx(
+        result["loss"], rel=1e-12
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout_change", [(), ("parallel.pipeline_model_parallel_size=2",)], ids=["DP2", "PP2"]
+)
+def test_ranks_do_not_matter(
+    finished: TinyRun, result: dict[str, Any], tmp_path: Path, layout_change: tuple[str, ...]
+) -> None:
+    out = tmp_path / "result.json"
+    arguments = [str(finished.run_dir), "--data", str(finished.valid), "--out", str(out)]
+    run_ranks(["-m", "esm2mega", "evaluate", *arguments, *layout_change], 2, tmp_path)
+    other = json.loads(out.read_text())
+    assert other["num_labels"] == result["num_labels"]
+    for name in SAME:
+        assert other[name] == pytest.approx(result[name], rel=1e-12)
+
+
+def test_a_limit_takes_fewer_labels(finished: TinyRun, result: dict[str, Any]) -> None:
+    part = evaluate_checkpoint(finished.run_dir, finished.valid, max_batches=1)
+    assert 0 < part["num_labels"] < result["num_labels"]
+
+
+def test_another_checkpoint_has_another_loss(finished: TinyRun, result: dict[str, Any]) -> None:
+    earlier = evaluate_checkpoint(layout.step_dir(finished.run_dir, 2), finished.valid)
+    assert earlier["step"] == 2
+    assert earlier["loss"] != result["loss"]
+    assert earlier["unigram_loss"] == pytest.approx(result["unigram_loss"], rel=1e-14)
+
+
+def test_result_is_written_whole(finished: TinyRun, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "result.json"
+    result = evaluate_checkpoint(finished.run_dir, finished.valid, out)
+    assert json.loads(out.read_text()) == result
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_out_that_cannot_be_written_is_one_line(finished: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match=r"cannot be written: .*--out"):
+        evaluate_checkpoint(finished.run_dir, finished.valid, tmp_path / "file" / "result.json")
+
+
+def test_no_checkpoint_is_an_error(finished: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such checkpoint"):
+        evaluate_checkpoint(tmp_path / "absent", finished.valid)
+
+
+def test_groups_are_filled_with_packs_without_labels() -> None:
+    batches = [packed_batch([[0, 32, 2]], {1: token}) for token in (5, 6, 7, 8, 9)]
+    groups = list(module._groups(iter(batches), 4, 4))
+    assert [len(group) for group in groups] == [4, 4]
+    assert [batch.labels.tolist() for group in groups for batch in group] == [
+        [5],
+        [6],
+        [7],
+        [8],
+        [9],
+        [],
+        [],
+        [],
+    ]
+    filling = groups[1][-1]
+    assert filling.label_positions.tolist() == []
+    assert torch.equal(filling.input_ids, batches[4].input_ids)
+    assert [len(group) for group in module._groups(iter(batches), 2, 1)] == [2, 2, 1]
+    assert list(module._groups(iter([]), 4, 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "multiple", "expected"), [(16, 1, 16), (16, 3, 18), (16, 8, 16), (16, 32, 32)]
+)
+def test_group_size_is_a_multiple(value: int, multiple: int, expected: int) -> None:
+    assert module._round_up(value, multiple) == expected
+
+
+def test_perplexity_overflows_to_infinity() -> None:
+    assert perplexity(2.0) == pytest.approx(math.exp(2))
+    assert perplexity(1e4) == math.inf
+    record = evaluation_record({"loss": 1.0, "unigram_loss": 2.5, "count": 3.0})
+    assert record == {"valid_loss": 1.0, "valid_perplexity": math.e, "unigram_loss": 2.5}

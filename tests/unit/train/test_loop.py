@@ -1,0 +1,210 @@
+"""When the loop logs, evaluates, saves and stops. Steps are made up; their arithmetic is tested elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from esm2mega.config.schema import EarlyStoppingConfig, Run, TrainConfig
+from esm2mega.errors import StoppedBySignal
+from esm2mega.parallel.initialize import Ranks
+from esm2mega.train import loop as loop_module
+from esm2mega.train.loop import Hooks, LoopState, fit, note_evaluation
+from esm2mega.train.step import StepResult
+from tests.unit.runs import CPU, tiny_run
+
+RANKS = Ranks(0, 1, 0, 1, 0, 1, 0, 1, CPU)
+Event = tuple[Any, ...]
+
+
+class Stream:
+    """Endless packs of 100 real tokens."""
+
+    def __init__(self) -> None:
+        self.state = SimpleNamespace(consumed_tokens=0)
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        self.state.consumed_tokens += 100
+        return 0
+
+
+@pytest.fixture
+def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Event]]:
+    """Run the loop and list what it did; `valid_losses` are those of the evaluations in turn."""
+
+    def run_loop(
+        run: Run,
+        valid_losses: list[float] | None = None,
+        loop: LoopState | None = None,
+        at_step: Callable[[int], None] = lambda step: None,
+    ) -> list[Event]:
+        events: list[Event] = []
+        losses = iter(valid_losses or ())
+        state = loop if loop is not None else LoopState()
+
+        def step(train_state: object, batches: list[Any]) -> StepResult:
+            events.append(("step", state.step + 1, len(batches)))
+            at_step(state.step + 1)
+            return StepResult({"loss": 2.0, "count": 10.0}, grad_norm=0.5, lr=1e-3)
+
+        def evaluate() -> dict[str, float]:
+            return {"valid_loss": next(losses), "valid_perplexity": 1.0, "unigram_loss": 3.0}
+
+        def log(record: dict[str, Any]) -> None:
+            events.append((record["kind"], record["step"], record))
+
+        monkeypatch.setattr(loop_module, "train_step", step)
+        hooks = Hooks(
+            log=log,
+            show=lambda result: None,
+            evaluate=None if valid_losses is None else evaluate,
+            save=lambda saved: events.append(("save", saved.step, saved.to_dict())),
+        )
+        try:
+            fit(run, None, Stream(), state, hooks, RANKS)  # type: ignore[arg-type]
+        except StoppedBySignal as stopped:
+            events.append(("stopped", state.step, str(stopped)))
+        return events
+
+    return run_loop
+
+
+def _brief(events: list[Event], *kinds: str) -> list[tuple[str, int]]:
+    return [(event[0], event[1]) for event in events if not kinds or event[0] in kinds]
+
+
+Play = Callable[..., list[Event]]
+
+
+def test_order_within_a_step(play: Play) -> None:
+    """What is saved knows the evaluation of its own step."""
+    run = tiny_run("train.max_steps=2", "train.eval_every=1", "checkpoint.save_every=1")
+    events = play(run, [3.0, 2.5])
+    assert _brief(events) == [(kind, step) for step in (1, 2) for kind in ("step", "train", "eval", "save")]
+    assert [event[2]["valid_loss"] for event in events if event[0] == "save"] == [3.0, 2.5]
+
+
+def test_each_step_takes_the_micro_batches_of_the_configuration(play: Play) -> None:
+    events = play(tiny_run("train.max_steps=2", "train.global_batch_tokens=640"))
+    assert [event[2] for event in events if event[0] == "step"] == [5, 5]
+
+
+def test_intervals(play: Play) -> None:
+    """keep_best=0, so that only save_every and the end save."""
+    run = tiny_run(
+        "train.max_steps=7",
+        "train.log_every=3",
+        "train.eval_every=2",
+        "checkpoint.save_every=5",
+        "checkpoint.keep_best=0",
+    )
+    events = play(run, [3.0, 2.0, 1.0, 0.5])
+    assert _brief(events, "train") == [("train", 3), ("train", 6), ("train", 7)]
+    assert _brief(events, "eval") == [("eval", 2), ("eval", 4), ("eval", 6), ("eval", 7)]
+    assert _brief(events, "save") == [("save", 5), ("save", 7)]
+
+
+def test_by_default_only_the_end_is_evaluated_and_saved(play: Play) -> None:
+    events = play(tiny_run("train.max_steps=3"), [2.0])
+    assert _brief(events, "eval", "save") == [("eval", 3), ("save", 3)]
+
+
+def test_without_validation_data_nothing_is_evaluated(play: Play) -> None:
+    events = play(tiny_run("train.max_steps=3", "train.eval_every=1"))
+    assert _brief(events, "eval", "save") == [("save", 3)]
+    assert events[-1][2]["valid_loss"] is None
+
+
+def test_the_best_is_saved_when_it_comes(play: Play) -> None:
+    run = tiny_run("train.max_steps=5", "train.eval_every=1", "checkpoint.keep_best=1")
+    events = play(run, [3.0, 3.5, 2.0, 2.5, 2.4])
+    assert _brief(events, "save") == [("save", 1), ("save", 3), ("save", 5)]
+    assert [event[2]["best_valid_loss"] for event in events if event[0] == "save"] == [3.0, 2.0, 2.0]
+
+
+def test_training_record(play: Play) -> None:
+    records = [
+        event[2] for event in play(tiny_run("train.max_steps=4", "train.log_every=2")) if event[0] == "train"
+    ]
+    assert [record["consumed_tokens"] for record in records] == [400, 800]
+    for record in records:
+        assert record["loss"] == 2.0
+        assert record["perplexity"] == pytest.approx(7.38905609893065)
+        assert (record["lr"], record["grad_norm"]) == (1e-3, 0.5)
+        assert record["pack_fill"] == pytest.approx(200 / 256)
+        assert min(record["tokens_per_second"], record["step_time"], record["memory_gb"]) > 0
+
+
+def test_a_resumed_loop_goes_on_behind_its_step(play: Play) -> None:
+    events = play(tiny_run("train.max_steps=4"), loop=LoopState(step=2))
+    assert _brief(events, "step", "save") == [("step", 3), ("step", 4), ("save", 4)]
+
+
+def test_a_finished_run_does_nothing(play: Play) -> None:
+    assert play(tiny_run("train.max_steps=4"), loop=LoopState(step=4)) == []
+
+
+def test_patience_ends_the_run_and_saves(play: Play) -> None:
+    run = tiny_run(
+        "train.max_steps=50",
+        "train.eval_every=2",
+        "train.early_stopping.patience=2",
+        "checkpoint.keep_best=0",
+    )
+    events = play(run, [3.0, 3.1, 2.9, 2.95, 2.9, 0.0])
+    assert _brief(events, "save") == [("save", 10)]
+    assert _brief(events, "step")[-1] == ("step", 10)
+    assert events[-1][2]["evaluations_without_improvement"] == 2
+
+
+def test_a_run_out_of_patience_stays_so_when_started_again(play: Play) -> None:
+    run = tiny_run("train.max_steps=50", "train.early_stopping.patience=2")
+    assert play(run, [], loop=LoopState(step=8, evaluations_without_improvement=2)) == []
+    assert (
+        play(tiny_run("train.max_steps=9"), [1.0], loop=LoopState(step=8, evaluations_without_improvement=2))
+        != []
+    )
+
+
+def test_a_signal_saves_and_stops_without_evaluating(play: Play) -> None:
+    run = tiny_run("train.max_steps=50", "train.eval_every=1", "train.log_every=10")
+
+    def kill_at_three(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    events = play(run, [3.0, 3.0, 3.0], at_step=kill_at_three)
+    assert _brief(events)[-4:] == [("step", 3), ("train", 3), ("save", 3), ("stopped", 3)]
+    assert events[-1][2].startswith("stopped by SIGUSR1 after step 3, which is saved")
+    assert events[-2][2]["valid_loss"] is None, "that of step 2 is not the loss of this checkpoint"
+
+
+def _noted(losses: list[float], min_delta: float = 0.0) -> tuple[list[bool], LoopState]:
+    loop = LoopState()
+    train = TrainConfig(early_stopping=EarlyStoppingConfig(patience=1, min_delta=min_delta))
+    return [note_evaluation(loop, loss, train) for loss in losses], loop
+
+
+def test_note_evaluation_counts_since_the_best() -> None:
+    improved, loop = _noted([3.0, 2.0, 2.0, 2.5])
+    assert improved == [True, True, False, False]
+    assert loop == LoopState(0, valid_loss=2.5, best_valid_loss=2.0, evaluations_without_improvement=2)
+
+
+def test_small_improvements_do_not_renew_patience() -> None:
+    improved, loop = _noted([3.0, 2.95, 2.8], min_delta=0.1)
+    assert improved == [True, False, True]
+    assert (loop.best_valid_loss, loop.evaluations_without_improvement) == (2.8, 0)
+
+
+def test_state_survives_its_file() -> None:
+    _, loop = _noted([3.0, 2.0, 2.5])
+    assert LoopState(**loop.to_dict()) == loop
