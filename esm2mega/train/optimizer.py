@@ -44,7 +44,7 @@ def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwa
 def build_optimizer(config: OptimConfig, run: Run, model: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Adam with decoupled weight decay on matrices, none on biases and LayerNorms; fused with apex or TE."""
     precision = run.model.precision
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=config.name,
             lr=config.lr,
@@ -62,6 +62,13 @@ def build_optimizer(config: OptimConfig, run: Run, model: list[DistributedDataPa
         model,
         use_gloo_process_groups=run.parallel.distributed_optimizer,
     )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            # One pass over the state instead of eight; Megatron-Core leaves PyTorch's default, a loop of
+            # small ops.
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
+    return optimizer
 
 
 def build_schedule(
