@@ -75,7 +75,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return complete[-1]
     if (directory / MODEL).exists() or _NAME.fullmatch(directory.name):
         raise UserError(
-            f"{path}: not a complete checkpoint: {COMPLETE} is missing; use an earlier step_ directory"
+            f"{path}: not a complete checkpoint: the file {COMPLETE} is missing; "
+            "use an earlier step_ directory"
         )
     raise UserError(
         f"{path}: holds no complete checkpoint (no step_XXXXXXXX/{COMPLETE}); give another directory"
@@ -156,7 +157,8 @@ def prune(run_dir: str | Path, keep_last: int, keep_best: int) -> list[Path]:
     scored = [(loss, p) for p in complete_ones if (loss := read_state(p).get("valid_loss")) is not None]
     best = [path for _, path in sorted(scored, key=lambda pair: pair[0])[:keep_best]]
     keep = {*complete_ones[-max(keep_last, 1) :], *best}
-    removed = [p for p in complete_ones if p not in keep] + _older(incomplete, complete_ones)
+    growing = checkpoints_dir(run_dir).glob("step_*.partial")
+    removed = [p for p in complete_ones if p not in keep] + _older([*incomplete, *growing], complete_ones)
     for path in removed:
         shutil.rmtree(path)
     return removed

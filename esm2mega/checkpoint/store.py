@@ -46,6 +46,14 @@ _UNREADABLE = (
     CheckpointException,
 )
 
+_EXTRA_STATE = "_extra_state"
+"""Byte objects of parallel linears: empty without FP8, and read as pickles, so they are neither written nor
+read.
+"""
+
+_SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps", "fused")
+"""What a parameter group takes from the configuration of this start, not from the checkpoint."""
+
 
 def save_checkpoint(
     directory: Path, model: Sequence[Any], optimizer: MegatronOptimizer, run: Run, state: dict[str, Any]
@@ -135,7 +143,10 @@ def load_training_state(checkpoint: Path, model: Sequence[Any], optimizer: Megat
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    settings = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, configured in zip(optimizer.param_groups, settings, strict=True):
+        group.update(configured)
     for part in _sharded_torch_adams(optimizer):
         for own in part.optimizer.state.values():
             # Loading gave every parameter the same tensor, which each of them would then count up.
@@ -208,14 +219,20 @@ def _load(checkpoint: Path, wanted: dict[str, Any], strict: StrictHandling) -> A
 
 def _put_weights(model: Sequence[Any], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(unwrap_model(list(model))):
-        chunk.load_state_dict(loaded[f"model{number}"])
+        result = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
+        missing = [name for name in result.missing_keys if not name.endswith(_EXTRA_STATE)]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
 def _sharded_state(
     model: Sequence[Any], optimizer: MegatronOptimizer | None, is_loading: bool
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
-        f"model{number}": chunk.sharded_state_dict(metadata=dict(_SHARDING))
+        f"model{number}": {
+            name: entry
+            for name, entry in chunk.sharded_state_dict(metadata=dict(_SHARDING)).items()
+            if not name.endswith(_EXTRA_STATE)
+        }
         for number, chunk in enumerate(unwrap_model(list(model)))
     }
     if optimizer is not None:

@@ -82,6 +82,11 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
     }
     if name == "auto":
         return next(kernel for kernel in ("flash", "varlen", "sdpa") if usable[kernel])
+    if name == "te":
+        raise UserError(
+            "model.attention_backend=te needs the Transformer Engine layers, which are not used here; "
+            "set model.attention_backend=auto, or model.layer_spec=te where it is installed"
+        )
     if not usable[name]:
         raise UserError(
             f"model.attention_backend={name} needs CUDA, bf16 and its package; "

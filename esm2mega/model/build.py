@@ -95,7 +95,7 @@ def build_model(
     model: ModelConfig, parallel: ParallelConfig, device: torch.device, seed: int
 ) -> list[ESM2Model]:
     """This rank's chunks of the model with initial weights: one, or several if interleaved."""
-    spec = layer_spec.choose_layer_spec(model.layer_spec)
+    spec = layer_spec.choose_layer_spec(model.layer_spec, device, DTYPES[model.precision])
     te_attention = spec == "te" and model.attention_backend in ("auto", "te")
     wanted = "auto" if te_attention else model.attention_backend
     kernel = choose_kernel(wanted, device, DTYPES[model.precision])

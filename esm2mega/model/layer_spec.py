@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -31,12 +32,19 @@ def transformer_engine_found() -> bool:
     return True
 
 
-def choose_layer_spec(name: str) -> str:
-    """``local`` or ``te`` for `model.layer_spec`; ``auto`` takes Transformer Engine when it is there."""
-    found = transformer_engine_found()
+def choose_layer_spec(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``local`` or ``te`` for `model.layer_spec`; ``auto`` takes Transformer Engine where it can compute.
+
+    Args:
+        name: ``auto``, ``local`` or ``te``.
+        device: Where the model lives; Transformer Engine needs CUDA.
+        dtype: Of the weights; Transformer Engine has no fp64.
+    """
+    found = device.type == "cuda" and dtype != torch.float64 and transformer_engine_found()
     if name == "te" and not found:
         raise UserError(
-            "model.layer_spec=te: Transformer Engine cannot be imported; install esm2mega[te] or use auto"
+            "model.layer_spec=te needs CUDA, Transformer Engine (pip install 'esm2mega[te]') and no fp64; "
+            "set model.layer_spec=auto"
         )
     return ("te" if found else "local") if name == "auto" else name
 

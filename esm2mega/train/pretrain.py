@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -126,7 +127,8 @@ def find_resume(run: Run) -> Path | None:
                 "choose another run_dir, or checkpoint.resume=auto to go on"
             )
         for directory in incomplete:
-            print(f"esm2mega: ignoring {directory}: it has no {layout.COMPLETE}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"esm2mega: ignoring {directory}: it has no {layout.COMPLETE}", file=sys.stderr)
         found = complete[-1] if complete else None
     if found is not None:
         saved = layout.read_config(found)

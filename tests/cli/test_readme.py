@@ -51,10 +51,10 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def blocks(page: Path, language: str) -> list[str]:
+def blocks(text: str, language: str) -> list[str]:
     """The fenced blocks of one language; a block without a language is of the language ''."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT[page], re.MULTILINE | re.DOTALL)
-    return [text for name, text in found if name == language]
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
 def spans(page: Path) -> list[str]:
@@ -65,9 +65,8 @@ def spans(page: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Command:
-    """A line of a bash block, its page, and its words without leading variable assignments."""
+    """A command of a bash block, on one line, and its words without leading variable assignments."""
 
-    page: Path
     line: str
 
     @property
@@ -82,23 +81,19 @@ class Command:
         return re.findall(r"^[A-Z_]+(?==)|(?<= )[A-Z_]+(?==)", self.line.partition(" examples/")[0])
 
 
-def commands(page: Path) -> list[Command]:
-    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [Command(page, line) for line in lines if line.strip() and not line.startswith("#")]
+def commands(text: str) -> list[Command]:
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks(text, "bash"))).splitlines()
+    return [Command(line) for line in lines if line.strip() and not line.startswith("#")]
 
 
-COMMANDS = [command for page in PAGES for command in commands(page)]
+COMMANDS = [(page, command) for page in PAGES for command in commands(TEXT[page])]
 
 
 def walk() -> list[Command]:
     """The README's way with one's own FASTA: all commands of the section before those for GPUs."""
     section = re.search(r"^## Your own proteins$(.*?)^With GPUs", TEXT[README], re.MULTILINE | re.DOTALL)
     assert section is not None
-    return [command for command in commands(README) if command.line in section.group(1)]
-
-
-def command_id(command: Command) -> str:
-    return f"{command.page.name}: {command.line[:50]}"
+    return commands(section.group(1))
 
 
 # --- The walk ---------------------------------------------------------------------------------------------
@@ -174,7 +169,7 @@ def test_the_walk_has_all_its_steps() -> None:
 def test_walk_writes_what_the_readme_lists(walked: Walked) -> None:
     last = walked.run_dir / "checkpoints" / f"step_{2 * STEPS_PER_START:08d}"
     assert (last / "COMPLETE").is_file()
-    listing = next(block for block in blocks(README, "") if block.startswith("runs/mine/"))
+    listing = next(block for block in blocks(TEXT[README], "") if block.startswith("runs/mine/"))
     listed = set(re.findall(r"^  ([a-z.]+)(?:, ([a-z.]+))?(?=[ /])", listing, re.MULTILINE))
     names = {name for pair in listed for name in pair if name}
     # The listing is complete, besides the file that the README's own command put there.
@@ -216,7 +211,7 @@ def test_evaluation_and_inspection_say_what_the_readme_says(walked: Walked) -> N
 def test_python_blocks_of_the_docs_run(walked: Walked) -> None:
     for copy in ("one", "two"):
         shutil.copytree(walked.run_dir, walked.folder / "runs" / copy)
-    code = {page: blocks(page, "python") for page in PAGES}
+    code = {page: blocks(TEXT[page], "python") for page in PAGES}
     assert sum(map(len, code.values())) >= 3
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for page, texts in code.items():
@@ -244,7 +239,9 @@ def parse_with_click(words: Sequence[str]) -> tuple[str, dict[str, object]]:
         context = command.make_context(path, arguments)
         if not isinstance(command, click.Group):
             return path, context.params
-        name, found, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
+        name, found, arguments = command.resolve_command(
+            context, [*getattr(context, "_protected_args", ()), *context.args]
+        )
         assert name is not None and found is not None
         command, path = found, f"{path} {name}"
 
@@ -254,7 +251,11 @@ def check_esm2mega(words: Sequence[str], world_size: int) -> None:
     if path == "esm2mega pretrain":
         config, overrides = params["config"], params["overrides"]
         assert isinstance(overrides, tuple)
-        validate(load_run(None if config is None else str(config), overrides), world_size)
+        run = load_run(None if config is None else str(config), overrides)
+        validate(run, world_size)
+        # What `check_training_inputs` asks for, without the stores being there.
+        assert run.data.train is not None
+        assert run.data.valid is not None or not run.train.eval_every, "evaluates without data.valid"
 
 
 def check_torchrun(words: Sequence[str]) -> None:
@@ -301,7 +302,11 @@ def check(command: Command) -> None:
         assert program in UNCHECKED or program == "python", f"no check for {command.line}"
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=command_id)
+@pytest.mark.parametrize(
+    "command",
+    [command for _, command in COMMANDS],
+    ids=[f"{page.name}: {command.line[:50]}" for page, command in COMMANDS],
+)
 def test_command_exists_with_its_options(command: Command) -> None:
     if command.words:
         check(command)
@@ -312,8 +317,9 @@ def test_the_check_of_commands_can_fail() -> None:
         "esm2mega pretrian",
         "esm2mega prepare fasta x.fasta --outdir y",
         "torchrun --processes 2 -m esm2mega doctor",
-        "torchrun --nproc-per-node 3 -m esm2mega pretrain --config pretrain_esm2_tiny",
-        "esm2mega pretrain --config pretrain_esm2_9M",
+        "torchrun --nproc-per-node 3 -m esm2mega pretrain --config base model.size=tiny data.train=x",
+        "esm2mega pretrain --config pretrain_esm2_9M data.train=x data.valid=y",
+        "esm2mega pretrain --config pretrain_esm2_tiny data.train=x",
         "make quickstart2",
         "make test SPEED=9",
         "NODES=2 examples/pretrain_torchrun_multinode.sh",
@@ -321,7 +327,7 @@ def test_the_check_of_commands_can_fail() -> None:
         "curl x",
     ):
         with pytest.raises((Exception, SystemExit)):
-            check(Command(README, line))
+            check(Command(line))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -344,7 +350,7 @@ def test_commands_in_the_text_exist(page: Path) -> None:
 
 def printed_tree() -> Iterator[tuple[str, str]]:
     """(path, clause) of each line of the README's tree of the package; folders end with a slash."""
-    tree = next(block for block in blocks(README, "") if block.startswith("esm2mega/\n"))
+    tree = next(block for block in blocks(TEXT[README], "") if block.startswith("esm2mega/\n"))
     parents: list[str] = []
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -431,7 +437,7 @@ def test_paths_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=name_of)
 def test_yaml_blocks_are_valid_configurations(page: Path, tmp_path: Path) -> None:
-    for text in blocks(page, "yaml"):
+    for text in blocks(TEXT[page], "yaml"):
         file = tmp_path / "mine.yaml"
         file.write_text(text)
         validate(load_run(str(file)), 1)

@@ -109,6 +109,18 @@ def test_resume_distributed_optimizer_at_another_data_parallel_size(store: Path,
     )
 
 
+def test_resume_takes_the_optimizer_settings_of_this_start(
+    unbroken: Outcome, store: Path, tmp_path: Path
+) -> None:
+    run_dir = back_to_step_5(unbroken.run_dir, tmp_path / "run")
+    train(run_dir, store, {**settings(store), "optim.lr": 1e-4, "optim.betas": [0.5, 0.6]})
+    rates = {record["step"]: record["lr"] for record in records(run_dir) if record["kind"] == "train"}
+    assert rates == {**dict.fromkeys(range(1, 6), 2e-3), **dict.fromkeys(range(6, 11), 1e-4)}
+    only_rate = back_to_step_5(unbroken.run_dir, tmp_path / "only_rate")
+    train(only_rate, store, {**settings(store), "optim.lr": 1e-4})
+    assert outcome(run_dir).losses[6:] != outcome(only_rate).losses[6:], "betas were not taken"
+
+
 def test_stop_signal_saves_and_exits_75(store: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = ["-m", "esm2mega", "pretrain", f"run_dir={run_dir}", f"data.train={store}", *SETTINGS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from esm2mega.errors import UserError
 from esm2mega.model import layer_spec
@@ -10,18 +11,31 @@ from esm2mega.model.esm2 import ESM2Model
 
 
 @pytest.mark.parametrize(
-    ("name", "found", "expected"),
-    [("auto", True, "te"), ("auto", False, "local"), ("local", True, "local"), ("te", True, "te")],
+    ("name", "device", "dtype", "expected"),
+    [
+        ("auto", "cuda", torch.bfloat16, "te"),
+        ("auto", "cuda", torch.float64, "local"),
+        ("auto", "cpu", torch.bfloat16, "local"),
+        ("local", "cuda", torch.bfloat16, "local"),
+        ("te", "cuda", torch.float32, "te"),
+    ],
 )
-def test_choice(monkeypatch: pytest.MonkeyPatch, name: str, found: bool, expected: str) -> None:
-    monkeypatch.setattr(layer_spec, "transformer_engine_found", lambda: found)
-    assert layer_spec.choose_layer_spec(name) == expected
+def test_choice_where_transformer_engine_is_found(
+    monkeypatch: pytest.MonkeyPatch, name: str, device: str, dtype: torch.dtype, expected: str
+) -> None:
+    monkeypatch.setattr(layer_spec, "transformer_engine_found", lambda: True)
+    assert layer_spec.choose_layer_spec(name, torch.device(device), dtype) == expected
+
+
+def test_auto_is_local_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_spec, "transformer_engine_found", lambda: False)
+    assert layer_spec.choose_layer_spec("auto", torch.device("cuda"), torch.bfloat16) == "local"
 
 
 def test_te_without_transformer_engine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_spec, "transformer_engine_found", lambda: False)
-    with pytest.raises(UserError, match="model.layer_spec=te.*use auto"):
-        layer_spec.choose_layer_spec("te")
+    with pytest.raises(UserError, match="model.layer_spec=te.*=auto"):
+        layer_spec.choose_layer_spec("te", torch.device("cuda"), torch.bfloat16)
 
 
 def test_keys_of_the_local_layer_are_those_of_the_fused_one(model: ESM2Model) -> None:
