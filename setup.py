@@ -11,7 +11,7 @@ assert FOUND is not None, "esm2mega/__init__.py must hold __version__"
 README = HERE / "README.md"
 
 REQUIRED = [
-    "torch>=2.6",
+    "torch>=2.6,<2.15",
     # 0.17 and later need Python 3.12; 0.16.1 is the last release for older ones.
     "megatron-core==0.16.1; python_version < '3.12'",
     "megatron-core>=0.19,<0.20; python_version >= '3.12'",

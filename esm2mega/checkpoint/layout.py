@@ -140,7 +140,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {version}, esm2mega reads {FORMAT_VERSION}; use the one that wrote it"
+            f"{path}: format version {version}, this esm2mega reads {FORMAT_VERSION}; use its writer"
         )
     return state
 

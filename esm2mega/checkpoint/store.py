@@ -116,11 +116,16 @@ def _agree(failure: BaseException | None) -> None:
 
 def _reason(error: BaseException) -> str:
     """The system's own words where there are any, else the first line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        # What failed on each rank; the exception's own text may name no more than the ranks.
+        return _reason(next(iter(error.failures.values()))[0])
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
+    if "unexpected pos" in str(error):  # how PyTorch's writer of tensors words a write that was cut short
+        return "a file could not be written whole: the disk is full, or the file reached a size limit"
     for known in ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied"):
         if known in str(error):
             return known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -246,7 +247,7 @@ def _assert_clean_failure(results: list[RankResult], run_dir: Path, reason: str)
     lines = [line for result in results for line in result.stderr.splitlines()]
     errors = [line for line in lines if line.startswith("esm2mega: ") and "error: " in line]
     assert len(errors) == 1, "\n".join(lines)
-    assert f"step_00000004: not saved: {reason}" in errors[0]
+    assert re.search(rf"step_00000004: not saved: ({reason})", errors[0]), errors[0]
     assert "Traceback" not in "\n".join(lines)
     assert list((run_dir / "checkpoints").iterdir()) == []
 
@@ -257,7 +258,8 @@ def test_full_disk_while_saving(finished: TinyRun, tmp_path: Path) -> None:
     arguments = ["-c", LIMITED, *_pretrain(finished, run_dir)]
     processes = start_ranks(arguments, 2, tmp_path / "output")
     results = wait_ranks(processes, tmp_path / "output", timeout=120)
-    _assert_clean_failure(results, run_dir, "File too large")
+    # The limit strikes in a writer of bytes, or inside PyTorch's writer of tensors, which words it otherwise.
+    _assert_clean_failure(results, run_dir, "File too large|a file could not be written whole")
 
 
 @pytest.fixture
