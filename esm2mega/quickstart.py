@@ -147,7 +147,7 @@ def summary(result: QuickstartResult) -> str:
     """Return the closing lines: what was reached and how to go on with other proteins."""
     side = "below" if result.gain >= 0 else "ABOVE"
     pretrain = _torchrun_text(
-        ["pretrain", "--config", "pretrain_esm2_8M", "run_dir=runs/mine"]
+        ["pretrain", "--config", "pretrain_esm2_tiny", "run_dir=runs/mine"]
         + ["data.train=my_store/train", "data.valid=my_store/valid"]
     )
     return f"""

@@ -2,7 +2,7 @@
 # Pretrain ESM-2 on the CPU of one machine: FASTA -> token stores -> training -> evaluation -> plot.
 #
 #   examples/pretrain_cpu.sh                 simulated proteins and the tiny model, some minutes on 2 cores
-#   FASTA=my.fasta.gz CONFIG=pretrain_esm2_8M STEPS=10000 examples/pretrain_cpu.sh
+#   FASTA=my.fasta.gz STEPS=10000 examples/pretrain_cpu.sh
 #
 # Variables (defaults in brackets):
 #   FASTA     input, .gz too [empty: simulate 40 protein families]
