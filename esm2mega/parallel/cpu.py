@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +150,7 @@ def _set_cpu_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bo
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(ABC):
     """One assumption: the Megatron-Core module it lives in, why it matters to us, and how to adapt it."""
 
     module: str
@@ -159,12 +160,13 @@ class Row:
     def name(self) -> str:
         return f"{type(self).__name__} {self.module}"
 
+    @abstractmethod
     def find(self, module: types.ModuleType) -> bool:
         """Whether this Megatron-Core still makes the assumption (before adaptation)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adapt(self, module: types.ModuleType) -> None:
-        raise NotImplementedError
+        """Make the assumption hold without CUDA."""
 
 
 @dataclass(frozen=True)

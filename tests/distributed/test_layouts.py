@@ -82,13 +82,21 @@ def relative(actual: list[float], expected: list[float]) -> float:
     return max(abs(a - e) / abs(e) for a, e in zip(actual, expected, strict=True))
 
 
+def train_on_curve(
+    layout: Layout, precision: str, reference: Outcome, store: Path, run_dir: Path, tolerance: float
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Train at `layout`, check the curve, and return the weights of this run and of the reference."""
+    run = train(run_dir, store, {**layout.settings, "model.precision": precision}, layout.world_size)
+    assert relative(run.losses, reference.losses) <= tolerance
+    assert relative(run.grad_norms, reference.grad_norms) <= tolerance
+    actual, expected = run.weights(STEPS), reference.weights(STEPS)
+    assert actual.keys() == expected.keys()
+    return actual, expected
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=_name)
 def test_fp64_equals_one_process(layout: Layout, fp64: Outcome, store: Path, tmp_path: Path) -> None:
-    run = train(tmp_path / "run", store, {**layout.settings, "model.precision": "fp64"}, layout.world_size)
-    assert relative(run.losses, fp64.losses) <= TOLERANCE.fp64
-    assert relative(run.grad_norms, fp64.grad_norms) <= TOLERANCE.fp64
-    expected, actual = fp64.weights(STEPS), run.weights(STEPS)
-    assert actual.keys() == expected.keys()
+    actual, expected = train_on_curve(layout, "fp64", fp64, store, tmp_path / "run", TOLERANCE.fp64)
     for name, value in expected.items():
         assert value.dtype == torch.float64, name
         difference = (actual[name] - value).abs().max() / value.abs().max()
@@ -97,11 +105,7 @@ def test_fp64_equals_one_process(layout: Layout, fp64: Outcome, store: Path, tmp
 
 @pytest.mark.parametrize("layout", [*LAYOUTS[:5], *FP32_ONLY], ids=_name)
 def test_fp32_equals_one_process(layout: Layout, fp32: Outcome, store: Path, tmp_path: Path) -> None:
-    run = train(tmp_path / "run", store, {**layout.settings, "model.precision": "fp32"}, layout.world_size)
-    assert relative(run.losses, fp32.losses) <= TOLERANCE.fp32_curve
-    assert relative(run.grad_norms, fp32.grad_norms) <= TOLERANCE.fp32_curve
-    expected, actual = fp32.weights(STEPS), run.weights(STEPS)
-    assert actual.keys() == expected.keys()
+    actual, expected = train_on_curve(layout, "fp32", fp32, store, tmp_path / "run", TOLERANCE.fp32_curve)
     differences = torch.cat([(actual[name] - value).abs().flatten() for name, value in expected.items()])
     assert differences.max() <= TOLERANCE.fp32_weight
     untypical = (differences > TOLERANCE.fp32_typical_weight).double().mean().item()
