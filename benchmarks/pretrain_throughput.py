@@ -2,13 +2,19 @@
 
     python benchmarks/pretrain_throughput.py proteins.fasta --sizes 8M 35M --json result.json
 
-All contenders train on the same proteins, cut to the same length, in batches of the same number of proteins,
-with the same masks, gradient clipping and AdamW, in fp32 on the same threads. They take turns, one pass over
-the proteins each, so that a machine that gets slower or faster strikes all of them. Tokens are real ones with
-`<cls>` and `<eos>`; padding is work, but counts as nothing.
+All contenders train on the same proteins, cut to the same length, with the same masks, gradient clipping and
+AdamW, in fp32 on the same threads. A batch is what one pack holds: as many proteins as fit into
+`--batch-tokens` real tokens (by default that of `train.micro_batch_tokens`), or `--batch-size` proteins.
+What padding costs, and so every ratio below, depends on it: the more proteins share a batch, the longer is
+the longest. Lengths are those of the file: one protein is drawn from each of as many equal slices of it,
+ordered by length.
+
+The contenders take turns, one pass over the proteins each, and every round has its own random order, as every
+epoch has. A ratio is taken within a round, so that a machine that gets slower or faster strikes all of them.
+Tokens are real ones with `<cls>` and `<eos>`; padding is work, but counts as nothing.
 
     hf-random   padded batches of proteins in random order
-    hf-sorted   padded batches of proteins of similar length
+    hf-sorted   padded batches of proteins of similar length, in random order
     esm2mega    the proteins of the hf-random batches, packed without padding
 """
 
@@ -45,57 +51,77 @@ IGNORED_LABEL = -100
 Pass = Callable[[], None]
 """Trains on every protein once."""
 
+Batches = list[list[MaskedTokens]]
+"""Proteins as masked tokens, `<cls>` and `<eos>` included, batch by batch."""
 
-@dataclass(frozen=True)
-class Workload:
-    """The proteins as masked tokens, the same for every contender.
+Contender = Callable[[Batches], Pass]
+"""Brings batches into the form that the contender trains on, which is not timed."""
 
-    Attributes:
-        proteins: one entry per protein, `<cls>` and `<eos>` included.
-        batches: protein numbers of each batch, in random order.
-        sorted_batches: the same number of batches, of proteins of similar length, shuffled as batches.
-    """
-
-    proteins: list[MaskedTokens]
-    batches: list[list[int]]
-    sorted_batches: list[list[int]]
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens of one pass."""
-        return sum(len(protein.input_ids) for protein in self.proteins)
-
-    def padded_tokens(self, batches: Sequence[Sequence[int]]) -> int:
-        """Tokens that padded batches compute."""
-        return sum(len(batch) * max(len(self.proteins[i].input_ids) for i in batch) for batch in batches)
+Batching = Callable[[Sequence[MaskedTokens]], Batches]
+"""Divides proteins, in their order, among batches."""
 
 
-def make_workload(fasta: Path, proteins: int, max_residues: int, batch_size: int, seed: int) -> Workload:
-    """Draw proteins from the FASTA without replacement, cut, mask and batch them."""
-    records = [record.residues for record in FastaReader(fasta)]
-    if proteins > len(records):
-        raise SystemExit(f"--proteins {proteins} is more than the {len(records)} of {fasta}")
+def draw_proteins(fasta: Path, number: int, max_residues: int, seed: int) -> list[MaskedTokens]:
+    """Draw one protein from each of `number` slices of the FASTA ordered by length, cut and mask them."""
+    records = sorted((record.residues for record in FastaReader(fasta)), key=len)
+    if number > len(records):
+        raise SystemExit(f"--proteins {number} is more than the {len(records)} of {fasta}")
     rng = np.random.default_rng(seed)
-    masked = []
-    for number in rng.permutation(len(records))[:proteins]:
-        residues = tokenizer.encode_residues(records[number][:max_residues])
+    borders = np.linspace(0, len(records), number + 1).astype(int)
+    proteins = []
+    for chosen in rng.integers(borders[:-1], borders[1:]):
+        residues = tokenizer.encode_residues(records[chosen][:max_residues])
         tokens = np.concatenate([[tokenizer.CLS], residues, [tokenizer.EOS]]).astype(np.uint8)
-        stream = np.array([number])
-        masked.append(mask_tokens(tokens, stream, np.array([len(tokens)]), seed, DataConfig()))
-    by_length = sorted(range(proteins), key=lambda i: len(masked[i].input_ids))
-    sorted_batches = _batched(by_length, batch_size)
-    order = rng.permutation(len(sorted_batches))
-    # The draw above is in random order already.
-    return Workload(masked, _batched(range(proteins), batch_size), [sorted_batches[i] for i in order])
+        proteins.append(mask_tokens(tokens, np.array([chosen]), np.array([len(tokens)]), seed, DataConfig()))
+    return proteins
 
 
-def _batched(numbers: Sequence[int], size: int) -> list[list[int]]:
-    return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+def by_tokens(budget: int) -> Batching:
+    """Return the batching that begins a new batch where the next protein would exceed `budget` tokens."""
+
+    def batched(proteins: Sequence[MaskedTokens]) -> Batches:
+        batches: Batches = []
+        room = 0
+        for protein in proteins:
+            if len(protein.input_ids) > room:
+                batches.append([])
+                room = budget
+            batches[-1].append(protein)
+            room -= len(protein.input_ids)
+        return batches
+
+    return batched
+
+
+def by_number(size: int) -> Batching:
+    """Return the batching by `size` proteins, fewer in the last batch."""
+    return lambda proteins: [list(proteins[start : start + size]) for start in range(0, len(proteins), size)]
+
+
+def random_order(proteins: Sequence[MaskedTokens], batching: Batching, rng: np.random.Generator) -> Batches:
+    """Batches of the proteins in a new random order."""
+    return batching([proteins[i] for i in rng.permutation(len(proteins))])
+
+
+def sorted_order(proteins: Sequence[MaskedTokens], batching: Batching, rng: np.random.Generator) -> Batches:
+    """Batches of proteins of similar length, the batches in a new random order."""
+    batches = batching(sorted(proteins, key=lambda protein: len(protein.input_ids)))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def real_tokens(batches: Batches) -> int:
+    """Tokens of the proteins alone."""
+    return sum(len(protein.input_ids) for batch in batches for protein in batch)
+
+
+def padded_tokens(batches: Batches) -> int:
+    """Tokens that are computed when each batch is padded to its longest protein."""
+    return sum(len(batch) * max(len(protein.input_ids) for protein in batch) for batch in batches)
 
 
 @contextmanager
-def hf_contender(size: str, workload: Workload, batches: list[list[int]]) -> Iterator[Pass]:
-    """Yield one pass of `EsmForMaskedLM` over padded batches."""
+def hf_contender(size: str) -> Iterator[Contender]:
+    """Yield `EsmForMaskedLM` on padded batches."""
     from transformers import EsmConfig, EsmForMaskedLM
 
     shape = PRESETS[size]
@@ -119,16 +145,20 @@ def hf_contender(size: str, workload: Workload, batches: list[list[int]]) -> Ite
         )
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    padded = [_pad([workload.proteins[i] for i in batch]) for batch in batches]
 
-    def one_pass() -> None:
-        for input_ids, attention_mask, labels in padded:
-            optimizer.zero_grad()
-            model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+    def contender(batches: Batches) -> Pass:
+        padded = [_pad(batch) for batch in batches]
 
-    yield one_pass
+        def one_pass() -> None:
+            for input_ids, attention_mask, labels in padded:
+                optimizer.zero_grad()
+                model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+
+        return one_pass
+
+    yield contender
 
 
 def _pad(proteins: list[MaskedTokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -146,8 +176,8 @@ def _pad(proteins: list[MaskedTokens]) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 @contextmanager
-def esm2mega_contender(size: str, workload: Workload, batches: list[list[int]]) -> Iterator[Pass]:
-    """Yield one pass of esm2mega's own training step over packs of the same proteins."""
+def esm2mega_contender(size: str) -> Iterator[Contender]:
+    """Yield esm2mega's own training step on packs."""
     from esm2mega.model.build import build_model
     from esm2mega.parallel.initialize import process_groups
     from esm2mega.train.losses import MLMLossReduction
@@ -161,13 +191,17 @@ def esm2mega_contender(size: str, workload: Workload, batches: list[list[int]]) 
         optimizer = build_optimizer(run.optim, run, model)
         schedule = build_schedule(run.schedule, run.optim, optimizer)
         state = TrainState(model, optimizer, schedule, MLMLossReduction(), ranks.device)
-        packs = [_pack([workload.proteins[i] for i in batch]) for batch in batches]
 
-        def one_pass() -> None:
-            for pack in packs:
-                train_step(state, [pack])
+        def contender(batches: Batches) -> Pass:
+            packs = [_pack(batch) for batch in batches]
 
-        yield one_pass
+            def one_pass() -> None:
+                for pack in packs:
+                    train_step(state, [pack])
+
+            return one_pass
+
+        yield contender
 
 
 def _pack(proteins: list[MaskedTokens]) -> PackedBatch:
@@ -190,66 +224,80 @@ def _pack(proteins: list[MaskedTokens]) -> PackedBatch:
 
 @dataclass(frozen=True)
 class Result:
-    """One contender at one size."""
+    """One contender at one size.
+
+    Attributes:
+        size: tag of the model.
+        contender: name of the contender.
+        tokens_per_second: real tokens per second of each round.
+        computed_tokens: computed tokens for each real one, of each round.
+    """
 
     size: str
     contender: str
     tokens_per_second: list[float]
-    """Real tokens per second of each round."""
-    median: float
+    computed_tokens: list[float]
 
 
-def measure(size: str, workload: Workload, rounds: int) -> list[Result]:
-    """Let the contenders take turns; the first pass of each warms up caches and allocators, uncounted."""
-    contenders = {
-        "hf-random": hf_contender(size, workload, workload.batches),
-        "hf-sorted": hf_contender(size, workload, workload.sorted_batches),
-        "esm2mega": esm2mega_contender(size, workload, workload.batches),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
+def measure(
+    size: str, proteins: Sequence[MaskedTokens], batching: Batching, rounds: int, seed: int
+) -> list[Result]:
+    """Let the contenders take turns; the first round warms up caches and allocators, uncounted."""
+    results = {name: Result(size, name, [], []) for name in ("hf-random", "hf-sorted", "esm2mega")}
+    rng = np.random.default_rng(seed)
     with ExitStack() as stack:
-        passes = {name: stack.enter_context(contender) for name, contender in contenders.items()}
+        contenders = {
+            "hf-random": stack.enter_context(hf_contender(size)),
+            "hf-sorted": stack.enter_context(hf_contender(size)),
+            "esm2mega": stack.enter_context(esm2mega_contender(size)),
+        }
         for round_number in range(rounds + 1):
-            for name, one_pass in passes.items():
+            shuffled = random_order(proteins, batching, rng)
+            by_length = sorted_order(proteins, batching, rng)
+            for name, contender in contenders.items():
+                batches = by_length if name == "hf-sorted" else shuffled
+                computed = real_tokens(batches) if name == "esm2mega" else padded_tokens(batches)
+                one_pass = contender(batches)
                 started = time.perf_counter()
                 one_pass()
-                rate = workload.num_tokens / (time.perf_counter() - started)
+                rate = real_tokens(batches) / (time.perf_counter() - started)
                 note = "warm-up" if round_number == 0 else f"round {round_number} of {rounds}"
                 print(f"{size:>5} {name:<10} {note}: {rate:,.0f} tokens/s", flush=True)
                 if round_number > 0:
-                    rates[name].append(rate)
-    return [Result(size, name, values, statistics.median(values)) for name, values in rates.items()]
+                    results[name].tokens_per_second.append(rate)
+                    results[name].computed_tokens.append(computed / real_tokens(batches))
+    return list(results.values())
 
 
 def table(results: list[Result]) -> str:
-    """Return the medians, and how many times the peers' that of esm2mega is."""
-    lines = [f"{'size':>5} {'contender':<10} {'tokens/s':>9} {'spread':>13} {'esm2mega is':>12}"]
-    ours = {result.size: result.median for result in results if result.contender == "esm2mega"}
+    """Return the medians, and how many times the peers' rate that of esm2mega is."""
+    lines = [
+        f"{'size':>5} {'contender':<10} {'tokens/s':>9} {'spread':>13} {'computed':>9} {'esm2mega is':>12}"
+    ]
+    ours = {result.size: result.tokens_per_second for result in results if result.contender == "esm2mega"}
     for result in results:
-        low, high = min(result.tokens_per_second), max(result.tokens_per_second)
-        ratio = "" if result.contender == "esm2mega" else f"{ours[result.size] / result.median:.2f} x"
-        spread = f"{low:,.0f}-{high:,.0f}"
+        rates = result.tokens_per_second
+        spread = f"{min(rates):,.0f}-{max(rates):,.0f}"
+        computed = f"{statistics.mean(result.computed_tokens):.2f} x"
+        within_rounds = [mine / theirs for mine, theirs in zip(ours[result.size], rates, strict=True)]
+        ratio = "" if result.contender == "esm2mega" else f"{statistics.median(within_rounds):.2f} x"
         lines.append(
-            f"{result.size:>5} {result.contender:<10} {result.median:9,.0f} {spread:>13} {ratio:>12}"
+            f"{result.size:>5} {result.contender:<10} {statistics.median(rates):9,.0f} {spread:>13} "
+            f"{computed:>9} {ratio:>12}"
         )
     return "\n".join(lines)
 
 
-def describe(workload: Workload, options: argparse.Namespace) -> dict[str, object]:
+def describe(proteins: Sequence[MaskedTokens], options: argparse.Namespace) -> dict[str, object]:
     """Return what a reader needs to judge the numbers."""
     return {
         "processor": _processor(),
         "threads": options.threads,
         "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")},
-        "proteins": len(workload.proteins),
-        "proteins_per_batch": options.batch_size,
+        "proteins": len(proteins),
+        "real_tokens": real_tokens([list(proteins)]),
+        "batch": f"{options.batch_size} proteins" if options.batch_size else f"{options.batch_tokens} tokens",
         "max_residues": options.max_residues,
-        "real_tokens": workload.num_tokens,
-        "computed_tokens": {
-            "hf-random": workload.padded_tokens(workload.batches),
-            "hf-sorted": workload.padded_tokens(workload.sorted_batches),
-            "esm2mega": workload.num_tokens,
-        },
         "rounds": options.rounds,
         "seed": options.seed,
     }
@@ -271,8 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("fasta", nargs="?", type=Path, default=DEFAULT_FASTA, help="proteins to train on")
     parser.add_argument("--sizes", nargs="+", default=["8M", "35M"], choices=list(PRESETS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--proteins", type=int, default=48, help="drawn at random from the FASTA")
-    parser.add_argument("--batch-size", type=int, default=8, help="proteins per batch")
+    parser.add_argument("--proteins", type=int, default=48, help="drawn from the FASTA")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="real tokens that a batch may hold")
+    parser.add_argument("--batch-size", type=int, help="proteins per batch, in place of --batch-tokens")
     parser.add_argument("--max-residues", type=int, default=1022, help="longer proteins are cut")
     parser.add_argument("--rounds", type=int, default=3, help="counted passes of every contender")
     parser.add_argument("--seed", type=int, default=1)
@@ -284,12 +333,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(options.threads)
 
-    workload = make_workload(
-        options.fasta, options.proteins, options.max_residues, options.batch_size, options.seed
-    )
-    setting = describe(workload, options)
+    if options.batch_tokens < options.max_residues + 2:
+        parser.error("--batch-tokens must hold the longest protein, --max-residues and two special tokens")
+    batching = by_number(options.batch_size) if options.batch_size else by_tokens(options.batch_tokens)
+    proteins = draw_proteins(options.fasta, options.proteins, options.max_residues, options.seed)
+    setting = describe(proteins, options)
     print(json.dumps(setting, indent=1))
-    results = [result for size in options.sizes for result in measure(size, workload, options.rounds)]
+    results = [
+        result
+        for size in options.sizes
+        for result in measure(size, proteins, batching, options.rounds, options.seed)
+    ]
     print(table(results))
     if options.json is not None:
         text = json.dumps({**setting, "results": [asdict(result) for result in results]}, indent=1)
