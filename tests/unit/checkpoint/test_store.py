@@ -201,6 +201,8 @@ def test_damaged_files_are_refused(
     checkpoint = tmp_path / "step_00000004"
     shutil.copytree(layout.step_dir(finished.run_dir, 4), checkpoint)
     path = checkpoint / "model" / file
+    if file == "common.pt" and not path.exists():
+        pytest.skip("megatron-core from 0.19 on writes no common.pt")
     assert path.is_file()
     if damage == "absent":
         path.unlink()
