@@ -29,7 +29,9 @@ REQUIRED = [
 ]
 LOGGING = ["wandb", "tensorboard"]
 HF = ["transformers>=5.23", "peft"]
+PARQUET = ["pyarrow>=15"]
 DEV = [
+    *PARQUET,
     # References that the parity tests compare with.
     "transformers>=5.23",
     "fair-esm==2.0.0",
@@ -68,6 +70,7 @@ setup(
         "hf": HF,
         "nemo": ["nemo-toolkit"],
         "logging": LOGGING,
+        "parquet": PARQUET,
         "dev": DEV,
     },
     entry_points={"console_scripts": ["esm2mega = esm2mega.cli:main"]},

@@ -134,6 +134,34 @@ def prepare_fasta_command(
     click.echo("\n".join(report.lines()))
 
 
+@prepare.command("uniref", short_help="UniRef50 clusters of UniRef90 sequences, for cluster sampling.")
+@click.option("--uf50", metavar="FASTA", help="One representative per training cluster.")
+@click.option("--uf90", metavar="FASTA", help="All members of the clusters.")
+@click.option("--mapping", metavar="TSV", help="Cluster id, tab, member ids; the first line is a header.")
+@click.option("--valid", metavar="FASTA", help="Held-out representatives for validation.")
+@click.option("--test", metavar="FASTA", help="Held-out representatives for testing.")
+@click.option("--val-size", "--valid-size", "valid_size", default=0, metavar="N", help="Or: number to draw.")
+@click.option("--test-size", default=0, metavar="N", help="Or: number to draw.")
+@click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the draw.")
+@click.option("--drop-other-clusters", is_flag=True, help="Leave clusters out that are not in --uf50.")
+@click.option("--train-cluster-path", metavar="PARQUET", help="BioNeMo 2: lists of member ids, ur90_id.")
+@click.option("--train-database-path", metavar="DB", help="BioNeMo 2: SQLite table protein(id, sequence).")
+@click.option("--valid-cluster-path", metavar="PARQUET", help="BioNeMo 2: representatives, ur50_id.")
+@click.option("--valid-database-path", metavar="DB", help="BioNeMo 2: their sequences.")
+@click.option("--table", metavar="PARQUET|DIR", help="Rows of ur50_id, ur90_id, sequence.")
+@click.option("--valid-table", metavar="PARQUET|DIR", help="The same for representatives.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to make; gets train, valid and test.")
+@_single_process
+def prepare_uniref_command(**options: Any) -> None:
+    """Write UniRef90 sequences and the UniRef50 clusters over them into a token store for cluster sampling.
+
+    Give --uf50, --uf90 and --mapping; or --train-cluster-path and --train-database-path; or --table.
+    """
+    from esm2mega.data.uniref_inputs import prepare_from_options
+
+    click.echo("\n".join(prepare_from_options(options).lines()))
+
+
 @cli.command(short_help="Train a masked language model, or resume training.")
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")

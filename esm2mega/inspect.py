@@ -36,6 +36,8 @@ def _store_lines(directory: Path) -> Iterator[str]:
     if len(store):
         low, high, mean = store.lengths.min(), store.lengths.max(), store.lengths.mean()
         yield f"lengths {low:,} to {high:,}, mean {mean:.1f} residues"
+    if store.clusters is not None:
+        yield f"{len(store.clusters):,} clusters of {len(store.clusters.members):,} members"
     for source in store.manifest["sources"]:
         yield f"source {source['name']}  sha256 {source['sha256']}"
     total = max(int(store.token_counts.sum()), 1)

@@ -138,6 +138,10 @@ class FastaReader:
                 yield FastaRecord(name, residues, line)
                 line = lines.number
 
+    def place(self, line: int) -> str:
+        """Where a record stands, for messages."""
+        return f"{self.path}:{line}"
+
     def count_headers(self) -> int:
         """Counts the records in a full pass over the file, without looking into them."""
         count = 0

@@ -2,6 +2,7 @@
 
     tokens.bin, tokens.idx     megatron-core IndexedDataset of uint8 token ids: residues, one item per protein
     ids.bin, ids.offsets.npy   the ids in UTF-8 back to back, and int64 [n + 1] where each begins (and ends)
+    clusters.*                 of a store with clusters: which rows belong together, see `clusters.py`
     manifest.json              format, tokenizer hash, counts, sources, size and SHA-256 of the other files
 
 `lengths` count residues; a protein of L residues has L + 2 tokens with `<cls>` and `<eos>`, which are added
@@ -11,24 +12,24 @@ is complete.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from esm2mega import __version__
-from esm2mega.data import tokenizer
+from esm2mega.data import clusters, store_files, tokenizer
+from esm2mega.data.store_files import HashedFile, NumberSpool, offset_blocks, write_offsets
 from esm2mega.errors import UserError
 
 FORMAT = "esm2mega token store"
@@ -47,7 +48,6 @@ _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_VERSION = 1
 _INDEX_UINT8 = 1
 
-_CHUNK = 1 << 20
 _PREPARE_AGAIN = "make it again with `esm2mega prepare fasta`"
 
 
@@ -77,64 +77,6 @@ class StoreCounts:
         self.unknown_residues += tokenizer.unknown_count(byte_counts)
 
 
-class _HashedFile:
-    """A new file that knows its size and SHA-256 when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115, closed by close() or abandon()
-        self._hash = hashlib.sha256()
-        self._bytes = 0
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self._bytes += len(data)
-
-    def close(self) -> dict[str, Any]:
-        """Brings the file to the disk; returns its entry in the manifest."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
-
-    def abandon(self) -> None:
-        """Closes without caring what reached the disk."""
-        with contextlib.suppress(OSError):  # a full disk fails the flush too; the file is about to be removed
-            self._file.close()
-
-
-class _LengthSpool:
-    """Lengths of any number of items in a temporary file, so that memory stays constant at UniRef90 size."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = open(path, "xb")  # noqa: SIM115, closed by close() or abandon()
-
-    def append(self, lengths: npt.NDArray[np.int32]) -> None:
-        self._file.write(lengths.astype("<i4").tobytes())
-
-    def close(self) -> npt.NDArray[np.int32]:
-        """Ends writing and returns all lengths [n] as a memory map; the name is gone from the directory."""
-        self._file.close()
-        lengths = np.memmap(self._path, dtype="<i4", mode="r")
-        self._path.unlink()
-        return lengths.view(np.ndarray)
-
-    def abandon(self) -> None:
-        """Closes without caring what reached the disk."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-
-def _starts(lengths: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int64]]:
-    """Yields, chunk by chunk, where each item [n] begins when all lie back to back."""
-    end = 0
-    for first in range(0, len(lengths), _CHUNK):
-        ends = np.cumsum(lengths[first : first + _CHUNK], dtype=np.int64) + end
-        yield ends - lengths[first : first + _CHUNK]
-        end = int(ends[-1])
-
-
 class StoreWriter:
     """Writes one token store: the end of the `with` block completes it, an exception removes every trace.
 
@@ -151,15 +93,16 @@ class StoreWriter:
         self.counts = StoreCounts()
         self.provenance: dict[str, Any] = {}
         self._partial = partial_path(self.path)
+        self._clusters: clusters.ClusterWriter | None = None
         if self.path.exists():
             raise UserError(f"{self.path}: exists already; name another directory or remove it")
 
     def __enter__(self) -> StoreWriter:
         self._partial.mkdir(parents=True)
-        self._tokens = _HashedFile(self._partial / _TOKENS)
-        self._ids = _HashedFile(self._partial / _IDS)
-        self._lengths = _LengthSpool(self._partial / "tokens.lengths")
-        self._id_lengths = _LengthSpool(self._partial / "ids.lengths")
+        self._tokens = HashedFile(self._partial / _TOKENS)
+        self._ids = HashedFile(self._partial / _IDS)
+        self._lengths = NumberSpool(self._partial / "tokens.lengths", "<i4")
+        self._id_lengths = NumberSpool(self._partial / "ids.lengths", "<i4")
         return self
 
     def append(self, ids: Sequence[str], residues: Sequence[bytes]) -> None:
@@ -176,6 +119,20 @@ class StoreWriter:
         self._lengths.append(np.fromiter(map(len, residues), dtype=np.int32, count=len(residues)))
         self._id_lengths.append(np.fromiter(map(len, encoded_ids), dtype=np.int32, count=len(ids)))
         self.counts.add(len(residues), tokenizer.byte_histogram(joined))
+
+    def append_clusters(
+        self, ids: Sequence[str], sizes: npt.NDArray[Any], members: npt.NDArray[np.int64]
+    ) -> None:
+        """Appends a batch of clusters; the store has cluster arrays from the first call on.
+
+        Args:
+            ids: n cluster ids.
+            sizes: members of each cluster, at least one, integer [n].
+            members: rows of the members, cluster after cluster, [sum of sizes]. Rows may be appended later.
+        """
+        if self._clusters is None:
+            self._clusters = clusters.ClusterWriter(self._partial)
+        self._clusters.append(ids, sizes, members)
 
     def __exit__(
         self,
@@ -197,7 +154,9 @@ class StoreWriter:
             raise UserError(f"{self.path}: a token store needs at least one sequence")
         files = {_TOKENS: self._tokens.close(), _IDS: self._ids.close()}
         files[_INDEX] = self._write_index(self._lengths.close())
-        files[_ID_OFFSETS] = self._write_id_offsets(self._id_lengths.close())
+        files[_ID_OFFSETS] = write_offsets(self._partial / _ID_OFFSETS, self._id_lengths.close())
+        if self._clusters is not None:
+            files.update(self._clusters.complete(self.counts.sequences))
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -215,28 +174,21 @@ class StoreWriter:
 
     def _write_index(self, lengths: npt.NDArray[np.int32]) -> dict[str, Any]:
         count = len(lengths)
-        index = _HashedFile(self._partial / _INDEX)
+        index = HashedFile(self._partial / _INDEX)
         index.write(_INDEX_HEAD.pack(_INDEX_MAGIC, _INDEX_VERSION, _INDEX_UINT8, count, count + 1))
-        for first in range(0, count, _CHUNK):
-            index.write(lengths[first : first + _CHUNK].tobytes())
-        for starts in _starts(lengths):
+        for first in range(0, count, store_files.BLOCK):
+            index.write(lengths[first : first + store_files.BLOCK].tobytes())
+        for starts in offset_blocks(lengths):
             index.write(starts.astype("<i8").tobytes())
-        for first in range(0, count + 1, _CHUNK):
-            index.write(np.arange(first, min(first + _CHUNK, count + 1), dtype="<i8").tobytes())
+        for first in range(0, count + 1, store_files.BLOCK):
+            index.write(np.arange(first, min(first + store_files.BLOCK, count + 1), dtype="<i8").tobytes())
         return index.close()
-
-    def _write_id_offsets(self, lengths: npt.NDArray[np.int32]) -> dict[str, Any]:
-        offsets = _HashedFile(self._partial / _ID_OFFSETS)
-        header = {"descr": "<i8", "fortran_order": False, "shape": (len(lengths) + 1,)}
-        np.lib.format.write_array_header_1_0(offsets, header)
-        for starts in _starts(lengths):
-            offsets.write(starts.astype("<i8").tobytes())
-        offsets.write(struct.pack("<q", int(lengths.sum(dtype=np.int64))))
-        return offsets.close()
 
     def _remove_partial(self) -> None:
         for open_file in (self._tokens, self._ids, self._lengths, self._id_lengths):
             open_file.abandon()
+        if self._clusters is not None:
+            self._clusters.abandon()
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
@@ -248,6 +200,7 @@ class TokenStore:
         lengths: residues of each protein, int32 [n].
         starts: position of each protein's first residue in `tokens`, int64 [n].
         tokens: all residues back to back as token ids, uint8 [residues].
+        clusters: which rows form a cluster; None for a store without clusters.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -257,14 +210,8 @@ class TokenStore:
         self._check_sizes()
         self.tokens: npt.NDArray[np.uint8] = _map(self.path / _TOKENS, np.uint8)
         self.lengths, self.starts = self._map_index()
-        self._ids: npt.NDArray[np.uint8] = _map(self.path / _IDS, np.uint8)
-        self._id_offsets: npt.NDArray[np.int64] = np.load(self.path / _ID_OFFSETS, mmap_mode="r").view(
-            np.ndarray
-        )
-        if len(self._id_offsets) != len(self) + 1:
-            raise _damaged(
-                self.path / _ID_OFFSETS, f"has {len(self._id_offsets)} offsets for {len(self)} ids"
-            )
+        self._ids = _Ids(self.path / _IDS, self.path / _ID_OFFSETS, len(self))
+        self.clusters = self._map_clusters() if self._has_clusters else None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -278,7 +225,13 @@ class TokenStore:
         """The id of protein `i`."""
         if not 0 <= i < len(self):
             raise IndexError(f"protein {i} of a store of {len(self)}")
-        return self._ids[self._id_offsets[i] : self._id_offsets[i + 1]].tobytes().decode("utf-8")
+        return self._ids[i]
+
+    def cluster_id(self, j: int) -> str:
+        """The id of cluster `j` of a store with clusters."""
+        if self.clusters is None or not 0 <= j < len(self.clusters):
+            raise IndexError(f"cluster {j} of a store of {len(self.clusters or ())}")
+        return self._cluster_ids[j]
 
     @property
     def token_counts(self) -> npt.NDArray[np.int64]:
@@ -287,18 +240,34 @@ class TokenStore:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two stores if they hold equal proteins in equal order, whatever the ids and sources."""
-        files = self.manifest["files"]
-        return hashlib.sha256((files[_TOKENS]["sha256"] + files[_INDEX]["sha256"]).encode()).hexdigest()
+        """Equal for two stores if they hold equal proteins in equal order, whatever the ids and sources.
+
+        Which rows form a cluster counts too, where there are clusters.
+        """
+        names = (_TOKENS, _INDEX, *((clusters.OFFSETS, clusters.MEMBERS) if self._has_clusters else ()))
+        return hashlib.sha256(
+            "".join(self.manifest["files"][name]["sha256"] for name in names).encode()
+        ).hexdigest()
 
     def verify(self) -> None:
         """Reads every byte and raises UserError when a file is not what was written."""
-        for name in _FILES:
+        for name in self._files:
             if _sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
                 raise _damaged(self.path / name, "differs from its checksum in manifest.json")
 
+    @property
+    def _has_clusters(self) -> bool:
+        return any(name in self.manifest["files"] for name in clusters.FILES)
+
+    @property
+    def _files(self) -> tuple[str, ...]:
+        """The files that must be there."""
+        return (*_FILES, *(clusters.FILES if self._has_clusters else ()))
+
     def _check_sizes(self) -> None:
-        for name in _FILES:
+        for name in self._files:
+            if name not in self.manifest["files"]:
+                raise _damaged(self.path / _MANIFEST, f"lists other cluster files, but not {name}")
             file = self.path / name
             if not file.is_file():
                 raise _damaged(file, "is missing")
@@ -319,6 +288,39 @@ class TokenStore:
         if starts[-1] + lengths[-1] != len(self.tokens):
             raise _damaged(file, f"ends at residue {starts[-1] + lengths[-1]} of {len(self.tokens)}")
         return lengths, starts
+
+    def _map_clusters(self) -> clusters.Clusters:
+        """The cluster arrays; that rows and offsets are in range was checked when they were written."""
+        offsets = _map_npy(self.path / clusters.OFFSETS)
+        members = _map_npy(self.path / clusters.MEMBERS)
+        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(members):
+            raise _damaged(self.path / clusters.OFFSETS, f"does not divide {len(members)} members")
+        self._cluster_ids = _Ids(self.path / clusters.IDS, self.path / clusters.ID_OFFSETS, len(offsets) - 1)
+        return clusters.Clusters(offsets, members)
+
+
+class _Ids:
+    """Ids in a file back to back, found by their offsets."""
+
+    def __init__(self, text: Path, offsets: Path, count: int) -> None:
+        self._text = _map(text, np.uint8)
+        self._offsets = _map_npy(offsets)
+        if len(self._offsets) != count + 1:
+            raise _damaged(offsets, f"has {len(self._offsets)} offsets for {count} ids")
+
+    def __getitem__(self, i: int) -> str:
+        return self._text[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8")
+
+
+def _map_npy(file: Path) -> npt.NDArray[np.int64]:
+    """A read-only memory map of a `.npy` file of int64 [n], as a plain array."""
+    try:
+        numbers = np.load(file, mmap_mode="r")
+    except ValueError:
+        numbers = None
+    if not isinstance(numbers, np.memmap) or numbers.dtype != np.int64 or numbers.ndim != 1:
+        raise _damaged(file, "is not a .npy file of int64 numbers in one row")
+    return numbers.view(np.ndarray)
 
 
 def _map(file: Path, dtype: npt.DTypeLike, count: int | None = None, offset: int = 0) -> npt.NDArray[Any]:
@@ -371,6 +373,6 @@ def _damaged(file: Path, what: str) -> UserError:
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        while block := stream.read(_CHUNK):
+        while block := stream.read(store_files.BLOCK):
             digest.update(block)
     return digest.hexdigest()

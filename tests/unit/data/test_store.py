@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from esm2mega import __version__
-from esm2mega.data import store as store_module
-from esm2mega.data import tokenizer
+from esm2mega.data import store_files, tokenizer
 from esm2mega.data.store import StoreWriter, TokenStore
 from esm2mega.errors import UserError
 
@@ -82,7 +81,7 @@ def test_batches_and_chunks_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
     ids = [f"\u03b1{'x' * (i % 4)}" for i in range(25)]
     with StoreWriter(tmp_path / "one") as writer:
         writer.append(ids, sequences)
-    monkeypatch.setattr(store_module, "_CHUNK", 4)
+    monkeypatch.setattr(store_files, "BLOCK", 4)
     with StoreWriter(tmp_path / "many") as writer:
         for i in range(0, 25, 3):
             writer.append(ids[i : i + 3], sequences[i : i + 3])
@@ -220,3 +219,69 @@ def test_verify_finds_a_flipped_bit(write_store: WriteStore) -> None:
     (store.path / "tokens.bin").write_bytes(tokens)
     with pytest.raises(UserError, match=r"tokens\.bin: differs from its checksum"):
         TokenStore(store.path).verify()
+
+
+def write_clustered(path: Path) -> TokenStore:
+    """Four proteins; cluster A holds rows 2 and 0, cluster \u03b2 row 3, in two batches."""
+    with StoreWriter(path) as writer:
+        writer.append_clusters(["A"], np.array([2]), np.array([2, 0]))
+        writer.append([f"p{i}" for i in range(4)], [text.encode() for text in SEQUENCES])
+        writer.append_clusters(["\u03b2"], np.array([1]), np.array([3]))
+    return TokenStore(path)
+
+
+def test_clusters_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write_clustered(tmp_path / "store")
+    store.verify()
+    assert store.clusters is not None and len(store.clusters) == 2
+    assert store.clusters.offsets.tolist() == [0, 2, 3] and store.clusters.offsets.dtype == np.int64
+    assert store.clusters.members.tolist() == [2, 0, 3] and store.clusters.members.dtype == np.int64
+    assert [store.cluster_id(j) for j in range(2)] == ["A", "\u03b2"]
+    with pytest.raises(IndexError):
+        store.cluster_id(2)
+    monkeypatch.setattr(store_files, "BLOCK", 1)
+    assert write_clustered(tmp_path / "blocks").manifest == store.manifest
+
+
+def test_a_store_without_clusters_stays_as_it_is(tmp_path: Path, write_store: WriteStore) -> None:
+    plain, clustered = write_store(SEQUENCES), write_clustered(tmp_path / "clustered")
+    assert plain.clusters is None
+    assert not any("cluster" in name for name in [*plain.manifest, *plain.manifest["files"]])
+    with pytest.raises(IndexError):
+        plain.cluster_id(0)
+    # Other samples are drawn where there are clusters, so a run cannot go on with the other one.
+    assert plain.fingerprint != clustered.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("sizes", "members"), [([0, 1], [0]), ([1], [0, 1]), ([1, 1], [0]), ([1], [4]), ([1], [-1])]
+)
+def test_clusters_that_do_not_fit_are_refused(tmp_path: Path, sizes: list[int], members: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"do not fit|outside of the 4 rows"):  # noqa: SIM117
+        with StoreWriter(tmp_path / "store") as writer:
+            writer.append([f"p{i}" for i in range(4)], [text.encode() for text in SEQUENCES])
+            writer.append_clusters(["c"] * len(sizes), np.array(sizes), np.array(members))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["clusters.offsets.npy", "clusters.members.npy", "clusters.ids.bin", "clusters.ids.offsets.npy"],
+)
+def test_error_for_damaged_cluster_files(tmp_path: Path, name: str) -> None:
+    store = write_clustered(tmp_path / "store")
+    file = store.path / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    assert f"{name}: has {len(content) - 1} bytes, its manifest says {len(content)}" in error_of(store.path)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="differs from its checksum|does not divide|offsets for"):
+        TokenStore(store.path).verify()
+    file.write_bytes(b"\x00" * len(content))
+    if name.endswith(".npy"):
+        assert f"{name}: is not a .npy file of int64" in error_of(store.path)
+    file.unlink()
+    assert f"{name}: is missing: the token store is damaged" in error_of(store.path)
+    files = {other: entry for other, entry in store.manifest["files"].items() if other != name}
+    edit_manifest(store, files=files)
+    assert f"manifest.json: lists other cluster files, but not {name}" in error_of(store.path)

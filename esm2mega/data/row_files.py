@@ -1,0 +1,171 @@
+"""Proteins and ids in binary files of rows: Parquet and SQLite. A place in one is a row, counted from 1."""
+
+from __future__ import annotations
+
+import sqlite3
+import string
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from esm2mega.data.fasta import ByteProgress, FastaRecord
+from esm2mega.errors import UserError
+
+_WHITE_SPACE = b" \t\r\n\v\f"
+_RESIDUES = string.ascii_letters.encode() + b"*-."
+_ROWS = 1 << 14
+_HASH_BYTES = 1 << 20
+
+
+class RowFile:
+    """A binary file of rows; hashed before it is read, since reading does not go through it in order."""
+
+    kind = ""
+
+    def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
+        """Checks that the file is there.
+
+        Args:
+            path: of the file.
+            progress: told about the bytes of the file, once.
+        """
+        self.path = Path(path)
+        self.sha256 = ""
+        self._progress = progress
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such {self.kind} file")
+
+    def place(self, line: int) -> str:
+        """Where a row stands, for messages."""
+        return f"{self.path}: row {line}"
+
+    def hash(self) -> None:
+        """Reads the whole file for `sha256`, once."""
+        if self.sha256:
+            return
+        digest = sha256()
+        try:
+            with open(self.path, "rb") as file:
+                while block := file.read(_HASH_BYTES):
+                    digest.update(block)
+                    if self._progress is not None:
+                        self._progress.update(len(block))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+        self.sha256 = digest.hexdigest()
+
+    def text(self, value: object, line: int, column: str) -> str:
+        """The value of a column, if it is a text."""
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{self.place(line)}: {column} is {value!r}, not a text; every row needs one")
+        return value
+
+
+class ParquetFile(RowFile):
+    """The rows of chosen columns of one Parquet file."""
+
+    kind = "Parquet"
+
+    def __init__(
+        self, path: str | Path, columns: Sequence[str], progress: ByteProgress | None = None
+    ) -> None:
+        """Opens the file and looks for the columns.
+
+        Args:
+            path: of the file.
+            columns: names of columns that must be there.
+            progress: told about the bytes of the file.
+        """
+        super().__init__(path, progress)
+        self.columns = list(columns)
+        opened = self._open()
+        self.available = list(opened.schema_arrow.names)
+        self.num_rows = int(opened.metadata.num_rows)
+        for column in columns:
+            if column not in self.available:
+                raise UserError(
+                    f"{self.path}: no column {column!r} among {', '.join(self.available)}; give a file that "
+                    "has it"
+                )
+
+    def rows(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Yields each row from 1 with the values of the columns; None for missing ones."""
+        import pyarrow
+
+        self.hash()
+        number = 0
+        try:
+            for batch in self._open().iter_batches(batch_size=_ROWS, columns=self.columns):
+                for values in zip(*(batch.column(name).to_pylist() for name in self.columns), strict=True):
+                    number += 1
+                    yield number, values
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise self._damaged(error) from None
+        if not number:
+            raise UserError(f"{self.path}: has no rows; give a file with data")
+
+    def _open(self) -> Any:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError(
+                f"{self.path}: reading Parquet needs pyarrow; install it with "
+                "`pip install 'esm2mega[parquet]'`"
+            ) from None
+        try:
+            return pyarrow.parquet.ParquetFile(self.path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> UserError:
+        text = " ".join(str(error).split())
+        return UserError(f"{self.path}: cannot be read as Parquet ({text}); copy or download it again")
+
+
+class ProteinDatabase(RowFile):
+    """Iterates over the proteins of a SQLite file in the order in which they lie in it."""
+
+    kind = "SQLite"
+
+    def __iter__(self) -> Iterator[FastaRecord]:
+        """Yields the proteins."""
+        self.hash()
+        # Nobody writes to it meanwhile: without locks a read-only directory will do.
+        address = f"file:{quote(str(self.path.absolute()))}?mode=ro&immutable=1"
+        line = 0
+        try:
+            with closing(sqlite3.connect(address, uri=True)) as database:
+                # What a schema from elsewhere may define is not run.
+                database.execute("PRAGMA trusted_schema = OFF")
+                for name, sequence in database.execute("SELECT id, sequence FROM protein"):
+                    line += 1
+                    yield protein(self, line, self.text(name, line, "id"), sequence)
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self.path}: cannot be read as SQLite with a table protein(id, sequence) ({error}); "
+                "copy or download it again"
+            ) from None
+        if not line:
+            raise UserError(f"{self.path}: the table protein has no rows; give a file with data")
+
+
+def protein(source: RowFile, line: int, name: str, sequence: object) -> FastaRecord:
+    """A protein of a row; raises UserError when `sequence` is none."""
+    text = sequence if isinstance(sequence, str) else ""
+    residues = text.encode("utf-8", "surrogatepass").translate(None, _WHITE_SPACE)
+    if not residues:
+        raise UserError(
+            f"{source.place(line)}: the sequence of {name!r} is {sequence!r}, not residues; "
+            "complete or remove the row"
+        )
+    if stray := residues.translate(None, _RESIDUES):
+        character = stray[:4].decode("utf-8", errors="replace")[0]
+        raise UserError(
+            f"{source.place(line)}: {character!r} in the sequence of {name!r} is no residue "
+            "(letters and '*-.' are)"
+        )
+    return FastaRecord(name, residues, line)
