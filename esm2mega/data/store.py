@@ -48,7 +48,7 @@ _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_VERSION = 1
 _INDEX_UINT8 = 1
 
-_PREPARE_AGAIN = "make it again with `esm2mega prepare fasta`"
+_PREPARE_AGAIN = "make it again with `esm2mega prepare`"
 
 
 def partial_path(path: Path) -> Path:

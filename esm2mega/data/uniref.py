@@ -256,10 +256,10 @@ class _Job:
                     "clusters out with --drop-other-clusters"
                 )
             self.other_clusters += int((~known).sum())
-            of_training = drawn.of(records) != SPLITS.index("train")
-            self.held_out_clusters += int(known.sum()) + int(of_training.sum())
+            drawn_out = drawn.of(records) != SPLITS.index("train")
+            self.held_out_clusters += int(known.sum()) + int(drawn_out.sum())
             kept = np.flatnonzero(records >= 0)
-            yield [batch[i] for i in kept.tolist()], of_training[kept]
+            yield [batch[i] for i in kept.tolist()], drawn_out[kept]
 
     def _write_drawn(self, uf50: FastaReader, drawn: DrawnRecords, sources: Sequence[dict[str, Any]]) -> None:
         """Reads the UniRef50 file again and writes the representatives that were drawn."""

@@ -46,7 +46,9 @@ def test_help_lists_the_commands_in_the_order_of_the_work(capsys):
     assert list(cli.commands) == COMMANDS
 
 
-@pytest.mark.parametrize("command", [*([name] for name in COMMANDS), ["prepare", "fasta"]])
+@pytest.mark.parametrize(
+    "command", [*([name] for name in COMMANDS), ["prepare", "fasta"], ["prepare", "uniref"]]
+)
 def test_every_command_has_help(command, capsys):
     assert main([*command, "--help"]) == 0
     out = capsys.readouterr().out
@@ -94,6 +96,13 @@ def test_help_is_quick():
         (["plot"], "Missing argument 'RUN_DIR'. (see `esm2mega plot --help`)"),
         (["prepare", "fasta", "x.fasta"], "Missing option '--out'"),
         (["prepare", "fasta", "--out", "x"], "Missing argument 'INPUT…'"),
+        (["prepare", "uniref", "--uf50", "x"], "Missing option '--out'"),
+        (["prepare", "uniref", "--out", "x"], "--uf50 and --uf90 and --mapping missing; give"),
+        (["prepare", "uniref", "--out", "x", "--uf90", "x", "--table", "y"], "--uf90 and --table belong to"),
+        (
+            ["prepare", "uniref", "--out", "x", "--val-size", "3", "--table", "y"],
+            "--val-size and --table",
+        ),
         (["evaluate", "x", "--data", "y", "--max-batches", "0"], "Invalid value for '--max-batches'"),
         (["pretrain", "--config", "pretrain_8M"], "did you mean pretrain_esm2_8M?"),
         (["pretrain", "--config", "pretrain_esm2_8M", "train.lr=1"], "the nearest valid key is optim.lr"),
@@ -250,6 +259,57 @@ def test_prepare_fasta_splits_and_reports(tmp_path, capsys):
     ]
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_prepare_uniref_reports(tmp_path, capsys):
+    texts = {
+        "uf50": "".join(f">c{i}\nMKVLA{'ACDE'[i]}\n" for i in range(4)),
+        "uf90": "".join(f">m{i}\nMKVLA{'ACDE'[i % 4]}\n" for i in range(8)),
+        "mapping": "header\n" + "".join(f"c{i}\tm{i}; m{i + 4}\n" for i in range(4)),
+    }
+    arguments = ["prepare", "uniref", "--out", str(tmp_path / "store"), "--val-size", "1"]
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        arguments += [f"--{name}", str(tmp_path / name)]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert [line.partition(",")[0].rsplit("/", 1)[1] for line in captured.out.splitlines()] == [
+        "train: 6 sequences",
+        "valid: 1 sequences",
+        "train: 3 clusters of 2.00 members on average",
+    ]
+    total = sum((tmp_path / name).stat().st_size for name in texts) + len(texts["uf50"])
+    assert f"prepare: byte {total:,} of {total:,} (100 %)" in captured.err
+    assert main(["inspect", str(tmp_path / "store" / "train")]) == 0
+    assert "3 clusters of 6 members" in capsys.readouterr().out
+
+
+def test_prepare_uniref_from_bionemo_and_tables(tmp_path, capsys):
+    import sqlite3
+
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = {name: str(tmp_path / name) for name in ("c", "d.db", "v", "w.db", "t", "u")}
+    parquet.write_table(pyarrow.table({"ur90_id": [["m1", "m2"]]}), files["c"])
+    parquet.write_table(pyarrow.table({"ur50_id": ["x"]}), files["v"])
+    for name, rows in (("d.db", [("m1", "MK"), ("m2", "MA")]), ("w.db", [("x", "MW")])):
+        with sqlite3.connect(files[name]) as database:
+            database.execute("CREATE TABLE protein (id TEXT PRIMARY KEY, sequence TEXT)")
+            database.executemany("INSERT INTO protein VALUES (?, ?)", rows)
+        database.close()
+    columns = ("ur50_id", "ur90_id", "sequence")
+    for name, row in (("t", ("c", "m", "MK")), ("u", ("x", "y", "MW"))):
+        cells = {key: [value] for key, value in zip(columns, row, strict=True)}
+        parquet.write_table(pyarrow.table(cells), files[name])
+    options = [
+        ["--train-cluster-path", files["c"], "--train-database-path", files["d.db"]]
+        + ["--valid-cluster-path", files["v"], "--valid-database-path", files["w.db"]],
+        ["--table", files["t"], "--valid-table", files["u"]],
+    ]
+    for number, given in enumerate(options):
+        assert main(["prepare", "uniref", "--out", str(tmp_path / f"out{number}"), *given]) == 0
+        captured = capsys.readouterr()
+        assert f"out{number}/valid: 1 sequences" in captured.out and "1 clusters of" in captured.out
+        assert "(100 %)" in captured.err
 
 
 def test_python_m_and_the_exit_code_of_the_process(tmp_path):

@@ -173,4 +173,11 @@ def test_extras_and_python_versions():
     assert 'python_requires=">=3.10"' in setup
     assert "megatron-core==0.16.1; python_version < '3.12'" in setup
     assert "megatron-core>=0.19,<0.20; python_version >= '3.12'" in setup
-    assert re.findall(r'^        "(\w+)": ', setup, re.MULTILINE) == ["te", "hf", "nemo", "logging", "dev"]
+    assert re.findall(r'^        "(\w+)": ', setup, re.MULTILINE) == [
+        "te",
+        "hf",
+        "nemo",
+        "logging",
+        "parquet",
+        "dev",
+    ]
