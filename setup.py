@@ -29,7 +29,7 @@ REQUIRED = [
 ]
 LOGGING = ["wandb", "tensorboard"]
 HF = ["transformers>=5.23", "peft"]
-PARQUET = ["pyarrow>=15"]
+PARQUET = ["pyarrow>=16.1"]
 DEV = [
     *PARQUET,
     # References that the parity tests compare with.
