@@ -97,11 +97,24 @@ def resolve(run: Run) -> Run:
     run = copy.deepcopy(run)
     check_choices(run)
     fill_shape(run.model)
+    if run.train.max_epochs is None:  # else the length is known when the data are, see `fix_length`
+        _fill_decay(run)
+    return run
+
+
+def fix_length(run: Run, max_steps: int) -> Run:
+    """A copy of a run given in epochs, with its length in steps and the end of the decay filled."""
+    run = copy.deepcopy(run)
+    run.train.max_steps = max_steps
+    _fill_decay(run)
+    return run
+
+
+def _fill_decay(run: Run) -> None:
     if run.schedule.decay_steps is None:
         # ESM-2 decays over 90 % of training and then stays flat. Integers: 0.9 * max_steps may round down.
         part = 9 if run.schedule.name in ("linear", "cosine_plateau") else 10
         run.schedule.decay_steps = max(1, part * run.train.max_steps // 10)
-    return run
 
 
 def conf_dir() -> Path:
@@ -251,8 +264,10 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
         raise UserError(f"{setting.where}: unknown key {key}; the nearest valid key is {nearest_key(key)}")
     kind, _ = _kind(types_of[key])
     # OmegaConf turns any number into true, and true into the text "True": `resume: no` would become a path.
-    misread = (kind is bool and not isinstance(value, (bool, str)) and value not in (0, 1, None)) or (
-        kind is str and (isinstance(value, bool) or value == "")
+    misread = (
+        (kind is bool and not isinstance(value, (bool, str)) and value not in (0, 1, None))
+        or (kind is str and (isinstance(value, bool) or value == ""))
+        or (kind is Any and not _is_text_or_list(value))
     )
     try:
         if misread:
@@ -295,7 +310,15 @@ def _kind(hint: Any) -> tuple[Any, bool]:
 def _expected(hint: Any) -> str:
     kind, optional = _kind(hint)
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    if kind is Any:
+        return "text, a list of texts or null"
     return words.get(kind, "a list of numbers") + (" or null" if optional else "")
+
+
+def _is_text_or_list(value: Any) -> bool:
+    """Whether this can be a key that the schema types as Any: one text or several."""
+    texts = value if isinstance(value, list) else [value]
+    return value is None or (bool(texts) and all(isinstance(text, str) and text for text in texts))
 
 
 def _show(value: Any) -> str:

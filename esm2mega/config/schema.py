@@ -51,16 +51,26 @@ class ParallelConfig:
 class DataConfig:
     """Token stores, cropping, masking and packing. Lengths count tokens with `<cls>` and `<eos>`."""
 
-    train: str | None = None
+    train: Any = None  # str | list[str] | None, which OmegaConf cannot type; loading checks it
+    weights: list[float] | None = None
     valid: str | None = None
     test: str | None = None
+    sampling: str = _choice("auto", "auto", "clusters", "sequences")
     max_seq_length: int = 1024
-    crop: str = _choice("random", "random", "start")
+    crop: str = _choice("random", "random", "start", "chunk")
     mlm_probability: float = 0.15
     mask_fraction: float = 0.8
     random_fraction: float = 0.1
     random_residues: str = _choice("amino_acids", "amino_acids", "all")
-    pack_window: int = 16384
+    packing: str = _choice("pack", "pack", "bucket")
+    pack_window: int | None = None
+    workers: int = 0
+
+    def train_paths(self) -> list[str]:
+        """The paths of `train`, however many were given."""
+        if self.train is None:
+            return []
+        return [self.train] if isinstance(self.train, str) else list(self.train)
 
 
 @dataclass
@@ -78,6 +88,7 @@ class TrainConfig:
     micro_batch_tokens: int = 4096
     global_batch_tokens: int = 4096
     max_steps: int = 1000
+    max_epochs: int | None = None
     eval_every: int = 0
     eval_batches: int = 0
     log_every: int = 10

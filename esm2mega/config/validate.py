@@ -26,9 +26,11 @@ _AT_LEAST = {
     "parallel.virtual_pipeline_model_parallel_size": 1,
     "data.max_seq_length": 3,  # <cls>, one residue, <eos>
     "data.pack_window": 1,
+    "data.workers": 0,
     "train.micro_batch_tokens": 1,
     "train.global_batch_tokens": 1,
     "train.max_steps": 1,
+    "train.max_epochs": 1,
     "train.eval_every": 0,
     "train.eval_batches": 0,
     "train.log_every": 1,
@@ -76,6 +78,7 @@ def validate(run: Run, world_size: int) -> None:
     _check_model(run)
     _check_layout(run)
     _check_masking(run)
+    _check_stores(run)
     _check_schedule(run)
     _check_batches(run, world_size)
 
@@ -139,8 +142,9 @@ def check_training_inputs(run: Run) -> None:
             "data.train is not set: give a token store, e.g. data.train=DIR/train made by "
             "`esm2mega prepare fasta INPUT --out DIR`"
         )
-    for key in ("data.train", "data.valid", "data.test"):
-        path = flatten(run)[key]
+    named: list[tuple[str, str | None]] = [("data.train", path) for path in run.data.train_paths()]
+    named += [("data.valid", run.data.valid), ("data.test", run.data.test)]
+    for key, path in named:
         if path is not None and not os.path.isdir(path):
             raise UserError(
                 f"{key}={path} is not an existing token store; make one with `esm2mega prepare fasta`"
@@ -273,24 +277,43 @@ def _layout_list(*dimensions: int) -> str:
 
 
 def _check_masking(run: Run) -> None:
-    """Masking fractions, and splits that must not be the training data."""
+    """What becomes of selected residues."""
     data = run.data
     if data.mask_fraction + data.random_fraction > 1 + 1e-9:  # the sum of two decimals may be off by rounding
         raise UserError(
             f"data.mask_fraction={data.mask_fraction} + data.random_fraction={data.random_fraction} is more "
             "than 1; what they leave of 1 is the fraction kept unchanged (ESM-2: 0.8 and 0.1)"
         )
+
+
+def _check_stores(run: Run) -> None:
+    """Splits that must not be the training data, and mixtures."""
+    data = run.data
+    paths = data.train_paths()
+    real = [os.path.realpath(path) for path in paths]
     for split in ("valid", "test"):
         path = getattr(data, split)
-        if (
-            path is not None
-            and data.train is not None
-            and os.path.realpath(path) == os.path.realpath(data.train)
-        ):
+        if path is not None and os.path.realpath(path) in real:
             raise UserError(
                 f"data.{split}={path} is also data.train; its loss would not measure unseen proteins: "
                 "give another store (`esm2mega prepare fasta` takes --val-size and --test-size)"
             )
+    for i, path in enumerate(paths):
+        if real[i] in real[:i]:
+            raise UserError(f"data.train names {path} twice; name it once and raise its data.weights instead")
+    weights = data.weights
+    if weights is not None and (len(weights) != len(paths) or len(paths) < 2):
+        raise UserError(
+            f"data.weights={weights} has {len(weights)} numbers, data.train names {len(paths)}; "
+            "give one weight for each of two stores or more, or data.weights=null"
+        )
+    if weights is not None and not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise UserError(f"data.weights={weights} must be numbers greater than 0; leave a store out instead")
+    if run.train.max_epochs is not None and len(paths) > 1:
+        raise UserError(
+            f"train.max_epochs={run.train.max_epochs} counts passes over one store, but data.train names "
+            f"{len(paths)}; set train.max_steps, and train.max_epochs=null"
+        )
 
 
 def _check_schedule(run: Run) -> None:
@@ -300,13 +323,14 @@ def _check_schedule(run: Run) -> None:
         raise UserError(
             "checkpoint.async_save=true is not available in this version; set checkpoint.async_save=false"
         )
-    if schedule.decay_steps is None:
+    if schedule.decay_steps is None and train.max_epochs is None:
         raise UserError("schedule.decay_steps is not set; load the configuration with esm2mega.config.load")
-    if schedule.warmup_steps >= schedule.decay_steps:
+    # A run given in epochs is checked again when the data say how many steps these are.
+    if schedule.decay_steps is not None and schedule.warmup_steps >= schedule.decay_steps:
         raise UserError(
             f"schedule.warmup_steps={schedule.warmup_steps} is not smaller than schedule.decay_steps="
             f"{schedule.decay_steps} (by default 90 % of train.max_steps={train.max_steps}, for cosine and "
-            "constant all of it); lower the warmup or raise train.max_steps"
+            "constant all of it); lower the warmup or train longer"
         )
     if train.early_stopping.patience and not train.eval_every:
         raise UserError(

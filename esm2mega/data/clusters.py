@@ -25,7 +25,7 @@ IDS, ID_OFFSETS = "clusters.ids.bin", "clusters.ids.offsets.npy"
 FILES = (OFFSETS, MEMBERS, IDS, ID_OFFSETS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clusters:
     """The clusters of a store; the members of cluster j are `members[offsets[j]:offsets[j + 1]]`.
 

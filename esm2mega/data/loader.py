@@ -6,7 +6,7 @@ micro-batches. Ranks of one tensor- or pipeline-parallel group use the same dp_r
 batches.
 
     T   tokens of a pack (`train.micro_batch_tokens`), padding included
-    n   segments of a pack: its proteins and, when it is not full, one segment of `<pad>` at the end
+    n   segments of a pack: its pieces of proteins, and each stretch of `<pad>` between or behind them
     M   tokens to predict
 """
 
@@ -19,37 +19,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from esm2mega.config.schema import DataConfig
-from esm2mega.data import sampling, tokenizer
-from esm2mega.data.masking import mask_tokens
-from esm2mega.data.packing import Pack, PackCursor, PackPlan, PackShape
-from esm2mega.data.prefetch import Prefetcher
+from esm2mega.data import sampling
+from esm2mega.data.batch import (
+    PADDING,
+    BatchArrays,
+    BatchSpec,
+    Share,
+    StreamState,
+    build_arrays,
+    train_batches,
+    train_plan,
+    worker_batches,
+)
+from esm2mega.data.packing import Pack, PackCursor, PackPlan
+from esm2mega.data.prefetch import Prefetcher, ProcessPrefetcher
+from esm2mega.data.samples import EvalSamples, TrainSamples
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import UserError
-
-_NO_SAMPLES = np.zeros(0, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class BatchSpec:
-    """What decides the content of all batches, besides the store.
-
-    Attributes:
-        data: cropping, masking and packing.
-        micro_batch_tokens: tokens of a pack, T.
-        seed: seed of the run.
-    """
-
-    data: DataConfig
-    micro_batch_tokens: int
-    seed: int
-
-    def pack_shape(self) -> PackShape:
-        """The part of it that decides which samples share a pack."""
-        return PackShape(self.micro_batch_tokens, self.data.max_seq_length, self.data.pack_window)
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ class PackedBatch:
         labels: the original tokens there, int64 [M].
         num_tokens: tokens of proteins, `<cls>` and `<eos>` included, padding not.
         num_residues: the same without `<cls>` and `<eos>`.
-        num_sequences: proteins in the pack.
+        num_sequences: proteins, or pieces of them, in the pack.
     """
 
     input_ids: torch.Tensor
@@ -89,110 +77,73 @@ class PackedBatch:
         )
 
 
-def build_batch(store: TokenStore, spec: BatchSpec, pack: Pack) -> PackedBatch:
-    """Reads, crops, masks and pads one pack; what becomes of a sample depends on its number and the seed."""
-    capacity = spec.micro_batch_tokens
-    tokens = _read_windows(store, spec, pack)
-    masked = mask_tokens(tokens, pack.samples, pack.lengths, spec.seed, spec.data)
+def build_batch(stores: Sequence[TokenStore], spec: BatchSpec, pack: Pack) -> PackedBatch:
+    """Reads, crops, masks and pads one pack."""
+    return _as_tensors(build_arrays(stores, spec, pack))
 
-    input_ids = np.full(capacity, tokenizer.PAD, dtype=np.int64)
-    input_ids[: len(tokens)] = masked.input_ids
-    seqlens = pack.lengths.tolist()
-    if len(tokens) < capacity:
-        seqlens.append(capacity - len(tokens))
+
+def _as_tensors(arrays: BatchArrays) -> PackedBatch:
+    """The batch in the types that the model wants."""
+    seqlens = np.diff(arrays.cu_seqlens).tolist()
     return PackedBatch(
-        input_ids=torch.from_numpy(input_ids),
-        cu_seqlens=torch.tensor([0, *itertools.accumulate(seqlens)], dtype=torch.int32),
+        input_ids=torch.from_numpy(arrays.input_ids.astype(np.int64)),
+        cu_seqlens=torch.from_numpy(arrays.cu_seqlens),
         seqlens=seqlens,
         max_seqlen=max(seqlens),
-        label_positions=torch.from_numpy(masked.label_positions),
-        labels=torch.from_numpy(masked.labels),
-        num_tokens=len(tokens),
-        num_residues=int(np.count_nonzero((tokens != tokenizer.CLS) & (tokens != tokenizer.EOS))),
-        num_sequences=len(pack.samples),
+        label_positions=torch.from_numpy(arrays.label_positions.astype(np.int64)),
+        labels=torch.from_numpy(arrays.labels.astype(np.int64)),
+        num_tokens=arrays.num_tokens,
+        num_residues=arrays.num_residues,
+        num_sequences=arrays.num_sequences,
     )
 
 
-def _read_windows(store: TokenStore, spec: BatchSpec, pack: Pack) -> npt.NDArray[np.uint8]:
-    """The cropped proteins of a pack back to back, windows of `<cls>` residues `<eos>`, [num_tokens]."""
-    whole = store.lengths[pack.sequences].astype(np.int64) + 2
-    starts = sampling.crop_starts(spec.seed, pack.samples, whole, spec.data.max_seq_length, spec.data.crop)
-    tokens = np.empty(pack.num_tokens, dtype=np.uint8)
-    first = 0
-    for sequence, start, length in zip(
-        pack.sequences.tolist(), starts.tolist(), pack.lengths.tolist(), strict=True
-    ):
-        residues = store.residues(sequence)
-        window = tokens[first : first + length]
-        # Token 0 of a protein is <cls>, so residue i is token i + 1 and token len(residues) + 1 is <eos>.
-        has_cls, has_eos = start == 0, start + length == len(residues) + 2
-        window[has_cls : length - has_eos] = residues[start - 1 + has_cls : start - 1 + length - has_eos]
-        if has_cls:
-            window[0] = tokenizer.CLS
-        if has_eos:
-            window[-1] = tokenizer.EOS
-        first += length
-    return tokens
-
-
-@dataclass(frozen=True)
-class StreamState:
-    """How far the training data were consumed, by all data-parallel ranks together.
-
-    Attributes:
-        cursor: the next pack.
-        consumed_packs: packs up to there.
-        consumed_samples: proteins in them.
-        consumed_tokens: tokens in them without padding.
-    """
-
-    cursor: PackCursor = PackCursor()
-    consumed_packs: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
-
-    def after(self, packs: Sequence[Pack], cursor: PackCursor) -> StreamState:
-        """The state when `packs` are consumed as well and `cursor` comes next."""
-        return StreamState(
-            cursor,
-            self.consumed_packs + len(packs),
-            self.consumed_samples + sum(len(pack.samples) for pack in packs),
-            self.consumed_tokens + sum(pack.num_tokens for pack in packs),
-        )
-
-
 class TrainStream:
-    """Endless iterator over this rank's training batches, built one ahead in a thread; close it after use.
+    """Endless iterator over this rank's training batches; close it after use.
 
-    Its state covers the batches that were taken, not the one prepared ahead, and holds for any `dp_size`:
-    it is the same on all ranks after they took equally many batches.
+    Batches are built ahead, one in a thread or some in each of `data.workers` processes; which of the two
+    makes no difference to them. The state covers the batches that were taken, not those built ahead, and
+    holds for any `dp_size`: it is the same on all ranks after they took equally many batches. With
+    `max_epochs` the data end: what comes then is padding without labels.
     """
 
-    def __init__(self, store: TokenStore, spec: BatchSpec, dp_rank: int = 0, dp_size: int = 1) -> None:
+    def __init__(
+        self, stores: Sequence[TokenStore], spec: BatchSpec, dp_rank: int = 0, dp_size: int = 1
+    ) -> None:
         """Starts at the first pack.
 
         Args:
-            store: training proteins.
+            stores: training proteins; several are mixed by `data.weights`.
             spec: content of the batches.
             dp_rank: data-parallel rank of this process.
             dp_size: number of data-parallel ranks.
         """
-        self._store = store
+        self.samples = TrainSamples(stores, spec.data, spec.seed)
         self._spec = spec
+        self._shape = spec.pack_shape()
         self._dp_rank = dp_rank
         self._dp_size = dp_size
-        self._plan = PackPlan(store.lengths, spec.seed, spec.pack_shape())
         self._state = StreamState()
-        self._ahead: Prefetcher[tuple[PackedBatch, StreamState]] | None = None
+        self._ahead: (
+            Prefetcher[tuple[BatchArrays, StreamState]]
+            | ProcessPrefetcher[tuple[BatchArrays, StreamState]]
+            | None
+        ) = None
 
     def __iter__(self) -> TrainStream:
         return self
 
     def __next__(self) -> PackedBatch:
-        if self._ahead is None:
-            self._ahead = Prefetcher(self._batches(self._state))
-        batch, self._state = next(self._ahead)
-        return batch
+        if self._ahead is None and (workers := self._spec.data.workers):
+            share = Share(self._dp_rank, self._dp_size, workers=workers)
+            paths = [store.path for store in self.samples.stores]
+            batches = functools.partial(worker_batches, paths, self._spec, share, self._state)
+            self._ahead = ProcessPrefetcher(batches, workers)
+        elif self._ahead is None:
+            share = Share(self._dp_rank, self._dp_size)
+            self._ahead = Prefetcher(train_batches(self.samples, self._spec, share, self._state))
+        arrays, self._state = next(self._ahead)
+        return _as_tensors(arrays)
 
     def __enter__(self) -> TrainStream:
         return self
@@ -205,6 +156,10 @@ class TrainStream:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
+
+    def num_packs(self) -> int:
+        """Packs of `max_epochs`, counted by planning all of them: a second per million proteins at most."""
+        return sum(len(window) for window in train_plan(self.samples, self._spec).windows())
 
     @property
     def state(self) -> StreamState:
@@ -228,7 +183,7 @@ class TrainStream:
             UserError: the state belongs to other data or other packs, in which its place means nothing.
         """
         for key, value in self._identity().items():
-            saved = state["identity"][key]
+            saved = state["identity"].get(key)
             if saved != value:
                 raise UserError(
                     f"{key}={value} differs from {saved} of the checkpoint, which changes the order of the "
@@ -245,19 +200,12 @@ class TrainStream:
     def _identity(self) -> dict[str, Any]:
         """Everything that the meaning of a cursor depends on, under the names of the configuration."""
         return {
-            "data.train (fingerprint)": self._store.fingerprint[:16],
-            "seed": self._spec.seed,
-            "train.micro_batch_tokens": self._spec.micro_batch_tokens,
-            "data.max_seq_length": self._spec.data.max_seq_length,
-            "data.pack_window": self._spec.data.pack_window,
+            **self.samples.identity(),
+            "train.micro_batch_tokens": self._shape.micro_batch_tokens,
+            "train.max_epochs": self._spec.max_epochs,
+            "data.packing": self._shape.packing,
+            "data.pack_window": self._shape.window,
         }
-
-    def _batches(self, state: StreamState) -> Iterator[tuple[PackedBatch, StreamState]]:
-        """Yields this rank's batches behind `state`, each with the state once every rank took its own."""
-        while True:
-            packs, cursor = self._plan.take(state.cursor, self._dp_size)
-            state = state.after(packs, cursor)
-            yield build_batch(self._store, self._spec, packs[self._dp_rank]), state
 
 
 class EvalPacks:
@@ -281,26 +229,31 @@ class EvalPacks:
             dp_rank: data-parallel rank of this process.
             dp_size: number of data-parallel ranks.
         """
-        self._store = store
+        self._stores = [store]
         # Masks of validation protein k shall not repeat those of training sample k.
         self._spec = replace(spec, seed=sampling.derive_seed(spec.seed, sampling.Purpose.EVALUATION))
         self._limit = limit or None
         self._dp_rank = dp_rank
         self._dp_size = dp_size
-        self._plan = PackPlan(store.lengths, self._spec.seed, spec.pack_shape(), num_samples=len(store))
+        samples = EvalSamples(store, self._spec.data, self._spec.seed)
+        self._plan = PackPlan(samples, self._spec.seed, spec.pack_shape(), num_samples=len(store))
 
     @functools.cached_property
     def num_packs(self) -> int:
         """Packs over all ranks, without those of padding only."""
-        return sum(1 for _ in itertools.islice(self._plan, self._limit))
+        return sum(1 for _ in self._packs())
 
     def __len__(self) -> int:
         """Micro-batches of each rank."""
         return -(-self.num_packs // self._dp_size)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        packs = itertools.islice(self._plan, self._limit)
-        padding = Pack(_NO_SAMPLES, _NO_SAMPLES, _NO_SAMPLES)
+        packs = self._packs()
         while dealt := list(itertools.islice(packs, self._dp_size)):
-            pack = dealt[self._dp_rank] if self._dp_rank < len(dealt) else padding
-            yield build_batch(self._store, self._spec, replace(pack, samples=pack.sequences))
+            pack = dealt[self._dp_rank] if self._dp_rank < len(dealt) else PADDING
+            yield build_batch(self._stores, self._spec, pack)
+
+    def _packs(self) -> Iterator[Pack]:
+        """The packs over all ranks."""
+        packs = (Pack(window, i) for window in self._plan.windows() for i in range(len(window)))
+        return itertools.islice(packs, self._limit)

@@ -44,6 +44,7 @@ def mask_tokens(
     lengths: npt.NDArray[np.int64],
     seed: int,
     config: DataConfig,
+    starts: npt.NDArray[np.int64] | None = None,
 ) -> MaskedTokens:
     """Masks any number of samples at once, each by its stream number alone and not by its neighbours.
 
@@ -53,10 +54,14 @@ def mask_tokens(
         lengths: tokens of each sample, adding up to T, [n].
         seed: seed of the run.
         config: probabilities and the pool of random residues.
+        starts: place within its stream of the first token of each sample, [n]; None for 0. Pieces that share
+            a stream differ in it.
     """
     first = np.cumsum(lengths) - lengths
+    if starts is not None:
+        first = first - starts
     sample = np.repeat(np.arange(len(streams)), lengths)  # [T], row of streams
-    position = np.arange(len(tokens)) - first[sample]  # [T], place within the sample
+    position = np.arange(len(tokens)) - first[sample]  # [T], place within the stream
 
     def bits(purpose: Purpose, at: npt.NDArray[np.int64]) -> sampling.Bits:
         return sampling.bits_at(sampling.stream_starts(seed, purpose, streams)[sample[at]], position[at])

@@ -1,11 +1,19 @@
-"""Runs an iterator one item ahead of its consumer, in a daemon thread."""
+"""Runs iterators ahead of their consumer: one in a daemon thread, or several in processes of their own."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import queue
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from multiprocessing.util import Finalize
 from typing import Generic, TypeVar
+
+from esm2mega.errors import MachineError
 
 T = TypeVar("T")
 
@@ -55,6 +63,111 @@ class Prefetcher(Generic[T]):
             except BaseException as error:  # whatever it is belongs to the consumer, StopIteration included
                 self._ready.put(_End(error))
                 return
+
+
+class ProcessPrefetcher(Generic[T]):
+    """Iterates over what several processes build, one item from each in turn.
+
+    Process w of n runs `items(w)`, which yields the items number w, w + n, w + 2 n, ... It runs ahead by what
+    fits into its pipe, one item at least. An error there is raised here by the `next` that would have
+    returned that item.
+    """
+
+    def __init__(self, items: Callable[[int], Iterator[T]], num_processes: int) -> None:
+        """Starts the processes.
+
+        Args:
+            items: can be pickled; called in each process with its number.
+            num_processes: how many share the work, one or more.
+        """
+        # Not forked: the training process has threads (gloo, OpenMP, CUDA) whose locks a fork would copy.
+        context = multiprocessing.get_context("spawn")
+        pipes, processes = [], []
+        with _signals_blocked():
+            for number in range(num_processes):
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_send_items,
+                    args=(items, number, sender),
+                    name=f"esm2mega-data-{number}",
+                    daemon=True,
+                )
+                process.start()
+                sender.close()  # the process has its own; with this one closed, its death ends the pipe
+                pipes.append(receiver)
+                processes.append(process)
+        self._pipes, self._processes = pipes, processes
+        self._turn = 0
+        self._end: BaseException | None = None
+        # Also at exit, and before multiprocessing waits there for processes that wait to send.
+        self._finish = Finalize(self, _finish, args=(pipes, processes), exitpriority=0)
+
+    def __iter__(self) -> ProcessPrefetcher[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._end is not None:
+            raise self._end
+        try:
+            item: T | _End = self._pipes[self._turn].recv()
+        except (EOFError, OSError):
+            self._processes[self._turn].join()
+            code = self._processes[self._turn].exitcode
+            item = _End(
+                MachineError(
+                    f"data worker {self._turn} of {len(self._pipes)} died (exit code {code}); -9 means "
+                    "killed, mostly for lack of memory: lower data.workers; data.workers=0 shows its error"
+                )
+            )
+        if isinstance(item, _End):
+            self._end = item.error
+            raise self._end
+        self._turn = (self._turn + 1) % len(self._pipes)
+        return item
+
+    def close(self) -> None:
+        """Ends the processes; may be called twice."""
+        self._end = self._end or StopIteration()
+        self._finish()
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started here never see the signals to stop, which schedulers send to all processes of a job.
+
+    The training process answers them, and needs its data until it did.
+    """
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _finish(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def _send_items(items: Callable[[int], Iterator[T]], number: int, pipe: Connection) -> None:
+    """The life of one process: sends items until nobody wants them."""
+    # A closed pipe means that the training process is gone.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        iterator = None
+        while True:
+            try:
+                iterator = iterator or items(number)
+                item: T | _End = next(iterator)
+            except Exception as error:  # StopIteration included
+                pipe.send(_End(error))
+                return
+            pipe.send(item)
 
 
 class _End:

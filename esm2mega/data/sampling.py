@@ -18,6 +18,7 @@ from __future__ import annotations
 import enum
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,9 @@ class Purpose(enum.IntEnum):
     RESIDUE = 5
     SPLIT = 6
     EVALUATION = 7
+    MEMBER = 8
+    MIXTURE = 9
+    STORE = 10
 
 
 def mix(state: Bits) -> Bits:
@@ -106,7 +110,7 @@ def permute(
 
     A Feistel network on pairs (row, column), with additions in place of exclusive-ors (Black and Rogaway
     2002), permutes a domain that is barely larger than `size`; results outside are permuted again until
-    they fall inside, which keeps it a permutation.
+    they fall inside, which keeps it a permutation. A round is a table of some sqrt(size) numbers.
 
     Args:
         places: numbers below `size`, [n].
@@ -118,48 +122,79 @@ def permute(
     Returns:
         The numbers at these places of the order, [n].
     """
-    rows = math.isqrt(size - 1) + 1
-    rows += (
-        rows % 2
-    )  # only rotations of an even number of rows can be odd permutations: every order is reachable
-    columns = -(-size // rows)
-    keys = np.broadcast_to(stream_starts(seed, purpose, stream), np.shape(places))
-    result = _feistel(np.asarray(places, dtype=np.int64), rows, columns, keys)
+    distinct, which = np.unique(np.asarray(stream, dtype=np.int64), return_inverse=True)
+    tables = _round_tables(size, seed, purpose, tuple(distinct.tolist()))
+    which = np.broadcast_to(which.reshape(np.shape(stream)), np.shape(places))
+    result = _feistel(np.asarray(places, dtype=np.int64), tables, which)
     outside = np.flatnonzero(result >= size)
     while len(outside):
-        result[outside] = _feistel(result[outside], rows, columns, keys[outside])
+        result[outside] = _feistel(result[outside], tables, which[outside])
         outside = outside[result[outside] >= size]
     return result
 
 
-def _feistel(numbers: Integers, rows: int, columns: int, keys: Bits) -> Integers:
-    """Permutes the numbers below rows * columns, [n], one permutation for each of the keys [n]."""
-    row, column = np.divmod(numbers, columns)
+class _RoundTables(NamedTuple):
+    """The rounds of several Feistel networks on rows * columns numbers.
+
+    Attributes:
+        rows: size of one half.
+        columns: size of the other half.
+        rounds: what each round adds to a half, by network and by the other half, uint32 [networks, half].
+    """
+
+    rows: int
+    columns: int
+    rounds: list[npt.NDArray[np.uint32]]
+
+
+@functools.lru_cache(maxsize=16)  # 2.7 MB for an epoch of 190 million proteins
+def _round_tables(size: int, seed: int, purpose: Purpose, streams: tuple[int, ...]) -> _RoundTables:
+    """The networks that permute the numbers below `size`, one for each stream."""
+    rows = math.isqrt(size - 1) + 1
+    # Only rotations of an even number of rows can be odd permutations: every order is reachable.
+    rows += rows % 2
+    columns = -(-size // rows)
+    keys = stream_starts(seed, purpose, streams)[:, np.newaxis]
+    rounds = []
+    for step in range(_ROUNDS):
+        others, bound = (columns, rows) if step % 2 == 0 else (rows, columns)
+        round_keys = bits_at(keys, step)
+        hashed = mix(round_keys ^ mix(np.arange(others, dtype=np.uint64) + round_keys))
+        rounds.append(integers_below(hashed, bound).astype(np.uint32))
+    return _RoundTables(rows, columns, rounds)
+
+
+def _feistel(numbers: Integers, tables: _RoundTables, which: Integers) -> Integers:
+    """Sends each number below rows * columns, [n], through the network that `which` names, [n]."""
+    row, column = (half.astype(np.uint32) for half in np.divmod(numbers, tables.columns))
+    first_column, first_row = which * tables.columns, which * tables.rows
     for step in range(0, _ROUNDS, 2):
-        row = (row + _round(column, keys, step, rows)) % rows
-        column = (column + _round(row, keys, step + 1, columns)) % columns
-    return row * columns + column
+        row = _add_below(row, tables.rounds[step].take(first_column + column), tables.rows)
+        column = _add_below(column, tables.rounds[step + 1].take(first_row + row), tables.columns)
+    return row * np.int64(tables.columns) + column
 
 
-def _round(half: Integers, keys: Bits, step: int, bound: int) -> Integers:
-    """A random function of one half of the number, its key and the round: values below `bound`, [n]."""
-    round_keys = bits_at(keys, step)
-    return integers_below(mix(round_keys ^ mix(half.astype(np.uint64) + round_keys)), bound)
+def _add_below(
+    left: npt.NDArray[np.uint32], right: npt.NDArray[np.uint32], bound: int
+) -> npt.NDArray[np.uint32]:
+    """(left + right) % bound of numbers below `bound`: what falls below 0 wraps around to a large one."""
+    total = left + right
+    return np.minimum(total, total - np.uint32(bound))
 
 
 class SampleOrder:
-    """The endless sequence of training samples: each epoch holds every protein once, in its own order."""
+    """An endless sequence of proteins (or clusters): each epoch holds every one once, in its own order."""
 
-    def __init__(self, num_sequences: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int) -> None:
         """Fixes the order.
 
         Args:
-            num_sequences: proteins in the store.
+            size: proteins, or clusters, of an epoch.
             seed: seed of the run.
         """
-        if num_sequences < 1:
-            raise ValueError(f"num_sequences={num_sequences}: an order needs at least one sequence")
-        self.num_sequences = num_sequences
+        if size < 1:
+            raise ValueError(f"size={size}: an order needs at least one protein")
+        self.size = size
         self.seed = seed
 
     def __call__(self, samples: npt.ArrayLike) -> tuple[Integers, Integers]:
@@ -169,10 +204,10 @@ class SampleOrder:
             samples: sample numbers from 0, [n].
 
         Returns:
-            Epoch of each sample and index of its protein in the store, both [n].
+            Epoch of each sample and the number of its protein (or cluster), both [n].
         """
-        epochs, places = np.divmod(np.asarray(samples, dtype=np.int64), self.num_sequences)
-        return epochs, permute(places, self.num_sequences, self.seed, Purpose.ORDER, epochs)
+        epochs, places = np.divmod(np.asarray(samples, dtype=np.int64), self.size)
+        return epochs, permute(places, self.size, self.seed, Purpose.ORDER, epochs)
 
 
 def crop_starts(
@@ -191,9 +226,12 @@ def crop_starts(
     Returns:
         Start positions [n]. A window inside a protein holds neither `<cls>` nor `<eos>`.
     """
-    surplus = np.maximum(np.asarray(num_tokens, dtype=np.int64) - max_seq_length, 0)
-    if crop == "start":
-        return np.zeros_like(surplus)
-    if crop != "random":
+    surplus = np.asarray(num_tokens, dtype=np.int64) - max_seq_length
+    starts = np.zeros_like(surplus)
+    if crop == "random":
+        long = np.flatnonzero(surplus > 0)
+        streams = stream_starts(seed, Purpose.CROP, np.asarray(samples)[long])
+        starts[long] = integers_below(bits_at(streams, 0), surplus[long] + 1)
+    elif crop != "start":
         raise ValueError(f"data.crop={crop!r} is not one of random, start")
-    return integers_below(bits_at(stream_starts(seed, Purpose.CROP, samples), 0), surplus + 1)
+    return starts

@@ -20,7 +20,8 @@ from esm2mega.checkpoint.store import load_weights
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate, world_size_from_environment
-from esm2mega.data.loader import BatchSpec, EvalPacks, PackedBatch
+from esm2mega.data.batch import BatchSpec
+from esm2mega.data.loader import EvalPacks, PackedBatch
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import MachineError
 from esm2mega.model.build import build_model

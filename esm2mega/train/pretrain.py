@@ -9,14 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.store import load_training_state, load_weights, save_checkpoint
-from esm2mega.config.load import save_resolved
+from esm2mega.config.load import fix_length, save_resolved
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
-from esm2mega.data.loader import BatchSpec, EvalPacks, TrainStream
+from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.data.batch import BatchSpec, token_counts
+from esm2mega.data.loader import EvalPacks, TrainStream
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.model.build import build_model
@@ -44,15 +48,35 @@ def pretrain(run: Run) -> LoopState:
     """
     if run.data.train is None:
         raise UserError("data.train is not set: give the token store to train on, as data.train=DIR")
-    train_store = TokenStore(run.data.train)
+    train_stores = [TokenStore(path) for path in run.data.train_paths()]
     valid_store = TokenStore(run.data.valid) if run.data.valid is not None else None
+    run = _with_steps(run, train_stores)
     resume_from = find_resume(run)
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, train_store, valid_store, resume_from)
+        return _train(run, ranks, train_stores, valid_store, resume_from)
+
+
+def _with_steps(run: Run, train_stores: list[TokenStore]) -> Run:
+    """A run given in epochs with its length in steps, the last of which may be filled up with padding."""
+    if run.train.max_epochs is None:
+        return run
+    with TrainStream(train_stores, _batch_spec(run)) as stream:
+        packs_per_step = run.train.global_batch_tokens // run.train.micro_batch_tokens
+        run = fix_length(run, -(-stream.num_packs() // packs_per_step))
+    validate(run, world_size_from_environment())
+    return run
+
+
+def _batch_spec(run: Run) -> BatchSpec:
+    return BatchSpec(run.data, run.train.micro_batch_tokens, run.seed, run.train.max_epochs)
 
 
 def _train(
-    run: Run, ranks: Ranks, train_store: TokenStore, valid_store: TokenStore | None, resume_from: Path | None
+    run: Run,
+    ranks: Ranks,
+    train_stores: list[TokenStore],
+    valid_store: TokenStore | None,
+    resume_from: Path | None,
 ) -> LoopState:
     chunks = build_model(run.model, run.parallel, ranks.device, run.seed)
     if run.init_from is not None and resume_from is None:
@@ -62,17 +86,18 @@ def _train(
     state = TrainState(
         model, optimizer, build_schedule(run.schedule, run.optim, optimizer), MLMLossReduction(), ranks.device
     )
-    spec = BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
+    spec = _batch_spec(run)
     loop = LoopState()
     with ExitStack() as stack:
-        stream = stack.enter_context(TrainStream(train_store, spec, ranks.dp_rank, ranks.dp_size))
+        stream = stack.enter_context(TrainStream(train_stores, spec, ranks.dp_rank, ranks.dp_size))
+        counts = token_counts(stream.samples)
         log = stack.enter_context(JsonlLog(Path(run.run_dir) / "log.jsonl")) if ranks.speaks else None
         if resume_from is not None:
             loop = _resume(resume_from, state, stream)
         if log is not None:
             log.truncate_after(loop.step)
             save_resolved(run, Path(run.run_dir) / "config.yaml")
-            _announce(run, ranks, train_store, model, resume_from, loop)
+            _announce(run, ranks, stream, model, resume_from, loop)
         trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.speaks else []
         for tracker in trackers:
             stack.callback(tracker.close)
@@ -97,12 +122,12 @@ def _train(
         def validate_now() -> dict[str, float]:
             assert valid_store is not None
             packs = EvalPacks(valid_store, spec, run.train.eval_batches, ranks.dp_rank, ranks.dp_size)
-            unigram = unigram_log_probabilities(train_store.token_counts, ranks.device)
+            unigram = unigram_log_probabilities(counts, ranks.device)
             return evaluation_record(evaluate(model, MLMLossReduction(unigram), packs, ranks))
 
         def save(loop: LoopState) -> None:
             directory = layout.step_dir(run.run_dir, loop.step)
-            save_checkpoint(directory, model, optimizer, run, _saved_state(loop, state, stream, train_store))
+            save_checkpoint(directory, model, optimizer, run, _saved_state(loop, state, stream, counts))
             if ranks.speaks:
                 layout.prune(run.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best)
 
@@ -148,7 +173,7 @@ def _resume(checkpoint: Path, state: TrainState, stream: TrainStream) -> LoopSta
 
 
 def _saved_state(
-    loop: LoopState, state: TrainState, stream: TrainStream, store: TokenStore
+    loop: LoopState, state: TrainState, stream: TrainStream, counts: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
     """``train_state.json``: no generator states, since data, masks and weights are pure functions of seed and
     position.
@@ -159,12 +184,12 @@ def _saved_state(
         "loop": loop.to_dict(),
         "data": stream.state_dict(),
         "schedule": state.schedule.state_dict(),
-        "token_counts": [int(count) for count in store.token_counts],
+        "token_counts": counts.tolist(),
     }
 
 
 def _announce(
-    run: Run, ranks: Ranks, store: TokenStore, model: list[Any], resume_from: Path | None, loop: LoopState
+    run: Run, ranks: Ranks, stream: TrainStream, model: list[Any], resume_from: Path | None, loop: LoopState
 ) -> None:
     """Say once what is about to run."""
     config = unwrap_model(model)[0].config
@@ -177,7 +202,7 @@ def _announce(
         f"TP {ranks.tp_size}, PP {ranks.pp_size}, DP {ranks.dp_size}"
         + (", SP" if run.parallel.sequence_parallel else ""),
         f"batch    {run.train.global_batch_tokens} tokens a step in packs of {run.train.micro_batch_tokens}",
-        f"data     {len(store)} sequences of {run.data.train}",
+        *(f"data     {line}" for line in stream.samples.describe()),
         f"run      {run.run_dir}"
         + (f", resumed from {resume_from.name} at step {loop.step}" if resume_from else ""),
     ]

@@ -21,7 +21,7 @@ from esm2mega.cli import cli
 from esm2mega.config.load import known_keys, load_run
 from esm2mega.config.schema import EarlyStoppingConfig, Run
 from esm2mega.config.validate import validate
-from esm2mega.data.loader import StreamState
+from esm2mega.data.batch import StreamState
 from esm2mega.data.store import TokenStore
 from esm2mega.data.tokenizer import VOCAB
 
@@ -453,13 +453,18 @@ def test_extras_are_those_of_setup_py() -> None:
 def test_what_a_checkpoint_refuses_is_what_the_docs_say() -> None:
     """The keys of the stream's identity are those in the table of refused changes, the store aside."""
     from esm2mega.config.schema import DataConfig
-    from esm2mega.data.loader import BatchSpec, TrainStream
+    from esm2mega.data.batch import BatchSpec
+    from esm2mega.data.loader import TrainStream
 
     class Store:
         lengths = np.array([5], dtype=np.int32)
         fingerprint = "x"
+        clusters = None
 
-    stream = TrainStream(Store(), BatchSpec(DataConfig(), 2048, 1))  # type: ignore[arg-type]
+        def __len__(self) -> int:
+            return 1
+
+    stream = TrainStream([Store()], BatchSpec(DataConfig(), 2048, 1))  # type: ignore[list-item]
     assert stream.state == StreamState()
     identity = {key for key in stream.state_dict()["identity"] if key in KEYS}
     (row,) = re.findall(

@@ -8,6 +8,7 @@ import pytest
 from esm2mega.config import load
 from esm2mega.config.load import (
     find_config,
+    fix_length,
     known_keys,
     load_run,
     load_run_over,
@@ -110,6 +111,27 @@ def test_decay_steps_are_derived(name, max_steps, expected):
     assert run.schedule.decay_steps == expected
 
 
+def test_the_length_in_steps_follows_from_epochs():
+    run = load_run(None, ["model.size=tiny", "train.max_epochs=3", "train.max_steps=7"])
+    assert run.schedule.decay_steps is None
+    fixed = fix_length(run, 200)
+    assert (fixed.train.max_steps, fixed.schedule.decay_steps) == (200, 180)
+    assert resolve(fixed) == fixed and run.train.max_steps == 7
+    given = load_run(None, ["model.size=tiny", "train.max_epochs=3", "schedule.decay_steps=5"])
+    assert fix_length(given, 200).schedule.decay_steps == 5
+
+
+def test_train_is_one_store_or_several(tmp_path):
+    run = load_run(None, ["model.size=tiny", "data.train=x", "data.train=[a, b c]", "data.weights=[1, 2.5]"])
+    assert run.data.train == ["a", "b c"] == run.data.train_paths()
+    assert run.data.weights == [1.0, 2.5]
+    save_resolved(run, tmp_path / "run.yaml")
+    assert run_from_yaml(tmp_path / "run.yaml") == run
+    one = load_run(None, ["model.size=tiny", "data.train=[a, b]", "data.train=${run_dir}/x"])
+    assert one.data.train == "runs/esm2/x" and one.data.train_paths() == ["runs/esm2/x"]
+    assert load_run(None, ["model.size=tiny"]).data.train_paths() == []
+
+
 def test_given_decay_steps_stay():
     assert load_run(None, ["model.size=tiny", "schedule.decay_steps=5"]).schedule.decay_steps == 5
 
@@ -209,6 +231,12 @@ def test_known_keys_are_those_of_the_schema():
         ("parallel.sequence_parallel=maybe", "parallel.sequence_parallel=maybe: expected true or false"),
         ("optim.betas=0.9", "optim.betas=0.9: expected a list of numbers"),
         ("optim.betas=[a,b]", "optim.betas=[a, b]: expected a list of numbers"),
+        ("data.train=5", "data.train=5: expected text, a list of texts or null"),
+        ("data.train=[]", "data.train=[]: expected text, a list of texts or null"),
+        ("data.train=[a, 1]", "data.train=[a, 1]: expected text, a list of texts or null"),
+        ("data.train=''", "data.train='': expected text, a list of texts or null"),
+        ("data.train={a: 1}", "data.train={a: 1}: expected text, a list of texts or null"),
+        ("data.weights=[a]", "data.weights=[a]: expected a list of numbers or null"),
         ("checkpoint.resume=no", "checkpoint.resume=false: expected text"),
         ("run_dir={a: 1}", "run_dir={a: 1}: expected text"),
         ("run_dir=''", "run_dir='': expected text"),

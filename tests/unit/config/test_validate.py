@@ -93,6 +93,16 @@ RULES = [
      "data.mask_fraction=0.8 + data.random_fraction=0.3 is more than 1"),
     (["data.train=store", "data.valid=./x/../store"], 1, "data.valid=./x/../store is also data.train"),
     (["data.train=store", "data.test=store"], 1, "data.test=store is also data.train"),
+    (["data.train=[a, b]", "data.valid=b"], 1, "data.valid=b is also data.train"),
+    (["data.train=[a, b, ./a]"], 1, "data.train names ./a twice; name it once and raise its data.weights"),
+    (["data.train=[a, b]", "data.weights=[1]"], 1, "data.weights=[1.0] has 1 numbers, data.train names 2"),
+    (["data.train=a", "data.weights=[1]"], 1, "give one weight for each of two stores or more"),
+    (["data.train=[a, b]", "data.weights=[1, 0]"], 1, "[1.0, 0.0] must be numbers greater than 0"),
+    (["data.train=[a, b]", "data.weights=[1, .inf]"], 1, "must be numbers greater than 0"),
+    (["data.train=[a, b]", "train.max_epochs=2"], 1, "train.max_epochs=2 counts passes over one store"),
+    (["train.max_epochs=0"], 1, "train.max_epochs=0 is too small; it must be at least 1"),
+    (["train.max_epochs=1", "schedule.decay_steps=10"], 1, "schedule.warmup_steps=10 is not smaller than"),
+    (["data.workers=-1"], 1, "data.workers=-1 is too small; it must be at least 0"),
     (["data.pack_window=0"], 1, "data.pack_window=0 is too small"),
     (["seed=-1"], 1, "seed=-1 is too small; it must be at least 0"),
     (["seed=9223372036854775808"], 1, "seed=9223372036854775808 is too large"),
@@ -132,7 +142,7 @@ def test_rule(overrides, world_size, expected):
         ("model.recompute=fully", "is not one of none, selective, full; did you mean full?"),
         ("model.layer_spec=x", "model.layer_spec=x is not one of auto, local, te"),
         ("model.attention_backend=spda", "did you mean sdpa?"),
-        ("data.crop=chunk", "data.crop=chunk is not one of random, start"),
+        ("data.crop=middle", "data.crop=middle is not one of random, start, chunk"),
         ("data.random_residues=amino", "did you mean amino_acids?"),
         ("optim.name=adamw", "optim.name=adamw is not one of adam; did you mean adam?"),
         ("schedule.name=cosine-plateau", "did you mean cosine_plateau?"),
@@ -225,6 +235,7 @@ def test_training_inputs_that_exist(stores, tmp_path):
     [
         ("data.train=null", "data.train is not set: give a token store"),
         ("data.train=/nowhere", "data.train=/nowhere is not an existing token store"),
+        ("data.train=[/nowhere]", "data.train=/nowhere is not an existing token store"),
         ("data.test=/nowhere", "data.test=/nowhere is not an existing token store"),
         ("data.valid=null", "train.eval_every=5 needs data.valid"),
         ("init_from=/nowhere", "init_from=/nowhere does not exist"),
@@ -238,3 +249,10 @@ def test_training_inputs_that_are_missing(stores, override, expected):
     with pytest.raises(UserError) as caught:
         check_training_inputs(make(*stores, override))
     assert expected in str(caught.value)
+
+
+def test_mixtures_and_epochs_that_are_right():
+    validate(make("data.train=[a, b]", "data.weights=[0.7, 3]", "data.valid=c"), 1)
+    run = make("data.train=a", "train.max_epochs=2")
+    assert run.schedule.decay_steps is None
+    validate(run, 1)

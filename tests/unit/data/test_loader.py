@@ -16,8 +16,10 @@ import torch
 
 from esm2mega.config.schema import DataConfig
 from esm2mega.data import tokenizer
-from esm2mega.data.loader import BatchSpec, EvalPacks, PackedBatch, TrainStream, build_batch
-from esm2mega.data.packing import Pack
+from esm2mega.data.batch import BatchSpec, train_plan
+from esm2mega.data.loader import EvalPacks, PackedBatch, TrainStream, build_batch
+from esm2mega.data.packing import Pack, PackCursor, Window
+from esm2mega.data.samples import Pieces, TrainSamples
 from esm2mega.data.store import StoreWriter, TokenStore
 from esm2mega.errors import UserError
 
@@ -28,16 +30,22 @@ AMINO_ACIDS = "LAGVSERTIDPKQNFYMHWC"
 SPEC = BatchSpec(DataConfig(max_seq_length=64, pack_window=100), micro_batch_tokens=256, seed=1)
 
 
-def digest(batch: PackedBatch) -> str:
-    """Identity of everything the model and the loss see."""
-    content = hashlib.sha256(json.dumps([batch.seqlens, batch.max_seqlen, batch.num_tokens]).encode())
+def digest(batch: PackedBatch, names: list[str] | None = None) -> str:
+    """Identity of everything the model and the loss see, and of the names of the proteins."""
+    numbers = [batch.seqlens, batch.max_seqlen, batch.num_tokens]
+    content = hashlib.sha256(json.dumps(numbers if names is None else [*numbers, names]).encode())
     for tensor in (batch.input_ids, batch.cu_seqlens, batch.label_positions, batch.labels):
         content.update(str(tensor.dtype).encode() + tensor.numpy().tobytes())
     return content.hexdigest()
 
 
-def make_pack(samples: list[int], sequences: list[int], lengths: list[int]) -> Pack:
-    return Pack(*(np.array(numbers, dtype=np.int64) for numbers in (samples, sequences, lengths)))
+def make_pack(
+    samples: list[int], rows: list[int], lengths: list[int], starts: list[int] | None = None
+) -> Pack:
+    stores, starts = [0] * len(rows), starts or [0] * len(rows)
+    pieces = Pieces(*(np.array(part, dtype=np.int64) for part in (samples, stores, rows, starts, lengths)))
+    offsets = np.cumsum(pieces.lengths) - pieces.lengths
+    return Pack(Window(pieces, offsets, [0, len(rows)], [sum(lengths)]), 0)
 
 
 def originals(batch: PackedBatch) -> list[str]:
@@ -62,7 +70,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 def test_batch_by_hand(write_store: WriteStore) -> None:
     store = write_store(["MKTL", "acJ", "W" * 20])
     spec = BatchSpec(DataConfig(max_seq_length=8, mlm_probability=1e-9), micro_batch_tokens=16, seed=1)
-    batch = build_batch(store, spec, make_pack([10, 11], [0, 1], [6, 5]))
+    batch = build_batch([store], spec, make_pack([10, 11], [0, 1], [6, 5]))
     assert batch.input_ids.tolist() == [0, 20, 15, 11, 4, 2, 0, 5, 23, 3, 2, 1, 1, 1, 1, 1]
     assert batch.cu_seqlens.tolist() == [0, 6, 11, 16]
     assert batch.seqlens == [6, 5, 5] and batch.max_seqlen == 6
@@ -75,7 +83,7 @@ def test_batch_by_hand(write_store: WriteStore) -> None:
 def test_a_full_pack_has_no_padding_segment(write_store: WriteStore) -> None:
     store = write_store(["MKTL", "AC"])
     spec = BatchSpec(DataConfig(max_seq_length=8), micro_batch_tokens=10, seed=1)
-    batch = build_batch(store, spec, make_pack([0, 1], [0, 1], [6, 4]))
+    batch = build_batch([store], spec, make_pack([0, 1], [0, 1], [6, 4]))
     assert batch.seqlens == [6, 4] and batch.cu_seqlens.tolist() == [0, 6, 10]
 
 
@@ -83,23 +91,21 @@ def test_windows_reach_both_ends_and_hold_specials_only_there(write_store: Write
     whole = AMINO_ACIDS + "X"  # 21 residues, 23 tokens, windows of 20: starts 0 to 3
     store = write_store([whole])
     spec = BatchSpec(DataConfig(max_seq_length=20), micro_batch_tokens=20, seed=1)
-    windows = {}
-    for sample in range(60):
-        batch = build_batch(store, spec, make_pack([sample], [0], [20]))
-        (text,) = originals(batch)
-        windows[text] = batch.num_residues
+    with TrainStream([store], spec) as stream:
+        batches = list(itertools.islice(stream, 60))
+    windows = {text: batch.num_residues for batch in batches for text in originals(batch)}
     assert windows == {
         "<cls>" + whole[:19]: 19,
         whole[:20]: 20,
         whole[1:21]: 20,
         whole[2:21] + "<eos>": 19,
     }
-    start = replace(spec, data=replace(spec.data, crop="start"))
-    assert originals(build_batch(store, start, make_pack([5], [0], [20]))) == ["<cls>" + whole[:19]]
+    with TrainStream([store], replace(spec, data=replace(spec.data, crop="start"))) as stream:
+        assert originals(next(stream)) == ["<cls>" + whole[:19]]
 
 
 def test_to_moves_every_tensor_and_nothing_else(store: TokenStore) -> None:
-    with TrainStream(store, SPEC) as stream:
+    with TrainStream([store], SPEC) as stream:
         batch = next(stream)
     moved = batch.to("meta")
     for name in ("input_ids", "cu_seqlens", "label_positions", "labels"):
@@ -110,7 +116,7 @@ def test_to_moves_every_tensor_and_nothing_else(store: TokenStore) -> None:
 
 def test_an_epoch_is_read_completely_and_exactly(store: TokenStore) -> None:
     whole = replace(SPEC, data=replace(SPEC.data, max_seq_length=128, pack_window=60))
-    with TrainStream(store, whole) as stream:
+    with TrainStream([store], whole) as stream:
         seen: list[str] = []
         while stream.state.consumed_samples < 120:
             seen += originals(next(stream))
@@ -120,71 +126,124 @@ def test_an_epoch_is_read_completely_and_exactly(store: TokenStore) -> None:
 
 
 def test_batches_are_pinned(store: TokenStore) -> None:
-    with TrainStream(store, SPEC) as stream:
+    with TrainStream([store], SPEC) as stream:
         digests = [digest(batch)[:16] for batch in itertools.islice(stream, 3)]
-    assert digests == ["0f130e0fc6ac9614", "f77160c6f8ecb854", "3b6e205b67b94e2e"]
+    assert digests == ["0f130e0fc6ac9614", "707d911d59135a6c", "7fa2d365bd3212b1"]
 
 
 @pytest.fixture(scope="module")
-def reference(store: TokenStore) -> list[str]:
-    """Digests of the first 48 packs, read by one process."""
-    with TrainStream(store, SPEC) as stream:
-        return [digest(batch) for batch in itertools.islice(stream, 48)]
+def many(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """3,000 proteins of 20 to 400 residues."""
+    random = np.random.default_rng(5)
+    path = tmp_path_factory.mktemp("loader") / "many"
+    letters = np.frombuffer(AMINO_ACIDS.encode(), dtype=np.uint8)
+    texts = [random.choice(letters, size=size).tobytes() for size in random.integers(20, 401, size=3000)]
+    with StoreWriter(path) as writer:
+        writer.append([f"p{i}" for i in range(3000)], texts)
+    return TokenStore(path)
+
+
+LONG = BatchSpec(DataConfig(max_seq_length=256, pack_window=4000), micro_batch_tokens=2048, seed=1)
+PACKS = 1032  # a multiple of 1, 2, 3 and 8; 10,000 samples and more
+
+
+@pytest.fixture(scope="module")
+def reference(many: TokenStore) -> list[str]:
+    """Digests of the first packs, read by one process in a thread: ids, crops, masks, who shares a pack."""
+    packs, _ = train_plan(TrainSamples([many], LONG.data, LONG.seed), LONG).take(PackCursor(), PACKS)
+    assert sum(pack.num_pieces for pack in packs) > 10_000
+    with TrainStream([many], LONG) as stream:
+        return [
+            digest(batch, stream.samples.names(pack.pieces))
+            for pack, batch in zip(packs, stream, strict=False)
+        ]
 
 
 def read_ranks(
-    store: TokenStore, dp_size: int, packs: int, state: dict[str, Any] | None = None
+    store: TokenStore, dp_size: int, packs: int, workers: int, state: dict[str, Any] | None = None
 ) -> tuple[list[str], dict[str, Any]]:
     """Digests of the next packs in pack order, read by `dp_size` ranks, and the state behind them."""
+    spec = replace(LONG, data=replace(LONG.data, workers=workers))
     per_rank: list[list[str]] = []
     states: list[dict[str, Any]] = []
     for rank in range(dp_size):
-        with TrainStream(store, SPEC, rank, dp_size) as stream:
+        with TrainStream([store], spec, rank, dp_size) as stream:
             if state is not None:
                 stream.load_state_dict(json.loads(json.dumps(state)))
-            per_rank.append([digest(batch) for batch in itertools.islice(stream, packs // dp_size)])
+            planned, _ = train_plan(stream.samples, spec).take(stream.state.cursor, packs)
+            names = [stream.samples.names(pack.pieces) for pack in planned[rank::dp_size]]
+            batches = itertools.islice(stream, packs // dp_size)
+            per_rank.append([digest(batch, ids) for batch, ids in zip(batches, names, strict=True)])
             states.append(stream.state_dict())
     assert all(other == states[0] for other in states)
     return [pack for step in zip(*per_rank, strict=True) for pack in step], states[0]
 
 
-@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
-def test_data_are_the_same_for_every_number_of_ranks(
-    store: TokenStore, reference: list[str], dp_size: int
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
+def test_data_are_the_same_for_every_number_of_ranks_and_workers(
+    many: TokenStore, reference: list[str], dp_size: int, workers: int
 ) -> None:
-    digests, state = read_ranks(store, dp_size, 48)
+    digests, state = read_ranks(many, dp_size, PACKS, workers)
     assert digests == reference
-    with TrainStream(store, SPEC) as stream:
-        batches = list(itertools.islice(stream, 48))
-    assert state["consumed_packs"] == 48
+    with TrainStream([many], LONG) as stream:
+        batches = list(itertools.islice(stream, PACKS))
+    assert state["consumed_packs"] == PACKS
     assert state["consumed_samples"] == sum(batch.num_sequences for batch in batches)
     assert state["consumed_tokens"] == sum(batch.num_tokens for batch in batches)
-    assert state["cursor"]["window"] >= 1  # the test crosses a border between windows
+    assert state["cursor"]["window"] >= 2  # the test crosses borders between windows
 
 
+# Places drawn at random, rounded to whole steps.
 @pytest.mark.parametrize(
-    ("before", "after", "stop"), [(1, 2, 20), (2, 3, 30), (3, 4, 36), (4, 1, 4), (2, 2, 46)]
+    ("before", "after", "workers", "stop"), [(1, 2, 0, 391), (2, 3, 2, 740), (3, 8, 2, 129), (8, 1, 0, 1016)]
 )
-def test_a_resume_continues_with_any_number_of_ranks(
-    store: TokenStore, reference: list[str], before: int, after: int, stop: int
+def test_a_resume_continues_with_any_number_of_ranks_and_workers(
+    many: TokenStore, reference: list[str], before: int, after: int, workers: int, stop: int
 ) -> None:
-    first, state = read_ranks(store, before, stop)
-    rest = (48 - stop) // after * after
-    second, _ = read_ranks(store, after, rest, state)
+    first, state = read_ranks(many, before, stop, workers)
+    rest = (PACKS - stop) // after * after
+    second, _ = read_ranks(many, after, rest, 2 - workers, state)
     assert first + second == reference[: stop + rest]
 
 
-def test_the_state_ignores_what_was_built_ahead(store: TokenStore, reference: list[str]) -> None:
-    with TrainStream(store, SPEC) as stream:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_state_ignores_what_was_built_ahead(store: TokenStore, workers: int) -> None:
+    spec = replace(SPEC, data=replace(SPEC.data, workers=workers))
+    with TrainStream([store], SPEC) as stream:
+        reference = [digest(batch) for batch in itertools.islice(stream, 2)]
+    with TrainStream([store], spec) as stream:
         assert stream.state_dict()["consumed_packs"] == 0
         next(stream)
-        time.sleep(0.05)  # the thread builds the second batch
+        time.sleep(0.05)  # the second batch is built meanwhile
         state = stream.state_dict()
         assert state["consumed_packs"] == 1
         stream.close()
         assert digest(next(stream)) == reference[1]  # a closed stream goes on where it stood
         stream.load_state_dict(state)
         assert digest(next(stream)) == reference[1]
+
+
+def test_epochs_end_in_padding(store: TokenStore) -> None:
+    spec = replace(SPEC, max_epochs=3, data=replace(SPEC.data, max_seq_length=128))
+    for dp_size in (1, 3):
+        seen: list[str] = []
+        for rank in range(dp_size):
+            with TrainStream([store], spec, rank, dp_size) as stream:
+                num_packs = stream.num_packs()
+                batches = list(itertools.islice(stream, -(-num_packs // dp_size) + 2))
+                seen += [text for batch in batches for text in originals(batch)]
+                assert stream.state.consumed_packs == num_packs
+                assert stream.state.consumed_samples == 3 * 60
+            for batch in batches[-2:]:
+                assert batch.input_ids.tolist() == [tokenizer.PAD] * 256 and not len(batch.labels)
+        proteins = [f"<cls>{tokenizer.decode(store.residues(i))}<eos>" for i in range(60)]
+        assert sorted(seen) == sorted(3 * proteins)
+
+
+def test_a_mixture_has_no_epochs(store: TokenStore, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a mixture of stores has no epochs"):
+        TrainStream([store, store], replace(SPEC, max_epochs=1)).num_packs()
 
 
 @pytest.mark.parametrize(
@@ -194,28 +253,31 @@ def test_the_state_ignores_what_was_built_ahead(store: TokenStore, reference: li
         (replace(SPEC, micro_batch_tokens=512), "train.micro_batch_tokens=512 differs from 256"),
         (replace(SPEC, data=replace(SPEC.data, max_seq_length=32)), "data.max_seq_length=32 differs from 64"),
         (replace(SPEC, data=replace(SPEC.data, pack_window=50)), "data.pack_window=50 differs from 100"),
+        (replace(SPEC, data=replace(SPEC.data, packing="bucket")), "data.packing=bucket differs from pack"),
+        (replace(SPEC, data=replace(SPEC.data, crop="chunk")), "data.crop=chunk differs from random"),
+        (replace(SPEC, max_epochs=2), "train.max_epochs=2 differs from None"),
     ],
 )
 def test_a_state_of_other_packs_is_refused(store: TokenStore, spec: BatchSpec, key: str) -> None:
-    with TrainStream(store, SPEC) as stream:
+    with TrainStream([store], SPEC) as stream:
         state = stream.state_dict()
     with pytest.raises(UserError, match=key):
-        TrainStream(store, spec).load_state_dict(state)
+        TrainStream([store], spec).load_state_dict(state)
 
 
 def test_a_state_of_other_data_is_refused(store: TokenStore) -> None:
-    state = TrainStream(store, SPEC).state_dict()
-    state["identity"]["data.train (fingerprint)"] = "0" * 16
+    state = TrainStream([store], SPEC).state_dict()
+    state["identity"]["data.train (fingerprint)"] = ["0" * 16]
     with pytest.raises(
-        UserError, match=r"data.train \(fingerprint\)=\w{16} differs from 0{16} of the checkpoint"
+        UserError, match=r"data.train \(fingerprint\)=\['\w{16}'\] differs from \['0{16}'\] of the checkpoint"
     ):
-        TrainStream(store, SPEC).load_state_dict(state)
+        TrainStream([store], SPEC).load_state_dict(state)
 
 
 def test_errors_of_the_thread_reach_the_caller(store: TokenStore) -> None:
     broken = TokenStore(store.path)
     broken.starts = np.zeros(0, dtype=np.int64)
-    stream = TrainStream(broken, SPEC)
+    stream = TrainStream([broken], SPEC)
     with pytest.raises(IndexError):
         next(stream)
     stream.close()
@@ -223,7 +285,7 @@ def test_errors_of_the_thread_reach_the_caller(store: TokenStore) -> None:
 
 def test_a_pack_too_small_for_the_longest_protein_is_refused(store: TokenStore) -> None:
     with pytest.raises(UserError, match="train.micro_batch_tokens=63 is smaller than data.max_seq_length=64"):
-        TrainStream(store, replace(SPEC, micro_batch_tokens=63))
+        TrainStream([store], replace(SPEC, micro_batch_tokens=63))
 
 
 def test_evaluation_reads_every_protein_once_and_the_same_each_time(store: TokenStore) -> None:
@@ -281,7 +343,7 @@ def test_evaluation_is_dealt_evenly(store: TokenStore, dp_size: int, limit: int)
 
 def test_training_and_evaluation_masks_differ(store: TokenStore) -> None:
     spec = BatchSpec(DataConfig(max_seq_length=128), micro_batch_tokens=128, seed=1)
-    training = build_batch(store, spec, make_pack([59], [59], [121]))
+    training = build_batch([store], spec, make_pack([59], [59], [121]))
     evaluation = next(batch for batch in EvalPacks(store, spec) if 121 in batch.seqlens)
     place = evaluation.seqlens.index(121)
     assert originals(evaluation)[place] == originals(training)[0]
@@ -291,7 +353,7 @@ def test_training_and_evaluation_masks_differ(store: TokenStore) -> None:
 
 def test_the_loader_is_faster_than_any_model(real_store: TokenStore) -> None:
     spec = BatchSpec(DataConfig(), micro_batch_tokens=4096, seed=1)
-    with TrainStream(real_store, spec) as stream:
+    with TrainStream([real_store], spec) as stream:
         next(stream)
         began = time.process_time()
         tokens = sum(batch.num_tokens for batch in itertools.islice(stream, 200))

@@ -83,7 +83,7 @@ def test_every_epoch_is_a_permutation_and_differs(size: int) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 10**9), st.integers(), st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
+@given(st.integers(1, 10**6), st.integers(), st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
 def test_a_sample_does_not_depend_on_which_others_are_looked_up(
     size: int, seed: int, samples: list[int]
 ) -> None:
@@ -95,7 +95,7 @@ def test_a_sample_does_not_depend_on_which_others_are_looked_up(
 
 
 def test_an_order_needs_a_sequence() -> None:
-    with pytest.raises(ValueError, match="num_sequences=0"):
+    with pytest.raises(ValueError, match="size=0"):
         SampleOrder(0, seed=1)
 
 

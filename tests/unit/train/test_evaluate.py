@@ -58,6 +58,18 @@ def test_packs_do_not_matter(finished: TinyRun, result: dict[str, Any], micro_ba
         assert other[name] == pytest.approx(result[name], rel=1e-12)
 
 
+@pytest.mark.parametrize("micro_batch_tokens", [64, 300])
+def test_padded_batches_do_not_matter(
+    finished: TinyRun, result: dict[str, Any], micro_batch_tokens: int
+) -> None:
+    other = evaluate_checkpoint(
+        finished.run_dir, finished.valid, None, None, micro_batch_tokens, ["data.packing=bucket"]
+    )
+    assert other["num_labels"] == result["num_labels"]
+    for name in SAME:
+        assert other[name] == pytest.approx(result[name], rel=1e-12)
+
+
 def test_group_size_does_not_matter(
     finished: TinyRun, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

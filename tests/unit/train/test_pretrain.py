@@ -10,6 +10,8 @@ import torch
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import TensorReader
+from esm2mega.config.load import run_from_yaml
+from esm2mega.data.store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.train.pretrain import find_resume, pretrain
 from tests.unit.conftest import TinyRun
@@ -47,6 +49,36 @@ def test_resume_goes_on_where_the_run_stopped(finished: TinyRun, tmp_path: Path)
         _weights(layout.step_dir(tmp_path / "run", 4)),
     )
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+def test_epochs_take_every_protein_so_often(finished: TinyRun, tmp_path: Path) -> None:
+    """Workers and padded batches included; the last step is filled up with packs that contribute nothing."""
+    changes = (
+        f"data.train={finished.train}",
+        "train.max_epochs=3",
+        "data.packing=bucket",
+        "data.workers=1",
+        "schedule.name=linear",
+    )
+    loop = pretrain(tiny_run(*changes, run_dir=tmp_path))
+    state = layout.read_state(layout.step_dir(tmp_path, loop.step))
+    assert state["data"]["consumed_samples"] == 3 * len(TokenStore(finished.train))
+    packs = state["data"]["consumed_packs"]
+    assert loop.step == -(-packs // 2) > 4  # two packs a step
+    saved = run_from_yaml(tmp_path / "config.yaml")
+    assert (saved.train.max_steps, saved.schedule.decay_steps) == (loop.step, loop.step * 9 // 10)
+    with pytest.raises(UserError, match="train.max_epochs=4 differs from 3 of the checkpoint"):
+        pretrain(tiny_run(*changes, "train.max_epochs=4", run_dir=tmp_path))
+
+
+def test_two_stores_are_mixed(finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stores = f"data.train=[{finished.train}, {finished.valid}]"
+    pretrain(tiny_run(stores, "data.weights=[3, 1]", "train.max_steps=2", run_dir=tmp_path))
+    said = capsys.readouterr().err
+    assert f"data     45 sequences of {finished.train}, 75.00% of the samples" in said
+    assert f"data     15 sequences of {finished.valid}, 25.00% of the samples" in said
+    with pytest.raises(UserError, match=r"data.weights=\[32768, 32768\] differs from \[49152, 16384\]"):
+        pretrain(tiny_run(stores, "data.weights=[1, 1]", "train.max_steps=3", run_dir=tmp_path))
 
 
 def test_find_resume(finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
