@@ -1,4 +1,5 @@
-# esm2mega in a container. The default base image brings Python 3.11, torch and CUDA:
+# esm2mega in a container. The default base image brings Python 3.12, torch and CUDA; torch is within the bounds of
+# setup.py, and new enough (2.10) for torch.nn.attention.varlen, the packed attention that needs no further package:
 #
 #   docker build -t esm2mega .
 #
@@ -10,12 +11,15 @@
 #
 #   docker build -t esm2mega --build-arg BASE_IMAGE=python:3.11-slim --build-arg TORCH_ARGS='--index-url URL' .
 
-ARG BASE_IMAGE=pytorch/pytorch:2.6.0-cuda12.4-cudnn9-devel
+ARG BASE_IMAGE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-devel
 FROM ${BASE_IMAGE}
 
 ARG TORCH=torch==2.13.0
 ARG TORCH_ARGS=""
 ARG EXTRAS=logging
+
+# The base image's Python is that of its Linux distribution, which pip leaves alone unless it is told otherwise.
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
 
 # gcc: torch.compile and megatron-core build small helpers when they are first used.
 RUN apt-get update \

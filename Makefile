@@ -11,6 +11,8 @@ WORKERS ?= 2
 
 QUICKSTART := .venv/quickstart
 DEV := .venv/dev
+# Results are never overwritten or removed: quickstart, then quickstart-2, quickstart-3, …
+FRESH = $(shell out=quickstart; n=1; while [ -e $$out ]; do n=$$((n + 1)); out=quickstart-$$n; done; echo $$out)
 # The tools find each other (torchrun, shellcheck) through the environment's own bin.
 DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
@@ -22,7 +24,7 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
 
 quickstart: $(QUICKSTART)/.installed ## simulate proteins, pretrain a tiny model on 2 CPU processes, evaluate, plot (minutes)
-	$(QUICKSTART)/bin/esm2mega quickstart --out $(or $(OUT),quickstart)
+	$(QUICKSTART)/bin/esm2mega quickstart --out $(or $(OUT),$(FRESH))
 
 setup: $(DEV)/.installed ## the environment for development
 	@echo "activate it with: . $(DEV)/bin/activate"

@@ -21,6 +21,7 @@ REQUIRED = [
     "omegaconf>=2.3",
     "safetensors>=0.4",
     "tokenizers>=0.19",
+    "packaging>=23",
     "psutil>=5.9",  # megatron-core imports it when a checkpoint is saved, without requiring it
     "biopython>=1.84",
     "click>=8.2",

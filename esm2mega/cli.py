@@ -124,9 +124,10 @@ def prepare_fasta_command(
 ) -> None:
     """Write the sequences of FASTA files (.gz too) into token stores."""
     from esm2mega.data.fasta import total_bytes
-    from esm2mega.data.prepare import prepare_fasta
+    from esm2mega.data.prepare import check_arguments, prepare_fasta
     from esm2mega.report.progress import Progress
 
+    check_arguments(inputs, out, valid_size, test_size)
     with Progress(total_bytes(inputs), "prepare", "byte") as progress:
         report = prepare_fasta(
             inputs, out, valid_size=valid_size, test_size=test_size, seed=seed, progress=progress
@@ -261,6 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Megatron-Core warns at import about each optional package that is absent; `esm2mega doctor` says that
     # once.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # Of Megatron-Core's use of PyTorch's checkpoints; nothing that a user could change.
+    for category in (FutureWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"torch\.distributed\.checkpoint\.")
     try:
         # Not standalone: click would print its own multi-line usage errors and exit by itself.
         code = cli.main(

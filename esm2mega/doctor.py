@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 OK, MISSING, FAILED = "ok", "missing", "FAILED"
 COLLECTIVE_SECONDS = 60.0
 FREE_GIB = 1.0
-
-REQUIRED = ("torch", "megatron-core", "numpy", "omegaconf", "safetensors", "biopython")
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,36 @@ def doctor(directory: str | Path = ".", timeout: float = COLLECTIVE_SECONDS) -> 
 def check_versions() -> Iterator[Finding]:
     """Yield Python, the required packages and the optional ones with their versions."""
     yield Finding(OK, f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in REQUIRED:
-        found = installed_version(name)
-        if found is None:
-            yield Finding(FAILED, f"{name} is not installed", f"pip install {name}")
-        else:
-            yield Finding(OK, f"{name} {found}")
+    yield from _check_requirements()
     for package in OPTIONAL:
         found = installed_version(package.distribution)
         if found is None and importlib.util.find_spec(package.module) is None:
             yield Finding(MISSING, f"{package.distribution} ({package.use})", package.cure)
         else:
             yield Finding(OK, f"{package.distribution} {found or 'of unknown version'} ({package.use})")
+
+
+def _check_requirements() -> Iterator[Finding]:
+    """Yield every package that the installed esm2mega requires here, against the versions that it allows."""
+    try:
+        lines = importlib.metadata.requires("esm2mega") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(
+            MISSING,
+            "requirements of esm2mega: not known, since it runs without being installed",
+            "pip install --editable . in its folder",
+        )
+        return
+    # With no extra: markers of extras are then false.
+    wanted = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    for requirement in wanted:
+        found, needs = installed_version(requirement.name), f"{requirement.name}{requirement.specifier}"
+        if found is None:
+            yield Finding(FAILED, f"{requirement.name} is not installed", f"pip install '{needs}'")
+        elif not requirement.specifier.contains(found, prereleases=True):
+            yield Finding(FAILED, f"{requirement.name} {found} is not supported", f"pip install '{needs}'")
+        else:
+            yield Finding(OK, f"{requirement.name} {found}")
 
 
 def installed_version(distribution: str) -> str | None:

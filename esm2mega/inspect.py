@@ -22,6 +22,8 @@ def inspect_path(path: str | Path) -> str:
         raise UserError(f"{path}: no such directory; give a token store, a run directory or a checkpoint")
     if (directory / "manifest.json").is_file():
         return "\n".join(_store_lines(directory))
+    if stores := sorted(str(path.parent) for path in directory.glob("*/manifest.json")):
+        raise UserError(f"{path}: holds token stores and is none; did you mean {' or '.join(stores)}?")
     return "\n".join(_checkpoint_lines(directory))
 
 
@@ -58,10 +60,7 @@ def _checkpoint_lines(directory: Path) -> Iterator[str]:
     run, state = layout.read_config(checkpoint), layout.read_state(checkpoint)
     shape, reader = shape_of(run.model), TensorReader(checkpoint)
     yield f"checkpoint {checkpoint} (format {state['format_version']}, esm2mega {state['esm2mega_version']})"
-    yield (
-        f"model {run.model.size or 'own shape'}: {shape.num_layers} layers, hidden {shape.hidden_size}, "
-        f"{shape.num_attention_heads} heads, FFN {shape.ffn_hidden_size}, {run.model.precision}"
-    )
+    yield (f"model {run.model.size or 'own shape'}: {shape}, {run.model.precision}")
     loss = "not evaluated" if state["valid_loss"] is None else f"{state['valid_loss']:.4f}"
     data = state["data"]
     yield (

@@ -103,8 +103,7 @@ def quickstart(
     checkpoint = resolve_checkpoint(run_dir)
     metrics = out / "evaluation.json"
     # A checkpoint loads at any layout: one process is enough to evaluate.
-    one_process = "parallel.tensor_model_parallel_size=1"
-    _esm2mega(["evaluate", checkpoint, "--data", store / "valid", "--out", metrics, one_process], say)
+    _esm2mega(["evaluate", checkpoint, "--data", store / "valid", "--out", metrics], say)
 
     say("[5/5] Plot the run")
     _esm2mega(["plot", run_dir], say)

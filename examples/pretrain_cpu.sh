@@ -49,6 +49,5 @@ fi
   "$@"
 
 # A checkpoint loads at any layout: one process is enough to evaluate.
-"$PYTHON" -m esm2mega evaluate "$OUT/run" --data "$OUT/store/valid" --out "$OUT/evaluation.json" \
-  parallel.tensor_model_parallel_size=1
+"$PYTHON" -m esm2mega evaluate "$OUT/run" --data "$OUT/store/valid" --out "$OUT/evaluation.json"
 "$PYTHON" -m esm2mega plot "$OUT/run"

@@ -7,10 +7,13 @@ being written the directory has another name; a directory without ``COMPLETE`` i
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ import esm2mega
 from esm2mega.config.load import run_from_yaml, save_resolved
 from esm2mega.config.schema import Run
 from esm2mega.data.tokenizer import TOKENIZER_HASH, VOCAB
-from esm2mega.errors import UserError
+from esm2mega.errors import MachineError, UserError
 
 FORMAT_VERSION = 1
 MODEL = "model"
@@ -90,8 +93,12 @@ def write_description(directory: Path, run: Run, state: dict[str, Any]) -> None:
     tokenizer = {"tokenizer": {"hash": TOKENIZER_HASH, "vocabulary": list(VOCAB)}}
     with config.open("a") as file:
         file.write(yaml.safe_dump(tokenizer, default_flow_style=None))
+    _write_state(directory / STATE, state)
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
     header = {"format_version": FORMAT_VERSION, "esm2mega_version": esm2mega.__version__}
-    (directory / STATE).write_text(json.dumps({**header, **state}, indent=1) + "\n")
+    path.write_text(json.dumps({**header, **state}, indent=1) + "\n")
 
 
 def complete(partial: Path, directory: Path) -> None:
@@ -145,23 +152,56 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def prune(run_dir: str | Path, keep_last: int, keep_best: int) -> list[Path]:
+def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Replace ``train_state.json`` of a finished checkpoint, in one step."""
+    temporary = checkpoint / f".{STATE}.tmp"
+    try:
+        _write_state(temporary, state)
+        os.replace(temporary, checkpoint / STATE)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise MachineError(f"{checkpoint / STATE}: cannot be written: {error.strerror or error}") from error
+
+
+def prune(run_dir: str | Path, keep_last: int, keep_best: int, written: Path) -> list[Path]:
     """Remove checkpoints neither among the newest `keep_last` nor the best `keep_best` by validation.
 
-    Incomplete directories older than the newest checkpoint go too: nothing will ever read them.
+    Incomplete directories older than the newest checkpoint go too: nothing will ever read them. One whose
+    ``train_state.json`` cannot be read counts as not evaluated.
+
+    Args:
+        run_dir: Of the run.
+        keep_last: At least 1 is kept.
+        keep_best: Kept besides.
+        written: The checkpoint that was just written: it stays in any case.
 
     Returns:
         What was removed.
     """
     complete_ones, incomplete = find_checkpoints(run_dir)
-    scored = [(loss, p) for p in complete_ones if (loss := read_state(p).get("valid_loss")) is not None]
-    best = [path for _, path in sorted(scored, key=lambda pair: pair[0])[:keep_best]]
-    keep = {*complete_ones[-max(keep_last, 1) :], *best}
+    scored = [(loss, p) for p in complete_ones if (loss := _valid_loss(p)) is not None]
+    best = [path for _, path in sorted(scored)[:keep_best]]
+    keep = {written, *complete_ones[-max(keep_last, 1) :], *best}
     growing = checkpoints_dir(run_dir).glob("step_*.partial")
     removed = [p for p in complete_ones if p not in keep] + _older([*incomplete, *growing], complete_ones)
     for path in removed:
         shutil.rmtree(path)
     return removed
+
+
+def _valid_loss(checkpoint: Path) -> float | None:
+    try:
+        loss = read_state(checkpoint).get("valid_loss")
+    except UserError as error:
+        _warn_once(f"{error}; it counts as not evaluated")
+        return None
+    return loss if isinstance(loss, (int, float)) else None
+
+
+@functools.cache  # every save of a run looks at the same old checkpoints
+def _warn_once(line: str) -> None:
+    print(f"esm2mega: {line}", file=sys.stderr, flush=True)
 
 
 def _older(paths: Sequence[Path], complete_ones: Sequence[Path]) -> list[Path]:

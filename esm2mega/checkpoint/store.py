@@ -24,6 +24,10 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.metadata import check_metadata
 from esm2mega.config.schema import Run
 from esm2mega.errors import MachineError, UserError
+from esm2mega.parallel.errors import lost_peer
+
+# What failed is in the exception too, and there it becomes the one line that is printed.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
 _SHARDING = {
     # Of the formats of the distributed optimizer the only one that every TP, PP and DP size can read.
@@ -218,6 +222,8 @@ def _load(checkpoint: Path, wanted: dict[str, Any], strict: StrictHandling) -> A
             f"{model_dir}: common.pt is not a file of plain values; use an earlier checkpoint"
         ) from error
     except _UNREADABLE as error:
+        if lost_peer(error) is not None:
+            raise
         logging.getLogger(__name__).debug("loading %s failed", model_dir, exc_info=error)
         raise UserError(f"{model_dir}: cannot be loaded into this model: {_reason(error)}") from error
 

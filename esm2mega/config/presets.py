@@ -16,6 +16,12 @@ class ModelShape(NamedTuple):
     ffn_hidden_size: int
     num_attention_heads: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.num_layers} layers, hidden {self.hidden_size}, {self.num_attention_heads} heads, "
+            f"FFN {self.ffn_hidden_size}"
+        )
+
 
 # The tag counts parameters; the published checkpoint of each is named esm2_t<layers>_<tag>_UR50D.
 PRESETS: dict[str, ModelShape] = {

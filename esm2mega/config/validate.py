@@ -8,8 +8,10 @@ value, the rule, the key and the cure. Batch arithmetic: T = `train.micro_batch_
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import os
+from pathlib import Path
 
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run, choices, flatten
@@ -149,6 +151,7 @@ def check_training_inputs(run: Run) -> None:
             raise UserError(
                 f"{key}={path} is not an existing token store; make one with `esm2mega prepare fasta`"
             )
+    _check_outputs(run)
     if run.train.eval_every and run.data.valid is None:
         raise UserError(
             f"train.eval_every={run.train.eval_every} needs data.valid; "
@@ -162,6 +165,21 @@ def check_training_inputs(run: Run) -> None:
             f"checkpoint.resume={resume} is neither auto, never nor an existing checkpoint directory; "
             "give one of the three"
         )
+
+
+def _check_outputs(run: Run) -> None:
+    """That what is asked for can be written, as far as it shows before the start."""
+    run_dir = Path(run.run_dir)
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        what = "is a file" if there == run_dir else f"lies below {there}, which is a file"
+        raise UserError(f"run_dir={run.run_dir} {what}; choose another run_dir")
+    for package in ("tensorboard", "wandb"):
+        if getattr(run.logging, package) and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"logging.{package}=true, but the package {package} is not installed; "
+                f"pip install 'esm2mega[logging]' or set logging.{package}=false"
+            )
 
 
 def _check_ranges(run: Run) -> None:

@@ -187,7 +187,8 @@ class TrainStream:
             if saved != value:
                 raise UserError(
                     f"{key}={value} differs from {saved} of the checkpoint, which changes the order of the "
-                    f"data: set {key} back, or start a new run from the weights with init_from"
+                    f"data: set {key.partition(' ')[0]} back, or start a new run from the weights with "
+                    "init_from"
                 )
         self.close()
         self._state = StreamState(

@@ -69,7 +69,7 @@ def prepare_fasta(
         The counts of each split.
     """
     out = Path(out)
-    _check_arguments(inputs, out, valid_size, test_size)
+    check_arguments(inputs, out, valid_size, test_size)
     readers = [FastaReader(path, progress) for path in inputs]
     split = _HeldOut.draw(inputs, valid_size, test_size, seed)
     staging = partial_path(out)
@@ -86,7 +86,8 @@ def prepare_fasta(
     return PrepareReport(out, counts)
 
 
-def _check_arguments(inputs: Sequence[str | Path], out: Path, valid_size: int, test_size: int) -> None:
+def check_arguments(inputs: Sequence[str | Path], out: str | Path, valid_size: int, test_size: int) -> None:
+    """Refuses what can be refused without reading; `prepare_fasta` calls it too."""
     if not inputs:
         raise UserError("no input: name at least one FASTA file")
     resolved = [Path(path).resolve() for path in inputs]
@@ -96,7 +97,7 @@ def _check_arguments(inputs: Sequence[str | Path], out: Path, valid_size: int, t
     for name, size in (("val-size", valid_size), ("test-size", test_size)):
         if size < 0:
             raise UserError(f"--{name}={size} is negative; give a number of sequences, 0 for none")
-    if out.exists():
+    if Path(out).exists():
         raise UserError(f"{out}: exists already; name another directory or remove it")
 
 

@@ -91,7 +91,7 @@ class StoreWriter:
         """
         self.path = Path(path)
         self.counts = StoreCounts()
-        self.provenance: dict[str, Any] = {}
+        self.provenance: dict[str, Any] = {"sources": []}
         self._partial = partial_path(self.path)
         self._clusters: clusters.ClusterWriter | None = None
         if self.path.exists():
@@ -362,8 +362,33 @@ def _check_identity(file: Path, manifest: Mapping[str, Any]) -> None:
         made = str(manifest.get("tokenizer_hash"))[:12]
         ours = tokenizer.TOKENIZER_HASH[:12]
         raise UserError(f"{file}: made with another tokenizer (hash {made}, not {ours}); {_PREPARE_AGAIN}")
-    if any(name not in manifest.get("files", {}) for name in _FILES) or not manifest.get("sequences"):
-        raise _damaged(file, "lacks the entries 'files' or 'sequences'")
+    _check_entries(file, manifest)
+
+
+def _check_entries(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Everything that is read from a manifest later."""
+
+    def is_count(value: Any) -> bool:
+        return isinstance(value, int) and value >= 0
+
+    files, counts, sources = (manifest.get(name) for name in ("files", "token_counts", "sources"))
+    sound = {
+        "sequences": is_count(manifest.get("sequences")) and manifest["sequences"] > 0,
+        "files": isinstance(files, dict)
+        and all(
+            isinstance(entry := files.get(name), dict)
+            and is_count(entry.get("bytes"))
+            and isinstance(entry.get("sha256"), str)
+            for name in _FILES
+        ),
+        "token_counts": isinstance(counts, list)
+        and len(counts) == len(tokenizer.VOCAB)
+        and all(map(is_count, counts)),
+        "sources": isinstance(sources, list)
+        and all(isinstance(source, dict) and {"name", "sha256"} <= source.keys() for source in sources),
+    }
+    if wrong := [name for name, holds in sound.items() if not holds]:
+        raise _damaged(file, f"the entry {wrong[0]!r} is missing or not what it should be")
 
 
 def _damaged(file: Path, what: str) -> UserError:

@@ -63,22 +63,23 @@ def flash(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float
 KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "varlen": varlen, "flash": flash}
 
 
-def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The kernel behind `model.attention_backend` on this device.
 
     Args:
         name: ``auto``, or one of `KERNELS`.
         device: Where the model lives.
         dtype: Of q, k and v.
+        head_dim: Channels of a head, d.
 
     Raises:
         UserError: A kernel was asked for by name that cannot run here.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
+    fused = _fused_kernels_run(device, dtype, head_dim)
     usable = {
         "sdpa": True,
-        "varlen": device.type == "cuda" and half and _installed("torch.nn.attention.varlen"),
-        "flash": device.type == "cuda" and half and _installed("flash_attn"),
+        "varlen": fused and _installed("torch.nn.attention.varlen"),
+        "flash": fused and _installed("flash_attn"),
     }
     if name == "auto":
         return next(kernel for kernel in ("flash", "varlen", "sdpa") if usable[kernel])
@@ -89,11 +90,22 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str:
         )
     if not usable[name]:
         raise UserError(
-            f"model.attention_backend={name} needs CUDA, bf16 and its package; "
-            f"this is {device.type} with {dtype}: "
-            "set model.attention_backend=auto"
+            f"model.attention_backend={name} needs its package, bf16, CUDA with compute capability 8.0 or "
+            f"more, and a head dimension that 8 divides, at most 256; this is {device.type} with {dtype}, "
+            f"head dimension {head_dim}: set model.attention_backend=auto"
         )
     return name
+
+
+def _fused_kernels_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """What the varlen and the flash-attn kernels have in common: FlashAttention-2."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def _installed(module: str) -> bool:

@@ -98,7 +98,9 @@ def build_model(
     spec = layer_spec.choose_layer_spec(model.layer_spec, device, DTYPES[model.precision])
     te_attention = spec == "te" and model.attention_backend in ("auto", "te")
     wanted = "auto" if te_attention else model.attention_backend
-    kernel = choose_kernel(wanted, device, DTYPES[model.precision])
+    shape = shape_of(model)
+    head_dim = shape.hidden_size // shape.num_attention_heads
+    kernel = choose_kernel(wanted, device, DTYPES[model.precision], head_dim)
     config = transformer_config(model, parallel, device, kernel)
     layer = (
         layer_spec.te_layer("te" if te_attention else kernel) if spec == "te" else layer_spec.local_layer()

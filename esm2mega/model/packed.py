@@ -12,7 +12,6 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from esm2mega.data.tokenizer import PAD
 from esm2mega.errors import UserError
 
 
@@ -107,14 +106,3 @@ def unpack(values: Tensor, attention_mask: Tensor, fill: float = 0.0) -> Tensor:
     padded = values.new_full((*attention_mask.shape, *values.shape[1:]), fill)
     padded[attention_mask.bool()] = values
     return padded
-
-
-def pad_pack(input_ids: Tensor, packed: PackedSequences, multiple: int) -> tuple[Tensor, PackedSequences]:
-    """Lengthen a pack to a multiple of `multiple` tokens by a tail of ``<pad>`` (sequence parallelism needs T
-    % TP == 0).
-    """
-    tail = -packed.num_tokens % multiple
-    if tail == 0:
-        return input_ids, packed
-    ids = torch.nn.functional.pad(input_ids, (0, tail), value=PAD)
-    return ids, PackedSequences.from_lengths((*packed.seqlens, tail), input_ids.device)

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import re
+
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
+
+from esm2mega.errors import MachineError
+
+# How gloo, NCCL and the rendezvous store word that the other side of a connection is gone.
+_LOST = re.compile(
+    r"Connection (reset|closed) by peer|Connection refused|Connection was likely closed|Broken pipe"
+    r"|remote process exited|Timed out waiting \d+ ?ms"
+)
+
+
+def lost_peer(error: BaseException) -> MachineError | None:
+    """The plain line for a collective that failed because another process is gone; None for other errors."""
+    found = _LOST.search(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    return MachineError(
+        f"lost the connection to another process ({found[0]}): that one ended or hangs: its message is "
+        "the one to read; without a message it was killed, most often for memory"
+    )
 
 
 def claim_error_report() -> bool:

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from esm2mega.config.schema import ParallelConfig
+from esm2mega.errors import UserError
 from esm2mega.parallel import cpu, kernels
-from esm2mega.parallel.errors import claim_error_report
+from esm2mega.parallel.errors import claim_error_report, lost_peer
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,12 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
             device=device,
         )
     except BaseException as error:
+        lost = lost_peer(error)
         # The question which rank reports can only be asked while the ranks still know each other.
-        error.claimed_report = claim_error_report()  # type: ignore[attr-defined]
+        failure = lost or error
+        failure.claimed_report = claim_error_report()  # type: ignore[attr-defined]
+        if lost is not None:
+            raise lost from error
         raise
     finally:
         parallel_state.destroy_model_parallel()
@@ -97,6 +102,11 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
 def _claim_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this machine shows {count} CUDA device{'s' * (count > 1)}: start "
+            "at most one process per device (--nproc-per-node), or look at CUDA_VISIBLE_DEVICES"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

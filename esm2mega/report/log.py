@@ -9,6 +9,7 @@ the readers and counted.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -54,7 +55,7 @@ class JsonlLog:
                     self._replace(contents.records)
             self._open()
         except OSError as error:
-            raise self._failed(error) from error
+            raise _failed(self.path, error) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record.
@@ -70,12 +71,32 @@ class JsonlLog:
             if record.get("kind") == EVAL or now - self._synced_at >= SYNC_SECONDS:
                 self.sync()
         except OSError as error:
-            raise self._failed(error) from error
+            raise _failed(self.path, error) from error
 
     def sync(self) -> None:
         """Force everything written so far to the disk."""
         os.fsync(self._descriptor)
         self._synced_at = time.monotonic()
+
+    @staticmethod
+    def set_aside(path: str | Path) -> Path | None:
+        """Rename a log that holds anything to the next free of ``log.jsonl.1``, ``log.jsonl.2`` and so on.
+
+        A run that starts anew calls this before it opens its log, so that no earlier one is lost.
+
+        Returns:
+            The new name; None when there was nothing to keep.
+        """
+        path = Path(path)
+        try:
+            if not path.exists() or not path.stat().st_size:
+                return None
+            names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+            free = next(name for name in names if not name.exists())
+            path.rename(free)
+        except OSError as error:
+            raise _failed(path, error) from error
+        return free
 
     def truncate_after(self, step: int) -> int:
         """Drop the records of steps beyond `step`, as a resume from the checkpoint of `step` must.
@@ -94,7 +115,7 @@ class JsonlLog:
                 self._replace(kept)
                 self._open()
             except OSError as error:
-                raise self._failed(error) from error
+                raise _failed(self.path, error) from error
         return len(records) - len(kept)
 
     def close(self) -> None:
@@ -135,11 +156,11 @@ class JsonlLog:
         finally:
             os.close(directory)
 
-    def _failed(self, error: OSError) -> MachineError:
-        return MachineError(
-            f"cannot write the log {self.path}: {error.strerror or error}; "
-            "free space there or choose another run_dir"
-        )
+
+def _failed(path: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"cannot write the log {path}: {error.strerror or error}; free space there or choose another run_dir"
+    )
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,8 @@ from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.data.batch import BatchSpec
 from esm2mega.data.loader import EvalPacks, PackedBatch
 from esm2mega.data.store import TokenStore
-from esm2mega.errors import MachineError
+from esm2mega.data.tokenizer import SPECIAL_TOKENS
+from esm2mega.errors import MachineError, UserError
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import Progress
@@ -37,10 +39,13 @@ whole.
 
 
 def unigram_log_probabilities(token_counts: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """Log-frequency of each token in the training set, ``[v]`` fp64, with one count added so that none is
-    impossible.
+    """Log-frequency of each token that can be a label among those of the training set, ``[v]`` fp64.
+
+    One count is added to each of them, so that none is impossible. Special tokens, ``<unk>`` among them, are
+    never predicted: they take no probability (``-inf``).
     """
     counts = torch.as_tensor(np.asarray(token_counts), dtype=torch.float64, device=device) + 1.0
+    counts[list(SPECIAL_TOKENS)] = 0.0
     return (counts / counts.sum()).log()
 
 
@@ -51,7 +56,8 @@ def evaluate(
     batches: Iterable[PackedBatch],
     ranks: Ranks,
     progress: Progress | None = None,
-) -> dict[str, float]:
+    abandon: Callable[[], bool] | None = None,
+) -> dict[str, float] | None:
     """Global means over a split; all ranks call this together.
 
     Args:
@@ -60,24 +66,34 @@ def evaluate(
         batches: This rank's packs, equally many on every data-parallel rank.
         ranks: Where this process stands.
         progress: Advanced by one per micro-batch.
+        abandon: Asked after every group of micro-batches, the same answer on every rank: whether to give up.
+
+    Returns:
+        The means; None when the evaluation was abandoned.
     """
+    # Only the interleaved schedule asks for a number of micro-batches that the pipeline divides.
+    multiple = ranks.pp_size if len(model) > 1 else 1
+    abandoned = False
     for chunk in model:
         chunk.eval()
     reports: list[dict[str, Tensor]] = []
-    for group in _groups(iter(batches), _round_up(_GROUP, ranks.pp_size), ranks.pp_size):
-        reports += run_schedule(model, loss, group, ranks.device, forward_only=True)
+    for group in _groups(iter(batches), _round_up(_GROUP, multiple)):
+        reports += run_schedule(model, loss, _filled(group, multiple), ranks.device, forward_only=True)
         if progress is not None:
             progress.update(len(group))
+        # Every rank has equally many groups, so all of them ask together.
+        if abandon is not None and (abandoned := abandon()):
+            break
     for chunk in model:
         chunk.train()
-    return loss.reduce(reports, ranks.device)
+    return None if abandoned else loss.reduce(reports, ranks.device)
 
 
-def evaluation_record(metrics: dict[str, float]) -> dict[str, float]:
-    """The values of an evaluation record in the log."""
+def evaluation_record(metrics: dict[str, float], split: str = "valid") -> dict[str, float]:
+    """The values of an evaluation record in the log, named after the split: ``valid`` or ``test``."""
     return {
-        "valid_loss": metrics["loss"],
-        "valid_perplexity": perplexity(metrics["loss"]),
+        f"{split}_loss": metrics["loss"],
+        f"{split}_perplexity": perplexity(metrics["loss"]),
         "unigram_loss": metrics["unigram_loss"],
     }
 
@@ -109,6 +125,8 @@ def evaluate_checkpoint(
     Returns:
         What is written to `out`.
     """
+    if out is not None:
+        _check_out(Path(out))
     directory = layout.resolve_checkpoint(checkpoint)
     state = layout.read_state(directory)
     changes = list(overrides)
@@ -125,6 +143,7 @@ def evaluate_checkpoint(
         batches = EvalPacks(store, spec, max_batches or 0, ranks.dp_rank, ranks.dp_size)
         with Progress(len(batches), "evaluate", "pack", enabled=ranks.speaks) as progress:
             metrics = evaluate(model, MLMLossReduction(unigram), batches, ranks, progress)
+        assert metrics is not None
         result = {
             "checkpoint": str(directory),
             "data": str(data),
@@ -158,18 +177,34 @@ def _for_evaluation(run: Run, overrides: Sequence[str]) -> Run:
     return run
 
 
-def _groups(batches: Iterator[PackedBatch], size: int, multiple: int) -> Iterator[list[PackedBatch]]:
-    """Lists of at most `size` packs, each filled to a multiple with packs without labels (the interleaved
-    schedule asks).
-    """
+def _groups(batches: Iterator[PackedBatch], size: int) -> Iterator[list[PackedBatch]]:
     while group := list(islice(batches, size)):
-        first = group[0]
-        unlabelled = replace(first, label_positions=first.label_positions[:0], labels=first.labels[:0])
-        yield group + [unlabelled] * (-len(group) % multiple)
+        yield group
+
+
+def _filled(group: list[PackedBatch], multiple: int) -> list[PackedBatch]:
+    """The packs, and packs without labels up to a multiple."""
+    first = group[0]
+    unlabelled = replace(first, label_positions=first.label_positions[:0], labels=first.labels[:0])
+    return group + [unlabelled] * (-len(group) % multiple)
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def _check_out(path: Path) -> None:
+    """Refuse a result file that could not be written, before the work is done."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        reason = "is a directory"
+    elif not folder.is_dir():
+        reason = f"{folder} is not a directory"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"{folder} is not writable"
+    else:
+        return
+    raise UserError(f"--out {path}: {reason}; name a file in a directory that can be written to")
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
@@ -179,4 +214,6 @@ def _write_json(path: Path, result: dict[str, Any]) -> None:
         partial.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise MachineError(f"{path}: cannot be written: {error.strerror}; choose another --out") from error

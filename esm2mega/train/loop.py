@@ -18,7 +18,7 @@ from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.evaluate import perplexity
 from esm2mega.train.signals import StopSignal
 from esm2mega.train.step import StepResult, TrainState, train_step
-from esm2mega.train.throughput import Lap, Throughput, memory_gb
+from esm2mega.train.throughput import Lap, Throughput, memory_gb, sum_over_data_parallel
 
 
 @dataclass
@@ -29,16 +29,24 @@ class LoopState:
         step: Finished optimizer steps.
         valid_loss: Of the evaluation at `step`; None when there was none.
         best_valid_loss: Lowest so far.
+        best_step: Where it was.
         evaluations_without_improvement: Since the lowest; what early stopping counts.
+        test_loss: Of the test split at `step`, the end of the run; None before.
     """
 
     step: int = 0
     valid_loss: float | None = None
     best_valid_loss: float | None = None
+    best_step: int | None = None
     evaluations_without_improvement: int = 0
+    test_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+Evaluation = Callable[[Callable[[], bool]], dict[str, float] | None]
+"""Gives the values of a record; None when it was abandoned, which it asks its argument for now and then."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class Hooks:
 
     log: Callable[[dict[str, Any]], None]
     show: Callable[[StepResult], None]
-    evaluate: Callable[[], dict[str, float]] | None
+    evaluate: Evaluation | None
+    test: Evaluation | None
     save: Callable[[LoopState], None]
 
 
@@ -64,36 +73,54 @@ def fit(
     train = run.train
     num_micro_batches = num_micro_batches_of(run, ranks.world_size)
     clock = Throughput(loop.step, stream.state.consumed_tokens, train.global_batch_tokens)
+    residues = 0
     with StopSignal(ranks.device) as stop:
-        while loop.step < train.max_steps and not _out_of_patience(loop, train):
-            result = train_step(state, list(islice(stream, num_micro_batches)))
+        # A run that was stopped by a signal in its last step has not been evaluated there.
+        if hooks.evaluate and loop.step and finished(loop, train) and loop.valid_loss is None:
+            _evaluate(loop, hooks, train, stop)
+            _raise_if(stop, loop)
+            hooks.save(loop)
+        while not finished(loop, train):
+            batches = list(islice(stream, num_micro_batches))
+            result = train_step(state, batches)
             loop.step += 1
-            loop.valid_loss = None
+            loop.valid_loss = loop.test_loss = None
+            residues += sum(batch.num_residues for batch in batches)
             hooks.show(result)
             stopping = stop.received()
             last = loop.step == train.max_steps or stopping
             if last or loop.step % train.log_every == 0:
-                lap = clock.lap(loop.step, stream.state.consumed_tokens)
-                hooks.log(
-                    _training_record(
-                        loop.step, result, lap, stream.state.consumed_tokens, memory_gb(ranks.device)
-                    )
-                )
+                tokens = stream.state.consumed_tokens
+                lap = clock.lap(loop.step, tokens, sum_over_data_parallel(residues, ranks.device))
+                hooks.log(_training_record(loop.step, result, lap, tokens, memory_gb(ranks.device)))
+                residues = 0
             with clock.paused():
                 improved = False
-                if hooks.evaluate and not stopping and (last or _every(train.eval_every, loop.step)):
-                    record = hooks.evaluate()
-                    hooks.log({"kind": "eval", "step": loop.step, **record})
-                    improved = note_evaluation(loop, record["valid_loss"], train)
-                last = last or _out_of_patience(loop, train)
+                if not stopping and (last or _every(train.eval_every, loop.step)):
+                    improved = _evaluate(loop, hooks, train, stop)
+                last = last or finished(loop, train) or stop.stopping
                 best = improved and run.checkpoint.keep_best > 0
                 if last or best or _every(run.checkpoint.save_every, loop.step):
                     hooks.save(loop)
-            if stopping:
-                raise StoppedBySignal(
-                    f"stopped by {stop.name or 'another rank'} after step {loop.step}, which is saved; "
-                    "start the same command again to go on"
-                )
+            _raise_if(stop, loop)
+        if hooks.test and loop.step and loop.test_loss is None:
+            record = hooks.test(stop.received)
+            _raise_if(stop, loop)
+            assert record is not None
+            hooks.log({"kind": "test", "step": loop.step, **record})
+            loop.test_loss = record["test_loss"]
+            hooks.save(loop)
+
+
+def finished(loop: LoopState, train: TrainConfig) -> bool:
+    """Whether no step is left to do."""
+    return loop.step >= train.max_steps or out_of_patience(loop, train)
+
+
+def out_of_patience(loop: LoopState, train: TrainConfig) -> bool:
+    """Whether early stopping ends the run."""
+    patience = train.early_stopping.patience
+    return patience > 0 and loop.evaluations_without_improvement >= patience
 
 
 def note_evaluation(loop: LoopState, valid_loss: float, train: TrainConfig) -> bool:
@@ -101,14 +128,27 @@ def note_evaluation(loop: LoopState, valid_loss: float, train: TrainConfig) -> b
     best = loop.best_valid_loss
     improved = best is None or valid_loss < best - train.early_stopping.min_delta
     loop.valid_loss = valid_loss
-    loop.best_valid_loss = valid_loss if best is None else min(best, valid_loss)
+    if best is None or valid_loss < best:
+        loop.best_valid_loss, loop.best_step = valid_loss, loop.step
     loop.evaluations_without_improvement = 0 if improved else loop.evaluations_without_improvement + 1
     return improved
 
 
-def _out_of_patience(loop: LoopState, train: TrainConfig) -> bool:
-    patience = train.early_stopping.patience
-    return patience > 0 and loop.evaluations_without_improvement >= patience
+def _evaluate(loop: LoopState, hooks: Hooks, train: TrainConfig, stop: StopSignal) -> bool:
+    """Validate, log and enter the result; True when it is the best so far."""
+    record = hooks.evaluate(stop.received) if hooks.evaluate else None
+    if record is None:
+        return False
+    hooks.log({"kind": "eval", "step": loop.step, **record})
+    return note_evaluation(loop, record["valid_loss"], train)
+
+
+def _raise_if(stop: StopSignal, loop: LoopState) -> None:
+    if stop.stopping:
+        raise StoppedBySignal(
+            f"stopped by {stop.name or 'another rank'} after step {loop.step}, which is saved; "
+            "start the same command again to go on"
+        )
 
 
 def _every(interval: int, step: int) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.store import load_training_state, load_weights, save_checkpoint
 from esm2mega.config.load import fix_length, save_resolved
 from esm2mega.config.presets import shape_of
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import Run, flatten
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.data.batch import BatchSpec, token_counts
 from esm2mega.data.loader import EvalPacks, TrainStream
@@ -26,10 +27,10 @@ from esm2mega.errors import UserError
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.external import open_trackers
-from esm2mega.report.log import JsonlLog
+from esm2mega.report.log import LOG_NAME, JsonlLog
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import evaluate, evaluation_record, unigram_log_probabilities
-from esm2mega.train.loop import Hooks, LoopState, fit
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, fit, out_of_patience
 from esm2mega.train.losses import MLMLossReduction
 from esm2mega.train.optimizer import build_optimizer, build_schedule, wrap_data_parallel
 from esm2mega.train.step import StepResult, TrainState
@@ -49,11 +50,16 @@ def pretrain(run: Run) -> LoopState:
     if run.data.train is None:
         raise UserError("data.train is not set: give the token store to train on, as data.train=DIR")
     train_stores = [TokenStore(path) for path in run.data.train_paths()]
-    valid_store = TokenStore(run.data.valid) if run.data.valid is not None else None
+    held_out = {
+        split: TokenStore(path)
+        for split, path in (("valid", run.data.valid), ("test", run.data.test))
+        if path is not None
+    }
     run = _with_steps(run, train_stores)
     resume_from = find_resume(run)
+    init_from = find_init(run) if resume_from is None else None
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, train_stores, valid_store, resume_from)
+        return _train(run, ranks, train_stores, held_out, resume_from, init_from)
 
 
 def _with_steps(run: Run, train_stores: list[TokenStore]) -> Run:
@@ -75,12 +81,13 @@ def _train(
     run: Run,
     ranks: Ranks,
     train_stores: list[TokenStore],
-    valid_store: TokenStore | None,
+    held_out: dict[str, TokenStore],
     resume_from: Path | None,
+    init_from: Path | None,
 ) -> LoopState:
     chunks = build_model(run.model, run.parallel, ranks.device, run.seed)
-    if run.init_from is not None and resume_from is None:
-        load_weights(layout.resolve_checkpoint(run.init_from), chunks)
+    if init_from is not None:
+        load_weights(init_from, chunks)
     model = wrap_data_parallel(chunks, run.model, run.parallel)
     optimizer = build_optimizer(run.optim, run, model)
     state = TrainState(
@@ -91,16 +98,20 @@ def _train(
     with ExitStack() as stack:
         stream = stack.enter_context(TrainStream(train_stores, spec, ranks.dp_rank, ranks.dp_size))
         counts = token_counts(stream.samples)
-        log = stack.enter_context(JsonlLog(Path(run.run_dir) / "log.jsonl")) if ranks.speaks else None
         if resume_from is not None:
             loop = _resume(resume_from, state, stream)
-        if log is not None:
-            log.truncate_after(loop.step)
-            save_resolved(run, Path(run.run_dir) / "config.yaml")
-            _announce(run, ranks, stream, model, resume_from, loop)
+        begun = replace(loop)
         trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.speaks else []
         for tracker in trackers:
             stack.callback(tracker.close)
+        log = None
+        if ranks.speaks:
+            # Last of all that can fail: what an earlier start logged is touched when this one will run.
+            log, said = _open_log(Path(run.run_dir) / LOG_NAME, resume_from, loop.step)
+            stack.callback(log.close)
+            save_resolved(run, Path(run.run_dir) / "config.yaml")
+            lines = _announcement(run, ranks, stream, model)
+            print("\n".join(lines + _start(run, resume_from, init_from) + said), file=sys.stderr, flush=True)
         progress = stack.enter_context(
             Progress(run.train.max_steps, "pretrain", "step", enabled=ranks.speaks, initial=loop.step)
         )
@@ -110,28 +121,49 @@ def _train(
                 log.write(record)
             for tracker in trackers:
                 tracker.write(record)
-            if record["kind"] == "eval":
-                progress.message(
-                    f"step {record['step']}: validation loss {record['valid_loss']:.4f}, perplexity "
-                    f"{record['valid_perplexity']:.2f} (residue frequencies: {record['unigram_loss']:.4f})"
-                )
+            for kind, split, words in (("eval", "valid", "validation"), ("test", "test", "test")):
+                if record["kind"] == kind:
+                    progress.message(
+                        f"step {record['step']}: {words} loss {record[f'{split}_loss']:.4f}, perplexity "
+                        f"{record[f'{split}_perplexity']:.2f} (residue frequencies: "
+                        f"{record['unigram_loss']:.4f})"
+                    )
 
         def show(result: StepResult) -> None:
             progress.update(1, loss=f"{result.metrics['loss']:.4f}", lr=f"{result.lr:.2e}")
 
-        def validate_now() -> dict[str, float]:
-            assert valid_store is not None
-            packs = EvalPacks(valid_store, spec, run.train.eval_batches, ranks.dp_rank, ranks.dp_size)
-            unigram = unigram_log_probabilities(counts, ranks.device)
-            return evaluation_record(evaluate(model, MLMLossReduction(unigram), packs, ranks))
+        def evaluation(split: str, limit: int) -> Evaluation | None:
+            if split not in held_out:
+                return None
+
+            def measure(abandon: Callable[[], bool]) -> dict[str, float] | None:
+                packs = EvalPacks(held_out[split], spec, limit, ranks.dp_rank, ranks.dp_size)
+                unigram = unigram_log_probabilities(counts, ranks.device)
+                metrics = evaluate(model, MLMLossReduction(unigram), packs, ranks, abandon=abandon)
+                return None if metrics is None else evaluation_record(metrics, split)
+
+            return measure
+
+        saved_last = resume_from
 
         def save(loop: LoopState) -> None:
+            nonlocal saved_last
             directory = layout.step_dir(run.run_dir, loop.step)
-            save_checkpoint(directory, model, optimizer, run, _saved_state(loop, state, stream, counts))
+            saved = _saved_state(loop, state, stream, counts)
+            if saved_last is not None and saved_last.resolve() == directory.resolve():
+                # The weights are there; what is known about them has changed.
+                if ranks.speaks:
+                    layout.replace_state(directory, saved)
+                return
+            save_checkpoint(directory, model, optimizer, run, saved)
+            saved_last = directory
             if ranks.speaks:
-                layout.prune(run.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best)
+                layout.prune(run.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best, directory)
 
-        fit(run, state, stream, loop, Hooks(write, show, validate_now if valid_store else None, save), ranks)
+        valid, test = evaluation("valid", run.train.eval_batches), evaluation("test", 0)
+        fit(run, state, stream, loop, Hooks(write, show, valid, test, save), ranks)
+    if ranks.speaks:
+        print(_ending(run, begun, loop, saved_last), file=sys.stderr, flush=True)
     return loop
 
 
@@ -140,12 +172,14 @@ def find_resume(run: Run) -> Path | None:
 
     Raises:
         UserError: A fresh start was asked for in a directory that holds a run, or the named checkpoint is not
-            there, or it is of another model.
+            there, or run_dir holds later ones, or it is of another model.
     """
+    complete, incomplete = layout.find_checkpoints(run.run_dir)
+    found: Path | None
     if run.checkpoint.resume not in ("auto", "never"):
-        found: Path | None = layout.resolve_checkpoint(run.checkpoint.resume)
+        found = layout.resolve_checkpoint(run.checkpoint.resume)
+        _refuse_later(run, found, complete)
     else:
-        complete, incomplete = layout.find_checkpoints(run.run_dir)
         if run.checkpoint.resume == "never" and complete:
             raise UserError(
                 f"checkpoint.resume=never, but {run.run_dir} holds checkpoints up to {complete[-1].name}; "
@@ -156,12 +190,52 @@ def find_resume(run: Run) -> Path | None:
                 print(f"esm2mega: ignoring {directory}: it has no {layout.COMPLETE}", file=sys.stderr)
         found = complete[-1] if complete else None
     if found is not None:
-        saved = layout.read_config(found)
-        if (theirs := shape_of(saved.model)) != (ours := shape_of(run.model)):
+        _refuse_other_model(found, run, "choose another run_dir")
+        theirs = layout.read_config(found).model.precision
+        if theirs != run.model.precision:
             raise UserError(
-                f"{found}: holds a model of {theirs}, the configuration says {ours}; choose another run_dir"
+                f"{found}: was trained with model.precision={theirs}, the configuration says "
+                f"{run.model.precision}, for which its optimizer state does not fit; set "
+                f"model.precision={theirs}, or start from the weights: init_from={found} and a new run_dir"
             )
     return found
+
+
+def find_init(run: Run) -> Path | None:
+    """The checkpoint that `init_from` means.
+
+    Raises:
+        UserError: There is none, or it is of another model.
+    """
+    if run.init_from is None:
+        return None
+    found = layout.resolve_checkpoint(run.init_from)
+    _refuse_other_model(found, run, "give another init_from")
+    return found
+
+
+def _refuse_later(run: Run, found: Path, complete: Sequence[Path]) -> None:
+    """A run that goes on before checkpoints of its own run_dir would mix with them, and retention with it."""
+    own = layout.step_dir(run.run_dir, layout.read_state(found)["step"])
+    later = [path.name for path in complete if path.name >= own.name and not path.samefile(found)]
+    if later:
+        raise UserError(
+            f"checkpoint.resume={run.checkpoint.resume}: {run.run_dir} holds {', '.join(later)}, which would "
+            "be taken for checkpoints of this run; move them away, or choose another run_dir"
+        )
+
+
+def _refuse_other_model(checkpoint: Path, run: Run, cure: str) -> None:
+    """What no later training could make up for: another shape, or weights that mean something else."""
+    saved = layout.read_config(checkpoint).model
+    if (theirs := shape_of(saved)) != (ours := shape_of(run.model)):
+        raise UserError(f"{checkpoint}: holds a model of {theirs}, the configuration says {ours}; {cure}")
+    if saved.layernorm_epsilon != run.model.layernorm_epsilon:
+        raise UserError(
+            f"{checkpoint}: its weights go with model.layernorm_epsilon={saved.layernorm_epsilon}, the "
+            f"configuration says {run.model.layernorm_epsilon}; set "
+            f"model.layernorm_epsilon={saved.layernorm_epsilon}"
+        )
 
 
 def _resume(checkpoint: Path, state: TrainState, stream: TrainStream) -> LoopState:
@@ -188,22 +262,62 @@ def _saved_state(
     }
 
 
-def _announce(
-    run: Run, ranks: Ranks, stream: TrainStream, model: list[Any], resume_from: Path | None, loop: LoopState
-) -> None:
-    """Say once what is about to run."""
+def _open_log(path: Path, resume_from: Path | None, step: int) -> tuple[JsonlLog, list[str]]:
+    """The log, open behind `step`, and what became of records that were there."""
+    old = JsonlLog.set_aside(path) if resume_from is None else None
+    log = JsonlLog(path)
+    if old is not None:
+        return log, [f"log      that of an earlier start is now {old}"]
+    dropped = log.truncate_after(step)
+    behind = f"log      {dropped} record{'s' * (dropped > 1)} behind step {step} dropped from {path}"
+    return log, [behind] if dropped else []
+
+
+def _announcement(run: Run, ranks: Ranks, stream: TrainStream, model: list[Any]) -> list[str]:
+    """What is about to run."""
     config = unwrap_model(model)[0].config
-    shape = shape_of(run.model)
-    lines = [
-        f"model    {run.model.size or 'own shape'}: {shape.num_layers} layers, hidden {shape.hidden_size}, "
-        f"{shape.num_attention_heads} heads, FFN {shape.ffn_hidden_size}; {run.model.precision}, "
+    return [
+        f"model    {run.model.size or 'own shape'}: {shape_of(run.model)}; {run.model.precision}, "
         f"attention {config.packed_attention}",
         f"layout   {ranks.world_size} x {ranks.device.type}: "
         f"TP {ranks.tp_size}, PP {ranks.pp_size}, DP {ranks.dp_size}"
         + (", SP" if run.parallel.sequence_parallel else ""),
         f"batch    {run.train.global_batch_tokens} tokens a step in packs of {run.train.micro_batch_tokens}",
         *(f"data     {line}" for line in stream.samples.describe()),
-        f"run      {run.run_dir}"
-        + (f", resumed from {resume_from.name} at step {loop.step}" if resume_from else ""),
     ]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _start(run: Run, resume_from: Path | None, init_from: Path | None) -> list[str]:
+    """Where the run goes and what it starts from."""
+    if init_from is not None:
+        return [f"run      {run.run_dir}, weights from {init_from}"]
+    if resume_from is None:
+        return [f"run      {run.run_dir}"]
+    step = layout.read_state(resume_from)["step"]
+    lines = [f"run      {run.run_dir}, resumed from {resume_from.name} at step {step}"]
+    if run.init_from is not None:
+        lines[0] += f"; init_from={run.init_from} is not used"
+    before, now = flatten(layout.read_config(resume_from)), flatten(run)
+    changed = [
+        f"{key} {before[key]} -> {now[key]}"
+        for key in now
+        if before[key] != now[key] and key not in ("run_dir", "checkpoint.resume")
+    ]
+    if changed:
+        lines.append(f"changed since the checkpoint: {', '.join(changed)}")
+    return lines
+
+
+def _ending(run: Run, begun: LoopState, loop: LoopState, checkpoint: Path | None) -> str:
+    """How the run came to its end, in one line."""
+    if out_of_patience(loop, run.train):
+        text = (
+            f"stopped early: no improvement in {loop.evaluations_without_improvement} evaluations, best "
+            f"{loop.best_valid_loss:.4f} at step {loop.best_step}"
+        )
+        text += "" if loop.step == begun.step else f"; checkpoint {checkpoint}"
+    elif loop == begun:
+        text = f"nothing to do: step {loop.step} of {run.train.max_steps} is done"
+    else:
+        text = f"done: step {loop.step}, checkpoint {checkpoint}"
+    return text

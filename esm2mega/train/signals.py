@@ -10,12 +10,18 @@ import torch.distributed as dist
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1 asks for a stop after the current step; any rank's signal stops every rank."""
+    """SIGTERM or SIGUSR1 asks for a stop after the current step; any rank's signal stops every rank.
+
+    Attributes:
+        name: The signal that this rank got, if it did.
+        stopping: The last answer of `received`, the same on every rank.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
         self._previous: dict[int, Any] = {}
         self.name: str | None = None
+        self.stopping = False
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -35,4 +41,5 @@ class StopSignal:
         """
         self._flag.fill_(self.name is not None)
         dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
-        return bool(self._flag.item())
+        self.stopping = bool(self._flag.item())
+        return self.stopping

@@ -1,4 +1,4 @@
-"""Time per step and real tokens per second between log records, without evaluations and checkpoints."""
+"""Time per step and residues per second between log records, without evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Lap:
 
     Attributes:
         step_time: Seconds per step.
-        tokens_per_second: Real tokens (no padding) of all ranks together.
+        tokens_per_second: Residues of all ranks together: neither padding nor ``<cls>`` and ``<eos>``.
         pack_fill: Real tokens over tokens computed, between 0 and 1.
     """
 
@@ -37,18 +39,31 @@ class Throughput:
         self._global_batch_tokens = global_batch_tokens
         self._began = time.perf_counter()
 
-    def lap(self, step: int, consumed_tokens: int) -> Lap:
-        """Means since the last lap, which ended at an earlier step."""
+    def lap(self, step: int, consumed_tokens: int, residues: int) -> Lap:
+        """Means since the last lap, which ended at an earlier step.
+
+        Args:
+            step: Finished steps.
+            consumed_tokens: Up to now, ``<cls>`` and ``<eos>`` included.
+            residues: Since the last lap.
+        """
         now = time.perf_counter()
         seconds, steps, tokens = now - self._began, step - self._step, consumed_tokens - self._tokens
         self._began, self._step, self._tokens = now, step, consumed_tokens
-        return Lap(seconds / steps, tokens / seconds, tokens / (steps * self._global_batch_tokens))
+        return Lap(seconds / steps, residues / seconds, tokens / (steps * self._global_batch_tokens))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
+
+
+def sum_over_data_parallel(count: int, device: torch.device) -> int:
+    """The sum of a host number over the data-parallel group, valid on every rank."""
+    total = torch.tensor(count, dtype=torch.int64, device=device)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return int(total.item())
 
 
 def memory_gb(device: torch.device) -> float:

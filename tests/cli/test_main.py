@@ -258,7 +258,8 @@ def test_prepare_fasta_splits_and_reports(tmp_path, capsys):
         "test: 1 sequences",
     ]
     assert main(arguments) == 2
-    assert "exists already" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "exists already" in said and said.count("\n") == 1, "no progress before the error"
 
 
 def test_prepare_uniref_reports(tmp_path, capsys):

@@ -146,6 +146,32 @@ def test_an_installation_is_made_once_and_again_for_new_requirements(tmp_path):
     assert len(calls()) == 4
 
 
+def test_quickstart_can_be_made_again(tmp_path):
+    """Each time in a directory of its own, unless one is named."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    bin_dir = tmp_path / ".venv/quickstart/bin"
+    bin_dir.mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", ".venv/quickstart/.installed"):
+        (tmp_path / name).touch()
+    (bin_dir / "esm2mega").write_text('#!/bin/sh\nmkdir "$3" && echo "$@" >> calls\n')
+    (bin_dir / "esm2mega").chmod(0o755)
+    for variables in ([], [], [], ["OUT=mine"]):
+        subprocess.run(["make", "quickstart", *variables], cwd=tmp_path, check=True, capture_output=True)
+    made = [line.split()[-1] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert made == ["quickstart", "quickstart-2", "quickstart-3", "mine"]
+
+
+def test_the_base_image_has_a_supported_torch():
+    """Within the bounds of setup.py, and with torch.nn.attention.varlen, which came with 2.10."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    image = re.search(r"BASE_IMAGE=pytorch/pytorch:([\d.]+)-", TEXT["Dockerfile"]).group(1)
+    torch = Requirement(re.search(r'"(torch[<>].*?)"', TEXT["setup.py"]).group(1))
+    assert torch.specifier.contains(image)
+    assert Version(image) >= Version("2.10")
+
+
 def test_the_cpu_installation_pins_torch():
     assert re.search(r"^TORCH \?= torch==2\.13\.0$", TEXT["Makefile"], re.MULTILINE)
 

@@ -27,6 +27,45 @@ def without_processes(monkeypatch):
     monkeypatch.setattr(doctor_module, "check_collective", lambda timeout: Finding(OK, "all-reduce"))
 
 
+@pytest.fixture(autouse=True)
+def requirements(monkeypatch):
+    """Those of the installed package, which the tests do without; fill in others."""
+    lines = [
+        "torch<2.15,>=2.6",
+        "megatron-core>=0.16; python_version >= '3.10'",
+        "megatron-core==0.1; python_version < '3.10'",
+        "click>=8.2",
+        "wandb; extra == 'logging'",
+    ]
+    monkeypatch.setattr(doctor_module.importlib.metadata, "requires", lambda name: lines)
+    return lines
+
+
+def test_requirements_are_those_of_this_machine():
+    states = [str(finding) for finding in doctor_module._check_requirements()]
+    assert [line.split()[:2] for line in states] == [["ok", n] for n in ("torch", "megatron-core", "click")]
+
+
+def test_an_unsupported_version_fails_with_its_cure(requirements, monkeypatch):
+    found = doctor_module.installed_version
+    versions = {"torch": "2.15.0+cu128", "megatron-core": "0.15.3"}
+    monkeypatch.setattr(doctor_module, "installed_version", lambda name: versions.get(name) or found(name))
+    lines = [str(finding) for finding in doctor_module._check_requirements()]
+    assert lines[:2] == [
+        "FAILED   torch 2.15.0+cu128 is not supported; pip install 'torch<2.15,>=2.6'",
+        "FAILED   megatron-core 0.15.3 is not supported; pip install 'megatron-core>=0.16'",
+    ]
+
+
+def test_a_checkout_that_is_not_installed_says_so(monkeypatch):
+    def absent(name):
+        raise doctor_module.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(doctor_module.importlib.metadata, "requires", absent)
+    (finding,) = doctor_module._check_requirements()
+    assert finding.state == MISSING
+
+
 def test_a_sound_machine_is_ok_and_optional_packages_do_not_matter(tmp_path, monkeypatch, without_processes):
     found = doctor_module.installed_version
     monkeypatch.setattr(
@@ -49,7 +88,7 @@ def test_a_missing_requirement_fails_with_its_cure(monkeypatch, tmp_path, withou
         doctor_module, "installed_version", lambda name: None if name == "megatron-core" else found(name)
     )
     lines = [str(finding) for finding in check_versions()]
-    assert "FAILED   megatron-core is not installed; pip install megatron-core" in lines
+    assert "FAILED   megatron-core is not installed; pip install 'megatron-core>=0.16'" in lines
     works, text = doctor(tmp_path)
     assert not works
     assert text.splitlines()[-1].startswith("FAILED: 1 of ")

@@ -76,3 +76,8 @@ def test_nothing_to_inspect_is_an_error(tmp_path: Path) -> None:
         inspect_path(tmp_path / "absent")
     with pytest.raises(UserError, match="no complete checkpoint"):
         inspect_path(tmp_path)
+
+
+def test_a_directory_of_stores_names_them(finished: TinyRun) -> None:
+    with pytest.raises(UserError, match=f"did you mean {finished.train} or {finished.valid}[?]"):
+        inspect_path(finished.train.parent)

@@ -10,7 +10,7 @@ import pytest
 
 from esm2mega.checkpoint import layout
 from esm2mega.data.tokenizer import TOKENIZER_HASH
-from esm2mega.errors import UserError
+from esm2mega.errors import MachineError, UserError
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import tiny_run
 
@@ -93,23 +93,62 @@ def test_resolve_refuses(tmp_path: Path) -> None:
 )
 def test_prune_keeps_newest_and_best(tmp_path: Path, keep_last: int, keep_best: int, kept: set[int]) -> None:
     for step, loss in ((10, 2.5), (20, 2.0), (30, None), (40, 3.0), (50, None)):
-        _checkpoint(tmp_path, step, loss)
-    removed = layout.prune(tmp_path, keep_last, keep_best)
+        newest = _checkpoint(tmp_path, step, loss)
+    removed = layout.prune(tmp_path, keep_last, keep_best, newest)
     assert _left(tmp_path) == [f"step_{step:08d}" for step in sorted(kept)]
     assert set(_names(removed)) == {f"step_{step:08d}" for step in {10, 20, 30, 40, 50} - kept}
 
 
 def test_prune_never_removes_the_newest(tmp_path: Path) -> None:
     newest = _checkpoint(tmp_path, 10)
-    assert layout.prune(tmp_path, 0, 0) == []
+    assert layout.prune(tmp_path, 0, 0, newest) == []
     assert layout.is_complete(newest)
+
+
+def test_prune_never_removes_what_was_just_written(tmp_path: Path) -> None:
+    written = _checkpoint(tmp_path, 10, 9.0)
+    for step in (20, 30):
+        _checkpoint(tmp_path, step, 1.0)
+    layout.prune(tmp_path, 1, 0, written)
+    assert _left(tmp_path) == ["step_00000010", "step_00000030"]
+
+
+def test_prune_counts_an_unreadable_state_as_not_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, loss in ((10, 1.0), (20, 2.0), (30, None)):
+        newest = _checkpoint(tmp_path, step, loss)
+    damaged = layout.step_dir(tmp_path, 10) / "train_state.json"
+    damaged.write_text("{")
+    for _ in range(2):
+        layout.prune(tmp_path, 3, 1, newest)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, "said once, however often a run saves"
+    assert str(damaged) in said and "not evaluated" in said
+    layout.prune(tmp_path, 1, 1, newest)
+    assert _left(tmp_path) == ["step_00000020", "step_00000030"]
+
+
+def test_state_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = _checkpoint(tmp_path, 10, None)
+    layout.replace_state(checkpoint, {"step": 10, "valid_loss": 2.0})
+    assert layout.read_state(checkpoint)["valid_loss"] == 2.0
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(layout.os, "replace", full)
+    with pytest.raises(MachineError, match="train_state.json: cannot be written: No space left"):
+        layout.replace_state(checkpoint, {"step": 10, "valid_loss": 3.0})
+    assert layout.read_state(checkpoint)["valid_loss"] == 2.0
+    assert not list(checkpoint.glob(".*"))
 
 
 def test_prune_removes_incomplete_ones_that_were_overtaken(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 10, complete=False)
-    _checkpoint(tmp_path, 20)
+    newest = _checkpoint(tmp_path, 20)
     _checkpoint(tmp_path, 30, complete=False)
-    layout.prune(tmp_path, 1, 1)
+    layout.prune(tmp_path, 1, 1, newest)
     assert _left(tmp_path) == ["step_00000020", "step_00000030"]
 
 

@@ -251,6 +251,7 @@ def _assert_clean_failure(results: list[RankResult], run_dir: Path, reason: str)
     assert len(errors) == 1, "\n".join(lines)
     assert re.search(rf"step_00000004: not saved: ({reason})", errors[0]), errors[0]
     assert "Traceback" not in "\n".join(lines)
+    assert not any("encountered an error" in line for line in lines), "Megatron-Core's account of the same"
     assert list((run_dir / "checkpoints").iterdir()) == []
 
 

@@ -1,5 +1,9 @@
 """Every rule on a whole configuration, with the words of its message, and the batch arithmetic."""
 
+import importlib.machinery
+import sys
+import types
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -243,6 +247,8 @@ def test_training_inputs_that_exist(stores, tmp_path):
             "checkpoint.resume=Auto",
             "checkpoint.resume=Auto is neither auto, never nor an existing checkpoint",
         ),
+        (f"run_dir={__file__}", "test_validate.py is a file; choose another run_dir"),
+        (f"run_dir={__file__}/a/b", "test_validate.py, which is a file; choose another run_dir"),
     ],
 )
 def test_training_inputs_that_are_missing(stores, override, expected):
@@ -256,3 +262,14 @@ def test_mixtures_and_epochs_that_are_right():
     run = make("data.train=a", "train.max_epochs=2")
     assert run.schedule.decay_steps is None
     validate(run, 1)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_needs_its_package(stores, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=rf"logging.{name}=true, but .* pip install 'esm2mega\[logging\]'"):
+        check_training_inputs(make(*stores, f"logging.{name}=true"))
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, module)
+    check_training_inputs(make(*stores, f"logging.{name}=true"))

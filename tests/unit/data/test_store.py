@@ -188,6 +188,27 @@ def test_error_for_another_tokenizer_or_version(write_store: WriteStore) -> None
     assert "format_version 2 is not 1, the one known" in error_of(store.path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sequences", 0),
+        ("sequences", "4"),
+        ("sources", None),
+        ("sources", [{"name": "x.fasta"}]),
+        ("token_counts", None),
+        ("token_counts", [1] * 32),
+        ("token_counts", ["1"] * 33),
+        ("files", None),
+        ("files", {"tokens.bin": {"bytes": 3}}),
+    ],
+)
+def test_error_for_an_entry_that_is_read_later(write_store: WriteStore, name: str, value: object) -> None:
+    store = write_store(SEQUENCES)
+    edit_manifest(store, **{name: value})
+    message = error_of(store.path)
+    assert message.startswith(f"{store.path / 'manifest.json'}: the entry {name!r} is missing or not what")
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "ids.bin", "ids.offsets.npy"])
 def test_error_for_a_missing_or_short_file(write_store: WriteStore, name: str) -> None:
     store = write_store(SEQUENCES)

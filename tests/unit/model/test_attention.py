@@ -66,6 +66,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Which packages are found: fill the set."""
     found: set[str] = set()
     monkeypatch.setattr(attention, "_installed", found.__contains__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     return found
 
 
@@ -87,13 +88,29 @@ def test_auto_takes_the_fastest_that_runs(
     packages: set[str], found: set[str], device: torch.device, dtype: torch.dtype, expected: str
 ) -> None:
     packages |= found
-    assert choose_kernel("auto", device, dtype) == expected
+    assert choose_kernel("auto", device, dtype, 64) == expected
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "expected"),
+    [(24, (9, 0), "flash"), (12, (9, 0), "sdpa"), (264, (9, 0), "sdpa"), (64, (7, 5), "sdpa")],
+)
+def test_auto_knows_what_the_fused_kernels_take(
+    packages: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    head_dim: int,
+    capability: tuple[int, int],
+    expected: str,
+) -> None:
+    packages |= {VARLEN, FLASH}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_kernel("auto", CUDA, torch.bfloat16, head_dim) == expected
 
 
 @pytest.mark.parametrize("name", ["sdpa", "varlen", "flash"])
 def test_a_named_kernel_is_taken(packages: set[str], name: str) -> None:
     packages |= {VARLEN, FLASH}
-    assert choose_kernel(name, CUDA, torch.bfloat16) == name
+    assert choose_kernel(name, CUDA, torch.bfloat16, 64) == name
 
 
 @pytest.mark.parametrize("name", ["varlen", "flash"])
@@ -110,7 +127,7 @@ def test_a_named_kernel_that_cannot_run_is_an_error(
 ) -> None:
     packages |= found
     with pytest.raises(UserError) as error:
-        choose_kernel(name, device, dtype)
+        choose_kernel(name, device, dtype, 64)
     message = str(error.value)
     assert f"model.attention_backend={name}" in message
     assert device.type in message

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from esm2mega.errors import UserError
-from esm2mega.model.packed import PackedSequences, pack, pad_pack, unpack
+from esm2mega.model.packed import PackedSequences, pack, unpack
 
 # Rows of length 2, 4 and 3, padded at the right, not at all, and at the left.
 IDS = torch.tensor([[0, 2, 1, 1], [0, 7, 8, 2], [1, 0, 9, 2]])
@@ -61,17 +61,3 @@ def test_empty_row_is_named() -> None:
 def test_gap_is_named() -> None:
     with pytest.raises(UserError, match="row 2 .* gap"):
         pack(IDS, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1]]))
-
-
-@pytest.mark.parametrize(("multiple", "tail"), [(8, 7), (4, 3), (2, 1)])
-def test_pad_pack_adds_a_segment_of_its_own(multiple: int, tail: int) -> None:
-    ids, packed = pad_pack(*pack(IDS, MASK), multiple)
-    assert ids.tolist() == [0, 2, 0, 7, 8, 2, 0, 9, 2] + [1] * tail
-    assert packed.seqlens == (2, 4, 3, tail)
-    assert packed.cu_seqlens_q.tolist() == [0, 2, 6, 9, 9 + tail]
-
-
-@pytest.mark.parametrize("multiple", [1, 3, 9])
-def test_pad_pack_leaves_a_multiple_alone(multiple: int) -> None:
-    ids, packed = pack(IDS, MASK)
-    assert pad_pack(ids, packed, multiple) == (ids, packed)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from esm2mega.config.schema import ParallelConfig
+from esm2mega.errors import UserError
 from esm2mega.parallel.initialize import Ranks, process_groups
 from tests.ranks import run_ranks
 
@@ -28,6 +29,17 @@ def test_one_process_needs_no_launcher() -> None:
         assert ranks == Ranks(0, 1, 0, 1, 0, 1, 0, 1, torch.device("cpu"))
         assert ranks.speaks
         assert dist.get_backend() == "gloo"
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with (
+        pytest.raises(UserError, match="LOCAL_RANK=2, but this machine shows 2 CUDA devices"),
+        process_groups(ParallelConfig(), seed=1),
+    ):
+        pass
 
 
 def test_groups_are_gone_afterwards_and_can_come_again() -> None:

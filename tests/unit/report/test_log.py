@@ -151,3 +151,15 @@ def test_evaluation_records_are_synced_and_training_records_are_not_each_time(pa
     monkeypatch.setattr(log_module, "SYNC_SECONDS", 0.0)
     log.write({"kind": "train", "step": 21})
     assert len(synced) == 2
+
+
+def test_a_log_with_records_is_set_aside_under_the_next_free_name(path):
+    assert JsonlLog.set_aside(path) is None
+    write_steps(path)
+    assert JsonlLog.set_aside(path) is None, "an empty log holds nothing to keep"
+    for number in (1, 2):
+        write_steps(path, number)
+        kept = JsonlLog.set_aside(path)
+        assert kept == path.with_name(f"log.jsonl.{number}")
+        assert steps_of(kept) == [number]
+        assert not path.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from esm2mega.checkpoint import layout
+from esm2mega.config.schema import DataConfig
+from esm2mega.data.masking import mask_tokens
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import MachineError, UserError
 from esm2mega.train import evaluate as module
@@ -33,10 +36,23 @@ def result(finished: TinyRun) -> dict[str, Any]:
     return evaluate_checkpoint(finished.run_dir, finished.valid)
 
 
-def test_unigram_has_one_more_of_each() -> None:
-    probabilities = unigram_log_probabilities(np.array([3, 0, 5]), torch.device("cpu")).exp()
+def test_unigram_is_over_the_tokens_that_can_be_labels() -> None:
+    """27 letters have one more of each; what masking never selects takes no probability, <unk> neither."""
+    counts = np.zeros(33, dtype=np.int64)
+    counts[[3, 4, 7]] = 1000, 3, 5  # <unk>, L, V
+    probabilities = unigram_log_probabilities(counts, torch.device("cpu")).exp()
     assert probabilities.dtype == torch.float64
-    assert probabilities.tolist() == pytest.approx([4 / 11, 1 / 11, 6 / 11], rel=1e-14)
+    masked = mask_tokens(
+        np.repeat(np.arange(33, dtype=np.uint8), 300),
+        np.zeros(1, dtype=np.int64),
+        np.array([33 * 300]),
+        seed=1,
+        config=DataConfig(mlm_probability=0.5),
+    )
+    labels = set(masked.labels.tolist())
+    assert len(labels) == 27
+    expected = [(counts[token] + 1) / 35 if token in labels else 0.0 for token in range(33)]
+    assert probabilities.tolist() == pytest.approx(expected, rel=1e-14)
 
 
 def test_result_is_that_of_the_training_log(finished: TinyRun, result: dict[str, Any]) -> None:
@@ -88,7 +104,8 @@ def test_ranks_do_not_matter(
 ) -> None:
     out = tmp_path / "result.json"
     arguments = [str(finished.run_dir), "--data", str(finished.valid), "--out", str(out)]
-    run_ranks(["-m", "esm2mega", "evaluate", *arguments, *layout_change], 2, tmp_path)
+    ranks = run_ranks(["-m", "esm2mega", "evaluate", *arguments, *layout_change], 2, tmp_path)
+    assert re.search(r"evaluate: pack (\d+) of \1 \(100 %\)", ranks[0].stderr), ranks[0].stderr
     other = json.loads(out.read_text())
     assert other["num_labels"] == result["num_labels"]
     for name in SAME:
@@ -115,9 +132,26 @@ def test_result_is_written_whole(finished: TinyRun, tmp_path: Path) -> None:
 
 
 def test_out_that_cannot_be_written_is_one_line(finished: TinyRun, tmp_path: Path) -> None:
+    """Before anything is evaluated: the checkpoint of these calls does not even exist."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(MachineError, match=r"cannot be written: .*--out"):
-        evaluate_checkpoint(finished.run_dir, finished.valid, tmp_path / "file" / "result.json")
+    for out, reason in (
+        (tmp_path / "file" / "deeper" / "result.json", "file is not a directory"),
+        (tmp_path, "is a directory"),
+    ):
+        with pytest.raises(UserError, match=rf"--out .*: .*{reason}"):
+            evaluate_checkpoint(tmp_path / "absent", finished.valid, out)
+
+
+def test_a_result_that_fails_to_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(MachineError, match="cannot be written: No space left"):
+        module._write_json(tmp_path / "result.json", {"loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_checkpoint_is_an_error(finished: TinyRun, tmp_path: Path) -> None:
@@ -127,7 +161,7 @@ def test_no_checkpoint_is_an_error(finished: TinyRun, tmp_path: Path) -> None:
 
 def test_groups_are_filled_with_packs_without_labels() -> None:
     batches = [packed_batch([[0, 32, 2]], {1: token}) for token in (5, 6, 7, 8, 9)]
-    groups = list(module._groups(iter(batches), 4, 4))
+    groups = [module._filled(group, 4) for group in module._groups(iter(batches), 4)]
     assert [len(group) for group in groups] == [4, 4]
     assert [batch.labels.tolist() for group in groups for batch in group] == [
         [5],
@@ -142,8 +176,8 @@ def test_groups_are_filled_with_packs_without_labels() -> None:
     filling = groups[1][-1]
     assert filling.label_positions.tolist() == []
     assert torch.equal(filling.input_ids, batches[4].input_ids)
-    assert [len(group) for group in module._groups(iter(batches), 2, 1)] == [2, 2, 1]
-    assert list(module._groups(iter([]), 4, 4)) == []
+    assert [len(group) for group in module._groups(iter(batches), 2)] == [2, 2, 1]
+    assert list(module._groups(iter([]), 4)) == []
 
 
 @pytest.mark.parametrize(

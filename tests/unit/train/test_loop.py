@@ -14,7 +14,8 @@ from esm2mega.config.schema import EarlyStoppingConfig, Run, TrainConfig
 from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train import loop as loop_module
-from esm2mega.train.loop import Hooks, LoopState, fit, note_evaluation
+from esm2mega.train import throughput
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, fit, note_evaluation
 from esm2mega.train.step import StepResult
 from tests.unit.runs import CPU, tiny_run
 
@@ -23,31 +24,34 @@ Event = tuple[Any, ...]
 
 
 class Stream:
-    """Endless packs of 100 real tokens."""
+    """Endless packs of 100 real tokens, 90 of them residues."""
 
     def __init__(self) -> None:
         self.state = SimpleNamespace(consumed_tokens=0)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[SimpleNamespace]:
         return self
 
-    def __next__(self) -> int:
+    def __next__(self) -> SimpleNamespace:
         self.state.consumed_tokens += 100
-        return 0
+        return SimpleNamespace(num_residues=90)
 
 
 @pytest.fixture
 def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Event]]:
     """Run the loop and list what it did; `valid_losses` are those of the evaluations in turn."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(clock)))
 
     def run_loop(
         run: Run,
         valid_losses: list[float] | None = None,
         loop: LoopState | None = None,
         at_step: Callable[[int], None] = lambda step: None,
+        test_losses: list[float] | None = None,
+        in_evaluation: Callable[[], None] = lambda: None,
     ) -> list[Event]:
         events: list[Event] = []
-        losses = iter(valid_losses or ())
         state = loop if loop is not None else LoopState()
 
         def step(train_state: object, batches: list[Any]) -> StepResult:
@@ -55,8 +59,12 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
             at_step(state.step + 1)
             return StepResult({"loss": 2.0, "count": 10.0}, grad_norm=0.5, lr=1e-3)
 
-        def evaluate() -> dict[str, float]:
-            return {"valid_loss": next(losses), "valid_perplexity": 1.0, "unigram_loss": 3.0}
+        def measure(split: str, values: Iterator[float]) -> Evaluation:
+            def evaluate(abandon: Callable[[], bool]) -> dict[str, float] | None:
+                in_evaluation()
+                return None if abandon() else {f"{split}_loss": next(values), "unigram_loss": 3.0}
+
+            return evaluate
 
         def log(record: dict[str, Any]) -> None:
             events.append((record["kind"], record["step"], record))
@@ -65,7 +73,8 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
         hooks = Hooks(
             log=log,
             show=lambda result: None,
-            evaluate=None if valid_losses is None else evaluate,
+            evaluate=None if valid_losses is None else measure("valid", iter(valid_losses)),
+            test=None if test_losses is None else measure("test", iter(test_losses)),
             save=lambda saved: events.append(("save", saved.step, saved.to_dict())),
         )
         try:
@@ -140,7 +149,10 @@ def test_training_record(play: Play) -> None:
         assert record["perplexity"] == pytest.approx(7.38905609893065)
         assert (record["lr"], record["grad_norm"]) == (1e-3, 0.5)
         assert record["pack_fill"] == pytest.approx(200 / 256)
-        assert min(record["tokens_per_second"], record["step_time"], record["memory_gb"]) > 0
+        assert record["tokens_per_second"] * 2 * record["step_time"] == pytest.approx(4 * 90), (
+            "residues, not tokens"
+        )
+        assert min(record["step_time"], record["memory_gb"]) > 0
 
 
 def test_a_resumed_loop_goes_on_behind_its_step(play: Play) -> None:
@@ -166,12 +178,45 @@ def test_patience_ends_the_run_and_saves(play: Play) -> None:
 
 
 def test_a_run_out_of_patience_stays_so_when_started_again(play: Play) -> None:
+    stopped = {"step": 8, "valid_loss": 2.0, "evaluations_without_improvement": 2}
     run = tiny_run("train.max_steps=50", "train.early_stopping.patience=2")
-    assert play(run, [], loop=LoopState(step=8, evaluations_without_improvement=2)) == []
-    assert (
-        play(tiny_run("train.max_steps=9"), [1.0], loop=LoopState(step=8, evaluations_without_improvement=2))
-        != []
-    )
+    assert play(run, [], loop=LoopState(**stopped)) == []
+    assert play(tiny_run("train.max_steps=9"), [1.0], loop=LoopState(**stopped)) != []
+
+
+def test_a_missing_evaluation_of_the_last_step_is_made_up_for(play: Play) -> None:
+    """A signal in the last step leaves a run that is trained and not evaluated."""
+    events = play(tiny_run("train.max_steps=4"), [2.5], loop=LoopState(step=4))
+    assert _brief(events) == [("eval", 4), ("save", 4)]
+    assert events[-1][2]["valid_loss"] == 2.5
+    assert play(tiny_run("train.max_steps=4"), [], loop=LoopState(step=4, valid_loss=2.5)) == []
+
+
+def test_the_test_split_is_evaluated_once_at_the_end(play: Play) -> None:
+    run = tiny_run("train.max_steps=3", "train.eval_every=1", "checkpoint.keep_best=0")
+    events = play(run, [3.0, 2.0, 2.5], test_losses=[2.2])
+    assert _brief(events)[-4:] == [("eval", 3), ("save", 3), ("test", 3), ("save", 3)]
+    ended = events[-1][2]
+    assert ended["test_loss"] == 2.2
+    assert play(run, [], loop=LoopState(**ended), test_losses=[]) == []
+    longer = play(tiny_run("train.max_steps=4"), [2.0], loop=LoopState(**ended), test_losses=[2.1])
+    assert _brief(longer)[-2:] == [("test", 4), ("save", 4)]
+    assert longer[-1][2]["test_loss"] == 2.1
+
+
+@pytest.mark.parametrize("during", ["eval", "test"])
+def test_a_signal_abandons_an_evaluation(play: Play, during: str) -> None:
+    """Without its record, but with a checkpoint from which the same command goes on."""
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    splits = ([3.0], None) if during == "eval" else (None, [3.0])
+    run = tiny_run("train.max_steps=2")
+    events = play(run, splits[0], test_losses=splits[1], in_evaluation=kill)
+    assert _brief(events)[-3:] == [("train", 2), ("save", 2), ("stopped", 2)]
+    again = play(run, splits[0], test_losses=splits[1], loop=LoopState(**events[-2][2]))
+    assert _brief(again) == [(during, 2), ("save", 2)]
 
 
 def test_a_signal_saves_and_stops_without_evaluating(play: Play) -> None:
@@ -196,7 +241,13 @@ def _noted(losses: list[float], min_delta: float = 0.0) -> tuple[list[bool], Loo
 def test_note_evaluation_counts_since_the_best() -> None:
     improved, loop = _noted([3.0, 2.0, 2.0, 2.5])
     assert improved == [True, True, False, False]
-    assert loop == LoopState(0, valid_loss=2.5, best_valid_loss=2.0, evaluations_without_improvement=2)
+    assert (loop.valid_loss, loop.best_valid_loss, loop.evaluations_without_improvement) == (2.5, 2.0, 2)
+
+
+def test_the_step_of_the_best_is_known(play: Play) -> None:
+    loop = LoopState()
+    play(tiny_run("train.max_steps=3", "train.eval_every=1"), [3.0, 2.0, 2.5], loop=loop)
+    assert (loop.best_step, loop.best_valid_loss) == (2, 2.0)
 
 
 def test_small_improvements_do_not_renew_patience() -> None:

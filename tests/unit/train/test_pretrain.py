@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import torch
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.load import run_from_yaml
+from esm2mega.data.prepare import prepare_fasta
+from esm2mega.data.simulate import FamilySpec, simulate_families
 from esm2mega.data.store import TokenStore
-from esm2mega.errors import UserError
-from esm2mega.train.pretrain import find_resume, pretrain
+from esm2mega.errors import MachineError, UserError
+from esm2mega.train import pretrain as module
+from esm2mega.train.pretrain import find_init, find_resume, pretrain
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import tiny_run
 
@@ -103,10 +107,135 @@ def test_a_fresh_start_does_not_overwrite(finished: TinyRun) -> None:
 
 
 def test_another_shape_is_refused(finished: TinyRun) -> None:
-    with pytest.raises(
-        UserError, match="holds a model of .*num_layers=2.* the configuration says .*num_layers=3"
-    ):
+    expected = "holds a model of 2 layers, hidden 24, .* the configuration says 3 layers, hidden 24, "
+    with pytest.raises(UserError, match=expected):
         find_resume(tiny_run("model.num_layers=3", run_dir=finished.run_dir))
+    with pytest.raises(UserError, match=expected):
+        find_init(tiny_run("model.num_layers=3", f"init_from={finished.run_dir}", run_dir=Path("new")))
+
+
+def test_weights_that_would_mean_something_else_are_refused(finished: TinyRun, tmp_path: Path) -> None:
+    other = "model.layernorm_epsilon=1e-12"
+    expected = (
+        "weights go with model.layernorm_epsilon=1e-05, .* says 1e-12; set model.layernorm_epsilon=1e-05"
+    )
+    with pytest.raises(UserError, match=expected):
+        find_resume(tiny_run(other, run_dir=finished.run_dir))
+    with pytest.raises(UserError, match=expected):
+        find_init(tiny_run(other, f"init_from={finished.run_dir}", run_dir=tmp_path))
+
+
+def test_another_precision_is_refused_for_resume_alone(finished: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.precision=fp64, the configuration says fp32, .* init_from="):
+        find_resume(tiny_run("model.precision=fp32", run_dir=finished.run_dir))
+    fresh = tiny_run("model.precision=fp32", f"init_from={finished.run_dir}", run_dir=tmp_path)
+    assert find_init(fresh) == layout.step_dir(finished.run_dir, 4)
+
+
+def test_a_checkpoint_before_others_of_its_run_is_refused(finished: TinyRun, tmp_path: Path) -> None:
+    """Retention would take the later ones for the newest of this run."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished.run_dir, run_dir)
+    early = layout.step_dir(run_dir, 2)
+    with pytest.raises(UserError, match=r"run holds step_00000004, .* move them away, or choose another"):
+        find_resume(tiny_run(f"checkpoint.resume={early}", run_dir=run_dir))
+    # Nor does a checkpoint of another run go on beside one of the same step.
+    other = layout.step_dir(finished.run_dir, 4)
+    with pytest.raises(UserError, match="holds step_00000004, "):
+        find_resume(tiny_run(f"checkpoint.resume={other}", run_dir=run_dir))
+    shutil.rmtree(layout.step_dir(run_dir, 4))
+    assert find_resume(tiny_run(f"checkpoint.resume={early}", run_dir=run_dir)) == early
+    assert find_resume(tiny_run(f"checkpoint.resume={other}", run_dir=run_dir)) == other
+
+
+def test_a_start_tells_what_it_does_with_what_is_there(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
+    data = (f"data.train={finished.train}", f"data.test={finished.valid}", "train.max_steps=2")
+    run_dir.mkdir()
+    log.write_text('{"kind": "train", "step": 7}\n')
+
+    def refuse(*_: object) -> list[object]:
+        raise MachineError("no tracker")
+
+    with monkeypatch.context() as patched, pytest.raises(MachineError):
+        patched.setattr(module, "open_trackers", refuse)
+        pretrain(tiny_run(*data, run_dir=run_dir))
+    assert [path.name for path in run_dir.iterdir()] == ["log.jsonl"], "a start that fails touches nothing"
+
+    # A fresh start keeps the log of the earlier one, and the test split comes last.
+    init = f"init_from={finished.run_dir}"
+    capsys.readouterr()
+    pretrain(tiny_run(*data, init, run_dir=run_dir))
+    said = capsys.readouterr().err.splitlines()
+    source = layout.step_dir(finished.run_dir, 4)
+    assert f"run      {run_dir}, weights from {source}" in said
+    assert f"log      that of an earlier start is now {log}.1" in said
+    assert said[-1] == f"done: step 2, checkpoint {layout.step_dir(run_dir, 2)}"
+    assert (run_dir / "log.jsonl.1").read_text() == '{"kind": "train", "step": 7}\n'
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(record["kind"], record["step"]) for record in records] == [
+        ("train", 1),
+        ("train", 2),
+        ("test", 2),
+    ]
+    assert {"test_loss", "test_perplexity", "unigram_loss"} < records[-1].keys()
+    assert layout.read_state(layout.step_dir(run_dir, 2))["loop"]["test_loss"] == records[-1]["test_loss"]
+
+    # Started again it has nothing to do, and changes nothing.
+    before = log.read_bytes()
+    pretrain(tiny_run(*data, init, run_dir=run_dir))
+    assert capsys.readouterr().err.splitlines()[-1] == "nothing to do: step 2 of 2 is done"
+    assert log.read_bytes() == before
+
+    # A resume says what it drops, what has changed, and what it leaves out.
+    log.write_text(log.read_text() + '{"kind": "train", "step": 3}\n')
+    pretrain(tiny_run(*data, init, "train.max_steps=3", "optim.lr=1e-3", run_dir=run_dir))
+    said = capsys.readouterr().err.splitlines()
+    assert f"run      {run_dir}, resumed from step_00000002 at step 2; {init} is not used" in said
+    assert f"log      1 record behind step 2 dropped from {log}" in said
+    changes = "train.max_steps 2 -> 3, optim.lr 0.002 -> 0.001, schedule.decay_steps 2 -> 3"
+    assert f"changed since the checkpoint: {changes}" in said
+
+
+def test_early_stopping_says_so(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a rate of almost 0 nothing improves."""
+    settings = ("train.eval_every=1", "train.early_stopping.patience=2", "optim.lr=1e-300")
+    data = (f"data.train={finished.train}", f"data.valid={finished.valid}")
+    run = tiny_run(*data, *settings, "train.max_steps=9", run_dir=tmp_path)
+    ended = pretrain(run)
+    assert (ended.step, ended.best_step) == (3, 1)
+    line = f"stopped early: no improvement in 2 evaluations, best {ended.best_valid_loss:.4f} at step 1"
+    checkpoint = layout.step_dir(tmp_path, 3)
+    assert capsys.readouterr().err.splitlines()[-1] == f"{line}; checkpoint {checkpoint}"
+
+
+def test_a_small_model_gets_below_residue_frequencies(tmp_path: Path) -> None:
+    """The whole way from simulated families to a loss that only context can give."""
+    spec = FamilySpec(median_length=40, length_sigma=0.1, min_length=30, max_length=60)
+    simulate_families(tmp_path / "families.fasta", n_families=2, members=60, seed=1, spec=spec)
+    prepare_fasta([tmp_path / "families.fasta"], tmp_path / "data", valid_size=20)
+    pretrain(
+        tiny_run(
+            f"data.train={tmp_path / 'data' / 'train'}",
+            f"data.valid={tmp_path / 'data' / 'valid'}",
+            "model.precision=fp32",
+            "model.hidden_size=48",
+            "model.ffn_hidden_size=96",
+            "train.micro_batch_tokens=512",
+            "train.global_batch_tokens=512",
+            "train.max_steps=300",
+            "schedule.warmup_steps=10",
+            "optim.lr=4e-3",
+            run_dir=tmp_path / "run",
+        )
+    )
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["kind"] == "eval"
+    assert last["valid_loss"] < last["unigram_loss"] - 0.05
 
 
 def test_training_data_must_be_given(tmp_path: Path) -> None:
