@@ -22,6 +22,8 @@ REQUIRED = [
     "safetensors>=0.4",
     "tokenizers>=0.19",
     "packaging>=23",
+    "backports.zstd>=1.0; python_version < '3.14'",  # Python 3.14 has it as compression.zstd
+    "filelock>=3.12",
     "psutil>=5.9",  # megatron-core imports it when a checkpoint is saved, without requiring it
     "biopython>=1.84",
     "click>=8.2",
@@ -31,8 +33,10 @@ REQUIRED = [
 LOGGING = ["wandb", "tensorboard"]
 HF = ["transformers>=5.23", "peft"]
 PARQUET = ["pyarrow>=16.1"]
+TAPE = ["lmdb>=1.4"]
 DEV = [
     *PARQUET,
+    *TAPE,
     # References that the parity tests compare with.
     "transformers>=5.23",
     "fair-esm==2.0.0",
@@ -72,6 +76,7 @@ setup(
         "nemo": ["nemo-toolkit"],
         "logging": LOGGING,
         "parquet": PARQUET,
+        "tape": TAPE,
         "dev": DEV,
     },
     entry_points={"console_scripts": ["esm2mega = esm2mega.cli:main"]},

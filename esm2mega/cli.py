@@ -118,20 +118,50 @@ def prepare() -> None:
 )
 @click.option("--test-size", default=0, metavar="N", help="Sequences held out for testing.")
 @click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the split.")
+@click.option(
+    "--format", metavar="NAME", help="fasta, csv, jsonl, parquet, megatron or tape [default: by file name]."
+)
+@click.option(
+    "--sequence-column", default="sequence", show_default=True, metavar="NAME", help="Of tables: residues."
+)
+@click.option(
+    "--id-column", metavar="NAME", help="Of tables: ids [default: id where it exists, else line numbers]."
+)
+@click.option(
+    "--drop-empty", is_flag=True, help="Of tables: leave rows without a sequence out, and count them."
+)
+@click.option(
+    "--workers", type=click.IntRange(1), metavar="N", help="Processes [default: the cores, at most 16]."
+)
+@click.option(
+    "--shard-size",
+    type=click.FloatRange(2**-10),
+    default=16.0,
+    show_default=True,
+    metavar="GIB",
+    help="Largest file of tokens; more residues go to further files.",
+)
 @_single_process
 def prepare_fasta_command(
-    inputs: tuple[str, ...], out: str, valid_size: int, test_size: int, seed: int
+    inputs: tuple[str, ...],
+    out: str,
+    valid_size: int,
+    test_size: int,
+    seed: int,
+    workers: int | None,
+    shard_size: float,
+    **source: Any,
 ) -> None:
-    """Write the sequences of FASTA files (.gz too) into token stores."""
-    from esm2mega.data.fasta import total_bytes
-    from esm2mega.data.prepare import check_arguments, prepare_fasta
-    from esm2mega.report.progress import Progress
+    """Write sequences into token stores: FASTA, CSV, JSON lines (.gz and .zst too), Parquet, Megatron, TAPE.
 
-    check_arguments(inputs, out, valid_size, test_size)
-    with Progress(total_bytes(inputs), "prepare", "byte") as progress:
-        report = prepare_fasta(
-            inputs, out, valid_size=valid_size, test_size=test_size, seed=seed, progress=progress
-        )
+    After a kill, the same command goes on with what was finished.
+    """
+    from esm2mega.data.prepare import PrepareOptions, prepare_fasta
+    from esm2mega.data.records import SourceOptions
+    from esm2mega.report.progress import show_bytes
+
+    options = PrepareOptions(SourceOptions(**source), workers, int(shard_size * 2**10) << 20)
+    report = prepare_fasta(inputs, out, valid_size, test_size, seed, options, show_bytes)
     click.echo("\n".join(report.lines()))
 
 
@@ -185,7 +215,7 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
 
 @cli.command(short_help="Loss and perplexity of a checkpoint on a token store.")
 @click.argument("checkpoint")
-@click.option("--data", required=True, metavar="STORE", help="Token store to evaluate on.")
+@click.option("--data", required=True, metavar="STORE", help="Token store, or sequence file, to evaluate on.")
 @click.option("--out", metavar="FILE.json", help="Also write the numbers to this file.")
 @click.option("--max-batches", type=click.IntRange(1), metavar="N", help="Packs to evaluate [default: all].")
 @click.option(

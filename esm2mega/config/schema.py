@@ -56,6 +56,9 @@ class DataConfig:
     valid: str | None = None
     test: str | None = None
     sampling: str = _choice("auto", "auto", "clusters", "sequences")
+    cache_dir: str | None = None
+    sequence_column: str = "sequence"
+    id_column: str | None = None
     max_seq_length: int = 1024
     crop: str = _choice("random", "random", "start", "chunk")
     mlm_probability: float = 0.15

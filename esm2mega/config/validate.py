@@ -142,14 +142,15 @@ def check_training_inputs(run: Run) -> None:
     if run.data.train is None:
         raise UserError(
             "data.train is not set: give a token store, e.g. data.train=DIR/train made by "
-            "`esm2mega prepare fasta INPUT --out DIR`"
+            "`esm2mega prepare fasta INPUT --out DIR`, or a file of sequences"
         )
     named: list[tuple[str, str | None]] = [("data.train", path) for path in run.data.train_paths()]
     named += [("data.valid", run.data.valid), ("data.test", run.data.test)]
     for key, path in named:
-        if path is not None and not os.path.isdir(path):
+        if path is not None and not os.path.exists(path):
             raise UserError(
-                f"{key}={path} is not an existing token store; make one with `esm2mega prepare fasta`"
+                f"{key}={path} is neither a token store nor a file of sequences; make a store with "
+                "`esm2mega prepare fasta`"
             )
     _check_outputs(run)
     if run.train.eval_every and run.data.valid is None:

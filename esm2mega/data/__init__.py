@@ -1,1 +1,1 @@
-"""From FASTA to masked packs: fasta -> tokenizer -> store, then sampling -> packing -> masking -> loader."""
+"""From files to masked packs: sources -> parts -> store, then sampling -> packing -> masking -> loader."""

@@ -24,10 +24,10 @@ from esm2mega.data.cluster_join import (
     protein_batches,
     provenance,
 )
-from esm2mega.data.fasta import ByteProgress
 from esm2mega.data.held_out import IndexedIds, refuse_shared_files
 from esm2mega.data.id_index import IdIndex
 from esm2mega.data.prepare import PrepareReport
+from esm2mega.data.records import ByteProgress
 from esm2mega.data.row_files import ParquetFile, ProteinDatabase
 from esm2mega.data.store import StoreWriter
 from esm2mega.data.uniref import ClusterReport, staged

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega.data import tokenizer
-from esm2mega.data.fasta import FastaRecord
 from esm2mega.data.id_index import IdIndex, map_array
+from esm2mega.data.records import Record
 from esm2mega.data.store import StoreWriter
 from esm2mega.data.uniref_mapping import (
     ClusterRow,
@@ -133,7 +133,7 @@ class ClusterTable:
     def _refuse_second_copies(
         self,
         proteins: ProteinSource,
-        batch: Sequence[FastaRecord],
+        batch: Sequence[Record],
         numbers: npt.NDArray[np.int64],
         met: npt.NDArray[np.bool_],
     ) -> None:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import sqlite3
-import string
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from esm2mega.data.fasta import ByteProgress, FastaRecord
+from esm2mega.data.records import ByteProgress, Record, file_sha256, residues_of
 from esm2mega.errors import UserError
 
-_WHITE_SPACE = b" \t\r\n\v\f"
-_RESIDUES = string.ascii_letters.encode() + b"*-."
 _ROWS = 1 << 14
-_HASH_BYTES = 1 << 20
 
 
 class RowFile:
@@ -46,16 +41,9 @@ class RowFile:
         """Reads the whole file for `sha256`, once."""
         if self.sha256:
             return
-        digest = sha256()
-        try:
-            with open(self.path, "rb") as file:
-                while block := file.read(_HASH_BYTES):
-                    digest.update(block)
-                    if self._progress is not None:
-                        self._progress.update(len(block))
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from None
-        self.sha256 = digest.hexdigest()
+        self.sha256 = file_sha256(self.path)
+        if self._progress is not None:
+            self._progress.update(self.path.stat().st_size)
 
     def text(self, value: object, line: int, column: str) -> str:
         """The value of a column, if it is a text."""
@@ -131,7 +119,7 @@ class ProteinDatabase(RowFile):
 
     kind = "SQLite"
 
-    def __iter__(self) -> Iterator[FastaRecord]:
+    def __iter__(self) -> Iterator[Record]:
         """Yields the proteins."""
         self.hash()
         # Nobody writes to it meanwhile: without locks a read-only directory will do.
@@ -153,19 +141,12 @@ class ProteinDatabase(RowFile):
             raise UserError(f"{self.path}: the table protein has no rows; give a file with data")
 
 
-def protein(source: RowFile, line: int, name: str, sequence: object) -> FastaRecord:
+def protein(source: RowFile, line: int, name: str, sequence: object) -> Record:
     """A protein of a row; raises UserError when `sequence` is none."""
-    text = sequence if isinstance(sequence, str) else ""
-    residues = text.encode("utf-8", "surrogatepass").translate(None, _WHITE_SPACE)
+    residues = residues_of(sequence, source.place(line), name) if isinstance(sequence, str) else b""
     if not residues:
         raise UserError(
             f"{source.place(line)}: the sequence of {name!r} is {sequence!r}, not residues; "
             "complete or remove the row"
         )
-    if stray := residues.translate(None, _RESIDUES):
-        character = stray[:4].decode("utf-8", errors="replace")[0]
-        raise UserError(
-            f"{source.place(line)}: {character!r} in the sequence of {name!r} is no residue "
-            "(letters and '*-.' are)"
-        )
-    return FastaRecord(name, residues, line)
+    return Record(name, residues, line)

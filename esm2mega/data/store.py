@@ -1,6 +1,7 @@
 """The token store: a directory of memory-mapped proteins, written once and read without loading it whole.
 
     tokens.bin, tokens.idx     megatron-core IndexedDataset of uint8 token ids: residues, one item per protein
+      or tokens-00000.bin, …   the same bytes in files of limited size, under the one index
     ids.bin, ids.offsets.npy   the ids in UTF-8 back to back, and int64 [n + 1] where each begins (and ends)
     clusters.*                 of a store with clusters: which rows belong together, see `clusters.py`
     manifest.json              format, tokenizer hash, counts, sources, size and SHA-256 of the other files
@@ -15,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +31,7 @@ import numpy.typing as npt
 
 from esm2mega import __version__
 from esm2mega.data import clusters, store_files, tokenizer
+from esm2mega.data.shards import ShardWriter, map_files
 from esm2mega.data.store_files import HashedFile, NumberSpool, offset_blocks, write_offsets
 from esm2mega.errors import UserError
 
@@ -39,7 +42,8 @@ PARTIAL_SUFFIX = ".partial"
 _TOKENS, _INDEX = "tokens.bin", "tokens.idx"
 _IDS, _ID_OFFSETS = "ids.bin", "ids.offsets.npy"
 _MANIFEST = "manifest.json"
-_FILES = (_TOKENS, _INDEX, _IDS, _ID_OFFSETS)
+_FILES = (_INDEX, _IDS, _ID_OFFSETS)
+_TOKEN_FILES = re.compile(r"tokens(-\d{5})?\.bin")
 
 # Head of a megatron-core index: magic, version 1, dtype code 1 (uint8), number of sequences, number of
 # document bounds. Behind it: int32 lengths, int64 byte offsets, int64 document bounds (one for each).
@@ -76,6 +80,15 @@ class StoreCounts:
         self.lower_case_residues += tokenizer.lower_case_count(byte_counts)
         self.unknown_residues += tokenizer.unknown_count(byte_counts)
 
+    def merge(self, other: StoreCounts, sign: int = 1) -> None:
+        """Adds the counts of other proteins; with `sign` -1 takes them away."""
+        self.sequences += sign * other.sequences
+        self.residues += sign * other.residues
+        self.token_counts = (np.asarray(self.token_counts) + sign * np.asarray(other.token_counts)).tolist()
+        self.lower_case_residues += sign * other.lower_case_residues
+        self.unknown_residues += sign * other.unknown_residues
+        self.dropped_sequences += sign * other.dropped_sequences
+
 
 class StoreWriter:
     """Writes one token store: the end of the `with` block completes it, an exception removes every trace.
@@ -83,12 +96,15 @@ class StoreWriter:
     `provenance` goes into the manifest (sources, split) and may be filled until the block is left.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, shard_bytes: int | None = None) -> None:
         """Names the store; nothing is created before the `with` block is entered.
 
         Args:
             path: directory of the finished store; must not exist.
+            shard_bytes: largest size of a file of tokens, a multiple of `shards.SHARD_UNIT`; None for one
+                file of any size.
         """
+        self._shard_bytes = shard_bytes
         self.path = Path(path)
         self.counts = StoreCounts()
         self.provenance: dict[str, Any] = {"sources": []}
@@ -99,7 +115,7 @@ class StoreWriter:
 
     def __enter__(self) -> StoreWriter:
         self._partial.mkdir(parents=True)
-        self._tokens = HashedFile(self._partial / _TOKENS)
+        self._tokens = ShardWriter(self._partial, _TOKENS, self._shard_bytes, HashedFile)
         self._ids = HashedFile(self._partial / _IDS)
         self._lengths = NumberSpool(self._partial / "tokens.lengths", "<i4")
         self._id_lengths = NumberSpool(self._partial / "ids.lengths", "<i4")
@@ -114,11 +130,33 @@ class StoreWriter:
         """
         joined = b"".join(residues)
         encoded_ids = [name.encode("utf-8") for name in ids]
-        self._tokens.write(tokenizer.encode_residues(joined).tobytes())
-        self._ids.write(b"".join(encoded_ids))
-        self._lengths.append(np.fromiter(map(len, residues), dtype=np.int32, count=len(residues)))
-        self._id_lengths.append(np.fromiter(map(len, encoded_ids), dtype=np.int32, count=len(ids)))
+        self.append_encoded(
+            tokenizer.encode_residues(joined),
+            np.fromiter(map(len, residues), dtype=np.int32, count=len(residues)),
+            b"".join(encoded_ids),
+            np.fromiter(map(len, encoded_ids), dtype=np.int32, count=len(ids)),
+        )
         self.counts.add(len(residues), tokenizer.byte_histogram(joined))
+
+    def append_encoded(
+        self,
+        tokens: npt.NDArray[np.uint8],
+        lengths: npt.NDArray[np.int32],
+        ids: bytes,
+        id_lengths: npt.NDArray[np.int32],
+    ) -> None:
+        """Appends proteins that are token ids already; the caller keeps `counts`.
+
+        Args:
+            tokens: residues of n proteins back to back, [sum of lengths].
+            lengths: residues of each, [n].
+            ids: the ids in UTF-8 back to back.
+            id_lengths: bytes of each id, [n].
+        """
+        self._tokens.write(tokens.tobytes())
+        self._ids.write(ids)
+        self._lengths.append(lengths)
+        self._id_lengths.append(id_lengths)
 
     def append_clusters(
         self, ids: Sequence[str], sizes: npt.NDArray[Any], members: npt.NDArray[np.int64]
@@ -152,7 +190,8 @@ class StoreWriter:
         """Writes the index files and the manifest."""
         if not self.counts.sequences:
             raise UserError(f"{self.path}: a token store needs at least one sequence")
-        files = {_TOKENS: self._tokens.close(), _IDS: self._ids.close()}
+        token_files, tokens_sha256 = self._tokens.close()
+        files = {**token_files, _IDS: self._ids.close()}
         files[_INDEX] = self._write_index(self._lengths.close())
         files[_ID_OFFSETS] = write_offsets(self._partial / _ID_OFFSETS, self._id_lengths.close())
         if self._clusters is not None:
@@ -164,6 +203,7 @@ class StoreWriter:
             "tokenizer_hash": tokenizer.TOKENIZER_HASH,
             **asdict(self.counts),
             **self.provenance,
+            "tokens_sha256": tokens_sha256,
             "files": files,
         }
         with open(self._partial / _MANIFEST, "x", encoding="utf-8") as stream:
@@ -203,12 +243,18 @@ class TokenStore:
         clusters: which rows form a cluster; None for a store without clusters.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Opens the store and checks that its files fit each other and this tokenizer; reads no tokens."""
+    def __init__(self, path: str | Path, staged: bool = False) -> None:
+        """Opens the store and checks that its files fit each other and this tokenizer; reads no tokens.
+
+        Args:
+            path: directory of the store.
+            staged: it is a finished piece of something unfinished, which is refused otherwise.
+        """
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
+        self.manifest = _read_manifest(self.path, staged)
         self._check_sizes()
-        self.tokens: npt.NDArray[np.uint8] = _map(self.path / _TOKENS, np.uint8)
+        token_files = sorted(name for name in self.manifest["files"] if _TOKEN_FILES.fullmatch(name))
+        self.tokens: npt.NDArray[np.uint8] = map_files([self.path / name for name in token_files])
         self.lengths, self.starts = self._map_index()
         self._ids = _Ids(self.path / _IDS, self.path / _ID_OFFSETS, len(self))
         self.clusters = self._map_clusters() if self._has_clusters else None
@@ -233,6 +279,15 @@ class TokenStore:
             raise IndexError(f"cluster {j} of a store of {len(self.clusters or ())}")
         return self._cluster_ids[j]
 
+    def encoded_ids(self, first: int, stop: int) -> tuple[bytes, npt.NDArray[np.int32]]:
+        """The ids of proteins `first` to `stop`, exclusive: UTF-8 back to back, and bytes of each, [n]."""
+        return self._ids.encoded(first, stop)
+
+    @property
+    def counts(self) -> StoreCounts:
+        """What the manifest says about the content."""
+        return StoreCounts(**{entry.name: self.manifest[entry.name] for entry in fields(StoreCounts)})
+
     @property
     def token_counts(self) -> npt.NDArray[np.int64]:
         """How often each token id occurs, [33]; `<cls>` and `<eos>` are not stored and count 0."""
@@ -244,14 +299,13 @@ class TokenStore:
 
         Which rows form a cluster counts too, where there are clusters.
         """
-        names = (_TOKENS, _INDEX, *((clusters.OFFSETS, clusters.MEMBERS) if self._has_clusters else ()))
-        return hashlib.sha256(
-            "".join(self.manifest["files"][name]["sha256"] for name in names).encode()
-        ).hexdigest()
+        names = (_INDEX, *((clusters.OFFSETS, clusters.MEMBERS) if self._has_clusters else ()))
+        hashes = [self.manifest["files"][name]["sha256"] for name in names]
+        return hashlib.sha256("".join([self.manifest["tokens_sha256"], *hashes]).encode()).hexdigest()
 
     def verify(self) -> None:
         """Reads every byte and raises UserError when a file is not what was written."""
-        for name in self._files:
+        for name in self.manifest["files"]:
             if _sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
                 raise _damaged(self.path / name, "differs from its checksum in manifest.json")
 
@@ -259,15 +313,11 @@ class TokenStore:
     def _has_clusters(self) -> bool:
         return any(name in self.manifest["files"] for name in clusters.FILES)
 
-    @property
-    def _files(self) -> tuple[str, ...]:
-        """The files that must be there."""
-        return (*_FILES, *(clusters.FILES if self._has_clusters else ()))
-
     def _check_sizes(self) -> None:
-        for name in self._files:
+        for name in clusters.FILES if self._has_clusters else ():
             if name not in self.manifest["files"]:
                 raise _damaged(self.path / _MANIFEST, f"lists other cluster files, but not {name}")
+        for name in self.manifest["files"]:
             file = self.path / name
             if not file.is_file():
                 raise _damaged(file, "is missing")
@@ -311,6 +361,10 @@ class _Ids:
     def __getitem__(self, i: int) -> str:
         return self._text[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8")
 
+    def encoded(self, first: int, stop: int) -> tuple[bytes, npt.NDArray[np.int32]]:
+        offsets = self._offsets[first : stop + 1]
+        return self._text[offsets[0] : offsets[-1]].tobytes(), np.diff(offsets).astype(np.int32)
+
 
 def _map_npy(file: Path) -> npt.NDArray[np.int64]:
     """A read-only memory map of a `.npy` file of int64 [n], as a plain array."""
@@ -329,10 +383,14 @@ def _map(file: Path, dtype: npt.DTypeLike, count: int | None = None, offset: int
     return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
 
 
-def _read_manifest(path: Path) -> Mapping[str, Any]:
+def _read_manifest(path: Path, staged: bool) -> Mapping[str, Any]:
     """The manifest of a complete store of this format and tokenizer; anything else is a UserError."""
-    if any(part.startswith(".") and part.endswith(PARTIAL_SUFFIX) for part in path.resolve().parts):
-        raise UserError(f"{path}: is what an interrupted `prepare` left behind; remove it and prepare again")
+    if not staged and any(
+        part.startswith(".") and part.endswith(PARTIAL_SUFFIX) for part in path.resolve().parts
+    ):
+        raise UserError(
+            f"{path}: is what an interrupted `prepare` left behind; start that again to go on, or remove it"
+        )
     if not path.exists():
         raise UserError(f"{path}: no such token store; make one with `esm2mega prepare fasta`")
     file = path / _MANIFEST
@@ -375,15 +433,16 @@ def _check_entries(file: Path, manifest: Mapping[str, Any]) -> None:
     sound = {
         "sequences": is_count(manifest.get("sequences")) and manifest["sequences"] > 0,
         "files": isinstance(files, dict)
+        and files.keys() >= set(_FILES)
+        and any(_TOKEN_FILES.fullmatch(name) for name in files)
         and all(
-            isinstance(entry := files.get(name), dict)
-            and is_count(entry.get("bytes"))
-            and isinstance(entry.get("sha256"), str)
-            for name in _FILES
+            isinstance(entry, dict) and is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+            for entry in files.values()
         ),
         "token_counts": isinstance(counts, list)
         and len(counts) == len(tokenizer.VOCAB)
         and all(map(is_count, counts)),
+        "tokens_sha256": isinstance(manifest.get("tokens_sha256"), str),
         "sources": isinstance(sources, list)
         and all(isinstance(source, dict) and {"name", "sha256"} <= source.keys() for source in sources),
     }

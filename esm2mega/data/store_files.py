@@ -26,12 +26,12 @@ class HashedFile:
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = open(path, "xb")  # noqa: SIM115, closed by close() or abandon()
-        self._hash = hashlib.sha256()
+        self.sha256 = hashlib.sha256()
         self._bytes = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
-        self._hash.update(data)
+        self.sha256.update(data)
         self._bytes += len(data)
 
     def close(self) -> dict[str, Any]:
@@ -39,7 +39,7 @@ class HashedFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+        return {"bytes": self._bytes, "sha256": self.sha256.hexdigest()}
 
     def abandon(self) -> None:
         """Closes without caring what reached the disk."""

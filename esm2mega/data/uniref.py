@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega.data.cluster_join import ClusterTable, append_proteins, protein_batches, provenance
-from esm2mega.data.fasta import ByteProgress, FastaReader
+from esm2mega.data.fasta import FastaReader
 from esm2mega.data.held_out import DrawnRecords, IndexedIds, SplitSizes, refuse_shared_files
 from esm2mega.data.id_index import IdIndex
 from esm2mega.data.prepare import SPLITS, PrepareReport
+from esm2mega.data.records import ByteProgress
 from esm2mega.data.store import StoreCounts, StoreWriter, partial_path
 from esm2mega.data.uniref_mapping import ClusterRow, MappingReader, batched, shown
 from esm2mega.errors import MachineError, UserError

@@ -9,11 +9,13 @@ off.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from esm2mega.data.fasta import ByteProgress, FastaReader, FastaRecord
+from esm2mega.data.records import Block, ByteProgress, Record
+from esm2mega.data.text import TextSource
 from esm2mega.errors import UserError
 
 _BATCH_MEMBERS = 1 << 16
@@ -57,18 +59,22 @@ class Source(Located, Protocol[Item]):
     """
 
     path: Path
-    sha256: str
+
+    @property
+    def sha256(self) -> str: ...
 
     def __iter__(self) -> Iterator[Item]:
         """Yields the items in order; raises UserError at the first bad one."""
 
 
 ClusterSource = Source[ClusterRow]
-ProteinSource = Source[FastaRecord]
+ProteinSource = Source[Record]
 
 
-class MappingReader(FastaReader):
+class MappingReader(TextSource):
     """Iterates over the clusters of one mapping file, plain or compressed as FASTA may be."""
+
+    format_name = "mapping"
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
         """Checks that the file can be read.
@@ -77,26 +83,32 @@ class MappingReader(FastaReader):
             path: the mapping.
             progress: told about every block read from disk.
         """
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such mapping file")
         super().__init__(path, progress)
         self.header_id = b""
         """First column of the header, known after reading: a cluster's id where the header is missing."""
 
     def __iter__(self) -> Iterator[ClusterRow]:  # type: ignore[override]
         """Yields the clusters in file order; raises UserError at the first line that is none."""
-        with self._opened() as stream:
-            self.header_id = stream.readline().partition(b"\t")[0].strip()
-            self.num_records = 0
-            for line, text in enumerate(stream, 2):
-                if not text.isspace():
-                    self.num_records += 1
-                    yield self._parse(text, line)
+        self.num_records = 0
+        yield from super().__iter__()  # type: ignore[misc]
         if not self.num_records:
             raise UserError(
                 f"{self.path}: no clusters in the file; give a header line and, in each further line, a "
                 "UniRef50 id, a tab, and the UniRef90 ids of its members"
             )
+
+    def records(self, block: Block) -> Iterator[ClusterRow]:  # type: ignore[override]
+        for line, text in enumerate(io.BytesIO(block.text), block.line):
+            if not text.isspace():
+                yield self._parse(text, line)
+
+    def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
+        """Skips the header."""
+        self.header_id = stream.readline().partition(b"\t")[0].strip()
+        return b"", 2
+
+    def _last_cut(self, text: bytes) -> int:
+        return text.rfind(b"\n") + 1
 
     def _parse(self, text: bytes, line: int) -> ClusterRow:
         columns = text.split(b"\t", 2)

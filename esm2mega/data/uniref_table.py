@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from esm2mega.data.cluster_join import append_proteins, protein_batches
-from esm2mega.data.fasta import ByteProgress, FastaRecord
 from esm2mega.data.held_out import IndexedIds, refuse_shared_files
 from esm2mega.data.id_index import IdIndex, map_array
 from esm2mega.data.prepare import PrepareReport
+from esm2mega.data.records import ByteProgress, Record
 from esm2mega.data.row_files import ParquetFile, protein
 from esm2mega.data.store import StoreWriter
 from esm2mega.data.uniref import ClusterReport, staged
@@ -117,7 +117,7 @@ def prepare_table(
                     append_proteins(
                         valid_writer,
                         held_out,
-                        [FastaRecord(row.cluster, row.residues, row.line) for row in batch],
+                        [Record(row.cluster, row.residues, row.line) for row in batch],
                     )
                 ids.ids.close()
                 ids.refuse_repeats()

@@ -148,6 +148,11 @@ class Progress:
         self._last_line, self._shown = time.monotonic(), self.done
 
 
+def show_bytes(stage: str, total: int) -> Progress:
+    """Progress over bytes, as `prepare` opens one per stage."""
+    return Progress(total, stage, "byte")
+
+
 def duration(seconds: float) -> str:
     """Return seconds as a person would say them: 42 s, 3 min 05 s, 2 h 10 min, 4 d 3 h."""
     whole = round(seconds)

@@ -22,13 +22,13 @@ from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.data.batch import BatchSpec
+from esm2mega.data.cache import open_store
 from esm2mega.data.loader import EvalPacks, PackedBatch
-from esm2mega.data.store import TokenStore
 from esm2mega.data.tokenizer import SPECIAL_TOKENS
 from esm2mega.errors import MachineError, UserError
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
-from esm2mega.report.progress import Progress
+from esm2mega.report.progress import Progress, show_bytes
 from esm2mega.train.losses import LossReduction, MLMLossReduction
 from esm2mega.train.step import run_schedule
 
@@ -115,7 +115,7 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one.
-        data: Token store.
+        data: Token store, or a file of sequences.
         out: JSON file for the result.
         max_batches: Stop after so many packs over all ranks; None for the whole store.
         micro_batch_tokens: Pack length; None for that of training.
@@ -134,7 +134,7 @@ def evaluate_checkpoint(
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
     run = _for_evaluation(load_run_over(layout.read_config(directory), changes), changes)
     validate(run, world_size_from_environment())
-    store = TokenStore(data)
+    store = open_store(str(data), run, "--data", show_bytes)
     with process_groups(run.parallel, run.seed) as ranks:
         model = build_model(run.model, run.parallel, ranks.device, run.seed)
         load_weights(directory, model)

@@ -21,6 +21,7 @@ from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run, flatten
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.data.batch import BatchSpec, token_counts
+from esm2mega.data.cache import open_store
 from esm2mega.data.loader import EvalPacks, TrainStream
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import UserError
@@ -28,7 +29,7 @@ from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.external import open_trackers
 from esm2mega.report.log import LOG_NAME, JsonlLog
-from esm2mega.report.progress import Progress
+from esm2mega.report.progress import Progress, show_bytes
 from esm2mega.train.evaluate import evaluate, evaluation_record, unigram_log_probabilities
 from esm2mega.train.loop import Evaluation, Hooks, LoopState, fit, out_of_patience
 from esm2mega.train.losses import MLMLossReduction
@@ -49,9 +50,9 @@ def pretrain(run: Run) -> LoopState:
     """
     if run.data.train is None:
         raise UserError("data.train is not set: give the token store to train on, as data.train=DIR")
-    train_stores = [TokenStore(path) for path in run.data.train_paths()]
+    train_stores = [open_store(path, run, "data.train", show_bytes) for path in run.data.train_paths()]
     held_out = {
-        split: TokenStore(path)
+        split: _open_held_out(run, split, path, train_stores)
         for split, path in (("valid", run.data.valid), ("test", run.data.test))
         if path is not None
     }
@@ -60,6 +61,17 @@ def pretrain(run: Run) -> LoopState:
     init_from = find_init(run) if resume_from is None else None
     with process_groups(run.parallel, run.seed) as ranks:
         return _train(run, ranks, train_stores, held_out, resume_from, init_from)
+
+
+def _open_held_out(run: Run, split: str, path: str, train_stores: list[TokenStore]) -> TokenStore:
+    store = open_store(path, run, f"data.{split}", show_bytes)
+    for train_path, train_store in zip(run.data.train_paths(), train_stores, strict=True):
+        if store.fingerprint == train_store.fingerprint:
+            raise UserError(
+                f"data.{split}={path} holds the same proteins as data.train={train_path}; its loss would not "
+                "measure unseen proteins: give others"
+            )
+    return store
 
 
 def _with_steps(run: Run, train_stores: list[TokenStore]) -> Run:

@@ -313,6 +313,19 @@ def test_prepare_uniref_from_bionemo_and_tables(tmp_path, capsys):
         assert "(100 %)" in captured.err
 
 
+def test_prepare_fasta_takes_tables_and_options(tmp_path, capsys):
+    table = tmp_path / "proteins.txt"
+    table.write_text("aa;name\nMKV;a\n;b\n")
+    arguments = ["prepare", "fasta", str(table), "--out", str(tmp_path / "store"), "--format", "csv"]
+    arguments += ["--sequence-column", "aa", "--id-column", "name", "--workers", "2", "--shard-size", "0.001"]
+    assert main(arguments) == 2
+    assert "proteins.txt:3: the sequence of 'b' is empty" in capsys.readouterr().err
+    assert main([*arguments, "--drop-empty"]) == 0
+    assert "1 sequences, 3 residues" in capsys.readouterr().out
+    assert main([*arguments, "--workers", "0"]) == 2
+    assert "--workers" in capsys.readouterr().err
+
+
 def test_python_m_and_the_exit_code_of_the_process(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "esm2mega", "plot", str(tmp_path / "nowhere")],

@@ -205,5 +205,6 @@ def test_extras_and_python_versions():
         "nemo",
         "logging",
         "parquet",
+        "tape",
         "dev",
     ]

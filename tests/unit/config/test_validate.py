@@ -238,9 +238,9 @@ def test_training_inputs_that_exist(stores, tmp_path):
     ("override", "expected"),
     [
         ("data.train=null", "data.train is not set: give a token store"),
-        ("data.train=/nowhere", "data.train=/nowhere is not an existing token store"),
-        ("data.train=[/nowhere]", "data.train=/nowhere is not an existing token store"),
-        ("data.test=/nowhere", "data.test=/nowhere is not an existing token store"),
+        ("data.train=/nowhere", "data.train=/nowhere is neither a token store nor a file"),
+        ("data.train=[/nowhere]", "data.train=/nowhere is neither a token store nor a file"),
+        ("data.test=/nowhere", "data.test=/nowhere is neither a token store nor a file"),
         ("data.valid=null", "train.eval_every=5 needs data.valid"),
         ("init_from=/nowhere", "init_from=/nowhere does not exist"),
         (

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import dnaio
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from esm2mega.data import prepare, tokenizer
-from esm2mega.data.prepare import prepare_fasta
+from esm2mega.data import parts, text, tokenizer
+from esm2mega.data.prepare import PrepareOptions, prepare_fasta
+from esm2mega.data.records import SourceOptions
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import MachineError, UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 
 @pytest.fixture
@@ -58,7 +66,7 @@ def test_split_follows_the_seed_and_not_the_batches(
 ) -> None:
     prepare_fasta([small_fasta], tmp_path / "a", valid_size=4, seed=1)
     prepare_fasta([small_fasta], tmp_path / "other seed", valid_size=4, seed=2)
-    monkeypatch.setattr(prepare, "_BATCH_RESIDUES", 30)
+    monkeypatch.setattr(parts, "_BATCH_RESIDUES", 30)
     prepare_fasta([small_fasta], tmp_path / "b", valid_size=4, seed=1)
     assert (
         ids(tmp_path / "a" / "valid")
@@ -197,13 +205,86 @@ def test_a_killed_prepare_leaves_nothing_that_is_accepted(small_fasta: Path, tmp
         check=False,
     )
     (left,) = set(tmp_path.iterdir()) - {small_fasta}
-    stores = [file.parent for file in left.glob("**/manifest.json")]
-    assert len(stores) == 2  # both were complete, and still neither counts
-    for store in stores:
+    assert len(list(left.glob("out/*/manifest.json"))) == 2  # both were complete, and still neither counts
+    for store in [file.parent for file in left.glob("**/manifest.json")]:
         with pytest.raises(UserError, match="interrupted"):
             TokenStore(store)
     prepare_fasta([small_fasta], out, valid_size=2)
     assert len(TokenStore(out / "train")) == 18
+
+
+def test_formats_may_be_mixed_and_drops_are_counted(tmp_path: Path) -> None:
+    files = {
+        "a.fa": b">x\nMK\n",
+        "b.csv": b"id,sequence\ny,mkt\nz,\n",
+        "c.jsonl": b'{"id": 1, "sequence": ""}\n',
+        "d.tsv.gz": gzip.compress(b"sequence\nJA\n"),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    inputs = [tmp_path / name for name in files]
+    options = PrepareOptions(SourceOptions(drop_empty=True))
+    report = prepare_fasta(inputs, tmp_path / "out", options=options)
+    assert ids(tmp_path / "out" / "train") == ["x", "y", "2"]
+    assert report.lines() == [
+        f"{tmp_path / 'd.tsv.gz'}: has no 'id', so the ids are line numbers",
+        f"{tmp_path / 'out' / 'train'}: 3 sequences, 7 residues; 3 lower-case residues raised, "
+        "1 unknown residues stored as <unk>, 2 sequences dropped",
+    ]
+    manifest = TokenStore(tmp_path / "out" / "train").manifest
+    assert [entry["sequences"] for entry in manifest["sources"]] == [1, 1, 0, 1]
+    assert manifest["dropped_sequences"] == 2
+
+
+def test_progress_goes_through_every_byte_of_both_stages(small_fasta: Path, tmp_path: Path) -> None:
+    stages: dict[str, list[int]] = {}
+
+    class Progress:
+        def __init__(self, stage: str, total: int) -> None:
+            stages[stage] = self.counts = [total, 0]
+
+        def __enter__(self) -> Progress:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, n: int) -> None:
+            self.counts[1] += n
+
+    table = tmp_path / "t.csv"  # its header is read twice, and counts once
+    table.write_text("sequence\nMK\n")
+    prepare_fasta([small_fasta, table], tmp_path / "out", open_progress=Progress)
+    read = small_fasta.stat().st_size + table.stat().st_size
+    assert stages == {"read": [read, read], "merge": [212, 212]}
+
+
+@pytest.mark.parametrize("name", ["p.fasta", "p.fasta.gz", "p.fasta.zst", "p.csv", "p.jsonl.gz", "p.parquet"])
+def test_real_proteins_from_every_format(
+    real_fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(text, "BLOCK_BYTES", 300_000)
+    with dnaio.open(real_fasta) as reference:
+        expected = [(record.id, record.sequence) for record in reference]
+    content = real_fasta.read_bytes()
+    if name.startswith("p.jsonl"):
+        content = "".join(json.dumps({"id": i, "sequence": s}) + "\n" for i, s in expected).encode()
+    elif name == "p.csv":
+        content = "".join(f"{i},{s}\r\n" for i, s in [("id", "sequence"), *expected]).encode()
+    if name.endswith(".gz"):
+        content = gzip.compress(content, 1)
+    elif name.endswith(".zst"):
+        content = zstd.compress(content)
+    path = tmp_path / name
+    path.write_bytes(content)
+    if name == "p.parquet":
+        columns = dict(zip(("id", "sequence"), map(list, zip(*expected, strict=True)), strict=True))
+        pq.write_table(pa.table(columns), path, row_group_size=3000)
+    prepare_fasta([path], tmp_path / "out", options=PrepareOptions(workers=2))
+    store = TokenStore(tmp_path / "out" / "train")
+    found = [(store.id(i), tokenizer.decode(store.residues(i))) for i in range(len(store))]
+    assert found == [(i, sequence.upper()) for i, sequence in expected]
+    assert len(found) == 8000
 
 
 def test_real_proteins_are_stored_exactly(real_fasta: Path, tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import torch
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.load import run_from_yaml
-from esm2mega.data.prepare import prepare_fasta
+from esm2mega.data.prepare import PrepareOptions, prepare_fasta
+from esm2mega.data.records import SourceOptions
 from esm2mega.data.simulate import FamilySpec, simulate_families
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import MachineError, UserError
 from esm2mega.train import pretrain as module
+from esm2mega.train.evaluate import evaluate_checkpoint
 from esm2mega.train.pretrain import find_init, find_resume, pretrain
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import tiny_run
@@ -236,6 +238,44 @@ def test_a_small_model_gets_below_residue_frequencies(tmp_path: Path) -> None:
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert last["kind"] == "eval"
     assert last["valid_loss"] < last["unigram_loss"] - 0.05
+
+
+def _csv(path: Path, numbers: range) -> Path:
+    rows = "".join(f"p{i},MKTLAGVSER{'ACDEFGHIKL' * (i % 3)}{'LAGVSERTID'[i:]}\n" for i in numbers)
+    path.write_text(f"name,aa\n{rows}")
+    return path
+
+
+def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained and evaluated as from stores of the same proteins, bit by bit."""
+    train, valid = _csv(tmp_path / "train.csv", range(8)), _csv(tmp_path / "valid.csv", range(7, 10))
+    columns = SourceOptions(sequence_column="aa", id_column="name")
+    stores = {}
+    for path in (train, valid):
+        prepare_fasta([path], tmp_path / path.stem, options=PrepareOptions(columns))
+        stores[path] = tmp_path / path.stem / "train"
+    changes = ("data.sequence_column=aa", "data.id_column=name", "train.max_steps=2", "train.eval_every=1")
+    files = tiny_run(f"data.train={train}", f"data.valid={valid}", *changes, run_dir=tmp_path / "a" / "run")
+    pretrain(files)
+    said = capsys.readouterr().err
+    assert f"data.train: {train} is prepared, once, into {tmp_path / 'a' / 'prepared'}" in said
+    given = (f"data.train={stores[train]}", f"data.valid={stores[valid]}")
+    pretrain(tiny_run(*given, *changes, run_dir=tmp_path / "b" / "run"))
+    first, second = (_weights(layout.step_dir(tmp_path / name / "run", 2)) for name in "ab")
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+    of_file = evaluate_checkpoint(files.run_dir, valid)
+    of_store = evaluate_checkpoint(files.run_dir, stores[valid])
+    assert {**of_file, "data": None} == {**of_store, "data": None}
+
+
+def test_validation_on_the_training_proteins_is_refused(finished: TinyRun, tmp_path: Path) -> None:
+    shutil.copytree(finished.train, tmp_path / "copy")
+    run = tiny_run(
+        f"data.train={finished.train}", f"data.valid={tmp_path / 'copy'}", run_dir=tmp_path / "run"
+    )
+    with pytest.raises(UserError, match="holds the same proteins as data.train"):
+        pretrain(run)
 
 
 def test_training_data_must_be_given(tmp_path: Path) -> None:

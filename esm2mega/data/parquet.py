@@ -1,0 +1,104 @@
+"""Parquet tables, one block per row group; needs the `parquet` extra."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esm2mega.data.records import (
+    Block,
+    ByteProgress,
+    Record,
+    RowSource,
+    SourceOptions,
+    find_columns,
+    table_record,
+)
+from esm2mega.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
+_BATCH_ROWS = 4096
+
+
+class ParquetReader(RowSource):
+    """Rows of a Parquet file; text columns, and integers for ids."""
+
+    def __init__(
+        self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
+    ) -> None:
+        """Reads the schema; raises UserError when a column is missing or of another type."""
+        super().__init__(path, progress)
+        self._check_file(self.path, "Parquet")
+        self._options = options
+        with self._opened() as file:
+            schema = file.schema_arrow
+            self._sequence, self._id = find_columns(self.path, schema.names, options)
+            self._check_type(self._sequence, schema.field(self._sequence).type, integers=False)
+            if self._id is not None:
+                self._check_type(self._id, schema.field(self._id).type, integers=True)
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        self._starts = [0, *itertools.accumulate(groups)]
+        if not self._starts[-1]:
+            raise UserError(f"{self.path}: has no rows; give a table with sequences")
+
+    def notes(self) -> list[str]:
+        return [f"{self.path}: has no 'id', so the ids are row numbers"] if self._id is None else []
+
+    def records(self, block: Block) -> Iterator[Record]:
+        columns = [self._sequence] if self._id is None else [self._sequence, self._id]
+        row = block.line
+        with self._opened() as file:
+            # To the right of the empty groups, which begin at the same row.
+            group = bisect.bisect_right(self._starts, block.line - 1) - 1
+            for batch in file.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False):
+                cells = batch.to_pydict()
+                names = range(row, row + len(batch)) if self._id is None else cells[self._id]
+                for line, (name, sequence) in enumerate(zip(names, cells[self._sequence], strict=True), row):
+                    yield table_record(self, self._options, line, _text(name), _text(sequence))
+                row += len(batch)
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        return [(a, b) for a, b in zip(self._starts, self._starts[1:], strict=False) if b > a]
+
+    def _reading(self) -> str:
+        return repr((self._options, self._id))
+
+    def _check_type(self, column: str, found: pyarrow.DataType, integers: bool) -> None:
+        import pyarrow.types as kinds
+
+        if kinds.is_dictionary(found):
+            found = found.value_type
+        text = (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)
+        if any(is_kind(found) for is_kind in text) or (integers and kinds.is_integer(found)):
+            return
+        option = "--id-column" if integers else "--sequence-column"
+        raise UserError(
+            f"{self.path}: the column {column!r} holds {found}, not text; name another with {option}"
+        )
+
+    @contextmanager
+    def _opened(self) -> Iterator[pyarrow.parquet.ParquetFile]:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise UserError(
+                f"{self.path}: reading Parquet needs pyarrow; install it with "
+                "`pip install 'esm2mega[parquet]'`"
+            ) from None
+        try:
+            with pyarrow.parquet.ParquetFile(self.path, memory_map=True) as file:
+                yield file
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.path}: is not a readable Parquet file ({reason})") from None
+
+
+def _text(cell: object) -> object:
+    return cell.decode("utf-8", errors="surrogateescape") if isinstance(cell, bytes) else cell
