@@ -128,7 +128,9 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    if "unexpected pos" in str(error):  # how PyTorch's writer of tensors words a write that was cut short
+    # How PyTorch's writer of tensors words a write that was cut short, and how Megatron-Core 0.19 words any
+    # failure of its writing processes.
+    if "unexpected pos" in str(error) or "Worker failure" in str(error):
         return "a file could not be written whole: the disk is full, or the file reached a size limit"
     for known in ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied"):
         if known in str(error):
@@ -153,6 +155,7 @@ def load_training_state(checkpoint: Path, model: Sequence[Any], optimizer: Megat
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     settings = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
+    _adopt_rates(state, optimizer)
     optimizer.load_state_dict(state)
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)
@@ -160,6 +163,17 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
         for own in part.optimizer.state.values():
             # Loading gave every parameter the same tensor, which each of them would then count up.
             own["step"] = own["step"].clone()
+
+
+def _adopt_rates(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Give the loaded groups the bounds of the learning rate of this start.
+
+    Megatron-Core 0.19 finds the loaded group of each of its own by them, and refuses other ones.
+    """
+    configured = {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")}
+    for holder in (state, state.get("optimizer", {})):
+        for group in holder.get("param_groups", []):
+            group.update({key: value for key, value in configured.items() if key in group})
 
 
 def _make_loadable(optimizer: MegatronOptimizer) -> None:
