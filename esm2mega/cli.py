@@ -259,6 +259,72 @@ def inspect(path: str) -> None:
     click.echo(inspect_path(path))
 
 
+@cli.command(short_help="Prove that every parallel layout trains the same model, on CPU processes.")
+@click.option(
+    "--layouts",
+    metavar="GROUP|random:N",
+    help="ci, more, resume, bf16 (several with commas), all, or N random ones; by default all.",
+)
+@click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")
+@click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline stages.")
+@click.option("--vpp", type=click.IntRange(1), metavar="N", help="Pieces per pipeline stage.")
+@click.option("--dp", type=click.IntRange(1), metavar="N", help="Data-parallel size.")
+@click.option("--sp", is_flag=True, default=None, help="Sequence parallelism.")
+@click.option(
+    "--packed",
+    type=click.Choice(["1", "2", "3", "4", "6", "12", "auto"]),
+    is_flag=False,
+    flag_value="auto",
+    metavar="[K]",
+    help="Proteins per micro-batch, a divisor of 12; without a number some. The reference has one.",
+)
+@click.option("--distributed-optimizer", is_flag=True, default=None, help="Sharded optimizer state.")
+@click.option("--recompute", type=click.Choice(["none", "selective", "full"]), help="Recomputation.")
+@click.option(
+    "--layers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Layers of the model; by default 5, and with --vpp one for each piece.",
+)
+@click.option("--precision", type=click.Choice(["fp64", "bf16"]), help="Of one layout; by default fp64.")
+@click.option("--seed", type=click.IntRange(0), default=1234, show_default=True, help="Of everything random.")
+@click.option("--processes", type=click.IntRange(1), metavar="N", help="Limit; by default 4.")
+@click.option("--json", "out", metavar="FILE", help="Also write all numbers to this file.")
+@_single_process
+def prove(
+    layouts: str | None, seed: int, processes: int | None, out: str | None, precision: str | None, **axes: Any
+) -> None:
+    """Train a small ESM-2 at parallel layouts and compare every loss, gradient, weight and checkpoint with
+    those of one process.
+
+    Either a group of layouts, or one: esm2mega prove --tp 2 --pp 2 --sp
+    """
+    from esm2mega.prove.layouts import layout_from_options
+    from esm2mega.prove.training import SETTINGS
+    from esm2mega.prove.trials import Trial
+
+    chosen: dict[str, Any] = {name: value for name, value in axes.items() if value}
+    one = bool(chosen or precision)
+    if layouts is not None and one:
+        option = next(iter(chosen), "precision").replace("_", "-")
+        raise UserError(f"--layouts {layouts} and --{option} exclude each other; give one of them")
+    if one:
+        # Refused before PyTorch is imported.
+        layout = layout_from_options(chosen, SETTINGS)
+        trials = [Trial((layout,), precision or "fp64")]
+        processes = processes or layout.processes
+
+    from esm2mega.prove.command import PROCESSES, choose_trials
+    from esm2mega.prove.command import prove as run_prove
+
+    processes = processes or PROCESSES
+    if not one:
+        trials = choose_trials(layouts or "all", seed, processes)
+    shrink = (layouts or "").startswith("random")
+    if not run_prove(trials, seed, processes, out, shrink):
+        raise click.exceptions.Exit(1)
+
+
 @cli.command(short_help="Curves of a run as PNG and HTML.")
 @click.argument("run_dir")
 @_single_process
@@ -295,6 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Of Megatron-Core's use of PyTorch's checkpoints; nothing that a user could change.
     for category in (FutureWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=r"torch\.distributed\.checkpoint\.")
+    # Reading a checkpoint in one process is what `inspect` and `prove` intend.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
         # Not standalone: click would print its own multi-line usage errors and exit by itself.
         code = cli.main(

@@ -6,22 +6,28 @@ import logging
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.distributed_state import make_loadable, places_without_padding, separate_steps
 from esm2mega.checkpoint.metadata import check_metadata
+from esm2mega.checkpoint.optimizer_form import (
+    ask_for,
+    form_of_names,
+    form_of_optimizer,
+    ignored,
+    translate,
+)
+from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.schema import Run
 from esm2mega.errors import MachineError, UserError
 from esm2mega.parallel.errors import lost_peer
@@ -55,6 +61,9 @@ _EXTRA_STATE = "_extra_state"
 read.
 """
 
+_SHOWN = 4
+"""Names of tensors that an error lists."""
+
 _SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps", "fused")
 """What a parameter group takes from the configuration of this start, not from the checkpoint."""
 
@@ -84,11 +93,9 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             (partial / layout.MODEL).mkdir(parents=True)
         _agree(failure)
-        dist_checkpointing.save(
-            _sharded_state(model, optimizer, is_loading=False),
-            str(partial / layout.MODEL),
-            content_metadata=_SHARDING,
-        )
+        with places_without_padding(optimizer):
+            state_of_ranks = _sharded_state(model, optimizer, is_loading=False)
+        dist_checkpointing.save(state_of_ranks, str(partial / layout.MODEL), content_metadata=_SHARDING)
         if speaks:
             layout.write_description(partial, run, state)
             layout.complete(partial, directory)
@@ -146,11 +153,14 @@ def load_training_state(checkpoint: Path, model: Sequence[Any], optimizer: Megat
     Raises:
         UserError: Missing, unexpected or unreadable tensors.
     """
-    _make_loadable(optimizer)
+    make_loadable(optimizer)
+    own, saved = form_of_optimizer(optimizer), form_of_names(TensorReader(checkpoint).index)
     wanted = _sharded_state(model, optimizer, is_loading=True)
-    loaded = _load(checkpoint, wanted, StrictHandling.RAISE_ALL)
+    ask_for(wanted["optimizer"], saved, own)
+    loaded = _load(checkpoint, wanted, lambda name: not ignored(name, saved, own))
+    # The weights first: main weights that the checkpoint lacks are views of them.
     _put_weights(model, loaded)
-    _load_optimizer(optimizer, loaded["optimizer"])
+    _load_optimizer(optimizer, translate(loaded["optimizer"], saved, own))
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
@@ -159,10 +169,7 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
     optimizer.load_state_dict(state)
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)
-    for part in _sharded_torch_adams(optimizer):
-        for own in part.optimizer.state.values():
-            # Loading gave every parameter the same tensor, which each of them would then count up.
-            own["step"] = own["step"].clone()
+    separate_steps(optimizer)
 
 
 def _adopt_rates(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
@@ -176,38 +183,6 @@ def _adopt_rates(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
             group.update({key: value for key, value in configured.items() if key in group})
 
 
-def _make_loadable(optimizer: MegatronOptimizer) -> None:
-    """Let Megatron-Core's sharded optimizer load into PyTorch's Adam, whose step count is among the tensors.
-
-    Two places assume the fused Adams of apex or Transformer Engine, which do not: the step count is read from
-    a state that does not exist before the first step, and the count is expected among the loaded tensors,
-    where it is not.
-    """
-    for part in _sharded_torch_adams(optimizer):
-        for parameter in part.get_parameters():
-            state = part.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        part._set_main_param_and_optimizer_states = partial(
-            _set_states, part, type(part)._set_main_param_and_optimizer_states
-        )
-
-
-def _set_states(
-    part: Any, original: Callable[..., None], model_parameter: torch.Tensor, tensors: dict[str, torch.Tensor]
-) -> None:
-    original(part, model_parameter, {**part._get_main_param_and_optimizer_states(model_parameter), **tensors})
-
-
-def _sharded_torch_adams(optimizer: MegatronOptimizer) -> list[Any]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [
-        p for p in parts if isinstance(p, DistributedOptimizer) and isinstance(p.optimizer, torch.optim.AdamW)
-    ]
-
-
 def load_weights(checkpoint: Path, model: Sequence[Any]) -> None:
     """Restore weights alone, in place. Optimizer tensors in the checkpoint are not read.
 
@@ -215,22 +190,19 @@ def load_weights(checkpoint: Path, model: Sequence[Any]) -> None:
         UserError: A weight is missing, or the checkpoint holds one that the model has no place for.
     """
     wanted = _sharded_state(model, None, is_loading=True)
-    # Megatron-Core speaks of the model's side: what it calls missing is in the checkpoint, and not asked for.
-    loaded, unexpected, missing = _load(checkpoint, wanted, StrictHandling.RETURN_ALL)
-    unexpected = {key for key in unexpected if not key.startswith("optimizer.")}
-    if missing or unexpected:
-        raise UserError(
-            f"{checkpoint}: tensors do not fit the model: missing {sorted(missing)}, "
-            f"unexpected {sorted(unexpected)}"
-        )
-    _put_weights(model, loaded)
+    _put_weights(model, _load(checkpoint, wanted, lambda name: not name.startswith("optimizer.")))
 
 
-def _load(checkpoint: Path, wanted: dict[str, Any], strict: StrictHandling) -> Any:
+def _load(checkpoint: Path, wanted: dict[str, Any], matters: Callable[[str], bool]) -> dict[str, Any]:
+    """The tensors of `wanted`; one that is missing is an error, and one too many that `matters`."""
     model_dir = checkpoint / layout.MODEL
     check_metadata(model_dir)
     try:
-        return dist_checkpointing.load(wanted, str(model_dir), strict=strict)
+        # Megatron-Core speaks of the model's side: what it calls missing is in the checkpoint, and not asked
+        # for.
+        loaded, unexpected, missing = dist_checkpointing.load(
+            wanted, str(model_dir), strict=StrictHandling.RETURN_ALL
+        )
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{model_dir}: common.pt is not a file of plain values; use an earlier checkpoint"
@@ -240,6 +212,19 @@ def _load(checkpoint: Path, wanted: dict[str, Any], strict: StrictHandling) -> A
             raise
         logging.getLogger(__name__).debug("loading %s failed", model_dir, exc_info=error)
         raise UserError(f"{model_dir}: cannot be loaded into this model: {_reason(error)}") from error
+    unexpected = {name for name in unexpected if matters(name)}
+    if missing or unexpected:
+        raise UserError(
+            f"{model_dir}: cannot be loaded into this model: missing {_some(missing)}, "
+            f"unexpected {_some(unexpected)}"
+        )
+    return loaded
+
+
+def _some(names: set[str]) -> str:
+    """A list fit for one line."""
+    shown = sorted(names)[:_SHOWN]
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else str(shown)
 
 
 def _put_weights(model: Sequence[Any], loaded: dict[str, Any]) -> None:

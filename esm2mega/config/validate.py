@@ -230,18 +230,11 @@ def _check_model(run: Run) -> None:
             f"model.attention_backend={model.attention_backend} computes in half precision only, but "
             f"model.precision={model.precision}; set model.precision=bf16 or model.attention_backend=auto"
         )
-    if model.precision == "fp64":
-        # Neither Transformer Engine nor megatron-core's distributed optimizer supports double precision.
-        if "te" in (model.layer_spec, model.attention_backend):
-            raise UserError(
-                "model.precision=fp64 does not exist in Transformer Engine; "
-                "set model.layer_spec=local and model.attention_backend=sdpa"
-            )
-        if run.parallel.distributed_optimizer:
-            raise UserError(
-                "parallel.distributed_optimizer=true does not support model.precision=fp64; "
-                "set parallel.distributed_optimizer=false or model.precision=fp32"
-            )
+    if model.precision == "fp64" and "te" in (model.layer_spec, model.attention_backend):
+        raise UserError(
+            "model.precision=fp64 does not exist in Transformer Engine; "
+            "set model.layer_spec=local and model.attention_backend=sdpa"
+        )
 
 
 def _check_layout(run: Run) -> None:
@@ -258,10 +251,11 @@ def _check_layout(run: Run) -> None:
                 f"model.{name}={value} is not divisible by parallel.tensor_model_parallel_size={tp}; "
                 f"choose one of {_layout_list(shape.num_attention_heads, shape.ffn_hidden_size)}"
             )
-    if shape.num_layers % pp:
+    if shape.num_layers < pp:
         raise UserError(
-            f"model.num_layers={shape.num_layers} is not divisible by "
-            f"parallel.pipeline_model_parallel_size={pp}; choose one of {_layout_list(shape.num_layers)}"
+            f"model.num_layers={shape.num_layers} is smaller than "
+            f"parallel.pipeline_model_parallel_size={pp}, but every stage needs a layer; "
+            f"set parallel.pipeline_model_parallel_size={shape.num_layers} or less"
         )
     if vpp is not None:
         if pp == 1:
@@ -274,7 +268,7 @@ def _check_layout(run: Run) -> None:
                 f"model.num_layers={shape.num_layers} is not divisible by "
                 f"parallel.pipeline_model_parallel_size={pp} x "
                 f"parallel.virtual_pipeline_model_parallel_size={vpp} = {pp * vpp}; "
-                f"for this pipeline size choose one of {_layout_list(shape.num_layers // pp)}"
+                f"{_virtual_cure(shape.num_layers, pp)}"
             )
     if parallel.sequence_parallel:
         if tp == 1:
@@ -288,6 +282,12 @@ def _check_layout(run: Run) -> None:
                 f"parallel.tensor_model_parallel_size={tp}, which parallel.sequence_parallel=true needs; "
                 f"set train.micro_batch_tokens={-(-run.train.micro_batch_tokens // tp) * tp}"
             )
+
+
+def _virtual_cure(num_layers: int, pp: int) -> str:
+    if num_layers % pp:
+        return "set parallel.virtual_pipeline_model_parallel_size=null, which allows stages of unequal length"
+    return f"for this pipeline size choose one of {_layout_list(num_layers // pp)}"
 
 
 def _layout_list(*dimensions: int) -> str:

@@ -16,8 +16,9 @@ from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, ParallelConfig
 from esm2mega.model import layer_spec
 from esm2mega.model.attention import choose_kernel
-from esm2mega.model.esm2 import ESM2Model, stage_flags
+from esm2mega.model.esm2 import ESM2Model, padded_vocab_size, stage_flags
 from esm2mega.model.init import initialize_parameters
+from esm2mega.model.pipeline_split import pipeline_layout, split_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -43,6 +44,8 @@ def transformer_config(
     dtype = DTYPES[model.precision]
     shape = shape_of(model)
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    stages = parallel.pipeline_model_parallel_size
+    counts = split_layers(shape, stages, padded_vocab_size(parallel.tensor_model_parallel_size))
     return ESM2TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -65,7 +68,9 @@ def transformer_config(
         output_layer_init_method=_leave_unset,
         embedding_init_method=_leave_unset,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_size=stages,
+        # The chunks of an interleaved pipeline are all equal, which is Megatron-Core's own split.
+        pipeline_model_parallel_layout=None if interleaved or stages == 1 else pipeline_layout(counts),
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # Loss functions return sums and counts; gradients are divided once, by the global count.

@@ -249,7 +249,9 @@ class Replace(Row):
 
 
 _FLOAT = _OneOf("torch.FloatTensor", "torch.DoubleTensor")
-"""Gradient clipping knows fp32 alone; the fp64 proofs go through the same function."""
+"""Gradient clipping and the distributed optimizer know fp32 alone; the fp64 proofs go through the same
+functions.
+"""
 
 ROWS: tuple[Row, ...] = (
     Constant("megatron.core.pipeline_parallel.schedules", "token counter of every schedule", "cuda", "cpu"),
@@ -313,7 +315,7 @@ ROWS: tuple[Row, ...] = (
         "megatron.core.optimizer.distrib_optimizer",
         "fp32 shards are views",
         "torch.cuda.FloatTensor",
-        "torch.FloatTensor",
+        _FLOAT,
     ),
     Namespace("megatron.core.optimizer.distrib_optimizer", "gather buffers of reshardable checkpoints"),
     Namespace("megatron.core.dist_checkpointing.strategies.filesystem_async", "synchronize before writing"),

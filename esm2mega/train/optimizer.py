@@ -12,8 +12,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from esm2mega.config.schema import ModelConfig, OptimConfig, ParallelConfig, Run, ScheduleConfig
+from esm2mega.errors import UserError
 from esm2mega.model.build import DTYPES
 from esm2mega.model.esm2 import ESM2Model
+from esm2mega.parallel.fp64 import keep_fp64
 
 
 def wrap_data_parallel(
@@ -42,8 +44,17 @@ def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwa
 
 
 def build_optimizer(config: OptimConfig, run: Run, model: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Adam with decoupled weight decay on matrices, none on biases and LayerNorms; fused with apex or TE."""
+    """Adam with decoupled weight decay on matrices, none on biases and LayerNorms; fused with apex or TE.
+
+    Raises:
+        UserError: The distributed optimizer in fp64 on a GPU.
+    """
     precision = run.model.precision
+    if precision == "fp64" and run.parallel.distributed_optimizer and next(model[0].parameters()).is_cuda:
+        raise UserError(
+            "parallel.distributed_optimizer=true has no fp64 on a GPU; "
+            "set parallel.distributed_optimizer=false or model.precision=fp32"
+        )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=config.name,
@@ -68,6 +79,8 @@ def build_optimizer(config: OptimConfig, run: Run, model: list[DistributedDataPa
             # small ops.
             for group in part.optimizer.param_groups:
                 group["fused"] = True
+    if precision == "fp64":
+        keep_fp64(optimizer)
     return optimizer
 
 

@@ -37,8 +37,12 @@ from esm2mega.train.optimizer import build_optimizer, build_schedule, wrap_data_
 from esm2mega.train.step import StepResult, TrainState
 
 
-def pretrain(run: Run) -> LoopState:
+def pretrain(run: Run, observe: Callable[[list[Any]], None] | None = None) -> LoopState:
     """Train as configured; every process of the world calls this with the same, validated configuration.
+
+    Args:
+        run: The configuration.
+        observe: See `esm2mega.train.step.TrainState`.
 
     Returns:
         The final state of the loop, the same on every rank.
@@ -60,7 +64,7 @@ def pretrain(run: Run) -> LoopState:
     resume_from = find_resume(run)
     init_from = find_init(run) if resume_from is None else None
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, train_stores, held_out, resume_from, init_from)
+        return _train(run, ranks, train_stores, held_out, resume_from, init_from, observe)
 
 
 def _open_held_out(run: Run, split: str, path: str, train_stores: list[TokenStore]) -> TokenStore:
@@ -96,15 +100,15 @@ def _train(
     held_out: dict[str, TokenStore],
     resume_from: Path | None,
     init_from: Path | None,
+    observe: Callable[[list[Any]], None] | None,
 ) -> LoopState:
     chunks = build_model(run.model, run.parallel, ranks.device, run.seed)
     if init_from is not None:
         load_weights(init_from, chunks)
     model = wrap_data_parallel(chunks, run.model, run.parallel)
     optimizer = build_optimizer(run.optim, run, model)
-    state = TrainState(
-        model, optimizer, build_schedule(run.schedule, run.optim, optimizer), MLMLossReduction(), ranks.device
-    )
+    schedule = build_schedule(run.schedule, run.optim, optimizer)
+    state = TrainState(model, optimizer, schedule, MLMLossReduction(), ranks.device, observe)
     spec = _batch_spec(run)
     loop = LoopState()
     with ExitStack() as stack:

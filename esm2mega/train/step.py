@@ -5,7 +5,7 @@ Legend: ``T`` tokens of a micro-batch (its pack length).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,19 @@ from esm2mega.train.losses import LossReduction
 
 @dataclass
 class TrainState:
-    """Everything a step touches besides data."""
+    """Everything a step touches besides data.
+
+    Attributes:
+        observe: Called in every step with `model` when its gradients are complete (summed over all ranks and
+            divided by the count) and not yet clipped; for proofs and diagnosis.
+    """
 
     model: list[Any]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     loss: LossReduction
     device: torch.device
+    observe: Callable[[list[Any]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ def train_step(state: TrainState, batches: Sequence[PackedBatch]) -> StepResult:
         raise MachineError(
             f"the loss is {metrics['loss']}; lower optim.lr, or look at the last packs of the log"
         )
+    if state.observe is not None:
+        state.observe(state.model)
     _, grad_norm, _ = state.optimizer.step()
     if not _finite(float(grad_norm)):
         raise MachineError(f"the gradient norm is {grad_norm}; lower optim.lr or set optim.clip_grad")

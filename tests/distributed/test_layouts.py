@@ -1,120 +1,57 @@
-"""Every parallel layout trains the same model: losses, gradient norms and weights against one process."""
+"""Every parallel layout trains the same model: the fixed dozen of the proof, and two layouts in bf16."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed.runs import Outcome, train
-
-TP = "parallel.tensor_model_parallel_size"
-PP = "parallel.pipeline_model_parallel_size"
-VPP = "parallel.virtual_pipeline_model_parallel_size"
-SP = "parallel.sequence_parallel"
-DISTRIBUTED_OPTIMIZER = "parallel.distributed_optimizer"
-STEPS = 5
-LR = 2e-3
+from esm2mega.checkpoint.layout import step_dir
+from esm2mega.checkpoint.tensors import TensorReader
+from esm2mega.prove.compare import KINDS, Outcome
+from esm2mega.prove.layouts import Layout
+from esm2mega.prove.prover import Prover, Verdict
+from esm2mega.prove.training import SAVED, STEPS
+from esm2mega.prove.trials import GROUPS, Trial
 
 pytestmark = pytest.mark.distributed
 
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Bounds against the run of one process.
-
-    fp64 and the fp32 losses and norms are relative. The fp32 weights are absolute: Adam divides each gradient
-    by its own running size, so where a gradient is rounding noise around zero the noise decides the sign of
-    an update of up to lr, in each of the five steps. No smaller bound than 2 * 5 * lr holds for a single such
-    weight; but they are few, so nearly all weights must agree closely as well.
-    """
-
-    fp64: float = 1e-10
-    fp32_curve: float = 1e-5
-    fp32_weight: float = 2 * STEPS * LR
-    fp32_typical_weight: float = 1e-5
-    fp32_untypical_share: float = 1e-3
-
-
-TOLERANCE = Tolerance()
-
-
-@dataclass(frozen=True)
-class Layout:
-    name: str
-    world_size: int
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-LAYOUTS = [
-    Layout("TP2", 2, {TP: 2}),
-    Layout("PP2", 2, {PP: 2}),
-    Layout("TP2xPP2", 4, {TP: 2, PP: 2}),
-    Layout("TP2+SP", 2, {TP: 2, SP: True}),
-    Layout("DP2", 2),
-    Layout("PP2xVPP2", 2, {PP: 2, VPP: 2}),
-]
-FP32_ONLY = [
-    Layout("DP2 distributed optimizer", 2, {DISTRIBUTED_OPTIMIZER: True}),
-    Layout("TP2xDP2 distributed optimizer", 4, {TP: 2, DISTRIBUTED_OPTIMIZER: True}),
-]
-
-
-def _name(layout: Layout) -> str:
-    return layout.name
+BF16 = (
+    Trial((Layout(tp=2, sp=True, packed=3),), "bf16"),
+    Trial((Layout(dp=2, packed=3, distributed_optimizer=True),), "bf16"),
+)
+TRIALS = (*GROUPS["ci"], *BF16)
 
 
 @pytest.fixture(scope="module")
-def fp64(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Outcome:
-    return train(tmp_path_factory.mktemp("fp64") / "one", store, {"model.precision": "fp64"})
+def verdicts(prover: Prover) -> dict[Trial, Verdict]:
+    return {verdict.trial: verdict for verdict in prover.judge(TRIALS)}
 
 
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Outcome:
-    return train(tmp_path_factory.mktemp("fp32") / "one", store, {"model.precision": "fp32"})
+@pytest.mark.parametrize("trial", TRIALS, ids=str)
+def test_equals_one_process(trial: Trial, verdicts: dict[Trial, Verdict]) -> None:
+    verdict = verdicts[trial]
+    assert verdict.error is None
+    assert {difference.kind for difference in verdict.worst} == set(KINDS), "something was not compared"
+    assert verdict.passed, f"{verdict.largest.value:.1e} in {verdict.largest}"
 
 
-def relative(actual: list[float], expected: list[float]) -> float:
-    assert len(actual) == len(expected) == STEPS
-    return max(abs(a - e) / abs(e) for a, e in zip(actual, expected, strict=True))
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    reader = TensorReader(checkpoint)
+    return {name: reader.read(name) for name in reader.index if not name.startswith("optimizer.")}
 
 
-def train_on_curve(
-    layout: Layout, precision: str, reference: Outcome, store: Path, run_dir: Path, tolerance: float
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Train at `layout`, check the curve, and return the weights of this run and of the reference."""
-    run = train(run_dir, store, {**layout.settings, "model.precision": precision}, layout.world_size)
-    assert relative(run.losses, reference.losses) <= tolerance
-    assert relative(run.grad_norms, reference.grad_norms) <= tolerance
-    actual, expected = run.weights(STEPS), reference.weights(STEPS)
-    assert actual.keys() == expected.keys()
-    return actual, expected
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=_name)
-def test_fp64_equals_one_process(layout: Layout, fp64: Outcome, store: Path, tmp_path: Path) -> None:
-    actual, expected = train_on_curve(layout, "fp64", fp64, store, tmp_path / "run", TOLERANCE.fp64)
-    for name, value in expected.items():
-        assert value.dtype == torch.float64, name
-        difference = (actual[name] - value).abs().max() / value.abs().max()
-        assert difference <= TOLERANCE.fp64, f"{name}: {difference:.1e}"
-
-
-@pytest.mark.parametrize("layout", [*LAYOUTS[:5], *FP32_ONLY], ids=_name)
-def test_fp32_equals_one_process(layout: Layout, fp32: Outcome, store: Path, tmp_path: Path) -> None:
-    actual, expected = train_on_curve(layout, "fp32", fp32, store, tmp_path / "run", TOLERANCE.fp32_curve)
-    differences = torch.cat([(actual[name] - value).abs().flatten() for name, value in expected.items()])
-    assert differences.max() <= TOLERANCE.fp32_weight
-    untypical = (differences > TOLERANCE.fp32_typical_weight).double().mean().item()
-    assert untypical <= TOLERANCE.fp32_untypical_share, f"{untypical:.1e} of the weights differ by more"
-
-
-def test_training_changed_every_trainable_tensor(fp64: Outcome, store: Path, tmp_path: Path) -> None:
-    """Equal weights prove nothing unless the steps moved all of them."""
-    start = train(tmp_path / "run", store, {"model.precision": "fp64", "optim.lr": 1e-300})
-    first, last = start.weights(STEPS), fp64.weights(STEPS)
-    unmoved = [name for name, value in last.items() if torch.equal(value, first[name])]
-    assert unmoved == ["rotary.inv_freq"]
+def test_training_moves_everything_that_is_compared(prover: Prover, verdicts: dict[Trial, Verdict]) -> None:
+    """Equal numbers prove nothing unless the steps make them."""
+    reference = prover.reference(GROUPS["ci"][0])
+    assert isinstance(reference, Outcome)
+    (seen,) = reference.ranks
+    gradients = [values for step in seen["gradients"] for _, _, _, values in step.values()]
+    assert len(seen["gradients"]) == STEPS
+    assert all(values.dtype == torch.float64 and values.abs().max() > 1e-8 for values in gradients)
+    first, last = (tensors(step_dir(reference.run_dir, step)) for step in (SAVED, STEPS))
+    assert [name for name, value in last.items() if torch.equal(value, first[name])] == ["rotary.inv_freq"]
+    norms = [record["grad_norm"] for (kind, _), record in reference.records.items() if kind == "train"]
+    assert min(norms) > 0.1, "clipping never acted"
+    assert reference.state["loop.evaluations_without_improvement"] == 1

@@ -1,6 +1,4 @@
-"""A killed run goes on as if nothing had happened, at the same layout bit by bit, and at another on the same
-curve.
-"""
+"""A killed run goes on as if nothing had happened: at the same layout bit by bit, at another to rounding."""
 
 from __future__ import annotations
 
@@ -15,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from esm2mega.prove.compare import KINDS
+from esm2mega.prove.prover import Prover, Verdict
+from esm2mega.prove.trials import GROUPS, Trial
 from tests.distributed.runs import SETTINGS, Outcome, full_tensors, outcome, train
-from tests.distributed.test_layouts import DISTRIBUTED_OPTIMIZER, PP, SP, TOLERANCE, TP
 from tests.ranks import end_ranks, start_ranks
 
 pytestmark = pytest.mark.distributed
@@ -76,37 +76,20 @@ def test_kill_and_resume_is_bit_identical(unbroken: Outcome, store: Path, tmp_pa
     assert [name for name, value in expected.items() if not torch.equal(actual[name], value)] == []
 
 
-@pytest.mark.parametrize(
-    ("world_size", "layout"),
-    [(2, {TP: 2, SP: True}), (2, {PP: 2}), (4, {TP: 2})],
-    ids=["TP2+SP", "PP2", "TP2xDP2"],
-)
-def test_resume_at_another_layout(
-    unbroken: Outcome, store: Path, tmp_path: Path, world_size: int, layout: dict[str, Any]
-) -> None:
-    run_dir = back_to_step_5(unbroken.run_dir, tmp_path / "run")
-    train(run_dir, store, {**settings(store), **layout}, world_size)
-    resumed = outcome(run_dir)
-    assert len(resumed.losses) == 10
-    assert (
-        max(abs(a - b) / b for a, b in zip(resumed.losses, unbroken.losses, strict=True))
-        <= TOLERANCE.fp32_curve
-    )
-    assert (
-        max(abs(a - b) / b for a, b in zip(resumed.grad_norms, unbroken.grad_norms, strict=True))
-        <= TOLERANCE.fp32_curve
-    )
+@pytest.fixture(scope="module")
+def verdicts(prover: Prover) -> dict[Trial, Verdict]:
+    return {verdict.trial: verdict for verdict in prover.judge(GROUPS["resume"])}
 
 
-def test_resume_distributed_optimizer_at_another_data_parallel_size(store: Path, tmp_path: Path) -> None:
-    sharded = {**settings(store), DISTRIBUTED_OPTIMIZER: True}
-    whole = train(tmp_path / "whole", store, sharded, world_size=2)
-    run_dir = back_to_step_5(whole.run_dir, tmp_path / "run")
-    train(run_dir, store, {**sharded, TP: 2}, world_size=2)
-    resumed = outcome(run_dir)
-    assert (
-        max(abs(a - b) / b for a, b in zip(resumed.losses, whole.losses, strict=True)) <= TOLERANCE.fp32_curve
-    )
+@pytest.mark.parametrize("trial", GROUPS["resume"], ids=str)
+def test_resume_at_another_layout(trial: Trial, verdicts: dict[Trial, Verdict]) -> None:
+    """Data, schedule and early stopping go on, and losses, gradients, weights and optimizer equal those of an
+    unbroken run of one process.
+    """
+    verdict = verdicts[trial]
+    assert verdict.error is None
+    assert {difference.kind for difference in verdict.worst} == set(KINDS), "something was not compared"
+    assert verdict.passed, f"{verdict.largest.value:.1e} in {verdict.largest}"
 
 
 def test_resume_takes_the_optimizer_settings_of_this_start(

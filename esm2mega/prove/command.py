@@ -1,0 +1,190 @@
+"""`esm2mega prove`: choose trials, run them, and say how they ended as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+
+import esm2mega
+from esm2mega.errors import MachineError, UserError
+from esm2mega.prove.layouts import is_possible, random_layouts
+from esm2mega.prove.prover import Prover, Verdict
+from esm2mega.prove.training import SETTINGS
+from esm2mega.prove.trials import GROUPS, Trial
+from esm2mega.prove.workers import Serve
+from esm2mega.report.progress import Progress
+
+PROCESSES = 4
+"""Default limit; no trial of a group needs more."""
+
+_RANDOM = re.compile(r"random:([1-9]\d*)")
+
+Say = Callable[[str], None]
+print_line: Say = partial(print, flush=True)
+
+
+def choose_trials(layouts: str, seed: int, processes: int) -> list[Trial]:
+    """The trials that ``--layouts`` names.
+
+    Args:
+        layouts: A name of `GROUPS`, several with commas, ``all``, or ``random:N``.
+        seed: Of the random ones.
+        processes: Limit of the random ones.
+    """
+    if match := _RANDOM.fullmatch(layouts):
+        return [Trial((layout,)) for layout in random_layouts(int(match[1]), seed, processes, SETTINGS)]
+    names = list(GROUPS) if layouts == "all" else layouts.split(",")
+    for name in names:
+        if name not in GROUPS:
+            raise UserError(
+                f"--layouts {layouts}: no group {name!r}; give {', '.join(GROUPS)}, all, or random:N"
+            )
+    return [trial for name in names for trial in GROUPS[name]]
+
+
+def prove(
+    trials: Sequence[Trial],
+    seed: int,
+    processes: int = PROCESSES,
+    out: str | Path | None = None,
+    shrink: bool = False,
+    say: Say = print_line,
+    serve: Serve | None = None,
+) -> bool:
+    """Run trials, print the table, and write `out`.
+
+    Args:
+        trials: What to prove.
+        seed: Of weights, data and masks.
+        processes: How many may run at a time.
+        out: JSON file.
+        shrink: Look for the smallest layout that fails as the failing ones do.
+        say: Where lines go.
+        serve: See `esm2mega.prove.workers.Workers`.
+
+    Returns:
+        Whether all passed.
+
+    Raises:
+        UserError: A layout is impossible or larger than the limit.
+    """
+    for trial in trials:
+        for layout in trial.layouts:
+            layout.check(SETTINGS)
+        if trial.processes > processes:
+            raise UserError(
+                f"{trial}: needs {trial.processes} processes, --processes allows {processes}; raise it "
+                "(there may be more processes than cores)"
+            )
+    with Prover(processes, seed, serve) as prover:
+        with Progress(len(trials), "prove", "layout") as progress:
+            verdicts = {}
+            for verdict in prover.judge(trials):
+                verdicts[verdict.trial] = verdict
+                progress.update(1)
+        rows = [verdicts[trial] for trial in trials]
+        for line in table(rows):
+            say(line)
+        failed = [row for row in rows if not row.passed]
+        smallest = []
+        if shrink and failed:
+            say(f"Looking for a smaller counterexample than {failed[0].trial}")
+            smallest = [shrunk(prover, failed[0], processes)]
+    say("")
+    for row in [*failed, *smallest]:
+        say(f"{row.trial}: {row.error or f'differs most in {row.largest}'}")
+    for row in smallest or failed:
+        if len(row.trial.layouts) == 1:
+            say(f"repeat: {row.trial.command(seed)}")
+    say(f"{len(rows) - len(failed)} of {len(rows)} passed")
+    if out is not None:
+        _write(Path(out), seed, rows, smallest)
+    return not failed
+
+
+def shrunk(prover: Prover, failed: Verdict, processes: int) -> Verdict:
+    """The failing trial whose every simplification passes, found by trying one after the other."""
+    while True:
+        for layout in failed.trial.layouts[0].simpler():
+            if layout.processes > processes or layout == layout.reference:
+                continue
+            if is_possible(layout, SETTINGS):
+                trial = Trial((layout,), failed.trial.precision, failed.trial.settings)
+                (verdict,) = prover.judge([trial])
+                if not verdict.passed:
+                    failed = verdict
+                    break
+        else:
+            return failed
+
+
+def table(rows: Sequence[Verdict]) -> Iterator[str]:
+    """Lines of text: one per trial, under a header."""
+    cells = [("layout", "processes", "difference", "bound", "largest in", "verdict")]
+    for row in rows:
+        number = "{:.1e}" if row.trial.precision == "fp64" else "{:.1f} x"
+        difference, place = ("-", row.error or "") if row.error else ("", "")
+        if row.error is None:
+            difference, place = number.format(row.largest.value), str(row.largest)
+        cells.append(
+            (
+                str(row.trial),
+                str(row.trial.processes),
+                difference,
+                number.replace(".1", ".0").format(row.bound),
+                place if len(place) < 90 else f"{place[:87]}...",
+                "equal" if row.passed else "DIFFERENT",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _write(out: Path, seed: int, rows: Sequence[Verdict], smallest: Sequence[Verdict]) -> None:
+    content = {
+        "esm2mega": esm2mega.__version__,
+        "megatron_core": megatron.core.__version__,
+        "torch": torch.__version__,
+        "seed": seed,
+        "passed": all(row.passed for row in rows),
+        "rows": [_row(row, seed) for row in rows],
+        "counterexamples": [_row(row, seed) for row in smallest],
+    }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise MachineError(f"{out}: cannot be written: {error.strerror}; choose another --json") from error
+
+
+def _row(row: Verdict, seed: int) -> dict[str, Any]:
+    """Everything about one trial; an infinite difference is null, since JSON has no infinity."""
+    worst = {
+        found.kind: {
+            "value": found.value if found.value < float("inf") else None,
+            "name": found.name,
+            "place": found.place,
+        }
+        for found in row.worst
+    }
+    return {
+        "trial": str(row.trial),
+        "layouts": [asdict(layout) for layout in row.trial.layouts],
+        "precision": row.trial.precision,
+        "settings": list(row.trial.settings),
+        "processes": row.trial.processes,
+        "passed": row.passed,
+        "bound": row.bound,
+        "worst": worst,
+        "error": row.error,
+        "command": row.trial.command(seed) if len(row.trial.layouts) == 1 else None,
+    }

@@ -1,0 +1,211 @@
+"""Two runs of the same training side by side: every number that either of them left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esm2mega.checkpoint.layout import STATE, step_dir
+from esm2mega.checkpoint.tensors import TensorReader
+
+KINDS = ("loss", "gradient norm", "gradient", "weight", "checkpoint", "state")
+"""What is compared: losses (training and validation) and norms of the log; gradients and final weights on
+every process; tensors of the last checkpoint, optimizer included; its ``train_state.json``.
+"""
+
+_LOGGED = {
+    "loss": ("loss", "valid_loss", "unigram_loss"),
+    "gradient norm": ("grad_norm",),
+    "state": ("lr", "consumed_tokens"),
+}
+# A layout with other micro-batches takes another number of them.
+_OF_THE_LAYOUT = ("data.consumed_packs", "data.identity.train.micro_batch_tokens")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one number or tensor is from the reference.
+
+    Attributes:
+        kind: One of `KINDS`.
+        name: Of the number or tensor.
+        place: Step and process, as far as it has them.
+        value: Largest absolute difference over the largest absolute value of the reference; infinite where
+            one side lacks it, and for anything not finite.
+    """
+
+    kind: str
+    name: str
+    place: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}{', ' if self.place else ''}{self.place}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run left its traces.
+
+    Attributes:
+        out: Holds ``rank0.pt`` and so on, see `esm2mega.prove.observe`.
+        run_dir: Of the run.
+        before: Steps of the run that were trained by another process, before a resume.
+        steps: Last step.
+    """
+
+    out: Path
+    run_dir: Path
+    before: int
+    steps: int
+
+    @cached_property
+    def records(self) -> dict[tuple[str, int], dict[str, Any]]:
+        lines = (self.run_dir / "log.jsonl").read_text().splitlines()
+        return {(record["kind"], record["step"]): record for record in map(json.loads, lines)}
+
+    @cached_property
+    def ranks(self) -> list[dict[str, Any]]:
+        count = sum(1 for _ in self.out.glob("rank*.pt"))
+        return [torch.load(self.out / f"rank{rank}.pt", weights_only=True) for rank in range(count)]
+
+    @cached_property
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Whole tensors; main weights under ``main.``, also where they are the model's own."""
+        reader = TensorReader(step_dir(self.run_dir, self.steps))
+        tensors = {name: reader.read(name) for name in reader.index}
+        moved = {"optimizer.state.param.": "main.", "optimizer.state.fp32_param.": "main."}
+        for name in list(tensors):
+            for prefix, canonical in moved.items():
+                if name.startswith(prefix):
+                    tensors[canonical + name.removeprefix(prefix)] = tensors.pop(name)
+        if not any(name.startswith("main.") for name in tensors):
+            averages = [name for name in tensors if name.startswith("optimizer.state.exp_avg.")]
+            for name in (name.removeprefix("optimizer.state.exp_avg.") for name in averages):
+                tensors[f"main.{name}"] = tensors[name]
+        return tensors
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        flat = dict(_flatten(json.loads((step_dir(self.run_dir, self.steps) / STATE).read_text())))
+        return {name: value for name, value in flat.items() if name not in _OF_THE_LAYOUT}
+
+
+def differences(reference: Outcome, trial: Outcome) -> list[Difference]:
+    """All numbers of `trial` against those of `reference`, which is an unbroken run of one process."""
+    return [
+        *_logs(reference, trial),
+        *_pieces(reference, trial),
+        *_tensors(reference.checkpoint, trial.checkpoint),
+        *_states(reference.state, trial.state),
+    ]
+
+
+def worst(found: Iterable[Difference]) -> Difference:
+    """The largest difference."""
+    return max(found, key=lambda difference: difference.value)
+
+
+def _logs(reference: Outcome, trial: Outcome) -> Iterator[Difference]:
+    if reference.records.keys() != trial.records.keys():
+        yield Difference("state", "records of log.jsonl", "", float("inf"))
+        return
+    for (_, step), expected in reference.records.items():
+        actual = trial.records[expected["kind"], step]
+        for kind, names in _LOGGED.items():
+            for name in names:
+                if name in expected:
+                    yield Difference(kind, name, f"step {step}", _relative(actual[name], expected[name]))
+
+
+def _pieces(reference: Outcome, trial: Outcome) -> Iterator[Difference]:
+    """Gradients and weights of every process; together its pieces must cover every tensor."""
+    (whole,) = reference.ranks
+    steps = range(trial.before, reference.steps)
+    if any(len(seen["gradients"]) != len(steps) for seen in trial.ranks):
+        yield Difference("gradient", "of every step", f"not {len(steps)} steps on each process", float("inf"))
+        return
+    for index, step in enumerate(steps):
+        parts = [seen["gradients"][index] for seen in trial.ranks]
+        yield from _kind("gradient", whole["gradients"][step], parts, trial, f"step {step + 1}, ")
+    yield from _kind("weight", whole["weights"], [seen["weights"] for seen in trial.ranks], trial, "")
+
+
+def _kind(
+    kind: str, whole: dict[str, Any], parts: list[dict[str, Any]], trial: Outcome, place: str
+) -> Iterator[Difference]:
+    covered = {name: torch.zeros(shape, dtype=torch.bool) for name, (_, shape, _, _) in whole.items()}
+    for rank, (seen, pieces) in enumerate(zip(trial.ranks, parts, strict=True)):
+        for name, (dimension, shape, begin, values) in pieces.items():
+            where = f"{place}rank {rank}"
+            if name not in whole:
+                yield Difference(kind, name, where, float("inf"))
+                continue
+            expected = whole[name][3].view(whole[name][1])
+            mine, mark = expected, covered[name]
+            if dimension >= 0:
+                mine = mine.chunk(seen["tp_size"], dimension)[seen["tp_rank"]]
+                mark = mark.chunk(seen["tp_size"], dimension)[seen["tp_rank"]]
+            if mine.shape != shape:
+                yield Difference(kind, name, where, float("inf"))
+                continue
+            share = slice(begin, begin + values.numel())
+            # Not views: a share of a flattened slice has no shape of its own.
+            flat = mark.flatten()
+            flat[share] = True
+            mark.copy_(flat.view(shape))
+            yield Difference(kind, name, where, _distance(values, mine.flatten()[share], expected))
+    for name, mark in covered.items():
+        if not mark.all():
+            yield Difference(kind, name, f"{place}not whole on all processes together", float("inf"))
+
+
+def _tensors(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> Iterator[Difference]:
+    for name in expected.keys() | actual.keys():
+        known = name in expected and name in actual and expected[name].shape == actual[name].shape
+        value = _distance(actual[name], expected[name], expected[name]) if known else float("inf")
+        yield Difference("checkpoint", name, "", value)
+
+
+def _states(expected: dict[str, Any], actual: dict[str, Any]) -> Iterator[Difference]:
+    for name in expected.keys() | actual.keys():
+        value = float("inf")
+        if name in expected and name in actual:
+            value = _relative(actual[name], expected[name])
+        # The same number as in the log.
+        logged = name.rpartition(".")[2] == "valid_loss" or name == "loop.best_valid_loss"
+        kind, known = ("loss", "valid_loss") if logged else ("state", name)
+        yield Difference(kind, known, STATE, value)
+
+
+def _relative(actual: Any, expected: Any) -> float:
+    if actual == expected:
+        return 0.0
+    if not isinstance(actual, float) or not isinstance(expected, float) or expected == 0:
+        return float("inf")
+    return _finite(abs(actual - expected) / abs(expected))
+
+
+def _distance(actual: Tensor, expected: Tensor, whole: Tensor) -> float:
+    """Largest difference of two slices over the largest value of the tensor they are cut from."""
+    gap = float((actual.double() - expected.double()).abs().max())
+    return 0.0 if gap == 0 else _finite(gap / (float(whole.double().abs().max()) or float("nan")))
+
+
+def _finite(value: float) -> float:
+    return value if value < float("inf") else float("inf")
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for name, inner in value.items():
+        yield from _flatten(inner, f"{prefix}.{name}" if prefix else name)

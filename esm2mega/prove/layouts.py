@@ -1,0 +1,183 @@
+"""A parallel layout as the proof knows it: its name, its configuration keys, its options, its shrinking."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from esm2mega.config.load import load_run
+from esm2mega.config.validate import validate
+from esm2mega.errors import UserError
+
+PROTEINS_PER_STEP = 12
+"""Of the proven training; the divisors of it are the possible numbers of proteins in a micro-batch."""
+
+_DIVISORS = [k for k in range(1, PROTEINS_PER_STEP + 1) if PROTEINS_PER_STEP % k == 0]
+
+TOKENS_PER_PROTEIN = 64
+"""Longest protein of the proven training, in tokens; shorter ones leave that much of a pack empty."""
+
+LAYERS = 5
+"""Default depth of the proven model: no pipeline but that of five stages splits it evenly."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one training is spread over processes; the defaults are the reference: one process, no packing.
+
+    Attributes:
+        tp: Tensor-parallel size.
+        pp: Pipeline stages.
+        vpp: Pieces per pipeline stage; 1 for the schedule without interleaving.
+        dp: Data-parallel size.
+        sp: Sequence parallelism.
+        packed: Proteins in one micro-batch.
+        distributed_optimizer: Optimizer state sharded over the data-parallel processes.
+        recompute: Activations computed again in the backward pass.
+        layers: Of the model; each number is another training, with a reference of its own.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    dp: int = 1
+    sp: bool = False
+    packed: int = 1
+    distributed_optimizer: bool = False
+    recompute: str = "none"
+    layers: int = LAYERS
+
+    @property
+    def processes(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def reference(self) -> Layout:
+        """The layout of the training that this one must equal."""
+        return Layout(layers=self.layers)
+
+    def __str__(self) -> str:
+        """As in ``TP2 PP2 SP, 3 per pack``."""
+        sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "DP": self.dp}
+        words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        words += ["SP"] * self.sp + ["DO"] * self.distributed_optimizer
+        extras = [f"{self.packed} per pack"] * (self.packed > 1)
+        extras += [f"recompute {self.recompute}"] * (self.recompute != "none")
+        extras += [f"{self.layers} layers"] * (self.layers != LAYERS)
+        return ", ".join([" ".join(words) or "1 process", *extras])
+
+    def settings(self) -> list[str]:
+        """The overrides that make a run of this layout."""
+        virtual = "null" if self.vpp == 1 else self.vpp
+        return [
+            f"model.num_layers={self.layers}",
+            f"model.recompute={self.recompute}",
+            f"parallel.tensor_model_parallel_size={self.tp}",
+            f"parallel.pipeline_model_parallel_size={self.pp}",
+            f"parallel.virtual_pipeline_model_parallel_size={virtual}",
+            f"parallel.sequence_parallel={str(self.sp).lower()}",
+            f"parallel.distributed_optimizer={str(self.distributed_optimizer).lower()}",
+            f"train.micro_batch_tokens={self.packed * TOKENS_PER_PROTEIN}",
+            f"train.global_batch_tokens={PROTEINS_PER_STEP * TOKENS_PER_PROTEIN}",
+        ]
+
+    def options(self) -> list[str]:
+        """The options of ``esm2mega prove`` that ask for this layout."""
+        words: list[str] = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value != entry.default:
+                words.append(f"--{entry.name.replace('_', '-')}")
+                words += [] if value is True else [str(value)]
+        return words
+
+    def check(self, training: list[str]) -> None:
+        """Raise `UserError` where the rules of the configuration refuse it; `training`: further overrides."""
+        validate(load_run(None, [*training, *self.settings()]), self.processes)
+
+    def simpler(self) -> Iterator[Layout]:
+        """Layouts with one axis nearer to the reference, the largest steps first."""
+        plain = Layout()
+        changes: list[dict[str, Any]] = []
+        for name, value in vars(self).items():
+            if (default := getattr(plain, name)) != value:
+                changes.append({name: default})
+            if name in ("tp", "pp", "vpp", "dp", "packed"):
+                changes += [{name: between} for between in range(2, value)]
+        if self.vpp > 1 and self.layers != self.pp * self.vpp:
+            changes.append({"layers": self.pp * self.vpp})
+        for change in changes:
+            layout = replace(self, **change)
+            if self.vpp > 1 and change.keys() & {"pp", "vpp"}:
+                # An interleaved pipeline wants a depth that its pieces divide, any other takes the default.
+                layout = replace(layout, layers=layout.pp * layout.vpp if layout.vpp > 1 else LAYERS)
+            yield layout
+
+
+def layout_from_options(chosen: dict[str, Any], training: list[str]) -> Layout:
+    """The layout of these options of ``esm2mega prove``, by the names of `Layout`.
+
+    Args:
+        chosen: What was given; ``packed`` is text, and ``auto`` for the smallest number above 1 that fits.
+        training: As in `Layout.check`.
+
+    Raises:
+        UserError: The rules of the configuration refuse the layout.
+    """
+    axes = dict(chosen)
+    packed = axes.pop("packed", "1")
+    if "vpp" in axes:
+        axes.setdefault("layers", axes.get("pp", 1) * axes["vpp"])
+    tried = [Layout(packed=k, **axes) for k in (_DIVISORS[1:] if packed == "auto" else [int(packed)])]
+    layout = next((layout for layout in tried if is_possible(layout, training)), tried[0])
+    layout.check(training)
+    return layout
+
+
+def random_layouts(count: int, seed: int, processes: int, training: list[str]) -> list[Layout]:
+    """`count` different layouts within a limit of processes, the same for the same seed.
+
+    Raises:
+        UserError: There are not as many.
+    """
+    rng = random.Random(seed)
+    found: dict[Layout, None] = {}
+    for _ in range(1000 + 100 * count):
+        layout = _draw(rng, processes)
+        if layout.processes <= processes and layout not in found and is_possible(layout, training):
+            found[layout] = None
+            if len(found) == count:
+                return list(found)
+    raise UserError(
+        f"--layouts random:{count}: only {len(found)} different layouts found with "
+        f"--processes {processes}; ask for fewer"
+    )
+
+
+def is_possible(layout: Layout, training: list[str]) -> bool:
+    """Whether the configuration's rules allow the layout."""
+    try:
+        layout.check(training)
+    except UserError:
+        return False
+    return True
+
+
+def _draw(rng: random.Random, processes: int) -> Layout:
+    """Any layout; most of those that nothing allows are avoided, the rest is for `is_possible` to refuse."""
+    tp, pp = rng.choice([1, 2, 4]), rng.randint(1, 4)
+    dp = rng.randint(1, max(1, min(4, processes // (tp * pp))))
+    vpp = rng.choice([1, 1, 2, 3]) if pp > 1 else 1
+    return Layout(
+        tp=tp,
+        pp=pp,
+        vpp=vpp,
+        dp=dp,
+        sp=tp > 1 and rng.random() < 0.5,
+        packed=rng.choice([k for k in _DIVISORS if PROTEINS_PER_STEP % (k * dp) == 0]),
+        distributed_optimizer=rng.random() < 0.5,
+        recompute=rng.choice(["none", "selective", "full"]),
+        layers=pp * vpp if vpp > 1 else rng.choice([4, 5, 6]),
+    )

@@ -1,0 +1,174 @@
+"""Run trials on worker processes and judge them against the training of one process."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from esm2mega.prove.compare import KINDS, Difference, Outcome, differences, worst
+from esm2mega.prove.layouts import Layout
+from esm2mega.prove.training import SAVED, STEPS, settings, write_stores
+from esm2mega.prove.trials import Trial
+from esm2mega.prove.workers import Job, Serve, Workers
+
+FP64_BOUND = 1e-10
+"""Of the relative difference in fp64, where rounding leaves about 1e-14 after six steps."""
+
+BF16_BOUND = 8.0
+"""Of the distance of a bf16 run to the fp32 run, in units of that of the bf16 run of one process. Both are
+the same rounding in another order: alike in size, though no number need be.
+"""
+
+
+_FP32_ROUNDING = 1e-6
+"""Smallest unit of such a distance: some numbers of a bf16 run are computed in fp32."""
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One start of a training: the part of a trial that one set of processes runs."""
+
+    layout: Layout
+    precision: str
+    settings: tuple[str, ...]
+    stop: int = STEPS
+    after: Leg | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a trial ended.
+
+    Attributes:
+        trial: What was tried.
+        bound: Allowed size of a difference.
+        worst: Largest difference of each kind, in units of `bound`'s; empty after an error.
+        error: Why there is nothing to compare.
+    """
+
+    trial: Trial
+    bound: float
+    worst: tuple[Difference, ...] = ()
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None and self.largest.value <= self.bound
+
+    @property
+    def largest(self) -> Difference:
+        return worst(self.worst)
+
+
+class Prover:
+    """Trials of one seed; use it as a context, which starts and ends the processes."""
+
+    def __init__(self, processes: int, seed: int, serve: Serve | None = None) -> None:
+        """Args: processes: how many at most. seed: of weights, data and masks. serve: see `Workers`."""
+        self.seed = seed
+        self._processes = processes
+        self._serve = serve
+        self._stack = ExitStack()
+        self._references: dict[Leg, Outcome | str] = {}
+        self._numbers = 0
+
+    def __enter__(self) -> Prover:
+        with ExitStack() as stack:
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="esm2mega_prove_")))
+            self._stores = write_stores(self._folder)
+            self._workers = stack.enter_context(Workers(self._processes, self._folder, self._serve))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def judge(self, trials: Sequence[Trial]) -> Iterator[Verdict]:
+        """Run trials, none larger than the number of processes.
+
+        Yields:
+            A verdict as each ends, in no fixed order.
+        """
+        needed = {leg for trial in trials for leg in [*_references(trial), *_first_legs(trial)]}
+        for leg, outcome in self._run(leg for leg in needed if leg not in self._references):
+            self._references[leg] = outcome
+        finals = {_final(trial): trial for trial in trials}
+        for leg, outcome in self._run(finals):
+            yield self._verdict(finals[leg], outcome)
+            if isinstance(outcome, Outcome):
+                shutil.rmtree(outcome.out)
+
+    def reference(self, trial: Trial) -> Outcome | str:
+        """The run of one process that a judged trial was compared with."""
+        return self._references[_references(trial)[0]]
+
+    def _run(self, legs: Iterable[Leg]) -> Iterator[tuple[Leg, Outcome | str]]:
+        """Run legs whose predecessors have been run; an outcome, or why there is none."""
+        started: list[tuple[Leg, Outcome]] = []
+        jobs: list[Job] = []
+        for leg in legs:
+            before = self._references[leg.after] if leg.after is not None else None
+            if isinstance(before, str):
+                yield leg, before
+                continue
+            self._numbers += 1
+            out = self._folder / f"leg{self._numbers}"
+            out.mkdir()
+            if before is not None:
+                shutil.copytree(before.run_dir, out / "run")
+            overrides = settings(self._stores, out / "run", leg.precision, self.seed, leg.stop)
+            overrides += [*leg.layout.settings(), *leg.settings]
+            jobs.append(Job(tuple(overrides), leg.layout.processes, out))
+            steps = before.steps if before is not None else 0
+            started.append((leg, Outcome(out, out / "run", steps, leg.stop)))
+        for number, error in self._workers.run(jobs):
+            leg, outcome = started[number]
+            yield leg, outcome if error is None else error
+
+    def _verdict(self, trial: Trial, outcome: Outcome | str) -> Verdict:
+        bound = FP64_BOUND if trial.precision == "fp64" else BF16_BOUND
+        yardsticks = [self._references[leg] for leg in _references(trial)]
+        for result in [*yardsticks, outcome]:
+            if isinstance(result, str):
+                return Verdict(trial, bound, error=result)
+        found = differences(yardsticks[0], outcome)  # type: ignore[arg-type]
+        if trial.precision == "bf16":
+            found = _in_units_of(differences(*yardsticks), found)  # type: ignore[arg-type]
+        by_kind = ([d for d in found if d.kind == kind] for kind in KINDS)
+        return Verdict(trial, bound, tuple(worst(group) for group in by_kind if group))
+
+
+def _references(trial: Trial) -> list[Leg]:
+    """Unbroken runs of one process: what the trial must equal, and for bf16 also how near it can come."""
+    layout = trial.layouts[-1].reference
+    if trial.precision != "bf16":
+        return [Leg(layout, trial.precision, trial.settings)]
+    # A larger micro-batch rounds its gradients fewer times, so it has a yardstick of its own.
+    alike = replace(layout, packed=trial.layouts[-1].packed)
+    return [Leg(layout, "fp32", trial.settings), Leg(alike, "bf16", trial.settings)]
+
+
+def _first_legs(trial: Trial) -> list[Leg]:
+    return [Leg(layout, trial.precision, trial.settings, SAVED) for layout in trial.layouts[:-1]]
+
+
+def _final(trial: Trial) -> Leg:
+    before = _first_legs(trial)
+    return Leg(trial.layouts[-1], trial.precision, trial.settings, after=before[-1] if before else None)
+
+
+def _in_units_of(yardstick: list[Difference], found: list[Difference]) -> list[Difference]:
+    """`found` over the largest yardstick of the same quantity at any step."""
+    units: dict[tuple[str, str], float] = {}
+    for difference in yardstick:
+        key = (difference.kind, difference.name)
+        units[key] = max(units.get(key, 0.0), difference.value)
+    scaled = []
+    for difference in found:
+        unit = max(units.get((difference.kind, difference.name), 0.0), _FP32_ROUNDING)
+        scaled.append(replace(difference, value=difference.value / unit))
+    return scaled

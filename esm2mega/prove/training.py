@@ -1,0 +1,87 @@
+"""The small training that is proven: its proteins, and the overrides that configure it.
+
+It is made so that every micro-batch size trains on the same proteins in the same step. A protein has more
+than 11/12 of `TOKENS_PER_PROTEIN` and at most all of them, after cropping, and a window holds the proteins of
+one step: so a pack of k times that length takes exactly k proteins, whichever these are. A quarter of the
+proteins have one known residue, a quarter have five, the rest of them is unknown and never predicted: label
+counts of micro-batches and ranks differ widely and include zero.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from esm2mega.data.prepare import prepare_fasta
+from esm2mega.prove.layouts import PROTEINS_PER_STEP, TOKENS_PER_PROTEIN
+
+STEPS = 6
+"""Optimizer steps of a run."""
+
+SAVED = 3
+"""The step after which a run is stopped to be resumed at another layout."""
+
+SETTINGS = [
+    # All dimensions differ and divide by TP 4.
+    "model.hidden_size=48",
+    "model.num_attention_heads=12",
+    "model.ffn_hidden_size=88",
+    f"data.max_seq_length={TOKENS_PER_PROTEIN}",
+    f"data.pack_window={PROTEINS_PER_STEP}",
+    # In so narrow a model 0.02 would leave attention nearly uniform.
+    "model.init_std=0.1",
+    "optim.lr=4e-3",
+    # Below the norms that occur, so that clipping takes part.
+    "optim.clip_grad=0.1",
+    "schedule.warmup_steps=2",
+    f"schedule.decay_steps={STEPS}",
+    "train.log_every=1",
+    f"train.eval_every={SAVED}",
+    # No evaluation after the first improves by so much: the counter of early stopping moves.
+    "train.early_stopping.patience=5",
+    "train.early_stopping.min_delta=10",
+    f"checkpoint.save_every={SAVED}",
+    "checkpoint.keep_best=0",
+]
+"""The overrides of every run."""
+
+_TRAIN, _VALID = 40, 12
+_SHORTEST, _LONGEST = 57, 80
+_KNOWN = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", dtype=np.uint8)
+_UNKNOWN = b"J"
+
+
+def write_stores(folder: Path) -> Path:
+    """Write the proteins and their token stores ``train`` and ``valid``; returns the directory of both."""
+    rng = np.random.default_rng(3)
+    fasta = folder / "proteins.fasta"
+    with fasta.open("wb") as file:
+        for number in range(_TRAIN + _VALID):
+            residues = rng.choice(_KNOWN, size=rng.integers(_SHORTEST, _LONGEST + 1))
+            if number % 4 < 2:
+                residues[1 if number % 4 else 5 :] = ord(_UNKNOWN)
+            file.write(b">p%d\n%s\n" % (number, residues.tobytes()))
+    prepare_fasta([fasta], folder / "stores", valid_size=_VALID)
+    return folder / "stores"
+
+
+def settings(stores: Path, run_dir: Path, precision: str, seed: int, stop: int) -> list[str]:
+    """All overrides of a run but those of its layout.
+
+    Args:
+        stores: From `write_stores`.
+        run_dir: Where the run goes, or goes on.
+        precision: ``fp64``, ``fp32`` or ``bf16``.
+        seed: Of weights, data and masks.
+        stop: Steps after which the run ends; the schedule is that of `STEPS`.
+    """
+    return [
+        *SETTINGS,
+        f"run_dir={run_dir}",
+        f"data.train={stores / 'train'}",
+        f"data.valid={stores / 'valid'}",
+        f"model.precision={precision}",
+        f"seed={seed}",
+        f"train.max_steps={stop}",
+    ]

@@ -1,0 +1,92 @@
+"""What is proven: trials, and the groups of them that ``--layouts`` names.
+
+A feature that changes the training (another head, adapters) proves itself by a group of its own here, whose
+trials carry the overrides that switch it on.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from esm2mega.prove.layouts import Layout
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of the table.
+
+    Attributes:
+        layouts: One; or two, and the run is stopped at the first and resumed at the second.
+        precision: ``fp64``, or ``bf16``, which is compared with fp32.
+        settings: Further overrides, which the reference has too.
+    """
+
+    layouts: tuple[Layout, ...]
+    precision: str = "fp64"
+    settings: tuple[str, ...] = ()
+
+    @property
+    def processes(self) -> int:
+        return max(layout.processes for layout in self.layouts)
+
+    def __str__(self) -> str:
+        name = " -> ".join(map(str, self.layouts))
+        return name if self.precision == "fp64" else f"{name}, {self.precision}"
+
+    def command(self, seed: int) -> str:
+        """What repeats a trial of one layout."""
+        words = ["esm2mega", "prove", *self.layouts[0].options(), "--seed", str(seed)]
+        return shlex.join(words + (["--precision", self.precision] if self.precision != "fp64" else []))
+
+
+_ONE = Layout()
+_TP2 = Layout(tp=2)
+_PP2 = Layout(pp=2)
+_TP2_PP2 = Layout(tp=2, pp=2)
+_DP2 = Layout(dp=2, distributed_optimizer=True)
+_TP2_SP = Layout(tp=2, sp=True)
+
+_CI = (
+    Layout(packed=12),
+    Layout(tp=2, packed=3),
+    Layout(tp=4, packed=4, recompute="selective"),
+    Layout(tp=2, sp=True, packed=2, recompute="full"),
+    Layout(pp=2, packed=4, recompute="full"),
+    Layout(pp=3, packed=2),
+    Layout(pp=4, recompute="selective"),
+    Layout(pp=2, vpp=2, packed=3, layers=4),
+    Layout(tp=2, pp=2, sp=True, packed=3),
+    Layout(dp=2, packed=3, distributed_optimizer=True),
+    Layout(dp=3, packed=2),
+    Layout(tp=2, dp=2, sp=True, packed=2, distributed_optimizer=True),
+)
+
+_MORE = (
+    Layout(tp=4, sp=True, packed=6, recompute="full"),
+    Layout(pp=3, vpp=2, packed=2, layers=6),
+    Layout(pp=4, vpp=2, packed=3, layers=8),
+    Layout(pp=2, vpp=3, packed=2, layers=6, recompute="full"),
+    Layout(tp=2, pp=2, vpp=2, sp=True, packed=2, layers=4),
+    Layout(pp=2, dp=2, packed=2, distributed_optimizer=True),
+    Layout(pp=2, vpp=2, dp=2, packed=3, layers=4, distributed_optimizer=True),
+    Layout(dp=4, packed=3),
+    Layout(dp=4, packed=3, distributed_optimizer=True),
+    Layout(tp=2, dp=2, recompute="selective"),
+)
+
+_PAIRS = (
+    (_ONE, _TP2),
+    (_TP2, _PP2),
+    (_TP2_PP2, _DP2),
+    (_DP2, _TP2_SP),
+    (Layout(pp=2, dp=2, distributed_optimizer=True), Layout(dp=4, distributed_optimizer=True)),
+)
+
+GROUPS: dict[str, tuple[Trial, ...]] = {
+    "ci": tuple(Trial((layout,)) for layout in _CI),
+    "more": tuple(Trial((layout,)) for layout in _MORE),
+    "resume": tuple(Trial(pair) for there in _PAIRS for pair in (there, there[::-1])),
+    "bf16": tuple(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
+}
+"""Trials by the name that ``--layouts`` takes; ``all`` is all of them, and what runs by default."""

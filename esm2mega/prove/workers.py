@@ -1,0 +1,243 @@
+"""Processes that run many trainings, one after the other, in worlds of different sizes.
+
+Starting a process costs seconds, most of them for importing PyTorch and Megatron-Core; a small training costs
+less. So a few processes are started once, and process groups are made anew for each training. They meet as
+those of torchrun do, through a store of the process that started them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+JOB_SECONDS = 900.0
+"""Time limit of one training, which takes some seconds: it ends those that wait for each other."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        overrides: Its configuration.
+        processes: World size.
+        out: Existing directory for the observations of each rank, ``rank0.pt`` and so on.
+    """
+
+    overrides: tuple[str, ...]
+    processes: int
+    out: Path
+
+
+Serve = Callable[[Connection, Path], None]
+"""What a process does until its connection closes; it gets the connection and a file for its output."""
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Connection
+    log: Path
+
+
+@dataclass
+class _Running:
+    number: int
+    workers: list[_Worker]
+    deadline: float
+    store: TCPStore
+    waiting: list[_Worker] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+class Workers:
+    """A fixed number of processes; use it as a context, which ends them."""
+
+    def __init__(self, count: int, folder: Path, serve: Serve | None = None) -> None:
+        """Start the processes.
+
+        Args:
+            count: How many, the largest world there can be.
+            folder: For their output.
+            serve: Module-level function that every process runs; `serve` of this module by default.
+        """
+        self.count = count
+        self._serve = serve or globals()["serve"]
+        self._folder = folder
+        # One process imports, the workers are forked from it: they start at once.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["esm2mega.train.pretrain"])
+        self._started = 0
+        self._idle: list[_Worker] = []
+
+    def __enter__(self) -> Workers:
+        self._idle = [self._start() for _ in range(self.count)]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._idle:
+            worker.connection.close()
+        for worker in self._idle:
+            _end(worker, grace=5.0)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str | None]]:
+        """Run trainings, as many at a time as there are processes for.
+
+        Args:
+            jobs: None larger than the number of processes.
+
+        Yields:
+            As each ends, its number in `jobs`, and None or why it failed.
+        """
+        waiting = list(range(len(jobs)))
+        running: list[_Running] = []
+        try:
+            while waiting or running:
+                while fitting := [n for n in waiting if jobs[n].processes <= len(self._idle)]:
+                    waiting.remove(fitting[0])
+                    running.append(self._begin(fitting[0], jobs[fitting[0]]))
+                for ended in self._advance(running):
+                    running.remove(ended)
+                    workers = [self._replace(w) for w in ended.workers] if ended.errors else ended.workers
+                    # Those that have saved before are used first: the first save starts a helper process.
+                    self._idle = [*workers, *self._idle]
+                    yield ended.number, "; ".join(ended.errors) or None
+        finally:
+            for job in running:
+                self._idle += [self._replace(worker) for worker in job.workers]
+
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        log = self._folder / f"worker{self._started}.log"
+        self._started += 1
+        # Not daemonic: saving a checkpoint starts helper processes.
+        process = self._context.Process(target=self._serve, args=(theirs, log), daemon=False)
+        with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"):
+            process.start()
+        theirs.close()
+        return _Worker(process, ours, log)
+
+    def _replace(self, worker: _Worker) -> _Worker:
+        """A fresh process: after a failure nobody knows what the old one still holds."""
+        _end(worker)
+        return self._start()
+
+    def _begin(self, number: int, job: Job) -> _Running:
+        workers, self._idle = self._idle[: job.processes], self._idle[job.processes :]
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for rank, worker in enumerate(workers):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(job.processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+            worker.connection.send((job, rank, environment))
+        return _Running(number, workers, time.monotonic() + JOB_SECONDS, store, list(workers))
+
+    def _advance(self, running: list[_Running]) -> list[_Running]:
+        """Take reports as they come; the trainings that ended."""
+        seconds = max(0.0, min(job.deadline for job in running) - time.monotonic())
+        ready = wait([w.connection for job in running for w in job.waiting], timeout=seconds)
+        for job in running:
+            for worker in [w for w in job.waiting if w.connection in ready]:
+                job.waiting.remove(worker)
+                try:
+                    error = worker.connection.recv()
+                except (EOFError, OSError):
+                    error = f"the process ended: {_last_line(worker.log)}"
+                if error is not None:
+                    job.errors.append(error)
+                    # The others may wait for this one for ever.
+                    job.deadline = min(job.deadline, time.monotonic() + 5.0)
+            if job.waiting and time.monotonic() >= job.deadline:
+                job.errors = job.errors or [f"no end after {JOB_SECONDS:.0f} s"]
+                job.waiting = []
+        return [job for job in running if not job.waiting]
+
+
+def serve(connection: Connection, log: Path) -> None:
+    """Run the jobs that come through `connection`; the output of training goes to `log`."""
+    serve_with(connection, log, train)
+
+
+def serve_with(connection: Connection, log: Path, run_job: Callable[[Job, int], None]) -> None:
+    """`serve` with another function in the place of `train`; it gets the job and the rank."""
+    # A group of its own, so that the helpers that saving starts can be ended with this process; Ctrl-C is
+    # for the process that started it.
+    os.setpgrp()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import torch
+
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            job, rank, environment = connection.recv()
+            with _environment(**environment):
+                error = None
+                try:
+                    run_job(job, rank)
+                except BaseException as failure:
+                    traceback.print_exc()
+                    error = f"rank {rank}: {type(failure).__name__}: {' '.join(str(failure).split())}"
+            connection.send(error)
+
+
+def train(job: Job, rank: int) -> None:
+    """Pretrain as a command would, and write what this rank observed."""
+    from esm2mega.config.load import load_run
+    from esm2mega.config.validate import check_training_inputs, validate
+    from esm2mega.prove.observe import Observer
+    from esm2mega.train.pretrain import pretrain
+
+    run = load_run(None, job.overrides)
+    validate(run, job.processes)
+    check_training_inputs(run)
+    observer = Observer()
+    pretrain(run, observer)
+    observer.save(job.out / f"rank{rank}.pt")
+
+
+def _end(worker: _Worker, grace: float = 0.0) -> None:
+    worker.connection.close()
+    worker.process.join(grace)
+    if worker.process.is_alive():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
+        # A process that has just begun is not in a group of its own yet.
+        worker.process.kill()
+        worker.process.join()
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "without a word")
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

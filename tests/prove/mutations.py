@@ -1,0 +1,243 @@
+"""Errors that distributed training is known for, planted one at a time into the processes of the proof.
+
+Each must make its trial differ; a proof that lets one through proves nothing.
+``python -m tests.prove.mutations`` prints how each was found.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from megatron.core import parallel_state
+
+from esm2mega.data import loader
+from esm2mega.data.batch import StreamState
+from esm2mega.data.loader import TrainStream
+from esm2mega.model import attention, build
+from esm2mega.prove.layouts import Layout
+from esm2mega.prove.prover import Prover, Verdict
+from esm2mega.prove.trials import Trial
+from esm2mega.prove.workers import Job, serve_with, train
+from esm2mega.train import pretrain
+from esm2mega.train.losses import LossReduction
+
+_MEGATRON = "megatron.core"
+# A key that nothing reads while Weights & Biases is off: it carries the name into the processes, and gives
+# each mutation a reference of its own.
+_KEY = "logging.wandb_run_name"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One error.
+
+    Attributes:
+        what: The error in words.
+        plant: Makes it for the duration of a training, in every process, the reference's included.
+        layouts: Of the trial that must find it.
+        seen_in: A kind of number that must differ, see `esm2mega.prove.compare.KINDS`.
+    """
+
+    what: str
+    plant: Callable[[], AbstractContextManager[Any]]
+    layouts: tuple[Layout, ...]
+    seen_in: str
+
+
+def _nothing(target: str) -> AbstractContextManager[Any]:
+    return patch(target, lambda *arguments, **keywords: None)
+
+
+def layernorm_gradients_not_reduced() -> AbstractContextManager[Any]:
+    return _nothing(
+        f"{_MEGATRON}.distributed.finalize_model_grads._allreduce_non_tensor_model_parallel_grads"
+    )
+
+
+def mean_of_means() -> AbstractContextManager[Any]:
+    original = LossReduction._schedule_loss
+
+    def per_micro_batch(self: LossReduction, batch: Any, output: torch.Tensor) -> Any:
+        loss_sum, count, report = original(self, batch, output)
+        return loss_sum / count.clamp(min=1), torch.ones_like(count), report
+
+    return patch.object(LossReduction, "_schedule_loss", per_micro_batch)
+
+
+def tied_embedding_not_synchronised() -> AbstractContextManager[Any]:
+    return _nothing(f"{_MEGATRON}.distributed.finalize_model_grads._allreduce_word_embedding_grads")
+
+
+def wrong_qkv_interleave() -> AbstractContextManager[Any]:
+    original = attention.split_and_rotate
+
+    def q_then_k_then_v(qkv: torch.Tensor, tables: torch.Tensor) -> Any:
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            tokens, heads, three, channels = qkv.shape
+            qkv = qkv.reshape(tokens, three, heads, channels).transpose(1, 2)
+        return original(qkv, tables)
+
+    return patch.object(attention, "split_and_rotate", q_then_k_then_v)
+
+
+def bias_dropped_on_one_rank() -> AbstractContextManager[Any]:
+    original = pretrain.build_model
+
+    def without_bias(*arguments: Any) -> Any:
+        chunks = original(*arguments)
+        if parallel_state.get_tensor_model_parallel_rank() == 1:
+            for chunk in chunks:
+                chunk.encoder.layers[1].mlp.linear_fc1.register_forward_hook(
+                    lambda module, inputs, output: (output[0], torch.zeros_like(output[1]))
+                )
+        return chunks
+
+    return patch.object(pretrain, "build_model", without_bias)
+
+
+def pipeline_messages_swapped() -> AbstractContextManager[Any]:
+    """The batched exchange: in an interleaved schedule of two, next and previous rank are the same."""
+    original = build.transformer_config
+
+    def batched(*arguments: Any) -> Any:
+        config = original(*arguments)
+        config.overlap_p2p_comm, config.batch_p2p_comm = False, True
+        return config
+
+    return patch.object(build, "transformer_config", batched)
+
+
+def mask_seeded_by_rank() -> AbstractContextManager[Any]:
+    original = loader.mask_tokens
+
+    def by_rank(tokens: Any, samples: Any, lengths: Any, seed: int, config: Any) -> Any:
+        return original(tokens, samples, lengths, seed + int(os.environ["RANK"]), config)
+
+    return patch.object(loader, "mask_tokens", by_rank)
+
+
+def clip_norm_of_one_rank() -> AbstractContextManager[Any]:
+    def alone(grads: Sequence[torch.Tensor], *arguments: Any, **keywords: Any) -> float:
+        return float(torch.stack([grad.norm() for grad in grads]).norm())
+
+    return patch(f"{_MEGATRON}.optimizer.optimizer.get_grad_norm_fp32", alone)
+
+
+def replicated_parameters_counted_twice() -> AbstractContextManager[Any]:
+    return patch(
+        f"{_MEGATRON}.tensor_parallel.param_is_not_tensor_parallel_duplicate",
+        lambda parameter, *arguments, **keywords: True,
+    )
+
+
+def data_shifted_after_resume() -> AbstractContextManager[Any]:
+    original = TrainStream.load_state_dict
+
+    def one_pack_on(self: TrainStream, state: Any) -> None:
+        original(self, state)
+        cursor = self._plan.take(self._state.cursor, 1)[1]
+        self._state: StreamState = replace(self._state, cursor=cursor)
+
+    return patch.object(TrainStream, "load_state_dict", one_pack_on)
+
+
+def optimizer_saved_with_padding() -> AbstractContextManager[Any]:
+    """What Megatron-Core 0.16.1 and 0.19.2 do by themselves, see `esm2mega.checkpoint.distributed_state`."""
+    return patch("esm2mega.checkpoint.store.places_without_padding", lambda optimizer: nullcontext())
+
+
+_TP2 = Layout(tp=2, packed=4)
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "LayerNorm gradients not all-reduced under SP",
+        layernorm_gradients_not_reduced,
+        (Layout(tp=2, sp=True, packed=4),),
+        "gradient",
+    ),
+    Mutation("mean of the means of micro-batches", mean_of_means, (Layout(packed=12),), "gradient"),
+    Mutation(
+        "tied embedding not synchronised",
+        tied_embedding_not_synchronised,
+        (Layout(pp=2, packed=4),),
+        "gradient",
+    ),
+    Mutation("wrong QKV interleave under TP", wrong_qkv_interleave, (_TP2,), "loss"),
+    Mutation("bias dropped on one rank", bias_dropped_on_one_rank, (_TP2,), "loss"),
+    Mutation(
+        "pipeline messages swapped",
+        pipeline_messages_swapped,
+        (Layout(pp=2, vpp=2, packed=3, layers=4),),
+        "loss",
+    ),
+    Mutation("mask seeded by rank", mask_seeded_by_rank, (Layout(dp=2, packed=3),), "loss"),
+    Mutation("clip norm over one rank only", clip_norm_of_one_rank, (_TP2,), "gradient norm"),
+    Mutation(
+        "replicated parameters counted twice", replicated_parameters_counted_twice, (_TP2,), "gradient norm"
+    ),
+    Mutation("data shifted after resume", data_shifted_after_resume, (Layout(), Layout(tp=2)), "loss"),
+    Mutation(
+        "optimizer state saved with padding",
+        optimizer_saved_with_padding,
+        (Layout(pp=2, dp=2, packed=3, distributed_optimizer=True),),
+        "checkpoint",
+    ),
+)
+
+
+def serve_mutated(connection: Connection, log: Path) -> None:
+    """`esm2mega.prove.workers.serve` with the mutation that a job names, if any."""
+    serve_with(connection, log, _train_mutated)
+
+
+def _train_mutated(job: Job, rank: int) -> None:
+    named = [text.removeprefix(f"{_KEY}=") for text in job.overrides if text.startswith(_KEY)]
+    planted = [mutation.plant for mutation in MUTATIONS if mutation.plant.__name__ in named]
+    with planted[0]() if planted else nullcontext():
+        train(job, rank)
+
+
+def trial(mutation: Mutation, planted: bool = True) -> Trial:
+    """The trial of a mutation, with it or without."""
+    settings = (f"{_KEY}={mutation.plant.__name__}",) if planted else ()
+    return Trial(mutation.layouts, settings=settings)
+
+
+def found(mutation: Mutation, verdict: Verdict) -> bool:
+    """Whether the trial differed where it must; one that could not be run to its end has shown nothing."""
+    return any(d.kind == mutation.seen_in and d.value > verdict.bound for d in verdict.worst)
+
+
+def judge(trials: Sequence[Trial]) -> dict[Trial, Verdict]:
+    """Verdicts on trials, of processes that can be mutated."""
+    with Prover(4, seed=1234, serve=serve_mutated) as prover:
+        return {verdict.trial: verdict for verdict in prover.judge(trials)}
+
+
+def main() -> int:
+    """Print a line for each mutation; 1 if one was not found."""
+    verdicts = judge([trial(mutation) for mutation in MUTATIONS])
+    missed = 0
+    for mutation in MUTATIONS:
+        verdict = verdicts[trial(mutation)]
+        seen = {difference.kind: difference for difference in verdict.worst}.get(mutation.seen_in)
+        missed += not found(mutation, verdict)
+        how = verdict.error or f"{seen.value:.1e} in {seen}" if seen else verdict.error
+        print(f"{'found' if found(mutation, verdict) else 'MISSED':7} {mutation.what:46} {how}")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    # Under the name that the other processes know.
+    from tests.prove import mutations
+
+    sys.exit(mutations.main())

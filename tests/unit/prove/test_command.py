@@ -1,0 +1,150 @@
+"""Choice of trials, the table, the JSON, and the search for the smallest counterexample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esm2mega.errors import UserError
+from esm2mega.prove import command
+from esm2mega.prove.command import choose_trials, prove, table
+from esm2mega.prove.compare import Difference
+from esm2mega.prove.layouts import Layout, is_possible
+from esm2mega.prove.prover import Verdict
+from esm2mega.prove.training import SETTINGS
+from esm2mega.prove.trials import GROUPS, Trial
+
+
+class FakeProver:
+    """Judges by a rule instead of training."""
+
+    wrong: Callable[[Layout], bool] = staticmethod(lambda layout: False)
+    judged: list[Trial] = []
+
+    def __init__(self, *arguments: Any) -> None:
+        FakeProver.judged = []
+
+    def __enter__(self) -> FakeProver:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def judge(self, trials: Sequence[Trial]) -> Iterator[Verdict]:
+        for trial in reversed(trials):
+            FakeProver.judged.append(trial)
+            value = 0.5 if any(map(FakeProver.wrong, trial.layouts)) else 1e-14
+            yield Verdict(trial, 1e-10, (Difference("gradient", "some.weight", "step 2, rank 1", value),))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeProver]:
+    monkeypatch.setattr(command, "Prover", FakeProver)
+    monkeypatch.setattr(FakeProver, "wrong", staticmethod(lambda layout: False))
+    return FakeProver
+
+
+def test_groups_hold_possible_layouts_for_four_processes() -> None:
+    for trial in choose_trials("all", seed=1, processes=4):
+        assert trial.processes <= 4
+        for layout in trial.layouts:
+            layout.check(SETTINGS)
+    assert len(GROUPS["ci"]) == 12
+    assert len({trial for trials in GROUPS.values() for trial in trials}) == sum(map(len, GROUPS.values()))
+
+
+def test_every_axis_is_in_the_fixed_dozen() -> None:
+    layouts = [trial.layouts[0] for trial in GROUPS["ci"]]
+    assert {layout.tp for layout in layouts} == {1, 2, 4}
+    assert {layout.pp for layout in layouts} == {1, 2, 3, 4}
+    assert {layout.dp for layout in layouts} == {1, 2, 3}
+    assert {layout.recompute for layout in layouts} == {"none", "selective", "full"}
+    for axis in ("sp", "distributed_optimizer"):
+        assert {getattr(layout, axis) for layout in layouts} == {False, True}
+    assert any(layout.vpp > 1 for layout in layouts)
+
+
+def test_names_of_groups() -> None:
+    assert choose_trials("ci,bf16", 1, 4) == [*GROUPS["ci"], *GROUPS["bf16"]]
+    assert len(choose_trials("random:7", 1, 2)) == 7
+    for wrong in ("dozen", "ci,", "random:0", "random:x", ""):
+        with pytest.raises(UserError, match="give ci, more, resume, bf16, all, or random:N"):
+            choose_trials(wrong, 1, 4)
+
+
+def test_all_pass(fake: type[FakeProver], tmp_path: Path) -> None:
+    lines: list[str] = []
+    trials = [Trial((Layout(tp=2),)), Trial((Layout(), Layout(dp=2)))]
+    assert prove(trials, 9, out=tmp_path / "deep" / "proof.json", say=lines.append)
+    assert [line.split()[0] for line in lines if line] == ["layout", "TP2", "1", "2"]
+    assert lines[-1] == "2 of 2 passed"
+    content = json.loads((tmp_path / "deep" / "proof.json").read_text())
+    assert (content["passed"], content["seed"], content["counterexamples"]) == (True, 9, [])
+    first, second = content["rows"]
+    assert first["command"] == "esm2mega prove --tp 2 --seed 9"
+    assert first["layouts"][0]["tp"] == 2 and second["command"] is None
+    assert first["worst"]["gradient"] == {"value": 1e-14, "name": "some.weight", "place": "step 2, rank 1"}
+
+
+def test_failure_names_the_worst_tensor_and_the_command(fake: type[FakeProver], tmp_path: Path) -> None:
+    fake.wrong = staticmethod(lambda layout: layout.pp == 2)  # type: ignore[method-assign]
+    lines: list[str] = []
+    trials = [Trial((Layout(pp=2, packed=3),)), Trial((Layout(tp=2),))]
+    assert not prove(trials, 1, out=tmp_path / "proof.json", say=lines.append)
+    assert "PP2, 3 per pack: differs most in gradient some.weight, step 2, rank 1" in lines
+    assert "repeat: esm2mega prove --pp 2 --packed 3 --seed 1" in lines
+    assert lines[-1] == "1 of 2 passed"
+    assert json.loads((tmp_path / "proof.json").read_text())["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("wrong", "smallest"),
+    [
+        (lambda layout: layout.tp >= 2, Layout(tp=2)),
+        (lambda layout: layout.sp and layout.packed > 1, Layout(tp=2, sp=True, packed=2)),
+        (lambda layout: layout.pp > 1 and layout.tp > 1, Layout(tp=2, pp=2)),
+        (lambda layout: layout.vpp > 1, Layout(pp=2, vpp=2, layers=4)),
+        (lambda layout: layout.recompute == "full", Layout(recompute="full")),
+        (
+            lambda layout: layout.distributed_optimizer and layout.pp > 1,
+            Layout(pp=2, distributed_optimizer=True),
+        ),
+    ],
+)
+def test_counterexample_is_shrunk(
+    fake: type[FakeProver], tmp_path: Path, wrong: Callable[[Layout], bool], smallest: Layout
+) -> None:
+    fake.wrong = staticmethod(wrong)  # type: ignore[method-assign]
+    large = Layout(
+        tp=4, pp=4, vpp=2, sp=True, packed=3, distributed_optimizer=True, recompute="full", layers=8
+    )
+    assert is_possible(large, SETTINGS) and wrong(large)
+    lines: list[str] = []
+    out = tmp_path / "proof.json"
+    assert not prove([Trial((large,))], 1, processes=16, out=out, shrink=True, say=lines.append)
+    assert f"repeat: {Trial((smallest,)).command(1)}" in lines
+    assert json.loads(out.read_text())["counterexamples"][0]["layouts"] == [vars(smallest)]
+
+
+def test_too_large_and_impossible_trials_are_refused_before_anything_starts(fake: type[FakeProver]) -> None:
+    with pytest.raises(UserError, match="TP4: needs 4 processes, --processes allows 2"):
+        prove([Trial((Layout(tp=4),))], 1, processes=2)
+    with pytest.raises(UserError, match="needs parallel.tensor_model_parallel_size > 1"):
+        prove([Trial((Layout(sp=True),))], 1)
+    assert fake.judged == []
+
+
+def test_table_shows_errors_and_units() -> None:
+    found = (Difference("weight", "w", "rank 0", 2.25),)
+    rows = [
+        Verdict(Trial((Layout(tp=2),)), 1e-10, error="rank 1: RuntimeError: " + "x" * 200),
+        Verdict(Trial((Layout(tp=2),), "bf16"), 8.0, found),
+    ]
+    header, failed, passed = table(rows)
+    assert header.split() == ["layout", "processes", "difference", "bound", "largest", "in", "verdict"]
+    assert failed.endswith("DIFFERENT") and "RuntimeError" in failed and len(failed) < 200
+    assert passed.split()[2:] == ["2", "2.2", "x", "8", "x", "weight", "w,", "rank", "0", "equal"]
