@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from esm2mega.config.load import load_run
+from esm2mega.config.schema import Run
 from esm2mega.config.validate import validate
 from esm2mega.errors import UserError
 
@@ -68,20 +72,23 @@ class Layout:
         extras += [f"{self.layers} layers"] * (self.layers != LAYERS)
         return ", ".join([" ".join(words) or "1 process", *extras])
 
+    def _values(self) -> dict[str, Any]:
+        """Configuration key -> value."""
+        return {
+            "model.num_layers": self.layers,
+            "model.recompute": self.recompute,
+            "parallel.tensor_model_parallel_size": self.tp,
+            "parallel.pipeline_model_parallel_size": self.pp,
+            "parallel.virtual_pipeline_model_parallel_size": None if self.vpp == 1 else self.vpp,
+            "parallel.sequence_parallel": self.sp,
+            "parallel.distributed_optimizer": self.distributed_optimizer,
+            "train.micro_batch_tokens": self.packed * TOKENS_PER_PROTEIN,
+            "train.global_batch_tokens": PROTEINS_PER_STEP * TOKENS_PER_PROTEIN,
+        }
+
     def settings(self) -> list[str]:
         """The overrides that make a run of this layout."""
-        virtual = "null" if self.vpp == 1 else self.vpp
-        return [
-            f"model.num_layers={self.layers}",
-            f"model.recompute={self.recompute}",
-            f"parallel.tensor_model_parallel_size={self.tp}",
-            f"parallel.pipeline_model_parallel_size={self.pp}",
-            f"parallel.virtual_pipeline_model_parallel_size={virtual}",
-            f"parallel.sequence_parallel={str(self.sp).lower()}",
-            f"parallel.distributed_optimizer={str(self.distributed_optimizer).lower()}",
-            f"train.micro_batch_tokens={self.packed * TOKENS_PER_PROTEIN}",
-            f"train.global_batch_tokens={PROTEINS_PER_STEP * TOKENS_PER_PROTEIN}",
-        ]
+        return [f"{key}={json.dumps(value)}" for key, value in self._values().items()]
 
     def options(self) -> list[str]:
         """The options of ``esm2mega prove`` that ask for this layout."""
@@ -93,9 +100,13 @@ class Layout:
                 words += [] if value is True else [str(value)]
         return words
 
-    def check(self, training: list[str]) -> None:
+    def check(self, training: Sequence[str]) -> None:
         """Raise `UserError` where the rules of the configuration refuse it; `training`: further overrides."""
-        validate(load_run(None, [*training, *self.settings()]), self.processes)
+        run = copy.deepcopy(_loaded(tuple(training)))
+        for key, value in self._values().items():
+            section, _, name = key.partition(".")
+            setattr(getattr(run, section), name, value)
+        validate(run, self.processes)
 
     def simpler(self) -> Iterator[Layout]:
         """Layouts with one axis nearer to the reference, the largest steps first."""
@@ -116,7 +127,13 @@ class Layout:
             yield layout
 
 
-def layout_from_options(chosen: dict[str, Any], training: list[str]) -> Layout:
+@functools.cache
+def _loaded(training: tuple[str, ...]) -> Run:
+    """The configuration of the reference; loading takes longer than all checks of it."""
+    return load_run(None, [*training, *Layout().settings()])
+
+
+def layout_from_options(chosen: dict[str, Any], training: Sequence[str]) -> Layout:
     """The layout of these options of ``esm2mega prove``, by the names of `Layout`.
 
     Args:
@@ -136,7 +153,7 @@ def layout_from_options(chosen: dict[str, Any], training: list[str]) -> Layout:
     return layout
 
 
-def random_layouts(count: int, seed: int, processes: int, training: list[str]) -> list[Layout]:
+def random_layouts(count: int, seed: int, processes: int, training: Sequence[str]) -> list[Layout]:
     """`count` different layouts within a limit of processes, the same for the same seed.
 
     Raises:
@@ -156,7 +173,7 @@ def random_layouts(count: int, seed: int, processes: int, training: list[str]) -
     )
 
 
-def is_possible(layout: Layout, training: list[str]) -> bool:
+def is_possible(layout: Layout, training: Sequence[str]) -> bool:
     """Whether the configuration's rules allow the layout."""
     try:
         layout.check(training)

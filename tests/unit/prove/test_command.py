@@ -45,6 +45,7 @@ class FakeProver:
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeProver]:
     monkeypatch.setattr(command, "Prover", FakeProver)
     monkeypatch.setattr(FakeProver, "wrong", staticmethod(lambda layout: False))
+    monkeypatch.setattr(FakeProver, "judged", [])
     return FakeProver
 
 
