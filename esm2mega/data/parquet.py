@@ -36,7 +36,7 @@ class ParquetReader(RowSource):
         super().__init__(path, progress)
         self._check_file(self.path, "Parquet")
         self._options = options
-        with self._opened() as file:
+        with open_parquet(self.path) as file:
             schema = file.schema_arrow
             self._sequence, self._id = find_columns(self.path, schema.names, options)
             self._check_type(self._sequence, schema.field(self._sequence).type, integers=False)
@@ -53,7 +53,7 @@ class ParquetReader(RowSource):
     def records(self, block: Block) -> Iterator[Record]:
         columns = [self._sequence] if self._id is None else [self._sequence, self._id]
         row = block.line
-        with self._opened() as file:
+        with open_parquet(self.path) as file:
             # To the right of the empty groups, which begin at the same row.
             group = bisect.bisect_right(self._starts, block.line - 1) - 1
             for batch in file.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False):
@@ -82,22 +82,27 @@ class ParquetReader(RowSource):
             f"{self.path}: the column {column!r} holds {found}, not text; name another with {option}"
         )
 
-    @contextmanager
-    def _opened(self) -> Iterator[pyarrow.parquet.ParquetFile]:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError(
-                f"{self.path}: reading Parquet needs pyarrow; install it with "
-                "`pip install 'esm2mega[parquet]'`"
-            ) from None
-        try:
-            with pyarrow.parquet.ParquetFile(self.path, memory_map=True) as file:
-                yield file
-        except (pyarrow.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.path}: is not a readable Parquet file ({reason})") from None
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """The file, for the schema and for batches of rows.
+
+    Raises:
+        UserError: pyarrow is not there, or, anywhere in the block, the file turns out to be damaged.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: reading Parquet needs pyarrow; install it with `pip install 'esm2mega[parquet]'`"
+        ) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is not a readable Parquet file ({reason}); copy or make it again") from None
 
 
 def _text(cell: object) -> object:

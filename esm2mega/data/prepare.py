@@ -22,7 +22,7 @@ import numpy.typing as npt
 from esm2mega.data import sampling, text, tokenizer
 from esm2mega.data.parts import Part, default_workers, write_parts
 from esm2mega.data.records import ByteProgress, RecordSource, SourceOptions
-from esm2mega.data.shards import SHARD_UNIT
+from esm2mega.data.shards import SHARD_BYTES, SHARD_UNIT
 from esm2mega.data.sources import open_source
 from esm2mega.data.store import PARTIAL_SUFFIX, StoreCounts, StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
@@ -50,7 +50,7 @@ class PrepareOptions:
 
     source: SourceOptions = SourceOptions()
     workers: int | None = None
-    shard_bytes: int = 16 << 30
+    shard_bytes: int = SHARD_BYTES
 
 
 @dataclass(frozen=True)
@@ -109,30 +109,19 @@ def prepare_fasta(
     out = Path(out)
     _check_arguments(inputs, out, valid_size, test_size, options)
     sources = [open_source(path, options.source) for path in inputs]
-    staging = out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(staging / "lock", timeout=0):
-            try:
-                parts = _write_parts(sources, staging / "parts", options, open_progress or _no_progress)
-                held_out = _HeldOut.draw(sum(part.sequences for part in parts), valid_size, test_size, seed)
-                merger = _Merger(sources, parts, held_out, staging / "out", options.shard_bytes)
-                counts = merger.run(open_progress or _no_progress)
-                os.rename(staging / "out", out)
-            except MachineError:
-                raise  # whoever is not at fault goes on later
-            except Exception:
-                shutil.rmtree(staging, ignore_errors=True)
-                raise
+    with staging_directory(out) as staging:
+        try:
+            parts = _write_parts(sources, staging / "parts", options, open_progress or _no_progress)
+            held_out = _HeldOut.draw(sum(part.sequences for part in parts), valid_size, test_size, seed)
+            merger = _Merger(sources, parts, held_out, staging / "out", options.shard_bytes)
+            counts = merger.run(open_progress or _no_progress)
+            os.rename(staging / "out", out)
+        except MachineError:
+            raise  # whoever is not at fault goes on later
+        except Exception:
             shutil.rmtree(staging, ignore_errors=True)
-    except filelock.Timeout:
-        raise UserError(
-            f"{out}: another `prepare` is writing it; wait for it, or name another directory"
-        ) from None
-    except OSError as error:
-        raise MachineError(
-            f"{out}: cannot be written ({error.strerror or error}); nothing was kept"
-        ) from error
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
     notes = [note for source in sources for note in source.notes()]
     if resumed := sum(part.resumed for part in parts):
         notes.append(f"{out}: {resumed} of {len(parts)} parts were finished by an earlier attempt")
@@ -159,6 +148,27 @@ def _check_arguments(
         )
     if out.exists():
         raise UserError(f"{out}: exists already; name another directory or remove it")
+
+
+@contextmanager
+def staging_directory(out: Path) -> Iterator[Path]:
+    """The directory beside `out` in which it is made, by one process at a time.
+
+    No reader accepts what is there. It may hold what a killed attempt has left. An OSError of the block becomes a MachineError.
+    """
+    staging = out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(staging / "lock", timeout=0):
+            yield staging
+    except filelock.Timeout:
+        raise UserError(
+            f"{out}: another `prepare` is writing it; wait for it, or name another directory"
+        ) from None
+    except OSError as error:
+        raise MachineError(
+            f"{out}: cannot be written ({error.strerror or error}); nothing was kept"
+        ) from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from esm2mega.data.parquet import open_parquet
 from esm2mega.data.records import ByteProgress, Record, file_sha256, residues_of
 from esm2mega.errors import UserError
 
@@ -69,9 +70,9 @@ class ParquetFile(RowFile):
         """
         super().__init__(path, progress)
         self.columns = list(columns)
-        opened = self._open()
-        self.available = list(opened.schema_arrow.names)
-        self.num_rows = int(opened.metadata.num_rows)
+        with open_parquet(self.path) as file:
+            self.available = list(file.schema_arrow.names)
+            self.num_rows = int(file.metadata.num_rows)
         for column in columns:
             if column not in self.available:
                 raise UserError(
@@ -81,37 +82,15 @@ class ParquetFile(RowFile):
 
     def rows(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
         """Yields each row from 1 with the values of the columns; None for missing ones."""
-        import pyarrow
-
         self.hash()
         number = 0
-        try:
-            for batch in self._open().iter_batches(batch_size=_ROWS, columns=self.columns):
+        with open_parquet(self.path) as file:
+            for batch in file.iter_batches(_ROWS, columns=self.columns):
                 for values in zip(*(batch.column(name).to_pylist() for name in self.columns), strict=True):
                     number += 1
                     yield number, values
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise self._damaged(error) from None
         if not number:
             raise UserError(f"{self.path}: has no rows; give a file with data")
-
-    def _open(self) -> Any:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError(
-                f"{self.path}: reading Parquet needs pyarrow; install it with "
-                "`pip install 'esm2mega[parquet]'`"
-            ) from None
-        try:
-            return pyarrow.parquet.ParquetFile(self.path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: Exception) -> UserError:
-        text = " ".join(str(error).split())
-        return UserError(f"{self.path}: cannot be read as Parquet ({text}); copy or download it again")
 
 
 class ProteinDatabase(RowFile):

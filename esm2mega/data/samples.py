@@ -23,14 +23,13 @@ import numpy.typing as npt
 
 from esm2mega.config.schema import DataConfig
 from esm2mega.data import sampling
+from esm2mega.data.clusters import MEMBERS, OFFSETS
 from esm2mega.data.sampling import Integers, Purpose, SampleOrder
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import UserError
 
 MIXTURE_BLOCK = 1 << 16
 """Samples in which a mixture is exact; weights are multiples of its inverse."""
-
-_CLUSTER_FILES = ("clusters.offsets.npy", "clusters.members.npy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +241,7 @@ class _StoreOrder:
         self.fingerprint = store.fingerprint[:16]
         if self._clusters is not None:
             files = store.manifest["files"]
-            hashes = [store.fingerprint, *(files[name]["sha256"] for name in _CLUSTER_FILES if name in files)]
+            hashes = [store.fingerprint, *(files[name]["sha256"] for name in (OFFSETS, MEMBERS))]
             self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
         self._seed = seed
         self._order = SampleOrder(self.size, seed)

@@ -23,6 +23,9 @@ from esm2mega.errors import MachineError
 SHARD_UNIT = 1 << 20
 """Limits are multiples of this, a multiple of the page size of any machine: mapped files begin at pages."""
 
+SHARD_BYTES = 16 << 30
+"""Limit where none is given: what any file system and any copy takes without trouble."""
+
 _MAP_FIXED = 0x10  # not among the constants of `mmap`; the same on Linux and BSD
 
 
@@ -45,15 +48,13 @@ def shard_name(name: str, number: int) -> str:
 class ShardWriter:
     """Writes `folder/name`, or `name-00000`, `name-00001`, … when it grows beyond the limit."""
 
-    def __init__(
-        self, folder: Path, name: str, limit: int | None, create: Callable[[Path], HashedFile]
-    ) -> None:
+    def __init__(self, folder: Path, name: str, limit: int, create: Callable[[Path], HashedFile]) -> None:
         """Creates the first file.
 
         Args:
             folder: where the files go.
             name: of the only file.
-            limit: largest size in bytes, a multiple of `SHARD_UNIT`; None for one file of any size.
+            limit: largest size in bytes, a multiple of `SHARD_UNIT`.
             create: opens a new file.
         """
         self._folder, self._name, self._limit, self._create = folder, name, limit, create
@@ -67,7 +68,7 @@ class ShardWriter:
         if self._whole is not None:
             self._whole.update(data)
         view = memoryview(data)
-        while self._limit is not None and self._bytes + len(view) > self._limit:
+        while self._bytes + len(view) > self._limit:
             room = self._limit - self._bytes
             self._file.write(view[:room])
             view = view[room:]

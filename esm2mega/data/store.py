@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from esm2mega import __version__
 from esm2mega.data import clusters, store_files, tokenizer
-from esm2mega.data.shards import ShardWriter, map_files
+from esm2mega.data.shards import SHARD_BYTES, ShardWriter, map_files
 from esm2mega.data.store_files import HashedFile, NumberSpool, offset_blocks, write_offsets
 from esm2mega.errors import UserError
 
@@ -96,13 +96,12 @@ class StoreWriter:
     `provenance` goes into the manifest (sources, split) and may be filled until the block is left.
     """
 
-    def __init__(self, path: str | Path, shard_bytes: int | None = None) -> None:
+    def __init__(self, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Names the store; nothing is created before the `with` block is entered.
 
         Args:
             path: directory of the finished store; must not exist.
-            shard_bytes: largest size of a file of tokens, a multiple of `shards.SHARD_UNIT`; None for one
-                file of any size.
+            shard_bytes: largest size of a file of tokens, a multiple of `shards.SHARD_UNIT`.
         """
         self._shard_bytes = shard_bytes
         self.path = Path(path)
@@ -295,13 +294,12 @@ class TokenStore:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two stores if they hold equal proteins in equal order, whatever the ids and sources.
+        """Equal for two stores if they hold equal proteins in equal order.
 
-        Which rows form a cluster counts too, where there are clusters.
+        Ids, clusters and sources do not matter.
         """
-        names = (_INDEX, *((clusters.OFFSETS, clusters.MEMBERS) if self._has_clusters else ()))
-        hashes = [self.manifest["files"][name]["sha256"] for name in names]
-        return hashlib.sha256("".join([self.manifest["tokens_sha256"], *hashes]).encode()).hexdigest()
+        hashes = [self.manifest["tokens_sha256"], self.manifest["files"][_INDEX]["sha256"]]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def verify(self) -> None:
         """Reads every byte and raises UserError when a file is not what was written."""

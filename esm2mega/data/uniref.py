@@ -25,11 +25,11 @@ from esm2mega.data.cluster_join import ClusterTable, append_proteins, protein_ba
 from esm2mega.data.fasta import FastaReader
 from esm2mega.data.held_out import DrawnRecords, IndexedIds, SplitSizes, refuse_shared_files
 from esm2mega.data.id_index import IdIndex
-from esm2mega.data.prepare import SPLITS, PrepareReport
+from esm2mega.data.prepare import SPLITS, PrepareReport, staging_directory
 from esm2mega.data.records import ByteProgress
-from esm2mega.data.store import StoreCounts, StoreWriter, partial_path
+from esm2mega.data.store import StoreCounts, StoreWriter
 from esm2mega.data.uniref_mapping import ClusterRow, MappingReader, batched, shown
-from esm2mega.errors import MachineError, UserError
+from esm2mega.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,15 @@ def staged(out: Path) -> Iterator[Path]:
     """A new directory that becomes `out` at the end of the block; an exception leaves nothing behind."""
     if out.exists():
         raise UserError(f"{out}: exists already; name another directory or remove it")
-    staging = partial_path(out)
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        os.rename(staging, out)
-    except OSError as error:
-        raise MachineError(
-            f"{out}: cannot be written ({error.strerror or error}); nothing was kept"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with staging_directory(out) as staging:
+        try:
+            made = staging / "out"
+            shutil.rmtree(made, ignore_errors=True)  # of an attempt that was killed
+            made.mkdir()
+            yield made
+            os.rename(made, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @dataclass

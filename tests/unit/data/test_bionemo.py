@@ -166,7 +166,7 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda folder, inputs: inputs._replace(train_database=folder / "absent.db"),
         "absent.db: no such SQLite file",
     ),
-    "not Parquet": (text_file("train_clusters"), "text: cannot be read as Parquet"),
+    "not Parquet": (text_file("train_clusters"), "text: is not a readable Parquet file"),
     "not SQLite": (
         text_file("train_database"),
         "text: cannot be read as SQLite with a table protein(id, sequence)",

@@ -20,6 +20,7 @@ from esm2mega.data.batch import BatchSpec, train_plan
 from esm2mega.data.loader import EvalPacks, PackedBatch, TrainStream, build_batch
 from esm2mega.data.packing import Pack, PackCursor, Window
 from esm2mega.data.samples import Pieces, TrainSamples
+from esm2mega.data.shards import SHARD_UNIT
 from esm2mega.data.store import StoreWriter, TokenStore
 from esm2mega.errors import UserError
 
@@ -222,6 +223,33 @@ def test_the_state_ignores_what_was_built_ahead(store: TokenStore, workers: int)
         assert digest(next(stream)) == reference[1]  # a closed stream goes on where it stood
         stream.load_state_dict(state)
         assert digest(next(stream)) == reference[1]
+
+
+def test_clusters_in_shards_and_mixtures_are_the_same_from_worker_processes(
+    store: TokenStore, tmp_path: Path
+) -> None:
+    """Worker processes open the stores by path; ranks and workers must meet the same samples there."""
+    random = np.random.default_rng(7)
+    letters = np.frombuffer(AMINO_ACIDS.encode(), dtype=np.uint8)
+    with StoreWriter(tmp_path / "clustered", shard_bytes=SHARD_UNIT) as writer:
+        writer.append(["long"], [random.choice(letters, size=SHARD_UNIT + 5).tobytes()])
+        sizes = random.integers(20, 200, size=299)
+        writer.append(
+            [f"c{i}" for i in range(299)], [random.choice(letters, size=n).tobytes() for n in sizes]
+        )
+        writer.append_clusters([f"k{j}" for j in range(100)], np.full(100, 3), random.permutation(300))
+    clustered = TokenStore(tmp_path / "clustered")
+    assert len(list(clustered.path.glob("tokens-*.bin"))) == 2
+    for stores, weights in (([clustered], None), ([clustered, store], [0.3, 0.7])):
+        spec = replace(SPEC, data=replace(SPEC.data, weights=weights))
+        with TrainStream(stores, spec) as stream:
+            assert stream.samples.identity()["data.sampling"][0] == "clusters"
+            reference = [digest(batch) for batch in itertools.islice(stream, 100)]
+        spec = replace(spec, data=replace(spec.data, workers=2))
+        for rank in range(2):
+            with TrainStream(stores, spec, rank, 2) as stream:
+                digests = [digest(batch) for batch in itertools.islice(stream, 50)]
+            assert digests == reference[rank::2]
 
 
 def test_epochs_end_in_padding(store: TokenStore) -> None:

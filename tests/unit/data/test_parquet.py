@@ -102,6 +102,13 @@ def test_damaged_files(tmp_path: Path) -> None:
         ParquetReader(tmp_path / "absent.parquet", DEFAULT)
 
 
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"M\xff"], pa.binary()).buffers())
+    path = write(tmp_path, pa.table({"sequence": broken}))
+    with pytest.raises(UserError, match=r"t.parquet: is not a readable Parquet file \('utf-8' codec"):
+        list(ParquetReader(path, DEFAULT))
+
+
 def test_without_pyarrow_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, table(pa.string()))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

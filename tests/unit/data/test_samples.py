@@ -219,5 +219,5 @@ def test_identity_names_what_changed(other: TrainSamples, keys: set[str]) -> Non
 def test_identity_covers_the_mapping() -> None:
     store = Lengths(LENGTHS, CLUSTERS)
     before = samples_of(store).identity()
-    store.manifest = {"files": {"clusters.members.npy": {"sha256": "1" * 64}}}
+    store.manifest["files"]["clusters.members.npy"]["sha256"] = "1" * 64
     assert samples_of(store).identity() != before

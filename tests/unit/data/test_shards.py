@@ -29,7 +29,7 @@ def sequences() -> list[bytes]:
     return [rng.choice(letters, size=length).tobytes() for length in lengths]
 
 
-def write(path: Path, sequences: list[bytes], shard_bytes: int | None) -> TokenStore:
+def write(path: Path, sequences: list[bytes], shard_bytes: int) -> TokenStore:
     with StoreWriter(path, shard_bytes) as writer:
         for number, sequence in enumerate(sequences):
             writer.append([f"p{number}"], [sequence])
@@ -37,7 +37,7 @@ def write(path: Path, sequences: list[bytes], shard_bytes: int | None) -> TokenS
 
 
 def test_shards_hold_the_bytes_of_the_whole(tmp_path: Path, sequences: list[bytes]) -> None:
-    whole = write(tmp_path / "whole", sequences, None)
+    whole = write(tmp_path / "whole", sequences, 1 << 30)
     sharded = write(tmp_path / "sharded", sequences, SHARD_UNIT)
     names = sorted(file.name for file in sharded.path.glob("tokens*.bin"))
     assert names == [f"tokens-{i:05d}.bin" for i in range(4)]

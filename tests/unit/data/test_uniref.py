@@ -20,6 +20,11 @@ from esm2mega.data.store import TokenStore
 from esm2mega.data.uniref import UniRefInputs, bytes_to_read, prepare_uniref
 from esm2mega.errors import MachineError, UserError
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 UF50 = ">UniRef50_A rep of A\nMKTL\n>UniRef50_B\nAAC\n>UniRef50_C\nWWW\n"
 # In neither the order of the mapping nor that of the UniRef50 file.
 UF90 = (
@@ -110,7 +115,9 @@ def test_both_separators_line_ends_and_compression(tmp_path: Path) -> None:
     inputs = write(tmp_path)
     other = MAPPING.replace(",", "; ").replace("UniRef90_b1\t", "UniRef90_b1;\t").replace("\n", "\r\n")
     (tmp_path / "other.tsv.gz").write_bytes(gzip.compress(other.encode()))
-    compressed = UniRefInputs(inputs.uf50, inputs.uf90, tmp_path / "other.tsv.gz")
+    uf90 = tmp_path / "uf90.fasta.zst"
+    uf90.write_bytes(zstd.compress(UF90.encode()))
+    compressed = UniRefInputs(inputs.uf50, uf90, tmp_path / "other.tsv.gz")
     prepare_uniref(inputs, tmp_path / "a")
     prepare_uniref(compressed, tmp_path / "b")
     one, two = TokenStore(tmp_path / "a" / "train"), TokenStore(tmp_path / "b" / "train")
@@ -334,8 +341,9 @@ def test_a_killed_prepare_leaves_nothing_that_is_accepted(tmp_path: Path) -> Non
     subprocess.run([sys.executable, "-c", KILLED_BEFORE_THE_LAST_RENAME, *paths], timeout=60, check=False)
     (left,) = set(tmp_path.iterdir()) - before
     with pytest.raises(UserError, match="interrupted"):
-        TokenStore(left / "train")
+        TokenStore(left / "out" / "train")
     prepare_uniref(inputs, out)
+    assert set(tmp_path.iterdir()) - before == {out}  # what the kill had left is gone
     assert len(TokenStore(out / "train")) == 4
 
 

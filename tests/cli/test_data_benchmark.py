@@ -1,0 +1,46 @@
+"""The benchmark of the data side runs, part by part, and writes what it measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esm2mega.data.simulate import FamilySpec, simulate_families
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "data.py"
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fasta") / "small.fasta"
+    simulate_families(path, n_families=10, members=4, spec=FamilySpec(median_length=60, max_length=150))
+    return path
+
+
+def measure(out, part, *arguments):
+    words = [sys.executable, SCRIPT, part, *map(str, arguments), "--json", out / "result.json"]
+    subprocess.run(words, check=True, timeout=250)
+    return json.loads((out / "result.json").read_text())
+
+
+def test_packing_and_loading(fasta, tmp_path):
+    sizes = ["--tokens", 1024, "--sequences", 20000, 200000, "--loader-tokens", 1024, "--packs", 20]
+    result = measure(tmp_path, "packing", fasta, *sizes, "--seconds", 0.01, "--workers", 0, 1, "--sizes")
+    assert [(plan["packing"], plan["sequences"]) for plan in result["plans"]] == [
+        ("pack", 40),
+        ("pack", 200_000),
+        ("bucket", 40),
+        ("bucket", 200_000),
+    ]
+    fill = [plan["fill"] for plan in result["plans"]]
+    assert 0.99 < fill[0] <= 1 and fill[0] > fill[2] > 0.7
+    assert set(result["tokens_per_second"]) == {"building", "loader, workers=0", "loader, workers=1"}
+    # Ten times the sequences need no more than a few cached tables: a window of 8192 is planned at a time.
+    assert result["peak_bytes"]["200000"] == pytest.approx(result["peak_bytes"]["20000"], rel=0.5)
+
+
+def test_an_unknown_part_is_refused():
+    done = subprocess.run([sys.executable, SCRIPT, "loading"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "must be one of prepare, packing, uniref" in done.stderr
