@@ -154,7 +154,8 @@ def _check_arguments(
 def staging_directory(out: Path) -> Iterator[Path]:
     """The directory beside `out` in which it is made, by one process at a time.
 
-    No reader accepts what is there. It may hold what a killed attempt has left. An OSError of the block becomes a MachineError.
+    No reader accepts what is there. It may hold what a killed attempt has left.
+    An OSError of the block becomes a MachineError.
     """
     staging = out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")
     try:
