@@ -289,6 +289,13 @@ def _open_log(path: Path, resume_from: Path | None, step: int) -> tuple[JsonlLog
     return log, [behind] if dropped else []
 
 
+def _stages(config: Any) -> str:
+    """Layers of each pipeline stage, as in 17+16."""
+    layout = config.pipeline_model_parallel_layout
+    ranks = range(layout.pipeline_model_parallel_size)
+    return "+".join(str(layout.get_num_layers_to_build(vp_stage=0, pp_rank=rank)) for rank in ranks)
+
+
 def _announcement(run: Run, ranks: Ranks, stream: TrainStream, model: list[Any]) -> list[str]:
     """What is about to run."""
     config = unwrap_model(model)[0].config
@@ -297,7 +304,8 @@ def _announcement(run: Run, ranks: Ranks, stream: TrainStream, model: list[Any])
         f"attention {config.packed_attention}",
         f"layout   {ranks.world_size} x {ranks.device.type}: "
         f"TP {ranks.tp_size}, PP {ranks.pp_size}, DP {ranks.dp_size}"
-        + (", SP" if run.parallel.sequence_parallel else ""),
+        + (", SP" if run.parallel.sequence_parallel else "")
+        + (f"; stages of {_stages(config)} layers" if config.pipeline_model_parallel_layout else ""),
         f"batch    {run.train.global_batch_tokens} tokens a step in packs of {run.train.micro_batch_tokens}",
         *(f"data     {line}" for line in stream.samples.describe()),
     ]

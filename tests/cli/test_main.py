@@ -12,7 +12,7 @@ import pytest
 from esm2mega.cli import cli, main
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
-COMMANDS = ["quickstart", "prepare", "pretrain", "evaluate", "inspect", "plot", "doctor"]
+COMMANDS = ["quickstart", "prepare", "pretrain", "evaluate", "inspect", "prove", "plot", "doctor"]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")
 
 
@@ -108,9 +108,12 @@ def test_help_is_quick():
         (["pretrain", "--config", "pretrain_esm2_8M", "train.lr=1"], "the nearest valid key is optim.lr"),
         (["pretrain", "--config", "pretrain_esm2_8M"], "data.train is not set"),
         (
-            ["pretrain", "--config", "pretrain_esm2_650M", "parallel.pipeline_model_parallel_size=2"],
-            "model.num_layers=33 is not divisible by parallel.pipeline_model_parallel_size=2",
+            ["pretrain", "--config", "pretrain_esm2_650M", "parallel.pipeline_model_parallel_size=34"],
+            "model.num_layers=33 is smaller than parallel.pipeline_model_parallel_size=34",
         ),
+        (["prove", "--layouts", "ci", "--tp", "2"], "--layouts ci and --tp exclude each other"),
+        (["prove", "--sp"], "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1"),
+        (["prove", "--packed", "5"], "Invalid value for '--packed'"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(arguments, expected, capsys):

@@ -1,21 +1,13 @@
-"""A token store that the training runs of this folder share, and the processes of the proof."""
+"""A token store that the training runs of this folder share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from esm2mega.prove.prover import Prover
 from tests.distributed.runs import write_fasta
 from tests.ranks import run_ranks
-
-
-@pytest.fixture(scope="session")
-def prover() -> Iterator[Prover]:
-    with Prover(processes=4, seed=1234) as prover:
-        yield prover
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from esm2mega.checkpoint.layout import step_dir
 from esm2mega.checkpoint.tensors import TensorReader
 from tests.ranks import run_ranks
 
@@ -54,11 +53,6 @@ class Outcome:
     run_dir: Path
     losses: list[float]
     grad_norms: list[float]
-
-    def weights(self, step: int) -> dict[str, torch.Tensor]:
-        """Full tensors of the model in a checkpoint."""
-        tensors = full_tensors(step_dir(self.run_dir, step))
-        return {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
 
 
 def train(run_dir: Path, data: Path, settings: Mapping[str, Any], world_size: int = 1) -> Outcome:

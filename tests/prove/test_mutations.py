@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from esm2mega.prove.prover import Verdict
-from esm2mega.prove.trials import Trial
-from tests.prove.mutations import MUTATIONS, Mutation, found, judge, trial
-
-pytestmark = pytest.mark.distributed
+from tests.prove.mutations import MUTATIONS, found, judge, trial
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[Trial, Verdict]:
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_every_mutation_is_found() -> None:
     clean = trial(MUTATIONS[-1], planted=False)
-    return judge([*map(trial, MUTATIONS), clean])
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.plant.__name__)
-def test_mutation_is_found(mutation: Mutation, verdicts: dict[Trial, Verdict]) -> None:
-    verdict = verdicts[trial(mutation)]
-    assert verdict.error is None
-    assert not verdict.passed
-    assert found(mutation, verdict), [str(difference) for difference in verdict.worst]
-
-
-def test_without_mutation_the_trial_passes(verdicts: dict[Trial, Verdict]) -> None:
-    verdict = verdicts[trial(MUTATIONS[-1], planted=False)]
-    assert verdict.error is None
-    assert verdict.passed, str(verdict.largest)
+    verdicts = judge([*map(trial, MUTATIONS), clean])
+    assert len(MUTATIONS) >= 10
+    for mutation in MUTATIONS:
+        verdict = verdicts[trial(mutation)]
+        assert verdict.error is None, f"{mutation.what}: {verdict.error}"
+        assert not verdict.passed, mutation.what
+        assert found(mutation, verdict), f"{mutation.what}: {[str(seen) for seen in verdict.worst]}"
+    assert verdicts[clean].passed, verdicts[clean].error or str(verdicts[clean].largest)

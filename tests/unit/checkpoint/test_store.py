@@ -77,6 +77,7 @@ def _save(state: TrainState, directory: Path, *overrides: str) -> Path:
         ("model.precision=bf16",),
         ("model.precision=fp32", SHARDED),
         ("model.precision=bf16", SHARDED),
+        ("model.precision=fp64", SHARDED),
     ],
     ids=" ".join,
 )
@@ -99,6 +100,49 @@ def test_training_state_comes_back(tmp_path: Path, settings: tuple[str, ...]) ->
         assert [key for (key, a), (_, b) in zip(loaded, moments, strict=True) if not _same(a, b)] == []
         assert {"exp_avg", "exp_avg_sq", "step", "lr", "main"} <= {key for key, _ in moments}
         # The proof that nothing is missing: both go on alike.
+        for state in (saved, fresh):
+            train_step(state, BATCHES)
+        assert all(
+            torch.equal(a, b) for a, b in zip(_weights(saved).values(), _weights(fresh).values(), strict=True)
+        )
+
+
+def _by_name(state: TrainState) -> dict[str, Tensor]:
+    """Main weights, moments and step counts under the names of the parameters, split or not."""
+    (part,) = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+    found = {}
+    for name, parameter in state.model[0].module.named_parameters():
+        # One process: its share of a split parameter is the whole one.
+        if hasattr(part, "model_param_group_index_map"):
+            group, place = part.model_param_group_index_map[parameter]
+            main = part.optimizer.param_groups[group]["params"][place]
+        else:
+            main = getattr(parameter, "main_param", parameter)
+        found[f"{name} main"] = main.detach().flatten().clone()
+        found |= {f"{name} {key}": value.flatten() for key, value in part.optimizer.state[main].items()}
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize(("before", "after"), [("false", "true"), ("true", "false")])
+def test_distributed_optimizer_can_be_switched(
+    tmp_path: Path, precision: str, before: str, after: str
+) -> None:
+    from esm2mega.parallel.initialize import process_groups
+
+    first, second = (
+        (f"model.precision={precision}", f"parallel.distributed_optimizer={value}")
+        for value in (before, after)
+    )
+    with process_groups(tiny_run(SHARDED).parallel, seed=1):
+        saved = _stepped(*first)
+        checkpoint = _save(saved, tmp_path / "step_00000002", *first)
+        fresh = train_state(tiny_run("seed=77", *second))
+        load_training_state(checkpoint, fresh.model, fresh.optimizer)
+        expected, actual = _by_name(saved), _by_name(fresh)
+        assert actual.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+        assert any(name.endswith("exp_avg_sq") for name in expected)
         for state in (saved, fresh):
             train_step(state, BATCHES)
         assert all(

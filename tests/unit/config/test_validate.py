@@ -41,8 +41,6 @@ RULES = [
     (["model.attention_backend=varlen", "model.precision=fp64"], 1, "set model.precision=bf16"),
     (["model.precision=fp64", "model.layer_spec=te"], 1, "model.precision=fp64 does not exist in"),
     (["model.precision=fp64", "model.attention_backend=te"], 1, "does not exist in Transformer Engine"),
-    (["model.precision=fp64", "parallel.distributed_optimizer=true"], 1,
-     "parallel.distributed_optimizer=true does not support model.precision=fp64"),
     (["model.layernorm_epsilon=0"], 1, "model.layernorm_epsilon=0.0 must be greater than 0"),
     (["model.init_std=-1"], 1, "model.init_std=-1.0 must be greater than 0"),
     # layout
@@ -52,9 +50,11 @@ RULES = [
     (["model.size=null", "model.num_layers=1", "model.hidden_size=8", "model.ffn_hidden_size=6",
       "model.num_attention_heads=4", "parallel.tensor_model_parallel_size=4"], 4,
      "model.ffn_hidden_size=6 is not divisible by parallel.tensor_model_parallel_size=4; choose one of 1, 2"),
-    (["parallel.pipeline_model_parallel_size=4"], 4,
-     "model.num_layers=6 is not divisible by parallel.pipeline_model_parallel_size=4; "
-     "choose one of 1, 2, 3, 6"),
+    (["parallel.pipeline_model_parallel_size=7"], 7,
+     "model.num_layers=6 is smaller than parallel.pipeline_model_parallel_size=7, but every stage needs a "
+     "layer; set parallel.pipeline_model_parallel_size=6 or less"),
+    (["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=2"], 4,
+     "= 8; set parallel.virtual_pipeline_model_parallel_size=null, which allows stages of unequal length"),
     (["parallel.virtual_pipeline_model_parallel_size=2"], 1,
      "parallel.virtual_pipeline_model_parallel_size=2 needs parallel.pipeline_model_parallel_size > 1"),
     (["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"], 2,

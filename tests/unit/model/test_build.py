@@ -74,11 +74,20 @@ def test_layout() -> None:
     assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (False, True)
 
 
+def test_pipeline_stages_of_unequal_length() -> None:
+    parallel = ParallelConfig(pipeline_model_parallel_size=2)
+    config = transformer_config(SHAPE, parallel, CPU, "sdpa")
+    layout = config.pipeline_model_parallel_layout
+    assert [layout.get_num_layers_to_build(vp_stage=0, pp_rank=rank) for rank in range(2)] == [2, 1]
+    assert transformer_config(SHAPE, ParallelConfig(), CPU, "sdpa").pipeline_model_parallel_layout is None
+
+
 def test_interleaved_schedule_keeps_messages_apart() -> None:
     parallel = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
     config = transformer_config(replace(SHAPE, num_layers=4), parallel, CPU, "sdpa")
     assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (True, False)
     assert config.virtual_pipeline_model_parallel_size == 2
+    assert config.pipeline_model_parallel_layout is None
 
 
 @pytest.fixture
