@@ -216,6 +216,7 @@ def _pack(proteins: list[MaskedTokens]) -> PackedBatch:
         max_seqlen=max(lengths),
         label_positions=torch.from_numpy(np.concatenate(positions)),
         labels=torch.from_numpy(np.concatenate([protein.labels for protein in proteins])),
+        label_counts=[len(protein.labels) for protein in proteins],
         num_tokens=ends[-1],
         num_residues=ends[-1] - 2 * len(proteins),
         num_sequences=len(proteins),

@@ -51,6 +51,7 @@ class PackedBatch:
         max_seqlen: the largest of `seqlens`.
         label_positions: places of the tokens to predict, ascending, int64 [M].
         labels: the original tokens there, int64 [M].
+        label_counts: tokens to predict in each segment on the host, n numbers that add up to M.
         num_tokens: tokens of proteins, `<cls>` and `<eos>` included, padding not.
         num_residues: the same without `<cls>` and `<eos>`.
         num_sequences: proteins, or pieces of them, in the pack.
@@ -62,6 +63,7 @@ class PackedBatch:
     max_seqlen: int
     label_positions: torch.Tensor
     labels: torch.Tensor
+    label_counts: list[int]
     num_tokens: int
     num_residues: int
     num_sequences: int
@@ -92,6 +94,7 @@ def _as_tensors(arrays: BatchArrays) -> PackedBatch:
         max_seqlen=max(seqlens),
         label_positions=torch.from_numpy(arrays.label_positions.astype(np.int64)),
         labels=torch.from_numpy(arrays.labels.astype(np.int64)),
+        label_counts=np.diff(np.searchsorted(arrays.label_positions, arrays.cu_seqlens)).tolist(),
         num_tokens=arrays.num_tokens,
         num_residues=arrays.num_residues,
         num_sequences=arrays.num_sequences,

@@ -1,7 +1,7 @@
 """Bidirectional self-attention over a pack: each sequence attends to itself and to nothing else.
 
-Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` heads, ``t`` tensor-parallel size, ``d`` head
-dimension.
+Legend: ``T`` tokens of a pack, ``m`` of them that ask (all, or those that get logits), ``h`` hidden size,
+``n`` heads, ``t`` tensor-parallel size, ``d`` head dimension.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from esm2mega.model.packed import PackedSequences
 from esm2mega.model.rotary import split_and_rotate
 
 Kernel = Callable[[Tensor, Tensor, Tensor, PackedSequences, float], Tensor]
-"""q, k, v ``[T, n/t, d]``, borders, scale -> ``[T, n/t, d]``."""
+"""q ``[m, n/t, d]``, k and v ``[T, n/t, d]``, borders, scale -> ``[m, n/t, d]``."""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float) -> Tensor:
@@ -30,10 +30,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float)
     outputs = []
     # split, not slicing: the backward of a slice fills the whole tensor with zeros once per sequence.
     for segment in zip(
-        q.split(packed.seqlens), k.split(packed.seqlens), v.split(packed.seqlens), strict=True
+        q.split(packed.query_lens), k.split(packed.seqlens), v.split(packed.seqlens), strict=True
     ):
         # [l, n/t, d] -> [1, n/t, l, d]
         qs, ks, vs = (x.transpose(0, 1).unsqueeze(0) for x in segment)
+        if not qs.numel():  # a sequence without labels
+            continue
         out = scaled_dot_product_attention(qs, ks, vs, scale=scale)
         outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
@@ -43,9 +45,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: floa
     """`torch.nn.attention.varlen`: one kernel for the pack, no further package. CUDA, bf16 or fp16."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = packed.max_seqlen_q
-    borders = packed.cu_seqlens_q
-    attended = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale)
+    borders = packed.cu_seqlens_q, packed.cu_seqlens_kv
+    attended = varlen_attn(q, k, v, *borders, packed.max_seqlen_q, packed.max_seqlen_kv, scale=scale)
     assert isinstance(attended, Tensor)  # a tuple only when further outputs are asked for
     return attended
 
@@ -54,9 +55,9 @@ def flash(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float
     """The flash-attn package's varlen kernel. CUDA, bf16 or fp16."""
     from flash_attn import flash_attn_varlen_func
 
-    longest = packed.max_seqlen_q
+    borders = packed.cu_seqlens_q, packed.cu_seqlens_kv
     return flash_attn_varlen_func(
-        q, k, v, packed.cu_seqlens_q, packed.cu_seqlens_kv, longest, longest, softmax_scale=scale
+        q, k, v, *borders, packed.max_seqlen_q, packed.max_seqlen_kv, softmax_scale=scale
     )
 
 
@@ -136,7 +137,9 @@ class PackedCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences,
     ) -> Tensor:
-        """q, k and v ``[T, n/t, d]`` -> ``[T, n/t, d]``; the borders are the only mask there is."""
+        """q ``[m, n/t, d]``, k and v ``[T, n/t, d]`` -> ``[m, n/t, d]``; the borders are the only mask there
+        is.
+        """
         return self.kernel(query, key, value, packed_seq_params, self.scale)
 
 
@@ -154,6 +157,7 @@ class ESM2SelfAttention(SelfAttention):
         *,
         rotary_pos_emb: Tensor,
         packed_seq_params: PackedSequences,
+        rows: Tensor | None = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
         """Attend within each sequence.
@@ -164,10 +168,12 @@ class ESM2SelfAttention(SelfAttention):
             attention_mask: Unused: a pack needs no mask.
             rotary_pos_emb: ``[2, T, 1, d / 2]`` from `RotaryTables`.
             packed_seq_params: Borders of the sequences.
+            rows: int64 ``[m]``, the tokens whose output is wanted; all of them when None.
             **unused: What the transformer layer passes for decoders.
 
         Returns:
-            Output in the layout of `hidden_states`, and the bias ``[h]`` that the caller adds.
+            Output in the layout of `hidden_states`, or ``[m, 1, h]`` at `rows`; and the bias ``[h]`` that the
+            caller adds.
         """
         qkv, _ = self.linear_qkv(hidden_states)
         # [T, 1, 3h/t] -> [T, n/t, 3, d]: rows of the fused weight are head-major, q k v per head
@@ -175,6 +181,11 @@ class ESM2SelfAttention(SelfAttention):
             qkv.shape[0], self.num_attention_heads_per_partition, 3, self.hidden_size_per_attention_head
         )
         query, key, value = split_and_rotate(qkv, rotary_pos_emb)
+        # Our kernels take queries of other lengths than the keys. Transformer Engine's stay whole: they are
+        # chosen and proven for self-attention, and the rest of the layer is the larger part.
+        if rows is not None and isinstance(self.core_attention, PackedCoreAttention):
+            query, packed_seq_params = query.index_select(0, rows), packed_seq_params.at_rows()
+            rows = None
         if self.checkpoint_core_attention and self.training:
             context = self._checkpointed_attention_forward(
                 query,
@@ -194,5 +205,7 @@ class ESM2SelfAttention(SelfAttention):
                 attention_bias=None,
                 packed_seq_params=packed_seq_params,
             )
-        # [T, n/t, d] -> [T, 1, h/t]
+        if rows is not None:
+            context = context.index_select(0, rows)
+        # [m, n/t, d] -> [m, 1, h/t]
         return self.linear_proj(context.reshape(context.shape[0], 1, -1))

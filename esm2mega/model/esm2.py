@@ -111,7 +111,8 @@ class ESM2Model(LanguageModule):
             packed: Borders of the sequences.
 
         Returns:
-            ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism.
+            ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism; ``[m, 1, h]`` from the last stage
+            where `packed` has rows.
         """
         return self.encoder(
             hidden_states=self.embedding(input_ids, packed) if self.pre_process else None,
@@ -128,13 +129,17 @@ class ESM2Model(LanguageModule):
         Args:
             input_ids: int64 ``[T]``; read by the first stage only.
             packed: Borders of the sequences.
-            logit_positions: int64 ``[m]``, tokens that get logits; all of them when None. Training passes the
-                masked ones: the head then costs 15 % of what it would.
+            logit_positions: int64 ``[m]``, ascending, tokens that get logits; all of them when None. Training
+                passes the masked ones: the head then costs 15 % of what it would, and so does most of the
+                last layer if `packed` has row counts and there is no sequence parallelism (which scatters the
+                tokens over ranks).
 
         Returns:
             Hidden states in the layout of `encode`, or logits ``[m, v]``, the same on every tensor-parallel
             rank. The padding of the vocabulary is cut off, so it can take no probability.
         """
+        if self.post_process and logit_positions is not None and not self.config.sequence_parallel:
+            packed = packed.with_rows(logit_positions)
         hidden_states = self.encode(input_ids, packed)
         if not self.post_process:
             return hidden_states
@@ -143,7 +148,7 @@ class ESM2Model(LanguageModule):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        if logit_positions is not None:
+        if logit_positions is not None and packed.rows is None:
             hidden_states = hidden_states.index_select(0, logit_positions)
         shared = self.shared_embedding_or_output_weight() if self.pre_process else None
         logits, _ = self.output_layer(self.lm_head(hidden_states), weight=shared)

@@ -16,10 +16,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from esm2mega.errors import UserError
 from esm2mega.model.attention import ESM2SelfAttention, PackedCoreAttention
+from esm2mega.model.layer import ESM2Layer
 from esm2mega.model.layernorm import LayerNorm
 
 
@@ -90,7 +91,7 @@ def te_layer(core_attention: str) -> ModuleSpec:
 def _layer(norm: Any, column: Any, row: Any, core_attention: Any, keys: dict[str, str]) -> ModuleSpec:
     norms = {} if norm is None else {"input_layernorm": norm, "pre_mlp_layernorm": norm}
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ESM2Layer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=ESM2SelfAttention,

@@ -1,12 +1,13 @@
 """What the encoder knows about a pack: where each sequence begins, and the way from and to padded batches.
 
-Legend: ``T`` tokens of a pack, ``n`` sequences in it, ``b`` and ``s`` the padded batch's rows and width.
+Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``n`` sequences in it, ``b`` and ``s`` the
+padded batch's rows and width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -23,20 +24,32 @@ class PackedSequences(PackedSeqParams):
 
     Attributes:
         seqlens: Lengths in tokens, on the host, so that per-sequence kernels need no device synchronisation.
+        query_lens: How many tokens of each sequence ask the others: all of them, but in `at_rows`.
+        row_counts: How many tokens of each sequence get logits, on the host; None if that is not known.
+        rows: The tokens that get logits, ascending, int64 ``[m]``: the last layer computes these alone. None:
+            all.
     """
 
     seqlens: tuple[int, ...] = ()
+    query_lens: tuple[int, ...] = ()
+    row_counts: tuple[int, ...] | None = None
+    rows: Tensor | None = None
 
     @classmethod
-    def from_lengths(cls, seqlens: Sequence[int], device: torch.device | str = "cpu") -> PackedSequences:
+    def from_lengths(
+        cls,
+        seqlens: Sequence[int],
+        device: torch.device | str = "cpu",
+        row_counts: Sequence[int] | None = None,
+    ) -> PackedSequences:
         """Borders of sequences that lie back to back.
 
         Args:
             seqlens: ``n`` lengths in tokens.
             device: Where ``cu_seqlens`` (int32, ``[n + 1]``) is wanted.
+            row_counts: ``n`` numbers of tokens that get logits, if known.
         """
-        lengths = torch.tensor([0, *seqlens], dtype=torch.int32)
-        cu_seqlens = lengths.cumsum(0, dtype=torch.int32).to(device)
+        cu_seqlens = _borders(seqlens, device)
         longest = max(seqlens)
         return cls(
             qkv_format="thd",
@@ -45,7 +58,31 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             seqlens=tuple(seqlens),
+            query_lens=tuple(seqlens),
+            row_counts=None if row_counts is None else tuple(row_counts),
         )
+
+    def with_rows(self, rows: Tensor) -> PackedSequences:
+        """This pack with logits at `rows` alone, where the last layer can make use of it.
+
+        That needs `row_counts`. A pack without any row is rare and stays whole, so that no kernel sees an
+        empty tensor.
+
+        Args:
+            rows: int64 ``[m]``, ascending.
+        """
+        if self.row_counts is None or not rows.numel():
+            return self
+        assert sum(self.row_counts) == rows.numel(), "row_counts are those of other rows"
+        return replace(self, rows=rows)
+
+    def at_rows(self) -> PackedSequences:
+        """Borders for attention from `rows` to all tokens: those of the queries and of the keys differ."""
+        assert self.row_counts is not None
+        packed = replace(self, query_lens=self.row_counts)
+        packed.cu_seqlens_q = _borders(self.row_counts, self.cu_seqlens_q.device)
+        packed.max_seqlen_q = max(self.row_counts)
+        return packed
 
     @property
     def num_tokens(self) -> int:
@@ -62,6 +99,11 @@ class PackedSequences(PackedSeqParams):
         """Position of each token within its sequence, from 0: int64 ``[T]``."""
         starts = self.cu_seqlens_q[:-1].long()
         return torch.arange(self.num_tokens, device=starts.device) - starts[self.sequence_ids()]
+
+
+def _borders(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    """Where each of `lengths` begins, and the end: int32 ``[n + 1]``."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, PackedSequences]:

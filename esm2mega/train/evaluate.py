@@ -185,7 +185,12 @@ def _groups(batches: Iterator[PackedBatch], size: int) -> Iterator[list[PackedBa
 def _filled(group: list[PackedBatch], multiple: int) -> list[PackedBatch]:
     """The packs, and packs without labels up to a multiple."""
     first = group[0]
-    unlabelled = replace(first, label_positions=first.label_positions[:0], labels=first.labels[:0])
+    unlabelled = replace(
+        first,
+        label_positions=first.label_positions[:0],
+        labels=first.labels[:0],
+        label_counts=[0] * len(first.seqlens),
+    )
     return group + [unlabelled] * (-len(group) % multiple)
 
 

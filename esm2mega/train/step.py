@@ -58,7 +58,7 @@ def forward_step(loss: LossReduction, batches: Iterator[PackedBatch], model: Any
     loss.
     """
     batch = next(batches)
-    packed = PackedSequences.from_lengths(batch.seqlens, batch.input_ids.device)
+    packed = PackedSequences.from_lengths(batch.seqlens, batch.input_ids.device, batch.label_counts)
     return model(batch.input_ids, packed, batch.label_positions), loss.bind(batch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def packed_batch(sequences: Sequence[Sequence[int]], labels: dict[int, int]) -> 
     """A micro-batch of token ids; `labels` maps positions in the pack to the tokens to predict there."""
     ids = [token for sequence in sequences for token in sequence]
     seqlens = [len(sequence) for sequence in sequences]
+    ends = list(itertools.accumulate(seqlens))
     return PackedBatch(
         input_ids=torch.tensor(ids),
         cu_seqlens=torch.tensor([0, *seqlens]).cumsum(0).to(torch.int32),
@@ -64,6 +66,9 @@ def packed_batch(sequences: Sequence[Sequence[int]], labels: dict[int, int]) -> 
         max_seqlen=max(seqlens),
         label_positions=torch.tensor(list(labels), dtype=torch.int64),
         labels=torch.tensor(list(labels.values()), dtype=torch.int64),
+        label_counts=[
+            sum(i in labels for i in range(end - n, end)) for end, n in zip(ends, seqlens, strict=True)
+        ],
         num_tokens=len(ids),
         num_residues=len(ids) - 2 * len(seqlens),
         num_sequences=len(seqlens),

@@ -53,6 +53,8 @@ def originals(batch: PackedBatch) -> list[str]:
     """The proteins of a batch before masking, as text."""
     tokens = batch.input_ids.clone()
     tokens[batch.label_positions] = batch.labels
+    chosen = torch.zeros_like(tokens).index_fill(0, batch.label_positions, 1)
+    assert batch.label_counts == [int(part.sum()) for part in chosen.split(batch.seqlens)]
     pieces = tokens.split(batch.seqlens)[: batch.num_sequences]
     return [tokenizer.decode(piece.numpy()) for piece in pieces]
 
@@ -77,6 +79,7 @@ def test_batch_by_hand(write_store: WriteStore) -> None:
     assert batch.seqlens == [6, 5, 5] and batch.max_seqlen == 6
     assert (batch.num_tokens, batch.num_residues, batch.num_sequences) == (11, 7, 2)
     assert batch.labels.tolist() == batch.label_positions.tolist() == []
+    assert batch.label_counts == [0, 0, 0]
     assert batch.input_ids.dtype == batch.labels.dtype == batch.label_positions.dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
 

@@ -49,6 +49,22 @@ def test_sdpa_equals_plain_attention(scale: float) -> None:
         assert (ours - reference).abs().max() <= 1e-12 * reference.abs().max()
 
 
+def test_sdpa_at_rows_equals_plain_attention_there() -> None:
+    rows = torch.tensor([1, 2, 6, 9])  # none of the first sequence
+    packed = PackedSequences.from_lengths([*LENGTHS, 2], row_counts=[0, 3, 1, 0]).with_rows(rows).at_rows()
+    results = []
+    for kernel in (
+        lambda q, k, v: sdpa(q[rows], *(torch.cat([x, x[:2]]) for x in (k, v)), packed, 0.5),
+        lambda q, k, v: _plain(q, k, v, 0.5)[rows],
+    ):
+        inputs = _inputs()
+        out = kernel(*inputs)
+        (out * torch.arange(out.numel(), dtype=torch.float64).view_as(out)).sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    for ours, reference in zip(*results, strict=True):
+        assert (ours - reference).abs().max() <= 1e-12 * reference.abs().max()
+
+
 def test_sequences_do_not_see_each_other() -> None:
     q, k, v = (x.detach() for x in _inputs())
     packed = PackedSequences.from_lengths(LENGTHS)

@@ -24,6 +24,25 @@ def test_from_lengths() -> None:
     assert packed.qkv_format == "thd"
 
 
+def test_borders_of_rows_are_those_of_the_queries_alone() -> None:
+    rows = torch.tensor([0, 3, 4, 5])
+    packed = PackedSequences.from_lengths([2, 1, 4], row_counts=[1, 0, 3]).with_rows(rows)
+    assert packed.rows is rows
+    assert packed.cu_seqlens_q.tolist() == [0, 2, 3, 7], "the other layers see the whole pack"
+    last = packed.at_rows()
+    assert last.cu_seqlens_q.tolist() == [0, 1, 1, 4]
+    assert last.cu_seqlens_q.dtype == torch.int32
+    assert last.cu_seqlens_kv.tolist() == [0, 2, 3, 7]
+    assert (last.max_seqlen_q, last.max_seqlen_kv) == (3, 4)
+    assert (last.query_lens, last.seqlens) == ((1, 0, 3), (2, 1, 4))
+
+
+def test_a_pack_stays_whole_without_counts_or_rows() -> None:
+    assert PackedSequences.from_lengths([2, 1]).with_rows(torch.tensor([1])).rows is None
+    none = torch.empty(0, dtype=torch.int64)
+    assert PackedSequences.from_lengths([2, 1], row_counts=[0, 0]).with_rows(none).rows is None
+
+
 def test_sequence_ids_and_positions() -> None:
     packed = PackedSequences.from_lengths([2, 1, 3])
     assert packed.sequence_ids().tolist() == [0, 0, 1, 2, 2, 2]

@@ -111,6 +111,7 @@ def token_counter(ranks: Ranks) -> None:
         max_seqlen=4,
         label_positions=torch.tensor([1, 2]),
         labels=torch.tensor([5, 6]),
+        label_counts=[2],
         num_tokens=4,
         num_residues=2,
         num_sequences=1,
