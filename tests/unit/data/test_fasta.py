@@ -88,7 +88,7 @@ def test_block_borders_do_not_matter(
 
 
 def test_gzip_is_recognised_by_content_and_hashed_as_it_lies_on_disk(tmp_path: Path) -> None:
-    members = gzip.compress(b">a first\nMK\nTL\n>b\nAC") + gzip.compress(b"def*-.\n")
+    members = gzip.compress(b">a first\nMK\nTL\n>b\nAC", mtime=0) + gzip.compress(b"def*-.\n", mtime=0)
     path = write(tmp_path, members, "named_wrongly.fasta")
     reader = FastaReader(path)
     assert list(reader) == EXPECTED
@@ -104,7 +104,7 @@ def test_progress_counts_bytes_on_disk(tmp_path: Path) -> None:
             self.total += n
 
     plain = write(tmp_path, b">a\n" + b"MKTL" * 1000 + b"\n")
-    packed = write(tmp_path, gzip.compress(plain.read_bytes()), "a.gz")
+    packed = write(tmp_path, gzip.compress(plain.read_bytes(), mtime=0), "a.gz")
     progress = Count()
     for path in (plain, packed):
         list(FastaReader(path, progress))
@@ -138,9 +138,12 @@ def test_progress_counts_bytes_on_disk(tmp_path: Path) -> None:
         (b">a\nMK\n>\nAC\n", "in.fasta:3: the header has no id"),
         (b">a\nMK\n> b\nAC\n", "in.fasta:3: the header has no id"),
         (b">a\nMK\n>prot\xe9ine\nAC\n", "in.fasta:3: the id b'prot\\xe9ine' is not UTF-8"),
-        (gzip.compress(b">a\nMK\n" * 1000)[:-20], "in.fasta: the gzip data ends early (truncated file)"),
-        (gzip.compress(b">a\nMK\n")[:-1], "in.fasta: the gzip data ends early (truncated file)"),
-        (gzip.compress(b""), "in.fasta: no sequences in the file"),
+        (
+            gzip.compress(b">a\nMK\n" * 1000, mtime=0)[:-20],
+            "in.fasta: the gzip data ends early (truncated file)",
+        ),
+        (gzip.compress(b">a\nMK\n", mtime=0)[:-1], "in.fasta: the gzip data ends early (truncated file)"),
+        (gzip.compress(b"", mtime=0), "in.fasta: no sequences in the file"),
         (b"\x1f\x8b" + b"no gzip at all", "in.fasta: damaged gzip data"),
         (b"BZh91AY&SY", "in.fasta: is bzip2-compressed; decompress it first"),
         (zstd.compress(b">a\nMK\n" * 1000)[:-4], "in.fasta: the zstd data ends early (truncated file)"),
@@ -152,7 +155,7 @@ def test_bad_input_is_one_line(tmp_path: Path, content: bytes, expected: str) ->
 
 
 def test_damaged_gzip_checksum(tmp_path: Path) -> None:
-    packed = bytearray(gzip.compress(b">a\nMK\n"))
+    packed = bytearray(gzip.compress(b">a\nMK\n", mtime=0))
     packed[-8] ^= 1
     assert message(tmp_path, bytes(packed)).startswith("in.fasta: damaged gzip data")
 

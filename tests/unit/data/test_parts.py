@@ -48,7 +48,7 @@ def test_the_output_depends_neither_on_processes_nor_on_blocks(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = tmp_path / "more.fa.gz"
-    packed.write_bytes(gzip.compress(fasta.read_bytes()))
+    packed.write_bytes(gzip.compress(fasta.read_bytes(), mtime=0))
     reports = [prepare([fasta, packed], tmp_path / f"w{workers}", workers) for workers in (1, 2, 3)]
     monkeypatch.setattr(text, "BLOCK_BYTES", 1 << 24)
     reports.append(prepare([fasta, packed], tmp_path / "one block"))
@@ -176,7 +176,7 @@ def test_the_first_error_in_the_input_is_reported(
     content = fasta.read_bytes()
     middle = content.index(b"\n>p300\n") + 1
     bad = tmp_path / "bad.fa.gz"
-    bad.write_bytes(gzip.compress(content[:middle] + b">bad\nM1\n" + content[middle:])[:-9])
+    bad.write_bytes(gzip.compress(content[:middle] + b">bad\nM1\n" + content[middle:], mtime=0)[:-9])
     line = content[:middle].count(b"\n") + 2
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=rf"bad\.fa\.gz:{line}: '1' in the sequence of 'bad' is no residue"):

@@ -78,7 +78,7 @@ def test_split_follows_the_seed_and_not_the_batches(
 
 def test_several_inputs_are_read_in_order_and_recorded(small_fasta: Path, tmp_path: Path) -> None:
     packed = tmp_path / "more.fa.gz"
-    packed.write_bytes(gzip.compress(b">p0\nmkJ*\n>z\nW\n"))
+    packed.write_bytes(gzip.compress(b">p0\nmkJ*\n>z\nW\n", mtime=0))
     report = prepare_fasta([packed, small_fasta], tmp_path / "out", valid_size=1)
     manifest = TokenStore(tmp_path / "out" / "train").manifest
     assert [(source["name"], source["sequences"]) for source in manifest["sources"]] == [
@@ -99,7 +99,7 @@ BAD_INPUTS = {
     "no sequence": (b">good\nMK\n>a\n>b\nAC\n", "bad.fasta:3: no sequence under the header of 'a'"),
     "non-FASTA": (b"name,sequence\na,MK\n", "bad.fasta:1: not FASTA"),
     "binary": (bytes(range(256)) * 20, "bad.fasta: is a binary file"),
-    "truncated gzip": (gzip.compress(b">a\nMK\n" * 500)[:-9], "bad.fasta: the gzip data ends early"),
+    "truncated gzip": (gzip.compress(b">a\nMK\n" * 500, mtime=0)[:-9], "bad.fasta: the gzip data ends early"),
     "no valid sequence": (b"\n\n\n", "bad.fasta: no sequences in the file"),
     "only unknown": (
         b">good\nMK\n>a\nJJj**\n",
@@ -218,7 +218,7 @@ def test_formats_may_be_mixed_and_drops_are_counted(tmp_path: Path) -> None:
         "a.fa": b">x\nMK\n",
         "b.csv": b"id,sequence\ny,mkt\nz,\n",
         "c.jsonl": b'{"id": 1, "sequence": ""}\n',
-        "d.tsv.gz": gzip.compress(b"sequence\nJA\n"),
+        "d.tsv.gz": gzip.compress(b"sequence\nJA\n", mtime=0),
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -272,7 +272,7 @@ def test_real_proteins_from_every_format(
     elif name == "p.csv":
         content = "".join(f"{i},{s}\r\n" for i, s in [("id", "sequence"), *expected]).encode()
     if name.endswith(".gz"):
-        content = gzip.compress(content, 1)
+        content = gzip.compress(content, 1, mtime=0)
     elif name.endswith(".zst"):
         content = zstd.compress(content)
     path = tmp_path / name

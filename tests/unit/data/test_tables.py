@@ -54,7 +54,7 @@ EXPECTED = [("a", b"MKTL", 2), ("b", b"acJ", 3)]
         ("t.csv", b'sequence,id,target\n"MKTL",a,"1,5"\nacJ,"b","x ""y"""\n'),
         ("t.csv", b"id;sequence;x\na;MKTL;1,5\nb;a c J;2,5\n"),
         ("t.tsv", b"id\tsequence\na\tMKTL\nb\tacJ\n"),
-        ("t.CSV.gz", gzip.compress(b"id,sequence\na,MKTL\nb,acJ\n")),
+        ("t.CSV.gz", gzip.compress(b"id,sequence\na,MKTL\nb,acJ\n", mtime=0)),
         ("t.jsonl", b'\n{"id": "a", "sequence": "MKTL"}\n{"sequence": "acJ", "id": "b", "n": null}\n'),
         ("t.ndjson", b'\xef\xbb\xbf\r\n{"id":"a","sequence":"M K T L"}\r\n{"id":"b","sequence":"acJ"}'),
     ],
@@ -113,7 +113,11 @@ def test_without_ids_line_numbers_are_ids_and_that_is_said(tmp_path: Path, name:
         ("t.csv", b'id,sequence\n"x\ny",MK\n', "t.csv:2: the id 'x\\ny' holds unprintable characters"),
         ("t.csv", b'id,sequence\na,MK\n"b"c,MK\n', "t.csv:3: not CSV ("),
         ("t.csv", b'id,sequence\na,MK\nb,"MK\nc,AC\n', "t.csv:3: not CSV (unexpected end of data)"),
-        ("t.csv.gz", gzip.compress(b"id,sequence\na,MK\n")[:-9], "t.csv.gz: the gzip data ends early"),
+        (
+            "t.csv.gz",
+            gzip.compress(b"id,sequence\na,MK\n", mtime=0)[:-9],
+            "t.csv.gz: the gzip data ends early",
+        ),
         ("t.jsonl", b"", "t.jsonl: no objects in the file"),
         ("t.jsonl", b'[{"sequence": "MK"},\n {"sequence": "AC"}]\n', "t.jsonl:1: not JSON ("),
         (

@@ -114,7 +114,7 @@ def test_the_store_is_literally_this(tmp_path: Path) -> None:
 def test_both_separators_line_ends_and_compression(tmp_path: Path) -> None:
     inputs = write(tmp_path)
     other = MAPPING.replace(",", "; ").replace("UniRef90_b1\t", "UniRef90_b1;\t").replace("\n", "\r\n")
-    (tmp_path / "other.tsv.gz").write_bytes(gzip.compress(other.encode()))
+    (tmp_path / "other.tsv.gz").write_bytes(gzip.compress(other.encode(), mtime=0))
     uf90 = tmp_path / "uf90.fasta.zst"
     uf90.write_bytes(zstd.compress(UF90.encode()))
     compressed = UniRefInputs(inputs.uf50, uf90, tmp_path / "other.tsv.gz")
