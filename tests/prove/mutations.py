@@ -19,8 +19,7 @@ from unittest.mock import patch
 import torch
 from megatron.core import parallel_state
 
-from esm2mega.data import loader
-from esm2mega.data.batch import StreamState
+from esm2mega.data import batch
 from esm2mega.data.loader import TrainStream
 from esm2mega.model import attention, build
 from esm2mega.prove.layouts import Layout
@@ -117,12 +116,12 @@ def pipeline_messages_swapped() -> AbstractContextManager[Any]:
 
 
 def mask_seeded_by_rank() -> AbstractContextManager[Any]:
-    original = loader.mask_tokens
+    original = batch.mask_tokens
 
-    def by_rank(tokens: Any, samples: Any, lengths: Any, seed: int, config: Any) -> Any:
-        return original(tokens, samples, lengths, seed + int(os.environ["RANK"]), config)
+    def by_rank(tokens: Any, samples: Any, lengths: Any, seed: int, *rest: Any) -> Any:
+        return original(tokens, samples, lengths, seed + int(os.environ["RANK"]), *rest)
 
-    return patch.object(loader, "mask_tokens", by_rank)
+    return patch.object(batch, "mask_tokens", by_rank)
 
 
 def clip_norm_of_one_rank() -> AbstractContextManager[Any]:
@@ -144,8 +143,8 @@ def data_shifted_after_resume() -> AbstractContextManager[Any]:
 
     def one_pack_on(self: TrainStream, state: Any) -> None:
         original(self, state)
-        cursor = self._plan.take(self._state.cursor, 1)[1]
-        self._state: StreamState = replace(self._state, cursor=cursor)
+        cursor = batch.train_plan(self.samples, self._spec).take(self._state.cursor, 1)[1]
+        self._state = replace(self._state, cursor=cursor)
 
     return patch.object(TrainStream, "load_state_dict", one_pack_on)
 

@@ -12,7 +12,6 @@ import pytest
 from esm2mega.config.schema import DataConfig
 from esm2mega.data import tokenizer
 from esm2mega.data.batch import BatchArrays, BatchSpec, build_arrays, token_counts, train_plan
-from esm2mega.data.clusters import Clusters
 from esm2mega.data.masking import mask_tokens
 from esm2mega.data.packing import Pack, PackCursor
 from esm2mega.data.samples import TrainSamples
@@ -108,9 +107,9 @@ def test_counts_of_clusters_are_those_of_what_is_drawn(tmp_path: Path) -> None:
     """One cluster of a single A against one of 99 times LL: residues come 1 to 2, not 1 to 198."""
     with StoreWriter(tmp_path / "store") as writer:
         writer.append([f"p{i}" for i in range(100)], [b"A", *[b"LL"] * 99])
+        writer.append_clusters(["single", "many"], np.array([1, 99]), np.arange(100))
     store = TokenStore(tmp_path / "store")
-    plain = token_counts(TrainSamples([store], SPEC.data, 1))
-    store.clusters = Clusters(np.array([0, 1, 100]), np.arange(100))
+    plain = token_counts(TrainSamples([store], replace(SPEC.data, sampling="sequences"), 1))
     counts = token_counts(TrainSamples([store], SPEC.data, 1))
     a, leucine = tokenizer.encode_residues("AL").tolist()
     assert plain[leucine] == 198 * plain[a]

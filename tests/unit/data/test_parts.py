@@ -75,10 +75,13 @@ def test_the_output_depends_neither_on_processes_nor_on_blocks(
 
 
 WITH_SMALL_BLOCKS = f"""
+import signal
 import sys
 from esm2mega.data import text
 from esm2mega.data.prepare import PrepareOptions, prepare_fasta
 text.BLOCK_BYTES = {3 * BLOCK_BYTES}
+# A job in the background is started with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if __name__ == "__main__":
     prepare_fasta([sys.argv[1]], sys.argv[2], 30, 20, options=PrepareOptions(workers=2))
 """

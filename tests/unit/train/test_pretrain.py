@@ -278,12 +278,6 @@ def test_validation_on_the_training_proteins_is_refused(finished: TinyRun, tmp_p
         pretrain(run)
 
 
-def test_another_precision_is_refused_where_main_weights_are_kept(finished: TinyRun) -> None:
-    with pytest.raises(UserError, match="was trained in fp64, the configuration says bf16"):
-        find_resume(tiny_run("model.precision=bf16", run_dir=finished.run_dir))
-    assert find_resume(tiny_run("model.precision=fp32", run_dir=finished.run_dir)) is not None
-
-
 def test_training_data_must_be_given(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.train is not set"):
         pretrain(tiny_run(run_dir=tmp_path))
