@@ -138,7 +138,7 @@ def _figure(name: str, train: Sequence[Record], evaluations: Sequence[Record]) -
     panels = (
         ("lr", "Learning rate"),
         ("grad_norm", "Gradient norm before clipping"),
-        ("tokens_per_second", "Throughput (tokens / s, no padding counted)"),
+        ("tokens_per_second", "Throughput (residues / s)"),
     )
     for column, (key, title) in enumerate(panels):
         _draw_panel(figure.add_subplot(grid[1, column]), train, key, title)

@@ -34,6 +34,7 @@ from esm2mega.train.evaluate import evaluate, evaluation_record, unigram_log_pro
 from esm2mega.train.loop import Evaluation, Hooks, LoopState, fit, out_of_patience
 from esm2mega.train.losses import MLMLossReduction
 from esm2mega.train.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from esm2mega.train.signals import kept_from_helpers
 from esm2mega.train.step import StepResult, TrainState
 
 
@@ -171,7 +172,8 @@ def _train(
                 if ranks.speaks:
                     layout.replace_state(directory, saved)
                 return
-            save_checkpoint(directory, model, optimizer, run, saved)
+            with kept_from_helpers():
+                save_checkpoint(directory, model, optimizer, run, saved)
             saved_last = directory
             if ranks.speaks:
                 layout.prune(run.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best, directory)

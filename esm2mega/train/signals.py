@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def kept_from_helpers() -> Iterator[None]:
+    """Start helper processes that no stop signal ends; this process gets its own at the end of the block.
+
+    Saving a checkpoint starts helpers, one of which stays. torchrun signals whole process groups, as Slurm and
+    shells can: without its helper a rank could not save as the signal asks. A signal that is blocked here is
+    blocked in every process started from here.
+    """
+    # Started with the first helper, it would unblock SIGTERM again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopSignal:
@@ -24,7 +46,7 @@ class StopSignal:
         self.stopping = False
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +104,31 @@ def test_resume_takes_the_optimizer_settings_of_this_start(
     assert outcome(run_dir).losses[6:] != outcome(only_rate).losses[6:], "betas were not taken"
 
 
-def test_stop_signal_saves_and_exits_75(store: Path, tmp_path: Path) -> None:
+def _signal_one_rank(processes: list[subprocess.Popen[str]]) -> None:
+    processes[1].send_signal(signal.SIGUSR1)
+
+
+def _signal_all_groups(processes: list[subprocess.Popen[str]]) -> None:
+    """As torchrun does: the helpers of checkpoint saving get the signal too."""
+    for process in processes:
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("send", [_signal_one_rank, _signal_all_groups])
+def test_stop_signal_saves_and_exits_75(
+    store: Path, tmp_path: Path, send: Callable[[list[subprocess.Popen[str]]], None]
+) -> None:
+    """After a checkpoint, when its helpers are running."""
     run_dir = tmp_path / "run"
     arguments = ["-m", "esm2mega", "pretrain", f"run_dir={run_dir}", f"data.train={store}", *SETTINGS]
-    arguments += ["train.max_steps=100000"]
+    arguments += ["train.max_steps=100000", "checkpoint.save_every=2", "checkpoint.keep_last=1"]
     processes = start_ranks(arguments, 2, tmp_path / "output")
     try:
         deadline = time.monotonic() + 120
-        log = run_dir / "log.jsonl"
-        while time.monotonic() < deadline and not (log.exists() and len(log.read_bytes().splitlines()) >= 2):
+        complete = run_dir / "checkpoints" / "step_00000002" / "COMPLETE"
+        while time.monotonic() < deadline and not complete.exists():
             time.sleep(0.05)
-        # One rank alone gets the signal; both must stop.
-        processes[1].send_signal(signal.SIGUSR1)
+        send(processes)
         codes = [process.wait(timeout=60) for process in processes]
     finally:
         end_ranks(processes)

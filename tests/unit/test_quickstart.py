@@ -138,3 +138,13 @@ def test_an_interrupt_ends_the_step(tmp_path):
         run_step("pretrain", [sys.executable, "-c", script], say)
     with pytest.raises(ProcessLookupError):
         quickstart_module.os.kill(pids[0], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(1800)
+def test_for_real_it_learns_more_than_residue_frequencies(tmp_path):
+    lines = []
+    result = quickstart(tmp_path / "out", say=lines.append)
+    assert result.gain >= 0.3, "\n".join(lines)
+    assert result.plot.is_file() and result.checkpoint.is_dir()

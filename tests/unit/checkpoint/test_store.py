@@ -18,7 +18,7 @@ from esm2mega.checkpoint import layout, store
 from esm2mega.checkpoint.store import load_training_state, load_weights, save_checkpoint
 from esm2mega.errors import MachineError, UserError
 from esm2mega.train.step import TrainState, train_step
-from tests.ranks import RankResult, start_ranks, wait_ranks
+from tests.ranks import RankResult, run_ranks, start_ranks, wait_ranks
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS, packed_batch, tiny_run, train_state
 
@@ -337,3 +337,13 @@ def test_really_full_disk_while_saving(finished: TinyRun, tmp_path: Path, small_
         run_dir,
         "(No space left on device|a file .* whole)",
     )
+
+
+def test_resume_and_inspect_show_no_warnings_of_libraries(finished: TinyRun, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished.run_dir, run_dir)
+    shutil.rmtree(layout.step_dir(run_dir, 4))
+    for command in (_pretrain(finished, run_dir), ["inspect", str(run_dir)]):
+        shown = ["-Wdefault::FutureWarning", "-Wdefault::UserWarning"]
+        (result,) = run_ranks([*shown, "-m", "esm2mega", *command], 1, tmp_path / "output")
+        assert "Warning" not in result.stderr

@@ -217,7 +217,8 @@ def test_early_stopping_says_so(
 
 def test_a_small_model_gets_below_residue_frequencies(tmp_path: Path) -> None:
     """The whole way from simulated families to a loss that only context can give."""
-    spec = FamilySpec(median_length=40, length_sigma=0.1, min_length=30, max_length=60)
+    lengths = {"median_length": 40, "length_sigma": 0.1, "min_length": 30, "max_length": 60}
+    spec = FamilySpec(**lengths, min_identity=0.8, max_identity=0.95)
     simulate_families(tmp_path / "families.fasta", n_families=2, members=60, seed=1, spec=spec)
     prepare_fasta([tmp_path / "families.fasta"], tmp_path / "data", valid_size=20)
     pretrain(
@@ -225,19 +226,21 @@ def test_a_small_model_gets_below_residue_frequencies(tmp_path: Path) -> None:
             f"data.train={tmp_path / 'data' / 'train'}",
             f"data.valid={tmp_path / 'data' / 'valid'}",
             "model.precision=fp32",
-            "model.hidden_size=48",
-            "model.ffn_hidden_size=96",
+            "model.hidden_size=64",
+            "model.num_attention_heads=4",
+            "model.ffn_hidden_size=128",
+            "model.init_std=0.1",
             "train.micro_batch_tokens=512",
             "train.global_batch_tokens=512",
             "train.max_steps=300",
             "schedule.warmup_steps=10",
-            "optim.lr=4e-3",
+            "optim.lr=3e-3",
             run_dir=tmp_path / "run",
         )
     )
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert last["kind"] == "eval"
-    assert last["valid_loss"] < last["unigram_loss"] - 0.05
+    assert last["valid_loss"] < last["unigram_loss"] - 0.3
 
 
 def _csv(path: Path, numbers: range) -> Path:
