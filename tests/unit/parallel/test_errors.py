@@ -53,7 +53,8 @@ raise SystemExit(cli.main(["die"]))
 
 def test_a_lost_process_is_one_plain_line(tmp_path: Path) -> None:
     results = wait_ranks(start_ranks(["-c", DIE], 2, tmp_path), tmp_path, timeout=100)
-    assert [result.returncode for result in results] == [1, 9]
+    # The other one's code is that of the kill when the first is seen to have failed before it.
+    assert results[0].returncode == 1 and results[1].returncode in (9, -9)
     lines = [line for line in results[0].stderr.splitlines() if line.startswith("esm2mega: ")]
     assert len(lines) == 1
     assert lines[0].startswith("esm2mega: [rank 0] error: lost the connection to another process (")
