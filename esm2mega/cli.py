@@ -265,6 +265,7 @@ def inspect(path: str) -> None:
     metavar="GROUP|random:N",
     help="ci, more, resume, bf16 (several with commas), all, or N random ones; by default all.",
 )
+@click.option("--row", metavar="NAME", help="One row of the groups, as the table names it.")
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")
 @click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline stages.")
 @click.option("--vpp", type=click.IntRange(1), metavar="N", help="Pieces per pipeline stage.")
@@ -287,12 +288,20 @@ def inspect(path: str) -> None:
     help="Layers of the model; by default 5, and with --vpp one for each piece.",
 )
 @click.option("--precision", type=click.Choice(["fp64", "bf16"]), help="Of one layout; by default fp64.")
-@click.option("--seed", type=click.IntRange(0), default=1234, show_default=True, help="Of everything random.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=1234, show_default=True, help="Of everything random."
+)
 @click.option("--processes", type=click.IntRange(1), metavar="N", help="Limit; by default 4.")
 @click.option("--json", "out", metavar="FILE", help="Also write all numbers to this file.")
 @_single_process
 def prove(
-    layouts: str | None, seed: int, processes: int | None, out: str | None, precision: str | None, **axes: Any
+    layouts: str | None,
+    row: str | None,
+    seed: int,
+    processes: int | None,
+    out: str | None,
+    precision: str | None,
+    **axes: Any,
 ) -> None:
     """Train a small ESM-2 at parallel layouts and compare every loss, gradient, weight and checkpoint with
     those of one process.
@@ -305,20 +314,24 @@ def prove(
 
     chosen: dict[str, Any] = {name: value for name, value in axes.items() if value}
     one = bool(chosen or precision)
-    if layouts is not None and one:
-        option = next(iter(chosen), "precision").replace("_", "-")
-        raise UserError(f"--layouts {layouts} and --{option} exclude each other; give one of them")
+    given = {"layouts": layouts, "row": row, **chosen, "precision": precision}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1 and given.keys() & {"layouts", "row"}:
+        first, second = (f"--{name.replace('_', '-')}" for name in [*given][:2])
+        raise UserError(f"{first} {layouts or row} and {second} exclude each other; give one of them")
     if one:
         # Refused before PyTorch is imported.
         layout = layout_from_options(chosen, SETTINGS)
         trials = [Trial((layout,), precision or "fp64")]
         processes = processes or layout.processes
 
-    from esm2mega.prove.command import PROCESSES, choose_trials
+    from esm2mega.prove.command import PROCESSES, choose_trials, row_named
     from esm2mega.prove.command import prove as run_prove
 
     processes = processes or PROCESSES
-    if not one:
+    if row is not None:
+        trials = [row_named(row)]
+    elif not one:
         trials = choose_trials(layouts or "all", seed, processes)
     shrink = (layouts or "").startswith("random")
     if not run_prove(trials, seed, processes, out, shrink):

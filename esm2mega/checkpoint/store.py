@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import pickle
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -56,6 +58,11 @@ _UNREADABLE = (
     CheckpointException,
 )
 
+_OF_THE_MACHINE = (errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ENOSPC)
+"""What no other checkpoint would cure."""
+
+_DISK = ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied")
+
 _EXTRA_STATE = "_extra_state"
 """Byte objects of parallel linears: empty without FP8, and read as pickles, so they are neither written nor
 read.
@@ -99,21 +106,17 @@ def save_checkpoint(
         if speaks:
             layout.write_description(partial, run, state)
             layout.complete(partial, directory)
-    except (
-        OSError,
-        CheckpointingException,
-        RuntimeError,
-        CheckpointException,
-    ) as error:
+    except Exception as error:
+        # Whatever it is, the other ranks wait to agree.
         failure = error
     try:
         _agree(failure)
     except MachineError as error:
         if speaks:
             shutil.rmtree(partial, ignore_errors=True)
-        raise MachineError(
-            f"{directory}: not saved: {error}; free space or choose another run_dir"
-        ) from failure
+        is_of_disk = any(known in str(error) for known in (*_DISK, "written whole"))
+        cure = "; free space or choose another run_dir" if is_of_disk else ""
+        raise MachineError(f"{directory}: not saved: {error}{cure}") from failure
 
 
 def _agree(failure: BaseException | None) -> None:
@@ -139,7 +142,7 @@ def _reason(error: BaseException) -> str:
     # failure of its writing processes.
     if "unexpected pos" in str(error) or "Worker failure" in str(error):
         return "a file could not be written whole: the disk is full, or the file reached a size limit"
-    for known in ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied"):
+    for known in _DISK:
         if known in str(error):
             return known
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -211,6 +214,8 @@ def _load(checkpoint: Path, wanted: dict[str, Any], matters: Callable[[str], boo
         if lost_peer(error) is not None:
             raise
         logging.getLogger(__name__).debug("loading %s failed", model_dir, exc_info=error)
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+            raise MachineError(f"{model_dir}: cannot be read: {_reason(error)}") from error
         raise UserError(f"{model_dir}: cannot be loaded into this model: {_reason(error)}") from error
     unexpected = {name for name in unexpected if matters(name)}
     if missing or unexpected:

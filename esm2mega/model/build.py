@@ -45,7 +45,8 @@ def transformer_config(
     shape = shape_of(model)
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     stages = parallel.pipeline_model_parallel_size
-    counts = split_layers(shape, stages, padded_vocab_size(parallel.tensor_model_parallel_size))
+    vocabulary = padded_vocab_size(parallel.tensor_model_parallel_size)
+    counts = split_layers(shape, stages, vocabulary, last_layer_whole=parallel.sequence_parallel)
     return ESM2TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

@@ -13,18 +13,23 @@ from esm2mega.config.presets import ModelShape
 LABELLED_SHARE = 0.15
 
 
-def split_layers(shape: ModelShape, stages: int, padded_vocab_size: int) -> list[int]:
+def split_layers(
+    shape: ModelShape, stages: int, padded_vocab_size: int, last_layer_whole: bool = False
+) -> list[int]:
     """Layers of each stage, such that the slowest stage is as fast as it can be.
 
     Costs are multiply-adds per token, in units of one layer, ``4 h^2 + 2 h f``: the head costs ``h^2 + h V``
-    at the labelled tokens, the embedding one product per channel. Attention scores depend on the proteins'
-    lengths and are left out, the same for every layer. Each layer goes to the stage that it makes least slow;
-    of equal ones to the last, which keeps the activations of the fewest micro-batches.
+    at the labelled tokens, the embedding one product per channel. Of the last layer only keys and values,
+    ``2 h^2``, are of all tokens, the rest of the labelled ones (see `esm2mega.model.layer`). Attention scores
+    depend on the proteins' lengths and are left out, as if the same for every layer. Each layer goes to the
+    stage that it makes least slow; of equal ones to the last, which keeps the activations of the fewest
+    micro-batches.
 
     Args:
         shape: Dimensions of the model; at least as many layers as stages.
         stages: Pipeline stages, first to last.
         padded_vocab_size: ``V``.
+        last_layer_whole: Whether the last layer computes all of all tokens, as under sequence parallelism.
 
     Returns:
         One number per stage, all at least 1. Equal numbers where `stages` divides the layers.
@@ -34,6 +39,8 @@ def split_layers(shape: ModelShape, stages: int, padded_vocab_size: int) -> list
     costs = [1.0] * stages
     costs[0] += h / layer
     costs[-1] += LABELLED_SHARE * (h * h + h * padded_vocab_size) / layer
+    if not last_layer_whole:
+        costs[-1] -= (1 - LABELLED_SHARE) * (layer - 2 * h * h) / layer
     counts = [1] * stages
     for _ in range(shape.num_layers - stages):
         stage = min(range(stages), key=lambda number: (costs[number], -number))

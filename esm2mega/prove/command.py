@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 
 import esm2mega
 from esm2mega.errors import MachineError, UserError
-from esm2mega.prove.layouts import is_possible, random_layouts
+from esm2mega.prove.layouts import Layout, is_possible, random_layouts
 from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.training import SETTINGS
 from esm2mega.prove.trials import GROUPS, Trial
@@ -74,7 +76,8 @@ def prove(
         Whether all passed.
 
     Raises:
-        UserError: A layout is impossible or larger than the limit.
+        UserError: A layout is impossible, larger than the limit, or its own measure.
+        MachineError: `out` cannot be written.
     """
     for trial in trials:
         for layout in trial.layouts:
@@ -84,30 +87,71 @@ def prove(
                 f"{trial}: needs {trial.processes} processes, --processes allows {processes}; raise it "
                 "(there may be more processes than cores)"
             )
-    with Prover(processes, seed, serve) as prover:
-        with Progress(len(trials), "prove", "layout") as progress:
-            verdicts = {}
-            for verdict in prover.judge(trials):
-                verdicts[verdict.trial] = verdict
-                progress.update(1)
-        rows = [verdicts[trial] for trial in trials]
-        for line in table(rows):
+        if trial.precision == "bf16" and trial.processes == 1:
+            raise UserError(f"{trial}: bf16 is measured by that of one process; give a larger layout")
+    verdicts: dict[Trial, Verdict] = {}
+    smallest: list[Verdict] = []
+
+    def rows() -> list[Verdict]:
+        return [verdicts[trial] for trial in trials if trial in verdicts]
+
+    def write() -> None:
+        if out is not None:
+            _write(Path(out), seed, len(trials), rows(), smallest)
+
+    write()
+    try:
+        with _ended_cleanly(), Prover(processes, seed, serve) as prover:
+            with Progress(len(trials), "prove", "layout") as progress:
+                for verdict in prover.judge(trials):
+                    verdicts[verdict.trial] = verdict
+                    progress.update(1)
+            if shrink:
+                for row in rows():
+                    if not row.passed and not any(_explains(small, row) for small in smallest):
+                        say(f"Looking for a smaller counterexample than {row.trial}")
+                        smallest.append(shrunk(prover, row, processes))
+    finally:
+        for line in table(rows()):
             say(line)
-        failed = [row for row in rows if not row.passed]
-        smallest = []
-        if shrink and failed:
-            say(f"Looking for a smaller counterexample than {failed[0].trial}")
-            smallest = [shrunk(prover, failed[0], processes)]
+        write()
     say("")
+    failed = [row for row in rows() if not row.passed]
     for row in [*failed, *smallest]:
         say(f"{row.trial}: {row.error or f'differs most in {row.largest}'}")
-    for row in smallest or failed:
-        if len(row.trial.layouts) == 1:
-            say(f"repeat: {row.trial.command(seed)}")
-    say(f"{len(rows) - len(failed)} of {len(rows)} passed")
-    if out is not None:
-        _write(Path(out), seed, rows, smallest)
+        say(f"repeat: {row.trial.command(seed)}")
+    say(f"{len(trials) - len(failed)} of {len(trials)} passed")
     return not failed
+
+
+@contextmanager
+def _ended_cleanly() -> Iterator[None]:
+    """SIGTERM, as a scheduler or `timeout` sends it, removes processes and files as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def row_named(name: str) -> Trial:
+    """The trial of a group by its name in the table."""
+    for trials in GROUPS.values():
+        for trial in trials:
+            if str(trial) == name:
+                return trial
+    raise UserError(f"--row {name}: no group has it; --layouts all prints all names")
+
+
+def _explains(small: Verdict, row: Verdict) -> bool:
+    """Whether a counterexample is a part of a failing layout: all that it sets, the other sets alike."""
+    plain, other = vars(Layout()), vars(row.trial.layouts[0])
+    of_small = vars(small.trial.layouts[0])
+    return all(other[axis] == value for axis, value in of_small.items() if value != plain[axis])
 
 
 def shrunk(prover: Prover, failed: Verdict, processes: int) -> Verdict:
@@ -141,7 +185,7 @@ def table(rows: Sequence[Verdict]) -> Iterator[str]:
                 difference,
                 number.replace(".1", ".0").format(row.bound),
                 place if len(place) < 90 else f"{place[:87]}...",
-                "equal" if row.passed else "DIFFERENT",
+                "equal" if row.passed else "FAILED" if row.error else "DIFFERENT",
             )
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -149,13 +193,14 @@ def table(rows: Sequence[Verdict]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
-def _write(out: Path, seed: int, rows: Sequence[Verdict], smallest: Sequence[Verdict]) -> None:
+def _write(out: Path, seed: int, count: int, rows: Sequence[Verdict], smallest: Sequence[Verdict]) -> None:
     content = {
         "esm2mega": esm2mega.__version__,
         "megatron_core": megatron.core.__version__,
         "torch": torch.__version__,
         "seed": seed,
-        "passed": all(row.passed for row in rows),
+        "complete": len(rows) == count,
+        "passed": len(rows) == count and all(row.passed for row in rows),
         "rows": [_row(row, seed) for row in rows],
         "counterexamples": [_row(row, seed) for row in smallest],
     }
@@ -186,5 +231,5 @@ def _row(row: Verdict, seed: int) -> dict[str, Any]:
         "bound": row.bound,
         "worst": worst,
         "error": row.error,
-        "command": row.trial.command(seed) if len(row.trial.layouts) == 1 else None,
+        "command": row.trial.command(seed),
     }

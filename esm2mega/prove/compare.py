@@ -20,10 +20,10 @@ KINDS = ("loss", "gradient norm", "gradient", "weight", "checkpoint", "state")
 every process; tensors of the last checkpoint, optimizer included; its ``train_state.json``.
 """
 
+# By kind of record: what every one of them must hold, and the kind of number that it is.
 _LOGGED = {
-    "loss": ("loss", "valid_loss", "unigram_loss"),
-    "gradient norm": ("grad_norm",),
-    "state": ("lr", "consumed_tokens"),
+    "train": {"loss": "loss", "grad_norm": "gradient norm", "lr": "state", "consumed_tokens": "state"},
+    "eval": {"valid_loss": "loss", "unigram_loss": "loss"},
 }
 # A layout with other micro-batches takes another number of them.
 _OF_THE_LAYOUT = ("data.consumed_packs", "data.identity.train.micro_batch_tokens")
@@ -39,12 +39,14 @@ class Difference:
         place: Step and process, as far as it has them.
         value: Largest absolute difference over the largest absolute value of the reference; infinite where
             one side lacks it, and for anything not finite.
+        step: Of numbers that every step has.
     """
 
     kind: str
     name: str
     place: str
     value: float
+    step: int | None = None
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}{', ' if self.place else ''}{self.place}"
@@ -109,20 +111,20 @@ def differences(reference: Outcome, trial: Outcome) -> list[Difference]:
 
 
 def worst(found: Iterable[Difference]) -> Difference:
-    """The largest difference."""
-    return max(found, key=lambda difference: difference.value)
+    """The largest difference, of which there must be one; what is no number is larger than any."""
+    return max(found, key=lambda difference: _finite(difference.value))
 
 
 def _logs(reference: Outcome, trial: Outcome) -> Iterator[Difference]:
     if reference.records.keys() != trial.records.keys():
         yield Difference("state", "records of log.jsonl", "", float("inf"))
         return
-    for (_, step), expected in reference.records.items():
-        actual = trial.records[expected["kind"], step]
-        for kind, names in _LOGGED.items():
-            for name in names:
-                if name in expected:
-                    yield Difference(kind, name, f"step {step}", _relative(actual[name], expected[name]))
+    for (record, step), expected in reference.records.items():
+        actual = trial.records[record, step]
+        for name, kind in _LOGGED[record].items():
+            known = name in expected and name in actual
+            value = _relative(actual[name], expected[name]) if known else float("inf")
+            yield Difference(kind, name, f"step {step}", value, step)
 
 
 def _pieces(reference: Outcome, trial: Outcome) -> Iterator[Difference]:
@@ -134,19 +136,21 @@ def _pieces(reference: Outcome, trial: Outcome) -> Iterator[Difference]:
         return
     for index, step in enumerate(steps):
         parts = [seen["gradients"][index] for seen in trial.ranks]
-        yield from _kind("gradient", whole["gradients"][step], parts, trial, f"step {step + 1}, ")
-    yield from _kind("weight", whole["weights"], [seen["weights"] for seen in trial.ranks], trial, "")
+        yield from _kind("gradient", whole["gradients"][step], parts, trial, step + 1)
+    yield from _kind("weight", whole["weights"], [seen["weights"] for seen in trial.ranks], trial)
 
 
 def _kind(
-    kind: str, whole: dict[str, Any], parts: list[dict[str, Any]], trial: Outcome, place: str
+    kind: str, whole: dict[str, Any], parts: list[dict[str, Any]], trial: Outcome, step: int | None = None
 ) -> Iterator[Difference]:
+    place = "" if step is None else f"step {step}, "
     covered = {name: torch.zeros(shape, dtype=torch.bool) for name, (_, shape, _, _) in whole.items()}
     for rank, (seen, pieces) in enumerate(zip(trial.ranks, parts, strict=True)):
         for name, (dimension, shape, begin, values) in pieces.items():
             where = f"{place}rank {rank}"
-            if name not in whole:
-                yield Difference(kind, name, where, float("inf"))
+            # Gradients are summed in fp32 in bf16 training too: another dtype has lost what they had.
+            if name not in whole or (kind == "gradient" and values.dtype != whole[name][3].dtype):
+                yield Difference(kind, name, where, float("inf"), step)
                 continue
             expected = whole[name][3].view(whole[name][1])
             mine, mark = expected, covered[name]
@@ -154,17 +158,17 @@ def _kind(
                 mine = mine.chunk(seen["tp_size"], dimension)[seen["tp_rank"]]
                 mark = mark.chunk(seen["tp_size"], dimension)[seen["tp_rank"]]
             if mine.shape != shape:
-                yield Difference(kind, name, where, float("inf"))
+                yield Difference(kind, name, where, float("inf"), step)
                 continue
             share = slice(begin, begin + values.numel())
             # Not views: a share of a flattened slice has no shape of its own.
             flat = mark.flatten()
             flat[share] = True
             mark.copy_(flat.view(shape))
-            yield Difference(kind, name, where, _distance(values, mine.flatten()[share], expected))
+            yield Difference(kind, name, where, _distance(values, mine.flatten()[share], expected), step)
     for name, mark in covered.items():
         if not mark.all():
-            yield Difference(kind, name, f"{place}not whole on all processes together", float("inf"))
+            yield Difference(kind, name, f"{place}not whole on all processes together", float("inf"), step)
 
 
 def _tensors(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> Iterator[Difference]:

@@ -163,7 +163,9 @@ def random_layouts(count: int, seed: int, processes: int, training: Sequence[str
     found: dict[Layout, None] = {}
     for _ in range(1000 + 100 * count):
         layout = _draw(rng, processes)
-        if layout.processes <= processes and layout not in found and is_possible(layout, training):
+        if layout == layout.reference or layout.processes > processes or layout in found:
+            continue
+        if is_possible(layout, training):
             found[layout] = None
             if len(found) == count:
                 return list(found)

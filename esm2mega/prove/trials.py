@@ -7,9 +7,10 @@ trials carry the overrides that switch it on.
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from esm2mega.prove.layouts import Layout
+from esm2mega.prove.training import MID_WINDOW
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,13 @@ class Trial:
         return name if self.precision == "fp64" else f"{name}, {self.precision}"
 
     def command(self, seed: int) -> str:
-        """What repeats a trial of one layout."""
-        words = ["esm2mega", "prove", *self.layouts[0].options(), "--seed", str(seed)]
-        return shlex.join(words + (["--precision", self.precision] if self.precision != "fp64" else []))
+        """What repeats the trial: the options of its layout, or its name where these do not say all."""
+        if self.settings or len(self.layouts) > 1:
+            options = ["--row", str(self)]
+        else:
+            precision = ["--precision", self.precision] if self.precision != "fp64" else []
+            options = [*self.layouts[0].options(), *precision]
+        return shlex.join(["esm2mega", "prove", *options, "--seed", str(seed)])
 
 
 _ONE = Layout()
@@ -46,6 +51,7 @@ _PP2 = Layout(pp=2)
 _TP2_PP2 = Layout(tp=2, pp=2)
 _DP2 = Layout(dp=2, distributed_optimizer=True)
 _TP2_SP = Layout(tp=2, sp=True)
+_ONE4, _VPP2 = Layout(layers=4), Layout(pp=2, vpp=2, layers=4)
 
 _CI = (
     Layout(packed=12),
@@ -81,12 +87,21 @@ _PAIRS = (
     (_TP2_PP2, _DP2),
     (_DP2, _TP2_SP),
     (Layout(pp=2, dp=2, distributed_optimizer=True), Layout(dp=4, distributed_optimizer=True)),
+    (_ONE4, _VPP2),
+    (_VPP2, replace(_DP2, layers=4)),
+    (Layout(packed=3), Layout(tp=2, packed=3)),
+    (replace(_DP2, packed=2), replace(_PP2, packed=2)),
 )
+# Main weights beside the model's, and from sharded ones to whole ones and back.
+_BF16_PAIRS = ((_TP2, _DP2), (_DP2, _PP2))
 
 GROUPS: dict[str, tuple[Trial, ...]] = {
     "ci": tuple(Trial((layout,)) for layout in _CI),
     "more": tuple(Trial((layout,)) for layout in _MORE),
-    "resume": tuple(Trial(pair) for there in _PAIRS for pair in (there, there[::-1])),
+    "resume": (
+        *(Trial(pair, settings=MID_WINDOW) for there in _PAIRS for pair in (there, there[::-1])),
+        *(Trial(pair, "bf16", MID_WINDOW) for pair in _BF16_PAIRS),
+    ),
     "bf16": tuple(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
 }
 """Trials by the name that ``--layouts`` takes; ``all`` is all of them, and what runs by default."""

@@ -114,8 +114,10 @@ class Workers:
                     self._idle = [*workers, *self._idle]
                     yield ended.number, "; ".join(ended.errors) or None
         finally:
+            # Left before the end: nobody wants these any more.
             for job in running:
-                self._idle += [self._replace(worker) for worker in job.workers]
+                for worker in job.workers:
+                    _end(worker)
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()

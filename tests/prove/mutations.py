@@ -24,9 +24,10 @@ from esm2mega.data.loader import TrainStream
 from esm2mega.model import attention, build
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover, Verdict
+from esm2mega.prove.training import MID_WINDOW
 from esm2mega.prove.trials import Trial
 from esm2mega.prove.workers import Job, serve_with, train
-from esm2mega.train import pretrain
+from esm2mega.train import evaluate, pretrain
 from esm2mega.train.losses import LossReduction
 
 _MEGATRON = "megatron.core"
@@ -149,6 +150,30 @@ def data_shifted_after_resume() -> AbstractContextManager[Any]:
     return patch.object(TrainStream, "load_state_dict", one_pack_on)
 
 
+def place_in_window_lost() -> AbstractContextManager[Any]:
+    original = TrainStream.load_state_dict
+
+    def from_its_start(self: TrainStream, state: Any) -> None:
+        original(self, state)
+        self._state = replace(self._state, cursor=replace(self._state.cursor, offset=0))
+
+    return patch.object(TrainStream, "load_state_dict", from_its_start)
+
+
+def last_evaluation_packs_dropped() -> AbstractContextManager[Any]:
+    """As a loader with `drop_last` does: the packs that not every rank has are left out."""
+    original = evaluate.run_schedule
+
+    def full_groups(model: Any, loss: Any, group: Any, *rest: Any, **keywords: Any) -> Any:
+        padding = any(batch.num_sequences == 0 for batch in group) if keywords.get("forward_only") else False
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, padding)
+        reports = original(model, loss, group, *rest, **keywords)
+        return reports[:-1] if any(gathered) else reports
+
+    return patch.object(evaluate, "run_schedule", full_groups)
+
+
 def optimizer_saved_with_padding() -> AbstractContextManager[Any]:
     """What Megatron-Core 0.16.1 and 0.19.2 do by themselves, see `esm2mega.checkpoint.distributed_state`."""
     return patch("esm2mega.checkpoint.store.places_without_padding", lambda optimizer: nullcontext())
@@ -184,6 +209,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "replicated parameters counted twice", replicated_parameters_counted_twice, (_TP2,), "gradient norm"
     ),
     Mutation("data shifted after resume", data_shifted_after_resume, (Layout(), Layout(tp=2)), "loss"),
+    Mutation("place in the window lost by resuming", place_in_window_lost, (Layout(), Layout(tp=2)), "loss"),
+    Mutation(
+        "last evaluation packs dropped",
+        last_evaluation_packs_dropped,
+        (Layout(dp=2, packed=2),),
+        "loss",
+    ),
     Mutation(
         "optimizer state saved with padding",
         optimizer_saved_with_padding,
@@ -207,8 +239,11 @@ def _train_mutated(job: Job, rank: int) -> None:
 
 def trial(mutation: Mutation, planted: bool = True) -> Trial:
     """The trial of a mutation, with it or without."""
-    settings = (f"{_KEY}={mutation.plant.__name__}",) if planted else ()
-    return Trial(mutation.layouts, settings=settings)
+    settings = MID_WINDOW if len(mutation.layouts) > 1 else ()
+    return Trial(
+        mutation.layouts,
+        settings=(*settings, *([f"{_KEY}={mutation.plant.__name__}"] if planted else [])),
+    )
 
 
 def found(mutation: Mutation, verdict: Verdict) -> bool:

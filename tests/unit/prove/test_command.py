@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from esm2mega.errors import UserError
+from esm2mega.errors import MachineError, UserError
 from esm2mega.prove import command
-from esm2mega.prove.command import choose_trials, prove, table
+from esm2mega.prove.command import choose_trials, prove, row_named, table
 from esm2mega.prove.compare import Difference
 from esm2mega.prove.layouts import Layout, is_possible
 from esm2mega.prove.prover import Verdict
@@ -84,10 +85,12 @@ def test_all_pass(fake: type[FakeProver], tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines if line] == ["layout", "TP2", "1", "2"]
     assert lines[-1] == "2 of 2 passed"
     content = json.loads((tmp_path / "deep" / "proof.json").read_text())
-    assert (content["passed"], content["seed"], content["counterexamples"]) == (True, 9, [])
+    assert (content["complete"], content["passed"]) == (True, True)
+    assert (content["seed"], content["counterexamples"]) == (9, [])
     first, second = content["rows"]
     assert first["command"] == "esm2mega prove --tp 2 --seed 9"
-    assert first["layouts"][0]["tp"] == 2 and second["command"] is None
+    assert first["layouts"][0]["tp"] == 2
+    assert second["command"] == "esm2mega prove --row '1 process -> DP2' --seed 9"
     assert first["worst"]["gradient"] == {"value": 1e-14, "name": "some.weight", "place": "step 2, rank 1"}
 
 
@@ -131,6 +134,60 @@ def test_counterexample_is_shrunk(
     assert json.loads(out.read_text())["counterexamples"][0]["layouts"] == [vars(smallest)]
 
 
+def test_every_failure_that_no_counterexample_explains_is_shrunk(fake: type[FakeProver]) -> None:
+    fake.wrong = staticmethod(lambda layout: layout.tp == 2 or layout.dp == 3)  # type: ignore[method-assign]
+    lines: list[str] = []
+    layouts = [Layout(tp=2, packed=3), Layout(tp=2, sp=True), Layout(dp=3, packed=2), Layout(pp=2)]
+    assert not prove([Trial((layout,)) for layout in layouts], 1, shrink=True, say=lines.append)
+    looked = [line for line in lines if line.startswith("Looking")]
+    assert [line.rpartition("than ")[2] for line in looked] == ["TP2, 3 per pack", "DP3, 2 per pack"]
+    repeats = [line.removeprefix("repeat: esm2mega prove ") for line in lines if line.startswith("repeat")]
+    wanted = ["--tp 2 --packed 3", "--tp 2 --sp", "--dp 3 --packed 2", "--tp 2", "--dp 3"]
+    assert repeats == [f"{options} --seed 1" for options in wanted]
+    assert lines[-1] == "1 of 4 passed"
+
+
+def test_what_was_found_before_an_interrupt_stays(
+    fake: type[FakeProver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = FakeProver.judge
+
+    def interrupted(self: FakeProver, trials: Sequence[Trial]) -> Iterator[Verdict]:
+        yield next(judge(self, trials))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(FakeProver, "judge", interrupted)
+    lines: list[str] = []
+    out = tmp_path / "proof.json"
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        prove([Trial((Layout(tp=2),)), Trial((Layout(dp=2),))], 1, out=out, say=lines.append)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [line.split()[0] for line in lines if line] == ["layout", "DP2"]
+    content = json.loads(out.read_text())
+    assert (len(content["rows"]), content["complete"], content["passed"]) == (1, False, False)
+
+
+def test_json_that_cannot_be_written_is_told_at_the_start(fake: type[FakeProver], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="cannot be written"):
+        prove([Trial((Layout(tp=2),))], 1, out=tmp_path / "file" / "proof.json")
+    assert fake.judged == []
+
+
+def test_rows_by_name() -> None:
+    for trials in GROUPS.values():
+        for trial in trials:
+            assert row_named(str(trial)) == trial
+    with pytest.raises(UserError, match="--row TP9: no group has it"):
+        row_named("TP9")
+
+
+def test_bf16_of_one_process_is_its_own_measure(fake: type[FakeProver]) -> None:
+    with pytest.raises(UserError, match="12 per pack, bf16: bf16 is measured by that of one process"):
+        prove([Trial((Layout(packed=12),), "bf16")], 1)
+
+
 def test_too_large_and_impossible_trials_are_refused_before_anything_starts(fake: type[FakeProver]) -> None:
     with pytest.raises(UserError, match="TP4: needs 4 processes, --processes allows 2"):
         prove([Trial((Layout(tp=4),))], 1, processes=2)
@@ -147,5 +204,5 @@ def test_table_shows_errors_and_units() -> None:
     ]
     header, failed, passed = table(rows)
     assert header.split() == ["layout", "processes", "difference", "bound", "largest", "in", "verdict"]
-    assert failed.endswith("DIFFERENT") and "RuntimeError" in failed and len(failed) < 200
+    assert failed.endswith("FAILED") and "RuntimeError" in failed and len(failed) < 200
     assert passed.split()[2:] == ["2", "2.2", "x", "8", "x", "weight", "w,", "rank", "0", "equal"]
