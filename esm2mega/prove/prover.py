@@ -154,8 +154,8 @@ class Prover:
 def _references(trial: Trial) -> list[Leg]:
     """Unbroken runs of one process: what the trial must equal, and for bf16 also how near it can come."""
     layout = trial.layouts[-1].reference
-    # A larger micro-batch rounds its gradients fewer times, so it has a yardstick of its own. What the steps of
-    # a resumed run take, inside a window, also depends on it.
+    # A larger micro-batch rounds its gradients fewer times, so it has a yardstick of its own. What the steps
+    # of a resumed run take, inside a window, also depends on it.
     alike = replace(layout, packed=trial.layouts[-1].packed)
     if len(trial.layouts) > 1:
         layout = alike
