@@ -18,7 +18,9 @@ from typing import Any
 import click
 
 from esm2mega import __version__
+from esm2mega.convert.formats import READABLE, WRITABLE
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
+from esm2mega.infer.commands import add_commands
 
 
 @dataclass
@@ -247,6 +249,52 @@ def evaluate(
     if os.environ.get("RANK", "0") == "0":
         for name, value in numbers.items():
             click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+@cli.command("convert", short_help="Checkpoints from and to Hugging Face, fair-esm, BioNeMo, Cerebras.")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option("--to", required=True, type=click.Choice(WRITABLE), help="Format to write.")
+@click.option(
+    "--from",
+    "source_format",
+    type=click.Choice(list(READABLE)),
+    help="Format of SRC [default: found out from its files].",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16", "fp64"]),
+    help="Of the weights in DST [default: as in SRC].",
+)
+@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors without a place in ESM-2.")
+@click.option("--verify", is_flag=True, help="Run both models, compare, and write DST.verify.json.")
+@_single_process
+def convert_command(
+    source: str,
+    target: str,
+    to: str,
+    source_format: str | None,
+    dtype: str | None,
+    drop: tuple[str, ...],
+    verify: bool,
+) -> None:
+    """Convert the checkpoint SRC to DST; whatever is not carried over as it is gets a line.
+
+    Example: esm2mega convert facebook/esm2_t6_8M_UR50D my_8M --to esm2mega --verify
+    """
+    from pathlib import Path
+
+    from esm2mega.convert.convert import convert
+
+    conversion = convert(Path(source), Path(target), to, source_format, dtype, drop)
+    click.echo("\n".join(conversion.lines()))
+    if verify:
+        from esm2mega.convert.verify import verify as run_verify
+
+        click.echo("\n".join(run_verify(conversion)))
+
+
+add_commands(cli)
 
 
 @cli.command()

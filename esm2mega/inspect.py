@@ -53,6 +53,7 @@ def _checkpoint_lines(directory: Path) -> Iterator[str]:
     import torch
 
     from esm2mega.checkpoint import layout
+    from esm2mega.checkpoint.auxiliary import read_auxiliary
     from esm2mega.checkpoint.tensors import TensorReader
     from esm2mega.config.presets import shape_of
 
@@ -63,10 +64,13 @@ def _checkpoint_lines(directory: Path) -> Iterator[str]:
     yield (f"model {run.model.size or 'own shape'}: {shape}, {run.model.precision}")
     loss = "not evaluated" if state["valid_loss"] is None else f"{state['valid_loss']:.4f}"
     data = state["data"]
-    yield (
-        f"step {state['step']:,}, {data['consumed_samples']:,} samples, {data['consumed_tokens']:,} tokens, "
-        f"validation loss {loss}"
-    )
+    if data is None:
+        yield f"converted from {state['origin']['format']} {state['origin']['path']}"
+    else:
+        yield (
+            f"step {state['step']:,}, {data['consumed_samples']:,} samples, "
+            f"{data['consumed_tokens']:,} tokens, validation loss {loss}"
+        )
     if len(others := layout.find_checkpoints(checkpoint.parent.parent)[0]) > 1:
         yield f"checkpoints of the run: {', '.join(p.name for p in others)}"
     whole = hashlib.sha256()
@@ -79,6 +83,8 @@ def _checkpoint_lines(directory: Path) -> Iterator[str]:
         dtype = str(info.dtype).removeprefix("torch.")
         yield f"  {name:<58} {dtype:<9} {list(info.shape)!s:<18} {digest[:16]}"
     yield f"weights sha256 {whole.hexdigest()}"
+    for name, value in read_auxiliary(checkpoint).items():
+        yield f"auxiliary {name} {list(value.shape)}"
     optimizer = [info for name, info in reader.index.items() if name.startswith(_OPTIMIZER)]
     if optimizer:
         yield f"optimizer: {len(optimizer)} tensors, {sum(i.num_bytes for i in optimizer) / 1e9:.3f} GB"

@@ -17,6 +17,9 @@ from esm2mega.errors import UserError
 
 # Exact names: a whole module would let a pickle call any function in it.
 _ALLOWED = {
+    # where the checkpoint was written, if the writer was given a path and not a text
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
     ("torch", "Size"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),

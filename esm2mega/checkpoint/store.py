@@ -6,7 +6,7 @@ import errno
 import logging
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.auxiliary import write_auxiliary
 from esm2mega.checkpoint.distributed_state import make_loadable, places_without_padding, separate_steps
 from esm2mega.checkpoint.metadata import check_metadata
 from esm2mega.checkpoint.optimizer_form import (
@@ -76,7 +77,12 @@ _SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps", "fused")
 
 
 def save_checkpoint(
-    directory: Path, model: Sequence[Any], optimizer: MegatronOptimizer, run: Run, state: dict[str, Any]
+    directory: Path,
+    model: Sequence[Any],
+    optimizer: MegatronOptimizer,
+    run: Run,
+    state: dict[str, Any],
+    auxiliary: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a checkpoint; all ranks call this together.
 
@@ -88,6 +94,7 @@ def save_checkpoint(
         optimizer: Their optimizer.
         run: The resolved configuration.
         state: JSON values that the resumed run needs.
+        auxiliary: Tensors that are kept and not trained, see `esm2mega.checkpoint.auxiliary`.
 
     Raises:
         MachineError: The disk is full or a file cannot be written.
@@ -105,6 +112,7 @@ def save_checkpoint(
         dist_checkpointing.save(state_of_ranks, str(partial / layout.MODEL), content_metadata=_SHARDING)
         if speaks:
             layout.write_description(partial, run, state)
+            write_auxiliary(partial, auxiliary or {})
             layout.complete(partial, directory)
     except Exception as error:
         # Whatever it is, the other ranks wait to agree.

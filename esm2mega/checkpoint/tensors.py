@@ -7,8 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.metadata import check_metadata
@@ -32,9 +37,9 @@ class TensorReader:
     number.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        """Args: checkpoint: a complete ``step_XXXXXXXX`` directory."""
-        self._model_dir = checkpoint / layout.MODEL
+    def __init__(self, checkpoint: Path, folder: str = layout.MODEL) -> None:
+        """Args: checkpoint: a complete ``step_XXXXXXXX`` directory. folder: where in it the tensors are."""
+        self._model_dir = checkpoint / folder
         check_metadata(self._model_dir)
         self._reader = FileSystemReader(self._model_dir)
         entries = self._reader.read_metadata().state_dict_metadata
@@ -44,8 +49,8 @@ class TensorReader:
             if isinstance(entry, TensorStorageMetadata)
         }
 
-    def read(self, name: str) -> torch.Tensor:
-        """The whole tensor `name`, on the CPU.
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        """The whole tensor `name`, or only entry `layer` of its axis 0, on the CPU.
 
         Raises:
             UserError: There is no such tensor, or its data cannot be read.
@@ -53,9 +58,33 @@ class TensorReader:
         if name not in self.index:
             raise UserError(f"{self._model_dir}: no tensor {name}; esm2mega inspect lists what there is")
         info = self.index[name]
-        state = {name: torch.empty(info.shape, dtype=info.dtype)}
+        shape = info.shape if layer is None else (1, *info.shape[1:])
+        state = {name: torch.empty(shape, dtype=info.dtype)}
+        planner = None if layer is None else _OneLayer(layer)
         try:
-            dcp.load(state, storage_reader=self._reader, no_dist=True)
+            dcp.load(state, storage_reader=self._reader, planner=planner, no_dist=True)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             raise UserError(f"{self._model_dir}: {name} cannot be read; the checkpoint is damaged") from error
-        return state[name]
+        return state[name] if layer is None else state[name][0]
+
+
+class _OneLayer(DefaultLoadPlanner):
+    """Reads one entry of axis 0 into a tensor of shape ``[1, …]``, so that no more is ever in memory."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self._layer = layer
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for name, tensor in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            offsets = torch.Size([self._layer] + [0] * (tensor.dim() - 1))
+            chunk = ChunkStorageMetadata(offsets=offsets, sizes=tensor.size())
+            items += create_read_items_for_chunk_list(name, stored, [chunk])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn]

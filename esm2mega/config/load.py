@@ -71,12 +71,20 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
     return resolve(_to_run(tree, {}))
 
 
-def load_run_over(base: Run, overrides: Sequence[str]) -> Run:
-    """A resolved run with `key=value` overrides on top, checked and resolved as `load_run` does."""
+def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None) -> Run:
+    """A resolved run with a file and `key=value` overrides on top, checked and resolved as `load_run` does.
+
+    Args:
+        base: what the others change.
+        overrides: as for `load_run`.
+        config: path or name of a file whose values come before the overrides; None for none.
+    """
     tree = OmegaConf.structured(base)
-    for text in overrides:
-        _apply(tree, _parse_override(text))
-    return resolve(_to_run(tree, {}))
+    settings = list(_file_settings(find_config(config), ())) if config is not None else []
+    settings += [_parse_override(text) for text in overrides]
+    for setting in settings:
+        _apply(tree, setting)
+    return resolve(_to_run(tree, {setting.key: setting.where for setting in settings}))
 
 
 def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:

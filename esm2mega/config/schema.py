@@ -23,6 +23,7 @@ class ModelConfig:
     """Shape and numerics of the model; given are `size` or all four dimensions, loading fills the rest."""
 
     size: str | None = _choice(None, *MODEL_SIZES)
+    family: str = _choice("esm2", "esm2", "proteinbert_preln", "proteinbert_postln")
     num_layers: int | None = None
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
@@ -31,7 +32,10 @@ class ModelConfig:
     layer_spec: str = _choice("auto", "auto", "local", "te")
     attention_backend: str = _choice("auto", "auto", "sdpa", "varlen", "flash", "te")
     recompute: str = _choice("none", "none", "selective", "full")
+    activation: str = _choice("gelu", "gelu", "gelu_tanh")
     layernorm_epsilon: float = 1e-5
+    final_layernorm: bool = True
+    max_positions: int | None = None
     init_std: float = 0.02
 
 
@@ -142,6 +146,22 @@ class LoggingConfig:
 
 
 @dataclass
+class InferConfig:
+    """What `embed` computes and stores, and what both `embed` and `score` do with long proteins."""
+
+    outputs: list[str] = field(default_factory=lambda: ["residue", "pooled"])
+    layers: list[int] = field(default_factory=lambda: [-1])
+    pooling: str = _choice("mean", "mean", "cls", "max")
+    precision: str | None = _choice(None, "fp32", "bf16", "fp64")
+    dtype: str = _choice("fp32", "fp32", "fp16", "bf16")
+    layout: str = _choice("ragged", "ragged", "bionemo")
+    long: str = _choice("error", "error", "crop", "chunk")
+    max_seq_length: int | None = None
+    overlap: int | None = None
+    pack_tokens: int = 4096
+
+
+@dataclass
 class Run:
     """One run, complete: everything that decides its numbers and its files."""
 
@@ -156,6 +176,7 @@ class Run:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:

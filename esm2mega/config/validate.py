@@ -48,6 +48,9 @@ _AT_LEAST = {
     "checkpoint.keep_best": 0,
     "data.mask_fraction": 0,
     "data.random_fraction": 0,
+    "infer.max_seq_length": 3,
+    "infer.overlap": 0,
+    "infer.pack_tokens": 1,
 }
 _AT_MOST = {
     # Seeds go to numpy and torch generators; both take 63 bits.
@@ -75,14 +78,19 @@ def validate(run: Run, world_size: int) -> None:
     Raises:
         UserError: the first rule that does not hold.
     """
-    check_choices(run)
-    _check_ranges(run)
-    _check_model(run)
-    _check_layout(run)
+    validate_model(run)
     _check_masking(run)
     _check_stores(run)
     _check_schedule(run)
     _check_batches(run, world_size)
+
+
+def validate_model(run: Run) -> None:
+    """The part of `validate` that holds for every use of a model: single values, shape, numerics, layout."""
+    check_choices(run)
+    _check_ranges(run)
+    _check_model(run)
+    _check_layout(run)
 
 
 def world_size_from_environment() -> int:
@@ -210,8 +218,34 @@ def _check_ranges(run: Run) -> None:
         raise UserError("run_dir is empty; give the directory that the run is written to")
 
 
+def _check_family(run: Run) -> None:
+    """Positions, LayerNorms and layers of the model families."""
+    model = run.model
+    if model.family == "esm2" and model.max_positions is not None:
+        raise UserError(
+            f"model.max_positions={model.max_positions} does not go with model.family=esm2, which has rotary "
+            "positions; set model.max_positions=null"
+        )
+    if model.family != "esm2" and (model.max_positions or 0) < run.data.max_seq_length:
+        raise UserError(
+            f"model.max_positions={model.max_positions} is less than "
+            f"data.max_seq_length={run.data.max_seq_length}; model.family={model.family} has a learned "
+            "position for each token: raise the one or lower the other"
+        )
+    if not model.final_layernorm and model.family != "proteinbert_preln":
+        raise UserError(
+            f"model.final_layernorm=false does not go with model.family={model.family}; set it to true"
+        )
+    if model.family == "proteinbert_postln" and model.layer_spec == "te":
+        raise UserError(
+            "model.layer_spec=te does not go with model.family=proteinbert_postln, whose LayerNorms stand "
+            "alone; set model.layer_spec=auto"
+        )
+
+
 def _check_model(run: Run) -> None:
     """The model on its own, and what its precision allows."""
+    _check_family(run)
     model = run.model
     shape = shape_of(model)
     hidden, heads = shape.hidden_size, shape.num_attention_heads

@@ -155,7 +155,7 @@ class ESM2SelfAttention(SelfAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        rotary_pos_emb: Tensor,
+        rotary_pos_emb: Tensor | None,
         packed_seq_params: PackedSequences,
         rows: Tensor | None = None,
         **unused: Any,
@@ -166,7 +166,7 @@ class ESM2SelfAttention(SelfAttention):
             hidden_states: ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism (the projection
                 gathers).
             attention_mask: Unused: a pack needs no mask.
-            rotary_pos_emb: ``[2, T, 1, d / 2]`` from `RotaryTables`.
+            rotary_pos_emb: ``[2, T, 1, d / 2]`` from `RotaryTables`; None in models with learned positions.
             packed_seq_params: Borders of the sequences.
             rows: int64 ``[m]``, the tokens whose output is wanted; all of them when None.
             **unused: What the transformer layer passes for decoders.
@@ -180,7 +180,10 @@ class ESM2SelfAttention(SelfAttention):
         qkv = qkv.view(
             qkv.shape[0], self.num_attention_heads_per_partition, 3, self.hidden_size_per_attention_head
         )
-        query, key, value = split_and_rotate(qkv, rotary_pos_emb)
+        if rotary_pos_emb is None:
+            query, key, value = (part.contiguous() for part in qkv.unbind(dim=2))
+        else:
+            query, key, value = split_and_rotate(qkv, rotary_pos_emb)
         # Our kernels take queries of other lengths than the keys. Transformer Engine's stay whole: they are
         # chosen and proven for self-attention, and the rest of the layer is the larger part.
         if rows is not None and isinstance(self.core_attention, PackedCoreAttention):

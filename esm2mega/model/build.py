@@ -5,6 +5,7 @@ Megatron-Core's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,20 @@ from esm2mega.model.esm2 import ESM2Model, padded_vocab_size, stage_flags
 from esm2mega.model.init import initialize_parameters
 from esm2mega.model.pipeline_split import pipeline_layout, split_layers
 
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass
 class ESM2TransformerConfig(TransformerConfig):
-    """Megatron-Core's configuration, and which kernel attends within a pack."""
+    """Megatron-Core's configuration, which kernel attends within a pack, and what kind of model it is (see
+    `ModelConfig`).
+    """
 
     packed_attention: str = "sdpa"
+    family: str = "esm2"
+    final_layernorm: bool = True
+    max_positions: int = 0
 
 
 def transformer_config(
@@ -53,8 +60,8 @@ def transformer_config(
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_attention_heads,
         layernorm_epsilon=model.layernorm_epsilon,
-        activation_func=gelu,
-        # The fused kernel is the tanh approximation; ESM-2 has the exact-erf form.
+        activation_func=ACTIVATIONS[model.activation],
+        # The fused kernel is always the tanh approximation; ESM-2 has the exact-erf form.
         bias_activation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -81,6 +88,9 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         packed_attention=packed_attention,
+        family=model.family,
+        final_layernorm=model.final_layernorm,
+        max_positions=model.max_positions or 0,
         **_recompute(model.recompute),
     )
 
@@ -101,7 +111,9 @@ def build_model(
     model: ModelConfig, parallel: ParallelConfig, device: torch.device, seed: int
 ) -> list[ESM2Model]:
     """This rank's chunks of the model with initial weights: one, or several if interleaved."""
-    spec = layer_spec.choose_layer_spec(model.layer_spec, device, DTYPES[model.precision])
+    # The LayerNorms of post-LN stand alone, not fused into the linears behind them.
+    wanted_spec = "local" if model.family == "proteinbert_postln" else model.layer_spec
+    spec = layer_spec.choose_layer_spec(wanted_spec, device, DTYPES[model.precision])
     te_attention = spec == "te" and model.attention_backend in ("auto", "te")
     wanted = "auto" if te_attention else model.attention_backend
     shape = shape_of(model)
@@ -109,7 +121,9 @@ def build_model(
     kernel = choose_kernel(wanted, device, DTYPES[model.precision], head_dim)
     config = transformer_config(model, parallel, device, kernel)
     layer = (
-        layer_spec.te_layer("te" if te_attention else kernel) if spec == "te" else layer_spec.local_layer()
+        layer_spec.te_layer("te" if te_attention else kernel)
+        if spec == "te"
+        else layer_spec.local_layer(post_layernorm=model.family == "proteinbert_postln")
     )
 
     virtual = parallel.virtual_pipeline_model_parallel_size

@@ -23,6 +23,7 @@ from esm2mega.data.tokenizer import VOCAB
 from esm2mega.model.embedding import ESM2Embedding
 from esm2mega.model.lm_head import LMHead
 from esm2mega.model.packed import PackedSequences
+from esm2mega.model.proteinbert import ProteinBertEmbedding
 from esm2mega.model.rotary import RotaryTables
 
 VOCAB_SIZE = len(VOCAB)
@@ -39,7 +40,8 @@ def padded_vocab_size(tensor_model_parallel_size: int) -> int:
 
 
 class ESM2Model(LanguageModule):
-    """ESM-2, or the pipeline stage of it that this rank holds.
+    """ESM-2, or the pipeline stage of it that this rank holds; or one of its relatives, see
+    `esm2mega.model.proteinbert`.
 
     The first stage (`pre_process`) embeds, the last (`post_process`) normalises and predicts. Checkpoint keys
     are those of Megatron-Core's BERT: ``embedding``, ``encoder``, ``lm_head``, ``output_layer``, and
@@ -73,13 +75,21 @@ class ESM2Model(LanguageModule):
         self.share_embeddings_and_output_weights = True
         self.padded_vocab_size = padded_vocab_size(config.tensor_model_parallel_size)
 
-        self.rotary = RotaryTables(config, device, vp_stage)
-        if pre_process:
+        has_rotary = config.family == "esm2"
+        self.rotary = RotaryTables(config, device, vp_stage) if has_rotary else None
+        if pre_process and has_rotary:
             self.embedding = ESM2Embedding(
                 config, self.padded_vocab_size, max_sequence_length=0, position_embedding_type="rope"
             )
+        elif pre_process:
+            self.embedding = ProteinBertEmbedding(config, self.padded_vocab_size, config.max_positions)
         self.encoder = TransformerBlock(
-            config, submodules, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+            config,
+            submodules,
+            post_layer_norm=config.final_layernorm,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
         )
         if post_process:
             # The head sees tokens of all ranks at once, so within it nothing is split over the sequence.
@@ -117,7 +127,7 @@ class ESM2Model(LanguageModule):
         return self.encoder(
             hidden_states=self.embedding(input_ids, packed) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=self.rotary(packed),
+            rotary_pos_emb=None if self.rotary is None else self.rotary(packed),
             packed_seq_params=packed,
         )
 
@@ -131,14 +141,15 @@ class ESM2Model(LanguageModule):
             packed: Borders of the sequences.
             logit_positions: int64 ``[m]``, ascending, tokens that get logits; all of them when None. Training
                 passes the masked ones: the head then costs 15 % of what it would, and so does most of the
-                last layer if `packed` has row counts and there is no sequence parallelism (which scatters the
-                tokens over ranks).
+                last layer if `packed` has row counts, there is no sequence parallelism (which scatters the
+                tokens over ranks), and the model is pre-LN.
 
         Returns:
             Hidden states in the layout of `encode`, or logits ``[m, v]``, the same on every tensor-parallel
             rank. The padding of the vocabulary is cut off, so it can take no probability.
         """
-        if self.post_process and logit_positions is not None and not self.config.sequence_parallel:
+        last_layer_whole = self.config.sequence_parallel or self.config.family == "proteinbert_postln"
+        if self.post_process and logit_positions is not None and not last_layer_whole:
             packed = packed.with_rows(logit_positions)
         hidden_states = self.encode(input_ids, packed)
         if not self.post_process:

@@ -22,6 +22,7 @@ from esm2mega.errors import UserError
 from esm2mega.model.attention import ESM2SelfAttention, PackedCoreAttention
 from esm2mega.model.layer import ESM2Layer
 from esm2mega.model.layernorm import LayerNorm
+from esm2mega.model.proteinbert import PostLayerNormLayer
 
 
 def transformer_engine_found() -> bool:
@@ -50,9 +51,14 @@ def choose_layer_spec(name: str, device: torch.device, dtype: torch.dtype) -> st
     return ("te" if found else "local") if name == "auto" else name
 
 
-def local_layer() -> ModuleSpec:
-    """A pre-LN layer of Megatron-Core's parallel linears and our LayerNorm; runs everywhere."""
+def local_layer(post_layernorm: bool = False) -> ModuleSpec:
+    """A layer of Megatron-Core's parallel linears and our LayerNorm; runs everywhere.
+
+    Args:
+        post_layernorm: Whether residuals are taken from the outputs of the LayerNorms.
+    """
     return _layer(
+        module=PostLayerNormLayer if post_layernorm else ESM2Layer,
         norm=LayerNorm,
         column=ColumnParallelLinear,
         row=RowParallelLinear,
@@ -80,6 +86,7 @@ def te_layer(core_attention: str) -> ModuleSpec:
     )
 
     return _layer(
+        module=ESM2Layer,
         norm=None,
         column=TELayerNormColumnParallelLinear,
         row=TERowParallelLinear,
@@ -88,10 +95,12 @@ def te_layer(core_attention: str) -> ModuleSpec:
     )
 
 
-def _layer(norm: Any, column: Any, row: Any, core_attention: Any, keys: dict[str, str]) -> ModuleSpec:
+def _layer(
+    module: Any, norm: Any, column: Any, row: Any, core_attention: Any, keys: dict[str, str]
+) -> ModuleSpec:
     norms = {} if norm is None else {"input_layernorm": norm, "pre_mlp_layernorm": norm}
     return ModuleSpec(
-        module=ESM2Layer,
+        module=module,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=ESM2SelfAttention,

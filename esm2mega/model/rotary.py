@@ -21,6 +21,12 @@ from esm2mega.model.packed import PackedSequences
 ROTARY_BASE = 10000.0
 
 
+def rotary_frequencies(head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """``10000^(-2i/d)`` for each pair of channels: ``[d / 2]``."""
+    exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
+    return 1.0 / ROTARY_BASE**exponents
+
+
 class RotaryTables(MegatronModule):
     """Frequencies, and the cos/sin tables of a pack.
 
@@ -36,9 +42,8 @@ class RotaryTables(MegatronModule):
         assert config.kv_channels is not None
         self.vp_stage = vp_stage or 0
         dtype = torch.float64 if config.params_dtype == torch.float64 else torch.float32
-        exponents = torch.arange(0, config.kv_channels, 2, dtype=dtype, device=device) / config.kv_channels
         # [d / 2]
-        self.register_buffer("inv_freq", 1.0 / ROTARY_BASE**exponents)
+        self.register_buffer("inv_freq", rotary_frequencies(config.kv_channels, dtype, device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTables:
         """Follow ``.to``, ``.bfloat16`` and the like to another device, but not to another precision."""

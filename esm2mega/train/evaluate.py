@@ -138,7 +138,9 @@ def evaluate_checkpoint(
     with process_groups(run.parallel, run.seed) as ranks:
         model = build_model(run.model, run.parallel, ranks.device, run.seed)
         load_weights(directory, model)
-        unigram = unigram_log_probabilities(np.asarray(state["token_counts"]), ranks.device)
+        # A converted checkpoint does not know what it was trained on, so it has no unigram baseline.
+        counts = state["token_counts"]
+        unigram = None if counts is None else unigram_log_probabilities(np.asarray(counts), ranks.device)
         spec = BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
         batches = EvalPacks(store, spec, max_batches or 0, ranks.dp_rank, ranks.dp_size)
         with Progress(len(batches), "evaluate", "pack", enabled=ranks.speaks) as progress:
@@ -150,7 +152,7 @@ def evaluate_checkpoint(
             "step": state["step"],
             "loss": metrics["loss"],
             "perplexity": perplexity(metrics["loss"]),
-            "unigram_loss": metrics["unigram_loss"],
+            "unigram_loss": metrics.get("unigram_loss"),
             "num_labels": int(metrics["count"]),
             "num_sequences": len(store),
         }

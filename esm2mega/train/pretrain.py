@@ -15,11 +15,14 @@ import numpy.typing as npt
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.store import load_training_state, load_weights, save_checkpoint
+from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.checkpoint.store import load_training_state, save_checkpoint
 from esm2mega.config.load import fix_length, save_resolved
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run, flatten
 from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.convert.formats import detect
+from esm2mega.convert.into_model import check_same_model, load_initial_weights
 from esm2mega.data.batch import BatchSpec, token_counts
 from esm2mega.data.cache import open_store
 from esm2mega.data.loader import EvalPacks, TrainStream
@@ -104,8 +107,11 @@ def _train(
     observe: Callable[[list[Any]], None] | None,
 ) -> LoopState:
     chunks = build_model(run.model, run.parallel, ranks.device, run.seed)
-    if init_from is not None:
-        load_weights(init_from, chunks)
+    auxiliary = {}
+    if resume_from is not None:
+        auxiliary = read_auxiliary(resume_from)
+    elif init_from is not None:
+        auxiliary = load_initial_weights(init_from, run.model, chunks)
     model = wrap_data_parallel(chunks, run.model, run.parallel)
     optimizer = build_optimizer(run.optim, run, model)
     schedule = build_schedule(run.schedule, run.optim, optimizer)
@@ -173,7 +179,7 @@ def _train(
                     layout.replace_state(directory, saved)
                 return
             with kept_from_helpers():
-                save_checkpoint(directory, model, optimizer, run, saved)
+                save_checkpoint(directory, model, optimizer, run, saved, auxiliary)
             saved_last = directory
             if ranks.speaks:
                 layout.prune(run.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best, directory)
@@ -208,8 +214,13 @@ def find_resume(run: Run) -> Path | None:
                 print(f"esm2mega: ignoring {directory}: it has no {layout.COMPLETE}", file=sys.stderr)
         found = complete[-1] if complete else None
     if found is not None:
-        _refuse_other_model(found, run, "choose another run_dir")
-        theirs = layout.read_config(found).model.precision
+        if "origin" in layout.read_state(found):
+            raise UserError(
+                f"{found}: a converted checkpoint, which no training can resume; use init_from={found}"
+            )
+        saved = layout.read_config(found).model
+        check_same_model(str(found), saved, run.model, "choose another run_dir")
+        theirs = saved.precision
         if theirs != run.model.precision:
             raise UserError(
                 f"{found}: was trained with model.precision={theirs}, the configuration says "
@@ -220,15 +231,18 @@ def find_resume(run: Run) -> Path | None:
 
 
 def find_init(run: Run) -> Path | None:
-    """The checkpoint that `init_from` means.
+    """The checkpoint that `init_from` means, in any format.
 
     Raises:
         UserError: There is none, or it is of another model.
     """
     if run.init_from is None:
         return None
-    found = layout.resolve_checkpoint(run.init_from)
-    _refuse_other_model(found, run, "give another init_from")
+    path = Path(run.init_from)
+    if path.exists() and detect(path) != "esm2mega":
+        return path
+    found = layout.resolve_checkpoint(path)
+    check_same_model(str(found), layout.read_config(found).model, run.model, "give another init_from")
     return found
 
 
@@ -240,19 +254,6 @@ def _refuse_later(run: Run, found: Path, complete: Sequence[Path]) -> None:
         raise UserError(
             f"checkpoint.resume={run.checkpoint.resume}: {run.run_dir} holds {', '.join(later)}, which would "
             "be taken for checkpoints of this run; move them away, or choose another run_dir"
-        )
-
-
-def _refuse_other_model(checkpoint: Path, run: Run, cure: str) -> None:
-    """What no later training could make up for: another shape, or weights that mean something else."""
-    saved = layout.read_config(checkpoint).model
-    if (theirs := shape_of(saved)) != (ours := shape_of(run.model)):
-        raise UserError(f"{checkpoint}: holds a model of {theirs}, the configuration says {ours}; {cure}")
-    if saved.layernorm_epsilon != run.model.layernorm_epsilon:
-        raise UserError(
-            f"{checkpoint}: its weights go with model.layernorm_epsilon={saved.layernorm_epsilon}, the "
-            f"configuration says {run.model.layernorm_epsilon}; set "
-            f"model.layernorm_epsilon={saved.layernorm_epsilon}"
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 from esm2mega.cli import cli, main
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
-COMMANDS = ["quickstart", "prepare", "pretrain", "evaluate", "inspect", "prove", "plot", "doctor"]
+COMMANDS = ["quickstart", "prepare", "pretrain", "evaluate", "convert", "inspect", "prove", "plot", "doctor"]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import click
+import h5py
 import numpy as np
 import pytest
 
@@ -162,7 +163,10 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
 
 def test_the_walk_has_all_its_steps() -> None:
     done = [" ".join(word for word in command.words if word in cli.commands) for command in walk()]
-    assert done == ["prepare", "pretrain", "evaluate", "plot", "pretrain", "inspect", "inspect"]
+    assert done == [
+        *("prepare", "pretrain", "evaluate", "plot", "pretrain", "inspect", "inspect"),
+        *("convert", "embed", "score"),
+    ]
 
 
 @pytest.mark.distributed
@@ -205,6 +209,15 @@ def test_evaluation_and_inspection_say_what_the_readme_says(walked: Walked) -> N
     assert "weights sha256" in checkpoint and "rotary.inv_freq" in checkpoint
     (store,) = (text for line, text in walked.output.items() if line == "esm2mega inspect my_store/train")
     assert "30 sequences" in store and "checksums hold" in store
+
+
+@pytest.mark.distributed
+def test_embeddings_and_scores_are_there(walked: Walked) -> None:
+    with h5py.File(walked.folder / "my_proteins.h5") as file:
+        assert len(file["ids"]) == 430
+        assert file["offsets"][-1] == len(file["residue/layer_4"])
+    assert len((walked.folder / "scan.csv").read_text().splitlines()) == 1 + 22 * 19
+    assert (walked.folder / "scan.png").is_file()
 
 
 @pytest.mark.distributed

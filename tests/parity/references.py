@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esm2mega.config.presets import ModelShape
+from esm2mega.convert.mapping import NameTable
 from esm2mega.data.tokenizer import MASK, PAD, encode_residues
 
 VOCAB_SIZE = 33
@@ -86,59 +88,27 @@ def fair_esm(shape: Shape, dtype: torch.dtype) -> torch.nn.Module:
     return model.eval()
 
 
-def _fuse(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Rows of the fused projection are head-major: q, k, v of head 0, then of head 1."""
-    parts = [x.reshape(heads, 1, -1, *x.shape[1:]) for x in (q, k, v)]
-    return torch.cat(parts, dim=1).reshape(-1, *q.shape[1:])
-
-
-def _norm(ours: str, theirs: str, source: dict[str, Tensor], out: dict[str, Tensor]) -> None:
-    for part in ("weight", "bias"):
-        out[f"{ours}.{part}"] = source[f"{theirs}.{part}"]
-
-
-def from_hugging_face(source: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-    """Values (or gradients) of an `EsmForMaskedLM` under the names of a single-stage `ESM2Model`."""
-    out = {
-        "embedding.word_embeddings.weight": source["esm.embeddings.word_embeddings.weight"],
-        "output_layer.bias": source["lm_head.bias"],
+def ours(source: dict[str, Tensor], table: NameTable, shape: Shape) -> dict[str, Tensor]:
+    """Values (or gradients) of a reference under the names of a single-stage `ESM2Model`, by the converter's
+    name table.
+    """
+    dimensions = ModelShape(**vars(shape))
+    values = {
+        entry.ours: entry.kind.to_ours([source[part] for part in entry.theirs], dimensions)
+        for entry in table.entries(dimensions)
+        if not entry.optional
     }
-    for n in range(shape.num_layers):
-        theirs, ours = f"esm.encoder.layer.{n}", f"encoder.layers.{n}"
-        for part in ("weight", "bias"):
-            q, k, v = (source[f"{theirs}.attention.self.{x}.{part}"] for x in ("query", "key", "value"))
-            out[f"{ours}.self_attention.linear_qkv.{part}"] = _fuse(q, k, v, shape.num_attention_heads)
-        _norm(f"{ours}.input_layernorm", f"{theirs}.attention.LayerNorm", source, out)
-        _norm(f"{ours}.self_attention.linear_proj", f"{theirs}.attention.output.dense", source, out)
-        _norm(f"{ours}.pre_mlp_layernorm", f"{theirs}.LayerNorm", source, out)
-        _norm(f"{ours}.mlp.linear_fc1", f"{theirs}.intermediate.dense", source, out)
-        _norm(f"{ours}.mlp.linear_fc2", f"{theirs}.output.dense", source, out)
-    _norm("encoder.final_layernorm", "esm.encoder.emb_layer_norm_after", source, out)
-    _norm("lm_head.dense", "lm_head.dense", source, out)
-    _norm("lm_head.layer_norm", "lm_head.layer_norm", source, out)
-    return out
+    return {_local_name(name): value for name, value in values.items()}
 
 
-def from_fair_esm(source: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-    """Values (or gradients) of a fair-esm `ESM2` under the names of a single-stage `ESM2Model`."""
-    out = {
-        "embedding.word_embeddings.weight": source["embed_tokens.weight"],
-        "output_layer.bias": source["lm_head.bias"],
-    }
-    for n in range(shape.num_layers):
-        theirs, ours = f"layers.{n}", f"encoder.layers.{n}"
-        for part in ("weight", "bias"):
-            q, k, v = (source[f"{theirs}.self_attn.{x}_proj.{part}"] for x in "qkv")
-            out[f"{ours}.self_attention.linear_qkv.{part}"] = _fuse(q, k, v, shape.num_attention_heads)
-        _norm(f"{ours}.input_layernorm", f"{theirs}.self_attn_layer_norm", source, out)
-        _norm(f"{ours}.self_attention.linear_proj", f"{theirs}.self_attn.out_proj", source, out)
-        _norm(f"{ours}.pre_mlp_layernorm", f"{theirs}.final_layer_norm", source, out)
-        _norm(f"{ours}.mlp.linear_fc1", f"{theirs}.fc1", source, out)
-        _norm(f"{ours}.mlp.linear_fc2", f"{theirs}.fc2", source, out)
-    _norm("encoder.final_layernorm", "emb_layer_norm_after", source, out)
-    _norm("lm_head.dense", "lm_head.dense", source, out)
-    _norm("lm_head.layer_norm", "lm_head.layer_norm", source, out)
-    return out
+def _local_name(name: str) -> str:
+    """Checkpoints have LayerNorms under the names that they have in Transformer Engine's fused modules."""
+    for fused, local in (
+        ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+        ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+    ):
+        name = name.replace(fused, local)
+    return name
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from esm2mega.config.schema import ModelConfig, ParallelConfig
+from esm2mega.convert import fair_esm, hf
 from esm2mega.model.build import build_model
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import pack, unpack
@@ -98,11 +99,11 @@ def test_equals_hugging_face_fp32(attention: str) -> None:
     reference = references.hugging_face(shape)
     reference.set_attn_implementation(attention)
     batch = references.batch()
-    model = ours(shape, "fp32", references.from_hugging_face(dict(reference.state_dict()), shape))
+    model = ours(shape, "fp32", references.ours(dict(reference.state_dict()), hf.NAMES, shape))
     theirs = reference(batch.input_ids, attention_mask=batch.attention_mask).logits
     actual, expected, raw = run(model, theirs, reference, batch)
     compare(actual, expected, TOLERANCE.fp32)
-    compare(gradients_of(model), references.from_hugging_face(raw, shape), TOLERANCE.fp32)
+    compare(gradients_of(model), references.ours(raw, hf.NAMES, shape), TOLERANCE.fp32)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
@@ -115,19 +116,19 @@ def test_equals_fair_esm(precision: str, monkeypatch: pytest.MonkeyPatch) -> Non
     shape = replace(Shape(), ffn_hidden_size=160)
     reference = references.fair_esm(shape, {"fp32": torch.float32, "fp64": torch.float64}[precision])
     batch = references.batch()
-    model = ours(shape, precision, references.from_fair_esm(dict(reference.state_dict()), shape))
+    model = ours(shape, precision, references.ours(dict(reference.state_dict()), fair_esm.NAMES, shape))
     theirs = reference(batch.input_ids)["logits"]
     actual, expected, raw = run(model, theirs, reference, batch)
     tolerance = getattr(TOLERANCE, precision)
     compare(actual, expected, tolerance)
-    compare(gradients_of(model), references.from_fair_esm(raw, shape), tolerance)
+    compare(gradients_of(model), references.ours(raw, fair_esm.NAMES, shape), tolerance)
 
 
 @functools.cache
 def _packed_model() -> tuple[Shape, dict[str, Tensor]]:
     shape = replace(Shape(), ffn_hidden_size=160)
     reference = references.fair_esm(shape, torch.float64)
-    return shape, references.from_fair_esm(dict(reference.state_dict()), shape)
+    return shape, references.ours(dict(reference.state_dict()), fair_esm.NAMES, shape)
 
 
 def test_neighbours_in_the_pack_do_not_matter() -> None:

@@ -20,7 +20,7 @@ def layouts(name: str) -> list[tuple[int, str]]:
 
 
 def test_all_sizes_are_shipped():
-    assert set(config_names()) == {"base", *(f"pretrain_esm2_{size}" for size in PRESETS)}
+    assert set(config_names()) == {"base", "infer", *(f"pretrain_esm2_{size}" for size in PRESETS)}
 
 
 def test_base_lists_the_keys_and_defaults_of_the_schema():

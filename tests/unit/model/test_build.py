@@ -34,6 +34,8 @@ def test_settings_that_change_numbers() -> None:
     one = torch.tensor(1.0, dtype=torch.float64)
     # x * (1 + erf(x / sqrt 2)) / 2 at 1; the tanh approximation gives 0.841192
     assert config.activation_func(one).item() == pytest.approx(0.8413447460685429, abs=1e-15)
+    tanh = transformer_config(replace(SHAPE, activation="gelu_tanh"), ParallelConfig(), CPU, "sdpa")
+    assert tanh.activation_func(one).item() == pytest.approx(0.8411919906082768, abs=1e-15)
     assert config.gated_linear_unit is False
     assert config.hidden_dropout == config.attention_dropout == 0.0
     assert config.layernorm_epsilon == 2e-5

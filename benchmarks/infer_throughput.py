@@ -1,0 +1,254 @@
+"""Embedding throughput beside fair-esm and Hugging Face: real tokens per second, proteins to vectors.
+
+    python benchmarks/infer_throughput.py proteins.fasta --size 35M --json result.json
+
+All contenders compute the last layer's vector of every residue, on the same proteins, threads and machine,
+with random weights of the same shape. Longer proteins are cut. The contenders take turns, one pass over the
+proteins each; a ratio is taken within a round, so that a machine that gets slower or faster strikes all of
+them. Tokens are real ones with `<cls>` and `<eos>`; padding is work, but counts as nothing. Tokenising and
+sorting are not timed.
+
+    fair-esm    its own batching: sorted by length, as many as its `extract.py` puts into 4,096 tokens
+    hf-sorted   `EsmModel`, sorted by length, as many as fit into 4,096 tokens with padding
+    esm2mega    packs, as `esm2mega embed` makes them
+
+fair-esm has no bf16 mode; it is cast as a whole where bf16 is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from esm2mega.config.load import load_run
+from esm2mega.config.presets import PRESETS
+from esm2mega.data import tokenizer
+from esm2mega.data.fasta import FastaReader
+
+DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# The `--toks_per_batch` of fair-esm's extract.py, for all who pad.
+PADDED_TOKENS = 4096
+
+Proteins = Sequence[npt.NDArray[np.uint8]]
+"""Token ids of residues, without special tokens."""
+
+Pass = Callable[[], int]
+"""Embeds every protein once; returns how many residue vectors came out."""
+
+
+def draw_proteins(fasta: Path, number: int, max_residues: int, seed: int) -> list[npt.NDArray[np.uint8]]:
+    """Draw a protein from each of `number` slices of the FASTA by length, in random order; 0 for all."""
+    records = sorted((record.residues for record in FastaReader(fasta)), key=len)
+    number = number or len(records)
+    if number > len(records):
+        raise SystemExit(f"--proteins {number} is more than the {len(records)} of {fasta}")
+    rng = np.random.default_rng(seed)
+    borders = np.linspace(0, len(records), number + 1).astype(int)
+    chosen = rng.permutation(rng.integers(borders[:-1], borders[1:]))
+    return [tokenizer.encode_residues(records[i][:max_residues]) for i in chosen]
+
+
+def padded_batches(proteins: Proteins, extra: int) -> list[list[int]]:
+    """Batches by length, ascending, of at most `PADDED_TOKENS` when padded.
+
+    Args:
+        proteins: to batch.
+        extra: tokens counted for each protein besides its residues; extract.py counts one, although there
+            are two.
+    """
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(proteins)), key=lambda i: len(proteins[i])):
+        if batches[-1] and (len(proteins[i]) + extra) * (len(batches[-1]) + 1) > PADDED_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def pad(proteins: Proteins) -> torch.Tensor:
+    """Token ids with `<cls>` and `<eos>`, padded, [b, s]."""
+    width = max(map(len, proteins)) + 2
+    ids = torch.full((len(proteins), width), tokenizer.PAD)
+    for row, residues in enumerate(proteins):
+        ids[row, 0] = tokenizer.CLS
+        ids[row, 1 : len(residues) + 1] = torch.from_numpy(residues.astype(np.int64))
+        ids[row, len(residues) + 1] = tokenizer.EOS
+    return ids
+
+
+def padded_pass(
+    proteins: Proteins, batches: Sequence[Sequence[int]], states: Callable[[torch.Tensor], torch.Tensor]
+) -> Pass:
+    """Return the pass of a model that takes padded batches; `states` gives [b, s, h]."""
+    padded = [(pad([proteins[i] for i in batch]), [len(proteins[i]) for i in batch]) for batch in batches]
+
+    @torch.inference_mode()
+    def one_pass() -> int:
+        count = 0
+        for ids, lengths in padded:
+            output = states(ids)
+            count += sum(len(output[row, 1 : n + 1].float().clone()) for row, n in enumerate(lengths))
+        return count
+
+    return one_pass
+
+
+@contextmanager
+def fair_esm(proteins: Proteins, size: str, precision: str) -> Iterator[Pass]:
+    """Yield fair-esm's pass."""
+    import esm
+
+    shape = PRESETS[size]
+    alphabet = esm.data.Alphabet.from_architecture("ESM-1b")
+    model = esm.model.esm2.ESM2(
+        num_layers=shape.num_layers,
+        embed_dim=shape.hidden_size,
+        attention_heads=shape.num_attention_heads,
+        alphabet=alphabet,
+    )
+    model = model.to(DTYPES[precision]).eval()
+    last = shape.num_layers
+    batches = padded_batches(proteins, extra=1)
+    yield padded_pass(proteins, batches, lambda ids: model(ids, repr_layers=[last])["representations"][last])
+
+
+@contextmanager
+def hf_sorted(proteins: Proteins, size: str, precision: str) -> Iterator[Pass]:
+    """Yield the pass of Hugging Face's model."""
+    from transformers import EsmConfig, EsmModel
+
+    shape = PRESETS[size]
+    config = EsmConfig(
+        vocab_size=len(tokenizer.VOCAB),
+        mask_token_id=tokenizer.MASK,
+        pad_token_id=tokenizer.PAD,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        intermediate_size=shape.ffn_hidden_size,
+        max_position_embeddings=1026,
+        position_embedding_type="rotary",
+        emb_layer_norm_before=False,
+        token_dropout=True,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = EsmModel(config, add_pooling_layer=False).to(DTYPES[precision]).eval()
+
+    def states(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids, attention_mask=(ids != tokenizer.PAD).long()).last_hidden_state
+
+    yield padded_pass(proteins, padded_batches(proteins, extra=2), states)
+
+
+@contextmanager
+def esm2mega(proteins: Proteins, size: str, precision: str) -> Iterator[Pass]:
+    """Yield the pass of `esm2mega embed`, without files."""
+    from esm2mega.infer.collect import Wanted
+    from esm2mega.infer.engine import Engine
+    from esm2mega.infer.proteins import Embedder, Lengths, pack_tokens
+    from esm2mega.model.build import build_model
+    from esm2mega.parallel.initialize import process_groups
+
+    run = load_run(f"pretrain_esm2_{size}", [f"model.precision={precision}", "infer.outputs=[residue]"])
+    assert max(map(len, proteins)) <= Lengths.of(run).most_residues
+    with process_groups(run.parallel, run.seed) as ranks:
+        (model,) = build_model(run.model, run.parallel, ranks.device, run.seed)
+        model.eval().requires_grad_(False)
+        engine = Engine(model, ranks, Wanted((PRESETS[size].num_layers,)), pack_tokens(run))
+        embedder = Embedder(engine, run)
+        name = f"residue/layer_{PRESETS[size].num_layers}"
+        yield lambda: sum(len(values[name].float().clone()) for _, values in embedder.run(proteins))
+
+
+CONTENDERS = {"fair-esm": fair_esm, "hf-sorted": hf_sorted, "esm2mega": esm2mega}
+
+
+def measure(proteins: Proteins, size: str, precision: str, rounds: int) -> dict[str, list[float]]:
+    """Let the contenders take turns; a pass over a few proteins warms up caches and allocators, uncounted."""
+    tokens = sum(len(residues) + 2 for residues in proteins)
+    rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for contender in CONTENDERS.values():
+        with contender(proteins[:8], size, precision) as one_pass:
+            one_pass()
+    with ExitStack() as stack:
+        passes = {name: stack.enter_context(c(proteins, size, precision)) for name, c in CONTENDERS.items()}
+        for number in range(1, rounds + 1):
+            for name, one_pass in passes.items():
+                started = time.perf_counter()
+                count = one_pass()
+                rate = tokens / (time.perf_counter() - started)
+                assert count == tokens - 2 * len(proteins), (name, count)
+                print(
+                    f"{size:>5} {precision} {name:<10} round {number} of {rounds}: {rate:,.0f} tokens/s",
+                    flush=True,
+                )
+                rates[name].append(rate)
+    return rates
+
+
+def table(results: dict[str, dict[str, list[float]]]) -> str:
+    """Return the medians, and how many times the peers' rate that of esm2mega is."""
+    lines = [f"{'':>5} {'contender':<10} {'tokens/s':>9} {'spread':>15} {'esm2mega is':>12}"]
+    for precision, rates in results.items():
+        for name, theirs in rates.items():
+            ratios = [mine / other for mine, other in zip(rates["esm2mega"], theirs, strict=True)]
+            ratio = "" if name == "esm2mega" else f"{statistics.median(ratios):.2f} x"
+            spread = f"{min(theirs):,.0f}-{max(theirs):,.0f}"
+            lines.append(
+                f"{precision:>5} {name:<10} {statistics.median(theirs):9,.0f} {spread:>15} {ratio:>12}"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, measure, print and write."""
+    parser = argparse.ArgumentParser(description="Embedding throughput beside fair-esm and Hugging Face.")
+    parser.add_argument("fasta", nargs="?", type=Path, default=DEFAULT_FASTA, help="proteins to embed")
+    parser.add_argument("--size", default="35M", choices=list(PRESETS))
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--proteins", type=int, default=256, help="drawn from the FASTA; 0 for all of it")
+    parser.add_argument("--max-residues", type=int, default=1022, help="longer proteins are cut")
+    parser.add_argument("--rounds", type=int, default=3, help="passes of every contender")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    options = parser.parse_args(arguments)
+    if not options.fasta.exists():
+        parser.error(f"no FASTA file at {options.fasta}: name one")
+    # A GPU would be taken by some contenders and not by others.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(options.threads)
+    proteins = draw_proteins(options.fasta, options.proteins, options.max_residues, options.seed)
+    description = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": options.threads,
+        "versions": {name: version(name) for name in ("torch", "transformers", "fair-esm", "megatron-core")},
+        "size": options.size,
+        "proteins": len(proteins),
+        "tokens": sum(len(residues) + 2 for residues in proteins),
+        "max_residues": options.max_residues,
+        "rounds": options.rounds,
+        "seed": options.seed,
+    }
+    print(json.dumps(description))
+    results = {p: measure(proteins, options.size, p, options.rounds) for p in options.precisions}
+    print(table(results))
+    if options.json is not None:
+        options.json.write_text(json.dumps({**description, "tokens_per_second": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The configuration of `embed` and `score`: that of the checkpoint, what was asked for over it, and its
+rules.
+
+Pure Python, as `validate`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from esm2mega.config.load import load_run_over
+from esm2mega.config.presets import shape_of
+from esm2mega.config.schema import DataConfig, InferConfig, ParallelConfig, Run
+from esm2mega.config.validate import data_parallel_size, validate_model
+from esm2mega.errors import UserError
+
+OUTPUTS = ("residue", "pooled", "logits", "contacts")
+
+
+def validate_inference(run: Run, world_size: int) -> None:
+    """Refuse what `embed` and `score` cannot do; rules about training do not apply to them.
+
+    Args:
+        run: the checkpoint's configuration with that of the inference over it, resolved.
+        world_size: number of processes.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    validate_model(run)
+    data_parallel_size(run, world_size)
+    infer = run.infer
+    for key in ("sequence_parallel", "virtual_pipeline_model_parallel_size", "distributed_optimizer"):
+        if getattr(run.parallel, key):
+            raise UserError(f"parallel.{key} is of no use without training; remove it")
+    for name in infer.outputs:
+        if name not in OUTPUTS:
+            near = difflib.get_close_matches(name, OUTPUTS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"infer.outputs={name} is not one of {', '.join(OUTPUTS)}{hint}")
+    if not infer.outputs or not infer.layers:
+        raise UserError("infer.outputs and infer.layers must name at least one each")
+    absolute_layers(run)
+    width = window_tokens(run)
+    if infer.overlap is not None and infer.overlap >= width - 2:
+        raise UserError(
+            f"infer.overlap={infer.overlap} leaves no step between windows of {width} tokens; "
+            f"set it below {width - 2}"
+        )
+
+
+def absolute_layers(run: Run) -> list[int]:
+    """`infer.layers` counted from 0, ascending, each once.
+
+    Raises:
+        UserError: a layer that the model does not have.
+    """
+    states = shape_of(run.model).num_layers + 1
+    for layer in run.infer.layers:
+        if not -states <= layer < states:
+            raise UserError(
+                f"infer.layers={layer}: this model has hidden states 0 to {states - 1} (or -{states} to -1)"
+            )
+    return sorted({layer % states for layer in run.infer.layers})
+
+
+def window_tokens(run: Run) -> int:
+    """Most tokens that the model sees of one protein at once, with `<cls>` and `<eos>`."""
+    return run.infer.max_seq_length or run.data.max_seq_length
+
+
+def inference_run(checkpoint: Run, overrides: Sequence[str], config: str | None = None) -> Run:
+    """The checkpoint's model with the settings of this start.
+
+    The layout of training is not kept: every process holds the whole model unless `overrides` say otherwise.
+
+    Args:
+        checkpoint: configuration of the run that wrote the checkpoint.
+        overrides: `key=value`, over the file.
+        config: path or name of a configuration file; None for none.
+    """
+    checkpoint.parallel = ParallelConfig(timeout_minutes=checkpoint.parallel.timeout_minutes)
+    checkpoint.infer = InferConfig()
+    # Columns of the training tables say nothing about the input.
+    checkpoint.data.sequence_column, checkpoint.data.id_column = DataConfig.sequence_column, None
+    run = load_run_over(checkpoint, overrides, config)
+    run.model.precision = run.infer.precision or run.model.precision
+    run.model.recompute = "none"
+    return run

@@ -1,0 +1,81 @@
+"""Single members out of tar archives, after every member of the archive has been checked."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from esm2mega.errors import UserError
+
+# Weights are noise to a compressor, and the zero rows of a padded vocabulary are few.
+_LARGEST_RATIO = 50
+_COPY_BYTES = 1 << 24
+
+
+class TarFile:
+    """A tar archive, plain or gzip, of which nothing is extracted but members asked for by name."""
+
+    def __init__(self, path: Path) -> None:
+        """Check all members.
+
+        Raises:
+            UserError: Not a tar archive; a member points outside, is a link or a device, or claims a size
+                that the file cannot hold.
+        """
+        self.path = path
+        self.members: dict[str, tarfile.TarInfo] = {}
+        limit = path.stat().st_size * _LARGEST_RATIO
+        total = 0
+        try:
+            with self._open() as archive:
+                for member in archive:
+                    self._check(member)
+                    total += member.size
+                    if total > limit:
+                        raise UserError(
+                            f"{path}: refused: its members claim more than {_LARGEST_RATIO} times the size "
+                            "of the file"
+                        )
+                    if member.isfile():
+                        self.members[str(PurePosixPath(member.name))] = member
+        except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+            raise UserError(f"{path}: not a readable tar archive ({error})") from error
+
+    def _open(self) -> tarfile.TarFile:
+        with self.path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        return tarfile.open(self.path, "r:gz") if zipped else tarfile.open(self.path, "r:")
+
+    def _check(self, member: tarfile.TarInfo) -> None:
+        name = PurePosixPath(member.name)
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{self.path}: refused: member {member.name!r} points outside the archive")
+        if not (member.isfile() or member.isdir()):
+            raise UserError(f"{self.path}: refused: member {member.name!r} is a link or a device")
+
+    def read_text(self, name: str, limit: int = 1 << 24) -> str:
+        """A small text member."""
+        member = self._member(name)
+        if member.size > limit:
+            raise UserError(f"{self.path}: refused: {name} claims {member.size:,} bytes")
+        with self._open() as archive:
+            source = archive.extractfile(member)
+            assert source is not None
+            return source.read(limit).decode("utf-8", errors="replace")
+
+    def copy(self, name: str, target: Path) -> None:
+        """The bytes of a member to the file `target`, whatever name it has in the archive."""
+        member = self._member(name)
+        with self._open() as archive, target.open("wb") as out:
+            source = archive.extractfile(member)
+            assert source is not None
+            while block := source.read(_COPY_BYTES):
+                out.write(block)
+        if target.stat().st_size != member.size:
+            raise UserError(f"{self.path}: {name} is cut short; the archive is damaged")
+
+    def _member(self, name: str) -> tarfile.TarInfo:
+        if name not in self.members:
+            raise UserError(f"{self.path}: has no member {name}")
+        return self.members[name]

@@ -1,0 +1,125 @@
+"""From a checkpoint in one format to one in another: whole or not at all, and with a report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from esm2mega.convert.esm2mega import default_dtype
+from esm2mega.convert.formats import load_format, open_weights
+from esm2mega.convert.weights import Description, Notes, dtype_name
+from esm2mega.errors import UserError
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done."""
+
+    source: Path
+    source_format: str
+    target: Path
+    target_format: str
+    description: Description
+    num_tensors: int
+    notes: Notes
+
+    def lines(self) -> list[str]:
+        """A report for the reader: everything that is not a tensor moved as it was."""
+        shape = self.description.shape
+        return [
+            f"{self.source_format} {self.source} -> {self.target_format} {self.target}",
+            f"{shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_attention_heads} heads, "
+            f"FFN {shape.ffn_hidden_size}, {dtype_name(self.description.dtype)}, "
+            f"LayerNorm epsilon {self.description.layernorm_epsilon:g}, {self.description.activation}; "
+            f"{self.num_tensors} tensors",
+            *(f"dropped: {line}" for line in self.notes.dropped),
+            *(f"filled:  {line}" for line in self.notes.filled),
+            *(f"changed: {line}" for line in self.notes.changed),
+            *(f"kept:    {line}" for line in self.notes.kept),
+        ]
+
+
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    source_format: str | None = None,
+    dtype: str | None = None,
+    drop: Sequence[str] = (),
+) -> Conversion:
+    """Convert a checkpoint.
+
+    Args:
+        source: File or directory in any readable format.
+        target: Must not exist; appears under its name when it is whole.
+        to: Format to write.
+        source_format: Format of the source; None to find out.
+        dtype: One of `DTYPES`, or None to keep that of the source.
+        drop: Shell patterns of the source's tensors to leave out although they have no known meaning.
+
+    Raises:
+        UserError: The source cannot be read, does not fit the target, or the target exists.
+        OSError: The disk is full, or the like. Nothing is left behind.
+    """
+    writer = load_format(to)
+    if target.exists():
+        raise UserError(f"{target}: exists; choose another name or remove it")
+    weights = open_weights(source, source_format, drop)
+    if weights.description.family not in writer.FAMILIES:
+        raise UserError(
+            f"{source}: holds a model of family {weights.description.family}; {to} holds "
+            f"{' or '.join(writer.FAMILIES)}, which compute something else"
+        )
+    wanted = DTYPES[dtype] if dtype is not None else weights.description.dtype
+    if to == "esm2mega" and dtype is None:
+        wanted = default_dtype(wanted)
+    weights = weights.cast(wanted)
+
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        writer.write(weights, partial if writer.IS_DIRECTORY else partial / target.name)
+        _put_in_place(partial, target, writer.IS_DIRECTORY)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Conversion(
+        source,
+        weights.origin["format"],
+        target,
+        to,
+        weights.description,
+        len(weights.infos),
+        weights.notes,
+    )
+
+
+def _put_in_place(partial: Path, target: Path, is_directory: bool) -> None:
+    """Flush what was written to the disk and give it its name."""
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    for path in [*files, partial]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if is_directory:
+        partial.rename(target)
+        return
+    for path in files:
+        if (other := target.with_name(path.name)).exists():
+            raise UserError(f"{other}: exists; choose another name or remove it")
+    for path in sorted(files, key=lambda path: path.name == target.name):
+        path.rename(target.with_name(path.name))

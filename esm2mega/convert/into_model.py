@@ -1,0 +1,102 @@
+"""Weights of any format straight into the model that this rank holds, at any parallel layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.checkpoint.store import load_weights
+from esm2mega.config.presets import shape_of
+from esm2mega.config.schema import ModelConfig
+from esm2mega.convert.esm2mega import is_auxiliary
+from esm2mega.convert.formats import detect, open_weights
+from esm2mega.convert.weights import Weights
+from esm2mega.errors import UserError
+
+
+def load_initial_weights(path: Path, config: ModelConfig, model: Sequence[Any]) -> dict[str, Tensor]:
+    """Fill the model from a checkpoint in any format; every rank calls this and reads what it needs.
+
+    Args:
+        path: What `init_from` names.
+        config: The model's section of the configuration, which must be that of the checkpoint.
+        model: This rank's chunks.
+
+    Returns:
+        Auxiliary tensors of the checkpoint.
+
+    Raises:
+        UserError: Not readable, or a model of another shape or with other numerics.
+    """
+    if not path.exists() or detect(path) == "esm2mega":
+        checkpoint = layout.resolve_checkpoint(path)
+        found = layout.read_config(checkpoint).model
+        check_same_model(f"init_from={path}", found, config, "give another init_from")
+        load_weights(checkpoint, model)
+        return read_auxiliary(checkpoint)
+    weights = open_weights(path)
+    found, description = ModelConfig(), weights.description
+    for key, value in description.shape._asdict().items():
+        setattr(found, key, value)
+    for key in _NUMERICS:
+        setattr(found, key, getattr(description, key))
+    check_same_model(f"init_from={path}", found, config, "give another init_from")
+    fill_model(weights, model)
+    kept = is_auxiliary(description)
+    return {name: weights.read(name).clone() for name in weights.infos if kept(name)}
+
+
+_NUMERICS = ("family", "layernorm_epsilon", "activation", "final_layernorm", "max_positions")
+"""Keys of the model that no shape of a shared tensor shows, but its numbers."""
+
+
+def check_same_model(place: str, found: ModelConfig, wanted: ModelConfig, cure: str) -> None:
+    """Refuse what no training could make up for: another shape, or weights that mean something else.
+
+    Args:
+        place: Where the weights are, for the message.
+        found: The model they belong to.
+        wanted: The model of the configuration.
+        cure: What to do about another shape.
+    """
+    if (theirs := shape_of(found)) != (ours := shape_of(wanted)):
+        raise UserError(f"{place}: holds a model of {theirs}, the configuration says {ours}; {cure}")
+    for key in _NUMERICS:
+        if (theirs_value := getattr(found, key)) != (ours_value := getattr(wanted, key)):
+            raise UserError(
+                f"{place}: its weights go with model.{key}={theirs_value}, the configuration says "
+                f"{ours_value}; set model.{key}={theirs_value}"
+            )
+
+
+@torch.no_grad()
+def fill_model(weights: Weights, model: Sequence[Any]) -> None:
+    """Copy this rank's share of every tensor into the chunks `model`, in place."""
+    for chunk in unwrap_model(list(model)):
+        for entry in chunk.sharded_state_dict().values():
+            if isinstance(entry, ShardedTensor):
+                entry.data.copy_(_share(weights, entry))
+
+
+def _share(weights: Weights, entry: ShardedTensor) -> Tensor:
+    """The part of a whole tensor that `entry` describes."""
+    axes = entry.prepend_axis_num
+    name = entry.key
+    if axes:
+        name = name.replace("encoder.layers.", f"encoder.layers.{entry.global_offset[0]}.", 1)
+    value = weights.read(name)
+    missing_rows = entry.global_shape[axes] - value.shape[0]
+    if missing_rows > 0:
+        # Only the vocabulary is padded; the padding is zero and takes no part in anything.
+        value = torch.cat((value, value.new_zeros(missing_rows, *value.shape[1:])))
+    for axis, length in enumerate(entry.local_shape):
+        value = value.narrow(axis, entry.global_offset[axes + axis], length)
+    return value

@@ -1,0 +1,236 @@
+"""The name table of a format: one row per kind of tensor, read in both directions.
+
+Our side of every table has the names of a checkpoint's whole tensors with the layer number written out, the
+token table and the output bias with 33 rows, and the auxiliary tensors (see `esm2mega.checkpoint.auxiliary`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from esm2mega.config.presets import ModelShape
+from esm2mega.convert import tensors
+from esm2mega.errors import UserError
+from esm2mega.model.esm2 import VOCAB_SIZE, padded_vocab_size
+
+TABLE = "embedding.word_embeddings.weight"
+OUTPUT_BIAS = "output_layer.bias"
+FREQUENCIES = "rotary.inv_freq"
+CONTACT_HEAD = "contact_head.regression."
+POSITIONS = "embedding.position_embeddings.weight"
+POOLER = "pooler.dense."
+FINAL_NORM = "encoder.final_layernorm."
+LAYER = "encoder.layers.{n}."
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one tensor of ours and its parts in the other format make each other.
+
+    Attributes:
+        to_ours: Parts, in the order of the row, and the dimensions, to our tensor.
+        to_theirs: Our tensor, the dimensions and the number of parts, to the parts.
+        part_shape: Shape of every part, from that of our tensor.
+        least_rows: A part may have any number of rows from here on: what follows is padding of the
+            vocabulary, cut off. None: it has the shape above.
+    """
+
+    to_ours: Callable[[Sequence[Tensor], ModelShape], Tensor]
+    to_theirs: Callable[[Tensor, ModelShape, int], Sequence[Tensor]]
+    part_shape: Callable[[Shape], Shape] = lambda shape: shape
+    least_rows: int | None = None
+
+
+def _same(parts: Sequence[Tensor], _: ModelShape) -> Tensor:
+    if not tensors.same_values(parts):
+        raise UserError(
+            "the rotary frequencies differ between layers; this model has one set for all of them"
+        )
+    return parts[0]
+
+
+def _interleave(qkv: Sequence[Tensor], shape: ModelShape) -> Sequence[Tensor]:
+    q, k, v = qkv
+    heads = shape.num_attention_heads
+    return tensors.interleave_rotary(q, heads), tensors.interleave_rotary(k, heads), v
+
+
+def _separate(qkv: Sequence[Tensor], shape: ModelShape) -> Sequence[Tensor]:
+    q, k, v = qkv
+    heads = shape.num_attention_heads
+    return tensors.separate_rotary(q, heads), tensors.separate_rotary(k, heads), v
+
+
+def _fuse(qkv: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    return tensors.fuse_qkv(qkv[0], qkv[1], qkv[2], shape.num_attention_heads)
+
+
+def _split(qkv: Tensor, shape: ModelShape) -> Sequence[Tensor]:
+    return tensors.split_qkv(qkv, shape.num_attention_heads)
+
+
+def _third(shape: Shape) -> Shape:
+    return (shape[0] // 3, *shape[1:])
+
+
+DIRECT = Kind(lambda parts, _: parts[0], lambda value, _, __: [value])
+"""The same tensor on both sides."""
+
+VOCABULARY = Kind(
+    lambda parts, _: tensors.cut_vocabulary(parts[0]), lambda value, _, __: [value], least_rows=VOCAB_SIZE
+)
+"""Rows beyond the 33 tokens are padding: cut when read, none when written."""
+
+PADDED_VOCABULARY = Kind(
+    lambda parts, _: tensors.cut_vocabulary(parts[0]),
+    lambda value, _, __: [tensors.pad_vocabulary(value)],
+    part_shape=lambda shape: (padded_vocab_size(1), *shape[1:]),
+    least_rows=VOCAB_SIZE,
+)
+"""The same, and zero rows up to 40 when written."""
+
+QKV = Kind(_fuse, lambda value, shape, _: _split(value, shape), _third)
+"""Three projections on their side, one fused head-major projection on ours."""
+
+INTERLEAVED_QKV = Kind(
+    lambda parts, shape: _fuse(_separate(parts, shape), shape),
+    lambda value, shape, _: _interleave(_split(value, shape), shape),
+    _third,
+)
+"""The same with rotary pairs in neighbouring channels on their side."""
+
+CONCATENATED_QKV = Kind(
+    lambda parts, shape: _fuse(parts[0].chunk(3), shape),
+    lambda value, shape, _: [torch.cat(list(_split(value, shape)))],
+)
+"""One projection on their side, rows ``q`` of all heads, then ``k``, then ``v``."""
+
+REPEATED = Kind(_same, lambda value, _, count: [value] * count)
+"""One tensor on our side that every layer repeats on theirs."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pattern on each side; ``{n}`` stands for the layer, ``{p}`` for ``weight`` and ``bias``; on their
+    side also ``{n-1}`` for the layer before and ``{last}`` for the last one.
+
+    Attributes:
+        ours: Our name.
+        theirs: Name or names of the parts. ``{n}`` on this side alone: all layers are parts.
+        kind: How the values change.
+        optional: Whether a checkpoint without it is whole.
+    """
+
+    ours: str
+    theirs: str | tuple[str, ...]
+    kind: Kind = DIRECT
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row with its placeholders filled."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    kind: Kind
+    optional: bool
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """All rows of a format, and what its files may hold besides.
+
+    Attributes:
+        rows: The table.
+        tied: Their names of tensors that must equal the token table, and whether the format stores them.
+        dropped: Regular expressions of their names without a place here, and why that is no loss.
+    """
+
+    rows: tuple[Row, ...]
+    tied: dict[str, bool] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    def entries(self, shape: ModelShape) -> list[Entry]:
+        """The table for a model of `shape`, in the order of the layers."""
+        rows = [
+            Row(row.ours.replace("{p}", p), _fill(row.theirs, "{p}", p), row.kind, row.optional)
+            for row in self.rows
+            for p in (("weight", "bias") if "{p}" in row.ours else ("",))
+        ]
+        layered = [row for row in rows if "{n}" in row.ours]
+        entries = [
+            Entry(
+                row.ours.replace("{n}", str(n)),
+                _fill(_fill(row.theirs, "{n}", str(n)), "{n-1}", str(n - 1)),
+                row.kind,
+                row.optional,
+            )
+            for n in range(shape.num_layers)
+            for row in layered
+        ]
+        for row in rows:
+            if "{n}" not in row.ours:
+                parts = [
+                    part.replace("{n}", str(n))
+                    for part in _fill(row.theirs, "{last}", str(shape.num_layers - 1))
+                    for n in (range(shape.num_layers) if "{n}" in part else (0,))
+                ]
+                entries.append(Entry(row.ours, tuple(parts), row.kind, row.optional))
+        return entries
+
+    def reason_to_drop(self, name: str) -> str | None:
+        """Why `name` is left out, or None if nothing is known of it."""
+        return next((why for pattern, why in self.dropped.items() if re.fullmatch(pattern, name)), None)
+
+
+def _names(theirs: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (theirs,) if isinstance(theirs, str) else theirs
+
+
+def _fill(theirs: str | tuple[str, ...], placeholder: str, value: str) -> tuple[str, ...]:
+    return tuple(name.replace(placeholder, value) for name in _names(theirs))
+
+
+def our_shapes(shape: ModelShape, max_positions: int | None = None) -> dict[str, Shape]:
+    """Every tensor of a model, and those that are kept beside it, under our names with 33 rows of vocabulary.
+
+    Args:
+        shape: Dimensions.
+        max_positions: Rows of the table of learned positions; None for ESM-2, which has rotary positions.
+    """
+    layers, h, f, heads = shape
+    shapes: dict[str, Shape] = {TABLE: (VOCAB_SIZE, h)}
+    for n in range(layers):
+        attention, mlp = f"encoder.layers.{n}.self_attention.", f"encoder.layers.{n}.mlp."
+        shapes |= {
+            f"{attention}linear_qkv.layer_norm_weight": (h,),
+            f"{attention}linear_qkv.layer_norm_bias": (h,),
+            f"{attention}linear_qkv.weight": (3 * h, h),
+            f"{attention}linear_qkv.bias": (3 * h,),
+            f"{attention}linear_proj.weight": (h, h),
+            f"{attention}linear_proj.bias": (h,),
+            f"{mlp}linear_fc1.layer_norm_weight": (h,),
+            f"{mlp}linear_fc1.layer_norm_bias": (h,),
+            f"{mlp}linear_fc1.weight": (f, h),
+            f"{mlp}linear_fc1.bias": (f,),
+            f"{mlp}linear_fc2.weight": (h, f),
+            f"{mlp}linear_fc2.bias": (h,),
+        }
+    for norm in ("encoder.final_layernorm", "lm_head.layer_norm"):
+        shapes |= {f"{norm}.weight": (h,), f"{norm}.bias": (h,)}
+    shapes |= {"lm_head.dense.weight": (h, h), "lm_head.dense.bias": (h,), OUTPUT_BIAS: (VOCAB_SIZE,)}
+    if max_positions is None:
+        shapes |= {FREQUENCIES: (h // heads // 2,)}
+        shapes |= {f"{CONTACT_HEAD}weight": (1, layers * heads), f"{CONTACT_HEAD}bias": (1,)}
+    else:
+        shapes |= {POSITIONS: (max_positions, h)}
+        shapes |= {f"{POOLER}weight": (h, h), f"{POOLER}bias": (h,)}
+    return shapes

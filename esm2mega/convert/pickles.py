@@ -1,0 +1,114 @@
+"""Pickled tensors of PyTorch, read under an allow-list and memory-mapped, checked before they are opened.
+
+A ``.pt`` file is a ZIP archive with a pickle and one uncompressed entry per tensor, or, when old, a bare
+pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esm2mega.errors import UserError
+
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
+
+
+def load_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
+    """Read a file of ``torch.save`` that may hold tensors, plain values and instances of `allowed`
+    (classes, or functions with the name that the pickle has for them).
+
+    Raises:
+        UserError: It asks for anything else, its archive is not one that PyTorch writes, or it is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _check_archive(path)
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = _GLOBAL.search(str(error))
+        reason = (
+            f"it would load {found[1]}" if found else "its pickle holds more than tensors and plain values"
+        )
+        raise UserError(f"{path}: refused: {reason}; only tensors and plain values are read") from error
+    except MemoryError as error:
+        raise UserError(f"{path}: refused: asks for more memory than there is") from error
+    except Exception as error:
+        # Damaged bytes make a pickle ask for anything: absent attributes, impossible sizes.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable file of PyTorch ({reason})") from error
+    _check_tensors(path, content)
+    return content
+
+
+def numpy_states() -> list[Any]:
+    """What numpy arrays of plain numbers are made of, for states of random generators beside the weights."""
+    make = np.zeros(1).__reduce__()[0]
+    return [
+        (make, "numpy.core.multiarray._reconstruct"),
+        (make, "numpy._core.multiarray._reconstruct"),
+        np.ndarray,
+        np.dtype,
+        *(type(np.dtype(name)) for name in ("uint8", "uint32", "uint64", "int64", "float64")),
+    ]
+
+
+def _check_archive(path: Path) -> None:
+    """Only entries as PyTorch writes them: uncompressed, within the file, with plain names."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, zipfile.BadZipFile, ValueError) as error:
+        raise UserError(f"{path}: not a readable file of PyTorch ({error})") from error
+    for entry in entries:
+        name = PurePosixPath(entry.filename)
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{path}: refused: its entry {entry.filename!r} points outside the archive")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise UserError(f"{path}: refused: its entry {entry.filename!r} is compressed")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise UserError(f"{path}: refused: its entries claim more bytes than the file has")
+
+
+def _check_tensors(path: Path, content: Any) -> None:
+    """No tensor may be larger than what is stored for it (a stride of 0 makes a huge one of nothing)."""
+    if isinstance(content, dict):
+        for value in content.values():
+            _check_tensors(path, value)
+    elif isinstance(content, Tensor) and content.layout == torch.strided:
+        if content.numel() * content.element_size() > content.untyped_storage().nbytes():
+            raise UserError(f"{path}: refused: holds a tensor larger than its data")
+    elif isinstance(content, Tensor):
+        raise UserError(f"{path}: refused: holds a sparse tensor; only dense ones are read")
+
+
+def save_pickle(path: Path, content: Any) -> None:
+    """Write `content` with ``torch.save``, flushed to the disk."""
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
+def flat_tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    """`content` as a state dict: names to tensors, nothing else (``None`` entries are passed over).
+
+    Raises:
+        UserError: It is something else.
+    """
+    with contextlib.suppress(AttributeError):
+        entries = {name: value for name, value in content.items() if value is not None}
+        if all(isinstance(n, str) and isinstance(v, Tensor) for n, v in entries.items()):
+            return entries
+    raise UserError(f"{path}: not a state dict of tensors")

@@ -1,0 +1,192 @@
+"""A stored model to `Weights` through the name table of its format; whatever does not fit is an error."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from esm2mega.checkpoint.tensors import TensorInfo
+from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable, our_shapes
+from esm2mega.convert.stores import TensorStore
+from esm2mega.convert.tensors import frequencies_note, same_values
+from esm2mega.convert.weights import Description, Notes, Weights, dtype_name
+from esm2mega.errors import UserError
+from esm2mega.model.rotary import rotary_frequencies
+
+
+def from_store(
+    store: TensorStore,
+    table: NameTable,
+    description: Description,
+    names: Mapping[str, str] | None = None,
+    drop: Sequence[str] = (),
+) -> Weights:
+    """Read a model through the name table of its format.
+
+    Args:
+        store: Tensors under their stored names.
+        table: Of the format.
+        description: Its dtype is replaced by that of the tensors.
+        names: Names of the table to stored names, where they differ (prefixes, old spellings).
+        drop: Shell patterns of stored names to leave out although nothing is known of them.
+
+    Raises:
+        UserError: Tensors are missing, unexpected or of the wrong shape, or a tied one differs from its twin.
+    """
+    stored = dict(names) if names is not None else {name: name for name in store.infos}
+    shape, notes = description.shape, Notes()
+    entries, missing = _present(table.entries(shape), stored)
+    if missing:
+        raise UserError(
+            f"{store.place}: {_count(missing, 'tensor is', 'tensors are')} missing: {_some(missing)}"
+        )
+    used = {part for entry in entries for part in entry.theirs}
+    unexpected = []
+    for name, place in stored.items():
+        if name in used or name in table.tied:
+            continue
+        reason = table.reason_to_drop(name)
+        if reason is None and any(fnmatchcase(place, pattern) for pattern in drop):
+            reason = "as asked for"
+        if reason is None:
+            unexpected.append(place)
+        else:
+            notes.dropped.append(f"{place}: {reason}")
+    if unexpected:
+        raise UserError(
+            f"{store.place}: {_count(unexpected, 'tensor has', 'tensors have')} no place in this model: "
+            f"{_some(unexpected)}; --drop 'PATTERN' leaves tensors out"
+        )
+    ours = our_shapes(shape, description.max_positions)
+    for entry in entries:
+        _check_shapes(store, entry, ours[entry.ours], stored)
+    for name in table.tied:
+        if name in stored and any(fnmatchcase(stored[name], pattern) for pattern in drop):
+            notes.dropped.append(f"{stored[name]}: as asked for; the token table takes its place")
+        elif name in stored:
+            _check_tied(store, name, stored, entries)
+            notes.dropped.append(f"{stored[name]}: equal to the token table, which is stored once")
+
+    dtype = _common_dtype(store, entries, stored, notes)
+    by_name = {entry.ours: entry for entry in entries}
+
+    def read(name: str) -> Tensor:
+        entry = by_name[name]
+        parts = [store.read(stored[part]) for part in entry.theirs]
+        wanted = infos[name].dtype
+        return entry.kind.to_ours(parts, shape).to(wanted)
+
+    frequencies_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    if FREQUENCIES in by_name:
+        kept = torch.promote_types(_info(store, by_name[FREQUENCIES], stored).dtype, torch.float32)
+        frequencies_dtype = kept
+    infos = {
+        name: TensorInfo(ours[name], frequencies_dtype if name == FREQUENCIES else dtype)
+        for name in ours
+        if name in by_name
+    }
+    weights = Weights(replace(description, dtype=dtype), infos, read, notes)
+    if description.family != "esm2":
+        return weights
+    return _with_frequencies(_without_empty_contact_head(weights), frequencies_dtype)
+
+
+def _present(entries: list[Entry], stored: Mapping[str, str]) -> tuple[list[Entry], list[str]]:
+    """Entries that are there, and parts that are not although they should be."""
+    present, missing = [], []
+    for entry in entries:
+        absent = [part for part in entry.theirs if part not in stored]
+        if not absent:
+            present.append(entry)
+        elif not (entry.optional and len(absent) == len(entry.theirs)):
+            missing += absent
+    return present, missing
+
+
+def _info(store: TensorStore, entry: Entry, stored: Mapping[str, str]) -> TensorInfo:
+    return store.infos[stored[entry.theirs[0]]]
+
+
+def _check_shapes(store: TensorStore, entry: Entry, ours: tuple[int, ...], stored: Mapping[str, str]) -> None:
+    for part in entry.theirs:
+        info = store.infos[stored[part]]
+        wanted = entry.kind.part_shape(ours)
+        fits = info.shape == wanted
+        if entry.kind.least_rows is not None and info.shape:
+            fits = info.shape[1:] == wanted[1:] and info.shape[0] >= entry.kind.least_rows
+        if not fits or not info.dtype.is_floating_point:
+            raise UserError(
+                f"{store.place}: {stored[part]} is {dtype_name(info.dtype)} {list(info.shape)}, "
+                f"a model of this shape has {list(wanted)}"
+            )
+
+
+def _check_tied(store: TensorStore, name: str, stored: Mapping[str, str], entries: list[Entry]) -> None:
+    table = next(entry for entry in entries if entry.ours == TABLE)
+    twin = store.read(stored[table.theirs[0]])
+    value = store.read(stored[name])
+    if value.shape != twin.shape or not same_values([value, twin]):
+        raise UserError(
+            f"{store.place}: {stored[name]} differs from the token table; here the two are one tensor, and "
+            f"readers do not agree which to take; --drop '{stored[name]}' takes the table"
+        )
+
+
+def _common_dtype(
+    store: TensorStore, entries: list[Entry], stored: Mapping[str, str], notes: Notes
+) -> torch.dtype:
+    """The narrowest dtype that holds every weight exactly."""
+    found = {
+        store.infos[stored[part]].dtype
+        for entry in entries
+        if entry.ours != FREQUENCIES
+        for part in entry.theirs
+    }
+    result = functools.reduce(torch.promote_types, found)
+    if len(found) > 1:
+        names = ", ".join(sorted(map(dtype_name, found)))
+        notes.changed.append(f"weights of {names} to {dtype_name(result)}, which holds all of them")
+    return result
+
+
+def _without_empty_contact_head(weights: Weights) -> Weights:
+    """A contact head of zeros stands for none: it is what writers fill in."""
+    if not weights.has_contact_head:
+        return weights
+    parts = [f"{CONTACT_HEAD}weight", f"{CONTACT_HEAD}bias"]
+    if any(bool(weights.read(name).any()) for name in parts):
+        return weights
+    infos = {name: info for name, info in weights.infos.items() if name not in parts}
+    weights.notes.dropped.append("contact head: all zeros, which stands for none")
+    return replace(weights, infos=infos)
+
+
+def _with_frequencies(weights: Weights, dtype: torch.dtype) -> Weights:
+    """Fill in the formula where the source has no rotary frequencies, and say what they are."""
+    if FREQUENCIES in weights.infos:
+        note = frequencies_note(weights.read(FREQUENCIES), weights.description.head_dim)
+        if not note.startswith("the formula in"):
+            weights.notes.kept.append(f"rotary frequencies: {note}")
+        return weights
+    value = rotary_frequencies(weights.description.head_dim, dtype)
+    read = weights.read
+    weights.notes.filled.append(f"{FREQUENCIES}: by formula, the source has none")
+    return replace(
+        weights,
+        infos={**weights.infos, FREQUENCIES: TensorInfo(tuple(value.shape), dtype)},
+        read=lambda name: value if name == FREQUENCIES else read(name),
+    )
+
+
+def _count(names: Sequence[str], one: str, several: str) -> str:
+    return f"{len(names)} {one if len(names) == 1 else several}"
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    more = f", … {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(sorted(names)[:most]) + more

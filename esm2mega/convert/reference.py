@@ -1,0 +1,150 @@
+"""ESM-2 and its relatives in plain PyTorch, written down from their definitions: what a verification runs
+where the package of a format is not installed.
+
+It shares no code with `esm2mega.model` and reads a format's tensors without the name tables, so that a
+mistake in either shows.
+
+Legend: ``s`` tokens of one sequence, ``h`` hidden size, ``n`` heads, ``d`` head dimension, ``v`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, linear
+
+_MASK_TOKEN = 32
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Weight and bias of a linear layer or a LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer; q, k and v apart, rows ordered by head."""
+
+    attention_norm: Affine
+    q: Affine
+    k: Affine
+    v: Affine
+    attention_out: Affine
+    ffn_norm: Affine
+    ffn_in: Affine
+    ffn_out: Affine
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """Everything that the forward pass needs.
+
+    Attributes:
+        block: Gives layer ``0 … num_layers - 1``; called once per forward pass for each.
+        table: Token table ``[v, h]``, used for input and output.
+        inv_freq: Rotary frequencies ``[d/2]``, or None with learned positions.
+        tanh_gelu: Whether the feed-forward layers have the tanh form; the head has the erf form.
+        interleaved: Whether rotary pairs are channels ``(2i, 2i + 1)``, not ``(i, i + d/2)``.
+        positions: Learned positions ``[p, h]``, or None in ESM-2, which has token dropout instead.
+        post_norm: Whether residuals are the outputs of the LayerNorms.
+        tokens: The token of ESM-2 that each row of the table stands for, int64 ``[v]``; None: the same.
+    """
+
+    num_layers: int
+    num_heads: int
+    epsilon: float
+    block: Callable[[int], Block]
+    table: Tensor
+    final_norm: Affine | None
+    head_dense: Affine
+    head_norm: Affine
+    head_bias: Tensor
+    inv_freq: Tensor | None = None
+    tanh_gelu: bool = False
+    interleaved: bool = False
+    positions: Tensor | None = None
+    post_norm: bool = False
+    tokens: Tensor | None = None
+
+
+@torch.no_grad()
+def forward(model: PlainModel, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Run one sequence.
+
+    Args:
+        model: The weights, in the dtype to compute in.
+        ids: int64 ``[s]``, ids of ESM-2 with ``<cls>`` and ``<eos>``.
+
+    Returns:
+        Hidden states: after the embedding and each block, the last after the final LayerNorm, ``[s, h]``
+        each; and logits ``[s, v]``, in the order of ESM-2's tokens as far as the model has them.
+    """
+    x = _embed(model, ids)
+    hidden = [x]
+    for n in range(model.num_layers):
+        block = model.block(n)
+        y = _norm(x, block.attention_norm, model.epsilon)
+        x = (y if model.post_norm else x) + _attention(model, block, y)
+        y = _norm(x, block.ffn_norm, model.epsilon)
+        inner = gelu(_affine(y, block.ffn_in), approximate="tanh" if model.tanh_gelu else "none")
+        x = (y if model.post_norm else x) + _affine(inner, block.ffn_out)
+        hidden.append(x)
+    if model.final_norm is not None:
+        hidden[-1] = _norm(x, model.final_norm, model.epsilon)
+    y = _norm(gelu(_affine(hidden[-1], model.head_dense)), model.head_norm, model.epsilon)
+    logits = linear(y, model.table, model.head_bias)
+    return hidden, logits if model.tokens is None else logits[:, model.tokens.argsort()]
+
+
+def _embed(model: PlainModel, ids: Tensor) -> Tensor:
+    if model.positions is not None:
+        assert model.tokens is not None
+        row_of_token = {int(token): row for row, token in enumerate(model.tokens)}
+        rows = torch.tensor([row_of_token[int(token)] for token in ids])
+        return model.table[rows] + model.positions[: len(ids)]
+    masked = ids == _MASK_TOKEN
+    x = model.table[ids].masked_fill(masked[:, None], 0.0)
+    return x * ((1 - 0.15 * 0.8) / (1 - masked.double().mean())).to(x.dtype)
+
+
+def _attention(model: PlainModel, block: Block, x: Tensor) -> Tensor:
+    # [s, h] -> [n, s, d]
+    q, k, v = (
+        _affine(x, part).unflatten(-1, (model.num_heads, -1)).transpose(0, 1)
+        for part in (block.q, block.k, block.v)
+    )
+    q = _rotate(q * q.shape[-1] ** -0.5, model)
+    weights = torch.softmax(q @ _rotate(k, model).transpose(1, 2), dim=-1)
+    # [n, s, d] -> [s, h]
+    return _affine((weights @ v).transpose(0, 1).flatten(1), block.attention_out)
+
+
+def _rotate(x: Tensor, model: PlainModel) -> Tensor:
+    """Rotate pair i of position p by ``p * inv_freq[i]``; ``[n, s, d]``."""
+    if model.inv_freq is None:
+        return x
+    positions = torch.arange(x.shape[1], dtype=model.inv_freq.dtype)
+    angles = torch.outer(positions, model.inv_freq)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    out = torch.empty_like(x)
+    half = x.shape[-1] // 2
+    first = slice(0, None, 2) if model.interleaved else slice(0, half)
+    second = slice(1, None, 2) if model.interleaved else slice(half, None)
+    a, b = x[..., first], x[..., second]
+    out[..., first] = a * cos - b * sin
+    out[..., second] = b * cos + a * sin
+    return out
+
+
+def _norm(x: Tensor, norm: Affine, epsilon: float) -> Tensor:
+    return layer_norm(x, x.shape[-1:], norm.weight, norm.bias, epsilon)
+
+
+def _affine(x: Tensor, layer: Affine) -> Tensor:
+    return linear(x, layer.weight, layer.bias)

@@ -1,0 +1,153 @@
+"""Named tensors of a file or directory, one at a time: shapes and dtypes first, values when asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
+from esm2mega.errors import UserError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LAYERS = "encoder.layers."
+
+
+class TensorStore(Protocol):
+    """What every kind of storage offers."""
+
+    place: Path
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor `name` on the CPU, with memory of its own or mapped from the file."""
+
+
+class SafetensorsStore:
+    """One safetensors file or several, each tensor in one of them."""
+
+    def __init__(self, place: Path, files: list[Path]) -> None:
+        """Args: place: named in errors. files: all parts."""
+        self.place = place
+        self.infos: dict[str, TensorInfo] = {}
+        self._files: dict[str, Path] = {}
+        for path in files:
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping: it has no iterator)
+                    entry = file.get_slice(name)
+                    dtype = _DTYPES.get(entry.get_dtype())
+                    if dtype is None:
+                        raise UserError(f"{path}: {name} has dtype {entry.get_dtype()}, which is not known")
+                    self.infos[name] = TensorInfo(tuple(entry.get_shape()), dtype)
+                    self._files[name] = path
+
+    def read(self, name: str) -> Tensor:
+        # Opened anew and copied: pages of a mapping that stays count as memory of the process.
+        with _opened(self._files[name]) as file:
+            return file.get_tensor(name).clone()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def safetensors_of(directory: Path) -> SafetensorsStore | None:
+    """``model.safetensors`` of a directory, or its shards by their index, or None."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return SafetensorsStore(directory, [single])
+    return SafetensorsStore(directory, shards(index)) if index.is_file() else None
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index of Hugging Face names, which must lie beside it.
+
+    Raises:
+        UserError: It is not such an index, a file is missing, or a name leads elsewhere.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [index.parent / name for name in names if Path(name).name == name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of shards ({error})") from error
+    if len(files) != len(names):
+        raise UserError(f"{index}: refused: names a file outside its directory")
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{index}: names {path.name}, which is missing; copy all shards")
+    return files
+
+
+class MemoryStore:
+    """Tensors that are there already, such as those of an unpickled and memory-mapped file."""
+
+    def __init__(self, place: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Args: place: named in errors. tensors: by name."""
+        self.place = place
+        self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        self._tensors = tensors
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+class DistributedStore:
+    """Weights in Megatron-Core's distributed format, without optimizer, with the layers taken apart."""
+
+    def __init__(self, checkpoint: Path, folder: str, prefix: str = "") -> None:
+        """Args: checkpoint: directory. folder: where in it the tensors are. prefix: cut off all names."""
+        self.place = checkpoint
+        self._reader = TensorReader(checkpoint, folder)
+        self.infos: dict[str, TensorInfo] = {}
+        self._entries: dict[str, tuple[str, int | None]] = {}
+        for stored, info in self._reader.index.items():
+            name = stored.removeprefix(prefix)
+            if stored.startswith("optimizer."):
+                continue
+            if name.startswith(_LAYERS) and not re.match(rf"{re.escape(_LAYERS)}\d+\.", name):
+                for layer in range(info.shape[0]):
+                    one = f"{_LAYERS}{layer}.{name.removeprefix(_LAYERS)}"
+                    self.infos[one] = TensorInfo(info.shape[1:], info.dtype)
+                    self._entries[one] = (stored, layer)
+            else:
+                self.infos[name] = info
+                self._entries[name] = (stored, None)
+
+    def read(self, name: str) -> Tensor:
+        return self._reader.read(*self._entries[name])
+
+
+class JoinedStore:
+    """Several stores with different names, as one."""
+
+    def __init__(self, place: Path, stores: Sequence[TensorStore]) -> None:
+        """Args: place: named in errors. stores: the parts."""
+        self.place = place
+        self._owners = {name: store for store in stores for name in store.infos}
+        self.infos = {name: store.infos[name] for name, store in self._owners.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._owners[name].read(name)

@@ -1,0 +1,249 @@
+"""Proof of one conversion: both models run on the same sequences, and every tensor compared.
+
+Our model runs as it does in training, in one process on the CPU in fp32. A foreign model runs in its own
+package where that is installed (transformers, fair-esm), else in `esm2mega.convert.reference`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esm2mega.convert.arrangements import plain_model
+from esm2mega.convert.convert import Conversion
+from esm2mega.convert.formats import open_weights
+from esm2mega.convert.iupac import ESM_ONLY, TAPE_TOKENS, esm_ids
+from esm2mega.convert.prepared import Prepare
+from esm2mega.convert.reference import forward
+from esm2mega.convert.weights import Weights, dtype_name
+from esm2mega.data.tokenizer import CLS, EOS, MASK, encode_residues
+from esm2mega.errors import MachineError
+
+BOUND = 1e-5
+"""Largest difference of logits, relative to the largest logit: fp32 sums in another order, with room for the
+48 layers of the largest model.
+"""
+
+_SEQUENCES = (
+    "M",
+    # ubiquitin
+    "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
+    "KALTARXBUZOGKAM.A-LVPRGSHMWYCFNQDEJHIST",
+    "".join("LAGVSERTIDPKQNFYMHWC"[(7 * i * i + 3 * i) % 20] for i in range(340)),
+)
+"""One residue; a real protein; every rare letter; more than 256 tokens, where rotary errors show."""
+
+Result = tuple[list[Tensor], Tensor]
+"""Hidden states (embedding, each block, the last normalised) ``[s, h]``, and logits ``[s, v]``."""
+
+
+def sequences(family: str = "esm2") -> list[Tensor]:
+    """Token ids, int64 ``[s]`` each; every second sequence has every seventh residue masked.
+
+    Args:
+        family: Of the model; X stands in for letters that its vocabulary does not have.
+    """
+    result = []
+    for number, residues in enumerate(_SEQUENCES):
+        if family != "esm2":
+            residues = "".join("X" if letter in ESM_ONLY else letter for letter in residues)
+        ids = torch.tensor([CLS, *encode_residues(residues).tolist(), EOS])
+        if number % 2:
+            ids[7:-1:7] = MASK
+        result.append(ids)
+    return result
+
+
+def verify(conversion: Conversion) -> list[str]:
+    """Compare source and target, and write ``TARGET.verify.json`` beside the target.
+
+    Returns:
+        Lines for the reader.
+
+    Raises:
+        MachineError: The logits differ by more than `BOUND`.
+    """
+    dtype = conversion.description.dtype
+
+    def prepare(value: Tensor) -> Tensor:
+        # Rounded as the target's weights are: the comparison is of the conversion, not of the rounding.
+        return value.to(dtype).float()
+
+    ids = sequences(conversion.description.family)
+    if conversion.description.max_positions is not None:
+        ids = [x[: conversion.description.max_positions] for x in ids]
+    source_results, source_method = _run(conversion.source, conversion.source_format, prepare, ids)
+    target_results, target_method = _run(conversion.target, conversion.target_format, prepare, ids)
+    logits = _difference([logits for _, logits in source_results], [logits for _, logits in target_results])
+    hidden = [
+        _difference([h[n] for h, _ in source_results], [h[n] for h, _ in target_results])
+        for n in range(len(source_results[0][0]))
+    ]
+    passed = logits["relative"] <= BOUND
+    report = {
+        "source": {
+            "format": conversion.source_format,
+            "path": str(conversion.source),
+            "run_by": source_method,
+        },
+        "target": {
+            "format": conversion.target_format,
+            "path": str(conversion.target),
+            "run_by": target_method,
+        },
+        "passed": passed,
+        "bound": BOUND,
+        "sequence_lengths": [len(x) for x in ids],
+        "logits": logits,
+        "hidden_states": hidden,
+        "weights_dtype": dtype_name(dtype),
+        "notes": asdict(conversion.notes),
+        "tensors": _tensors(
+            open_weights(conversion.source, conversion.source_format, ["*"]).cast(dtype),
+            open_weights(conversion.target, conversion.target_format),
+        ),
+    }
+    path = conversion.target.with_name(f"{conversion.target.name}.verify.json")
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    line = (
+        f"logits differ by {logits['max_abs']:.2e}, {logits['relative']:.1e} of the largest "
+        f"(bound {BOUND:g}); report: {path}"
+    )
+    if not passed:
+        reasons = "; ".join(conversion.notes.changed) or "no change is known that would explain it"
+        raise MachineError(f"verification failed: {line}; {reasons}")
+    return [f"source run by {source_method}, target by {target_method}", line]
+
+
+def _difference(source: list[Tensor], target: list[Tensor]) -> dict[str, float]:
+    """Largest absolute difference over all sequences, and relative to the largest value of the source."""
+    scale = max(float(x.abs().max()) for x in source)
+    largest = max(float((a - b).abs().max()) for a, b in zip(source, target, strict=True))
+    return {"max_abs": largest, "relative": largest / scale if scale else largest, "scale": scale}
+
+
+def _tensors(source: Weights, target: Weights) -> dict[str, dict[str, str]]:
+    """SHA-256 of the tensors of both, under our names; one that a format does not have is ``none``."""
+    return {
+        name: {"source": _checksum(source, name), "target": _checksum(target, name)}
+        for name in {**source.infos, **target.infos}
+    }
+
+
+def _checksum(weights: Weights, name: str) -> str:
+    if name not in weights.infos:
+        return "none"
+    # As bytes: numpy has no bfloat16.
+    value = weights.read(name).contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(value.numpy().data).hexdigest()
+
+
+def _run(path: Path, format_name: str, prepare: Prepare, ids: list[Tensor]) -> tuple[list[Result], str]:
+    """The results of every sequence, and who computed them."""
+    if format_name == "esm2mega":
+        return _esm2mega(path, prepare, ids), "esm2mega"
+    if format_name == "hf" and (found := _installed("transformers")):
+        return _transformers(path, prepare, ids), found
+    # Its module is called esm, and so is that of another package.
+    if format_name == "fair-esm" and (found := _installed("fair-esm")):
+        return _fair_esm(path, prepare, ids), found
+    model = plain_model(path, format_name, prepare)
+    return [forward(model, x) for x in ids], "plain PyTorch"
+
+
+def _installed(package: str) -> str | None:
+    """Name and version of a package, or None."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return None
+
+
+@torch.no_grad()
+def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor]) -> list[Result]:
+    from esm2mega.checkpoint import layout
+    from esm2mega.checkpoint.store import load_weights
+    from esm2mega.config.schema import ParallelConfig
+    from esm2mega.model.build import build_model
+    from esm2mega.model.packed import PackedSequences
+    from esm2mega.parallel.initialize import process_groups
+
+    checkpoint = layout.resolve_checkpoint(path)
+    config = layout.read_config(checkpoint).model
+    config.precision, config.layer_spec = "fp32", "local"
+    hidden: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        # [T, 1, h] -> [T, h]; a layer returns its context beside it
+        hidden.append((output[0] if isinstance(output, tuple) else output)[:, 0].detach())
+
+    results = []
+    with process_groups(ParallelConfig(), seed=1) as ranks:
+        (model,) = build_model(config, ParallelConfig(), ranks.device, seed=1)
+        load_weights(checkpoint, [model])
+        _round(model, prepare)
+        model.eval()
+        for module in (model.embedding, *model.encoder.layers):
+            module.register_forward_hook(keep)
+        final = model.encoder.register_forward_hook(keep)
+        for x in ids:
+            hidden.clear()
+            logits = model(x.to(ranks.device), PackedSequences.from_lengths([len(x)], ranks.device))
+            if config.family != "esm2":
+                logits = logits[:, sorted(esm_ids(TAPE_TOKENS))]
+            # the block's own output is that of its last layer after the final LayerNorm
+            results.append(([h.cpu() for h in (*hidden[:-2], hidden[-1])], logits.detach().cpu()))
+        final.remove()
+    return results
+
+
+def _round(model: torch.nn.Module, prepare: Prepare) -> None:
+    for parameter in model.parameters():
+        parameter.data.copy_(prepare(parameter.data))
+
+
+@torch.no_grad()
+def _transformers(path: Path, prepare: Prepare, ids: list[Tensor]) -> list[Result]:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.EsmForMaskedLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+    _round(model, prepare)
+    model.eval()
+    results = []
+    for x in ids:
+        outputs = model(x[None], attention_mask=torch.ones_like(x)[None], output_hidden_states=True)
+        results.append(([h[0] for h in outputs.hidden_states], outputs.logits[0]))
+    return results
+
+
+@torch.no_grad()
+def _fair_esm(path: Path, prepare: Prepare, ids: list[Tensor]) -> list[Result]:
+    from argparse import Namespace
+
+    import esm
+
+    # Not its own loader: that unpickles without an allow-list.
+    from esm2mega.convert import pickles
+    from esm2mega.convert.fair_esm import contact_file
+
+    data = pickles.load_pickle(path, [Namespace])
+    contact = pickles.load_pickle(contact_file(path)) if contact_file(path).is_file() else None
+    load: Callable[..., Any] = esm.pretrained.load_model_and_alphabet_core
+    model, _ = load(path.stem if path.stem.startswith("esm2") else f"esm2_{path.stem}", data, contact)
+    model = model.float().eval()
+    _round(model, prepare)
+    layers = list(range(model.num_layers + 1))
+    results = []
+    for x in ids:
+        outputs = model(x[None], repr_layers=layers)
+        results.append(([outputs["representations"][n][0] for n in layers], outputs["logits"][0]))
+    return results

@@ -1,0 +1,101 @@
+"""`Weights` to the tensors of another format through its name table, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from esm2mega.checkpoint.tensors import TensorInfo
+from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable, our_shapes
+from esm2mega.convert.tensors import frequencies_note
+from esm2mega.convert.weights import Weights
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the target: where it comes from and what it looks like."""
+
+    info: TensorInfo
+    entry: Entry
+    part: int
+
+
+def outputs(weights: Weights, table: NameTable) -> dict[str, Output]:
+    """Every tensor of the target in the order of its table; tensors of ours without a place are noted as
+    dropped.
+    """
+    shape, result = weights.description.shape, {}
+    entries = {entry.ours: entry for entry in table.entries(shape)}
+    for name in weights.infos:
+        if name not in entries and name != FREQUENCIES:
+            weights.notes.dropped.append(f"{name}: this format has no place for it")
+    if FREQUENCIES in weights.infos and FREQUENCIES not in entries:
+        _note_lost_frequencies(weights)
+    for entry in entries.values():
+        if entry.ours in weights.infos:
+            info = weights.infos[entry.ours]
+            part_shape = entry.kind.part_shape(info.shape)
+            for number, part in enumerate(entry.theirs):
+                result[part] = Output(TensorInfo(part_shape, info.dtype), entry, number)
+        elif not entry.optional:
+            raise AssertionError(entry.ours)
+    tied = next(entry for entry in entries.values() if entry.ours == TABLE)
+    for name, is_stored in table.tied.items():
+        if is_stored:
+            result[name] = Output(result[tied.theirs[0]].info, tied, 0)
+    return result
+
+
+def with_contact_head(weights: Weights) -> Weights:
+    """The same with a contact head of zeros if there is none: readers would draw a random one."""
+    if weights.has_contact_head:
+        return weights
+    shapes, dtype = our_shapes(weights.description.shape), weights.description.dtype
+    names = [name for name in shapes if name.startswith(CONTACT_HEAD)]
+    read = weights.read
+    weights.notes.filled.append("contact head: zeros, the source has none")
+    return replace(
+        weights,
+        infos={**weights.infos, **{name: TensorInfo(shapes[name], dtype) for name in names}},
+        read=lambda name: torch.zeros(shapes[name], dtype=dtype) if name in names else read(name),
+    )
+
+
+def _note_lost_frequencies(weights: Weights) -> None:
+    note = frequencies_note(weights.read(FREQUENCIES), weights.description.head_dim)
+    if note.startswith("the formula in"):
+        weights.notes.dropped.append(f"{FREQUENCIES}: {note}, which readers of this format recompute")
+    else:
+        weights.notes.changed.append(
+            f"rotary frequencies: {note}; this format has no place for them, its readers compute the formula"
+        )
+
+
+class OutputReader:
+    """Values of the target's tensors; the parts of one source tensor are made once if asked for in a row."""
+
+    def __init__(self, weights: Weights, wanted: Mapping[str, Output]) -> None:
+        """Args: weights: the source. wanted: from `outputs`."""
+        self._weights = weights
+        self._wanted = wanted
+        self._entry: Entry | None = None
+        self._parts: Sequence[Tensor] = ()
+
+    def __call__(self, name: str) -> Tensor:
+        output = self._wanted[name]
+        if output.entry is not self._entry:
+            entry, shape = output.entry, self._weights.description.shape
+            self._parts = entry.kind.to_theirs(self._weights.read(entry.ours), shape, len(entry.theirs))
+            self._entry = entry
+        return self._parts[output.part]
+
+
+def tensors_of(weights: Weights, table: NameTable) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the target with their values, one after the other."""
+    wanted = outputs(weights, table)
+    read = OutputReader(weights, wanted)
+    for name in wanted:
+        yield name, read(name)

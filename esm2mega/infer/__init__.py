@@ -1,0 +1,1 @@
+"""From weights to what users take away: embeddings, logits, contacts, variant scores."""

@@ -1,0 +1,224 @@
+"""`esm2mega.load`: a model in one process, on the CPU or one GPU, for notebooks and scripts.
+
+Legend: ``L`` residues of a protein, ``h`` hidden size, ``v`` vocabulary (33), ``n`` proteins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch.distributed as dist
+
+from esm2mega.config.infer import inference_run, validate_inference, window_tokens
+from esm2mega.config.load import load_run_over
+from esm2mega.config.schema import ParallelConfig
+from esm2mega.config.validate import world_size_from_environment
+from esm2mega.data.tokenizer import encode_residues
+from esm2mega.errors import UserError
+from esm2mega.infer.collect import Wanted
+from esm2mega.infer.engine import Engine, load_model
+from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
+from esm2mega.infer.proteins import Embedder, pack_tokens, wanted
+from esm2mega.infer.score import clean
+from esm2mega.infer.source import open_model
+from esm2mega.infer.strategies import STRATEGIES, score_variants
+from esm2mega.infer.variants import parse_variant, single_substitutions, write_variant
+from esm2mega.parallel.initialize import Ranks, process_groups
+
+Array = npt.NDArray[Any]
+
+
+class _World:
+    """The process groups that Megatron-Core wants even of one process; all models share them."""
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._stack = ExitStack()
+        self._ranks: Ranks | None = None
+
+    def enter(self) -> Ranks:
+        if self._ranks is None:
+            if world_size_from_environment() > 1 or dist.is_initialized():
+                raise UserError(
+                    "esm2mega.load is for one process without torch.distributed; under torchrun use "
+                    "`esm2mega embed` or `esm2mega score`"
+                )
+            self._ranks = self._stack.enter_context(process_groups(ParallelConfig(), seed=0))
+        self._users += 1
+        return self._ranks
+
+    def leave(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._ranks = None
+            self._stack.close()
+
+
+_world = _World()
+
+
+def load(
+    path: str | Path, *, precision: str | None = None, max_seq_length: int | None = None, long: str = "error"
+) -> Model:
+    """Load a model for inference.
+
+    Args:
+        path: A checkpoint, or a run directory for its newest one.
+        precision: ``fp32``, ``bf16`` or ``fp64``; None for that of training.
+        max_seq_length: Most tokens at once, with ``<cls>`` and ``<eos>``; None for that of training.
+        long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (overlapping windows,
+            averaged).
+
+    Raises:
+        UserError: Not a readable checkpoint, or this is one process of several.
+    """
+    settings = {"precision": precision, "max_seq_length": max_seq_length, "long": long}
+    overrides = [f"infer.{name}={value}" for name, value in settings.items() if value is not None]
+    return Model(path, overrides)
+
+
+class Model:
+    """A loaded model. `close`, or a ``with`` block, frees it; so does the end of the process."""
+
+    def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
+        """Args: overrides: ``key=value`` over the checkpoint's configuration."""
+        self._source = open_model(path)
+        self._run = inference_run(self._source.run, overrides)
+        validate_inference(self._run, 1)
+        self._ranks = _world.enter()
+        self._open = True
+        try:
+            self._model = load_model(self._source, self._run, self._ranks)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model; it cannot be used any more."""
+        if self._open:
+            self._open = False
+            self._model = None  # type: ignore[assignment]
+            _world.leave()
+
+    @overload
+    def embed(
+        self, sequences: Sequence[str], layers: int = -1, pooling: str | None = None
+    ) -> list[Array] | Array: ...
+
+    @overload
+    def embed(
+        self, sequences: Sequence[str], layers: Sequence[int], pooling: str | None = None
+    ) -> dict[int, list[Array] | Array]: ...
+
+    def embed(
+        self, sequences: Sequence[str], layers: int | Sequence[int] = -1, pooling: str | None = None
+    ) -> list[Array] | Array | dict[int, list[Array] | Array]:
+        """Hidden states of every residue, or one vector per protein.
+
+        Args:
+            sequences: n sequences of residue letters.
+            layers: 0 is the embedding, -1 the last layer after the final LayerNorm.
+            pooling: None for residues; ``mean``, ``cls`` or ``max`` for one vector per protein.
+
+        Returns:
+            Without pooling a list of ``[L, h]``, with it ``[n, h]``; fp32 (fp64 of an fp64 model), without
+            ``<cls>`` and ``<eos>``. For several layers a dictionary by the numbers given.
+        """
+        asked = [layers] if isinstance(layers, int) else list(layers)
+        kind = "residue" if pooling is None else "pooled"
+        pooled = [] if pooling is None else [f"infer.pooling={pooling}"]
+        values = self._values(sequences, f"infer.outputs=[{kind}]", f"infer.layers={asked}", *pooled)
+        states = self._run.model.num_layers + 1  # type: ignore[operator]
+        by_layer: dict[int, list[Array] | Array] = {}
+        for layer in asked:
+            arrays = [value[f"{kind}/layer_{layer % states}"] for value in values]
+            by_layer[layer] = arrays if pooling is None else np.stack(arrays)
+        return by_layer[layers] if isinstance(layers, int) else by_layer
+
+    def logits(self, sequences: Sequence[str]) -> list[Array]:
+        """Logits of the 33 tokens at every residue, ``[L, v]`` for each protein."""
+        return [value["logits"] for value in self._values(sequences, "infer.outputs=[logits]")]
+
+    def contacts(self, sequences: Sequence[str]) -> list[Array]:
+        """Contact probabilities ``[L, L]`` of each protein; needs a model with a contact head."""
+        return [value["contacts"] for value in self._values(sequences, "infer.outputs=[contacts]")]
+
+    def score(
+        self,
+        sequence: str,
+        variants: Sequence[str] | None = None,
+        strategy: str = "masked-marginals",
+        normalize: str = "vocabulary",
+        offset: int = 1,
+    ) -> dict[str, float]:
+        """Scores of variants; a higher score is a more likely protein.
+
+        Args:
+            sequence: The wild type.
+            variants: Such as ``A24G`` or ``A24G:D25N``; None for all single substitutions.
+            strategy: ``wt-marginals``, ``masked-marginals`` or ``pseudo-ppl``, see
+                `esm2mega.infer.strategies.STRATEGIES`.
+            normalize: Probabilities over the whole ``vocabulary``, or over the 20 ``residues``.
+            offset: Number of the first residue.
+
+        Returns:
+            The score of each variant, in nats.
+        """
+        for value, known, name in (
+            (strategy, STRATEGIES, "strategy"),
+            (normalize, NORMALIZATIONS, "normalize"),
+        ):
+            if value not in known:
+                raise UserError(f"{name}={value} is not one of {', '.join(known)}")
+        wild = clean(sequence)
+        if variants is None:
+            parsed = single_substitutions(wild)
+            variants = [write_variant(variant, offset) for variant in parsed]
+        else:
+            parsed = [parse_variant(text, wild, offset) for text in variants]
+        size = pack_tokens(self._run)
+        engine = Engine(self._loaded(), self._ranks, Wanted(logits=True), size)
+        marginals = Marginals(
+            engine, self._ranks, window_tokens(self._run), size, normalize, shows_progress=False
+        )
+        scores = score_variants(marginals, wild, parsed, strategy, normalize)
+        return dict(zip(variants, scores, strict=True))
+
+    def _values(self, sequences: Sequence[str], *overrides: str) -> list[dict[str, Array]]:
+        """What `Embedder` gives for each sequence, in their order."""
+        if isinstance(sequences, str):
+            raise UserError("give a list of sequences, not one string")
+        run = load_run_over(self._run, overrides)
+        validate_inference(run, 1)
+        wants = wanted(run, self._source)
+        engine = Engine(self._loaded(), self._ranks, wants, pack_tokens(run))
+        residues = [encode_residues(clean(sequence)) for sequence in sequences]
+        results: list[dict[str, Array]] = [{} for _ in residues]
+        for number, values in Embedder(engine, run).run(residues) if residues else ():
+            # Copies: a view would keep the whole pack in memory.
+            results[number] = {name: _array(value) for name, value in values.items()}
+        return results
+
+    def _loaded(self) -> Any:
+        if not self._open:
+            raise UserError("this model was closed; load it again")
+        return self._model
+
+
+def _array(value: Any) -> Array:
+    wide = value.double() if value.element_size() == 8 else value.float()
+    return wide.cpu().numpy().copy()

@@ -1,0 +1,84 @@
+"""Large arrays at known places of one file, written by rows from any process in any order.
+
+Shapes are known before anything is computed, so every row has its place from the start: processes write
+    straight to
+where the result belongs, and writing the same row again does no harm.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype of one array; axis 0 is the one that is written in pieces."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape[1:], dtype=np.int64))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.row_bytes * self.shape[0]
+
+
+def plain_offsets(specs: Mapping[str, ArraySpec]) -> dict[str, int]:
+    """Places of arrays that lie back to back in a file of nothing else."""
+    offsets, end = {}, 0
+    for name, spec in specs.items():
+        offsets[name] = end
+        end += -(-spec.num_bytes // _ALIGNMENT) * _ALIGNMENT
+    return offsets
+
+
+class ArrayFile:
+    """An existing file with arrays in it."""
+
+    def __init__(self, path: Path, specs: Mapping[str, ArraySpec], offsets: Mapping[str, int]) -> None:
+        """Args: offsets: byte in the file where each array begins."""
+        self._path, self._specs, self._offsets = path, specs, offsets
+        self._descriptor = os.open(path, os.O_RDWR)
+
+    def __enter__(self) -> ArrayFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._descriptor)
+
+    def write(self, name: str, row: int, values: npt.NDArray[Any]) -> None:
+        """Write rows from `row` on; `values` has the array's dtype and its shape behind axis 0."""
+        spec = self._specs[name]
+        assert values.dtype == np.dtype(spec.dtype) and values.shape[1:] == spec.shape[1:], (
+            name,
+            values.shape,
+        )
+        assert 0 <= row <= row + len(values) <= spec.shape[0], (name, row)
+        rest = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        place = self._offsets[name] + row * spec.row_bytes
+        while rest:
+            written = os.pwrite(self._descriptor, rest, place)
+            rest, place = rest[written:], place + written
+
+    def sync(self) -> None:
+        """Return when everything written is on the disk."""
+        os.fsync(self._descriptor)
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """The whole array as a memory map."""
+        spec = self._specs[name]
+        if not spec.num_bytes:
+            return np.empty(spec.shape, dtype=spec.dtype)
+        return np.memmap(self._path, spec.dtype, "r", self._offsets[name], spec.shape).view(np.ndarray)

@@ -1,0 +1,183 @@
+"""Packs of windows through the model: one process, or the stages and ranks of a larger layout.
+
+Legend: ``T`` tokens of a pack, ``h`` hidden size, ``m`` tokens that get logits, ``v`` vocabulary (33), ``l``
+residues of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from esm2mega.config.schema import Run
+from esm2mega.data.tokenizer import PAD
+from esm2mega.infer.collect import ContactMaps, Wanted, hidden_states
+from esm2mega.infer.source import ModelSource
+from esm2mega.infer.windows import Window
+from esm2mega.model.build import build_model
+from esm2mega.model.esm2 import ESM2Model
+from esm2mega.model.packed import PackedSequences
+from esm2mega.parallel.initialize import Ranks
+
+_ROWS_PER_THREAD = 32
+"""A matrix product of few rows takes another kernel, which adds in another order. Measured with MKL 2024.2
+on 1 and
+2 threads: from 4 rows per thread on, a row's bits do not depend on the number of rows.
+"""
+
+_IN_FLIGHT = 4
+"""Packs per pipeline stage that are handed to the schedule at once."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Windows that pass through the model together.
+
+    Attributes:
+        windows: Of what they are windows.
+        tokens: Their token ids back to back, uint8 ``[sum of tokens]``.
+        logit_positions: Tokens that get logits, ``[m]``; None for all.
+    """
+
+    windows: Sequence[Window]
+    tokens: npt.NDArray[np.uint8]
+    logit_positions: npt.NDArray[np.int64] | None = None
+
+
+@dataclass
+class PackOutputs:
+    """What this rank has of a pack.
+
+    Attributes:
+        hidden: Hidden states by layer, ``[T, h]``; only those of this pipeline stage.
+        logits: ``[m, v]``; None before the last stage, or when not wanted.
+        contacts: Contact probabilities of each window, ``[l, l]``; empty before the last stage, or when not
+            wanted.
+    """
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    contacts: list[Tensor] = field(default_factory=list)
+
+
+def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
+    """This rank's stage with the weights of `source`, ready for inference."""
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed)
+    source.load(chunks)
+    (model,) = chunks
+    # Without gradients Megatron-Core adds biases and residuals in place.
+    return model.eval().requires_grad_(False)
+
+
+class Engine:
+    """Runs packs. All ranks of one model replica run the same packs."""
+
+    def __init__(self, model: ESM2Model, ranks: Ranks, wanted: Wanted, pack_tokens: int) -> None:
+        """Args: pack_tokens: the largest pack, which is the size of every pack under a pipeline."""
+        self._model, self._ranks, self._wanted = model, ranks, wanted
+        self._pack_tokens = pack_tokens
+
+    def run(self, packs: Sequence[Pack]) -> Iterator[PackOutputs]:
+        """Yield the outputs of each pack, in order."""
+        with self._collectors() as (hidden, maps), torch.inference_mode():
+            if self._ranks.pp_size == 1:
+                for pack in packs:
+                    outputs, _ = self._forward(self._model, pack, hidden, maps)
+                    self._finish_contacts(outputs)
+                    yield outputs
+                return
+            size = _IN_FLIGHT * self._ranks.pp_size
+            for first in range(0, len(packs), size):
+                group = self._pipeline(packs[first : first + size], hidden, maps)
+                for outputs in group:
+                    self._finish_contacts(outputs)
+                    yield outputs
+
+    @contextmanager
+    def _collectors(self) -> Iterator[tuple[dict[int, Tensor], ContactMaps | None]]:
+        with ExitStack() as stack:
+            maps = None
+            if self._wanted.contact_head is not None:
+                maps = ContactMaps(self._model, self._wanted.contact_head[0])
+                stack.callback(maps.remove)
+            yield stack.enter_context(hidden_states(self._model, self._wanted.layers)), maps
+
+    def _forward(
+        self, model: ESM2Model, pack: Pack, hidden: dict[int, Tensor], maps: ContactMaps | None
+    ) -> tuple[PackOutputs, Tensor]:
+        """The outputs, and the tensor for the next stage."""
+        device = self._ranks.device
+        lengths = [window.num_tokens for window in pack.windows]
+        tail = self._padded(sum(lengths)) - sum(lengths)
+        ids = torch.from_numpy(np.pad(pack.tokens, (0, tail), constant_values=PAD).astype(np.int64)).to(
+            device
+        )
+        packed = PackedSequences.from_lengths(lengths + [tail] * (tail > 0), device)
+        if maps is not None:
+            maps.begin(pack.windows)
+        outputs = PackOutputs()
+        if self._wanted.logits or not model.post_process:
+            positions = None
+            if pack.logit_positions is not None:
+                positions = torch.from_numpy(pack.logit_positions).to(device)
+            result = model(ids, packed, positions)
+            outputs.logits = result if model.post_process else None
+        else:
+            result = model.encode(ids, packed)
+        outputs.hidden = dict(hidden)
+        outputs.contacts = [] if maps is None else list(maps.sums)
+        return outputs, result
+
+    def _padded(self, num_tokens: int) -> int:
+        if self._ranks.pp_size > 1:
+            return self._pack_tokens
+        smallest = _ROWS_PER_THREAD * torch.get_num_threads() if self._ranks.device.type == "cpu" else 1
+        return max(num_tokens, smallest)
+
+    def _pipeline(
+        self, packs: Sequence[Pack], hidden: dict[int, Tensor], maps: ContactMaps | None
+    ) -> list[PackOutputs]:
+        collected: list[PackOutputs] = []
+
+        def step(waiting: Iterator[Pack], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+            outputs, result = self._forward(model, next(waiting), hidden, maps)
+            collected.append(outputs)
+            return result, lambda output, non_loss_data=True: output.new_zeros(1)
+
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(packs),
+            model=[self._model],
+            num_microbatches=len(packs),
+            seq_length=self._pack_tokens,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        return collected
+
+    def _finish_contacts(self, outputs: PackOutputs) -> None:
+        """Add up the shares of all heads and layers; the last stage makes probabilities of them.
+
+        All-reduce over the tensor-parallel and then over the pipeline-parallel group.
+        """
+        if self._wanted.contact_head is None:
+            return
+        for logits in outputs.contacts:
+            if self._ranks.tp_size > 1:
+                dist.all_reduce(logits, group=parallel_state.get_tensor_model_parallel_group())
+            if self._ranks.pp_size > 1:
+                dist.all_reduce(logits, group=parallel_state.get_pipeline_model_parallel_group())
+        bias = self._wanted.contact_head[1]
+        last = self._model.post_process
+        outputs.contacts = [torch.sigmoid(logits + bias) for logits in outputs.contacts] if last else []

@@ -1,0 +1,168 @@
+"""Finished arrays to `.npz`, Parquet and one `.pt` per protein: one pass over them, protein by protein."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from esm2mega.errors import UserError
+from esm2mega.infer.arrays import ArrayFile
+from esm2mega.infer.contents import Contents, to_tensor
+
+INDEX = "index.csv"
+ATTRIBUTES_FILE = "attributes.json"
+
+_BLOCK_ROWS = 1 << 14
+_GROUP_RESIDUES = 1 << 16
+_POOLED_KEY = {"mean": "mean_representations", "cls": "bos_representations", "max": "max_representations"}
+
+
+def write_npz(path: Path, contents: Contents, arrays: ArrayFile) -> None:
+    """The arrays of the ragged layout under the same names, uncompressed."""
+    small: dict[str, Any] = {
+        "ids": np.array(list(contents.ids()), dtype=np.str_),
+        **contents.columns,
+        "offsets": contents.offsets,
+        "attributes": np.array(json.dumps(contents.attributes)),
+    }
+    if "contacts" in contents.specs:
+        small["contact_offsets"] = contents.contact_offsets
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, values in small.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
+        for name, spec in contents.specs.items():
+            values = arrays.read(name)
+            header = {
+                "descr": np.lib.format.dtype_to_descr(values.dtype),
+                "fortran_order": False,
+                "shape": spec.shape,
+            }
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for first in range(0, len(values), _BLOCK_ROWS):
+                    member.write(values[first : first + _BLOCK_ROWS].tobytes())
+
+
+def read_npz_attributes(path: Path) -> dict[str, Any]:
+    """The attributes of a file that `write_npz` wrote; empty if another program did."""
+    with np.load(path, allow_pickle=False) as archive:
+        return json.loads(str(archive["attributes"])) if "attributes" in archive else {}
+
+
+def write_parquet(path: Path, contents: Contents, arrays: ArrayFile) -> None:
+    """A row per protein; vectors are lists of fixed size, residues are lists of them, contacts are
+    flattened.
+    """
+    pyarrow, parquet = _pyarrow()
+
+    def column(name: str, first: int, stop: int) -> Any:
+        start, end = contents.rows(name, first).start, contents.rows(name, stop - 1).stop
+        values = arrays.read(name)[start:end]
+        cells = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
+        if values.ndim == 2:
+            cells = pyarrow.FixedSizeListArray.from_arrays(cells, values.shape[1])
+        if name.startswith("pooled/"):
+            return cells
+        starts = [contents.rows(name, number).start - start for number in range(first, stop)]
+        return pyarrow.LargeListArray.from_arrays(
+            pyarrow.array([*starts, end - start], pyarrow.int64()), cells
+        )
+
+    writer = None
+    for first, stop in _groups(contents):
+        table = pyarrow.table(
+            {
+                "id": list(contents.ids(first, stop)),
+                **{name: values[first:stop] for name, values in contents.columns.items()},
+                **{name.replace("/", "_"): column(name, first, stop) for name in contents.specs},
+            }
+        )
+        if writer is None:
+            metadata = {"esm2mega": json.dumps(contents.attributes)}
+            writer = parquet.ParquetWriter(path, table.schema.with_metadata(metadata))
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
+
+
+def read_parquet_attributes(path: Path) -> dict[str, Any]:
+    """The attributes of a file that `write_parquet` wrote; empty if another program did."""
+    _, parquet = _pyarrow()
+    return json.loads((parquet.read_schema(path).metadata or {}).get(b"esm2mega", b"{}"))
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            "writing Parquet needs pyarrow; install it with `pip install 'esm2mega[parquet]'`"
+        ) from None
+    return pyarrow, pyarrow.parquet
+
+
+def check_parquet() -> None:
+    """Raise UserError unless Parquet can be written here."""
+    _pyarrow()
+
+
+def _groups(contents: Contents) -> list[tuple[int, int]]:
+    """Consecutive proteins of some 65,000 residues: a row group, which is held in memory whole."""
+    numbers = contents.offsets[:-1] // _GROUP_RESIDUES
+    borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(contents)]
+    return list(zip(borders, borders[1:], strict=False))
+
+
+def write_pt(folder: Path, contents: Contents, arrays: ArrayFile) -> None:
+    """One file per protein, with the keys of fair-esm's ``extract.py``, and `INDEX`, which names them in
+    order.
+
+    A file is called as its protein. Where an id is no file name, or not the only one, the number is added.
+    """
+    folder.mkdir()
+    dtype, pooled = contents.run.infer.dtype, _POOLED_KEY[contents.run.infer.pooling]
+    # File systems may not tell upper from lower case.
+    repeats = Counter(protein.lower() for protein in contents.ids())
+    with (folder / INDEX).open("w", newline="") as stream:
+        index = csv.writer(stream)
+        index.writerow(["number", "id", "file", *contents.columns])
+        for number, protein in enumerate(contents.ids()):
+            entry: dict[str, Any] = {"label": protein}
+            for name in contents.specs:
+                kind, _, layer = name.partition("/layer_")
+                value = to_tensor(arrays.read(name)[contents.rows(name, number)], dtype)
+                if kind == "residue":
+                    entry.setdefault("representations", {})[int(layer)] = value
+                elif kind == "pooled":
+                    entry.setdefault(pooled, {})[int(layer)] = value[0]
+                else:
+                    length = int(contents.lengths[number])
+                    entry[kind] = value.reshape(length, length) if kind == "contacts" else value
+            stem = safe_name(protein)
+            if stem != protein or repeats[protein.lower()] > 1:
+                stem = f"{stem}.{number}"
+            torch.save(entry, folder / f"{stem}.pt")
+            cells = (column[number].item() for column in contents.columns.values())
+            index.writerow([number, protein, f"{stem}.pt", *cells])
+    (folder / ATTRIBUTES_FILE).write_text(json.dumps(contents.attributes, indent=1) + "\n")
+
+
+def read_pt_attributes(folder: Path) -> dict[str, Any]:
+    """The attributes of a folder that `write_pt` wrote; empty if another program did."""
+    path = folder / ATTRIBUTES_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def safe_name(protein: str) -> str:
+    """The id with everything replaced that could lead out of a folder or is hard to type."""
+    return re.sub(r"[^\w.|=+-]", "_", protein).lstrip(".")[:100] or "_"

@@ -1,0 +1,103 @@
+"""HDF5 outputs: a ragged file that is laid out before anything is computed, and the layout of BioNeMo 1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from esm2mega.infer.arrays import ArrayFile, ArraySpec
+from esm2mega.infer.contents import Contents
+
+ATTRIBUTES = "esm2mega"
+"""Name of the attribute that holds all attributes as JSON; each also stands for itself."""
+
+_IDS_AT_ONCE = 1 << 16
+
+
+def create_ragged(path: Path, contents: Contents) -> dict[str, int]:
+    """Write everything but the large arrays, and reserve their places.
+
+    The arrays are contiguous and allocated at once. So the structure of the file is final when this returns,
+    and what is killed later leaves no damaged file.
+
+    Returns:
+        The byte in the file where each array begins.
+    """
+    offsets = {}
+    with h5py.File(path, "x") as file:
+        write_attributes(file, contents.attributes)
+        ids = file.create_dataset("ids", (len(contents),), h5py.string_dtype())
+        for first in range(0, len(contents), _IDS_AT_ONCE):
+            stop = min(first + _IDS_AT_ONCE, len(contents))
+            ids[first:stop] = list(contents.ids(first, stop))
+        for name, column in contents.columns.items():
+            file.create_dataset(name, data=column)
+        file.create_dataset("offsets", data=contents.offsets)
+        if "contacts" in contents.specs:
+            file.create_dataset("contact_offsets", data=contents.contact_offsets)
+        for name, spec in contents.specs.items():
+            offsets[name] = _reserve(file, name, spec)
+    return offsets
+
+
+def _reserve(file: Any, name: str, spec: ArraySpec) -> int:
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    # Equal results are equal files.
+    creation.set_obj_track_times(False)
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    kind = h5py.h5t.py_create(np.dtype(spec.dtype), logical=True)
+    space = h5py.h5s.create_simple(spec.shape)
+    dataset = h5py.h5d.create(file.id, name.encode(), kind, space, creation, links)
+    file.flush()
+    return int(dataset.get_offset())
+
+
+def write_attributes(file: Any, attributes: Mapping[str, Any]) -> None:
+    """Attributes of a file: each on its own, and all as JSON for `read_attributes`."""
+    for name, value in attributes.items():
+        file.attrs[name] = value if isinstance(value, str | int | float) else json.dumps(value)
+    file.attrs[ATTRIBUTES] = json.dumps(attributes)
+
+
+def read_attributes(path: Path) -> dict[str, Any]:
+    """What `write_attributes` wrote; empty if another program wrote the file."""
+    with h5py.File(path) as file:
+        return json.loads(file.attrs.get(ATTRIBUTES, "{}"))
+
+
+def bionemo_paths(out: Path) -> dict[str, Path]:
+    """The two files that an output stands for."""
+    return {
+        "residue": out.with_name(f"{out.stem}_hiddens.h5"),
+        "pooled": out.with_name(f"{out.stem}_embeddings.h5"),
+    }
+
+
+def write_bionemo(path: Path, kind: str, contents: Contents, arrays: ArrayFile) -> None:
+    """One data set per protein, named by its number from 0, with its id as attribute ``original_id``.
+
+    Args:
+        path: File to make.
+        kind: ``residue`` for ``[L, h]`` each, ``pooled`` for ``[h]``.
+        contents: Of the output, with one layer.
+        arrays: Where the values are.
+    """
+    (name,) = (name for name in contents.specs if name.startswith(f"{kind}/"))
+    values = arrays.read(name)
+    with h5py.File(path, "w") as file:
+        write_attributes(file, contents.attributes)
+        for number, protein in enumerate(contents.ids()):
+            rows = values[contents.rows(name, number)]
+            entry = file.create_dataset(str(number), data=rows if kind == "residue" else rows[0])
+            entry.attrs["original_id"] = protein
+            if contents.truncated[number]:
+                entry.attrs["truncated"] = True

@@ -1,0 +1,128 @@
+"""All assays of a ProteinGym reference file: a scored table each, and the summary that the benchmark reports.
+
+https://github.com/OATML-Markslab/ProteinGym: a reference file with a row per assay (``DMS_id, DMS_filename,
+UniProt_ID, target_seq, coarse_selection_type``), and a CSV per assay (``mutant, mutated_sequence,
+DMS_score``). Residues count from 1. The summary is a mean of means: assays within a protein (UniProt id),
+proteins within a class of function, classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from esm2mega.errors import UserError
+from esm2mega.infer.score import ScoreOptions, check_columns, clean, measured_spearman, scorer, write_scored
+from esm2mega.infer.variants import Table, Variant, parse_variant, read_table, write_table
+
+SUMMARY = "summary.csv"
+_MEASURED = "DMS_score"
+
+
+class Assay(NamedTuple):
+    """A row of the reference file."""
+
+    id: str
+    table: Path
+    protein: str
+    sequence: str
+    function: str
+
+
+def read_reference(path: str, assays: str) -> list[Assay]:
+    """The assays of a reference file.
+
+    Args:
+        path: The reference file.
+        assays: Folder of the assays' tables.
+
+    Raises:
+        UserError: A column or a table is missing, or two assays have one id.
+    """
+    reference = read_table(path)
+    names = ("DMS_id", "DMS_filename", "UniProt_ID", "target_seq", "coarse_selection_type")
+    columns = [reference.column(name, "--proteingym") for name in names]
+    found = []
+    for row, (name, file, protein, sequence, function) in enumerate(zip(*columns, strict=True)):
+        table = Path(assays) / Path(file).name
+        if not table.is_file():
+            raise UserError(f"{reference.place(row)}: there is no {table}; name the folder with --assays")
+        found.append(Assay(name, table, protein, clean(sequence), function))
+    if len({assay.id for assay in found}) < len(found):
+        raise UserError(f"{path}: a DMS_id occurs twice; remove one of the rows")
+    return found
+
+
+def score_assays(checkpoint: str, assays: Sequence[Assay], out: str, options: ScoreOptions) -> list[str]:
+    """Score every assay into ``OUT/DMS_id.csv``; a table that is there already is taken as it is.
+
+    Returns:
+        A report for the reader.
+    """
+    options = replace(options, offset=1, mutation_column="mutant", measured_column=_MEASURED)
+    folder = Path(out)
+    results = []
+    with scorer(checkpoint, options) as (score, ranks):
+        for assay in assays:
+            path = folder / f"{Path(assay.id).name}.csv"
+            # Every rank looks before any of them writes.
+            done = path.is_file()
+            ranks_agree()
+            if done:
+                table = read_table(path)
+                scores = [float(text) for text in table.column(options.score_column, "--score-column")]
+            else:
+                table = read_table(assay.table)
+                check_columns(table, options)
+                scores = score(assay.sequence, _variants(table, assay, options))
+                if ranks.speaks:
+                    write_scored(path, table, scores, options)
+            number, value = measured_spearman(table, scores, _MEASURED)
+            results.append((assay, number, value))
+        if ranks.speaks:
+            columns = ["DMS_id", "UniProt_ID", "coarse_selection_type", "variants", "spearman"]
+            rows = [[a.id, a.protein, a.function, number, repr(value)] for a, number, value in results]
+            write_table(folder / SUMMARY, columns, rows)
+    mean = mean_of_means([(assay.function, assay.protein, value) for assay, _, value in results])
+    return [
+        *(f"{assay.id}: Spearman {value:.4f} over {number:,} variants" for assay, number, value in results),
+        f"{folder / SUMMARY}: {len(results):,} assays, mean Spearman {mean:.4f}",
+    ]
+
+
+def ranks_agree() -> None:
+    """Wait for all ranks."""
+    import torch.distributed as dist
+
+    dist.barrier()
+
+
+def _variants(table: Table, assay: Assay, options: ScoreOptions) -> list[Variant]:
+    variants = []
+    for row, text in enumerate(table.column(options.mutation_column, "--proteingym")):
+        try:
+            variants.append(parse_variant(text, assay.sequence, options.offset))
+        except UserError as error:
+            raise UserError(f"{table.place(row)}: {error}") from None
+    return variants
+
+
+def mean_of_means(values: Sequence[tuple[str, str, float]]) -> float:
+    """Mean over classes of the mean over proteins of the mean over assays.
+
+    Args:
+        values: Class, protein and value of each assay.
+    """
+    classes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for function, protein, value in values:
+        classes[function][protein].append(value)
+    means = [_mean([_mean(assays) for assays in proteins.values()]) for proteins in classes.values()]
+    return _mean(means)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

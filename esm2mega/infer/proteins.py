@@ -1,0 +1,216 @@
+"""Proteins to their embeddings: windows into packs, packs through the engine, windows back to proteins.
+
+Legend: ``L`` residues of a protein that are kept, ``h`` hidden size, ``v`` vocabulary (33), ``T`` tokens of
+    a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from esm2mega.config.infer import absolute_layers, window_tokens
+from esm2mega.config.schema import Run
+from esm2mega.data.packing import plan_window
+from esm2mega.errors import UserError
+from esm2mega.infer.collect import Wanted
+from esm2mega.infer.engine import Engine, Pack, PackOutputs
+from esm2mega.infer.source import ModelSource
+from esm2mega.infer.windows import Window, overlapping, whole
+
+Values = dict[str, Tensor]
+"""What there is of a protein or a window, by the name of the array it is for: ``residue/layer_N [L, h]``,
+``pooled/layer_N [h]``, ``logits [L, v]``, ``contacts [L, L]``.
+"""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What becomes of proteins that are longer than the model sees at once.
+
+    Attributes:
+        width: Most tokens at once.
+        long: ``error``, ``crop`` or ``chunk``.
+        overlap: Tokens that neighbouring windows share.
+    """
+
+    width: int
+    long: str
+    overlap: int
+
+    @classmethod
+    def of(cls, run: Run) -> Lengths:
+        """As `run.infer` says."""
+        width = window_tokens(run)
+        overlap = width // 2 if run.infer.overlap is None else run.infer.overlap
+        return cls(width, run.infer.long, min(overlap, width - 3))
+
+    @property
+    def most_residues(self) -> int:
+        """Of a protein that fits whole."""
+        return self.width - 2
+
+    def kept(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Residues that are kept of proteins of these lengths, ``[n]``."""
+        longest = self.most_residues if self.long == "crop" else np.iinfo(np.int64).max
+        return np.minimum(lengths.astype(np.int64), longest)
+
+    def windows(self, num_residues: int) -> list[Window]:
+        """The windows of a protein, over the residues that are kept of it."""
+        if num_residues <= self.most_residues:
+            return [whole(num_residues)]
+        if self.long == "crop":
+            return [whole(self.most_residues)]
+        if self.long == "chunk":
+            return overlapping(num_residues, self.width, self.overlap)
+        raise UserError(
+            f"{num_residues:,} residues are more than the {self.most_residues:,} that the model sees "
+            "at once; "
+            "set --long crop or --long chunk, or raise --max-seq-length"
+        )
+
+    def counts(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Number of windows of proteins of these lengths, ``[n]``; in every mode a too long one counts."""
+        beyond = np.maximum(lengths.astype(np.int64) - self.most_residues, 0)
+        steps = -(-beyond // (self.width - self.overlap)) if self.long == "chunk" else 0
+        return (1 + steps * np.ones_like(beyond)).astype(np.int32)
+
+
+class Embedder:
+    """Computes what a configuration asks for, protein by protein."""
+
+    def __init__(self, engine: Engine, run: Run) -> None:
+        """Args: engine: made with `wanted(run, …)`. run: what to compute, and the size of packs."""
+        self._engine = engine
+        self._outputs = frozenset(run.infer.outputs)
+        self._pooling = run.infer.pooling
+        self._lengths = Lengths.of(run)
+        self._pack_tokens = pack_tokens(run)
+
+    def run(self, proteins: Sequence[npt.NDArray[np.uint8]]) -> Iterator[tuple[int, Values]]:
+        """Yield the number of each protein and its values, in the order in which they get ready.
+
+        Values do not depend on which proteins come together. Under a pipeline each stage yields what it has.
+
+        Args:
+            proteins: token ids of residues, without special tokens, ``[L]`` each.
+        """
+        jobs = [
+            (number, place, window)
+            for number, residues in enumerate(proteins)
+            for place, window in enumerate(self._lengths.windows(len(residues)))
+        ]
+        num_windows = np.bincount([number for number, _, _ in jobs], minlength=len(proteins))
+        plan = plan_window([window.num_tokens for _, _, window in jobs], self._pack_tokens)
+        packs = [
+            Pack(
+                [jobs[i][2] for i in places],
+                np.concatenate([self._tokens(proteins[jobs[i][0]], jobs[i][2]) for i in places]),
+            )
+            for places in plan
+        ]
+        waiting: dict[int, dict[int, tuple[Window, Values]]] = {}
+        for places, pack, outputs in zip(plan, packs, self._engine.run(packs), strict=True):
+            for i, values in zip(places, self._of_windows(pack, outputs), strict=True):
+                number, place, window = jobs[i]
+                if num_windows[number] == 1:
+                    yield number, self._of_protein(values)
+                    continue
+                pieces = waiting.setdefault(number, {})
+                # Copies: a view would keep the whole pack in memory.
+                pieces[place] = window, {name: value.clone() for name, value in values.items()}
+                if len(pieces) == num_windows[number]:
+                    # In the order of the windows, whatever packs they were in: sums are the same bits.
+                    joined = _join([pieces[p] for p in range(len(pieces))])
+                    del waiting[number]
+                    yield number, self._of_protein(joined)
+
+    @staticmethod
+    def _tokens(residues: npt.NDArray[np.uint8], window: Window) -> npt.NDArray[np.uint8]:
+        return window.tokens(residues[: window.num_residues])
+
+    def _of_windows(self, pack: Pack, outputs: PackOutputs) -> Iterator[Values]:
+        """The values of every window: ``residue``, ``logits`` and ``contacts`` by name, and
+        ``cls/layer_N``.
+        """
+        first = 0
+        for number, window in enumerate(pack.windows):
+            span = window.residue_tokens
+            residues = slice(first + span.start, first + span.stop)
+            values = {}
+            for layer, states in outputs.hidden.items():
+                values[f"residue/layer_{layer}"] = states[residues]
+                if window.start == 0:
+                    values[f"cls/layer_{layer}"] = states[first]
+            if outputs.logits is not None and "logits" in self._outputs:
+                values["logits"] = outputs.logits[residues]
+            if outputs.contacts:
+                values["contacts"] = outputs.contacts[number]
+            first += window.num_tokens
+            yield values
+
+    def _of_protein(self, values: Values) -> Values:
+        """Pool, and leave out what was not asked for."""
+        result = {}
+        for name, value in values.items():
+            kind, _, layer = name.partition("/")
+            if kind == "residue" and "pooled" in self._outputs and self._pooling != "cls":
+                # At least fp32: a mean of a thousand bf16 numbers would lose most of its digits.
+                rows = value.to(torch.promote_types(value.dtype, torch.float32))
+                result[f"pooled/{layer}"] = rows.mean(dim=0) if self._pooling == "mean" else rows.amax(dim=0)
+            if kind == "cls" and "pooled" in self._outputs and self._pooling == "cls":
+                result[f"pooled/{layer}"] = value
+            if kind in self._outputs:
+                result[name] = value
+        return result
+
+
+def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
+    """Mean over the windows that hold a residue; over those that hold both residues of a contact.
+
+    Pairs that no window holds have no contact probability: NaN.
+    """
+    length = pieces[0][0].num_residues
+    joined: Values = {}
+    for name, example in pieces[0][1].items():
+        if name.startswith("cls/"):
+            joined[name] = example
+            continue
+        square = name == "contacts"
+        dtype = torch.promote_types(example.dtype, torch.float32)
+        shape = (length, length) if square else (length, example.shape[1])
+        total = torch.zeros(shape, dtype=dtype, device=example.device)
+        count = torch.zeros(shape if square else (length, 1), dtype=dtype, device=example.device)
+        for window, values in pieces:
+            place = (window.residues, window.residues) if square else (window.residues,)
+            total[place] += values[name]
+            count[place] += 1
+        joined[name] = total / count
+    return joined
+
+
+def pack_tokens(run: Run) -> int:
+    """Tokens of a pack: as configured, or those of the longest window."""
+    return max(run.infer.pack_tokens, window_tokens(run))
+
+
+def wanted(run: Run, source: ModelSource) -> Wanted:
+    """What the engine has to compute for `run.infer`.
+
+    Raises:
+        UserError: Contacts of a model without a contact head.
+    """
+    outputs = run.infer.outputs
+    head = source.contact_head if "contacts" in outputs else None
+    if "contacts" in outputs and head is None:
+        raise UserError(
+            f"{source.path}: has no contact head, so there are no contacts; those that come from published "
+            "ESM-2 weights have one"
+        )
+    layers = absolute_layers(run) if {"residue", "pooled"} & set(outputs) else []
+    return Wanted(tuple(layers), "logits" in outputs, head)

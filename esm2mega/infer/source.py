@@ -1,0 +1,101 @@
+"""Where a model comes from: its configuration, weights and contact head, whatever wrote the checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.checkpoint.store import load_weights
+from esm2mega.checkpoint.tensors import TensorReader
+from esm2mega.config.schema import Run
+from esm2mega.convert.esm2mega import is_auxiliary, run_of
+from esm2mega.convert.formats import detect, open_weights
+from esm2mega.convert.into_model import fill_model
+
+CONTACT_WEIGHT = "contact_head.regression.weight"
+CONTACT_BIAS = "contact_head.regression.bias"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint that can be loaded into a model of any layout.
+
+    Attributes:
+        path: What holds the weights.
+        run: Configuration that they were made with; only the model's section and the lengths matter.
+        load: Fills this rank's chunks.
+        auxiliary: Tensors beside the model, such as the contact head.
+        checksum: SHA-256 over all weights, the same for every layout; reads all of them.
+    """
+
+    path: Path
+    run: Run
+    load: Callable[[Sequence[Any]], None]
+    auxiliary: dict[str, Tensor]
+    checksum: Callable[[], str]
+
+    @property
+    def contact_head(self) -> tuple[Tensor, float] | None:
+        """Weight of each attention map, layer-major ``[L * n]``, and the bias; None if the model has none."""
+        if CONTACT_WEIGHT not in self.auxiliary:
+            return None
+        return self.auxiliary[CONTACT_WEIGHT].flatten(), float(self.auxiliary[CONTACT_BIAS])
+
+
+def open_model(path: str | Path) -> ModelSource:
+    """Open a checkpoint, without reading weights yet.
+
+    Args:
+        path: A ``step_XXXXXXXX`` directory, a run directory for its newest one, or anything in a format that
+            `esm2mega convert` reads, such as a directory of Hugging Face or a file of fair-esm.
+
+    Raises:
+        UserError: It is none, or cannot be read.
+    """
+    path = Path(path)
+    if path.exists() and detect(path) != "esm2mega":
+        return _open_foreign(path)
+    checkpoint = layout.resolve_checkpoint(path)
+    return ModelSource(
+        checkpoint,
+        layout.read_config(checkpoint),
+        lambda chunks: load_weights(checkpoint, chunks),
+        read_auxiliary(checkpoint),
+        lambda: weights_sha256(checkpoint),
+    )
+
+
+def _open_foreign(path: Path) -> ModelSource:
+    weights = open_weights(path)
+    kept = is_auxiliary(weights.description)
+    return ModelSource(
+        path,
+        run_of(weights.description),
+        lambda chunks: fill_model(weights, chunks),
+        {name: weights.read(name).clone() for name in weights.infos if kept(name)},
+        lambda: _sha256((name, weights.read(name)) for name in weights.infos if not kept(name)),
+    )
+
+
+def weights_sha256(checkpoint: Path) -> str:
+    """The checksum that `esm2mega inspect` prints as ``weights sha256``."""
+    reader = TensorReader(checkpoint)
+    names = (name for name in reader.index if not name.startswith("optimizer."))
+    return _sha256((name, reader.read(name)) for name in names)
+
+
+def _sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    whole = hashlib.sha256()
+    for name, tensor in tensors:
+        # As bytes: numpy has no bfloat16.
+        value = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        whole.update(f"{name} {hashlib.sha256(value.data).hexdigest()}\n".encode())
+    return whole.hexdigest()

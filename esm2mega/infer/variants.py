@@ -1,0 +1,174 @@
+"""Substitutions as they are written, ``A24G`` or ``A24G:D25N``, and the tables that hold them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from esm2mega.data.tokenizer import STANDARD_RESIDUES, VOCAB
+from esm2mega.errors import MachineError, UserError
+
+AMINO_ACIDS = "".join(sorted(VOCAB[i] for i in STANDARD_RESIDUES))
+"""The 20 standard residues in alphabetical order."""
+
+_SUBSTITUTION = re.compile(r"([A-Z])(-?\d+)([A-Z])")
+_DELIMITERS = ",\t;"
+
+
+class Substitution(NamedTuple):
+    """Residue `position` (from 0) of the wild type, `wild`, becomes `mutant`."""
+
+    position: int
+    wild: str
+    mutant: str
+
+
+Variant = tuple[Substitution, ...]
+
+
+def parse_variant(text: str, sequence: str, offset: int) -> Variant:
+    """Read one variant.
+
+    Args:
+        text: Substitutions with colons between them; letters of either case.
+        sequence: The wild type.
+        offset: Number of its first residue.
+
+    Raises:
+        UserError: Not of this form, outside of the sequence, not the wild type's residue, or a residue twice.
+    """
+    variant = []
+    for part in text.strip().upper().split(":"):
+        match = _SUBSTITUTION.fullmatch(part)
+        if match is None:
+            raise UserError(f"{text!r} is no variant; write A24G, or A24G:D25N for several substitutions")
+        wild, number, mutant = match[1], int(match[2]), match[3]
+        index = number - offset
+        if not 0 <= index < len(sequence):
+            raise UserError(
+                f"{part}: residue {number} is not in the sequence, whose {len(sequence)} residues are "
+                "numbered "
+                f"from {offset}; set --offset to the number of the first one"
+            )
+        if sequence[index] != wild:
+            raise UserError(
+                f"{part}: residue {number} of the sequence is {sequence[index]}, not {wild}; correct "
+                "it, or set "
+                f"--offset (now {offset}) to the number of the first residue"
+            )
+        if mutant not in VOCAB:
+            raise UserError(
+                f"{part}: {mutant} is no residue of ESM-2; the letters are {''.join(VOCAB[4:29])}"
+            )
+        variant.append(Substitution(index, wild, mutant))
+    if len({substitution.position for substitution in variant}) < len(variant):
+        raise UserError(f"{text!r} substitutes a residue twice; give each residue once")
+    return tuple(variant)
+
+
+def write_variant(variant: Variant, offset: int) -> str:
+    """Inverse of `parse_variant`."""
+    return ":".join(f"{s.wild}{s.position + offset}{s.mutant}" for s in variant)
+
+
+def single_substitutions(sequence: str) -> list[Variant]:
+    """Every standard residue of the sequence by each of the 19 others, in order."""
+    return [
+        (Substitution(index, wild, mutant),)
+        for index, wild in enumerate(sequence)
+        if wild in AMINO_ACIDS
+        for mutant in AMINO_ACIDS
+        if mutant != wild
+    ]
+
+
+def apply(variant: Variant, sequence: str) -> str:
+    """The mutant."""
+    letters = list(sequence)
+    for substitution in variant:
+        letters[substitution.position] = substitution.mutant
+    return "".join(letters)
+
+
+@dataclass
+class Table:
+    """A CSV in memory: rows as they were, with their line numbers for messages."""
+
+    path: Path
+    columns: list[str]
+    rows: list[list[str]]
+    lines: list[int]
+
+    def column(self, name: str, option: str) -> list[str]:
+        """The cells of a column; `option` is what names another one."""
+        if self.columns.count(name) != 1:
+            problem = "no" if name not in self.columns else "more than one"
+            raise UserError(
+                f"{self.path}: has {problem} column {name!r} among {', '.join(self.columns)}; name "
+                f"one with {option}"
+            )
+        index = self.columns.index(name)
+        return [row[index] for row in self.rows]
+
+    def place(self, row: int) -> str:
+        """Where a row stands."""
+        return f"{self.path}:{self.lines[row]}"
+
+
+def read_table(path: str | Path) -> Table:
+    """Read a CSV with a header; commas, tabs or semicolons, whichever the header has most of.
+
+    Raises:
+        UserError: Missing, empty, or with a row of another number of cells than the header.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            header = stream.readline()
+            delimiter = max(_DELIMITERS, key=header.count)
+            stream.seek(0)
+            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            columns = [name.strip() for name in next(reader, [])]
+            rows, lines = [], []
+            for row in reader:
+                if not row:
+                    continue
+                if len(row) != len(columns):
+                    raise UserError(
+                        f"{path}:{reader.line_num}: has {len(row)} cells, the header has {len(columns)}; "
+                        "put double quotes around a cell that holds the delimiter"
+                    )
+                rows.append(row)
+                lines.append(reader.line_num)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: is no CSV ({error}); give a table with a header line") from None
+    if not rows:
+        raise UserError(f"{path}: has no rows under a header; give a table of variants")
+    return Table(Path(path), columns, rows, lines)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV; it appears under its name when it is whole.
+
+    Raises:
+        MachineError: The disk is full, or the path cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(rows)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise MachineError(
+            f"{path}: cannot be written: {error.strerror or error}; choose another --out"
+        ) from error

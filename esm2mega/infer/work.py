@@ -1,0 +1,174 @@
+"""The growing output: a directory beside it that any later start can go on with.
+
+    OUT.partial/
+      prepared/       the token store of the input
+      manifest.json   what is being computed, and where the arrays lie; written when all places are reserved
+      arrays          the arrays; for HDF5 the very file that becomes the output
+      done.RANK       numbers of finished pieces, one a line, written when their rows are on the disk
+
+A kill at any time leaves pieces that are listed and whole, and others that are computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.errors import MachineError, UserError
+from esm2mega.infer.arrays import ArrayFile
+from esm2mega.infer.contents import Contents
+from esm2mega.infer.target import Target
+
+MOST_PIECE_TOKENS, LEAST_PIECE_TOKENS = 1 << 16, 1 << 12
+"""Tokens of a piece of the input, which is what processes share out, and what a kill costs each of them."""
+
+_PIECES = 64
+_SYNC_SHARE = 20
+"""Of this many parts of the time, at most one goes to waiting for the disk."""
+
+_MANIFEST, _ARRAYS = "manifest.json", "arrays"
+_SPARE_BYTES = 1 << 20
+
+
+def has_begun(target: Target) -> bool:
+    """Whether an earlier start left something to go on with."""
+    return (target.work_dir / _MANIFEST).is_file()
+
+
+@dataclass(frozen=True)
+class Work:
+    """One growing output."""
+
+    target: Target
+    contents: Contents
+
+    @property
+    def folder(self) -> Path:
+        return self.target.work_dir
+
+    @cached_property
+    def piece_numbers(self) -> npt.NDArray[np.int64]:
+        """The piece of each protein, ascending, ``[n]``: a function of the lengths alone."""
+        tokens = self.contents.lengths + 2
+        size = min(max(int(tokens.sum()) // _PIECES, LEAST_PIECE_TOKENS), MOST_PIECE_TOKENS)
+        return (np.cumsum(tokens) - tokens) // size
+
+    def proteins(self, piece: int) -> range:
+        """The proteins of a piece; none where one protein fills several."""
+        first, stop = np.searchsorted(self.piece_numbers, [piece, piece + 1])
+        return range(int(first), int(stop))
+
+    def begin(self) -> list[int]:
+        """Reserve all places, or take over those of an earlier start; one process calls this.
+
+        Returns:
+            The pieces that remain.
+
+        Raises:
+            UserError: The earlier start computed something else.
+            MachineError: The disk is too small.
+        """
+        manifest = self.folder / _MANIFEST
+        if manifest.is_file():
+            self._check_same(json.loads(manifest.read_text())["attributes"])
+        else:
+            (self.folder / _ARRAYS).unlink(missing_ok=True)
+            for journal in self.folder.glob("done.*"):
+                journal.unlink()
+            self._check_space()
+            offsets = self.target.create(self.folder / _ARRAYS, self.contents)
+            partial = manifest.with_suffix(".tmp")
+            partial.write_text(json.dumps({"attributes": self.contents.attributes, "offsets": offsets}))
+            os.replace(partial, manifest)
+        done = {int(line) for path in self.folder.glob("done.*") for line in _whole_lines(path)}
+        return [piece for piece in range(int(self.piece_numbers[-1]) + 1) if piece not in done]
+
+    def open_arrays(self) -> ArrayFile:
+        """The file of the arrays, in any process once `begin` has returned."""
+        offsets = json.loads((self.folder / _MANIFEST).read_text())["offsets"]
+        return ArrayFile(self.folder / _ARRAYS, self.contents.specs, offsets)
+
+    def finish(self) -> list[Path]:
+        """Give the output its name; one process calls this when all pieces are done."""
+        with self.open_arrays() as arrays:
+            arrays.sync()
+            made = self.target.finish(self.folder / _ARRAYS, self.contents, arrays)
+        shutil.rmtree(self.folder)
+        return made
+
+    def _check_same(self, earlier: dict[str, Any]) -> None:
+        differences = differing(earlier, self.contents.attributes)
+        if differences:
+            raise UserError(
+                f"{self.folder}: begun with other settings: {differences}; set them back, or begin "
+                "again with "
+                "--overwrite"
+            )
+
+    def _check_space(self) -> None:
+        needed = sum(spec.num_bytes for spec in self.contents.specs.values()) + _SPARE_BYTES
+        # Other formats than HDF5 are a copy of the arrays, which are removed afterwards.
+        needed *= 1 if self.target.format == "hdf5" else 2
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise MachineError(
+                f"{self.target.out}: needs {needed / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} GB "
+                "left; store "
+                "less (--include pooled, --dtype fp16) or choose another --out"
+            )
+
+
+class Journal:
+    """Notes finished pieces of this process, after bringing their rows to the disk; now and then, not each
+    time.
+    """
+
+    def __init__(self, folder: Path, rank: int, arrays: ArrayFile) -> None:
+        """Args: rank: of this process, which is the only one to write the file."""
+        self._path = folder / f"done.{rank}"
+        self._arrays = arrays
+        self._waiting: list[int] = []
+        self._next = time.monotonic()
+
+    def add(self, piece: int) -> None:
+        """All rows of a piece were written."""
+        self._waiting.append(piece)
+        if time.monotonic() >= self._next:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make what was added hold after any kill."""
+        began = time.monotonic()
+        self._arrays.sync()
+        with self._path.open("a") as stream:
+            # The line end in front separates from a line that a kill cut short.
+            stream.write("".join(f"\n{piece}\n" for piece in self._waiting))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._waiting = []
+        now = time.monotonic()
+        self._next = now + _SYNC_SHARE * (now - began)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that were written to their end."""
+    *lines, _ = path.read_text().split("\n")
+    return [line for line in lines if line]
+
+
+def differing(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings in which two starts differ, for a message; empty if they are the same."""
+    return ", ".join(
+        f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
+        for name in {**earlier, **now}
+        if earlier.get(name) != now.get(name)
+    )

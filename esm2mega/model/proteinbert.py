@@ -1,0 +1,74 @@
+"""What TAPE's and ProteinLM's protein BERTs have in place of ESM-2's parts.
+
+Both add learned positions to the tokens and have neither rotary positions nor token dropout. ProteinLM
+(`proteinbert_preln`) normalises before each block, as ESM-2. TAPE (`proteinbert_postln`) normalises after it.
+
+Post-LN is written with the names of pre-LN: each LayerNorm of TAPE belongs to the block that follows it, and
+the last one is the final LayerNorm. Then a block's residual is the output of its LayerNorm, not the input.
+
+Legend: ``T`` tokens of a pack, ``t`` tensor-parallel size, ``h`` hidden size, ``p`` positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from esm2mega.data.tokenizer import PAD
+from esm2mega.model.packed import PackedSequences
+
+
+class ProteinBertEmbedding(LanguageModelEmbedding):
+    """Megatron-Core's language-model embedding; positions count from 0 in each sequence of a pack."""
+
+    def __init__(self, config: Any, vocab_size: int, max_positions: int) -> None:
+        """Args: config: of the model. vocab_size: rows of the token table. max_positions: ``p``."""
+        super().__init__(config, vocab_size, max_positions, position_embedding_type="learned_absolute")
+        # The parent makes this table in fp32 whatever the model is.
+        self.position_embeddings.to(config.params_dtype)
+
+    def forward(self, input_ids: Tensor, packed: PackedSequences) -> Tensor:
+        """Embed a pack.
+
+        Args:
+            input_ids: int64 ``[T]``.
+            packed: Borders of the sequences, each of at most ``p`` tokens.
+
+        Returns:
+            ``[T, 1, h]``, or this rank's ``[T/t, 1, h]`` under sequence parallelism.
+        """
+        # The pad tail of a pack may be longer than the table; what it becomes concerns nobody.
+        positions = packed.positions().masked_fill(input_ids == PAD, 0)
+        return super().forward(input_ids.unsqueeze(0), positions.unsqueeze(0))
+
+
+class PostLayerNormLayer(TransformerLayer):
+    """A layer whose residuals are the outputs of its LayerNorms: ``y = LN(x)``, ``z = LN(y + attention(y))``,
+    ``z + mlp(z)``.
+
+    Megatron-Core has a switch for this, `apply_residual_connection_post_layernorm`, which no layer reads.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        packed_seq_params: PackedSequences,
+        rotary_pos_emb: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """``[T, 1, h] -> [T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism."""
+        normed = self.input_layernorm(hidden_states)
+        attention, bias = self.self_attention(
+            normed, None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
+        )
+        normed = self.pre_mlp_layernorm(normed + attention + bias)
+        output, bias = self.mlp(normed)
+        # A view would hold the whole graph of the layer in memory when the pipeline sends it on.
+        output = normed + output + bias
+        output = make_viewless_tensor(inp=output, requires_grad=output.requires_grad, keep_graph=True)
+        return output, None

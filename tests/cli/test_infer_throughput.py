@@ -1,0 +1,64 @@
+"""The benchmark of embedding: its batches are those it claims, and all contenders are measured."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.infer_models import random_proteins, write_fasta
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "infer_throughput.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    pytest.importorskip("transformers")
+    pytest.importorskip("esm")
+    spec = importlib.util.spec_from_file_location("infer_throughput", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fasta(tmp_path):
+    lengths = [5, 900, 44, 700, 60, 31, 300, 299, 12, 1000, 20, 77]
+    return write_fasta(tmp_path / "p.fasta", [(f"p{i}", s) for i, s in enumerate(random_proteins(lengths))])
+
+
+def test_batches_are_those_of_extract(benchmark, fasta):
+    """fair-esm's own code, which the script does not call since it wants sequences as text."""
+    import esm
+
+    proteins = benchmark.draw_proteins(fasta, 0, 1022, seed=1)
+    dataset = esm.FastaBatchedDataset(list(map(str, range(12))), ["A" * len(p) for p in proteins])
+    theirs = dataset.get_batch_indices(benchmark.PADDED_TOKENS, extra_toks_per_seq=1)
+    assert benchmark.padded_batches(proteins, extra=1) == theirs
+    assert len(theirs) > 1
+
+
+def test_padding_keeps_the_residues(benchmark, fasta):
+    proteins = benchmark.draw_proteins(fasta, 6, 40, seed=1)
+    ids = benchmark.pad(proteins)
+    assert ids.shape == (6, max(map(len, proteins)) + 2)
+    for row, residues in zip(ids, proteins, strict=True):
+        assert np.array_equal(row[row != 1][1:-1], residues)
+
+
+def test_all_contenders_are_measured(benchmark, fasta, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    arguments = [str(fasta), "--size", "tiny", "--proteins", "4", "--max-residues", "30", "--rounds", "2"]
+    try:
+        benchmark.main([*arguments, "--threads", "1", "--json", str(tmp_path / "out.json")])
+    finally:
+        torch.set_num_threads(threads)
+    written = json.loads((tmp_path / "out.json").read_text())["tokens_per_second"]
+    assert set(written) == {"fp32", "bf16"}
+    assert all(list(rates) == ["fair-esm", "hf-sorted", "esm2mega"] for rates in written.values())
+    assert all(len(r) == 2 and min(r) > 0 for rates in written.values() for r in rates.values())
+    assert "esm2mega is" in capsys.readouterr().out

@@ -1,0 +1,42 @@
+"""Run by four ranks: a foreign directory read directly, and its conversion read by Megatron-Core, give each
+rank the same share of the model at TP2 x PP2.
+
+Arguments: the foreign directory, the converted checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from esm2mega.checkpoint import layout
+from esm2mega.config.schema import ParallelConfig
+from esm2mega.convert.into_model import load_initial_weights
+from esm2mega.model.build import build_model
+from esm2mega.parallel.initialize import process_groups
+
+
+def main() -> None:
+    foreign, converted = map(Path, sys.argv[1:])
+    config = layout.read_config(converted).model
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with process_groups(parallel, seed=1) as ranks:
+        shares = []
+        for seed, path in enumerate((foreign, converted)):
+            # Other initial weights for each: what a loader leaves out would differ.
+            model = build_model(config, parallel, ranks.device, seed)
+            assert load_initial_weights(path, config, model).keys() == {
+                "contact_head.regression.weight",
+                "contact_head.regression.bias",
+            }
+            shares.append({**dict(model[0].named_parameters()), **dict(model[0].named_buffers())})
+        assert shares[0].keys() == shares[1].keys()
+        for name, value in shares[0].items():
+            assert torch.equal(value, shares[1][name]), name
+            print(f"{name} {list(value.shape)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Configurations of Hugging Face that mean another model, and the forms of one that mean the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from esm2mega.convert import hf
+from esm2mega.convert.convert import convert
+from esm2mega.convert.formats import open_weights
+from esm2mega.convert.vocabulary import check_vocabulary, write_tokenizer
+from esm2mega.errors import UserError
+from tests import foreign
+
+CONFIG = foreign.HF_CONFIG
+
+
+def test_absent_epsilon_is_that_of_the_class() -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "layer_norm_eps"}
+    assert hf.describe(Path("c"), config).layernorm_epsilon == 1e-12
+    assert hf.describe(Path("c"), CONFIG).layernorm_epsilon == 1e-5
+    assert hf.config_of(hf.describe(Path("c"), CONFIG))["layer_norm_eps"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_embedding_type": None}, "position_embedding_type is 'absolute'; ESM-2 has 'rotary'"),
+        ({"token_dropout": None}, "token_dropout is False; ESM-2 has True"),
+        ({"emb_layer_norm_before": True}, "emb_layer_norm_before is True"),
+        ({"is_folding_model": True}, "is_folding_model is True"),
+        ({"vocab_size": 64}, "vocab_size is 64; ESM-2 has 33"),
+        ({"mask_token_id": 4}, "mask_token_id is 4; ESM-2 has 32"),
+        ({"rope_theta": 500.0}, "rope_theta is 500.0"),
+        ({"num_attention_heads": 7}, "hidden_size=48 does not divide into 7 heads"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers is '4', not a positive number"),
+        ({"layer_norm_eps": "tiny"}, "layer_norm_eps is 'tiny', not a number"),
+    ],
+)
+def test_other_models_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        hf.describe(Path("config.json"), {**CONFIG, **change})
+
+
+def test_a_permuted_vocabulary_is_refused(tmp_path: Path) -> None:
+    """Every shape fits; only the words tell."""
+    write_tokenizer(tmp_path)
+    check_vocabulary(tmp_path)
+    words = (tmp_path / "vocab.txt").read_text().split()
+    words[4], words[5] = words[5], words[4]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    with pytest.raises(UserError, match="not the vocabulary of ESM-2 .differs from id 4 on."):
+        check_vocabulary(tmp_path)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    pytest.importorskip("esm", reason="fair-esm is not installed: pip install esm2mega[dev]")
+    return foreign.write_hf(foreign.truth(torch.float32, "fp16"), tmp_path)
+
+
+def assert_same(first: Path, second: Path) -> None:
+    a, b = open_weights(first), open_weights(second)
+    assert a.infos == b.infos
+    assert all(torch.equal(a.read(name), b.read(name)) for name in a.infos)
+
+
+def test_pickled_and_sharded_directories(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "SHARD_BYTES", 50_000)
+    convert(directory, tmp_path / "sharded", "hf")
+    assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 5
+    assert_same(directory, tmp_path / "sharded")
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    stored = load_file(directory / "model.safetensors")
+    assert index["weight_map"].keys() == stored.keys()
+    assert index["metadata"]["total_size"] == sum(x.numel() * 4 for x in stored.values())
+
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text((directory / "config.json").read_text())
+    torch.save(stored, pickled / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_same(directory, pickled)
+
+    (tmp_path / "sharded" / "model-00003-of-00014.safetensors").unlink(missing_ok=True)
+    for path in list((tmp_path / "sharded").glob("model-00002-of-*")):
+        path.unlink()
+    with pytest.raises(UserError, match="model-0000[23]-of-.*, which is missing; copy all shards"):
+        open_weights(tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("architecture", ["EsmModel", "EsmForSequenceClassification"])
+def test_models_without_the_head_are_refused(directory: Path, architecture: str) -> None:
+    state = load_file(directory / "model.safetensors")
+    state = {name: value for name, value in state.items() if not name.startswith("lm_head.")}
+    if architecture == "EsmModel":
+        state = {name.removeprefix("esm."): value for name, value in state.items()}
+    else:
+        state["classifier.out_proj.weight"] = torch.zeros(2, foreign.H)
+    save_file(state, directory / "model.safetensors")
+    with pytest.raises(UserError, match="has no masked-language-model head"):
+        open_weights(directory)
+
+
+def test_a_file_cut_short_is_one_line(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        open_weights(directory)

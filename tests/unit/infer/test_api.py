@@ -1,0 +1,73 @@
+"""`esm2mega.load`: values are those of Hugging Face, and the same bits in any company."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import esm2mega
+from esm2mega.errors import UserError
+from tests.infer_models import Reference, random_proteins
+
+PROTEINS = random_proteins([1, 2, 3, 17, 46, 120, 126, 77, 33, 5, 64, 62], seed=5)
+
+
+def test_importing_brings_no_torch() -> None:
+    code = "import esm2mega, sys; assert not {'torch', 'numpy'} & set(sys.modules); esm2mega.load"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        esm2mega.lod  # noqa: B018
+
+
+def test_values_and_shapes(reference: Reference) -> None:
+    with esm2mega.load(reference.checkpoint) as model:
+        states = model.embed(PROTEINS, layers=[0, 1, -1])
+        pooled = model.embed(PROTEINS, layers=1, pooling="mean")
+        assert pooled.shape == (len(PROTEINS), 48) and pooled.dtype == np.float32
+        for number, sequence in enumerate(PROTEINS):
+            hidden = reference.run(sequence).hidden_states
+            for layer in (0, 1, -1):
+                expected = hidden[layer][0, 1:-1].numpy()
+                assert np.abs(states[layer][number] - expected).max() <= 1e-5 * np.abs(expected).max()
+            assert (
+                np.abs(pooled[number] - hidden[1][0, 1:-1].mean(0).numpy()).max()
+                < 1e-5 * np.abs(pooled).max()
+            )
+        # Two models at a time share the process groups.
+        with esm2mega.load(reference.checkpoint, precision="bf16") as other:
+            assert other.logits(["MKT"])[0].shape == (3, 33)
+        assert model.contacts(["MKT"])[0].shape == (3, 3)
+        assert model.embed([]) == []
+        with pytest.raises(UserError, match="not one string"):
+            model.embed("MKT")
+    with pytest.raises(UserError, match="was closed"):
+        model.logits(["MKT"])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_bits_alone_in_any_pack_and_in_any_order(reference: Reference, threads: int) -> None:
+    """Every hidden state, logit and contact, fp32 on the CPU with the same number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with esm2mega.load(reference.checkpoint) as model:
+
+            def values(proteins: list[str]) -> list[list[np.ndarray]]:
+                states = model.embed(proteins, layers=[0, 1, 2, 3, 4])
+                columns = [*states.values(), model.logits(proteins), model.contacts(proteins)]
+                return [list(column) for column in zip(*columns, strict=True)]
+
+            together = values(PROTEINS)
+            rng = np.random.default_rng(1)
+            for _ in range(3):
+                order = rng.permutation(len(PROTEINS))[: rng.integers(2, len(PROTEINS))].tolist()
+                for number, found in zip(order, values([PROTEINS[i] for i in order]), strict=True):
+                    assert all(map(np.array_equal, found, together[number]))
+            for number, sequence in enumerate(PROTEINS):
+                assert all(map(np.array_equal, values([sequence])[0], together[number]))
+    finally:
+        torch.set_num_threads(before)

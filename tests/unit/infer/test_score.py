@@ -1,0 +1,191 @@
+"""Scores against loops over Hugging Face's model, one masked protein at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import esm2mega
+from esm2mega.data.tokenizer import MASK, STANDARD_RESIDUES, VOCAB
+from esm2mega.errors import UserError
+from esm2mega.infer.proteingym import read_reference, score_assays
+from esm2mega.infer.score import ScoreOptions, WildType, draw_scan, score_file
+from esm2mega.infer.variants import AMINO_ACIDS, read_table
+from esm2mega.infer.windows import optimal
+from tests.infer_models import MAX_SEQ_LENGTH, Reference, ids_of, random_proteins
+
+# Absolute, in nats: fp32 logits of a random model of some 10 nats, differences of log-probabilities.
+BOUND = 1e-4
+
+SEQUENCE, LONG = random_proteins([60, 286], seed=12)
+
+
+def masked_table(reference: Reference, sequence: str, letters: list[int] | None = None) -> torch.Tensor:
+    """log p at every residue when it alone is masked, each in its own window: ``[L, 33]`` fp64."""
+    rows = []
+    for residue in range(len(sequence)):
+        window = optimal(residue, len(sequence), MAX_SEQ_LENGTH)
+        ids = ids_of(sequence)
+        ids[0, residue + 1] = MASK
+        logits = (
+            reference.run_ids(ids[:, window.start : window.stop])
+            .logits[0, residue + 1 - window.start]
+            .double()
+        )
+        if letters is not None:
+            outside = [token for token in range(33) if token not in letters]
+            logits[outside] = -torch.inf
+        rows.append(logits.log_softmax(-1))
+    return torch.stack(rows)
+
+
+def scores(checkpoint: Path, out: Path, **changes: object) -> dict[str, float]:
+    sequence = str(changes.pop("sequence", SEQUENCE))
+    variants = changes.pop("variants", None)
+    options = ScoreOptions(**changes)  # type: ignore[arg-type]
+    score_file(str(checkpoint), [WildType("w", sequence)], variants, str(out), options)  # type: ignore[arg-type]
+    table = read_table(out)
+    cells = zip(table.column("mutant", ""), table.column("score", ""), strict=True)
+    return {mutant: float(score) for mutant, score in cells}
+
+
+def test_masked_scan_of_286_residues(reference: Reference, tmp_path: Path) -> None:
+    """All 5,434 substitutions, through windows of 128 tokens."""
+    found = scores(reference.checkpoint, tmp_path / "scan.csv", sequence=LONG)
+    table = masked_table(reference, LONG)
+    assert len(found) == 5434 == 286 * 19
+    for residue, wild in enumerate(LONG):
+        for mutant in AMINO_ACIDS.replace(wild, ""):
+            expected = table[residue, VOCAB.index(mutant)] - table[residue, VOCAB.index(wild)]
+            assert abs(found[f"{wild}{residue + 1}{mutant}"] - float(expected)) < BOUND
+
+
+@pytest.fixture(scope="module")
+def variants_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("variants") / "variants.csv"
+    w = SEQUENCE
+    rows = [f"{w[0]}24A,1.5", f"{w[3]}27W:{w[30]}54C,-0.25", f"{w[59]}83M:{w[1]}25Y,", f"{w[8]}32H,0.5"]
+    path.write_text("mutant,DMS_score\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def parsed(path: Path) -> list[tuple[str, list[tuple[int, str, str]]]]:
+    texts = read_table(path).column("mutant", "")
+    return [(t, [(int(p[1:-1]) - 24, p[0], p[-1]) for p in t.split(":")]) for t in texts]
+
+
+@pytest.mark.parametrize("strategy", ["wt-marginals", "masked-marginals"])
+@pytest.mark.parametrize("normalization", ["vocabulary", "residues"])
+def test_marginals_add_up_over_substitutions(
+    reference: Reference, variants_csv: Path, tmp_path: Path, strategy: str, normalization: str
+) -> None:
+    out = tmp_path / "out.csv"
+    found = scores(
+        reference.checkpoint,
+        out,
+        variants=str(variants_csv),
+        strategy=strategy,
+        normalization=normalization,
+        offset=24,
+    )
+    letters = list(STANDARD_RESIDUES) if normalization == "residues" else None
+    if strategy == "masked-marginals":
+        table = masked_table(reference, SEQUENCE, letters)
+    else:
+        table = reference.run(SEQUENCE).logits[0, 1:-1].double().log_softmax(-1)
+    for text, substitutions in parsed(variants_csv):
+        expected = sum(
+            float(table[i, VOCAB.index(m)] - table[i, VOCAB.index(w)]) for i, w, m in substitutions
+        )
+        assert abs(found[text] - expected) < BOUND
+    assert out.read_text().splitlines()[0] == "mutant,DMS_score,score"
+
+
+def test_pseudo_likelihood_covers_every_residue_of_the_mutant(
+    reference: Reference, variants_csv: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    found = scores(reference.checkpoint, out, variants=str(variants_csv), strategy="pseudo-ppl", offset=24)
+    for text, substitutions in parsed(variants_csv):
+        mutant = list(SEQUENCE)
+        for i, _, letter in substitutions:
+            mutant[i] = letter
+        table = masked_table(reference, "".join(mutant))
+        expected = sum(float(table[i, VOCAB.index(letter)]) for i, letter in enumerate(mutant))
+        assert abs(found[text] - expected) < 1e-3  # a sum of 60 terms
+
+
+def test_normalization_over_20_residues_is_of_these_20(reference: Reference, tmp_path: Path) -> None:
+    with esm2mega.load(reference.checkpoint) as model:
+        variant = f"{SEQUENCE[5]}6{'A' if SEQUENCE[5] != 'A' else 'G'}"
+        found = model.score(SEQUENCE, [variant], strategy="pseudo-ppl", normalize="residues")[variant]
+        table = masked_table(reference, SEQUENCE[:5] + variant[-1] + SEQUENCE[6:], list(STANDARD_RESIDUES))
+        mutant = SEQUENCE[:5] + variant[-1] + SEQUENCE[6:]
+        expected = sum(float(table[i, VOCAB.index(letter)]) for i, letter in enumerate(mutant))
+        assert abs(found - expected) < 1e-3
+        with pytest.raises(UserError, match="X has no probability among the 20 residues"):
+            model.score("MKX", ["X3A"], normalize="residues")
+
+
+def test_several_wild_types_and_measured_values(reference: Reference, tmp_path: Path) -> None:
+    from scipy.stats import spearmanr
+
+    proteins = [WildType("one", "MKTAYIAKQR"), WildType("two", "GSHMLEDPVE")]
+    table = tmp_path / "v.csv"
+    rows = ["two,G1A,3", "one,M1A,1", "two,S2C,2.5", "one,K2N,nan", "two,E10K,0"]
+    table.write_text("id,mutant,fitness\n" + "\n".join(rows) + "\n")
+    out = tmp_path / "out.csv"
+    options = ScoreOptions(measured_column="fitness", strategy="wt-marginals")
+    report = score_file(str(reference.checkpoint), proteins, str(table), str(out), options)
+    written = read_table(out)
+    assert [row[:2] for row in written.rows] == [row.split(",")[:2] for row in rows]
+    values = [float(text) for text in written.column("score", "")]
+    with esm2mega.load(reference.checkpoint) as model:
+        assert model.score("GSHMLEDPVE", ["S2C"], strategy="wt-marginals")["S2C"] == pytest.approx(
+            values[2], abs=1e-5
+        )
+    kept = [0, 1, 2, 4]
+    expected = spearmanr([3, 1, 2.5, 0], [values[i] for i in kept]).statistic
+    assert report[1] == f"Spearman with fitness: {expected:.4f} over 4 variants"
+    assert report[2] == "1 variants have no number in fitness"
+    with pytest.raises(UserError, match=r"v.csv:3: M1A: residue 1 of the sequence is G"):
+        score_file(str(reference.checkpoint), [WildType("x", "GSHM")], str(table), str(out), options)
+    with pytest.raises(UserError, match=r"v.csv:3: there is no protein 'one'"):
+        score_file(
+            str(reference.checkpoint), [proteins[1], WildType("z", "MK")], str(table), str(out), options
+        )
+
+
+def test_heat_map_of_a_scan(reference: Reference, tmp_path: Path) -> None:
+    options = ScoreOptions(strategy="wt-marginals", offset=24)
+    protein = WildType("w", "MKTXY")
+    report = score_file(str(reference.checkpoint), [protein], None, str(tmp_path / "s.csv"), options)
+    assert "76 single substitutions" in report[0] and "1 residues other than the 20" in report[1]
+    draw_scan(str(tmp_path / "s.png"), protein, str(tmp_path / "s.csv"), options)
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_proteingym_layout(reference: Reference, tmp_path: Path) -> None:
+    (tmp_path / "assays").mkdir()
+    assays = {"A_X": "MKTAYIAKQR", "B_Y": "GSHMLEDPVE"}
+    header = "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type\n"
+    rows = [
+        f"{name},{name}.csv,P_{name[0]},{sequence},{name[0]}ctivity\n" for name, sequence in assays.items()
+    ]
+    (tmp_path / "reference.csv").write_text(header + "".join(rows))
+    for name, w in assays.items():
+        lines = [f"{w[i]}{i + 1}W:{w[i + 1]}{i + 2}C,x,{i * i % 7}\n" for i in range(0, 8)]
+        (tmp_path / "assays" / f"{name}.csv").write_text(
+            "mutant,mutated_sequence,DMS_score\n" + "".join(lines)
+        )
+    found = read_reference(str(tmp_path / "reference.csv"), str(tmp_path / "assays"))
+    options = ScoreOptions(strategy="wt-marginals")
+    first = score_assays(str(reference.checkpoint), found, str(tmp_path / "out"), options)
+    summary = read_table(tmp_path / "out" / "summary.csv")
+    mean = sum(map(float, summary.column("spearman", ""))) / 2
+    assert first[-1].endswith(f"2 assays, mean Spearman {mean:.4f}")
+    stamps = [(tmp_path / "out" / f"{name}.csv").stat().st_mtime_ns for name in assays]
+    assert score_assays(str(reference.checkpoint), found, str(tmp_path / "out"), options) == first
+    assert stamps == [(tmp_path / "out" / f"{name}.csv").stat().st_mtime_ns for name in assays]
