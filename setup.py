@@ -40,6 +40,7 @@ DEV = [
     # References that the parity tests compare with.
     "transformers>=5.23",
     "fair-esm==2.0.0",
+    "tape-proteins==0.5",
     "dnaio>=1.2",
     "scipy>=1.11",
     "scikit-learn>=1.4",

@@ -311,7 +311,7 @@ def inspect(path: str) -> None:
 @click.option(
     "--layouts",
     metavar="GROUP|random:N",
-    help="ci, more, resume, bf16 (several with commas), all, or N random ones; by default all.",
+    help="ci, more, resume, bf16, families (several with commas), all, or random:N; by default all.",
 )
 @click.option("--row", metavar="NAME", help="One row of the groups, as the table names it.")
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")

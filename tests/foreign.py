@@ -163,14 +163,17 @@ def fused(state: dict[str, Tensor], layer: int, part: str) -> Tensor:
     return torch.cat([x[a * d : (a + 1) * d] for a in range(A) for x in (q, k, v)])
 
 
-def write_te(reference: Truth, folder: Path, interleaved: bool = True, rows: int = 33) -> Path:
-    """NVIDIA's recipe: fused by head or concatenated, with `rows` rows of vocabulary."""
+def write_te(
+    reference: Truth, folder: Path, interleaved: bool = True, rows: int = 33, prefix: str = "model."
+) -> Path:
+    """NVIDIA's recipe: fused by head or concatenated, with `rows` rows of vocabulary; `prefix` is ``esm.``
+    before 2026-03.
+    """
     old, path = reference.state, folder / "te"
     path.mkdir()
     lowest = torch.finfo(old["lm_head.bias"].dtype).min
     table = torch.cat((old["embed_tokens.weight"], old["embed_tokens.weight"].new_zeros(rows - 33, H)))
     bias = torch.cat((old["lm_head.bias"], old["lm_head.bias"].new_full((rows - 33,), lowest)))
-    prefix = "model." if interleaved else "esm."
     new = {
         f"{prefix}embeddings.word_embeddings.weight": table,
         "lm_head.decoder.bias": bias,

@@ -19,7 +19,7 @@ from esm2mega.convert.hf import open_tensors
 from esm2mega.convert.nemo1 import open_archive
 from esm2mega.convert.nemo2 import open_directory
 from esm2mega.convert.prepared import Prepare, Source, by_head, json_config
-from esm2mega.convert.reference import Affine, Block, PlainModel
+from esm2mega.convert.reference import Affine, Block, PlainModel, classifier
 from esm2mega.convert.stores import TensorStore
 
 
@@ -68,6 +68,8 @@ def _hf(path: Path, prepare: Prepare) -> PlainModel:
         )
 
     heads = config["num_attention_heads"]
+    is_masked_lm = "lm_head.bias" in store.infos
+    kind = "token" if "classifier.weight" in store.infos else "sequence"
     stored = [name for name in store.infos if name.endswith("inv_freq")]
     return PlainModel(
         num_layers=config["num_hidden_layers"],
@@ -76,9 +78,10 @@ def _hf(path: Path, prepare: Prepare) -> PlainModel:
         block=block,
         table=source.tensor(f"{stem}embeddings.word_embeddings.weight"),
         final_norm=source.affine(f"{stem}encoder.emb_layer_norm_after"),
-        head_dense=source.affine("lm_head.dense"),
-        head_norm=source.affine("lm_head.layer_norm"),
-        head_bias=source.tensor("lm_head.bias"),
+        head_dense=source.affine("lm_head.dense") if is_masked_lm else None,
+        head_norm=source.affine("lm_head.layer_norm") if is_masked_lm else None,
+        head_bias=source.tensor("lm_head.bias") if is_masked_lm else None,
+        classifier=None if is_masked_lm else classifier(source.tensor, kind),
         inv_freq=store.read(stored[0]).float() if stored else _formula(config["hidden_size"] // heads),
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from esm2mega.convert.esm2mega import default_dtype
-from esm2mega.convert.formats import load_format, open_weights
+from esm2mega.convert.formats import WITH_CLASSIFIERS, load_format, open_weights
 from esm2mega.convert.weights import Description, Notes, dtype_name
 from esm2mega.errors import UserError
 
@@ -34,6 +34,7 @@ class Conversion:
     description: Description
     num_tensors: int
     notes: Notes
+    drop: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """A report for the reader: everything that is not a tensor moved as it was."""
@@ -44,10 +45,7 @@ class Conversion:
             f"FFN {shape.ffn_hidden_size}, {dtype_name(self.description.dtype)}, "
             f"LayerNorm epsilon {self.description.layernorm_epsilon:g}, {self.description.activation}; "
             f"{self.num_tensors} tensors",
-            *(f"dropped: {line}" for line in self.notes.dropped),
-            *(f"filled:  {line}" for line in self.notes.filled),
-            *(f"changed: {line}" for line in self.notes.changed),
-            *(f"kept:    {line}" for line in self.notes.kept),
+            *self.notes.lines(),
         ]
 
 
@@ -82,6 +80,12 @@ def convert(
             f"{source}: holds a model of family {weights.description.family}; {to} holds "
             f"{' or '.join(writer.FAMILIES)}, which compute something else"
         )
+    classifier = weights.description.classifier
+    if classifier is not None and to not in WITH_CLASSIFIERS:
+        raise UserError(
+            f"{source}: holds a {classifier.kind} classifier, for which {to} has no place; "
+            "--drop 'classifier.*' leaves it out"
+        )
     wanted = DTYPES[dtype] if dtype is not None else weights.description.dtype
     if to == "esm2mega" and dtype is None:
         wanted = default_dtype(wanted)
@@ -103,6 +107,7 @@ def convert(
         weights.description,
         len(weights.infos),
         weights.notes,
+        tuple(drop),
     )
 
 

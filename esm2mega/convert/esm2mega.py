@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS, shape_of
 from esm2mega.config.schema import DataConfig, Run
+from esm2mega.convert.classifiers import find_classifier
 from esm2mega.convert.mapping import (
+    CLASSIFIER,
     CONTACT_HEAD,
     FINAL_NORM,
     FREQUENCIES,
@@ -91,11 +93,17 @@ def read(path: Path, drop: Sequence[str] = ()) -> Weights:
     auxiliary = checkpoint / AUXILIARY
     extra = [SafetensorsStore(auxiliary, [auxiliary])] if auxiliary.exists() else []
     store = JoinedStore(checkpoint, [DistributedStore(checkpoint, layout.MODEL), *extra])
+    if find_classifier(checkpoint, store.infos, {}, drop) is not None:
+        settings = (layout.read_state(checkpoint).get("origin") or {}).get("classifier") or {}
+        classifier = find_classifier(checkpoint, store.infos, settings, drop)
+        description = replace(description, classifier=classifier)
     return from_store(store, _names(description), description, drop=drop)
 
 
 def _names(description: Description) -> NameTable:
-    return NAMES if description.family == "esm2" else BERT_NAMES
+    table = NAMES if description.family == "esm2" else BERT_NAMES
+    classifier = description.classifier
+    return table if classifier is None else NameTable((*table.rows, *classifier.rows()))
 
 
 def write(weights: Weights, path: Path) -> None:
@@ -124,7 +132,8 @@ def write(weights: Weights, path: Path) -> None:
 
 def is_auxiliary(description: Description) -> Callable[[str], bool]:
     """Which tensors a model of this kind is not made of: they are kept beside it."""
-    prefixes = (CONTACT_HEAD, POOLER) if description.final_layernorm else (CONTACT_HEAD, POOLER, FINAL_NORM)
+    always = (CONTACT_HEAD, POOLER, CLASSIFIER)
+    prefixes = always if description.final_layernorm else (*always, FINAL_NORM)
     return lambda name: name.startswith(prefixes)
 
 
@@ -170,6 +179,8 @@ def default_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _state(weights: Weights) -> dict[str, Any]:
     """``train_state.json``: nothing has been trained here, so there is nothing to resume."""
+    classifier = weights.description.classifier
+    settings = {} if classifier is None else {"classifier": dict(classifier.settings)}
     return {
         "step": 0,
         "valid_loss": None,
@@ -177,5 +188,5 @@ def _state(weights: Weights) -> dict[str, Any]:
         "data": None,
         "schedule": None,
         "token_counts": None,
-        "origin": {**weights.origin, **asdict(weights.notes)},
+        "origin": {**weights.origin, **asdict(weights.notes), **settings},
     }

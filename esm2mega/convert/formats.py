@@ -29,6 +29,10 @@ READABLE = {
 WRITABLE = ("esm2mega", "hf", "fair-esm", "te", "cerebras", "tape", "proteinlm")
 
 
+WITH_CLASSIFIERS = ("esm2mega", "hf")
+"""Formats with a place for a head beside that of masked language modelling."""
+
+
 class Format(Protocol):
     """What the module of each format offers; `write` and `FAMILIES`, of models that it can hold, only those
     in `WRITABLE`.

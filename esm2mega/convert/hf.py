@@ -1,4 +1,5 @@
-"""Hugging Face: a directory with ``config.json`` and the tensors of an ``EsmForMaskedLM``.
+"""Hugging Face: a directory with ``config.json`` and the tensors of an ``EsmForMaskedLM``, or of a
+classification model (see `esm2mega.convert.classifiers`).
 
 Names and config keys: transformers 4.30 to 5.23, ``models/esm/modeling_esm.py``. Rotary frequencies are
 stored once per layer by transformers up to 5.5, once under a name with a literal asterisk by later ones;
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,19 @@ from torch import Tensor
 
 from esm2mega.config.presets import ModelShape
 from esm2mega.convert import pickles
+from esm2mega.convert.classifiers import (
+    classifier_table,
+    config_of_classifier,
+    find_classifier,
+    with_lm_head,
+    without_lm_head,
+)
 from esm2mega.convert.mapping import (
+    CLASSIFIER,
     CONTACT_HEAD,
     FREQUENCIES,
     LAYER,
+    LM_HEAD,
     OUTPUT_BIAS,
     QKV,
     REPEATED,
@@ -97,10 +108,22 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read(path: Path, drop: Sequence[str] = ()) -> Weights:
     """Read a directory of safetensors (also sharded) or ``pytorch_model.bin``."""
-    description = describe(path / "config.json", read_config(path))
+    config = read_config(path)
+    description = describe(path / "config.json", config)
     check_vocabulary(path)
     store = open_tensors(path)
-    return from_store(store, NAMES, description, _normal_names(store, description.shape), drop)
+    names = _normal_names(store, description.shape)
+    if any(name.startswith(LM_HEAD) for name in names):
+        return from_store(store, NAMES, description, names, drop)
+    classifier = find_classifier(path, store.infos, config, drop)
+    if classifier is None:
+        raise UserError(
+            f"{path}: has neither a masked-language-model head (lm_head.*) nor a classifier (classifier.*); "
+            "bare models are not converted"
+        )
+    description = replace(description, classifier=classifier)
+    table = classifier_table(NAMES, classifier)
+    return with_lm_head(from_store(store, table, description, names, drop))
 
 
 def describe(file: Path, config: dict[str, Any]) -> Description:
@@ -153,7 +176,7 @@ def open_tensors(directory: Path) -> TensorStore:
 def _normal_names(store: TensorStore, shape: ModelShape) -> dict[str, str]:
     """Names of the table to stored names: other prefixes, other spellings, frequencies stored once."""
     bare = not any(name.startswith("esm.") for name in store.infos)
-    heads = ("lm_head.", "classifier.")
+    heads = (LM_HEAD, CLASSIFIER)
     names: dict[str, str] = {}
     for stored in store.infos:
         name = f"esm.{stored}" if bare and not stored.startswith(heads) else stored
@@ -162,11 +185,6 @@ def _normal_names(store: TensorStore, shape: ModelShape) -> dict[str, str]:
         if name in names:
             raise UserError(f"{store.place}: holds {name} twice, as {names[name]} and as {stored}")
         names[name] = stored
-    if not any(name.startswith("lm_head.") for name in names):
-        raise UserError(
-            f"{store.place}: has no masked-language-model head (lm_head.*); "
-            "this version converts EsmForMaskedLM, not bare or classification models"
-        )
     for once in _OTHER_FREQUENCIES:
         if once in names:
             stored = names.pop(once)
@@ -178,17 +196,19 @@ def write(weights: Weights, path: Path) -> None:
     """Write a directory that ``AutoModelForMaskedLM`` and ``AutoTokenizer`` load without a network."""
     if weights.description.activation != "gelu":
         weights.notes.changed.append("feed-forward GELU: tanh in the source, erf in EsmForMaskedLM")
-    weights = with_contact_head(weights)
-    wanted = outputs(weights, NAMES)
+    weights, table, config = with_contact_head(weights), NAMES, config_of(weights.description)
+    if (classifier := weights.description.classifier) is not None:
+        weights, table = without_lm_head(weights, classifier), classifier_table(NAMES, classifier)
+        config |= config_of_classifier(weights, classifier)
+    wanted = outputs(weights, table)
     infos = {name: output.info for name, output in wanted.items()}
     write_sharded(path, infos, OutputReader(weights, wanted), SHARD_BYTES)
-    config = json.dumps(config_of(weights.description), indent=2)
-    (path / "config.json").write_text(config + "\n")
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_tokenizer(path)
 
 
 def config_of(description: Description) -> dict[str, Any]:
-    """``config.json``: every key whose default is not that of ESM-2 is written out."""
+    """``config.json`` of a masked language model: every key whose default is not that of ESM-2 is there."""
     shape = description.shape
     return {
         "architectures": ["EsmForMaskedLM"],

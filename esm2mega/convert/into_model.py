@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from esm2mega.errors import UserError
 
 
 def load_initial_weights(path: Path, config: ModelConfig, model: Sequence[Any]) -> dict[str, Tensor]:
-    """Fill the model from a checkpoint in any format; every rank calls this and reads what it needs.
+    """Fill the model from a checkpoint in any format; every rank calls this and reads what it needs. What is
+    not carried over as it is gets a line on rank 0.
 
     Args:
         path: What `init_from` names.
@@ -43,6 +46,8 @@ def load_initial_weights(path: Path, config: ModelConfig, model: Sequence[Any]) 
         load_weights(checkpoint, model)
         return read_auxiliary(checkpoint)
     weights = open_weights(path)
+    if os.environ.get("RANK", "0") == "0" and weights.notes.lines():
+        print("\n".join(f"init_from {line}" for line in weights.notes.lines()), file=sys.stderr)
     found, description = ModelConfig(), weights.description
     for key, value in description.shape._asdict().items():
         setattr(found, key, value)

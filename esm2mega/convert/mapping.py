@@ -7,8 +7,9 @@ token table and the output bias with 33 rows, and the auxiliary tensors (see `es
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ TABLE = "embedding.word_embeddings.weight"
 OUTPUT_BIAS = "output_layer.bias"
 FREQUENCIES = "rotary.inv_freq"
 CONTACT_HEAD = "contact_head.regression."
+CLASSIFIER = "classifier."
+LM_HEAD = "lm_head."
 POSITIONS = "embedding.position_embeddings.weight"
 POOLER = "pooler.dense."
 FINAL_NORM = "encoder.final_layernorm."
@@ -199,12 +202,46 @@ def _fill(theirs: str | tuple[str, ...], placeholder: str, value: str) -> tuple[
     return tuple(name.replace(placeholder, value) for name in _names(theirs))
 
 
-def our_shapes(shape: ModelShape, max_positions: int | None = None) -> dict[str, Shape]:
+@dataclass(frozen=True)
+class Classifier:
+    """A head of transformers on top of the encoder, which is kept beside the model.
+
+    Attributes:
+        kind: ``sequence``, one answer per protein, or ``token``, one per residue.
+        num_labels: Width of its output.
+        settings: What ``config.json`` says of it, such as the names of the labels; empty if nothing is known.
+    """
+
+    kind: str
+    num_labels: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def shapes(self, hidden_size: int) -> dict[str, Shape]:
+        """Its tensors, whose names are those of transformers."""
+        h, labels = hidden_size, self.num_labels
+        if self.kind == "token":
+            return {f"{CLASSIFIER}weight": (labels, h), f"{CLASSIFIER}bias": (labels,)}
+        return {
+            f"{CLASSIFIER}dense.weight": (h, h),
+            f"{CLASSIFIER}dense.bias": (h,),
+            f"{CLASSIFIER}out_proj.weight": (labels, h),
+            f"{CLASSIFIER}out_proj.bias": (labels,),
+        }
+
+    def rows(self) -> tuple[Row, ...]:
+        """Its part of a name table."""
+        return tuple(Row(name, name) for name in self.shapes(0))
+
+
+def our_shapes(
+    shape: ModelShape, max_positions: int | None = None, classifier: Classifier | None = None
+) -> dict[str, Shape]:
     """Every tensor of a model, and those that are kept beside it, under our names with 33 rows of vocabulary.
 
     Args:
         shape: Dimensions.
         max_positions: Rows of the table of learned positions; None for ESM-2, which has rotary positions.
+        classifier: Head beside the model.
     """
     layers, h, f, heads = shape
     shapes: dict[str, Shape] = {TABLE: (VOCAB_SIZE, h)}
@@ -233,4 +270,4 @@ def our_shapes(shape: ModelShape, max_positions: int | None = None) -> dict[str,
     else:
         shapes |= {POSITIONS: (max_positions, h)}
         shapes |= {f"{POOLER}weight": (h, h), f"{POOLER}bias": (h,)}
-    return shapes
+    return shapes if classifier is None else shapes | classifier.shapes(h)

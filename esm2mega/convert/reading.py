@@ -62,7 +62,7 @@ def from_store(
             f"{store.place}: {_count(unexpected, 'tensor has', 'tensors have')} no place in this model: "
             f"{_some(unexpected)}; --drop 'PATTERN' leaves tensors out"
         )
-    ours = our_shapes(shape, description.max_positions)
+    ours = our_shapes(shape, description.max_positions, description.classifier)
     for entry in entries:
         _check_shapes(store, entry, ours[entry.ours], stored)
     for name in table.tied:

@@ -54,6 +54,7 @@ class PlainModel:
         positions: Learned positions ``[p, h]``, or None in ESM-2, which has token dropout instead.
         post_norm: Whether residuals are the outputs of the LayerNorms.
         tokens: The token of ESM-2 that each row of the table stands for, int64 ``[v]``; None: the same.
+        classifier: Takes the place of the head of masked language modelling, whose tensors are None then.
     """
 
     num_layers: int
@@ -62,15 +63,16 @@ class PlainModel:
     block: Callable[[int], Block]
     table: Tensor
     final_norm: Affine | None
-    head_dense: Affine
-    head_norm: Affine
-    head_bias: Tensor
+    head_dense: Affine | None
+    head_norm: Affine | None
+    head_bias: Tensor | None
     inv_freq: Tensor | None = None
     tanh_gelu: bool = False
     interleaved: bool = False
     positions: Tensor | None = None
     post_norm: bool = False
     tokens: Tensor | None = None
+    classifier: Callable[[Tensor], Tensor] | None = None
 
 
 @torch.no_grad()
@@ -83,7 +85,8 @@ def forward(model: PlainModel, ids: Tensor) -> tuple[list[Tensor], Tensor]:
 
     Returns:
         Hidden states: after the embedding and each block, the last after the final LayerNorm, ``[s, h]``
-        each; and logits ``[s, v]``, in the order of ESM-2's tokens as far as the model has them.
+        each; and logits ``[s, v]``, in the order of ESM-2's tokens as far as the model has them, or those of
+        the classifier.
     """
     x = _embed(model, ids)
     hidden = [x]
@@ -97,9 +100,31 @@ def forward(model: PlainModel, ids: Tensor) -> tuple[list[Tensor], Tensor]:
         hidden.append(x)
     if model.final_norm is not None:
         hidden[-1] = _norm(x, model.final_norm, model.epsilon)
+    if model.classifier is not None:
+        return hidden, model.classifier(hidden[-1])
+    assert model.head_dense is not None and model.head_norm is not None
     y = _norm(gelu(_affine(hidden[-1], model.head_dense)), model.head_norm, model.epsilon)
     logits = linear(y, model.table, model.head_bias)
     return hidden, logits if model.tokens is None else logits[:, model.tokens.argsort()]
+
+
+def classifier(get: Callable[[str], Tensor], kind: str) -> Callable[[Tensor], Tensor]:
+    """The head of a classification model of transformers, in evaluation, where its dropout does nothing.
+
+    Args:
+        get: Gives a tensor by its name in transformers.
+        kind: ``token``: a linear layer on every token, ``[s, h] -> [s, c]``. ``sequence``: dense, tanh and
+            linear on ``<cls>``, ``[s, h] -> [c]``.
+    """
+
+    def affine(name: str) -> Affine:
+        return Affine(get(f"{name}.weight"), get(f"{name}.bias"))
+
+    if kind == "token":
+        head = affine("classifier")
+        return lambda x: _affine(x, head)
+    dense, out = affine("classifier.dense"), affine("classifier.out_proj")
+    return lambda x: _affine(_affine(x[0], dense).tanh(), out)
 
 
 def _embed(model: PlainModel, ids: Tensor) -> Tensor:

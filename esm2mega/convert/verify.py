@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esm2mega.convert import reference
 from esm2mega.convert.arrangements import plain_model
+from esm2mega.convert.classifiers import ARCHITECTURES
 from esm2mega.convert.convert import Conversion
 from esm2mega.convert.formats import open_weights
 from esm2mega.convert.iupac import ESM_ONLY, TAPE_TOKENS, esm_ids
+from esm2mega.convert.mapping import Classifier
 from esm2mega.convert.prepared import Prepare
-from esm2mega.convert.reference import forward
 from esm2mega.convert.weights import Weights, dtype_name
 from esm2mega.data.tokenizer import CLS, EOS, MASK, encode_residues
 from esm2mega.errors import MachineError
@@ -42,7 +44,9 @@ _SEQUENCES = (
 """One residue; a real protein; every rare letter; more than 256 tokens, where rotary errors show."""
 
 Result = tuple[list[Tensor], Tensor]
-"""Hidden states (embedding, each block, the last normalised) ``[s, h]``, and logits ``[s, v]``."""
+"""Hidden states (embedding, each block, the last normalised) ``[s, h]``, and logits ``[s, v]``, or those of
+a classifier.
+"""
 
 
 def sequences(family: str = "esm2") -> list[Tensor]:
@@ -71,7 +75,7 @@ def verify(conversion: Conversion) -> list[str]:
     Raises:
         MachineError: The logits differ by more than `BOUND`.
     """
-    dtype = conversion.description.dtype
+    dtype, classifier = conversion.description.dtype, conversion.description.classifier
 
     def prepare(value: Tensor) -> Tensor:
         # Rounded as the target's weights are: the comparison is of the conversion, not of the rounding.
@@ -80,8 +84,12 @@ def verify(conversion: Conversion) -> list[str]:
     ids = sequences(conversion.description.family)
     if conversion.description.max_positions is not None:
         ids = [x[: conversion.description.max_positions] for x in ids]
-    source_results, source_method = _run(conversion.source, conversion.source_format, prepare, ids)
-    target_results, target_method = _run(conversion.target, conversion.target_format, prepare, ids)
+    source_results, source_method = _run(
+        conversion.source, conversion.source_format, prepare, ids, classifier
+    )
+    target_results, target_method = _run(
+        conversion.target, conversion.target_format, prepare, ids, classifier
+    )
     logits = _difference([logits for _, logits in source_results], [logits for _, logits in target_results])
     hidden = [
         _difference([h[n] for h, _ in source_results], [h[n] for h, _ in target_results])
@@ -107,7 +115,7 @@ def verify(conversion: Conversion) -> list[str]:
         "weights_dtype": dtype_name(dtype),
         "notes": asdict(conversion.notes),
         "tensors": _tensors(
-            open_weights(conversion.source, conversion.source_format, ["*"]).cast(dtype),
+            open_weights(conversion.source, conversion.source_format, conversion.drop).cast(dtype),
             open_weights(conversion.target, conversion.target_format),
         ),
     }
@@ -146,17 +154,19 @@ def _checksum(weights: Weights, name: str) -> str:
     return hashlib.sha256(value.numpy().data).hexdigest()
 
 
-def _run(path: Path, format_name: str, prepare: Prepare, ids: list[Tensor]) -> tuple[list[Result], str]:
+def _run(
+    path: Path, format_name: str, prepare: Prepare, ids: list[Tensor], classifier: Classifier | None
+) -> tuple[list[Result], str]:
     """The results of every sequence, and who computed them."""
     if format_name == "esm2mega":
-        return _esm2mega(path, prepare, ids), "esm2mega"
+        return _esm2mega(path, prepare, ids, classifier), "esm2mega"
     if format_name == "hf" and (found := _installed("transformers")):
-        return _transformers(path, prepare, ids), found
+        return _transformers(path, prepare, ids, classifier), found
     # Its module is called esm, and so is that of another package.
     if format_name == "fair-esm" and (found := _installed("fair-esm")):
         return _fair_esm(path, prepare, ids), found
     model = plain_model(path, format_name, prepare)
-    return [forward(model, x) for x in ids], "plain PyTorch"
+    return [reference.forward(model, x) for x in ids], "plain PyTorch"
 
 
 def _installed(package: str) -> str | None:
@@ -168,8 +178,9 @@ def _installed(package: str) -> str | None:
 
 
 @torch.no_grad()
-def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor]) -> list[Result]:
+def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], classifier: Classifier | None) -> list[Result]:
     from esm2mega.checkpoint import layout
+    from esm2mega.checkpoint.auxiliary import read_auxiliary
     from esm2mega.checkpoint.store import load_weights
     from esm2mega.config.schema import ParallelConfig
     from esm2mega.model.build import build_model
@@ -179,6 +190,9 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor]) -> list[Result]:
     checkpoint = layout.resolve_checkpoint(path)
     config = layout.read_config(checkpoint).model
     config.precision, config.layer_spec = "fp32", "local"
+    if classifier is not None:
+        auxiliary = {name: prepare(value) for name, value in read_auxiliary(checkpoint).items()}
+        head = reference.classifier(auxiliary.__getitem__, classifier.kind)
     hidden: list[Tensor] = []
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
@@ -199,6 +213,8 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor]) -> list[Result]:
             logits = model(x.to(ranks.device), PackedSequences.from_lengths([len(x)], ranks.device))
             if config.family != "esm2":
                 logits = logits[:, sorted(esm_ids(TAPE_TOKENS))]
+            if classifier is not None:
+                logits = head(hidden[-1])
             # the block's own output is that of its last layer after the final LayerNorm
             results.append(([h.cpu() for h in (*hidden[:-2], hidden[-1])], logits.detach().cpu()))
         final.remove()
@@ -211,11 +227,14 @@ def _round(model: torch.nn.Module, prepare: Prepare) -> None:
 
 
 @torch.no_grad()
-def _transformers(path: Path, prepare: Prepare, ids: list[Tensor]) -> list[Result]:
+def _transformers(
+    path: Path, prepare: Prepare, ids: list[Tensor], classifier: Classifier | None
+) -> list[Result]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.EsmForMaskedLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+    name = "EsmForMaskedLM" if classifier is None else ARCHITECTURES[classifier.kind]
+    model = getattr(transformers, name).from_pretrained(path, local_files_only=True, dtype=torch.float32)
     _round(model, prepare)
     model.eval()
     results = []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.presets import ModelShape
-from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES
+from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, Classifier
 from esm2mega.errors import UserError
 
 
@@ -26,6 +26,7 @@ class Description:
         activation: GELU of the feed-forward layers, ``gelu`` (erf) or ``gelu_tanh``. That of the head is erf.
         dtype: Of all weights; the frequencies are fp32, or fp64 in an fp64 model.
         family, final_layernorm, max_positions: As in `ModelConfig`.
+        classifier: Head of transformers that is kept beside the model.
     """
 
     shape: ModelShape
@@ -35,6 +36,7 @@ class Description:
     family: str = "esm2"
     final_layernorm: bool = True
     max_positions: int | None = None
+    classifier: Classifier | None = None
 
     @property
     def head_dim(self) -> int:
@@ -56,6 +58,15 @@ class Notes:
     filled: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """All of it, a line each."""
+        return [
+            *(f"dropped: {line}" for line in self.dropped),
+            *(f"filled:  {line}" for line in self.filled),
+            *(f"changed: {line}" for line in self.changed),
+            *(f"kept:    {line}" for line in self.kept),
+        ]
 
 
 @dataclass

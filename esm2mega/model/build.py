@@ -53,7 +53,8 @@ def transformer_config(
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     stages = parallel.pipeline_model_parallel_size
     vocabulary = padded_vocab_size(parallel.tensor_model_parallel_size)
-    counts = split_layers(shape, stages, vocabulary, last_layer_whole=parallel.sequence_parallel)
+    whole = parallel.sequence_parallel or model.family == "proteinbert_postln"
+    counts = split_layers(shape, stages, vocabulary, last_layer_whole=whole)
     return ESM2TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

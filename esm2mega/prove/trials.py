@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 
-from esm2mega.prove.layouts import Layout
+from esm2mega.prove.layouts import TOKENS_PER_PROTEIN, Layout
 from esm2mega.prove.training import MID_WINDOW
 
 
@@ -21,19 +21,21 @@ class Trial:
         layouts: One; or two, and the run is stopped at the first and resumed at the second.
         precision: ``fp64``, or ``bf16``, which is compared with fp32.
         settings: Further overrides, which the reference has too.
+        label: What the settings make of the training, in a word; those of a resume need none.
     """
 
     layouts: tuple[Layout, ...]
     precision: str = "fp64"
     settings: tuple[str, ...] = ()
+    label: str = ""
 
     @property
     def processes(self) -> int:
         return max(layout.processes for layout in self.layouts)
 
     def __str__(self) -> str:
-        name = " -> ".join(map(str, self.layouts))
-        return name if self.precision == "fp64" else f"{name}, {self.precision}"
+        words = [" -> ".join(map(str, self.layouts)), self.label, self.precision.replace("fp64", "")]
+        return ", ".join(filter(None, words))
 
     def command(self, seed: int) -> str:
         """What repeats the trial: the options of its layout, or its name where these do not say all."""
@@ -95,6 +97,27 @@ _PAIRS = (
 # Main weights beside the model's, and from sharded ones to whole ones and back.
 _BF16_PAIRS = ((_TP2, _DP2), (_DP2, _PP2))
 
+_POSITIONS = f"model.max_positions={TOKENS_PER_PROTEIN}"
+_PRE_LN, _POST_LN = "model.family=proteinbert_preln", "model.family=proteinbert_postln"
+_FAMILIES: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
+    ("post-LN", (_POST_LN, _POSITIONS), Layout(tp=2, packed=3)),
+    ("post-LN", (_POST_LN, _POSITIONS), Layout(pp=2, packed=2)),
+    ("post-LN", (_POST_LN, _POSITIONS), Layout(tp=2, pp=2, sp=True)),
+    (
+        "post-LN",
+        (_POST_LN, _POSITIONS),
+        Layout(dp=2, packed=3, distributed_optimizer=True, recompute="full"),
+    ),
+    ("pre-LN", (_PRE_LN, _POSITIONS), Layout(tp=2, sp=True, packed=3)),
+    ("pre-LN", (_PRE_LN, _POSITIONS), Layout(pp=2, packed=2)),
+    ("pre-LN", (_PRE_LN, _POSITIONS), Layout(tp=2, pp=2, packed=2)),
+    (
+        "pre-LN, no final LayerNorm",
+        (_PRE_LN, _POSITIONS, "model.final_layernorm=false"),
+        Layout(tp=2, pp=2),
+    ),
+)
+
 GROUPS: dict[str, tuple[Trial, ...]] = {
     "ci": tuple(Trial((layout,)) for layout in _CI),
     "more": tuple(Trial((layout,)) for layout in _MORE),
@@ -103,5 +126,8 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         *(Trial(pair, "bf16", MID_WINDOW) for pair in _BF16_PAIRS),
     ),
     "bf16": tuple(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
+    "families": tuple(
+        Trial((layout,), settings=settings, label=label) for label, settings, layout in _FAMILIES
+    ),
 }
 """Trials by the name that ``--layouts`` takes; ``all`` is all of them, and what runs by default."""

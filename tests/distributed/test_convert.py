@@ -32,8 +32,8 @@ def test_each_rank_of_tp2_pp2_gets_its_share(tmp_path: Path) -> None:
 
 
 def test_import_training_resume_and_export(store: Path, tmp_path: Path) -> None:
-    """fp16-rounded frequencies and the contact head come out as they went in; so do the weights, since a
-    learning rate of 1e-300 moves none.
+    """fp16-rounded frequencies and the contact head come out as they went in, of a run on one process that
+    TP2 x PP2 went on with; so do the weights, since a learning rate of 1e-300 moves none.
     """
     source = foreign.write_hf(foreign.truth(torch.float32, "fp16"), tmp_path)
     settings: dict[str, Any] = {
@@ -48,7 +48,8 @@ def test_import_training_resume_and_export(store: Path, tmp_path: Path) -> None:
     }
     run_dir = tmp_path / "run"
     train(run_dir, store, {**settings, "train.max_steps": 1})
-    resumed = train(run_dir, store, {**settings, "train.max_steps": 2})
+    layout = {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2}
+    resumed = train(run_dir, store, {**settings, **layout, "train.max_steps": 2}, world_size=4)
     assert len(resumed.losses) == 2
     final = step_dir(run_dir, 2)
     assert read_auxiliary(final).keys() == {"contact_head.regression.weight", "contact_head.regression.bias"}

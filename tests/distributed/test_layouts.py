@@ -15,7 +15,7 @@ from esm2mega.prove.compare import KINDS, Outcome
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover
 from esm2mega.prove.training import SAVED, STEPS
-from esm2mega.prove.trials import Trial
+from esm2mega.prove.trials import GROUPS, Trial
 
 # Each test proves all its layouts at once, on processes that are started once.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -43,6 +43,17 @@ def test_bf16_is_as_near_to_fp32_as_one_process() -> None:
             assert verdict.passed, f"{verdict.trial}: {verdict.largest.value:.1f} in {verdict.largest}"
             # It is another arithmetic, not the same numbers.
             assert verdict.largest.value > 0.1
+
+
+def test_model_families_equal_one_process() -> None:
+    """TAPE's post-LN and ProteinLM's pre-LN, with their learned positions, over tensors and stages."""
+    trials = [trial for trial in GROUPS["families"] if trial.processes == 4]
+    families = {setting for trial in trials for setting in trial.settings if "family" in setting}
+    assert len(trials) == 3 and len(families) == 2
+    with Prover(processes=4, seed=1234) as prover:
+        for verdict in prover.judge(trials):
+            assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
+            assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"
 
 
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:

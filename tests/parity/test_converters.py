@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from esm2mega.checkpoint.store import load_weights
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.convert.convert import convert
 from esm2mega.convert.formats import open_weights
+from esm2mega.convert.vocabulary import write_tokenizer
+from esm2mega.data.tokenizer import encode_residues
 from esm2mega.model.build import build_model
 from esm2mega.model.packed import pack, unpack
 from esm2mega.parallel.initialize import process_groups
-from tests import foreign
+from tests import foreign, foreign_bert
 from tests.parity import references
 from tests.parity.test_esm2_parity import TOLERANCE
 
@@ -55,6 +59,11 @@ CASES: dict[str, tuple[str, bool, Callable[[foreign.Truth, Path], Path]]] = {
         "formula",
         True,
         lambda reference, folder: foreign.write_te(reference, folder, interleaved=False, rows=64),
+    ),
+    "te, the older prefix": (
+        "formula",
+        True,
+        lambda reference, folder: foreign.write_te(reference, folder, prefix="esm."),
     ),
     "cerebras": ("formula", False, foreign.write_cerebras),
     "nemo1": ("fp16", False, foreign.write_nemo1),
@@ -172,13 +181,105 @@ def test_what_transformers_writes_is_read(tmp_path: Path) -> None:
 
 
 def test_rounded_frequencies_change_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recomputing them would be no rounding error: it shows 1000 times above it."""
-    rounded = foreign.truth(torch.float32, "fp16")
-    exact = foreign.truth(torch.float32, "formula")
+    """Recomputing or rounding them would be no rounding error: it shows 1000 times above it. Each model keeps
+    its own.
+    """
     batch = references.batch()
-    a, b = (foreign.run(reference, batch.input_ids, monkeypatch) for reference in (rounded, exact))
-    assert relative(a, b, batch) > 1000 * TOLERANCE.fp64
-    folder: Any = tmp_path
-    convert(foreign.write_hf(rounded, folder), folder / "ours", "esm2mega")
-    ours = logits_of(folder / "ours", "fp32", batch)
-    assert relative(ours, a, batch) <= TOLERANCE.fp32 < relative(ours, b, batch) / 3
+    expected, actual = {}, {}
+    for frequencies in ("fp16", "formula"):
+        reference = foreign.truth(torch.float32, frequencies)
+        folder = tmp_path / frequencies
+        folder.mkdir()
+        convert(foreign.write_hf(reference, folder), folder / "ours", "esm2mega")
+        expected[frequencies] = foreign.run(reference, batch.input_ids, monkeypatch)
+        actual[frequencies] = logits_of(folder / "ours", "fp32", batch)
+    assert relative(expected["fp16"], expected["formula"], batch) > 1000 * TOLERANCE.fp64
+    for mine, other in (("fp16", "formula"), ("formula", "fp16")):
+        assert relative(actual[mine], expected[mine], batch) <= TOLERANCE.fp32
+        assert relative(actual[mine], expected[other], batch) > 3 * TOLERANCE.fp32
+
+
+def test_vocabulary_padding_takes_no_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 rows in the file, whose bias of 0 would have a share of the softmax."""
+    reference = foreign.truth(torch.float64, "formula", tanh=True)
+    convert(foreign.write_nemo2(reference, tmp_path), tmp_path / "ours", "esm2mega")
+    batch = references.batch()
+    expected = foreign.run(reference, batch.input_ids, monkeypatch)
+    logits = logits_of(tmp_path / "ours", "fp64", batch)
+    assert logits.shape[-1] == 33
+    difference = relative(logits.log_softmax(-1), expected.log_softmax(-1), batch)
+    assert difference <= TOLERANCE.fp64
+    padded = torch.cat((expected, expected.new_zeros(*expected.shape[:-1], 128 - 33)), dim=-1)
+    assert relative(padded.log_softmax(-1)[..., :33], expected.log_softmax(-1), batch) > 0.01
+
+
+def test_a_reference_without_a_mask_is_another_model(tmp_path: Path) -> None:
+    """Padding that takes part changes what transformers computes; ours equals it with the mask."""
+    reference = foreign.truth(torch.float32)
+    source = foreign.write_hf(reference, tmp_path)
+    convert(source, tmp_path / "ours", "esm2mega")
+    batch = references.batch()
+    ours = logits_of(tmp_path / "ours", "fp32", batch)
+    assert relative(ours, run_transformers(source, batch), batch) <= TOLERANCE.fp32
+    unmasked = references.Batch(batch.input_ids, torch.ones_like(batch.input_ids), batch.labels)
+    assert relative(ours, run_transformers(source, unmasked), batch) > 100 * TOLERANCE.fp32
+
+
+def test_tokenizers_differ_in_runs_of_unknown_residues(tmp_path: Path) -> None:
+    """The tokenizer that is written is the one of transformers: J and J become one token, here they stay two,
+    so residues and vectors keep their places.
+    """
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(foreign.HF_CONFIG))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    known = "LAGVSERTIDPKQNFYMHWCXBUZO.-"
+    assert tokenizer(known, add_special_tokens=False).input_ids == encode_residues(known).tolist()
+    assert tokenizer("MJJK", add_special_tokens=False).input_ids == [20, 3, 15]
+    assert encode_residues("MJJK").tolist() == [20, 3, 3, 15]
+
+
+def test_references_show_every_mistake() -> None:
+    """No tensor is trivial or the twin of another, so a swap or a loss of any of them moves the logits."""
+    pytest.importorskip("tape", reason="tape-proteins is not installed: pip install esm2mega[dev]")
+    batch = references.batch()
+    assert (batch.attention_mask == 0).any() and (batch.input_ids == 32).any()
+    assert batch.attention_mask.sum(-1).max() > 256
+    for module in (foreign, foreign_bert):
+        assert len({module.L, module.H, module.A, module.F, module.H // module.A}) == 5
+        assert module.A >= 2 and module.H // module.A >= 4
+        parameters = dict(module.truth(torch.float32).model.named_parameters())
+        assert len(parameters) > 60
+        for name, value in parameters.items():
+            assert value.numel() == 1 or value.std() > 0.01, name
+        assert len({value.double().sum().item() for value in parameters.values()}) == len(parameters)
+
+
+_LOAD_WITH_4 = """
+import sys, torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+folder, out = sys.argv[1:]
+model, info = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+batch = tokenizer("MKXBUZO.-<mask>LAGVS", return_tensors="pt")
+torch.save({"ids": batch.input_ids, "logits": model.eval()(**batch).logits.detach()}, out)
+"""
+
+
+def test_transformers_4_loads_what_is_written(tmp_path: Path) -> None:
+    """The last release of the older line, in an environment of its own that this variable names."""
+    python = os.environ.get("ESM2MEGA_TRANSFORMERS_4")
+    if python is None:
+        pytest.skip("ESM2MEGA_TRANSFORMERS_4 names no Python with transformers 4.57")
+    reference = foreign.truth(torch.float32, "fp16")
+    convert(foreign.write_fair_esm(reference, tmp_path), tmp_path / "ours", "esm2mega")
+    convert(tmp_path / "ours", tmp_path / "hf", "hf")
+    command = [python, "-c", _LOAD_WITH_4, tmp_path / "hf", tmp_path / "logits.pt"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(command, check=True, timeout=250, env={**environment, "HF_HUB_OFFLINE": "1"})
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    batch = references.Batch(found["ids"], torch.ones_like(found["ids"]), found["ids"])
+    assert found["ids"].shape == (1, 17)
+    assert relative(found["logits"], logits_of(tmp_path / "ours", "fp32", batch), batch) <= TOLERANCE.fp32

@@ -92,12 +92,14 @@ def test_what_is_left_out_is_listed(state: dict[str, Tensor]) -> None:
     state["esm.embeddings.position_ids"] = torch.arange(1026)
     state["lm_head.decoder.weight"] = state["esm.embeddings.word_embeddings.weight"].clone()
     state["mine.extra"] = torch.zeros(1)
+    state["esm.pooler.dense.weight"] = torch.zeros(foreign.H, foreign.H)
     for name in ("weight", "bias"):
         state[f"esm.contact_head.regression.{name}"].zero_()
     weights = read(state, "mine.*")
     assert sorted(line.partition(":")[0] for line in weights.notes.dropped) == [
         "contact head",
         "esm.embeddings.position_ids",
+        "esm.pooler.dense.weight",
         "lm_head.decoder.weight",
         "mine.extra",
     ]

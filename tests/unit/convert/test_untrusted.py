@@ -94,11 +94,39 @@ def reducing_nemo(folder: Path) -> Path:
     return path
 
 
+def reducing_tape(folder: Path) -> Path:
+    """Found out while the format is looked for, which opens the file."""
+    path = folder / "tape"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    torch.save({"bert.a": _Attack(folder / "victim")}, path / "pytorch_model.bin")
+    return path
+
+
+def reducing_megatron(folder: Path) -> Path:
+    """Beside the arguments and generator states that are allowed there."""
+    path = folder / "mp_rank_00" / "model_optim_rng.pt"
+    path.parent.mkdir()
+    torch.save({"args": Namespace(), "model": {}, "optimizer": _Attack(folder / "victim")}, path)
+    return folder
+
+
 def compressed_entries(folder: Path) -> Path:
     """A ZIP bomb under the name of a PyTorch file."""
     path = folder / "esm2_x.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * (1 << 20))
+    return path
+
+
+def lying_entry(folder: Path) -> Path:
+    """An uncompressed entry whose headers claim a terabyte, as a ZIP bomb of overlapping entries has them."""
+    path = folder / "esm2_x.pt"
+    torch.save({"cfg": {"model": Namespace()}, "model": {"a": torch.zeros(4)}}, path)
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02")
+    struct.pack_into("<II", content, at + 20, 0xF0000000, 0xF0000000)
+    path.write_bytes(content)
     return path
 
 
@@ -138,7 +166,10 @@ ATTACKS = {
     reducing_pickle: "refused: it would load posix.mkdir",
     reducing_old_pickle: "only tensors and plain values are read",
     reducing_nemo: "model_weights.ckpt: refused: it would load posix.mkdir",
+    reducing_tape: "pytorch_model.bin: refused: it would load posix.mkdir",
+    reducing_megatron: "model_optim_rng.pt: refused: it would load posix.mkdir",
     compressed_entries: "is compressed",
+    lying_entry: "claim more bytes than the file has",
     expanded_tensor: "holds a tensor larger than its data",
     huge_safetensors_header: "not a readable safetensors file",
     shard_elsewhere: "names a file outside its directory",
