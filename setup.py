@@ -41,6 +41,7 @@ DEV = [
     "transformers>=5.23",
     "fair-esm==2.0.0",
     "tape-proteins==0.5",
+    "peft>=0.13",
     "dnaio>=1.2",
     "scipy>=1.11",
     "scikit-learn>=1.4",

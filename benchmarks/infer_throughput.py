@@ -4,13 +4,18 @@
 
 All contenders compute the last layer's vector of every residue, on the same proteins, threads and machine,
 with random weights of the same shape. Longer proteins are cut. The contenders take turns, one pass over the
-proteins each; a ratio is taken within a round, so that a machine that gets slower or faster strikes all of
-them. Tokens are real ones with `<cls>` and `<eos>`; padding is work, but counts as nothing. Tokenising and
-sorting are not timed.
+proteins each, in an order that rotates from round to round; a ratio is taken within a round, so that a
+machine that gets slower or faster strikes all of them. Tokens are real ones with `<cls>` and `<eos>`;
+padding is work, but counts as nothing. Tokenising and sorting are not timed.
 
-    fair-esm    its own batching: sorted by length, as many as its `extract.py` puts into 4,096 tokens
-    hf-sorted   `EsmModel`, sorted by length, as many as fit into 4,096 tokens with padding
-    esm2mega    packs, as `esm2mega embed` makes them
+The whole file is sorted by length and cut into batches as fair-esm's `extract.py` does: as many proteins as
+fit into 4,096 tokens with padding. What is measured is a sample of these batches, one from each of
+`--batches` equal parts of the list: so the lengths are those of the file, and no batch has more padding than
+in a run over all of it.
+
+    fair-esm    these batches
+    hf-sorted   the same batches through `EsmModel`
+    esm2mega    the same proteins in random order, in packs, as `esm2mega embed` makes them
 
 fair-esm has no bf16 mode; it is cast as a whole where bf16 is measured.
 """
@@ -42,42 +47,45 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The `--toks_per_batch` of fair-esm's extract.py, for all who pad.
 PADDED_TOKENS = 4096
 
-Proteins = Sequence[npt.NDArray[np.uint8]]
+Protein = npt.NDArray[np.uint8]
 """Token ids of residues, without special tokens."""
+
+Batches = Sequence[Sequence[Protein]]
 
 Pass = Callable[[], int]
 """Embeds every protein once; returns how many residue vectors came out."""
 
 
-def draw_proteins(fasta: Path, number: int, max_residues: int, seed: int) -> list[npt.NDArray[np.uint8]]:
-    """Draw a protein from each of `number` slices of the FASTA by length, in random order; 0 for all."""
-    records = sorted((record.residues for record in FastaReader(fasta)), key=len)
-    number = number or len(records)
-    if number > len(records):
-        raise SystemExit(f"--proteins {number} is more than the {len(records)} of {fasta}")
-    rng = np.random.default_rng(seed)
-    borders = np.linspace(0, len(records), number + 1).astype(int)
-    chosen = rng.permutation(rng.integers(borders[:-1], borders[1:]))
-    return [tokenizer.encode_residues(records[i][:max_residues]) for i in chosen]
-
-
-def padded_batches(proteins: Proteins, extra: int) -> list[list[int]]:
-    """Batches by length, ascending, of at most `PADDED_TOKENS` when padded.
+def extract_batches(lengths: Sequence[int]) -> list[list[int]]:
+    """The batches of extract.py, which counts one token more than there are residues, although there are two.
 
     Args:
-        proteins: to batch.
-        extra: tokens counted for each protein besides its residues; extract.py counts one, although there
-            are two.
+        lengths: Residues of each protein.
+
+    Returns:
+        Places of the proteins, batch by batch, shortest first.
     """
     batches: list[list[int]] = [[]]
-    for i in sorted(range(len(proteins)), key=lambda i: len(proteins[i])):
-        if batches[-1] and (len(proteins[i]) + extra) * (len(batches[-1]) + 1) > PADDED_TOKENS:
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches[-1] and (lengths[i] + 1) * (len(batches[-1]) + 1) > PADDED_TOKENS:
             batches.append([])
         batches[-1].append(i)
     return batches
 
 
-def pad(proteins: Proteins) -> torch.Tensor:
+def draw_batches(fasta: Path, number: int, max_residues: int, seed: int) -> list[list[Protein]]:
+    """One batch from each of `number` equal parts of all batches of a FASTA; 0 for all."""
+    proteins = [tokenizer.encode_residues(record.residues[:max_residues]) for record in FastaReader(fasta)]
+    batches = extract_batches([len(protein) for protein in proteins])
+    number = number or len(batches)
+    if number > len(batches):
+        raise SystemExit(f"--batches {number} is more than the {len(batches)} of {fasta}")
+    borders = np.linspace(0, len(batches), number + 1).astype(int)
+    chosen = np.random.default_rng(seed).integers(borders[:-1], borders[1:])
+    return [[proteins[place] for place in batches[i]] for i in chosen]
+
+
+def pad(proteins: Sequence[Protein]) -> torch.Tensor:
     """Token ids with `<cls>` and `<eos>`, padded, [b, s]."""
     width = max(map(len, proteins)) + 2
     ids = torch.full((len(proteins), width), tokenizer.PAD)
@@ -88,11 +96,9 @@ def pad(proteins: Proteins) -> torch.Tensor:
     return ids
 
 
-def padded_pass(
-    proteins: Proteins, batches: Sequence[Sequence[int]], states: Callable[[torch.Tensor], torch.Tensor]
-) -> Pass:
+def padded_pass(batches: Batches, states: Callable[[torch.Tensor], torch.Tensor]) -> Pass:
     """Return the pass of a model that takes padded batches; `states` gives [b, s, h]."""
-    padded = [(pad([proteins[i] for i in batch]), [len(proteins[i]) for i in batch]) for batch in batches]
+    padded = [(pad(batch), [len(protein) for protein in batch]) for batch in batches]
 
     @torch.inference_mode()
     def one_pass() -> int:
@@ -106,7 +112,7 @@ def padded_pass(
 
 
 @contextmanager
-def fair_esm(proteins: Proteins, size: str, precision: str) -> Iterator[Pass]:
+def fair_esm(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
     """Yield fair-esm's pass."""
     import esm
 
@@ -120,12 +126,11 @@ def fair_esm(proteins: Proteins, size: str, precision: str) -> Iterator[Pass]:
     )
     model = model.to(DTYPES[precision]).eval()
     last = shape.num_layers
-    batches = padded_batches(proteins, extra=1)
-    yield padded_pass(proteins, batches, lambda ids: model(ids, repr_layers=[last])["representations"][last])
+    yield padded_pass(batches, lambda ids: model(ids, repr_layers=[last])["representations"][last])
 
 
 @contextmanager
-def hf_sorted(proteins: Proteins, size: str, precision: str) -> Iterator[Pass]:
+def hf_sorted(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
     """Yield the pass of Hugging Face's model."""
     from transformers import EsmConfig, EsmModel
 
@@ -150,11 +155,11 @@ def hf_sorted(proteins: Proteins, size: str, precision: str) -> Iterator[Pass]:
     def states(ids: torch.Tensor) -> torch.Tensor:
         return model(ids, attention_mask=(ids != tokenizer.PAD).long()).last_hidden_state
 
-    yield padded_pass(proteins, padded_batches(proteins, extra=2), states)
+    yield padded_pass(batches, states)
 
 
 @contextmanager
-def esm2mega(proteins: Proteins, size: str, precision: str) -> Iterator[Pass]:
+def esm2mega(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
     """Yield the pass of `esm2mega embed`, without files."""
     from esm2mega.infer.collect import Wanted
     from esm2mega.infer.engine import Engine
@@ -163,11 +168,14 @@ def esm2mega(proteins: Proteins, size: str, precision: str) -> Iterator[Pass]:
     from esm2mega.parallel.initialize import process_groups
 
     run = load_run(f"pretrain_esm2_{size}", [f"model.precision={precision}", "infer.outputs=[residue]"])
+    proteins = [protein for batch in batches for protein in batch]
+    proteins = [proteins[i] for i in np.random.default_rng(0).permutation(len(proteins))]
     assert max(map(len, proteins)) <= Lengths.of(run).most_residues
     with process_groups(run.parallel, run.seed) as ranks:
         (model,) = build_model(run.model, run.parallel, ranks.device, run.seed)
         model.eval().requires_grad_(False)
-        engine = Engine(model, ranks, Wanted((PRESETS[size].num_layers,)), pack_tokens(run))
+        wanted = Wanted((PRESETS[size].num_layers,))
+        engine = Engine(model, ranks, wanted, pack_tokens(run, ranks.device))
         embedder = Embedder(engine, run)
         name = f"residue/layer_{PRESETS[size].num_layers}"
         yield lambda: sum(len(values[name].float().clone()) for _, values in embedder.run(proteins))
@@ -176,23 +184,26 @@ def esm2mega(proteins: Proteins, size: str, precision: str) -> Iterator[Pass]:
 CONTENDERS = {"fair-esm": fair_esm, "hf-sorted": hf_sorted, "esm2mega": esm2mega}
 
 
-def measure(proteins: Proteins, size: str, precision: str, rounds: int) -> dict[str, list[float]]:
-    """Let the contenders take turns; a pass over a few proteins warms up caches and allocators, uncounted."""
-    tokens = sum(len(residues) + 2 for residues in proteins)
+def measure(batches: Batches, size: str, precision: str, rounds: int) -> dict[str, list[float]]:
+    """Let the contenders take turns; two proteins warm up caches and allocators, uncounted."""
+    tokens = sum(len(protein) + 2 for batch in batches for protein in batch)
+    residues = sum(len(protein) for batch in batches for protein in batch)
     rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for contender in CONTENDERS.values():
-        with contender(proteins[:8], size, precision) as one_pass:
-            one_pass()
     with ExitStack() as stack:
-        passes = {name: stack.enter_context(c(proteins, size, precision)) for name, c in CONTENDERS.items()}
-        for number in range(1, rounds + 1):
-            for name, one_pass in passes.items():
+        passes = {}
+        for name, contender in CONTENDERS.items():
+            with contender([batches[0][:2]], size, precision) as one_pass:
+                one_pass()
+            passes[name] = stack.enter_context(contender(batches, size, precision))
+        for number in range(rounds):
+            names = list(passes)[number % len(passes) :] + list(passes)[: number % len(passes)]
+            for name in names:
                 started = time.perf_counter()
-                count = one_pass()
+                count = passes[name]()
                 rate = tokens / (time.perf_counter() - started)
-                assert count == tokens - 2 * len(proteins), (name, count)
+                assert count == residues, (name, count)
                 print(
-                    f"{size:>5} {precision} {name:<10} round {number} of {rounds}: {rate:,.0f} tokens/s",
+                    f"{size:>5} {precision} {name:<10} round {number + 1} of {rounds}: {rate:,.0f} tokens/s",
                     flush=True,
                 )
                 rates[name].append(rate)
@@ -220,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", default="35M", choices=list(PRESETS))
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--proteins", type=int, default=256, help="drawn from the FASTA; 0 for all of it")
+    parser.add_argument("--batches", type=int, default=8, help="drawn from those of the FASTA; 0 for all")
     parser.add_argument("--max-residues", type=int, default=1022, help="longer proteins are cut")
     parser.add_argument("--rounds", type=int, default=3, help="passes of every contender")
     parser.add_argument("--seed", type=int, default=1)
@@ -231,20 +242,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A GPU would be taken by some contenders and not by others.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(options.threads)
-    proteins = draw_proteins(options.fasta, options.proteins, options.max_residues, options.seed)
+    batches = draw_batches(options.fasta, options.batches, options.max_residues, options.seed)
+    tokens = sum(len(protein) + 2 for batch in batches for protein in batch)
     description = {
         "machine": platform.processor() or platform.machine(),
         "threads": options.threads,
         "versions": {name: version(name) for name in ("torch", "transformers", "fair-esm", "megatron-core")},
         "size": options.size,
-        "proteins": len(proteins),
-        "tokens": sum(len(residues) + 2 for residues in proteins),
+        "batches": len(batches),
+        "proteins": sum(map(len, batches)),
+        "tokens": tokens,
+        "padding": 1 - tokens / sum(pad(batch).numel() for batch in batches),
         "max_residues": options.max_residues,
         "rounds": options.rounds,
         "seed": options.seed,
     }
     print(json.dumps(description))
-    results = {p: measure(proteins, options.size, p, options.rounds) for p in options.precisions}
+    results = {p: measure(batches, options.size, p, options.rounds) for p in options.precisions}
     print(table(results))
     if options.json is not None:
         options.json.write_text(json.dumps({**description, "tokens_per_second": results}, indent=1) + "\n")

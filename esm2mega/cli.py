@@ -20,7 +20,8 @@ import click
 from esm2mega import __version__
 from esm2mega.convert.formats import READABLE, WRITABLE
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
-from esm2mega.infer.commands import add_commands
+from esm2mega.infer.commands import add_commands as add_inference
+from esm2mega.lora.commands import add_commands as add_lora
 
 
 @dataclass
@@ -294,7 +295,8 @@ def convert_command(
         click.echo("\n".join(run_verify(conversion)))
 
 
-add_commands(cli)
+add_inference(cli)
+add_lora(cli, _single_process)
 
 
 @cli.command()
@@ -311,7 +313,7 @@ def inspect(path: str) -> None:
 @click.option(
     "--layouts",
     metavar="GROUP|random:N",
-    help="ci, more, resume, bf16, families (several with commas), all, or random:N; by default all.",
+    help="ci, more, resume, bf16, families, lora (several with commas), all, or random:N; by default all.",
 )
 @click.option("--row", metavar="NAME", help="One row of the groups, as the table names it.")
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")
@@ -336,6 +338,7 @@ def inspect(path: str) -> None:
     help="Layers of the model; by default 5, and with --vpp one for each piece.",
 )
 @click.option("--precision", type=click.Choice(["fp64", "bf16"]), help="Of one layout; by default fp64.")
+@click.option("--lora", is_flag=True, help="Train adapters; alone: --layouts lora.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=1234, show_default=True, help="Of everything random."
 )
@@ -349,6 +352,7 @@ def prove(
     processes: int | None,
     out: str | None,
     precision: str | None,
+    lora: bool,
     **axes: Any,
 ) -> None:
     """Train a small ESM-2 at parallel layouts and compare every loss, gradient, weight and checkpoint with
@@ -358,10 +362,12 @@ def prove(
     """
     from esm2mega.prove.layouts import layout_from_options
     from esm2mega.prove.training import SETTINGS
-    from esm2mega.prove.trials import Trial
+    from esm2mega.prove.trials import Trial, with_lora
 
     chosen: dict[str, Any] = {name: value for name, value in axes.items() if value}
     one = bool(chosen or precision)
+    if row is not None and lora:
+        raise UserError(f"--row {row} and --lora exclude each other; give one of them")
     given = {"layouts": layouts, "row": row, **chosen, "precision": precision}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1 and given.keys() & {"layouts", "row"}:
@@ -371,6 +377,7 @@ def prove(
         # Refused before PyTorch is imported.
         layout = layout_from_options(chosen, SETTINGS)
         trials = [Trial((layout,), precision or "fp64")]
+        trials = [with_lora(trial) for trial in trials] if lora else trials
         processes = processes or layout.processes
 
     from esm2mega.prove.command import PROCESSES, choose_trials, row_named
@@ -380,7 +387,7 @@ def prove(
     if row is not None:
         trials = [row_named(row)]
     elif not one:
-        trials = choose_trials(layouts or "all", seed, processes)
+        trials = choose_trials(layouts or ("lora" if lora else "all"), seed, processes, lora)
     shrink = (layouts or "").startswith("random")
     if not run_prove(trials, seed, processes, out, shrink):
         raise click.exceptions.Exit(1)

@@ -73,6 +73,9 @@ def _checkpoint_lines(directory: Path) -> Iterator[str]:
         )
     if len(others := layout.find_checkpoints(checkpoint.parent.parent)[0]) > 1:
         yield f"checkpoints of the run: {', '.join(p.name for p in others)}"
+    if "base" in state:
+        yield f"adapters of rank {run.lora.rank} on {', '.join(run.lora.target_modules)}"
+        yield f"base {state['base']['path']}  sha256 {state['base']['sha256']}"
     whole = hashlib.sha256()
     for name, info in reader.index.items():
         if name.startswith(_OPTIMIZER):

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+import yaml
 
-from esm2mega.checkpoint.layout import step_dir
-from esm2mega.checkpoint.store import save_checkpoint
-from esm2mega.config.schema import ParallelConfig
+from esm2mega.checkpoint.layout import CONFIG
+from esm2mega.convert.convert import convert
 from esm2mega.data.tokenizer import PAD, encode_residues
-from esm2mega.parallel.initialize import process_groups
 from tests.parity import references
 from tests.parity.references import Shape
 
@@ -25,9 +23,10 @@ MAX_SEQ_LENGTH = 128
 
 @dataclass(frozen=True)
 class Reference:
-    """A model of Hugging Face, and the checkpoint with the same weights."""
+    """A model of Hugging Face, its directory, and the checkpoint that was made of it."""
 
     model: Any
+    hugging_face: Path
     checkpoint: Path
 
     @torch.no_grad()
@@ -51,36 +50,18 @@ def ids_of(sequence: str) -> torch.Tensor:
     return torch.tensor([[0, *encode_residues(sequence).tolist(), 2]])
 
 
-def write_checkpoint(run_dir: Path, model: Any, shape: Shape) -> Path:
-    """Save the weights of an `EsmForMaskedLM`, contact head included, as a checkpoint of a run."""
-    from tests.unit.runs import tiny_run, train_state
-
-    sizes = [f"model.{name}={value}" for name, value in vars(shape).items()]
-    run = tiny_run(*sizes, "model.precision=fp32", f"data.max_seq_length={MAX_SEQ_LENGTH}", run_dir=run_dir)
-    state = dict(model.state_dict())
-    weights = references.from_hugging_face(state, shape)
-    with process_groups(ParallelConfig(), seed=1):
-        training = train_state(run)
-        with torch.no_grad():
-            for name, parameter in training.model[0].module.named_parameters():
-                parameter[: weights[name].shape[0]] = weights[name]
-        training.optimizer.reload_model_params()
-        directory = step_dir(run_dir, 1)
-        directory.parent.mkdir(parents=True)
-        save_checkpoint(directory, training.model, training.optimizer, run, {"step": 1, "valid_loss": None})
-    head = {
-        f"contact_head.regression.{part}": state[f"esm.contact_head.regression.{part}"]
-        for part in ("weight", "bias")
-    }
-    save_file(head, directory / "auxiliary.safetensors")
-    return directory
-
-
 def make_reference(folder: Path) -> Reference:
     """A model of `SHAPE` with random values in every tensor."""
     model = references.hugging_face(SHAPE)
     model.set_attn_implementation("eager")
-    return Reference(model, write_checkpoint(folder / "run", model, SHAPE))
+    model.save_pretrained(folder / "hf")
+    checkpoint = folder / "run" / "checkpoints" / "step_00000000"
+    convert(folder / "hf", checkpoint, "esm2mega")
+    # As after training on shorter pieces than the default, so that short proteins are long ones.
+    configuration = yaml.safe_load((checkpoint / CONFIG).read_text())
+    configuration["data"]["max_seq_length"] = MAX_SEQ_LENGTH
+    (checkpoint / CONFIG).write_text(yaml.safe_dump(configuration))
+    return Reference(model, folder / "hf", checkpoint)
 
 
 def random_proteins(lengths: list[int], seed: int = 3) -> list[str]:

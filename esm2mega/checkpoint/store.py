@@ -83,6 +83,7 @@ def save_checkpoint(
     run: Run,
     state: dict[str, Any],
     auxiliary: Mapping[str, torch.Tensor] | None = None,
+    trained_only: bool = False,
 ) -> None:
     """Write a checkpoint; all ranks call this together.
 
@@ -95,6 +96,7 @@ def save_checkpoint(
         run: The resolved configuration.
         state: JSON values that the resumed run needs.
         auxiliary: Tensors that are kept and not trained, see `esm2mega.checkpoint.auxiliary`.
+        trained_only: Leave frozen weights out; `state` should then say where they are.
 
     Raises:
         MachineError: The disk is full or a file cannot be written.
@@ -108,7 +110,7 @@ def save_checkpoint(
             (partial / layout.MODEL).mkdir(parents=True)
         _agree(failure)
         with places_without_padding(optimizer):
-            state_of_ranks = _sharded_state(model, optimizer, is_loading=False)
+            state_of_ranks = _sharded_state(model, optimizer, False, trained_only)
         dist_checkpointing.save(state_of_ranks, str(partial / layout.MODEL), content_metadata=_SHARDING)
         if speaks:
             layout.write_description(partial, run, state)
@@ -156,21 +158,23 @@ def _reason(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def load_training_state(checkpoint: Path, model: Sequence[Any], optimizer: MegatronOptimizer) -> None:
+def load_training_state(
+    checkpoint: Path, model: Sequence[Any], optimizer: MegatronOptimizer, trained_only: bool = False
+) -> None:
     """Restore weights and optimizer in place, whatever layout wrote them.
 
-    Every tensor must be there, and no other.
+    Every tensor must be there, and no other; with `trained_only` those of frozen weights are not.
 
     Raises:
         UserError: Missing, unexpected or unreadable tensors.
     """
     make_loadable(optimizer)
     own, saved = form_of_optimizer(optimizer), form_of_names(TensorReader(checkpoint).index)
-    wanted = _sharded_state(model, optimizer, is_loading=True)
+    wanted = _sharded_state(model, optimizer, True, trained_only)
     ask_for(wanted["optimizer"], saved, own)
     loaded = _load(checkpoint, wanted, lambda name: not ignored(name, saved, own))
     # The weights first: main weights that the checkpoint lacks are views of them.
-    _put_weights(model, loaded)
+    _put_weights(model, loaded, trained_only)
     _load_optimizer(optimizer, translate(loaded["optimizer"], saved, own))
 
 
@@ -194,14 +198,17 @@ def _adopt_rates(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
             group.update({key: value for key, value in configured.items() if key in group})
 
 
-def load_weights(checkpoint: Path, model: Sequence[Any]) -> None:
+def load_weights(checkpoint: Path, model: Sequence[Any], trained_only: bool = False) -> None:
     """Restore weights alone, in place. Optimizer tensors in the checkpoint are not read.
+
+    With `trained_only` frozen weights stay as they are: the checkpoint has none.
 
     Raises:
         UserError: A weight is missing, or the checkpoint holds one that the model has no place for.
     """
-    wanted = _sharded_state(model, None, is_loading=True)
-    _put_weights(model, _load(checkpoint, wanted, lambda name: not name.startswith("optimizer.")))
+    wanted = _sharded_state(model, None, True, trained_only)
+    loaded = _load(checkpoint, wanted, lambda name: not name.startswith("optimizer."))
+    _put_weights(model, loaded, trained_only)
 
 
 def _load(checkpoint: Path, wanted: dict[str, Any], matters: Callable[[str], bool]) -> dict[str, Any]:
@@ -240,21 +247,27 @@ def _some(names: set[str]) -> str:
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else str(shown)
 
 
-def _put_weights(model: Sequence[Any], loaded: dict[str, Any]) -> None:
+def _put_weights(model: Sequence[Any], loaded: dict[str, Any], trained_only: bool) -> None:
     for number, chunk in enumerate(unwrap_model(list(model))):
         result = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
         missing = [name for name in result.missing_keys if not name.endswith(_EXTRA_STATE)]
+        if trained_only:
+            parameters = dict(chunk.named_parameters())
+            missing = [name for name in missing if name in parameters and parameters[name].requires_grad]
         assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
 def _sharded_state(
-    model: Sequence[Any], optimizer: MegatronOptimizer | None, is_loading: bool
+    model: Sequence[Any],
+    optimizer: MegatronOptimizer | None,
+    is_loading: bool,
+    trained_only: bool = False,
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model{number}": {
             name: entry
             for name, entry in chunk.sharded_state_dict(metadata=dict(_SHARDING)).items()
-            if not name.endswith(_EXTRA_STATE)
+            if not name.endswith(_EXTRA_STATE) and (not trained_only or entry.data.requires_grad)
         }
         for number, chunk in enumerate(unwrap_model(list(model)))
     }

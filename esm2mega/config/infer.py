@@ -43,6 +43,11 @@ def validate_inference(run: Run, world_size: int) -> None:
         raise UserError("infer.outputs and infer.layers must name at least one each")
     absolute_layers(run)
     width = window_tokens(run)
+    if run.model.max_positions is not None and width > run.model.max_positions:
+        raise UserError(
+            f"infer.max_seq_length={width} is more than the {run.model.max_positions} positions that this "
+            f"model has learned; set it to {run.model.max_positions} or less"
+        )
     if infer.overlap is not None and infer.overlap >= width - 2:
         raise UserError(
             f"infer.overlap={infer.overlap} leaves no step between windows of {width} tokens; "

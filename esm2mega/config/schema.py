@@ -7,6 +7,7 @@ with these defaults (a test compares the two). A field with a closed set of valu
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +147,25 @@ class LoggingConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters of the parallel linears; there are none unless `rank` is set."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["linear_qkv"])
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """What the product of the two factors is multiplied by."""
+        assert self.rank is not None
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass
 class InferConfig:
     """What `embed` computes and stores, and what both `embed` and `score` do with long proteins."""
 
@@ -158,7 +178,7 @@ class InferConfig:
     long: str = _choice("error", "error", "crop", "chunk")
     max_seq_length: int | None = None
     overlap: int | None = None
-    pack_tokens: int = 4096
+    pack_tokens: int | None = None
 
 
 @dataclass
@@ -176,6 +196,7 @@ class Run:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     infer: InferConfig = field(default_factory=InferConfig)
 
 

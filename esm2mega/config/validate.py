@@ -13,6 +13,7 @@ import math
 import os
 from pathlib import Path
 
+from esm2mega.config.lora import check_lora
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run, choices, flatten
 from esm2mega.errors import UserError
@@ -48,6 +49,8 @@ _AT_LEAST = {
     "checkpoint.keep_best": 0,
     "data.mask_fraction": 0,
     "data.random_fraction": 0,
+    "lora.rank": 1,
+    "lora.dropout": 0,
     "infer.max_seq_length": 3,
     "infer.overlap": 0,
     "infer.pack_tokens": 1,
@@ -91,6 +94,7 @@ def validate_model(run: Run) -> None:
     _check_ranges(run)
     _check_model(run)
     _check_layout(run)
+    check_lora(run)
 
 
 def world_size_from_environment() -> int:
@@ -165,6 +169,11 @@ def check_training_inputs(run: Run) -> None:
         raise UserError(
             f"train.eval_every={run.train.eval_every} needs data.valid; "
             "give a validation token store, or set train.eval_every=0"
+        )
+    if run.lora.rank is not None and run.init_from is None:
+        raise UserError(
+            f"lora.rank={run.lora.rank} trains adapters of a trained model; name it in init_from, or set "
+            "lora.rank=null"
         )
     if run.init_from is not None and not os.path.exists(run.init_from):
         raise UserError(f"init_from={run.init_from} does not exist; give a checkpoint, or init_from=null")

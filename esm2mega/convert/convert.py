@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,8 +73,7 @@ def convert(
         OSError: The disk is full, or the like. Nothing is left behind.
     """
     writer = load_format(to)
-    if target.exists():
-        raise UserError(f"{target}: exists; choose another name or remove it")
+    _refuse_existing(target)
     weights = open_weights(source, source_format, drop)
     if weights.description.family not in writer.FAMILIES:
         raise UserError(
@@ -91,14 +91,8 @@ def convert(
         wanted = default_dtype(wanted)
     weights = weights.cast(wanted)
 
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        writer.write(weights, partial if writer.IS_DIRECTORY else partial / target.name)
-        _put_in_place(partial, target, writer.IS_DIRECTORY)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with appearing(target, writer.IS_DIRECTORY) as path:
+        writer.write(weights, path)
     return Conversion(
         source,
         weights.origin["format"],
@@ -109,6 +103,29 @@ def convert(
         weights.notes,
         tuple(drop),
     )
+
+
+@contextmanager
+def appearing(target: Path, is_directory: bool = True) -> Iterator[Path]:
+    """A path to write to, the empty directory or the file that is `target` when the block ends well.
+
+    Raises:
+        UserError: It exists.
+    """
+    _refuse_existing(target)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial if is_directory else partial / target.name
+        _put_in_place(partial, target, is_directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target}: exists; choose another name or remove it")
 
 
 def _put_in_place(partial: Path, target: Path, is_directory: bool) -> None:

@@ -81,6 +81,11 @@ def matches(path: Path) -> bool:
 def read(path: Path, drop: Sequence[str] = ()) -> Weights:
     """Read a checkpoint, or the newest one of a run; not its optimizer."""
     checkpoint = layout.resolve_checkpoint(path)
+    if "base" in layout.read_state(checkpoint):
+        raise UserError(
+            f"{checkpoint}: holds adapters and not the weights under them; make a whole checkpoint with "
+            f"`esm2mega lora merge {checkpoint} --out DIR`"
+        )
     model = layout.read_config(checkpoint).model
     description = Description(
         shape_of(model),

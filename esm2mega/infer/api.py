@@ -190,11 +190,9 @@ class Model:
             variants = [write_variant(variant, offset) for variant in parsed]
         else:
             parsed = [parse_variant(text, wild, offset) for text in variants]
-        size = pack_tokens(self._run)
+        size = pack_tokens(self._run, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, Wanted(logits=True), size)
-        marginals = Marginals(
-            engine, self._ranks, window_tokens(self._run), size, normalize, shows_progress=False
-        )
+        marginals = Marginals(engine, self._ranks, window_tokens(self._run), normalize, shows_progress=False)
         scores = score_variants(marginals, wild, parsed, strategy, normalize)
         return dict(zip(variants, scores, strict=True))
 
@@ -205,7 +203,7 @@ class Model:
         run = load_run_over(self._run, overrides)
         validate_inference(run, 1)
         wants = wanted(run, self._source)
-        engine = Engine(self._loaded(), self._ranks, wants, pack_tokens(run))
+        engine = Engine(self._loaded(), self._ranks, wants, pack_tokens(run, self._ranks.device))
         residues = [encode_residues(clean(sequence)) for sequence in sequences]
         results: list[dict[str, Array]] = [{} for _ in residues]
         for number, values in Embedder(engine, run).run(residues) if residues else ():

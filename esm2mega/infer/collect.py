@@ -57,14 +57,20 @@ def hidden_states(model: ESM2Model, layers: Sequence[int]) -> Iterator[dict[int,
 
         handles.append(module.register_forward_hook(hook))
 
-    if model.pre_process and 0 in layers:
-        keep(model.embedding, 0)
     last = model.config.num_layers
-    for layer in model.encoder.layers:
-        if layer.layer_number in layers and layer.layer_number != last:
-            keep(layer, layer.layer_number)
-    if model.post_process and last in layers:
-        keep(model.encoder, last)
+    # Post-LN is written with the names of pre-LN: what TAPE's layer gives has passed through the LayerNorm
+    # that here belongs to the next layer.
+    if model.config.family == "proteinbert_postln":
+        states = {layer.layer_number - 1: layer.input_layernorm for layer in model.encoder.layers}
+    else:
+        states = {layer.layer_number: layer for layer in model.encoder.layers}
+        if model.pre_process:
+            states[0] = model.embedding
+    if model.post_process:
+        states[last] = model.encoder
+    for number, module in states.items():
+        if number in layers:
+            keep(module, number)
     try:
         yield found
     finally:

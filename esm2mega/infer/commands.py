@@ -24,6 +24,13 @@ def _settings(options: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
     return [*given, *overrides]
 
 
+def _mode(resume: bool, overwrite: bool) -> str:
+    """One of `esm2mega.infer.target.MODES`."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one of them")
+    return "resume" if resume else "overwrite" if overwrite else "new"
+
+
 def _list(values: tuple[Any, ...]) -> str | None:
     """A comma-separated option, which may also be repeated, as a list of the configuration."""
     return f"[{','.join(values)}]" if values else None
@@ -46,7 +53,7 @@ def _list(values: tuple[Any, ...]) -> str | None:
 @click.option("--layout", metavar="ragged|bionemo", help="Of HDF5 files [ragged].")
 @click.option("--long", metavar="error|crop|chunk", help="Proteins longer than --max-seq-length [error].")
 @click.option("--max-seq-length", metavar="N", help="Tokens at once, with <cls> and <eos> [as trained].")
-@click.option("--pack-tokens", metavar="T", help="Tokens that are computed together [4096].")
+@click.option("--pack-tokens", metavar="T", help="Tokens that are computed together [by device].")
 @click.option("--sequence-column", metavar="NAME", help="Of a table [sequence].")
 @click.option("--id-column", metavar="NAME", help="Of a table [id, else line numbers].")
 @click.option("--contact-maps", metavar="DIR", help="Also draw a PNG of each protein's contacts.")
@@ -61,8 +68,7 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
 
     Example: esm2mega embed runs/mine proteins.fasta --out proteins.h5
     """
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other; give one of them")
+    mode = _mode(resume, overwrite)
     from esm2mega.infer.embed import EmbedRequest
     from esm2mega.infer.embed import embed as run_embed
 
@@ -77,7 +83,7 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
         checkpoint,
         input,
         out,
-        "resume" if resume else "overwrite" if overwrite else "new",
+        mode,
         _settings(settings, options["overrides"]),
         options["config"],
         options["contact_maps"],
@@ -115,10 +121,11 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
 @click.option("--assays", metavar="DIR", help="Folder of the assays of --proteingym.")
 @click.option("--precision", metavar="fp32|bf16", help="To compute in [as trained].")
 @click.option("--max-seq-length", metavar="N", help="Tokens of the window around a residue [as trained].")
-@click.option("--pack-tokens", metavar="T", help="Tokens that are computed together [4096].")
+@click.option("--pack-tokens", metavar="T", help="Tokens that are computed together [by device].")
+@click.option("--resume", is_flag=True, help="Of --proteingym: keep the assays that are finished.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
-def score(checkpoint: str, out: str, overwrite: bool, **options: Any) -> None:
+def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
     """Score substitutions by how likely they make a protein, without training on measurements.
 
     Example: esm2mega score runs/mine --fasta wild_type.fasta --variants variants.csv --out scores.csv
@@ -130,13 +137,23 @@ def score(checkpoint: str, out: str, overwrite: bool, **options: Any) -> None:
         raise UserError(
             "--proteingym and --assays go together: the reference file, and the folder of its tables"
         )
+    mode = _mode(resume, overwrite)
+    if resume and options["proteingym"] is None:
+        raise UserError("--resume is for the assays of --proteingym; one table is scored in one go")
+    if options["proteingym"] is not None:
+        fixed = {"variants": None, "measured": None, "offset": 1, "mutation_column": "mutant"}
+        for name, value in fixed.items():
+            if options[name] != value:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is fixed by the layout of ProteinGym; leave it out")
     scan = options["variants"] is None and options["proteingym"] is None
     if options["heat_map"] is not None and not scan:
         raise UserError("--heat-map shows all single substitutions; leave --variants out")
-    if Path(out).exists() and not overwrite and options["proteingym"] is None:
+    if Path(out).exists() and mode == "new" and options["proteingym"] is None:
         raise UserError(f"{out}: exists; replace it with --overwrite, or choose another --out")
 
     from esm2mega.infer import score as scoring
+    from esm2mega.infer.variants import check_writable
 
     settings = {f"infer.{name}": options[name] for name in ("precision", "max_seq_length", "pack_tokens")}
     how = scoring.ScoreOptions(
@@ -152,7 +169,8 @@ def score(checkpoint: str, out: str, overwrite: bool, **options: Any) -> None:
     if options["proteingym"] is not None:
         from esm2mega.infer.proteingym import read_reference, score_assays
 
-        _say(score_assays(checkpoint, read_reference(options["proteingym"], options["assays"]), out, how))
+        assays = read_reference(options["proteingym"], options["assays"])
+        _say(score_assays(checkpoint, assays, out, how, mode))
         return
     if options["sequence"] is not None:
         proteins = [scoring.WildType("sequence", scoring.clean(options["sequence"]))]
@@ -162,6 +180,8 @@ def score(checkpoint: str, out: str, overwrite: bool, **options: Any) -> None:
         raise UserError(
             f"--heat-map shows one wild type, {options['fasta']} has {len(proteins)}; leave it out"
         )
+    if options["heat_map"] is not None:
+        check_writable(Path(options["heat_map"]))
     report = scoring.score_file(checkpoint, proteins, options["variants"], out, how)
     _say(report)
     if options["heat_map"] is not None and report:

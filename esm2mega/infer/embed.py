@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -28,10 +28,9 @@ from esm2mega.infer.proteins import Embedder, Lengths, pack_tokens, wanted
 from esm2mega.infer.source import ModelSource, open_model
 from esm2mega.infer.target import Target
 from esm2mega.infer.work import Journal, Work, differing, has_begun
+from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import Progress
-
-T = TypeVar("T")
 
 _PREPARED = "prepared"
 _IDS_AT_ONCE = 1 << 16
@@ -78,7 +77,7 @@ def embed(request: EmbedRequest) -> list[str]:
     wanted(run, source)  # here too, since the model's load takes time
     _check_existing(target, run, request.mode)
     with process_groups(run.parallel, run.seed) as ranks:
-        begun = _on_one_rank(ranks, lambda: _begin(request, run, source, target))
+        begun = on_one_rank(lambda: _begin(request, run, source, target))
         if isinstance(begun, str):
             return [begun]
         attributes, store_path, remaining = begun
@@ -86,7 +85,7 @@ def embed(request: EmbedRequest) -> list[str]:
         work = Work(target, contents)
         _compute(work, source, ranks, remaining[ranks.dp_rank :: ranks.dp_size], request.contact_maps)
         dist.barrier()
-        made = _on_one_rank(ranks, work.finish)
+        made = on_one_rank(work.finish)
         return _report(contents, made)
 
 
@@ -194,7 +193,8 @@ def _compute(
 ) -> None:
     """This rank's share of the pieces."""
     contents, run = work.contents, work.contents.run
-    engine = Engine(load_model(source, run, ranks), ranks, wanted(run, source), pack_tokens(run))
+    size = pack_tokens(run, ranks.device)
+    engine = Engine(load_model(source, run, ranks), ranks, wanted(run, source), size)
     embedder = Embedder(engine, run)
     # Ranks of a tensor-parallel group hold the same; one of them writes. Pipeline stages write what is
     # theirs.
@@ -240,20 +240,6 @@ def _draw(folder: str, number: int, protein: str, contacts: Any) -> None:
     contact_map(
         Path(folder) / f"{number:06d}.{safe_name(protein)}.png", protein, contacts.float().cpu().numpy()
     )
-
-
-def _on_one_rank(ranks: Ranks, action: Callable[[], T]) -> T:
-    """What `action` gives on rank 0, on every rank; or the error that it raises. Broadcast over the world."""
-    box: list[Any] = [None, None]
-    if ranks.speaks:
-        try:
-            box[0] = action()
-        except (UserError, OSError) as error:
-            box[1] = error
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
 
 
 def _report(contents: Contents, made: Sequence[Path]) -> list[str]:

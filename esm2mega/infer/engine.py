@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from esm2mega.config.schema import Run
+from esm2mega.data.packing import plan_packs
 from esm2mega.data.tokenizer import PAD
 from esm2mega.infer.collect import ContactMaps, Wanted, hidden_states
 from esm2mega.infer.source import ModelSource
@@ -46,12 +47,19 @@ class Pack:
     Attributes:
         windows: Of what they are windows.
         tokens: Their token ids back to back, uint8 ``[sum of tokens]``.
-        logit_positions: Tokens that get logits, ``[m]``; None for all.
+        logit_positions: Tokens that get logits, ascending, ``[m]``; None for all.
     """
 
     windows: Sequence[Window]
     tokens: npt.NDArray[np.uint8]
     logit_positions: npt.NDArray[np.int64] | None = None
+
+    def logit_counts(self, lengths: Sequence[int]) -> list[int] | None:
+        """How many tokens get logits of each of the sequences of these lengths; None for all of them."""
+        if self.logit_positions is None:
+            return None
+        borders = np.concatenate([[0], np.cumsum(lengths)])
+        return np.diff(np.searchsorted(self.logit_positions, borders)).tolist()
 
 
 @dataclass
@@ -70,9 +78,22 @@ class PackOutputs:
     contacts: list[Tensor] = field(default_factory=list)
 
 
+def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
+    """Which windows share a pack: their places, pack by pack.
+
+    Args:
+        num_tokens: Tokens of each window.
+        capacity: Tokens of a pack.
+    """
+    pack_of = plan_packs(num_tokens, capacity)
+    order = np.argsort(pack_of, kind="stable")
+    borders = np.flatnonzero(np.diff(pack_of[order])) + 1
+    return [places.tolist() for places in np.split(order, borders)] if len(order) else []
+
+
 def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
     """This rank's stage with the weights of `source`, ready for inference."""
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed)
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, run.lora.rank is not None)
     source.load(chunks)
     (model,) = chunks
     # Without gradients Megatron-Core adds biases and residuals in place.
@@ -85,7 +106,7 @@ class Engine:
     def __init__(self, model: ESM2Model, ranks: Ranks, wanted: Wanted, pack_tokens: int) -> None:
         """Args: pack_tokens: the largest pack, which is the size of every pack under a pipeline."""
         self._model, self._ranks, self._wanted = model, ranks, wanted
-        self._pack_tokens = pack_tokens
+        self.pack_tokens = pack_tokens
 
     def run(self, packs: Sequence[Pack]) -> Iterator[PackOutputs]:
         """Yield the outputs of each pack, in order."""
@@ -116,13 +137,16 @@ class Engine:
         self, model: ESM2Model, pack: Pack, hidden: dict[int, Tensor], maps: ContactMaps | None
     ) -> tuple[PackOutputs, Tensor]:
         """The outputs, and the tensor for the next stage."""
+        # Where only some tokens get logits, the last layer has no others.
+        assert pack.logit_positions is None or not self._wanted.layers
         device = self._ranks.device
         lengths = [window.num_tokens for window in pack.windows]
         tail = self._padded(sum(lengths)) - sum(lengths)
         ids = torch.from_numpy(np.pad(pack.tokens, (0, tail), constant_values=PAD).astype(np.int64)).to(
             device
         )
-        packed = PackedSequences.from_lengths(lengths + [tail] * (tail > 0), device)
+        lengths += [tail] * (tail > 0)
+        packed = PackedSequences.from_lengths(lengths, device, pack.logit_counts(lengths))
         if maps is not None:
             maps.begin(pack.windows)
         outputs = PackOutputs()
@@ -140,7 +164,7 @@ class Engine:
 
     def _padded(self, num_tokens: int) -> int:
         if self._ranks.pp_size > 1:
-            return self._pack_tokens
+            return self.pack_tokens
         smallest = _ROWS_PER_THREAD * torch.get_num_threads() if self._ranks.device.type == "cpu" else 1
         return max(num_tokens, smallest)
 
@@ -159,7 +183,7 @@ class Engine:
             data_iterator=iter(packs),
             model=[self._model],
             num_microbatches=len(packs),
-            seq_length=self._pack_tokens,
+            seq_length=self.pack_tokens,
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from esm2mega.data.packing import plan_window
 from esm2mega.data.tokenizer import MASK, STANDARD_RESIDUES, encode_residues
-from esm2mega.infer.engine import Engine, Pack
+from esm2mega.infer.engine import Engine, Pack, group_windows
 from esm2mega.infer.windows import Window, optimal
 from esm2mega.model.esm2 import VOCAB_SIZE
 from esm2mega.parallel.initialize import Ranks
@@ -51,7 +50,6 @@ class Marginals:
         engine: Engine,
         ranks: Ranks,
         width: int,
-        pack_tokens: int,
         normalization: str = "vocabulary",
         shows_progress: bool = True,
     ) -> None:
@@ -61,12 +59,11 @@ class Marginals:
             engine: Made to give logits.
             ranks: Where this process stands.
             width: Most tokens at once; longer proteins are seen through the window around the residue.
-            pack_tokens: Tokens of a pack.
             normalization: One of `NORMALIZATIONS`.
             shows_progress: Whether rank 0 shows how far it is.
         """
         self._engine, self._ranks = engine, ranks
-        self._width, self._pack_tokens = width, pack_tokens
+        self._width = width
         self._normalization = normalization
         self._shows_progress = shows_progress and ranks.speaks
 
@@ -123,7 +120,7 @@ class Marginals:
         progress: Progress,
     ) -> None:
         """Fill the rows of `logits` that these copies give."""
-        plan = plan_window([copy.window.num_tokens for copy in copies], self._pack_tokens)
+        plan = group_windows([copy.window.num_tokens for copy in copies], self._engine.pack_tokens)
         packs, rows = [], []
         for chosen in plan:
             tokens, positions, first = [], [], 0

@@ -8,18 +8,30 @@ proteins within a class of function, classes.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from esm2mega.errors import UserError
 from esm2mega.infer.score import ScoreOptions, check_columns, clean, measured_spearman, scorer, write_scored
-from esm2mega.infer.variants import Table, Variant, parse_variant, read_table, write_table
+from esm2mega.infer.variants import (
+    Table,
+    Variant,
+    growing,
+    parse_variant,
+    read_table,
+    write_table,
+)
+from esm2mega.infer.work import differing
+from esm2mega.parallel.errors import on_one_rank
 
 SUMMARY = "summary.csv"
+_SETTINGS = "settings.json"
 _MEASURED = "DMS_score"
 
 
@@ -57,26 +69,37 @@ def read_reference(path: str, assays: str) -> list[Assay]:
     return found
 
 
-def score_assays(checkpoint: str, assays: Sequence[Assay], out: str, options: ScoreOptions) -> list[str]:
-    """Score every assay into ``OUT/DMS_id.csv``; a table that is there already is taken as it is.
+def score_assays(
+    checkpoint: str, assays: Sequence[Assay], out: str, options: ScoreOptions, mode: str = "new"
+) -> list[str]:
+    """Score every assay into ``OUT/DMS_id.csv``.
+
+    Args:
+        checkpoint: A checkpoint, run directory, or anything that `esm2mega convert` reads.
+        assays: From `read_reference`.
+        out: The folder.
+        options: How; the columns are those of ProteinGym.
+        mode: One of `target.MODES`. ``resume`` takes finished tables as they are, if they were made with the
+            same weights and settings.
 
     Returns:
         A report for the reader.
+
+    Raises:
+        UserError: The folder holds something that `mode` does not allow for.
     """
     options = replace(options, offset=1, mutation_column="mutant", measured_column=_MEASURED)
     folder = Path(out)
+    _check_existing(folder, mode)
     results = []
     with scorer(checkpoint, options) as (score, ranks):
-        for assay in assays:
-            path = folder / f"{Path(assay.id).name}.csv"
-            # Every rank looks before any of them writes.
-            done = path.is_file()
-            ranks_agree()
-            if done:
-                table = read_table(path)
-                scores = [float(text) for text in table.column(options.score_column, "--score-column")]
+        tables = [folder / f"{Path(assay.id).name}.csv" for assay in assays]
+        done = on_one_rank(lambda: _begin(folder, tables, score.settings(), mode))
+        for assay, path in zip(assays, tables, strict=True):
+            table = read_table(assay.table)
+            if path in done:
+                scores = _finished(path, table, options)
             else:
-                table = read_table(assay.table)
                 check_columns(table, options)
                 scores = score(assay.sequence, _variants(table, assay, options))
                 if ranks.speaks:
@@ -94,11 +117,45 @@ def score_assays(checkpoint: str, assays: Sequence[Assay], out: str, options: Sc
     ]
 
 
-def ranks_agree() -> None:
-    """Wait for all ranks."""
-    import torch.distributed as dist
+def _check_existing(folder: Path, mode: str) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        if mode == "new":
+            raise UserError(
+                f"{folder}: is not empty; go on with --resume, replace its tables with --overwrite, or "
+                "choose another --out"
+            )
+        if mode == "resume" and not (folder / _SETTINGS).is_file():
+            raise UserError(
+                f"{folder}: has no {_SETTINGS}, so it cannot be known how its tables were made; choose "
+                "another --out"
+            )
 
-    dist.barrier()
+
+def _begin(folder: Path, tables: Sequence[Path], settings: dict[str, Any], mode: str) -> list[Path]:
+    """Note the settings, or compare them with the earlier ones; returns the tables that are finished."""
+    noted = folder / _SETTINGS
+    if mode == "resume" and noted.is_file():
+        if differences := differing(json.loads(noted.read_text()), settings):
+            raise UserError(
+                f"{folder}: begun with other settings: {differences}; set them back, or begin again with "
+                "--overwrite"
+            )
+    else:
+        # Nothing of an earlier start may be taken for a result of this one.
+        for path in [folder / SUMMARY, *tables]:
+            path.unlink(missing_ok=True)
+        with growing(noted) as partial:
+            partial.write_text(json.dumps(settings, indent=1) + "\n")
+            os.replace(partial, noted)
+    return [path for path in tables if path.is_file()]
+
+
+def _finished(path: Path, table: Table, options: ScoreOptions) -> list[float]:
+    """The scores of a table that an earlier start wrote."""
+    written = read_table(path)
+    if [row[:-1] for row in written.rows] != table.rows:
+        raise UserError(f"{path}: holds other rows than {table.path}; begin again with --overwrite")
+    return [float(text) for text in written.column(options.score_column, "--score-column")]
 
 
 def _variants(table: Table, assay: Assay, options: ScoreOptions) -> list[Variant]:

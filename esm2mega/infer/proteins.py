@@ -16,10 +16,9 @@ from torch import Tensor
 
 from esm2mega.config.infer import absolute_layers, window_tokens
 from esm2mega.config.schema import Run
-from esm2mega.data.packing import plan_window
 from esm2mega.errors import UserError
 from esm2mega.infer.collect import Wanted
-from esm2mega.infer.engine import Engine, Pack, PackOutputs
+from esm2mega.infer.engine import Engine, Pack, PackOutputs, group_windows
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window, overlapping, whole
 
@@ -85,12 +84,11 @@ class Embedder:
     """Computes what a configuration asks for, protein by protein."""
 
     def __init__(self, engine: Engine, run: Run) -> None:
-        """Args: engine: made with `wanted(run, …)`. run: what to compute, and the size of packs."""
+        """Args: engine: made with `wanted(run, …)`. run: what to compute."""
         self._engine = engine
         self._outputs = frozenset(run.infer.outputs)
         self._pooling = run.infer.pooling
         self._lengths = Lengths.of(run)
-        self._pack_tokens = pack_tokens(run)
 
     def run(self, proteins: Sequence[npt.NDArray[np.uint8]]) -> Iterator[tuple[int, Values]]:
         """Yield the number of each protein and its values, in the order in which they get ready.
@@ -106,7 +104,7 @@ class Embedder:
             for place, window in enumerate(self._lengths.windows(len(residues)))
         ]
         num_windows = np.bincount([number for number, _, _ in jobs], minlength=len(proteins))
-        plan = plan_window([window.num_tokens for _, _, window in jobs], self._pack_tokens)
+        plan = group_windows([window.num_tokens for _, _, window in jobs], self._engine.pack_tokens)
         packs = [
             Pack(
                 [jobs[i][2] for i in places],
@@ -194,9 +192,14 @@ def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
     return joined
 
 
-def pack_tokens(run: Run) -> int:
-    """Tokens of a pack: as configured, or those of the longest window."""
-    return max(run.infer.pack_tokens, window_tokens(run))
+def pack_tokens(run: Run, device: torch.device) -> int:
+    """Tokens of a pack: as configured, or what suits the device; at least those of the longest window.
+
+    A 35M model on 2 cores of an AMD EPYC embedded 1,390, 1,460, 1,240 and 1,180 tokens/s in packs of 1,024,
+    2,048, 4,096 and 8,192. The size for GPUs is not measured.
+    """
+    size = run.infer.pack_tokens or (2048 if device.type == "cpu" else 16384)
+    return max(size, window_tokens(run))
 
 
 def wanted(run: Run, source: ModelSource) -> Wanted:

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from esm2mega.config.infer import inference_run, validate_inference, window_tokens
+from esm2mega.config.schema import Run
 from esm2mega.config.validate import world_size_from_environment
 from esm2mega.data.records import SourceOptions
 from esm2mega.data.sources import open_source
@@ -22,12 +23,13 @@ from esm2mega.infer.correlation import spearman
 from esm2mega.infer.engine import Engine, load_model
 from esm2mega.infer.marginals import Marginals
 from esm2mega.infer.proteins import pack_tokens
-from esm2mega.infer.source import open_model
+from esm2mega.infer.source import ModelSource, open_model
 from esm2mega.infer.strategies import score_variants
 from esm2mega.infer.variants import (
     AMINO_ACIDS,
     Table,
     Variant,
+    check_writable,
     parse_variant,
     read_table,
     single_substitutions,
@@ -74,8 +76,20 @@ class ScoreOptions:
 class Scorer:
     """A loaded model and how to score with it; all ranks use it together."""
 
-    def __init__(self, marginals: Marginals, options: ScoreOptions) -> None:
+    def __init__(self, marginals: Marginals, options: ScoreOptions, source: ModelSource, run: Run) -> None:
         self._marginals, self.options = marginals, options
+        self._source, self._run = source, run
+
+    def settings(self) -> dict[str, Any]:
+        """What scores depend on; reads all weights."""
+        return {
+            "model_hash": self._source.checksum(),
+            "precision": self._run.model.precision,
+            "max_seq_length": window_tokens(self._run),
+            "strategy": self.options.strategy,
+            "normalization": self.options.normalization,
+            "score_column": self.options.score_column,
+        }
 
     def __call__(self, sequence: str, variants: Sequence[Variant]) -> list[float]:
         """Scores in the order of the variants."""
@@ -90,9 +104,10 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
     run = inference_run(source.run, options.overrides, options.config)
     validate_inference(run, world_size_from_environment())
     with process_groups(run.parallel, run.seed) as ranks:
-        engine = Engine(load_model(source, run, ranks), ranks, Wanted(logits=True), pack_tokens(run))
-        marginals = Marginals(engine, ranks, window_tokens(run), pack_tokens(run), options.normalization)
-        yield Scorer(marginals, options), ranks
+        size = pack_tokens(run, ranks.device)
+        engine = Engine(load_model(source, run, ranks), ranks, Wanted(logits=True), size)
+        marginals = Marginals(engine, ranks, window_tokens(run), options.normalization)
+        yield Scorer(marginals, options, source, run), ranks
 
 
 def read_wild_types(path: str) -> list[WildType]:
@@ -135,6 +150,7 @@ def score_file(
     Returns:
         A report for the reader.
     """
+    check_writable(Path(out))
     table = None if variants is None else read_table(variants)
     plan = _scan(proteins) if table is None else _assigned(table, proteins, options)
     with scorer(checkpoint, options) as (score, ranks):

@@ -16,9 +16,11 @@ from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.schema import Run
-from esm2mega.convert.esm2mega import is_auxiliary, run_of
+from esm2mega.convert.esm2mega import default_dtype, is_auxiliary, run_of
 from esm2mega.convert.formats import detect, open_weights
 from esm2mega.convert.into_model import fill_model
+from esm2mega.lora.base import find_base, needs_base, recorded_base
+from esm2mega.lora.checkpoint import load_model
 
 CONTACT_WEIGHT = "contact_head.regression.weight"
 CONTACT_BIAS = "contact_head.regression.bias"
@@ -38,7 +40,7 @@ class ModelSource:
 
     path: Path
     run: Run
-    load: Callable[[Sequence[Any]], None]
+    load: Callable[[Sequence[Any]], object]
     auxiliary: dict[str, Tensor]
     checksum: Callable[[], str]
 
@@ -64,6 +66,8 @@ def open_model(path: str | Path) -> ModelSource:
     if path.exists() and detect(path) != "esm2mega":
         return _open_foreign(path)
     checkpoint = layout.resolve_checkpoint(path)
+    if needs_base(checkpoint):
+        return _open_adapted(checkpoint)
     return ModelSource(
         checkpoint,
         layout.read_config(checkpoint),
@@ -73,8 +77,22 @@ def open_model(path: str | Path) -> ModelSource:
     )
 
 
+def _open_adapted(checkpoint: Path) -> ModelSource:
+    run = layout.read_config(checkpoint)
+    base = recorded_base(checkpoint)
+    return ModelSource(
+        checkpoint,
+        run,
+        lambda chunks: load_model(checkpoint, run, chunks),
+        open_model(find_base(checkpoint, run)).auxiliary,
+        lambda: hashlib.sha256(f"{base.sha256} {weights_sha256(checkpoint)}".encode()).hexdigest(),
+    )
+
+
 def _open_foreign(path: Path) -> ModelSource:
     weights = open_weights(path)
+    # The large published models are stored in fp16, in which nothing is computed.
+    weights = weights.cast(default_dtype(weights.description.dtype))
     kept = is_auxiliary(weights.description)
     return ModelSource(
         path,

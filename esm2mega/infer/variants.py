@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -159,16 +160,33 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
     Raises:
         MachineError: The disk is full, or the path cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with growing(path) as partial:
         with partial.open("w", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows(rows)
         os.replace(partial, path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise MachineError now rather than after hours, where `path` cannot be written."""
+    with growing(path) as partial:
+        partial.touch()
+        partial.unlink()
+
+
+@contextmanager
+def growing(path: Path) -> Iterator[Path]:
+    """Where a file grows; nothing remains of it after an error."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "is a directory")
+        yield partial
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise MachineError(
             f"{path}: cannot be written: {error.strerror or error}; choose another --out"
         ) from error

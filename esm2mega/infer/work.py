@@ -40,8 +40,10 @@ _SPARE_BYTES = 1 << 20
 
 
 def has_begun(target: Target) -> bool:
-    """Whether an earlier start left something to go on with."""
-    return (target.work_dir / _MANIFEST).is_file()
+    """Whether an earlier start left something to go on with: not after a kill behind the very last step, when
+    the arrays of HDF5 are the output already.
+    """
+    return all((target.work_dir / name).is_file() for name in (_MANIFEST, _ARRAYS))
 
 
 @dataclass(frozen=True)

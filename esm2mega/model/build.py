@@ -109,11 +109,19 @@ def _recompute(mode: str) -> dict[str, Any]:
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, device: torch.device, seed: int
+    model: ModelConfig, parallel: ParallelConfig, device: torch.device, seed: int, adapted: bool = False
 ) -> list[ESM2Model]:
-    """This rank's chunks of the model with initial weights: one, or several if interleaved."""
+    """This rank's chunks of the model with initial weights: one, or several if interleaved.
+
+    Args:
+        model: Shape and numerics.
+        parallel: Layout.
+        device: Where the weights live.
+        seed: The run's seed.
+        adapted: Whether its linears will get adapters, which need the input that fused layers keep inside.
+    """
     # The LayerNorms of post-LN stand alone, not fused into the linears behind them.
-    wanted_spec = "local" if model.family == "proteinbert_postln" else model.layer_spec
+    wanted_spec = "local" if adapted or model.family == "proteinbert_postln" else model.layer_spec
     spec = layer_spec.choose_layer_spec(wanted_spec, device, DTYPES[model.precision])
     te_attention = spec == "te" and model.attention_backend in ("auto", "te")
     wanted = "auto" if te_attention else model.attention_backend

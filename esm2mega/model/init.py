@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
@@ -33,25 +34,37 @@ def _initial_value(name: str, parameter: Tensor, seed: int, std: float) -> Tenso
     if parameter.dim() == 1:
         is_scale = name.endswith(("norm.weight", "layer_norm_weight"))
         return torch.full_like(parameter, 1.0 if is_scale else 0.0)
-    partition_dim = (
-        getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
-    )
+
+    def normal(shape: list[int], generator: torch.Generator) -> Tensor:
+        if name != "embedding.word_embeddings.weight":
+            return torch.randn(shape, generator=generator, dtype=torch.float32) * std
+        table = torch.zeros(shape)
+        table[:VOCAB_SIZE] = torch.randn([VOCAB_SIZE, shape[1]], generator=generator) * std
+        table[PAD] = 0.0
+        return table
+
+    return draw(name, parameter, seed, normal)
+
+
+def draw(
+    name: str, parameter: Tensor, seed: int, sample: Callable[[list[int], torch.Generator], Tensor]
+) -> Tensor:
+    """This rank's slice of a random matrix that is a function of (seed, name).
+
+    Args:
+        name: In the whole model.
+        parameter: Shape, dtype and tensor-parallel split of the slice.
+        seed: The run's seed.
+        sample: Makes the whole matrix from its shape and a generator on the CPU.
+    """
+    split = getattr(parameter, "tensor_model_parallel", False)
+    dimension = getattr(parameter, "partition_dim", -1) if split else -1
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     shape = list(parameter.shape)
-    if partition_dim >= 0:
-        shape[partition_dim] *= tp_size
-    if name == "embedding.word_embeddings.weight":
-        full = torch.zeros(shape)
-        full[:VOCAB_SIZE] = _normal([VOCAB_SIZE, shape[1]], name, seed) * std
-        full[PAD] = 0.0
-    else:
-        full = _normal(shape, name, seed) * std
-    if partition_dim >= 0:
-        full = full.chunk(tp_size, dim=partition_dim)[parallel_state.get_tensor_model_parallel_rank()]
-    return full.to(parameter)
-
-
-def _normal(shape: list[int], name: str, seed: int) -> Tensor:
+    if dimension >= 0:
+        shape[dimension] *= tp_size
     key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-    return torch.randn(shape, generator=generator, dtype=torch.float32)
+    full = sample(shape, torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1))
+    if dimension >= 0:
+        full = full.chunk(tp_size, dim=dimension)[parallel_state.get_tensor_model_parallel_rank()]
+    return full.to(parameter)

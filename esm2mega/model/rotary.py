@@ -86,30 +86,36 @@ class _SplitAndRotate(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(tables)
         q, k, v = qkv.unbind(dim=2)
-        return _rotate(q, tables[0], tables[1]), _rotate(k, tables[0], tables[1]), v.contiguous()
+        rotated = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
+        for x, out in zip((q, k), rotated, strict=True):
+            _rotate(x, tables[0], tables[1], out)
+        return rotated[0], rotated[1], v.contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (tables,) = ctx.saved_tensors
         dq, dk, dv = grads
         dqkv = dq.new_empty(*dq.shape[:2], 3, dq.shape[2])
-        _rotate(dq, tables[0], -tables[1], out=dqkv[:, :, 0])
-        _rotate(dk, tables[0], -tables[1], out=dqkv[:, :, 1])
+        _rotate(dq, tables[0], -tables[1], dqkv[:, :, 0])
+        _rotate(dk, tables[0], -tables[1], dqkv[:, :, 1])
         dqkv[:, :, 2] = dv
         return dqkv, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotate pair ``(i, i + d/2)`` of ``x [T, n/t, d]``; computed in the tables' dtype, returned in that of
-    `x`.
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Rotate pair ``(i, i + d/2)`` of ``x [T, n/t, d]`` into `out`; computed in the dtype of the tables and
+    rounded once.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)
+    if out.dtype == cos.dtype:
+        # In place: no temporaries.
+        torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+        return
     # First the products with cos, then sin is added in place: two passes, no temporary in fp32.
     out_first.copy_(torch.addcmul(first * cos, second, sin, value=-1))
     out_second.copy_(torch.addcmul(second * cos, first, sin))
-    return out
 
 
 def split_and_rotate(qkv: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,13 +1,19 @@
-"""Under many processes, one of them reports an error: the first to claim the right."""
+"""Under many processes, one of them reports an error: the first to claim the right. And what one of them does
+alone succeeds or fails for all.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from esm2mega.errors import MachineError
+from esm2mega.errors import MachineError, UserError
+
+T = TypeVar("T")
 
 # How gloo, NCCL and the rendezvous store word that the other side of a connection is gone.
 _LOST = re.compile(
@@ -39,3 +45,21 @@ def claim_error_report() -> bool:
         return int(_get_default_store().add("esm2mega/error_reports", 1)) == 1
     except Exception:  # the store's host has left: a report too many is better than none
         return True
+
+
+def on_one_rank(action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0, on every rank; or the error that it raises. Broadcast over the world.
+
+    Args:
+        action: Called on rank 0 alone. Errors for the user and of the machine reach all ranks.
+    """
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except (UserError, OSError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]

@@ -7,7 +7,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from esm2mega.errors import MachineError, UserError
 from esm2mega.prove.layouts import Layout, is_possible, random_layouts
 from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.training import SETTINGS
-from esm2mega.prove.trials import GROUPS, Trial
+from esm2mega.prove.trials import GROUPS, Trial, with_lora
 from esm2mega.prove.workers import Serve
 from esm2mega.report.progress import Progress
 
@@ -33,16 +33,20 @@ Say = Callable[[str], None]
 print_line: Say = partial(print, flush=True)
 
 
-def choose_trials(layouts: str, seed: int, processes: int) -> list[Trial]:
+def choose_trials(layouts: str, seed: int, processes: int, lora: bool = False) -> list[Trial]:
     """The trials that ``--layouts`` names.
 
     Args:
         layouts: A name of `GROUPS`, several with commas, ``all``, or ``random:N``.
         seed: Of the random ones.
         processes: Limit of the random ones.
+        lora: Train adapters at these layouts.
     """
     if match := _RANDOM.fullmatch(layouts):
-        return [Trial((layout,)) for layout in random_layouts(int(match[1]), seed, processes, SETTINGS)]
+        trials = [Trial((layout,)) for layout in random_layouts(int(match[1]), seed, processes, SETTINGS)]
+        return [with_lora(trial) for trial in trials] if lora else trials
+    if lora and layouts != "lora":
+        raise UserError(f"--layouts {layouts} and --lora exclude each other; give --layouts lora or random:N")
     names = list(GROUPS) if layouts == "all" else layouts.split(",")
     for name in names:
         if name not in GROUPS:
@@ -161,7 +165,7 @@ def shrunk(prover: Prover, failed: Verdict, processes: int) -> Verdict:
             if layout.processes > processes or layout == layout.reference:
                 continue
             if is_possible(layout, SETTINGS):
-                trial = Trial((layout,), failed.trial.precision, failed.trial.settings)
+                trial = replace(failed.trial, layouts=(layout,))
                 (verdict,) = prover.judge([trial])
                 if not verdict.passed:
                     failed = verdict

@@ -35,13 +35,21 @@ _FP32_ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Leg:
-    """One start of a training: the part of a trial that one set of processes runs."""
+    """One start of a training: the part of a trial that one set of processes runs.
+
+    Attributes:
+        layout, precision, settings: As in `Trial`.
+        stop: Step at which it ends.
+        after: What it resumes.
+        base: What it takes its first weights from.
+    """
 
     layout: Layout
     precision: str
     settings: tuple[str, ...]
     stop: int = STEPS
     after: Leg | None = None
+    base: Leg | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,10 @@ class Prover:
             A verdict as each ends, in no fixed order.
         """
         needed = {leg for trial in trials for leg in [*_references(trial), *_first_legs(trial)]}
-        for leg, outcome in self._run(leg for leg in needed if leg not in self._references):
-            self._references[leg] = outcome
+        bases = {leg.base for leg in needed if leg.base is not None}
+        for legs in (bases, needed):
+            for leg, outcome in self._run(leg for leg in legs if leg not in self._references):
+                self._references[leg] = outcome
         finals = {_final(trial): trial for trial in trials}
         for leg, outcome in self._run(finals):
             yield self._verdict(finals[leg], outcome)
@@ -117,6 +127,10 @@ class Prover:
         jobs: list[Job] = []
         for leg in legs:
             before = self._references[leg.after] if leg.after is not None else None
+            base = self._references[leg.base] if leg.base is not None else None
+            if isinstance(base, str):
+                yield leg, f"before the adapters: {base}"
+                continue
             if isinstance(before, str):
                 yield leg, f"before the resume, at {leg.after.layout}: {before}"  # type: ignore[union-attr]
                 continue
@@ -127,6 +141,7 @@ class Prover:
                 shutil.copytree(before.run_dir, out / "run")
             overrides = settings(self._stores, out / "run", leg.precision, self.seed, leg.stop)
             overrides += [*leg.layout.settings(), *leg.settings]
+            overrides += [] if base is None else [f"init_from={base.run_dir}"]
             jobs.append(Job(tuple(overrides), leg.layout.processes, out))
             steps = before.steps if before is not None else 0
             started.append((leg, Outcome(out, out / "run", steps, leg.stop)))
@@ -160,17 +175,25 @@ def _references(trial: Trial) -> list[Leg]:
     if len(trial.layouts) > 1:
         layout = alike
     if trial.precision != "bf16":
-        return [Leg(layout, trial.precision, trial.settings)]
-    return [Leg(layout, "fp32", trial.settings), Leg(alike, "bf16", trial.settings)]
+        return [Leg(layout, trial.precision, trial.settings, base=_base(trial))]
+    base = _base(trial)
+    return [Leg(layout, "fp32", trial.settings, base=base), Leg(alike, "bf16", trial.settings, base=base)]
+
+
+def _base(trial: Trial) -> Leg | None:
+    """The plain training whose weights are trained on."""
+    return Leg(trial.layouts[-1].reference, "fp64", ()) if trial.continues else None
 
 
 def _first_legs(trial: Trial) -> list[Leg]:
-    return [Leg(layout, trial.precision, trial.settings, SAVED) for layout in trial.layouts[:-1]]
+    base = _base(trial)
+    return [Leg(layout, trial.precision, trial.settings, SAVED, None, base) for layout in trial.layouts[:-1]]
 
 
 def _final(trial: Trial) -> Leg:
     before = _first_legs(trial)
-    return Leg(trial.layouts[-1], trial.precision, trial.settings, after=before[-1] if before else None)
+    after = before[-1] if before else None
+    return Leg(trial.layouts[-1], trial.precision, trial.settings, STEPS, after, _base(trial))
 
 
 def _worst_of(kind: str, found: list[Difference]) -> Difference:

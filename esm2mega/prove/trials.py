@@ -22,12 +22,14 @@ class Trial:
         precision: ``fp64``, or ``bf16``, which is compared with fp32.
         settings: Further overrides, which the reference has too.
         label: What the settings make of the training, in a word; those of a resume need none.
+        continues: Start from the weights that the training without `settings` ends with.
     """
 
     layouts: tuple[Layout, ...]
     precision: str = "fp64"
     settings: tuple[str, ...] = ()
     label: str = ""
+    continues: bool = False
 
     @property
     def processes(self) -> int:
@@ -38,13 +40,30 @@ class Trial:
         return ", ".join(filter(None, words))
 
     def command(self, seed: int) -> str:
-        """What repeats the trial: the options of its layout, or its name where these do not say all."""
-        if self.settings or len(self.layouts) > 1:
-            options = ["--row", str(self)]
-        else:
-            precision = ["--precision", self.precision] if self.precision != "fp64" else []
-            options = [*self.layouts[0].options(), *precision]
+        """What repeats the trial: options, or its name where these do not say all."""
+        options = ["--row", str(self)]
+        if len(self.layouts) == 1 and self.label in ("", _LORA):
+            options = [*self.layouts[0].options(), *["--lora"] * (self.label == _LORA)]
+            options += ["--precision", self.precision] if self.precision != "fp64" else []
         return shlex.join(["esm2mega", "prove", *options, "--seed", str(seed)])
+
+
+_LORA = "LoRA"
+
+
+LORA = ("lora.rank=3", "lora.alpha=8", "lora.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]")
+"""Adapters of every linear."""
+
+_DORA = (*LORA, "lora.use_dora=true", "lora.use_rslora=true")
+_SOME = (
+    "lora.rank=5",
+    "lora.target_modules=['*.[123].*.linear_q','*.[12].*.linear_fc?','*.3.*.linear_v']",
+)
+
+
+def with_lora(trial: Trial) -> Trial:
+    """The same layout for training adapters."""
+    return replace(trial, settings=(*trial.settings, *LORA), label=_LORA, continues=True)
 
 
 _ONE = Layout()
@@ -118,6 +137,23 @@ _FAMILIES: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
     ),
 )
 
+_ADAPTED: tuple[tuple[str, tuple[str, ...], tuple[Layout, ...]], ...] = (
+    (_LORA, LORA, (Layout(packed=12),)),
+    (_LORA, LORA, (Layout(tp=2, packed=3),)),
+    (_LORA, LORA, (Layout(pp=2, packed=2, recompute="full"),)),
+    (_LORA, LORA, (Layout(tp=2, sp=True, recompute="full"),)),
+    (_LORA, LORA, (Layout(dp=2, packed=2, distributed_optimizer=True),)),
+    (_LORA, LORA, (Layout(tp=2, pp=2, packed=3),)),
+    (_LORA, LORA, (Layout(pp=2, vpp=2, packed=3, layers=4),)),
+    ("DoRA", _DORA, (Layout(tp=2, packed=2),)),
+    ("DoRA", _DORA, (Layout(tp=2, sp=True, dp=2),)),
+    ("DoRA", _DORA, (Layout(tp=4, sp=True, packed=4, recompute="selective"),)),
+    ("LoRA of some linears", _SOME, (Layout(tp=2, pp=2, sp=True, packed=2),)),
+    ("LoRA of some linears", _SOME, (Layout(pp=2, vpp=2, packed=2, layers=4, recompute="full"),)),
+    (_LORA, LORA, (_TP2, _DP2)),
+    ("DoRA", _DORA, (_PP2, _TP2_SP)),
+)
+
 GROUPS: dict[str, tuple[Trial, ...]] = {
     "ci": tuple(Trial((layout,)) for layout in _CI),
     "more": tuple(Trial((layout,)) for layout in _MORE),
@@ -128,6 +164,10 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
     "bf16": tuple(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
     "families": tuple(
         Trial((layout,), settings=settings, label=label) for label, settings, layout in _FAMILIES
+    ),
+    "lora": tuple(
+        Trial(layouts, "fp64", (*settings, *MID_WINDOW) if len(layouts) > 1 else settings, label, True)
+        for label, settings, layouts in _ADAPTED
     ),
 }
 """Trials by the name that ``--layouts`` takes; ``all`` is all of them, and what runs by default."""

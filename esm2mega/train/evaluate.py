@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.store import load_weights
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate, world_size_from_environment
@@ -26,6 +25,7 @@ from esm2mega.data.cache import open_store
 from esm2mega.data.loader import EvalPacks, PackedBatch
 from esm2mega.data.tokenizer import SPECIAL_TOKENS
 from esm2mega.errors import MachineError, UserError
+from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import Progress, show_bytes
@@ -136,8 +136,8 @@ def evaluate_checkpoint(
     validate(run, world_size_from_environment())
     store = open_store(str(data), run, "--data", show_bytes)
     with process_groups(run.parallel, run.seed) as ranks:
-        model = build_model(run.model, run.parallel, ranks.device, run.seed)
-        load_weights(directory, model)
+        model = build_model(run.model, run.parallel, ranks.device, run.seed, run.lora.rank is not None)
+        load_model(directory, run, model)
         # A converted checkpoint does not know what it was trained on, so it has no unigram baseline.
         counts = state["token_counts"]
         unigram = None if counts is None else unigram_log_probabilities(np.asarray(counts), ranks.device)

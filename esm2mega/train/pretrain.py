@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from megatron.core.utils import unwrap_model
+from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
@@ -28,6 +30,9 @@ from esm2mega.data.cache import open_store
 from esm2mega.data.loader import EvalPacks, TrainStream
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import UserError
+from esm2mega.lora.base import Base, needs_base
+from esm2mega.lora.checkpoint import load_base, pinned
+from esm2mega.lora.inject import adapters_line, check_stages, seed_dropout
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.external import open_trackers
@@ -106,9 +111,14 @@ def _train(
     init_from: Path | None,
     observe: Callable[[list[Any]], None] | None,
 ) -> LoopState:
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed)
-    auxiliary = {}
-    if resume_from is not None:
+    adapted = run.lora.rank is not None
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, adapted)
+    auxiliary: dict[str, Tensor] = {}
+    base: Base | None = None
+    if adapted:
+        base, auxiliary = load_base(run, chunks, resume_from)
+        check_stages(chunks)
+    elif resume_from is not None:
         auxiliary = read_auxiliary(resume_from)
     elif init_from is not None:
         auxiliary = load_initial_weights(init_from, run.model, chunks)
@@ -116,6 +126,8 @@ def _train(
     optimizer = build_optimizer(run.optim, run, model)
     schedule = build_schedule(run.schedule, run.optim, optimizer)
     state = TrainState(model, optimizer, schedule, MLMLossReduction(), ranks.device, observe)
+    if run.lora.rank is not None and run.lora.dropout:
+        state.begin = partial(seed_dropout, run.seed)
     spec = _batch_spec(run)
     loop = LoopState()
     with ExitStack() as stack:
@@ -133,7 +145,7 @@ def _train(
             log, said = _open_log(Path(run.run_dir) / LOG_NAME, resume_from, loop.step)
             stack.callback(log.close)
             save_resolved(run, Path(run.run_dir) / "config.yaml")
-            lines = _announcement(run, ranks, stream, model)
+            lines = _announcement(run, ranks, stream, model) + (adapters_line(run, chunks) if adapted else [])
             print("\n".join(lines + _start(run, resume_from, init_from) + said), file=sys.stderr, flush=True)
         progress = stack.enter_context(
             Progress(run.train.max_steps, "pretrain", "step", enabled=ranks.speaks, initial=loop.step)
@@ -173,13 +185,16 @@ def _train(
             nonlocal saved_last
             directory = layout.step_dir(run.run_dir, loop.step)
             saved = _saved_state(loop, state, stream, counts)
+            saved |= {} if base is None else base.as_state()
             if saved_last is not None and saved_last.resolve() == directory.resolve():
                 # The weights are there; what is known about them has changed.
                 if ranks.speaks:
                     layout.replace_state(directory, saved)
                 return
             with kept_from_helpers():
-                save_checkpoint(directory, model, optimizer, run, saved, auxiliary)
+                # Those of the base stay with it.
+                kept = {} if adapted else auxiliary
+                save_checkpoint(directory, model, optimizer, run, saved, kept, trained_only=adapted)
             saved_last = directory
             if ranks.speaks:
                 layout.prune(run.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best, directory)
@@ -220,6 +235,7 @@ def find_resume(run: Run) -> Path | None:
             )
         saved = layout.read_config(found).model
         check_same_model(str(found), saved, run.model, "choose another run_dir")
+        _check_adapted(found, run)
         theirs = saved.precision
         if theirs != run.model.precision:
             raise UserError(
@@ -228,6 +244,17 @@ def find_resume(run: Run) -> Path | None:
                 f"model.precision={theirs}, or start from the weights: init_from={found} and a new run_dir"
             )
     return found
+
+
+def _check_adapted(checkpoint: Path, run: Run) -> None:
+    """Adapters cannot go on as a whole model, nor a whole model as adapters."""
+    if (adapted := needs_base(checkpoint)) == (run.lora.rank is not None):
+        return
+    theirs = "adapters" if adapted else "a whole model"
+    raise UserError(
+        f"{checkpoint}: holds {theirs}, the configuration says lora.rank={run.lora.rank or 'null'}; choose "
+        "another run_dir, or set lora.rank as it was"
+    )
 
 
 def find_init(run: Run) -> Path | None:
@@ -241,7 +268,7 @@ def find_init(run: Run) -> Path | None:
     path = Path(run.init_from)
     if path.exists() and detect(path) != "esm2mega":
         return path
-    found = layout.resolve_checkpoint(path)
+    found = pinned(layout.resolve_checkpoint(path))
     check_same_model(str(found), layout.read_config(found).model, run.model, "give another init_from")
     return found
 
@@ -258,7 +285,7 @@ def _refuse_later(run: Run, found: Path, complete: Sequence[Path]) -> None:
 
 
 def _resume(checkpoint: Path, state: TrainState, stream: TrainStream) -> LoopState:
-    load_training_state(checkpoint, state.model, state.optimizer)
+    load_training_state(checkpoint, state.model, state.optimizer, trained_only=needs_base(checkpoint))
     saved = layout.read_state(checkpoint)
     stream.load_state_dict(saved["data"])
     state.schedule.load_state_dict(saved["schedule"])

@@ -28,6 +28,7 @@ class TrainState:
     Attributes:
         observe: Called in every step with `model` when its gradients are complete (summed over all ranks and
             divided by the count) and not yet clipped; for proofs and diagnosis.
+        begin: Called before every step with the number of those done; where there is dropout it seeds it.
     """
 
     model: list[Any]
@@ -36,6 +37,7 @@ class TrainState:
     loss: LossReduction
     device: torch.device
     observe: Callable[[list[Any]], None] | None = None
+    begin: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def train_step(state: TrainState, batches: Sequence[PackedBatch]) -> StepResult:
     Raises:
         MachineError: Loss or gradient is not finite: the run cannot go on from these weights.
     """
+    if state.begin is not None:
+        state.begin(state.schedule.num_steps)
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()

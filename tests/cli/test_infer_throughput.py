@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from esm2mega.data.fasta import FastaReader
 from tests.infer_models import random_proteins, write_fasta
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "infer_throughput.py"
@@ -35,24 +36,34 @@ def test_batches_are_those_of_extract(benchmark, fasta):
     """fair-esm's own code, which the script does not call since it wants sequences as text."""
     import esm
 
-    proteins = benchmark.draw_proteins(fasta, 0, 1022, seed=1)
-    dataset = esm.FastaBatchedDataset(list(map(str, range(12))), ["A" * len(p) for p in proteins])
+    lengths = [len(record.residues) for record in FastaReader(fasta)]
+    dataset = esm.FastaBatchedDataset(list(map(str, range(12))), ["A" * n for n in lengths])
     theirs = dataset.get_batch_indices(benchmark.PADDED_TOKENS, extra_toks_per_seq=1)
-    assert benchmark.padded_batches(proteins, extra=1) == theirs
+    assert benchmark.extract_batches(lengths) == theirs
     assert len(theirs) > 1
 
 
+def test_a_sample_is_some_of_these_batches(benchmark, fasta):
+    whole = benchmark.draw_batches(fasta, 0, 1022, seed=1)
+    some = benchmark.draw_batches(fasta, 1, 1022, seed=1)
+    texts = [[protein.tobytes() for protein in batch] for batch in whole]
+    assert len(some) == 1 < len(whole)
+    assert all([protein.tobytes() for protein in batch] in texts for batch in some)
+    cut = benchmark.draw_batches(fasta, 0, 40, seed=1)
+    assert sum(map(len, cut)) == 12 and max(len(protein) for batch in cut for protein in batch) == 40
+
+
 def test_padding_keeps_the_residues(benchmark, fasta):
-    proteins = benchmark.draw_proteins(fasta, 6, 40, seed=1)
-    ids = benchmark.pad(proteins)
-    assert ids.shape == (6, max(map(len, proteins)) + 2)
-    for row, residues in zip(ids, proteins, strict=True):
-        assert np.array_equal(row[row != 1][1:-1], residues)
+    for batch in benchmark.draw_batches(fasta, 0, 1022, seed=1):
+        ids = benchmark.pad(batch)
+        assert ids.shape == (len(batch), max(map(len, batch)) + 2)
+        for row, residues in zip(ids, batch, strict=True):
+            assert np.array_equal(row[row != 1][1:-1], residues)
 
 
 def test_all_contenders_are_measured(benchmark, fasta, tmp_path, capsys):
     threads = torch.get_num_threads()
-    arguments = [str(fasta), "--size", "tiny", "--proteins", "4", "--max-residues", "30", "--rounds", "2"]
+    arguments = [str(fasta), "--size", "tiny", "--batches", "1", "--max-residues", "30", "--rounds", "2"]
     try:
         benchmark.main([*arguments, "--threads", "1", "--json", str(tmp_path / "out.json")])
     finally:

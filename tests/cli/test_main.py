@@ -12,7 +12,10 @@ import pytest
 from esm2mega.cli import cli, main
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
-COMMANDS = ["quickstart", "prepare", "pretrain", "evaluate", "convert", "inspect", "prove", "plot", "doctor"]
+COMMANDS = [
+    *("quickstart", "prepare", "pretrain", "evaluate", "convert", "embed", "score", "lora"),
+    *("inspect", "prove", "plot", "doctor"),
+]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")
 
 
@@ -47,7 +50,14 @@ def test_help_lists_the_commands_in_the_order_of_the_work(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [*([name] for name in COMMANDS), ["prepare", "fasta"], ["prepare", "uniref"]]
+    "command",
+    [
+        *([name] for name in COMMANDS),
+        ["prepare", "fasta"],
+        ["prepare", "uniref"],
+        ["lora", "merge"],
+        ["lora", "import"],
+    ],
 )
 def test_every_command_has_help(command, capsys):
     assert main([*command, "--help"]) == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from esm2mega.config.schema import ParallelConfig
+from esm2mega.convert import fair_esm
 from esm2mega.data.tokenizer import encode_residues
 from esm2mega.infer.collect import Wanted
 from esm2mega.infer.engine import Engine, Pack
@@ -35,7 +36,9 @@ def test_everything_equals_fair_esm_fp64(monkeypatch: pytest.MonkeyPatch) -> Non
     head = (state["contact_head.regression.weight"].flatten(), float(state["contact_head.regression.bias"]))
     layers = tuple(range(shape.num_layers + 1))
     with process_groups(ParallelConfig(), seed=1) as ranks:
-        model = ours(shape, "fp64", references.from_fair_esm(state, shape)).eval().requires_grad_(False)
+        model = (
+            ours(shape, "fp64", references.ours(state, fair_esm.NAMES, shape)).eval().requires_grad_(False)
+        )
         engine = Engine(model, ranks, Wanted(layers, logits=True, contact_head=head), pack_tokens=1024)
         (outputs,) = engine.run([Pack(windows, tokens)])
     assert outputs.logits is not None

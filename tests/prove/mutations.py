@@ -21,11 +21,12 @@ from megatron.core import parallel_state
 
 from esm2mega.data import batch
 from esm2mega.data.loader import TrainStream
+from esm2mega.lora import layers as lora_layers
 from esm2mega.model import attention, build
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.training import MID_WINDOW
-from esm2mega.prove.trials import Trial
+from esm2mega.prove.trials import Trial, with_lora
 from esm2mega.prove.workers import Job, serve_with, train
 from esm2mega.train import evaluate, pretrain
 from esm2mega.train.losses import LossReduction
@@ -45,12 +46,14 @@ class Mutation:
         plant: Makes it for the duration of a training, in every process, the reference's included.
         layouts: Of the trial that must find it.
         seen_in: A kind of number that must differ, see `esm2mega.prove.compare.KINDS`.
+        lora: Whether adapters are trained.
     """
 
     what: str
     plant: Callable[[], AbstractContextManager[Any]]
     layouts: tuple[Layout, ...]
     seen_in: str
+    lora: bool = False
 
 
 def _nothing(target: str) -> AbstractContextManager[Any]:
@@ -179,6 +182,21 @@ def optimizer_saved_with_padding() -> AbstractContextManager[Any]:
     return patch("esm2mega.checkpoint.store.places_without_padding", lambda optimizer: nullcontext())
 
 
+def adapter_gradients_not_reduced() -> AbstractContextManager[Any]:
+    original = lora_layers.Adapter.__init__
+
+    def unmarked(self: Any, *arguments: Any, **keywords: Any) -> None:
+        original(self, *arguments, **keywords)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = False
+
+    return patch.object(lora_layers.Adapter, "__init__", unmarked)
+
+
+def adapter_input_gradient_of_one_rank() -> AbstractContextManager[Any]:
+    return patch.object(lora_layers, "copy_to_tensor_model_parallel_region", lambda hidden, group: hidden)
+
+
 _TP2 = Layout(tp=2, packed=4)
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -222,6 +240,20 @@ MUTATIONS: tuple[Mutation, ...] = (
         (Layout(pp=2, dp=2, packed=3, distributed_optimizer=True),),
         "checkpoint",
     ),
+    Mutation(
+        "whole factors of adapters not reduced under SP",
+        adapter_gradients_not_reduced,
+        (Layout(tp=2, sp=True, packed=4),),
+        "gradient",
+        lora=True,
+    ),
+    Mutation(
+        "factor A of one rank's outputs alone",
+        adapter_input_gradient_of_one_rank,
+        (_TP2,),
+        "gradient",
+        lora=True,
+    ),
 )
 
 
@@ -239,11 +271,10 @@ def _train_mutated(job: Job, rank: int) -> None:
 
 def trial(mutation: Mutation, planted: bool = True) -> Trial:
     """The trial of a mutation, with it or without."""
-    settings = MID_WINDOW if len(mutation.layouts) > 1 else ()
-    return Trial(
-        mutation.layouts,
-        settings=(*settings, *([f"{_KEY}={mutation.plant.__name__}"] if planted else [])),
-    )
+    plain = Trial(mutation.layouts, settings=MID_WINDOW if len(mutation.layouts) > 1 else ())
+    whole = with_lora(plain) if mutation.lora else plain
+    key = (f"{_KEY}={mutation.plant.__name__}",) if planted else ()
+    return replace(whole, settings=(*whole.settings, *key))
 
 
 def found(mutation: Mutation, verdict: Verdict) -> bool:

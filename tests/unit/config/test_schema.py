@@ -7,7 +7,7 @@ from esm2mega.config.schema import Run, choices, flatten
 
 def test_flatten_gives_dotted_names_in_schema_order():
     leaves = flatten(Run())
-    assert list(leaves)[:5] == ["run_dir", "seed", "init_from", "model.size", "model.num_layers"]
+    assert list(leaves)[:5] == ["run_dir", "seed", "init_from", "model.size", "model.family"]
     assert leaves["train.early_stopping.patience"] == 0
     assert leaves["optim.betas"] == [0.9, 0.98]
     assert not any(dataclasses.is_dataclass(value) for value in leaves.values())

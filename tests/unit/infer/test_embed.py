@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from esm2mega.data.prepare import prepare_fasta
 from esm2mega.errors import UserError
 from esm2mega.infer.embed import EmbedRequest, embed
 from esm2mega.infer.windows import overlapping
@@ -280,6 +283,30 @@ def test_resume_goes_on_and_gives_the_same_bits(
     assert not (tmp_path / "x.h5.partial").exists()
 
 
+@pytest.mark.parametrize("name", ["x.h5", "x.npz"])
+def test_a_kill_behind_the_last_step_leaves_an_output(
+    reference: Reference, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The output has its name, but what it was made of is still there."""
+    out = tmp_path / name
+
+    class Stop(Exception):
+        pass
+
+    def stops(path: Path) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "esm2mega.infer.work.shutil", SimpleNamespace(rmtree=stops, disk_usage=shutil.disk_usage)
+        )
+        with pytest.raises(Stop):
+            run(reference, fasta, out)
+    before = out.read_bytes()
+    run(reference, fasta, out, mode="resume")
+    assert out.read_bytes() == before and sorted(tmp_path.iterdir()) == [out]
+
+
 def test_existing_output_needs_a_word(reference: Reference, fasta: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.npz"
     run(reference, fasta, out, "infer.outputs=[pooled]")
@@ -331,10 +358,48 @@ def test_tables_and_stores_are_inputs_too(
     table = tmp_path / "t.csv"
     table.write_text("name,residues\n" + "".join(f"{name},{sequence}\n" for name, sequence in PROTEINS))
     columns = ("data.sequence_column=residues", "data.id_column=name")
-    run(reference, table, tmp_path / "x.h5", *columns)
-    with h5py.File(tmp_path / "x.h5") as file, h5py.File(everything) as full:
-        assert file["ids"][:].tolist() == full["ids"][:].tolist()
-        assert np.array_equal(file[f"residue/layer_{LAYERS}"], full[f"residue/layer_{LAYERS}"])
+    packed = tmp_path / "t.csv.gz"
+    packed.write_bytes(gzip.compress(table.read_bytes()))
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = {"name": [name for name, _ in PROTEINS], "residues": [sequence for _, sequence in PROTEINS]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    prepare_fasta([str(fasta)], str(tmp_path / "store"))
+    for path in (table, packed, tmp_path / "t.parquet", tmp_path / "store" / "train"):
+        out = tmp_path / f"{path.name}.h5"
+        run(reference, path, out, *columns)
+        with h5py.File(out) as file, h5py.File(everything) as full:
+            assert file["ids"][:].tolist() == full["ids"][:].tolist()
+            assert np.array_equal(file[f"residue/layer_{LAYERS}"], full[f"residue/layer_{LAYERS}"])
+
+
+def test_a_protein_of_20_000_residues(reference: Reference, tmp_path: Path) -> None:
+    giant = random_proteins([20_000], seed=9)[0]
+    fasta = write_fasta(tmp_path / "giant.fasta", [("titin", giant), ("small", "MKT")])
+    with pytest.raises(UserError, match=r"'titin' \(number 1\) has 20,000 residues"):
+        run(reference, fasta, tmp_path / "x.h5")
+    report = run(reference, fasta, tmp_path / "x.h5", "infer.long=chunk", "infer.max_seq_length=1024")
+    assert "1 proteins are means over overlapping windows" in report[1]
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert file["lengths"][:].tolist() == [20_000, 3] and file["num_windows"][0] == 39
+        # The first residues are in one window, which is the first 1,024 tokens.
+        states = reference.run_ids(ids_of(giant)[:, :1024]).hidden_states[-1][0]
+        assert close(file[f"residue/layer_{LAYERS}"][:500], states[1:501])
+        assert np.isfinite(file[f"residue/layer_{LAYERS}"][()]).all()
+
+
+FLIP = Path(__file__).parents[4] / "shared" / "data" / "flip" / "secondary_structure" / "sequences.fasta"
+
+
+@pytest.mark.skipif(not FLIP.is_file(), reason="the files of FLIP are not here")
+def test_proteins_of_flip_keep_their_names(reference: Reference, tmp_path: Path) -> None:
+    """The first of them, with the shipped configuration; ids are what stands before the first space."""
+    lines = FLIP.read_text().splitlines()[:40]
+    (tmp_path / "sequences.fasta").write_text("\n".join(lines) + "\n")
+    run(reference, tmp_path / "sequences.fasta", tmp_path / "x.h5", config="infer")
+    headers = [line[1:].split()[0] for line in lines if line.startswith(">")]
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert file["ids"].asstr()[:].tolist() == headers
+        assert file["offsets"][-1] == sum(len(line) for line in lines if not line.startswith(">"))
 
 
 def test_contact_maps_are_drawn(reference: Reference, fasta: Path, tmp_path: Path) -> None:

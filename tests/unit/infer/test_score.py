@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import esm2mega
+from esm2mega.cli import main
 from esm2mega.data.tokenizer import MASK, STANDARD_RESIDUES, VOCAB
 from esm2mega.errors import UserError
 from esm2mega.infer.proteingym import read_reference, score_assays
@@ -51,14 +52,26 @@ def scores(checkpoint: Path, out: Path, **changes: object) -> dict[str, float]:
     return {mutant: float(score) for mutant, score in cells}
 
 
-def test_masked_scan_of_286_residues(reference: Reference, tmp_path: Path) -> None:
-    """All 5,434 substitutions, through windows of 128 tokens."""
-    found = scores(reference.checkpoint, tmp_path / "scan.csv", sequence=LONG)
-    table = masked_table(reference, LONG)
+def test_masked_scan_of_286_residues(
+    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All 5,434 substitutions and their picture by one command, through windows of 128 tokens."""
+    out, picture = tmp_path / "scan.csv", tmp_path / "scan.png"
+    command = ["score", str(reference.checkpoint), "--sequence", LONG, "--out", str(out)]
+    command += ["--heat-map", str(picture)]
+    assert main(command) == 0
+    assert "5,434 single substitutions of 1 proteins" in capsys.readouterr().out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    table = read_table(out)
+    cells = zip(table.column("mutant", ""), table.column("score", ""), strict=True)
+    found = {mutant: float(score) for mutant, score in cells}
+    expected_table = masked_table(reference, LONG)
     assert len(found) == 5434 == 286 * 19
     for residue, wild in enumerate(LONG):
         for mutant in AMINO_ACIDS.replace(wild, ""):
-            expected = table[residue, VOCAB.index(mutant)] - table[residue, VOCAB.index(wild)]
+            expected = (
+                expected_table[residue, VOCAB.index(mutant)] - expected_table[residue, VOCAB.index(wild)]
+            )
             assert abs(found[f"{wild}{residue + 1}{mutant}"] - float(expected)) < BOUND
 
 
@@ -187,5 +200,45 @@ def test_proteingym_layout(reference: Reference, tmp_path: Path) -> None:
     mean = sum(map(float, summary.column("spearman", ""))) / 2
     assert first[-1].endswith(f"2 assays, mean Spearman {mean:.4f}")
     stamps = [(tmp_path / "out" / f"{name}.csv").stat().st_mtime_ns for name in assays]
-    assert score_assays(str(reference.checkpoint), found, str(tmp_path / "out"), options) == first
+
+    def again(mode: str, options: ScoreOptions = options) -> list[str]:
+        return score_assays(str(reference.checkpoint), found, str(tmp_path / "out"), options, mode)
+
+    with pytest.raises(UserError, match="is not empty; go on with --resume"):
+        again("new")
+    assert again("resume") == first
     assert stamps == [(tmp_path / "out" / f"{name}.csv").stat().st_mtime_ns for name in assays]
+    with pytest.raises(UserError, match="strategy was 'wt-marginals' and is 'masked-marginals'"):
+        again("resume", ScoreOptions())
+    (tmp_path / "assays" / "B_Y.csv").write_text("mutant,mutated_sequence,DMS_score\nG1A,x,2\n")
+    with pytest.raises(UserError, match=r"B_Y.csv: holds other rows than .*begin again with --overwrite"):
+        again("resume")
+    assert again("overwrite", ScoreOptions())[-1].startswith(str(tmp_path / "out" / "summary.csv"))
+    assert len(read_table(tmp_path / "out" / "B_Y.csv").rows) == 1
+
+
+def test_outputs_are_guarded(
+    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is there stays without a word; what cannot be written is said before anything is computed."""
+    out = tmp_path / "out.csv"
+    command = ["score", str(reference.checkpoint), "--sequence", "MKTAY", "--strategy", "wt-marginals"]
+    refused = {
+        (str(out), "--resume"): "--resume is for the assays of --proteingym",
+        (str(out), "--fasta", "x.fasta"): "by one of --sequence, --fasta and --proteingym",
+        (str(out), "--heat-map", "x.png", "--variants", "v.csv"): "leave --variants out",
+        (str(tmp_path),): f"{tmp_path}: exists",
+    }
+    for (path, *options), message in refused.items():
+        assert main([*command, "--out", path, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*command, "--out", str(out)]) == 0
+    assert main([*command, "--out", str(out)]) == 2
+    assert "exists; replace it with --overwrite" in capsys.readouterr().err
+    assert main([*command, "--out", str(out), "--overwrite", "--offset", "24"]) == 0
+    assert read_table(out).rows[0][1] == "M24A"
+    assert main([*command, "--out", str(out / "x.csv")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    layout = ["--proteingym", "r.csv", "--assays", "a", "--out", str(tmp_path / "gym")]
+    assert main(["score", str(reference.checkpoint), *layout, "--offset", "24"]) == 2
+    assert "--offset is fixed by the layout of ProteinGym" in capsys.readouterr().err

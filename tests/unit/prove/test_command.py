@@ -17,7 +17,7 @@ from esm2mega.prove.compare import Difference
 from esm2mega.prove.layouts import Layout, is_possible
 from esm2mega.prove.prover import Verdict
 from esm2mega.prove.training import SETTINGS
-from esm2mega.prove.trials import GROUPS, Trial
+from esm2mega.prove.trials import GROUPS, LORA, Trial
 
 
 class FakeProver:
@@ -74,8 +74,20 @@ def test_names_of_groups() -> None:
     assert choose_trials("ci,bf16", 1, 4) == [*GROUPS["ci"], *GROUPS["bf16"]]
     assert len(choose_trials("random:7", 1, 2)) == 7
     for wrong in ("dozen", "ci,", "random:0", "random:x", ""):
-        with pytest.raises(UserError, match="give ci, more, resume, bf16, families, all, or random:N"):
+        with pytest.raises(UserError, match="give ci, more, resume, bf16, families, lora, all, or random:N"):
             choose_trials(wrong, 1, 4)
+
+
+def test_adapters_at_the_same_layouts() -> None:
+    plain, adapted = choose_trials("random:5", 3, 4), choose_trials("random:5", 3, 4, lora=True)
+    assert [trial.layouts for trial in adapted] == [trial.layouts for trial in plain]
+    assert all(trial.settings == LORA and trial.continues for trial in adapted)
+    assert adapted[0].command(3) == plain[0].command(3).replace(" --seed", " --lora --seed")
+    assert choose_trials("lora", 1, 4, lora=True) == list(GROUPS["lora"])
+    commands = [trial.command(1) for trial in GROUPS["lora"] if trial.label != "LoRA"]
+    assert commands[0] == "esm2mega prove --row 'TP2, 2 per pack, DoRA' --seed 1"
+    with pytest.raises(UserError, match="--layouts ci and --lora exclude each other"):
+        choose_trials("ci", 1, 4, lora=True)
 
 
 def test_all_pass(fake: type[FakeProver], tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""Checkpoints that hold adapters alone, with the name of the base: into a model, and as whole factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.checkpoint.store import load_weights
+from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
+from esm2mega.checkpoint.writer import StackedTensor, write_weights
+from esm2mega.config.lora import LINEARS, Linear, Targets, resolve_targets
+from esm2mega.config.presets import shape_of
+from esm2mega.config.schema import Run
+from esm2mega.convert.formats import detect
+from esm2mega.convert.into_model import load_initial_weights
+from esm2mega.errors import UserError
+from esm2mega.lora.base import (
+    Base,
+    check_adapters,
+    check_base,
+    find_base,
+    identify_once,
+    needs_base,
+    recorded_base,
+)
+from esm2mega.lora.inject import SUFFIX, apply_lora
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The adapter of one linear, whole: ``lora_A [r, i]``, ``lora_B [o, r]``, ``magnitude [o]`` or None."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor | None = None
+
+    def present(self) -> dict[str, Tensor]:
+        """The tensors by the names that they have in a checkpoint."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+class AdapterReader:
+    """The adapters of a checkpoint, one at a time, without a model.
+
+    Attributes:
+        base: What they belong to.
+        run: Configuration of the checkpoint.
+        targets: Which linears have an adapter.
+        others: Names of tensors that were trained besides, such as a head.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        """Open a checkpoint.
+
+        Args:
+            checkpoint: Complete.
+
+        Raises:
+            UserError: It holds a whole model.
+        """
+        self.base = recorded_base(checkpoint)
+        self.run = layout.read_config(checkpoint)
+        self._reader = TensorReader(checkpoint)
+        self.targets: Targets = resolve_targets(
+            self.run.lora.target_modules, shape_of(self.run.model).num_layers
+        )
+        weights = (name for name in self._reader.index if not name.startswith("optimizer."))
+        self.others = [name for name in weights if not name.rpartition(".")[0].endswith(SUFFIX)]
+
+    def read(self, linear: Linear, layer: int) -> Factors | None:
+        """The factors of a linear in a layer; None where it has none."""
+        layers = self.targets.get(linear.name, ())
+        if layer not in layers:
+            return None
+        stem, number = stored_name(linear), layers.index(layer)
+        names = ["lora_A", "lora_B", *(["magnitude"] if self.run.lora.use_dora else [])]
+        return Factors(*(self._reader.read(f"{stem}.{name}", number) for name in names))
+
+
+def stored_name(linear: Linear) -> str:
+    """The beginning of the names of an adapter's tensors, those of all layers stacked along axis 0."""
+    return f"encoder.layers.{linear.block}.{linear.name}{SUFFIX}"
+
+
+def write_adapters(
+    directory: Path, run: Run, base: Base, factors: Mapping[tuple[str, int], Factors], state: dict[str, Any]
+) -> None:
+    """Write a checkpoint of adapters that no run made.
+
+    Args:
+        directory: Existing and empty.
+        run: Configuration, with the adapters' section.
+        base: What they belong to.
+        factors: By name of the linear and layer; they are those of `run.lora.target_modules`.
+        state: Further entries of ``train_state.json``.
+    """
+    targets = resolve_targets(run.lora.target_modules, shape_of(run.model).num_layers)
+    stacked: dict[str, StackedTensor] = {}
+    sources: dict[str, list[Tensor]] = {}
+    for linear in LINEARS:
+        layers = targets.get(linear.name, ())
+        for name in factors[linear.name, layers[0]].present() if layers else ():
+            stored = f"{stored_name(linear)}.{name}"
+            values = sources[stored] = [factors[linear.name, layer].present()[name] for layer in layers]
+            shape = (len(layers), *values[0].shape)
+            stacked[stored] = StackedTensor(TensorInfo(shape, values[0].dtype), len(layers))
+    write_weights(directory / layout.MODEL, stacked, lambda name, layer: sources[name][layer or 0])
+    layout.write_description(directory, run, {**state, **base.as_state()})
+    (directory / layout.COMPLETE).write_text("")
+
+
+def load_model(checkpoint: Path, run: Run, chunks: Sequence[Any]) -> dict[str, Tensor]:
+    """Fill a model from a checkpoint of ours, whole or of adapters; every rank calls this.
+
+    Args:
+        checkpoint: Complete.
+        run: Configuration of this start.
+        chunks: This rank's; they get the adapters.
+
+    Returns:
+        Auxiliary tensors.
+
+    Raises:
+        UserError: A tensor is missing, or the base is not there or another one.
+    """
+    if not needs_base(checkpoint):
+        load_weights(checkpoint, chunks)
+        return read_auxiliary(checkpoint)
+    _, auxiliary = load_base(run, chunks, checkpoint)
+    load_weights(checkpoint, chunks, trained_only=True)
+    return auxiliary
+
+
+def load_base(
+    run: Run, chunks: Sequence[Any], checkpoint: Path | None = None, trainable: Sequence[str] = ()
+) -> tuple[Base, dict[str, Tensor]]:
+    """Fill a model with the weights of its base, and add adapters as they are at the start.
+
+    Args:
+        run: Configuration.
+        chunks: This rank's.
+        checkpoint: Whose adapters will be loaded next; it names the base. None: `init_from` does.
+        trainable: As in `esm2mega.lora.inject.apply_lora`.
+
+    Returns:
+        The base, and its auxiliary tensors.
+    """
+    if checkpoint is not None:
+        check_adapters(checkpoint, run.lora)
+        path = find_base(checkpoint, run)
+    else:
+        assert run.init_from is not None
+        path = Path(run.init_from)
+    path = pinned(path)
+    base = identify_once(path)
+    if checkpoint is not None:
+        check_base(checkpoint, base)
+    auxiliary = load_initial_weights(path, run.model, chunks)
+    apply_lora(chunks, run.lora, run.seed, trainable)
+    return base, auxiliary
+
+
+def pinned(path: Path) -> Path:
+    """`path`, or the newest checkpoint of a run, which will not be another one tomorrow.
+
+    Raises:
+        UserError: It holds adapters.
+    """
+    if not path.exists() or detect(path) != "esm2mega":
+        return path
+    found = layout.resolve_checkpoint(path)
+    if needs_base(found):
+        raise UserError(
+            f"{found}: holds adapters and not the weights under them; make a whole checkpoint with "
+            f"`esm2mega lora merge {found} --out DIR`"
+        )
+    return found

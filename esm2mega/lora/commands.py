@@ -1,0 +1,68 @@
+"""The commands `lora merge`, `export` and `import`; importing them needs neither torch nor numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+Wrap = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def add_commands(cli: click.Group, once: Wrap) -> None:
+    """Add the group to the command line.
+
+    Args:
+        cli: The command line.
+        once: Makes one process of several do a command.
+    """
+
+    @cli.group(short_help="Adapters: merged into their base, to and from PEFT.")
+    def lora() -> None:
+        """Low-rank adapters, as trained with lora.rank, after training."""
+
+    lora.command("merge", short_help="One whole checkpoint of base and adapters.")(once(_merge))
+    lora.command("export", short_help="Adapters to a directory of Hugging Face PEFT.")(once(_export))
+    lora.command("import", short_help="Adapters from a directory of Hugging Face PEFT.")(once(_import))
+
+
+@click.argument("checkpoint")
+@click.option("--out", required=True, metavar="DIR", help="Checkpoint to make.")
+@click.option("--base", metavar="PATH", help="Where the base is now [default: where it was in training].")
+def _merge(checkpoint: str, out: str, base: str | None) -> None:
+    """Fold the adapters of CHECKPOINT into the weights under them: an ordinary checkpoint.
+
+    Example: esm2mega lora merge runs/adapted --out adapted_whole
+    """
+    from esm2mega.checkpoint.layout import resolve_checkpoint
+    from esm2mega.lora.merge import merge
+
+    click.echo("\n".join(merge(resolve_checkpoint(checkpoint), Path(out), base)))
+
+
+@click.argument("checkpoint")
+@click.option("--out", required=True, metavar="DIR", help="PEFT directory to make.")
+def _export(checkpoint: str, out: str) -> None:
+    """Write the adapters of CHECKPOINT for peft on an EsmForMaskedLM, or another ESM with a head.
+
+    Example: esm2mega lora export runs/adapted --out adapted_peft
+    """
+    from esm2mega.checkpoint.layout import resolve_checkpoint
+    from esm2mega.lora.hf_peft import export_adapters
+
+    click.echo("\n".join(export_adapters(resolve_checkpoint(checkpoint), Path(out))))
+
+
+@click.argument("source", metavar="PEFT_DIR")
+@click.option("--base", required=True, metavar="CHECKPOINT", help="Weights under the adapters, any format.")
+@click.option("--out", required=True, metavar="DIR", help="Checkpoint of adapters to make.")
+@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors that are no adapters.")
+def _import(source: str, base: str, out: str, drop: tuple[str, ...]) -> None:
+    """Make a checkpoint of the adapters in PEFT_DIR, which peft saved.
+
+    Example: esm2mega lora import my_peft --base facebook/esm2_t6_8M_UR50D --out adapted
+    """
+    from esm2mega.lora.hf_peft import import_adapters
+
+    click.echo("\n".join(import_adapters(Path(source), base, Path(out), drop)))

@@ -1,0 +1,275 @@
+"""Adapters to and from a directory of Hugging Face PEFT: ``adapter_config.json`` and one safetensors file.
+
+Names and keys: peft 0.13 to 0.21. Channels of q and k need no reordering: both sides turn pairs
+``(i, i + d/2)``.
+
+Legend: ``r`` rank of the adapter, ``i`` and ``o`` inputs and outputs of a linear.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from esm2mega.checkpoint.tensors import TensorInfo
+from esm2mega.config.lora import LINEARS, Linear, Targets, shortest_patterns
+from esm2mega.config.presets import ModelShape, shape_of
+from esm2mega.config.schema import LoRAConfig
+from esm2mega.config.validate import validate_model
+from esm2mega.convert.convert import appearing
+from esm2mega.convert.esm2mega import run_of
+from esm2mega.convert.formats import detect, open_weights
+from esm2mega.convert.safetensors_writer import write_safetensors
+from esm2mega.convert.stores import SafetensorsStore
+from esm2mega.errors import UserError
+from esm2mega.lora.base import identify
+from esm2mega.lora.checkpoint import AdapterReader, Factors, pinned, write_adapters
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+
+_THEIRS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+}
+"""Our factor -> their name."""
+
+_NAME = re.compile(
+    r"base_model\.model\.(?:esm\.)?encoder\.layer\.(?P<layer>\d+)\.(?P<linear>[\w.]+?)\."
+    r"(?P<factor>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
+)
+
+_WITHOUT_EFFECT = {
+    "alpha",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+"""Keys that are read here, or say nothing that the tensors do not show."""
+
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base as it is."""
+
+
+def export_adapters(checkpoint: Path, target: Path) -> list[str]:
+    """Write `target`, a directory that `peft` loads onto an ESM-2 of `transformers` with the same base.
+
+    Args:
+        checkpoint: Of adapters, complete.
+        target: Must not exist; appears when it is whole.
+
+    Returns:
+        A report for the reader.
+
+    Raises:
+        UserError: There is no such model in `transformers`.
+    """
+    adapters = AdapterReader(checkpoint)
+    if adapters.run.model.family != "esm2":
+        raise UserError(
+            f"{checkpoint}: adapters of a model of family {adapters.run.model.family}, which transformers "
+            "does not have; use esm2mega lora merge"
+        )
+    tensors: dict[str, Tensor] = {}
+    for linear in LINEARS:
+        for layer in adapters.targets.get(linear.name, ()):
+            factors = adapters.read(linear, layer)
+            assert factors is not None
+            for name, value in factors.present().items():
+                tensors[f"base_model.model.{_module(linear, layer)}.{_THEIRS[name]}"] = value
+    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    base = Path(adapters.base.path)
+    config = _their_config(adapters, str(base) if base.exists() and detect(base) == "hf" else None)
+    with appearing(target) as directory:
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_safetensors(directory / TENSORS, infos, lambda name: tensors[name])
+    report = [f"{checkpoint}: {sum(map(len, adapters.targets.values()))} adapters -> {target}"]
+    if config["base_model_name_or_path"] is None:
+        report.append(f"base     {base}; for transformers: esm2mega convert {base} DIR --to hf")
+    return report + [f"dropped: {name}: not an adapter" for name in adapters.others]
+
+
+def _module(linear: Linear, layer: int) -> str:
+    """The linear in `EsmForMaskedLM` and the other models with a head."""
+    return f"esm.encoder.layer.{layer}.{linear.hugging_face}"
+
+
+def _their_config(adapters: AdapterReader, base: str | None) -> dict[str, Any]:
+    lora = adapters.run.lora
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha or 0) else alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": _their_targets(adapters.targets, shape_of(adapters.run.model).num_layers),
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def _their_targets(targets: Targets, num_layers: int) -> list[str]:
+    """Ends of module names. ``output.dense`` would mean two linears, hence whole names for it."""
+    names = []
+    for linear in LINEARS:
+        layers = targets.get(linear.name, ())
+        if len(layers) == num_layers and linear.name != "linear_fc2":
+            names.append(linear.hugging_face)
+        else:
+            names += [f"encoder.layer.{layer}.{linear.hugging_face}" for layer in layers]
+    return names
+
+
+def import_adapters(source: Path, base: str, target: Path, drop: Sequence[str] = ()) -> list[str]:
+    """Write `target`, a checkpoint of the adapters in the PEFT directory `source`.
+
+    Args:
+        source: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+        base: Checkpoint with the weights that the adapters were trained on, in any readable format.
+        target: Must not exist; appears when it is whole.
+        drop: Shell patterns of tensors to leave out although they are no adapters.
+
+    Returns:
+        A report for the reader.
+
+    Raises:
+        UserError: Not such a directory, with something that has no place here, or it does not fit the base.
+    """
+    config = _read_config(source / CONFIG)
+    weights_path = pinned(Path(base))
+    run = run_of(open_weights(weights_path).description)
+    found = _read_tensors(source, shape_of(run.model), config, drop)
+    run.lora = LoRAConfig(
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        target_modules=shortest_patterns(found.targets, shape_of(run.model).num_layers),
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+    )
+    identity = identify(weights_path)
+    run.init_from = identity.path
+    validate_model(run)
+    nothing = dict.fromkeys(("valid_loss", "loop", "data", "schedule", "token_counts"))
+    origin = {"format": "peft", "path": str(source), "dropped": found.dropped}
+    with appearing(target) as directory:
+        write_adapters(directory, run, identity, found.factors, {"step": 0, **nothing, "origin": origin})
+    return [
+        f"{source}: {len(found.factors)} adapters of rank {run.lora.rank} -> {target}, on {identity.path}",
+        *(f"dropped: {name}" for name in found.dropped),
+    ]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the tensors of a PEFT directory are."""
+
+    factors: dict[tuple[str, int], Factors]
+    targets: Targets
+    dropped: list[str]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}); give a directory that peft saved") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: not the configuration of a LoRA adapter (peft_type LORA)")
+    for key, value in config.items():
+        harmless = not value or key in _WITHOUT_EFFECT or (key, value) == ("bias", "none")
+        if key == "init_lora_weights":
+            harmless = value in _PLAIN_STARTS
+        # What `modules_to_save` names is among the tensors, which are all accounted for.
+        if not harmless and key != "modules_to_save":
+            raise UserError(
+                f"{path}: {key}={json.dumps(value)} is not supported; merge the adapter with peft "
+                "(merge_and_unload), save that model, and convert it"
+            )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise UserError(f"{path}: r is {rank!r}, not a positive number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0:
+        raise UserError(f"{path}: lora_alpha is {alpha!r}, not a positive number")
+    return config
+
+
+def _read_tensors(source: Path, shape: ModelShape, config: dict[str, Any], drop: Sequence[str]) -> _Found:
+    path = source / TENSORS
+    if not path.is_file():
+        raise UserError(f"{source}: no {TENSORS}; save the adapter with save_pretrained(DIR)")
+    store = SafetensorsStore(path, [path])
+    by_module = {linear.hugging_face: linear for linear in LINEARS}
+    ours = {their.removesuffix(".weight"): factor for factor, their in _THEIRS.items()}
+    parts: dict[tuple[str, int], dict[str, Tensor]] = {}
+    dropped = []
+    for name, info in store.infos.items():
+        match = _NAME.fullmatch(name)
+        linear = by_module.get(match["linear"]) if match else None
+        if match is None or linear is None:
+            if not any(fnmatchcase(name, pattern) for pattern in drop):
+                raise UserError(
+                    f"{path}: {name} is not an adapter of an encoder's linear; leave it out with --drop "
+                    "PATTERN, or merge the adapter with peft"
+                )
+            dropped.append(name)
+            continue
+        layer, factor = int(match["layer"]), ours[match["factor"].removesuffix(".weight")]
+        expected = _shapes(linear, shape, config["r"])[factor]
+        if info.shape != expected or layer >= shape.num_layers:
+            raise UserError(
+                f"{path}: {name} has shape {list(info.shape)}, but rank {config['r']} and a base of {shape} "
+                f"make it {list(expected)} in layers 0 to {shape.num_layers - 1}; give the right --base"
+            )
+        parts.setdefault((linear.name, layer), {})[factor] = store.read(name)
+    if not parts:
+        raise UserError(f"{path}: holds no adapter")
+    wanted = {"lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])}
+    for (name, layer), present in parts.items():
+        if present.keys() != wanted:
+            raise UserError(
+                f"{path}: {name} of layer {layer} has {', '.join(sorted(present))}, not "
+                f"{', '.join(sorted(wanted))}; the file is not whole"
+            )
+    targets = {
+        linear.name: tuple(sorted(layer for name, layer in parts if name == linear.name))
+        for linear in LINEARS
+    }
+    factors = {key: Factors(**value) for key, value in parts.items()}
+    return _Found(factors, {name: layers for name, layers in targets.items() if layers}, dropped)
+
+
+def _shapes(linear: Linear, shape: ModelShape, rank: int) -> dict[str, tuple[int, ...]]:
+    h, f = shape.hidden_size, shape.ffn_hidden_size
+    inputs = f if linear.name == "linear_fc2" else h
+    outputs = f if linear.name == "linear_fc1" else h
+    return {"lora_A": (rank, inputs), "lora_B": (outputs, rank), "magnitude": (outputs,)}

@@ -1,0 +1,148 @@
+"""Adapters into a model that is there: which linears get one, what is frozen, and the first values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from esm2mega.config.lora import LINEARS, resolve_targets
+from esm2mega.config.schema import LoRAConfig, Run
+from esm2mega.errors import UserError
+from esm2mega.lora.layers import AdaptedLinear, Adapter
+from esm2mega.model.init import draw
+
+SUFFIX = "_lora"
+"""``linear_q`` has its adapter in ``linear_q_lora``, beside it."""
+
+_ROW_PARALLEL = ("linear_proj", "linear_fc2")
+
+
+def apply_lora(chunks: Sequence[Any], lora: LoRAConfig, seed: int, trainable: Sequence[str] = ()) -> None:
+    """Freeze a model and put adapters beside its linears; its outputs stay what they are.
+
+    Call it with the weights of the base in place, before the model is wrapped for data parallelism.
+
+    Args:
+        chunks: This rank's chunks of `esm2mega.model.esm2.ESM2Model`.
+        lora: Rank, kind and targets.
+        seed: Of the first values, which are the same at every layout.
+        trainable: Beginnings of names of parameters that are not frozen, such as those of a new head.
+
+    Raises:
+        UserError: A target matches nothing.
+    """
+    targets = resolve_targets(lora.target_modules, chunks[0].config.num_layers)
+    freeze(chunks, trainable)
+    for chunk in chunks:
+        for layer in chunk.encoder.layers:
+            _adapt_layer(layer, lora, targets)
+        for name, parameter in chunk.named_parameters():
+            if is_adapter(name):
+                _initialize(chunk.global_parameter_name(name), parameter, seed)
+
+
+def freeze(chunks: Sequence[Any], trainable: Sequence[str] = ()) -> None:
+    """Train nothing but parameters whose names begin with one of `trainable`."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(name.startswith(tuple(trainable)))
+        config = chunk.config
+        # Recomputed layers and pipeline stages ask their input whether a backward pass is wanted at all.
+        asked = config.recompute_granularity == "full" or config.pipeline_model_parallel_size > 1
+        if chunk.pre_process and asked:
+            chunk.embedding.register_forward_hook(_want_gradient)
+
+
+def check_stages(chunks: Sequence[Any]) -> None:
+    """Refuse to train a pipeline of which a stage has nothing to train. All-reduce over the pipeline.
+
+    Raises:
+        UserError: On every rank of it.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    trained = sum(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())
+    least = torch.tensor(trained, device=next(chunks[0].parameters()).device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    if not least:
+        raise UserError(
+            "lora.target_modules leaves a pipeline stage without adapters; name a linear in every stage, or "
+            "lower parallel.pipeline_model_parallel_size"
+        )
+
+
+def is_adapter(name: str) -> bool:
+    """Whether this is the name of a parameter of an adapter."""
+    return name.rpartition(".")[0].endswith(SUFFIX)
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Set the generators behind dropout as a function of the run's seed, the step and this rank's data.
+
+    A resumed run so drops what the unbroken one would have.
+    """
+    place = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    key = hashlib.blake2b(f"dropout:{seed}:{step}:{place}".encode(), digest_size=4).digest()
+    tensor_parallel.model_parallel_cuda_manual_seed(int.from_bytes(key, "little") >> 1)
+
+
+def _adapt_layer(layer: Any, lora: LoRAConfig, targets: dict[str, tuple[int, ...]]) -> None:
+    number = layer.layer_number - 1
+    for fused in dict.fromkeys(linear.fused for linear in LINEARS):
+        parts = [linear for linear in LINEARS if linear.fused == fused]
+        host = getattr(layer, parts[0].block)
+        module, is_column = getattr(host, fused), fused not in _ROW_PARALLEL
+        adapters: list[Adapter | None] = []
+        for linear in parts:
+            layers = targets.get(linear.name, ())
+            if number not in layers:
+                adapters.append(None)
+                continue
+            # Parts of a fused weight are equally high.
+            weight = module.weight[: module.weight.shape[0] // len(parts)]
+            adapter = Adapter(layer.config, weight, is_column, lora, (layers.index(number), len(layers)))
+            setattr(host, f"{linear.name}{SUFFIX}", adapter)
+            adapters.append(adapter)
+        if any(adapters):
+            module.register_forward_hook(AdaptedLinear(module, adapters, is_column, lora))
+
+
+@torch.no_grad()
+def _initialize(name: str, parameter: Tensor, seed: int) -> None:
+    """``B`` 0, ``A`` uniform within ``1 / sqrt(i)`` as PEFT; magnitudes are set already.
+
+    ``A`` is drawn whole from (seed, name), and this rank keeps its slice.
+    """
+    if name.endswith("lora_B"):
+        parameter.zero_()
+    elif name.endswith("lora_A"):
+        parameter.copy_(draw(name, parameter, seed, _uniform))
+
+
+def _uniform(shape: list[int], generator: torch.Generator) -> Tensor:
+    return (torch.rand(shape, generator=generator, dtype=torch.float32) * 2 - 1) / shape[1] ** 0.5
+
+
+def _want_gradient(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def adapters_line(run: Run, chunks: Sequence[Any]) -> list[str]:
+    """What is trained, for the announcement of a run; counts of this rank's chunks."""
+    lora = run.lora
+    kinds = [name for name, on in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if on]
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    everything = sum(parameter.numel() for parameter in parameters)
+    return [
+        f"adapters {' '.join(kinds) or 'LoRA'} of rank {lora.rank} on {', '.join(lora.target_modules)}: "
+        f"{trained:,} of {everything:,} parameters of rank 0 are trained"
+    ]

@@ -1,0 +1,191 @@
+"""An adapter beside a column- or row-parallel linear, and what it adds to that linear's output.
+
+The adapted output is ``W x + s B A x`` (Hu et al. 2021, arXiv:2106.09685); with a magnitude, each of its rows
+is scaled by ``m / |W + s B A|``, whose norm counts as a constant (Liu et al. 2024, arXiv:2402.09353).
+
+How the factors are split over the tensor-parallel group, so that only vectors of the rank's length are sent:
+
+* column: ``A`` whole on every process, ``B`` and ``m`` split by rows, as ``W``;
+* row: ``A`` split by columns, as ``W``; ``B`` and ``m`` whole.
+
+Under sequence parallelism a whole factor sees the tokens of its process alone. It carries the mark
+``sequence_parallel``, by which Megatron-Core adds up its gradient over the group.
+
+Legend: ``T`` tokens of a pack (``m`` in the last layer), ``t`` tensor-parallel size, ``r`` rank of the
+adapter, ``n`` heads, ``d`` head dimension, ``i`` and ``o`` inputs and outputs of the linear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+
+from esm2mega.config.schema import LoRAConfig
+
+_SPLIT = {True: {"lora_B": 0, "magnitude": 0}, False: {"lora_A": 1}}
+"""Is it column-parallel? -> factor -> its dimension that is split."""
+
+
+class Adapter(MegatronModule):
+    """The trained factors of one linear."""
+
+    def __init__(
+        self,
+        config: Any,
+        weight: Tensor,
+        is_column: bool,
+        lora: LoRAConfig,
+        place: tuple[int, int],
+    ) -> None:
+        """Make the factors, unset; `esm2mega.lora.inject` fills them.
+
+        Args:
+            config: Of the model.
+            weight: This rank's part of the adapted weight, ``[o/t, i]`` or ``[o, i/t]``.
+            is_column: Whether it is split by rows.
+            lora: Rank and kind.
+            place: Number of this adapter among those of its kind in other layers, and how many these are.
+        """
+        super().__init__(config=config)
+        assert lora.rank is not None
+        self._place, self._is_column = place, is_column
+        rows, columns = weight.shape
+        shapes = {"lora_A": (lora.rank, columns), "lora_B": (rows, lora.rank)}
+        if lora.use_dora:
+            shapes["magnitude"] = (rows,)  # type: ignore[assignment]
+        for name, shape in shapes.items():
+            parameter = torch.nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
+            split = name in _SPLIT[is_column]
+            set_tensor_model_parallel_attributes(parameter, split, _SPLIT[is_column].get(name, -1), 1)
+            parameter.allreduce = True  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel and not split  # type: ignore[attr-defined]
+            setattr(self, name, parameter)
+        if not lora.use_dora:
+            self.magnitude = None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Stacked with those of the other layers that have one; `sharded_offsets` would stack all layers."""
+        number, count = self._place
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, _SPLIT[self._is_column], [(0, number, count)]
+        )
+
+
+class AdaptedLinear:
+    """A linear with its adapters; called as its forward hook.
+
+    The linear stays what and where it is, so the weights of the base keep their names.
+    """
+
+    def __init__(
+        self, module: Any, adapters: Sequence[Adapter | None], is_column: bool, lora: LoRAConfig
+    ) -> None:
+        """Args: adapters: one per part of the module's output, None where a part has none."""
+        self._module, self._is_column, self._scaling = module, is_column, lora.scaling
+        self._adapters = list(adapters)
+        self._present = [adapter for adapter in adapters if adapter is not None]
+        self._dropout = lora.dropout
+        self._sequence_parallel = module.config.sequence_parallel
+        self._heads = module.config.num_attention_heads // module.tp_group.size()
+        for part, adapter in enumerate(adapters):
+            if adapter is not None and adapter.magnitude is not None:
+                with torch.no_grad():
+                    # As at the start: the product of the factors is zero.
+                    adapter.lora_B.zero_()
+                    adapter.lora_A.zero_()
+                    adapter.magnitude.copy_(self._norm(part, adapter))
+
+    def __call__(
+        self, module: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add what the adapters give: the output of the linear, ``[T, 1, o/t]`` or ``[T/t, 1, o]``."""
+        value, separate_bias = output
+        deltas = iter(self._deltas(inputs[0]))
+        # Where the caller adds the bias there is none in the output.
+        bias = module.bias if separate_bias is None else None
+        if len(self._adapters) == 1:
+            return self._combine(value, next(deltas), 0, self._present[0], bias), separate_bias
+        # [T, 1, 3h/t] -> three [T, 1, h/t]
+        parts = [self._part(value, number) for number in range(3)]
+        for number, adapter in enumerate(self._adapters):
+            if adapter is not None:
+                own_bias = None if bias is None else self._part(bias, number)
+                parts[number] = self._combine(parts[number], next(deltas), number, adapter, own_bias)
+        stacked = torch.stack([part.unflatten(-1, (self._heads, -1)) for part in parts], dim=-2)
+        # [T, 1, n/t, 3, d] -> [T, 1, 3h/t]
+        return stacked.flatten(-3), separate_bias
+
+    def _deltas(self, x: Tensor) -> list[Tensor]:
+        """``s B A x`` of each adapter, in the layout of the linear's output."""
+        group = self._module.tp_group
+        x = self._dropped(x)
+        # [T, 1, k r]: one product and one collective for all k adapters
+        hidden = linear(x, torch.cat([adapter.lora_A for adapter in self._present]))
+        if self._is_column and self._sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=group
+            )
+        elif self._is_column:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        elif self._sequence_parallel:
+            hidden = reduce_scatter_to_sequence_parallel_region(hidden, group=group)
+        else:
+            hidden = reduce_from_tensor_model_parallel_region(hidden, group=group)
+        parts = hidden.chunk(len(self._present), dim=-1)
+        return [linear(h, a.lora_B) * self._scaling for h, a in zip(parts, self._present, strict=True)]
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if not self._dropout or not self._present[0].training:
+            return x
+        # Processes that hold the same numbers must drop the same ones; the tracker's seeds differ.
+        same = self._is_column and not self._sequence_parallel
+        with contextlib.nullcontext() if same else get_cuda_rng_tracker().fork():
+            return dropout(x, self._dropout)
+
+    def _combine(
+        self, value: Tensor, delta: Tensor, part: int, adapter: Adapter, bias: Tensor | None
+    ) -> Tensor:
+        if adapter.magnitude is None:
+            return value + delta
+        scale = adapter.magnitude / self._norm(part, adapter)
+        return scale * (value + delta) if bias is None else scale * (value - bias + delta) + bias
+
+    @torch.no_grad()
+    def _norm(self, part: int, adapter: Adapter) -> Tensor:
+        """Length of each row of the adapted weight, in its dtype: ``[o/t]`` or ``[o]``.
+
+        All-reduce over the tensor-parallel group where rows are split; every rank holds the result.
+        """
+        weight = self._module.weight
+        if len(self._adapters) > 1:
+            # [3h/t, i] -> [h/t, i]
+            weight = self._part(weight.t(), part).t()
+        adapted = weight + self._scaling * (adapter.lora_B @ adapter.lora_A)
+        wide = adapted if adapted.dtype == torch.float64 else adapted.float()
+        squares = wide.square().sum(dim=1)
+        if not self._is_column and self._module.tp_group.size() > 1:
+            dist.all_reduce(squares, group=self._module.tp_group)
+        return squares.sqrt().to(weight.dtype)
+
+    def _part(self, fused: Tensor, number: int) -> Tensor:
+        """Rows of q, k or v out of the head-major fused ones: ``[*, 3h/t] -> [*, h/t]``."""
+        return fused.unflatten(-1, (self._heads, 3, -1)).select(-2, number).flatten(-2)

@@ -1,0 +1,101 @@
+"""Adapters folded into the weights under them: an ordinary checkpoint, read and written tensor by tensor."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from esm2mega.checkpoint.tensors import TensorInfo
+from esm2mega.config.lora import LINEARS
+from esm2mega.config.presets import shape_of
+from esm2mega.convert import esm2mega as own_format
+from esm2mega.convert.convert import appearing
+from esm2mega.convert.esm2mega import default_dtype
+from esm2mega.convert.formats import open_weights
+from esm2mega.convert.tensors import fuse_qkv, split_qkv
+from esm2mega.convert.weights import Weights, dtype_name
+from esm2mega.errors import UserError
+from esm2mega.lora.base import check_base, find_base, identify
+from esm2mega.lora.checkpoint import AdapterReader, Factors
+from esm2mega.model.build import DTYPES
+
+_WEIGHT = re.compile(r"encoder\.layers\.(\d+)\.(?:self_attention|mlp)\.(linear_\w+)\.weight")
+
+
+def merge(checkpoint: Path, target: Path, base: str | None = None) -> list[str]:
+    """Write `target`, a checkpoint of the whole model with the adapters of `checkpoint` in its weights.
+
+    Args:
+        checkpoint: Of adapters, complete.
+        target: Must not exist; appears when it is whole.
+        base: Where the weights under the adapters are; None for where they were in training.
+
+    Returns:
+        A report for the reader.
+
+    Raises:
+        UserError: The base is not there or another one, or the checkpoint holds more than adapters.
+    """
+    adapters = AdapterReader(checkpoint)
+    if adapters.others:
+        raise UserError(
+            f"{checkpoint}: holds {adapters.others[0]} besides adapters, for which a merged language model "
+            "has no place; keep the adapters"
+        )
+    adapters.run.init_from = base or adapters.run.init_from
+    path = Path(base) if base is not None else find_base(checkpoint, adapters.run)
+    check_base(checkpoint, identify(path))
+    weights = merged(open_weights(path), adapters)
+    weights.origin |= {"format": "merged adapters", "path": str(checkpoint)}
+    with appearing(target) as directory:
+        own_format.write(weights, directory)
+    count = sum(map(len, adapters.targets.values()))
+    dtype = dtype_name(weights.description.dtype)
+    return [
+        f"{checkpoint}: {count} adapters merged into {path} -> {target}, {dtype}",
+        *(f"changed: {line}" for line in weights.notes.changed),
+    ]
+
+
+def merged(weights: Weights, adapters: AdapterReader) -> Weights:
+    """`weights` with adapted tensors changed while being read.
+
+    Their dtype becomes the wider one of the weights and the training. The sum is made in fp32 at least and
+    rounded once.
+    """
+    trained = DTYPES[adapters.run.model.precision]
+    weights = weights.cast(torch.promote_types(default_dtype(weights.description.dtype), trained))
+    heads = shape_of(adapters.run.model).num_attention_heads
+    infos: dict[str, TensorInfo] = weights.infos
+    read = weights.read
+
+    def read_merged(name: str) -> Tensor:
+        value, found = read(name), _WEIGHT.fullmatch(name)
+        if found is None:
+            return value
+        layer = int(found[1])
+        linears = [linear for linear in LINEARS if linear.fused == found[2]]
+        parts = split_qkv(value, heads) if len(linears) > 1 else (value,)
+        changed = [
+            _folded(part, adapters.read(linear, layer), adapters.run.lora.scaling)
+            for part, linear in zip(parts, linears, strict=True)
+        ]
+        result = fuse_qkv(changed[0], changed[1], changed[2], heads) if len(changed) > 1 else changed[0]
+        return result.to(infos[name].dtype)
+
+    return replace(weights, read=read_merged)
+
+
+def _folded(weight: Tensor, factors: Factors | None, scaling: float) -> Tensor:
+    """``W + s B A``, and with a magnitude ``m (W + s B A) / |W + s B A|`` row by row: ``[o, i]``."""
+    if factors is None:
+        return weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    result = weight.to(wide) + scaling * (factors.lora_B.to(wide) @ factors.lora_A.to(wide))
+    if factors.magnitude is None:
+        return result
+    return result * (factors.magnitude.to(wide) / result.norm(dim=1)).unsqueeze(1)

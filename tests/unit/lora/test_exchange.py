@@ -1,0 +1,190 @@
+"""Merging, and the exchange with Hugging Face PEFT, against each other and against `peft` itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from esm2mega.checkpoint import layout
+from esm2mega.config.schema import LoRAConfig
+from esm2mega.convert.formats import open_weights
+from esm2mega.errors import UserError
+from esm2mega.lora.hf_peft import export_adapters, import_adapters
+from esm2mega.lora.merge import merge
+from tests.unit.lora import adapted
+from tests.unit.lora.adapted import KINDS, Base
+
+FP64 = 1e-10
+FP32 = 1e-5
+"""Of the difference over the largest logit: rounding of another order of sums."""
+
+
+@pytest.fixture(scope="module")
+def base32(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return adapted.make_base(tmp_path_factory.mktemp("base") / "fp32", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def base64(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return adapted.make_base(tmp_path_factory.mktemp("base") / "fp64", torch.float64)
+
+
+def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_equals_unmerged(base64: Base, kind: str, tmp_path: Path) -> None:
+    checkpoint = adapted.make_adapters(tmp_path / "adapters", base64, KINDS[kind], torch.float64)
+    (line,) = merge(checkpoint, tmp_path / "merged")
+    unmerged, merged = adapted.logits(checkpoint), adapted.logits(tmp_path / "merged")
+    plain = adapted.their_logits(base64.model)
+    assert "float64" in line
+    assert _distance(merged, unmerged) < FP64
+    assert _distance(unmerged, plain) > 0.05, "the adapters do nothing"
+    assert layout.read_config(tmp_path / "merged").lora.rank is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_adapter_gives_the_same_logits_in_peft(base32: Base, kind: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import EsmForMaskedLM
+
+    checkpoint = adapted.make_adapters(tmp_path / "adapters", base32, KINDS[kind], torch.float32)
+    export_adapters(checkpoint, tmp_path / "peft")
+    model = PeftModel.from_pretrained(EsmForMaskedLM.from_pretrained(base32.path), tmp_path / "peft")
+    ours = adapted.logits(checkpoint)
+    assert _distance(ours, adapted.their_logits(model)) < FP32
+    assert _distance(ours, adapted.their_logits(base32.model)) > 0.05
+    # And back: the same tensors.
+    import_adapters(tmp_path / "peft", str(base32.path), tmp_path / "back")
+    assert torch.equal(adapted.logits(tmp_path / "back"), ours)
+
+
+def _peft_model(base: Base, lora: LoRAConfig, targets: list[str] | str) -> Any:
+    """A PEFT model with random values in every factor."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import EsmForMaskedLM
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or lora.rank,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        target_modules=targets,
+    )
+    model = get_peft_model(EsmForMaskedLM.from_pretrained(base.path), config)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise.abs() + 0.5 if parameter.dim() == 1 else noise * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_and_gradients_of_peft(base32: Base, kind: str, tmp_path: Path) -> None:
+    """What peft saved gives the same logits here; so do its gradients of every factor."""
+    lora = KINDS[kind]
+    # As a list "output.dense" means both linears that end so; a text is a regular expression.
+    targets: Any = ["query", "key", "value", "output.dense", "intermediate.dense"]
+    if kind == "some":
+        targets = r".*layer\.[01]\.(attention\.self\.value|output\.dense)"
+    model = _peft_model(base32, lora, targets)
+    model.save_pretrained(tmp_path / "peft")
+    import_adapters(tmp_path / "peft", str(base32.path), tmp_path / "adapters")
+    assert _distance(adapted.logits(tmp_path / "adapters"), adapted.their_logits(model)) < FP32
+
+    ids, mask = adapted.batch()
+    weights = torch.randn(*ids.shape, 33, generator=torch.Generator().manual_seed(2)) * mask.unsqueeze(-1)
+    model.eval()
+    (model(ids, attention_mask=mask).logits * weights).sum().backward()
+    theirs = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # ….lora_A.default.weight
+            stem, factor = name.removesuffix(".weight").removesuffix(".default").rsplit(".", 1)
+            theirs[f"{stem}.{factor.replace('lora_magnitude_vector', 'magnitude')}"] = parameter.grad
+    ours = adapted.gradients(tmp_path / "adapters", weights)
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    for name, gradient in ours.items():
+        # fp32 sums over some hundred tokens of either sign
+        assert _distance(gradient, theirs[name]) < 1e-4, name
+
+
+def _saved(folder: Path, base: Base) -> Path:
+    _peft_model(base, KINDS["plain"], ["query", "value"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bias", "all"),
+        ("rank_pattern", {"query": 2}),
+        ("init_lora_weights", "pissa"),
+        ("fan_in_fan_out", True),
+        ("r", 0),
+        ("peft_type", "IA3"),
+    ],
+)
+def test_what_would_change_the_adapter_is_refused(base32: Base, tmp_path: Path, key: str, value: Any) -> None:
+    source = _saved(tmp_path / "peft", base32)
+    path = source / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=key):
+        import_adapters(source, str(base32.path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_without_a_place_are_refused_or_reported(base32: Base, tmp_path: Path) -> None:
+    source = _saved(tmp_path / "peft", base32)
+    path = source / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "base_model.model.classifier.dense.weight": torch.ones(2)}, path)
+    with pytest.raises(UserError, match="classifier.dense.weight is not an adapter"):
+        import_adapters(source, str(base32.path), tmp_path / "out")
+    lines = import_adapters(source, str(base32.path), tmp_path / "out", ["*classifier*"])
+    assert lines[1:] == ["dropped: base_model.model.classifier.dense.weight"]
+
+    some = next(iter(tensors))
+    save_file({name: value for name, value in tensors.items() if name != some}, path)
+    with pytest.raises(UserError, match="not whole"):
+        import_adapters(source, str(base32.path), tmp_path / "out2")
+    save_file({**tensors, some: tensors[some][:, :-1].contiguous()}, path)
+    with pytest.raises(UserError, match="has shape"):
+        import_adapters(source, str(base32.path), tmp_path / "out2")
+
+
+def test_another_base_is_refused(base32: Base, base64: Base, tmp_path: Path) -> None:
+    """Also for weights that differ in one number, and for adapters where a whole model is wanted."""
+    checkpoint = adapted.make_adapters(tmp_path / "adapters", base32, KINDS["plain"], torch.float32)
+    with pytest.raises(UserError, match="other weights"):
+        merge(checkpoint, tmp_path / "merged", str(base64.path))
+    with pytest.raises(UserError, match="lora merge"):
+        open_weights(checkpoint)
+    moved = base32.path.rename(base32.path.with_name("moved"))
+    try:
+        with pytest.raises(UserError, match="not there any more"):
+            adapted.logits(checkpoint)
+        run = layout.read_config(checkpoint)
+        run.init_from = str(moved)
+        adapted.logits(checkpoint, run)
+        with (moved / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            last = file.read(1)
+            file.seek(-1, 2)
+            file.write(bytes([last[0] ^ 1]))
+        with pytest.raises(UserError, match="other weights"):
+            adapted.logits(checkpoint, run)
+    finally:
+        with (moved / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(last)
+        moved.rename(base32.path)
