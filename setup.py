@@ -34,17 +34,17 @@ LOGGING = ["wandb", "tensorboard"]
 HF = ["transformers>=5.23", "peft"]
 PARQUET = ["pyarrow>=16.1"]
 TAPE = ["lmdb>=1.4"]
+FINETUNE = ["scipy>=1.11", "scikit-learn>=1.4"]
 DEV = [
     *PARQUET,
     *TAPE,
+    *FINETUNE,
     # References that the parity tests compare with.
     "transformers>=5.23",
     "fair-esm==2.0.0",
     "tape-proteins==0.5",
     "peft>=0.13",
     "dnaio>=1.2",
-    "scipy>=1.11",
-    "scikit-learn>=1.4",
     # Tests.
     "pytest>=8.3",
     "pytest-timeout>=2.3",
@@ -79,6 +79,7 @@ setup(
         "logging": LOGGING,
         "parquet": PARQUET,
         "tape": TAPE,
+        "finetune": FINETUNE,
         "dev": DEV,
     },
     entry_points={"console_scripts": ["esm2mega = esm2mega.cli:main"]},

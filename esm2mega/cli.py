@@ -22,6 +22,7 @@ from esm2mega.convert.formats import READABLE, WRITABLE
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 from esm2mega.infer.commands import add_commands as add_inference
 from esm2mega.lora.commands import add_commands as add_lora
+from esm2mega.train.commands import add_finetune_commands
 
 
 @dataclass
@@ -216,9 +217,14 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
     run_pretrain(run)
 
 
-@cli.command(short_help="Loss and perplexity of a checkpoint on a token store.")
+add_finetune_commands(cli)
+
+
+@cli.command(short_help="Loss and perplexity of a checkpoint, or metrics of its task.")
 @click.argument("checkpoint")
-@click.option("--data", required=True, metavar="STORE", help="Token store, or sequence file, to evaluate on.")
+@click.option(
+    "--data", required=True, metavar="STORE", help="Token store, sequence file or table to evaluate on."
+)
 @click.option("--out", metavar="FILE.json", help="Also write the numbers to this file.")
 @click.option("--max-batches", type=click.IntRange(1), metavar="N", help="Packs to evaluate [default: all].")
 @click.option(
@@ -236,17 +242,27 @@ def evaluate(
     micro_batch_tokens: int | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Masked-language-model loss and perplexity of a checkpoint, beside the unigram baseline."""
+    """Masked-language-model loss and perplexity of a checkpoint, beside the unigram baseline; of a fine-tuned
+    one loss and metrics of its task on a table with labels.
+    """
+    from esm2mega.infer.task import evaluate_task, has_task
     from esm2mega.train.evaluate import evaluate_checkpoint
 
-    numbers = evaluate_checkpoint(
-        checkpoint,
-        data,
-        out,
-        max_batches=max_batches,
-        micro_batch_tokens=micro_batch_tokens,
-        overrides=overrides,
-    )
+    if has_task(checkpoint):
+        if max_batches is not None:
+            raise UserError("--max-batches: metrics of a task are of the whole table; leave it out")
+        if micro_batch_tokens is not None:
+            overrides = (f"train.micro_batch_tokens={micro_batch_tokens}", *overrides)
+        numbers = evaluate_task(checkpoint, data, out, overrides)
+    else:
+        numbers = evaluate_checkpoint(
+            checkpoint,
+            data,
+            out,
+            max_batches=max_batches,
+            micro_batch_tokens=micro_batch_tokens,
+            overrides=overrides,
+        )
     if os.environ.get("RANK", "0") == "0":
         for name, value in numbers.items():
             click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
@@ -313,7 +329,7 @@ def inspect(path: str) -> None:
 @click.option(
     "--layouts",
     metavar="GROUP|random:N",
-    help="ci, more, resume, bf16, families, lora (several with commas), all, or random:N; by default all.",
+    help="ci, more, resume, heads, bf16, families, lora (several with commas), random:N, or all (default).",
 )
 @click.option("--row", metavar="NAME", help="One row of the groups, as the table names it.")
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")
@@ -339,6 +355,7 @@ def inspect(path: str) -> None:
 )
 @click.option("--precision", type=click.Choice(["fp64", "bf16"]), help="Of one layout; by default fp64.")
 @click.option("--lora", is_flag=True, help="Train adapters; alone: --layouts lora.")
+@click.option("--head", metavar="NAME", help="Fine-tune with this head; a wrong name lists them.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=1234, show_default=True, help="Of everything random."
 )
@@ -353,6 +370,7 @@ def prove(
     out: str | None,
     precision: str | None,
     lora: bool,
+    head: str | None,
     **axes: Any,
 ) -> None:
     """Train a small ESM-2 at parallel layouts and compare every loss, gradient, weight and checkpoint with
@@ -362,12 +380,14 @@ def prove(
     """
     from esm2mega.prove.layouts import layout_from_options
     from esm2mega.prove.training import SETTINGS
-    from esm2mega.prove.trials import Trial, with_lora
+    from esm2mega.prove.trials import Trial, with_head, with_lora
 
     chosen: dict[str, Any] = {name: value for name, value in axes.items() if value}
     one = bool(chosen or precision)
-    if row is not None and lora:
-        raise UserError(f"--row {row} and --lora exclude each other; give one of them")
+    named = {"--row": row, "--lora": lora or None, "--head": head}
+    switches = [name for name, value in named.items() if value is not None]
+    if len(switches) > 1:
+        raise UserError(f"{switches[0]} and {switches[1]} exclude each other; give one of them")
     given = {"layouts": layouts, "row": row, **chosen, "precision": precision}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1 and given.keys() & {"layouts", "row"}:
@@ -376,8 +396,9 @@ def prove(
     if one:
         # Refused before PyTorch is imported.
         layout = layout_from_options(chosen, SETTINGS)
-        trials = [Trial((layout,), precision or "fp64")]
-        trials = [with_lora(trial) for trial in trials] if lora else trials
+        trial = Trial((layout,), precision or "fp64")
+        trial = with_lora(trial) if lora else trial
+        trials = [trial if head is None else with_head(trial, head)]
         processes = processes or layout.processes
 
     from esm2mega.prove.command import PROCESSES, choose_trials, row_named
@@ -387,7 +408,8 @@ def prove(
     if row is not None:
         trials = [row_named(row)]
     elif not one:
-        trials = choose_trials(layouts or ("lora" if lora else "all"), seed, processes, lora)
+        group = "lora" if lora else "heads" if head else "all"
+        trials = choose_trials(layouts or group, seed, processes, lora, head)
     shrink = (layouts or "").startswith("random")
     if not run_prove(trials, seed, processes, out, shrink):
         raise click.exceptions.Exit(1)

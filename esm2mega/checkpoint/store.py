@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import write_auxiliary
+from esm2mega.checkpoint.choice import ALL, TensorChoice
 from esm2mega.checkpoint.distributed_state import make_loadable, places_without_padding, separate_steps
 from esm2mega.checkpoint.metadata import check_metadata
 from esm2mega.checkpoint.optimizer_form import (
@@ -62,7 +63,14 @@ _UNREADABLE = (
 _OF_THE_MACHINE = (errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ENOSPC)
 """What no other checkpoint would cure."""
 
-_DISK = ("No space left on device", "File too large", "Disk quota exceeded", "Permission denied")
+_DISK = (
+    "No space left on device",
+    "File too large",
+    "Disk quota exceeded",
+    "Permission denied",
+    "Not a directory",
+    "Read-only file system",
+)
 
 _EXTRA_STATE = "_extra_state"
 """Byte objects of parallel linears: empty without FP8, and read as pickles, so they are neither written nor
@@ -116,8 +124,8 @@ def save_checkpoint(
             layout.write_description(partial, run, state)
             write_auxiliary(partial, auxiliary or {})
             layout.complete(partial, directory)
-    except Exception as error:
-        # Whatever it is, the other ranks wait to agree.
+    except (Exception, CheckpointException) as error:
+        # Whatever it is, the other ranks wait to agree. PyTorch's exception is not an `Exception`.
         failure = error
     try:
         _agree(failure)
@@ -198,17 +206,28 @@ def _adopt_rates(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
             group.update({key: value for key, value in configured.items() if key in group})
 
 
-def load_weights(checkpoint: Path, model: Sequence[Any], trained_only: bool = False) -> None:
+def load_weights(
+    checkpoint: Path, model: Sequence[Any], choice: TensorChoice = ALL, trained_only: bool = False
+) -> None:
     """Restore weights alone, in place. Optimizer tensors in the checkpoint are not read.
 
-    With `trained_only` frozen weights stay as they are: the checkpoint has none.
+    Args:
+        checkpoint: A ``step_XXXXXXXX`` directory.
+        model: This rank's chunks.
+        choice: Which tensors are restored.
+        trained_only: Frozen weights stay as they are: the checkpoint has none.
 
     Raises:
         UserError: A weight is missing, or the checkpoint holds one that the model has no place for.
     """
-    wanted = _sharded_state(model, None, True, trained_only)
-    loaded = _load(checkpoint, wanted, lambda name: not name.startswith("optimizer."))
-    _put_weights(model, loaded, trained_only)
+    wanted = {
+        chunk: {name: entry for name, entry in tensors.items() if not choice.kept(name)}
+        for chunk, tensors in _sharded_state(model, None, True, trained_only).items()
+    }
+    loaded = _load(
+        checkpoint, wanted, lambda name: not name.startswith("optimizer.") and not choice.unused(name)
+    )
+    _put_weights(model, loaded, trained_only, choice)
 
 
 def _load(checkpoint: Path, wanted: dict[str, Any], matters: Callable[[str], bool]) -> dict[str, Any]:
@@ -247,10 +266,14 @@ def _some(names: set[str]) -> str:
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else str(shown)
 
 
-def _put_weights(model: Sequence[Any], loaded: dict[str, Any], trained_only: bool) -> None:
+def _put_weights(
+    model: Sequence[Any], loaded: dict[str, Any], trained_only: bool, choice: TensorChoice = ALL
+) -> None:
     for number, chunk in enumerate(unwrap_model(list(model))):
         result = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
-        missing = [name for name in result.missing_keys if not name.endswith(_EXTRA_STATE)]
+        missing = [
+            name for name in result.missing_keys if not name.endswith(_EXTRA_STATE) and not choice.kept(name)
+        ]
         if trained_only:
             parameters = dict(chunk.named_parameters())
             missing = [name for name in missing if name in parameters and parameters[name].requires_grad]

@@ -87,6 +87,13 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
     return resolve(_to_run(tree, {setting.key: setting.where for setting in settings}))
 
 
+def value_of(key: str, config: str | None, overrides: Sequence[str] = ()) -> Any:
+    """What a file and `key=value` overrides say of one key, None if nothing; nothing is checked."""
+    settings = list(_file_settings(find_config(config), ())) if config is not None else []
+    settings += [_parse_override(text) for text in overrides]
+    return next((setting.value for setting in reversed(settings) if setting.key == key), None)
+
+
 def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
     """Write YAML that `run_from_yaml` reads back to an equal `Run`; `path` is replaced in one step."""
     text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(run)))

@@ -73,6 +73,7 @@ class DataConfig:
     packing: str = _choice("pack", "pack", "bucket")
     pack_window: int | None = None
     workers: int = 0
+    too_long: str = _choice("error", "error", "crop", "drop")
 
     def train_paths(self) -> list[str]:
         """The paths of `train`, however many were given."""
@@ -146,6 +147,39 @@ class LoggingConfig:
     wandb_run_name: str | None = None
 
 
+TASK_KINDS = ("regression", "classification", "multilabel", "token_classification", "token_regression")
+
+
+@dataclass
+class TaskConfig:
+    """What is predicted of labelled proteins, by which head, and how it is judged in training."""
+
+    kind: str | None = _choice(None, *TASK_KINDS)
+    target_columns: list[str] = field(default_factory=lambda: ["target"])
+    mask_column: str | None = None
+    num_classes: int | None = None
+    head: str = _choice("auto", "auto", "mlp", "linear", "pooler", "hf", "cnn")
+    pooling: str = _choice("mean", "mean", "cls", "max", "attention")
+    hidden_size: int | None = None
+    dropout: float = 0.25
+    pooler_activation: str = _choice("tanh", "tanh", "gelu")
+    loss: str = _choice("mse", "mse", "huber")
+    huber_delta: float = 1.0
+    scale_targets: bool = True
+    class_weights: str = _choice("none", "none", "balanced")
+    label_smoothing: float = 0.0
+    bootstrap: int = 1000
+
+
+@dataclass
+class FinetuneConfig:
+    """Which weights of a fine-tuned model are trained, and which are taken from `init_from`."""
+
+    mode: str = _choice("full", "full", "frozen")
+    freeze: list[str] = field(default_factory=list)
+    load_head: bool = False
+
+
 @dataclass
 class LoRAConfig:
     """Low-rank adapters of the parallel linears; there are none unless `rank` is set."""
@@ -196,6 +230,8 @@ class Run:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     infer: InferConfig = field(default_factory=InferConfig)
 

@@ -51,6 +51,11 @@ _AT_LEAST = {
     "data.random_fraction": 0,
     "lora.rank": 1,
     "lora.dropout": 0,
+    "task.num_classes": 2,
+    "task.hidden_size": 1,
+    "task.dropout": 0,
+    "task.label_smoothing": 0,
+    "task.bootstrap": 0,
     "infer.max_seq_length": 3,
     "infer.overlap": 0,
     "infer.pack_tokens": 1,
@@ -61,6 +66,8 @@ _AT_MOST = {
     "data.mask_fraction": 1,
     "data.random_fraction": 1,
     "schedule.min_lr_ratio": 1,
+    "task.dropout": 0.99,
+    "task.label_smoothing": 0.99,
 }
 _GREATER_THAN_ZERO = (
     "parallel.timeout_minutes",
@@ -68,6 +75,7 @@ _GREATER_THAN_ZERO = (
     "model.init_std",
     "optim.lr",
     "optim.eps",
+    "task.huber_delta",
 )
 
 
@@ -151,6 +159,11 @@ def check_choices(run: Run) -> None:
 
 def check_training_inputs(run: Run) -> None:
     """What only a training run needs: inputs that are named and exist, and validation data to evaluate on."""
+    labelled = run.task.kind is not None
+    if run.data.train is None and labelled:
+        raise UserError(
+            "data.train is not set: give a table with sequences and labels, as data.train=FILE.csv"
+        )
     if run.data.train is None:
         raise UserError(
             "data.train is not set: give a token store, e.g. data.train=DIR/train made by "
@@ -159,6 +172,8 @@ def check_training_inputs(run: Run) -> None:
     named: list[tuple[str, str | None]] = [("data.train", path) for path in run.data.train_paths()]
     named += [("data.valid", run.data.valid), ("data.test", run.data.test)]
     for key, path in named:
+        if path is not None and labelled and not os.path.isfile(path):
+            raise UserError(f"{key}={path}: no such file; give a table with sequences and labels")
         if path is not None and not os.path.exists(path):
             raise UserError(
                 f"{key}={path} is neither a token store nor a file of sequences; make a store with "

@@ -15,16 +15,20 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.checkpoint.choice import ALL, TensorChoice
 from esm2mega.checkpoint.store import load_weights
+from esm2mega.config.load import load_run, load_run_over, value_of
 from esm2mega.config.presets import shape_of
-from esm2mega.config.schema import ModelConfig
-from esm2mega.convert.esm2mega import is_auxiliary
+from esm2mega.config.schema import ModelConfig, Run
+from esm2mega.convert.esm2mega import is_auxiliary, run_of
 from esm2mega.convert.formats import detect, open_weights
 from esm2mega.convert.weights import Weights
 from esm2mega.errors import UserError
 
 
-def load_initial_weights(path: Path, config: ModelConfig, model: Sequence[Any]) -> dict[str, Tensor]:
+def load_initial_weights(
+    path: Path, config: ModelConfig, model: Sequence[Any], choice: TensorChoice = ALL
+) -> dict[str, Tensor]:
     """Fill the model from a checkpoint in any format; every rank calls this and reads what it needs. What is
     not carried over as it is gets a line on rank 0.
 
@@ -32,6 +36,7 @@ def load_initial_weights(path: Path, config: ModelConfig, model: Sequence[Any]) 
         path: What `init_from` names.
         config: The model's section of the configuration, which must be that of the checkpoint.
         model: This rank's chunks.
+        choice: Which tensors are taken.
 
     Returns:
         Auxiliary tensors of the checkpoint.
@@ -43,7 +48,7 @@ def load_initial_weights(path: Path, config: ModelConfig, model: Sequence[Any]) 
         checkpoint = layout.resolve_checkpoint(path)
         found = layout.read_config(checkpoint).model
         check_same_model(f"init_from={path}", found, config, "give another init_from")
-        load_weights(checkpoint, model)
+        load_weights(checkpoint, model, choice)
         return read_auxiliary(checkpoint)
     weights = open_weights(path)
     if os.environ.get("RANK", "0") == "0" and weights.notes.lines():
@@ -54,9 +59,33 @@ def load_initial_weights(path: Path, config: ModelConfig, model: Sequence[Any]) 
     for key in _NUMERICS:
         setattr(found, key, getattr(description, key))
     check_same_model(f"init_from={path}", found, config, "give another init_from")
-    fill_model(weights, model)
+    fill_model(weights, model, choice)
     kept = is_auxiliary(description)
     return {name: weights.read(name).clone() for name in weights.infos if kept(name)}
+
+
+def load_run_with_model(config: str | None, overrides: Sequence[str] = ()) -> Run:
+    """`load_run`, with the model of `init_from` unless another one is configured.
+
+    Args:
+        config: Path or name of a configuration.
+        overrides: ``key=value`` over it.
+
+    Raises:
+        UserError: As `load_run`; or `init_from` cannot be read.
+    """
+    init_from = value_of("init_from", config, overrides)
+    if not isinstance(init_from, str) or not Path(init_from).exists():
+        return load_run(config, overrides)
+    if detect(Path(init_from)) == "esm2mega":
+        model = layout.read_config(layout.resolve_checkpoint(init_from)).model
+    else:
+        model = run_of(open_weights(Path(init_from)).description).model
+    # How it was computed says nothing about this machine.
+    defaults = ModelConfig()
+    for key in ("layer_spec", "attention_backend", "recompute"):
+        setattr(model, key, getattr(defaults, key))
+    return load_run_over(Run(model=model), overrides, config)
 
 
 _NUMERICS = ("family", "layernorm_epsilon", "activation", "final_layernorm", "max_positions")
@@ -83,11 +112,11 @@ def check_same_model(place: str, found: ModelConfig, wanted: ModelConfig, cure: 
 
 
 @torch.no_grad()
-def fill_model(weights: Weights, model: Sequence[Any]) -> None:
-    """Copy this rank's share of every tensor into the chunks `model`, in place."""
+def fill_model(weights: Weights, model: Sequence[Any], choice: TensorChoice = ALL) -> None:
+    """Copy this rank's share of every tensor of `choice` into the chunks `model`, in place."""
     for chunk in unwrap_model(list(model)):
         for entry in chunk.sharded_state_dict().values():
-            if isinstance(entry, ShardedTensor):
+            if isinstance(entry, ShardedTensor) and not choice.kept(entry.key):
                 entry.data.copy_(_share(weights, entry))
 
 

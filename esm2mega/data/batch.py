@@ -21,7 +21,7 @@ from esm2mega.config.schema import DataConfig
 from esm2mega.data import tokenizer
 from esm2mega.data.masking import mask_tokens
 from esm2mega.data.packing import EMPTY_WINDOW, Pack, PackCursor, PackPlan, PackShape, Window
-from esm2mega.data.samples import Pieces, TrainSamples
+from esm2mega.data.samples import Pieces, Proteins, TrainSamples
 from esm2mega.data.store import TokenStore
 
 
@@ -77,10 +77,10 @@ _COUNTED_SAMPLES = 16384
 PADDING = Pack(Window(EMPTY_WINDOW.pieces, EMPTY_WINDOW.offsets, [0, 0], [0]), 0)
 
 
-def build_arrays(stores: Sequence[TokenStore], spec: BatchSpec, pack: Pack) -> BatchArrays:
+def build_arrays(stores: Sequence[Proteins], spec: BatchSpec, pack: Pack) -> BatchArrays:
     """Reads, masks and lays out one pack."""
     pieces, capacity = pack.pieces, spec.micro_batch_tokens
-    tokens = _read(stores, pieces)
+    tokens = piece_tokens(stores, pieces)
     # The chunks of a protein share a stream; every other piece has one of its own.
     starts = pieces.starts if spec.data.crop == "chunk" else None
     masked = mask_tokens(tokens, pieces.samples, pieces.lengths, spec.seed, spec.data, starts)
@@ -107,15 +107,15 @@ def token_counts(samples: TrainSamples) -> npt.NDArray[np.int64]:
     Of one store without clusters these are the counts of the store. Of clusters and mixtures they come from
     the first 16,384 samples: some 5 million residues, whose frequencies are as good as those of all.
     """
-    if samples.takes_all:
-        return samples.stores[0].token_counts
-    tokens = _read(samples.stores, samples(np.arange(_COUNTED_SAMPLES)))
+    if samples.takes_all and isinstance(store := samples.stores[0], TokenStore):
+        return store.token_counts
+    tokens = piece_tokens(samples.stores, samples(np.arange(_COUNTED_SAMPLES)))
     counts = np.bincount(tokens, minlength=len(tokenizer.VOCAB))
     counts[[tokenizer.CLS, tokenizer.EOS]] = 0
     return counts
 
 
-def _read(stores: Sequence[TokenStore], pieces: Pieces) -> npt.NDArray[np.uint8]:
+def piece_tokens(stores: Sequence[Proteins], pieces: Pieces) -> npt.NDArray[np.uint8]:
     """Pieces back to back, cut out of `<cls>` residues `<eos>`, [sum of their lengths]."""
     tokens = np.empty(int(pieces.lengths.sum()), dtype=np.uint8)
     first = 0

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -35,9 +36,12 @@ from esm2mega.data.batch import (
 )
 from esm2mega.data.packing import Pack, PackCursor, PackPlan
 from esm2mega.data.prefetch import Prefetcher, ProcessPrefetcher
-from esm2mega.data.samples import EvalSamples, TrainSamples
+from esm2mega.data.samples import EvalSamples, Proteins, TrainSamples
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,20 @@ class PackedBatch:
     num_tokens: int
     num_residues: int
     num_sequences: int
+
+    @property
+    def wanted(self) -> torch.Tensor:
+        """What the model needs to know of the labels: which tokens get logits."""
+        return self.label_positions
+
+    def without_labels(self) -> PackedBatch:
+        """The same tokens, of which nothing is predicted."""
+        return replace(
+            self,
+            label_positions=self.label_positions[:0],
+            labels=self.labels[:0],
+            label_counts=[0] * len(self.seqlens),
+        )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`; the host numbers stay on the host."""
@@ -101,54 +119,50 @@ def _as_tensors(arrays: BatchArrays) -> PackedBatch:
     )
 
 
-class TrainStream:
-    """Endless iterator over this rank's training batches; close it after use.
+BatchT = TypeVar("BatchT")
 
-    Batches are built ahead, one in a thread or some in each of `data.workers` processes; which of the two
-    makes no difference to them. The state covers the batches that were taken, not those built ahead, and
-    holds for any `dp_size`: it is the same on all ranks after they took equally many batches. With
-    `max_epochs` the data end: what comes then is padding without labels.
+
+class PackStream(ABC, Generic[BatchT]):
+    """Iterator over this rank's training batches, built ahead; close it after use.
+
+    The state covers the batches that were taken, not those built ahead, and holds for any `dp_size`: it is
+    the same on all ranks after they took equally many batches. With `max_epochs` the data end: what comes
+    then is padding without labels.
     """
 
-    def __init__(
-        self, stores: Sequence[TokenStore], spec: BatchSpec, dp_rank: int = 0, dp_size: int = 1
-    ) -> None:
+    def __init__(self, samples: TrainSamples, spec: BatchSpec, share: Share) -> None:
         """Starts at the first pack.
 
         Args:
-            stores: training proteins; several are mixed by `data.weights`.
+            samples: what is trained on.
             spec: content of the batches.
-            dp_rank: data-parallel rank of this process.
-            dp_size: number of data-parallel ranks.
+            share: which of the packs are those of this rank.
         """
-        self.samples = TrainSamples(stores, spec.data, spec.seed)
+        self.samples = samples
         self._spec = spec
         self._shape = spec.pack_shape()
-        self._dp_rank = dp_rank
-        self._dp_size = dp_size
+        self._share = share
         self._state = StreamState()
-        self._ahead: (
-            Prefetcher[tuple[BatchArrays, StreamState]]
-            | ProcessPrefetcher[tuple[BatchArrays, StreamState]]
-            | None
-        ) = None
+        self._ahead: Prefetcher[Any] | ProcessPrefetcher[Any] | None = None
 
-    def __iter__(self) -> TrainStream:
+    @abstractmethod
+    def _start(self) -> Prefetcher[Any] | ProcessPrefetcher[Any]:
+        """Builds ahead from the state on, pairs of what `_finish` takes and the state behind it."""
+
+    @abstractmethod
+    def _finish(self, built: Any) -> BatchT:
+        """The batch as the model wants it."""
+
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> PackedBatch:
-        if self._ahead is None and (workers := self._spec.data.workers):
-            share = Share(self._dp_rank, self._dp_size, workers=workers)
-            paths = [store.path for store in self.samples.stores]
-            batches = functools.partial(worker_batches, paths, self._spec, share, self._state)
-            self._ahead = ProcessPrefetcher(batches, workers)
-        elif self._ahead is None:
-            share = Share(self._dp_rank, self._dp_size)
-            self._ahead = Prefetcher(train_batches(self.samples, self._spec, share, self._state))
-        arrays, self._state = next(self._ahead)
-        return _as_tensors(arrays)
+    def __next__(self) -> BatchT:
+        if self._ahead is None:
+            self._ahead = self._start()
+        built, self._state = next(self._ahead)
+        return self._finish(built)
 
-    def __enter__(self) -> TrainStream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -212,7 +226,39 @@ class TrainStream:
         }
 
 
-class EvalPacks:
+class TrainStream(PackStream[PackedBatch]):
+    """Endless iterator over masked batches of token stores; close it after use.
+
+    Batches are built ahead, one in a thread or some in each of `data.workers` processes; which of the two
+    makes no difference to them.
+    """
+
+    def __init__(
+        self, stores: Sequence[TokenStore], spec: BatchSpec, dp_rank: int = 0, dp_size: int = 1
+    ) -> None:
+        """Starts at the first pack.
+
+        Args:
+            stores: training proteins; several are mixed by `data.weights`.
+            spec: content of the batches.
+            dp_rank: data-parallel rank of this process.
+            dp_size: number of data-parallel ranks.
+        """
+        share = Share(dp_rank, dp_size, workers=max(1, spec.data.workers))
+        super().__init__(TrainSamples(stores, spec.data, spec.seed), spec, share)
+
+    def _start(self) -> Prefetcher[Any] | ProcessPrefetcher[Any]:
+        if workers := self._spec.data.workers:
+            paths = [store.path for store in self.samples.stores]
+            batches = functools.partial(worker_batches, paths, self._spec, self._share, self._state)
+            return ProcessPrefetcher(batches, workers)
+        return Prefetcher(train_batches(self.samples, self._spec, self._share, self._state))
+
+    def _finish(self, built: BatchArrays) -> PackedBatch:
+        return _as_tensors(built)
+
+
+class SplitPacks(ABC, Generic[BatchT]):
     """A split for evaluation: every protein once, the same crops and masks each time it is iterated over.
 
     Crop and masks of a protein follow from the seed and its number in the store, so the loss of a whole
@@ -222,7 +268,7 @@ class EvalPacks:
     """
 
     def __init__(
-        self, store: TokenStore, spec: BatchSpec, limit: int = 0, dp_rank: int = 0, dp_size: int = 1
+        self, store: Proteins, spec: BatchSpec, limit: int = 0, dp_rank: int = 0, dp_size: int = 1
     ) -> None:
         """Selects this rank's batches.
 
@@ -233,7 +279,6 @@ class EvalPacks:
             dp_rank: data-parallel rank of this process.
             dp_size: number of data-parallel ranks.
         """
-        self._stores = [store]
         # Masks of validation protein k shall not repeat those of training sample k.
         self._spec = replace(spec, seed=sampling.derive_seed(spec.seed, sampling.Purpose.EVALUATION))
         self._limit = limit or None
@@ -251,13 +296,31 @@ class EvalPacks:
         """Micro-batches of each rank."""
         return -(-self.num_packs // self._dp_size)
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[BatchT]:
         packs = self._packs()
         while dealt := list(itertools.islice(packs, self._dp_size)):
             pack = dealt[self._dp_rank] if self._dp_rank < len(dealt) else PADDING
-            yield build_batch(self._stores, self._spec, pack)
+            yield self._build(pack)
+
+    @abstractmethod
+    def _build(self, pack: Pack) -> BatchT:
+        """One batch."""
 
     def _packs(self) -> Iterator[Pack]:
         """The packs over all ranks."""
         packs = (Pack(window, i) for window in self._plan.windows() for i in range(len(window)))
         return itertools.islice(packs, self._limit)
+
+
+class EvalPacks(SplitPacks[PackedBatch]):
+    """A split of a token store, masked."""
+
+    def __init__(
+        self, store: TokenStore, spec: BatchSpec, limit: int = 0, dp_rank: int = 0, dp_size: int = 1
+    ) -> None:
+        """Selects this rank's batches; the arguments are those of `SplitPacks`."""
+        super().__init__(store, spec, limit, dp_rank, dp_size)
+        self._store = store
+
+    def _build(self, pack: Pack) -> PackedBatch:
+        return build_batch([self._store], self._spec, pack)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esm2mega.data.records import (
     Block,
@@ -38,6 +38,7 @@ class ParquetReader(RowSource):
         self._options = options
         with open_parquet(self.path) as file:
             schema = file.schema_arrow
+            self.columns: list[str] = schema.names
             self._sequence, self._id = find_columns(self.path, schema.names, options)
             self._check_type(self._sequence, schema.field(self._sequence).type, integers=False)
             if self._id is not None:
@@ -52,16 +53,27 @@ class ParquetReader(RowSource):
 
     def records(self, block: Block) -> Iterator[Record]:
         columns = [self._sequence] if self._id is None else [self._sequence, self._id]
-        row = block.line
+        for line, row in self.rows(block, columns):
+            name = line if self._id is None else row[self._id]
+            yield table_record(self, self._options, line, name, row[self._sequence])
+
+    def rows(
+        self, block: Block, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The number and the cells of each row, by column; bytes become text.
+
+        Args:
+            block: which rows.
+            columns: which cells; None for all.
+        """
+        columns, row = list(self.columns if columns is None else columns), block.line
         with open_parquet(self.path) as file:
             # To the right of the empty groups, which begin at the same row.
             group = bisect.bisect_right(self._starts, block.line - 1) - 1
             for batch in file.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False):
-                cells = batch.to_pydict()
-                names = range(row, row + len(batch)) if self._id is None else cells[self._id]
-                for line, (name, sequence) in enumerate(zip(names, cells[self._sequence], strict=True), row):
-                    yield table_record(self, self._options, line, _text(name), _text(sequence))
-                row += len(batch)
+                for cells in batch.to_pylist():
+                    yield row, {name: _text(cell) for name, cell in cells.items()}
+                    row += 1
 
     def _ranges(self) -> list[tuple[int, int]]:
         return [(a, b) for a, b in zip(self._starts, self._starts[1:], strict=False) if b > a]

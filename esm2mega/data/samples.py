@@ -16,20 +16,37 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from esm2mega.config.schema import DataConfig
 from esm2mega.data import sampling
-from esm2mega.data.clusters import MEMBERS, OFFSETS
+from esm2mega.data.clusters import MEMBERS, OFFSETS, Clusters
 from esm2mega.data.sampling import Integers, Purpose, SampleOrder
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import UserError
 
 MIXTURE_BLOCK = 1 << 16
 """Samples in which a mixture is exact; weights are multiples of its inverse."""
+
+
+class Proteins(Protocol):
+    """What samples need of proteins: a `TokenStore`, or labelled ones in memory."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def clusters(self) -> Clusters | None: ...
+    @property
+    def lengths(self) -> npt.NDArray[Any]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def __len__(self) -> int: ...
+    def id(self, row: int) -> str: ...
+    def residues(self, row: int) -> npt.NDArray[np.uint8]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +84,7 @@ class Pieces:
 class TrainSamples:
     """The endless sequence of training samples."""
 
-    def __init__(self, stores: Sequence[TokenStore], config: DataConfig, seed: int) -> None:
+    def __init__(self, stores: Sequence[Proteins], config: DataConfig, seed: int) -> None:
         """Fixes the sequence.
 
         Args:
@@ -154,7 +171,7 @@ class EvalSamples:
     whatever the order and the size of the store.
     """
 
-    def __init__(self, store: TokenStore, config: DataConfig, seed: int) -> None:
+    def __init__(self, store: Proteins, config: DataConfig, seed: int) -> None:
         """Fixes the order; of `config`, `crop` and `max_seq_length` count here."""
         self.store = store
         self._config = config
@@ -228,7 +245,7 @@ def piece_name(identifier: str, start: int, length: int, residues: int) -> str:
 class _StoreOrder:
     """The endless sequence of the proteins of one store."""
 
-    def __init__(self, store: TokenStore, wanted: str, seed: int) -> None:
+    def __init__(self, store: Proteins, wanted: str, seed: int) -> None:
         """Fixes the sequence; `wanted` is `data.sampling`."""
         self._clusters = None if wanted == "sequences" else store.clusters
         if wanted == "clusters" and self._clusters is None:
@@ -240,7 +257,7 @@ class _StoreOrder:
         self.size = len(store) if self._clusters is None else len(self._clusters)
         self.fingerprint = store.fingerprint[:16]
         if self._clusters is not None:
-            files = store.manifest["files"]
+            files = cast(TokenStore, store).manifest["files"]  # nothing else has clusters
             hashes = [store.fingerprint, *(files[name]["sha256"] for name in (OFFSETS, MEMBERS))]
             self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
         self._seed = seed
@@ -267,7 +284,7 @@ def _seed_of_store(seed: int, store: int) -> int:
     return int(sampling.bits_at(sampling.stream_starts(seed, Purpose.STORE, store), 0)[0])
 
 
-def _num_tokens(store: TokenStore, rows: Integers) -> Integers:
+def _num_tokens(store: Proteins, rows: Integers) -> Integers:
     """Tokens of whole proteins, with `<cls>` and `<eos>`, [n]."""
     return store.lengths[rows].astype(np.int64) + 2
 

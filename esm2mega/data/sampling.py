@@ -50,6 +50,8 @@ class Purpose(enum.IntEnum):
     MEMBER = 8
     MIXTURE = 9
     STORE = 10
+    DROPOUT = 11
+    BOOTSTRAP = 12
 
 
 def mix(state: Bits) -> Bits:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,33 @@ _LONGEST_ROW = 1 << 30
 
 
 class _TableSource(TextSource):
-    """Rows with named cells; `notes` says where the ids came from when there is no column of them."""
+    """Rows with named cells; `notes` says where the ids came from when there is no column of them.
+
+    Attributes:
+        columns: names, in the order of the file.
+    """
+
+    columns: Sequence[str]
 
     def __init__(
         self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
     ) -> None:
         super().__init__(path, progress)
         self._options = options
+        self._sequence = options.sequence_column
         self._id: str | None = None
 
     def notes(self) -> list[str]:
         return [f"{self.path}: has no 'id', so the ids are line numbers"] if self._id is None else []
+
+    def records(self, block: Block) -> Iterator[Record]:
+        for line, row in self.rows(block):
+            name = line if self._id is None else row[self._id]
+            yield table_record(self, self._options, line, name, row[self._sequence])
+
+    @abstractmethod
+    def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The line and all cells of each row, by column."""
 
     def _reading(self) -> str:
         return repr((self._options, self._id))
@@ -52,31 +69,27 @@ class CsvReader(_TableSource):
         with self._opened() as stream:
             header = self._header_line(stream).decode("utf-8", errors="replace")
         self._delimiter = max(_DELIMITERS, key=header.count)
-        self._columns = [name.strip() for name in next(csv.reader([header], delimiter=self._delimiter))]
-        self._sequence, self._id = find_columns(self.path, self._columns, options)
+        self.columns = [name.strip() for name in next(csv.reader([header], delimiter=self._delimiter))]
+        self._sequence, self._id = find_columns(self.path, self.columns, options)
 
-    def records(self, block: Block) -> Iterator[Record]:
+    def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
         text = self.decoded(block)
         # The library's own limit of 128 KiB is shorter than some proteins; a field fits into its block.
         csv.field_size_limit(max(csv.field_size_limit(), len(text)))
         # newline="" keeps line ends inside quotes as they are.
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True)
-        sequence = self._columns.index(self._sequence)
-        name = None if self._id is None else self._columns.index(self._id)
         before = 0
         try:
             for row in rows:
                 line, before = block.line + before, rows.line_num
                 if not row:
                     continue
-                if len(row) != len(self._columns):
+                if len(row) != len(self.columns):
                     raise UserError(
-                        f"{self.place(line)}: has {len(row)} fields, the header has {len(self._columns)}; "
+                        f"{self.place(line)}: has {len(row)} fields, the header has {len(self.columns)}; "
                         "put double quotes around a field that holds the delimiter"
                     )
-                yield table_record(
-                    self, self._options, line, line if name is None else row[name], row[sequence]
-                )
+                yield line, dict(zip(self.columns, row, strict=True))
         except csv.Error as error:
             raise UserError(
                 f"{self.place(block.line + before)}: not CSV ({error}); correct the row"
@@ -126,10 +139,10 @@ class JsonLinesReader(_TableSource):
         with self._opened() as stream:
             text, line = self._start(stream)
             text += stream.readline() if not text.endswith(b"\n") else b""
-        first = self._parse(text, line)
-        self._sequence, self._id = find_columns(self.path, list(first), options, "key")
+        self.columns = list(self._parse(text, line))
+        self._sequence, self._id = find_columns(self.path, self.columns, options, "key")
 
-    def records(self, block: Block) -> Iterator[Record]:
+    def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for line, text in enumerate(block.text.split(b"\n"), block.line):
             if not text.strip():
                 continue
@@ -140,8 +153,7 @@ class JsonLinesReader(_TableSource):
                     f"{self.place(line)}: no key {missing!r}, which the first object has; add it, or remove "
                     "the line"
                 )
-            name = line if self._id is None else row[self._id]
-            yield table_record(self, self._options, line, name, row[self._sequence])
+            yield line, row
 
     def _parse(self, text: bytes, line: int) -> dict[str, Any]:
         try:

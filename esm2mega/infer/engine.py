@@ -93,7 +93,7 @@ def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
 
 def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
     """This rank's stage with the weights of `source`, ready for inference."""
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, run.lora.rank is not None)
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, adapted=run.lora.rank is not None)
     source.load(chunks)
     (model,) = chunks
     # Without gradients Megatron-Core adds biases and residuals in place.

@@ -20,6 +20,7 @@ from esm2mega.model.attention import choose_kernel
 from esm2mega.model.esm2 import ESM2Model, padded_vocab_size, stage_flags
 from esm2mega.model.init import initialize_parameters
 from esm2mega.model.pipeline_split import pipeline_layout, split_layers
+from esm2mega.model.task import ESM2ForTask, MakeHead
 
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -109,7 +110,12 @@ def _recompute(mode: str) -> dict[str, Any]:
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, device: torch.device, seed: int, adapted: bool = False
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    device: torch.device,
+    seed: int,
+    make_head: MakeHead | None = None,
+    adapted: bool = False,
 ) -> list[ESM2Model]:
     """This rank's chunks of the model with initial weights: one, or several if interleaved.
 
@@ -117,7 +123,8 @@ def build_model(
         model: Shape and numerics.
         parallel: Layout.
         device: Where the weights live.
-        seed: The run's seed.
+        seed: Of the initial weights.
+        make_head: Makes the head of a task, in the place of that of the masked language model.
         adapted: Whether its linears will get adapters, which need the input that fused layers keep inside.
     """
     # The LayerNorms of post-LN stand alone, not fused into the linears behind them.
@@ -140,9 +147,9 @@ def build_model(
     for vp_stage in [None] if virtual is None else range(virtual):
         pre_process, post_process = stage_flags(vp_stage)
         num_layers = get_num_layers_to_build(config, vp_stage)
-        chunk = ESM2Model(
-            config, layer_spec.block(layer, num_layers), device, pre_process, post_process, vp_stage
-        ).to(device)
+        stage = (config, layer_spec.block(layer, num_layers), device, pre_process, post_process, vp_stage)
+        made = ESM2Model(*stage) if make_head is None else ESM2ForTask(*stage, make_head=make_head)
+        chunk = made.to(device)
         initialize_parameters(chunk, seed, model.init_std)
         chunks.append(chunk)
     return chunks

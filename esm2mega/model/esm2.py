@@ -95,18 +95,28 @@ class ESM2Model(LanguageModule):
             # The head sees tokens of all ranks at once, so within it nothing is split over the sequence.
             head_config = copy.copy(config)
             head_config.sequence_parallel = False
-            self.lm_head = LMHead(head_config, device)
-            self.output_layer = ColumnParallelLinear(
-                config.hidden_size,
-                self.padded_vocab_size,
-                config=head_config,
-                init_method=config.init_method,
-                bias=True,
-                # 40 columns: gathering [m, V/t] logits is cheaper than the three all-reduces of a split
-                # cross-entropy.
-                gather_output=True,
-                skip_weight_param_allocation=pre_process,
-            )
+            self._build_head(head_config, device)
+        self._tie_embeddings()
+
+    def _build_head(self, config: Any, device: torch.device) -> None:
+        """What the last stage makes of hidden states; `config` is that of the model without sequence
+        parallelism.
+        """
+        self.lm_head = LMHead(config, device)
+        self.output_layer = ColumnParallelLinear(
+            config.hidden_size,
+            self.padded_vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=True,
+            # 40 columns: gathering [m, V/t] logits is cheaper than the three all-reduces of a split
+            # cross-entropy.
+            gather_output=True,
+            skip_weight_param_allocation=self.pre_process,
+        )
+
+    def _tie_embeddings(self) -> None:
+        """The decoder's weight is the token table, on another stage a copy of it."""
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
@@ -129,6 +139,15 @@ class ESM2Model(LanguageModule):
             attention_mask=None,
             rotary_pos_emb=None if self.rotary is None else self.rotary(packed),
             packed_seq_params=packed,
+        )
+
+    def gathered(self, hidden_states: Tensor) -> Tensor:
+        """All tokens on every rank for the head: ``[T/t, 1, h] -> [T, 1, h]`` under sequence parallelism."""
+        if not self.config.sequence_parallel:
+            return hidden_states
+        # Every rank computes the same head on the gathered tokens, so the gradient is split, not reduced.
+        return gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
         )
 
     def forward(
@@ -154,11 +173,7 @@ class ESM2Model(LanguageModule):
         hidden_states = self.encode(input_ids, packed)
         if not self.post_process:
             return hidden_states
-        if self.config.sequence_parallel:
-            # Every rank computes the same head on the gathered tokens, so the gradient is split, not reduced.
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
-            )
+        hidden_states = self.gathered(hidden_states)
         if logit_positions is not None and packed.rows is None:
             hidden_states = hidden_states.index_select(0, logit_positions)
         shared = self.shared_embedding_or_output_weight() if self.pre_process else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ def initialize_parameters(model: ESM2Model, seed: int, std: float) -> None:
 
     Each full matrix is drawn in fp32 on the CPU from a generator of its own, keyed by the seed and the
     parameter's name in the whole model, and this rank keeps its slice. The row of ``<pad>`` and the padding
-    of the vocabulary are zero.
+    of the vocabulary are zero. Matrices of a task's head are normal(0, 1 / sqrt(inputs)) instead.
 
     Args:
         model: A stage or chunk of the model.
@@ -36,6 +37,10 @@ def _initial_value(name: str, parameter: Tensor, seed: int, std: float) -> Tenso
         return torch.full_like(parameter, 1.0 if is_scale else 0.0)
 
     def normal(shape: list[int], generator: torch.Generator) -> Tensor:
+        if name.startswith("head."):
+            # Of a task: outputs as large as inputs, whatever the width.
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
+            return drawn / math.sqrt(math.prod(shape[1:]))
         if name != "embedding.word_embeddings.weight":
             return torch.randn(shape, generator=generator, dtype=torch.float32) * std
         table = torch.zeros(shape)

@@ -1,4 +1,5 @@
-"""fp64 through Megatron-Core's distributed optimizer, which casts gradients and saved state to fp32.
+"""fp64 through Megatron-Core's optimizers: the distributed one casts gradients and saved state to fp32, and
+every one takes the norm of no gradients in fp32.
 
 For proofs on a CPU: an error of the arithmetic stands out from 1e-15 of rounding, but can hide in 1e-7. The
 type check of its constructor is adapted in `esm2mega.parallel.cpu`; with a GPU fp64 is refused.
@@ -6,23 +7,51 @@ type check of its constructor is adapted in `esm2mega.parallel.cpu`; with a GPU 
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 # The gradients that the update reads, and the buffers that a checkpoint is gathered in.
 _METHODS = ("_copy_model_grads_to_main_grads", "get_parameter_state_dp_zero")
+_NORMS = ("get_grad_norm", "clip_grad_norm")
 _NAMES = {"float": "double", "float32": "float64"}
 
 
 def keep_fp64(optimizer: MegatronOptimizer) -> None:
-    """Make the distributed optimizers within `optimizer` compute and save in fp64; others do so already."""
+    """Make the optimizers within `optimizer` compute and save in fp64."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for method in _NORMS:
+            setattr(part, method, types.MethodType(_with_norm(getattr(type(part), method)), part))
         if isinstance(part, DistributedOptimizer):
             for method in _METHODS:
                 setattr(part, method, types.MethodType(_in_double(getattr(type(part), method)), part))
+
+
+def _with_norm(function: Any) -> types.FunctionType:
+    """A copy of `function` that calls `_norm` where it called Megatron-Core's."""
+    function = inspect.unwrap(function)  # it may be under torch.no_grad
+    return types.FunctionType(
+        function.__code__,
+        {**function.__globals__, "get_grad_norm_fp32": _norm},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+def _norm(grads_for_norm: Any, *args: Any, **kwargs: Any) -> float:
+    """The norm. A process without gradients of its own (all of its weights are frozen, or copies) adds a zero
+    of the type that the others reduce.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.no_grad():
+        grads = grads_for_norm or [torch.zeros(1, dtype=torch.float64, device=device)]
+        return get_grad_norm_fp32(grads, *args, **kwargs)
 
 
 def _in_double(function: Any) -> types.FunctionType:

@@ -20,7 +20,7 @@ from esm2mega.errors import MachineError, UserError
 from esm2mega.prove.layouts import Layout, is_possible, random_layouts
 from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.training import SETTINGS
-from esm2mega.prove.trials import GROUPS, Trial, with_lora
+from esm2mega.prove.trials import GROUPS, Trial, with_head, with_lora
 from esm2mega.prove.workers import Serve
 from esm2mega.report.progress import Progress
 
@@ -33,7 +33,9 @@ Say = Callable[[str], None]
 print_line: Say = partial(print, flush=True)
 
 
-def choose_trials(layouts: str, seed: int, processes: int, lora: bool = False) -> list[Trial]:
+def choose_trials(
+    layouts: str, seed: int, processes: int, lora: bool = False, head: str | None = None
+) -> list[Trial]:
     """The trials that ``--layouts`` names.
 
     Args:
@@ -41,12 +43,28 @@ def choose_trials(layouts: str, seed: int, processes: int, lora: bool = False) -
         seed: Of the random ones.
         processes: Limit of the random ones.
         lora: Train adapters at these layouts.
+        head: Fine-tune with this head at these layouts.
+
+    Raises:
+        UserError: No such group or head, or a group that trains something else.
     """
+    trials = _named(layouts, seed, processes)
+    if not lora and head is None:
+        return trials
+    switch = "--lora" if lora else f"--head {head}"
+    own = "lora" if lora else "heads"
+    if layouts == own:
+        return trials if lora else [trial for trial in trials if trial.label == f"head {head}"]
+    if any(trial.settings for trial in trials):
+        raise UserError(
+            f"--layouts {layouts} and {switch} exclude each other; give --layouts {own}, ci, more or random:N"
+        )
+    return [with_lora(trial) if lora else with_head(trial, str(head)) for trial in trials]
+
+
+def _named(layouts: str, seed: int, processes: int) -> list[Trial]:
     if match := _RANDOM.fullmatch(layouts):
-        trials = [Trial((layout,)) for layout in random_layouts(int(match[1]), seed, processes, SETTINGS)]
-        return [with_lora(trial) for trial in trials] if lora else trials
-    if lora and layouts != "lora":
-        raise UserError(f"--layouts {layouts} and --lora exclude each other; give --layouts lora or random:N")
+        return [Trial((layout,)) for layout in random_layouts(int(match[1]), seed, processes, SETTINGS)]
     names = list(GROUPS) if layouts == "all" else layouts.split(",")
     for name in names:
         if name not in GROUPS:

@@ -20,10 +20,11 @@ KINDS = ("loss", "gradient norm", "gradient", "weight", "checkpoint", "state")
 every process; tensors of the last checkpoint, optimizer included; its ``train_state.json``.
 """
 
-# By kind of record: what every one of them must hold, and the kind of number that it is.
+# By kind of record: what every one of them must hold, and the kind of number that it is. What an evaluation
+# holds besides are further losses and metrics.
 _LOGGED = {
     "train": {"loss": "loss", "grad_norm": "gradient norm", "lr": "state", "consumed_tokens": "state"},
-    "eval": {"valid_loss": "loss", "unigram_loss": "loss"},
+    "eval": {"valid_loss": "loss"},
 }
 # A layout with other micro-batches takes another number of them.
 _OF_THE_LAYOUT = ("data.consumed_packs", "data.identity.train.micro_batch_tokens")
@@ -121,7 +122,11 @@ def _logs(reference: Outcome, trial: Outcome) -> Iterator[Difference]:
         return
     for (record, step), expected in reference.records.items():
         actual = trial.records[record, step]
-        for name, kind in _LOGGED[record].items():
+        names = dict(_LOGGED[record])
+        if record == "eval":
+            others = (expected.keys() | actual.keys()) - names.keys() - {"kind", "step"}
+            names |= dict.fromkeys(sorted(others), "loss")
+        for name, kind in names.items():
             known = name in expected and name in actual
             value = _relative(actual[name], expected[name]) if known else float("inf")
             yield Difference(kind, name, f"step {step}", value, step)

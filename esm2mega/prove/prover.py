@@ -139,7 +139,8 @@ class Prover:
             out.mkdir()
             if before is not None:
                 shutil.copytree(before.run_dir, out / "run")
-            overrides = settings(self._stores, out / "run", leg.precision, self.seed, leg.stop)
+            labelled = any(setting.startswith("task.kind=") for setting in leg.settings)
+            overrides = settings(self._stores, out / "run", leg.precision, self.seed, leg.stop, labelled)
             overrides += [*leg.layout.settings(), *leg.settings]
             overrides += [] if base is None else [f"init_from={base.run_dir}"]
             jobs.append(Job(tuple(overrides), leg.layout.processes, out))

@@ -9,6 +9,7 @@ counts of micro-batches and ranks differ widely and include zero.
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +70,42 @@ def write_stores(folder: Path) -> Path:
                 residues[1 if number % 4 else 5 :] = ord(_UNKNOWN)
             file.write(b">p%d\n%s\n" % (number, residues.tobytes()))
     prepare_fasta([fasta], folder / "stores", valid_size=_VALID)
+    _write_tables(folder / "stores")
     return folder / "stores"
 
 
-def settings(stores: Path, run_dir: Path, precision: str, seed: int, stop: int) -> list[str]:
+def _write_tables(folder: Path) -> None:
+    """Write ``train.csv`` and ``valid.csv``: labels of every kind, most of which are missing or masked."""
+    rng = np.random.default_rng(4)
+    for split, count in (("train", _TRAIN), ("valid", _VALID)):
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["sequence", "a", "b", "class", "flags", "letters", "mask", "numbers"])
+            for number in range(count):
+                length = int(rng.integers(_SHORTEST, _LONGEST + 1))
+                residues = rng.choice(_KNOWN, size=length).tobytes().decode()
+                a, b = rng.normal(3.0, 2.0, 2).tolist()
+                numbers = [f"{x:.3f}" for x in rng.normal(size=length)]
+                # Of two proteins in three nothing, or next to nothing, is known.
+                known = number % 3 == 0
+                first = "1" + "0" * (length - 1)
+                table.writerow(
+                    [
+                        residues,
+                        a if known else "",
+                        b if number % 4 == 0 else "",
+                        "xyz"[number % 3],
+                        ";".join(name for name in "uvw" if rng.random() < 0.5),
+                        "".join(rng.choice(list("CEH"), size=length)),
+                        "1" * length if known else first,
+                        " ".join(numbers if known else ["nan"] * length),
+                    ]
+                )
+
+
+def settings(
+    stores: Path, run_dir: Path, precision: str, seed: int, stop: int, labelled: bool = False
+) -> list[str]:
     """All overrides of a run but those of its layout.
 
     Args:
@@ -81,12 +114,15 @@ def settings(stores: Path, run_dir: Path, precision: str, seed: int, stop: int) 
         precision: ``fp64``, ``fp32`` or ``bf16``.
         seed: Of weights, data and masks.
         stop: Steps after which the run ends; the schedule is that of `STEPS`.
+        labelled: Fine-tune on the tables.
     """
+    ending = ".csv" if labelled else ""
     return [
         *SETTINGS,
         f"run_dir={run_dir}",
-        f"data.train={stores / 'train'}",
-        f"data.valid={stores / 'valid'}",
+        f"data.train={stores / f'train{ending}'}",
+        f"data.valid={stores / f'valid{ending}'}",
+        *(["data.too_long=crop"] if labelled else []),
         f"model.precision={precision}",
         f"seed={seed}",
         f"train.max_steps={stop}",

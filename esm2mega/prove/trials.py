@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 
+from esm2mega.errors import UserError
 from esm2mega.prove.layouts import TOKENS_PER_PROTEIN, Layout
 from esm2mega.prove.training import MID_WINDOW
 
@@ -42,14 +43,15 @@ class Trial:
     def command(self, seed: int) -> str:
         """What repeats the trial: options, or its name where these do not say all."""
         options = ["--row", str(self)]
-        if len(self.layouts) == 1 and self.label in ("", _LORA):
+        head = self.label.removeprefix(_HEAD) if self.label.startswith(_HEAD) else None
+        if len(self.layouts) == 1 and (head or self.label in ("", _LORA)):
             options = [*self.layouts[0].options(), *["--lora"] * (self.label == _LORA)]
+            options += ["--head", head] if head else []
             options += ["--precision", self.precision] if self.precision != "fp64" else []
         return shlex.join(["esm2mega", "prove", *options, "--seed", str(seed)])
 
 
-_LORA = "LoRA"
-
+_LORA, _HEAD = "LoRA", "head "
 
 LORA = ("lora.rank=3", "lora.alpha=8", "lora.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]")
 """Adapters of every linear."""
@@ -64,6 +66,58 @@ _SOME = (
 def with_lora(trial: Trial) -> Trial:
     """The same layout for training adapters."""
     return replace(trial, settings=(*trial.settings, *LORA), label=_LORA, continues=True)
+
+
+HEADS: dict[str, tuple[str, ...]] = {
+    "mlp": ("task.kind=regression", "task.target_columns=[a, b]"),
+    "attention": (
+        "task.kind=classification",
+        "task.target_columns=[class]",
+        "task.head=linear",
+        "task.pooling=attention",
+        "task.class_weights=balanced",
+        "task.label_smoothing=0.1",
+    ),
+    "max": ("task.kind=regression", "task.target_columns=[a]", "task.pooling=max", "task.loss=huber"),
+    "pooler": (
+        "task.kind=multilabel",
+        "task.target_columns=[flags]",
+        "task.head=pooler",
+        "task.pooler_activation=gelu",
+        "data.crop=start",
+    ),
+    "hf": ("task.kind=classification", "task.target_columns=[class]", "task.head=hf", "data.crop=start"),
+    "cnn": (
+        "task.kind=token_classification",
+        "task.target_columns=[letters]",
+        "task.mask_column=mask",
+        "task.head=cnn",
+    ),
+    "residue": ("task.kind=token_regression", "task.target_columns=[numbers]"),
+    "frozen": (
+        "task.kind=token_classification",
+        "task.target_columns=[letters]",
+        "task.mask_column=mask",
+        "finetune.mode=frozen",
+    ),
+    "freeze": (
+        "task.kind=regression",
+        "task.target_columns=[a, b]",
+        "finetune.freeze=[embedding.*, encoder.layers.*.mlp.*]",
+    ),
+}
+"""Fine-tunings by the name that ``--head`` takes: the overrides that switch each on."""
+
+
+def with_head(trial: Trial, head: str) -> Trial:
+    """The same layout for fine-tuning with a head.
+
+    Raises:
+        UserError: There is no such head.
+    """
+    if head not in HEADS:
+        raise UserError(f"--head {head} is not one of {', '.join(HEADS)}")
+    return replace(trial, settings=(*trial.settings, *HEADS[head]), label=f"{_HEAD}{head}")
 
 
 _ONE = Layout()
@@ -100,6 +154,13 @@ _MORE = (
     Layout(dp=4, packed=3),
     Layout(dp=4, packed=3, distributed_optimizer=True),
     Layout(tp=2, dp=2, recompute="selective"),
+)
+
+_HEADS_AT = (
+    Layout(tp=2, packed=3),
+    Layout(tp=2, sp=True, packed=2),
+    Layout(pp=2, packed=4),
+    Layout(dp=2, packed=3, distributed_optimizer=True),
 )
 
 _PAIRS = (
@@ -161,6 +222,7 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         *(Trial(pair, settings=MID_WINDOW) for there in _PAIRS for pair in (there, there[::-1])),
         *(Trial(pair, "bf16", MID_WINDOW) for pair in _BF16_PAIRS),
     ),
+    "heads": tuple(with_head(Trial((layout,)), head) for head in HEADS for layout in _HEADS_AT),
     "bf16": tuple(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
     "families": tuple(
         Trial((layout,), settings=settings, label=label) for label, settings, layout in _FAMILIES

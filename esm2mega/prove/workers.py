@@ -201,17 +201,21 @@ def serve_with(connection: Connection, log: Path, run_job: Callable[[Job, int], 
 
 
 def train(job: Job, rank: int) -> None:
-    """Pretrain as a command would, and write what this rank observed."""
+    """Train as a command would, and write what this rank observed."""
     from esm2mega.config.load import load_run
     from esm2mega.config.validate import check_training_inputs, validate
     from esm2mega.prove.observe import Observer
+    from esm2mega.train.finetune import finetune
     from esm2mega.train.pretrain import pretrain
 
     run = load_run(None, job.overrides)
     validate(run, job.processes)
     check_training_inputs(run)
     observer = Observer()
-    pretrain(run, observer)
+    if run.task.kind is None:
+        pretrain(run, observer)
+    else:
+        finetune(run, observe=observer)
     observer.save(job.out / f"rank{rank}.pt")
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,15 @@ from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.data.batch import BatchSpec
 from esm2mega.data.cache import open_store
-from esm2mega.data.loader import EvalPacks, PackedBatch
+from esm2mega.data.loader import EvalPacks
 from esm2mega.data.tokenizer import SPECIAL_TOKENS
 from esm2mega.errors import MachineError, UserError
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import Progress, show_bytes
-from esm2mega.train.losses import LossReduction, MLMLossReduction
-from esm2mega.train.step import run_schedule
+from esm2mega.train.losses import LossReduction, MLMLossReduction, perplexity
+from esm2mega.train.step import Batch, run_schedule
 
 _GROUP = 16
 """Micro-batches handed to the schedule at once: a pipeline stays full, and a large split is never in memory
@@ -53,7 +51,7 @@ def unigram_log_probabilities(token_counts: np.ndarray[Any, Any], device: torch.
 def evaluate(
     model: list[Any],
     loss: LossReduction,
-    batches: Iterable[PackedBatch],
+    batches: Iterable[Batch],
     ranks: Ranks,
     progress: Progress | None = None,
     abandon: Callable[[], bool] | None = None,
@@ -98,11 +96,6 @@ def evaluation_record(metrics: dict[str, float], split: str = "valid") -> dict[s
     }
 
 
-def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 def evaluate_checkpoint(
     checkpoint: str | Path,
     data: str | Path,
@@ -126,17 +119,19 @@ def evaluate_checkpoint(
         What is written to `out`.
     """
     if out is not None:
-        _check_out(Path(out))
+        check_out(Path(out))
     directory = layout.resolve_checkpoint(checkpoint)
     state = layout.read_state(directory)
     changes = list(overrides)
     if micro_batch_tokens is not None:
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
-    run = _for_evaluation(load_run_over(layout.read_config(directory), changes), changes)
+    run = fit_to_processes(load_run_over(layout.read_config(directory), changes), changes)
     validate(run, world_size_from_environment())
     store = open_store(str(data), run, "--data", show_bytes)
     with process_groups(run.parallel, run.seed) as ranks:
-        model = build_model(run.model, run.parallel, ranks.device, run.seed, run.lora.rank is not None)
+        model = build_model(
+            run.model, run.parallel, ranks.device, run.seed, adapted=run.lora.rank is not None
+        )
         load_model(directory, run, model)
         # A converted checkpoint does not know what it was trained on, so it has no unigram baseline.
         counts = state["token_counts"]
@@ -157,11 +152,11 @@ def evaluate_checkpoint(
             "num_sequences": len(store),
         }
         if out is not None and ranks.speaks:
-            _write_json(Path(out), result)
+            write_json(Path(out), result)
     return result
 
 
-def _for_evaluation(run: Run, overrides: Sequence[str]) -> Run:
+def fit_to_processes(run: Run, overrides: Sequence[str]) -> Run:
     """The training run made fit for the processes that are there.
 
     The layout of training stays where it fits or was asked for; else every process holds the whole model. The
@@ -179,20 +174,14 @@ def _for_evaluation(run: Run, overrides: Sequence[str]) -> Run:
     return run
 
 
-def _groups(batches: Iterator[PackedBatch], size: int) -> Iterator[list[PackedBatch]]:
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
     while group := list(islice(batches, size)):
         yield group
 
 
-def _filled(group: list[PackedBatch], multiple: int) -> list[PackedBatch]:
+def _filled(group: list[Batch], multiple: int) -> list[Batch]:
     """The packs, and packs without labels up to a multiple."""
-    first = group[0]
-    unlabelled = replace(
-        first,
-        label_positions=first.label_positions[:0],
-        labels=first.labels[:0],
-        label_counts=[0] * len(first.seqlens),
-    )
+    unlabelled = group[0].without_labels()
     return group + [unlabelled] * (-len(group) % multiple)
 
 
@@ -200,7 +189,7 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _check_out(path: Path) -> None:
+def check_out(path: Path) -> None:
     """Refuse a result file that could not be written, before the work is done."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir():
@@ -214,7 +203,8 @@ def _check_out(path: Path) -> None:
     raise UserError(f"--out {path}: {reason}; name a file in a directory that can be written to")
 
 
-def _write_json(path: Path, result: dict[str, Any]) -> None:
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write a result, complete as soon as the file has its name."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 from esm2mega.config.schema import Run, TrainConfig
 from esm2mega.config.validate import num_micro_batches as num_micro_batches_of
-from esm2mega.data.loader import TrainStream
+from esm2mega.data.loader import PackStream
 from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
-from esm2mega.train.evaluate import perplexity
+from esm2mega.train.losses import loss_and_perplexity
 from esm2mega.train.signals import StopSignal
 from esm2mega.train.step import StepResult, TrainState, train_step
-from esm2mega.train.throughput import Lap, Throughput, memory_gb, sum_over_data_parallel
+from esm2mega.train.throughput import Throughput, memory_gb, sum_over_data_parallel
 
 
 @dataclass
@@ -60,10 +60,11 @@ class Hooks:
     evaluate: Evaluation | None
     test: Evaluation | None
     save: Callable[[LoopState], None]
+    training_values: Callable[[dict[str, float]], dict[str, float]] = loss_and_perplexity
 
 
 def fit(
-    run: Run, state: TrainState, stream: TrainStream, loop: LoopState, hooks: Hooks, ranks: Ranks
+    run: Run, state: TrainState, stream: PackStream[Any], loop: LoopState, hooks: Hooks, ranks: Ranks
 ) -> None:
     """Train from `loop.step` to the end of the run; `loop` is advanced in place and saved at the end.
 
@@ -92,7 +93,21 @@ def fit(
             if last or loop.step % train.log_every == 0:
                 tokens = stream.state.consumed_tokens
                 lap = clock.lap(loop.step, tokens, sum_over_data_parallel(residues, ranks.device))
-                hooks.log(_training_record(loop.step, result, lap, tokens, memory_gb(ranks.device)))
+                values = hooks.training_values(result.metrics)
+                hooks.log(
+                    {
+                        "kind": "train",
+                        "step": loop.step,
+                        **values,
+                        "lr": result.lr,
+                        "grad_norm": result.grad_norm,
+                        "consumed_tokens": tokens,
+                        "tokens_per_second": lap.tokens_per_second,
+                        "step_time": lap.step_time,
+                        "pack_fill": lap.pack_fill,
+                        "memory_gb": memory_gb(ranks.device),
+                    }
+                )
                 residues = 0
             with clock.paused():
                 improved = False
@@ -153,21 +168,3 @@ def _raise_if(stop: StopSignal, loop: LoopState) -> None:
 
 def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _training_record(
-    step: int, result: StepResult, lap: Lap, consumed_tokens: int, memory: float
-) -> dict[str, Any]:
-    return {
-        "kind": "train",
-        "step": step,
-        "loss": result.metrics["loss"],
-        "perplexity": perplexity(result.metrics["loss"]),
-        "lr": result.lr,
-        "grad_norm": result.grad_norm,
-        "consumed_tokens": consumed_tokens,
-        "tokens_per_second": lap.tokens_per_second,
-        "step_time": lap.step_time,
-        "pack_fill": lap.pack_fill,
-        "memory_gb": memory,
-    }

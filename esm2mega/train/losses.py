@@ -10,6 +10,7 @@ Legend: ``m`` labelled tokens of a micro-batch, ``v`` vocabulary.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,16 @@ class LossTerms:
     loss_sum: Tensor
     count: Tensor
     logged: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def loss_and_perplexity(metrics: dict[str, float]) -> dict[str, float]:
+    """What a training record says of the masked language model."""
+    return {"loss": metrics["loss"], "perplexity": perplexity(metrics["loss"])}
 
 
 class LossReduction(ABC):

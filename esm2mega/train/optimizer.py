@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from esm2mega.errors import UserError
 from esm2mega.model.build import DTYPES
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.parallel.fp64 import keep_fp64
+from esm2mega.parallel.initialize import Ranks
+from esm2mega.train.losses import LossReduction
+from esm2mega.train.step import TrainState
 
 
 def wrap_data_parallel(
@@ -35,6 +39,20 @@ def wrap_data_parallel(
         DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
+
+
+def train_state(
+    run: Run,
+    chunks: list[ESM2Model],
+    loss: LossReduction,
+    ranks: Ranks,
+    observe: Callable[[list[Any]], None] | None,
+) -> TrainState:
+    """Everything that a step touches, of chunks whose weights are set and know whether they are trained."""
+    model = wrap_data_parallel(chunks, run.model, run.parallel)
+    optimizer = build_optimizer(run.optim, run, model)
+    schedule = build_schedule(run.schedule, run.optim, optimizer)
+    return TrainState(model, optimizer, schedule, loss, ranks.device, observe)
 
 
 def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwargs: Any) -> None:

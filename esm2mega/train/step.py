@@ -15,10 +15,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from esm2mega.data.labelled_batch import LabelledBatch
 from esm2mega.data.loader import PackedBatch
 from esm2mega.errors import MachineError
 from esm2mega.model.packed import PackedSequences
 from esm2mega.train.losses import LossReduction
+
+Batch = PackedBatch | LabelledBatch
+"""What a model of one kind or the other takes."""
 
 
 @dataclass
@@ -55,19 +59,19 @@ class StepResult:
     lr: float
 
 
-def forward_step(loss: LossReduction, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
+def forward_step(loss: LossReduction, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     """What the schedule calls per micro-batch: the model's output, and the function that turns it into a
     loss.
     """
     batch = next(batches)
     packed = PackedSequences.from_lengths(batch.seqlens, batch.input_ids.device, batch.label_counts)
-    return model(batch.input_ids, packed, batch.label_positions), loss.bind(batch)
+    return model(batch.input_ids, packed, batch.wanted), loss.bind(batch)
 
 
 def run_schedule(
     model: list[Any],
     loss: LossReduction,
-    batches: Sequence[PackedBatch],
+    batches: Sequence[Batch],
     device: torch.device,
     forward_only: bool,
 ) -> list[dict[str, Tensor]]:
@@ -96,7 +100,7 @@ def run_schedule(
     )
 
 
-def train_step(state: TrainState, batches: Sequence[PackedBatch]) -> StepResult:
+def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     """Update the weights once.
 
     Args:

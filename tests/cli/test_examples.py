@@ -314,3 +314,24 @@ def test_slurm_saves_and_requeues_before_the_time_limit(slurm, store, tmp_path):
     assert (tmp_path / "requeued").read_text() == "requeue 4242\n"
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*/COMPLETE")
     assert int(checkpoint.parent.name.removeprefix("step_")) == records(tmp_path / "run")[-1]["step"]
+
+
+def test_finetuning_example_learns_and_predicts(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(EXAMPLES / "finetune_regression.py"),
+        str(tmp_path / "run"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert " ".join(lines[0]).startswith(f"checkpoint {tmp_path}/run/checkpoints/step_00000050")
+    pairs = [(float(value), float(predicted)) for value, predicted, _ in lines[1:]]
+    assert len(pairs) == 10
+    mean = sum(value for value, _ in pairs) / 10
+    # Nearer than the mean of all labels.
+    assert sum((v - p) ** 2 for v, p in pairs) < 0.5 * sum((v - mean) ** 2 for v, _ in pairs)

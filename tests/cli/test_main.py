@@ -13,8 +13,8 @@ from esm2mega.cli import cli, main
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
 COMMANDS = [
-    *("quickstart", "prepare", "pretrain", "evaluate", "convert", "embed", "score", "lora"),
-    *("inspect", "prove", "plot", "doctor"),
+    *("quickstart", "prepare", "pretrain", "finetune", "predict", "evaluate", "convert"),
+    *("embed", "score", "lora", "inspect", "prove", "plot", "doctor"),
 ]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from esm2mega.infer.variants import read_table
 from tests import foreign
 from tests.infer_models import (
     MAX_SEQ_LENGTH,
@@ -169,6 +170,27 @@ def test_an_error_is_reported_once(reference: Reference, tmp_path: Path) -> None
     errors = [(tmp_path / "output" / f"rank{rank}.err").read_text() for rank in range(2)]
     assert sum(text.count("no sequence under the header of 'b'; remove") for text in errors) >= 1
     assert sum("esm2mega: [rank" in text for text in errors) == 1
+
+
+def test_scores_are_the_same_at_every_layout(reference: Reference, tmp_path: Path) -> None:
+    """A scan by one process, by two with half of the masked copies each, and by a model in two parts."""
+    (protein,) = random_proteins([40], seed=7)
+    found = []
+    for name, world_size, split in (
+        ("alone", 1, []),
+        ("data", 2, []),
+        ("tensor", 2, ["parallel.tensor_model_parallel_size=2"]),
+        ("pipeline", 2, ["parallel.pipeline_model_parallel_size=2"]),
+    ):
+        out = tmp_path / f"{name}.csv"
+        command = ["-m", "esm2mega", "-v", "score", str(reference.checkpoint), "--sequence", protein]
+        run_ranks([*command, "--out", str(out), *split], world_size, tmp_path / name)
+        table = read_table(out)
+        found.append((table.column("mutant", ""), np.array(table.column("score", ""), dtype=float)))
+    for mutants, scores in found[1:]:
+        assert mutants == found[0][0] and len(mutants) == 40 * 19
+        # In nats, as in tests/unit/infer/test_score.py.
+        assert np.abs(scores - found[0][1]).max() < 1e-4
 
 
 _MEASURE = """

@@ -74,7 +74,8 @@ def test_names_of_groups() -> None:
     assert choose_trials("ci,bf16", 1, 4) == [*GROUPS["ci"], *GROUPS["bf16"]]
     assert len(choose_trials("random:7", 1, 2)) == 7
     for wrong in ("dozen", "ci,", "random:0", "random:x", ""):
-        with pytest.raises(UserError, match="give ci, more, resume, bf16, families, lora, all, or random:N"):
+        groups = "ci, more, resume, heads, bf16, families, lora"
+        with pytest.raises(UserError, match=f"give {groups}, all, or random:N"):
             choose_trials(wrong, 1, 4)
 
 
@@ -86,8 +87,12 @@ def test_adapters_at_the_same_layouts() -> None:
     assert choose_trials("lora", 1, 4, lora=True) == list(GROUPS["lora"])
     commands = [trial.command(1) for trial in GROUPS["lora"] if trial.label != "LoRA"]
     assert commands[0] == "esm2mega prove --row 'TP2, 2 per pack, DoRA' --seed 1"
-    with pytest.raises(UserError, match="--layouts ci and --lora exclude each other"):
-        choose_trials("ci", 1, 4, lora=True)
+    assert choose_trials("ci", 1, 4, head="mlp")[0].command(1).endswith("--packed 12 --head mlp --seed 1")
+    for switch in ({"lora": True}, {"head": "mlp"}):
+        with pytest.raises(UserError, match="--layouts resume and --(lora|head mlp) exclude each other"):
+            choose_trials("resume", 1, 4, **switch)
+    with pytest.raises(UserError, match="--head conv is not one of mlp, "):
+        choose_trials("ci", 1, 4, head="conv")
 
 
 def test_all_pass(fake: type[FakeProver], tmp_path: Path) -> None:

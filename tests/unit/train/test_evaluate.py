@@ -150,7 +150,7 @@ def test_a_result_that_fails_to_be_written_leaves_nothing(
 
     monkeypatch.setattr(module.os, "replace", full)
     with pytest.raises(MachineError, match="cannot be written: No space left"):
-        module._write_json(tmp_path / "result.json", {"loss": 1.0})
+        module.write_json(tmp_path / "result.json", {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 

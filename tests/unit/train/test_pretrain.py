@@ -17,7 +17,7 @@ from esm2mega.data.records import SourceOptions
 from esm2mega.data.simulate import FamilySpec, simulate_families
 from esm2mega.data.store import TokenStore
 from esm2mega.errors import MachineError, UserError
-from esm2mega.train import pretrain as module
+from esm2mega.train import session as module
 from esm2mega.train.evaluate import evaluate_checkpoint
 from esm2mega.train.pretrain import find_init, find_resume, pretrain
 from tests.unit.conftest import TinyRun

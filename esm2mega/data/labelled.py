@@ -1,0 +1,314 @@
+"""Proteins with labels, in memory: a table, or a list of pairs, as the data side of fine-tuning reads it.
+
+`LabelledProteins` offers what samples and packs need of a token store, so that order, crops and packs of
+labelled proteins are made by the same code as those of pretraining.
+
+Legend: ``n`` proteins, ``k`` targets or classes, ``L`` residues of a protein.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.data import tokenizer
+from esm2mega.data.parquet import ParquetReader
+from esm2mega.data.records import Record, SourceOptions, residues_of, table_record
+from esm2mega.data.sources import open_source
+from esm2mega.data.tables import CsvReader, JsonLinesReader
+from esm2mega.data.targets import IGNORED, TargetInfo, join_labels, target_reader
+from esm2mega.errors import UserError
+
+INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
+"""Columns of a table that was tokenised before; ``data.sequence_column=input_ids`` says so."""
+
+
+Pairs = Sequence[tuple[str, Any]]
+"""Sequences and their labels."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledProteins:
+    """Proteins, their ids and their labels.
+
+    Attributes:
+        path: Where they come from, for messages.
+        ids: n of them, repeats allowed.
+        tokens: Residues of all proteins back to back, uint8 ``[sum L]``.
+        offsets: Where each protein begins there, and the end, int64 ``[n + 1]``.
+        labels: Float64 ``[n, k]`` or int64 ``[n]`` of proteins, or one per residue, ``[sum L]``; None where
+            there are none, for prediction.
+        per_residue: Which of the two.
+        notes: What the user should know about how they were read.
+    """
+
+    path: Path
+    ids: Sequence[str]
+    tokens: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any] | None = None
+    per_residue: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    clusters = None
+    """Labelled proteins are not sampled by clusters."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Residues of each protein, ``[n]``."""
+        return np.diff(self.offsets)
+
+    def id(self, row: int) -> str:
+        """The id of a protein."""
+        return self.ids[row]
+
+    def residues(self, row: int) -> npt.NDArray[np.uint8]:
+        """Token ids of a protein's residues, ``[L]``."""
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def num_missing(self) -> int:
+        """Labels that are missing or masked."""
+        if self.labels is None:
+            return 0
+        missing = np.isnan(self.labels) if self.labels.dtype.kind == "f" else self.labels == IGNORED
+        return int(missing.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same proteins with the same labels in the same order; ids do not count."""
+        digest = hashlib.sha256(self.offsets.tobytes() + self.tokens.tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+    def select(self, rows: npt.NDArray[np.int64], notes: Sequence[str] = ()) -> LabelledProteins:
+        """Some of the proteins, in the order of `rows`."""
+        kept = [self.residues(row) for row in rows.tolist()]
+        labels = self.labels
+        if labels is not None and not self.per_residue:
+            labels = labels[rows]
+        elif labels is not None:
+            spans = [labels[self.offsets[row] : self.offsets[row + 1]] for row in rows.tolist()]
+            labels = np.concatenate(spans) if spans else labels[:0]
+        return LabelledProteins(
+            self.path,
+            [self.ids[row] for row in rows.tolist()],
+            np.concatenate(kept) if kept else self.tokens[:0],
+            _offsets(map(len, kept)),
+            labels,
+            self.per_residue,
+            [*self.notes, *notes],
+        )
+
+
+def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
+    return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One protein of a table."""
+
+    place: str
+    id: str
+    tokens: npt.NDArray[np.uint8]
+    label: Any
+
+
+def read_labelled(
+    path: str | Path, task: TaskConfig, data: DataConfig, info: TargetInfo | None, key: str
+) -> tuple[LabelledProteins, TargetInfo]:
+    """Read a table with labels, long proteins included.
+
+    Args:
+        path: CSV, JSON lines or Parquet, also compressed.
+        task: Which columns hold what.
+        data: Columns of sequences and ids.
+        info: From the training data, whose classes and scale hold here too; None for the training data.
+        key: Name of `path` for the user, such as ``data.train``.
+
+    Raises:
+        UserError: Not such a table, or a bad cell.
+    """
+    reader = target_reader(task)
+    wanted = list(task.target_columns) + ([task.mask_column] if task.mask_column else [])
+    rows = [
+        _Row(place, record.id, tokens, reader.read(cells, place, len(tokens)))
+        for place, record, tokens, cells in _cells(Path(path), data, wanted, key)
+    ]
+    if not rows:
+        raise UserError(f"{key}={path}: holds no proteins; give a table with some")
+    if info is None:
+        info = reader.learn([row.label for row in rows])
+    encoded = [reader.encode(row.label, info, row.place) for row in rows]
+    proteins = LabelledProteins(
+        Path(path),
+        [row.id for row in rows],
+        np.concatenate([row.tokens for row in rows]),
+        _offsets(len(row.tokens) for row in rows),
+        join_labels(encoded, info.per_residue),
+        info.per_residue,
+    )
+    return proteins, info
+
+
+def proteins_of_pairs(
+    pairs: Pairs, task: TaskConfig, info: TargetInfo | None, name: str
+) -> tuple[LabelledProteins, TargetInfo]:
+    """Labelled proteins of a list of ``(sequence, value)``; the arguments are those of `read_labelled`.
+
+    A value is what a cell of the table would hold; with several target columns a sequence of such values.
+    """
+    reader = target_reader(task)
+    columns = task.target_columns
+    rows = []
+    for number, (sequence, value) in enumerate(pairs):
+        place = f"{name}[{number}]"
+        values = list(value) if len(columns) > 1 else [value]
+        if len(values) != len(columns):
+            raise UserError(f"{place}: {len(values)} values for task.target_columns={columns}")
+        tokens = tokenizer.encode_residues(residues_of(sequence, place, str(number)))
+        cells = dict(zip(columns, values, strict=True))
+        rows.append(_Row(place, str(number), tokens, reader.read(cells, place, len(tokens))))
+    if not rows:
+        raise UserError(f"{name}: holds no proteins; give some")
+    if info is None:
+        info = reader.learn([row.label for row in rows])
+    proteins = LabelledProteins(
+        Path(name),
+        [row.id for row in rows],
+        np.concatenate([row.tokens for row in rows]),
+        _offsets(len(row.tokens) for row in rows),
+        join_labels((reader.encode(row.label, info, row.place) for row in rows), info.per_residue),
+        info.per_residue,
+    )
+    return proteins, info
+
+
+def read_unlabelled(path: str | Path, data: DataConfig) -> LabelledProteins:
+    """Proteins to predict, from any format that `esm2mega prepare fasta` reads."""
+    options = SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
+    records = list(open_source(path, options))
+    if not records:
+        raise UserError(f"{path}: holds no proteins; give some")
+    tokens = [tokenizer.encode_residues(record.residues) for record in records]
+    return LabelledProteins(
+        Path(path), [record.id for record in records], np.concatenate(tokens), _offsets(map(len, tokens))
+    )
+
+
+def proteins_of_sequences(sequences: Sequence[str]) -> LabelledProteins:
+    """Proteins to predict, from text; their ids are their numbers."""
+    tokens = [
+        tokenizer.encode_residues(residues_of(sequence, f"sequences[{number}]", str(number)))
+        for number, sequence in enumerate(sequences)
+    ]
+    for number, residues in enumerate(tokens):
+        if not len(residues):
+            raise UserError(f"sequences[{number}] is empty; give residues")
+    if not tokens:
+        raise UserError("sequences holds no proteins; give some")
+    ids = [str(number) for number in range(len(tokens))]
+    return LabelledProteins(Path("sequences"), ids, np.concatenate(tokens), _offsets(map(len, tokens)))
+
+
+def fit_length(proteins: LabelledProteins, data: DataConfig, key: str) -> LabelledProteins:
+    """Refuse, drop or keep (for cropping) proteins that are too long, as `data.too_long` says.
+
+    Raises:
+        UserError: A protein is too long, or all are dropped.
+    """
+    limit = data.max_seq_length - 2
+    lengths = proteins.lengths
+    long = np.flatnonzero(lengths > limit)
+    if not len(long):
+        return proteins
+    count = f"{len(long)} of {len(proteins)} proteins of {key} have more than {limit} residues"
+    if data.too_long == "error":
+        first = int(long[0])
+        raise UserError(
+            f"{count}, first {proteins.id(first)!r} with {lengths[first]}; set data.too_long=crop or drop, "
+            f"or raise data.max_seq_length={data.max_seq_length}"
+        )
+    if data.too_long == "crop":
+        proteins.notes.append(f"{count} and are cropped ({data.crop})")
+        return proteins
+    kept = np.flatnonzero(lengths <= limit)
+    if not len(kept):
+        raise UserError(f"{count}, so none is left; raise data.max_seq_length={data.max_seq_length}")
+    return proteins.select(kept, [f"{count} and are left out"])
+
+
+def _cells(
+    path: Path, data: DataConfig, wanted: Sequence[str], key: str
+) -> Iterator[tuple[str, Record, npt.NDArray[np.uint8], Mapping[str, object]]]:
+    """Place, record, residues as tokens, and all cells of each row of a table."""
+    options = SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
+    source = open_source(path, options)
+    if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
+        raise UserError(f"{key}={path}: labels are read from CSV, JSON lines and Parquet; give such a table")
+    for column in wanted:
+        if column not in source.columns:
+            raise UserError(
+                f"{key}={path}: no column {column!r} among {', '.join(source.columns)}; correct "
+                "task.target_columns or task.mask_column"
+            )
+    id_column = data.id_column or ("id" if "id" in source.columns else None)
+    for block in source.blocks():
+        for line, cells in source.rows(block):
+            name = line if id_column is None else cells[id_column]
+            place = source.place(line)
+            if data.sequence_column == INPUT_IDS:
+                record = Record(str(name), b"", line)
+                yield place, record, _tokens_of_ids(cells, place), cells
+                continue
+            record = table_record(source, options, line, name, cells[data.sequence_column])
+            yield place, record, tokenizer.encode_residues(record.residues), cells
+
+
+def _tokens_of_ids(cells: Mapping[str, object], place: str) -> npt.NDArray[np.uint8]:
+    """Residues of a row of ``input_ids``: those under ``attention_mask``, without `<cls>` and `<eos>`.
+
+    Whatever id pads the row, the mask decides.
+    """
+    ids = _integers(cells[INPUT_IDS], INPUT_IDS, place)
+    mask = np.ones_like(ids)
+    if ATTENTION_MASK in cells:
+        mask = _integers(cells[ATTENTION_MASK], ATTENTION_MASK, place)
+    if len(mask) != len(ids):
+        raise UserError(f"{place}: {len(mask)} numbers in {ATTENTION_MASK} for {len(ids)} in {INPUT_IDS}")
+    ids = ids[mask != 0]
+    if len(ids) < 3 or ids[0] != tokenizer.CLS or ids[-1] != tokenizer.EOS:
+        raise UserError(
+            f"{place}: {INPUT_IDS} must be <cls> ({tokenizer.CLS}), residues, <eos> ({tokenizer.EOS}) under "
+            f"{ATTENTION_MASK}; tokenise again with the ESM-2 vocabulary and without truncation"
+        )
+    if ids.min() < 0 or ids.max() >= len(tokenizer.VOCAB):
+        raise UserError(f"{place}: {INPUT_IDS} must lie in 0 to {len(tokenizer.VOCAB) - 1}")
+    return ids[1:-1].astype(np.uint8)
+
+
+def _integers(value: object, column: str, place: str) -> npt.NDArray[np.int64]:
+    """A list of whole numbers, or its text."""
+    if isinstance(value, str):
+        text = value.strip()
+        text = text if text.startswith("[") else f"[{','.join(text.replace(',', ' ').split())}]"
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+    if not isinstance(value, list) or not all(type(number) is int for number in value):
+        raise UserError(f"{place}: column {column!r} must hold a list of whole numbers")
+    return np.array(value, dtype=np.int64)

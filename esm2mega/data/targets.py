@@ -1,0 +1,305 @@
+"""Cells of a labelled table to numbers: what each kind of task reads, and the label vocabulary.
+
+A vocabulary and the scale of targets come from the training data alone and go into every checkpoint
+(`TargetInfo`); validation and prediction use these. Text stays text: a class named ``NA`` or ``007`` is that
+class.
+
+Legend: ``n`` proteins, ``k`` targets or classes, ``L`` residues of a protein.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.config.schema import TaskConfig
+from esm2mega.config.task import RESIDUE_KINDS
+from esm2mega.data.records import MISSING_VALUES
+from esm2mega.errors import UserError
+
+IGNORED = -100
+"""Label of a residue or protein that does not count, as in PyTorch's cross-entropy. For numbers it is NaN."""
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """What predictions mean; made from the training labels and kept with the weights.
+
+    Attributes:
+        kind: `task.kind`.
+        names: Of the outputs: target columns of numbers, classes of all others.
+        counts: Training labels of each class (of multilabel: proteins that have it); of numbers, how many.
+        mean: Subtracted from each numeric target for training; empty for classes.
+        std: Divides it.
+    """
+
+    kind: str
+    names: list[str]
+    counts: list[int] = field(default_factory=list)
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+
+    @property
+    def per_residue(self) -> bool:
+        return self.kind in RESIDUE_KINDS
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the head."""
+        return len(self.names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(state: Mapping[str, Any]) -> TargetInfo:
+        """Inverse of `to_dict`."""
+        return TargetInfo(**state)
+
+
+Cells = Mapping[str, object]
+
+
+class TargetReader(ABC):
+    """Reads the labels of one task."""
+
+    def __init__(self, task: TaskConfig) -> None:
+        self.task = task
+
+    @abstractmethod
+    def read(self, cells: Cells, place: str, num_residues: int) -> Any:
+        """The label of one row, not yet numbered; raises `UserError` with the place."""
+
+    @abstractmethod
+    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+        """What predictions mean, from the labels of the training data."""
+
+    @abstractmethod
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        """Numbers of one label: ``[k]`` or ``[]`` of a protein, ``[L]`` of its residues."""
+
+    def _cell(self, cells: Cells, column: str, place: str) -> str:
+        """A cell as text."""
+        value = cells[column]
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise UserError(f"{place}: the label in column {column!r} is empty; complete or remove the row")
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise UserError(f"{place}: the label {value!r} in column {column!r} is no text; write it as text")
+        return str(value).strip()
+
+    def _mask(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.bool_]:
+        """Which residues count, ``[L]``."""
+        column = self.task.mask_column
+        if column is None:
+            return np.ones(num_residues, dtype=bool)
+        text = self._cell(cells, column, place)
+        _check_length(text, num_residues, column, place)
+        if stray := set(text) - {"0", "1"}:
+            raise UserError(f"{place}: {min(stray)!r} in column {column!r}; a mask is made of 0 and 1")
+        return np.frombuffer(text.encode(), dtype=np.uint8) == ord("1")
+
+
+class _Numbers(TargetReader):
+    """Regression: one number for each target column, some of which may be missing."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+        columns = self.task.target_columns
+        return np.array([_number(cells[column], column, place) for column in columns])
+
+    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+        values = np.stack(labels)
+        return _scale_of(self.task, values, self.task.target_columns)
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        return np.asarray(label, dtype=np.float64)
+
+
+class _ResidueNumbers(TargetReader):
+    """Token regression: a number for each residue, ``nan`` for none."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+        (column,) = self.task.target_columns
+        value = cells[column]
+        words = value.replace(",", " ").split() if isinstance(value, str) else value
+        if not isinstance(words, list):
+            raise UserError(f"{place}: the labels in column {column!r} are {value!r}, not a list of numbers")
+        _check_length(words, num_residues, column, place)
+        numbers = np.array([_number(word, column, place) for word in words], dtype=np.float64)
+        return np.where(self._mask(cells, place, num_residues), numbers, np.nan)
+
+    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+        return _scale_of(self.task, np.concatenate(labels)[:, None], self.task.target_columns)
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        return np.asarray(label, dtype=np.float64)
+
+
+class _Class(TargetReader):
+    """Classification: one class name for a protein."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> str:
+        (column,) = self.task.target_columns
+        return self._cell(cells, column, place)
+
+    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+        return _vocabulary(self.task, labels)
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        return np.array(_number_of(label, info, place), dtype=np.int64)
+
+
+class _ResidueClasses(TargetReader):
+    """Token classification: a character for each residue."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> list[str | None]:
+        (column,) = self.task.target_columns
+        text = self._cell(cells, column, place)
+        _check_length(text, num_residues, column, place)
+        mask = self._mask(cells, place, num_residues)
+        return [name if counts else None for name, counts in zip(text, mask.tolist(), strict=True)]
+
+    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+        return _vocabulary(self.task, [name for label in labels for name in label if name is not None])
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        numbers: dict[str | None, int] = {
+            name: _number_of(name, info, place) for name in set(label) if name is not None
+        }
+        numbers[None] = IGNORED
+        return np.array([numbers[name] for name in label], dtype=np.int64)
+
+
+class _NamedLabels(TargetReader):
+    """Multilabel: names with ``;`` between; an empty cell is no label at all, which is a label too."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> list[str]:
+        (column,) = self.task.target_columns
+        value = cells[column]
+        if value is None:
+            return []
+        if not isinstance(value, str):
+            raise UserError(f"{place}: the labels {value!r} in column {column!r} are no text")
+        return [name.strip() for name in value.split(";") if name.strip()]
+
+    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+        return _vocabulary(self.task, [name for label in labels for name in set(label)])
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        encoded = np.zeros(len(info.names))
+        encoded[[_number_of(name, info, place) for name in label]] = 1.0
+        return encoded
+
+
+class _FlagColumns(TargetReader):
+    """Multilabel: a column of 0 and 1 for each label, some of which may be missing."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+        columns = self.task.target_columns
+        flags = np.array([_number(cells[column], column, place) for column in columns])
+        for column, flag in zip(columns, flags.tolist(), strict=True):
+            if flag not in (0.0, 1.0) and not math.isnan(flag):
+                raise UserError(f"{place}: {cells[column]!r} in column {column!r}; a label is 0 or 1")
+        return flags
+
+    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+        counts = np.nansum(np.stack(labels), axis=0).astype(int)
+        return TargetInfo(_kind_of(self.task), list(self.task.target_columns), counts.tolist())
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        return np.asarray(label, dtype=np.float64)
+
+
+def target_reader(task: TaskConfig) -> TargetReader:
+    """The reader of a task's labels."""
+    several = len(task.target_columns) > 1
+    readers: dict[str, type[TargetReader]] = {
+        "regression": _Numbers,
+        "classification": _Class,
+        "multilabel": _FlagColumns if several else _NamedLabels,
+        "token_classification": _ResidueClasses,
+        "token_regression": _ResidueNumbers,
+    }
+    return readers[_kind_of(task)](task)
+
+
+def join_labels(encoded: Iterable[npt.NDArray[Any]], per_residue: bool) -> npt.NDArray[Any]:
+    """The labels of all proteins: ``[n, k]`` or ``[n]``, or of all residues back to back."""
+    return np.concatenate(list(encoded)) if per_residue else np.stack(list(encoded))
+
+
+def _kind_of(task: TaskConfig) -> str:
+    assert task.kind is not None
+    return task.kind
+
+
+def _number(value: object, column: str, place: str) -> float:
+    """A cell as a number; NaN where there is none."""
+    if value is None or (isinstance(value, str) and value.strip() in MISSING_VALUES | {""}):
+        return math.nan
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{place}: {value!r} in column {column!r} is not a number; correct it, or leave it empty"
+        ) from None
+    if math.isinf(number):
+        raise UserError(f"{place}: {value!r} in column {column!r} is not finite; leave it empty")
+    return number
+
+
+def _check_length(labels: Sequence[Any], num_residues: int, column: str, place: str) -> None:
+    if len(labels) != num_residues:
+        raise UserError(
+            f"{place}: {len(labels)} labels in column {column!r} for {num_residues} residues; "
+            "give one for each"
+        )
+
+
+def _scale_of(task: TaskConfig, values: npt.NDArray[np.float64], names: Sequence[str]) -> TargetInfo:
+    """Mean and standard deviation of each column of ``[n, k]``; 0 and 1 without scaling."""
+    counts = np.count_nonzero(~np.isnan(values), axis=0)
+    for name, count in zip(names, counts.tolist(), strict=True):
+        if not count:
+            raise UserError(f"the column {name!r} of data.train holds no number; correct task.target_columns")
+    mean, std = np.zeros(len(names)), np.ones(len(names))
+    if task.scale_targets:
+        mean, std = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+        std[std == 0.0] = 1.0  # all labels are equal
+    return TargetInfo(_kind_of(task), list(names), counts.tolist(), mean.tolist(), std.tolist())
+
+
+def _vocabulary(task: TaskConfig, labels: Sequence[str]) -> TargetInfo:
+    """The classes in order: of numbers if all names are whole numbers, else of text."""
+    found, counts = np.unique(np.array(labels, dtype=object), return_counts=True)
+    count_of = dict(zip(found.tolist(), counts.tolist(), strict=True))
+    if not count_of:
+        raise UserError("data.train holds no label that counts; correct task.target_columns")
+    numeric = all(name.isdecimal() for name in count_of)
+    names = sorted(count_of, key=lambda name: (int(name), name) if numeric else (0, name))
+    if task.num_classes is not None and task.num_classes != len(names):
+        shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+        raise UserError(
+            f"task.num_classes={task.num_classes}, but data.train has {len(names)} classes ({shown}); "
+            "correct it, or set task.num_classes=null"
+        )
+    return TargetInfo(_kind_of(task), names, [count_of[name] for name in names])
+
+
+def _number_of(name: str, info: TargetInfo, place: str) -> int:
+    try:
+        return info.names.index(name)
+    except ValueError:
+        shown = ", ".join(info.names[:_SHOWN]) + (", …" if len(info.names) > _SHOWN else "")
+        raise UserError(
+            f"{place}: the class {name!r} does not occur in the training data, which has {shown}; correct "
+            "the label, or remove the row"
+        ) from None

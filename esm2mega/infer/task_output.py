@@ -1,0 +1,191 @@
+"""Predictions of a task as a reader wants them: per protein, in units of the labels, with class names.
+
+Legend: ``n`` proteins, ``k`` targets or classes, ``L`` residues of a protein.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.data.labelled import LabelledProteins
+from esm2mega.data.targets import IGNORED, TargetInfo
+from esm2mega.errors import MachineError, UserError
+from esm2mega.train.metrics import Predictions
+
+Array = npt.NDArray[Any]
+
+FORMATS = (".csv", ".parquet", ".h5")
+
+_NOTHING = "-"
+"""Stands for a residue without label or prediction."""
+
+
+def rows_of(found: Predictions) -> list[int]:
+    """The proteins that there are predictions of, each once."""
+    return np.unique(found.rows).tolist()
+
+
+def shown_predictions(found: Predictions, info: TargetInfo, proteins: LabelledProteins) -> list[Any]:
+    """The prediction of each protein in the form of its label; of classes the likeliest one."""
+    if info.per_residue:
+        return [_residues_shown(values, info) for values in spread(found, found.values, proteins)]
+    return [_shown(values, info) for values in found.values]
+
+
+def shown_labels(found: Predictions, info: TargetInfo, proteins: LabelledProteins) -> list[Any]:
+    """The label of each protein in the same form; None or ``-`` where there is none."""
+    labels = found.labels
+    assert labels is not None
+    if info.kind == "token_classification":
+        names = [*info.names, _NOTHING]
+        numbers = np.where(labels == IGNORED, len(info.names), labels).astype(np.float64)
+        return [
+            "".join(_NOTHING if math.isnan(x) else names[int(x)] for x in values[:, 0].tolist())
+            for values in spread(found, numbers[:, None], proteins)
+        ]
+    if info.kind == "token_regression":
+        return [_numbers(values[:, 0]) for values in spread(found, labels[:, None], proteins)]
+    if info.kind == "classification":
+        return [None if label == IGNORED else info.names[label] for label in labels.tolist()]
+    return [_shown(row, info) for row in labels]
+
+
+def spread(found: Predictions, values: Array, proteins: LabelledProteins) -> list[Array]:
+    """Values of residues, ``[sum, k]``, as one array ``[L, k]`` for each protein; NaN where it was cropped.
+
+    Args:
+        found: Which residue each value is of.
+        values: In its order.
+        proteins: For the lengths.
+    """
+    assert found.numbers is not None
+    arrays = []
+    for row in rows_of(found):
+        first, end = np.searchsorted(found.rows, [row, row + 1])
+        whole = np.full((int(proteins.lengths[row]), values.shape[1]), np.nan)
+        whole[found.numbers[first:end]] = values[first:end]
+        arrays.append(whole)
+    return arrays
+
+
+def _shown(values: Array, info: TargetInfo) -> Any:
+    if info.kind == "classification":
+        return info.names[int(values.argmax())]
+    if info.kind == "multilabel":
+        return [name for name, value in zip(info.names, values.tolist(), strict=True) if value >= 0.5]
+    numbers = _numbers(values)
+    return numbers[0] if len(numbers) == 1 else dict(zip(info.names, numbers, strict=True))
+
+
+def _residues_shown(values: Array, info: TargetInfo) -> Any:
+    if info.kind == "token_regression":
+        return _numbers(values[:, 0])
+    cropped = np.isnan(values[:, 0])
+    likeliest = np.where(cropped, 0.0, values.T).T.argmax(axis=1)
+    return "".join(
+        _NOTHING if gone else info.names[number]
+        for gone, number in zip(cropped.tolist(), likeliest.tolist(), strict=True)
+    )
+
+
+def _numbers(values: Array) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def check_format(out: Path) -> None:
+    """Refuse a name that tells no format, before the work is done."""
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out {out}: unknown ending {out.suffix!r}; give one of {', '.join(FORMATS)}")
+    if out.suffix == ".parquet":
+        from esm2mega.infer.exports import check_parquet
+
+        check_parquet()
+
+
+def write_predictions(
+    out: Path, found: Predictions, info: TargetInfo, proteins: LabelledProteins, limit: int
+) -> None:
+    """Write one row per protein, in input order.
+
+    Args:
+        out: CSV, Parquet or HDF5; complete as soon as it has its name.
+        found: Predictions of all proteins.
+        info: What they mean.
+        proteins: Their ids and lengths.
+        limit: Residues that are kept of longer proteins, which are marked as truncated.
+    """
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".h5":
+            _write_hdf5(partial, found, info, proteins, limit)
+        else:
+            columns = _columns(found, info, proteins, limit)
+            (_write_csv if out.suffix == ".csv" else _write_parquet)(partial, columns)
+        os.replace(partial, out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise MachineError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def _columns(
+    found: Predictions, info: TargetInfo, proteins: LabelledProteins, limit: int
+) -> dict[str, list[Any]]:
+    """Cells by column: id, whether truncated, predictions, and probabilities of proteins."""
+    columns: dict[str, list[Any]] = {
+        "id": list(proteins.ids),
+        "truncated": (proteins.lengths > limit).tolist(),
+    }
+    shown = shown_predictions(found, info, proteins)
+    if info.kind == "regression":
+        return columns | {name: found.values[:, i].tolist() for i, name in enumerate(info.names)}
+    if info.kind == "multilabel":
+        columns["prediction"] = [";".join(names) for names in shown]
+    elif info.kind == "token_regression":
+        columns["prediction"] = [" ".join("nan" if x is None else repr(x) for x in row) for row in shown]
+    else:
+        columns["prediction"] = shown
+    if not info.per_residue:
+        columns |= {f"p_{name}": found.values[:, i].tolist() for i, name in enumerate(info.names)}
+    return columns
+
+
+def _write_csv(path: Path, columns: dict[str, list[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(columns)
+        table.writerows(zip(*columns.values(), strict=True))
+
+
+def _write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def _write_hdf5(
+    path: Path, found: Predictions, info: TargetInfo, proteins: LabelledProteins, limit: int
+) -> None:
+    """``ids``, ``lengths``, ``truncated``; ``predictions`` ``[n, k]``, or ``[sum L, k]`` with ``offsets``."""
+    import h5py
+
+    values: Sequence[Array] = [found.values]
+    if info.per_residue:
+        values = spread(found, found.values, proteins)
+    with h5py.File(path, "w") as file:
+        file["ids"] = np.array(proteins.ids, dtype=h5py.string_dtype())
+        file["lengths"] = proteins.lengths
+        file["truncated"] = proteins.lengths > limit
+        file["predictions"] = np.concatenate(values)
+        if info.per_residue:
+            file["offsets"] = proteins.offsets
+        file.attrs["kind"], file.attrs["names"] = info.kind, info.names

@@ -1,0 +1,56 @@
+"""Dropout as a pure function of sample number and channel: the same at every layout and after a resume.
+
+A generator would give each rank and each micro-batch size other masks. Here an element is dropped by a hash
+of the protein's key (which comes from seed and sample number, see `esm2mega.data.sampling`), of the place of
+its row in the protein, and of its channel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# splitmix64, see `esm2mega.data.sampling`; as the signed numbers that PyTorch has.
+_STEP = 0x9E3779B97F4A7C15 - (1 << 64)
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
+
+_CHANNELS_PER_LAYER = 1 << 32
+
+
+class KeyedDropout(torch.nn.Module):
+    """Zeroes elements with probability `p` in training, and scales the others by 1 / (1 - p)."""
+
+    def __init__(self, p: float, layer: int = 0) -> None:
+        """Args: p: probability, in [0, 1). layer: tells the dropouts of one head apart."""
+        super().__init__()
+        self.p, self.layer = p, layer
+
+    def forward(self, values: Tensor, keys: Tensor, places: Tensor | None = None) -> Tensor:
+        """Drop elements.
+
+        Args:
+            values: ``[rows, channels]``.
+            keys: Random 64 bits of each row's protein, int64 ``[rows]``.
+            places: Which row of the protein it is, int64 ``[rows]``; None where a protein has one row.
+        """
+        if not self.training or not self.p:
+            return values
+        rows = keys if places is None else _mix(keys + (places + 1) * _STEP)
+        channels = torch.arange(values.shape[1], device=values.device) + self.layer * _CHANNELS_PER_LAYER + 1
+        # [rows, channels]: 53 random bits each
+        bits = _shifted(_mix(rows[:, None] + channels * _STEP), 11)
+        keep = bits >= int(self.p * 2.0**53)
+        return values * keep.to(values.dtype) / (1.0 - self.p)
+
+
+def _mix(state: Tensor) -> Tensor:
+    """`esm2mega.data.sampling.mix` of int64 tensors, whose products wrap around."""
+    state = (state ^ _shifted(state, 30)) * _MULTIPLIER_1
+    state = (state ^ _shifted(state, 27)) * _MULTIPLIER_2
+    return state ^ _shifted(state, 31)
+
+
+def _shifted(state: Tensor, bits: int) -> Tensor:
+    """Shifted right with zeros coming in; the shift of signed numbers repeats the sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)

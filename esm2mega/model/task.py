@@ -1,0 +1,134 @@
+"""ESM-2 with the head of a task in the place of that of the masked language model.
+
+Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` proteins and ``R`` residues of it, ``k`` targets or
+classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from esm2mega.data.labelled_batch import Segments
+from esm2mega.model.esm2 import ESM2Model
+from esm2mega.model.packed import PackedSequences
+
+MakeHead = Callable[[Any, torch.device], Any]
+"""Makes a `esm2mega.model.heads.TaskHead` for Megatron-Core's configuration, on a device."""
+
+
+class ESM2ForTask(ESM2Model):
+    """The same encoder; the last stage has ``head``, replicated over the tensor-parallel group.
+
+    Attributes:
+        frozen: Whether no weight but those of the head is trained. Then the features of a protein, which do
+            not change any more, are computed when it is first met and kept in memory: ``[h]`` of a protein,
+            ``[L, h]`` for heads that read residues.
+    """
+
+    def __init__(self, *stage: Any, make_head: MakeHead) -> None:
+        """Args: stage: what `ESM2Model` takes. make_head: called on the last stage."""
+        self._make_head = make_head
+        self.frozen = False
+        self._features: dict[bytes, Tensor | None] = {}
+        super().__init__(*stage)
+
+    def _build_head(self, config: Any, device: torch.device) -> None:
+        self.head = self._make_head(config, device)
+
+    def _tie_embeddings(self) -> None:
+        self.share_embeddings_and_output_weights = False
+        if self.pre_process:
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Without what the parent does about an output layer, of which there is none."""
+        return MegatronModule.sharded_state_dict(self, *args, **kwargs)
+
+    def forward(self, input_ids: Tensor, packed: PackedSequences, segments: Segments) -> Tensor:  # type: ignore[override]
+        """Hidden states for the next stage, or predictions on the last one.
+
+        Args:
+            input_ids: int64 ``[T]``; read by the first stage only.
+            packed: Borders of the sequences.
+            segments: Where proteins and residues lie.
+
+        Returns:
+            Hidden states in the layout of `encode`; or predictions, ``[n, k]`` of proteins or ``[R, k]`` of
+            residues, the same on every tensor-parallel rank.
+        """
+        if self.frozen:
+            return self._forward_frozen(input_ids, packed, segments)
+        hidden_states = self.encode(input_ids, packed)
+        if not self.post_process:
+            return hidden_states
+        # [T, 1, h] -> [T, h]
+        return self.head(self.gathered(hidden_states)[:, 0], segments)
+
+    def _forward_frozen(self, input_ids: Tensor, packed: PackedSequences, segments: Segments) -> Tensor:
+        """`forward` with what was computed before; stages of a pipeline then exchange zeros.
+
+        All stages and ranks of a model meet the same proteins in the same order, so they agree on which are
+        known.
+        """
+        received = self.encoder.input_tensor
+        known = all(tokens in self._features for tokens in segments.tokens)
+        with torch.no_grad():
+            if not known:
+                hidden_states = self.encode(input_ids, packed)
+                features = None
+                if self.post_process:
+                    features = self.head.features(self.gathered(hidden_states)[:, 0], segments)
+                self._keep(features, segments)
+            elif not self.post_process:
+                share = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+                hidden_states = self._zeros(input_ids.numel() // share, 1)
+        if not self.post_process:
+            return self._passed(hidden_states, received)
+        kept = [value for tokens in segments.tokens if (value := self._features[tokens]) is not None]
+        features = torch.cat(kept) if kept else self._zeros(0)
+        return self.head.predict(self._passed(features, received), segments)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        """``[..., h]``."""
+        parameter = next(self.encoder.parameters())
+        return parameter.new_zeros(*shape, self.config.hidden_size)
+
+    def _keep(self, features: Tensor | None, segments: Segments) -> None:
+        """Remember the features of each protein, ``[1, h]`` or ``[L, h]``; stages before the last, that there
+        are some.
+        """
+        if features is None:
+            self._features.update(dict.fromkeys(segments.tokens))
+            return
+        counts = [1] * segments.num_proteins
+        if len(features) != segments.num_proteins:
+            counts = torch.bincount(segments.owners, minlength=segments.num_proteins).tolist()
+        # Copies: a view would keep the whole pack in memory.
+        for tokens, rows in zip(segments.tokens, features.split(counts), strict=True):
+            self._features[tokens] = rows.clone()
+
+    @staticmethod
+    def _passed(output: Tensor, received: Tensor | None) -> Tensor:
+        """`output`, which does not depend on what the previous stage sent; that stage still waits for a
+        gradient, which is zero.
+        """
+        return output if received is None else _ZeroGradient.apply(output, received)
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """Its first argument, with a gradient of zero for the second."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, received: Tensor) -> Tensor:
+        ctx.save_for_backward(received)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (received,) = ctx.saved_tensors
+        return None, torch.zeros_like(received)

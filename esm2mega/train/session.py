@@ -1,0 +1,234 @@
+"""What pretraining and fine-tuning have in common around the loop: resume or start, log, evaluate, save, say
+how it ended. No arithmetic.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.store import load_training_state, save_checkpoint
+from esm2mega.config.load import save_resolved
+from esm2mega.config.presets import shape_of
+from esm2mega.config.schema import Run, flatten
+from esm2mega.data.loader import PackStream
+from esm2mega.parallel.initialize import Ranks
+from esm2mega.report.external import open_trackers
+from esm2mega.report.log import LOG_NAME, JsonlLog
+from esm2mega.report.progress import Progress
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, fit, out_of_patience
+from esm2mega.train.signals import kept_from_helpers
+from esm2mega.train.step import StepResult, TrainState
+
+
+@dataclass(frozen=True)
+class Session:
+    """The objects of one training, as pretraining or fine-tuning made them.
+
+    Attributes:
+        name: Of the command, for the progress bar.
+        state: Model, optimizer, schedule, loss.
+        stream: Training batches, at their beginning; closed in the end.
+        evaluation: Makes the evaluation of a split, with a limit of packs; None without such a split.
+        remembered: Further entries of ``train_state.json``.
+        auxiliary: Tensors that are saved and not trained.
+        announced: Further lines of the announcement.
+        result: What an evaluation record says to a reader.
+        training_values: What a training record says of the metrics of a step.
+        trained_only: Leave frozen weights out of checkpoints; `remembered` then says where they are.
+    """
+
+    name: str
+    state: TrainState
+    stream: PackStream[Any]
+    evaluation: Callable[[str, int], Evaluation | None]
+    remembered: Mapping[str, Any]
+    auxiliary: Mapping[str, Tensor]
+    announced: Sequence[str]
+    result: Callable[[dict[str, Any], str], str]
+    training_values: Callable[[dict[str, float]], dict[str, float]]
+    trained_only: bool = False
+
+
+def run_session(
+    run: Run, ranks: Ranks, session: Session, resume_from: Path | None, init_from: Path | None
+) -> LoopState:
+    """Resume if there is something to resume, and train to the end of the run; all ranks call this together.
+
+    Args:
+        run: The configuration.
+        ranks: Where this process stands.
+        session: The objects, with initial weights.
+        resume_from: Checkpoint to go on from.
+        init_from: Where the initial weights come from, for the announcement.
+
+    Returns:
+        The final state of the loop, the same on every rank.
+    """
+    state, stream = session.state, session.stream
+    loop = LoopState()
+    with ExitStack() as stack:
+        stack.enter_context(stream)
+        if resume_from is not None:
+            loop = _resume(resume_from, session)
+        begun = replace(loop)
+        trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.speaks else []
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        log = None
+        if ranks.speaks:
+            # Last of all that can fail: what an earlier start logged is touched when this one will run.
+            log, said = _open_log(Path(run.run_dir) / LOG_NAME, resume_from, loop.step)
+            stack.callback(log.close)
+            save_resolved(run, Path(run.run_dir) / "config.yaml")
+            lines = [*_announcement(run, ranks, state.model), *session.announced]
+            print("\n".join(lines + _start(run, resume_from, init_from) + said), file=sys.stderr, flush=True)
+        progress = stack.enter_context(
+            Progress(run.train.max_steps, session.name, "step", enabled=ranks.speaks, initial=loop.step)
+        )
+
+        def write(record: dict[str, Any]) -> None:
+            if log is not None:
+                log.write(record)
+            for tracker in trackers:
+                tracker.write(record)
+            for kind, split, words in (("eval", "valid", "validation"), ("test", "test", "test")):
+                if record["kind"] == kind:
+                    progress.message(f"step {record['step']}: {words} {session.result(record, split)}")
+
+        def show(result: StepResult) -> None:
+            progress.update(1, loss=f"{result.metrics['loss']:.4f}", lr=f"{result.lr:.2e}")
+
+        saved_last = resume_from
+
+        def save(loop: LoopState) -> None:
+            nonlocal saved_last
+            directory = layout.step_dir(run.run_dir, loop.step)
+            saved = _saved_state(loop, state, stream, session.remembered)
+            if saved_last is not None and saved_last.resolve() == directory.resolve():
+                # The weights are there; what is known about them has changed.
+                if ranks.speaks:
+                    layout.replace_state(directory, saved)
+                return
+            with kept_from_helpers():
+                save_checkpoint(
+                    *(directory, state.model, state.optimizer, run, saved, session.auxiliary),
+                    trained_only=session.trained_only,
+                )
+            saved_last = directory
+            if ranks.speaks:
+                layout.prune(run.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best, directory)
+
+        hooks = Hooks(
+            write,
+            show,
+            session.evaluation("valid", run.train.eval_batches),
+            session.evaluation("test", 0),
+            save,
+            session.training_values,
+        )
+        fit(run, state, stream, loop, hooks, ranks)
+    if ranks.speaks:
+        print(_ending(run, begun, loop, saved_last), file=sys.stderr, flush=True)
+    return loop
+
+
+def _resume(checkpoint: Path, session: Session) -> LoopState:
+    state = session.state
+    load_training_state(checkpoint, state.model, state.optimizer, session.trained_only)
+    saved = layout.read_state(checkpoint)
+    session.stream.load_state_dict(saved["data"])
+    state.schedule.load_state_dict(saved["schedule"])
+    return LoopState(**saved["loop"])
+
+
+def _saved_state(
+    loop: LoopState, state: TrainState, stream: PackStream[Any], remembered: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``train_state.json``: no generator states, since data, masks and weights are pure functions of seed and
+    position.
+    """
+    return {
+        "step": loop.step,
+        "valid_loss": loop.valid_loss,
+        "loop": loop.to_dict(),
+        "data": stream.state_dict(),
+        "schedule": state.schedule.state_dict(),
+        **remembered,
+    }
+
+
+def _open_log(path: Path, resume_from: Path | None, step: int) -> tuple[JsonlLog, list[str]]:
+    """The log, open behind `step`, and what became of records that were there."""
+    old = JsonlLog.set_aside(path) if resume_from is None else None
+    log = JsonlLog(path)
+    if old is not None:
+        return log, [f"log      that of an earlier start is now {old}"]
+    dropped = log.truncate_after(step)
+    behind = f"log      {dropped} record{'s' * (dropped > 1)} behind step {step} dropped from {path}"
+    return log, [behind] if dropped else []
+
+
+def _stages(config: Any) -> str:
+    """Layers of each pipeline stage, as in 17+16."""
+    layout = config.pipeline_model_parallel_layout
+    ranks = range(layout.pipeline_model_parallel_size)
+    return "+".join(str(layout.get_num_layers_to_build(vp_stage=0, pp_rank=rank)) for rank in ranks)
+
+
+def _announcement(run: Run, ranks: Ranks, model: list[Any]) -> list[str]:
+    """What is about to run."""
+    config = unwrap_model(model)[0].config
+    return [
+        f"model    {run.model.size or 'own shape'}: {shape_of(run.model)}; {run.model.precision}, "
+        f"attention {config.packed_attention}",
+        f"layout   {ranks.world_size} x {ranks.device.type}: "
+        f"TP {ranks.tp_size}, PP {ranks.pp_size}, DP {ranks.dp_size}"
+        + (", SP" if run.parallel.sequence_parallel else "")
+        + (f"; stages of {_stages(config)} layers" if config.pipeline_model_parallel_layout else ""),
+        f"batch    {run.train.global_batch_tokens} tokens a step in packs of {run.train.micro_batch_tokens}",
+    ]
+
+
+def _start(run: Run, resume_from: Path | None, init_from: Path | None) -> list[str]:
+    """Where the run goes and what it starts from."""
+    if init_from is not None:
+        return [f"run      {run.run_dir}, weights from {init_from}"]
+    if resume_from is None:
+        return [f"run      {run.run_dir}"]
+    step = layout.read_state(resume_from)["step"]
+    lines = [f"run      {run.run_dir}, resumed from {resume_from.name} at step {step}"]
+    if run.init_from is not None:
+        lines[0] += f"; init_from={run.init_from} is not used"
+    before, now = flatten(layout.read_config(resume_from)), flatten(run)
+    changed = [
+        f"{key} {before[key]} -> {now[key]}"
+        for key in now
+        if before[key] != now[key] and key not in ("run_dir", "checkpoint.resume")
+    ]
+    if changed:
+        lines.append(f"changed since the checkpoint: {', '.join(changed)}")
+    return lines
+
+
+def _ending(run: Run, begun: LoopState, loop: LoopState, checkpoint: Path | None) -> str:
+    """How the run came to its end, in one line."""
+    if out_of_patience(loop, run.train):
+        text = (
+            f"stopped early: no improvement in {loop.evaluations_without_improvement} evaluations, best "
+            f"{loop.best_valid_loss:.4f} at step {loop.best_step}"
+        )
+        text += "" if loop.step == begun.step else f"; checkpoint {checkpoint}"
+    elif loop == begun:
+        text = f"nothing to do: step {loop.step} of {run.train.max_steps} is done"
+    else:
+        text = f"done: step {loop.step}, checkpoint {checkpoint}"
+    return text

@@ -1,0 +1,23 @@
+"""Every head fine-tunes to the same losses, gradients, weights and metrics as in one process, in fp64."""
+
+from __future__ import annotations
+
+import pytest
+
+from esm2mega.prove.prover import Prover
+from esm2mega.prove.trials import GROUPS, HEADS
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+
+def test_heads_equal_one_process() -> None:
+    """One layout for each head, in turn; `esm2mega prove --layouts heads` has all combinations."""
+    of_head = {name: [t for t in GROUPS["heads"] if t.head == name] for name in HEADS}
+    trials = [rows[number % len(rows)] for number, rows in enumerate(of_head.values())]
+    trials += [of_head["frozen"][2]]
+    assert {trial.head for trial in trials} == set(HEADS)
+    with Prover(processes=2, seed=1234) as prover:
+        for verdict in prover.judge(trials):
+            assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
+            assert verdict.passed, f"{verdict.trial}: {verdict.largest.value:.1e} in {verdict.largest}"

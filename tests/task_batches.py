@@ -1,0 +1,36 @@
+"""Packs of labelled proteins for tests of heads and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esm2mega.config.schema import DataConfig
+from esm2mega.data.batch import BatchSpec
+from esm2mega.data.labelled import LabelledProteins
+from esm2mega.data.labelled_batch import LabelledBatch, LabelledPacks
+from esm2mega.data.tokenizer import encode_residues
+
+
+def proteins_of(sequences: Sequence[str], labels: Any = None, per_residue: bool = False) -> LabelledProteins:
+    """Proteins in memory, named by their numbers."""
+    tokens = [encode_residues(sequence) for sequence in sequences]
+    return LabelledProteins(
+        Path("test"),
+        [str(number) for number in range(len(tokens))],
+        np.concatenate(tokens),
+        np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+        labels,
+        per_residue,
+    )
+
+
+def one_pack(proteins: LabelledProteins, num_tokens: int = 256) -> LabelledBatch:
+    """All proteins in one pack; its rows say in which order."""
+    spec = BatchSpec(DataConfig(max_seq_length=128), num_tokens, seed=3)
+    (batch,) = LabelledPacks(proteins, spec)
+    assert batch.num_sequences == len(proteins)
+    return batch

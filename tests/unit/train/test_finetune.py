@@ -1,0 +1,176 @@
+"""Fine-tuning end to end in one process: what it starts from, resumes to, leaves alone, and predicts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.tensors import TensorReader
+from esm2mega.cli import main
+from esm2mega.errors import UserError
+from esm2mega.finetuning import infer_model, train_model
+from tests.unit.conftest import TinyRun
+from tests.unit.runs import SETTINGS
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
+
+RNG = np.random.default_rng(8)
+SEQUENCES = ["".join(RNG.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in RNG.integers(4, 60, 40)]
+PAIRS = [(sequence, sequence.count("K") + len(sequence) / 10) for sequence in SEQUENCES]
+TRAIN, VALID = PAIRS[:30], PAIRS[30:]
+
+
+def train(run_dir: Path, *overrides: str, **given: Any):
+    settings = [*SETTINGS, f"run_dir={run_dir}", "task.kind=regression", "train.eval_every=2", *overrides]
+    return train_model(settings, **{"train": TRAIN, "valid": VALID, **given})
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    reader = TensorReader(checkpoint)
+    return {name: reader.read(name) for name in reader.index}
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "broken", "train.max_steps=2")
+    again = train(tmp_path / "broken")
+    assert whole.checkpoint.name == again.checkpoint.name == "step_00000004"
+    expected, actual = tensors(whole.checkpoint), tensors(again.checkpoint)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    assert whole.metrics["valid_loss"] == again.metrics["valid_loss"]
+    with pytest.raises(UserError, match="was trained on other labels than data.train holds now"):
+        train(tmp_path / "broken", "train.max_steps=6", train=[(s, v * 2) for s, v in TRAIN])
+    with pytest.raises(UserError, match="is of a run with task.kind=regression, the configuration says"):
+        train(tmp_path / "broken", "task.kind=multilabel", train=[("MK", "a")], valid=[("ML", "a")])
+
+
+def test_the_encoder_of_a_pretrained_model_and_a_new_head(finished: TinyRun, tmp_path: Path) -> None:
+    """Frozen: base weights stay bit-equal, the head moves; the model's shape is that of init_from."""
+    settings = [
+        text for text in SETTINGS if not text.startswith("model.") and not text.startswith("train.max_steps")
+    ]
+    trained = train_model(
+        [
+            *settings,
+            f"run_dir={tmp_path}",
+            f"init_from={finished.run_dir}",
+            "task.kind=regression",
+            "finetune.mode=frozen",
+            "train.max_steps=3",
+        ],
+        train=TRAIN,
+    )
+    assert trained.run.model.hidden_size == 24 and trained.run.model.precision == "fp64"
+    base, tuned = tensors(layout.resolve_checkpoint(finished.run_dir)), tensors(trained.checkpoint)
+    encoder = [name for name in tuned if name.startswith(("encoder.", "embedding."))]
+    assert encoder and all(torch.equal(tuned[name], base[name]) for name in encoder)
+    assert not any(name.startswith(("lm_head", "output_layer")) for name in tuned)
+    assert {name for name in tuned if name.startswith("optimizer.state.exp_avg.")} == {
+        f"optimizer.state.exp_avg.head.{layer}.{part}"
+        for layer in ("dense", "output")
+        for part in ("weight", "bias")
+    }
+    # A second task may begin with this head. Another seed: an initial head is a function of it.
+    settings = [f"init_from={trained.checkpoint}", "train.max_steps=1", "seed=9"]
+    warm = train(tmp_path / "warm", "finetune.load_head=true", *settings)
+    cold = train(tmp_path / "cold", *settings)
+    first = tuned["head.dense.weight"]
+    moved = [(tensors(t.checkpoint)["head.dense.weight"] - first).abs().max() for t in (warm, cold)]
+    assert moved[0] < 0.01 < moved[1]
+
+
+def test_frozen_features_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    """Computing them once changes nothing: freezing all but the head by patterns gives the same weights."""
+    frozen = train(tmp_path / "frozen", "finetune.mode=frozen", "task.pooling=attention")
+    patterns = "finetune.freeze=[embedding.*, encoder.*]"
+    plain = train(tmp_path / "plain", patterns, "task.pooling=attention")
+    expected, actual = tensors(plain.checkpoint), tensors(frozen.checkpoint)
+    for name in ("head.dense.weight", "head.query", "head.output.bias"):
+        assert (actual[name] - expected[name]).abs().max() < 1e-12
+    with pytest.raises(UserError, match="'encoder.layer.*' matches no weight"):
+        train(tmp_path / "wrong", "finetune.freeze=[encoder.layer.*]")
+    with pytest.raises(UserError, match="in some layers and not in others"):
+        train(tmp_path / "wrong", "finetune.freeze=[encoder.layers.0.*]")
+
+
+def test_predictions_are_those_of_training_in_input_order(tmp_path: Path) -> None:
+    """The metrics of the last evaluation follow from what `predict` writes for the same proteins."""
+    trained = train(tmp_path / "run")
+    table = tmp_path / "proteins.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "sequence", "target"])
+        writer.writerows([["same", sequence, value] for sequence, value in VALID])
+    out = tmp_path / "out.csv"
+    assert main(["predict", str(tmp_path / "run"), str(table), "--out", str(out)]) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert [row["id"] for row in rows] == ["same"] * 10
+    predicted = np.array([float(row["target"]) for row in rows])
+    labels = np.array([value for _, value in VALID])
+    assert trained.metrics["valid_mse"] == pytest.approx(((predicted - labels) ** 2).mean(), rel=1e-12)
+    assert infer_model(trained.checkpoint, [sequence for sequence, _ in VALID]) == predicted.tolist()
+    result = tmp_path / "metrics.json"
+    arguments = ["evaluate", str(tmp_path / "run"), "--data", str(table), "--out", str(result)]
+    assert main([*arguments, "task.bootstrap=50"]) == 0
+    found = json.loads(result.read_text())
+    assert (
+        found["loss"] == trained.metrics["valid_loss"]
+        and found["spearman"] == trained.metrics["valid_spearman"]
+    )
+    assert [example["prediction"] for example in found["predictions"]] == predicted.tolist()
+    assert found["intervals"]["mse"][0] < found["mse"] < found["intervals"]["mse"][1]
+
+
+def test_residues_in_all_formats(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    pairs = [(text, "".join("HEC"[ord(c) % 3] for c in text)) for text in SEQUENCES]
+    trained = train(
+        tmp_path / "run",
+        "task.kind=token_classification",
+        "task.head=cnn",
+        "optim.lr=1e-2",
+        "train.max_steps=12",
+        train=pairs[:30],
+        valid=pairs[30:],
+    )
+    fasta = tmp_path / "proteins.fasta"
+    fasta.write_text("".join(f">p{n}\n{text}\n" for n, text in enumerate(SEQUENCES)))
+    for ending in ("csv", "h5"):
+        out = tmp_path / f"out.{ending}"
+        assert main(["predict", str(trained.checkpoint), str(fasta), "--out", str(out)]) == 0
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert [len(row["prediction"]) for row in rows] == [len(text) for text in SEQUENCES]
+    right = [
+        a == b
+        for row, (_, label) in zip(rows, pairs, strict=True)
+        for a, b in zip(row["prediction"], label, strict=True)
+    ]
+    assert np.mean(right) > 0.6  # a third by chance
+    with h5py.File(tmp_path / "out.h5") as file:
+        names, offsets = list(file.attrs["names"]), file["offsets"][:]
+        likeliest = file["predictions"][:].argmax(axis=1)
+        for number, row in enumerate(rows):
+            mine = likeliest[offsets[number] : offsets[number + 1]]
+            assert "".join(names[i] for i in mine) == row["prediction"]
+
+
+def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
+    for overrides, message in (
+        (["task.head=cnn"], "task.head=cnn does not go with task.kind=regression"),
+        (["task.mask_column=m"], "marks residues, but task.kind=regression has labels of proteins"),
+        (["task.head=hf", "data.too_long=crop"], "may cut <cls> away"),
+        (["data.workers=1"], "labelled proteins are in memory"),
+        (["finetune.mode=frozen", "finetune.freeze=[embedding.*]"], "is of no use with finetune.mode=frozen"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tmp_path, *overrides)
+    with pytest.raises(UserError, match="data.valid holds the same proteins as data.train"):
+        train(tmp_path, valid=TRAIN)
