@@ -78,6 +78,16 @@ def validate_task(run: Run) -> None:
         raise UserError(
             f"lora.rank={run.lora.rank}: only `esm2mega pretrain` trains adapters; set lora.rank=null"
         )
+    parallel = run.parallel
+    if (
+        run.finetune.mode == "frozen"
+        and parallel.distributed_optimizer
+        and parallel.pipeline_model_parallel_size > 1
+    ):
+        raise UserError(
+            "parallel.distributed_optimizer=true needs weights to train in every pipeline stage, but "
+            "finetune.mode=frozen trains the last one alone; set parallel.distributed_optimizer=false"
+        )
     if run.finetune.mode == "frozen" and run.finetune.freeze:
         raise UserError(
             f"finetune.freeze={run.finetune.freeze} is of no use with finetune.mode=frozen, which "

@@ -48,7 +48,8 @@ def choose_trials(
     Raises:
         UserError: No such group or head, or a group that trains something else.
     """
-    trials = _named(layouts, seed, processes)
+    settings = [] if head is None else with_head(Trial(()), head).training
+    trials = _named(layouts, seed, processes, settings or SETTINGS)
     if not lora and head is None:
         return trials
     switch = "--lora" if lora else f"--head {head}"
@@ -62,9 +63,9 @@ def choose_trials(
     return [with_lora(trial) if lora else with_head(trial, str(head)) for trial in trials]
 
 
-def _named(layouts: str, seed: int, processes: int) -> list[Trial]:
+def _named(layouts: str, seed: int, processes: int, training: Sequence[str]) -> list[Trial]:
     if match := _RANDOM.fullmatch(layouts):
-        return [Trial((layout,)) for layout in random_layouts(int(match[1]), seed, processes, SETTINGS)]
+        return [Trial((layout,)) for layout in random_layouts(int(match[1]), seed, processes, training)]
     names = list(GROUPS) if layouts == "all" else layouts.split(",")
     for name in names:
         if name not in GROUPS:
@@ -103,7 +104,7 @@ def prove(
     """
     for trial in trials:
         for layout in trial.layouts:
-            layout.check(SETTINGS)
+            layout.check(trial.training)
         if trial.processes > processes:
             raise UserError(
                 f"{trial}: needs {trial.processes} processes, --processes allows {processes}; raise it "
@@ -182,7 +183,7 @@ def shrunk(prover: Prover, failed: Verdict, processes: int) -> Verdict:
         for layout in failed.trial.layouts[0].simpler():
             if layout.processes > processes or layout == layout.reference:
                 continue
-            if is_possible(layout, SETTINGS):
+            if is_possible(layout, failed.trial.training):
                 trial = replace(failed.trial, layouts=(layout,))
                 (verdict,) = prover.judge([trial])
                 if not verdict.passed:

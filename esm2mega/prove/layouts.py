@@ -12,6 +12,7 @@ from typing import Any
 
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import Run
+from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
 from esm2mega.errors import UserError
 
@@ -107,6 +108,8 @@ class Layout:
             section, _, name = key.partition(".")
             setattr(getattr(run, section), name, value)
         validate(run, self.processes)
+        if run.task.kind is not None:
+            validate_task(run)
 
     def simpler(self) -> Iterator[Layout]:
         """Layouts with one axis nearer to the reference, the largest steps first."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from esm2mega.errors import UserError
 from esm2mega.prove.layouts import TOKENS_PER_PROTEIN, Layout
-from esm2mega.prove.training import MID_WINDOW
+from esm2mega.prove.training import MID_WINDOW, SETTINGS
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Trial:
     settings: tuple[str, ...] = ()
     label: str = ""
     continues: bool = False
+
+    @property
+    def training(self) -> list[str]:
+        """The overrides that a layout must be possible with."""
+        return [*SETTINGS, *(() if self.continues else self.settings)]
 
     @property
     def processes(self) -> int:

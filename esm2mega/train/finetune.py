@@ -172,7 +172,7 @@ def _train(
     elif init_from is not None:
         choice = for_task(run.finetune.load_head)
         auxiliary = load_initial_weights(init_from, run.model, chunks, choice)
-    trained = set_trainable(chunks, run.finetune)
+    trained = set_trainable(chunks, run.finetune, run.parallel.distributed_optimizer)
     loss = parts.loss or loss_of_task(run.task, splits.info)
     state = train_state(run, chunks, loss, ranks, observe)
     spec, train = batch_spec(run), splits.of["train"]

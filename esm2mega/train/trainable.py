@@ -16,12 +16,13 @@ from esm2mega.errors import UserError
 _LAYER = re.compile(r"encoder\.layers\.\d+\.")
 
 
-def set_trainable(chunks: Sequence[Any], config: FinetuneConfig) -> str:
+def set_trainable(chunks: Sequence[Any], config: FinetuneConfig, distributed_optimizer: bool = False) -> str:
     """Freeze what `config` says, before the chunks are wrapped; all ranks call this together.
 
     Args:
         chunks: This rank's chunks with their initial weights.
         config: Mode and patterns.
+        distributed_optimizer: Whether every process needs weights to train.
 
     Returns:
         What is trained, in words.
@@ -65,6 +66,11 @@ def set_trainable(chunks: Sequence[Any], config: FinetuneConfig) -> str:
             raise UserError(f"finetune.freeze: {pattern!r} matches no weight; names are such as {shown}")
     if not trained_names:
         raise UserError(f"finetune.freeze={config.freeze} freezes every weight; leave some to train")
+    if distributed_optimizer and not all(names for _, names, _ in seen):
+        raise UserError(
+            f"finetune.freeze={config.freeze} leaves a pipeline stage without weights to train, which "
+            "parallel.distributed_optimizer=true does not allow; set it to false"
+        )
     return f"{len(trained_names)} of {len(names)} tensors are trained (finetune.mode={config.mode})"
 
 
