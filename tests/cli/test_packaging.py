@@ -206,5 +206,6 @@ def test_extras_and_python_versions():
         "logging",
         "parquet",
         "tape",
+        "finetune",
         "dev",
     ]

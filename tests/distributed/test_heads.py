@@ -13,10 +13,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 def test_heads_equal_one_process() -> None:
     """One layout for each head, in turn; `esm2mega prove --layouts heads` has all combinations."""
-    of_head = {name: [t for t in GROUPS["heads"] if t.head == name] for name in HEADS}
+    of_head = {name: [t for t in GROUPS["heads"] if t.label == f"head {name}"] for name in HEADS}
     trials = [rows[number % len(rows)] for number, rows in enumerate(of_head.values())]
     trials += [of_head["frozen"][2]]
-    assert {trial.head for trial in trials} == set(HEADS)
+    assert all(of_head.values())
     with Prover(processes=2, seed=1234) as prover:
         for verdict in prover.judge(trials):
             assert verdict.error is None, f"{verdict.trial}: {verdict.error}"

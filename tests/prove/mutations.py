@@ -95,8 +95,8 @@ def wrong_qkv_interleave() -> AbstractContextManager[Any]:
 def bias_dropped_on_one_rank() -> AbstractContextManager[Any]:
     original = pretrain.build_model
 
-    def without_bias(*arguments: Any) -> Any:
-        chunks = original(*arguments)
+    def without_bias(*arguments: Any, **keywords: Any) -> Any:
+        chunks = original(*arguments, **keywords)
         if parallel_state.get_tensor_model_parallel_rank() == 1:
             for chunk in chunks:
                 chunk.encoder.layers[1].mlp.linear_fc1.register_forward_hook(
@@ -132,7 +132,7 @@ def clip_norm_of_one_rank() -> AbstractContextManager[Any]:
     def alone(grads: Sequence[torch.Tensor], *arguments: Any, **keywords: Any) -> float:
         return float(torch.stack([grad.norm() for grad in grads]).norm())
 
-    return patch(f"{_MEGATRON}.optimizer.optimizer.get_grad_norm_fp32", alone)
+    return patch("esm2mega.parallel.fp64.get_grad_norm_fp32", alone)
 
 
 def replicated_parameters_counted_twice() -> AbstractContextManager[Any]:

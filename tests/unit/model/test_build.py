@@ -80,7 +80,7 @@ def test_pipeline_stages_of_unequal_length() -> None:
     parallel = ParallelConfig(pipeline_model_parallel_size=2)
     config = transformer_config(SHAPE, parallel, CPU, "sdpa")
     layout = config.pipeline_model_parallel_layout
-    assert [layout.get_num_layers_to_build(vp_stage=0, pp_rank=rank) for rank in range(2)] == [2, 1]
+    assert [layout.get_num_layers_to_build(vp_stage=0, pp_rank=rank) for rank in range(2)] == [1, 2]
     assert transformer_config(SHAPE, ParallelConfig(), CPU, "sdpa").pipeline_model_parallel_layout is None
 
 
