@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import pickle
 import random
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.metadata import check_metadata
@@ -36,6 +38,26 @@ def _refusal(folder: Path, content: bytes) -> str:
 def test_honest_index_passes(honest: bytes, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(honest)
     check_metadata(tmp_path)
+
+
+class _ByAttribute(pickle.Pickler):
+    """Stores members of enumerations as Python 3.11.2 does."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+def test_enumerations_as_attributes_pass(honest: bytes, tmp_path: Path) -> None:
+    with (tmp_path / ".metadata").open("wb") as file:
+        _ByAttribute(file).dump(pickle.loads(honest))
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    check_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [(torch.Size, "__init__"), (_MEM_FORMAT_ENCODING, "mro"), ("x",)])
+def test_other_attributes_are_refused(tmp_path: Path, arguments: tuple[Any, ...]) -> None:
+    content = pickle.dumps({"state_dict_metadata": Call(getattr, *arguments)})
+    assert "refused: it would load builtins.getattr" in _refusal(tmp_path, content)
 
 
 class Call:
