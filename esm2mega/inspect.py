@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,11 +49,9 @@ def _store_lines(directory: Path) -> Iterator[str]:
 
 
 def _checkpoint_lines(directory: Path) -> Iterator[str]:
-    import torch
-
     from esm2mega.checkpoint import layout
     from esm2mega.checkpoint.auxiliary import read_auxiliary
-    from esm2mega.checkpoint.tensors import TensorReader
+    from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
     from esm2mega.config.presets import shape_of
 
     checkpoint = layout.resolve_checkpoint(directory)
@@ -76,16 +73,15 @@ def _checkpoint_lines(directory: Path) -> Iterator[str]:
     if "base" in state:
         yield f"adapters of rank {run.lora.rank} on {', '.join(run.lora.target_modules)}"
         yield f"base {state['base']['path']}  sha256 {state['base']['sha256']}"
-    whole = hashlib.sha256()
+    digests: list[tuple[str, str]] = []
     for name, info in reader.index.items():
         if name.startswith(_OPTIMIZER):
             continue
-        # As bytes: numpy has no bfloat16.
-        digest = hashlib.sha256(reader.read(name).flatten().view(torch.uint8).numpy().data).hexdigest()
-        whole.update(f"{name} {digest}\n".encode())
+        digest = tensor_sha256(reader.read(name))
+        digests.append((name, digest))
         dtype = str(info.dtype).removeprefix("torch.")
         yield f"  {name:<58} {dtype:<9} {list(info.shape)!s:<18} {digest[:16]}"
-    yield f"weights sha256 {whole.hexdigest()}"
+    yield f"weights sha256 {combined_sha256(digests)}"
     for name, value in read_auxiliary(checkpoint).items():
         yield f"auxiliary {name} {list(value.shape)}"
     optimizer = [info for name, info in reader.index.items() if name.startswith(_OPTIMIZER)]

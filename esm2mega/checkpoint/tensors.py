@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,20 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def tensor_sha256(value: torch.Tensor) -> str:
+    """SHA-256 of the bytes of a tensor on the CPU, in hexadecimal."""
+    # As bytes: numpy has no bfloat16.
+    return hashlib.sha256(value.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+def combined_sha256(digests: Iterable[tuple[str, str]]) -> str:
+    """One checksum of many tensors: SHA-256 over lines of name and `tensor_sha256`, in the order given."""
+    whole = hashlib.sha256()
+    for name, digest in digests:
+        whole.update(f"{name} {digest}\n".encode())
+    return whole.hexdigest()
 
 
 class TensorReader:

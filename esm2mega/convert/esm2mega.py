@@ -20,6 +20,7 @@ from esm2mega.config.presets import PRESETS, shape_of
 from esm2mega.config.schema import DataConfig, Run
 from esm2mega.convert.classifiers import find_classifier
 from esm2mega.convert.mapping import (
+    BODY,
     CLASSIFIER,
     CONTACT_HEAD,
     FINAL_NORM,
@@ -51,20 +52,7 @@ def _kept(prefix: str) -> Row:
 
 _COMMON = (
     Row(TABLE, TABLE, PADDED_VOCABULARY),
-    *(
-        Row(name, name)
-        for name in (
-            LAYER + "self_attention.linear_qkv.layer_norm_{p}",
-            LAYER + "self_attention.linear_qkv.{p}",
-            LAYER + "self_attention.linear_proj.{p}",
-            LAYER + "mlp.linear_fc1.layer_norm_{p}",
-            LAYER + "mlp.linear_fc1.{p}",
-            LAYER + "mlp.linear_fc2.{p}",
-            FINAL_NORM + "{p}",
-            "lm_head.dense.{p}",
-            "lm_head.layer_norm.{p}",
-        )
-    ),
+    *(Row(name, name) for name in BODY),
     Row(OUTPUT_BIAS, OUTPUT_BIAS, PADDED_VOCABULARY),
 )
 NAMES = NameTable((*_COMMON, Row(FREQUENCIES, FREQUENCIES), _kept(CONTACT_HEAD)))

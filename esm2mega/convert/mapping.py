@@ -29,6 +29,18 @@ POSITIONS = "embedding.position_embeddings.weight"
 POOLER = "pooler.dense."
 FINAL_NORM = "encoder.final_layernorm."
 LAYER = "encoder.layers.{n}."
+BODY = (
+    LAYER + "self_attention.linear_qkv.layer_norm_{p}",
+    LAYER + "self_attention.linear_qkv.{p}",
+    LAYER + "self_attention.linear_proj.{p}",
+    LAYER + "mlp.linear_fc1.layer_norm_{p}",
+    LAYER + "mlp.linear_fc1.{p}",
+    LAYER + "mlp.linear_fc2.{p}",
+    FINAL_NORM + "{p}",
+    LM_HEAD + "dense.{p}",
+    LM_HEAD + "layer_norm.{p}",
+)
+"""Names of what every model has beside its table and output bias; those of Megatron-Core."""
 
 Shape = tuple[int, ...]
 

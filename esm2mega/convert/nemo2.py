@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from esm2mega.convert.mapping import LAYER, OUTPUT_BIAS, TABLE, VOCABULARY, NameTable, Row
+from esm2mega.convert.mapping import BODY, OUTPUT_BIAS, TABLE, VOCABULARY, NameTable, Row
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.stores import DistributedStore
 from esm2mega.convert.weights import Description, Weights, epsilon_from, shape_from
@@ -24,20 +24,7 @@ _CONTEXT, _WEIGHTS = "context", "weights"
 NAMES = NameTable(
     rows=(
         Row(TABLE, TABLE, VOCABULARY),
-        *(
-            Row(name, name)
-            for name in (
-                LAYER + "self_attention.linear_qkv.layer_norm_{p}",
-                LAYER + "self_attention.linear_qkv.{p}",
-                LAYER + "self_attention.linear_proj.{p}",
-                LAYER + "mlp.linear_fc1.layer_norm_{p}",
-                LAYER + "mlp.linear_fc1.{p}",
-                LAYER + "mlp.linear_fc2.{p}",
-                "encoder.final_layernorm.{p}",
-                "lm_head.dense.{p}",
-                "lm_head.layer_norm.{p}",
-            )
-        ),
+        *(Row(name, name) for name in BODY),
         Row(OUTPUT_BIAS, OUTPUT_BIAS, VOCABULARY),
     ),
     tied={"output_layer.weight": False},

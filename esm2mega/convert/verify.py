@@ -6,7 +6,6 @@ package where that is installed (transformers, fair-esm), else in `esm2mega.conv
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esm2mega.checkpoint.tensors import tensor_sha256
 from esm2mega.convert import reference
 from esm2mega.convert.arrangements import plain_model
 from esm2mega.convert.classifiers import ARCHITECTURES
@@ -149,9 +149,7 @@ def _tensors(source: Weights, target: Weights) -> dict[str, dict[str, str]]:
 def _checksum(weights: Weights, name: str) -> str:
     if name not in weights.infos:
         return "none"
-    # As bytes: numpy has no bfloat16.
-    value = weights.read(name).contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(value.numpy().data).hexdigest()
+    return tensor_sha256(weights.read(name))
 
 
 def _run(

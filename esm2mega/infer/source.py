@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.store import load_weights
-from esm2mega.checkpoint.tensors import TensorReader
+from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
 from esm2mega.config.schema import Run
 from esm2mega.convert.esm2mega import default_dtype, is_auxiliary, run_of
 from esm2mega.convert.formats import detect, open_weights
 from esm2mega.convert.into_model import fill_model
+from esm2mega.convert.mapping import CONTACT_HEAD
 from esm2mega.lora.base import find_base, needs_base, recorded_base
 from esm2mega.lora.checkpoint import load_model
 
-CONTACT_WEIGHT = "contact_head.regression.weight"
-CONTACT_BIAS = "contact_head.regression.bias"
+CONTACT_WEIGHT, CONTACT_BIAS = f"{CONTACT_HEAD}weight", f"{CONTACT_HEAD}bias"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,9 @@ def _open_foreign(path: Path) -> ModelSource:
         run_of(weights.description),
         lambda chunks: fill_model(weights, chunks),
         {name: weights.read(name).clone() for name in weights.infos if kept(name)},
-        lambda: _sha256((name, weights.read(name)) for name in weights.infos if not kept(name)),
+        lambda: combined_sha256(
+            (name, tensor_sha256(weights.read(name))) for name in weights.infos if not kept(name)
+        ),
     )
 
 
@@ -107,13 +108,4 @@ def weights_sha256(checkpoint: Path) -> str:
     """The checksum that `esm2mega inspect` prints as ``weights sha256``."""
     reader = TensorReader(checkpoint)
     names = (name for name in reader.index if not name.startswith("optimizer."))
-    return _sha256((name, reader.read(name)) for name in names)
-
-
-def _sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    whole = hashlib.sha256()
-    for name, tensor in tensors:
-        # As bytes: numpy has no bfloat16.
-        value = tensor.contiguous().flatten().view(torch.uint8).numpy()
-        whole.update(f"{name} {hashlib.sha256(value.data).hexdigest()}\n".encode())
-    return whole.hexdigest()
+    return combined_sha256((name, tensor_sha256(reader.read(name))) for name in names)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
 from esm2mega.config.schema import LoRAConfig, Run
 from esm2mega.convert.esm2mega import is_auxiliary
 from esm2mega.convert.formats import open_weights
@@ -46,26 +43,10 @@ def identify(path: Path) -> Base:
     """Read all weights of a checkpoint in any format, and say which they are."""
     weights = open_weights(path)
     kept = is_auxiliary(weights.description)
-    whole = hashlib.sha256()
-    for name in sorted(name for name in weights.infos if not kept(name)):
-        # As bytes: numpy has no bfloat16.
-        value = weights.read(name).contiguous().flatten().view(torch.uint8).numpy()
-        whole.update(f"{name} {hashlib.sha256(value.data).hexdigest()}\n".encode())
-    return Base(str(path.resolve()), whole.hexdigest())
-
-
-def identify_once(path: Path) -> Base:
-    """`identify`, done by one process for all. Broadcast over the world."""
-    told: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            told = [identify(path)]
-        except UserError as error:
-            told = [str(error)]
-    dist.broadcast_object_list(told, src=0)
-    if isinstance(told[0], str):
-        raise UserError(told[0])
-    return told[0]
+    names = sorted(name for name in weights.infos if not kept(name))
+    return Base(
+        str(path.resolve()), combined_sha256((name, tensor_sha256(weights.read(name))) for name in names)
+    )
 
 
 def find_base(checkpoint: Path, run: Run) -> Path:

@@ -25,11 +25,12 @@ from esm2mega.lora.base import (
     check_adapters,
     check_base,
     find_base,
-    identify_once,
+    identify,
     needs_base,
     recorded_base,
 )
 from esm2mega.lora.inject import SUFFIX, apply_lora
+from esm2mega.parallel.errors import on_one_rank
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def load_base(
         assert run.init_from is not None
         path = Path(run.init_from)
     path = pinned(path)
-    base = identify_once(path)
+    base = on_one_rank(lambda: identify(path))
     if checkpoint is not None:
         check_base(checkpoint, base)
     auxiliary = load_initial_weights(path, run.model, chunks)
