@@ -1,6 +1,6 @@
 """Fill, planning rate and memory of packing, and the rate of the loader beside that of a model.
 
-    python benchmarks/data_packing.py proteins.fasta --json result.json
+    python benchmarks/data.py packing proteins.fasta --json result.json
 
 The lengths of the FASTA are drawn with replacement to stores of any size. Rates are of one process: those of
 the planner and of building batches in seconds of processor time, which other work on the machine hardly
@@ -166,7 +166,9 @@ def measure_model(store: TokenStore, spec: BatchSpec, size: str, steps: int, thr
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print and write."""
-    parser = argparse.ArgumentParser(description="Fill, rate and memory of packing; the loader's rate.")
+    parser = argparse.ArgumentParser(
+        prog="data.py packing", description="Fill, rate and memory of packing; the loader's rate."
+    )
     parser.add_argument("fasta", nargs="?", type=Path, default=DEFAULT_FASTA, help="whose lengths to take")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 16384, 65536])
     parser.add_argument("--sequences", nargs="+", type=int, default=[10**5, 10**6, 10**7])
@@ -225,7 +227,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "tokens_per_second": rates,
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Rate and memory of `esm2mega prepare fasta`, beside a pipeline on the Hugging Face ESM tokenizer.
 
-    python benchmarks/data_prepare.py proteins.fasta --megabytes 100 1000 --json result.json
+    python benchmarks/data.py prepare proteins.fasta --megabytes 100 1000 --json result.json
 
 The proteins of the FASTA, drawn with replacement, are written to generated files of the given sizes, which
 are removed afterwards, and prepared as whole commands: starting Python and its workers counts. `hf` reads the
@@ -159,7 +159,9 @@ def _hf_share(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print and write."""
-    parser = argparse.ArgumentParser(description="`prepare fasta` beside the Hugging Face ESM tokenizer.")
+    parser = argparse.ArgumentParser(
+        prog="data.py prepare", description="`prepare fasta` beside the Hugging Face ESM tokenizer."
+    )
     parser.add_argument("fasta", nargs="?", type=Path, default=DEFAULT_FASTA, help="proteins to draw from")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[100, 1000], help="generated files")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -200,7 +202,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = {"workers": options.workers, "fasta": options.fasta.name, "proteins": len(proteins)}
         text = json.dumps({**setting, "results": [asdict(result) for result in results]}, indent=1)
         options.json.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()

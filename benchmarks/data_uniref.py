@@ -1,6 +1,6 @@
 """Time, memory and temporary disk of `prepare uniref` against the number of UniRef90 members.
 
-    python benchmarks/data_uniref.py --members 100000 1000000 10000000 --json result.json
+    python benchmarks/data.py uniref --members 100000 1000000 10000000 --json result.json
 
 Files of random proteins are generated, prepared and removed, one size after the other. The UniRef90 file is
 in another order than the mapping, three members make a cluster, and one cluster in a hundred is held out.
@@ -134,7 +134,9 @@ def measure(inputs: UniRefInputs, members: int, results: multiprocessing.SimpleQ
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, print and write."""
-    parser = argparse.ArgumentParser(description="Time, memory and disk of `prepare uniref`.")
+    parser = argparse.ArgumentParser(
+        prog="data.py uniref", description="Time, memory and disk of `prepare uniref`."
+    )
     parser.add_argument("--members", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--length", type=int, default=60, help="mean residues; UniRef90 has about 330")
     parser.add_argument("--folder", type=Path, help="where the files are generated [default: temporary]")
@@ -174,7 +176,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(" ".join(f"{cell:>13}" for cell in cells), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

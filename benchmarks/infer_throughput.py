@@ -16,6 +16,8 @@ in a run over all of it.
     fair-esm    these batches
     hf-sorted   the same batches through `EsmModel`
     esm2mega    the same proteins in random order, in packs, as `esm2mega embed` makes them
+    kernels     not a model: PyTorch's matrix products and attention of the layers, on these batches without
+                their padding, and nothing between them. No model that calls these kernels can be faster
 
 fair-esm has no bf16 mode; it is cast as a whole where bf16 is measured.
 """
@@ -36,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS
@@ -132,25 +135,10 @@ def fair_esm(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
 @contextmanager
 def hf_sorted(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
     """Yield the pass of Hugging Face's model."""
-    from transformers import EsmConfig, EsmModel
+    from hf_model import config_of
+    from transformers import EsmModel
 
-    shape = PRESETS[size]
-    config = EsmConfig(
-        vocab_size=len(tokenizer.VOCAB),
-        mask_token_id=tokenizer.MASK,
-        pad_token_id=tokenizer.PAD,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        intermediate_size=shape.ffn_hidden_size,
-        max_position_embeddings=1026,
-        position_embedding_type="rotary",
-        emb_layer_norm_before=False,
-        token_dropout=True,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    model = EsmModel(config, add_pooling_layer=False).to(DTYPES[precision]).eval()
+    model = EsmModel(config_of(size), add_pooling_layer=False).to(DTYPES[precision]).eval()
 
     def states(ids: torch.Tensor) -> torch.Tensor:
         return model(ids, attention_mask=(ids != tokenizer.PAD).long()).last_hidden_state
@@ -181,7 +169,39 @@ def esm2mega(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
         yield lambda: sum(len(values[name].float().clone()) for _, values in embedder.run(proteins))
 
 
-CONTENDERS = {"fair-esm": fair_esm, "hf-sorted": hf_sorted, "esm2mega": esm2mega}
+@contextmanager
+def kernels(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
+    """Yield the matrix products and attention of all layers, each on random numbers."""
+    shape = PRESETS[size]
+    h, n, f = shape.hidden_size, shape.num_attention_heads, shape.ffn_hidden_size
+    layers = [
+        [
+            (
+                torch.randn(outputs, inputs, dtype=DTYPES[precision]),
+                torch.randn(outputs, dtype=DTYPES[precision]),
+            )
+            for outputs, inputs in ((3 * h, h), (h, h), (f, h), (h, f))
+        ]
+        for _ in range(shape.num_layers)
+    ]
+    counted = [[len(protein) + 2 for protein in batch] for batch in batches]
+    inputs = [torch.randn(sum(lengths), h, dtype=DTYPES[precision]) for lengths in counted]
+
+    @torch.inference_mode()
+    def one_pass() -> int:
+        for x, lengths in zip(inputs, counted, strict=True):
+            for qkv, proj, fc1, fc2 in layers:
+                for part in linear(x, *qkv).view(len(x), n, 3, -1).split(lengths):
+                    # [l, n, d] -> [1, n, l, d]
+                    scaled_dot_product_attention(*(one.transpose(0, 1)[None] for one in part.unbind(2)))
+                linear(x, *proj)
+                linear(linear(x, *fc1), *fc2)
+        return sum(sum(lengths) - 2 * len(lengths) for lengths in counted)
+
+    yield one_pass
+
+
+CONTENDERS = {"fair-esm": fair_esm, "hf-sorted": hf_sorted, "esm2mega": esm2mega, "kernels": kernels}
 
 
 def measure(batches: Batches, size: str, precision: str, rounds: int) -> dict[str, list[float]]:

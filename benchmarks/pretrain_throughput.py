@@ -122,28 +122,11 @@ def padded_tokens(batches: Batches) -> int:
 @contextmanager
 def hf_contender(size: str) -> Iterator[Contender]:
     """Yield `EsmForMaskedLM` on padded batches."""
-    from transformers import EsmConfig, EsmForMaskedLM
+    from hf_model import config_of
+    from transformers import EsmForMaskedLM
 
-    shape = PRESETS[size]
     torch.manual_seed(0)
-    model = EsmForMaskedLM(
-        EsmConfig(
-            vocab_size=len(tokenizer.VOCAB),
-            mask_token_id=tokenizer.MASK,
-            pad_token_id=tokenizer.PAD,
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_attention_heads,
-            intermediate_size=shape.ffn_hidden_size,
-            max_position_embeddings=1026,
-            position_embedding_type="rotary",
-            emb_layer_norm_before=False,
-            token_dropout=True,
-            # As in the published checkpoints; the class default is 0.1.
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    ).train()
+    model = EsmForMaskedLM(config_of(size)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
 
     def contender(batches: Batches) -> Pass:

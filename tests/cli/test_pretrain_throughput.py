@@ -1,8 +1,7 @@
 """The throughput benchmark runs, and its contenders are given the same work."""
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,14 @@ import torch
 from esm2mega.data.simulate import FamilySpec, simulate_families
 
 pytest.importorskip("transformers")
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pretrain_throughput.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("pretrain_throughput", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up while it is being executed.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module("pretrain_throughput")
 
 
 @pytest.fixture(scope="module")
