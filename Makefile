@@ -23,7 +23,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
 
-quickstart: $(QUICKSTART)/.installed ## simulate proteins, pretrain a tiny model on 2 CPU processes, evaluate, plot (minutes)
+quickstart: $(QUICKSTART)/.installed ## simulate proteins, pretrain a tiny model on 2 CPU processes, evaluate, plot, embed (minutes)
 	$(QUICKSTART)/bin/esm2mega quickstart --out $(or $(OUT),$(FRESH))
 
 setup: $(DEV)/.installed ## the environment for development

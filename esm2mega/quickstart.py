@@ -1,5 +1,5 @@
-"""`esm2mega quickstart`: the whole way from a FASTA to a trained, evaluated and plotted model, in minutes on
-two CPU cores.
+"""`esm2mega quickstart`: from a FASTA to a trained and evaluated model, its plot and embeddings, in minutes
+on two CPU cores.
 
 Every step prints what it does and the command that does the same by hand, runs it, and stops at the first
 failure.
@@ -47,6 +47,7 @@ class QuickstartResult:
     run_dir: Path
     checkpoint: Path
     plot: Path
+    embeddings: Path
     valid_loss: float
     unigram_loss: float
 
@@ -59,8 +60,8 @@ class QuickstartResult:
 def quickstart(
     out: str | Path, seed: int = 1234, steps: int = STEPS, say: Say = print_line
 ) -> QuickstartResult:
-    """Simulate protein families, prepare, pretrain `tiny` on two processes (TP=2), evaluate and plot, all
-    under `out`.
+    """Simulate protein families, prepare, pretrain `tiny` on two processes (TP=2), evaluate, plot and
+    embed, all under `out`.
 
     Args:
         out: directory to make; must be absent or empty.
@@ -79,7 +80,7 @@ def quickstart(
         )
     fasta, store, run_dir = out / "families.fasta", out / "store", out / "run"
 
-    say(f"[1/5] Simulate {FAMILIES} protein families of {MEMBERS} members, also as UniRef-like clusters")
+    say(f"[1/6] Simulate {FAMILIES} protein families of {MEMBERS} members, also as UniRef-like clusters")
     say(
         "      "
         + shlex.join(["python", "-m", "esm2mega.data.simulate", *_simulate_arguments(fasta, out, seed)])
@@ -90,27 +91,31 @@ def quickstart(
         f"to their ancestors; {made.uniref90_clusters:,} clusters at 90 %, {made.uniref50_clusters} at 50 %"
     )
 
-    say(f"[2/5] Prepare the token stores, {VALID_SIZE} proteins held out for validation")
+    say(f"[2/6] Prepare the token stores, {VALID_SIZE} proteins held out for validation")
     prepare = ["prepare", "fasta", fasta, "--out", store, "--val-size", VALID_SIZE, "--seed", seed]
     _esm2mega(prepare, say)
 
-    say(f"[3/5] Pretrain `tiny` for {steps} steps on {PROCESSES} CPU processes with tensor parallelism")
+    say(f"[3/6] Pretrain `tiny` for {steps} steps on {PROCESSES} CPU processes with tensor parallelism")
     _torchrun(
         ["pretrain", "--config", "pretrain_esm2_tiny", *pretrain_overrides(store, run_dir, seed, steps)], say
     )
 
-    say("[4/5] Evaluate the checkpoint on the validation proteins")
+    say("[4/6] Evaluate the checkpoint on the validation proteins")
     checkpoint = resolve_checkpoint(run_dir)
     metrics = out / "evaluation.json"
     # A checkpoint loads at any layout: one process is enough to evaluate.
     _esm2mega(["evaluate", checkpoint, "--data", store / "valid", "--out", metrics], say)
 
-    say("[5/5] Plot the run")
+    say("[5/6] Plot the run")
     _esm2mega(["plot", run_dir], say)
+
+    embeddings = out / "embeddings.h5"
+    say("[6/6] Embed the validation proteins: a vector for each residue and each protein")
+    _esm2mega(["embed", checkpoint, store / "valid", "--out", embeddings], say)
 
     valid_loss, unigram_loss = read_losses(metrics)
     result = QuickstartResult(
-        fasta, store, run_dir, checkpoint, run_dir / HTML_NAME, valid_loss, unigram_loss
+        fasta, store, run_dir, checkpoint, run_dir / HTML_NAME, embeddings, valid_loss, unigram_loss
     )
     say(summary(result))
     return result
@@ -154,6 +159,7 @@ Validation loss {result.valid_loss:.3f} nats per residue; residue frequencies: {
 The model is {abs(result.gain):.3f} nats {side} that baseline, on unseen proteins of families it has seen.
 Plot:       {result.plot} (open it in a browser), {result.plot.with_name(PNG_NAME).name}
 Checkpoint: {result.checkpoint}
+Embeddings: {result.embeddings}
 
 Next, with your own proteins:
   esm2mega prepare fasta my_proteins.fasta.gz --out my_store --val-size 1000

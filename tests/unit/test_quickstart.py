@@ -50,9 +50,9 @@ def test_steps_commands_and_summary(tmp_path, stubbed):
     lines = []
     result = quickstart(tmp_path, seed=7, steps=5, say=lines.append)
     assert [command[command.index("esm2mega") + 1] for command in stubbed] == [
-        "prepare", "pretrain", "evaluate", "plot",
+        "prepare", "pretrain", "evaluate", "plot", "embed",
     ]  # fmt: skip
-    assert sum(line.startswith("[") for line in lines) == 5
+    assert sum(line.startswith("[") for line in lines) == 6
     assert result.gain == pytest.approx(0.5)
     text = "\n".join(lines)
     assert "0.500 nats below that baseline" in text
@@ -64,7 +64,7 @@ def test_every_shown_command_is_the_one_that_ran(tmp_path, stubbed):
     lines = []
     quickstart(tmp_path, steps=5, say=lines.append)
     shown = [shlex.split(line) for line in lines if line.startswith("      ") and "esm2mega " in line]
-    assert len(shown) == len(stubbed) == 4
+    assert len(shown) == len(stubbed) == 5
     for words, ran in zip(shown, stubbed, strict=True):
         start = words.index("esm2mega")
         assert words[start:] == ran[ran.index("esm2mega") :]
@@ -147,4 +147,4 @@ def test_for_real_it_learns_more_than_residue_frequencies(tmp_path):
     lines = []
     result = quickstart(tmp_path / "out", say=lines.append)
     assert result.gain >= 0.3, "\n".join(lines)
-    assert result.plot.is_file() and result.checkpoint.is_dir()
+    assert result.plot.is_file() and result.checkpoint.is_dir() and result.embeddings.is_file()
