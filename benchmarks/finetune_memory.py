@@ -1,17 +1,19 @@
-"""Peak memory and time per step of training everything, adapters, or the head alone, side by side.
+"""Peak memory and time per step of fine-tuning everything, adapters, or the head alone, side by side.
 
     python benchmarks/finetune_memory.py --size 8M --json result.json
 
     full     all weights
-    lora     adapters of rank `--rank` on q, k and v
-    frozen   the masked-language-model head alone
+    lora     adapters of rank `--rank` on q, k and v, and the head
+    frozen   the head alone; the encoder computes each protein once
 
-Each mode trains in a process of its own, through the step of `esm2mega pretrain`, on the same packs of
-random residues. Memory is what the process needed at its peak beyond what it had before the model was built:
-on a CPU of its resident memory, on a GPU of the allocator's. The first step, which allocates the optimizer's
-state, counts for memory and not for time; the time is the median over the others, and beside it the mean of
-what all threads of the process took, which other programs disturb less. `trained` counts parameters,
-`checkpoint` is the size of what a run would save, optimizer included.
+Each mode trains in a process of its own, through the step of `esm2mega finetune`: a regression by the default
+head on the same labelled proteins of random residues, in two passes of `--steps` steps over them. Memory is
+what the process needed at its peak beyond what it had before the model was built: on a CPU of its resident
+memory, on a GPU of the allocator's. The first step, which allocates the optimizer's state, counts for memory
+and not for time. Times are medians over the steps of the first and of the second pass, which differ where
+features are kept; beside them the mean of what all threads of the process took in the second, which other
+programs disturb less. `trained` counts parameters, `checkpoint` is the size of what a run would save,
+optimizer included.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import random
 import resource
 import statistics
 import tempfile
@@ -35,14 +38,20 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
     """Train in `mode` and put the figures into the queue `answer`."""
     import torch
 
+    from esm2mega.checkpoint.choice import ALL, TRAINED
     from esm2mega.checkpoint.store import save_checkpoint
     from esm2mega.config.load import load_run
-    from esm2mega.lora.inject import apply_lora, freeze
+    from esm2mega.data.labelled import proteins_of_pairs
+    from esm2mega.data.labelled_batch import LabelledStream
+    from esm2mega.lora.inject import apply_lora
     from esm2mega.model.build import build_model
+    from esm2mega.model.heads import head_of_task
     from esm2mega.parallel.initialize import process_groups
-    from esm2mega.train.losses import MLMLossReduction
-    from esm2mega.train.optimizer import build_optimizer, build_schedule, wrap_data_parallel
-    from esm2mega.train.step import TrainState, train_step
+    from esm2mega.train.finetune import train_spec
+    from esm2mega.train.optimizer import train_state
+    from esm2mega.train.step import train_step
+    from esm2mega.train.task_losses import loss_of_task
+    from esm2mega.train.trainable import set_trainable
 
     torch.set_num_threads(options.threads)
     run = load_run(
@@ -51,40 +60,48 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
             f"model.size={options.size}",
             f"model.precision={options.precision}",
             f"model.recompute={options.recompute}",
+            "task.kind=regression",
+            f"finetune.mode={mode}",
             f"lora.rank={options.rank}",
+            f"train.micro_batch_tokens={options.tokens}",
+            f"train.global_batch_tokens={options.tokens}",
+            # Each pass over the proteins is a whole number of packs.
+            f"data.pack_window={options.tokens // options.length}",
             "schedule.warmup_steps=0",
         ],
     )
+    proteins, info = proteins_of_pairs(_pairs(options), run.task, None, "pairs")
     with process_groups(run.parallel, run.seed) as ranks, tempfile.TemporaryDirectory() as folder:
         before = _memory_bytes(ranks.device)
-        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, adapted=mode == "lora")
+        head = head_of_task(run.task, info.num_outputs)
+        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, adapted=mode == "lora")
         if mode == "lora":
-            apply_lora(chunks, run.lora, run.seed)
-        elif mode == "frozen":
-            freeze(chunks, ("lm_head.",))
-        model = wrap_data_parallel(chunks, run.model, run.parallel)
-        optimizer = build_optimizer(run.optim, run, model)
-        schedule = build_schedule(run.schedule, run.optim, optimizer)
-        state = TrainState(model, optimizer, schedule, MLMLossReduction(), ranks.device)
-        batch = _batch(options)
+            apply_lora(chunks, run.lora, run.seed, ("head.",))
+        else:
+            set_trainable(chunks, run.finetune)
+        state = train_state(run, chunks, loss_of_task(run.task, info), ranks, None)
         seconds: list[float] = []
-        for _ in range(options.steps + 1):
-            if len(seconds) == 1:
-                first_cpu = time.process_time()
-            begin = time.perf_counter()
-            train_step(state, [batch])
-            if ranks.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
+        with LabelledStream(proteins, train_spec(run, proteins)) as stream:
+            for _ in range(2 * options.steps):
+                if len(seconds) == options.steps:
+                    first_cpu = time.process_time()
+                batch = next(stream)
+                begin = time.perf_counter()
+                train_step(state, [batch])
+                if ranks.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - begin)
         cpu_seconds = (time.process_time() - first_cpu) / options.steps
         peak = _memory_bytes(ranks.device) - before
         directory = Path(folder) / "step"
-        save_checkpoint(directory, model, optimizer, run, {}, trained_only=mode != "full")
+        saved = TRAINED if mode == "lora" else ALL
+        save_checkpoint(directory, state.model, state.optimizer, run, {}, choice=saved)
         answer.put(
             {
                 "device": str(ranks.device),
                 "peak_memory_gb": peak / 1e9,
-                "step_seconds": statistics.median(seconds[1:]),
+                "first_seconds": statistics.median(seconds[1 : options.steps] or seconds[:1]),
+                "step_seconds": statistics.median(seconds[options.steps :]),
                 "cpu_seconds": cpu_seconds,
                 "trained_parameters": sum(
                     p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad
@@ -94,31 +111,12 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
         )
 
 
-def _batch(options: argparse.Namespace) -> Any:
-    """A pack of equally long proteins of random residues, 15 % of which are predicted."""
-    import torch
-
-    from esm2mega.data.loader import PackedBatch
-    from esm2mega.data.tokenizer import MASK
-
-    count, length = options.tokens // options.length, options.length
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, 24, (count * length,), generator=generator)
-    positions = torch.nonzero(torch.rand(count * length, generator=generator) < 0.15).flatten()
-    labels = ids[positions].clone()
-    ids[positions] = MASK
-    return PackedBatch(
-        input_ids=ids,
-        cu_seqlens=torch.arange(count + 1, dtype=torch.int32) * length,
-        seqlens=[length] * count,
-        max_seqlen=length,
-        label_positions=positions,
-        labels=labels,
-        label_counts=torch.bincount(positions // length, minlength=count).tolist(),
-        num_tokens=count * length,
-        num_residues=count * (length - 2),
-        num_sequences=count,
-    )
+def _pairs(options: argparse.Namespace) -> list[tuple[str, float]]:
+    """Equally long proteins of random residues, as many as fill a pack for each step of a pass."""
+    draw = random.Random(1)
+    count = options.steps * (options.tokens // options.length)
+    sequences = ["".join(draw.choices("LAGVSERTIDPKQNFYMHWC", k=options.length - 2)) for _ in range(count)]
+    return [(sequence, draw.gauss(0, 1)) for sequence in sequences]
 
 
 def _memory_bytes(device: Any) -> int:
@@ -137,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
     parser.add_argument("--tokens", type=int, default=4096, help="of a pack, which is a step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a protein")
-    parser.add_argument("--steps", type=int, default=5, help="that are timed")
+    parser.add_argument("--steps", type=int, default=5, help="of a pass, of which there are two")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
@@ -148,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A fresh process each: memory that one mode touched would count for the next.
     context = multiprocessing.get_context("spawn")
     figures = {}
-    print(f"{'mode':8}{'peak GB':>10}{'s/step':>10}{'CPU s/step':>12}{'trained':>14}{'checkpoint MB':>16}")
+    print(
+        f"{'mode':8}{'peak GB':>10}{'s/step, 1st':>13}{'2nd pass':>10}{'CPU s/step':>12}{'trained':>14}"
+        f"{'checkpoint MB':>16}"
+    )
     for mode in MODES:
         answer = context.Queue()
         process = context.Process(target=measure, args=(mode, options, answer))
@@ -158,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(f"{mode}: the process ended with code {process.exitcode}")
         row = figures[mode] = answer.get()
         print(
-            f"{mode:8}{row['peak_memory_gb']:10.3f}{row['step_seconds']:10.3f}{row['cpu_seconds']:12.3f}"
-            f"{row['trained_parameters']:14,}{row['checkpoint_mb']:16.1f}",
+            f"{mode:8}{row['peak_memory_gb']:10.3f}{row['first_seconds']:13.3f}{row['step_seconds']:10.3f}"
+            f"{row['cpu_seconds']:12.3f}{row['trained_parameters']:14,}{row['checkpoint_mb']:16.1f}",
             flush=True,
         )
     if options.json is not None:

@@ -329,7 +329,8 @@ def inspect(path: str) -> None:
 @click.option(
     "--layouts",
     metavar="GROUP|random:N",
-    help="ci, more, resume, heads, bf16, families, lora (several with commas), random:N, or all (default).",
+    help="ci, more, resume, heads, bf16, families, lora, lora-heads (several with commas), random:N, or all "
+    "(default).",
 )
 @click.option("--row", metavar="NAME", help="One row of the groups, as the table names it.")
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")
@@ -354,7 +355,9 @@ def inspect(path: str) -> None:
     help="Layers of the model; by default 5, and with --vpp one for each piece.",
 )
 @click.option("--precision", type=click.Choice(["fp64", "bf16"]), help="Of one layout; by default fp64.")
-@click.option("--lora", is_flag=True, help="Train adapters; alone: --layouts lora.")
+@click.option(
+    "--lora", is_flag=True, help="Train adapters; alone: --layouts lora; with --head also its head."
+)
 @click.option("--head", metavar="NAME", help="Fine-tune with this head; a wrong name lists them.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=1234, show_default=True, help="Of everything random."
@@ -384,10 +387,8 @@ def prove(
 
     chosen: dict[str, Any] = {name: value for name, value in axes.items() if value}
     one = bool(chosen or precision)
-    named = {"--row": row, "--lora": lora or None, "--head": head}
-    switches = [name for name, value in named.items() if value is not None]
-    if len(switches) > 1:
-        raise UserError(f"{switches[0]} and {switches[1]} exclude each other; give one of them")
+    if row is not None and (lora or head is not None):
+        raise UserError(f"--row and --{'lora' if lora else 'head'} exclude each other; give one of them")
     given = {"layouts": layouts, "row": row, **chosen, "precision": precision}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1 and given.keys() & {"layouts", "row"}:
@@ -397,8 +398,8 @@ def prove(
         # Refused before PyTorch is imported.
         layout = layout_from_options(chosen, SETTINGS)
         trial = Trial((layout,), precision or "fp64")
-        trial = with_lora(trial) if lora else trial
-        trials = [trial if head is None else with_head(trial, head)]
+        trial = trial if head is None else with_head(trial, head)
+        trials = [with_lora(trial) if lora else trial]
         processes = processes or layout.processes
 
     from esm2mega.prove.command import PROCESSES, choose_trials, row_named
@@ -408,7 +409,9 @@ def prove(
     if row is not None:
         trials = [row_named(row)]
     elif not one:
-        group = "lora" if lora else "heads" if head else "all"
+        group = {(True, False): "lora", (False, True): "heads", (True, True): "lora-heads"}.get(
+            (lora, head is not None), "all"
+        )
         trials = choose_trials(layouts or group, seed, processes, lora, head)
     shrink = (layouts or "").startswith("random")
     if not run_prove(trials, seed, processes, out, shrink):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint.layout import resolve_checkpoint
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import LoRAConfig, Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.convert.into_model import load_run_with_model
@@ -53,6 +53,7 @@ def train_model(
     config: str | None = None,
     make_head: MakeHead | None = None,
     loss: TaskLossReduction | None = None,
+    lora: LoRAConfig | None = None,
 ) -> TrainedModel:
     """Fine-tune; like the command, it goes on where an earlier start in the same ``run_dir`` ended.
 
@@ -64,11 +65,15 @@ def train_model(
         config: Path or name of a configuration under the overrides.
         make_head: Called with Megatron-Core's configuration and a device; makes the head.
         loss: The loss.
+        lora: Adapters of the encoder, trained with the head in place of all weights; the same as
+            ``finetune.mode=lora`` and the section ``lora``.
 
     Raises:
         UserError: Something in configuration or data does not fit.
     """
     run = load_run_with_model(config, overrides)
+    if lora is not None:
+        run.lora, run.finetune.mode = lora, "lora"
     data = {"train": train, "valid": valid, "test": test}
     given = {split: pairs for split, pairs in data.items() if pairs is not None}
     for split in given:

@@ -1,13 +1,15 @@
 """Fine-tune a tiny ESM-2 on ten sequences, each labelled with length / 100, and predict them again.
 
 The smallest run of the Python interface: seconds on a laptop. Give the directory to write to, and a
-checkpoint (esm2mega, Hugging Face, fair-esm, …) to start from; without one the encoder starts at random.
+checkpoint (esm2mega, Hugging Face, fair-esm, …) to start from; without one the encoder starts at random. With
+--lora the encoder stays as it is and adapters are trained beside it, which needs a checkpoint.
 
-    python examples/finetune_regression.py runs/finetune_regression [CHECKPOINT]
+    python examples/finetune_regression.py runs/finetune_regression [CHECKPOINT] [--lora]
 """
 
-import sys
+import argparse
 
+from esm2mega.config.schema import LoRAConfig
 from esm2mega.finetuning import infer_model, train_model
 
 SEQUENCES = [
@@ -24,7 +26,7 @@ SEQUENCES = [
 ]
 
 
-def main(run_dir: str, init_from: str | None) -> None:
+def main(run_dir: str, init_from: str | None, lora: bool) -> None:
     """Train 50 steps, then predict from the checkpoint."""
     settings = [
         f"run_dir={run_dir}",
@@ -39,11 +41,15 @@ def main(run_dir: str, init_from: str | None) -> None:
     ]
     settings.append(f"init_from={init_from}" if init_from else "model.size=tiny")
     data = [(sequence, len(sequence) / 100) for sequence in SEQUENCES]
-    trained = train_model(settings, train=data)
+    trained = train_model(settings, train=data, lora=LoRAConfig(rank=8, alpha=16) if lora else None)
     print(f"checkpoint {trained.checkpoint}, training loss {trained.metrics['loss']:.4f}")
     for (sequence, value), predicted in zip(data, infer_model(trained.checkpoint, SEQUENCES), strict=True):
         print(f"{value:.2f} {predicted:.2f} {sequence[:40]}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", help="directory to write to")
+    parser.add_argument("init_from", nargs="?", help="checkpoint to start from")
+    parser.add_argument("--lora", action="store_true", help="train adapters and the head")
+    main(**vars(parser.parse_args()))

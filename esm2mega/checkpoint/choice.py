@@ -1,9 +1,13 @@
-"""Which tensors pass from a checkpoint into a model: all, or what a model with another head can use."""
+"""Which tensors pass between a checkpoint and a model: all, the trained ones, or those for another head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
+
+from esm2mega.config.schema import FinetuneConfig
 
 TASK_HEAD = "head."
 """Names of the weights of a task's head begin so."""
@@ -14,24 +18,41 @@ LM_HEAD = ("lm_head.", "output_layer.")
 
 @dataclass(frozen=True)
 class TensorChoice:
-    """A choice by the names of tensors in the whole model.
+    """A choice by the names of tensors in the whole model, and by the tensors of this rank.
 
     Attributes:
-        kept: Tensors of the model that stay as they are; all others must be in the checkpoint.
+        kept: Tensors of the model that stay as they are and are not saved; all others must be in the
+            checkpoint.
         unused: Tensors of the checkpoint that have no place; any other one without a place is an error.
+        strict: False: what is missing, of another shape, or without a place is reported, not refused.
     """
 
-    kept: Callable[[str], bool]
+    kept: Callable[[str, Tensor], bool]
     unused: Callable[[str], bool]
+    strict: bool = True
 
 
-ALL = TensorChoice(lambda name: False, lambda name: False)
+def _none(*_: object) -> bool:
+    return False
 
 
-def for_task(load_head: bool) -> TensorChoice:
+ALL = TensorChoice(_none, _none)
+
+TRAINED = TensorChoice(lambda name, tensor: not tensor.requires_grad, _none)
+"""Of a checkpoint that holds what was trained, and not the weights under it."""
+
+
+def for_task(config: FinetuneConfig) -> TensorChoice:
     """For a model with the head of a task: the encoder, and the head if it is wanted too."""
-    if load_head:
-        return TensorChoice(lambda name: False, lambda name: name.startswith(LM_HEAD))
+    if config.load_head:
+        return TensorChoice(_none, lambda name: name.startswith(LM_HEAD), config.strict)
     return TensorChoice(
-        lambda name: name.startswith(TASK_HEAD), lambda name: name.startswith((*LM_HEAD, TASK_HEAD))
+        lambda name, tensor: name.startswith(TASK_HEAD),
+        lambda name: name.startswith((*LM_HEAD, TASK_HEAD)),
+        config.strict,
     )
+
+
+def without_head() -> TensorChoice:
+    """For a model whose head comes from somewhere else: the encoder alone."""
+    return for_task(FinetuneConfig())

@@ -23,6 +23,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import write_auxiliary
 from esm2mega.checkpoint.choice import ALL, TensorChoice
 from esm2mega.checkpoint.distributed_state import make_loadable, places_without_padding, separate_steps
+from esm2mega.checkpoint.fit import find_fit
 from esm2mega.checkpoint.metadata import check_metadata
 from esm2mega.checkpoint.optimizer_form import (
     ask_for,
@@ -91,7 +92,7 @@ def save_checkpoint(
     run: Run,
     state: dict[str, Any],
     auxiliary: Mapping[str, torch.Tensor] | None = None,
-    trained_only: bool = False,
+    choice: TensorChoice = ALL,
 ) -> None:
     """Write a checkpoint; all ranks call this together.
 
@@ -104,7 +105,7 @@ def save_checkpoint(
         run: The resolved configuration.
         state: JSON values that the resumed run needs.
         auxiliary: Tensors that are kept and not trained, see `esm2mega.checkpoint.auxiliary`.
-        trained_only: Leave frozen weights out; `state` should then say where they are.
+        choice: What is saved; `state` should say where the rest is.
 
     Raises:
         MachineError: The disk is full or a file cannot be written.
@@ -118,7 +119,7 @@ def save_checkpoint(
             (partial / layout.MODEL).mkdir(parents=True)
         _agree(failure)
         with places_without_padding(optimizer):
-            state_of_ranks = _sharded_state(model, optimizer, False, trained_only)
+            state_of_ranks = _sharded_state(model, optimizer, False, choice)
         dist_checkpointing.save(state_of_ranks, str(partial / layout.MODEL), content_metadata=_SHARDING)
         if speaks:
             layout.write_description(partial, run, state)
@@ -167,22 +168,22 @@ def _reason(error: BaseException) -> str:
 
 
 def load_training_state(
-    checkpoint: Path, model: Sequence[Any], optimizer: MegatronOptimizer, trained_only: bool = False
+    checkpoint: Path, model: Sequence[Any], optimizer: MegatronOptimizer, choice: TensorChoice = ALL
 ) -> None:
     """Restore weights and optimizer in place, whatever layout wrote them.
 
-    Every tensor must be there, and no other; with `trained_only` those of frozen weights are not.
+    Every tensor of `choice` must be there, and no other.
 
     Raises:
         UserError: Missing, unexpected or unreadable tensors.
     """
     make_loadable(optimizer)
     own, saved = form_of_optimizer(optimizer), form_of_names(TensorReader(checkpoint).index)
-    wanted = _sharded_state(model, optimizer, True, trained_only)
+    wanted = _sharded_state(model, optimizer, True, choice)
     ask_for(wanted["optimizer"], saved, own)
     loaded = _load(checkpoint, wanted, lambda name: not ignored(name, saved, own))
     # The weights first: main weights that the checkpoint lacks are views of them.
-    _put_weights(model, loaded, trained_only)
+    _put_weights(model, loaded, choice)
     _load_optimizer(optimizer, translate(loaded["optimizer"], saved, own))
 
 
@@ -200,34 +201,47 @@ def _adopt_rates(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
 
     Megatron-Core 0.19 finds the loaded group of each of its own by them, and refuses other ones.
     """
-    configured = {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr")}
+    configured = {
+        group["lr_mult"]: {key: group[key] for key in ("max_lr", "min_lr")}
+        for group in optimizer.param_groups
+    }
     for holder in (state, state.get("optimizer", {})):
         for group in holder.get("param_groups", []):
-            group.update({key: value for key, value in configured.items() if key in group})
+            rates = configured[group["lr_mult"]]
+            group.update({key: value for key, value in rates.items() if key in group})
 
 
-def load_weights(
-    checkpoint: Path, model: Sequence[Any], choice: TensorChoice = ALL, trained_only: bool = False
-) -> None:
+def load_weights(checkpoint: Path, model: Sequence[Any], choice: TensorChoice = ALL) -> list[str]:
     """Restore weights alone, in place. Optimizer tensors in the checkpoint are not read.
 
     Args:
         checkpoint: A ``step_XXXXXXXX`` directory.
         model: This rank's chunks.
         choice: Which tensors are restored.
-        trained_only: Frozen weights stay as they are: the checkpoint has none.
+
+    Returns:
+        What was not restored, a line each; empty unless `choice` is lenient.
 
     Raises:
         UserError: A weight is missing, or the checkpoint holds one that the model has no place for.
     """
-    wanted = {
-        chunk: {name: entry for name, entry in tensors.items() if not choice.kept(name)}
-        for chunk, tensors in _sharded_state(model, None, True, trained_only).items()
-    }
+    wanted, report = _sharded_state(model, None, True, choice), []
+    if not choice.strict:
+        shapes = {
+            name: info.shape
+            for name, info in TensorReader(checkpoint).index.items()
+            if not name.startswith("optimizer.")
+        }
+        entries = [entry for tensors in wanted.values() for entry in tensors.values()]
+        fit = find_fit(entries, shapes, choice, str(checkpoint))
+        report = fit.lines()
+        choice = fit.narrowed(choice)
+        wanted = _sharded_state(model, None, True, choice)
     loaded = _load(
         checkpoint, wanted, lambda name: not name.startswith("optimizer.") and not choice.unused(name)
     )
-    _put_weights(model, loaded, trained_only, choice)
+    _put_weights(model, loaded, choice)
+    return report
 
 
 def _load(checkpoint: Path, wanted: dict[str, Any], matters: Callable[[str], bool]) -> dict[str, Any]:
@@ -266,31 +280,36 @@ def _some(names: set[str]) -> str:
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else str(shown)
 
 
-def _put_weights(
-    model: Sequence[Any], loaded: dict[str, Any], trained_only: bool, choice: TensorChoice = ALL
-) -> None:
+def _put_weights(model: Sequence[Any], loaded: dict[str, Any], choice: TensorChoice) -> None:
     for number, chunk in enumerate(unwrap_model(list(model))):
         result = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
+        kept = {name for name, entry in _sharded_tensors(chunk).items() if choice.kept(entry.key, entry.data)}
         missing = [
-            name for name in result.missing_keys if not name.endswith(_EXTRA_STATE) and not choice.kept(name)
+            name for name in result.missing_keys if not name.endswith(_EXTRA_STATE) and name not in kept
         ]
-        if trained_only:
-            parameters = dict(chunk.named_parameters())
-            missing = [name for name in missing if name in parameters and parameters[name].requires_grad]
         assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+
+
+def _sharded_tensors(chunk: Any) -> dict[str, Any]:
+    """Names in this chunk -> what Megatron-Core knows of the tensors."""
+    return {
+        name: entry
+        for name, entry in chunk.sharded_state_dict(metadata=dict(_SHARDING)).items()
+        if not name.endswith(_EXTRA_STATE)
+    }
 
 
 def _sharded_state(
     model: Sequence[Any],
     optimizer: MegatronOptimizer | None,
     is_loading: bool,
-    trained_only: bool = False,
+    choice: TensorChoice = ALL,
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model{number}": {
             name: entry
-            for name, entry in chunk.sharded_state_dict(metadata=dict(_SHARDING)).items()
-            if not name.endswith(_EXTRA_STATE) and (not trained_only or entry.data.requires_grad)
+            for name, entry in _sharded_tensors(chunk).items()
+            if not choice.kept(entry.key, entry.data)
         }
         for number, chunk in enumerate(unwrap_model(list(model)))
     }

@@ -287,7 +287,8 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
     try:
         if misread:
             raise ValueError
-        OmegaConf.update(tree, key, value)
+        # A mapping takes the place of the one before, as lists do.
+        OmegaConf.update(tree, key, value, merge=False)
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(
             f"{setting.where}: {key}={_show(value)}: expected {_expected(types_of[key])}"
@@ -325,6 +326,8 @@ def _kind(hint: Any) -> tuple[Any, bool]:
 def _expected(hint: Any) -> str:
     kind, optional = _kind(hint)
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    if typing.get_origin(kind) is dict:
+        return "pairs of a text and a number, as in {embedding.*: 0.1}"
     if kind is Any:
         return "text, a list of texts or null"
     return words.get(kind, "a list of numbers") + (" or null" if optional else "")

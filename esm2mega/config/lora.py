@@ -106,6 +106,15 @@ def check_lora(run: Run) -> None:
         )
 
 
+def check_start(run: Run) -> None:
+    """Adapters are trained beside weights that are there: those of `init_from`."""
+    if run.lora.rank is not None and run.init_from is None:
+        raise UserError(
+            f"lora.rank={run.lora.rank} trains adapters of a trained model; name it in init_from, or set "
+            "lora.rank=null"
+        )
+
+
 def _matches(pattern: str, linear: Linear, layer: int) -> bool:
     ours = f"encoder.layers.{layer}.{linear.block}."
     names = {ours + linear.name, ours + linear.fused}

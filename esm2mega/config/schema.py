@@ -173,11 +173,14 @@ class TaskConfig:
 
 @dataclass
 class FinetuneConfig:
-    """Which weights of a fine-tuned model are trained, and which are taken from `init_from`."""
+    """Which weights of a fine-tuned model are trained and how fast, and which are taken from `init_from`."""
 
-    mode: str = _choice("full", "full", "frozen")
+    mode: str = _choice("full", "full", "frozen", "lora")
     freeze: list[str] = field(default_factory=list)
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    layer_decay: float = 1.0
     load_head: bool = False
+    strict: bool = True
 
 
 @dataclass

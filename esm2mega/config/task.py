@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
 
@@ -74,13 +76,22 @@ def validate_task(run: Run) -> None:
         )
     if len(data.train_paths()) > 1 or data.weights is not None:
         raise UserError("data.train names several tables; join them into one for fine-tuning")
-    if run.lora.rank is not None:
+    _check_finetune(run)
+
+
+def _check_finetune(run: Run) -> None:
+    """What is trained, and how fast."""
+    finetune, parallel, rank = run.finetune, run.parallel, run.lora.rank
+    if finetune.mode == "lora" and rank is None:
+        raise UserError("finetune.mode=lora needs the rank of the adapters; set lora.rank, e.g. lora.rank=8")
+    if finetune.mode != "lora" and rank is not None:
+        what = {"full": "all weights in place of adapters", "frozen": "the head alone, without adapters"}
         raise UserError(
-            f"lora.rank={run.lora.rank}: only `esm2mega pretrain` trains adapters; set lora.rank=null"
+            f"lora.rank={rank} does not go with finetune.mode={finetune.mode}, which trains "
+            f"{what[finetune.mode]}; set finetune.mode=lora or lora.rank=null"
         )
-    parallel = run.parallel
     if (
-        run.finetune.mode == "frozen"
+        finetune.mode == "frozen"
         and parallel.distributed_optimizer
         and parallel.pipeline_model_parallel_size > 1
     ):
@@ -88,8 +99,17 @@ def validate_task(run: Run) -> None:
             "parallel.distributed_optimizer=true needs weights to train in every pipeline stage, but "
             "finetune.mode=frozen trains the last one alone; set parallel.distributed_optimizer=false"
         )
-    if run.finetune.mode == "frozen" and run.finetune.freeze:
+    if finetune.mode != "full" and finetune.freeze:
+        trained = {"frozen": "the head", "lora": "adapters and head"}[finetune.mode]
         raise UserError(
-            f"finetune.freeze={run.finetune.freeze} is of no use with finetune.mode=frozen, which "
-            "freezes all but the head; remove it"
+            f"finetune.freeze={finetune.freeze} is of no use with finetune.mode={finetune.mode}, which "
+            f"freezes all but {trained}; remove it"
         )
+    for pattern, factor in finetune.lr_scale.items():
+        if not 0 < factor < math.inf:
+            raise UserError(
+                f"finetune.lr_scale={{{pattern}: {factor}}} must be greater than 0; finetune.freeze keeps "
+                "weights as they are"
+            )
+    if not 0 < finetune.layer_decay <= 1:
+        raise UserError(f"finetune.layer_decay={finetune.layer_decay} must be above 0 and at most 1")

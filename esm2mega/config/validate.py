@@ -13,7 +13,7 @@ import math
 import os
 from pathlib import Path
 
-from esm2mega.config.lora import check_lora
+from esm2mega.config.lora import check_lora, check_start
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run, choices, flatten
 from esm2mega.errors import UserError
@@ -185,11 +185,7 @@ def check_training_inputs(run: Run) -> None:
             f"train.eval_every={run.train.eval_every} needs data.valid; "
             "give a validation token store, or set train.eval_every=0"
         )
-    if run.lora.rank is not None and run.init_from is None:
-        raise UserError(
-            f"lora.rank={run.lora.rank} trains adapters of a trained model; name it in init_from, or set "
-            "lora.rank=null"
-        )
+    check_start(run)
     if run.init_from is not None and not os.path.exists(run.init_from):
         raise UserError(f"init_from={run.init_from} does not exist; give a checkpoint, or init_from=null")
     resume = run.checkpoint.resume

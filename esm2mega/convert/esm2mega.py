@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS, shape_of
 from esm2mega.config.schema import DataConfig, Run
-from esm2mega.convert.classifiers import find_classifier
+from esm2mega.convert.classifiers import find_classifier, is_lm_head
 from esm2mega.convert.mapping import (
     BODY,
     CLASSIFIER,
@@ -26,6 +26,7 @@ from esm2mega.convert.mapping import (
     FINAL_NORM,
     FREQUENCIES,
     LAYER,
+    LM_HEAD,
     OUTPUT_BIAS,
     PADDED_VOCABULARY,
     POOLER,
@@ -101,26 +102,54 @@ def _names(description: Description) -> NameTable:
 
 def write(weights: Weights, path: Path) -> None:
     """Write a checkpoint of step 0 without optimizer into the directory `path`."""
-    run = run_of(weights.description)
-    wanted = outputs(weights, _names(weights.description))
+    _write(weights, path, _names(weights.description), {})
+    layout.write_description(path, run_of(weights.description), _state(weights))
+    (path / layout.COMPLETE).write_text("")
+
+
+def write_for_task(weights: Weights, path: Path, run: Run, head: Mapping[str, Tensor], info: Any) -> None:
+    """The same for a model with the head of a task in the place of that of the language model.
+
+    Args:
+        weights: The model.
+        path: Existing and empty.
+        run: Configuration, with the task.
+        head: Tensors of the head by their names in the model.
+        info: What predictions mean, see `esm2mega.data.targets.TargetInfo.to_dict`.
+    """
+    weights.notes.dropped.append(f"{LM_HEAD}*, {OUTPUT_BIAS}: the head of masked language modelling")
+    kept = {name: entry for name, entry in weights.infos.items() if not is_lm_head(name)}
+    table = _names(weights.description)
+    table = replace(table, rows=tuple(row for row in table.rows if not is_lm_head(row.ours)))
+    dtype = weights.description.dtype
+    _write(replace(weights, infos=kept), path, table, {name: value.to(dtype) for name, value in head.items()})
+    layout.write_description(path, run, {**_state(weights), "task": info})
+    (path / layout.COMPLETE).write_text("")
+
+
+def _write(weights: Weights, path: Path, table: NameTable, head: Mapping[str, Tensor]) -> None:
+    """Write all tensors."""
+    wanted = outputs(weights, table)
     parts = OutputReader(weights, wanted)
     kept = is_auxiliary(weights.description)
     auxiliary = [name for name in wanted if kept(name)]
     whole: dict[str, StackedTensor] = {}
     for name, output in wanted.items():
         if name not in auxiliary:
-            stacked, layer = _stacked(name)
+            stacked, layer = stacked_name(name)
             layers = None if layer is None else weights.description.shape.num_layers
             shape = output.info.shape if layers is None else (layers, *output.info.shape)
             whole[stacked] = StackedTensor(TensorInfo(shape, output.info.dtype), layers)
 
+    whole |= {name: StackedTensor(TensorInfo(tuple(v.shape), v.dtype), None) for name, v in head.items()}
+
     def read_chunk(name: str, layer: int | None) -> Tensor:
+        if name in head:
+            return head[name]
         return parts(name if layer is None else name.replace("encoder.layers.", LAYER.format(n=layer), 1))
 
     write_weights(path / layout.MODEL, whole, read_chunk)
     write_auxiliary(path, {name: parts(name).clone() for name in auxiliary})
-    layout.write_description(path, run, _state(weights))
-    (path / layout.COMPLETE).write_text("")
 
 
 def is_auxiliary(description: Description) -> Callable[[str], bool]:
@@ -130,7 +159,7 @@ def is_auxiliary(description: Description) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefixes)
 
 
-def _stacked(name: str) -> tuple[str, int | None]:
+def stacked_name(name: str) -> tuple[str, int | None]:
     """The stored name, and the layer that left it."""
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)", name)
     return (f"encoder.layers.{match[2]}", int(match[1])) if match else (name, None)

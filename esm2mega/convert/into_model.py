@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.choice import ALL, TensorChoice
+from esm2mega.checkpoint.fit import find_fit
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.config.load import load_run, load_run_over, value_of
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, Run
-from esm2mega.convert.esm2mega import is_auxiliary, run_of
+from esm2mega.convert.esm2mega import is_auxiliary, run_of, stacked_name
 from esm2mega.convert.formats import detect, open_weights
 from esm2mega.convert.weights import Weights
 from esm2mega.errors import UserError
@@ -48,18 +50,17 @@ def load_initial_weights(
         checkpoint = layout.resolve_checkpoint(path)
         found = layout.read_config(checkpoint).model
         check_same_model(f"init_from={path}", found, config, "give another init_from")
-        load_weights(checkpoint, model, choice)
+        _say(load_weights(checkpoint, model, choice))
         return read_auxiliary(checkpoint)
     weights = open_weights(path)
-    if os.environ.get("RANK", "0") == "0" and weights.notes.lines():
-        print("\n".join(f"init_from {line}" for line in weights.notes.lines()), file=sys.stderr)
+    _say(weights.notes.lines())
     found, description = ModelConfig(), weights.description
     for key, value in description.shape._asdict().items():
         setattr(found, key, value)
     for key in _NUMERICS:
         setattr(found, key, getattr(description, key))
     check_same_model(f"init_from={path}", found, config, "give another init_from")
-    fill_model(weights, model, choice)
+    _say(fill_model(weights, model, choice))
     kept = is_auxiliary(description)
     return {name: weights.read(name).clone() for name in weights.infos if kept(name)}
 
@@ -111,13 +112,46 @@ def check_same_model(place: str, found: ModelConfig, wanted: ModelConfig, cure: 
             )
 
 
+def _say(lines: Sequence[str]) -> None:
+    """What is not carried over as it is, on rank 0."""
+    if lines and os.environ.get("RANK", "0") == "0":
+        print("\n".join(f"init_from {line}" for line in lines), file=sys.stderr)
+
+
 @torch.no_grad()
-def fill_model(weights: Weights, model: Sequence[Any], choice: TensorChoice = ALL) -> None:
-    """Copy this rank's share of every tensor of `choice` into the chunks `model`, in place."""
-    for chunk in unwrap_model(list(model)):
-        for entry in chunk.sharded_state_dict().values():
-            if isinstance(entry, ShardedTensor) and not choice.kept(entry.key):
-                entry.data.copy_(_share(weights, entry))
+def fill_model(weights: Weights, model: Sequence[Any], choice: TensorChoice = ALL) -> list[str]:
+    """Copy this rank's share of every tensor of `choice` into the chunks `model`, in place.
+
+    Returns:
+        What was not copied, a line each; empty unless `choice` is lenient.
+
+    Raises:
+        UserError: A tensor is not there, or has another shape.
+    """
+    entries = [
+        entry
+        for chunk in unwrap_model(list(model))
+        for entry in chunk.sharded_state_dict().values()
+        if isinstance(entry, ShardedTensor) and not choice.kept(entry.key, entry.data)
+    ]
+    shapes = {}
+    for name, info in weights.infos.items():
+        stacked, layer = stacked_name(name)
+        layers = () if layer is None else (weights.description.shape.num_layers,)
+        shapes[stacked] = (*layers, *info.shape)
+    place = weights.origin.get("path", "weights")
+    # What has no place in the model has been reported, or stays with it as auxiliary.
+    fit = find_fit(entries, shapes, replace(choice, unused=lambda name: True), place)
+    if choice.strict and fit.lines():
+        raise UserError(
+            f"{place}: {fit.lines()[0]}; set finetune.load_head=false or finetune.strict=false, or give "
+            "another init_from"
+        )
+    narrowed = fit.narrowed(choice)
+    for entry in entries:
+        if not narrowed.kept(entry.key, entry.data):
+            entry.data.copy_(_share(weights, entry))
+    return fit.lines()
 
 
 def _share(weights: Weights, entry: ShardedTensor) -> Tensor:

@@ -19,6 +19,7 @@ from esm2mega.convert.esm2mega import default_dtype, is_auxiliary, run_of
 from esm2mega.convert.formats import detect, open_weights
 from esm2mega.convert.into_model import fill_model
 from esm2mega.convert.mapping import CONTACT_HEAD
+from esm2mega.errors import UserError
 from esm2mega.lora.base import find_base, needs_base, recorded_base
 from esm2mega.lora.checkpoint import load_model
 
@@ -65,6 +66,11 @@ def open_model(path: str | Path) -> ModelSource:
     if path.exists() and detect(path) != "esm2mega":
         return _open_foreign(path)
     checkpoint = layout.resolve_checkpoint(path)
+    if layout.read_config(checkpoint).task.kind is not None:
+        raise UserError(
+            f"{checkpoint}: is fine-tuned, its head is that of a task and not of a language model; use "
+            "`esm2mega predict`"
+        )
     if needs_base(checkpoint):
         return _open_adapted(checkpoint)
     return ModelSource(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.store import load_weights
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import DataConfig, Run
 from esm2mega.config.task import validate_task
@@ -19,6 +18,7 @@ from esm2mega.data.labelled import LabelledProteins, Pairs, fit_length, proteins
 from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.infer.task_output import rows_of, shown_labels, shown_predictions
+from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
 from esm2mega.model.heads import head_of_task
 from esm2mega.model.task import MakeHead
@@ -83,8 +83,9 @@ def loaded(task: TaskCheckpoint, make_head: MakeHead | None = None) -> Iterator[
     run = task.run
     with process_groups(run.parallel, run.seed) as ranks:
         head = make_head or head_of_task(run.task, task.info.num_outputs)
-        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head)
-        load_weights(task.directory, chunks)
+        adapted = run.lora.rank is not None
+        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, adapted)
+        load_model(task.directory, run, chunks)
         yield chunks, ranks
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.checkpoint.choice import ALL, TASK_HEAD, TRAINED, for_task, without_head
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
@@ -74,6 +75,10 @@ class AdapterReader:
         weights = (name for name in self._reader.index if not name.startswith("optimizer."))
         self.others = [name for name in weights if not name.rpartition(".")[0].endswith(SUFFIX)]
 
+    def read_other(self, name: str) -> Tensor:
+        """One of `others`."""
+        return self._reader.read(name)
+
     def read(self, linear: Linear, layer: int) -> Factors | None:
         """The factors of a linear in a layer; None where it has none."""
         layers = self.targets.get(linear.name, ())
@@ -90,7 +95,12 @@ def stored_name(linear: Linear) -> str:
 
 
 def write_adapters(
-    directory: Path, run: Run, base: Base, factors: Mapping[tuple[str, int], Factors], state: dict[str, Any]
+    directory: Path,
+    run: Run,
+    base: Base,
+    factors: Mapping[tuple[str, int], Factors],
+    state: dict[str, Any],
+    head: Mapping[str, Tensor],
 ) -> None:
     """Write a checkpoint of adapters that no run made.
 
@@ -100,6 +110,7 @@ def write_adapters(
         base: What they belong to.
         factors: By name of the linear and layer; they are those of `run.lora.target_modules`.
         state: Further entries of ``train_state.json``.
+        head: Tensors of the head of a task, by their names in the model.
     """
     targets = resolve_targets(run.lora.target_modules, shape_of(run.model).num_layers)
     stacked: dict[str, StackedTensor] = {}
@@ -111,6 +122,9 @@ def write_adapters(
             values = sources[stored] = [factors[linear.name, layer].present()[name] for layer in layers]
             shape = (len(layers), *values[0].shape)
             stacked[stored] = StackedTensor(TensorInfo(shape, values[0].dtype), len(layers))
+    for name, value in head.items():
+        sources[name] = [value]
+        stacked[name] = StackedTensor(TensorInfo(tuple(value.shape), value.dtype), None)
     write_weights(directory / layout.MODEL, stacked, lambda name, layer: sources[name][layer or 0])
     layout.write_description(directory, run, {**state, **base.as_state()})
     (directory / layout.COMPLETE).write_text("")
@@ -134,36 +148,42 @@ def load_model(checkpoint: Path, run: Run, chunks: Sequence[Any]) -> dict[str, T
         load_weights(checkpoint, chunks)
         return read_auxiliary(checkpoint)
     _, auxiliary = load_base(run, chunks, checkpoint)
-    load_weights(checkpoint, chunks, trained_only=True)
+    load_weights(checkpoint, chunks, TRAINED)
     return auxiliary
 
 
 def load_base(
-    run: Run, chunks: Sequence[Any], checkpoint: Path | None = None, trainable: Sequence[str] = ()
+    run: Run, chunks: Sequence[Any], checkpoint: Path | None = None
 ) -> tuple[Base, dict[str, Tensor]]:
-    """Fill a model with the weights of its base, and add adapters as they are at the start.
+    """Fill a model with the weights of its base, and add adapters as they are at the start; a task's head is
+    trained in full.
 
     Args:
         run: Configuration.
         chunks: This rank's.
-        checkpoint: Whose adapters will be loaded next; it names the base. None: `init_from` does.
-        trainable: As in `esm2mega.lora.inject.apply_lora`.
+        checkpoint: Whose adapters and head will be loaded next; it names the base. None: `init_from` does.
 
     Returns:
         The base, and its auxiliary tensors.
+
+    Raises:
+        UserError: The base is not there, another one, or a model that was fine-tuned itself.
     """
+    has_head = run.task.kind is not None
     if checkpoint is not None:
         check_adapters(checkpoint, run.lora)
         path = find_base(checkpoint, run)
+        choice = without_head() if has_head else ALL
     else:
         assert run.init_from is not None
         path = Path(run.init_from)
+        choice = for_task(run.finetune) if has_head else ALL
     path = pinned(path)
     base = on_one_rank(lambda: identify(path))
     if checkpoint is not None:
         check_base(checkpoint, base)
-    auxiliary = load_initial_weights(path, run.model, chunks)
-    apply_lora(chunks, run.lora, run.seed, trainable)
+    auxiliary = load_initial_weights(path, run.model, chunks, choice)
+    apply_lora(chunks, run.lora, run.seed, (TASK_HEAD,) if has_head else ())
     return base, auxiliary
 
 

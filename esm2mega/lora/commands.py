@@ -7,6 +7,9 @@ from pathlib import Path
 
 import click
 
+from esm2mega.config.schema import TASK_KINDS
+from esm2mega.errors import UserError
+
 Wrap = Callable[[Callable[..., None]], Callable[..., None]]
 
 
@@ -58,11 +61,19 @@ def _export(checkpoint: str, out: str) -> None:
 @click.option("--base", required=True, metavar="CHECKPOINT", help="Weights under the adapters, any format.")
 @click.option("--out", required=True, metavar="DIR", help="Checkpoint of adapters to make.")
 @click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors that are no adapters.")
-def _import(source: str, base: str, out: str, drop: tuple[str, ...]) -> None:
+@click.option("--task", type=click.Choice(TASK_KINDS), help="What a classifier in it predicts: task.kind.")
+@click.option("--labels", metavar="NAME,…", help="Names of its outputs [default: LABEL_0 and so on].")
+def _import(
+    source: str, base: str, out: str, drop: tuple[str, ...], task: str | None, labels: str | None
+) -> None:
     """Make a checkpoint of the adapters in PEFT_DIR, which peft saved.
 
     Example: esm2mega lora import my_peft --base facebook/esm2_t6_8M_UR50D --out adapted
     """
+    from esm2mega.lora.hf_head import Meaning
     from esm2mega.lora.hf_peft import import_adapters
 
-    click.echo("\n".join(import_adapters(Path(source), base, Path(out), drop)))
+    if labels is not None and task is None:
+        raise UserError(f"--labels {labels} are of the task that --task names; give it too")
+    meaning = None if task is None else Meaning(task, None if labels is None else labels.split(","))
+    click.echo("\n".join(import_adapters(Path(source), base, Path(out), drop, meaning)))

@@ -18,19 +18,34 @@ from typing import Any
 
 from torch import Tensor
 
+from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.lora import LINEARS, Linear, Targets, shortest_patterns
 from esm2mega.config.presets import ModelShape, shape_of
 from esm2mega.config.schema import LoRAConfig
+from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate_model
 from esm2mega.convert.convert import appearing
 from esm2mega.convert.esm2mega import run_of
 from esm2mega.convert.formats import detect, open_weights
 from esm2mega.convert.safetensors_writer import write_safetensors
 from esm2mega.convert.stores import SafetensorsStore
+from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.lora.base import identify
 from esm2mega.lora.checkpoint import AdapterReader, Factors, pinned, write_adapters
+from esm2mega.lora.hf_head import (
+    MODULE,
+    PREFIX,
+    Meaning,
+    described,
+    has_meaning,
+    kind_of_head,
+    task_type,
+    to_ours,
+    to_theirs,
+    write_task,
+)
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -75,7 +90,8 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def export_adapters(checkpoint: Path, target: Path) -> list[str]:
-    """Write `target`, a directory that `peft` loads onto an ESM-2 of `transformers` with the same base.
+    """Write `target`, a directory that `peft` loads onto an ESM-2 of `transformers` with the same base; with
+    the head of a task where transformers has the same.
 
     Args:
         checkpoint: Of adapters, complete.
@@ -100,16 +116,29 @@ def export_adapters(checkpoint: Path, target: Path) -> list[str]:
             assert factors is not None
             for name, value in factors.present().items():
                 tensors[f"base_model.model.{_module(linear, layer)}.{_THEIRS[name]}"] = value
-    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    run = adapters.run
+    head = {name: adapters.read_other(name) for name in adapters.others}
+    kind = kind_of_head(run, head)
     base = Path(adapters.base.path)
     config = _their_config(adapters, str(base) if base.exists() and detect(base) == "hf" else None)
-    with appearing(target) as directory:
-        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        write_safetensors(directory / TENSORS, infos, lambda name: tensors[name])
     report = [f"{checkpoint}: {sum(map(len, adapters.targets.values()))} adapters -> {target}"]
     if config["base_model_name_or_path"] is None:
         report.append(f"base     {base}; for transformers: esm2mega convert {base} DIR --to hf")
-    return report + [f"dropped: {name}: not an adapter" for name in adapters.others]
+    if kind is None:
+        dropped = f"a head as task.head={run.task.head} of task.kind={run.task.kind} is not in transformers"
+        report += [f"dropped: {name}: {dropped}; keep it with esm2mega lora merge" for name in head]
+    else:
+        info = TargetInfo.from_dict(layout.read_state(checkpoint)["task"])
+        tensors |= to_theirs(kind, head, info)
+        config |= {"task_type": task_type(kind), "modules_to_save": [MODULE]}
+        report.append(described(kind, info))
+    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    with appearing(target) as directory:
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_safetensors(directory / TENSORS, infos, lambda name: tensors[name])
+        if kind is not None:
+            write_task(directory, run, info)
+    return report
 
 
 def _module(linear: Linear, layer: int) -> str:
@@ -149,7 +178,9 @@ def _their_targets(targets: Targets, num_layers: int) -> list[str]:
     return names
 
 
-def import_adapters(source: Path, base: str, target: Path, drop: Sequence[str] = ()) -> list[str]:
+def import_adapters(
+    source: Path, base: str, target: Path, drop: Sequence[str] = (), meaning: Meaning | None = None
+) -> list[str]:
     """Write `target`, a checkpoint of the adapters in the PEFT directory `source`.
 
     Args:
@@ -157,6 +188,7 @@ def import_adapters(source: Path, base: str, target: Path, drop: Sequence[str] =
         base: Checkpoint with the weights that the adapters were trained on, in any readable format.
         target: Must not exist; appears when it is whole.
         drop: Shell patterns of tensors to leave out although they are no adapters.
+        meaning: Of a classifier beside the adapters, where the directory does not say it.
 
     Returns:
         A report for the reader.
@@ -167,7 +199,9 @@ def import_adapters(source: Path, base: str, target: Path, drop: Sequence[str] =
     config = _read_config(source / CONFIG)
     weights_path = pinned(Path(base))
     run = run_of(open_weights(weights_path).description)
-    found = _read_tensors(source, shape_of(run.model), config, drop)
+    found = _read_tensors(source, shape_of(run.model), config, drop, has_meaning(source, meaning))
+    if meaning is not None and not found.classifier:
+        raise UserError(f"{source}: has no {MODULE} to be the head of task {meaning.kind}; leave --task out")
     run.lora = LoRAConfig(
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
@@ -181,10 +215,20 @@ def import_adapters(source: Path, base: str, target: Path, drop: Sequence[str] =
     validate_model(run)
     nothing = dict.fromkeys(("valid_loss", "loop", "data", "schedule", "token_counts"))
     origin = {"format": "peft", "path": str(source), "dropped": found.dropped}
+    state = {"step": 0, **nothing, "origin": origin}
+    head: dict[str, Tensor] = {}
+    if found.classifier:
+        head, run.task, info = to_ours(source, found.classifier, shape_of(run.model).hidden_size, meaning)
+        run.finetune.mode = "lora"
+        # Their head reads <cls>, which only this way of cropping keeps.
+        run.data.crop = "start"
+        validate_task(run)
+        state["task"] = info.to_dict()
     with appearing(target) as directory:
-        write_adapters(directory, run, identity, found.factors, {"step": 0, **nothing, "origin": origin})
+        write_adapters(directory, run, identity, found.factors, state, head)
     return [
         f"{source}: {len(found.factors)} adapters of rank {run.lora.rank} -> {target}, on {identity.path}",
+        *([f"head     {', '.join(head)}"] if head else []),
         *(f"dropped: {name}" for name in found.dropped),
     ]
 
@@ -195,6 +239,7 @@ class _Found:
 
     factors: dict[tuple[str, int], Factors]
     targets: Targets
+    classifier: dict[str, Tensor]
     dropped: list[str]
 
 
@@ -223,7 +268,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(source: Path, shape: ModelShape, config: dict[str, Any], drop: Sequence[str]) -> _Found:
+def _read_tensors(
+    source: Path, shape: ModelShape, config: dict[str, Any], drop: Sequence[str], with_head: bool
+) -> _Found:
     path = source / TENSORS
     if not path.is_file():
         raise UserError(f"{source}: no {TENSORS}; save the adapter with save_pretrained(DIR)")
@@ -231,17 +278,21 @@ def _read_tensors(source: Path, shape: ModelShape, config: dict[str, Any], drop:
     by_module = {linear.hugging_face: linear for linear in LINEARS}
     ours = {their.removesuffix(".weight"): factor for factor, their in _THEIRS.items()}
     parts: dict[tuple[str, int], dict[str, Tensor]] = {}
+    classifier: dict[str, Tensor] = {}
     dropped = []
     for name, info in store.infos.items():
         match = _NAME.fullmatch(name)
         linear = by_module.get(match["linear"]) if match else None
         if match is None or linear is None:
-            if not any(fnmatchcase(name, pattern) for pattern in drop):
+            if any(fnmatchcase(name, pattern) for pattern in drop):
+                dropped.append(name)
+            elif name.startswith(PREFIX) and with_head:
+                classifier[name] = store.read(name)
+            else:
                 raise UserError(
-                    f"{path}: {name} is not an adapter of an encoder's linear; leave it out with --drop "
-                    "PATTERN, or merge the adapter with peft"
+                    f"{path}: {name} is not an adapter of an encoder's linear; say what a classifier "
+                    "predicts with --task, leave it out with --drop PATTERN, or merge the adapter with peft"
                 )
-            dropped.append(name)
             continue
         layer, factor = int(match["layer"]), ours[match["factor"].removesuffix(".weight")]
         expected = _shapes(linear, shape, config["r"])[factor]
@@ -265,7 +316,7 @@ def _read_tensors(source: Path, shape: ModelShape, config: dict[str, Any], drop:
         for linear in LINEARS
     }
     factors = {key: Factors(**value) for key, value in parts.items()}
-    return _Found(factors, {name: layers for name, layers in targets.items() if layers}, dropped)
+    return _Found(factors, {name: layers for name, layers in targets.items() if layers}, classifier, dropped)
 
 
 def _shapes(linear: Linear, shape: ModelShape, rank: int) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Adapters into a model that is there: which linears get one, what is frozen, and the first values."""
+"""Adapters into a model that is there: which linears get one, and the first values."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from esm2mega.config.lora import LINEARS, resolve_targets
 from esm2mega.config.schema import LoRAConfig, Run
-from esm2mega.errors import UserError
 from esm2mega.lora.layers import AdaptedLinear, Adapter
+from esm2mega.model.freezing import freeze
 from esm2mega.model.init import draw
 
 SUFFIX = "_lora"
@@ -38,42 +37,13 @@ def apply_lora(chunks: Sequence[Any], lora: LoRAConfig, seed: int, trainable: Se
         UserError: A target matches nothing.
     """
     targets = resolve_targets(lora.target_modules, chunks[0].config.num_layers)
-    freeze(chunks, trainable)
+    freeze(chunks, lambda name: name.startswith(tuple(trainable)))
     for chunk in chunks:
         for layer in chunk.encoder.layers:
             _adapt_layer(layer, lora, targets)
         for name, parameter in chunk.named_parameters():
             if is_adapter(name):
                 _initialize(chunk.global_parameter_name(name), parameter, seed)
-
-
-def freeze(chunks: Sequence[Any], trainable: Sequence[str] = ()) -> None:
-    """Train nothing but parameters whose names begin with one of `trainable`."""
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(name.startswith(tuple(trainable)))
-        config = chunk.config
-        # Recomputed layers and pipeline stages ask their input whether a backward pass is wanted at all.
-        asked = config.recompute_granularity == "full" or config.pipeline_model_parallel_size > 1
-        if chunk.pre_process and asked:
-            chunk.embedding.register_forward_hook(_want_gradient)
-
-
-def check_stages(chunks: Sequence[Any]) -> None:
-    """Refuse to train a pipeline of which a stage has nothing to train. All-reduce over the pipeline.
-
-    Raises:
-        UserError: On every rank of it.
-    """
-    group = parallel_state.get_pipeline_model_parallel_group()
-    trained = sum(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())
-    least = torch.tensor(trained, device=next(chunks[0].parameters()).device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
-    if not least:
-        raise UserError(
-            "lora.target_modules leaves a pipeline stage without adapters; name a linear in every stage, or "
-            "lower parallel.pipeline_model_parallel_size"
-        )
 
 
 def is_adapter(name: str) -> bool:
@@ -131,18 +101,14 @@ def _uniform(shape: list[int], generator: torch.Generator) -> Tensor:
     return (torch.rand(shape, generator=generator, dtype=torch.float32) * 2 - 1) / shape[1] ** 0.5
 
 
-def _want_gradient(module: Any, inputs: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() else output
-
-
-def adapters_line(run: Run, chunks: Sequence[Any]) -> list[str]:
+def adapters_line(run: Run, chunks: Sequence[Any]) -> str:
     """What is trained, for the announcement of a run; counts of this rank's chunks."""
     lora = run.lora
     kinds = [name for name, on in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if on]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     everything = sum(parameter.numel() for parameter in parameters)
-    return [
+    return (
         f"adapters {' '.join(kinds) or 'LoRA'} of rank {lora.rank} on {', '.join(lora.target_modules)}: "
         f"{trained:,} of {everything:,} parameters of rank 0 are trained"
-    ]
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.lora import LINEARS
 from esm2mega.config.presets import shape_of
+from esm2mega.config.schema import FinetuneConfig, LoRAConfig, Run
 from esm2mega.convert import esm2mega as own_format
 from esm2mega.convert.convert import appearing
 from esm2mega.convert.esm2mega import default_dtype
 from esm2mega.convert.formats import open_weights
 from esm2mega.convert.tensors import fuse_qkv, split_qkv
 from esm2mega.convert.weights import Weights, dtype_name
-from esm2mega.errors import UserError
 from esm2mega.lora.base import check_base, find_base, identify
 from esm2mega.lora.checkpoint import AdapterReader, Factors
 from esm2mega.model.build import DTYPES
@@ -27,7 +29,8 @@ _WEIGHT = re.compile(r"encoder\.layers\.(\d+)\.(?:self_attention|mlp)\.(linear_\
 
 
 def merge(checkpoint: Path, target: Path, base: str | None = None) -> list[str]:
-    """Write `target`, a checkpoint of the whole model with the adapters of `checkpoint` in its weights.
+    """Write `target`, a checkpoint of the whole model with the adapters of `checkpoint` in its weights, and
+    the head of its task if it has one.
 
     Args:
         checkpoint: Of adapters, complete.
@@ -38,27 +41,37 @@ def merge(checkpoint: Path, target: Path, base: str | None = None) -> list[str]:
         A report for the reader.
 
     Raises:
-        UserError: The base is not there or another one, or the checkpoint holds more than adapters.
+        UserError: The base is not there or another one.
     """
     adapters = AdapterReader(checkpoint)
-    if adapters.others:
-        raise UserError(
-            f"{checkpoint}: holds {adapters.others[0]} besides adapters, for which a merged language model "
-            "has no place; keep the adapters"
-        )
     adapters.run.init_from = base or adapters.run.init_from
     path = Path(base) if base is not None else find_base(checkpoint, adapters.run)
     check_base(checkpoint, identify(path))
     weights = merged(open_weights(path), adapters)
     weights.origin |= {"format": "merged adapters", "path": str(checkpoint)}
     with appearing(target) as directory:
-        own_format.write(weights, directory)
+        if adapters.run.task.kind is None:
+            own_format.write(weights, directory)
+        else:
+            run = _merged_run(adapters.run, weights)
+            head = {name: adapters.read_other(name) for name in adapters.others}
+            own_format.write_for_task(weights, directory, run, head, layout.read_state(checkpoint)["task"])
     count = sum(map(len, adapters.targets.values()))
     dtype = dtype_name(weights.description.dtype)
     return [
         f"{checkpoint}: {count} adapters merged into {path} -> {target}, {dtype}",
+        *([f"head     {', '.join(adapters.others)}"] if adapters.others else []),
         *(f"changed: {line}" for line in weights.notes.changed),
+        *(f"dropped: {line}" for line in weights.notes.dropped),
     ]
+
+
+def _merged_run(run: Run, weights: Weights) -> Run:
+    """The configuration of a fine-tuned model whose adapters are in its weights."""
+    run = copy.deepcopy(run)
+    run.model.precision = next(name for name, dtype in DTYPES.items() if dtype == weights.description.dtype)
+    run.lora, run.finetune, run.init_from = LoRAConfig(), FinetuneConfig(), None
+    return run
 
 
 def merged(weights: Weights, adapters: AdapterReader) -> Weights:

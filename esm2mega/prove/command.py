@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import random
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +21,7 @@ import esm2mega
 from esm2mega.errors import MachineError, UserError
 from esm2mega.prove.layouts import Layout, is_possible, random_layouts
 from esm2mega.prove.prover import Prover, Verdict
-from esm2mega.prove.training import SETTINGS
-from esm2mega.prove.trials import GROUPS, Trial, with_head, with_lora
+from esm2mega.prove.trials import GROUPS, HEADS, Trial, drawn_training, with_head, with_lora
 from esm2mega.prove.workers import Serve
 from esm2mega.report.progress import Progress
 
@@ -43,24 +44,29 @@ def choose_trials(
         seed: Of the random ones.
         processes: Limit of the random ones.
         lora: Train adapters at these layouts.
-        head: Fine-tune with this head at these layouts.
+        head: Fine-tune with this head at these layouts. Random ones without either draw what they train.
 
     Raises:
         UserError: No such group or head, or a group that trains something else.
     """
-    settings = [] if head is None else with_head(Trial(()), head).training
-    trials = _named(layouts, seed, processes, settings or SETTINGS)
-    if not lora and head is None:
-        return trials
-    switch = "--lora" if lora else f"--head {head}"
-    own = "lora" if lora else "heads"
+    plain = Trial(())
+    wanted = plain if head is None else with_head(plain, head)
+    wanted = with_lora(wanted) if lora else wanted
+    is_random = _RANDOM.fullmatch(layouts) is not None
+    trials = _named(layouts, seed, processes, wanted.training)
+    if wanted == plain:
+        rng = random.Random(seed)
+        heads = list(HEADS) if importlib.util.find_spec("sklearn") else []
+        return [drawn_training(t.layouts[0], rng, heads) for t in trials] if is_random else trials
+    switch = " ".join([*["--lora"] * lora, *([] if head is None else [f"--head {head}"])])
+    own = "lora" if head is None else "lora-heads" if lora else "heads"
     if layouts == own:
-        return trials if lora else [trial for trial in trials if trial.label == f"head {head}"]
+        return [trial for trial in trials if head is None or trial.label == wanted.label]
     if any(trial.settings for trial in trials):
         raise UserError(
             f"--layouts {layouts} and {switch} exclude each other; give --layouts {own}, ci, more or random:N"
         )
-    return [with_lora(trial) if lora else with_head(trial, str(head)) for trial in trials]
+    return [replace(wanted, layouts=trial.layouts, precision=trial.precision) for trial in trials]
 
 
 def _named(layouts: str, seed: int, processes: int, training: Sequence[str]) -> list[Trial]:

@@ -6,11 +6,13 @@ trials carry the overrides that switch it on.
 
 from __future__ import annotations
 
+import random
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from esm2mega.errors import UserError
-from esm2mega.prove.layouts import TOKENS_PER_PROTEIN, Layout
+from esm2mega.prove.layouts import TOKENS_PER_PROTEIN, Layout, is_possible
 from esm2mega.prove.training import MID_WINDOW, SETTINGS
 
 
@@ -48,10 +50,11 @@ class Trial:
     def command(self, seed: int) -> str:
         """What repeats the trial: options, or its name where these do not say all."""
         options = ["--row", str(self)]
-        head = self.label.removeprefix(_HEAD) if self.label.startswith(_HEAD) else None
-        if len(self.layouts) == 1 and (head or self.label in ("", _LORA)):
-            options = [*self.layouts[0].options(), *["--lora"] * (self.label == _LORA)]
-            options += ["--head", head] if head else []
+        words = self.label.split(", ") if self.label else []
+        heads = [word.removeprefix(_HEAD) for word in words if word.startswith(_HEAD)]
+        if len(self.layouts) == 1 and len(words) == len(heads) + (_LORA in words):
+            options = [*self.layouts[0].options(), *["--lora"] * (_LORA in words)]
+            options += ["--head", *heads] if heads else []
             options += ["--precision", self.precision] if self.precision != "fp64" else []
         return shlex.join(["esm2mega", "prove", *options, "--seed", str(seed)])
 
@@ -69,8 +72,19 @@ _SOME = (
 
 
 def with_lora(trial: Trial) -> Trial:
-    """The same layout for training adapters."""
-    return replace(trial, settings=(*trial.settings, *LORA), label=_LORA, continues=True)
+    """The same training of adapters; where it is a fine-tuning, with its head.
+
+    Raises:
+        UserError: What is trained is fixed by the head.
+    """
+    has_task = any(setting.startswith("task.kind=") for setting in trial.settings)
+    mode = ("finetune.mode=lora",) if has_task else ()
+    if any(setting.startswith("finetune.") for setting in trial.settings):
+        raise UserError(
+            f"--{trial.label} and --lora exclude each other; choose one of {', '.join(ADAPTABLE)}"
+        )
+    label = ", ".join(filter(None, (trial.label, _LORA)))
+    return replace(trial, settings=(*trial.settings, *LORA, *mode), label=label, continues=True)
 
 
 HEADS: dict[str, tuple[str, ...]] = {
@@ -109,9 +123,16 @@ HEADS: dict[str, tuple[str, ...]] = {
         "task.kind=regression",
         "task.target_columns=[a, b]",
         "finetune.freeze=[embedding.*, encoder.layers.*.mlp.*]",
+        "finetune.lr_scale={head.*: 3.0, 'encoder.layers.1.*': 0.5}",
+        "finetune.layer_decay=0.8",
     ),
 }
 """Fine-tunings by the name that ``--head`` takes: the overrides that switch each on."""
+
+ADAPTABLE = tuple(
+    head for head, settings in HEADS.items() if not any(text.startswith("finetune.") for text in settings)
+)
+"""Those that adapters can be trained with."""
 
 
 def with_head(trial: Trial, head: str) -> Trial:
@@ -123,6 +144,21 @@ def with_head(trial: Trial, head: str) -> Trial:
     if head not in HEADS:
         raise UserError(f"--head {head} is not one of {', '.join(HEADS)}")
     return replace(trial, settings=(*trial.settings, *HEADS[head]), label=f"{_HEAD}{head}")
+
+
+def drawn_training(layout: Layout, rng: random.Random, heads: Sequence[str]) -> Trial:
+    """A layout and a training drawn from all that it allows: of the language model, of adapters, of a head.
+
+    Args:
+        layout: Of the trial.
+        rng: Where the draw comes from.
+        heads: To draw from.
+    """
+    trial, head = Trial((layout,)), rng.choice([*[None] * len(heads), *heads] or [None])
+    if head is not None and is_possible(layout, with_head(trial, head).training):
+        trial = with_head(trial, head)
+    adapted = rng.random() < 1 / 3
+    return with_lora(trial) if adapted and (head is None or head in ADAPTABLE) else trial
 
 
 _ONE = Layout()
@@ -220,6 +256,12 @@ _ADAPTED: tuple[tuple[str, tuple[str, ...], tuple[Layout, ...]], ...] = (
     ("DoRA", _DORA, (_PP2, _TP2_SP)),
 )
 
+# Stages whose groups of parameters differ, and a resume.
+_HEADS_AND_LORA = (
+    with_lora(with_head(Trial((Layout(pp=2, dp=2, packed=2, distributed_optimizer=True),)), "mlp")),
+    with_lora(with_head(Trial((_TP2, _DP2), settings=MID_WINDOW), "attention")),
+)
+
 GROUPS: dict[str, tuple[Trial, ...]] = {
     "ci": tuple(Trial((layout,)) for layout in _CI),
     "more": tuple(Trial((layout,)) for layout in _MORE),
@@ -227,7 +269,11 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         *(Trial(pair, settings=MID_WINDOW) for there in _PAIRS for pair in (there, there[::-1])),
         *(Trial(pair, "bf16", MID_WINDOW) for pair in _BF16_PAIRS),
     ),
-    "heads": tuple(with_head(Trial((layout,)), head) for head in HEADS for layout in _HEADS_AT),
+    "heads": (
+        *(with_head(Trial((layout,)), head) for head in HEADS for layout in _HEADS_AT),
+        # Groups of parameters by learning rate, in sharded and in whole optimizer state.
+        with_head(Trial((_DP2, _TP2), settings=MID_WINDOW), "freeze"),
+    ),
     "bf16": tuple(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
     "families": tuple(
         Trial((layout,), settings=settings, label=label) for label, settings, layout in _FAMILIES
@@ -235,6 +281,10 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
     "lora": tuple(
         Trial(layouts, "fp64", (*settings, *MID_WINDOW) if len(layouts) > 1 else settings, label, True)
         for label, settings, layouts in _ADAPTED
+    ),
+    "lora-heads": (
+        *(with_lora(with_head(Trial((layout,)), head)) for head in ADAPTABLE for layout in _HEADS_AT),
+        *_HEADS_AND_LORA,
     ),
 }
 """Trials by the name that ``--layouts`` takes; ``all`` is all of them, and what runs by default."""

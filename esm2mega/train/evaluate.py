@@ -160,7 +160,8 @@ def fit_to_processes(run: Run, overrides: Sequence[str]) -> Run:
     """The training run made fit for the processes that are there.
 
     The layout of training stays where it fits or was asked for; else every process holds the whole model. The
-    batch becomes one micro-batch per rank: the rules on batch sizes speak of training.
+    batch becomes one micro-batch per rank and the warmup none: the rules on them speak of training, and
+    checkpoints that no training wrote have default values there.
     """
     world, parallel = world_size_from_environment(), run.parallel
     model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
@@ -171,6 +172,7 @@ def fit_to_processes(run: Run, overrides: Sequence[str]) -> Run:
     run.train.global_batch_tokens = (
         run.train.micro_batch_tokens * data_parallel * run.parallel.pipeline_model_parallel_size
     )
+    run.schedule.warmup_steps = 0
     return run
 
 

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.choice import for_task
+from esm2mega.checkpoint.choice import ALL, TRAINED, for_task
 from esm2mega.config.load import fix_length
+from esm2mega.config.lora import check_start
 from esm2mega.config.schema import Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate, world_size_from_environment
@@ -23,7 +27,11 @@ from esm2mega.data.labelled import LabelledProteins, Pairs, fit_length, proteins
 from esm2mega.data.labelled_batch import LabelledStream
 from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
+from esm2mega.lora.base import Base
+from esm2mega.lora.checkpoint import load_base
+from esm2mega.lora.inject import adapters_line, seed_dropout
 from esm2mega.model.build import build_model
+from esm2mega.model.freezing import check_stages
 from esm2mega.model.heads import head_of_task
 from esm2mega.model.task import MakeHead
 from esm2mega.parallel.initialize import Ranks, process_groups
@@ -34,7 +42,7 @@ from esm2mega.train.session import Session, run_session
 from esm2mega.train.starts import find_init, find_resume
 from esm2mega.train.task_evaluate import measure, packs_of
 from esm2mega.train.task_losses import TaskLossReduction, loss_of_task
-from esm2mega.train.trainable import set_trainable
+from esm2mega.train.trainable import scales_of, set_trainable
 
 _STEPS_PER_WINDOW = 4
 """Steps whose proteins are packed together where `data.pack_window` is not set."""
@@ -88,6 +96,7 @@ def finetune(
     """
     parts = parts or Parts()
     validate_task(run)
+    check_start(run)
     check_packages()
     splits = read_splits(run, parts)
     run = _with_steps(run, splits.of["train"])
@@ -164,17 +173,26 @@ def _train(
     observe: Callable[[list[Any]], None] | None,
 ) -> LoopState:
     make_head = parts.make_head or head_of_task(run.task, splits.info.num_outputs)
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, make_head)
-    auxiliary = {}
+    adapted = run.finetune.mode == "lora"
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, make_head, adapted)
+    auxiliary: dict[str, Tensor] = {}
+    base: Base | None = None
     if resume_from is not None:
-        auxiliary = read_auxiliary(resume_from)
         _check_targets(resume_from, splits.info)
+    if adapted:
+        base, auxiliary = load_base(run, chunks, resume_from)
+    elif resume_from is not None:
+        auxiliary = read_auxiliary(resume_from)
     elif init_from is not None:
-        choice = for_task(run.finetune.load_head)
-        auxiliary = load_initial_weights(init_from, run.model, chunks, choice)
-    trained = set_trainable(chunks, run.finetune, run.parallel.distributed_optimizer)
+        auxiliary = load_initial_weights(init_from, run.model, chunks, for_task(run.finetune))
+    trained = adapters_line(run, chunks) if adapted else set_trainable(chunks, run.finetune)
+    if run.parallel.distributed_optimizer:
+        key = f"lora.target_modules={run.lora.target_modules}"
+        check_stages(chunks, key if adapted else f"finetune.freeze={run.finetune.freeze}")
     loss = parts.loss or loss_of_task(run.task, splits.info)
-    state = train_state(run, chunks, loss, ranks, observe)
+    state = train_state(run, chunks, loss, ranks, observe, scales_of(chunks, run.finetune))
+    if adapted and run.lora.dropout:
+        state.begin = partial(seed_dropout, run.seed)
     spec, train = batch_spec(run), splits.of["train"]
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
@@ -200,11 +218,17 @@ def _train(
         state=state,
         stream=LabelledStream(train, train_spec(run, train), ranks.dp_rank, ranks.dp_size),
         evaluation=evaluation,
-        remembered={"task": splits.info.to_dict(), "token_counts": None},
-        auxiliary=auxiliary,
-        announced=[*_described(splits), f"weights  {trained}"],
+        remembered={
+            "task": splits.info.to_dict(),
+            "token_counts": None,
+            **({} if base is None else base.as_state()),
+        },
+        # Those of the base stay with it.
+        auxiliary={} if adapted else auxiliary,
+        announced=[*_described(splits), trained],
         result=result,
         training_values=lambda metrics: {"loss": metrics["loss"]},
+        saved=TRAINED if adapted else ALL,
     )
     return run_session(run, ranks, session, resume_from, init_from)
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from esm2mega.config.schema import ModelConfig, OptimConfig, ParallelConfig, Run, ScheduleConfig
@@ -47,10 +53,20 @@ def train_state(
     loss: LossReduction,
     ranks: Ranks,
     observe: Callable[[list[Any]], None] | None,
+    scales: Mapping[torch.Tensor, float] | None = None,
 ) -> TrainState:
-    """Everything that a step touches, of chunks whose weights are set and know whether they are trained."""
+    """Everything that a step touches, of chunks whose weights are set and know whether they are trained.
+
+    Args:
+        run: The configuration.
+        chunks: This rank's.
+        loss: The loss and its reduction.
+        ranks: Where this process stands.
+        observe: See `TrainState`.
+        scales: Factors of the learning rate by parameter, where they are not 1.
+    """
     model = wrap_data_parallel(chunks, run.model, run.parallel)
-    optimizer = build_optimizer(run.optim, run, model)
+    optimizer = build_optimizer(run.optim, run, model, scales)
     schedule = build_schedule(run.schedule, run.optim, optimizer)
     return TrainState(model, optimizer, schedule, loss, ranks.device, observe)
 
@@ -61,8 +77,15 @@ def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwa
     finalize_model_grads(model, num_tokens.double(), **kwargs)
 
 
-def build_optimizer(config: OptimConfig, run: Run, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(
+    config: OptimConfig,
+    run: Run,
+    model: list[DistributedDataParallel],
+    scales: Mapping[torch.Tensor, float] | None = None,
+) -> MegatronOptimizer:
     """Adam with decoupled weight decay on matrices, none on biases and LayerNorms; fused with apex or TE.
+
+    Parameters with a factor of the learning rate in `scales` are in groups of their own.
 
     Raises:
         UserError: The distributed optimizer in fp64 on a GPU.
@@ -73,22 +96,24 @@ def build_optimizer(config: OptimConfig, run: Run, model: list[DistributedDataPa
             "parallel.distributed_optimizer=true has no fp64 on a GPU; "
             "set parallel.distributed_optimizer=false or model.precision=fp32"
         )
+    settings = OptimizerConfig(
+        optimizer=config.name,
+        lr=config.lr,
+        min_lr=config.lr * run.schedule.min_lr_ratio,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        # Without clipping the norm is still wanted in the log: no norm exceeds infinity.
+        clip_grad=config.clip_grad or math.inf,
+        bf16=precision == "bf16",
+        params_dtype=DTYPES[precision],
+        use_distributed_optimizer=run.parallel.distributed_optimizer,
+    )
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer=config.name,
-            lr=config.lr,
-            min_lr=config.lr * run.schedule.min_lr_ratio,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.betas[0],
-            adam_beta2=config.betas[1],
-            adam_eps=config.eps,
-            # Without clipping the norm is still wanted in the log: no norm exceeds infinity.
-            clip_grad=config.clip_grad or math.inf,
-            bf16=precision == "bf16",
-            params_dtype=DTYPES[precision],
-            use_distributed_optimizer=run.parallel.distributed_optimizer,
-        ),
+        settings,
         model,
+        {**get_standard_config_overrides(settings), **_scaled_groups(settings, scales or {})},
         use_gloo_process_groups=run.parallel.distributed_optimizer,
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -100,6 +125,22 @@ def build_optimizer(config: OptimConfig, run: Run, model: list[DistributedDataPa
     if precision == "fp64":
         keep_fp64(optimizer)
     return optimizer
+
+
+def _scaled_groups(settings: OptimizerConfig, scales: Mapping[torch.Tensor, float]) -> dict[ParamKey, Any]:
+    """For Megatron-Core: which parameters have which bounds of the learning rate.
+
+    It tells groups apart by `lr_mult` when a checkpoint is loaded, which it does not multiply by.
+    """
+    assert settings.lr is not None and settings.min_lr is not None
+    return {
+        ParamKey(
+            predicate=ParamPredicate(
+                f"learning rate x {factor}", lambda p, factor=factor: scales.get(p) == factor
+            )
+        ): {"max_lr": settings.lr * factor, "min_lr": settings.min_lr * factor, "lr_mult": factor}
+        for factor in sorted(set(scales.values()))
+    }
 
 
 def build_schedule(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.checkpoint.choice import ALL, TRAINED
 from esm2mega.config.load import fix_length
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import validate, world_size_from_environment
@@ -21,8 +22,9 @@ from esm2mega.data.store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.lora.base import Base
 from esm2mega.lora.checkpoint import load_base
-from esm2mega.lora.inject import adapters_line, check_stages, seed_dropout
+from esm2mega.lora.inject import adapters_line, seed_dropout
 from esm2mega.model.build import build_model
+from esm2mega.model.freezing import check_stages
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import show_bytes
 from esm2mega.train.evaluate import evaluate, evaluation_record, unigram_log_probabilities
@@ -104,7 +106,8 @@ def _train(
     base: Base | None = None
     if adapted:
         base, auxiliary = load_base(run, chunks, resume_from)
-        check_stages(chunks)
+        if run.parallel.distributed_optimizer:
+            check_stages(chunks, f"lora.target_modules={run.lora.target_modules}")
     elif resume_from is not None:
         auxiliary = read_auxiliary(resume_from)
     elif init_from is not None:
@@ -137,10 +140,10 @@ def _train(
         remembered={"token_counts": counts.tolist(), **({} if base is None else base.as_state())},
         # Those of the base stay with it.
         auxiliary={} if adapted else auxiliary,
-        announced=data + (adapters_line(run, chunks) if adapted else []),
+        announced=[*data, *([adapters_line(run, chunks)] if adapted else [])],
         result=_result,
         training_values=loss_and_perplexity,
-        trained_only=adapted,
+        saved=TRAINED if adapted else ALL,
     )
     return run_session(run, ranks, session, resume_from, init_from)
 

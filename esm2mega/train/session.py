@@ -15,6 +15,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import ALL, TensorChoice
 from esm2mega.checkpoint.store import load_training_state, save_checkpoint
 from esm2mega.config.load import save_resolved
 from esm2mega.config.presets import shape_of
@@ -43,7 +44,7 @@ class Session:
         announced: Further lines of the announcement.
         result: What an evaluation record says to a reader.
         training_values: What a training record says of the metrics of a step.
-        trained_only: Leave frozen weights out of checkpoints; `remembered` then says where they are.
+        saved: Which tensors checkpoints hold; `remembered` says where others are.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Session:
     announced: Sequence[str]
     result: Callable[[dict[str, Any], str], str]
     training_values: Callable[[dict[str, float]], dict[str, float]]
-    trained_only: bool = False
+    saved: TensorChoice = ALL
 
 
 def run_session(
@@ -120,8 +121,7 @@ def run_session(
                 return
             with kept_from_helpers():
                 save_checkpoint(
-                    *(directory, state.model, state.optimizer, run, saved, session.auxiliary),
-                    trained_only=session.trained_only,
+                    *(directory, state.model, state.optimizer, run, saved, session.auxiliary, session.saved)
                 )
             saved_last = directory
             if ranks.speaks:
@@ -143,7 +143,7 @@ def run_session(
 
 def _resume(checkpoint: Path, session: Session) -> LoopState:
     state = session.state
-    load_training_state(checkpoint, state.model, state.optimizer, session.trained_only)
+    load_training_state(checkpoint, state.model, state.optimizer, session.saved)
     saved = layout.read_state(checkpoint)
     session.stream.load_state_dict(saved["data"])
     state.schedule.load_state_dict(saved["schedule"])

@@ -49,6 +49,14 @@ def find_resume(run: Run) -> Path | None:
                 f"{found}: is of a run with task.kind={earlier.task.kind}, the configuration says "
                 f"{run.task.kind}; choose another run_dir, and start from its weights with init_from={found}"
             )
+        for key in ("freeze", "lr_scale", "layer_decay"):
+            theirs_value, own = getattr(earlier.finetune, key), getattr(run.finetune, key)
+            if run.task.kind is not None and theirs_value != own:
+                raise UserError(
+                    f"{found}: was trained with finetune.{key}={theirs_value}, the configuration says {own}, "
+                    "for which its optimizer state does not fit; set it back, or choose another run_dir and "
+                    f"init_from={found}"
+                )
         saved = earlier.model
         check_same_model(str(found), saved, run.model, "choose another run_dir")
         _check_adapted(found, run)

@@ -117,7 +117,8 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     state.optimizer.zero_grad()
     reports = run_schedule(state.model, state.loss, batches, state.device, forward_only=False)
     metrics = state.loss.reduce(reports, state.device)
-    lr = max(group["lr"] for group in state.optimizer.param_groups)
+    # Of a group without a factor of its own; every group's rate was set from it at the end of the last step.
+    lr = float(state.schedule.get_lr({}))
     if not all(map(_finite, metrics.values())):
         raise MachineError(
             f"the loss is {metrics['loss']}; lower optim.lr, or look at the last packs of the log"

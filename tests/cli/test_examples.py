@@ -15,6 +15,7 @@ import pytest
 
 from esm2mega.data.prepare import prepare_fasta
 from esm2mega.data.simulate import FamilySpec, simulate_families
+from tests.parity import references
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -316,14 +317,21 @@ def test_slurm_saves_and_requeues_before_the_time_limit(slurm, store, tmp_path):
     assert int(checkpoint.parent.name.removeprefix("step_")) == records(tmp_path / "run")[-1]["step"]
 
 
-def test_finetuning_example_learns_and_predicts(tmp_path):
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_finetuning_example_learns_and_predicts(tmp_path, lora):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
+    options = []
+    if lora:
+        pytest.importorskip("transformers", reason="transformers is not installed")
+        references.hugging_face(references.Shape()).save_pretrained(tmp_path / "base")
+        options = [str(tmp_path / "base"), "--lora"]
     command = [
         sys.executable,
         "-W",
         "ignore",
         str(EXAMPLES / "finetune_regression.py"),
         str(tmp_path / "run"),
+        *options,
     ]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

@@ -26,7 +26,7 @@ def test_all_sizes_are_shipped():
 def test_base_lists_the_keys_and_defaults_of_the_schema():
     def leaves(tree, prefix=""):
         for name, value in tree.items():
-            if isinstance(value, dict):
+            if value and isinstance(value, dict):
                 yield from leaves(value, f"{prefix}{name}.")
             else:
                 yield prefix + name, value

@@ -360,9 +360,10 @@ def test_tables_and_stores_are_inputs_too(
     columns = ("data.sequence_column=residues", "data.id_column=name")
     packed = tmp_path / "t.csv.gz"
     packed.write_bytes(gzip.compress(table.read_bytes()))
-    pyarrow = pytest.importorskip("pyarrow")
+    # `import pyarrow` alone brings no pyarrow.parquet.
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = {"name": [name for name, _ in PROTEINS], "residues": [sequence for _, sequence in PROTEINS]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
     prepare_fasta([str(fasta)], str(tmp_path / "store"))
     for path in (table, packed, tmp_path / "t.parquet", tmp_path / "store" / "train"):
         out = tmp_path / f"{path.name}.h5"

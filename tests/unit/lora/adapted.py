@@ -88,7 +88,7 @@ def make_adapters(folder: Path, base: Base, lora: LoRAConfig, dtype: torch.dtype
         "token_counts": None,
         "origin": {"format": "tests", "path": ""},
     }
-    write_adapters(folder, run, identify(base.path), random_factors(lora, dtype), state)
+    write_adapters(folder, run, identify(base.path), random_factors(lora, dtype), state, {})
     return folder
 
 

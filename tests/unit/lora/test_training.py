@@ -11,6 +11,7 @@ import torch
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import TRAINED
 from esm2mega.checkpoint.store import save_checkpoint
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.schema import LoRAConfig, ParallelConfig, Run
@@ -185,6 +186,6 @@ def test_checkpoint_of_a_650M_model_is_small(precision: str, tmp_path: Path) -> 
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.step()
-    save_checkpoint(tmp_path / "step", chunks, optimizer, run, {"step": 1}, trained_only=True)
+    save_checkpoint(tmp_path / "step", chunks, optimizer, run, {"step": 1}, choice=TRAINED)
     size = sum(path.stat().st_size for path in (tmp_path / "step").rglob("*"))
     assert 3 * 33 * 3 * 8 * 2 * 1280 * 4 < size < 30e6

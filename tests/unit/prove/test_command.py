@@ -74,7 +74,7 @@ def test_names_of_groups() -> None:
     assert choose_trials("ci,bf16", 1, 4) == [*GROUPS["ci"], *GROUPS["bf16"]]
     assert len(choose_trials("random:7", 1, 2)) == 7
     for wrong in ("dozen", "ci,", "random:0", "random:x", ""):
-        groups = "ci, more, resume, heads, bf16, families, lora"
+        groups = "ci, more, resume, heads, bf16, families, lora, lora-heads"
         with pytest.raises(UserError, match=f"give {groups}, all, or random:N"):
             choose_trials(wrong, 1, 4)
 
@@ -83,7 +83,8 @@ def test_adapters_at_the_same_layouts() -> None:
     plain, adapted = choose_trials("random:5", 3, 4), choose_trials("random:5", 3, 4, lora=True)
     assert [trial.layouts for trial in adapted] == [trial.layouts for trial in plain]
     assert all(trial.settings == LORA and trial.continues for trial in adapted)
-    assert adapted[0].command(3) == plain[0].command(3).replace(" --seed", " --lora --seed")
+    bare = Trial(plain[0].layouts).command(3)
+    assert adapted[0].command(3) == bare.replace(" --seed", " --lora --seed")
     assert choose_trials("lora", 1, 4, lora=True) == list(GROUPS["lora"])
     commands = [trial.command(1) for trial in GROUPS["lora"] if trial.label != "LoRA"]
     assert commands[0] == "esm2mega prove --row 'TP2, 2 per pack, DoRA' --seed 1"
@@ -93,6 +94,27 @@ def test_adapters_at_the_same_layouts() -> None:
             choose_trials("resume", 1, 4, **switch)
     with pytest.raises(UserError, match="--head conv is not one of mlp, "):
         choose_trials("ci", 1, 4, head="conv")
+
+
+def test_heads_with_adapters() -> None:
+    """At four layouts each; random trials draw what they train, the same for a seed."""
+    rows = choose_trials("lora-heads", 1, 4, lora=True, head="cnn")
+    assert [str(trial) for trial in rows] == [
+        "TP2, 3 per pack, head cnn, LoRA",
+        "TP2 SP, 2 per pack, head cnn, LoRA",
+        "PP2, 4 per pack, head cnn, LoRA",
+        "DP2 DO, 3 per pack, head cnn, LoRA",
+    ]
+    assert rows[0].command(1) == "esm2mega prove --tp 2 --packed 3 --lora --head cnn --seed 1"
+    assert {"finetune.mode=lora", "task.head=cnn", "lora.rank=3"} <= {*rows[0].settings}
+    with pytest.raises(UserError, match="--head frozen and --lora exclude each other"):
+        choose_trials("ci", 1, 4, lora=True, head="frozen")
+    drawn = choose_trials("random:40", 3, 4)
+    assert drawn == choose_trials("random:40", 3, 4)
+    words = {word for trial in drawn for word in trial.label.split(", ")}
+    assert {"", "LoRA"} < words and len(words) > 6
+    assert any(trial.label.startswith("head ") and trial.continues for trial in drawn)
+    assert [trial.layouts for trial in drawn[:5]] == [t.layouts for t in choose_trials("random:5", 3, 4)]
 
 
 def test_all_pass(fake: type[FakeProver], tmp_path: Path) -> None:

@@ -101,6 +101,79 @@ def test_frozen_features_are_those_of_the_whole_model(tmp_path: Path) -> None:
         train(tmp_path / "wrong", "finetune.freeze=[encoder.layers.0.*]")
 
 
+def test_a_frozen_embedding_with_recomputed_layers_trains_the_layers(tmp_path: Path) -> None:
+    """A recomputed layer whose input wants no gradient would be left out of the backward pass."""
+    stored = train(tmp_path / "stored", "finetune.freeze=[embedding.*]")
+    again = train(tmp_path / "again", "finetune.freeze=[embedding.*]", "model.recompute=full")
+    expected, actual = tensors(stored.checkpoint), tensors(again.checkpoint)
+    assert all((actual[name] - expected[name]).abs().max() < 1e-12 for name in expected)
+
+
+def test_learning_rates_by_pattern_and_layer(tmp_path: Path) -> None:
+    """Adam's first update does not depend on the size of the gradient: it is the rate of each weight."""
+    start = ("train.max_steps=1", "optim.weight_decay=0", "task.dropout=0")
+    changes = (
+        "finetune.lr_scale={'*': 7, encoder.layers.*: 0.5, 'head.*': 3}",
+        "finetune.layer_decay=0.8",
+    )
+    none = tensors(train(tmp_path / "none", *start, "optim.lr=1e-30").checkpoint)
+    plain = tensors(train(tmp_path / "plain", *start).checkpoint)
+    scaled = tensors(train(tmp_path / "scaled", *start, *changes).checkpoint)
+    for name, first in none.items():
+        if name.startswith("optimizer.") or not torch.is_floating_point(first) or "rotary" in name:
+            continue
+        factor = torch.tensor(7.0, dtype=torch.float64)
+        if name.startswith("embedding."):
+            factor *= 0.8**3
+        if name.startswith("head."):
+            factor = torch.tensor(3.0)
+        if name.startswith("encoder.layers."):
+            # Stacked: the first of two layers is two away from the head.
+            factor = 0.5 * torch.tensor([0.8**2, 0.8]).view(-1, *[1] * (first.dim() - 1))
+        moved = plain[name] - first
+        assert moved.abs().max() > 1e-4, name
+        assert (scaled[name] - first - factor * moved).abs().max() < 1e-9, name
+    with pytest.raises(UserError, match="'hed.*' matches no weight that is trained"):
+        train(tmp_path / "wrong", "finetune.lr_scale={hed.*: 2}")
+    with pytest.raises(UserError, match="was trained with finetune.layer_decay=0.8"):
+        train(tmp_path / "scaled", *changes[:1])
+
+
+def test_a_resume_keeps_learning_rates(tmp_path: Path) -> None:
+    """Of groups that differ in nothing else, with the rates of this start."""
+    settings = ("finetune.lr_scale={embedding.*: 0.1, head.*: 3}", "schedule.name=linear", "optim.lr=1e-2")
+    settings += ("schedule.decay_steps=4",)
+    whole = train(tmp_path / "whole", *settings)
+    train(tmp_path / "broken", *settings, "train.max_steps=2")
+    again = train(tmp_path / "broken", *settings)
+    expected, actual = tensors(whole.checkpoint), tensors(again.checkpoint)
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+
+
+def test_a_lenient_start_takes_what_fits_and_says_what_does_not(
+    finished: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = train(tmp_path / "first", "task.hidden_size=8")
+    start = ("train.max_steps=1", "optim.lr=1e-30", "finetune.load_head=true", "seed=7")
+    wider = ("task.hidden_size=9", f"init_from={first.checkpoint}")
+    with pytest.raises(UserError, match="head.dense.weight"):
+        train(tmp_path / "wider", *start, *wider)
+    capfd.readouterr()
+    taken = tensors(train(tmp_path / "wider", *start, *wider, "finetune.strict=false").checkpoint)
+    said = capfd.readouterr().err
+    assert "init_from initial: head.dense.weight is [8, 24] there and [9, 24] here\n" in said
+    assert said.count("init_from ") == 3
+    expected = tensors(first.checkpoint)
+    same = [name for name in expected if not name.startswith(("optimizer.", "head."))] + ["head.output.bias"]
+    assert len(same) > 15 and all(torch.equal(taken[name], expected[name]) for name in same)
+    # A pretrained model has no head at all.
+    bare = f"init_from={finished.run_dir}"
+    with pytest.raises(UserError, match="missing .*head.dense.bias"):
+        train(tmp_path / "bare", *start, bare)
+    train(tmp_path / "bare", *start, bare, "finetune.strict=false")
+    assert capfd.readouterr().err.count("is not there\n") == 4
+
+
 def test_predictions_are_those_of_training_in_input_order(tmp_path: Path) -> None:
     """The metrics of the last evaluation follow from what `predict` writes for the same proteins."""
     trained = train(tmp_path / "run")

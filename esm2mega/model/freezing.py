@@ -1,0 +1,55 @@
+"""Which parameters a run trains: marked in the model before it is wrapped for data parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from esm2mega.errors import UserError
+
+
+def freeze(chunks: Sequence[Any], trained: Callable[[str], bool]) -> None:
+    """Train the parameters for whose names in the whole model `trained` holds, and no others.
+
+    Args:
+        chunks: This rank's chunks of `esm2mega.model.esm2.ESM2Model`.
+        trained: Takes a name.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(trained(chunk.global_parameter_name(name)))
+        config = chunk.config
+        # Recomputed layers and pipeline stages ask their input whether a backward pass is wanted at all.
+        asked = config.recompute_granularity == "full" or config.pipeline_model_parallel_size > 1
+        if chunk.pre_process and asked:
+            chunk.embedding.register_forward_hook(_want_gradient)
+
+
+def check_stages(chunks: Sequence[Any], key: str) -> None:
+    """Refuse a process without anything to train, which the distributed optimizer cannot have.
+
+    All-reduce over the world.
+
+    Args:
+        chunks: This rank's.
+        key: What decides what is trained, as in ``finetune.freeze=[…]``.
+
+    Raises:
+        UserError: On every rank.
+    """
+    trained = sum(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())
+    least = torch.tensor(trained, device=next(chunks[0].parameters()).device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    if not least:
+        raise UserError(
+            f"{key} leaves a pipeline stage without weights to train, which "
+            "parallel.distributed_optimizer=true does not allow; set it to false"
+        )
+
+
+def _want_gradient(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()

@@ -1,0 +1,245 @@
+"""Adapters and the head of a task, trained together: saved, reloaded, merged, exchanged with PEFT."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.tensors import TensorReader
+from esm2mega.cli import main
+from esm2mega.data.labelled import proteins_of_sequences
+from esm2mega.data.tokenizer import encode_residues
+from esm2mega.errors import UserError
+from esm2mega.finetuning import TrainedModel, infer_model, train_model
+from esm2mega.infer.task import open_task, run_task
+from esm2mega.lora.base import identify
+from esm2mega.lora.hf_head import TASK
+from esm2mega.lora.hf_peft import export_adapters, import_adapters
+from esm2mega.lora.merge import merge
+from tests.unit.conftest import TinyRun
+from tests.unit.lora import adapted
+from tests.unit.lora.adapted import Base
+from tests.unit.runs import SETTINGS
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
+
+RNG = np.random.default_rng(8)
+SEQUENCES = ["".join(RNG.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in RNG.integers(4, 60, 40)]
+PAIRS = [(sequence, sequence.count("K") + len(sequence) / 10) for sequence in SEQUENCES]
+UNSEEN = SEQUENCES[30:]
+ADAPTERS = (
+    "finetune.mode=lora",
+    "lora.rank=3",
+    "lora.alpha=6",
+    "lora.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]",
+)
+
+
+def _train(finished: TinyRun, run_dir: Path, *changes: str) -> TrainedModel:
+    settings = [
+        *SETTINGS,
+        f"run_dir={run_dir}",
+        f"init_from={finished.run_dir}",
+        "task.kind=regression",
+        "train.eval_every=2",
+        "optim.lr=2e-2",
+        *changes,
+    ]
+    return train_model(settings, train=PAIRS[:30], valid=PAIRS[30:])
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    reader = TensorReader(checkpoint)
+    return {name: reader.read(name) for name in reader.index}
+
+
+@pytest.fixture(scope="module")
+def trained(finished: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    return _train(finished, tmp_path_factory.mktemp("adapted") / "run", *ADAPTERS)
+
+
+def test_the_first_step_sees_the_unchanged_model(finished: TinyRun, tmp_path: Path) -> None:
+    """The update of the first step of a warmup has rate 0: predictions are those of encoder and new head."""
+    start = ("train.max_steps=1", "schedule.warmup_steps=1", "schedule.decay_steps=2")
+    ours = _train(finished, tmp_path / "adapted", *ADAPTERS, *start)
+    plain = _train(finished, tmp_path / "plain", "finetune.mode=frozen", *start)
+    assert infer_model(ours.checkpoint, UNSEEN) == infer_model(plain.checkpoint, UNSEEN)
+
+
+def test_adapters_and_head_are_saved_and_the_base_stays(finished: TinyRun, trained: TrainedModel) -> None:
+    names = [name for name in _tensors(trained.checkpoint) if not name.startswith("optimizer.")]
+    assert {name.rpartition(".")[0].rpartition("_")[2] for name in names if "_lora." in name} == {"lora"}
+    assert {name for name in names if "_lora." not in name} == {
+        f"head.{layer}.{part}" for layer in ("dense", "output") for part in ("weight", "bias")
+    }
+    state = layout.read_state(trained.checkpoint)
+    base = layout.resolve_checkpoint(finished.run_dir)
+    assert state["base"] == {"path": str(base), "sha256": identify(base).sha256}
+
+
+def test_a_resumed_run_equals_an_unbroken_one(finished: TinyRun, tmp_path: Path) -> None:
+    """With dropout in adapters and head."""
+    settings = (*ADAPTERS, "lora.dropout=0.3", "lora.use_dora=true", "schedule.decay_steps=4")
+    whole = _train(finished, tmp_path / "whole", *settings)
+    _train(finished, tmp_path / "broken", *settings, "train.max_steps=2")
+    # Killed while it saved step 3.
+    (tmp_path / "broken" / "checkpoints" / "step_00000003.partial" / "model").mkdir(parents=True)
+    broken = _train(finished, tmp_path / "broken", *settings)
+    expected, actual = _tensors(whole.checkpoint), _tensors(broken.checkpoint)
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+    assert whole.metrics["valid_loss"] == broken.metrics["valid_loss"]
+    with pytest.raises(UserError, match="lora.alpha=6"):
+        _train(finished, tmp_path / "broken", *settings, "lora.alpha=3", "train.max_steps=6")
+    with pytest.raises(UserError, match="holds adapters"):
+        _train(finished, tmp_path / "broken", "train.max_steps=6")
+
+
+def test_reload_and_merge_predict_what_training_evaluated(
+    trained: TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "proteins.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["sequence", "target"], *PAIRS[30:]])
+    whole = tmp_path / "whole"
+    assert main(["lora", "merge", str(trained.checkpoint), "--out", str(whole)]) == 0
+    assert "head.output.weight" in capsys.readouterr().out
+    predicted = {}
+    for name, checkpoint in (("adapters", trained.checkpoint), ("merged", whole)):
+        out = tmp_path / f"{name}.csv"
+        assert main(["predict", str(checkpoint), str(table), "--out", str(out)]) == 0
+        predicted[name] = np.array([float(row["target"]) for row in csv.DictReader(out.open())])
+        metrics = tmp_path / f"{name}.json"
+        arguments = ["evaluate", str(checkpoint), "--data", str(table), "--out", str(metrics)]
+        assert main([*arguments, "task.bootstrap=0"]) == 0
+    found = json.loads((tmp_path / "adapters.json").read_text())
+    assert found["loss"] == trained.metrics["valid_loss"] and found["mse"] == trained.metrics["valid_mse"]
+    scale = np.abs(predicted["adapters"]).max()
+    assert np.abs(predicted["merged"] - predicted["adapters"]).max() < 1e-10 * scale
+    assert layout.read_config(whole).finetune.mode == "full"
+    for command in ("embed", "convert"):
+        target = ["--to", "hf"] if command == "convert" else []
+        arguments = [str(table), "--out"] if command == "embed" else []
+        assert main([command, str(trained.checkpoint), *arguments, str(tmp_path / "x"), *target]) == 2
+        error = capsys.readouterr().err
+        assert "esm2mega lora merge" in error or "esm2mega predict" in error
+
+
+def test_what_does_not_go_together_is_refused(
+    finished: TinyRun, trained: TrainedModel, tmp_path: Path
+) -> None:
+    rank = "lora.rank=3"
+    for changes, message in (
+        (["finetune.mode=lora"], "finetune.mode=lora needs the rank"),
+        (["finetune.mode=frozen", rank], "trains the head alone, without adapters"),
+        ([rank], "does not go with finetune.mode=full"),
+        ([*ADAPTERS, "init_from=null"], "name it in init_from"),
+        ([*ADAPTERS, "finetune.freeze=[embedding.*]"], "freezes all but adapters and head"),
+        ([*ADAPTERS, f"init_from={trained.checkpoint}"], "lora merge"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _train(finished, tmp_path / "run", *changes)
+    merge(trained.checkpoint, tmp_path / "whole")
+    with pytest.raises(UserError, match="is a fine-tuned model, adapters are trained on a pretrained one"):
+        _train(finished, tmp_path / "run", *ADAPTERS, f"init_from={tmp_path / 'whole'}")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return adapted.make_base(tmp_path_factory.mktemp("base") / "hf", torch.float32)
+
+
+def _tuned(base: Base, run_dir: Path, kind: str, labels: list[Any], *changes: str) -> TrainedModel:
+    """A few large steps: adapters and head that matter."""
+    settings = [text for text in SETTINGS if not text.startswith("model.")]
+    settings += [f"run_dir={run_dir}", f"init_from={base.path}", f"task.kind={kind}", *ADAPTERS]
+    pairs = list(zip(SEQUENCES, labels, strict=True))
+    return train_model([*settings, "optim.lr=5e-2", "lora.use_dora=true", *changes], train=pairs[:30])
+
+
+def _ours(checkpoint: Path) -> Any:
+    """Numbers in units of the labels, or probabilities, of all `UNSEEN` in turn: ``[n, k]`` or ``[R, k]``."""
+    measured, _ = run_task(open_task(checkpoint), proteins_of_sequences(UNSEEN), "predict")
+    assert measured.predictions is not None
+    return measured.predictions.values
+
+
+@torch.no_grad()
+def _theirs(model: Any, kind: str) -> Any:
+    found = []
+    for sequence in UNSEEN:
+        ids = torch.tensor([[0, *encode_residues(sequence).tolist(), 2]])
+        logits = model.eval()(ids, attention_mask=torch.ones_like(ids)).logits
+        found.append(logits[0, 1:-1] if kind == "token_regression" else logits)
+    values = torch.cat(found)
+    return (values.softmax(dim=1) if kind == "classification" else values).numpy()
+
+
+@pytest.mark.parametrize("kind", ["regression", "token_regression", "classification"])
+def test_exported_with_its_head_it_predicts_the_same_in_peft(base: Base, kind: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import EsmForSequenceClassification, EsmForTokenClassification
+
+    labels: dict[str, list[Any]] = {
+        "regression": [value * 3 - 5 for _, value in PAIRS],
+        "token_regression": [[float(ord(c) % 7) for c in text] for text in SEQUENCES],
+        "classification": ["abc"[len(text) % 3] for text in SEQUENCES],
+    }
+    head = ["task.head=hf"] if kind != "token_regression" else []
+    ours = _tuned(base, tmp_path / "run", kind, labels[kind], *head)
+    lines = export_adapters(ours.checkpoint, tmp_path / "peft")
+    made = EsmForTokenClassification if kind == "token_regression" else EsmForSequenceClassification
+    count = 3 if kind == "classification" else 1
+    assert lines[1].startswith(f"head     {made.__name__} with num_labels={count}: ")
+    plain = made.from_pretrained(base.path, num_labels=count)
+    model = PeftModel.from_pretrained(plain, tmp_path / "peft")
+    expected = _theirs(model, kind)
+    predicted = _ours(ours.checkpoint)
+    scale = np.abs(predicted).max()
+    assert np.abs(predicted - expected).max() < 1e-5 * scale
+    # The same head without the adapters is far away.
+    with model.disable_adapter():
+        assert np.abs(_theirs(model, kind) - expected).max() > 1e-2 * scale
+    # And back.
+    import_adapters(tmp_path / "peft", str(base.path), tmp_path / "back")
+    assert np.abs(_ours(tmp_path / "back") - predicted).max() < 1e-5 * scale
+    # Without the file that says what its logits mean there is no head of ours.
+    (tmp_path / "peft" / TASK).unlink()
+    with pytest.raises(UserError, match="--drop"):
+        import_adapters(tmp_path / "peft", str(base.path), tmp_path / "bare")
+
+
+def test_a_classifier_that_peft_trained_becomes_a_head(base: Base, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import EsmForSequenceClassification
+
+    plain = EsmForSequenceClassification.from_pretrained(base.path, num_labels=3)
+    config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"])
+    model = get_peft_model(plain, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(tmp_path / "peft")
+    arguments = ["lora", "import", str(tmp_path / "peft"), "--base", str(base.path), "--out"]
+    assert main([*arguments, str(tmp_path / "bare")]) == 2
+    target = tmp_path / "ours"
+    assert main([*arguments, str(target), "--task", "classification", "--labels", "x,y,z"]) == 0
+    expected = _theirs(model, "classification")
+    assert np.abs(_ours(target) - expected).max() < 1e-5
+    assert infer_model(target, UNSEEN) == ["xyz"[number] for number in expected.argmax(axis=1)]
+    assert main([*arguments, str(tmp_path / "few"), "--task", "classification", "--labels", "x,y"]) == 2
+
+
+def test_a_head_without_an_equal_is_reported(trained: TrainedModel, tmp_path: Path) -> None:
+    lines = export_adapters(trained.checkpoint, tmp_path / "peft")
+    dropped = [line for line in lines if line.startswith("dropped: head.")]
+    assert len(dropped) == 4 and "task.head=auto" in dropped[0]
+    assert not (tmp_path / "peft" / TASK).exists()
