@@ -63,6 +63,7 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
             "task.kind=regression",
             f"finetune.mode={mode}",
             f"lora.rank={options.rank}",
+            f"data.max_seq_length={options.length}",
             f"train.micro_batch_tokens={options.tokens}",
             f"train.global_batch_tokens={options.tokens}",
             # Each pass over the proteins is a whole number of packs.

@@ -19,6 +19,8 @@ import click
 
 from esm2mega import __version__
 from esm2mega.convert.formats import READABLE, WRITABLE
+from esm2mega.data.flip_tasks import TASKS as FLIP_TASKS
+from esm2mega.data.tape_names import TAPE_TASKS
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 from esm2mega.infer.commands import add_commands as add_inference
 from esm2mega.lora.commands import add_commands as add_lora
@@ -106,7 +108,7 @@ def quickstart(out: str) -> None:
 
 @cli.group()
 def prepare() -> None:
-    """Turn sequence files into token stores for training."""
+    """Turn sequence files into token stores for training, and benchmarks into labelled tables."""
 
 
 @prepare.command("fasta")
@@ -195,6 +197,46 @@ def prepare_uniref_command(**options: Any) -> None:
     from esm2mega.data.uniref_inputs import prepare_from_options
 
     click.echo("\n".join(prepare_from_options(options).lines()))
+
+
+@prepare.command("flip", short_help="A task of FLIP, to tables of labelled proteins.")
+@click.argument("task", type=click.Choice(FLIP_TASKS), metavar="TASK")
+@click.option("--source", required=True, metavar="DIR", help="The task's files, as FLIP publishes them.")
+@click.option(
+    "--out", required=True, metavar="DIR", help="Directory to make: train.csv, valid.csv, test.csv."
+)
+@click.option("--split", metavar="NAME", help="One of the task's splits; a wrong name lists them.")
+@click.option(
+    "--allow-other-sizes", is_flag=True, help="Take other numbers of proteins than the published ones."
+)
+@_single_process
+def prepare_flip_command(
+    task: str, source: str, out: str, split: str | None, allow_other_sizes: bool
+) -> None:
+    """Write a task of FLIP as tables for fine-tuning: aav, gb1, meltome, scl, sav, bind, conservation or
+    secondary_structure.
+
+    Example: esm2mega prepare flip gb1 --source flip/gb1 --split sampled --out gb1
+    """
+    from esm2mega.data.flip import prepare_flip
+
+    click.echo("\n".join(prepare_flip(task, source, out, split, allow_other_sizes)))
+
+
+@prepare.command("tape", short_help="A task of TAPE, to tables of labelled proteins.")
+@click.argument("task", type=click.Choice(TAPE_TASKS), metavar="TASK")
+@click.option("--source", required=True, metavar="DIR", help="The task's LMDB files, as TAPE publishes them.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to make: a CSV per split.")
+@_single_process
+def prepare_tape_command(task: str, source: str, out: str) -> None:
+    """Write a task of TAPE as tables for fine-tuning: fluorescence, stability, remote_homology,
+    secondary_structure or contact_prediction.
+
+    Example: esm2mega prepare tape stability --source tape/stability --out stability
+    """
+    from esm2mega.data.tape_tasks import prepare_tape
+
+    click.echo("\n".join(prepare_tape(task, source, out)))
 
 
 @cli.command(short_help="Train a masked language model, or resume training.")

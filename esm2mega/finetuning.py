@@ -23,7 +23,7 @@ from esm2mega.convert.into_model import load_run_with_model
 from esm2mega.data.labelled import Pairs, fit_length, proteins_of_sequences
 from esm2mega.errors import UserError
 from esm2mega.infer.task import open_task, run_task, without_dropping
-from esm2mega.infer.task_output import shown_predictions
+from esm2mega.infer.task_output import contact_maps, shown_predictions
 from esm2mega.model.task import MakeHead
 from esm2mega.report.log import LOG_NAME, read_log
 from esm2mega.train.finetune import Parts, finetune
@@ -110,7 +110,8 @@ def infer_model(
 
     Returns:
         A prediction for each sequence, in input order, in the form of the labels of training: a number, a
-        dictionary of several, a class name, a list of names, a string or list with one entry per residue.
+        dictionary of several, a class name, a list of names, a string or list with one entry per residue. Of
+        contacts, an array ``[L, L]`` of probabilities.
         Empty on processes other than the first.
     """
     if isinstance(sequences, str):
@@ -121,4 +122,6 @@ def infer_model(
     measured, _ = run_task(task, proteins, "predict", make_head, loss)
     if measured.predictions is None:
         return []
+    if task.info.per_pair:
+        return list(contact_maps(measured.predictions, proteins))
     return shown_predictions(measured.predictions, task.info, proteins)

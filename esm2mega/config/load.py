@@ -25,7 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import esm2mega
 from esm2mega.config.presets import fill_shape
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import ModelConfig, Run
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import MachineError, UserError
 
@@ -74,6 +74,9 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
 def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None) -> Run:
     """A resolved run with a file and `key=value` overrides on top, checked and resolved as `load_run` does.
 
+    Keys of the section `model` that the file leaves at their defaults, as `conf/base.yaml` lists them, say
+    nothing against the model of `base`.
+
     Args:
         base: what the others change.
         overrides: as for `load_run`.
@@ -81,6 +84,9 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
     """
     tree = OmegaConf.structured(base)
     settings = list(_file_settings(find_config(config), ())) if config is not None else []
+    final = {setting.key: setting.value for setting in settings}
+    defaults = {f"model.{name}": value for name, value in dataclasses.asdict(ModelConfig()).items()}
+    settings = [s for s in settings if s.key not in defaults or final[s.key] != defaults[s.key]]
     settings += [_parse_override(text) for text in overrides]
     for setting in settings:
         _apply(tree, setting)
@@ -139,26 +145,30 @@ def conf_dir() -> Path:
 
 
 def config_names() -> list[str]:
-    """Names of the shipped configurations."""
-    return sorted(path.stem for path in conf_dir().glob("*.yaml"))
+    """Names of the shipped configurations, those in folders too."""
+    return sorted(path.stem for path in conf_dir().rglob("*.yaml"))
 
 
 def find_config(config: str, beside: Path | None = None) -> Path:
-    """The file that `config` means: a path, else a name beside the including file, else a shipped name."""
+    """The file that `config` means: a path, else a name beside the including file, else a shipped name, with
+    or without its folder (``flip_gb1``, ``finetune/flip_gb1``).
+    """
     path = Path(config)
     if path.is_file():
         return path
-    if path.name == config:
-        for folder in (beside, conf_dir()):
-            for name in (config, f"{config}.yaml"):
-                if folder is not None and (folder / name).is_file():
-                    return folder / name
-        if path.suffix not in (".yaml", ".yml") and not path.exists():
-            near = difflib.get_close_matches(config, config_names(), n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(
-                f"no configuration file or shipped name {config!r} (names: {', '.join(config_names())}){hint}"
-            )
+    folders = [conf_dir(), *(folder for folder in conf_dir().iterdir() if folder.is_dir())]
+    if path.name == config and beside is not None:
+        folders.insert(0, beside)
+    for folder in folders if not path.is_absolute() else []:
+        for name in (config, f"{config}.yaml"):
+            if (folder / name).is_file():
+                return folder / name
+    if path.name == config and path.suffix not in (".yaml", ".yml") and not path.exists():
+        near = difflib.get_close_matches(config, config_names(), n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"no configuration file or shipped name {config!r} (names: {', '.join(config_names())}){hint}"
+        )
     reason = "is a directory" if path.is_dir() else "does not exist"
     raise UserError(
         f"configuration file {config} {reason}; give a YAML file or one of {', '.join(config_names())}"

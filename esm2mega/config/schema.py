@@ -147,7 +147,14 @@ class LoggingConfig:
     wandb_run_name: str | None = None
 
 
-TASK_KINDS = ("regression", "classification", "multilabel", "token_classification", "token_regression")
+TASK_KINDS = (
+    "regression",
+    "classification",
+    "multilabel",
+    "token_classification",
+    "token_regression",
+    "contact",
+)
 
 
 @dataclass
@@ -157,8 +164,10 @@ class TaskConfig:
     kind: str | None = _choice(None, *TASK_KINDS)
     target_columns: list[str] = field(default_factory=lambda: ["target"])
     mask_column: str | None = None
+    label_file: str | None = None
+    mask_file: str | None = None
     num_classes: int | None = None
-    head: str = _choice("auto", "auto", "mlp", "linear", "pooler", "hf", "cnn")
+    head: str = _choice("auto", "auto", "mlp", "linear", "pooler", "hf", "cnn", "product", "attention_maps")
     pooling: str = _choice("mean", "mean", "cls", "max", "attention")
     hidden_size: int | None = None
     dropout: float = 0.25

@@ -10,10 +10,14 @@ from esm2mega.errors import UserError
 RESIDUE_KINDS = ("token_classification", "token_regression")
 """Tasks with a label per residue."""
 
+PAIR_KIND = "contact"
+"""The task with a label per pair of residues, from what is known of each residue."""
+
 _NUMERIC_KINDS = ("regression", "token_regression")
 _HEADS = {
-    False: ("auto", "mlp", "linear", "pooler", "hf"),
-    True: ("auto", "linear", "hf", "cnn"),
+    "proteins": ("auto", "mlp", "linear", "pooler", "hf"),
+    "residues": ("auto", "linear", "hf", "cnn"),
+    "pairs of residues": ("auto", "product", "attention_maps"),
 }
 
 
@@ -26,13 +30,16 @@ def validate_task(run: Run) -> None:
     task, data = run.task, run.data
     if task.kind is None:
         raise UserError("task.kind is not set: say what to learn, e.g. task.kind=regression")
-    per_residue = task.kind in RESIDUE_KINDS
-    if task.head not in _HEADS[per_residue]:
-        what = "residues" if per_residue else "proteins"
+    per_residue = task.kind in (*RESIDUE_KINDS, PAIR_KIND)
+    what = "residues" if task.kind in RESIDUE_KINDS else "proteins"
+    what = "pairs of residues" if task.kind == PAIR_KIND else what
+    if task.head not in _HEADS[what]:
         raise UserError(
             f"task.head={task.head} does not go with task.kind={task.kind}; heads for {what} are "
-            f"{', '.join(_HEADS[per_residue])}"
+            f"{', '.join(_HEADS[what])}"
         )
+    if task.head == "attention_maps":
+        _check_attention_maps(run)
     if not task.target_columns or len(set(task.target_columns)) < len(task.target_columns):
         raise UserError(
             f"task.target_columns={task.target_columns} must name one column or several once each"
@@ -45,6 +52,11 @@ def validate_task(run: Run) -> None:
         raise UserError(
             f"task.mask_column={task.mask_column} marks residues, but task.kind={task.kind} has labels of "
             "proteins; set task.mask_column=null"
+        )
+    if task.mask_file is not None and (not per_residue or task.mask_column is not None):
+        cure = "set task.mask_column=null" if per_residue else "set task.mask_file=null"
+        raise UserError(
+            f"task.mask_file={task.mask_file} marks residues in the place of task.mask_column; {cure}"
         )
     for key, kinds in (
         ("num_classes", ("classification", "token_classification", "multilabel")),
@@ -65,11 +77,11 @@ def validate_task(run: Run) -> None:
         raise UserError(
             f"data.crop={data.crop} may cut <cls> away, which the head reads; set data.crop=start"
         )
-    if data.crop == "chunk" and data.too_long == "crop" and not per_residue:
-        raise UserError(
-            f"data.crop=chunk would give every chunk the label of the protein, task.kind={task.kind}; "
-            "set data.crop=random or start"
+    if data.crop == "chunk" and data.too_long == "crop" and task.kind not in RESIDUE_KINDS:
+        wrong = (
+            "would lose the pairs between chunks" if per_residue else "would label every chunk as the protein"
         )
+        raise UserError(f"data.crop=chunk {wrong}, task.kind={task.kind}; set data.crop=random or start")
     if data.workers:
         raise UserError(
             f"data.workers={data.workers}: labelled proteins are in memory and need none; set data.workers=0"
@@ -113,3 +125,18 @@ def _check_finetune(run: Run) -> None:
             )
     if not 0 < finetune.layer_decay <= 1:
         raise UserError(f"finetune.layer_decay={finetune.layer_decay} must be above 0 and at most 1")
+
+
+def _check_attention_maps(run: Run) -> None:
+    """The maps are read while the layers compute them, all in one process of a pipeline."""
+    stages = run.parallel.pipeline_model_parallel_size
+    if stages > 1:
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size={stages}: task.head=attention_maps reads the maps of all "
+            "layers at once; set it to 1, or take task.head=product"
+        )
+    if run.model.recompute != "none":
+        raise UserError(
+            f"model.recompute={run.model.recompute}: task.head=attention_maps computes its maps again "
+            "itself; set model.recompute=none"
+        )

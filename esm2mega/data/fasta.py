@@ -3,7 +3,8 @@
 Rules: a record is a line `>id description` and the lines up to the next one that starts with `>`. The id is
 the first word, in UTF-8; the description is not kept. Blank lines, white space inside sequence lines, Windows
 line ends and a missing newline at the end are fine. Any character that is no residue is an error, as is a
-record without residues: dropping or guessing would silently shift what belongs to which residue.
+record without residues: dropping or guessing would silently shift what belongs to which residue. In files of
+labels (`read_entries`) any printable character is one.
 
 Biopython's `SimpleFastaParser` does the parsing. It knows no line numbers and drops control characters at
 line ends. So the text handle it reads counts the lines, for messages that name one, and looks for characters
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
@@ -24,14 +26,25 @@ from esm2mega.data.text import TextSource
 from esm2mega.errors import UserError
 
 _HEAD_BYTES = 1 << 20
-_SEQUENCE_BYTES = RESIDUE_BYTES + WHITE_SPACE
+_LABEL_BYTES = bytes(range(33, 127))
+
+
+class Entry(NamedTuple):
+    """A record with its whole header: the words behind the id, and the text under it."""
+
+    id: str
+    words: list[str]
+    text: str
+    line: int
 
 
 class _CountedLines:
-    """The parser's text handle: `number` of the last line taken; `stray`: line and first non-residue."""
+    """The parser's text handle: `number` of the last line taken; `stray`: line and first character that is
+    not of `allowed`.
+    """
 
-    def __init__(self, block: Block) -> None:
-        self._lines = io.BytesIO(block.text)
+    def __init__(self, block: Block, allowed: bytes) -> None:
+        self._lines, self._allowed = io.BytesIO(block.text), allowed + WHITE_SPACE
         self.number = block.line - 1
         self.stray: tuple[int, str] | None = None
 
@@ -39,7 +52,7 @@ class _CountedLines:
         """Goes on where the last iteration ended: the parser loops to the first header, then again."""
         for line in self._lines:
             self.number += 1
-            if line[:1] != b">" and (stray := line.translate(None, _SEQUENCE_BYTES)) and not self.stray:
+            if line[:1] != b">" and (stray := line.translate(None, self._allowed)) and not self.stray:
                 # A character outside ASCII is up to four bytes; show it whole where it is valid UTF-8.
                 self.stray = self.number, stray[:4].decode("utf-8", errors="replace")[0]
             # Other bytes than ASCII become surrogates, which the parser does not take for white space.
@@ -52,22 +65,35 @@ class FastaReader(TextSource):
     format_name = "FASTA"
 
     def records(self, block: Block) -> Iterator[Record]:
-        lines, line = _CountedLines(block), block.line
-        for title, sequence in SimpleFastaParser(lines):
-            name = self._parse_id(title.encode("ascii", "surrogateescape"), line)
+        for name, _, residues, line in self._parsed(block):
+            yield Record(name, residues, line)
+
+    def entries(self, block: Block, labels: bool = False) -> Iterator[Entry]:
+        """The records of a block with their headers.
+
+        Args:
+            block: of this file.
+            labels: there are labels in the place of residues.
+        """
+        for name, header, body, line in self._parsed(block, labels):
+            yield Entry(name, header.decode("utf-8", "replace").split()[1:], body.decode(), line)
+
+    def _parsed(self, block: Block, labels: bool = False) -> Iterator[tuple[str, bytes, bytes, int]]:
+        """Id, header, body and line of each record."""
+        lines, line = _CountedLines(block, _LABEL_BYTES if labels else RESIDUE_BYTES), block.line
+        of, what = ("labels", "label") if labels else ("sequence", "residue (letters and '*-.' are)")
+        for title, text in SimpleFastaParser(lines):
+            header = title.encode("ascii", "surrogateescape")
+            name = self._parse_id(header, line)
             if lines.stray:
                 place, shown = lines.stray
+                raise UserError(f"{self.place(place)}: {shown!r} in the {of} of {name!r} is no {what}")
+            body = text.encode().translate(None, WHITE_SPACE)
+            if not body:
                 raise UserError(
-                    f"{self.place(place)}: {shown!r} in the sequence of {name!r} is no residue "
-                    "(letters and '*-.' are)"
+                    f"{self.place(line)}: no {of} under the header of {name!r}; remove or complete the record"
                 )
-            residues = sequence.encode().translate(None, WHITE_SPACE)
-            if not residues:
-                raise UserError(
-                    f"{self.place(line)}: no sequence under the header of {name!r}; "
-                    "remove or complete the record"
-                )
-            yield Record(name, residues, line)
+            yield name, header, body, line
             line = lines.number
 
     def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
@@ -100,3 +126,41 @@ class FastaReader(TextSource):
                 f"{self.place(line)}: the id {words[0][:60]!r} is not UTF-8; convert the file"
             ) from None
         return check_id(self, line, name)
+
+
+def read_entries(path: str | Path, labels: bool = False) -> tuple[dict[str, Entry], FastaReader]:
+    """All records of a file by id, and its reader, which knows places and the checksum.
+
+    Args:
+        path: FASTA, also compressed.
+        labels: it holds labels of residues in the place of residues.
+
+    Raises:
+        UserError: Not such a file, or an id occurs twice.
+    """
+    reader = FastaReader(path)
+    found: dict[str, Entry] = {}
+    for block in reader.blocks():
+        for entry in reader.entries(block, labels):
+            if (first := found.setdefault(entry.id, entry)) is not entry:
+                raise UserError(
+                    f"{reader.place(entry.line)}: the id {entry.id!r} is that of line {first.line} already; "
+                    "remove one of them"
+                )
+    return found, reader
+
+
+def attributes(entry: Entry, place: str) -> dict[str, str]:
+    """``KEY=VALUE`` words of a header; a value is everything up to the next white space.
+
+    Raises:
+        UserError: A key occurs twice.
+    """
+    found: dict[str, str] = {}
+    for word in entry.words:
+        key, equals, value = word.partition("=")
+        if equals and key in found:
+            raise UserError(f"{place}: the header of {entry.id!r} has {key} twice; remove one of them")
+        if equals:
+            found[key] = value
+    return found

@@ -9,9 +9,8 @@ Legend: ``n`` proteins, ``k`` targets or classes, ``L`` residues of a protein.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,11 @@ import numpy.typing as npt
 
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data import tokenizer
-from esm2mega.data.parquet import ParquetReader
-from esm2mega.data.records import Record, SourceOptions, residues_of, table_record
+from esm2mega.data.labelled_rows import MASK_FILE, labelled_rows
+from esm2mega.data.records import SourceOptions, residues_of
 from esm2mega.data.sources import open_source
-from esm2mega.data.tables import CsvReader, JsonLinesReader
 from esm2mega.data.targets import IGNORED, TargetInfo, join_labels, target_reader
 from esm2mega.errors import UserError
-
-INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
-"""Columns of a table that was tokenised before; ``data.sequence_column=input_ids`` says so."""
-
 
 Pairs = Sequence[tuple[str, Any]]
 """Sequences and their labels."""
@@ -46,7 +40,7 @@ class LabelledProteins:
         offsets: Where each protein begins there, and the end, int64 ``[n + 1]``.
         labels: Float64 ``[n, k]`` or int64 ``[n]`` of proteins, or one per residue, ``[sum L]``; None where
             there are none, for prediction.
-        per_residue: Which of the two.
+        per_residue: Which of the two. Of contacts they are coordinates, float64 ``[sum L, 3]``.
         notes: What the user should know about how they were read.
     """
 
@@ -83,7 +77,12 @@ class LabelledProteins:
         if self.labels is None:
             return 0
         missing = np.isnan(self.labels) if self.labels.dtype.kind == "f" else self.labels == IGNORED
-        return int(missing.sum())
+        return int((missing.any(axis=1) if self.per_pair else missing).sum())
+
+    @property
+    def per_pair(self) -> bool:
+        """Whether labels are coordinates, from which those of pairs of residues follow."""
+        return self.per_residue and self.labels is not None and self.labels.ndim == 2
 
     @property
     def fingerprint(self) -> str:
@@ -130,10 +129,10 @@ class _Row:
 def read_labelled(
     path: str | Path, task: TaskConfig, data: DataConfig, info: TargetInfo | None, key: str
 ) -> tuple[LabelledProteins, TargetInfo]:
-    """Read a table with labels, long proteins included.
+    """Read proteins with labels, long ones included.
 
     Args:
-        path: CSV, JSON lines or Parquet, also compressed.
+        path: CSV, JSON lines, Parquet or FASTA, also compressed.
         task: Which columns hold what.
         data: Columns of sequences and ids.
         info: From the training data, whose classes and scale hold here too; None for the training data.
@@ -142,11 +141,13 @@ def read_labelled(
     Raises:
         UserError: Not such a table, or a bad cell.
     """
+    if task.mask_file is not None:
+        task = replace(task, mask_column=MASK_FILE)
     reader = target_reader(task)
-    wanted = list(task.target_columns) + ([task.mask_column] if task.mask_column else [])
+    notes: list[str] = []
     rows = [
-        _Row(place, record.id, tokens, reader.read(cells, place, len(tokens)))
-        for place, record, tokens, cells in _cells(Path(path), data, wanted, key)
+        _Row(place, name, tokens, reader.read(cells, place, len(tokens)))
+        for place, name, tokens, cells in labelled_rows(Path(path), task, data, key, notes)
     ]
     if not rows:
         raise UserError(f"{key}={path}: holds no proteins; give a table with some")
@@ -160,6 +161,7 @@ def read_labelled(
         _offsets(len(row.tokens) for row in rows),
         join_labels(encoded, info.per_residue),
         info.per_residue,
+        notes,
     )
     return proteins, info
 
@@ -171,6 +173,9 @@ def proteins_of_pairs(
 
     A value is what a cell of the table would hold; with several target columns a sequence of such values.
     """
+    for option in ("label_file", "mask_file", "mask_column"):
+        if getattr(task, option) is not None:
+            raise UserError(f"{name}: pairs hold their labels themselves; set task.{option}=null")
     reader = target_reader(task)
     columns = task.target_columns
     rows = []
@@ -249,66 +254,3 @@ def fit_length(proteins: LabelledProteins, data: DataConfig, key: str) -> Labell
     if not len(kept):
         raise UserError(f"{count}, so none is left; raise data.max_seq_length={data.max_seq_length}")
     return proteins.select(kept, [f"{count} and are left out"])
-
-
-def _cells(
-    path: Path, data: DataConfig, wanted: Sequence[str], key: str
-) -> Iterator[tuple[str, Record, npt.NDArray[np.uint8], Mapping[str, object]]]:
-    """Place, record, residues as tokens, and all cells of each row of a table."""
-    options = SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
-    source = open_source(path, options)
-    if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
-        raise UserError(f"{key}={path}: labels are read from CSV, JSON lines and Parquet; give such a table")
-    for column in wanted:
-        if column not in source.columns:
-            raise UserError(
-                f"{key}={path}: no column {column!r} among {', '.join(source.columns)}; correct "
-                "task.target_columns or task.mask_column"
-            )
-    id_column = data.id_column or ("id" if "id" in source.columns else None)
-    for block in source.blocks():
-        for line, cells in source.rows(block):
-            name = line if id_column is None else cells[id_column]
-            place = source.place(line)
-            if data.sequence_column == INPUT_IDS:
-                record = Record(str(name), b"", line)
-                yield place, record, _tokens_of_ids(cells, place), cells
-                continue
-            record = table_record(source, options, line, name, cells[data.sequence_column])
-            yield place, record, tokenizer.encode_residues(record.residues), cells
-
-
-def _tokens_of_ids(cells: Mapping[str, object], place: str) -> npt.NDArray[np.uint8]:
-    """Residues of a row of ``input_ids``: those under ``attention_mask``, without `<cls>` and `<eos>`.
-
-    Whatever id pads the row, the mask decides.
-    """
-    ids = _integers(cells[INPUT_IDS], INPUT_IDS, place)
-    mask = np.ones_like(ids)
-    if ATTENTION_MASK in cells:
-        mask = _integers(cells[ATTENTION_MASK], ATTENTION_MASK, place)
-    if len(mask) != len(ids):
-        raise UserError(f"{place}: {len(mask)} numbers in {ATTENTION_MASK} for {len(ids)} in {INPUT_IDS}")
-    ids = ids[mask != 0]
-    if len(ids) < 3 or ids[0] != tokenizer.CLS or ids[-1] != tokenizer.EOS:
-        raise UserError(
-            f"{place}: {INPUT_IDS} must be <cls> ({tokenizer.CLS}), residues, <eos> ({tokenizer.EOS}) under "
-            f"{ATTENTION_MASK}; tokenise again with the ESM-2 vocabulary and without truncation"
-        )
-    if ids.min() < 0 or ids.max() >= len(tokenizer.VOCAB):
-        raise UserError(f"{place}: {INPUT_IDS} must lie in 0 to {len(tokenizer.VOCAB) - 1}")
-    return ids[1:-1].astype(np.uint8)
-
-
-def _integers(value: object, column: str, place: str) -> npt.NDArray[np.int64]:
-    """A list of whole numbers, or its text."""
-    if isinstance(value, str):
-        text = value.strip()
-        text = text if text.startswith("[") else f"[{','.join(text.replace(',', ' ').split())}]"
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = None
-    if not isinstance(value, list) or not all(type(number) is int for number in value):
-        raise UserError(f"{place}: column {column!r} must hold a list of whole numbers")
-    return np.array(value, dtype=np.int64)

@@ -4,6 +4,7 @@ T   tokens of a pack (`train.micro_batch_tokens`), padding included
 n   proteins (or pieces of them) of a pack
 R   residues of these
 k   targets or classes
+P   pairs of residues of the same protein, see `esm2mega.data.contacts`
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from esm2mega.data import sampling, tokenizer
 from esm2mega.data.batch import PADDING, BatchSpec, Share, StreamState, piece_tokens, train_plan
+from esm2mega.data.contacts import pair_labels
 from esm2mega.data.labelled import LabelledProteins
 from esm2mega.data.loader import PackStream, SplitPacks
 from esm2mega.data.packing import Pack
 from esm2mega.data.prefetch import Prefetcher
 from esm2mega.data.samples import TrainSamples
 from esm2mega.data.sampling import Purpose
+from esm2mega.data.targets import IGNORED
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Segments:
         numbers: Number of each residue within its whole protein, from 0, int64 ``[R]``.
         keys: Random 64 bits of each protein in this step, for dropout; int64 ``[n]``.
         tokens: Token ids of each protein as bytes, on the host: what hidden states depend on.
+        starts: `first` on the host.
     """
 
     num_proteins: int
@@ -48,14 +52,25 @@ class Segments:
     numbers: Tensor
     keys: Tensor
     tokens: tuple[bytes, ...]
+    starts: tuple[int, ...] = ()
+
+    @property
+    def spans(self) -> list[slice]:
+        """Where in its own tokens the residues of each protein are, on the host."""
+        return [
+            slice(int(text[0] == tokenizer.CLS), len(text) - int(text[-1] == tokenizer.EOS))
+            for text in self.tokens
+        ]
+
+    @property
+    def residue_counts(self) -> list[int]:
+        """Residues of each protein, on the host."""
+        return [span.stop - span.start for span in self.spans]
 
     def to(self, device: torch.device | str) -> Segments:
         """The same on `device`."""
-        first, residues, owners, numbers, keys = (
-            value.to(device, non_blocking=True)
-            for value in (self.first, self.residues, self.owners, self.numbers, self.keys)
-        )
-        return Segments(self.num_proteins, first, residues, owners, numbers, keys, self.tokens)
+        names = ("first", "residues", "owners", "numbers", "keys")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class LabelledBatch:
         seqlens: Tokens of each segment on the host, padding included; they add up to T.
         wanted: Where proteins and residues lie: what the model needs for its head.
         labels: Float64 ``[n, k]`` (NaN: none) or int64 ``[n]`` (-100: none) of proteins; of residues,
-            ``[R]`` of either. None for prediction.
+            ``[R]`` of either; of pairs int8 ``[P]``. None for prediction.
         rows: Which protein of the table each is, int64 ``[n]``.
         num_tokens: Tokens of proteins, without padding.
         num_residues: R.
@@ -123,6 +138,10 @@ def build_labelled(proteins: LabelledProteins, spec: BatchSpec, pack: Pack) -> L
         labels = labels[pieces.rows]
     elif labels is not None:
         labels = labels[proteins.offsets[pieces.rows][owners] + numbers]
+        if proteins.per_pair:
+            counts = np.bincount(owners, minlength=len(pieces))
+            each = np.split(labels, np.cumsum(counts)[:-1]) if len(pieces) else []
+            labels = np.concatenate([np.zeros(0, np.int8), *(pair_labels(x, IGNORED) for x in each)])
     keys = sampling.stream_starts(spec.seed, Purpose.DROPOUT, pieces.samples).astype(np.int64)
     segments = Segments(
         len(pieces),
@@ -132,6 +151,7 @@ def build_labelled(proteins: LabelledProteins, spec: BatchSpec, pack: Pack) -> L
         torch.from_numpy(numbers),
         torch.from_numpy(keys),
         tuple(tokens[a:b].tobytes() for a, b in itertools.pairwise([*packed.tolist(), len(tokens)])),
+        tuple(pack.offsets.tolist()),
     )
     return LabelledBatch(
         torch.from_numpy(input_ids),

@@ -40,7 +40,9 @@ class ParquetReader(RowSource):
             schema = file.schema_arrow
             self.columns: list[str] = schema.names
             self._sequence, self._id = find_columns(self.path, schema.names, options)
-            self._check_type(self._sequence, schema.field(self._sequence).type, integers=False)
+            # A table of labels has no sequences; its ids stand for them.
+            integers = options.sequence_column == options.id_column
+            self._check_type(self._sequence, schema.field(self._sequence).type, integers)
             if self._id is not None:
                 self._check_type(self._id, schema.field(self._id).type, integers=True)
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]

@@ -51,7 +51,7 @@ def _encode(text: object, encoding: object) -> bytes:
     return text.encode("latin1")
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
     """Builds text, numbers and containers; what numpy would build becomes `_Skipped`."""
 
     def find_class(self, module: str, name: str) -> Callable[..., object]:
@@ -69,7 +69,7 @@ def load_restricted(data: bytes) -> Any:
         ValueError: It is not a pickle, or it names anything that is no part of an array.
     """
     try:
-        return _RestrictedUnpickler(io.BytesIO(data)).load()
+        return RestrictedUnpickler(io.BytesIO(data)).load()
     # A damaged or crafted pickle fails in as many ways as its virtual machine has operations.
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
@@ -80,14 +80,21 @@ class TapeReader(RowSource):
 
     unit = ": record "
 
-    def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        progress: ByteProgress | None = None,
+        load: Callable[[bytes], Any] | None = None,
+    ) -> None:
         """Reads the number of records.
 
         Args:
             path: the directory that holds `data.mdb`, or that file.
             progress: told about bytes of the file.
+            load: what reads a pickle; `load_restricted` by default.
         """
         super().__init__(path, progress)
+        self._restricted = load or load_restricted
         self._file = self.path / "data.mdb" if self.path.is_dir() else self.path
         self._check_file(self._file, "LMDB")
         with self._opened() as transaction:
@@ -100,6 +107,17 @@ class TapeReader(RowSource):
         return [self._file]
 
     def records(self, block: Block) -> Iterator[Record]:
+        for record, _ in self._rows(block):
+            yield record
+
+    def dictionaries(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Place, id and whole dictionary of each record, with its sequence as text."""
+        for block in self.blocks():
+            for record, row in self._rows(block):
+                sequence = record.residues.decode()
+                yield self.place(record.line), record.id, {**row, _SEQUENCE: sequence}
+
+    def _rows(self, block: Block) -> Iterator[tuple[Record, Mapping[str, Any]]]:
         options = SourceOptions(sequence_column=_SEQUENCE)
         with self._opened() as transaction:
             for number in range(block.line - 1, block.stop - 1):
@@ -110,7 +128,7 @@ class TapeReader(RowSource):
                     )
                 # Places are keys, which count from 0.
                 name, sequence = _text(row.get(_ID, number)), _text(row[_SEQUENCE])
-                yield table_record(self, options, number, name, sequence)
+                yield table_record(self, options, number, name, sequence), row
 
     def _ranges(self) -> list[tuple[int, int]]:
         firsts = range(0, self._count, _BLOCK_RECORDS)
@@ -121,7 +139,7 @@ class TapeReader(RowSource):
         if value is None:
             raise UserError(f"{self.path}: has no entry {key.decode()!r}; is this a complete TAPE file?")
         try:
-            return load_restricted(bytes(value))
+            return self._restricted(bytes(value))
         except ValueError as error:
             raise UserError(
                 f"{self.path}: record {key.decode()}: the pickle is not read: {error}; TAPE's own files hold "

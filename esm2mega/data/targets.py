@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega.config.schema import TaskConfig
-from esm2mega.config.task import RESIDUE_KINDS
+from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
+from esm2mega.data.contacts import pair_labels, pairs_of, read_coordinates
 from esm2mega.data.records import MISSING_VALUES
 from esm2mega.errors import UserError
 
@@ -39,6 +40,9 @@ class TargetInfo:
         counts: Training labels of each class (of multilabel: proteins that have it); of numbers, how many.
         mean: Subtracted from each numeric target for training; empty for classes.
         std: Divides it.
+        baseline: What one predicts who knows the training labels alone: their mean, or the frequency of each
+            class; of each output. Of contacts their frequency at each distance along the chain, from 0. Empty
+            in checkpoints of earlier versions.
     """
 
     kind: str
@@ -46,10 +50,16 @@ class TargetInfo:
     counts: list[int] = field(default_factory=list)
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
+    baseline: list[float] = field(default_factory=list, compare=False)
 
     @property
     def per_residue(self) -> bool:
-        return self.kind in RESIDUE_KINDS
+        """Whether labels are stored by residue; those of pairs follow from them."""
+        return self.kind in RESIDUE_KINDS or self.per_pair
+
+    @property
+    def per_pair(self) -> bool:
+        return self.kind == PAIR_KIND
 
     @property
     def num_outputs(self) -> int:
@@ -191,7 +201,7 @@ class _NamedLabels(TargetReader):
         return [name.strip() for name in value.split(";") if name.strip()]
 
     def learn(self, labels: Sequence[Any]) -> TargetInfo:
-        return _vocabulary(self.task, [name for label in labels for name in set(label)])
+        return _vocabulary(self.task, [name for label in labels for name in set(label)], len(labels))
 
     def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
         encoded = np.zeros(len(info.names))
@@ -211,8 +221,45 @@ class _FlagColumns(TargetReader):
         return flags
 
     def learn(self, labels: Sequence[Any]) -> TargetInfo:
-        counts = np.nansum(np.stack(labels), axis=0).astype(int)
-        return TargetInfo(_kind_of(self.task), list(self.task.target_columns), counts.tolist())
+        flags = np.stack(labels)
+        counts = np.nansum(flags, axis=0).astype(int)
+        there = np.maximum(np.count_nonzero(~np.isnan(flags), axis=0), 1)
+        return TargetInfo(
+            _kind_of(self.task),
+            list(self.task.target_columns),
+            counts.tolist(),
+            baseline=(counts / there).tolist(),
+        )
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        return np.asarray(label, dtype=np.float64)
+
+
+class _Contacts(TargetReader):
+    """Contacts: coordinates of each residue, NaN where there are none or where the mask hides them."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+        (column,) = self.task.target_columns
+        coordinates = read_coordinates(cells[column], column, place)
+        _check_length(coordinates, num_residues, column, place)
+        return np.where(self._mask(cells, place, num_residues)[:, None], coordinates, np.nan)
+
+    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+        longest = max(len(coordinates) for coordinates in labels)
+        counts = np.zeros((2, longest), dtype=np.int64)  # contacts and other pairs by j - i
+        for coordinates in labels:
+            first, second = pairs_of(len(coordinates))
+            found = pair_labels(coordinates, IGNORED)
+            for row, label in enumerate((1, 0)):
+                counts[row] += np.bincount((second - first)[found == label], minlength=longest)
+        contacts, others = counts.sum(axis=1).tolist()
+        if not contacts + others:
+            raise UserError(
+                "data.train holds no pair of residues that counts; correct task.target_columns, or give "
+                "longer proteins"
+            )
+        frequencies = counts[0] / np.maximum(counts.sum(axis=0), 1)
+        return TargetInfo(_kind_of(self.task), ["contact"], [contacts], baseline=frequencies.tolist())
 
     def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
         return np.asarray(label, dtype=np.float64)
@@ -227,6 +274,7 @@ def target_reader(task: TaskConfig) -> TargetReader:
         "multilabel": _FlagColumns if several else _NamedLabels,
         "token_classification": _ResidueClasses,
         "token_regression": _ResidueNumbers,
+        PAIR_KIND: _Contacts,
     }
     return readers[_kind_of(task)](task)
 
@@ -256,7 +304,7 @@ def _number(value: object, column: str, place: str) -> float:
     return number
 
 
-def _check_length(labels: Sequence[Any], num_residues: int, column: str, place: str) -> None:
+def _check_length(labels: Sized, num_residues: int, column: str, place: str) -> None:
     if len(labels) != num_residues:
         raise UserError(
             f"{place}: {len(labels)} labels in column {column!r} for {num_residues} residues; "
@@ -270,15 +318,24 @@ def _scale_of(task: TaskConfig, values: npt.NDArray[np.float64], names: Sequence
     for name, count in zip(names, counts.tolist(), strict=True):
         if not count:
             raise UserError(f"the column {name!r} of data.train holds no number; correct task.target_columns")
+    means = np.nanmean(values, axis=0)
     mean, std = np.zeros(len(names)), np.ones(len(names))
     if task.scale_targets:
-        mean, std = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+        mean, std = means, np.nanstd(values, axis=0)
         std[std == 0.0] = 1.0  # all labels are equal
-    return TargetInfo(_kind_of(task), list(names), counts.tolist(), mean.tolist(), std.tolist())
+    return TargetInfo(
+        _kind_of(task), list(names), counts.tolist(), mean.tolist(), std.tolist(), means.tolist()
+    )
 
 
-def _vocabulary(task: TaskConfig, labels: Sequence[str]) -> TargetInfo:
-    """The classes in order: of numbers if all names are whole numbers, else of text."""
+def _vocabulary(task: TaskConfig, labels: Sequence[str], total: int | None = None) -> TargetInfo:
+    """The classes in order: of numbers if all names are whole numbers, else of text.
+
+    Args:
+        task: For checks.
+        labels: Names, repeated.
+        total: How many could have each of them; None for the number of labels.
+    """
     found, counts = np.unique(np.array(labels, dtype=object), return_counts=True)
     count_of = dict(zip(found.tolist(), counts.tolist(), strict=True))
     if not count_of:
@@ -291,7 +348,9 @@ def _vocabulary(task: TaskConfig, labels: Sequence[str]) -> TargetInfo:
             f"task.num_classes={task.num_classes}, but data.train has {len(names)} classes ({shown}); "
             "correct it, or set task.num_classes=null"
         )
-    return TargetInfo(_kind_of(task), names, [count_of[name] for name in names])
+    ordered = [count_of[name] for name in names]
+    total = total or sum(ordered)
+    return TargetInfo(_kind_of(task), names, ordered, baseline=[count / total for count in ordered])
 
 
 def _number_of(name: str, info: TargetInfo, place: str) -> int:

@@ -22,10 +22,11 @@ from torch import Tensor
 from esm2mega.config.schema import Run
 from esm2mega.data.packing import plan_packs
 from esm2mega.data.tokenizer import PAD
-from esm2mega.infer.collect import ContactMaps, Wanted, hidden_states
+from esm2mega.infer.collect import Wanted, hidden_states
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window
 from esm2mega.model.build import build_model
+from esm2mega.model.contact_maps import ContactMaps, Span
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel.initialize import Ranks
@@ -129,7 +130,7 @@ class Engine:
         with ExitStack() as stack:
             maps = None
             if self._wanted.contact_head is not None:
-                maps = ContactMaps(self._model, self._wanted.contact_head[0])
+                maps = ContactMaps(self._model.encoder.layers, self._model.config.num_attention_heads)
                 stack.callback(maps.remove)
             yield stack.enter_context(hidden_states(self._model, self._wanted.layers)), maps
 
@@ -148,7 +149,13 @@ class Engine:
         lengths += [tail] * (tail > 0)
         packed = PackedSequences.from_lengths(lengths, device, pack.logit_counts(lengths))
         if maps is not None:
-            maps.begin(pack.windows)
+            assert self._wanted.contact_head is not None
+            starts = np.cumsum([0, *lengths]).tolist()
+            spans = [
+                Span(start, window.num_tokens, window.residue_tokens)
+                for start, window in zip(starts, pack.windows, strict=False)
+            ]
+            maps.begin(spans, self._wanted.contact_head[0])
         outputs = PackOutputs()
         if self._wanted.logits or not model.post_process:
             positions = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from esm2mega.data.labelled import fit_length, read_unlabelled
 from esm2mega.errors import UserError
 from esm2mega.infer.task import open_task, run_task, without_dropping
-from esm2mega.infer.task_output import check_format, write_predictions
+from esm2mega.infer.task_output import check_format, check_kind, write_predictions
 from esm2mega.train.evaluate import check_out
 
 
@@ -37,6 +37,7 @@ def predict(
     if path.exists() and not overwrite:
         raise UserError(f"{out}: exists; replace it with --overwrite, or choose another --out")
     task = open_task(checkpoint, overrides)
+    check_kind(path, task.info)
     data = without_dropping(task.run.data)
     proteins = fit_length(read_unlabelled(input, data), data, str(input))
     measured, speaks = run_task(task, proteins, "predict")

@@ -112,7 +112,13 @@ def run_task(
         packs = packs_of(proteins, batch_spec(task.run), ranks)
         with Progress(len(packs), words, "pack", enabled=ranks.speaks) as progress:
             measured = measure(
-                chunks, loss or loss_of_task(task.run.task, task.info), packs, task.info, ranks, progress
+                chunks,
+                loss or loss_of_task(task.run.task, task.info),
+                packs,
+                task.info,
+                ranks,
+                progress,
+                baseline=True,
             )
         assert measured is not None
         return measured, ranks.speaks

@@ -8,17 +8,19 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from esm2mega.data.contacts import SEPARATION, num_residues, pairs_of
 from esm2mega.data.labelled import LabelledProteins
 from esm2mega.data.targets import IGNORED, TargetInfo
 from esm2mega.errors import MachineError, UserError
-from esm2mega.train.metrics import Predictions
+from esm2mega.train.metrics import Predictions, objects
 
 Array = npt.NDArray[Any]
 
@@ -34,16 +36,25 @@ def rows_of(found: Predictions) -> list[int]:
 
 
 def shown_predictions(found: Predictions, info: TargetInfo, proteins: LabelledProteins) -> list[Any]:
-    """The prediction of each protein in the form of its label; of classes the likeliest one."""
+    """The prediction of each protein in the form of its label; of classes the likeliest one, of contacts the
+    L likeliest ones as ``[i, j, probability]``.
+    """
+    if info.per_pair:
+        return [_likeliest(probabilities) for probabilities in contact_maps(found, proteins)]
     if info.per_residue:
         return [_residues_shown(values, info) for values in spread(found, found.values, proteins)]
     return [_shown(values, info) for values in found.values]
 
 
 def shown_labels(found: Predictions, info: TargetInfo, proteins: LabelledProteins) -> list[Any]:
-    """The label of each protein in the same form; None or ``-`` where there is none."""
+    """The label of each protein in the same form, contacts as ``[i, j]``; None or ``-`` where there is
+    none.
+    """
     labels = found.labels
     assert labels is not None
+    if info.per_pair:
+        maps = contact_maps(replace(found, values=objects(x.astype(np.float32) for x in labels)), proteins)
+        return [np.argwhere(np.triu(known, 1) == 1.0).tolist() for known in maps]
     if info.kind == "token_classification":
         names = [*info.names, _NOTHING]
         numbers = np.where(labels == IGNORED, len(info.names), labels).astype(np.float64)
@@ -76,6 +87,31 @@ def spread(found: Predictions, values: Array, proteins: LabelledProteins) -> lis
     return arrays
 
 
+def contact_maps(found: Predictions, proteins: LabelledProteins) -> Iterator[Array]:
+    """The probabilities of each protein as a symmetric map, fp32 ``[L, L]``; NaN on the diagonal and where it
+    was cropped.
+    """
+    assert found.numbers is not None
+    for row, start, values in zip(found.rows.tolist(), found.numbers.tolist(), found.values, strict=True):
+        length = int(proteins.lengths[row])
+        whole = np.full((length, length), np.nan, dtype=np.float32)
+        first, second = pairs_of(num_residues(len(values)))
+        whole[first + start, second + start] = values
+        whole[second + start, first + start] = values
+        yield whole
+
+
+def _likeliest(probabilities: Array) -> list[Any]:
+    """The L likeliest contacts of pairs that count, likeliest first."""
+    first, second = np.triu_indices(len(probabilities), SEPARATION)
+    known = ~np.isnan(probabilities[first, second])
+    first, second = first[known], second[known]
+    values = probabilities[first, second]
+    order = np.argsort(-values, kind="stable")[: len(probabilities)]
+    columns = (first[order].tolist(), second[order].tolist(), values[order].tolist())
+    return [list(entry) for entry in zip(*columns, strict=True)]
+
+
 def _shown(values: Array, info: TargetInfo) -> Any:
     if info.kind == "classification":
         return info.names[int(values.argmax())]
@@ -98,6 +134,12 @@ def _residues_shown(values: Array, info: TargetInfo) -> Any:
 
 def _numbers(values: Array) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def check_kind(out: Path, info: TargetInfo) -> None:
+    """Refuse a table for what fits into none."""
+    if info.per_pair and out.suffix != ".h5":
+        raise UserError(f"--out {out}: contacts are maps of all pairs; give a name that ends with .h5")
 
 
 def check_format(out: Path) -> None:
@@ -175,17 +217,34 @@ def _write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
 def _write_hdf5(
     path: Path, found: Predictions, info: TargetInfo, proteins: LabelledProteins, limit: int
 ) -> None:
-    """``ids``, ``lengths``, ``truncated``; ``predictions`` ``[n, k]``, or ``[sum L, k]`` with ``offsets``."""
+    """``ids``, ``lengths``, ``truncated``; ``predictions`` ``[n, k]``, or ``[sum L, k]`` with ``offsets``; of
+    contacts ``contacts`` ``[sum L * L]`` with ``contact_offsets``, as `esm2mega embed` writes them.
+    """
     import h5py
 
     values: Sequence[Array] = [found.values]
+    if info.per_pair:
+        with h5py.File(path, "w") as file:
+            _write_heads(file, info, proteins, limit)
+            borders = np.cumsum([0, *(proteins.lengths**2).tolist()])
+            file["contact_offsets"] = borders
+            contacts = file.create_dataset("contacts", (int(borders[-1]),), np.float32)
+            for number, probabilities in enumerate(contact_maps(found, proteins)):
+                contacts[borders[number] : borders[number + 1]] = probabilities.ravel()
+        return
     if info.per_residue:
         values = spread(found, found.values, proteins)
     with h5py.File(path, "w") as file:
-        file["ids"] = np.array(proteins.ids, dtype=h5py.string_dtype())
-        file["lengths"] = proteins.lengths
-        file["truncated"] = proteins.lengths > limit
+        _write_heads(file, info, proteins, limit)
         file["predictions"] = np.concatenate(values)
         if info.per_residue:
             file["offsets"] = proteins.offsets
-        file.attrs["kind"], file.attrs["names"] = info.kind, info.names
+
+
+def _write_heads(file: Any, info: TargetInfo, proteins: LabelledProteins, limit: int) -> None:
+    import h5py
+
+    file["ids"] = np.array(proteins.ids, dtype=h5py.string_dtype())
+    file["lengths"] = proteins.lengths
+    file["truncated"] = proteins.lengths > limit
+    file.attrs["kind"], file.attrs["names"] = info.kind, info.names

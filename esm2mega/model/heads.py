@@ -2,25 +2,31 @@
 
 They are replicated over the tensor-parallel group: all ranks hold the same weights and see the same tokens.
 
-Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` proteins and ``R`` residues of it, ``k`` targets or
-classes.
+Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` proteins, ``R`` residues and ``P`` pairs of residues
+of it, ``l`` residues of a protein, ``k`` targets or classes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional as F
 
 from esm2mega.config.schema import TaskConfig
-from esm2mega.config.task import RESIDUE_KINDS
+from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.data.labelled_batch import Segments
 from esm2mega.model import pooling
+from esm2mega.model.contact_maps import ContactMaps, Span
 from esm2mega.model.dropout import KeyedDropout
 from esm2mega.model.task import MakeHead
 
@@ -35,10 +41,19 @@ class TaskHead(MegatronModule, ABC):
     features of a protein are computed once.
     """
 
+    reads_states = True
+    """Whether it predicts from hidden states."""
+
     def __init__(self, config: Any, device: torch.device) -> None:
         """Args: config: Megatron-Core's, without sequence parallelism. device: where weights live."""
         super().__init__(config=config)
         self._linear = partial(torch.nn.Linear, device=device, dtype=config.params_dtype)
+
+    def watch(self, layers: Iterable[Any]) -> None:
+        """Called once with the transformer layers under the head, for those that look into them."""
+
+    def begin(self, segments: Segments) -> None:
+        """Called before the layers compute a pack."""
 
     @abstractmethod
     def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
@@ -187,6 +202,77 @@ class ResidueCNNHead(ResidueHead):
         return convolved(self.second, hidden)
 
 
+class ProductHead(ResidueHead):
+    """Contacts from products and differences of two residues' states, as in TAPE: dropout, a linear layer
+    from both to two classes, mean over both orders of the pair.
+
+    In that mean the differences cancel and the rest is a matrix product, so the ``[l, l, 2h]`` of TAPE are
+    never made; its dropout of these is here one of states. Weights of differences are kept as TAPE has them.
+    """
+
+    def __init__(self, config: Any, device: torch.device, task: TaskConfig, num_outputs: int) -> None:
+        super().__init__(config, device)
+        self.dropout = KeyedDropout(task.dropout)
+        self.output = self._linear(2 * config.hidden_size, 2)
+
+    def predict(self, features: Tensor, segments: Segments) -> Tensor:
+        """Logits of a contact, ``[P, 1]``: those of its class less those of the other."""
+        states = self.dropout(features, segments.keys[segments.owners], segments.numbers)
+        states = states.to(torch.promote_types(states.dtype, torch.float32))
+        none, contact = self.output.weight[:, : states.shape[1]].to(states.dtype)
+        maps = [(x * (contact - none)) @ x.T for x in states.split(segments.residue_counts)]
+        bias = (self.output.bias[1] - self.output.bias[0]).to(states.dtype)
+        return _upper_triangles(maps, states.sum() * 0.0 + bias)
+
+
+class AttentionMapHead(TaskHead):
+    """Contacts by logistic regression on the attention maps of all layers and heads, as in ESM-2.
+
+    Hidden states are not read. Only for models without pipeline stages.
+    """
+
+    reads_states = False
+
+    def __init__(self, config: Any, device: torch.device, task: TaskConfig, num_outputs: int) -> None:
+        super().__init__(config, device)
+        self.regression = self._linear(config.num_layers * config.num_attention_heads, 1)
+        self._num_heads = config.num_attention_heads
+        self._maps: ContactMaps | None = None
+
+    def watch(self, layers: Iterable[Any]) -> None:
+        self._maps = ContactMaps(layers, self._num_heads)
+
+    def begin(self, segments: Segments) -> None:
+        assert self._maps is not None
+        spans = [
+            Span(start, len(text), span)
+            for start, text, span in zip(segments.starts, segments.tokens, segments.spans, strict=True)
+        ]
+        # Each rank takes the part of its heads; the gradient is whole on every rank again.
+        self._maps.begin(spans, copy_to_tensor_model_parallel_region(self.regression.weight)[0])
+
+    def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
+        return pooling.residue_states(hidden_states, segments)
+
+    def predict(self, features: Tensor, segments: Segments) -> Tensor:
+        """Logits of a contact, ``[P, 1]``."""
+        assert self._maps is not None
+        logits = _upper_triangles(self._maps.sums, features.sum() * 0.0)
+        return reduce_from_tensor_model_parallel_region(logits) + self.regression.bias
+
+
+def _upper_triangles(maps: Sequence[Tensor], start: Tensor) -> Tensor:
+    """The pairs i < j of maps ``[l, l]`` back to back, plus `start`, ``[]``: ``[P, 1]``.
+
+    `start` keeps a pack without proteins part of the graph.
+    """
+    chosen = [start.new_zeros(0)]
+    for logits in maps:
+        first, second = torch.triu_indices(len(logits), len(logits), 1, device=logits.device)
+        chosen.append(logits[first, second].to(start.dtype))
+    return (torch.cat(chosen) + start)[:, None]
+
+
 _OF_PROTEINS: dict[str, Any] = {
     "auto": MLPHead,
     "mlp": MLPHead,
@@ -201,8 +287,15 @@ _OF_RESIDUES: dict[str, Any] = {
     "cnn": ResidueCNNHead,
 }
 
+_OF_PAIRS: dict[str, Any] = {
+    "auto": ProductHead,
+    "product": ProductHead,
+    "attention_maps": AttentionMapHead,
+}
+
 
 def head_of_task(task: TaskConfig, num_outputs: int) -> MakeHead:
     """What makes the head that a configuration names."""
     heads = _OF_RESIDUES if task.kind in RESIDUE_KINDS else _OF_PROTEINS
+    heads = _OF_PAIRS if task.kind == PAIR_KIND else heads
     return lambda config, device: heads[task.head](config, device, task, num_outputs)

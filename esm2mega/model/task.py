@@ -1,7 +1,7 @@
 """ESM-2 with the head of a task in the place of that of the masked language model.
 
-Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` proteins and ``R`` residues of it, ``k`` targets or
-classes.
+Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` proteins, ``R`` residues and ``P`` pairs of residues
+of it, ``k`` targets or classes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ESM2ForTask(ESM2Model):
     Attributes:
         frozen: Whether no weight but those of the head is trained. Then the features of a protein, which do
             not change any more, are computed when it is first met and kept in memory: ``[h]`` of a protein,
-            ``[L, h]`` for heads that read residues.
+            ``[L, h]`` for heads that read residues. Maps of attention are too large to be kept.
     """
 
     def __init__(self, *stage: Any, make_head: MakeHead) -> None:
@@ -39,6 +39,7 @@ class ESM2ForTask(ESM2Model):
 
     def _build_head(self, config: Any, device: torch.device) -> None:
         self.head = self._make_head(config, device)
+        self.head.watch(self.encoder.layers)
 
     def _tie_embeddings(self) -> None:
         self.share_embeddings_and_output_weights = False
@@ -58,10 +59,12 @@ class ESM2ForTask(ESM2Model):
             segments: Where proteins and residues lie.
 
         Returns:
-            Hidden states in the layout of `encode`; or predictions, ``[n, k]`` of proteins or ``[R, k]`` of
-            residues, the same on every tensor-parallel rank.
+            Hidden states in the layout of `encode`; or predictions, ``[n, k]`` of proteins, ``[R, k]`` of
+            residues or ``[P, 1]`` of pairs, the same on every tensor-parallel rank.
         """
-        if self.frozen:
+        if self.post_process:
+            self.head.begin(segments)
+        if self.frozen and (not self.post_process or self.head.reads_states):
             return self._forward_frozen(input_ids, packed, segments)
         hidden_states = self.encode(input_ids, packed)
         if not self.post_process:

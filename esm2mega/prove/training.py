@@ -10,6 +10,7 @@ counts of micro-batches and ranks differ widely and include zero.
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +77,17 @@ def write_stores(folder: Path) -> Path:
 
 def _write_tables(folder: Path) -> None:
     """Write ``train.csv`` and ``valid.csv``: labels of every kind, most of which are missing or masked."""
-    rng = np.random.default_rng(4)
+    rng, shapes = np.random.default_rng(4), np.random.default_rng(5)
+
+    def coil(length: int) -> list[list[float]]:
+        steps = shapes.normal(size=(length, 3))
+        steps *= 3.8 / np.linalg.norm(steps, axis=1, keepdims=True)
+        return np.cumsum(steps, axis=0).round(3).tolist()
+
     for split, count in (("train", _TRAIN), ("valid", _VALID)):
         with (folder / f"{split}.csv").open("w", newline="") as file:
             table = csv.writer(file)
-            table.writerow(["sequence", "a", "b", "class", "flags", "letters", "mask", "numbers"])
+            table.writerow(["sequence", "a", "b", "class", "flags", "letters", "mask", "numbers", "atoms"])
             for number in range(count):
                 length = int(rng.integers(_SHORTEST, _LONGEST + 1))
                 residues = rng.choice(_KNOWN, size=length).tobytes().decode()
@@ -99,6 +106,8 @@ def _write_tables(folder: Path) -> None:
                         "".join(rng.choice(list("CEH"), size=length)),
                         "1" * length if known else first,
                         " ".join(numbers if known else ["nan"] * length),
+                        # A random coil, 3.8 Angstrom between neighbours; of some proteins only its beginning.
+                        json.dumps([*coil(length if known else 7), *[None] * (0 if known else length - 7)]),
                     ]
                 )
 

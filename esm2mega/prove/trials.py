@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from esm2mega.errors import UserError
@@ -112,6 +112,18 @@ HEADS: dict[str, tuple[str, ...]] = {
         "task.mask_column=mask",
         "task.head=cnn",
     ),
+    "product": ("task.kind=contact", "task.target_columns=[atoms]", "task.mask_column=mask"),
+    "attention_maps": (
+        "task.kind=contact",
+        "task.target_columns=[atoms]",
+        "task.head=attention_maps",
+    ),
+    "frozen_maps": (
+        "task.kind=contact",
+        "task.target_columns=[atoms]",
+        "task.head=attention_maps",
+        "finetune.mode=frozen",
+    ),
     "residue": ("task.kind=token_regression", "task.target_columns=[numbers]"),
     "frozen": (
         "task.kind=token_classification",
@@ -204,6 +216,13 @@ _HEADS_AT = (
     Layout(dp=2, packed=3, distributed_optimizer=True),
 )
 
+
+def _heads_at_all(heads: Iterable[str]) -> list[Trial]:
+    """Heads at these layouts, but for what the configuration refuses: attention maps in a pipeline."""
+    trials = [with_head(Trial((layout,)), head) for head in heads for layout in _HEADS_AT]
+    return [trial for trial in trials if is_possible(trial.layouts[0], trial.training)]
+
+
 _PAIRS = (
     (_ONE, _TP2),
     (_TP2, _PP2),
@@ -270,7 +289,7 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         *(Trial(pair, "bf16", MID_WINDOW) for pair in _BF16_PAIRS),
     ),
     "heads": (
-        *(with_head(Trial((layout,)), head) for head in HEADS for layout in _HEADS_AT),
+        *_heads_at_all(HEADS),
         # Groups of parameters by learning rate, in sharded and in whole optimizer state.
         with_head(Trial((_DP2, _TP2), settings=MID_WINDOW), "freeze"),
     ),
@@ -283,7 +302,7 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         for label, settings, layouts in _ADAPTED
     ),
     "lora-heads": (
-        *(with_lora(with_head(Trial((layout,)), head)) for head in ADAPTABLE for layout in _HEADS_AT),
+        *map(with_lora, _heads_at_all(ADAPTABLE)),
         *_HEADS_AND_LORA,
     ),
 }

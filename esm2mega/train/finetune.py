@@ -201,7 +201,9 @@ def _train(
 
         def evaluate(abandon: Callable[[], bool]) -> dict[str, float] | None:
             packs = packs_of(splits.of[split], spec, ranks, limit)
-            measured = measure(state.model, loss, packs, splits.info, ranks, abandon=abandon)
+            measured = measure(
+                state.model, loss, packs, splits.info, ranks, abandon=abandon, baseline=split == "test"
+            )
             if measured is None:
                 return None
             named = {f"{split}_{name}": value for name, value in measured.metrics.items()}

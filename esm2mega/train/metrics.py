@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from esm2mega.data.sampling import Purpose, derive_seed
 from esm2mega.data.targets import IGNORED, TargetInfo
 from esm2mega.errors import UserError
+from esm2mega.train.contact_metrics import contact_counts, contact_metrics
 
 Array = npt.NDArray[Any]
 Metrics = dict[str, float]
@@ -32,6 +33,7 @@ HEADLINES = {
     "classification": "accuracy",
     "token_classification": "accuracy",
     "multilabel": "f1_micro",
+    "contact": "p_at_L5",
 }
 """The metric of each kind of task that is shown while it is trained."""
 
@@ -42,9 +44,12 @@ class Predictions:
 
     Attributes:
         rows: Which protein each is, int64 ``[n]``, ascending; of residues, repeated.
-        numbers: Which residue of it, int64 ``[n]``; None for tasks of proteins.
-        values: In units of the labels, or probabilities, fp64 ``[n, k]``.
-        labels: ``[n]`` or ``[n, k]`` as in `LabelledProteins`; None where there are none.
+        numbers: Which residue of it, int64 ``[n]``; None for tasks of proteins. Of contacts the residue that
+            the first one of the piece is.
+        values: In units of the labels, or probabilities, fp64 ``[n, k]``. Of contacts ``[n]`` arrays of the
+            probabilities of all pairs, see `esm2mega.data.contacts`.
+        labels: ``[n]`` or ``[n, k]`` as in `LabelledProteins`, of contacts ``[n]`` arrays of those of pairs;
+            None where there are none.
     """
 
     rows: Array
@@ -72,6 +77,8 @@ def metrics_of(found: Predictions, info: TargetInfo) -> Metrics:
         info: Kind and names.
     """
     assert found.labels is not None
+    if info.per_pair:
+        return contact_metrics(contact_counts(found.values, found.labels))
     if info.kind == "regression":
         return _of_targets(found.labels, found.values, info.names)
     if info.kind == "token_regression":
@@ -154,6 +161,14 @@ def multilabel_metrics(labels: Array, values: Array) -> Metrics:
     }
 
 
+def objects(arrays: Iterable[Array]) -> Array:
+    """``[n]`` arrays of any lengths as one array of objects."""
+    found = list(arrays)
+    joined = np.empty(len(found), dtype=object)
+    joined[:] = found
+    return joined
+
+
 def bootstrap_intervals(
     found: Predictions, info: TargetInfo, resamples: int, seed: int
 ) -> dict[str, tuple[float, float]]:
@@ -174,13 +189,17 @@ def bootstrap_intervals(
     rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
     proteins, first, counts = np.unique(found.rows, return_index=True, return_counts=True)
     drawn: dict[str, list[float]] = {}
+    pairs = contact_counts(found.values, found.labels) if info.per_pair else None
     for _ in range(resamples):
         chosen = rng.integers(0, len(proteins), len(proteins))
         places = np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in chosen])
         # Each copy of a protein is one of its own.
         rows = np.repeat(np.arange(len(chosen)), counts[chosen])
-        sample = Predictions(rows, None, found.values[places], found.labels[places])
-        for name, value in metrics_of(sample, info).items():
+        if pairs is not None:
+            metrics = contact_metrics(pairs[places])
+        else:
+            metrics = metrics_of(Predictions(rows, None, found.values[places], found.labels[places]), info)
+        for name, value in metrics.items():
             drawn.setdefault(name, []).append(value)
     return {
         name: tuple(np.percentile(kept, _INTERVAL).tolist())

@@ -15,22 +15,24 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from esm2mega.data.batch import BatchSpec
+from esm2mega.data.contacts import num_pairs
 from esm2mega.data.labelled import LabelledProteins
 from esm2mega.data.labelled_batch import LabelledBatch, LabelledPacks
 from esm2mega.data.targets import TargetInfo
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.progress import Progress
+from esm2mega.train.baseline import baseline_metrics
 from esm2mega.train.evaluate import evaluate
 from esm2mega.train.losses import LossReduction, LossTerms
-from esm2mega.train.metrics import Predictions, metrics_of
+from esm2mega.train.metrics import Predictions, metrics_of, objects
 from esm2mega.train.task_losses import TaskLossReduction
 
 
 class _Collecting(LossReduction):
     """A loss that keeps what it sees; without labels it is 0 of 0."""
 
-    def __init__(self, loss: TaskLossReduction, per_residue: bool) -> None:
-        self.loss, self.per_residue = loss, per_residue
+    def __init__(self, loss: TaskLossReduction, info: TargetInfo) -> None:
+        self.loss, self.info = loss, info
         self.seen: list[dict[str, Any]] = []
 
     @property
@@ -38,19 +40,38 @@ class _Collecting(LossReduction):
         return self.loss.names
 
     def forward(self, batch: LabelledBatch, output: Tensor) -> LossTerms:
-        self.seen.append(_kept(batch, self.loss.predictions(output), self.per_residue))
+        self.seen.append(_kept(batch, self.loss.predictions(output), self.info))
         if batch.labels is not None:
             return self.loss.forward(batch, output)
         nothing = output.new_zeros(())
         return LossTerms(nothing, nothing)
 
 
-def _kept(batch: LabelledBatch, values: Tensor, per_residue: bool) -> dict[str, Any]:
-    segments = batch.wanted
+def _kept(batch: LabelledBatch, values: Tensor, info: TargetInfo) -> dict[str, Any]:
+    segments, per_residue = batch.wanted, info.per_residue
+    if info.per_pair:
+        return _kept_pairs(batch, values)
     rows = batch.rows[segments.owners] if per_residue else batch.rows
     kept = {"rows": rows, "values": values, "labels": batch.labels}
     kept["numbers"] = segments.numbers if per_residue else None
     return {name: None if value is None else value.cpu().numpy() for name, value in kept.items()}
+
+
+def _kept_pairs(batch: LabelledBatch, values: Tensor) -> dict[str, Any]:
+    """An entry for each protein, with all of its pairs."""
+    segments, lengths = batch.wanted, batch.wanted.residue_counts
+    borders = np.cumsum([num_pairs(length) for length in lengths])[:-1]
+
+    def split(pairs: Tensor) -> Any:
+        return objects(np.split(pairs.cpu().numpy(), borders) if lengths else [])
+
+    first = np.cumsum([0, *lengths])[:-1]
+    return {
+        "rows": batch.rows.cpu().numpy(),
+        "numbers": segments.numbers.cpu().numpy()[first],
+        "values": split(values[:, 0].float()),
+        "labels": None if batch.labels is None else split(batch.labels),
+    }
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,7 @@ def measure(
     ranks: Ranks,
     progress: Progress | None = None,
     abandon: Callable[[], bool] | None = None,
+    baseline: bool = False,
 ) -> Measured | None:
     """Predict a split, and compare with its labels where it has some; all ranks call this together.
 
@@ -89,11 +111,12 @@ def measure(
         ranks: Where this process stands.
         progress: As for `evaluate`.
         abandon: As for `evaluate`.
+        baseline: Also give the metrics of what knows the training labels alone.
 
     Returns:
         None when it was abandoned.
     """
-    collecting = _Collecting(loss, info.per_residue)
+    collecting = _Collecting(loss, info)
     means = evaluate(model, collecting, packs, ranks, progress, abandon)
     if means is None:
         return None
@@ -101,6 +124,8 @@ def measure(
     metrics: dict[str, float] = {}
     if predictions is not None and predictions.labels is not None:
         metrics = metrics_of(predictions, info)
+        if baseline:
+            metrics |= baseline_metrics(predictions, info)
     # From the process that speaks to all.
     shared = [metrics]
     dist.broadcast_object_list(shared, src=0, device=ranks.device)

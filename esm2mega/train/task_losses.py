@@ -129,6 +129,24 @@ class MultilabelLossReduction(TaskLossReduction):
         return output.double().sigmoid()
 
 
+class ContactLossReduction(TaskLossReduction):
+    """Binary cross-entropy of pairs of residues, ``[P]``.
+
+    That of two classes, as TAPE has it, over the pairs i < j: their mean is that over the whole map.
+    """
+
+    def forward(self, batch: Any, output: Tensor) -> LossTerms:
+        """`batch.labels` int8 ``[P]``, 0 or 1, -100 for none; `output` logits of a contact ``[P, 1]``."""
+        logits = _at_least_fp32(output[:, 0])
+        there = batch.labels != IGNORED
+        labels = (batch.labels == 1).to(logits.dtype)
+        each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return LossTerms((each * there).sum(), there.sum())
+
+    def predictions(self, output: Tensor) -> Tensor:
+        return output.sigmoid()
+
+
 def loss_of_task(task: TaskConfig, info: TargetInfo) -> TaskLossReduction:
     """The loss that a configuration names.
 
@@ -141,6 +159,8 @@ def loss_of_task(task: TaskConfig, info: TargetInfo) -> TaskLossReduction:
         return make(task.loss, task.huber_delta, info.mean, info.std)
     if task.kind == "multilabel":
         return MultilabelLossReduction()
+    if info.per_pair:
+        return ContactLossReduction()
     weights = balanced_weights(info) if task.class_weights == "balanced" else None
     if task.kind == "classification":
         return ClassificationLossReduction(weights, task.label_smoothing)

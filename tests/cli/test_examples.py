@@ -317,6 +317,18 @@ def test_slurm_saves_and_requeues_before_the_time_limit(slurm, store, tmp_path):
     assert int(checkpoint.parent.name.removeprefix("step_")) == records(tmp_path / "run")[-1]["step"]
 
 
+def check_finetuning(done: subprocess.CompletedProcess[str], checkpoint: str) -> None:
+    """The lines of the script and of the notebook: the checkpoint, then label, prediction and sequence."""
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert checkpoint in " ".join(lines[0])
+    pairs = [(float(value), float(predicted)) for value, predicted, _ in lines[1:]]
+    assert len(pairs) == 10
+    mean = sum(value for value, _ in pairs) / 10
+    # Nearer than the mean of all labels.
+    assert sum((v - p) ** 2 for v, p in pairs) < 0.5 * sum((v - mean) ** 2 for v, _ in pairs)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_finetuning_example_learns_and_predicts(tmp_path, lora):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
@@ -335,11 +347,19 @@ def test_finetuning_example_learns_and_predicts(tmp_path, lora):
     ]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert " ".join(lines[0]).startswith(f"checkpoint {tmp_path}/run/checkpoints/step_00000050")
-    pairs = [(float(value), float(predicted)) for value, predicted, _ in lines[1:]]
-    assert len(pairs) == 10
-    mean = sum(value for value, _ in pairs) / 10
-    # Nearer than the mean of all labels.
-    assert sum((v - p) ** 2 for v, p in pairs) < 0.5 * sum((v - mean) ** 2 for v, _ in pairs)
+    check_finetuning(done, f"checkpoint {tmp_path}/run/checkpoints/step_00000050")
+
+
+def test_finetuning_notebook_runs_cell_by_cell(tmp_path):
+    """All code cells in order, as a kernel runs them, in a process without a main file."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
+    notebook = json.loads((EXAMPLES / "finetune_regression.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    check_finetuning(done, "runs/finetune_regression/checkpoints/step_00000050")

@@ -35,7 +35,8 @@ def wheel(tmp_path_factory):
 
 def test_wheel_ships_the_configurations(wheel):
     shipped = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("esm2mega/conf/")}
-    assert shipped == {f"esm2mega/conf/{path.name}" for path in (ROOT / "conf").glob("*.yaml")}
+    conf = ROOT / "conf"
+    assert shipped == {f"esm2mega/conf/{path.relative_to(conf)}" for path in conf.rglob("*.yaml")}
 
 
 def test_wheel_ships_every_module_and_the_license(wheel):

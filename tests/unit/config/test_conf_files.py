@@ -8,7 +8,9 @@ from omegaconf import OmegaConf
 from esm2mega.config.load import conf_dir, config_names, load_run
 from esm2mega.config.presets import PRESETS
 from esm2mega.config.schema import Run, flatten
+from esm2mega.config.task import validate_task
 from esm2mega.config.validate import num_micro_batches, validate
+from esm2mega.data.flip_tasks import TASKS
 
 SIZES = [size for size in PRESETS if size != "tiny"]
 LAYOUT = re.compile(r"^# layout (\d+):(.*)$", re.MULTILINE)
@@ -20,7 +22,8 @@ def layouts(name: str) -> list[tuple[int, str]]:
 
 
 def test_all_sizes_are_shipped():
-    assert set(config_names()) == {"base", "infer", *(f"pretrain_esm2_{size}" for size in PRESETS)}
+    tasks = {f"flip_{task}" for task in TASKS}
+    assert set(config_names()) == {"base", "infer", *(f"pretrain_esm2_{size}" for size in PRESETS), *tasks}
 
 
 def test_base_lists_the_keys_and_defaults_of_the_schema():
@@ -107,3 +110,22 @@ def test_tiny_is_for_a_cpu_and_minutes():
     assert run.train.max_steps * run.train.global_batch_tokens < 5_000_000
     for world_size in (1, 2):
         validate(run, world_size)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_of_flip_is_configured(task):
+    """By its name alone or with its folder; kind, classes and mask are those of the prepared tables."""
+    run = load_run(f"flip_{task}", ["model.size=tiny"])
+    assert run == load_run(f"finetune/flip_{task}", ["model.size=tiny"])
+    validate(run, 1)
+    validate_task(run)
+    published = TASKS[task]
+    assert run.task.kind == published.kind
+    assert run.task.num_classes in (None, published.num_classes)
+    assert (run.task.target_columns, run.task.mask_column) == (
+        ["target"],
+        "mask" if published.masked else None,
+    )
+    folder = f"flip/{task}"
+    assert run.data.train_paths() == [f"{folder}/train.csv"]
+    assert (run.data.valid, run.data.test) == (f"{folder}/valid.csv", f"{folder}/test.csv")

@@ -10,10 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import without_head
+from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.cli import main
+from esm2mega.config.load import load_run
+from esm2mega.config.schema import ParallelConfig
 from esm2mega.data.labelled import proteins_of_sequences
 from esm2mega.data.tokenizer import encode_residues
 from esm2mega.errors import UserError
@@ -23,10 +28,14 @@ from esm2mega.lora.base import identify
 from esm2mega.lora.hf_head import TASK
 from esm2mega.lora.hf_peft import export_adapters, import_adapters
 from esm2mega.lora.merge import merge
+from esm2mega.model.build import build_model
+from esm2mega.model.heads import head_of_task
+from esm2mega.parallel.initialize import process_groups
+from esm2mega.train.finetune import Parts, finetune
 from tests.unit.conftest import TinyRun
 from tests.unit.lora import adapted
 from tests.unit.lora.adapted import Base
-from tests.unit.runs import SETTINGS
+from tests.unit.runs import CPU, SETTINGS
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
 
@@ -73,7 +82,26 @@ def test_the_first_step_sees_the_unchanged_model(finished: TinyRun, tmp_path: Pa
     assert infer_model(ours.checkpoint, UNSEEN) == infer_model(plain.checkpoint, UNSEEN)
 
 
-def test_adapters_and_head_are_saved_and_the_base_stays(finished: TinyRun, trained: TrainedModel) -> None:
+def test_the_base_gets_no_gradient_and_stays_as_it_is(finished: TinyRun, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    settings = [*SETTINGS, *ADAPTERS, f"run_dir={tmp_path}", f"init_from={finished.run_dir}"]
+    run = load_run(None, [*settings, "task.kind=regression"])
+    finetune(
+        run, Parts({"train": PAIRS[:30]}), lambda model: seen.__setitem__(slice(None), unwrap_model(model))
+    )
+    parameters = dict(seen[0].named_parameters())
+    with process_groups(ParallelConfig(), seed=1):
+        (model,) = build_model(run.model, run.parallel, CPU, 1, head_of_task(run.task, 1))
+        load_weights(layout.resolve_checkpoint(finished.run_dir), [model], without_head())
+    base = {name: value for name, value in model.named_parameters() if not name.startswith("head.")}
+    assert len(base) > 20 and all(torch.equal(parameters[name], value) for name, value in base.items())
+    assert not any(hasattr(parameters[name], "main_grad") for name in base)
+    trained = parameters.keys() - base.keys()
+    assert all(parameters[name].main_grad.abs().max() > 0 for name in trained)
+    assert len(trained) == 2 * 6 * 2 + 4
+
+
+def test_adapters_and_head_are_saved(finished: TinyRun, trained: TrainedModel) -> None:
     names = [name for name in _tensors(trained.checkpoint) if not name.startswith("optimizer.")]
     assert {name.rpartition(".")[0].rpartition("_")[2] for name in names if "_lora." in name} == {"lora"}
     assert {name for name in names if "_lora." not in name} == {

@@ -1,0 +1,249 @@
+"""The tasks of FLIP: its published files to a table for each split.
+
+Tasks of proteins have one FASTA file with the headers
+
+    >Sequence12 TARGET=-1.25e-05 SET=train VALIDATION=False
+
+or a CSV twin of it with the columns ``sequence,target,set,validation``. Tasks of residues have sequences in
+one file, labels in another with ``SET`` and ``VALIDATION`` in its headers and as many characters as there are
+residues, and for one task a mask in a third. A value is everything up to the next white space: exponents,
+slashes and leading zeros stay.
+
+Validation is ``SET=train VALIDATION=True``, training the rest of ``SET=train``, test ``SET=test``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from esm2mega.data.fasta import Entry, FastaReader, attributes, read_entries
+from esm2mega.data.flip_tasks import TASKS, Task, differing
+from esm2mega.data.labelled_tables import SPLITS, LabelledRow, LabelledTables
+from esm2mega.data.records import SourceOptions, residues_of
+from esm2mega.data.tables import CsvReader
+from esm2mega.errors import UserError
+
+TARGET, MASK = "target", "mask"
+"""Columns that are written."""
+
+_ENDINGS = (".fasta", ".fasta.gz", ".fasta.zst", ".csv", ".csv.gz", ".csv.zst")
+
+
+def prepare_flip(
+    task_name: str, source: str | Path, out: str | Path, split: str | None = None, other_sizes: bool = False
+) -> list[str]:
+    """Write ``train.csv``, ``valid.csv``, ``test.csv`` and a manifest of one split of a task.
+
+    Args:
+        task_name: One of `TASKS`.
+        source: Directory with the files of that task, as published.
+        out: Directory to make.
+        split: One of the task's; None for its default.
+        other_sizes: Whether other numbers of proteins than the published ones are taken, with a note. They
+            are refused otherwise: figures of another data set are not those of the benchmark, and a file
+            that was cut off looks like one.
+
+    Returns:
+        What was written, in lines.
+
+    Raises:
+        UserError: A file is missing or not as described above, or sizes differ.
+    """
+    task = TASKS[task_name]
+    split = split or task.default
+    folder = Path(source)
+    if not folder.is_dir():
+        raise UserError(f"--source {source}: is no directory; name the one with the files of {task_name}")
+    if split not in task.splits:
+        raise UserError(
+            f"--split {split} is none of {task_name}, which has {', '.join(task.splits)}; name one of them"
+        )
+    path = _find(folder, [task.files.get(split, split), split])
+    read = _read_residue_task if task.per_residue else _read_protein_task
+    rows, provenance, notes = read(path, folder, task)
+    tables = LabelledTables([TARGET, MASK] if task.masked else [TARGET], rows, provenance, notes)
+    found = {name: len(rows[name]) for name in SPLITS}
+    other = differing(task.splits[split], found)
+    if other and not other_sizes:
+        raise UserError(
+            f"{path}: {'; '.join(other)}; get the files again, or give --allow-other-sizes if these are meant"
+        )
+    if not found["train"]:
+        raise UserError(f"{path}: no protein with SET=train; is this a file of FLIP?")
+    notes += [f"{path}: {text}, taken as it is" for text in other]
+    classes = None if task.kind == "regression" else TARGET
+    provenance |= {"benchmark": "FLIP", "task": task_name, "split": split, "kind": task.kind}
+    return tables.write(Path(out), task.per_residue, classes)
+
+
+def _find(folder: Path, stems: Sequence[str]) -> Path:
+    """The first file that is there, in the folder or its ``splits``."""
+    for place in (folder, folder / "splits"):
+        for stem in stems:
+            for ending in _ENDINGS:
+                if (path := place / f"{stem}{ending}").is_file():
+                    return path
+    names = " or ".join(f"{stem}.fasta" for stem in dict.fromkeys(stems))
+    raise UserError(
+        f"{folder}: no {names} (nor .csv) in it; name the directory with FLIP's files by --source"
+    )
+
+
+_Read = tuple[dict[str, list[LabelledRow]], dict[str, Any], list[str]]
+"""Rows by split, entries of the manifest, notes."""
+
+
+def _read_protein_task(path: Path, folder: Path, task: Task) -> _Read:
+    rows: dict[str, list[LabelledRow]] = {name: [] for name in SPLITS}
+    no_set = 0
+    reader: FastaReader | CsvReader
+    if ".csv" in path.suffixes:
+        reader = _csv_reader(path)
+        found = _csv_rows(reader)
+    else:
+        entries, reader = read_entries(path)
+        found = _fasta_rows(entries.values(), reader)
+    for place, row, set_name, validation in found:
+        split = _split_of(place, row.id, set_name, validation)
+        if split is None:
+            no_set += 1
+            continue
+        if not row.labels[0]:
+            raise UserError(f"{place}: {row.id!r} has no target; complete or remove the record")
+        if task.kind == "regression":
+            _check_number(row.labels[0], place, row.id)
+        rows[split].append(row)
+    notes = [f"{path}: {no_set} proteins belong to no set and are left out"] if no_set else []
+    return rows, {"sources": reader.checksums, "without_set": no_set}, notes
+
+
+def _read_residue_task(path: Path, folder: Path, task: Task) -> _Read:
+    sequences, sequence_reader = read_entries(_find(folder, ["sequences"]))
+    labels, label_reader = read_entries(path, labels=True)
+    masks: dict[str, Entry] = {}
+    readers = [sequence_reader, label_reader]
+    if task.masked:
+        masks, mask_reader = read_entries(_find(folder, ["resolved", "mask"]), labels=True)
+        readers.append(mask_reader)
+    rows: dict[str, list[LabelledRow]] = {name: [] for name in SPLITS}
+    no_set = masked = 0
+    for name, entry in labels.items():
+        place = label_reader.place(entry.line)
+        if name not in sequences:
+            raise UserError(
+                f"{place}: no sequence of {name!r} in {sequence_reader.path}; take both from one archive"
+            )
+        marks = attributes(entry, place)
+        split = _split_of(place, name, marks.get("SET"), marks.get("VALIDATION"))
+        if split is None:
+            no_set += 1
+            continue
+        cells = [_aligned(entry, "labels", sequences[name], label_reader)]
+        if task.masked:
+            if name not in masks:
+                raise UserError(f"{place}: no mask of {name!r} in {mask_reader.path}; complete that file")
+            cells.append(_aligned(masks[name], "marks", sequences[name], mask_reader))
+            if stray := set(cells[1]) - {"0", "1"}:
+                raise UserError(
+                    f"{mask_reader.place(masks[name].line)}: {min(stray)!r} in the mask of {name!r}; a mask "
+                    "is made of 0 and 1"
+                )
+            masked += cells[1].count("0")
+        rows[split].append(LabelledRow(name, sequences[name].text, tuple(cells)))
+    unlabelled = len(sequences) - sum(name in labels for name in sequences)
+    notes = []
+    if unlabelled:
+        notes.append(
+            f"{sequence_reader.path}: {unlabelled} of {len(sequences):,} proteins have no labels in "
+            f"{path.name} and are left out"
+        )
+    if no_set:
+        notes.append(f"{path}: {no_set} proteins belong to no set and are left out")
+    provenance: dict[str, Any] = {"sources": {}, "without_labels": unlabelled, "without_set": no_set}
+    for each in readers:
+        provenance["sources"] |= each.checksums
+    if task.masked:
+        provenance["masked_residues"] = masked
+        total = sum(len(row.sequence) for of_split in rows.values() for row in of_split)
+        notes.append(f"{mask_reader.path}: {masked:,} of {total:,} residues are masked and do not count")
+    return rows, provenance, notes
+
+
+def _aligned(entry: Entry, what: str, sequence: Entry, reader: FastaReader) -> str:
+    """The text of a record that must have a character per residue."""
+    if len(entry.text) != len(sequence.text):
+        raise UserError(
+            f"{reader.place(entry.line)}: {len(entry.text)} {what} of {entry.id!r}, which has "
+            f"{len(sequence.text)} residues; there must be one for each"
+        )
+    return entry.text
+
+
+_Found = Iterator[tuple[str, LabelledRow, str | None, str | None]]
+"""Place, row, SET and VALIDATION of each protein."""
+
+
+def _fasta_rows(entries: Any, reader: FastaReader) -> _Found:
+    for entry in entries:
+        place = reader.place(entry.line)
+        marks = attributes(entry, place)
+        if stray := [word for word in entry.words if "=" not in word]:
+            raise UserError(
+                f"{place}: {stray[0]!r} in the header of {entry.id!r} is no KEY=VALUE; write _ for blanks in "
+                "a value"
+            )
+        if "TARGET" not in marks:
+            raise UserError(f"{place}: the header of {entry.id!r} has no TARGET=; is this a file of FLIP?")
+        row = LabelledRow(entry.id, entry.text, (marks["TARGET"],))
+        yield place, row, marks.get("SET"), marks.get("VALIDATION")
+
+
+def _csv_reader(path: Path) -> CsvReader:
+    reader = CsvReader(path, SourceOptions())
+    for column in ("target", "set", "validation"):
+        if column not in reader.columns:
+            raise UserError(
+                f"{path}: no column {column!r} among {', '.join(reader.columns)}; FLIP's tables have "
+                "sequence,target,set,validation"
+            )
+    return reader
+
+
+def _csv_rows(reader: CsvReader) -> _Found:
+    """Rows without ids are named like the records of the FASTA twin: ``Sequence0`` is the first."""
+    number = 0
+    for block in reader.blocks():
+        for line, cells in reader.rows(block):
+            place, name = reader.place(line), cells.get("id", f"Sequence{number}")
+            number += 1
+            residues = residues_of(cells["sequence"], place, name).decode()
+            if not residues:
+                raise UserError(f"{place}: {name!r} has no sequence; complete or remove the row")
+            row = LabelledRow(name, residues, (cells["target"].strip(),))
+            yield place, row, cells["set"].strip(), cells["validation"].strip()
+
+
+def _split_of(place: str, name: str, set_name: str | None, validation: str | None) -> str | None:
+    """``train``, ``valid`` or ``test``; None for a protein that the split leaves out."""
+    if set_name is None:
+        raise UserError(f"{place}: the header of {name!r} has no SET=; is this a file of FLIP?")
+    if set_name in ("", "nan"):
+        return None
+    if validation not in (None, "", "nan", "True", "False"):
+        raise UserError(f"{place}: VALIDATION of {name!r} is {validation!r}, not True or False")
+    if set_name == "test":
+        return "test"
+    if set_name == "train":
+        return "valid" if validation == "True" else "train"
+    raise UserError(f"{place}: SET of {name!r} is {set_name!r}, not train or test")
+
+
+def _check_number(text: str, place: str, name: str) -> None:
+    try:
+        finite = abs(float(text)) < float("inf")
+    except ValueError:
+        finite = False
+    if not finite:
+        raise UserError(f"{place}: the target {text!r} of {name!r} is not a number; correct or remove it")

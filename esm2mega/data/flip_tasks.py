@@ -1,0 +1,167 @@
+"""The tasks of FLIP: what kind each is of, its splits, and their published sizes.
+
+Sizes are those of the FLIP repository (J-SNACKKB/FLIP) and of its files; where only the sum of training and
+validation is published, that is what is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is published of a split; None where it is not.
+
+    Attributes:
+        train: Proteins.
+        valid: Proteins.
+        test: Proteins.
+        train_and_valid: Their sum.
+        total: All of them.
+    """
+
+    train: int | None = None
+    valid: int | None = None
+    test: int | None = None
+    train_and_valid: int | None = None
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        kind: What `task.kind` is in fine-tuning.
+        default: The split that is prepared unless another is named.
+        splits: Split -> published sizes.
+        files: Split -> name of its file without ending, where it is another.
+        num_classes: Of classifications, with which they are published.
+        masked: Whether there is a file of masks.
+    """
+
+    kind: str
+    default: str
+    splits: Mapping[str, Sizes]
+    files: Mapping[str, str]
+    num_classes: int | None = None
+    masked: bool = False
+
+    @property
+    def per_residue(self) -> bool:
+        return self.kind == "token_classification"
+
+
+def _sums(train_and_valid: int, test: int) -> Sizes:
+    return Sizes(train_and_valid=train_and_valid, test=test)
+
+
+TASKS: dict[str, Task] = {
+    "aav": Task(
+        "regression",
+        "seven_vs_many",
+        {
+            "seven_vs_many": _sums(70_002, 12_581),
+            "one_vs_many": _sums(1_170, 81_413),
+            "two_vs_many": _sums(31_807, 50_776),
+            "low_vs_high": _sums(47_546, 35_037),
+            "sampled": _sums(66_066, 16_517),
+            "des_mut": _sums(201_426, 82_583),
+            "mut_des": _sums(82_583, 201_426),
+        },
+        {},
+    ),
+    "gb1": Task(
+        "regression",
+        "two_vs_rest",
+        {
+            "two_vs_rest": Sizes(381, 43, 8309),
+            "one_vs_rest": Sizes(25, 3, 8705),
+            "three_vs_rest": Sizes(2691, 299, 5743),
+            "low_vs_high": Sizes(4580, 509, 3644),
+            "sampled": Sizes(6289, 699, 1745),
+        },
+        {},
+    ),
+    "meltome": Task(
+        "regression",
+        "mixed",
+        {
+            "mixed": Sizes(22_335, 2482, 3134),
+            "human": Sizes(test=1945, total=10_093),
+            "human_cell": Sizes(test=1366, total=7158),
+        },
+        {"mixed": "mixed_split"},
+    ),
+    "scl": Task(
+        "classification",
+        "mixed_soft",
+        {
+            "mixed_soft": Sizes(9503, 1678, 2768),
+            "mixed_hard": Sizes(test=490),
+            "human_soft": Sizes(test=577),
+            "human_hard": Sizes(test=119),
+            "balanced": Sizes(test=385),
+            # Several labels of a protein, with ; between: task.kind=multilabel.
+            "mixed_vs_human_2": Sizes(),
+        },
+        {},
+        num_classes=10,
+    ),
+    "sav": Task(
+        "classification",
+        "mixed",
+        {"mixed": Sizes(total=109_449), "human": Sizes(total=15_076)},
+        {},
+        num_classes=2,
+    ),
+    "bind": Task(
+        "token_classification",
+        "from_publication",
+        {
+            "from_publication": Sizes(954, 106, 300),
+            "one_vs_many": Sizes(996, 114, 250),
+            "two_vs_many": Sizes(1201, 140, 19),
+            "one_vs_sm": Sizes(999, 111, 134),
+            "one_vs_mn": Sizes(254, 31, 32),
+            "one_vs_sn": Sizes(254, 31, 53),
+        },
+        {},
+        num_classes=8,
+    ),
+    "conservation": Task(
+        "token_classification", "sampled", {"sampled": Sizes(9392, 555, 519)}, {}, num_classes=9
+    ),
+    "secondary_structure": Task(
+        "token_classification",
+        "sampled",
+        {"sampled": Sizes(9712, 1080, 364)},
+        {},
+        num_classes=3,
+        masked=True,
+    ),
+}
+"""The eight tasks by name."""
+
+
+def differing(published: Sizes, found: Mapping[str, int]) -> list[str]:
+    """Where numbers of proteins are not the published ones, in words.
+
+    Args:
+        published: Of a split.
+        found: ``train``, ``valid`` and ``test`` -> proteins.
+    """
+    compared = {
+        "training": (published.train, found["train"]),
+        "validation": (published.valid, found["valid"]),
+        "test": (published.test, found["test"]),
+        "training and validation": (published.train_and_valid, found["train"] + found["valid"]),
+        "all": (published.total, sum(found.values())),
+    }
+    return [
+        f"{number:,} {name} proteins, published are {wanted:,}"
+        for name, (wanted, number) in compared.items()
+        if wanted is not None and wanted != number
+    ]

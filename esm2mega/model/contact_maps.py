@@ -1,0 +1,123 @@
+"""ESM-2's contacts: a logistic regression on the attention maps of all layers, summed up while they are made.
+
+Legend: ``n`` heads, ``L`` layers, ``t`` tensor-parallel size, ``d`` head dimension, ``l`` residues of a
+sequence, ``s`` its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+_MAP_ELEMENTS = 1 << 24
+"""Elements of attention maps held at once: 64 MB in fp32, or one map if that is larger."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A sequence in a pack.
+
+    Attributes:
+        start: Place of its first token.
+        num_tokens: s.
+        residues: Which of its tokens are residues.
+    """
+
+    start: int
+    num_tokens: int
+    residues: slice
+
+
+class ContactMaps:
+    """Sums up the regression's logits over the heads of this rank while a pack passes through the layers.
+
+    Of each map the residues' part is taken, symmetrised, and corrected by its average product (APC). The
+    regression is a sum over maps, so maps are never kept: what remains is one ``[l, l]`` sum per sequence.
+    Where gradients are wanted, the maps are computed again in the backward pass, one sequence at a time.
+    """
+
+    def __init__(self, layers: Iterable[Any], num_heads: int) -> None:
+        """Args: layers: this rank's transformer layers. num_heads: n."""
+        self._num_heads = num_heads
+        self._weight: Tensor | None = None
+        self._spans: Sequence[Span] = ()
+        self.sums: list[Tensor] = []
+        self._handles = [
+            layer.self_attention.core_attention.register_forward_pre_hook(
+                self._hook(layer.layer_number), with_kwargs=True
+            )
+            for layer in layers
+        ]
+
+    def begin(self, spans: Sequence[Span], weight: Tensor) -> None:
+        """Start a pack.
+
+        Args:
+            spans: Its sequences, without pad tails.
+            weight: Of the regression, ``[L * n]``, layer-major.
+        """
+        self._spans, self._weight, self.sums = spans, weight.view(-1, self._num_heads), []
+
+    def remove(self) -> None:
+        """Take the hooks out again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, layer_number: int) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._weight is not None:
+                self._add(args[0], args[1], self._weight[layer_number - 1])
+
+        return hook
+
+    def _add(self, query: Tensor, key: Tensor, weight: Tensor) -> None:
+        """Add one layer. q and k ``[T, n/t, d]``, after rotary; weight of all heads ``[n]``."""
+        heads = query.shape[1]
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        # At least fp32 from here on, in any model.
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        own = weight[rank * heads : (rank + 1) * heads].to(query.device, dtype)
+        for number, span in enumerate(self._spans):
+            tokens = slice(span.start, span.start + span.num_tokens)
+            # [s, n/t, d] -> [n/t, s, d]
+            q, k = (x[tokens].transpose(0, 1).to(dtype) for x in (query, key))
+            if torch.is_grad_enabled() and (own.requires_grad or q.requires_grad):
+                logits = checkpoint(
+                    _weighted_maps, q, k, own, span.residues, use_reentrant=False, preserve_rng_state=False
+                )
+                assert isinstance(logits, Tensor)
+            else:
+                logits = _weighted_maps(q, k, own, span.residues)
+            if number == len(self.sums):
+                self.sums.append(logits)
+            else:
+                self.sums[number] += logits
+
+
+def _weighted_maps(q: Tensor, k: Tensor, weight: Tensor, residues: slice) -> Tensor:
+    """Corrected attention maps, weighted and summed over heads: ``[l, l]``.
+
+    Args:
+        q, k: ``[n/t, s, d]``.
+        weight: ``[n/t]``.
+        residues: Which of the ``s`` tokens.
+    """
+    q = q[:, residues] * q.shape[-1] ** -0.5
+    length = q.shape[1]
+    result = q.new_zeros(length, length)
+    # The number of maps at once follows from the length alone: the sum's order is that of no other protein.
+    group = max(1, _MAP_ELEMENTS // (length * k.shape[1]))
+    for first in range(0, len(q), group):
+        some = slice(first, first + group)
+        maps = torch.softmax(q[some] @ k[some].transpose(1, 2), dim=-1)[:, :, residues]
+        maps = maps + maps.transpose(1, 2)
+        rows = maps.sum(dim=-1)
+        average_product = rows.unsqueeze(2) * rows.unsqueeze(1) / rows.sum(dim=-1)[:, None, None]
+        result += torch.einsum("n,nij->ij", weight[some], maps - average_product)
+    return result

@@ -1,0 +1,180 @@
+"""Contacts end to end: coordinates to pairs, precision by its definition, prediction, cropping, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from esm2mega.cli import main
+from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.data.contacts import num_pairs, num_residues, pair_labels, pairs_of
+from esm2mega.data.labelled import proteins_of_pairs, read_labelled
+from esm2mega.data.targets import IGNORED, TargetInfo
+from esm2mega.errors import UserError
+from esm2mega.finetuning import infer_model, train_model
+from esm2mega.train.contact_metrics import NAMES, contact_counts
+from esm2mega.train.metrics import Predictions, bootstrap_intervals, metrics_of, objects
+from tests.unit.runs import SETTINGS
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
+
+RNG = np.random.default_rng(6)
+LENGTHS = (40, 7, 33, 58, 26)
+
+
+def coil(length: int) -> np.ndarray:
+    return np.cumsum(RNG.normal(size=(length, 3)) * 2.2, axis=0)
+
+
+def by_definition(values: np.ndarray, labels: np.ndarray, low: int, high: int, k: int) -> float:
+    """The precision of one protein, pair by pair; values and labels are maps ``[l, l]``."""
+    pairs = [
+        (values[i, j], labels[i, j])
+        for i in range(len(values))
+        for j in range(i + 1, len(values))
+        if low <= j - i < high and labels[i, j] >= 0
+    ]
+    pairs.sort(key=lambda pair: -pair[0])
+    return sum(label for _, label in pairs[:k]) / k if pairs and k else math.nan
+
+
+def test_precision_by_its_definition() -> None:
+    values, labels, maps = [], [], []
+    for length in LENGTHS:
+        first, second = pairs_of(length)
+        assert (len(first), num_residues(len(first))) == (num_pairs(length), length)
+        probabilities = RNG.random(len(first)).astype(np.float32)
+        found = pair_labels(coil(length), IGNORED)
+        found[RNG.random(len(found)) < 0.2] = IGNORED
+        square = np.zeros((2, length, length))
+        square[0, first, second], square[1, first, second] = probabilities, found
+        values.append(probabilities)
+        labels.append(found)
+        maps.append(square)
+    found = Predictions(np.arange(5), np.zeros(5, int), objects(values), objects(labels))
+    info = TargetInfo("contact", ["contact"])
+    metrics = metrics_of(found, info)
+    for prefix, low, high in (("", 6, 999), ("short_", 6, 12), ("medium_", 12, 24), ("long_", 24, 999)):
+        for name, part in (("p_at_L", 1), ("p_at_L2", 2), ("p_at_L5", 5)):
+            each = [by_definition(*square, low, high, len(square[0]) // part) for square in maps]
+            assert metrics[f"{prefix}{name}"] == pytest.approx(np.nanmean(each)), (prefix, name)
+    counts = contact_counts(found.values, found.labels)[:, NAMES.index("p_at_L5")]
+    assert metrics["p_at_L5_pooled"] == pytest.approx(counts[:, 0].sum() / sum(n // 5 for n in LENGTHS))
+    low, high = bootstrap_intervals(found, info, 200, seed=1)["p_at_L"]
+    assert low < metrics["p_at_L"] < high
+    # A protein of seven residues has one pair: of its 7 likeliest six are missing, which are misses.
+    assert contact_counts(objects([np.ones(21)]), objects([pair_labels(np.zeros((7, 3)), IGNORED)]))[
+        0, 0
+    ].tolist() == [1, 7]
+
+
+def test_coordinates_of_a_table(tmp_path: Path) -> None:
+    atoms = coil(12).round(3)
+    rows: list[Any] = [*atoms.tolist()]
+    rows[3], rows[4] = None, [1.0, None, 2.0]
+    lines = [
+        {"id": "a", "sequence": "M" * 12, "atoms": rows, "seen": "111111111011"},
+        {"id": "b", "sequence": "LA", "atoms": [[0, 0, 0], [1, 1, 1]], "seen": "11"},
+    ]
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    task = TaskConfig(kind="contact", target_columns=["atoms"], mask_column="seen")
+    proteins, info = read_labelled(path, task, DataConfig(), None, "data.train")
+    known = atoms.copy()
+    known[[3, 4, 9]] = np.nan
+    np.testing.assert_array_equal(proteins.labels[:12], known)
+    assert proteins.num_missing == 3
+    expected = pair_labels(known, IGNORED)
+    assert info.counts == [(expected == 1).sum()]
+    # Their frequency at each distance along the chain is what the baseline knows.
+    first, second = pairs_of(12)
+    assert info.baseline[6] == pytest.approx((expected[(second - first == 6) & (expected >= 0)] == 1).mean())
+    for wrong, message in (
+        ([[0, 0]] * 12, r"t.jsonl:1: residue 0 in column 'atoms' has \[0, 0\]"),
+        (rows[:11], "t.jsonl:1: 11 labels in column 'atoms' for 12 residues"),
+        ("[[0,", "t.jsonl:1: column 'atoms' holds no JSON list"),
+        (7, "t.jsonl:1: the coordinates in column 'atoms' are 7"),
+    ):
+        path.write_text(json.dumps({**lines[0], "atoms": wrong}))
+        with pytest.raises(UserError, match=message):
+            read_labelled(path, task, DataConfig(), None, "data.train")
+    with pytest.raises(UserError, match="holds no pair of residues that counts"):
+        proteins_of_pairs([("LA", [[0, 0, 0]] * 2)], TaskConfig(kind="contact"), None, "train")
+
+
+def hairpins(count: int, seed: int) -> list[tuple[str, Any]]:
+    """Proteins that fold back in the middle, with a letter for each half: contacts can be read off them."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for half in rng.integers(8, 14, count).tolist():
+        x = [*range(half), *range(half - 1, -1, -1)]
+        atoms = [[3.8 * a, 5.0 * (n >= half), 0.0] for n, a in enumerate(x)]
+        letters = list("LAGVSERTIDPKQN")[:half]
+        found.append(("".join([*letters, *reversed(letters)]), atoms))
+    return found
+
+
+def learn(run_dir: Path, *overrides: str):
+    settings = [*SETTINGS, f"run_dir={run_dir}", "task.kind=contact", "train.eval_every=20"]
+    settings += ["train.max_steps=60", "optim.lr=1e-2", "task.dropout=0.1", *overrides]
+    return train_model(settings, train=hairpins(24, 1), valid=hairpins(8, 2))
+
+
+@pytest.mark.parametrize("head", ["product", "attention_maps"])
+def test_contacts_are_learned_and_predicted(tmp_path: Path, head: str) -> None:
+    h5py = pytest.importorskip("h5py")
+    trained = learn(tmp_path / "run", f"task.head={head}")
+    table = tmp_path / "valid.jsonl"
+    rows = [{"id": f"p{n}", "sequence": s, "target": t} for n, (s, t) in enumerate(hairpins(8, 2))]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    out, result = tmp_path / "out.h5", tmp_path / "metrics.json"
+    assert main(["evaluate", str(trained.checkpoint), "--data", str(table), "--out", str(result)]) == 0
+    measured = json.loads(result.read_text())
+    assert measured["p_at_L5"] == trained.metrics["valid_p_at_L5"] > 0.8 > measured["baseline_p_at_L5"]
+    assert main(["predict", str(trained.checkpoint), str(table), "--out", str(out)]) == 0
+    maps = infer_model(trained.checkpoint, [row["sequence"] for row in rows])
+    with h5py.File(out) as file:
+        assert file["ids"].asstr()[:].tolist() == [row["id"] for row in rows]
+        borders = file["contact_offsets"][:]
+        for number, row in enumerate(rows):
+            found = file["contacts"][borders[number] : borders[number + 1]].reshape(maps[number].shape)
+            np.testing.assert_array_equal(found, maps[number])
+            np.testing.assert_array_equal(found, found.T)
+            shown = measured["predictions"][number]
+            assert len(shown["prediction"]) == len(row["sequence"])
+            i, j, p = shown["prediction"][0]
+            assert p == found[i, j] == np.nanmax(np.triu(found, 6)) and j - i >= 6
+            labels = pair_labels(np.array(row["target"]), IGNORED)
+            pairs = np.stack(pairs_of(len(row["sequence"])), axis=1)[labels == 1]
+            assert shown["label"] == pairs.tolist()
+    for ending in ("csv", "parquet"):
+        refused = tmp_path / f"out.{ending}"
+        assert main(["predict", str(trained.checkpoint), str(table), "--out", str(refused)]) == 2
+        assert not refused.exists()
+
+
+def test_a_piece_of_a_protein_keeps_its_places(tmp_path: Path) -> None:
+    """Cropped at random, the map is that of the piece at its place, and NaN elsewhere."""
+    trained = learn(tmp_path / "run", "train.max_steps=1", "train.eval_every=0")
+    sequence = hairpins(1, 5)[0][0]
+    cropped = ["data.max_seq_length=12", "data.too_long=crop", "data.crop=start"]
+    (found,) = infer_model(trained.checkpoint, [sequence], cropped)
+    known = ~np.isnan(found)
+    # <cls> and 11 residues, without <eos>.
+    assert known[:11, :11].sum() == 11 * 10 and not known[11:].any() and not known[:, 11:].any()
+
+
+def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
+    for overrides, message in (
+        (["task.head=cnn"], "heads for pairs of residues are auto, product, attention_maps"),
+        (["task.loss=huber"], "task.loss=huber is of numbers, not of task.kind=contact"),
+        (["data.too_long=crop", "data.crop=chunk"], "would lose the pairs between chunks"),
+        (["task.head=attention_maps", "model.recompute=full"], "computes its maps again itself"),
+    ):
+        with pytest.raises(UserError, match=message):
+            learn(tmp_path, *overrides)
