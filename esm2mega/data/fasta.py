@@ -83,6 +83,12 @@ class FastaReader(TextSource):
         lines, line = _CountedLines(block, _LABEL_BYTES if labels else RESIDUE_BYTES), block.line
         of, what = ("labels", "label") if labels else ("sequence", "residue (letters and '*-.' are)")
         for title, text in SimpleFastaParser(lines):
+            # The parser strips the end of the title; what is left would hide residues in a header.
+            if "\r" in title:
+                raise UserError(
+                    f"{self.place(line)}: a carriage return without a line feed in a header; convert the "
+                    "line ends, for example with `tr '\\r' '\\n'`"
+                )
             header = title.encode("ascii", "surrogateescape")
             name = self._parse_id(header, line)
             if lines.stray:

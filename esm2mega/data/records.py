@@ -217,7 +217,7 @@ def table_record(
         shown = "is empty" if not sequence else f"{sequence!r} is a missing value"
         raise UserError(
             f"{source.place(line)}: the sequence of {name!r} {shown}; complete or remove the row, or leave "
-            "such rows out with --drop-empty"
+            "such rows out with `esm2mega prepare fasta --drop-empty`"
         )
     if not isinstance(sequence, str):
         raise UserError(

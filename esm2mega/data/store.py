@@ -390,7 +390,10 @@ def _read_manifest(path: Path, staged: bool) -> Mapping[str, Any]:
             f"{path}: is what an interrupted `prepare` left behind; start that again to go on, or remove it"
         )
     if not path.exists():
-        raise UserError(f"{path}: no such token store; make one with `esm2mega prepare fasta`")
+        raise UserError(
+            f"{path}: there is no such file and no such token store; correct the path, or make a store with "
+            "`esm2mega prepare fasta`"
+        )
     file = path / _MANIFEST
     if not file.is_file():
         inside = [

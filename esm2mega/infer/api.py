@@ -138,7 +138,8 @@ class Model:
             Without pooling a list of ``[L, h]``, with it ``[n, h]``; fp32 (fp64 of an fp64 model), without
             ``<cls>`` and ``<eos>``. For several layers a dictionary by the numbers given.
         """
-        asked = [layers] if isinstance(layers, int) else list(layers)
+        single = isinstance(layers, int | np.integer)
+        asked = [int(layers)] if isinstance(layers, int | np.integer) else [int(layer) for layer in layers]
         kind = "residue" if pooling is None else "pooled"
         pooled = [] if pooling is None else [f"infer.pooling={pooling}"]
         values = self._values(sequences, f"infer.outputs=[{kind}]", f"infer.layers={asked}", *pooled)
@@ -147,7 +148,7 @@ class Model:
         for layer in asked:
             arrays = [value[f"{kind}/layer_{layer % states}"] for value in values]
             by_layer[layer] = arrays if pooling is None else np.stack(arrays)
-        return by_layer[layers] if isinstance(layers, int) else by_layer
+        return by_layer[asked[0]] if single else by_layer
 
     def logits(self, sequences: Sequence[str]) -> list[Array]:
         """Logits of the 33 tokens at every residue, ``[L, v]`` for each protein."""

@@ -149,8 +149,10 @@ def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: A
     scan = options["variants"] is None and options["proteingym"] is None
     if options["heat_map"] is not None and not scan:
         raise UserError("--heat-map shows all single substitutions; leave --variants out")
-    if Path(out).exists() and mode == "new" and options["proteingym"] is None:
-        raise UserError(f"{out}: exists; replace it with --overwrite, or choose another --out")
+    if mode == "new" and options["proteingym"] is None:
+        for path in filter(None, (out, options["heat_map"])):
+            if Path(path).exists():
+                raise UserError(f"{path}: exists; replace it with --overwrite, or choose another name")
 
     from esm2mega.infer import score as scoring
     from esm2mega.infer.variants import check_writable

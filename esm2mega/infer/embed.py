@@ -90,12 +90,13 @@ def embed(request: EmbedRequest) -> list[str]:
 
 
 def _check_existing(target: Target, run: Run, mode: str) -> None:
-    """Refuse to touch what is there, unless told how to."""
-    if mode != "new":
-        return
+    """Refuse to touch what is there, unless told how to; and a folder of somebody else's in any case."""
     for path in target.existing(run.infer.outputs):
-        raise UserError(f"{path}: exists; replace it with --overwrite, or choose another --out")
-    if has_begun(target):
+        if path.is_dir() and any(path.iterdir()) and not target.attributes(path):
+            raise UserError(f"{path}: is a folder that `embed` did not write; choose another --out")
+        if mode == "new":
+            raise UserError(f"{path}: exists; replace it with --overwrite, or choose another --out")
+    if mode == "new" and has_begun(target):
         raise UserError(
             f"{target.work_dir}: an unfinished output of an earlier start; go on with --resume, or "
             "begin again "
@@ -111,9 +112,13 @@ def _begin(
     Returns:
         Attributes, where the proteins are, and the pieces to compute; or one line why there is nothing to do.
     """
+    if request.contact_maps is not None:
+        _make_folder(Path(request.contact_maps), f"--contact-maps {request.contact_maps}")
     begun = has_begun(target)
     if not begun or request.mode == "overwrite":
-        _make_work_dir(target, remove=request.mode == "overwrite" or not begun)
+        if target.work_dir.exists():
+            shutil.rmtree(target.work_dir)
+        _make_folder(target.work_dir, f"--out {target.out}")
     try:
         run.data.cache_dir = str(target.work_dir / _PREPARED)
         store = open_store(request.input, run, "input")
@@ -135,14 +140,13 @@ def _begin(
         raise
 
 
-def _make_work_dir(target: Target, remove: bool) -> None:
+def _make_folder(path: Path, named: str) -> None:
+    """Args: named: the path for the reader, with the option that gives it."""
     try:
-        if remove and target.work_dir.exists():
-            shutil.rmtree(target.work_dir)
-        target.work_dir.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--out {target.out}: cannot be written: {error.strerror or error}; choose another path"
+            f"{named}: cannot be written: {error.strerror or error}; choose another path"
         ) from error
 
 
@@ -236,7 +240,6 @@ def _draw(folder: str, number: int, protein: str, contacts: Any) -> None:
     from esm2mega.infer.exports import safe_name
     from esm2mega.infer.figures import contact_map
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
     contact_map(
         Path(folder) / f"{number:06d}.{safe_name(protein)}.png", protein, contacts.float().cpu().numpy()
     )

@@ -127,7 +127,8 @@ def write_pt(folder: Path, contents: Contents, arrays: ArrayFile) -> None:
     """One file per protein, with the keys of fair-esm's ``extract.py``, and `INDEX`, which names them in
     order.
 
-    A file is called as its protein. Where an id is no file name, or not the only one, the number is added.
+    A file is called as its protein. Where an id is no file name, or not the only one, the number is added
+    behind ``~``, which `safe_name` leaves nowhere else: no two files have one name.
     """
     folder.mkdir()
     dtype, pooled = contents.run.infer.dtype, _POOLED_KEY[contents.run.infer.pooling]
@@ -150,7 +151,7 @@ def write_pt(folder: Path, contents: Contents, arrays: ArrayFile) -> None:
                     entry[kind] = value.reshape(length, length) if kind == "contacts" else value
             stem = safe_name(protein)
             if stem != protein or repeats[protein.lower()] > 1:
-                stem = f"{stem}.{number}"
+                stem = f"{stem}~{number}"
             torch.save(entry, folder / f"{stem}.pt")
             cells = (column[number].item() for column in contents.columns.values())
             index.writerow([number, protein, f"{stem}.pt", *cells])
@@ -165,4 +166,5 @@ def read_pt_attributes(folder: Path) -> dict[str, Any]:
 
 def safe_name(protein: str) -> str:
     """The id with everything replaced that could lead out of a folder or is hard to type."""
-    return re.sub(r"[^\w.|=+-]", "_", protein).lstrip(".")[:100] or "_"
+    # ASCII: the limit of names is in bytes.
+    return re.sub(r"[^\w.|=+-]", "_", protein, flags=re.ASCII).lstrip(".")[:100] or "_"

@@ -59,7 +59,6 @@ class ScoreOptions:
         score_column: Column to add.
         measured_column: Column to correlate the scores with; None for none.
         overrides: `key=value` over the checkpoint's configuration.
-        config: Configuration file or name; None for none.
     """
 
     strategy: str = "masked-marginals"
@@ -70,7 +69,6 @@ class ScoreOptions:
     score_column: str = "score"
     measured_column: str | None = None
     overrides: Sequence[str] = ()
-    config: str | None = None
 
 
 class Scorer:
@@ -101,7 +99,7 @@ class Scorer:
 def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ranks]]:
     """Load a model for scoring; process groups live as long."""
     source = open_model(checkpoint)
-    run = inference_run(source.run, options.overrides, options.config)
+    run = inference_run(source.run, options.overrides)
     validate_inference(run, world_size_from_environment())
     with process_groups(run.parallel, run.seed) as ranks:
         size = pack_tokens(run, ranks.device)
@@ -173,7 +171,13 @@ Plan = list[tuple[WildType, list[tuple[int, Variant]]]]
 
 
 def _scan(proteins: Sequence[WildType]) -> Plan:
-    return [(protein, list(enumerate(single_substitutions(protein.sequence)))) for protein in proteins]
+    plan = [(protein, list(enumerate(single_substitutions(protein.sequence)))) for protein in proteins]
+    if not any(chosen for _, chosen in plan):
+        raise UserError(
+            "none of the 20 standard residues is in the wild type, so there is nothing to substitute; "
+            "give a protein, or --variants"
+        )
+    return plan
 
 
 def _assigned(table: Table, proteins: Sequence[WildType], options: ScoreOptions) -> Plan:

@@ -40,6 +40,8 @@ class Target:
             UserError: An unknown ending, or something that the format cannot hold.
         """
         path = Path(out)
+        if path.name in ("", ".."):
+            raise UserError(f"--out {out}: is no name of a file or folder to make; give one")
         kind = _ENDINGS.get(path.suffix.lower())
         if kind is None:
             raise UserError(

@@ -117,6 +117,7 @@ def test_progress_counts_bytes_on_disk(tmp_path: Path) -> None:
         (b"", "in.fasta: no sequences in the file"),
         (b"\n \r\n\n", "in.fasta: no sequences in the file"),
         (b">a\nMK\n>b desc\n>c\nAC\n", "in.fasta:3: no sequence under the header of 'b'"),
+        (b">a\nMK\n>b\rMKTAY\nMK\n", "in.fasta:3: a carriage return without a line feed in a header"),
         (b">a\nMK\n>b desc\n \n\n", "in.fasta:3: no sequence under the header of 'b'"),
         (b">only a header", "in.fasta:1: no sequence under the header of 'only'"),
         (

@@ -161,14 +161,14 @@ def test_a_kill_between_writing_and_renaming_leaves_no_store(tmp_path: Path) -> 
         left / "manifest.json"
     ).is_file()  # complete in content: only the name tells that it was not finished
     assert "interrupted `prepare`" in error_of(left)
-    assert "no such token store" in error_of(tmp_path / "store")
+    assert "no such file and no such token store" in error_of(tmp_path / "store")
     with StoreWriter(tmp_path / "store") as writer:  # the next attempt is not in the way of the dead one
         writer.append(["a"], [b"MK"])
     assert len(TokenStore(tmp_path / "store")) == 1
 
 
 def test_error_for_a_path_that_is_no_store(tmp_path: Path, write_store: WriteStore) -> None:
-    assert "no such token store" in error_of(tmp_path / "absent")
+    assert "no such file and no such token store" in error_of(tmp_path / "absent")
     outer = tmp_path / "outer"
     outer.mkdir()
     assert "not a token store (no manifest.json); make one with `esm2mega prepare fasta`" in error_of(outer)

@@ -42,6 +42,9 @@ def test_values_and_shapes(reference: Reference) -> None:
             assert other.logits(["MKT"])[0].shape == (3, 33)
         assert model.contacts(["MKT"])[0].shape == (3, 3)
         assert model.embed([]) == []
+        # Numbers of layers as they come out of numpy.
+        assert np.array_equal(model.embed(["MKT"], layers=np.int64(1))[0], model.embed(["MKT"], layers=1)[0])
+        assert list(model.embed(["MKT"], layers=np.arange(3))) == [0, 1, 2]
         with pytest.raises(UserError, match="not one string"):
             model.embed("MKT")
     with pytest.raises(UserError, match="was closed"):

@@ -322,6 +322,33 @@ def test_existing_output_needs_a_word(reference: Reference, fasta: Path, tmp_pat
         assert f"residue/layer_{LAYERS}" in archive
 
 
+def test_only_folders_of_embeddings_are_replaced(reference: Reference, fasta: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    for mode in ("new", "overwrite", "resume"):
+        with pytest.raises(UserError, match="mine: is a folder that `embed` did not write"):
+            run(reference, fasta, out, mode=mode)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
+    for name in (".", "..", "/"):
+        with pytest.raises(UserError, match="is no name of a file or folder to make"):
+            embed(EmbedRequest(str(reference.checkpoint), str(fasta), name, "overwrite"))
+    for mode in ("new", "overwrite"):
+        run(reference, fasta, tmp_path / "ours", mode=mode)
+
+
+def test_every_protein_has_a_file_of_its_own(reference: Reference, tmp_path: Path) -> None:
+    ids = ["a", "a", "a.0", "a~1", "A", "a/1", "a_1.5", "蛋" * 100, "蛋" * 100]
+    rows = "".join(f"{name},{'M' * (i + 1)}\n" for i, name in enumerate(ids))
+    (tmp_path / "t.csv").write_text("id,sequence\n" + rows)
+    run(reference, tmp_path / "t.csv", tmp_path / "x")
+    files = [line.split(",")[2] for line in (tmp_path / "x" / "index.csv").read_text().splitlines()[1:]]
+    assert len({file.lower() for file in files}) == len(ids) and files[2] == "a.0.pt"
+    for number, file in enumerate(files):
+        entry = torch.load(tmp_path / "x" / file, weights_only=True)
+        assert entry["label"] == ids[number] and len(entry["representations"][LAYERS]) == number + 1
+
+
 def test_bad_input_is_one_line(reference: Reference, fasta: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.fasta"
     empty.write_text(">a\nMKT\n>b\n>c\nMK\n")
@@ -335,6 +362,10 @@ def test_bad_input_is_one_line(reference: Reference, fasta: Path, tmp_path: Path
         run(reference, fasta, tmp_path / "x.h5", "infer.layers=[7]")
     with pytest.raises(UserError, match="did you mean residue"):
         run(reference, fasta, tmp_path / "x.h5", "infer.outputs=[residues]")
+    with pytest.raises(UserError, match=r"--contact-maps .*/maps: cannot be written: Not a directory"):
+        run(reference, fasta, tmp_path / "x.h5", contact_maps=str(fasta / "maps"))
+    with pytest.raises(UserError, match="absent.fasta: there is no such file"):
+        run(reference, tmp_path / "absent.fasta", tmp_path / "x.h5")
     assert list(tmp_path.iterdir()) == [empty]
 
 

@@ -228,6 +228,7 @@ def test_outputs_are_guarded(
         (str(out), "--fasta", "x.fasta"): "by one of --sequence, --fasta and --proteingym",
         (str(out), "--heat-map", "x.png", "--variants", "v.csv"): "leave --variants out",
         (str(tmp_path),): f"{tmp_path}: exists",
+        (str(out), "--sequence", "XX", "--heat-map", "x.png"): "there is nothing to substitute",
     }
     for (path, *options), message in refused.items():
         assert main([*command, "--out", path, *options]) == 2
@@ -235,6 +236,8 @@ def test_outputs_are_guarded(
     assert main([*command, "--out", str(out)]) == 0
     assert main([*command, "--out", str(out)]) == 2
     assert "exists; replace it with --overwrite" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "y.csv"), "--heat-map", str(out)]) == 2
+    assert f"{out}: exists; replace it with --overwrite" in capsys.readouterr().err
     assert main([*command, "--out", str(out), "--overwrite", "--offset", "24"]) == 0
     assert read_table(out).rows[0][1] == "M24A"
     assert main([*command, "--out", str(out / "x.csv")]) == 1
