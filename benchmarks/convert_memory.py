@@ -74,12 +74,17 @@ def peak_bytes(*arguments: str | Path) -> int:
     return usage.ru_maxrss * 1024
 
 
-def measure(size: str, folder: Path) -> dict[str, int]:
-    """All steps; peaks and the bytes of the source."""
+def measure(size: str, folder: Path, pickled: bool) -> dict[str, int]:
+    """All steps; peaks and the bytes of the source. With `pickled` also from Hugging Face to fair-esm."""
     source, ours, back = folder / "hf", folder / "ours", folder / "back"
     convert = ("-m", "esm2mega", "convert")
     interpreter = peak_bytes("-c", INTERPRETER)
     num_bytes, before = write_source(source, size), checksums(source)
+    steps = {}
+    if pickled:
+        target = folder / "pickled" / "esm2_x.pt"
+        steps["hf_to_fair_esm"] = peak_bytes(*convert, source, target, "--to", "fair-esm")
+        shutil.rmtree(target.parent)
     there = peak_bytes(*convert, source, ours, "--to", "esm2mega")
     shutil.rmtree(source)
     again = peak_bytes(*convert, ours, back, "--to", "hf")
@@ -92,6 +97,7 @@ def measure(size: str, folder: Path) -> dict[str, int]:
         "interpreter": interpreter,
         "hf_to_esm2mega": there,
         "esm2mega_to_hf": again,
+        **steps,
     }
 
 
@@ -102,14 +108,20 @@ def main() -> None:
     parser.add_argument("--size", choices=list(PRESETS), default="650M")
     parser.add_argument("--folder", type=Path, help="for the files meanwhile [default: that of the system]")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument(
+        "--pickled", action="store_true", help="also to fair-esm, whose file is written from memory"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="convert_memory_") as folder:
-        result = measure(arguments.size, Path(folder).resolve())
+        result = measure(arguments.size, Path(folder).resolve(), arguments.pickled)
     total = result.pop("source_bytes")
     print(f"{arguments.size}: {total / MB:.0f} MB of fp32 tensors")
     print(f"interpreter ({INTERPRETER}): {result['interpreter'] / MB:.0f} MB")
-    for step in ("hf_to_esm2mega", "esm2mega_to_hf"):
-        peak, above = result[step], result[step] - result["interpreter"]
+    interpreter = result["interpreter"]
+    for step, peak in result.items():
+        if step == "interpreter":
+            continue
+        above = peak - interpreter
         print(f"{step}: {peak / MB:.0f} MB, {above / MB:.0f} MB above it, {above / total:.1%} of the file")
     if arguments.json:
         figures = {"size": arguments.size, "source_bytes": total, "peak_bytes": result}

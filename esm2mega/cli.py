@@ -19,8 +19,7 @@ import click
 
 from esm2mega import __version__
 from esm2mega.convert.formats import READABLE, WRITABLE
-from esm2mega.data.flip_tasks import TASKS as FLIP_TASKS
-from esm2mega.data.tape_names import TAPE_TASKS
+from esm2mega.data.commands import add_commands as add_benchmarks
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 from esm2mega.infer.commands import add_commands as add_inference
 from esm2mega.lora.commands import add_commands as add_lora
@@ -199,44 +198,7 @@ def prepare_uniref_command(**options: Any) -> None:
     click.echo("\n".join(prepare_from_options(options).lines()))
 
 
-@prepare.command("flip", short_help="A task of FLIP, to tables of labelled proteins.")
-@click.argument("task", type=click.Choice(FLIP_TASKS), metavar="TASK")
-@click.option("--source", required=True, metavar="DIR", help="The task's files, as FLIP publishes them.")
-@click.option(
-    "--out", required=True, metavar="DIR", help="Directory to make: train.csv, valid.csv, test.csv."
-)
-@click.option("--split", metavar="NAME", help="One of the task's splits; a wrong name lists them.")
-@click.option(
-    "--allow-other-sizes", is_flag=True, help="Take other numbers of proteins than the published ones."
-)
-@_single_process
-def prepare_flip_command(
-    task: str, source: str, out: str, split: str | None, allow_other_sizes: bool
-) -> None:
-    """Write a task of FLIP as tables for fine-tuning: aav, gb1, meltome, scl, sav, bind, conservation or
-    secondary_structure.
-
-    Example: esm2mega prepare flip gb1 --source flip/gb1 --split sampled --out gb1
-    """
-    from esm2mega.data.flip import prepare_flip
-
-    click.echo("\n".join(prepare_flip(task, source, out, split, allow_other_sizes)))
-
-
-@prepare.command("tape", short_help="A task of TAPE, to tables of labelled proteins.")
-@click.argument("task", type=click.Choice(TAPE_TASKS), metavar="TASK")
-@click.option("--source", required=True, metavar="DIR", help="The task's LMDB files, as TAPE publishes them.")
-@click.option("--out", required=True, metavar="DIR", help="Directory to make: a CSV per split.")
-@_single_process
-def prepare_tape_command(task: str, source: str, out: str) -> None:
-    """Write a task of TAPE as tables for fine-tuning: fluorescence, stability, remote_homology,
-    secondary_structure or contact_prediction.
-
-    Example: esm2mega prepare tape stability --source tape/stability --out stability
-    """
-    from esm2mega.data.tape_tasks import prepare_tape
-
-    click.echo("\n".join(prepare_tape(task, source, out)))
+add_benchmarks(prepare, _single_process)
 
 
 @cli.command(short_help="Train a masked language model, or resume training.")
@@ -326,6 +288,7 @@ def evaluate(
     help="Of the weights in DST [default: as in SRC].",
 )
 @click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors without a place in ESM-2.")
+@click.option("--drop-head", is_flag=True, help="Leave out the head: convert the encoder alone.")
 @click.option("--verify", is_flag=True, help="Run both models, compare, and write DST.verify.json.")
 @_single_process
 def convert_command(
@@ -335,6 +298,7 @@ def convert_command(
     source_format: str | None,
     dtype: str | None,
     drop: tuple[str, ...],
+    drop_head: bool,
     verify: bool,
 ) -> None:
     """Convert the checkpoint SRC to DST; whatever is not carried over as it is gets a line.
@@ -345,7 +309,7 @@ def convert_command(
 
     from esm2mega.convert.convert import convert
 
-    conversion = convert(Path(source), Path(target), to, source_format, dtype, drop)
+    conversion = convert(Path(source), Path(target), to, source_format, dtype, drop, drop_head)
     click.echo("\n".join(conversion.lines()))
     if verify:
         from esm2mega.convert.verify import verify as run_verify

@@ -73,6 +73,11 @@ def train_model(
     """
     run = load_run_with_model(config, overrides)
     if lora is not None:
+        if run.finetune.mode == "frozen" or run.lora != LoRAConfig():
+            raise UserError(
+                f"finetune.mode={run.finetune.mode}, lora.rank={run.lora.rank} and the argument lora: "
+                "adapters are configured by one of them; leave out these keys, or the argument"
+            )
         run.lora, run.finetune.mode = lora, "lora"
     data = {"train": train, "valid": valid, "test": test}
     given = {split: pairs for split, pairs in data.items() if pairs is not None}

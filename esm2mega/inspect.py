@@ -1,9 +1,11 @@
-"""What a path holds: a token store, a run, or a checkpoint with every tensor and its checksum."""
+"""What a path holds: a token store, tables of a benchmark, a run, or a checkpoint with every tensor and its
+checksum."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from esm2mega.errors import UserError
 
@@ -14,16 +16,61 @@ def inspect_path(path: str | Path) -> str:
     """Describe `path` in lines for a reader.
 
     Raises:
-        UserError: It is neither a token store nor a run nor a checkpoint, or it is damaged.
+        UserError: It is none of these, or it is damaged.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"{path}: no such directory; give a token store, a run directory or a checkpoint")
     if (directory / "manifest.json").is_file():
-        return "\n".join(_store_lines(directory))
+        from esm2mega.data.labelled_tables import read_manifest
+
+        tables = read_manifest(directory)
+        return "\n".join(_store_lines(directory) if tables is None else _table_lines(directory, tables))
     if stores := sorted(str(path.parent) for path in directory.glob("*/manifest.json")):
         raise UserError(f"{path}: holds token stores and is none; did you mean {' or '.join(stores)}?")
     return "\n".join(_checkpoint_lines(directory))
+
+
+def _table_lines(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """Tables of `esm2mega prepare flip`, `tape` and `deeploc2`."""
+    yield f"tables {directory} of {manifest['benchmark']} (format {manifest['version']}, checksums hold)"
+    for key in ("task", "split", "kind"):
+        if key in manifest:
+            yield f"{key} {manifest[key]}"
+    for name, value in manifest.get("options", {}).items():
+        yield f"option {name} {value}"
+    for split, entry in manifest["splits"].items():
+        yield (
+            f"  {split:<8} {entry['proteins']:,} proteins, {entry['residues']:,} residues, "
+            f"longest {entry['longest']:,}"
+        )
+        total = max(sum(entry.get("classes", {}).values()), 1)
+        for name, count in entry.get("classes", {}).items():
+            yield f"    {name:<22} {count:>12,}  {100 * count / total:6.2f} %"
+    for name, digest in manifest["sources"].items():
+        yield f"source {name}  sha256 {digest}"
+    yield from manifest["notes"]
+
+
+def _task_lines(task: Any, saved: dict[str, Any]) -> Iterator[str]:
+    """The head of a task, and what its outputs mean.
+
+    Args:
+        task: The section `task` of the configuration.
+        saved: `TargetInfo.to_dict`.
+    """
+    from esm2mega.config.head_form import head_form
+    from esm2mega.data.targets import TargetInfo
+
+    info = TargetInfo.from_dict(saved)
+    yield f"task {info.kind}, head {' '.join(head_form(task))}, {info.num_outputs} outputs"
+    for number, name in enumerate(info.names):
+        described = [f"output {number} {name}"]
+        if info.counts:
+            described.append(f"{info.counts[number]:,} training labels")
+        if info.mean:
+            described.append(f"mean {info.mean[number]:.6g}, std {info.std[number]:.6g}")
+        yield ", ".join(described)
 
 
 def _store_lines(directory: Path) -> Iterator[str]:
@@ -73,6 +120,8 @@ def _checkpoint_lines(directory: Path) -> Iterator[str]:
     if "base" in state:
         yield f"adapters of rank {run.lora.rank} on {', '.join(run.lora.target_modules)}"
         yield f"base {state['base']['path']}  sha256 {state['base']['sha256']}"
+    if state.get("task") is not None:
+        yield from _task_lines(run.task, state["task"])
     digests: list[tuple[str, str]] = []
     for name, info in reader.index.items():
         if name.startswith(_OPTIMIZER):

@@ -1,14 +1,10 @@
 """Tensors that belong to a model and are not trained with it, such as the contact head of ESM-2.
 
 They lie in ``auxiliary.safetensors`` beside ``model/`` and pass through training unchanged. Known names, with
-``h`` for the hidden size and ``c`` for a number of labels:
+``h`` for the hidden size:
 
 - ``contact_head.regression.weight`` ``[1, layers * heads]`` and ``.bias`` ``[1]``: the logistic regression on
   attention maps of ESM-2, layer-major.
-- ``classifier.dense.weight`` ``[h, h]``, ``.bias`` ``[h]``, ``classifier.out_proj.weight`` ``[c, h]`` and
-  ``.bias`` ``[c]``: the head of ``EsmForSequenceClassification`` of transformers, which reads ``<cls>``:
-  dense, tanh, out_proj.
-- ``classifier.weight`` ``[c, h]`` and ``.bias`` ``[c]``: that of ``EsmForTokenClassification``, linear.
 - ``pooler.dense.weight`` ``[h, h]`` and ``.bias`` ``[h]``: the pooler of TAPE's models.
 - ``encoder.final_layernorm.weight`` ``[h]`` and ``.bias`` ``[h]``: in a model that does not apply it, as
   ProteinLM's.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -36,23 +36,24 @@ def _none(*_: object) -> bool:
     return False
 
 
+def _is_head(name: str, *_: object) -> bool:
+    return name.startswith((*LM_HEAD, TASK_HEAD))
+
+
 ALL = TensorChoice(_none, _none)
+
+ENCODER = TensorChoice(_is_head, _is_head)
+"""For a model whose head is not used, or comes from somewhere else: it stays as it is."""
 
 TRAINED = TensorChoice(lambda name, tensor: not tensor.requires_grad, _none)
 """Of a checkpoint that holds what was trained, and not the weights under it."""
+
+TRAINED_ENCODER = TensorChoice(TRAINED.kept, _is_head)
+"""The same for a model that has not the head of the checkpoint."""
 
 
 def for_task(config: FinetuneConfig) -> TensorChoice:
     """For a model with the head of a task: the encoder, and the head if it is wanted too."""
     if config.load_head:
         return TensorChoice(_none, lambda name: name.startswith(LM_HEAD), config.strict)
-    return TensorChoice(
-        lambda name, tensor: name.startswith(TASK_HEAD),
-        lambda name: name.startswith((*LM_HEAD, TASK_HEAD)),
-        config.strict,
-    )
-
-
-def without_head() -> TensorChoice:
-    """For a model whose head comes from somewhere else: the encoder alone."""
-    return for_task(FinetuneConfig())
+    return replace(ENCODER, strict=config.strict)

@@ -25,7 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import esm2mega
 from esm2mega.config.presets import fill_shape
-from esm2mega.config.schema import ModelConfig, Run
+from esm2mega.config.schema import Run
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import MachineError, UserError
 
@@ -74,8 +74,8 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
 def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None) -> Run:
     """A resolved run with a file and `key=value` overrides on top, checked and resolved as `load_run` does.
 
-    Keys of the section `model` that the file leaves at their defaults, as `conf/base.yaml` lists them, say
-    nothing against the model of `base`.
+    What the shipped `base.yaml` lists in the section `model` are defaults, which say nothing against the
+    model of `base`; what a file says itself does.
 
     Args:
         base: what the others change.
@@ -84,13 +84,17 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
     """
     tree = OmegaConf.structured(base)
     settings = list(_file_settings(find_config(config), ())) if config is not None else []
-    final = {setting.key: setting.value for setting in settings}
-    defaults = {f"model.{name}": value for name, value in dataclasses.asdict(ModelConfig()).items()}
-    settings = [s for s in settings if s.key not in defaults or final[s.key] != defaults[s.key]]
+    settings = [s for s in settings if not (s.key.startswith("model.") and _is_default(s))]
     settings += [_parse_override(text) for text in overrides]
     for setting in settings:
         _apply(tree, setting)
     return resolve(_to_run(tree, {setting.key: setting.where for setting in settings}))
+
+
+def _is_default(setting: _Setting) -> bool:
+    """Whether it was written in the shipped `base.yaml`."""
+    file = Path(setting.where.rpartition(":")[0])
+    return file.name == "base.yaml" and file.resolve() == (conf_dir() / "base.yaml").resolve()
 
 
 def value_of(key: str, config: str | None, overrides: Sequence[str] = ()) -> Any:

@@ -13,7 +13,9 @@ RESIDUE_KINDS = ("token_classification", "token_regression")
 PAIR_KIND = "contact"
 """The task with a label per pair of residues, from what is known of each residue."""
 
-_NUMERIC_KINDS = ("regression", "token_regression")
+NUMERIC_KINDS = ("regression", "token_regression")
+"""Tasks whose labels are numbers, on a scale that is learned."""
+
 _HEADS = {
     "proteins": ("auto", "mlp", "linear", "pooler", "hf"),
     "residues": ("auto", "linear", "hf", "cnn"),
@@ -70,7 +72,7 @@ def validate_task(run: Run) -> None:
         raise UserError(
             f"task.class_weights={task.class_weights} does not go with task.kind={task.kind}; remove it"
         )
-    if task.loss != "mse" and task.kind not in _NUMERIC_KINDS:
+    if task.loss != "mse" and task.kind not in NUMERIC_KINDS:
         raise UserError(f"task.loss={task.loss} is of numbers, not of task.kind={task.kind}; remove it")
     uses_cls = task.head in ("pooler", "hf") or task.pooling == "cls"
     if uses_cls and not per_residue and data.too_long == "crop" and data.crop != "start":

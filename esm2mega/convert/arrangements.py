@@ -69,7 +69,8 @@ def _hf(path: Path, prepare: Prepare) -> PlainModel:
 
     heads = config["num_attention_heads"]
     is_masked_lm = "lm_head.bias" in store.infos
-    kind = "token" if "classifier.weight" in store.infos else "sequence"
+    kinds = {"classifier.weight": "token", "classifier.dense.weight": "sequence"}
+    kind = next((kind for name, kind in kinds.items() if name in store.infos), None)
     stored = [name for name in store.infos if name.endswith("inv_freq")]
     return PlainModel(
         num_layers=config["num_hidden_layers"],
@@ -81,7 +82,7 @@ def _hf(path: Path, prepare: Prepare) -> PlainModel:
         head_dense=source.affine("lm_head.dense") if is_masked_lm else None,
         head_norm=source.affine("lm_head.layer_norm") if is_masked_lm else None,
         head_bias=source.tensor("lm_head.bias") if is_masked_lm else None,
-        classifier=None if is_masked_lm else classifier(source.tensor, kind),
+        classifier=None if kind is None else classifier(source.tensor, kind),
         inv_freq=store.read(stored[0]).float() if stored else _formula(config["hidden_size"] // heads),
     )
 

@@ -82,7 +82,15 @@ def read_parameters(path: Path) -> tuple[Path, dict[str, Any]]:
     try:
         content = yaml.safe_load(files[0].read_text())
         section = content.get("model") or content["trainer"]["init"]["model"]
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:
         raise UserError(f"{files[0]}: holds no section 'model' ({str(error).splitlines()[0]})") from error
     if not isinstance(section, dict):
         raise UserError(f"{files[0]}: its section 'model' holds no parameters")

@@ -6,14 +6,15 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from esm2mega.convert.classifiers import architecture_of, with_unit_scale
 from esm2mega.convert.esm2mega import default_dtype
-from esm2mega.convert.formats import WITH_CLASSIFIERS, load_format, open_weights
-from esm2mega.convert.weights import Description, Notes, dtype_name
+from esm2mega.convert.formats import WITH_OTHER_HEADS, load_format, open_weights
+from esm2mega.convert.weights import Description, HeadDescription, Notes, Weights, dtype_name
 from esm2mega.errors import UserError
 
 DTYPES = {
@@ -26,7 +27,13 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done."""
+    """What was done.
+
+    Attributes:
+        description: Of the target; its head with the scale of the source.
+        num_tensors: Under our names.
+        drop: Patterns of tensors that were left out.
+    """
 
     source: Path
     source_format: str
@@ -57,6 +64,7 @@ def convert(
     source_format: str | None = None,
     dtype: str | None = None,
     drop: Sequence[str] = (),
+    drop_head: bool = False,
 ) -> Conversion:
     """Convert a checkpoint.
 
@@ -67,6 +75,7 @@ def convert(
         source_format: Format of the source; None to find out.
         dtype: One of `DTYPES`, or None to keep that of the source.
         drop: Shell patterns of the source's tensors to leave out although they have no known meaning.
+        drop_head: Leave out the head and convert the encoder alone.
 
     Raises:
         UserError: The source cannot be read, does not fit the target, or the target exists.
@@ -80,15 +89,20 @@ def convert(
             f"{source}: holds a model of family {weights.description.family}; {to} holds "
             f"{' or '.join(writer.FAMILIES)}, which compute something else"
         )
-    classifier = weights.description.classifier
-    if classifier is not None and to not in WITH_CLASSIFIERS:
+    if drop_head:
+        weights = without_head(weights)
+    if weights.description.head != "lm" and to not in WITH_OTHER_HEADS:
         raise UserError(
-            f"{source}: holds a {classifier.kind} classifier, for which {to} has no place; "
-            "--drop 'classifier.*' leaves it out"
+            f"{source}: holds {_what_instead(weights.description)}; {to} holds masked language models only: "
+            f"write {' or '.join(WITH_OTHER_HEADS)}"
         )
     wanted = DTYPES[dtype] if dtype is not None else weights.description.dtype
     if to == "esm2mega" and dtype is None:
         wanted = default_dtype(wanted)
+    head = weights.description.head
+    if isinstance(head, HeadDescription) and to == "hf":
+        architecture_of(head)
+        weights = with_unit_scale(weights, wanted)
     weights = weights.cast(wanted)
 
     with appearing(target, writer.IS_DIRECTORY) as path:
@@ -98,11 +112,25 @@ def convert(
         weights.origin["format"],
         target,
         to,
-        weights.description,
+        replace(weights.description, head=head),
         len(weights.infos),
         weights.notes,
         tuple(drop),
     )
+
+
+def without_head(weights: Weights) -> Weights:
+    """The encoder alone; what is left out is noted."""
+    description = replace(weights.description, head=None)
+    kept = {name: info for name, info in weights.infos.items() if name in description.shapes}
+    if dropped := [name for name in weights.infos if name not in kept]:
+        weights.notes.dropped.append(f"{', '.join(dropped)}: the head, as asked for")
+    return replace(weights, description=description, infos=kept)
+
+
+def _what_instead(description: Description) -> str:
+    head = description.task
+    return "no head" if head is None else f"the head of a task (task.kind={head.task.kind})"
 
 
 @contextmanager
@@ -124,7 +152,7 @@ def appearing(target: Path, is_directory: bool = True) -> Iterator[Path]:
 
 
 def _refuse_existing(target: Path) -> None:
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"{target}: exists; choose another name or remove it")
 
 

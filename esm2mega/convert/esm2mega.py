@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,18 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import AUXILIARY, write_auxiliary
+from esm2mega.checkpoint.choice import TASK_HEAD
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS, shape_of
 from esm2mega.config.schema import DataConfig, Run
-from esm2mega.convert.classifiers import find_classifier, is_lm_head
 from esm2mega.convert.mapping import (
     BODY,
-    CLASSIFIER,
     CONTACT_HEAD,
     FINAL_NORM,
     FREQUENCIES,
     LAYER,
-    LM_HEAD,
     OUTPUT_BIAS,
     PADDED_VOCABULARY,
     POOLER,
@@ -37,8 +35,9 @@ from esm2mega.convert.mapping import (
 )
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.stores import DistributedStore, JoinedStore, SafetensorsStore
-from esm2mega.convert.weights import Description, Weights
+from esm2mega.convert.weights import Description, HeadDescription, Weights
 from esm2mega.convert.writing import OutputReader, outputs
+from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.model.build import DTYPES
 
@@ -75,7 +74,8 @@ def read(path: Path, drop: Sequence[str] = ()) -> Weights:
             f"{checkpoint}: holds adapters and not the weights under them; make a whole checkpoint with "
             f"`esm2mega lora merge {checkpoint} --out DIR`"
         )
-    model = layout.read_config(checkpoint).model
+    run = layout.read_config(checkpoint)
+    model = run.model
     description = Description(
         shape_of(model),
         model.layernorm_epsilon,
@@ -87,49 +87,38 @@ def read(path: Path, drop: Sequence[str] = ()) -> Weights:
     auxiliary = checkpoint / AUXILIARY
     extra = [SafetensorsStore(auxiliary, [auxiliary])] if auxiliary.exists() else []
     store = JoinedStore(checkpoint, [DistributedStore(checkpoint, layout.MODEL), *extra])
-    if find_classifier(checkpoint, store.infos, {}, drop) is not None:
-        settings = (layout.read_state(checkpoint).get("origin") or {}).get("classifier") or {}
-        classifier = find_classifier(checkpoint, store.infos, settings, drop)
-        description = replace(description, classifier=classifier)
+    if run.task.kind is not None:
+        info = TargetInfo.from_dict(layout.read_state(checkpoint)["task"])
+        shapes = {name: i.shape for name, i in store.infos.items() if name.startswith(TASK_HEAD)}
+        description = replace(description, head=HeadDescription(run.task, info, shapes))
     return from_store(store, _names(description), description, drop=drop)
 
 
 def _names(description: Description) -> NameTable:
     table = NAMES if description.family == "esm2" else BERT_NAMES
-    classifier = description.classifier
-    return table if classifier is None else NameTable((*table.rows, *classifier.rows()))
+    if (head := description.task) is None:
+        return table
+    return table.with_head([Row(name, name) for name in head.shapes])
 
 
-def write(weights: Weights, path: Path) -> None:
-    """Write a checkpoint of step 0 without optimizer into the directory `path`."""
-    _write(weights, path, _names(weights.description), {})
-    layout.write_description(path, run_of(weights.description), _state(weights))
-    (path / layout.COMPLETE).write_text("")
-
-
-def write_for_task(weights: Weights, path: Path, run: Run, head: Mapping[str, Tensor], info: Any) -> None:
-    """The same for a model with the head of a task in the place of that of the language model.
+def write(weights: Weights, path: Path, run: Run | None = None) -> None:
+    """Write a checkpoint of step 0 without optimizer into the directory `path`.
 
     Args:
-        weights: The model.
+        weights: The model, with a head.
         path: Existing and empty.
-        run: Configuration, with the task.
-        head: Tensors of the head by their names in the model.
-        info: What predictions mean, see `esm2mega.data.targets.TargetInfo.to_dict`.
+        run: Its configuration; None for what the model tells and defaults.
+
+    Raises:
+        UserError: There is no head.
     """
-    weights.notes.dropped.append(f"{LM_HEAD}*, {OUTPUT_BIAS}: the head of masked language modelling")
-    kept = {name: entry for name, entry in weights.infos.items() if not is_lm_head(name)}
-    table = _names(weights.description)
-    table = replace(table, rows=tuple(row for row in table.rows if not is_lm_head(row.ours)))
-    dtype = weights.description.dtype
-    _write(replace(weights, infos=kept), path, table, {name: value.to(dtype) for name, value in head.items()})
-    layout.write_description(path, run, {**_state(weights), "task": info})
-    (path / layout.COMPLETE).write_text("")
-
-
-def _write(weights: Weights, path: Path, table: NameTable, head: Mapping[str, Tensor]) -> None:
-    """Write all tensors."""
-    wanted = outputs(weights, table)
+    if weights.description.head is None:
+        raise UserError(
+            "an esm2mega checkpoint has a head, this model has none; start a fine-tuning from it directly, "
+            "with init_from"
+        )
+    run = run or run_of(weights.description)
+    wanted = outputs(weights, _names(weights.description))
     parts = OutputReader(weights, wanted)
     kept = is_auxiliary(weights.description)
     auxiliary = [name for name in wanted if kept(name)]
@@ -141,20 +130,18 @@ def _write(weights: Weights, path: Path, table: NameTable, head: Mapping[str, Te
             shape = output.info.shape if layers is None else (layers, *output.info.shape)
             whole[stacked] = StackedTensor(TensorInfo(shape, output.info.dtype), layers)
 
-    whole |= {name: StackedTensor(TensorInfo(tuple(v.shape), v.dtype), None) for name, v in head.items()}
-
     def read_chunk(name: str, layer: int | None) -> Tensor:
-        if name in head:
-            return head[name]
         return parts(name if layer is None else name.replace("encoder.layers.", LAYER.format(n=layer), 1))
 
     write_weights(path / layout.MODEL, whole, read_chunk)
     write_auxiliary(path, {name: parts(name).clone() for name in auxiliary})
+    layout.write_description(path, run, _state(weights))
+    (path / layout.COMPLETE).write_text("")
 
 
 def is_auxiliary(description: Description) -> Callable[[str], bool]:
     """Which tensors a model of this kind is not made of: they are kept beside it."""
-    always = (CONTACT_HEAD, POOLER, CLASSIFIER)
+    always = (CONTACT_HEAD, POOLER)
     prefixes = always if description.final_layernorm else (*always, FINAL_NORM)
     return lambda name: name.startswith(prefixes)
 
@@ -166,7 +153,7 @@ def stacked_name(name: str) -> tuple[str, int | None]:
 
 
 def run_of(description: Description) -> Run:
-    """The configuration of a checkpoint that no run wrote: the model's section, and defaults.
+    """The configuration of a checkpoint that no run wrote: the sections of model and task, and defaults.
 
     Raises:
         UserError: A dtype that this model does not compute in.
@@ -188,10 +175,15 @@ def run_of(description: Description) -> Run:
         "model.family": description.family,
         "model.final_layernorm": str(description.final_layernorm).lower(),
         "model.max_positions": "null" if description.max_positions is None else description.max_positions,
+        # The default is that of a long pretraining, which is longer than the default of steps.
+        "schedule.warmup_steps": 0,
     }
     if description.max_positions is not None:
         settings["data.max_seq_length"] = min(DataConfig().max_seq_length, description.max_positions)
-    return load_run(None, [f"{key}={value}" for key, value in settings.items()])
+    run = load_run(None, [f"{key}={value}" for key, value in settings.items()])
+    if (head := description.task) is not None:
+        run.task = head.task
+    return run
 
 
 def default_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -201,8 +193,7 @@ def default_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _state(weights: Weights) -> dict[str, Any]:
     """``train_state.json``: nothing has been trained here, so there is nothing to resume."""
-    classifier = weights.description.classifier
-    settings = {} if classifier is None else {"classifier": dict(classifier.settings)}
+    head = weights.description.task
     return {
         "step": 0,
         "valid_loss": None,
@@ -210,5 +201,6 @@ def _state(weights: Weights) -> dict[str, Any]:
         "data": None,
         "schedule": None,
         "token_counts": None,
-        "origin": {**weights.origin, **asdict(weights.notes), **settings},
+        "origin": {**weights.origin, **asdict(weights.notes)},
+        **({} if head is None else {"task": head.info.to_dict()}),
     }

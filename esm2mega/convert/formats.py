@@ -29,8 +29,8 @@ READABLE = {
 WRITABLE = ("esm2mega", "hf", "fair-esm", "te", "cerebras", "tape", "proteinlm")
 
 
-WITH_CLASSIFIERS = ("esm2mega", "hf")
-"""Formats with a place for a head beside that of masked language modelling."""
+WITH_OTHER_HEADS = ("esm2mega", "hf")
+"""Formats with a place for a head that is not that of masked language modelling, or for none."""
 
 
 class Format(Protocol):

@@ -20,19 +20,18 @@ from torch import Tensor
 from esm2mega.config.presets import ModelShape
 from esm2mega.convert import pickles
 from esm2mega.convert.classifiers import (
-    classifier_table,
-    config_of_classifier,
-    find_classifier,
-    with_lm_head,
-    without_lm_head,
+    config_of_head,
+    find_head,
+    head_notes,
+    head_rows,
 )
 from esm2mega.convert.mapping import (
-    CLASSIFIER,
     CONTACT_HEAD,
     FREQUENCIES,
     LAYER,
     LM_HEAD,
     OUTPUT_BIAS,
+    POOLER,
     QKV,
     REPEATED,
     TABLE,
@@ -44,7 +43,7 @@ from esm2mega.convert.safetensors_writer import write_sharded
 from esm2mega.convert.stores import MemoryStore, TensorStore, safetensors_of, shards
 from esm2mega.convert.vocabulary import check_vocabulary, write_tokenizer
 from esm2mega.convert.weights import Description, Weights, dtype_name, epsilon_from, shape_from
-from esm2mega.convert.writing import OutputReader, outputs, with_contact_head
+from esm2mega.convert.writing import OutputReader, outputs, with_contact_head, with_zeros
 from esm2mega.data.tokenizer import EOS, MASK, PAD
 from esm2mega.errors import UserError
 from esm2mega.model.esm2 import VOCAB_SIZE
@@ -57,6 +56,7 @@ SHARD_BYTES = 5 * 10**9
 _LAYER = "esm.encoder.layer.{n}."
 _FREQUENCIES = "attention.self.rotary_embeddings.inv_freq"
 _OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_DECODER = "lm_head.decoder.weight"
 _OTHER_FREQUENCIES = (f"esm.encoder.layer.*.{_FREQUENCIES}", "esm.rotary_embeddings.inv_freq")
 
 NAMES = NameTable(
@@ -80,11 +80,11 @@ NAMES = NameTable(
         Row(FREQUENCIES, _LAYER + _FREQUENCIES, REPEATED, optional=True),
         Row(CONTACT_HEAD + "{p}", "esm.contact_head.regression.{p}", optional=True),
     ),
-    tied={"lm_head.decoder.weight": False},
+    tied={_DECODER: False},
     dropped={
         r"esm\.embeddings\.position_ids": "a counter that readers make themselves",
         r"esm\.embeddings\.position_embeddings\.weight": "not used with rotary positions",
-        r"esm\.pooler\.dense\.(weight|bias)": "the pooler, which a masked language model does not have",
+        r"esm\.pooler\.dense\.(weight|bias)": "the pooler, which nothing here computes with",
     },
 )
 
@@ -99,7 +99,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
         config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a JSON object")
@@ -113,17 +113,24 @@ def read(path: Path, drop: Sequence[str] = ()) -> Weights:
     check_vocabulary(path)
     store = open_tensors(path)
     names = _normal_names(store, description.shape)
-    if any(name.startswith(LM_HEAD) for name in names):
-        return from_store(store, NAMES, description, names, drop)
-    classifier = find_classifier(path, store.infos, config, drop)
-    if classifier is None:
+    if config.get("tie_word_embeddings") is False and _DECODER not in names and f"{LM_HEAD}bias" in names:
         raise UserError(
-            f"{path}: has neither a masked-language-model head (lm_head.*) nor a classifier (classifier.*); "
-            "bare models are not converted"
+            f"{path}: tie_word_embeddings is false and {_DECODER} is missing, so readers draw it at random; "
+            "copy all tensors, or correct config.json if the token table is the decoder"
         )
-    description = replace(description, classifier=classifier)
-    table = classifier_table(NAMES, classifier)
-    return with_lm_head(from_store(store, table, description, names, drop))
+    if not any(name.startswith(LM_HEAD) for name in names):
+        description = replace(description, head=find_head(path / "config.json", store.infos, config))
+    weights = from_store(store, _table(description), description, names, drop)
+    if (head := description.task) is not None:
+        weights.notes.filled += head_notes(head, config)
+    return weights
+
+
+def _table(description: Description) -> NameTable:
+    """The names of a model with this head."""
+    if description.head == "lm":
+        return NAMES
+    return NAMES.with_head(() if description.task is None else head_rows(description.task))
 
 
 def describe(file: Path, config: dict[str, Any]) -> Description:
@@ -169,14 +176,17 @@ def open_tensors(directory: Path) -> TensorStore:
         raise UserError(f"{directory}: holds neither model.safetensors nor pytorch_model.bin")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= pickles.flat_tensors(file, pickles.load_pickle(file))
+        found = pickles.flat_tensors(file, pickles.load_pickle(file))
+        if repeated := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{file}: holds {repeated[0]}, as another shard does; download them again")
+        tensors |= found
     return MemoryStore(directory, tensors)
 
 
 def _normal_names(store: TensorStore, shape: ModelShape) -> dict[str, str]:
     """Names of the table to stored names: other prefixes, other spellings, frequencies stored once."""
     bare = not any(name.startswith("esm.") for name in store.infos)
-    heads = (LM_HEAD, CLASSIFIER)
+    heads = (LM_HEAD, "classifier.")
     names: dict[str, str] = {}
     for stored in store.infos:
         name = f"esm.{stored}" if bare and not stored.startswith(heads) else stored
@@ -188,7 +198,8 @@ def _normal_names(store: TensorStore, shape: ModelShape) -> dict[str, str]:
     for once in _OTHER_FREQUENCIES:
         if once in names:
             stored = names.pop(once)
-            names |= {_LAYER.format(n=n) + _FREQUENCIES: stored for n in range(shape.num_layers)}
+            layers = range(min(shape.num_layers, len(store.infos)))
+            names |= {_LAYER.format(n=n) + _FREQUENCIES: stored for n in layers}
     return names
 
 
@@ -196,10 +207,20 @@ def write(weights: Weights, path: Path) -> None:
     """Write a directory that ``AutoModelForMaskedLM`` and ``AutoTokenizer`` load without a network."""
     if weights.description.activation != "gelu":
         weights.notes.changed.append("feed-forward GELU: tanh in the source, erf in EsmForMaskedLM")
-    weights, table, config = with_contact_head(weights), NAMES, config_of(weights.description)
-    if (classifier := weights.description.classifier) is not None:
-        weights, table = without_lm_head(weights, classifier), classifier_table(NAMES, classifier)
-        config |= config_of_classifier(weights, classifier)
+    description, table = weights.description, _table(weights.description)
+    config, weights = config_of(description), with_contact_head(weights)
+    if (head := description.task) is not None:
+        config |= config_of_head(head)
+        if head.task.dropout:
+            weights.notes.dropped.append(
+                f"task.dropout={head.task.dropout}: hidden_dropout_prob is the encoder's too, and is 0"
+            )
+    elif description.head is None:
+        config["architectures"] = ["EsmModel"]
+        h = description.shape.hidden_size
+        weights.notes.filled.append("pooler: zeros, the source has none")
+        weights = with_zeros(weights, {f"{POOLER}weight": (h, h), f"{POOLER}bias": (h,)})
+        table = NAMES.with_head((Row(POOLER + "{p}", "esm.pooler.dense.{p}"),))
     wanted = outputs(weights, table)
     infos = {name: output.info for name, output in wanted.items()}
     write_sharded(path, infos, OutputReader(weights, wanted), SHARD_BYTES)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -24,7 +24,8 @@ from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, Run
 from esm2mega.convert.esm2mega import is_auxiliary, run_of, stacked_name
 from esm2mega.convert.formats import detect, open_weights
-from esm2mega.convert.weights import Weights
+from esm2mega.convert.weights import HeadDescription, Weights
+from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
 
 
@@ -65,6 +66,18 @@ def load_initial_weights(
     return {name: weights.read(name).clone() for name in weights.infos if kept(name)}
 
 
+def head_at(path: Path) -> Literal["lm"] | HeadDescription | None:
+    """Which head a checkpoint in any format has, see `Description`."""
+    if detect(path) != "esm2mega":
+        return open_weights(path).description.head
+    checkpoint = layout.resolve_checkpoint(path)
+    # Adapters have no tensors of their base, so the checkpoint may not be readable as a whole model.
+    task = layout.read_config(checkpoint).task
+    if task.kind is None:
+        return "lm"
+    return HeadDescription(task, TargetInfo.from_dict(layout.read_state(checkpoint)["task"]), {})
+
+
 def load_run_with_model(config: str | None, overrides: Sequence[str] = ()) -> Run:
     """`load_run`, with the model of `init_from` unless another one is configured.
 
@@ -77,6 +90,9 @@ def load_run_with_model(config: str | None, overrides: Sequence[str] = ()) -> Ru
     """
     init_from = value_of("init_from", config, overrides)
     if not isinstance(init_from, str) or not Path(init_from).exists():
+        shape = [value_of(f"model.{key}", config, overrides) for key in ("size", "num_layers")]
+        if isinstance(init_from, str) and shape == [None, None]:
+            raise UserError(f"init_from={init_from} does not exist, and no model is configured; correct it")
         return load_run(config, overrides)
     if detect(Path(init_from)) == "esm2mega":
         model = layout.read_config(layout.resolve_checkpoint(init_from)).model

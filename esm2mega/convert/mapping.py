@@ -7,9 +7,8 @@ token table and the output bias with 33 rows, and the auxiliary tensors (see `es
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ TABLE = "embedding.word_embeddings.weight"
 OUTPUT_BIAS = "output_layer.bias"
 FREQUENCIES = "rotary.inv_freq"
 CONTACT_HEAD = "contact_head.regression."
-CLASSIFIER = "classifier."
 LM_HEAD = "lm_head."
 POSITIONS = "embedding.position_embeddings.weight"
 POOLER = "pooler.dense."
@@ -201,6 +199,13 @@ class NameTable:
                 entries.append(Entry(row.ours, tuple(parts), row.kind, row.optional))
         return entries
 
+    def with_head(self, rows: Sequence[Row]) -> NameTable:
+        """The same format with a model that has `rows` in the place of the head of masked language modelling,
+        and so no tensor tied to the token table.
+        """
+        encoder = tuple(row for row in self.rows if not is_lm_head(row.ours))
+        return NameTable((*encoder, *rows), {}, self.dropped)
+
     def reason_to_drop(self, name: str) -> str | None:
         """Why `name` is left out, or None if nothing is known of it."""
         return next((why for pattern, why in self.dropped.items() if re.fullmatch(pattern, name)), None)
@@ -214,46 +219,18 @@ def _fill(theirs: str | tuple[str, ...], placeholder: str, value: str) -> tuple[
     return tuple(name.replace(placeholder, value) for name in _names(theirs))
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A head of transformers on top of the encoder, which is kept beside the model.
-
-    Attributes:
-        kind: ``sequence``, one answer per protein, or ``token``, one per residue.
-        num_labels: Width of its output.
-        settings: What ``config.json`` says of it, such as the names of the labels; empty if nothing is known.
-    """
-
-    kind: str
-    num_labels: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def shapes(self, hidden_size: int) -> dict[str, Shape]:
-        """Its tensors, whose names are those of transformers."""
-        h, labels = hidden_size, self.num_labels
-        if self.kind == "token":
-            return {f"{CLASSIFIER}weight": (labels, h), f"{CLASSIFIER}bias": (labels,)}
-        return {
-            f"{CLASSIFIER}dense.weight": (h, h),
-            f"{CLASSIFIER}dense.bias": (h,),
-            f"{CLASSIFIER}out_proj.weight": (labels, h),
-            f"{CLASSIFIER}out_proj.bias": (labels,),
-        }
-
-    def rows(self) -> tuple[Row, ...]:
-        """Its part of a name table."""
-        return tuple(Row(name, name) for name in self.shapes(0))
+def is_lm_head(name: str) -> bool:
+    """Whether one of our tensors is of the head of masked language modelling (its decoder is the table)."""
+    return name.startswith(LM_HEAD) or name == OUTPUT_BIAS
 
 
-def our_shapes(
-    shape: ModelShape, max_positions: int | None = None, classifier: Classifier | None = None
-) -> dict[str, Shape]:
-    """Every tensor of a model, and those that are kept beside it, under our names with 33 rows of vocabulary.
+def our_shapes(shape: ModelShape, max_positions: int | None = None) -> dict[str, Shape]:
+    """Every tensor of a masked language model, and those that are kept beside it, under our names with 33
+    rows of vocabulary.
 
     Args:
         shape: Dimensions.
         max_positions: Rows of the table of learned positions; None for ESM-2, which has rotary positions.
-        classifier: Head beside the model.
     """
     layers, h, f, heads = shape
     shapes: dict[str, Shape] = {TABLE: (VOCAB_SIZE, h)}
@@ -282,4 +259,4 @@ def our_shapes(
     else:
         shapes |= {POSITIONS: (max_positions, h)}
         shapes |= {f"{POOLER}weight": (h, h), f"{POOLER}bias": (h,)}
-    return shapes if classifier is None else shapes | classifier.shapes(h)
+    return shapes

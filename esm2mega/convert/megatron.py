@@ -16,8 +16,8 @@ from torch import Tensor
 
 from esm2mega.convert import pickles
 from esm2mega.convert.iupac import PROTEINLM_VOCABULARY
-from esm2mega.convert.mapping import FINAL_NORM, LAYER, OUTPUT_BIAS, POSITIONS, TABLE, NameTable, Row
-from esm2mega.convert.ranks import RankStore
+from esm2mega.convert.mapping import POSITIONS, NameTable, Row
+from esm2mega.convert.ranks import RankStore, megatron_rows
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.errors import UserError
@@ -26,29 +26,13 @@ IS_DIRECTORY = True
 _LATEST, _FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 
-_LAYER = "language_model.encoder.layers.{n}."
 NAMES = NameTable(
     rows=(
-        Row(TABLE, "language_model.embedding.word_embeddings.weight", PROTEINLM_VOCABULARY),
         Row(POSITIONS, "language_model.embedding.position_embeddings.weight"),
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "input_layernorm.{p}"),
-        Row(LAYER + "self_attention.linear_qkv.{p}", _LAYER + "self_attention.query_key_value.{p}"),
-        Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attention.dense.{p}"),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "post_attention_layernorm.{p}"),
-        Row(LAYER + "mlp.linear_fc1.{p}", _LAYER + "mlp.dense_h_to_4h.{p}"),
-        Row(LAYER + "mlp.linear_fc2.{p}", _LAYER + "mlp.dense_4h_to_h.{p}"),
-        Row(FINAL_NORM + "{p}", "language_model.encoder.final_layernorm.{p}"),
-        Row("lm_head.dense.{p}", "lm_head.dense.{p}"),
-        Row("lm_head.layer_norm.{p}", "lm_head.layernorm.{p}"),
-        Row(OUTPUT_BIAS, "lm_head.bias", PROTEINLM_VOCABULARY),
+        *megatron_rows(PROTEINLM_VOCABULARY),
     ),
     tied={"word_embeddings_for_head.weight": False},
 )
-_SPLIT_AXES = {
-    r".*word_embeddings\.weight|word_embeddings_for_head\.weight|lm_head\.bias": 0,
-    r".*\.(query_key_value|dense_h_to_4h)\.(weight|bias)": 0,
-    r".*\.(self_attention\.dense|dense_4h_to_h)\.weight": 1,
-}
 
 
 def matches(path: Path) -> bool:
@@ -85,14 +69,14 @@ def open_checkpoint(path: Path) -> tuple[Description, RankStore]:
     stages = [
         [_tensors(files[stage, rank], heads // width) for rank in range(width)] for stage in range(num_stages)
     ]
-    return description, RankStore(folder, stages, _SPLIT_AXES)
+    return description, RankStore(folder, stages)
 
 
 def _iteration(path: Path) -> Path:
     latest = path / _LATEST
     if not latest.is_file():
         return path
-    text = latest.read_text().strip()
+    text = latest.read_text(errors="replace").strip()
     if text != "release" and not text.isdecimal():
         raise UserError(f"{latest}: says {text[:40]!r}, neither a number nor 'release'")
     return path / (text if text == "release" else f"iter_{int(text):07d}")

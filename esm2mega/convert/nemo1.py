@@ -17,8 +17,8 @@ from torch import Tensor
 
 from esm2mega.convert import pickles
 from esm2mega.convert.archives import TarFile
-from esm2mega.convert.mapping import FREQUENCIES, LAYER, OUTPUT_BIAS, TABLE, VOCABULARY, NameTable, Row
-from esm2mega.convert.ranks import RankStore
+from esm2mega.convert.mapping import FREQUENCIES, VOCABULARY, NameTable, Row
+from esm2mega.convert.ranks import RankStore, megatron_rows
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.errors import UserError
@@ -32,29 +32,13 @@ _MEMBERS = (
     re.compile(r"tp_rank_(\d+)_pp_rank_(\d+)/model_weights\.ckpt"),
 )
 
-_LAYER = "language_model.encoder.layers.{n}."
 NAMES = NameTable(
     rows=(
-        Row(TABLE, "language_model.embedding.word_embeddings.weight", VOCABULARY),
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "input_layernorm.{p}"),
-        Row(LAYER + "self_attention.linear_qkv.{p}", _LAYER + "self_attention.query_key_value.{p}"),
-        Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attention.dense.{p}"),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "post_attention_layernorm.{p}"),
-        Row(LAYER + "mlp.linear_fc1.{p}", _LAYER + "mlp.dense_h_to_4h.{p}"),
-        Row(LAYER + "mlp.linear_fc2.{p}", _LAYER + "mlp.dense_4h_to_h.{p}"),
-        Row("encoder.final_layernorm.{p}", "language_model.encoder.final_layernorm.{p}"),
-        Row("lm_head.dense.{p}", "lm_head.dense.{p}"),
-        Row("lm_head.layer_norm.{p}", "lm_head.layernorm.{p}"),
-        Row(OUTPUT_BIAS, "lm_head.bias", VOCABULARY),
+        *megatron_rows(VOCABULARY),
         Row(FREQUENCIES, "language_model.rotary_pos_emb.inv_freq", optional=True),
     ),
     tied={"language_model.output_layer.weight": False, "word_embeddings.weight": False},
 )
-_SPLIT_AXES = {
-    r".*word_embeddings\.weight|.*output_layer\.weight|lm_head\.bias": 0,
-    r".*\.(query_key_value|dense_h_to_4h)\.(weight|bias)": 0,
-    r".*\.(self_attention\.dense|dense_4h_to_h)\.weight": 1,
-}
 
 
 def matches(path: Path) -> bool:
@@ -83,13 +67,13 @@ def open_archive(path: Path) -> tuple[Description, RankStore]:
     tanh = config.get("bias_gelu_fusion", False) is True
     epsilon = epsilon_from(place, config, "layernorm_epsilon", 1e-5)
     description = Description(shape, epsilon, "gelu_tanh" if tanh else "gelu")
-    return description, RankStore(path, _stages(path, archive), _SPLIT_AXES)
+    return description, RankStore(path, _stages(path, archive))
 
 
 def _config(path: Path, archive: TarFile) -> dict[str, Any]:
     try:
         config = yaml.safe_load(archive.read_text(_CONFIG))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path / _CONFIG}: not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path / _CONFIG}: holds no configuration")

@@ -76,7 +76,7 @@ def _model_config(file: Path) -> dict[str, Any]:
     """
     try:
         objects = [dict(_leaves(node)) for node in _nodes(json.loads(file.read_text()))]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from error
     found = [o for o in objects if isinstance(o.get("num_layers"), int) and "num_attention_heads" in o]
     distinct = {tuple(o.get(key) for key in _KEYS[:4]) for o in found}

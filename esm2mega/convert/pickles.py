@@ -31,7 +31,8 @@ def load_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
         UserError: It asks for anything else, its archive is not one that PyTorch writes, or it is damaged.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        what = "a directory, not a file of PyTorch" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}")
     zipped = zipfile.is_zipfile(path)
     if zipped:
         _check_archive(path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo
-from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable, our_shapes
+from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable
 from esm2mega.convert.stores import TensorStore
 from esm2mega.convert.tensors import frequencies_note, same_values
 from esm2mega.convert.weights import Description, Notes, Weights, dtype_name
@@ -40,6 +40,12 @@ def from_store(
     """
     stored = dict(names) if names is not None else {name: name for name in store.infos}
     shape, notes = description.shape, Notes()
+    if shape.num_layers > len(stored):
+        # Before the names of all of them are written out: a bad configuration may say anything.
+        raise UserError(
+            f"{store.place}: its configuration says {shape.num_layers} layers, and it holds {len(stored)} "
+            "tensors"
+        )
     entries, missing = _present(table.entries(shape), stored)
     if missing:
         raise UserError(
@@ -62,7 +68,7 @@ def from_store(
             f"{store.place}: {_count(unexpected, 'tensor has', 'tensors have')} no place in this model: "
             f"{_some(unexpected)}; --drop 'PATTERN' leaves tensors out"
         )
-    ours = our_shapes(shape, description.max_positions, description.classifier)
+    ours = description.shapes
     for entry in entries:
         _check_shapes(store, entry, ours[entry.ours], stored)
     for name in table.tied:
@@ -122,7 +128,7 @@ def _check_shapes(store: TensorStore, entry: Entry, ours: tuple[int, ...], store
         if not fits or not info.dtype.is_floating_point:
             raise UserError(
                 f"{store.place}: {stored[part]} is {dtype_name(info.dtype)} {list(info.shape)}, "
-                f"a model of this shape has {list(wanted)}"
+                f"a model of this shape has {list(wanted)} in floating point"
             )
 
 

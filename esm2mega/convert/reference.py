@@ -54,7 +54,8 @@ class PlainModel:
         positions: Learned positions ``[p, h]``, or None in ESM-2, which has token dropout instead.
         post_norm: Whether residuals are the outputs of the LayerNorms.
         tokens: The token of ESM-2 that each row of the table stands for, int64 ``[v]``; None: the same.
-        classifier: Takes the place of the head of masked language modelling, whose tensors are None then.
+        classifier: Takes the place of the head of masked language modelling, whose tensors are None then, as
+            they are in a bare encoder.
     """
 
     num_layers: int
@@ -86,7 +87,7 @@ def forward(model: PlainModel, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     Returns:
         Hidden states: after the embedding and each block, the last after the final LayerNorm, ``[s, h]``
         each; and logits ``[s, v]``, in the order of ESM-2's tokens as far as the model has them, or those of
-        the classifier.
+        the classifier. A model without any head repeats the last hidden states.
     """
     x = _embed(model, ids)
     hidden = [x]
@@ -102,7 +103,8 @@ def forward(model: PlainModel, ids: Tensor) -> tuple[list[Tensor], Tensor]:
         hidden[-1] = _norm(x, model.final_norm, model.epsilon)
     if model.classifier is not None:
         return hidden, model.classifier(hidden[-1])
-    assert model.head_dense is not None and model.head_norm is not None
+    if model.head_dense is None or model.head_norm is None:
+        return hidden, hidden[-1]
     y = _norm(gelu(_affine(hidden[-1], model.head_dense)), model.head_norm, model.epsilon)
     logits = linear(y, model.table, model.head_bias)
     return hidden, logits if model.tokens is None else logits[:, model.tokens.argsort()]
@@ -114,7 +116,7 @@ def classifier(get: Callable[[str], Tensor], kind: str) -> Callable[[Tensor], Te
     Args:
         get: Gives a tensor by its name in transformers.
         kind: ``token``: a linear layer on every token, ``[s, h] -> [s, c]``. ``sequence``: dense, tanh and
-            linear on ``<cls>``, ``[s, h] -> [c]``.
+            linear on ``<cls>``, ``[s, h] -> [1, c]``.
     """
 
     def affine(name: str) -> Affine:
@@ -124,7 +126,7 @@ def classifier(get: Callable[[str], Tensor], kind: str) -> Callable[[Tensor], Te
         head = affine("classifier")
         return lambda x: _affine(x, head)
     dense, out = affine("classifier.dense"), affine("classifier.out_proj")
-    return lambda x: _affine(_affine(x[0], dense).tanh(), out)
+    return lambda x: _affine(_affine(x[:1], dense).tanh(), out)
 
 
 def _embed(model: PlainModel, ids: Tensor) -> Tensor:

@@ -54,10 +54,16 @@ class SafetensorsStore:
                 for name in file.keys():  # noqa: SIM118 (not a mapping: it has no iterator)
                     entry = file.get_slice(name)
                     dtype = _DTYPES.get(entry.get_dtype())
+                    if name in self._files:
+                        raise UserError(f"{path}: holds {name}, as {self._files[name].name} does")
                     if dtype is None:
                         raise UserError(f"{path}: {name} has dtype {entry.get_dtype()}, which is not known")
                     self.infos[name] = TensorInfo(tuple(entry.get_shape()), dtype)
                     self._files[name] = path
+
+    def file_names(self) -> dict[str, str]:
+        """Which file each tensor is in."""
+        return {name: path.name for name, path in self._files.items()}
 
     def read(self, name: str) -> Tensor:
         # Opened anew and copied: pages of a mapping that stays count as memory of the process.
@@ -79,7 +85,32 @@ def safetensors_of(directory: Path) -> SafetensorsStore | None:
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return SafetensorsStore(directory, [single])
-    return SafetensorsStore(directory, shards(index)) if index.is_file() else None
+    if not index.is_file():
+        return None
+    store = SafetensorsStore(directory, shards(index))
+    named, held = read_index(index), store.file_names()
+    if wrong := sorted(name for name in {**named, **held} if named.get(name) != held.get(name)):
+        name = wrong[0]
+        raise UserError(
+            f"{index}: does not fit its files: {name} is in {held.get(name, 'none')}, by the index in "
+            f"{named.get(name, 'none')}; download all of them again"
+        )
+    return store
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor by an index of Hugging Face.
+
+    Raises:
+        UserError: It is no such index.
+    """
+    try:
+        named = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index}: not an index of shards ({error})") from error
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{index}: not an index of shards (weight_map is no table of names)")
+    return named
 
 
 def shards(index: Path) -> list[Path]:
@@ -88,11 +119,8 @@ def shards(index: Path) -> list[Path]:
     Raises:
         UserError: It is not such an index, a file is missing, or a name leads elsewhere.
     """
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [index.parent / name for name in names if Path(name).name == name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of shards ({error})") from error
+    names = sorted(set(read_index(index).values()))
+    files = [index.parent / name for name in names if Path(name).name == name]
     if len(files) != len(names):
         raise UserError(f"{index}: refused: names a file outside its directory")
     for path in files:

@@ -19,13 +19,14 @@ from torch import Tensor
 from esm2mega.checkpoint.tensors import tensor_sha256
 from esm2mega.convert import reference
 from esm2mega.convert.arrangements import plain_model
-from esm2mega.convert.classifiers import ARCHITECTURES
+from esm2mega.convert.classifiers import architecture_of
 from esm2mega.convert.convert import Conversion
 from esm2mega.convert.formats import open_weights
 from esm2mega.convert.iupac import ESM_ONLY, TAPE_TOKENS, esm_ids
-from esm2mega.convert.mapping import Classifier
 from esm2mega.convert.prepared import Prepare
-from esm2mega.convert.weights import Weights, dtype_name
+from esm2mega.convert.weights import Description, Weights, dtype_name
+from esm2mega.data.labelled_batch import Segments
+from esm2mega.data.targets import TargetInfo
 from esm2mega.data.tokenizer import CLS, EOS, MASK, encode_residues
 from esm2mega.errors import MachineError
 
@@ -44,8 +45,9 @@ _SEQUENCES = (
 """One residue; a real protein; every rare letter; more than 256 tokens, where rotary errors show."""
 
 Result = tuple[list[Tensor], Tensor]
-"""Hidden states (embedding, each block, the last normalised) ``[s, h]``, and logits ``[s, v]``, or those of
-a classifier.
+"""Hidden states (embedding, each block, the last normalised) ``[s, h]``, and logits ``[s, v]``. In
+their place: of a task its outputs, ``[1, k]`` of the protein, ``[s - 2, k]`` of its residues or ``[P, 1]`` of
+their pairs; of a bare encoder the last hidden states.
 """
 
 
@@ -75,20 +77,21 @@ def verify(conversion: Conversion) -> list[str]:
     Raises:
         MachineError: The logits differ by more than `BOUND`.
     """
-    dtype, classifier = conversion.description.dtype, conversion.description.classifier
+    description = conversion.description
+    dtype = description.dtype
 
     def prepare(value: Tensor) -> Tensor:
         # Rounded as the target's weights are: the comparison is of the conversion, not of the rounding.
         return value.to(dtype).float()
 
-    ids = sequences(conversion.description.family)
-    if conversion.description.max_positions is not None:
-        ids = [x[: conversion.description.max_positions] for x in ids]
+    ids = sequences(description.family)
+    if description.max_positions is not None:
+        ids = [x[: description.max_positions] for x in ids]
     source_results, source_method = _run(
-        conversion.source, conversion.source_format, prepare, ids, classifier
+        conversion.source, conversion.source_format, prepare, ids, description
     )
     target_results, target_method = _run(
-        conversion.target, conversion.target_format, prepare, ids, classifier
+        conversion.target, conversion.target_format, prepare, ids, description
     )
     logits = _difference([logits for _, logits in source_results], [logits for _, logits in target_results])
     hidden = [
@@ -132,9 +135,17 @@ def verify(conversion: Conversion) -> list[str]:
 
 
 def _difference(source: list[Tensor], target: list[Tensor]) -> dict[str, float]:
-    """Largest absolute difference over all sequences, and relative to the largest value of the source."""
-    scale = max(float(x.abs().max()) for x in source)
-    largest = max(float((a - b).abs().max()) for a, b in zip(source, target, strict=True))
+    """Largest absolute difference over all sequences, and relative to the largest value of the source.
+
+    Raises:
+        MachineError: There are values that are no numbers, of which nothing can be said.
+    """
+    if not all(bool(x.isfinite().all()) for x in (*source, *target)):
+        raise MachineError("verification failed: the models give values that are not finite")
+    # One residue has no pairs.
+    pairs = [(a, b) for a, b in zip(source, target, strict=True) if a.numel() or b.numel()]
+    scale = max(float(a.abs().max()) for a, _ in pairs)
+    largest = max(float((a - b).abs().max()) for a, b in pairs)
     return {"max_abs": largest, "relative": largest / scale if scale else largest, "scale": scale}
 
 
@@ -153,18 +164,26 @@ def _checksum(weights: Weights, name: str) -> str:
 
 
 def _run(
-    path: Path, format_name: str, prepare: Prepare, ids: list[Tensor], classifier: Classifier | None
+    path: Path, format_name: str, prepare: Prepare, ids: list[Tensor], description: Description
 ) -> tuple[list[Result], str]:
     """The results of every sequence, and who computed them."""
     if format_name == "esm2mega":
-        return _esm2mega(path, prepare, ids, classifier), "esm2mega"
+        return _esm2mega(path, prepare, ids, description), "esm2mega"
     if format_name == "hf" and (found := _installed("transformers")):
-        return _transformers(path, prepare, ids, classifier), found
+        results, method = _transformers(path, prepare, ids, description), found
     # Its module is called esm, and so is that of another package.
-    if format_name == "fair-esm" and (found := _installed("fair-esm")):
-        return _fair_esm(path, prepare, ids), found
-    model = plain_model(path, format_name, prepare)
-    return [reference.forward(model, x) for x in ids], "plain PyTorch"
+    elif format_name == "fair-esm" and (found := _installed("fair-esm")):
+        results, method = _fair_esm(path, prepare, ids), found
+    else:
+        model = plain_model(path, format_name, prepare)
+        results, method = [reference.forward(model, x) for x in ids], "plain PyTorch"
+    task = description.task
+    if description.head is None:
+        results = [(hidden, hidden[-1]) for hidden, _ in results]
+    elif task is not None and task.info.per_residue:
+        # Theirs are of all tokens, ours without <cls> and <eos>.
+        results = [(hidden, outputs[1:-1]) for hidden, outputs in results]
+    return results, method
 
 
 def _installed(package: str) -> str | None:
@@ -176,21 +195,21 @@ def _installed(package: str) -> str | None:
 
 
 @torch.no_grad()
-def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], classifier: Classifier | None) -> list[Result]:
+def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Description) -> list[Result]:
     from esm2mega.checkpoint import layout
-    from esm2mega.checkpoint.auxiliary import read_auxiliary
+    from esm2mega.checkpoint.choice import ALL, ENCODER
     from esm2mega.checkpoint.store import load_weights
     from esm2mega.config.schema import ParallelConfig
     from esm2mega.model.build import build_model
+    from esm2mega.model.heads import head_of_task
     from esm2mega.model.packed import PackedSequences
     from esm2mega.parallel.initialize import process_groups
 
     checkpoint = layout.resolve_checkpoint(path)
     config = layout.read_config(checkpoint).model
     config.precision, config.layer_spec = "fp32", "local"
-    if classifier is not None:
-        auxiliary = {name: prepare(value) for name, value in read_auxiliary(checkpoint).items()}
-        head = reference.classifier(auxiliary.__getitem__, classifier.kind)
+    task = description.task
+    make_head = None if task is None else head_of_task(task.task, task.info.num_outputs)
     hidden: list[Tensor] = []
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
@@ -199,8 +218,10 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], classifier: Class
 
     results = []
     with process_groups(ParallelConfig(), seed=1) as ranks:
-        (model,) = build_model(config, ParallelConfig(), ranks.device, seed=1)
-        load_weights(checkpoint, [model])
+        (model,) = build_model(config, ParallelConfig(), ranks.device, 1, make_head)
+        load_weights(checkpoint, [model], ENCODER if description.head is None else ALL)
+        if task is not None:
+            _scale_outputs(model, task.info, prepare)
         _round(model, prepare)
         model.eval()
         for module in (model.embedding, *model.encoder.layers):
@@ -208,15 +229,28 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], classifier: Class
         final = model.encoder.register_forward_hook(keep)
         for x in ids:
             hidden.clear()
-            logits = model(x.to(ranks.device), PackedSequences.from_lengths([len(x)], ranks.device))
-            if config.family != "esm2":
-                logits = logits[:, sorted(esm_ids(TAPE_TOKENS))]
-            if classifier is not None:
-                logits = head(hidden[-1])
+            packed = PackedSequences.from_lengths([len(x)], ranks.device)
+            segments = () if task is None else (Segments.of_protein(x).to(ranks.device),)
+            outputs = model(x.to(ranks.device), packed, *segments)
+            if description.head == "lm" and config.family != "esm2":
+                outputs = outputs[:, sorted(esm_ids(TAPE_TOKENS))]
+            elif description.head is None:
+                outputs = hidden[-1]
             # the block's own output is that of its last layer after the final LayerNorm
-            results.append(([h.cpu() for h in (*hidden[:-2], hidden[-1])], logits.detach().cpu()))
+            results.append(([h.cpu() for h in (*hidden[:-2], hidden[-1])], outputs.detach().cpu()))
         final.remove()
     return results
+
+
+def _scale_outputs(model: Any, info: TargetInfo, prepare: Prepare) -> None:
+    """Outputs in units of the labels, by the last layer, which rounds as that of another format does. Heads
+    without such a layer have no equal there, and are compared as they are.
+    """
+    last = getattr(model.head, "output", None)
+    if info.std and last is not None:
+        std, mean = (torch.tensor(x, dtype=torch.float64) for x in (info.std, info.mean))
+        last.weight.copy_(prepare(last.weight.double() * std[:, None]))
+        last.bias.copy_(prepare(last.bias.double() * std + mean))
 
 
 def _round(model: torch.nn.Module, prepare: Prepare) -> None:
@@ -225,20 +259,25 @@ def _round(model: torch.nn.Module, prepare: Prepare) -> None:
 
 
 @torch.no_grad()
-def _transformers(
-    path: Path, prepare: Prepare, ids: list[Tensor], classifier: Classifier | None
-) -> list[Result]:
+def _transformers(path: Path, prepare: Prepare, ids: list[Tensor], description: Description) -> list[Result]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    name = "EsmForMaskedLM" if classifier is None else ARCHITECTURES[classifier.kind]
+    name = "EsmForMaskedLM" if description.head == "lm" else "EsmModel"
+    if description.task is not None:
+        name = architecture_of(description.task)
     model = getattr(transformers, name).from_pretrained(path, local_files_only=True, dtype=torch.float32)
     _round(model, prepare)
     model.eval()
     results = []
     for x in ids:
         outputs = model(x[None], attention_mask=torch.ones_like(x)[None], output_hidden_states=True)
-        results.append(([h[0] for h in outputs.hidden_states], outputs.logits[0]))
+        hidden = [h[0] for h in outputs.hidden_states]
+        if description.head is None:
+            results.append((hidden, hidden[-1]))
+        else:
+            per_protein = description.task is not None and not description.task.info.per_residue
+            results.append((hidden, outputs.logits if per_protein else outputs.logits[0]))
     return results
 
 

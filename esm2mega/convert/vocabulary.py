@@ -37,7 +37,7 @@ def check_vocabulary(directory: Path) -> None:
     path = directory / "vocab.txt"
     if not path.is_file():
         return
-    tokens = path.read_text().split()
+    tokens = path.read_text(errors="replace").split()
     if tuple(tokens) != VOCAB:
         first = next((i for i, (a, b) in enumerate(zip(tokens, VOCAB, strict=False)) if a != b), len(tokens))
         raise UserError(f"{path}: not the vocabulary of ESM-2 (differs from id {first} on)")

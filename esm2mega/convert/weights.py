@@ -5,15 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.presets import ModelShape
-from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, Classifier
+from esm2mega.config.schema import TaskConfig
+from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, Shape, is_lm_head, our_shapes
+from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
+
+
+@dataclass(frozen=True)
+class HeadDescription:
+    """The head of a task, in the place of that of masked language modelling.
+
+    Attributes:
+        task: Which head, and of what.
+        info: What its outputs mean.
+        shapes: Its tensors, whose names begin with ``head.``.
+    """
+
+    task: TaskConfig
+    info: TargetInfo
+    shapes: Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
@@ -26,7 +43,7 @@ class Description:
         activation: GELU of the feed-forward layers, ``gelu`` (erf) or ``gelu_tanh``. That of the head is erf.
         dtype: Of all weights; the frequencies are fp32, or fp64 in an fp64 model.
         family, final_layernorm, max_positions: As in `ModelConfig`.
-        classifier: Head of transformers that is kept beside the model.
+        head: That of masked language modelling (``lm``), that of a task, or None of a bare encoder.
     """
 
     shape: ModelShape
@@ -36,7 +53,21 @@ class Description:
     family: str = "esm2"
     final_layernorm: bool = True
     max_positions: int | None = None
-    classifier: Classifier | None = None
+    head: Literal["lm"] | HeadDescription | None = "lm"
+
+    @property
+    def task(self) -> HeadDescription | None:
+        """The head, if it is that of a task."""
+        return self.head if isinstance(self.head, HeadDescription) else None
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Every tensor that the model may have, see `our_shapes`."""
+        shapes = our_shapes(self.shape, self.max_positions)
+        if self.head == "lm":
+            return shapes
+        encoder = {name: shape for name, shape in shapes.items() if not is_lm_head(name)}
+        return encoder if self.task is None else encoder | dict(self.task.shapes)
 
     @property
     def head_dim(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo
-from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable, our_shapes
+from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable, Shape
 from esm2mega.convert.tensors import frequencies_note
 from esm2mega.convert.weights import Weights
 
@@ -53,14 +53,18 @@ def with_contact_head(weights: Weights) -> Weights:
     """The same with a contact head of zeros if there is none: readers would draw a random one."""
     if weights.has_contact_head:
         return weights
-    shapes, dtype = our_shapes(weights.description.shape), weights.description.dtype
-    names = [name for name in shapes if name.startswith(CONTACT_HEAD)]
-    read = weights.read
     weights.notes.filled.append("contact head: zeros, the source has none")
+    shapes = weights.description.shapes
+    return with_zeros(weights, {name: shapes[name] for name in shapes if name.startswith(CONTACT_HEAD)})
+
+
+def with_zeros(weights: Weights, shapes: Mapping[str, Shape]) -> Weights:
+    """The same and tensors of zeros."""
+    dtype, read = weights.description.dtype, weights.read
     return replace(
         weights,
-        infos={**weights.infos, **{name: TensorInfo(shapes[name], dtype) for name in names}},
-        read=lambda name: torch.zeros(shapes[name], dtype=dtype) if name in names else read(name),
+        infos={**weights.infos, **{name: TensorInfo(shape, dtype) for name, shape in shapes.items()}},
+        read=lambda name: torch.zeros(shapes[name], dtype=dtype) if name in shapes else read(name),
     )
 
 

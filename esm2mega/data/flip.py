@@ -18,15 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from esm2mega.data.fasta import Entry, FastaReader, attributes, read_entries
+from esm2mega.data.fasta import FastaReader, attributes, read_entries
 from esm2mega.data.flip_tasks import TASKS, Task, differing
-from esm2mega.data.labelled_tables import SPLITS, LabelledRow, LabelledTables
-from esm2mega.data.records import SourceOptions, residues_of
+from esm2mega.data.labelled_rows import ResidueStrings
+from esm2mega.data.labelled_tables import MASK, SPLITS, TARGET, LabelledRow, LabelledTables
+from esm2mega.data.records import SourceOptions, require_columns, residues_of
 from esm2mega.data.tables import CsvReader
 from esm2mega.errors import UserError
-
-TARGET, MASK = "target", "mask"
-"""Columns that are written."""
 
 _ENDINGS = (".fasta", ".fasta.gz", ".fasta.zst", ".csv", ".csv.gz", ".csv.zst")
 
@@ -73,9 +71,10 @@ def prepare_flip(
     if not found["train"]:
         raise UserError(f"{path}: no protein with SET=train; is this a file of FLIP?")
     notes += [f"{path}: {text}, taken as it is" for text in other]
-    classes = None if task.kind == "regression" else TARGET
-    provenance |= {"benchmark": "FLIP", "task": task_name, "split": split, "kind": task.kind}
-    return tables.write(Path(out), task.per_residue, classes)
+    kind = task.kind_of(split)
+    classes = None if kind == "regression" else TARGET
+    provenance |= {"benchmark": "FLIP", "task": task_name, "split": split, "kind": kind}
+    return tables.write(Path(out), kind, classes)
 
 
 def _find(folder: Path, stems: Sequence[str]) -> Path:
@@ -121,16 +120,13 @@ def _read_protein_task(path: Path, folder: Path, task: Task) -> _Read:
 
 def _read_residue_task(path: Path, folder: Path, task: Task) -> _Read:
     sequences, sequence_reader = read_entries(_find(folder, ["sequences"]))
-    labels, label_reader = read_entries(path, labels=True)
-    masks: dict[str, Entry] = {}
-    readers = [sequence_reader, label_reader]
-    if task.masked:
-        masks, mask_reader = read_entries(_find(folder, ["resolved", "mask"]), labels=True)
-        readers.append(mask_reader)
+    labels = ResidueStrings(path, "labels")
+    masks = ResidueStrings(_find(folder, ["resolved", "mask"]), "marks") if task.masked else None
+    readers = [sequence_reader, labels.reader, *([] if masks is None else [masks.reader])]
     rows: dict[str, list[LabelledRow]] = {name: [] for name in SPLITS}
     no_set = masked = 0
-    for name, entry in labels.items():
-        place = label_reader.place(entry.line)
+    for name, entry in labels.entries.items():
+        place = labels.reader.place(entry.line)
         if name not in sequences:
             raise UserError(
                 f"{place}: no sequence of {name!r} in {sequence_reader.path}; take both from one archive"
@@ -140,19 +136,18 @@ def _read_residue_task(path: Path, folder: Path, task: Task) -> _Read:
         if split is None:
             no_set += 1
             continue
-        cells = [_aligned(entry, "labels", sequences[name], label_reader)]
-        if task.masked:
-            if name not in masks:
-                raise UserError(f"{place}: no mask of {name!r} in {mask_reader.path}; complete that file")
-            cells.append(_aligned(masks[name], "marks", sequences[name], mask_reader))
+        length = len(sequences[name].text)
+        cells = [labels.of(name, length, place)]
+        if masks is not None:
+            cells.append(masks.of(name, length, place))
             if stray := set(cells[1]) - {"0", "1"}:
+                mask_place = masks.reader.place(masks.entries[name].line)
                 raise UserError(
-                    f"{mask_reader.place(masks[name].line)}: {min(stray)!r} in the mask of {name!r}; a mask "
-                    "is made of 0 and 1"
+                    f"{mask_place}: {min(stray)!r} in the mask of {name!r}; a mask is made of 0 and 1"
                 )
             masked += cells[1].count("0")
         rows[split].append(LabelledRow(name, sequences[name].text, tuple(cells)))
-    unlabelled = len(sequences) - sum(name in labels for name in sequences)
+    unlabelled = len(sequences) - sum(name in labels.entries for name in sequences)
     notes = []
     if unlabelled:
         notes.append(
@@ -164,21 +159,11 @@ def _read_residue_task(path: Path, folder: Path, task: Task) -> _Read:
     provenance: dict[str, Any] = {"sources": {}, "without_labels": unlabelled, "without_set": no_set}
     for each in readers:
         provenance["sources"] |= each.checksums
-    if task.masked:
+    if masks is not None:
         provenance["masked_residues"] = masked
         total = sum(len(row.sequence) for of_split in rows.values() for row in of_split)
-        notes.append(f"{mask_reader.path}: {masked:,} of {total:,} residues are masked and do not count")
+        notes.append(f"{masks.reader.path}: {masked:,} of {total:,} residues are masked and do not count")
     return rows, provenance, notes
-
-
-def _aligned(entry: Entry, what: str, sequence: Entry, reader: FastaReader) -> str:
-    """The text of a record that must have a character per residue."""
-    if len(entry.text) != len(sequence.text):
-        raise UserError(
-            f"{reader.place(entry.line)}: {len(entry.text)} {what} of {entry.id!r}, which has "
-            f"{len(sequence.text)} residues; there must be one for each"
-        )
-    return entry.text
 
 
 _Found = Iterator[tuple[str, LabelledRow, str | None, str | None]]
@@ -202,12 +187,8 @@ def _fasta_rows(entries: Any, reader: FastaReader) -> _Found:
 
 def _csv_reader(path: Path) -> CsvReader:
     reader = CsvReader(path, SourceOptions())
-    for column in ("target", "set", "validation"):
-        if column not in reader.columns:
-            raise UserError(
-                f"{path}: no column {column!r} among {', '.join(reader.columns)}; FLIP's tables have "
-                "sequence,target,set,validation"
-            )
+    cure = "FLIP's tables have sequence,target,set,validation"
+    require_columns(str(path), reader.columns, ("target", "set", "validation"), cure)
     return reader
 
 

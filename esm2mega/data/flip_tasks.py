@@ -38,7 +38,7 @@ class Task:
         default: The split that is prepared unless another is named.
         splits: Split -> published sizes.
         files: Split -> name of its file without ending, where it is another.
-        num_classes: Of classifications, with which they are published.
+        multilabel: Splits whose proteins have several classes each, with ``;`` between.
         masked: Whether there is a file of masks.
     """
 
@@ -46,12 +46,16 @@ class Task:
     default: str
     splits: Mapping[str, Sizes]
     files: Mapping[str, str]
-    num_classes: int | None = None
+    multilabel: tuple[str, ...] = ()
     masked: bool = False
 
     @property
     def per_residue(self) -> bool:
         return self.kind == "token_classification"
+
+    def kind_of(self, split: str) -> str:
+        """`task.kind` of a split."""
+        return "multilabel" if split in self.multilabel else self.kind
 
 
 def _sums(train_and_valid: int, test: int) -> Sizes:
@@ -104,18 +108,16 @@ TASKS: dict[str, Task] = {
             "human_soft": Sizes(test=577),
             "human_hard": Sizes(test=119),
             "balanced": Sizes(test=385),
-            # Several labels of a protein, with ; between: task.kind=multilabel.
             "mixed_vs_human_2": Sizes(),
         },
         {},
-        num_classes=10,
+        multilabel=("mixed_vs_human_2",),
     ),
     "sav": Task(
         "classification",
         "mixed",
         {"mixed": Sizes(total=109_449), "human": Sizes(total=15_076)},
         {},
-        num_classes=2,
     ),
     "bind": Task(
         "token_classification",
@@ -129,17 +131,13 @@ TASKS: dict[str, Task] = {
             "one_vs_sn": Sizes(254, 31, 53),
         },
         {},
-        num_classes=8,
     ),
-    "conservation": Task(
-        "token_classification", "sampled", {"sampled": Sizes(9392, 555, 519)}, {}, num_classes=9
-    ),
+    "conservation": Task("token_classification", "sampled", {"sampled": Sizes(9392, 555, 519)}, {}),
     "secondary_structure": Task(
         "token_classification",
         "sampled",
         {"sampled": Sizes(9712, 1080, 364)},
         {},
-        num_classes=3,
         masked=True,
     ),
 }

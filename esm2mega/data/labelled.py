@@ -9,7 +9,7 @@ Legend: ``n`` proteins, ``k`` targets or classes, ``L`` residues of a protein.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from esm2mega.data import tokenizer
 from esm2mega.data.labelled_rows import MASK_FILE, labelled_rows
 from esm2mega.data.records import SourceOptions, residues_of
 from esm2mega.data.sources import open_source
-from esm2mega.data.targets import IGNORED, TargetInfo, join_labels, target_reader
+from esm2mega.data.targets import IGNORED, TargetInfo, TargetReader, join_labels, target_reader
 from esm2mega.errors import UserError
 
 Pairs = Sequence[tuple[str, Any]]
@@ -127,16 +127,22 @@ class _Row:
 
 
 def read_labelled(
-    path: str | Path, task: TaskConfig, data: DataConfig, info: TargetInfo | None, key: str
+    path: str | Path,
+    task: TaskConfig,
+    data: DataConfig,
+    info: TargetInfo | None,
+    key: str,
+    loaded: TargetInfo | None = None,
 ) -> tuple[LabelledProteins, TargetInfo]:
-    """Read proteins with labels, long ones included.
+    """Read proteins with labels; long ones are refused, dropped or kept as `fit_length` says.
 
     Args:
         path: CSV, JSON lines, Parquet or FASTA, also compressed.
         task: Which columns hold what.
-        data: Columns of sequences and ids.
+        data: Columns of sequences and ids, and the greatest length.
         info: From the training data, whose classes and scale hold here too; None for the training data.
         key: Name of `path` for the user, such as ``data.train``.
+        loaded: Of the training data: see `TargetReader.learn`.
 
     Raises:
         UserError: Not such a table, or a bad cell.
@@ -151,27 +157,23 @@ def read_labelled(
     ]
     if not rows:
         raise UserError(f"{key}={path}: holds no proteins; give a table with some")
-    if info is None:
-        info = reader.learn([row.label for row in rows])
-    encoded = [reader.encode(row.label, info, row.place) for row in rows]
-    proteins = LabelledProteins(
-        Path(path),
-        [row.id for row in rows],
-        np.concatenate([row.tokens for row in rows]),
-        _offsets(len(row.tokens) for row in rows),
-        join_labels(encoded, info.per_residue),
-        info.per_residue,
-        notes,
-    )
-    return proteins, info
+    rows = _fitting(rows, data, key, notes)
+    info = info or reader.learn([row.label for row in rows], loaded)
+    return _of_rows(Path(path), rows, reader, info, notes), info
 
 
 def proteins_of_pairs(
-    pairs: Pairs, task: TaskConfig, info: TargetInfo | None, name: str
+    pairs: Pairs,
+    task: TaskConfig,
+    info: TargetInfo | None,
+    name: str,
+    data: DataConfig | None = None,
+    loaded: TargetInfo | None = None,
 ) -> tuple[LabelledProteins, TargetInfo]:
     """Labelled proteins of a list of ``(sequence, value)``; the arguments are those of `read_labelled`.
 
     A value is what a cell of the table would hold; with several target columns a sequence of such values.
+    Without `data` proteins may have any length.
     """
     for option in ("label_file", "mask_file", "mask_column"):
         if getattr(task, option) is not None:
@@ -189,17 +191,34 @@ def proteins_of_pairs(
         rows.append(_Row(place, str(number), tokens, reader.read(cells, place, len(tokens))))
     if not rows:
         raise UserError(f"{name}: holds no proteins; give some")
-    if info is None:
-        info = reader.learn([row.label for row in rows])
-    proteins = LabelledProteins(
-        Path(name),
+    notes: list[str] = []
+    if data is not None:
+        rows = _fitting(rows, data, name, notes)
+    info = info or reader.learn([row.label for row in rows], loaded)
+    return _of_rows(Path(name), rows, reader, info, notes), info
+
+
+def _fitting(rows: list[_Row], data: DataConfig, key: str, notes: list[str]) -> list[_Row]:
+    """Those that are kept. They are chosen before anything is learned from labels."""
+    lengths = np.array([len(row.tokens) for row in rows])
+    kept, note = _choose(lengths, lambda number: rows[number].id, data, key)
+    if note is not None:
+        notes.append(note)
+    return [rows[number] for number in kept.tolist()]
+
+
+def _of_rows(
+    path: Path, rows: Sequence[_Row], reader: TargetReader, info: TargetInfo, notes: list[str]
+) -> LabelledProteins:
+    return LabelledProteins(
+        path,
         [row.id for row in rows],
         np.concatenate([row.tokens for row in rows]),
         _offsets(len(row.tokens) for row in rows),
         join_labels((reader.encode(row.label, info, row.place) for row in rows), info.per_residue),
         info.per_residue,
+        notes,
     )
-    return proteins, info
 
 
 def read_unlabelled(path: str | Path, data: DataConfig) -> LabelledProteins:
@@ -235,22 +254,29 @@ def fit_length(proteins: LabelledProteins, data: DataConfig, key: str) -> Labell
     Raises:
         UserError: A protein is too long, or all are dropped.
     """
+    kept, note = _choose(proteins.lengths, proteins.id, data, key)
+    return proteins if note is None else proteins.select(kept, [note])
+
+
+def _choose(
+    lengths: npt.NDArray[np.int64], id_of: Callable[[int], str], data: DataConfig, key: str
+) -> tuple[npt.NDArray[np.int64], str | None]:
+    """Numbers of the proteins that are kept, and what the user should know."""
     limit = data.max_seq_length - 2
-    lengths = proteins.lengths
     long = np.flatnonzero(lengths > limit)
+    kept = np.arange(len(lengths))
     if not len(long):
-        return proteins
-    count = f"{len(long)} of {len(proteins)} proteins of {key} have more than {limit} residues"
+        return kept, None
+    count = f"{len(long)} of {len(lengths)} proteins of {key} have more than {limit} residues"
     if data.too_long == "error":
         first = int(long[0])
         raise UserError(
-            f"{count}, first {proteins.id(first)!r} with {lengths[first]}; set data.too_long=crop or drop, "
+            f"{count}, first {id_of(first)!r} with {lengths[first]}; set data.too_long=crop or drop, "
             f"or raise data.max_seq_length={data.max_seq_length}"
         )
     if data.too_long == "crop":
-        proteins.notes.append(f"{count} and are cropped ({data.crop})")
-        return proteins
+        return kept, f"{count} and are cropped ({data.crop})"
     kept = np.flatnonzero(lengths <= limit)
     if not len(kept):
         raise UserError(f"{count}, so none is left; raise data.max_seq_length={data.max_seq_length}")
-    return proteins.select(kept, [f"{count} and are left out"])
+    return kept, f"{count} and are left out"

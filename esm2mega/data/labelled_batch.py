@@ -52,7 +52,7 @@ class Segments:
     numbers: Tensor
     keys: Tensor
     tokens: tuple[bytes, ...]
-    starts: tuple[int, ...] = ()
+    starts: tuple[int, ...]
 
     @property
     def spans(self) -> list[slice]:
@@ -66,6 +66,15 @@ class Segments:
     def residue_counts(self) -> list[int]:
         """Residues of each protein, on the host."""
         return [span.stop - span.start for span in self.spans]
+
+    @staticmethod
+    def of_protein(tokens: Tensor) -> Segments:
+        """A pack of one whole protein with `<cls>` and `<eos>`, int64 ``[T]``; without randomness."""
+        residues = torch.arange(1, len(tokens) - 1)
+        nothing = torch.zeros(1, dtype=torch.int64)
+        content = tokens.numpy().astype("uint8").tobytes()
+        owners = torch.zeros_like(residues)
+        return Segments(1, nothing, residues, owners, residues - 1, nothing, (content,), (0,))
 
     def to(self, device: torch.device | str) -> Segments:
         """The same on `device`."""
@@ -113,7 +122,7 @@ class LabelledBatch:
     def without_labels(self) -> LabelledBatch:
         """The same tokens, of which nothing is predicted."""
         nothing = self.rows[:0]
-        segments = Segments(0, nothing, nothing, nothing, nothing, nothing, ())
+        segments = Segments(0, nothing, nothing, nothing, nothing, nothing, (), ())
         labels = None if self.labels is None else self.labels[:0]
         return replace(self, wanted=segments, labels=labels, rows=nothing, num_residues=0, num_sequences=0)
 

@@ -23,7 +23,7 @@ from esm2mega.config.task import RESIDUE_KINDS
 from esm2mega.data import tokenizer
 from esm2mega.data.fasta import FastaReader, attributes, read_entries
 from esm2mega.data.parquet import ParquetReader
-from esm2mega.data.records import Record, SourceOptions, table_record
+from esm2mega.data.records import Record, SourceOptions, require_columns, table_record
 from esm2mega.data.sources import open_source
 from esm2mega.data.tables import CsvReader, JsonLinesReader
 from esm2mega.errors import UserError
@@ -33,6 +33,8 @@ INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
 
 MASK_FILE = "task.mask_file"
 """Stands for the column of the mask where it comes from a file."""
+
+_CORRECT = "correct task.target_columns or task.mask_column"
 
 Cells = Mapping[str, object]
 Row = tuple[str, str, npt.NDArray[np.uint8], Cells]
@@ -61,33 +63,30 @@ def labelled_rows(
     if task.mask_file is None:
         yield from rows
         return
-    masks = _Entries(Path(task.mask_file), "marks")
+    masks = ResidueStrings(Path(task.mask_file), "marks")
     for place, name, tokens, cells in rows:
         yield place, name, tokens, {**cells, MASK_FILE: masks.of(name, len(tokens), place)}
 
 
 def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str) -> Iterator[Row]:
     """Proteins of a file that has their labels too."""
-    wanted = list(task.target_columns) + ([task.mask_column] if _has_column(task) else [])
+    wanted = _wanted(task)
     source = open_source(path, _options(data))
     if isinstance(source, FastaReader):
-        return _header_rows(source, [str(column) for column in wanted])
+        return _header_rows(source, wanted)
     if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
         raise UserError(
             f"{key}={path}: labels are read from CSV, JSON lines, Parquet and FASTA; give such a file, or "
             "labels in task.label_file"
         )
-    for column in wanted:
-        if column not in source.columns:
-            raise UserError(
-                f"{key}={path}: no column {column!r} among {', '.join(source.columns)}; correct "
-                "task.target_columns or task.mask_column"
-            )
+    require_columns(f"{key}={path}", source.columns, wanted, _CORRECT)
     return _table_rows(source, data)
 
 
-def _has_column(task: TaskConfig) -> bool:
-    return task.mask_column is not None and task.mask_column != MASK_FILE
+def _wanted(task: TaskConfig) -> list[str]:
+    """Columns of labels, and of masks that are in the table."""
+    masks = [] if task.mask_column in (None, MASK_FILE) else [str(task.mask_column)]
+    return [*task.target_columns, *masks]
 
 
 def _options(data: DataConfig) -> SourceOptions:
@@ -130,28 +129,28 @@ def _header_rows(source: FastaReader, wanted: Sequence[str]) -> Iterator[Row]:
             yield place, entry.id, tokenizer.encode_residues(entry.text.encode()), cells
 
 
-class _Entries:
+class ResidueStrings:
     """Strings with a character per residue, from a FASTA file, by id."""
 
     def __init__(self, path: Path, what: str) -> None:
         """Args: path: FASTA. what: the characters are called."""
-        self._found, self._reader = read_entries(path, labels=True)
+        self.entries, self.reader = read_entries(path, labels=True)
         self._what = what
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self.entries)
 
     def of(self, name: str, num_residues: int, place: str) -> str:
         """The text of a protein, which stands at `place` in another file."""
-        entry = self._found.get(name)
+        entry = self.entries.get(name)
         if entry is None:
             raise UserError(
-                f"{place}: no {self._what} of {name!r} in {self._reader.path}; complete that file, or remove "
+                f"{place}: no {self._what} of {name!r} in {self.reader.path}; complete that file, or remove "
                 "the protein"
             )
         if len(entry.text) != num_residues:
             raise UserError(
-                f"{self._reader.place(entry.line)}: {len(entry.text)} {self._what} of {name!r}, which has "
+                f"{self.reader.place(entry.line)}: {len(entry.text)} {self._what} of {name!r}, which has "
                 f"{num_residues} residues; give one for each"
             )
         return entry.text
@@ -184,7 +183,7 @@ def _with_labels(
                 "wants another form; give a table with ids and labels"
             )
         (column,) = task.target_columns
-        entries = _Entries(path, "labels")
+        entries = ResidueStrings(path, "labels")
         total = len(entries)
         for place, record in records:
             tokens = tokenizer.encode_residues(record.residues)
@@ -218,13 +217,8 @@ def _label_table(
     """Place and cells by id."""
     if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
         raise UserError(f"task.label_file={path}: give CSV, JSON lines, Parquet or FASTA")
-    wanted = [*task.target_columns, *([task.mask_column] if _has_column(task) else [])]
-    for column in wanted:
-        if column not in source.columns:
-            raise UserError(
-                f"task.label_file={path}: no column {column!r} among {', '.join(source.columns)}; correct "
-                "task.target_columns or task.mask_column"
-            )
+    wanted = _wanted(task)
+    require_columns(f"task.label_file={path}", source.columns, wanted, _CORRECT)
     table: dict[str, tuple[str, Cells]] = {}
     for block in source.blocks():
         for line, cells in source.rows(block):

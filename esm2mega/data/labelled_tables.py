@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from typing import Any
 from esm2mega.data.prepare import staging_directory
 from esm2mega.data.records import MISSING_VALUES, file_sha256
 from esm2mega.errors import UserError
+
+TARGET, MASK = "target", "mask"
+"""Columns of labels, and of which residues count."""
 
 SPLITS = ("train", "valid", "test")
 
@@ -57,12 +60,12 @@ class LabelledTables:
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def write(self, out: Path, per_residue: bool, class_column: str | None) -> list[str]:
+    def write(self, out: Path, kind: str, class_column: str | None) -> list[str]:
         """Write ``SPLIT.csv`` of every split that has proteins and the manifest, whole or not at all.
 
         Args:
             out: Directory to make.
-            per_residue: Labels are strings with a character per residue.
+            kind: `task.kind`, which says how a cell holds classes.
             class_column: The one whose classes are counted; None where labels are numbers.
 
         Returns:
@@ -75,7 +78,7 @@ class LabelledTables:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             entries = {
-                split: self._entry(folder / f"{split}.csv", rows, per_residue, class_column)
+                split: self._entry(folder / f"{split}.csv", rows, kind, class_column)
                 for split, rows in self.rows.items()
                 if rows
             }
@@ -91,7 +94,7 @@ class LabelledTables:
         return [*lines, *self.notes]
 
     def _entry(
-        self, path: Path, rows: Sequence[LabelledRow], per_residue: bool, class_column: str | None
+        self, path: Path, rows: Sequence[LabelledRow], kind: str, class_column: str | None
     ) -> dict[str, Any]:
         """Write one split; its entry in the manifest."""
         with path.open("w", newline="") as file:
@@ -110,9 +113,42 @@ class LabelledTables:
             number = self.columns.index(class_column)
             counts: Counter[str] = Counter()
             for row in rows:
-                counts.update(row.labels[number] if per_residue else [row.labels[number]])
+                counts.update(_classes(row.labels[number], kind))
             entry["classes"] = dict(sorted(counts.items()))
         return entry
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of such tables; None if that of the directory is of something else.
+
+    Raises:
+        UserError: A table is missing, or not the one that was written.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except ValueError:
+        return None
+    if not isinstance(manifest, dict) or not {"benchmark", "splits", "version"} <= manifest.keys():
+        return None
+    if manifest["version"] != VERSION:
+        raise UserError(
+            f"{directory / MANIFEST}: has version {manifest['version']!r}, this esm2mega reads {VERSION}; "
+            "prepare the tables again"
+        )
+    for entry in manifest["splits"].values():
+        path = directory / entry["file"]
+        if not path.is_file() or file_sha256(path) != entry["sha256"]:
+            raise UserError(
+                f"{path}: is missing or was changed after it was written; prepare the tables again"
+            )
+    return manifest
+
+
+def _classes(cell: str, kind: str) -> Iterable[str]:
+    """The classes in a cell: one for each residue, names with ``;`` between, or one."""
+    if kind == "multilabel":
+        return {name.strip() for name in cell.split(";") if name.strip()}
+    return cell if kind == "token_classification" else [cell]
 
 
 def _sequence_cell(sequence: str) -> str:

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -257,15 +257,30 @@ def find_columns(
 
 
 def _require(path: Path, available: Sequence[str], name: str, option: str, what: str) -> None:
-    if available.count(name) == 1:
-        return
-    if name in available:
-        raise UserError(f"{path}: has {available.count(name)} {what}s {name!r}; rename all but one")
     by_lower = {column.lower(): column for column in available}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    hint = f"; did you mean {option} {by_lower[near[0]]}?" if near else f"; name one of them with {option}"
-    shown = ", ".join(available[:12]) + (", …" if len(available) > 12 else "")
-    raise UserError(f"{path}: no {what} {name!r} among {shown}{hint}")
+    hint = f"did you mean {option} {by_lower[near[0]]}?" if near else f"name one of them with {option}"
+    require_columns(str(path), available, [name], hint, what)
+
+
+def require_columns(
+    place: str, available: Sequence[str], wanted: Iterable[str], cure: str, what: str = "column"
+) -> None:
+    """Refuse a table in which a column is missing or there twice.
+
+    Args:
+        place: The table, for messages.
+        available: Its columns.
+        wanted: Those that must be there.
+        cure: What to do if one is not.
+        what: How the format calls a column.
+    """
+    for name in wanted:
+        if (count := available.count(name)) > 1:
+            raise UserError(f"{place}: has {count} {what}s {name!r}; rename all but one")
+        if not count:
+            shown = ", ".join(available[:12]) + (", …" if len(available) > 12 else "")
+            raise UserError(f"{place}: no {what} {name!r} among {shown}; {cure}")
 
 
 def _kind(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from esm2mega.data.parquet import open_parquet
-from esm2mega.data.records import ByteProgress, Record, file_sha256, residues_of
+from esm2mega.data.records import ByteProgress, Record, file_sha256, require_columns, residues_of
 from esm2mega.errors import UserError
 
 _ROWS = 1 << 14
@@ -73,12 +73,7 @@ class ParquetFile(RowFile):
         with open_parquet(self.path) as file:
             self.available = list(file.schema_arrow.names)
             self.num_rows = int(file.metadata.num_rows)
-        for column in columns:
-            if column not in self.available:
-                raise UserError(
-                    f"{self.path}: no column {column!r} among {', '.join(self.available)}; give a file that "
-                    "has it"
-                )
+        require_columns(str(self.path), self.available, columns, "give a file that has it")
 
     def rows(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
         """Yields each row from 1 with the values of the columns; None for missing ones."""

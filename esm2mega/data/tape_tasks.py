@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from esm2mega.data.labelled_tables import LabelledRow, LabelledTables
+from esm2mega.data.labelled_tables import MASK, TARGET, LabelledRow, LabelledTables
 from esm2mega.data.tape import TapeReader
 from esm2mega.data.tape_arrays import load_with_arrays, numbers_of
 from esm2mega.data.tape_names import TAPE_TASKS, TapeTask
 from esm2mega.errors import UserError
-
-TARGET, MASK = "target", "mask"
 
 
 def prepare_tape(name: str, source: str | Path, out: str | Path) -> list[str]:
@@ -51,7 +49,7 @@ def prepare_tape(name: str, source: str | Path, out: str | Path) -> list[str]:
     columns = [TARGET, MASK] if task.kind == "contact" else [TARGET]
     classes = TARGET if task.kind.endswith("classification") else None
     tables = LabelledTables(columns, rows, provenance, notes)
-    return tables.write(Path(out), task.kind == "token_classification", classes)
+    return tables.write(Path(out), task.kind, classes)
 
 
 def _find(source: Path, task: TapeTask, split: str) -> Path | None:
@@ -65,9 +63,11 @@ def _row(place: str, name: str, record: dict[str, Any], task: TapeTask) -> Label
     if values is None:
         raise UserError(f"{place}: has no numbers {task.field!r}; is this TAPE's {task.folder}?")
     length = len(sequence)
-    cells = _CELLS[task.kind](values, length)
-    if cells is None:
+    shapes = {"token_classification": (length,), "contact": (length, 3)}
+    wanted = shapes.get(task.kind)
+    if values.size != 1 if wanted is None else values.shape != wanted:
         raise UserError(f"{place}: {task.field!r} has the shape {list(values.shape)} for {length} residues")
+    cells = _CELLS[task.kind](values, f"{place}: {task.field!r}")
     if task.kind != "contact":
         return LabelledRow(name, sequence, (cells,))
     mask = numbers_of(record.get("valid_mask"))
@@ -76,24 +76,31 @@ def _row(place: str, name: str, record: dict[str, Any], task: TapeTask) -> Label
     return LabelledRow(name, sequence, (cells, "".join("1" if valid else "0" for valid in mask)))
 
 
-def _number(values: Any, length: int) -> str | None:
+def _number(values: Any, place: str) -> str:
     """The shortest text of the one number, in its own precision."""
-    return str(values.reshape(-1)[0]) if values.size == 1 else None
+    (number,) = values.reshape(-1)
+    if not np.isfinite(number):
+        raise UserError(f"{place} is {number}, not a number; remove the record")
+    return str(number)
 
 
-def _class(values: Any, length: int) -> str | None:
-    return str(int(values)) if values.size == 1 and values == values.astype(int) else None
+def _class(values: Any, place: str) -> str:
+    (number,) = values.reshape(-1)
+    if not np.isfinite(number) or number != np.floor(number):
+        raise UserError(f"{place} is {number}; a class is a whole number")
+    return str(int(number))
 
 
-def _letters(values: Any, length: int) -> str | None:
+def _letters(values: Any, place: str) -> str:
     """A digit for each residue."""
-    fits = values.shape == (length,) and values.min() >= 0 and values.max() <= 9
-    return "".join(str(int(value)) for value in values) if fits else None
+    wrong = ~np.isin(values, range(10))
+    if wrong.any():
+        residue = int(wrong.argmax())
+        raise UserError(f"{place} is {values[residue]} at residue {residue}; a class is 0 to 9")
+    return "".join(str(int(value)) for value in values)
 
 
-def _coordinates(values: Any, length: int) -> str | None:
-    if values.shape != (length, 3):
-        return None
+def _coordinates(values: Any, place: str) -> str:
     there = np.isfinite(values).all(axis=1)
     # The shortest text of each number, in its own precision.
     return json.dumps(
@@ -101,9 +108,10 @@ def _coordinates(values: Any, length: int) -> str | None:
     )
 
 
-_CELLS: dict[str, Callable[[Any, int], str | None]] = {
+_CELLS: dict[str, Callable[[Any, str], str]] = {
     "regression": _number,
     "classification": _class,
     "token_classification": _letters,
     "contact": _coordinates,
 }
+"""The text of the cell of each kind; takes numbers of the right shape and what they are called."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,32 @@ class TargetReader(ABC):
     def read(self, cells: Cells, place: str, num_residues: int) -> Any:
         """The label of one row, not yet numbered; raises `UserError` with the place."""
 
+    def learn(self, labels: Sequence[Any], loaded: TargetInfo | None = None) -> TargetInfo:
+        """What predictions mean, from the labels of the training data.
+
+        Args:
+            labels: As `read` gives them.
+            loaded: Of a head that was trained before. Its names and scale stay; counts and baseline are those
+                of `labels`.
+
+        Raises:
+            UserError: Nothing to learn from, or another number of classes than configured.
+        """
+        info = self._learn(labels, None if loaded is None else loaded.names)
+        if loaded is not None:
+            info = replace(loaded, counts=info.counts, baseline=info.baseline)
+        wanted, found = self.task.num_classes, info.num_outputs
+        if wanted is not None and wanted != found:
+            place = "data.train" if loaded is None else "the loaded head"
+            raise UserError(
+                f"task.num_classes={wanted}, but {place} has {found} classes ({_shown(info.names)}); "
+                "correct it, or set task.num_classes=null"
+            )
+        return info
+
     @abstractmethod
-    def learn(self, labels: Sequence[Any]) -> TargetInfo:
-        """What predictions mean, from the labels of the training data."""
+    def _learn(self, labels: Sequence[Any], names: Sequence[str] | None) -> TargetInfo:
+        """The same. Args: names: classes in their order, where they are known already."""
 
     @abstractmethod
     def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
@@ -125,7 +149,7 @@ class _Numbers(TargetReader):
         columns = self.task.target_columns
         return np.array([_number(cells[column], column, place) for column in columns])
 
-    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+    def _learn(self, labels: Sequence[Any], names: Sequence[str] | None) -> TargetInfo:
         values = np.stack(labels)
         return _scale_of(self.task, values, self.task.target_columns)
 
@@ -146,7 +170,7 @@ class _ResidueNumbers(TargetReader):
         numbers = np.array([_number(word, column, place) for word in words], dtype=np.float64)
         return np.where(self._mask(cells, place, num_residues), numbers, np.nan)
 
-    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+    def _learn(self, labels: Sequence[Any], names: Sequence[str] | None) -> TargetInfo:
         return _scale_of(self.task, np.concatenate(labels)[:, None], self.task.target_columns)
 
     def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
@@ -160,25 +184,28 @@ class _Class(TargetReader):
         (column,) = self.task.target_columns
         return self._cell(cells, column, place)
 
-    def learn(self, labels: Sequence[Any]) -> TargetInfo:
-        return _vocabulary(self.task, labels)
+    def _learn(self, labels: Sequence[Any], names: Sequence[str] | None) -> TargetInfo:
+        return _vocabulary(self.task, labels, names)
 
     def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
         return np.array(_number_of(label, info, place), dtype=np.int64)
 
 
 class _ResidueClasses(TargetReader):
-    """Token classification: a character for each residue."""
+    """Token classification: a character for each residue, or a word for each with blanks between."""
 
     def read(self, cells: Cells, place: str, num_residues: int) -> list[str | None]:
         (column,) = self.task.target_columns
-        text = self._cell(cells, column, place)
+        text: Sequence[str] = self._cell(cells, column, place)
+        if len(text) != num_residues and len(words := str(text).split()) == num_residues:
+            text = words
         _check_length(text, num_residues, column, place)
         mask = self._mask(cells, place, num_residues)
         return [name if counts else None for name, counts in zip(text, mask.tolist(), strict=True)]
 
-    def learn(self, labels: Sequence[Any]) -> TargetInfo:
-        return _vocabulary(self.task, [name for label in labels for name in label if name is not None])
+    def _learn(self, labels: Sequence[Any], names: Sequence[str] | None) -> TargetInfo:
+        there = [name for label in labels for name in label if name is not None]
+        return _vocabulary(self.task, there, names)
 
     def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
         numbers: dict[str | None, int] = {
@@ -200,8 +227,9 @@ class _NamedLabels(TargetReader):
             raise UserError(f"{place}: the labels {value!r} in column {column!r} are no text")
         return [name.strip() for name in value.split(";") if name.strip()]
 
-    def learn(self, labels: Sequence[Any]) -> TargetInfo:
-        return _vocabulary(self.task, [name for label in labels for name in set(label)], len(labels))
+    def _learn(self, labels: Sequence[Any], names: Sequence[str] | None) -> TargetInfo:
+        there = [name for label in labels for name in set(label)]
+        return _vocabulary(self.task, there, names, len(labels))
 
     def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
         encoded = np.zeros(len(info.names))
@@ -220,7 +248,7 @@ class _FlagColumns(TargetReader):
                 raise UserError(f"{place}: {cells[column]!r} in column {column!r}; a label is 0 or 1")
         return flags
 
-    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+    def _learn(self, labels: Sequence[Any], names: Sequence[str] | None) -> TargetInfo:
         flags = np.stack(labels)
         counts = np.nansum(flags, axis=0).astype(int)
         there = np.maximum(np.count_nonzero(~np.isnan(flags), axis=0), 1)
@@ -244,7 +272,7 @@ class _Contacts(TargetReader):
         _check_length(coordinates, num_residues, column, place)
         return np.where(self._mask(cells, place, num_residues)[:, None], coordinates, np.nan)
 
-    def learn(self, labels: Sequence[Any]) -> TargetInfo:
+    def _learn(self, labels: Sequence[Any], names: Sequence[str] | None) -> TargetInfo:
         longest = max(len(coordinates) for coordinates in labels)
         counts = np.zeros((2, longest), dtype=np.int64)  # contacts and other pairs by j - i
         for coordinates in labels:
@@ -328,37 +356,37 @@ def _scale_of(task: TaskConfig, values: npt.NDArray[np.float64], names: Sequence
     )
 
 
-def _vocabulary(task: TaskConfig, labels: Sequence[str], total: int | None = None) -> TargetInfo:
+def _vocabulary(
+    task: TaskConfig, labels: Sequence[str], names: Sequence[str] | None, total: int | None = None
+) -> TargetInfo:
     """The classes in order: of numbers if all names are whole numbers, else of text.
 
     Args:
-        task: For checks.
+        task: For its kind.
         labels: Names, repeated.
+        names: The classes where they are known; `encode` refuses others.
         total: How many could have each of them; None for the number of labels.
     """
-    found, counts = np.unique(np.array(labels, dtype=object), return_counts=True)
-    count_of = dict(zip(found.tolist(), counts.tolist(), strict=True))
+    count_of = Counter(labels)
     if not count_of:
         raise UserError("data.train holds no label that counts; correct task.target_columns")
-    numeric = all(name.isdecimal() for name in count_of)
-    names = sorted(count_of, key=lambda name: (int(name), name) if numeric else (0, name))
-    if task.num_classes is not None and task.num_classes != len(names):
-        shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
-        raise UserError(
-            f"task.num_classes={task.num_classes}, but data.train has {len(names)} classes ({shown}); "
-            "correct it, or set task.num_classes=null"
-        )
-    ordered = [count_of[name] for name in names]
-    total = total or sum(ordered)
-    return TargetInfo(_kind_of(task), names, ordered, baseline=[count / total for count in ordered])
+    if names is None:
+        numeric = all(name.isdecimal() for name in count_of)
+        names = sorted(count_of, key=lambda name: (int(name), name) if numeric else (0, name))
+    counts = [count_of[name] for name in names]
+    total = total or len(labels)
+    return TargetInfo(_kind_of(task), list(names), counts, baseline=[count / total for count in counts])
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _number_of(name: str, info: TargetInfo, place: str) -> int:
     try:
         return info.names.index(name)
     except ValueError:
-        shown = ", ".join(info.names[:_SHOWN]) + (", …" if len(info.names) > _SHOWN else "")
         raise UserError(
-            f"{place}: the class {name!r} does not occur in the training data, which has {shown}; correct "
-            "the label, or remove the row"
+            f"{place}: the class {name!r} is none of those of the training data, or of the head that was "
+            f"loaded: {_shown(info.names)}; correct the label, or remove the row"
         ) from None

@@ -191,6 +191,7 @@ class Model:
             variants = [write_variant(variant, offset) for variant in parsed]
         else:
             parsed = [parse_variant(text, wild, offset) for text in variants]
+        self._source.check_lm_head()
         size = pack_tokens(self._run, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, Wanted(logits=True), size)
         marginals = Marginals(engine, self._ranks, window_tokens(self._run), normalize, shows_progress=False)

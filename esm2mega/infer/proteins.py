@@ -206,9 +206,11 @@ def wanted(run: Run, source: ModelSource) -> Wanted:
     """What the engine has to compute for `run.infer`.
 
     Raises:
-        UserError: Contacts of a model without a contact head.
+        UserError: Contacts of a model without a contact head, or logits of one without that head.
     """
     outputs = run.infer.outputs
+    if "logits" in outputs:
+        source.check_lm_head()
     head = source.contact_head if "contacts" in outputs else None
     if "contacts" in outputs and head is None:
         raise UserError(

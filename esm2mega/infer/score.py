@@ -99,6 +99,7 @@ class Scorer:
 def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ranks]]:
     """Load a model for scoring; process groups live as long."""
     source = open_model(checkpoint)
+    source.check_lm_head()
     run = inference_run(source.run, options.overrides)
     validate_inference(run, world_size_from_environment())
     with process_groups(run.parallel, run.seed) as ranks:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.checkpoint.choice import ALL, ENCODER, TRAINED, TRAINED_ENCODER
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
 from esm2mega.config.schema import Run
@@ -36,6 +37,7 @@ class ModelSource:
         load: Fills this rank's chunks.
         auxiliary: Tensors beside the model, such as the contact head.
         checksum: SHA-256 over all weights, the same for every layout; reads all of them.
+        has_lm_head: False of a fine-tuned model and of a bare encoder, which give no logits of residues.
     """
 
     path: Path
@@ -43,6 +45,15 @@ class ModelSource:
     load: Callable[[Sequence[Any]], object]
     auxiliary: dict[str, Tensor]
     checksum: Callable[[], str]
+    has_lm_head: bool = True
+
+    def check_lm_head(self) -> None:
+        """Raise `UserError` unless there are logits of residues."""
+        if not self.has_lm_head:
+            raise UserError(
+                f"{self.path}: has no head of masked language modelling, so it gives no logits and no scores "
+                "of variants; use the model that it was fine-tuned from"
+            )
 
     @property
     def contact_head(self) -> tuple[Tensor, float] | None:
@@ -66,31 +77,31 @@ def open_model(path: str | Path) -> ModelSource:
     if path.exists() and detect(path) != "esm2mega":
         return _open_foreign(path)
     checkpoint = layout.resolve_checkpoint(path)
-    if layout.read_config(checkpoint).task.kind is not None:
-        raise UserError(
-            f"{checkpoint}: is fine-tuned, its head is that of a task and not of a language model; use "
-            "`esm2mega predict`"
-        )
     if needs_base(checkpoint):
         return _open_adapted(checkpoint)
+    run = layout.read_config(checkpoint)
+    has_lm_head = run.task.kind is None
     return ModelSource(
         checkpoint,
-        layout.read_config(checkpoint),
-        lambda chunks: load_weights(checkpoint, chunks),
+        run,
+        lambda chunks: load_weights(checkpoint, chunks, ALL if has_lm_head else ENCODER),
         read_auxiliary(checkpoint),
         lambda: weights_sha256(checkpoint),
+        has_lm_head,
     )
 
 
 def _open_adapted(checkpoint: Path) -> ModelSource:
     run = layout.read_config(checkpoint)
     base = recorded_base(checkpoint)
+    has_lm_head = run.task.kind is None
     return ModelSource(
         checkpoint,
         run,
-        lambda chunks: load_model(checkpoint, run, chunks),
+        lambda chunks: load_model(checkpoint, run, chunks, TRAINED if has_lm_head else TRAINED_ENCODER),
         open_model(find_base(checkpoint, run)).auxiliary,
         lambda: hashlib.sha256(f"{base.sha256} {weights_sha256(checkpoint)}".encode()).hexdigest(),
+        has_lm_head,
     )
 
 
@@ -99,14 +110,16 @@ def _open_foreign(path: Path) -> ModelSource:
     # The large published models are stored in fp16, in which nothing is computed.
     weights = weights.cast(default_dtype(weights.description.dtype))
     kept = is_auxiliary(weights.description)
+    has_lm_head = weights.description.head == "lm"
     return ModelSource(
         path,
         run_of(weights.description),
-        lambda chunks: fill_model(weights, chunks),
+        lambda chunks: fill_model(weights, chunks, ALL if has_lm_head else ENCODER),
         {name: weights.read(name).clone() for name in weights.infos if kept(name)},
         lambda: combined_sha256(
             (name, tensor_sha256(weights.read(name))) for name in weights.infos if not kept(name)
         ),
+        has_lm_head,
     )
 
 

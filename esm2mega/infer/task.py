@@ -14,7 +14,7 @@ from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import DataConfig, Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate, world_size_from_environment
-from esm2mega.data.labelled import LabelledProteins, Pairs, fit_length, proteins_of_pairs, read_labelled
+from esm2mega.data.labelled import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
 from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.infer.task_output import rows_of, shown_labels, shown_predictions
@@ -182,8 +182,8 @@ def labelled(task: TaskCheckpoint, data: str | Path | Pairs) -> LabelledProteins
     if isinstance(data, (str, Path)):
         proteins, _ = read_labelled(data, task.run.task, task.run.data, task.info, "--data")
     else:
-        proteins, _ = proteins_of_pairs(data, task.run.task, task.info, "data")
-    return fit_length(proteins, task.run.data, str(proteins.path))
+        proteins, _ = proteins_of_pairs(data, task.run.task, task.info, "data", task.run.data)
+    return proteins
 
 
 def without_dropping(data: DataConfig) -> DataConfig:

@@ -9,7 +9,6 @@ import csv
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from esm2mega.data.contacts import SEPARATION, num_residues, pairs_of
 from esm2mega.data.labelled import LabelledProteins
 from esm2mega.data.targets import IGNORED, TargetInfo
 from esm2mega.errors import MachineError, UserError
-from esm2mega.train.metrics import Predictions, objects
+from esm2mega.train.metrics import Predictions
 
 Array = npt.NDArray[Any]
 
@@ -40,7 +39,7 @@ def shown_predictions(found: Predictions, info: TargetInfo, proteins: LabelledPr
     L likeliest ones as ``[i, j, probability]``.
     """
     if info.per_pair:
-        return [_likeliest(probabilities) for probabilities in contact_maps(found, proteins)]
+        return [_likeliest(logits) for logits in _pair_maps(found, found.values, proteins)]
     if info.per_residue:
         return [_residues_shown(values, info) for values in spread(found, found.values, proteins)]
     return [_shown(values, info) for values in found.values]
@@ -53,13 +52,13 @@ def shown_labels(found: Predictions, info: TargetInfo, proteins: LabelledProtein
     labels = found.labels
     assert labels is not None
     if info.per_pair:
-        maps = contact_maps(replace(found, values=objects(x.astype(np.float32) for x in labels)), proteins)
+        maps = _pair_maps(found, labels, proteins)
         return [np.argwhere(np.triu(known, 1) == 1.0).tolist() for known in maps]
     if info.kind == "token_classification":
         names = [*info.names, _NOTHING]
         numbers = np.where(labels == IGNORED, len(info.names), labels).astype(np.float64)
         return [
-            "".join(_NOTHING if math.isnan(x) else names[int(x)] for x in values[:, 0].tolist())
+            _between(info).join(_NOTHING if math.isnan(x) else names[int(x)] for x in values[:, 0].tolist())
             for values in spread(found, numbers[:, None], proteins)
         ]
     if info.kind == "token_regression":
@@ -91,24 +90,37 @@ def contact_maps(found: Predictions, proteins: LabelledProteins) -> Iterator[Arr
     """The probabilities of each protein as a symmetric map, fp32 ``[L, L]``; NaN on the diagonal and where it
     was cropped.
     """
+    return map(_probabilities, _pair_maps(found, found.values, proteins))
+
+
+def _pair_maps(found: Predictions, values: Array, proteins: LabelledProteins) -> Iterator[Array]:
+    """Values of pairs, ``[n]`` arrays ``[p]``, as a symmetric map ``[L, L]`` of each protein, fp32 at least;
+    NaN on the diagonal and where it was cropped.
+    """
     assert found.numbers is not None
-    for row, start, values in zip(found.rows.tolist(), found.numbers.tolist(), found.values, strict=True):
+    for row, start, each in zip(found.rows.tolist(), found.numbers.tolist(), values, strict=True):
         length = int(proteins.lengths[row])
-        whole = np.full((length, length), np.nan, dtype=np.float32)
-        first, second = pairs_of(num_residues(len(values)))
-        whole[first + start, second + start] = values
-        whole[second + start, first + start] = values
+        whole = np.full((length, length), np.nan, dtype=np.promote_types(each.dtype, np.float32))
+        first, second = pairs_of(num_residues(len(each)))
+        whole[first + start, second + start] = each
+        whole[second + start, first + start] = each
         yield whole
 
 
-def _likeliest(probabilities: Array) -> list[Any]:
+def _probabilities(logits: Array) -> Array:
+    """The logistic function, computed in fp64 without overflow; fp32."""
+    x = logits.astype(np.float64)
+    return (np.exp(np.minimum(x, 0.0)) / (1.0 + np.exp(-np.abs(x)))).astype(np.float32)
+
+
+def _likeliest(logits: Array) -> list[Any]:
     """The L likeliest contacts of pairs that count, likeliest first."""
-    first, second = np.triu_indices(len(probabilities), SEPARATION)
-    known = ~np.isnan(probabilities[first, second])
+    first, second = np.triu_indices(len(logits), SEPARATION)
+    known = ~np.isnan(logits[first, second])
     first, second = first[known], second[known]
-    values = probabilities[first, second]
-    order = np.argsort(-values, kind="stable")[: len(probabilities)]
-    columns = (first[order].tolist(), second[order].tolist(), values[order].tolist())
+    order = np.argsort(-logits[first, second], kind="stable")[: len(logits)]
+    first, second = first[order], second[order]
+    columns = (first.tolist(), second.tolist(), _probabilities(logits)[first, second].tolist())
     return [list(entry) for entry in zip(*columns, strict=True)]
 
 
@@ -126,10 +138,15 @@ def _residues_shown(values: Array, info: TargetInfo) -> Any:
         return _numbers(values[:, 0])
     cropped = np.isnan(values[:, 0])
     likeliest = np.where(cropped, 0.0, values.T).T.argmax(axis=1)
-    return "".join(
+    return _between(info).join(
         _NOTHING if gone else info.names[number]
         for gone, number in zip(cropped.tolist(), likeliest.tolist(), strict=True)
     )
+
+
+def _between(info: TargetInfo) -> str:
+    """Nothing between the classes of residues if each is a character, else a blank."""
+    return "" if all(len(name) == 1 for name in info.names) else " "
 
 
 def _numbers(values: Array) -> list[float | None]:
@@ -225,7 +242,7 @@ def _write_hdf5(
     values: Sequence[Array] = [found.values]
     if info.per_pair:
         with h5py.File(path, "w") as file:
-            _write_heads(file, info, proteins, limit)
+            _write_header(file, info, proteins, limit)
             borders = np.cumsum([0, *(proteins.lengths**2).tolist()])
             file["contact_offsets"] = borders
             contacts = file.create_dataset("contacts", (int(borders[-1]),), np.float32)
@@ -235,13 +252,13 @@ def _write_hdf5(
     if info.per_residue:
         values = spread(found, found.values, proteins)
     with h5py.File(path, "w") as file:
-        _write_heads(file, info, proteins, limit)
+        _write_header(file, info, proteins, limit)
         file["predictions"] = np.concatenate(values)
         if info.per_residue:
             file["offsets"] = proteins.offsets
 
 
-def _write_heads(file: Any, info: TargetInfo, proteins: LabelledProteins, limit: int) -> None:
+def _write_header(file: Any, info: TargetInfo, proteins: LabelledProteins, limit: int) -> None:
     import h5py
 
     file["ids"] = np.array(proteins.ids, dtype=h5py.string_dtype())

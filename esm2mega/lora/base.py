@@ -10,7 +10,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
 from esm2mega.config.schema import LoRAConfig, Run
 from esm2mega.convert.esm2mega import is_auxiliary
-from esm2mega.convert.formats import detect, open_weights
+from esm2mega.convert.formats import open_weights
 from esm2mega.errors import UserError
 
 _KEY = "base"
@@ -40,26 +40,13 @@ def needs_base(checkpoint: Path) -> bool:
 
 
 def identify(path: Path) -> Base:
-    """Read all weights of a checkpoint in any format, and say which they are.
-
-    Raises:
-        UserError: It is a fine-tuned model of ours.
-    """
-    if path.exists() and detect(path) == "esm2mega" and _is_fine_tuned(path):
-        raise UserError(
-            f"{path}: is a fine-tuned model, adapters are trained on a pretrained one; give that, or train "
-            "all weights with finetune.mode=full"
-        )
+    """Read all weights of a checkpoint in any format, and say which they are."""
     weights = open_weights(path)
     kept = is_auxiliary(weights.description)
     names = sorted(name for name in weights.infos if not kept(name))
     return Base(
         str(path.resolve()), combined_sha256((name, tensor_sha256(weights.read(name))) for name in names)
     )
-
-
-def _is_fine_tuned(path: Path) -> bool:
-    return layout.read_config(layout.resolve_checkpoint(path)).task.kind is not None
 
 
 def find_base(checkpoint: Path, run: Run) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.choice import ALL, TASK_HEAD, TRAINED, for_task, without_head
+from esm2mega.checkpoint.choice import ALL, ENCODER, TASK_HEAD, TRAINED, TensorChoice, for_task
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
@@ -20,6 +20,8 @@ from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
 from esm2mega.convert.formats import detect
 from esm2mega.convert.into_model import load_initial_weights
+from esm2mega.convert.weights import HeadDescription
+from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.lora.base import (
     Base,
@@ -51,6 +53,7 @@ class AdapterReader:
     """The adapters of a checkpoint, one at a time, without a model.
 
     Attributes:
+        checkpoint: Where they are.
         base: What they belong to.
         run: Configuration of the checkpoint.
         targets: Which linears have an adapter.
@@ -66,6 +69,7 @@ class AdapterReader:
         Raises:
             UserError: It holds a whole model.
         """
+        self.checkpoint = checkpoint
         self.base = recorded_base(checkpoint)
         self.run = layout.read_config(checkpoint)
         self._reader = TensorReader(checkpoint)
@@ -74,6 +78,14 @@ class AdapterReader:
         )
         weights = (name for name in self._reader.index if not name.startswith("optimizer."))
         self.others = [name for name in weights if not name.rpartition(".")[0].endswith(SUFFIX)]
+
+    def head(self) -> HeadDescription | None:
+        """The head of a task that was trained beside them, if there is one."""
+        if self.run.task.kind is None:
+            return None
+        info = TargetInfo.from_dict(layout.read_state(self.checkpoint)["task"])
+        shapes = {name: self._reader.index[name].shape for name in self.others}
+        return HeadDescription(self.run.task, info, shapes)
 
     def read_other(self, name: str) -> Tensor:
         """One of `others`."""
@@ -130,13 +142,16 @@ def write_adapters(
     (directory / layout.COMPLETE).write_text("")
 
 
-def load_model(checkpoint: Path, run: Run, chunks: Sequence[Any]) -> dict[str, Tensor]:
+def load_model(
+    checkpoint: Path, run: Run, chunks: Sequence[Any], choice: TensorChoice = TRAINED
+) -> dict[str, Tensor]:
     """Fill a model from a checkpoint of ours, whole or of adapters; every rank calls this.
 
     Args:
         checkpoint: Complete.
         run: Configuration of this start.
         chunks: This rank's; they get the adapters.
+        choice: Which tensors of a checkpoint of adapters are restored.
 
     Returns:
         Auxiliary tensors.
@@ -148,7 +163,7 @@ def load_model(checkpoint: Path, run: Run, chunks: Sequence[Any]) -> dict[str, T
         load_weights(checkpoint, chunks)
         return read_auxiliary(checkpoint)
     _, auxiliary = load_base(run, chunks, checkpoint)
-    load_weights(checkpoint, chunks, TRAINED)
+    load_weights(checkpoint, chunks, choice)
     return auxiliary
 
 
@@ -167,13 +182,13 @@ def load_base(
         The base, and its auxiliary tensors.
 
     Raises:
-        UserError: The base is not there, another one, or a model that was fine-tuned itself.
+        UserError: The base is not there or another one.
     """
     has_head = run.task.kind is not None
     if checkpoint is not None:
         check_adapters(checkpoint, run.lora)
         path = find_base(checkpoint, run)
-        choice = without_head() if has_head else ALL
+        choice = ENCODER if has_head else ALL
     else:
         assert run.init_from is not None
         path = Path(run.init_from)

@@ -8,9 +8,12 @@ from pathlib import Path
 import click
 
 from esm2mega.config.schema import TASK_KINDS
+from esm2mega.config.task import PAIR_KIND
 from esm2mega.errors import UserError
 
 Wrap = Callable[[Callable[..., None]], Callable[..., None]]
+
+_CLASSIFIER_KINDS = [kind for kind in TASK_KINDS if kind != PAIR_KIND]
 
 
 def add_commands(cli: click.Group, once: Wrap) -> None:
@@ -61,7 +64,9 @@ def _export(checkpoint: str, out: str) -> None:
 @click.option("--base", required=True, metavar="CHECKPOINT", help="Weights under the adapters, any format.")
 @click.option("--out", required=True, metavar="DIR", help="Checkpoint of adapters to make.")
 @click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors that are no adapters.")
-@click.option("--task", type=click.Choice(TASK_KINDS), help="What a classifier in it predicts: task.kind.")
+@click.option(
+    "--task", type=click.Choice(_CLASSIFIER_KINDS), help="What a classifier in it predicts: task.kind."
+)
 @click.option("--labels", metavar="NAME,…", help="Names of its outputs [default: LABEL_0 and so on].")
 def _import(
     source: str, base: str, out: str, drop: tuple[str, ...], task: str | None, labels: str | None

@@ -10,68 +10,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from esm2mega.config.schema import Run, TaskConfig
-from esm2mega.config.task import RESIDUE_KINDS
+from esm2mega.config.schema import TaskConfig
+from esm2mega.convert.classifiers import (
+    ROWS,
+    SEQUENCE,
+    TOKEN,
+    default_labels,
+    describe_head,
+    in_units_of_labels,
+    unit_scale,
+)
+from esm2mega.convert.weights import HeadDescription
 from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
 
 TASK = "esm2mega_task.json"
 PREFIX = "base_model.model.classifier."
 MODULE = "classifier"
-
-_SEQUENCE = {"dense.": "head.dense.", "out_proj.": "head.output."}
-_TOKEN = {"": "head.output."}
-_CLASSES = {"sequence": "EsmForSequenceClassification", "token": "EsmForTokenClassification"}
-_TASK_TYPES = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+TASK_TYPES = {SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS"}
+"""What peft calls them."""
 
 
-def kind_of_head(run: Run, head: Mapping[str, Tensor]) -> str | None:
-    """``sequence`` or ``token`` where transformers has the same head; None where it has not.
-
-    Args:
-        run: Configuration with the task.
-        head: Its tensors.
-    """
-    per_residue = run.task.kind in RESIDUE_KINDS
-    same = run.task.head in (("auto", "linear", "hf") if per_residue else ("hf",))
-    names = _names("token" if per_residue else "sequence").values()
-    if not same or head.keys() != set(names):
-        return None
-    return "token" if per_residue else "sequence"
-
-
-def task_type(kind: str) -> str:
-    """What peft calls it."""
-    return _TASK_TYPES[kind]
-
-
-def described(kind: str, info: TargetInfo) -> str:
+def described(architecture: str, info: TargetInfo) -> str:
     """For whom an exported head is, in a line."""
     named = ", ".join(info.names[:8]) + (", …" if len(info.names) > 8 else "")
-    return f"head     {_CLASSES[kind]} with num_labels={info.num_outputs}: {named}"
+    return f"head     {architecture} with num_labels={info.num_outputs}: {named}"
 
 
-def to_theirs(kind: str, head: Mapping[str, Tensor], info: TargetInfo) -> dict[str, Tensor]:
-    """Tensors of the classifier by the names that peft gives them."""
-    scaled = dict(head)
-    if info.mean:
-        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (info.mean, info.std))
-        weight, bias = head["head.output.weight"], head["head.output.bias"]
-        scaled["head.output.weight"] = (weight.double() * std[:, None]).to(weight.dtype)
-        scaled["head.output.bias"] = (bias.double() * std + mean).to(bias.dtype)
-    return {theirs: scaled[ours].contiguous() for theirs, ours in _names(kind).items()}
+def to_theirs(architecture: str, head: Mapping[str, Tensor], info: TargetInfo) -> dict[str, Tensor]:
+    """Tensors of the classifier by the names that peft gives them, with outputs in units of the labels."""
+    return {
+        theirs: in_units_of_labels(ours, head[ours], info, head[ours].dtype).contiguous()
+        for theirs, ours in _names(architecture).items()
+    }
 
 
-def write_task(directory: Path, run: Run, info: TargetInfo) -> None:
+def write_task(directory: Path, head: HeadDescription) -> None:
     """Write `TASK`: what the logits mean."""
-    unscaled = {"mean": [0.0] * len(info.mean), "std": [1.0] * len(info.std)}
-    content = {"target_columns": run.task.target_columns, **info.to_dict(), **unscaled}
+    content = {"target_columns": head.task.target_columns, **unit_scale(head.info).to_dict()}
     (directory / TASK).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -94,7 +75,7 @@ def has_meaning(source: Path, given: Meaning | None) -> bool:
 
 
 def to_ours(
-    source: Path, tensors: Mapping[str, Tensor], hidden_size: int, given: Meaning | None
+    source: Path, tensors: Mapping[str, Tensor], hidden_size: int, dropout: float, given: Meaning | None
 ) -> tuple[dict[str, Tensor], TaskConfig, TargetInfo]:
     """The head in a PEFT directory.
 
@@ -102,6 +83,7 @@ def to_ours(
         source: The directory.
         tensors: Those of the classifier by their names.
         hidden_size: Of the base.
+        dropout: Of the head in training.
         given: What its logits mean; None for what the file `TASK` says.
 
     Returns:
@@ -111,19 +93,24 @@ def to_ours(
         UserError: The file is not whole, or the tensors are not such a head.
     """
     found = {name.removeprefix(PREFIX): tuple(value.shape) for name, value in tensors.items()}
-    columns, info = _stored(source) if given is None else _given(given, found)
-    kind = "token" if info.per_residue else "sequence"
-    h, k = hidden_size, info.num_outputs
-    shapes = {"dense.weight": (h, h), "dense.bias": (h,), "out_proj.weight": (k, h), "out_proj.bias": (k,)}
-    if kind == "token":
-        shapes = {"weight": (k, h), "bias": (k,)}
+    if given is None:
+        columns, info = _stored(source)
+        head = describe_head(f"{source / TASK}: names", info.kind, info.names, hidden_size, dropout)
+        head = replace(head, task=replace(head.task, target_columns=columns), info=info)
+    else:
+        (count, *_) = found.get("out_proj.bias") or found.get("bias") or (0,)
+        labels = default_labels(count) if given.names is None else given.names
+        place = str(source) if given.names is None else f"--labels {','.join(labels)}"
+        head = describe_head(place, given.kind, labels, hidden_size, dropout)
+    architecture = TOKEN if head.info.per_residue else SEQUENCE
+    names = _names(architecture)
+    shapes = {theirs.removeprefix(PREFIX): head.shapes[ours] for theirs, ours in names.items()}
     if found != shapes:
         raise UserError(
-            f"{source}: {MODULE} has {found}, that of {_CLASSES[kind]} with {k} labels has {shapes}; leave "
-            "it out with --drop"
+            f"{source}: {MODULE} has {found}, that of {architecture} with {head.info.num_outputs} labels has "
+            f"{shapes}; leave it out with --drop"
         )
-    ours = {our_name: tensors[theirs] for theirs, our_name in _names(kind).items()}
-    return ours, TaskConfig(kind=info.kind, target_columns=columns, head="hf"), info
+    return {ours: tensors[theirs] for theirs, ours in names.items()}, head.task, head.info
 
 
 def _stored(source: Path) -> tuple[list[str], TargetInfo]:
@@ -134,19 +121,10 @@ def _stored(source: Path) -> tuple[list[str], TargetInfo]:
         raise UserError(f"{source / TASK}: not readable ({error}); leave {MODULE} out with --drop") from error
 
 
-def _given(given: Meaning, found: Mapping[str, tuple[int, ...]]) -> tuple[list[str], TargetInfo]:
-    (count, *_) = found.get("out_proj.bias") or found.get("bias") or (0,)
-    names = list(given.names) if given.names is not None else [f"LABEL_{n}" for n in range(count)]
-    numeric = given.kind in ("regression", "token_regression")
-    scale = ([0.0] * count, [1.0] * count) if numeric else ([], [])
-    columns = names if given.kind == "regression" else TaskConfig().target_columns
-    return columns, TargetInfo(given.kind, names, [], *scale)
-
-
-def _names(kind: str) -> dict[str, str]:
+def _names(architecture: str) -> dict[str, str]:
     """Their name -> ours."""
     return {
-        f"{PREFIX}{theirs}{part}": f"{ours}{part}"
-        for theirs, ours in (_SEQUENCE if kind == "sequence" else _TOKEN).items()
+        f"base_model.model.{row.theirs}".format(p=part): row.ours.format(p=part)
+        for row in ROWS[architecture]
         for part in ("weight", "bias")
     }

@@ -18,30 +18,29 @@ from typing import Any
 
 from torch import Tensor
 
-from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.lora import LINEARS, Linear, Targets, shortest_patterns
 from esm2mega.config.presets import ModelShape, shape_of
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate_model
+from esm2mega.convert.classifiers import dropout_of, find_equal
 from esm2mega.convert.convert import appearing
 from esm2mega.convert.esm2mega import run_of
 from esm2mega.convert.formats import detect, open_weights
+from esm2mega.convert.hf import read_config
 from esm2mega.convert.safetensors_writer import write_safetensors
 from esm2mega.convert.stores import SafetensorsStore
-from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.lora.base import identify
 from esm2mega.lora.checkpoint import AdapterReader, Factors, pinned, write_adapters
 from esm2mega.lora.hf_head import (
     MODULE,
     PREFIX,
+    TASK_TYPES,
     Meaning,
     described,
     has_meaning,
-    kind_of_head,
-    task_type,
     to_ours,
     to_theirs,
     write_task,
@@ -116,28 +115,27 @@ def export_adapters(checkpoint: Path, target: Path) -> list[str]:
             assert factors is not None
             for name, value in factors.present().items():
                 tensors[f"base_model.model.{_module(linear, layer)}.{_THEIRS[name]}"] = value
-    run = adapters.run
-    head = {name: adapters.read_other(name) for name in adapters.others}
-    kind = kind_of_head(run, head)
+    head = adapters.head()
+    architecture = None if head is None else find_equal(head)
     base = Path(adapters.base.path)
     config = _their_config(adapters, str(base) if base.exists() and detect(base) == "hf" else None)
     report = [f"{checkpoint}: {sum(map(len, adapters.targets.values()))} adapters -> {target}"]
     if config["base_model_name_or_path"] is None:
         report.append(f"base     {base}; for transformers: esm2mega convert {base} DIR --to hf")
-    if kind is None:
-        dropped = f"a head as task.head={run.task.head} of task.kind={run.task.kind} is not in transformers"
-        report += [f"dropped: {name}: {dropped}; keep it with esm2mega lora merge" for name in head]
-    else:
-        info = TargetInfo.from_dict(layout.read_state(checkpoint)["task"])
-        tensors |= to_theirs(kind, head, info)
-        config |= {"task_type": task_type(kind), "modules_to_save": [MODULE]}
-        report.append(described(kind, info))
+    if head is not None and architecture is None:
+        dropped = f"a head as task.head={head.task.head} of task.kind={head.task.kind} is not in transformers"
+        report += [f"dropped: {name}: {dropped}; keep it with esm2mega lora merge" for name in head.shapes]
+    elif head is not None and architecture is not None:
+        values = {name: adapters.read_other(name) for name in head.shapes}
+        tensors |= to_theirs(architecture, values, head.info)
+        config |= {"task_type": TASK_TYPES[architecture], "modules_to_save": [MODULE]}
+        report.append(described(architecture, head.info))
     infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
     with appearing(target) as directory:
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         write_safetensors(directory / TENSORS, infos, lambda name: tensors[name])
-        if kind is not None:
-            write_task(directory, run, info)
+        if head is not None and architecture is not None:
+            write_task(directory, head)
     return report
 
 
@@ -218,7 +216,8 @@ def import_adapters(
     state = {"step": 0, **nothing, "origin": origin}
     head: dict[str, Tensor] = {}
     if found.classifier:
-        head, run.task, info = to_ours(source, found.classifier, shape_of(run.model).hidden_size, meaning)
+        hidden_size, dropout = shape_of(run.model).hidden_size, dropout_of(_base_config(weights_path))
+        head, run.task, info = to_ours(source, found.classifier, hidden_size, dropout, meaning)
         run.finetune.mode = "lora"
         # Their head reads <cls>, which only this way of cropping keeps.
         run.data.crop = "start"
@@ -231,6 +230,11 @@ def import_adapters(
         *([f"head     {', '.join(head)}"] if head else []),
         *(f"dropped: {name}" for name in found.dropped),
     ]
+
+
+def _base_config(base: Path) -> dict[str, Any]:
+    """``config.json`` of a base of transformers; of others nothing."""
+    return read_config(base) if detect(base) == "hf" else {}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.lora import LINEARS
 from esm2mega.config.presets import shape_of
@@ -20,7 +19,7 @@ from esm2mega.convert.convert import appearing
 from esm2mega.convert.esm2mega import default_dtype
 from esm2mega.convert.formats import open_weights
 from esm2mega.convert.tensors import fuse_qkv, split_qkv
-from esm2mega.convert.weights import Weights, dtype_name
+from esm2mega.convert.weights import HeadDescription, Weights, dtype_name
 from esm2mega.lora.base import check_base, find_base, identify
 from esm2mega.lora.checkpoint import AdapterReader, Factors
 from esm2mega.model.build import DTYPES
@@ -49,21 +48,34 @@ def merge(checkpoint: Path, target: Path, base: str | None = None) -> list[str]:
     check_base(checkpoint, identify(path))
     weights = merged(open_weights(path), adapters)
     weights.origin |= {"format": "merged adapters", "path": str(checkpoint)}
+    run = None
+    if (head := adapters.head()) is not None:
+        weights, run = _with_head(weights, head, adapters), _merged_run(adapters.run, weights)
     with appearing(target) as directory:
-        if adapters.run.task.kind is None:
-            own_format.write(weights, directory)
-        else:
-            run = _merged_run(adapters.run, weights)
-            head = {name: adapters.read_other(name) for name in adapters.others}
-            own_format.write_for_task(weights, directory, run, head, layout.read_state(checkpoint)["task"])
+        own_format.write(weights, directory, run)
     count = sum(map(len, adapters.targets.values()))
     dtype = dtype_name(weights.description.dtype)
     return [
         f"{checkpoint}: {count} adapters merged into {path} -> {target}, {dtype}",
         *([f"head     {', '.join(adapters.others)}"] if adapters.others else []),
-        *(f"changed: {line}" for line in weights.notes.changed),
-        *(f"dropped: {line}" for line in weights.notes.dropped),
+        *weights.notes.lines(),
     ]
+
+
+def _with_head(weights: Weights, head: HeadDescription, adapters: AdapterReader) -> Weights:
+    """The same with the head that was trained beside the adapters, in the place of that of the base."""
+    dtype, read = weights.description.dtype, weights.read
+    description = replace(weights.description, head=head)
+    encoder = description.shapes.keys() - head.shapes
+    infos = {name: info for name, info in weights.infos.items() if name in encoder}
+    if dropped := [name for name in weights.infos if name not in infos]:
+        weights.notes.dropped.append(f"{', '.join(dropped)}: the head of the base")
+    return replace(
+        weights,
+        description=description,
+        infos=infos | {name: TensorInfo(shape, dtype) for name, shape in head.shapes.items()},
+        read=lambda name: adapters.read_other(name).to(dtype) if name in head.shapes else read(name),
+    )
 
 
 def _merged_run(run: Run, weights: Weights) -> Run:

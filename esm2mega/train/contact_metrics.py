@@ -26,14 +26,15 @@ _PARTS = {"p_at_L": 1, "p_at_L2": 2, "p_at_L5": 5}
 NAMES = [f"{prefix}{name}" for prefix in _RANGES for name in _PARTS]
 
 
-def contact_counts(probabilities: npt.NDArray[np.object_], labels: npt.NDArray[np.object_]) -> Array:
+def contact_counts(scores: npt.NDArray[np.object_], labels: npt.NDArray[np.object_]) -> Array:
     """How many of how many are right, for each protein and each of `NAMES`: ``[n, m, 2]``, 0 of 0 for none.
 
     Args:
-        probabilities: ``[n]`` arrays ``[p]``, pairs in the order of `pairs_of`.
+        scores: Greater for likelier contacts, such as logits; ``[n]`` arrays ``[p]``, pairs in the order of
+            `pairs_of`.
         labels: The same of labels.
     """
-    counts = [_of_protein(values, found) for values, found in zip(probabilities, labels, strict=True)]
+    counts = [_of_protein(values, found) for values, found in zip(scores, labels, strict=True)]
     return np.array(counts, dtype=np.float64).reshape(-1, len(NAMES), 2)
 
 
@@ -48,7 +49,7 @@ def contact_metrics(counts: Array) -> dict[str, float]:
     return metrics
 
 
-def _of_protein(probabilities: npt.NDArray[np.floating], labels: npt.NDArray[np.int8]) -> list[list[int]]:
+def _of_protein(scores: npt.NDArray[np.floating], labels: npt.NDArray[np.int8]) -> list[list[int]]:
     length = num_residues(len(labels))
     first, second = pairs_of(length)
     counts = []
@@ -57,7 +58,7 @@ def _of_protein(probabilities: npt.NDArray[np.floating], labels: npt.NDArray[np.
         if high is not None:
             chosen &= second - first < high
         # The first of equal ones first, whatever the machine.
-        likeliest = labels[chosen][np.argsort(-probabilities[chosen], kind="stable")]
+        likeliest = labels[chosen][np.argsort(-scores[chosen], kind="stable")]
         for part in _PARTS.values():
             k = length // part if len(likeliest) else 0
             counts.append([int((likeliest[:k] == 1).sum()), k])

@@ -23,7 +23,7 @@ from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.convert.into_model import load_initial_weights
 from esm2mega.data.batch import BatchSpec
-from esm2mega.data.labelled import LabelledProteins, Pairs, fit_length, proteins_of_pairs, read_labelled
+from esm2mega.data.labelled import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
 from esm2mega.data.labelled_batch import LabelledStream
 from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
@@ -35,6 +35,7 @@ from esm2mega.model.freezing import check_stages
 from esm2mega.model.heads import head_of_task
 from esm2mega.model.task import MakeHead
 from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.train.loaded_head import loaded_targets
 from esm2mega.train.loop import Evaluation, LoopState
 from esm2mega.train.metrics import HEADLINES, check_packages
 from esm2mega.train.optimizer import train_state
@@ -98,31 +99,36 @@ def finetune(
     validate_task(run)
     check_start(run)
     check_packages()
-    splits = read_splits(run, parts)
-    run = _with_steps(run, splits.of["train"])
     resume_from = find_resume(run)
     init_from = find_init(run) if resume_from is None else None
+    splits = read_splits(run, parts, loaded_targets(run, init_from, resume_from))
+    run = _with_steps(run, splits.of["train"])
     with process_groups(run.parallel, run.seed) as ranks:
         return _train(run, ranks, splits, parts, resume_from, init_from, observe)
 
 
-def read_splits(run: Run, parts: Parts) -> Splits:
-    """All splits that are given; those that are held out by the classes and scale of the training split."""
+def read_splits(run: Run, parts: Parts, loaded: TargetInfo | None = None) -> Splits:
+    """All splits that are given; those that are held out by the classes and scale of the training split.
+
+    Args:
+        run: The configuration.
+        parts: What is used instead of its tables.
+        loaded: Classes and scale of a head that was trained before, which then hold for all splits.
+    """
     found: dict[str, LabelledProteins] = {}
     info: TargetInfo | None = None
     for split, path in (("train", run.data.train), ("valid", run.data.valid), ("test", run.data.test)):
         key = f"data.{split}"
         if split in parts.data:
-            proteins, info = proteins_of_pairs(parts.data[split], run.task, info, key)
+            proteins, info = proteins_of_pairs(parts.data[split], run.task, info, key, run.data, loaded)
         elif path is not None:
-            proteins, info = read_labelled(path, run.task, run.data, info, key)
+            proteins, info = read_labelled(path, run.task, run.data, info, key, loaded)
         elif split == "train":
             raise UserError(
                 "data.train is not set: give a table with sequences and labels, as data.train=FILE"
             )
         else:
             continue
-        proteins = fit_length(proteins, run.data, key)
         if split != "train" and proteins.fingerprint == found["train"].fingerprint:
             raise UserError(
                 f"{key} holds the same proteins as data.train; its loss would not measure unseen proteins: "

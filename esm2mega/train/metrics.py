@@ -47,7 +47,7 @@ class Predictions:
         numbers: Which residue of it, int64 ``[n]``; None for tasks of proteins. Of contacts the residue that
             the first one of the piece is.
         values: In units of the labels, or probabilities, fp64 ``[n, k]``. Of contacts ``[n]`` arrays of the
-            probabilities of all pairs, see `esm2mega.data.contacts`.
+            logits of all pairs, see `esm2mega.data.contacts`.
         labels: ``[n]`` or ``[n, k]`` as in `LabelledProteins`, of contacts ``[n]`` arrays of those of pairs;
             None where there are none.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from esm2mega.checkpoint import layout
 from esm2mega.config.schema import Run
 from esm2mega.convert.formats import detect
-from esm2mega.convert.into_model import check_same_model
+from esm2mega.convert.into_model import check_same_model, head_at
 from esm2mega.errors import UserError
 from esm2mega.lora.base import needs_base
 from esm2mega.lora.checkpoint import pinned
@@ -90,6 +90,12 @@ def find_init(run: Run) -> Path | None:
     if run.init_from is None:
         return None
     path = Path(run.init_from)
+    if run.task.kind is None and path.exists() and (head := head_at(path)) != "lm":
+        what = "no head" if head is None else f"the head of task.kind={head.task.kind}"
+        raise UserError(
+            f"init_from={path}: has {what} in the place of that of masked language modelling, which "
+            "pretraining goes on with; fine-tune it, or give another init_from"
+        )
     if path.exists() and detect(path) != "esm2mega":
         return path
     found = pinned(layout.resolve_checkpoint(path))

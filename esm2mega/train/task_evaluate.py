@@ -69,7 +69,7 @@ def _kept_pairs(batch: LabelledBatch, values: Tensor) -> dict[str, Any]:
     return {
         "rows": batch.rows.cpu().numpy(),
         "numbers": segments.numbers.cpu().numpy()[first],
-        "values": split(values[:, 0].float()),
+        "values": split(values[:, 0]),
         "labels": None if batch.labels is None else split(batch.labels),
     }
 

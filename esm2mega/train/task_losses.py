@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esm2mega.config.schema import TaskConfig
+from esm2mega.config.task import NUMERIC_KINDS
 from esm2mega.data.targets import IGNORED, TargetInfo
+from esm2mega.errors import UserError
 from esm2mega.train.losses import LossReduction, LossTerms
 
 
@@ -22,10 +24,10 @@ class TaskLossReduction(LossReduction):
     """Base of the losses of tasks."""
 
     def predictions(self, output: Tensor) -> Tensor:
-        """What a user sees of the head's output ``[rows, k]``: values in units of the labels, or
-        probabilities.
+        """What is kept of the head's output ``[rows, k]``: values in units of the labels, or probabilities.
+        Of contacts logits, in fp32 at least: probabilities near 1 round to 1, and would have no order.
         """
-        return output
+        return _at_least_fp32(output)
 
 
 class RegressionLossReduction(TaskLossReduction):
@@ -143,9 +145,6 @@ class ContactLossReduction(TaskLossReduction):
         each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         return LossTerms((each * there).sum(), there.sum())
 
-    def predictions(self, output: Tensor) -> Tensor:
-        return output.sigmoid()
-
 
 def loss_of_task(task: TaskConfig, info: TargetInfo) -> TaskLossReduction:
     """The loss that a configuration names.
@@ -154,7 +153,7 @@ def loss_of_task(task: TaskConfig, info: TargetInfo) -> TaskLossReduction:
         task: Which one.
         info: Scale of numbers and counts of classes, from the training data.
     """
-    if task.kind in ("regression", "token_regression"):
+    if task.kind in NUMERIC_KINDS:
         make = RegressionLossReduction if task.kind == "regression" else TokenRegressionLossReduction
         return make(task.loss, task.huber_delta, info.mean, info.std)
     if task.kind == "multilabel":
@@ -172,6 +171,11 @@ def balanced_weights(info: TargetInfo) -> Tensor:
 
     These are the weights that scikit-learn calls balanced.
     """
+    if 0 in info.counts or len(info.counts) < info.num_outputs:
+        raise UserError(
+            "task.class_weights=balanced: not every class of the head has a label in the training data; set "
+            "task.class_weights=none"
+        )
     counts = torch.tensor(info.counts, dtype=torch.float64)
     return counts.sum() / (len(counts) * counts)
 

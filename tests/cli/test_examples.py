@@ -317,16 +317,18 @@ def test_slurm_saves_and_requeues_before_the_time_limit(slurm, store, tmp_path):
     assert int(checkpoint.parent.name.removeprefix("step_")) == records(tmp_path / "run")[-1]["step"]
 
 
-def check_finetuning(done: subprocess.CompletedProcess[str], checkpoint: str) -> None:
-    """The lines of the script and of the notebook: the checkpoint, then label, prediction and sequence."""
+def check_finetuning(done: subprocess.CompletedProcess[str], *checkpoints: str) -> None:
+    """The lines of the script and of the notebook: a checkpoint, then label, prediction and sequence."""
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert checkpoint in " ".join(lines[0])
-    pairs = [(float(value), float(predicted)) for value, predicted, _ in lines[1:]]
-    assert len(pairs) == 10
-    mean = sum(value for value, _ in pairs) / 10
-    # Nearer than the mean of all labels.
-    assert sum((v - p) ** 2 for v, p in pairs) < 0.5 * sum((v - mean) ** 2 for v, _ in pairs)
+    assert len(lines) == 11 * len(checkpoints)
+    for number, checkpoint in enumerate(checkpoints):
+        first, *rows = lines[11 * number : 11 * (number + 1)]
+        assert checkpoint in " ".join(first)
+        pairs = [(float(value), float(predicted)) for value, predicted, _ in rows]
+        mean = sum(value for value, _ in pairs) / 10
+        # Nearer than the mean of all labels.
+        assert sum((v - p) ** 2 for v, p in pairs) < 0.5 * sum((v - mean) ** 2 for v, _ in pairs)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -362,4 +364,5 @@ def test_finetuning_notebook_runs_cell_by_cell(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
-    check_finetuning(done, "runs/finetune_regression/checkpoints/step_00000050")
+    runs = ("finetune_regression", "finetune_regression_lora")
+    check_finetuning(done, *(f"runs/{run}/checkpoints/step_00000050" for run in runs))

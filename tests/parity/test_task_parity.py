@@ -1,34 +1,45 @@
-"""Heads on proteins and residues against `EsmForSequenceClassification` and `EsmForTokenClassification`."""
+"""Converted heads against `EsmForSequenceClassification` and `EsmForTokenClassification`, with gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from esm2mega.config.schema import DataConfig, ModelConfig, ParallelConfig, TaskConfig
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.store import load_weights
+from esm2mega.config.schema import DataConfig, ParallelConfig
 from esm2mega.convert import hf
+from esm2mega.convert.classifiers import head_rows
+from esm2mega.convert.convert import convert
+from esm2mega.convert.formats import open_weights
 from esm2mega.data.batch import BatchSpec
 from esm2mega.data.labelled_batch import LabelledBatch, LabelledPacks
-from esm2mega.data.tokenizer import VOCAB
 from esm2mega.model.build import build_model
 from esm2mega.model.heads import head_of_task
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel.initialize import process_groups
+from tests import foreign
 from tests.parity import references
 from tests.parity.references import Shape
 from tests.task_batches import proteins_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("esm", reason="fair-esm is not installed: pip install esm2mega[dev]")
 
 CLASSES = 4
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "LAGVSERTIDPKQNFYMHWCXBUZO", "MK", "GGSSGLLPWYKKTTRRAAHHCC" * 3]
-FP32 = 1e-5
-"""Relative to the largest value, as for the masked language model: some 80 epsilons."""
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+"""Relative to the largest value, as for the masked language model: some 80 epsilons of fp32."""
 
 
 @pytest.fixture(autouse=True)
@@ -37,39 +48,72 @@ def _world() -> Iterator[None]:
         yield
 
 
-def reference_model(kind: str, dtype: torch.dtype) -> Any:
+@dataclass(frozen=True)
+class Reference:
+    """A model with a head: the directory that it was written to, what it computes, and the gradients of all
+    its parameters under the names of transformers.
+    """
+
+    path: Path
+    shape: Shape
+    logits: Callable[[Tensor, Tensor], Tensor]
+    gradients: Callable[[], dict[str, Tensor]]
+
+
+def whole_model(kind: str, folder: Path) -> Reference:
+    """fp32: a model of transformers, saved by itself."""
     config = references.hugging_face(Shape()).config
     config.num_labels = CLASSES
-    made = {
+    classes = {
         "sequence": transformers.EsmForSequenceClassification,
         "token": transformers.EsmForTokenClassification,
     }
-    model = made[kind](config).to(dtype)
+    model = classes[kind](config)
     references.randomize(model)
-    return model.eval()
+    model.eval().save_pretrained(folder / "hf")
+
+    def gradients() -> dict[str, Tensor]:
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    return Reference(
+        folder / "hf", Shape(), lambda ids, mask: model(ids, attention_mask=mask).logits, gradients
+    )
 
 
-def head_weights(reference: Any, gradients: bool = False) -> dict[str, Tensor]:
-    """Tensors of their classifier under our names."""
-    names = {"dense.": "head.dense.", "out_proj.": "head.output.", "": "head.output."}
-    found = {}
-    for name, parameter in reference.classifier.named_parameters():
-        prefix = next(prefix for prefix in names if name.startswith(prefix))
-        value = parameter.grad if gradients else parameter
-        found[names[prefix] + name.removeprefix(prefix)] = value.detach()
-    return found
+def in_fp64(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Reference:
+    """transformers' head on fair-esm's encoder: its own has rotary positions and token dropout in fp32,
+    whatever the precision of the model.
+    """
+    from transformers.models.esm.modeling_esm import EsmClassificationHead
 
+    monkeypatch.setattr(
+        "esm.multihead_attention.utils_softmax", lambda x, dim, onnx_trace=False: torch.softmax(x, dim)
+    )
+    encoder = foreign.truth(torch.float64)
+    config = transformers.EsmConfig(hidden_size=foreign.H, num_labels=CLASSES, hidden_dropout_prob=0.0)
+    head = EsmClassificationHead(config) if kind == "sequence" else torch.nn.Linear(foreign.H, CLASSES)
+    references.randomize(head.double())
 
-def encoder_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    table = hf.NAMES
-    # The table wants a masked-language-model head, which these models lack.
-    h, v = Shape().hidden_size, len(VOCAB)
-    blank = {f"lm_head.dense.{p}": torch.zeros(*s) for p, s in (("weight", (h, h)), ("bias", (h,)))}
-    blank |= {f"lm_head.layer_norm.{p}": torch.zeros(h) for p in ("weight", "bias")}
-    blank["lm_head.bias"] = torch.zeros(v)
-    kept = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
-    ours = references.ours({**blank, **kept}, table, Shape())
-    return {name: value for name, value in ours.items() if name.startswith(("encoder.", "embedding."))}
+    def named(values: dict[str, Tensor], of_head: dict[str, Tensor]) -> dict[str, Tensor]:
+        state: Any = SimpleNamespace(state=values)
+        tensors = {n: x for n, x in foreign.hf_state(state).items() if not n.startswith("lm_head.")}
+        return tensors | {f"classifier.{name}": x for name, x in of_head.items()}
+
+    def gradients() -> dict[str, Tensor]:
+        nothing = {name: torch.zeros_like(value) for name, value in encoder.state.items()}
+        there = {n: p.grad for n, p in encoder.model.named_parameters() if p.grad is not None}
+        return named(nothing | there, {n: p.grad for n, p in head.named_parameters()})
+
+    def logits(ids: Tensor, mask: Tensor) -> Tensor:
+        states = encoder.model(ids, repr_layers=[foreign.L])["representations"][foreign.L]
+        return head(states)
+
+    path = folder / "hf"
+    path.mkdir()
+    save_file(named(encoder.state, head.state_dict()), path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(foreign.HF_CONFIG))
+    shape = Shape(foreign.L, foreign.H, foreign.A, foreign.F)
+    return Reference(path, shape, logits, gradients)
 
 
 def one_batch() -> LabelledBatch:
@@ -94,61 +138,36 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert (value - reference).abs().max().item() <= tolerance * scale, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["sequence", "token"])
-def test_equals_hugging_face_with_every_gradient(kind: str) -> None:
-    reference = reference_model(kind, torch.float32)
-    task = TaskConfig(kind="classification" if kind == "sequence" else "token_classification", head="hf")
-    config = ModelConfig(precision="fp32", **vars(Shape()))
-    (model,) = build_model(config, ParallelConfig(), torch.device("cpu"), 5, head_of_task(task, CLASSES))
+def test_equals_hugging_face_with_every_gradient(
+    kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After conversion, through the checkpoint; in fp64 to 1e-10."""
+    is_whole = dtype == torch.float32
+    reference = whole_model(kind, tmp_path) if is_whole else in_fp64(kind, tmp_path, monkeypatch)
+    convert(reference.path, tmp_path / "ours", "esm2mega")
+    run = layout.read_config(tmp_path / "ours")
+    make_head = head_of_task(run.task, CLASSES)
+    (model,) = build_model(run.model, ParallelConfig(), torch.device("cpu"), 5, make_head)
+    load_weights(tmp_path / "ours", [model])
     model.eval()
-    weights = encoder_weights(dict(reference.state_dict())) | head_weights(reference)
-    assert set(weights) == {name for name, _ in model.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter[: weights[name].shape[0]] = weights[name]
 
     batch = one_batch()
     ids, mask = padded(batch)
-    theirs = reference(ids, attention_mask=mask).logits
+    theirs = reference.logits(ids, mask)
     if kind == "token":
         # Theirs are of all tokens, ours of residues.
-        residue = mask.bool() & (ids != 0) & (ids != 2)
-        theirs = theirs[residue]
+        theirs = theirs[mask.bool() & (ids != 0) & (ids != 2)]
     ours = model(batch.input_ids, PackedSequences.from_lengths(batch.seqlens), batch.wanted)
-    assert_close({"logits": ours.detach()}, {"logits": theirs.detach()}, FP32)
+    assert_close({"logits": ours.detach()}, {"logits": theirs.detach()}, TOLERANCE[dtype])
     labels = torch.arange(len(theirs)) % CLASSES
     for logits in (ours, theirs):
         cross_entropy(logits, labels).backward()
-    gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    expected = encoder_weights(gradients) | head_weights(reference, gradients=True)
+    head = open_weights(reference.path).description.task
+    assert head is not None
+    table = hf.NAMES.with_head(head_rows(head))
+    expected = references.ours(reference.gradients(), table, reference.shape)
     actual = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert_close(actual, {name: value for name, value in expected.items() if value.any()}, FP32)
-
-
-@pytest.mark.parametrize("kind", ["sequence", "token"])
-def test_head_alone_in_fp64(kind: str) -> None:
-    """On the same hidden states: rotary positions of transformers are fp32 whatever the model's precision."""
-    reference = reference_model(kind, torch.float64).classifier
-    task = TaskConfig(kind="classification" if kind == "sequence" else "token_classification", head="hf")
-    config = ModelConfig(precision="fp64", **vars(Shape()))
-    (model,) = build_model(config, ParallelConfig(), torch.device("cpu"), 5, head_of_task(task, CLASSES))
-    head = model.head.eval()
-    holder = type("Holder", (), {"classifier": reference})
-    weights = head_weights(holder)
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            parameter.copy_(weights[f"head.{name}"])
-    batch = one_batch()
-    states = torch.randn(160, Shape().hidden_size, dtype=torch.float64, requires_grad=True)
-    theirs = (
-        reference(states[batch.wanted.first][:, None])
-        if kind == "sequence"
-        else reference(states[batch.wanted.residues])
-    )
-    theirs.square().sum().backward()
-    expected, states.grad = states.grad, None
-    ours = head(states, batch.wanted)
-    ours.square().sum().backward()
-    assert_close({"logits": ours, "states": states.grad}, {"logits": theirs, "states": expected}, 1e-10)
-    mine = {f"head.{name}": parameter.grad for name, parameter in head.named_parameters()}
-    assert_close(mine, head_weights(holder, gradients=True), 1e-10)
+    assert set(actual) == set(expected)
+    assert_close(actual, expected, TOLERANCE[dtype])

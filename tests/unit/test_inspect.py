@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from esm2mega.checkpoint import layout
+from esm2mega.data.flip import prepare_flip
 from esm2mega.errors import UserError
+from esm2mega.finetuning import train_model
 from esm2mega.inspect import inspect_path
 from tests.unit.conftest import TinyRun
+from tests.unit.runs import SETTINGS
 
 
 def _checksums(text: str) -> dict[str, str]:
@@ -59,6 +62,35 @@ def test_token_store(finished: TinyRun) -> None:
     text = inspect_path(finished.valid)
     assert f"token store {finished.valid} (format 1, checksums hold)" in text
     assert "15 sequences" in text
+
+
+def test_tables_of_a_benchmark(tmp_path: Path) -> None:
+    (tmp_path / "mixed.fasta").write_text(
+        ">a TARGET=True SET=train VALIDATION=False\nMKT\n>b TARGET=False SET=test VALIDATION=False\nLL\n"
+    )
+    out = tmp_path / "sav"
+    prepare_flip("sav", tmp_path, out, other_sizes=True)
+    lines = [" ".join(line.split()) for line in inspect_path(out).splitlines()]
+    assert lines[:4] == [
+        f"tables {out} of FLIP (format 1, checksums hold)",
+        "task sav",
+        "split mixed",
+        "kind classification",
+    ]
+    assert {"train 1 proteins, 3 residues, longest 3", "True 1 100.00 %", "False 1 100.00 %"} <= set(lines)
+    with (out / "test.csv").open("a") as file:
+        file.write("c,MK,True\n")
+    with pytest.raises(UserError, match="test.csv: is missing or was changed"):
+        inspect_path(out)
+
+
+def test_the_task_of_a_fine_tuned_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
+    settings = [*SETTINGS, f"run_dir={tmp_path}", "train.max_steps=1"]
+    train_model([*settings, "task.kind=regression"], train=[("MKT", 1.0), ("LAGV", 4.0)])
+    text = inspect_path(tmp_path)
+    assert "\ntask regression, head mlp mean, 1 outputs\n" in text
+    assert "\noutput 0 target, 2 training labels, mean 2.5, std 1.5\n" in text
 
 
 def test_damaged_store_is_an_error(finished: TinyRun, tmp_path: Path) -> None:

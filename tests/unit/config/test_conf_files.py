@@ -22,7 +22,7 @@ def layouts(name: str) -> list[tuple[int, str]]:
 
 
 def test_all_sizes_are_shipped():
-    tasks = {f"flip_{task}" for task in TASKS}
+    tasks = {"deeploc2", *(f"flip_{task}" for task in TASKS)}
     assert set(config_names()) == {"base", "infer", *(f"pretrain_esm2_{size}" for size in PRESETS), *tasks}
 
 
@@ -121,7 +121,8 @@ def test_every_task_of_flip_is_configured(task):
     validate_task(run)
     published = TASKS[task]
     assert run.task.kind == published.kind
-    assert run.task.num_classes in (None, published.num_classes)
+    classes = {"scl": 10, "sav": 2, "conservation": 9, "secondary_structure": 3}  # as published
+    assert run.task.num_classes == classes.get(task)
     assert (run.task.target_columns, run.task.mask_column) == (
         ["target"],
         "mask" if published.masked else None,

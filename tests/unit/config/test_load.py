@@ -181,6 +181,25 @@ def test_run_from_yaml_ignores_only_what_it_is_told_to(write):
         run_from_yaml(path)
 
 
+def test_defaults_of_a_file_say_nothing_against_the_model_under_it(write):
+    """`base` lists every key, also those of the model; a file that sets one of them still counts."""
+    base = load_run(None, ["model.size=8M", "model.precision=bf16", "model.layernorm_epsilon=1e-12"])
+    run = load_run_over(base, ["optim.lr=1e-3"], "base")
+    assert run.model == base.model and run.optim.lr == 1e-3
+    file = write("defaults: base\nmodel:\n  precision: fp64\noptim:\n  lr: 4e-4\n")
+    run = load_run_over(run, ["model.layernorm_epsilon=1e-5"], str(file))
+    assert (run.model.precision, run.model.num_layers, run.model.layernorm_epsilon) == ("fp64", 6, 1e-5)
+    # Other sections are as the file says, defaults too.
+    assert run.optim.lr == 4e-4
+
+
+def test_what_a_file_says_of_the_model_holds_although_it_is_the_default(write):
+    base = load_run(None, ["model.size=tiny", "model.precision=bf16", "model.activation=gelu_tanh"])
+    file = write("defaults: base\nmodel:\n  precision: fp32\n")
+    run = load_run_over(base, [], str(file))
+    assert (run.model.precision, run.model.activation) == ("fp32", "gelu_tanh")
+
+
 def test_load_run_over_changes_a_resolved_run_and_leaves_it_alone():
     base = load_run(None, ["model.size=tiny"])
     changed = load_run_over(base, ["train.micro_batch_tokens=2048"])

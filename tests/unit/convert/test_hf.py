@@ -88,6 +88,7 @@ def test_pickled_and_sharded_directories(
     torch.save(stored, pickled / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert_same(directory, pickled)
 
+    check_wrong_indices(tmp_path / "sharded")
     (tmp_path / "sharded" / "model-00003-of-00014.safetensors").unlink(missing_ok=True)
     for path in list((tmp_path / "sharded").glob("model-00002-of-*")):
         path.unlink()
@@ -95,13 +96,62 @@ def test_pickled_and_sharded_directories(
         open_weights(tmp_path / "sharded")
 
 
-def test_bare_models_are_refused(directory: Path) -> None:
+def check_wrong_indices(sharded: Path) -> None:
+    """transformers reads each tensor where the index says; another file may hold an older one."""
+    file = sharded / "model.safetensors.index.json"
+    good = file.read_text()
+    index = json.loads(good)
+    first, *names = index["weight_map"]
+    last = next(name for name in names if index["weight_map"][name] != index["weight_map"][first])
+    for change, message in (
+        ({first: index["weight_map"][last]}, f"does not fit its files: {first} is in model-"),
+        ({"esm.none": index["weight_map"][first]}, "esm.none is in none, by the index in model-"),
+        ({first: 7}, "weight_map is no table of names"),
+    ):
+        file.write_text(json.dumps({"weight_map": {**index["weight_map"], **change}}))
+        with pytest.raises(UserError, match=message):
+            open_weights(sharded)
+    file.write_text(good)
+    path, other = (sharded / index["weight_map"][name] for name in (first, last))
+    before = path.read_bytes()
+    save_file({**load_file(path), last: load_file(other)[last] + 1}, path)
+    with pytest.raises(UserError, match=f"holds {last}, as model-"):
+        open_weights(sharded)
+    path.write_bytes(before)
+
+
+def test_a_bare_model_is_an_encoder_without_head(directory: Path, tmp_path: Path) -> None:
     state = load_file(directory / "model.safetensors")
     state = {name: value for name, value in state.items() if not name.startswith("lm_head.")}
     save_file(
         {name.removeprefix("esm."): value for name, value in state.items()}, directory / "model.safetensors"
     )
-    with pytest.raises(UserError, match="has neither a masked-language-model head .* bare models are not"):
+    weights = open_weights(directory)
+    assert weights.description.head is None and not any(n.startswith("lm_head.") for n in weights.infos)
+    for target, message in (("te", "holds no head; te holds masked"), ("esm2mega", "start a fine-tuning")):
+        with pytest.raises(UserError, match=message):
+            convert(directory, tmp_path / target, target)
+        assert not (tmp_path / target).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "config.json: cannot be read as JSON"),
+        (
+            json.dumps({**CONFIG, "num_hidden_layers": 10**9}),
+            "says 1000000000 layers, and it holds 78 tensors",
+        ),
+        (
+            json.dumps({**CONFIG, "tie_word_embeddings": False}),
+            "lm_head.decoder.weight is missing, so readers",
+        ),
+    ],
+    ids=["nested", "huge", "untied"],
+)
+def test_a_bad_configuration_is_one_line(directory: Path, content: str, message: str) -> None:
+    (directory / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
         open_weights(directory)
 
 

@@ -136,6 +136,20 @@ def test_class_names_are_read_whole_from_fasta_and_its_csv_twin(tmp_path: Path, 
     assert manifest(tmp_path / "b")["splits"]["train"]["classes"] == {"Lysosome/Vacuole": 1}
 
 
+def test_a_split_with_several_classes_per_protein_is_multilabel(tmp_path: Path) -> None:
+    (tmp_path / "mixed_vs_human_2.fasta").write_text(
+        ">a TARGET=Nucleus;Cytoplasm SET=train VALIDATION=False\nMKT\n"
+        ">b TARGET=Nucleus SET=train VALIDATION=False\nMKL\n>c TARGET=Plastid SET=test VALIDATION=False\nLL\n"
+    )
+    prepare_flip("scl", tmp_path, tmp_path / "out", "mixed_vs_human_2")
+    written = manifest(tmp_path / "out")
+    assert written["kind"] == "multilabel"
+    run = load_run("flip_scl", ["model.size=tiny", "task.num_classes=null", f"task.kind={written['kind']}"])
+    _, info = read_labelled(tmp_path / "out/train.csv", run.task, run.data, None, "data.train")
+    assert written["splits"]["train"]["classes"] == dict(zip(info.names, info.counts, strict=True))
+    assert info.names == ["Cytoplasm", "Nucleus"] and info.counts == [1, 2]
+
+
 def residue_files(folder: Path, task: str, **changed: str) -> Path:
     """Three proteins with labels of digits, one without labels."""
     folder.mkdir()
@@ -157,7 +171,7 @@ def test_labels_of_residues_keep_leading_zeros(tmp_path: Path, task: str) -> Non
     assert "1 of 4 proteins have no labels" in "".join(lines)
     (row,) = tables(tmp_path / "out")["train"]
     expected = {"id": "p0", "sequence": "MKT", "target": "012"}
-    assert row == {**expected, "mask": "011"} if TASKS[task].masked else expected
+    assert row == ({**expected, "mask": "011"} if TASKS[task].masked else expected)
     assert manifest(tmp_path / "out")["without_labels"] == 1
     run = load_run(f"flip_{task}", ["model.size=tiny", "task.num_classes=null"])
     proteins, info = read_labelled(tmp_path / "out/train.csv", run.task, run.data, None, "data.train")
@@ -171,7 +185,7 @@ def test_labels_of_residues_keep_leading_zeros(tmp_path: Path, task: str) -> Non
     [
         ({"sequences": ">p0\nMKT\n>p1\nLA\n"}, "sampled.fasta:5: no sequence of 'p2' in"),
         ({"sequences": ">p0\nMKT\n>p1\nLA\n>p2\nWYVV\n"}, "sampled.fasta:5: 3 labels of 'p2', which has 4"),
-        ({"resolved": ">p0\n011\n>p1\n11\n"}, "sampled.fasta:5: no mask of 'p2'"),
+        ({"resolved": ">p0\n011\n>p1\n11\n"}, "sampled.fasta:5: no marks of 'p2' in"),
         ({"resolved": ">p0\n011\n>p1\n1\n>p2\n111\n"}, "resolved.fasta:3: 1 marks of 'p1', which has 2"),
         ({"resolved": ">p0\n01x\n>p1\n11\n>p2\n111\n"}, "resolved.fasta:1: 'x' in the mask of 'p0'"),
         ({"resolved": ">p0\n011\n>p0\n111\n"}, "resolved.fasta:3: the id 'p0' is that of line 1 already"),

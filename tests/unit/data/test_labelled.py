@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_class_names_stay_text(tmp_path: Path) -> None:
     assert found.labels is not None and found.labels.tolist() == [0, 2, 1, 0]
     numbers = "sequence,target\nMK,10\nMKK,9\n"
     assert read(tmp_path, numbers, kind="classification")[1].names == ["9", "10"]
-    with pytest.raises(UserError, match=r"table.csv:3: the class '9' does not occur in the training data"):
+    with pytest.raises(UserError, match=r"table.csv:3: the class '9' is none of those of the training data"):
         read(tmp_path, "sequence,target\nMK,NA\nMKK,9\n", info, kind="classification")
     with pytest.raises(UserError, match="task.num_classes=4, but data.train has 3 classes"):
         read(tmp_path, text, kind="classification", num_classes=4)
@@ -113,6 +114,61 @@ def test_long_proteins_are_refused_dropped_or_cropped_with_their_labels() -> Non
             assert batch.labels is not None
             assert decode(residues) == "".join(info.names[i] for i in batch.labels.tolist())
             assert batch.num_residues == len(residues) > 0
+
+
+@pytest.mark.parametrize("head", ["new", "loaded"])
+def test_proteins_that_are_dropped_teach_nothing(head: str) -> None:
+    data = DataConfig(max_seq_length=6, too_long="drop")
+    task = TaskConfig(kind="classification")
+    loaded = (
+        TargetInfo("classification", ["b", "a"], [9, 9], baseline=[0.5, 0.5]) if head == "loaded" else None
+    )
+    pairs = [("MK", "a"), ("LA", "b"), ("WY", "a"), ("MKTAYIAKQR", "c")]
+    proteins, info = proteins_of_pairs(pairs, task, None, "train", data, loaded)
+    found = dict(zip(info.names, zip(info.counts, info.baseline, strict=True), strict=True))
+    assert found == {"a": (2, 2 / 3), "b": (1, 1 / 3)}
+    assert info.names == (["a", "b"] if loaded is None else ["b", "a"]) and len(proteins) == 3
+    numbers = [("MK", 1.0), ("LA", 2.0), ("MKTAYIAKQR", 900.0)]
+    _, info = proteins_of_pairs(numbers, TaskConfig(kind="regression"), None, "train", data)
+    assert (info.mean, info.std, info.baseline) == ([1.5], [0.5], [1.5])
+
+
+LETTERS = "LAGVSERTIDPKQN"
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        (TaskConfig(kind="regression", target_columns=["u", "v"]), [(0.5, -2.0), (1.5, None), (4.0, 7.0)]),
+        (TaskConfig(kind="token_regression"), [[0.5] * 14, [-1.0] * 14, [2.5, *[float("nan")] * 13]]),
+        (TaskConfig(kind="classification"), ["a", "b", "a"]),
+        (TaskConfig(kind="token_classification"), ["a" * 14, "ab" * 7, "b" * 14]),
+        (TaskConfig(kind="multilabel"), ["a;b", "", "b"]),
+        (TaskConfig(kind="multilabel", target_columns=["u", "v"]), [("1", "0"), ("1", None), ("0", "1")]),
+        (TaskConfig(kind="contact"), [[[n % 9, n, 0.5 * k] for n in range(14)] for k in range(3)]),
+    ],
+    ids=lambda value: value.kind if isinstance(value, TaskConfig) else "",
+)
+def test_a_loaded_head_keeps_its_scale_and_forgets_its_labels(task: TaskConfig, labels: list[Any]) -> None:
+    """Counts and baseline are those of a head that learns from the same labels, whatever was loaded."""
+    pairs = [(LETTERS, label) for label in labels]
+    _, fresh = proteins_of_pairs(pairs, task, None, "train")
+    numbers = [101.0] * len(fresh.mean)
+    loaded = replace(fresh, counts=[3] * len(fresh.counts), mean=numbers, std=numbers, baseline=[101.0])
+    for before in (loaded, replace(loaded, counts=[], baseline=[])):  # a head of another program has none
+        _, info = proteins_of_pairs(pairs, task, None, "train", loaded=before)
+        assert (info.counts, info.baseline) == (fresh.counts, fresh.baseline)
+        assert (info.mean, info.std) == (numbers, numbers)
+
+
+def test_num_classes_is_compared_wherever_outputs_come_from() -> None:
+    flags = TaskConfig(kind="multilabel", target_columns=["u", "v"], num_classes=3)
+    with pytest.raises(UserError, match=r"task.num_classes=3, but data.train has 2 classes \(u, v\)"):
+        proteins_of_pairs([("MK", ("1", "0"))], flags, None, "train")
+    loaded = TargetInfo("classification", ["a", "b", "c"])
+    task = TaskConfig(kind="classification", num_classes=2)
+    with pytest.raises(UserError, match=r"task.num_classes=2, but the loaded head has 3 classes \(a, b, c\)"):
+        proteins_of_pairs([("MK", "a"), ("LA", "b")], task, None, "train", loaded=loaded)
 
 
 def test_every_protein_once_whatever_the_ranks() -> None:

@@ -80,8 +80,11 @@ def test_a_table_of_labels(tmp_path: Path) -> None:
     given = {"s.fasta": ">8\nMK\n>7\nM\n"}
     found, info = read(tmp_path, given, "s.fasta", kind="classification", label_file="l.parquet")
     assert [info.names[i] for i in found.labels.tolist()] == ["NA", "x"]
-    with pytest.raises(UserError, match="task.label_file=.*: no column 'c' among id, a, b"):
+    with pytest.raises(UserError, match="task.label_file=.*: no column 'c' among id, a, b; correct"):
         read(tmp_path, files, "s.fasta", **{**task, "target_columns": ["c"]})
+    # Of two columns of one name the last would be read.
+    with pytest.raises(UserError, match="data.train=.*: has 2 columns 'y'; rename all but one"):
+        read(tmp_path, {"t.csv": "sequence,y,y\nMK,1,2\n"}, "t.csv", kind="regression", target_columns=["y"])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,14 @@ def test_labels_of_the_other_tasks(tmp_path: Path, name: str, value: Any, cell: 
     [
         ("stability", {}, "has no numbers 'stability_score'"),
         ("secondary_structure", {"ss3": np.zeros(2, int)}, r"'ss3' has the shape \[2\] for 3 residues"),
-        ("secondary_structure", {"ss3": np.array([0, -1, 0])}, "'ss3' has the shape"),
+        ("secondary_structure", {"ss3": np.array([0, -1, 0])}, "'ss3' is -1 at residue 1; a class is 0 to 9"),
+        ("secondary_structure", {"ss3": np.array([0, 2, 10])}, "'ss3' is 10 at residue 2"),
+        ("secondary_structure", {"ss3": np.array([0.5, 2, 1])}, "'ss3' is 0.5 at residue 0"),
+        ("remote_homology", {"fold_label": 7.5}, "'fold_label' is 7.5; a class is a whole number"),
+        ("remote_homology", {"fold_label": float("inf")}, "'fold_label' is inf; a class is a whole number"),
+        ("stability", {"stability_score": [float("nan")]}, "'stability_score' is nan, not a number"),
+        ("fluorescence", {"log_fluorescence": np.array([np.inf], "f4")}, "'log_fluorescence' is inf"),
+        ("stability", {"stability_score": [1.0, 2.0]}, r"'stability_score' has the shape \[2\]"),
         ("contact_prediction", {"tertiary": np.zeros((3, 3))}, "has no 'valid_mask' of 3 residues"),
     ],
 )

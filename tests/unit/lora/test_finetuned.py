@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.choice import without_head
+from esm2mega.checkpoint.choice import ENCODER
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.cli import main
 from esm2mega.config.load import load_run
-from esm2mega.config.schema import ParallelConfig
+from esm2mega.config.schema import LoRAConfig, ParallelConfig
+from esm2mega.convert.convert import convert
 from esm2mega.data.labelled import proteins_of_sequences
 from esm2mega.data.tokenizer import encode_residues
 from esm2mega.errors import UserError
@@ -92,7 +96,7 @@ def test_the_base_gets_no_gradient_and_stays_as_it_is(finished: TinyRun, tmp_pat
     parameters = dict(seen[0].named_parameters())
     with process_groups(ParallelConfig(), seed=1):
         (model,) = build_model(run.model, run.parallel, CPU, 1, head_of_task(run.task, 1))
-        load_weights(layout.resolve_checkpoint(finished.run_dir), [model], without_head())
+        load_weights(layout.resolve_checkpoint(finished.run_dir), [model], ENCODER)
     base = {name: value for name, value in model.named_parameters() if not name.startswith("head.")}
     assert len(base) > 20 and all(torch.equal(parameters[name], value) for name, value in base.items())
     assert not any(hasattr(parameters[name], "main_grad") for name in base)
@@ -152,12 +156,21 @@ def test_reload_and_merge_predict_what_training_evaluated(
     scale = np.abs(predicted["adapters"]).max()
     assert np.abs(predicted["merged"] - predicted["adapters"]).max() < 1e-10 * scale
     assert layout.read_config(whole).finetune.mode == "full"
-    for command in ("embed", "convert"):
-        target = ["--to", "hf"] if command == "convert" else []
-        arguments = [str(table), "--out"] if command == "embed" else []
-        assert main([command, str(trained.checkpoint), *arguments, str(tmp_path / "x"), *target]) == 2
-        error = capsys.readouterr().err
-        assert "esm2mega lora merge" in error or "esm2mega predict" in error
+    states = {}
+    for name, checkpoint in (("adapters", trained.checkpoint), ("merged", whole)):
+        out = tmp_path / f"{name}.h5"
+        assert main(["embed", str(checkpoint), str(table), "--out", str(out)]) == 0
+        with h5py.File(out) as file:
+            (layer,) = file["residue"].values()
+            states[name] = layer[:]
+    # Stored in fp32.
+    assert np.abs(states["merged"] - states["adapters"]).max() < 1e-6 * np.abs(states["adapters"]).max()
+    capsys.readouterr()
+    arguments = [str(table), "--out", str(tmp_path / "x.h5"), "--include", "logits"]
+    assert main(["embed", str(trained.checkpoint), *arguments]) == 2
+    assert "no head of masked language modelling" in capsys.readouterr().err
+    assert main(["convert", str(trained.checkpoint), str(tmp_path / "x"), "--to", "hf"]) == 2
+    assert "esm2mega lora merge" in capsys.readouterr().err
 
 
 def test_what_does_not_go_together_is_refused(
@@ -174,9 +187,27 @@ def test_what_does_not_go_together_is_refused(
     ):
         with pytest.raises(UserError, match=message):
             _train(finished, tmp_path / "run", *changes)
-    merge(trained.checkpoint, tmp_path / "whole")
-    with pytest.raises(UserError, match="is a fine-tuned model, adapters are trained on a pretrained one"):
-        _train(finished, tmp_path / "run", *ADAPTERS, f"init_from={tmp_path / 'whole'}")
+
+
+@pytest.mark.parametrize("change", ["finetune.mode=frozen", "lora.rank=4"])
+def test_adapters_are_configured_in_one_place(finished: TinyRun, tmp_path: Path, change: str) -> None:
+    settings = [*SETTINGS, f"run_dir={tmp_path}", f"init_from={finished.run_dir}", "task.kind=regression"]
+    with pytest.raises(UserError, match="adapters are configured by one of them"):
+        train_model([*settings, change], train=PAIRS[:30], lora=LoRAConfig(rank=8))
+
+
+def test_adapters_on_a_fine_tuned_model_go_on_with_its_head(
+    finished: TinyRun, trained: TrainedModel, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    merge(trained.checkpoint, whole)
+    start = (f"init_from={whole}", "finetune.load_head=true", "optim.lr=1e-30")
+    again = _train(finished, tmp_path / "run", *ADAPTERS, *start)
+    expected = np.array(infer_model(whole, UNSEEN))
+    assert np.abs(infer_model(again.checkpoint, UNSEEN) - expected).max() < 1e-10 * np.abs(expected).max()
+    merge(again.checkpoint, tmp_path / "again")
+    merged = infer_model(tmp_path / "again", UNSEEN)
+    assert np.abs(merged - expected).max() < 1e-10 * np.abs(expected).max()
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +295,54 @@ def test_a_classifier_that_peft_trained_becomes_a_head(base: Base, tmp_path: Pat
     assert np.abs(_ours(target) - expected).max() < 1e-5
     assert infer_model(target, UNSEEN) == ["xyz"[number] for number in expected.argmax(axis=1)]
     assert main([*arguments, str(tmp_path / "few"), "--task", "classification", "--labels", "x,y"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "token_regression"])
+def test_an_imported_head_is_described_as_a_converted_one(
+    base: Base, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same section ``task`` and the same meaning, from the same classifier without names."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    shutil.copytree(base.path, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.3}))
+    made, problem, count = "Sequence", "multi_label_classification", 3
+    if kind == "token_regression":
+        made, problem, count = "Token", "regression", 1
+    make = getattr(transformers, f"EsmFor{made}Classification")
+    plain = make.from_pretrained(tmp_path / "base", num_labels=count, problem_type=problem)
+    plain.save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "converted", "esm2mega")
+    task_type = "SEQ_CLS" if made == "Sequence" else "TOKEN_CLS"
+    model = get_peft_model(plain, LoraConfig(task_type=task_type, r=4, target_modules=["query"]))
+    model.save_pretrained(tmp_path / "peft")
+    arguments = ["lora", "import", str(tmp_path / "peft"), "--base", str(tmp_path / "base"), "--out"]
+    assert main([*arguments, str(tmp_path / "ours"), "--task", kind]) == 0
+    converted, ours = tmp_path / "converted", tmp_path / "ours"
+    task = layout.read_config(ours).task
+    assert task == layout.read_config(converted).task and task.dropout == 0.3
+    assert layout.read_state(ours)["task"] == layout.read_state(converted)["task"]
+    capsys.readouterr()
+    for more, message in (
+        (["--task", kind, "--labels", "a,a,b"], "--labels a,a,b has 'a' twice"),
+        (["--task", "token_regression", "--labels", "a,b"], "with 2 numbers per residue has no equal here"),
+        (["--task", "contact"], "'contact' is not one of"),
+    ):
+        assert main([*arguments, str(tmp_path / "x"), *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+
+
+def test_only_a_head_that_the_base_has_is_reported_as_dropped(base: Base, tmp_path: Path) -> None:
+    convert(base.path, tmp_path / "bare", "hf", drop_head=True)
+    for name, path in (("bare", tmp_path / "bare"), ("whole", base.path)):
+        tuned = _tuned(replace(base, path=path), tmp_path / f"{name}_run", "regression", [1.0, 2.0] * 20)
+        dropped = [
+            line for line in merge(tuned.checkpoint, tmp_path / f"{name}_merged") if "the head" in line
+        ]
+        assert len(dropped) == (name == "whole")
 
 
 def test_a_head_without_an_equal_is_reported(trained: TrainedModel, tmp_path: Path) -> None:

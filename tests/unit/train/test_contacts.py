@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from esm2mega.cli import main
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data.contacts import num_pairs, num_residues, pair_labels, pairs_of
 from esm2mega.data.labelled import proteins_of_pairs, read_labelled
+from esm2mega.data.labelled_batch import Segments
 from esm2mega.data.targets import IGNORED, TargetInfo
+from esm2mega.data.tokenizer import CLS, EOS, encode_residues
 from esm2mega.errors import UserError
 from esm2mega.finetuning import infer_model, train_model
+from esm2mega.infer.task import loaded, open_task
+from esm2mega.infer.task_output import contact_maps, shown_predictions
+from esm2mega.model.packed import PackedSequences
 from esm2mega.train.contact_metrics import NAMES, contact_counts
 from esm2mega.train.metrics import Predictions, bootstrap_intervals, metrics_of, objects
+from esm2mega.train.task_losses import ContactLossReduction
+from tests.task_batches import proteins_of
 from tests.unit.runs import SETTINGS
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
@@ -120,8 +129,8 @@ def hairpins(count: int, seed: int) -> list[tuple[str, Any]]:
 
 
 def learn(run_dir: Path, *overrides: str):
-    settings = [*SETTINGS, f"run_dir={run_dir}", "task.kind=contact", "train.eval_every=20"]
-    settings += ["train.max_steps=60", "optim.lr=1e-2", "task.dropout=0.1", *overrides]
+    settings = [*SETTINGS, f"run_dir={run_dir}", "task.kind=contact", "train.log_every=20"]
+    settings += ["train.max_steps=40", "optim.lr=1e-2", "task.dropout=0.1", *overrides]
     return train_model(settings, train=hairpins(24, 1), valid=hairpins(8, 2))
 
 
@@ -158,15 +167,59 @@ def test_contacts_are_learned_and_predicted(tmp_path: Path, head: str) -> None:
         assert not refused.exists()
 
 
+def test_contacts_are_ranked_where_probabilities_are_all_one() -> None:
+    """In fp32 the logistic function of 18 is 1, as those of 25 and 40 are; the last pair is the contact."""
+    first, second = pairs_of(8)
+    logits = torch.full((len(first), 1), -3.0)
+    logits[second - first >= 6, 0] = torch.tensor([18.0, 25.0, 40.0])
+    labels = np.where(second - first >= 6, 0, IGNORED).astype(np.int8)
+    labels[(first == 1) & (second == 7)] = 1
+    values = ContactLossReduction().predictions(logits)[:, 0].numpy()
+    found = Predictions(np.zeros(1, int), np.zeros(1, int), objects([values]), objects([labels]))
+    info = TargetInfo("contact", ["contact"])
+    assert metrics_of(found, info)["p_at_L5"] == 1.0
+    proteins = proteins_of(["MKTAYIAK"])
+    assert shown_predictions(found, info, proteins) == [[[1, 7, 1.0], [0, 7, 1.0], [0, 6, 1.0]]]
+    (shown,) = contact_maps(found, proteins)
+    assert shown[2, 3] == shown[3, 2] == pytest.approx(1 / (1 + math.exp(3)), rel=1e-7)
+
+
 def test_a_piece_of_a_protein_keeps_its_places(tmp_path: Path) -> None:
-    """Cropped at random, the map is that of the piece at its place, and NaN elsewhere."""
-    trained = learn(tmp_path / "run", "train.max_steps=1", "train.eval_every=0")
-    sequence = hairpins(1, 5)[0][0]
-    cropped = ["data.max_seq_length=12", "data.too_long=crop", "data.crop=start"]
-    (found,) = infer_model(trained.checkpoint, [sequence], cropped)
-    known = ~np.isnan(found)
-    # <cls> and 11 residues, without <eos>.
-    assert known[:11, :11].sum() == 11 * 10 and not known[11:].any() and not known[:, 11:].any()
+    """Cropped at random, the map is that of the piece alone, at its place, and NaN elsewhere."""
+    trained = learn(tmp_path / "run", "train.max_steps=1")
+    sequences = [sequence for sequence, _ in hairpins(6, 5)]
+    cropped = ["data.max_seq_length=12", "data.too_long=crop", "data.crop=random"]
+    found = infer_model(trained.checkpoint, sequences, cropped)
+    inner = 0
+    with loaded(open_task(trained.checkpoint)) as ((model,), ranks):
+        model.eval()
+        for sequence, shown in zip(sequences, found, strict=True):
+            (places,) = (~np.isnan(shown)).any(axis=0).nonzero()
+            start, end = int(places[0]), int(places[-1]) + 1
+            inner += start > 0
+            ids = torch.tensor([CLS, *encode_residues(sequence).tolist(), EOS])
+            # Residue i is token i + 1. Of 12 tokens one may be <cls> or <eos>.
+            count = end - start
+            with_cls = count == 11 and start == 0
+            first = start + 1 - with_cls
+            piece = Segments.of_protein(ids)
+            piece = replace(
+                piece,
+                residues=torch.arange(count) + int(with_cls),
+                owners=torch.zeros(count, dtype=torch.int64),
+                numbers=torch.arange(count),
+                tokens=(ids[first : first + 12].numpy().astype(np.uint8).tobytes(),),
+            )
+            with torch.no_grad():
+                packed = PackedSequences.from_lengths([12], ranks.device)
+                logits = model(ids[first : first + 12].to(ranks.device), packed, piece.to(ranks.device))
+            expected = np.full((len(sequence), len(sequence)), np.nan)
+            i, j = pairs_of(count)
+            expected[i + start, j + start] = logits[:, 0].sigmoid().cpu().numpy()
+            expected[j + start, i + start] = expected[i + start, j + start]
+            # The model is fp64, what is shown fp32.
+            np.testing.assert_allclose(shown, expected, rtol=0, atol=1e-7)
+    assert inner
 
 
 def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:

@@ -14,8 +14,13 @@ import torch
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.cli import main
+from esm2mega.config.load import load_run
+from esm2mega.config.schema import TaskConfig
+from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.finetuning import infer_model, train_model
+from esm2mega.model.heads import MLPHead
+from esm2mega.train.finetune import Parts, read_splits
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS
 
@@ -87,6 +92,19 @@ def test_the_encoder_of_a_pretrained_model_and_a_new_head(finished: TinyRun, tmp
     assert moved[0] < 0.01 < moved[1]
 
 
+def test_a_warm_start_knows_the_labels_of_its_own_training_data() -> None:
+    """Proteins that are dropped are none of them; held-out splits are read by the loaded scale."""
+    run = load_run(
+        None, ["model.size=tiny", "task.kind=regression", "data.max_seq_length=8", "data.too_long=drop"]
+    )
+    pairs = {"train": [("MK", 1.0), ("LA", 4.0), ("MKTAYIAKQR", 900.0)], "valid": [("WY", 7.0)]}
+    loaded = TargetInfo("regression", ["target"], [50], [101.0], [3.0], [101.0])
+    splits = read_splits(run, Parts(pairs), loaded)
+    assert splits.info.to_dict() == loaded.to_dict() | {"counts": [2], "baseline": [2.5]}
+    assert [len(splits.of["train"]), splits.of["valid"].labels.tolist()] == [2, [[7.0]]]
+    assert "1 of 3 proteins of data.train have more than 6 residues" in splits.of["train"].notes[0]
+
+
 def test_frozen_features_are_those_of_the_whole_model(tmp_path: Path) -> None:
     """Computing them once changes nothing: freezing all but the head by patterns gives the same weights."""
     frozen = train(tmp_path / "frozen", "finetune.mode=frozen", "task.pooling=attention")
@@ -150,6 +168,17 @@ def test_a_resume_keeps_learning_rates(tmp_path: Path) -> None:
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
 
 
+class HeadWithMore(MLPHead):
+    """A user's own head: that of the configuration with one tensor more."""
+
+    def __init__(self, config: Any, device: torch.device) -> None:
+        super().__init__(config, device, TaskConfig(kind="regression", hidden_size=8), 1)
+        self.bias = torch.nn.Parameter(torch.empty(1, device=device, dtype=config.params_dtype))
+
+    def predict(self, features: torch.Tensor, segments: Any) -> torch.Tensor:
+        return super().predict(features, segments) + self.bias
+
+
 def test_a_lenient_start_takes_what_fits_and_says_what_does_not(
     finished: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,12 +195,15 @@ def test_a_lenient_start_takes_what_fits_and_says_what_does_not(
     expected = tensors(first.checkpoint)
     same = [name for name in expected if not name.startswith(("optimizer.", "head."))] + ["head.output.bias"]
     assert len(same) > 15 and all(torch.equal(taken[name], expected[name]) for name in same)
+    same_head = ("task.hidden_size=8", f"init_from={first.checkpoint}")
+    with pytest.raises(UserError, match="missing .*head.bias"):
+        train(tmp_path / "more", *start, *same_head, make_head=HeadWithMore)
+    train(tmp_path / "more", *start, *same_head, "finetune.strict=false", make_head=HeadWithMore)
+    assert capfd.readouterr().err.count("init_from initial: head.bias is not there\n") == 1
     # A pretrained model has no head at all.
-    bare = f"init_from={finished.run_dir}"
-    with pytest.raises(UserError, match="missing .*head.dense.bias"):
-        train(tmp_path / "bare", *start, bare)
-    train(tmp_path / "bare", *start, bare, "finetune.strict=false")
-    assert capfd.readouterr().err.count("is not there\n") == 4
+    for strict in ("true", "false"):
+        with pytest.raises(UserError, match="has no head of a task; set finetune.load_head=false"):
+            train(tmp_path / "bare", *start, f"init_from={finished.run_dir}", f"finetune.strict={strict}")
 
 
 def test_predictions_are_those_of_training_in_input_order(tmp_path: Path) -> None:
@@ -247,3 +279,5 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
             train(tmp_path, *overrides)
     with pytest.raises(UserError, match="data.valid holds the same proteins as data.train"):
         train(tmp_path, valid=TRAIN)
+    with pytest.raises(UserError, match="init_from=absent does not exist, and no model is configured"):
+        train_model(["init_from=absent", "task.kind=regression"], train=TRAIN)

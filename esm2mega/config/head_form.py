@@ -1,0 +1,25 @@
+"""What a head computes, apart from its weights and dropout: whether two configurations mean the same one."""
+
+from __future__ import annotations
+
+from esm2mega.config.schema import TaskConfig
+from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
+
+CLS_TANH = ("cls", "tanh")
+"""Dense layer on `<cls>`, tanh, linear: `EsmForSequenceClassification`, and the pooler of BERT."""
+
+RESIDUE_LINEAR = ("residue linear",)
+"""`EsmForTokenClassification`."""
+
+
+def head_form(task: TaskConfig) -> tuple[str, ...]:
+    """Equal for heads that are the same function of the same weights."""
+    if task.kind == PAIR_KIND:
+        return (PAIR_KIND, "attention_maps" if task.head == "attention_maps" else "product")
+    if task.kind in RESIDUE_KINDS:
+        return ("residue cnn",) if task.head == "cnn" else RESIDUE_LINEAR
+    if task.head == "hf":
+        return CLS_TANH
+    if task.head == "pooler":
+        return ("cls", task.pooler_activation)
+    return ("linear" if task.head == "linear" else "mlp", task.pooling)

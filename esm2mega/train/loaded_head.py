@@ -1,0 +1,76 @@
+"""The head that a fine-tuning goes on with: what its outputs mean is decided where it was trained."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from esm2mega.checkpoint import layout
+from esm2mega.config.head_form import head_form
+from esm2mega.config.schema import Run, TaskConfig
+from esm2mega.config.task import NUMERIC_KINDS
+from esm2mega.convert.into_model import head_at
+from esm2mega.data.targets import TargetInfo
+from esm2mega.errors import UserError
+
+
+def loaded_targets(run: Run, init_from: Path | None, resume_from: Path | None) -> TargetInfo | None:
+    """What the outputs of the head mean that `finetune.load_head` asks for: its classes in order, or its
+    scale. None if a new head learns that from the training data.
+
+    Args:
+        run: The configuration.
+        init_from: Checkpoint that a new run starts from.
+        resume_from: Checkpoint of the run itself, which it goes on from.
+
+    Raises:
+        UserError: There is no head, or it is another one than configured.
+    """
+    if not run.finetune.load_head:
+        return None
+    if resume_from is not None:
+        return TargetInfo.from_dict(layout.read_state(resume_from)["task"])
+    if init_from is None:
+        raise UserError("finetune.load_head=true: there is nothing to load it from; set init_from")
+    head = head_at(init_from)
+    if not head or head == "lm":
+        raise UserError(f"init_from={init_from}: has no head of a task; set finetune.load_head=false")
+    _check_same_head(f"init_from={init_from}", head.task, run.task)
+    return _with_columns(head.info, run.task)
+
+
+def _check_same_head(place: str, found: TaskConfig, wanted: TaskConfig) -> None:
+    cure = "or finetune.load_head=false"
+    if found.kind != wanted.kind:
+        raise UserError(
+            f"{place}: holds the head of task.kind={found.kind}, the configuration says {wanted.kind}; set "
+            f"task.kind={found.kind}, {cure}"
+        )
+    if head_form(found) != head_form(wanted):
+        keys = ("head", "pooling", "pooler_activation")
+        settings = " ".join(f"task.{key}={getattr(found, key)}" for key in keys)
+        raise UserError(f"{place}: holds another head than the configuration names; set {settings}, {cure}")
+
+
+def _with_columns(info: TargetInfo, task: TaskConfig) -> TargetInfo:
+    """Numbers and flags are named by their columns, whose order is that of the outputs."""
+    columns = task.target_columns
+    if info.kind not in NUMERIC_KINDS and len(columns) == 1:
+        return info
+    if len(columns) != info.num_outputs:
+        raise UserError(
+            f"task.target_columns={columns}: the loaded head has {info.num_outputs} outputs, "
+            f"{', '.join(info.names)}; name a column for each"
+        )
+    if columns != info.names:
+        if set(columns) == set(info.names):
+            raise UserError(
+                f"task.target_columns={columns}: the outputs of the loaded head have another order; set "
+                f"task.target_columns=[{','.join(info.names)}]"
+            )
+        if os.environ.get("RANK", "0") == "0":
+            pairs = ", ".join(f"{old} for {new}" for old, new in zip(info.names, columns, strict=True))
+            print(f"init_from outputs of the loaded head: {pairs}", file=sys.stderr)
+    return replace(info, names=list(columns))
