@@ -1,18 +1,19 @@
-"""Small training runs through the command line, and the full tensors of what they saved."""
+"""Small training runs through the command line, also one that is killed on its way."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from esm2mega.checkpoint.tensors import TensorReader
-from tests.ranks import run_ranks
+from tests.ranks import end_ranks, run_ranks, start_ranks
 
 # L, H, A, F, d = 4, 48, 6, 104, 8: all different, and divisible as TP 2 and PP 2 and 4 need.
 SHAPE = (
@@ -69,7 +70,15 @@ def outcome(run_dir: Path) -> Outcome:
     return Outcome(run_dir, [r["loss"] for r in records], [r["grad_norm"] for r in records])
 
 
-def full_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, optimizer included."""
-    reader = TensorReader(checkpoint)
-    return {name: reader.read(name) for name in reader.index}
+def kill_after_step_5(arguments: Sequence[str], run_dir: Path, output: Path, seconds: int) -> None:
+    """Start a run in one process and end it with SIGKILL as soon as the checkpoint of step 5 is complete."""
+    (process,) = start_ranks(arguments, 1, output)
+    try:
+        complete = run_dir / "checkpoints" / "step_00000005" / "COMPLETE"
+        deadline = time.monotonic() + seconds
+        while not complete.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert complete.exists(), (output / "rank0.err").read_text()
+        os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        end_ranks([process])

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from esm2mega.checkpoint.layout import step_dir
-from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.cli import main
 from esm2mega.prove.compare import KINDS, Outcome
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover
 from esm2mega.prove.training import SAVED, STEPS
 from esm2mega.prove.trials import GROUPS, Trial
+from tests.checkpoints import full_weights
 
 # Each test proves all its layouts at once, on processes that are started once.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -56,11 +56,6 @@ def test_model_families_equal_one_process() -> None:
             assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"
 
 
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    reader = TensorReader(checkpoint)
-    return {name: reader.read(name) for name in reader.index if not name.startswith("optimizer.")}
-
-
 def test_training_moves_everything_that_is_compared() -> None:
     """Equal numbers prove nothing unless the steps make them."""
     trial = Trial((Layout(packed=6),))
@@ -70,7 +65,7 @@ def test_training_moves_everything_that_is_compared() -> None:
         reference = prover.reference(trial)
         assert isinstance(reference, Outcome)
         (seen,) = reference.ranks
-        first, last = (_weights(step_dir(reference.run_dir, step)) for step in (SAVED, STEPS))
+        first, last = (full_weights(step_dir(reference.run_dir, step)) for step in (SAVED, STEPS))
         records, state = reference.records, reference.state
     gradients = [values for step in seen["gradients"] for _, _, _, values in step.values()]
     assert len(seen["gradients"]) == STEPS

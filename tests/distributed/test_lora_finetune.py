@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +14,9 @@ from esm2mega.prove.compare import Outcome
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover
 from esm2mega.prove.trials import ADAPTABLE, GROUPS, HEADS, Trial
-from tests.distributed.runs import SETTINGS, full_tensors, train
-from tests.ranks import end_ranks, run_ranks, start_ranks
+from tests.checkpoints import full_tensors
+from tests.distributed.runs import SETTINGS, kill_after_step_5, train
+from tests.ranks import run_ranks
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -82,16 +80,7 @@ def test_a_killed_run_goes_on_and_predicts_at_another_layout(base: Path, tmp_pat
     arguments += ["model.precision=fp64", "train.max_steps=30", "checkpoint.save_every=5"]
     arguments += ["checkpoint.keep_last=9"]
     run_ranks([*arguments, f"run_dir={tmp_path / 'whole'}"], 1, tmp_path / "unbroken")
-    (process,) = start_ranks([*arguments, f"run_dir={run_dir}"], 1, tmp_path / "killed")
-    try:
-        complete = run_dir / "checkpoints" / "step_00000005" / "COMPLETE"
-        deadline = time.monotonic() + 240
-        while not complete.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert complete.exists(), (tmp_path / "killed" / "rank0.err").read_text()
-        os.killpg(process.pid, signal.SIGKILL)
-    finally:
-        end_ranks([process])
+    kill_after_step_5([*arguments, f"run_dir={run_dir}"], run_dir, tmp_path / "killed", seconds=240)
     last = "step_00000030"
     assert not (run_dir / "checkpoints" / last).exists(), "the run was too fast to be killed between"
     run_ranks([*arguments, f"run_dir={run_dir}"], 1, tmp_path / "resumed")

@@ -18,7 +18,8 @@ import torch
 from esm2mega.prove.compare import KINDS
 from esm2mega.prove.prover import Prover
 from esm2mega.prove.trials import GROUPS
-from tests.distributed.runs import SETTINGS, Outcome, full_tensors, outcome, train
+from tests.checkpoints import full_tensors
+from tests.distributed.runs import SETTINGS, Outcome, kill_after_step_5, outcome, train
 from tests.ranks import end_ranks, start_ranks
 
 pytestmark = pytest.mark.distributed
@@ -55,16 +56,7 @@ def test_kill_and_resume_is_bit_identical(unbroken: Outcome, store: Path, tmp_pa
     run_dir = tmp_path / "run"
     arguments = ["-m", "esm2mega", "pretrain", f"run_dir={run_dir}", f"data.train={store}", *SETTINGS]
     arguments += [f"{key}={value}" for key, value in settings(store).items()]
-    (process,) = start_ranks(arguments, 1, tmp_path / "killed")
-    try:
-        complete = run_dir / "checkpoints" / "step_00000005" / "COMPLETE"
-        deadline = time.monotonic() + 120
-        while not complete.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert complete.exists(), (tmp_path / "killed" / "rank0.err").read_text()
-        os.killpg(process.pid, signal.SIGKILL)
-    finally:
-        end_ranks([process])
+    kill_after_step_5(arguments, run_dir, tmp_path / "killed", seconds=120)
     assert not (run_dir / "checkpoints" / "step_00000010").exists(), (
         "the run was too fast to be killed between"
     )

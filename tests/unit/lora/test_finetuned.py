@@ -18,7 +18,6 @@ from megatron.core.utils import unwrap_model
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import ENCODER
 from esm2mega.checkpoint.store import load_weights
-from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.cli import main
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import LoRAConfig, ParallelConfig
@@ -36,6 +35,7 @@ from esm2mega.model.build import build_model
 from esm2mega.model.heads import head_of_task
 from esm2mega.parallel.initialize import process_groups
 from esm2mega.train.finetune import Parts, finetune
+from tests.checkpoints import full_tensors
 from tests.unit.conftest import TinyRun
 from tests.unit.lora import adapted
 from tests.unit.lora.adapted import Base
@@ -66,11 +66,6 @@ def _train(finished: TinyRun, run_dir: Path, *changes: str) -> TrainedModel:
         *changes,
     ]
     return train_model(settings, train=PAIRS[:30], valid=PAIRS[30:])
-
-
-def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    reader = TensorReader(checkpoint)
-    return {name: reader.read(name) for name in reader.index}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +101,7 @@ def test_the_base_gets_no_gradient_and_stays_as_it_is(finished: TinyRun, tmp_pat
 
 
 def test_adapters_and_head_are_saved(finished: TinyRun, trained: TrainedModel) -> None:
-    names = [name for name in _tensors(trained.checkpoint) if not name.startswith("optimizer.")]
+    names = [name for name in full_tensors(trained.checkpoint) if not name.startswith("optimizer.")]
     assert {name.rpartition(".")[0].rpartition("_")[2] for name in names if "_lora." in name} == {"lora"}
     assert {name for name in names if "_lora." not in name} == {
         f"head.{layer}.{part}" for layer in ("dense", "output") for part in ("weight", "bias")
@@ -124,7 +119,7 @@ def test_a_resumed_run_equals_an_unbroken_one(finished: TinyRun, tmp_path: Path)
     # Killed while it saved step 3.
     (tmp_path / "broken" / "checkpoints" / "step_00000003.partial" / "model").mkdir(parents=True)
     broken = _train(finished, tmp_path / "broken", *settings)
-    expected, actual = _tensors(whole.checkpoint), _tensors(broken.checkpoint)
+    expected, actual = full_tensors(whole.checkpoint), full_tensors(broken.checkpoint)
     assert expected.keys() == actual.keys()
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
     assert whole.metrics["valid_loss"] == broken.metrics["valid_loss"]

@@ -13,7 +13,6 @@ from megatron.core.utils import unwrap_model
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import TRAINED
 from esm2mega.checkpoint.store import save_checkpoint
-from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.schema import LoRAConfig, ParallelConfig, Run
 from esm2mega.config.validate import check_training_inputs, validate
 from esm2mega.errors import UserError
@@ -26,6 +25,7 @@ from esm2mega.parallel.initialize import process_groups
 from esm2mega.train.evaluate import evaluate_checkpoint
 from esm2mega.train.optimizer import build_optimizer, wrap_data_parallel
 from esm2mega.train.pretrain import pretrain
+from tests.checkpoints import full_tensors
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import CPU, tiny_run
 
@@ -47,11 +47,6 @@ def _run(finished: TinyRun, run_dir: Path, *changes: str) -> Run:
         *changes,
         run_dir=run_dir,
     )
-
-
-def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    reader = TensorReader(checkpoint)
-    return {name: reader.read(name) for name in reader.index}
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -109,7 +104,7 @@ def test_resume_and_evaluation_are_exact(finished: TinyRun, tmp_path: Path, chan
     constant = "schedule.decay_steps=4"
     pretrain(_run(finished, tmp_path / "broken", change, "train.max_steps=2", constant))
     pretrain(_run(finished, tmp_path / "broken", change, constant))
-    whole, broken = (_tensors(layout.step_dir(tmp_path / name, 4)) for name in ("whole", "broken"))
+    whole, broken = (full_tensors(layout.step_dir(tmp_path / name, 4)) for name in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert [name for name in whole if not torch.equal(whole[name], broken[name])] == []
     weights = [name for name in whole if not name.startswith("optimizer.")]

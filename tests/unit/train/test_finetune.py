@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.cli import main
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import TaskConfig
@@ -21,6 +20,7 @@ from esm2mega.errors import UserError
 from esm2mega.finetuning import infer_model, train_model
 from esm2mega.model.heads import MLPHead
 from esm2mega.train.finetune import Parts, read_splits
+from tests.checkpoints import full_tensors
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS
 
@@ -37,17 +37,12 @@ def train(run_dir: Path, *overrides: str, **given: Any):
     return train_model(settings, **{"train": TRAIN, "valid": VALID, **given})
 
 
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    reader = TensorReader(checkpoint)
-    return {name: reader.read(name) for name in reader.index}
-
-
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
     train(tmp_path / "broken", "train.max_steps=2")
     again = train(tmp_path / "broken")
     assert whole.checkpoint.name == again.checkpoint.name == "step_00000004"
-    expected, actual = tensors(whole.checkpoint), tensors(again.checkpoint)
+    expected, actual = full_tensors(whole.checkpoint), full_tensors(again.checkpoint)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
     assert whole.metrics["valid_loss"] == again.metrics["valid_loss"]
@@ -74,7 +69,7 @@ def test_the_encoder_of_a_pretrained_model_and_a_new_head(finished: TinyRun, tmp
         train=TRAIN,
     )
     assert trained.run.model.hidden_size == 24 and trained.run.model.precision == "fp64"
-    base, tuned = tensors(layout.resolve_checkpoint(finished.run_dir)), tensors(trained.checkpoint)
+    base, tuned = full_tensors(layout.resolve_checkpoint(finished.run_dir)), full_tensors(trained.checkpoint)
     encoder = [name for name in tuned if name.startswith(("encoder.", "embedding."))]
     assert encoder and all(torch.equal(tuned[name], base[name]) for name in encoder)
     assert not any(name.startswith(("lm_head", "output_layer")) for name in tuned)
@@ -88,7 +83,7 @@ def test_the_encoder_of_a_pretrained_model_and_a_new_head(finished: TinyRun, tmp
     warm = train(tmp_path / "warm", "finetune.load_head=true", *settings)
     cold = train(tmp_path / "cold", *settings)
     first = tuned["head.dense.weight"]
-    moved = [(tensors(t.checkpoint)["head.dense.weight"] - first).abs().max() for t in (warm, cold)]
+    moved = [(full_tensors(t.checkpoint)["head.dense.weight"] - first).abs().max() for t in (warm, cold)]
     assert moved[0] < 0.01 < moved[1]
 
 
@@ -110,7 +105,7 @@ def test_frozen_features_are_those_of_the_whole_model(tmp_path: Path) -> None:
     frozen = train(tmp_path / "frozen", "finetune.mode=frozen", "task.pooling=attention")
     patterns = "finetune.freeze=[embedding.*, encoder.*]"
     plain = train(tmp_path / "plain", patterns, "task.pooling=attention")
-    expected, actual = tensors(plain.checkpoint), tensors(frozen.checkpoint)
+    expected, actual = full_tensors(plain.checkpoint), full_tensors(frozen.checkpoint)
     for name in ("head.dense.weight", "head.query", "head.output.bias"):
         assert (actual[name] - expected[name]).abs().max() < 1e-12
     with pytest.raises(UserError, match="'encoder.layer.*' matches no weight"):
@@ -123,7 +118,7 @@ def test_a_frozen_embedding_with_recomputed_layers_trains_the_layers(tmp_path: P
     """A recomputed layer whose input wants no gradient would be left out of the backward pass."""
     stored = train(tmp_path / "stored", "finetune.freeze=[embedding.*]")
     again = train(tmp_path / "again", "finetune.freeze=[embedding.*]", "model.recompute=full")
-    expected, actual = tensors(stored.checkpoint), tensors(again.checkpoint)
+    expected, actual = full_tensors(stored.checkpoint), full_tensors(again.checkpoint)
     assert all((actual[name] - expected[name]).abs().max() < 1e-12 for name in expected)
 
 
@@ -134,9 +129,9 @@ def test_learning_rates_by_pattern_and_layer(tmp_path: Path) -> None:
         "finetune.lr_scale={'*': 7, encoder.layers.*: 0.5, 'head.*': 3}",
         "finetune.layer_decay=0.8",
     )
-    none = tensors(train(tmp_path / "none", *start, "optim.lr=1e-30").checkpoint)
-    plain = tensors(train(tmp_path / "plain", *start).checkpoint)
-    scaled = tensors(train(tmp_path / "scaled", *start, *changes).checkpoint)
+    none = full_tensors(train(tmp_path / "none", *start, "optim.lr=1e-30").checkpoint)
+    plain = full_tensors(train(tmp_path / "plain", *start).checkpoint)
+    scaled = full_tensors(train(tmp_path / "scaled", *start, *changes).checkpoint)
     for name, first in none.items():
         if name.startswith("optimizer.") or not torch.is_floating_point(first) or "rotary" in name:
             continue
@@ -164,7 +159,7 @@ def test_a_resume_keeps_learning_rates(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", *settings)
     train(tmp_path / "broken", *settings, "train.max_steps=2")
     again = train(tmp_path / "broken", *settings)
-    expected, actual = tensors(whole.checkpoint), tensors(again.checkpoint)
+    expected, actual = full_tensors(whole.checkpoint), full_tensors(again.checkpoint)
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
 
 
@@ -188,11 +183,11 @@ def test_a_lenient_start_takes_what_fits_and_says_what_does_not(
     with pytest.raises(UserError, match="head.dense.weight"):
         train(tmp_path / "wider", *start, *wider)
     capfd.readouterr()
-    taken = tensors(train(tmp_path / "wider", *start, *wider, "finetune.strict=false").checkpoint)
+    taken = full_tensors(train(tmp_path / "wider", *start, *wider, "finetune.strict=false").checkpoint)
     said = capfd.readouterr().err
     assert "init_from initial: head.dense.weight is [8, 24] there and [9, 24] here\n" in said
     assert said.count("init_from ") == 3
-    expected = tensors(first.checkpoint)
+    expected = full_tensors(first.checkpoint)
     same = [name for name in expected if not name.startswith(("optimizer.", "head."))] + ["head.output.bias"]
     assert len(same) > 15 and all(torch.equal(taken[name], expected[name]) for name in same)
     same_head = ("task.hidden_size=8", f"init_from={first.checkpoint}")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.load import run_from_yaml
 from esm2mega.data.prepare import PrepareOptions, prepare_fasta
 from esm2mega.data.records import SourceOptions
@@ -20,13 +19,9 @@ from esm2mega.errors import MachineError, UserError
 from esm2mega.train import session as module
 from esm2mega.train.evaluate import evaluate_checkpoint
 from esm2mega.train.pretrain import find_init, find_resume, pretrain
+from tests.checkpoints import full_weights
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import tiny_run
-
-
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    reader = TensorReader(checkpoint)
-    return {name: reader.read(name) for name in reader.index if not name.startswith("optimizer.")}
 
 
 def test_init_from_starts_with_the_weights_and_a_fresh_optimizer(finished: TinyRun, tmp_path: Path) -> None:
@@ -39,7 +34,10 @@ def test_init_from_starts_with_the_weights_and_a_fresh_optimizer(finished: TinyR
     )
     loop = pretrain(tiny_run(*changes, "seed=5", run_dir=tmp_path))
     assert loop.step == 1
-    expected, actual = _weights(layout.step_dir(finished.run_dir, 4)), _weights(layout.step_dir(tmp_path, 1))
+    expected, actual = (
+        full_weights(layout.step_dir(finished.run_dir, 4)),
+        full_weights(layout.step_dir(tmp_path, 1)),
+    )
     assert actual.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
@@ -51,8 +49,8 @@ def test_resume_goes_on_where_the_run_stopped(finished: TinyRun, tmp_path: Path)
     changes = ("train.eval_every=2", "checkpoint.save_every=2", f"data.valid={finished.valid}")
     pretrain(tiny_run(f"data.train={finished.train}", *changes, run_dir=tmp_path / "run"))
     expected, actual = (
-        _weights(layout.step_dir(finished.run_dir, 4)),
-        _weights(layout.step_dir(tmp_path / "run", 4)),
+        full_weights(layout.step_dir(finished.run_dir, 4)),
+        full_weights(layout.step_dir(tmp_path / "run", 4)),
     )
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
@@ -264,7 +262,7 @@ def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.
     assert f"data.train: {train} is prepared, once, into {tmp_path / 'a' / 'prepared'}" in said
     given = (f"data.train={stores[train]}", f"data.valid={stores[valid]}")
     pretrain(tiny_run(*given, *changes, run_dir=tmp_path / "b" / "run"))
-    first, second = (_weights(layout.step_dir(tmp_path / name / "run", 2)) for name in "ab")
+    first, second = (full_weights(layout.step_dir(tmp_path / name / "run", 2)) for name in "ab")
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
     of_file = evaluate_checkpoint(files.run_dir, valid)
