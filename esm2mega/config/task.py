@@ -40,8 +40,11 @@ def validate_task(run: Run) -> None:
             f"task.head={task.head} does not go with task.kind={task.kind}; heads for {what} are "
             f"{', '.join(_HEADS[what])}"
         )
-    if task.head == "attention_maps":
-        _check_attention_maps(run)
+    if task.head == "attention_maps" and run.model.recompute != "none":
+        raise UserError(
+            f"model.recompute={run.model.recompute}: task.head=attention_maps computes its maps again "
+            "itself; set model.recompute=none"
+        )
     if not task.target_columns or len(set(task.target_columns)) < len(task.target_columns):
         raise UserError(
             f"task.target_columns={task.target_columns} must name one column or several once each"
@@ -108,6 +111,7 @@ def _check_finetune(run: Run) -> None:
         finetune.mode == "frozen"
         and parallel.distributed_optimizer
         and parallel.pipeline_model_parallel_size > 1
+        and run.task.head != "attention_maps"
     ):
         raise UserError(
             "parallel.distributed_optimizer=true needs weights to train in every pipeline stage, but "
@@ -127,18 +131,3 @@ def _check_finetune(run: Run) -> None:
             )
     if not 0 < finetune.layer_decay <= 1:
         raise UserError(f"finetune.layer_decay={finetune.layer_decay} must be above 0 and at most 1")
-
-
-def _check_attention_maps(run: Run) -> None:
-    """The maps are read while the layers compute them, all in one process of a pipeline."""
-    stages = run.parallel.pipeline_model_parallel_size
-    if stages > 1:
-        raise UserError(
-            f"parallel.pipeline_model_parallel_size={stages}: task.head=attention_maps reads the maps of all "
-            "layers at once; set it to 1, or take task.head=product"
-        )
-    if run.model.recompute != "none":
-        raise UserError(
-            f"model.recompute={run.model.recompute}: task.head=attention_maps computes its maps again "
-            "itself; set model.recompute=none"
-        )

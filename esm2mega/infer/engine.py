@@ -130,7 +130,7 @@ class Engine:
         with ExitStack() as stack:
             maps = None
             if self._wanted.contact_head is not None:
-                maps = ContactMaps(self._model.encoder.layers, self._model.config.num_attention_heads)
+                maps = ContactMaps(self._model.encoder.layers)
                 stack.callback(maps.remove)
             yield stack.enter_context(hidden_states(self._model, self._wanted.layers)), maps
 
@@ -155,7 +155,8 @@ class Engine:
                 Span(start, window.num_tokens, window.residue_tokens)
                 for start, window in zip(starts, pack.windows, strict=False)
             ]
-            maps.begin(spans, self._wanted.contact_head[0])
+            weight = self._wanted.contact_head[0].view(-1, model.config.num_attention_heads)
+            maps.begin(spans, dict(enumerate(weight, start=1)))
         outputs = PackOutputs()
         if self._wanted.logits or not model.post_process:
             positions = None

@@ -6,7 +6,7 @@ sequence, ``s`` its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +42,9 @@ class ContactMaps:
     Where gradients are wanted, the maps are computed again in the backward pass, one sequence at a time.
     """
 
-    def __init__(self, layers: Iterable[Any], num_heads: int) -> None:
-        """Args: layers: this rank's transformer layers. num_heads: n."""
-        self._num_heads = num_heads
-        self._weight: Tensor | None = None
+    def __init__(self, layers: Iterable[Any]) -> None:
+        """Args: layers: this rank's transformer layers."""
+        self._weights: Mapping[int, Tensor] = {}
         self._spans: Sequence[Span] = ()
         self.sums: list[Tensor] = []
         self._handles = [
@@ -55,14 +54,15 @@ class ContactMaps:
             for layer in layers
         ]
 
-    def begin(self, spans: Sequence[Span], weight: Tensor) -> None:
+    def begin(self, spans: Sequence[Span], weights: Mapping[int, Tensor]) -> None:
         """Start a pack.
 
         Args:
             spans: Its sequences, without pad tails.
-            weight: Of the regression, ``[L * n]``, layer-major.
+            weights: Of the regression, for the heads of each layer, ``[n]``, by `layer_number`, which counts
+                from 1.
         """
-        self._spans, self._weight, self.sums = spans, weight.view(-1, self._num_heads), []
+        self._spans, self._weights, self.sums = spans, weights, []
 
     def remove(self) -> None:
         """Take the hooks out again."""
@@ -71,8 +71,8 @@ class ContactMaps:
 
     def _hook(self, layer_number: int) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._weight is not None:
-                self._add(args[0], args[1], self._weight[layer_number - 1])
+            if self._weights:
+                self._add(args[0], args[1], self._weights[layer_number])
 
         return hook
 

@@ -46,7 +46,12 @@ class ESM2Model(LanguageModule):
     The first stage (`pre_process`) embeds, the last (`post_process`) normalises and predicts. Checkpoint keys
     are those of Megatron-Core's BERT: ``embedding``, ``encoder``, ``lm_head``, ``output_layer``, and
     ``rotary``.
+
+    Attributes:
+        carried_rows: The most `rows_to_carry` of the micro-batches of a step, set before each.
     """
+
+    carried_rows = 0
 
     def __init__(
         self,
@@ -91,17 +96,18 @@ class ESM2Model(LanguageModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        if post_process:
-            # The head sees tokens of all ranks at once, so within it nothing is split over the sequence.
-            head_config = copy.copy(config)
-            head_config.sequence_parallel = False
-            self._build_head(head_config, device)
+        # The head sees tokens of all ranks at once, so within it nothing is split over the sequence.
+        head_config = copy.copy(config)
+        head_config.sequence_parallel = False
+        self._build_head(head_config, device)
         self._tie_embeddings()
 
     def _build_head(self, config: Any, device: torch.device) -> None:
         """What the last stage makes of hidden states; `config` is that of the model without sequence
         parallelism.
         """
+        if not self.post_process:
+            return
         self.lm_head = LMHead(config, device)
         self.output_layer = ColumnParallelLinear(
             config.hidden_size,
@@ -122,6 +128,14 @@ class ESM2Model(LanguageModule):
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
         """Take the hidden states that the previous pipeline stage sent (called by the schedule)."""
         self.encoder.set_input_tensor(input_tensor[0])
+
+    def rows_to_carry(self, wanted: Any) -> int:
+        """Rows that this rank hands to the next pipeline stage beside hidden states.
+
+        Args:
+            wanted: What the model is told of a micro-batch for its head.
+        """
+        return 0
 
     def encode(self, input_ids: Tensor, packed: PackedSequences) -> Tensor:
         """Hidden states after this stage's layers (and the final LayerNorm on the last stage).

@@ -3,7 +3,7 @@
 They are replicated over the tensor-parallel group: all ranks hold the same weights and see the same tokens.
 
 Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` proteins, ``R`` residues and ``P`` pairs of residues
-of it, ``l`` residues of a protein, ``k`` targets or classes.
+of it, ``l`` residues of a protein, ``k`` targets or classes, ``V`` values handed from stage to stage.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from torch.nn import functional as F
 
 from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
+from esm2mega.data.contacts import num_pairs
 from esm2mega.data.labelled_batch import Segments
 from esm2mega.model import pooling
+from esm2mega.model.carried import carried_dtype
 from esm2mega.model.contact_maps import ContactMaps, Span
 from esm2mega.model.dropout import KeyedDropout
 from esm2mega.model.task import MakeHead
@@ -44,16 +46,37 @@ class TaskHead(MegatronModule, ABC):
     reads_states = True
     """Whether it predicts from hidden states."""
 
+    spans_stages = False
+    """Whether every pipeline stage has a part of it, and not the last one alone."""
+
     def __init__(self, config: Any, device: torch.device) -> None:
         """Args: config: Megatron-Core's, without sequence parallelism. device: where weights live."""
         super().__init__(config=config)
         self._linear = partial(torch.nn.Linear, device=device, dtype=config.params_dtype)
 
-    def watch(self, layers: Iterable[Any]) -> None:
-        """Called once with the transformer layers under the head, for those that look into them."""
+    def watch(self, layers: Iterable[Any], is_last: bool) -> None:
+        """Called once, for heads that look into transformer layers.
 
-    def begin(self, segments: Segments) -> None:
-        """Called before the layers compute a pack."""
+        Args:
+            layers: Those of this pipeline stage.
+            is_last: Whether it is the stage that predicts.
+        """
+
+    def begin(self, segments: Segments, carried: Tensor | None) -> None:
+        """Called before the layers of the stage compute a pack.
+
+        Args:
+            segments: Of the pack.
+            carried: What the part of the head on the previous stage handed on, ``[V]``.
+        """
+
+    def num_carried(self, segments: Segments) -> int:
+        """Values that each stage hands on to the next if the head spans stages: ``V``."""
+        return 0
+
+    def carry(self, segments: Segments) -> Tensor:
+        """These, ``[V]`` of `carried_dtype`; called when the layers of the stage have computed the pack."""
+        raise NotImplementedError
 
     @abstractmethod
     def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
@@ -222,55 +245,84 @@ class ProductHead(ResidueHead):
         none, contact = self.output.weight[:, : states.shape[1]].to(states.dtype)
         maps = [(x * (contact - none)) @ x.T for x in states.split(segments.residue_counts)]
         bias = (self.output.bias[1] - self.output.bias[0]).to(states.dtype)
-        return _upper_triangles(maps, states.sum() * 0.0 + bias)
+        # States, which keep a pack without proteins part of the graph.
+        return (_upper_triangles(maps, states.new_zeros(0)) + (states.sum() * 0.0 + bias))[:, None]
 
 
 class AttentionMapHead(TaskHead):
     """Contacts by logistic regression on the attention maps of all layers and heads, as in ESM-2.
 
-    Hidden states are not read. Only for models without pipeline stages.
+    Hidden states are not read. The regression is a sum over layers: each pipeline stage has the weights of
+    the maps of its own layers, adds its share of the logits to that of the stages before, and hands them on.
+    Weights start at zero, as usual for a logistic regression.
+
+    Attributes:
+        weights: Those of each layer of this stage, ``[heads]``, by its number in the whole model, from 0.
+        bias: ``[1]``; on the last stage.
     """
 
     reads_states = False
+    spans_stages = True
 
     def __init__(self, config: Any, device: torch.device, task: TaskConfig, num_outputs: int) -> None:
         super().__init__(config, device)
-        self.regression = self._linear(config.num_layers * config.num_attention_heads, 1)
-        self._num_heads = config.num_attention_heads
+        self._empty = partial(torch.empty, device=device, dtype=config.params_dtype)
+        self.weights = torch.nn.ParameterDict()
         self._maps: ContactMaps | None = None
+        self._carried: Tensor | None = None
 
-    def watch(self, layers: Iterable[Any]) -> None:
-        self._maps = ContactMaps(layers, self._num_heads)
+    def watch(self, layers: Iterable[Any], is_last: bool) -> None:
+        layers = list(layers)
+        for layer in layers:
+            weight = self._empty(self.config.num_attention_heads)
+            self.weights[str(layer.layer_number - 1)] = torch.nn.Parameter(weight)
+        if is_last:
+            self.bias = torch.nn.Parameter(self._empty(1))
+        self._maps = ContactMaps(layers)
 
-    def begin(self, segments: Segments) -> None:
+    def begin(self, segments: Segments, carried: Tensor | None) -> None:
         assert self._maps is not None
+        self._carried = carried
         spans = [
             Span(start, len(text), span)
             for start, text, span in zip(segments.starts, segments.tokens, segments.spans, strict=True)
         ]
-        # Each rank takes the part of its heads; the gradient is whole on every rank again.
-        self._maps.begin(spans, copy_to_tensor_model_parallel_region(self.regression.weight)[0])
+        # Each tensor-parallel rank takes the part of its heads; the gradient is whole on all of them again.
+        shared = {
+            int(number) + 1: copy_to_tensor_model_parallel_region(weight)
+            for number, weight in self.weights.items()
+        }
+        self._maps.begin(spans, shared)
+
+    def num_carried(self, segments: Segments) -> int:
+        return sum(map(num_pairs, segments.residue_counts))
+
+    def carry(self, segments: Segments) -> Tensor:
+        """Logits of a contact without the bias, ``[P]``: of all layers so far, and of this tensor-parallel
+        rank's heads.
+        """
+        assert self._maps is not None
+        empty = self._empty(0, dtype=carried_dtype(self.config.params_dtype))
+        logits = _upper_triangles(self._maps.sums, empty)
+        return logits if self._carried is None else logits + self._carried
 
     def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
         return pooling.residue_states(hidden_states, segments)
 
     def predict(self, features: Tensor, segments: Segments) -> Tensor:
         """Logits of a contact, ``[P, 1]``."""
-        assert self._maps is not None
-        logits = _upper_triangles(self._maps.sums, features.sum() * 0.0)
-        return reduce_from_tensor_model_parallel_region(logits) + self.regression.bias
+        logits = reduce_from_tensor_model_parallel_region(self.carry(segments))
+        # Hidden states, which keep a pack without proteins part of the graph.
+        return (logits + features.sum() * 0.0)[:, None] + self.bias
 
 
-def _upper_triangles(maps: Sequence[Tensor], start: Tensor) -> Tensor:
-    """The pairs i < j of maps ``[l, l]`` back to back, plus `start`, ``[]``: ``[P, 1]``.
-
-    `start` keeps a pack without proteins part of the graph.
-    """
-    chosen = [start.new_zeros(0)]
+def _upper_triangles(maps: Sequence[Tensor], empty: Tensor) -> Tensor:
+    """The pairs i < j of maps ``[l, l]`` back to back: ``[P]``, in the dtype of `empty`, ``[0]``."""
+    chosen = [empty]
     for logits in maps:
         first, second = torch.triu_indices(len(logits), len(logits), 1, device=logits.device)
-        chosen.append(logits[first, second].to(start.dtype))
-    return (torch.cat(chosen) + start)[:, None]
+        chosen.append(logits[first, second].to(empty.dtype))
+    return torch.cat(chosen)
 
 
 _OF_PROTEINS: dict[str, Any] = {

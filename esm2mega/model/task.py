@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from esm2mega.data.labelled_batch import Segments
+from esm2mega.model.carried import attach, carried_rows, detach
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import PackedSequences
 
@@ -22,7 +23,8 @@ MakeHead = Callable[[Any, torch.device], Any]
 
 
 class ESM2ForTask(ESM2Model):
-    """The same encoder; the last stage has ``head``, replicated over the tensor-parallel group.
+    """The same encoder; the last stage has ``head``, replicated over the tensor-parallel group. If the head
+    spans stages, each of them has a part.
 
     Attributes:
         frozen: Whether no weight but those of the head is trained. Then the features of a protein, which do
@@ -38,8 +40,10 @@ class ESM2ForTask(ESM2Model):
         super().__init__(*stage)
 
     def _build_head(self, config: Any, device: torch.device) -> None:
-        self.head = self._make_head(config, device)
-        self.head.watch(self.encoder.layers)
+        head = self._make_head(config, device)
+        self.head: Any = head if self.post_process or head.spans_stages else None
+        if self.head is not None:
+            self.head.watch(self.encoder.layers, self.post_process)
 
     def _tie_embeddings(self) -> None:
         self.share_embeddings_and_output_weights = False
@@ -62,15 +66,35 @@ class ESM2ForTask(ESM2Model):
             Hidden states in the layout of `encode`; or predictions, ``[n, k]`` of proteins, ``[R, k]`` of
             residues or ``[P, 1]`` of pairs, the same on every tensor-parallel rank.
         """
-        if self.post_process:
-            self.head.begin(segments)
-        if self.frozen and (not self.post_process or self.head.reads_states):
+        head = self.head
+        if head is not None:
+            head.begin(segments, self._take_carried(head.num_carried(segments)))
+        if self.frozen and (head is None or head.reads_states):
             return self._forward_frozen(input_ids, packed, segments)
         hidden_states = self.encode(input_ids, packed)
-        if not self.post_process:
-            return hidden_states
-        # [T, 1, h] -> [T, h]
-        return self.head(self.gathered(hidden_states)[:, 0], segments)
+        if self.post_process:
+            # [T, 1, h] -> [T, h]
+            return head(self.gathered(hidden_states)[:, 0], segments)
+        return (
+            hidden_states if head is None else attach(hidden_states, head.carry(segments), self.carried_rows)
+        )
+
+    def rows_to_carry(self, wanted: Segments) -> int:
+        if self.config.pipeline_model_parallel_size == 1 or self.head is None or not self.head.spans_stages:
+            return 0
+        count = self.head.num_carried(wanted)
+        return carried_rows(count, self.config.hidden_size, self.config.params_dtype)
+
+    def _take_carried(self, count: int) -> Tensor | None:
+        """What the previous stage handed on beside hidden states, ``[count]``, which the layers then do not
+        see; None if there is nothing.
+        """
+        received = self.encoder.input_tensor
+        if not self.carried_rows or received is None:
+            return None
+        hidden_states, carried = detach(received, count, self.carried_rows)
+        self.encoder.set_input_tensor(hidden_states)
+        return carried
 
     def _forward_frozen(self, input_ids: Tensor, packed: PackedSequences, segments: Segments) -> Tensor:
         """`forward` with what was computed before; stages of a pipeline then exchange zeros.

@@ -218,9 +218,7 @@ _HEADS_AT = (
 
 
 def _heads_at_all(heads: Iterable[str]) -> list[Trial]:
-    """Heads at these layouts, but for what the configuration refuses: attention maps in a pipeline."""
-    trials = [with_head(Trial((layout,)), head) for head in heads for layout in _HEADS_AT]
-    return [trial for trial in trials if is_possible(trial.layouts[0], trial.training)]
+    return [with_head(Trial((layout,)), head) for head in heads for layout in _HEADS_AT]
 
 
 _PAIRS = (

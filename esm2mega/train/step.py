@@ -13,6 +13,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from esm2mega.data.labelled_batch import LabelledBatch
@@ -89,15 +90,28 @@ def run_schedule(
     """
     on_device = [batch.to(device) for batch in batches]
     iterators = [iter(on_device) for _ in model]
+    seq_length = on_device[0].input_ids.numel() + _set_carried_rows(model, batches)
     return get_forward_backward_func()(
         forward_step_func=lambda data, chunk: forward_step(loss, data, chunk),
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=model,
         num_microbatches=len(on_device),
-        seq_length=on_device[0].input_ids.numel(),
+        seq_length=seq_length,
         micro_batch_size=1,
         forward_only=forward_only,
     )
+
+
+def _set_carried_rows(model: list[Any], batches: Sequence[Batch]) -> int:
+    """How much longer the tensors are that stages exchange, in tokens: the schedule gives all micro-batches
+    the same shape, and under sequence parallelism an equal share of the tokens to each rank.
+    """
+    chunks = unwrap_model(model)
+    rows = max(chunks[0].rows_to_carry(batch.wanted) for batch in batches)
+    for chunk in chunks:
+        chunk.carried_rows = rows
+    config = chunks[0].config
+    return rows * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
 
 def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
