@@ -11,11 +11,14 @@ CLS_TANH = ("cls", "tanh")
 RESIDUE_LINEAR = ("residue linear",)
 """`EsmForTokenClassification`."""
 
+ATTENTION_MAPS = (PAIR_KIND, "attention_maps")
+"""The contact head of ESM-2."""
+
 
 def head_form(task: TaskConfig) -> tuple[str, ...]:
     """Equal for heads that are the same function of the same weights."""
     if task.kind == PAIR_KIND:
-        return (PAIR_KIND, "attention_maps" if task.head == "attention_maps" else "product")
+        return ATTENTION_MAPS if task.head == "attention_maps" else (PAIR_KIND, "product")
     if task.kind in RESIDUE_KINDS:
         return ("residue cnn",) if task.head == "cnn" else RESIDUE_LINEAR
     if task.head == "hf":

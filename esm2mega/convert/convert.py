@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from esm2mega.convert.classifiers import architecture_of, with_unit_scale
+from esm2mega.convert.contact_head import is_regression, with_published_head
 from esm2mega.convert.esm2mega import default_dtype
 from esm2mega.convert.formats import WITH_OTHER_HEADS, load_format, open_weights
 from esm2mega.convert.weights import Description, HeadDescription, Notes, Weights, dtype_name
@@ -101,8 +102,11 @@ def convert(
         wanted = default_dtype(wanted)
     head = weights.description.head
     if isinstance(head, HeadDescription) and to == "hf":
-        architecture_of(head)
-        weights = with_unit_scale(weights, wanted)
+        if is_regression(head.task):
+            weights, head = with_published_head(weights), None
+        else:
+            architecture_of(head)
+            weights = with_unit_scale(weights, wanted)
     weights = weights.cast(wanted)
 
     with appearing(target, writer.IS_DIRECTORY) as path:

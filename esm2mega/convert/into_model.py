@@ -16,12 +16,13 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.choice import ALL, TensorChoice
+from esm2mega.checkpoint.choice import ALL, ENCODER, TensorChoice, for_task
 from esm2mega.checkpoint.fit import find_fit
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.config.load import load_run, load_run_over, value_of
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, Run
+from esm2mega.convert.contact_head import WEIGHT, fill_head, is_regression
 from esm2mega.convert.esm2mega import is_auxiliary, run_of, stacked_name
 from esm2mega.convert.formats import detect, open_weights
 from esm2mega.convert.weights import HeadDescription, Weights
@@ -64,6 +65,37 @@ def load_initial_weights(
     _say(fill_model(weights, model, choice))
     kept = is_auxiliary(description)
     return {name: weights.read(name).clone() for name in weights.infos if kept(name)}
+
+
+def load_for_task(path: Path, run: Run, model: Sequence[Any]) -> dict[str, Tensor]:
+    """`load_initial_weights` of a model with the head of a task; that starts as `finetune.load_head` says,
+    which may mean the contact head of a pretrained model.
+    """
+    if not starts_with_contact_head(path, run):
+        return load_initial_weights(path, run.model, model, for_task(run.finetune))
+    choice = replace(ENCODER, strict=run.finetune.strict)
+    auxiliary = load_initial_weights(path, run.model, model, choice)
+    fill_head(model, auxiliary)
+    return auxiliary
+
+
+def starts_with_contact_head(path: Path, run: Run) -> bool:
+    """Whether the head of the task is to be the contact head of a model without a task.
+
+    Raises:
+        UserError: That model has none.
+    """
+    if not run.finetune.load_head or not is_regression(run.task):
+        return False
+    if isinstance(head_at(path), HeadDescription):
+        return False
+    if detect(path) == "esm2mega":
+        found = WEIGHT in read_auxiliary(layout.resolve_checkpoint(path))
+    else:
+        found = open_weights(path).has_contact_head
+    if not found:
+        raise UserError(f"init_from={path}: has no contact head; set finetune.load_head=false")
+    return True
 
 
 def head_at(path: Path) -> Literal["lm"] | HeadDescription | None:

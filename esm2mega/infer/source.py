@@ -15,16 +15,15 @@ from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.choice import ALL, ENCODER, TRAINED, TRAINED_ENCODER
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
+from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
+from esm2mega.convert.contact_head import BIAS, WEIGHT, as_published, is_regression
 from esm2mega.convert.esm2mega import default_dtype, is_auxiliary, run_of
 from esm2mega.convert.formats import detect, open_weights
 from esm2mega.convert.into_model import fill_model
-from esm2mega.convert.mapping import CONTACT_HEAD
 from esm2mega.errors import UserError
 from esm2mega.lora.base import find_base, needs_base, recorded_base
 from esm2mega.lora.checkpoint import load_model
-
-CONTACT_WEIGHT, CONTACT_BIAS = f"{CONTACT_HEAD}weight", f"{CONTACT_HEAD}bias"
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,9 @@ class ModelSource:
     @property
     def contact_head(self) -> tuple[Tensor, float] | None:
         """Weight of each attention map, layer-major ``[L * n]``, and the bias; None if the model has none."""
-        if CONTACT_WEIGHT not in self.auxiliary:
+        if WEIGHT not in self.auxiliary:
             return None
-        return self.auxiliary[CONTACT_WEIGHT].flatten(), float(self.auxiliary[CONTACT_BIAS])
+        return self.auxiliary[WEIGHT].flatten(), float(self.auxiliary[BIAS])
 
 
 def open_model(path: str | Path) -> ModelSource:
@@ -85,10 +84,17 @@ def open_model(path: str | Path) -> ModelSource:
         checkpoint,
         run,
         lambda chunks: load_weights(checkpoint, chunks, ALL if has_lm_head else ENCODER),
-        read_auxiliary(checkpoint),
+        read_auxiliary(checkpoint) | _trained_contact_head(checkpoint, run),
         lambda: weights_sha256(checkpoint),
         has_lm_head,
     )
+
+
+def _trained_contact_head(checkpoint: Path, run: Run) -> dict[str, Tensor]:
+    """That of a fine-tuning of it, which then takes the place of the one before."""
+    if not is_regression(run.task):
+        return {}
+    return as_published(TensorReader(checkpoint).read, shape_of(run.model).num_layers)
 
 
 def _open_adapted(checkpoint: Path) -> ModelSource:
@@ -99,7 +105,7 @@ def _open_adapted(checkpoint: Path) -> ModelSource:
         checkpoint,
         run,
         lambda chunks: load_model(checkpoint, run, chunks, TRAINED if has_lm_head else TRAINED_ENCODER),
-        open_model(find_base(checkpoint, run)).auxiliary,
+        open_model(find_base(checkpoint, run)).auxiliary | _trained_contact_head(checkpoint, run),
         lambda: hashlib.sha256(f"{base.sha256} {weights_sha256(checkpoint)}".encode()).hexdigest(),
         has_lm_head,
     )

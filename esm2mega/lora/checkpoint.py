@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.choice import ALL, ENCODER, TASK_HEAD, TRAINED, TensorChoice, for_task
+from esm2mega.checkpoint.choice import ALL, ENCODER, TASK_HEAD, TRAINED, TensorChoice
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
@@ -19,7 +19,7 @@ from esm2mega.config.lora import LINEARS, Linear, Targets, resolve_targets
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
 from esm2mega.convert.formats import detect
-from esm2mega.convert.into_model import load_initial_weights
+from esm2mega.convert.into_model import load_for_task, load_initial_weights
 from esm2mega.convert.weights import HeadDescription
 from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
@@ -188,16 +188,17 @@ def load_base(
     if checkpoint is not None:
         check_adapters(checkpoint, run.lora)
         path = find_base(checkpoint, run)
-        choice = ENCODER if has_head else ALL
     else:
         assert run.init_from is not None
         path = Path(run.init_from)
-        choice = for_task(run.finetune) if has_head else ALL
     path = pinned(path)
     base = on_one_rank(lambda: identify(path))
     if checkpoint is not None:
         check_base(checkpoint, base)
-    auxiliary = load_initial_weights(path, run.model, chunks, choice)
+    if has_head and checkpoint is None:
+        auxiliary = load_for_task(path, run, chunks)
+    else:
+        auxiliary = load_initial_weights(path, run.model, chunks, ENCODER if has_head else ALL)
     apply_lora(chunks, run.lora, run.seed, (TASK_HEAD,) if has_head else ())
     return base, auxiliary
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.choice import ALL, TRAINED, for_task
+from esm2mega.checkpoint.choice import ALL, TRAINED
 from esm2mega.config.load import fix_length
 from esm2mega.config.lora import check_start
 from esm2mega.config.schema import Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate, world_size_from_environment
-from esm2mega.convert.into_model import load_initial_weights
+from esm2mega.convert.into_model import load_for_task
 from esm2mega.data.batch import BatchSpec
 from esm2mega.data.labelled import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
 from esm2mega.data.labelled_batch import LabelledStream
@@ -190,7 +190,7 @@ def _train(
     elif resume_from is not None:
         auxiliary = read_auxiliary(resume_from)
     elif init_from is not None:
-        auxiliary = load_initial_weights(init_from, run.model, chunks, for_task(run.finetune))
+        auxiliary = load_for_task(init_from, run, chunks)
     trained = adapters_line(run, chunks) if adapted else set_trainable(chunks, run.finetune)
     if run.parallel.distributed_optimizer:
         key = f"lora.target_modules={run.lora.target_modules}"

@@ -10,8 +10,8 @@ from pathlib import Path
 from esm2mega.checkpoint import layout
 from esm2mega.config.head_form import head_form
 from esm2mega.config.schema import Run, TaskConfig
-from esm2mega.config.task import NUMERIC_KINDS
-from esm2mega.convert.into_model import head_at
+from esm2mega.config.task import NUMERIC_KINDS, PAIR_KIND
+from esm2mega.convert.into_model import head_at, starts_with_contact_head
 from esm2mega.data.targets import TargetInfo
 from esm2mega.errors import UserError
 
@@ -34,6 +34,8 @@ def loaded_targets(run: Run, init_from: Path | None, resume_from: Path | None) -
         return TargetInfo.from_dict(layout.read_state(resume_from)["task"])
     if init_from is None:
         raise UserError("finetune.load_head=true: there is nothing to load it from; set init_from")
+    if starts_with_contact_head(init_from, run):
+        return TargetInfo(PAIR_KIND, [PAIR_KIND])
     head = head_at(init_from)
     if not head or head == "lm":
         raise UserError(f"init_from={init_from}: has no head of a task; set finetune.load_head=false")

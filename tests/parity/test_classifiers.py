@@ -256,7 +256,7 @@ def test_verification_compares_contacts(sources: Path, head: str, tmp_path: Path
     verify.verify(conversion)
     assert json.loads((tmp_path / "copy.verify.json").read_text())["logits"]["scale"] > 0
     weights = open_weights(tmp_path / "copy")
-    changed = "head.output.weight" if head == "product" else "head.regression.weight"
+    changed = "head.output.weight" if head == "product" else "head.weights.1"
     read = weights.read
     weights.read = lambda name: read(name) * (1.1 if name == changed else 1.0)
     with appearing(tmp_path / "other") as directory:
