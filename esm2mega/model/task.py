@@ -33,7 +33,9 @@ class ESM2ForTask(ESM2Model):
     """
 
     def __init__(self, *stage: Any, make_head: MakeHead) -> None:
-        """Args: stage: what `ESM2Model` takes. make_head: called on the last stage."""
+        """Args: stage: what `ESM2Model` takes. make_head: called on every stage; what it makes
+        stays where there is a use for it.
+        """
         self._make_head = make_head
         self.frozen = False
         self._features: dict[bytes, Tensor | None] = {}
@@ -75,9 +77,9 @@ class ESM2ForTask(ESM2Model):
         if self.post_process:
             # [T, 1, h] -> [T, h]
             return head(self.gathered(hidden_states)[:, 0], segments)
-        return (
-            hidden_states if head is None else attach(hidden_states, head.carry(segments), self.carried_rows)
-        )
+        if head is None:
+            return hidden_states
+        return attach(hidden_states, head.carry(segments), self.carried_rows)
 
     def rows_to_carry(self, wanted: Segments) -> int:
         if self.config.pipeline_model_parallel_size == 1 or self.head is None or not self.head.spans_stages:

@@ -111,6 +111,13 @@ def differences(reference: Outcome, trial: Outcome) -> list[Difference]:
     ]
 
 
+def without_metrics(found: Iterable[Difference]) -> list[Difference]:
+    """All but what an evaluation has besides its loss: rounding moves ranks and counts not at all, or by
+    whole steps.
+    """
+    return [x for x in found if x.kind != "loss" or x.name in ("loss", "valid_loss")]
+
+
 def worst(found: Iterable[Difference]) -> Difference:
     """The largest difference, of which there must be one; what is no number is larger than any."""
     return max(found, key=lambda difference: _finite(difference.value))

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from esm2mega.prove.compare import KINDS, Difference, Outcome, differences, worst
+from esm2mega.prove.compare import KINDS, Difference, Outcome, differences, without_metrics, worst
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.training import SAVED, STEPS, settings, write_stores
 from esm2mega.prove.trials import Trial
@@ -159,11 +159,11 @@ class Prover:
                 return Verdict(trial, bound, error=f"{name}: {result}" if name else result)
         found = differences(yardsticks[0], outcome)  # type: ignore[arg-type]
         if trial.precision == "bf16":
-            yardstick = differences(*yardsticks)  # type: ignore[arg-type]
+            yardstick = without_metrics(differences(*yardsticks))  # type: ignore[arg-type]
             if (far := _too_far(yardstick)) is not None:
                 error = f"reference: bf16 on one process is {far.value:.2g} from fp32 in {far}"
                 return Verdict(trial, bound, error=error)
-            found = _in_units_of(yardstick, found)
+            found = _in_units_of(yardstick, without_metrics(found))
         return Verdict(trial, bound, tuple(_worst_of(kind, found) for kind in KINDS))
 
 

@@ -291,7 +291,11 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         # Groups of parameters by learning rate, in sharded and in whole optimizer state.
         with_head(Trial((_DP2, _TP2), settings=MID_WINDOW), "freeze"),
     ),
-    "bf16": tuple(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
+    "bf16": (
+        *(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
+        # Sums in fp32 travel beside states in bf16.
+        with_head(Trial((Layout(pp=2, packed=4),), "bf16"), "attention_maps"),
+    ),
     "families": tuple(
         Trial((layout,), settings=settings, label=label) for label, settings, layout in _FAMILIES
     ),
