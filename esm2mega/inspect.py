@@ -64,7 +64,7 @@ def _task_lines(task: Any, saved: dict[str, Any]) -> Iterator[str]:
 
     info = TargetInfo.from_dict(saved)
     yield f"task {info.kind}, head {' '.join(head_form(task))}, {info.num_outputs} outputs"
-    for number, name in enumerate(info.names):
+    for number, name in enumerate(info.output_names):
         described = [f"output {number} {name}"]
         if info.counts:
             described.append(f"{info.counts[number]:,} training labels")

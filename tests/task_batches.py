@@ -15,7 +15,9 @@ from esm2mega.data.labelled_batch import LabelledBatch, LabelledPacks
 from esm2mega.data.tokenizer import encode_residues
 
 
-def proteins_of(sequences: Sequence[str], labels: Any = None, per_residue: bool = False) -> LabelledProteins:
+def proteins_of(
+    sequences: Sequence[str], labels: Any = None, per_residue: bool = False, per_pair: bool = False
+) -> LabelledProteins:
     """Proteins in memory, named by their numbers."""
     tokens = [encode_residues(sequence) for sequence in sequences]
     return LabelledProteins(
@@ -25,6 +27,7 @@ def proteins_of(sequences: Sequence[str], labels: Any = None, per_residue: bool 
         np.cumsum([0, *map(len, tokens)], dtype=np.int64),
         labels,
         per_residue,
+        per_pair,
     )
 
 

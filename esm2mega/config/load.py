@@ -29,6 +29,9 @@ from esm2mega.config.schema import Run
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import MachineError, UserError
 
+_WITH_GAPS = ("task.mask_column",)
+"""Keys whose lists have null where there is nothing."""
+
 
 @dataclass(frozen=True)
 class _Setting:
@@ -296,7 +299,7 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
     misread = (
         (kind is bool and not isinstance(value, (bool, str)) and value not in (0, 1, None))
         or (kind is str and (isinstance(value, bool) or value == ""))
-        or (kind is Any and not _is_text_or_list(value))
+        or (kind is Any and not _is_text_or_list(value, key in _WITH_GAPS))
     )
     try:
         if misread:
@@ -305,7 +308,7 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
         OmegaConf.update(tree, key, value, merge=False)
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(
-            f"{setting.where}: {key}={_show(value)}: expected {_expected(types_of[key])}"
+            f"{setting.where}: {key}={_show(value)}: expected {_expected(types_of[key], key in _WITH_GAPS)}"
         ) from error
 
 
@@ -337,20 +340,21 @@ def _kind(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _expected(hint: Any) -> str:
+def _expected(hint: Any, gaps: bool) -> str:
     kind, optional = _kind(hint)
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     if typing.get_origin(kind) is dict:
         return "pairs of a text and a number, as in {embedding.*: 0.1}"
     if kind is Any:
-        return "text, a list of texts or null"
+        return "text, a list of texts and nulls, or null" if gaps else "text, a list of texts or null"
     return words.get(kind, "a list of numbers") + (" or null" if optional else "")
 
 
-def _is_text_or_list(value: Any) -> bool:
-    """Whether this can be a key that the schema types as Any: one text or several."""
+def _is_text_or_list(value: Any, gaps: bool) -> bool:
+    """Whether this can be a key that the schema types as Any: one text or several, with null among them."""
     texts = value if isinstance(value, list) else [value]
-    return value is None or (bool(texts) and all(isinstance(text, str) and text for text in texts))
+    allowed = (str, type(None)) if gaps else str
+    return value is None or (bool(texts) and all(isinstance(text, allowed) and text != "" for text in texts))
 
 
 def _show(value: Any) -> str:

@@ -163,7 +163,7 @@ class TaskConfig:
 
     kind: str | None = _choice(None, *TASK_KINDS)
     target_columns: list[str] = field(default_factory=lambda: ["target"])
-    mask_column: str | None = None
+    mask_column: Any = None  # str | list[str | None] | None; loading and `validate_task` check it
     label_file: str | None = None
     mask_file: str | None = None
     num_classes: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import Run, TaskConfig
 from esm2mega.errors import UserError
 
 RESIDUE_KINDS = ("token_classification", "token_regression")
@@ -49,20 +49,11 @@ def validate_task(run: Run) -> None:
         raise UserError(
             f"task.target_columns={task.target_columns} must name one column or several once each"
         )
-    if len(task.target_columns) > 1 and task.kind not in ("regression", "multilabel"):
+    if len(task.target_columns) > 1 and task.kind in ("classification", PAIR_KIND):
         raise UserError(
             f"task.target_columns={task.target_columns}: task.kind={task.kind} has one column; name one"
         )
-    if task.mask_column is not None and not per_residue:
-        raise UserError(
-            f"task.mask_column={task.mask_column} marks residues, but task.kind={task.kind} has labels of "
-            "proteins; set task.mask_column=null"
-        )
-    if task.mask_file is not None and (not per_residue or task.mask_column is not None):
-        cure = "set task.mask_column=null" if per_residue else "set task.mask_file=null"
-        raise UserError(
-            f"task.mask_file={task.mask_file} marks residues in the place of task.mask_column; {cure}"
-        )
+    _check_masks(task)
     for key, kinds in (
         ("num_classes", ("classification", "token_classification", "multilabel")),
         ("label_smoothing", ("classification", "token_classification")),
@@ -71,6 +62,11 @@ def validate_task(run: Run) -> None:
             raise UserError(
                 f"task.{key}={getattr(task, key)} does not go with task.kind={task.kind}; remove it"
             )
+    if task.num_classes and task.kind == "token_classification" and len(task.target_columns) > 1:
+        raise UserError(
+            f"task.num_classes={task.num_classes} says nothing of several target columns, which have classes "
+            "each; remove it"
+        )
     if task.class_weights != "none" and task.kind not in ("classification", "token_classification"):
         raise UserError(
             f"task.class_weights={task.class_weights} does not go with task.kind={task.kind}; remove it"
@@ -94,6 +90,37 @@ def validate_task(run: Run) -> None:
     if len(data.train_paths()) > 1 or data.weights is not None:
         raise UserError("data.train names several tables; join them into one for fine-tuning")
     _check_finetune(run)
+
+
+def masks_of(task: TaskConfig) -> list[str | None]:
+    """The column of the mask of each target column, None where all of its residues count."""
+    masks = task.mask_column
+    return list(masks) if isinstance(masks, list) else [masks] * len(task.target_columns)
+
+
+def _check_masks(task: TaskConfig) -> None:
+    """Which residues count."""
+    masks, per_residue = task.mask_column, task.kind in (*RESIDUE_KINDS, PAIR_KIND)
+    shown = f"task.mask_column={masks}"
+    if masks is not None and not per_residue:
+        raise UserError(
+            f"{shown} marks residues, but task.kind={task.kind} has labels of proteins; set "
+            "task.mask_column=null"
+        )
+    if not all(mask is None or (isinstance(mask, str) and mask) for mask in masks_of(task)):
+        raise UserError(f"{shown} must be a column, a list of columns and nulls, or null")
+    if isinstance(masks, list) and task.kind == PAIR_KIND:
+        raise UserError(f"{shown}: task.kind={task.kind} has one mask; name its column, without a list")
+    if len(masks_of(task)) != len(task.target_columns):
+        raise UserError(
+            f"{shown} has {len(masks_of(task))} entries for task.target_columns={task.target_columns}; give "
+            "one for each, null for none, or one column for all"
+        )
+    if task.mask_file is not None and (not per_residue or masks is not None):
+        cure = "set task.mask_column=null" if per_residue else "set task.mask_file=null"
+        raise UserError(
+            f"task.mask_file={task.mask_file} marks residues in the place of task.mask_column; {cure}"
+        )
 
 
 def _check_finetune(run: Run) -> None:

@@ -49,11 +49,19 @@ _EQUALS: dict[str, tuple[tuple[str, ...], dict[str, str | None]]] = {
 
 
 def find_equal(head: HeadDescription) -> str | None:
-    """The class of transformers that computes the same; None if there is none, as for a user's own head."""
+    """The class of transformers that computes the same; None if there is none, as for a user's own head or
+    for residues with several targets.
+    """
+    if _several_of_residues(head):
+        return None
     for name, (form, kinds) in _EQUALS.items():
         if head_form(head.task) == form and head.task.kind in kinds and head.shapes.keys() == _tensors(name):
             return name
     return None
+
+
+def _several_of_residues(head: HeadDescription) -> bool:
+    return head.info.per_residue and len(head.info.targets) > 1
 
 
 def _tensors(architecture: str) -> set[str]:
@@ -70,6 +78,11 @@ def architecture_of(head: HeadDescription) -> str:
     if (name := find_equal(head)) is not None:
         return name
     task = head.task
+    if _several_of_residues(head):
+        raise UserError(
+            f"transformers has no equal of a head for {len(head.info.targets)} columns of residues "
+            f"(task.target_columns={task.target_columns}); --drop-head writes the encoder without it"
+        )
     raise UserError(
         f"transformers has no equal of the head {' '.join(head_form(task))} (task.head={task.head}, "
         f"task.kind={task.kind}); --drop-head writes the encoder without it, or train with task.head=hf"

@@ -15,7 +15,8 @@ next header.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,3 +171,17 @@ def attributes(entry: Entry, place: str) -> dict[str, str]:
         if equals:
             found[key] = value
     return found
+
+
+def check_blanks(entry: Entry, keys: Container[str], place: str) -> None:
+    """Refuse a value with blanks under one of `keys`, of which `attributes` gives the first word alone.
+
+    Raises:
+        UserError: A word that is no ``KEY=VALUE`` follows one of them.
+    """
+    for word, after in pairwise(entry.words):
+        if word.partition("=")[0] in keys and "=" not in after:
+            raise UserError(
+                f"{place}: {after!r} behind {word!r} in the header of {entry.id!r}: a value ends at white "
+                "space; write _ for blanks"
+            )

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from esm2mega.data.fasta import FastaReader, attributes, read_entries
+from esm2mega.data.fasta import FastaReader, attributes, check_blanks, read_entries
 from esm2mega.data.flip_tasks import TASKS, Task, differing
+from esm2mega.data.label_cells import check_marks
 from esm2mega.data.labelled_rows import ResidueStrings
 from esm2mega.data.labelled_tables import MASK, SPLITS, TARGET, LabelledRow, LabelledTables
 from esm2mega.data.records import SourceOptions, require_columns, residues_of
@@ -140,11 +141,8 @@ def _read_residue_task(path: Path, folder: Path, task: Task) -> _Read:
         cells = [labels.of(name, length, place)]
         if masks is not None:
             cells.append(masks.of(name, length, place))
-            if stray := set(cells[1]) - {"0", "1"}:
-                mask_place = masks.reader.place(masks.entries[name].line)
-                raise UserError(
-                    f"{mask_place}: {min(stray)!r} in the mask of {name!r}; a mask is made of 0 and 1"
-                )
+            mask_place = masks.reader.place(masks.entries[name].line)
+            check_marks(cells[1], f"the mask of {name!r}", mask_place)
             masked += cells[1].count("0")
         rows[split].append(LabelledRow(name, sequences[name].text, tuple(cells)))
     unlabelled = len(sequences) - sum(name in labels.entries for name in sequences)
@@ -174,11 +172,7 @@ def _fasta_rows(entries: Any, reader: FastaReader) -> _Found:
     for entry in entries:
         place = reader.place(entry.line)
         marks = attributes(entry, place)
-        if stray := [word for word in entry.words if "=" not in word]:
-            raise UserError(
-                f"{place}: {stray[0]!r} in the header of {entry.id!r} is no KEY=VALUE; write _ for blanks in "
-                "a value"
-            )
+        check_blanks(entry, ("TARGET", "SET", "VALIDATION"), place)
         if "TARGET" not in marks:
             raise UserError(f"{place}: the header of {entry.id!r} has no TARGET=; is this a file of FLIP?")
         row = LabelledRow(entry.id, entry.text, (marks["TARGET"],))

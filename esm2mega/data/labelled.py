@@ -3,13 +3,13 @@
 `LabelledProteins` offers what samples and packs need of a token store, so that order, crops and packs of
 labelled proteins are made by the same code as those of pretraining.
 
-Legend: ``n`` proteins, ``k`` targets or classes, ``L`` residues of a protein.
+Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a protein.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from esm2mega.data import tokenizer
 from esm2mega.data.labelled_rows import MASK_FILE, labelled_rows
 from esm2mega.data.records import SourceOptions, residues_of
 from esm2mega.data.sources import open_source
-from esm2mega.data.targets import IGNORED, TargetInfo, TargetReader, join_labels, target_reader
+from esm2mega.data.target_readers import TargetReader, join_labels, target_reader
+from esm2mega.data.targets import IGNORED, TargetInfo
 from esm2mega.errors import UserError
 
 Pairs = Sequence[tuple[str, Any]]
@@ -38,9 +39,11 @@ class LabelledProteins:
         ids: n of them, repeats allowed.
         tokens: Residues of all proteins back to back, uint8 ``[sum L]``.
         offsets: Where each protein begins there, and the end, int64 ``[n + 1]``.
-        labels: Float64 ``[n, k]`` or int64 ``[n]`` of proteins, or one per residue, ``[sum L]``; None where
-            there are none, for prediction.
-        per_residue: Which of the two. Of contacts they are coordinates, float64 ``[sum L, 3]``.
+        labels: Float64 ``[n, k]`` or int64 ``[n]`` of proteins, or of either type ``[sum L, m]`` of residues;
+            None where there are none, for prediction.
+        per_residue: Whether labels are stored by residue.
+        per_pair: Whether these are coordinates, float64 ``[sum L, 3]``, from which the labels of pairs of
+            residues follow.
         notes: What the user should know about how they were read.
     """
 
@@ -50,6 +53,7 @@ class LabelledProteins:
     offsets: npt.NDArray[np.int64]
     labels: npt.NDArray[Any] | None = None
     per_residue: bool = False
+    per_pair: bool = False
     notes: list[str] = field(default_factory=list)
 
     clusters = None
@@ -80,11 +84,6 @@ class LabelledProteins:
         return int((missing.any(axis=1) if self.per_pair else missing).sum())
 
     @property
-    def per_pair(self) -> bool:
-        """Whether labels are coordinates, from which those of pairs of residues follow."""
-        return self.per_residue and self.labels is not None and self.labels.ndim == 2
-
-    @property
     def fingerprint(self) -> str:
         """Equal for the same proteins with the same labels in the same order; ids do not count."""
         digest = hashlib.sha256(self.offsets.tobytes() + self.tokens.tobytes())
@@ -108,6 +107,7 @@ class LabelledProteins:
             _offsets(map(len, kept)),
             labels,
             self.per_residue,
+            self.per_pair,
             [*self.notes, *notes],
         )
 
@@ -183,9 +183,13 @@ def proteins_of_pairs(
     rows = []
     for number, (sequence, value) in enumerate(pairs):
         place = f"{name}[{number}]"
-        values = list(value) if len(columns) > 1 else [value]
+        values = [value]
+        if len(columns) > 1 and isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
+            values = list(value)
         if len(values) != len(columns):
-            raise UserError(f"{place}: {len(values)} values for task.target_columns={columns}")
+            raise UserError(
+                f"{place}: {len(values)} values for task.target_columns={columns}; give one for each"
+            )
         tokens = tokenizer.encode_residues(residues_of(sequence, place, str(number)))
         cells = dict(zip(columns, values, strict=True))
         rows.append(_Row(place, str(number), tokens, reader.read(cells, place, len(tokens))))
@@ -217,6 +221,7 @@ def _of_rows(
         _offsets(len(row.tokens) for row in rows),
         join_labels((reader.encode(row.label, info, row.place) for row in rows), info.per_residue),
         info.per_residue,
+        info.per_pair,
         notes,
     )
 

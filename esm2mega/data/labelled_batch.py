@@ -3,7 +3,8 @@
 T   tokens of a pack (`train.micro_batch_tokens`), padding included
 n   proteins (or pieces of them) of a pack
 R   residues of these
-k   targets or classes
+k   outputs
+m   target columns
 P   pairs of residues of the same protein, see `esm2mega.data.contacts`
 """
 
@@ -91,7 +92,7 @@ class LabelledBatch:
         seqlens: Tokens of each segment on the host, padding included; they add up to T.
         wanted: Where proteins and residues lie: what the model needs for its head.
         labels: Float64 ``[n, k]`` (NaN: none) or int64 ``[n]`` (-100: none) of proteins; of residues,
-            ``[R]`` of either; of pairs int8 ``[P]``. None for prediction.
+            ``[R, m]`` of either; of pairs int8 ``[P]``. None for prediction.
         rows: Which protein of the table each is, int64 ``[n]``.
         num_tokens: Tokens of proteins, without padding.
         num_residues: R.

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega.config.schema import DataConfig, TaskConfig
-from esm2mega.config.task import RESIDUE_KINDS
+from esm2mega.config.task import RESIDUE_KINDS, masks_of
 from esm2mega.data import tokenizer
-from esm2mega.data.fasta import FastaReader, attributes, read_entries
+from esm2mega.data.fasta import FastaReader, attributes, check_blanks, read_entries
 from esm2mega.data.parquet import ParquetReader
 from esm2mega.data.records import Record, SourceOptions, require_columns, table_record
 from esm2mega.data.sources import open_source
@@ -85,8 +85,8 @@ def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str) -> Iterator[
 
 def _wanted(task: TaskConfig) -> list[str]:
     """Columns of labels, and of masks that are in the table."""
-    masks = [] if task.mask_column in (None, MASK_FILE) else [str(task.mask_column)]
-    return [*task.target_columns, *masks]
+    masks = [mask for mask in masks_of(task) if mask not in (None, MASK_FILE)]
+    return [*task.target_columns, *dict.fromkeys(masks)]
 
 
 def _options(data: DataConfig) -> SourceOptions:
@@ -118,13 +118,7 @@ def _header_rows(source: FastaReader, wanted: Sequence[str]) -> Iterator[Row]:
                         f"{place}: the header of {entry.id!r} has no {column}=VALUE; add it, correct "
                         "task.target_columns, or give labels in task.label_file"
                     )
-            # The words of a value with blanks would be lost, all but the first.
-            for word, after in zip(entry.words, entry.words[1:], strict=False):
-                if word.partition("=")[0] in wanted and "=" not in after:
-                    raise UserError(
-                        f"{place}: {after!r} behind {word!r} in the header of {entry.id!r}: a value ends at "
-                        "white space; write _ for blanks"
-                    )
+            check_blanks(entry, wanted, place)
             cells = {column: marks[column] for column in wanted}
             yield place, entry.id, tokenizer.encode_residues(entry.text.encode()), cells
 
@@ -181,6 +175,11 @@ def _with_labels(
             raise UserError(
                 f"task.label_file={path}: a FASTA of labels has one for each residue, task.kind={task.kind} "
                 "wants another form; give a table with ids and labels"
+            )
+        if len(task.target_columns) > 1:
+            raise UserError(
+                f"task.label_file={path}: a FASTA of labels is one column, task.target_columns="
+                f"{task.target_columns} names several; give a table with ids and labels"
             )
         (column,) = task.target_columns
         entries = ResidueStrings(path, "labels")

@@ -1,6 +1,6 @@
 """Predictions of a task as a reader wants them: per protein, in units of the labels, with class names.
 
-Legend: ``n`` proteins, ``k`` targets or classes, ``L`` residues of a protein.
+Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a protein.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from esm2mega.config.task import NUMERIC_KINDS
 from esm2mega.data.contacts import SEPARATION, num_residues, pairs_of
 from esm2mega.data.labelled import LabelledProteins
-from esm2mega.data.targets import IGNORED, TargetInfo
+from esm2mega.data.targets import IGNORED, Target, TargetInfo
 from esm2mega.errors import MachineError, UserError
 from esm2mega.train.metrics import Predictions
 
@@ -35,13 +36,16 @@ def rows_of(found: Predictions) -> list[int]:
 
 
 def shown_predictions(found: Predictions, info: TargetInfo, proteins: LabelledProteins) -> list[Any]:
-    """The prediction of each protein in the form of its label; of classes the likeliest one, of contacts the
-    L likeliest ones as ``[i, j, probability]``.
+    """The prediction of each protein in the form of its label, of several targets by their columns; of
+    classes the likeliest one, of contacts the L likeliest ones as ``[i, j, probability]``.
     """
     if info.per_pair:
         return [_likeliest(logits) for logits in _pair_maps(found, found.values, proteins)]
     if info.per_residue:
-        return [_residues_shown(values, info) for values in spread(found, found.values, proteins)]
+        return [
+            _by_column(info, [_residues_shown(values[:, x.outputs], x, info.kind) for x in info.targets])
+            for values in spread(found, found.values, proteins)
+        ]
     return [_shown(values, info) for values in found.values]
 
 
@@ -54,15 +58,14 @@ def shown_labels(found: Predictions, info: TargetInfo, proteins: LabelledProtein
     if info.per_pair:
         maps = _pair_maps(found, labels, proteins)
         return [np.argwhere(np.triu(known, 1) == 1.0).tolist() for known in maps]
-    if info.kind == "token_classification":
-        names = [*info.names, _NOTHING]
-        numbers = np.where(labels == IGNORED, len(info.names), labels).astype(np.float64)
+    if info.per_residue:
+        numbers = np.where(labels == IGNORED, np.nan, labels) if info.kind not in NUMERIC_KINDS else labels
         return [
-            _between(info).join(_NOTHING if math.isnan(x) else names[int(x)] for x in values[:, 0].tolist())
-            for values in spread(found, numbers[:, None], proteins)
+            _by_column(
+                info, [_residues_known(values[:, i], x, info.kind) for i, x in enumerate(info.targets)]
+            )
+            for values in spread(found, numbers, proteins)
         ]
-    if info.kind == "token_regression":
-        return [_numbers(values[:, 0]) for values in spread(found, labels[:, None], proteins)]
     if info.kind == "classification":
         return [None if label == IGNORED else info.names[label] for label in labels.tolist()]
     return [_shown(row, info) for row in labels]
@@ -133,20 +136,29 @@ def _shown(values: Array, info: TargetInfo) -> Any:
     return numbers[0] if len(numbers) == 1 else dict(zip(info.names, numbers, strict=True))
 
 
-def _residues_shown(values: Array, info: TargetInfo) -> Any:
-    if info.kind == "token_regression":
+def _by_column(info: TargetInfo, shown: Sequence[Any]) -> Any:
+    """What is shown of each target by its column; of a single one without."""
+    if len(shown) == 1:
+        return shown[0]
+    return {target.name: each for target, each in zip(info.targets, shown, strict=True)}
+
+
+def _residues_shown(values: Array, target: Target, kind: str) -> Any:
+    """Of predictions of a target, ``[L, c]`` of c classes or ``[L, 1]`` of numbers."""
+    if kind == "token_regression":
         return _numbers(values[:, 0])
     cropped = np.isnan(values[:, 0])
     likeliest = np.where(cropped, 0.0, values.T).T.argmax(axis=1)
-    return _between(info).join(
-        _NOTHING if gone else info.names[number]
-        for gone, number in zip(cropped.tolist(), likeliest.tolist(), strict=True)
-    )
+    return _residues_known(np.where(cropped, np.nan, likeliest), target, kind)
 
 
-def _between(info: TargetInfo) -> str:
-    """Nothing between the classes of residues if each is a character, else a blank."""
-    return "" if all(len(name) == 1 for name in info.names) else " "
+def _residues_known(labels: Array, target: Target, kind: str) -> Any:
+    """Of labels of a target, ``[L]``, or of the numbers of classes; NaN for none."""
+    if kind == "token_regression":
+        return _numbers(labels)
+    # Nothing between the classes of residues if each is a character, else a blank.
+    between = "" if all(len(name) == 1 for name in target.names) else " "
+    return between.join(_NOTHING if math.isnan(x) else target.names[int(x)] for x in labels.tolist())
 
 
 def _numbers(values: Array) -> list[float | None]:
@@ -155,8 +167,17 @@ def _numbers(values: Array) -> list[float | None]:
 
 def check_kind(out: Path, info: TargetInfo) -> None:
     """Refuse a table for what fits into none."""
-    if info.per_pair and out.suffix != ".h5":
+    if out.suffix == ".h5":
+        return
+    if info.per_pair:
         raise UserError(f"--out {out}: contacts are maps of all pairs; give a name that ends with .h5")
+    names = info.names if info.kind == "regression" else [target.name for target in info.targets]
+    for name in ("id", "truncated"):
+        if name in names:
+            raise UserError(
+                f"--out {out}: {name!r} is a column of its own in this table and the name of a target; give "
+                "a name that ends with .h5"
+            )
 
 
 def check_format(out: Path) -> None:
@@ -198,7 +219,9 @@ def write_predictions(
 def _columns(
     found: Predictions, info: TargetInfo, proteins: LabelledProteins, limit: int
 ) -> dict[str, list[Any]]:
-    """Cells by column: id, whether truncated, predictions, and probabilities of proteins."""
+    """Cells by column: id, whether truncated, predictions (numbers and several targets under the names of
+    their columns), and probabilities of proteins.
+    """
     columns: dict[str, list[Any]] = {
         "id": list(proteins.ids),
         "truncated": (proteins.lengths > limit).tolist(),
@@ -206,15 +229,20 @@ def _columns(
     shown = shown_predictions(found, info, proteins)
     if info.kind == "regression":
         return columns | {name: found.values[:, i].tolist() for i, name in enumerate(info.names)}
+    if info.per_residue and len(info.targets) > 1:
+        return columns | {x.name: [_residue_cell(each[x.name]) for each in shown] for x in info.targets}
     if info.kind == "multilabel":
         columns["prediction"] = [";".join(names) for names in shown]
-    elif info.kind == "token_regression":
-        columns["prediction"] = [" ".join("nan" if x is None else repr(x) for x in row) for row in shown]
     else:
-        columns["prediction"] = shown
+        columns["prediction"] = [_residue_cell(each) for each in shown] if info.per_residue else shown
     if not info.per_residue:
         columns |= {f"p_{name}": found.values[:, i].tolist() for i, name in enumerate(info.names)}
     return columns
+
+
+def _residue_cell(shown: str | list[float | None]) -> str:
+    """Classes of residues, or their numbers with blanks between."""
+    return shown if isinstance(shown, str) else " ".join("nan" if x is None else repr(x) for x in shown)
 
 
 def _write_csv(path: Path, columns: dict[str, list[Any]]) -> None:
@@ -264,4 +292,4 @@ def _write_header(file: Any, info: TargetInfo, proteins: LabelledProteins, limit
     file["ids"] = np.array(proteins.ids, dtype=h5py.string_dtype())
     file["lengths"] = proteins.lengths
     file["truncated"] = proteins.lengths > limit
-    file.attrs["kind"], file.attrs["names"] = info.kind, info.names
+    file.attrs["kind"], file.attrs["names"] = info.kind, info.output_names

@@ -116,9 +116,12 @@ def to_ours(
 def _stored(source: Path) -> tuple[list[str], TargetInfo]:
     try:
         content = json.loads((source / TASK).read_text())
-        return content.pop("target_columns"), TargetInfo.from_dict(content)
+        columns, info = content.pop("target_columns"), TargetInfo.from_dict(content)
+        if info.columns or info.widths:
+            raise ValueError("columns and widths are of heads that transformers has not")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{source / TASK}: not readable ({error}); leave {MODULE} out with --drop") from error
+    return columns, info
 
 
 def _names(architecture: str) -> dict[str, str]:

@@ -77,7 +77,7 @@ def write_stores(folder: Path) -> Path:
 
 def _write_tables(folder: Path) -> None:
     """Write ``train.csv`` and ``valid.csv``: labels of every kind, most of which are missing or masked."""
-    rng, shapes = np.random.default_rng(4), np.random.default_rng(5)
+    rng, shapes, more = (np.random.default_rng(seed) for seed in (4, 5, 6))
 
     def coil(length: int) -> list[list[float]]:
         steps = shapes.normal(size=(length, 3))
@@ -87,7 +87,8 @@ def _write_tables(folder: Path) -> None:
     for split, count in (("train", _TRAIN), ("valid", _VALID)):
         with (folder / f"{split}.csv").open("w", newline="") as file:
             table = csv.writer(file)
-            table.writerow(["sequence", "a", "b", "class", "flags", "letters", "mask", "numbers", "atoms"])
+            columns = ["letters", "mask", "numbers", "atoms", "states", "seen"]
+            table.writerow(["sequence", "a", "b", "class", "flags", *columns])
             for number in range(count):
                 length = int(rng.integers(_SHORTEST, _LONGEST + 1))
                 residues = rng.choice(_KNOWN, size=length).tobytes().decode()
@@ -108,6 +109,9 @@ def _write_tables(folder: Path) -> None:
                         " ".join(numbers if known else ["nan"] * length),
                         # A random coil, 3.8 Angstrom between neighbours; of some proteins only its beginning.
                         json.dumps([*coil(length if known else 7), *[None] * (0 if known else length - 7)]),
+                        # A second column of classes, known of other proteins than the first.
+                        "".join(more.choice(list("12345"), size=length)),
+                        ("1" if number % 4 == 1 else "0") * length,
                     ]
                 )
 

@@ -112,6 +112,13 @@ HEADS: dict[str, tuple[str, ...]] = {
         "task.mask_column=mask",
         "task.head=cnn",
     ),
+    "targets": (
+        "task.kind=token_classification",
+        "task.target_columns=[letters, states]",
+        "task.mask_column=[mask, seen]",
+        "task.head=cnn",
+        "task.class_weights=balanced",
+    ),
     "product": ("task.kind=contact", "task.target_columns=[atoms]", "task.mask_column=mask"),
     "attention_maps": (
         "task.kind=contact",

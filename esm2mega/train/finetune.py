@@ -244,7 +244,7 @@ def _train(
 def _described(splits: Splits) -> list[str]:
     """What is learned from what."""
     info = splits.info
-    named = ", ".join(info.names[:8]) + (", …" if len(info.names) > 8 else "")
+    named = ", ".join(info.output_names[:8]) + (", …" if info.num_outputs > 8 else "")
     lines = [f"task     {info.kind} of {info.num_outputs} outputs: {named}"]
     for split, proteins in splits.of.items():
         lines.append(f"data     {split}: {len(proteins)} proteins of {proteins.path}, {_labels(proteins)}")

@@ -10,9 +10,9 @@ from pathlib import Path
 from esm2mega.checkpoint import layout
 from esm2mega.config.head_form import head_form
 from esm2mega.config.schema import Run, TaskConfig
-from esm2mega.config.task import NUMERIC_KINDS, PAIR_KIND
+from esm2mega.config.task import PAIR_KIND
 from esm2mega.convert.into_model import head_at, starts_with_contact_head
-from esm2mega.data.targets import TargetInfo
+from esm2mega.data.targets import TargetInfo, columns_of
 from esm2mega.errors import UserError
 
 
@@ -31,7 +31,7 @@ def loaded_targets(run: Run, init_from: Path | None, resume_from: Path | None) -
     if not run.finetune.load_head:
         return None
     if resume_from is not None:
-        return TargetInfo.from_dict(layout.read_state(resume_from)["task"])
+        return _with_columns(TargetInfo.from_dict(layout.read_state(resume_from)["task"]), run.task)
     if init_from is None:
         raise UserError("finetune.load_head=true: there is nothing to load it from; set init_from")
     if starts_with_contact_head(init_from, run):
@@ -57,22 +57,16 @@ def _check_same_head(place: str, found: TaskConfig, wanted: TaskConfig) -> None:
 
 
 def _with_columns(info: TargetInfo, task: TaskConfig) -> TargetInfo:
-    """Numbers and flags are named by their columns, whose order is that of the outputs."""
-    columns = task.target_columns
-    if info.kind not in NUMERIC_KINDS and len(columns) == 1:
+    """Numbers, flags and several targets are named by their columns, whose order is that of the outputs."""
+    old, new = columns_of(info, task), task.target_columns
+    if not old or old == new:
         return info
-    if len(columns) != info.num_outputs:
+    if set(old) == set(new):
         raise UserError(
-            f"task.target_columns={columns}: the loaded head has {info.num_outputs} outputs, "
-            f"{', '.join(info.names)}; name a column for each"
+            f"task.target_columns={new}: the outputs of the loaded head have another order; set "
+            f"task.target_columns=[{','.join(old)}]"
         )
-    if columns != info.names:
-        if set(columns) == set(info.names):
-            raise UserError(
-                f"task.target_columns={columns}: the outputs of the loaded head have another order; set "
-                f"task.target_columns=[{','.join(info.names)}]"
-            )
-        if os.environ.get("RANK", "0") == "0":
-            pairs = ", ".join(f"{old} for {new}" for old, new in zip(info.names, columns, strict=True))
-            print(f"init_from outputs of the loaded head: {pairs}", file=sys.stderr)
-    return replace(info, names=list(columns))
+    if os.environ.get("RANK", "0") == "0":
+        pairs = ", ".join(f"{before} for {after}" for before, after in zip(old, new, strict=True))
+        print(f"init_from outputs of the loaded head: {pairs}", file=sys.stderr)
+    return replace(info, columns=list(new)) if info.columns else replace(info, names=list(new))

@@ -2,20 +2,21 @@
 
 Every metric is computed from the gathered predictions of a whole split, never from means of micro-batches.
 
-Legend: ``n`` proteins or residues with a label, ``k`` classes.
+Legend: ``n`` proteins or residues with a label, ``k`` outputs, ``m`` target columns, ``c`` classes.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from esm2mega.config.task import NUMERIC_KINDS
 from esm2mega.data.sampling import Purpose, derive_seed
 from esm2mega.data.targets import IGNORED, TargetInfo
 from esm2mega.errors import UserError
@@ -48,8 +49,8 @@ class Predictions:
             the first one of the piece is.
         values: In units of the labels, or probabilities, fp64 ``[n, k]``. Of contacts ``[n]`` arrays of the
             logits of all pairs, see `esm2mega.data.contacts`.
-        labels: ``[n]`` or ``[n, k]`` as in `LabelledProteins`, of contacts ``[n]`` arrays of those of pairs;
-            None where there are none.
+        labels: As in `LabelledProteins`, of contacts ``[n]`` arrays of those of pairs; None where there are
+            none.
     """
 
     rows: Array
@@ -79,21 +80,40 @@ def metrics_of(found: Predictions, info: TargetInfo) -> Metrics:
     assert found.labels is not None
     if info.per_pair:
         return contact_metrics(contact_counts(found.values, found.labels))
-    if info.kind == "regression":
-        return _of_targets(found.labels, found.values, info.names)
-    if info.kind == "token_regression":
-        there = ~np.isnan(found.labels)
-        metrics = regression_metrics(found.labels[there], found.values[there, 0])
-        each = _per_protein(found.rows[there], found.labels[there], found.values[there, 0], _spearman)
-        return {**metrics, "spearman_per_protein": _mean(each)}
     if info.kind == "multilabel":
         return multilabel_metrics(found.labels, found.values)
-    there = found.labels != IGNORED
-    labels, values = found.labels[there], found.values[there]
-    metrics = classification_metrics(labels, values)
-    if info.kind == "token_classification":
-        each = _per_protein(found.rows[there], labels, values.argmax(axis=1), _accuracy)
+    labels = found.labels if found.labels.ndim == 2 else found.labels[:, None]
+    each = {
+        target.name: _of_target(info.kind, found.rows, labels[:, number], found.values[:, target.outputs])
+        for number, target in enumerate(info.targets)
+    }
+    return _of_targets(each)
+
+
+def _of_target(kind: str, rows: Array, labels: Array, values: Array) -> Metrics:
+    """Of labels ``[n]``, some of which may be missing, and predictions ``[n, 1]`` or ``[n, c]``."""
+    there = ~np.isnan(labels) if kind in NUMERIC_KINDS else labels != IGNORED
+    rows, labels, values = rows[there], labels[there], values[there]
+    if kind in NUMERIC_KINDS:
+        metrics = regression_metrics(labels, values[:, 0])
+    else:
+        metrics = classification_metrics(labels, values)
+    if kind == "token_regression":
+        metrics["spearman_per_protein"] = _mean(_per_protein(rows, labels, values[:, 0], _spearman))
+    if kind == "token_classification":
+        each = _per_protein(rows, labels, values.argmax(axis=1), _accuracy)
         metrics["accuracy_per_protein"] = _mean(each)
+    return metrics
+
+
+def _of_targets(each: Mapping[str, Metrics]) -> Metrics:
+    """Of several targets the mean of each metric, and the metrics of each target under ``name/target``."""
+    first, *others = each.values()
+    if not others:
+        return first
+    metrics = {name: _mean([of[name] for of in each.values()]) for name in first}
+    for target, of in each.items():
+        metrics |= {f"{name}/{target}": value for name, value in of.items()}
     return metrics
 
 
@@ -115,7 +135,7 @@ def regression_metrics(labels: Array, values: Array) -> Metrics:
 
 
 def classification_metrics(labels: Array, values: Array) -> Metrics:
-    """Of classes, int64 ``[n]``, and probabilities, ``[n, k]``."""
+    """Of classes, int64 ``[n]``, and probabilities, ``[n, c]``."""
     names = ("accuracy", "balanced_accuracy", "mcc", "f1_macro", "f1_micro", "auroc")
     if not len(labels):
         return dict.fromkeys(names, math.nan)
@@ -206,20 +226,6 @@ def bootstrap_intervals(
         for name, values in drawn.items()
         if (kept := [value for value in values if not math.isnan(value)])
     }
-
-
-def _of_targets(labels: Array, values: Array, names: Sequence[str]) -> Metrics:
-    """Of several targets the mean of each metric, and the metrics of each target under ``name/target``."""
-    each = {}
-    for number, name in enumerate(names):
-        there = ~np.isnan(labels[:, number])
-        each[name] = regression_metrics(labels[there, number], values[there, number])
-    if len(names) == 1:
-        return each[names[0]]
-    metrics = {metric: _mean([of[metric] for of in each.values()]) for metric in each[names[0]]}
-    for name, of in each.items():
-        metrics |= {f"{metric}/{name}": value for metric, value in of.items()}
-    return metrics
 
 
 def _per_protein(

@@ -2,11 +2,12 @@
 
 A label that is missing (NaN of numbers, -100 of classes) is not summed and not counted.
 
-Legend: ``n`` proteins and ``R`` residues of a micro-batch, ``k`` targets or classes.
+Legend: ``n`` proteins and ``R`` residues of a micro-batch, ``k`` outputs, ``m`` target columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class RegressionLossReduction(TaskLossReduction):
     def forward(self, batch: Any, output: Tensor) -> LossTerms:
         """`batch.labels` float64 ``[n, k]``, NaN for none; `output` ``[n, k]``, taken to fp32 at least."""
         values = _at_least_fp32(output)
-        labels = _as_column(batch.labels)
+        labels = batch.labels
         there = ~torch.isnan(labels)
         scaled = ((labels - self._mean.to(labels.device)) / self._std.to(labels.device)).to(values.dtype)
         # Missing labels are replaced before the loss: NaN times 0 would still be NaN.
@@ -75,40 +76,62 @@ class RegressionLossReduction(TaskLossReduction):
 
 
 class TokenRegressionLossReduction(RegressionLossReduction):
-    """The same for one number per residue: labels ``[R]``, output ``[R, 1]``."""
+    """The same for the numbers of residues: labels and output ``[R, m]``."""
 
 
 class ClassificationLossReduction(TaskLossReduction):
-    """Cross-entropy of classes, ``[n]``.
+    """Cross-entropy of classes, ``[n]``, or its sum over several targets with classes of their own.
 
     With class weights the loss of a label is multiplied by the weight of its class; what it is divided by is
     still the number of labels.
     """
 
-    def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
-        """Args: class_weights: ``[k]``, or None. label_smoothing: share spread over all classes."""
+    def __init__(
+        self,
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        widths: Sequence[int] | None = None,
+    ) -> None:
+        """Make the loss.
+
+        Args:
+            class_weights: ``[k]``, or None.
+            label_smoothing: Share spread over all classes of the target.
+            widths: How many of the outputs are classes of each target; None for all of one.
+        """
         self._weights, self.label_smoothing = class_weights, label_smoothing
+        self._widths = None if widths is None else list(widths)
 
     def forward(self, batch: Any, output: Tensor) -> LossTerms:
-        """`batch.labels` int64 ``[n]``, -100 for none; `output` logits ``[n, k]``."""
-        logits = _at_least_fp32(output)
-        weights = None if self._weights is None else self._weights.to(logits)
-        loss_sum = F.cross_entropy(
-            logits,
-            batch.labels,
-            weights,
-            ignore_index=IGNORED,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
-        return LossTerms(loss_sum, (batch.labels != IGNORED).sum())
+        """`batch.labels` int64 ``[n]`` or ``[n, m]``, -100 for none; `output` logits ``[n, k]``."""
+        logits = self._split(_at_least_fp32(output))
+        labels = batch.labels[:, None] if batch.labels.dim() == 1 else batch.labels
+        weights: Sequence[Tensor | None] = [None] * len(logits)
+        if self._weights is not None:
+            weights = self._split(self._weights.to(logits[0]))
+        sums = [
+            F.cross_entropy(
+                of_target,
+                labels[:, number],
+                weights[number],
+                ignore_index=IGNORED,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            )
+            for number, of_target in enumerate(logits)
+        ]
+        return LossTerms(torch.stack(sums).sum(), (labels != IGNORED).sum())
 
     def predictions(self, output: Tensor) -> Tensor:
-        return output.double().softmax(dim=-1)
+        return torch.cat([logits.softmax(dim=-1) for logits in self._split(output.double())], dim=-1)
+
+    def _split(self, values: Tensor) -> Sequence[Tensor]:
+        """``[..., k]`` by target."""
+        return values.split(self._widths or [values.shape[-1]], dim=-1)
 
 
 class TokenClassificationLossReduction(ClassificationLossReduction):
-    """The same for residues: labels ``[R]``, output ``[R, k]``."""
+    """The same for residues: labels ``[R, m]``, output ``[R, k]``."""
 
 
 class MultilabelLossReduction(TaskLossReduction):
@@ -163,11 +186,13 @@ def loss_of_task(task: TaskConfig, info: TargetInfo) -> TaskLossReduction:
     weights = balanced_weights(info) if task.class_weights == "balanced" else None
     if task.kind == "classification":
         return ClassificationLossReduction(weights, task.label_smoothing)
-    return TokenClassificationLossReduction(weights, task.label_smoothing)
+    widths = [len(target.names) for target in info.targets]
+    return TokenClassificationLossReduction(weights, task.label_smoothing, widths)
 
 
 def balanced_weights(info: TargetInfo) -> Tensor:
-    """Total / (k * count) of each class, fp64 ``[k]``: their mean over the training labels is 1.
+    """Total / (c * count) of each of the c classes of a target, fp64 ``[k]``: their mean over its training
+    labels is 1.
 
     These are the weights that scikit-learn calls balanced.
     """
@@ -177,13 +202,9 @@ def balanced_weights(info: TargetInfo) -> Tensor:
             "task.class_weights=none"
         )
     counts = torch.tensor(info.counts, dtype=torch.float64)
-    return counts.sum() / (len(counts) * counts)
+    of_targets = [counts[target.outputs] for target in info.targets]
+    return torch.cat([counts.sum() / (len(counts) * counts) for counts in of_targets])
 
 
 def _at_least_fp32(output: Tensor) -> Tensor:
     return output.to(torch.promote_types(output.dtype, torch.float32))
-
-
-def _as_column(labels: Tensor) -> Tensor:
-    """``[R] -> [R, 1]``; labels of proteins have columns already."""
-    return labels[:, None] if labels.dim() == 1 else labels

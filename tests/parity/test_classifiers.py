@@ -197,7 +197,8 @@ def test_labels_survive_training(sources: Path, tmp_path: Path) -> None:
         other = [*common, f"run_dir={tmp_path / 'other'}", "train.max_steps=1", change]
         with pytest.raises(UserError, match=message):
             esm2mega.finetuning.train_model(other, train=train)
-    with pytest.raises(UserError, match=r"train\[0\]: the class 'turn' is none of those .* helix, strand"):
+    message = r"train\[0\]: the class 'turn' in column 'target' is none of those .* helix, strand"
+    with pytest.raises(UserError, match=message):
         esm2mega.finetuning.train_model(
             [*common, f"run_dir={tmp_path / 'other'}", "train.max_steps=1"], train=pairs(["turn"] * 4)
         )

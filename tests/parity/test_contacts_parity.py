@@ -43,7 +43,7 @@ def _world() -> Iterator[None]:
 
 
 def labelled_pack() -> LabelledBatch:
-    return one_pack(proteins_of(SEQUENCES, COORDINATES, per_residue=True))
+    return one_pack(proteins_of(SEQUENCES, COORDINATES, per_residue=True, per_pair=True))
 
 
 def labels_of(row: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""Converted heads against `EsmForSequenceClassification` and `EsmForTokenClassification`, with gradients."""
+"""Heads against `EsmForSequenceClassification`, `EsmForTokenClassification` and, for several targets, plain
+PyTorch; with gradients.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,20 @@ from torch.nn.functional import cross_entropy
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.store import load_weights
-from esm2mega.config.schema import DataConfig, ParallelConfig
+from esm2mega.config.schema import DataConfig, ParallelConfig, TaskConfig
 from esm2mega.convert import hf
 from esm2mega.convert.classifiers import head_rows
 from esm2mega.convert.convert import convert
 from esm2mega.convert.formats import open_weights
 from esm2mega.data.batch import BatchSpec
+from esm2mega.data.labelled import read_labelled
 from esm2mega.data.labelled_batch import LabelledBatch, LabelledPacks
+from esm2mega.data.tokenizer import encode_residues
 from esm2mega.model.build import build_model
 from esm2mega.model.heads import head_of_task
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel.initialize import process_groups
+from esm2mega.train.task_losses import loss_of_task
 from tests import foreign
 from tests.parity import references
 from tests.parity.references import Shape
@@ -36,7 +41,7 @@ from tests.task_batches import proteins_of
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("esm", reason="fair-esm is not installed: pip install esm2mega[dev]")
 
-CLASSES = 4
+CLASSES = 5
 SEQUENCES = ["MKTAYIAKQRQISFVKSHFSRQ", "LAGVSERTIDPKQNFYMHWCXBUZO", "MK", "GGSSGLLPWYKKTTRRAAHHCC" * 3]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Relative to the largest value, as for the masked language model: some 80 epsilons of fp32."""
@@ -171,3 +176,61 @@ def test_equals_hugging_face_with_every_gradient(
     actual = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert set(actual) == set(expected)
     assert_close(actual, expected, TOLERANCE[dtype])
+
+
+def test_several_targets_equal_a_linear_layer_and_a_cross_entropy_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every protein alone, without padding: the loss over all labels that are there, and its gradient."""
+    reference = in_fp64("token", tmp_path, monkeypatch)
+    convert(reference.path, tmp_path / "ours", "esm2mega")
+    columns = {"u": "ab", "v": "xyz"}
+    generator = torch.Generator().manual_seed(8)
+
+    def drawn(letters: str, length: int) -> str:
+        return "".join(letters[i] for i in torch.randint(len(letters), (length,), generator=generator))
+
+    rows = []
+    for number, text in enumerate(SEQUENCES):
+        mask = "0" * len(text) if number == 1 else drawn("01", len(text))
+        rows.append((text, *(drawn(letters, len(text)) for letters in columns.values()), mask))
+    (tmp_path / "t.csv").write_text("\n".join(map(",".join, [("sequence", "u", "v", "m"), *rows])))
+    task = TaskConfig(
+        kind="token_classification",
+        target_columns=["u", "v"],
+        mask_column=["m", None],
+        label_smoothing=0.1,
+    )
+    data = DataConfig(max_seq_length=128)
+    proteins, info = read_labelled(tmp_path / "t.csv", task, data, None, "data.train")
+    (batch,) = LabelledPacks(proteins, BatchSpec(data, 160, seed=3))
+
+    run = layout.read_config(tmp_path / "ours")
+    make_head = head_of_task(task, info.num_outputs)
+    (model,) = build_model(run.model, ParallelConfig(), torch.device("cpu"), 5, make_head)
+    load_weights(tmp_path / "ours", [model])
+    model.eval()
+    output = model(batch.input_ids, PackedSequences.from_lengths(batch.seqlens), batch.wanted)
+    found = loss_of_task(task, info).forward(batch, output)
+    found.loss_sum.backward()
+
+    expected, count = torch.zeros((), dtype=torch.float64), 0
+    for text, *labels, mask in rows:
+        ids = torch.tensor([[0, *encode_residues(text).tolist(), 2]])
+        logits = reference.logits(ids, torch.ones_like(ids))[0, 1:-1]
+        of_target = zip(logits.split([2, 3], dim=1), columns.values(), labels, strict=True)
+        for target, (part, letters, names) in enumerate(of_target):
+            there = [i for i in range(len(text)) if target == 1 or mask[i] == "1"]
+            wanted = torch.tensor([letters.index(names[i]) for i in there], dtype=torch.int64)
+            expected += cross_entropy(part[there], wanted, reduction="sum", label_smoothing=0.1)
+            count += len(there)
+    expected.backward()
+    assert found.count == count
+    assert found.loss_sum.item() == pytest.approx(expected.item(), rel=1e-12)
+    head = open_weights(reference.path).description.task
+    assert head is not None
+    table = hf.NAMES.with_head(head_rows(head))
+    gradients = references.ours(reference.gradients(), table, reference.shape)
+    actual = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert set(actual) == set(gradients)
+    assert_close(actual, gradients, TOLERANCE[torch.float64])

@@ -132,6 +132,22 @@ def test_train_is_one_store_or_several(tmp_path):
     assert load_run(None, ["model.size=tiny"]).data.train_paths() == []
 
 
+def test_one_mask_or_one_for_each_target(write, tmp_path):
+    """From a file, an override, and what a checkpoint stores."""
+    config = write("model: {size: tiny}\ntask:\n  mask_column: [m, null]\n")
+    for overrides, expected in (
+        ([], ["m", None]),
+        (["task.mask_column=m"], "m"),
+        (["task.mask_column=[null,n]"], [None, "n"]),
+        (["task.mask_column=null"], None),
+    ):
+        run = load_run(config, overrides)
+        assert run.task.mask_column == expected and type(run.task.mask_column) is type(expected)
+        save_resolved(run, tmp_path / "stored.yaml")
+        stored = run_from_yaml(tmp_path / "stored.yaml")
+        assert stored == run == load_run_over(stored, ["seed=1234"])
+
+
 def test_given_decay_steps_stay():
     assert load_run(None, ["model.size=tiny", "schedule.decay_steps=5"]).schedule.decay_steps == 5
 
@@ -253,6 +269,9 @@ def test_known_keys_are_those_of_the_schema():
         ("data.train=5", "data.train=5: expected text, a list of texts or null"),
         ("data.train=[]", "data.train=[]: expected text, a list of texts or null"),
         ("data.train=[a, 1]", "data.train=[a, 1]: expected text, a list of texts or null"),
+        ("data.train=[a, null]", "data.train=[a, null]: expected text, a list of texts or null"),
+        ("task.mask_column=[m, 1]", "[m, 1]: expected text, a list of texts and nulls, or null"),
+        ("task.mask_column=[]", "task.mask_column=[]: expected text, a list of texts and nulls, or null"),
         ("data.train=''", "data.train='': expected text, a list of texts or null"),
         ("data.train={a: 1}", "data.train={a: 1}: expected text, a list of texts or null"),
         ("data.weights=[a]", "data.weights=[a]: expected a list of numbers or null"),

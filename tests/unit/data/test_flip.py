@@ -177,7 +177,8 @@ def test_labels_of_residues_keep_leading_zeros(tmp_path: Path, task: str) -> Non
     proteins, info = read_labelled(tmp_path / "out/train.csv", run.task, run.data, None, "data.train")
     masked = TASKS[task].masked
     assert info.names == (["1", "2"] if masked else ["0", "1", "2"])
-    assert proteins.labels is not None and proteins.labels.tolist() == ([-100, 0, 1] if masked else [0, 1, 2])
+    assert proteins.labels is not None
+    assert proteins.labels.tolist() == ([[-100], [0], [1]] if masked else [[0], [1], [2]])
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_what_does_not_fit_is_an_error_with_its_place(
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("TARGET=Cell membrane SET=train", "'membrane' in the header of 'x' is no KEY=VALUE"),
+        ("TARGET=Cell membrane SET=train", "'membrane' behind 'TARGET=Cell' in the header of 'x'"),
         ("TARGET=fast SET=train", "the target 'fast' of 'x' is not a number"),
         ("TARGET= SET=train", "'x' has no target"),
         ("SET=train", "the header of 'x' has no TARGET="),

@@ -46,7 +46,7 @@ def test_class_names_stay_text(tmp_path: Path) -> None:
     assert found.labels is not None and found.labels.tolist() == [0, 2, 1, 0]
     numbers = "sequence,target\nMK,10\nMKK,9\n"
     assert read(tmp_path, numbers, kind="classification")[1].names == ["9", "10"]
-    with pytest.raises(UserError, match=r"table.csv:3: the class '9' is none of those of the training data"):
+    with pytest.raises(UserError, match=r"table.csv:3: the class '9' in column 'target' is none of those of"):
         read(tmp_path, "sequence,target\nMK,NA\nMKK,9\n", info, kind="classification")
     with pytest.raises(UserError, match="task.num_classes=4, but data.train has 3 classes"):
         read(tmp_path, text, kind="classification", num_classes=4)
@@ -57,11 +57,11 @@ def test_residue_labels_and_masks(tmp_path: Path) -> None:
     task = {"kind": "token_classification", "mask_column": "resolved"}
     found, info = read(tmp_path, text, **task)
     assert (info.names, info.counts) == (["0", "1", "2"], [1, 1, 1])
-    assert found.labels is not None and found.labels.tolist() == [-100, 1, 2, -100, 0]
+    assert found.labels is not None and found.labels.tolist() == [[-100], [1], [2], [-100], [0]]
     with pytest.raises(UserError, match="table.csv:2: 2 labels in column 'target' for 3 residues"):
         read(tmp_path, "sequence,target,resolved\nMKT,01,011\n", **task)
     found, _ = read(tmp_path, "sequence,target\nMKT,1 nan -2.5\n", kind="token_regression")
-    np.testing.assert_array_equal(found.labels, [1.0, np.nan, -2.5])
+    np.testing.assert_array_equal(found.labels, [[1.0], [np.nan], [-2.5]])
 
 
 def test_multilabel_by_names_and_by_columns(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_long_proteins_are_refused_dropped_or_cropped_with_their_labels() -> Non
         "LA",
         ["2 of 3 proteins of train have more than 4 residues and are left out"],
     )
-    assert kept.labels is not None and [info.names[i] for i in kept.labels] == ["L", "A"]
+    assert kept.labels is not None and [info.names[i] for (i,) in kept.labels] == ["L", "A"]
     data.too_long = "crop"
     cropped = fit_length(proteins, data, "train")
     assert "are cropped (random)" in cropped.notes[0]
@@ -112,7 +112,7 @@ def test_long_proteins_are_refused_dropped_or_cropped_with_their_labels() -> Non
             residues = batch.input_ids[batch.wanted.residues]
             # Each residue is its own label, so labels that moved would show.
             assert batch.labels is not None
-            assert decode(residues) == "".join(info.names[i] for i in batch.labels.tolist())
+            assert decode(residues) == "".join(info.names[i] for (i,) in batch.labels.tolist())
             assert batch.num_residues == len(residues) > 0
 
 

@@ -54,7 +54,7 @@ RESIDUES = {"kind": "token_classification", "label_file": "l.fasta", "mask_file"
 def test_labels_and_masks_of_residues_in_files_of_their_own(tmp_path: Path) -> None:
     found, info = read(tmp_path, FILES, "s.fasta", **RESIDUES)
     # In the order of the sequences: 012, 22, 0100 under 011, 11, 1000.
-    assert [-100 if i == -100 else int(info.names[i]) for i in found.labels.tolist()] == [
+    assert [-100 if i == -100 else int(info.names[i]) for (i,) in found.labels.tolist()] == [
         -100, 1, 2, 2, 2, 0, -100, -100, -100,
     ]  # fmt: skip
     assert found.notes == [f"1 of 4 labels in {tmp_path}/l.fasta are of other proteins"]
@@ -62,7 +62,7 @@ def test_labels_and_masks_of_residues_in_files_of_their_own(tmp_path: Path) -> N
     table = "id,sequence,target\np0,MKT,012\np2,WYVV,0100\n"
     files = {**FILES, "t.csv": table}
     found, info = read(tmp_path, files, "t.csv", kind="token_classification", mask_file="m.fasta")
-    assert [info.names[i] if i >= 0 else "-" for i in found.labels.tolist()] == list("-120---")
+    assert [info.names[i] if i >= 0 else "-" for (i,) in found.labels.tolist()] == list("-120---")
 
 
 def test_a_table_of_labels(tmp_path: Path) -> None:

@@ -264,7 +264,11 @@ def test_exported_with_its_head_it_predicts_the_same_in_peft(base: Base, kind: s
     # And back.
     import_adapters(tmp_path / "peft", str(base.path), tmp_path / "back")
     assert np.abs(_ours(tmp_path / "back") - predicted).max() < 1e-5 * scale
-    # Without the file that says what its logits mean there is no head of ours.
+    # The file that says what logits mean knows one column of classes; without it there is no head of ours.
+    meaning = json.loads((tmp_path / "peft" / TASK).read_text())
+    (tmp_path / "peft" / TASK).write_text(json.dumps({**meaning, "columns": ["a", "b"], "widths": [1, 9]}))
+    with pytest.raises(UserError, match="columns and widths are of heads that transformers has not"):
+        import_adapters(tmp_path / "peft", str(base.path), tmp_path / "bare")
     (tmp_path / "peft" / TASK).unlink()
     with pytest.raises(UserError, match="--drop"):
         import_adapters(tmp_path / "peft", str(base.path), tmp_path / "bare")

@@ -21,10 +21,14 @@ RNG = np.random.default_rng(2)
 def found_for(labels: list[Any], tests: list[Any], width: int, **task: Any) -> dict[str, float]:
     """The baseline of `labels` on `tests`, whatever was predicted."""
     config = TaskConfig(**task)
-    given = [("M" * (len(x) if task["kind"].startswith("token") else 3), x) for x in labels]
-    _, info = proteins_of_pairs(given, config, None, "train")
-    held_out = [("M" * (len(x) if task["kind"].startswith("token") else 3), x) for x in tests]
-    proteins, _ = proteins_of_pairs(held_out, config, info, "test")
+    of_residues = task["kind"].startswith("token")
+
+    def pairs(values: list[Any]) -> list[tuple[str, Any]]:
+        lengths = [len(x if isinstance(x, str) else x[0]) if of_residues else 3 for x in values]
+        return [("M" * length, x) for length, x in zip(lengths, values, strict=True)]
+
+    _, info = proteins_of_pairs(pairs(labels), config, None, "train")
+    proteins, _ = proteins_of_pairs(pairs(tests), config, info, "test")
     assert proteins.labels is not None
     rows = np.repeat(np.arange(len(tests)), proteins.lengths if info.per_residue else 1)
     values = RNG.normal(size=(len(rows), width))
@@ -51,7 +55,10 @@ def test_the_commonest_class_of_training() -> None:
     assert (found["baseline_auroc"], found["baseline_mcc"]) == (0.5, 0.0)
     residues = found_for(["aab", "bb"], ["ab", "aa", "a"], 2, kind="token_classification")
     assert residues["baseline_accuracy"] == pytest.approx(1 / 5)
+    two: dict[str, Any] = {"kind": "token_classification", "target_columns": ["u", "v"]}
     assert residues["baseline_accuracy_per_protein"] == pytest.approx((1 / 2 + 0 + 0) / 3)
+    several = found_for([("aab", "xyy"), ("bb", "xx")], [("ab", "xx"), ("b", "x")], 4, **two)
+    assert (several["baseline_accuracy/u"], several["baseline_accuracy/v"]) == (2 / 3, 1.0)
 
 
 def test_flags_by_columns_and_by_names() -> None:

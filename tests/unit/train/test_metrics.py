@@ -54,6 +54,40 @@ def test_residues_pooled_and_per_protein() -> None:
     assert found["accuracy_per_protein"] == pytest.approx((1 + 1 / 2) / 2)
 
 
+def test_residues_with_several_targets() -> None:
+    """Each target over its own labels, the mean of both, and the same in resampled proteins."""
+    rows = np.repeat(np.arange(8), 5)
+    labels = np.stack([RNG.integers(0, 2, 40), RNG.integers(0, 3, 40)], axis=1)
+    labels[3:11, 0], labels[::4, 1] = -100, -100
+    values = np.concatenate([RNG.dirichlet(np.ones(2), 40), RNG.dirichlet(np.ones(3), 40)], axis=1)
+    info = TargetInfo("token_classification", list("CHabc"), columns=["u", "v"], widths=[2, 3])
+    everything = Predictions(rows, np.tile(np.arange(5), 8), values, labels)
+    found = metrics_of(everything, info)
+    for number, (name, part) in enumerate((("u", values[:, :2]), ("v", values[:, 2:]))):
+        known, predicted = labels[:, number], part.argmax(axis=1)
+        there = known >= 0
+        assert found[f"accuracy/{name}"] == sklearn.accuracy_score(known[there], predicted[there])
+        assert found[f"mcc/{name}"] == pytest.approx(
+            sklearn.matthews_corrcoef(known[there], predicted[there]), rel=1e-12
+        )
+        each = [(known == predicted)[there & (rows == row)] for row in range(8)]
+        mean = np.mean([x.mean() for x in each if len(x)])
+        assert found[f"accuracy_per_protein/{name}"] == pytest.approx(mean, rel=1e-15)
+    for name in ("accuracy", "mcc", "auroc", "accuracy_per_protein"):
+        assert found[name] == pytest.approx((found[f"{name}/u"] + found[f"{name}/v"]) / 2, rel=1e-15)
+    assert bootstrap_intervals(everything, info, 20, seed=1).keys() == found.keys()
+    numbers = RNG.normal(size=(40, 2))
+    known = numbers + RNG.normal(size=(40, 2))
+    known[5:10, 1] = np.nan
+    info = TargetInfo("token_regression", ["u", "v"])
+    found = metrics_of(Predictions(rows, None, numbers, known), info)
+    there = ~np.isnan(known[:, 1])
+    correlation = stats.spearmanr(known[there, 1], numbers[there, 1]).statistic
+    assert found["spearman/v"] == pytest.approx(correlation, rel=1e-12)
+    each = [stats.spearmanr(known[rows == r, 1], numbers[rows == r, 1]).statistic for r in range(8) if r != 1]
+    assert found["spearman_per_protein/v"] == pytest.approx(np.mean(each), rel=1e-12)
+
+
 def test_multilabel() -> None:
     labels = np.array([[1.0, 0.0], [0.0, np.nan], [1.0, 1.0], [0.0, 0.0]])
     values = np.array([[0.9, 0.1], [0.6, 0.9], [0.8, 0.7], [0.2, 0.6]])

@@ -58,6 +58,30 @@ def test_classification_weights_and_smoothing() -> None:
     assert found.count == 4 and not gradient[1].any()
 
 
+def test_targets_of_residues_have_a_cross_entropy_each() -> None:
+    """With masks, weights and smoothing of their own; a target without labels adds nothing."""
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    labels = torch.tensor([[0, 2], [1, -100], [-100, 0], [-100, -100], [1, 1], [0, 2]])
+    weights = torch.tensor([0.5, 2.0, 1.5, 0.25, 3.0], dtype=torch.float64)
+    loss = ClassificationLossReduction(weights, 0.1, [2, 3])
+    found, gradient = terms(loss, labels, logits)
+    parts = logits[:, :2], logits[:, 2:]
+    expected = [
+        F.cross_entropy(part, of, weight, reduction="sum", label_smoothing=0.1)
+        for part, of, weight in zip(parts, labels.T, (weights[:2], weights[2:]), strict=True)
+    ]
+    assert found.loss_sum.item() == pytest.approx(sum(expected).item(), rel=1e-15) and found.count == 8
+    assert not gradient[1, 2:].any() and not gradient[2:4, :2].any() and not gradient[3].any()
+    assert torch.equal(loss.predictions(logits), torch.cat([x.softmax(1) for x in parts], 1))
+    # The same as training on the first target alone.
+    first = labels.clone()
+    first[:, 1] = -100
+    found, gradient = terms(loss, first, logits)
+    alone, of_alone = terms(ClassificationLossReduction(weights[:2], 0.1), labels[:, 0], parts[0])
+    assert (found.loss_sum.item(), found.count) == (alone.loss_sum.item(), alone.count)
+    assert torch.equal(gradient[:, :2], of_alone) and not gradient[:, 2:].any()
+
+
 def test_multilabel() -> None:
     labels = torch.tensor([[1.0, 0, NAN], [0, 0, 1], [NAN] * 3, [1, 1, 1], [0, NAN, 0]]).double()
     found, gradient = terms(MultilabelLossReduction(), labels)
@@ -87,3 +111,9 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
     expected = utils.compute_class_weight("balanced", classes=np.arange(3), y=labels)
     info = TargetInfo("classification", ["x", "y", "z"], [7, 2, 5])
     assert balanced_weights(info).tolist() == pytest.approx(expected.tolist(), rel=1e-15)
+    # Each target of residues is balanced for itself.
+    info = TargetInfo(
+        "token_classification", list("xyzuv"), [7, 2, 5, 4, 1], columns=["a", "b"], widths=[3, 2]
+    )
+    second = utils.compute_class_weight("balanced", classes=np.arange(2), y=np.array([0] * 4 + [1]))
+    assert balanced_weights(info).tolist() == pytest.approx([*expected, *second], rel=1e-15)
