@@ -77,15 +77,21 @@ def architecture_of(head: HeadDescription) -> str:
     """
     if (name := find_equal(head)) is not None:
         return name
+    other = "" if _several_of_residues(head) else ", or train with task.head=hf"
+    raise UserError(f"{no_equal(head)}; --drop-head writes the encoder without it{other}")
+
+
+def no_equal(head: HeadDescription) -> str:
+    """Why there is none."""
     task = head.task
     if _several_of_residues(head):
-        raise UserError(
+        return (
             f"transformers has no equal of a head for {len(head.info.targets)} columns of residues "
-            f"(task.target_columns={task.target_columns}); --drop-head writes the encoder without it"
+            f"(task.target_columns={task.target_columns})"
         )
-    raise UserError(
+    return (
         f"transformers has no equal of the head {' '.join(head_form(task))} (task.head={task.head}, "
-        f"task.kind={task.kind}); --drop-head writes the encoder without it, or train with task.head=hf"
+        f"task.kind={task.kind})"
     )
 
 

@@ -19,6 +19,7 @@ from esm2mega.config.head_form import ATTENTION_MAPS, head_form
 from esm2mega.config.schema import TaskConfig
 from esm2mega.convert.mapping import CONTACT_HEAD
 from esm2mega.convert.weights import Weights
+from esm2mega.errors import UserError
 
 WEIGHT, BIAS = f"{CONTACT_HEAD}weight", f"{CONTACT_HEAD}bias"
 _WEIGHTS, _BIAS = f"{TASK_HEAD}weights.", f"{TASK_HEAD}bias"
@@ -36,14 +37,24 @@ def as_published(read: Callable[[str], Tensor], num_layers: int) -> dict[str, Te
         read: Gives a tensor of the head by its name in the model.
         num_layers: L.
     """
-    weight = torch.cat([read(f"{_WEIGHTS}{layer}") for layer in range(num_layers)])
-    return {WEIGHT: weight[None], BIAS: read(_BIAS)}
+    weight = torch.cat([read(f"{_WEIGHTS}{layer}") for layer in range(num_layers)], dim=1)
+    return {WEIGHT: weight, BIAS: read(_BIAS)}
 
 
 def with_published_head(weights: Weights) -> Weights:
-    """The encoder with a trained head as its contact head, in the place of the one it had."""
+    """The encoder with a trained head as its contact head, in the place of the one it had.
+
+    Raises:
+        UserError: The tensors are not those of `task.head=attention_maps`, as of a user's own head.
+    """
     head = weights.description.task
     assert head is not None
+    expected = {_BIAS, *(f"{_WEIGHTS}{layer}" for layer in range(weights.description.shape.num_layers))}
+    if head.shapes.keys() != expected:
+        raise UserError(
+            f"{weights.origin.get('path', 'weights')}: its head is {', '.join(sorted(head.shapes))}, not "
+            "that of task.head=attention_maps; --drop-head writes the encoder without it"
+        )
     if weights.has_contact_head:
         weights.notes.dropped.append(f"{CONTACT_HEAD}*: that of before the training")
     weights.notes.changed.append("head of the task: now the contact head")

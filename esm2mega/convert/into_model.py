@@ -72,10 +72,14 @@ def load_for_task(path: Path, run: Run, model: Sequence[Any]) -> dict[str, Tenso
     which may mean the contact head of a pretrained model.
     """
     if not starts_with_contact_head(path, run):
-        return load_initial_weights(path, run.model, model, for_task(run.finetune))
+        auxiliary = load_initial_weights(path, run.model, model, for_task(run.finetune))
+        if is_regression(run.task) and not run.finetune.load_head and WEIGHT in auxiliary:
+            _say(["contact head: not the start, which is zero; finetune.load_head=true starts with it"])
+        return auxiliary
     choice = replace(ENCODER, strict=run.finetune.strict)
     auxiliary = load_initial_weights(path, run.model, model, choice)
     fill_head(model, auxiliary)
+    _say(["contact head: the start of the head"])
     return auxiliary
 
 

@@ -7,7 +7,7 @@ package where that is installed (transformers, fair-esm), else in `esm2mega.conv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from esm2mega.checkpoint.tensors import tensor_sha256
 from esm2mega.convert import reference
 from esm2mega.convert.arrangements import plain_model
 from esm2mega.convert.classifiers import architecture_of
+from esm2mega.convert.contact_head import BIAS, WEIGHT, is_regression, with_published_head
 from esm2mega.convert.convert import Conversion
 from esm2mega.convert.formats import open_weights
 from esm2mega.convert.iupac import ESM_ONLY, TAPE_TOKENS, esm_ids
@@ -75,7 +76,7 @@ def verify(conversion: Conversion) -> list[str]:
         Lines for the reader.
 
     Raises:
-        MachineError: The logits differ by more than `BOUND`.
+        MachineError: The logits differ by more than `BOUND`, or contact heads differ at all.
     """
     description = conversion.description
     dtype = description.dtype
@@ -98,7 +99,12 @@ def verify(conversion: Conversion) -> list[str]:
         _difference([h[n] for h, _ in source_results], [h[n] for h, _ in target_results])
         for n in range(len(source_results[0][0]))
     ]
-    passed = logits["relative"] <= BOUND
+    tensors = _tensors(
+        _as_published(open_weights(conversion.source, conversion.source_format, conversion.drop).cast(dtype)),
+        _as_published(open_weights(conversion.target, conversion.target_format)),
+    )
+    contact_head = _contact_head(tensors)
+    passed = logits["relative"] <= BOUND and contact_head != "different"
     report = {
         "source": {
             "format": conversion.source_format,
@@ -117,16 +123,14 @@ def verify(conversion: Conversion) -> list[str]:
         "hidden_states": hidden,
         "weights_dtype": dtype_name(dtype),
         "notes": asdict(conversion.notes),
-        "tensors": _tensors(
-            open_weights(conversion.source, conversion.source_format, conversion.drop).cast(dtype),
-            open_weights(conversion.target, conversion.target_format),
-        ),
+        "contact_head": contact_head,
+        "tensors": tensors,
     }
     path = conversion.target.with_name(f"{conversion.target.name}.verify.json")
     path.write_text(json.dumps(report, indent=1) + "\n")
     line = (
         f"logits differ by {logits['max_abs']:.2e}, {logits['relative']:.1e} of the largest "
-        f"(bound {BOUND:g}); report: {path}"
+        f"(bound {BOUND:g}); contact head: {contact_head}; report: {path}"
     )
     if not passed:
         reasons = "; ".join(conversion.notes.changed) or "no change is known that would explain it"
@@ -155,6 +159,20 @@ def _tensors(source: Weights, target: Weights) -> dict[str, dict[str, str]]:
         name: {"source": _checksum(source, name), "target": _checksum(target, name)}
         for name in {**source.infos, **target.infos}
     }
+
+
+def _as_published(weights: Weights) -> Weights:
+    """The same with a contact head that was trained as that of a task where other formats have it."""
+    task = weights.description.task
+    return with_published_head(weights) if task is not None and is_regression(task.task) else weights
+
+
+def _contact_head(tensors: Mapping[str, Mapping[str, str]]) -> str:
+    """Whether both have the same one, which neither logits nor hidden states show."""
+    pairs = [tensors[name] for name in (WEIGHT, BIAS) if name in tensors]
+    if not pairs or any("none" in pair.values() for pair in pairs):
+        return "not in both"
+    return "equal" if all(pair["source"] == pair["target"] for pair in pairs) else "different"
 
 
 def _checksum(weights: Weights, name: str) -> str:

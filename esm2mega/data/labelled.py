@@ -80,8 +80,13 @@ class LabelledProteins:
         """Labels that are missing or masked."""
         if self.labels is None:
             return 0
-        missing = np.isnan(self.labels) if self.labels.dtype.kind == "f" else self.labels == IGNORED
-        return int((missing.any(axis=1) if self.per_pair else missing).sum())
+        return int((self.is_missing.any(axis=1) if self.per_pair else self.is_missing).sum())
+
+    @property
+    def is_missing(self) -> npt.NDArray[np.bool_]:
+        """The same for each one of the labels, of which there must be some."""
+        assert self.labels is not None
+        return np.isnan(self.labels) if self.labels.dtype.kind == "f" else self.labels == IGNORED
 
     @property
     def fingerprint(self) -> str:

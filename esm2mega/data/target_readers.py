@@ -283,7 +283,10 @@ def _scale_of(task: TaskConfig, values: npt.NDArray[np.float64], names: Sequence
     counts = np.count_nonzero(~np.isnan(values), axis=0)
     for name, count in zip(names, counts.tolist(), strict=True):
         if not count:
-            raise UserError(f"the column {name!r} of data.train holds no number; correct task.target_columns")
+            raise UserError(
+                f"the column {name!r} of data.train holds no number that counts; correct "
+                "task.target_columns, or the mask"
+            )
     means = np.nanmean(values, axis=0)
     mean, std = np.zeros(len(names)), np.ones(len(names))
     if task.scale_targets:
@@ -313,7 +316,8 @@ def _vocabulary(
     count_of = Counter(labels)
     if not count_of:
         raise UserError(
-            f"the column {column!r} of data.train holds no label that counts; correct task.target_columns"
+            f"the column {column!r} of data.train holds no label that counts; correct "
+            "task.target_columns, or the mask"
         )
     if names is None:
         numeric = all(name.isdecimal() for name in count_of)

@@ -5,8 +5,10 @@ Legend: ``k`` outputs, ``m`` targets.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -101,11 +103,17 @@ class TargetInfo:
         return TargetInfo(**state)
 
 
-def columns_of(info: TargetInfo, task: TaskConfig) -> list[str]:
-    """The columns that the outputs are of, in their order; none where they are the classes of one.
+def with_columns(info: TargetInfo, task: TaskConfig, place: str) -> TargetInfo:
+    """The same with the columns of another table: they name numbers, flags, and the targets of residues, and
+    their order is that of the outputs. Another name for one is said on rank 0.
+
+    Args:
+        info: Of a head that was trained.
+        task: With the columns.
+        place: Where that head is, for messages.
 
     Raises:
-        UserError: `task.target_columns` has another number of them.
+        UserError: Another number of columns than it has, or another order.
     """
     wanted = task.target_columns
     flags = info.kind == "multilabel" and len(wanted) > 1
@@ -116,4 +124,14 @@ def columns_of(info: TargetInfo, task: TaskConfig) -> list[str]:
         raise UserError(
             f"task.target_columns={wanted}: the loaded head has {has if columns else 'one column; name that'}"
         )
-    return columns
+    if not columns or columns == wanted:
+        return info
+    if set(columns) & set(wanted) - {a for a, b in zip(columns, wanted, strict=True) if a == b}:
+        raise UserError(
+            f"task.target_columns={wanted}: the outputs of the loaded head have another order; set "
+            f"task.target_columns=[{','.join(columns)}]"
+        )
+    if os.environ.get("RANK", "0") == "0":
+        pairs = ", ".join(f"{a} for {b}" for a, b in zip(columns, wanted, strict=True) if a != b)
+        print(f"{place}: outputs of the loaded head: {pairs}", file=sys.stderr)
+    return replace(info, columns=list(wanted)) if info.columns else replace(info, names=list(wanted))

@@ -15,7 +15,7 @@ from esm2mega.config.schema import DataConfig, Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.data.labelled import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
-from esm2mega.data.targets import TargetInfo, columns_of
+from esm2mega.data.targets import TargetInfo, with_columns
 from esm2mega.errors import UserError
 from esm2mega.infer.task_output import rows_of, shown_labels, shown_predictions
 from esm2mega.lora.checkpoint import load_model
@@ -59,7 +59,7 @@ def open_task(checkpoint: str | Path, overrides: Sequence[str] = ()) -> TaskChec
         overrides: ``key=value`` over its configuration, such as the parallel layout of this start.
 
     Raises:
-        UserError: There is none, it has no head of a task, or that is of another number of columns.
+        UserError: There is none, it has no head of a task, or that is of other columns.
     """
     directory = layout.resolve_checkpoint(checkpoint)
     saved = layout.read_config(directory)
@@ -75,8 +75,7 @@ def open_task(checkpoint: str | Path, overrides: Sequence[str] = ()) -> TaskChec
     validate(run, world_size_from_environment())
     validate_task(run)
     info = TargetInfo.from_dict(layout.read_state(directory)["task"])
-    columns_of(info, run.task)
-    return TaskCheckpoint(directory, run, info)
+    return TaskCheckpoint(directory, run, with_columns(info, run.task, str(directory)))
 
 
 @contextmanager

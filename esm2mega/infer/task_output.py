@@ -293,3 +293,5 @@ def _write_header(file: Any, info: TargetInfo, proteins: LabelledProteins, limit
     file["lengths"] = proteins.lengths
     file["truncated"] = proteins.lengths > limit
     file.attrs["kind"], file.attrs["names"] = info.kind, info.output_names
+    if info.columns:
+        file.attrs["columns"], file.attrs["widths"] = info.columns, info.widths

@@ -24,7 +24,8 @@ from esm2mega.config.presets import ModelShape, shape_of
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate_model
-from esm2mega.convert.classifiers import dropout_of, find_equal
+from esm2mega.convert.classifiers import dropout_of, find_equal, no_equal
+from esm2mega.convert.contact_head import is_regression
 from esm2mega.convert.convert import appearing
 from esm2mega.convert.esm2mega import run_of
 from esm2mega.convert.formats import detect, open_weights
@@ -123,8 +124,13 @@ def export_adapters(checkpoint: Path, target: Path) -> list[str]:
     if config["base_model_name_or_path"] is None:
         report.append(f"base     {base}; for transformers: esm2mega convert {base} DIR --to hf")
     if head is not None and architecture is None:
-        dropped = f"a head as task.head={head.task.head} of task.kind={head.task.kind} is not in transformers"
-        report += [f"dropped: {name}: {dropped}; keep it with esm2mega lora merge" for name in head.shapes]
+        if is_regression(head.task):
+            dropped = (
+                "adapters have no place for a contact head; esm2mega lora merge, then convert --to hf, has"
+            )
+        else:
+            dropped = f"{no_equal(head)}; keep it with esm2mega lora merge"
+        report.append(f"dropped: {', '.join(head.shapes)}: {dropped}")
     elif head is not None and architecture is not None:
         values = {name: adapters.read_other(name) for name in head.shapes}
         tensors |= to_theirs(architecture, values, head.info)

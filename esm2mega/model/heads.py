@@ -254,10 +254,10 @@ class AttentionMapHead(TaskHead):
 
     Hidden states are not read. The regression is a sum over layers: each pipeline stage has the weights of
     the maps of its own layers, adds its share of the logits to that of the stages before, and hands them on.
-    Weights start at zero, as usual for a logistic regression.
+    Weights start at zero, as usual for a logistic regression, and weight decay acts on them.
 
     Attributes:
-        weights: Those of each layer of this stage, ``[heads]``, by its number in the whole model, from 0.
+        weights: Those of each layer of this stage, ``[1, heads]``, by its number in the whole model, from 0.
         bias: ``[1]``; on the last stage.
     """
 
@@ -274,8 +274,9 @@ class AttentionMapHead(TaskHead):
     def watch(self, layers: Iterable[Any], is_last: bool) -> None:
         layers = list(layers)
         for layer in layers:
-            weight = self._empty(self.config.num_attention_heads)
-            self.weights[str(layer.layer_number - 1)] = torch.nn.Parameter(weight)
+            weight = torch.nn.Parameter(self._empty(1, self.config.num_attention_heads))
+            weight.starts_at_zero = True  # type: ignore[attr-defined]
+            self.weights[str(layer.layer_number - 1)] = weight
         if is_last:
             self.bias = torch.nn.Parameter(self._empty(1))
         self._maps = ContactMaps(layers)
@@ -289,7 +290,7 @@ class AttentionMapHead(TaskHead):
         ]
         # Each tensor-parallel rank takes the part of its heads; the gradient is whole on all of them again.
         shared = {
-            int(number) + 1: copy_to_tensor_model_parallel_region(weight)
+            int(number) + 1: copy_to_tensor_model_parallel_region(weight)[0]
             for number, weight in self.weights.items()
         }
         self._maps.begin(spans, shared)

@@ -5,7 +5,7 @@ No arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -244,17 +244,37 @@ def _train(
 def _described(splits: Splits) -> list[str]:
     """What is learned from what."""
     info = splits.info
-    named = ", ".join(info.output_names[:8]) + (", …" if info.num_outputs > 8 else "")
-    lines = [f"task     {info.kind} of {info.num_outputs} outputs: {named}"]
+    lines = [f"task     {info.kind} of {info.num_outputs} outputs: {_some(info.names)}"]
+    if info.columns:
+        lines = [
+            f"task     {info.kind} of {x.name}, {len(x.names)} classes: {_some(x.names)}"
+            for x in info.targets
+        ]
     for split, proteins in splits.of.items():
-        lines.append(f"data     {split}: {len(proteins)} proteins of {proteins.path}, {_labels(proteins)}")
+        lines.append(
+            f"data     {split}: {len(proteins)} proteins of {proteins.path}, {_labels(proteins, info)}"
+        )
         lines += [f"data     {note}" for note in proteins.notes]
     return lines
 
 
-def _labels(proteins: LabelledProteins) -> str:
-    missing = proteins.num_missing
-    return "no label missing" if not missing else f"{missing} labels missing or masked"
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
+def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:
+    """How many are missing; of several targets, of each one where there are some."""
+    if not proteins.num_missing:
+        return "no label missing"
+    if len(info.targets) == 1:
+        return f"{proteins.num_missing} labels missing or masked"
+    missing = proteins.is_missing.sum(axis=0).tolist()
+    each = [
+        f"{count if count < len(proteins.is_missing) else 'all'} of {target.name}"
+        for target, count in zip(info.targets, missing, strict=True)
+        if count
+    ]
+    return f"labels missing or masked: {', '.join(each)}"
 
 
 def _check_targets(checkpoint: Path, info: TargetInfo) -> None:

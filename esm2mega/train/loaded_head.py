@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 from esm2mega.checkpoint import layout
@@ -12,7 +9,7 @@ from esm2mega.config.head_form import head_form
 from esm2mega.config.schema import Run, TaskConfig
 from esm2mega.config.task import PAIR_KIND
 from esm2mega.convert.into_model import head_at, starts_with_contact_head
-from esm2mega.data.targets import TargetInfo, columns_of
+from esm2mega.data.targets import TargetInfo, with_columns
 from esm2mega.errors import UserError
 
 
@@ -31,7 +28,8 @@ def loaded_targets(run: Run, init_from: Path | None, resume_from: Path | None) -
     if not run.finetune.load_head:
         return None
     if resume_from is not None:
-        return _with_columns(TargetInfo.from_dict(layout.read_state(resume_from)["task"]), run.task)
+        found = TargetInfo.from_dict(layout.read_state(resume_from)["task"])
+        return with_columns(found, run.task, str(resume_from))
     if init_from is None:
         raise UserError("finetune.load_head=true: there is nothing to load it from; set init_from")
     if starts_with_contact_head(init_from, run):
@@ -40,7 +38,7 @@ def loaded_targets(run: Run, init_from: Path | None, resume_from: Path | None) -
     if not head or head == "lm":
         raise UserError(f"init_from={init_from}: has no head of a task; set finetune.load_head=false")
     _check_same_head(f"init_from={init_from}", head.task, run.task)
-    return _with_columns(head.info, run.task)
+    return with_columns(head.info, run.task, f"init_from={init_from}")
 
 
 def _check_same_head(place: str, found: TaskConfig, wanted: TaskConfig) -> None:
@@ -54,19 +52,3 @@ def _check_same_head(place: str, found: TaskConfig, wanted: TaskConfig) -> None:
         keys = ("head", "pooling", "pooler_activation")
         settings = " ".join(f"task.{key}={getattr(found, key)}" for key in keys)
         raise UserError(f"{place}: holds another head than the configuration names; set {settings}, {cure}")
-
-
-def _with_columns(info: TargetInfo, task: TaskConfig) -> TargetInfo:
-    """Numbers, flags and several targets are named by their columns, whose order is that of the outputs."""
-    old, new = columns_of(info, task), task.target_columns
-    if not old or old == new:
-        return info
-    if set(old) == set(new):
-        raise UserError(
-            f"task.target_columns={new}: the outputs of the loaded head have another order; set "
-            f"task.target_columns=[{','.join(old)}]"
-        )
-    if os.environ.get("RANK", "0") == "0":
-        pairs = ", ".join(f"{before} for {after}" for before, after in zip(old, new, strict=True))
-        print(f"init_from outputs of the loaded head: {pairs}", file=sys.stderr)
-    return replace(info, columns=list(new)) if info.columns else replace(info, names=list(new))

@@ -216,7 +216,7 @@ def test_columns_of_a_loaded_head(sources: Path, tmp_path: Path, capsys: pytest.
         with pytest.raises(UserError, match=message):
             esm2mega.finetuning.train_model([*common, f"task.target_columns=[{columns}]"], train=train)
     trained = esm2mega.finetuning.train_model([*common, "task.target_columns=[a,b]"], train=train)
-    assert "init_from outputs of the loaded head: stability for a, activity for b" in capsys.readouterr().err
+    assert "outputs of the loaded head: stability for a, activity for b\n" in capsys.readouterr().err
     task = layout.read_state(trained.checkpoint)["task"]
     assert (task["names"], task["std"]) == (["a", "b"], [1.0, 1.0])
 

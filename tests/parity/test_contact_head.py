@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import esm2mega.finetuning
+from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.cli import main
+from esm2mega.convert.contact_head import BIAS, WEIGHT, as_published
 from esm2mega.convert.convert import convert
 from esm2mega.convert.formats import open_weights
+from esm2mega.convert.verify import verify
 from esm2mega.convert.vocabulary import write_tokenizer
-from esm2mega.errors import UserError
+from esm2mega.errors import MachineError, UserError
 from esm2mega.finetuning import TrainedModel, infer_model, train_model
 from tests.parity import references
 from tests.ranks import run_ranks
@@ -68,7 +72,9 @@ def close(found: Any, expected: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("source", ["hf", "fair-esm", "esm2mega"])
-def test_it_starts_as_published(published: Path, source: str, tmp_path: Path) -> None:
+def test_it_starts_as_published(
+    published: Path, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Whatever format it comes in: a step of nearly no size leaves what transformers predicts."""
     path = published
     if source != "hf":
@@ -79,7 +85,9 @@ def test_it_starts_as_published(published: Path, source: str, tmp_path: Path) ->
             write_tokenizer(tmp_path / "hf")
             published = tmp_path / "hf"
         convert(published, path, source)
+    capsys.readouterr()
     trained = train(path, tmp_path / "run", "optim.lr=1e-12")
+    assert "init_from contact head: the start of the head\n" in capsys.readouterr().err
     close(infer_model(trained.checkpoint, SEQUENCES), expected_contacts(published))
 
 
@@ -98,13 +106,42 @@ def test_it_goes_back_as_trained(published: Path, mode: str, tmp_path: Path) -> 
         whole = tmp_path / "merged"
         assert main(["lora", "merge", str(trained.checkpoint), "--out", str(whole)]) == 0
     report = convert(whole, tmp_path / "hf", "hf")
+    assert "contact head: equal" in verify(report)[1]
     assert report.notes.changed == ["head of the task: now the contact head"]
     assert any(line.startswith("contact_head.regression.*: that of before") for line in report.notes.dropped)
     close(found, expected_contacts(tmp_path / "hf"))
     assert open_weights(tmp_path / "hf").description.head is None
+    file = tmp_path / "hf" / "model.safetensors"
+    state = load_file(file)
+    state["esm.contact_head.regression.weight"] = state["esm.contact_head.regression.weight"].flip(1)
+    save_file(state, tmp_path / "hf" / "flipped")
+    original = file.read_bytes()
+    (tmp_path / "hf" / "flipped").rename(file)
+    with pytest.raises(MachineError, match="verification failed: .*contact head: different"):
+        verify(report)
+    file.write_bytes(original)
     # And from there once more.
     again = train(tmp_path / "hf", tmp_path / "again", "optim.lr=1e-12")
     close(infer_model(again.checkpoint, SEQUENCES), found)
+
+
+def test_a_start_at_zero_is_said(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = train(published, tmp_path / "run", "finetune.load_head=false", "optim.lr=1e-12")
+    assert "contact head: not the start, which is zero; finetune.load_head=true" in capsys.readouterr().err
+    close(infer_model(trained.checkpoint, SEQUENCES), [np.full((len(s), len(s)), 0.5) for s in SEQUENCES])
+
+
+def test_weights_decay_and_the_bias_does_not(published: Path, tmp_path: Path) -> None:
+    """Decay is decoupled: two runs of a step differ by lr x decay x the weights before it, and by no more."""
+    before = open_weights(published)
+    after = []
+    for decay in (0.0, 0.5):
+        settings = ["finetune.mode=frozen", "optim.lr=0.1", f"optim.weight_decay={decay}"]
+        trained = train(published, tmp_path / f"run{decay}", *settings)
+        after.append(as_published(TensorReader(trained.checkpoint).read, references.Shape().num_layers))
+    for name, factor in ((WEIGHT, 0.1 * 0.5), (BIAS, 0.0)):
+        lost = after[0][name] - after[1][name]
+        assert torch.allclose(lost, factor * before.read(name), rtol=0, atol=1e-6), name
 
 
 def test_a_model_without_one_is_refused(published: Path, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def our_names(tensors: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     found = references.ours(tensors, fair_esm.NAMES, shape)
     kept = {name: value for name, value in found.items() if name.startswith(("encoder.", "embedding."))}
     weights = tensors["contact_head.regression.weight"].view(shape.num_layers, -1)
-    kept |= {f"head.weights.{layer}": weight for layer, weight in enumerate(weights)}
+    kept |= {f"head.weights.{layer}": weight[None] for layer, weight in enumerate(weights)}
     return kept | {"head.bias": tensors["contact_head.regression.bias"]}
 
 

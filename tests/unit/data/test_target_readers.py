@@ -14,7 +14,7 @@ from esm2mega.config.task import validate_task
 from esm2mega.data.batch import BatchSpec
 from esm2mega.data.labelled import LabelledProteins, proteins_of_pairs, read_labelled
 from esm2mega.data.labelled_batch import LabelledStream
-from esm2mega.data.targets import TargetInfo, columns_of
+from esm2mega.data.targets import TargetInfo, with_columns
 from esm2mega.data.tokenizer import decode
 from esm2mega.errors import UserError
 
@@ -124,15 +124,21 @@ def test_pairs_have_a_value_for_each_column() -> None:
             proteins_of_pairs([("MK", value)], replace(CLASSES, mask_column=None), None, "train")
 
 
-def test_a_head_with_other_columns(tmp_path: Path) -> None:
+def test_a_head_with_other_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, info = read(tmp_path, TABLE, CLASSES)
-    assert columns_of(info, replace(CLASSES, target_columns=["x", "y"])) == ["three", "eight"]
+    renamed = with_columns(info, replace(CLASSES, target_columns=["three", "y"]), "here")
+    assert [target.name for target in renamed.targets] == ["three", "y"]
+    assert capsys.readouterr().err == "here: outputs of the loaded head: eight for y\n"
+    for order in (["eight", "three"], ["eight", "y"]):
+        with pytest.raises(UserError, match=r"have another order; set task.target_columns=\[three,eight\]"):
+            with_columns(info, replace(CLASSES, target_columns=order), "here")
     one = TaskConfig(kind="token_classification")
     with pytest.raises(UserError, match="the loaded head has 2 targets, three, eight; name a column for"):
-        columns_of(info, one)
-    assert columns_of(TargetInfo("token_classification", ["C", "H"]), one) == []
+        with_columns(info, one, "here")
+    single = TargetInfo("token_classification", ["C", "H"])
+    assert with_columns(single, one, "here") is single
     with pytest.raises(UserError, match="the loaded head has one column; name that"):
-        columns_of(TargetInfo("token_classification", ["C", "H"]), CLASSES)
+        with_columns(single, CLASSES, "here")
 
 
 def test_a_checkpoint_of_an_earlier_version_has_one_column() -> None:

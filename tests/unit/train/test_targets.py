@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,7 @@ def test_metrics_of_training_follow_from_what_is_predicted(
 
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "out.h5") as file:
+        assert (list(file.attrs["columns"]), list(file.attrs["widths"])) == (["three", "large"], [3, 2])
         assert list(file.attrs["names"]) == ["three/C", "three/E", "three/H", "large/no", "large/yes"]
         values = file["predictions"][: file["offsets"][1]]
     assert np.abs(values[:, :3].sum(axis=1) - 1).max() < 1e-12
@@ -122,6 +124,10 @@ def test_the_head_goes_on_and_keeps_its_columns(
         changes = (f"task.target_columns=[{columns}]", f"task.mask_column=[{masks}]")
         with pytest.raises(UserError, match=message):
             train(tables, tmp_path / "other", *warm, *changes)
+        # Labels of one target are never compared with predictions of another.
+        refused = ["evaluate", str(trained.checkpoint), "--data", str(tables / "valid.csv"), *changes]
+        assert main(refused) == 2
+        assert re.search(message, capsys.readouterr().err)
     with pytest.raises(UserError, match="the loaded head has 2 targets"):
         infer_model(trained.checkpoint, ["MK"], ["task.target_columns=[three]", "task.mask_column=null"])
 
