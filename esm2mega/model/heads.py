@@ -67,16 +67,8 @@ class TaskHead(MegatronModule, ABC):
 
         Args:
             segments: Of the pack.
-            carried: What the part of the head on the previous stage handed on, ``[V]``.
+            carried: What the part of the head on the previous stage handed on, ``[V]``; see `SpanningHead`.
         """
-
-    def num_carried(self, segments: Segments) -> int:
-        """Values that each stage hands on to the next if the head spans stages: ``V``."""
-        return 0
-
-    def carry(self, segments: Segments) -> Tensor:
-        """These, ``[V]`` of `carried_dtype`; called when the layers of the stage have computed the pack."""
-        raise NotImplementedError
 
     @abstractmethod
     def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
@@ -249,7 +241,21 @@ class ProductHead(ResidueHead):
         return (_upper_triangles(maps, states.new_zeros(0)) + (states.sum() * 0.0 + bias))[:, None]
 
 
-class AttentionMapHead(TaskHead):
+class SpanningHead(TaskHead):
+    """A head of which every pipeline stage has a part, which hands values to that on the next stage."""
+
+    spans_stages = True
+
+    @abstractmethod
+    def num_carried(self, segments: Segments) -> int:
+        """How many: ``V``."""
+
+    @abstractmethod
+    def carry(self, segments: Segments) -> Tensor:
+        """These, ``[V]`` of `carried_dtype`; called when the layers of the stage have computed the pack."""
+
+
+class AttentionMapHead(SpanningHead):
     """Contacts by logistic regression on the attention maps of all layers and heads, as in ESM-2.
 
     Hidden states are not read. The regression is a sum over layers: each pipeline stage has the weights of
@@ -262,7 +268,6 @@ class AttentionMapHead(TaskHead):
     """
 
     reads_states = False
-    spans_stages = True
 
     def __init__(self, config: Any, device: torch.device, task: TaskConfig, num_outputs: int) -> None:
         super().__init__(config, device)

@@ -70,7 +70,7 @@ class ESM2ForTask(ESM2Model):
         """
         head = self.head
         if head is not None:
-            head.begin(segments, self._take_carried(head.num_carried(segments)))
+            head.begin(segments, self._take_carried(segments))
         if self.frozen and (head is None or head.reads_states):
             return self._forward_frozen(input_ids, packed, segments)
         hidden_states = self.encode(input_ids, packed)
@@ -87,14 +87,14 @@ class ESM2ForTask(ESM2Model):
         count = self.head.num_carried(wanted)
         return carried_rows(count, self.config.hidden_size, self.config.params_dtype)
 
-    def _take_carried(self, count: int) -> Tensor | None:
-        """What the previous stage handed on beside hidden states, ``[count]``, which the layers then do not
-        see; None if there is nothing.
+    def _take_carried(self, segments: Segments) -> Tensor | None:
+        """What the previous stage handed on beside hidden states, ``[V]``, which the layers then do not see;
+        None if there is nothing.
         """
         received = self.encoder.input_tensor
         if not self.carried_rows or received is None:
             return None
-        hidden_states, carried = detach(received, count, self.carried_rows)
+        hidden_states, carried = detach(received, self.head.num_carried(segments), self.carried_rows)
         self.encoder.set_input_tensor(hidden_states)
         return carried
 

@@ -143,6 +143,17 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert (value - reference).abs().max().item() <= tolerance * scale, name
 
 
+def assert_same_gradients(model: torch.nn.Module, reference: Reference, tolerance: float) -> None:
+    """Those of every parameter, under our names."""
+    head = open_weights(reference.path).description.task
+    assert head is not None
+    table = hf.NAMES.with_head(head_rows(head))
+    expected = references.ours(reference.gradients(), table, reference.shape)
+    actual = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert set(actual) == set(expected)
+    assert_close(actual, expected, tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["sequence", "token"])
 def test_equals_hugging_face_with_every_gradient(
@@ -169,13 +180,7 @@ def test_equals_hugging_face_with_every_gradient(
     labels = torch.arange(len(theirs)) % CLASSES
     for logits in (ours, theirs):
         cross_entropy(logits, labels).backward()
-    head = open_weights(reference.path).description.task
-    assert head is not None
-    table = hf.NAMES.with_head(head_rows(head))
-    expected = references.ours(reference.gradients(), table, reference.shape)
-    actual = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert set(actual) == set(expected)
-    assert_close(actual, expected, TOLERANCE[dtype])
+    assert_same_gradients(model, reference, TOLERANCE[dtype])
 
 
 def test_several_targets_equal_a_linear_layer_and_a_cross_entropy_each(
@@ -227,10 +232,4 @@ def test_several_targets_equal_a_linear_layer_and_a_cross_entropy_each(
     expected.backward()
     assert found.count == count
     assert found.loss_sum.item() == pytest.approx(expected.item(), rel=1e-12)
-    head = open_weights(reference.path).description.task
-    assert head is not None
-    table = hf.NAMES.with_head(head_rows(head))
-    gradients = references.ours(reference.gradients(), table, reference.shape)
-    actual = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert set(actual) == set(gradients)
-    assert_close(actual, gradients, TOLERANCE[torch.float64])
+    assert_same_gradients(model, reference, TOLERANCE[torch.float64])
