@@ -17,6 +17,7 @@ from esm2mega.config.validate import world_size_from_environment
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import open_source
 from esm2mega.errors import UserError
+from esm2mega.files import check_writable
 from esm2mega.infer.collect import OutputRequest
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.engine import Engine, load_model
@@ -28,7 +29,6 @@ from esm2mega.infer.variants import (
     AMINO_ACIDS,
     Table,
     Variant,
-    check_writable,
     parse_variant,
     read_table,
     single_substitutions,

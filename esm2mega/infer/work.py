@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import OTHER_OUT, write_json
 from esm2mega.infer.arrays import ArrayFile
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.target import OutputTarget
@@ -88,9 +89,7 @@ class Work:
                 journal.unlink()
             self._check_space()
             offsets = self.target.create(self.folder / _ARRAYS, self.contents)
-            partial = manifest.with_suffix(".tmp")
-            partial.write_text(json.dumps({"attributes": self.contents.attributes, "offsets": offsets}))
-            os.replace(partial, manifest)
+            write_json(manifest, {"attributes": self.contents.attributes, "offsets": offsets}, OTHER_OUT)
         done = {int(line) for path in self.folder.glob("done.*") for line in _whole_lines(path)}
         return [piece for piece in range(int(self.piece_numbers[-1]) + 1) if piece not in done]
 
