@@ -232,7 +232,7 @@ def measured_spearman(table: Table, scores: Sequence[float], column: str) -> tup
     """How many rows have a measured number, and the rank correlation over them."""
     pairs = [(m, s) for m, s in zip(map(_number, table.column(column, "--measured")), scores, strict=True)]
     finite = [(m, s) for m, s in pairs if m is not None]
-    return len(finite), spearman([m for m, _ in finite], [s for _, s in finite]) if finite else math.nan
+    return len(finite), spearman([m for m, _ in finite], [s for _, s in finite])
 
 
 def _number(text: str) -> float | None:
