@@ -24,7 +24,8 @@ def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     a, b = (np.asarray(values, dtype=np.float64) for values in (first, second))
     if not varied(a, b):
         return math.nan
-    return float(np.corrcoef(np.column_stack((_ranks(a), _ranks(b))), rowvar=False)[1, 0])
+    ranks = np.column_stack((_ranks(a), _ranks(b)))  # [n, 2]
+    return float(np.asarray(np.corrcoef(ranks, rowvar=False))[1, 0])
 
 
 def varied(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> bool:
