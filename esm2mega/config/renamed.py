@@ -1,7 +1,7 @@
 """Names that configuration keys and options had in earlier versions, in one table.
 
-A user who writes an old name is told the new one. Files that an earlier version wrote keep their old names, and
-are read through the same table: configurations of runs and checkpoints, and the settings that `embed` and
+A user who writes an old name is told the new one. Files that an earlier version wrote keep their old names,
+and are read through the same table: configurations of runs and checkpoints, and the settings that `embed` and
 `score` note beside and inside their output.
 """
 

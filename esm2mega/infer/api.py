@@ -23,7 +23,7 @@ from esm2mega.errors import UserError
 from esm2mega.infer.collect import OutputRequest
 from esm2mega.infer.engine import Engine, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
-from esm2mega.infer.proteins import Embedder, output_request, micro_batch_tokens
+from esm2mega.infer.proteins import Embedder, micro_batch_tokens, output_request
 from esm2mega.infer.score import clean
 from esm2mega.infer.source import open_model
 from esm2mega.infer.strategies import STRATEGIES, score_variants

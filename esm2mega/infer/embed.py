@@ -22,7 +22,7 @@ from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.engine import Engine, load_model
-from esm2mega.infer.proteins import Embedder, Lengths, output_request, micro_batch_tokens
+from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens, output_request
 from esm2mega.infer.source import ModelSource, open_model
 from esm2mega.infer.target import OutputTarget
 from esm2mega.infer.work import Journal, Work, differing, has_begun
