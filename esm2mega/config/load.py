@@ -14,7 +14,7 @@ import functools
 import os
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from esm2mega.config.presets import fill_shape
-from esm2mega.config.renamed import current_key, refusal_of_key
+from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import UserError
@@ -75,9 +75,9 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
         ignore: top-level keys that the writer added beside the run's.
     """
     tree = OmegaConf.structured(Run)
-    for setting in _file_settings(Path(path), ()):
+    for setting in _current(_file_settings(Path(path), ())):
         if setting.key not in ignore:
-            _apply(tree, _renamed(setting))
+            _apply(tree, setting)
     return resolve(_to_run(tree, {}))
 
 
@@ -226,12 +226,14 @@ def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting
             raise UserError(f"{where}: {error}") from error
         yield from _file_settings(found, (*including, path.resolve()))
     settings = _leaves(content, "", path, lines)
-    yield from map(_renamed, settings) if _is_resolved(path) else settings
+    yield from _current(settings) if _is_resolved(path) else settings
 
 
-def _renamed(setting: _Setting) -> _Setting:
-    """Return a setting of a file that esm2mega wrote under the name that its key has now."""
-    return dataclasses.replace(setting, key=current_key(setting.key))
+def _current(settings: Iterable[_Setting]) -> Iterator[_Setting]:
+    """Yield the settings of a file that esm2mega wrote, under the names that their keys have now."""
+    for setting in settings:
+        if setting.key not in REMOVED:
+            yield dataclasses.replace(setting, key=current_key(setting.key))
 
 
 def _is_resolved(path: Path) -> bool:

@@ -392,10 +392,6 @@ def _check_stores(run: Run) -> None:
 def _check_schedule(run: Run) -> None:
     """Warmup before the end of the decay, and early stopping that can ever trigger."""
     schedule, train = run.schedule, run.train
-    if run.checkpoint.async_save:
-        raise UserError(
-            "checkpoint.async_save=true is not available in this version; set checkpoint.async_save=false"
-        )
     if schedule.decay_steps is None and train.max_epochs is None:
         raise UserError("schedule.decay_steps is not set; load the configuration with esm2mega.config.load")
     # A run given in epochs is checked again when the data say how many steps these are.

@@ -97,7 +97,7 @@ def build_optimizer(
             "set parallel.distributed_optimizer=false or model.precision=fp32"
         )
     settings = OptimizerConfig(
-        optimizer=config.name,
+        optimizer="adam",
         lr=config.lr,
         min_lr=config.lr * run.schedule.min_lr_ratio,
         weight_decay=config.weight_decay,
