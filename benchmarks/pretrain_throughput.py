@@ -171,7 +171,7 @@ def esm2mega_contender(size: str) -> Iterator[Contender]:
     with process_groups(run.parallel, run.seed) as ranks:
         chunks = build_model(run.model, run.parallel, ranks.device, run.seed)
         model = wrap_data_parallel(chunks, run.model, run.parallel)
-        optimizer = build_optimizer(run.optim, run, model)
+        optimizer = build_optimizer(run.optim, run.schedule, run.model.precision, model)
         schedule = build_schedule(run.schedule, run.optim, optimizer)
         state = TrainState(model, optimizer, schedule, MLMLossReduction(), ranks.device)
 

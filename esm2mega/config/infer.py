@@ -29,7 +29,7 @@ def validate_inference(run: Run, world_size: int) -> None:
         UserError: the first rule that does not hold.
     """
     validate_model(run)
-    data_parallel_size(run, world_size)
+    data_parallel_size(run.parallel, world_size)
     infer = run.infer
     for key in ("sequence_parallel", "virtual_pipeline_model_parallel_size", "distributed_optimizer"):
         if getattr(run.parallel, key):

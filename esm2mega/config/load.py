@@ -26,7 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import Run, ScheduleConfig, TrainConfig
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import UserError
 from esm2mega.files import replacing
@@ -127,7 +127,7 @@ def resolve(run: Run) -> Run:
     check_choices(run)
     fill_shape(run.model)
     if run.train.max_epochs is None:  # else the length is known when the data are, see `resolve_max_steps`
-        _fill_decay(run)
+        _fill_decay(run.schedule, run.train)
     return run
 
 
@@ -135,15 +135,15 @@ def resolve_max_steps(run: Run, max_steps: int) -> Run:
     """A copy of a run given in epochs, with its length in steps and the end of the decay filled."""
     run = copy.deepcopy(run)
     run.train.max_steps = max_steps
-    _fill_decay(run)
+    _fill_decay(run.schedule, run.train)
     return run
 
 
-def _fill_decay(run: Run) -> None:
-    if run.schedule.decay_steps is None:
+def _fill_decay(schedule: ScheduleConfig, train: TrainConfig) -> None:
+    if schedule.decay_steps is None:
         # ESM-2 decays over 90 % of training and then stays flat. Integers: 0.9 * max_steps may round down.
-        part = 9 if run.schedule.name in ("linear", "cosine_plateau") else 10
-        run.schedule.decay_steps = max(1, part * run.train.max_steps // 10)
+        part = 9 if schedule.name in ("linear", "cosine_plateau") else 10
+        schedule.decay_steps = max(1, part * train.max_steps // 10)
 
 
 def conf_dir() -> Path:

@@ -98,7 +98,7 @@ def finetune(
     """
     parts = parts or UserParts()
     validate_task(run)
-    check_start(run)
+    check_start(run.lora, run.init_from)
     check_packages()
     resume_from = find_resume(run)
     init_from = find_init(run) if resume_from is None else None
@@ -192,7 +192,7 @@ def _train(
         auxiliary = read_auxiliary(resume_from)
     elif init_from is not None:
         auxiliary = load_for_task(init_from, run, chunks)
-    trained = adapters_line(run, chunks) if has_lora else set_trainable(chunks, run.finetune)
+    trained = adapters_line(run.lora, chunks) if has_lora else set_trainable(chunks, run.finetune)
     if run.parallel.distributed_optimizer:
         key = f"lora.target_modules={run.lora.target_modules}"
         check_stages(chunks, key if has_lora else f"finetune.freeze={run.finetune.freeze}")

@@ -121,7 +121,7 @@ def _begin(
         _make_folder(target.work_dir, f"--out {target.out}")
     try:
         run.data.cache_dir = str(target.work_dir / _PREPARED)
-        store = open_store(request.input, run, "input")
+        store = open_store(request.input, run.data, run.run_dir, "input")
         _check_lengths(store, run, request.input)
         attributes = _attributes(store, run, source)
         if request.mode == "resume" and (finished := target.existing(run.infer.outputs)) and not begun:

@@ -124,7 +124,7 @@ def evaluate_checkpoint(
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
     run = adapt_layout(load_run_over(layout.read_config(directory), changes), changes)
     validate(run, world_size_from_environment())
-    store = open_store(str(data), run, "--data", show_bytes)
+    store = open_store(str(data), run.data, run.run_dir, "--data", show_bytes)
     with process_groups(run.parallel, run.seed) as ranks:
         model = build_model(
             run.model, run.parallel, ranks.device, run.seed, has_lora=run.lora.rank is not None

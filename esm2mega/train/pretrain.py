@@ -52,7 +52,9 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
     """
     if run.data.train is None:
         raise UserError("data.train is not set: give the token store to train on, as data.train=DIR")
-    train_stores = [open_store(path, run, "data.train", show_bytes) for path in run.data.train_paths()]
+    train_stores = [
+        open_store(path, run.data, run.run_dir, "data.train", show_bytes) for path in run.data.train_paths()
+    ]
     held_out = {
         split: _open_held_out(run, split, path, train_stores)
         for split, path in (("valid", run.data.valid), ("test", run.data.test))
@@ -66,7 +68,7 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
 
 
 def _open_held_out(run: Run, split: str, path: str, train_stores: list[TokenStore]) -> TokenStore:
-    store = open_store(path, run, f"data.{split}", show_bytes)
+    store = open_store(path, run.data, run.run_dir, f"data.{split}", show_bytes)
     for train_path, train_store in zip(run.data.train_paths(), train_stores, strict=True):
         if store.fingerprint == train_store.fingerprint:
             raise UserError(
@@ -140,7 +142,7 @@ def _train(
         extra_state={"token_counts": counts.tolist(), **({} if base is None else base.as_state())},
         # Those of the base stay with it.
         auxiliary={} if has_lora else auxiliary,
-        banner=[*data, *([adapters_line(run, chunks)] if has_lora else [])],
+        banner=[*data, *([adapters_line(run.lora, chunks)] if has_lora else [])],
         result=_result,
         training_values=loss_and_perplexity,
         saved=TRAINED if has_lora else ALL,

@@ -96,7 +96,7 @@ def test_documented_layouts_are_valid(size):
             continue
         run = load_run(name, text.split())
         validate(run, processes)
-        assert num_micro_batches(run, processes) >= 1
+        assert num_micro_batches(run.train, run.parallel, processes) >= 1
 
 
 def test_tiny_is_for_a_cpu_and_minutes():

@@ -213,12 +213,12 @@ def test_batch_arithmetic(micro, accumulation, tp, pp, dp):
     run.parallel.pipeline_model_parallel_size = pp
     run.train.micro_batch_tokens = micro
     run.train.global_batch_tokens = micro * dp * accumulation
-    assert data_parallel_size(run, tp * pp * dp) == dp
-    assert num_micro_batches(run, tp * pp * dp) == accumulation
+    assert data_parallel_size(run.parallel, tp * pp * dp) == dp
+    assert num_micro_batches(run.train, run.parallel, tp * pp * dp) == accumulation
     run.train.global_batch_tokens += 1
     if micro * dp > 1:
         with pytest.raises(UserError, match=r"is not a multiple of train\.micro_batch_tokens"):
-            num_micro_batches(run, tp * pp * dp)
+            num_micro_batches(run.train, run.parallel, tp * pp * dp)
 
 
 @pytest.fixture
