@@ -21,7 +21,7 @@ from esm2mega.infer.collect import OutputRequest
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.engine import Engine, load_model
 from esm2mega.infer.marginals import Marginals
-from esm2mega.infer.proteins import pack_tokens
+from esm2mega.infer.proteins import micro_batch_tokens
 from esm2mega.infer.source import ModelSource, open_model
 from esm2mega.infer.strategies import score_variants
 from esm2mega.infer.variants import (
@@ -103,7 +103,7 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
     run = inference_run(source.run, options.overrides)
     validate_inference(run, world_size_from_environment())
     with process_groups(run.parallel, run.seed) as ranks:
-        size = pack_tokens(run, ranks.device)
+        size = micro_batch_tokens(run, ranks.device)
         engine = Engine(load_model(source, run, ranks), ranks, OutputRequest(logits=True), size)
         marginals = Marginals(engine, ranks, window_tokens(run), options.normalization)
         yield Scorer(marginals, options, source, run), ranks

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from esm2mega.config.renamed import current_settings
 from esm2mega.errors import MachineError, UserError
 from esm2mega.infer.arrays import ArrayFile
 from esm2mega.infer.contents import Contents
@@ -168,7 +169,13 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def differing(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings in which two starts differ, for a message; empty if they are the same."""
+    """Describe the settings in which two starts differ; empty if they are the same.
+
+    Args:
+        earlier: as an earlier start noted them, under the names of its version.
+        now: of this start.
+    """
+    earlier = current_settings(earlier)
     return ", ".join(
         f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
         for name in {**earlier, **now}
