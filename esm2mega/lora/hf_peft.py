@@ -121,9 +121,8 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
     head = adapters.head()
     architecture = None if head is None else find_equal(head)
     base = Path(adapters.base.path)
-    config = _their_config(
-        adapters, str(base) if base.exists() and detect(SourceFiles(base)) == "hf" else None
-    )
+    is_theirs = base.exists() and detect(SourceFiles(base)) == "hf"
+    config = _their_config(adapters, str(base) if is_theirs else None)
     report = [f"{checkpoint}: {sum(map(len, adapters.targets.values()))} adapters -> {target}"]
     if config["base_model_name_or_path"] is None:
         report.append(f"base     {base}; for transformers: esm2mega convert {base} DIR --to hf")

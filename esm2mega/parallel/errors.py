@@ -54,9 +54,9 @@ def claim_error_report() -> bool:
 
 
 def on_one_rank(action: Callable[[], T], timeout: timedelta = rendezvous.TIMEOUT) -> T:
-    """What `action` gives on rank 0, on every rank; or the error that it raises. All ranks call this together.
+    """Give every rank what `action` gives on rank 0, or raise the error that it raises there.
 
-    A broadcast over the world; before there are process groups, through the store where processes meet.
+    All ranks call this together. It is a broadcast over the world; before there are process groups, through the store where processes meet.
 
     Args:
         action: Called on rank 0 alone. Errors for the user and of the machine reach all ranks.
@@ -88,25 +88,25 @@ def _attempt(action: Callable[[], Any]) -> list[Any]:
 
 
 def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
-    """`_attempt` of rank 0, on every rank; rank 0 goes on when all have it, since the store may end with it."""
+    """`_attempt` of rank 0, on every rank. Rank 0 waits until all have it: the store may end with rank 0."""
     rank, world_size = int(os.environ["RANK"]), world_size_from_environment()
     with _meeting(timeout):
         store = rendezvous.meet(timeout)
         key = f"esm2mega/told_{rendezvous.next_number(store, 'told', rank)}"
-    box = [None, MachineError("rank 0 ended before it had begun: its message is the one to read")]
+    box: list[Any] = [None, MachineError("rank 0 ended before it had begun: its message is the one to read")]
     if rank == 0:
         try:
             box = _attempt(action)
         finally:
             with _meeting(timeout):
-                store.set(key, pickle.dumps(box))
+                store.set(key, pickle.dumps(box))  # type: ignore[arg-type]
     with _meeting(timeout):
         if rank == 0:
             store.wait([f"{key}/all_have_it"])
         else:
             box = pickle.loads(store.get(key))
             if store.add(f"{key}/have_it", 1) == world_size - 1:
-                store.set(f"{key}/all_have_it", b"")
+                store.set(f"{key}/all_have_it", "")
     if box[1] is not None:
         # Said by the one rank where it happened.
         box[1].claimed_report = rank == 0
@@ -129,6 +129,6 @@ def _meeting(timeout: timedelta) -> Iterator[None]:
 def _no_answer(timeout: timedelta) -> MachineError:
     minutes = timeout.total_seconds() / 60
     return MachineError(
-        f"no answer from another process in {minutes:g} minutes: it ended or hangs: its message is the one to "
-        "read; if it only needs longer, raise parallel.timeout_minutes"
+        f"no answer from another process in {minutes:g} minutes: it ended or hangs: its message is the one "
+        "to read"
     )

@@ -1,4 +1,4 @@
-"""The model and optimizer of a training, made from where it starts: chunks, weights, adapters, freezing, state."""
+"""The model and the optimizer of a training are made here: chunks, weights, adapters, freezing, state."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from esm2mega.parallel.errors import on_one_rank
 
 
 def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tuple[Run, StartPoint | None]:
-    """`load_run`, with the model of `init_from` unless another one is configured; all ranks call this together.
+    """`load_run`, with the model of `init_from` unless another is configured; all ranks call this together.
 
     Args:
         config: Path or name of a configuration.
