@@ -56,7 +56,8 @@ def claim_error_report() -> bool:
 def on_one_rank(action: Callable[[], T], timeout: timedelta = rendezvous.TIMEOUT) -> T:
     """Give every rank what `action` gives on rank 0, or raise the error that it raises there.
 
-    All ranks call this together. It is a broadcast over the world; before there are process groups, through the store where processes meet.
+    All ranks call this together. It is a broadcast over the world; before there are process groups it goes
+    through the store where processes meet.
 
     Args:
         action: Called on rank 0 alone. Errors for the user and of the machine reach all ranks.
