@@ -16,15 +16,14 @@ from esm2mega.cli.app import main
 
 def run() -> int:
     hidden, newest = map(Path, sys.argv[1:3])
-    if os.environ["RANK"] != "0":
-        while not newest.exists():
-            time.sleep(0.05)
-        return main(sys.argv[3:])
     original = layout.find_checkpoints
 
     def find_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[Path]]:
+        is_meant = layout.checkpoints_dir(run_dir) == newest.parent
+        while is_meant and os.environ["RANK"] != "0" and not newest.exists():
+            time.sleep(0.05)
         found = original(run_dir)
-        if hidden.exists() and layout.checkpoints_dir(run_dir) == newest.parent:
+        if is_meant and hidden.exists():
             hidden.rename(newest)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.cli.app import main
 from esm2mega.convert.convert import convert
 from esm2mega.convert.formats.registry import detect, open_weights
+from esm2mega.convert.start_point import read_start
 from esm2mega.finetune import run as finetune_module
 from esm2mega.train import pretrain as pretrain_module
 from esm2mega.train import start as start_module
@@ -30,7 +32,6 @@ from tests.unit.conftest import TinyRun
 pytest.importorskip("esm", reason="fair-esm is not installed: pip install esm2mega[dev]")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
 
-RUN = "run/checkpoints/step_00000002"
 SETTINGS = (
     "data.max_seq_length=64",
     "train.micro_batch_tokens=128",
@@ -55,8 +56,9 @@ SHAPE = tuple(
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model as a directory of Hugging Face, a file of fair-esm, and a run with two checkpoints; a run that
-    was fine-tuned from it, and that as a classifier of Hugging Face; and a table of labelled proteins.
+    """One model as a directory of Hugging Face, a file of fair-esm, and a run with two checkpoints.
+
+    Beside them a run that was fine-tuned from it, and that as a classifier of Hugging Face; and the table.
     """
     folder = tmp_path_factory.mktemp("sources")
     truth = foreign.truth(torch.float32)
@@ -136,6 +138,7 @@ def command(sources: Path, source: str, run_dir: Path, *settings: str) -> list[s
     return ["finetune", *given, *SETTINGS, *settings]
 
 
+PRETRAINED = ("hf", "esm2_x.pt", "run")
 FULL, WITH_LORA = TASK, (*TASK, *LORA)
 CONTACT_HEAD = (*CONTACTS, "finetune.load_head=true")
 HEAD = (*CLASSIFIER, "data.crop=start", "finetune.load_head=true")
@@ -144,11 +147,7 @@ HEAD = (*CLASSIFIER, "data.crop=start", "finetune.load_head=true")
 @pytest.mark.parametrize(
     ("source", "settings"),
     [
-        *(
-            (source, kind)
-            for source in ("hf", "esm2_x.pt", "run")
-            for kind in (FULL, WITH_LORA, CONTACT_HEAD)
-        ),
+        *((source, kind) for kind in (FULL, WITH_LORA, CONTACT_HEAD) for source in PRETRAINED),
         *((source, kind) for source in ("classifier", "tuned") for kind in (HEAD, (*HEAD, *LORA))),
     ],
 )
@@ -166,7 +165,7 @@ def test_a_start_looks_once(
     assert len(begun) == 1
 
 
-@pytest.mark.parametrize("source", ["hf", "esm2_x.pt", "run"])
+@pytest.mark.parametrize("source", PRETRAINED)
 @pytest.mark.parametrize("lora", [(), ("lora.rank=2",)])
 def test_so_does_that_of_a_pretraining(
     sources: Path,
@@ -216,18 +215,15 @@ def test_a_checkpoint_that_appears_meanwhile_changes_nothing(
     appears(
         monkeypatch, "load_run_over", lambda: shutil.copytree(layout.step_dir(finished.run_dir, 4), newer)
     )
-    assert (
-        main(command(tmp_path, "run", tmp_path / "new", f"data.train={sources / 'labels.jsonl'}", *settings))
-        == 0
-    )
+    data = f"data.train={sources / 'labels.jsonl'}"
+    assert main(command(tmp_path, "run", tmp_path / "new", data, *settings)) == 0
     assert layout.resolve_checkpoint(run_dir) == newer
     ((session, start),) = begun
     assert start.path == layout.step_dir(run_dir, 2) and not start.is_resumed
     (model,) = session.built.state.model
-    found = dict(model.module.named_parameters())["encoder.final_layernorm.weight"]
-    assert torch.equal(
-        found, open_weights(layout.step_dir(run_dir, 2)).read("encoder.final_layernorm.weight")
-    )
+    name = "encoder.final_layernorm.weight"
+    expected = open_weights(layout.step_dir(run_dir, 2)).read(name)
+    assert torch.equal(dict(model.module.named_parameters())[name], expected)
     if settings == WITH_LORA:
         assert session.built.extra_state["base"]["path"] == str(layout.step_dir(run_dir, 2).resolve())
 
@@ -247,10 +243,6 @@ def test_a_run_is_resumed_from_what_was_its_newest(
 
 def test_a_start_that_was_sent_to_another_rank_reads_the_same(sources: Path, tmp_path: Path) -> None:
     """Without open files, and without looking again which checkpoint is the newest."""
-    import pickle
-
-    from esm2mega.convert.start_point import read_start
-
     run_dir = tmp_path / "run"
     shutil.copytree(sources / "run", run_dir)
     for path in (sources / "hf", sources / "esm2_x.pt", run_dir):
