@@ -5,11 +5,11 @@ No arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from esm2mega.config.load import fix_length
+from esm2mega.config.load import resolve_max_steps
 from esm2mega.config.lora import check_start
 from esm2mega.config.schema import Run
 from esm2mega.config.task import validate_task
@@ -20,6 +20,7 @@ from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledStream
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
+from esm2mega.files import first_of
 from esm2mega.finetune.evaluate import measure, packs_of
 from esm2mega.finetune.loaded_head import loaded_targets
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
@@ -38,7 +39,7 @@ _STEPS_PER_WINDOW = 4
 
 
 @dataclass(frozen=True)
-class Parts:
+class UserParts:
     """What a program gives in the place of what a configuration names.
 
     Attributes:
@@ -67,8 +68,8 @@ class Splits:
 
 def finetune(
     run: Run,
-    parts: Parts | None = None,
-    observe: Callable[[list[Any]], None] | None = None,
+    parts: UserParts | None = None,
+    on_gradients: Callable[[list[Any]], None] | None = None,
     opened: StartPoint | None = None,
 ) -> LoopState:
     """Train as configured; every process of the world calls this with the same, validated configuration.
@@ -76,7 +77,7 @@ def finetune(
     Args:
         run: The configuration.
         parts: What to use instead of what it names.
-        observe: See `esm2mega.train.step.TrainState`.
+        on_gradients: See `esm2mega.train.step.TrainState`.
         opened: The checkpoint that `init_from` names, if it has been opened for the configuration.
 
     Returns:
@@ -87,7 +88,7 @@ def finetune(
         MachineError: Loss not finite, or a checkpoint could not be written.
         StoppedBySignal: A signal came and the state was saved.
     """
-    parts = parts or Parts()
+    parts = parts or UserParts()
     validate_task(run)
     check_start(run)
     check_packages()
@@ -95,10 +96,10 @@ def finetune(
     splits = read_splits(run, parts, loaded_targets(run.task, run.finetune, start))
     run = _with_steps(run, splits.of["train"])
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, splits, parts, start, observe)
+        return _train(run, ranks, splits, parts, start, on_gradients)
 
 
-def read_splits(run: Run, parts: Parts, loaded: TargetInfo | None = None) -> Splits:
+def read_splits(run: Run, parts: UserParts, loaded: TargetInfo | None = None) -> Splits:
     """All splits that are given; those that are held out by the classes and scale of the training split.
 
     Args:
@@ -155,7 +156,7 @@ def _with_steps(run: Run, proteins: LabelledProteins) -> Run:
         return run
     with LabelledStream(proteins, train_spec(run, proteins)) as stream:
         packs_per_step = run.train.global_batch_tokens // run.train.micro_batch_tokens
-        run = fix_length(run, -(-stream.num_packs() // packs_per_step))
+        run = resolve_max_steps(run, -(-stream.num_packs() // packs_per_step))
     validate(run, world_size_from_environment())
     return run
 
@@ -164,9 +165,9 @@ def _train(
     run: Run,
     ranks: Ranks,
     splits: Splits,
-    parts: Parts,
+    parts: UserParts,
     start: StartPoint | None,
-    observe: Callable[[list[Any]], None] | None,
+    on_gradients: Callable[[list[Any]], None] | None,
 ) -> LoopState:
     make_head = parts.make_head or head_of_task(run.task, splits.info.num_outputs)
     if start is not None and start.is_resumed:
@@ -177,7 +178,7 @@ def _train(
         lambda chunks: set_trainable(chunks, run.finetune),
         lambda chunks: scales_of(chunks, run.finetune),
     )
-    built = build(run, ranks, start, loss, observe, head)
+    built = build(run, ranks, start, loss, on_gradients, head)
     spec, train = batch_spec(run), splits.of["train"]
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
@@ -205,8 +206,8 @@ def _train(
         built=built,
         stream=LabelledStream(train, train_spec(run, train), ranks.dp_rank, ranks.dp_size),
         evaluation=evaluation,
-        remembered={"task": splits.info.to_dict(), "token_counts": None},
-        announced=_described(splits),
+        extra_state={"task": splits.info.to_dict(), "token_counts": None},
+        banner=_described(splits),
         result=result,
         training_values=lambda metrics: {"loss": metrics["loss"]},
     )
@@ -216,10 +217,10 @@ def _train(
 def _described(splits: Splits) -> list[str]:
     """What is learned from what."""
     info = splits.info
-    lines = [f"task     {info.kind} of {info.num_outputs} outputs: {_some(info.names)}"]
+    lines = [f"task     {info.kind} of {info.num_outputs} outputs: {first_of(info.names)}"]
     if info.columns:
         lines = [
-            f"task     {info.kind} of {x.name}, {len(x.names)} classes: {_some(x.names)}"
+            f"task     {info.kind} of {x.name}, {len(x.names)} classes: {first_of(x.names)}"
             for x in info.targets
         ]
     for split, proteins in splits.of.items():
@@ -228,10 +229,6 @@ def _described(splits: Splits) -> list[str]:
         )
         lines += [f"data     {note}" for note in proteins.notes]
     return lines
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esm2mega.errors import UserError
+from esm2mega.files import OTHER_OUT, write_json
 from esm2mega.infer.score import ScoreOptions, check_columns, clean, measured_spearman, scorer, write_scored
 from esm2mega.infer.variants import (
     Table,
     Variant,
-    growing,
     parse_variant,
     read_table,
     write_table,
@@ -62,7 +61,7 @@ def read_reference(path: str, assays: str) -> list[Assay]:
     for row, (name, file, protein, sequence, function) in enumerate(zip(*columns, strict=True)):
         table = Path(assays) / Path(file).name
         if not table.is_file():
-            raise UserError(f"{reference.place(row)}: there is no {table}; name the folder with --assays")
+            raise UserError(f"{reference.location(row)}: there is no {table}; name the folder with --assays")
         found.append(Assay(name, table, protein, clean(sequence), function))
     if len({assay.id for assay in found}) < len(found):
         raise UserError(f"{path}: a DMS_id occurs twice; remove one of the rows")
@@ -102,11 +101,11 @@ def score_assays(
             else:
                 check_columns(table, options)
                 scores = score(assay.sequence, _variants(table, assay, options))
-                if ranks.speaks:
+                if ranks.is_main:
                     write_scored(path, table, scores, options)
             number, value = measured_spearman(table, scores, _MEASURED)
             results.append((assay, number, value))
-        if ranks.speaks:
+        if ranks.is_main:
             columns = ["DMS_id", "UniProt_ID", "coarse_selection_type", "variants", "spearman"]
             rows = [[a.id, a.protein, a.function, number, repr(value)] for a, number, value in results]
             write_table(folder / SUMMARY, columns, rows)
@@ -144,9 +143,7 @@ def _begin(folder: Path, tables: Sequence[Path], settings: dict[str, Any], mode:
         # Nothing of an earlier start may be taken for a result of this one.
         for path in [folder / SUMMARY, *tables]:
             path.unlink(missing_ok=True)
-        with growing(noted) as partial:
-            partial.write_text(json.dumps(settings, indent=1) + "\n")
-            os.replace(partial, noted)
+        write_json(noted, settings, OTHER_OUT)
     return [path for path in tables if path.is_file()]
 
 
@@ -164,7 +161,7 @@ def _variants(table: Table, assay: Assay, options: ScoreOptions) -> list[Variant
         try:
             variants.append(parse_variant(text, assay.sequence, options.offset))
         except UserError as error:
-            raise UserError(f"{table.place(row)}: {error}") from None
+            raise UserError(f"{table.location(row)}: {error}") from None
     return variants
 
 

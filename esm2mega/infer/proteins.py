@@ -17,8 +17,8 @@ from torch import Tensor
 from esm2mega.config.infer import absolute_layers, window_tokens
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
-from esm2mega.infer.collect import Wanted
-from esm2mega.infer.engine import Engine, Pack, PackOutputs, group_windows
+from esm2mega.infer.collect import OutputRequest
+from esm2mega.infer.engine import Engine, PackOutputs, WindowPack, group_windows
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window, overlapping, whole
 
@@ -34,12 +34,12 @@ class Lengths:
 
     Attributes:
         width: Most tokens at once.
-        long: ``error``, ``crop`` or ``chunk``.
+        too_long: ``error``, ``crop`` or ``chunk``.
         overlap: Tokens that neighbouring windows share.
     """
 
     width: int
-    long: str
+    too_long: str
     overlap: int
 
     @classmethod
@@ -47,7 +47,7 @@ class Lengths:
         """As `run.infer` says."""
         width = window_tokens(run)
         overlap = width // 2 if run.infer.overlap is None else run.infer.overlap
-        return cls(width, run.infer.long, min(overlap, width - 3))
+        return cls(width, run.infer.too_long, min(overlap, width - 3))
 
     @property
     def most_residues(self) -> int:
@@ -56,27 +56,26 @@ class Lengths:
 
     def kept(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """Residues that are kept of proteins of these lengths, ``[n]``."""
-        longest = self.most_residues if self.long == "crop" else np.iinfo(np.int64).max
+        longest = self.most_residues if self.too_long == "crop" else np.iinfo(np.int64).max
         return np.minimum(lengths.astype(np.int64), longest)
 
     def windows(self, num_residues: int) -> list[Window]:
         """The windows of a protein, over the residues that are kept of it."""
         if num_residues <= self.most_residues:
             return [whole(num_residues)]
-        if self.long == "crop":
+        if self.too_long == "crop":
             return [whole(self.most_residues)]
-        if self.long == "chunk":
+        if self.too_long == "chunk":
             return overlapping(num_residues, self.width, self.overlap)
         raise UserError(
             f"{num_residues:,} residues are more than the {self.most_residues:,} that the model sees "
-            "at once; "
-            "set --long crop or --long chunk, or raise --max-seq-length"
+            "at once; set --too-long crop or --too-long chunk, or raise --max-seq-length"
         )
 
     def counts(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Number of windows of proteins of these lengths, ``[n]``; in every mode a too long one counts."""
         beyond = np.maximum(lengths.astype(np.int64) - self.most_residues, 0)
-        steps = -(-beyond // (self.width - self.overlap)) if self.long == "chunk" else 0
+        steps = -(-beyond // (self.width - self.overlap)) if self.too_long == "chunk" else 0
         return (1 + steps * np.ones_like(beyond)).astype(np.int32)
 
 
@@ -84,7 +83,7 @@ class Embedder:
     """Computes what a configuration asks for, protein by protein."""
 
     def __init__(self, engine: Engine, run: Run) -> None:
-        """Args: engine: made with `wanted(run, …)`. run: what to compute."""
+        """Args: engine: made with `output_request(run, …)`. run: what to compute."""
         self._engine = engine
         self._outputs = frozenset(run.infer.outputs)
         self._pooling = run.infer.pooling
@@ -99,14 +98,14 @@ class Embedder:
             proteins: token ids of residues, without special tokens, ``[L]`` each.
         """
         jobs = [
-            (number, place, window)
+            (number, location, window)
             for number, residues in enumerate(proteins)
-            for place, window in enumerate(self._lengths.windows(len(residues)))
+            for location, window in enumerate(self._lengths.windows(len(residues)))
         ]
         num_windows = np.bincount([number for number, _, _ in jobs], minlength=len(proteins))
-        plan = group_windows([window.num_tokens for _, _, window in jobs], self._engine.pack_tokens)
+        plan = group_windows([window.num_tokens for _, _, window in jobs], self._engine.micro_batch_tokens)
         packs = [
-            Pack(
+            WindowPack(
                 [jobs[i][2] for i in places],
                 np.concatenate([self._tokens(proteins[jobs[i][0]], jobs[i][2]) for i in places]),
             )
@@ -115,13 +114,13 @@ class Embedder:
         waiting: dict[int, dict[int, tuple[Window, Values]]] = {}
         for places, pack, outputs in zip(plan, packs, self._engine.run(packs), strict=True):
             for i, values in zip(places, self._of_windows(pack, outputs), strict=True):
-                number, place, window = jobs[i]
+                number, location, window = jobs[i]
                 if num_windows[number] == 1:
                     yield number, self._of_protein(values)
                     continue
                 pieces = waiting.setdefault(number, {})
                 # Copies: a view would keep the whole pack in memory.
-                pieces[place] = window, {name: value.clone() for name, value in values.items()}
+                pieces[location] = window, {name: value.clone() for name, value in values.items()}
                 if len(pieces) == num_windows[number]:
                     # In the order of the windows, whatever packs they were in: sums are the same bits.
                     joined = _join([pieces[p] for p in range(len(pieces))])
@@ -132,7 +131,7 @@ class Embedder:
     def _tokens(residues: npt.NDArray[np.uint8], window: Window) -> npt.NDArray[np.uint8]:
         return window.tokens(residues[: window.num_residues])
 
-    def _of_windows(self, pack: Pack, outputs: PackOutputs) -> Iterator[Values]:
+    def _of_windows(self, pack: WindowPack, outputs: PackOutputs) -> Iterator[Values]:
         """The values of every window: ``residue``, ``logits`` and ``contacts`` by name, and
         ``cls/layer_N``.
         """
@@ -185,24 +184,24 @@ def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
         total = torch.zeros(shape, dtype=dtype, device=example.device)
         count = torch.zeros(shape if square else (length, 1), dtype=dtype, device=example.device)
         for window, values in pieces:
-            place = (window.residues, window.residues) if square else (window.residues,)
-            total[place] += values[name]
-            count[place] += 1
+            location = (window.residues, window.residues) if square else (window.residues,)
+            total[location] += values[name]
+            count[location] += 1
         joined[name] = total / count
     return joined
 
 
-def pack_tokens(run: Run, device: torch.device) -> int:
+def micro_batch_tokens(run: Run, device: torch.device) -> int:
     """Tokens of a pack: as configured, or what suits the device; at least those of the longest window.
 
     A 35M model on 2 cores of an AMD EPYC embedded 1,390, 1,460, 1,240 and 1,180 tokens/s in packs of 1,024,
     2,048, 4,096 and 8,192. The size for GPUs is not measured.
     """
-    size = run.infer.pack_tokens or (2048 if device.type == "cpu" else 16384)
+    size = run.infer.micro_batch_tokens or (2048 if device.type == "cpu" else 16384)
     return max(size, window_tokens(run))
 
 
-def wanted(run: Run, source: ModelSource) -> Wanted:
+def output_request(run: Run, source: ModelSource) -> OutputRequest:
     """What the engine has to compute for `run.infer`.
 
     Raises:
@@ -218,4 +217,4 @@ def wanted(run: Run, source: ModelSource) -> Wanted:
             "ESM-2 weights have one"
         )
     layers = absolute_layers(run) if {"residue", "pooled"} & set(outputs) else []
-    return Wanted(tuple(layers), "logits" in outputs, head)
+    return OutputRequest(tuple(layers), "logits" in outputs, head)

@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from esm2mega.config.renamed import current_settings
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import OTHER_OUT, write_json
 from esm2mega.infer.arrays import ArrayFile
 from esm2mega.infer.contents import Contents
-from esm2mega.infer.target import Target
+from esm2mega.infer.target import OutputTarget
 
 MOST_PIECE_TOKENS, LEAST_PIECE_TOKENS = 1 << 16, 1 << 12
 """Tokens of a piece of the input, which is what processes share out, and what a kill costs each of them."""
@@ -39,7 +41,7 @@ _MANIFEST, _ARRAYS = "manifest.json", "arrays"
 _SPARE_BYTES = 1 << 20
 
 
-def has_begun(target: Target) -> bool:
+def has_begun(target: OutputTarget) -> bool:
     """Whether an earlier start left something to go on with: not after a kill behind the very last step, when
     the arrays of HDF5 are the output already.
     """
@@ -50,7 +52,7 @@ def has_begun(target: Target) -> bool:
 class Work:
     """One growing output."""
 
-    target: Target
+    target: OutputTarget
     contents: Contents
 
     @property
@@ -88,9 +90,7 @@ class Work:
                 journal.unlink()
             self._check_space()
             offsets = self.target.create(self.folder / _ARRAYS, self.contents)
-            partial = manifest.with_suffix(".tmp")
-            partial.write_text(json.dumps({"attributes": self.contents.attributes, "offsets": offsets}))
-            os.replace(partial, manifest)
+            write_json(manifest, {"attributes": self.contents.attributes, "offsets": offsets}, OTHER_OUT)
         done = {int(line) for path in self.folder.glob("done.*") for line in _whole_lines(path)}
         return [piece for piece in range(int(self.piece_numbers[-1]) + 1) if piece not in done]
 
@@ -168,7 +168,13 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def differing(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings in which two starts differ, for a message; empty if they are the same."""
+    """Describe the settings in which two starts differ; empty if they are the same.
+
+    Args:
+        earlier: as an earlier start noted them, under the names of its version.
+        now: of this start.
+    """
+    earlier = current_settings(earlier)
     return ", ".join(
         f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
         for name in {**earlier, **now}

@@ -86,9 +86,9 @@ def _find_base(start: StartPoint, given: str | None) -> Path:
     """Where the base of an adapter checkpoint lies now: where it did, else where `given` says."""
     recorded = recorded_base(start)
     places = [recorded.path, *([given] if given is not None else [])]
-    for place in places:
-        if Path(place).exists():
-            return Path(place)
+    for location in places:
+        if Path(location).exists():
+            return Path(location)
     raise UserError(
         f"{start.path}: holds adapters of {recorded.path}, which is not there any more; say where it is with "
         "init_from=PATH"

@@ -63,7 +63,7 @@ def build(
     ranks: Ranks,
     start: StartPoint | None,
     loss: LossReduction,
-    observe: Callable[[list[Any]], None] | None = None,
+    on_gradients: Callable[[list[Any]], None] | None = None,
     head: HeadTraining | None = None,
 ) -> Built:
     """Make this rank's share of a training; all ranks call this together.
@@ -73,7 +73,7 @@ def build(
         ranks: Where this process stands.
         start: From `esm2mega.train.start.open_training_start`.
         loss: The loss and its reduction.
-        observe: See `TrainState`.
+        on_gradients: See `TrainState`.
         head: In fine-tuning, the head and what is trained.
 
     Raises:
@@ -98,9 +98,9 @@ def build(
     if run.parallel.distributed_optimizer and (has_lora or head is not None):
         key = f"finetune.freeze={run.finetune.freeze}"
         check_stages(chunks, f"lora.target_modules={run.lora.target_modules}" if has_lora else key)
-    state = train_state(run, chunks, loss, ranks, observe, None if head is None else head.scales(chunks))
+    state = train_state(run, chunks, loss, ranks, on_gradients, None if head is None else head.scales(chunks))
     if has_lora and run.lora.dropout:
-        state.begin = partial(seed_dropout, run.seed)
+        state.on_step_begin = partial(seed_dropout, run.seed)
     if start is not None:
         start.release()
     return Built(state, TRAINED if has_lora else ALL, auxiliary, extra_state, banner)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,7 +18,7 @@ from esm2mega.convert.start_point import StartPoint, open_checkpoint
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.loader import EvalPacks
-from esm2mega.errors import MachineError, UserError
+from esm2mega.files import OTHER_OUT, check_out, write_json
 from esm2mega.lora.base import open_base
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
@@ -125,13 +122,13 @@ def evaluate_checkpoint(
     changes = list(overrides)
     if micro_batch_tokens is not None:
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
-    run = fit_to_processes(load_run_over(start.run, changes), changes)
+    run = adapt_layout(load_run_over(start.run, changes), changes)
     validate(run, world_size_from_environment())
     start = open_base(start, run.init_from)
     store = open_store(str(data), run, "--data", show_bytes)
     with process_groups(run.parallel, run.seed) as ranks:
         model = build_model(
-            run.model, run.parallel, ranks.device, run.seed, adapted=run.lora.rank is not None
+            run.model, run.parallel, ranks.device, run.seed, has_lora=run.lora.rank is not None
         )
         load_model(start, run, model)
         # A converted checkpoint does not know what it was trained on, so it has no unigram baseline.
@@ -139,7 +136,7 @@ def evaluate_checkpoint(
         unigram = None if counts is None else unigram_log_probabilities(np.asarray(counts), ranks.device)
         spec = BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
         batches = EvalPacks(store, spec, max_batches or 0, ranks.dp_rank, ranks.dp_size)
-        with Progress(len(batches), "evaluate", "pack", enabled=ranks.speaks) as progress:
+        with Progress(len(batches), "evaluate", "pack", enabled=ranks.is_main) as progress:
             metrics = evaluate(model, MLMLossReduction(unigram), batches, ranks, progress)
         assert metrics is not None
         result = {
@@ -152,12 +149,12 @@ def evaluate_checkpoint(
             "num_labels": int(metrics["count"]),
             "num_sequences": len(store),
         }
-        if out is not None and ranks.speaks:
-            write_json(Path(out), result)
+        if out is not None and ranks.is_main:
+            write_json(Path(out), result, OTHER_OUT)
     return result
 
 
-def fit_to_processes(run: Run, overrides: Sequence[str]) -> Run:
+def adapt_layout(run: Run, overrides: Sequence[str]) -> Run:
     """The training run made fit for the processes that are there.
 
     The layout of training stays where it fits or was asked for; else every process holds the whole model. The
@@ -190,30 +187,3 @@ def _filled(group: list[Batch], multiple: int) -> list[Batch]:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def check_out(path: Path) -> None:
-    """Refuse a result file that could not be written, before the work is done."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir():
-        reason = "is a directory"
-    elif not folder.is_dir():
-        reason = f"{folder} is not a directory"
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        reason = f"{folder} is not writable"
-    else:
-        return
-    raise UserError(f"--out {path}: {reason}; name a file in a directory that can be written to")
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, complete as soon as the file has its name."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise MachineError(f"{path}: cannot be written: {error.strerror}; choose another --out") from error

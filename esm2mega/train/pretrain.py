@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from esm2mega.config.load import fix_length
+from esm2mega.config.load import resolve_max_steps
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.convert.start_point import StartPoint
@@ -24,12 +24,12 @@ from esm2mega.train.session import Session, run_session
 from esm2mega.train.start import open_training_start
 
 
-def pretrain(run: Run, observe: Callable[[list[Any]], None] | None = None) -> LoopState:
+def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) -> LoopState:
     """Train as configured; every process of the world calls this with the same, validated configuration.
 
     Args:
         run: The configuration.
-        observe: See `esm2mega.train.step.TrainState`.
+        on_gradients: See `esm2mega.train.step.TrainState`.
 
     Returns:
         The final state of the loop, the same on every rank.
@@ -50,7 +50,7 @@ def pretrain(run: Run, observe: Callable[[list[Any]], None] | None = None) -> Lo
     run = _with_steps(run, train_stores)
     start = open_training_start(run)
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, train_stores, held_out, start, observe)
+        return _train(run, ranks, train_stores, held_out, start, on_gradients)
 
 
 def _open_held_out(run: Run, split: str, path: str, train_stores: list[TokenStore]) -> TokenStore:
@@ -70,7 +70,7 @@ def _with_steps(run: Run, train_stores: list[TokenStore]) -> Run:
         return run
     with TrainStream(train_stores, _batch_spec(run)) as stream:
         packs_per_step = run.train.global_batch_tokens // run.train.micro_batch_tokens
-        run = fix_length(run, -(-stream.num_packs() // packs_per_step))
+        run = resolve_max_steps(run, -(-stream.num_packs() // packs_per_step))
     validate(run, world_size_from_environment())
     return run
 
@@ -85,9 +85,9 @@ def _train(
     train_stores: list[TokenStore],
     held_out: dict[str, TokenStore],
     start: StartPoint | None,
-    observe: Callable[[list[Any]], None] | None,
+    on_gradients: Callable[[list[Any]], None] | None,
 ) -> LoopState:
-    built = build(run, ranks, start, MLMLossReduction(), observe)
+    built = build(run, ranks, start, MLMLossReduction(), on_gradients)
     spec = _batch_spec(run)
     stream = TrainStream(train_stores, spec, ranks.dp_rank, ranks.dp_size)
     counts = token_counts(stream.samples)
@@ -110,8 +110,8 @@ def _train(
         built=built,
         stream=stream,
         evaluation=evaluation,
-        remembered={"token_counts": counts.tolist()},
-        announced=data,
+        extra_state={"token_counts": counts.tolist()},
+        banner=data,
         result=_result,
         training_values=loss_and_perplexity,
     )

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from esm2mega.data.readers.base import ByteProgress, Record, file_sha256, require_columns, residues_of
+from esm2mega.data.readers.base import ByteProgress, Record, require_columns, residues_of
 from esm2mega.data.readers.parquet import open_parquet
 from esm2mega.errors import UserError
+from esm2mega.files import file_sha256
 
 _ROWS = 1 << 14
 
@@ -34,7 +35,7 @@ class RowFile:
         if not self.path.is_file():
             raise UserError(f"{path}: no such {self.kind} file")
 
-    def place(self, line: int) -> str:
+    def location(self, line: int) -> str:
         """Where a row stands, for messages."""
         return f"{self.path}: row {line}"
 
@@ -49,7 +50,7 @@ class RowFile:
     def text(self, value: object, line: int, column: str) -> str:
         """The value of a column, if it is a text."""
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{self.place(line)}: {column} is {value!r}, not a text; every row needs one")
+            raise UserError(f"{self.location(line)}: {column} is {value!r}, not a text; every row needs one")
         return value
 
 
@@ -117,10 +118,10 @@ class ProteinDatabase(RowFile):
 
 def protein(source: RowFile, line: int, name: str, sequence: object) -> Record:
     """A protein of a row; raises UserError when `sequence` is none."""
-    residues = residues_of(sequence, source.place(line), name) if isinstance(sequence, str) else b""
+    residues = residues_of(sequence, source.location(line), name) if isinstance(sequence, str) else b""
     if not residues:
         raise UserError(
-            f"{source.place(line)}: the sequence of {name!r} is {sequence!r}, not residues; "
+            f"{source.location(line)}: the sequence of {name!r} is {sequence!r}, not residues; "
             "complete or remove the row"
         )
     return Record(name, residues, line)

@@ -114,8 +114,8 @@ def _by_name(state: TrainState) -> dict[str, Tensor]:
     for name, parameter in state.model[0].module.named_parameters():
         # One process: its share of a split parameter is the whole one.
         if hasattr(part, "model_param_group_index_map"):
-            group, place = part.model_param_group_index_map[parameter]
-            main = part.optimizer.param_groups[group]["params"][place]
+            group, location = part.model_param_group_index_map[parameter]
+            main = part.optimizer.param_groups[group]["params"][location]
         else:
             main = getattr(parameter, "main_param", parameter)
         found[f"{name} main"] = main.detach().flatten().clone()
@@ -203,7 +203,7 @@ def test_tensors_of_another_model_are_refused(world: None, tmp_path: Path, tampe
     tampered["lm_head.dense.bias"] = "lm_head.other.bias"
     with pytest.raises(UserError) as error:
         load_weights(checkpoint, state.model)
-    assert "missing ['lm_head.other.bias'], unexpected ['lm_head.dense.bias']" in str(error.value)
+    assert "missing lm_head.other.bias, unexpected lm_head.dense.bias" in str(error.value)
     with pytest.raises(UserError, match="cannot be loaded into this model") as error:
         load_training_state(checkpoint, state.model, state.optimizer)
     assert "\n" not in str(error.value)

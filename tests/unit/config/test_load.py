@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.config import load
+from esm2mega import files
 from esm2mega.config.load import (
     find_config,
-    fix_length,
     known_keys,
     load_run,
     load_run_over,
     nearest_key,
     resolve,
+    resolve_max_steps,
     run_from_yaml,
     save_resolved,
 )
@@ -114,11 +114,11 @@ def test_decay_steps_are_derived(name, max_steps, expected):
 def test_the_length_in_steps_follows_from_epochs():
     run = load_run(None, ["model.size=tiny", "train.max_epochs=3", "train.max_steps=7"])
     assert run.schedule.decay_steps is None
-    fixed = fix_length(run, 200)
+    fixed = resolve_max_steps(run, 200)
     assert (fixed.train.max_steps, fixed.schedule.decay_steps) == (200, 180)
     assert resolve(fixed) == fixed and run.train.max_steps == 7
     given = load_run(None, ["model.size=tiny", "train.max_epochs=3", "schedule.decay_steps=5"])
-    assert fix_length(given, 200).schedule.decay_steps == 5
+    assert resolve_max_steps(given, 200).schedule.decay_steps == 5
 
 
 def test_train_is_one_store_or_several(tmp_path):
@@ -178,8 +178,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(load.os, "replace", no_space)
-    with pytest.raises(MachineError, match="cannot write the configuration: No space left on device"):
+    monkeypatch.setattr(files.os, "replace", no_space)
+    with pytest.raises(MachineError, match="config.yaml: cannot be written: No space left on device"):
         save_resolved(run, tmp_path / "config.yaml")
     assert (tmp_path / "config.yaml").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

@@ -105,7 +105,7 @@ def logits(checkpoint: Path, run: Run | None = None) -> Tensor:
     run = layout.read_config(checkpoint) if run is None else run
     ids, mask = batch()
     with process_groups(ParallelConfig(), seed=1):
-        chunks = build_model(run.model, run.parallel, CPU, run.seed, adapted=run.lora.rank is not None)
+        chunks = build_model(run.model, run.parallel, CPU, run.seed, has_lora=run.lora.rank is not None)
         load_model(with_base(read_checkpoint(checkpoint), run.init_from), run, chunks)
         tokens, packed = pack(ids, mask)
         with torch.no_grad():
@@ -124,7 +124,7 @@ def gradients(checkpoint: Path, weights: Tensor) -> dict[str, Tensor]:
     run = layout.read_config(checkpoint)
     ids, mask = batch()
     with process_groups(ParallelConfig(), seed=1):
-        (model,) = build_model(run.model, run.parallel, CPU, run.seed, adapted=True)
+        (model,) = build_model(run.model, run.parallel, CPU, run.seed, has_lora=True)
         load_model(with_base(read_checkpoint(checkpoint), run.init_from), run, [model])
         tokens, packed = pack(ids, mask)
         (model(tokens, packed) * weights[mask.bool()]).sum().backward()
