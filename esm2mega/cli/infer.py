@@ -9,6 +9,7 @@ import click
 
 from esm2mega.cli.group import command, say
 from esm2mega.errors import UserError
+from esm2mega.files import check_writable
 
 
 def _settings(options: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
@@ -153,7 +154,6 @@ def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: A
                 raise UserError(f"{path}: exists; replace it with --overwrite, or choose another name")
 
     from esm2mega.infer import score as scoring
-    from esm2mega.infer.variants import check_writable
 
     settings = {
         "infer.precision": options["precision"],

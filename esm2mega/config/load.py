@@ -28,7 +28,8 @@ from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import current_key, refusal_of_key
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import check_choices
-from esm2mega.errors import MachineError, UserError
+from esm2mega.errors import UserError
+from esm2mega.files import replacing
 from esm2mega.version import __version__
 
 _WITH_GAPS = ("task.mask_column",)
@@ -116,14 +117,8 @@ def value_of(key: str, config: str | None, overrides: Sequence[str] = ()) -> Any
 def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
     """Write YAML that `run_from_yaml` reads back to an equal `Run`; `path` is replaced in one step."""
     text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(run)))
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(f"{_RESOLVED} {__version__}.\n{text}")
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MachineError(f"{target}: cannot write the configuration: {error.strerror or error}") from error
+    with replacing(Path(path)) as partial:
+        partial.write_text(f"{_RESOLVED} {__version__}.\n{text}")
 
 
 def resolve(run: Run) -> Run:

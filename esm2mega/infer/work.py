@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from esm2mega.config.renamed import current_settings
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import OTHER_OUT, write_json
 from esm2mega.infer.arrays import ArrayFile
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.target import OutputTarget
@@ -89,9 +90,7 @@ class Work:
                 journal.unlink()
             self._check_space()
             offsets = self.target.create(self.folder / _ARRAYS, self.contents)
-            partial = manifest.with_suffix(".tmp")
-            partial.write_text(json.dumps({"attributes": self.contents.attributes, "offsets": offsets}))
-            os.replace(partial, manifest)
+            write_json(manifest, {"attributes": self.contents.attributes, "offsets": offsets}, OTHER_OUT)
         done = {int(line) for path in self.folder.glob("done.*") for line in _whole_lines(path)}
         return [piece for piece in range(int(self.piece_numbers[-1]) + 1) if piece not in done]
 
