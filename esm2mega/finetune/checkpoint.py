@@ -105,7 +105,7 @@ def run_task(
         loss: The loss, likewise.
 
     Returns:
-        What was measured, and whether this process speaks.
+        What was measured, and whether this is the main process.
     """
     with loaded(task, make_head) as (chunks, ranks):
         packs = packs_of(proteins, batch_spec(task.run), ranks)
