@@ -36,13 +36,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from esm2mega import vocabulary
+from esm2mega.batch import PackedBatch
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS
 from esm2mega.config.schema import DataConfig
-from esm2mega.data import tokenizer
-from esm2mega.data.fasta import FastaReader
-from esm2mega.data.loader import PackedBatch
-from esm2mega.data.masking import MaskedTokens, mask_tokens
+from esm2mega.data.readers.fasta import FastaReader
+from esm2mega.data.stream.masking import MaskedTokens, mask_tokens
 
 DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
 LEARNING_RATE = 1e-4
@@ -70,8 +70,8 @@ def draw_proteins(fasta: Path, number: int, max_residues: int, seed: int) -> lis
     borders = np.linspace(0, len(records), number + 1).astype(int)
     proteins = []
     for chosen in rng.integers(borders[:-1], borders[1:]):
-        residues = tokenizer.encode_residues(records[chosen][:max_residues])
-        tokens = np.concatenate([[tokenizer.CLS], residues, [tokenizer.EOS]]).astype(np.uint8)
+        residues = vocabulary.encode_residues(records[chosen][:max_residues])
+        tokens = np.concatenate([[vocabulary.CLS], residues, [vocabulary.EOS]]).astype(np.uint8)
         proteins.append(mask_tokens(tokens, np.array([chosen]), np.array([len(tokens)]), seed, DataConfig()))
     return proteins
 
@@ -147,7 +147,7 @@ def hf_contender(size: str) -> Iterator[Contender]:
 def _pad(proteins: list[MaskedTokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return input ids, attention mask (1 = keep) and labels, [b, s] each."""
     width = max(len(protein.input_ids) for protein in proteins)
-    input_ids = torch.full((len(proteins), width), tokenizer.PAD)
+    input_ids = torch.full((len(proteins), width), vocabulary.PAD)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED_LABEL)
     for row, protein in enumerate(proteins):
