@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-IMPORTED = ["pytest", "esm2mega.cli", "esm2mega.train.pretrain", "esm2mega.train.finetune"]
+IMPORTED = ["pytest", "esm2mega.cli.app", "esm2mega.train.pretrain", "esm2mega.finetune.run"]
 """What all programs share; the trials of `esm2mega prove` are forked from the same process."""
 
 _LIBRARIES = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
