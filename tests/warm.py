@@ -1,10 +1,10 @@
 """Python programs in processes that are forked from one that has imported PyTorch and Megatron-Core already.
 
-A fresh interpreter imports for some five seconds of processor time before it does anything; a fork of one that
-has imported begins at once. `start` takes what would stand behind ``python`` on a command line. The process is a
-real one, in a session of its own, with its own variables, directory, output and signals. Three things differ from
-a fresh interpreter, so some tests still start those: everything is imported, the seed of hashes is the same on all
-ranks, and no GPU is seen.
+A fresh interpreter imports for some five seconds of processor time before it does anything; a fork of one
+that has imported begins at once. `start` takes what would stand behind ``python`` on a command line. The
+process is a real one, in a session of its own, with its own variables, directory, output and signals. Three
+things differ from a fresh interpreter, so some tests still start those: much is imported, the seed of hashes
+is the same on all ranks, and no GPU is seen.
 """
 
 from __future__ import annotations
@@ -130,10 +130,8 @@ def _become(
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = sys.__stderr__ = open(
-        2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
-    )
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     ready.send(None)
     ready.close()
     # What was imported is shared with the other processes as long as nothing writes into it.
