@@ -27,7 +27,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-IMPORTED = ["pytest", "esm2mega.cli.app", "esm2mega.train.pretrain", "esm2mega.finetune.run"]
+IMPORTED = [
+    "esm2mega.cli.app",
+    "esm2mega.train.pretrain",
+    "esm2mega.finetune.run",
+    "h5py",
+    "scipy.stats",
+    "sklearn.metrics",
+]
 """What all programs share; the trials of `esm2mega prove` are forked from the same process."""
 
 _LIBRARIES = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
