@@ -44,8 +44,8 @@ from esm2mega.parallel.errors import lost_peer
 # What failed is in the exception too, and there it becomes the one line that is printed.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
-# Where the writing tells what it wrote. Saving waits for that, so it stays within this process; Megatron-Core's
-# own queue, for saving in the background, is a further process that imports PyTorch.
+# Where the writing tells what it wrote. Saving waits for that, so it stays within this process.
+# Megatron-Core's own queue, made for saving in the background, is a further process that imports PyTorch.
 filesystem_async._results_queue = queue.SimpleQueue()
 
 _SHARDING = {
