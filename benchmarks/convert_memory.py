@@ -25,9 +25,9 @@ from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.presets import PRESETS
-from esm2mega.convert import hf
-from esm2mega.convert.mapping import FREQUENCIES, our_shapes
-from esm2mega.convert.weights import Description, Weights
+from esm2mega.convert.formats import hf
+from esm2mega.convert.lazy_weights import Description, Weights
+from esm2mega.convert.name_table import FREQUENCIES, our_shapes
 from esm2mega.model.rotary import rotary_frequencies
 
 ROOT = Path(__file__).parents[1]

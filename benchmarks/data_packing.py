@@ -32,11 +32,11 @@ import numpy.typing as npt
 
 from esm2mega.config.presets import PRESETS
 from esm2mega.config.schema import DataConfig
-from esm2mega.data.batch import BatchSpec, build_arrays, train_plan
-from esm2mega.data.packing import PackCursor, PackPlan, PackShape
-from esm2mega.data.prepare import prepare_fasta
-from esm2mega.data.samples import TrainSamples
-from esm2mega.data.store import TokenStore
+from esm2mega.data.store.prepare import prepare_fasta
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.build import BatchSpec, build_arrays, train_plan
+from esm2mega.data.stream.packing import PackCursor, PackPlan, PackShape
+from esm2mega.data.stream.samples import TrainSamples
 
 DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
 SEED = 1
@@ -121,7 +121,7 @@ def measure_building(store: TokenStore, spec: BatchSpec, packs: int) -> float:
 
 def measure_loader(store: TokenStore, spec: BatchSpec, packs: int) -> float:
     """Return tokens per second of the stream when nobody else works; the start is not counted."""
-    from esm2mega.data.loader import TrainStream
+    from esm2mega.data.stream.loader import TrainStream
 
     with TrainStream([store], spec) as stream:
         for _ in range(max(1, spec.data.workers)):
@@ -136,7 +136,7 @@ def measure_model(store: TokenStore, spec: BatchSpec, size: str, steps: int, thr
     import torch
 
     from esm2mega.config.load import load_run
-    from esm2mega.data.loader import TrainStream
+    from esm2mega.data.stream.loader import TrainStream
     from esm2mega.model.build import build_model
     from esm2mega.parallel.initialize import process_groups
     from esm2mega.train.losses import MLMLossReduction

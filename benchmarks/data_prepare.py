@@ -28,9 +28,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from esm2mega.data import tokenizer
-from esm2mega.data.fasta import FastaReader
-from esm2mega.data.store import TokenStore
+from esm2mega.data.readers.fasta import FastaReader
+from esm2mega.data.store.token_store import TokenStore
 
 DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
 LINE = 60
@@ -120,7 +119,7 @@ def measure_prepare(path: Path, out: Path, workers: int) -> Result:
 def measure_hf(fasta: Path, folder: Path, workers: int) -> Result:
     """Tokenizes the FASTA with `EsmTokenizer`, each process a share of its proteins."""
     vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(tokenizer.VOCAB))
+    vocabulary.write_text("\n".join(vocabulary.VOCAB))
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(workers + 1)
     shares = [(str(fasta), str(vocabulary), number, workers, str(folder), ready) for number in range(workers)]

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from esm2mega.data.held_out import SplitSizes
-from esm2mega.data.uniref import UniRefInputs, bytes_to_read, prepare_uniref
+from esm2mega.data.uniref.build import UniRefInputs, bytes_to_read, prepare_uniref
+from esm2mega.data.uniref.leakage import SplitSizes
 
 CLUSTER_SIZE = 3
 STEP = 7919

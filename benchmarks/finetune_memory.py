@@ -38,20 +38,20 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
     """Train in `mode` and put the figures into the queue `answer`."""
     import torch
 
-    from esm2mega.checkpoint.choice import ALL, TRAINED
     from esm2mega.checkpoint.store import save_checkpoint
+    from esm2mega.checkpoint.tensor_filter import ALL, TRAINED
     from esm2mega.config.load import load_run
-    from esm2mega.data.labelled import proteins_of_pairs
-    from esm2mega.data.labelled_batch import LabelledStream
+    from esm2mega.data.labels.dataset import proteins_of_pairs
+    from esm2mega.data.labels.stream import LabelledStream
+    from esm2mega.finetune.losses import loss_of_task
+    from esm2mega.finetune.param_groups import set_trainable
+    from esm2mega.finetune.run import train_spec
     from esm2mega.lora.inject import apply_lora
     from esm2mega.model.build import build_model
     from esm2mega.model.heads import head_of_task
     from esm2mega.parallel.initialize import process_groups
-    from esm2mega.train.finetune import train_spec
     from esm2mega.train.optimizer import train_state
     from esm2mega.train.step import train_step
-    from esm2mega.train.task_losses import loss_of_task
-    from esm2mega.train.trainable import set_trainable
 
     torch.set_num_threads(options.threads)
     run = load_run(

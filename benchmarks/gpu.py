@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --out h100.jsonl --lines parity,train-8M
 
 Every line is a measurement in a process of its own, with a time limit of its own: what fails or hangs costs
-nothing else. Lines, their sizes and limits are in `gpu_lines.py`; `--lines` takes names or beginnings of them. The
-file named by `--out` gets each line when it is finished, and the same command goes on behind the finished ones after
-a kill, or when the minutes were over. Beside it lies a folder, `OUT.work`, with the output of the processes. At the
-end all tables are printed, as Markdown.
+nothing else. Lines, their sizes and limits are in `gpu_lines.py`; `--lines` takes names or beginnings of them.
+The file named by `--out` gets each line when it is finished, and the same command goes on behind the finished
+ones after a kill, or when the minutes were over. Beside it lies a folder, `h100.work` for `h100.jsonl`, with
+what the processes printed. At the end all tables are printed, as Markdown.
 
     peaks     bf16 products of matrices and a copy: what the device reaches with nothing around it
     parity    the same three steps on CPU and GPU, in fp32 and bf16, with each kernel, and once more
@@ -17,8 +17,8 @@ end all tables are printed, as Markdown.
     hf        the same proteins with Hugging Face's `EsmForMaskedLM`, as it is and compiled
     embed     proteins to vectors
 
-Residues are random, lengths are drawn like those of UniRef90 or are 1,024 tokens each. `--reduced` runs the same lines in
-tiny shapes on the CPU, which shows that they run and measures nothing.
+Residues are random, lengths are drawn like those of UniRef90 or are 1,024 tokens each. `--reduced` runs the
+same lines in tiny shapes on the CPU, which shows that they run and measures nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,8 @@ def _python_path() -> list[str]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill the group of a process; it has a session of its own."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -116,8 +115,6 @@ def main() -> None:
         rows = [conditions()]
     else:
         (line,) = (one for one in choose_lines([options.name], options.reduced) if one.name == options.name)
-        if line.on_cpu:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         rows = list(MEASUREMENTS[line.measurement](line, options.folder))
     (options.folder / f"{options.name}.json").write_text(json.dumps(rows))
 

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
-from esm2mega.data.loader import PackedBatch
+from esm2mega.batch import PackedBatch
 from esm2mega.train.step import train_step
 
 
@@ -86,9 +86,7 @@ def profile(line: Line, folder: Path) -> Iterator[Row]:
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     kernels = [event for event in recorded.key_averages() if event.device_type == kind]
     # In microseconds.
-    times = {
-        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in kernels
-    }
+    times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in kernels}
     busy = sum(times.values()) / 1e3
     yield {
         "kernel": f"all; a step without the profiler takes {step:.1f} ms",

@@ -1,4 +1,4 @@
-"""What the measurements of `gpu.py` share: the device, the clock, the packs of a step, and what it computes."""
+"""What the measurements of `gpu.py` share: device, clock, lengths of proteins, and products of a model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from batches import uniref_lengths
 from gpu_lines import Line
 
+from esm2mega import vocabulary
 from esm2mega.config.presets import PRESETS, ModelShape
-from esm2mega.data import tokenizer
 from esm2mega.train.throughput import memory_gb
 
 Row = dict[str, Any]
@@ -56,15 +56,15 @@ def protein_lengths(line: Line, seed: int) -> list[int]:
 def model_flops(shape: ModelShape, lengths: Sequence[int]) -> int:
     """Count the products of a forward and a backward pass, two operations each.
 
-    These are the products of the published model with logits of all tokens, and none for padding: what a program
-    leaves out, pads or computes again does not change the count.
+    These are the products of the published model with logits of all tokens: what a program leaves out, pads
+    or computes again does not change the count.
 
     Args:
         shape: Of the model.
         lengths: Tokens of each protein.
     """
     h, layers = shape.hidden_size, shape.num_layers
-    weights = layers * (4 * h * h + 2 * h * shape.ffn_hidden_size) + h * h + h * len(tokenizer.VOCAB)
+    weights = layers * (4 * h * h + 2 * h * shape.ffn_hidden_size) + h * h + h * len(vocabulary.VOCAB)
     return 6 * weights * sum(lengths) + 12 * layers * h * sum(length**2 for length in lengths)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from esm2mega import vocabulary
 from esm2mega.config.presets import PRESETS
-from esm2mega.data import tokenizer
 
 
 def config_of(size: str) -> Any:
@@ -14,9 +14,9 @@ def config_of(size: str) -> Any:
 
     shape = PRESETS[size]
     return EsmConfig(
-        vocab_size=len(tokenizer.VOCAB),
-        mask_token_id=tokenizer.MASK,
-        pad_token_id=tokenizer.PAD,
+        vocab_size=len(vocabulary.VOCAB),
+        mask_token_id=vocabulary.MASK,
+        pad_token_id=vocabulary.PAD,
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_attention_heads,

@@ -40,10 +40,10 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from esm2mega import vocabulary
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS
-from esm2mega.data import tokenizer
-from esm2mega.data.fasta import FastaReader
+from esm2mega.data.readers.fasta import FastaReader
 
 DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -78,7 +78,7 @@ def extract_batches(lengths: Sequence[int]) -> list[list[int]]:
 
 def draw_batches(fasta: Path, number: int, max_residues: int, seed: int) -> list[list[Protein]]:
     """One batch from each of `number` equal parts of all batches of a FASTA; 0 for all."""
-    proteins = [tokenizer.encode_residues(record.residues[:max_residues]) for record in FastaReader(fasta)]
+    proteins = [vocabulary.encode_residues(record.residues[:max_residues]) for record in FastaReader(fasta)]
     batches = extract_batches([len(protein) for protein in proteins])
     number = number or len(batches)
     if number > len(batches):
@@ -91,11 +91,11 @@ def draw_batches(fasta: Path, number: int, max_residues: int, seed: int) -> list
 def pad(proteins: Sequence[Protein]) -> torch.Tensor:
     """Token ids with `<cls>` and `<eos>`, padded, [b, s]."""
     width = max(map(len, proteins)) + 2
-    ids = torch.full((len(proteins), width), tokenizer.PAD)
+    ids = torch.full((len(proteins), width), vocabulary.PAD)
     for row, residues in enumerate(proteins):
-        ids[row, 0] = tokenizer.CLS
+        ids[row, 0] = vocabulary.CLS
         ids[row, 1 : len(residues) + 1] = torch.from_numpy(residues.astype(np.int64))
-        ids[row, len(residues) + 1] = tokenizer.EOS
+        ids[row, len(residues) + 1] = vocabulary.EOS
     return ids
 
 
@@ -141,7 +141,7 @@ def hf_sorted(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
     model = EsmModel(config_of(size), add_pooling_layer=False).to(DTYPES[precision]).eval()
 
     def states(ids: torch.Tensor) -> torch.Tensor:
-        return model(ids, attention_mask=(ids != tokenizer.PAD).long()).last_hidden_state
+        return model(ids, attention_mask=(ids != vocabulary.PAD).long()).last_hidden_state
 
     yield padded_pass(batches, states)
 

@@ -47,10 +47,10 @@ from batches import (
 )
 from esm2mega_model import training
 
+from esm2mega import vocabulary
 from esm2mega.config.presets import PRESETS
-from esm2mega.data import tokenizer
-from esm2mega.data.fasta import FastaReader
-from esm2mega.data.masking import MaskedTokens
+from esm2mega.data.readers.fasta import FastaReader
+from esm2mega.data.stream.masking import MaskedTokens
 
 DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
 LEARNING_RATE = 1e-4
@@ -71,7 +71,7 @@ def draw_proteins(fasta: Path, number: int, max_residues: int, seed: int) -> lis
     borders = np.linspace(0, len(records), number + 1).astype(int)
     proteins = []
     for chosen in rng.integers(borders[:-1], borders[1:]):
-        residues = tokenizer.encode_residues(records[chosen][:max_residues])
+        residues = vocabulary.encode_residues(records[chosen][:max_residues])
         proteins.append(mask_protein(residues, chosen, seed))
     return proteins
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from esm2mega.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from esm2mega.infer.api import Model as Model
     from esm2mega.infer.api import load as load
 
-__version__ = "0.1.0"
 __all__ = ["Model", "load"]
 
 

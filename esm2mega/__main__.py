@@ -2,7 +2,7 @@
 
 import sys
 
-from esm2mega.cli import main
+from esm2mega.cli.app import main
 
 # The guard matters: checkpoint saving starts helper processes that import this module again.
 if __name__ == "__main__":

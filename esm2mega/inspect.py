@@ -22,7 +22,7 @@ def inspect_path(path: str | Path) -> str:
     if not directory.is_dir():
         raise UserError(f"{path}: no such directory; give a token store, a run directory or a checkpoint")
     if (directory / "manifest.json").is_file():
-        from esm2mega.data.labelled_tables import read_manifest
+        from esm2mega.data.benchmarks.tables import read_manifest
 
         tables = read_manifest(directory)
         return "\n".join(_store_lines(directory) if tables is None else _table_lines(directory, tables))
@@ -60,7 +60,7 @@ def _task_lines(task: Any, saved: dict[str, Any]) -> Iterator[str]:
         saved: `TargetInfo.to_dict`.
     """
     from esm2mega.config.head_form import head_form
-    from esm2mega.data.targets import TargetInfo
+    from esm2mega.data.labels.schema import TargetInfo
 
     info = TargetInfo.from_dict(saved)
     yield f"task {info.kind}, head {' '.join(head_form(task))}, {info.num_outputs} outputs"
@@ -74,8 +74,8 @@ def _task_lines(task: Any, saved: dict[str, Any]) -> Iterator[str]:
 
 
 def _store_lines(directory: Path) -> Iterator[str]:
-    from esm2mega.data.store import TokenStore
-    from esm2mega.data.tokenizer import VOCAB
+    from esm2mega.data.store.token_store import TokenStore
+    from esm2mega.vocabulary import VOCAB
 
     store = TokenStore(directory)
     store.verify()

@@ -31,7 +31,7 @@ mkdir -p "$OUT"
 
 if [[ -z $FASTA ]]; then
   FASTA=$OUT/simulated.fasta
-  [[ -e $FASTA ]] || "$PYTHON" -m esm2mega.data.simulate "$FASTA" --families 40 --members 50 --seed 1 \
+  [[ -e $FASTA ]] || "$PYTHON" -m esm2mega.quickstart.simulate "$FASTA" --families 40 --members 50 --seed 1 \
     --median-length 130 --length-sigma 0.3 --min-length 70 --max-length 220
 fi
 

@@ -55,7 +55,7 @@ def truth(dtype: torch.dtype, tanh: bool = False) -> BertTruth:
 
 def tape_ids(input_ids: Tensor) -> Tensor:
     """Ids of ESM-2 ``[b, s]`` to those of TAPE, token by token."""
-    from esm2mega.data.tokenizer import VOCAB
+    from esm2mega.vocabulary import VOCAB
 
     return torch.tensor([[TAPE[VOCAB[token]] for token in row] for row in input_ids.tolist()])
 
@@ -85,7 +85,7 @@ def run_preln(reference: BertTruth, input_ids: Tensor, attention_mask: Tensor, f
 
 def esm_order(logits: Tensor) -> Tensor:
     """``[…, 30]`` of TAPE to ``[…, 33]`` of ESM-2; NaN where TAPE has no token."""
-    from esm2mega.data.tokenizer import VOCAB
+    from esm2mega.vocabulary import VOCAB
 
     ours = logits.new_full((*logits.shape[:-1], 33), float("nan"))
     for token, row in TAPE.items():

@@ -12,7 +12,7 @@ import yaml
 
 from esm2mega.checkpoint.layout import CONFIG
 from esm2mega.convert.convert import convert
-from esm2mega.data.tokenizer import PAD, encode_residues
+from esm2mega.vocabulary import PAD, encode_residues
 from tests.parity import references
 from tests.parity.references import Shape
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from esm2mega.batch import LabelledBatch
 from esm2mega.config.schema import DataConfig
-from esm2mega.data.batch import BatchSpec
-from esm2mega.data.labelled import LabelledProteins
-from esm2mega.data.labelled_batch import LabelledBatch, LabelledPacks
-from esm2mega.data.tokenizer import encode_residues
+from esm2mega.data.labels.dataset import LabelledProteins
+from esm2mega.data.labels.stream import LabelledPacks
+from esm2mega.data.stream.build import BatchSpec
+from esm2mega.vocabulary import encode_residues
 
 
 def proteins_of(

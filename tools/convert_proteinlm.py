@@ -10,7 +10,7 @@ such as --verify and --dtype, which it calls.
 
 import sys
 
-from esm2mega.cli import main
+from esm2mega.cli.app import main
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]

@@ -8,7 +8,7 @@ Takes the options of `esm2mega convert`, such as --verify and --dtype, which it 
 
 import sys
 
-from esm2mega.cli import main
+from esm2mega.cli.app import main
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]

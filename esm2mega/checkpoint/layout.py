@@ -20,11 +20,11 @@ from typing import Any
 
 import yaml
 
-import esm2mega
 from esm2mega.config.load import run_from_yaml, save_resolved
 from esm2mega.config.schema import Run
-from esm2mega.data.tokenizer import TOKENIZER_HASH, VOCAB
 from esm2mega.errors import MachineError, UserError
+from esm2mega.version import __version__
+from esm2mega.vocabulary import TOKENIZER_HASH, VOCAB
 
 FORMAT_VERSION = 1
 MODEL = "model"
@@ -97,7 +97,7 @@ def write_description(directory: Path, run: Run, state: dict[str, Any]) -> None:
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> None:
-    header = {"format_version": FORMAT_VERSION, "esm2mega_version": esm2mega.__version__}
+    header = {"format_version": FORMAT_VERSION, "esm2mega_version": __version__}
     path.write_text(json.dumps({**header, **state}, indent=1) + "\n")
 
 

@@ -21,17 +21,18 @@ from torch.distributed.checkpoint import CheckpointException
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import write_auxiliary
-from esm2mega.checkpoint.choice import ALL, TensorChoice
-from esm2mega.checkpoint.distributed_state import make_loadable, places_without_padding, separate_steps
-from esm2mega.checkpoint.fit import find_fit
-from esm2mega.checkpoint.metadata import check_metadata
-from esm2mega.checkpoint.optimizer_form import (
+from esm2mega.checkpoint.optimizer_state import (
     ask_for,
     form_of_names,
     form_of_optimizer,
     ignored,
+    make_loadable,
+    places_without_padding,
+    separate_steps,
     translate,
 )
+from esm2mega.checkpoint.safe_index import check_metadata
+from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter, compare_tensors
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.schema import Run
 from esm2mega.errors import MachineError, UserError
@@ -92,7 +93,7 @@ def save_checkpoint(
     run: Run,
     state: dict[str, Any],
     auxiliary: Mapping[str, torch.Tensor] | None = None,
-    choice: TensorChoice = ALL,
+    choice: TensorFilter = ALL,
 ) -> None:
     """Write a checkpoint; all ranks call this together.
 
@@ -168,7 +169,7 @@ def _reason(error: BaseException) -> str:
 
 
 def load_training_state(
-    checkpoint: Path, model: Sequence[Any], optimizer: MegatronOptimizer, choice: TensorChoice = ALL
+    checkpoint: Path, model: Sequence[Any], optimizer: MegatronOptimizer, choice: TensorFilter = ALL
 ) -> None:
     """Restore weights and optimizer in place, whatever layout wrote them.
 
@@ -211,7 +212,7 @@ def _adopt_rates(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
             group.update({key: value for key, value in rates.items() if key in group})
 
 
-def load_weights(checkpoint: Path, model: Sequence[Any], choice: TensorChoice = ALL) -> list[str]:
+def load_weights(checkpoint: Path, model: Sequence[Any], choice: TensorFilter = ALL) -> list[str]:
     """Restore weights alone, in place. Optimizer tensors in the checkpoint are not read.
 
     Args:
@@ -233,7 +234,7 @@ def load_weights(checkpoint: Path, model: Sequence[Any], choice: TensorChoice = 
             if not name.startswith("optimizer.")
         }
         entries = [entry for tensors in wanted.values() for entry in tensors.values()]
-        fit = find_fit(entries, shapes, choice, str(checkpoint))
+        fit = compare_tensors(entries, shapes, choice, str(checkpoint))
         report = fit.lines()
         choice = fit.narrowed(choice)
         wanted = _sharded_state(model, None, True, choice)
@@ -280,10 +281,12 @@ def _some(names: set[str]) -> str:
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else str(shown)
 
 
-def _put_weights(model: Sequence[Any], loaded: dict[str, Any], choice: TensorChoice) -> None:
+def _put_weights(model: Sequence[Any], loaded: dict[str, Any], choice: TensorFilter) -> None:
     for number, chunk in enumerate(unwrap_model(list(model))):
         result = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
-        kept = {name for name, entry in _sharded_tensors(chunk).items() if choice.kept(entry.key, entry.data)}
+        kept = {
+            name for name, entry in _sharded_tensors(chunk).items() if choice.excluded(entry.key, entry.data)
+        }
         missing = [
             name for name in result.missing_keys if not name.endswith(_EXTRA_STATE) and name not in kept
         ]
@@ -303,13 +306,13 @@ def _sharded_state(
     model: Sequence[Any],
     optimizer: MegatronOptimizer | None,
     is_loading: bool,
-    choice: TensorChoice = ALL,
+    choice: TensorFilter = ALL,
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model{number}": {
             name: entry
             for name, entry in _sharded_tensors(chunk).items()
-            if not choice.kept(entry.key, entry.data)
+            if not choice.excluded(entry.key, entry.data)
         }
         for number, chunk in enumerate(unwrap_model(list(model)))
     }

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.metadata import check_metadata
+from esm2mega.checkpoint.safe_index import check_metadata
 from esm2mega.errors import UserError
 
 

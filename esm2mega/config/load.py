@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-import esm2mega
 from esm2mega.config.presets import fill_shape
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import MachineError, UserError
+from esm2mega.version import __version__
 
 _WITH_GAPS = ("task.mask_column",)
 """Keys whose lists have null where there is nothing."""
@@ -113,7 +114,7 @@ def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(f"# Resolved configuration, written by esm2mega {esm2mega.__version__}.\n{text}")
+        temporary.write_text(f"# Resolved configuration, written by esm2mega {__version__}.\n{text}")
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -147,7 +148,7 @@ def _fill_decay(run: Run) -> None:
 
 def conf_dir() -> Path:
     """Directory of the shipped configurations: inside the installed package, or beside it in a checkout."""
-    package = Path(esm2mega.__file__).parent
+    package = Path(str(resources.files("esm2mega")))
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 

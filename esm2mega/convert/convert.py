@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from esm2mega.convert.classifiers import architecture_of, with_unit_scale
-from esm2mega.convert.contact_head import is_regression, with_published_head
-from esm2mega.convert.esm2mega import default_dtype
-from esm2mega.convert.formats import WITH_OTHER_HEADS, load_format, open_weights
-from esm2mega.convert.weights import Description, HeadDescription, Notes, Weights, dtype_name
+from esm2mega.convert.formats.esm2mega import default_dtype
+from esm2mega.convert.formats.registry import WITH_OTHER_HEADS, load_format, open_weights
+from esm2mega.convert.heads.contact_head import is_regression, with_published_head
+from esm2mega.convert.heads.hf_classifiers import architecture_of, with_unit_scale
+from esm2mega.convert.lazy_weights import Description, HeadDescription, Notes, Weights, dtype_name
 from esm2mega.errors import UserError
 
 DTYPES = {

@@ -16,22 +16,21 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.choice import ALL, ENCODER, TensorChoice, for_task
-from esm2mega.checkpoint.fit import find_fit
 from esm2mega.checkpoint.store import load_weights
+from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TensorFilter, compare_tensors, for_task
 from esm2mega.config.load import load_run, load_run_over, value_of
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, Run
-from esm2mega.convert.contact_head import WEIGHT, fill_head, is_regression
-from esm2mega.convert.esm2mega import is_auxiliary, run_of, stacked_name
-from esm2mega.convert.formats import detect, open_weights
-from esm2mega.convert.weights import HeadDescription, Weights
-from esm2mega.data.targets import TargetInfo
+from esm2mega.convert.formats.esm2mega import is_auxiliary, run_of, stacked_name
+from esm2mega.convert.formats.registry import detect, open_weights
+from esm2mega.convert.heads.contact_head import WEIGHT, fill_head, is_regression
+from esm2mega.convert.lazy_weights import HeadDescription, Weights
+from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 
 
 def load_initial_weights(
-    path: Path, config: ModelConfig, model: Sequence[Any], choice: TensorChoice = ALL
+    path: Path, config: ModelConfig, model: Sequence[Any], choice: TensorFilter = ALL
 ) -> dict[str, Tensor]:
     """Fill the model from a checkpoint in any format; every rank calls this and reads what it needs. What is
     not carried over as it is gets a line on rank 0.
@@ -171,7 +170,7 @@ def _say(lines: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def fill_model(weights: Weights, model: Sequence[Any], choice: TensorChoice = ALL) -> list[str]:
+def fill_model(weights: Weights, model: Sequence[Any], choice: TensorFilter = ALL) -> list[str]:
     """Copy this rank's share of every tensor of `choice` into the chunks `model`, in place.
 
     Returns:
@@ -184,7 +183,7 @@ def fill_model(weights: Weights, model: Sequence[Any], choice: TensorChoice = AL
         entry
         for chunk in unwrap_model(list(model))
         for entry in chunk.sharded_state_dict().values()
-        if isinstance(entry, ShardedTensor) and not choice.kept(entry.key, entry.data)
+        if isinstance(entry, ShardedTensor) and not choice.excluded(entry.key, entry.data)
     ]
     shapes = {}
     for name, info in weights.infos.items():
@@ -193,7 +192,7 @@ def fill_model(weights: Weights, model: Sequence[Any], choice: TensorChoice = AL
         shapes[stacked] = (*layers, *info.shape)
     place = weights.origin.get("path", "weights")
     # What has no place in the model has been reported, or stays with it as auxiliary.
-    fit = find_fit(entries, shapes, replace(choice, unused=lambda name: True), place)
+    fit = compare_tensors(entries, shapes, replace(choice, unused=lambda name: True), place)
     if choice.strict and fit.lines():
         raise UserError(
             f"{place}: {fit.lines()[0]}; set finetune.load_head=false or finetune.strict=false, or give "
@@ -201,7 +200,7 @@ def fill_model(weights: Weights, model: Sequence[Any], choice: TensorChoice = AL
         )
     narrowed = fit.narrowed(choice)
     for entry in entries:
-        if not narrowed.kept(entry.key, entry.data):
+        if not narrowed.excluded(entry.key, entry.data):
             entry.data.copy_(_share(weights, entry))
     return fit.lines()
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo
-from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable
-from esm2mega.convert.stores import TensorStore
+from esm2mega.convert.files.stores import TensorStore
+from esm2mega.convert.lazy_weights import Description, Notes, Weights, dtype_name
+from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable
 from esm2mega.convert.tensors import frequencies_note, same_values
-from esm2mega.convert.weights import Description, Notes, Weights, dtype_name
 from esm2mega.errors import UserError
 from esm2mega.model.rotary import rotary_frequencies
 

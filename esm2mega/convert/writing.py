@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo
-from esm2mega.convert.mapping import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable, Shape
+from esm2mega.convert.lazy_weights import Weights
+from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable, Shape
 from esm2mega.convert.tensors import frequencies_note
-from esm2mega.convert.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from esm2mega.config.infer import inference_run, validate_inference, window_toke
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.config.validate import world_size_from_environment
-from esm2mega.data.tokenizer import encode_residues
 from esm2mega.errors import UserError
 from esm2mega.infer.collect import Wanted
 from esm2mega.infer.engine import Engine, load_model
@@ -30,6 +29,7 @@ from esm2mega.infer.source import open_model
 from esm2mega.infer.strategies import STRATEGIES, score_variants
 from esm2mega.infer.variants import parse_variant, single_substitutions, write_variant
 from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.vocabulary import encode_residues
 
 Array = npt.NDArray[Any]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from esm2mega.config.infer import absolute_layers
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
-from esm2mega.data.store import TokenStore
+from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.infer.arrays import ArraySpec
 from esm2mega.infer.proteins import Lengths, Values

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-import esm2mega
 from esm2mega.config.infer import absolute_layers, inference_run, validate_inference, window_tokens
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import world_size_from_environment
-from esm2mega.data.cache import open_store
-from esm2mega.data.store import TokenStore
-from esm2mega.data.tokenizer import TOKENIZER_HASH
+from esm2mega.data.store.cache import open_store
+from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.engine import Engine, load_model
@@ -31,6 +29,8 @@ from esm2mega.infer.work import Journal, Work, differing, has_begun
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import Progress
+from esm2mega.version import __version__
+from esm2mega.vocabulary import TOKENIZER_HASH
 
 _PREPARED = "prepared"
 _IDS_AT_ONCE = 1 << 16
@@ -42,7 +42,7 @@ class EmbedRequest:
 
     Attributes:
         checkpoint: A checkpoint or run directory.
-        input: Sequences in any format of `esm2mega.data.sources`, or a token store.
+        input: Sequences in any format of `esm2mega.data.readers.sources`, or a token store.
         out: Output; its ending decides the format.
         mode: One of `target.MODES`.
         overrides: `key=value` over the configuration.
@@ -174,7 +174,7 @@ def _attributes(store: TokenStore, run: Run, source: ModelSource) -> dict[str, A
         ids.update(text + lengths.tobytes())
     infer = run.infer
     return {
-        "esm2mega_version": esm2mega.__version__,
+        "esm2mega_version": __version__,
         "model_hash": source.checksum(),
         "tokenizer_hash": TOKENIZER_HASH,
         "sequences_hash": store.fingerprint,

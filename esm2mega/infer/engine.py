@@ -20,8 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from esm2mega.config.schema import Run
-from esm2mega.data.packing import plan_packs
-from esm2mega.data.tokenizer import PAD
+from esm2mega.data.stream.packing import plan_packs
 from esm2mega.infer.collect import Wanted, hidden_states
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window
@@ -30,6 +29,7 @@ from esm2mega.model.contact_maps import ContactMaps, Span
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel.initialize import Ranks
+from esm2mega.vocabulary import PAD
 
 _ROWS_PER_THREAD = 32
 """A matrix product of few rows takes another kernel, which adds in another order. Measured with MKL 2024.2

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from esm2mega.data.tokenizer import MASK, STANDARD_RESIDUES, encode_residues
 from esm2mega.infer.engine import Engine, Pack, group_windows
 from esm2mega.infer.windows import Window, optimal
 from esm2mega.model.esm2 import VOCAB_SIZE
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.progress import Progress
+from esm2mega.vocabulary import MASK, STANDARD_RESIDUES, encode_residues
 
 NORMALIZATIONS = ("vocabulary", "residues")
 """Over which tokens probabilities add up to 1: all 33, or the 20 standard residues."""

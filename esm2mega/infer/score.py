@@ -14,9 +14,8 @@ import numpy as np
 from esm2mega.config.infer import inference_run, validate_inference, window_tokens
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import world_size_from_environment
-from esm2mega.data.records import SourceOptions
-from esm2mega.data.sources import open_source
-from esm2mega.data.tokenizer import UNKNOWN_BYTES
+from esm2mega.data.readers.base import SourceOptions
+from esm2mega.data.readers.sources import open_source
 from esm2mega.errors import UserError
 from esm2mega.infer.collect import Wanted
 from esm2mega.infer.correlation import spearman
@@ -37,6 +36,7 @@ from esm2mega.infer.variants import (
     write_variant,
 )
 from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.vocabulary import UNKNOWN_BYTES
 
 
 class WildType(NamedTuple):
@@ -110,7 +110,7 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
 
 
 def read_wild_types(path: str) -> list[WildType]:
-    """The proteins of a file in any format of `esm2mega.data.sources`; ids must differ."""
+    """The proteins of a file in any format of `esm2mega.data.readers.sources`; ids must differ."""
     proteins = [
         WildType(record.id, clean(record.residues.decode("ascii")))
         for record in open_source(path, SourceOptions())

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.choice import ALL, ENCODER, TRAINED, TRAINED_ENCODER
 from esm2mega.checkpoint.store import load_weights
+from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TRAINED, TRAINED_ENCODER
 from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
-from esm2mega.convert.contact_head import BIAS, WEIGHT, as_published, is_regression
-from esm2mega.convert.esm2mega import default_dtype, is_auxiliary, run_of
-from esm2mega.convert.formats import detect, open_weights
+from esm2mega.convert.formats.esm2mega import default_dtype, is_auxiliary, run_of
+from esm2mega.convert.formats.registry import detect, open_weights
+from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, as_published, is_regression
 from esm2mega.convert.into_model import fill_model
 from esm2mega.errors import UserError
 from esm2mega.lora.base import find_base, needs_base, recorded_base

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esm2mega.data.tokenizer import STANDARD_RESIDUES, VOCAB
 from esm2mega.errors import UserError
 from esm2mega.infer.marginals import Marginals, Place
 from esm2mega.infer.variants import Variant, apply
+from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
 
 STRATEGIES = ("wt-marginals", "masked-marginals", "pseudo-ppl")
 """How variants are scored, as the field calls it:

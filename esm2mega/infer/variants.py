@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from esm2mega.data.tokenizer import STANDARD_RESIDUES, VOCAB
 from esm2mega.errors import MachineError, UserError
+from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
 
 AMINO_ACIDS = "".join(sorted(VOCAB[i] for i in STANDARD_RESIDUES))
 """The 20 standard residues in alphabetical order."""

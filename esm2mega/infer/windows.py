@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega.data.tokenizer import CLS, EOS
+from esm2mega.vocabulary import CLS, EOS
 
 
 @dataclass(frozen=True)

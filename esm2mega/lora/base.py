@@ -9,8 +9,8 @@ from typing import Any
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
 from esm2mega.config.schema import LoRAConfig, Run
-from esm2mega.convert.esm2mega import is_auxiliary
-from esm2mega.convert.formats import open_weights
+from esm2mega.convert.formats.esm2mega import is_auxiliary
+from esm2mega.convert.formats.registry import open_weights
 from esm2mega.errors import UserError
 
 _KEY = "base"

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.choice import ALL, ENCODER, TASK_HEAD, TRAINED, TensorChoice
 from esm2mega.checkpoint.store import load_weights
+from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TASK_HEAD, TRAINED, TensorFilter
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.lora import LINEARS, Linear, Targets, resolve_targets
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
-from esm2mega.convert.formats import detect
+from esm2mega.convert.formats.registry import detect
 from esm2mega.convert.into_model import load_for_task, load_initial_weights
-from esm2mega.convert.weights import HeadDescription
-from esm2mega.data.targets import TargetInfo
+from esm2mega.convert.lazy_weights import HeadDescription
+from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.lora.base import (
     Base,
@@ -143,7 +143,7 @@ def write_adapters(
 
 
 def load_model(
-    checkpoint: Path, run: Run, chunks: Sequence[Any], choice: TensorChoice = TRAINED
+    checkpoint: Path, run: Run, chunks: Sequence[Any], choice: TensorFilter = TRAINED
 ) -> dict[str, Tensor]:
     """Fill a model from a checkpoint of ours, whole or of adapters; every rank calls this.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from esm2mega.config.schema import TaskConfig
-from esm2mega.convert.classifiers import (
+from esm2mega.convert.heads.hf_classifiers import (
     ROWS,
     SEQUENCE,
     TOKEN,
@@ -25,8 +25,8 @@ from esm2mega.convert.classifiers import (
     in_units_of_labels,
     unit_scale,
 )
-from esm2mega.convert.weights import HeadDescription
-from esm2mega.data.targets import TargetInfo
+from esm2mega.convert.lazy_weights import HeadDescription
+from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 
 TASK = "esm2mega_task.json"

@@ -24,14 +24,14 @@ from esm2mega.config.presets import ModelShape, shape_of
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate_model
-from esm2mega.convert.classifiers import dropout_of, find_equal, no_equal
-from esm2mega.convert.contact_head import is_regression
 from esm2mega.convert.convert import appearing
-from esm2mega.convert.esm2mega import run_of
-from esm2mega.convert.formats import detect, open_weights
-from esm2mega.convert.hf import read_config
-from esm2mega.convert.safetensors_writer import write_safetensors
-from esm2mega.convert.stores import SafetensorsStore
+from esm2mega.convert.files.safetensors_writer import write_safetensors
+from esm2mega.convert.files.stores import SafetensorsStore
+from esm2mega.convert.formats.esm2mega import run_of
+from esm2mega.convert.formats.hf import read_config
+from esm2mega.convert.formats.registry import detect, open_weights
+from esm2mega.convert.heads.contact_head import is_regression
+from esm2mega.convert.heads.hf_classifiers import dropout_of, find_equal, no_equal
 from esm2mega.errors import UserError
 from esm2mega.lora.base import identify
 from esm2mega.lora.checkpoint import AdapterReader, Factors, pinned, write_adapters

@@ -1,8 +1,8 @@
 """Dropout as a pure function of sample number and channel: the same at every layout and after a resume.
 
 A generator would give each rank and each micro-batch size other masks. Here an element is dropped by a hash
-of the protein's key (which comes from seed and sample number, see `esm2mega.data.sampling`), of the place of
-its row in the protein, and of its channel.
+of the protein's key (which comes from seed and sample number, see `esm2mega.data.counter_rng`), of the place
+of its row in the protein, and of its channel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# splitmix64, see `esm2mega.data.sampling`; as the signed numbers that PyTorch has.
+# splitmix64, see `esm2mega.data.counter_rng`; as the signed numbers that PyTorch has.
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
@@ -45,7 +45,7 @@ class KeyedDropout(torch.nn.Module):
 
 
 def _mix(state: Tensor) -> Tensor:
-    """`esm2mega.data.sampling.mix` of int64 tensors, whose products wrap around."""
+    """`esm2mega.data.counter_rng.mix` of int64 tensors, whose products wrap around."""
     state = (state ^ _shifted(state, 30)) * _MULTIPLIER_1
     state = (state ^ _shifted(state, 27)) * _MULTIPLIER_2
     return state ^ _shifted(state, 31)

@@ -9,8 +9,8 @@ import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from torch import Tensor
 
-from esm2mega.data.tokenizer import MASK
 from esm2mega.model.packed import PackedSequences
+from esm2mega.vocabulary import MASK
 
 # ESM-2 was trained with 15 % of the residues selected and 80 % of those replaced by <mask>. Each sequence is
 # rescaled as if it had that share of zeroed rows, also when it has none, as at inference (Lin et al. 2023;

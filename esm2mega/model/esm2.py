@@ -19,12 +19,12 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
-from esm2mega.data.tokenizer import VOCAB
 from esm2mega.model.embedding import ESM2Embedding
 from esm2mega.model.lm_head import LMHead
 from esm2mega.model.packed import PackedSequences
 from esm2mega.model.proteinbert import ProteinBertEmbedding
 from esm2mega.model.rotary import RotaryTables
+from esm2mega.vocabulary import VOCAB
 
 VOCAB_SIZE = len(VOCAB)
 

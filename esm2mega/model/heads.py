@@ -22,15 +22,15 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional as F
 
+from esm2mega.batch import Segments
 from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
-from esm2mega.data.contacts import num_pairs
-from esm2mega.data.labelled_batch import Segments
 from esm2mega.model import pooling
-from esm2mega.model.carried import carried_dtype
 from esm2mega.model.contact_maps import ContactMaps, Span
 from esm2mega.model.dropout import KeyedDropout
+from esm2mega.model.pipeline_payload import carried_dtype
 from esm2mega.model.task import MakeHead
+from esm2mega.pairs import num_pairs
 
 _KERNEL = 7
 """Residues that a convolution sees, as in the FLIP and BioNeMo baselines."""

@@ -10,8 +10,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from esm2mega.data.tokenizer import PAD
 from esm2mega.model.esm2 import VOCAB_SIZE, ESM2Model
+from esm2mega.vocabulary import PAD
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esm2mega.data.labelled_batch import Segments
+from esm2mega.batch import Segments
 
 
 def mean_of_residues(hidden_states: Tensor, segments: Segments) -> Tensor:

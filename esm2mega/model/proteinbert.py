@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from esm2mega.data.tokenizer import PAD
 from esm2mega.model.packed import PackedSequences
+from esm2mega.vocabulary import PAD
 
 
 class ProteinBertEmbedding(LanguageModelEmbedding):

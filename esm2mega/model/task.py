@@ -13,10 +13,10 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from esm2mega.data.labelled_batch import Segments
-from esm2mega.model.carried import attach, carried_rows, detach
+from esm2mega.batch import Segments
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import PackedSequences
+from esm2mega.model.pipeline_payload import attach, carried_rows, detach
 
 MakeHead = Callable[[Any, torch.device], Any]
 """Makes a `esm2mega.model.heads.TaskHead` for Megatron-Core's configuration, on a device."""

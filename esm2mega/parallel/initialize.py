@@ -48,7 +48,7 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     Args:
         config: Sizes of the tensor and pipeline dimensions; the data dimension is what remains of the world.
         seed: Seed of the generators behind dropout. Weights and data do not use them: both are pure functions
-            of the run's seed, see `esm2mega.model.init` and `esm2mega.data.sampling`.
+            of the run's seed, see `esm2mega.model.init` and `esm2mega.data.counter_rng`.
     """
     device = _claim_device()
     if device.type == "cpu":

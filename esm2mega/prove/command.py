@@ -17,13 +17,13 @@ from typing import Any
 import megatron.core
 import torch
 
-import esm2mega
 from esm2mega.errors import MachineError, UserError
 from esm2mega.prove.layouts import Layout, is_possible, random_layouts
 from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.trials import GROUPS, HEADS, Trial, drawn_training, with_head, with_lora
 from esm2mega.prove.workers import Serve
 from esm2mega.report.progress import Progress
+from esm2mega.version import __version__
 
 PROCESSES = 4
 """Default limit; no trial of a group needs more."""
@@ -224,7 +224,7 @@ def table(rows: Sequence[Verdict]) -> Iterator[str]:
 
 def _write(out: Path, seed: int, count: int, rows: Sequence[Verdict], smallest: Sequence[Verdict]) -> None:
     content = {
-        "esm2mega": esm2mega.__version__,
+        "esm2mega": __version__,
         "megatron_core": megatron.core.__version__,
         "torch": torch.__version__,
         "seed": seed,

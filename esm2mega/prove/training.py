@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from esm2mega.data.prepare import prepare_fasta
+from esm2mega.data.store.prepare import prepare_fasta
 from esm2mega.prove.layouts import PROTEINS_PER_STEP, TOKENS_PER_PROTEIN
 
 STEPS = 6

@@ -204,8 +204,8 @@ def train(job: Job, rank: int) -> None:
     """Train as a command would, and write what this rank observed."""
     from esm2mega.config.load import load_run
     from esm2mega.config.validate import check_training_inputs, validate
+    from esm2mega.finetune.run import finetune
     from esm2mega.prove.observe import Observer
-    from esm2mega.train.finetune import finetune
     from esm2mega.train.pretrain import pretrain
 
     run = load_run(None, job.overrides)

@@ -18,10 +18,9 @@ from esm2mega.checkpoint import layout
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate, world_size_from_environment
-from esm2mega.data.batch import BatchSpec
-from esm2mega.data.cache import open_store
-from esm2mega.data.loader import EvalPacks
-from esm2mega.data.tokenizer import SPECIAL_TOKENS
+from esm2mega.data.store.cache import open_store
+from esm2mega.data.stream.build import BatchSpec
+from esm2mega.data.stream.loader import EvalPacks
 from esm2mega.errors import MachineError, UserError
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
@@ -29,6 +28,7 @@ from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import Progress, show_bytes
 from esm2mega.train.losses import LossReduction, MLMLossReduction, perplexity
 from esm2mega.train.step import Batch, run_schedule
+from esm2mega.vocabulary import SPECIAL_TOKENS
 
 _GROUP = 16
 """Micro-batches handed to the schedule at once: a pipeline stays full, and a large split is never in memory

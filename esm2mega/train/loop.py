@@ -12,7 +12,7 @@ from typing import Any
 
 from esm2mega.config.schema import Run, TrainConfig
 from esm2mega.config.validate import num_micro_batches as num_micro_batches_of
-from esm2mega.data.loader import PackStream
+from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.losses import loss_and_perplexity

@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.choice import ALL, TRAINED
+from esm2mega.checkpoint.tensor_filter import ALL, TRAINED
 from esm2mega.config.load import fix_length
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.convert.into_model import load_initial_weights
-from esm2mega.data.batch import BatchSpec, token_counts
-from esm2mega.data.cache import open_store
-from esm2mega.data.loader import EvalPacks, TrainStream
-from esm2mega.data.store import TokenStore
+from esm2mega.data.store.cache import open_store
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.build import BatchSpec, token_counts
+from esm2mega.data.stream.loader import EvalPacks, TrainStream
 from esm2mega.errors import UserError
 from esm2mega.lora.base import Base
 from esm2mega.lora.checkpoint import load_base

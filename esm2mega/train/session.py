@@ -15,12 +15,12 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.choice import ALL, TensorChoice
 from esm2mega.checkpoint.store import load_training_state, save_checkpoint
+from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter
 from esm2mega.config.load import save_resolved
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run, flatten
-from esm2mega.data.loader import PackStream
+from esm2mega.data.stream.loader import PackStream
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.external import open_trackers
 from esm2mega.report.log import LOG_NAME, JsonlLog
@@ -56,7 +56,7 @@ class Session:
     announced: Sequence[str]
     result: Callable[[dict[str, Any], str], str]
     training_values: Callable[[dict[str, float]], dict[str, float]]
-    saved: TensorChoice = ALL
+    saved: TensorFilter = ALL
 
 
 def run_session(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from esm2mega.checkpoint import layout
 from esm2mega.config.schema import Run
-from esm2mega.convert.formats import detect
+from esm2mega.convert.formats.registry import detect
 from esm2mega.convert.into_model import check_same_model, head_at
 from esm2mega.errors import UserError
 from esm2mega.lora.base import needs_base

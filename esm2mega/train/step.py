@@ -16,8 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from esm2mega.data.labelled_batch import LabelledBatch
-from esm2mega.data.loader import PackedBatch
+from esm2mega.batch import LabelledBatch, PackedBatch
 from esm2mega.errors import MachineError
 from esm2mega.model.packed import PackedSequences
 from esm2mega.train.losses import LossReduction

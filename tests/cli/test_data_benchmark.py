@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.data.simulate import FamilySpec, simulate_families
+from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "data.py"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.data.prepare import prepare_fasta
-from esm2mega.data.simulate import FamilySpec, simulate_families
+from esm2mega.data.store.prepare import prepare_fasta
+from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 from tests.parity import references
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

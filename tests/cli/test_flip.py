@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.cli import main
-from esm2mega.finetuning import train_model
+from esm2mega.cli.app import main
+from esm2mega.finetune.api import train_model
 from tests.unit.runs import SETTINGS
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")

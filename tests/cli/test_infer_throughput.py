@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from esm2mega.data.fasta import FastaReader
+from esm2mega.data.readers.fasta import FastaReader
 from tests.infer_models import random_proteins, write_fasta
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.cli import cli, main
+from esm2mega.cli.app import cli, main
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
 COMMANDS = [
@@ -75,7 +75,7 @@ def test_alone_a_group_shows_its_help(arguments, capsys):
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["pretrain", "--help"]])
 def test_help_imports_nothing_heavy(arguments):
     code = (
-        "import sys; from esm2mega.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from esm2mega.cli.app import main; code = main(sys.argv[1:]); "
         f"sys.exit(code or ' '.join(m for m in {HEAVY} if m in sys.modules) or 0)"
     )
     done = subprocess.run(
@@ -136,7 +136,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, expected, capsys)
 
 def test_configuration_errors_come_before_torch():
     code = (
-        "import sys; from esm2mega.cli import main; "
+        "import sys; from esm2mega.cli.app import main; "
         "code = main(['pretrain', '--config', 'pretrain_esm2_8M']); "
         "sys.exit(code if 'torch' not in sys.modules else 'torch was imported')"
     )

@@ -68,7 +68,7 @@ def test_a_shipped_name_works_from_the_wheel_alone(wheel, tmp_path):
 def test_console_script_names_the_entry_point(wheel):
     archive = zipfile.ZipFile(wheel)
     name = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
-    assert "esm2mega = esm2mega.cli:main" in archive.read(name).decode()
+    assert "esm2mega = esm2mega.cli.app:main" in archive.read(name).decode()
 
 
 def docker_instructions() -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from esm2mega.data.simulate import FamilySpec, simulate_families
+from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 
 pytest.importorskip("transformers")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -18,13 +18,13 @@ import h5py
 import numpy as np
 import pytest
 
-from esm2mega.cli import cli
+from esm2mega.cli.app import cli
 from esm2mega.config.load import known_keys, load_run
 from esm2mega.config.schema import EarlyStoppingConfig, Run
 from esm2mega.config.validate import validate
-from esm2mega.data.batch import StreamState
-from esm2mega.data.store import TokenStore
-from esm2mega.data.tokenizer import VOCAB
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.build import StreamState
+from esm2mega.vocabulary import VOCAB
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -466,8 +466,8 @@ def test_extras_are_those_of_setup_py() -> None:
 def test_what_a_checkpoint_refuses_is_what_the_docs_say() -> None:
     """The keys of the stream's identity are those in the table of refused changes, the store aside."""
     from esm2mega.config.schema import DataConfig
-    from esm2mega.data.batch import BatchSpec
-    from esm2mega.data.loader import TrainStream
+    from esm2mega.data.stream.build import BatchSpec
+    from esm2mega.data.stream.loader import TrainStream
 
     class Store:
         lengths = np.array([5], dtype=np.int32)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from esm2mega.convert.formats import READABLE, WRITABLE, open_weights
+from esm2mega.convert.formats.registry import READABLE, WRITABLE, open_weights
 from tests import foreign, foreign_bert
 
 for package in ("esm", "tape"):

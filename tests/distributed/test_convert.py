@@ -11,7 +11,7 @@ import torch
 from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.layout import step_dir
 from esm2mega.convert.convert import convert
-from esm2mega.convert.formats import open_weights
+from esm2mega.convert.formats.registry import open_weights
 from tests import foreign
 from tests.distributed.runs import train
 from tests.ranks import run_ranks

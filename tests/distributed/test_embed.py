@@ -195,7 +195,7 @@ def test_scores_are_the_same_at_every_layout(reference: Reference, tmp_path: Pat
 
 _MEASURE = """
 import resource, sys
-from esm2mega.cli import main
+from esm2mega.cli.app import main
 code = main(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 sys.exit(code)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from esm2mega.checkpoint.layout import step_dir
-from esm2mega.cli import main
+from esm2mega.cli.app import main
 from esm2mega.prove.compare import KINDS, Outcome
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.cli import main
+from esm2mega.cli.app import main
 from esm2mega.prove.compare import Outcome
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from esm2mega.config.presets import ModelShape
-from esm2mega.convert.mapping import NameTable
-from esm2mega.data.tokenizer import MASK, PAD, encode_residues
+from esm2mega.convert.name_table import NameTable
+from esm2mega.vocabulary import MASK, PAD, encode_residues
 
 VOCAB_SIZE = 33
 SEED = 20

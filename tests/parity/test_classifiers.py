@@ -12,19 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import esm2mega.finetuning
+import esm2mega.finetune.api
 from esm2mega.checkpoint import layout
-from esm2mega.cli import main
+from esm2mega.cli.app import main
 from esm2mega.config.head_form import head_form
 from esm2mega.config.schema import Run, TaskConfig
-from esm2mega.convert import esm2mega as own_format
-from esm2mega.convert import verify
-from esm2mega.convert.classifiers import architecture_of
 from esm2mega.convert.convert import appearing, convert
-from esm2mega.convert.formats import open_weights
-from esm2mega.convert.vocabulary import write_tokenizer
-from esm2mega.convert.weights import HeadDescription
-from esm2mega.data.targets import TargetInfo
+from esm2mega.convert.files.vocabulary import write_tokenizer
+from esm2mega.convert.formats import esm2mega as own_format
+from esm2mega.convert.formats.registry import open_weights
+from esm2mega.convert.heads.hf_classifiers import architecture_of
+from esm2mega.convert.lazy_weights import HeadDescription
+from esm2mega.convert.verify import verify
+from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import MachineError, UserError
 from esm2mega.train.starts import find_init
 from tests.parity import references
@@ -150,7 +150,7 @@ def pairs(values: list[Any]) -> list[tuple[str, Any]]:
 def test_a_trained_regression_becomes_a_model_of_transformers(sources: Path, tmp_path: Path) -> None:
     """In units of the labels: their scale, far from 0 and 1, is folded into the last layer."""
     targets = [[100 + 3 * i % 7, -0.5 + 0.01 * i] for i in range(12)]
-    trained = esm2mega.finetuning.train_model(
+    trained = esm2mega.finetune.api.train_model(
         settings(
             *(tmp_path / "run", f"init_from={sources / 'residues'}", "task.kind=regression", "task.head=hf"),
             *("task.target_columns=[melting,activity]", "train.max_steps=2"),
@@ -159,7 +159,7 @@ def test_a_trained_regression_becomes_a_model_of_transformers(sources: Path, tmp
     )
     report = convert(trained.checkpoint, tmp_path / "hf", "hf")
     assert any("scale of the labels (mean 10" in line for line in report.notes.changed)
-    predicted = esm2mega.finetuning.infer_model(trained.checkpoint, SEQUENCES)
+    predicted = esm2mega.finetune.api.infer_model(trained.checkpoint, SEQUENCES)
     expected = outputs_of(tmp_path / "hf", "Sequence", SEQUENCES)
     for found, logits in zip(predicted, expected, strict=True):
         assert [found["melting"], found["activity"]] == pytest.approx(logits[0].tolist(), rel=1e-5, abs=1e-5)
@@ -177,12 +177,12 @@ def test_labels_survive_training(sources: Path, tmp_path: Path) -> None:
     common = settings(tmp_path / "run", *common, "finetune.load_head=true")
     train = pairs(["strand", "helix"] * 8)
     for steps in (1, 2):
-        trained = esm2mega.finetuning.train_model([*common, f"train.max_steps={steps}"], train=train)
+        trained = esm2mega.finetune.api.train_model([*common, f"train.max_steps={steps}"], train=train)
     state = layout.read_state(trained.checkpoint)
     assert (state["step"], state["task"]["names"], state["task"]["counts"]) == (2, NAMES, [8, 8, 0])
     convert(trained.checkpoint, tmp_path / "hf", "hf")
     logits = torch.cat(outputs_of(tmp_path / "hf", "Sequence", SEQUENCES))
-    predicted = esm2mega.finetuning.infer_model(trained.checkpoint, SEQUENCES)
+    predicted = esm2mega.finetune.api.infer_model(trained.checkpoint, SEQUENCES)
     assert predicted == [NAMES[number] for number in logits.argmax(-1)]
     before = torch.cat(outputs_of(sources / "classification", "Sequence", SEQUENCES))
     # It went on from the loaded head: two small steps, not another start.
@@ -196,10 +196,10 @@ def test_labels_survive_training(sources: Path, tmp_path: Path) -> None:
         references.hugging_face(references.Shape()).save_pretrained(tmp_path / "lm")
         other = [*common, f"run_dir={tmp_path / 'other'}", "train.max_steps=1", change]
         with pytest.raises(UserError, match=message):
-            esm2mega.finetuning.train_model(other, train=train)
+            esm2mega.finetune.api.train_model(other, train=train)
     message = r"train\[0\]: the class 'turn' in column 'target' is none of those .* helix, strand"
     with pytest.raises(UserError, match=message):
-        esm2mega.finetuning.train_model(
+        esm2mega.finetune.api.train_model(
             [*common, f"run_dir={tmp_path / 'other'}", "train.max_steps=1"], train=pairs(["turn"] * 4)
         )
 
@@ -214,8 +214,8 @@ def test_columns_of_a_loaded_head(sources: Path, tmp_path: Path, capsys: pytest.
         ("stability", "the loaded head has 2 outputs, stability, activity; name a column for each"),
     ):
         with pytest.raises(UserError, match=message):
-            esm2mega.finetuning.train_model([*common, f"task.target_columns=[{columns}]"], train=train)
-    trained = esm2mega.finetuning.train_model([*common, "task.target_columns=[a,b]"], train=train)
+            esm2mega.finetune.api.train_model([*common, f"task.target_columns=[{columns}]"], train=train)
+    trained = esm2mega.finetune.api.train_model([*common, "task.target_columns=[a,b]"], train=train)
     assert "outputs of the loaded head: stability for a, activity for b\n" in capsys.readouterr().err
     task = layout.read_state(trained.checkpoint)["task"]
     assert (task["names"], task["std"]) == (["a", "b"], [1.0, 1.0])
@@ -246,7 +246,7 @@ def test_verification_compares_the_outputs(
 def test_verification_compares_contacts(sources: Path, head: str, tmp_path: Path) -> None:
     """Outputs of pairs, of which a protein of one residue has none."""
     atoms = [[3.8 * min(n, 15 - n), 5.0 * (n > 7), 0.0] for n in range(16)]
-    trained = esm2mega.finetuning.train_model(
+    trained = esm2mega.finetune.api.train_model(
         settings(
             *(tmp_path / "run", f"init_from={sources / 'residues'}", "task.kind=contact"),
             *(f"task.head={head}", "train.max_steps=1"),

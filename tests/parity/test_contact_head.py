@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import esm2mega.finetuning
+import esm2mega.finetune.api
 from esm2mega.checkpoint.tensors import TensorReader
-from esm2mega.cli import main
-from esm2mega.convert.contact_head import BIAS, WEIGHT, as_published
+from esm2mega.cli.app import main
 from esm2mega.convert.convert import convert
-from esm2mega.convert.formats import open_weights
-from esm2mega.convert.verify import verify
-from esm2mega.convert.vocabulary import write_tokenizer
+from esm2mega.convert.files.vocabulary import write_tokenizer
+from esm2mega.convert.formats.registry import open_weights
+from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, as_published
+from esm2mega.convert.verify.verify import verify
 from esm2mega.errors import MachineError, UserError
-from esm2mega.finetuning import TrainedModel, infer_model, train_model
+from esm2mega.finetune.api import TrainedModel, infer_model, train_model
 from tests.parity import references
 from tests.ranks import run_ranks
 

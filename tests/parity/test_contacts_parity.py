@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 
+from esm2mega.batch import LabelledBatch
 from esm2mega.config.schema import ModelConfig, ParallelConfig, TaskConfig
-from esm2mega.convert import fair_esm
-from esm2mega.data.labelled_batch import LabelledBatch
-from esm2mega.data.targets import IGNORED, TargetInfo
+from esm2mega.convert.formats import fair_esm
+from esm2mega.data.labels.schema import IGNORED, TargetInfo
+from esm2mega.finetune.losses import ContactLossReduction
+from esm2mega.finetune.metrics import Predictions, metrics_of, objects
 from esm2mega.model.build import build_model
 from esm2mega.model.heads import head_of_task
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel.initialize import process_groups
-from esm2mega.train.metrics import Predictions, metrics_of, objects
-from esm2mega.train.task_losses import ContactLossReduction
 from tests.parity import references
 from tests.parity.references import Shape
 from tests.task_batches import one_pack, proteins_of

@@ -16,12 +16,12 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.convert.convert import convert
-from esm2mega.convert.formats import open_weights
-from esm2mega.convert.vocabulary import write_tokenizer
-from esm2mega.data.tokenizer import encode_residues
+from esm2mega.convert.files.vocabulary import write_tokenizer
+from esm2mega.convert.formats.registry import open_weights
 from esm2mega.model.build import build_model
 from esm2mega.model.packed import pack, unpack
 from esm2mega.parallel.initialize import process_groups
+from esm2mega.vocabulary import encode_residues
 from tests import foreign, foreign_bert
 from tests.parity import references
 from tests.parity.test_esm2_parity import TOLERANCE

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from esm2mega.config.schema import ModelConfig, ParallelConfig
-from esm2mega.convert import fair_esm, hf
+from esm2mega.convert.formats import fair_esm, hf
 from esm2mega.model.build import build_model
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import pack, unpack

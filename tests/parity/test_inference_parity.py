@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from esm2mega.config.schema import ParallelConfig
-from esm2mega.convert import fair_esm
-from esm2mega.data.tokenizer import encode_residues
+from esm2mega.convert.formats import fair_esm
 from esm2mega.infer.collect import Wanted
 from esm2mega.infer.engine import Engine, Pack
 from esm2mega.infer.windows import whole
 from esm2mega.parallel.initialize import process_groups
+from esm2mega.vocabulary import encode_residues
 from tests.infer_models import SHAPE, ids_of, random_proteins
 from tests.parity import references
 from tests.parity.test_esm2_parity import TOLERANCE, ours

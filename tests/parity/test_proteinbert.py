@@ -12,8 +12,8 @@ from torch import Tensor
 from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.convert.convert import convert
-from esm2mega.convert.formats import open_weights
-from esm2mega.convert.verify import verify
+from esm2mega.convert.formats.registry import open_weights
+from esm2mega.convert.verify.verify import verify
 from esm2mega.errors import UserError
 from esm2mega.parallel.initialize import process_groups
 from tests import foreign_bert

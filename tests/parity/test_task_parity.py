@@ -17,22 +17,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from esm2mega.batch import LabelledBatch
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.config.schema import DataConfig, ParallelConfig, TaskConfig
-from esm2mega.convert import hf
-from esm2mega.convert.classifiers import head_rows
 from esm2mega.convert.convert import convert
-from esm2mega.convert.formats import open_weights
-from esm2mega.data.batch import BatchSpec
-from esm2mega.data.labelled import read_labelled
-from esm2mega.data.labelled_batch import LabelledBatch, LabelledPacks
-from esm2mega.data.tokenizer import encode_residues
+from esm2mega.convert.formats import hf
+from esm2mega.convert.formats.registry import open_weights
+from esm2mega.convert.heads.hf_classifiers import head_rows
+from esm2mega.data.labels.dataset import read_labelled
+from esm2mega.data.labels.stream import LabelledPacks
+from esm2mega.data.stream.build import BatchSpec
+from esm2mega.finetune.losses import loss_of_task
 from esm2mega.model.build import build_model
 from esm2mega.model.heads import head_of_task
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel.initialize import process_groups
-from esm2mega.train.task_losses import loss_of_task
+from esm2mega.vocabulary import encode_residues
 from tests import foreign
 from tests.parity import references
 from tests.parity.references import Shape

@@ -19,8 +19,8 @@ from unittest.mock import patch
 import torch
 from megatron.core import parallel_state
 
-from esm2mega.data import batch
-from esm2mega.data.loader import TrainStream
+from esm2mega.data.stream import build as batch
+from esm2mega.data.stream.loader import TrainStream
 from esm2mega.lora import layers as lora_layers
 from esm2mega.model import attention, build
 from esm2mega.prove.layouts import Layout
@@ -178,7 +178,7 @@ def last_evaluation_packs_dropped() -> AbstractContextManager[Any]:
 
 
 def optimizer_saved_with_padding() -> AbstractContextManager[Any]:
-    """What Megatron-Core 0.16.1 and 0.19.2 do by themselves, see `esm2mega.checkpoint.distributed_state`."""
+    """What Megatron-Core 0.16.1 and 0.19.2 do by themselves, see `esm2mega.checkpoint.optimizer_state`."""
     return patch("esm2mega.checkpoint.store.places_without_padding", lambda optimizer: nullcontext())
 
 

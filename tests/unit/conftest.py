@@ -37,7 +37,7 @@ class TinyRun:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """Four fp64 steps on 60 random proteins, evaluated and saved after steps 2 and 4."""
-    from esm2mega.data.prepare import prepare_fasta
+    from esm2mega.data.store.prepare import prepare_fasta
     from esm2mega.train.pretrain import pretrain
     from tests.unit.runs import tiny_run
 

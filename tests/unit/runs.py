@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from esm2mega.batch import PackedBatch
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import Run
-from esm2mega.data.loader import PackedBatch
 from esm2mega.model.build import build_model
 from esm2mega.train.losses import MLMLossReduction
 from esm2mega.train.optimizer import build_optimizer, build_schedule, wrap_data_parallel

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from esm2mega.checkpoint import layout
-from esm2mega.data.flip import prepare_flip
+from esm2mega.data.benchmarks.flip import prepare_flip
 from esm2mega.errors import UserError
-from esm2mega.finetuning import train_model
+from esm2mega.finetune.api import train_model
 from esm2mega.inspect import inspect_path
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS

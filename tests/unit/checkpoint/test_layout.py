@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from esm2mega.checkpoint import layout
-from esm2mega.data.tokenizer import TOKENIZER_HASH
 from esm2mega.errors import MachineError, UserError
+from esm2mega.vocabulary import TOKENIZER_HASH
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import tiny_run
 

@@ -279,7 +279,7 @@ LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from esm2mega.cli import main
+from esm2mega.cli.app import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -10,7 +10,7 @@ from esm2mega.config.presets import PRESETS
 from esm2mega.config.schema import Run, flatten
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import num_micro_batches, validate
-from esm2mega.data.flip_tasks import TASKS
+from esm2mega.data.benchmarks.names import FLIP_TASKS
 
 SIZES = [size for size in PRESETS if size != "tiny"]
 LAYOUT = re.compile(r"^# layout (\d+):(.*)$", re.MULTILINE)
@@ -22,7 +22,7 @@ def layouts(name: str) -> list[tuple[int, str]]:
 
 
 def test_all_sizes_are_shipped():
-    tasks = {"deeploc2", *(f"flip_{task}" for task in TASKS)}
+    tasks = {"deeploc2", *(f"flip_{task}" for task in FLIP_TASKS)}
     assert set(config_names()) == {"base", "infer", *(f"pretrain_esm2_{size}" for size in PRESETS), *tasks}
 
 
@@ -112,14 +112,14 @@ def test_tiny_is_for_a_cpu_and_minutes():
         validate(run, world_size)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", FLIP_TASKS)
 def test_every_task_of_flip_is_configured(task):
     """By its name alone or with its folder; kind, classes and mask are those of the prepared tables."""
     run = load_run(f"flip_{task}", ["model.size=tiny"])
     assert run == load_run(f"finetune/flip_{task}", ["model.size=tiny"])
     validate(run, 1)
     validate_task(run)
-    published = TASKS[task]
+    published = FLIP_TASKS[task]
     assert run.task.kind == published.kind
     classes = {"scl": 10, "sav": 2, "conservation": 9, "secondary_structure": 3}  # as published
     assert run.task.num_classes == classes.get(task)

@@ -11,12 +11,12 @@ from safetensors import safe_open
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import TensorReader
-from esm2mega.cli import main
+from esm2mega.cli.app import main
 from esm2mega.config.load import load_run_over
-from esm2mega.convert import esm2mega as own
-from esm2mega.convert import hf
 from esm2mega.convert.convert import convert
-from esm2mega.convert.formats import detect, open_weights
+from esm2mega.convert.formats import esm2mega as own
+from esm2mega.convert.formats import hf
+from esm2mega.convert.formats.registry import detect, open_weights
 from esm2mega.convert.into_model import load_initial_weights
 from esm2mega.errors import UserError
 from esm2mega.inspect import inspect_path
@@ -81,7 +81,7 @@ def test_checkpoint_is_as_training_writes_it(sources: Path, finished: TinyRun) -
 
 def test_published_sizes_keep_their_name() -> None:
     from esm2mega.config.presets import PRESETS
-    from esm2mega.convert.weights import Description
+    from esm2mega.convert.lazy_weights import Description
 
     run = own.run_of(Description(PRESETS["650M"], 1e-5))
     assert run.model.size == "650M"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from esm2mega.convert import fair_esm, hf
-from esm2mega.convert.mapping import our_shapes
+from esm2mega.convert.files.stores import MemoryStore
+from esm2mega.convert.formats import fair_esm, hf
+from esm2mega.convert.lazy_weights import Description, Weights
+from esm2mega.convert.name_table import our_shapes
 from esm2mega.convert.reading import from_store
-from esm2mega.convert.stores import MemoryStore
-from esm2mega.convert.weights import Description, Weights
 from esm2mega.errors import UserError
 from tests import foreign
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esm2mega.cli import main
+from esm2mega.cli.app import main
 from tests.foreign import add_member
 
 

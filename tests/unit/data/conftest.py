@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.data.prepare import prepare_fasta
-from esm2mega.data.store import StoreWriter, TokenStore
+from esm2mega.data.store.prepare import prepare_fasta
+from esm2mega.data.store.token_store import StoreWriter, TokenStore
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 REAL_FASTA = REPOSITORY.parent / "shared" / "data" / "uniref_sample" / "uniref90_sample_8000.fasta"

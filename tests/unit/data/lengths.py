@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega.data.clusters import MEMBERS, OFFSETS, Clusters
+from esm2mega.data.store.clusters import MEMBERS, OFFSETS, Clusters
 
 
 class Lengths:

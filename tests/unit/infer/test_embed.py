@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from esm2mega.data.prepare import prepare_fasta
+from esm2mega.data.store.prepare import prepare_fasta
 from esm2mega.errors import UserError
 from esm2mega.infer.embed import EmbedRequest, embed
 from esm2mega.infer.windows import overlapping

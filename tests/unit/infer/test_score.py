@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import esm2mega
-from esm2mega.cli import main
-from esm2mega.data.tokenizer import MASK, STANDARD_RESIDUES, VOCAB
+from esm2mega.cli.app import main
 from esm2mega.errors import UserError
 from esm2mega.infer.proteingym import read_reference, score_assays
 from esm2mega.infer.score import ScoreOptions, WildType, draw_scan, score_file
 from esm2mega.infer.variants import AMINO_ACIDS, read_table
 from esm2mega.infer.windows import optimal
+from esm2mega.vocabulary import MASK, STANDARD_RESIDUES, VOCAB
 from tests.infer_models import MAX_SEQ_LENGTH, Reference, ids_of, random_proteins
 
 # Absolute, in nats: fp32 logits of a random model of some 10 nats, differences of log-probabilities.

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from esm2mega.data.tokenizer import CLS, EOS, encode_residues
 from esm2mega.infer.proteins import Lengths
 from esm2mega.infer.windows import optimal, overlapping, whole
+from esm2mega.vocabulary import CLS, EOS, encode_residues
 
 RESIDUES = encode_residues("LAGVSERTID")
 TOKENS = np.array([CLS, *RESIDUES, EOS])

@@ -12,8 +12,8 @@ from torch import Tensor
 from esm2mega.checkpoint import layout
 from esm2mega.config.lora import LINEARS, resolve_targets
 from esm2mega.config.schema import LoRAConfig, ParallelConfig, Run
-from esm2mega.convert.esm2mega import run_of
-from esm2mega.convert.formats import open_weights
+from esm2mega.convert.formats.esm2mega import run_of
+from esm2mega.convert.formats.registry import open_weights
 from esm2mega.lora.base import identify
 from esm2mega.lora.checkpoint import Factors, load_model, write_adapters
 from esm2mega.model.build import build_model

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from esm2mega.checkpoint import layout
 from esm2mega.config.schema import LoRAConfig
-from esm2mega.convert.formats import open_weights
+from esm2mega.convert.formats.registry import open_weights
 from esm2mega.errors import UserError
 from esm2mega.lora.hf_peft import export_adapters, import_adapters
 from esm2mega.lora.merge import merge

@@ -16,17 +16,17 @@ import torch
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.choice import ENCODER
 from esm2mega.checkpoint.store import load_weights
-from esm2mega.cli import main
+from esm2mega.checkpoint.tensor_filter import ENCODER
+from esm2mega.cli.app import main
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import LoRAConfig, ParallelConfig
 from esm2mega.convert.convert import convert
-from esm2mega.data.labelled import proteins_of_sequences
-from esm2mega.data.tokenizer import encode_residues
+from esm2mega.data.labels.dataset import proteins_of_sequences
 from esm2mega.errors import UserError
-from esm2mega.finetuning import TrainedModel, infer_model, train_model
-from esm2mega.infer.task import open_task, run_task
+from esm2mega.finetune.api import TrainedModel, infer_model, train_model
+from esm2mega.finetune.checkpoint import open_task, run_task
+from esm2mega.finetune.run import Parts, finetune
 from esm2mega.lora.base import identify
 from esm2mega.lora.hf_head import TASK
 from esm2mega.lora.hf_peft import export_adapters, import_adapters
@@ -34,7 +34,7 @@ from esm2mega.lora.merge import merge
 from esm2mega.model.build import build_model
 from esm2mega.model.heads import head_of_task
 from esm2mega.parallel.initialize import process_groups
-from esm2mega.train.finetune import Parts, finetune
+from esm2mega.vocabulary import encode_residues
 from tests.checkpoints import full_tensors
 from tests.unit.conftest import TinyRun
 from tests.unit.lora import adapted

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esm2mega.data.tokenizer import CLS, EOS, MASK, PAD
 from esm2mega.model.embedding import token_dropout_scale
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import PackedSequences
+from esm2mega.vocabulary import CLS, EOS, MASK, PAD
 
 A, L = 5, 4
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from esm2mega.batch import LabelledBatch
 from esm2mega.config.schema import TaskConfig
-from esm2mega.data.labelled_batch import LabelledBatch
 from esm2mega.model.dropout import KeyedDropout
 from esm2mega.model.heads import head_of_task
 from tests.task_batches import one_pack, proteins_of

@@ -7,10 +7,10 @@ import torch
 from megatron.core import parallel_state
 
 from esm2mega.config.schema import ModelConfig, ParallelConfig
-from esm2mega.data.tokenizer import PAD
 from esm2mega.model.build import build_model
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.init import _initial_value, initialize_parameters
+from esm2mega.vocabulary import PAD
 
 TABLE = "embedding.word_embeddings.weight"
 

@@ -39,8 +39,8 @@ from torch.distributed.checkpoint.api import _wrap_exception
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from esm2mega.batch import PackedBatch
 from esm2mega.config.schema import ModelConfig, OptimConfig, ParallelConfig, Run, ScheduleConfig
-from esm2mega.data.loader import PackedBatch
 from esm2mega.model.build import build_model, transformer_config
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel import cpu

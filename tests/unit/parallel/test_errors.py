@@ -34,7 +34,7 @@ DIE = """
 import os
 import torch
 import torch.distributed as dist
-from esm2mega import cli
+from esm2mega.cli import app as cli
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.parallel.initialize import process_groups
 

@@ -38,7 +38,7 @@ def test_settings_are_keys_of_the_configuration() -> None:
 
 def _parsed(words: list[str]) -> Layout:
     """The layout that the command line makes of options."""
-    from esm2mega.cli import cli
+    from esm2mega.cli.app import cli
 
     command = cli.commands["prove"]
     options = command.make_context("prove", list(words)).params

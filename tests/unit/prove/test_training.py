@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from esm2mega.batch import PackedBatch
 from esm2mega.config.load import load_run
-from esm2mega.data.batch import BatchSpec
-from esm2mega.data.loader import PackedBatch, TrainStream
-from esm2mega.data.store import TokenStore
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.build import BatchSpec
+from esm2mega.data.stream.loader import TrainStream
 from esm2mega.prove.layouts import PROTEINS_PER_STEP, Layout
 from esm2mega.prove.training import STEPS, settings, write_stores
 

@@ -14,8 +14,8 @@ import torch
 
 from esm2mega.checkpoint import layout
 from esm2mega.config.schema import DataConfig
-from esm2mega.data.masking import mask_tokens
-from esm2mega.data.store import TokenStore
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.masking import mask_tokens
 from esm2mega.errors import MachineError, UserError
 from esm2mega.train import evaluate as module
 from esm2mega.train.evaluate import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from esm2mega.data.loader import PackedBatch
+from esm2mega.batch import PackedBatch
 from esm2mega.train.losses import LossReduction, LossTerms, MLMLossReduction
 from esm2mega.train.step import run_schedule
 from tests.unit.runs import CPU, packed_batch, tiny_run, train_state

@@ -11,11 +11,11 @@ import torch
 
 from esm2mega.checkpoint import layout
 from esm2mega.config.load import run_from_yaml
-from esm2mega.data.prepare import PrepareOptions, prepare_fasta
-from esm2mega.data.records import SourceOptions
-from esm2mega.data.simulate import FamilySpec, simulate_families
-from esm2mega.data.store import TokenStore
+from esm2mega.data.readers.base import SourceOptions
+from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
+from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import MachineError, UserError
+from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 from esm2mega.train import session as module
 from esm2mega.train.evaluate import evaluate_checkpoint
 from esm2mega.train.pretrain import find_init, find_resume, pretrain

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esm2mega.data.loader import PackedBatch
+from esm2mega.batch import PackedBatch
 from esm2mega.errors import MachineError
 from esm2mega.train.losses import LossReduction, LossTerms
 from esm2mega.train.step import TrainState, train_step

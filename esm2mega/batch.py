@@ -1,0 +1,169 @@
+"""The micro-batches that pass from the data to the model and the losses: packs of tokens with their labels.
+
+T   tokens of a pack (`train.micro_batch_tokens`), padding included
+n   segments: proteins, or pieces of them
+M   tokens to predict
+R   residues of the proteins
+k   outputs of a head
+m   target columns
+P   pairs of residues of the same protein, see `esm2mega.pairs`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from esm2mega import vocabulary
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: a pack of proteins, one behind the other, with its labels.
+
+    Attributes:
+        input_ids: token ids after masking, `<pad>` behind the last protein, int64 [T].
+        cu_seqlens: where each segment begins, and T at the end, int32 [n + 1].
+        seqlens: tokens of each segment on the host, n numbers that add up to T.
+        max_seqlen: the largest of `seqlens`.
+        label_positions: places of the tokens to predict, ascending, int64 [M].
+        labels: the original tokens there, int64 [M].
+        label_counts: tokens to predict in each segment on the host, n numbers that add up to M.
+        num_tokens: tokens of proteins, `<cls>` and `<eos>` included, padding not.
+        num_residues: the same without `<cls>` and `<eos>`.
+        num_sequences: proteins, or pieces of them, in the pack.
+    """
+
+    input_ids: Tensor
+    cu_seqlens: Tensor
+    seqlens: list[int]
+    max_seqlen: int
+    label_positions: Tensor
+    labels: Tensor
+    label_counts: list[int]
+    num_tokens: int
+    num_residues: int
+    num_sequences: int
+
+    @property
+    def wanted(self) -> Tensor:
+        """What the model needs to know of the labels: which tokens get logits."""
+        return self.label_positions
+
+    def without_labels(self) -> PackedBatch:
+        """The same tokens, of which nothing is predicted."""
+        return replace(
+            self,
+            label_positions=self.label_positions[:0],
+            labels=self.labels[:0],
+            label_counts=[0] * len(self.seqlens),
+        )
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on `device`; the host numbers stay on the host."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            label_positions=self.label_positions.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the proteins and their residues lie in a pack: what a head knows besides hidden states.
+
+    Attributes:
+        num_proteins: n.
+        first: Place of each protein's first token, its `<cls>` unless that was cropped away, int64 ``[n]``.
+        residues: Places of the residues, ascending, int64 ``[R]``.
+        owners: Which of the n proteins each residue belongs to, int64 ``[R]``.
+        numbers: Number of each residue within its whole protein, from 0, int64 ``[R]``.
+        keys: Random 64 bits of each protein in this step, for dropout; int64 ``[n]``.
+        tokens: Token ids of each protein as bytes, on the host: what hidden states depend on.
+        starts: `first` on the host.
+    """
+
+    num_proteins: int
+    first: Tensor
+    residues: Tensor
+    owners: Tensor
+    numbers: Tensor
+    keys: Tensor
+    tokens: tuple[bytes, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def spans(self) -> list[slice]:
+        """Where in its own tokens the residues of each protein are, on the host."""
+        return [
+            slice(int(text[0] == vocabulary.CLS), len(text) - int(text[-1] == vocabulary.EOS))
+            for text in self.tokens
+        ]
+
+    @property
+    def residue_counts(self) -> list[int]:
+        """Residues of each protein, on the host."""
+        return [span.stop - span.start for span in self.spans]
+
+    @staticmethod
+    def of_protein(tokens: Tensor) -> Segments:
+        """A pack of one whole protein with `<cls>` and `<eos>`, int64 ``[T]``; without randomness."""
+        residues = torch.arange(1, len(tokens) - 1)
+        nothing = torch.zeros(1, dtype=torch.int64)
+        content = tokens.numpy().astype("uint8").tobytes()
+        owners = torch.zeros_like(residues)
+        return Segments(1, nothing, residues, owners, residues - 1, nothing, (content,), (0,))
+
+    def to(self, device: torch.device | str) -> Segments:
+        """The same on `device`."""
+        names = ("first", "residues", "owners", "numbers", "keys")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """One micro-batch of labelled proteins.
+
+    Attributes:
+        input_ids: Token ids, `<pad>` behind the last protein, int64 ``[T]``.
+        seqlens: Tokens of each segment on the host, padding included; they add up to T.
+        wanted: Where proteins and residues lie: what the model needs for its head.
+        labels: Float64 ``[n, k]`` (NaN: none) or int64 ``[n]`` (-100: none) of proteins; of residues,
+            ``[R, m]`` of either; of pairs int8 ``[P]``. None for prediction.
+        rows: Which protein of the table each is, int64 ``[n]``.
+        num_tokens: Tokens of proteins, without padding.
+        num_residues: R.
+        num_sequences: n.
+    """
+
+    input_ids: Tensor
+    seqlens: list[int]
+    wanted: Segments
+    labels: Tensor | None
+    rows: Tensor
+    num_tokens: int
+    num_residues: int
+    num_sequences: int
+
+    label_counts = None
+    """Every hidden state is needed, so the last layer computes all of them."""
+
+    def to(self, device: torch.device | str) -> LabelledBatch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            wanted=self.wanted.to(device),
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+        )
+
+    def without_labels(self) -> LabelledBatch:
+        """The same tokens, of which nothing is predicted."""
+        nothing = self.rows[:0]
+        segments = Segments(0, nothing, nothing, nothing, nothing, nothing, (), ())
+        labels = None if self.labels is None else self.labels[:0]
+        return replace(self, wanted=segments, labels=labels, rows=nothing, num_residues=0, num_sequences=0)

@@ -1,0 +1,170 @@
+"""One form of the saved optimizer for another: a resume may switch the distributed optimizer on or off.
+
+Megatron-Core's optimizers save the same moments under the same names, whole and split like the weights. They
+differ in three ways: what the main weights are called, where the count of steps is, and how the values that
+are no tensors are nested:
+
+* `PLAIN` (fp32, fp64): no main weights, since they are the model's own; ``state.common_step``.
+* `MIXED` (bf16): main weights ``optimizer.state.fp32_param``; the rest as plain, one level deeper.
+* `DISTRIBUTED`: main weights ``optimizer.state.param`` in any precision; a step in each parameter group.
+
+The second half is what Megatron-Core's distributed optimizer needs around saving and loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+PLAIN, MIXED, DISTRIBUTED = "plain", "mixed", "distributed"
+
+_MAIN = {MIXED: "optimizer.state.fp32_param.", DISTRIBUTED: "optimizer.state.param."}
+
+
+def form_of_optimizer(optimizer: MegatronOptimizer) -> str:
+    """The form that `optimizer` saves and loads."""
+    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    if isinstance(part, DistributedOptimizer):
+        return DISTRIBUTED
+    return MIXED if isinstance(part, Float16OptimizerWithFloat16Params) else PLAIN
+
+
+def form_of_names(names: Iterable[str]) -> str:
+    """The form of a checkpoint with these tensors."""
+    names = list(names)
+    return next((form for form, main in _MAIN.items() if any(n.startswith(main) for n in names)), PLAIN)
+
+
+def ignored(name: str, saved: str, own: str) -> bool:
+    """Whether a tensor of a checkpoint is not wanted: main weights that equal the model's."""
+    return saved == DISTRIBUTED and own == PLAIN and name.startswith(_MAIN[DISTRIBUTED])
+
+
+def ask_for(wanted: dict[str, Any], saved: str, own: str) -> None:
+    """Change in place what an optimizer of form `own` asks for into what a checkpoint of form `saved` has."""
+    if saved == own:
+        return
+    if own == DISTRIBUTED:
+        for tensors in wanted["param_state"].values():
+            main = tensors.pop("param")
+            if saved == MIXED:
+                tensors["param"] = _renamed(main, own, saved)
+    elif own == MIXED and saved == DISTRIBUTED:
+        groups = wanted["fp32_from_fp16_params"]
+        wanted["fp32_from_fp16_params"] = [[_renamed(t, own, saved) for t in group] for group in groups]
+
+
+def _renamed(tensor: ShardedTensor, own: str, saved: str) -> ShardedTensor:
+    return replace(tensor, key=_MAIN[saved] + tensor.key.removeprefix(_MAIN[own]))
+
+
+def translate(loaded: dict[str, Any], saved: str, own: str) -> dict[str, Any]:
+    """What was loaded from form `saved` after `ask_for`, as an optimizer of form `own` takes it.
+
+    Main weights that the checkpoint lacks stay out: they are the model's.
+    """
+    if DISTRIBUTED not in (saved, own) or saved == own:
+        return loaded
+    if own == DISTRIBUTED:
+        values = loaded["optimizer"] if saved == MIXED else loaded
+        step = values["state"].get("common_step")
+        count = {} if step is None else {"step": float(step)}
+        return {
+            "optimizer": {"param_groups": [{**group, **count} for group in values["param_groups"]]},
+            "param_state": loaded["param_state"],
+            "param_state_sharding_type": "fully_reshardable",
+        }
+    groups = loaded["optimizer"]["param_groups"]
+    inner = loaded["optimizer"] if own == MIXED else loaded
+    # Which parameters a group holds is known here, not in the checkpoint; for `MIXED` both are merged by now.
+    held = [group["params"] for group in inner["param_groups"]]
+    state = inner["state"]
+    steps = [group.pop("step") for group in groups if "step" in group]
+    if steps:
+        state["common_step"] = torch.tensor(steps[0], dtype=torch.float32)
+    plain = {
+        "state": state,
+        "param_groups": [{**group, "params": own} for group, own in zip(groups, held, strict=True)],
+    }
+    return {**loaded, "optimizer": plain} if own == MIXED else plain
+
+
+def distributed_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The distributed optimizers within `optimizer`; none where it is a plain one."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+
+
+@contextmanager
+def places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """While saving: let parameters be found in the gathered state, which has no padding between buckets.
+
+    A buffer of gradients is made of buckets, each padded so that it divides among the data-parallel
+    processes, and the tied embedding of a pipeline has a bucket of its own. Gathering leaves the padding
+    out, but Megatron-Core 0.16.1 and 0.19.2 then cut the parameters out at their places in the padded
+    buffer: every parameter behind the first bucket would be saved shifted by the padding before it
+    (Megatron-LM pull request 5077).
+    """
+    with ExitStack() as stack:
+        for part in filter(_cuts_at_padded_places, distributed_parts(optimizer)):
+            for buffer in part.buffers:
+                padding = [0]
+                for bucket in buffer.buckets:
+                    padding.append(padding[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
+                places = {
+                    parameter: (start - padding[bucket], end - padding[bucket], bucket)
+                    for parameter, (start, end, bucket) in buffer.param_index_map.items()
+                }
+                stack.enter_context(patch.object(buffer, "param_index_map", places))
+        yield
+
+
+def _cuts_at_padded_places(part: Any) -> bool:
+    # The same code fills up what then lies beyond the end of the gathered state, which the repair removed.
+    return "pad" in type(part).sharded_param_state_fully_reshardable.__code__.co_names
+
+
+def make_loadable(optimizer: MegatronOptimizer) -> None:
+    """Let the distributed optimizer load into PyTorch's Adam, whose step count is among the tensors.
+
+    Two places assume the fused Adams of apex or Transformer Engine, which do not: the step count is read from
+    a state that does not exist before the first step, and the count is expected among the loaded tensors,
+    where it is not. Main weights that were not loaded stay as they are.
+    """
+    for part in _with_torch_adam(optimizer):
+        for parameter in part.get_parameters():
+            state = part.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+    for part in distributed_parts(optimizer):
+        part._set_main_param_and_optimizer_states = partial(
+            _set_states, part, type(part)._set_main_param_and_optimizer_states
+        )
+
+
+def separate_steps(optimizer: MegatronOptimizer) -> None:
+    """After loading: give every parameter a step count of its own, where all were given the same tensor."""
+    for part in _with_torch_adam(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _set_states(
+    part: Any, original: Callable[..., None], model_parameter: torch.Tensor, tensors: dict[str, torch.Tensor]
+) -> None:
+    original(part, model_parameter, {**part._get_main_param_and_optimizer_states(model_parameter), **tensors})
+
+
+def _with_torch_adam(optimizer: MegatronOptimizer) -> list[Any]:
+    return [p for p in distributed_parts(optimizer) if isinstance(p.optimizer, torch.optim.AdamW)]

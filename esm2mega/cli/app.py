@@ -1,0 +1,133 @@
+"""The command line as a whole, and the one place where an error becomes a line and an exit code.
+
+Exit codes: 0 done, 2 bad input or configuration, 75 stopped by a signal after saving, 1 anything else.
+Commands import what they call when they are called, so that `esm2mega --help` needs neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+import click
+
+from esm2mega.cli.convert import convert_command
+from esm2mega.cli.group import CONTEXT, Group, Options
+from esm2mega.cli.infer import embed, score
+from esm2mega.cli.lora import lora
+from esm2mega.cli.prepare import prepare
+from esm2mega.cli.prove import prove
+from esm2mega.cli.tools import doctor, inspect, plot, quickstart
+from esm2mega.cli.train import evaluate, finetune, predict, pretrain
+from esm2mega.errors import MachineError, StoppedBySignal, UserError
+from esm2mega.version import __version__
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="esm2mega")
+def cli() -> None:
+    """ESM-2 protein language models on Megatron-Core: from FASTA to checkpoints, on a laptop or many GPUs.
+
+    Under several processes: torchrun --nproc-per-node N -m esm2mega COMMAND …
+    """
+
+
+for _command in (
+    *(quickstart, prepare, pretrain, finetune, predict, evaluate, convert_command),
+    *(embed, score, lora, inspect, prove, plot, doctor),
+):
+    cli.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every error of every command ends here.
+
+    Args:
+        arguments: the words after the program name; None takes them from the process.
+    """
+    options = Options()
+    # Megatron-Core warns at import about each optional package that is absent; `esm2mega doctor` says that
+    # once.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    # Of Megatron-Core's use of PyTorch's checkpoints; nothing that a user could change.
+    for category in (FutureWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"torch\.distributed\.checkpoint\.")
+    # Reading a checkpoint in one process is what `inspect` and `prove` intend.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    try:
+        # Not standalone: click would print its own multi-line usage errors and exit by itself.
+        code = cli.main(
+            None if arguments is None else list(arguments), "esm2mega", standalone_mode=False, obj=options
+        )
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else error.format_message())
+        return 0
+    except click.ClickException as error:
+        hint = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "esm2mega"
+        _report(f"error: {' '.join(error.format_message().split())} (see `{hint} --help`)", error, options)
+        return 2
+    except (UserError, StoppedBySignal) as error:
+        # Every process finds the same mistake in a configuration; a machine's fault may strike only one.
+        kind = "stopped" if isinstance(error, StoppedBySignal) else "error"
+        _report(f"{kind}: {error}", error, options, common=not isinstance(error, MachineError))
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt) as error:
+        _report("interrupted", error, options)
+        return 1
+    except OSError as error:
+        # A full disk, a vanished file system, no permission: what failed and where is all there is to say.
+        place = f": {error.filename}" if error.filename else ""
+        _report(f"error: {error.strerror or error}{place}", error, options, common=False)
+        return 1
+    except Exception as error:
+        text = " ".join(str(error).split())
+        _report(
+            f"internal error: {type(error).__name__}: {text} (run with -v for the traceback)",
+            error,
+            options,
+            common=False,
+        )
+        return 1
+
+
+def _report(line: str, error: BaseException, options: Options, common: bool = True) -> None:
+    """Print an error to stderr if it is this process's turn.
+
+    Args:
+        common: every process meets this error, so rank 0 speaks for all until they know each other.
+    """
+    if not _may_speak(error, common):
+        return
+    if options.verbose:
+        traceback.print_exception(error)
+    rank = f"[rank {os.environ.get('RANK', '0')}] " if _world_size_or_one() > 1 else ""
+    print(f"esm2mega: {rank}{line}", file=sys.stderr, flush=True)
+
+
+def _may_speak(error: BaseException, common: bool) -> bool:
+    if _world_size_or_one() == 1:
+        return True
+    # Whoever takes the process group down while an error passes asks first and leaves the answer on it.
+    claimed = getattr(error, "claimed_report", None)
+    if claimed is not None:
+        return bool(claimed)
+    # Looked up, not imported: without torch.distributed there is no process group to ask.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        from esm2mega.parallel.errors import claim_error_report
+
+        return claim_error_report()
+    return not common or os.environ.get("RANK", "0") == "0"
+
+
+def _world_size_or_one() -> int:
+    from esm2mega.config.validate import world_size_from_environment
+
+    try:
+        return world_size_from_environment()
+    except UserError:
+        return 1

@@ -1,0 +1,53 @@
+"""The command `convert`. Importing it needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from esm2mega.cli.group import command, single_process
+from esm2mega.convert.formats.registry import READABLE, WRITABLE
+
+
+@command("convert", short_help="Checkpoints from and to Hugging Face, fair-esm, BioNeMo, Cerebras.")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option("--to", required=True, type=click.Choice(WRITABLE), help="Format to write.")
+@click.option(
+    "--from",
+    "source_format",
+    type=click.Choice(list(READABLE)),
+    help="Format of SRC [default: found out from its files].",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16", "fp64"]),
+    help="Of the weights in DST [default: as in SRC].",
+)
+@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors without a place in ESM-2.")
+@click.option("--drop-head", is_flag=True, help="Leave out the head: convert the encoder alone.")
+@click.option("--verify", is_flag=True, help="Run both models, compare, and write DST.verify.json.")
+@single_process
+def convert_command(
+    source: str,
+    target: str,
+    to: str,
+    source_format: str | None,
+    dtype: str | None,
+    drop: tuple[str, ...],
+    drop_head: bool,
+    verify: bool,
+) -> None:
+    """Convert the checkpoint SRC to DST; whatever is not carried over as it is gets a line.
+
+    Example: esm2mega convert facebook/esm2_t6_8M_UR50D my_8M --to esm2mega --verify
+    """
+    from esm2mega.convert.convert import convert
+
+    conversion = convert(Path(source), Path(target), to, source_format, dtype, drop, drop_head)
+    click.echo("\n".join(conversion.lines()))
+    if verify:
+        from esm2mega.convert.verify.verify import verify as run_verify
+
+        click.echo("\n".join(run_verify(conversion)))

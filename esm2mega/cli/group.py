@@ -1,0 +1,80 @@
+"""What all commands share: the option `-v`, their order in the help, and output from rank 0 alone."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+
+@dataclass
+class Options:
+    """What applies to every command."""
+
+    verbose: bool = False
+
+
+def _set_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Options).verbose = True
+
+
+def _verbose_option() -> click.Option:
+    """`-v`, accepted before and after the command; eager, so that it holds for argument errors too."""
+    return click.Option(
+        ["-v", "--verbose"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_set_verbose,
+        help="Show the traceback of an error.",
+    )
+
+
+class Command(click.Command):
+    """A command that takes `-v`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_verbose_option())
+
+
+class Group(click.Group):
+    """A group that takes `-v` and lists its commands in the order of the work."""
+
+    command_class = Command
+    group_class = type  # subgroups are of this class too
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_verbose_option())
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+command = functools.partial(click.command, cls=Command)
+group = functools.partial(click.group, cls=Group)
+
+
+def single_process(command: Callable[..., None]) -> Callable[..., None]:
+    """Under torchrun, a command that one process can do is done by rank 0; the others leave."""
+
+    @functools.wraps(command)
+    def on_rank_zero(*args: Any, **kwargs: Any) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            command(*args, **kwargs)
+
+    return on_rank_zero
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print `lines` to stdout, once from rank 0 of however many processes run the command."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo("\n".join(lines))

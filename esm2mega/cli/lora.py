@@ -1,0 +1,76 @@
+"""The commands `lora merge`, `export` and `import`. Importing them needs neither torch nor numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from esm2mega.cli.group import group, single_process
+from esm2mega.config.schema import TASK_KINDS
+from esm2mega.config.task import PAIR_KIND
+from esm2mega.errors import UserError
+
+_CLASSIFIER_KINDS = [kind for kind in TASK_KINDS if kind != PAIR_KIND]
+
+
+@group(short_help="Adapters: merged into their base, to and from PEFT.")
+def lora() -> None:
+    """Low-rank adapters, as trained with lora.rank, after training."""
+
+
+@lora.command("merge", short_help="One whole checkpoint of base and adapters.")
+@click.argument("checkpoint")
+@click.option("--out", required=True, metavar="DIR", help="Checkpoint to make.")
+@click.option("--base", metavar="PATH", help="Where the base is now [default: where it was in training].")
+@single_process
+def lora_merge_command(checkpoint: str, out: str, base: str | None) -> None:
+    """Fold the adapters of CHECKPOINT into the weights under them: an ordinary checkpoint.
+
+    Example: esm2mega lora merge runs/adapted --out adapted_whole
+    """
+    from esm2mega.checkpoint.layout import resolve_checkpoint
+    from esm2mega.lora.merge import merge
+
+    click.echo("\n".join(merge(resolve_checkpoint(checkpoint), Path(out), base)))
+
+
+@lora.command("export", short_help="Adapters to a directory of Hugging Face PEFT.")
+@click.argument("checkpoint")
+@click.option("--out", required=True, metavar="DIR", help="PEFT directory to make.")
+@single_process
+def lora_export_command(checkpoint: str, out: str) -> None:
+    """Write the adapters of CHECKPOINT for peft on an EsmForMaskedLM, or another ESM with a head.
+
+    Example: esm2mega lora export runs/adapted --out adapted_peft
+    """
+    from esm2mega.checkpoint.layout import resolve_checkpoint
+    from esm2mega.lora.hf_peft import export_adapters
+
+    click.echo("\n".join(export_adapters(resolve_checkpoint(checkpoint), Path(out))))
+
+
+@lora.command("import", short_help="Adapters from a directory of Hugging Face PEFT.")
+@click.argument("source", metavar="PEFT_DIR")
+@click.option("--base", required=True, metavar="CHECKPOINT", help="Weights under the adapters, any format.")
+@click.option("--out", required=True, metavar="DIR", help="Checkpoint of adapters to make.")
+@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors that are no adapters.")
+@click.option(
+    "--task", type=click.Choice(_CLASSIFIER_KINDS), help="What a classifier in it predicts: task.kind."
+)
+@click.option("--labels", metavar="NAME,…", help="Names of its outputs [default: LABEL_0 and so on].")
+@single_process
+def lora_import_command(
+    source: str, base: str, out: str, drop: tuple[str, ...], task: str | None, labels: str | None
+) -> None:
+    """Make a checkpoint of the adapters in PEFT_DIR, which peft saved.
+
+    Example: esm2mega lora import my_peft --base facebook/esm2_t6_8M_UR50D --out adapted
+    """
+    from esm2mega.lora.hf_head import Meaning
+    from esm2mega.lora.hf_peft import import_adapters
+
+    if labels is not None and task is None:
+        raise UserError(f"--labels {labels} are of the task that --task names; give it too")
+    meaning = None if task is None else Meaning(task, None if labels is None else labels.split(","))
+    click.echo("\n".join(import_adapters(Path(source), base, Path(out), drop, meaning)))

@@ -1,0 +1,103 @@
+"""The command `prove`. Importing it needs no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from esm2mega.cli.group import command, single_process
+from esm2mega.errors import UserError
+
+
+@command(short_help="Prove that every parallel layout trains the same model, on CPU processes.")
+@click.option(
+    "--layouts",
+    metavar="GROUP|random:N",
+    help="ci, more, resume, heads, bf16, families, lora, lora-heads (several with commas), random:N, or all "
+    "(default).",
+)
+@click.option("--row", metavar="NAME", help="One row of the groups, as the table names it.")
+@click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")
+@click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline stages.")
+@click.option("--vpp", type=click.IntRange(1), metavar="N", help="Pieces per pipeline stage.")
+@click.option("--dp", type=click.IntRange(1), metavar="N", help="Data-parallel size.")
+@click.option("--sp", is_flag=True, default=None, help="Sequence parallelism.")
+@click.option(
+    "--packed",
+    type=click.Choice(["1", "2", "3", "4", "6", "12", "auto"]),
+    is_flag=False,
+    flag_value="auto",
+    metavar="[K]",
+    help="Proteins per micro-batch, a divisor of 12; without a number some. The reference has one.",
+)
+@click.option("--distributed-optimizer", is_flag=True, default=None, help="Sharded optimizer state.")
+@click.option("--recompute", type=click.Choice(["none", "selective", "full"]), help="Recomputation.")
+@click.option(
+    "--layers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Layers of the model; by default 5, and with --vpp one for each piece.",
+)
+@click.option("--precision", type=click.Choice(["fp64", "bf16"]), help="Of one layout; by default fp64.")
+@click.option(
+    "--lora", is_flag=True, help="Train adapters; alone: --layouts lora; with --head also its head."
+)
+@click.option("--head", metavar="NAME", help="Fine-tune with this head; a wrong name lists them.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=1234, show_default=True, help="Of everything random."
+)
+@click.option("--processes", type=click.IntRange(1), metavar="N", help="Limit; by default 4.")
+@click.option("--json", "out", metavar="FILE", help="Also write all numbers to this file.")
+@single_process
+def prove(
+    layouts: str | None,
+    row: str | None,
+    seed: int,
+    processes: int | None,
+    out: str | None,
+    precision: str | None,
+    lora: bool,
+    head: str | None,
+    **axes: Any,
+) -> None:
+    """Train a small ESM-2 at parallel layouts and compare every loss, gradient, weight and checkpoint with
+    those of one process.
+
+    Either a group of layouts, or one: esm2mega prove --tp 2 --pp 2 --sp
+    """
+    from esm2mega.prove.layouts import layout_from_options
+    from esm2mega.prove.training import SETTINGS
+    from esm2mega.prove.trials import Trial, with_head, with_lora
+
+    chosen: dict[str, Any] = {name: value for name, value in axes.items() if value}
+    one = bool(chosen or precision)
+    if row is not None and (lora or head is not None):
+        raise UserError(f"--row and --{'lora' if lora else 'head'} exclude each other; give one of them")
+    given = {"layouts": layouts, "row": row, **chosen, "precision": precision}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1 and given.keys() & {"layouts", "row"}:
+        first, second = (f"--{name.replace('_', '-')}" for name in [*given][:2])
+        raise UserError(f"{first} {layouts or row} and {second} exclude each other; give one of them")
+    if one:
+        # Refused before PyTorch is imported.
+        layout = layout_from_options(chosen, SETTINGS)
+        trial = Trial((layout,), precision or "fp64")
+        trial = trial if head is None else with_head(trial, head)
+        trials = [with_lora(trial) if lora else trial]
+        processes = processes or layout.processes
+
+    from esm2mega.prove.command import PROCESSES, choose_trials, row_named
+    from esm2mega.prove.command import prove as run_prove
+
+    processes = processes or PROCESSES
+    if row is not None:
+        trials = [row_named(row)]
+    elif not one:
+        group = {(True, False): "lora", (False, True): "heads", (True, True): "lora-heads"}.get(
+            (lora, head is not None), "all"
+        )
+        trials = choose_trials(layouts or group, seed, processes, lora, head)
+    shrink = (layouts or "").startswith("random")
+    if not run_prove(trials, seed, processes, out, shrink):
+        raise click.exceptions.Exit(1)

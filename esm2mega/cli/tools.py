@@ -1,0 +1,50 @@
+"""The commands `quickstart`, `inspect`, `plot` and `doctor`."""
+
+from __future__ import annotations
+
+import click
+
+from esm2mega.cli.group import command, single_process
+
+
+@command(short_help="Simulate, prepare, pretrain a tiny model, evaluate and plot, in minutes.")
+@click.option("--out", default="quickstart", show_default=True, metavar="DIR", help="Directory to make.")
+@single_process
+def quickstart(out: str) -> None:
+    """Simulate protein families, pretrain a tiny model on 2 CPU processes, evaluate it and plot the run."""
+    from esm2mega.quickstart.run import quickstart as run_quickstart
+
+    run_quickstart(out)
+
+
+@command()
+@click.argument("path")
+@single_process
+def inspect(path: str) -> None:
+    """What a checkpoint or token store holds."""
+    from esm2mega.inspect import inspect_path
+
+    click.echo(inspect_path(path))
+
+
+@command(short_help="Curves of a run as PNG and HTML.")
+@click.argument("run_dir")
+@single_process
+def plot(run_dir: str) -> None:
+    """Draw the curves of a run from its log.jsonl, as PNG and as one self-contained HTML file."""
+    from esm2mega.report.plot import plot_run
+
+    files = plot_run(run_dir)
+    click.echo(f"{files.png}\n{files.html}")
+
+
+@command(short_help="What this machine can do, with cures for what is missing.")
+@single_process
+def doctor() -> None:
+    """Check versions, devices, communication between processes, and the file system."""
+    from esm2mega.doctor import doctor as run_doctor
+
+    works, report = run_doctor()
+    click.echo(report)
+    if not works:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,130 @@
+"""The commands `pretrain`, `finetune`, `predict` and `evaluate`. Importing them needs no torch or numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from esm2mega.cli.group import command, say
+from esm2mega.errors import UserError
+
+
+@command(short_help="Train a masked language model, or resume training.")
+@click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
+def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Train a masked language model; resumes from the newest checkpoint in run_dir.
+
+    Example: esm2mega pretrain --config pretrain_esm2_8M data.train=DIR/train data.valid=DIR/valid
+    """
+    from esm2mega.config.load import load_run
+    from esm2mega.config.validate import check_training_inputs, validate, world_size_from_environment
+
+    run = load_run(config, overrides)
+    validate(run, world_size_from_environment())
+    check_training_inputs(run)
+
+    from esm2mega.train.pretrain import pretrain as run_pretrain
+
+    run_pretrain(run)
+
+
+@command(short_help="Train a head, and the encoder under it, on labelled proteins.")
+@click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
+def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Fine-tune on a table of labelled proteins; resumes from the newest checkpoint in run_dir.
+
+    Example: esm2mega finetune init_from=runs/mine task.kind=regression task.target_columns=[fitness]
+    data.train=train.csv data.valid=valid.csv
+    """
+    from esm2mega.config.task import validate_task
+    from esm2mega.config.validate import check_training_inputs, validate, world_size_from_environment
+    from esm2mega.convert.into_model import load_run_with_model
+
+    run = load_run_with_model(config, overrides)
+    validate(run, world_size_from_environment())
+    validate_task(run)
+    check_training_inputs(run)
+
+    from esm2mega.finetune.run import finetune as run_finetune
+
+    run_finetune(run)
+
+
+@command(short_help="Predictions of a fine-tuned model, in input order.")
+@click.argument("checkpoint")
+@click.argument("input", metavar="INPUT")
+@click.option("--out", required=True, metavar="PATH", help="NAME.csv, .parquet or .h5.")
+@click.option("--sequence-column", metavar="NAME", help="Of a table [as in training].")
+@click.option("--id-column", metavar="NAME", help="Of a table [id, else line numbers].")
+@click.option("--long", metavar="error|crop", help="Proteins longer than --max-seq-length [as in training].")
+@click.option("--max-seq-length", metavar="N", help="Tokens at once, with <cls> and <eos> [as in training].")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
+def predict(checkpoint: str, input: str, out: str, overwrite: bool, **options: Any) -> None:
+    """Predict the proteins of INPUT (FASTA, CSV, Parquet and others) with a fine-tuned checkpoint.
+
+    Example: esm2mega predict runs/mine proteins.fasta --out predictions.csv
+    """
+    from esm2mega.finetune.predict import predict as run_predict
+
+    settings = {
+        "data.sequence_column": options["sequence_column"],
+        "data.id_column": options["id_column"],
+        "data.too_long": options["long"],
+        "data.max_seq_length": options["max_seq_length"],
+    }
+    given = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    lines = run_predict(checkpoint, input, out, [*given, *options["overrides"]], overwrite)
+    say(lines)
+
+
+@command(short_help="Loss and perplexity of a checkpoint, or metrics of its task.")
+@click.argument("checkpoint")
+@click.option(
+    "--data", required=True, metavar="STORE", help="Token store, sequence file or table to evaluate on."
+)
+@click.option("--out", metavar="FILE.json", help="Also write the numbers to this file.")
+@click.option("--max-batches", type=click.IntRange(1), metavar="N", help="Packs to evaluate [default: all].")
+@click.option(
+    "--micro-batch-tokens",
+    type=click.IntRange(3),
+    metavar="T",
+    help="Tokens of one pack [default: as in training].",
+)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
+def evaluate(
+    checkpoint: str,
+    data: str,
+    out: str | None,
+    max_batches: int | None,
+    micro_batch_tokens: int | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Masked-language-model loss and perplexity of a checkpoint, beside the unigram baseline; of a fine-tuned
+    one loss and metrics of its task on a table with labels.
+    """
+    from esm2mega.finetune.checkpoint import evaluate_task, has_task
+    from esm2mega.train.evaluate import evaluate_checkpoint
+
+    if has_task(checkpoint):
+        if max_batches is not None:
+            raise UserError("--max-batches: metrics of a task are of the whole table; leave it out")
+        if micro_batch_tokens is not None:
+            overrides = (f"train.micro_batch_tokens={micro_batch_tokens}", *overrides)
+        numbers = evaluate_task(checkpoint, data, out, overrides)
+    else:
+        numbers = evaluate_checkpoint(
+            checkpoint,
+            data,
+            out,
+            max_batches=max_batches,
+            micro_batch_tokens=micro_batch_tokens,
+            overrides=overrides,
+        )
+    say(
+        f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}"
+        for name, value in numbers.items()
+    )

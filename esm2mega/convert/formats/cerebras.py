@@ -1,0 +1,139 @@
+"""Cerebras Model Zoo: ``NAME.mdl``, a pickle with the tensors of its ESM-2, and its parameters in
+``NAME.yaml``.
+
+Names: Model Zoo, ``tools/checkpoint_converters/esm2.py`` and ``models/nlp/bert``. Rotary pairs lie in
+neighbouring channels there, so the rows of q and k are reordered within each head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from esm2mega.convert.files import pickles
+from esm2mega.convert.files.stores import MemoryStore
+from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
+from esm2mega.convert.name_table import INTERLEAVED_QKV, LAYER, OUTPUT_BIAS, TABLE, NameTable, Row
+from esm2mega.convert.reading import from_store
+from esm2mega.convert.writing import tensors_of
+from esm2mega.errors import UserError
+from esm2mega.model.esm2 import VOCAB_SIZE
+from esm2mega.vocabulary import MASK, PAD
+
+IS_DIRECTORY = False
+FAMILIES = ("esm2",)
+
+_ENCODER = "bert_encoder.transformer_encoder."
+_LAYER = _ENCODER + "layers.{n}."
+_HEAD = "bert_mlm_head.mlm_transform."
+_CLASSIFIER = "bert_mlm_head.classifier.ffn.0.linear_layer."
+NAMES = NameTable(
+    rows=(
+        Row(TABLE, "bert_encoder.embedding_layer.word_embeddings.weight"),
+        Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "norm1.{p}"),
+        Row(
+            LAYER + "self_attention.linear_qkv.{p}",
+            tuple(_LAYER + f"self_attn.proj_{x}_dense_layer.{{p}}" for x in "qkv"),
+            INTERLEAVED_QKV,
+        ),
+        Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attn.proj_output_dense_layer.{p}"),
+        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "norm2.{p}"),
+        Row(LAYER + "mlp.linear_fc1.{p}", _LAYER + "ffn.ffn.0.linear_layer.{p}"),
+        Row(LAYER + "mlp.linear_fc2.{p}", _LAYER + "ffn.ffn.1.linear_layer.{p}"),
+        Row("encoder.final_layernorm.{p}", _ENCODER + "norm.{p}"),
+        Row("lm_head.dense.{p}", _HEAD + "ffn.ffn.0.linear_layer.{p}"),
+        Row("lm_head.layer_norm.{p}", _HEAD + "ln.{p}"),
+        Row(OUTPUT_BIAS, _CLASSIFIER + "bias"),
+    ),
+    tied={_CLASSIFIER + "weight": True},
+)
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a ``.mdl`` file."""
+    return path.is_file() and path.suffix == ".mdl"
+
+
+def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+    """Read a ``.mdl`` file and its parameters."""
+    place, model = read_parameters(path)
+    shape = shape_from(place, model, "num_hidden_layers", "hidden_size", "filter_size", "num_heads")
+    for key, wanted in {**_FIXED, "rotary_dim": shape.hidden_size // shape.num_attention_heads}.items():
+        if key in model and model[key] != wanted:
+            raise UserError(f"{place}: {key} is {model[key]!r}; this version reads {wanted!r} only")
+    if model.get("token_dropout") is not True:
+        raise UserError(f"{place}: token_dropout is not true; ESM-2 has it, and no other model is supported")
+    content = pickles.load_pickle(path)
+    tensors = pickles.flat_tensors(path, content.get("model") if isinstance(content, Mapping) else None)
+    names = {name.removeprefix("model."): name for name in tensors}
+    description = Description(shape, epsilon_from(place, model, "layer_norm_epsilon", 1e-5))
+    return from_store(MemoryStore(path, tensors), NAMES, description, names, drop)
+
+
+def read_parameters(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The section ``model`` of the YAML file of the same name, or of the only YAML file beside it."""
+    own = path.with_suffix(".yaml")
+    files = [own] if own.is_file() else sorted(path.parent.glob("*.yaml"))
+    if len(files) != 1:
+        raise UserError(f"{path}: its parameters are not there: expected {own.name} beside it")
+    try:
+        content = yaml.safe_load(files[0].read_text())
+        section = content.get("model") or content["trainer"]["init"]["model"]
+    except (
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:
+        raise UserError(f"{files[0]}: holds no section 'model' ({str(error).splitlines()[0]})") from error
+    if not isinstance(section, dict):
+        raise UserError(f"{files[0]}: its section 'model' holds no parameters")
+    return files[0], section
+
+
+_FIXED = {
+    "position_embedding_type": "rotary",
+    "vocab_size": VOCAB_SIZE,
+    "mask_token_id": MASK,
+    "pad_token_id": PAD,
+    "encoder_nonlinearity": "gelu",
+    "mlm_nonlinearity": "gelu",
+    "norm_first": True,
+    "use_final_layer_norm": True,
+    "embedding_layer_norm": False,
+    "share_embedding_weights": True,
+    "disable_nsp": True,
+}
+"""What every ESM-2 has among the parameters."""
+
+
+def write(weights: Weights, path: Path) -> None:
+    """Write ``NAME.mdl`` and ``NAME.yaml``. All tensors are in memory at once, as a pickle needs them."""
+    if path.suffix != ".mdl":
+        raise UserError(f"{path.name}: a checkpoint of Cerebras is a file that ends in .mdl")
+    shape = weights.description.shape
+    if weights.description.activation != "gelu":
+        weights.notes.changed.append("feed-forward GELU: tanh in the source, erf in the Model Zoo")
+    # clone: parts of one fused tensor would each store all of it
+    tensors = {name: value.clone() for name, value in tensors_of(weights, NAMES)}
+    pickles.save_pickle(path, {"model": tensors})
+    model = {
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "filter_size": shape.ffn_hidden_size,
+        "num_heads": shape.num_attention_heads,
+        "layer_norm_epsilon": weights.description.layernorm_epsilon,
+        "rotary_dim": shape.hidden_size // shape.num_attention_heads,
+        "token_dropout": True,
+        "max_position_embeddings": 1026,
+        "dropout_rate": 0.0,
+        "attention_dropout_rate": 0.0,
+        **_FIXED,
+    }
+    path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": model}, sort_keys=False))

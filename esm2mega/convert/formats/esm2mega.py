@@ -1,0 +1,206 @@
+"""Our own format: a complete checkpoint directory, written without a model, a process group or a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.auxiliary import AUXILIARY, write_auxiliary
+from esm2mega.checkpoint.tensor_filter import TASK_HEAD
+from esm2mega.checkpoint.tensors import TensorInfo
+from esm2mega.checkpoint.writer import StackedTensor, write_weights
+from esm2mega.config.load import load_run
+from esm2mega.config.presets import PRESETS, shape_of
+from esm2mega.config.schema import DataConfig, Run
+from esm2mega.convert.files.stores import DistributedStore, JoinedStore, SafetensorsStore
+from esm2mega.convert.lazy_weights import Description, HeadDescription, Weights
+from esm2mega.convert.name_table import (
+    BODY,
+    CONTACT_HEAD,
+    FINAL_NORM,
+    FREQUENCIES,
+    LAYER,
+    OUTPUT_BIAS,
+    PADDED_VOCABULARY,
+    POOLER,
+    POSITIONS,
+    TABLE,
+    NameTable,
+    Row,
+)
+from esm2mega.convert.reading import from_store
+from esm2mega.convert.writing import OutputReader, outputs
+from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.errors import UserError
+from esm2mega.model.build import DTYPES
+
+IS_DIRECTORY = True
+FAMILIES = ("esm2", "proteinbert_preln", "proteinbert_postln")
+
+
+def _kept(prefix: str) -> Row:
+    """Tensors in ``auxiliary.safetensors``, which most checkpoints do not have."""
+    return Row(prefix + "{p}", prefix + "{p}", optional=True)
+
+
+_COMMON = (
+    Row(TABLE, TABLE, PADDED_VOCABULARY),
+    *(Row(name, name) for name in BODY),
+    Row(OUTPUT_BIAS, OUTPUT_BIAS, PADDED_VOCABULARY),
+)
+NAMES = NameTable((*_COMMON, Row(FREQUENCIES, FREQUENCIES), _kept(CONTACT_HEAD)))
+BERT_NAMES = NameTable((*_COMMON, Row(POSITIONS, POSITIONS), _kept(POOLER)))
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a checkpoint or a run."""
+    names = (layout.COMPLETE, layout.MODEL, "checkpoints")
+    is_run = path.name == "checkpoints" or any((path / name).exists() for name in names)
+    return path.is_dir() and (is_run or re.fullmatch(r"step_\d{8}", path.name) is not None)
+
+
+def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+    """Read a checkpoint, or the newest one of a run; not its optimizer."""
+    checkpoint = layout.resolve_checkpoint(path)
+    if "base" in layout.read_state(checkpoint):
+        raise UserError(
+            f"{checkpoint}: holds adapters and not the weights under them; make a whole checkpoint with "
+            f"`esm2mega lora merge {checkpoint} --out DIR`"
+        )
+    run = layout.read_config(checkpoint)
+    model = run.model
+    description = Description(
+        shape_of(model),
+        model.layernorm_epsilon,
+        model.activation,
+        family=model.family,
+        final_layernorm=model.final_layernorm,
+        max_positions=model.max_positions,
+    )
+    auxiliary = checkpoint / AUXILIARY
+    extra = [SafetensorsStore(auxiliary, [auxiliary])] if auxiliary.exists() else []
+    store = JoinedStore(checkpoint, [DistributedStore(checkpoint, layout.MODEL), *extra])
+    if run.task.kind is not None:
+        info = TargetInfo.from_dict(layout.read_state(checkpoint)["task"])
+        shapes = {name: i.shape for name, i in store.infos.items() if name.startswith(TASK_HEAD)}
+        description = replace(description, head=HeadDescription(run.task, info, shapes))
+    return from_store(store, _names(description), description, drop=drop)
+
+
+def _names(description: Description) -> NameTable:
+    table = NAMES if description.family == "esm2" else BERT_NAMES
+    if (head := description.task) is None:
+        return table
+    return table.with_head([Row(name, name) for name in head.shapes])
+
+
+def write(weights: Weights, path: Path, run: Run | None = None) -> None:
+    """Write a checkpoint of step 0 without optimizer into the directory `path`.
+
+    Args:
+        weights: The model, with a head.
+        path: Existing and empty.
+        run: Its configuration; None for what the model tells and defaults.
+
+    Raises:
+        UserError: There is no head.
+    """
+    if weights.description.head is None:
+        raise UserError(
+            "an esm2mega checkpoint has a head, this model has none; start a fine-tuning from it directly, "
+            "with init_from"
+        )
+    run = run or run_of(weights.description)
+    wanted = outputs(weights, _names(weights.description))
+    parts = OutputReader(weights, wanted)
+    kept = is_auxiliary(weights.description)
+    auxiliary = [name for name in wanted if kept(name)]
+    whole: dict[str, StackedTensor] = {}
+    for name, output in wanted.items():
+        if name not in auxiliary:
+            stacked, layer = stacked_name(name)
+            layers = None if layer is None else weights.description.shape.num_layers
+            shape = output.info.shape if layers is None else (layers, *output.info.shape)
+            whole[stacked] = StackedTensor(TensorInfo(shape, output.info.dtype), layers)
+
+    def read_chunk(name: str, layer: int | None) -> Tensor:
+        return parts(name if layer is None else name.replace("encoder.layers.", LAYER.format(n=layer), 1))
+
+    write_weights(path / layout.MODEL, whole, read_chunk)
+    write_auxiliary(path, {name: parts(name).clone() for name in auxiliary})
+    layout.write_description(path, run, _state(weights))
+    (path / layout.COMPLETE).write_text("")
+
+
+def is_auxiliary(description: Description) -> Callable[[str], bool]:
+    """Which tensors a model of this kind is not made of: they are kept beside it."""
+    always = (CONTACT_HEAD, POOLER)
+    prefixes = always if description.final_layernorm else (*always, FINAL_NORM)
+    return lambda name: name.startswith(prefixes)
+
+
+def stacked_name(name: str) -> tuple[str, int | None]:
+    """The stored name, and the layer that left it."""
+    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)", name)
+    return (f"encoder.layers.{match[2]}", int(match[1])) if match else (name, None)
+
+
+def run_of(description: Description) -> Run:
+    """The configuration of a checkpoint that no run wrote: the sections of model and task, and defaults.
+
+    Raises:
+        UserError: A dtype that this model does not compute in.
+    """
+    precisions = {dtype: name for name, dtype in DTYPES.items()}
+    if description.dtype not in precisions:
+        raise UserError(
+            f"weights of {description.dtype} have no place in an esm2mega checkpoint; use --dtype fp32"
+        )
+    shape = description.shape
+    is_esm2 = description.family == "esm2"
+    size = next((name for name, preset in PRESETS.items() if preset == shape and is_esm2), None)
+    settings: dict[str, Any] = {
+        "model.size": "null" if size is None else size,
+        **{f"model.{key}": value for key, value in shape._asdict().items()},
+        "model.precision": precisions[description.dtype],
+        "model.layernorm_epsilon": description.layernorm_epsilon,
+        "model.activation": description.activation,
+        "model.family": description.family,
+        "model.final_layernorm": str(description.final_layernorm).lower(),
+        "model.max_positions": "null" if description.max_positions is None else description.max_positions,
+        # The default is that of a long pretraining, which is longer than the default of steps.
+        "schedule.warmup_steps": 0,
+    }
+    if description.max_positions is not None:
+        settings["data.max_seq_length"] = min(DataConfig().max_seq_length, description.max_positions)
+    run = load_run(None, [f"{key}={value}" for key, value in settings.items()])
+    if (head := description.task) is not None:
+        run.task = head.task
+    return run
+
+
+def default_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that weights of `dtype` are stored in unless told otherwise: fp16 becomes fp32, exactly."""
+    return dtype if dtype in DTYPES.values() else torch.float32
+
+
+def _state(weights: Weights) -> dict[str, Any]:
+    """``train_state.json``: nothing has been trained here, so there is nothing to resume."""
+    head = weights.description.task
+    return {
+        "step": 0,
+        "valid_loss": None,
+        "loop": None,
+        "data": None,
+        "schedule": None,
+        "token_counts": None,
+        "origin": {**weights.origin, **asdict(weights.notes)},
+        **({} if head is None else {"task": head.info.to_dict()}),
+    }

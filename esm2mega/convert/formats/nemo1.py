@@ -1,0 +1,111 @@
+"""BioNeMo 1 and NeMo 1: a ``.nemo`` archive of ``model_config.yaml`` and one weights file per rank.
+
+Read only. Layout and names: BioNeMo framework 1.10, ``bionemo/model/protein/esm1nv``, and NeMo 1.23. The
+activation is the erf form of GELU unless ``bias_gelu_fusion`` is on.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from esm2mega.convert.files import pickles
+from esm2mega.convert.files.archives import TarFile
+from esm2mega.convert.files.ranks import RankStore, megatron_rows
+from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
+from esm2mega.convert.name_table import FREQUENCIES, VOCABULARY, NameTable, Row
+from esm2mega.convert.reading import from_store
+from esm2mega.errors import UserError
+
+IS_DIRECTORY = False
+_CONFIG = "model_config.yaml"
+# One rank; several tensor-parallel ranks; several pipeline stages. The first number is the tensor rank.
+_MEMBERS = (
+    re.compile(r"model_weights\.ckpt"),
+    re.compile(r"mp_rank_(\d+)/model_weights\.ckpt"),
+    re.compile(r"tp_rank_(\d+)_pp_rank_(\d+)/model_weights\.ckpt"),
+)
+
+NAMES = NameTable(
+    rows=(
+        *megatron_rows(VOCABULARY),
+        Row(FREQUENCIES, "language_model.rotary_pos_emb.inv_freq", optional=True),
+    ),
+    tied={"language_model.output_layer.weight": False, "word_embeddings.weight": False},
+)
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a ``.nemo`` file."""
+    return path.is_file() and path.suffix == ".nemo"
+
+
+def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+    """Read an archive. Its weights are copied to a temporary directory first, to be mapped into memory."""
+    description, store = open_archive(path)
+    return from_store(store, NAMES, description, drop=drop)
+
+
+def open_archive(path: Path) -> tuple[Description, RankStore]:
+    """Description and whole tensors, under names without ``model.``."""
+    archive = TarFile(path)
+    place, config = path / _CONFIG, _config(path, archive)
+    shape = shape_from(place, config, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    for key, wanted in (
+        ("position_embedding_type", "rope"),
+        ("embedding_token_dropout", True),
+        ("megatron_legacy", False),
+    ):
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"{place}: {key} is {config[key]!r}; this version reads {wanted!r} only")
+    tanh = config.get("bias_gelu_fusion", False) is True
+    epsilon = epsilon_from(place, config, "layernorm_epsilon", 1e-5)
+    description = Description(shape, epsilon, "gelu_tanh" if tanh else "gelu")
+    return description, RankStore(path, _stages(path, archive))
+
+
+def _config(path: Path, archive: TarFile) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(archive.read_text(_CONFIG))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path / _CONFIG}: not YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path / _CONFIG}: holds no configuration")
+    return config
+
+
+def _stages(path: Path, archive: TarFile) -> list[list[dict[str, Tensor]]]:
+    """Tensors of each pipeline stage, of each tensor-parallel rank, under names without ``model.``."""
+    ranks: dict[tuple[int, int], str] = {}
+    for name in archive.members:
+        for pattern in _MEMBERS:
+            if match := pattern.fullmatch(name):
+                tensor_rank, stage = (*map(int, match.groups()), 0, 0)[:2]
+                ranks[stage, tensor_rank] = name
+    num_stages = 1 + max((stage for stage, _ in ranks), default=-1)
+    width = 1 + max((rank for _, rank in ranks), default=-1)
+    if len(ranks) != num_stages * width or not ranks:
+        raise UserError(
+            f"{path}: holds {len(ranks)} weights files, which is no whole set of tensor and pipeline ranks"
+        )
+    return [
+        [_tensors(path, archive, ranks[stage, rank]) for rank in range(width)] for stage in range(num_stages)
+    ]
+
+
+def _tensors(path: Path, archive: TarFile, member: str) -> dict[str, Tensor]:
+    # The mapping outlives the file's name: nothing stays behind, whatever happens next.
+    with tempfile.TemporaryDirectory(prefix="esm2mega-") as folder:
+        file = Path(folder) / "model_weights.ckpt"
+        archive.copy(member, file)
+        try:
+            tensors = pickles.flat_tensors(file, pickles.load_pickle(file))
+        except UserError as error:
+            raise UserError(str(error).replace(str(file), f"{path}: {member}")) from error
+    return {re.sub(r"^model\.(module\.)?", "", name): value for name, value in tensors.items()}

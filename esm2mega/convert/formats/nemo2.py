@@ -1,0 +1,106 @@
+"""BioNeMo 2 and NeMo 2: a directory of ``context/`` (configuration) and ``weights/`` (distributed tensors).
+
+Read only. Layout: NeMo 2.4, ``nemo/lightning/io``; names: BioNeMo framework 2.7, ``bionemo-esm2``. That model
+has the tanh form of GELU in its feed-forward layers (Megatron-Core's fused bias and GELU) and computes its
+rotary frequencies; it has no contact head.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from esm2mega.convert.files.stores import DistributedStore
+from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
+from esm2mega.convert.name_table import BODY, OUTPUT_BIAS, TABLE, VOCABULARY, NameTable, Row
+from esm2mega.convert.reading import from_store
+from esm2mega.errors import UserError
+
+IS_DIRECTORY = True
+_CONTEXT, _WEIGHTS = "context", "weights"
+
+NAMES = NameTable(
+    rows=(
+        Row(TABLE, TABLE, VOCABULARY),
+        *(Row(name, name) for name in BODY),
+        Row(OUTPUT_BIAS, OUTPUT_BIAS, VOCABULARY),
+    ),
+    tied={"output_layer.weight": False},
+)
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is such a directory."""
+    return (path / _CONTEXT).is_dir() and (path / _WEIGHTS).is_dir()
+
+
+def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+    """Read the weights; objects of Transformer Engine and of the optimizer beside them are not opened."""
+    description, store = open_directory(path)
+    return from_store(store, NAMES, description, drop=drop)
+
+
+def open_directory(path: Path) -> tuple[Description, DistributedStore]:
+    """Description and whole tensors, under names without ``module.``, layers apart."""
+    file = path / _CONTEXT / "io.json"
+    config = _model_config(file)
+    shape = shape_from(file, config, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    if config.get("rotary_interleaved") is True:
+        raise UserError(f"{file}: rotary_interleaved is on, which this version does not read")
+    tanh = config.get("bias_activation_fusion", True) is True
+    epsilon = epsilon_from(file, config, "layernorm_epsilon", 1e-5)
+    description = Description(shape, epsilon, "gelu_tanh" if tanh else "gelu")
+    if not (path / _WEIGHTS / ".metadata").is_file():
+        raise UserError(f"{path / _WEIGHTS}: not in the torch_dist format (.metadata is missing)")
+    return description, DistributedStore(path, _WEIGHTS, prefix="module.")
+
+
+_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "layernorm_epsilon",
+    "bias_activation_fusion",
+    "rotary_interleaved",
+)
+
+
+def _model_config(file: Path) -> dict[str, Any]:
+    """The keys above, out of the object of ``io.json`` that has a number of layers and of heads.
+
+    The file is a serialised object graph: every object has ``items``, pairs of ``Attr(name='KEY')`` and a
+    value, ``{"type": "leaf", "value": …}`` for plain ones. It is read as data; nothing is constructed.
+    """
+    try:
+        objects = [dict(_leaves(node)) for node in _nodes(json.loads(file.read_text()))]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error})") from error
+    found = [o for o in objects if isinstance(o.get("num_layers"), int) and "num_attention_heads" in o]
+    distinct = {tuple(o.get(key) for key in _KEYS[:4]) for o in found}
+    if len(distinct) != 1:
+        raise UserError(f"{file}: holds {len(distinct)} configurations of a model, expected one")
+    return found[0]
+
+
+def _nodes(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from _nodes(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _nodes(inner)
+
+
+def _leaves(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and plain values of one object."""
+    items = node.get("items")
+    pairs = [p for p in items if isinstance(p, list) and len(p) == 2] if isinstance(items, list) else []
+    for label, value in [*pairs, *node.items()]:
+        key = str(label).removeprefix("Attr(name='").removesuffix("')")
+        if key in _KEYS:
+            is_leaf = isinstance(value, dict) and value.get("type") == "leaf"
+            yield key, value["value"] if is_leaf and "value" in value else value

@@ -1,0 +1,81 @@
+"""ProteinLM's own TAPE: a directory with the tensors of its modified ``ProteinBertForMaskedLM``, pre-LN.
+
+Names: THUDM/ProteinLM, ``tape/tape/models/modeling_bert.py``. Its forward pass evaluates the final LayerNorm
+and throws the result away, so a model from there has `model.final_layernorm` off and keeps that LayerNorm
+beside the weights. What Megatron-LM itself wrote is read by `esm2mega.convert.formats.megatron`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from esm2mega.convert.files.iupac import TAPE_VOCABULARY
+from esm2mega.convert.formats.tape import (
+    POSITION_TABLE,
+    describe,
+    is_tape,
+    read_folded,
+    stored_tensors,
+    write_directory,
+)
+from esm2mega.convert.lazy_weights import Weights
+from esm2mega.convert.name_table import FINAL_NORM, LAYER, OUTPUT_BIAS, POSITIONS, QKV, TABLE, NameTable, Row
+from esm2mega.convert.writing import tensors_of
+
+IS_DIRECTORY = True
+FAMILIES = ("proteinbert_preln",)
+
+_LAYER = "bert.encoder.layer.{n}."
+NAMES = NameTable(
+    rows=(
+        Row(TABLE, "bert.embeddings.word_embeddings.weight", TAPE_VOCABULARY),
+        Row(POSITIONS, POSITION_TABLE),
+        Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "input_ln.{p}"),
+        Row(
+            LAYER + "self_attention.linear_qkv.{p}",
+            tuple(_LAYER + f"attention.self.{x}.{{p}}" for x in ("query", "key", "value")),
+            QKV,
+        ),
+        Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "attention.dense.{p}"),
+        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "post_attn_ln.{p}"),
+        Row(LAYER + "mlp.linear_fc1.{p}", _LAYER + "mlp.dense_h_4h.{p}"),
+        Row(LAYER + "mlp.linear_fc2.{p}", _LAYER + "mlp.dense_4h_h.{p}"),
+        Row(FINAL_NORM + "{p}", "bert.encoder.final_ln.{p}"),
+        Row("lm_head.dense.{p}", "mlm.transform.dense.{p}"),
+        Row("lm_head.layer_norm.{p}", "mlm.transform.LayerNorm.{p}"),
+        Row(OUTPUT_BIAS, "mlm.bias", TAPE_VOCABULARY),
+    ),
+    # Published files have the random one of a template here, which overwrites the table when loaded.
+    tied={"mlm.decoder.weight": True},
+    dropped={r"bert\.(encoder\.)?bert_tail_dense\.(weight|bias)": "nothing computes with it"},
+)
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a directory whose tensors have these names."""
+    return is_tape(path) and any(".input_ln." in name for name in stored_tensors(path))
+
+
+def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+    """Read a directory."""
+    description = replace(describe(path), family="proteinbert_preln", final_layernorm=False)
+    tensors = stored_tensors(path)
+    weights = read_folded(path, tensors, {name: name for name in tensors}, NAMES, description, drop)
+    weights.notes.kept.append(
+        "the final LayerNorm is stored and not applied, as in ProteinLM's own forward pass"
+    )
+    return weights
+
+
+def write(weights: Weights, path: Path) -> None:
+    """Write a directory that ProteinLM's ``ProteinBertForMaskedLM.from_pretrained`` loads."""
+    if weights.description.final_layernorm:
+        weights.notes.changed.append(
+            "the final LayerNorm: applied in the source, computed and thrown away by ProteinLM's reader"
+        )
+    weights.notes.filled.append("bert_tail_dense is not written: nothing computes with it")
+    write_directory(
+        weights, path, dict(tensors_of(weights, NAMES)), {"type_vocab_size": 1, "pruned_heads": {}}
+    )

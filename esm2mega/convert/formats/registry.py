@@ -1,0 +1,89 @@
+"""The formats by name, and which one a path is in. Importing this needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from esm2mega.errors import UserError
+
+if TYPE_CHECKING:
+    from esm2mega.convert.lazy_weights import Weights
+
+READABLE = {
+    "esm2mega": "esm2mega",
+    "hf": "hf",
+    "fair-esm": "fair_esm",
+    "te": "te",
+    "nemo2": "nemo2",
+    "nemo1": "nemo1",
+    "cerebras": "cerebras",
+    "tape": "tape",
+    "proteinlm": "proteinlm",
+    "megatron": "megatron",
+}
+"""Names of the formats, as users write them, and the modules of this package that know them."""
+
+WRITABLE = ("esm2mega", "hf", "fair-esm", "te", "cerebras", "tape", "proteinlm")
+
+
+WITH_OTHER_HEADS = ("esm2mega", "hf")
+"""Formats with a place for a head that is not that of masked language modelling, or for none."""
+
+
+class Format(Protocol):
+    """What the module of each format offers; `write` and `FAMILIES`, of models that it can hold, only those
+    in `WRITABLE`.
+    """
+
+    IS_DIRECTORY: bool
+    FAMILIES: tuple[str, ...]
+
+    def matches(self, path: Path) -> bool:
+        """Whether `path` looks like this format."""
+
+    def read(self, path: Path, drop: Sequence[str] = ()) -> Weights:
+        """Open `path`; tensors matching the shell patterns of `drop` may be left out."""
+
+    def write(self, weights: Weights, path: Path) -> None:
+        """Write into the empty directory `path`, or to the file `path` and others beside it."""
+
+
+def load_format(name: str) -> Format:
+    """The module of a format."""
+    return cast(Format, import_module(f"esm2mega.convert.formats.{READABLE[name]}"))
+
+
+def detect(path: Path) -> str:
+    """The name of the format that `path` is in.
+
+    Raises:
+        UserError: Nothing is there, or it is in none of them.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    for name in READABLE:
+        if load_format(name).matches(path):
+            return name
+    raise UserError(f"{path}: in none of the formats {', '.join(READABLE)}; name one with --from")
+
+
+def open_weights(path: Path, name: str | None = None, drop: Sequence[str] = ()) -> Weights:
+    """Read a checkpoint in any format.
+
+    Args:
+        path: File or directory.
+        name: Its format; None to find out.
+        drop: Shell patterns of tensors to leave out although they have no known meaning.
+
+    Raises:
+        UserError: Not readable, not an ESM-2, not whole, or with tensors that have no place.
+    """
+    if name is not None and not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    found = name or detect(path)
+    weights = load_format(found).read(path, drop)
+    weights.origin |= {"format": found, "path": str(path)}
+    return weights

@@ -1,0 +1,210 @@
+"""TAPE: a directory with ``config.json`` and the tensors of a ``ProteinBertForMaskedLM``, post-LN.
+
+Names: tape-proteins 0.5, ``tape/models/modeling_bert.py``. Each of its LayerNorms becomes that of the block
+which follows it (see `esm2mega.model.proteinbert`); the row of token type 0, which every sequence has, is
+added to the positions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esm2mega.convert.files import pickles
+from esm2mega.convert.files.iupac import LOST_TOKENS, TAPE_TOKENS, TAPE_VOCABULARY
+from esm2mega.convert.files.stores import MemoryStore
+from esm2mega.convert.formats.hf import read_config
+from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
+from esm2mega.convert.name_table import (
+    FINAL_NORM,
+    LAYER,
+    OUTPUT_BIAS,
+    POOLER,
+    POSITIONS,
+    QKV,
+    TABLE,
+    NameTable,
+    Row,
+)
+from esm2mega.convert.reading import from_store
+from esm2mega.convert.writing import tensors_of
+from esm2mega.errors import UserError
+
+IS_DIRECTORY = True
+FAMILIES = ("proteinbert_postln",)
+
+_LAYER = "bert.encoder.layer.{n}."
+# The LayerNorm of the embeddings stands where a layer before the first would have its last one.
+_BEFORE, _FIRST = "bert.encoder.layer.-1.output.LayerNorm.", "bert.embeddings.LayerNorm."
+POSITION_TABLE = "bert.embeddings.position_embeddings.weight"
+TYPE_TABLE = "bert.embeddings.token_type_embeddings.weight"
+NAMES = NameTable(
+    rows=(
+        Row(TABLE, "bert.embeddings.word_embeddings.weight", TAPE_VOCABULARY),
+        Row(POSITIONS, POSITION_TABLE),
+        Row(
+            LAYER + "self_attention.linear_qkv.layer_norm_{p}",
+            "bert.encoder.layer.{n-1}.output.LayerNorm.{p}",
+        ),
+        Row(
+            LAYER + "self_attention.linear_qkv.{p}",
+            tuple(_LAYER + f"attention.self.{x}.{{p}}" for x in ("query", "key", "value")),
+            QKV,
+        ),
+        Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "attention.output.dense.{p}"),
+        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "attention.output.LayerNorm.{p}"),
+        Row(LAYER + "mlp.linear_fc1.{p}", _LAYER + "intermediate.dense.{p}"),
+        Row(LAYER + "mlp.linear_fc2.{p}", _LAYER + "output.dense.{p}"),
+        Row(FINAL_NORM + "{p}", "bert.encoder.layer.{last}.output.LayerNorm.{p}"),
+        Row("lm_head.dense.{p}", "mlm.transform.dense.{p}"),
+        Row("lm_head.layer_norm.{p}", "mlm.transform.LayerNorm.{p}"),
+        Row(OUTPUT_BIAS, "mlm.bias", TAPE_VOCABULARY),
+        Row(POOLER + "{p}", "bert.pooler.dense.{p}", optional=True),
+    ),
+    tied={"mlm.decoder.weight": True},
+)
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a directory whose tensors have TAPE's names."""
+    return is_tape(path) and any(".attention.output.LayerNorm." in name for name in stored_tensors(path))
+
+
+def is_tape(path: Path) -> bool:
+    """Whether `path` is a directory of TAPE, stock or modified: its configuration names no model type."""
+    files = (path / "config.json").is_file() and (path / "pytorch_model.bin").is_file()
+    return files and "model_type" not in read_config(path)
+
+
+def stored_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of ``pytorch_model.bin``, with the old names of LayerNorms brought up to date."""
+    file = path / "pytorch_model.bin"
+    tensors = pickles.flat_tensors(file, pickles.load_pickle(file))
+    return {
+        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): value
+        for name, value in tensors.items()
+    }
+
+
+def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+    """Read a directory."""
+    description = replace(describe(path), family="proteinbert_postln")
+    tensors = stored_tensors(path)
+    names = {name.replace(_FIRST, _BEFORE): name for name in tensors}
+    return read_folded(path, tensors, names, NAMES, description, drop)
+
+
+def describe(path: Path) -> Description:
+    """Shape and numerics of a ``config.json``, with the defaults of ``ProteinBertConfig``.
+
+    Raises:
+        UserError: Another vocabulary or activation.
+    """
+    file, config = path / "config.json", read_config(path)
+    for key, wanted in (("vocab_size", len(TAPE_TOKENS)), ("hidden_act", "gelu")):
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"{file}: {key} is {config[key]!r}; this version reads {wanted!r} only")
+    shape = shape_from(
+        file, config, "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"
+    )
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int) or positions < 1:
+        raise UserError(f"{file}: max_position_embeddings is {positions!r}, not a positive number")
+    return Description(shape, epsilon_from(file, config, "layer_norm_eps", 1e-12), max_positions=positions)
+
+
+def read_folded(
+    path: Path,
+    tensors: dict[str, Tensor],
+    names: dict[str, str],
+    table: NameTable,
+    description: Description,
+    drop: Sequence[str],
+) -> Weights:
+    """Read a modified or stock model after adding token type 0 to the positions.
+
+    Args:
+        path: Named in errors.
+        tensors: By stored name.
+        names: Names of the table to stored names.
+        table: Of the format.
+        description: Of the model.
+        drop: Patterns of names to leave out.
+
+    Raises:
+        UserError: There is no masked-language-model head, or the model does not fit.
+    """
+    if "mlm.bias" not in tensors:
+        raise UserError(
+            f"{path}: has no masked-language-model head (mlm.*); this version converts "
+            "ProteinBertForMaskedLM, not bare models or those of other tasks"
+        )
+    note = None
+    if TYPE_TABLE in tensors and POSITION_TABLE in tensors:
+        types, positions = tensors.pop(TYPE_TABLE), tensors[POSITION_TABLE]
+        del names[TYPE_TABLE]
+        if types.dim() != 2 or types.shape[1:] != positions.shape[1:]:
+            raise UserError(f"{path}: {TYPE_TABLE} has shape {list(types.shape)}, which does not fit")
+        tensors[POSITION_TABLE] = positions + types[0]
+        note = f"{TYPE_TABLE}: row 0 is added to the positions, others are for second sentences"
+    weights = from_store(MemoryStore(path, tensors), table, description, names, drop)
+    if note is not None:
+        weights.notes.dropped.append(note)
+    return weights
+
+
+def write(weights: Weights, path: Path) -> None:
+    """Write a directory that ``ProteinBertForMaskedLM.from_pretrained`` loads, with positions that include
+    the token type.
+    """
+    tensors = {name.replace(_BEFORE, _FIRST): value for name, value in tensors_of(weights, NAMES)}
+    write_directory(weights, path, tensors, {})
+
+
+def write_directory(weights: Weights, path: Path, tensors: dict[str, Tensor], extra: dict[str, Any]) -> None:
+    """Write tensors and configuration of a stock or modified TAPE model.
+
+    Args:
+        weights: Of the source, for its description and notes.
+        path: Directory.
+        tensors: By name, without token types.
+        extra: Further keys of the configuration.
+    """
+    shape, width = weights.description.shape, weights.description.shape.hidden_size
+    weights.notes.dropped.append(LOST_TOKENS)
+    weights.notes.filled.append("token types: zeros, since the positions include them")
+    if weights.description.activation != "gelu":
+        weights.notes.changed.append("feed-forward GELU: tanh in the source, erf in TAPE")
+    types = extra.get("type_vocab_size", 2)
+    tensors[TYPE_TABLE] = torch.zeros(types, width, dtype=weights.description.dtype)
+    # clone: parts of one fused tensor would each store all of it
+    state = {name: value.clone() for name, value in tensors.items()}
+    pickles.save_pickle(path / "pytorch_model.bin", state)
+    config = {
+        "vocab_size": len(TAPE_TOKENS),
+        "hidden_size": width,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "intermediate_size": shape.ffn_hidden_size,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "max_position_embeddings": weights.description.max_positions,
+        "type_vocab_size": types,
+        "initializer_range": 0.02,
+        "layer_norm_eps": weights.description.layernorm_epsilon,
+        "base_model": "transformer",
+        "finetuning_task": None,
+        "num_labels": 2,
+        "output_attentions": False,
+        "output_hidden_states": False,
+        "torchscript": False,
+        **extra,
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,133 @@
+"""NVIDIA's BioNeMo recipes: the Transformer Engine ESM-2 of ``nvidia/esm2_*``, a directory in the style of
+Hugging Face.
+
+Names: BioNeMo framework, ``recipes/models/esm2``. The model there has the tanh form of GELU in its
+feed-forward layers (Transformer Engine's kernel) and computes its rotary frequencies; it has no contact head.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from esm2mega.convert.files.safetensors_writer import write_sharded
+from esm2mega.convert.files.stores import safetensors_of
+from esm2mega.convert.files.vocabulary import check_vocabulary, write_tokenizer
+from esm2mega.convert.formats.hf import SHARD_BYTES, config_of, read_config
+from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
+from esm2mega.convert.name_table import (
+    CONCATENATED_QKV,
+    DIRECT,
+    LAYER,
+    OUTPUT_BIAS,
+    TABLE,
+    VOCABULARY,
+    NameTable,
+    Row,
+)
+from esm2mega.convert.reading import from_store
+from esm2mega.convert.writing import OutputReader, outputs
+from esm2mega.errors import UserError
+from esm2mega.model.esm2 import VOCAB_SIZE
+
+IS_DIRECTORY = True
+FAMILIES = ("esm2",)
+_LAYER = "model.encoder.layers.{n}."
+
+
+def _names(interleaved: bool) -> NameTable:
+    """The table for one of the two orders of fused rows: by head (`interleaved`), or all q, all k, all v."""
+    qkv = DIRECT if interleaved else CONCATENATED_QKV
+    attention, mlp = _LAYER + "self_attention.layernorm_qkv.", _LAYER + "layernorm_mlp."
+    return NameTable(
+        rows=(
+            Row(TABLE, "model.embeddings.word_embeddings.weight", VOCABULARY),
+            Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", attention + "layer_norm_{p}"),
+            Row(LAYER + "self_attention.linear_qkv.{p}", attention + "{p}", qkv),
+            Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attention.proj.{p}"),
+            Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", mlp + "layer_norm_{p}"),
+            Row(LAYER + "mlp.linear_fc1.{p}", mlp + "fc1_{p}"),
+            Row(LAYER + "mlp.linear_fc2.{p}", mlp + "fc2_{p}"),
+            Row("encoder.final_layernorm.{p}", "model.encoder.emb_layer_norm_after.{p}"),
+            Row("lm_head.dense.{p}", "lm_head.dense.{p}"),
+            Row("lm_head.layer_norm.{p}", "lm_head.decoder.layer_norm_{p}"),
+            Row(OUTPUT_BIAS, "lm_head.decoder.bias", VOCABULARY),
+        ),
+        tied={"lm_head.decoder.weight": False},
+        dropped={r".*\._extra_state": "a state of Transformer Engine's kernels, empty without FP8"},
+    )
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a directory whose ``config.json`` is of this model type."""
+    return (path / "config.json").is_file() and read_config(path).get("model_type") == "nv_esm"
+
+
+def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+    """Read a directory of safetensors; the prefix of the names was ``esm`` before 2026-03 and is ``model``
+    since.
+    """
+    config, file = read_config(path), path / "config.json"
+    shape = shape_from(
+        file, config, "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"
+    )
+    for key, default, wanted in (
+        ("position_embedding_type", "rotary", "rotary"),
+        ("token_dropout", True, True),
+        ("encoder_activation", "gelu", "gelu"),
+        ("vocab_size", VOCAB_SIZE, VOCAB_SIZE),
+    ):
+        if config.get(key, default) != wanted:
+            raise UserError(f"{file}: {key} is {config[key]!r}; this version reads {wanted!r} only")
+    check_vocabulary(path)
+    store = safetensors_of(path)
+    if store is None:
+        raise UserError(f"{path}: holds no model.safetensors")
+    names = {
+        f"model.{name.removeprefix('esm.')}" if name.startswith("esm.") else name: name
+        for name in store.infos
+    }
+    epsilon = epsilon_from(file, config, "layer_norm_eps", 1e-12)
+    description = Description(shape, epsilon, "gelu_tanh")
+    table = _names(config.get("qkv_weight_interleaved", True) is True)
+    return from_store(store, table, description, names, drop)
+
+
+def write(weights: Weights, path: Path) -> None:
+    """Write configuration, tensors and tokenizer. The model's code, ``esm_nv.py``, is NVIDIA's and not
+    written.
+    """
+    notes = weights.notes
+    if weights.description.activation == "gelu":
+        notes.changed.append("feed-forward GELU: erf in the source, tanh in Transformer Engine's kernel")
+    notes.filled.append("esm_nv.py is not written: copy it from a directory of nvidia/esm2_*")
+    table = _names(interleaved=True)
+    wanted = outputs(weights, table)
+    infos = {name: output.info for name, output in wanted.items()}
+    write_sharded(path, infos, OutputReader(weights, wanted), SHARD_BYTES)
+    (path / "config.json").write_text(json.dumps(_config(weights.description), indent=2) + "\n")
+    write_tokenizer(path)
+
+
+def _config(description: Description) -> dict[str, Any]:
+    classes = {
+        "AutoConfig": "esm_nv.NVEsmConfig",
+        "AutoModel": "esm_nv.NVEsmModel",
+        "AutoModelForMaskedLM": "esm_nv.NVEsmForMaskedLM",
+        "AutoModelForTokenClassification": "esm_nv.NVEsmForTokenClassification",
+    }
+    return {
+        **config_of(description),
+        "model_type": "nv_esm",
+        "architectures": ["NVEsmForMaskedLM"],
+        "auto_map": classes,
+        "attn_input_format": "bshd",
+        "attn_mask_type": "padding",
+        "encoder_activation": "gelu",
+        "fuse_qkv_params": True,
+        "qkv_weight_interleaved": True,
+        "max_seq_length": 1026,
+        "padded_vocab_size": None,
+    }

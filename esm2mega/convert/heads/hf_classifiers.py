@@ -1,0 +1,276 @@
+"""Heads of tasks as transformers has them: sequence and token classification, which are regression too.
+
+Names and config keys: transformers 4.30 to 5.23, ``EsmForSequenceClassification`` and
+``EsmForTokenClassification``. The loss that transformers takes for a sequence model follows from
+``problem_type``, and without it from the labels that it is trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esm2mega.checkpoint.tensors import TensorInfo
+from esm2mega.config.head_form import CLS_TANH, RESIDUE_LINEAR, head_form
+from esm2mega.config.schema import TaskConfig
+from esm2mega.config.task import NUMERIC_KINDS
+from esm2mega.convert.lazy_weights import HeadDescription, Weights
+from esm2mega.convert.name_table import Row, Shape
+from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.errors import UserError
+
+SEQUENCE, TOKEN = "EsmForSequenceClassification", "EsmForTokenClassification"
+_OUTPUT = "head.output."
+ROWS = {
+    SEQUENCE: (
+        Row("head.dense.{p}", "classifier.dense.{p}"),
+        Row(_OUTPUT + "{p}", "classifier.out_proj.{p}"),
+    ),
+    TOKEN: (Row(_OUTPUT + "{p}", "classifier.{p}"),),
+}
+"""Our names of the tensors of each, and its own."""
+_SEQUENCE_KINDS = {
+    "regression": "regression",
+    "single_label_classification": "classification",
+    "multi_label_classification": "multilabel",
+}
+"""``problem_type`` to `task.kind`."""
+
+_EQUALS: dict[str, tuple[tuple[str, ...], dict[str, str | None]]] = {
+    SEQUENCE: (CLS_TANH, {kind: problem for problem, kind in _SEQUENCE_KINDS.items()}),
+    TOKEN: (RESIDUE_LINEAR, {"token_classification": None, "token_regression": "regression"}),
+}
+"""The form of the head, and what each `task.kind` is as ``problem_type``."""
+
+
+def find_equal(head: HeadDescription) -> str | None:
+    """The class of transformers that computes the same; None if there is none, as for a user's own head or
+    for residues with several targets.
+    """
+    if _several_of_residues(head):
+        return None
+    for name, (form, kinds) in _EQUALS.items():
+        if head_form(head.task) == form and head.task.kind in kinds and head.shapes.keys() == _tensors(name):
+            return name
+    return None
+
+
+def _several_of_residues(head: HeadDescription) -> bool:
+    return head.info.per_residue and len(head.info.targets) > 1
+
+
+def _tensors(architecture: str) -> set[str]:
+    """Our names of its head."""
+    return {row.ours.format(p=part) for row in ROWS[architecture] for part in ("weight", "bias")}
+
+
+def architecture_of(head: HeadDescription) -> str:
+    """The class of transformers that computes the same.
+
+    Raises:
+        UserError: There is none.
+    """
+    if (name := find_equal(head)) is not None:
+        return name
+    other = "" if _several_of_residues(head) else ", or train with task.head=hf"
+    raise UserError(f"{no_equal(head)}; --drop-head writes the encoder without it{other}")
+
+
+def no_equal(head: HeadDescription) -> str:
+    """Why there is none."""
+    task = head.task
+    if _several_of_residues(head):
+        return (
+            f"transformers has no equal of a head for {len(head.info.targets)} columns of residues "
+            f"(task.target_columns={task.target_columns})"
+        )
+    return (
+        f"transformers has no equal of the head {' '.join(head_form(task))} (task.head={task.head}, "
+        f"task.kind={task.kind})"
+    )
+
+
+def head_rows(head: HeadDescription) -> tuple[Row, ...]:
+    """Its part of the name table of transformers."""
+    return ROWS[architecture_of(head)]
+
+
+def find_head(
+    place: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> HeadDescription | None:
+    """The head among the tensors of a directory, if there is one.
+
+    Args:
+        place: ``config.json``, for errors.
+        infos: All tensors.
+        config: The content of `place`.
+
+    Raises:
+        UserError: Labels and tensors do not fit, or the problem is none of ours.
+    """
+    outputs = {SEQUENCE: "classifier.out_proj.weight", TOKEN: "classifier.weight"}
+    found = [(name, infos[stored]) for name, stored in outputs.items() if stored in infos]
+    if not found or len(found[0][1].shape) != 2:
+        return None
+    name, (num_outputs, hidden_size) = found[0][0], found[0][1].shape
+    labels = _labels(place, config, num_outputs)
+    kind = _kind(place, name, config.get("problem_type"), num_outputs)
+    return describe_head(f"{place}: id2label", kind, labels, hidden_size, dropout_of(config))
+
+
+def describe_head(
+    place: str, kind: str, labels: Sequence[str], hidden_size: int, dropout: float
+) -> HeadDescription:
+    """The head of a classification model, with outputs in units of the labels.
+
+    Args:
+        place: Where `labels` are from, for errors.
+        kind: `task.kind`.
+        labels: Name of each output.
+        hidden_size: Of the encoder.
+        dropout: Of the head in training.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    architecture = next((name for name, (_, kinds) in _EQUALS.items() if kind in kinds), None)
+    if architecture is None:
+        raise UserError(f"{place}: task.kind={kind} has no equal in transformers")
+    if repeated := sorted({label for label in labels if list(labels).count(label) > 1}):
+        raise UserError(f"{place} has {repeated[0]!r} twice; give each output a name of its own")
+    if kind == "token_regression" and len(labels) > 1:
+        raise UserError(f"{place}: {TOKEN} with {len(labels)} numbers per residue has no equal here")
+    several = len(labels) > 1 and kind == "multilabel"
+    task = TaskConfig(
+        kind=kind,
+        head="hf" if architecture == SEQUENCE else "linear",
+        dropout=dropout,
+        target_columns=list(labels) if kind in NUMERIC_KINDS or several else TaskConfig().target_columns,
+    )
+    scale = ([0.0] * len(labels), [1.0] * len(labels)) if kind in NUMERIC_KINDS else ([], [])
+    info = TargetInfo(kind, list(labels), [], *scale)
+    return HeadDescription(task, info, shapes_of(architecture, hidden_size, len(labels)))
+
+
+def shapes_of(architecture: str, hidden_size: int, num_outputs: int) -> dict[str, Shape]:
+    """The tensors of its head by our names."""
+    h, k = hidden_size, num_outputs
+    shapes: dict[str, Shape] = {f"{_OUTPUT}weight": (k, h), f"{_OUTPUT}bias": (k,)}
+    if architecture == SEQUENCE:
+        shapes |= {"head.dense.weight": (h, h), "head.dense.bias": (h,)}
+    return shapes
+
+
+def dropout_of(config: Mapping[str, Any]) -> float:
+    """Of the head in training: the one dropout that its class has, 0.1 where ``config.json`` is silent."""
+    return float(config.get("hidden_dropout_prob", 0.1))
+
+
+def default_labels(count: int) -> list[str]:
+    """The names that transformers gives to outputs without names."""
+    return [f"LABEL_{number}" for number in range(count)]
+
+
+def _labels(place: Path, config: Mapping[str, Any], num_outputs: int) -> list[str]:
+    """The names of the outputs; those of transformers where none are given."""
+    given = config.get("id2label")
+    if given is None:
+        return default_labels(num_outputs)
+    if not isinstance(given, dict) or not all(isinstance(label, str) for label in given.values()):
+        raise UserError(f"{place}: id2label is no table of numbers and names")
+    if {str(number) for number in given} != {str(number) for number in range(num_outputs)}:
+        raise UserError(
+            f"{place}: id2label numbers {len(given)} labels, the classifier has {num_outputs} outputs; they "
+            "must be 0, 1 and so on, one for each"
+        )
+    return [str(given[str(number)]) for number in range(num_outputs)]
+
+
+def _kind(place: Path, architecture: str, problem: Any, num_outputs: int) -> str:
+    """`task.kind` of a model of transformers."""
+    if architecture == TOKEN:
+        if problem not in (None, "single_label_classification", "regression"):
+            raise UserError(f"{place}: problem_type {problem!r} of {TOKEN} has no equal here")
+        is_numeric = problem == "regression" or num_outputs == 1
+        return "token_regression" if is_numeric else "token_classification"
+    if problem is None:
+        return "regression" if num_outputs == 1 else "classification"
+    if problem not in _SEQUENCE_KINDS:
+        raise UserError(
+            f"{place}: problem_type is {problem!r}; transformers knows {', '.join(_SEQUENCE_KINDS)}"
+        )
+    return _SEQUENCE_KINDS[problem]
+
+
+def head_notes(head: HeadDescription, config: Mapping[str, Any]) -> list[str]:
+    """What was assumed where ``config.json`` is silent."""
+    notes = []
+    if "id2label" not in config:
+        notes.append(f"names of the labels: {', '.join(head.info.names[:3])} and so on, the source has none")
+    if config.get("problem_type") is None and not head.info.per_residue:
+        notes.append(f"problem_type: taken for {head.task.kind}, the source does not say")
+    return notes
+
+
+def config_of_head(head: HeadDescription) -> dict[str, Any]:
+    """Keys of ``config.json`` that differ from those of a masked language model."""
+    name = architecture_of(head)
+    keys: dict[str, Any] = {
+        "architectures": [name],
+        "id2label": {str(number): label for number, label in enumerate(head.info.names)},
+        "label2id": {label: number for number, label in enumerate(head.info.names)},
+    }
+    problem = _EQUALS[name][1][str(head.task.kind)]
+    return keys if problem is None else {**keys, "problem_type": problem}
+
+
+def with_unit_scale(weights: Weights, dtype: torch.dtype) -> Weights:
+    """The same with outputs in units of the labels, see `in_units_of_labels`.
+
+    Args:
+        weights: With a head that transformers has.
+        dtype: What the last layer of the head is rounded to: that of the file to be written.
+    """
+    head = weights.description.task
+    assert head is not None
+    info, read = head.info, weights.read
+    if not (any(info.mean) or any(std != 1.0 for std in info.std)):
+        return weights
+    weights.notes.changed.append(
+        f"scale of the labels (mean {_shown(info.mean)}, standard deviation {_shown(info.std)}): "
+        "now part of the head's last layer"
+    )
+    description = replace(weights.description, head=replace(head, info=unit_scale(info)))
+    return replace(
+        weights,
+        description=description,
+        read=lambda name: in_units_of_labels(name, read(name), info, dtype),
+    )
+
+
+def in_units_of_labels(name: str, value: Tensor, info: TargetInfo, dtype: torch.dtype) -> Tensor:
+    """A tensor of a head whose outputs are in units of the labels: what is multiplied and added after the
+    head of a regression becomes part of its last layer, in fp64 and rounded once to `dtype`.
+
+    ``s (W x + b) + m = (s W) x + (s b + m)`` for each output.
+    """
+    if not info.mean or name not in (f"{_OUTPUT}weight", f"{_OUTPUT}bias"):
+        return value
+    mean, std = (torch.tensor(numbers, dtype=torch.float64) for numbers in (info.mean, info.std))
+    if name == f"{_OUTPUT}weight":
+        return (value.double() * std[:, None]).to(dtype)
+    return (value.double() * std + mean).to(dtype)
+
+
+def unit_scale(info: TargetInfo) -> TargetInfo:
+    """What the outputs of such a head mean."""
+    return replace(info, mean=[0.0] * len(info.mean), std=[1.0] * len(info.std))
+
+
+def _shown(values: list[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)

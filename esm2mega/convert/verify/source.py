@@ -1,0 +1,44 @@
+"""Tensors as a verification reads them: by stored name, rounded and cast on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esm2mega.convert.verify.plain_model import Affine
+
+Prepare = Callable[[Tensor], Tensor]
+"""Applied to every weight: rounding, and the dtype to compute in. Not applied to the frequencies."""
+
+
+class Source:
+    """Weights and biases by name, prepared."""
+
+    def __init__(self, get: Callable[[str], Tensor], prepare: Prepare) -> None:
+        self._get = get
+        self._prepare = prepare
+
+    def tensor(self, name: str) -> Tensor:
+        return self._prepare(self._get(name))
+
+    def affine(self, name: str, weight: str = ".weight", bias: str = ".bias") -> Affine:
+        return Affine(self.tensor(name + weight), self.tensor(name + bias))
+
+
+def by_head(fused: Affine, heads: int) -> tuple[Affine, Affine, Affine]:
+    """q, k and v out of rows ``head 0: q k v, head 1: q k v, …``."""
+    width = fused.weight.shape[1] // heads
+    rows = torch.arange(3 * heads * width).reshape(heads, 3, width)
+    q, k, v = (Affine(fused.weight[r], fused.bias[r]) for r in (rows[:, i].flatten() for i in range(3)))
+    return q, k, v
+
+
+def json_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a directory."""
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return config

@@ -1,0 +1,323 @@
+"""Proof of one conversion: both models run on the same sequences, and every tensor compared.
+
+Our model runs as it does in training, in one process on the CPU in fp32. A foreign model runs in its own
+package where that is installed (transformers, fair-esm), else in `esm2mega.convert.verify.plain_model`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esm2mega.batch import Segments
+from esm2mega.checkpoint.tensors import tensor_sha256
+from esm2mega.convert.convert import Conversion
+from esm2mega.convert.files.iupac import ESM_ONLY, TAPE_TOKENS, esm_ids
+from esm2mega.convert.formats.registry import open_weights
+from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, is_regression, with_published_head
+from esm2mega.convert.heads.hf_classifiers import architecture_of
+from esm2mega.convert.lazy_weights import Description, Weights, dtype_name
+from esm2mega.convert.verify import plain_model
+from esm2mega.convert.verify.esm2_weights import read_plain_model
+from esm2mega.convert.verify.source import Prepare
+from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.errors import MachineError
+from esm2mega.vocabulary import CLS, EOS, MASK, encode_residues
+
+BOUND = 1e-5
+"""Largest difference of logits, relative to the largest logit: fp32 sums in another order, with room for the
+48 layers of the largest model.
+"""
+
+_SEQUENCES = (
+    "M",
+    # ubiquitin
+    "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
+    "KALTARXBUZOGKAM.A-LVPRGSHMWYCFNQDEJHIST",
+    "".join("LAGVSERTIDPKQNFYMHWC"[(7 * i * i + 3 * i) % 20] for i in range(340)),
+)
+"""One residue; a real protein; every rare letter; more than 256 tokens, where rotary errors show."""
+
+Result = tuple[list[Tensor], Tensor]
+"""Hidden states (embedding, each block, the last normalised) ``[s, h]``, and logits ``[s, v]``. In
+their place: of a task its outputs, ``[1, k]`` of the protein, ``[s - 2, k]`` of its residues or ``[P, 1]`` of
+their pairs; of a bare encoder the last hidden states.
+"""
+
+
+def sequences(family: str = "esm2") -> list[Tensor]:
+    """Token ids, int64 ``[s]`` each; every second sequence has every seventh residue masked.
+
+    Args:
+        family: Of the model; X stands in for letters that its vocabulary does not have.
+    """
+    result = []
+    for number, residues in enumerate(_SEQUENCES):
+        if family != "esm2":
+            residues = "".join("X" if letter in ESM_ONLY else letter for letter in residues)
+        ids = torch.tensor([CLS, *encode_residues(residues).tolist(), EOS])
+        if number % 2:
+            ids[7:-1:7] = MASK
+        result.append(ids)
+    return result
+
+
+def verify(conversion: Conversion) -> list[str]:
+    """Compare source and target, and write ``TARGET.verify.json`` beside the target.
+
+    Returns:
+        Lines for the reader.
+
+    Raises:
+        MachineError: The logits differ by more than `BOUND`, or contact heads differ at all.
+    """
+    description = conversion.description
+    dtype = description.dtype
+
+    def prepare(value: Tensor) -> Tensor:
+        # Rounded as the target's weights are: the comparison is of the conversion, not of the rounding.
+        return value.to(dtype).float()
+
+    ids = sequences(description.family)
+    if description.max_positions is not None:
+        ids = [x[: description.max_positions] for x in ids]
+    source_results, source_method = _run(
+        conversion.source, conversion.source_format, prepare, ids, description
+    )
+    target_results, target_method = _run(
+        conversion.target, conversion.target_format, prepare, ids, description
+    )
+    logits = _difference([logits for _, logits in source_results], [logits for _, logits in target_results])
+    hidden = [
+        _difference([h[n] for h, _ in source_results], [h[n] for h, _ in target_results])
+        for n in range(len(source_results[0][0]))
+    ]
+    tensors = _tensors(
+        _as_published(open_weights(conversion.source, conversion.source_format, conversion.drop).cast(dtype)),
+        _as_published(open_weights(conversion.target, conversion.target_format)),
+    )
+    contact_head = _contact_head(tensors)
+    passed = logits["relative"] <= BOUND and contact_head != "different"
+    report = {
+        "source": {
+            "format": conversion.source_format,
+            "path": str(conversion.source),
+            "run_by": source_method,
+        },
+        "target": {
+            "format": conversion.target_format,
+            "path": str(conversion.target),
+            "run_by": target_method,
+        },
+        "passed": passed,
+        "bound": BOUND,
+        "sequence_lengths": [len(x) for x in ids],
+        "logits": logits,
+        "hidden_states": hidden,
+        "weights_dtype": dtype_name(dtype),
+        "notes": asdict(conversion.notes),
+        "contact_head": contact_head,
+        "tensors": tensors,
+    }
+    path = conversion.target.with_name(f"{conversion.target.name}.verify.json")
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    line = (
+        f"logits differ by {logits['max_abs']:.2e}, {logits['relative']:.1e} of the largest "
+        f"(bound {BOUND:g}); contact head: {contact_head}; report: {path}"
+    )
+    if not passed:
+        reasons = "; ".join(conversion.notes.changed) or "no change is known that would explain it"
+        raise MachineError(f"verification failed: {line}; {reasons}")
+    return [f"source run by {source_method}, target by {target_method}", line]
+
+
+def _difference(source: list[Tensor], target: list[Tensor]) -> dict[str, float]:
+    """Largest absolute difference over all sequences, and relative to the largest value of the source.
+
+    Raises:
+        MachineError: There are values that are no numbers, of which nothing can be said.
+    """
+    if not all(bool(x.isfinite().all()) for x in (*source, *target)):
+        raise MachineError("verification failed: the models give values that are not finite")
+    # One residue has no pairs.
+    pairs = [(a, b) for a, b in zip(source, target, strict=True) if a.numel() or b.numel()]
+    scale = max(float(a.abs().max()) for a, _ in pairs)
+    largest = max(float((a - b).abs().max()) for a, b in pairs)
+    return {"max_abs": largest, "relative": largest / scale if scale else largest, "scale": scale}
+
+
+def _tensors(source: Weights, target: Weights) -> dict[str, dict[str, str]]:
+    """SHA-256 of the tensors of both, under our names; one that a format does not have is ``none``."""
+    return {
+        name: {"source": _checksum(source, name), "target": _checksum(target, name)}
+        for name in {**source.infos, **target.infos}
+    }
+
+
+def _as_published(weights: Weights) -> Weights:
+    """The same with a contact head that was trained as that of a task where other formats have it."""
+    task = weights.description.task
+    return with_published_head(weights) if task is not None and is_regression(task.task) else weights
+
+
+def _contact_head(tensors: Mapping[str, Mapping[str, str]]) -> str:
+    """Whether both have the same one, which neither logits nor hidden states show."""
+    pairs = [tensors[name] for name in (WEIGHT, BIAS) if name in tensors]
+    if not pairs or any("none" in pair.values() for pair in pairs):
+        return "not in both"
+    return "equal" if all(pair["source"] == pair["target"] for pair in pairs) else "different"
+
+
+def _checksum(weights: Weights, name: str) -> str:
+    if name not in weights.infos:
+        return "none"
+    return tensor_sha256(weights.read(name))
+
+
+def _run(
+    path: Path, format_name: str, prepare: Prepare, ids: list[Tensor], description: Description
+) -> tuple[list[Result], str]:
+    """The results of every sequence, and who computed them."""
+    if format_name == "esm2mega":
+        return _esm2mega(path, prepare, ids, description), "esm2mega"
+    if format_name == "hf" and (found := _installed("transformers")):
+        results, method = _transformers(path, prepare, ids, description), found
+    # Its module is called esm, and so is that of another package.
+    elif format_name == "fair-esm" and (found := _installed("fair-esm")):
+        results, method = _fair_esm(path, prepare, ids), found
+    else:
+        model = read_plain_model(path, format_name, prepare)
+        results, method = [plain_model.forward(model, x) for x in ids], "plain PyTorch"
+    task = description.task
+    if description.head is None:
+        results = [(hidden, hidden[-1]) for hidden, _ in results]
+    elif task is not None and task.info.per_residue:
+        # Theirs are of all tokens, ours without <cls> and <eos>.
+        results = [(hidden, outputs[1:-1]) for hidden, outputs in results]
+    return results, method
+
+
+def _installed(package: str) -> str | None:
+    """Name and version of a package, or None."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return None
+
+
+@torch.no_grad()
+def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Description) -> list[Result]:
+    from esm2mega.checkpoint import layout
+    from esm2mega.checkpoint.store import load_weights
+    from esm2mega.checkpoint.tensor_filter import ALL, ENCODER
+    from esm2mega.config.schema import ParallelConfig
+    from esm2mega.model.build import build_model
+    from esm2mega.model.heads import head_of_task
+    from esm2mega.model.packed import PackedSequences
+    from esm2mega.parallel.initialize import process_groups
+
+    checkpoint = layout.resolve_checkpoint(path)
+    config = layout.read_config(checkpoint).model
+    config.precision, config.layer_spec = "fp32", "local"
+    task = description.task
+    make_head = None if task is None else head_of_task(task.task, task.info.num_outputs)
+    hidden: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        # [T, 1, h] -> [T, h]; a layer returns its context beside it
+        hidden.append((output[0] if isinstance(output, tuple) else output)[:, 0].detach())
+
+    results = []
+    with process_groups(ParallelConfig(), seed=1) as ranks:
+        (model,) = build_model(config, ParallelConfig(), ranks.device, 1, make_head)
+        load_weights(checkpoint, [model], ENCODER if description.head is None else ALL)
+        if task is not None:
+            _scale_outputs(model, task.info, prepare)
+        _round(model, prepare)
+        model.eval()
+        for module in (model.embedding, *model.encoder.layers):
+            module.register_forward_hook(keep)
+        final = model.encoder.register_forward_hook(keep)
+        for x in ids:
+            hidden.clear()
+            packed = PackedSequences.from_lengths([len(x)], ranks.device)
+            segments = () if task is None else (Segments.of_protein(x).to(ranks.device),)
+            outputs = model(x.to(ranks.device), packed, *segments)
+            if description.head == "lm" and config.family != "esm2":
+                outputs = outputs[:, sorted(esm_ids(TAPE_TOKENS))]
+            elif description.head is None:
+                outputs = hidden[-1]
+            # the block's own output is that of its last layer after the final LayerNorm
+            results.append(([h.cpu() for h in (*hidden[:-2], hidden[-1])], outputs.detach().cpu()))
+        final.remove()
+    return results
+
+
+def _scale_outputs(model: Any, info: TargetInfo, prepare: Prepare) -> None:
+    """Outputs in units of the labels, by the last layer, which rounds as that of another format does. Heads
+    without such a layer have no equal there, and are compared as they are.
+    """
+    last = getattr(model.head, "output", None)
+    if info.std and last is not None:
+        std, mean = (torch.tensor(x, dtype=torch.float64) for x in (info.std, info.mean))
+        last.weight.copy_(prepare(last.weight.double() * std[:, None]))
+        last.bias.copy_(prepare(last.bias.double() * std + mean))
+
+
+def _round(model: torch.nn.Module, prepare: Prepare) -> None:
+    for parameter in model.parameters():
+        parameter.data.copy_(prepare(parameter.data))
+
+
+@torch.no_grad()
+def _transformers(path: Path, prepare: Prepare, ids: list[Tensor], description: Description) -> list[Result]:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    name = "EsmForMaskedLM" if description.head == "lm" else "EsmModel"
+    if description.task is not None:
+        name = architecture_of(description.task)
+    model = getattr(transformers, name).from_pretrained(path, local_files_only=True, dtype=torch.float32)
+    _round(model, prepare)
+    model.eval()
+    results = []
+    for x in ids:
+        outputs = model(x[None], attention_mask=torch.ones_like(x)[None], output_hidden_states=True)
+        hidden = [h[0] for h in outputs.hidden_states]
+        if description.head is None:
+            results.append((hidden, hidden[-1]))
+        else:
+            per_protein = description.task is not None and not description.task.info.per_residue
+            results.append((hidden, outputs.logits if per_protein else outputs.logits[0]))
+    return results
+
+
+@torch.no_grad()
+def _fair_esm(path: Path, prepare: Prepare, ids: list[Tensor]) -> list[Result]:
+    from argparse import Namespace
+
+    import esm
+
+    # Not its own loader: that unpickles without an allow-list.
+    from esm2mega.convert.files import pickles
+    from esm2mega.convert.formats.fair_esm import contact_file
+
+    data = pickles.load_pickle(path, [Namespace])
+    contact = pickles.load_pickle(contact_file(path)) if contact_file(path).is_file() else None
+    load: Callable[..., Any] = esm.pretrained.load_model_and_alphabet_core
+    model, _ = load(path.stem if path.stem.startswith("esm2") else f"esm2_{path.stem}", data, contact)
+    model = model.float().eval()
+    _round(model, prepare)
+    layers = list(range(model.num_layers + 1))
+    results = []
+    for x in ids:
+        outputs = model(x[None], repr_layers=layers)
+        results.append(([outputs["representations"][n][0] for n in layers], outputs["logits"][0]))
+    return results

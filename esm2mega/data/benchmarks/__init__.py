@@ -1,0 +1,1 @@
+"""Published benchmark tasks (FLIP, TAPE, DeepLoc 2) become tables of labelled proteins."""

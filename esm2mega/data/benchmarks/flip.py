@@ -1,0 +1,224 @@
+"""The tasks of FLIP: its published files to a table for each split.
+
+Tasks of proteins have one FASTA file with the headers
+
+    >Sequence12 TARGET=-1.25e-05 SET=train VALIDATION=False
+
+or a CSV twin of it with the columns ``sequence,target,set,validation``. Tasks of residues have sequences in
+one file, labels in another with ``SET`` and ``VALIDATION`` in its headers and as many characters as there are
+residues, and for one task a mask in a third. A value is everything up to the next white space: exponents,
+slashes and leading zeros stay.
+
+Validation is ``SET=train VALIDATION=True``, training the rest of ``SET=train``, test ``SET=test``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from esm2mega.data.benchmarks.names import FLIP_TASKS, FlipTask, differing
+from esm2mega.data.benchmarks.tables import MASK, SPLITS, TARGET, LabelledRow, LabelledTables
+from esm2mega.data.labels.cells import check_marks
+from esm2mega.data.labels.rows import ResidueStrings
+from esm2mega.data.readers.base import SourceOptions, require_columns, residues_of
+from esm2mega.data.readers.fasta import FastaReader, attributes, check_blanks, read_entries
+from esm2mega.data.readers.tables import CsvReader
+from esm2mega.errors import UserError
+
+_ENDINGS = (".fasta", ".fasta.gz", ".fasta.zst", ".csv", ".csv.gz", ".csv.zst")
+
+
+def prepare_flip(
+    task_name: str, source: str | Path, out: str | Path, split: str | None = None, other_sizes: bool = False
+) -> list[str]:
+    """Write ``train.csv``, ``valid.csv``, ``test.csv`` and a manifest of one split of a task.
+
+    Args:
+        task_name: One of `FLIP_TASKS`.
+        source: Directory with the files of that task, as published.
+        out: Directory to make.
+        split: One of the task's; None for its default.
+        other_sizes: Whether other numbers of proteins than the published ones are taken, with a note. They
+            are refused otherwise: figures of another data set are not those of the benchmark, and a file
+            that was cut off looks like one.
+
+    Returns:
+        What was written, in lines.
+
+    Raises:
+        UserError: A file is missing or not as described above, or sizes differ.
+    """
+    task = FLIP_TASKS[task_name]
+    split = split or task.default
+    folder = Path(source)
+    if not folder.is_dir():
+        raise UserError(f"--source {source}: is no directory; name the one with the files of {task_name}")
+    if split not in task.splits:
+        raise UserError(
+            f"--split {split} is none of {task_name}, which has {', '.join(task.splits)}; name one of them"
+        )
+    path = _find(folder, [task.files.get(split, split), split])
+    read = _read_residue_task if task.per_residue else _read_protein_task
+    rows, provenance, notes = read(path, folder, task)
+    tables = LabelledTables([TARGET, MASK] if task.masked else [TARGET], rows, provenance, notes)
+    found = {name: len(rows[name]) for name in SPLITS}
+    other = differing(task.splits[split], found)
+    if other and not other_sizes:
+        raise UserError(
+            f"{path}: {'; '.join(other)}; get the files again, or give --allow-other-sizes if these are meant"
+        )
+    if not found["train"]:
+        raise UserError(f"{path}: no protein with SET=train; is this a file of FLIP?")
+    notes += [f"{path}: {text}, taken as it is" for text in other]
+    kind = task.kind_of(split)
+    classes = None if kind == "regression" else TARGET
+    provenance |= {"benchmark": "FLIP", "task": task_name, "split": split, "kind": kind}
+    return tables.write(Path(out), kind, classes)
+
+
+def _find(folder: Path, stems: Sequence[str]) -> Path:
+    """The first file that is there, in the folder or its ``splits``."""
+    for place in (folder, folder / "splits"):
+        for stem in stems:
+            for ending in _ENDINGS:
+                if (path := place / f"{stem}{ending}").is_file():
+                    return path
+    names = " or ".join(f"{stem}.fasta" for stem in dict.fromkeys(stems))
+    raise UserError(
+        f"{folder}: no {names} (nor .csv) in it; name the directory with FLIP's files by --source"
+    )
+
+
+_Read = tuple[dict[str, list[LabelledRow]], dict[str, Any], list[str]]
+"""Rows by split, entries of the manifest, notes."""
+
+
+def _read_protein_task(path: Path, folder: Path, task: FlipTask) -> _Read:
+    rows: dict[str, list[LabelledRow]] = {name: [] for name in SPLITS}
+    no_set = 0
+    reader: FastaReader | CsvReader
+    if ".csv" in path.suffixes:
+        reader = _csv_reader(path)
+        found = _csv_rows(reader)
+    else:
+        entries, reader = read_entries(path)
+        found = _fasta_rows(entries.values(), reader)
+    for place, row, set_name, validation in found:
+        split = _split_of(place, row.id, set_name, validation)
+        if split is None:
+            no_set += 1
+            continue
+        if not row.labels[0]:
+            raise UserError(f"{place}: {row.id!r} has no target; complete or remove the record")
+        if task.kind == "regression":
+            _check_number(row.labels[0], place, row.id)
+        rows[split].append(row)
+    notes = [f"{path}: {no_set} proteins belong to no set and are left out"] if no_set else []
+    return rows, {"sources": reader.checksums, "without_set": no_set}, notes
+
+
+def _read_residue_task(path: Path, folder: Path, task: FlipTask) -> _Read:
+    sequences, sequence_reader = read_entries(_find(folder, ["sequences"]))
+    labels = ResidueStrings(path, "labels")
+    masks = ResidueStrings(_find(folder, ["resolved", "mask"]), "marks") if task.masked else None
+    readers = [sequence_reader, labels.reader, *([] if masks is None else [masks.reader])]
+    rows: dict[str, list[LabelledRow]] = {name: [] for name in SPLITS}
+    no_set = masked = 0
+    for name, entry in labels.entries.items():
+        place = labels.reader.place(entry.line)
+        if name not in sequences:
+            raise UserError(
+                f"{place}: no sequence of {name!r} in {sequence_reader.path}; take both from one archive"
+            )
+        marks = attributes(entry, place)
+        split = _split_of(place, name, marks.get("SET"), marks.get("VALIDATION"))
+        if split is None:
+            no_set += 1
+            continue
+        length = len(sequences[name].text)
+        cells = [labels.of(name, length, place)]
+        if masks is not None:
+            cells.append(masks.of(name, length, place))
+            mask_place = masks.reader.place(masks.entries[name].line)
+            check_marks(cells[1], f"the mask of {name!r}", mask_place)
+            masked += cells[1].count("0")
+        rows[split].append(LabelledRow(name, sequences[name].text, tuple(cells)))
+    unlabelled = len(sequences) - sum(name in labels.entries for name in sequences)
+    notes = []
+    if unlabelled:
+        notes.append(
+            f"{sequence_reader.path}: {unlabelled} of {len(sequences):,} proteins have no labels in "
+            f"{path.name} and are left out"
+        )
+    if no_set:
+        notes.append(f"{path}: {no_set} proteins belong to no set and are left out")
+    provenance: dict[str, Any] = {"sources": {}, "without_labels": unlabelled, "without_set": no_set}
+    for each in readers:
+        provenance["sources"] |= each.checksums
+    if masks is not None:
+        provenance["masked_residues"] = masked
+        total = sum(len(row.sequence) for of_split in rows.values() for row in of_split)
+        notes.append(f"{masks.reader.path}: {masked:,} of {total:,} residues are masked and do not count")
+    return rows, provenance, notes
+
+
+_Found = Iterator[tuple[str, LabelledRow, str | None, str | None]]
+"""Place, row, SET and VALIDATION of each protein."""
+
+
+def _fasta_rows(entries: Any, reader: FastaReader) -> _Found:
+    for entry in entries:
+        place = reader.place(entry.line)
+        marks = attributes(entry, place)
+        check_blanks(entry, ("TARGET", "SET", "VALIDATION"), place)
+        if "TARGET" not in marks:
+            raise UserError(f"{place}: the header of {entry.id!r} has no TARGET=; is this a file of FLIP?")
+        row = LabelledRow(entry.id, entry.text, (marks["TARGET"],))
+        yield place, row, marks.get("SET"), marks.get("VALIDATION")
+
+
+def _csv_reader(path: Path) -> CsvReader:
+    reader = CsvReader(path, SourceOptions())
+    cure = "FLIP's tables have sequence,target,set,validation"
+    require_columns(str(path), reader.columns, ("target", "set", "validation"), cure)
+    return reader
+
+
+def _csv_rows(reader: CsvReader) -> _Found:
+    """Rows without ids are named like the records of the FASTA twin: ``Sequence0`` is the first."""
+    number = 0
+    for block in reader.blocks():
+        for line, cells in reader.rows(block):
+            place, name = reader.place(line), cells.get("id", f"Sequence{number}")
+            number += 1
+            residues = residues_of(cells["sequence"], place, name).decode()
+            if not residues:
+                raise UserError(f"{place}: {name!r} has no sequence; complete or remove the row")
+            row = LabelledRow(name, residues, (cells["target"].strip(),))
+            yield place, row, cells["set"].strip(), cells["validation"].strip()
+
+
+def _split_of(place: str, name: str, set_name: str | None, validation: str | None) -> str | None:
+    """``train``, ``valid`` or ``test``; None for a protein that the split leaves out."""
+    if set_name is None:
+        raise UserError(f"{place}: the header of {name!r} has no SET=; is this a file of FLIP?")
+    if set_name in ("", "nan"):
+        return None
+    if validation not in (None, "", "nan", "True", "False"):
+        raise UserError(f"{place}: VALIDATION of {name!r} is {validation!r}, not True or False")
+    if set_name == "test":
+        return "test"
+    if set_name == "train":
+        return "valid" if validation == "True" else "train"
+    raise UserError(f"{place}: SET of {name!r} is {set_name!r}, not train or test")
+
+
+def _check_number(text: str, place: str, name: str) -> None:
+    try:
+        finite = abs(float(text)) < float("inf")
+    except ValueError:
+        finite = False
+    if not finite:
+        raise UserError(f"{place}: the target {text!r} of {name!r} is not a number; correct or remove it")

@@ -1,0 +1,201 @@
+"""The tasks of FLIP and TAPE by name: what kind each is of, its splits, and FLIP's published sizes.
+
+Importing this imports nothing heavy, so that the command line can list them.
+
+Sizes are those of the FLIP repository (J-SNACKKB/FLIP) and of its files; where only the sum of training and
+validation is published, that is what is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is published of a split; None where it is not.
+
+    Attributes:
+        train: Proteins.
+        valid: Proteins.
+        test: Proteins.
+        train_and_valid: Their sum.
+        total: All of them.
+    """
+
+    train: int | None = None
+    valid: int | None = None
+    test: int | None = None
+    train_and_valid: int | None = None
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class FlipTask:
+    """One task of FLIP.
+
+    Attributes:
+        kind: What `task.kind` is in fine-tuning.
+        default: The split that is prepared unless another is named.
+        splits: Split -> published sizes.
+        files: Split -> name of its file without ending, where it is another.
+        multilabel: Splits whose proteins have several classes each, with ``;`` between.
+        masked: Whether there is a file of masks.
+    """
+
+    kind: str
+    default: str
+    splits: Mapping[str, Sizes]
+    files: Mapping[str, str]
+    multilabel: tuple[str, ...] = ()
+    masked: bool = False
+
+    @property
+    def per_residue(self) -> bool:
+        return self.kind == "token_classification"
+
+    def kind_of(self, split: str) -> str:
+        """`task.kind` of a split."""
+        return "multilabel" if split in self.multilabel else self.kind
+
+
+def _sums(train_and_valid: int, test: int) -> Sizes:
+    return Sizes(train_and_valid=train_and_valid, test=test)
+
+
+FLIP_TASKS: dict[str, FlipTask] = {
+    "aav": FlipTask(
+        "regression",
+        "seven_vs_many",
+        {
+            "seven_vs_many": _sums(70_002, 12_581),
+            "one_vs_many": _sums(1_170, 81_413),
+            "two_vs_many": _sums(31_807, 50_776),
+            "low_vs_high": _sums(47_546, 35_037),
+            "sampled": _sums(66_066, 16_517),
+            "des_mut": _sums(201_426, 82_583),
+            "mut_des": _sums(82_583, 201_426),
+        },
+        {},
+    ),
+    "gb1": FlipTask(
+        "regression",
+        "two_vs_rest",
+        {
+            "two_vs_rest": Sizes(381, 43, 8309),
+            "one_vs_rest": Sizes(25, 3, 8705),
+            "three_vs_rest": Sizes(2691, 299, 5743),
+            "low_vs_high": Sizes(4580, 509, 3644),
+            "sampled": Sizes(6289, 699, 1745),
+        },
+        {},
+    ),
+    "meltome": FlipTask(
+        "regression",
+        "mixed",
+        {
+            "mixed": Sizes(22_335, 2482, 3134),
+            "human": Sizes(test=1945, total=10_093),
+            "human_cell": Sizes(test=1366, total=7158),
+        },
+        {"mixed": "mixed_split"},
+    ),
+    "scl": FlipTask(
+        "classification",
+        "mixed_soft",
+        {
+            "mixed_soft": Sizes(9503, 1678, 2768),
+            "mixed_hard": Sizes(test=490),
+            "human_soft": Sizes(test=577),
+            "human_hard": Sizes(test=119),
+            "balanced": Sizes(test=385),
+            "mixed_vs_human_2": Sizes(),
+        },
+        {},
+        multilabel=("mixed_vs_human_2",),
+    ),
+    "sav": FlipTask(
+        "classification",
+        "mixed",
+        {"mixed": Sizes(total=109_449), "human": Sizes(total=15_076)},
+        {},
+    ),
+    "bind": FlipTask(
+        "token_classification",
+        "from_publication",
+        {
+            "from_publication": Sizes(954, 106, 300),
+            "one_vs_many": Sizes(996, 114, 250),
+            "two_vs_many": Sizes(1201, 140, 19),
+            "one_vs_sm": Sizes(999, 111, 134),
+            "one_vs_mn": Sizes(254, 31, 32),
+            "one_vs_sn": Sizes(254, 31, 53),
+        },
+        {},
+    ),
+    "conservation": FlipTask("token_classification", "sampled", {"sampled": Sizes(9392, 555, 519)}, {}),
+    "secondary_structure": FlipTask(
+        "token_classification",
+        "sampled",
+        {"sampled": Sizes(9712, 1080, 364)},
+        {},
+        masked=True,
+    ),
+}
+"""The eight tasks by name."""
+
+
+def differing(published: Sizes, found: Mapping[str, int]) -> list[str]:
+    """Where numbers of proteins are not the published ones, in words.
+
+    Args:
+        published: Of a split.
+        found: ``train``, ``valid`` and ``test`` -> proteins.
+    """
+    compared = {
+        "training": (published.train, found["train"]),
+        "validation": (published.valid, found["valid"]),
+        "test": (published.test, found["test"]),
+        "training and validation": (published.train_and_valid, found["train"] + found["valid"]),
+        "all": (published.total, sum(found.values())),
+    }
+    return [
+        f"{number:,} {name} proteins, published are {wanted:,}"
+        for name, (wanted, number) in compared.items()
+        if wanted is not None and wanted != number
+    ]
+
+
+@dataclass(frozen=True)
+class TapeTask:
+    """One task of TAPE.
+
+    Attributes:
+        folder: Of its files, and the first part of their names.
+        kind: What `task.kind` is in fine-tuning.
+        field: Of the records.
+        splits: As they are published; ``train`` and ``valid``, and those to test on.
+    """
+
+    folder: str
+    kind: str
+    field: str
+    splits: tuple[str, ...] = ("train", "valid", "test")
+
+
+TAPE_TASKS = {
+    "fluorescence": TapeTask("fluorescence", "regression", "log_fluorescence"),
+    "stability": TapeTask("stability", "regression", "stability_score"),
+    "remote_homology": TapeTask(
+        "remote_homology",
+        "classification",
+        "fold_label",
+        ("train", "valid", "test_fold_holdout", "test_superfamily_holdout", "test_family_holdout"),
+    ),
+    "secondary_structure": TapeTask(
+        "secondary_structure", "token_classification", "ss3", ("train", "valid", "casp12", "ts115", "cb513")
+    ),
+    "contact_prediction": TapeTask("proteinnet", "contact", "tertiary"),
+}
+"""By the names that TAPE gives them."""

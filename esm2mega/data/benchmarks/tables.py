@@ -1,0 +1,156 @@
+"""Labelled benchmark data as fine-tuning reads it: a CSV per split, and a manifest that says what they hold.
+
+Everything is text: no value passes through a number on its way.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esm2mega.data.readers.base import MISSING_VALUES, file_sha256
+from esm2mega.data.store.prepare import staging_directory
+from esm2mega.errors import UserError
+
+TARGET, MASK = "target", "mask"
+"""Columns of labels, and of which residues count."""
+
+SPLITS = ("train", "valid", "test")
+
+MANIFEST = "manifest.json"
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """One protein.
+
+    Attributes:
+        id: Of the source.
+        sequence: Residues.
+        labels: A cell for each column of labels, in the order of `LabelledTables.columns`.
+    """
+
+    id: str
+    sequence: str
+    labels: tuple[str, ...]
+
+
+@dataclass
+class LabelledTables:
+    """What is written.
+
+    Attributes:
+        columns: Names of the columns of labels, and of a mask where there is one.
+        rows: Split -> proteins, in the order of the source.
+        provenance: Entries of the manifest: where the data are from, and what was left out.
+        notes: What the user should know.
+    """
+
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[LabelledRow]]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, out: Path, kind: str, class_column: str | None) -> list[str]:
+        """Write ``SPLIT.csv`` of every split that has proteins and the manifest, whole or not at all.
+
+        Args:
+            out: Directory to make.
+            kind: `task.kind`, which says how a cell holds classes.
+            class_column: The one whose classes are counted; None where labels are numbers.
+
+        Returns:
+            A line per split, and the notes.
+        """
+        if out.exists():
+            raise UserError(f"{out}: exists already; name another directory or remove it")
+        with staging_directory(out) as staging:
+            folder = staging / "out"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            entries = {
+                split: self._entry(folder / f"{split}.csv", rows, kind, class_column)
+                for split, rows in self.rows.items()
+                if rows
+            }
+            manifest = {"version": VERSION, **self.provenance, "splits": entries, "notes": self.notes}
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            os.rename(folder, out)
+            shutil.rmtree(staging, ignore_errors=True)
+        lines = [
+            f"{out / entry['file']}: {entry['proteins']:,} proteins, {entry['residues']:,} residues, "
+            f"longest {entry['longest']:,}"
+            for entry in entries.values()
+        ]
+        return [*lines, *self.notes]
+
+    def _entry(
+        self, path: Path, rows: Sequence[LabelledRow], kind: str, class_column: str | None
+    ) -> dict[str, Any]:
+        """Write one split; its entry in the manifest."""
+        with path.open("w", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(["id", "sequence", *self.columns])
+            table.writerows([row.id, _sequence_cell(row.sequence), *row.labels] for row in rows)
+        lengths = [len(row.sequence) for row in rows]
+        entry: dict[str, Any] = {
+            "file": path.name,
+            "sha256": file_sha256(path),
+            "proteins": len(rows),
+            "residues": sum(lengths),
+            "longest": max(lengths),
+        }
+        if class_column is not None:
+            number = self.columns.index(class_column)
+            counts: Counter[str] = Counter()
+            for row in rows:
+                counts.update(_classes(row.labels[number], kind))
+            entry["classes"] = dict(sorted(counts.items()))
+        return entry
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of such tables; None if that of the directory is of something else.
+
+    Raises:
+        UserError: A table is missing, or not the one that was written.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except ValueError:
+        return None
+    if not isinstance(manifest, dict) or not {"benchmark", "splits", "version"} <= manifest.keys():
+        return None
+    if manifest["version"] != VERSION:
+        raise UserError(
+            f"{directory / MANIFEST}: has version {manifest['version']!r}, this esm2mega reads {VERSION}; "
+            "prepare the tables again"
+        )
+    for entry in manifest["splits"].values():
+        path = directory / entry["file"]
+        if not path.is_file() or file_sha256(path) != entry["sha256"]:
+            raise UserError(
+                f"{path}: is missing or was changed after it was written; prepare the tables again"
+            )
+    return manifest
+
+
+def _classes(cell: str, kind: str) -> Iterable[str]:
+    """The classes in a cell: one for each residue, names with ``;`` between, or one."""
+    if kind == "multilabel":
+        return {name.strip() for name in cell.split(";") if name.strip()}
+    return cell if kind == "token_classification" else [cell]
+
+
+def _sequence_cell(sequence: str) -> str:
+    """A protein of asparagine and alanine would read as a missing value; readers remove the blank."""
+    return " ".join(sequence) if sequence in MISSING_VALUES else sequence

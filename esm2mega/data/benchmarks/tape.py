@@ -1,0 +1,117 @@
+"""The labelled tasks of TAPE: their LMDB files to a table for each split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esm2mega.data.benchmarks.names import TAPE_TASKS, TapeTask
+from esm2mega.data.benchmarks.tables import MASK, TARGET, LabelledRow, LabelledTables
+from esm2mega.data.benchmarks.tape_arrays import load_with_arrays, numbers_of
+from esm2mega.data.readers.tape import TapeReader
+from esm2mega.errors import UserError
+
+
+def prepare_tape(name: str, source: str | Path, out: str | Path) -> list[str]:
+    """Write a CSV for each split that is there, and a manifest.
+
+    Args:
+        name: One of `TAPE_TASKS`.
+        source: Directory with the files, such as ``stability_train.lmdb``, or the one above it.
+        out: Directory to make.
+
+    Returns:
+        What was written, in lines.
+
+    Raises:
+        UserError: There is no training split, or a record has not what the task needs.
+    """
+    task = TAPE_TASKS[name]
+    found = {split: path for split in task.splits if (path := _find(Path(source), task, split)) is not None}
+    if "train" not in found:
+        raise UserError(
+            f"--source {source}: no {task.folder}_train.lmdb in it; name the directory "
+            f"with TAPE's files of {name}"
+        )
+    rows: dict[str, list[LabelledRow]] = {}
+    checksums: dict[str, str] = {}
+    for split, path in found.items():
+        reader = TapeReader(path, load=load_with_arrays)
+        rows[split] = [_row(place, key, record, task) for place, key, record in reader.dictionaries()]
+        checksums[path.name] = next(iter(reader.checksums.values()))
+    missing = [split for split in task.splits if split not in found]
+    notes = [f"{source}: no files of the splits {', '.join(missing)}"] if missing else []
+    provenance: dict[str, Any] = {"benchmark": "TAPE", "task": name, "kind": task.kind, "sources": checksums}
+    columns = [TARGET, MASK] if task.kind == "contact" else [TARGET]
+    classes = TARGET if task.kind.endswith("classification") else None
+    tables = LabelledTables(columns, rows, provenance, notes)
+    return tables.write(Path(out), task.kind, classes)
+
+
+def _find(source: Path, task: TapeTask, split: str) -> Path | None:
+    name = f"{task.folder}_{split}.lmdb"
+    return next((path for path in (source / name, source / task.folder / name) if path.exists()), None)
+
+
+def _row(place: str, name: str, record: dict[str, Any], task: TapeTask) -> LabelledRow:
+    sequence = record["primary"]
+    values = numbers_of(record.get(task.field))
+    if values is None:
+        raise UserError(f"{place}: has no numbers {task.field!r}; is this TAPE's {task.folder}?")
+    length = len(sequence)
+    shapes = {"token_classification": (length,), "contact": (length, 3)}
+    wanted = shapes.get(task.kind)
+    if values.size != 1 if wanted is None else values.shape != wanted:
+        raise UserError(f"{place}: {task.field!r} has the shape {list(values.shape)} for {length} residues")
+    cells = _CELLS[task.kind](values, f"{place}: {task.field!r}")
+    if task.kind != "contact":
+        return LabelledRow(name, sequence, (cells,))
+    mask = numbers_of(record.get("valid_mask"))
+    if mask is None or mask.shape != (length,):
+        raise UserError(f"{place}: has no 'valid_mask' of {length} residues; is this TAPE's proteinnet?")
+    return LabelledRow(name, sequence, (cells, "".join("1" if valid else "0" for valid in mask)))
+
+
+def _number(values: Any, place: str) -> str:
+    """The shortest text of the one number, in its own precision."""
+    (number,) = values.reshape(-1)
+    if not np.isfinite(number):
+        raise UserError(f"{place} is {number}, not a number; remove the record")
+    return str(number)
+
+
+def _class(values: Any, place: str) -> str:
+    (number,) = values.reshape(-1)
+    if not np.isfinite(number) or number != np.floor(number):
+        raise UserError(f"{place} is {number}; a class is a whole number")
+    return str(int(number))
+
+
+def _letters(values: Any, place: str) -> str:
+    """A digit for each residue."""
+    wrong = ~np.isin(values, range(10))
+    if wrong.any():
+        residue = int(wrong.argmax())
+        raise UserError(f"{place} is {values[residue]} at residue {residue}; a class is 0 to 9")
+    return "".join(str(int(value)) for value in values)
+
+
+def _coordinates(values: Any, place: str) -> str:
+    there = np.isfinite(values).all(axis=1)
+    # The shortest text of each number, in its own precision.
+    return json.dumps(
+        [[float(str(x)) for x in row] if ok else None for row, ok in zip(values, there, strict=True)]
+    )
+
+
+_CELLS: dict[str, Callable[[Any, str], str]] = {
+    "regression": _number,
+    "classification": _class,
+    "token_classification": _letters,
+    "contact": _coordinates,
+}
+"""The text of the cell of each kind; takes numbers of the right shape and what they are called."""

@@ -1,0 +1,77 @@
+"""Contacts of residues from coordinates, by the definition of TAPE and of ESM.
+
+Two residues are in contact if their atoms are less than 8 Angstrom apart: C-alpha in TAPE, C-beta in ESM;
+which atoms the coordinates are of is the user's choice. Pairs nearer than 6 residues along the chain do not
+count: nearly all of these are in contact.
+
+A protein of ``l`` residues has ``p = l (l - 1) / 2`` pairs i < j, in the order (0, 1), (0, 2), …, (1, 2), ….
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.errors import UserError
+from esm2mega.pairs import pairs_of
+
+DISTANCE = 8.0
+"""Angstrom; TAPE (`tape/datasets.py`) and ESM (`examples/contact_prediction.ipynb`)."""
+
+SEPARATION = 6
+"""Least j - i of a pair that counts, of both."""
+
+Array = npt.NDArray[np.float64]
+
+
+def read_coordinates(value: object, column: str, place: str) -> Array:
+    """``[L, 3]`` of a cell: a list of three numbers for each residue, or its JSON text.
+
+    A residue without coordinates is null, or has null or NaN among its numbers; all of its numbers are NaN.
+
+    Raises:
+        UserError: Anything else.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise UserError(f"{place}: column {column!r} holds no JSON list of coordinates") from None
+    if not isinstance(value, list):
+        raise UserError(
+            f"{place}: the coordinates in column {column!r} are {value!r}, not a list of [x, y, z]"
+        )
+    rows = np.full((len(value), 3), math.nan)
+    for number, row in enumerate(value):
+        if row is None:
+            continue
+        if not isinstance(row, list) or len(row) != 3 or not all(_is_coordinate(x) for x in row):
+            raise UserError(
+                f"{place}: residue {number} in column {column!r} has {row!r}; give [x, y, z] in Angstrom, "
+                "or null"
+            )
+        if None not in row:
+            rows[number] = row
+    rows[~np.isfinite(rows).all(axis=1)] = math.nan
+    return rows
+
+
+def _is_coordinate(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def pair_labels(coordinates: Array, ignored: int) -> npt.NDArray[np.int8]:
+    """1 for contacts, 0 for others, `ignored` for pairs that do not count, ``[p]``.
+
+    Args:
+        coordinates: ``[l, 3]`` in Angstrom, NaN where unknown.
+        ignored: Neither 0 nor 1.
+    """
+    first, second = pairs_of(len(coordinates))
+    squared = ((coordinates[first] - coordinates[second]) ** 2).sum(axis=1)
+    labels = (squared < DISTANCE**2).astype(np.int8)
+    labels[np.isnan(squared) | (second - first < SEPARATION)] = ignored
+    return labels

@@ -1,0 +1,292 @@
+"""Proteins with labels, in memory: a table, or a list of pairs, as the data side of fine-tuning reads it.
+
+`LabelledProteins` offers what samples and packs need of a token store, so that order, crops and packs of
+labelled proteins are made by the same code as those of pretraining.
+
+Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a protein.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega import vocabulary
+from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.data.labels.readers import TargetReader, join_labels, target_reader
+from esm2mega.data.labels.rows import MASK_FILE, labelled_rows
+from esm2mega.data.labels.schema import IGNORED, TargetInfo
+from esm2mega.data.readers.base import SourceOptions, residues_of
+from esm2mega.data.readers.sources import open_source
+from esm2mega.errors import UserError
+
+Pairs = Sequence[tuple[str, Any]]
+"""Sequences and their labels."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledProteins:
+    """Proteins, their ids and their labels.
+
+    Attributes:
+        path: Where they come from, for messages.
+        ids: n of them, repeats allowed.
+        tokens: Residues of all proteins back to back, uint8 ``[sum L]``.
+        offsets: Where each protein begins there, and the end, int64 ``[n + 1]``.
+        labels: Float64 ``[n, k]`` or int64 ``[n]`` of proteins, or of either type ``[sum L, m]`` of residues;
+            None where there are none, for prediction.
+        per_residue: Whether labels are stored by residue.
+        per_pair: Whether these are coordinates, float64 ``[sum L, 3]``, from which the labels of pairs of
+            residues follow.
+        notes: What the user should know about how they were read.
+    """
+
+    path: Path
+    ids: Sequence[str]
+    tokens: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any] | None = None
+    per_residue: bool = False
+    per_pair: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    clusters = None
+    """Labelled proteins are not sampled by clusters."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Residues of each protein, ``[n]``."""
+        return np.diff(self.offsets)
+
+    def id(self, row: int) -> str:
+        """The id of a protein."""
+        return self.ids[row]
+
+    def residues(self, row: int) -> npt.NDArray[np.uint8]:
+        """Token ids of a protein's residues, ``[L]``."""
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def num_missing(self) -> int:
+        """Labels that are missing or masked."""
+        if self.labels is None:
+            return 0
+        return int((self.is_missing.any(axis=1) if self.per_pair else self.is_missing).sum())
+
+    @property
+    def is_missing(self) -> npt.NDArray[np.bool_]:
+        """The same for each one of the labels, of which there must be some."""
+        assert self.labels is not None
+        return np.isnan(self.labels) if self.labels.dtype.kind == "f" else self.labels == IGNORED
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same proteins with the same labels in the same order; ids do not count."""
+        digest = hashlib.sha256(self.offsets.tobytes() + self.tokens.tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+    def select(self, rows: npt.NDArray[np.int64], notes: Sequence[str] = ()) -> LabelledProteins:
+        """Some of the proteins, in the order of `rows`."""
+        kept = [self.residues(row) for row in rows.tolist()]
+        labels = self.labels
+        if labels is not None and not self.per_residue:
+            labels = labels[rows]
+        elif labels is not None:
+            spans = [labels[self.offsets[row] : self.offsets[row + 1]] for row in rows.tolist()]
+            labels = np.concatenate(spans) if spans else labels[:0]
+        return LabelledProteins(
+            self.path,
+            [self.ids[row] for row in rows.tolist()],
+            np.concatenate(kept) if kept else self.tokens[:0],
+            _offsets(map(len, kept)),
+            labels,
+            self.per_residue,
+            self.per_pair,
+            [*self.notes, *notes],
+        )
+
+
+def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
+    return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One protein of a table."""
+
+    place: str
+    id: str
+    tokens: npt.NDArray[np.uint8]
+    label: Any
+
+
+def read_labelled(
+    path: str | Path,
+    task: TaskConfig,
+    data: DataConfig,
+    info: TargetInfo | None,
+    key: str,
+    loaded: TargetInfo | None = None,
+) -> tuple[LabelledProteins, TargetInfo]:
+    """Read proteins with labels; long ones are refused, dropped or kept as `fit_length` says.
+
+    Args:
+        path: CSV, JSON lines, Parquet or FASTA, also compressed.
+        task: Which columns hold what.
+        data: Columns of sequences and ids, and the greatest length.
+        info: From the training data, whose classes and scale hold here too; None for the training data.
+        key: Name of `path` for the user, such as ``data.train``.
+        loaded: Of the training data: see `TargetReader.learn`.
+
+    Raises:
+        UserError: Not such a table, or a bad cell.
+    """
+    if task.mask_file is not None:
+        task = replace(task, mask_column=MASK_FILE)
+    reader = target_reader(task)
+    notes: list[str] = []
+    rows = [
+        _Row(place, name, tokens, reader.read(cells, place, len(tokens)))
+        for place, name, tokens, cells in labelled_rows(Path(path), task, data, key, notes)
+    ]
+    if not rows:
+        raise UserError(f"{key}={path}: holds no proteins; give a table with some")
+    rows = _fitting(rows, data, key, notes)
+    info = info or reader.learn([row.label for row in rows], loaded)
+    return _of_rows(Path(path), rows, reader, info, notes), info
+
+
+def proteins_of_pairs(
+    pairs: Pairs,
+    task: TaskConfig,
+    info: TargetInfo | None,
+    name: str,
+    data: DataConfig | None = None,
+    loaded: TargetInfo | None = None,
+) -> tuple[LabelledProteins, TargetInfo]:
+    """Labelled proteins of a list of ``(sequence, value)``; the arguments are those of `read_labelled`.
+
+    A value is what a cell of the table would hold; with several target columns a sequence of such values.
+    Without `data` proteins may have any length.
+    """
+    for option in ("label_file", "mask_file", "mask_column"):
+        if getattr(task, option) is not None:
+            raise UserError(f"{name}: pairs hold their labels themselves; set task.{option}=null")
+    reader = target_reader(task)
+    columns = task.target_columns
+    rows = []
+    for number, (sequence, value) in enumerate(pairs):
+        place = f"{name}[{number}]"
+        values = [value]
+        if len(columns) > 1 and isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
+            values = list(value)
+        if len(values) != len(columns):
+            raise UserError(
+                f"{place}: {len(values)} values for task.target_columns={columns}; give one for each"
+            )
+        tokens = vocabulary.encode_residues(residues_of(sequence, place, str(number)))
+        cells = dict(zip(columns, values, strict=True))
+        rows.append(_Row(place, str(number), tokens, reader.read(cells, place, len(tokens))))
+    if not rows:
+        raise UserError(f"{name}: holds no proteins; give some")
+    notes: list[str] = []
+    if data is not None:
+        rows = _fitting(rows, data, name, notes)
+    info = info or reader.learn([row.label for row in rows], loaded)
+    return _of_rows(Path(name), rows, reader, info, notes), info
+
+
+def _fitting(rows: list[_Row], data: DataConfig, key: str, notes: list[str]) -> list[_Row]:
+    """Those that are kept. They are chosen before anything is learned from labels."""
+    lengths = np.array([len(row.tokens) for row in rows])
+    kept, note = _choose(lengths, lambda number: rows[number].id, data, key)
+    if note is not None:
+        notes.append(note)
+    return [rows[number] for number in kept.tolist()]
+
+
+def _of_rows(
+    path: Path, rows: Sequence[_Row], reader: TargetReader, info: TargetInfo, notes: list[str]
+) -> LabelledProteins:
+    return LabelledProteins(
+        path,
+        [row.id for row in rows],
+        np.concatenate([row.tokens for row in rows]),
+        _offsets(len(row.tokens) for row in rows),
+        join_labels((reader.encode(row.label, info, row.place) for row in rows), info.per_residue),
+        info.per_residue,
+        info.per_pair,
+        notes,
+    )
+
+
+def read_unlabelled(path: str | Path, data: DataConfig) -> LabelledProteins:
+    """Proteins to predict, from any format that `esm2mega prepare fasta` reads."""
+    options = SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
+    records = list(open_source(path, options))
+    if not records:
+        raise UserError(f"{path}: holds no proteins; give some")
+    tokens = [vocabulary.encode_residues(record.residues) for record in records]
+    return LabelledProteins(
+        Path(path), [record.id for record in records], np.concatenate(tokens), _offsets(map(len, tokens))
+    )
+
+
+def proteins_of_sequences(sequences: Sequence[str]) -> LabelledProteins:
+    """Proteins to predict, from text; their ids are their numbers."""
+    tokens = [
+        vocabulary.encode_residues(residues_of(sequence, f"sequences[{number}]", str(number)))
+        for number, sequence in enumerate(sequences)
+    ]
+    for number, residues in enumerate(tokens):
+        if not len(residues):
+            raise UserError(f"sequences[{number}] is empty; give residues")
+    if not tokens:
+        raise UserError("sequences holds no proteins; give some")
+    ids = [str(number) for number in range(len(tokens))]
+    return LabelledProteins(Path("sequences"), ids, np.concatenate(tokens), _offsets(map(len, tokens)))
+
+
+def fit_length(proteins: LabelledProteins, data: DataConfig, key: str) -> LabelledProteins:
+    """Refuse, drop or keep (for cropping) proteins that are too long, as `data.too_long` says.
+
+    Raises:
+        UserError: A protein is too long, or all are dropped.
+    """
+    kept, note = _choose(proteins.lengths, proteins.id, data, key)
+    return proteins if note is None else proteins.select(kept, [note])
+
+
+def _choose(
+    lengths: npt.NDArray[np.int64], id_of: Callable[[int], str], data: DataConfig, key: str
+) -> tuple[npt.NDArray[np.int64], str | None]:
+    """Numbers of the proteins that are kept, and what the user should know."""
+    limit = data.max_seq_length - 2
+    long = np.flatnonzero(lengths > limit)
+    kept = np.arange(len(lengths))
+    if not len(long):
+        return kept, None
+    count = f"{len(long)} of {len(lengths)} proteins of {key} have more than {limit} residues"
+    if data.too_long == "error":
+        first = int(long[0])
+        raise UserError(
+            f"{count}, first {id_of(first)!r} with {lengths[first]}; set data.too_long=crop or drop, "
+            f"or raise data.max_seq_length={data.max_seq_length}"
+        )
+    if data.too_long == "crop":
+        return kept, f"{count} and are cropped ({data.crop})"
+    kept = np.flatnonzero(lengths <= limit)
+    if not len(kept):
+        raise UserError(f"{count}, so none is left; raise data.max_seq_length={data.max_seq_length}")
+    return kept, f"{count} and are left out"

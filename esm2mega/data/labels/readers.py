@@ -1,0 +1,348 @@
+"""Labelled rows to numbers: what each kind of task reads, and how it learns what predictions mean.
+
+A vocabulary and the scale of targets come from the training data alone and go into every checkpoint
+(`TargetInfo`); validation and prediction use these. Text stays text: a class named ``NA`` or ``007`` is that
+class.
+
+Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a protein.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.config.schema import TaskConfig
+from esm2mega.config.task import PAIR_KIND, masks_of
+from esm2mega.data.labels.cells import (
+    Cells,
+    check_length,
+    classes_of,
+    mask_of,
+    number_of,
+    numbers_of,
+    text_of,
+)
+from esm2mega.data.labels.contacts import pair_labels, read_coordinates
+from esm2mega.data.labels.schema import IGNORED, TargetInfo
+from esm2mega.errors import UserError
+from esm2mega.pairs import pairs_of
+
+_SHOWN = 12
+
+
+class TargetReader(ABC):
+    """Reads the labels of one task."""
+
+    def __init__(self, task: TaskConfig) -> None:
+        self.task = task
+
+    @abstractmethod
+    def read(self, cells: Cells, place: str, num_residues: int) -> Any:
+        """The label of one row, not yet numbered; raises `UserError` with the place."""
+
+    def learn(self, labels: Sequence[Any], loaded: TargetInfo | None = None) -> TargetInfo:
+        """What predictions mean, from the labels of the training data.
+
+        Args:
+            labels: As `read` gives them.
+            loaded: Of a head that was trained before. Its names and scale stay; counts and baseline are those
+                of `labels`.
+
+        Raises:
+            UserError: Nothing to learn from, or another number of classes than configured.
+        """
+        info = self._learn(labels, loaded)
+        if loaded is not None:
+            info = replace(loaded, counts=info.counts, baseline=info.baseline)
+        wanted, found = self.task.num_classes, info.num_outputs
+        if wanted is not None and wanted != found:
+            place = "data.train" if loaded is None else "the loaded head"
+            raise UserError(
+                f"task.num_classes={wanted}, but {place} has {found} classes ({_shown(info.names)}); "
+                "correct it, or set task.num_classes=null"
+            )
+        return info
+
+    @abstractmethod
+    def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
+        """The same, with the classes of `loaded` in their order."""
+
+    @abstractmethod
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        """Numbers of one label: ``[k]`` or ``[]`` of a protein, ``[L, m]`` of its residues; of contacts
+        coordinates, ``[L, 3]``.
+        """
+
+
+class _Numbers(TargetReader):
+    """Regression: one number for each target column, some of which may be missing."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+        columns = self.task.target_columns
+        return np.array([number_of(cells[column], column, place) for column in columns])
+
+    def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
+        values = np.stack(labels)
+        return _scale_of(self.task, values, self.task.target_columns)
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        return np.asarray(label, dtype=np.float64)
+
+
+class _ResidueNumbers(TargetReader):
+    """Token regression: a number for each residue in each target column, ``nan`` for none."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+        columns = [
+            np.where(
+                mask_of(cells, mask, place, num_residues),
+                numbers_of(cells, column, place, num_residues),
+                np.nan,
+            )
+            for column, mask in zip(self.task.target_columns, masks_of(self.task), strict=True)
+        ]
+        return np.stack(columns, axis=1)
+
+    def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
+        return _scale_of(self.task, np.concatenate(labels), self.task.target_columns)
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        return np.asarray(label, dtype=np.float64)
+
+
+class _Class(TargetReader):
+    """Classification: one class name for a protein."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> str:
+        (column,) = self.task.target_columns
+        return text_of(cells, column, place)
+
+    def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
+        (column,) = self.task.target_columns
+        return _vocabulary(self.task, labels, _known(loaded), column)
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        (column,) = self.task.target_columns
+        return np.array(_number_in(label, info.names, column, place), dtype=np.int64)
+
+
+class _ResidueClasses(TargetReader):
+    """Token classification: a class for each residue in each target column, with classes of its own."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> list[list[str | None]]:
+        """The names of each column, None under a 0 of its mask."""
+        found = []
+        for column, mask in zip(self.task.target_columns, masks_of(self.task), strict=True):
+            names = classes_of(cells, column, place, num_residues)
+            counts = mask_of(cells, mask, place, num_residues).tolist()
+            found.append([name if there else None for name, there in zip(names, counts, strict=True)])
+        return found
+
+    def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
+        columns = self.task.target_columns
+        parts = []
+        for number, column in enumerate(columns):
+            there = [name for label in labels for name in label[number] if name is not None]
+            parts.append(_vocabulary(self.task, there, _known(loaded, number), column))
+        if len(parts) == 1:
+            return parts[0]
+        return TargetInfo(
+            _kind_of(self.task),
+            [name for part in parts for name in part.names],
+            [count for part in parts for count in part.counts],
+            baseline=[share for part in parts for share in part.baseline],
+            columns=list(columns),
+            widths=[len(part.names) for part in parts],
+        )
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        encoded = []
+        for column, target, names in zip(self.task.target_columns, info.targets, label, strict=True):
+            numbers: dict[str | None, int] = {
+                name: _number_in(name, target.names, column, place) for name in set(names) if name is not None
+            }
+            numbers[None] = IGNORED
+            encoded.append(np.array([numbers[name] for name in names], dtype=np.int64))
+        return np.stack(encoded, axis=1)
+
+
+class _NamedLabels(TargetReader):
+    """Multilabel: names with ``;`` between; an empty cell is no label at all, which is a label too."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> list[str]:
+        (column,) = self.task.target_columns
+        value = cells[column]
+        if value is None:
+            return []
+        if not isinstance(value, str):
+            raise UserError(f"{place}: the labels {value!r} in column {column!r} are no text")
+        return [name.strip() for name in value.split(";") if name.strip()]
+
+    def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
+        there = [name for label in labels for name in set(label)]
+        (column,) = self.task.target_columns
+        return _vocabulary(self.task, there, _known(loaded), column, total=len(labels))
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        encoded = np.zeros(len(info.names))
+        (column,) = self.task.target_columns
+        encoded[[_number_in(name, info.names, column, place) for name in label]] = 1.0
+        return encoded
+
+
+class _FlagColumns(TargetReader):
+    """Multilabel: a column of 0 and 1 for each label, some of which may be missing."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+        columns = self.task.target_columns
+        flags = np.array([number_of(cells[column], column, place) for column in columns])
+        for column, flag in zip(columns, flags.tolist(), strict=True):
+            if flag not in (0.0, 1.0) and not math.isnan(flag):
+                raise UserError(f"{place}: {cells[column]!r} in column {column!r}; a label is 0 or 1")
+        return flags
+
+    def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
+        flags = np.stack(labels)
+        counts = np.nansum(flags, axis=0).astype(int)
+        there = np.maximum(np.count_nonzero(~np.isnan(flags), axis=0), 1)
+        return TargetInfo(
+            _kind_of(self.task),
+            list(self.task.target_columns),
+            counts.tolist(),
+            baseline=(counts / there).tolist(),
+        )
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        return np.asarray(label, dtype=np.float64)
+
+
+class _Contacts(TargetReader):
+    """Contacts: coordinates of each residue, NaN where there are none or where the mask hides them."""
+
+    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+        (column,) = self.task.target_columns
+        coordinates = read_coordinates(cells[column], column, place)
+        check_length(coordinates, num_residues, column, place)
+        (mask,) = masks_of(self.task)
+        return np.where(mask_of(cells, mask, place, num_residues)[:, None], coordinates, np.nan)
+
+    def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
+        longest = max(len(coordinates) for coordinates in labels)
+        counts = np.zeros((2, longest), dtype=np.int64)  # contacts and other pairs by j - i
+        for coordinates in labels:
+            first, second = pairs_of(len(coordinates))
+            found = pair_labels(coordinates, IGNORED)
+            for row, label in enumerate((1, 0)):
+                counts[row] += np.bincount((second - first)[found == label], minlength=longest)
+        contacts, others = counts.sum(axis=1).tolist()
+        if not contacts + others:
+            raise UserError(
+                "data.train holds no pair of residues that counts; correct task.target_columns, or give "
+                "longer proteins"
+            )
+        frequencies = counts[0] / np.maximum(counts.sum(axis=0), 1)
+        return TargetInfo(_kind_of(self.task), ["contact"], [contacts], baseline=frequencies.tolist())
+
+    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+        return np.asarray(label, dtype=np.float64)
+
+
+def target_reader(task: TaskConfig) -> TargetReader:
+    """The reader of a task's labels."""
+    several = len(task.target_columns) > 1
+    readers: dict[str, type[TargetReader]] = {
+        "regression": _Numbers,
+        "classification": _Class,
+        "multilabel": _FlagColumns if several else _NamedLabels,
+        "token_classification": _ResidueClasses,
+        "token_regression": _ResidueNumbers,
+        PAIR_KIND: _Contacts,
+    }
+    return readers[_kind_of(task)](task)
+
+
+def join_labels(encoded: Iterable[npt.NDArray[Any]], per_residue: bool) -> npt.NDArray[Any]:
+    """The labels of all proteins: ``[n, k]`` or ``[n]``, or of all residues back to back, ``[sum L, m]``."""
+    return np.concatenate(list(encoded)) if per_residue else np.stack(list(encoded))
+
+
+def _kind_of(task: TaskConfig) -> str:
+    assert task.kind is not None
+    return task.kind
+
+
+def _scale_of(task: TaskConfig, values: npt.NDArray[np.float64], names: Sequence[str]) -> TargetInfo:
+    """Mean and standard deviation of each column of ``[n, k]``; 0 and 1 without scaling."""
+    counts = np.count_nonzero(~np.isnan(values), axis=0)
+    for name, count in zip(names, counts.tolist(), strict=True):
+        if not count:
+            raise UserError(
+                f"the column {name!r} of data.train holds no number that counts; correct "
+                "task.target_columns, or the mask"
+            )
+    means = np.nanmean(values, axis=0)
+    mean, std = np.zeros(len(names)), np.ones(len(names))
+    if task.scale_targets:
+        mean, std = means, np.nanstd(values, axis=0)
+        std[std == 0.0] = 1.0  # all labels are equal
+    return TargetInfo(
+        _kind_of(task), list(names), counts.tolist(), mean.tolist(), std.tolist(), means.tolist()
+    )
+
+
+def _vocabulary(
+    task: TaskConfig,
+    labels: Sequence[str],
+    names: Sequence[str] | None,
+    column: str,
+    total: int | None = None,
+) -> TargetInfo:
+    """The classes in order: of numbers if all names are whole numbers, else of text.
+
+    Args:
+        task: For its kind.
+        labels: Names, repeated.
+        names: The classes where they are known; `encode` refuses others.
+        column: Where they are from.
+        total: How many could have each of them; None for the number of labels.
+    """
+    count_of = Counter(labels)
+    if not count_of:
+        raise UserError(
+            f"the column {column!r} of data.train holds no label that counts; correct "
+            "task.target_columns, or the mask"
+        )
+    if names is None:
+        numeric = all(name.isdecimal() for name in count_of)
+        names = sorted(count_of, key=lambda name: (int(name), name) if numeric else (0, name))
+    counts = [count_of[name] for name in names]
+    total = total or len(labels)
+    return TargetInfo(_kind_of(task), list(names), counts, baseline=[count / total for count in counts])
+
+
+def _known(loaded: TargetInfo | None, number: int = 0) -> list[str] | None:
+    """The classes of a target of the head that was loaded, if there is one."""
+    return None if loaded is None else loaded.targets[number].names
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+
+
+def _number_in(name: str, names: Sequence[str], column: str, place: str) -> int:
+    """The number of a class among those that are known."""
+    try:
+        return names.index(name)
+    except ValueError:
+        raise UserError(
+            f"{place}: the class {name!r} in column {column!r} is none of those of the training data, or of "
+            f"the head that was loaded: {_shown(names)}; correct the label, or remove the row"
+        ) from None

@@ -1,0 +1,266 @@
+"""From files to rows of a sequence and its labels: tables, FASTA headers, and labels in files of their own.
+
+Three ways lead here:
+
+    table                 a column of sequences and columns of labels
+    FASTA                 labels as ``KEY=VALUE`` in the headers
+    `task.label_file`     sequences in one file; labels in a table, or (of residues) in a second FASTA; by id
+
+A `task.mask_file` is a FASTA of 0 and 1 in the place of residues, by id too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega import vocabulary
+from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.config.task import RESIDUE_KINDS, masks_of
+from esm2mega.data.readers.base import Record, SourceOptions, require_columns, table_record
+from esm2mega.data.readers.fasta import FastaReader, attributes, check_blanks, read_entries
+from esm2mega.data.readers.parquet import ParquetReader
+from esm2mega.data.readers.sources import open_source
+from esm2mega.data.readers.tables import CsvReader, JsonLinesReader
+from esm2mega.errors import UserError
+
+INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
+"""Columns of a table that was tokenised before; ``data.sequence_column=input_ids`` says so."""
+
+MASK_FILE = "task.mask_file"
+"""Stands for the column of the mask where it comes from a file."""
+
+_CORRECT = "correct task.target_columns or task.mask_column"
+
+Cells = Mapping[str, object]
+Row = tuple[str, str, npt.NDArray[np.uint8], Cells]
+"""Place, id, residues as tokens, and cells by column."""
+
+
+def labelled_rows(
+    path: Path, task: TaskConfig, data: DataConfig, key: str, notes: list[str]
+) -> Iterator[Row]:
+    """Every protein of a file with the cells of its labels.
+
+    Args:
+        path: Sequences.
+        task: Columns, label and mask files.
+        data: Columns of sequences and ids.
+        key: Name of `path` for the user, such as ``data.train``.
+        notes: Gets what the user should know.
+
+    Raises:
+        UserError: A file cannot be read, or one has not what another needs, with file, line and id.
+    """
+    if task.label_file is not None:
+        rows = _with_labels(_sequences(path, data), Path(task.label_file), task, data, notes)
+    else:
+        rows = _rows(path, task, data, key)
+    if task.mask_file is None:
+        yield from rows
+        return
+    masks = ResidueStrings(Path(task.mask_file), "marks")
+    for place, name, tokens, cells in rows:
+        yield place, name, tokens, {**cells, MASK_FILE: masks.of(name, len(tokens), place)}
+
+
+def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str) -> Iterator[Row]:
+    """Proteins of a file that has their labels too."""
+    wanted = _wanted(task)
+    source = open_source(path, _options(data))
+    if isinstance(source, FastaReader):
+        return _header_rows(source, wanted)
+    if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
+        raise UserError(
+            f"{key}={path}: labels are read from CSV, JSON lines, Parquet and FASTA; give such a file, or "
+            "labels in task.label_file"
+        )
+    require_columns(f"{key}={path}", source.columns, wanted, _CORRECT)
+    return _table_rows(source, data)
+
+
+def _wanted(task: TaskConfig) -> list[str]:
+    """Columns of labels, and of masks that are in the table."""
+    masks = [mask for mask in masks_of(task) if mask not in (None, MASK_FILE)]
+    return [*task.target_columns, *dict.fromkeys(masks)]
+
+
+def _options(data: DataConfig) -> SourceOptions:
+    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
+
+
+def _table_rows(source: CsvReader | JsonLinesReader | ParquetReader, data: DataConfig) -> Iterator[Row]:
+    options = _options(data)
+    id_column = data.id_column or ("id" if "id" in source.columns else None)
+    for block in source.blocks():
+        for line, cells in source.rows(block):
+            name = line if id_column is None else cells[id_column]
+            place = source.place(line)
+            if data.sequence_column == INPUT_IDS:
+                yield place, str(name), _tokens_of_ids(cells, place), cells
+                continue
+            record = table_record(source, options, line, name, cells[data.sequence_column])
+            yield place, record.id, vocabulary.encode_residues(record.residues), cells
+
+
+def _header_rows(source: FastaReader, wanted: Sequence[str]) -> Iterator[Row]:
+    for block in source.blocks():
+        for entry in source.entries(block):
+            place = source.place(entry.line)
+            marks = attributes(entry, place)
+            for column in wanted:
+                if column not in marks:
+                    raise UserError(
+                        f"{place}: the header of {entry.id!r} has no {column}=VALUE; add it, correct "
+                        "task.target_columns, or give labels in task.label_file"
+                    )
+            check_blanks(entry, wanted, place)
+            cells = {column: marks[column] for column in wanted}
+            yield place, entry.id, vocabulary.encode_residues(entry.text.encode()), cells
+
+
+class ResidueStrings:
+    """Strings with a character per residue, from a FASTA file, by id."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        """Args: path: FASTA. what: the characters are called."""
+        self.entries, self.reader = read_entries(path, labels=True)
+        self._what = what
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def of(self, name: str, num_residues: int, place: str) -> str:
+        """The text of a protein, which stands at `place` in another file."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise UserError(
+                f"{place}: no {self._what} of {name!r} in {self.reader.path}; complete that file, or remove "
+                "the protein"
+            )
+        if len(entry.text) != num_residues:
+            raise UserError(
+                f"{self.reader.place(entry.line)}: {len(entry.text)} {self._what} of {name!r}, which has "
+                f"{num_residues} residues; give one for each"
+            )
+        return entry.text
+
+
+def _sequences(path: Path, data: DataConfig) -> Iterator[tuple[str, Record]]:
+    """Place and record of each protein; ids name labels, so none may be repeated."""
+    source = open_source(path, _options(data))
+    lines: dict[str, int] = {}
+    for record in source:
+        place = source.place(record.line)
+        if (first := lines.setdefault(record.id, record.line)) != record.line:
+            raise UserError(
+                f"{place}: the id {record.id!r} is that of line {first} already; with task.label_file ids "
+                "must differ"
+            )
+        yield place, record
+
+
+def _with_labels(
+    records: Iterator[tuple[str, Record]], path: Path, task: TaskConfig, data: DataConfig, notes: list[str]
+) -> Iterator[Row]:
+    """Proteins joined with the labels of `path` by id."""
+    source = open_source(path, _label_options(data))
+    used = 0
+    if isinstance(source, FastaReader):
+        if task.kind not in RESIDUE_KINDS:
+            raise UserError(
+                f"task.label_file={path}: a FASTA of labels has one for each residue, task.kind={task.kind} "
+                "wants another form; give a table with ids and labels"
+            )
+        if len(task.target_columns) > 1:
+            raise UserError(
+                f"task.label_file={path}: a FASTA of labels is one column, task.target_columns="
+                f"{task.target_columns} names several; give a table with ids and labels"
+            )
+        (column,) = task.target_columns
+        entries = ResidueStrings(path, "labels")
+        total = len(entries)
+        for place, record in records:
+            tokens = vocabulary.encode_residues(record.residues)
+            used += 1
+            yield place, record.id, tokens, {column: entries.of(record.id, len(tokens), place)}
+    else:
+        table = _label_table(source, path, task, data)
+        total = len(table)
+        for place, record in records:
+            if record.id not in table:
+                raise UserError(
+                    f"{place}: no labels of {record.id!r} in {path}; complete that table, or remove "
+                    "the protein"
+                )
+            label_place, cells = table[record.id]
+            used += 1
+            yield label_place, record.id, vocabulary.encode_residues(record.residues), cells
+    if used < total:
+        notes.append(f"{total - used} of {total} labels in {path} are of other proteins")
+
+
+def _label_options(data: DataConfig) -> SourceOptions:
+    """A table of labels has ids; it needs no sequences."""
+    name = data.id_column or "id"
+    return SourceOptions(sequence_column=name, id_column=name)
+
+
+def _label_table(
+    source: object, path: Path, task: TaskConfig, data: DataConfig
+) -> dict[str, tuple[str, Cells]]:
+    """Place and cells by id."""
+    if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
+        raise UserError(f"task.label_file={path}: give CSV, JSON lines, Parquet or FASTA")
+    wanted = _wanted(task)
+    require_columns(f"task.label_file={path}", source.columns, wanted, _CORRECT)
+    table: dict[str, tuple[str, Cells]] = {}
+    for block in source.blocks():
+        for line, cells in source.rows(block):
+            place, name = source.place(line), str(cells[data.id_column or "id"]).strip()
+            if name in table:
+                raise UserError(
+                    f"{place}: the id {name!r} is at {table[name][0]} already; remove one of them"
+                )
+            table[name] = place, cells
+    return table
+
+
+def _tokens_of_ids(cells: Mapping[str, object], place: str) -> npt.NDArray[np.uint8]:
+    """Residues of a row of ``input_ids``: those under ``attention_mask``, without `<cls>` and `<eos>`.
+
+    Whatever id pads the row, the mask decides.
+    """
+    ids = _integers(cells[INPUT_IDS], INPUT_IDS, place)
+    mask = np.ones_like(ids)
+    if ATTENTION_MASK in cells:
+        mask = _integers(cells[ATTENTION_MASK], ATTENTION_MASK, place)
+    if len(mask) != len(ids):
+        raise UserError(f"{place}: {len(mask)} numbers in {ATTENTION_MASK} for {len(ids)} in {INPUT_IDS}")
+    ids = ids[mask != 0]
+    if len(ids) < 3 or ids[0] != vocabulary.CLS or ids[-1] != vocabulary.EOS:
+        raise UserError(
+            f"{place}: {INPUT_IDS} must be <cls> ({vocabulary.CLS}), residues, <eos> ({vocabulary.EOS}) "
+            f"under {ATTENTION_MASK}; tokenise again with the ESM-2 vocabulary and without truncation"
+        )
+    if ids.min() < 0 or ids.max() >= len(vocabulary.VOCAB):
+        raise UserError(f"{place}: {INPUT_IDS} must lie in 0 to {len(vocabulary.VOCAB) - 1}")
+    return ids[1:-1].astype(np.uint8)
+
+
+def _integers(value: object, column: str, place: str) -> npt.NDArray[np.int64]:
+    """A list of whole numbers, or its text."""
+    if isinstance(value, str):
+        text = value.strip()
+        text = text if text.startswith("[") else f"[{','.join(text.replace(',', ' ').split())}]"
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+    if not isinstance(value, list) or not all(type(number) is int for number in value):
+        raise UserError(f"{place}: column {column!r} must hold a list of whole numbers")
+    return np.array(value, dtype=np.int64)

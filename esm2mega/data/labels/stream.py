@@ -1,0 +1,128 @@
+"""From a pack of labelled proteins to one micro-batch, and the streams of them for training and evaluation.
+
+T   tokens of a pack (`train.micro_batch_tokens`), padding included
+n   proteins (or pieces of them) of a pack
+R   residues of these
+k   outputs
+m   target columns
+P   pairs of residues of the same protein, see `esm2mega.pairs`
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from esm2mega import vocabulary
+from esm2mega.batch import LabelledBatch, Segments
+from esm2mega.data import counter_rng
+from esm2mega.data.counter_rng import Purpose
+from esm2mega.data.labels.contacts import pair_labels
+from esm2mega.data.labels.dataset import LabelledProteins
+from esm2mega.data.labels.schema import IGNORED
+from esm2mega.data.stream.build import PADDING, BatchSpec, Share, StreamState, piece_tokens, train_plan
+from esm2mega.data.stream.loader import PackStream, SplitPacks
+from esm2mega.data.stream.packing import Pack
+from esm2mega.data.stream.prefetch import Prefetcher
+from esm2mega.data.stream.samples import TrainSamples
+
+
+def build_labelled(proteins: LabelledProteins, spec: BatchSpec, pack: Pack) -> LabelledBatch:
+    """Reads, crops and lays out one pack."""
+    pieces, capacity = pack.pieces, spec.micro_batch_tokens
+    tokens = piece_tokens([proteins], pieces)
+    packed = np.cumsum(pieces.lengths) - pieces.lengths  # where each piece begins in `tokens`
+    owners = np.repeat(np.arange(len(pieces)), pieces.lengths)
+    within = np.arange(len(tokens)) - packed[owners]
+    places = pack.offsets[owners] + within
+    input_ids = np.full(capacity, vocabulary.PAD, dtype=np.int64)
+    input_ids[places] = tokens
+    borders = np.unique(np.concatenate([[0, capacity], pack.offsets, pack.offsets + pieces.lengths]))
+    # Token 0 of a protein is <cls>, token i + 1 its residue i.
+    numbers = pieces.starts[owners] + within - 1
+    is_residue = (numbers >= 0) & (numbers < proteins.lengths[pieces.rows][owners])
+    numbers, owners = numbers[is_residue], owners[is_residue]
+    labels = proteins.labels
+    if labels is not None and not proteins.per_residue:
+        labels = labels[pieces.rows]
+    elif labels is not None:
+        labels = labels[proteins.offsets[pieces.rows][owners] + numbers]
+        if proteins.per_pair:
+            counts = np.bincount(owners, minlength=len(pieces))
+            each = np.split(labels, np.cumsum(counts)[:-1]) if len(pieces) else []
+            labels = np.concatenate([np.zeros(0, np.int8), *(pair_labels(x, IGNORED) for x in each)])
+    keys = counter_rng.stream_starts(spec.seed, Purpose.DROPOUT, pieces.samples).astype(np.int64)
+    segments = Segments(
+        len(pieces),
+        torch.from_numpy(pack.offsets.copy()),
+        torch.from_numpy(places[is_residue]),
+        torch.from_numpy(owners),
+        torch.from_numpy(numbers),
+        torch.from_numpy(keys),
+        tuple(tokens[a:b].tobytes() for a, b in itertools.pairwise([*packed.tolist(), len(tokens)])),
+        tuple(pack.offsets.tolist()),
+    )
+    return LabelledBatch(
+        torch.from_numpy(input_ids),
+        np.diff(borders).tolist(),
+        segments,
+        None if labels is None else torch.from_numpy(labels),
+        torch.from_numpy(pieces.rows.copy()),
+        len(tokens),
+        len(numbers),
+        len(pieces),
+    )
+
+
+class LabelledStream(PackStream[LabelledBatch]):
+    """Endless iterator over this rank's batches of labelled proteins; close it after use."""
+
+    def __init__(
+        self, proteins: LabelledProteins, spec: BatchSpec, dp_rank: int = 0, dp_size: int = 1
+    ) -> None:
+        """Starts at the first pack.
+
+        Args:
+            proteins: To train on.
+            spec: Content of the batches.
+            dp_rank: Data-parallel rank of this process.
+            dp_size: Number of data-parallel ranks.
+        """
+        super().__init__(TrainSamples([proteins], spec.data, spec.seed), spec, Share(dp_rank, dp_size))
+        self._proteins = proteins
+
+    def _start(self) -> Prefetcher[tuple[LabelledBatch, StreamState]]:
+        return Prefetcher(self._batches(self._state))
+
+    def _finish(self, built: LabelledBatch) -> LabelledBatch:
+        return built
+
+    def _batches(self, state: StreamState) -> Iterator[tuple[LabelledBatch, StreamState]]:
+        plan = train_plan(self.samples, self._spec)
+        share = self._share
+        while True:
+            packs, cursor = plan.take(state.cursor, share.dp_size)
+            state = state.after(packs, cursor)
+            pack = packs[share.dp_rank] if share.dp_rank < len(packs) else PADDING
+            yield build_labelled(self._proteins, self._spec, pack), state
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "data.too_long": self._spec.data.too_long}
+
+
+class LabelledPacks(SplitPacks[LabelledBatch]):
+    """Every labelled protein once, in a fixed order; see `SplitPacks`."""
+
+    def __init__(
+        self, proteins: LabelledProteins, spec: BatchSpec, limit: int = 0, dp_rank: int = 0, dp_size: int = 1
+    ) -> None:
+        """Selects this rank's batches; the arguments are those of `EvalPacks`."""
+        super().__init__(proteins, spec, limit, dp_rank, dp_size)
+        self._proteins = proteins
+
+    def _build(self, pack: Pack) -> LabelledBatch:
+        return build_labelled(self._proteins, self._spec, pack)

@@ -1,0 +1,290 @@
+"""What every input format offers: records, in blocks that any process can read on its own.
+
+A source cuts its input into blocks in one sequential pass and reads the records of one block wherever that is
+wanted. Blocks follow from the input alone, so what is made of them does not depend on how many processes
+share the work. A residue is an ASCII letter or one of `*`, `-`, `.`, in every format.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from esm2mega import vocabulary
+from esm2mega.errors import UserError
+
+WHITE_SPACE = b" \t\r\n\v\f"
+RESIDUE_BYTES = string.ascii_letters.encode() + b"*-."
+
+MISSING_VALUES = frozenset({"nan", "NaN", "NA", "N/A", "<NA>", "#N/A", "null", "None"})
+"""What other programs write into cells that have no value; some of it would pass as residues."""
+
+_HASH_BYTES = 1 << 20
+
+
+class ByteProgress(Protocol):
+    """Receives how far reading has come; the unit is bytes of the input files as they lie on disk."""
+
+    def update(self, n: int) -> object:
+        """Another `n` bytes have been read."""
+
+
+class Record(NamedTuple):
+    """One protein: its id, its residues without white space, and its line (or row, or item) from 1.
+
+    Without residues it is one that the user asked to drop, and only to be counted.
+    """
+
+    id: str
+    residues: bytes
+    line: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a source: text of whole records, or the rows from `line` to `stop`, exclusive."""
+
+    line: int
+    text: bytes = b""
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How inputs are read.
+
+    Attributes:
+        format: one of `sources.FORMATS`, or None to go by the name of the file.
+        sequence_column: column, or key, that holds the residues.
+        id_column: column that holds the ids; None for `id` where there is one and else the line number.
+        drop_empty: leave rows without a sequence out and count them, instead of refusing the file.
+    """
+
+    format: str | None = None
+    sequence_column: str = "sequence"
+    id_column: str | None = None
+    drop_empty: bool = False
+
+
+class RecordSource(ABC):
+    """One input: a file, or what several files of one name hold together.
+
+    Attributes:
+        path: as the user named it.
+        checksums: file name to SHA-256 of the bytes on disk; complete when `blocks` has come to its end.
+        num_records: records that iterating over the source has yielded.
+    """
+
+    unit = ":"
+    """What stands between the path and a number in messages."""
+
+    def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
+        """Names the input.
+
+        Args:
+            path: the file.
+            progress: told about bytes of the files as they are read.
+        """
+        self.path = Path(path)
+        self.progress = progress
+        self.checksums: dict[str, str] = {}
+        self.num_records = 0
+
+    @abstractmethod
+    def blocks(self) -> Iterator[Block]:
+        """Cuts the input, in order; raises UserError where it is not of this format."""
+
+    @abstractmethod
+    def records(self, block: Block) -> Iterator[Record]:
+        """The records of a block in order; raises UserError with the place of the first bad one."""
+
+    def files(self) -> list[Path]:
+        """The files that decide the content, in the order of `checksums`."""
+        return [self.path]
+
+    def notes(self) -> list[str]:
+        """What the user should know about how this input was read."""
+        return []
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yields all records in order."""
+        for block in self.blocks():
+            for record in self.records(block):
+                self.num_records += 1
+                yield record
+
+    def place(self, line: int) -> str:
+        """Where a record stands, for messages."""
+        return f"{self.path}{self.unit}{line}"
+
+    def key(self, block: Block) -> str:
+        """Equal for two blocks from which the same records are read."""
+        content = block.text or f"{sorted(self.checksums.items())} {block.stop}".encode()
+        reading = f"{type(self).__name__} {self._reading()} {block.line} {vocabulary.TOKENIZER_HASH} "
+        return hashlib.sha256(reading.encode() + hashlib.sha256(content).digest()).hexdigest()
+
+    def for_worker(self) -> RecordSource:
+        """A copy that can be sent to another process to read blocks there."""
+        worker = copy.copy(self)
+        worker.progress = None
+        return worker
+
+    def _reading(self) -> str:
+        """The options that decide what is read from a given block."""
+        return ""
+
+    def _check_file(self, path: Path, what: str) -> None:
+        """Raises UserError unless `path` is a file; `what` names its format."""
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory, not a {what} file; name the files in it")
+        if not path.exists():
+            raise UserError(f"{path}: no such {what} file")
+        if not path.is_file():  # a pipe could not be read a second time
+            raise UserError(f"{path}: is not a regular file; write the {what} content to a file first")
+
+
+class RowSource(RecordSource):
+    """A binary file with numbered rows: hashed first, then cut by row numbers."""
+
+    unit = ": row "
+
+    def blocks(self) -> Iterator[Block]:
+        self.checksums = {file.name: file_sha256(file) for file in self.files()}
+        total = sum(file.stat().st_size for file in self.files())
+        reported = 0
+        ranges = self._ranges()
+        for first, stop in ranges:
+            yield Block(first + 1, stop=stop + 1)
+            if self.progress is not None:
+                done = total * stop // ranges[-1][1]
+                self.progress.update(done - reported)
+                reported = done
+
+    @abstractmethod
+    def _ranges(self) -> Sequence[tuple[int, int]]:
+        """The rows of each block, counted from 0, end exclusive; at least one block."""
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as stream:
+            while piece := stream.read(_HASH_BYTES):
+                digest.update(piece)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return digest.hexdigest()
+
+
+def check_id(source: RecordSource, line: int, name: str) -> str:
+    """The id, if it can be shown and written."""
+    if not name.isprintable():
+        raise UserError(f"{source.place(line)}: the id {name[:60]!r} holds unprintable characters")
+    return name
+
+
+def table_record(
+    source: RecordSource, options: SourceOptions, line: int, name: object, sequence: object
+) -> Record:
+    """The record of a table's row; raises UserError for cells that hold no id or no sequence.
+
+    Args:
+        source: the table.
+        options: for `drop_empty`, and the names of the columns in messages.
+        line: of the row.
+        name: cell of the id column; text or an integer.
+        sequence: cell of the sequence column; text. White space in it is removed.
+    """
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(
+            f"{source.place(line)}: the id {name!r} is {_kind(name)}; give every row an id, or name another "
+            "column with --id-column"
+        )
+    name = check_id(source, line, name.strip())
+    if sequence is None or (isinstance(sequence, str) and sequence.strip() in MISSING_VALUES | {""}):
+        if options.drop_empty:
+            return Record(name, b"", line)
+        shown = "is empty" if not sequence else f"{sequence!r} is a missing value"
+        raise UserError(
+            f"{source.place(line)}: the sequence of {name!r} {shown}; complete or remove the row, or leave "
+            "such rows out with `esm2mega prepare fasta --drop-empty`"
+        )
+    if not isinstance(sequence, str):
+        raise UserError(
+            f"{source.place(line)}: {options.sequence_column!r} of {name!r} is {_kind(sequence)}, "
+            "not a sequence; name the column of sequences with --sequence-column"
+        )
+    return Record(name, residues_of(sequence, source.place(line), name), line)
+
+
+def residues_of(sequence: str, place: str, name: str) -> bytes:
+    """The residues of a cell, without white space; raises UserError at a character that is none."""
+    residues = sequence.encode("utf-8", "surrogatepass").translate(None, WHITE_SPACE)
+    if stray := residues.translate(None, RESIDUE_BYTES):
+        shown = stray[:4].decode("utf-8", errors="replace")[0]
+        raise UserError(
+            f"{place}: {shown!r} in the sequence of {name!r} is no residue (letters and '*-.' are)"
+        )
+    return residues
+
+
+def find_columns(
+    path: Path, available: Sequence[str], options: SourceOptions, what: str = "column"
+) -> tuple[str, str | None]:
+    """The sequence column and the id column, None where rows go by their number.
+
+    Args:
+        path: of the table, for messages.
+        available: names of its columns.
+        options: the names asked for.
+        what: how the format calls a column.
+    """
+    _require(path, available, options.sequence_column, "--sequence-column", what)
+    if options.id_column is not None:
+        _require(path, available, options.id_column, "--id-column", what)
+        return options.sequence_column, options.id_column
+    return options.sequence_column, "id" if "id" in available else None
+
+
+def _require(path: Path, available: Sequence[str], name: str, option: str, what: str) -> None:
+    by_lower = {column.lower(): column for column in available}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    hint = f"did you mean {option} {by_lower[near[0]]}?" if near else f"name one of them with {option}"
+    require_columns(str(path), available, [name], hint, what)
+
+
+def require_columns(
+    place: str, available: Sequence[str], wanted: Iterable[str], cure: str, what: str = "column"
+) -> None:
+    """Refuse a table in which a column is missing or there twice.
+
+    Args:
+        place: The table, for messages.
+        available: Its columns.
+        wanted: Those that must be there.
+        cure: What to do if one is not.
+        what: How the format calls a column.
+    """
+    for name in wanted:
+        if (count := available.count(name)) > 1:
+            raise UserError(f"{place}: has {count} {what}s {name!r}; rename all but one")
+        if not count:
+            shown = ", ".join(available[:12]) + (", …" if len(available) > 12 else "")
+            raise UserError(f"{place}: no {what} {name!r} among {shown}; {cure}")
+
+
+def _kind(value: object) -> str:
+    if value is None or value == "":
+        return "empty"
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), "blank" if isinstance(value, str) else f"of type {type(value).__name__}")

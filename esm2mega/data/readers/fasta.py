@@ -1,0 +1,187 @@
+"""Reads FASTA, plain, gzip or zstd, and refuses everything else with one line naming the place.
+
+Rules: a record is a line `>id description` and the lines up to the next one that starts with `>`. The id is
+the first word, in UTF-8; the description is not kept. Blank lines, white space inside sequence lines, Windows
+line ends and a missing newline at the end are fine. Any character that is no residue is an error, as is a
+record without residues: dropping or guessing would silently shift what belongs to which residue. In files of
+labels (`read_entries`) any printable character is one.
+
+Biopython's `SimpleFastaParser` does the parsing. It knows no line numbers and drops control characters at
+line ends. So the text handle it reads counts the lines, for messages that name one, and looks for characters
+that are no residues. The parser takes line by line: when it yields a record, the last line it took is the
+next header.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Container, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from Bio.SeqIO.FastaIO import SimpleFastaParser
+
+from esm2mega.data.readers.base import RESIDUE_BYTES, WHITE_SPACE, Block, Record, check_id
+from esm2mega.data.readers.text import TextSource
+from esm2mega.errors import UserError
+
+_HEAD_BYTES = 1 << 20
+_LABEL_BYTES = bytes(range(33, 127))
+
+
+class Entry(NamedTuple):
+    """A record with its whole header: the words behind the id, and the text under it."""
+
+    id: str
+    words: list[str]
+    text: str
+    line: int
+
+
+class _CountedLines:
+    """The parser's text handle: `number` of the last line taken; `stray`: line and first character that is
+    not of `allowed`.
+    """
+
+    def __init__(self, block: Block, allowed: bytes) -> None:
+        self._lines, self._allowed = io.BytesIO(block.text), allowed + WHITE_SPACE
+        self.number = block.line - 1
+        self.stray: tuple[int, str] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """Goes on where the last iteration ended: the parser loops to the first header, then again."""
+        for line in self._lines:
+            self.number += 1
+            if line[:1] != b">" and (stray := line.translate(None, self._allowed)) and not self.stray:
+                # A character outside ASCII is up to four bytes; show it whole where it is valid UTF-8.
+                self.stray = self.number, stray[:4].decode("utf-8", errors="replace")[0]
+            # Other bytes than ASCII become surrogates, which the parser does not take for white space.
+            yield line.decode("ascii", "surrogateescape")
+
+
+class FastaReader(TextSource):
+    """Iterates over the records of one FASTA file."""
+
+    format_name = "FASTA"
+
+    def records(self, block: Block) -> Iterator[Record]:
+        for name, _, residues, line in self._parsed(block):
+            yield Record(name, residues, line)
+
+    def entries(self, block: Block, labels: bool = False) -> Iterator[Entry]:
+        """The records of a block with their headers.
+
+        Args:
+            block: of this file.
+            labels: there are labels in the place of residues.
+        """
+        for name, header, body, line in self._parsed(block, labels):
+            yield Entry(name, header.decode("utf-8", "replace").split()[1:], body.decode(), line)
+
+    def _parsed(self, block: Block, labels: bool = False) -> Iterator[tuple[str, bytes, bytes, int]]:
+        """Id, header, body and line of each record."""
+        lines, line = _CountedLines(block, _LABEL_BYTES if labels else RESIDUE_BYTES), block.line
+        of, what = ("labels", "label") if labels else ("sequence", "residue (letters and '*-.' are)")
+        for title, text in SimpleFastaParser(lines):
+            # The parser strips the end of the title; what is left would hide residues in a header.
+            if "\r" in title:
+                raise UserError(
+                    f"{self.place(line)}: a carriage return without a line feed in a header; convert the "
+                    "line ends, for example with `tr '\\r' '\\n'`"
+                )
+            header = title.encode("ascii", "surrogateescape")
+            name = self._parse_id(header, line)
+            if lines.stray:
+                place, shown = lines.stray
+                raise UserError(f"{self.place(place)}: {shown!r} in the {of} of {name!r} is no {what}")
+            body = text.encode().translate(None, WHITE_SPACE)
+            if not body:
+                raise UserError(
+                    f"{self.place(line)}: no {of} under the header of {name!r}; remove or complete the record"
+                )
+            yield name, header, body, line
+            line = lines.number
+
+    def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
+        """Skips blank lines."""
+        line = 1
+        while (start := stream.readline(_HEAD_BYTES)).isspace():
+            line += start.endswith(b"\n")
+        if not start:
+            raise UserError(f"{self.path}: no sequences in the file; give a FASTA file with `>id` records")
+        if start.startswith(b">"):
+            return start, line
+        if b"\0" in start + stream.peek():
+            raise UserError(f"{self.path}: is a binary file, not FASTA text")
+        shown = start[:30].removesuffix(b"\n").decode("utf-8", errors="replace")
+        raise UserError(
+            f"{self.place(line)}: not FASTA: a record must start with '>' but this line starts {shown!r}"
+        )
+
+    def _last_cut(self, text: bytes) -> int:
+        return text.rfind(b"\n>") + 1
+
+    def _parse_id(self, header: bytes, line: int) -> str:
+        words = header.split(None, 1)
+        if not words or header[:1].isspace():
+            raise UserError(f"{self.place(line)}: the header has no id; write it right behind the '>'")
+        try:
+            name = words[0].decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{self.place(line)}: the id {words[0][:60]!r} is not UTF-8; convert the file"
+            ) from None
+        return check_id(self, line, name)
+
+
+def read_entries(path: str | Path, labels: bool = False) -> tuple[dict[str, Entry], FastaReader]:
+    """All records of a file by id, and its reader, which knows places and the checksum.
+
+    Args:
+        path: FASTA, also compressed.
+        labels: it holds labels of residues in the place of residues.
+
+    Raises:
+        UserError: Not such a file, or an id occurs twice.
+    """
+    reader = FastaReader(path)
+    found: dict[str, Entry] = {}
+    for block in reader.blocks():
+        for entry in reader.entries(block, labels):
+            if (first := found.setdefault(entry.id, entry)) is not entry:
+                raise UserError(
+                    f"{reader.place(entry.line)}: the id {entry.id!r} is that of line {first.line} already; "
+                    "remove one of them"
+                )
+    return found, reader
+
+
+def attributes(entry: Entry, place: str) -> dict[str, str]:
+    """``KEY=VALUE`` words of a header; a value is everything up to the next white space.
+
+    Raises:
+        UserError: A key occurs twice.
+    """
+    found: dict[str, str] = {}
+    for word in entry.words:
+        key, equals, value = word.partition("=")
+        if equals and key in found:
+            raise UserError(f"{place}: the header of {entry.id!r} has {key} twice; remove one of them")
+        if equals:
+            found[key] = value
+    return found
+
+
+def check_blanks(entry: Entry, keys: Container[str], place: str) -> None:
+    """Refuse a value with blanks under one of `keys`, of which `attributes` gives the first word alone.
+
+    Raises:
+        UserError: A word that is no ``KEY=VALUE`` follows one of them.
+    """
+    for word, after in pairwise(entry.words):
+        if word.partition("=")[0] in keys and "=" not in after:
+            raise UserError(
+                f"{place}: {after!r} behind {word!r} in the header of {entry.id!r}: a value ends at white "
+                "space; write _ for blanks"
+            )

@@ -1,0 +1,123 @@
+"""Parquet tables, one block per row group; needs the `parquet` extra."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esm2mega.data.readers.base import (
+    Block,
+    ByteProgress,
+    Record,
+    RowSource,
+    SourceOptions,
+    find_columns,
+    table_record,
+)
+from esm2mega.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
+_BATCH_ROWS = 4096
+
+
+class ParquetReader(RowSource):
+    """Rows of a Parquet file; text columns, and integers for ids."""
+
+    def __init__(
+        self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
+    ) -> None:
+        """Reads the schema; raises UserError when a column is missing or of another type."""
+        super().__init__(path, progress)
+        self._check_file(self.path, "Parquet")
+        self._options = options
+        with open_parquet(self.path) as file:
+            schema = file.schema_arrow
+            self.columns: list[str] = schema.names
+            self._sequence, self._id = find_columns(self.path, schema.names, options)
+            # A table of labels has no sequences; its ids stand for them.
+            integers = options.sequence_column == options.id_column
+            self._check_type(self._sequence, schema.field(self._sequence).type, integers)
+            if self._id is not None:
+                self._check_type(self._id, schema.field(self._id).type, integers=True)
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        self._starts = [0, *itertools.accumulate(groups)]
+        if not self._starts[-1]:
+            raise UserError(f"{self.path}: has no rows; give a table with sequences")
+
+    def notes(self) -> list[str]:
+        return [f"{self.path}: has no 'id', so the ids are row numbers"] if self._id is None else []
+
+    def records(self, block: Block) -> Iterator[Record]:
+        columns = [self._sequence] if self._id is None else [self._sequence, self._id]
+        for line, row in self.rows(block, columns):
+            name = line if self._id is None else row[self._id]
+            yield table_record(self, self._options, line, name, row[self._sequence])
+
+    def rows(
+        self, block: Block, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The number and the cells of each row, by column; bytes become text.
+
+        Args:
+            block: which rows.
+            columns: which cells; None for all.
+        """
+        columns, row = list(self.columns if columns is None else columns), block.line
+        with open_parquet(self.path) as file:
+            # To the right of the empty groups, which begin at the same row.
+            group = bisect.bisect_right(self._starts, block.line - 1) - 1
+            for batch in file.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False):
+                for cells in batch.to_pylist():
+                    yield row, {name: _text(cell) for name, cell in cells.items()}
+                    row += 1
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        return [(a, b) for a, b in zip(self._starts, self._starts[1:], strict=False) if b > a]
+
+    def _reading(self) -> str:
+        return repr((self._options, self._id))
+
+    def _check_type(self, column: str, found: pyarrow.DataType, integers: bool) -> None:
+        import pyarrow.types as kinds
+
+        if kinds.is_dictionary(found):
+            found = found.value_type
+        text = (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)
+        if any(is_kind(found) for is_kind in text) or (integers and kinds.is_integer(found)):
+            return
+        option = "--id-column" if integers else "--sequence-column"
+        raise UserError(
+            f"{self.path}: the column {column!r} holds {found}, not text; name another with {option}"
+        )
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """The file, for the schema and for batches of rows.
+
+    Raises:
+        UserError: pyarrow is not there, or, anywhere in the block, the file turns out to be damaged.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: reading Parquet needs pyarrow; install it with `pip install 'esm2mega[parquet]'`"
+        ) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is not a readable Parquet file ({reason}); copy or make it again") from None
+
+
+def _text(cell: object) -> object:
+    return cell.decode("utf-8", errors="surrogateescape") if isinstance(cell, bytes) else cell

@@ -1,0 +1,126 @@
+"""Proteins and ids in binary files of rows: Parquet and SQLite. A place in one is a row, counted from 1."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from esm2mega.data.readers.base import ByteProgress, Record, file_sha256, require_columns, residues_of
+from esm2mega.data.readers.parquet import open_parquet
+from esm2mega.errors import UserError
+
+_ROWS = 1 << 14
+
+
+class RowFile:
+    """A binary file of rows; hashed before it is read, since reading does not go through it in order."""
+
+    kind = ""
+
+    def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
+        """Checks that the file is there.
+
+        Args:
+            path: of the file.
+            progress: told about the bytes of the file, once.
+        """
+        self.path = Path(path)
+        self.sha256 = ""
+        self._progress = progress
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such {self.kind} file")
+
+    def place(self, line: int) -> str:
+        """Where a row stands, for messages."""
+        return f"{self.path}: row {line}"
+
+    def hash(self) -> None:
+        """Reads the whole file for `sha256`, once."""
+        if self.sha256:
+            return
+        self.sha256 = file_sha256(self.path)
+        if self._progress is not None:
+            self._progress.update(self.path.stat().st_size)
+
+    def text(self, value: object, line: int, column: str) -> str:
+        """The value of a column, if it is a text."""
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{self.place(line)}: {column} is {value!r}, not a text; every row needs one")
+        return value
+
+
+class ParquetFile(RowFile):
+    """The rows of chosen columns of one Parquet file."""
+
+    kind = "Parquet"
+
+    def __init__(
+        self, path: str | Path, columns: Sequence[str], progress: ByteProgress | None = None
+    ) -> None:
+        """Opens the file and looks for the columns.
+
+        Args:
+            path: of the file.
+            columns: names of columns that must be there.
+            progress: told about the bytes of the file.
+        """
+        super().__init__(path, progress)
+        self.columns = list(columns)
+        with open_parquet(self.path) as file:
+            self.available = list(file.schema_arrow.names)
+            self.num_rows = int(file.metadata.num_rows)
+        require_columns(str(self.path), self.available, columns, "give a file that has it")
+
+    def rows(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Yields each row from 1 with the values of the columns; None for missing ones."""
+        self.hash()
+        number = 0
+        with open_parquet(self.path) as file:
+            for batch in file.iter_batches(_ROWS, columns=self.columns):
+                for values in zip(*(batch.column(name).to_pylist() for name in self.columns), strict=True):
+                    number += 1
+                    yield number, values
+        if not number:
+            raise UserError(f"{self.path}: has no rows; give a file with data")
+
+
+class ProteinDatabase(RowFile):
+    """Iterates over the proteins of a SQLite file in the order in which they lie in it."""
+
+    kind = "SQLite"
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yields the proteins."""
+        self.hash()
+        # Nobody writes to it meanwhile: without locks a read-only directory will do.
+        address = f"file:{quote(str(self.path.absolute()))}?mode=ro&immutable=1"
+        line = 0
+        try:
+            with closing(sqlite3.connect(address, uri=True)) as database:
+                # What a schema from elsewhere may define is not run.
+                database.execute("PRAGMA trusted_schema = OFF")
+                for name, sequence in database.execute("SELECT id, sequence FROM protein"):
+                    line += 1
+                    yield protein(self, line, self.text(name, line, "id"), sequence)
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self.path}: cannot be read as SQLite with a table protein(id, sequence) ({error}); "
+                "copy or download it again"
+            ) from None
+        if not line:
+            raise UserError(f"{self.path}: the table protein has no rows; give a file with data")
+
+
+def protein(source: RowFile, line: int, name: str, sequence: object) -> Record:
+    """A protein of a row; raises UserError when `sequence` is none."""
+    residues = residues_of(sequence, source.place(line), name) if isinstance(sequence, str) else b""
+    if not residues:
+        raise UserError(
+            f"{source.place(line)}: the sequence of {name!r} is {sequence!r}, not residues; "
+            "complete or remove the row"
+        )
+    return Record(name, residues, line)

@@ -1,0 +1,67 @@
+"""From the path of an input to the source that reads it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from esm2mega.data.readers.base import ByteProgress, RecordSource, SourceOptions
+from esm2mega.data.readers.fasta import FastaReader
+from esm2mega.data.readers.megatron import MegatronReader
+from esm2mega.data.readers.parquet import ParquetReader
+from esm2mega.data.readers.tables import CsvReader, JsonLinesReader
+from esm2mega.data.readers.tape import TapeReader
+from esm2mega.errors import UserError
+
+FORMATS = ("fasta", "csv", "jsonl", "parquet", "megatron", "tape")
+
+_COMPRESSION_ENDINGS = (".gz", ".zst")
+_FORMAT_OF_ENDING = {
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **dict.fromkeys((".idx", ".bin"), "megatron"),
+    **dict.fromkeys((".lmdb", ".mdb"), "tape"),
+}
+
+
+def open_source(
+    path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
+) -> RecordSource:
+    """The reader of an input; the first look at its head is taken here.
+
+    Args:
+        path: a file; for TAPE also the directory that holds `data.mdb`.
+        options: how to read it. Without a format, the ending of the name decides; files of unknown endings
+            are FASTA.
+        progress: told about bytes of the input as they are read.
+
+    Raises:
+        UserError: The file is missing, lacks a column, or is of another format.
+    """
+    kind = options.format or format_of(Path(path))
+    if kind == "fasta":
+        return FastaReader(path, progress)
+    if kind == "csv":
+        return CsvReader(path, options, progress)
+    if kind == "jsonl":
+        return JsonLinesReader(path, options, progress)
+    if kind == "parquet":
+        return ParquetReader(path, options, progress)
+    if kind == "megatron":
+        return MegatronReader(path, progress)
+    if kind == "tape":
+        return TapeReader(path, progress)
+    near = difflib.get_close_matches(kind, FORMATS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"--format {kind} is not one of {', '.join(FORMATS)}{hint}")
+
+
+def format_of(path: Path) -> str:
+    """The format that the name of an input tells."""
+    if (path / "data.mdb").is_file():
+        return "tape"
+    endings = [ending.lower() for ending in path.suffixes]
+    while endings and endings[-1] in _COMPRESSION_ENDINGS:
+        endings.pop()
+    return _FORMAT_OF_ENDING.get(endings[-1], "fasta") if endings else "fasta"

@@ -1,0 +1,180 @@
+"""Tables as text: CSV and its relatives with a header line, and JSON lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from esm2mega.data.readers.base import Block, ByteProgress, Record, SourceOptions, find_columns, table_record
+from esm2mega.data.readers.text import TextSource
+from esm2mega.errors import UserError
+
+_DELIMITERS = ",\t;"
+_HEADER_BYTES = 1 << 20
+_LONGEST_ROW = 1 << 30
+
+
+class _TableSource(TextSource):
+    """Rows with named cells; `notes` says where the ids came from when there is no column of them.
+
+    Attributes:
+        columns: names, in the order of the file.
+    """
+
+    columns: Sequence[str]
+
+    def __init__(
+        self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
+    ) -> None:
+        super().__init__(path, progress)
+        self._options = options
+        self._sequence = options.sequence_column
+        self._id: str | None = None
+
+    def notes(self) -> list[str]:
+        return [f"{self.path}: has no 'id', so the ids are line numbers"] if self._id is None else []
+
+    def records(self, block: Block) -> Iterator[Record]:
+        for line, row in self.rows(block):
+            name = line if self._id is None else row[self._id]
+            yield table_record(self, self._options, line, name, row[self._sequence])
+
+    @abstractmethod
+    def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The line and all cells of each row, by column."""
+
+    def _reading(self) -> str:
+        return repr((self._options, self._id))
+
+
+class CsvReader(_TableSource):
+    """CSV with a header line; commas, tabs or semicolons, whichever the header has most of.
+
+    A field in double quotes may hold delimiters, line ends, and double quotes written twice. So a block ends
+    at a line end behind an even number of quotes.
+    """
+
+    format_name = "CSV"
+
+    def __init__(
+        self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
+    ) -> None:
+        """Reads the header; raises UserError when a column is missing."""
+        super().__init__(path, options, progress)
+        with self._opened() as stream:
+            header = self._header_line(stream).decode("utf-8", errors="replace")
+        self._delimiter = max(_DELIMITERS, key=header.count)
+        self.columns = [name.strip() for name in next(csv.reader([header], delimiter=self._delimiter))]
+        self._sequence, self._id = find_columns(self.path, self.columns, options)
+
+    def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        text = self.decoded(block)
+        # The library's own limit of 128 KiB is shorter than some proteins; a field fits into its block.
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+        # newline="" keeps line ends inside quotes as they are.
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True)
+        before = 0
+        try:
+            for row in rows:
+                line, before = block.line + before, rows.line_num
+                if not row:
+                    continue
+                if len(row) != len(self.columns):
+                    raise UserError(
+                        f"{self.place(line)}: has {len(row)} fields, the header has {len(self.columns)}; "
+                        "put double quotes around a field that holds the delimiter"
+                    )
+                yield line, dict(zip(self.columns, row, strict=True))
+        except csv.Error as error:
+            raise UserError(
+                f"{self.place(block.line + before)}: not CSV ({error}); correct the row"
+            ) from None
+
+    def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
+        self._header_line(stream)
+        line = 2
+        while (start := stream.readline(_HEADER_BYTES)).isspace():
+            line += start.endswith(b"\n")
+        if not start:
+            raise UserError(f"{self.path}: no rows under the header; give a table with sequences")
+        return start, line
+
+    def _last_cut(self, text: bytes) -> int:
+        end = text.rfind(b"\n") + 1
+        quotes = text.count(b'"', 0, end)
+        while end and quotes % 2:
+            before = text.rfind(b"\n", 0, end - 1) + 1
+            quotes -= text.count(b'"', before, end)
+            end = before
+        if not end and len(text) > _LONGEST_ROW:
+            raise UserError(f"{self.path}: has a row of more than 1 GiB; is a double quote missing?")
+        return end
+
+    def _header_line(self, stream: io.BufferedReader[Any]) -> bytes:
+        header = stream.readline(_HEADER_BYTES)
+        if header.startswith(b">"):
+            raise UserError(f"{self.path}: is FASTA, not CSV; give --format fasta, or rename the file")
+        if b"\0" in header:
+            raise UserError(f"{self.path}: is a binary file, not CSV")
+        if not header.strip():
+            raise UserError(f"{self.path}:1: no header; name the columns in the first line")
+        return header
+
+
+class JsonLinesReader(_TableSource):
+    """One JSON object per line."""
+
+    format_name = "JSON lines"
+
+    def __init__(
+        self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
+    ) -> None:
+        """Looks at the first object for its keys; raises UserError when one is missing."""
+        super().__init__(path, options, progress)
+        with self._opened() as stream:
+            text, line = self._start(stream)
+            text += stream.readline() if not text.endswith(b"\n") else b""
+        self.columns = list(self._parse(text, line))
+        self._sequence, self._id = find_columns(self.path, self.columns, options, "key")
+
+    def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        for line, text in enumerate(block.text.split(b"\n"), block.line):
+            if not text.strip():
+                continue
+            row = self._parse(text, line)
+            if self._sequence not in row or (self._id is not None and self._id not in row):
+                missing = self._id if self._sequence in row else self._sequence
+                raise UserError(
+                    f"{self.place(line)}: no key {missing!r}, which the first object has; add it, or remove "
+                    "the line"
+                )
+            yield line, row
+
+    def _parse(self, text: bytes, line: int) -> dict[str, Any]:
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            cure = "write one object per line"
+            if text.lstrip().startswith(b"["):
+                cure = "turn the array into one object per line, e.g. with `jq -c '.[]'`"
+            raise UserError(f"{self.place(line)}: not JSON ({error}); {cure}") from None
+        if not isinstance(row, dict):
+            cure = " (turn an array into lines, e.g. with `jq -c '.[]'`)" if isinstance(row, list) else ""
+            raise UserError(f"{self.place(line)}: not a JSON object; write one object per line{cure}")
+        return row
+
+    def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
+        line = 1
+        while (start := stream.readline(_HEADER_BYTES)).isspace():
+            line += start.endswith(b"\n")
+        if not start:
+            raise UserError(f"{self.path}: no objects in the file; give one JSON object per line")
+        return start, line
+
+    def _last_cut(self, text: bytes) -> int:
+        return text.rfind(b"\n") + 1

@@ -1,0 +1,152 @@
+"""Text inputs: plain, gzip or zstd by content, read once from front to back and cut into blocks."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import sys
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esm2mega.data.readers.base import Block, ByteProgress, RecordSource
+from esm2mega.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+BLOCK_BYTES = 16 << 20
+"""Text of a block. One block per worker is in memory, and some more on the way."""
+
+_BUFFER_BYTES = 1 << 20
+_UTF8_MARK = b"\xef\xbb\xbf"
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_OTHER_COMPRESSION = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
+
+# Files made with `zstd --long=31` need a window of 2 GiB; the library's own limit is 128 MiB.
+_ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
+
+
+class _TrackedFile(io.FileIO):
+    """A file opened for reading that hashes and reports every byte passing through."""
+
+    def __init__(self, path: Path, progress: ByteProgress | None) -> None:
+        super().__init__(path, "rb")
+        self._progress = progress
+        self.sha256 = hashlib.sha256()
+
+    def readinto(self, buffer: Buffer) -> int:
+        count = super().readinto(buffer) or 0
+        self.sha256.update(memoryview(buffer)[:count])
+        if self._progress is not None and count:
+            self._progress.update(count)
+        return count
+
+
+class TextSource(RecordSource):
+    """A text file whose records follow each other; a subclass says where it may be cut."""
+
+    format_name = "text"
+
+    def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
+        """Checks that the file can be read.
+
+        Args:
+            path: the file; gzip and zstd are recognised by content, not by name.
+            progress: told about every block read from disk.
+        """
+        super().__init__(path, progress)
+        self._check_file(self.path, self.format_name)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file as it lies on disk, once `blocks` has come to its end."""
+        return self.checksums.get(self.path.name, "")
+
+    def blocks(self) -> Iterator[Block]:
+        with self._opened(whole=True) as stream:
+            pending, line = self._start(stream)
+            while text := stream.read(BLOCK_BYTES):
+                pending += text
+                if len(text) < BLOCK_BYTES:
+                    break  # the last record needs no block of its own
+                if end := self._last_cut(pending):
+                    yield Block(line, pending[:end])
+                    line += pending.count(b"\n", 0, end)
+                    pending = pending[end:]
+            if pending:
+                yield Block(line, pending)
+
+    def decoded(self, block: Block) -> str:
+        """The text of a block, if it is UTF-8."""
+        try:
+            return block.text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = block.line + block.text.count(b"\n", 0, error.start)
+            raise UserError(f"{self.place(line)}: is not UTF-8; convert the file, e.g. with iconv") from None
+
+    @abstractmethod
+    def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
+        """Reads to the first record; returns what was read of it, and the number of its line.
+
+        Raises:
+            UserError: There is no record, or the file is of another format.
+        """
+
+    @abstractmethod
+    def _last_cut(self, text: bytes) -> int:
+        """The last place in `text`, which begins with a record, where another record begins; 0 for none."""
+
+    @contextmanager
+    def _opened(self, whole: bool = False) -> Iterator[io.BufferedReader[Any]]:
+        """The decompressed content behind any byte order mark.
+
+        Args:
+            whole: it will be read to the end: report progress, and keep the checksum.
+        """
+        kind = "gzip"
+        try:
+            with (
+                _TrackedFile(self.path, self.progress if whole else None) as raw,
+                io.BufferedReader(raw, _BUFFER_BYTES) as buffered,
+            ):
+                magic = buffered.peek(8)[:8]
+                stream: io.BufferedReader[Any] = buffered
+                if magic.startswith(_GZIP):
+                    stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER_BYTES)
+                elif magic.startswith(_ZSTD):
+                    kind = "zstd"
+                    stream = io.BufferedReader(zstd.ZstdFile(buffered, options=_ZSTD_OPTIONS), _BUFFER_BYTES)
+                self._refuse_compression(magic)
+                if stream.peek(3).startswith(_UTF8_MARK):
+                    stream.read(3)
+                yield stream
+            if whole:
+                self.checksums = {self.path.name: raw.sha256.hexdigest()}
+        except EOFError:
+            raise UserError(
+                f"{self.path}: the {kind} data ends early (truncated file); copy or download it again"
+            ) from None
+        except (gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
+            raise UserError(
+                f"{self.path}: damaged {kind} data ({error}); copy or download it again"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+
+    def _refuse_compression(self, magic: bytes) -> None:
+        for prefix, name in _OTHER_COMPRESSION.items():
+            if magic.startswith(prefix):
+                raise UserError(
+                    f"{self.path}: is {name}-compressed; decompress it first "
+                    "(gzip, zstd and plain text are read)"
+                )

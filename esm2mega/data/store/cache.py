@@ -1,0 +1,74 @@
+"""The short cut: a configuration names a sequence file where a token store belongs, and gets its store.
+
+The store is made once, in a directory named by what decides its content: the file's bytes, how they are read,
+and the tokenizer. Of several processes that want it, one makes it under a lock and the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import filelock
+
+from esm2mega import vocabulary
+from esm2mega.config.schema import Run
+from esm2mega.data.readers.base import SourceOptions, file_sha256
+from esm2mega.data.readers.sources import format_of, open_source
+from esm2mega.data.store.prepare import OpenProgress, PrepareOptions, prepare_fasta
+from esm2mega.data.store.token_store import FORMAT_VERSION, TokenStore
+
+DIRECTORY = "prepared"
+"""Name of the cache beside the run directories, where `data.cache_dir` is null."""
+
+
+def open_store(path: str, run: Run, key: str, open_progress: OpenProgress | None = None) -> TokenStore:
+    """The store that `path` is, or the one made of it.
+
+    Args:
+        path: a token store, or a file in any format of `sources`.
+        run: for the columns of tables, and where the cache is.
+        key: name of `path` for the user, such as `data.train`.
+        open_progress: shows how far preparing is, in the process that does it.
+
+    Raises:
+        UserError: It is neither, or the file is refused.
+    """
+    if not is_sequence_file(path):
+        return TokenStore(path)
+    options = SourceOptions(sequence_column=run.data.sequence_column, id_column=run.data.id_column)
+    cache = Path(run.data.cache_dir) if run.data.cache_dir else Path(run.run_dir).parent / DIRECTORY
+    out = cache / _store_name(path, options)
+    if not out.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / f".{out.name}.lock"):
+            if not out.is_dir():
+                _say(f"{key}: {path} is prepared, once, into {out}")
+                report = prepare_fasta(
+                    [path], out, options=PrepareOptions(options), open_progress=open_progress
+                )
+                for line in report.lines():
+                    _say(line)
+                return TokenStore(out / "train")
+    if os.environ.get("RANK", "0") == "0":
+        _say(f"{key}: {path} was prepared before, into {out}")
+    return TokenStore(out / "train")
+
+
+def is_sequence_file(path: str) -> bool:
+    """Whether a path is for `prepare` to read: a file, or a directory with a data base of TAPE."""
+    return os.path.isfile(path) or (os.path.isdir(path) and format_of(Path(path)) == "tape")
+
+
+def _store_name(path: str, options: SourceOptions) -> str:
+    """The stem of the file, for a reader, and a hash over all that decides the store."""
+    source = open_source(path, options)
+    content = [file_sha256(file) for file in source.files()]
+    parts = (type(source).__name__, options, content, vocabulary.TOKENIZER_HASH, FORMAT_VERSION)
+    return f"{Path(path).name.split('.')[0]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,247 @@
+"""The blocks of all inputs to finished parts, in parallel: each part is a small token store of its own.
+
+One process reads the inputs from front to back and hands out blocks; the workers parse and encode them. A
+part is renamed when it is complete and remembers the key of its block, so a later attempt takes it as it is
+if the input still has the same block there. Besides the store, a part has a file with the lower-case residues
+of each record when there are any.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega import vocabulary
+from esm2mega.data.readers.base import Block, Record, RecordSource
+from esm2mega.data.store.token_store import StoreWriter, TokenStore
+from esm2mega.errors import MachineError, UserError
+
+MOST_WORKERS = 16
+"""One process reads and hashes the inputs; it cannot feed many more."""
+
+# Residues handed to a writer at once: large enough that the cost per batch vanishes, small beside any memory.
+_BATCH_RESIDUES = 4 << 20
+_WAITING_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of one block.
+
+    Attributes:
+        path: the part's store; None when no record of the block was kept.
+        source: position of the input.
+        sequences: records of the store.
+        residues: in the store.
+        dropped: records that the user asked to drop.
+        resumed: it was finished by an earlier attempt.
+    """
+
+    path: Path | None
+    source: int
+    sequences: int = 0
+    residues: int = 0
+    dropped: int = 0
+    resumed: bool = False
+
+    def open(self) -> tuple[TokenStore, npt.NDArray[np.int32]]:
+        """The store, and the lower-case residues of each record [n]."""
+        assert self.path is not None
+        store = TokenStore(self.path, staged=True)
+        with suppress(FileNotFoundError):
+            return store, np.load(_lower_case_file(self.path))
+        return store, np.zeros(len(store), dtype=np.int32)
+
+
+def default_workers() -> int:
+    """The cores that this process may use, as far as they help."""
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def write_parts(sources: Sequence[RecordSource], folder: Path, workers: int) -> list[Part]:
+    """Reads all inputs and encodes them; parts that an earlier attempt has finished are not done again.
+
+    Args:
+        sources: the inputs.
+        folder: for the parts; may hold those of an earlier attempt.
+        workers: processes that parse and encode; with 1, this one does.
+
+    Returns:
+        The parts in the order of the input.
+
+    Raises:
+        UserError: Of the first record in the order of the input that cannot be taken.
+        MachineError: A worker was killed.
+    """
+    folder.mkdir(exist_ok=True)
+    for unfinished in folder.glob(".*"):
+        shutil.rmtree(unfinished)
+    if workers == 1:
+        return [job.run() for job in _jobs(sources, folder)]
+    context = multiprocessing.get_context("spawn")  # the caller may have threads, which a fork would break
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
+        try:
+            return list(_run(pool, _jobs(sources, folder), workers + _WAITING_BLOCKS))
+        except BrokenProcessPool:
+            raise MachineError(
+                "a worker process was killed, perhaps for want of memory; the same command goes on with what "
+                "is finished, and needs less memory with fewer --workers"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A block and where its part goes; carries all that a worker needs."""
+
+    source: RecordSource
+    number: int  # of the source
+    block: Block
+    path: Path
+    key: str
+
+    def run(self) -> Part:
+        """Parses, encodes and writes; or takes what an earlier attempt has finished from the same block."""
+        if (part := self._finished()) is not None:
+            return part
+        shutil.rmtree(self.path, ignore_errors=True)
+        _lower_case_file(self.path).unlink(missing_ok=True)
+        kept = _Kept(self.source, self.source.records(self.block))
+        batches = _batches(kept)
+        if (first := next(batches, None)) is None:
+            return Part(None, self.number, dropped=kept.dropped)
+        with StoreWriter(self.path) as writer:
+            lower_case = []
+            for ids, residues in chain([first], batches):
+                before = writer.counts.lower_case_residues
+                writer.append(ids, residues)
+                if writer.counts.lower_case_residues == before:
+                    lower_case.append(np.zeros(len(residues), dtype=np.int32))
+                else:
+                    lower_case.append(_lower_case_per_record(residues))
+            writer.counts.dropped_sequences = kept.dropped
+            writer.provenance["block"] = self.key
+            if writer.counts.lower_case_residues:
+                with open(_lower_case_file(self.path), "wb") as file:
+                    np.save(file, np.concatenate(lower_case))
+                    os.fsync(file.fileno())
+        counts = writer.counts
+        return Part(self.path, self.number, counts.sequences, counts.residues, kept.dropped)
+
+    def _finished(self) -> Part | None:
+        try:
+            store = TokenStore(self.path, staged=True)
+        except UserError:
+            return None
+        if store.manifest.get("block") != self.key:
+            return None
+        counts = store.counts
+        return Part(
+            self.path, self.number, counts.sequences, counts.residues, counts.dropped_sequences, resumed=True
+        )
+
+
+def _jobs(sources: Sequence[RecordSource], folder: Path) -> Iterator[_Job]:
+    number = 0
+    for position, source in enumerate(sources):
+        worker = source.for_worker()
+        for block in source.blocks():
+            yield _Job(worker, position, block, folder / f"{number:08d}", source.key(block))
+            number += 1
+
+
+def _run(pool: ProcessPoolExecutor, jobs: Iterator[_Job], most: int) -> Iterator[Part]:
+    """Yields finished parts in order; at most `most` blocks are in memory."""
+    waiting: deque[Future[Part]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(_run_job, job))
+            if len(waiting) == most:
+                yield waiting.popleft().result()
+    except UserError:
+        # Where the reading process found something wrong, workers may find something in front of it.
+        while waiting:
+            yield waiting.popleft().result()
+        raise
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _run_job(job: _Job) -> Part:
+    return job.run()
+
+
+def _prepare_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when it is gone, be it killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+class _Kept:
+    """Passes records on, except for those to drop, which it counts; refuses what has no known residue."""
+
+    def __init__(self, source: RecordSource, records: Iterator[Record]) -> None:
+        self._source, self._records = source, records
+        self.dropped = 0
+
+    def __iter__(self) -> Iterator[Record]:
+        for record in self._records:
+            if not record.residues:
+                self.dropped += 1
+                continue
+            if not record.residues.strip(vocabulary.UNKNOWN_BYTES):
+                raise UserError(
+                    f"{self._source.place(record.line)}: the sequence of {record.id!r} has only unknown "
+                    f"residues ({record.residues[:10].decode()!r}); correct or remove the record"
+                )
+            yield record
+
+
+def _batches(records: Iterable[Record]) -> Iterator[tuple[list[str], list[bytes]]]:
+    """Ids and residues of some MiB at a time."""
+    ids: list[str] = []
+    residues: list[bytes] = []
+    size = 0
+    for record in records:
+        ids.append(record.id)
+        residues.append(record.residues)
+        size += len(record.residues)
+        if size >= _BATCH_RESIDUES:
+            yield ids, residues
+            ids, residues, size = [], [], 0
+    if ids:
+        yield ids, residues
+
+
+def _lower_case_per_record(residues: Sequence[bytes]) -> npt.NDArray[np.int32]:
+    """How many residues of each record are in lower case, [n]."""
+    lengths = np.fromiter(map(len, residues), dtype=np.int64, count=len(residues))
+    letters = np.frombuffer(b"".join(residues), dtype=np.uint8)
+    is_lower = (letters >= ord("a")) & (letters <= ord("z"))
+    return np.add.reduceat(is_lower, np.cumsum(lengths) - lengths, dtype=np.int32)
+
+
+def _lower_case_file(path: Path) -> Path:
+    return path.with_suffix(".lower_case.npy")

@@ -1,0 +1,331 @@
+"""`prepare fasta`: sequence files to a training store and, when asked for, validation and test stores.
+
+First the inputs become parts, in parallel (`parts`); then the parts are merged into the stores, since only
+when all records are counted it is known which ones are held out. Everything happens in a directory beside the
+output, `.NAME.prepare.partial`, which no reader accepts; its content is renamed once, when all is complete.
+An error removes it. A kill leaves it, and the same command goes on with the finished parts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega import vocabulary
+from esm2mega.data import counter_rng
+from esm2mega.data.readers import text
+from esm2mega.data.readers.base import ByteProgress, RecordSource, SourceOptions
+from esm2mega.data.readers.sources import open_source
+from esm2mega.data.store.parts import Part, default_workers, write_parts
+from esm2mega.data.store.shards import SHARD_BYTES, SHARD_UNIT
+from esm2mega.data.store.token_store import PARTIAL_SUFFIX, StoreCounts, StoreWriter, TokenStore
+from esm2mega.errors import MachineError, UserError
+
+SPLITS = ("train", "valid", "test")
+TRAIN = SPLITS.index("train")
+
+OpenProgress = Callable[[str, int], AbstractContextManager[ByteProgress | None]]
+"""Shows how far a stage is, given its name and the bytes it will go through."""
+
+# Proteins that are merged at once: some tens of MB of residues, however large a part is.
+_MERGED_RECORDS = 1 << 16
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How inputs are read and stores are written.
+
+    Attributes:
+        source: formats and columns.
+        workers: processes that parse and encode; None for the cores that this process may use. The output
+            does not depend on it.
+        shard_bytes: largest size of a file of tokens, a multiple of `shards.SHARD_UNIT`.
+    """
+
+    source: SourceOptions = SourceOptions()
+    workers: int | None = None
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare_fasta` wrote.
+
+    Attributes:
+        out: directory of the stores.
+        counts: of each split under its name, in the order of `SPLITS`.
+        notes: how inputs were read, where that was not obvious, and what an earlier attempt had done.
+    """
+
+    out: Path
+    counts: dict[str, StoreCounts]
+    notes: Sequence[str] = ()
+
+    def lines(self) -> list[str]:
+        """The notes, and one line per split with everything that was changed on the way in."""
+        return [
+            *self.notes,
+            *(
+                f"{self.out / split}: {count.sequences:,} sequences, {count.residues:,} residues; "
+                f"{count.lower_case_residues:,} lower-case residues raised, {count.unknown_residues:,} "
+                f"unknown residues stored as <unk>, {count.dropped_sequences:,} sequences dropped"
+                for split, count in self.counts.items()
+            ),
+        ]
+
+
+def prepare_fasta(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    valid_size: int = 0,
+    test_size: int = 0,
+    seed: int = 1234,
+    options: PrepareOptions = PrepareOptions(),
+    open_progress: OpenProgress | None = None,
+) -> PrepareReport:
+    """Writes `out/train` and, for sizes above 0, `out/valid` and `out/test`.
+
+    The held-out proteins are drawn at random without replacement: which ones depends only on `seed` and on
+    the number of sequences. Every split keeps the order of the input.
+
+    Args:
+        inputs: files in any format of `sources`, read in this order.
+        out: directory to create.
+        valid_size: sequences held out for validation.
+        test_size: sequences held out for the final test.
+        seed: of the split.
+        options: reading, number of processes, size of files.
+        open_progress: shows how far each stage is.
+
+    Returns:
+        The counts of each split.
+    """
+    out = Path(out)
+    _check_arguments(inputs, out, valid_size, test_size, options)
+    sources = [open_source(path, options.source) for path in inputs]
+    with staging_directory(out) as staging:
+        try:
+            parts = _write_parts(sources, staging / "parts", options, open_progress or _no_progress)
+            held_out = _HeldOut.draw(sum(part.sequences for part in parts), valid_size, test_size, seed)
+            merger = _Merger(sources, parts, held_out, staging / "out", options.shard_bytes)
+            counts = merger.run(open_progress or _no_progress)
+            os.rename(staging / "out", out)
+        except MachineError:
+            raise  # whoever is not at fault goes on later
+        except Exception:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+    notes = [note for source in sources for note in source.notes()]
+    if resumed := sum(part.resumed for part in parts):
+        notes.append(f"{out}: {resumed} of {len(parts)} parts were finished by an earlier attempt")
+    return PrepareReport(out, counts, notes)
+
+
+def _check_arguments(
+    inputs: Sequence[str | Path], out: Path, valid_size: int, test_size: int, options: PrepareOptions
+) -> None:
+    if not inputs:
+        raise UserError("no input: name at least one file of sequences")
+    resolved = [Path(path).resolve() for path in inputs]
+    for position, path in enumerate(resolved):
+        if path in resolved[:position]:
+            raise UserError(f"{inputs[position]}: given twice; name each file once")
+    for name, size in (("val-size", valid_size), ("test-size", test_size)):
+        if size < 0:
+            raise UserError(f"--{name}={size} is negative; give a number of sequences, 0 for none")
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers={options.workers} is too small; give at least 1")
+    if options.shard_bytes < SHARD_UNIT or options.shard_bytes % SHARD_UNIT:
+        raise UserError(
+            f"--shard-size of {options.shard_bytes} bytes is not a multiple of {SHARD_UNIT} above 0"
+        )
+    if out.exists():
+        raise UserError(f"{out}: exists already; name another directory or remove it")
+
+
+@contextmanager
+def staging_directory(out: Path) -> Iterator[Path]:
+    """The directory beside `out` in which it is made, by one process at a time.
+
+    No reader accepts what is there. It may hold what a killed attempt has left.
+    An OSError of the block becomes a MachineError.
+    """
+    staging = out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(staging / "lock", timeout=0):
+            yield staging
+    except filelock.Timeout:
+        raise UserError(
+            f"{out}: another `prepare` is writing it; wait for it, or name another directory"
+        ) from None
+    except OSError as error:
+        raise MachineError(
+            f"{out}: cannot be written ({error.strerror or error}); nothing was kept"
+        ) from error
+
+
+@contextmanager
+def _no_progress(_: str, __: int) -> Iterator[None]:
+    yield
+
+
+def _write_parts(
+    sources: Sequence[RecordSource], folder: Path, options: PrepareOptions, open_progress: OpenProgress
+) -> list[Part]:
+    total = sum(file.stat().st_size for source in sources for file in source.files())
+    workers = options.workers or default_workers()
+    with open_progress("read", total) as progress:
+        for source in sources:
+            source.progress = progress
+        # More processes than blocks would have nothing to do.
+        return write_parts(sources, folder, min(workers, 1 + total // text.BLOCK_BYTES))
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Which records, by position over all inputs, go to which split.
+
+    Attributes:
+        records: positions that are held out, ascending, int64 [m].
+        splits: index into `SPLITS` of each, int64 [m].
+        provenance: the manifest's entry about the split.
+    """
+
+    records: npt.NDArray[np.int64]
+    splits: npt.NDArray[np.int64]
+    provenance: dict[str, int]
+
+    @staticmethod
+    def draw(total: int, valid_size: int, test_size: int, seed: int) -> _HeldOut:
+        """The first places of a random order of all records are validation, the next ones test."""
+        held_out = valid_size + test_size
+        if not held_out:
+            nothing = np.zeros(0, dtype=np.int64)
+            return _HeldOut(nothing, nothing, {})
+        if held_out >= total:
+            raise UserError(
+                f"--val-size={valid_size} and --test-size={test_size} leave nothing to train on: "
+                f"the input has {total} sequences; hold out fewer than that"
+            )
+        drawn = counter_rng.permute(np.arange(held_out), total, seed, counter_rng.Purpose.SPLIT)
+        order = np.argsort(drawn)
+        splits = np.where(np.arange(len(drawn)) < valid_size, SPLITS.index("valid"), SPLITS.index("test"))
+        provenance = {"seed": seed, "valid_size": valid_size, "test_size": test_size, "total": total}
+        return _HeldOut(drawn[order], splits[order], provenance)
+
+    def names(self) -> list[str]:
+        """The splits that get any record."""
+        return [split for index, split in enumerate(SPLITS) if index == TRAIN or index in self.splits]
+
+    def of_records(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Index into `SPLITS` of the records `first` to `first + count - 1`, [count]."""
+        assigned = np.full(count, TRAIN, dtype=np.int64)
+        begin, end = np.searchsorted(self.records, (first, first + count))
+        assigned[self.records[begin:end] - first] = self.splits[begin:end]
+        return assigned
+
+
+class _Merger:
+    """Puts the records of all parts, in order, into the stores of their splits."""
+
+    def __init__(
+        self,
+        sources: Sequence[RecordSource],
+        parts: Sequence[Part],
+        held_out: _HeldOut,
+        folder: Path,
+        shard_bytes: int,
+    ) -> None:
+        self._sources, self._parts, self._held_out = sources, parts, held_out
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._done = 0
+
+    def run(self, open_progress: OpenProgress) -> dict[str, StoreCounts]:
+        """Writes a store per split into the folder; returns their counts."""
+        shutil.rmtree(self._folder, ignore_errors=True)  # of an attempt that was killed while merging
+        self._folder.mkdir()
+        kept = [part for part in self._parts if part.path is not None]
+        total = sum(part.residues for part in kept)
+        with open_progress("merge", total) as progress, ExitStack() as stack:
+            writers = [
+                stack.enter_context(StoreWriter(self._folder / name, self._shard_bytes))
+                for name in self._held_out.names()
+            ]
+            by_split = dict(zip(self._held_out.names(), writers, strict=True))
+            for part in kept:
+                self._add(part, by_split)
+                if progress is not None:
+                    progress.update(part.residues)
+            by_split["train"].counts.dropped_sequences = sum(part.dropped for part in self._parts)
+            for name, writer in by_split.items():
+                writer.provenance["sources"] = self._provenance()
+                writer.provenance["split"] = {"name": name, **self._held_out.provenance}
+        return {name: writer.counts for name, writer in by_split.items()}
+
+    def _add(self, part: Part, writers: Mapping[str, StoreWriter]) -> None:
+        """Adds a part: what is held out goes from the counts of training to those of its split."""
+        store, lower_case = part.open()
+        writers["train"].counts.merge(store.counts)
+        for first in range(0, len(store), _MERGED_RECORDS):
+            stop = min(first + _MERGED_RECORDS, len(store))
+            assigned = self._held_out.of_records(self._done, stop - first)
+            for name, writer in writers.items():
+                chosen = assigned == SPLITS.index(name)
+                if not chosen.any():
+                    continue
+                tokens = _append(writer, store, first, stop, chosen)
+                if name != "train":
+                    counts = StoreCounts(
+                        sequences=int(chosen.sum()),
+                        residues=len(tokens),
+                        token_counts=np.bincount(tokens, minlength=len(vocabulary.VOCAB)).tolist(),
+                        lower_case_residues=int(lower_case[first:stop][chosen].sum()),
+                        unknown_residues=int(np.count_nonzero(tokens == vocabulary.UNK)),
+                    )
+                    writer.counts.merge(counts)
+                    writers["train"].counts.merge(counts, sign=-1)
+            self._done += stop - first
+
+    def _provenance(self) -> list[dict[str, object]]:
+        """Name and SHA-256 of every file; the first one of an input says how many sequences it gave."""
+        entries: list[dict[str, object]] = []
+        for number, source in enumerate(self._sources):
+            sequences = sum(part.sequences for part in self._parts if part.source == number)
+            for position, (name, checksum) in enumerate(source.checksums.items()):
+                entries.append({"name": name, "sha256": checksum})
+                if not position:
+                    entries[-1]["sequences"] = sequences
+        return entries
+
+
+def _append(
+    writer: StoreWriter, store: TokenStore, first: int, stop: int, chosen: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.uint8]:
+    """Copies the chosen ones of the proteins `first` to `stop`, exclusive; returns their tokens.
+
+    Args:
+        writer: of the split.
+        store: the part.
+        first: first protein.
+        stop: behind the last protein.
+        chosen: which of them, [stop - first].
+    """
+    lengths, start = store.lengths[first:stop], int(store.starts[first])
+    tokens = store.tokens[start : start + int(lengths.sum(dtype=np.int64))]
+    ids, id_lengths = store.encoded_ids(first, stop)
+    if not chosen.all():
+        tokens = tokens[np.repeat(chosen, lengths)]
+        ids = np.frombuffer(ids, dtype=np.uint8)[np.repeat(chosen, id_lengths)].tobytes()
+        lengths, id_lengths = lengths[chosen], id_lengths[chosen]
+    writer.append_encoded(tokens, lengths, ids, id_lengths)
+    return tokens

@@ -1,0 +1,219 @@
+"""From a pack of the plan to the numbers of one micro-batch: reads, crops, masks and pads, without torch.
+
+What becomes of a sample depends on its number and the seed, not on the pack that it is in. Processes that
+build batches (`data.workers`) import this module alone and start in a fraction of a second.
+
+    T   tokens of a pack (`train.micro_batch_tokens`), padding included
+    n   segments of a pack: its pieces of proteins, and the padding between and behind them
+    M   tokens to predict
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega import vocabulary
+from esm2mega.config.schema import DataConfig
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.masking import mask_tokens
+from esm2mega.data.stream.packing import EMPTY_WINDOW, Pack, PackCursor, PackPlan, PackShape, Window
+from esm2mega.data.stream.samples import Pieces, Proteins, TrainSamples
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """What decides the content of all batches, besides the stores.
+
+    Attributes:
+        data: sampling, cropping, masking and packing.
+        micro_batch_tokens: tokens of a pack, T.
+        seed: seed of the run.
+        max_epochs: training ends when every protein (or cluster) was taken so often; None for no end.
+    """
+
+    data: DataConfig
+    micro_batch_tokens: int
+    seed: int
+    max_epochs: int | None = None
+
+    def pack_shape(self) -> PackShape:
+        """The part of it that decides which samples share a pack."""
+        return PackShape(
+            self.micro_batch_tokens, self.data.max_seq_length, self.data.pack_window, self.data.packing
+        )
+
+
+@dataclass(frozen=True)
+class BatchArrays:
+    """One micro-batch, small enough to travel between processes.
+
+    Attributes:
+        input_ids: token ids after masking, `<pad>` where there is no protein, uint8 [T].
+        cu_seqlens: where each segment begins, and T at the end, int32 [n + 1].
+        label_positions: places of the tokens to predict, ascending, int32 [M].
+        labels: the original tokens there, uint8 [M].
+        num_tokens: tokens of proteins, `<cls>` and `<eos>` included, padding not.
+        num_residues: the same without `<cls>` and `<eos>`.
+        num_sequences: proteins, or pieces of them.
+    """
+
+    input_ids: npt.NDArray[np.uint8]
+    cu_seqlens: npt.NDArray[np.int32]
+    label_positions: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.uint8]
+    num_tokens: int
+    num_residues: int
+    num_sequences: int
+
+
+_COUNTED_SAMPLES = 16384
+
+# A pack without pieces: padding only, for ranks that have nothing left to do.
+PADDING = Pack(Window(EMPTY_WINDOW.pieces, EMPTY_WINDOW.offsets, [0, 0], [0]), 0)
+
+
+def build_arrays(stores: Sequence[Proteins], spec: BatchSpec, pack: Pack) -> BatchArrays:
+    """Reads, masks and lays out one pack."""
+    pieces, capacity = pack.pieces, spec.micro_batch_tokens
+    tokens = piece_tokens(stores, pieces)
+    # The chunks of a protein share a stream; every other piece has one of its own.
+    starts = pieces.starts if spec.data.crop == "chunk" else None
+    masked = mask_tokens(tokens, pieces.samples, pieces.lengths, spec.seed, spec.data, starts)
+
+    packed = np.cumsum(pieces.lengths) - pieces.lengths  # where each piece begins in `tokens`
+    places = np.arange(len(tokens)) + np.repeat(pack.offsets - packed, pieces.lengths)
+    input_ids = np.full(capacity, vocabulary.PAD, dtype=np.uint8)
+    input_ids[places] = masked.input_ids
+    borders = np.concatenate([[0, capacity], pack.offsets, pack.offsets + pieces.lengths])
+    return BatchArrays(
+        input_ids=input_ids,
+        cu_seqlens=np.unique(borders).astype(np.int32),
+        label_positions=places[masked.label_positions].astype(np.int32),
+        labels=masked.labels.astype(np.uint8),
+        num_tokens=len(tokens),
+        num_residues=int(np.count_nonzero((tokens != vocabulary.CLS) & (tokens != vocabulary.EOS))),
+        num_sequences=len(pieces),
+    )
+
+
+def token_counts(samples: TrainSamples) -> npt.NDArray[np.int64]:
+    """How often each residue token occurs in what is trained on, [33].
+
+    Of one store without clusters these are the counts of the store. Of clusters and mixtures they come from
+    the first 16,384 samples: some 5 million residues, whose frequencies are as good as those of all.
+    """
+    if samples.takes_all and isinstance(store := samples.stores[0], TokenStore):
+        return store.token_counts
+    tokens = piece_tokens(samples.stores, samples(np.arange(_COUNTED_SAMPLES)))
+    counts = np.bincount(tokens, minlength=len(vocabulary.VOCAB))
+    counts[[vocabulary.CLS, vocabulary.EOS]] = 0
+    return counts
+
+
+def piece_tokens(stores: Sequence[Proteins], pieces: Pieces) -> npt.NDArray[np.uint8]:
+    """Pieces back to back, cut out of `<cls>` residues `<eos>`, [sum of their lengths]."""
+    tokens = np.empty(int(pieces.lengths.sum()), dtype=np.uint8)
+    first = 0
+    for store, row, start, length in zip(
+        pieces.stores.tolist(),
+        pieces.rows.tolist(),
+        pieces.starts.tolist(),
+        pieces.lengths.tolist(),
+        strict=True,
+    ):
+        residues = stores[store].residues(row)
+        piece = tokens[first : first + length]
+        # Token 0 of a protein is <cls>, so residue i is token i + 1 and token len(residues) + 1 is <eos>.
+        has_cls, has_eos = start == 0, start + length == len(residues) + 2
+        piece[has_cls : length - has_eos] = residues[start - 1 + has_cls : start - 1 + length - has_eos]
+        if has_cls:
+            piece[0] = vocabulary.CLS
+        if has_eos:
+            piece[-1] = vocabulary.EOS
+        first += length
+    return tokens
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """How far the training data were consumed, by all data-parallel ranks together.
+
+    Attributes:
+        cursor: the next pack.
+        consumed_packs: packs up to there.
+        consumed_samples: proteins, or pieces of them, in these packs.
+        consumed_tokens: tokens in them without padding.
+    """
+
+    cursor: PackCursor = PackCursor()
+    consumed_packs: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+    def after(self, packs: Sequence[Pack], cursor: PackCursor) -> StreamState:
+        """The state when `packs` are consumed as well and `cursor` comes next."""
+        return StreamState(
+            cursor,
+            self.consumed_packs + len(packs),
+            self.consumed_samples + sum(pack.num_pieces for pack in packs),
+            self.consumed_tokens + sum(pack.num_tokens for pack in packs),
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which batches are built here: those of one data-parallel rank, or every so many-th of them.
+
+    Attributes:
+        dp_rank: data-parallel rank of this process.
+        dp_size: number of data-parallel ranks.
+        worker: number of this builder among those of the rank.
+        workers: how many builders take turns.
+    """
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    worker: int = 0
+    workers: int = 1
+
+
+def train_plan(samples: TrainSamples, spec: BatchSpec) -> PackPlan:
+    """The sequence of packs of a training run."""
+    num_samples = None
+    if spec.max_epochs is not None:
+        if samples.epoch_size is None:
+            raise ValueError("a mixture of stores has no epochs")
+        num_samples = spec.max_epochs * samples.epoch_size
+    return PackPlan(samples, spec.seed, spec.pack_shape(), num_samples)
+
+
+def train_batches(
+    samples: TrainSamples, spec: BatchSpec, share: Share, state: StreamState
+) -> Iterator[tuple[BatchArrays, StreamState]]:
+    """Yields this share of the batches behind `state`, each with the state once every rank took its own.
+
+    Batch m of a data-parallel rank is pack m * dp_size + dp_rank behind `state`. Behind the end of the data
+    come batches of padding.
+    """
+    plan = train_plan(samples, spec)
+    number = 0
+    while True:
+        packs, cursor = plan.take(state.cursor, share.dp_size)
+        state = state.after(packs, cursor)
+        if number % share.workers == share.worker:
+            pack = packs[share.dp_rank] if share.dp_rank < len(packs) else PADDING
+            yield build_arrays(samples.stores, spec, pack), state
+        number += 1
+
+
+def worker_batches(
+    paths: Sequence[Path], spec: BatchSpec, share: Share, state: StreamState, worker: int
+) -> Iterator[tuple[BatchArrays, StreamState]]:
+    """`train_batches` of worker number `worker` of a share, in a process that has not opened the stores."""
+    samples = TrainSamples([TokenStore(path) for path in paths], spec.data, spec.seed)
+    return train_batches(samples, spec, replace(share, worker=worker), state)

@@ -1,0 +1,274 @@
+"""Packed, masked batches from a token store: an endless stream for training, a fixed list for evaluation.
+
+Micro-batch m of data-parallel rank r is pack m * dp_size + r behind the point where the stream was started,
+so the packs between two optimizer steps are the same ones for every dp_size and every number of
+micro-batches. Ranks of one tensor- or pipeline-parallel group use the same dp_rank and build the same
+batches.
+
+    T   tokens of a pack (`train.micro_batch_tokens`), padding included
+    n   segments of a pack: its pieces of proteins, and each stretch of `<pad>` between or behind them
+    M   tokens to predict
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from esm2mega.batch import PackedBatch
+from esm2mega.data import counter_rng
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.build import (
+    PADDING,
+    BatchArrays,
+    BatchSpec,
+    Share,
+    StreamState,
+    build_arrays,
+    train_batches,
+    train_plan,
+    worker_batches,
+)
+from esm2mega.data.stream.packing import Pack, PackCursor, PackPlan
+from esm2mega.data.stream.prefetch import Prefetcher, ProcessPrefetcher
+from esm2mega.data.stream.samples import EvalSamples, Proteins, TrainSamples
+from esm2mega.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def build_batch(stores: Sequence[TokenStore], spec: BatchSpec, pack: Pack) -> PackedBatch:
+    """Reads, crops, masks and pads one pack."""
+    return _as_tensors(build_arrays(stores, spec, pack))
+
+
+def _as_tensors(arrays: BatchArrays) -> PackedBatch:
+    """The batch in the types that the model wants."""
+    seqlens = np.diff(arrays.cu_seqlens).tolist()
+    return PackedBatch(
+        input_ids=torch.from_numpy(arrays.input_ids.astype(np.int64)),
+        cu_seqlens=torch.from_numpy(arrays.cu_seqlens),
+        seqlens=seqlens,
+        max_seqlen=max(seqlens),
+        label_positions=torch.from_numpy(arrays.label_positions.astype(np.int64)),
+        labels=torch.from_numpy(arrays.labels.astype(np.int64)),
+        label_counts=np.diff(np.searchsorted(arrays.label_positions, arrays.cu_seqlens)).tolist(),
+        num_tokens=arrays.num_tokens,
+        num_residues=arrays.num_residues,
+        num_sequences=arrays.num_sequences,
+    )
+
+
+BatchT = TypeVar("BatchT")
+
+
+class PackStream(ABC, Generic[BatchT]):
+    """Iterator over this rank's training batches, built ahead; close it after use.
+
+    The state covers the batches that were taken, not those built ahead, and holds for any `dp_size`: it is
+    the same on all ranks after they took equally many batches. With `max_epochs` the data end: what comes
+    then is padding without labels.
+    """
+
+    def __init__(self, samples: TrainSamples, spec: BatchSpec, share: Share) -> None:
+        """Starts at the first pack.
+
+        Args:
+            samples: what is trained on.
+            spec: content of the batches.
+            share: which of the packs are those of this rank.
+        """
+        self.samples = samples
+        self._spec = spec
+        self._shape = spec.pack_shape()
+        self._share = share
+        self._state = StreamState()
+        self._ahead: Prefetcher[Any] | ProcessPrefetcher[Any] | None = None
+
+    @abstractmethod
+    def _start(self) -> Prefetcher[Any] | ProcessPrefetcher[Any]:
+        """Builds ahead from the state on, pairs of what `_finish` takes and the state behind it."""
+
+    @abstractmethod
+    def _finish(self, built: Any) -> BatchT:
+        """The batch as the model wants it."""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> BatchT:
+        if self._ahead is None:
+            self._ahead = self._start()
+        built, self._state = next(self._ahead)
+        return self._finish(built)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops building ahead. The state stays readable, and taking another batch starts again behind it."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def num_packs(self) -> int:
+        """Packs of `max_epochs`, counted by planning all of them: a second per million proteins at most."""
+        return sum(len(window) for window in train_plan(self.samples, self._spec).windows())
+
+    @property
+    def state(self) -> StreamState:
+        """How far the data were consumed."""
+        return self._state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain JSON values, with what it depends on."""
+        return {
+            "cursor": self._state.cursor.to_dict(),
+            "consumed_packs": self._state.consumed_packs,
+            "consumed_samples": self._state.consumed_samples,
+            "consumed_tokens": self._state.consumed_tokens,
+            "identity": self._identity(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues behind a saved state, also one that was saved with another `dp_size`.
+
+        Raises:
+            UserError: the state belongs to other data or other packs, in which its place means nothing.
+        """
+        for key, value in self._identity().items():
+            saved = state["identity"].get(key)
+            if saved != value:
+                raise UserError(
+                    f"{key}={value} differs from {saved} of the checkpoint, which changes the order of the "
+                    f"data: set {key.partition(' ')[0]} back, or start a new run from the weights with "
+                    "init_from"
+                )
+        self.close()
+        self._state = StreamState(
+            PackCursor.from_dict(state["cursor"]),
+            int(state["consumed_packs"]),
+            int(state["consumed_samples"]),
+            int(state["consumed_tokens"]),
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything that the meaning of a cursor depends on, under the names of the configuration."""
+        return {
+            **self.samples.identity(),
+            "train.micro_batch_tokens": self._shape.micro_batch_tokens,
+            "train.max_epochs": self._spec.max_epochs,
+            "data.packing": self._shape.packing,
+            "data.pack_window": self._shape.window,
+        }
+
+
+class TrainStream(PackStream[PackedBatch]):
+    """Endless iterator over masked batches of token stores; close it after use.
+
+    Batches are built ahead, one in a thread or some in each of `data.workers` processes; which of the two
+    makes no difference to them.
+    """
+
+    def __init__(
+        self, stores: Sequence[TokenStore], spec: BatchSpec, dp_rank: int = 0, dp_size: int = 1
+    ) -> None:
+        """Starts at the first pack.
+
+        Args:
+            stores: training proteins; several are mixed by `data.weights`.
+            spec: content of the batches.
+            dp_rank: data-parallel rank of this process.
+            dp_size: number of data-parallel ranks.
+        """
+        share = Share(dp_rank, dp_size, workers=max(1, spec.data.workers))
+        super().__init__(TrainSamples(stores, spec.data, spec.seed), spec, share)
+
+    def _start(self) -> Prefetcher[Any] | ProcessPrefetcher[Any]:
+        if workers := self._spec.data.workers:
+            paths = [store.path for store in self.samples.stores]
+            batches = functools.partial(worker_batches, paths, self._spec, self._share, self._state)
+            return ProcessPrefetcher(batches, workers)
+        return Prefetcher(train_batches(self.samples, self._spec, self._share, self._state))
+
+    def _finish(self, built: BatchArrays) -> PackedBatch:
+        return _as_tensors(built)
+
+
+class SplitPacks(ABC, Generic[BatchT]):
+    """A split for evaluation: every protein once, the same crops and masks each time it is iterated over.
+
+    Crop and masks of a protein follow from the seed and its number in the store, so the loss of a whole
+    split does not depend on packs and ranks. Packs come in a fixed random order, so that a limit takes a
+    fair sample. When the packs do not divide among the ranks, some ranks end with a batch of padding
+    without labels: all ranks run equally many micro-batches.
+    """
+
+    def __init__(
+        self, store: Proteins, spec: BatchSpec, limit: int = 0, dp_rank: int = 0, dp_size: int = 1
+    ) -> None:
+        """Selects this rank's batches.
+
+        Args:
+            store: proteins of the split.
+            spec: content of the batches.
+            limit: packs over all ranks; 0 for the whole split.
+            dp_rank: data-parallel rank of this process.
+            dp_size: number of data-parallel ranks.
+        """
+        # Masks of validation protein k shall not repeat those of training sample k.
+        self._spec = replace(spec, seed=counter_rng.derive_seed(spec.seed, counter_rng.Purpose.EVALUATION))
+        self._limit = limit or None
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        samples = EvalSamples(store, self._spec.data, self._spec.seed)
+        self._plan = PackPlan(samples, self._spec.seed, spec.pack_shape(), num_samples=len(store))
+
+    @functools.cached_property
+    def num_packs(self) -> int:
+        """Packs over all ranks, without those of padding only."""
+        return sum(1 for _ in self._packs())
+
+    def __len__(self) -> int:
+        """Micro-batches of each rank."""
+        return -(-self.num_packs // self._dp_size)
+
+    def __iter__(self) -> Iterator[BatchT]:
+        packs = self._packs()
+        while dealt := list(itertools.islice(packs, self._dp_size)):
+            pack = dealt[self._dp_rank] if self._dp_rank < len(dealt) else PADDING
+            yield self._build(pack)
+
+    @abstractmethod
+    def _build(self, pack: Pack) -> BatchT:
+        """One batch."""
+
+    def _packs(self) -> Iterator[Pack]:
+        """The packs over all ranks."""
+        packs = (Pack(window, i) for window in self._plan.windows() for i in range(len(window)))
+        return itertools.islice(packs, self._limit)
+
+
+class EvalPacks(SplitPacks[PackedBatch]):
+    """A split of a token store, masked."""
+
+    def __init__(
+        self, store: TokenStore, spec: BatchSpec, limit: int = 0, dp_rank: int = 0, dp_size: int = 1
+    ) -> None:
+        """Selects this rank's batches; the arguments are those of `SplitPacks`."""
+        super().__init__(store, spec, limit, dp_rank, dp_size)
+        self._store = store
+
+    def _build(self, pack: Pack) -> PackedBatch:
+        return build_batch([self._store], self._spec, pack)

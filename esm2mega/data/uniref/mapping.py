@@ -1,0 +1,156 @@
+"""Reads which UniRef90 ids belong to which UniRef50 cluster, from the mapping file that ESM-2 training uses.
+
+Grammar: the first line is a header and is skipped, whatever it says. Every other line is tab-separated: the
+cluster id, the ids of its members, and columns that are ignored. Members are separated by `; ` where that
+occurs in the line, else by `,`; blanks around an id are no part of it, since no FASTA id holds any. Blank
+lines are skipped, a separator behind the last member is fine. Ids are compared as they are: nothing is cut
+off.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from esm2mega.data.readers.base import Block, ByteProgress, Record
+from esm2mega.data.readers.text import TextSource
+from esm2mega.errors import UserError
+
+_BATCH_MEMBERS = 1 << 16
+
+
+class ClusterRow(NamedTuple):
+    """One cluster: its id, the ids of its members, at least one, and its line (or row, from 1)."""
+
+    id: bytes
+    members: list[bytes]
+    line: int
+
+
+Item = TypeVar("Item", covariant=True)
+
+
+class Protein(Protocol):
+    """Anything with an id, residues without white space, and a line."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def residues(self) -> bytes: ...
+    @property
+    def line(self) -> int: ...
+
+
+class Located(Protocol):
+    """Something with numbered lines or rows."""
+
+    def place(self, line: int) -> str:
+        """Where an item stands, for messages."""
+
+
+class Source(Located, Protocol[Item]):
+    """An input file whose items stand in numbered lines or rows; it may be read again and again.
+
+    Attributes:
+        path: of the file.
+        sha256: of the file as it lies on disk, known once it was read to the end.
+    """
+
+    path: Path
+
+    @property
+    def sha256(self) -> str: ...
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yields the items in order; raises UserError at the first bad one."""
+
+
+ClusterSource = Source[ClusterRow]
+ProteinSource = Source[Record]
+
+
+class MappingReader(TextSource):
+    """Iterates over the clusters of one mapping file, plain or compressed as FASTA may be."""
+
+    format_name = "mapping"
+
+    def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
+        """Checks that the file can be read.
+
+        Args:
+            path: the mapping.
+            progress: told about every block read from disk.
+        """
+        super().__init__(path, progress)
+        self.header_id = b""
+        """First column of the header, known after reading: a cluster's id where the header is missing."""
+
+    def __iter__(self) -> Iterator[ClusterRow]:  # type: ignore[override]
+        """Yields the clusters in file order; raises UserError at the first line that is none."""
+        self.num_records = 0
+        yield from super().__iter__()  # type: ignore[misc]
+        if not self.num_records:
+            raise UserError(
+                f"{self.path}: no clusters in the file; give a header line and, in each further line, a "
+                "UniRef50 id, a tab, and the UniRef90 ids of its members"
+            )
+
+    def records(self, block: Block) -> Iterator[ClusterRow]:  # type: ignore[override]
+        for line, text in enumerate(io.BytesIO(block.text), block.line):
+            if not text.isspace():
+                yield self._parse(text, line)
+
+    def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
+        """Skips the header."""
+        self.header_id = stream.readline().partition(b"\t")[0].strip()
+        return b"", 2
+
+    def _last_cut(self, text: bytes) -> int:
+        return text.rfind(b"\n") + 1
+
+    def _parse(self, text: bytes, line: int) -> ClusterRow:
+        columns = text.split(b"\t", 2)
+        name = columns[0].strip()
+        if not name:
+            raise UserError(f"{self.place(line)}: the cluster has no id; the first column must hold it")
+        if len(columns) < 2:
+            raise UserError(
+                f"{self.place(line)}: {shown(name)} has no tab behind it; columns are separated by tabs"
+            )
+        members = [member.strip() for member in columns[1].split(b"; " if b"; " in columns[1] else b",")]
+        members[-1] = members[-1].removesuffix(b";")
+        if len(members) > 1 and not members[-1]:
+            members.pop()
+        if members == [b""]:
+            raise UserError(f"{self.place(line)}: cluster {shown(name)} has no members; remove the line")
+        if b"" in members:
+            raise UserError(
+                f"{self.place(line)}: cluster {shown(name)} has an empty member id between two separators"
+            )
+        return ClusterRow(name, members, line)
+
+
+def shown(name: bytes) -> str:
+    """An id in quotes, for messages; at most 80 characters of it."""
+    return repr(name.decode("utf-8", errors="replace")[:80])
+
+
+def batched(rows: Iterable[ClusterRow]) -> Iterator[list[ClusterRow]]:
+    """Yields clusters in lists of some ten thousand members in all."""
+    batch: list[ClusterRow] = []
+    members = 0
+    for row in rows:
+        batch.append(row)
+        members += len(row.members)
+        if members >= _BATCH_MEMBERS:
+            yield batch
+            batch, members = [], 0
+    if batch:
+        yield batch
+
+
+def lines_of(source: ClusterSource, cluster: bytes) -> list[int]:
+    """The lines in which a cluster stands; reads the source once more, to name them in an error."""
+    return [row.line for row in source if row.id == cluster]

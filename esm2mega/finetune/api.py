@@ -1,0 +1,132 @@
+"""Fine-tuning from a program: `train_model` on sequences and values, then `infer_model` on sequences.
+
+A configuration says everything that the command `esm2mega finetune` takes; data may be lists instead of
+tables, and a head or a loss of one's own takes the place of the configured one: subclass
+`esm2mega.model.heads.TaskHead` or `esm2mega.finetune.losses.TaskLossReduction`.
+
+Saving starts helper processes, which import the program again: its own work belongs under
+``if __name__ == "__main__":``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esm2mega.checkpoint.layout import resolve_checkpoint
+from esm2mega.config.schema import LoRAConfig, Run
+from esm2mega.config.task import validate_task
+from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.convert.into_model import load_run_with_model
+from esm2mega.data.labels.dataset import Pairs, fit_length, proteins_of_sequences
+from esm2mega.errors import UserError
+from esm2mega.finetune.checkpoint import open_task, run_task, without_dropping
+from esm2mega.finetune.losses import TaskLossReduction
+from esm2mega.finetune.output import contact_maps, shown_predictions
+from esm2mega.finetune.run import Parts, finetune
+from esm2mega.model.task import MakeHead
+from esm2mega.report.log import LOG_NAME, read_log
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What `train_model` leaves behind.
+
+    Attributes:
+        checkpoint: The last one.
+        metrics: Of the last record of each kind in the log: ``loss``, ``valid_…`` and ``test_…``.
+        run: The configuration, complete.
+    """
+
+    checkpoint: Path
+    metrics: dict[str, Any]
+    run: Run
+
+
+def train_model(
+    overrides: Sequence[str],
+    train: Pairs | None = None,
+    valid: Pairs | None = None,
+    test: Pairs | None = None,
+    config: str | None = None,
+    make_head: MakeHead | None = None,
+    loss: TaskLossReduction | None = None,
+    lora: LoRAConfig | None = None,
+) -> TrainedModel:
+    """Fine-tune; like the command, it goes on where an earlier start in the same ``run_dir`` ended.
+
+    Args:
+        overrides: ``key=value``, such as ``task.kind=regression`` and ``init_from=DIR``.
+        train: ``(sequence, value)`` of each training protein; None for the table ``data.train``.
+        valid: The same for validation.
+        test: The same for the test at the end.
+        config: Path or name of a configuration under the overrides.
+        make_head: Called with Megatron-Core's configuration and a device; makes the head.
+        loss: The loss.
+        lora: Adapters of the encoder, trained with the head in place of all weights; the same as
+            ``finetune.mode=lora`` and the section ``lora``.
+
+    Raises:
+        UserError: Something in configuration or data does not fit.
+    """
+    run = load_run_with_model(config, overrides)
+    if lora is not None:
+        if run.finetune.mode == "frozen" or run.lora != LoRAConfig():
+            raise UserError(
+                f"finetune.mode={run.finetune.mode}, lora.rank={run.lora.rank} and the argument lora: "
+                "adapters are configured by one of them; leave out these keys, or the argument"
+            )
+        run.lora, run.finetune.mode = lora, "lora"
+    data = {"train": train, "valid": valid, "test": test}
+    given = {split: pairs for split, pairs in data.items() if pairs is not None}
+    for split in given:
+        if getattr(run.data, split) is not None:
+            raise UserError(
+                f"data.{split}={getattr(run.data, split)}, and {split} was given; give one of them"
+            )
+    validate(run, world_size_from_environment())
+    validate_task(run)
+    if run.train.eval_every and valid is None and run.data.valid is None:
+        raise UserError(f"train.eval_every={run.train.eval_every} needs validation data; give valid")
+    finetune(run, Parts(given, make_head, loss))
+    metrics: dict[str, Any] = {}
+    for record in read_log(Path(run.run_dir) / LOG_NAME):
+        metrics |= {name: value for name, value in record.items() if name not in ("kind", "step")}
+    return TrainedModel(resolve_checkpoint(run.run_dir), metrics, run)
+
+
+def infer_model(
+    checkpoint: str | Path,
+    sequences: Sequence[str],
+    overrides: Sequence[str] = (),
+    make_head: MakeHead | None = None,
+    loss: TaskLossReduction | None = None,
+) -> list[Any]:
+    """Predict sequences.
+
+    Args:
+        checkpoint: Of `train_model`, or a run directory.
+        sequences: What to predict.
+        overrides: ``key=value`` over the configuration of the checkpoint.
+        make_head: The head, if it was not a configured one.
+        loss: The loss, likewise.
+
+    Returns:
+        A prediction for each sequence, in input order, in the form of the labels of training: a number, a
+        dictionary of several, a class name, a list of names, a string or list with one entry per residue. Of
+        contacts, an array ``[L, L]`` of probabilities.
+        Empty on processes other than the first.
+    """
+    if isinstance(sequences, str):
+        raise UserError("give a list of sequences, not one string")
+    task = open_task(checkpoint, overrides)
+    data = without_dropping(task.run.data)
+    proteins = fit_length(proteins_of_sequences(sequences), data, "sequences")
+    measured, _ = run_task(task, proteins, "predict", make_head, loss)
+    if measured.predictions is None:
+        return []
+    if task.info.per_pair:
+        return list(contact_maps(measured.predictions, proteins))
+    return shown_predictions(measured.predictions, task.info, proteins)

@@ -1,0 +1,46 @@
+"""What a predictor scores that knows the labels of training alone: the figures that a model must beat."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.finetune.metrics import Metrics, Predictions, metrics_of, objects
+from esm2mega.pairs import num_residues, pairs_of
+
+PREFIX = "baseline_"
+
+
+def baseline_metrics(found: Predictions, info: TargetInfo) -> Metrics:
+    """Metrics of predicting, for everything, the mean or the class frequencies of the training labels; of
+    contacts their frequency at each distance along the chain.
+
+    Those that are not defined for a constant, such as correlations, are left out.
+
+    Args:
+        found: Predictions with labels.
+        info: With the baseline; there is none in checkpoints of earlier versions.
+
+    Returns:
+        Metrics by name with `PREFIX`.
+    """
+    if not info.baseline:
+        return {}
+    known = np.array(info.baseline)
+    if info.per_pair:
+        # Pairs that are near along the chain first, as they were in training.
+        values = objects(known[np.minimum(_separations(x), len(known) - 1)] for x in found.values)
+    else:
+        values = np.broadcast_to(known, found.values.shape)
+    metrics = metrics_of(replace(found, values=values), info)
+    return {f"{PREFIX}{name}": value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def _separations(values: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
+    """j - i of each pair of a protein, ``[p]``."""
+    first, second = pairs_of(num_residues(len(values)))
+    return second - first

@@ -1,0 +1,198 @@
+"""A fine-tuned checkpoint with its head: opened, loaded at any layout, evaluated on labelled proteins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esm2mega.checkpoint import layout
+from esm2mega.config.load import load_run_over
+from esm2mega.config.schema import DataConfig, Run
+from esm2mega.config.task import validate_task
+from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
+from esm2mega.data.labels.schema import TargetInfo, with_columns
+from esm2mega.errors import UserError
+from esm2mega.finetune.evaluate import Measured, measure, packs_of
+from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
+from esm2mega.finetune.metrics import bootstrap_intervals, check_packages
+from esm2mega.finetune.output import rows_of, shown_labels, shown_predictions
+from esm2mega.finetune.run import batch_spec
+from esm2mega.lora.checkpoint import load_model
+from esm2mega.model.build import build_model
+from esm2mega.model.heads import head_of_task
+from esm2mega.model.task import MakeHead
+from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.report.progress import Progress
+from esm2mega.train.evaluate import check_out, fit_to_processes, write_json
+
+
+@dataclass(frozen=True)
+class TaskCheckpoint:
+    """A fine-tuned checkpoint and how it is to be used.
+
+    Attributes:
+        directory: Of the checkpoint.
+        run: Its configuration with that of this start over it.
+        info: What predictions mean.
+    """
+
+    directory: Path
+    run: Run
+    info: TargetInfo
+
+
+def has_task(checkpoint: str | Path) -> bool:
+    """Whether this is a fine-tuned checkpoint of esm2mega, or the run directory of one."""
+    return layout.read_config(layout.resolve_checkpoint(checkpoint)).task.kind is not None
+
+
+def open_task(checkpoint: str | Path, overrides: Sequence[str] = ()) -> TaskCheckpoint:
+    """Open a fine-tuned checkpoint, without reading weights yet.
+
+    Args:
+        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one.
+        overrides: ``key=value`` over its configuration, such as the parallel layout of this start.
+
+    Raises:
+        UserError: There is none, it has no head of a task, or that is of other columns.
+    """
+    directory = layout.resolve_checkpoint(checkpoint)
+    saved = layout.read_config(directory)
+    if saved.task.kind is None:
+        raise UserError(
+            f"{directory}: is a pretrained model without the head of a task; fine-tune it with "
+            "`esm2mega finetune`, or use `esm2mega embed` or `esm2mega score`"
+        )
+    # Columns of the training table say nothing about another one.
+    saved.data.id_column = None
+    saved.model.recompute = "none"
+    run = fit_to_processes(load_run_over(saved, overrides), overrides)
+    validate(run, world_size_from_environment())
+    validate_task(run)
+    info = TargetInfo.from_dict(layout.read_state(directory)["task"])
+    return TaskCheckpoint(directory, run, with_columns(info, run.task, str(directory)))
+
+
+@contextmanager
+def loaded(task: TaskCheckpoint, make_head: MakeHead | None = None) -> Iterator[tuple[list[Any], Ranks]]:
+    """This rank's chunks with the weights of the checkpoint, within process groups."""
+    run = task.run
+    with process_groups(run.parallel, run.seed) as ranks:
+        head = make_head or head_of_task(run.task, task.info.num_outputs)
+        adapted = run.lora.rank is not None
+        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, adapted)
+        load_model(task.directory, run, chunks)
+        yield chunks, ranks
+
+
+def run_task(
+    task: TaskCheckpoint,
+    proteins: LabelledProteins,
+    words: str,
+    make_head: MakeHead | None = None,
+    loss: TaskLossReduction | None = None,
+) -> tuple[Measured, bool]:
+    """Predict proteins, and compare with their labels where they have some.
+
+    Args:
+        task: From `open_task`.
+        proteins: What to predict.
+        words: For the progress bar.
+        make_head: The head, where it is not the one that the configuration names.
+        loss: The loss, likewise.
+
+    Returns:
+        What was measured, and whether this process speaks.
+    """
+    with loaded(task, make_head) as (chunks, ranks):
+        packs = packs_of(proteins, batch_spec(task.run), ranks)
+        with Progress(len(packs), words, "pack", enabled=ranks.speaks) as progress:
+            measured = measure(
+                chunks,
+                loss or loss_of_task(task.run.task, task.info),
+                packs,
+                task.info,
+                ranks,
+                progress,
+                baseline=True,
+            )
+        assert measured is not None
+        return measured, ranks.speaks
+
+
+def evaluate_task(
+    checkpoint: str | Path,
+    data: str | Path | Pairs,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Loss and metrics of a fine-tuned checkpoint on labelled proteins, at any layout.
+
+    Args:
+        checkpoint: As for `open_task`.
+        data: A table like that of training, or pairs of sequence and value.
+        out: JSON file for the result, with 95 % intervals and the prediction of every protein.
+        overrides: As for `open_task`.
+
+    Returns:
+        Loss, metrics and counts; a metric that is not defined is None.
+    """
+    if out is not None:
+        check_out(Path(out))
+    check_packages()
+    task = open_task(checkpoint, overrides)
+    proteins = labelled(task, data)
+    measured, speaks = run_task(task, proteins, "evaluate")
+    result: dict[str, Any] = {
+        "checkpoint": str(task.directory),
+        "data": str(proteins.path),
+        "step": layout.read_state(task.directory)["step"],
+        "loss": measured.loss,
+        **measured.metrics,
+        "num_labels": measured.num_labels,
+        "num_sequences": len(proteins),
+    }
+    result = {name: _defined(value) for name, value in result.items()}
+    if out is not None and speaks:
+        found = measured.predictions
+        assert found is not None
+        run = task.run
+        intervals = bootstrap_intervals(found, task.info, run.task.bootstrap, run.seed)
+        examples = [
+            {"id": proteins.id(row), "prediction": prediction, "label": label}
+            for row, prediction, label in zip(
+                rows_of(found),
+                shown_predictions(found, task.info, proteins),
+                shown_labels(found, task.info, proteins),
+                strict=True,
+            )
+        ]
+        write_json(
+            Path(out), {**result, "intervals": intervals, "notes": proteins.notes, "predictions": examples}
+        )
+    return result
+
+
+def labelled(task: TaskCheckpoint, data: str | Path | Pairs) -> LabelledProteins:
+    """Labelled proteins by the classes and scale of the checkpoint."""
+    if isinstance(data, (str, Path)):
+        proteins, _ = read_labelled(data, task.run.task, task.run.data, task.info, "--data")
+    else:
+        proteins, _ = proteins_of_pairs(data, task.run.task, task.info, "data", task.run.data)
+    return proteins
+
+
+def without_dropping(data: DataConfig) -> DataConfig:
+    """Nothing may be missing from predictions: what training would drop is refused."""
+    if data.too_long == "drop":
+        data.too_long = "error"
+    return data
+
+
+def _defined(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,164 @@
+"""Loss and metrics of a split of labelled proteins: predictions of all ranks, gathered exactly.
+
+Legend: ``n`` proteins and ``R`` residues of a micro-batch, ``k`` targets or classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from esm2mega.batch import LabelledBatch
+from esm2mega.data.labels.dataset import LabelledProteins
+from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.data.labels.stream import LabelledPacks
+from esm2mega.data.stream.build import BatchSpec
+from esm2mega.finetune.baseline import baseline_metrics
+from esm2mega.finetune.losses import TaskLossReduction
+from esm2mega.finetune.metrics import Predictions, metrics_of, objects
+from esm2mega.pairs import num_pairs
+from esm2mega.parallel.initialize import Ranks
+from esm2mega.report.progress import Progress
+from esm2mega.train.evaluate import evaluate
+from esm2mega.train.losses import LossReduction, LossTerms
+
+
+class _Collecting(LossReduction):
+    """A loss that keeps what it sees; without labels it is 0 of 0."""
+
+    def __init__(self, loss: TaskLossReduction, info: TargetInfo) -> None:
+        self.loss, self.info = loss, info
+        self.seen: list[dict[str, Any]] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.loss.names
+
+    def forward(self, batch: LabelledBatch, output: Tensor) -> LossTerms:
+        self.seen.append(_kept(batch, self.loss.predictions(output), self.info))
+        if batch.labels is not None:
+            return self.loss.forward(batch, output)
+        nothing = output.new_zeros(())
+        return LossTerms(nothing, nothing)
+
+
+def _kept(batch: LabelledBatch, values: Tensor, info: TargetInfo) -> dict[str, Any]:
+    segments, per_residue = batch.wanted, info.per_residue
+    if info.per_pair:
+        return _kept_pairs(batch, values)
+    rows = batch.rows[segments.owners] if per_residue else batch.rows
+    kept = {"rows": rows, "values": values, "labels": batch.labels}
+    kept["numbers"] = segments.numbers if per_residue else None
+    return {name: None if value is None else value.cpu().numpy() for name, value in kept.items()}
+
+
+def _kept_pairs(batch: LabelledBatch, values: Tensor) -> dict[str, Any]:
+    """An entry for each protein, with all of its pairs."""
+    segments, lengths = batch.wanted, batch.wanted.residue_counts
+    borders = np.cumsum([num_pairs(length) for length in lengths])[:-1]
+
+    def split(pairs: Tensor) -> Any:
+        return objects(np.split(pairs.cpu().numpy(), borders) if lengths else [])
+
+    first = np.cumsum([0, *lengths])[:-1]
+    return {
+        "rows": batch.rows.cpu().numpy(),
+        "numbers": segments.numbers.cpu().numpy()[first],
+        "values": split(values[:, 0]),
+        "labels": None if batch.labels is None else split(batch.labels),
+    }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out of a split.
+
+    Attributes:
+        loss: Mean over labels; the same on every rank.
+        num_labels: How many these are.
+        predictions: On the process that speaks; None on the others.
+        metrics: The same on every rank; empty without labels.
+    """
+
+    loss: float
+    num_labels: int
+    predictions: Predictions | None
+    metrics: dict[str, float]
+
+
+def measure(
+    model: list[Any],
+    loss: TaskLossReduction,
+    packs: LabelledPacks,
+    info: TargetInfo,
+    ranks: Ranks,
+    progress: Progress | None = None,
+    abandon: Callable[[], bool] | None = None,
+    baseline: bool = False,
+) -> Measured | None:
+    """Predict a split, and compare with its labels where it has some; all ranks call this together.
+
+    Args:
+        model: This rank's chunks; left in training mode.
+        loss: The loss, which also turns outputs into predictions.
+        packs: This rank's packs.
+        info: What predictions mean.
+        ranks: Where this process stands.
+        progress: As for `evaluate`.
+        abandon: As for `evaluate`.
+        baseline: Also give the metrics of what knows the training labels alone.
+
+    Returns:
+        None when it was abandoned.
+    """
+    collecting = _Collecting(loss, info)
+    means = evaluate(model, collecting, packs, ranks, progress, abandon)
+    if means is None:
+        return None
+    predictions = _gathered(collecting.seen, ranks)
+    metrics: dict[str, float] = {}
+    if predictions is not None and predictions.labels is not None:
+        metrics = metrics_of(predictions, info)
+        if baseline:
+            metrics |= baseline_metrics(predictions, info)
+    # From the process that speaks to all.
+    shared = [metrics]
+    dist.broadcast_object_list(shared, src=0, device=ranks.device)
+    return Measured(means["loss"], int(means["count"]), predictions, shared[0])
+
+
+def _gathered(seen: Sequence[dict[str, Any]], ranks: Ranks) -> Predictions | None:
+    """Predictions of all data-parallel ranks on the process that speaks, in the order of the table.
+
+    One process of each model has them: the first of the tensor-parallel group in the last stage. Gathered
+    over the world.
+    """
+    has_them = ranks.tp_rank == 0 and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    mine = _joined(seen) if has_them and seen else None
+    parts: list[dict[str, Any] | None] = [None] * ranks.world_size
+    dist.gather_object(mine, parts if ranks.speaks else None, dst=0)
+    if not ranks.speaks:
+        return None
+    whole = _joined([part for part in parts if part is not None])
+    keys = [whole["rows"]] if whole["numbers"] is None else [whole["numbers"], whole["rows"]]
+    order = np.lexsort(keys)
+    ordered: dict[str, Any] = {name: None if value is None else value[order] for name, value in whole.items()}
+    return Predictions(**ordered)
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        name: None if parts[0][name] is None else np.concatenate([part[name] for part in parts])
+        for name in parts[0]
+    }
+
+
+def packs_of(proteins: LabelledProteins, spec: BatchSpec, ranks: Ranks, limit: int = 0) -> LabelledPacks:
+    """This rank's share of a split, or of `limit` packs of it."""
+    return LabelledPacks(proteins, spec, limit, ranks.dp_rank, ranks.dp_size)

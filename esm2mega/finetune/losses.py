@@ -1,0 +1,210 @@
+"""Losses of labelled proteins and residues, as sums over the labels that are there and their number.
+
+A label that is missing (NaN of numbers, -100 of classes) is not summed and not counted.
+
+Legend: ``n`` proteins and ``R`` residues of a micro-batch, ``k`` outputs, ``m`` target columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from esm2mega.config.schema import TaskConfig
+from esm2mega.config.task import NUMERIC_KINDS
+from esm2mega.data.labels.schema import IGNORED, TargetInfo
+from esm2mega.errors import UserError
+from esm2mega.train.losses import LossReduction, LossTerms
+
+
+class TaskLossReduction(LossReduction):
+    """Base of the losses of tasks."""
+
+    def predictions(self, output: Tensor) -> Tensor:
+        """What is kept of the head's output ``[rows, k]``: values in units of the labels, or probabilities.
+        Of contacts logits, in fp32 at least: probabilities near 1 round to 1, and would have no order.
+        """
+        return _at_least_fp32(output)
+
+
+class RegressionLossReduction(TaskLossReduction):
+    """Squared or Huber loss of numbers, ``[n, k]``.
+
+    With `mean` and `std` labels are scaled before they are compared; the loss is then in scaled units, and
+    `predictions` scales back.
+    """
+
+    def __init__(
+        self,
+        loss: str = "mse",
+        huber_delta: float = 1.0,
+        mean: Any = 0.0,
+        std: Any = 1.0,
+    ) -> None:
+        """Make the loss.
+
+        Args:
+            loss: ``mse``, or ``huber``: quadratic up to `huber_delta`, linear beyond (as `F.huber_loss`).
+            huber_delta: In scaled units.
+            mean: Of each target, a number or k of them.
+            std: Of each target.
+        """
+        self.loss, self.huber_delta = loss, huber_delta
+        self._mean = torch.as_tensor(mean, dtype=torch.float64)
+        self._std = torch.as_tensor(std, dtype=torch.float64)
+
+    def forward(self, batch: Any, output: Tensor) -> LossTerms:
+        """`batch.labels` float64 ``[n, k]``, NaN for none; `output` ``[n, k]``, taken to fp32 at least."""
+        values = _at_least_fp32(output)
+        labels = batch.labels
+        there = ~torch.isnan(labels)
+        scaled = ((labels - self._mean.to(labels.device)) / self._std.to(labels.device)).to(values.dtype)
+        # Missing labels are replaced before the loss: NaN times 0 would still be NaN.
+        scaled = torch.where(there, scaled, values.detach())
+        if self.loss == "huber":
+            each = F.huber_loss(values, scaled, reduction="none", delta=self.huber_delta)
+        else:
+            each = F.mse_loss(values, scaled, reduction="none")
+        return LossTerms(each.sum(), there.sum())
+
+    def predictions(self, output: Tensor) -> Tensor:
+        return output.double() * self._std.to(output.device) + self._mean.to(output.device)
+
+
+class TokenRegressionLossReduction(RegressionLossReduction):
+    """The same for the numbers of residues: labels and output ``[R, m]``."""
+
+
+class ClassificationLossReduction(TaskLossReduction):
+    """Cross-entropy of classes, ``[n]``, or its sum over several targets with classes of their own.
+
+    With class weights the loss of a label is multiplied by the weight of its class; what it is divided by is
+    still the number of labels.
+    """
+
+    def __init__(
+        self,
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        widths: Sequence[int] | None = None,
+    ) -> None:
+        """Make the loss.
+
+        Args:
+            class_weights: ``[k]``, or None.
+            label_smoothing: Share spread over all classes of the target.
+            widths: How many of the outputs are classes of each target; None for all of one.
+        """
+        self._weights, self.label_smoothing = class_weights, label_smoothing
+        self._widths = None if widths is None else list(widths)
+
+    def forward(self, batch: Any, output: Tensor) -> LossTerms:
+        """`batch.labels` int64 ``[n]`` or ``[n, m]``, -100 for none; `output` logits ``[n, k]``."""
+        logits = self._split(_at_least_fp32(output))
+        labels = batch.labels[:, None] if batch.labels.dim() == 1 else batch.labels
+        weights: Sequence[Tensor | None] = [None] * len(logits)
+        if self._weights is not None:
+            weights = self._split(self._weights.to(logits[0]))
+        sums = [
+            F.cross_entropy(
+                of_target,
+                labels[:, number],
+                weights[number],
+                ignore_index=IGNORED,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            )
+            for number, of_target in enumerate(logits)
+        ]
+        return LossTerms(torch.stack(sums).sum(), (labels != IGNORED).sum())
+
+    def predictions(self, output: Tensor) -> Tensor:
+        return torch.cat([logits.softmax(dim=-1) for logits in self._split(output.double())], dim=-1)
+
+    def _split(self, values: Tensor) -> Sequence[Tensor]:
+        """``[..., k]`` by target."""
+        return values.split(self._widths or [values.shape[-1]], dim=-1)
+
+
+class TokenClassificationLossReduction(ClassificationLossReduction):
+    """The same for residues: labels ``[R, m]``, output ``[R, k]``."""
+
+
+class MultilabelLossReduction(TaskLossReduction):
+    """Binary cross-entropy of each of k labels, ``[n, k]``."""
+
+    def __init__(self, positive_weights: Tensor | None = None) -> None:
+        """Args: positive_weights: of the loss of a label that is 1, ``[k]``, or None."""
+        self._weights = positive_weights
+
+    def forward(self, batch: Any, output: Tensor) -> LossTerms:
+        """`batch.labels` float64 ``[n, k]``, 0 or 1, NaN for none; `output` logits ``[n, k]``."""
+        logits = _at_least_fp32(output)
+        there = ~torch.isnan(batch.labels)
+        labels = torch.where(there, batch.labels, 0.0).to(logits.dtype)
+        weights = None if self._weights is None else self._weights.to(logits)
+        each = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights, reduction="none")
+        return LossTerms((each * there).sum(), there.sum())
+
+    def predictions(self, output: Tensor) -> Tensor:
+        return output.double().sigmoid()
+
+
+class ContactLossReduction(TaskLossReduction):
+    """Binary cross-entropy of pairs of residues, ``[P]``.
+
+    That of two classes, as TAPE has it, over the pairs i < j: their mean is that over the whole map.
+    """
+
+    def forward(self, batch: Any, output: Tensor) -> LossTerms:
+        """`batch.labels` int8 ``[P]``, 0 or 1, -100 for none; `output` logits of a contact ``[P, 1]``."""
+        logits = _at_least_fp32(output[:, 0])
+        there = batch.labels != IGNORED
+        labels = (batch.labels == 1).to(logits.dtype)
+        each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return LossTerms((each * there).sum(), there.sum())
+
+
+def loss_of_task(task: TaskConfig, info: TargetInfo) -> TaskLossReduction:
+    """The loss that a configuration names.
+
+    Args:
+        task: Which one.
+        info: Scale of numbers and counts of classes, from the training data.
+    """
+    if task.kind in NUMERIC_KINDS:
+        make = RegressionLossReduction if task.kind == "regression" else TokenRegressionLossReduction
+        return make(task.loss, task.huber_delta, info.mean, info.std)
+    if task.kind == "multilabel":
+        return MultilabelLossReduction()
+    if info.per_pair:
+        return ContactLossReduction()
+    weights = balanced_weights(info) if task.class_weights == "balanced" else None
+    if task.kind == "classification":
+        return ClassificationLossReduction(weights, task.label_smoothing)
+    widths = [len(target.names) for target in info.targets]
+    return TokenClassificationLossReduction(weights, task.label_smoothing, widths)
+
+
+def balanced_weights(info: TargetInfo) -> Tensor:
+    """Total / (c * count) of each of the c classes of a target, fp64 ``[k]``: their mean over its training
+    labels is 1.
+
+    These are the weights that scikit-learn calls balanced.
+    """
+    if 0 in info.counts or len(info.counts) < info.num_outputs:
+        raise UserError(
+            "task.class_weights=balanced: not every class of the head has a label in the training data; set "
+            "task.class_weights=none"
+        )
+    counts = torch.tensor(info.counts, dtype=torch.float64)
+    of_targets = [counts[target.outputs] for target in info.targets]
+    return torch.cat([counts.sum() / (len(counts) * counts) for counts in of_targets])
+
+
+def _at_least_fp32(output: Tensor) -> Tensor:
+    return output.to(torch.promote_types(output.dtype, torch.float32))

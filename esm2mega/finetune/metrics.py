@@ -1,0 +1,275 @@
+"""Metrics of predictions against labels, by the definitions of SciPy and scikit-learn, and their intervals.
+
+Every metric is computed from the gathered predictions of a whole split, never from means of micro-batches.
+
+Legend: ``n`` proteins or residues with a label, ``k`` outputs, ``m`` target columns, ``c`` classes.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.config.task import NUMERIC_KINDS
+from esm2mega.data.counter_rng import Purpose, derive_seed
+from esm2mega.data.labels.schema import IGNORED, TargetInfo
+from esm2mega.errors import UserError
+from esm2mega.finetune.contact_metrics import contact_counts, contact_metrics
+
+Array = npt.NDArray[Any]
+Metrics = dict[str, float]
+
+_INTERVAL = (2.5, 97.5)
+"""Percentiles of the resampled metrics: a 95 % interval."""
+
+HEADLINES = {
+    "regression": "spearman",
+    "token_regression": "spearman",
+    "classification": "accuracy",
+    "token_classification": "accuracy",
+    "multilabel": "f1_micro",
+    "contact": "p_at_L5",
+}
+"""The metric of each kind of task that is shown while it is trained."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted of a split, in the order of the table.
+
+    Attributes:
+        rows: Which protein each is, int64 ``[n]``, ascending; of residues, repeated.
+        numbers: Which residue of it, int64 ``[n]``; None for tasks of proteins. Of contacts the residue that
+            the first one of the piece is.
+        values: In units of the labels, or probabilities, fp64 ``[n, k]``. Of contacts ``[n]`` arrays of the
+            logits of all pairs, see `esm2mega.pairs`.
+        labels: As in `LabelledProteins`, of contacts ``[n]`` arrays of those of pairs; None where there are
+            none.
+    """
+
+    rows: Array
+    numbers: Array | None
+    values: Array
+    labels: Array | None
+
+
+def check_packages() -> None:
+    """Say in one line what is missing, before any work is done."""
+    try:
+        import scipy  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"metrics need {error.name}; install it with `pip install 'esm2mega[finetune]'`"
+        ) from None
+
+
+def metrics_of(found: Predictions, info: TargetInfo) -> Metrics:
+    """All metrics of a task; one that is not defined for these labels is NaN.
+
+    Args:
+        found: Predictions with labels.
+        info: Kind and names.
+    """
+    assert found.labels is not None
+    if info.per_pair:
+        return contact_metrics(contact_counts(found.values, found.labels))
+    if info.kind == "multilabel":
+        return multilabel_metrics(found.labels, found.values)
+    labels = found.labels if found.labels.ndim == 2 else found.labels[:, None]
+    each = {
+        target.name: _of_target(info.kind, found.rows, labels[:, number], found.values[:, target.outputs])
+        for number, target in enumerate(info.targets)
+    }
+    return _of_targets(each)
+
+
+def _of_target(kind: str, rows: Array, labels: Array, values: Array) -> Metrics:
+    """Of labels ``[n]``, some of which may be missing, and predictions ``[n, 1]`` or ``[n, c]``."""
+    there = ~np.isnan(labels) if kind in NUMERIC_KINDS else labels != IGNORED
+    rows, labels, values = rows[there], labels[there], values[there]
+    if kind in NUMERIC_KINDS:
+        metrics = regression_metrics(labels, values[:, 0])
+    else:
+        metrics = classification_metrics(labels, values)
+    if kind == "token_regression":
+        metrics["spearman_per_protein"] = _mean(_per_protein(rows, labels, values[:, 0], _spearman))
+    if kind == "token_classification":
+        each = _per_protein(rows, labels, values.argmax(axis=1), _accuracy)
+        metrics["accuracy_per_protein"] = _mean(each)
+    return metrics
+
+
+def _of_targets(each: Mapping[str, Metrics]) -> Metrics:
+    """Of several targets the mean of each metric, and the metrics of each target under ``name/target``."""
+    first, *others = each.values()
+    if not others:
+        return first
+    metrics = {name: _mean([of[name] for of in each.values()]) for name in first}
+    for target, of in each.items():
+        metrics |= {f"{name}/{target}": value for name, value in of.items()}
+    return metrics
+
+
+def regression_metrics(labels: Array, values: Array) -> Metrics:
+    """Of numbers without gaps, ``[n]`` each."""
+    if not len(labels):
+        return dict.fromkeys(("mse", "rmse", "mae", "r2", "spearman", "pearson"), math.nan)
+    from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
+
+    mse = float(mean_squared_error(labels, values))
+    return {
+        "mse": mse,
+        "rmse": math.sqrt(mse),
+        "mae": float(mean_absolute_error(labels, values)),
+        "r2": float(r2_score(labels, values)) if len(labels) > 1 else math.nan,
+        "spearman": _spearman(labels, values),
+        "pearson": _pearson(labels, values),
+    }
+
+
+def classification_metrics(labels: Array, values: Array) -> Metrics:
+    """Of classes, int64 ``[n]``, and probabilities, ``[n, c]``."""
+    names = ("accuracy", "balanced_accuracy", "mcc", "f1_macro", "f1_micro", "auroc")
+    if not len(labels):
+        return dict.fromkeys(names, math.nan)
+    from sklearn import metrics
+
+    predicted = values.argmax(axis=1)
+    with warnings.catch_warnings():
+        # A class that is predicted and does not occur counts as one that is never right.
+        warnings.simplefilter("ignore")
+        return {
+            "accuracy": _accuracy(labels, predicted),
+            "balanced_accuracy": float(metrics.balanced_accuracy_score(labels, predicted)),
+            "mcc": float(metrics.matthews_corrcoef(labels, predicted)),
+            "f1_macro": float(metrics.f1_score(labels, predicted, average="macro")),
+            "f1_micro": float(metrics.f1_score(labels, predicted, average="micro")),
+            "auroc": _mean([_auroc(labels == c, values[:, c]) for c in _scored(values)]),
+        }
+
+
+def multilabel_metrics(labels: Array, values: Array) -> Metrics:
+    """Of flags, float64 ``[n, k]`` with NaN for none, and probabilities, ``[n, k]``.
+
+    Averages are over labels; accuracy is over all flags, exact_match over proteins whose flags are all there.
+    """
+    from sklearn.metrics import f1_score
+
+    there, predicted = ~np.isnan(labels), values >= 0.5
+    whole = there.all(axis=1)
+    each = [
+        float(f1_score(labels[there[:, c], c], predicted[there[:, c], c], zero_division=0.0))
+        for c in range(labels.shape[1])
+        if there[:, c].any()
+    ]
+    right = predicted == (labels == 1.0)
+    return {
+        "accuracy": _mean(right[there].tolist()),
+        "exact_match": _mean(right[whole].all(axis=1).tolist()),
+        "f1_macro": _mean(each),
+        "f1_micro": float(f1_score(labels[there], predicted[there], zero_division=0.0)),
+        "auroc": _mean(
+            [_auroc(labels[there[:, c], c] == 1.0, values[there[:, c], c]) for c in range(labels.shape[1])]
+        ),
+    }
+
+
+def objects(arrays: Iterable[Array]) -> Array:
+    """``[n]`` arrays of any lengths as one array of objects."""
+    found = list(arrays)
+    joined = np.empty(len(found), dtype=object)
+    joined[:] = found
+    return joined
+
+
+def bootstrap_intervals(
+    found: Predictions, info: TargetInfo, resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals: metrics of proteins drawn with replacement, as many as there are.
+
+    Residues of a protein are drawn together. Resamples in which a metric is not defined do not count for it.
+
+    Args:
+        found: Predictions with labels.
+        info: Kind and names.
+        resamples: How many.
+        seed: Of the run; the same seed draws the same proteins.
+
+    Returns:
+        The percentiles 2.5 and 97.5 of each metric.
+    """
+    assert found.labels is not None
+    rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
+    proteins, first, counts = np.unique(found.rows, return_index=True, return_counts=True)
+    drawn: dict[str, list[float]] = {}
+    pairs = contact_counts(found.values, found.labels) if info.per_pair else None
+    for _ in range(resamples):
+        chosen = rng.integers(0, len(proteins), len(proteins))
+        places = np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in chosen])
+        # Each copy of a protein is one of its own.
+        rows = np.repeat(np.arange(len(chosen)), counts[chosen])
+        if pairs is not None:
+            metrics = contact_metrics(pairs[places])
+        else:
+            metrics = metrics_of(Predictions(rows, None, found.values[places], found.labels[places]), info)
+        for name, value in metrics.items():
+            drawn.setdefault(name, []).append(value)
+    return {
+        name: tuple(np.percentile(kept, _INTERVAL).tolist())
+        for name, values in drawn.items()
+        if (kept := [value for value in values if not math.isnan(value)])
+    }
+
+
+def _per_protein(
+    rows: Array, labels: Array, values: Array, measure: Callable[[Array, Array], float]
+) -> list[float]:
+    borders = np.flatnonzero(np.diff(rows)) + 1
+    pairs = zip(np.split(labels, borders), np.split(values, borders), strict=True)
+    return [measure(*pair) for pair in pairs if len(pair[0])]
+
+
+def _accuracy(labels: Array, predicted: Array) -> float:
+    return float((labels == predicted).mean())
+
+
+def _spearman(labels: Array, values: Array) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(labels, values).statistic) if _varied(labels, values) else math.nan
+
+
+def _pearson(labels: Array, values: Array) -> float:
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(labels, values).statistic) if _varied(labels, values) else math.nan
+
+
+def _varied(labels: Array, values: Array) -> bool:
+    """Whether there is a correlation at all: of constants there is none."""
+    return len(labels) > 1 and np.ptp(labels) > 0 and np.ptp(values) > 0
+
+
+def _scored(values: Array) -> Sequence[int]:
+    """Classes whose area is averaged: of two, the second alone."""
+    return [1] if values.shape[1] == 2 else range(values.shape[1])
+
+
+def _auroc(positive: Array, scores: Array) -> float:
+    """Area under the curve of one class against the rest; NaN where one of them does not occur."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(positive, scores)) if 0 < positive.sum() < len(positive) else math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of those that are defined."""
+    kept = [value for value in values if not math.isnan(value)]
+    return float(np.mean(kept)) if kept else math.nan

@@ -1,0 +1,119 @@
+"""Which weights of a fine-tuned model are trained, and how fast: what patterns of names mean."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from esm2mega.checkpoint.tensor_filter import TASK_HEAD
+from esm2mega.config.schema import FinetuneConfig
+from esm2mega.errors import UserError
+from esm2mega.model.freezing import freeze
+
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+
+
+def set_trainable(chunks: Sequence[Any], config: FinetuneConfig) -> str:
+    """Freeze what `config` says, before the chunks are wrapped; all ranks call this together.
+
+    Args:
+        chunks: This rank's chunks with their initial weights; without adapters.
+        config: Mode and patterns.
+
+    Returns:
+        What is trained, in words.
+
+    Raises:
+        UserError: A pattern that matches no weight, or nothing is left to train.
+    """
+
+    def is_trained(name: str) -> bool:
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.freeze):
+            return False
+        return config.mode == "full" or name.startswith(TASK_HEAD)
+
+    freeze(chunks, is_trained)
+    for chunk in chunks:
+        chunk.frozen = config.mode == "frozen"
+    names = gathered(
+        chunk.global_parameter_name(name) for chunk in chunks for name, _ in chunk.named_parameters()
+    )
+    trained_names = list(filter(is_trained, names))
+    split = {_in_every_layer(name) for name in trained_names} & {
+        _in_every_layer(name) for name in names if not is_trained(name)
+    }
+    if split:
+        raise UserError(
+            f"finetune.freeze={config.freeze} freezes {min(split)} in some layers and not in others, which "
+            "checkpoints cannot hold; name layers by *, as in encoder.layers.*.mlp.*"
+        )
+    for pattern in config.freeze:
+        if not fnmatch.filter(names, pattern):
+            shown = ", ".join(names[:3])
+            raise UserError(f"finetune.freeze: {pattern!r} matches no weight; names are such as {shown}")
+    if not trained_names:
+        raise UserError(f"finetune.freeze={config.freeze} freezes every weight; leave some to train")
+    return f"weights  {len(trained_names)} of {len(names)} tensors are trained (finetune.mode={config.mode})"
+
+
+def scales_of(chunks: Sequence[Any], config: FinetuneConfig) -> dict[Tensor, float]:
+    """Factors of the learning rate that are not 1; all ranks call this together.
+
+    Args:
+        chunks: This rank's, as they will be trained.
+        config: Patterns, and the factor of each layer to the next.
+
+    Returns:
+        Parameter -> factor.
+
+    Raises:
+        UserError: A pattern that matches no trained weight.
+    """
+    trained = {
+        chunk.global_parameter_name(name): parameter
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad
+    }
+    names = gathered(trained)
+    for pattern in config.lr_scale:
+        if not fnmatch.filter(names, pattern):
+            shown = ", ".join(names[:3])
+            raise UserError(
+                f"finetune.lr_scale: {pattern!r} matches no weight that is trained; names are such as {shown}"
+            )
+    num_layers = chunks[0].config.num_layers
+    scales = {}
+    for name, parameter in trained.items():
+        matching = [
+            factor for pattern, factor in config.lr_scale.items() if fnmatch.fnmatchcase(name, pattern)
+        ]
+        scale = (matching or [1.0])[-1] * config.layer_decay ** _layers_behind(name, num_layers)
+        if scale != 1.0:
+            scales[parameter] = scale
+    return scales
+
+
+def _layers_behind(name: str, num_layers: int) -> int:
+    """The layer's own and those between it and the head: 1 of the last layer; the embedding counts as one."""
+    if name.startswith("embedding."):
+        return num_layers + 1
+    layer = _LAYER.match(name)
+    return num_layers - int(layer[1]) if layer else 0
+
+
+def gathered(names: Iterable[str]) -> list[str]:
+    """Names in the whole model, of which every stage knows its own. All-gather over the world."""
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, list(names))
+    return sorted({name for own in of_ranks for name in own})
+
+
+def _in_every_layer(name: str) -> str:
+    """The name of a weight with ``*`` for its layer; a checkpoint holds all layers as one tensor."""
+    return _LAYER.sub("encoder.layers.*.", name)

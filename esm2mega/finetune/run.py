@@ -1,0 +1,287 @@
+"""Fine-tuning: build the objects of a run on labelled proteins, resume or start, and hand them to the loop.
+
+No arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.checkpoint.tensor_filter import ALL, TRAINED
+from esm2mega.config.load import fix_length
+from esm2mega.config.lora import check_start
+from esm2mega.config.schema import Run
+from esm2mega.config.task import validate_task
+from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.convert.into_model import load_for_task
+from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
+from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.data.labels.stream import LabelledStream
+from esm2mega.data.stream.build import BatchSpec
+from esm2mega.errors import UserError
+from esm2mega.finetune.evaluate import measure, packs_of
+from esm2mega.finetune.loaded_head import loaded_targets
+from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
+from esm2mega.finetune.metrics import HEADLINES, check_packages
+from esm2mega.finetune.param_groups import scales_of, set_trainable
+from esm2mega.lora.base import Base
+from esm2mega.lora.checkpoint import load_base
+from esm2mega.lora.inject import adapters_line, seed_dropout
+from esm2mega.model.build import build_model
+from esm2mega.model.freezing import check_stages
+from esm2mega.model.heads import head_of_task
+from esm2mega.model.task import MakeHead
+from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.train.loop import Evaluation, LoopState
+from esm2mega.train.optimizer import train_state
+from esm2mega.train.session import Session, run_session
+from esm2mega.train.starts import find_init, find_resume
+
+_STEPS_PER_WINDOW = 4
+"""Steps whose proteins are packed together where `data.pack_window` is not set."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a program gives in the place of what a configuration names.
+
+    Attributes:
+        data: Split (``train``, ``valid``, ``test``) -> list of ``(sequence, value)``.
+        make_head: The head.
+        loss: The loss.
+    """
+
+    data: Mapping[str, Pairs] = field(default_factory=dict)
+    make_head: MakeHead | None = None
+    loss: TaskLossReduction | None = None
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Labelled proteins of a run.
+
+    Attributes:
+        of: Split -> proteins.
+        info: What predictions mean, from the training split.
+    """
+
+    of: dict[str, LabelledProteins]
+    info: TargetInfo
+
+
+def finetune(
+    run: Run, parts: Parts | None = None, observe: Callable[[list[Any]], None] | None = None
+) -> LoopState:
+    """Train as configured; every process of the world calls this with the same, validated configuration.
+
+    Args:
+        run: The configuration.
+        parts: What to use instead of what it names.
+        observe: See `esm2mega.train.step.TrainState`.
+
+    Returns:
+        The final state of the loop, the same on every rank.
+
+    Raises:
+        UserError: Missing or unfit input.
+        MachineError: Loss not finite, or a checkpoint could not be written.
+        StoppedBySignal: A signal came and the state was saved.
+    """
+    parts = parts or Parts()
+    validate_task(run)
+    check_start(run)
+    check_packages()
+    resume_from = find_resume(run)
+    init_from = find_init(run) if resume_from is None else None
+    splits = read_splits(run, parts, loaded_targets(run, init_from, resume_from))
+    run = _with_steps(run, splits.of["train"])
+    with process_groups(run.parallel, run.seed) as ranks:
+        return _train(run, ranks, splits, parts, resume_from, init_from, observe)
+
+
+def read_splits(run: Run, parts: Parts, loaded: TargetInfo | None = None) -> Splits:
+    """All splits that are given; those that are held out by the classes and scale of the training split.
+
+    Args:
+        run: The configuration.
+        parts: What is used instead of its tables.
+        loaded: Classes and scale of a head that was trained before, which then hold for all splits.
+    """
+    found: dict[str, LabelledProteins] = {}
+    info: TargetInfo | None = None
+    for split, path in (("train", run.data.train), ("valid", run.data.valid), ("test", run.data.test)):
+        key = f"data.{split}"
+        if split in parts.data:
+            proteins, info = proteins_of_pairs(parts.data[split], run.task, info, key, run.data, loaded)
+        elif path is not None:
+            proteins, info = read_labelled(path, run.task, run.data, info, key, loaded)
+        elif split == "train":
+            raise UserError(
+                "data.train is not set: give a table with sequences and labels, as data.train=FILE"
+            )
+        else:
+            continue
+        if split != "train" and proteins.fingerprint == found["train"].fingerprint:
+            raise UserError(
+                f"{key} holds the same proteins as data.train; its loss would not measure unseen proteins: "
+                "give others"
+            )
+        found[split] = proteins
+    assert info is not None
+    return Splits(found, info)
+
+
+def batch_spec(run: Run) -> BatchSpec:
+    """What decides the content of the batches of evaluation and prediction."""
+    return BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
+
+
+def train_spec(run: Run, proteins: LabelledProteins) -> BatchSpec:
+    """What decides the content of the batches of training.
+
+    Packs are made of proteins of similar length where there is a choice, and lengths often go with labels. So
+    the choice is small by default: among the proteins of some steps, and never twice the same one.
+    """
+    data = run.data
+    if data.pack_window is None:
+        mean_tokens = len(proteins.tokens) / len(proteins) + 2
+        window = round(_STEPS_PER_WINDOW * run.train.global_batch_tokens / mean_tokens)
+        data = replace(data, pack_window=max(1, min(window, len(proteins))))
+    return BatchSpec(data, run.train.micro_batch_tokens, run.seed, run.train.max_epochs)
+
+
+def _with_steps(run: Run, proteins: LabelledProteins) -> Run:
+    """A run given in epochs with its length in steps, the last of which may be filled up with padding."""
+    if run.train.max_epochs is None:
+        return run
+    with LabelledStream(proteins, train_spec(run, proteins)) as stream:
+        packs_per_step = run.train.global_batch_tokens // run.train.micro_batch_tokens
+        run = fix_length(run, -(-stream.num_packs() // packs_per_step))
+    validate(run, world_size_from_environment())
+    return run
+
+
+def _train(
+    run: Run,
+    ranks: Ranks,
+    splits: Splits,
+    parts: Parts,
+    resume_from: Path | None,
+    init_from: Path | None,
+    observe: Callable[[list[Any]], None] | None,
+) -> LoopState:
+    make_head = parts.make_head or head_of_task(run.task, splits.info.num_outputs)
+    adapted = run.finetune.mode == "lora"
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, make_head, adapted)
+    auxiliary: dict[str, Tensor] = {}
+    base: Base | None = None
+    if resume_from is not None:
+        _check_targets(resume_from, splits.info)
+    if adapted:
+        base, auxiliary = load_base(run, chunks, resume_from)
+    elif resume_from is not None:
+        auxiliary = read_auxiliary(resume_from)
+    elif init_from is not None:
+        auxiliary = load_for_task(init_from, run, chunks)
+    trained = adapters_line(run, chunks) if adapted else set_trainable(chunks, run.finetune)
+    if run.parallel.distributed_optimizer:
+        key = f"lora.target_modules={run.lora.target_modules}"
+        check_stages(chunks, key if adapted else f"finetune.freeze={run.finetune.freeze}")
+    loss = parts.loss or loss_of_task(run.task, splits.info)
+    state = train_state(run, chunks, loss, ranks, observe, scales_of(chunks, run.finetune))
+    if adapted and run.lora.dropout:
+        state.begin = partial(seed_dropout, run.seed)
+    spec, train = batch_spec(run), splits.of["train"]
+
+    def evaluation(split: str, limit: int) -> Evaluation | None:
+        if split not in splits.of:
+            return None
+
+        def evaluate(abandon: Callable[[], bool]) -> dict[str, float] | None:
+            packs = packs_of(splits.of[split], spec, ranks, limit)
+            measured = measure(
+                state.model, loss, packs, splits.info, ranks, abandon=abandon, baseline=split == "test"
+            )
+            if measured is None:
+                return None
+            named = {f"{split}_{name}": value for name, value in measured.metrics.items()}
+            return {f"{split}_loss": measured.loss, **named}
+
+        return evaluate
+
+    def result(record: dict[str, Any], split: str) -> str:
+        headline = HEADLINES[splits.info.kind]
+        return f"loss {record[f'{split}_loss']:.4f}, {headline} {record[f'{split}_{headline}']:.4f}"
+
+    session = Session(
+        name="finetune",
+        state=state,
+        stream=LabelledStream(train, train_spec(run, train), ranks.dp_rank, ranks.dp_size),
+        evaluation=evaluation,
+        remembered={
+            "task": splits.info.to_dict(),
+            "token_counts": None,
+            **({} if base is None else base.as_state()),
+        },
+        # Those of the base stay with it.
+        auxiliary={} if adapted else auxiliary,
+        announced=[*_described(splits), trained],
+        result=result,
+        training_values=lambda metrics: {"loss": metrics["loss"]},
+        saved=TRAINED if adapted else ALL,
+    )
+    return run_session(run, ranks, session, resume_from, init_from)
+
+
+def _described(splits: Splits) -> list[str]:
+    """What is learned from what."""
+    info = splits.info
+    lines = [f"task     {info.kind} of {info.num_outputs} outputs: {_some(info.names)}"]
+    if info.columns:
+        lines = [
+            f"task     {info.kind} of {x.name}, {len(x.names)} classes: {_some(x.names)}"
+            for x in info.targets
+        ]
+    for split, proteins in splits.of.items():
+        lines.append(
+            f"data     {split}: {len(proteins)} proteins of {proteins.path}, {_labels(proteins, info)}"
+        )
+        lines += [f"data     {note}" for note in proteins.notes]
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
+def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:
+    """How many are missing; of several targets, of each one where there are some."""
+    if not proteins.num_missing:
+        return "no label missing"
+    if len(info.targets) == 1:
+        return f"{proteins.num_missing} labels missing or masked"
+    missing = proteins.is_missing.sum(axis=0).tolist()
+    each = [
+        f"{count if count < len(proteins.is_missing) else 'all'} of {target.name}"
+        for target, count in zip(info.targets, missing, strict=True)
+        if count
+    ]
+    return f"labels missing or masked: {', '.join(each)}"
+
+
+def _check_targets(checkpoint: Path, info: TargetInfo) -> None:
+    """The classes and scale of a resumed run are those it began with; `data.train` decides them."""
+    saved = TargetInfo.from_dict(layout.read_state(checkpoint)["task"])
+    if saved != info:
+        raise UserError(
+            f"{checkpoint}: was trained on other labels than data.train holds now; set data.train and the "
+            "keys of task back, or start a new run from the weights with init_from"
+        )

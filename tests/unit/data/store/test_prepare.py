@@ -1,0 +1,305 @@
+"""`prepare fasta`: complete and exact stores, a deterministic split, and no trace of a failed attempt."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dnaio
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from esm2mega import vocabulary
+from esm2mega.data.readers import text
+from esm2mega.data.readers.base import SourceOptions
+from esm2mega.data.store import parts
+from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.errors import MachineError, UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+
+@pytest.fixture
+def small_fasta(tmp_path: Path) -> Path:
+    """20 proteins, p0 to p19, of 1 to 20 residues."""
+    path = tmp_path / "small.fasta"
+    path.write_text("".join(f">p{i} protein {i}\n{'MKTLAGVSERMKTLAGVSER'[: i + 1]}\n" for i in range(20)))
+    return path
+
+
+def ids(store: Path) -> list[str]:
+    opened = TokenStore(store)
+    return [opened.id(i) for i in range(len(opened))]
+
+
+def test_without_split_everything_is_training_data(small_fasta: Path, tmp_path: Path) -> None:
+    report = prepare_fasta([small_fasta], tmp_path / "out")
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["train"]
+    assert ids(tmp_path / "out" / "train") == [f"p{i}" for i in range(20)]
+    assert list(report.counts) == ["train"] and report.counts["train"].residues == 210
+    assert report.lines() == [
+        f"{tmp_path / 'out' / 'train'}: 20 sequences, 210 residues; 0 lower-case residues raised, "
+        "0 unknown residues stored as <unk>, 0 sequences dropped"
+    ]
+
+
+def test_split_is_disjoint_complete_ordered_and_pinned(small_fasta: Path, tmp_path: Path) -> None:
+    prepare_fasta([small_fasta], tmp_path / "out", valid_size=3, test_size=2, seed=7)
+    split = {name: ids(tmp_path / "out" / name) for name in ("train", "valid", "test")}
+    assert split["valid"] == ["p6", "p12", "p18"]
+    assert split["test"] == ["p14", "p17"]
+    numbers = {name: [int(name[1:]) for name in names] for name, names in split.items()}
+    assert all(part == sorted(part) for part in numbers.values())
+    assert sorted(sum(numbers.values(), [])) == list(range(20))
+
+
+def test_split_follows_the_seed_and_not_the_batches(
+    small_fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_fasta([small_fasta], tmp_path / "a", valid_size=4, seed=1)
+    prepare_fasta([small_fasta], tmp_path / "other seed", valid_size=4, seed=2)
+    monkeypatch.setattr(parts, "_BATCH_RESIDUES", 30)
+    prepare_fasta([small_fasta], tmp_path / "b", valid_size=4, seed=1)
+    assert (
+        ids(tmp_path / "a" / "valid")
+        == ids(tmp_path / "b" / "valid")
+        != ids(tmp_path / "other seed" / "valid")
+    )
+    assert TokenStore(tmp_path / "a" / "train").manifest == TokenStore(tmp_path / "b" / "train").manifest
+
+
+def test_several_inputs_are_read_in_order_and_recorded(small_fasta: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "more.fa.gz"
+    packed.write_bytes(gzip.compress(b">p0\nmkJ*\n>z\nW\n", mtime=0))
+    report = prepare_fasta([packed, small_fasta], tmp_path / "out", valid_size=1)
+    manifest = TokenStore(tmp_path / "out" / "train").manifest
+    assert [(source["name"], source["sequences"]) for source in manifest["sources"]] == [
+        ("more.fa.gz", 2),
+        ("small.fasta", 20),
+    ]
+    assert all(len(source["sha256"]) == 64 for source in manifest["sources"])
+    assert manifest["split"] == {"name": "train", "seed": 1234, "valid_size": 1, "test_size": 0, "total": 22}
+    assert sum(count.sequences for count in report.counts.values()) == 22
+    assert sum(count.lower_case_residues for count in report.counts.values()) == 2
+    assert sum(count.unknown_residues for count in report.counts.values()) == 2
+    everything = ids(tmp_path / "out" / "train") + ids(tmp_path / "out" / "valid")
+    assert everything.count("p0") == 2  # repeated ids are kept
+
+
+BAD_INPUTS = {
+    "empty": (b"", "bad.fasta: no sequences in the file"),
+    "no sequence": (b">good\nMK\n>a\n>b\nAC\n", "bad.fasta:3: no sequence under the header of 'a'"),
+    "non-FASTA": (b"name,sequence\na,MK\n", "bad.fasta:1: not FASTA"),
+    "binary": (bytes(range(256)) * 20, "bad.fasta: is a binary file"),
+    "truncated gzip": (gzip.compress(b">a\nMK\n" * 500, mtime=0)[:-9], "bad.fasta: the gzip data ends early"),
+    "no valid sequence": (b"\n\n\n", "bad.fasta: no sequences in the file"),
+    "only unknown": (
+        b">good\nMK\n>a\nJJj**\n",
+        "bad.fasta:3: the sequence of 'a' has only unknown residues ('JJj**')",
+    ),
+    "not ASCII": (">good\nMK\n>a\nM\u00e9K\n".encode(), "bad.fasta:4: '\u00e9' in the sequence of 'a'"),
+}
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (1, 0)], ids=["no split", "split"])
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path: Path, small_fasta: Path, name: str, sizes: tuple[int, int]
+) -> None:
+    content, expected = BAD_INPUTS[name]
+    bad = tmp_path / "bad.fasta"
+    bad.write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as caught:  # behind a good file: everything written so far must go again
+        prepare_fasta([small_fasta, bad], tmp_path / "out", *sizes)
+    assert str(caught.value).startswith(f"{tmp_path}/{expected}") and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("valid_size", "test_size"), [(20, 0), (10, 10), (0, 21)])
+def test_a_split_must_leave_training_data(
+    small_fasta: Path, tmp_path: Path, valid_size: int, test_size: int
+) -> None:
+    with pytest.raises(UserError, match="leave nothing to train on: the input has 20 sequences"):
+        prepare_fasta([small_fasta], tmp_path / "out", valid_size, test_size)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_are_checked_before_anything_is_written(small_fasta: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no input"):
+        prepare_fasta([], tmp_path / "out")
+    with pytest.raises(UserError, match="no such FASTA file"):
+        prepare_fasta([tmp_path / "absent.fasta"], tmp_path / "out")
+    with pytest.raises(UserError, match="given twice"):
+        prepare_fasta([small_fasta, tmp_path / "." / small_fasta.name], tmp_path / "out")
+    with pytest.raises(UserError, match="--val-size=-1 is negative"):
+        prepare_fasta([small_fasta], tmp_path / "out", valid_size=-1)
+    assert list(tmp_path.iterdir()) == [small_fasta]
+
+
+def test_an_existing_output_is_kept(small_fasta: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists already; name another directory or remove it"):
+        prepare_fasta([small_fasta], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+WITH_A_FILE_SIZE_LIMIT = """
+import resource, sys
+from esm2mega.data.store.prepare import prepare_fasta
+from esm2mega.errors import MachineError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    prepare_fasta([sys.argv[1]], sys.argv[2])
+except MachineError as error:
+    sys.exit(f"{error.exit_code} {error}")
+"""
+
+
+def test_a_disk_that_refuses_leaves_nothing(small_fasta: Path, tmp_path: Path) -> None:
+    # A limit on file sizes stands in for the full disk: writing fails in the same way.
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_A_FILE_SIZE_LIMIT, str(small_fasta), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == f"1 {tmp_path / 'out'}: cannot be written (File too large); nothing was kept\n"
+    assert list(tmp_path.iterdir()) == [small_fasta]
+
+
+def test_an_unwritable_place_is_a_fault_of_the_machine(small_fasta: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="cannot be written"):
+        prepare_fasta([small_fasta], tmp_path / "file" / "out")
+
+
+KILLED_BEFORE_THE_LAST_RENAME = """
+import os, signal, sys
+from esm2mega.data.store.prepare import prepare_fasta
+rename = os.rename
+def rename_or_die(source, target):
+    if str(target) == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.rename = rename_or_die
+prepare_fasta([sys.argv[1]], sys.argv[2], valid_size=2)
+"""
+
+
+def test_a_killed_prepare_leaves_nothing_that_is_accepted(small_fasta: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    subprocess.run(
+        [sys.executable, "-c", KILLED_BEFORE_THE_LAST_RENAME, str(small_fasta), str(out)],
+        timeout=60,
+        check=False,
+    )
+    (left,) = set(tmp_path.iterdir()) - {small_fasta}
+    assert len(list(left.glob("out/*/manifest.json"))) == 2  # both were complete, and still neither counts
+    for store in [file.parent for file in left.glob("**/manifest.json")]:
+        with pytest.raises(UserError, match="interrupted"):
+            TokenStore(store)
+    prepare_fasta([small_fasta], out, valid_size=2)
+    assert len(TokenStore(out / "train")) == 18
+
+
+def test_formats_may_be_mixed_and_drops_are_counted(tmp_path: Path) -> None:
+    files = {
+        "a.fa": b">x\nMK\n",
+        "b.csv": b"id,sequence\ny,mkt\nz,\n",
+        "c.jsonl": b'{"id": 1, "sequence": ""}\n',
+        "d.tsv.gz": gzip.compress(b"sequence\nJA\n", mtime=0),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    inputs = [tmp_path / name for name in files]
+    options = PrepareOptions(SourceOptions(drop_empty=True))
+    report = prepare_fasta(inputs, tmp_path / "out", options=options)
+    assert ids(tmp_path / "out" / "train") == ["x", "y", "2"]
+    assert report.lines() == [
+        f"{tmp_path / 'd.tsv.gz'}: has no 'id', so the ids are line numbers",
+        f"{tmp_path / 'out' / 'train'}: 3 sequences, 7 residues; 3 lower-case residues raised, "
+        "1 unknown residues stored as <unk>, 2 sequences dropped",
+    ]
+    manifest = TokenStore(tmp_path / "out" / "train").manifest
+    assert [entry["sequences"] for entry in manifest["sources"]] == [1, 1, 0, 1]
+    assert manifest["dropped_sequences"] == 2
+
+
+def test_progress_goes_through_every_byte_of_both_stages(small_fasta: Path, tmp_path: Path) -> None:
+    stages: dict[str, list[int]] = {}
+
+    class Progress:
+        def __init__(self, stage: str, total: int) -> None:
+            stages[stage] = self.counts = [total, 0]
+
+        def __enter__(self) -> Progress:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, n: int) -> None:
+            self.counts[1] += n
+
+    table = tmp_path / "t.csv"  # its header is read twice, and counts once
+    table.write_text("sequence\nMK\n")
+    prepare_fasta([small_fasta, table], tmp_path / "out", open_progress=Progress)
+    read = small_fasta.stat().st_size + table.stat().st_size
+    assert stages == {"read": [read, read], "merge": [212, 212]}
+
+
+@pytest.mark.parametrize("name", ["p.fasta", "p.fasta.gz", "p.fasta.zst", "p.csv", "p.jsonl.gz", "p.parquet"])
+def test_real_proteins_from_every_format(
+    real_fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(text, "BLOCK_BYTES", 300_000)
+    with dnaio.open(real_fasta) as reference:
+        expected = [(record.id, record.sequence) for record in reference]
+    content = real_fasta.read_bytes()
+    if name.startswith("p.jsonl"):
+        content = "".join(json.dumps({"id": i, "sequence": s}) + "\n" for i, s in expected).encode()
+    elif name == "p.csv":
+        content = "".join(f"{i},{s}\r\n" for i, s in [("id", "sequence"), *expected]).encode()
+    if name.endswith(".gz"):
+        content = gzip.compress(content, 1, mtime=0)
+    elif name.endswith(".zst"):
+        content = zstd.compress(content)
+    path = tmp_path / name
+    path.write_bytes(content)
+    if name == "p.parquet":
+        columns = dict(zip(("id", "sequence"), map(list, zip(*expected, strict=True)), strict=True))
+        pq.write_table(pa.table(columns), path, row_group_size=3000)
+    prepare_fasta([path], tmp_path / "out", options=PrepareOptions(workers=2))
+    store = TokenStore(tmp_path / "out" / "train")
+    found = [(store.id(i), vocabulary.decode(store.residues(i))) for i in range(len(store))]
+    assert found == [(i, sequence.upper()) for i, sequence in expected]
+    assert len(found) == 8000
+
+
+def test_real_proteins_are_stored_exactly(real_fasta: Path, tmp_path: Path) -> None:
+    began = time.process_time()
+    prepare_fasta([real_fasta], tmp_path / "out", valid_size=400, test_size=100)
+    assert time.process_time() - began < 5  # measured: 0.3 s
+    with dnaio.open(real_fasta) as reference:
+        expected = {record.id: record.sequence.upper() for record in reference}
+    found = {}
+    for name in ("train", "valid", "test"):
+        store = TokenStore(tmp_path / "out" / name)
+        store.verify()
+        found.update({store.id(i): vocabulary.decode(store.residues(i)) for i in range(len(store))})
+        counts = np.bincount(store.tokens, minlength=33)
+        assert json.loads((store.path / "manifest.json").read_text())["token_counts"] == counts.tolist()
+    assert found == expected and len(found) == 8000

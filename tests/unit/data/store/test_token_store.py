@@ -1,0 +1,309 @@
+"""The token store: what is written is read, megatron-core reads it too, nothing incomplete is accepted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from esm2mega import vocabulary
+from esm2mega.data.store import store_files
+from esm2mega.data.store.token_store import StoreWriter, TokenStore
+from esm2mega.errors import UserError
+from esm2mega.version import __version__
+
+if TYPE_CHECKING:
+    from tests.unit.data.conftest import WriteStore
+
+SEQUENCES = ["MKTL", "acJ", "W", "LAGVSERTIDPKQNFYMHWC"]
+
+
+def error_of(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        TokenStore(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_manifest(store: TokenStore, **changes: object) -> None:
+    file = store.path / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_store_holds_what_was_written(write_store: WriteStore) -> None:
+    store = write_store(SEQUENCES)
+    assert len(store) == 4
+    assert store.lengths.tolist() == [4, 3, 1, 20] and store.lengths.dtype == np.int32
+    assert store.starts.tolist() == [0, 4, 7, 8]
+    assert store.residues(1).tolist() == [5, 23, 3] and store.residues(1).dtype == np.uint8
+    assert [vocabulary.decode(store.residues(i)) for i in range(4)] == ["MKTL", "AC<unk>", "W", SEQUENCES[3]]
+    assert [store.id(i) for i in range(4)] == ["p0", "p1", "p2", "p3"]
+    store.verify()
+
+
+def test_residues_are_a_read_only_view(write_store: WriteStore) -> None:
+    store = write_store(SEQUENCES)
+    assert np.shares_memory(store.residues(0), store.tokens)
+    with pytest.raises(ValueError, match="read-only"):
+        store.residues(0)[0] = 5
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_ids_outside_the_store(write_store: WriteStore, index: int) -> None:
+    with pytest.raises(IndexError):
+        write_store(SEQUENCES).id(index)
+
+
+def test_manifest(write_store: WriteStore) -> None:
+    store = write_store(SEQUENCES)
+    manifest = store.manifest
+    assert manifest["format"] == "esm2mega token store" and manifest["format_version"] == 1
+    assert manifest["created_by"] == f"esm2mega {__version__}"
+    assert manifest["tokenizer_hash"] == vocabulary.TOKENIZER_HASH
+    assert (manifest["sequences"], manifest["residues"]) == (4, 28)
+    assert (manifest["lower_case_residues"], manifest["unknown_residues"]) == (2, 1)
+    assert manifest["dropped_sequences"] == 0
+    assert store.token_counts.tolist() == np.bincount(store.tokens, minlength=33).tolist()
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    assert sizes == {
+        file.name: file.stat().st_size for file in store.path.iterdir() if file.name != "manifest.json"
+    }
+
+
+def test_batches_and_chunks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = [b"MKTLAC"[: 1 + i % 6] for i in range(25)]
+    ids = [f"\u03b1{'x' * (i % 4)}" for i in range(25)]
+    with StoreWriter(tmp_path / "one") as writer:
+        writer.append(ids, sequences)
+    monkeypatch.setattr(store_files, "BLOCK", 4)
+    with StoreWriter(tmp_path / "many") as writer:
+        for i in range(0, 25, 3):
+            writer.append(ids[i : i + 3], sequences[i : i + 3])
+            writer.append([], [])
+    one, many = TokenStore(tmp_path / "one"), TokenStore(tmp_path / "many")
+    assert one.manifest == many.manifest
+    many.verify()
+    assert [many.id(i) for i in range(25)] == ids
+
+
+def test_megatron_core_reads_the_tokens(write_store: WriteStore) -> None:
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    store = write_store(SEQUENCES)
+    dataset = indexed_dataset.IndexedDataset(str(store.path / "tokens"))
+    assert len(dataset) == 4
+    assert dataset.document_indices.tolist() == [0, 1, 2, 3, 4]
+    for i in range(4):
+        np.testing.assert_array_equal(dataset[i], store.residues(i))
+        assert dataset[i].dtype == np.uint8
+
+
+def test_fingerprint_follows_the_proteins_only(tmp_path: Path) -> None:
+    fingerprints = []
+    for number, (ids, sequences) in enumerate(
+        [(["a", "b"], [b"MK", b"T"]), (["c", "d"], [b"mk", b"T"]), (["a", "b"], [b"M", b"KT"])]
+    ):
+        with StoreWriter(tmp_path / str(number)) as writer:
+            writer.append(ids, sequences)
+        fingerprints.append(TokenStore(tmp_path / str(number)).fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), StoreWriter(tmp_path / "store") as writer:
+        writer.append(["a"], [b"MK"])
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), StoreWriter(tmp_path / "store") as writer:
+        writer.append(["a"], [b"MK"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least one sequence"), StoreWriter(tmp_path / "store"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_path_is_not_overwritten(write_store: WriteStore) -> None:
+    store = write_store(SEQUENCES)
+    with pytest.raises(UserError, match="exists already"):
+        StoreWriter(store.path)
+
+
+KILLED_BEFORE_RENAME = """
+import os, signal, sys
+from esm2mega.data.store.token_store import StoreWriter
+os.rename = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+with StoreWriter(sys.argv[1]) as writer:
+    writer.append(["a"], [b"MK"])
+"""
+
+
+def test_a_kill_between_writing_and_renaming_leaves_no_store(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-c", KILLED_BEFORE_RENAME, str(tmp_path / "store")], timeout=60, check=False
+    )
+    (left,) = tmp_path.iterdir()
+    assert (
+        left / "manifest.json"
+    ).is_file()  # complete in content: only the name tells that it was not finished
+    assert "interrupted `prepare`" in error_of(left)
+    assert "no such file and no such token store" in error_of(tmp_path / "store")
+    with StoreWriter(tmp_path / "store") as writer:  # the next attempt is not in the way of the dead one
+        writer.append(["a"], [b"MK"])
+    assert len(TokenStore(tmp_path / "store")) == 1
+
+
+def test_error_for_a_path_that_is_no_store(tmp_path: Path, write_store: WriteStore) -> None:
+    assert "no such file and no such token store" in error_of(tmp_path / "absent")
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    assert "not a token store (no manifest.json); make one with `esm2mega prepare fasta`" in error_of(outer)
+    shutil.copytree(write_store(SEQUENCES).path, outer / "train")
+    assert error_of(outer).endswith(f"did you mean {outer / 'train'}?")
+    (outer / "manifest.json").write_text("{}")
+    assert "is not the manifest of an esm2mega token store" in error_of(outer)
+    (outer / "manifest.json").write_text("{")
+    assert "is not JSON" in error_of(outer)
+
+
+def test_error_for_another_tokenizer_or_version(write_store: WriteStore) -> None:
+    store = write_store(SEQUENCES)
+    edit_manifest(store, tokenizer_hash="0123456789abcdef")
+    assert "made with another tokenizer (hash 0123456789ab, not " in error_of(store.path)
+    edit_manifest(store, format_version=2)
+    assert "format_version 2 is not 1, the one known" in error_of(store.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sequences", 0),
+        ("sequences", "4"),
+        ("sources", None),
+        ("sources", [{"name": "x.fasta"}]),
+        ("token_counts", None),
+        ("token_counts", [1] * 32),
+        ("token_counts", ["1"] * 33),
+        ("files", None),
+        ("files", {"tokens.bin": {"bytes": 3}}),
+    ],
+)
+def test_error_for_an_entry_that_is_read_later(write_store: WriteStore, name: str, value: object) -> None:
+    store = write_store(SEQUENCES)
+    edit_manifest(store, **{name: value})
+    message = error_of(store.path)
+    assert message.startswith(f"{store.path / 'manifest.json'}: the entry {name!r} is missing or not what")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "ids.bin", "ids.offsets.npy"])
+def test_error_for_a_missing_or_short_file(write_store: WriteStore, name: str) -> None:
+    store = write_store(SEQUENCES)
+    file = store.path / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    assert f"{name}: has {len(content) - 1} bytes, its manifest says {len(content)}" in error_of(store.path)
+    file.unlink()
+    assert f"{name}: is missing: the token store is damaged; make it again" in error_of(store.path)
+
+
+def test_error_for_an_index_of_other_data(write_store: WriteStore) -> None:
+    store = write_store(SEQUENCES)
+    index = bytearray((store.path / "tokens.idx").read_bytes())
+    index[34] += 1  # the first length
+    (store.path / "tokens.idx").write_bytes(index)
+    TokenStore(store.path)  # opening reads no data; verify does
+    with pytest.raises(UserError, match=r"tokens\.idx: differs from its checksum"):
+        TokenStore(store.path).verify()
+    index[0] += 1
+    (store.path / "tokens.idx").write_bytes(index)
+    assert "is not a uint8 megatron-core index of 4 sequences" in error_of(store.path)
+
+
+def test_verify_finds_a_flipped_bit(write_store: WriteStore) -> None:
+    store = write_store(SEQUENCES)
+    tokens = bytearray((store.path / "tokens.bin").read_bytes())
+    tokens[3] ^= 1
+    (store.path / "tokens.bin").write_bytes(tokens)
+    with pytest.raises(UserError, match=r"tokens\.bin: differs from its checksum"):
+        TokenStore(store.path).verify()
+
+
+def write_clustered(path: Path) -> TokenStore:
+    """Four proteins; cluster A holds rows 2 and 0, cluster \u03b2 row 3, in two batches."""
+    with StoreWriter(path) as writer:
+        writer.append_clusters(["A"], np.array([2]), np.array([2, 0]))
+        writer.append([f"p{i}" for i in range(4)], [text.encode() for text in SEQUENCES])
+        writer.append_clusters(["\u03b2"], np.array([1]), np.array([3]))
+    return TokenStore(path)
+
+
+def test_clusters_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write_clustered(tmp_path / "store")
+    store.verify()
+    assert store.clusters is not None and len(store.clusters) == 2
+    assert store.clusters.offsets.tolist() == [0, 2, 3] and store.clusters.offsets.dtype == np.int64
+    assert store.clusters.members.tolist() == [2, 0, 3] and store.clusters.members.dtype == np.int64
+    assert [store.cluster_id(j) for j in range(2)] == ["A", "\u03b2"]
+    with pytest.raises(IndexError):
+        store.cluster_id(2)
+    monkeypatch.setattr(store_files, "BLOCK", 1)
+    assert write_clustered(tmp_path / "blocks").manifest == store.manifest
+
+
+def test_a_store_without_clusters_stays_as_it_is(tmp_path: Path, write_store: WriteStore) -> None:
+    plain, clustered = write_store(SEQUENCES), write_clustered(tmp_path / "clustered")
+    assert plain.clusters is None
+    assert not any("cluster" in name for name in [*plain.manifest, *plain.manifest["files"]])
+    with pytest.raises(IndexError):
+        plain.cluster_id(0)
+    # Validation data are compared by it with training data, whichever has clusters.
+    assert plain.fingerprint == clustered.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("sizes", "members"), [([0, 1], [0]), ([1], [0, 1]), ([1, 1], [0]), ([1], [4]), ([1], [-1])]
+)
+def test_clusters_that_do_not_fit_are_refused(tmp_path: Path, sizes: list[int], members: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"do not fit|outside of the 4 rows"):  # noqa: SIM117
+        with StoreWriter(tmp_path / "store") as writer:
+            writer.append([f"p{i}" for i in range(4)], [text.encode() for text in SEQUENCES])
+            writer.append_clusters(["c"] * len(sizes), np.array(sizes), np.array(members))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["clusters.offsets.npy", "clusters.members.npy", "clusters.ids.bin", "clusters.ids.offsets.npy"],
+)
+def test_error_for_damaged_cluster_files(tmp_path: Path, name: str) -> None:
+    store = write_clustered(tmp_path / "store")
+    file = store.path / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    assert f"{name}: has {len(content) - 1} bytes, its manifest says {len(content)}" in error_of(store.path)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="differs from its checksum|does not divide|offsets for"):
+        TokenStore(store.path).verify()
+    file.write_bytes(b"\x00" * len(content))
+    if name.endswith(".npy"):
+        assert f"{name}: is not a .npy file of int64" in error_of(store.path)
+    file.unlink()
+    assert f"{name}: is missing: the token store is damaged" in error_of(store.path)
+    files = {other: entry for other, entry in store.manifest["files"].items() if other != name}
+    edit_manifest(store, files=files)
+    assert f"manifest.json: lists other cluster files, but not {name}" in error_of(store.path)
