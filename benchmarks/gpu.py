@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --out h100.jsonl --lines parity,train-8M
 
 Every line is a measurement in a process of its own, with a time limit of its own: what fails or hangs costs
-nothing else. Lines, their sizes and limits are in `gpu_lines.py`; `--lines` takes names or beginnings of them.
+nothing else. Lines, their sizes and limits are in `gpu_lines.py`; `--lines` takes names or their beginnings.
 The file named by `--out` gets each line when it is finished, and the same command goes on behind the finished
 ones after a kill, or when the minutes were over. Beside it lies a folder, `h100.work` for `h100.jsonl`, with
-what the processes printed. At the end all tables are printed, as Markdown.
+what the processes printed, and what is compared. At the end all tables are printed, as Markdown.
 
     peaks     bf16 products of matrices and a copy: what the device reaches with nothing around it
     parity    the same three steps on CPU and GPU, in fp32 and bf16, with each kernel, and once more

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from esm2mega_model import training
-from gpu_lines import Line
+from gpu_lines import LINES, Line
 from gpu_steps import micro_batches
 from gpu_timing import Row
 from megatron.core.utils import unwrap_model
@@ -20,12 +20,12 @@ STEPS = 3
 
 
 def parity(line: Line, folder: Path) -> Iterator[Row]:
-    """Train a few steps, leave the first gradients and the last weights in `folder`, and compare both.
+    """Train a few steps, compare the first gradients and the last weights, and leave both for later lines.
 
     A distance is the L2 norm of the difference over that of the line that this one is compared with.
 
     Raises:
-        SystemExit: That line was not measured.
+        SystemExit: That line left nothing in the folder.
     """
     gradients: dict[str, Tensor] = {}
 
@@ -46,7 +46,8 @@ def parity(line: Line, folder: Path) -> Iterator[Row]:
             "losses": ", ".join(f"{step.metrics['loss']:.6f}" for step in steps),
             "gradient norm": round(steps[0].grad_norm, 6),
         }
-    torch.save({"gradients": gradients, "weights": weights}, folder / f"{line.name}.pt")
+    if line.name in {other.reference for other in LINES}:
+        torch.save({"gradients": gradients, "weights": weights}, folder / f"{line.name}.pt")
     if line.reference is not None:
         reference = folder / f"{line.reference}.pt"
         row |= {"compared with": line.reference, **compared(gradients, weights, reference)}
@@ -56,7 +57,7 @@ def parity(line: Line, folder: Path) -> Iterator[Row]:
 def compared(gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], reference: Path) -> Row:
     """Return the distances to what the line of `reference` left, and whether all bits are equal."""
     if not reference.exists():
-        raise SystemExit(f"{reference} is missing: the line {reference.stem} must be measured before")
+        raise SystemExit(f"{reference} is missing: measure {reference.stem} before, into the same file")
     theirs = torch.load(reference)
     return {
         "gradients differ": f"{distance(gradients, theirs['gradients']):.1e}",
