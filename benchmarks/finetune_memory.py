@@ -75,7 +75,7 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
     with process_groups(run.parallel, run.seed) as ranks, tempfile.TemporaryDirectory() as folder:
         before = _memory_bytes(ranks.device)
         head = head_of_task(run.task, info.num_outputs)
-        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, adapted=mode == "lora")
+        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, has_lora=mode == "lora")
         if mode == "lora":
             apply_lora(chunks, run.lora, run.seed, ("head.",))
         else:

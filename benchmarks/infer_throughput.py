@@ -85,7 +85,7 @@ def draw_batches(fasta: Path, number: int, max_residues: int, seed: int) -> list
         raise SystemExit(f"--batches {number} is more than the {len(batches)} of {fasta}")
     borders = np.linspace(0, len(batches), number + 1).astype(int)
     chosen = np.random.default_rng(seed).integers(borders[:-1], borders[1:])
-    return [[proteins[place] for place in batches[i]] for i in chosen]
+    return [[proteins[number] for number in batches[i]] for i in chosen]
 
 
 def pad(proteins: Sequence[Protein]) -> torch.Tensor:
@@ -149,7 +149,7 @@ def hf_sorted(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
 @contextmanager
 def esm2mega(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
     """Yield the pass of `esm2mega embed`, without files."""
-    from esm2mega.infer.collect import Wanted
+    from esm2mega.infer.collect import OutputRequest
     from esm2mega.infer.engine import Engine
     from esm2mega.infer.proteins import Embedder, Lengths, pack_tokens
     from esm2mega.model.build import build_model
@@ -162,8 +162,8 @@ def esm2mega(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
     with process_groups(run.parallel, run.seed) as ranks:
         (model,) = build_model(run.model, run.parallel, ranks.device, run.seed)
         model.eval().requires_grad_(False)
-        wanted = Wanted((PRESETS[size].num_layers,))
-        engine = Engine(model, ranks, wanted, pack_tokens(run, ranks.device))
+        request = OutputRequest((PRESETS[size].num_layers,))
+        engine = Engine(model, ranks, request, pack_tokens(run, ranks.device))
         embedder = Embedder(engine, run)
         name = f"residue/layer_{PRESETS[size].num_layers}"
         yield lambda: sum(len(values[name].float().clone()) for _, values in embedder.run(proteins))

@@ -48,7 +48,7 @@ class PackedBatch:
     num_sequences: int
 
     @property
-    def wanted(self) -> Tensor:
+    def head_inputs(self) -> Tensor:
         """What the model needs to know of the labels: which tokens get logits."""
         return self.label_positions
 
@@ -131,7 +131,7 @@ class LabelledBatch:
     Attributes:
         input_ids: Token ids, `<pad>` behind the last protein, int64 ``[T]``.
         seqlens: Tokens of each segment on the host, padding included; they add up to T.
-        wanted: Where proteins and residues lie: what the model needs for its head.
+        head_inputs: Where proteins and residues lie: what the model needs for its head.
         labels: Float64 ``[n, k]`` (NaN: none) or int64 ``[n]`` (-100: none) of proteins; of residues,
             ``[R, m]`` of either; of pairs int8 ``[P]``. None for prediction.
         rows: Which protein of the table each is, int64 ``[n]``.
@@ -142,7 +142,7 @@ class LabelledBatch:
 
     input_ids: Tensor
     seqlens: list[int]
-    wanted: Segments
+    head_inputs: Segments
     labels: Tensor | None
     rows: Tensor
     num_tokens: int
@@ -157,7 +157,7 @@ class LabelledBatch:
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
-            wanted=self.wanted.to(device),
+            head_inputs=self.head_inputs.to(device),
             labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
         )
 
@@ -166,4 +166,6 @@ class LabelledBatch:
         nothing = self.rows[:0]
         segments = Segments(0, nothing, nothing, nothing, nothing, nothing, (), ())
         labels = None if self.labels is None else self.labels[:0]
-        return replace(self, wanted=segments, labels=labels, rows=nothing, num_residues=0, num_sequences=0)
+        return replace(
+            self, head_inputs=segments, labels=labels, rows=nothing, num_residues=0, num_sequences=0
+        )

@@ -120,8 +120,10 @@ def _check_requirements() -> Iterator[Finding]:
         )
         return
     # With no extra: markers of extras are then false.
-    wanted = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
-    for requirement in wanted:
+    requirements = [
+        r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})
+    ]
+    for requirement in requirements:
         found, needs = installed_version(requirement.name), f"{requirement.name}{requirement.specifier}"
         if found is None:
             yield Finding(FAILED, f"{requirement.name} is not installed", f"pip install '{needs}'")

@@ -49,18 +49,18 @@ def ignored(name: str, saved: str, own: str) -> bool:
     return saved == DISTRIBUTED and own == PLAIN and name.startswith(_MAIN[DISTRIBUTED])
 
 
-def ask_for(wanted: dict[str, Any], saved: str, own: str) -> None:
+def ask_for(request: dict[str, Any], saved: str, own: str) -> None:
     """Change in place what an optimizer of form `own` asks for into what a checkpoint of form `saved` has."""
     if saved == own:
         return
     if own == DISTRIBUTED:
-        for tensors in wanted["param_state"].values():
+        for tensors in request["param_state"].values():
             main = tensors.pop("param")
             if saved == MIXED:
                 tensors["param"] = _renamed(main, own, saved)
     elif own == MIXED and saved == DISTRIBUTED:
-        groups = wanted["fp32_from_fp16_params"]
-        wanted["fp32_from_fp16_params"] = [[_renamed(t, own, saved) for t in group] for group in groups]
+        groups = request["fp32_from_fp16_params"]
+        request["fp32_from_fp16_params"] = [[_renamed(t, own, saved) for t in group] for group in groups]
 
 
 def _renamed(tensor: ShardedTensor, own: str, saved: str) -> ShardedTensor:

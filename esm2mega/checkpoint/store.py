@@ -112,17 +112,17 @@ def save_checkpoint(
         MachineError: The disk is full or a file cannot be written.
     """
     partial = layout.partial_dir(directory)
-    speaks = dist.get_rank() == 0
+    is_main = dist.get_rank() == 0
     failure: BaseException | None = None
     try:
-        if speaks:
+        if is_main:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / layout.MODEL).mkdir(parents=True)
         _agree(failure)
         with places_without_padding(optimizer):
             state_of_ranks = _sharded_state(model, optimizer, False, choice)
         dist_checkpointing.save(state_of_ranks, str(partial / layout.MODEL), content_metadata=_SHARDING)
-        if speaks:
+        if is_main:
             layout.write_description(partial, run, state)
             write_auxiliary(partial, auxiliary or {})
             layout.complete(partial, directory)
@@ -132,7 +132,7 @@ def save_checkpoint(
     try:
         _agree(failure)
     except MachineError as error:
-        if speaks:
+        if is_main:
             shutil.rmtree(partial, ignore_errors=True)
         is_of_disk = any(known in str(error) for known in (*_DISK, "written whole"))
         cure = "; free space or choose another run_dir" if is_of_disk else ""
@@ -180,9 +180,9 @@ def load_training_state(
     """
     make_loadable(optimizer)
     own, saved = form_of_optimizer(optimizer), form_of_names(TensorReader(checkpoint).index)
-    wanted = _sharded_state(model, optimizer, True, choice)
-    ask_for(wanted["optimizer"], saved, own)
-    loaded = _load(checkpoint, wanted, lambda name: not ignored(name, saved, own))
+    request = _sharded_state(model, optimizer, True, choice)
+    ask_for(request["optimizer"], saved, own)
+    loaded = _load(checkpoint, request, lambda name: not ignored(name, saved, own))
     # The weights first: main weights that the checkpoint lacks are views of them.
     _put_weights(model, loaded, choice)
     _load_optimizer(optimizer, translate(loaded["optimizer"], saved, own))
@@ -226,34 +226,34 @@ def load_weights(checkpoint: Path, model: Sequence[Any], choice: TensorFilter = 
     Raises:
         UserError: A weight is missing, or the checkpoint holds one that the model has no place for.
     """
-    wanted, report = _sharded_state(model, None, True, choice), []
+    request, report = _sharded_state(model, None, True, choice), []
     if not choice.strict:
         shapes = {
             name: info.shape
             for name, info in TensorReader(checkpoint).index.items()
             if not name.startswith("optimizer.")
         }
-        entries = [entry for tensors in wanted.values() for entry in tensors.values()]
+        entries = [entry for tensors in request.values() for entry in tensors.values()]
         fit = compare_tensors(entries, shapes, choice, str(checkpoint))
         report = fit.lines()
         choice = fit.narrowed(choice)
-        wanted = _sharded_state(model, None, True, choice)
+        request = _sharded_state(model, None, True, choice)
     loaded = _load(
-        checkpoint, wanted, lambda name: not name.startswith("optimizer.") and not choice.unused(name)
+        checkpoint, request, lambda name: not name.startswith("optimizer.") and not choice.unused(name)
     )
     _put_weights(model, loaded, choice)
     return report
 
 
-def _load(checkpoint: Path, wanted: dict[str, Any], matters: Callable[[str], bool]) -> dict[str, Any]:
-    """The tensors of `wanted`; one that is missing is an error, and one too many that `matters`."""
+def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bool]) -> dict[str, Any]:
+    """The tensors of `request`; one that is missing is an error, and one too many that `matters`."""
     model_dir = checkpoint / layout.MODEL
     check_metadata(model_dir)
     try:
         # Megatron-Core speaks of the model's side: what it calls missing is in the checkpoint, and not asked
         # for.
         loaded, unexpected, missing = dist_checkpointing.load(
-            wanted, str(model_dir), strict=StrictHandling.RETURN_ALL
+            request, str(model_dir), strict=StrictHandling.RETURN_ALL
         )
     except pickle.UnpicklingError as error:
         raise UserError(

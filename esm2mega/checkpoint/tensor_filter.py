@@ -100,7 +100,7 @@ class LoadReport:
 
 
 def compare_tensors(
-    entries: Sequence[Any], shapes: Mapping[str, Shape], tensor_filter: TensorFilter, place: str
+    entries: Sequence[Any], shapes: Mapping[str, Shape], tensor_filter: TensorFilter, location: str
 ) -> LoadReport:
     """Compare the tensors of a model with those of a checkpoint. All-gather over the world.
 
@@ -108,7 +108,7 @@ def compare_tensors(
         entries: Megatron-Core's description of the tensors of this rank that are wanted.
         shapes: Of the tensors of the checkpoint, those of all layers stacked along axis 0.
         tensor_filter: Says which of these may have no place.
-        place: The checkpoint, for errors.
+        location: The checkpoint, for errors.
 
     Raises:
         UserError: Nothing fits.
@@ -116,18 +116,18 @@ def compare_tensors(
     mine = {entry.key: _shape_here(entry, shapes.get(entry.key)) for entry in entries}
     of_ranks: list[dict[str, Shape]] = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, mine)
-    wanted = {name: shape for part in of_ranks for name, shape in part.items()}
+    shapes_here = {name: shape for part in of_ranks for name, shape in part.items()}
     fit = LoadReport(
-        sorted(wanted.keys() - shapes.keys()),
+        sorted(shapes_here.keys() - shapes.keys()),
         {
             name: (shapes[name], shape)
-            for name, shape in sorted(wanted.items())
+            for name, shape in sorted(shapes_here.items())
             if name in shapes and shapes[name] != shape
         },
-        sorted(name for name in shapes.keys() - wanted.keys() if not tensor_filter.unused(name)),
+        sorted(name for name in shapes.keys() - shapes_here.keys() if not tensor_filter.unused(name)),
     )
-    if len(fit.missing) + len(fit.shape_mismatch) == len(wanted):
-        raise UserError(f"{place}: none of its tensors fits this model; give another init_from")
+    if len(fit.missing) + len(fit.shape_mismatch) == len(shapes_here):
+        raise UserError(f"{location}: none of its tensors fits this model; give another init_from")
     return fit
 
 

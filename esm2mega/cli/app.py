@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         # A full disk, a vanished file system, no permission: what failed and where is all there is to say.
-        place = f": {error.filename}" if error.filename else ""
-        _report(f"error: {error.strerror or error}{place}", error, options, common=False)
+        location = f": {error.filename}" if error.filename else ""
+        _report(f"error: {error.strerror or error}{location}", error, options, common=False)
         return 1
     except Exception as error:
         text = " ".join(str(error).split())

@@ -126,12 +126,12 @@ def resolve(run: Run) -> Run:
     run = copy.deepcopy(run)
     check_choices(run)
     fill_shape(run.model)
-    if run.train.max_epochs is None:  # else the length is known when the data are, see `fix_length`
+    if run.train.max_epochs is None:  # else the length is known when the data are, see `resolve_max_steps`
         _fill_decay(run)
     return run
 
 
-def fix_length(run: Run, max_steps: int) -> Run:
+def resolve_max_steps(run: Run, max_steps: int) -> Run:
     """A copy of a run given in epochs, with its length in steps and the end of the decay filled."""
     run = copy.deepcopy(run)
     run.train.max_steps = max_steps

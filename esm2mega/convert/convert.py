@@ -97,17 +97,17 @@ def convert(
             f"{source}: holds {_what_instead(weights.description)}; {to} holds masked language models only: "
             f"write {' or '.join(WITH_OTHER_HEADS)}"
         )
-    wanted = DTYPES[dtype] if dtype is not None else weights.description.dtype
+    target_dtype = DTYPES[dtype] if dtype is not None else weights.description.dtype
     if to == "esm2mega" and dtype is None:
-        wanted = default_dtype(wanted)
+        target_dtype = default_dtype(target_dtype)
     head = weights.description.head
     if isinstance(head, HeadDescription) and to == "hf":
         if is_regression(head.task):
             weights, head = with_published_head(weights), None
         else:
             architecture_of(head)
-            weights = with_unit_scale(weights, wanted)
-    weights = weights.cast(wanted)
+            weights = with_unit_scale(weights, target_dtype)
+    weights = weights.cast(target_dtype)
 
     with appearing(target, writer.IS_DIRECTORY) as path:
         writer.write(weights, path)

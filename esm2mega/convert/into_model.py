@@ -144,21 +144,21 @@ _NUMERICS = ("family", "layernorm_epsilon", "activation", "final_layernorm", "ma
 """Keys of the model that no shape of a shared tensor shows, but its numbers."""
 
 
-def check_same_model(place: str, found: ModelConfig, wanted: ModelConfig, cure: str) -> None:
+def check_same_model(location: str, found: ModelConfig, configured: ModelConfig, cure: str) -> None:
     """Refuse what no training could make up for: another shape, or weights that mean something else.
 
     Args:
-        place: Where the weights are, for the message.
+        location: Where the weights are, for the message.
         found: The model they belong to.
-        wanted: The model of the configuration.
+        configured: The model of the configuration.
         cure: What to do about another shape.
     """
-    if (theirs := shape_of(found)) != (ours := shape_of(wanted)):
-        raise UserError(f"{place}: holds a model of {theirs}, the configuration says {ours}; {cure}")
+    if (theirs := shape_of(found)) != (ours := shape_of(configured)):
+        raise UserError(f"{location}: holds a model of {theirs}, the configuration says {ours}; {cure}")
     for key in _NUMERICS:
-        if (theirs_value := getattr(found, key)) != (ours_value := getattr(wanted, key)):
+        if (theirs_value := getattr(found, key)) != (ours_value := getattr(configured, key)):
             raise UserError(
-                f"{place}: its weights go with model.{key}={theirs_value}, the configuration says "
+                f"{location}: its weights go with model.{key}={theirs_value}, the configuration says "
                 f"{ours_value}; set model.{key}={theirs_value}"
             )
 
@@ -190,12 +190,12 @@ def fill_model(weights: Weights, model: Sequence[Any], choice: TensorFilter = AL
         stacked, layer = stacked_name(name)
         layers = () if layer is None else (weights.description.shape.num_layers,)
         shapes[stacked] = (*layers, *info.shape)
-    place = weights.origin.get("path", "weights")
+    location = weights.origin.get("path", "weights")
     # What has no place in the model has been reported, or stays with it as auxiliary.
-    fit = compare_tensors(entries, shapes, replace(choice, unused=lambda name: True), place)
+    fit = compare_tensors(entries, shapes, replace(choice, unused=lambda name: True), location)
     if choice.strict and fit.lines():
         raise UserError(
-            f"{place}: {fit.lines()[0]}; set finetune.load_head=false or finetune.strict=false, or give "
+            f"{location}: {fit.lines()[0]}; set finetune.load_head=false or finetune.strict=false, or give "
             "another init_from"
         )
     narrowed = fit.narrowed(choice)

@@ -147,11 +147,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def shape_from(place: Path, values: Mapping[str, Any], *keys: str) -> ModelShape:
+def shape_from(location: Path, values: Mapping[str, Any], *keys: str) -> ModelShape:
     """The dimensions out of a configuration.
 
     Args:
-        place: The file, for errors.
+        location: The file, for errors.
         values: The configuration.
         keys: Its names of layers, hidden size, feed-forward width and heads.
 
@@ -161,19 +161,19 @@ def shape_from(place: Path, values: Mapping[str, Any], *keys: str) -> ModelShape
     sizes = [values.get(key) for key in keys]
     for key, size in zip(keys, sizes, strict=True):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"{place}: {key} is {size!r}, not a positive number")
+            raise UserError(f"{location}: {key} is {size!r}, not a positive number")
     shape = ModelShape(*sizes)  # type: ignore[arg-type]
     if shape.hidden_size % (2 * shape.num_attention_heads):
         raise UserError(
-            f"{place}: {keys[1]}={shape.hidden_size} does not divide into {shape.num_attention_heads} heads "
-            "of an even width"
+            f"{location}: {keys[1]}={shape.hidden_size} does not divide into {shape.num_attention_heads} "
+            "heads of an even width"
         )
     return shape
 
 
-def epsilon_from(place: Path, values: Mapping[str, Any], key: str, default: float) -> float:
+def epsilon_from(location: Path, values: Mapping[str, Any], key: str, default: float) -> float:
     """The LayerNorm epsilon of a configuration, or what its reader takes where the key is absent."""
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise UserError(f"{place}: {key} is {value!r}, not a number between 0 and 1")
+        raise UserError(f"{location}: {key} is {value!r}, not a number between 0 and 1")
     return float(value)

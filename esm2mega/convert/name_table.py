@@ -130,7 +130,7 @@ REPEATED = Kind(_same, lambda value, _, count: [value] * count)
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A pattern on each side; ``{n}`` stands for the layer, ``{p}`` for ``weight`` and ``bias``; on their
     side also ``{n-1}`` for the layer before and ``{last}`` for the last one.
 
@@ -148,7 +148,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """A row with its placeholders filled."""
 
     ours: str
@@ -167,20 +167,20 @@ class NameTable:
         dropped: Regular expressions of their names without a place here, and why that is no loss.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     tied: dict[str, bool] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
 
-    def entries(self, shape: ModelShape) -> list[Entry]:
+    def entries(self, shape: ModelShape) -> list[TableEntry]:
         """The table for a model of `shape`, in the order of the layers."""
         rows = [
-            Row(row.ours.replace("{p}", p), _fill(row.theirs, "{p}", p), row.kind, row.optional)
+            TableRow(row.ours.replace("{p}", p), _fill(row.theirs, "{p}", p), row.kind, row.optional)
             for row in self.rows
             for p in (("weight", "bias") if "{p}" in row.ours else ("",))
         ]
         layered = [row for row in rows if "{n}" in row.ours]
         entries = [
-            Entry(
+            TableEntry(
                 row.ours.replace("{n}", str(n)),
                 _fill(_fill(row.theirs, "{n}", str(n)), "{n-1}", str(n - 1)),
                 row.kind,
@@ -196,10 +196,10 @@ class NameTable:
                     for part in _fill(row.theirs, "{last}", str(shape.num_layers - 1))
                     for n in (range(shape.num_layers) if "{n}" in part else (0,))
                 ]
-                entries.append(Entry(row.ours, tuple(parts), row.kind, row.optional))
+                entries.append(TableEntry(row.ours, tuple(parts), row.kind, row.optional))
         return entries
 
-    def with_head(self, rows: Sequence[Row]) -> NameTable:
+    def with_head(self, rows: Sequence[TableRow]) -> NameTable:
         """The same format with a model that has `rows` in the place of the head of masked language modelling,
         and so no tensor tied to the token table.
         """

@@ -13,7 +13,7 @@ from torch import Tensor
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.convert.files.stores import TensorStore
 from esm2mega.convert.lazy_weights import Description, Notes, Weights, dtype_name
-from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable
+from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, TABLE, NameTable, TableEntry
 from esm2mega.convert.tensors import frequencies_note, same_values
 from esm2mega.errors import UserError
 from esm2mega.model.rotary import rotary_frequencies
@@ -43,29 +43,29 @@ def from_store(
     if shape.num_layers > len(stored):
         # Before the names of all of them are written out: a bad configuration may say anything.
         raise UserError(
-            f"{store.place}: its configuration says {shape.num_layers} layers, and it holds {len(stored)} "
+            f"{store.location}: its configuration says {shape.num_layers} layers, and it holds {len(stored)} "
             "tensors"
         )
     entries, missing = _present(table.entries(shape), stored)
     if missing:
         raise UserError(
-            f"{store.place}: {_count(missing, 'tensor is', 'tensors are')} missing: {_some(missing)}"
+            f"{store.location}: {_count(missing, 'tensor is', 'tensors are')} missing: {_some(missing)}"
         )
     used = {part for entry in entries for part in entry.theirs}
     unexpected = []
-    for name, place in stored.items():
+    for name, location in stored.items():
         if name in used or name in table.tied:
             continue
         reason = table.reason_to_drop(name)
-        if reason is None and any(fnmatchcase(place, pattern) for pattern in drop):
+        if reason is None and any(fnmatchcase(location, pattern) for pattern in drop):
             reason = "as asked for"
         if reason is None:
-            unexpected.append(place)
+            unexpected.append(location)
         else:
-            notes.dropped.append(f"{place}: {reason}")
+            notes.dropped.append(f"{location}: {reason}")
     if unexpected:
         raise UserError(
-            f"{store.place}: {_count(unexpected, 'tensor has', 'tensors have')} no place in this model: "
+            f"{store.location}: {_count(unexpected, 'tensor has', 'tensors have')} no place in this model: "
             f"{_some(unexpected)}; --drop 'PATTERN' leaves tensors out"
         )
     ours = description.shapes
@@ -84,8 +84,8 @@ def from_store(
     def read(name: str) -> Tensor:
         entry = by_name[name]
         parts = [store.read(stored[part]) for part in entry.theirs]
-        wanted = infos[name].dtype
-        return entry.kind.to_ours(parts, shape).to(wanted)
+        dtype = infos[name].dtype
+        return entry.kind.to_ours(parts, shape).to(dtype)
 
     frequencies_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if FREQUENCIES in by_name:
@@ -102,7 +102,7 @@ def from_store(
     return _with_frequencies(_without_empty_contact_head(weights), frequencies_dtype)
 
 
-def _present(entries: list[Entry], stored: Mapping[str, str]) -> tuple[list[Entry], list[str]]:
+def _present(entries: list[TableEntry], stored: Mapping[str, str]) -> tuple[list[TableEntry], list[str]]:
     """Entries that are there, and parts that are not although they should be."""
     present, missing = [], []
     for entry in entries:
@@ -114,37 +114,39 @@ def _present(entries: list[Entry], stored: Mapping[str, str]) -> tuple[list[Entr
     return present, missing
 
 
-def _info(store: TensorStore, entry: Entry, stored: Mapping[str, str]) -> TensorInfo:
+def _info(store: TensorStore, entry: TableEntry, stored: Mapping[str, str]) -> TensorInfo:
     return store.infos[stored[entry.theirs[0]]]
 
 
-def _check_shapes(store: TensorStore, entry: Entry, ours: tuple[int, ...], stored: Mapping[str, str]) -> None:
+def _check_shapes(
+    store: TensorStore, entry: TableEntry, ours: tuple[int, ...], stored: Mapping[str, str]
+) -> None:
     for part in entry.theirs:
         info = store.infos[stored[part]]
-        wanted = entry.kind.part_shape(ours)
-        fits = info.shape == wanted
+        expected = entry.kind.part_shape(ours)
+        fits = info.shape == expected
         if entry.kind.least_rows is not None and info.shape:
-            fits = info.shape[1:] == wanted[1:] and info.shape[0] >= entry.kind.least_rows
+            fits = info.shape[1:] == expected[1:] and info.shape[0] >= entry.kind.least_rows
         if not fits or not info.dtype.is_floating_point:
             raise UserError(
-                f"{store.place}: {stored[part]} is {dtype_name(info.dtype)} {list(info.shape)}, "
-                f"a model of this shape has {list(wanted)} in floating point"
+                f"{store.location}: {stored[part]} is {dtype_name(info.dtype)} {list(info.shape)}, "
+                f"a model of this shape has {list(expected)} in floating point"
             )
 
 
-def _check_tied(store: TensorStore, name: str, stored: Mapping[str, str], entries: list[Entry]) -> None:
+def _check_tied(store: TensorStore, name: str, stored: Mapping[str, str], entries: list[TableEntry]) -> None:
     table = next(entry for entry in entries if entry.ours == TABLE)
     twin = store.read(stored[table.theirs[0]])
     value = store.read(stored[name])
     if value.shape != twin.shape or not same_values([value, twin]):
         raise UserError(
-            f"{store.place}: {stored[name]} differs from the token table; here the two are one tensor, and "
-            f"readers do not agree which to take; --drop '{stored[name]}' takes the table"
+            f"{store.location}: {stored[name]} differs from the token table; here the two are one tensor, "
+            f"and readers do not agree which to take; --drop '{stored[name]}' takes the table"
         )
 
 
 def _common_dtype(
-    store: TensorStore, entries: list[Entry], stored: Mapping[str, str], notes: Notes
+    store: TensorStore, entries: list[TableEntry], stored: Mapping[str, str], notes: Notes
 ) -> torch.dtype:
     """The narrowest dtype that holds every weight exactly."""
     found = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.convert.lazy_weights import Weights
-from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, TABLE, Entry, NameTable, Shape
+from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, TABLE, NameTable, Shape, TableEntry
 from esm2mega.convert.tensors import frequencies_note
 
 
@@ -19,7 +19,7 @@ class Output:
     """A tensor of the target: where it comes from and what it looks like."""
 
     info: TensorInfo
-    entry: Entry
+    entry: TableEntry
     part: int
 
 
@@ -81,15 +81,15 @@ def _note_lost_frequencies(weights: Weights) -> None:
 class OutputReader:
     """Values of the target's tensors; the parts of one source tensor are made once if asked for in a row."""
 
-    def __init__(self, weights: Weights, wanted: Mapping[str, Output]) -> None:
+    def __init__(self, weights: Weights, planned: Mapping[str, Output]) -> None:
         """Args: weights: the source. wanted: from `outputs`."""
         self._weights = weights
-        self._wanted = wanted
-        self._entry: Entry | None = None
+        self._planned = planned
+        self._entry: TableEntry | None = None
         self._parts: Sequence[Tensor] = ()
 
     def __call__(self, name: str) -> Tensor:
-        output = self._wanted[name]
+        output = self._planned[name]
         if output.entry is not self._entry:
             entry, shape = output.entry, self._weights.description.shape
             self._parts = entry.kind.to_theirs(self._weights.read(entry.ours), shape, len(entry.theirs))
@@ -99,7 +99,7 @@ class OutputReader:
 
 def tensors_of(weights: Weights, table: NameTable) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the target with their values, one after the other."""
-    wanted = outputs(weights, table)
-    read = OutputReader(weights, wanted)
-    for name in wanted:
+    planned = outputs(weights, table)
+    read = OutputReader(weights, planned)
+    for name in planned:
         yield name, read(name)

@@ -20,12 +20,12 @@ from esm2mega.config.schema import LoRAConfig, Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.convert.into_model import load_run_with_model
-from esm2mega.data.labels.dataset import Pairs, fit_length, proteins_of_sequences
+from esm2mega.data.labels.dataset import Pairs, apply_length_policy, proteins_of_sequences
 from esm2mega.errors import UserError
 from esm2mega.finetune.checkpoint import open_task, run_task, without_dropping
 from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.output import contact_maps, shown_predictions
-from esm2mega.finetune.run import Parts, finetune
+from esm2mega.finetune.run import UserParts, finetune
 from esm2mega.model.task import MakeHead
 from esm2mega.report.log import LOG_NAME, read_log
 
@@ -90,7 +90,7 @@ def train_model(
     validate_task(run)
     if run.train.eval_every and valid is None and run.data.valid is None:
         raise UserError(f"train.eval_every={run.train.eval_every} needs validation data; give valid")
-    finetune(run, Parts(given, make_head, loss))
+    finetune(run, UserParts(given, make_head, loss))
     metrics: dict[str, Any] = {}
     for record in read_log(Path(run.run_dir) / LOG_NAME):
         metrics |= {name: value for name, value in record.items() if name not in ("kind", "step")}
@@ -123,7 +123,7 @@ def infer_model(
         raise UserError("give a list of sequences, not one string")
     task = open_task(checkpoint, overrides)
     data = without_dropping(task.run.data)
-    proteins = fit_length(proteins_of_sequences(sequences), data, "sequences")
+    proteins = apply_length_policy(proteins_of_sequences(sequences), data, "sequences")
     measured, _ = run_task(task, proteins, "predict", make_head, loss)
     if measured.predictions is None:
         return []

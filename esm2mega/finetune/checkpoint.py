@@ -28,7 +28,7 @@ from esm2mega.model.heads import head_of_task
 from esm2mega.model.task import MakeHead
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import Progress
-from esm2mega.train.evaluate import check_out, fit_to_processes, write_json
+from esm2mega.train.evaluate import adapt_layout, check_out, write_json
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def open_task(checkpoint: str | Path, overrides: Sequence[str] = ()) -> TaskChec
     # Columns of the training table say nothing about another one.
     saved.data.id_column = None
     saved.model.recompute = "none"
-    run = fit_to_processes(load_run_over(saved, overrides), overrides)
+    run = adapt_layout(load_run_over(saved, overrides), overrides)
     validate(run, world_size_from_environment())
     validate_task(run)
     info = TargetInfo.from_dict(layout.read_state(directory)["task"])
@@ -84,8 +84,8 @@ def loaded(task: TaskCheckpoint, make_head: MakeHead | None = None) -> Iterator[
     run = task.run
     with process_groups(run.parallel, run.seed) as ranks:
         head = make_head or head_of_task(run.task, task.info.num_outputs)
-        adapted = run.lora.rank is not None
-        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, adapted)
+        has_lora = run.lora.rank is not None
+        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, has_lora)
         load_model(task.directory, run, chunks)
         yield chunks, ranks
 
@@ -111,7 +111,7 @@ def run_task(
     """
     with loaded(task, make_head) as (chunks, ranks):
         packs = packs_of(proteins, batch_spec(task.run), ranks)
-        with Progress(len(packs), words, "pack", enabled=ranks.speaks) as progress:
+        with Progress(len(packs), words, "pack", enabled=ranks.is_main) as progress:
             measured = measure(
                 chunks,
                 loss or loss_of_task(task.run.task, task.info),
@@ -122,7 +122,7 @@ def run_task(
                 baseline=True,
             )
         assert measured is not None
-        return measured, ranks.speaks
+        return measured, ranks.is_main
 
 
 def evaluate_task(
@@ -147,7 +147,7 @@ def evaluate_task(
     check_packages()
     task = open_task(checkpoint, overrides)
     proteins = labelled(task, data)
-    measured, speaks = run_task(task, proteins, "evaluate")
+    measured, is_main = run_task(task, proteins, "evaluate")
     result: dict[str, Any] = {
         "checkpoint": str(task.directory),
         "data": str(proteins.path),
@@ -158,7 +158,7 @@ def evaluate_task(
         "num_sequences": len(proteins),
     }
     result = {name: _defined(value) for name, value in result.items()}
-    if out is not None and speaks:
+    if out is not None and is_main:
         found = measured.predictions
         assert found is not None
         run = task.run

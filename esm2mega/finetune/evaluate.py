@@ -49,7 +49,7 @@ class _Collecting(LossReduction):
 
 
 def _kept(batch: LabelledBatch, values: Tensor, info: TargetInfo) -> dict[str, Any]:
-    segments, per_residue = batch.wanted, info.per_residue
+    segments, per_residue = batch.head_inputs, info.per_residue
     if info.per_pair:
         return _kept_pairs(batch, values)
     rows = batch.rows[segments.owners] if per_residue else batch.rows
@@ -60,7 +60,7 @@ def _kept(batch: LabelledBatch, values: Tensor, info: TargetInfo) -> dict[str, A
 
 def _kept_pairs(batch: LabelledBatch, values: Tensor) -> dict[str, Any]:
     """An entry for each protein, with all of its pairs."""
-    segments, lengths = batch.wanted, batch.wanted.residue_counts
+    segments, lengths = batch.head_inputs, batch.head_inputs.residue_counts
     borders = np.cumsum([num_pairs(length) for length in lengths])[:-1]
 
     def split(pairs: Tensor) -> Any:
@@ -142,8 +142,8 @@ def _gathered(seen: Sequence[dict[str, Any]], ranks: Ranks) -> Predictions | Non
     has_them = ranks.tp_rank == 0 and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     mine = _joined(seen) if has_them and seen else None
     parts: list[dict[str, Any] | None] = [None] * ranks.world_size
-    dist.gather_object(mine, parts if ranks.speaks else None, dst=0)
-    if not ranks.speaks:
+    dist.gather_object(mine, parts if ranks.is_main else None, dst=0)
+    if not ranks.is_main:
         return None
     whole = _joined([part for part in parts if part is not None])
     keys = [whole["rows"]] if whole["numbers"] is None else [whole["numbers"], whole["rows"]]

@@ -41,14 +41,16 @@ def loaded_targets(run: Run, init_from: Path | None, resume_from: Path | None) -
     return with_columns(head.info, run.task, f"init_from={init_from}")
 
 
-def _check_same_head(place: str, found: TaskConfig, wanted: TaskConfig) -> None:
+def _check_same_head(location: str, found: TaskConfig, configured: TaskConfig) -> None:
     cure = "or finetune.load_head=false"
-    if found.kind != wanted.kind:
+    if found.kind != configured.kind:
         raise UserError(
-            f"{place}: holds the head of task.kind={found.kind}, the configuration says {wanted.kind}; set "
-            f"task.kind={found.kind}, {cure}"
+            f"{location}: holds the head of task.kind={found.kind}, the configuration says "
+            f"{configured.kind}; set task.kind={found.kind}, {cure}"
         )
-    if head_form(found) != head_form(wanted):
+    if head_form(found) != head_form(configured):
         keys = ("head", "pooling", "pooler_activation")
         settings = " ".join(f"task.{key}={getattr(found, key)}" for key in keys)
-        raise UserError(f"{place}: holds another head than the configuration names; set {settings}, {cure}")
+        raise UserError(
+            f"{location}: holds another head than the configuration names; set {settings}, {cure}"
+        )

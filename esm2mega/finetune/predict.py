@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from esm2mega.data.labels.dataset import fit_length, read_unlabelled
+from esm2mega.data.labels.dataset import apply_length_policy, read_unlabelled
 from esm2mega.errors import UserError
 from esm2mega.finetune.checkpoint import open_task, run_task, without_dropping
 from esm2mega.finetune.output import check_format, check_kind, write_predictions
@@ -39,9 +39,9 @@ def predict(
     task = open_task(checkpoint, overrides)
     check_kind(path, task.info)
     data = without_dropping(task.run.data)
-    proteins = fit_length(read_unlabelled(input, data), data, str(input))
-    measured, speaks = run_task(task, proteins, "predict")
-    if speaks:
+    proteins = apply_length_policy(read_unlabelled(input, data), data, str(input))
+    measured, is_main = run_task(task, proteins, "predict")
+    if is_main:
         assert measured.predictions is not None
         write_predictions(path, measured.predictions, task.info, proteins, data.max_seq_length - 2)
     return [f"{len(proteins)} proteins of {input}: {task.info.kind} in {out}", *proteins.notes]

@@ -16,7 +16,7 @@ from torch import Tensor
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.tensor_filter import ALL, TRAINED
-from esm2mega.config.load import fix_length
+from esm2mega.config.load import resolve_max_steps
 from esm2mega.config.lora import check_start
 from esm2mega.config.schema import Run
 from esm2mega.config.task import validate_task
@@ -50,7 +50,7 @@ _STEPS_PER_WINDOW = 4
 
 
 @dataclass(frozen=True)
-class Parts:
+class UserParts:
     """What a program gives in the place of what a configuration names.
 
     Attributes:
@@ -78,14 +78,14 @@ class Splits:
 
 
 def finetune(
-    run: Run, parts: Parts | None = None, observe: Callable[[list[Any]], None] | None = None
+    run: Run, parts: UserParts | None = None, on_gradients: Callable[[list[Any]], None] | None = None
 ) -> LoopState:
     """Train as configured; every process of the world calls this with the same, validated configuration.
 
     Args:
         run: The configuration.
         parts: What to use instead of what it names.
-        observe: See `esm2mega.train.step.TrainState`.
+        on_gradients: See `esm2mega.train.step.TrainState`.
 
     Returns:
         The final state of the loop, the same on every rank.
@@ -95,7 +95,7 @@ def finetune(
         MachineError: Loss not finite, or a checkpoint could not be written.
         StoppedBySignal: A signal came and the state was saved.
     """
-    parts = parts or Parts()
+    parts = parts or UserParts()
     validate_task(run)
     check_start(run)
     check_packages()
@@ -104,10 +104,10 @@ def finetune(
     splits = read_splits(run, parts, loaded_targets(run, init_from, resume_from))
     run = _with_steps(run, splits.of["train"])
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, splits, parts, resume_from, init_from, observe)
+        return _train(run, ranks, splits, parts, resume_from, init_from, on_gradients)
 
 
-def read_splits(run: Run, parts: Parts, loaded: TargetInfo | None = None) -> Splits:
+def read_splits(run: Run, parts: UserParts, loaded: TargetInfo | None = None) -> Splits:
     """All splits that are given; those that are held out by the classes and scale of the training split.
 
     Args:
@@ -164,7 +164,7 @@ def _with_steps(run: Run, proteins: LabelledProteins) -> Run:
         return run
     with LabelledStream(proteins, train_spec(run, proteins)) as stream:
         packs_per_step = run.train.global_batch_tokens // run.train.micro_batch_tokens
-        run = fix_length(run, -(-stream.num_packs() // packs_per_step))
+        run = resolve_max_steps(run, -(-stream.num_packs() // packs_per_step))
     validate(run, world_size_from_environment())
     return run
 
@@ -173,32 +173,32 @@ def _train(
     run: Run,
     ranks: Ranks,
     splits: Splits,
-    parts: Parts,
+    parts: UserParts,
     resume_from: Path | None,
     init_from: Path | None,
-    observe: Callable[[list[Any]], None] | None,
+    on_gradients: Callable[[list[Any]], None] | None,
 ) -> LoopState:
     make_head = parts.make_head or head_of_task(run.task, splits.info.num_outputs)
-    adapted = run.finetune.mode == "lora"
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, make_head, adapted)
+    has_lora = run.finetune.mode == "lora"
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, make_head, has_lora)
     auxiliary: dict[str, Tensor] = {}
     base: Base | None = None
     if resume_from is not None:
         _check_targets(resume_from, splits.info)
-    if adapted:
+    if has_lora:
         base, auxiliary = load_base(run, chunks, resume_from)
     elif resume_from is not None:
         auxiliary = read_auxiliary(resume_from)
     elif init_from is not None:
         auxiliary = load_for_task(init_from, run, chunks)
-    trained = adapters_line(run, chunks) if adapted else set_trainable(chunks, run.finetune)
+    trained = adapters_line(run, chunks) if has_lora else set_trainable(chunks, run.finetune)
     if run.parallel.distributed_optimizer:
         key = f"lora.target_modules={run.lora.target_modules}"
-        check_stages(chunks, key if adapted else f"finetune.freeze={run.finetune.freeze}")
+        check_stages(chunks, key if has_lora else f"finetune.freeze={run.finetune.freeze}")
     loss = parts.loss or loss_of_task(run.task, splits.info)
-    state = train_state(run, chunks, loss, ranks, observe, scales_of(chunks, run.finetune))
-    if adapted and run.lora.dropout:
-        state.begin = partial(seed_dropout, run.seed)
+    state = train_state(run, chunks, loss, ranks, on_gradients, scales_of(chunks, run.finetune))
+    if has_lora and run.lora.dropout:
+        state.on_step_begin = partial(seed_dropout, run.seed)
     spec, train = batch_spec(run), splits.of["train"]
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
@@ -226,17 +226,17 @@ def _train(
         state=state,
         stream=LabelledStream(train, train_spec(run, train), ranks.dp_rank, ranks.dp_size),
         evaluation=evaluation,
-        remembered={
+        extra_state={
             "task": splits.info.to_dict(),
             "token_counts": None,
             **({} if base is None else base.as_state()),
         },
         # Those of the base stay with it.
-        auxiliary={} if adapted else auxiliary,
-        announced=[*_described(splits), trained],
+        auxiliary={} if has_lora else auxiliary,
+        banner=[*_described(splits), trained],
         result=result,
         training_values=lambda metrics: {"loss": metrics["loss"]},
-        saved=TRAINED if adapted else ALL,
+        saved=TRAINED if has_lora else ALL,
     )
     return run_session(run, ranks, session, resume_from, init_from)
 

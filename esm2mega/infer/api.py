@@ -20,10 +20,10 @@ from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.config.validate import world_size_from_environment
 from esm2mega.errors import UserError
-from esm2mega.infer.collect import Wanted
+from esm2mega.infer.collect import OutputRequest
 from esm2mega.infer.engine import Engine, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
-from esm2mega.infer.proteins import Embedder, pack_tokens, wanted
+from esm2mega.infer.proteins import Embedder, output_request, pack_tokens
 from esm2mega.infer.score import clean
 from esm2mega.infer.source import open_model
 from esm2mega.infer.strategies import STRATEGIES, score_variants
@@ -193,7 +193,7 @@ class Model:
             parsed = [parse_variant(text, wild, offset) for text in variants]
         self._source.check_lm_head()
         size = pack_tokens(self._run, self._ranks.device)
-        engine = Engine(self._loaded(), self._ranks, Wanted(logits=True), size)
+        engine = Engine(self._loaded(), self._ranks, OutputRequest(logits=True), size)
         marginals = Marginals(engine, self._ranks, window_tokens(self._run), normalize, shows_progress=False)
         scores = score_variants(marginals, wild, parsed, strategy, normalize)
         return dict(zip(variants, scores, strict=True))
@@ -204,7 +204,7 @@ class Model:
             raise UserError("give a list of sequences, not one string")
         run = load_run_over(self._run, overrides)
         validate_inference(run, 1)
-        wants = wanted(run, self._source)
+        wants = output_request(run, self._source)
         engine = Engine(self._loaded(), self._ranks, wants, pack_tokens(run, self._ranks.device))
         residues = [encode_residues(clean(sequence)) for sequence in sequences]
         results: list[dict[str, Array]] = [{} for _ in residues]

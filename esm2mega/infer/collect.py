@@ -17,7 +17,7 @@ from esm2mega.model.esm2 import ESM2Model
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OutputRequest:
     """What to compute.
 
     Attributes:
@@ -38,7 +38,7 @@ def hidden_states(model: ESM2Model, layers: Sequence[int]) -> Iterator[dict[int,
 
     Args:
         model: The model, or the pipeline stage of it that this rank holds.
-        layers: Numbers of states as in `Wanted`; those of other stages are left to them.
+        layers: Numbers of states as in `OutputRequest`; those of other stages are left to them.
     """
     found: dict[int, Tensor] = {}
     handles = []

@@ -22,9 +22,9 @@ from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.engine import Engine, load_model
-from esm2mega.infer.proteins import Embedder, Lengths, pack_tokens, wanted
+from esm2mega.infer.proteins import Embedder, Lengths, output_request, pack_tokens
 from esm2mega.infer.source import ModelSource, open_model
-from esm2mega.infer.target import Target
+from esm2mega.infer.target import OutputTarget
 from esm2mega.infer.work import Journal, Work, differing, has_begun
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
@@ -73,8 +73,8 @@ def embed(request: EmbedRequest) -> list[str]:
     if request.contact_maps is not None and "contacts" not in run.infer.outputs:
         run.infer.outputs.append("contacts")
     validate_inference(run, world_size_from_environment())
-    target = Target.of(request.out, run)
-    wanted(run, source)  # here too, since the model's load takes time
+    target = OutputTarget.of(request.out, run)
+    output_request(run, source)  # here too, since the model's load takes time
     _check_existing(target, run, request.mode)
     with process_groups(run.parallel, run.seed) as ranks:
         begun = on_one_rank(lambda: _begin(request, run, source, target))
@@ -89,7 +89,7 @@ def embed(request: EmbedRequest) -> list[str]:
         return _report(contents, made)
 
 
-def _check_existing(target: Target, run: Run, mode: str) -> None:
+def _check_existing(target: OutputTarget, run: Run, mode: str) -> None:
     """Refuse to touch what is there, unless told how to; and a folder of somebody else's in any case."""
     for path in target.existing(run.infer.outputs):
         if path.is_dir() and any(path.iterdir()) and not target.attributes(path):
@@ -105,7 +105,7 @@ def _check_existing(target: Target, run: Run, mode: str) -> None:
 
 
 def _begin(
-    request: EmbedRequest, run: Run, source: ModelSource, target: Target
+    request: EmbedRequest, run: Run, source: ModelSource, target: OutputTarget
 ) -> tuple[dict[str, Any], Path, list[int]] | str:
     """Prepare everything that processes share; by one process.
 
@@ -198,26 +198,26 @@ def _compute(
     """This rank's share of the pieces."""
     contents, run = work.contents, work.contents.run
     size = pack_tokens(run, ranks.device)
-    engine = Engine(load_model(source, run, ranks), ranks, wanted(run, source), size)
+    engine = Engine(load_model(source, run, ranks), ranks, output_request(run, source), size)
     embedder = Embedder(engine, run)
     # Ranks of a tensor-parallel group hold the same; one of them writes. Pipeline stages write what is
     # theirs.
     writes = ranks.tp_rank == 0
     total = sum(len(work.proteins(piece)) for piece in pieces)
-    with work.open_arrays() as arrays, Progress(total, "embed", "protein", enabled=ranks.speaks) as progress:
+    with work.open_arrays() as arrays, Progress(total, "embed", "protein", enabled=ranks.is_main) as progress:
         journal = Journal(work.folder, ranks.rank, arrays)
         for piece in pieces:
             numbers = work.proteins(piece)
             residues = [contents.store.residues(number) for number in numbers]
-            for place, values in embedder.run(residues) if residues else ():
+            for location, values in embedder.run(residues) if residues else ():
                 if writes:
-                    for name, row, rows in contents.stored(numbers[place], values):
+                    for name, row, rows in contents.stored(numbers[location], values):
                         arrays.write(name, row, rows)
                     if contact_maps is not None and "contacts" in values:
                         _draw(
                             contact_maps,
-                            numbers[place],
-                            contents.store.id(numbers[place]),
+                            numbers[location],
+                            contents.store.id(numbers[location]),
                             values["contacts"],
                         )
                 progress.update(1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from esm2mega.config.schema import Run
 from esm2mega.data.stream.packing import plan_packs
-from esm2mega.infer.collect import Wanted, hidden_states
+from esm2mega.infer.collect import OutputRequest, hidden_states
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window
 from esm2mega.model.build import build_model
@@ -42,7 +42,7 @@ _IN_FLIGHT = 4
 
 
 @dataclass(frozen=True)
-class Pack:
+class WindowPack:
     """Windows that pass through the model together.
 
     Attributes:
@@ -94,7 +94,7 @@ def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
 
 def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
     """This rank's stage with the weights of `source`, ready for inference."""
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, adapted=run.lora.rank is not None)
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, has_lora=run.lora.rank is not None)
     source.load(chunks)
     (model,) = chunks
     # Without gradients Megatron-Core adds biases and residuals in place.
@@ -104,12 +104,12 @@ def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
 class Engine:
     """Runs packs. All ranks of one model replica run the same packs."""
 
-    def __init__(self, model: ESM2Model, ranks: Ranks, wanted: Wanted, pack_tokens: int) -> None:
+    def __init__(self, model: ESM2Model, ranks: Ranks, request: OutputRequest, pack_tokens: int) -> None:
         """Args: pack_tokens: the largest pack, which is the size of every pack under a pipeline."""
-        self._model, self._ranks, self._wanted = model, ranks, wanted
+        self._model, self._ranks, self._request = model, ranks, request
         self.pack_tokens = pack_tokens
 
-    def run(self, packs: Sequence[Pack]) -> Iterator[PackOutputs]:
+    def run(self, packs: Sequence[WindowPack]) -> Iterator[PackOutputs]:
         """Yield the outputs of each pack, in order."""
         with self._collectors() as (hidden, maps), torch.inference_mode():
             if self._ranks.pp_size == 1:
@@ -129,17 +129,17 @@ class Engine:
     def _collectors(self) -> Iterator[tuple[dict[int, Tensor], ContactMaps | None]]:
         with ExitStack() as stack:
             maps = None
-            if self._wanted.contact_head is not None:
+            if self._request.contact_head is not None:
                 maps = ContactMaps(self._model.encoder.layers)
                 stack.callback(maps.remove)
-            yield stack.enter_context(hidden_states(self._model, self._wanted.layers)), maps
+            yield stack.enter_context(hidden_states(self._model, self._request.layers)), maps
 
     def _forward(
-        self, model: ESM2Model, pack: Pack, hidden: dict[int, Tensor], maps: ContactMaps | None
+        self, model: ESM2Model, pack: WindowPack, hidden: dict[int, Tensor], maps: ContactMaps | None
     ) -> tuple[PackOutputs, Tensor]:
         """The outputs, and the tensor for the next stage."""
         # Where only some tokens get logits, the last layer has no others.
-        assert pack.logit_positions is None or not self._wanted.layers
+        assert pack.logit_positions is None or not self._request.layers
         device = self._ranks.device
         lengths = [window.num_tokens for window in pack.windows]
         tail = self._padded(sum(lengths)) - sum(lengths)
@@ -149,16 +149,16 @@ class Engine:
         lengths += [tail] * (tail > 0)
         packed = PackedSequences.from_lengths(lengths, device, pack.logit_counts(lengths))
         if maps is not None:
-            assert self._wanted.contact_head is not None
+            assert self._request.contact_head is not None
             starts = np.cumsum([0, *lengths]).tolist()
             spans = [
                 Span(start, window.num_tokens, window.residue_tokens)
                 for start, window in zip(starts, pack.windows, strict=False)
             ]
-            weight = self._wanted.contact_head[0].view(-1, model.config.num_attention_heads)
+            weight = self._request.contact_head[0].view(-1, model.config.num_attention_heads)
             maps.begin(spans, dict(enumerate(weight, start=1)))
         outputs = PackOutputs()
-        if self._wanted.logits or not model.post_process:
+        if self._request.logits or not model.post_process:
             positions = None
             if pack.logit_positions is not None:
                 positions = torch.from_numpy(pack.logit_positions).to(device)
@@ -177,11 +177,11 @@ class Engine:
         return max(num_tokens, smallest)
 
     def _pipeline(
-        self, packs: Sequence[Pack], hidden: dict[int, Tensor], maps: ContactMaps | None
+        self, packs: Sequence[WindowPack], hidden: dict[int, Tensor], maps: ContactMaps | None
     ) -> list[PackOutputs]:
         collected: list[PackOutputs] = []
 
-        def step(waiting: Iterator[Pack], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+        def step(waiting: Iterator[WindowPack], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
             outputs, result = self._forward(model, next(waiting), hidden, maps)
             collected.append(outputs)
             return result, lambda output, non_loss_data=True: output.new_zeros(1)
@@ -203,13 +203,13 @@ class Engine:
 
         All-reduce over the tensor-parallel and then over the pipeline-parallel group.
         """
-        if self._wanted.contact_head is None:
+        if self._request.contact_head is None:
             return
         for logits in outputs.contacts:
             if self._ranks.tp_size > 1:
                 dist.all_reduce(logits, group=parallel_state.get_tensor_model_parallel_group())
             if self._ranks.pp_size > 1:
                 dist.all_reduce(logits, group=parallel_state.get_pipeline_model_parallel_group())
-        bias = self._wanted.contact_head[1]
+        bias = self._request.contact_head[1]
         last = self._model.post_process
         outputs.contacts = [torch.sigmoid(logits + bias) for logits in outputs.contacts] if last else []

@@ -70,4 +70,4 @@ def _figure(width: float, height: float) -> Any:
 def _number(axis: Any, length: int, offset: int) -> None:
     step = max(1, round(length / _TICKS, -1 if length > 10 * _TICKS else 0))
     places = np.arange(0, length, int(step))
-    axis.set_ticks(places, [str(place + offset) for place in places])
+    axis.set_ticks(places, [str(location + offset) for location in places])

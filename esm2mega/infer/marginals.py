@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from esm2mega.infer.engine import Engine, Pack, group_windows
+from esm2mega.infer.engine import Engine, WindowPack, group_windows
 from esm2mega.infer.windows import Window, optimal
 from esm2mega.model.esm2 import VOCAB_SIZE
 from esm2mega.parallel.initialize import Ranks
@@ -65,7 +65,7 @@ class Marginals:
         self._engine, self._ranks = engine, ranks
         self._width = width
         self._normalization = normalization
-        self._shows_progress = shows_progress and ranks.speaks
+        self._shows_progress = shows_progress and ranks.is_main
 
     def __call__(
         self, sequences: Sequence[str], places: Sequence[Place], masked: bool, description: str = "score"
@@ -101,11 +101,11 @@ class Marginals:
     ) -> list[_Copy]:
         copies: list[_Copy] = []
         shared: dict[tuple[int, Window], _Copy] = {}
-        for number, place in enumerate(places):
-            window = optimal(place.position, len(encoded[place.sequence]), self._width)
-            copy = None if masked else shared.get((place.sequence, window))
+        for number, location in enumerate(places):
+            window = optimal(location.position, len(encoded[location.sequence]), self._width)
+            copy = None if masked else shared.get((location.sequence, window))
             if copy is None:
-                copy = shared[place.sequence, window] = _Copy(place.sequence, window, [])
+                copy = shared[location.sequence, window] = _Copy(location.sequence, window, [])
                 copies.append(copy)
             copy.places.append(number)
         return copies
@@ -133,7 +133,7 @@ class Marginals:
                 positions += [first + i for i in at]
                 first += len(ids)
             windows = [copies[i].window for i in chosen]
-            packs.append(Pack(windows, np.concatenate(tokens), np.array(positions, dtype=np.int64)))
+            packs.append(WindowPack(windows, np.concatenate(tokens), np.array(positions, dtype=np.int64)))
             rows.append([number for i in chosen for number in copies[i].places])
         for numbers, pack, outputs in zip(rows, packs, self._engine.run(packs), strict=True):
             if outputs.logits is not None and self._ranks.tp_rank == 0:

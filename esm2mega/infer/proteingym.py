@@ -62,7 +62,7 @@ def read_reference(path: str, assays: str) -> list[Assay]:
     for row, (name, file, protein, sequence, function) in enumerate(zip(*columns, strict=True)):
         table = Path(assays) / Path(file).name
         if not table.is_file():
-            raise UserError(f"{reference.place(row)}: there is no {table}; name the folder with --assays")
+            raise UserError(f"{reference.location(row)}: there is no {table}; name the folder with --assays")
         found.append(Assay(name, table, protein, clean(sequence), function))
     if len({assay.id for assay in found}) < len(found):
         raise UserError(f"{path}: a DMS_id occurs twice; remove one of the rows")
@@ -102,11 +102,11 @@ def score_assays(
             else:
                 check_columns(table, options)
                 scores = score(assay.sequence, _variants(table, assay, options))
-                if ranks.speaks:
+                if ranks.is_main:
                     write_scored(path, table, scores, options)
             number, value = measured_spearman(table, scores, _MEASURED)
             results.append((assay, number, value))
-        if ranks.speaks:
+        if ranks.is_main:
             columns = ["DMS_id", "UniProt_ID", "coarse_selection_type", "variants", "spearman"]
             rows = [[a.id, a.protein, a.function, number, repr(value)] for a, number, value in results]
             write_table(folder / SUMMARY, columns, rows)
@@ -164,7 +164,7 @@ def _variants(table: Table, assay: Assay, options: ScoreOptions) -> list[Variant
         try:
             variants.append(parse_variant(text, assay.sequence, options.offset))
         except UserError as error:
-            raise UserError(f"{table.place(row)}: {error}") from None
+            raise UserError(f"{table.location(row)}: {error}") from None
     return variants
 
 

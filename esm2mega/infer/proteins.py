@@ -17,8 +17,8 @@ from torch import Tensor
 from esm2mega.config.infer import absolute_layers, window_tokens
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
-from esm2mega.infer.collect import Wanted
-from esm2mega.infer.engine import Engine, Pack, PackOutputs, group_windows
+from esm2mega.infer.collect import OutputRequest
+from esm2mega.infer.engine import Engine, PackOutputs, WindowPack, group_windows
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window, overlapping, whole
 
@@ -84,7 +84,7 @@ class Embedder:
     """Computes what a configuration asks for, protein by protein."""
 
     def __init__(self, engine: Engine, run: Run) -> None:
-        """Args: engine: made with `wanted(run, …)`. run: what to compute."""
+        """Args: engine: made with `output_request(run, …)`. run: what to compute."""
         self._engine = engine
         self._outputs = frozenset(run.infer.outputs)
         self._pooling = run.infer.pooling
@@ -99,14 +99,14 @@ class Embedder:
             proteins: token ids of residues, without special tokens, ``[L]`` each.
         """
         jobs = [
-            (number, place, window)
+            (number, location, window)
             for number, residues in enumerate(proteins)
-            for place, window in enumerate(self._lengths.windows(len(residues)))
+            for location, window in enumerate(self._lengths.windows(len(residues)))
         ]
         num_windows = np.bincount([number for number, _, _ in jobs], minlength=len(proteins))
         plan = group_windows([window.num_tokens for _, _, window in jobs], self._engine.pack_tokens)
         packs = [
-            Pack(
+            WindowPack(
                 [jobs[i][2] for i in places],
                 np.concatenate([self._tokens(proteins[jobs[i][0]], jobs[i][2]) for i in places]),
             )
@@ -115,13 +115,13 @@ class Embedder:
         waiting: dict[int, dict[int, tuple[Window, Values]]] = {}
         for places, pack, outputs in zip(plan, packs, self._engine.run(packs), strict=True):
             for i, values in zip(places, self._of_windows(pack, outputs), strict=True):
-                number, place, window = jobs[i]
+                number, location, window = jobs[i]
                 if num_windows[number] == 1:
                     yield number, self._of_protein(values)
                     continue
                 pieces = waiting.setdefault(number, {})
                 # Copies: a view would keep the whole pack in memory.
-                pieces[place] = window, {name: value.clone() for name, value in values.items()}
+                pieces[location] = window, {name: value.clone() for name, value in values.items()}
                 if len(pieces) == num_windows[number]:
                     # In the order of the windows, whatever packs they were in: sums are the same bits.
                     joined = _join([pieces[p] for p in range(len(pieces))])
@@ -132,7 +132,7 @@ class Embedder:
     def _tokens(residues: npt.NDArray[np.uint8], window: Window) -> npt.NDArray[np.uint8]:
         return window.tokens(residues[: window.num_residues])
 
-    def _of_windows(self, pack: Pack, outputs: PackOutputs) -> Iterator[Values]:
+    def _of_windows(self, pack: WindowPack, outputs: PackOutputs) -> Iterator[Values]:
         """The values of every window: ``residue``, ``logits`` and ``contacts`` by name, and
         ``cls/layer_N``.
         """
@@ -185,9 +185,9 @@ def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
         total = torch.zeros(shape, dtype=dtype, device=example.device)
         count = torch.zeros(shape if square else (length, 1), dtype=dtype, device=example.device)
         for window, values in pieces:
-            place = (window.residues, window.residues) if square else (window.residues,)
-            total[place] += values[name]
-            count[place] += 1
+            location = (window.residues, window.residues) if square else (window.residues,)
+            total[location] += values[name]
+            count[location] += 1
         joined[name] = total / count
     return joined
 
@@ -202,7 +202,7 @@ def pack_tokens(run: Run, device: torch.device) -> int:
     return max(size, window_tokens(run))
 
 
-def wanted(run: Run, source: ModelSource) -> Wanted:
+def output_request(run: Run, source: ModelSource) -> OutputRequest:
     """What the engine has to compute for `run.infer`.
 
     Raises:
@@ -218,4 +218,4 @@ def wanted(run: Run, source: ModelSource) -> Wanted:
             "ESM-2 weights have one"
         )
     layers = absolute_layers(run) if {"residue", "pooled"} & set(outputs) else []
-    return Wanted(tuple(layers), "logits" in outputs, head)
+    return OutputRequest(tuple(layers), "logits" in outputs, head)

@@ -17,7 +17,7 @@ from esm2mega.config.validate import world_size_from_environment
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import open_source
 from esm2mega.errors import UserError
-from esm2mega.infer.collect import Wanted
+from esm2mega.infer.collect import OutputRequest
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.engine import Engine, load_model
 from esm2mega.infer.marginals import Marginals
@@ -104,7 +104,7 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
     validate_inference(run, world_size_from_environment())
     with process_groups(run.parallel, run.seed) as ranks:
         size = pack_tokens(run, ranks.device)
-        engine = Engine(load_model(source, run, ranks), ranks, Wanted(logits=True), size)
+        engine = Engine(load_model(source, run, ranks), ranks, OutputRequest(logits=True), size)
         marginals = Marginals(engine, ranks, window_tokens(run), options.normalization)
         yield Scorer(marginals, options, source, run), ranks
 
@@ -154,7 +154,7 @@ def score_file(
     plan = _scan(proteins) if table is None else _assigned(table, proteins, options)
     with scorer(checkpoint, options) as (score, ranks):
         scores = [score(protein.sequence, [v for _, v in chosen]) for protein, chosen in plan]
-        if not ranks.speaks:
+        if not ranks.is_main:
             return []
         if table is None:
             return _write_scan(Path(out), plan, scores, options)
@@ -193,11 +193,13 @@ def _assigned(table: Table, proteins: Sequence[WildType], options: ScoreOptions)
         zip(owners, table.column(options.mutation_column, "--mutation-column"), strict=True)
     ):
         if owner not in by_id:
-            raise UserError(f"{table.place(row)}: there is no protein {owner!r} among the wild types; add it")
+            raise UserError(
+                f"{table.location(row)}: there is no protein {owner!r} among the wild types; add it"
+            )
         try:
             variant = parse_variant(text, by_id[owner].sequence, options.offset)
         except UserError as error:
-            raise UserError(f"{table.place(row)}: {error}") from None
+            raise UserError(f"{table.location(row)}: {error}") from None
         chosen[owner].append((row, variant))
     return [(by_id[owner], variants) for owner, variants in chosen.items() if variants]
 
@@ -269,10 +271,10 @@ def draw_scan(out: str, protein: WildType, scan: str, options: ScoreOptions) -> 
 
     table = read_table(scan)
     values = np.full((len(protein.sequence), len(AMINO_ACIDS)), np.nan)
-    wanted = zip(
+    cells = zip(
         *(table.column(name, "") for name in ("id", "position", "residue", options.score_column)), strict=True
     )
-    for owner, position, residue, value in wanted:
+    for owner, position, residue, value in cells:
         if owner == protein.id:
             values[int(position) - options.offset, AMINO_ACIDS.index(residue)] = float(value)
     title = f"{protein.id}, {options.strategy}"

@@ -26,14 +26,14 @@ _ENDINGS = {".h5": "hdf5", ".hdf5": "hdf5", ".npz": "npz", ".parquet": "parquet"
 
 
 @dataclass(frozen=True)
-class Target:
+class OutputTarget:
     """Where an output goes, and in which format: ``hdf5``, ``bionemo``, ``npz``, ``parquet`` or ``pt``."""
 
     out: Path
     format: str
 
     @classmethod
-    def of(cls, out: str | Path, run: Run) -> Target:
+    def of(cls, out: str | Path, run: Run) -> OutputTarget:
         """By the ending of the name.
 
         Raises:

@@ -116,7 +116,7 @@ class Table:
         index = self.columns.index(name)
         return [row[index] for row in self.rows]
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """Where a row stands."""
         return f"{self.path}:{self.lines[row]}"
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from esm2mega.errors import MachineError, UserError
 from esm2mega.infer.arrays import ArrayFile
 from esm2mega.infer.contents import Contents
-from esm2mega.infer.target import Target
+from esm2mega.infer.target import OutputTarget
 
 MOST_PIECE_TOKENS, LEAST_PIECE_TOKENS = 1 << 16, 1 << 12
 """Tokens of a piece of the input, which is what processes share out, and what a kill costs each of them."""
@@ -39,7 +39,7 @@ _MANIFEST, _ARRAYS = "manifest.json", "arrays"
 _SPARE_BYTES = 1 << 20
 
 
-def has_begun(target: Target) -> bool:
+def has_begun(target: OutputTarget) -> bool:
     """Whether an earlier start left something to go on with: not after a kill behind the very last step, when
     the arrays of HDF5 are the output already.
     """
@@ -50,7 +50,7 @@ def has_begun(target: Target) -> bool:
 class Work:
     """One growing output."""
 
-    target: Target
+    target: OutputTarget
     contents: Contents
 
     @property

@@ -57,9 +57,9 @@ def find_base(checkpoint: Path, run: Run) -> Path:
     """
     recorded = recorded_base(checkpoint)
     places = [recorded.path, *([run.init_from] if run.init_from is not None else [])]
-    for place in places:
-        if Path(place).exists():
-            return Path(place)
+    for location in places:
+        if Path(location).exists():
+            return Path(location)
     raise UserError(
         f"{checkpoint}: holds adapters of {recorded.path}, which is not there any more; say where it is with "
         "init_from=PATH"

@@ -100,8 +100,8 @@ def to_ours(
     else:
         (count, *_) = found.get("out_proj.bias") or found.get("bias") or (0,)
         labels = default_labels(count) if given.names is None else given.names
-        place = str(source) if given.names is None else f"--labels {','.join(labels)}"
-        head = describe_head(place, given.kind, labels, hidden_size, dropout)
+        location = str(source) if given.names is None else f"--labels {','.join(labels)}"
+        head = describe_head(location, given.kind, labels, hidden_size, dropout)
     architecture = TOKEN if head.info.per_residue else SEQUENCE
     names = _names(architecture)
     shapes = {theirs.removeprefix(PREFIX): head.shapes[ours] for theirs, ours in names.items()}

@@ -56,11 +56,11 @@ def seed_dropout(seed: int, step: int) -> None:
 
     A resumed run so drops what the unbroken one would have.
     """
-    place = (
+    location = (
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
     )
-    key = hashlib.blake2b(f"dropout:{seed}:{step}:{place}".encode(), digest_size=4).digest()
+    key = hashlib.blake2b(f"dropout:{seed}:{step}:{location}".encode(), digest_size=4).digest()
     tensor_parallel.model_parallel_cuda_manual_seed(int.from_bytes(key, "little") >> 1)
 
 

@@ -52,7 +52,7 @@ class Adapter(MegatronModule):
         weight: Tensor,
         is_column: bool,
         lora: LoRAConfig,
-        place: tuple[int, int],
+        location: tuple[int, int],
     ) -> None:
         """Make the factors, unset; `esm2mega.lora.inject` fills them.
 
@@ -61,11 +61,11 @@ class Adapter(MegatronModule):
             weight: This rank's part of the adapted weight, ``[o/t, i]`` or ``[o, i/t]``.
             is_column: Whether it is split by rows.
             lora: Rank and kind.
-            place: Number of this adapter among those of its kind in other layers, and how many these are.
+            location: Number of this adapter among those of its kind in other layers, and how many these are.
         """
         super().__init__(config=config)
         assert lora.rank is not None
-        self._place, self._is_column = place, is_column
+        self._place, self._is_column = location, is_column
         rows, columns = weight.shape
         shapes = {"lora_A": (lora.rank, columns), "lora_B": (rows, lora.rank)}
         if lora.use_dora:

@@ -115,7 +115,7 @@ def build_model(
     device: torch.device,
     seed: int,
     make_head: MakeHead | None = None,
-    adapted: bool = False,
+    has_lora: bool = False,
 ) -> list[ESM2Model]:
     """This rank's chunks of the model with initial weights: one, or several if interleaved.
 
@@ -125,16 +125,16 @@ def build_model(
         device: Where the weights live.
         seed: Of the initial weights.
         make_head: Makes the head of a task, in the place of that of the masked language model.
-        adapted: Whether its linears will get adapters, which need the input that fused layers keep inside.
+        has_lora: Whether its linears will get adapters, which need the input that fused layers keep inside.
     """
     # The LayerNorms of post-LN stand alone, not fused into the linears behind them.
-    wanted_spec = "local" if adapted or model.family == "proteinbert_postln" else model.layer_spec
-    spec = layer_spec.choose_layer_spec(wanted_spec, device, DTYPES[model.precision])
+    spec_name = "local" if has_lora or model.family == "proteinbert_postln" else model.layer_spec
+    spec = layer_spec.choose_layer_spec(spec_name, device, DTYPES[model.precision])
     te_attention = spec == "te" and model.attention_backend in ("auto", "te")
-    wanted = "auto" if te_attention else model.attention_backend
+    backend = "auto" if te_attention else model.attention_backend
     shape = shape_of(model)
     head_dim = shape.hidden_size // shape.num_attention_heads
-    kernel = choose_kernel(wanted, device, DTYPES[model.precision], head_dim)
+    kernel = choose_kernel(backend, device, DTYPES[model.precision], head_dim)
     config = transformer_config(model, parallel, device, kernel)
     layer = (
         layer_spec.te_layer("te" if te_attention else kernel)

@@ -129,11 +129,11 @@ class ESM2Model(LanguageModule):
         """Take the hidden states that the previous pipeline stage sent (called by the schedule)."""
         self.encoder.set_input_tensor(input_tensor[0])
 
-    def rows_to_carry(self, wanted: Any) -> int:
+    def rows_to_carry(self, head_inputs: Any) -> int:
         """Rows that this rank hands to the next pipeline stage beside hidden states.
 
         Args:
-            wanted: What the model is told of a micro-batch for its head.
+            head_inputs: What the model is told of a micro-batch for its head.
         """
         return 0
 

@@ -25,7 +25,7 @@ def carried_rows(count: int, hidden_size: int, states: torch.dtype) -> int:
     return -(-count * carried_dtype(states).itemsize // (hidden_size * states.itemsize))
 
 
-def attach(hidden_states: Tensor, values: Tensor, rows: int) -> Tensor:
+def append(hidden_states: Tensor, values: Tensor, rows: int) -> Tensor:
     """What the next stage gets: ``[r, 1, h]`` and ``[V]`` to ``[r + c, 1, h]``.
 
     Args:
@@ -36,8 +36,8 @@ def attach(hidden_states: Tensor, values: Tensor, rows: int) -> Tensor:
     return _Attach.apply(hidden_states, values, rows)
 
 
-def detach(received: Tensor, count: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Inverse of `attach`: ``[r + c, 1, h]`` to ``[r, 1, h]`` and ``[V]``.
+def split(received: Tensor, count: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Inverse of `append`: ``[r + c, 1, h]`` to ``[r, 1, h]`` and ``[V]``.
 
     Args:
         received: What the previous stage sent.

@@ -14,9 +14,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from esm2mega.batch import Segments
+from esm2mega.model import pipeline_payload
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import PackedSequences
-from esm2mega.model.pipeline_payload import attach, carried_rows, detach
 
 MakeHead = Callable[[Any, torch.device], Any]
 """Makes a `esm2mega.model.heads.TaskHead` for Megatron-Core's configuration, on a device."""
@@ -79,13 +79,13 @@ class ESM2ForTask(ESM2Model):
             return head(self.gathered(hidden_states)[:, 0], segments)
         if head is None:
             return hidden_states
-        return attach(hidden_states, head.carry(segments), self.carried_rows)
+        return pipeline_payload.append(hidden_states, head.carry(segments), self.carried_rows)
 
-    def rows_to_carry(self, wanted: Segments) -> int:
+    def rows_to_carry(self, head_inputs: Segments) -> int:
         if self.config.pipeline_model_parallel_size == 1 or self.head is None or not self.head.spans_stages:
             return 0
-        count = self.head.num_carried(wanted)
-        return carried_rows(count, self.config.hidden_size, self.config.params_dtype)
+        count = self.head.num_carried(head_inputs)
+        return pipeline_payload.carried_rows(count, self.config.hidden_size, self.config.params_dtype)
 
     def _take_carried(self, segments: Segments) -> Tensor | None:
         """What the previous stage handed on beside hidden states, ``[V]``, which the layers then do not see;
@@ -94,7 +94,8 @@ class ESM2ForTask(ESM2Model):
         received = self.encoder.input_tensor
         if not self.carried_rows or received is None:
             return None
-        hidden_states, carried = detach(received, self.head.num_carried(segments), self.carried_rows)
+        count = self.head.num_carried(segments)
+        hidden_states, carried = pipeline_payload.split(received, count, self.carried_rows)
         self.encoder.set_input_tensor(hidden_states)
         return carried
 

@@ -150,7 +150,7 @@ def _set_cpu_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bo
 
 
 @dataclass(frozen=True)
-class Row(ABC):
+class CudaAssumption(ABC):
     """One assumption: the Megatron-Core module it lives in, why it matters to us, and how to adapt it."""
 
     module: str
@@ -170,7 +170,7 @@ class Row(ABC):
 
 
 @dataclass(frozen=True)
-class Namespace(Row):
+class Namespace(CudaAssumption):
     """Give the module a ``torch`` whose ``cuda`` namespace answers for the CPU."""
 
     def find(self, module: types.ModuleType) -> bool:
@@ -183,7 +183,7 @@ class Namespace(Row):
 
 
 @dataclass(frozen=True)
-class Constant(Row):
+class Constant(CudaAssumption):
     """Exchange the literal `old` for `new` in every function of the module."""
 
     old: str
@@ -203,7 +203,7 @@ class Constant(Row):
 
 
 @dataclass(frozen=True)
-class Attribute(Row):
+class Attribute(CudaAssumption):
     """Exchange the attribute name `old` for `new` in one function (``Class.method`` or a function name)."""
 
     function: str
@@ -231,7 +231,7 @@ class Attribute(Row):
 
 
 @dataclass(frozen=True)
-class Replace(Row):
+class Replace(CudaAssumption):
     """Bind the module-level name `symbol` to `ours`."""
 
     symbol: str
@@ -253,7 +253,7 @@ _FLOAT = _OneOf("torch.FloatTensor", "torch.DoubleTensor")
 functions.
 """
 
-ROWS: tuple[Row, ...] = (
+ROWS: tuple[CudaAssumption, ...] = (
     Constant("megatron.core.pipeline_parallel.schedules", "token counter of every schedule", "cuda", "cpu"),
     Namespace(
         "megatron.core.pipeline_parallel.p2p_communication", "receive buffers, synchronize after batched p2p"

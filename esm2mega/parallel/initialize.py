@@ -33,7 +33,7 @@ class Ranks:
     device: torch.device
 
     @property
-    def speaks(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes logs, prints and shows progress: global rank 0, alone."""
         return self.rank == 0
 

@@ -50,23 +50,23 @@ def choose_trials(
         UserError: No such group or head, or a group that trains something else.
     """
     plain = Trial(())
-    wanted = plain if head is None else with_head(plain, head)
-    wanted = with_lora(wanted) if lora else wanted
+    template = plain if head is None else with_head(plain, head)
+    template = with_lora(template) if lora else template
     is_random = _RANDOM.fullmatch(layouts) is not None
-    trials = _named(layouts, seed, processes, wanted.training)
-    if wanted == plain:
+    trials = _named(layouts, seed, processes, template.training)
+    if template == plain:
         rng = random.Random(seed)
         heads = list(HEADS) if importlib.util.find_spec("sklearn") else []
         return [drawn_training(t.layouts[0], rng, heads) for t in trials] if is_random else trials
     switch = " ".join([*["--lora"] * lora, *([] if head is None else [f"--head {head}"])])
     own = "lora" if head is None else "lora-heads" if lora else "heads"
     if layouts == own:
-        return [trial for trial in trials if head is None or trial.label == wanted.label]
+        return [trial for trial in trials if head is None or trial.label == template.label]
     if any(trial.settings for trial in trials):
         raise UserError(
             f"--layouts {layouts} and {switch} exclude each other; give --layouts {own}, ci, more or random:N"
         )
-    return [replace(wanted, layouts=trial.layouts, precision=trial.precision) for trial in trials]
+    return [replace(template, layouts=trial.layouts, precision=trial.precision) for trial in trials]
 
 
 def _named(layouts: str, seed: int, processes: int, training: Sequence[str]) -> list[Trial]:
@@ -204,16 +204,16 @@ def table(rows: Sequence[Verdict]) -> Iterator[str]:
     cells = [("layout", "processes", "difference", "bound", "largest in", "verdict")]
     for row in rows:
         number = "{:.1e}" if row.trial.precision == "fp64" else "{:.1f} x"
-        difference, place = ("-", row.error or "") if row.error else ("", "")
+        difference, location = ("-", row.error or "") if row.error else ("", "")
         if row.error is None:
-            difference, place = number.format(row.largest.value), str(row.largest)
+            difference, location = number.format(row.largest.value), str(row.largest)
         cells.append(
             (
                 str(row.trial),
                 str(row.trial.processes),
                 difference,
                 number.replace(".1", ".0").format(row.bound),
-                place if len(place) < 90 else f"{place[:87]}...",
+                location if len(location) < 90 else f"{location[:87]}...",
                 "equal" if row.passed else "FAILED" if row.error else "DIFFERENT",
             )
         )
@@ -246,7 +246,7 @@ def _row(row: Verdict, seed: int) -> dict[str, Any]:
         found.kind: {
             "value": found.value if found.value < float("inf") else None,
             "name": found.name,
-            "place": found.place,
+            "place": found.location,
         }
         for found in row.worst
     }

@@ -37,7 +37,7 @@ class Difference:
     Attributes:
         kind: One of `KINDS`.
         name: Of the number or tensor.
-        place: Step and process, as far as it has them.
+        location: Step and process, as far as it has them.
         value: Largest absolute difference over the largest absolute value of the reference; infinite where
             one side lacks it, and for anything not finite.
         step: Of numbers that every step has.
@@ -45,12 +45,12 @@ class Difference:
 
     kind: str
     name: str
-    place: str
+    location: str
     value: float
     step: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.name}{', ' if self.place else ''}{self.place}"
+        return f"{self.kind} {self.name}{', ' if self.location else ''}{self.location}"
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,11 @@ def _pieces(reference: Outcome, trial: Outcome) -> Iterator[Difference]:
 def _kind(
     kind: str, whole: dict[str, Any], parts: list[dict[str, Any]], trial: Outcome, step: int | None = None
 ) -> Iterator[Difference]:
-    place = "" if step is None else f"step {step}, "
+    location = "" if step is None else f"step {step}, "
     covered = {name: torch.zeros(shape, dtype=torch.bool) for name, (_, shape, _, _) in whole.items()}
     for rank, (seen, pieces) in enumerate(zip(trial.ranks, parts, strict=True)):
         for name, (dimension, shape, begin, values) in pieces.items():
-            where = f"{place}rank {rank}"
+            where = f"{location}rank {rank}"
             # Gradients are summed in fp32 in bf16 training too: another dtype has lost what they had.
             if name not in whole or (kind == "gradient" and values.dtype != whole[name][3].dtype):
                 yield Difference(kind, name, where, float("inf"), step)
@@ -180,7 +180,7 @@ def _kind(
             yield Difference(kind, name, where, _distance(values, mine.flatten()[share], expected), step)
     for name, mark in covered.items():
         if not mark.all():
-            yield Difference(kind, name, f"{place}not whole on all processes together", float("inf"), step)
+            yield Difference(kind, name, f"{location}not whole on all processes together", float("inf"), step)
 
 
 def _tensors(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> Iterator[Difference]:

@@ -176,8 +176,8 @@ def drawn_training(layout: Layout, rng: random.Random, heads: Sequence[str]) -> 
     trial, head = Trial((layout,)), rng.choice([*[None] * len(heads), *heads] or [None])
     if head is not None and is_possible(layout, with_head(trial, head).training):
         trial = with_head(trial, head)
-    adapted = rng.random() < 1 / 3
-    return with_lora(trial) if adapted and (head is None or head in ADAPTABLE) else trial
+    has_lora = rng.random() < 1 / 3
+    return with_lora(trial) if has_lora and (head is None or head in ADAPTABLE) else trial
 
 
 _ONE = Layout()

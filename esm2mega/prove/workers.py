@@ -215,7 +215,7 @@ def train(job: Job, rank: int) -> None:
     if run.task.kind is None:
         pretrain(run, observer)
     else:
-        finetune(run, observe=observer)
+        finetune(run, on_gradients=observer)
     observer.save(job.out / f"rank{rank}.pt")
 
 

@@ -125,12 +125,12 @@ def evaluate_checkpoint(
     changes = list(overrides)
     if micro_batch_tokens is not None:
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
-    run = fit_to_processes(load_run_over(layout.read_config(directory), changes), changes)
+    run = adapt_layout(load_run_over(layout.read_config(directory), changes), changes)
     validate(run, world_size_from_environment())
     store = open_store(str(data), run, "--data", show_bytes)
     with process_groups(run.parallel, run.seed) as ranks:
         model = build_model(
-            run.model, run.parallel, ranks.device, run.seed, adapted=run.lora.rank is not None
+            run.model, run.parallel, ranks.device, run.seed, has_lora=run.lora.rank is not None
         )
         load_model(directory, run, model)
         # A converted checkpoint does not know what it was trained on, so it has no unigram baseline.
@@ -138,7 +138,7 @@ def evaluate_checkpoint(
         unigram = None if counts is None else unigram_log_probabilities(np.asarray(counts), ranks.device)
         spec = BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
         batches = EvalPacks(store, spec, max_batches or 0, ranks.dp_rank, ranks.dp_size)
-        with Progress(len(batches), "evaluate", "pack", enabled=ranks.speaks) as progress:
+        with Progress(len(batches), "evaluate", "pack", enabled=ranks.is_main) as progress:
             metrics = evaluate(model, MLMLossReduction(unigram), batches, ranks, progress)
         assert metrics is not None
         result = {
@@ -151,12 +151,12 @@ def evaluate_checkpoint(
             "num_labels": int(metrics["count"]),
             "num_sequences": len(store),
         }
-        if out is not None and ranks.speaks:
+        if out is not None and ranks.is_main:
             write_json(Path(out), result)
     return result
 
 
-def fit_to_processes(run: Run, overrides: Sequence[str]) -> Run:
+def adapt_layout(run: Run, overrides: Sequence[str]) -> Run:
     """The training run made fit for the processes that are there.
 
     The layout of training stays where it fits or was asked for; else every process holds the whole model. The

@@ -52,7 +52,7 @@ def train_state(
     chunks: list[ESM2Model],
     loss: LossReduction,
     ranks: Ranks,
-    observe: Callable[[list[Any]], None] | None,
+    on_gradients: Callable[[list[Any]], None] | None,
     scales: Mapping[torch.Tensor, float] | None = None,
 ) -> TrainState:
     """Everything that a step touches, of chunks whose weights are set and know whether they are trained.
@@ -62,13 +62,13 @@ def train_state(
         chunks: This rank's.
         loss: The loss and its reduction.
         ranks: Where this process stands.
-        observe: See `TrainState`.
+        on_gradients: See `TrainState`.
         scales: Factors of the learning rate by parameter, where they are not 1.
     """
     model = wrap_data_parallel(chunks, run.model, run.parallel)
     optimizer = build_optimizer(run.optim, run, model, scales)
     schedule = build_schedule(run.schedule, run.optim, optimizer)
-    return TrainState(model, optimizer, schedule, loss, ranks.device, observe)
+    return TrainState(model, optimizer, schedule, loss, ranks.device, on_gradients)
 
 
 def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwargs: Any) -> None:

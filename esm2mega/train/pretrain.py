@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.tensor_filter import ALL, TRAINED
-from esm2mega.config.load import fix_length
+from esm2mega.config.load import resolve_max_steps
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.convert.into_model import load_initial_weights
@@ -35,12 +35,12 @@ from esm2mega.train.session import Session, run_session
 from esm2mega.train.starts import find_init, find_resume
 
 
-def pretrain(run: Run, observe: Callable[[list[Any]], None] | None = None) -> LoopState:
+def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) -> LoopState:
     """Train as configured; every process of the world calls this with the same, validated configuration.
 
     Args:
         run: The configuration.
-        observe: See `esm2mega.train.step.TrainState`.
+        on_gradients: See `esm2mega.train.step.TrainState`.
 
     Returns:
         The final state of the loop, the same on every rank.
@@ -62,7 +62,7 @@ def pretrain(run: Run, observe: Callable[[list[Any]], None] | None = None) -> Lo
     resume_from = find_resume(run)
     init_from = find_init(run) if resume_from is None else None
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, train_stores, held_out, resume_from, init_from, observe)
+        return _train(run, ranks, train_stores, held_out, resume_from, init_from, on_gradients)
 
 
 def _open_held_out(run: Run, split: str, path: str, train_stores: list[TokenStore]) -> TokenStore:
@@ -82,7 +82,7 @@ def _with_steps(run: Run, train_stores: list[TokenStore]) -> Run:
         return run
     with TrainStream(train_stores, _batch_spec(run)) as stream:
         packs_per_step = run.train.global_batch_tokens // run.train.micro_batch_tokens
-        run = fix_length(run, -(-stream.num_packs() // packs_per_step))
+        run = resolve_max_steps(run, -(-stream.num_packs() // packs_per_step))
     validate(run, world_size_from_environment())
     return run
 
@@ -98,13 +98,13 @@ def _train(
     held_out: dict[str, TokenStore],
     resume_from: Path | None,
     init_from: Path | None,
-    observe: Callable[[list[Any]], None] | None,
+    on_gradients: Callable[[list[Any]], None] | None,
 ) -> LoopState:
-    adapted = run.lora.rank is not None
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, adapted=adapted)
+    has_lora = run.lora.rank is not None
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, has_lora=has_lora)
     auxiliary: dict[str, Tensor] = {}
     base: Base | None = None
-    if adapted:
+    if has_lora:
         base, auxiliary = load_base(run, chunks, resume_from)
         if run.parallel.distributed_optimizer:
             check_stages(chunks, f"lora.target_modules={run.lora.target_modules}")
@@ -112,9 +112,9 @@ def _train(
         auxiliary = read_auxiliary(resume_from)
     elif init_from is not None:
         auxiliary = load_initial_weights(init_from, run.model, chunks)
-    state = train_state(run, chunks, MLMLossReduction(), ranks, observe)
+    state = train_state(run, chunks, MLMLossReduction(), ranks, on_gradients)
     if run.lora.rank is not None and run.lora.dropout:
-        state.begin = partial(seed_dropout, run.seed)
+        state.on_step_begin = partial(seed_dropout, run.seed)
     spec = _batch_spec(run)
     stream = TrainStream(train_stores, spec, ranks.dp_rank, ranks.dp_size)
     counts = token_counts(stream.samples)
@@ -137,13 +137,13 @@ def _train(
         state=state,
         stream=stream,
         evaluation=evaluation,
-        remembered={"token_counts": counts.tolist(), **({} if base is None else base.as_state())},
+        extra_state={"token_counts": counts.tolist(), **({} if base is None else base.as_state())},
         # Those of the base stay with it.
-        auxiliary={} if adapted else auxiliary,
-        announced=[*data, *([adapters_line(run, chunks)] if adapted else [])],
+        auxiliary={} if has_lora else auxiliary,
+        banner=[*data, *([adapters_line(run, chunks)] if has_lora else [])],
         result=_result,
         training_values=loss_and_perplexity,
-        saved=TRAINED if adapted else ALL,
+        saved=TRAINED if has_lora else ALL,
     )
     return run_session(run, ranks, session, resume_from, init_from)
 

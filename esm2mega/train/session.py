@@ -39,21 +39,21 @@ class Session:
         state: Model, optimizer, schedule, loss.
         stream: Training batches, at their beginning; closed in the end.
         evaluation: Makes the evaluation of a split, with a limit of packs; None without such a split.
-        remembered: Further entries of ``train_state.json``.
+        extra_state: Further entries of ``train_state.json``.
         auxiliary: Tensors that are saved and not trained.
-        announced: Further lines of the announcement.
+        banner: Further lines of the announcement.
         result: What an evaluation record says to a reader.
         training_values: What a training record says of the metrics of a step.
-        saved: Which tensors checkpoints hold; `remembered` says where others are.
+        saved: Which tensors checkpoints hold; `extra_state` says where others are.
     """
 
     name: str
     state: TrainState
     stream: PackStream[Any]
     evaluation: Callable[[str, int], Evaluation | None]
-    remembered: Mapping[str, Any]
+    extra_state: Mapping[str, Any]
     auxiliary: Mapping[str, Tensor]
-    announced: Sequence[str]
+    banner: Sequence[str]
     result: Callable[[dict[str, Any], str], str]
     training_values: Callable[[dict[str, float]], dict[str, float]]
     saved: TensorFilter = ALL
@@ -81,19 +81,19 @@ def run_session(
         if resume_from is not None:
             loop = _resume(resume_from, session)
         begun = replace(loop)
-        trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.speaks else []
+        trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.is_main else []
         for tracker in trackers:
             stack.callback(tracker.close)
         log = None
-        if ranks.speaks:
+        if ranks.is_main:
             # Last of all that can fail: what an earlier start logged is touched when this one will run.
             log, said = _open_log(Path(run.run_dir) / LOG_NAME, resume_from, loop.step)
             stack.callback(log.close)
             save_resolved(run, Path(run.run_dir) / "config.yaml")
-            lines = [*_announcement(run, ranks, state.model), *session.announced]
+            lines = [*_announcement(run, ranks, state.model), *session.banner]
             print("\n".join(lines + _start(run, resume_from, init_from) + said), file=sys.stderr, flush=True)
         progress = stack.enter_context(
-            Progress(run.train.max_steps, session.name, "step", enabled=ranks.speaks, initial=loop.step)
+            Progress(run.train.max_steps, session.name, "step", enabled=ranks.is_main, initial=loop.step)
         )
 
         def write(record: dict[str, Any]) -> None:
@@ -113,10 +113,10 @@ def run_session(
         def save(loop: LoopState) -> None:
             nonlocal saved_last
             directory = layout.step_dir(run.run_dir, loop.step)
-            saved = _saved_state(loop, state, stream, session.remembered)
+            saved = _saved_state(loop, state, stream, session.extra_state)
             if saved_last is not None and saved_last.resolve() == directory.resolve():
                 # The weights are there; what is known about them has changed.
-                if ranks.speaks:
+                if ranks.is_main:
                     layout.replace_state(directory, saved)
                 return
             with kept_from_helpers():
@@ -124,7 +124,7 @@ def run_session(
                     *(directory, state.model, state.optimizer, run, saved, session.auxiliary, session.saved)
                 )
             saved_last = directory
-            if ranks.speaks:
+            if ranks.is_main:
                 layout.prune(run.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best, directory)
 
         hooks = Hooks(
@@ -136,7 +136,7 @@ def run_session(
             session.training_values,
         )
         fit(run, state, stream, loop, hooks, ranks)
-    if ranks.speaks:
+    if ranks.is_main:
         print(_ending(run, begun, loop, saved_last), file=sys.stderr, flush=True)
     return loop
 
@@ -151,7 +151,7 @@ def _resume(checkpoint: Path, session: Session) -> LoopState:
 
 
 def _saved_state(
-    loop: LoopState, state: TrainState, stream: PackStream[Any], remembered: Mapping[str, Any]
+    loop: LoopState, state: TrainState, stream: PackStream[Any], extra_state: Mapping[str, Any]
 ) -> dict[str, Any]:
     """``train_state.json``: no generator states, since data, masks and weights are pure functions of seed and
     position.
@@ -162,7 +162,7 @@ def _saved_state(
         "loop": loop.to_dict(),
         "data": stream.state_dict(),
         "schedule": state.schedule.state_dict(),
-        **remembered,
+        **extra_state,
     }
 
 

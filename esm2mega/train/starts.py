@@ -72,9 +72,9 @@ def find_resume(run: Run) -> Path | None:
 
 def _check_adapted(checkpoint: Path, run: Run) -> None:
     """Adapters cannot go on as a whole model, nor a whole model as adapters."""
-    if (adapted := needs_base(checkpoint)) == (run.lora.rank is not None):
+    if (has_lora := needs_base(checkpoint)) == (run.lora.rank is not None):
         return
-    theirs = "adapters" if adapted else "a whole model"
+    theirs = "adapters" if has_lora else "a whole model"
     raise UserError(
         f"{checkpoint}: holds {theirs}, the configuration says lora.rank={run.lora.rank or 'null'}; choose "
         "another run_dir, or set lora.rank as it was"

@@ -30,9 +30,10 @@ class TrainState:
     """Everything a step touches besides data.
 
     Attributes:
-        observe: Called in every step with `model` when its gradients are complete (summed over all ranks and
-            divided by the count) and not yet clipped; for proofs and diagnosis.
-        begin: Called before every step with the number of those done; where there is dropout it seeds it.
+        on_gradients: Called in every step with `model` when its gradients are complete (summed over all ranks
+            and divided by the count) and not yet clipped; for proofs and diagnosis.
+        on_step_begin: Called before every step with the number of steps done; it seeds dropout where there is
+            any.
     """
 
     model: list[Any]
@@ -40,8 +41,8 @@ class TrainState:
     schedule: OptimizerParamScheduler
     loss: LossReduction
     device: torch.device
-    observe: Callable[[list[Any]], None] | None = None
-    begin: Callable[[int], None] | None = None
+    on_gradients: Callable[[list[Any]], None] | None = None
+    on_step_begin: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def forward_step(loss: LossReduction, batches: Iterator[Batch], model: Any) -> t
     """
     batch = next(batches)
     packed = PackedSequences.from_lengths(batch.seqlens, batch.input_ids.device, batch.label_counts)
-    return model(batch.input_ids, packed, batch.wanted), loss.bind(batch)
+    return model(batch.input_ids, packed, batch.head_inputs), loss.bind(batch)
 
 
 def run_schedule(
@@ -106,7 +107,7 @@ def _set_carried_rows(model: list[Any], batches: Sequence[Batch]) -> int:
     the same shape, and under sequence parallelism an equal share of the tokens to each rank.
     """
     chunks = unwrap_model(model)
-    rows = max(chunks[0].rows_to_carry(batch.wanted) for batch in batches)
+    rows = max(chunks[0].rows_to_carry(batch.head_inputs) for batch in batches)
     for chunk in chunks:
         chunk.carried_rows = rows
     config = chunks[0].config
@@ -123,8 +124,8 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     Raises:
         MachineError: Loss or gradient is not finite: the run cannot go on from these weights.
     """
-    if state.begin is not None:
-        state.begin(state.schedule.num_steps)
+    if state.on_step_begin is not None:
+        state.on_step_begin(state.schedule.num_steps)
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
@@ -136,8 +137,8 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
         raise MachineError(
             f"the loss is {metrics['loss']}; lower optim.lr, or look at the last packs of the log"
         )
-    if state.observe is not None:
-        state.observe(state.model)
+    if state.on_gradients is not None:
+        state.on_gradients(state.model)
     _, grad_norm, _ = state.optimizer.step()
     if not _finite(float(grad_norm)):
         raise MachineError(f"the gradient norm is {grad_norm}; lower optim.lr or set optim.clip_grad")

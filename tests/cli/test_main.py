@@ -207,7 +207,7 @@ def test_doctor_prints_its_report_and_fails_with_the_machine(doctor_does, capsys
         (ValueError("bad"), "1", True),
     ],
 )
-def test_who_speaks_before_the_processes_know_each_other(monkeypatch, capsys, error, rank, speaks):
+def test_who_speaks_before_the_processes_know_each_other(monkeypatch, capsys, error, rank, is_main):
     def load_run(*_):
         raise error
 
@@ -216,7 +216,7 @@ def test_who_speaks_before_the_processes_know_each_other(monkeypatch, capsys, er
     monkeypatch.setenv("RANK", rank)
     assert main(["pretrain"]) == getattr(error, "exit_code", 1)
     err = capsys.readouterr().err
-    assert err.startswith(f"esm2mega: [rank {rank}] ") if speaks else err == ""
+    assert err.startswith(f"esm2mega: [rank {rank}] ") if is_main else err == ""
 
 
 @pytest.mark.parametrize("claimed", [True, False])

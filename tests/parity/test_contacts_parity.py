@@ -80,7 +80,7 @@ def test_product_head_equals_tape() -> None:
             other.copy_(mine)
     batch = labelled_pack()
     states = torch.randn(256, h, generator=generator, dtype=torch.float64, requires_grad=True)
-    output = head(states, batch.wanted)
+    output = head(states, batch.head_inputs)
     terms = ContactLossReduction().forward(batch, output)
     terms.loss_sum.backward()
     ours = output.detach()[:, 0].sigmoid()
@@ -141,10 +141,10 @@ def test_attention_maps_equal_fair_esm(mode: str, monkeypatch: pytest.MonkeyPatc
         parameter.requires_grad = mode == "full" or name.startswith("head.")
     batch = labelled_pack()
     packed = PackedSequences.from_lengths(batch.seqlens)
-    output = model(batch.input_ids, packed, batch.wanted)
+    output = model(batch.input_ids, packed, batch.head_inputs)
     terms = ContactLossReduction().forward(batch, output)
     terms.loss_sum.backward()
-    assert torch.equal(model(batch.input_ids, packed, batch.wanted), output)
+    assert torch.equal(model(batch.input_ids, packed, batch.head_inputs), output)
 
     expected, total = [], torch.zeros((), dtype=torch.float64)
     for ids, row in zip(batch.input_ids.split(batch.seqlens), batch.rows.tolist(), strict=False):

@@ -176,7 +176,7 @@ def test_equals_hugging_face_with_every_gradient(
     if kind == "token":
         # Theirs are of all tokens, ours of residues.
         theirs = theirs[mask.bool() & (ids != 0) & (ids != 2)]
-    ours = model(batch.input_ids, PackedSequences.from_lengths(batch.seqlens), batch.wanted)
+    ours = model(batch.input_ids, PackedSequences.from_lengths(batch.seqlens), batch.head_inputs)
     assert_close({"logits": ours.detach()}, {"logits": theirs.detach()}, TOLERANCE[dtype])
     labels = torch.arange(len(theirs)) % CLASSES
     for logits in (ours, theirs):
@@ -216,7 +216,7 @@ def test_several_targets_equal_a_linear_layer_and_a_cross_entropy_each(
     (model,) = build_model(run.model, ParallelConfig(), torch.device("cpu"), 5, make_head)
     load_weights(tmp_path / "ours", [model])
     model.eval()
-    output = model(batch.input_ids, PackedSequences.from_lengths(batch.seqlens), batch.wanted)
+    output = model(batch.input_ids, PackedSequences.from_lengths(batch.seqlens), batch.head_inputs)
     found = loss_of_task(task, info).forward(batch, output)
     found.loss_sum.backward()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo
-from esm2mega.convert.name_table import FINAL_NORM, LAYER, OUTPUT_BIAS, TABLE, Kind, Row
+from esm2mega.convert.name_table import FINAL_NORM, LAYER, OUTPUT_BIAS, TABLE, Kind, TableRow
 from esm2mega.convert.tensors import same_values
 from esm2mega.errors import UserError
 
@@ -27,43 +27,43 @@ _SPLIT_AXES = {
 """Names whose pieces are joined, and along which axis; those of all others are equal."""
 
 
-def megatron_rows(vocabulary: Kind) -> tuple[Row, ...]:
+def megatron_rows(vocabulary: Kind) -> tuple[TableRow, ...]:
     """What every model has, with this kind of token table and output bias."""
     encoder = "language_model.encoder."
     layer = encoder + "layers.{n}."
     return (
-        Row(TABLE, "language_model.embedding.word_embeddings.weight", vocabulary),
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", layer + "input_layernorm.{p}"),
-        Row(LAYER + "self_attention.linear_qkv.{p}", layer + "self_attention.query_key_value.{p}"),
-        Row(LAYER + "self_attention.linear_proj.{p}", layer + "self_attention.dense.{p}"),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", layer + "post_attention_layernorm.{p}"),
-        Row(LAYER + "mlp.linear_fc1.{p}", layer + "mlp.dense_h_to_4h.{p}"),
-        Row(LAYER + "mlp.linear_fc2.{p}", layer + "mlp.dense_4h_to_h.{p}"),
-        Row(FINAL_NORM + "{p}", encoder + "final_layernorm.{p}"),
-        Row("lm_head.dense.{p}", "lm_head.dense.{p}"),
-        Row("lm_head.layer_norm.{p}", "lm_head.layernorm.{p}"),
-        Row(OUTPUT_BIAS, "lm_head.bias", vocabulary),
+        TableRow(TABLE, "language_model.embedding.word_embeddings.weight", vocabulary),
+        TableRow(LAYER + "self_attention.linear_qkv.layer_norm_{p}", layer + "input_layernorm.{p}"),
+        TableRow(LAYER + "self_attention.linear_qkv.{p}", layer + "self_attention.query_key_value.{p}"),
+        TableRow(LAYER + "self_attention.linear_proj.{p}", layer + "self_attention.dense.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.layer_norm_{p}", layer + "post_attention_layernorm.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.{p}", layer + "mlp.dense_h_to_4h.{p}"),
+        TableRow(LAYER + "mlp.linear_fc2.{p}", layer + "mlp.dense_4h_to_h.{p}"),
+        TableRow(FINAL_NORM + "{p}", encoder + "final_layernorm.{p}"),
+        TableRow("lm_head.dense.{p}", "lm_head.dense.{p}"),
+        TableRow("lm_head.layer_norm.{p}", "lm_head.layernorm.{p}"),
+        TableRow(OUTPUT_BIAS, "lm_head.bias", vocabulary),
     )
 
 
 class RankStore:
     """The whole model out of the tensors of all ranks."""
 
-    def __init__(self, place: Path, stages: Sequence[Sequence[Mapping[str, Tensor]]]) -> None:
+    def __init__(self, location: Path, stages: Sequence[Sequence[Mapping[str, Tensor]]]) -> None:
         """Put names and shapes together.
 
         Args:
-            place: Named in errors.
+            location: Named in errors.
             stages: For each pipeline stage, the tensors of each of its tensor-parallel ranks. Layers are
                 numbered from 0 in every stage.
         """
-        self.place = place
+        self.location = location
         self._pieces: dict[str, list[Tensor]] = {}
         first_layer = 0
         for stage in stages:
             names = set(stage[0])
             if any(set(rank) != names for rank in stage):
-                raise UserError(f"{place}: the tensor-parallel ranks do not hold the same tensors")
+                raise UserError(f"{location}: the tensor-parallel ranks do not hold the same tensors")
             numbers = [int(match[2]) for name in names if (match := _LAYER.fullmatch(name))]
             for name in stage[0]:
                 self._add(_renumbered(name, first_layer), [rank[name] for rank in stage])
@@ -74,12 +74,12 @@ class RankStore:
         if name not in self._pieces:
             self._pieces[name] = pieces
         elif not all(same_values(pair) for pair in zip(self._pieces[name], pieces, strict=True)):
-            raise UserError(f"{self.place}: {name} differs between pipeline stages")
+            raise UserError(f"{self.location}: {name} differs between pipeline stages")
 
     def _info(self, name: str, pieces: Sequence[Tensor]) -> TensorInfo:
         shape, axis = list(pieces[0].shape), _axis(name)
         if any(piece.shape != pieces[0].shape for piece in pieces) or len(shape) <= (axis or 0):
-            raise UserError(f"{self.place}: {name} does not fit together from its tensor-parallel pieces")
+            raise UserError(f"{self.location}: {name} does not fit together from its tensor-parallel pieces")
         if axis is not None:
             shape[axis] *= len(pieces)
         return TensorInfo(tuple(shape), pieces[0].dtype)
@@ -89,7 +89,7 @@ class RankStore:
         if axis is not None:
             return torch.cat(pieces, dim=axis)
         if not same_values(pieces):
-            raise UserError(f"{self.place}: {name} differs between tensor-parallel ranks")
+            raise UserError(f"{self.location}: {name} differs between tensor-parallel ranks")
         return pieces[0]
 
 

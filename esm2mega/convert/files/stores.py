@@ -34,7 +34,7 @@ _LAYERS = "encoder.layers."
 class TensorStore(Protocol):
     """What every kind of storage offers."""
 
-    place: Path
+    location: Path
     infos: dict[str, TensorInfo]
 
     def read(self, name: str) -> Tensor:
@@ -44,9 +44,9 @@ class TensorStore(Protocol):
 class SafetensorsStore:
     """One safetensors file or several, each tensor in one of them."""
 
-    def __init__(self, place: Path, files: list[Path]) -> None:
+    def __init__(self, location: Path, files: list[Path]) -> None:
         """Args: place: named in errors. files: all parts."""
-        self.place = place
+        self.location = location
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
         for path in files:
@@ -132,9 +132,9 @@ def shards(index: Path) -> list[Path]:
 class MemoryStore:
     """Tensors that are there already, such as those of an unpickled and memory-mapped file."""
 
-    def __init__(self, place: Path, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, location: Path, tensors: Mapping[str, Tensor]) -> None:
         """Args: place: named in errors. tensors: by name."""
-        self.place = place
+        self.location = location
         self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
         self._tensors = tensors
 
@@ -147,7 +147,7 @@ class DistributedStore:
 
     def __init__(self, checkpoint: Path, folder: str, prefix: str = "") -> None:
         """Args: checkpoint: directory. folder: where in it the tensors are. prefix: cut off all names."""
-        self.place = checkpoint
+        self.location = checkpoint
         self._reader = TensorReader(checkpoint, folder)
         self.infos: dict[str, TensorInfo] = {}
         self._entries: dict[str, tuple[str, int | None]] = {}
@@ -171,9 +171,9 @@ class DistributedStore:
 class JoinedStore:
     """Several stores with different names, as one."""
 
-    def __init__(self, place: Path, stores: Sequence[TensorStore]) -> None:
+    def __init__(self, location: Path, stores: Sequence[TensorStore]) -> None:
         """Args: place: named in errors. stores: the parts."""
-        self.place = place
+        self.location = location
         self._owners = {name: store for store in stores for name in store.infos}
         self.infos = {name: store.infos[name] for name, store in self._owners.items()}
 

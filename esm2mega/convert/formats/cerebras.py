@@ -16,7 +16,7 @@ import yaml
 from esm2mega.convert.files import pickles
 from esm2mega.convert.files.stores import MemoryStore
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
-from esm2mega.convert.name_table import INTERLEAVED_QKV, LAYER, OUTPUT_BIAS, TABLE, NameTable, Row
+from esm2mega.convert.name_table import INTERLEAVED_QKV, LAYER, OUTPUT_BIAS, TABLE, NameTable, TableRow
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.writing import tensors_of
 from esm2mega.errors import UserError
@@ -32,21 +32,21 @@ _HEAD = "bert_mlm_head.mlm_transform."
 _CLASSIFIER = "bert_mlm_head.classifier.ffn.0.linear_layer."
 NAMES = NameTable(
     rows=(
-        Row(TABLE, "bert_encoder.embedding_layer.word_embeddings.weight"),
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "norm1.{p}"),
-        Row(
+        TableRow(TABLE, "bert_encoder.embedding_layer.word_embeddings.weight"),
+        TableRow(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "norm1.{p}"),
+        TableRow(
             LAYER + "self_attention.linear_qkv.{p}",
             tuple(_LAYER + f"self_attn.proj_{x}_dense_layer.{{p}}" for x in "qkv"),
             INTERLEAVED_QKV,
         ),
-        Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attn.proj_output_dense_layer.{p}"),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "norm2.{p}"),
-        Row(LAYER + "mlp.linear_fc1.{p}", _LAYER + "ffn.ffn.0.linear_layer.{p}"),
-        Row(LAYER + "mlp.linear_fc2.{p}", _LAYER + "ffn.ffn.1.linear_layer.{p}"),
-        Row("encoder.final_layernorm.{p}", _ENCODER + "norm.{p}"),
-        Row("lm_head.dense.{p}", _HEAD + "ffn.ffn.0.linear_layer.{p}"),
-        Row("lm_head.layer_norm.{p}", _HEAD + "ln.{p}"),
-        Row(OUTPUT_BIAS, _CLASSIFIER + "bias"),
+        TableRow(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attn.proj_output_dense_layer.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "norm2.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.{p}", _LAYER + "ffn.ffn.0.linear_layer.{p}"),
+        TableRow(LAYER + "mlp.linear_fc2.{p}", _LAYER + "ffn.ffn.1.linear_layer.{p}"),
+        TableRow("encoder.final_layernorm.{p}", _ENCODER + "norm.{p}"),
+        TableRow("lm_head.dense.{p}", _HEAD + "ffn.ffn.0.linear_layer.{p}"),
+        TableRow("lm_head.layer_norm.{p}", _HEAD + "ln.{p}"),
+        TableRow(OUTPUT_BIAS, _CLASSIFIER + "bias"),
     ),
     tied={_CLASSIFIER + "weight": True},
 )
@@ -59,17 +59,19 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, drop: Sequence[str] = ()) -> Weights:
     """Read a ``.mdl`` file and its parameters."""
-    place, model = read_parameters(path)
-    shape = shape_from(place, model, "num_hidden_layers", "hidden_size", "filter_size", "num_heads")
-    for key, wanted in {**_FIXED, "rotary_dim": shape.hidden_size // shape.num_attention_heads}.items():
-        if key in model and model[key] != wanted:
-            raise UserError(f"{place}: {key} is {model[key]!r}; this version reads {wanted!r} only")
+    location, model = read_parameters(path)
+    shape = shape_from(location, model, "num_hidden_layers", "hidden_size", "filter_size", "num_heads")
+    for key, required in {**_FIXED, "rotary_dim": shape.hidden_size // shape.num_attention_heads}.items():
+        if key in model and model[key] != required:
+            raise UserError(f"{location}: {key} is {model[key]!r}; this version reads {required!r} only")
     if model.get("token_dropout") is not True:
-        raise UserError(f"{place}: token_dropout is not true; ESM-2 has it, and no other model is supported")
+        raise UserError(
+            f"{location}: token_dropout is not true; ESM-2 has it, and no other model is supported"
+        )
     content = pickles.load_pickle(path)
     tensors = pickles.flat_tensors(path, content.get("model") if isinstance(content, Mapping) else None)
     names = {name.removeprefix("model."): name for name in tensors}
-    description = Description(shape, epsilon_from(place, model, "layer_norm_epsilon", 1e-5))
+    description = Description(shape, epsilon_from(location, model, "layer_norm_epsilon", 1e-5))
     return from_store(MemoryStore(path, tensors), NAMES, description, names, drop)
 
 

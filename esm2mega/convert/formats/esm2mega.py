@@ -33,7 +33,7 @@ from esm2mega.convert.name_table import (
     POSITIONS,
     TABLE,
     NameTable,
-    Row,
+    TableRow,
 )
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.writing import OutputReader, outputs
@@ -45,18 +45,18 @@ IS_DIRECTORY = True
 FAMILIES = ("esm2", "proteinbert_preln", "proteinbert_postln")
 
 
-def _kept(prefix: str) -> Row:
+def _kept(prefix: str) -> TableRow:
     """Tensors in ``auxiliary.safetensors``, which most checkpoints do not have."""
-    return Row(prefix + "{p}", prefix + "{p}", optional=True)
+    return TableRow(prefix + "{p}", prefix + "{p}", optional=True)
 
 
 _COMMON = (
-    Row(TABLE, TABLE, PADDED_VOCABULARY),
-    *(Row(name, name) for name in BODY),
-    Row(OUTPUT_BIAS, OUTPUT_BIAS, PADDED_VOCABULARY),
+    TableRow(TABLE, TABLE, PADDED_VOCABULARY),
+    *(TableRow(name, name) for name in BODY),
+    TableRow(OUTPUT_BIAS, OUTPUT_BIAS, PADDED_VOCABULARY),
 )
-NAMES = NameTable((*_COMMON, Row(FREQUENCIES, FREQUENCIES), _kept(CONTACT_HEAD)))
-BERT_NAMES = NameTable((*_COMMON, Row(POSITIONS, POSITIONS), _kept(POOLER)))
+NAMES = NameTable((*_COMMON, TableRow(FREQUENCIES, FREQUENCIES), _kept(CONTACT_HEAD)))
+BERT_NAMES = NameTable((*_COMMON, TableRow(POSITIONS, POSITIONS), _kept(POOLER)))
 
 
 def matches(path: Path) -> bool:
@@ -98,7 +98,7 @@ def _names(description: Description) -> NameTable:
     table = NAMES if description.family == "esm2" else BERT_NAMES
     if (head := description.task) is None:
         return table
-    return table.with_head([Row(name, name) for name in head.shapes])
+    return table.with_head([TableRow(name, name) for name in head.shapes])
 
 
 def write(weights: Weights, path: Path, run: Run | None = None) -> None:
@@ -118,12 +118,12 @@ def write(weights: Weights, path: Path, run: Run | None = None) -> None:
             "with init_from"
         )
     run = run or run_of(weights.description)
-    wanted = outputs(weights, _names(weights.description))
-    parts = OutputReader(weights, wanted)
+    planned = outputs(weights, _names(weights.description))
+    parts = OutputReader(weights, planned)
     kept = is_auxiliary(weights.description)
-    auxiliary = [name for name in wanted if kept(name)]
+    auxiliary = [name for name in planned if kept(name)]
     whole: dict[str, StackedTensor] = {}
-    for name, output in wanted.items():
+    for name, output in planned.items():
         if name not in auxiliary:
             stacked, layer = stacked_name(name)
             layers = None if layer is None else weights.description.shape.num_layers

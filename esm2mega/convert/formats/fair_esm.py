@@ -25,7 +25,7 @@ from esm2mega.convert.name_table import (
     REPEATED,
     TABLE,
     NameTable,
-    Row,
+    TableRow,
 )
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.writing import tensors_of, with_contact_head
@@ -39,24 +39,24 @@ EPSILON = 1e-5
 _LAYER = "layers.{n}."
 NAMES = NameTable(
     rows=(
-        Row(TABLE, "embed_tokens.weight"),
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "self_attn_layer_norm.{p}"),
-        Row(
+        TableRow(TABLE, "embed_tokens.weight"),
+        TableRow(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "self_attn_layer_norm.{p}"),
+        TableRow(
             LAYER + "self_attention.linear_qkv.{p}",
             tuple(_LAYER + f"self_attn.{x}_proj.{{p}}" for x in "qkv"),
             QKV,
         ),
-        Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attn.out_proj.{p}"),
+        TableRow(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attn.out_proj.{p}"),
         # a LayerNorm of each layer, in spite of its name
-        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "final_layer_norm.{p}"),
-        Row(LAYER + "mlp.linear_fc1.{p}", _LAYER + "fc1.{p}"),
-        Row(LAYER + "mlp.linear_fc2.{p}", _LAYER + "fc2.{p}"),
-        Row("encoder.final_layernorm.{p}", "emb_layer_norm_after.{p}"),
-        Row("lm_head.dense.{p}", "lm_head.dense.{p}"),
-        Row("lm_head.layer_norm.{p}", "lm_head.layer_norm.{p}"),
-        Row(OUTPUT_BIAS, "lm_head.bias"),
-        Row(FREQUENCIES, _LAYER + "self_attn.rot_emb.inv_freq", REPEATED, optional=True),
-        Row(CONTACT_HEAD + "{p}", "contact_head.regression.{p}", optional=True),
+        TableRow(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "final_layer_norm.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.{p}", _LAYER + "fc1.{p}"),
+        TableRow(LAYER + "mlp.linear_fc2.{p}", _LAYER + "fc2.{p}"),
+        TableRow("encoder.final_layernorm.{p}", "emb_layer_norm_after.{p}"),
+        TableRow("lm_head.dense.{p}", "lm_head.dense.{p}"),
+        TableRow("lm_head.layer_norm.{p}", "lm_head.layer_norm.{p}"),
+        TableRow(OUTPUT_BIAS, "lm_head.bias"),
+        TableRow(FREQUENCIES, _LAYER + "self_attn.rot_emb.inv_freq", REPEATED, optional=True),
+        TableRow(CONTACT_HEAD + "{p}", "contact_head.regression.{p}", optional=True),
     ),
     tied={"lm_head.weight": True},
 )

@@ -40,7 +40,7 @@ from esm2mega.convert.name_table import (
     REPEATED,
     TABLE,
     NameTable,
-    Row,
+    TableRow,
 )
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.writing import OutputReader, outputs, with_contact_head, with_zeros
@@ -61,24 +61,24 @@ _OTHER_FREQUENCIES = (f"esm.encoder.layer.*.{_FREQUENCIES}", "esm.rotary_embeddi
 
 NAMES = NameTable(
     rows=(
-        Row(TABLE, "esm.embeddings.word_embeddings.weight"),
+        TableRow(TABLE, "esm.embeddings.word_embeddings.weight"),
         # attention.LayerNorm stands before attention, the layer's own LayerNorm before the feed-forward part
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "attention.LayerNorm.{p}"),
-        Row(
+        TableRow(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "attention.LayerNorm.{p}"),
+        TableRow(
             LAYER + "self_attention.linear_qkv.{p}",
             tuple(_LAYER + f"attention.self.{x}.{{p}}" for x in ("query", "key", "value")),
             QKV,
         ),
-        Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "attention.output.dense.{p}"),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "LayerNorm.{p}"),
-        Row(LAYER + "mlp.linear_fc1.{p}", _LAYER + "intermediate.dense.{p}"),
-        Row(LAYER + "mlp.linear_fc2.{p}", _LAYER + "output.dense.{p}"),
-        Row("encoder.final_layernorm.{p}", "esm.encoder.emb_layer_norm_after.{p}"),
-        Row("lm_head.dense.{p}", "lm_head.dense.{p}"),
-        Row("lm_head.layer_norm.{p}", "lm_head.layer_norm.{p}"),
-        Row(OUTPUT_BIAS, "lm_head.bias"),
-        Row(FREQUENCIES, _LAYER + _FREQUENCIES, REPEATED, optional=True),
-        Row(CONTACT_HEAD + "{p}", "esm.contact_head.regression.{p}", optional=True),
+        TableRow(LAYER + "self_attention.linear_proj.{p}", _LAYER + "attention.output.dense.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "LayerNorm.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.{p}", _LAYER + "intermediate.dense.{p}"),
+        TableRow(LAYER + "mlp.linear_fc2.{p}", _LAYER + "output.dense.{p}"),
+        TableRow("encoder.final_layernorm.{p}", "esm.encoder.emb_layer_norm_after.{p}"),
+        TableRow("lm_head.dense.{p}", "lm_head.dense.{p}"),
+        TableRow("lm_head.layer_norm.{p}", "lm_head.layer_norm.{p}"),
+        TableRow(OUTPUT_BIAS, "lm_head.bias"),
+        TableRow(FREQUENCIES, _LAYER + _FREQUENCIES, REPEATED, optional=True),
+        TableRow(CONTACT_HEAD + "{p}", "esm.contact_head.regression.{p}", optional=True),
     ),
     tied={_DECODER: False},
     dropped={
@@ -140,7 +140,7 @@ def describe(file: Path, config: dict[str, Any]) -> Description:
         UserError: A dimension is absent, or it is another model than ESM-2.
     """
     # Keys of EsmConfig whose defaults are not those of ESM-2: absence means another model.
-    wanted = {
+    expected = {
         "position_embedding_type": ("absolute", "rotary"),
         "token_dropout": (False, True),
         "emb_layer_norm_before": (False, False),
@@ -152,7 +152,7 @@ def describe(file: Path, config: dict[str, Any]) -> Description:
         "mask_token_id": (None, MASK),
         "rope_theta": (10000.0, 10000.0),
     }
-    for key, (default, value) in wanted.items():
+    for key, (default, value) in expected.items():
         given = default if config.get(key) is None else config[key]
         if given != value:
             raise UserError(
@@ -193,7 +193,7 @@ def _normal_names(store: TensorStore, shape: ModelShape) -> dict[str, str]:
         for old, new in _OLD_NORM.items():
             name = name.removesuffix(old) + new if name.endswith(old) else name
         if name in names:
-            raise UserError(f"{store.place}: holds {name} twice, as {names[name]} and as {stored}")
+            raise UserError(f"{store.location}: holds {name} twice, as {names[name]} and as {stored}")
         names[name] = stored
     for once in _OTHER_FREQUENCIES:
         if once in names:
@@ -220,10 +220,10 @@ def write(weights: Weights, path: Path) -> None:
         h = description.shape.hidden_size
         weights.notes.filled.append("pooler: zeros, the source has none")
         weights = with_zeros(weights, {f"{POOLER}weight": (h, h), f"{POOLER}bias": (h,)})
-        table = NAMES.with_head((Row(POOLER + "{p}", "esm.pooler.dense.{p}"),))
-    wanted = outputs(weights, table)
-    infos = {name: output.info for name, output in wanted.items()}
-    write_sharded(path, infos, OutputReader(weights, wanted), SHARD_BYTES)
+        table = NAMES.with_head((TableRow(POOLER + "{p}", "esm.pooler.dense.{p}"),))
+    planned = outputs(weights, table)
+    infos = {name: output.info for name, output in planned.items()}
+    write_sharded(path, infos, OutputReader(weights, planned), SHARD_BYTES)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_tokenizer(path)
 

@@ -18,7 +18,7 @@ from esm2mega.convert.files import pickles
 from esm2mega.convert.files.iupac import PROTEINLM_VOCABULARY
 from esm2mega.convert.files.ranks import RankStore, megatron_rows
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
-from esm2mega.convert.name_table import POSITIONS, NameTable, Row
+from esm2mega.convert.name_table import POSITIONS, NameTable, TableRow
 from esm2mega.convert.reading import from_store
 from esm2mega.errors import UserError
 
@@ -28,7 +28,7 @@ _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 
 NAMES = NameTable(
     rows=(
-        Row(POSITIONS, "language_model.embedding.position_embeddings.weight"),
+        TableRow(POSITIONS, "language_model.embedding.position_embeddings.weight"),
         *megatron_rows(PROTEINLM_VOCABULARY),
     ),
     tied={"word_embeddings_for_head.weight": False},

@@ -19,7 +19,7 @@ from esm2mega.convert.files import pickles
 from esm2mega.convert.files.archives import TarFile
 from esm2mega.convert.files.ranks import RankStore, megatron_rows
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
-from esm2mega.convert.name_table import FREQUENCIES, VOCABULARY, NameTable, Row
+from esm2mega.convert.name_table import FREQUENCIES, VOCABULARY, NameTable, TableRow
 from esm2mega.convert.reading import from_store
 from esm2mega.errors import UserError
 
@@ -35,7 +35,7 @@ _MEMBERS = (
 NAMES = NameTable(
     rows=(
         *megatron_rows(VOCABULARY),
-        Row(FREQUENCIES, "language_model.rotary_pos_emb.inv_freq", optional=True),
+        TableRow(FREQUENCIES, "language_model.rotary_pos_emb.inv_freq", optional=True),
     ),
     tied={"language_model.output_layer.weight": False, "word_embeddings.weight": False},
 )
@@ -55,17 +55,19 @@ def read(path: Path, drop: Sequence[str] = ()) -> Weights:
 def open_archive(path: Path) -> tuple[Description, RankStore]:
     """Description and whole tensors, under names without ``model.``."""
     archive = TarFile(path)
-    place, config = path / _CONFIG, _config(path, archive)
-    shape = shape_from(place, config, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-    for key, wanted in (
+    location, config = path / _CONFIG, _config(path, archive)
+    shape = shape_from(
+        location, config, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"
+    )
+    for key, required in (
         ("position_embedding_type", "rope"),
         ("embedding_token_dropout", True),
         ("megatron_legacy", False),
     ):
-        if config.get(key, wanted) != wanted:
-            raise UserError(f"{place}: {key} is {config[key]!r}; this version reads {wanted!r} only")
+        if config.get(key, required) != required:
+            raise UserError(f"{location}: {key} is {config[key]!r}; this version reads {required!r} only")
     tanh = config.get("bias_gelu_fusion", False) is True
-    epsilon = epsilon_from(place, config, "layernorm_epsilon", 1e-5)
+    epsilon = epsilon_from(location, config, "layernorm_epsilon", 1e-5)
     description = Description(shape, epsilon, "gelu_tanh" if tanh else "gelu")
     return description, RankStore(path, _stages(path, archive))
 

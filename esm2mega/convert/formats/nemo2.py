@@ -14,7 +14,7 @@ from typing import Any
 
 from esm2mega.convert.files.stores import DistributedStore
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
-from esm2mega.convert.name_table import BODY, OUTPUT_BIAS, TABLE, VOCABULARY, NameTable, Row
+from esm2mega.convert.name_table import BODY, OUTPUT_BIAS, TABLE, VOCABULARY, NameTable, TableRow
 from esm2mega.convert.reading import from_store
 from esm2mega.errors import UserError
 
@@ -23,9 +23,9 @@ _CONTEXT, _WEIGHTS = "context", "weights"
 
 NAMES = NameTable(
     rows=(
-        Row(TABLE, TABLE, VOCABULARY),
-        *(Row(name, name) for name in BODY),
-        Row(OUTPUT_BIAS, OUTPUT_BIAS, VOCABULARY),
+        TableRow(TABLE, TABLE, VOCABULARY),
+        *(TableRow(name, name) for name in BODY),
+        TableRow(OUTPUT_BIAS, OUTPUT_BIAS, VOCABULARY),
     ),
     tied={"output_layer.weight": False},
 )

@@ -21,7 +21,16 @@ from esm2mega.convert.formats.tape import (
     write_directory,
 )
 from esm2mega.convert.lazy_weights import Weights
-from esm2mega.convert.name_table import FINAL_NORM, LAYER, OUTPUT_BIAS, POSITIONS, QKV, TABLE, NameTable, Row
+from esm2mega.convert.name_table import (
+    FINAL_NORM,
+    LAYER,
+    OUTPUT_BIAS,
+    POSITIONS,
+    QKV,
+    TABLE,
+    NameTable,
+    TableRow,
+)
 from esm2mega.convert.writing import tensors_of
 
 IS_DIRECTORY = True
@@ -30,22 +39,22 @@ FAMILIES = ("proteinbert_preln",)
 _LAYER = "bert.encoder.layer.{n}."
 NAMES = NameTable(
     rows=(
-        Row(TABLE, "bert.embeddings.word_embeddings.weight", TAPE_VOCABULARY),
-        Row(POSITIONS, POSITION_TABLE),
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "input_ln.{p}"),
-        Row(
+        TableRow(TABLE, "bert.embeddings.word_embeddings.weight", TAPE_VOCABULARY),
+        TableRow(POSITIONS, POSITION_TABLE),
+        TableRow(LAYER + "self_attention.linear_qkv.layer_norm_{p}", _LAYER + "input_ln.{p}"),
+        TableRow(
             LAYER + "self_attention.linear_qkv.{p}",
             tuple(_LAYER + f"attention.self.{x}.{{p}}" for x in ("query", "key", "value")),
             QKV,
         ),
-        Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "attention.dense.{p}"),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "post_attn_ln.{p}"),
-        Row(LAYER + "mlp.linear_fc1.{p}", _LAYER + "mlp.dense_h_4h.{p}"),
-        Row(LAYER + "mlp.linear_fc2.{p}", _LAYER + "mlp.dense_4h_h.{p}"),
-        Row(FINAL_NORM + "{p}", "bert.encoder.final_ln.{p}"),
-        Row("lm_head.dense.{p}", "mlm.transform.dense.{p}"),
-        Row("lm_head.layer_norm.{p}", "mlm.transform.LayerNorm.{p}"),
-        Row(OUTPUT_BIAS, "mlm.bias", TAPE_VOCABULARY),
+        TableRow(LAYER + "self_attention.linear_proj.{p}", _LAYER + "attention.dense.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "post_attn_ln.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.{p}", _LAYER + "mlp.dense_h_4h.{p}"),
+        TableRow(LAYER + "mlp.linear_fc2.{p}", _LAYER + "mlp.dense_4h_h.{p}"),
+        TableRow(FINAL_NORM + "{p}", "bert.encoder.final_ln.{p}"),
+        TableRow("lm_head.dense.{p}", "mlm.transform.dense.{p}"),
+        TableRow("lm_head.layer_norm.{p}", "mlm.transform.LayerNorm.{p}"),
+        TableRow(OUTPUT_BIAS, "mlm.bias", TAPE_VOCABULARY),
     ),
     # Published files have the random one of a template here, which overwrites the table when loaded.
     tied={"mlm.decoder.weight": True},

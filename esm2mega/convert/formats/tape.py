@@ -30,7 +30,7 @@ from esm2mega.convert.name_table import (
     QKV,
     TABLE,
     NameTable,
-    Row,
+    TableRow,
 )
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.writing import tensors_of
@@ -46,26 +46,26 @@ POSITION_TABLE = "bert.embeddings.position_embeddings.weight"
 TYPE_TABLE = "bert.embeddings.token_type_embeddings.weight"
 NAMES = NameTable(
     rows=(
-        Row(TABLE, "bert.embeddings.word_embeddings.weight", TAPE_VOCABULARY),
-        Row(POSITIONS, POSITION_TABLE),
-        Row(
+        TableRow(TABLE, "bert.embeddings.word_embeddings.weight", TAPE_VOCABULARY),
+        TableRow(POSITIONS, POSITION_TABLE),
+        TableRow(
             LAYER + "self_attention.linear_qkv.layer_norm_{p}",
             "bert.encoder.layer.{n-1}.output.LayerNorm.{p}",
         ),
-        Row(
+        TableRow(
             LAYER + "self_attention.linear_qkv.{p}",
             tuple(_LAYER + f"attention.self.{x}.{{p}}" for x in ("query", "key", "value")),
             QKV,
         ),
-        Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "attention.output.dense.{p}"),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "attention.output.LayerNorm.{p}"),
-        Row(LAYER + "mlp.linear_fc1.{p}", _LAYER + "intermediate.dense.{p}"),
-        Row(LAYER + "mlp.linear_fc2.{p}", _LAYER + "output.dense.{p}"),
-        Row(FINAL_NORM + "{p}", "bert.encoder.layer.{last}.output.LayerNorm.{p}"),
-        Row("lm_head.dense.{p}", "mlm.transform.dense.{p}"),
-        Row("lm_head.layer_norm.{p}", "mlm.transform.LayerNorm.{p}"),
-        Row(OUTPUT_BIAS, "mlm.bias", TAPE_VOCABULARY),
-        Row(POOLER + "{p}", "bert.pooler.dense.{p}", optional=True),
+        TableRow(LAYER + "self_attention.linear_proj.{p}", _LAYER + "attention.output.dense.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "attention.output.LayerNorm.{p}"),
+        TableRow(LAYER + "mlp.linear_fc1.{p}", _LAYER + "intermediate.dense.{p}"),
+        TableRow(LAYER + "mlp.linear_fc2.{p}", _LAYER + "output.dense.{p}"),
+        TableRow(FINAL_NORM + "{p}", "bert.encoder.layer.{last}.output.LayerNorm.{p}"),
+        TableRow("lm_head.dense.{p}", "mlm.transform.dense.{p}"),
+        TableRow("lm_head.layer_norm.{p}", "mlm.transform.LayerNorm.{p}"),
+        TableRow(OUTPUT_BIAS, "mlm.bias", TAPE_VOCABULARY),
+        TableRow(POOLER + "{p}", "bert.pooler.dense.{p}", optional=True),
     ),
     tied={"mlm.decoder.weight": True},
 )
@@ -107,9 +107,9 @@ def describe(path: Path) -> Description:
         UserError: Another vocabulary or activation.
     """
     file, config = path / "config.json", read_config(path)
-    for key, wanted in (("vocab_size", len(TAPE_TOKENS)), ("hidden_act", "gelu")):
-        if config.get(key, wanted) != wanted:
-            raise UserError(f"{file}: {key} is {config[key]!r}; this version reads {wanted!r} only")
+    for key, required in (("vocab_size", len(TAPE_TOKENS)), ("hidden_act", "gelu")):
+        if config.get(key, required) != required:
+            raise UserError(f"{file}: {key} is {config[key]!r}; this version reads {required!r} only")
     shape = shape_from(
         file, config, "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"
     )

@@ -25,7 +25,7 @@ from esm2mega.convert.name_table import (
     TABLE,
     VOCABULARY,
     NameTable,
-    Row,
+    TableRow,
 )
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.writing import OutputReader, outputs
@@ -43,17 +43,17 @@ def _names(interleaved: bool) -> NameTable:
     attention, mlp = _LAYER + "self_attention.layernorm_qkv.", _LAYER + "layernorm_mlp."
     return NameTable(
         rows=(
-            Row(TABLE, "model.embeddings.word_embeddings.weight", VOCABULARY),
-            Row(LAYER + "self_attention.linear_qkv.layer_norm_{p}", attention + "layer_norm_{p}"),
-            Row(LAYER + "self_attention.linear_qkv.{p}", attention + "{p}", qkv),
-            Row(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attention.proj.{p}"),
-            Row(LAYER + "mlp.linear_fc1.layer_norm_{p}", mlp + "layer_norm_{p}"),
-            Row(LAYER + "mlp.linear_fc1.{p}", mlp + "fc1_{p}"),
-            Row(LAYER + "mlp.linear_fc2.{p}", mlp + "fc2_{p}"),
-            Row("encoder.final_layernorm.{p}", "model.encoder.emb_layer_norm_after.{p}"),
-            Row("lm_head.dense.{p}", "lm_head.dense.{p}"),
-            Row("lm_head.layer_norm.{p}", "lm_head.decoder.layer_norm_{p}"),
-            Row(OUTPUT_BIAS, "lm_head.decoder.bias", VOCABULARY),
+            TableRow(TABLE, "model.embeddings.word_embeddings.weight", VOCABULARY),
+            TableRow(LAYER + "self_attention.linear_qkv.layer_norm_{p}", attention + "layer_norm_{p}"),
+            TableRow(LAYER + "self_attention.linear_qkv.{p}", attention + "{p}", qkv),
+            TableRow(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attention.proj.{p}"),
+            TableRow(LAYER + "mlp.linear_fc1.layer_norm_{p}", mlp + "layer_norm_{p}"),
+            TableRow(LAYER + "mlp.linear_fc1.{p}", mlp + "fc1_{p}"),
+            TableRow(LAYER + "mlp.linear_fc2.{p}", mlp + "fc2_{p}"),
+            TableRow("encoder.final_layernorm.{p}", "model.encoder.emb_layer_norm_after.{p}"),
+            TableRow("lm_head.dense.{p}", "lm_head.dense.{p}"),
+            TableRow("lm_head.layer_norm.{p}", "lm_head.decoder.layer_norm_{p}"),
+            TableRow(OUTPUT_BIAS, "lm_head.decoder.bias", VOCABULARY),
         ),
         tied={"lm_head.decoder.weight": False},
         dropped={r".*\._extra_state": "a state of Transformer Engine's kernels, empty without FP8"},
@@ -73,14 +73,14 @@ def read(path: Path, drop: Sequence[str] = ()) -> Weights:
     shape = shape_from(
         file, config, "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"
     )
-    for key, default, wanted in (
+    for key, default, required in (
         ("position_embedding_type", "rotary", "rotary"),
         ("token_dropout", True, True),
         ("encoder_activation", "gelu", "gelu"),
         ("vocab_size", VOCAB_SIZE, VOCAB_SIZE),
     ):
-        if config.get(key, default) != wanted:
-            raise UserError(f"{file}: {key} is {config[key]!r}; this version reads {wanted!r} only")
+        if config.get(key, default) != required:
+            raise UserError(f"{file}: {key} is {config[key]!r}; this version reads {required!r} only")
     check_vocabulary(path)
     store = safetensors_of(path)
     if store is None:
@@ -104,9 +104,9 @@ def write(weights: Weights, path: Path) -> None:
         notes.changed.append("feed-forward GELU: erf in the source, tanh in Transformer Engine's kernel")
     notes.filled.append("esm_nv.py is not written: copy it from a directory of nvidia/esm2_*")
     table = _names(interleaved=True)
-    wanted = outputs(weights, table)
-    infos = {name: output.info for name, output in wanted.items()}
-    write_sharded(path, infos, OutputReader(weights, wanted), SHARD_BYTES)
+    planned = outputs(weights, table)
+    infos = {name: output.info for name, output in planned.items()}
+    write_sharded(path, infos, OutputReader(weights, planned), SHARD_BYTES)
     (path / "config.json").write_text(json.dumps(_config(weights.description), indent=2) + "\n")
     write_tokenizer(path)
 

@@ -20,7 +20,7 @@ from esm2mega.config.head_form import CLS_TANH, RESIDUE_LINEAR, head_form
 from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import NUMERIC_KINDS
 from esm2mega.convert.lazy_weights import HeadDescription, Weights
-from esm2mega.convert.name_table import Row, Shape
+from esm2mega.convert.name_table import Shape, TableRow
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 
@@ -28,10 +28,10 @@ SEQUENCE, TOKEN = "EsmForSequenceClassification", "EsmForTokenClassification"
 _OUTPUT = "head.output."
 ROWS = {
     SEQUENCE: (
-        Row("head.dense.{p}", "classifier.dense.{p}"),
-        Row(_OUTPUT + "{p}", "classifier.out_proj.{p}"),
+        TableRow("head.dense.{p}", "classifier.dense.{p}"),
+        TableRow(_OUTPUT + "{p}", "classifier.out_proj.{p}"),
     ),
-    TOKEN: (Row(_OUTPUT + "{p}", "classifier.{p}"),),
+    TOKEN: (TableRow(_OUTPUT + "{p}", "classifier.{p}"),),
 }
 """Our names of the tensors of each, and its own."""
 _SEQUENCE_KINDS = {
@@ -95,20 +95,20 @@ def no_equal(head: HeadDescription) -> str:
     )
 
 
-def head_rows(head: HeadDescription) -> tuple[Row, ...]:
+def head_rows(head: HeadDescription) -> tuple[TableRow, ...]:
     """Its part of the name table of transformers."""
     return ROWS[architecture_of(head)]
 
 
 def find_head(
-    place: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any]
+    location: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any]
 ) -> HeadDescription | None:
     """The head among the tensors of a directory, if there is one.
 
     Args:
-        place: ``config.json``, for errors.
+        location: ``config.json``, for errors.
         infos: All tensors.
-        config: The content of `place`.
+        config: The content of `location`.
 
     Raises:
         UserError: Labels and tensors do not fit, or the problem is none of ours.
@@ -118,18 +118,18 @@ def find_head(
     if not found or len(found[0][1].shape) != 2:
         return None
     name, (num_outputs, hidden_size) = found[0][0], found[0][1].shape
-    labels = _labels(place, config, num_outputs)
-    kind = _kind(place, name, config.get("problem_type"), num_outputs)
-    return describe_head(f"{place}: id2label", kind, labels, hidden_size, dropout_of(config))
+    labels = _labels(location, config, num_outputs)
+    kind = _kind(location, name, config.get("problem_type"), num_outputs)
+    return describe_head(f"{location}: id2label", kind, labels, hidden_size, dropout_of(config))
 
 
 def describe_head(
-    place: str, kind: str, labels: Sequence[str], hidden_size: int, dropout: float
+    location: str, kind: str, labels: Sequence[str], hidden_size: int, dropout: float
 ) -> HeadDescription:
     """The head of a classification model, with outputs in units of the labels.
 
     Args:
-        place: Where `labels` are from, for errors.
+        location: Where `labels` are from, for errors.
         kind: `task.kind`.
         labels: Name of each output.
         hidden_size: Of the encoder.
@@ -140,11 +140,11 @@ def describe_head(
     """
     architecture = next((name for name, (_, kinds) in _EQUALS.items() if kind in kinds), None)
     if architecture is None:
-        raise UserError(f"{place}: task.kind={kind} has no equal in transformers")
+        raise UserError(f"{location}: task.kind={kind} has no equal in transformers")
     if repeated := sorted({label for label in labels if list(labels).count(label) > 1}):
-        raise UserError(f"{place} has {repeated[0]!r} twice; give each output a name of its own")
+        raise UserError(f"{location} has {repeated[0]!r} twice; give each output a name of its own")
     if kind == "token_regression" and len(labels) > 1:
-        raise UserError(f"{place}: {TOKEN} with {len(labels)} numbers per residue has no equal here")
+        raise UserError(f"{location}: {TOKEN} with {len(labels)} numbers per residue has no equal here")
     several = len(labels) > 1 and kind == "multilabel"
     task = TaskConfig(
         kind=kind,
@@ -176,33 +176,33 @@ def default_labels(count: int) -> list[str]:
     return [f"LABEL_{number}" for number in range(count)]
 
 
-def _labels(place: Path, config: Mapping[str, Any], num_outputs: int) -> list[str]:
+def _labels(location: Path, config: Mapping[str, Any], num_outputs: int) -> list[str]:
     """The names of the outputs; those of transformers where none are given."""
     given = config.get("id2label")
     if given is None:
         return default_labels(num_outputs)
     if not isinstance(given, dict) or not all(isinstance(label, str) for label in given.values()):
-        raise UserError(f"{place}: id2label is no table of numbers and names")
+        raise UserError(f"{location}: id2label is no table of numbers and names")
     if {str(number) for number in given} != {str(number) for number in range(num_outputs)}:
         raise UserError(
-            f"{place}: id2label numbers {len(given)} labels, the classifier has {num_outputs} outputs; they "
-            "must be 0, 1 and so on, one for each"
+            f"{location}: id2label numbers {len(given)} labels, the classifier has {num_outputs} outputs; "
+            "they must be 0, 1 and so on, one for each"
         )
     return [str(given[str(number)]) for number in range(num_outputs)]
 
 
-def _kind(place: Path, architecture: str, problem: Any, num_outputs: int) -> str:
+def _kind(location: Path, architecture: str, problem: Any, num_outputs: int) -> str:
     """`task.kind` of a model of transformers."""
     if architecture == TOKEN:
         if problem not in (None, "single_label_classification", "regression"):
-            raise UserError(f"{place}: problem_type {problem!r} of {TOKEN} has no equal here")
+            raise UserError(f"{location}: problem_type {problem!r} of {TOKEN} has no equal here")
         is_numeric = problem == "regression" or num_outputs == 1
         return "token_regression" if is_numeric else "token_classification"
     if problem is None:
         return "regression" if num_outputs == 1 else "classification"
     if problem not in _SEQUENCE_KINDS:
         raise UserError(
-            f"{place}: problem_type is {problem!r}; transformers knows {', '.join(_SEQUENCE_KINDS)}"
+            f"{location}: problem_type is {problem!r}; transformers knows {', '.join(_SEQUENCE_KINDS)}"
         )
     return _SEQUENCE_KINDS[problem]
 

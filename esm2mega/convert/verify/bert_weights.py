@@ -12,8 +12,8 @@ from torch import Tensor
 
 from esm2mega.convert.formats.megatron import open_checkpoint
 from esm2mega.convert.formats.tape import stored_tensors
-from esm2mega.convert.verify.plain_model import Block, PlainModel
-from esm2mega.convert.verify.source import Prepare, Source, by_head, json_config
+from esm2mega.convert.verify.plain_model import PlainBlock, PlainModel
+from esm2mega.convert.verify.source import Prepare, WeightSource, by_head, json_config
 
 # Ids of ESM-2 for TAPE's <pad> <mask> <cls> <sep> <unk> A B C D E F G H I K L M N O P Q R S T U V W X Y Z.
 _TAPE = [
@@ -53,12 +53,12 @@ _TAPE = [
 def tape(path: Path, prepare: Prepare) -> PlainModel:
     """Stock TAPE, post-LN."""
     config, state = json_config(path), stored_tensors(path)
-    source = Source(lambda name: state[f"bert.{name}"], prepare)
+    source = WeightSource(lambda name: state[f"bert.{name}"], prepare)
 
-    def block(n: int) -> Block:
+    def block(n: int) -> PlainBlock:
         at = f"encoder.layer.{n}."
         before = "embeddings.LayerNorm" if n == 0 else f"encoder.layer.{n - 1}.output.LayerNorm"
-        return Block(
+        return PlainBlock(
             attention_norm=source.affine(before),
             q=source.affine(f"{at}attention.self.query"),
             k=source.affine(f"{at}attention.self.key"),
@@ -77,12 +77,12 @@ def tape(path: Path, prepare: Prepare) -> PlainModel:
 def _tape_model(
     config: dict[str, Any],
     state: Mapping[str, Tensor],
-    source: Source,
+    source: WeightSource,
     prepare: Prepare,
-    block: Callable[[int], Block],
+    block: Callable[[int], PlainBlock],
 ) -> PlainModel:
     """What stock and modified TAPE have in common."""
-    head = Source(lambda name: state[f"mlm.{name}"], prepare)
+    head = WeightSource(lambda name: state[f"mlm.{name}"], prepare)
     positions = source.tensor("embeddings.position_embeddings.weight")
     return PlainModel(
         num_layers=config["num_hidden_layers"],
@@ -102,11 +102,11 @@ def _tape_model(
 def proteinlm(path: Path, prepare: Prepare) -> PlainModel:
     """ProteinLM's modified TAPE, pre-LN."""
     config, state = json_config(path), stored_tensors(path)
-    source = Source(lambda name: state[f"bert.{name}"], prepare)
+    source = WeightSource(lambda name: state[f"bert.{name}"], prepare)
 
-    def block(n: int) -> Block:
+    def block(n: int) -> PlainBlock:
         at = f"encoder.layer.{n}."
-        return Block(
+        return PlainBlock(
             attention_norm=source.affine(f"{at}input_ln"),
             q=source.affine(f"{at}attention.self.query"),
             k=source.affine(f"{at}attention.self.key"),
@@ -124,13 +124,13 @@ def proteinlm(path: Path, prepare: Prepare) -> PlainModel:
 def megatron(path: Path, prepare: Prepare) -> PlainModel:
     """ProteinLM as Megatron-LM wrote it."""
     description, store = open_checkpoint(path)
-    source, heads = Source(store.read, prepare), description.shape.num_attention_heads
+    source, heads = WeightSource(store.read, prepare), description.shape.num_attention_heads
     embedding = "language_model.embedding."
 
-    def block(n: int) -> Block:
+    def block(n: int) -> PlainBlock:
         at = f"language_model.encoder.layers.{n}."
         q, k, v = by_head(source.affine(f"{at}self_attention.query_key_value"), heads)
-        return Block(
+        return PlainBlock(
             attention_norm=source.affine(f"{at}input_layernorm"),
             q=q,
             k=k,

@@ -19,8 +19,8 @@ from esm2mega.convert.formats.hf import open_tensors
 from esm2mega.convert.formats.nemo1 import open_archive
 from esm2mega.convert.formats.nemo2 import open_directory
 from esm2mega.convert.verify.bert_weights import megatron, proteinlm, tape
-from esm2mega.convert.verify.plain_model import Affine, Block, PlainModel, classifier
-from esm2mega.convert.verify.source import Prepare, Source, by_head, json_config
+from esm2mega.convert.verify.plain_model import Affine, PlainBlock, PlainModel, classifier
+from esm2mega.convert.verify.source import Prepare, WeightSource, by_head, json_config
 
 
 def read_plain_model(path: Path, format_name: str, prepare: Prepare) -> PlainModel:
@@ -52,11 +52,11 @@ def _formula(head_dim: int) -> Tensor:
 def _hf(path: Path, prepare: Prepare) -> PlainModel:
     config, store = json_config(path), open_tensors(path)
     stem = "esm." if any(name.startswith("esm.") for name in store.infos) else ""
-    source = Source(_first_of(store), prepare)
+    source = WeightSource(_first_of(store), prepare)
 
-    def block(n: int) -> Block:
+    def block(n: int) -> PlainBlock:
         at = f"{stem}encoder.layer.{n}."
-        return Block(
+        return PlainBlock(
             attention_norm=source.affine(f"{at}attention.LayerNorm"),
             q=source.affine(f"{at}attention.self.query"),
             k=source.affine(f"{at}attention.self.key"),
@@ -101,12 +101,12 @@ def _first_of(store: TensorStore) -> Callable[[str], Tensor]:
 def _fair_esm(path: Path, prepare: Prepare) -> PlainModel:
     content = pickles.load_pickle(path, [Namespace])
     config, state = vars(content["cfg"]["model"]), content["model"]
-    source = Source(lambda name: state[f"encoder.sentence_encoder.{name}"], prepare)
-    head = Source(lambda name: state[f"encoder.lm_head.{name}"], prepare)
+    source = WeightSource(lambda name: state[f"encoder.sentence_encoder.{name}"], prepare)
+    head = WeightSource(lambda name: state[f"encoder.lm_head.{name}"], prepare)
 
-    def block(n: int) -> Block:
+    def block(n: int) -> PlainBlock:
         at = f"layers.{n}."
-        return Block(
+        return PlainBlock(
             attention_norm=source.affine(f"{at}self_attn_layer_norm"),
             q=source.affine(f"{at}self_attn.q_proj"),
             k=source.affine(f"{at}self_attn.k_proj"),
@@ -134,9 +134,9 @@ def _fair_esm(path: Path, prepare: Prepare) -> PlainModel:
 def _te(path: Path, prepare: Prepare) -> PlainModel:
     config, store = json_config(path), open_tensors(path)
     stem = "model." if any(name.startswith("model.") for name in store.infos) else "esm."
-    source, heads = Source(store.read, prepare), config["num_attention_heads"]
+    source, heads = WeightSource(store.read, prepare), config["num_attention_heads"]
 
-    def block(n: int) -> Block:
+    def block(n: int) -> PlainBlock:
         at = f"{stem}encoder.layers.{n}."
         fused = source.affine(f"{at}self_attention.layernorm_qkv")
         if config.get("qkv_weight_interleaved", True):
@@ -144,7 +144,7 @@ def _te(path: Path, prepare: Prepare) -> PlainModel:
         else:
             weights, biases = fused.weight.chunk(3), fused.bias.chunk(3)
             q, k, v = (Affine(w, b) for w, b in zip(weights, biases, strict=True))
-        return Block(
+        return PlainBlock(
             attention_norm=source.affine(
                 f"{at}self_attention.layernorm_qkv", ".layer_norm_weight", ".layer_norm_bias"
             ),
@@ -176,12 +176,12 @@ def _cerebras(path: Path, prepare: Prepare) -> PlainModel:
     state: Mapping[str, Tensor] = pickles.load_pickle(path)["model"]
     _, config = read_parameters(path)
     stem = "model." if any(name.startswith("model.") for name in state) else ""
-    source = Source(lambda name: state[stem + name], prepare)
+    source = WeightSource(lambda name: state[stem + name], prepare)
     encoder, head = "bert_encoder.transformer_encoder.", "bert_mlm_head."
 
-    def block(n: int) -> Block:
+    def block(n: int) -> PlainBlock:
         at = f"{encoder}layers.{n}."
-        return Block(
+        return PlainBlock(
             attention_norm=source.affine(f"{at}norm1"),
             q=source.affine(f"{at}self_attn.proj_q_dense_layer"),
             k=source.affine(f"{at}self_attn.proj_k_dense_layer"),
@@ -209,12 +209,12 @@ def _cerebras(path: Path, prepare: Prepare) -> PlainModel:
 
 def _nemo2(path: Path, prepare: Prepare) -> PlainModel:
     description, store = open_directory(path)
-    source = Source(store.read, prepare)
+    source = WeightSource(store.read, prepare)
 
-    def block(n: int) -> Block:
+    def block(n: int) -> PlainBlock:
         attention, mlp = f"encoder.layers.{n}.self_attention.", f"encoder.layers.{n}.mlp."
         q, k, v = by_head(source.affine(f"{attention}linear_qkv"), description.shape.num_attention_heads)
-        return Block(
+        return PlainBlock(
             attention_norm=source.affine(f"{attention}linear_qkv", ".layer_norm_weight", ".layer_norm_bias"),
             q=q,
             k=k,
@@ -242,13 +242,13 @@ def _nemo2(path: Path, prepare: Prepare) -> PlainModel:
 
 def _nemo1(path: Path, prepare: Prepare) -> PlainModel:
     description, store = open_archive(path)
-    source, frequencies = Source(store.read, prepare), "language_model.rotary_pos_emb.inv_freq"
+    source, frequencies = WeightSource(store.read, prepare), "language_model.rotary_pos_emb.inv_freq"
 
-    def block(n: int) -> Block:
+    def block(n: int) -> PlainBlock:
         at = f"language_model.encoder.layers.{n}."
         fused = source.affine(f"{at}self_attention.query_key_value")
         q, k, v = by_head(fused, description.shape.num_attention_heads)
-        return Block(
+        return PlainBlock(
             attention_norm=source.affine(f"{at}input_layernorm"),
             q=q,
             k=k,

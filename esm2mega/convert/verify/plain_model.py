@@ -28,7 +28,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Block:
+class PlainBlock:
     """One layer; q, k and v apart, rows ordered by head."""
 
     attention_norm: Affine
@@ -61,7 +61,7 @@ class PlainModel:
     num_layers: int
     num_heads: int
     epsilon: float
-    block: Callable[[int], Block]
+    block: Callable[[int], PlainBlock]
     table: Tensor
     final_norm: Affine | None
     head_dense: Affine | None
@@ -140,7 +140,7 @@ def _embed(model: PlainModel, ids: Tensor) -> Tensor:
     return x * ((1 - 0.15 * 0.8) / (1 - masked.double().mean())).to(x.dtype)
 
 
-def _attention(model: PlainModel, block: Block, x: Tensor) -> Tensor:
+def _attention(model: PlainModel, block: PlainBlock, x: Tensor) -> Tensor:
     # [s, h] -> [n, s, d]
     q, k, v = (
         _affine(x, part).unflatten(-1, (model.num_heads, -1)).transpose(0, 1)

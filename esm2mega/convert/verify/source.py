@@ -16,7 +16,7 @@ Prepare = Callable[[Tensor], Tensor]
 """Applied to every weight: rounding, and the dtype to compute in. Not applied to the frequencies."""
 
 
-class Source:
+class WeightSource:
     """Weights and biases by name, prepared."""
 
     def __init__(self, get: Callable[[str], Tensor], prepare: Prepare) -> None:

@@ -155,8 +155,8 @@ def _read(
     rows, partitions, left_out = [], [], 0
     for block in reader.blocks():
         for line, cells in reader.rows(block):
-            place, name = reader.place(line), cells["ACC"].strip()
-            residues = residues_of(cells["Sequence"], place, name).decode()
+            location, name = reader.location(line), cells["ACC"].strip()
+            residues = residues_of(cells["Sequence"], location, name).decode()
             if not options.min_length <= len(residues) <= options.max_length:
                 left_out += 1
                 continue
@@ -164,11 +164,11 @@ def _read(
             for column in columns:
                 flag = _FLAGS.get(cells[column].strip())
                 if flag is None:
-                    raise UserError(f"{place}: {column} of {name!r} is {cells[column]!r}, not 0 or 1")
+                    raise UserError(f"{location}: {column} of {name!r} is {cells[column]!r}, not 0 or 1")
                 labels.append(flag)
             partition = cells["Partition"].strip().removesuffix(".0")
             if partition not in _PARTITIONS:
-                raise UserError(f"{place}: Partition of {name!r} is {cells['Partition']!r}, not 0 to 4")
+                raise UserError(f"{location}: Partition of {name!r} is {cells['Partition']!r}, not 0 to 4")
             rows.append(LabelledRow(name, residues, tuple(labels)))
             partitions.append(partition)
     return rows, partitions, left_out

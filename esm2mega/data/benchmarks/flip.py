@@ -80,10 +80,10 @@ def prepare_flip(
 
 def _find(folder: Path, stems: Sequence[str]) -> Path:
     """The first file that is there, in the folder or its ``splits``."""
-    for place in (folder, folder / "splits"):
+    for location in (folder, folder / "splits"):
         for stem in stems:
             for ending in _ENDINGS:
-                if (path := place / f"{stem}{ending}").is_file():
+                if (path := location / f"{stem}{ending}").is_file():
                     return path
     names = " or ".join(f"{stem}.fasta" for stem in dict.fromkeys(stems))
     raise UserError(
@@ -105,15 +105,15 @@ def _read_protein_task(path: Path, folder: Path, task: FlipTask) -> _Read:
     else:
         entries, reader = read_entries(path)
         found = _fasta_rows(entries.values(), reader)
-    for place, row, set_name, validation in found:
-        split = _split_of(place, row.id, set_name, validation)
+    for location, row, set_name, validation in found:
+        split = _split_of(location, row.id, set_name, validation)
         if split is None:
             no_set += 1
             continue
         if not row.labels[0]:
-            raise UserError(f"{place}: {row.id!r} has no target; complete or remove the record")
+            raise UserError(f"{location}: {row.id!r} has no target; complete or remove the record")
         if task.kind == "regression":
-            _check_number(row.labels[0], place, row.id)
+            _check_number(row.labels[0], location, row.id)
         rows[split].append(row)
     notes = [f"{path}: {no_set} proteins belong to no set and are left out"] if no_set else []
     return rows, {"sources": reader.checksums, "without_set": no_set}, notes
@@ -127,22 +127,22 @@ def _read_residue_task(path: Path, folder: Path, task: FlipTask) -> _Read:
     rows: dict[str, list[LabelledRow]] = {name: [] for name in SPLITS}
     no_set = masked = 0
     for name, entry in labels.entries.items():
-        place = labels.reader.place(entry.line)
+        location = labels.reader.location(entry.line)
         if name not in sequences:
             raise UserError(
-                f"{place}: no sequence of {name!r} in {sequence_reader.path}; take both from one archive"
+                f"{location}: no sequence of {name!r} in {sequence_reader.path}; take both from one archive"
             )
-        marks = attributes(entry, place)
-        split = _split_of(place, name, marks.get("SET"), marks.get("VALIDATION"))
+        marks = attributes(entry, location)
+        split = _split_of(location, name, marks.get("SET"), marks.get("VALIDATION"))
         if split is None:
             no_set += 1
             continue
         length = len(sequences[name].text)
-        cells = [labels.of(name, length, place)]
+        cells = [labels.of(name, length, location)]
         if masks is not None:
-            cells.append(masks.of(name, length, place))
-            mask_place = masks.reader.place(masks.entries[name].line)
-            check_marks(cells[1], f"the mask of {name!r}", mask_place)
+            cells.append(masks.of(name, length, location))
+            mask_location = masks.reader.location(masks.entries[name].line)
+            check_marks(cells[1], f"the mask of {name!r}", mask_location)
             masked += cells[1].count("0")
         rows[split].append(LabelledRow(name, sequences[name].text, tuple(cells)))
     unlabelled = len(sequences) - sum(name in labels.entries for name in sequences)
@@ -170,13 +170,13 @@ _Found = Iterator[tuple[str, LabelledRow, str | None, str | None]]
 
 def _fasta_rows(entries: Any, reader: FastaReader) -> _Found:
     for entry in entries:
-        place = reader.place(entry.line)
-        marks = attributes(entry, place)
-        check_blanks(entry, ("TARGET", "SET", "VALIDATION"), place)
+        location = reader.location(entry.line)
+        marks = attributes(entry, location)
+        check_blanks(entry, ("TARGET", "SET", "VALIDATION"), location)
         if "TARGET" not in marks:
-            raise UserError(f"{place}: the header of {entry.id!r} has no TARGET=; is this a file of FLIP?")
+            raise UserError(f"{location}: the header of {entry.id!r} has no TARGET=; is this a file of FLIP?")
         row = LabelledRow(entry.id, entry.text, (marks["TARGET"],))
-        yield place, row, marks.get("SET"), marks.get("VALIDATION")
+        yield location, row, marks.get("SET"), marks.get("VALIDATION")
 
 
 def _csv_reader(path: Path) -> CsvReader:
@@ -191,34 +191,34 @@ def _csv_rows(reader: CsvReader) -> _Found:
     number = 0
     for block in reader.blocks():
         for line, cells in reader.rows(block):
-            place, name = reader.place(line), cells.get("id", f"Sequence{number}")
+            location, name = reader.location(line), cells.get("id", f"Sequence{number}")
             number += 1
-            residues = residues_of(cells["sequence"], place, name).decode()
+            residues = residues_of(cells["sequence"], location, name).decode()
             if not residues:
-                raise UserError(f"{place}: {name!r} has no sequence; complete or remove the row")
+                raise UserError(f"{location}: {name!r} has no sequence; complete or remove the row")
             row = LabelledRow(name, residues, (cells["target"].strip(),))
-            yield place, row, cells["set"].strip(), cells["validation"].strip()
+            yield location, row, cells["set"].strip(), cells["validation"].strip()
 
 
-def _split_of(place: str, name: str, set_name: str | None, validation: str | None) -> str | None:
+def _split_of(location: str, name: str, set_name: str | None, validation: str | None) -> str | None:
     """``train``, ``valid`` or ``test``; None for a protein that the split leaves out."""
     if set_name is None:
-        raise UserError(f"{place}: the header of {name!r} has no SET=; is this a file of FLIP?")
+        raise UserError(f"{location}: the header of {name!r} has no SET=; is this a file of FLIP?")
     if set_name in ("", "nan"):
         return None
     if validation not in (None, "", "nan", "True", "False"):
-        raise UserError(f"{place}: VALIDATION of {name!r} is {validation!r}, not True or False")
+        raise UserError(f"{location}: VALIDATION of {name!r} is {validation!r}, not True or False")
     if set_name == "test":
         return "test"
     if set_name == "train":
         return "valid" if validation == "True" else "train"
-    raise UserError(f"{place}: SET of {name!r} is {set_name!r}, not train or test")
+    raise UserError(f"{location}: SET of {name!r} is {set_name!r}, not train or test")
 
 
-def _check_number(text: str, place: str, name: str) -> None:
+def _check_number(text: str, location: str, name: str) -> None:
     try:
         finite = abs(float(text)) < float("inf")
     except ValueError:
         finite = False
     if not finite:
-        raise UserError(f"{place}: the target {text!r} of {name!r} is not a number; correct or remove it")
+        raise UserError(f"{location}: the target {text!r} of {name!r} is not a number; correct or remove it")

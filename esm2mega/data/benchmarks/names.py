@@ -161,9 +161,9 @@ def differing(published: Sizes, found: Mapping[str, int]) -> list[str]:
         "all": (published.total, sum(found.values())),
     }
     return [
-        f"{number:,} {name} proteins, published are {wanted:,}"
-        for name, (wanted, number) in compared.items()
-        if wanted is not None and wanted != number
+        f"{number:,} {name} proteins, published are {expected:,}"
+        for name, (expected, number) in compared.items()
+        if expected is not None and expected != number
     ]
 
 

@@ -41,7 +41,7 @@ def prepare_tape(name: str, source: str | Path, out: str | Path) -> list[str]:
     checksums: dict[str, str] = {}
     for split, path in found.items():
         reader = TapeReader(path, load=load_with_arrays)
-        rows[split] = [_row(place, key, record, task) for place, key, record in reader.dictionaries()]
+        rows[split] = [_row(location, key, record, task) for location, key, record in reader.dictionaries()]
         checksums[path.name] = next(iter(reader.checksums.values()))
     missing = [split for split in task.splits if split not in found]
     notes = [f"{source}: no files of the splits {', '.join(missing)}"] if missing else []
@@ -57,50 +57,52 @@ def _find(source: Path, task: TapeTask, split: str) -> Path | None:
     return next((path for path in (source / name, source / task.folder / name) if path.exists()), None)
 
 
-def _row(place: str, name: str, record: dict[str, Any], task: TapeTask) -> LabelledRow:
+def _row(location: str, name: str, record: dict[str, Any], task: TapeTask) -> LabelledRow:
     sequence = record["primary"]
     values = numbers_of(record.get(task.field))
     if values is None:
-        raise UserError(f"{place}: has no numbers {task.field!r}; is this TAPE's {task.folder}?")
+        raise UserError(f"{location}: has no numbers {task.field!r}; is this TAPE's {task.folder}?")
     length = len(sequence)
     shapes = {"token_classification": (length,), "contact": (length, 3)}
-    wanted = shapes.get(task.kind)
-    if values.size != 1 if wanted is None else values.shape != wanted:
-        raise UserError(f"{place}: {task.field!r} has the shape {list(values.shape)} for {length} residues")
-    cells = _CELLS[task.kind](values, f"{place}: {task.field!r}")
+    expected = shapes.get(task.kind)
+    if values.size != 1 if expected is None else values.shape != expected:
+        raise UserError(
+            f"{location}: {task.field!r} has the shape {list(values.shape)} for {length} residues"
+        )
+    cells = _CELLS[task.kind](values, f"{location}: {task.field!r}")
     if task.kind != "contact":
         return LabelledRow(name, sequence, (cells,))
     mask = numbers_of(record.get("valid_mask"))
     if mask is None or mask.shape != (length,):
-        raise UserError(f"{place}: has no 'valid_mask' of {length} residues; is this TAPE's proteinnet?")
+        raise UserError(f"{location}: has no 'valid_mask' of {length} residues; is this TAPE's proteinnet?")
     return LabelledRow(name, sequence, (cells, "".join("1" if valid else "0" for valid in mask)))
 
 
-def _number(values: Any, place: str) -> str:
+def _number(values: Any, location: str) -> str:
     """The shortest text of the one number, in its own precision."""
     (number,) = values.reshape(-1)
     if not np.isfinite(number):
-        raise UserError(f"{place} is {number}, not a number; remove the record")
+        raise UserError(f"{location} is {number}, not a number; remove the record")
     return str(number)
 
 
-def _class(values: Any, place: str) -> str:
+def _class(values: Any, location: str) -> str:
     (number,) = values.reshape(-1)
     if not np.isfinite(number) or number != np.floor(number):
-        raise UserError(f"{place} is {number}; a class is a whole number")
+        raise UserError(f"{location} is {number}; a class is a whole number")
     return str(int(number))
 
 
-def _letters(values: Any, place: str) -> str:
+def _letters(values: Any, location: str) -> str:
     """A digit for each residue."""
     wrong = ~np.isin(values, range(10))
     if wrong.any():
         residue = int(wrong.argmax())
-        raise UserError(f"{place} is {values[residue]} at residue {residue}; a class is 0 to 9")
+        raise UserError(f"{location} is {values[residue]} at residue {residue}; a class is 0 to 9")
     return "".join(str(int(value)) for value in values)
 
 
-def _coordinates(values: Any, place: str) -> str:
+def _coordinates(values: Any, location: str) -> str:
     there = np.isfinite(values).all(axis=1)
     # The shortest text of each number, in its own precision.
     return json.dumps(

@@ -18,17 +18,17 @@ Cells = Mapping[str, object]
 """A row by column."""
 
 
-def text_of(cells: Cells, column: str, place: str) -> str:
+def text_of(cells: Cells, column: str, location: str) -> str:
     """A cell as text, which may not be empty."""
     value = cells[column]
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise UserError(f"{place}: the label in column {column!r} is empty; complete or remove the row")
+        raise UserError(f"{location}: the label in column {column!r} is empty; complete or remove the row")
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f"{place}: the label {value!r} in column {column!r} is no text; write it as text")
+        raise UserError(f"{location}: the label {value!r} in column {column!r} is no text; write it as text")
     return str(value).strip()
 
 
-def number_of(value: object, column: str, place: str) -> float:
+def number_of(value: object, column: str, location: str) -> float:
     """A cell, or a word of it, as a number; NaN where there is none."""
     if value is None or (isinstance(value, str) and value.strip() in MISSING_VALUES | {""}):
         return math.nan
@@ -36,52 +36,52 @@ def number_of(value: object, column: str, place: str) -> float:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise UserError(
-            f"{place}: {value!r} in column {column!r} is not a number; correct it, or leave it empty"
+            f"{location}: {value!r} in column {column!r} is not a number; correct it, or leave it empty"
         ) from None
     if math.isinf(number):
-        raise UserError(f"{place}: {value!r} in column {column!r} is not finite; leave it empty")
+        raise UserError(f"{location}: {value!r} in column {column!r} is not finite; leave it empty")
     return number
 
 
-def numbers_of(cells: Cells, column: str, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+def numbers_of(cells: Cells, column: str, location: str, num_residues: int) -> npt.NDArray[np.float64]:
     """A list of numbers, or its words, one per residue: ``[L]``."""
     value = cells[column]
     words = value.replace(",", " ").split() if isinstance(value, str) else value
     if not isinstance(words, list):
-        raise UserError(f"{place}: the labels in column {column!r} are {value!r}, not a list of numbers")
-    check_length(words, num_residues, column, place)
-    return np.array([number_of(word, column, place) for word in words], dtype=np.float64)
+        raise UserError(f"{location}: the labels in column {column!r} are {value!r}, not a list of numbers")
+    check_length(words, num_residues, column, location)
+    return np.array([number_of(word, column, location) for word in words], dtype=np.float64)
 
 
-def classes_of(cells: Cells, column: str, place: str, num_residues: int) -> Sequence[str]:
+def classes_of(cells: Cells, column: str, location: str, num_residues: int) -> Sequence[str]:
     """A character for each residue, or a word for each with blanks between."""
-    text: Sequence[str] = text_of(cells, column, place)
+    text: Sequence[str] = text_of(cells, column, location)
     if len(text) != num_residues and len(words := str(text).split()) == num_residues:
         text = words
-    check_length(text, num_residues, column, place)
+    check_length(text, num_residues, column, location)
     return text
 
 
-def mask_of(cells: Cells, column: str | None, place: str, num_residues: int) -> npt.NDArray[np.bool_]:
+def mask_of(cells: Cells, column: str | None, location: str, num_residues: int) -> npt.NDArray[np.bool_]:
     """Which residues count, ``[L]``: those with a 1; all of them without a column."""
     if column is None:
         return np.ones(num_residues, dtype=bool)
-    text = text_of(cells, column, place)
-    check_length(text, num_residues, column, place)
-    check_marks(text, f"column {column!r}", place)
+    text = text_of(cells, column, location)
+    check_length(text, num_residues, column, location)
+    check_marks(text, f"column {column!r}", location)
     return np.frombuffer(text.encode(), dtype=np.uint8) == ord("1")
 
 
-def check_marks(text: str, where: str, place: str) -> None:
+def check_marks(text: str, where: str, location: str) -> None:
     """Refuse a mask with other characters than 0 and 1. Args: where: in words."""
     if stray := set(text) - {"0", "1"}:
-        raise UserError(f"{place}: {min(stray)!r} in {where}; a mask is made of 0 and 1")
+        raise UserError(f"{location}: {min(stray)!r} in {where}; a mask is made of 0 and 1")
 
 
-def check_length(labels: Sized, num_residues: int, column: str, place: str) -> None:
+def check_length(labels: Sized, num_residues: int, column: str, location: str) -> None:
     """Refuse another number of labels than one per residue."""
     if len(labels) != num_residues:
         raise UserError(
-            f"{place}: {len(labels)} labels in column {column!r} for {num_residues} residues; "
+            f"{location}: {len(labels)} labels in column {column!r} for {num_residues} residues; "
             "give one for each"
         )

@@ -27,7 +27,7 @@ SEPARATION = 6
 Array = npt.NDArray[np.float64]
 
 
-def read_coordinates(value: object, column: str, place: str) -> Array:
+def read_coordinates(value: object, column: str, location: str) -> Array:
     """``[L, 3]`` of a cell: a list of three numbers for each residue, or its JSON text.
 
     A residue without coordinates is null, or has null or NaN among its numbers; all of its numbers are NaN.
@@ -39,10 +39,10 @@ def read_coordinates(value: object, column: str, place: str) -> Array:
         try:
             value = json.loads(value)
         except ValueError:
-            raise UserError(f"{place}: column {column!r} holds no JSON list of coordinates") from None
+            raise UserError(f"{location}: column {column!r} holds no JSON list of coordinates") from None
     if not isinstance(value, list):
         raise UserError(
-            f"{place}: the coordinates in column {column!r} are {value!r}, not a list of [x, y, z]"
+            f"{location}: the coordinates in column {column!r} are {value!r}, not a list of [x, y, z]"
         )
     rows = np.full((len(value), 3), math.nan)
     for number, row in enumerate(value):
@@ -50,7 +50,7 @@ def read_coordinates(value: object, column: str, place: str) -> Array:
             continue
         if not isinstance(row, list) or len(row) != 3 or not all(_is_coordinate(x) for x in row):
             raise UserError(
-                f"{place}: residue {number} in column {column!r} has {row!r}; give [x, y, z] in Angstrom, "
+                f"{location}: residue {number} in column {column!r} has {row!r}; give [x, y, z] in Angstrom, "
                 "or null"
             )
         if None not in row:

@@ -125,7 +125,7 @@ def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
 class _Row:
     """One protein of a table."""
 
-    place: str
+    location: str
     id: str
     tokens: npt.NDArray[np.uint8]
     label: Any
@@ -139,7 +139,7 @@ def read_labelled(
     key: str,
     loaded: TargetInfo | None = None,
 ) -> tuple[LabelledProteins, TargetInfo]:
-    """Read proteins with labels; long ones are refused, dropped or kept as `fit_length` says.
+    """Read proteins with labels; long ones are refused, dropped or kept as `apply_length_policy` says.
 
     Args:
         path: CSV, JSON lines, Parquet or FASTA, also compressed.
@@ -157,8 +157,8 @@ def read_labelled(
     reader = target_reader(task)
     notes: list[str] = []
     rows = [
-        _Row(place, name, tokens, reader.read(cells, place, len(tokens)))
-        for place, name, tokens, cells in labelled_rows(Path(path), task, data, key, notes)
+        _Row(location, name, tokens, reader.read(cells, location, len(tokens)))
+        for location, name, tokens, cells in labelled_rows(Path(path), task, data, key, notes)
     ]
     if not rows:
         raise UserError(f"{key}={path}: holds no proteins; give a table with some")
@@ -187,17 +187,17 @@ def proteins_of_pairs(
     columns = task.target_columns
     rows = []
     for number, (sequence, value) in enumerate(pairs):
-        place = f"{name}[{number}]"
+        location = f"{name}[{number}]"
         values = [value]
         if len(columns) > 1 and isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
             values = list(value)
         if len(values) != len(columns):
             raise UserError(
-                f"{place}: {len(values)} values for task.target_columns={columns}; give one for each"
+                f"{location}: {len(values)} values for task.target_columns={columns}; give one for each"
             )
-        tokens = vocabulary.encode_residues(residues_of(sequence, place, str(number)))
+        tokens = vocabulary.encode_residues(residues_of(sequence, location, str(number)))
         cells = dict(zip(columns, values, strict=True))
-        rows.append(_Row(place, str(number), tokens, reader.read(cells, place, len(tokens))))
+        rows.append(_Row(location, str(number), tokens, reader.read(cells, location, len(tokens))))
     if not rows:
         raise UserError(f"{name}: holds no proteins; give some")
     notes: list[str] = []
@@ -224,7 +224,7 @@ def _of_rows(
         [row.id for row in rows],
         np.concatenate([row.tokens for row in rows]),
         _offsets(len(row.tokens) for row in rows),
-        join_labels((reader.encode(row.label, info, row.place) for row in rows), info.per_residue),
+        join_labels((reader.encode(row.label, info, row.location) for row in rows), info.per_residue),
         info.per_residue,
         info.per_pair,
         notes,
@@ -258,7 +258,7 @@ def proteins_of_sequences(sequences: Sequence[str]) -> LabelledProteins:
     return LabelledProteins(Path("sequences"), ids, np.concatenate(tokens), _offsets(map(len, tokens)))
 
 
-def fit_length(proteins: LabelledProteins, data: DataConfig, key: str) -> LabelledProteins:
+def apply_length_policy(proteins: LabelledProteins, data: DataConfig, key: str) -> LabelledProteins:
     """Refuse, drop or keep (for cropping) proteins that are too long, as `data.too_long` says.
 
     Raises:

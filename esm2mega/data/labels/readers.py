@@ -45,7 +45,7 @@ class TargetReader(ABC):
         self.task = task
 
     @abstractmethod
-    def read(self, cells: Cells, place: str, num_residues: int) -> Any:
+    def read(self, cells: Cells, location: str, num_residues: int) -> Any:
         """The label of one row, not yet numbered; raises `UserError` with the place."""
 
     def learn(self, labels: Sequence[Any], loaded: TargetInfo | None = None) -> TargetInfo:
@@ -62,11 +62,11 @@ class TargetReader(ABC):
         info = self._learn(labels, loaded)
         if loaded is not None:
             info = replace(loaded, counts=info.counts, baseline=info.baseline)
-        wanted, found = self.task.num_classes, info.num_outputs
-        if wanted is not None and wanted != found:
-            place = "data.train" if loaded is None else "the loaded head"
+        configured, found = self.task.num_classes, info.num_outputs
+        if configured is not None and configured != found:
+            location = "data.train" if loaded is None else "the loaded head"
             raise UserError(
-                f"task.num_classes={wanted}, but {place} has {found} classes ({_shown(info.names)}); "
+                f"task.num_classes={configured}, but {location} has {found} classes ({_shown(info.names)}); "
                 "correct it, or set task.num_classes=null"
             )
         return info
@@ -76,7 +76,7 @@ class TargetReader(ABC):
         """The same, with the classes of `loaded` in their order."""
 
     @abstractmethod
-    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+    def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         """Numbers of one label: ``[k]`` or ``[]`` of a protein, ``[L, m]`` of its residues; of contacts
         coordinates, ``[L, 3]``.
         """
@@ -85,26 +85,26 @@ class TargetReader(ABC):
 class _Numbers(TargetReader):
     """Regression: one number for each target column, some of which may be missing."""
 
-    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+    def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         columns = self.task.target_columns
-        return np.array([number_of(cells[column], column, place) for column in columns])
+        return np.array([number_of(cells[column], column, location) for column in columns])
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
         values = np.stack(labels)
         return _scale_of(self.task, values, self.task.target_columns)
 
-    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+    def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         return np.asarray(label, dtype=np.float64)
 
 
 class _ResidueNumbers(TargetReader):
     """Token regression: a number for each residue in each target column, ``nan`` for none."""
 
-    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+    def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         columns = [
             np.where(
-                mask_of(cells, mask, place, num_residues),
-                numbers_of(cells, column, place, num_residues),
+                mask_of(cells, mask, location, num_residues),
+                numbers_of(cells, column, location, num_residues),
                 np.nan,
             )
             for column, mask in zip(self.task.target_columns, masks_of(self.task), strict=True)
@@ -114,35 +114,35 @@ class _ResidueNumbers(TargetReader):
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
         return _scale_of(self.task, np.concatenate(labels), self.task.target_columns)
 
-    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+    def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         return np.asarray(label, dtype=np.float64)
 
 
 class _Class(TargetReader):
     """Classification: one class name for a protein."""
 
-    def read(self, cells: Cells, place: str, num_residues: int) -> str:
+    def read(self, cells: Cells, location: str, num_residues: int) -> str:
         (column,) = self.task.target_columns
-        return text_of(cells, column, place)
+        return text_of(cells, column, location)
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
         (column,) = self.task.target_columns
         return _vocabulary(self.task, labels, _known(loaded), column)
 
-    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+    def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         (column,) = self.task.target_columns
-        return np.array(_number_in(label, info.names, column, place), dtype=np.int64)
+        return np.array(_number_in(label, info.names, column, location), dtype=np.int64)
 
 
 class _ResidueClasses(TargetReader):
     """Token classification: a class for each residue in each target column, with classes of its own."""
 
-    def read(self, cells: Cells, place: str, num_residues: int) -> list[list[str | None]]:
+    def read(self, cells: Cells, location: str, num_residues: int) -> list[list[str | None]]:
         """The names of each column, None under a 0 of its mask."""
         found = []
         for column, mask in zip(self.task.target_columns, masks_of(self.task), strict=True):
-            names = classes_of(cells, column, place, num_residues)
-            counts = mask_of(cells, mask, place, num_residues).tolist()
+            names = classes_of(cells, column, location, num_residues)
+            counts = mask_of(cells, mask, location, num_residues).tolist()
             found.append([name if there else None for name, there in zip(names, counts, strict=True)])
         return found
 
@@ -163,11 +163,13 @@ class _ResidueClasses(TargetReader):
             widths=[len(part.names) for part in parts],
         )
 
-    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+    def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         encoded = []
         for column, target, names in zip(self.task.target_columns, info.targets, label, strict=True):
             numbers: dict[str | None, int] = {
-                name: _number_in(name, target.names, column, place) for name in set(names) if name is not None
+                name: _number_in(name, target.names, column, location)
+                for name in set(names)
+                if name is not None
             }
             numbers[None] = IGNORED
             encoded.append(np.array([numbers[name] for name in names], dtype=np.int64))
@@ -177,13 +179,13 @@ class _ResidueClasses(TargetReader):
 class _NamedLabels(TargetReader):
     """Multilabel: names with ``;`` between; an empty cell is no label at all, which is a label too."""
 
-    def read(self, cells: Cells, place: str, num_residues: int) -> list[str]:
+    def read(self, cells: Cells, location: str, num_residues: int) -> list[str]:
         (column,) = self.task.target_columns
         value = cells[column]
         if value is None:
             return []
         if not isinstance(value, str):
-            raise UserError(f"{place}: the labels {value!r} in column {column!r} are no text")
+            raise UserError(f"{location}: the labels {value!r} in column {column!r} are no text")
         return [name.strip() for name in value.split(";") if name.strip()]
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
@@ -191,22 +193,22 @@ class _NamedLabels(TargetReader):
         (column,) = self.task.target_columns
         return _vocabulary(self.task, there, _known(loaded), column, total=len(labels))
 
-    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+    def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         encoded = np.zeros(len(info.names))
         (column,) = self.task.target_columns
-        encoded[[_number_in(name, info.names, column, place) for name in label]] = 1.0
+        encoded[[_number_in(name, info.names, column, location) for name in label]] = 1.0
         return encoded
 
 
 class _FlagColumns(TargetReader):
     """Multilabel: a column of 0 and 1 for each label, some of which may be missing."""
 
-    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+    def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         columns = self.task.target_columns
-        flags = np.array([number_of(cells[column], column, place) for column in columns])
+        flags = np.array([number_of(cells[column], column, location) for column in columns])
         for column, flag in zip(columns, flags.tolist(), strict=True):
             if flag not in (0.0, 1.0) and not math.isnan(flag):
-                raise UserError(f"{place}: {cells[column]!r} in column {column!r}; a label is 0 or 1")
+                raise UserError(f"{location}: {cells[column]!r} in column {column!r}; a label is 0 or 1")
         return flags
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
@@ -220,19 +222,19 @@ class _FlagColumns(TargetReader):
             baseline=(counts / there).tolist(),
         )
 
-    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+    def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         return np.asarray(label, dtype=np.float64)
 
 
 class _Contacts(TargetReader):
     """Contacts: coordinates of each residue, NaN where there are none or where the mask hides them."""
 
-    def read(self, cells: Cells, place: str, num_residues: int) -> npt.NDArray[np.float64]:
+    def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         (column,) = self.task.target_columns
-        coordinates = read_coordinates(cells[column], column, place)
-        check_length(coordinates, num_residues, column, place)
+        coordinates = read_coordinates(cells[column], column, location)
+        check_length(coordinates, num_residues, column, location)
         (mask,) = masks_of(self.task)
-        return np.where(mask_of(cells, mask, place, num_residues)[:, None], coordinates, np.nan)
+        return np.where(mask_of(cells, mask, location, num_residues)[:, None], coordinates, np.nan)
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
         longest = max(len(coordinates) for coordinates in labels)
@@ -251,7 +253,7 @@ class _Contacts(TargetReader):
         frequencies = counts[0] / np.maximum(counts.sum(axis=0), 1)
         return TargetInfo(_kind_of(self.task), ["contact"], [contacts], baseline=frequencies.tolist())
 
-    def encode(self, label: Any, info: TargetInfo, place: str) -> npt.NDArray[Any]:
+    def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         return np.asarray(label, dtype=np.float64)
 
 
@@ -337,12 +339,12 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
-def _number_in(name: str, names: Sequence[str], column: str, place: str) -> int:
+def _number_in(name: str, names: Sequence[str], column: str, location: str) -> int:
     """The number of a class among those that are known."""
     try:
         return names.index(name)
     except ValueError:
         raise UserError(
-            f"{place}: the class {name!r} in column {column!r} is none of those of the training data, or of "
-            f"the head that was loaded: {_shown(names)}; correct the label, or remove the row"
+            f"{location}: the class {name!r} in column {column!r} is none of those of the training data, "
+            f"or of the head that was loaded: {_shown(names)}; correct the label, or remove the row"
         ) from None

@@ -64,26 +64,26 @@ def labelled_rows(
         yield from rows
         return
     masks = ResidueStrings(Path(task.mask_file), "marks")
-    for place, name, tokens, cells in rows:
-        yield place, name, tokens, {**cells, MASK_FILE: masks.of(name, len(tokens), place)}
+    for location, name, tokens, cells in rows:
+        yield location, name, tokens, {**cells, MASK_FILE: masks.of(name, len(tokens), location)}
 
 
 def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str) -> Iterator[Row]:
     """Proteins of a file that has their labels too."""
-    wanted = _wanted(task)
+    required = _required_columns(task)
     source = open_source(path, _options(data))
     if isinstance(source, FastaReader):
-        return _header_rows(source, wanted)
+        return _header_rows(source, required)
     if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
         raise UserError(
             f"{key}={path}: labels are read from CSV, JSON lines, Parquet and FASTA; give such a file, or "
             "labels in task.label_file"
         )
-    require_columns(f"{key}={path}", source.columns, wanted, _CORRECT)
+    require_columns(f"{key}={path}", source.columns, required, _CORRECT)
     return _table_rows(source, data)
 
 
-def _wanted(task: TaskConfig) -> list[str]:
+def _required_columns(task: TaskConfig) -> list[str]:
     """Columns of labels, and of masks that are in the table."""
     masks = [mask for mask in masks_of(task) if mask not in (None, MASK_FILE)]
     return [*task.target_columns, *dict.fromkeys(masks)]
@@ -99,28 +99,28 @@ def _table_rows(source: CsvReader | JsonLinesReader | ParquetReader, data: DataC
     for block in source.blocks():
         for line, cells in source.rows(block):
             name = line if id_column is None else cells[id_column]
-            place = source.place(line)
+            location = source.location(line)
             if data.sequence_column == INPUT_IDS:
-                yield place, str(name), _tokens_of_ids(cells, place), cells
+                yield location, str(name), _tokens_of_ids(cells, location), cells
                 continue
             record = table_record(source, options, line, name, cells[data.sequence_column])
-            yield place, record.id, vocabulary.encode_residues(record.residues), cells
+            yield location, record.id, vocabulary.encode_residues(record.residues), cells
 
 
-def _header_rows(source: FastaReader, wanted: Sequence[str]) -> Iterator[Row]:
+def _header_rows(source: FastaReader, required: Sequence[str]) -> Iterator[Row]:
     for block in source.blocks():
         for entry in source.entries(block):
-            place = source.place(entry.line)
-            marks = attributes(entry, place)
-            for column in wanted:
+            location = source.location(entry.line)
+            marks = attributes(entry, location)
+            for column in required:
                 if column not in marks:
                     raise UserError(
-                        f"{place}: the header of {entry.id!r} has no {column}=VALUE; add it, correct "
+                        f"{location}: the header of {entry.id!r} has no {column}=VALUE; add it, correct "
                         "task.target_columns, or give labels in task.label_file"
                     )
-            check_blanks(entry, wanted, place)
-            cells = {column: marks[column] for column in wanted}
-            yield place, entry.id, vocabulary.encode_residues(entry.text.encode()), cells
+            check_blanks(entry, required, location)
+            cells = {column: marks[column] for column in required}
+            yield location, entry.id, vocabulary.encode_residues(entry.text.encode()), cells
 
 
 class ResidueStrings:
@@ -134,17 +134,17 @@ class ResidueStrings:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def of(self, name: str, num_residues: int, place: str) -> str:
-        """The text of a protein, which stands at `place` in another file."""
+    def of(self, name: str, num_residues: int, location: str) -> str:
+        """The text of a protein, which stands at `location` in another file."""
         entry = self.entries.get(name)
         if entry is None:
             raise UserError(
-                f"{place}: no {self._what} of {name!r} in {self.reader.path}; complete that file, or remove "
-                "the protein"
+                f"{location}: no {self._what} of {name!r} in {self.reader.path}; complete that file, or "
+                "remove the protein"
             )
         if len(entry.text) != num_residues:
             raise UserError(
-                f"{self.reader.place(entry.line)}: {len(entry.text)} {self._what} of {name!r}, which has "
+                f"{self.reader.location(entry.line)}: {len(entry.text)} {self._what} of {name!r}, which has "
                 f"{num_residues} residues; give one for each"
             )
         return entry.text
@@ -155,13 +155,13 @@ def _sequences(path: Path, data: DataConfig) -> Iterator[tuple[str, Record]]:
     source = open_source(path, _options(data))
     lines: dict[str, int] = {}
     for record in source:
-        place = source.place(record.line)
+        location = source.location(record.line)
         if (first := lines.setdefault(record.id, record.line)) != record.line:
             raise UserError(
-                f"{place}: the id {record.id!r} is that of line {first} already; with task.label_file ids "
+                f"{location}: the id {record.id!r} is that of line {first} already; with task.label_file ids "
                 "must differ"
             )
-        yield place, record
+        yield location, record
 
 
 def _with_labels(
@@ -184,17 +184,17 @@ def _with_labels(
         (column,) = task.target_columns
         entries = ResidueStrings(path, "labels")
         total = len(entries)
-        for place, record in records:
+        for location, record in records:
             tokens = vocabulary.encode_residues(record.residues)
             used += 1
-            yield place, record.id, tokens, {column: entries.of(record.id, len(tokens), place)}
+            yield location, record.id, tokens, {column: entries.of(record.id, len(tokens), location)}
     else:
         table = _label_table(source, path, task, data)
         total = len(table)
-        for place, record in records:
+        for location, record in records:
             if record.id not in table:
                 raise UserError(
-                    f"{place}: no labels of {record.id!r} in {path}; complete that table, or remove "
+                    f"{location}: no labels of {record.id!r} in {path}; complete that table, or remove "
                     "the protein"
                 )
             label_place, cells = table[record.id]
@@ -216,43 +216,43 @@ def _label_table(
     """Place and cells by id."""
     if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
         raise UserError(f"task.label_file={path}: give CSV, JSON lines, Parquet or FASTA")
-    wanted = _wanted(task)
-    require_columns(f"task.label_file={path}", source.columns, wanted, _CORRECT)
+    required = _required_columns(task)
+    require_columns(f"task.label_file={path}", source.columns, required, _CORRECT)
     table: dict[str, tuple[str, Cells]] = {}
     for block in source.blocks():
         for line, cells in source.rows(block):
-            place, name = source.place(line), str(cells[data.id_column or "id"]).strip()
+            location, name = source.location(line), str(cells[data.id_column or "id"]).strip()
             if name in table:
                 raise UserError(
-                    f"{place}: the id {name!r} is at {table[name][0]} already; remove one of them"
+                    f"{location}: the id {name!r} is at {table[name][0]} already; remove one of them"
                 )
-            table[name] = place, cells
+            table[name] = location, cells
     return table
 
 
-def _tokens_of_ids(cells: Mapping[str, object], place: str) -> npt.NDArray[np.uint8]:
+def _tokens_of_ids(cells: Mapping[str, object], location: str) -> npt.NDArray[np.uint8]:
     """Residues of a row of ``input_ids``: those under ``attention_mask``, without `<cls>` and `<eos>`.
 
     Whatever id pads the row, the mask decides.
     """
-    ids = _integers(cells[INPUT_IDS], INPUT_IDS, place)
+    ids = _integers(cells[INPUT_IDS], INPUT_IDS, location)
     mask = np.ones_like(ids)
     if ATTENTION_MASK in cells:
-        mask = _integers(cells[ATTENTION_MASK], ATTENTION_MASK, place)
+        mask = _integers(cells[ATTENTION_MASK], ATTENTION_MASK, location)
     if len(mask) != len(ids):
-        raise UserError(f"{place}: {len(mask)} numbers in {ATTENTION_MASK} for {len(ids)} in {INPUT_IDS}")
+        raise UserError(f"{location}: {len(mask)} numbers in {ATTENTION_MASK} for {len(ids)} in {INPUT_IDS}")
     ids = ids[mask != 0]
     if len(ids) < 3 or ids[0] != vocabulary.CLS or ids[-1] != vocabulary.EOS:
         raise UserError(
-            f"{place}: {INPUT_IDS} must be <cls> ({vocabulary.CLS}), residues, <eos> ({vocabulary.EOS}) "
+            f"{location}: {INPUT_IDS} must be <cls> ({vocabulary.CLS}), residues, <eos> ({vocabulary.EOS}) "
             f"under {ATTENTION_MASK}; tokenise again with the ESM-2 vocabulary and without truncation"
         )
     if ids.min() < 0 or ids.max() >= len(vocabulary.VOCAB):
-        raise UserError(f"{place}: {INPUT_IDS} must lie in 0 to {len(vocabulary.VOCAB) - 1}")
+        raise UserError(f"{location}: {INPUT_IDS} must lie in 0 to {len(vocabulary.VOCAB) - 1}")
     return ids[1:-1].astype(np.uint8)
 
 
-def _integers(value: object, column: str, place: str) -> npt.NDArray[np.int64]:
+def _integers(value: object, column: str, location: str) -> npt.NDArray[np.int64]:
     """A list of whole numbers, or its text."""
     if isinstance(value, str):
         text = value.strip()
@@ -262,5 +262,5 @@ def _integers(value: object, column: str, place: str) -> npt.NDArray[np.int64]:
         except ValueError:
             value = None
     if not isinstance(value, list) or not all(type(number) is int for number in value):
-        raise UserError(f"{place}: column {column!r} must hold a list of whole numbers")
+        raise UserError(f"{location}: column {column!r} must hold a list of whole numbers")
     return np.array(value, dtype=np.int64)

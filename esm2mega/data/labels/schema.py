@@ -103,35 +103,36 @@ class TargetInfo:
         return TargetInfo(**state)
 
 
-def with_columns(info: TargetInfo, task: TaskConfig, place: str) -> TargetInfo:
+def with_columns(info: TargetInfo, task: TaskConfig, location: str) -> TargetInfo:
     """The same with the columns of another table: they name numbers, flags, and the targets of residues, and
     their order is that of the outputs. Another name for one is said on rank 0.
 
     Args:
         info: Of a head that was trained.
         task: With the columns.
-        place: Where that head is, for messages.
+        location: Where that head is, for messages.
 
     Raises:
         UserError: Another number of columns than it has, or another order.
     """
-    wanted = task.target_columns
-    flags = info.kind == "multilabel" and len(wanted) > 1
+    requested = task.target_columns
+    flags = info.kind == "multilabel" and len(requested) > 1
     columns = info.names if info.kind in NUMERIC_KINDS or flags else info.columns
-    if len(wanted) != max(len(columns), 1):
+    if len(requested) != max(len(columns), 1):
         what = "targets" if info.columns else "outputs"
         has = f"{len(columns)} {what}, {', '.join(columns)}; name a column for each"
         raise UserError(
-            f"task.target_columns={wanted}: the loaded head has {has if columns else 'one column; name that'}"
+            f"task.target_columns={requested}: the loaded head has "
+            f"{has if columns else 'one column; name that'}"
         )
-    if not columns or columns == wanted:
+    if not columns or columns == requested:
         return info
-    if set(columns) & set(wanted) - {a for a, b in zip(columns, wanted, strict=True) if a == b}:
+    if set(columns) & set(requested) - {a for a, b in zip(columns, requested, strict=True) if a == b}:
         raise UserError(
-            f"task.target_columns={wanted}: the outputs of the loaded head have another order; set "
+            f"task.target_columns={requested}: the outputs of the loaded head have another order; set "
             f"task.target_columns=[{','.join(columns)}]"
         )
     if os.environ.get("RANK", "0") == "0":
-        pairs = ", ".join(f"{a} for {b}" for a, b in zip(columns, wanted, strict=True) if a != b)
-        print(f"{place}: outputs of the loaded head: {pairs}", file=sys.stderr)
-    return replace(info, columns=list(wanted)) if info.columns else replace(info, names=list(wanted))
+        pairs = ", ".join(f"{a} for {b}" for a, b in zip(columns, requested, strict=True) if a != b)
+        print(f"{location}: outputs of the loaded head: {pairs}", file=sys.stderr)
+    return replace(info, columns=list(requested)) if info.columns else replace(info, names=list(requested))

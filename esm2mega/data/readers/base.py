@@ -120,7 +120,7 @@ class RecordSource(ABC):
                 self.num_records += 1
                 yield record
 
-    def place(self, line: int) -> str:
+    def location(self, line: int) -> str:
         """Where a record stands, for messages."""
         return f"{self.path}{self.unit}{line}"
 
@@ -187,7 +187,7 @@ def file_sha256(path: Path) -> str:
 def check_id(source: RecordSource, line: int, name: str) -> str:
     """The id, if it can be shown and written."""
     if not name.isprintable():
-        raise UserError(f"{source.place(line)}: the id {name[:60]!r} holds unprintable characters")
+        raise UserError(f"{source.location(line)}: the id {name[:60]!r} holds unprintable characters")
     return name
 
 
@@ -207,8 +207,8 @@ def table_record(
         name = str(name)
     if not isinstance(name, str) or not name.strip():
         raise UserError(
-            f"{source.place(line)}: the id {name!r} is {_kind(name)}; give every row an id, or name another "
-            "column with --id-column"
+            f"{source.location(line)}: the id {name!r} is {_kind(name)}; give every row an id, or name "
+            "another column with --id-column"
         )
     name = check_id(source, line, name.strip())
     if sequence is None or (isinstance(sequence, str) and sequence.strip() in MISSING_VALUES | {""}):
@@ -216,24 +216,24 @@ def table_record(
             return Record(name, b"", line)
         shown = "is empty" if not sequence else f"{sequence!r} is a missing value"
         raise UserError(
-            f"{source.place(line)}: the sequence of {name!r} {shown}; complete or remove the row, or leave "
-            "such rows out with `esm2mega prepare fasta --drop-empty`"
+            f"{source.location(line)}: the sequence of {name!r} {shown}; complete or remove the row, or "
+            "leave such rows out with `esm2mega prepare fasta --drop-empty`"
         )
     if not isinstance(sequence, str):
         raise UserError(
-            f"{source.place(line)}: {options.sequence_column!r} of {name!r} is {_kind(sequence)}, "
+            f"{source.location(line)}: {options.sequence_column!r} of {name!r} is {_kind(sequence)}, "
             "not a sequence; name the column of sequences with --sequence-column"
         )
-    return Record(name, residues_of(sequence, source.place(line), name), line)
+    return Record(name, residues_of(sequence, source.location(line), name), line)
 
 
-def residues_of(sequence: str, place: str, name: str) -> bytes:
+def residues_of(sequence: str, location: str, name: str) -> bytes:
     """The residues of a cell, without white space; raises UserError at a character that is none."""
     residues = sequence.encode("utf-8", "surrogatepass").translate(None, WHITE_SPACE)
     if stray := residues.translate(None, RESIDUE_BYTES):
         shown = stray[:4].decode("utf-8", errors="replace")[0]
         raise UserError(
-            f"{place}: {shown!r} in the sequence of {name!r} is no residue (letters and '*-.' are)"
+            f"{location}: {shown!r} in the sequence of {name!r} is no residue (letters and '*-.' are)"
         )
     return residues
 
@@ -264,23 +264,23 @@ def _require(path: Path, available: Sequence[str], name: str, option: str, what:
 
 
 def require_columns(
-    place: str, available: Sequence[str], wanted: Iterable[str], cure: str, what: str = "column"
+    location: str, available: Sequence[str], required: Iterable[str], cure: str, what: str = "column"
 ) -> None:
     """Refuse a table in which a column is missing or there twice.
 
     Args:
-        place: The table, for messages.
+        location: The table, for messages.
         available: Its columns.
-        wanted: Those that must be there.
+        required: Those that must be there.
         cure: What to do if one is not.
         what: How the format calls a column.
     """
-    for name in wanted:
+    for name in required:
         if (count := available.count(name)) > 1:
-            raise UserError(f"{place}: has {count} {what}s {name!r}; rename all but one")
+            raise UserError(f"{location}: has {count} {what}s {name!r}; rename all but one")
         if not count:
             shown = ", ".join(available[:12]) + (", …" if len(available) > 12 else "")
-            raise UserError(f"{place}: no {what} {name!r} among {shown}; {cure}")
+            raise UserError(f"{location}: no {what} {name!r} among {shown}; {cure}")
 
 
 def _kind(value: object) -> str:

@@ -30,7 +30,7 @@ _HEAD_BYTES = 1 << 20
 _LABEL_BYTES = bytes(range(33, 127))
 
 
-class Entry(NamedTuple):
+class FastaEntry(NamedTuple):
     """A record with its whole header: the words behind the id, and the text under it."""
 
     id: str
@@ -69,7 +69,7 @@ class FastaReader(TextSource):
         for name, _, residues, line in self._parsed(block):
             yield Record(name, residues, line)
 
-    def entries(self, block: Block, labels: bool = False) -> Iterator[Entry]:
+    def entries(self, block: Block, labels: bool = False) -> Iterator[FastaEntry]:
         """The records of a block with their headers.
 
         Args:
@@ -77,7 +77,7 @@ class FastaReader(TextSource):
             labels: there are labels in the place of residues.
         """
         for name, header, body, line in self._parsed(block, labels):
-            yield Entry(name, header.decode("utf-8", "replace").split()[1:], body.decode(), line)
+            yield FastaEntry(name, header.decode("utf-8", "replace").split()[1:], body.decode(), line)
 
     def _parsed(self, block: Block, labels: bool = False) -> Iterator[tuple[str, bytes, bytes, int]]:
         """Id, header, body and line of each record."""
@@ -87,18 +87,19 @@ class FastaReader(TextSource):
             # The parser strips the end of the title; what is left would hide residues in a header.
             if "\r" in title:
                 raise UserError(
-                    f"{self.place(line)}: a carriage return without a line feed in a header; convert the "
+                    f"{self.location(line)}: a carriage return without a line feed in a header; convert the "
                     "line ends, for example with `tr '\\r' '\\n'`"
                 )
             header = title.encode("ascii", "surrogateescape")
             name = self._parse_id(header, line)
             if lines.stray:
-                place, shown = lines.stray
-                raise UserError(f"{self.place(place)}: {shown!r} in the {of} of {name!r} is no {what}")
+                location, shown = lines.stray
+                raise UserError(f"{self.location(location)}: {shown!r} in the {of} of {name!r} is no {what}")
             body = text.encode().translate(None, WHITE_SPACE)
             if not body:
                 raise UserError(
-                    f"{self.place(line)}: no {of} under the header of {name!r}; remove or complete the record"
+                    f"{self.location(line)}: no {of} under the header of {name!r}; remove or complete the "
+                    "record"
                 )
             yield name, header, body, line
             line = lines.number
@@ -116,7 +117,7 @@ class FastaReader(TextSource):
             raise UserError(f"{self.path}: is a binary file, not FASTA text")
         shown = start[:30].removesuffix(b"\n").decode("utf-8", errors="replace")
         raise UserError(
-            f"{self.place(line)}: not FASTA: a record must start with '>' but this line starts {shown!r}"
+            f"{self.location(line)}: not FASTA: a record must start with '>' but this line starts {shown!r}"
         )
 
     def _last_cut(self, text: bytes) -> int:
@@ -125,17 +126,17 @@ class FastaReader(TextSource):
     def _parse_id(self, header: bytes, line: int) -> str:
         words = header.split(None, 1)
         if not words or header[:1].isspace():
-            raise UserError(f"{self.place(line)}: the header has no id; write it right behind the '>'")
+            raise UserError(f"{self.location(line)}: the header has no id; write it right behind the '>'")
         try:
             name = words[0].decode("utf-8")
         except UnicodeDecodeError:
             raise UserError(
-                f"{self.place(line)}: the id {words[0][:60]!r} is not UTF-8; convert the file"
+                f"{self.location(line)}: the id {words[0][:60]!r} is not UTF-8; convert the file"
             ) from None
         return check_id(self, line, name)
 
 
-def read_entries(path: str | Path, labels: bool = False) -> tuple[dict[str, Entry], FastaReader]:
+def read_entries(path: str | Path, labels: bool = False) -> tuple[dict[str, FastaEntry], FastaReader]:
     """All records of a file by id, and its reader, which knows places and the checksum.
 
     Args:
@@ -146,18 +147,18 @@ def read_entries(path: str | Path, labels: bool = False) -> tuple[dict[str, Entr
         UserError: Not such a file, or an id occurs twice.
     """
     reader = FastaReader(path)
-    found: dict[str, Entry] = {}
+    found: dict[str, FastaEntry] = {}
     for block in reader.blocks():
         for entry in reader.entries(block, labels):
             if (first := found.setdefault(entry.id, entry)) is not entry:
                 raise UserError(
-                    f"{reader.place(entry.line)}: the id {entry.id!r} is that of line {first.line} already; "
-                    "remove one of them"
+                    f"{reader.location(entry.line)}: the id {entry.id!r} is that of line {first.line} "
+                    "already; remove one of them"
                 )
     return found, reader
 
 
-def attributes(entry: Entry, place: str) -> dict[str, str]:
+def attributes(entry: FastaEntry, location: str) -> dict[str, str]:
     """``KEY=VALUE`` words of a header; a value is everything up to the next white space.
 
     Raises:
@@ -167,13 +168,13 @@ def attributes(entry: Entry, place: str) -> dict[str, str]:
     for word in entry.words:
         key, equals, value = word.partition("=")
         if equals and key in found:
-            raise UserError(f"{place}: the header of {entry.id!r} has {key} twice; remove one of them")
+            raise UserError(f"{location}: the header of {entry.id!r} has {key} twice; remove one of them")
         if equals:
             found[key] = value
     return found
 
 
-def check_blanks(entry: Entry, keys: Container[str], place: str) -> None:
+def check_blanks(entry: FastaEntry, keys: Container[str], location: str) -> None:
     """Refuse a value with blanks under one of `keys`, of which `attributes` gives the first word alone.
 
     Raises:
@@ -182,6 +183,6 @@ def check_blanks(entry: Entry, keys: Container[str], place: str) -> None:
     for word, after in pairwise(entry.words):
         if word.partition("=")[0] in keys and "=" not in after:
             raise UserError(
-                f"{place}: {after!r} behind {word!r} in the header of {entry.id!r}: a value ends at white "
+                f"{location}: {after!r} behind {word!r} in the header of {entry.id!r}: a value ends at white "
                 "space; write _ for blanks"
             )

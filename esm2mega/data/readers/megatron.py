@@ -79,7 +79,7 @@ class MegatronReader(RowSource):
             start, rest = divmod(first, self._dtype.itemsize)
             if rest or length < 0 or not 0 <= start <= len(tokens) - length:
                 raise UserError(
-                    f"{self.place(number)}: lies outside of {self._bin.name}; the two files do not belong "
+                    f"{self.location(number)}: lies outside of {self._bin.name}; the two files do not belong "
                     "together, or one is damaged"
                 )
             yield Record(str(number), self._residues(tokens[start : start + length], letters, number), number)
@@ -89,19 +89,19 @@ class MegatronReader(RowSource):
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(VOCAB):
             wrong = tokens[(tokens < 0) | (tokens >= len(VOCAB))][0]
             raise UserError(
-                f"{self.place(number)}: has the token id {wrong}; ids of ProteinLM's vocabulary are 0 to "
+                f"{self.location(number)}: has the token id {wrong}; ids of ProteinLM's vocabulary are 0 to "
                 f"{len(VOCAB) - 1}: data sets of other vocabularies are not read, so give FASTA instead"
             )
         inside = np.flatnonzero(~np.isin(tokens, _EDGES))
         if not len(inside):
-            raise UserError(f"{self.place(number)}: has no residues; make the data set again without it")
+            raise UserError(f"{self.location(number)}: has no residues; make the data set again without it")
         tokens = tokens[inside[0] : inside[-1] + 1]
         residues = letters[tokens]
         if not residues.all():
             token = VOCAB[tokens[residues == 0][0]]
             raise UserError(
-                f"{self.place(number)}: has {token} between its residues; make the data set again with one "
-                "protein per sequence and without masks"
+                f"{self.location(number)}: has {token} between its residues; make the data set again with "
+                "one protein per sequence and without masks"
             )
         return residues.tobytes()
 

@@ -34,7 +34,7 @@ class RowFile:
         if not self.path.is_file():
             raise UserError(f"{path}: no such {self.kind} file")
 
-    def place(self, line: int) -> str:
+    def location(self, line: int) -> str:
         """Where a row stands, for messages."""
         return f"{self.path}: row {line}"
 
@@ -49,7 +49,7 @@ class RowFile:
     def text(self, value: object, line: int, column: str) -> str:
         """The value of a column, if it is a text."""
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{self.place(line)}: {column} is {value!r}, not a text; every row needs one")
+            raise UserError(f"{self.location(line)}: {column} is {value!r}, not a text; every row needs one")
         return value
 
 
@@ -117,10 +117,10 @@ class ProteinDatabase(RowFile):
 
 def protein(source: RowFile, line: int, name: str, sequence: object) -> Record:
     """A protein of a row; raises UserError when `sequence` is none."""
-    residues = residues_of(sequence, source.place(line), name) if isinstance(sequence, str) else b""
+    residues = residues_of(sequence, source.location(line), name) if isinstance(sequence, str) else b""
     if not residues:
         raise UserError(
-            f"{source.place(line)}: the sequence of {name!r} is {sequence!r}, not residues; "
+            f"{source.location(line)}: the sequence of {name!r} is {sequence!r}, not residues; "
             "complete or remove the row"
         )
     return Record(name, residues, line)

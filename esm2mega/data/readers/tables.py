@@ -86,13 +86,13 @@ class CsvReader(_TableSource):
                     continue
                 if len(row) != len(self.columns):
                     raise UserError(
-                        f"{self.place(line)}: has {len(row)} fields, the header has {len(self.columns)}; "
+                        f"{self.location(line)}: has {len(row)} fields, the header has {len(self.columns)}; "
                         "put double quotes around a field that holds the delimiter"
                     )
                 yield line, dict(zip(self.columns, row, strict=True))
         except csv.Error as error:
             raise UserError(
-                f"{self.place(block.line + before)}: not CSV ({error}); correct the row"
+                f"{self.location(block.line + before)}: not CSV ({error}); correct the row"
             ) from None
 
     def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
@@ -150,8 +150,8 @@ class JsonLinesReader(_TableSource):
             if self._sequence not in row or (self._id is not None and self._id not in row):
                 missing = self._id if self._sequence in row else self._sequence
                 raise UserError(
-                    f"{self.place(line)}: no key {missing!r}, which the first object has; add it, or remove "
-                    "the line"
+                    f"{self.location(line)}: no key {missing!r}, which the first object has; add it, or "
+                    "remove the line"
                 )
             yield line, row
 
@@ -162,10 +162,10 @@ class JsonLinesReader(_TableSource):
             cure = "write one object per line"
             if text.lstrip().startswith(b"["):
                 cure = "turn the array into one object per line, e.g. with `jq -c '.[]'`"
-            raise UserError(f"{self.place(line)}: not JSON ({error}); {cure}") from None
+            raise UserError(f"{self.location(line)}: not JSON ({error}); {cure}") from None
         if not isinstance(row, dict):
             cure = " (turn an array into lines, e.g. with `jq -c '.[]'`)" if isinstance(row, list) else ""
-            raise UserError(f"{self.place(line)}: not a JSON object; write one object per line{cure}")
+            raise UserError(f"{self.location(line)}: not a JSON object; write one object per line{cure}")
         return row
 
     def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:

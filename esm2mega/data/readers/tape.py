@@ -115,7 +115,7 @@ class TapeReader(RowSource):
         for block in self.blocks():
             for record, row in self._rows(block):
                 sequence = record.residues.decode()
-                yield self.place(record.line), record.id, {**row, _SEQUENCE: sequence}
+                yield self.location(record.line), record.id, {**row, _SEQUENCE: sequence}
 
     def _rows(self, block: Block) -> Iterator[tuple[Record, Mapping[str, Any]]]:
         options = SourceOptions(sequence_column=_SEQUENCE)
@@ -124,7 +124,7 @@ class TapeReader(RowSource):
                 row = self._load(transaction, str(number).encode())
                 if not isinstance(row, Mapping) or _SEQUENCE not in row:
                     raise UserError(
-                        f"{self.place(number)}: is no dict with the key {_SEQUENCE!r}; is this TAPE?"
+                        f"{self.location(number)}: is no dict with the key {_SEQUENCE!r}; is this TAPE?"
                     )
                 # Places are keys, which count from 0.
                 name, sequence = _text(row.get(_ID, number)), _text(row[_SEQUENCE])

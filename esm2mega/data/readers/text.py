@@ -92,7 +92,9 @@ class TextSource(RecordSource):
             return block.text.decode("utf-8")
         except UnicodeDecodeError as error:
             line = block.line + block.text.count(b"\n", 0, error.start)
-            raise UserError(f"{self.place(line)}: is not UTF-8; convert the file, e.g. with iconv") from None
+            raise UserError(
+                f"{self.location(line)}: is not UTF-8; convert the file, e.g. with iconv"
+            ) from None
 
     @abstractmethod
     def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:

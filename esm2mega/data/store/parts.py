@@ -213,7 +213,7 @@ class _Kept:
                 continue
             if not record.residues.strip(vocabulary.UNKNOWN_BYTES):
                 raise UserError(
-                    f"{self._source.place(record.line)}: the sequence of {record.id!r} has only unknown "
+                    f"{self._source.location(record.line)}: the sequence of {record.id!r} has only unknown "
                     f"residues ({record.residues[:10].decode()!r}); correct or remove the record"
                 )
             yield record

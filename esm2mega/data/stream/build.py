@@ -21,7 +21,7 @@ from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.masking import mask_tokens
-from esm2mega.data.stream.packing import EMPTY_WINDOW, Pack, PackCursor, PackPlan, PackShape, Window
+from esm2mega.data.stream.packing import EMPTY_WINDOW, Pack, PackCursor, PackPlan, PackShape, PackWindow
 from esm2mega.data.stream.samples import Pieces, Proteins, TrainSamples
 
 
@@ -74,7 +74,7 @@ class BatchArrays:
 _COUNTED_SAMPLES = 16384
 
 # A pack without pieces: padding only, for ranks that have nothing left to do.
-PADDING = Pack(Window(EMPTY_WINDOW.pieces, EMPTY_WINDOW.offsets, [0, 0], [0]), 0)
+PADDING = Pack(PackWindow(EMPTY_WINDOW.pieces, EMPTY_WINDOW.offsets, [0, 0], [0]), 0)
 
 
 def build_arrays(stores: Sequence[Proteins], spec: BatchSpec, pack: Pack) -> BatchArrays:

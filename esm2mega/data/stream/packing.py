@@ -150,7 +150,7 @@ _PLANNERS: dict[str, Callable[[npt.ArrayLike, int], Integers]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Window:
+class PackWindow:
     """The packs of one window, in their order.
 
     Attributes:
@@ -170,7 +170,7 @@ class Window:
         return len(self.num_tokens)
 
     @classmethod
-    def of(cls, pieces: Pieces, pack_of: Integers, padded: bool) -> Window:
+    def of(cls, pieces: Pieces, pack_of: Integers, padded: bool) -> PackWindow:
         """Sorts pieces by pack, [n], and lays them out.
 
         Args:
@@ -191,14 +191,14 @@ class Window:
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
-EMPTY_WINDOW = Window(Pieces(*[_NOTHING] * 5), _NOTHING, [0], [])
+EMPTY_WINDOW = PackWindow(Pieces(*[_NOTHING] * 5), _NOTHING, [0], [])
 
 
 @dataclass(frozen=True)
 class Pack:
     """One pack of a window; what it holds is looked up when asked for."""
 
-    window: Window
+    window: PackWindow
     number: int
 
     @property
@@ -309,14 +309,14 @@ class PackPlan:
             number, offset = (number + 1, 0) if end == len(window) else (number, end)
         return taken, PackCursor(number, offset)
 
-    def windows(self) -> Iterator[Window]:
+    def windows(self) -> Iterator[PackWindow]:
         """Yields the windows from the first one on; the plan must have an end."""
         number = 0
         while len(window := self.window(number)):
             yield window
             number += 1
 
-    def _plan(self, number: int) -> Window:
+    def _plan(self, number: int) -> PackWindow:
         """One window; an empty one behind the end."""
         first = number * self.shape.window
         last = first + self.shape.window
@@ -328,4 +328,4 @@ class PackPlan:
         count = int(pack_of.max()) + 1
         # Pack i of the plan comes at place shuffled[i].
         shuffled = counter_rng.permute(np.arange(count), count, self._seed, Purpose.PACK_ORDER, number)
-        return Window.of(pieces, shuffled[pack_of], padded=self.shape.packing == "bucket")
+        return PackWindow.of(pieces, shuffled[pack_of], padded=self.shape.packing == "bucket")

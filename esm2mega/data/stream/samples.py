@@ -245,10 +245,10 @@ def piece_name(identifier: str, start: int, length: int, residues: int) -> str:
 class _StoreOrder:
     """The endless sequence of the proteins of one store."""
 
-    def __init__(self, store: Proteins, wanted: str, seed: int) -> None:
-        """Fixes the sequence; `wanted` is `data.sampling`."""
-        self._clusters = None if wanted == "sequences" else store.clusters
-        if wanted == "clusters" and self._clusters is None:
+    def __init__(self, store: Proteins, sampling: str, seed: int) -> None:
+        """Fixes the sequence; `sampling` is `data.sampling`."""
+        self._clusters = None if sampling == "sequences" else store.clusters
+        if sampling == "clusters" and self._clusters is None:
             raise UserError(
                 f"data.sampling=clusters, but {store.path} has no clusters: make it with `esm2mega prepare "
                 "uniref`, or set data.sampling=sequences"

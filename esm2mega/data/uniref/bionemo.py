@@ -63,9 +63,9 @@ class ClusterParquet(ParquetFile):
         """Yields the clusters in the order of the rows."""
         for line, (members, *name) in self.rows():
             if not isinstance(members, list):
-                raise UserError(f"{self.place(line)}: ur90_id is {members!r}, not a list of ids")
+                raise UserError(f"{self.location(line)}: ur90_id is {members!r}, not a list of ids")
             if not members:
-                raise UserError(f"{self.place(line)}: the cluster has no members; remove the row")
+                raise UserError(f"{self.location(line)}: the cluster has no members; remove the row")
             cluster = self.text(name[0], line, "ur50_id") if name else str(line)
             encoded = [self.text(member, line, "a member in ur90_id").encode() for member in members]
             yield ClusterRow(cluster.encode(), encoded, line)
@@ -178,7 +178,7 @@ def _take_validation(
         for record, number in zip(chosen, numbers[numbers >= 0].tolist(), strict=True):
             if met[number]:
                 raise UserError(
-                    f"{database.place(record.line)}: {record.id!r} stands there before; once is enough"
+                    f"{database.location(record.line)}: {record.id!r} stands there before; once is enough"
                 )
             met[number] = True
         append_proteins(writer, database, chosen)
@@ -186,8 +186,8 @@ def _take_validation(
     if not met.all():
         first = int(np.argmin(met))
         raise UserError(
-            f"{held_out.place(first)}: {shown(index[first])} is not in {database.path}; ids must be equal to "
-            "the last character"
+            f"{held_out.location(first)}: {shown(index[first])} is not in {database.path}; ids must be "
+            "equal to the last character"
         )
     writer.provenance = {
         "sources": [provenance("representatives", ids), provenance("proteins", database)],

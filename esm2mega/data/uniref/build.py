@@ -250,7 +250,7 @@ class _Job:
             if not known.all() and not self.drop_other_clusters:
                 cluster = batch[absent[int(np.argmin(known))]]
                 raise UserError(
-                    f"{mapping.place(cluster.line)}: cluster {shown(cluster.id)} is not in "
+                    f"{mapping.location(cluster.line)}: cluster {shown(cluster.id)} is not in "
                     f"{self.inputs.uf50}; add its representative there, remove the line, or leave all such "
                     "clusters out with --drop-other-clusters"
                 )
@@ -301,6 +301,6 @@ class _Job:
                     else "add its line there, or remove the record"
                 )
                 raise UserError(
-                    f"{representatives.place(first + int(absent[0]))}: cluster {shown(name)} has no line in "
-                    f"{mapping.path}; {cure}"
+                    f"{representatives.location(first + int(absent[0]))}: cluster {shown(name)} has no "
+                    f"line in {mapping.path}; {cure}"
                 )

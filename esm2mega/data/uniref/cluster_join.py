@@ -87,8 +87,8 @@ class ClusterTable:
             name = self.ids[found[0]]
             first, second = lines_of(self.source, name)[:2]
             raise UserError(
-                f"{self.source.place(second)}: cluster {shown(name)} is listed before, at "
-                f"{self.source.place(first)}{_and_more(found[2])}; join the members in one line"
+                f"{self.source.location(second)}: cluster {shown(name)} is listed before, at "
+                f"{self.source.location(first)}{_and_more(found[2])}; join the members in one line"
             )
         if found := self.members.repeats():
             here, there = (self.ids[self._cluster_of(number)] for number in found[:2])
@@ -98,10 +98,10 @@ class ClusterTable:
                 f"is listed twice in cluster {shown(here)}"
                 if here == there
                 else f"of cluster {shown(here)} is in cluster {shown(there)} too, at "
-                f"{self.source.place(lines_of(self.source, there)[0])}"
+                f"{self.source.location(lines_of(self.source, there)[0])}"
             )
             raise UserError(
-                f"{self.source.place(line)}: member {member} {where}{_and_more(found[2])}; "
+                f"{self.source.location(line)}: member {member} {where}{_and_more(found[2])}; "
                 "every sequence belongs to one cluster, once"
             )
 
@@ -145,8 +145,8 @@ class ClusterTable:
             record = batch[repeated[0]]
             earlier = next(other.line for other in proteins if other.id == record.id)
             raise UserError(
-                f"{proteins.place(record.line)}: {record.id!r} stands there before, at "
-                f"{proteins.place(earlier)}; a member must be there once"
+                f"{proteins.location(record.line)}: {record.id!r} stands there before, at "
+                f"{proteins.location(earlier)}; a member must be there once"
             )
 
     def _refuse_missing(self, proteins: ProteinSource) -> None:
@@ -160,7 +160,7 @@ class ClusterTable:
         if count:
             cluster = self.ids[self._cluster_of(first)]
             raise UserError(
-                f"{self.source.place(lines_of(self.source, cluster)[0])}: member "
+                f"{self.source.location(lines_of(self.source, cluster)[0])}: member "
                 f"{shown(self.members[first])} of cluster {shown(cluster)} is not in {proteins.path}"
                 f"{_and_more(count)}; ids must be equal to the last character"
             )
@@ -211,7 +211,7 @@ def append_proteins(writer: StoreWriter, source: Located, records: Sequence[Prot
     for record in records:
         if not record.residues.strip(vocabulary.UNKNOWN_BYTES):
             raise UserError(
-                f"{source.place(record.line)}: the sequence of {record.id!r} has only unknown residues "
+                f"{source.location(record.line)}: the sequence of {record.id!r} has only unknown residues "
                 f"({record.residues[:10].decode()!r}); correct or remove the record"
             )
     writer.append([record.id for record in records], [record.residues for record in records])

@@ -69,17 +69,17 @@ class IndexedIds:
     source: Any
     ids: IdIndex
 
-    def place(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """Where an id stands, for messages; reads the source once more."""
         line = next(item.line for count, item in enumerate(self.source) if count == number)
-        return str(self.source.place(line))
+        return str(self.source.location(line))
 
     def refuse_repeats(self, rule: str = "every cluster has one representative") -> None:
         """Raises UserError with the rule at the first id that comes twice."""
         if found := self.ids.repeats():
             raise UserError(
-                f"{self.place(found[0])}: {shown(self.ids[found[0]])} stands there before, at "
-                f"{self.place(found[1])}; {rule}"
+                f"{self.location(found[0])}: {shown(self.ids[found[0]])} stands there before, at "
+                f"{self.location(found[1])}; {rule}"
             )
 
     def refuse_overlap(self, others: IdIndex, what: str) -> None:
@@ -88,7 +88,7 @@ class IndexedIds:
             known = np.flatnonzero(others.find(ids) >= 0)
             if len(known):
                 raise UserError(
-                    f"{self.place(first + int(known[0]))}: {shown(ids[known[0]])} is held out but {what}; "
+                    f"{self.location(first + int(known[0]))}: {shown(ids[known[0]])} is held out but {what}; "
                     "training, validation and test must not share anything"
                 )
 

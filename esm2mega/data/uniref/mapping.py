@@ -46,11 +46,11 @@ class Protein(Protocol):
 class Located(Protocol):
     """Something with numbered lines or rows."""
 
-    def place(self, line: int) -> str:
+    def location(self, line: int) -> str:
         """Where an item stands, for messages."""
 
 
-class Source(Located, Protocol[Item]):
+class ItemSource(Located, Protocol[Item]):
     """An input file whose items stand in numbered lines or rows; it may be read again and again.
 
     Attributes:
@@ -67,8 +67,8 @@ class Source(Located, Protocol[Item]):
         """Yields the items in order; raises UserError at the first bad one."""
 
 
-ClusterSource = Source[ClusterRow]
-ProteinSource = Source[Record]
+ClusterSource = ItemSource[ClusterRow]
+ProteinSource = ItemSource[Record]
 
 
 class MappingReader(TextSource):
@@ -114,20 +114,20 @@ class MappingReader(TextSource):
         columns = text.split(b"\t", 2)
         name = columns[0].strip()
         if not name:
-            raise UserError(f"{self.place(line)}: the cluster has no id; the first column must hold it")
+            raise UserError(f"{self.location(line)}: the cluster has no id; the first column must hold it")
         if len(columns) < 2:
             raise UserError(
-                f"{self.place(line)}: {shown(name)} has no tab behind it; columns are separated by tabs"
+                f"{self.location(line)}: {shown(name)} has no tab behind it; columns are separated by tabs"
             )
         members = [member.strip() for member in columns[1].split(b"; " if b"; " in columns[1] else b",")]
         members[-1] = members[-1].removesuffix(b";")
         if len(members) > 1 and not members[-1]:
             members.pop()
         if members == [b""]:
-            raise UserError(f"{self.place(line)}: cluster {shown(name)} has no members; remove the line")
+            raise UserError(f"{self.location(line)}: cluster {shown(name)} has no members; remove the line")
         if b"" in members:
             raise UserError(
-                f"{self.place(line)}: cluster {shown(name)} has an empty member id between two separators"
+                f"{self.location(line)}: cluster {shown(name)} has an empty member id between two separators"
             )
         return ClusterRow(name, members, line)
 

@@ -63,10 +63,10 @@ class MemberTable:
                 residues = protein(file, line, name, sequence).residues
                 yield MemberRow(file.text(cluster, line, "ur50_id"), name, residues, start + line)
 
-    def place(self, line: int) -> str:
+    def location(self, line: int) -> str:
         """Where a row stands, for messages."""
         number = int(np.searchsorted(self._starts, line)) - 1
-        return self.files[number].place(line - int(self._starts[number]))
+        return self.files[number].location(line - int(self._starts[number]))
 
     def provenance(self) -> list[dict[str, Any]]:
         """The manifest's entries about the files."""

@@ -82,7 +82,7 @@ def test_source_of_an_inference(base: Base, checkpoint: Path) -> None:
     source = open_model(checkpoint)
     ids, mask = adapted.batch()
     with process_groups(ParallelConfig(), seed=1):
-        chunks = build_model(source.run.model, source.run.parallel, CPU, 1, adapted=True)
+        chunks = build_model(source.run.model, source.run.parallel, CPU, 1, has_lora=True)
         source.load(chunks)
         tokens, packed = pack(ids, mask)
         with torch.no_grad():

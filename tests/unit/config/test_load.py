@@ -8,12 +8,12 @@ import pytest
 from esm2mega.config import load
 from esm2mega.config.load import (
     find_config,
-    fix_length,
     known_keys,
     load_run,
     load_run_over,
     nearest_key,
     resolve,
+    resolve_max_steps,
     run_from_yaml,
     save_resolved,
 )
@@ -114,11 +114,11 @@ def test_decay_steps_are_derived(name, max_steps, expected):
 def test_the_length_in_steps_follows_from_epochs():
     run = load_run(None, ["model.size=tiny", "train.max_epochs=3", "train.max_steps=7"])
     assert run.schedule.decay_steps is None
-    fixed = fix_length(run, 200)
+    fixed = resolve_max_steps(run, 200)
     assert (fixed.train.max_steps, fixed.schedule.decay_steps) == (200, 180)
     assert resolve(fixed) == fixed and run.train.max_steps == 7
     given = load_run(None, ["model.size=tiny", "train.max_epochs=3", "schedule.decay_steps=5"])
-    assert fix_length(given, 200).schedule.decay_steps == 5
+    assert resolve_max_steps(given, 200).schedule.decay_steps == 5
 
 
 def test_train_is_one_store_or_several(tmp_path):

@@ -64,7 +64,7 @@ def test_tables_come_back_as_they_were(tmp_path: Path) -> None:
     table = read_table(path)
     assert table.columns == ["mutant", "note"]
     assert table.rows == [["A1G", "x, y"], ["A2G", ""]]
-    assert table.place(1).endswith("t.csv:4")
+    assert table.location(1).endswith("t.csv:4")
     write_table(tmp_path / "again.csv", table.columns, table.rows)
     assert read_table(tmp_path / "again.csv").rows == table.rows
     (tmp_path / "short.csv").write_text("a,b\n1\n")

@@ -104,7 +104,7 @@ def logits(checkpoint: Path, run: Run | None = None) -> Tensor:
     run = layout.read_config(checkpoint) if run is None else run
     ids, mask = batch()
     with process_groups(ParallelConfig(), seed=1):
-        chunks = build_model(run.model, run.parallel, CPU, run.seed, adapted=run.lora.rank is not None)
+        chunks = build_model(run.model, run.parallel, CPU, run.seed, has_lora=run.lora.rank is not None)
         load_model(checkpoint, run, chunks)
         tokens, packed = pack(ids, mask)
         with torch.no_grad():
@@ -123,7 +123,7 @@ def gradients(checkpoint: Path, weights: Tensor) -> dict[str, Tensor]:
     run = layout.read_config(checkpoint)
     ids, mask = batch()
     with process_groups(ParallelConfig(), seed=1):
-        (model,) = build_model(run.model, run.parallel, CPU, run.seed, adapted=True)
+        (model,) = build_model(run.model, run.parallel, CPU, run.seed, has_lora=True)
         load_model(checkpoint, run, [model])
         tokens, packed = pack(ids, mask)
         (model(tokens, packed) * weights[mask.bool()]).sum().backward()

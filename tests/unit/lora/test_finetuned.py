@@ -26,7 +26,7 @@ from esm2mega.data.labels.dataset import proteins_of_sequences
 from esm2mega.errors import UserError
 from esm2mega.finetune.api import TrainedModel, infer_model, train_model
 from esm2mega.finetune.checkpoint import open_task, run_task
-from esm2mega.finetune.run import Parts, finetune
+from esm2mega.finetune.run import UserParts, finetune
 from esm2mega.lora.base import identify
 from esm2mega.lora.hf_head import TASK
 from esm2mega.lora.hf_peft import export_adapters, import_adapters
@@ -86,7 +86,9 @@ def test_the_base_gets_no_gradient_and_stays_as_it_is(finished: TinyRun, tmp_pat
     settings = [*SETTINGS, *ADAPTERS, f"run_dir={tmp_path}", f"init_from={finished.run_dir}"]
     run = load_run(None, [*settings, "task.kind=regression"])
     finetune(
-        run, Parts({"train": PAIRS[:30]}), lambda model: seen.__setitem__(slice(None), unwrap_model(model))
+        run,
+        UserParts({"train": PAIRS[:30]}),
+        lambda model: seen.__setitem__(slice(None), unwrap_model(model)),
     )
     parameters = dict(seen[0].named_parameters())
     with process_groups(ParallelConfig(), seed=1):

@@ -51,14 +51,14 @@ def test_pooled_heads_equal_each_protein_alone(pooling: str) -> None:
         if pooled is None:
             pooled = (residues @ head.query).softmax(0) @ residues
         expected = head.output(F.relu(head.dense(pooled)))
-        assert (head(states, batch.wanted)[number] - expected).abs().max() < 1e-13
+        assert (head(states, batch.head_inputs)[number] - expected).abs().max() < 1e-13
 
 
 def test_convolutions_never_see_the_neighbour() -> None:
     """Each protein through `Conv1d` alone, which pads with zeros."""
     states, batch, alone = hidden_and_batch()
     head = made(TaskConfig(kind="token_classification", head="cnn"))
-    together = head(states, batch.wanted)
+    together = head(states, batch.head_inputs)
     expected = [head.second(F.relu(head.first(residues.T[None])))[0].T for _, residues in alone]
     assert together.shape == (sum(map(len, SEQUENCES)), K)
     assert (together - torch.cat(expected)).abs().max() < 1e-13
@@ -78,7 +78,7 @@ def test_a_pack_without_proteins_has_gradients_of_zero(task: TaskConfig) -> None
     states, batch, _ = hidden_and_batch()
     states.requires_grad_()
     head = made(task)
-    output = head(states, batch.without_labels().wanted)
+    output = head(states, batch.without_labels().head_inputs)
     assert output.shape == (0, K)
     output.sum().backward()
     assert states.grad is not None and not states.grad.any()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esm2mega.model.pipeline_payload import attach, carried_dtype, carried_rows, detach
+from esm2mega.model import pipeline_payload
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -20,13 +20,13 @@ def test_states_values_and_their_gradients_come_through(dtype: torch.dtype, coun
         return torch.frexp(wide.double()).mantissa * 2.0 ** (wide % 60 - 30)
 
     states = random(tokens, 1, hidden_size).to(dtype).requires_grad_()
-    values = random(count).to(carried_dtype(dtype)).requires_grad_()
-    rows = carried_rows(count, hidden_size, dtype) + 2
-    assert (carried_rows(count, hidden_size, dtype) == 0) == (count == 0)
-    sent = attach(states, values, rows)
+    values = random(count).to(pipeline_payload.carried_dtype(dtype)).requires_grad_()
+    rows = pipeline_payload.carried_rows(count, hidden_size, dtype) + 2
+    assert (pipeline_payload.carried_rows(count, hidden_size, dtype) == 0) == (count == 0)
+    sent = pipeline_payload.append(states, values, rows)
     assert sent.shape == (tokens + rows, 1, hidden_size) and sent.dtype == dtype
     received = sent.detach().clone().requires_grad_()
-    found_states, found = detach(received, count, rows)
+    found_states, found = pipeline_payload.split(received, count, rows)
     assert torch.equal(found_states, states) and torch.equal(found, values)
 
     gradients = random(tokens, 1, hidden_size).to(dtype), random(count).to(values.dtype)

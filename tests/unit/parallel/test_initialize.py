@@ -19,7 +19,7 @@ import dataclasses, json, sys
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.parallel.initialize import process_groups
 with process_groups(ParallelConfig(tensor_model_parallel_size=2), seed=1) as ranks:
-    print(json.dumps([ranks.rank, ranks.tp_rank, ranks.tp_size, ranks.pp_size, ranks.dp_size, ranks.speaks]))
+    print(json.dumps([ranks.rank, ranks.tp_rank, ranks.tp_size, ranks.pp_size, ranks.dp_size, ranks.is_main]))
 """
 
 
@@ -27,7 +27,7 @@ with process_groups(ParallelConfig(tensor_model_parallel_size=2), seed=1) as ran
 def test_one_process_needs_no_launcher() -> None:
     with process_groups(ParallelConfig(), seed=1) as ranks:
         assert ranks == Ranks(0, 1, 0, 1, 0, 1, 0, 1, torch.device("cpu"))
-        assert ranks.speaks
+        assert ranks.is_main
         assert dist.get_backend() == "gloo"
 
 

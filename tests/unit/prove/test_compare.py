@@ -123,7 +123,7 @@ def test_one_changed_element_is_named(tmp_path: Path, kind: str, name: str, rank
     values[-1] += 0.25
     found = _worst(content, tmp_path)
     assert (found.kind, found.name) == (kind, name)
-    assert found.place == ("" if kind == "weight" else "step 2, ") + f"rank {rank}"
+    assert found.location == ("" if kind == "weight" else "step 2, ") + f"rank {rank}"
     scale = float(_whole(3 if kind == "weight" else 2)[name].abs().max())
     assert found.value == pytest.approx(0.25 / scale, abs=1e-15)
 
@@ -236,4 +236,4 @@ def test_resumed_run_is_compared_from_its_first_own_step(tmp_path: Path) -> None
         seen["gradients"].pop(0)
     assert _worst(copy.deepcopy(content), tmp_path / "good", before=1).value == 0.0
     content["ranks"][1]["gradients"][0]["bias"][3][0] += 1.0
-    assert _worst(content, tmp_path / "bad", before=1).place == "step 2, rank 1"
+    assert _worst(content, tmp_path / "bad", before=1).location == "step 2, rank 1"

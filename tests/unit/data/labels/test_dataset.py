@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from esm2mega.config.schema import DataConfig, TaskConfig
-from esm2mega.data.labels.dataset import fit_length, proteins_of_pairs, read_labelled
+from esm2mega.data.labels.dataset import apply_length_policy, proteins_of_pairs, read_labelled
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledPacks, LabelledStream
 from esm2mega.data.stream.build import BatchSpec
@@ -94,9 +94,9 @@ def test_long_proteins_are_refused_dropped_or_cropped_with_their_labels() -> Non
     with pytest.raises(
         UserError, match="2 of 3 proteins of train have more than 4 residues, first '0' with 10"
     ):
-        fit_length(proteins, data, "train")
+        apply_length_policy(proteins, data, "train")
     data.too_long = "drop"
-    kept = fit_length(proteins, data, "train")
+    kept = apply_length_policy(proteins, data, "train")
     assert (kept.ids, decode(kept.tokens), kept.notes) == (
         ["1"],
         "LA",
@@ -104,12 +104,12 @@ def test_long_proteins_are_refused_dropped_or_cropped_with_their_labels() -> Non
     )
     assert kept.labels is not None and [info.names[i] for (i,) in kept.labels] == ["L", "A"]
     data.too_long = "crop"
-    cropped = fit_length(proteins, data, "train")
+    cropped = apply_length_policy(proteins, data, "train")
     assert "are cropped (random)" in cropped.notes[0]
     with LabelledStream(cropped, BatchSpec(data, 24, seed=1)) as stream:
         for _ in range(20):
             batch = next(stream)
-            residues = batch.input_ids[batch.wanted.residues]
+            residues = batch.input_ids[batch.head_inputs.residues]
             # Each residue is its own label, so labels that moved would show.
             assert batch.labels is not None
             assert decode(residues) == "".join(info.names[i] for (i,) in batch.labels.tolist())

@@ -113,7 +113,7 @@ def test_crops_and_chunks_keep_every_column_with_its_residues() -> None:
             for _ in range(10):
                 batch = next(stream)
                 assert batch.labels is not None and batch.labels.shape == (batch.num_residues, 2)
-                residues = decode(batch.input_ids[batch.wanted.residues].numpy().astype(np.uint8))
+                residues = decode(batch.input_ids[batch.head_inputs.residues].numpy().astype(np.uint8))
                 for target, column in zip(info.targets, batch.labels.T.tolist(), strict=True):
                     assert "".join(target.names[i] for i in column).upper() == residues
 

@@ -21,7 +21,7 @@ from esm2mega.data.store.shards import SHARD_UNIT
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.data.stream.build import BatchSpec, train_plan
 from esm2mega.data.stream.loader import EvalPacks, TrainStream, build_batch
-from esm2mega.data.stream.packing import Pack, PackCursor, Window
+from esm2mega.data.stream.packing import Pack, PackCursor, PackWindow
 from esm2mega.data.stream.samples import Pieces, TrainSamples
 from esm2mega.errors import UserError
 
@@ -47,7 +47,7 @@ def make_pack(
     stores, starts = [0] * len(rows), starts or [0] * len(rows)
     pieces = Pieces(*(np.array(part, dtype=np.int64) for part in (samples, stores, rows, starts, lengths)))
     offsets = np.cumsum(pieces.lengths) - pieces.lengths
-    return Pack(Window(pieces, offsets, [0, len(rows)], [sum(lengths)]), 0)
+    return Pack(PackWindow(pieces, offsets, [0, len(rows)], [sum(lengths)]), 0)
 
 
 def originals(batch: PackedBatch) -> list[str]:
@@ -378,9 +378,9 @@ def test_training_and_evaluation_masks_differ(store: TokenStore) -> None:
     spec = BatchSpec(DataConfig(max_seq_length=128), micro_batch_tokens=128, seed=1)
     training = build_batch([store], spec, make_pack([59], [59], [121]))
     evaluation = next(batch for batch in EvalPacks(store, spec) if 121 in batch.seqlens)
-    place = evaluation.seqlens.index(121)
-    assert originals(evaluation)[place] == originals(training)[0]
-    masked = evaluation.input_ids.split(evaluation.seqlens)[place]
+    location = evaluation.seqlens.index(121)
+    assert originals(evaluation)[location] == originals(training)[0]
+    masked = evaluation.input_ids.split(evaluation.seqlens)[location]
     assert masked.tolist() != training.input_ids[:121].tolist()
 
 
