@@ -35,7 +35,7 @@ def parity(line: Line, folder: Path) -> Iterator[Row]:
             gradients.update({n: p.main_grad.detach().cpu().clone() for n, p in model.named_parameters()})
 
     with training(line.size, line.changes) as state:
-        state.observe = keep_first
+        state.on_gradients = keep_first
         steps = [train_step(state, [batch]) for batch in micro_batches(line, STEPS)]
         (model,) = unwrap_model(state.model)
         weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
@@ -57,7 +57,7 @@ def parity(line: Line, folder: Path) -> Iterator[Row]:
 def compared(gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], reference: Path) -> Row:
     """Return the distances to what the line of `reference` left, and whether all bits are equal."""
     if not reference.exists():
-        raise SystemExit(f"{reference} is missing: measure {reference.stem} before, into the same file")
+        raise SystemExit(f"{reference} is missing: measure {reference.stem} first, with the same new --out")
     theirs = torch.load(reference)
     return {
         "gradients differ": f"{distance(gradients, theirs['gradients']):.1e}",

@@ -165,7 +165,7 @@ def test_embedding_is_measured(measure, tmp_path):
 
 
 def test_parity_compares_what_lines_leave(measure, tmp_path):
-    with pytest.raises(SystemExit, match="measure parity-cpu-fp32-sdpa before"):
+    with pytest.raises(SystemExit, match="measure parity-cpu-fp32-sdpa first"):
         measure("parity-bf16-sdpa", tmp_path)
     (reference,) = measure("parity-cpu-fp32-sdpa", tmp_path)
     (same,) = measure("parity-fp32-sdpa", tmp_path)
@@ -200,10 +200,8 @@ def test_flops_are_those_that_pytorch_counts():
     with FlopCounterMode(display=False) as counter:
         for length in (7, 30):
             model(input_ids=torch.full((1, length), 5)).logits.sum().backward()
-    assert (
-        importlib.import_module("gpu_timing").model_flops(PRESETS["tiny"], [7, 30])
-        == counter.get_total_flops()
-    )
+    model_flops = importlib.import_module("gpu_timing").model_flops
+    assert model_flops(PRESETS["tiny"], [7, 30]) == counter.get_total_flops()
 
 
 def test_lengths_fill_a_micro_batch_and_are_spread():

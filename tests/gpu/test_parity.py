@@ -26,8 +26,7 @@ SHAPE = Shape()
 # 700 keys and 112 channels.
 FP32 = 1e-5
 # bf16 has no such bound: on a CPU the gradients of some LayerNorms are half of their size off, in both models.
-# Asked is that we round at most twice as much as Hugging Face's in bf16 on the same device, or, where that one
-# rounds by less than two epsilons (2**-8), by at most four.
+# We may round twice as much as Hugging Face's does in bf16 on the same device, or by four epsilons (2**-8).
 BF16_FACTOR, BF16_FLOOR = 2.0, 2**-7
 
 
