@@ -33,17 +33,17 @@ def uniref_lengths(tokens: int, seed: int) -> list[int]:
     """Draw lengths that are distributed like those of UniRef90 and add up to `tokens`.
 
     Returns:
-        Tokens of each protein, `<cls>` and `<eos>` included. The last one is what remains.
+        Tokens of each protein, `<cls>` and `<eos>` included; the last one is what remains.
     """
     rng = np.random.default_rng(seed)
     parts = np.linspace(0, 1, len(UNIREF_QUANTILES))
-    shortest = UNIREF_QUANTILES[0] + 2
+    shortest, longest = UNIREF_QUANTILES[0] + 2, UNIREF_QUANTILES[-1] + 2
     lengths: list[int] = []
     room = tokens
     while room:
         length = min(int(np.interp(rng.random(), parts, UNIREF_QUANTILES)) + 2, room)
         if room - length < shortest:
-            length = room
+            length = room if room <= longest else length - shortest
         lengths.append(length)
         room -= length
     return lengths

@@ -22,10 +22,10 @@ from esm2mega.batch import PackedBatch
 from esm2mega.train.step import train_step
 
 
-def micro_batches(line: Line, number: int | None = None) -> list[PackedBatch]:
-    """Return packs, each of as many tokens as the line asks for: `number`, or those of a step."""
-    numbers = range(SEED, SEED + (line.micro_batches if number is None else number))
-    return [pack(random_proteins(protein_lengths(line, number), number)) for number in numbers]
+def micro_batches(line: Line, count: int | None = None) -> list[PackedBatch]:
+    """Return packs, each of as many tokens as the line asks for: `count` of them, or those of a step."""
+    seeds = range(SEED, SEED + (line.micro_batches if count is None else count))
+    return [pack(random_proteins(protein_lengths(line, seed), seed)) for seed in seeds]
 
 
 def syncs(line: Line, folder: Path) -> Iterator[Row]:
@@ -84,7 +84,12 @@ def profile(line: Line, folder: Path) -> Iterator[Row]:
             train_step(state, batches)
             synchronize()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    kernels = [event for event in recorded.key_averages() if event.device_type == kind]
+    # An annotation spans kernels, which would count twice.
+    kernels = [
+        event
+        for event in recorded.key_averages()
+        if event.device_type == kind and not getattr(event, "is_user_annotation", False)
+    ]
     # In microseconds.
     times = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in kernels}
     busy = sum(times.values()) / 1e3

@@ -25,7 +25,7 @@ SHAPE = Shape()
 # Largest difference relative to the largest value: some 80 fp32 epsilons, for three layers of sums over up to
 # 700 keys and 112 channels.
 FP32 = 1e-5
-# bf16 has no such bound: on a CPU the gradients of some LayerNorms are half of their size off, in both models.
+# bf16 has no such bound: on a CPU the gradients of some LayerNorms are half of their size off in both models.
 # We may round twice as much as Hugging Face's does in bf16 on the same device, or by four epsilons (2**-8).
 BF16_FACTOR, BF16_FLOOR = 2.0, 2**-7
 
