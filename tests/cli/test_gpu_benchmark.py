@@ -118,7 +118,7 @@ def test_no_gpu_and_unknown_lines_are_one_line_errors(gpu, tmp_path, capsys):
 
 def test_a_line_runs_in_a_process_of_its_own(tmp_path):
     """The real script, once: the others are measured in this process."""
-    entry = importlib.import_module("gpu").measured("peaks", 120, tmp_path, reduced=True, on_cpu=True)
+    entry = importlib.import_module("gpu").measured("peaks", 240, tmp_path, reduced=True, on_cpu=True)
     assert "failed" not in entry, entry
     assert [row["what"] for row in entry["rows"]][0] == "bf16 [128, 128] x [128, 128]"
     assert all(row.get("TFLOP/s", row.get("TB/s")) > 0 for row in entry["rows"])
