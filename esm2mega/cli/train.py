@@ -59,7 +59,9 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
 @click.option("--out", required=True, metavar="PATH", help="NAME.csv, .parquet or .h5.")
 @click.option("--sequence-column", metavar="NAME", help="Of a table [as in training].")
 @click.option("--id-column", metavar="NAME", help="Of a table [id, else line numbers].")
-@click.option("--long", metavar="error|crop", help="Proteins longer than --max-seq-length [as in training].")
+@click.option(
+    "--too-long", metavar="error|crop", help="Proteins longer than --max-seq-length [as in training]."
+)
 @click.option("--max-seq-length", metavar="N", help="Tokens at once, with <cls> and <eos> [as in training].")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
@@ -73,7 +75,7 @@ def predict(checkpoint: str, input: str, out: str, overwrite: bool, **options: A
     settings = {
         "data.sequence_column": options["sequence_column"],
         "data.id_column": options["id_column"],
-        "data.too_long": options["long"],
+        "data.too_long": options["too_long"],
         "data.max_seq_length": options["max_seq_length"],
     }
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]

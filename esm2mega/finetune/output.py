@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from esm2mega.config.task import NUMERIC_KINDS
 from esm2mega.data.labels.contacts import SEPARATION
 from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.labels.schema import IGNORED, Target, TargetInfo
-from esm2mega.errors import MachineError, UserError
+from esm2mega.errors import UserError
+from esm2mega.files import OTHER_OUT, replacing
 from esm2mega.finetune.metrics import Predictions
 from esm2mega.pairs import num_residues, pairs_of
 
@@ -203,18 +203,12 @@ def write_predictions(
         proteins: Their ids and lengths.
         limit: Residues that are kept of longer proteins, which are marked as truncated.
     """
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out, OTHER_OUT) as partial:
         if out.suffix == ".h5":
             _write_hdf5(partial, found, info, proteins, limit)
         else:
             columns = _columns(found, info, proteins, limit)
             (_write_csv if out.suffix == ".csv" else _write_parquet)(partial, columns)
-        os.replace(partial, out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise MachineError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
 def _columns(

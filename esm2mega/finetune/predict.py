@@ -7,9 +7,9 @@ from pathlib import Path
 
 from esm2mega.data.labels.dataset import apply_length_policy, read_unlabelled
 from esm2mega.errors import UserError
+from esm2mega.files import check_out
 from esm2mega.finetune.checkpoint import open_task, run_task, without_dropping
 from esm2mega.finetune.output import check_format, check_kind, write_predictions
-from esm2mega.train.evaluate import check_out
 
 
 def predict(

@@ -22,7 +22,7 @@ from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.engine import Engine, load_model
-from esm2mega.infer.proteins import Embedder, Lengths, output_request, pack_tokens
+from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens, output_request
 from esm2mega.infer.source import ModelSource, open_model
 from esm2mega.infer.target import OutputTarget
 from esm2mega.infer.work import Journal, Work, differing, has_begun
@@ -154,15 +154,14 @@ def _check_lengths(store: TokenStore, run: Run, name: str) -> None:
     """Refuse long proteins unless told what to do with them."""
     limits = Lengths.of(run)
     too_long = np.flatnonzero(store.lengths > limits.most_residues)
-    if len(too_long) and limits.long == "error":
+    if len(too_long) and limits.too_long == "error":
         first = int(too_long[0])
         others = f" and {len(too_long) - 1:,} others" if len(too_long) > 1 else ""
         raise UserError(
             f"{name}: {store.id(first)!r} (number {first + 1:,}) has {store.lengths[first]:,} "
             f"residues{others}, "
-            f"more than the {limits.most_residues:,} that the model sees at once; set --long crop or "
-            "--long chunk, "
-            "or raise --max-seq-length"
+            f"more than the {limits.most_residues:,} that the model sees at once; set --too-long crop "
+            "or --too-long chunk, or raise --max-seq-length"
         )
 
 
@@ -186,9 +185,9 @@ def _attributes(store: TokenStore, run: Run, source: ModelSource) -> dict[str, A
         "precision": run.model.precision,
         "tensor_model_parallel_size": run.parallel.tensor_model_parallel_size,
         "layout": infer.layout,
-        "long": infer.long,
+        "too_long": infer.too_long,
         "max_seq_length": window_tokens(run),
-        "overlap": Lengths.of(run).overlap if infer.long == "chunk" else 0,
+        "overlap": Lengths.of(run).overlap if infer.too_long == "chunk" else 0,
     }
 
 
@@ -197,7 +196,7 @@ def _compute(
 ) -> None:
     """This rank's share of the pieces."""
     contents, run = work.contents, work.contents.run
-    size = pack_tokens(run, ranks.device)
+    size = micro_batch_tokens(run, ranks.device)
     engine = Engine(load_model(source, run, ranks), ranks, output_request(run, source), size)
     embedder = Embedder(engine, run)
     # Ranks of a tensor-parallel group hold the same; one of them writes. Pipeline stages write what is
@@ -254,7 +253,7 @@ def _report(contents: Contents, made: Sequence[Path]) -> list[str]:
         lines.append(
             f"{cropped:,} proteins were cropped by {lost:,} residues in all; they are marked truncated"
         )
-    if chunked := int((contents.num_windows > 1).sum() if contents.run.infer.long == "chunk" else 0):
+    if chunked := int((contents.num_windows > 1).sum() if contents.run.infer.too_long == "chunk" else 0):
         lines.append(f"{chunked:,} proteins are means over overlapping windows; see num_windows")
     if "contacts" in contents.specs and chunked:
         lines.append("contacts between residues that no window holds together are NaN")
