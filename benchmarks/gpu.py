@@ -7,7 +7,8 @@ Every line is a measurement in a process of its own, with a time limit of its ow
 nothing else. Lines, their sizes and limits are in `gpu_lines.py`; `--lines` takes names or their beginnings.
 The file named by `--out` gets each line when it is finished, and the same command goes on behind the finished
 ones after a kill, or when the minutes were over. Beside it lies a folder, `h100.work` for `h100.jsonl`, with
-what the processes printed, and what is compared. At the end all tables are printed, as Markdown.
+what the processes printed, and what is compared. At the end all tables are printed, as Markdown;
+the exit code is 1 if a line is missing.
 
     peaks     bf16 products of matrices and a copy: what the device reaches with nothing around it
     parity    the same three steps on CPU and GPU, in fp32 and bf16, with each kernel, and once more
@@ -214,6 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     journal.check_conditions({**here, "reduced": options.reduced})
     measure_lines(lines, journal, folder, options.reduced, end)
     print("\n" + "\n".join(tables(journal, lines)))
+    if not all(journal.finished(line.name) for line in lines):
+        raise SystemExit(1)
 
 
 def _stop(number: int, frame: object) -> None:

@@ -64,7 +64,8 @@ def calls(folder):
 def test_finished_lines_are_not_measured_again(gpu, tmp_path, capsys):
     out, work = tmp_path / "out.jsonl", tmp_path / "out.work"
     arguments = ["--reduced", "--out", str(out), "--lines", "peaks,train-8M,train-35M"]
-    gpu.main(arguments)
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main(arguments)
     assert calls(work) == ["conditions", "peaks", "train-8M", "train-35M"]
     printed = capsys.readouterr().out
     assert f"FAILED: out of memory ({work}/train-35M.log)" in printed
@@ -75,7 +76,8 @@ def test_finished_lines_are_not_measured_again(gpu, tmp_path, capsys):
     assert [json.loads(line)["line"] for line in lines] == ["conditions", "peaks", "train-8M", "train-35M"]
     out.write_text("".join(lines[:2]) + lines[2][:20])
     (work / "calls").unlink()
-    gpu.main(arguments)
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main(arguments)
     assert calls(work) == ["conditions", "train-8M", "train-35M"]
     assert "| train-8M | 123,456 |" in capsys.readouterr().out
 
@@ -102,7 +104,8 @@ def test_a_line_that_hangs_is_ended_with_all_that_it_started(gpu, tmp_path):
 
 
 def test_no_line_begins_when_the_minutes_are_over(gpu, tmp_path, capsys):
-    gpu.main(["--reduced", "--out", str(tmp_path / "out.jsonl"), "--lines", "peaks", "--minutes", "0"])
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main(["--reduced", "--out", str(tmp_path / "out.jsonl"), "--lines", "peaks", "--minutes", "0"])
     assert calls(tmp_path / "out.work") == ["conditions"]
     assert "the time is over before peaks" in capsys.readouterr().out
 
