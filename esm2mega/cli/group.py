@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from esm2mega.errors import UserError
+
 
 @dataclass
 class Options:
@@ -55,6 +57,13 @@ class Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+
+def output_mode(resume: bool, overwrite: bool) -> str:
+    """One of `esm2mega.infer.target.MODES`."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one of them")
+    return "resume" if resume else "overwrite" if overwrite else "new"
 
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}

@@ -17,9 +17,8 @@ from esm2mega.config.validate import world_size_from_environment
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import open_source
 from esm2mega.errors import UserError
-from esm2mega.infer.collect import OutputRequest
 from esm2mega.infer.correlation import spearman
-from esm2mega.infer.engine import Engine, load_model
+from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import Marginals
 from esm2mega.infer.proteins import pack_tokens
 from esm2mega.infer.source import ModelSource, open_model
