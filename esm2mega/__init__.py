@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from esm2mega.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from esm2mega.finetune.api import infer_model as infer_model
+    from esm2mega.finetune.api import train_model as train_model
     from esm2mega.infer.api import Model as Model
     from esm2mega.infer.api import load as load
 
-__all__ = ["Model", "load"]
+_HOMES = {
+    "Model": "esm2mega.infer.api",
+    "infer_model": "esm2mega.finetune.api",
+    "load": "esm2mega.infer.api",
+    "train_model": "esm2mega.finetune.api",
+}
+__all__ = ["Model", "infer_model", "load", "train_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Model` are imported when they are first used: they bring torch with them."""
-    if name in __all__:
-        from esm2mega.infer import api
-
-        return getattr(api, name)
+    """The names of `__all__` are imported when they are first used: they bring torch with them."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'esm2mega' has no attribute {name!r}")

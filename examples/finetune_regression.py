@@ -9,8 +9,8 @@ checkpoint (esm2mega, Hugging Face, fair-esm, …) to start from; without one th
 
 import argparse
 
+from esm2mega import infer_model, train_model
 from esm2mega.config.schema import LoRAConfig
-from esm2mega.finetune.api import infer_model, train_model
 
 SEQUENCES = [
     "TLILGWSDKLGSLLNQLAIANESLGGGTIAVMAERDKEDMELDIGKMEFDFKGTSVI",

@@ -36,6 +36,7 @@ from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter, compare_tensors
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.schema import Run
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import first_of
 from esm2mega.parallel.errors import lost_peer
 
 # What failed is in the exception too, and there it becomes the one line that is printed.
@@ -269,16 +270,10 @@ def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bo
     unexpected = {name for name in unexpected if matters(name)}
     if missing or unexpected:
         raise UserError(
-            f"{model_dir}: cannot be loaded into this model: missing {_some(missing)}, "
-            f"unexpected {_some(unexpected)}"
+            f"{model_dir}: cannot be loaded into this model: missing {first_of(sorted(missing), _SHOWN)}, "
+            f"unexpected {first_of(sorted(unexpected), _SHOWN)}"
         )
     return loaded
-
-
-def _some(names: set[str]) -> str:
-    """A list fit for one line."""
-    shown = sorted(names)[:_SHOWN]
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else str(shown)
 
 
 def _put_weights(model: Sequence[Any], loaded: dict[str, Any], choice: TensorFilter) -> None:

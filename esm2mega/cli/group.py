@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from esm2mega.config.renamed import refusal_of_option
 from esm2mega.errors import UserError
 
 
@@ -38,11 +39,20 @@ def _verbose_option() -> click.Option:
 
 
 class Command(click.Command):
-    """A command that takes `-v`."""
+    """A command that takes `-v`, and names the successor of a renamed option."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(_verbose_option())
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            accepted = [option for parameter in self.params for option in parameter.opts]
+            if (refusal := refusal_of_option(error.option_name, accepted)) is not None:
+                raise UserError(refusal) from error
+            raise
 
 
 class Group(click.Group):

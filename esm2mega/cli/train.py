@@ -59,7 +59,9 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
 @click.option("--out", required=True, metavar="PATH", help="NAME.csv, .parquet or .h5.")
 @click.option("--sequence-column", metavar="NAME", help="Of a table [as in training].")
 @click.option("--id-column", metavar="NAME", help="Of a table [id, else line numbers].")
-@click.option("--long", metavar="error|crop", help="Proteins longer than --max-seq-length [as in training].")
+@click.option(
+    "--too-long", metavar="error|crop", help="Proteins longer than --max-seq-length [as in training]."
+)
 @click.option("--max-seq-length", metavar="N", help="Tokens at once, with <cls> and <eos> [as in training].")
 @click.option("--resume", is_flag=True, help="Go on with an unfinished output; begin if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
@@ -76,7 +78,7 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
     settings = {
         "data.sequence_column": options["sequence_column"],
         "data.id_column": options["id_column"],
-        "infer.long": options["long"],
+        "infer.too_long": options["too_long"],
         "infer.max_seq_length": options["max_seq_length"],
     }
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]

@@ -1,1 +1,20 @@
 """Fine-tuning on labelled proteins: the run, its losses and metrics, and prediction with the result."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esm2mega.finetune.api import TrainedModel as TrainedModel
+    from esm2mega.finetune.api import infer_model as infer_model
+    from esm2mega.finetune.api import train_model as train_model
+
+__all__ = ["TrainedModel", "infer_model", "train_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """The names of `__all__` are imported when they are first used: they bring torch with them."""
+    if name in __all__:
+        return getattr(import_module("esm2mega.finetune.api"), name)
+    raise AttributeError(f"module 'esm2mega.finetune' has no attribute {name!r}")

@@ -17,6 +17,7 @@ from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
 from esm2mega.data.labels.schema import TargetInfo, with_columns
 from esm2mega.errors import UserError
+from esm2mega.files import check_out, write_json
 from esm2mega.finetune.evaluate import Measured, measure, packs_of
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
 from esm2mega.finetune.metrics import bootstrap_intervals, check_packages
@@ -28,7 +29,7 @@ from esm2mega.model.heads import head_of_task
 from esm2mega.model.task import MakeHead
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import Progress
-from esm2mega.train.evaluate import adapt_layout, check_out, write_json
+from esm2mega.train.evaluate import adapt_layout
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from esm2mega.config.head_form import head_form
 from esm2mega.config.load import value_of
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.files import check_out
 from esm2mega.finetune.checkpoint import load_task, open_task, without_dropping
 from esm2mega.finetune.evaluate import Collecting
 from esm2mega.finetune.losses import loss_of_task
@@ -23,13 +24,13 @@ from esm2mega.infer.job import Compute, Job, refuse_long, run_job
 from esm2mega.infer.source import weights_sha256
 from esm2mega.lora.base import needs_base, recorded_base
 from esm2mega.parallel.initialize import Ranks
-from esm2mega.train.evaluate import check_out, run_groups
+from esm2mega.train.evaluate import run_groups
 
 _AS_IN_TRAINING = {
     "infer.precision": "model.precision",
-    "infer.long": "data.too_long",
+    "infer.too_long": "data.too_long",
     "infer.max_seq_length": "data.max_seq_length",
-    "infer.pack_tokens": "train.micro_batch_tokens",
+    "infer.micro_batch_tokens": "train.micro_batch_tokens",
 }
 """Keys of inference, and those of the fine-tuning whose values they take the place of."""
 
@@ -78,7 +79,7 @@ class PredictJob(Job):
     def check(self, store: TokenStore) -> None:
         data = self.run.data
         if data.too_long == "error":
-            refuse_long(store, data.max_seq_length - 2, self.input, "set --long crop")
+            refuse_long(store, data.max_seq_length - 2, self.input, "set --too-long crop")
 
     def checksum(self) -> str:
         directory = self._task.directory

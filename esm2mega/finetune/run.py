@@ -5,7 +5,7 @@ No arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledStream
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
+from esm2mega.files import first_of
 from esm2mega.finetune.evaluate import measure, packs_of
 from esm2mega.finetune.loaded_head import loaded_targets
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
@@ -244,10 +245,10 @@ def _train(
 def _described(splits: Splits) -> list[str]:
     """What is learned from what."""
     info = splits.info
-    lines = [f"task     {info.kind} of {info.num_outputs} outputs: {_some(info.names)}"]
+    lines = [f"task     {info.kind} of {info.num_outputs} outputs: {first_of(info.names)}"]
     if info.columns:
         lines = [
-            f"task     {info.kind} of {x.name}, {len(x.names)} classes: {_some(x.names)}"
+            f"task     {info.kind} of {x.name}, {len(x.names)} classes: {first_of(x.names)}"
             for x in info.targets
         ]
     for split, proteins in splits.of.items():
@@ -256,10 +257,6 @@ def _described(splits: Splits) -> list[str]:
         )
         lines += [f"data     {note}" for note in proteins.notes]
     return lines
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:

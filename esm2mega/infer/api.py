@@ -22,7 +22,7 @@ from esm2mega.config.validate import world_size_from_environment
 from esm2mega.errors import UserError
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
-from esm2mega.infer.proteins import Embedder, output_request, pack_tokens
+from esm2mega.infer.proteins import Embedder, micro_batch_tokens, output_request
 from esm2mega.infer.score import clean
 from esm2mega.infer.source import open_model
 from esm2mega.infer.strategies import STRATEGIES, score_variants
@@ -63,7 +63,11 @@ _world = _World()
 
 
 def load(
-    path: str | Path, *, precision: str | None = None, max_seq_length: int | None = None, long: str = "error"
+    path: str | Path,
+    *,
+    precision: str | None = None,
+    max_seq_length: int | None = None,
+    too_long: str = "error",
 ) -> Model:
     """Load a model for inference.
 
@@ -71,13 +75,13 @@ def load(
         path: A checkpoint, or a run directory for its newest one.
         precision: ``fp32``, ``bf16`` or ``fp64``; None for that of training.
         max_seq_length: Most tokens at once, with ``<cls>`` and ``<eos>``; None for that of training.
-        long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (overlapping windows,
+        too_long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (overlapping windows,
             averaged).
 
     Raises:
         UserError: Not a readable checkpoint, or this is one process of several.
     """
-    settings = {"precision": precision, "max_seq_length": max_seq_length, "long": long}
+    settings = {"precision": precision, "max_seq_length": max_seq_length, "too_long": too_long}
     overrides = [f"infer.{name}={value}" for name, value in settings.items() if value is not None]
     return Model(path, overrides)
 
@@ -191,7 +195,7 @@ class Model:
         else:
             parsed = [parse_variant(text, wild, offset) for text in variants]
         self._source.check_lm_head()
-        size = pack_tokens(self._run, self._ranks.device)
+        size = micro_batch_tokens(self._run, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, OutputRequest(logits=True), size)
         marginals = Marginals(engine, self._ranks, window_tokens(self._run), normalize, shows_progress=False)
         scores = score_variants(marginals, wild, parsed, strategy, normalize)
@@ -204,7 +208,7 @@ class Model:
         run = load_run_over(self._run, overrides)
         validate_inference(run, 1)
         wants = output_request(run, self._source)
-        engine = Engine(self._loaded(), self._ranks, wants, pack_tokens(run, self._ranks.device))
+        engine = Engine(self._loaded(), self._ranks, wants, micro_batch_tokens(run, self._ranks.device))
         residues = [encode_residues(clean(sequence)) for sequence in sequences]
         results: list[dict[str, Array]] = [{} for _ in residues]
         for number, values in Embedder(engine, run).run(residues) if residues else ():

@@ -19,7 +19,7 @@ from esm2mega.infer.embedding_target import EmbeddingTarget
 from esm2mega.infer.embeddings import Embeddings
 from esm2mega.infer.engine import Engine, load_model
 from esm2mega.infer.job import Compute, Job, make_folder, refuse_long, run_job
-from esm2mega.infer.proteins import Embedder, Lengths, Values, output_request, pack_tokens
+from esm2mega.infer.proteins import Embedder, Lengths, Values, micro_batch_tokens, output_request
 from esm2mega.infer.source import open_model
 from esm2mega.parallel.initialize import Ranks
 
@@ -80,8 +80,8 @@ class EmbedJob(Job):
         if self._contact_maps is not None:
             make_folder(Path(self._contact_maps), f"--contact-maps {self._contact_maps}")
         limits = Lengths.of(self.run)
-        if limits.long == "error":
-            refuse_long(store, limits.most_residues, self.input, "set --long crop or --long chunk")
+        if limits.too_long == "error":
+            refuse_long(store, limits.most_residues, self.input, "set --too-long crop or --too-long chunk")
 
     def checksum(self) -> str:
         return self._source.checksum()
@@ -96,16 +96,16 @@ class EmbedJob(Job):
             "precision": run.model.precision,
             "tensor_model_parallel_size": run.parallel.tensor_model_parallel_size,
             "layout": infer.layout,
-            "long": infer.long,
+            "too_long": infer.too_long,
             "max_seq_length": window_tokens(run),
-            "overlap": Lengths.of(run).overlap if infer.long == "chunk" else 0,
+            "overlap": Lengths.of(run).overlap if infer.too_long == "chunk" else 0,
         }
 
     def contents(self, store: TokenStore, attributes: dict[str, Any]) -> Embeddings:
         return Embeddings(store, attributes, self.run)
 
     def load(self, contents: Embeddings, ranks: Ranks) -> Compute:
-        size = pack_tokens(self.run, ranks.device)
+        size = micro_batch_tokens(self.run, ranks.device)
         engine = Engine(load_model(self._source, self.run, ranks), ranks, self._request, size)
         embedder = Embedder(engine, self.run)
 
@@ -138,7 +138,7 @@ class EmbedJob(Job):
             lines.append(
                 f"{cropped:,} proteins were cropped by {lost:,} residues in all; they are marked truncated"
             )
-        chunks = self.run.infer.long == "chunk"
+        chunks = self.run.infer.too_long == "chunk"
         if chunked := int((contents.num_windows > 1).sum() if chunks else 0):
             lines.append(f"{chunked:,} proteins are means over overlapping windows; see num_windows")
         if "contacts" in contents.specs and chunked:

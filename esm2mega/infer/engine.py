@@ -120,10 +120,12 @@ def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
 class Engine:
     """Runs packs. All ranks of one model replica run the same packs."""
 
-    def __init__(self, model: ESM2Model, ranks: Ranks, request: OutputRequest, pack_tokens: int) -> None:
-        """Args: pack_tokens: the largest pack, which is the size of every pack under a pipeline."""
+    def __init__(
+        self, model: ESM2Model, ranks: Ranks, request: OutputRequest, micro_batch_tokens: int
+    ) -> None:
+        """Args: micro_batch_tokens: the largest pack, which is the size of every pack under a pipeline."""
         self._model, self._ranks, self._request = model, ranks, request
-        self.pack_tokens = pack_tokens
+        self.micro_batch_tokens = micro_batch_tokens
 
     def run(self, packs: Sequence[WindowPack]) -> Iterator[PackOutputs]:
         """Yield the outputs of each pack, in order."""
@@ -188,7 +190,7 @@ class Engine:
 
     def _padded(self, num_tokens: int) -> int:
         if self._ranks.pp_size > 1:
-            return self.pack_tokens
+            return self.micro_batch_tokens
         smallest = _ROWS_PER_THREAD * torch.get_num_threads() if self._ranks.device.type == "cpu" else 1
         return max(num_tokens, smallest)
 
@@ -207,7 +209,7 @@ class Engine:
             data_iterator=iter(packs),
             model=[self._model],
             num_microbatches=len(packs),
-            seq_length=self.pack_tokens,
+            seq_length=self.micro_batch_tokens,
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,

@@ -120,7 +120,7 @@ class Marginals:
         progress: Progress,
     ) -> None:
         """Fill the rows of `logits` that these copies give."""
-        plan = group_windows([copy.window.num_tokens for copy in copies], self._engine.pack_tokens)
+        plan = group_windows([copy.window.num_tokens for copy in copies], self._engine.micro_batch_tokens)
         packs, rows = [], []
         for chosen in plan:
             tokens, positions, first = [], [], 0

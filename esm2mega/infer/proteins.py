@@ -33,12 +33,12 @@ class Lengths:
 
     Attributes:
         width: Most tokens at once.
-        long: ``error``, ``crop`` or ``chunk``.
+        too_long: ``error``, ``crop`` or ``chunk``.
         overlap: Tokens that neighbouring windows share.
     """
 
     width: int
-    long: str
+    too_long: str
     overlap: int
 
     @classmethod
@@ -46,7 +46,7 @@ class Lengths:
         """As `run.infer` says."""
         width = window_tokens(run)
         overlap = width // 2 if run.infer.overlap is None else run.infer.overlap
-        return cls(width, run.infer.long, min(overlap, width - 3))
+        return cls(width, run.infer.too_long, min(overlap, width - 3))
 
     @property
     def most_residues(self) -> int:
@@ -55,27 +55,26 @@ class Lengths:
 
     def kept(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """Residues that are kept of proteins of these lengths, ``[n]``."""
-        longest = self.most_residues if self.long == "crop" else np.iinfo(np.int64).max
+        longest = self.most_residues if self.too_long == "crop" else np.iinfo(np.int64).max
         return np.minimum(lengths.astype(np.int64), longest)
 
     def windows(self, num_residues: int) -> list[Window]:
         """The windows of a protein, over the residues that are kept of it."""
         if num_residues <= self.most_residues:
             return [whole(num_residues)]
-        if self.long == "crop":
+        if self.too_long == "crop":
             return [whole(self.most_residues)]
-        if self.long == "chunk":
+        if self.too_long == "chunk":
             return overlapping(num_residues, self.width, self.overlap)
         raise UserError(
             f"{num_residues:,} residues are more than the {self.most_residues:,} that the model sees "
-            "at once; "
-            "set --long crop or --long chunk, or raise --max-seq-length"
+            "at once; set --too-long crop or --too-long chunk, or raise --max-seq-length"
         )
 
     def counts(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Number of windows of proteins of these lengths, ``[n]``; in every mode a too long one counts."""
         beyond = np.maximum(lengths.astype(np.int64) - self.most_residues, 0)
-        steps = -(-beyond // (self.width - self.overlap)) if self.long == "chunk" else 0
+        steps = -(-beyond // (self.width - self.overlap)) if self.too_long == "chunk" else 0
         return (1 + steps * np.ones_like(beyond)).astype(np.int32)
 
 
@@ -103,7 +102,7 @@ class Embedder:
             for location, window in enumerate(self._lengths.windows(len(residues)))
         ]
         num_windows = np.bincount([number for number, _, _ in jobs], minlength=len(proteins))
-        plan = group_windows([window.num_tokens for _, _, window in jobs], self._engine.pack_tokens)
+        plan = group_windows([window.num_tokens for _, _, window in jobs], self._engine.micro_batch_tokens)
         packs = [
             WindowPack(
                 [jobs[i][2] for i in places],
@@ -191,13 +190,13 @@ def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
     return joined
 
 
-def pack_tokens(run: Run, device: torch.device) -> int:
+def micro_batch_tokens(run: Run, device: torch.device) -> int:
     """Tokens of a pack: as configured, or what suits the device; at least those of the longest window.
 
     A 35M model on 2 cores of an AMD EPYC embedded 1,390, 1,460, 1,240 and 1,180 tokens/s in packs of 1,024,
     2,048, 4,096 and 8,192. The size for GPUs is not measured.
     """
-    size = run.infer.pack_tokens or (2048 if device.type == "cpu" else 16384)
+    size = run.infer.micro_batch_tokens or (2048 if device.type == "cpu" else 16384)
     return max(size, window_tokens(run))
 
 

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esm2mega.config.renamed import current_settings
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import OTHER_OUT, write_json
 from esm2mega.infer.arrays import ArrayFile
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.target import OutputTarget
@@ -68,9 +70,7 @@ class Work:
                 journal.unlink()
             self._check_space()
             offsets = self.target.create(self.folder / _ARRAYS, self.contents)
-            partial = manifest.with_suffix(".tmp")
-            partial.write_text(json.dumps({"attributes": self.contents.attributes, "offsets": offsets}))
-            os.replace(partial, manifest)
+            write_json(manifest, {"attributes": self.contents.attributes, "offsets": offsets}, OTHER_OUT)
         done = {int(line) for path in self.folder.glob("done.*") for line in _whole_lines(path)}
         return [piece for piece in range(self.contents.num_pieces) if piece not in done]
 
@@ -147,7 +147,13 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def differing(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings in which two starts differ, for a message; empty if they are the same."""
+    """Describe the settings in which two starts differ; empty if they are the same.
+
+    Args:
+        earlier: as an earlier start noted them, under the names of its version.
+        now: of this start.
+    """
+    earlier = current_settings(earlier)
     return ", ".join(
         f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
         for name in {**earlier, **now}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,7 +18,7 @@ from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.loader import EvalPacks
-from esm2mega.errors import MachineError, UserError
+from esm2mega.files import OTHER_OUT, check_out, write_json
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
@@ -172,7 +169,7 @@ def evaluate_checkpoint(
             "num_sequences": len(store),
         }
         if out is not None and ranks.is_main:
-            write_json(Path(out), result)
+            write_json(Path(out), result, OTHER_OUT)
     return result
 
 
@@ -209,30 +206,3 @@ def _filled(group: list[Batch], multiple: int) -> list[Batch]:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def check_out(path: Path) -> None:
-    """Refuse a result file that could not be written, before the work is done."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir():
-        reason = "is a directory"
-    elif not folder.is_dir():
-        reason = f"{folder} is not a directory"
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        reason = f"{folder} is not writable"
-    else:
-        return
-    raise UserError(f"--out {path}: {reason}; name a file in a directory that can be written to")
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, complete as soon as the file has its name."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise MachineError(f"{path}: cannot be written: {error.strerror}; choose another --out") from error

@@ -117,7 +117,7 @@ def run_session(
             if saved_last is not None and saved_last.resolve() == directory.resolve():
                 # The weights are there; what is known about them has changed.
                 if ranks.is_main:
-                    layout.replace_state(directory, saved)
+                    layout.write_state(directory, saved)
                 return
             with kept_from_helpers():
                 save_checkpoint(

@@ -1,7 +1,8 @@
-"""Every script of tools/ converts, and back where it says so."""
+"""`tools/convert.py` converts each format, and back where it can be written; its README lists both."""
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -19,43 +20,70 @@ for package in ("esm", "tape"):
 
 TOOLS = Path(__file__).parents[2] / "tools"
 WRITERS: dict[str, tuple[Callable[[Any, Path], Path], str | None]] = {
-    "convert_hf.py": (foreign.write_hf, "back"),
-    "convert_fair_esm.py": (foreign.write_fair_esm, "esm2_back.pt"),
-    "convert_te.py": (foreign.write_te, "back"),
-    "convert_cerebras.py": (foreign.write_cerebras, "back.mdl"),
-    "convert_nemo.py": (foreign.write_nemo1, None),
-    "convert_tape.py": (foreign_bert.write_tape, "back"),
-    "convert_proteinlm.py": (foreign_bert.write_proteinlm, "back"),
-    "convert_megatron.py": (foreign_bert.write_megatron, None),
+    "hf": (foreign.write_hf, "back"),
+    "fair-esm": (foreign.write_fair_esm, "esm2_back.pt"),
+    "te": (foreign.write_te, "back"),
+    "cerebras": (foreign.write_cerebras, "back.mdl"),
+    "nemo1": (foreign.write_nemo1, None),
+    "nemo2": (foreign.write_nemo2, None),
+    "tape": (foreign_bert.write_tape, "back"),
+    "proteinlm": (foreign_bert.write_proteinlm, "back"),
+    "megatron": (foreign_bert.write_megatron, None),
 }
-BERTS = ("convert_tape.py", "convert_proteinlm.py", "convert_megatron.py")
+BERTS = ("tape", "proteinlm", "megatron")
 
 
-def run(script: str, *arguments: str | Path) -> None:
-    argv, sys.argv = sys.argv, [script, *map(str, arguments)]
+def run(*arguments: str | Path) -> int | None:
+    argv, sys.argv = sys.argv, ["convert.py", *map(str, arguments)]
     try:
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(TOOLS / script), run_name="__main__")
+            runpy.run_path(str(TOOLS / "convert.py"), run_name="__main__")
     finally:
         sys.argv = argv
-    assert ended.value.code == 0
+    code = ended.value.code
+    assert code is None or isinstance(code, int)
+    return code
 
 
-def test_every_script_is_tried_and_every_format_has_one() -> None:
-    assert {path.name for path in TOOLS.glob("*.py")} == set(WRITERS)
-    # nemo1 and nemo2 share one, and our own needs none.
-    assert len(READABLE) == len(WRITERS) + 2 and set(WRITABLE) < set(READABLE)
+def test_every_format_is_tried() -> None:
+    assert set(WRITERS) == set(READABLE) - {"esm2mega"}
+    assert {name for name, (_, back) in WRITERS.items() if back} == set(WRITABLE) - {"esm2mega"}
 
 
-@pytest.mark.parametrize("script", WRITERS)
-def test_script(script: str, tmp_path: Path) -> None:
-    write, back = WRITERS[script]
-    truth = foreign_bert.truth if script in BERTS else foreign.truth
+def test_readme_lists_the_commands_of_every_format() -> None:
+    commands = re.findall(
+        r"`python (tools/\S+) (\S+) SRC DST( --reverse)?", (TOOLS / "README.md").read_text()
+    )
+    assert {script for script, _, _ in commands} == {"tools/convert.py"}
+    assert {name for _, name, reverse in commands if not reverse} == set(WRITERS)
+    assert {name for _, name, reverse in commands if reverse} == set(WRITABLE) - {"esm2mega"}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_format(name: str, tmp_path: Path) -> None:
+    write, back = WRITERS[name]
+    truth = foreign_bert.truth if name in BERTS else foreign.truth
     source = write(truth(torch.float32), tmp_path)
-    run(script, source, tmp_path / "ours")
+    assert run(name, source, tmp_path / "ours") == 0
     if back is None:
+        assert run(name, tmp_path / "ours", tmp_path / "back", "--reverse") == 2
+        assert not (tmp_path / "back").exists()
         return
-    run(script, "--reverse", tmp_path / "ours", tmp_path / back)
+    assert run(name, "--reverse", tmp_path / "ours", tmp_path / back) == 0
     first, second = open_weights(source), open_weights(tmp_path / back)
     assert first.infos == second.infos
     assert all(torch.equal(first.read(name), second.read(name)) for name in first.infos)
+
+
+def test_options_of_the_command_are_handed_on(tmp_path: Path) -> None:
+    source = foreign_bert.write_megatron(foreign_bert.truth(torch.float32), tmp_path)
+    options = ("--to", "proteinlm", "--dtype", "bf16")
+    assert run("megatron", *options, source, tmp_path / "tape") == 0
+    weights = open_weights(tmp_path / "tape")
+    assert weights.origin["format"] == "proteinlm"
+    assert {info.dtype for info in weights.infos.values()} == {torch.bfloat16}
+
+
+def test_unknown_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("onnx", tmp_path / "a", tmp_path / "b") == 2
+    assert "invalid choice: 'onnx'" in capsys.readouterr().err

@@ -6,7 +6,6 @@ package where that is installed (transformers, fair-esm), else in `esm2mega.conv
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +28,7 @@ from esm2mega.convert.verify.esm2_weights import read_plain_model
 from esm2mega.convert.verify.source import Prepare
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import MachineError
+from esm2mega.files import write_json
 from esm2mega.vocabulary import CLS, EOS, MASK, encode_residues
 
 BOUND = 1e-5
@@ -127,7 +127,7 @@ def verify(conversion: Conversion) -> list[str]:
         "tensors": tensors,
     }
     path = conversion.target.with_name(f"{conversion.target.name}.verify.json")
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(path, report)
     line = (
         f"logits differ by {logits['max_abs']:.2e}, {logits['relative']:.1e} of the largest "
         f"(bound {BOUND:g}); contact head: {contact_head}; report: {path}"
