@@ -51,6 +51,7 @@ class Job(ABC):
     unit: str
 
     def __init__(self, input: str, mode: str, run: Run, target: OutputTarget) -> None:
+        """Set the attributes."""
         self.input, self.mode, self.run, self.target = input, mode, run, target
 
     @abstractmethod
