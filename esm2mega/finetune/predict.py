@@ -72,8 +72,10 @@ class PredictJob(Job):
         check_format(out)
         check_out(out)
         self._task = open_task(checkpoint, _in_terms_of_training(overrides))
-        without_dropping(self._task.run.data)
-        super().__init__(input, mode, self._task.run, PredictionTarget.of(out, self._task.info))
+        run = self._task.run
+        without_dropping(run.data)
+        self._spec = batch_spec(run.data, run.train, run.seed)
+        super().__init__(input, mode, run, PredictionTarget.of(out, self._task.info))
 
     def check(self, store: TokenStore) -> None:
         data = self.run.data
@@ -84,7 +86,7 @@ class PredictJob(Job):
         return source_of(self._task.start).checksum()
 
     def settings(self) -> dict[str, Any]:
-        run, shape = self.run, batch_spec(self.run).pack_shape()
+        run, shape = self.run, self._spec.pack_shape()
         meaning = json.dumps([self._task.info.to_dict(), head_form(run.task)])
         return {
             "task_hash": hashlib.sha256(meaning.encode()).hexdigest(),
@@ -100,7 +102,7 @@ class PredictJob(Job):
         }
 
     def contents(self, store: TokenStore, attributes: dict[str, Any]) -> PredictionContents:
-        return PredictionContents(store, attributes, self._task.info, batch_spec(self.run))
+        return PredictionContents(store, attributes, self._task.info, self._spec)
 
     def load(self, contents: PredictionContents, ranks: Ranks) -> Compute:
         task = self._task
