@@ -22,6 +22,7 @@ from esm2mega.finetune.run import batch_spec
 from esm2mega.infer.contents import Write
 from esm2mega.infer.job import Compute, Job, refuse_long, run_job
 from esm2mega.infer.source import source_of
+from esm2mega.infer.target import Mode
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.evaluate import run_groups
 
@@ -39,7 +40,7 @@ def predict(
     input: str | Path,
     out: str | Path,
     overrides: Sequence[str] = (),
-    mode: str = "new",
+    mode: Mode = "new",
 ) -> list[str]:
     """Predict every protein of a file; all ranks call this together.
 
@@ -48,7 +49,7 @@ def predict(
         input: FASTA, CSV, Parquet and others, also compressed; or a token store.
         out: CSV, Parquet or HDF5, by the ending of the name.
         overrides: ``key=value`` over the configuration of the checkpoint.
-        mode: One of `esm2mega.infer.target.MODES`.
+        mode: What is done about an output that is there.
 
     Returns:
         What there is to say about it.
@@ -66,7 +67,7 @@ class PredictJob(Job):
     unit = "pack"
 
     def __init__(
-        self, checkpoint: str | Path, input: str, out: Path, overrides: Sequence[str], mode: str
+        self, checkpoint: str | Path, input: str, out: Path, overrides: Sequence[str], mode: Mode
     ) -> None:
         """Open the checkpoint; the arguments are those of `predict`."""
         check_format(out)

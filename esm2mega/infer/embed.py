@@ -21,6 +21,7 @@ from esm2mega.infer.engine import Engine, load_model
 from esm2mega.infer.job import Compute, Job, make_folder, refuse_long, run_job
 from esm2mega.infer.proteins import Embedder, Lengths, Values, micro_batch_tokens, output_request
 from esm2mega.infer.source import open_model
+from esm2mega.infer.target import Mode
 from esm2mega.parallel.initialize import Ranks
 
 
@@ -32,7 +33,7 @@ class EmbedRequest:
         checkpoint: A checkpoint or run directory.
         input: Sequences in any format of `esm2mega.data.readers.sources`, or a token store.
         out: Output; its ending decides the format.
-        mode: One of `target.MODES`.
+        mode: What is done about an output that is there.
         overrides: `key=value` over the configuration.
         config: Configuration file or name; None for none.
         contact_maps: Folder for a PNG of each protein's contacts; None for none.
@@ -41,7 +42,7 @@ class EmbedRequest:
     checkpoint: str
     input: str
     out: str
-    mode: str = "new"
+    mode: Mode = "new"
     overrides: Sequence[str] = ()
     config: str | None = None
     contact_maps: str | None = None
