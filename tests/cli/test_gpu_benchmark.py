@@ -148,7 +148,7 @@ def test_steps_are_measured(measure, tmp_path):
         assert 0 < row["fastest"] <= row["ms/step"] <= row["slowest"]
         assert row["tokens/s"] == pytest.approx(1e3 * 512 / row["ms/step"], rel=0.01)
     # The products with weights alone are 2.48 GFLOP.
-    assert ours["TFLOP/s"] >= 2.48e-3 / (ours["ms/step"] / 1e3) - 1e-3
+    assert ours["TFLOP/s"] >= 0.99 * 2.48e-3 / (ours["ms/step"] / 1e3)
 
 
 def test_a_profile_names_kernels(measure, tmp_path):
