@@ -115,8 +115,8 @@ def _by_name(state: TrainState) -> dict[str, Tensor]:
     for name, parameter in state.model[0].module.named_parameters():
         # One process: its share of a split parameter is the whole one.
         if hasattr(part, "model_param_group_index_map"):
-            group, location = part.model_param_group_index_map[parameter]
-            main = part.optimizer.param_groups[group]["params"][location]
+            group, index = part.model_param_group_index_map[parameter]
+            main = part.optimizer.param_groups[group]["params"][index]
         else:
             main = getattr(parameter, "main_param", parameter)
         found[f"{name} main"] = main.detach().flatten().clone()
