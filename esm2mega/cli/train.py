@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from esm2mega.cli.group import command, say
+from esm2mega.cli.group import command, output_mode, say
 from esm2mega.errors import UserError
 
 
@@ -63,24 +63,26 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
     "--too-long", metavar="error|crop", help="Proteins longer than --max-seq-length [as in training]."
 )
 @click.option("--max-seq-length", metavar="N", help="Tokens at once, with <cls> and <eos> [as in training].")
+@click.option("--resume", is_flag=True, help="Go on with an unfinished output; begin if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
-def predict(checkpoint: str, input: str, out: str, overwrite: bool, **options: Any) -> None:
-    """Predict the proteins of INPUT (FASTA, CSV, Parquet and others) with a fine-tuned checkpoint.
+def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
+    """Predict the proteins of INPUT with a fine-tuned checkpoint: FASTA, CSV, Parquet and others, also
+    compressed, or a token store.
 
     Example: esm2mega predict runs/mine proteins.fasta --out predictions.csv
     """
+    mode = output_mode(resume, overwrite)
     from esm2mega.finetune.predict import predict as run_predict
 
     settings = {
         "data.sequence_column": options["sequence_column"],
         "data.id_column": options["id_column"],
-        "data.too_long": options["too_long"],
-        "data.max_seq_length": options["max_seq_length"],
+        "infer.too_long": options["too_long"],
+        "infer.max_seq_length": options["max_seq_length"],
     }
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]
-    lines = run_predict(checkpoint, input, out, [*given, *options["overrides"]], overwrite)
-    say(lines)
+    say(run_predict(checkpoint, input, out, [*given, *options["overrides"]], mode))
 
 
 @command(short_help="Loss and perplexity of a checkpoint, or metrics of its task.")

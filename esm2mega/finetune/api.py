@@ -4,7 +4,7 @@ A configuration says everything that the command `esm2mega finetune` takes; data
 tables, and a head or a loss of one's own takes the place of the configured one: subclass
 `esm2mega.model.heads.TaskHead` or `esm2mega.finetune.losses.TaskLossReduction`.
 
-Saving starts helper processes, which import the program again: its own work belongs under
+Workers that prepare or load data import the program again: its own work belongs under
 ``if __name__ == "__main__":``.
 """
 

@@ -79,13 +79,18 @@ def open_task(checkpoint: str | Path | StartPoint, overrides: Sequence[str] = ()
 @contextmanager
 def loaded(task: TaskCheckpoint, make_head: MakeHead | None = None) -> Iterator[tuple[list[Any], Ranks]]:
     """This rank's chunks with the weights of the checkpoint, within process groups."""
+    with process_groups(task.run.parallel, task.run.seed) as ranks:
+        yield load_task(task, ranks, make_head), ranks
+
+
+def load_task(task: TaskCheckpoint, ranks: Ranks, make_head: MakeHead | None = None) -> list[Any]:
+    """This rank's chunks with the weights of the checkpoint; all ranks call this together."""
     run = task.run
-    with process_groups(run.parallel, run.seed) as ranks:
-        head = make_head or head_of_task(run.task, task.info.num_outputs)
-        has_lora = run.lora.rank is not None
-        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, has_lora)
-        load_model(task.start, run, chunks)
-        yield chunks, ranks
+    head = make_head or head_of_task(run.task, task.info.num_outputs)
+    has_lora = run.lora.rank is not None
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, has_lora)
+    load_model(task.start, run, chunks)
+    return chunks
 
 
 def run_task(
@@ -105,7 +110,7 @@ def run_task(
         loss: The loss, likewise.
 
     Returns:
-        What was measured, and whether this process speaks.
+        What was measured, and whether this is the main process.
     """
     with loaded(task, make_head) as (chunks, ranks):
         packs = packs_of(proteins, batch_spec(task.run), ranks)

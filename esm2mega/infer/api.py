@@ -20,8 +20,7 @@ from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.config.validate import world_size_from_environment
 from esm2mega.errors import UserError
-from esm2mega.infer.collect import OutputRequest
-from esm2mega.infer.engine import Engine, load_model
+from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
 from esm2mega.infer.proteins import Embedder, micro_batch_tokens, output_request
 from esm2mega.infer.score import clean

@@ -67,22 +67,42 @@ def evaluate(
     Returns:
         The means; None when the evaluation was abandoned.
     """
-    # Only the interleaved schedule asks for a number of micro-batches that the pipeline divides.
-    multiple = ranks.pp_size if len(model) > 1 else 1
     abandoned = False
     for chunk in model:
         chunk.eval()
     reports: list[dict[str, Tensor]] = []
-    for group in _groups(iter(batches), _round_up(_GROUP, multiple)):
-        reports += run_schedule(model, loss, _filled(group, multiple), ranks.device, forward_only=True)
+    for count, found in run_groups(model, loss, batches, ranks):
+        reports += found
         if progress is not None:
-            progress.update(len(group))
+            progress.update(count)
         # Every rank has equally many groups, so all of them ask together.
         if abandon is not None and (abandoned := abandon()):
             break
     for chunk in model:
         chunk.train()
     return None if abandoned else loss.reduce(reports, ranks.device)
+
+
+@torch.no_grad()
+def run_groups(
+    model: list[Any], loss: LossReduction, batches: Iterable[Batch], ranks: Ranks
+) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+    """Run packs through the pipeline, some at a time; all ranks of one model call this together.
+
+    Args:
+        model: This rank's chunks.
+        loss: Called on the last stage with every pack and its outputs.
+        batches: This rank's packs.
+        ranks: Where this process stands.
+
+    Yields:
+        How many packs were run, and the reports of `loss` on them.
+    """
+    # Only the interleaved schedule asks for a number of micro-batches that the pipeline divides.
+    multiple = ranks.pp_size if len(model) > 1 else 1
+    for group in _groups(iter(batches), _round_up(_GROUP, multiple)):
+        filled = _filled(group, multiple)
+        yield len(group), run_schedule(model, loss, filled, ranks.device, forward_only=True)
 
 
 def evaluation_record(metrics: dict[str, float], split: str = "valid") -> dict[str, float]:
