@@ -149,8 +149,7 @@ def hf_sorted(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
 @contextmanager
 def esm2mega(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
     """Yield the pass of `esm2mega embed`, without files."""
-    from esm2mega.infer.collect import OutputRequest
-    from esm2mega.infer.engine import Engine
+    from esm2mega.infer.engine import Engine, OutputRequest
     from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens
     from esm2mega.model.build import build_model
     from esm2mega.parallel.initialize import process_groups

@@ -69,6 +69,13 @@ class Group(click.Group):
         return list(self.commands)
 
 
+def output_mode(resume: bool, overwrite: bool) -> str:
+    """One of `esm2mega.infer.target.MODES`."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one of them")
+    return "resume" if resume else "overwrite" if overwrite else "new"
+
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 command = functools.partial(click.command, cls=Command)

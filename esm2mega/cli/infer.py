@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from esm2mega.cli.group import command, say
+from esm2mega.cli.group import command, output_mode, say
 from esm2mega.errors import UserError
 from esm2mega.files import check_writable
 
@@ -16,13 +16,6 @@ def _settings(options: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
     """Options as `key=value`, then what was given in that form."""
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     return [*given, *overrides]
-
-
-def _mode(resume: bool, overwrite: bool) -> str:
-    """One of `esm2mega.infer.target.MODES`."""
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other; give one of them")
-    return "resume" if resume else "overwrite" if overwrite else "new"
 
 
 def _list(values: tuple[Any, ...]) -> str | None:
@@ -63,7 +56,7 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
 
     Example: esm2mega embed runs/mine proteins.fasta --out proteins.h5
     """
-    mode = _mode(resume, overwrite)
+    mode = output_mode(resume, overwrite)
     from esm2mega.infer.embed import EmbedRequest
     from esm2mega.infer.embed import embed as run_embed
 
@@ -136,7 +129,7 @@ def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: A
         raise UserError(
             "--proteingym and --assays go together: the reference file, and the folder of its tables"
         )
-    mode = _mode(resume, overwrite)
+    mode = output_mode(resume, overwrite)
     if resume and options["proteingym"] is None:
         raise UserError("--resume is for the assays of --proteingym; one table is scored in one go")
     if options["proteingym"] is not None:

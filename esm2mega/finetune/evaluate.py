@@ -29,7 +29,7 @@ from esm2mega.train.evaluate import evaluate
 from esm2mega.train.losses import LossReduction, LossTerms
 
 
-class _Collecting(LossReduction):
+class Collecting(LossReduction):
     """A loss that keeps what it sees; without labels it is 0 of 0."""
 
     def __init__(self, loss: TaskLossReduction, info: TargetInfo) -> None:
@@ -117,7 +117,7 @@ def measure(
     Returns:
         None when it was abandoned.
     """
-    collecting = _Collecting(loss, info)
+    collecting = Collecting(loss, info)
     means = evaluate(model, collecting, packs, ranks, progress, abandon)
     if means is None:
         return None

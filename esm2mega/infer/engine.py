@@ -21,12 +21,12 @@ from torch import Tensor
 
 from esm2mega.config.schema import Run
 from esm2mega.data.stream.packing import plan_packs
-from esm2mega.infer.collect import OutputRequest, hidden_states
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window
 from esm2mega.model.build import build_model
 from esm2mega.model.contact_maps import ContactMaps, Span
 from esm2mega.model.esm2 import ESM2Model
+from esm2mega.model.hidden_states import hidden_states
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.vocabulary import PAD
@@ -39,6 +39,22 @@ on 1 and
 
 _IN_FLIGHT = 4
 """Packs per pipeline stage that are handed to the schedule at once."""
+
+
+@dataclass(frozen=True)
+class OutputRequest:
+    """What to compute.
+
+    Attributes:
+        layers: Hidden states, numbered as in `esm2mega.model.hidden_states`.
+        logits: Whether the head runs.
+        contact_head: Weight of each attention map, layer-major, and bias of the contact head; None for no
+            contacts.
+    """
+
+    layers: tuple[int, ...] = ()
+    logits: bool = False
+    contact_head: tuple[Tensor, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from torch import Tensor
 from esm2mega.config.infer import absolute_layers, window_tokens
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
-from esm2mega.infer.collect import OutputRequest
-from esm2mega.infer.engine import Engine, PackOutputs, WindowPack, group_windows
+from esm2mega.infer.engine import Engine, OutputRequest, PackOutputs, WindowPack, group_windows
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window, overlapping, whole
 

@@ -18,9 +18,8 @@ from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import open_source
 from esm2mega.errors import UserError
 from esm2mega.files import check_writable
-from esm2mega.infer.collect import OutputRequest
 from esm2mega.infer.correlation import spearman
-from esm2mega.infer.engine import Engine, load_model
+from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import Marginals
 from esm2mega.infer.proteins import micro_batch_tokens
 from esm2mega.infer.source import ModelSource, open_model

@@ -10,8 +10,7 @@ import torch
 
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.convert.formats import fair_esm
-from esm2mega.infer.collect import OutputRequest
-from esm2mega.infer.engine import Engine, WindowPack
+from esm2mega.infer.engine import Engine, OutputRequest, WindowPack
 from esm2mega.infer.windows import whole
 from esm2mega.parallel.initialize import process_groups
 from esm2mega.vocabulary import encode_residues

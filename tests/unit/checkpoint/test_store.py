@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -181,6 +182,12 @@ def test_saving_again_replaces_remains_of_a_crash(world: None, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
+def test_saving_leaves_no_process_behind(world: None, tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+    _save(_stepped(), tmp_path / "step_00000002")
+    assert set(psutil.Process().children()) <= before
+
+
 @pytest.fixture
 def tampered(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Renames the model's tensors in what is saved or asked for: fill in old -> new."""
@@ -343,7 +350,9 @@ def test_resume_and_inspect_show_no_warnings_of_libraries(finished: TinyRun, tmp
     run_dir = tmp_path / "run"
     shutil.copytree(finished.run_dir, run_dir)
     shutil.rmtree(layout.step_dir(run_dir, 4))
-    for command in (_pretrain(finished, run_dir), ["inspect", str(run_dir)]):
-        shown = ["-Wdefault::FutureWarning", "-Wdefault::UserWarning"]
-        (result,) = run_ranks([*shown, "-m", "esm2mega", *command], 1, tmp_path / "output")
-        assert "Warning" not in result.stderr
+    commands = (_pretrain(finished, run_dir), ["inspect", str(run_dir)])
+    code = f"from esm2mega.cli.app import main; raise SystemExit(max(map(main, {commands!r})))"
+    shown = ["-Wdefault::FutureWarning", "-Wdefault::UserWarning"]
+    (result,) = run_ranks([*shown, "-c", code], 1, tmp_path / "output")
+    assert "resumed from step_00000002" in result.stderr and "weights sha256" in result.stdout
+    assert "Warning" not in result.stderr

@@ -254,13 +254,13 @@ def test_resume_goes_on_and_gives_the_same_bits(
     class Stop(Exception):
         pass
 
-    from esm2mega.infer import embed as module
+    from esm2mega.infer import job as module
 
     compute = module._compute
 
-    def stops(work: Any, source: Any, ranks: Any, pieces: Any, maps: Any) -> None:
+    def stops(job: Any, work: Any, ranks: Any, pieces: Any) -> None:
         assert len(pieces) == 4
-        compute(work, source, ranks, pieces[:2], maps)
+        compute(job, work, ranks, pieces[:2])
         raise Stop
 
     monkeypatch.setattr(module, "_compute", stops)
@@ -268,9 +268,9 @@ def test_resume_goes_on_and_gives_the_same_bits(
         run(reference, fasta, tmp_path / "x.h5")
     seen: list[int] = []
 
-    def goes_on(work: Any, source: Any, ranks: Any, pieces: Any, maps: Any) -> None:
+    def goes_on(job: Any, work: Any, ranks: Any, pieces: Any) -> None:
         seen.extend(pieces)
-        compute(work, source, ranks, pieces, maps)
+        compute(job, work, ranks, pieces)
 
     monkeypatch.setattr(module, "_compute", goes_on)
     with pytest.raises(UserError, match="unfinished output of an earlier start"):
