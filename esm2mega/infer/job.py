@@ -20,7 +20,7 @@ from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.infer.contents import Contents, Write
-from esm2mega.infer.target import OutputTarget
+from esm2mega.infer.target import Mode, OutputTarget
 from esm2mega.infer.work import Journal, Work, differing, has_begun
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
@@ -42,7 +42,7 @@ class Job(ABC):
         name: Of the command, for messages and the progress bar.
         unit: What `Contents.amount` counts.
         input: Sequences in any format of `esm2mega.data.readers.sources`, or a token store.
-        mode: One of `target.MODES`.
+        mode: What is done about an output that is there.
         run: The settings.
         target: Where the output goes.
     """
@@ -50,7 +50,7 @@ class Job(ABC):
     name: str
     unit: str
 
-    def __init__(self, input: str, mode: str, run: Run, target: OutputTarget) -> None:
+    def __init__(self, input: str, mode: Mode, run: Run, target: OutputTarget) -> None:
         """Set the attributes."""
         self.input, self.mode, self.run, self.target = input, mode, run, target
 
@@ -141,7 +141,7 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
         make_folder(target.work_dir, f"--out {target.out}")
     try:
         run.data.cache_dir = str(target.work_dir / _PREPARED)
-        store = open_store(job.input, run, "input")
+        store = open_store(job.input, run.data, run.run_dir, "input")
         job.check(store)
         attributes = _attributes(job, store)
         if job.mode == "resume" and (finished := target.existing()) and not begun:
