@@ -239,6 +239,8 @@ class SplitPacks(ABC, Generic[BatchT]):
     @functools.cached_property
     def num_packs(self) -> int:
         """Packs over all ranks, without those of padding only."""
+        if self._limit is None:
+            return int(self._borders[-1])
         return sum(1 for _ in self._packs())
 
     def __len__(self) -> int:
