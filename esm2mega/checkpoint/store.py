@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import pickle
+import queue
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
@@ -41,6 +43,10 @@ from esm2mega.parallel.errors import lost_peer
 
 # What failed is in the exception too, and there it becomes the one line that is printed.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
+
+# Where the writing tells what it wrote. Saving waits for that, so it stays within this process.
+# Megatron-Core's own queue, made for saving in the background, is a further process that imports PyTorch.
+filesystem_async._results_queue = queue.SimpleQueue()
 
 _SHARDING = {
     # Of the formats of the distributed optimizer the only one that every TP, PP and DP size can read.

@@ -41,16 +41,16 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
     """
     from esm2mega.config.task import validate_task
     from esm2mega.config.validate import check_training_inputs, validate, world_size_from_environment
-    from esm2mega.convert.into_model import load_run_with_model
+    from esm2mega.train.start import load_run_with_start
 
-    run = load_run_with_model(config, overrides)
+    run, opened = load_run_with_start(config, overrides)
     validate(run, world_size_from_environment())
     validate_task(run)
     check_training_inputs(run)
 
     from esm2mega.finetune.run import finetune as run_finetune
 
-    run_finetune(run)
+    run_finetune(run, opened=opened)
 
 
 @command(short_help="Predictions of a fine-tuned model, in input order.")
@@ -110,18 +110,20 @@ def evaluate(
     """Masked-language-model loss and perplexity of a checkpoint, beside the unigram baseline; of a fine-tuned
     one loss and metrics of its task on a table with labels.
     """
-    from esm2mega.finetune.checkpoint import evaluate_task, has_task
+    from esm2mega.convert.start_point import open_checkpoint
+    from esm2mega.finetune.checkpoint import evaluate_task
     from esm2mega.train.evaluate import evaluate_checkpoint
 
-    if has_task(checkpoint):
+    start = open_checkpoint(checkpoint)
+    if start.task is not None:
         if max_batches is not None:
             raise UserError("--max-batches: metrics of a task are of the whole table; leave it out")
         if micro_batch_tokens is not None:
             overrides = (f"train.micro_batch_tokens={micro_batch_tokens}", *overrides)
-        numbers = evaluate_task(checkpoint, data, out, overrides)
+        numbers = evaluate_task(start, data, out, overrides)
     else:
         numbers = evaluate_checkpoint(
-            checkpoint,
+            start,
             data,
             out,
             max_batches=max_batches,

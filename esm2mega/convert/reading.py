@@ -55,16 +55,16 @@ def from_store(
         )
     used = {part for entry in entries for part in entry.theirs}
     unexpected = []
-    for name, location in stored.items():
+    for name, stored_name in stored.items():
         if name in used or name in table.tied:
             continue
         reason = table.reason_to_drop(name)
-        if reason is None and any(fnmatchcase(location, pattern) for pattern in drop):
+        if reason is None and any(fnmatchcase(stored_name, pattern) for pattern in drop):
             reason = "as asked for"
         if reason is None:
-            unexpected.append(location)
+            unexpected.append(stored_name)
         else:
-            notes.dropped.append(f"{location}: {reason}")
+            notes.dropped.append(f"{stored_name}: {reason}")
     if unexpected:
         raise UserError(
             f"{store.location}: {_count(unexpected, 'tensor has', 'tensors have')} no place in this model: "

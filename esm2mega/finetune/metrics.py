@@ -213,13 +213,13 @@ def bootstrap_intervals(
     pairs = contact_counts(found.values, found.labels) if info.per_pair else None
     for _ in range(resamples):
         chosen = rng.integers(0, len(proteins), len(proteins))
-        places = np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in chosen])
+        indices = np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in chosen])
         # Each copy of a protein is one of its own.
         rows = np.repeat(np.arange(len(chosen)), counts[chosen])
         if pairs is not None:
-            metrics = contact_metrics(pairs[places])
+            metrics = contact_metrics(pairs[indices])
         else:
-            metrics = metrics_of(Predictions(rows, None, found.values[places], found.labels[places]), info)
+            metrics = metrics_of(Predictions(rows, None, found.values[indices], found.labels[indices]), info)
         for name, value in metrics.items():
             drawn.setdefault(name, []).append(value)
     return {

@@ -21,8 +21,7 @@ from esm2mega.finetune.prediction_files import PredictionContents, PredictionTar
 from esm2mega.finetune.run import batch_spec
 from esm2mega.infer.contents import Write
 from esm2mega.infer.job import Compute, Job, refuse_long, run_job
-from esm2mega.infer.source import weights_sha256
-from esm2mega.lora.base import needs_base, recorded_base
+from esm2mega.infer.source import source_of
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.evaluate import run_groups
 
@@ -82,11 +81,7 @@ class PredictJob(Job):
             refuse_long(store, data.max_seq_length - 2, self.input, "set --too-long crop")
 
     def checksum(self) -> str:
-        directory = self._task.directory
-        own = weights_sha256(directory)
-        if not needs_base(directory):
-            return own
-        return hashlib.sha256(f"{recorded_base(directory).sha256} {own}".encode()).hexdigest()
+        return source_of(self._task.start).checksum()
 
     def settings(self) -> dict[str, Any]:
         run, shape = self.run, batch_spec(self.run).pack_shape()

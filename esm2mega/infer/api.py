@@ -24,9 +24,10 @@ from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
 from esm2mega.infer.proteins import Embedder, micro_batch_tokens, output_request
 from esm2mega.infer.score import clean
-from esm2mega.infer.source import open_model
+from esm2mega.infer.source import source_of
 from esm2mega.infer.strategies import STRATEGIES, score_variants
 from esm2mega.infer.variants import parse_variant, single_substitutions, write_variant
+from esm2mega.lora.base import read_with_base
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.vocabulary import encode_residues
 
@@ -91,7 +92,8 @@ class Model:
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
         """Args: overrides: ``key=value`` over the checkpoint's configuration."""
-        self._source = open_model(path)
+        # In this process alone, whatever the launcher started: several are refused below.
+        self._source = source_of(read_with_base(path))
         self._run = inference_run(self._source.run, overrides)
         validate_inference(self._run, 1)
         self._ranks = _world.enter()

@@ -96,7 +96,7 @@ class PackOutputs:
 
 
 def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
-    """Which windows share a pack: their places, pack by pack.
+    """Choose which windows share a pack: their indices, pack by pack.
 
     Args:
         num_tokens: Tokens of each window.
@@ -105,7 +105,7 @@ def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
     pack_of = plan_packs(num_tokens, capacity)
     order = np.argsort(pack_of, kind="stable")
     borders = np.flatnonzero(np.diff(pack_of[order])) + 1
-    return [places.tolist() for places in np.split(order, borders)] if len(order) else []
+    return [indices.tolist() for indices in np.split(order, borders)] if len(order) else []
 
 
 def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:

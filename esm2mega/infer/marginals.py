@@ -101,11 +101,11 @@ class Marginals:
     ) -> list[_Copy]:
         copies: list[_Copy] = []
         shared: dict[tuple[int, Window], _Copy] = {}
-        for number, location in enumerate(places):
-            window = optimal(location.position, len(encoded[location.sequence]), self._width)
-            copy = None if masked else shared.get((location.sequence, window))
+        for number, place in enumerate(places):
+            window = optimal(place.position, len(encoded[place.sequence]), self._width)
+            copy = None if masked else shared.get((place.sequence, window))
             if copy is None:
-                copy = shared[location.sequence, window] = _Copy(location.sequence, window, [])
+                copy = shared[place.sequence, window] = _Copy(place.sequence, window, [])
                 copies.append(copy)
             copy.places.append(number)
         return copies

@@ -97,29 +97,29 @@ class Embedder:
             proteins: token ids of residues, without special tokens, ``[L]`` each.
         """
         jobs = [
-            (number, location, window)
+            (number, index, window)
             for number, residues in enumerate(proteins)
-            for location, window in enumerate(self._lengths.windows(len(residues)))
+            for index, window in enumerate(self._lengths.windows(len(residues)))
         ]
         num_windows = np.bincount([number for number, _, _ in jobs], minlength=len(proteins))
         plan = group_windows([window.num_tokens for _, _, window in jobs], self._engine.micro_batch_tokens)
         packs = [
             WindowPack(
-                [jobs[i][2] for i in places],
-                np.concatenate([self._tokens(proteins[jobs[i][0]], jobs[i][2]) for i in places]),
+                [jobs[i][2] for i in members],
+                np.concatenate([self._tokens(proteins[jobs[i][0]], jobs[i][2]) for i in members]),
             )
-            for places in plan
+            for members in plan
         ]
         waiting: dict[int, dict[int, tuple[Window, Values]]] = {}
-        for places, pack, outputs in zip(plan, packs, self._engine.run(packs), strict=True):
-            for i, values in zip(places, self._of_windows(pack, outputs), strict=True):
-                number, location, window = jobs[i]
+        for members, pack, outputs in zip(plan, packs, self._engine.run(packs), strict=True):
+            for i, values in zip(members, self._of_windows(pack, outputs), strict=True):
+                number, index, window = jobs[i]
                 if num_windows[number] == 1:
                     yield number, self._of_protein(values)
                     continue
                 pieces = waiting.setdefault(number, {})
                 # Copies: a view would keep the whole pack in memory.
-                pieces[location] = window, {name: value.clone() for name, value in values.items()}
+                pieces[index] = window, {name: value.clone() for name, value in values.items()}
                 if len(pieces) == num_windows[number]:
                     # In the order of the windows, whatever packs they were in: sums are the same bits.
                     joined = _join([pieces[p] for p in range(len(pieces))])
@@ -183,9 +183,9 @@ def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
         total = torch.zeros(shape, dtype=dtype, device=example.device)
         count = torch.zeros(shape if square else (length, 1), dtype=dtype, device=example.device)
         for window, values in pieces:
-            location = (window.residues, window.residues) if square else (window.residues,)
-            total[location] += values[name]
-            count[location] += 1
+            rows = (window.residues, window.residues) if square else (window.residues,)
+            total[rows] += values[name]
+            count[rows] += 1
         joined[name] = total / count
     return joined
 

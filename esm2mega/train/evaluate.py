@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esm2mega.checkpoint import layout
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.convert.start_point import StartPoint, open_checkpoint
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.loader import EvalPacks
 from esm2mega.files import OTHER_OUT, check_out, write_json
+from esm2mega.lora.base import open_base
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
@@ -114,7 +115,7 @@ def evaluation_record(metrics: dict[str, float], split: str = "valid") -> dict[s
 
 
 def evaluate_checkpoint(
-    checkpoint: str | Path,
+    checkpoint: str | Path | StartPoint,
     data: str | Path,
     out: str | Path | None = None,
     max_batches: int | None = None,
@@ -124,7 +125,7 @@ def evaluate_checkpoint(
     """Masked-language-model loss and perplexity of a checkpoint on a token store, at any layout.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one.
+        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one; or what was opened.
         data: Token store, or a file of sequences.
         out: JSON file for the result.
         max_batches: Stop after so many packs over all ranks; None for the whole store.
@@ -137,21 +138,21 @@ def evaluate_checkpoint(
     """
     if out is not None:
         check_out(Path(out))
-    directory = layout.resolve_checkpoint(checkpoint)
-    state = layout.read_state(directory)
+    start = open_checkpoint(checkpoint)
     changes = list(overrides)
     if micro_batch_tokens is not None:
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
-    run = adapt_layout(load_run_over(layout.read_config(directory), changes), changes)
+    run = adapt_layout(load_run_over(start.run, changes), changes)
     validate(run, world_size_from_environment())
+    start = open_base(start, run.init_from)
     store = open_store(str(data), run, "--data", show_bytes)
     with process_groups(run.parallel, run.seed) as ranks:
         model = build_model(
             run.model, run.parallel, ranks.device, run.seed, has_lora=run.lora.rank is not None
         )
-        load_model(directory, run, model)
+        load_model(start, run, model)
         # A converted checkpoint does not know what it was trained on, so it has no unigram baseline.
-        counts = state["token_counts"]
+        counts = start.state["token_counts"]
         unigram = None if counts is None else unigram_log_probabilities(np.asarray(counts), ranks.device)
         spec = BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
         batches = EvalPacks(store, spec, max_batches or 0, ranks.dp_rank, ranks.dp_size)
@@ -159,9 +160,9 @@ def evaluate_checkpoint(
             metrics = evaluate(model, MLMLossReduction(unigram), batches, ranks, progress)
         assert metrics is not None
         result = {
-            "checkpoint": str(directory),
+            "checkpoint": str(start.path),
             "data": str(data),
-            "step": state["step"],
+            "step": start.state["step"],
             "loss": metrics["loss"],
             "perplexity": perplexity(metrics["loss"]),
             "unigram_loss": metrics.get("unigram_loss"),

@@ -25,6 +25,7 @@ from esm2mega.config.validate import validate
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import StreamState
 from esm2mega.vocabulary import VOCAB
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -135,6 +136,16 @@ def path_with_commands(folder: Path) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
+def run_line(line: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A command of ours alone starts warm; the shell runs any other."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "esm2mega":
+        return warm.run(["-m", *words], environment, folder)
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
     folder = tmp_path_factory.mktemp("walk")
@@ -153,9 +164,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
         if "pretrain" in command.words:
             starts += 1
             line += f" {shlex.join(SMALL)} train.max_steps={starts * STEPS_PER_START}"
-        done = subprocess.run(
-            ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
-        )
+        done = run_line(line, folder, environment)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         output[command.line] = done.stdout + done.stderr
     return Walked(folder, output)
@@ -229,14 +238,7 @@ def test_python_blocks_of_the_docs_run(walked: Walked) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for page, texts in code.items():
         for text in texts:
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", text],
-                cwd=walked.folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=100,
-            )
+            done = warm.run(["-c", text], environment, walked.folder)
             assert done.returncode == 0, f"{name_of(page)}\n{text}\n{done.stderr}"
             assert done.stdout.strip(), f"{name_of(page)}: prints nothing\n{text}"
 

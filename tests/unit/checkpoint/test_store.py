@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -114,8 +115,8 @@ def _by_name(state: TrainState) -> dict[str, Tensor]:
     for name, parameter in state.model[0].module.named_parameters():
         # One process: its share of a split parameter is the whole one.
         if hasattr(part, "model_param_group_index_map"):
-            group, location = part.model_param_group_index_map[parameter]
-            main = part.optimizer.param_groups[group]["params"][location]
+            group, index = part.model_param_group_index_map[parameter]
+            main = part.optimizer.param_groups[group]["params"][index]
         else:
             main = getattr(parameter, "main_param", parameter)
         found[f"{name} main"] = main.detach().flatten().clone()
@@ -179,6 +180,12 @@ def test_saving_again_replaces_remains_of_a_crash(world: None, tmp_path: Path) -
     checkpoint = _save(_stepped(), tmp_path / "step_00000002")
     assert not (checkpoint / "model" / "__9_9.distcp").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_saving_leaves_no_process_behind(world: None, tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
+    _save(_stepped(), tmp_path / "step_00000002")
+    assert set(psutil.Process().children()) <= before
 
 
 @pytest.fixture
@@ -343,7 +350,9 @@ def test_resume_and_inspect_show_no_warnings_of_libraries(finished: TinyRun, tmp
     run_dir = tmp_path / "run"
     shutil.copytree(finished.run_dir, run_dir)
     shutil.rmtree(layout.step_dir(run_dir, 4))
-    for command in (_pretrain(finished, run_dir), ["inspect", str(run_dir)]):
-        shown = ["-Wdefault::FutureWarning", "-Wdefault::UserWarning"]
-        (result,) = run_ranks([*shown, "-m", "esm2mega", *command], 1, tmp_path / "output")
-        assert "Warning" not in result.stderr
+    commands = (_pretrain(finished, run_dir), ["inspect", str(run_dir)])
+    code = f"from esm2mega.cli.app import main; raise SystemExit(max(map(main, {commands!r})))"
+    shown = ["-Wdefault::FutureWarning", "-Wdefault::UserWarning"]
+    (result,) = run_ranks([*shown, "-c", code], 1, tmp_path / "output")
+    assert "resumed from step_00000002" in result.stderr and "weights sha256" in result.stdout
+    assert "Warning" not in result.stderr
