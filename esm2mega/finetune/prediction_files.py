@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega.data.labels.dataset import UnlabelledProteins
 from esm2mega.data.labels.schema import TargetInfo
-from esm2mega.data.labels.stream import LabelledPacks
+from esm2mega.data.labels.stream import LabelledPacks, UnlabelledProteins
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
 from esm2mega.finetune.output import pair_map, probabilities, table_cells
