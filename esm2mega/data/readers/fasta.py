@@ -94,7 +94,9 @@ class FastaReader(TextSource):
             name = self._parse_id(header, line)
             if lines.stray:
                 stray_line, shown = lines.stray
-                raise UserError(f"{self.location(stray_line)}: {shown!r} in the {of} of {name!r} is no {what}")
+                raise UserError(
+                    f"{self.location(stray_line)}: {shown!r} in the {of} of {name!r} is no {what}"
+                )
             body = text.encode().translate(None, WHITE_SPACE)
             if not body:
                 raise UserError(
