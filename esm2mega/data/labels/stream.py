@@ -65,11 +65,11 @@ class UnlabelledProteins:
         return self.store.fingerprint
 
     def id(self, row: int) -> str:
-        """The id of a protein."""
+        """Return the id of a protein."""
         return self.store.id(row)
 
     def residues(self, row: int) -> npt.NDArray[np.uint8]:
-        """Token ids of a protein's residues, ``[L]``."""
+        """Return token ids of a protein's residues, ``[L]``."""
         return self.store.residues(row)
 
 

@@ -254,7 +254,7 @@ class SplitPacks(ABC, Generic[BatchT]):
             yield self._build(pack)
 
     def batch(self, number: int) -> BatchT:
-        """The batch of any pack, counted over all ranks from 0."""
+        """Return the batch of any pack, counted over all ranks from 0."""
         window = int(np.searchsorted(self._borders, number, side="right")) - 1
         return self._build(Pack(self._plan.window(window), number - int(self._borders[window])))
 
