@@ -18,7 +18,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all example format clean
+.PHONY: help quickstart setup lint type test test-all example format reading-order clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -51,6 +51,9 @@ test-all: lint type ## also the slow tests, and those for a GPU where there is o
 
 example: $(DEV)/.installed ## the CPU example, in reduced form
 	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh
+
+reading-order: $(DEV)/.installed ## write docs/reading-order.md from the docstrings
+	$(DEV_RUN) python docs/reading_order.py
 
 clean: ## remove the environments and caches
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
