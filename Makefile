@@ -18,7 +18,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all example format reading-order clean
+.PHONY: help quickstart setup lint type test test-all gpu example format reading-order clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -48,6 +48,10 @@ test: lint type ## style, types, and all tests that need minutes and no GPU
 
 test-all: lint type ## also the slow tests, and those for a GPU where there is one
 	$(DEV_RUN) OMP_NUM_THREADS=1 pytest -q $(PYTEST_ARGS)
+
+gpu: $(DEV)/.installed ## on a machine with a GPU: the tests for it, then its measurements, see docs/performance.md
+	$(DEV_RUN) pytest -q -m gpu $(PYTEST_ARGS)
+	$(DEV_RUN) python benchmarks/gpu.py
 
 example: $(DEV)/.installed ## the CPU example, in reduced form
 	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh

@@ -149,9 +149,8 @@ def hf_sorted(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
 @contextmanager
 def esm2mega(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
     """Yield the pass of `esm2mega embed`, without files."""
-    from esm2mega.infer.collect import OutputRequest
-    from esm2mega.infer.engine import Engine
-    from esm2mega.infer.proteins import Embedder, Lengths, pack_tokens
+    from esm2mega.infer.engine import Engine, OutputRequest
+    from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens
     from esm2mega.model.build import build_model
     from esm2mega.parallel.initialize import process_groups
 
@@ -163,7 +162,7 @@ def esm2mega(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
         (model,) = build_model(run.model, run.parallel, ranks.device, run.seed)
         model.eval().requires_grad_(False)
         request = OutputRequest((PRESETS[size].num_layers,))
-        engine = Engine(model, ranks, request, pack_tokens(run, ranks.device))
+        engine = Engine(model, ranks, request, micro_batch_tokens(run, ranks.device))
         embedder = Embedder(engine, run)
         name = f"residue/layer_{PRESETS[size].num_layers}"
         yield lambda: sum(len(values[name].float().clone()) for _, values in embedder.run(proteins))

@@ -21,7 +21,6 @@ Tokens are real ones with `<cls>` and `<eos>`; padding is work, but counts as no
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
@@ -35,30 +34,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from batches import (
+    Batches,
+    Batching,
+    by_number,
+    by_tokens,
+    mask_protein,
+    pack,
+    pad,
+    padded_tokens,
+    real_tokens,
+)
+from esm2mega_model import training
 
 from esm2mega import vocabulary
-from esm2mega.batch import PackedBatch
-from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS
-from esm2mega.config.schema import DataConfig
 from esm2mega.data.readers.fasta import FastaReader
-from esm2mega.data.stream.masking import MaskedTokens, mask_tokens
+from esm2mega.data.stream.masking import MaskedTokens
 
 DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
 LEARNING_RATE = 1e-4
-IGNORED_LABEL = -100
 
 Pass = Callable[[], None]
 """Trains on every protein once."""
 
-Batches = list[list[MaskedTokens]]
-"""Proteins as masked tokens, `<cls>` and `<eos>` included, batch by batch."""
-
 Contender = Callable[[Batches], Pass]
 """Brings batches into the form that the contender trains on, which is not timed."""
-
-Batching = Callable[[Sequence[MaskedTokens]], Batches]
-"""Divides proteins, in their order, among batches."""
 
 
 def draw_proteins(fasta: Path, number: int, max_residues: int, seed: int) -> list[MaskedTokens]:
@@ -71,31 +72,8 @@ def draw_proteins(fasta: Path, number: int, max_residues: int, seed: int) -> lis
     proteins = []
     for chosen in rng.integers(borders[:-1], borders[1:]):
         residues = vocabulary.encode_residues(records[chosen][:max_residues])
-        tokens = np.concatenate([[vocabulary.CLS], residues, [vocabulary.EOS]]).astype(np.uint8)
-        proteins.append(mask_tokens(tokens, np.array([chosen]), np.array([len(tokens)]), seed, DataConfig()))
+        proteins.append(mask_protein(residues, chosen, seed))
     return proteins
-
-
-def by_tokens(budget: int) -> Batching:
-    """Return the batching that begins a new batch where the next protein would exceed `budget` tokens."""
-
-    def batched(proteins: Sequence[MaskedTokens]) -> Batches:
-        batches: Batches = []
-        room = 0
-        for protein in proteins:
-            if len(protein.input_ids) > room:
-                batches.append([])
-                room = budget
-            batches[-1].append(protein)
-            room -= len(protein.input_ids)
-        return batches
-
-    return batched
-
-
-def by_number(size: int) -> Batching:
-    """Return the batching by `size` proteins, fewer in the last batch."""
-    return lambda proteins: [list(proteins[start : start + size]) for start in range(0, len(proteins), size)]
 
 
 def random_order(proteins: Sequence[MaskedTokens], batching: Batching, rng: np.random.Generator) -> Batches:
@@ -109,16 +87,6 @@ def sorted_order(proteins: Sequence[MaskedTokens], batching: Batching, rng: np.r
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def real_tokens(batches: Batches) -> int:
-    """Tokens of the proteins alone."""
-    return sum(len(protein.input_ids) for batch in batches for protein in batch)
-
-
-def padded_tokens(batches: Batches) -> int:
-    """Tokens that are computed when each batch is padded to its longest protein."""
-    return sum(len(batch) * max(len(protein.input_ids) for protein in batch) for batch in batches)
-
-
 @contextmanager
 def hf_contender(size: str) -> Iterator[Contender]:
     """Yield `EsmForMaskedLM` on padded batches."""
@@ -130,7 +98,7 @@ def hf_contender(size: str) -> Iterator[Contender]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
 
     def contender(batches: Batches) -> Pass:
-        padded = [_pad(batch) for batch in batches]
+        padded = [pad(batch) for batch in batches]
 
         def one_pass() -> None:
             for input_ids, attention_mask, labels in padded:
@@ -144,39 +112,15 @@ def hf_contender(size: str) -> Iterator[Contender]:
     yield contender
 
 
-def _pad(proteins: list[MaskedTokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return input ids, attention mask (1 = keep) and labels, [b, s] each."""
-    width = max(len(protein.input_ids) for protein in proteins)
-    input_ids = torch.full((len(proteins), width), vocabulary.PAD)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED_LABEL)
-    for row, protein in enumerate(proteins):
-        length = len(protein.input_ids)
-        input_ids[row, :length] = torch.from_numpy(protein.input_ids)
-        attention_mask[row, :length] = 1
-        labels[row, torch.from_numpy(protein.label_positions)] = torch.from_numpy(protein.labels)
-    return input_ids, attention_mask, labels
-
-
 @contextmanager
 def esm2mega_contender(size: str) -> Iterator[Contender]:
     """Yield esm2mega's own training step on packs."""
-    from esm2mega.model.build import build_model
-    from esm2mega.parallel.initialize import process_groups
-    from esm2mega.train.losses import MLMLossReduction
-    from esm2mega.train.optimizer import build_optimizer, build_schedule, wrap_data_parallel
-    from esm2mega.train.step import TrainState, train_step
+    from esm2mega.train.step import train_step
 
-    run = load_run(f"pretrain_esm2_{size}", [f"optim.lr={LEARNING_RATE}", "model.precision=fp32"])
-    with process_groups(run.parallel, run.seed) as ranks:
-        chunks = build_model(run.model, run.parallel, ranks.device, run.seed)
-        model = wrap_data_parallel(chunks, run.model, run.parallel)
-        optimizer = build_optimizer(run.optim, run, model)
-        schedule = build_schedule(run.schedule, run.optim, optimizer)
-        state = TrainState(model, optimizer, schedule, MLMLossReduction(), ranks.device)
+    with training(size, [f"optim.lr={LEARNING_RATE}", "model.precision=fp32"]) as state:
 
         def contender(batches: Batches) -> Pass:
-            packs = [_pack(batch) for batch in batches]
+            packs = [pack(batch) for batch in batches]
 
             def one_pass() -> None:
                 for pack in packs:
@@ -185,25 +129,6 @@ def esm2mega_contender(size: str) -> Iterator[Contender]:
             return one_pass
 
         yield contender
-
-
-def _pack(proteins: list[MaskedTokens]) -> PackedBatch:
-    """Return the proteins back to back."""
-    lengths = [len(protein.input_ids) for protein in proteins]
-    ends = list(itertools.accumulate(lengths, initial=0))
-    positions = [protein.label_positions + start for protein, start in zip(proteins, ends, strict=False)]
-    return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate([protein.input_ids for protein in proteins])),
-        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
-        seqlens=lengths,
-        max_seqlen=max(lengths),
-        label_positions=torch.from_numpy(np.concatenate(positions)),
-        labels=torch.from_numpy(np.concatenate([protein.labels for protein in proteins])),
-        label_counts=[len(protein.labels) for protein in proteins],
-        num_tokens=ends[-1],
-        num_residues=ends[-1] - 2 * len(proteins),
-        num_sequences=len(proteins),
-    )
 
 
 @dataclass(frozen=True)

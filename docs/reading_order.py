@@ -91,7 +91,7 @@ SECTIONS = (
         "From logits to updated weights",
         "A loss is a sum and a count, added over micro-batches and processes and divided once, so no layout "
         "changes it. Pretraining and fine-tuning share one step and one loop.",
-        {"train": "losses step optimizer loop evaluate signals throughput", "report": "log"},
+        {"train": "losses step optimizer loop evaluate signals throughput pretrain", "report": "log"},
     ),
     Section(
         "From weights to checkpoints, and back",
@@ -122,7 +122,7 @@ SECTIONS = (
         "From weights to embeddings and scores",
         "All lengths are known before anything is computed: every row of an output has its place from the "
         "start, any process writes its own, and a killed run goes on.",
-        {"infer": "embed source windows proteins engine collect work target contents"},
+        {"infer": "job embed source windows proteins engine work target contents"},
     ),
     Section(
         "From labels to a fine-tuned model",

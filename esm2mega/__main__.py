@@ -4,6 +4,6 @@ import sys
 
 from esm2mega.cli.app import main
 
-# The guard matters: checkpoint saving starts helper processes that import this module again.
+# The guard matters: workers that prepare or load data import this module again.
 if __name__ == "__main__":
     sys.exit(main())

@@ -28,7 +28,7 @@ class PackedBatch:
         cu_seqlens: where each segment begins, and T at the end, int32 [n + 1].
         seqlens: tokens of each segment on the host, n numbers that add up to T.
         max_seqlen: the largest of `seqlens`.
-        label_positions: places of the tokens to predict, ascending, int64 [M].
+        label_positions: positions of the tokens to predict, ascending, int64 [M].
         labels: the original tokens there, int64 [M].
         label_counts: tokens to predict in each segment on the host, n numbers that add up to M.
         num_tokens: tokens of proteins, `<cls>` and `<eos>` included, padding not.

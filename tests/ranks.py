@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import warm
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -35,13 +37,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_ranks(arguments: Sequence[str], world_size: int, folder: Path) -> list[subprocess.Popen[str]]:
+Rank = warm.Process | subprocess.Popen[str]
+
+
+def start_ranks(arguments: Sequence[str], world_size: int, folder: Path) -> list[Rank]:
     """Start ``python arguments`` `world_size` times with the variables of torchrun; output goes to files in
-    `folder`.
+    `folder`. Options of the interpreter before the program make the processes fresh ones, else they are warm.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    processes = []
+    processes: list[Rank] = []
     for rank in range(world_size):
         environment = {
             **os.environ,
@@ -57,20 +62,29 @@ def start_ranks(arguments: Sequence[str], world_size: int, folder: Path) -> list
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        out, err = ((folder / f"rank{rank}.{name}").open("w") for name in ("out", "err"))
-        process = subprocess.Popen(
+        out, err = (folder / f"rank{rank}.{name}" for name in ("out", "err"))
+        if arguments[0] in ("-m", "-c"):
+            processes.append(warm.start(arguments, out, err, environment))
+        else:
+            processes.append(_fresh(arguments, out, err, environment))
+    return processes
+
+
+def _fresh(
+    arguments: Sequence[str], out: Path, err: Path, environment: dict[str, str]
+) -> subprocess.Popen[str]:
+    with out.open("w") as stdout, err.open("w") as stderr:
+        return subprocess.Popen(
             [sys.executable, *arguments],
-            stdout=out,
-            stderr=err,
+            stdout=stdout,
+            stderr=stderr,
             env=environment,
             start_new_session=True,
             text=True,
         )
-        processes.append(process)
-    return processes
 
 
-def wait_ranks(processes: Sequence[subprocess.Popen[str]], folder: Path, timeout: float) -> list[RankResult]:
+def wait_ranks(processes: Sequence[Rank], folder: Path, timeout: float) -> list[RankResult]:
     """Wait for all ranks; when one fails the others get a moment, then the whole process groups are ended."""
     deadline = time.monotonic() + timeout
     try:
@@ -84,7 +98,7 @@ def wait_ranks(processes: Sequence[subprocess.Popen[str]], folder: Path, timeout
         end_ranks(processes)
     return [
         RankResult(
-            process.returncode,
+            process.wait(),
             (folder / f"rank{rank}.out").read_text(),
             (folder / f"rank{rank}.err").read_text(),
         )
@@ -92,7 +106,7 @@ def wait_ranks(processes: Sequence[subprocess.Popen[str]], folder: Path, timeout
     ]
 
 
-def end_ranks(processes: Sequence[subprocess.Popen[str]]) -> None:
+def end_ranks(processes: Sequence[Rank]) -> None:
     """End every process group that still lives, helpers of checkpoint saving included."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):

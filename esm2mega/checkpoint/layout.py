@@ -7,10 +7,8 @@ being written the directory has another name; a directory without ``COMPLETE`` i
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
 import re
 import shutil
 import sys
@@ -22,7 +20,8 @@ import yaml
 
 from esm2mega.config.load import run_from_yaml, save_resolved
 from esm2mega.config.schema import Run
-from esm2mega.errors import MachineError, UserError
+from esm2mega.errors import UserError
+from esm2mega.files import sync_tree, write_json
 from esm2mega.version import __version__
 from esm2mega.vocabulary import TOKENIZER_HASH, VOCAB
 
@@ -93,23 +92,19 @@ def write_description(directory: Path, run: Run, state: dict[str, Any]) -> None:
     tokenizer = {"tokenizer": {"hash": TOKENIZER_HASH, "vocabulary": list(VOCAB)}}
     with config.open("a") as file:
         file.write(yaml.safe_dump(tokenizer, default_flow_style=None))
-    _write_state(directory / STATE, state)
+    write_state(directory, state)
 
 
-def _write_state(path: Path, state: dict[str, Any]) -> None:
+def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Write ``train_state.json``, or replace that of a finished checkpoint, in one step."""
     header = {"format_version": FORMAT_VERSION, "esm2mega_version": __version__}
-    path.write_text(json.dumps({**header, **state}, indent=1) + "\n")
+    write_json(checkpoint / STATE, {**header, **state})
 
 
 def complete(partial: Path, directory: Path) -> None:
     """Mark a written checkpoint as complete, flush it to the disk and give it its name."""
     (partial / COMPLETE).write_text("")
-    for path in [p for p in partial.rglob("*") if p.is_file()] + [partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync_tree(partial)
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
@@ -150,18 +145,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             f"{path}: format version {version}, this esm2mega reads {FORMAT_VERSION}; use its writer"
         )
     return state
-
-
-def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Replace ``train_state.json`` of a finished checkpoint, in one step."""
-    temporary = checkpoint / f".{STATE}.tmp"
-    try:
-        _write_state(temporary, state)
-        os.replace(temporary, checkpoint / STATE)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise MachineError(f"{checkpoint / STATE}: cannot be written: {error.strerror or error}") from error
 
 
 def prune(run_dir: str | Path, keep_last: int, keep_best: int, written: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import pickle
+import queue
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
@@ -36,10 +38,15 @@ from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter, compare_tensors
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.schema import Run
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import first_of
 from esm2mega.parallel.errors import lost_peer
 
 # What failed is in the exception too, and there it becomes the one line that is printed.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
+
+# Where the writing tells what it wrote. Saving waits for that, so it stays within this process.
+# Megatron-Core's own queue, made for saving in the background, is a further process that imports PyTorch.
+filesystem_async._results_queue = queue.SimpleQueue()
 
 _SHARDING = {
     # Of the formats of the distributed optimizer the only one that every TP, PP and DP size can read.
@@ -269,16 +276,10 @@ def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bo
     unexpected = {name for name in unexpected if matters(name)}
     if missing or unexpected:
         raise UserError(
-            f"{model_dir}: cannot be loaded into this model: missing {_some(missing)}, "
-            f"unexpected {_some(unexpected)}"
+            f"{model_dir}: cannot be loaded into this model: missing {first_of(sorted(missing), _SHOWN)}, "
+            f"unexpected {first_of(sorted(unexpected), _SHOWN)}"
         )
     return loaded
-
-
-def _some(names: set[str]) -> str:
-    """A list fit for one line."""
-    shown = sorted(names)[:_SHOWN]
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else str(shown)
 
 
 def _put_weights(model: Sequence[Any], loaded: dict[str, Any], choice: TensorFilter) -> None:

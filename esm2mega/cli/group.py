@@ -10,6 +10,9 @@ from typing import Any
 
 import click
 
+from esm2mega.config.renamed import refusal_of_option
+from esm2mega.errors import UserError
+
 
 @dataclass
 class Options:
@@ -36,11 +39,20 @@ def _verbose_option() -> click.Option:
 
 
 class Command(click.Command):
-    """A command that takes `-v`."""
+    """A command that takes `-v`, and names the successor of a renamed option."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(_verbose_option())
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            accepted = [option for parameter in self.params for option in parameter.opts]
+            if (refusal := refusal_of_option(error.option_name, accepted)) is not None:
+                raise UserError(refusal) from error
+            raise
 
 
 class Group(click.Group):
@@ -55,6 +67,13 @@ class Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+
+def output_mode(resume: bool, overwrite: bool) -> str:
+    """One of `esm2mega.infer.target.MODES`."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one of them")
+    return "resume" if resume else "overwrite" if overwrite else "new"
 
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}

@@ -7,21 +7,15 @@ from typing import Any
 
 import click
 
-from esm2mega.cli.group import command, say
+from esm2mega.cli.group import command, output_mode, say
 from esm2mega.errors import UserError
+from esm2mega.files import check_writable
 
 
 def _settings(options: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
     """Options as `key=value`, then what was given in that form."""
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     return [*given, *overrides]
-
-
-def _mode(resume: bool, overwrite: bool) -> str:
-    """One of `esm2mega.infer.target.MODES`."""
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other; give one of them")
-    return "resume" if resume else "overwrite" if overwrite else "new"
 
 
 def _list(values: tuple[Any, ...]) -> str | None:
@@ -45,7 +39,7 @@ def _list(values: tuple[Any, ...]) -> str | None:
 @click.option("--precision", metavar="fp32|bf16", help="To compute in [as trained].")
 @click.option("--dtype", metavar="fp32|fp16|bf16", help="To store in [fp32].")
 @click.option("--layout", metavar="ragged|bionemo", help="Of HDF5 files [ragged].")
-@click.option("--long", metavar="error|crop|chunk", help="Proteins longer than --max-seq-length [error].")
+@click.option("--too-long", metavar="error|crop|chunk", help="Proteins longer than --max-seq-length [error].")
 @click.option("--max-seq-length", metavar="N", help="Tokens at once, with <cls> and <eos> [as trained].")
 @click.option("--pack-tokens", metavar="T", help="Tokens that are computed together [by device].")
 @click.option("--sequence-column", metavar="NAME", help="Of a table [sequence].")
@@ -62,15 +56,18 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
 
     Example: esm2mega embed runs/mine proteins.fasta --out proteins.h5
     """
-    mode = _mode(resume, overwrite)
+    mode = output_mode(resume, overwrite)
     from esm2mega.infer.embed import EmbedRequest
     from esm2mega.infer.embed import embed as run_embed
 
     settings = {
         "infer.outputs": _list(options["include"]),
         "infer.layers": _list(options["layers"]),
-        **{f"infer.{name}": options[name] for name in ("pooling", "precision", "dtype", "layout", "long")},
-        **{f"infer.{name}": options[name] for name in ("max_seq_length", "pack_tokens")},
+        **{
+            f"infer.{name}": options[name] for name in ("pooling", "precision", "dtype", "layout", "too_long")
+        },
+        "infer.max_seq_length": options["max_seq_length"],
+        "infer.micro_batch_tokens": options["pack_tokens"],
         **{f"data.{name}": options[name] for name in ("sequence_column", "id_column")},
     }
     request = EmbedRequest(
@@ -132,7 +129,7 @@ def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: A
         raise UserError(
             "--proteingym and --assays go together: the reference file, and the folder of its tables"
         )
-    mode = _mode(resume, overwrite)
+    mode = output_mode(resume, overwrite)
     if resume and options["proteingym"] is None:
         raise UserError("--resume is for the assays of --proteingym; one table is scored in one go")
     if options["proteingym"] is not None:
@@ -150,9 +147,12 @@ def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: A
                 raise UserError(f"{path}: exists; replace it with --overwrite, or choose another name")
 
     from esm2mega.infer import score as scoring
-    from esm2mega.infer.variants import check_writable
 
-    settings = {f"infer.{name}": options[name] for name in ("precision", "max_seq_length", "pack_tokens")}
+    settings = {
+        "infer.precision": options["precision"],
+        "infer.max_seq_length": options["max_seq_length"],
+        "infer.micro_batch_tokens": options["pack_tokens"],
+    }
     how = scoring.ScoreOptions(
         strategy=options["strategy"],
         normalization=options["normalize"],

@@ -29,10 +29,9 @@ def lora_merge_command(checkpoint: str, out: str, base: str | None) -> None:
 
     Example: esm2mega lora merge runs/adapted --out adapted_whole
     """
-    from esm2mega.checkpoint.layout import resolve_checkpoint
     from esm2mega.lora.merge import merge
 
-    click.echo("\n".join(merge(resolve_checkpoint(checkpoint), Path(out), base)))
+    click.echo("\n".join(merge(checkpoint, Path(out), base)))
 
 
 @lora.command("export", short_help="Adapters to a directory of Hugging Face PEFT.")
@@ -44,10 +43,9 @@ def lora_export_command(checkpoint: str, out: str) -> None:
 
     Example: esm2mega lora export runs/adapted --out adapted_peft
     """
-    from esm2mega.checkpoint.layout import resolve_checkpoint
     from esm2mega.lora.hf_peft import export_adapters
 
-    click.echo("\n".join(export_adapters(resolve_checkpoint(checkpoint), Path(out))))
+    click.echo("\n".join(export_adapters(checkpoint, Path(out))))
 
 
 @lora.command("import", short_help="Adapters from a directory of Hugging Face PEFT.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from esm2mega.cli.group import command, say
+from esm2mega.cli.group import command, output_mode, say
 from esm2mega.errors import UserError
 
 
@@ -41,16 +41,16 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
     """
     from esm2mega.config.task import validate_task
     from esm2mega.config.validate import check_training_inputs, validate, world_size_from_environment
-    from esm2mega.convert.into_model import load_run_with_model
+    from esm2mega.train.start import load_run_with_start
 
-    run = load_run_with_model(config, overrides)
+    run, opened = load_run_with_start(config, overrides)
     validate(run, world_size_from_environment())
     validate_task(run)
     check_training_inputs(run)
 
     from esm2mega.finetune.run import finetune as run_finetune
 
-    run_finetune(run)
+    run_finetune(run, opened=opened)
 
 
 @command(short_help="Predictions of a fine-tuned model, in input order.")
@@ -59,26 +59,30 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
 @click.option("--out", required=True, metavar="PATH", help="NAME.csv, .parquet or .h5.")
 @click.option("--sequence-column", metavar="NAME", help="Of a table [as in training].")
 @click.option("--id-column", metavar="NAME", help="Of a table [id, else line numbers].")
-@click.option("--long", metavar="error|crop", help="Proteins longer than --max-seq-length [as in training].")
+@click.option(
+    "--too-long", metavar="error|crop", help="Proteins longer than --max-seq-length [as in training]."
+)
 @click.option("--max-seq-length", metavar="N", help="Tokens at once, with <cls> and <eos> [as in training].")
+@click.option("--resume", is_flag=True, help="Go on with an unfinished output; begin if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
-def predict(checkpoint: str, input: str, out: str, overwrite: bool, **options: Any) -> None:
-    """Predict the proteins of INPUT (FASTA, CSV, Parquet and others) with a fine-tuned checkpoint.
+def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
+    """Predict the proteins of INPUT with a fine-tuned checkpoint: FASTA, CSV, Parquet and others, also
+    compressed, or a token store.
 
     Example: esm2mega predict runs/mine proteins.fasta --out predictions.csv
     """
+    mode = output_mode(resume, overwrite)
     from esm2mega.finetune.predict import predict as run_predict
 
     settings = {
         "data.sequence_column": options["sequence_column"],
         "data.id_column": options["id_column"],
-        "data.too_long": options["long"],
-        "data.max_seq_length": options["max_seq_length"],
+        "infer.too_long": options["too_long"],
+        "infer.max_seq_length": options["max_seq_length"],
     }
     given = [f"{key}={value}" for key, value in settings.items() if value is not None]
-    lines = run_predict(checkpoint, input, out, [*given, *options["overrides"]], overwrite)
-    say(lines)
+    say(run_predict(checkpoint, input, out, [*given, *options["overrides"]], mode))
 
 
 @command(short_help="Loss and perplexity of a checkpoint, or metrics of its task.")
@@ -106,18 +110,20 @@ def evaluate(
     """Masked-language-model loss and perplexity of a checkpoint, beside the unigram baseline; of a fine-tuned
     one loss and metrics of its task on a table with labels.
     """
-    from esm2mega.finetune.checkpoint import evaluate_task, has_task
+    from esm2mega.convert.start_point import open_checkpoint
+    from esm2mega.finetune.checkpoint import evaluate_task
     from esm2mega.train.evaluate import evaluate_checkpoint
 
-    if has_task(checkpoint):
+    start = open_checkpoint(checkpoint)
+    if start.task is not None:
         if max_batches is not None:
             raise UserError("--max-batches: metrics of a task are of the whole table; leave it out")
         if micro_batch_tokens is not None:
             overrides = (f"train.micro_batch_tokens={micro_batch_tokens}", *overrides)
-        numbers = evaluate_task(checkpoint, data, out, overrides)
+        numbers = evaluate_task(start, data, out, overrides)
     else:
         numbers = evaluate_checkpoint(
-            checkpoint,
+            start,
             data,
             out,
             max_batches=max_batches,

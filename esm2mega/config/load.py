@@ -25,13 +25,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from esm2mega.config.presets import fill_shape
+from esm2mega.config.renamed import current_key, refusal_of_key
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import check_choices
-from esm2mega.errors import MachineError, UserError
+from esm2mega.errors import UserError
+from esm2mega.files import replacing
 from esm2mega.version import __version__
+
+# The parser in C where PyYAML has it; the lines are the same.
+_LineLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _WITH_GAPS = ("task.mask_column",)
 """Keys whose lists have null where there is nothing."""
+
+
+_RESOLVED = "# Resolved configuration, written by esm2mega"
+"""How a file of `save_resolved` begins."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def load_run(config: str | None, overrides: Sequence[str] = ()) -> Run:
     Raises:
         UserError: unreadable file, YAML error, unknown key, wrong type, or contradicting dimensions.
     """
-    tree = OmegaConf.structured(Run)
+    tree = _defaults()
     settings = list(_file_settings(find_config(config), ())) if config is not None else []
     settings += [_parse_override(text) for text in overrides]
     for setting in settings:
@@ -68,10 +77,10 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
         path: the file.
         ignore: top-level keys that the writer added beside the run's.
     """
-    tree = OmegaConf.structured(Run)
+    tree = _defaults()
     for setting in _file_settings(Path(path), ()):
         if setting.key not in ignore:
-            _apply(tree, setting)
+            _apply(tree, _renamed(setting))
     return resolve(_to_run(tree, {}))
 
 
@@ -111,14 +120,8 @@ def value_of(key: str, config: str | None, overrides: Sequence[str] = ()) -> Any
 def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
     """Write YAML that `run_from_yaml` reads back to an equal `Run`; `path` is replaced in one step."""
     text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(run)))
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(f"# Resolved configuration, written by esm2mega {__version__}.\n{text}")
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MachineError(f"{target}: cannot write the configuration: {error.strerror or error}") from error
+    with replacing(Path(path)) as partial:
+        partial.write_text(f"{_RESOLVED} {__version__}.\n{text}")
 
 
 def resolve(run: Run) -> Run:
@@ -225,7 +228,18 @@ def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         yield from _file_settings(found, (*including, path.resolve()))
-    yield from _leaves(content, "", path, lines)
+    settings = _leaves(content, "", path, lines)
+    yield from map(_renamed, settings) if _is_resolved(path) else settings
+
+
+def _renamed(setting: _Setting) -> _Setting:
+    """Return a setting of a file that esm2mega wrote under the name that its key has now."""
+    return dataclasses.replace(setting, key=current_key(setting.key))
+
+
+def _is_resolved(path: Path) -> bool:
+    """Return whether `save_resolved` wrote a file, whose keys may be those of an earlier version."""
+    return path.read_text(encoding="utf-8").startswith(_RESOLVED)
 
 
 def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
@@ -234,7 +248,7 @@ def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
         text = path.read_text(encoding="utf-8")
         # OmegaConf reads 4e-4 as a number, plain YAML 1.1 as text; the second pass is for line numbers only.
         config = OmegaConf.create(text) if text.strip() else OmegaConf.create()
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_LineLoader)
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -293,6 +307,8 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
     if _is_section(key):
         inside = [k for k in types_of if k.startswith(f"{key}.")]
         raise UserError(f"{setting.where}: {key} is a section, not a value; set its keys, e.g. {inside[0]}")
+    if (refusal := refusal_of_key(key, _show(value))) is not None:
+        raise UserError(f"{setting.where}: {refusal}")
     if key not in types_of:
         raise UserError(f"{setting.where}: unknown key {key}; the nearest valid key is {nearest_key(key)}")
     kind, _ = _kind(types_of[key])
@@ -329,8 +345,25 @@ def _to_run(tree: DictConfig, places: dict[str, str]) -> Run:
         ) from error
 
 
+def _defaults() -> DictConfig:
+    """A typed tree of all defaults; a copy is made in a tenth of the time."""
+    return copy.deepcopy(_structured())
+
+
+@functools.cache
+def _structured() -> DictConfig:
+    return OmegaConf.structured(Run)
+
+
 def _is_section(key: str) -> bool:
-    return any(known.startswith(f"{key}.") for known in known_keys())
+    return key in _sections()
+
+
+@functools.cache
+def _sections() -> frozenset[str]:
+    """Every dotted key that has keys below it."""
+    parents = (known.split(".")[:-1] for known in known_keys())
+    return frozenset(".".join(names[: n + 1]) for names in parents for n in range(len(names)))
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:

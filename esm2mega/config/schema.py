@@ -221,10 +221,10 @@ class InferConfig:
     precision: str | None = _choice(None, "fp32", "bf16", "fp64")
     dtype: str = _choice("fp32", "fp32", "fp16", "bf16")
     layout: str = _choice("ragged", "ragged", "bionemo")
-    long: str = _choice("error", "error", "crop", "chunk")
+    too_long: str = _choice("error", "error", "crop", "chunk")
     max_seq_length: int | None = None
     overlap: int | None = None
-    pack_tokens: int | None = None
+    micro_batch_tokens: int | None = None
 
 
 @dataclass

@@ -58,7 +58,7 @@ _AT_LEAST = {
     "task.bootstrap": 0,
     "infer.max_seq_length": 3,
     "infer.overlap": 0,
-    "infer.pack_tokens": 1,
+    "infer.micro_batch_tokens": 1,
 }
 _AT_MOST = {
     # Seeds go to numpy and torch generators; both take 63 bits.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from esm2mega.convert.heads.contact_head import is_regression, with_published_he
 from esm2mega.convert.heads.hf_classifiers import architecture_of, with_unit_scale
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Notes, Weights, dtype_name
 from esm2mega.errors import UserError
+from esm2mega.files import sync_tree
 
 DTYPES = {
     "fp32": torch.float32,
@@ -162,16 +162,11 @@ def _refuse_existing(target: Path) -> None:
 
 def _put_in_place(partial: Path, target: Path, is_directory: bool) -> None:
     """Flush what was written to the disk and give it its name."""
-    files = [path for path in partial.rglob("*") if path.is_file()]
-    for path in [*files, partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync_tree(partial)
     if is_directory:
         partial.rename(target)
         return
+    files = [path for path in partial.rglob("*") if path.is_file()]
     for path in files:
         if (other := target.with_name(path.name)).exists():
             raise UserError(f"{other}: exists; choose another name or remove it")

@@ -6,37 +6,32 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TensorFilter, compare_tensors, for_task
-from esm2mega.config.load import load_run, load_run_over, value_of
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, Run
-from esm2mega.convert.formats.esm2mega import is_auxiliary, run_of, stacked_name
-from esm2mega.convert.formats.registry import detect, open_weights
+from esm2mega.convert.formats.esm2mega import stacked_name
 from esm2mega.convert.heads.contact_head import WEIGHT, fill_head, is_regression
-from esm2mega.convert.lazy_weights import HeadDescription, Weights
-from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.convert.lazy_weights import Weights
+from esm2mega.convert.start_point import StartPoint, starts_with_contact_head
 from esm2mega.errors import UserError
 
 
 def load_initial_weights(
-    path: Path, config: ModelConfig, model: Sequence[Any], choice: TensorFilter = ALL
+    start: StartPoint, config: ModelConfig, model: Sequence[Any], choice: TensorFilter = ALL
 ) -> dict[str, Tensor]:
     """Fill the model from a checkpoint in any format; every rank calls this and reads what it needs. What is
     not carried over as it is gets a line on rank 0.
 
     Args:
-        path: What `init_from` names.
+        start: What `init_from` names.
         config: The model's section of the configuration, which must be that of the checkpoint.
         model: This rank's chunks.
         choice: Which tensors are taken.
@@ -47,97 +42,29 @@ def load_initial_weights(
     Raises:
         UserError: Not readable, or a model of another shape or with other numerics.
     """
-    if not path.exists() or detect(path) == "esm2mega":
-        checkpoint = layout.resolve_checkpoint(path)
-        found = layout.read_config(checkpoint).model
-        check_same_model(f"init_from={path}", found, config, "give another init_from")
-        _say(load_weights(checkpoint, model, choice))
-        return read_auxiliary(checkpoint)
-    weights = open_weights(path)
-    _say(weights.notes.lines())
-    found, description = ModelConfig(), weights.description
-    for key, value in description.shape._asdict().items():
-        setattr(found, key, value)
-    for key in _NUMERICS:
-        setattr(found, key, getattr(description, key))
-    check_same_model(f"init_from={path}", found, config, "give another init_from")
-    _say(fill_model(weights, model, choice))
-    kept = is_auxiliary(description)
-    return {name: weights.read(name).clone() for name in weights.infos if kept(name)}
+    check_same_model(f"init_from={start.path}", start.run.model, config, "give another init_from")
+    if start.is_own:
+        _say(load_weights(start.path, model, choice))
+    else:
+        _say(start.weights.notes.lines())
+        _say(fill_model(start.weights, model, choice))
+    return start.auxiliary()
 
 
-def load_for_task(path: Path, run: Run, model: Sequence[Any]) -> dict[str, Tensor]:
+def load_for_task(start: StartPoint, run: Run, model: Sequence[Any]) -> dict[str, Tensor]:
     """`load_initial_weights` of a model with the head of a task; that starts as `finetune.load_head` says,
     which may mean the contact head of a pretrained model.
     """
-    if not starts_with_contact_head(path, run):
-        auxiliary = load_initial_weights(path, run.model, model, for_task(run.finetune))
+    if not starts_with_contact_head(start, run.task, run.finetune):
+        auxiliary = load_initial_weights(start, run.model, model, for_task(run.finetune))
         if is_regression(run.task) and not run.finetune.load_head and WEIGHT in auxiliary:
             _say(["contact head: not the start, which is zero; finetune.load_head=true starts with it"])
         return auxiliary
     choice = replace(ENCODER, strict=run.finetune.strict)
-    auxiliary = load_initial_weights(path, run.model, model, choice)
+    auxiliary = load_initial_weights(start, run.model, model, choice)
     fill_head(model, auxiliary)
     _say(["contact head: the start of the head"])
     return auxiliary
-
-
-def starts_with_contact_head(path: Path, run: Run) -> bool:
-    """Whether the head of the task is to be the contact head of a model without a task.
-
-    Raises:
-        UserError: That model has none.
-    """
-    if not run.finetune.load_head or not is_regression(run.task):
-        return False
-    if isinstance(head_at(path), HeadDescription):
-        return False
-    if detect(path) == "esm2mega":
-        found = WEIGHT in read_auxiliary(layout.resolve_checkpoint(path))
-    else:
-        found = open_weights(path).has_contact_head
-    if not found:
-        raise UserError(f"init_from={path}: has no contact head; set finetune.load_head=false")
-    return True
-
-
-def head_at(path: Path) -> Literal["lm"] | HeadDescription | None:
-    """Which head a checkpoint in any format has, see `Description`."""
-    if detect(path) != "esm2mega":
-        return open_weights(path).description.head
-    checkpoint = layout.resolve_checkpoint(path)
-    # Adapters have no tensors of their base, so the checkpoint may not be readable as a whole model.
-    task = layout.read_config(checkpoint).task
-    if task.kind is None:
-        return "lm"
-    return HeadDescription(task, TargetInfo.from_dict(layout.read_state(checkpoint)["task"]), {})
-
-
-def load_run_with_model(config: str | None, overrides: Sequence[str] = ()) -> Run:
-    """`load_run`, with the model of `init_from` unless another one is configured.
-
-    Args:
-        config: Path or name of a configuration.
-        overrides: ``key=value`` over it.
-
-    Raises:
-        UserError: As `load_run`; or `init_from` cannot be read.
-    """
-    init_from = value_of("init_from", config, overrides)
-    if not isinstance(init_from, str) or not Path(init_from).exists():
-        shape = [value_of(f"model.{key}", config, overrides) for key in ("size", "num_layers")]
-        if isinstance(init_from, str) and shape == [None, None]:
-            raise UserError(f"init_from={init_from} does not exist, and no model is configured; correct it")
-        return load_run(config, overrides)
-    if detect(Path(init_from)) == "esm2mega":
-        model = layout.read_config(layout.resolve_checkpoint(init_from)).model
-    else:
-        model = run_of(open_weights(Path(init_from)).description).model
-    # How it was computed says nothing about this machine.
-    defaults = ModelConfig()
-    for key in ("layer_spec", "attention_backend", "recompute"):
-        setattr(model, key, getattr(defaults, key))
-    return load_run_over(Run(model=model), overrides, config)
 
 
 _NUMERICS = ("family", "layernorm_epsilon", "activation", "final_layernorm", "max_positions")

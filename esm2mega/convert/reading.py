@@ -16,6 +16,7 @@ from esm2mega.convert.lazy_weights import Description, Notes, Weights, dtype_nam
 from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, TABLE, NameTable, TableEntry
 from esm2mega.convert.tensors import frequencies_note, same_values
 from esm2mega.errors import UserError
+from esm2mega.files import first_of
 from esm2mega.model.rotary import rotary_frequencies
 
 
@@ -49,24 +50,25 @@ def from_store(
     entries, missing = _present(table.entries(shape), stored)
     if missing:
         raise UserError(
-            f"{store.location}: {_count(missing, 'tensor is', 'tensors are')} missing: {_some(missing)}"
+            f"{store.location}: {_count(missing, 'tensor is', 'tensors are')} missing: "
+            f"{first_of(sorted(missing))}"
         )
     used = {part for entry in entries for part in entry.theirs}
     unexpected = []
-    for name, location in stored.items():
+    for name, stored_name in stored.items():
         if name in used or name in table.tied:
             continue
         reason = table.reason_to_drop(name)
-        if reason is None and any(fnmatchcase(location, pattern) for pattern in drop):
+        if reason is None and any(fnmatchcase(stored_name, pattern) for pattern in drop):
             reason = "as asked for"
         if reason is None:
-            unexpected.append(location)
+            unexpected.append(stored_name)
         else:
-            notes.dropped.append(f"{location}: {reason}")
+            notes.dropped.append(f"{stored_name}: {reason}")
     if unexpected:
         raise UserError(
             f"{store.location}: {_count(unexpected, 'tensor has', 'tensors have')} no place in this model: "
-            f"{_some(unexpected)}; --drop 'PATTERN' leaves tensors out"
+            f"{first_of(sorted(unexpected))}; --drop 'PATTERN' leaves tensors out"
         )
     ours = description.shapes
     for entry in entries:
@@ -193,8 +195,3 @@ def _with_frequencies(weights: Weights, dtype: torch.dtype) -> Weights:
 
 def _count(names: Sequence[str], one: str, several: str) -> str:
     return f"{len(names)} {one if len(names) == 1 else several}"
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    more = f", … {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(sorted(names)[:most]) + more

@@ -82,7 +82,7 @@ class OutputReader:
     """Values of the target's tensors; the parts of one source tensor are made once if asked for in a row."""
 
     def __init__(self, weights: Weights, planned: Mapping[str, Output]) -> None:
-        """Args: weights: the source. wanted: from `outputs`."""
+        """Args: weights: the source. planned: from `outputs`."""
         self._weights = weights
         self._planned = planned
         self._entry: TableEntry | None = None

@@ -4,7 +4,7 @@ A configuration says everything that the command `esm2mega finetune` takes; data
 tables, and a head or a loss of one's own takes the place of the configured one: subclass
 `esm2mega.model.heads.TaskHead` or `esm2mega.finetune.losses.TaskLossReduction`.
 
-Saving starts helper processes, which import the program again: its own work belongs under
+Workers that prepare or load data import the program again: its own work belongs under
 ``if __name__ == "__main__":``.
 """
 
@@ -19,7 +19,6 @@ from esm2mega.checkpoint.layout import resolve_checkpoint
 from esm2mega.config.schema import LoRAConfig, Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate, world_size_from_environment
-from esm2mega.convert.into_model import load_run_with_model
 from esm2mega.data.labels.dataset import Pairs, apply_length_policy, proteins_of_sequences
 from esm2mega.errors import UserError
 from esm2mega.finetune.checkpoint import open_task, run_task, without_dropping
@@ -28,6 +27,7 @@ from esm2mega.finetune.output import contact_maps, shown_predictions
 from esm2mega.finetune.run import UserParts, finetune
 from esm2mega.model.task import MakeHead
 from esm2mega.report.log import LOG_NAME, read_log
+from esm2mega.train.start import load_run_with_start
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def train_model(
     Raises:
         UserError: Something in configuration or data does not fit.
     """
-    run = load_run_with_model(config, overrides)
+    run, opened = load_run_with_start(config, overrides)
     if lora is not None:
         if run.finetune.mode == "frozen" or run.lora != LoRAConfig():
             raise UserError(
@@ -90,7 +90,7 @@ def train_model(
     validate_task(run)
     if run.train.eval_every and valid is None and run.data.valid is None:
         raise UserError(f"train.eval_every={run.train.eval_every} needs validation data; give valid")
-    finetune(run, UserParts(given, make_head, loss))
+    finetune(run, UserParts(given, make_head, loss), opened=opened)
     metrics: dict[str, Any] = {}
     for record in read_log(Path(run.run_dir) / LOG_NAME):
         metrics |= {name: value for name, value in record.items() if name not in ("kind", "step")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,26 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esm2mega.checkpoint import layout
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import DataConfig, Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.convert.start_point import StartPoint, open_checkpoint
 from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
 from esm2mega.data.labels.schema import TargetInfo, with_columns
 from esm2mega.errors import UserError
+from esm2mega.files import check_out, write_json
 from esm2mega.finetune.evaluate import Measured, measure, packs_of
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
 from esm2mega.finetune.metrics import bootstrap_intervals, check_packages
 from esm2mega.finetune.output import rows_of, shown_labels, shown_predictions
 from esm2mega.finetune.run import batch_spec
+from esm2mega.lora.base import open_base
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
 from esm2mega.model.heads import head_of_task
 from esm2mega.model.task import MakeHead
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import Progress
-from esm2mega.train.evaluate import adapt_layout, check_out, write_json
+from esm2mega.train.evaluate import adapt_layout
 
 
 @dataclass(frozen=True)
@@ -36,58 +39,58 @@ class TaskCheckpoint:
     """A fine-tuned checkpoint and how it is to be used.
 
     Attributes:
-        directory: Of the checkpoint.
+        start: The checkpoint; of adapters with its base.
         run: Its configuration with that of this start over it.
         info: What predictions mean.
     """
 
-    directory: Path
+    start: StartPoint
     run: Run
     info: TargetInfo
 
 
-def has_task(checkpoint: str | Path) -> bool:
-    """Whether this is a fine-tuned checkpoint of esm2mega, or the run directory of one."""
-    return layout.read_config(layout.resolve_checkpoint(checkpoint)).task.kind is not None
-
-
-def open_task(checkpoint: str | Path, overrides: Sequence[str] = ()) -> TaskCheckpoint:
-    """Open a fine-tuned checkpoint, without reading weights yet.
+def open_task(checkpoint: str | Path | StartPoint, overrides: Sequence[str] = ()) -> TaskCheckpoint:
+    """Open a fine-tuned checkpoint, without reading weights yet; all ranks call this together.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one.
+        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one; or what was opened.
         overrides: ``key=value`` over its configuration, such as the parallel layout of this start.
 
     Raises:
         UserError: There is none, it has no head of a task, or that is of other columns.
     """
-    directory = layout.resolve_checkpoint(checkpoint)
-    saved = layout.read_config(directory)
-    if saved.task.kind is None:
+    start = open_checkpoint(checkpoint)
+    if start.task is None:
         raise UserError(
-            f"{directory}: is a pretrained model without the head of a task; fine-tune it with "
+            f"{start.path}: is a pretrained model without the head of a task; fine-tune it with "
             "`esm2mega finetune`, or use `esm2mega embed` or `esm2mega score`"
         )
+    saved = copy.deepcopy(start.run)
     # Columns of the training table say nothing about another one.
     saved.data.id_column = None
     saved.model.recompute = "none"
     run = adapt_layout(load_run_over(saved, overrides), overrides)
     validate(run, world_size_from_environment())
     validate_task(run)
-    info = TargetInfo.from_dict(layout.read_state(directory)["task"])
-    return TaskCheckpoint(directory, run, with_columns(info, run.task, str(directory)))
+    info = with_columns(start.task.info, run.task, str(start.path))
+    return TaskCheckpoint(open_base(start, run.init_from), run, info)
 
 
 @contextmanager
 def loaded(task: TaskCheckpoint, make_head: MakeHead | None = None) -> Iterator[tuple[list[Any], Ranks]]:
     """This rank's chunks with the weights of the checkpoint, within process groups."""
+    with process_groups(task.run.parallel, task.run.seed) as ranks:
+        yield load_task(task, ranks, make_head), ranks
+
+
+def load_task(task: TaskCheckpoint, ranks: Ranks, make_head: MakeHead | None = None) -> list[Any]:
+    """This rank's chunks with the weights of the checkpoint; all ranks call this together."""
     run = task.run
-    with process_groups(run.parallel, run.seed) as ranks:
-        head = make_head or head_of_task(run.task, task.info.num_outputs)
-        has_lora = run.lora.rank is not None
-        chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, has_lora)
-        load_model(task.directory, run, chunks)
-        yield chunks, ranks
+    head = make_head or head_of_task(run.task, task.info.num_outputs)
+    has_lora = run.lora.rank is not None
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, has_lora)
+    load_model(task.start, run, chunks)
+    return chunks
 
 
 def run_task(
@@ -107,7 +110,7 @@ def run_task(
         loss: The loss, likewise.
 
     Returns:
-        What was measured, and whether this process speaks.
+        What was measured, and whether this is the main process.
     """
     with loaded(task, make_head) as (chunks, ranks):
         packs = packs_of(proteins, batch_spec(task.run), ranks)
@@ -126,7 +129,7 @@ def run_task(
 
 
 def evaluate_task(
-    checkpoint: str | Path,
+    checkpoint: str | Path | StartPoint,
     data: str | Path | Pairs,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -149,9 +152,9 @@ def evaluate_task(
     proteins = labelled(task, data)
     measured, is_main = run_task(task, proteins, "evaluate")
     result: dict[str, Any] = {
-        "checkpoint": str(task.directory),
+        "checkpoint": str(task.start.path),
         "data": str(proteins.path),
-        "step": layout.read_state(task.directory)["step"],
+        "step": task.start.state["step"],
         "loss": measured.loss,
         **measured.metrics,
         "num_labels": measured.num_labels,

@@ -29,7 +29,7 @@ from esm2mega.train.evaluate import evaluate
 from esm2mega.train.losses import LossReduction, LossTerms
 
 
-class _Collecting(LossReduction):
+class Collecting(LossReduction):
     """A loss that keeps what it sees; without labels it is 0 of 0."""
 
     def __init__(self, loss: TaskLossReduction, info: TargetInfo) -> None:
@@ -82,7 +82,7 @@ class Measured:
     Attributes:
         loss: Mean over labels; the same on every rank.
         num_labels: How many these are.
-        predictions: On the process that speaks; None on the others.
+        predictions: On the main process; None on the others.
         metrics: The same on every rank; empty without labels.
     """
 
@@ -117,7 +117,7 @@ def measure(
     Returns:
         None when it was abandoned.
     """
-    collecting = _Collecting(loss, info)
+    collecting = Collecting(loss, info)
     means = evaluate(model, collecting, packs, ranks, progress, abandon)
     if means is None:
         return None
@@ -127,14 +127,14 @@ def measure(
         metrics = metrics_of(predictions, info)
         if baseline:
             metrics |= baseline_metrics(predictions, info)
-    # From the process that speaks to all.
+    # From the main process to all.
     shared = [metrics]
     dist.broadcast_object_list(shared, src=0, device=ranks.device)
     return Measured(means["loss"], int(means["count"]), predictions, shared[0])
 
 
 def _gathered(seen: Sequence[dict[str, Any]], ranks: Ranks) -> Predictions | None:
-    """Predictions of all data-parallel ranks on the process that speaks, in the order of the table.
+    """Predictions of all data-parallel ranks on the main process, in the order of the table.
 
     One process of each model has them: the first of the tensor-parallel group in the last stage. Gathered
     over the world.

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from esm2mega.checkpoint import layout
 from esm2mega.config.head_form import head_form
-from esm2mega.config.schema import Run, TaskConfig
+from esm2mega.config.schema import FinetuneConfig, TaskConfig
 from esm2mega.config.task import PAIR_KIND
-from esm2mega.convert.into_model import head_at, starts_with_contact_head
+from esm2mega.convert.start_point import StartPoint, starts_with_contact_head
 from esm2mega.data.labels.schema import TargetInfo, with_columns
 from esm2mega.errors import UserError
 
 
-def loaded_targets(run: Run, init_from: Path | None, resume_from: Path | None) -> TargetInfo | None:
+def loaded_targets(task: TaskConfig, finetune: FinetuneConfig, start: StartPoint | None) -> TargetInfo | None:
     """What the outputs of the head mean that `finetune.load_head` asks for: its classes in order, or its
     scale. None if a new head learns that from the training data.
 
     Args:
-        run: The configuration.
-        init_from: Checkpoint that a new run starts from.
-        resume_from: Checkpoint of the run itself, which it goes on from.
+        task: What is configured.
+        finetune: Whether a head is to be loaded.
+        start: What the run goes on from, or starts from.
 
     Raises:
         UserError: There is no head, or it is another one than configured.
     """
-    if not run.finetune.load_head:
+    if not finetune.load_head:
         return None
-    if resume_from is not None:
-        found = TargetInfo.from_dict(layout.read_state(resume_from)["task"])
-        return with_columns(found, run.task, str(resume_from))
-    if init_from is None:
+    if start is None:
         raise UserError("finetune.load_head=true: there is nothing to load it from; set init_from")
-    if starts_with_contact_head(init_from, run):
+    if start.is_resumed:
+        assert start.task is not None
+        return with_columns(start.task.info, task, str(start.path))
+    if starts_with_contact_head(start, task, finetune):
         return TargetInfo(PAIR_KIND, [PAIR_KIND])
-    head = head_at(init_from)
-    if not head or head == "lm":
-        raise UserError(f"init_from={init_from}: has no head of a task; set finetune.load_head=false")
-    _check_same_head(f"init_from={init_from}", head.task, run.task)
-    return with_columns(head.info, run.task, f"init_from={init_from}")
+    if start.task is None:
+        raise UserError(f"init_from={start.path}: has no head of a task; set finetune.load_head=false")
+    _check_same_head(f"init_from={start.path}", start.task.task, task)
+    return with_columns(start.task.info, task, f"init_from={start.path}")
 
 
 def _check_same_head(location: str, found: TaskConfig, configured: TaskConfig) -> None:

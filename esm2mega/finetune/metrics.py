@@ -21,6 +21,7 @@ from esm2mega.data.counter_rng import Purpose, derive_seed
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.finetune.contact_metrics import contact_counts, contact_metrics
+from esm2mega.infer.correlation import spearman, varied
 
 Array = npt.NDArray[Any]
 Metrics = dict[str, float]
@@ -99,7 +100,7 @@ def _of_target(kind: str, rows: Array, labels: Array, values: Array) -> Metrics:
     else:
         metrics = classification_metrics(labels, values)
     if kind == "token_regression":
-        metrics["spearman_per_protein"] = _mean(_per_protein(rows, labels, values[:, 0], _spearman))
+        metrics["spearman_per_protein"] = _mean(_per_protein(rows, labels, values[:, 0], spearman))
     if kind == "token_classification":
         each = _per_protein(rows, labels, values.argmax(axis=1), _accuracy)
         metrics["accuracy_per_protein"] = _mean(each)
@@ -129,7 +130,7 @@ def regression_metrics(labels: Array, values: Array) -> Metrics:
         "rmse": math.sqrt(mse),
         "mae": float(mean_absolute_error(labels, values)),
         "r2": float(r2_score(labels, values)) if len(labels) > 1 else math.nan,
-        "spearman": _spearman(labels, values),
+        "spearman": spearman(labels, values),
         "pearson": _pearson(labels, values),
     }
 
@@ -212,13 +213,13 @@ def bootstrap_intervals(
     pairs = contact_counts(found.values, found.labels) if info.per_pair else None
     for _ in range(resamples):
         chosen = rng.integers(0, len(proteins), len(proteins))
-        places = np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in chosen])
+        indices = np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in chosen])
         # Each copy of a protein is one of its own.
         rows = np.repeat(np.arange(len(chosen)), counts[chosen])
         if pairs is not None:
-            metrics = contact_metrics(pairs[places])
+            metrics = contact_metrics(pairs[indices])
         else:
-            metrics = metrics_of(Predictions(rows, None, found.values[places], found.labels[places]), info)
+            metrics = metrics_of(Predictions(rows, None, found.values[indices], found.labels[indices]), info)
         for name, value in metrics.items():
             drawn.setdefault(name, []).append(value)
     return {
@@ -240,21 +241,10 @@ def _accuracy(labels: Array, predicted: Array) -> float:
     return float((labels == predicted).mean())
 
 
-def _spearman(labels: Array, values: Array) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(labels, values).statistic) if _varied(labels, values) else math.nan
-
-
 def _pearson(labels: Array, values: Array) -> float:
     from scipy.stats import pearsonr
 
-    return float(pearsonr(labels, values).statistic) if _varied(labels, values) else math.nan
-
-
-def _varied(labels: Array, values: Array) -> bool:
-    """Whether there is a correlation at all: of constants there is none."""
-    return len(labels) > 1 and np.ptp(labels) > 0 and np.ptp(values) > 0
+    return float(pearsonr(labels, values).statistic) if varied(labels, values) else math.nan
 
 
 def _scored(values: Array) -> Sequence[int]:

@@ -5,11 +5,8 @@ Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +16,10 @@ from esm2mega.config.task import NUMERIC_KINDS
 from esm2mega.data.labels.contacts import SEPARATION
 from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.labels.schema import IGNORED, Target, TargetInfo
-from esm2mega.errors import MachineError, UserError
 from esm2mega.finetune.metrics import Predictions
 from esm2mega.pairs import num_residues, pairs_of
 
 Array = npt.NDArray[Any]
-
-FORMATS = (".csv", ".parquet", ".h5")
 
 _NOTHING = "-"
 """Stands for a residue without label or prediction."""
@@ -48,6 +42,33 @@ def shown_predictions(found: Predictions, info: TargetInfo, proteins: LabelledPr
             for values in spread(found, found.values, proteins)
         ]
     return [_shown(values, info) for values in found.values]
+
+
+def table_cells(values: Array, info: TargetInfo) -> dict[str, Any]:
+    """The prediction of a protein as cells by their columns: numbers and several targets under the names of
+    these, all else as ``prediction``, of proteins with the probabilities of all classes.
+
+    Args:
+        values: ``[k]``, or of residues ``[L, k]``; NaN where it was cropped.
+        info: What they mean.
+    """
+    if info.per_residue:
+        cells = [
+            _residue_cell(_residues_shown(values[:, target.outputs], target, info.kind))
+            for target in info.targets
+        ]
+        names = [target.name for target in info.targets] if len(cells) > 1 else ["prediction"]
+        return dict(zip(names, cells, strict=True))
+    if info.kind == "regression":
+        return dict(zip(info.names, values.tolist(), strict=True))
+    shown = _shown(values, info)
+    named = {f"p_{name}": value for name, value in zip(info.names, values.tolist(), strict=True)}
+    return {"prediction": ";".join(shown) if info.kind == "multilabel" else shown, **named}
+
+
+def _residue_cell(shown: str | list[float | None]) -> str:
+    """Classes of residues, or their numbers with blanks between."""
+    return shown if isinstance(shown, str) else " ".join("nan" if x is None else repr(x) for x in shown)
 
 
 def shown_labels(found: Predictions, info: TargetInfo, proteins: LabelledProteins) -> list[Any]:
@@ -94,7 +115,7 @@ def contact_maps(found: Predictions, proteins: LabelledProteins) -> Iterator[Arr
     """The probabilities of each protein as a symmetric map, fp32 ``[L, L]``; NaN on the diagonal and where it
     was cropped.
     """
-    return map(_probabilities, _pair_maps(found, found.values, proteins))
+    return map(probabilities, _pair_maps(found, found.values, proteins))
 
 
 def _pair_maps(found: Predictions, values: Array, proteins: LabelledProteins) -> Iterator[Array]:
@@ -103,15 +124,26 @@ def _pair_maps(found: Predictions, values: Array, proteins: LabelledProteins) ->
     """
     assert found.numbers is not None
     for row, start, each in zip(found.rows.tolist(), found.numbers.tolist(), values, strict=True):
-        length = int(proteins.lengths[row])
-        whole = np.full((length, length), np.nan, dtype=np.promote_types(each.dtype, np.float32))
-        first, second = pairs_of(num_residues(len(each)))
-        whole[first + start, second + start] = each
-        whole[second + start, first + start] = each
-        yield whole
+        yield pair_map(each, start, int(proteins.lengths[row]))
 
 
-def _probabilities(logits: Array) -> Array:
+def pair_map(values: Array, start: int, length: int) -> Array:
+    """Values of the pairs of a piece of a protein, ``[p]``, as a symmetric map ``[L, L]``, fp32 at least; NaN
+    on the diagonal and outside of the piece.
+
+    Args:
+        values: In the order of `esm2mega.pairs`.
+        start: The residue that the first one of the piece is.
+        length: L.
+    """
+    whole = np.full((length, length), np.nan, dtype=np.promote_types(values.dtype, np.float32))
+    first, second = pairs_of(num_residues(len(values)))
+    whole[first + start, second + start] = values
+    whole[second + start, first + start] = values
+    return whole
+
+
+def probabilities(logits: Array) -> Array:
     """The logistic function, computed in fp64 without overflow; fp32."""
     x = logits.astype(np.float64)
     return (np.exp(np.minimum(x, 0.0)) / (1.0 + np.exp(-np.abs(x)))).astype(np.float32)
@@ -124,7 +156,7 @@ def _likeliest(logits: Array) -> list[Any]:
     first, second = first[known], second[known]
     order = np.argsort(-logits[first, second], kind="stable")[: len(logits)]
     first, second = first[order], second[order]
-    columns = (first.tolist(), second.tolist(), _probabilities(logits)[first, second].tolist())
+    columns = (first.tolist(), second.tolist(), probabilities(logits)[first, second].tolist())
     return [list(entry) for entry in zip(*columns, strict=True)]
 
 
@@ -164,135 +196,3 @@ def _residues_known(labels: Array, target: Target, kind: str) -> Any:
 
 def _numbers(values: Array) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values.tolist()]
-
-
-def check_kind(out: Path, info: TargetInfo) -> None:
-    """Refuse a table for what fits into none."""
-    if out.suffix == ".h5":
-        return
-    if info.per_pair:
-        raise UserError(f"--out {out}: contacts are maps of all pairs; give a name that ends with .h5")
-    names = info.names if info.kind == "regression" else [target.name for target in info.targets]
-    for name in ("id", "truncated"):
-        if name in names:
-            raise UserError(
-                f"--out {out}: {name!r} is a column of its own in this table and the name of a target; give "
-                "a name that ends with .h5"
-            )
-
-
-def check_format(out: Path) -> None:
-    """Refuse a name that tells no format, before the work is done."""
-    if out.suffix not in FORMATS:
-        raise UserError(f"--out {out}: unknown ending {out.suffix!r}; give one of {', '.join(FORMATS)}")
-    if out.suffix == ".parquet":
-        from esm2mega.infer.exports import check_parquet
-
-        check_parquet()
-
-
-def write_predictions(
-    out: Path, found: Predictions, info: TargetInfo, proteins: LabelledProteins, limit: int
-) -> None:
-    """Write one row per protein, in input order.
-
-    Args:
-        out: CSV, Parquet or HDF5; complete as soon as it has its name.
-        found: Predictions of all proteins.
-        info: What they mean.
-        proteins: Their ids and lengths.
-        limit: Residues that are kept of longer proteins, which are marked as truncated.
-    """
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".h5":
-            _write_hdf5(partial, found, info, proteins, limit)
-        else:
-            columns = _columns(found, info, proteins, limit)
-            (_write_csv if out.suffix == ".csv" else _write_parquet)(partial, columns)
-        os.replace(partial, out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise MachineError(f"{out}: cannot be written: {error.strerror or error}") from error
-
-
-def _columns(
-    found: Predictions, info: TargetInfo, proteins: LabelledProteins, limit: int
-) -> dict[str, list[Any]]:
-    """Cells by column: id, whether truncated, predictions (numbers and several targets under the names of
-    their columns), and probabilities of proteins.
-    """
-    columns: dict[str, list[Any]] = {
-        "id": list(proteins.ids),
-        "truncated": (proteins.lengths > limit).tolist(),
-    }
-    shown = shown_predictions(found, info, proteins)
-    if info.kind == "regression":
-        return columns | {name: found.values[:, i].tolist() for i, name in enumerate(info.names)}
-    if info.per_residue and len(info.targets) > 1:
-        return columns | {x.name: [_residue_cell(each[x.name]) for each in shown] for x in info.targets}
-    if info.kind == "multilabel":
-        columns["prediction"] = [";".join(names) for names in shown]
-    else:
-        columns["prediction"] = [_residue_cell(each) for each in shown] if info.per_residue else shown
-    if not info.per_residue:
-        columns |= {f"p_{name}": found.values[:, i].tolist() for i, name in enumerate(info.names)}
-    return columns
-
-
-def _residue_cell(shown: str | list[float | None]) -> str:
-    """Classes of residues, or their numbers with blanks between."""
-    return shown if isinstance(shown, str) else " ".join("nan" if x is None else repr(x) for x in shown)
-
-
-def _write_csv(path: Path, columns: dict[str, list[Any]]) -> None:
-    with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(columns)
-        table.writerows(zip(*columns.values(), strict=True))
-
-
-def _write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-
-
-def _write_hdf5(
-    path: Path, found: Predictions, info: TargetInfo, proteins: LabelledProteins, limit: int
-) -> None:
-    """``ids``, ``lengths``, ``truncated``; ``predictions`` ``[n, k]``, or ``[sum L, k]`` with ``offsets``; of
-    contacts ``contacts`` ``[sum L * L]`` with ``contact_offsets``, as `esm2mega embed` writes them.
-    """
-    import h5py
-
-    values: Sequence[Array] = [found.values]
-    if info.per_pair:
-        with h5py.File(path, "w") as file:
-            _write_header(file, info, proteins, limit)
-            borders = np.cumsum([0, *(proteins.lengths**2).tolist()])
-            file["contact_offsets"] = borders
-            contacts = file.create_dataset("contacts", (int(borders[-1]),), np.float32)
-            for number, probabilities in enumerate(contact_maps(found, proteins)):
-                contacts[borders[number] : borders[number + 1]] = probabilities.ravel()
-        return
-    if info.per_residue:
-        values = spread(found, found.values, proteins)
-    with h5py.File(path, "w") as file:
-        _write_header(file, info, proteins, limit)
-        file["predictions"] = np.concatenate(values)
-        if info.per_residue:
-            file["offsets"] = proteins.offsets
-
-
-def _write_header(file: Any, info: TargetInfo, proteins: LabelledProteins, limit: int) -> None:
-    import h5py
-
-    file["ids"] = np.array(proteins.ids, dtype=h5py.string_dtype())
-    file["lengths"] = proteins.lengths
-    file["truncated"] = proteins.lengths > limit
-    file.attrs["kind"], file.attrs["names"] = info.kind, info.output_names
-    if info.columns:
-        file.attrs["columns"], file.attrs["widths"] = info.columns, info.widths

@@ -1,15 +1,37 @@
-"""`esm2mega predict`: a fine-tuned head on proteins without labels, in input order."""
+"""`esm2mega predict`: a fine-tuned head on proteins without labels, in input order, by any number of
+processes, at once or in several starts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from esm2mega.data.labels.dataset import apply_length_policy, read_unlabelled
-from esm2mega.errors import UserError
-from esm2mega.finetune.checkpoint import open_task, run_task, without_dropping
-from esm2mega.finetune.output import check_format, check_kind, write_predictions
-from esm2mega.train.evaluate import check_out
+from esm2mega.config.head_form import head_form
+from esm2mega.config.load import value_of
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.files import check_out
+from esm2mega.finetune.checkpoint import load_task, open_task, without_dropping
+from esm2mega.finetune.evaluate import Collecting
+from esm2mega.finetune.losses import loss_of_task
+from esm2mega.finetune.prediction_files import PredictionContents, PredictionTarget, check_format
+from esm2mega.finetune.run import batch_spec
+from esm2mega.infer.contents import Write
+from esm2mega.infer.job import Compute, Job, refuse_long, run_job
+from esm2mega.infer.source import source_of
+from esm2mega.parallel.initialize import Ranks
+from esm2mega.train.evaluate import run_groups
+
+_AS_IN_TRAINING = {
+    "infer.precision": "model.precision",
+    "infer.too_long": "data.too_long",
+    "infer.max_seq_length": "data.max_seq_length",
+    "infer.micro_batch_tokens": "train.micro_batch_tokens",
+}
+"""Keys of inference, and those of the fine-tuning whose values they take the place of."""
 
 
 def predict(
@@ -17,31 +39,97 @@ def predict(
     input: str | Path,
     out: str | Path,
     overrides: Sequence[str] = (),
-    overwrite: bool = False,
+    mode: str = "new",
 ) -> list[str]:
-    """Predict every protein of a file.
+    """Predict every protein of a file; all ranks call this together.
 
     Args:
         checkpoint: As for `esm2mega.finetune.checkpoint.open_task`.
-        input: FASTA, CSV, Parquet and others, also compressed.
+        input: FASTA, CSV, Parquet and others, also compressed; or a token store.
         out: CSV, Parquet or HDF5, by the ending of the name.
         overrides: ``key=value`` over the configuration of the checkpoint.
-        overwrite: Replace what is there.
+        mode: One of `esm2mega.infer.target.MODES`.
 
     Returns:
         What there is to say about it.
+
+    Raises:
+        UserError: Bad input or settings, or an output that is there already.
     """
-    path = Path(out)
-    check_format(path)
-    check_out(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{out}: exists; replace it with --overwrite, or choose another --out")
-    task = open_task(checkpoint, overrides)
-    check_kind(path, task.info)
-    data = without_dropping(task.run.data)
-    proteins = apply_length_policy(read_unlabelled(input, data), data, str(input))
-    measured, is_main = run_task(task, proteins, "predict")
-    if is_main:
-        assert measured.predictions is not None
-        write_predictions(path, measured.predictions, task.info, proteins, data.max_seq_length - 2)
-    return [f"{len(proteins)} proteins of {input}: {task.info.kind} in {out}", *proteins.notes]
+    return run_job(PredictJob(checkpoint, str(input), Path(out), overrides, mode))
+
+
+class PredictJob(Job):
+    """Outputs of a head, pack by pack."""
+
+    name = "predict"
+    unit = "pack"
+
+    def __init__(
+        self, checkpoint: str | Path, input: str, out: Path, overrides: Sequence[str], mode: str
+    ) -> None:
+        """Open the checkpoint; the arguments are those of `predict`."""
+        check_format(out)
+        check_out(out)
+        self._task = open_task(checkpoint, _in_terms_of_training(overrides))
+        without_dropping(self._task.run.data)
+        super().__init__(input, mode, self._task.run, PredictionTarget.of(out, self._task.info))
+
+    def check(self, store: TokenStore) -> None:
+        data = self.run.data
+        if data.too_long == "error":
+            refuse_long(store, data.max_seq_length - 2, self.input, "set --too-long crop")
+
+    def checksum(self) -> str:
+        return source_of(self._task.start).checksum()
+
+    def settings(self) -> dict[str, Any]:
+        run, shape = self.run, batch_spec(self.run).pack_shape()
+        meaning = json.dumps([self._task.info.to_dict(), head_form(run.task)])
+        return {
+            "task_hash": hashlib.sha256(meaning.encode()).hexdigest(),
+            "precision": run.model.precision,
+            "tensor_model_parallel_size": run.parallel.tensor_model_parallel_size,
+            "too_long": run.data.too_long,
+            "crop": run.data.crop,
+            "max_seq_length": run.data.max_seq_length,
+            "micro_batch_tokens": run.train.micro_batch_tokens,
+            "packing": shape.packing,
+            "pack_window": shape.window,
+            "seed": run.seed,
+        }
+
+    def contents(self, store: TokenStore, attributes: dict[str, Any]) -> PredictionContents:
+        return PredictionContents(store, attributes, self._task.info, batch_spec(self.run))
+
+    def load(self, contents: PredictionContents, ranks: Ranks) -> Compute:
+        task = self._task
+        chunks = load_task(task, ranks)
+        for chunk in chunks:
+            chunk.eval()
+        collecting = Collecting(loss_of_task(task.run.task, task.info), task.info)
+
+        def compute(piece: int) -> Iterator[tuple[int, Iterable[Write]]]:
+            batches = map(contents.packs.batch, contents.pack_numbers(piece))
+            for count, _ in run_groups(chunks, collecting, batches, ranks):
+                found, collecting.seen = collecting.seen, []
+                yield count, (write for each in found for write in contents.stored(each))
+
+        return compute
+
+    def report(self, contents: PredictionContents, made: Sequence[Path]) -> list[str]:
+        lines = [f"{len(contents)} proteins of {self.input}: {self._task.info.kind} in {self.target.out}"]
+        if cropped := int(contents.truncated.sum()):
+            data = self.run.data
+            lines.append(
+                f"{cropped} of {len(contents)} proteins of {self.input} have more than "
+                f"{data.max_seq_length - 2} residues and are cropped ({data.crop})"
+            )
+        return lines
+
+
+def _in_terms_of_training(overrides: Sequence[str]) -> list[str]:
+    """`overrides`, and what they say of keys of inference as keys of the fine-tuning."""
+    found = {key: value_of(key, None, overrides) for key in _AS_IN_TRAINING}
+    said = [f"{_AS_IN_TRAINING[key]}={value}" for key, value in found.items() if value is not None]
+    return [*overrides, *said]

@@ -5,45 +5,34 @@ No arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.tensor_filter import ALL, TRAINED
 from esm2mega.config.load import resolve_max_steps
 from esm2mega.config.lora import check_start
 from esm2mega.config.schema import Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate, world_size_from_environment
-from esm2mega.convert.into_model import load_for_task
+from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledStream
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
+from esm2mega.files import first_of
 from esm2mega.finetune.evaluate import measure, packs_of
 from esm2mega.finetune.loaded_head import loaded_targets
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
 from esm2mega.finetune.metrics import HEADLINES, check_packages
 from esm2mega.finetune.param_groups import scales_of, set_trainable
-from esm2mega.lora.base import Base
-from esm2mega.lora.checkpoint import load_base
-from esm2mega.lora.inject import adapters_line, seed_dropout
-from esm2mega.model.build import build_model
-from esm2mega.model.freezing import check_stages
 from esm2mega.model.heads import head_of_task
 from esm2mega.model.task import MakeHead
 from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.train.build import HeadTraining, build
 from esm2mega.train.loop import Evaluation, LoopState
-from esm2mega.train.optimizer import train_state
 from esm2mega.train.session import Session, run_session
-from esm2mega.train.starts import find_init, find_resume
+from esm2mega.train.start import open_training_start
 
 _STEPS_PER_WINDOW = 4
 """Steps whose proteins are packed together where `data.pack_window` is not set."""
@@ -78,7 +67,10 @@ class Splits:
 
 
 def finetune(
-    run: Run, parts: UserParts | None = None, on_gradients: Callable[[list[Any]], None] | None = None
+    run: Run,
+    parts: UserParts | None = None,
+    on_gradients: Callable[[list[Any]], None] | None = None,
+    opened: StartPoint | None = None,
 ) -> LoopState:
     """Train as configured; every process of the world calls this with the same, validated configuration.
 
@@ -86,6 +78,7 @@ def finetune(
         run: The configuration.
         parts: What to use instead of what it names.
         on_gradients: See `esm2mega.train.step.TrainState`.
+        opened: The checkpoint that `init_from` names, if it has been opened for the configuration.
 
     Returns:
         The final state of the loop, the same on every rank.
@@ -99,12 +92,11 @@ def finetune(
     validate_task(run)
     check_start(run)
     check_packages()
-    resume_from = find_resume(run)
-    init_from = find_init(run) if resume_from is None else None
-    splits = read_splits(run, parts, loaded_targets(run, init_from, resume_from))
+    start = open_training_start(run, opened)
+    splits = read_splits(run, parts, loaded_targets(run.task, run.finetune, start))
     run = _with_steps(run, splits.of["train"])
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, splits, parts, resume_from, init_from, on_gradients)
+        return _train(run, ranks, splits, parts, start, on_gradients)
 
 
 def read_splits(run: Run, parts: UserParts, loaded: TargetInfo | None = None) -> Splits:
@@ -174,31 +166,19 @@ def _train(
     ranks: Ranks,
     splits: Splits,
     parts: UserParts,
-    resume_from: Path | None,
-    init_from: Path | None,
+    start: StartPoint | None,
     on_gradients: Callable[[list[Any]], None] | None,
 ) -> LoopState:
     make_head = parts.make_head or head_of_task(run.task, splits.info.num_outputs)
-    has_lora = run.finetune.mode == "lora"
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, make_head, has_lora)
-    auxiliary: dict[str, Tensor] = {}
-    base: Base | None = None
-    if resume_from is not None:
-        _check_targets(resume_from, splits.info)
-    if has_lora:
-        base, auxiliary = load_base(run, chunks, resume_from)
-    elif resume_from is not None:
-        auxiliary = read_auxiliary(resume_from)
-    elif init_from is not None:
-        auxiliary = load_for_task(init_from, run, chunks)
-    trained = adapters_line(run, chunks) if has_lora else set_trainable(chunks, run.finetune)
-    if run.parallel.distributed_optimizer:
-        key = f"lora.target_modules={run.lora.target_modules}"
-        check_stages(chunks, key if has_lora else f"finetune.freeze={run.finetune.freeze}")
+    if start is not None and start.is_resumed:
+        _check_targets(start, splits.info)
     loss = parts.loss or loss_of_task(run.task, splits.info)
-    state = train_state(run, chunks, loss, ranks, on_gradients, scales_of(chunks, run.finetune))
-    if has_lora and run.lora.dropout:
-        state.on_step_begin = partial(seed_dropout, run.seed)
+    head = HeadTraining(
+        make_head,
+        lambda chunks: set_trainable(chunks, run.finetune),
+        lambda chunks: scales_of(chunks, run.finetune),
+    )
+    built = build(run, ranks, start, loss, on_gradients, head)
     spec, train = batch_spec(run), splits.of["train"]
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
@@ -208,7 +188,7 @@ def _train(
         def evaluate(abandon: Callable[[], bool]) -> dict[str, float] | None:
             packs = packs_of(splits.of[split], spec, ranks, limit)
             measured = measure(
-                state.model, loss, packs, splits.info, ranks, abandon=abandon, baseline=split == "test"
+                built.state.model, loss, packs, splits.info, ranks, abandon=abandon, baseline=split == "test"
             )
             if measured is None:
                 return None
@@ -223,31 +203,24 @@ def _train(
 
     session = Session(
         name="finetune",
-        state=state,
+        built=built,
         stream=LabelledStream(train, train_spec(run, train), ranks.dp_rank, ranks.dp_size),
         evaluation=evaluation,
-        extra_state={
-            "task": splits.info.to_dict(),
-            "token_counts": None,
-            **({} if base is None else base.as_state()),
-        },
-        # Those of the base stay with it.
-        auxiliary={} if has_lora else auxiliary,
-        banner=[*_described(splits), trained],
+        extra_state={"task": splits.info.to_dict(), "token_counts": None},
+        banner=_described(splits),
         result=result,
         training_values=lambda metrics: {"loss": metrics["loss"]},
-        saved=TRAINED if has_lora else ALL,
     )
-    return run_session(run, ranks, session, resume_from, init_from)
+    return run_session(run, ranks, session, start)
 
 
 def _described(splits: Splits) -> list[str]:
     """What is learned from what."""
     info = splits.info
-    lines = [f"task     {info.kind} of {info.num_outputs} outputs: {_some(info.names)}"]
+    lines = [f"task     {info.kind} of {info.num_outputs} outputs: {first_of(info.names)}"]
     if info.columns:
         lines = [
-            f"task     {info.kind} of {x.name}, {len(x.names)} classes: {_some(x.names)}"
+            f"task     {info.kind} of {x.name}, {len(x.names)} classes: {first_of(x.names)}"
             for x in info.targets
         ]
     for split, proteins in splits.of.items():
@@ -256,10 +229,6 @@ def _described(splits: Splits) -> list[str]:
         )
         lines += [f"data     {note}" for note in proteins.notes]
     return lines
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:
@@ -277,11 +246,11 @@ def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:
     return f"labels missing or masked: {', '.join(each)}"
 
 
-def _check_targets(checkpoint: Path, info: TargetInfo) -> None:
+def _check_targets(start: StartPoint, info: TargetInfo) -> None:
     """The classes and scale of a resumed run are those it began with; `data.train` decides them."""
-    saved = TargetInfo.from_dict(layout.read_state(checkpoint)["task"])
-    if saved != info:
+    assert start.task is not None
+    if start.task.info != info:
         raise UserError(
-            f"{checkpoint}: was trained on other labels than data.train holds now; set data.train and the "
+            f"{start.path}: was trained on other labels than data.train holds now; set data.train and the "
             "keys of task back, or start a new run from the weights with init_from"
         )

@@ -20,14 +20,14 @@ from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.config.validate import world_size_from_environment
 from esm2mega.errors import UserError
-from esm2mega.infer.collect import OutputRequest
-from esm2mega.infer.engine import Engine, load_model
+from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
-from esm2mega.infer.proteins import Embedder, output_request, pack_tokens
+from esm2mega.infer.proteins import Embedder, micro_batch_tokens, output_request
 from esm2mega.infer.score import clean
-from esm2mega.infer.source import open_model
+from esm2mega.infer.source import source_of
 from esm2mega.infer.strategies import STRATEGIES, score_variants
 from esm2mega.infer.variants import parse_variant, single_substitutions, write_variant
+from esm2mega.lora.base import read_with_base
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.vocabulary import encode_residues
 
@@ -64,7 +64,11 @@ _world = _World()
 
 
 def load(
-    path: str | Path, *, precision: str | None = None, max_seq_length: int | None = None, long: str = "error"
+    path: str | Path,
+    *,
+    precision: str | None = None,
+    max_seq_length: int | None = None,
+    too_long: str = "error",
 ) -> Model:
     """Load a model for inference.
 
@@ -72,13 +76,13 @@ def load(
         path: A checkpoint, or a run directory for its newest one.
         precision: ``fp32``, ``bf16`` or ``fp64``; None for that of training.
         max_seq_length: Most tokens at once, with ``<cls>`` and ``<eos>``; None for that of training.
-        long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (overlapping windows,
+        too_long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (overlapping windows,
             averaged).
 
     Raises:
         UserError: Not a readable checkpoint, or this is one process of several.
     """
-    settings = {"precision": precision, "max_seq_length": max_seq_length, "long": long}
+    settings = {"precision": precision, "max_seq_length": max_seq_length, "too_long": too_long}
     overrides = [f"infer.{name}={value}" for name, value in settings.items() if value is not None]
     return Model(path, overrides)
 
@@ -88,7 +92,8 @@ class Model:
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
         """Args: overrides: ``key=value`` over the checkpoint's configuration."""
-        self._source = open_model(path)
+        # In this process alone, whatever the launcher started: several are refused below.
+        self._source = source_of(read_with_base(path))
         self._run = inference_run(self._source.run, overrides)
         validate_inference(self._run, 1)
         self._ranks = _world.enter()
@@ -192,7 +197,7 @@ class Model:
         else:
             parsed = [parse_variant(text, wild, offset) for text in variants]
         self._source.check_lm_head()
-        size = pack_tokens(self._run, self._ranks.device)
+        size = micro_batch_tokens(self._run, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, OutputRequest(logits=True), size)
         marginals = Marginals(engine, self._ranks, window_tokens(self._run), normalize, shows_progress=False)
         scores = score_variants(marginals, wild, parsed, strategy, normalize)
@@ -205,7 +210,7 @@ class Model:
         run = load_run_over(self._run, overrides)
         validate_inference(run, 1)
         wants = output_request(run, self._source)
-        engine = Engine(self._loaded(), self._ranks, wants, pack_tokens(run, self._ranks.device))
+        engine = Engine(self._loaded(), self._ranks, wants, micro_batch_tokens(run, self._ranks.device))
         residues = [encode_residues(clean(sequence)) for sequence in sequences]
         results: list[dict[str, Array]] = [{} for _ in residues]
         for number, values in Embedder(engine, run).run(residues) if residues else ():

@@ -67,10 +67,10 @@ class ArrayFile:
         )
         assert 0 <= row <= row + len(values) <= spec.shape[0], (name, row)
         rest = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-        location = self._offsets[name] + row * spec.row_bytes
+        position = self._offsets[name] + row * spec.row_bytes
         while rest:
-            written = os.pwrite(self._descriptor, rest, location)
-            rest, location = rest[written:], location + written
+            written = os.pwrite(self._descriptor, rest, position)
+            rest, position = rest[written:], position + written
 
     def sync(self) -> None:
         """Return when everything written is on the disk."""

@@ -4,52 +4,46 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from esm2mega.config.infer import absolute_layers
-from esm2mega.config.presets import shape_of
-from esm2mega.config.schema import Run
 from esm2mega.data.store.token_store import TokenStore
-from esm2mega.errors import UserError
 from esm2mega.infer.arrays import ArraySpec
-from esm2mega.infer.proteins import Lengths, Values
-from esm2mega.model.esm2 import VOCAB_SIZE
 
-STORED = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}
-"""numpy dtype of each `infer.dtype`; neither numpy nor HDF5 has bfloat16, so its bits are kept."""
+Array = npt.NDArray[Any]
 
-_TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Write = tuple[str, int, Array]
+"""Name of an array, first row, and rows."""
 
 
 @dataclass(frozen=True)
-class Contents:
-    """Proteins, settings and the attributes that are written beside the arrays.
+class Contents(ABC):
+    """Proteins, what is stored of them, and the pieces of work in which that is computed.
 
     Attributes:
         store: The proteins.
-        run: The settings.
-        attributes: Plain values: hashes, versions, settings.
+        attributes: Plain values that decide the content: hashes, versions, settings.
     """
 
     store: TokenStore
-    run: Run
     attributes: dict[str, Any]
+
+    smaller = ""
+    """How the user makes an output smaller, for a message; empty if there is no way."""
 
     def __len__(self) -> int:
         return len(self.store)
 
-    @cached_property
+    @property
+    @abstractmethod
     def lengths(self) -> npt.NDArray[np.int64]:
         """Residues of each protein in the output, ``[n]``."""
-        return Lengths.of(self.run).kept(self.store.lengths)
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -61,79 +55,35 @@ class Contents:
         """The same for the flattened contact maps of L x L elements."""
         return np.concatenate([[0], np.cumsum(self.lengths**2)])
 
-    @cached_property
+    @property
+    @abstractmethod
     def truncated(self) -> npt.NDArray[np.bool_]:
         """Which proteins lost residues, ``[n]``."""
-        return self.lengths < self.store.lengths
 
-    @cached_property
-    def num_windows(self) -> npt.NDArray[np.int32]:
-        """How many overlapping windows each protein is the mean of, ``[n]``."""
-        return Lengths.of(self.run).counts(self.store.lengths)
+    @property
+    @abstractmethod
+    def tables(self) -> Mapping[str, Array]:
+        """Small arrays that are known before anything is computed."""
+
+    @property
+    @abstractmethod
+    def specs(self) -> dict[str, ArraySpec]:
+        """The large arrays."""
+
+    @property
+    def file_attributes(self) -> Mapping[str, Any]:
+        """What an HDF5 file says besides `attributes`."""
+        return {}
+
+    @property
+    @abstractmethod
+    def num_pieces(self) -> int:
+        """Pieces of work, which are what processes share out, and what a kill costs each of them."""
+
+    @abstractmethod
+    def amount(self, piece: int) -> int:
+        """Proteins, or packs, of a piece, for the progress bar."""
 
     def ids(self, first: int = 0, stop: int | None = None) -> Iterator[str]:
         """Ids in input order, repeats included."""
         return (self.store.id(i) for i in range(first, len(self) if stop is None else stop))
-
-    @cached_property
-    def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """Small arrays with one value per protein."""
-        return {
-            "lengths": self.lengths.astype(np.int32),
-            "original_lengths": self.store.lengths,
-            "truncated": self.truncated,
-            "num_windows": self.num_windows,
-        }
-
-    @cached_property
-    def specs(self) -> dict[str, ArraySpec]:
-        """The large arrays."""
-        outputs, hidden = self.run.infer.outputs, shape_of(self.run.model).hidden_size
-        stored, total, count = STORED[self.run.infer.dtype], int(self.offsets[-1]), len(self)
-        specs = {}
-        for layer in absolute_layers(self.run):
-            if "residue" in outputs:
-                specs[f"residue/layer_{layer}"] = ArraySpec((total, hidden), stored)
-            if "pooled" in outputs:
-                specs[f"pooled/layer_{layer}"] = ArraySpec((count, hidden), stored)
-        if "logits" in outputs:
-            specs["logits"] = ArraySpec((total, VOCAB_SIZE), stored)
-        if "contacts" in outputs:
-            specs["contacts"] = ArraySpec((int(self.contact_offsets[-1]),), stored)
-        return specs
-
-    def rows(self, name: str, number: int) -> slice:
-        """Which rows of array `name` belong to protein `number`."""
-        if name.startswith("pooled/"):
-            return slice(number, number + 1)
-        offsets = self.contact_offsets if name == "contacts" else self.offsets
-        return slice(int(offsets[number]), int(offsets[number + 1]))
-
-    def stored(self, number: int, values: Values) -> Iterator[tuple[str, int, npt.NDArray[Any]]]:
-        """Name, first row and rows of everything there is of a protein, in the dtype of the output.
-
-        Raises:
-            UserError: A value is beyond the range of fp16.
-        """
-        for name, value in values.items():
-            row = value.reshape(1, -1) if name.startswith("pooled/") else value
-            row = row.flatten() if name == "contacts" else row
-            rows = to_numpy(row, self.run.infer.dtype)
-            if self.run.infer.dtype == "fp16" and np.isinf(rows).any():
-                raise UserError(
-                    f"{self.store.id(number)}: {name} has values beyond 65504, the largest of fp16; "
-                    "set --dtype bf16 or fp32"
-                )
-            yield name, self.rows(name, number).start, rows
-
-
-def to_numpy(values: Tensor, dtype: str) -> npt.NDArray[Any]:
-    """Values rounded to `infer.dtype`, as numpy knows it."""
-    rounded = values.to(_TORCH[dtype]).cpu()
-    return (rounded.view(torch.uint16) if dtype == "bf16" else rounded).numpy()
-
-
-def to_tensor(values: npt.NDArray[Any], dtype: str) -> Tensor:
-    """Inverse of `to_numpy`, as a copy."""
-    tensor = torch.from_numpy(np.array(values))
-    return tensor.view(torch.bfloat16) if dtype == "bf16" else tensor

@@ -1,4 +1,7 @@
-"""Spearman's rank correlation, with ties, as benchmarks of variant effects report it."""
+"""Spearman's rank correlation, with ties, bit for bit as `scipy.stats.spearmanr` computes it.
+
+`esm2mega score` needs it where SciPy, an optional dependency, may not be installed.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,29 @@ import numpy.typing as npt
 
 
 def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-    """Correlation of the ranks, equal values sharing their mean rank; NaN where one side does not vary.
+    """Correlate the ranks of two samples, equal values sharing their mean rank.
 
     Args:
-        first, second: n finite numbers each.
+        first: Numbers, ``[n]``.
+        second: Numbers, ``[n]``.
+
+    Returns:
+        The correlation; NaN where there is none, as of constants and of samples that hold a NaN.
     """
-    a, b = (_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second))
-    a, b = a - a.mean(), b - b.mean()
-    norm = math.sqrt(float((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum()) / norm if norm else math.nan
+    a, b = (np.asarray(values, dtype=np.float64) for values in (first, second))
+    if not varied(a, b):
+        return math.nan
+    ranks = np.column_stack((_ranks(a), _ranks(b)))  # [n, 2]
+    return float(np.asarray(np.corrcoef(ranks, rowvar=False))[1, 0])
+
+
+def varied(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> bool:
+    """Whether two samples ``[n]`` have a correlation at all."""
+    return len(first) > 1 and bool(np.ptp(first) > 0 and np.ptp(second) > 0)
 
 
 def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ranks from 1, [n]."""
+    """Ranks from 1, ``[n]``."""
     _, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[groups]

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from esm2mega.config.schema import Run
 from esm2mega.data.stream.packing import plan_packs
-from esm2mega.infer.collect import OutputRequest, hidden_states
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window
 from esm2mega.model.build import build_model
 from esm2mega.model.contact_maps import ContactMaps, Span
 from esm2mega.model.esm2 import ESM2Model
+from esm2mega.model.hidden_states import hidden_states
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.vocabulary import PAD
@@ -39,6 +39,22 @@ on 1 and
 
 _IN_FLIGHT = 4
 """Packs per pipeline stage that are handed to the schedule at once."""
+
+
+@dataclass(frozen=True)
+class OutputRequest:
+    """What to compute.
+
+    Attributes:
+        layers: Hidden states, numbered as in `esm2mega.model.hidden_states`.
+        logits: Whether the head runs.
+        contact_head: Weight of each attention map, layer-major, and bias of the contact head; None for no
+            contacts.
+    """
+
+    layers: tuple[int, ...] = ()
+    logits: bool = False
+    contact_head: tuple[Tensor, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ class PackOutputs:
 
 
 def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
-    """Which windows share a pack: their places, pack by pack.
+    """Choose which windows share a pack: their indices, pack by pack.
 
     Args:
         num_tokens: Tokens of each window.
@@ -89,7 +105,7 @@ def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
     pack_of = plan_packs(num_tokens, capacity)
     order = np.argsort(pack_of, kind="stable")
     borders = np.flatnonzero(np.diff(pack_of[order])) + 1
-    return [places.tolist() for places in np.split(order, borders)] if len(order) else []
+    return [indices.tolist() for indices in np.split(order, borders)] if len(order) else []
 
 
 def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
@@ -104,10 +120,12 @@ def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
 class Engine:
     """Runs packs. All ranks of one model replica run the same packs."""
 
-    def __init__(self, model: ESM2Model, ranks: Ranks, request: OutputRequest, pack_tokens: int) -> None:
-        """Args: pack_tokens: the largest pack, which is the size of every pack under a pipeline."""
+    def __init__(
+        self, model: ESM2Model, ranks: Ranks, request: OutputRequest, micro_batch_tokens: int
+    ) -> None:
+        """Args: micro_batch_tokens: the largest pack, which is the size of every pack under a pipeline."""
         self._model, self._ranks, self._request = model, ranks, request
-        self.pack_tokens = pack_tokens
+        self.micro_batch_tokens = micro_batch_tokens
 
     def run(self, packs: Sequence[WindowPack]) -> Iterator[PackOutputs]:
         """Yield the outputs of each pack, in order."""
@@ -172,7 +190,7 @@ class Engine:
 
     def _padded(self, num_tokens: int) -> int:
         if self._ranks.pp_size > 1:
-            return self.pack_tokens
+            return self.micro_batch_tokens
         smallest = _ROWS_PER_THREAD * torch.get_num_threads() if self._ranks.device.type == "cpu" else 1
         return max(num_tokens, smallest)
 
@@ -191,7 +209,7 @@ class Engine:
             data_iterator=iter(packs),
             model=[self._model],
             num_microbatches=len(packs),
-            seq_length=self.pack_tokens,
+            seq_length=self.micro_batch_tokens,
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 
 from esm2mega.errors import UserError
 from esm2mega.infer.arrays import ArrayFile
-from esm2mega.infer.contents import Contents, to_tensor
+from esm2mega.infer.contents import Contents
+from esm2mega.infer.embeddings import Embeddings, to_tensor
 
 INDEX = "index.csv"
 ATTRIBUTES_FILE = "attributes.json"
@@ -25,7 +28,7 @@ _GROUP_RESIDUES = 1 << 16
 _POOLED_KEY = {"mean": "mean_representations", "cls": "bos_representations", "max": "max_representations"}
 
 
-def write_npz(path: Path, contents: Contents, arrays: ArrayFile) -> None:
+def write_npz(path: Path, contents: Embeddings, arrays: ArrayFile) -> None:
     """The arrays of the ragged layout under the same names, uncompressed."""
     small: dict[str, Any] = {
         "ids": np.array(list(contents.ids()), dtype=np.str_),
@@ -58,11 +61,11 @@ def read_npz_attributes(path: Path) -> dict[str, Any]:
         return json.loads(str(archive["attributes"])) if "attributes" in archive else {}
 
 
-def write_parquet(path: Path, contents: Contents, arrays: ArrayFile) -> None:
+def write_parquet(path: Path, contents: Embeddings, arrays: ArrayFile) -> None:
     """A row per protein; vectors are lists of fixed size, residues are lists of them, contacts are
     flattened.
     """
-    pyarrow, parquet = _pyarrow()
+    pyarrow, _ = _pyarrow()
 
     def column(name: str, first: int, stop: int) -> Any:
         start, end = contents.rows(name, first).start, contents.rows(name, stop - 1).stop
@@ -77,15 +80,30 @@ def write_parquet(path: Path, contents: Contents, arrays: ArrayFile) -> None:
             pyarrow.array([*starts, end - start], pyarrow.int64()), cells
         )
 
+    def columns(first: int, stop: int) -> dict[str, Any]:
+        return {
+            "id": list(contents.ids(first, stop)),
+            **{name: values[first:stop] for name, values in contents.columns.items()},
+            **{name.replace("/", "_"): column(name, first, stop) for name in contents.specs},
+        }
+
+    write_row_groups(path, contents, columns)
+
+
+def write_row_groups(path: Path, contents: Contents, columns: Callable[[int, int], dict[str, Any]]) -> None:
+    """Write a Parquet file of consecutive proteins, some 65,000 residues at a time.
+
+    Args:
+        path: File to make.
+        contents: Of the output; its attributes become metadata.
+        columns: Gives the cells of the proteins from one number to another, exclusive, by column.
+    """
+    pyarrow, parquet = _pyarrow()
+    numbers = contents.offsets[:-1] // _GROUP_RESIDUES
+    borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(contents)]
     writer = None
-    for first, stop in _groups(contents):
-        table = pyarrow.table(
-            {
-                "id": list(contents.ids(first, stop)),
-                **{name: values[first:stop] for name, values in contents.columns.items()},
-                **{name.replace("/", "_"): column(name, first, stop) for name in contents.specs},
-            }
-        )
+    for first, stop in itertools.pairwise(borders):
+        table = pyarrow.table(columns(first, stop))
         if writer is None:
             metadata = {"esm2mega": json.dumps(contents.attributes)}
             writer = parquet.ParquetWriter(path, table.schema.with_metadata(metadata))
@@ -95,7 +113,7 @@ def write_parquet(path: Path, contents: Contents, arrays: ArrayFile) -> None:
 
 
 def read_parquet_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of a file that `write_parquet` wrote; empty if another program did."""
+    """The attributes of a file that `write_row_groups` wrote; empty if another program did."""
     _, parquet = _pyarrow()
     return json.loads((parquet.read_schema(path).metadata or {}).get(b"esm2mega", b"{}"))
 
@@ -116,14 +134,7 @@ def check_parquet() -> None:
     _pyarrow()
 
 
-def _groups(contents: Contents) -> list[tuple[int, int]]:
-    """Consecutive proteins of some 65,000 residues: a row group, which is held in memory whole."""
-    numbers = contents.offsets[:-1] // _GROUP_RESIDUES
-    borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(contents)]
-    return list(zip(borders, borders[1:], strict=False))
-
-
-def write_pt(folder: Path, contents: Contents, arrays: ArrayFile) -> None:
+def write_pt(folder: Path, contents: Embeddings, arrays: ArrayFile) -> None:
     """One file per protein, with the keys of fair-esm's ``extract.py``, and `INDEX`, which names them in
     order.
 

@@ -69,5 +69,5 @@ def _figure(width: float, height: float) -> Any:
 
 def _number(axis: Any, length: int, offset: int) -> None:
     step = max(1, round(length / _TICKS, -1 if length > 10 * _TICKS else 0))
-    places = np.arange(0, length, int(step))
-    axis.set_ticks(places, [str(location + offset) for location in places])
+    ticks = np.arange(0, length, int(step))
+    axis.set_ticks(ticks, [str(tick + offset) for tick in ticks])

@@ -12,6 +12,7 @@ import numpy as np
 
 from esm2mega.infer.arrays import ArrayFile, ArraySpec
 from esm2mega.infer.contents import Contents
+from esm2mega.infer.embeddings import Embeddings
 
 ATTRIBUTES = "esm2mega"
 """Name of the attribute that holds all attributes as JSON; each also stands for itself."""
@@ -31,15 +32,13 @@ def create_ragged(path: Path, contents: Contents) -> dict[str, int]:
     offsets = {}
     with h5py.File(path, "x") as file:
         write_attributes(file, contents.attributes)
+        file.attrs.update(contents.file_attributes)
         ids = file.create_dataset("ids", (len(contents),), h5py.string_dtype())
         for first in range(0, len(contents), _IDS_AT_ONCE):
             stop = min(first + _IDS_AT_ONCE, len(contents))
             ids[first:stop] = list(contents.ids(first, stop))
-        for name, column in contents.columns.items():
-            file.create_dataset(name, data=column)
-        file.create_dataset("offsets", data=contents.offsets)
-        if "contacts" in contents.specs:
-            file.create_dataset("contact_offsets", data=contents.contact_offsets)
+        for name, values in contents.tables.items():
+            file.create_dataset(name, data=values)
         for name, spec in contents.specs.items():
             offsets[name] = _reserve(file, name, spec)
     return offsets
@@ -82,7 +81,7 @@ def bionemo_paths(out: Path) -> dict[str, Path]:
     }
 
 
-def write_bionemo(path: Path, kind: str, contents: Contents, arrays: ArrayFile) -> None:
+def write_bionemo(path: Path, kind: str, contents: Embeddings, arrays: ArrayFile) -> None:
     """One data set per protein, named by its number from 0, with its id as attribute ``original_id``.
 
     Args:

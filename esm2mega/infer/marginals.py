@@ -101,11 +101,11 @@ class Marginals:
     ) -> list[_Copy]:
         copies: list[_Copy] = []
         shared: dict[tuple[int, Window], _Copy] = {}
-        for number, location in enumerate(places):
-            window = optimal(location.position, len(encoded[location.sequence]), self._width)
-            copy = None if masked else shared.get((location.sequence, window))
+        for number, place in enumerate(places):
+            window = optimal(place.position, len(encoded[place.sequence]), self._width)
+            copy = None if masked else shared.get((place.sequence, window))
             if copy is None:
-                copy = shared[location.sequence, window] = _Copy(location.sequence, window, [])
+                copy = shared[place.sequence, window] = _Copy(place.sequence, window, [])
                 copies.append(copy)
             copy.places.append(number)
         return copies
@@ -120,7 +120,7 @@ class Marginals:
         progress: Progress,
     ) -> None:
         """Fill the rows of `logits` that these copies give."""
-        plan = group_windows([copy.window.num_tokens for copy in copies], self._engine.pack_tokens)
+        plan = group_windows([copy.window.num_tokens for copy in copies], self._engine.micro_batch_tokens)
         packs, rows = [], []
         for chosen in plan:
             tokens, positions, first = [], [], 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esm2mega.errors import UserError
+from esm2mega.files import OTHER_OUT, write_json
 from esm2mega.infer.score import ScoreOptions, check_columns, clean, measured_spearman, scorer, write_scored
 from esm2mega.infer.variants import (
     Table,
     Variant,
-    growing,
     parse_variant,
     read_table,
     write_table,
@@ -144,9 +143,7 @@ def _begin(folder: Path, tables: Sequence[Path], settings: dict[str, Any], mode:
         # Nothing of an earlier start may be taken for a result of this one.
         for path in [folder / SUMMARY, *tables]:
             path.unlink(missing_ok=True)
-        with growing(noted) as partial:
-            partial.write_text(json.dumps(settings, indent=1) + "\n")
-            os.replace(partial, noted)
+        write_json(noted, settings, OTHER_OUT)
     return [path for path in tables if path.is_file()]
 
 

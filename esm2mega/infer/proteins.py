@@ -17,8 +17,7 @@ from torch import Tensor
 from esm2mega.config.infer import absolute_layers, window_tokens
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
-from esm2mega.infer.collect import OutputRequest
-from esm2mega.infer.engine import Engine, PackOutputs, WindowPack, group_windows
+from esm2mega.infer.engine import Engine, OutputRequest, PackOutputs, WindowPack, group_windows
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window, overlapping, whole
 
@@ -34,12 +33,12 @@ class Lengths:
 
     Attributes:
         width: Most tokens at once.
-        long: ``error``, ``crop`` or ``chunk``.
+        too_long: ``error``, ``crop`` or ``chunk``.
         overlap: Tokens that neighbouring windows share.
     """
 
     width: int
-    long: str
+    too_long: str
     overlap: int
 
     @classmethod
@@ -47,7 +46,7 @@ class Lengths:
         """As `run.infer` says."""
         width = window_tokens(run)
         overlap = width // 2 if run.infer.overlap is None else run.infer.overlap
-        return cls(width, run.infer.long, min(overlap, width - 3))
+        return cls(width, run.infer.too_long, min(overlap, width - 3))
 
     @property
     def most_residues(self) -> int:
@@ -56,27 +55,26 @@ class Lengths:
 
     def kept(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         """Residues that are kept of proteins of these lengths, ``[n]``."""
-        longest = self.most_residues if self.long == "crop" else np.iinfo(np.int64).max
+        longest = self.most_residues if self.too_long == "crop" else np.iinfo(np.int64).max
         return np.minimum(lengths.astype(np.int64), longest)
 
     def windows(self, num_residues: int) -> list[Window]:
         """The windows of a protein, over the residues that are kept of it."""
         if num_residues <= self.most_residues:
             return [whole(num_residues)]
-        if self.long == "crop":
+        if self.too_long == "crop":
             return [whole(self.most_residues)]
-        if self.long == "chunk":
+        if self.too_long == "chunk":
             return overlapping(num_residues, self.width, self.overlap)
         raise UserError(
             f"{num_residues:,} residues are more than the {self.most_residues:,} that the model sees "
-            "at once; "
-            "set --long crop or --long chunk, or raise --max-seq-length"
+            "at once; set --too-long crop or --too-long chunk, or raise --max-seq-length"
         )
 
     def counts(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Number of windows of proteins of these lengths, ``[n]``; in every mode a too long one counts."""
         beyond = np.maximum(lengths.astype(np.int64) - self.most_residues, 0)
-        steps = -(-beyond // (self.width - self.overlap)) if self.long == "chunk" else 0
+        steps = -(-beyond // (self.width - self.overlap)) if self.too_long == "chunk" else 0
         return (1 + steps * np.ones_like(beyond)).astype(np.int32)
 
 
@@ -99,29 +97,29 @@ class Embedder:
             proteins: token ids of residues, without special tokens, ``[L]`` each.
         """
         jobs = [
-            (number, location, window)
+            (number, index, window)
             for number, residues in enumerate(proteins)
-            for location, window in enumerate(self._lengths.windows(len(residues)))
+            for index, window in enumerate(self._lengths.windows(len(residues)))
         ]
         num_windows = np.bincount([number for number, _, _ in jobs], minlength=len(proteins))
-        plan = group_windows([window.num_tokens for _, _, window in jobs], self._engine.pack_tokens)
+        plan = group_windows([window.num_tokens for _, _, window in jobs], self._engine.micro_batch_tokens)
         packs = [
             WindowPack(
-                [jobs[i][2] for i in places],
-                np.concatenate([self._tokens(proteins[jobs[i][0]], jobs[i][2]) for i in places]),
+                [jobs[i][2] for i in members],
+                np.concatenate([self._tokens(proteins[jobs[i][0]], jobs[i][2]) for i in members]),
             )
-            for places in plan
+            for members in plan
         ]
         waiting: dict[int, dict[int, tuple[Window, Values]]] = {}
-        for places, pack, outputs in zip(plan, packs, self._engine.run(packs), strict=True):
-            for i, values in zip(places, self._of_windows(pack, outputs), strict=True):
-                number, location, window = jobs[i]
+        for members, pack, outputs in zip(plan, packs, self._engine.run(packs), strict=True):
+            for i, values in zip(members, self._of_windows(pack, outputs), strict=True):
+                number, index, window = jobs[i]
                 if num_windows[number] == 1:
                     yield number, self._of_protein(values)
                     continue
                 pieces = waiting.setdefault(number, {})
                 # Copies: a view would keep the whole pack in memory.
-                pieces[location] = window, {name: value.clone() for name, value in values.items()}
+                pieces[index] = window, {name: value.clone() for name, value in values.items()}
                 if len(pieces) == num_windows[number]:
                     # In the order of the windows, whatever packs they were in: sums are the same bits.
                     joined = _join([pieces[p] for p in range(len(pieces))])
@@ -185,20 +183,20 @@ def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
         total = torch.zeros(shape, dtype=dtype, device=example.device)
         count = torch.zeros(shape if square else (length, 1), dtype=dtype, device=example.device)
         for window, values in pieces:
-            location = (window.residues, window.residues) if square else (window.residues,)
-            total[location] += values[name]
-            count[location] += 1
+            rows = (window.residues, window.residues) if square else (window.residues,)
+            total[rows] += values[name]
+            count[rows] += 1
         joined[name] = total / count
     return joined
 
 
-def pack_tokens(run: Run, device: torch.device) -> int:
+def micro_batch_tokens(run: Run, device: torch.device) -> int:
     """Tokens of a pack: as configured, or what suits the device; at least those of the longest window.
 
     A 35M model on 2 cores of an AMD EPYC embedded 1,390, 1,460, 1,240 and 1,180 tokens/s in packs of 1,024,
     2,048, 4,096 and 8,192. The size for GPUs is not measured.
     """
-    size = run.infer.pack_tokens or (2048 if device.type == "cpu" else 16384)
+    size = run.infer.micro_batch_tokens or (2048 if device.type == "cpu" else 16384)
     return max(size, window_tokens(run))
 
 

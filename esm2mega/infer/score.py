@@ -17,18 +17,17 @@ from esm2mega.config.validate import world_size_from_environment
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import open_source
 from esm2mega.errors import UserError
-from esm2mega.infer.collect import OutputRequest
+from esm2mega.files import check_writable
 from esm2mega.infer.correlation import spearman
-from esm2mega.infer.engine import Engine, load_model
+from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import Marginals
-from esm2mega.infer.proteins import pack_tokens
+from esm2mega.infer.proteins import micro_batch_tokens
 from esm2mega.infer.source import ModelSource, open_model
 from esm2mega.infer.strategies import score_variants
 from esm2mega.infer.variants import (
     AMINO_ACIDS,
     Table,
     Variant,
-    check_writable,
     parse_variant,
     read_table,
     single_substitutions,
@@ -103,7 +102,7 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
     run = inference_run(source.run, options.overrides)
     validate_inference(run, world_size_from_environment())
     with process_groups(run.parallel, run.seed) as ranks:
-        size = pack_tokens(run, ranks.device)
+        size = micro_batch_tokens(run, ranks.device)
         engine = Engine(load_model(source, run, ranks), ranks, OutputRequest(logits=True), size)
         marginals = Marginals(engine, ranks, window_tokens(run), options.normalization)
         yield Scorer(marginals, options, source, run), ranks
@@ -232,7 +231,7 @@ def measured_spearman(table: Table, scores: Sequence[float], column: str) -> tup
     """How many rows have a measured number, and the rank correlation over them."""
     pairs = [(m, s) for m, s in zip(map(_number, table.column(column, "--measured")), scores, strict=True)]
     finite = [(m, s) for m, s in pairs if m is not None]
-    return len(finite), spearman([m for m, _ in finite], [s for _, s in finite]) if finite else math.nan
+    return len(finite), spearman([m for m, _ in finite], [s for _, s in finite])
 
 
 def _number(text: str) -> float | None:

@@ -10,20 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
-from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TRAINED, TRAINED_ENCODER
 from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
-from esm2mega.convert.formats.esm2mega import default_dtype, is_auxiliary, run_of
-from esm2mega.convert.formats.registry import detect, open_weights
+from esm2mega.convert.formats.esm2mega import default_dtype, is_auxiliary
 from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, as_published, is_regression
 from esm2mega.convert.into_model import fill_model
+from esm2mega.convert.start_point import StartPoint
 from esm2mega.errors import UserError
-from esm2mega.lora.base import find_base, needs_base, recorded_base
+from esm2mega.lora.base import read_with_base, recorded_base
 from esm2mega.lora.checkpoint import load_model
+from esm2mega.parallel.errors import on_one_rank
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class ModelSource:
 
 
 def open_model(path: str | Path) -> ModelSource:
-    """Open a checkpoint, without reading weights yet.
+    """Open a checkpoint, without reading weights yet; all ranks call this together, and rank 0 decides.
 
     Args:
         path: A ``step_XXXXXXXX`` directory, a run directory for its newest one, or anything in a format that
@@ -72,58 +71,64 @@ def open_model(path: str | Path) -> ModelSource:
     Raises:
         UserError: It is none, or cannot be read.
     """
-    path = Path(path)
-    if path.exists() and detect(path) != "esm2mega":
-        return _open_foreign(path)
-    checkpoint = layout.resolve_checkpoint(path)
-    if needs_base(checkpoint):
-        return _open_adapted(checkpoint)
-    run = layout.read_config(checkpoint)
-    has_lm_head = run.task.kind is None
+    return source_of(on_one_rank(lambda: read_with_base(path)))
+
+
+def source_of(start: StartPoint) -> ModelSource:
+    """A model to be loaded from an open checkpoint.
+
+    Args:
+        start: In any format; of adapters with its base.
+    """
+    if start.base is not None:
+        return _of_adapters(start, start.base)
+    return _of_own(start) if start.is_own else _of_foreign(start)
+
+
+def _of_own(start: StartPoint) -> ModelSource:
+    has_lm_head = start.head == "lm"
     return ModelSource(
-        checkpoint,
-        run,
-        lambda chunks: load_weights(checkpoint, chunks, ALL if has_lm_head else ENCODER),
-        read_auxiliary(checkpoint) | _trained_contact_head(checkpoint, run),
-        lambda: weights_sha256(checkpoint),
+        start.path,
+        start.run,
+        lambda chunks: load_weights(start.path, chunks, ALL if has_lm_head else ENCODER),
+        start.auxiliary() | _trained_contact_head(start),
+        lambda: weights_sha256(start.path),
         has_lm_head,
     )
 
 
-def _trained_contact_head(checkpoint: Path, run: Run) -> dict[str, Tensor]:
+def _trained_contact_head(start: StartPoint) -> dict[str, Tensor]:
     """That of a fine-tuning of it, which then takes the place of the one before."""
-    if not is_regression(run.task):
+    if not is_regression(start.run.task):
         return {}
-    return as_published(TensorReader(checkpoint).read, shape_of(run.model).num_layers)
+    return as_published(TensorReader(start.path).read, shape_of(start.run.model).num_layers)
 
 
-def _open_adapted(checkpoint: Path) -> ModelSource:
-    run = layout.read_config(checkpoint)
-    base = recorded_base(checkpoint)
-    has_lm_head = run.task.kind is None
+def _of_adapters(start: StartPoint, base: StartPoint) -> ModelSource:
+    recorded = recorded_base(start)
+    has_lm_head = start.head == "lm"
     return ModelSource(
-        checkpoint,
-        run,
-        lambda chunks: load_model(checkpoint, run, chunks, TRAINED if has_lm_head else TRAINED_ENCODER),
-        open_model(find_base(checkpoint, run)).auxiliary | _trained_contact_head(checkpoint, run),
-        lambda: hashlib.sha256(f"{base.sha256} {weights_sha256(checkpoint)}".encode()).hexdigest(),
+        start.path,
+        start.run,
+        lambda chunks: load_model(start, start.run, chunks, TRAINED if has_lm_head else TRAINED_ENCODER),
+        source_of(base).auxiliary | _trained_contact_head(start),
+        lambda: hashlib.sha256(f"{recorded.sha256} {weights_sha256(start.path)}".encode()).hexdigest(),
         has_lm_head,
     )
 
 
-def _open_foreign(path: Path) -> ModelSource:
-    weights = open_weights(path)
+def _of_foreign(start: StartPoint) -> ModelSource:
     # The large published models are stored in fp16, in which nothing is computed.
-    weights = weights.cast(default_dtype(weights.description.dtype))
-    kept = is_auxiliary(weights.description)
-    has_lm_head = weights.description.head == "lm"
+    weights = start.weights.cast(default_dtype(start.weights.description.dtype))
+    is_beside = is_auxiliary(weights.description)
+    has_lm_head = start.head == "lm"
     return ModelSource(
-        path,
-        run_of(weights.description),
+        start.path,
+        start.run,
         lambda chunks: fill_model(weights, chunks, ALL if has_lm_head else ENCODER),
-        {name: weights.read(name).clone() for name in weights.infos if kept(name)},
+        {name: weights.read(name).clone() for name in weights.infos if is_beside(name)},
         lambda: combined_sha256(
-            (name, tensor_sha256(weights.read(name))) for name in weights.infos if not kept(name)
+            (name, tensor_sha256(weights.read(name))) for name in weights.infos if not is_beside(name)
         ),
         has_lm_head,
     )

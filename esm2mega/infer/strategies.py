@@ -77,7 +77,7 @@ def _pseudo_log_likelihoods(marginals: Marginals, sequences: Sequence[str]) -> l
             Place(number, position) for number, mutant in enumerate(some) for position in range(len(mutant))
         ]
         table = marginals(some, places, masked=True)
-        own = torch.tensor([_token(some[location.sequence][location.position]) for location in places])
+        own = torch.tensor([_token(some[place.sequence][place.position]) for place in places])
         values = table.gather(1, own[:, None])[:, 0]
         scores += [float(part.sum()) for part in values.split([len(mutant) for mutant in some])]
     return scores

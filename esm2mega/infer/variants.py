@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from esm2mega.errors import MachineError, UserError
+from esm2mega.errors import UserError
+from esm2mega.files import OTHER_OUT, replacing
 from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
 
 AMINO_ACIDS = "".join(sorted(VOCAB[i] for i in STANDARD_RESIDUES))
@@ -160,33 +159,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
     Raises:
         MachineError: The disk is full, or the path cannot be written.
     """
-    with growing(path) as partial:
-        with partial.open("w", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(rows)
-        os.replace(partial, path)
-
-
-def check_writable(path: Path) -> None:
-    """Raise MachineError now rather than after hours, where `path` cannot be written."""
-    with growing(path) as partial:
-        partial.touch()
-        partial.unlink()
-
-
-@contextmanager
-def growing(path: Path) -> Iterator[Path]:
-    """Where a file grows; nothing remains of it after an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "is a directory")
-        yield partial
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise MachineError(
-            f"{path}: cannot be written: {error.strerror or error}; choose another --out"
-        ) from error
+    with replacing(path, OTHER_OUT) as partial, partial.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)

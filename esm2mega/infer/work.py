@@ -16,22 +16,16 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from esm2mega.config.renamed import current_settings
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import OTHER_OUT, write_json
 from esm2mega.infer.arrays import ArrayFile
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.target import OutputTarget
 
-MOST_PIECE_TOKENS, LEAST_PIECE_TOKENS = 1 << 16, 1 << 12
-"""Tokens of a piece of the input, which is what processes share out, and what a kill costs each of them."""
-
-_PIECES = 64
 _SYNC_SHARE = 20
 """Of this many parts of the time, at most one goes to waiting for the disk."""
 
@@ -57,18 +51,6 @@ class Work:
     def folder(self) -> Path:
         return self.target.work_dir
 
-    @cached_property
-    def piece_numbers(self) -> npt.NDArray[np.int64]:
-        """The piece of each protein, ascending, ``[n]``: a function of the lengths alone."""
-        tokens = self.contents.lengths + 2
-        size = min(max(int(tokens.sum()) // _PIECES, LEAST_PIECE_TOKENS), MOST_PIECE_TOKENS)
-        return (np.cumsum(tokens) - tokens) // size
-
-    def proteins(self, piece: int) -> range:
-        """The proteins of a piece; none where one protein fills several."""
-        first, stop = np.searchsorted(self.piece_numbers, [piece, piece + 1])
-        return range(int(first), int(stop))
-
     def begin(self) -> list[int]:
         """Reserve all places, or take over those of an earlier start; one process calls this.
 
@@ -88,11 +70,9 @@ class Work:
                 journal.unlink()
             self._check_space()
             offsets = self.target.create(self.folder / _ARRAYS, self.contents)
-            partial = manifest.with_suffix(".tmp")
-            partial.write_text(json.dumps({"attributes": self.contents.attributes, "offsets": offsets}))
-            os.replace(partial, manifest)
+            write_json(manifest, {"attributes": self.contents.attributes, "offsets": offsets}, OTHER_OUT)
         done = {int(line) for path in self.folder.glob("done.*") for line in _whole_lines(path)}
-        return [piece for piece in range(int(self.piece_numbers[-1]) + 1) if piece not in done]
+        return [piece for piece in range(self.contents.num_pieces) if piece not in done]
 
     def open_arrays(self) -> ArrayFile:
         """The file of the arrays, in any process once `begin` has returned."""
@@ -112,8 +92,7 @@ class Work:
         if differences:
             raise UserError(
                 f"{self.folder}: begun with other settings: {differences}; set them back, or begin "
-                "again with "
-                "--overwrite"
+                "again with --overwrite"
             )
 
     def _check_space(self) -> None:
@@ -124,8 +103,8 @@ class Work:
         if needed > free:
             raise MachineError(
                 f"{self.target.out}: needs {needed / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} GB "
-                "left; store "
-                "less (--include pooled, --dtype fp16) or choose another --out"
+                "left; "
+                f"{self.contents.smaller}choose another --out"
             )
 
 
@@ -168,7 +147,13 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def differing(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings in which two starts differ, for a message; empty if they are the same."""
+    """Describe the settings in which two starts differ; empty if they are the same.
+
+    Args:
+        earlier: as an earlier start noted them, under the names of its version.
+        now: of this start.
+    """
+    earlier = current_settings(earlier)
     return ", ".join(
         f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
         for name in {**earlier, **now}

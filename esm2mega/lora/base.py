@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
-from esm2mega.config.schema import LoRAConfig, Run
+from esm2mega.config.schema import LoRAConfig
 from esm2mega.convert.formats.esm2mega import is_auxiliary
-from esm2mega.convert.formats.registry import open_weights
+from esm2mega.convert.start_point import StartPoint, read_start
 from esm2mega.errors import UserError
+from esm2mega.parallel.errors import on_one_rank
 
 _KEY = "base"
 """Of ``train_state.json``: whoever has it holds no weights of its own but those that were trained."""
@@ -34,68 +34,97 @@ class Base:
         return {_KEY: asdict(self)}
 
 
-def needs_base(checkpoint: Path) -> bool:
-    """Whether a complete checkpoint holds adapters without the weights under them."""
-    return _KEY in layout.read_state(checkpoint)
-
-
-def identify(path: Path) -> Base:
+def identify(base: StartPoint) -> Base:
     """Read all weights of a checkpoint in any format, and say which they are."""
-    weights = open_weights(path)
-    kept = is_auxiliary(weights.description)
-    names = sorted(name for name in weights.infos if not kept(name))
+    weights = base.weights
+    is_beside = is_auxiliary(weights.description)
+    names = sorted(name for name in weights.infos if not is_beside(name))
     return Base(
-        str(path.resolve()), combined_sha256((name, tensor_sha256(weights.read(name))) for name in names)
+        str(base.path.resolve()), combined_sha256((name, tensor_sha256(weights.read(name))) for name in names)
     )
 
 
-def find_base(checkpoint: Path, run: Run) -> Path:
-    """Where the base of an adapter checkpoint lies now: where it did, else where `init_from` says.
+def has_adapters(start: StartPoint) -> bool:
+    """Whether a checkpoint holds adapters without the weights under them."""
+    return _KEY in start.state
+
+
+def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = None) -> StartPoint:
+    """Open the weights under the adapters of a checkpoint too, in this process alone.
+
+    Args:
+        start: A checkpoint; a whole model is returned as it is.
+        given: Where the base is, if it is no longer where it was in training: `init_from`.
+        opened: A checkpoint that has been opened, which may be the base.
 
     Raises:
-        UserError: In neither place.
+        UserError: The base is in neither place, or cannot be read, or holds adapters itself.
     """
-    recorded = recorded_base(checkpoint)
-    places = [recorded.path, *([run.init_from] if run.init_from is not None else [])]
+    if not has_adapters(start) or start.base is not None:
+        return start
+    path = _find_base(start, given)
+    if opened is not None and opened.path.resolve() == path.resolve():
+        base = opened
+    else:
+        base = read_start(path)
+    base.check_whole()
+    return replace(start, base=base)
+
+
+def open_base(start: StartPoint, given: str | None) -> StartPoint:
+    """`with_base` by rank 0, for all ranks; all of them call this together."""
+    return on_one_rank(lambda: with_base(start, given)) if has_adapters(start) else start
+
+
+def read_with_base(path: str | Path) -> StartPoint:
+    """`read_start`, of adapters with the weights under them."""
+    start = read_start(path)
+    return with_base(start, start.run.init_from)
+
+
+def _find_base(start: StartPoint, given: str | None) -> Path:
+    """Where the base of an adapter checkpoint lies now: where it did, else where `given` says."""
+    recorded = recorded_base(start)
+    places = [recorded.path, *([given] if given is not None else [])]
     for location in places:
         if Path(location).exists():
             return Path(location)
     raise UserError(
-        f"{checkpoint}: holds adapters of {recorded.path}, which is not there any more; say where it is with "
+        f"{start.path}: holds adapters of {recorded.path}, which is not there any more; say where it is with "
         "init_from=PATH"
     )
 
 
-def recorded_base(checkpoint: Path) -> Base:
+def recorded_base(start: StartPoint) -> Base:
     """What an adapter checkpoint says about its base."""
-    entry = layout.read_state(checkpoint).get(_KEY)
+    entry = start.state.get(_KEY)
     if not isinstance(entry, dict) or set(entry) != {"path", "sha256"}:
         raise UserError(
-            f"{checkpoint}: not a checkpoint of adapters; give one that was trained with lora.rank"
+            f"{start.path}: not a checkpoint of adapters; give one that was trained with lora.rank"
         )
     return Base(**entry)
 
 
-def check_base(checkpoint: Path, found: Base) -> None:
+def check_base(start: StartPoint, found: Base) -> None:
     """Refuse other weights than those that the adapters were trained on."""
-    recorded = recorded_base(checkpoint)
+    recorded = recorded_base(start)
     if found.sha256 != recorded.sha256:
         raise UserError(
-            f"{checkpoint}: its adapters belong to other weights than those of {found.path} (sha256 "
+            f"{start.path}: its adapters belong to other weights than those of {found.path} (sha256 "
             f"{recorded.sha256[:12]}…, not {found.sha256[:12]}…); give their base as init_from"
         )
 
 
-def check_adapters(checkpoint: Path, lora: LoRAConfig) -> None:
+def check_adapters(start: StartPoint, lora: LoRAConfig) -> None:
     """Refuse adapters of another form than the configuration's; dropout may differ.
 
     Raises:
         UserError: Naming the key.
     """
-    theirs = layout.read_config(checkpoint).lora
+    theirs = start.run.lora
     for key in ("rank", "alpha", "target_modules", "use_rslora", "use_dora"):
         if (value := getattr(theirs, key)) != (own := getattr(lora, key)):
             raise UserError(
-                f"{checkpoint}: its adapters have lora.{key}={value}, the configuration says {own}; set "
+                f"{start.path}: its adapters have lora.{key}={value}, the configuration says {own}; set "
                 f"lora.{key}={'null' if value is None else value}"
             )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TASK_HEAD, TRAINED, TensorFilter
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
@@ -18,20 +17,10 @@ from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.lora import LINEARS, Linear, Targets, resolve_targets
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
-from esm2mega.convert.formats.registry import detect
 from esm2mega.convert.into_model import load_for_task, load_initial_weights
 from esm2mega.convert.lazy_weights import HeadDescription
-from esm2mega.data.labels.schema import TargetInfo
-from esm2mega.errors import UserError
-from esm2mega.lora.base import (
-    Base,
-    check_adapters,
-    check_base,
-    find_base,
-    identify,
-    needs_base,
-    recorded_base,
-)
+from esm2mega.convert.start_point import StartPoint
+from esm2mega.lora.base import Base, check_adapters, check_base, has_adapters, identify, recorded_base
 from esm2mega.lora.inject import SUFFIX, apply_lora
 from esm2mega.parallel.errors import on_one_rank
 
@@ -53,26 +42,26 @@ class AdapterReader:
     """The adapters of a checkpoint, one at a time, without a model.
 
     Attributes:
-        checkpoint: Where they are.
+        start: Checkpoint that holds them.
         base: What they belong to.
         run: Configuration of the checkpoint.
         targets: Which linears have an adapter.
         others: Names of tensors that were trained besides, such as a head.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        """Open a checkpoint.
+    def __init__(self, start: StartPoint) -> None:
+        """Open the adapters.
 
         Args:
-            checkpoint: Complete.
+            start: Checkpoint that holds them.
 
         Raises:
             UserError: It holds a whole model.
         """
-        self.checkpoint = checkpoint
-        self.base = recorded_base(checkpoint)
-        self.run = layout.read_config(checkpoint)
-        self._reader = TensorReader(checkpoint)
+        self.start = start
+        self.base = recorded_base(start)
+        self.run = start.run
+        self._reader = TensorReader(start.path)
         self.targets: Targets = resolve_targets(
             self.run.lora.target_modules, shape_of(self.run.model).num_layers
         )
@@ -81,11 +70,9 @@ class AdapterReader:
 
     def head(self) -> HeadDescription | None:
         """The head of a task that was trained beside them, if there is one."""
-        if self.run.task.kind is None:
+        if (head := self.start.task) is None:
             return None
-        info = TargetInfo.from_dict(layout.read_state(self.checkpoint)["task"])
-        shapes = {name: self._reader.index[name].shape for name in self.others}
-        return HeadDescription(self.run.task, info, shapes)
+        return replace(head, shapes={name: self._reader.index[name].shape for name in self.others})
 
     def read_other(self, name: str) -> Tensor:
         """One of `others`."""
@@ -143,12 +130,12 @@ def write_adapters(
 
 
 def load_model(
-    checkpoint: Path, run: Run, chunks: Sequence[Any], choice: TensorFilter = TRAINED
+    start: StartPoint, run: Run, chunks: Sequence[Any], choice: TensorFilter = TRAINED
 ) -> dict[str, Tensor]:
     """Fill a model from a checkpoint of ours, whole or of adapters; every rank calls this.
 
     Args:
-        checkpoint: Complete.
+        start: The checkpoint; of adapters with its base.
         run: Configuration of this start.
         chunks: This rank's; they get the adapters.
         choice: Which tensors of a checkpoint of adapters are restored.
@@ -157,64 +144,43 @@ def load_model(
         Auxiliary tensors.
 
     Raises:
-        UserError: A tensor is missing, or the base is not there or another one.
+        UserError: A tensor is missing, or the base is another one.
     """
-    if not needs_base(checkpoint):
-        load_weights(checkpoint, chunks)
-        return read_auxiliary(checkpoint)
-    _, auxiliary = load_base(run, chunks, checkpoint)
-    load_weights(checkpoint, chunks, choice)
+    if not has_adapters(start):
+        load_weights(start.path, chunks)
+        return start.auxiliary()
+    _, auxiliary = load_base(start, run, chunks)
+    load_weights(start.path, chunks, choice)
     return auxiliary
 
 
-def load_base(
-    run: Run, chunks: Sequence[Any], checkpoint: Path | None = None
-) -> tuple[Base, dict[str, Tensor]]:
+def load_base(start: StartPoint, run: Run, chunks: Sequence[Any]) -> tuple[Base, dict[str, Tensor]]:
     """Fill a model with the weights of its base, and add adapters as they are at the start; a task's head is
     trained in full.
 
     Args:
+        start: Checkpoint of adapters with its base, whose adapters and head will be loaded next; or a whole
+            model, which new adapters are trained on.
         run: Configuration.
         chunks: This rank's.
-        checkpoint: Whose adapters and head will be loaded next; it names the base. None: `init_from` does.
 
     Returns:
         The base, and its auxiliary tensors.
 
     Raises:
-        UserError: The base is not there or another one.
+        UserError: The base is another one.
     """
     has_head = run.task.kind is not None
-    if checkpoint is not None:
-        check_adapters(checkpoint, run.lora)
-        path = find_base(checkpoint, run)
+    base = start if start.base is None else start.base
+    if start.base is not None:
+        check_adapters(start, run.lora)
+    identity = on_one_rank(lambda: identify(base))
+    if start.base is not None:
+        check_base(start, identity)
+    if has_head and start.base is None:
+        auxiliary = load_for_task(base, run, chunks)
     else:
-        assert run.init_from is not None
-        path = Path(run.init_from)
-    path = pinned(path)
-    base = on_one_rank(lambda: identify(path))
-    if checkpoint is not None:
-        check_base(checkpoint, base)
-    if has_head and checkpoint is None:
-        auxiliary = load_for_task(path, run, chunks)
-    else:
-        auxiliary = load_initial_weights(path, run.model, chunks, ENCODER if has_head else ALL)
+        auxiliary = load_initial_weights(base, run.model, chunks, ENCODER if has_head else ALL)
+    base.release()
     apply_lora(chunks, run.lora, run.seed, (TASK_HEAD,) if has_head else ())
-    return base, auxiliary
-
-
-def pinned(path: Path) -> Path:
-    """`path`, or the newest checkpoint of a run, which will not be another one tomorrow.
-
-    Raises:
-        UserError: It holds adapters.
-    """
-    if not path.exists() or detect(path) != "esm2mega":
-        return path
-    found = layout.resolve_checkpoint(path)
-    if needs_base(found):
-        raise UserError(
-            f"{found}: holds adapters and not the weights under them; make a whole checkpoint with "
-            f"`esm2mega lora merge {found} --out DIR`"
-        )
-    return found
+    return identity, auxiliary

@@ -28,6 +28,7 @@ from esm2mega.convert.heads.hf_classifiers import (
 from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
+from esm2mega.files import first_of
 
 TASK = "esm2mega_task.json"
 PREFIX = "base_model.model.classifier."
@@ -38,8 +39,7 @@ TASK_TYPES = {SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS"}
 
 def described(architecture: str, info: TargetInfo) -> str:
     """For whom an exported head is, in a line."""
-    named = ", ".join(info.names[:8]) + (", …" if len(info.names) > 8 else "")
-    return f"head     {architecture} with num_labels={info.num_outputs}: {named}"
+    return f"head     {architecture} with num_labels={info.num_outputs}: {first_of(info.names)}"
 
 
 def to_theirs(architecture: str, head: Mapping[str, Tensor], info: TargetInfo) -> dict[str, Tensor]:

@@ -26,15 +26,16 @@ from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate_model
 from esm2mega.convert.convert import appearing
 from esm2mega.convert.files.safetensors_writer import write_safetensors
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import SafetensorsStore
 from esm2mega.convert.formats.esm2mega import run_of
-from esm2mega.convert.formats.hf import read_config
-from esm2mega.convert.formats.registry import detect, open_weights
+from esm2mega.convert.formats.registry import detect
 from esm2mega.convert.heads.contact_head import is_regression
 from esm2mega.convert.heads.hf_classifiers import dropout_of, find_equal, no_equal
+from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
 from esm2mega.errors import UserError
 from esm2mega.lora.base import identify
-from esm2mega.lora.checkpoint import AdapterReader, Factors, pinned, write_adapters
+from esm2mega.lora.checkpoint import AdapterReader, Factors, write_adapters
 from esm2mega.lora.hf_head import (
     MODULE,
     PREFIX,
@@ -89,12 +90,12 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base as it is."""
 
 
-def export_adapters(checkpoint: Path, target: Path) -> list[str]:
+def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
     """Write `target`, a directory that `peft` loads onto an ESM-2 of `transformers` with the same base; with
     the head of a task where transformers has the same.
 
     Args:
-        checkpoint: Of adapters, complete.
+        checkpoint: Of adapters, or the run directory of one.
         target: Must not exist; appears when it is whole.
 
     Returns:
@@ -103,7 +104,8 @@ def export_adapters(checkpoint: Path, target: Path) -> list[str]:
     Raises:
         UserError: There is no such model in `transformers`.
     """
-    adapters = AdapterReader(checkpoint)
+    adapters = AdapterReader(read_checkpoint(checkpoint))
+    checkpoint = adapters.start.path
     if adapters.run.model.family != "esm2":
         raise UserError(
             f"{checkpoint}: adapters of a model of family {adapters.run.model.family}, which transformers "
@@ -119,7 +121,8 @@ def export_adapters(checkpoint: Path, target: Path) -> list[str]:
     head = adapters.head()
     architecture = None if head is None else find_equal(head)
     base = Path(adapters.base.path)
-    config = _their_config(adapters, str(base) if base.exists() and detect(base) == "hf" else None)
+    is_theirs = base.exists() and detect(SourceFiles(base)) == "hf"
+    config = _their_config(adapters, str(base) if is_theirs else None)
     report = [f"{checkpoint}: {sum(map(len, adapters.targets.values()))} adapters -> {target}"]
     if config["base_model_name_or_path"] is None:
         report.append(f"base     {base}; for transformers: esm2mega convert {base} DIR --to hf")
@@ -201,8 +204,9 @@ def import_adapters(
         UserError: Not such a directory, with something that has no place here, or it does not fit the base.
     """
     config = _read_config(source / CONFIG)
-    weights_path = pinned(Path(base))
-    run = run_of(open_weights(weights_path).description)
+    start = read_start(base)
+    start.check_whole()
+    run = run_of(start.weights.description)
     found = _read_tensors(source, shape_of(run.model), config, drop, has_meaning(source, meaning))
     if meaning is not None and not found.classifier:
         raise UserError(f"{source}: has no {MODULE} to be the head of task {meaning.kind}; leave --task out")
@@ -214,7 +218,7 @@ def import_adapters(
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
     )
-    identity = identify(weights_path)
+    identity = identify(start)
     run.init_from = identity.path
     validate_model(run)
     nothing = dict.fromkeys(("valid_loss", "loop", "data", "schedule", "token_counts"))
@@ -222,7 +226,7 @@ def import_adapters(
     state = {"step": 0, **nothing, "origin": origin}
     head: dict[str, Tensor] = {}
     if found.classifier:
-        hidden_size, dropout = shape_of(run.model).hidden_size, dropout_of(_base_config(weights_path))
+        hidden_size, dropout = shape_of(run.model).hidden_size, dropout_of(_base_config(start))
         head, run.task, info = to_ours(source, found.classifier, hidden_size, dropout, meaning)
         run.finetune.mode = "lora"
         # Their head reads <cls>, which only this way of cropping keeps.
@@ -238,9 +242,9 @@ def import_adapters(
     ]
 
 
-def _base_config(base: Path) -> dict[str, Any]:
+def _base_config(base: StartPoint) -> dict[str, Any]:
     """``config.json`` of a base of transformers; of others nothing."""
-    return read_config(base) if detect(base) == "hf" else {}
+    return SourceFiles(base.path).config if base.format == "hf" else {}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Adapter(MegatronModule):
         weight: Tensor,
         is_column: bool,
         lora: LoRAConfig,
-        location: tuple[int, int],
+        position: tuple[int, int],
     ) -> None:
         """Make the factors, unset; `esm2mega.lora.inject` fills them.
 
@@ -61,11 +61,11 @@ class Adapter(MegatronModule):
             weight: This rank's part of the adapted weight, ``[o/t, i]`` or ``[o, i/t]``.
             is_column: Whether it is split by rows.
             lora: Rank and kind.
-            location: Number of this adapter among those of its kind in other layers, and how many these are.
+            position: Number of this adapter among those of its kind in other layers, and how many these are.
         """
         super().__init__(config=config)
         assert lora.rank is not None
-        self._place, self._is_column = location, is_column
+        self._position, self._is_column = position, is_column
         rows, columns = weight.shape
         shapes = {"lora_A": (lora.rank, columns), "lora_B": (rows, lora.rank)}
         if lora.use_dora:
@@ -84,7 +84,7 @@ class Adapter(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """Stacked with those of the other layers that have one; `sharded_offsets` would stack all layers."""
-        number, count = self._place
+        number, count = self._position
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True), prefix, _SPLIT[self._is_column], [(0, number, count)]
         )

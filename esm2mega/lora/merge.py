@@ -17,22 +17,22 @@ from esm2mega.config.schema import FinetuneConfig, LoRAConfig, Run
 from esm2mega.convert.convert import appearing
 from esm2mega.convert.formats import esm2mega as own_format
 from esm2mega.convert.formats.esm2mega import default_dtype
-from esm2mega.convert.formats.registry import open_weights
 from esm2mega.convert.lazy_weights import HeadDescription, Weights, dtype_name
+from esm2mega.convert.start_point import read_checkpoint, read_start
 from esm2mega.convert.tensors import fuse_qkv, split_qkv
-from esm2mega.lora.base import check_base, find_base, identify
+from esm2mega.lora.base import check_base, identify, with_base
 from esm2mega.lora.checkpoint import AdapterReader, Factors
 from esm2mega.model.build import DTYPES
 
 _WEIGHT = re.compile(r"encoder\.layers\.(\d+)\.(?:self_attention|mlp)\.(linear_\w+)\.weight")
 
 
-def merge(checkpoint: Path, target: Path, base: str | None = None) -> list[str]:
+def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list[str]:
     """Write `target`, a checkpoint of the whole model with the adapters of `checkpoint` in its weights, and
     the head of its task if it has one.
 
     Args:
-        checkpoint: Of adapters, complete.
+        checkpoint: Of adapters, or the run directory of one.
         target: Must not exist; appears when it is whole.
         base: Where the weights under the adapters are; None for where they were in training.
 
@@ -42,21 +42,22 @@ def merge(checkpoint: Path, target: Path, base: str | None = None) -> list[str]:
     Raises:
         UserError: The base is not there or another one.
     """
-    adapters = AdapterReader(checkpoint)
-    adapters.run.init_from = base or adapters.run.init_from
-    path = Path(base) if base is not None else find_base(checkpoint, adapters.run)
-    check_base(checkpoint, identify(path))
-    weights = merged(open_weights(path), adapters)
-    weights.origin |= {"format": "merged adapters", "path": str(checkpoint)}
+    start = read_checkpoint(checkpoint)
+    adapters = AdapterReader(start)
+    under = read_start(base) if base is not None else with_base(start, start.run.init_from).base
+    assert under is not None
+    check_base(start, identify(under))
+    weights = merged(under.weights, adapters)
+    weights.origin |= {"format": "merged adapters", "path": str(start.path)}
     run = None
     if (head := adapters.head()) is not None:
-        weights, run = _with_head(weights, head, adapters), _merged_run(adapters.run, weights)
+        weights, run = _with_head(weights, head, adapters), _merged_run(start.run, weights)
     with appearing(target) as directory:
         own_format.write(weights, directory, run)
     count = sum(map(len, adapters.targets.values()))
     dtype = dtype_name(weights.description.dtype)
     return [
-        f"{checkpoint}: {count} adapters merged into {path} -> {target}, {dtype}",
+        f"{start.path}: {count} adapters merged into {under.path} -> {target}, {dtype}",
         *([f"head     {', '.join(adapters.others)}"] if adapters.others else []),
         *weights.notes.lines(),
     ]

@@ -26,17 +26,17 @@ class KeyedDropout(torch.nn.Module):
         super().__init__()
         self.p, self.layer = p, layer
 
-    def forward(self, values: Tensor, keys: Tensor, places: Tensor | None = None) -> Tensor:
+    def forward(self, values: Tensor, keys: Tensor, positions: Tensor | None = None) -> Tensor:
         """Drop elements.
 
         Args:
             values: ``[rows, channels]``.
             keys: Random 64 bits of each row's protein, int64 ``[rows]``.
-            places: Which row of the protein it is, int64 ``[rows]``; None where a protein has one row.
+            positions: Which row of the protein it is, int64 ``[rows]``; None where a protein has one row.
         """
         if not self.training or not self.p:
             return values
-        rows = keys if places is None else _mix(keys + (places + 1) * _STEP)
+        rows = keys if positions is None else _mix(keys + (positions + 1) * _STEP)
         channels = torch.arange(values.shape[1], device=values.device) + self.layer * _CHANNELS_PER_LAYER + 1
         # [rows, channels]: 53 random bits each
         bits = _shifted(_mix(rows[:, None] + channels * _STEP), 11)

@@ -204,13 +204,13 @@ class ResidueCNNHead(ResidueHead):
 
     def predict(self, features: Tensor, segments: Segments) -> Tensor:
         gap = _KERNEL // 2
-        places = torch.arange(len(features), device=features.device) + gap * segments.owners
+        positions = torch.arange(len(features), device=features.device) + gap * segments.owners
         length = len(features) + gap * segments.num_proteins + 1
 
         def convolved(convolution: torch.nn.Module, values: Tensor) -> Tensor:
-            spread = values.new_zeros(length, values.shape[1]).index_copy(0, places, values)
+            spread = values.new_zeros(length, values.shape[1]).index_copy(0, positions, values)
             # [length, channels] -> [1, channels, length] and back
-            return convolution(spread.T[None])[0].T.index_select(0, places)
+            return convolution(spread.T[None])[0].T.index_select(0, positions)
 
         hidden = F.relu(convolved(self.first, features))
         hidden = self.dropout(hidden, segments.keys[segments.owners], segments.numbers)

@@ -4,14 +4,20 @@ alone succeeds or fails for all.
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from esm2mega.config.validate import world_size_from_environment
 from esm2mega.errors import MachineError, UserError
+from esm2mega.parallel import rendezvous
 
 T = TypeVar("T")
 
@@ -47,19 +53,83 @@ def claim_error_report() -> bool:
         return True
 
 
-def on_one_rank(action: Callable[[], T]) -> T:
-    """What `action` gives on rank 0, on every rank; or the error that it raises. Broadcast over the world.
+def on_one_rank(action: Callable[[], T], timeout: timedelta = rendezvous.TIMEOUT) -> T:
+    """Give every rank what `action` gives on rank 0, or raise the error that it raises there.
+
+    All ranks call this together. It is a broadcast over the world; before there are process groups it goes
+    through the store where processes meet.
 
     Args:
         action: Called on rank 0 alone. Errors for the user and of the machine reach all ranks.
+        timeout: Of the wait before there are process groups.
+
+    Raises:
+        MachineError: Another process ended, or did not come within `timeout`.
     """
+    if rendezvous.is_alone() and not dist.is_initialized():
+        return action()
     box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = action()
-        except (UserError, OSError) as error:
-            box[1] = error
-    dist.broadcast_object_list(box)
+    if not dist.is_initialized():
+        box = _through_store(action, timeout)
+    else:
+        if dist.get_rank() == 0:
+            box = _attempt(action)
+        dist.broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def _attempt(action: Callable[[], Any]) -> list[Any]:
+    """The result, or the error that concerns all ranks."""
+    try:
+        return [action(), None]
+    except (UserError, OSError) as error:
+        return [None, error]
+
+
+def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
+    """`_attempt` of rank 0, on every rank. Rank 0 waits until all have it: the store may end with rank 0."""
+    rank, world_size = int(os.environ["RANK"]), world_size_from_environment()
+    with _meeting(timeout):
+        store = rendezvous.meet(timeout)
+        key = f"esm2mega/told_{rendezvous.next_number(store, 'told', rank)}"
+    box: list[Any] = [None, MachineError("rank 0 ended before it had begun: its message is the one to read")]
+    if rank == 0:
+        try:
+            box = _attempt(action)
+        finally:
+            with _meeting(timeout):
+                store.set(key, pickle.dumps(box))  # type: ignore[arg-type]
+    with _meeting(timeout):
+        if rank == 0:
+            store.wait([f"{key}/all_have_it"])
+        else:
+            box = pickle.loads(store.get(key))
+            if store.add(f"{key}/have_it", 1) == world_size - 1:
+                store.set(f"{key}/all_have_it", "")
+    if box[1] is not None:
+        # Said by the one rank where it happened.
+        box[1].claimed_report = rank == 0
+    return box
+
+
+@contextmanager
+def _meeting(timeout: timedelta) -> Iterator[None]:
+    """Turn what the store raises about an absent process into the line for it."""
+    try:
+        yield
+    except dist.DistStoreError as error:
+        raise _no_answer(timeout) from error
+    except RuntimeError as error:
+        if (lost := lost_peer(error)) is not None:
+            raise lost from error
+        raise
+
+
+def _no_answer(timeout: timedelta) -> MachineError:
+    minutes = timeout.total_seconds() / 60
+    return MachineError(
+        f"no answer from another process in {minutes:g} minutes: it ended or hangs: its message is the one "
+        "to read"
+    )

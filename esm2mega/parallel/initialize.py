@@ -16,6 +16,7 @@ from esm2mega.config.schema import ParallelConfig
 from esm2mega.errors import UserError
 from esm2mega.parallel import cpu, kernels
 from esm2mega.parallel.errors import claim_error_report, lost_peer
+from esm2mega.parallel.rendezvous import leave, store_of_groups
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,9 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
         cpu.install()
     kernels.install()
     timeout = timedelta(minutes=config.timeout_minutes)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    else:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-            timeout=timeout,
-        )
+    store, rank, world_size = store_of_groups(timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -97,6 +91,7 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        leave()
 
 
 def _claim_device() -> torch.device:

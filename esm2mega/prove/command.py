@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import random
 import re
 import signal
@@ -17,7 +16,8 @@ from typing import Any
 import megatron.core
 import torch
 
-from esm2mega.errors import MachineError, UserError
+from esm2mega.errors import UserError
+from esm2mega.files import write_json
 from esm2mega.prove.layouts import Layout, is_possible, random_layouts
 from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.trials import GROUPS, HEADS, Trial, drawn_training, with_head, with_lora
@@ -233,11 +233,7 @@ def _write(out: Path, seed: int, count: int, rows: Sequence[Verdict], smallest: 
         "rows": [_row(row, seed) for row in rows],
         "counterexamples": [_row(row, seed) for row in smallest],
     }
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise MachineError(f"{out}: cannot be written: {error.strerror}; choose another --json") from error
+    write_json(out, content, "choose another --json")
 
 
 def _row(row: Verdict, seed: int) -> dict[str, Any]:

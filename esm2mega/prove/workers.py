@@ -110,7 +110,7 @@ class Workers:
                 for ended in self._advance(running):
                     running.remove(ended)
                     workers = [self._replace(w) for w in ended.workers] if ended.errors else ended.workers
-                    # Those that have saved before are used first: the first save starts a helper process.
+                    # Those that have trained before are used first: they have touched what a training needs.
                     self._idle = [*workers, *self._idle]
                     yield ended.number, "; ".join(ended.errors) or None
         finally:

@@ -13,7 +13,6 @@ general amino acid replacement matrix, Mol. Biol. Evol. 25:1307-1320.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from esm2mega.errors import MachineError, UserError
+from esm2mega.errors import UserError
+from esm2mega.files import replacing
 
 RESIDUES = "ARNDCQEGHILKMFPSTWYV"
 """The order of the rows and columns of the published LG table."""
@@ -354,19 +354,11 @@ def _record(name: str, text: str, row: Codes) -> str:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    """Write under a temporary name and rename, so that a killed simulation leaves no FASTA cut short."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="ascii", newline="\n") as handle:
-            handle.writelines(lines)
-        temporary.rename(path)
-    except OSError as error:
-        raise MachineError(
-            f"cannot write {path}: {error.strerror or error}; free space or name another place"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing(path, "free space or name another place") as partial,
+        open(partial, "w", encoding="ascii", newline="\n") as handle,
+    ):
+        handle.writelines(lines)
 
 
 def _check(n_families: int, members: int, spec: FamilySpec) -> None:

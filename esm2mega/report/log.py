@@ -21,11 +21,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import replacing
 
 TRAIN = "train"
 EVAL = "eval"
 LOG_NAME = "log.jsonl"
 SYNC_SECONDS = 5.0
+_CURE = "free space there or choose another run_dir"
 
 logger = logging.getLogger(__name__)
 
@@ -140,27 +142,12 @@ class JsonlLog:
         self._synced_at = time.monotonic()
 
     def _replace(self, records: list[dict[str, Any]]) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as handle:
-                handle.writelines(map(_to_line, records))
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        # The rename itself reaches the disk with the directory.
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        with replacing(self.path, _CURE, durable=True) as partial:
+            partial.write_text("".join(map(_to_line, records)), encoding="utf-8")
 
 
 def _failed(path: Path, error: OSError) -> MachineError:
-    return MachineError(
-        f"cannot write the log {path}: {error.strerror or error}; free space there or choose another run_dir"
-    )
+    return MachineError(f"cannot write the log {path}: {error.strerror or error}; {_CURE}")
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -6,13 +6,14 @@ import base64
 import html
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esm2mega.errors import MachineError, UserError
+from esm2mega.config.renamed import current_key
+from esm2mega.errors import UserError
+from esm2mega.files import replacing
 from esm2mega.report.log import EVAL, LOG_NAME, TRAIN, read_log
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def plot_run(run_dir: str | Path) -> PlotFiles:
     png = _png(_figure(run_dir.resolve().name, train, evaluations))
     page = _html(run_dir.resolve().name, png, summary, read_config(run_dir))
     files = PlotFiles(run_dir / PNG_NAME, run_dir / HTML_NAME, summary)
-    _write(files.png, png)
-    _write(files.html, page.encode())
+    # A browser that reloads during a run never sees half a page.
+    for path, data in ((files.png, png), (files.html, page.encode())):
+        with replacing(path, "free space or fix its permissions") as partial:
+            partial.write_bytes(data)
     return files
 
 
@@ -111,7 +114,7 @@ def read_config(run_dir: Path) -> dict[str, str]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from None
-    return dict(_flatten(loaded)) if isinstance(loaded, dict) else {}
+    return {current_key(key): value for key, value in _flatten(loaded)} if isinstance(loaded, dict) else {}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -300,17 +303,3 @@ def _rows(table: Mapping[str, str]) -> str:
         f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(value)}</td></tr>'
         for key, value in table.items()
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write under a temporary name and rename: a browser that reloads during a run never sees half a page."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.rename(path)
-    except OSError as error:
-        raise MachineError(
-            f"cannot write {path}: {error.strerror or error}; free space or fix its permissions"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esm2mega.checkpoint import layout
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.convert.start_point import StartPoint, open_checkpoint
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.loader import EvalPacks
-from esm2mega.errors import MachineError, UserError
+from esm2mega.files import OTHER_OUT, check_out, write_json
+from esm2mega.lora.base import open_base
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
@@ -69,22 +67,42 @@ def evaluate(
     Returns:
         The means; None when the evaluation was abandoned.
     """
-    # Only the interleaved schedule asks for a number of micro-batches that the pipeline divides.
-    multiple = ranks.pp_size if len(model) > 1 else 1
     abandoned = False
     for chunk in model:
         chunk.eval()
     reports: list[dict[str, Tensor]] = []
-    for group in _groups(iter(batches), _round_up(_GROUP, multiple)):
-        reports += run_schedule(model, loss, _filled(group, multiple), ranks.device, forward_only=True)
+    for count, found in run_groups(model, loss, batches, ranks):
+        reports += found
         if progress is not None:
-            progress.update(len(group))
+            progress.update(count)
         # Every rank has equally many groups, so all of them ask together.
         if abandon is not None and (abandoned := abandon()):
             break
     for chunk in model:
         chunk.train()
     return None if abandoned else loss.reduce(reports, ranks.device)
+
+
+@torch.no_grad()
+def run_groups(
+    model: list[Any], loss: LossReduction, batches: Iterable[Batch], ranks: Ranks
+) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+    """Run packs through the pipeline, some at a time; all ranks of one model call this together.
+
+    Args:
+        model: This rank's chunks.
+        loss: Called on the last stage with every pack and its outputs.
+        batches: This rank's packs.
+        ranks: Where this process stands.
+
+    Yields:
+        How many packs were run, and the reports of `loss` on them.
+    """
+    # Only the interleaved schedule asks for a number of micro-batches that the pipeline divides.
+    multiple = ranks.pp_size if len(model) > 1 else 1
+    for group in _groups(iter(batches), _round_up(_GROUP, multiple)):
+        filled = _filled(group, multiple)
+        yield len(group), run_schedule(model, loss, filled, ranks.device, forward_only=True)
 
 
 def evaluation_record(metrics: dict[str, float], split: str = "valid") -> dict[str, float]:
@@ -97,7 +115,7 @@ def evaluation_record(metrics: dict[str, float], split: str = "valid") -> dict[s
 
 
 def evaluate_checkpoint(
-    checkpoint: str | Path,
+    checkpoint: str | Path | StartPoint,
     data: str | Path,
     out: str | Path | None = None,
     max_batches: int | None = None,
@@ -107,7 +125,7 @@ def evaluate_checkpoint(
     """Masked-language-model loss and perplexity of a checkpoint on a token store, at any layout.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one.
+        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one; or what was opened.
         data: Token store, or a file of sequences.
         out: JSON file for the result.
         max_batches: Stop after so many packs over all ranks; None for the whole store.
@@ -120,21 +138,21 @@ def evaluate_checkpoint(
     """
     if out is not None:
         check_out(Path(out))
-    directory = layout.resolve_checkpoint(checkpoint)
-    state = layout.read_state(directory)
+    start = open_checkpoint(checkpoint)
     changes = list(overrides)
     if micro_batch_tokens is not None:
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
-    run = adapt_layout(load_run_over(layout.read_config(directory), changes), changes)
+    run = adapt_layout(load_run_over(start.run, changes), changes)
     validate(run, world_size_from_environment())
+    start = open_base(start, run.init_from)
     store = open_store(str(data), run, "--data", show_bytes)
     with process_groups(run.parallel, run.seed) as ranks:
         model = build_model(
             run.model, run.parallel, ranks.device, run.seed, has_lora=run.lora.rank is not None
         )
-        load_model(directory, run, model)
+        load_model(start, run, model)
         # A converted checkpoint does not know what it was trained on, so it has no unigram baseline.
-        counts = state["token_counts"]
+        counts = start.state["token_counts"]
         unigram = None if counts is None else unigram_log_probabilities(np.asarray(counts), ranks.device)
         spec = BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
         batches = EvalPacks(store, spec, max_batches or 0, ranks.dp_rank, ranks.dp_size)
@@ -142,9 +160,9 @@ def evaluate_checkpoint(
             metrics = evaluate(model, MLMLossReduction(unigram), batches, ranks, progress)
         assert metrics is not None
         result = {
-            "checkpoint": str(directory),
+            "checkpoint": str(start.path),
             "data": str(data),
-            "step": state["step"],
+            "step": start.state["step"],
             "loss": metrics["loss"],
             "perplexity": perplexity(metrics["loss"]),
             "unigram_loss": metrics.get("unigram_loss"),
@@ -152,7 +170,7 @@ def evaluate_checkpoint(
             "num_sequences": len(store),
         }
         if out is not None and ranks.is_main:
-            write_json(Path(out), result)
+            write_json(Path(out), result, OTHER_OUT)
     return result
 
 
@@ -189,30 +207,3 @@ def _filled(group: list[Batch], multiple: int) -> list[Batch]:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def check_out(path: Path) -> None:
-    """Refuse a result file that could not be written, before the work is done."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir():
-        reason = "is a directory"
-    elif not folder.is_dir():
-        reason = f"{folder} is not a directory"
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        reason = f"{folder} is not writable"
-    else:
-        return
-    raise UserError(f"--out {path}: {reason}; name a file in a directory that can be written to")
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, complete as soon as the file has its name."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise MachineError(f"{path}: cannot be written: {error.strerror}; choose another --out") from error

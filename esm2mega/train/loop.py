@@ -51,9 +51,7 @@ Evaluation = Callable[[Callable[[], bool]], dict[str, float] | None]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop does besides steps. Every rank calls all of them; the writers act on the rank that
-    speaks.
-    """
+    """What the loop does besides steps. Every rank calls all of them; the writers act on the main rank."""
 
     log: Callable[[dict[str, Any]], None]
     show: Callable[[StepResult], None]

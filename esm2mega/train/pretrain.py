@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.checkpoint.tensor_filter import ALL, TRAINED
 from esm2mega.config.load import resolve_max_steps
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import validate, world_size_from_environment
-from esm2mega.convert.into_model import load_initial_weights
+from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import BatchSpec, token_counts
 from esm2mega.data.stream.loader import EvalPacks, TrainStream
 from esm2mega.errors import UserError
-from esm2mega.lora.base import Base
-from esm2mega.lora.checkpoint import load_base
-from esm2mega.lora.inject import adapters_line, seed_dropout
-from esm2mega.model.build import build_model
-from esm2mega.model.freezing import check_stages
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import show_bytes
+from esm2mega.train.build import build
 from esm2mega.train.evaluate import evaluate, evaluation_record, unigram_log_probabilities
 from esm2mega.train.loop import Evaluation, LoopState
 from esm2mega.train.losses import MLMLossReduction, loss_and_perplexity
-from esm2mega.train.optimizer import train_state
 from esm2mega.train.session import Session, run_session
-from esm2mega.train.starts import find_init, find_resume
+from esm2mega.train.start import open_training_start
 
 
 def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) -> LoopState:
@@ -59,10 +48,9 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
         if path is not None
     }
     run = _with_steps(run, train_stores)
-    resume_from = find_resume(run)
-    init_from = find_init(run) if resume_from is None else None
+    start = open_training_start(run)
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, train_stores, held_out, resume_from, init_from, on_gradients)
+        return _train(run, ranks, train_stores, held_out, start, on_gradients)
 
 
 def _open_held_out(run: Run, split: str, path: str, train_stores: list[TokenStore]) -> TokenStore:
@@ -96,25 +84,10 @@ def _train(
     ranks: Ranks,
     train_stores: list[TokenStore],
     held_out: dict[str, TokenStore],
-    resume_from: Path | None,
-    init_from: Path | None,
+    start: StartPoint | None,
     on_gradients: Callable[[list[Any]], None] | None,
 ) -> LoopState:
-    has_lora = run.lora.rank is not None
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, has_lora=has_lora)
-    auxiliary: dict[str, Tensor] = {}
-    base: Base | None = None
-    if has_lora:
-        base, auxiliary = load_base(run, chunks, resume_from)
-        if run.parallel.distributed_optimizer:
-            check_stages(chunks, f"lora.target_modules={run.lora.target_modules}")
-    elif resume_from is not None:
-        auxiliary = read_auxiliary(resume_from)
-    elif init_from is not None:
-        auxiliary = load_initial_weights(init_from, run.model, chunks)
-    state = train_state(run, chunks, MLMLossReduction(), ranks, on_gradients)
-    if run.lora.rank is not None and run.lora.dropout:
-        state.on_step_begin = partial(seed_dropout, run.seed)
+    built = build(run, ranks, start, MLMLossReduction(), on_gradients)
     spec = _batch_spec(run)
     stream = TrainStream(train_stores, spec, ranks.dp_rank, ranks.dp_size)
     counts = token_counts(stream.samples)
@@ -126,7 +99,7 @@ def _train(
         def measure(abandon: Callable[[], bool]) -> dict[str, float] | None:
             packs = EvalPacks(held_out[split], spec, limit, ranks.dp_rank, ranks.dp_size)
             unigram = unigram_log_probabilities(counts, ranks.device)
-            metrics = evaluate(state.model, MLMLossReduction(unigram), packs, ranks, abandon=abandon)
+            metrics = evaluate(built.state.model, MLMLossReduction(unigram), packs, ranks, abandon=abandon)
             return None if metrics is None else evaluation_record(metrics, split)
 
         return measure
@@ -134,18 +107,15 @@ def _train(
     data = [f"data     {line}" for line in stream.samples.describe()]
     session = Session(
         name="pretrain",
-        state=state,
+        built=built,
         stream=stream,
         evaluation=evaluation,
-        extra_state={"token_counts": counts.tolist(), **({} if base is None else base.as_state())},
-        # Those of the base stay with it.
-        auxiliary={} if has_lora else auxiliary,
-        banner=[*data, *([adapters_line(run, chunks)] if has_lora else [])],
+        extra_state={"token_counts": counts.tolist()},
+        banner=data,
         result=_result,
         training_values=loss_and_perplexity,
-        saved=TRAINED if has_lora else ALL,
     )
-    return run_session(run, ranks, session, resume_from, init_from)
+    return run_session(run, ranks, session, start)
 
 
 def _result(record: dict[str, Any], split: str) -> str:

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.utils import unwrap_model
-from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.store import load_training_state, save_checkpoint
-from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter
 from esm2mega.config.load import save_resolved
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run, flatten
+from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.external import open_trackers
 from esm2mega.report.log import LOG_NAME, JsonlLog
 from esm2mega.report.progress import Progress
+from esm2mega.train.build import Built
 from esm2mega.train.loop import Evaluation, Hooks, LoopState, fit, out_of_patience
 from esm2mega.train.signals import kept_from_helpers
 from esm2mega.train.step import StepResult, TrainState
@@ -36,50 +36,45 @@ class Session:
 
     Attributes:
         name: Of the command, for the progress bar.
-        state: Model, optimizer, schedule, loss.
+        built: Model and optimizer, and what checkpoints hold of them.
         stream: Training batches, at their beginning; closed in the end.
         evaluation: Makes the evaluation of a split, with a limit of packs; None without such a split.
         extra_state: Further entries of ``train_state.json``.
-        auxiliary: Tensors that are saved and not trained.
         banner: Further lines of the announcement.
         result: What an evaluation record says to a reader.
         training_values: What a training record says of the metrics of a step.
-        saved: Which tensors checkpoints hold; `extra_state` says where others are.
     """
 
     name: str
-    state: TrainState
+    built: Built
     stream: PackStream[Any]
     evaluation: Callable[[str, int], Evaluation | None]
     extra_state: Mapping[str, Any]
-    auxiliary: Mapping[str, Tensor]
     banner: Sequence[str]
     result: Callable[[dict[str, Any], str], str]
     training_values: Callable[[dict[str, float]], dict[str, float]]
-    saved: TensorFilter = ALL
 
 
-def run_session(
-    run: Run, ranks: Ranks, session: Session, resume_from: Path | None, init_from: Path | None
-) -> LoopState:
+def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | None) -> LoopState:
     """Resume if there is something to resume, and train to the end of the run; all ranks call this together.
 
     Args:
         run: The configuration.
         ranks: Where this process stands.
         session: The objects, with initial weights.
-        resume_from: Checkpoint to go on from.
-        init_from: Where the initial weights come from, for the announcement.
+        start: Checkpoint to go on from, or where the initial weights come from.
 
     Returns:
         The final state of the loop, the same on every rank.
     """
-    state, stream = session.state, session.stream
+    built, stream = session.built, session.stream
+    state = built.state
+    resumed = start if start is not None and start.is_resumed else None
     loop = LoopState()
     with ExitStack() as stack:
         stack.enter_context(stream)
-        if resume_from is not None:
-            loop = _resume(resume_from, session)
+        if resumed is not None:
+            loop = _resume(resumed, session)
         begun = replace(loop)
         trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.is_main else []
         for tracker in trackers:
@@ -87,11 +82,11 @@ def run_session(
         log = None
         if ranks.is_main:
             # Last of all that can fail: what an earlier start logged is touched when this one will run.
-            log, said = _open_log(Path(run.run_dir) / LOG_NAME, resume_from, loop.step)
+            log, said = _open_log(Path(run.run_dir) / LOG_NAME, resumed is None, loop.step)
             stack.callback(log.close)
             save_resolved(run, Path(run.run_dir) / "config.yaml")
-            lines = [*_announcement(run, ranks, state.model), *session.banner]
-            print("\n".join(lines + _start(run, resume_from, init_from) + said), file=sys.stderr, flush=True)
+            lines = [*_announcement(run, ranks, state.model), *session.banner, *built.banner]
+            print("\n".join(lines + _start(run, start) + said), file=sys.stderr, flush=True)
         progress = stack.enter_context(
             Progress(run.train.max_steps, session.name, "step", enabled=ranks.is_main, initial=loop.step)
         )
@@ -108,20 +103,20 @@ def run_session(
         def show(result: StepResult) -> None:
             progress.update(1, loss=f"{result.metrics['loss']:.4f}", lr=f"{result.lr:.2e}")
 
-        saved_last = resume_from
+        saved_last = None if resumed is None else resumed.path
 
         def save(loop: LoopState) -> None:
             nonlocal saved_last
             directory = layout.step_dir(run.run_dir, loop.step)
-            saved = _saved_state(loop, state, stream, session.extra_state)
+            saved = _saved_state(loop, state, stream, {**session.extra_state, **built.extra_state})
             if saved_last is not None and saved_last.resolve() == directory.resolve():
                 # The weights are there; what is known about them has changed.
                 if ranks.is_main:
-                    layout.replace_state(directory, saved)
+                    layout.write_state(directory, saved)
                 return
             with kept_from_helpers():
                 save_checkpoint(
-                    *(directory, state.model, state.optimizer, run, saved, session.auxiliary, session.saved)
+                    *(directory, state.model, state.optimizer, run, saved, built.auxiliary, built.saved)
                 )
             saved_last = directory
             if ranks.is_main:
@@ -141,13 +136,12 @@ def run_session(
     return loop
 
 
-def _resume(checkpoint: Path, session: Session) -> LoopState:
-    state = session.state
-    load_training_state(checkpoint, state.model, state.optimizer, session.saved)
-    saved = layout.read_state(checkpoint)
-    session.stream.load_state_dict(saved["data"])
-    state.schedule.load_state_dict(saved["schedule"])
-    return LoopState(**saved["loop"])
+def _resume(start: StartPoint, session: Session) -> LoopState:
+    state = session.built.state
+    load_training_state(start.path, state.model, state.optimizer, session.built.saved)
+    session.stream.load_state_dict(start.state["data"])
+    state.schedule.load_state_dict(start.state["schedule"])
+    return LoopState(**start.state["loop"])
 
 
 def _saved_state(
@@ -166,9 +160,9 @@ def _saved_state(
     }
 
 
-def _open_log(path: Path, resume_from: Path | None, step: int) -> tuple[JsonlLog, list[str]]:
+def _open_log(path: Path, is_fresh: bool, step: int) -> tuple[JsonlLog, list[str]]:
     """The log, open behind `step`, and what became of records that were there."""
-    old = JsonlLog.set_aside(path) if resume_from is None else None
+    old = JsonlLog.set_aside(path) if is_fresh else None
     log = JsonlLog(path)
     if old is not None:
         return log, [f"log      that of an earlier start is now {old}"]
@@ -198,17 +192,16 @@ def _announcement(run: Run, ranks: Ranks, model: list[Any]) -> list[str]:
     ]
 
 
-def _start(run: Run, resume_from: Path | None, init_from: Path | None) -> list[str]:
+def _start(run: Run, start: StartPoint | None) -> list[str]:
     """Where the run goes and what it starts from."""
-    if init_from is not None:
-        return [f"run      {run.run_dir}, weights from {init_from}"]
-    if resume_from is None:
+    if start is None:
         return [f"run      {run.run_dir}"]
-    step = layout.read_state(resume_from)["step"]
-    lines = [f"run      {run.run_dir}, resumed from {resume_from.name} at step {step}"]
+    if not start.is_resumed:
+        return [f"run      {run.run_dir}, weights from {start.path}"]
+    lines = [f"run      {run.run_dir}, resumed from {start.path.name} at step {start.state['step']}"]
     if run.init_from is not None:
         lines[0] += f"; init_from={run.init_from} is not used"
-    before, now = flatten(layout.read_config(resume_from)), flatten(run)
+    before, now = flatten(start.run), flatten(run)
     changed = [
         f"{key} {before[key]} -> {now[key]}"
         for key in now

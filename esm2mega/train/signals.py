@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -18,12 +17,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 def kept_from_helpers() -> Iterator[None]:
     """Start helper processes that no stop signal ends; this process gets its own at the end of the block.
 
-    Saving a checkpoint starts helpers, one of which stays. torchrun signals whole process groups, as Slurm
-    and shells can: without its helper a rank could not save as the signal asks. A signal that is blocked here
-    is blocked in every process started from here.
+    Saving a checkpoint starts helpers that write. torchrun signals whole process groups, as Slurm and shells
+    can: without its helpers a rank could not finish the checkpoint. A signal that is blocked here is blocked
+    in every process started from here.
     """
-    # Started with the first helper, it would unblock SIGTERM again.
-    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

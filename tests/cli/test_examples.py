@@ -15,6 +15,7 @@ import pytest
 
 from esm2mega.data.store.prepare import prepare_fasta
 from esm2mega.quickstart.simulate import FamilySpec, simulate_families
+from tests import warm
 from tests.parity import references
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -339,16 +340,13 @@ def test_finetuning_example_learns_and_predicts(tmp_path, lora):
         pytest.importorskip("transformers", reason="transformers is not installed")
         references.hugging_face(references.Shape()).save_pretrained(tmp_path / "base")
         options = [str(tmp_path / "base"), "--lora"]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(EXAMPLES / "finetune_regression.py"),
-        str(tmp_path / "run"),
-        *options,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    arguments = [str(EXAMPLES / "finetune_regression.py"), str(tmp_path / "run"), *options]
+    if lora:
+        done = warm.run(arguments, timeout=300)
+    else:
+        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+        command = [sys.executable, "-W", "ignore", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     check_finetuning(done, f"checkpoint {tmp_path}/run/checkpoints/step_00000050")
 
 
@@ -361,8 +359,6 @@ def test_finetuning_notebook_runs_cell_by_cell(tmp_path):
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
     code = "\n".join("".join(cell["source"]) for cell in cells)
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    done = warm.run(["-c", code], cwd=tmp_path, timeout=300)
     runs = ("finetune_regression", "finetune_regression_lora")
     check_finetuning(done, *(f"runs/{run}/checkpoints/step_00000050" for run in runs))

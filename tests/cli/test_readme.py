@@ -25,6 +25,7 @@ from esm2mega.config.validate import validate
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import StreamState
 from esm2mega.vocabulary import VOCAB
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -50,7 +51,7 @@ STEPS_PER_START = 2
 UNCHECKED = {".", "docker", "export", "pip", "python3.11", "python3.12", "pytest"}
 
 # Commands of the README that the walk below does not run, by their first words: the test that runs them and
-# how it is seen there; None for what no test can run: it needs a network, GPUs or a container, or is this test.
+# how it is seen there. None stands for what no test can run: it needs a network, GPUs or a container, or is this.
 RUN_ELSEWHERE = {
     "python3.11 -m venv": None,
     ". venv/bin/activate": None,
@@ -168,6 +169,16 @@ def path_with_commands(folder: Path) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
+def run_line(line: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A command of ours alone starts warm; the shell runs any other."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "esm2mega":
+        return warm.run(["-m", *words], environment, folder)
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
     folder = tmp_path_factory.mktemp("walk")
@@ -188,13 +199,10 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
             starts += 1
             line += f" {shlex.join(SMALL)} train.max_steps={starts * STEPS_PER_START}"
         elif "finetune" in command.words:
-            evaluates = any(word.startswith("data.valid=") for word in command.words)
-            line += (
-                f" {shlex.join(SMALL)} train.max_steps={STEPS_PER_START} train.eval_every={int(evaluates)}"
-            )
-        done = subprocess.run(
-            ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
-        )
+            line += f" {shlex.join(SMALL)} train.max_steps={STEPS_PER_START}"
+            if "data.valid=valid.csv" not in command.words:
+                line += " train.eval_every=0"
+        done = run_line(line, folder, environment)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         output[command.line] = done.stdout + done.stderr
     return Walked(folder, output)
@@ -297,14 +305,7 @@ def test_python_blocks_of_the_docs_run(walked: Walked) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for page, texts in code.items():
         for text in texts:
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", text],
-                cwd=walked.folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=100,
-            )
+            done = warm.run(["-c", text], environment, walked.folder)
             assert done.returncode == 0, f"{name_of(page)}\n{text}\n{done.stderr}"
             assert done.stdout.strip(), f"{name_of(page)}: prints nothing\n{text}"
 

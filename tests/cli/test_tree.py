@@ -18,6 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Files of tests/unit that test no single module, and what they test.
 OTHER_SUBJECTS = {
+    "checkpoint/test_written_before.py": "files that an earlier version wrote",
     "config/test_conf_files.py": "the configurations in conf/",
     "convert/test_traps.py": "the table of traps in docs/converters.md",
     "convert/test_untrusted.py": "crafted files, through every reader of files",

@@ -14,6 +14,7 @@ import torch
 from esm2mega.checkpoint import layout
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.convert.into_model import load_initial_weights
+from esm2mega.convert.start_point import read_start
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import process_groups
 
@@ -27,7 +28,7 @@ def main() -> None:
         for seed, path in enumerate((foreign, converted)):
             # Other initial weights for each: what a loader leaves out would differ.
             model = build_model(config, parallel, ranks.device, seed)
-            assert load_initial_weights(path, config, model).keys() == {
+            assert load_initial_weights(read_start(path), config, model).keys() == {
                 "contact_head.regression.weight",
                 "contact_head.regression.bias",
             }

@@ -27,7 +27,7 @@ from tests.ranks import end_ranks, run_ranks, start_ranks
 
 pytestmark = pytest.mark.distributed
 
-EVERYTHING = ("--include", "residue,pooled,logits,contacts", "--layers", "0,2,-1", "--long", "chunk")
+EVERYTHING = ("--include", "residue,pooled,logits,contacts", "--layers", "0,2,-1", "--too-long", "chunk")
 
 
 @pytest.fixture(scope="module")

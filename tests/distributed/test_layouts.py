@@ -17,7 +17,7 @@ from esm2mega.prove.training import SAVED, STEPS
 from esm2mega.prove.trials import GROUPS, Trial
 from tests.checkpoints import full_weights
 
-# Each test proves all its layouts at once, on processes that are started once.
+# Each test proves all its layouts at once.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
@@ -32,41 +32,38 @@ def test_fixed_dozen_equals_one_process(tmp_path: Path, capsys: pytest.CaptureFi
         assert max(found["value"] for found in row["worst"].values()) <= 1e-10, row["trial"]
 
 
-def test_bf16_is_as_near_to_fp32_as_one_process() -> None:
+def test_bf16_is_as_near_to_fp32_as_one_process(prover: Prover) -> None:
     trials = (
         Trial((Layout(tp=2, sp=True, packed=3),), "bf16"),
         Trial((Layout(dp=2, packed=3, distributed_optimizer=True),), "bf16"),
     )
-    with Prover(processes=2, seed=1234) as prover:
-        for verdict in prover.judge(trials):
-            assert verdict.error is None
-            assert verdict.passed, f"{verdict.trial}: {verdict.largest.value:.1f} in {verdict.largest}"
-            # It is another arithmetic, not the same numbers.
-            assert verdict.largest.value > 0.1
+    for verdict in list(prover.judge(trials)):
+        assert verdict.error is None
+        assert verdict.passed, f"{verdict.trial}: {verdict.largest.value:.1f} in {verdict.largest}"
+        # It is another arithmetic, not the same numbers.
+        assert verdict.largest.value > 0.1
 
 
-def test_model_families_equal_one_process() -> None:
+def test_model_families_equal_one_process(prover: Prover) -> None:
     """TAPE's post-LN and ProteinLM's pre-LN, with their learned positions, over tensors and stages."""
     trials = [trial for trial in GROUPS["families"] if trial.processes == 4]
     families = {setting for trial in trials for setting in trial.settings if "family" in setting}
     assert len(trials) == 3 and len(families) == 2
-    with Prover(processes=4, seed=1234) as prover:
-        for verdict in prover.judge(trials):
-            assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
-            assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"
+    for verdict in list(prover.judge(trials)):
+        assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
+        assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"
 
 
-def test_training_moves_everything_that_is_compared() -> None:
+def test_training_moves_everything_that_is_compared(prover: Prover) -> None:
     """Equal numbers prove nothing unless the steps make them."""
     trial = Trial((Layout(packed=6),))
-    with Prover(processes=1, seed=1234) as prover:
-        (verdict,) = prover.judge([trial])
-        assert verdict.passed
-        reference = prover.reference(trial)
-        assert isinstance(reference, Outcome)
-        (seen,) = reference.ranks
-        first, last = (full_weights(step_dir(reference.run_dir, step)) for step in (SAVED, STEPS))
-        records, state = reference.records, reference.state
+    (verdict,) = prover.judge([trial])
+    assert verdict.passed
+    reference = prover.reference(trial)
+    assert isinstance(reference, Outcome)
+    (seen,) = reference.ranks
+    first, last = (full_weights(step_dir(reference.run_dir, step)) for step in (SAVED, STEPS))
+    records, state = reference.records, reference.state
     gradients = [values for step in seen["gradients"] for _, _, _, values in step.values()]
     assert len(seen["gradients"]) == STEPS
     assert all(values.dtype == torch.float64 and values.abs().max() > 1e-8 for values in gradients)

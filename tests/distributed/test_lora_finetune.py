@@ -22,7 +22,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip instal
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
-def test_adapters_and_heads_equal_one_process() -> None:
+def test_adapters_and_heads_equal_one_process(prover: Prover) -> None:
     """One layout for each head, in turn; `esm2mega prove --layouts lora-heads` has all combinations."""
     rows = GROUPS["lora-heads"]
     of_head = [[t for t in rows if t.label.startswith(f"head {head},")][:4] for head in ADAPTABLE]
@@ -34,25 +34,24 @@ def test_adapters_and_heads_equal_one_process() -> None:
     last = ("finetune.mode=lora", "lora.rank=3", "lora.target_modules=['*.4.*.linear_q']")
     bare = Trial((Layout(pp=2, packed=2),), "fp64", (*HEADS["mlp"], *last), "last stage", continues=True)
     refused = replace(bare, layouts=(Layout(pp=2, dp=2, packed=2, distributed_optimizer=True),))
-    with Prover(processes=4, seed=1234) as prover:
-        for verdict in prover.judge([*trials, bare, refused]):
-            if verdict.trial == refused:
-                assert "leaves a pipeline stage without weights to train" in str(verdict.error)
-                continue
-            assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
-            assert verdict.passed, f"{verdict.trial}: {verdict.largest.value:.1e} in {verdict.largest}"
-            reference = prover.reference(verdict.trial)
-            assert isinstance(reference, Outcome)
-            (rank,) = reference.ranks
-            last = rank["gradients"][-1]
-            # Equal numbers prove nothing unless both factors and the head have gradients, and nothing else.
-            assert {name.rpartition(".")[2] for name in last if "_lora." in name} == {"lora_A", "lora_B"}
-            assert any(name.startswith("head.") for name in last)
-            assert all("_lora." in name or name.startswith("head.") for name in last)
-            # Attention maps of the last layer follow from its q and k alone.
-            read = ("linear_q_", "linear_k_") if "attention_maps" in str(verdict.trial) else ("_lora.",)
-            adapted = [name for name in last if "_lora." in name and any(part in name for part in read)]
-            assert adapted and all(last[name][3].abs().max() > 1e-9 for name in adapted)
+    for verdict in list(prover.judge([*trials, bare, refused])):
+        if verdict.trial == refused:
+            assert "leaves a pipeline stage without weights to train" in str(verdict.error)
+            continue
+        assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
+        assert verdict.passed, f"{verdict.trial}: {verdict.largest.value:.1e} in {verdict.largest}"
+        reference = prover.reference(verdict.trial)
+        assert isinstance(reference, Outcome)
+        (rank,) = reference.ranks
+        last = rank["gradients"][-1]
+        # Equal numbers prove nothing unless both factors and the head have gradients, and nothing else.
+        assert {name.rpartition(".")[2] for name in last if "_lora." in name} == {"lora_A", "lora_B"}
+        assert any(name.startswith("head.") for name in last)
+        assert all("_lora." in name or name.startswith("head.") for name in last)
+        # Attention maps of the last layer follow from its q and k alone.
+        read = ("linear_q_", "linear_k_") if "attention_maps" in str(verdict.trial) else ("_lora.",)
+        adapted = [name for name in last if "_lora." in name and any(part in name for part in read)]
+        assert adapted and all(last[name][3].abs().max() > 1e-9 for name in adapted)
 
 
 @pytest.fixture(scope="module")

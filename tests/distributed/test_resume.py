@@ -71,12 +71,11 @@ def test_kill_and_resume_is_bit_identical(unbroken: Outcome, store: Path, tmp_pa
 
 
 @pytest.mark.timeout(900)
-def test_resume_at_another_layout() -> None:
+def test_resume_at_another_layout(prover: Prover) -> None:
     """Data, schedule and early stopping go on, and losses, gradients, weights and optimizer equal those of an
     unbroken run of one process.
     """
-    with Prover(processes=4, seed=1234) as prover:
-        verdicts = list(prover.judge(GROUPS["resume"]))
+    verdicts = list(prover.judge(GROUPS["resume"]))
     assert len(verdicts) == len(GROUPS["resume"])
     for verdict in verdicts:
         assert verdict.error is None, f"{verdict.trial}: {verdict.error}"

@@ -26,7 +26,7 @@ from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.convert.verify import verify
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import MachineError, UserError
-from esm2mega.train.starts import find_init
+from esm2mega.train.start import find_init
 from tests.parity import references
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

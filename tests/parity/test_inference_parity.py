@@ -10,8 +10,7 @@ import torch
 
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.convert.formats import fair_esm
-from esm2mega.infer.collect import OutputRequest
-from esm2mega.infer.engine import Engine, WindowPack
+from esm2mega.infer.engine import Engine, OutputRequest, WindowPack
 from esm2mega.infer.windows import whole
 from esm2mega.parallel.initialize import process_groups
 from esm2mega.vocabulary import encode_residues
@@ -39,7 +38,9 @@ def test_everything_equals_fair_esm_fp64(monkeypatch: pytest.MonkeyPatch) -> Non
         model = (
             ours(shape, "fp64", references.ours(state, fair_esm.NAMES, shape)).eval().requires_grad_(False)
         )
-        engine = Engine(model, ranks, OutputRequest(layers, logits=True, contact_head=head), pack_tokens=1024)
+        engine = Engine(
+            model, ranks, OutputRequest(layers, logits=True, contact_head=head), micro_batch_tokens=1024
+        )
         (outputs,) = engine.run([WindowPack(windows, tokens)])
     assert outputs.logits is not None
     first = 0

@@ -23,6 +23,7 @@ from esm2mega.data.stream import build as batch
 from esm2mega.data.stream.loader import TrainStream
 from esm2mega.lora import layers as lora_layers
 from esm2mega.model import attention, build
+from esm2mega.prove import prover
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.training import MID_WINDOW
@@ -30,10 +31,10 @@ from esm2mega.prove.trials import Trial, with_lora
 from esm2mega.prove.workers import Job, serve_with, train
 from esm2mega.train import evaluate, pretrain
 from esm2mega.train.losses import LossReduction
+from tests.prove import plants
 
 _MEGATRON = "megatron.core"
-# A key that nothing reads while Weights & Biases is off: it carries the name into the processes, and gives
-# each mutation a reference of its own.
+# A key that nothing reads while Weights & Biases is off: it carries the name into the processes.
 _KEY = "logging.wandb_run_name"
 
 
@@ -43,10 +44,11 @@ class Mutation:
 
     Attributes:
         what: The error in words.
-        plant: Makes it for the duration of a training, in every process, the reference's included.
+        plant: Makes it for the duration of a training, in every process.
         layouts: Of the trial that must find it.
         seen_in: A kind of number that must differ, see `esm2mega.prove.compare.KINDS`.
         lora: Whether adapters are trained.
+        alone: Whether it is made in the reference too, since it is the same wherever there is one process.
     """
 
     what: str
@@ -54,6 +56,7 @@ class Mutation:
     layouts: tuple[Layout, ...]
     seen_in: str
     lora: bool = False
+    alone: bool = False
 
 
 def _nothing(target: str) -> AbstractContextManager[Any]:
@@ -198,6 +201,7 @@ def adapter_input_gradient_of_one_rank() -> AbstractContextManager[Any]:
 
 
 _TP2 = Layout(tp=2, packed=4)
+_DP2 = Layout(dp=2, packed=3)
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -206,7 +210,9 @@ MUTATIONS: tuple[Mutation, ...] = (
         (Layout(tp=2, sp=True, packed=4),),
         "gradient",
     ),
-    Mutation("mean of the means of micro-batches", mean_of_means, (Layout(packed=12),), "gradient"),
+    Mutation(
+        "mean of the means of micro-batches", mean_of_means, (Layout(packed=12),), "gradient", alone=True
+    ),
     Mutation(
         "tied embedding not synchronised",
         tied_embedding_not_synchronised,
@@ -221,7 +227,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (Layout(pp=2, vpp=2, packed=3, layers=4),),
         "loss",
     ),
-    Mutation("mask seeded by rank", mask_seeded_by_rank, (Layout(dp=2, packed=3),), "loss"),
+    Mutation("mask seeded by rank", mask_seeded_by_rank, (_DP2,), "loss"),
     Mutation("clip norm over one rank only", clip_norm_of_one_rank, (_TP2,), "gradient norm"),
     Mutation(
         "replicated parameters counted twice", replicated_parameters_counted_twice, (_TP2,), "gradient norm"
@@ -233,6 +239,50 @@ MUTATIONS: tuple[Mutation, ...] = (
         last_evaluation_packs_dropped,
         (Layout(dp=2, packed=2),),
         "loss",
+    ),
+    Mutation(
+        "gradients of one data-parallel rank",
+        plants.gradients_of_one_data_rank,
+        (_DP2,),
+        "gradient",
+    ),
+    Mutation(
+        "gradients averaged over ranks and tokens",
+        plants.gradients_averaged_over_ranks_too,
+        (_DP2,),
+        "gradient norm",
+    ),
+    Mutation("row-parallel output not all-reduced", plants.row_parallel_output_not_reduced, (_TP2,), "loss"),
+    Mutation(
+        "parts of the sequence swapped",
+        plants.parts_of_the_sequence_swapped,
+        (Layout(tp=2, sp=True, packed=4),),
+        "loss",
+    ),
+    Mutation(
+        "attention across the proteins of a pack",
+        plants.attention_across_proteins,
+        (Layout(packed=12),),
+        "loss",
+    ),
+    Mutation(
+        "weights of other ranks not gathered",
+        plants.weights_of_other_ranks_stay_old,
+        (Layout(dp=2, packed=3, distributed_optimizer=True),),
+        "weight",
+    ),
+    Mutation("weights drawn by each rank", plants.weights_drawn_by_each_rank, (_TP2,), "loss"),
+    Mutation(
+        "evaluation of one data-parallel rank",
+        plants.evaluation_of_one_data_rank,
+        (Layout(dp=2, packed=2),),
+        "loss",
+    ),
+    Mutation(
+        "learning rate begins again after resume", plants.schedule_begins_again, (Layout(), Layout()), "state"
+    ),
+    Mutation(
+        "moments of Adam lost by resuming", plants.moments_lost_by_resuming, (Layout(), Layout()), "weight"
     ),
     Mutation(
         "optimizer state saved with padding",
@@ -255,6 +305,9 @@ MUTATIONS: tuple[Mutation, ...] = (
         lora=True,
     ),
 )
+
+
+_ONLY_IN_TRIALS = {f"{_KEY}={mutation.plant.__name__}" for mutation in MUTATIONS if not mutation.alone}
 
 
 def serve_mutated(connection: Connection, log: Path) -> None:
@@ -283,9 +336,18 @@ def found(mutation: Mutation, verdict: Verdict) -> bool:
 
 
 def judge(trials: Sequence[Trial]) -> dict[Trial, Verdict]:
-    """Verdicts on trials, of processes that can be mutated."""
-    with Prover(4, seed=1234, serve=serve_mutated) as prover:
-        return {verdict.trial: verdict for verdict in prover.judge(trials)}
+    """Verdicts on trials, of processes that can be mutated; most are compared with the right training."""
+    references = prover._references
+
+    def unplanted(trial: Trial) -> list[prover.Leg]:
+        kept = tuple(text for text in trial.settings if text not in _ONLY_IN_TRIALS)
+        return references(replace(trial, settings=kept))
+
+    with (
+        patch.object(prover, "_references", unplanted),
+        Prover(4, seed=1234, serve=serve_mutated) as judging,
+    ):
+        return {verdict.trial: verdict for verdict in judging.judge(trials)}
 
 
 def main() -> int:

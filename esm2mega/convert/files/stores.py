@@ -45,7 +45,7 @@ class SafetensorsStore:
     """One safetensors file or several, each tensor in one of them."""
 
     def __init__(self, location: Path, files: list[Path]) -> None:
-        """Args: place: named in errors. files: all parts."""
+        """Args: location: named in errors. files: all parts."""
         self.location = location
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
@@ -133,7 +133,7 @@ class MemoryStore:
     """Tensors that are there already, such as those of an unpickled and memory-mapped file."""
 
     def __init__(self, location: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Args: place: named in errors. tensors: by name."""
+        """Args: location: named in errors. tensors: by name."""
         self.location = location
         self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
         self._tensors = tensors
@@ -172,7 +172,7 @@ class JoinedStore:
     """Several stores with different names, as one."""
 
     def __init__(self, location: Path, stores: Sequence[TensorStore]) -> None:
-        """Args: place: named in errors. stores: the parts."""
+        """Args: location: named in errors. stores: the parts."""
         self.location = location
         self._owners = {name: store for store in stores for name in store.infos}
         self.infos = {name: store.infos[name] for name, store in self._owners.items()}

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from esm2mega.convert.files import pickles
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import MemoryStore
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.convert.name_table import INTERLEAVED_QKV, LAYER, OUTPUT_BIAS, TABLE, NameTable, TableRow
@@ -52,13 +53,14 @@ NAMES = NameTable(
 )
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is a ``.mdl`` file."""
-    return path.is_file() and path.suffix == ".mdl"
+def matches(source: SourceFiles) -> bool:
+    """Whether this is a ``.mdl`` file."""
+    return source.path.is_file() and source.path.suffix == ".mdl"
 
 
-def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read a ``.mdl`` file and its parameters."""
+    path = source.path
     location, model = read_parameters(path)
     shape = shape_from(location, model, "num_hidden_layers", "hidden_size", "filter_size", "num_heads")
     for key, required in {**_FIXED, "rotary_dim": shape.hidden_size // shape.num_attention_heads}.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS, shape_of
 from esm2mega.config.schema import DataConfig, Run
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import DistributedStore, JoinedStore, SafetensorsStore
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Weights
 from esm2mega.convert.name_table import (
@@ -33,6 +34,7 @@ from esm2mega.convert.name_table import (
     POSITIONS,
     TABLE,
     NameTable,
+    Shape,
     TableRow,
 )
 from esm2mega.convert.reading import from_store
@@ -59,22 +61,65 @@ NAMES = NameTable((*_COMMON, TableRow(FREQUENCIES, FREQUENCIES), _kept(CONTACT_H
 BERT_NAMES = NameTable((*_COMMON, TableRow(POSITIONS, POSITIONS), _kept(POOLER)))
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is a checkpoint or a run."""
+def matches(source: SourceFiles) -> bool:
+    """Whether this is a checkpoint or a run."""
+    path = source.path
     names = (layout.COMPLETE, layout.MODEL, "checkpoints")
     is_run = path.name == "checkpoints" or any((path / name).exists() for name in names)
     return path.is_dir() and (is_run or re.fullmatch(r"step_\d{8}", path.name) is not None)
 
 
-def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read a checkpoint, or the newest one of a run; not its optimizer."""
-    checkpoint = layout.resolve_checkpoint(path)
-    if "base" in layout.read_state(checkpoint):
+    checkpoint = layout.resolve_checkpoint(source.path)
+    return read_checkpoint(checkpoint, layout.read_config(checkpoint), layout.read_state(checkpoint), drop)
+
+
+def refuse_adapters(checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint without the weights under its adapters where whole ones are needed.
+
+    Args:
+        checkpoint: Its directory.
+        state: Its ``train_state.json``.
+
+    Raises:
+        UserError: It is one.
+    """
+    if "base" in state:
         raise UserError(
             f"{checkpoint}: holds adapters and not the weights under them; make a whole checkpoint with "
             f"`esm2mega lora merge {checkpoint} --out DIR`"
         )
-    run = layout.read_config(checkpoint)
+
+
+def task_head(run: Run, state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> HeadDescription | None:
+    """Describe the head of a task, None where it is that of masked language modelling.
+
+    Args:
+        run: Configuration of the checkpoint.
+        state: Its ``train_state.json``.
+        shapes: The tensors of the head, where they are known.
+    """
+    if run.task.kind is None:
+        return None
+    return HeadDescription(run.task, TargetInfo.from_dict(state["task"]), shapes)
+
+
+def read_checkpoint(
+    checkpoint: Path, run: Run, state: Mapping[str, Any], drop: Sequence[str] = ()
+) -> Weights:
+    """Read a checkpoint of which all but the tensors has been read.
+
+    Args:
+        checkpoint: Complete.
+        run: Its configuration.
+        state: Its ``train_state.json``.
+        drop: As for `read`.
+
+    Raises:
+        UserError: It holds adapters, or tensors that do not fit.
+    """
+    refuse_adapters(checkpoint, state)
     model = run.model
     description = Description(
         shape_of(model),
@@ -87,10 +132,9 @@ def read(path: Path, drop: Sequence[str] = ()) -> Weights:
     auxiliary = checkpoint / AUXILIARY
     extra = [SafetensorsStore(auxiliary, [auxiliary])] if auxiliary.exists() else []
     store = JoinedStore(checkpoint, [DistributedStore(checkpoint, layout.MODEL), *extra])
-    if run.task.kind is not None:
-        info = TargetInfo.from_dict(layout.read_state(checkpoint)["task"])
-        shapes = {name: i.shape for name, i in store.infos.items() if name.startswith(TASK_HEAD)}
-        description = replace(description, head=HeadDescription(run.task, info, shapes))
+    shapes = {name: i.shape for name, i in store.infos.items() if name.startswith(TASK_HEAD)}
+    if (head := task_head(run, state, shapes)) is not None:
+        description = replace(description, head=head)
     return from_store(store, _names(description), description, drop=drop)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from esm2mega.convert.files import pickles
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import MemoryStore
 from esm2mega.convert.lazy_weights import Description, Weights, shape_from
 from esm2mega.convert.name_table import (
@@ -63,13 +64,14 @@ NAMES = NameTable(
 _ENCODER, _HEAD = "encoder.sentence_encoder.", "encoder."
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is a ``.pt`` file."""
-    return path.is_file() and path.suffix == ".pt"
+def matches(source: SourceFiles) -> bool:
+    """Whether this is a ``.pt`` file."""
+    return source.path.is_file() and source.path.suffix == ".pt"
 
 
-def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read ``NAME.pt``, and the contact head from ``NAME-contact-regression.pt`` if that is there."""
+    path = source.path
     content = pickles.load_pickle(path, [Namespace])
     config, tensors = _parts(path, content)
     names = {_normal(name): name for name in tensors}

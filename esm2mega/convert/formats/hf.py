@@ -20,6 +20,7 @@ from torch import Tensor
 from esm2mega.config.presets import ModelShape
 from esm2mega.convert.files import pickles
 from esm2mega.convert.files.safetensors_writer import write_sharded
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import MemoryStore, TensorStore, safetensors_of, shards
 from esm2mega.convert.files.vocabulary import check_vocabulary, write_tokenizer
 from esm2mega.convert.heads.hf_classifiers import (
@@ -89,27 +90,15 @@ NAMES = NameTable(
 )
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is a directory whose ``config.json`` is of this model type."""
-    return (path / "config.json").is_file() and read_config(path).get("model_type") == "esm"
+def matches(source: SourceFiles) -> bool:
+    """Whether this is a directory whose ``config.json`` is of this model type."""
+    return source.has_config and source.config.get("model_type") == "esm"
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a directory."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: not a JSON object")
-    return config
-
-
-def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read a directory of safetensors (also sharded) or ``pytorch_model.bin``."""
-    config = read_config(path)
-    description = describe(path / "config.json", config)
+    path, config = source.path, source.config
+    description = describe(source.config_file, config)
     check_vocabulary(path)
     store = open_tensors(path)
     names = _normal_names(store, description.shape)
@@ -119,7 +108,7 @@ def read(path: Path, drop: Sequence[str] = ()) -> Weights:
             "copy all tensors, or correct config.json if the token table is the decoder"
         )
     if not any(name.startswith(LM_HEAD) for name in names):
-        description = replace(description, head=find_head(path / "config.json", store.infos, config))
+        description = replace(description, head=find_head(source.config_file, store.infos, config))
     weights = from_store(store, _table(description), description, names, drop)
     if (head := description.task) is not None:
         weights.notes.filled += head_notes(head, config)

@@ -17,6 +17,7 @@ from torch import Tensor
 from esm2mega.convert.files import pickles
 from esm2mega.convert.files.iupac import PROTEINLM_VOCABULARY
 from esm2mega.convert.files.ranks import RankStore, megatron_rows
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.convert.name_table import POSITIONS, NameTable, TableRow
 from esm2mega.convert.reading import from_store
@@ -35,14 +36,15 @@ NAMES = NameTable(
 )
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is such a directory, or one iteration of it."""
+def matches(source: SourceFiles) -> bool:
+    """Whether this is such a directory, or one iteration of it."""
+    path = source.path
     return path.is_dir() and ((path / _LATEST).is_file() or any(path.glob(f"mp_rank_*/{_FILE}")))
 
 
-def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read the latest iteration of a directory, or the iteration that `path` is."""
-    description, store = open_checkpoint(path)
+    description, store = open_checkpoint(source.path)
     return from_store(store, NAMES, description, drop=drop)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from esm2mega.convert.files import pickles
 from esm2mega.convert.files.archives import TarFile
 from esm2mega.convert.files.ranks import RankStore, megatron_rows
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.convert.name_table import FREQUENCIES, VOCABULARY, NameTable, TableRow
 from esm2mega.convert.reading import from_store
@@ -41,14 +42,14 @@ NAMES = NameTable(
 )
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is a ``.nemo`` file."""
-    return path.is_file() and path.suffix == ".nemo"
+def matches(source: SourceFiles) -> bool:
+    """Whether this is a ``.nemo`` file."""
+    return source.path.is_file() and source.path.suffix == ".nemo"
 
 
-def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read an archive. Its weights are copied to a temporary directory first, to be mapped into memory."""
-    description, store = open_archive(path)
+    description, store = open_archive(source.path)
     return from_store(store, NAMES, description, drop=drop)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import DistributedStore
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.convert.name_table import BODY, OUTPUT_BIAS, TABLE, VOCABULARY, NameTable, TableRow
@@ -31,14 +32,14 @@ NAMES = NameTable(
 )
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is such a directory."""
-    return (path / _CONTEXT).is_dir() and (path / _WEIGHTS).is_dir()
+def matches(source: SourceFiles) -> bool:
+    """Whether this is such a directory."""
+    return (source.path / _CONTEXT).is_dir() and (source.path / _WEIGHTS).is_dir()
 
 
-def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read the weights; objects of Transformer Engine and of the optimizer beside them are not opened."""
-    description, store = open_directory(path)
+    description, store = open_directory(source.path)
     return from_store(store, NAMES, description, drop=drop)
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from esm2mega.convert.files.iupac import TAPE_VOCABULARY
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.formats.tape import (
     POSITION_TABLE,
     describe,
@@ -62,14 +63,15 @@ NAMES = NameTable(
 )
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is a directory whose tensors have these names."""
-    return is_tape(path) and any(".input_ln." in name for name in stored_tensors(path))
+def matches(source: SourceFiles) -> bool:
+    """Whether this is a directory whose tensors have these names."""
+    return is_tape(source) and any(".input_ln." in name for name in stored_tensors(source.path))
 
 
-def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read a directory."""
-    description = replace(describe(path), family="proteinbert_preln", final_layernorm=False)
+    path = source.path
+    description = replace(describe(source), family="proteinbert_preln", final_layernorm=False)
     tensors = stored_tensors(path)
     weights = read_folded(path, tensors, {name: name for name in tensors}, NAMES, description, drop)
     weights.notes.kept.append(

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,11 +42,11 @@ class Format(Protocol):
     IS_DIRECTORY: bool
     FAMILIES: tuple[str, ...]
 
-    def matches(self, path: Path) -> bool:
-        """Whether `path` looks like this format."""
+    def matches(self, source: SourceFiles) -> bool:
+        """Whether `source` looks like this format."""
 
-    def read(self, path: Path, drop: Sequence[str] = ()) -> Weights:
-        """Open `path`; tensors matching the shell patterns of `drop` may be left out."""
+    def read(self, source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+        """Open `source`; tensors matching the shell patterns of `drop` may be left out."""
 
     def write(self, weights: Weights, path: Path) -> None:
         """Write into the empty directory `path`, or to the file `path` and others beside it."""
@@ -56,18 +57,18 @@ def load_format(name: str) -> Format:
     return cast(Format, import_module(f"esm2mega.convert.formats.{READABLE[name]}"))
 
 
-def detect(path: Path) -> str:
-    """The name of the format that `path` is in.
+def detect(source: SourceFiles) -> str:
+    """The name of the format that `source` is in.
 
     Raises:
         UserError: Nothing is there, or it is in none of them.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
+    if not source.path.exists():
+        raise UserError(f"{source.path}: no such file or directory")
     for name in READABLE:
-        if load_format(name).matches(path):
+        if load_format(name).matches(source):
             return name
-    raise UserError(f"{path}: in none of the formats {', '.join(READABLE)}; name one with --from")
+    raise UserError(f"{source.path}: in none of the formats {', '.join(READABLE)}; name one with --from")
 
 
 def open_weights(path: Path, name: str | None = None, drop: Sequence[str] = ()) -> Weights:
@@ -83,7 +84,12 @@ def open_weights(path: Path, name: str | None = None, drop: Sequence[str] = ()) 
     """
     if name is not None and not path.exists():
         raise UserError(f"{path}: no such file or directory")
-    found = name or detect(path)
-    weights = load_format(found).read(path, drop)
-    weights.origin |= {"format": found, "path": str(path)}
+    source = SourceFiles(path)
+    return read_weights(source, name or detect(source), drop)
+
+
+def read_weights(source: SourceFiles, name: str, drop: Sequence[str] = ()) -> Weights:
+    """`open_weights` of files whose format is known."""
+    weights = load_format(name).read(source, drop)
+    weights.origin |= {"format": name, "path": str(source.path)}
     return weights

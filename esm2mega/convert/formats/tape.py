@@ -18,8 +18,8 @@ from torch import Tensor
 
 from esm2mega.convert.files import pickles
 from esm2mega.convert.files.iupac import LOST_TOKENS, TAPE_TOKENS, TAPE_VOCABULARY
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import MemoryStore
-from esm2mega.convert.formats.hf import read_config
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.convert.name_table import (
     FINAL_NORM,
@@ -71,15 +71,16 @@ NAMES = NameTable(
 )
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is a directory whose tensors have TAPE's names."""
-    return is_tape(path) and any(".attention.output.LayerNorm." in name for name in stored_tensors(path))
+def matches(source: SourceFiles) -> bool:
+    """Whether this is a directory whose tensors have TAPE's names."""
+    names = stored_tensors(source.path) if is_tape(source) else ()
+    return any(".attention.output.LayerNorm." in name for name in names)
 
 
-def is_tape(path: Path) -> bool:
-    """Whether `path` is a directory of TAPE, stock or modified: its configuration names no model type."""
-    files = (path / "config.json").is_file() and (path / "pytorch_model.bin").is_file()
-    return files and "model_type" not in read_config(path)
+def is_tape(source: SourceFiles) -> bool:
+    """Whether this is a directory of TAPE, stock or modified: its configuration names no model type."""
+    files = source.has_config and (source.path / "pytorch_model.bin").is_file()
+    return files and "model_type" not in source.config
 
 
 def stored_tensors(path: Path) -> dict[str, Tensor]:
@@ -92,21 +93,22 @@ def stored_tensors(path: Path) -> dict[str, Tensor]:
     }
 
 
-def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read a directory."""
-    description = replace(describe(path), family="proteinbert_postln")
+    path = source.path
+    description = replace(describe(source), family="proteinbert_postln")
     tensors = stored_tensors(path)
     names = {name.replace(_FIRST, _BEFORE): name for name in tensors}
     return read_folded(path, tensors, names, NAMES, description, drop)
 
 
-def describe(path: Path) -> Description:
+def describe(source: SourceFiles) -> Description:
     """Shape and numerics of a ``config.json``, with the defaults of ``ProteinBertConfig``.
 
     Raises:
         UserError: Another vocabulary or activation.
     """
-    file, config = path / "config.json", read_config(path)
+    file, config = source.config_file, source.config
     for key, required in (("vocab_size", len(TAPE_TOKENS)), ("hidden_act", "gelu")):
         if config.get(key, required) != required:
             raise UserError(f"{file}: {key} is {config[key]!r}; this version reads {required!r} only")

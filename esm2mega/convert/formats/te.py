@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.convert.files.safetensors_writer import write_sharded
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import safetensors_of
 from esm2mega.convert.files.vocabulary import check_vocabulary, write_tokenizer
-from esm2mega.convert.formats.hf import SHARD_BYTES, config_of, read_config
+from esm2mega.convert.formats.hf import SHARD_BYTES, config_of
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.convert.name_table import (
     CONCATENATED_QKV,
@@ -60,16 +61,16 @@ def _names(interleaved: bool) -> NameTable:
     )
 
 
-def matches(path: Path) -> bool:
-    """Whether `path` is a directory whose ``config.json`` is of this model type."""
-    return (path / "config.json").is_file() and read_config(path).get("model_type") == "nv_esm"
+def matches(source: SourceFiles) -> bool:
+    """Whether this is a directory whose ``config.json`` is of this model type."""
+    return source.has_config and source.config.get("model_type") == "nv_esm"
 
 
-def read(path: Path, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read a directory of safetensors; the prefix of the names was ``esm`` before 2026-03 and is ``model``
     since.
     """
-    config, file = read_config(path), path / "config.json"
+    path, config, file = source.path, source.config, source.config_file
     shape = shape_from(
         file, config, "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"
     )

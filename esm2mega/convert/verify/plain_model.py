@@ -94,6 +94,9 @@ def forward(model: PlainModel, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     for n in range(model.num_layers):
         block = model.block(n)
         y = _norm(x, block.attention_norm, model.epsilon)
+        if model.post_norm:
+            # What the layer before gives has passed through its LayerNorm, which is this one here.
+            hidden[-1] = y
         x = (y if model.post_norm else x) + _attention(model, block, y)
         y = _norm(x, block.ffn_norm, model.epsilon)
         inner = gelu(_affine(y, block.ffn_in), approximate="tanh" if model.tanh_gelu else "none")

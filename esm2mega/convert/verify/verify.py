@@ -6,7 +6,6 @@ package where that is installed (transformers, fair-esm), else in `esm2mega.conv
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +28,7 @@ from esm2mega.convert.verify.esm2_weights import read_plain_model
 from esm2mega.convert.verify.source import Prepare
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import MachineError
+from esm2mega.files import write_json
 from esm2mega.vocabulary import CLS, EOS, MASK, encode_residues
 
 BOUND = 1e-5
@@ -127,7 +127,7 @@ def verify(conversion: Conversion) -> list[str]:
         "tensors": tensors,
     }
     path = conversion.target.with_name(f"{conversion.target.name}.verify.json")
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(path, report)
     line = (
         f"logits differ by {logits['max_abs']:.2e}, {logits['relative']:.1e} of the largest "
         f"(bound {BOUND:g}); contact head: {contact_head}; report: {path}"
@@ -220,6 +220,7 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Desc
     from esm2mega.config.schema import ParallelConfig
     from esm2mega.model.build import build_model
     from esm2mega.model.heads import head_of_task
+    from esm2mega.model.hidden_states import hidden_states
     from esm2mega.model.packed import PackedSequences
     from esm2mega.parallel.initialize import process_groups
 
@@ -228,12 +229,6 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Desc
     config.precision, config.layer_spec = "fp32", "local"
     task = description.task
     make_head = None if task is None else head_of_task(task.task, task.info.num_outputs)
-    hidden: list[Tensor] = []
-
-    def keep(module: Any, inputs: Any, output: Any) -> None:
-        # [T, 1, h] -> [T, h]; a layer returns its context beside it
-        hidden.append((output[0] if isinstance(output, tuple) else output)[:, 0].detach())
-
     results = []
     with process_groups(ParallelConfig(), seed=1) as ranks:
         (model,) = build_model(config, ParallelConfig(), ranks.device, 1, make_head)
@@ -242,21 +237,18 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Desc
             _scale_outputs(model, task.info, prepare)
         _round(model, prepare)
         model.eval()
-        for module in (model.embedding, *model.encoder.layers):
-            module.register_forward_hook(keep)
-        final = model.encoder.register_forward_hook(keep)
-        for x in ids:
-            hidden.clear()
-            packed = PackedSequences.from_lengths([len(x)], ranks.device)
-            segments = () if task is None else (Segments.of_protein(x).to(ranks.device),)
-            outputs = model(x.to(ranks.device), packed, *segments)
-            if description.head == "lm" and config.family != "esm2":
-                outputs = outputs[:, sorted(esm_ids(TAPE_TOKENS))]
-            elif description.head is None:
-                outputs = hidden[-1]
-            # the block's own output is that of its last layer after the final LayerNorm
-            results.append(([h.cpu() for h in (*hidden[:-2], hidden[-1])], outputs.detach().cpu()))
-        final.remove()
+        layers = range(model.config.num_layers + 1)
+        with hidden_states(model, layers) as found:
+            for x in ids:
+                packed = PackedSequences.from_lengths([len(x)], ranks.device)
+                segments = () if task is None else (Segments.of_protein(x).to(ranks.device),)
+                outputs = model(x.to(ranks.device), packed, *segments)
+                if description.head == "lm" and config.family != "esm2":
+                    outputs = outputs[:, sorted(esm_ids(TAPE_TOKENS))]
+                elif description.head is None:
+                    outputs = found[layers[-1]]
+                states = [found[number].detach().cpu() for number in layers]
+                results.append((states, outputs.detach().cpu()))
     return results
 
 

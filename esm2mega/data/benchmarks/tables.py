@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from esm2mega.data.readers.base import MISSING_VALUES, file_sha256
+from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.data.store.prepare import staging_directory
 from esm2mega.errors import UserError
+from esm2mega.files import file_sha256
 
 TARGET, MASK = "target", "mask"
 """Columns of labels, and of which residues count."""

@@ -22,8 +22,8 @@ from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data.labels.readers import TargetReader, join_labels, target_reader
 from esm2mega.data.labels.rows import MASK_FILE, labelled_rows
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
-from esm2mega.data.readers.base import SourceOptions, residues_of
-from esm2mega.data.readers.sources import open_source
+from esm2mega.data.readers.base import residues_of
+from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 
 Pairs = Sequence[tuple[str, Any]]
@@ -115,6 +115,44 @@ class LabelledProteins:
             self.per_pair,
             [*self.notes, *notes],
         )
+
+
+@dataclass(frozen=True)
+class UnlabelledProteins:
+    """The proteins of a token store in the place of `LabelledProteins`: for prediction, and not in memory."""
+
+    store: TokenStore
+
+    clusters = None
+    labels = None
+    per_residue = False
+    per_pair = False
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    @property
+    def path(self) -> Path:
+        """Of the store."""
+        return self.store.path
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Residues of each protein, ``[n]``."""
+        return self.store.lengths
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the store."""
+        return self.store.fingerprint
+
+    def id(self, row: int) -> str:
+        """The id of a protein."""
+        return self.store.id(row)
+
+    def residues(self, row: int) -> npt.NDArray[np.uint8]:
+        """Token ids of a protein's residues, ``[L]``."""
+        return self.store.residues(row)
 
 
 def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
@@ -228,18 +266,6 @@ def _of_rows(
         info.per_residue,
         info.per_pair,
         notes,
-    )
-
-
-def read_unlabelled(path: str | Path, data: DataConfig) -> LabelledProteins:
-    """Proteins to predict, from any format that `esm2mega prepare fasta` reads."""
-    options = SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
-    records = list(open_source(path, options))
-    if not records:
-        raise UserError(f"{path}: holds no proteins; give some")
-    tokens = [vocabulary.encode_residues(record.residues) for record in records]
-    return LabelledProteins(
-        Path(path), [record.id for record in records], np.concatenate(tokens), _offsets(map(len, tokens))
     )
 
 

@@ -33,6 +33,7 @@ from esm2mega.data.labels.cells import (
 from esm2mega.data.labels.contacts import pair_labels, read_coordinates
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.errors import UserError
+from esm2mega.files import first_of
 from esm2mega.pairs import pairs_of
 
 _SHOWN = 12
@@ -66,8 +67,8 @@ class TargetReader(ABC):
         if configured is not None and configured != found:
             location = "data.train" if loaded is None else "the loaded head"
             raise UserError(
-                f"task.num_classes={configured}, but {location} has {found} classes ({_shown(info.names)}); "
-                "correct it, or set task.num_classes=null"
+                f"task.num_classes={configured}, but {location} has {found} classes "
+                f"({first_of(info.names, _SHOWN)}); correct it, or set task.num_classes=null"
             )
         return info
 
@@ -335,10 +336,6 @@ def _known(loaded: TargetInfo | None, number: int = 0) -> list[str] | None:
     return None if loaded is None else loaded.targets[number].names
 
 
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
-
-
 def _number_in(name: str, names: Sequence[str], column: str, location: str) -> int:
     """The number of a class among those that are known."""
     try:
@@ -346,5 +343,5 @@ def _number_in(name: str, names: Sequence[str], column: str, location: str) -> i
     except ValueError:
         raise UserError(
             f"{location}: the class {name!r} in column {column!r} is none of those of the training data, "
-            f"or of the head that was loaded: {_shown(names)}; correct the label, or remove the row"
+            f"or of the head that was loaded: {first_of(names, _SHOWN)}; correct the label, or remove the row"
         ) from None

@@ -22,7 +22,7 @@ from esm2mega.batch import LabelledBatch, Segments
 from esm2mega.data import counter_rng
 from esm2mega.data.counter_rng import Purpose
 from esm2mega.data.labels.contacts import pair_labels
-from esm2mega.data.labels.dataset import LabelledProteins
+from esm2mega.data.labels.dataset import LabelledProteins, UnlabelledProteins
 from esm2mega.data.labels.schema import IGNORED
 from esm2mega.data.stream.build import PADDING, BatchSpec, Share, StreamState, piece_tokens, train_plan
 from esm2mega.data.stream.loader import PackStream, SplitPacks
@@ -31,7 +31,9 @@ from esm2mega.data.stream.prefetch import Prefetcher
 from esm2mega.data.stream.samples import TrainSamples
 
 
-def build_labelled(proteins: LabelledProteins, spec: BatchSpec, pack: Pack) -> LabelledBatch:
+def build_labelled(
+    proteins: LabelledProteins | UnlabelledProteins, spec: BatchSpec, pack: Pack
+) -> LabelledBatch:
     """Reads, crops and lays out one pack."""
     pieces, capacity = pack.pieces, spec.micro_batch_tokens
     tokens = piece_tokens([proteins], pieces)
@@ -50,6 +52,7 @@ def build_labelled(proteins: LabelledProteins, spec: BatchSpec, pack: Pack) -> L
     if labels is not None and not proteins.per_residue:
         labels = labels[pieces.rows]
     elif labels is not None:
+        assert isinstance(proteins, LabelledProteins)
         labels = labels[proteins.offsets[pieces.rows][owners] + numbers]
         if proteins.per_pair:
             counts = np.bincount(owners, minlength=len(pieces))
@@ -118,7 +121,12 @@ class LabelledPacks(SplitPacks[LabelledBatch]):
     """Every labelled protein once, in a fixed order; see `SplitPacks`."""
 
     def __init__(
-        self, proteins: LabelledProteins, spec: BatchSpec, limit: int = 0, dp_rank: int = 0, dp_size: int = 1
+        self,
+        proteins: LabelledProteins | UnlabelledProteins,
+        spec: BatchSpec,
+        limit: int = 0,
+        dp_rank: int = 0,
+        dp_size: int = 1,
     ) -> None:
         """Selects this rank's batches; the arguments are those of `EvalPacks`."""
         super().__init__(proteins, spec, limit, dp_rank, dp_size)

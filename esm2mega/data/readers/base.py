@@ -19,14 +19,13 @@ from typing import NamedTuple, Protocol
 
 from esm2mega import vocabulary
 from esm2mega.errors import UserError
+from esm2mega.files import file_sha256, first_of
 
 WHITE_SPACE = b" \t\r\n\v\f"
 RESIDUE_BYTES = string.ascii_letters.encode() + b"*-."
 
 MISSING_VALUES = frozenset({"nan", "NaN", "NA", "N/A", "<NA>", "#N/A", "null", "None"})
 """What other programs write into cells that have no value; some of it would pass as residues."""
-
-_HASH_BYTES = 1 << 20
 
 
 class ByteProgress(Protocol):
@@ -172,18 +171,6 @@ class RowSource(RecordSource):
         """The rows of each block, counted from 0, end exclusive; at least one block."""
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as stream:
-            while piece := stream.read(_HASH_BYTES):
-                digest.update(piece)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return digest.hexdigest()
-
-
 def check_id(source: RecordSource, line: int, name: str) -> str:
     """The id, if it can be shown and written."""
     if not name.isprintable():
@@ -279,8 +266,7 @@ def require_columns(
         if (count := available.count(name)) > 1:
             raise UserError(f"{location}: has {count} {what}s {name!r}; rename all but one")
         if not count:
-            shown = ", ".join(available[:12]) + (", …" if len(available) > 12 else "")
-            raise UserError(f"{location}: no {what} {name!r} among {shown}; {cure}")
+            raise UserError(f"{location}: no {what} {name!r} among {first_of(available, 12)}; {cure}")
 
 
 def _kind(value: object) -> str:

@@ -93,8 +93,10 @@ class FastaReader(TextSource):
             header = title.encode("ascii", "surrogateescape")
             name = self._parse_id(header, line)
             if lines.stray:
-                location, shown = lines.stray
-                raise UserError(f"{self.location(location)}: {shown!r} in the {of} of {name!r} is no {what}")
+                stray_line, shown = lines.stray
+                raise UserError(
+                    f"{self.location(stray_line)}: {shown!r} in the {of} of {name!r} is no {what}"
+                )
             body = text.encode().translate(None, WHITE_SPACE)
             if not body:
                 raise UserError(

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from esm2mega.data.readers.base import ByteProgress, Record, file_sha256, require_columns, residues_of
+from esm2mega.data.readers.base import ByteProgress, Record, require_columns, residues_of
 from esm2mega.data.readers.parquet import open_parquet
 from esm2mega.errors import UserError
+from esm2mega.files import file_sha256
 
 _ROWS = 1 << 14
 

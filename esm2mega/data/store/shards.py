@@ -113,7 +113,7 @@ def map_files(files: Sequence[Path]) -> npt.NDArray[np.uint8]:
     c.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
     c.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
-    def location(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
+    def map_at(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
         found = c.mmap(address, size, protection, flags, descriptor, 0)
         if found in (None, ctypes.c_void_p(-1).value):
             raise MachineError(
@@ -123,14 +123,14 @@ def map_files(files: Sequence[Path]) -> npt.NDArray[np.uint8]:
         return int(found)
 
     # A stretch of addresses without memory behind it, then file by file over it.
-    start = location(None, sum(sizes), 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+    start = map_at(None, sum(sizes), 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     whole = (ctypes.c_uint8 * sum(sizes)).from_address(start)
     # Not at the exit of the interpreter, where threads may still be reading.
     weakref.finalize(whole, c.munmap, start, sum(sizes)).atexit = False
     address = start
     for file, size in zip(files, sizes, strict=True):
         with open(file, "rb") as stream:
-            location(address, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, stream.fileno())
+            map_at(address, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, stream.fileno())
         address += size
     tokens = np.ctypeslib.as_array(whole)
     tokens.flags.writeable = False

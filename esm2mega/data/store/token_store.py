@@ -34,6 +34,7 @@ from esm2mega.data.store import clusters, store_files
 from esm2mega.data.store.shards import SHARD_BYTES, ShardWriter, map_files
 from esm2mega.data.store.store_files import HashedFile, NumberSpool, offset_blocks, write_offsets
 from esm2mega.errors import UserError
+from esm2mega.files import file_sha256
 from esm2mega.version import __version__
 
 FORMAT = "esm2mega token store"
@@ -305,7 +306,7 @@ class TokenStore:
     def verify(self) -> None:
         """Reads every byte and raises UserError when a file is not what was written."""
         for name in self.manifest["files"]:
-            if _sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
+            if file_sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
                 raise _damaged(self.path / name, "differs from its checksum in manifest.json")
 
     @property
@@ -454,11 +455,3 @@ def _check_entries(file: Path, manifest: Mapping[str, Any]) -> None:
 
 def _damaged(file: Path, what: str) -> UserError:
     return UserError(f"{file}: {what}: the token store is damaged; {_PREPARE_AGAIN}")
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(store_files.BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from esm2mega.batch import PackedBatch
@@ -249,6 +250,16 @@ class SplitPacks(ABC, Generic[BatchT]):
         while dealt := list(itertools.islice(packs, self._dp_size)):
             pack = dealt[self._dp_rank] if self._dp_rank < len(dealt) else PADDING
             yield self._build(pack)
+
+    def batch(self, number: int) -> BatchT:
+        """The batch of any pack, counted over all ranks from 0."""
+        window = int(np.searchsorted(self._borders, number, side="right")) - 1
+        return self._build(Pack(self._plan.window(window), number - int(self._borders[window])))
+
+    @functools.cached_property
+    def _borders(self) -> npt.NDArray[np.int64]:
+        """The first pack of each window of the plan, and their total."""
+        return np.cumsum([0, *map(len, self._plan.windows())])
 
     @abstractmethod
     def _build(self, pack: Pack) -> BatchT:

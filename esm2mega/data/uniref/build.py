@@ -69,7 +69,7 @@ class UniRefInputs:
     Attributes:
         uf50: FASTA of the representatives of the clusters.
         uf90: FASTA of all members of the clusters.
-        mapping: which members belong to which cluster, see `uniref_mapping.py`.
+        mapping: which members belong to which cluster, see `esm2mega.data.uniref.mapping`.
         valid: FASTA of representatives held out for validation, not in `uf50`.
         test: the same for the final test.
     """

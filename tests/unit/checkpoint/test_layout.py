@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from esm2mega import files
 from esm2mega.checkpoint import layout
 from esm2mega.errors import MachineError, UserError
 from esm2mega.vocabulary import TOKENIZER_HASH
@@ -131,15 +132,15 @@ def test_prune_counts_an_unreadable_state_as_not_evaluated(
 
 def test_state_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = _checkpoint(tmp_path, 10, None)
-    layout.replace_state(checkpoint, {"step": 10, "valid_loss": 2.0})
+    layout.write_state(checkpoint, {"step": 10, "valid_loss": 2.0})
     assert layout.read_state(checkpoint)["valid_loss"] == 2.0
 
     def full(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(layout.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(MachineError, match="train_state.json: cannot be written: No space left"):
-        layout.replace_state(checkpoint, {"step": 10, "valid_loss": 3.0})
+        layout.write_state(checkpoint, {"step": 10, "valid_loss": 3.0})
     assert layout.read_state(checkpoint)["valid_loss"] == 2.0
     assert not list(checkpoint.glob(".*"))
 

@@ -9,6 +9,7 @@ import torch
 
 from esm2mega.cli.app import main
 from esm2mega.config.schema import ParallelConfig
+from esm2mega.convert.start_point import read_checkpoint
 from esm2mega.infer.source import open_model
 from esm2mega.inspect import inspect_path
 from esm2mega.lora.base import recorded_base
@@ -39,7 +40,7 @@ def test_there_and_back(base: Base, checkpoint: Path, tmp_path: Path) -> None:
     assert main(["lora", "import", there, "--base", ours, "--out", back]) == 0
     assert main(["lora", "merge", back, "--out", whole]) == 0
     # The same weights in two formats are the same base.
-    assert recorded_base(Path(back)).sha256 == recorded_base(checkpoint).sha256
+    assert recorded_base(read_checkpoint(back)).sha256 == recorded_base(read_checkpoint(checkpoint)).sha256
     expected = adapted.logits(checkpoint)
     assert (adapted.logits(Path(whole)) - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -74,7 +75,7 @@ def test_a_whole_model_is_no_adapter(base: Base, tmp_path: Path, capsys: pytest.
 def test_inspect_names_base_and_adapters(base: Base, checkpoint: Path) -> None:
     text = inspect_path(checkpoint)
     assert "adapters of rank 3 on linear_qkv, linear_proj, linear_fc1, linear_fc2" in text
-    assert f"base {base.path}  sha256 {recorded_base(checkpoint).sha256}" in text
+    assert f"base {base.path}  sha256 {recorded_base(read_checkpoint(checkpoint)).sha256}" in text
     assert "encoder.layers.self_attention.linear_q_lora.lora_A" in text
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.config import load
+from esm2mega import files
 from esm2mega.config.load import (
     find_config,
     known_keys,
@@ -178,8 +178,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(load.os, "replace", no_space)
-    with pytest.raises(MachineError, match="cannot write the configuration: No space left on device"):
+    monkeypatch.setattr(files.os, "replace", no_space)
+    with pytest.raises(MachineError, match="config.yaml: cannot be written: No space left on device"):
         save_resolved(run, tmp_path / "config.yaml")
     assert (tmp_path / "config.yaml").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

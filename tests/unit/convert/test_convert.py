@@ -14,10 +14,12 @@ from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.cli.app import main
 from esm2mega.config.load import load_run_over
 from esm2mega.convert.convert import convert
+from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.formats import esm2mega as own
 from esm2mega.convert.formats import hf
 from esm2mega.convert.formats.registry import detect, open_weights
 from esm2mega.convert.into_model import load_initial_weights
+from esm2mega.convert.start_point import read_start
 from esm2mega.errors import UserError
 from esm2mega.inspect import inspect_path
 from tests import foreign
@@ -52,12 +54,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_detect(sources: Path, name: str, expected: str) -> None:
-    assert detect(sources / name) == expected
+    assert detect(SourceFiles(sources / name)) == expected
 
 
 def test_an_unknown_file_is_named_with_what_would_be_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="in none of the formats esm2mega, hf, .*; name one with --from"):
-        detect(tmp_path)
+        detect(SourceFiles(tmp_path))
     with pytest.raises(UserError, match="no such file or directory"):
         open_weights(tmp_path / "nothing", "hf")
 
@@ -162,11 +164,11 @@ def test_other_numerics_cannot_be_a_start(sources: Path, world: None) -> None:
     ):
         config = load_run_over(run, [change]).model
         with pytest.raises(UserError, match=message):
-            load_initial_weights(sources / source, config, [])
+            load_initial_weights(read_start(sources / source), config, [])
 
 
 def test_a_converted_checkpoint_is_not_resumed(sources: Path) -> None:
-    from esm2mega.train.pretrain import find_resume
+    from esm2mega.train.start import find_resume
 
     run = load_run_over(layout.read_config(sources / "ours"), [f"checkpoint.resume={sources / 'ours'}"])
     with pytest.raises(

@@ -12,15 +12,21 @@ import pytest
 
 from esm2mega.checkpoint import layout
 from esm2mega.cli.app import main
-from esm2mega.config.schema import TaskConfig
+from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.convert.heads.hf_classifiers import TOKEN, architecture_of, shapes_of
 from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.data.labels.dataset import proteins_of_sequences
 from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.data.store.prepare import prepare_fasta
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
 from esm2mega.finetune.api import TrainedModel, infer_model, train_model
 from esm2mega.finetune.metrics import Predictions
-from esm2mega.finetune.output import check_kind, shown_labels, write_predictions
+from esm2mega.finetune.output import shown_labels
+from esm2mega.finetune.prediction_files import PredictionContents, check_kind, write_csv
+from esm2mega.infer.arrays import ArrayFile, plain_offsets
+from tests.infer_models import write_fasta
 from tests.unit.runs import SETTINGS
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
@@ -152,7 +158,14 @@ def test_numbers_of_several_columns_in_a_table(tmp_path: Path) -> None:
     labels = np.array([[1.0, np.nan], [np.nan, 2.0], [0.25, 8.0]])
     proteins = proteins_of_sequences(["MKT", "L"])
     found = Predictions(np.array([0, 0, 1]), np.array([1, 2, 0]), values, labels)
-    write_predictions(tmp_path / "out.csv", found, info, proteins, limit=2)
+    prepare_fasta([write_fasta(tmp_path / "x.fasta", [("0", "MKT"), ("1", "L")])], tmp_path / "store")
+    spec = BatchSpec(DataConfig(max_seq_length=4), 8, seed=1)
+    contents = PredictionContents(TokenStore(tmp_path / "store" / "train"), {}, info, spec)
+    (tmp_path / "arrays").write_bytes(b"\0" * contents.specs["predictions"].num_bytes)
+    with ArrayFile(tmp_path / "arrays", contents.specs, plain_offsets(contents.specs)) as arrays:
+        for name, row, rows in contents.stored(vars(found)):
+            arrays.write(name, row, rows)
+        write_csv(tmp_path / "out.csv", contents, arrays)
     rows = list(csv.reader((tmp_path / "out.csv").open()))
     assert rows[1:] == [["0", "True", "nan 0.5 -2.0", "nan 1.0 3.0"], ["1", "False", "4.0", "5.0"]]
     assert rows[0] == ["id", "truncated", "u", "v"]

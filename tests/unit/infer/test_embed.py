@@ -59,7 +59,7 @@ def everything(reference: Reference, fasta: Path, tmp_path_factory: pytest.TempP
         out,
         "infer.outputs=[residue,pooled,logits,contacts]",
         "infer.layers=[0,2,-1]",
-        "infer.pack_tokens=128",
+        "infer.micro_batch_tokens=128",
     )
     return out
 
@@ -124,7 +124,7 @@ def test_npz_and_parquet_and_pt_hold_the_same_bits(
     parquet = pytest.importorskip("pyarrow.parquet")
     for name in ("x.npz", "x.parquet", "x"):
         # Another pack size: the bits of a protein must not depend on it.
-        run(reference, fasta, tmp_path / name, *ALL, "infer.pack_tokens=4096")
+        run(reference, fasta, tmp_path / name, *ALL, "infer.micro_batch_tokens=4096")
     table = parquet.read_table(tmp_path / "x.parquet").to_pylist()
     assert [row["id"] for row in table] == [name for name, _ in PROTEINS]
     with np.load(tmp_path / "x.npz") as archive, (tmp_path / "x" / "index.csv").open() as index:
@@ -200,7 +200,7 @@ def test_long_proteins_are_an_error_that_names_one(
     reference: Reference, long_fasta: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        UserError, match=r"'long' \(number 2\) has 300 residues, more than the 126 .* --long crop"
+        UserError, match=r"'long' \(number 2\) has 300 residues, more than the 126 .* --too-long crop"
     ):
         run(reference, long_fasta, tmp_path / "x.h5")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.fasta"]
@@ -209,7 +209,7 @@ def test_long_proteins_are_an_error_that_names_one(
 def test_cropped_proteins_are_as_if_cut_and_marked(
     reference: Reference, long_fasta: Path, tmp_path: Path
 ) -> None:
-    report = run(reference, long_fasta, tmp_path / "x.h5", "infer.long=crop")
+    report = run(reference, long_fasta, tmp_path / "x.h5", "infer.too_long=crop")
     assert "1 proteins were cropped by 174 residues" in report[1]
     with h5py.File(tmp_path / "x.h5") as file:
         assert file["truncated"][:].tolist() == [False, True, False]
@@ -222,7 +222,7 @@ def test_chunked_proteins_are_means_over_windows(
     reference: Reference, long_fasta: Path, tmp_path: Path
 ) -> None:
     outputs = "infer.outputs=[residue,pooled,logits,contacts]"
-    run(reference, long_fasta, tmp_path / "x.h5", "infer.long=chunk", "infer.overlap=50", outputs)
+    run(reference, long_fasta, tmp_path / "x.h5", "infer.too_long=chunk", "infer.overlap=50", outputs)
     ids = ids_of(LONG)
     total, logits, count = torch.zeros(302, 48), torch.zeros(302, 33), torch.zeros(302, 1)
     windows = overlapping(300, MAX_SEQ_LENGTH, 50)
@@ -254,13 +254,13 @@ def test_resume_goes_on_and_gives_the_same_bits(
     class Stop(Exception):
         pass
 
-    from esm2mega.infer import embed as module
+    from esm2mega.infer import job as module
 
     compute = module._compute
 
-    def stops(work: Any, source: Any, ranks: Any, pieces: Any, maps: Any) -> None:
+    def stops(job: Any, work: Any, ranks: Any, pieces: Any) -> None:
         assert len(pieces) == 4
-        compute(work, source, ranks, pieces[:2], maps)
+        compute(job, work, ranks, pieces[:2])
         raise Stop
 
     monkeypatch.setattr(module, "_compute", stops)
@@ -268,9 +268,9 @@ def test_resume_goes_on_and_gives_the_same_bits(
         run(reference, fasta, tmp_path / "x.h5")
     seen: list[int] = []
 
-    def goes_on(work: Any, source: Any, ranks: Any, pieces: Any, maps: Any) -> None:
+    def goes_on(job: Any, work: Any, ranks: Any, pieces: Any) -> None:
         seen.extend(pieces)
-        compute(work, source, ranks, pieces, maps)
+        compute(job, work, ranks, pieces)
 
     monkeypatch.setattr(module, "_compute", goes_on)
     with pytest.raises(UserError, match="unfinished output of an earlier start"):
@@ -409,7 +409,7 @@ def test_a_protein_of_20_000_residues(reference: Reference, tmp_path: Path) -> N
     fasta = write_fasta(tmp_path / "giant.fasta", [("titin", giant), ("small", "MKT")])
     with pytest.raises(UserError, match=r"'titin' \(number 1\) has 20,000 residues"):
         run(reference, fasta, tmp_path / "x.h5")
-    report = run(reference, fasta, tmp_path / "x.h5", "infer.long=chunk", "infer.max_seq_length=1024")
+    report = run(reference, fasta, tmp_path / "x.h5", "infer.too_long=chunk", "infer.max_seq_length=1024")
     assert "1 proteins are means over overlapping windows" in report[1]
     with h5py.File(tmp_path / "x.h5") as file:
         assert file["lengths"][:].tolist() == [20_000, 3] and file["num_windows"][0] == 39
@@ -445,4 +445,4 @@ def test_the_shipped_configuration_is_used(reference: Reference, long_fasta: Pat
     run(reference, long_fasta, tmp_path / "x.h5", config="infer")
     with h5py.File(tmp_path / "x.h5") as file:
         assert file[f"residue/layer_{LAYERS}"].dtype == np.float16
-        assert json.loads(file.attrs["esm2mega"])["long"] == "chunk"
+        assert json.loads(file.attrs["esm2mega"])["too_long"] == "chunk"

@@ -14,7 +14,8 @@ from esm2mega.config.lora import LINEARS, resolve_targets
 from esm2mega.config.schema import LoRAConfig, ParallelConfig, Run
 from esm2mega.convert.formats.esm2mega import run_of
 from esm2mega.convert.formats.registry import open_weights
-from esm2mega.lora.base import identify
+from esm2mega.convert.start_point import read_checkpoint, read_start
+from esm2mega.lora.base import identify, with_base
 from esm2mega.lora.checkpoint import Factors, load_model, write_adapters
 from esm2mega.model.build import build_model
 from esm2mega.model.packed import pack, unpack
@@ -88,7 +89,7 @@ def make_adapters(folder: Path, base: Base, lora: LoRAConfig, dtype: torch.dtype
         "token_counts": None,
         "origin": {"format": "tests", "path": ""},
     }
-    write_adapters(folder, run, identify(base.path), random_factors(lora, dtype), state, {})
+    write_adapters(folder, run, identify(read_start(base.path)), random_factors(lora, dtype), state, {})
     return folder
 
 
@@ -105,7 +106,7 @@ def logits(checkpoint: Path, run: Run | None = None) -> Tensor:
     ids, mask = batch()
     with process_groups(ParallelConfig(), seed=1):
         chunks = build_model(run.model, run.parallel, CPU, run.seed, has_lora=run.lora.rank is not None)
-        load_model(checkpoint, run, chunks)
+        load_model(with_base(read_checkpoint(checkpoint), run.init_from), run, chunks)
         tokens, packed = pack(ids, mask)
         with torch.no_grad():
             return unpack(chunks[0].eval()(tokens, packed), mask)
@@ -124,7 +125,7 @@ def gradients(checkpoint: Path, weights: Tensor) -> dict[str, Tensor]:
     ids, mask = batch()
     with process_groups(ParallelConfig(), seed=1):
         (model,) = build_model(run.model, run.parallel, CPU, run.seed, has_lora=True)
-        load_model(checkpoint, run, [model])
+        load_model(with_base(read_checkpoint(checkpoint), run.init_from), run, [model])
         tokens, packed = pack(ids, mask)
         (model(tokens, packed) * weights[mask.bool()]).sum().backward()
         found: dict[str, Tensor] = {}

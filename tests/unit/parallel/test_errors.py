@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
-from esm2mega.parallel.errors import claim_error_report, lost_peer
-from tests.ranks import run_ranks, start_ranks, wait_ranks
+import pytest
+from torch.distributed import TCPStore
+
+from esm2mega.parallel.errors import claim_error_report, lost_peer, on_one_rank
+from tests.ranks import RankResult, run_ranks, start_ranks, wait_ranks
 
 # Each rank fails within the process groups, as a command does; the claim is asked for while they stand.
 FAIL = """
@@ -64,3 +68,107 @@ def test_a_lost_process_is_one_plain_line(tmp_path: Path) -> None:
 def test_other_errors_are_not_taken_for_a_lost_process() -> None:
     assert lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert lost_peer(ValueError("Connection reset by peer")) is None
+
+
+# What each rank would say for itself differs; before, within, between and after two worlds of process groups.
+TELL = """
+import os, time
+from esm2mega.config.schema import ParallelConfig
+from esm2mega.parallel.errors import on_one_rank
+from esm2mega.parallel.initialize import process_groups
+rank = int(os.environ["RANK"])
+time.sleep(rank)
+said = [on_one_rank(lambda: (number, rank)) for number in range(3)]
+for _ in range(2):
+    with process_groups(ParallelConfig(), seed=1):
+        said.append(on_one_rank(lambda: os.getpid() if rank == 0 else None))
+    said.append(on_one_rank(lambda: rank))
+print(said)
+"""
+
+
+def test_what_rank_0_finds_reaches_the_others_at_any_time(tmp_path: Path) -> None:
+    results = run_ranks(["-c", TELL], 2, tmp_path)
+    assert results[0].stdout == results[1].stdout
+    said = ast.literal_eval(results[0].stdout)
+    assert said[:3] == [(0, 0), (1, 0), (2, 0)] and said[4::2] == [0, 0]
+    assert said[3] == said[5] > 1
+
+
+def test_alone_nobody_is_asked() -> None:
+    with pytest.raises(ZeroDivisionError):
+        on_one_rank(lambda: 1 / 0)
+    assert on_one_rank(lambda: 5) == 5
+
+
+# `finds` runs on rank 0 before there are process groups; the store is that of a launcher if it has a port.
+COMMAND = """
+import os, sys, time
+from datetime import timedelta
+from esm2mega.cli import app as cli
+from esm2mega.errors import MachineError, UserError
+from esm2mega.parallel.errors import on_one_rank
+rank, (kind, port, seconds) = int(os.environ["RANK"]), sys.argv[1:]
+if port != "0":
+    os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+def finds():
+    if kind == "dies":
+        os._exit(9)
+    raise {"user": UserError("bad"), "machine": MachineError("bad"), "defect": ValueError("bad")}[kind]
+
+@cli.cli.command()
+def start():
+    time.sleep(rank)
+    if kind == "absent" and rank == 1:
+        os._exit(9)
+    on_one_rank(finds if kind != "absent" else int, timedelta(seconds=int(seconds)))
+
+raise SystemExit(cli.main(["start"]))
+"""
+
+
+@pytest.mark.parametrize("has_launcher", [False, True])
+@pytest.mark.parametrize(("kind", "code"), [("user", 2), ("machine", 1)])
+def test_an_error_of_rank_0_ends_all_ranks_alike(
+    tmp_path: Path, kind: str, code: int, has_launcher: bool
+) -> None:
+    """Rank 1 comes a second later, when rank 0 has long found its error."""
+    results = command_of_two(kind, has_launcher, tmp_path)
+    assert [result.returncode for result in results] == [code, code]
+    assert [result.stderr for result in results] == ["esm2mega: [rank 0] error: bad\n", ""]
+
+
+@pytest.mark.parametrize("has_launcher", [False, True])
+def test_a_defect_on_rank_0_does_not_leave_the_others_waiting(tmp_path: Path, has_launcher: bool) -> None:
+    results = command_of_two("defect", has_launcher, tmp_path)
+    assert [result.returncode for result in results] == [1, 1]
+    assert results[0].stderr.startswith("esm2mega: [rank 0] internal error: ValueError: bad")
+    assert results[1].stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "has_launcher", "line"),
+    [
+        ("dies", False, "[rank 1] error: lost the connection to another process ("),
+        ("dies", True, "[rank 1] error: no answer from another process in 0.0333333 minutes"),
+        ("absent", True, "[rank 0] error: no answer from another process in 0.0333333 minutes"),
+    ],
+)
+def test_nobody_waits_for_ever_for_a_process_that_is_gone(
+    tmp_path: Path, kind: str, has_launcher: bool, line: str
+) -> None:
+    results = command_of_two(kind, has_launcher, tmp_path)
+    survivor, other = (results[1], results[0]) if kind == "dies" else (results[0], results[1])
+    assert survivor.returncode == 1 and other.returncode in (9, -9)
+    lines = [text for text in survivor.stderr.splitlines() if text.startswith("esm2mega: ")]
+    assert len(lines) == 1 and lines[0].startswith(f"esm2mega: {line}")
+    assert "Traceback" not in survivor.stderr
+
+
+def command_of_two(kind: str, has_launcher: bool, folder: Path) -> list[RankResult]:
+    """Run `COMMAND` on two ranks; where a wait is expected to run out, it does after 2 s."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if has_launcher else None
+    seconds = 2 if has_launcher and kind in ("dies", "absent") else 100
+    arguments = [kind, str(store.port if store else 0), str(seconds)]
+    return wait_ranks(start_ranks(["-c", COMMAND, *arguments], 2, folder), folder, timeout=100)

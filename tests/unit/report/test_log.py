@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from esm2mega import files
 from esm2mega.errors import MachineError, UserError
 from esm2mega.report import log as log_module
 from esm2mega.report.log import JsonlLog, read_log, scan_log
@@ -119,7 +120,7 @@ def test_truncate_is_all_or_nothing(path, monkeypatch):
     def fail(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(log_module.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(MachineError, match="No space left"):
         log.truncate_after(1)
     assert path.read_bytes() == before

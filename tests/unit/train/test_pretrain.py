@@ -11,6 +11,7 @@ import torch
 
 from esm2mega.checkpoint import layout
 from esm2mega.config.load import run_from_yaml
+from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
@@ -18,7 +19,8 @@ from esm2mega.errors import MachineError, UserError
 from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 from esm2mega.train import session as module
 from esm2mega.train.evaluate import evaluate_checkpoint
-from esm2mega.train.pretrain import find_init, find_resume, pretrain
+from esm2mega.train.pretrain import pretrain
+from esm2mega.train.start import find_init, find_resume
 from tests.checkpoints import full_weights
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import tiny_run
@@ -85,20 +87,25 @@ def test_two_stores_are_mixed(finished: TinyRun, tmp_path: Path, capsys: pytest.
         pretrain(tiny_run(stores, "data.weights=[1, 1]", "train.max_steps=3", run_dir=tmp_path))
 
 
+def path_of(start: StartPoint | None) -> Path:
+    assert start is not None
+    return start.path
+
+
 def test_find_resume(finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     assert find_resume(tiny_run(run_dir=run_dir)) is None
     assert find_resume(tiny_run("checkpoint.resume=never", run_dir=run_dir)) is None
     shutil.copytree(finished.run_dir, run_dir)
-    assert find_resume(tiny_run(run_dir=run_dir)) == layout.step_dir(run_dir, 4)
+    assert path_of(find_resume(tiny_run(run_dir=run_dir))) == layout.step_dir(run_dir, 4)
     assert capsys.readouterr().err == ""
     (layout.step_dir(run_dir, 4) / "COMPLETE").unlink()
-    assert find_resume(tiny_run(run_dir=run_dir)) == layout.step_dir(run_dir, 2)
+    assert path_of(find_resume(tiny_run(run_dir=run_dir))) == layout.step_dir(run_dir, 2)
     assert (
         capsys.readouterr().err == f"esm2mega: ignoring {layout.step_dir(run_dir, 4)}: it has no COMPLETE\n"
     )
     named = layout.step_dir(finished.run_dir, 4)
-    assert find_resume(tiny_run(f"checkpoint.resume={named}", run_dir=tmp_path / "new")) == named
+    assert path_of(find_resume(tiny_run(f"checkpoint.resume={named}", run_dir=tmp_path / "new"))) == named
 
 
 def test_a_fresh_start_does_not_overwrite(finished: TinyRun) -> None:
@@ -129,7 +136,7 @@ def test_another_precision_is_refused_for_resume_alone(finished: TinyRun, tmp_pa
     with pytest.raises(UserError, match=r"model.precision=fp64, the configuration says fp32, .* init_from="):
         find_resume(tiny_run("model.precision=fp32", run_dir=finished.run_dir))
     fresh = tiny_run("model.precision=fp32", f"init_from={finished.run_dir}", run_dir=tmp_path)
-    assert find_init(fresh) == layout.step_dir(finished.run_dir, 4)
+    assert path_of(find_init(fresh)) == layout.step_dir(finished.run_dir, 4)
 
 
 def test_a_checkpoint_before_others_of_its_run_is_refused(finished: TinyRun, tmp_path: Path) -> None:
@@ -144,8 +151,8 @@ def test_a_checkpoint_before_others_of_its_run_is_refused(finished: TinyRun, tmp
     with pytest.raises(UserError, match="holds step_00000004, "):
         find_resume(tiny_run(f"checkpoint.resume={other}", run_dir=run_dir))
     shutil.rmtree(layout.step_dir(run_dir, 4))
-    assert find_resume(tiny_run(f"checkpoint.resume={early}", run_dir=run_dir)) == early
-    assert find_resume(tiny_run(f"checkpoint.resume={other}", run_dir=run_dir)) == other
+    assert path_of(find_resume(tiny_run(f"checkpoint.resume={early}", run_dir=run_dir))) == early
+    assert path_of(find_resume(tiny_run(f"checkpoint.resume={other}", run_dir=run_dir))) == other
 
 
 def test_a_start_tells_what_it_does_with_what_is_there(

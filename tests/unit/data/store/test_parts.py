@@ -149,8 +149,8 @@ def test_finished_parts_serve_another_split(interrupted: Path, fasta: Path, tmp_
 
 def test_parts_of_other_text_are_done_again(interrupted: Path, fasta: Path, tmp_path: Path) -> None:
     content = bytearray(fasta.read_bytes())
-    location = content.index(b"MKTL", len(content) // 2)
-    content[location] = ord("W")  # one residue in the middle: one part
+    position = content.index(b"MKTL", len(content) // 2)
+    content[position] = ord("W")  # one residue in the middle: one part
     fasta.write_bytes(content)
     report = prepare([fasta], interrupted)
     (note,) = resumed(report)

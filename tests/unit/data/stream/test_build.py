@@ -50,8 +50,8 @@ def pieces_of(store: TokenStore, **changes: Any) -> dict[tuple[int, int], tuple[
         for row, start, length, offset in zip(
             pieces.rows.tolist(), pieces.starts.tolist(), pieces.lengths, pack.offsets, strict=True
         ):
-            location = slice(offset, offset + length)
-            found[row, start] = (batch.input_ids[location].tolist(), originals[location].tolist())
+            tokens = slice(offset, offset + length)
+            found[row, start] = (batch.input_ids[tokens].tolist(), originals[tokens].tolist())
     return found
 
 

@@ -378,9 +378,9 @@ def test_training_and_evaluation_masks_differ(store: TokenStore) -> None:
     spec = BatchSpec(DataConfig(max_seq_length=128), micro_batch_tokens=128, seed=1)
     training = build_batch([store], spec, make_pack([59], [59], [121]))
     evaluation = next(batch for batch in EvalPacks(store, spec) if 121 in batch.seqlens)
-    location = evaluation.seqlens.index(121)
-    assert originals(evaluation)[location] == originals(training)[0]
-    masked = evaluation.input_ids.split(evaluation.seqlens)[location]
+    index = evaluation.seqlens.index(121)
+    assert originals(evaluation)[index] == originals(training)[0]
+    masked = evaluation.input_ids.split(evaluation.seqlens)[index]
     assert masked.tolist() != training.input_ids[:121].tolist()
 
 

@@ -1,13 +1,12 @@
 """Hidden states out of the one model there is, by hooks; its own code knows nothing of them.
 
-Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` heads, ``L`` layers.
+Legend: ``T`` tokens of a pack, ``h`` hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,29 +15,14 @@ from torch import Tensor
 from esm2mega.model.esm2 import ESM2Model
 
 
-@dataclass(frozen=True)
-class OutputRequest:
-    """What to compute.
-
-    Attributes:
-        layers: Hidden states, 0 for the embedding, the number of layers for the end, after the final
-            LayerNorm.
-        logits: Whether the head runs.
-        contact_head: Weight ``[L * n]``, layer-major, and bias of the contact head; None for no contacts.
-    """
-
-    layers: tuple[int, ...] = ()
-    logits: bool = False
-    contact_head: tuple[Tensor, float] | None = None
-
-
 @contextmanager
 def hidden_states(model: ESM2Model, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """A dictionary that every forward pass fills with the hidden states of this stage: ``[T, h]`` each.
 
     Args:
         model: The model, or the pipeline stage of it that this rank holds.
-        layers: Numbers of states as in `OutputRequest`; those of other stages are left to them.
+        layers: Numbers of states: 0 for the embedding, the number of layers for the end, after the final
+            LayerNorm. Those of other stages are left to them.
     """
     found: dict[int, Tensor] = {}
     handles = []

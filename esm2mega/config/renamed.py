@@ -1,0 +1,56 @@
+"""Names that configuration keys and options had in earlier versions, in one table.
+
+A user who writes an old name is told the new one. Files that an earlier version wrote keep their old names,
+and are read through the same table: configurations of runs and checkpoints, and the settings that `embed` and
+`score` note beside and inside their output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+RENAMED = {
+    "infer.long": "infer.too_long",
+    "infer.pack_tokens": "infer.micro_batch_tokens",
+    "--long": "--too-long",
+}
+"""Old dotted key or option -> new one."""
+
+_NOTED_SECTION = "infer."
+"""Section of the keys whose last part names a noted setting of `embed`."""
+
+
+def current_key(key: str) -> str:
+    """Return the name that a key has now, which is the same for a key that was not renamed."""
+    return RENAMED.get(key, key)
+
+
+def current_settings(noted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that `embed` or `score` noted, under the names that they have now."""
+    return {
+        current_key(f"{_NOTED_SECTION}{name}").removeprefix(_NOTED_SECTION): value
+        for name, value in noted.items()
+    }
+
+
+def refusal_of_key(key: str, value: str) -> str | None:
+    """Return why a user's key is refused, in one line, or None for a key that was not renamed.
+
+    Args:
+        key: dotted key.
+        value: what the user gave it, as text.
+    """
+    successor = RENAMED.get(key)
+    return successor and f"{key}: renamed to {successor}; write {successor}={value}"
+
+
+def refusal_of_option(option: str, accepted: Collection[str]) -> str | None:
+    """Return why an option is refused, in one line, or None if this command did not have it before.
+
+    Args:
+        option: as the user wrote it, with its dashes.
+        accepted: options of the command.
+    """
+    successor = RENAMED.get(option)
+    return f"{option}: renamed to {successor}" if successor in accepted else None

@@ -1,0 +1,45 @@
+"""The files of a checkpoint in any format, while one after the other looks whether it is its own."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from esm2mega.errors import UserError
+
+
+class SourceFiles:
+    """A path that may hold a checkpoint; a file that several formats ask for is read once.
+
+    Attributes:
+        path: File or directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def has_config(self) -> bool:
+        """Whether it is a directory with a ``config.json``."""
+        return self.config_file.is_file()
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json`` of a directory.
+
+        Raises:
+            UserError: It is not there, or is no JSON object.
+        """
+        try:
+            config = json.loads(self.config_file.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.config_file}: cannot be read as JSON ({error})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{self.config_file}: not a JSON object")
+        return config

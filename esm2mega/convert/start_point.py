@@ -1,0 +1,163 @@
+"""A checkpoint is opened once, and from then on everyone means the same configuration, head and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.config.schema import FinetuneConfig, Run, TaskConfig
+from esm2mega.convert.files.source import SourceFiles
+from esm2mega.convert.formats import esm2mega as own_format
+from esm2mega.convert.formats.registry import detect, read_weights
+from esm2mega.convert.heads.contact_head import WEIGHT, is_regression
+from esm2mega.convert.lazy_weights import HeadDescription, Weights
+from esm2mega.errors import UserError
+from esm2mega.parallel.errors import on_one_rank
+
+OWN = "esm2mega"
+"""The name of this package's own format."""
+
+
+@dataclass
+class StartPoint:
+    """A checkpoint in any format, as it was when it was opened.
+
+    Rank 0 opens it and sends it to the other ranks (`esm2mega.parallel.errors.on_one_rank`): all of them then
+    mean the same files, whatever appears beside these later. The tensors stay where they are; each rank reads
+    those that it needs.
+
+    Attributes:
+        path: File or directory; of a run, the ``step_XXXXXXXX`` directory that was its newest checkpoint.
+        format: Its name, as `esm2mega convert` has it.
+        run: The configuration that wrote it; of other formats what their files say, and defaults.
+        head: That of masked language modelling (``lm``), that of a task, or None of a bare encoder.
+        has_contact_head: Whether a contact head lies beside the model.
+        state: ``train_state.json``; empty in other formats.
+        base: The weights under its adapters, once `esm2mega.lora.base.with_base` has opened them.
+        is_resumed: Whether a training goes on from it, with its optimizer and data, rather than from its
+            weights alone.
+    """
+
+    path: Path
+    format: str
+    run: Run
+    head: Literal["lm"] | HeadDescription | None
+    has_contact_head: bool
+    state: Mapping[str, Any] = field(default_factory=dict)
+    base: StartPoint | None = None
+    is_resumed: bool = False
+    _weights: Weights | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this package wrote it."""
+        return self.format == OWN
+
+    @property
+    def task(self) -> HeadDescription | None:
+        """The head, if it is that of a task."""
+        return self.head if isinstance(self.head, HeadDescription) else None
+
+    @property
+    def weights(self) -> Weights:
+        """All tensors, read when asked for; opened on the first use in this process.
+
+        Raises:
+            UserError: It holds adapters, or its files have become unreadable.
+        """
+        if self._weights is None:
+            self._weights = _weights_of(self)
+        return self._weights
+
+    def auxiliary(self) -> dict[str, Tensor]:
+        """Tensors beside the model, such as the contact head."""
+        if self.is_own:
+            return read_auxiliary(self.path)
+        weights = self.weights
+        is_beside = own_format.is_auxiliary(weights.description)
+        return {name: weights.read(name).clone() for name in weights.infos if is_beside(name)}
+
+    def check_whole(self) -> None:
+        """Raise `UserError` if it holds adapters without the weights under them."""
+        own_format.refuse_adapters(self.path, self.state)
+
+    def release(self) -> None:
+        """Let go of open files and of tensors that they keep in memory."""
+        self._weights = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files stay with the process that opened them.
+        return {**vars(self), "_weights": None}
+
+
+def read_start(path: str | Path) -> StartPoint:
+    """Open a checkpoint in any format, in this process alone.
+
+    Args:
+        path: File or directory; a run directory means its newest complete checkpoint.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    source = SourceFiles(Path(path))
+    if not source.path.exists() or (found := detect(source)) == OWN:
+        return read_checkpoint(path)
+    weights = read_weights(source, found)
+    description = weights.description
+    # What is stored in fp16 is computed in fp32.
+    run = own_format.run_of(replace(description, dtype=own_format.default_dtype(description.dtype)))
+    return StartPoint(source.path, found, run, description.head, weights.has_contact_head, _weights=weights)
+
+
+def open_checkpoint(checkpoint: str | Path | StartPoint) -> StartPoint:
+    """Open a checkpoint of this package; all ranks call this together, and rank 0 decides.
+
+    Args:
+        checkpoint: As for `read_checkpoint`; what has been opened already is given back.
+    """
+    if isinstance(checkpoint, StartPoint):
+        return checkpoint
+    return on_one_rank(lambda: read_checkpoint(checkpoint))
+
+
+def read_checkpoint(checkpoint: str | Path) -> StartPoint:
+    """Open a checkpoint of this package, in this process alone.
+
+    Args:
+        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    directory = layout.resolve_checkpoint(checkpoint)
+    run, state = layout.read_config(directory), layout.read_state(directory)
+    head = own_format.task_head(run, state, {})
+    has_contact_head = WEIGHT in read_auxiliary(directory)
+    return StartPoint(directory, OWN, run, head or "lm", has_contact_head, state)
+
+
+def _weights_of(start: StartPoint) -> Weights:
+    if not start.is_own:
+        return read_weights(SourceFiles(start.path), start.format)
+    weights = own_format.read_checkpoint(start.path, start.run, start.state)
+    weights.origin |= {"format": OWN, "path": str(start.path)}
+    return weights
+
+
+def starts_with_contact_head(start: StartPoint, task: TaskConfig, finetune: FinetuneConfig) -> bool:
+    """Whether the head of the task is to be the contact head of a model without a task.
+
+    Raises:
+        UserError: That model has none.
+    """
+    if not finetune.load_head or not is_regression(task) or start.task is not None:
+        return False
+    if not start.has_contact_head:
+        raise UserError(f"init_from={start.path}: has no contact head; set finetune.load_head=false")
+    return True

@@ -1,0 +1,217 @@
+"""What `predict` stores: a place for every protein's predictions from the start, and CSV, Parquet or HDF5 in
+the end.
+
+Legend: ``n`` proteins, ``k`` outputs, ``L`` residues of a protein.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.data.labels.dataset import UnlabelledProteins
+from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.data.labels.stream import LabelledPacks
+from esm2mega.data.stream.build import BatchSpec
+from esm2mega.errors import UserError
+from esm2mega.finetune.output import pair_map, probabilities, table_cells
+from esm2mega.infer.arrays import ArrayFile, ArraySpec
+from esm2mega.infer.contents import Array, Contents, Write
+from esm2mega.infer.target import OutputTarget
+
+_FORMATS = {".csv": "csv", ".parquet": "parquet", ".h5": "hdf5"}
+
+_PREDICTIONS, _CONTACTS = "predictions", "contacts"
+
+_MOST_PIECE_TOKENS = 1 << 16
+_PIECES = 64
+
+
+@dataclass(frozen=True)
+class PredictionContents(Contents):
+    """Predictions of proteins, of their residues, or maps of contacts.
+
+    Attributes:
+        info: What predictions mean.
+        spec: What decides the packs.
+    """
+
+    info: TargetInfo
+    spec: BatchSpec
+
+    @cached_property
+    def packs(self) -> LabelledPacks:
+        """The packs in which the proteins are computed: those of an evaluation, so that every prediction has
+        the bits that it has there.
+        """
+        return LabelledPacks(UnlabelledProteins(self.store), self.spec)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Residues of each protein, those that are cropped included, ``[n]``."""
+        return self.store.lengths.astype(np.int64)
+
+    @cached_property
+    def truncated(self) -> npt.NDArray[np.bool_]:
+        return self.lengths > self.spec.data.max_seq_length - 2
+
+    @property
+    def tables(self) -> Mapping[str, Array]:
+        tables: dict[str, Array] = {"lengths": self.lengths, "truncated": self.truncated}
+        if self.info.per_pair:
+            tables["contact_offsets"] = self.contact_offsets
+        elif self.info.per_residue:
+            tables["offsets"] = self.offsets
+        return tables
+
+    @property
+    def specs(self) -> dict[str, ArraySpec]:
+        if self.info.per_pair:
+            return {_CONTACTS: ArraySpec((int(self.contact_offsets[-1]),), "float32")}
+        rows = int(self.offsets[-1]) if self.info.per_residue else len(self)
+        return {_PREDICTIONS: ArraySpec((rows, self.info.num_outputs), "float64")}
+
+    @property
+    def file_attributes(self) -> Mapping[str, Any]:
+        info = self.info
+        attributes = {"kind": info.kind, "names": info.output_names}
+        return attributes | ({"columns": info.columns, "widths": info.widths} if info.columns else {})
+
+    @property
+    def _packs_of_piece(self) -> int:
+        most = max(_MOST_PIECE_TOKENS // self.spec.micro_batch_tokens, 1)
+        return min(max(self.packs.num_packs // _PIECES, 1), most)
+
+    @property
+    def num_pieces(self) -> int:
+        return -(-self.packs.num_packs // self._packs_of_piece)
+
+    def pack_numbers(self, piece: int) -> range:
+        """The packs of a piece."""
+        first = piece * self._packs_of_piece
+        return range(first, min(first + self._packs_of_piece, self.packs.num_packs))
+
+    def amount(self, piece: int) -> int:
+        return len(self.pack_numbers(piece))
+
+    def stored(self, found: Mapping[str, Any]) -> Iterator[Write]:
+        """The rows of all predictions of a pack.
+
+        Args:
+            found: ``rows``, ``numbers`` and ``values`` of it, as in `esm2mega.finetune.metrics.Predictions`.
+        """
+        rows, numbers, values = found["rows"], found["numbers"], found["values"]
+        if self.info.per_pair:
+            for row, start, logits in zip(rows.tolist(), numbers.tolist(), values, strict=True):
+                contacts = probabilities(pair_map(logits, start, int(self.lengths[row])))
+                yield _CONTACTS, int(self.contact_offsets[row]), contacts.ravel()
+        elif not self.info.per_residue:
+            for place, row in enumerate(rows.tolist()):
+                yield _PREDICTIONS, row, values[place : place + 1]
+        else:
+            # The residues of each protein, or of each of its chunks.
+            borders = np.flatnonzero((np.diff(rows) != 0) | (np.diff(numbers) != 1)) + 1
+            for piece in np.split(np.arange(len(rows)), borders) if len(rows) else []:
+                yield self._of_residues(int(rows[piece[0]]), int(numbers[piece[0]]), values[piece])
+
+    def _of_residues(self, row: int, start: int, values: Array) -> Write:
+        """The rows of consecutive residues of a protein, ``[l, k]``; with NaN for those that are cropped."""
+        first = int(self.offsets[row])
+        if self.spec.data.crop == "chunk":
+            return _PREDICTIONS, first + start, values
+        whole = np.full((int(self.lengths[row]), values.shape[1]), np.nan)
+        whole[start : start + len(values)] = values
+        return _PREDICTIONS, first, whole
+
+    def table(self, arrays: ArrayFile, first: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+        """The row of each protein from `first` to `stop`, exclusive: cells by column."""
+        predictions = arrays.read(_PREDICTIONS)
+        for number, protein in enumerate(self.ids(first, stop), start=first):
+            values = predictions[number]
+            if self.info.per_residue:
+                values = predictions[self.offsets[number] : self.offsets[number + 1]]
+            row = {"id": protein, "truncated": bool(self.truncated[number])}
+            yield row | table_cells(values, self.info)
+
+
+@dataclass(frozen=True)
+class PredictionTarget(OutputTarget):
+    """Where predictions go: ``csv``, ``parquet`` or ``hdf5``."""
+
+    @classmethod
+    def of(cls, out: str | Path, info: TargetInfo) -> PredictionTarget:
+        """By the ending of the name.
+
+        Raises:
+            UserError: An unknown ending, or something that a table cannot hold.
+        """
+        path = Path(out)
+        check_format(path)
+        check_kind(path, info)
+        return cls(path, _FORMATS[path.suffix])
+
+    def _writer(self, kind: str) -> Callable[[Path, Any, ArrayFile], None]:
+        return write_csv if self.format == "csv" else write_parquet
+
+    def _reader(self) -> Callable[[Path], dict[str, Any]]:
+        from esm2mega.infer import exports, hdf5
+
+        # A table of text has no room for settings.
+        return {
+            "csv": lambda path: {},
+            "parquet": exports.read_parquet_attributes,
+            "hdf5": hdf5.read_attributes,
+        }[self.format]
+
+
+def check_format(out: Path) -> None:
+    """Refuse a name that tells no format, before the work is done."""
+    if out.suffix not in _FORMATS:
+        raise UserError(f"--out {out}: unknown ending {out.suffix!r}; give one of {', '.join(_FORMATS)}")
+    if out.suffix == ".parquet":
+        from esm2mega.infer.exports import check_parquet
+
+        check_parquet()
+
+
+def check_kind(out: Path, info: TargetInfo) -> None:
+    """Refuse a table for what fits into none."""
+    if out.suffix == ".h5":
+        return
+    if info.per_pair:
+        raise UserError(f"--out {out}: contacts are maps of all pairs; give a name that ends with .h5")
+    names = info.names if info.kind == "regression" else [target.name for target in info.targets]
+    for name in ("id", "truncated"):
+        if name in names:
+            raise UserError(
+                f"--out {out}: {name!r} is a column of its own in this table and the name of a target; give "
+                "a name that ends with .h5"
+            )
+
+
+def write_csv(path: Path, contents: PredictionContents, arrays: ArrayFile) -> None:
+    """Write a row per protein, in input order."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        for number, row in enumerate(contents.table(arrays)):
+            if not number:
+                table.writerow(row)
+            table.writerow(row.values())
+
+
+def write_parquet(path: Path, contents: PredictionContents, arrays: ArrayFile) -> None:
+    """Write a row per protein, in input order."""
+    from esm2mega.infer.exports import write_row_groups
+
+    def columns(first: int, stop: int) -> dict[str, list[Any]]:
+        rows = list(contents.table(arrays, first, stop))
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    write_row_groups(path, contents, columns)

@@ -1,0 +1,146 @@
+"""Hidden states, logits and contacts as an output holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from esm2mega.config.infer import absolute_layers
+from esm2mega.config.presets import shape_of
+from esm2mega.config.schema import Run
+from esm2mega.errors import UserError
+from esm2mega.infer.arrays import ArraySpec
+from esm2mega.infer.contents import Array, Contents, Write
+from esm2mega.infer.proteins import Lengths, Values
+from esm2mega.model.esm2 import VOCAB_SIZE
+
+STORED = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}
+"""numpy dtype of each `infer.dtype`; neither numpy nor HDF5 has bfloat16, so its bits are kept."""
+
+_TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+MOST_PIECE_TOKENS, LEAST_PIECE_TOKENS = 1 << 16, 1 << 12
+"""Tokens of a piece of the input."""
+
+_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Embeddings(Contents):
+    """What `embed` stores.
+
+    Attributes:
+        run: The settings.
+    """
+
+    run: Run
+
+    smaller = "store less (--include pooled, --dtype fp16) or "
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Residues of each protein in the output, ``[n]``."""
+        return Lengths.of(self.run).kept(self.store.lengths)
+
+    @cached_property
+    def truncated(self) -> npt.NDArray[np.bool_]:
+        """Which proteins lost residues, ``[n]``."""
+        return self.lengths < self.store.lengths
+
+    @cached_property
+    def num_windows(self) -> npt.NDArray[np.int32]:
+        """How many overlapping windows each protein is the mean of, ``[n]``."""
+        return Lengths.of(self.run).counts(self.store.lengths)
+
+    @cached_property
+    def columns(self) -> dict[str, Array]:
+        """Small arrays with one value per protein."""
+        return {
+            "lengths": self.lengths.astype(np.int32),
+            "original_lengths": self.store.lengths,
+            "truncated": self.truncated,
+            "num_windows": self.num_windows,
+        }
+
+    @property
+    def tables(self) -> Mapping[str, Array]:
+        tables = {**self.columns, "offsets": self.offsets}
+        return tables | ({"contact_offsets": self.contact_offsets} if "contacts" in self.specs else {})
+
+    @cached_property
+    def specs(self) -> dict[str, ArraySpec]:
+        """The large arrays."""
+        outputs, hidden = self.run.infer.outputs, shape_of(self.run.model).hidden_size
+        stored, total, count = STORED[self.run.infer.dtype], int(self.offsets[-1]), len(self)
+        specs = {}
+        for layer in absolute_layers(self.run):
+            if "residue" in outputs:
+                specs[f"residue/layer_{layer}"] = ArraySpec((total, hidden), stored)
+            if "pooled" in outputs:
+                specs[f"pooled/layer_{layer}"] = ArraySpec((count, hidden), stored)
+        if "logits" in outputs:
+            specs["logits"] = ArraySpec((total, VOCAB_SIZE), stored)
+        if "contacts" in outputs:
+            specs["contacts"] = ArraySpec((int(self.contact_offsets[-1]),), stored)
+        return specs
+
+    @cached_property
+    def _piece_numbers(self) -> npt.NDArray[np.int64]:
+        """The piece of each protein, ascending, ``[n]``: a function of the lengths alone."""
+        tokens = self.lengths + 2
+        size = min(max(int(tokens.sum()) // _PIECES, LEAST_PIECE_TOKENS), MOST_PIECE_TOKENS)
+        return (np.cumsum(tokens) - tokens) // size
+
+    @property
+    def num_pieces(self) -> int:
+        return int(self._piece_numbers[-1]) + 1
+
+    def proteins(self, piece: int) -> range:
+        """The proteins of a piece; none where one protein fills several."""
+        first, stop = np.searchsorted(self._piece_numbers, [piece, piece + 1])
+        return range(int(first), int(stop))
+
+    def amount(self, piece: int) -> int:
+        return len(self.proteins(piece))
+
+    def rows(self, name: str, number: int) -> slice:
+        """Which rows of array `name` belong to protein `number`."""
+        if name.startswith("pooled/"):
+            return slice(number, number + 1)
+        offsets = self.contact_offsets if name == "contacts" else self.offsets
+        return slice(int(offsets[number]), int(offsets[number + 1]))
+
+    def stored(self, number: int, values: Values) -> Iterator[Write]:
+        """Everything there is of a protein, in the dtype of the output.
+
+        Raises:
+            UserError: A value is beyond the range of fp16.
+        """
+        for name, value in values.items():
+            row = value.reshape(1, -1) if name.startswith("pooled/") else value
+            row = row.flatten() if name == "contacts" else row
+            rows = to_numpy(row, self.run.infer.dtype)
+            if self.run.infer.dtype == "fp16" and np.isinf(rows).any():
+                raise UserError(
+                    f"{self.store.id(number)}: {name} has values beyond 65504, the largest of fp16; "
+                    "set --dtype bf16 or fp32"
+                )
+            yield name, self.rows(name, number).start, rows
+
+
+def to_numpy(values: Tensor, dtype: str) -> Array:
+    """Values rounded to `infer.dtype`, as numpy knows it."""
+    rounded = values.to(_TORCH[dtype]).cpu()
+    return (rounded.view(torch.uint16) if dtype == "bf16" else rounded).numpy()
+
+
+def to_tensor(values: Array, dtype: str) -> Tensor:
+    """Inverse of `to_numpy`, as a copy."""
+    tensor = torch.from_numpy(np.array(values))
+    return tensor.view(torch.bfloat16) if dtype == "bf16" else tensor

@@ -1,0 +1,252 @@
+"""One growing output of a command: prepared by one process, computed by all of them, finished by one, at once
+or in several starts. What is computed, and how it is stored, is a `Job`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch.distributed as dist
+
+from esm2mega.config.schema import Run
+from esm2mega.data.store.cache import open_store
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.errors import UserError
+from esm2mega.infer.contents import Contents, Write
+from esm2mega.infer.target import OutputTarget
+from esm2mega.infer.work import Journal, Work, differing, has_begun
+from esm2mega.parallel.errors import on_one_rank
+from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.report.progress import Progress
+from esm2mega.version import __version__
+from esm2mega.vocabulary import TOKENIZER_HASH
+
+_PREPARED = "prepared"
+_IDS_AT_ONCE = 1 << 16
+
+Compute = Callable[[int], Iterator[tuple[int, Iterable[Write]]]]
+"""Computes a piece: how much is done, in the unit of the job, and what this rank has of it."""
+
+
+class Job(ABC):
+    """What a command computes of proteins.
+
+    Attributes:
+        name: Of the command, for messages and the progress bar.
+        unit: What `Contents.amount` counts.
+        input: Sequences in any format of `esm2mega.data.readers.sources`, or a token store.
+        mode: One of `target.MODES`.
+        run: The settings.
+        target: Where the output goes.
+    """
+
+    name: str
+    unit: str
+
+    def __init__(self, input: str, mode: str, run: Run, target: OutputTarget) -> None:
+        """Set the attributes."""
+        self.input, self.mode, self.run, self.target = input, mode, run, target
+
+    @abstractmethod
+    def check(self, store: TokenStore) -> None:
+        """Raise `UserError` for proteins that cannot be computed; called by one process."""
+
+    @abstractmethod
+    def checksum(self) -> str:
+        """SHA-256 over the weights, the same for every layout; called by one process."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What else decides the content of the output; called by one process."""
+
+    @abstractmethod
+    def contents(self, store: TokenStore, attributes: dict[str, Any]) -> Contents:
+        """What the output holds."""
+
+    @abstractmethod
+    def load(self, contents: Any, ranks: Ranks) -> Compute:
+        """Load the model, and give what computes with it.
+
+        Args:
+            contents: From `contents`.
+            ranks: Where this process stands.
+        """
+
+    @abstractmethod
+    def report(self, contents: Any, made: Sequence[Path]) -> list[str]:
+        """Lines for the reader.
+
+        Args:
+            contents: From `contents`.
+            made: The files.
+        """
+
+
+def run_job(job: Job) -> list[str]:
+    """Compute and write the output; all ranks call this together.
+
+    Returns:
+        A report for the reader, the same on every rank.
+
+    Raises:
+        UserError: Bad input or settings, or an output that is there already.
+    """
+    _check_existing(job)
+    with process_groups(job.run.parallel, job.run.seed) as ranks:
+        begun = on_one_rank(lambda: _begin(job))
+        if isinstance(begun, str):
+            return [begun]
+        attributes, store_path, remaining = begun
+        contents = job.contents(TokenStore(store_path), attributes)
+        work = Work(job.target, contents)
+        _compute(job, work, ranks, remaining[ranks.dp_rank :: ranks.dp_size])
+        dist.barrier()
+        made = on_one_rank(work.finish)
+        return job.report(contents, made)
+
+
+def _check_existing(job: Job) -> None:
+    """Refuse to touch what is there, unless told how to; and a folder of somebody else's in any case."""
+    target, mode = job.target, job.mode
+    for path in target.existing():
+        if path.is_dir() and any(path.iterdir()) and not target.attributes(path):
+            raise UserError(f"{path}: is a folder that `{job.name}` did not write; choose another --out")
+        if mode == "new":
+            raise UserError(f"{path}: exists; replace it with --overwrite, or choose another --out")
+    if mode == "new" and has_begun(target):
+        raise UserError(
+            f"{target.work_dir}: an unfinished output of an earlier start; go on with --resume, or "
+            "begin again with --overwrite"
+        )
+
+
+def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
+    """Prepare everything that processes share; by one process.
+
+    Returns:
+        Attributes, where the proteins are, and the pieces to compute; or one line why there is nothing to do.
+    """
+    target, run = job.target, job.run
+    begun = has_begun(target)
+    if not begun or job.mode == "overwrite":
+        if target.work_dir.exists():
+            shutil.rmtree(target.work_dir)
+        make_folder(target.work_dir, f"--out {target.out}")
+    try:
+        run.data.cache_dir = str(target.work_dir / _PREPARED)
+        store = open_store(job.input, run, "input")
+        job.check(store)
+        attributes = _attributes(job, store)
+        if job.mode == "resume" and (finished := target.existing()) and not begun:
+            earlier = target.attributes(finished[0])
+            if not earlier:
+                raise UserError(
+                    f"{finished[0]}: exists and does not say of which settings it is; replace it with "
+                    "--overwrite"
+                )
+            if differences := differing(earlier, attributes):
+                raise UserError(
+                    f"{finished[0]}: exists and is of other settings: {differences}; replace it with "
+                    "--overwrite"
+                )
+            shutil.rmtree(target.work_dir)
+            return f"{finished[0]} is complete"
+        return attributes, store.path, Work(target, job.contents(store, attributes)).begin()
+    except BaseException:
+        if not begun:
+            shutil.rmtree(target.work_dir, ignore_errors=True)
+        raise
+
+
+def make_folder(path: Path, named: str) -> None:
+    """Make a folder.
+
+    Args:
+        path: Of it.
+        named: The path for the reader, with the option that gives it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{named}: cannot be written: {error.strerror or error}; choose another path"
+        ) from error
+
+
+def refuse_long(store: TokenStore, most: int, name: str, cure: str) -> None:
+    """Refuse proteins that are longer than the model sees at once.
+
+    Args:
+        store: The proteins.
+        most: Residues of the longest one that fits.
+        name: Of the input.
+        cure: What the user may do, besides a greater length.
+
+    Raises:
+        UserError: There is one.
+    """
+    too_long: npt.NDArray[np.int64] = np.flatnonzero(store.lengths > most)
+    if not len(too_long):
+        return
+    first = int(too_long[0])
+    others = f" and {len(too_long) - 1:,} others" if len(too_long) > 1 else ""
+    raise UserError(
+        f"{name}: {store.id(first)!r} (number {first + 1:,}) has {store.lengths[first]:,} residues{others}, "
+        f"more than the {most:,} that the model sees at once; {cure}, or raise --max-seq-length"
+    )
+
+
+def _attributes(job: Job, store: TokenStore) -> dict[str, Any]:
+    """What decides the content of the output."""
+    ids = hashlib.sha256()
+    for first in range(0, len(store), _IDS_AT_ONCE):
+        text, lengths = store.encoded_ids(first, min(first + _IDS_AT_ONCE, len(store)))
+        ids.update(text + lengths.tobytes())
+    return {
+        "esm2mega_version": __version__,
+        "model_hash": job.checksum(),
+        "tokenizer_hash": TOKENIZER_HASH,
+        "sequences_hash": store.fingerprint,
+        "ids_hash": ids.hexdigest(),
+        **job.settings(),
+    }
+
+
+def _compute(job: Job, work: Work, ranks: Ranks, pieces: Sequence[int]) -> None:
+    """This rank's share of the pieces."""
+    compute = job.load(work.contents, ranks)
+    # Ranks of a tensor-parallel group hold the same; one of them writes. Pipeline stages write what is
+    # theirs.
+    writes = ranks.tp_rank == 0
+    total = sum(map(work.contents.amount, pieces))
+    with (
+        work.open_arrays() as arrays,
+        Progress(total, job.name, job.unit, enabled=ranks.is_main) as progress,
+    ):
+        journal = Journal(work.folder, ranks.rank, arrays)
+        for piece in pieces:
+            for done, found in compute(piece):
+                if writes:
+                    for name, row, rows in found:
+                        arrays.write(name, row, rows)
+                progress.update(done)
+            if ranks.pp_size > 1:
+                # A piece is done when every stage has written its layers.
+                arrays.sync()
+                dist.barrier(group=_model_group())
+            if writes and ranks.pp_rank == 0:
+                journal.add(piece)
+        journal.flush()
+
+
+def _model_group() -> Any:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_model_parallel_group()

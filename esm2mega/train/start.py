@@ -1,0 +1,179 @@
+"""Where a training starts: the checkpoint that it resumes, or the weights that it begins with."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+from esm2mega.checkpoint import layout
+from esm2mega.config.load import load_run, load_run_over, value_of
+from esm2mega.config.schema import ModelConfig, Run
+from esm2mega.convert.formats.esm2mega import run_of
+from esm2mega.convert.into_model import check_same_model
+from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
+from esm2mega.errors import UserError
+from esm2mega.lora.base import has_adapters, with_base
+from esm2mega.parallel.errors import on_one_rank
+
+
+def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tuple[Run, StartPoint | None]:
+    """`load_run`, with the model of `init_from` unless another is configured; all ranks call this together.
+
+    Args:
+        config: Path or name of a configuration.
+        overrides: ``key=value`` over it.
+
+    Returns:
+        The configuration; and the checkpoint that `init_from` names, as rank 0 opened it, None without one.
+
+    Raises:
+        UserError: As `load_run`; or `init_from` cannot be read.
+    """
+    init_from = value_of("init_from", config, overrides)
+    start = on_one_rank(lambda: _read_trainable(init_from)) if isinstance(init_from, str) else None
+    if start is None:
+        shape = [value_of(f"model.{key}", config, overrides) for key in ("size", "num_layers")]
+        if isinstance(init_from, str) and shape == [None, None]:
+            raise UserError(f"init_from={init_from} does not exist, and no model is configured; correct it")
+        return load_run(config, overrides), None
+    model = copy.deepcopy(start.run.model)
+    # How it was computed says nothing about this machine.
+    defaults = ModelConfig()
+    for key in ("layer_spec", "attention_backend", "recompute"):
+        setattr(model, key, getattr(defaults, key))
+    return load_run_over(Run(model=model), overrides, config), start
+
+
+def _read_trainable(path: str) -> StartPoint | None:
+    """None where nothing is."""
+    if not Path(path).exists():
+        return None
+    start = read_start(path)
+    if not start.is_own:
+        run_of(start.weights.description)  # refuses a dtype that no training computes in
+    return start
+
+
+def open_training_start(run: Run, opened: StartPoint | None = None) -> StartPoint | None:
+    """Open what a training starts from, of adapters with their base; all ranks call this together.
+
+    Args:
+        run: The configuration.
+        opened: The checkpoint that `init_from` names, if it has been opened.
+
+    Returns:
+        A checkpoint to go on from (`StartPoint.is_resumed`) or to take weights from, as rank 0 found it; None
+        for new weights.
+
+    Raises:
+        UserError: As `find_resume` and `find_init`; or the base is not there or cannot be read.
+    """
+
+    def find() -> StartPoint | None:
+        resumed = find_resume(run)
+        return find_init(run, opened) if resumed is None else with_base(resumed, run.init_from, opened)
+
+    found = on_one_rank(find, timedelta(minutes=run.parallel.timeout_minutes))
+    if opened is not None and not any(x is opened for x in (found, found and found.base)):
+        opened.release()
+    return found
+
+
+def find_resume(run: Run) -> StartPoint | None:
+    """The checkpoint that `checkpoint.resume` means, or None for a fresh start.
+
+    Raises:
+        UserError: A fresh start was asked for in a directory that holds a run, or the named checkpoint is not
+            there, or run_dir holds later ones, or it is of another model.
+    """
+    complete, incomplete = layout.find_checkpoints(run.run_dir)
+    found: StartPoint | None = None
+    if run.checkpoint.resume not in ("auto", "never"):
+        found = read_checkpoint(run.checkpoint.resume)
+        _refuse_later(run, found, complete)
+    else:
+        if run.checkpoint.resume == "never" and complete:
+            raise UserError(
+                f"checkpoint.resume=never, but {run.run_dir} holds checkpoints up to {complete[-1].name}; "
+                "choose another run_dir, or checkpoint.resume=auto to go on"
+            )
+        for directory in incomplete:
+            print(f"esm2mega: ignoring {directory}: it has no {layout.COMPLETE}", file=sys.stderr)
+        found = read_checkpoint(complete[-1]) if complete else None
+    if found is None:
+        return None
+    _check_resumable(found, run)
+    return replace(found, is_resumed=True)
+
+
+def _check_resumable(found: StartPoint, run: Run) -> None:
+    """Refuse a checkpoint that this configuration cannot go on from as if it had never stopped."""
+    path, saved = found.path, found.run
+    if "origin" in found.state:
+        raise UserError(f"{path}: a converted checkpoint, which no training can resume; use init_from={path}")
+    if saved.task.kind != run.task.kind:
+        raise UserError(
+            f"{path}: is of a run with task.kind={saved.task.kind}, the configuration says "
+            f"{run.task.kind}; choose another run_dir, and start from its weights with init_from={path}"
+        )
+    for key in ("freeze", "lr_scale", "layer_decay"):
+        theirs, own = getattr(saved.finetune, key), getattr(run.finetune, key)
+        if run.task.kind is not None and theirs != own:
+            raise UserError(
+                f"{path}: was trained with finetune.{key}={theirs}, the configuration says {own}, "
+                "for which its optimizer state does not fit; set it back, or choose another run_dir and "
+                f"init_from={path}"
+            )
+    check_same_model(str(path), saved.model, run.model, "choose another run_dir")
+    if has_adapters(found) != (run.lora.rank is not None):
+        what = "adapters" if has_adapters(found) else "a whole model"
+        raise UserError(
+            f"{path}: holds {what}, the configuration says lora.rank={run.lora.rank or 'null'}; choose "
+            "another run_dir, or set lora.rank as it was"
+        )
+    if (precision := saved.model.precision) != run.model.precision:
+        raise UserError(
+            f"{path}: was trained with model.precision={precision}, the configuration says "
+            f"{run.model.precision}, for which its optimizer state does not fit; set "
+            f"model.precision={precision}, or start from the weights: init_from={path} and a new run_dir"
+        )
+
+
+def find_init(run: Run, opened: StartPoint | None = None) -> StartPoint | None:
+    """The checkpoint that `init_from` means, in any format.
+
+    Args:
+        run: The configuration.
+        opened: That checkpoint, if it has been opened.
+
+    Raises:
+        UserError: There is none, or it is of another model.
+    """
+    if run.init_from is None:
+        return None
+    found = read_start(run.init_from) if opened is None else opened
+    if run.task.kind is None and found.head != "lm":
+        what = "no head" if found.task is None else f"the head of task.kind={found.task.task.kind}"
+        raise UserError(
+            f"init_from={run.init_from}: has {what} in the place of that of masked language modelling, which "
+            "pretraining goes on with; fine-tune it, or give another init_from"
+        )
+    found.check_whole()
+    location = str(found.path) if found.is_own else f"init_from={found.path}"
+    check_same_model(location, found.run.model, run.model, "give another init_from")
+    return found
+
+
+def _refuse_later(run: Run, found: StartPoint, complete: Sequence[Path]) -> None:
+    """A run that goes on before checkpoints of its own run_dir would mix with them, and retention with it."""
+    own = layout.step_dir(run.run_dir, found.state["step"])
+    later = [path.name for path in complete if path.name >= own.name and not path.samefile(found.path)]
+    if later:
+        raise UserError(
+            f"checkpoint.resume={run.checkpoint.resume}: {run.run_dir} holds {', '.join(later)}, which would "
+            "be taken for checkpoints of this run; move them away, or choose another run_dir"
+        )

@@ -1,0 +1,1 @@
+"""Our model on a GPU; the same functions run on the CPU where there is none, so that they cannot rot."""

@@ -1,0 +1,77 @@
+"""Files that are whole or absent after any failure, against plain reads of what lies there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from esm2mega import files
+from esm2mega.errors import MachineError, UserError
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.txt"
+    for text in ("first", "second"):
+        with files.replacing(path, durable=text == "second") as partial:
+            partial.write_text(text)
+            assert not path.exists() or path.read_text() == "first", "nobody sees half a file"
+        assert path.read_text() == text
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_an_error_in_the_block_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "result.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError), files.replacing(path) as partial:
+        partial.write_text("new")
+        raise KeyError
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.txt", "old")]
+
+
+def test_a_result_that_fails_to_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(MachineError, match="result.json: cannot be written: No space left on device; use x"):
+        files.write_json(tmp_path / "result.json", {"loss": 1.0}, "use x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_what_was_given(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"loss": 0.1, "names": ["a"]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"loss": 0.1, "names": ["a"]}
+
+
+def test_a_directory_is_never_replaced(tmp_path: Path) -> None:
+    for write in (files.check_writable, lambda path: files.write_json(path, {})):
+        with pytest.raises(MachineError, match="cannot be written: Is a directory"):
+            write(tmp_path)
+
+
+def test_trying_to_write_makes_no_file(tmp_path: Path) -> None:
+    files.check_writable(tmp_path / "new" / "out.csv")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError, match="cannot be written: .*; choose another --out"):
+        files.check_writable(tmp_path / "file" / "out.csv")
+
+
+def test_a_checksum_is_that_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_HASHED_AT_ONCE", 3)
+    (tmp_path / "a").write_bytes(b"MKTAYIAKQR")
+    assert files.file_sha256(tmp_path / "a") == hashlib.sha256(b"MKTAYIAKQR").hexdigest()
+    with pytest.raises(UserError, match=r"absent: cannot be read \(No such file"):
+        files.file_sha256(tmp_path / "absent")
+
+
+def test_names_for_a_message() -> None:
+    assert files.first_of([]) == "none"
+    assert files.first_of(["a", "b"], 2) == "a, b"
+    assert files.first_of(["a", "b", "c", "d"], 2) == "a, b, … 2 more"
