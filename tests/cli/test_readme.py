@@ -51,7 +51,7 @@ STEPS_PER_START = 2
 UNCHECKED = {".", "docker", "export", "pip", "python3.11", "python3.12", "pytest"}
 
 # Commands of the README that the walk below does not run, by their first words: the test that runs them and
-# how it is seen there. None stands for what no test can run: it needs a network, GPUs or a container, or is this.
+# how it is seen there. None stands for what no test can run: it needs a network, GPUs or a container.
 RUN_ELSEWHERE = {
     "python3.11 -m venv": None,
     ". venv/bin/activate": None,
