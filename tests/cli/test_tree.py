@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import runpy
 import shutil
 import subprocess
@@ -43,6 +44,12 @@ def test_reading_order_lists_every_module_once() -> None:
         folder = where.removesuffix("__init__.py")
         line = f"\n**`{folder}`** " if folder != where else f"\n- `{where}`: "
         assert text.count(line) == 1, where
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_the_first_line_of_a_module_is_a_sentence(path: Path) -> None:
+    first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+    assert first.endswith("."), "the sentence goes on behind the first line, or has no full stop"
 
 
 @pytest.mark.parametrize(
