@@ -1,4 +1,4 @@
-"""Weights, optimizer and training state to and from a checkpoint, at any parallel layout."""
+"""Saves and loads weights, optimizer and training state, at any parallel layout."""
 
 from __future__ import annotations
 

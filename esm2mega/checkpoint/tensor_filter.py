@@ -1,4 +1,4 @@
-"""Which tensors pass between a checkpoint and a model, and a report of those that did not report."""
+"""Decides which tensors pass between a checkpoint and a model, and reports what did not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of any format straight into the model that this rank holds, at any parallel layout."""
+"""Loads weights of any format into the model that this rank holds, at any parallel layout."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What an output holds, in every format: one entry per protein, in input order, and the arrays of all of
-them.
-"""
+"""Describes what an output holds, in every format: an entry per protein, in input order, and arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hidden states, logits and contacts as an output holds them."""
+"""Describes hidden states, logits and contacts as arrays of an output."""
 
 from __future__ import annotations
 

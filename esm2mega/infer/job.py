@@ -1,5 +1,6 @@
-"""One growing output of a command: prepared by one process, computed by all of them, finished by one, at once
-or in several starts. What is computed, and how it is stored, is a `Job`.
+"""One growing output: prepared by one process, computed by all of them, finished by one, also after kills.
+
+What is computed, and how it is stored, is a `Job`.
 """
 
 from __future__ import annotations

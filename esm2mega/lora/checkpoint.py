@@ -1,4 +1,4 @@
-"""Checkpoints that hold adapters alone, with the name of the base: into a model, and as whole factors."""
+"""Saves and loads checkpoints that hold adapters, and a head, without the weights under them."""
 
 from __future__ import annotations
 

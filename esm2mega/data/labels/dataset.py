@@ -1,4 +1,4 @@
-"""Proteins with labels, in memory: a table, or a list of pairs, as the data side of fine-tuning reads it.
+"""Proteins with labels in memory, from a table or a list of pairs, as fine-tuning reads them.
 
 `LabelledProteins` offers what samples and packs need of a token store, so that order, crops and packs of
 labelled proteins are made by the same code as those of pretraining.

@@ -1,4 +1,4 @@
-"""From a pack of labelled proteins to one micro-batch, and the streams of them for training and evaluation.
+"""Builds micro-batches of labelled proteins, and serves them for training and evaluation.
 
 T   tokens of a pack (`train.micro_batch_tokens`), padding included
 n   proteins (or pieces of them) of a pack

@@ -1,4 +1,4 @@
-"""Packed, masked batches from a token store: an endless stream for training, a fixed list for evaluation.
+"""Serves packed, masked batches: an endless stream for training, a fixed list for evaluation.
 
 Micro-batch m of data-parallel rank r is pack m * dp_size + r behind the point where the stream was started,
 so the packs between two optimizer steps are the same ones for every dp_size and every number of
