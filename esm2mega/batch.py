@@ -1,4 +1,4 @@
-"""The micro-batches that pass from the data to the model and the losses: packs of tokens with their labels.
+"""The micro-batches that the data hand to the model and the losses: packs of tokens with their labels.
 
 T   tokens of a pack (`train.micro_batch_tokens`), padding included
 n   segments: proteins, or pieces of them

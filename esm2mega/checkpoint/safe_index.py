@@ -1,4 +1,4 @@
-"""Refuse checkpoint metadata that would run code when it is read.
+"""Refuses the index of a checkpoint if reading it would run code.
 
 ``torch.distributed.checkpoint`` stores its index, ``.metadata``, as a pickle and reads it without an
 allow-list. The file is therefore opened here first, under a list of the few classes that an honest index is

@@ -1,4 +1,4 @@
-"""Single whole tensors out of a checkpoint, in one process, without building a model."""
+"""Reads single whole tensors of a checkpoint, in one process, without building a model."""
 
 from __future__ import annotations
 

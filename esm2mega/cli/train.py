@@ -1,4 +1,7 @@
-"""The commands `pretrain`, `finetune`, `predict` and `evaluate`. Importing them needs no torch or numpy."""
+"""Defines the commands `pretrain`, `finetune`, `predict` and `evaluate`.
+
+Importing them needs no torch or numpy.
+"""
 
 from __future__ import annotations
 

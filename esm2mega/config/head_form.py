@@ -1,4 +1,4 @@
-"""What a head computes, apart from its weights and dropout: whether two configurations mean the same one."""
+"""Decides whether two configurations of a head compute the same function, weights and dropout aside."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The configuration of `embed` and `score`: that of the checkpoint, what was asked for over it, and its
-rules.
+"""Makes the configuration of `embed` and `score` from that of the checkpoint and what was asked for.
 
 Pure Python, as `validate`.
 """

@@ -1,4 +1,4 @@
-"""YAML files and dotted overrides to a typed `Run`; a mistake is one line with key, place and cure.
+"""Reads YAML files and `key=value` overrides into a typed `Run`; a mistake is one line with its cure.
 
 Files are merged in the order of their `defaults`, then the file itself, then the `key=value` overrides.
 OmegaConf types and interpolates (`${oc.env:HOME}`, `${train.micro_batch_tokens}`); its own errors never reach

@@ -1,4 +1,7 @@
-"""Which linears `lora.target_modules` means, and the rules of that section. Pure Python, as `validate`."""
+"""Resolves which linears `lora.target_modules` means, and checks the rules of that section.
+
+Pure Python, as `validate`.
+"""
 
 from __future__ import annotations
 

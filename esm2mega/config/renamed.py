@@ -1,4 +1,4 @@
-"""Names that configuration keys and options had in earlier versions, in one place.
+"""One table of the names that configuration keys and options had in earlier versions.
 
 A user who writes an old name is told the new one. Files that an earlier version wrote keep their old names,
 and are read through the same tables: configurations of runs and checkpoints, and the settings that `embed`

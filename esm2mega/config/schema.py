@@ -1,4 +1,4 @@
-"""The configuration of a run as typed dataclasses, one per concern, and `Run` that holds them.
+"""The configuration of a run as typed dataclasses, one for each section, and `Run`, which holds them.
 
 Every key, its unit and its valid values are described in `conf/base.yaml`, which lists exactly these fields
 with these defaults (a test compares the two). A field with a closed set of values carries it, see `choices`.

@@ -1,4 +1,7 @@
-"""Rules of fine-tuning between keys. Pure Python, as `validate`."""
+"""Checks the rules between the keys of fine-tuning.
+
+Pure Python, as `validate`.
+"""
 
 from __future__ import annotations
 

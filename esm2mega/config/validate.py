@@ -1,4 +1,4 @@
-"""Checks of a whole configuration against itself and the number of processes, before anything is started.
+"""Checks a configuration as a whole, and against the number of processes, before anything starts.
 
 Pure Python: the command line runs these checks before it imports torch. Each error is one line with the
 value, the rule, the key and the cure. Batch arithmetic: T = `train.micro_batch_tokens`, DP = world size /

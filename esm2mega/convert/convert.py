@@ -1,4 +1,4 @@
-"""From a checkpoint in one format to one in another: whole or not at all, and with a report."""
+"""Converts a checkpoint from one format to another, whole or not at all, and reports what changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all formats are turned into and made from: our tensors, read when asked for, and a description."""
+"""`Weights` is what every format becomes: our tensors, read when asked for, and a description."""
 
 from __future__ import annotations
 

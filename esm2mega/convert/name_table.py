@@ -1,4 +1,4 @@
-"""The name table of a format: one row per kind of tensor, read in both directions.
+"""The name table of a format: one row for each kind of tensor, read in both directions.
 
 Our side of every table has the names of a checkpoint's whole tensors with the layer number written out, the
 token table and the output bias with 33 rows, and the auxiliary tensors (see `esm2mega.checkpoint.auxiliary`).

@@ -1,4 +1,4 @@
-"""A checkpoint is opened once, and from then on everyone means the same configuration, head and weights."""
+"""Opens a checkpoint once, so that all later steps mean the same configuration, head and weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arithmetic-free changes of layout: fused projections, vocabulary rows, rotary channel order.
+"""Rearranges values without arithmetic: fused projections, vocabulary rows, rotary channel order.
 
 Legend: ``h`` hidden size, ``n`` heads, ``d = h / n`` head dimension, ``t`` tensor-parallel size, ``*`` the
 columns of a weight, nothing for a bias.

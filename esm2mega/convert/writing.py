@@ -1,4 +1,4 @@
-"""`Weights` to the tensors of another format through its name table, one after the other."""
+"""Turns `Weights` into the tensors of another format through its name table, one after the other."""
 
 from __future__ import annotations
 

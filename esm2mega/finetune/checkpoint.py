@@ -1,4 +1,4 @@
-"""A fine-tuned checkpoint with its head: opened, loaded at any layout, evaluated on labelled proteins."""
+"""Opens a fine-tuned checkpoint, loads it at any layout, and evaluates it on labelled proteins."""
 
 from __future__ import annotations
 

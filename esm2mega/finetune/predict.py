@@ -1,6 +1,4 @@
-"""`esm2mega predict`: a fine-tuned head on proteins without labels, in input order, by any number of
-processes, at once or in several starts.
-"""
+"""`predict` runs a fine-tuned model on proteins without labels, with any number of processes and starts."""
 
 from __future__ import annotations
 

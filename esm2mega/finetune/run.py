@@ -1,4 +1,4 @@
-"""Fine-tuning: build the objects of a run on labelled proteins, resume or start, and hand them to the loop.
+"""Fine-tuning builds the objects of a run on labelled proteins, resumes or starts, and runs the loop.
 
 No arithmetic.
 """

@@ -1,4 +1,4 @@
-"""`esm2mega.load`: a model in one process, on the CPU or one GPU, for notebooks and scripts.
+"""`esm2mega.load` opens a model in one process, on the CPU or one GPU, for notebooks and scripts.
 
 Legend: ``L`` residues of a protein, ``h`` hidden size, ``v`` vocabulary (33), ``n`` proteins.
 """

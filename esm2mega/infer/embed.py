@@ -1,6 +1,4 @@
-"""`embed`: a file of proteins to a file of embeddings, by any number of processes, at once or in several
-starts.
-"""
+"""`embed` turns a file of proteins into a file of embeddings, with any number of processes and starts."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _ENDINGS = {".h5": "hdf5", ".hdf5": "hdf5", ".npz": "npz", ".parquet": "parquet"
 
 @dataclass(frozen=True)
 class EmbeddingTarget(OutputTarget):
-    """Where embeddings go.
+    """A target says where embeddings go.
 
     Attributes:
         outputs: `infer.outputs`.
@@ -30,7 +30,7 @@ class EmbeddingTarget(OutputTarget):
 
     @classmethod
     def of(cls, out: str | Path, infer: InferConfig, model: ModelConfig) -> EmbeddingTarget:
-        """By the ending of the name.
+        """Choose the format by the ending of the name.
 
         Raises:
             UserError: An unknown ending, or something that the format cannot hold.

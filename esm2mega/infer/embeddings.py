@@ -1,4 +1,4 @@
-"""Hidden states, logits and contacts as an output holds them."""
+"""Describes hidden states, logits and contacts as arrays of an output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PIECES = 64
 
 @dataclass(frozen=True)
 class Embeddings(Contents):
-    """What `embed` stores.
+    """Embeddings are what `embed` stores.
 
     Attributes:
         infer: What is stored, and in which dtype.
@@ -106,7 +106,7 @@ class Embeddings(Contents):
         return int(self._piece_numbers[-1]) + 1
 
     def proteins(self, piece: int) -> range:
-        """The proteins of a piece; none where one protein fills several."""
+        """Return the proteins of a piece; none where one protein fills several."""
         first, stop = np.searchsorted(self._piece_numbers, [piece, piece + 1])
         return range(int(first), int(stop))
 
@@ -114,14 +114,14 @@ class Embeddings(Contents):
         return len(self.proteins(piece))
 
     def rows(self, name: str, number: int) -> slice:
-        """Which rows of array `name` belong to protein `number`."""
+        """Return which rows of array `name` belong to protein `number`."""
         if name.startswith("pooled/"):
             return slice(number, number + 1)
         offsets = self.contact_offsets if name == "contacts" else self.offsets
         return slice(int(offsets[number]), int(offsets[number + 1]))
 
     def stored(self, number: int, values: Values) -> Iterator[Write]:
-        """Everything there is of a protein, in the dtype of the output.
+        """Yield everything there is of a protein, in the dtype of the output.
 
         Raises:
             UserError: A value is beyond the range of fp16.

@@ -1,4 +1,4 @@
-"""Finished arrays to `.npz`, Parquet and one `.pt` per protein: one pass over them, protein by protein."""
+"""Writes finished arrays to `.npz`, Parquet and one `.pt` per protein, protein by protein."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""One growing output of a command: prepared by one process, computed by all of them, finished by one, at once
-or in several starts. What is computed, and how it is stored, is a `Job`.
+"""One growing output: prepared by one process, computed by all of them, finished by one, also after kills.
+
+What is computed, and how it is stored, is a `Job`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Compute = Callable[[int], Iterator[tuple[int, Iterable[Write]]]]
 
 
 class Job(ABC):
-    """What a command computes of proteins.
+    """A job is what a command computes of proteins, and where it stores that.
 
     Attributes:
         name: Of the command, for messages and the progress bar.
@@ -60,19 +61,19 @@ class Job(ABC):
 
     @abstractmethod
     def checksum(self) -> str:
-        """SHA-256 over the weights, the same for every layout; called by one process."""
+        """Return the SHA-256 over the weights, the same for every layout; called by one process."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What else decides the content of the output; called by one process."""
+        """Return what else decides the content of the output; called by one process."""
 
     @abstractmethod
     def contents(self, store: TokenStore, attributes: dict[str, Any]) -> Contents:
-        """What the output holds."""
+        """Return what the output holds."""
 
     @abstractmethod
     def load(self, contents: Any, ranks: Ranks) -> Compute:
-        """Load the model, and give what computes with it.
+        """Load the model, and return what computes pieces with it.
 
         Args:
             contents: From `contents`.
@@ -81,7 +82,7 @@ class Job(ABC):
 
     @abstractmethod
     def report(self, contents: Any, made: Sequence[Path]) -> list[str]:
-        """Lines for the reader.
+        """Return lines for the reader.
 
         Args:
             contents: From `contents`.
@@ -204,7 +205,7 @@ def refuse_long(store: TokenStore, most: int, name: str, cure: str) -> None:
 
 
 def _attributes(job: Job, store: TokenStore) -> dict[str, Any]:
-    """What decides the content of the output."""
+    """Return everything that decides the content of the output."""
     ids = hashlib.sha256()
     for first in range(0, len(store), _IDS_AT_ONCE):
         text, lengths = store.encoded_ids(first, min(first + _IDS_AT_ONCE, len(store)))
@@ -220,7 +221,7 @@ def _attributes(job: Job, store: TokenStore) -> dict[str, Any]:
 
 
 def _compute(job: Job, work: Work, ranks: Ranks, pieces: Sequence[int]) -> None:
-    """This rank's share of the pieces."""
+    """Compute and write this rank's share of the pieces."""
     compute = job.load(work.contents, ranks)
     # Ranks of a tensor-parallel group hold the same; one of them writes. Pipeline stages write what is
     # theirs.

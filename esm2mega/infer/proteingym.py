@@ -1,4 +1,4 @@
-"""All assays of a ProteinGym reference file: a scored table each, and the summary that the benchmark reports.
+"""Scores all assays of a ProteinGym reference file, and writes the summary that the benchmark reports.
 
 https://github.com/OATML-Markslab/ProteinGym: a reference file with a row per assay (``DMS_id, DMS_filename,
 UniProt_ID, target_seq, coarse_selection_type``), and a CSV per assay (``mutant, mutated_sequence,

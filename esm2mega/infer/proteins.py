@@ -1,4 +1,4 @@
-"""Proteins to their embeddings: windows into packs, packs through the engine, windows back to proteins.
+"""Cuts proteins into windows, packs them for the engine, and joins the results to embeddings.
 
 Legend: ``L`` residues of a protein that are kept, ``h`` hidden size, ``v`` vocabulary (33), ``T`` tokens of
     a pack.

@@ -1,4 +1,4 @@
-"""`score`: variants of proteins to a table with a score each; or all single substitutions."""
+"""`score` gives a score to each variant of a table, or to all single substitutions of a protein."""
 
 from __future__ import annotations
 

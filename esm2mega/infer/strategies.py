@@ -1,4 +1,7 @@
-"""Scores of variants out of log-probabilities. A higher score is a more likely protein."""
+"""Turns log-probabilities into scores of variants.
+
+A higher score is a more likely protein.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The output as the user names it: which format that means, whether it is there already, and how it is
-finished.
-"""
+"""Resolves the output that a user names: its format, whether it is there already, how it is finished."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Substitutions as they are written, ``A24G`` or ``A24G:D25N``, and the tables that hold them."""
+"""Reads substitutions such as ``A24G`` or ``A24G:D25N``, and the tables that hold them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters to and from a directory of Hugging Face PEFT: ``adapter_config.json`` and one safetensors file.
+"""Converts adapters to and from a directory of PEFT: ``adapter_config.json`` and one safetensors file.
 
 Names and keys: peft 0.13 to 0.21. Channels of q and k need no reordering: both sides turn pairs
 ``(i, i + d/2)``.

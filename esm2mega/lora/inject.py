@@ -1,4 +1,4 @@
-"""Adapters into a model that is there: which linears get one, and the first values."""
+"""Puts adapters into a model, on the linears that the configuration names, and draws their first values."""
 
 from __future__ import annotations
 

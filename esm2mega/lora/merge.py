@@ -1,4 +1,4 @@
-"""Adapters folded into the weights under them: an ordinary checkpoint, read and written tensor by tensor."""
+"""Merges adapters into the weights under them, tensor by tensor, to an ordinary checkpoint."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""From the configuration to this rank's part of the model: the only place that translates our keys to
-Megatron-Core's.
-"""
+"""Builds this rank's part of the model; only here are our keys translated to Megatron-Core's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ESM2Model`: the stage of ESM-2 that this rank holds.
+"""`ESM2Model` is ESM-2, or the pipeline stage of it that this rank holds.
 
 Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``h`` hidden size, ``t`` tensor-parallel size,
 ``v`` vocabulary (33), ``V`` vocabulary padded for the tensor-parallel split.

@@ -1,4 +1,4 @@
-"""Heads of tasks: from hidden states of a pack to a prediction per protein or per residue.
+"""The heads of tasks: from the hidden states of a pack to predictions per protein, residue or pair.
 
 They are replicated over the tensor-parallel group: all ranks hold the same weights and see the same tokens.
 

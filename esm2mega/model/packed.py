@@ -1,4 +1,4 @@
-"""What the encoder knows about a pack: where each sequence begins, and the way from and to padded batches.
+"""Tells the encoder where each sequence of a pack begins, and converts padded batches to packs and back.
 
 Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``n`` sequences in it, ``b`` and ``s`` the
 padded batch's rows and width.

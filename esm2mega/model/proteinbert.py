@@ -1,4 +1,4 @@
-"""What TAPE's and ProteinLM's protein BERTs have in place of ESM-2's parts.
+"""The parts of TAPE's and ProteinLM's protein BERTs that take the place of ESM-2's.
 
 Both add learned positions to the tokens and have neither rotary positions nor token dropout. ProteinLM
 (`proteinbert_preln`) normalises before each block, as ESM-2. TAPE (`proteinbert_postln`) normalises after it.

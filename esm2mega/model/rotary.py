@@ -1,4 +1,4 @@
-"""Rotary embedding of ESM-2: half-split pairs, base 10000, carried frequencies, one table per micro-batch.
+"""Rotary positions of ESM-2: half-split pairs, base 10000, and frequencies that the checkpoint carries.
 
 Legend: ``T`` tokens of a pack, ``n`` heads, ``t`` tensor-parallel size, ``d`` head dimension.
 """

@@ -1,4 +1,4 @@
-"""ESM-2 with the head of a task in the place of that of the masked language model.
+"""ESM-2 with the head of a task in the place of the language-model head.
 
 Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` proteins, ``R`` residues and ``P`` pairs of residues
 of it, ``k`` targets or classes.

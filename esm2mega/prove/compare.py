@@ -1,4 +1,4 @@
-"""Two runs of the same training side by side: every number that either of them left behind."""
+"""Compares two runs of the same training: every number that either of them left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run trials on worker processes and judge them against the training of one process."""
+"""Runs trials on worker processes, and judges them against the training of one process."""
 
 from __future__ import annotations
 

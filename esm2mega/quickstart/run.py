@@ -1,5 +1,4 @@
-"""`esm2mega quickstart`: from a FASTA to a trained and evaluated model, its plot and embeddings, in minutes
-on two CPU cores.
+"""`quickstart` goes from a FASTA to a trained and evaluated model, its plot and embeddings, in minutes.
 
 Every step prints what it does and the command that does the same by hand, runs it, and stops at the first
 failure.

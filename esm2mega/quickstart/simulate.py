@@ -1,4 +1,4 @@
-"""Simulate protein families: a seeded FASTA with the structure that a protein language model can learn.
+"""Simulates protein families: a seeded FASTA with the structure that a language model can learn.
 
 Every family starts from an ancestor drawn from natural residue frequencies. Subfamily ancestors and then
 members descend from it by the LG substitution model with gamma-distributed rates per site, so that some

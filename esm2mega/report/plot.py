@@ -1,4 +1,4 @@
-"""The report of a run, drawn from its log: `report.png` and one self-contained `report.html`."""
+"""Draws the report of a run from its log: `report.png` and a self-contained `report.html`."""
 
 from __future__ import annotations
 

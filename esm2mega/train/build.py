@@ -1,4 +1,4 @@
-"""The model and the optimizer of a training are made here: chunks, weights, adapters, freezing, state."""
+"""Makes the model and the optimizer of a training: chunks, weights, adapters, freezing, state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation: the loss of a split beside the loss of knowing residue frequencies alone."""
+"""Computes the loss of a validation set, beside the loss of knowing residue frequencies alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The training loop: step, log, evaluate, save, stop. There is no other.
+"""The only training loop: step, log, evaluate, save, stop.
+
+There is no other.
 
 What decides the numbers is in `step.py`; this file decides when things happen.
 """

@@ -1,4 +1,4 @@
-"""Megatron-Core's data parallelism, optimizer and learning-rate schedule, configured for ESM-2."""
+"""Configures Megatron-Core's data parallelism, optimizer and learning-rate schedule for ESM-2."""
 
 from __future__ import annotations
 

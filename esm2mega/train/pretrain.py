@@ -1,4 +1,7 @@
-"""Pretraining: build the objects of a run, resume or start, and hand them to the loop. No arithmetic."""
+"""Pretraining builds the objects of a run, resumes or starts, and hands them to the loop.
+
+No arithmetic.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What pretraining and fine-tuning have in common around the loop: resume or start, log, evaluate, save, say
-how it ended. No arithmetic.
+"""What pretraining and fine-tuning share around the loop: resume, log, evaluate, save, report the end.
+
+No arithmetic.
 """
 
 from __future__ import annotations

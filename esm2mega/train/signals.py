@@ -1,4 +1,4 @@
-"""A signal to stop, heard by one process and obeyed by all."""
+"""Lets one process that hears a signal stop all of them."""
 
 from __future__ import annotations
 

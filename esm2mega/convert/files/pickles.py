@@ -1,4 +1,4 @@
-"""Pickled tensors of PyTorch, read under an allow-list and memory-mapped, checked before they are opened.
+"""Reads pickled tensors of PyTorch under an allow-list, memory-mapped, checked before they are opened.
 
 A ``.pt`` file is a ZIP archive with a pickle and one uncompressed entry per tensor, or, when old, a bare
 pickle.

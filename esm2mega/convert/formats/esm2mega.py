@@ -1,4 +1,4 @@
-"""Our own format: a complete checkpoint directory, written without a model, a process group or a GPU."""
+"""Our own format: a complete checkpoint directory, written without a model, process group or GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The formats by name, and which one a path is in. Importing this needs no torch."""
+"""Lists the formats by name, and finds the one that a path is in.
+
+Importing this needs no torch.
+"""
 
 from __future__ import annotations
 

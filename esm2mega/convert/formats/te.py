@@ -1,5 +1,4 @@
-"""NVIDIA's BioNeMo recipes: the Transformer Engine ESM-2 of ``nvidia/esm2_*``, a directory in the style of
-Hugging Face.
+"""NVIDIA's recipes: a directory of the Transformer Engine ESM-2, such as ``nvidia/esm2_*``.
 
 Names: BioNeMo framework, ``recipes/models/esm2``. The model there has the tanh form of GELU in its
 feed-forward layers (Transformer Engine's kernel) and computes its rotary frequencies; it has no contact head.

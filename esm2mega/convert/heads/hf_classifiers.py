@@ -1,4 +1,4 @@
-"""Heads of tasks as transformers has them: sequence and token classification, which are regression too.
+"""Converts heads of tasks to and from the sequence and token classifiers of transformers.
 
 Names and config keys: transformers 4.30 to 5.23, ``EsmForSequenceClassification`` and
 ``EsmForTokenClassification``. The loss that transformers takes for a sequence model follows from

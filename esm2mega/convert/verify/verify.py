@@ -1,4 +1,4 @@
-"""Proof of one conversion: both models run on the same sequences, and every tensor compared.
+"""Proves one conversion: runs both models on the same sequences, and compares every tensor.
 
 Our model runs as it does in training, in one process on the CPU in fp32. A foreign model runs in its own
 package where that is installed (transformers, fair-esm), else in `esm2mega.convert.verify.plain_model`.

@@ -1,4 +1,4 @@
-"""DeepLoc 2's table of SwissProt proteins to tables for fine-tuning.
+"""Makes tables for fine-tuning from DeepLoc 2's table of SwissProt proteins.
 
 The columns of the source are ``ACC``, ``Kingdom``, ``Partition`` (0 to 4, made by homology), ``Membrane``,
 flags of ten places in the cell, and ``Sequence``. The classifier of Cerebras' Model Zoo learns ``Membrane``

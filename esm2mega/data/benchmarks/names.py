@@ -1,4 +1,4 @@
-"""The tasks of FLIP and TAPE by name: what kind each is of, its splits, and FLIP's published sizes.
+"""The tasks of FLIP and TAPE by name: the kind of each, its splits, and FLIP's published sizes.
 
 Importing this imports nothing heavy, so that the command line can list them.
 

@@ -1,4 +1,4 @@
-"""The labelled tasks of TAPE: their LMDB files to a table for each split."""
+"""Makes a table for each split of a labelled TAPE task from its LMDB files."""
 
 from __future__ import annotations
 

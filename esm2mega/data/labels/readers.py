@@ -1,4 +1,4 @@
-"""Labelled rows to numbers: what each kind of task reads, and how it learns what predictions mean.
+"""Turns labelled rows into numbers, as each kind of task wants them, and learns classes and scale.
 
 A vocabulary and the scale of targets come from the training data alone and go into every checkpoint
 (`TargetInfo`); validation and prediction use these. Text stays text: a class named ``NA`` or ``007`` is that

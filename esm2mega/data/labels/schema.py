@@ -1,4 +1,4 @@
-"""What predictions mean: classes or scale of each output, learned from the training labels.
+"""Describes the outputs of a head: the classes or the scale of each, learned from training labels.
 
 Legend: ``k`` outputs, ``m`` targets.
 """

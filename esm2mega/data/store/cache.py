@@ -1,4 +1,4 @@
-"""The short cut: a configuration names a sequence file where a token store belongs, and gets its store.
+"""Makes the token store when a configuration names a file of sequences in its place, once.
 
 The store is made once, in a directory named by what decides its content: the file's bytes, how they are read,
 and the tokenizer. Of several processes that want it, one makes it under a lock and the others wait.

@@ -1,4 +1,4 @@
-"""The blocks of all inputs to finished parts, in parallel: each part is a small token store of its own.
+"""Encodes the blocks of all inputs in parallel; each finished part is a small token store of its own.
 
 One process reads the inputs from front to back and hands out blocks; the workers parse and encode them. A
 part is renamed when it is complete and remembers the key of its block, so a later attempt takes it as it is

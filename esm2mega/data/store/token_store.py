@@ -1,4 +1,4 @@
-"""The token store: a directory of memory-mapped proteins, written once and read without loading it whole.
+"""The token store: a directory of memory-mapped proteins, written once, never loaded whole.
 
     tokens.bin, tokens.idx     megatron-core IndexedDataset of uint8 token ids: residues, one item per protein
       or tokens-00000.bin, …   the same bytes in files of limited size, under the one index

@@ -1,4 +1,4 @@
-"""Runs iterators ahead of their consumer: one in a daemon thread, or several in processes of their own."""
+"""Runs iterators ahead of their consumer: one in a daemon thread, or several in processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joins clusters, which name their members by id, with the proteins, which come in any order.
+"""Joins clusters, which name their members by id, with proteins, which come in any order.
 
 The clusters are read first and lie on disk with all ids indexed. The proteins are then read once: each that
 is a member of a training cluster becomes the next row of the store, and its place in the cluster remembers

@@ -1,4 +1,4 @@
-"""Reads which UniRef90 ids belong to which UniRef50 cluster, from the mapping file that ESM-2 training uses.
+"""Reads which UniRef90 ids belong to which UniRef50 cluster from the mapping file of ESM-2 training.
 
 Grammar: the first line is a header and is skipped, whatever it says. Every other line is tab-separated: the
 cluster id, the ids of its members, and columns that are ignored. Members are separated by `; ` where that
