@@ -161,8 +161,10 @@ def config_names() -> list[str]:
 
 
 def find_config(config: str, beside: Path | None = None) -> Path:
-    """The file that `config` means: a path, else a name beside the including file, else a shipped name, with
-    or without its folder (``flip_gb1``, ``finetune/flip_gb1``).
+    """Find the file that `config` means.
+
+    It is a path, else a name beside the including file, else a shipped name, with or without its folder
+    (``flip_gb1``, ``finetune/flip_gb1``).
     """
     path = Path(config)
     if path.is_file():

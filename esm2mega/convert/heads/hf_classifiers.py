@@ -49,8 +49,9 @@ _EQUALS: dict[str, tuple[tuple[str, ...], dict[str, str | None]]] = {
 
 
 def find_equal(head: HeadDescription) -> str | None:
-    """The class of transformers that computes the same; None if there is none, as for a user's own head or
-    for residues with several targets.
+    """Return the class of transformers that computes the same.
+
+    None if there is none, as for a user's own head or for residues with several targets.
     """
     if _several_of_residues(head):
         return None
@@ -254,8 +255,10 @@ def with_unit_scale(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 def in_units_of_labels(name: str, value: Tensor, info: TargetInfo, dtype: torch.dtype) -> Tensor:
-    """A tensor of a head whose outputs are in units of the labels: what is multiplied and added after the
-    head of a regression becomes part of its last layer, in fp64 and rounded once to `dtype`.
+    """Return a tensor of a head, changed so that outputs are in units of the labels.
+
+    What is multiplied and added after the head of a regression becomes part of its last layer, in fp64 and
+    rounded once to `dtype`.
 
     ``s (W x + b) + m = (s W) x + (s b + m)`` for each output.
     """

@@ -78,8 +78,9 @@ class TargetReader(ABC):
 
     @abstractmethod
     def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
-        """Numbers of one label: ``[k]`` or ``[]`` of a protein, ``[L, m]`` of its residues; of contacts
-        coordinates, ``[L, 3]``.
+        """Return the numbers of one label.
+
+        ``[k]`` or ``[]`` of a protein, ``[L, m]`` of its residues; for contacts the coordinates, ``[L, 3]``.
         """
 
 

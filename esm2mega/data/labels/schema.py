@@ -104,8 +104,10 @@ class TargetInfo:
 
 
 def with_columns(info: TargetInfo, task: TaskConfig, location: str) -> TargetInfo:
-    """The same with the columns of another table: they name numbers, flags, and the targets of residues, and
-    their order is that of the outputs. Another name for one is said on rank 0.
+    """Return the same targets with the columns of another table.
+
+    They name numbers, flags, and the targets of residues, and their order is that of the outputs. Another
+    name for a single one is reported on rank 0.
 
     Args:
         info: Of a head that was trained.
