@@ -105,7 +105,7 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
 
 
 def _is_default(setting: _Setting) -> bool:
-    """Whether it was written in the shipped `base.yaml`."""
+    """Return whether a setting was written in the shipped `base.yaml`."""
     file = Path(setting.where.rpartition(":")[0])
     return file.name == "base.yaml" and file.resolve() == (conf_dir() / "base.yaml").resolve()
 

@@ -197,7 +197,7 @@ def check_training_inputs(run: Run) -> None:
 
 
 def _check_outputs(run: Run) -> None:
-    """That what is asked for can be written, as far as it shows before the start."""
+    """Check that what is asked for can be written, as far as it shows before the start."""
     run_dir = Path(run.run_dir)
     there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -350,7 +350,7 @@ def _layout_list(*dimensions: int) -> str:
 
 
 def _check_masking(run: Run) -> None:
-    """What becomes of selected residues."""
+    """Check what becomes of selected residues."""
     data = run.data
     if data.mask_fraction + data.random_fraction > 1 + 1e-9:  # the sum of two decimals may be off by rounding
         raise UserError(

@@ -66,12 +66,12 @@ def _several_of_residues(head: HeadDescription) -> bool:
 
 
 def _tensors(architecture: str) -> set[str]:
-    """Our names of its head."""
+    """Return our names of the tensors of the head."""
     return {row.ours.format(p=part) for row in ROWS[architecture] for part in ("weight", "bias")}
 
 
 def architecture_of(head: HeadDescription) -> str:
-    """The class of transformers that computes the same.
+    """Return the class of transformers that computes the same, or raise `UserError`.
 
     Raises:
         UserError: There is none.
@@ -83,7 +83,7 @@ def architecture_of(head: HeadDescription) -> str:
 
 
 def no_equal(head: HeadDescription) -> str:
-    """Why there is none."""
+    """Return why no class of transformers computes the same."""
     task = head.task
     if _several_of_residues(head):
         return (
@@ -97,7 +97,7 @@ def no_equal(head: HeadDescription) -> str:
 
 
 def head_rows(head: HeadDescription) -> tuple[TableRow, ...]:
-    """Its part of the name table of transformers."""
+    """Return the rows of transformers' name table for the head."""
     return ROWS[architecture_of(head)]
 
 

@@ -184,7 +184,7 @@ def _checksum(weights: Weights, name: str) -> str:
 def _run(
     path: Path, format_name: str, prepare: Prepare, ids: list[Tensor], description: Description
 ) -> tuple[list[Result], str]:
-    """The results of every sequence, and who computed them."""
+    """Return the results of every sequence, and the name of the program that computed them."""
     if format_name == "esm2mega":
         return _esm2mega(path, prepare, ids, description), "esm2mega"
     if format_name == "hf" and (found := _installed("transformers")):

@@ -22,7 +22,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Target:
-    """What has labels, a loss and metrics of its own.
+    """One thing that is predicted, with labels, a loss and metrics of its own.
 
     Attributes:
         name: Its column; empty where the task has one target.
@@ -37,7 +37,7 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """What predictions mean; made from the training labels and kept with the weights.
+    """Says what predictions mean; made from the training labels and kept with the weights.
 
     Attributes:
         kind: `task.kind`.
