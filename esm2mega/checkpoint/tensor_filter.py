@@ -90,7 +90,7 @@ class LoadReport:
         ]
 
     def narrowed(self, tensor_filter: TensorFilter) -> TensorFilter:
-        """`tensor_filter` without what does not fit."""
+        """`tensor_filter` without what does not report."""
         unfit = {*self.missing, *self.shape_mismatch}
         return replace(
             tensor_filter,
@@ -117,7 +117,7 @@ def compare_tensors(
     of_ranks: list[dict[str, Shape]] = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, mine)
     shapes_here = {name: shape for part in of_ranks for name, shape in part.items()}
-    fit = LoadReport(
+    report = LoadReport(
         sorted(shapes_here.keys() - shapes.keys()),
         {
             name: (shapes[name], shape)
@@ -126,9 +126,9 @@ def compare_tensors(
         },
         sorted(name for name in shapes.keys() - shapes_here.keys() if not tensor_filter.unused(name)),
     )
-    if len(fit.missing) + len(fit.shape_mismatch) == len(shapes_here):
+    if len(report.missing) + len(report.shape_mismatch) == len(shapes_here):
         raise UserError(f"{location}: none of its tensors fits this model; give another init_from")
-    return fit
+    return report
 
 
 def _shape_here(entry: Any, there: Shape | None) -> Shape:

@@ -106,9 +106,8 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimizer; the defaults are those of ESM-2."""
+    """Adam with decoupled weight decay; the defaults are those of ESM-2."""
 
-    name: str = _choice("adam", "adam")
     lr: float = 4e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-8
@@ -134,7 +133,6 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_best: int = 1
     resume: str = "auto"
-    async_save: bool = False
 
 
 @dataclass

@@ -144,7 +144,7 @@ def write_pt(folder: Path, contents: Embeddings, arrays: ArrayFile) -> None:
     behind ``~``, which `safe_name` leaves nowhere else: no two files have one name.
     """
     folder.mkdir()
-    dtype, pooled = contents.run.infer.dtype, _POOLED_KEY[contents.run.infer.pooling]
+    dtype, pooled = contents.infer.dtype, _POOLED_KEY[contents.infer.pooling]
     # File systems may not tell upper from lower case.
     repeats = Counter(protein.lower() for protein in contents.ids())
     with (folder / INDEX).open("w", newline="") as stream:

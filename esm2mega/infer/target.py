@@ -8,13 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from esm2mega.infer.arrays import ArrayFile
     from esm2mega.infer.contents import Contents
 
-MODES = ("new", "resume", "overwrite")
+Mode = Literal["new", "resume", "overwrite"]
 """What is done about an output that is there: refused, gone on with, replaced."""
 
 

@@ -106,6 +106,7 @@ def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
         if rank == 0:
             store.wait([f"{key}/all_have_it"])
         else:
+            # Written by rank 0 of this world, as what a broadcast of objects receives.
             box = pickle.loads(store.get(key))
             if store.add(f"{key}/have_it", 1) == world_size - 1:
                 store.set(f"{key}/all_have_it", "")

@@ -23,7 +23,6 @@ from esm2mega.data.labels.readers import TargetReader, join_labels, target_reade
 from esm2mega.data.labels.rows import MASK_FILE, labelled_rows
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.readers.base import residues_of
-from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 
 Pairs = Sequence[tuple[str, Any]]
@@ -115,44 +114,6 @@ class LabelledProteins:
             self.per_pair,
             [*self.notes, *notes],
         )
-
-
-@dataclass(frozen=True)
-class UnlabelledProteins:
-    """The proteins of a token store in the place of `LabelledProteins`: for prediction, and not in memory."""
-
-    store: TokenStore
-
-    clusters = None
-    labels = None
-    per_residue = False
-    per_pair = False
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    @property
-    def path(self) -> Path:
-        """Of the store."""
-        return self.store.path
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Residues of each protein, ``[n]``."""
-        return self.store.lengths
-
-    @property
-    def fingerprint(self) -> str:
-        """That of the store."""
-        return self.store.fingerprint
-
-    def id(self, row: int) -> str:
-        """The id of a protein."""
-        return self.store.id(row)
-
-    def residues(self, row: int) -> npt.NDArray[np.uint8]:
-        """Token ids of a protein's residues, ``[L]``."""
-        return self.store.residues(row)
 
 
 def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import sys
 from collections import Counter
@@ -21,7 +20,6 @@ from esm2mega.checkpoint import layout
 from esm2mega.cli.app import main
 from esm2mega.convert.convert import convert
 from esm2mega.convert.formats.registry import detect, open_weights
-from esm2mega.convert.start_point import read_start
 from esm2mega.finetune import run as finetune_module
 from esm2mega.train import pretrain as pretrain_module
 from esm2mega.train import start as start_module
@@ -239,20 +237,3 @@ def test_a_run_is_resumed_from_what_was_its_newest(
     assert main([*finished_run, f"run_dir={run_dir}", "train.max_steps=6"]) == 0
     ((_, start),) = begun
     assert start.path == newest and start.is_resumed and start.state["step"] == 4
-
-
-def test_a_start_that_was_sent_to_another_rank_reads_the_same(sources: Path, tmp_path: Path) -> None:
-    """Without open files, and without looking again which checkpoint is the newest."""
-    run_dir = tmp_path / "run"
-    shutil.copytree(sources / "run", run_dir)
-    for path in (sources / "hf", sources / "esm2_x.pt", run_dir):
-        here = read_start(path)
-        expected = here.weights
-        there = pickle.loads(pickle.dumps(here))
-        assert there == here
-        if path == run_dir:
-            shutil.copytree(layout.step_dir(run_dir, 1), layout.step_dir(run_dir, 3))
-            (layout.step_dir(run_dir, 3) / "config.yaml").unlink()
-        assert there.weights.infos == expected.infos and there.weights is not expected
-        for name in expected.infos:
-            assert torch.equal(there.weights.read(name), expected.read(name))
