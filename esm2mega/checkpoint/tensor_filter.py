@@ -90,7 +90,7 @@ class LoadReport:
         ]
 
     def narrowed(self, tensor_filter: TensorFilter) -> TensorFilter:
-        """`tensor_filter` without what does not report."""
+        """Narrow `tensor_filter` to what fits."""
         unfit = {*self.missing, *self.shape_mismatch}
         return replace(
             tensor_filter,
