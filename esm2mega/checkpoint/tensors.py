@@ -51,8 +51,9 @@ def combined_sha256(digests: Iterable[tuple[str, str]]) -> str:
 
 
 class TensorReader:
-    """Tensors of one checkpoint by name. Layers are stacked: axis 0 of ``encoder.layers.…`` is the layer
-    number.
+    """The tensors of one checkpoint, by name.
+
+    Layers are stacked: axis 0 of ``encoder.layers.…`` is the number of the layer.
     """
 
     def __init__(self, checkpoint: Path, folder: str = layout.MODEL) -> None:

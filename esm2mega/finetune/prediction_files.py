@@ -1,4 +1,5 @@
-"""Stores predictions in a place that each protein has from the start, and writes the output.
+"""What `predict` stores: a place for every protein's predictions from the start, and CSV, Parquet or HDF5 in
+the end.
 
 Legend: ``n`` proteins, ``k`` outputs, ``L`` residues of a protein.
 """
@@ -120,8 +121,7 @@ class PredictionContents(Contents):
                 yield self._of_residues(int(rows[piece[0]]), int(numbers[piece[0]]), values[piece])
 
     def _of_residues(self, row: int, start: int, values: Array) -> Write:
-        """Return the rows of consecutive residues of a protein, ``[l, k]``; NaN for those that are "
-        "cropped."""
+        """Return rows of consecutive residues of a protein, ``[l, k]``; NaN for those that are cropped."""
         first = int(self.offsets[row])
         if self.spec.data.crop == "chunk":
             return _PREDICTIONS, first + start, values
