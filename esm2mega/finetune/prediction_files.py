@@ -1,5 +1,4 @@
-"""What `predict` stores: a place for every protein's predictions from the start, and CSV, Parquet or HDF5 in
-the end.
+"""Stores predictions in a place that each protein has from the start, and writes the output.
 
 Legend: ``n`` proteins, ``k`` outputs, ``L`` residues of a protein.
 """
