@@ -18,7 +18,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all gpu example format clean
+.PHONY: help quickstart setup lint type test test-all gpu example format reading-order clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -55,6 +55,9 @@ gpu: $(DEV)/.installed ## on a machine with a GPU: the tests for it, then its me
 
 example: $(DEV)/.installed ## the CPU example, in reduced form
 	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh
+
+reading-order: $(DEV)/.installed ## write docs/reading-order.md from the docstrings
+	$(DEV_RUN) python docs/reading_order.py
 
 clean: ## remove the environments and caches
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -20,7 +20,6 @@ REQUIRED = [
     "pyyaml>=6.0",
     "omegaconf>=2.3",
     "safetensors>=0.4",
-    "tokenizers>=0.19",
     "packaging>=23",
     "backports.zstd>=1.0; python_version < '3.14'",  # Python 3.14 has it as compression.zstd
     "filelock>=3.12",

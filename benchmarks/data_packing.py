@@ -149,7 +149,7 @@ def measure_model(store: TokenStore, spec: BatchSpec, size: str, steps: int, thr
         model = wrap_data_parallel(
             build_model(run.model, run.parallel, ranks.device, run.seed), run.model, run.parallel
         )
-        optimizer = build_optimizer(run.optim, run, model)
+        optimizer = build_optimizer(run.optim, run.schedule, run.model.precision, model)
         schedule = build_schedule(run.schedule, run.optim, optimizer)
         state = TrainState(model, optimizer, schedule, MLMLossReduction(), ranks.device)
         batches = list(itertools.islice(stream, steps + 1))

@@ -82,7 +82,7 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
             set_trainable(chunks, run.finetune)
         state = train_state(run, chunks, loss_of_task(run.task, info), ranks, None)
         seconds: list[float] = []
-        with LabelledStream(proteins, train_spec(run, proteins)) as stream:
+        with LabelledStream(proteins, train_spec(run.data, run.train, run.seed, proteins)) as stream:
             for _ in range(2 * options.steps):
                 if len(seconds) == options.steps:
                     first_cpu = time.process_time()

@@ -20,7 +20,7 @@ import gpu_steps
 import torch
 from batches import random_residues
 from gpu_lines import Line, choose_lines
-from gpu_timing import SEED, Row, device, milliseconds, protein_lengths
+from gpu_timing import SEED, Row, device, milliseconds, protein_lengths, tera
 from infer_throughput import esm2mega
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "flash-attn")
@@ -36,14 +36,14 @@ def peaks(line: Line, folder: Path) -> Iterator[Row]:
         seconds = statistics.median(milliseconds(lambda a=a, b=b: a @ b, line)) / 1e3
         yield {
             "what": f"bf16 [{m}, {k}] x [{k}, {columns}]",
-            "TFLOP/s": round(2 * m * k * columns / seconds / 1e12, 3),
+            "TFLOP/s": tera(2 * m * k * columns / seconds),
         }
     source = torch.empty(2**20 if on_cpu else 2**30, dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
     seconds = statistics.median(milliseconds(lambda: target.copy_(source), line)) / 1e3
     yield {
         "what": f"copy of {source.numel() // 2**20} MiB, read and written",
-        "TB/s": round(2 * source.numel() / seconds / 1e12, 3),
+        "TB/s": tera(2 * source.numel() / seconds),
     }
 
 

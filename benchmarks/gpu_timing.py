@@ -45,6 +45,11 @@ def milliseconds(work: Callable[[], object], line: Line) -> list[float]:
     return times
 
 
+def tera(per_second: float) -> float:
+    """Return a rate in units of 1e12, to four digits, however small it is."""
+    return float(f"{per_second / 1e12:.4g}")
+
+
 def protein_lengths(line: Line, seed: int) -> list[int]:
     """Return the lengths of proteins that fill one micro-batch, in tokens."""
     if not line.full_length:
@@ -79,6 +84,6 @@ def figures_of_steps(line: Line, lengths: Sequence[int], times: list[float]) -> 
         "fastest": round(min(times), 1),
         "slowest": round(max(times), 1),
         "tokens/s": round(sum(lengths) / seconds),
-        "TFLOP/s": round(model_flops(PRESETS[line.size], lengths) / seconds / 1e12, 3),
+        "TFLOP/s": tera(model_flops(PRESETS[line.size], lengths) / seconds),
         "GB": round(memory_gb(device()), 1),
     }

@@ -157,13 +157,14 @@ def esm2mega(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
     run = load_run(f"pretrain_esm2_{size}", [f"model.precision={precision}", "infer.outputs=[residue]"])
     proteins = [protein for batch in batches for protein in batch]
     proteins = [proteins[i] for i in np.random.default_rng(0).permutation(len(proteins))]
-    assert max(map(len, proteins)) <= Lengths.of(run).most_residues
+    limits = Lengths.of(run.infer, run.data)
+    assert max(map(len, proteins)) <= limits.most_residues
     with process_groups(run.parallel, run.seed) as ranks:
         (model,) = build_model(run.model, run.parallel, ranks.device, run.seed)
         model.eval().requires_grad_(False)
         request = OutputRequest((PRESETS[size].num_layers,))
-        engine = Engine(model, ranks, request, micro_batch_tokens(run, ranks.device))
-        embedder = Embedder(engine, run)
+        engine = Engine(model, ranks, request, micro_batch_tokens(run.infer, limits, ranks.device))
+        embedder = Embedder(engine, run.infer, limits)
         name = f"residue/layer_{PRESETS[size].num_layers}"
         yield lambda: sum(len(values[name].float().clone()) for _, values in embedder.run(proteins))
 

@@ -1,4 +1,4 @@
-"""`python -m esm2mega`, the form that torchrun starts."""
+"""`python -m esm2mega` runs the command line; it is the form that torchrun starts."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`esm2mega doctor`: whether this machine can train, checked by doing it in small, with cures."""
+"""`esm2mega doctor` checks whether this machine can train, by doing it in small, and names the cures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors that end a command with one line for the user and a fixed exit code."""
+"""The errors that end a command with one line for the user and a fixed exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written, hashed and checked for; and lists of names for messages."""
+"""Writes files whole or not at all, hashes and checks them, and shortens lists of names for messages."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a path holds: a token store, tables of a benchmark, a run, or a checkpoint with every tensor and its
-checksum."""
+"""Describes what a path holds: a token store, benchmark tables, a run, or a checkpoint with all tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs of residues of one protein, and their order.
+"""Numbers the pairs of residues of a protein, in the one order in which all modules keep them.
 
 A protein of ``l`` residues has ``p = l (l - 1) / 2`` pairs i < j, in the order (0, 1), (0, 2), …, (1, 2), ….
 """

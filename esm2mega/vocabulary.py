@@ -1,4 +1,4 @@
-"""The ESM-2 alphabet: residues as bytes to token ids and back, by one 256-entry table.
+"""The ESM-2 alphabet: one table of 256 entries turns the bytes of residues into token ids and back.
 
 One byte is one residue is one token. Lower case counts as upper case, and every byte outside the alphabet
 becomes one `<unk>` of its own: residue i is token i + 1 of `<cls>` residues `<eos>`, whatever the letters.

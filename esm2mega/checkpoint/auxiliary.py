@@ -1,4 +1,4 @@
-"""Tensors that belong to a model and are not trained with it, such as the contact head of ESM-2.
+"""Keeps tensors that belong to a model and are not trained with it, such as ESM-2's contact head.
 
 They lie in ``auxiliary.safetensors`` beside ``model/`` and pass through training unchanged. Known names, with
 ``h`` for the hidden size:

@@ -1,4 +1,6 @@
-"""Names and completeness of checkpoint directories. Knows files, not tensors.
+"""Names checkpoint directories, and knows which are complete and which are kept.
+
+Knows files, not tensors.
 
 ``RUN_DIR/checkpoints/step_00000010/`` holds ``model/`` (Megatron-Core's distributed format), ``config.yaml``
 (the run's configuration and its tokenizer), ``train_state.json`` and, written last, ``COMPLETE``. While it is

@@ -1,4 +1,4 @@
-"""One form of the saved optimizer for another: a resume may switch the distributed optimizer on or off.
+"""Converts the saved state of one kind of optimizer to another: plain or distributed.
 
 Megatron-Core's optimizers save the same moments under the same names, whole and split like the weights. They
 differ in three ways: what the main weights are called, where the count of steps is, and how the values that

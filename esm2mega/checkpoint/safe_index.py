@@ -1,4 +1,4 @@
-"""Refuse checkpoint metadata that would run code when it is read.
+"""Refuses the index of a checkpoint if reading it would run code.
 
 ``torch.distributed.checkpoint`` stores its index, ``.metadata``, as a pickle and reads it without an
 allow-list. The file is therefore opened here first, under a list of the few classes that an honest index is
@@ -45,7 +45,7 @@ class _Refused(Exception):
 
 
 def _member(kind: Any, name: Any = None) -> Any:
-    """Some Pythons, 3.11.2 among them, store a member of an enumeration as a call of `getattr`."""
+    """Rebuild a member of an enumeration, which some Pythons, 3.11.2 among them, store as a `getattr`."""
     if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
         raise _Refused("builtins.getattr")
     return kind[name]

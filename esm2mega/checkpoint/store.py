@@ -1,4 +1,4 @@
-"""Weights, optimizer and training state to and from a checkpoint, at any parallel layout."""
+"""Saves and loads weights, optimizer and training state, at any parallel layout."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def save_checkpoint(
     run: Run,
     state: dict[str, Any],
     auxiliary: Mapping[str, torch.Tensor] | None = None,
-    choice: TensorFilter = ALL,
+    tensor_filter: TensorFilter = ALL,
 ) -> None:
     """Write a checkpoint; all ranks call this together.
 
@@ -113,7 +113,7 @@ def save_checkpoint(
         run: The resolved configuration.
         state: JSON values that the resumed run needs.
         auxiliary: Tensors that are kept and not trained, see `esm2mega.checkpoint.auxiliary`.
-        choice: What is saved; `state` should say where the rest is.
+        tensor_filter: What is saved; `state` should say where the rest is.
 
     Raises:
         MachineError: The disk is full or a file cannot be written.
@@ -127,7 +127,7 @@ def save_checkpoint(
             (partial / layout.MODEL).mkdir(parents=True)
         _agree(failure)
         with places_without_padding(optimizer):
-            state_of_ranks = _sharded_state(model, optimizer, False, choice)
+            state_of_ranks = _sharded_state(model, optimizer, False, tensor_filter)
         dist_checkpointing.save(state_of_ranks, str(partial / layout.MODEL), content_metadata=_SHARDING)
         if is_main:
             layout.write_description(partial, run, state)
@@ -156,7 +156,7 @@ def _agree(failure: BaseException | None) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The system's own words where there are any, else the first line."""
+    """Return the system's own words for an error where there are any, else its first line."""
     if isinstance(error, CheckpointException) and error.failures:
         # What failed on each rank; the exception's own text may name no more than the ranks.
         return _reason(next(iter(error.failures.values()))[0])
@@ -176,22 +176,22 @@ def _reason(error: BaseException) -> str:
 
 
 def load_training_state(
-    checkpoint: Path, model: Sequence[Any], optimizer: MegatronOptimizer, choice: TensorFilter = ALL
+    checkpoint: Path, model: Sequence[Any], optimizer: MegatronOptimizer, tensor_filter: TensorFilter = ALL
 ) -> None:
     """Restore weights and optimizer in place, whatever layout wrote them.
 
-    Every tensor of `choice` must be there, and no other.
+    Every tensor of `tensor_filter` must be there, and no other.
 
     Raises:
         UserError: Missing, unexpected or unreadable tensors.
     """
     make_loadable(optimizer)
     own, saved = form_of_optimizer(optimizer), form_of_names(TensorReader(checkpoint).index)
-    request = _sharded_state(model, optimizer, True, choice)
+    request = _sharded_state(model, optimizer, True, tensor_filter)
     ask_for(request["optimizer"], saved, own)
     loaded = _load(checkpoint, request, lambda name: not ignored(name, saved, own))
     # The weights first: main weights that the checkpoint lacks are views of them.
-    _put_weights(model, loaded, choice)
+    _put_weights(model, loaded, tensor_filter)
     _load_optimizer(optimizer, translate(loaded["optimizer"], saved, own))
 
 
@@ -219,37 +219,37 @@ def _adopt_rates(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
             group.update({key: value for key, value in rates.items() if key in group})
 
 
-def load_weights(checkpoint: Path, model: Sequence[Any], choice: TensorFilter = ALL) -> list[str]:
+def load_weights(checkpoint: Path, model: Sequence[Any], tensor_filter: TensorFilter = ALL) -> list[str]:
     """Restore weights alone, in place. Optimizer tensors in the checkpoint are not read.
 
     Args:
         checkpoint: A ``step_XXXXXXXX`` directory.
         model: This rank's chunks.
-        choice: Which tensors are restored.
+        tensor_filter: Which tensors are restored.
 
     Returns:
-        What was not restored, a line each; empty unless `choice` is lenient.
+        What was not restored, a line each; empty unless `tensor_filter` is lenient.
 
     Raises:
         UserError: A weight is missing, or the checkpoint holds one that the model has no place for.
     """
-    request, report = _sharded_state(model, None, True, choice), []
-    if not choice.strict:
+    request, not_restored = _sharded_state(model, None, True, tensor_filter), []
+    if not tensor_filter.strict:
         shapes = {
             name: info.shape
             for name, info in TensorReader(checkpoint).index.items()
             if not name.startswith("optimizer.")
         }
         entries = [entry for tensors in request.values() for entry in tensors.values()]
-        fit = compare_tensors(entries, shapes, choice, str(checkpoint))
-        report = fit.lines()
-        choice = fit.narrowed(choice)
-        request = _sharded_state(model, None, True, choice)
+        report = compare_tensors(entries, shapes, tensor_filter, str(checkpoint))
+        not_restored = report.lines()
+        tensor_filter = report.narrowed(tensor_filter)
+        request = _sharded_state(model, None, True, tensor_filter)
     loaded = _load(
-        checkpoint, request, lambda name: not name.startswith("optimizer.") and not choice.unused(name)
+        checkpoint, request, lambda name: not name.startswith("optimizer.") and not tensor_filter.unused(name)
     )
-    _put_weights(model, loaded, choice)
-    return report
+    _put_weights(model, loaded, tensor_filter)
+    return not_restored
 
 
 def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bool]) -> dict[str, Any]:
@@ -282,11 +282,13 @@ def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bo
     return loaded
 
 
-def _put_weights(model: Sequence[Any], loaded: dict[str, Any], choice: TensorFilter) -> None:
+def _put_weights(model: Sequence[Any], loaded: dict[str, Any], tensor_filter: TensorFilter) -> None:
     for number, chunk in enumerate(unwrap_model(list(model))):
         result = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
         kept = {
-            name for name, entry in _sharded_tensors(chunk).items() if choice.excluded(entry.key, entry.data)
+            name
+            for name, entry in _sharded_tensors(chunk).items()
+            if tensor_filter.excluded(entry.key, entry.data)
         }
         missing = [
             name for name in result.missing_keys if not name.endswith(_EXTRA_STATE) and name not in kept
@@ -307,13 +309,13 @@ def _sharded_state(
     model: Sequence[Any],
     optimizer: MegatronOptimizer | None,
     is_loading: bool,
-    choice: TensorFilter = ALL,
+    tensor_filter: TensorFilter = ALL,
 ) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model{number}": {
             name: entry
             for name, entry in _sharded_tensors(chunk).items()
-            if not choice.excluded(entry.key, entry.data)
+            if not tensor_filter.excluded(entry.key, entry.data)
         }
         for number, chunk in enumerate(unwrap_model(list(model)))
     }

@@ -1,4 +1,4 @@
-"""Which tensors pass between a checkpoint and a model, and a report of those that did not fit."""
+"""Decides which tensors pass between a checkpoint and a model, and reports what did not fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LM_HEAD = ("lm_head.", "output_layer.")
 
 @dataclass(frozen=True)
 class TensorFilter:
-    """A tensor_filter by the names of tensors in the whole model, and by the tensors of this rank.
+    """Chooses tensors by their names in the whole model, or among the tensors of this rank.
 
     Attributes:
         excluded: Tensors of the model that stay as they are and are not saved; all others must be in the
@@ -90,7 +90,7 @@ class LoadReport:
         ]
 
     def narrowed(self, tensor_filter: TensorFilter) -> TensorFilter:
-        """`tensor_filter` without what does not fit."""
+        """Narrow `tensor_filter` to what fits."""
         unfit = {*self.missing, *self.shape_mismatch}
         return replace(
             tensor_filter,
@@ -117,7 +117,7 @@ def compare_tensors(
     of_ranks: list[dict[str, Shape]] = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, mine)
     shapes_here = {name: shape for part in of_ranks for name, shape in part.items()}
-    fit = LoadReport(
+    report = LoadReport(
         sorted(shapes_here.keys() - shapes.keys()),
         {
             name: (shapes[name], shape)
@@ -126,9 +126,9 @@ def compare_tensors(
         },
         sorted(name for name in shapes.keys() - shapes_here.keys() if not tensor_filter.unused(name)),
     )
-    if len(fit.missing) + len(fit.shape_mismatch) == len(shapes_here):
+    if len(report.missing) + len(report.shape_mismatch) == len(shapes_here):
         raise UserError(f"{location}: none of its tensors fits this model; give another init_from")
-    return fit
+    return report
 
 
 def _shape_here(entry: Any, there: Shape | None) -> Shape:

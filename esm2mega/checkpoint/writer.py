@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, written tensor by tensor by one process without a model or process group."""
+"""Writes the weights of a checkpoint tensor by tensor, in one process, without a model."""
 
 from __future__ import annotations
 

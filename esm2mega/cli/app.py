@@ -1,4 +1,4 @@
-"""The command line as a whole, and the one place where an error becomes a line and an exit code.
+"""Assembles the command line; here every error becomes one line and an exit code.
 
 Exit codes: 0 done, 2 bad input or configuration, 75 stopped by a signal after saving, 1 anything else.
 Commands import what they call when they are called, so that `esm2mega --help` needs neither torch nor numpy.

@@ -1,4 +1,7 @@
-"""The command `convert`. Importing it needs no torch."""
+"""Defines the command `convert`.
+
+Importing it needs no torch.
+"""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import click
 
 from esm2mega.config.renamed import refusal_of_option
 from esm2mega.errors import UserError
+from esm2mega.infer.target import Mode
 
 
 @dataclass
@@ -69,8 +70,8 @@ class Group(click.Group):
         return list(self.commands)
 
 
-def output_mode(resume: bool, overwrite: bool) -> str:
-    """One of `esm2mega.infer.target.MODES`."""
+def output_mode(resume: bool, overwrite: bool) -> Mode:
+    """Return what is done about an output that is there."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
     return "resume" if resume else "overwrite" if overwrite else "new"

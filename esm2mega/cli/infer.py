@@ -1,4 +1,7 @@
-"""The commands `embed` and `score`. Importing them needs neither torch nor numpy."""
+"""Defines the commands `embed` and `score`.
+
+Importing them needs neither torch nor numpy.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The commands `lora merge`, `export` and `import`. Importing them needs neither torch nor numpy."""
+"""Defines the commands `lora merge`, `lora export` and `lora import`.
+
+Importing them needs neither torch nor numpy.
+"""
 
 from __future__ import annotations
 

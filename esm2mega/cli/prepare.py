@@ -1,4 +1,7 @@
-"""The commands `prepare fasta`, `uniref`, `flip`, `tape` and `deeploc2`. Importing them needs no numpy."""
+"""Defines the commands `prepare fasta`, `uniref`, `flip`, `tape` and `deeploc2`.
+
+Importing them needs no numpy.
+"""
 
 from __future__ import annotations
 

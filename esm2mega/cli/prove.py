@@ -1,4 +1,7 @@
-"""The command `prove`. Importing it needs no torch."""
+"""Defines the command `prove`.
+
+Importing it needs no torch.
+"""
 
 from __future__ import annotations
 

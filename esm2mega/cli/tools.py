@@ -1,4 +1,4 @@
-"""The commands `quickstart`, `inspect`, `plot` and `doctor`."""
+"""Defines the commands `quickstart`, `inspect`, `plot` and `doctor`."""
 
 from __future__ import annotations
 

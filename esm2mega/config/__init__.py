@@ -1,1 +1,1 @@
-"""Configuration: typed schema, model presets, loading with overrides, and checks of the whole."""
+"""The configuration: a typed schema, presets of the model sizes, loading, and checks of the whole."""

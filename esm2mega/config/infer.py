@@ -1,5 +1,4 @@
-"""The configuration of `embed` and `score`: that of the checkpoint, what was asked for over it, and its
-rules.
+"""Makes the configuration of `embed` and `score` from that of the checkpoint and what was asked for.
 
 Pure Python, as `validate`.
 """
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 
 from esm2mega.config.load import load_run_over
 from esm2mega.config.presets import shape_of
-from esm2mega.config.schema import DataConfig, InferConfig, ParallelConfig, Run
+from esm2mega.config.schema import DataConfig, InferConfig, ModelConfig, ParallelConfig, Run
 from esm2mega.config.validate import data_parallel_size, validate_model
 from esm2mega.errors import UserError
 
@@ -29,7 +28,7 @@ def validate_inference(run: Run, world_size: int) -> None:
         UserError: the first rule that does not hold.
     """
     validate_model(run)
-    data_parallel_size(run, world_size)
+    data_parallel_size(run.parallel, world_size)
     infer = run.infer
     for key in ("sequence_parallel", "virtual_pipeline_model_parallel_size", "distributed_optimizer"):
         if getattr(run.parallel, key):
@@ -41,8 +40,8 @@ def validate_inference(run: Run, world_size: int) -> None:
             raise UserError(f"infer.outputs={name} is not one of {', '.join(OUTPUTS)}{hint}")
     if not infer.outputs or not infer.layers:
         raise UserError("infer.outputs and infer.layers must name at least one each")
-    absolute_layers(run)
-    width = window_tokens(run)
+    absolute_layers(infer, run.model)
+    width = window_tokens(infer, run.data)
     if run.model.max_positions is not None and width > run.model.max_positions:
         raise UserError(
             f"infer.max_seq_length={width} is more than the {run.model.max_positions} positions that this "
@@ -55,24 +54,24 @@ def validate_inference(run: Run, world_size: int) -> None:
         )
 
 
-def absolute_layers(run: Run) -> list[int]:
-    """`infer.layers` counted from 0, ascending, each once.
+def absolute_layers(infer: InferConfig, model: ModelConfig) -> list[int]:
+    """Return `infer.layers` counted from 0, ascending, each once.
 
     Raises:
         UserError: a layer that the model does not have.
     """
-    states = shape_of(run.model).num_layers + 1
-    for layer in run.infer.layers:
+    states = shape_of(model).num_layers + 1
+    for layer in infer.layers:
         if not -states <= layer < states:
             raise UserError(
                 f"infer.layers={layer}: this model has hidden states 0 to {states - 1} (or -{states} to -1)"
             )
-    return sorted({layer % states for layer in run.infer.layers})
+    return sorted({layer % states for layer in infer.layers})
 
 
-def window_tokens(run: Run) -> int:
-    """Most tokens that the model sees of one protein at once, with `<cls>` and `<eos>`."""
-    return run.infer.max_seq_length or run.data.max_seq_length
+def window_tokens(infer: InferConfig, data: DataConfig) -> int:
+    """Return how many tokens the model sees of one protein at once, with `<cls>` and `<eos>`."""
+    return infer.max_seq_length or data.max_seq_length
 
 
 def inference_run(checkpoint: Run, overrides: Sequence[str], config: str | None = None) -> Run:

@@ -1,4 +1,4 @@
-"""YAML files and dotted overrides to a typed `Run`; a mistake is one line with key, place and cure.
+"""Reads YAML files and `key=value` overrides into a typed `Run`; a mistake is one line with its cure.
 
 Files are merged in the order of their `defaults`, then the file itself, then the `key=value` overrides.
 OmegaConf types and interpolates (`${oc.env:HOME}`, `${train.micro_batch_tokens}`); its own errors never reach
@@ -14,7 +14,7 @@ import functools
 import os
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from esm2mega.config.presets import fill_shape
-from esm2mega.config.renamed import current_key, refusal_of_key
-from esm2mega.config.schema import Run
+from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
+from esm2mega.config.schema import Run, ScheduleConfig, TrainConfig
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import UserError
 from esm2mega.files import replacing
@@ -78,9 +78,9 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
         ignore: top-level keys that the writer added beside the run's.
     """
     tree = _defaults()
-    for setting in _file_settings(Path(path), ()):
+    for setting in _current(_file_settings(Path(path), ())):
         if setting.key not in ignore:
-            _apply(tree, _renamed(setting))
+            _apply(tree, setting)
     return resolve(_to_run(tree, {}))
 
 
@@ -105,7 +105,7 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
 
 
 def _is_default(setting: _Setting) -> bool:
-    """Whether it was written in the shipped `base.yaml`."""
+    """Return whether a setting was written in the shipped `base.yaml`."""
     file = Path(setting.where.rpartition(":")[0])
     return file.name == "base.yaml" and file.resolve() == (conf_dir() / "base.yaml").resolve()
 
@@ -130,7 +130,7 @@ def resolve(run: Run) -> Run:
     check_choices(run)
     fill_shape(run.model)
     if run.train.max_epochs is None:  # else the length is known when the data are, see `resolve_max_steps`
-        _fill_decay(run)
+        _fill_decay(run.schedule, run.train)
     return run
 
 
@@ -138,15 +138,15 @@ def resolve_max_steps(run: Run, max_steps: int) -> Run:
     """A copy of a run given in epochs, with its length in steps and the end of the decay filled."""
     run = copy.deepcopy(run)
     run.train.max_steps = max_steps
-    _fill_decay(run)
+    _fill_decay(run.schedule, run.train)
     return run
 
 
-def _fill_decay(run: Run) -> None:
-    if run.schedule.decay_steps is None:
+def _fill_decay(schedule: ScheduleConfig, train: TrainConfig) -> None:
+    if schedule.decay_steps is None:
         # ESM-2 decays over 90 % of training and then stays flat. Integers: 0.9 * max_steps may round down.
-        part = 9 if run.schedule.name in ("linear", "cosine_plateau") else 10
-        run.schedule.decay_steps = max(1, part * run.train.max_steps // 10)
+        part = 9 if schedule.name in ("linear", "cosine_plateau") else 10
+        schedule.decay_steps = max(1, part * train.max_steps // 10)
 
 
 def conf_dir() -> Path:
@@ -161,8 +161,10 @@ def config_names() -> list[str]:
 
 
 def find_config(config: str, beside: Path | None = None) -> Path:
-    """The file that `config` means: a path, else a name beside the including file, else a shipped name, with
-    or without its folder (``flip_gb1``, ``finetune/flip_gb1``).
+    """Find the file that `config` means.
+
+    It is a path, else a name beside the including file, else a shipped name, with or without its folder
+    (``flip_gb1``, ``finetune/flip_gb1``).
     """
     path = Path(config)
     if path.is_file():
@@ -229,12 +231,14 @@ def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting
             raise UserError(f"{where}: {error}") from error
         yield from _file_settings(found, (*including, path.resolve()))
     settings = _leaves(content, "", path, lines)
-    yield from map(_renamed, settings) if _is_resolved(path) else settings
+    yield from _current(settings) if _is_resolved(path) else settings
 
 
-def _renamed(setting: _Setting) -> _Setting:
-    """Return a setting of a file that esm2mega wrote under the name that its key has now."""
-    return dataclasses.replace(setting, key=current_key(setting.key))
+def _current(settings: Iterable[_Setting]) -> Iterator[_Setting]:
+    """Yield the settings of a file that esm2mega wrote, under the names that their keys have now."""
+    for setting in settings:
+        if setting.key not in REMOVED:
+            yield dataclasses.replace(setting, key=current_key(setting.key))
 
 
 def _is_resolved(path: Path) -> bool:

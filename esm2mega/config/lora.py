@@ -1,4 +1,7 @@
-"""Which linears `lora.target_modules` means, and the rules of that section. Pure Python, as `validate`."""
+"""Resolves which linears `lora.target_modules` means, and checks the rules of that section.
+
+Pure Python, as `validate`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from esm2mega.config.presets import shape_of
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import LoRAConfig, ModelConfig
 from esm2mega.errors import UserError
 
 
@@ -89,28 +92,27 @@ def shortest_patterns(targets: Targets, num_layers: int) -> list[str]:
     return patterns
 
 
-def check_lora(run: Run) -> None:
-    """Adapters: their own values, the linears that they go to, and what they go with."""
-    lora = run.lora
+def check_lora(lora: LoRAConfig, model: ModelConfig) -> None:
+    """Check adapters: their own values, the linears that they go to, and what they go with."""
     if lora.rank is None:
         return
     if lora.alpha is not None and lora.alpha <= 0:
         raise UserError(f"lora.alpha={lora.alpha} must be greater than 0")
     if lora.dropout >= 1:
         raise UserError(f"lora.dropout={lora.dropout} must be below 1")
-    resolve_targets(lora.target_modules, shape_of(run.model).num_layers)
-    if run.model.layer_spec == "te":
+    resolve_targets(lora.target_modules, shape_of(model).num_layers)
+    if model.layer_spec == "te":
         raise UserError(
             "model.layer_spec=te does not go with lora.rank: Transformer Engine's linears keep the input of "
             "an adapter to themselves; set model.layer_spec=local"
         )
 
 
-def check_start(run: Run) -> None:
-    """Adapters are trained beside weights that are there: those of `init_from`."""
-    if run.lora.rank is not None and run.init_from is None:
+def check_start(lora: LoRAConfig, init_from: str | None) -> None:
+    """Refuse adapters without the weights that they are trained beside, those of `init_from`."""
+    if lora.rank is not None and init_from is None:
         raise UserError(
-            f"lora.rank={run.lora.rank} trains adapters of a trained model; name it in init_from, or set "
+            f"lora.rank={lora.rank} trains adapters of a trained model; name it in init_from, or set "
             "lora.rank=null"
         )
 

@@ -1,4 +1,4 @@
-"""The ESM-2 model sizes under their published tags, and `tiny` for tests and walk-throughs on a CPU."""
+"""The ESM-2 model sizes under their published tags, and `tiny` for tests and first steps on a CPU."""
 
 from __future__ import annotations
 

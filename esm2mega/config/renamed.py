@@ -1,8 +1,8 @@
-"""Names that configuration keys and options had in earlier versions, in one table.
+"""One table of the names that configuration keys and options had in earlier versions.
 
 A user who writes an old name is told the new one. Files that an earlier version wrote keep their old names,
-and are read through the same table: configurations of runs and checkpoints, and the settings that `embed` and
-`score` note beside and inside their output.
+and are read through the same tables: configurations of runs and checkpoints, and the settings that `embed`
+and `score` note beside and inside their output.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ RENAMED = {
     "--long": "--too-long",
 }
 """Old dotted key or option -> new one."""
+
+REMOVED = {"optim.name": "adam", "checkpoint.async_save": "false"}
+"""Dotted key that is gone -> the only value that it could have."""
 
 _NOTED_SECTION = "infer."
 """Section of the keys whose last part names a noted setting of `embed`."""
@@ -35,12 +38,14 @@ def current_settings(noted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refusal_of_key(key: str, value: str) -> str | None:
-    """Return why a user's key is refused, in one line, or None for a key that was not renamed.
+    """Return why a user's key is refused, in one line, or None for one that was neither renamed nor removed.
 
     Args:
         key: dotted key.
         value: what the user gave it, as text.
     """
+    if key in REMOVED:
+        return f"{key}: removed, since {REMOVED[key]} was its only value; leave it out"
     successor = RENAMED.get(key)
     return successor and f"{key}: renamed to {successor}; write {successor}={value}"
 

@@ -1,4 +1,4 @@
-"""The configuration of a run as typed dataclasses, one per concern, and `Run` that holds them.
+"""The configuration of a run as typed dataclasses, one for each section, and `Run`, which holds them.
 
 Every key, its unit and its valid values are described in `conf/base.yaml`, which lists exactly these fields
 with these defaults (a test compares the two). A field with a closed set of values carries it, see `choices`.
@@ -106,9 +106,8 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimizer; the defaults are those of ESM-2."""
+    """Adam with decoupled weight decay; the defaults are those of ESM-2."""
 
-    name: str = _choice("adam", "adam")
     lr: float = 4e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-8
@@ -134,7 +133,6 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_best: int = 1
     resume: str = "auto"
-    async_save: bool = False
 
 
 @dataclass

@@ -1,10 +1,13 @@
-"""Rules of fine-tuning between keys. Pure Python, as `validate`."""
+"""Checks the rules between the keys of fine-tuning.
+
+Pure Python, as `validate`.
+"""
 
 from __future__ import annotations
 
 import math
 
-from esm2mega.config.schema import Run, TaskConfig
+from esm2mega.config.schema import FinetuneConfig, LoRAConfig, ParallelConfig, Run, TaskConfig
 from esm2mega.errors import UserError
 
 RESIDUE_KINDS = ("token_classification", "token_regression")
@@ -89,7 +92,7 @@ def validate_task(run: Run) -> None:
         )
     if len(data.train_paths()) > 1 or data.weights is not None:
         raise UserError("data.train names several tables; join them into one for fine-tuning")
-    _check_finetune(run)
+    _check_finetune(run.finetune, run.task, run.lora, run.parallel)
 
 
 def masks_of(task: TaskConfig) -> list[str | None]:
@@ -99,7 +102,7 @@ def masks_of(task: TaskConfig) -> list[str | None]:
 
 
 def _check_masks(task: TaskConfig) -> None:
-    """Which residues count."""
+    """Check the columns that say which residues count."""
     masks, per_residue = task.mask_column, task.kind in (*RESIDUE_KINDS, PAIR_KIND)
     shown = f"task.mask_column={masks}"
     if masks is not None and not per_residue:
@@ -123,9 +126,11 @@ def _check_masks(task: TaskConfig) -> None:
         )
 
 
-def _check_finetune(run: Run) -> None:
-    """What is trained, and how fast."""
-    finetune, parallel, rank = run.finetune, run.parallel, run.lora.rank
+def _check_finetune(
+    finetune: FinetuneConfig, task: TaskConfig, lora: LoRAConfig, parallel: ParallelConfig
+) -> None:
+    """Check what is trained, and how fast."""
+    rank = lora.rank
     if finetune.mode == "lora" and rank is None:
         raise UserError("finetune.mode=lora needs the rank of the adapters; set lora.rank, e.g. lora.rank=8")
     if finetune.mode != "lora" and rank is not None:
@@ -138,7 +143,7 @@ def _check_finetune(run: Run) -> None:
         finetune.mode == "frozen"
         and parallel.distributed_optimizer
         and parallel.pipeline_model_parallel_size > 1
-        and run.task.head != "attention_maps"
+        and task.head != "attention_maps"
     ):
         raise UserError(
             "parallel.distributed_optimizer=true needs weights to train in every pipeline stage, but "

@@ -1,4 +1,4 @@
-"""Checks of a whole configuration against itself and the number of processes, before anything is started.
+"""Checks a configuration as a whole, and against the number of processes, before anything starts.
 
 Pure Python: the command line runs these checks before it imports torch. Each error is one line with the
 value, the rule, the key and the cure. Batch arithmetic: T = `train.micro_batch_tokens`, DP = world size /
@@ -15,7 +15,17 @@ from pathlib import Path
 
 from esm2mega.config.lora import check_lora, check_start
 from esm2mega.config.presets import shape_of
-from esm2mega.config.schema import Run, choices, flatten
+from esm2mega.config.schema import (
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    Run,
+    ScheduleConfig,
+    TrainConfig,
+    choices,
+    flatten,
+)
 from esm2mega.errors import UserError
 
 _AT_LEAST = {
@@ -90,19 +100,20 @@ def validate(run: Run, world_size: int) -> None:
         UserError: the first rule that does not hold.
     """
     validate_model(run)
-    _check_masking(run)
-    _check_stores(run)
-    _check_schedule(run)
-    _check_batches(run, world_size)
+    _check_masking(run.data)
+    _check_stores(run.data, run.train)
+    _check_schedule(run.schedule, run.train)
+    _check_batches(run.train, run.data, run.parallel, world_size)
 
 
 def validate_model(run: Run) -> None:
     """The part of `validate` that holds for every use of a model: single values, shape, numerics, layout."""
     check_choices(run)
     _check_ranges(run)
-    _check_model(run)
-    _check_layout(run)
-    check_lora(run)
+    _check_family(run.model, run.data)
+    _check_model(run.model)
+    _check_layout(run.model, run.parallel, run.train)
+    check_lora(run.lora, run.model)
 
 
 def world_size_from_environment() -> int:
@@ -115,10 +126,9 @@ def world_size_from_environment() -> int:
     return int(text)
 
 
-def data_parallel_size(run: Run, world_size: int) -> int:
-    """Number of model replicas: world size / (TP x PP)."""
-    tp = run.parallel.tensor_model_parallel_size
-    pp = run.parallel.pipeline_model_parallel_size
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Return the number of model replicas: world size / (TP x PP)."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size < 1 or world_size % (tp * pp):
         raise UserError(
             f"world size {world_size} is not a multiple of parallel.tensor_model_parallel_size={tp} x "
@@ -128,10 +138,10 @@ def data_parallel_size(run: Run, world_size: int) -> int:
     return world_size // (tp * pp)
 
 
-def num_micro_batches(run: Run, world_size: int) -> int:
-    """Micro-batches (packs of T tokens) that each rank takes per optimizer step."""
-    dp_size = data_parallel_size(run, world_size)
-    micro, total = run.train.micro_batch_tokens, run.train.global_batch_tokens
+def num_micro_batches(train: TrainConfig, parallel: ParallelConfig, world_size: int) -> int:
+    """Return how many micro-batches (packs of T tokens) each rank takes per optimizer step."""
+    dp_size = data_parallel_size(parallel, world_size)
+    micro, total = train.micro_batch_tokens, train.global_batch_tokens
     step = micro * dp_size
     if total % step:
         # The smaller neighbour is no cure when it is zero.
@@ -179,13 +189,13 @@ def check_training_inputs(run: Run) -> None:
                 f"{key}={path} is neither a token store nor a file of sequences; make a store with "
                 "`esm2mega prepare fasta`"
             )
-    _check_outputs(run)
+    _check_outputs(run.run_dir, run.logging)
     if run.train.eval_every and run.data.valid is None:
         raise UserError(
             f"train.eval_every={run.train.eval_every} needs data.valid; "
             "give a validation token store, or set train.eval_every=0"
         )
-    check_start(run)
+    check_start(run.lora, run.init_from)
     if run.init_from is not None and not os.path.exists(run.init_from):
         raise UserError(f"init_from={run.init_from} does not exist; give a checkpoint, or init_from=null")
     resume = run.checkpoint.resume
@@ -196,15 +206,15 @@ def check_training_inputs(run: Run) -> None:
         )
 
 
-def _check_outputs(run: Run) -> None:
-    """That what is asked for can be written, as far as it shows before the start."""
-    run_dir = Path(run.run_dir)
-    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+def _check_outputs(run_dir: str, logging: LoggingConfig) -> None:
+    """Check that what is asked for can be written, as far as it shows before the start."""
+    path = Path(run_dir)
+    there = next(above for above in (path, *path.absolute().parents) if above.exists())
     if not there.is_dir():
-        what = "is a file" if there == run_dir else f"lies below {there}, which is a file"
-        raise UserError(f"run_dir={run.run_dir} {what}; choose another run_dir")
+        what = "is a file" if there == path else f"lies below {there}, which is a file"
+        raise UserError(f"run_dir={run_dir} {what}; choose another run_dir")
     for package in ("tensorboard", "wandb"):
-        if getattr(run.logging, package) and importlib.util.find_spec(package) is None:
+        if getattr(logging, package) and importlib.util.find_spec(package) is None:
             raise UserError(
                 f"logging.{package}=true, but the package {package} is not installed; "
                 f"pip install 'esm2mega[logging]' or set logging.{package}=false"
@@ -238,18 +248,17 @@ def _check_ranges(run: Run) -> None:
         raise UserError("run_dir is empty; give the directory that the run is written to")
 
 
-def _check_family(run: Run) -> None:
+def _check_family(model: ModelConfig, data: DataConfig) -> None:
     """Positions, LayerNorms and layers of the model families."""
-    model = run.model
     if model.family == "esm2" and model.max_positions is not None:
         raise UserError(
             f"model.max_positions={model.max_positions} does not go with model.family=esm2, which has rotary "
             "positions; set model.max_positions=null"
         )
-    if model.family != "esm2" and (model.max_positions or 0) < run.data.max_seq_length:
+    if model.family != "esm2" and (model.max_positions or 0) < data.max_seq_length:
         raise UserError(
             f"model.max_positions={model.max_positions} is less than "
-            f"data.max_seq_length={run.data.max_seq_length}; model.family={model.family} has a learned "
+            f"data.max_seq_length={data.max_seq_length}; model.family={model.family} has a learned "
             "position for each token: raise the one or lower the other"
         )
     if not model.final_layernorm and model.family != "proteinbert_preln":
@@ -263,10 +272,8 @@ def _check_family(run: Run) -> None:
         )
 
 
-def _check_model(run: Run) -> None:
+def _check_model(model: ModelConfig) -> None:
     """The model on its own, and what its precision allows."""
-    _check_family(run)
-    model = run.model
     shape = shape_of(model)
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     if hidden % heads:
@@ -291,9 +298,9 @@ def _check_model(run: Run) -> None:
         )
 
 
-def _check_layout(run: Run) -> None:
+def _check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> None:
     """The model's dimensions against TP, PP, VPP and SP."""
-    shape, parallel = shape_of(run.model), run.parallel
+    shape = shape_of(model)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
     for name, value in (
@@ -330,11 +337,11 @@ def _check_layout(run: Run) -> None:
                 "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; "
                 "set parallel.sequence_parallel=false"
             )
-        if run.train.micro_batch_tokens % tp:
+        if train.micro_batch_tokens % tp:
             raise UserError(
-                f"train.micro_batch_tokens={run.train.micro_batch_tokens} is not divisible by "
+                f"train.micro_batch_tokens={train.micro_batch_tokens} is not divisible by "
                 f"parallel.tensor_model_parallel_size={tp}, which parallel.sequence_parallel=true needs; "
-                f"set train.micro_batch_tokens={-(-run.train.micro_batch_tokens // tp) * tp}"
+                f"set train.micro_batch_tokens={-(-train.micro_batch_tokens // tp) * tp}"
             )
 
 
@@ -349,9 +356,8 @@ def _layout_list(*dimensions: int) -> str:
     return ", ".join(str(n) for n in range(1, 65) if all(d % n == 0 for d in dimensions))
 
 
-def _check_masking(run: Run) -> None:
-    """What becomes of selected residues."""
-    data = run.data
+def _check_masking(data: DataConfig) -> None:
+    """Check what becomes of selected residues."""
     if data.mask_fraction + data.random_fraction > 1 + 1e-9:  # the sum of two decimals may be off by rounding
         raise UserError(
             f"data.mask_fraction={data.mask_fraction} + data.random_fraction={data.random_fraction} is more "
@@ -359,9 +365,8 @@ def _check_masking(run: Run) -> None:
         )
 
 
-def _check_stores(run: Run) -> None:
+def _check_stores(data: DataConfig, train: TrainConfig) -> None:
     """Splits that must not be the training data, and mixtures."""
-    data = run.data
     paths = data.train_paths()
     real = [os.path.realpath(path) for path in paths]
     for split in ("valid", "test"):
@@ -382,20 +387,15 @@ def _check_stores(run: Run) -> None:
         )
     if weights is not None and not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise UserError(f"data.weights={weights} must be numbers greater than 0; leave a store out instead")
-    if run.train.max_epochs is not None and len(paths) > 1:
+    if train.max_epochs is not None and len(paths) > 1:
         raise UserError(
-            f"train.max_epochs={run.train.max_epochs} counts passes over one store, but data.train names "
+            f"train.max_epochs={train.max_epochs} counts passes over one store, but data.train names "
             f"{len(paths)}; set train.max_steps, and train.max_epochs=null"
         )
 
 
-def _check_schedule(run: Run) -> None:
+def _check_schedule(schedule: ScheduleConfig, train: TrainConfig) -> None:
     """Warmup before the end of the decay, and early stopping that can ever trigger."""
-    schedule, train = run.schedule, run.train
-    if run.checkpoint.async_save:
-        raise UserError(
-            "checkpoint.async_save=true is not available in this version; set checkpoint.async_save=false"
-        )
     if schedule.decay_steps is None and train.max_epochs is None:
         raise UserError("schedule.decay_steps is not set; load the configuration with esm2mega.config.load")
     # A run given in epochs is checked again when the data say how many steps these are.
@@ -412,18 +412,17 @@ def _check_schedule(run: Run) -> None:
         )
 
 
-def _check_batches(run: Run, world_size: int) -> None:
+def _check_batches(train: TrainConfig, data: DataConfig, parallel: ParallelConfig, world_size: int) -> None:
     """Packs against sequences, and the batch against the processes."""
-    train = run.train
-    if train.micro_batch_tokens < run.data.max_seq_length:
+    if train.micro_batch_tokens < data.max_seq_length:
         raise UserError(
             f"train.micro_batch_tokens={train.micro_batch_tokens} is smaller than data.max_seq_length="
-            f"{run.data.max_seq_length}, so a long protein would not fit into a pack; "
+            f"{data.max_seq_length}, so a long protein would not fit into a pack; "
             "raise train.micro_batch_tokens or lower data.max_seq_length"
         )
-    count = num_micro_batches(run, world_size)
-    pp = run.parallel.pipeline_model_parallel_size
-    if run.parallel.virtual_pipeline_model_parallel_size is not None and count % pp:
+    count = num_micro_batches(train, parallel, world_size)
+    pp = parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_model_parallel_size is not None and count % pp:
         raise UserError(
             f"{count} micro-batches per step (train.global_batch_tokens={train.global_batch_tokens}) are not "
             f"divisible by parallel.pipeline_model_parallel_size={pp}, which a virtual pipeline needs; "

@@ -1,4 +1,4 @@
-"""From a checkpoint in one format to one in another: whole or not at all, and with a report."""
+"""Converts a checkpoint from one format to another, whole or not at all, and reports what changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done.
+    """The result of a conversion, with everything that is reported.
 
     Attributes:
         description: Of the target; its head with the scale of the source.

@@ -1,4 +1,4 @@
-"""Weights of any format straight into the model that this rank holds, at any parallel layout."""
+"""Loads weights of any format into the model that this rank holds, at any parallel layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from esm2mega.errors import UserError
 
 
 def load_initial_weights(
-    start: StartPoint, config: ModelConfig, model: Sequence[Any], choice: TensorFilter = ALL
+    start: StartPoint, config: ModelConfig, model: Sequence[Any], tensor_filter: TensorFilter = ALL
 ) -> dict[str, Tensor]:
     """Fill the model from a checkpoint in any format; every rank calls this and reads what it needs. What is
     not carried over as it is gets a line on rank 0.
@@ -34,7 +34,7 @@ def load_initial_weights(
         start: What `init_from` names.
         config: The model's section of the configuration, which must be that of the checkpoint.
         model: This rank's chunks.
-        choice: Which tensors are taken.
+        tensor_filter: Which tensors are taken.
 
     Returns:
         Auxiliary tensors of the checkpoint.
@@ -44,10 +44,10 @@ def load_initial_weights(
     """
     check_same_model(f"init_from={start.path}", start.run.model, config, "give another init_from")
     if start.is_own:
-        _say(load_weights(start.path, model, choice))
+        _say(load_weights(start.path, model, tensor_filter))
     else:
         _say(start.weights.notes.lines())
-        _say(fill_model(start.weights, model, choice))
+        _say(fill_model(start.weights, model, tensor_filter))
     return start.auxiliary()
 
 
@@ -60,8 +60,8 @@ def load_for_task(start: StartPoint, run: Run, model: Sequence[Any]) -> dict[str
         if is_regression(run.task) and not run.finetune.load_head and WEIGHT in auxiliary:
             _say(["contact head: not the start, which is zero; finetune.load_head=true starts with it"])
         return auxiliary
-    choice = replace(ENCODER, strict=run.finetune.strict)
-    auxiliary = load_initial_weights(start, run.model, model, choice)
+    tensor_filter = replace(ENCODER, strict=run.finetune.strict)
+    auxiliary = load_initial_weights(start, run.model, model, tensor_filter)
     fill_head(model, auxiliary)
     _say(["contact head: the start of the head"])
     return auxiliary
@@ -97,11 +97,11 @@ def _say(lines: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def fill_model(weights: Weights, model: Sequence[Any], choice: TensorFilter = ALL) -> list[str]:
-    """Copy this rank's share of every tensor of `choice` into the chunks `model`, in place.
+def fill_model(weights: Weights, model: Sequence[Any], tensor_filter: TensorFilter = ALL) -> list[str]:
+    """Copy this rank's share of every tensor of `tensor_filter` into the chunks `model`, in place.
 
     Returns:
-        What was not copied, a line each; empty unless `choice` is lenient.
+        What was not copied, a line each; empty unless `tensor_filter` is lenient.
 
     Raises:
         UserError: A tensor is not there, or has another shape.
@@ -110,7 +110,7 @@ def fill_model(weights: Weights, model: Sequence[Any], choice: TensorFilter = AL
         entry
         for chunk in unwrap_model(list(model))
         for entry in chunk.sharded_state_dict().values()
-        if isinstance(entry, ShardedTensor) and not choice.excluded(entry.key, entry.data)
+        if isinstance(entry, ShardedTensor) and not tensor_filter.excluded(entry.key, entry.data)
     ]
     shapes = {}
     for name, info in weights.infos.items():
@@ -119,17 +119,17 @@ def fill_model(weights: Weights, model: Sequence[Any], choice: TensorFilter = AL
         shapes[stacked] = (*layers, *info.shape)
     location = weights.origin.get("path", "weights")
     # What has no place in the model has been reported, or stays with it as auxiliary.
-    fit = compare_tensors(entries, shapes, replace(choice, unused=lambda name: True), location)
-    if choice.strict and fit.lines():
+    report = compare_tensors(entries, shapes, replace(tensor_filter, unused=lambda name: True), location)
+    if tensor_filter.strict and report.lines():
         raise UserError(
-            f"{location}: {fit.lines()[0]}; set finetune.load_head=false or finetune.strict=false, or give "
-            "another init_from"
+            f"{location}: {report.lines()[0]}; set finetune.load_head=false or finetune.strict=false, "
+            "or give another init_from"
         )
-    narrowed = fit.narrowed(choice)
+    narrowed = report.narrowed(tensor_filter)
     for entry in entries:
         if not narrowed.excluded(entry.key, entry.data):
             entry.data.copy_(_share(weights, entry))
-    return fit.lines()
+    return report.lines()
 
 
 def _share(weights: Weights, entry: ShardedTensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all formats are turned into and made from: our tensors, read when asked for, and a description."""
+"""`Weights` is what every format becomes: our tensors, read when asked for, and a description."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HeadDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What the tensors alone do not say.
+    """Describes a model as far as its tensors alone do not.
 
     Attributes:
         shape: Dimensions.
@@ -91,7 +91,7 @@ class Notes:
     kept: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """All of it, a line each."""
+        """Return all notes, a line each."""
         return [
             *(f"dropped: {line}" for line in self.dropped),
             *(f"filled:  {line}" for line in self.filled),

@@ -1,4 +1,4 @@
-"""A stored model to `Weights` through the name table of its format; whatever does not fit is an error."""
+"""Reads a stored model through the name table of its format; whatever does not fit is an error."""
 
 from __future__ import annotations
 

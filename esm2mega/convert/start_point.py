@@ -1,4 +1,4 @@
-"""A checkpoint is opened once, and from then on everyone means the same configuration, head and weights."""
+"""Opens a checkpoint once, so that all later steps mean the same configuration, head and weights."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def read_checkpoint(checkpoint: str | Path) -> StartPoint:
     """
     directory = layout.resolve_checkpoint(checkpoint)
     run, state = layout.read_config(directory), layout.read_state(directory)
-    head = own_format.task_head(run, state, {})
+    head = own_format.task_head(run.task, state, {})
     has_contact_head = WEIGHT in read_auxiliary(directory)
     return StartPoint(directory, OWN, run, head or "lm", has_contact_head, state)
 

@@ -1,1 +1,1 @@
-"""From files to masked packs: sources -> parts -> store, then sampling -> packing -> masking -> loader."""
+"""From files of sequences to micro-batches: readers, token stores, samples and packs, and labels."""

@@ -1,4 +1,4 @@
-"""Which protein is sample k, and every random number of the data pipeline, as pure functions of (seed, k).
+"""Computes every random number of the data, and the order of an epoch, as pure functions of the seed.
 
 There are no generator objects and no state: a random number is a hash of (seed, purpose, stream, position),
 and the order of an epoch is a keyed permutation that is evaluated, not stored. So any rank can compute any

@@ -1,4 +1,4 @@
-"""Fine-tuning from a program: `train_model` on sequences and values, then `infer_model` on sequences.
+"""`train_model` and `infer_model` fine-tune and predict from a program, on lists of sequences and values.
 
 A configuration says everything that the command `esm2mega finetune` takes; data may be lists instead of
 tables, and a head or a loss of one's own takes the place of the configured one: subclass

@@ -1,4 +1,4 @@
-"""What a predictor scores that knows the labels of training alone: the figures that a model must beat."""
+"""Scores a predictor that knows only the training labels: the figures that a model must beat."""
 
 from __future__ import annotations
 

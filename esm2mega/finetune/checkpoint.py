@@ -1,4 +1,4 @@
-"""A fine-tuned checkpoint with its head: opened, loaded at any layout, evaluated on labelled proteins."""
+"""Opens a fine-tuned checkpoint, loads it at any layout, and evaluates it on labelled proteins."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def run_task(
         What was measured, and whether this is the main process.
     """
     with loaded(task, make_head) as (chunks, ranks):
-        packs = packs_of(proteins, batch_spec(task.run), ranks)
+        packs = packs_of(proteins, batch_spec(task.run.data, task.run.train, task.run.seed), ranks)
         with Progress(len(packs), words, "pack", enabled=ranks.is_main) as progress:
             measured = measure(
                 chunks,

@@ -1,4 +1,4 @@
-"""Precision of the likeliest contacts, by the definitions of TAPE and ESM.
+"""Computes the precision of the likeliest contacts, by the definitions of TAPE and ESM.
 
 The k likeliest pairs of a protein of L residues are taken among those that count, for k = L, L/2 and L/5,
 rounded down; the share of them that are contacts is the precision. Where fewer than k pairs count, the rest

@@ -1,4 +1,4 @@
-"""Loss and metrics of a split of labelled proteins: predictions of all ranks, gathered exactly.
+"""Gathers the predictions of all ranks for a split of labelled proteins, and computes its loss and metrics.
 
 Legend: ``n`` proteins and ``R`` residues of a micro-batch, ``k`` targets or classes.
 """

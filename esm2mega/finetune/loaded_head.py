@@ -1,4 +1,4 @@
-"""The head that a fine-tuning goes on with: what its outputs mean is decided where it was trained."""
+"""A head that a fine-tuning starts from keeps the meaning of its outputs, which is checked here."""
 
 from __future__ import annotations
 

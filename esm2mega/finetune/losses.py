@@ -1,4 +1,4 @@
-"""Losses of labelled proteins and residues, as sums over the labels that are there and their number.
+"""Losses of labelled proteins and residues, as a sum over the labels that are there and their number.
 
 A label that is missing (NaN of numbers, -100 of classes) is not summed and not counted.
 

@@ -1,4 +1,4 @@
-"""Metrics of predictions against labels, by the definitions of SciPy and scikit-learn, and their intervals.
+"""Computes metrics by the definitions of SciPy and scikit-learn, with bootstrap intervals.
 
 Every metric is computed from the gathered predictions of a whole split, never from means of micro-batches.
 

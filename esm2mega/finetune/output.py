@@ -1,4 +1,4 @@
-"""Predictions of a task as a reader wants them: per protein, in units of the labels, with class names.
+"""Shows predictions as a reader wants them: per protein, in units of the labels, with class names.
 
 Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a protein.
 """

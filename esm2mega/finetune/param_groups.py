@@ -1,4 +1,4 @@
-"""Which weights of a fine-tuned model are trained, and how fast: what patterns of names mean."""
+"""Decides which weights of a fine-tuned model are trained, and how fast, from patterns of names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`esm2mega predict`: a fine-tuned head on proteins without labels, in input order, by any number of
-processes, at once or in several starts.
-"""
+"""`predict` runs a fine-tuned model on proteins without labels, with any number of processes and starts."""
 
 from __future__ import annotations
 
@@ -22,6 +20,7 @@ from esm2mega.finetune.run import batch_spec
 from esm2mega.infer.contents import Write
 from esm2mega.infer.job import Compute, Job, refuse_long, run_job
 from esm2mega.infer.source import source_of
+from esm2mega.infer.target import Mode
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.evaluate import run_groups
 
@@ -39,7 +38,7 @@ def predict(
     input: str | Path,
     out: str | Path,
     overrides: Sequence[str] = (),
-    mode: str = "new",
+    mode: Mode = "new",
 ) -> list[str]:
     """Predict every protein of a file; all ranks call this together.
 
@@ -48,7 +47,7 @@ def predict(
         input: FASTA, CSV, Parquet and others, also compressed; or a token store.
         out: CSV, Parquet or HDF5, by the ending of the name.
         overrides: ``key=value`` over the configuration of the checkpoint.
-        mode: One of `esm2mega.infer.target.MODES`.
+        mode: What is done about an output that is there.
 
     Returns:
         What there is to say about it.
@@ -66,14 +65,16 @@ class PredictJob(Job):
     unit = "pack"
 
     def __init__(
-        self, checkpoint: str | Path, input: str, out: Path, overrides: Sequence[str], mode: str
+        self, checkpoint: str | Path, input: str, out: Path, overrides: Sequence[str], mode: Mode
     ) -> None:
         """Open the checkpoint; the arguments are those of `predict`."""
         check_format(out)
         check_out(out)
         self._task = open_task(checkpoint, _in_terms_of_training(overrides))
-        without_dropping(self._task.run.data)
-        super().__init__(input, mode, self._task.run, PredictionTarget.of(out, self._task.info))
+        run = self._task.run
+        without_dropping(run.data)
+        self._spec = batch_spec(run.data, run.train, run.seed)
+        super().__init__(input, mode, run, PredictionTarget.of(out, self._task.info))
 
     def check(self, store: TokenStore) -> None:
         data = self.run.data
@@ -84,7 +85,7 @@ class PredictJob(Job):
         return source_of(self._task.start).checksum()
 
     def settings(self) -> dict[str, Any]:
-        run, shape = self.run, batch_spec(self.run).pack_shape()
+        run, shape = self.run, self._spec.pack_shape()
         meaning = json.dumps([self._task.info.to_dict(), head_form(run.task)])
         return {
             "task_hash": hashlib.sha256(meaning.encode()).hexdigest(),
@@ -100,7 +101,7 @@ class PredictJob(Job):
         }
 
     def contents(self, store: TokenStore, attributes: dict[str, Any]) -> PredictionContents:
-        return PredictionContents(store, attributes, self._task.info, batch_spec(self.run))
+        return PredictionContents(store, attributes, self._task.info, self._spec)
 
     def load(self, contents: PredictionContents, ranks: Ranks) -> Compute:
         task = self._task

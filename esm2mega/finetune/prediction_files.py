@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega.data.labels.dataset import UnlabelledProteins
 from esm2mega.data.labels.schema import TargetInfo
-from esm2mega.data.labels.stream import LabelledPacks
+from esm2mega.data.labels.stream import LabelledPacks, UnlabelledProteins
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
 from esm2mega.finetune.output import pair_map, probabilities, table_cells
@@ -94,7 +93,7 @@ class PredictionContents(Contents):
         return -(-self.packs.num_packs // self._packs_of_piece)
 
     def pack_numbers(self, piece: int) -> range:
-        """The packs of a piece."""
+        """Return the packs of a piece."""
         first = piece * self._packs_of_piece
         return range(first, min(first + self._packs_of_piece, self.packs.num_packs))
 
@@ -102,7 +101,7 @@ class PredictionContents(Contents):
         return len(self.pack_numbers(piece))
 
     def stored(self, found: Mapping[str, Any]) -> Iterator[Write]:
-        """The rows of all predictions of a pack.
+        """Yield the rows of all predictions of a pack.
 
         Args:
             found: ``rows``, ``numbers`` and ``values`` of it, as in `esm2mega.finetune.metrics.Predictions`.
@@ -122,7 +121,7 @@ class PredictionContents(Contents):
                 yield self._of_residues(int(rows[piece[0]]), int(numbers[piece[0]]), values[piece])
 
     def _of_residues(self, row: int, start: int, values: Array) -> Write:
-        """The rows of consecutive residues of a protein, ``[l, k]``; with NaN for those that are cropped."""
+        """Return rows of consecutive residues of a protein, ``[l, k]``; NaN for those that are cropped."""
         first = int(self.offsets[row])
         if self.spec.data.crop == "chunk":
             return _PREDICTIONS, first + start, values
@@ -131,7 +130,7 @@ class PredictionContents(Contents):
         return _PREDICTIONS, first, whole
 
     def table(self, arrays: ArrayFile, first: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
-        """The row of each protein from `first` to `stop`, exclusive: cells by column."""
+        """Yield the row of each protein from `first` to `stop`, exclusive: cells by column."""
         predictions = arrays.read(_PREDICTIONS)
         for number, protein in enumerate(self.ids(first, stop), start=first):
             values = predictions[number]
@@ -143,11 +142,11 @@ class PredictionContents(Contents):
 
 @dataclass(frozen=True)
 class PredictionTarget(OutputTarget):
-    """Where predictions go: ``csv``, ``parquet`` or ``hdf5``."""
+    """A target says where predictions go: ``csv``, ``parquet`` or ``hdf5``."""
 
     @classmethod
     def of(cls, out: str | Path, info: TargetInfo) -> PredictionTarget:
-        """By the ending of the name.
+        """Choose the format by the ending of the name.
 
         Raises:
             UserError: An unknown ending, or something that a table cannot hold.

@@ -1,4 +1,4 @@
-"""Fine-tuning: build the objects of a run on labelled proteins, resume or start, and hand them to the loop.
+"""Fine-tuning builds the objects of a run on labelled proteins, resumes or starts, and runs the loop.
 
 No arithmetic.
 """
@@ -9,11 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from esm2mega.config.load import resolve_max_steps
 from esm2mega.config.lora import check_start
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import DataConfig, Run, TaskConfig, TrainConfig
 from esm2mega.config.task import validate_task
-from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
 from esm2mega.data.labels.schema import TargetInfo
@@ -31,7 +29,7 @@ from esm2mega.model.task import MakeHead
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.train.build import HeadTraining, build
 from esm2mega.train.loop import Evaluation, LoopState
-from esm2mega.train.session import Session, run_session
+from esm2mega.train.session import Session, resolve_epochs, run_session
 from esm2mega.train.start import open_training_start
 
 _STEPS_PER_WINDOW = 4
@@ -90,31 +88,35 @@ def finetune(
     """
     parts = parts or UserParts()
     validate_task(run)
-    check_start(run)
+    check_start(run.lora, run.init_from)
     check_packages()
     start = open_training_start(run, opened)
-    splits = read_splits(run, parts, loaded_targets(run.task, run.finetune, start))
-    run = _with_steps(run, splits.of["train"])
+    splits = read_splits(run.data, run.task, parts, loaded_targets(run.task, run.finetune, start))
+    train = splits.of["train"]
+    run = resolve_epochs(run, lambda: LabelledStream(train, train_spec(run.data, run.train, run.seed, train)))
     with process_groups(run.parallel, run.seed) as ranks:
         return _train(run, ranks, splits, parts, start, on_gradients)
 
 
-def read_splits(run: Run, parts: UserParts, loaded: TargetInfo | None = None) -> Splits:
+def read_splits(
+    data: DataConfig, task: TaskConfig, parts: UserParts, loaded: TargetInfo | None = None
+) -> Splits:
     """All splits that are given; those that are held out by the classes and scale of the training split.
 
     Args:
-        run: The configuration.
-        parts: What is used instead of its tables.
+        data: Names of the tables, and how they are read.
+        task: What their labels mean.
+        parts: What is used instead of the tables.
         loaded: Classes and scale of a head that was trained before, which then hold for all splits.
     """
     found: dict[str, LabelledProteins] = {}
     info: TargetInfo | None = None
-    for split, path in (("train", run.data.train), ("valid", run.data.valid), ("test", run.data.test)):
+    for split, path in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         key = f"data.{split}"
         if split in parts.data:
-            proteins, info = proteins_of_pairs(parts.data[split], run.task, info, key, run.data, loaded)
+            proteins, info = proteins_of_pairs(parts.data[split], task, info, key, data, loaded)
         elif path is not None:
-            proteins, info = read_labelled(path, run.task, run.data, info, key, loaded)
+            proteins, info = read_labelled(path, task, data, info, key, loaded)
         elif split == "train":
             raise UserError(
                 "data.train is not set: give a table with sequences and labels, as data.train=FILE"
@@ -131,34 +133,22 @@ def read_splits(run: Run, parts: UserParts, loaded: TargetInfo | None = None) ->
     return Splits(found, info)
 
 
-def batch_spec(run: Run) -> BatchSpec:
-    """What decides the content of the batches of evaluation and prediction."""
-    return BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
+def batch_spec(data: DataConfig, train: TrainConfig, seed: int) -> BatchSpec:
+    """Return what decides the content of the batches of evaluation and prediction."""
+    return BatchSpec(data, train.micro_batch_tokens, seed)
 
 
-def train_spec(run: Run, proteins: LabelledProteins) -> BatchSpec:
-    """What decides the content of the batches of training.
+def train_spec(data: DataConfig, train: TrainConfig, seed: int, proteins: LabelledProteins) -> BatchSpec:
+    """Return what decides the content of the batches of training.
 
     Packs are made of proteins of similar length where there is a choice, and lengths often go with labels. So
     the choice is small by default: among the proteins of some steps, and never twice the same one.
     """
-    data = run.data
     if data.pack_window is None:
         mean_tokens = len(proteins.tokens) / len(proteins) + 2
-        window = round(_STEPS_PER_WINDOW * run.train.global_batch_tokens / mean_tokens)
+        window = round(_STEPS_PER_WINDOW * train.global_batch_tokens / mean_tokens)
         data = replace(data, pack_window=max(1, min(window, len(proteins))))
-    return BatchSpec(data, run.train.micro_batch_tokens, run.seed, run.train.max_epochs)
-
-
-def _with_steps(run: Run, proteins: LabelledProteins) -> Run:
-    """A run given in epochs with its length in steps, the last of which may be filled up with padding."""
-    if run.train.max_epochs is None:
-        return run
-    with LabelledStream(proteins, train_spec(run, proteins)) as stream:
-        packs_per_step = run.train.global_batch_tokens // run.train.micro_batch_tokens
-        run = resolve_max_steps(run, -(-stream.num_packs() // packs_per_step))
-    validate(run, world_size_from_environment())
-    return run
+    return BatchSpec(data, train.micro_batch_tokens, seed, train.max_epochs)
 
 
 def _train(
@@ -179,7 +169,7 @@ def _train(
         lambda chunks: scales_of(chunks, run.finetune),
     )
     built = build(run, ranks, start, loss, on_gradients, head)
-    spec, train = batch_spec(run), splits.of["train"]
+    spec, train = batch_spec(run.data, run.train, run.seed), splits.of["train"]
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
         if split not in splits.of:
@@ -204,7 +194,9 @@ def _train(
     session = Session(
         name="finetune",
         built=built,
-        stream=LabelledStream(train, train_spec(run, train), ranks.dp_rank, ranks.dp_size),
+        stream=LabelledStream(
+            train, train_spec(run.data, run.train, run.seed, train), ranks.dp_rank, ranks.dp_size
+        ),
         evaluation=evaluation,
         extra_state={"task": splits.info.to_dict(), "token_counts": None},
         banner=_described(splits),

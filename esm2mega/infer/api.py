@@ -1,4 +1,4 @@
-"""`esm2mega.load`: a model in one process, on the CPU or one GPU, for notebooks and scripts.
+"""`esm2mega.load` opens a model in one process, on the CPU or one GPU, for notebooks and scripts.
 
 Legend: ``L`` residues of a protein, ``h`` hidden size, ``v`` vocabulary (33), ``n`` proteins.
 """
@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from esm2mega.config.infer import inference_run, validate_inference, window_tokens
+from esm2mega.config.infer import inference_run, validate_inference
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.config.validate import world_size_from_environment
 from esm2mega.errors import UserError
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
-from esm2mega.infer.proteins import Embedder, micro_batch_tokens, output_request
+from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens, output_request
 from esm2mega.infer.score import clean
 from esm2mega.infer.source import source_of
 from esm2mega.infer.strategies import STRATEGIES, score_variants
@@ -197,9 +197,10 @@ class Model:
         else:
             parsed = [parse_variant(text, wild, offset) for text in variants]
         self._source.check_lm_head()
-        size = micro_batch_tokens(self._run, self._ranks.device)
+        limits = Lengths.of(self._run.infer, self._run.data)
+        size = micro_batch_tokens(self._run.infer, limits, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, OutputRequest(logits=True), size)
-        marginals = Marginals(engine, self._ranks, window_tokens(self._run), normalize, shows_progress=False)
+        marginals = Marginals(engine, self._ranks, limits.width, normalize, shows_progress=False)
         scores = score_variants(marginals, wild, parsed, strategy, normalize)
         return dict(zip(variants, scores, strict=True))
 
@@ -209,11 +210,12 @@ class Model:
             raise UserError("give a list of sequences, not one string")
         run = load_run_over(self._run, overrides)
         validate_inference(run, 1)
-        wants = output_request(run, self._source)
-        engine = Engine(self._loaded(), self._ranks, wants, micro_batch_tokens(run, self._ranks.device))
+        wants, limits = output_request(run.infer, run.model, self._source), Lengths.of(run.infer, run.data)
+        size = micro_batch_tokens(run.infer, limits, self._ranks.device)
+        engine = Engine(self._loaded(), self._ranks, wants, size)
         residues = [encode_residues(clean(sequence)) for sequence in sequences]
         results: list[dict[str, Array]] = [{} for _ in residues]
-        for number, values in Embedder(engine, run).run(residues) if residues else ():
+        for number, values in Embedder(engine, run.infer, limits).run(residues) if residues else ():
             # Copies: a view would keep the whole pack in memory.
             results[number] = {name: _array(value) for name, value in values.items()}
         return results

@@ -1,4 +1,4 @@
-"""Large arrays at known places of one file, written by rows from any process in any order.
+"""Large arrays at known places of one file, whose rows any process writes in any order.
 
 Shapes are known before anything is computed, so every row has its place from the start: processes write
     straight to

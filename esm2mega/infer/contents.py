@@ -1,6 +1,4 @@
-"""What an output holds, in every format: one entry per protein, in input order, and the arrays of all of
-them.
-"""
+"""Describes what an output holds, in every format: an entry per protein, in input order, and arrays."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ Write = tuple[str, int, Array]
 
 @dataclass(frozen=True)
 class Contents(ABC):
-    """Proteins, what is stored of them, and the pieces of work in which that is computed.
+    """An output holds values of proteins, which are computed in pieces.
 
     Attributes:
         store: The proteins.
@@ -82,7 +80,7 @@ class Contents(ABC):
 
     @abstractmethod
     def amount(self, piece: int) -> int:
-        """Proteins, or packs, of a piece, for the progress bar."""
+        """Return how many proteins, or packs, a piece has, for the progress bar."""
 
     def ids(self, first: int = 0, stop: int | None = None) -> Iterator[str]:
         """Ids in input order, repeats included."""

@@ -1,4 +1,4 @@
-"""Spearman's rank correlation, with ties, bit for bit as `scipy.stats.spearmanr` computes it.
+"""Computes Spearman's rank correlation, with ties, as benchmarks of variant effects report it.
 
 `esm2mega score` needs it where SciPy, an optional dependency, may not be installed.
 """

@@ -1,6 +1,4 @@
-"""`embed`: a file of proteins to a file of embeddings, by any number of processes, at once or in several
-starts.
-"""
+"""`embed` turns a file of proteins into a file of embeddings, with any number of processes and starts."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from esm2mega.config.infer import absolute_layers, inference_run, validate_inference, window_tokens
+from esm2mega.config.infer import absolute_layers, inference_run, validate_inference
 from esm2mega.config.validate import world_size_from_environment
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.infer.contents import Write
@@ -21,6 +19,7 @@ from esm2mega.infer.engine import Engine, load_model
 from esm2mega.infer.job import Compute, Job, make_folder, refuse_long, run_job
 from esm2mega.infer.proteins import Embedder, Lengths, Values, micro_batch_tokens, output_request
 from esm2mega.infer.source import open_model
+from esm2mega.infer.target import Mode
 from esm2mega.parallel.initialize import Ranks
 
 
@@ -32,7 +31,7 @@ class EmbedRequest:
         checkpoint: A checkpoint or run directory.
         input: Sequences in any format of `esm2mega.data.readers.sources`, or a token store.
         out: Output; its ending decides the format.
-        mode: One of `target.MODES`.
+        mode: What is done about an output that is there.
         overrides: `key=value` over the configuration.
         config: Configuration file or name; None for none.
         contact_maps: Folder for a PNG of each protein's contacts; None for none.
@@ -41,7 +40,7 @@ class EmbedRequest:
     checkpoint: str
     input: str
     out: str
-    mode: str = "new"
+    mode: Mode = "new"
     overrides: Sequence[str] = ()
     config: str | None = None
     contact_maps: str | None = None
@@ -73,15 +72,19 @@ class EmbedJob(Job):
         if request.contact_maps is not None and "contacts" not in run.infer.outputs:
             run.infer.outputs.append("contacts")
         validate_inference(run, world_size_from_environment())
-        super().__init__(request.input, request.mode, run, EmbeddingTarget.of(request.out, run))
-        self._request = output_request(run, self._source)
+        super().__init__(
+            request.input, request.mode, run, EmbeddingTarget.of(request.out, run.infer, run.model)
+        )
+        self._request = output_request(run.infer, run.model, self._source)
+        self._limits = Lengths.of(run.infer, run.data)
 
     def check(self, store: TokenStore) -> None:
         if self._contact_maps is not None:
             make_folder(Path(self._contact_maps), f"--contact-maps {self._contact_maps}")
-        limits = Lengths.of(self.run)
-        if limits.too_long == "error":
-            refuse_long(store, limits.most_residues, self.input, "set --too-long crop or --too-long chunk")
+        if self._limits.too_long == "error":
+            refuse_long(
+                store, self._limits.most_residues, self.input, "set --too-long crop or --too-long chunk"
+            )
 
     def checksum(self) -> str:
         return self._source.checksum()
@@ -90,24 +93,24 @@ class EmbedJob(Job):
         run, infer = self.run, self.run.infer
         return {
             "outputs": sorted(infer.outputs),
-            "layers": absolute_layers(run),
+            "layers": absolute_layers(infer, run.model),
             "pooling": infer.pooling,
             "dtype": infer.dtype,
             "precision": run.model.precision,
             "tensor_model_parallel_size": run.parallel.tensor_model_parallel_size,
             "layout": infer.layout,
             "too_long": infer.too_long,
-            "max_seq_length": window_tokens(run),
-            "overlap": Lengths.of(run).overlap if infer.too_long == "chunk" else 0,
+            "max_seq_length": self._limits.width,
+            "overlap": self._limits.overlap if infer.too_long == "chunk" else 0,
         }
 
     def contents(self, store: TokenStore, attributes: dict[str, Any]) -> Embeddings:
-        return Embeddings(store, attributes, self.run)
+        return Embeddings(store, attributes, self.run.infer, self.run.model, self._limits)
 
     def load(self, contents: Embeddings, ranks: Ranks) -> Compute:
-        size = micro_batch_tokens(self.run, ranks.device)
+        size = micro_batch_tokens(self.run.infer, self._limits, ranks.device)
         engine = Engine(load_model(self._source, self.run, ranks), ranks, self._request, size)
-        embedder = Embedder(engine, self.run)
+        embedder = Embedder(engine, self.run.infer, self._limits)
 
         def compute(piece: int) -> Iterator[tuple[int, Iterable[Write]]]:
             numbers = contents.proteins(piece)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm2mega.config.infer import absolute_layers
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import InferConfig, ModelConfig
 from esm2mega.errors import UserError
 from esm2mega.infer.target import OutputTarget
 
@@ -20,7 +20,7 @@ _ENDINGS = {".h5": "hdf5", ".hdf5": "hdf5", ".npz": "npz", ".parquet": "parquet"
 
 @dataclass(frozen=True)
 class EmbeddingTarget(OutputTarget):
-    """Where embeddings go.
+    """A target says where embeddings go.
 
     Attributes:
         outputs: `infer.outputs`.
@@ -29,8 +29,8 @@ class EmbeddingTarget(OutputTarget):
     outputs: Sequence[str]
 
     @classmethod
-    def of(cls, out: str | Path, run: Run) -> EmbeddingTarget:
-        """By the ending of the name.
+    def of(cls, out: str | Path, infer: InferConfig, model: ModelConfig) -> EmbeddingTarget:
+        """Choose the format by the ending of the name.
 
         Raises:
             UserError: An unknown ending, or something that the format cannot hold.
@@ -44,11 +44,10 @@ class EmbeddingTarget(OutputTarget):
                 f"--out {out}: unknown ending {path.suffix!r}; .h5, .npz and .parquet are files, a "
                 "name without ending is a folder of .pt files"
             )
-        infer = run.infer
         if infer.layout == "bionemo":
             if kind != "hdf5":
                 raise UserError(f"--layout bionemo is a layout of HDF5 files; give --out NAME.h5, not {out}")
-            if {"logits", "contacts"} & set(infer.outputs) or len(absolute_layers(run)) != 1:
+            if {"logits", "contacts"} & set(infer.outputs) or len(absolute_layers(infer, model)) != 1:
                 raise UserError("--layout bionemo holds residue and pooled of one layer; use --layout ragged")
             if infer.dtype == "bf16":
                 raise UserError(

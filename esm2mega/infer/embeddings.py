@@ -1,4 +1,4 @@
-"""Hidden states, logits and contacts as an output holds them."""
+"""Describes hidden states, logits and contacts as arrays of an output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esm2mega.config.infer import absolute_layers
 from esm2mega.config.presets import shape_of
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import InferConfig, ModelConfig
 from esm2mega.errors import UserError
 from esm2mega.infer.arrays import ArraySpec
 from esm2mega.infer.contents import Array, Contents, Write
@@ -33,20 +33,24 @@ _PIECES = 64
 
 @dataclass(frozen=True)
 class Embeddings(Contents):
-    """What `embed` stores.
+    """Embeddings are what `embed` stores.
 
     Attributes:
-        run: The settings.
+        infer: What is stored, and in which dtype.
+        model: Its shape.
+        limits: What becomes of long proteins.
     """
 
-    run: Run
+    infer: InferConfig
+    model: ModelConfig
+    limits: Lengths
 
     smaller = "store less (--include pooled, --dtype fp16) or "
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Residues of each protein in the output, ``[n]``."""
-        return Lengths.of(self.run).kept(self.store.lengths)
+        return self.limits.kept(self.store.lengths)
 
     @cached_property
     def truncated(self) -> npt.NDArray[np.bool_]:
@@ -56,7 +60,7 @@ class Embeddings(Contents):
     @cached_property
     def num_windows(self) -> npt.NDArray[np.int32]:
         """How many overlapping windows each protein is the mean of, ``[n]``."""
-        return Lengths.of(self.run).counts(self.store.lengths)
+        return self.limits.counts(self.store.lengths)
 
     @cached_property
     def columns(self) -> dict[str, Array]:
@@ -76,10 +80,10 @@ class Embeddings(Contents):
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
         """The large arrays."""
-        outputs, hidden = self.run.infer.outputs, shape_of(self.run.model).hidden_size
-        stored, total, count = STORED[self.run.infer.dtype], int(self.offsets[-1]), len(self)
+        outputs, hidden = self.infer.outputs, shape_of(self.model).hidden_size
+        stored, total, count = STORED[self.infer.dtype], int(self.offsets[-1]), len(self)
         specs = {}
-        for layer in absolute_layers(self.run):
+        for layer in absolute_layers(self.infer, self.model):
             if "residue" in outputs:
                 specs[f"residue/layer_{layer}"] = ArraySpec((total, hidden), stored)
             if "pooled" in outputs:
@@ -102,7 +106,7 @@ class Embeddings(Contents):
         return int(self._piece_numbers[-1]) + 1
 
     def proteins(self, piece: int) -> range:
-        """The proteins of a piece; none where one protein fills several."""
+        """Return the proteins of a piece; none where one protein fills several."""
         first, stop = np.searchsorted(self._piece_numbers, [piece, piece + 1])
         return range(int(first), int(stop))
 
@@ -110,14 +114,14 @@ class Embeddings(Contents):
         return len(self.proteins(piece))
 
     def rows(self, name: str, number: int) -> slice:
-        """Which rows of array `name` belong to protein `number`."""
+        """Return which rows of array `name` belong to protein `number`."""
         if name.startswith("pooled/"):
             return slice(number, number + 1)
         offsets = self.contact_offsets if name == "contacts" else self.offsets
         return slice(int(offsets[number]), int(offsets[number + 1]))
 
     def stored(self, number: int, values: Values) -> Iterator[Write]:
-        """Everything there is of a protein, in the dtype of the output.
+        """Yield everything there is of a protein, in the dtype of the output.
 
         Raises:
             UserError: A value is beyond the range of fp16.
@@ -125,8 +129,8 @@ class Embeddings(Contents):
         for name, value in values.items():
             row = value.reshape(1, -1) if name.startswith("pooled/") else value
             row = row.flatten() if name == "contacts" else row
-            rows = to_numpy(row, self.run.infer.dtype)
-            if self.run.infer.dtype == "fp16" and np.isinf(rows).any():
+            rows = to_numpy(row, self.infer.dtype)
+            if self.infer.dtype == "fp16" and np.isinf(rows).any():
                 raise UserError(
                     f"{self.store.id(number)}: {name} has values beyond 65504, the largest of fp16; "
                     "set --dtype bf16 or fp32"

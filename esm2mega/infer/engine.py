@@ -1,4 +1,4 @@
-"""Packs of windows through the model: one process, or the stages and ranks of a larger layout.
+"""Runs packs of windows through the model, in one process or at any other layout.
 
 Legend: ``T`` tokens of a pack, ``h`` hidden size, ``m`` tokens that get logits, ``v`` vocabulary (33), ``l``
 residues of a window.

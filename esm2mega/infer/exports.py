@@ -1,4 +1,4 @@
-"""Finished arrays to `.npz`, Parquet and one `.pt` per protein: one pass over them, protein by protein."""
+"""Writes finished arrays to `.npz`, Parquet and one `.pt` per protein, protein by protein."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ def read_npz_attributes(path: Path) -> dict[str, Any]:
 
 
 def write_parquet(path: Path, contents: Embeddings, arrays: ArrayFile) -> None:
-    """A row per protein; vectors are lists of fixed size, residues are lists of them, contacts are
-    flattened.
+    """Write a row per protein.
+
+    Vectors are lists of fixed size, residues are lists of them, contacts are flattened.
     """
     pyarrow, _ = _pyarrow()
 
@@ -135,14 +136,15 @@ def check_parquet() -> None:
 
 
 def write_pt(folder: Path, contents: Embeddings, arrays: ArrayFile) -> None:
-    """One file per protein, with the keys of fair-esm's ``extract.py``, and `INDEX`, which names them in
-    order.
+    """Write one file per protein, with the keys of fair-esm's ``extract.py``.
+
+    `INDEX` names the files in order.
 
     A file is called as its protein. Where an id is no file name, or not the only one, the number is added
     behind ``~``, which `safe_name` leaves nowhere else: no two files have one name.
     """
     folder.mkdir()
-    dtype, pooled = contents.run.infer.dtype, _POOLED_KEY[contents.run.infer.pooling]
+    dtype, pooled = contents.infer.dtype, _POOLED_KEY[contents.infer.pooling]
     # File systems may not tell upper from lower case.
     repeats = Counter(protein.lower() for protein in contents.ids())
     with (folder / INDEX).open("w", newline="") as stream:

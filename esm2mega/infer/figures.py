@@ -1,4 +1,4 @@
-"""PNG figures: contact maps, and heat maps of single substitutions."""
+"""Draws contact maps, and heat maps of single substitutions, as PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HDF5 outputs: a ragged file that is laid out before anything is computed, and the layout of BioNeMo 1."""
+"""HDF5 outputs: a ragged file, laid out before anything is computed, and the layout of BioNeMo 1."""
 
 from __future__ import annotations
 

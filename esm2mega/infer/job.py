@@ -1,5 +1,6 @@
-"""One growing output of a command: prepared by one process, computed by all of them, finished by one, at once
-or in several starts. What is computed, and how it is stored, is a `Job`.
+"""One growing output: prepared by one process, computed by all of them, finished by one, also after kills.
+
+What is computed, and how it is stored, is a `Job`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.infer.contents import Contents, Write
-from esm2mega.infer.target import OutputTarget
+from esm2mega.infer.target import Mode, OutputTarget
 from esm2mega.infer.work import Journal, Work, differing, has_begun
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
@@ -36,13 +37,13 @@ Compute = Callable[[int], Iterator[tuple[int, Iterable[Write]]]]
 
 
 class Job(ABC):
-    """What a command computes of proteins.
+    """A job is what a command computes of proteins, and where it stores that.
 
     Attributes:
         name: Of the command, for messages and the progress bar.
         unit: What `Contents.amount` counts.
         input: Sequences in any format of `esm2mega.data.readers.sources`, or a token store.
-        mode: One of `target.MODES`.
+        mode: What is done about an output that is there.
         run: The settings.
         target: Where the output goes.
     """
@@ -50,7 +51,7 @@ class Job(ABC):
     name: str
     unit: str
 
-    def __init__(self, input: str, mode: str, run: Run, target: OutputTarget) -> None:
+    def __init__(self, input: str, mode: Mode, run: Run, target: OutputTarget) -> None:
         """Set the attributes."""
         self.input, self.mode, self.run, self.target = input, mode, run, target
 
@@ -60,19 +61,19 @@ class Job(ABC):
 
     @abstractmethod
     def checksum(self) -> str:
-        """SHA-256 over the weights, the same for every layout; called by one process."""
+        """Return the SHA-256 over the weights, the same for every layout; called by one process."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What else decides the content of the output; called by one process."""
+        """Return what else decides the content of the output; called by one process."""
 
     @abstractmethod
     def contents(self, store: TokenStore, attributes: dict[str, Any]) -> Contents:
-        """What the output holds."""
+        """Return what the output holds."""
 
     @abstractmethod
     def load(self, contents: Any, ranks: Ranks) -> Compute:
-        """Load the model, and give what computes with it.
+        """Load the model, and return what computes pieces with it.
 
         Args:
             contents: From `contents`.
@@ -81,7 +82,7 @@ class Job(ABC):
 
     @abstractmethod
     def report(self, contents: Any, made: Sequence[Path]) -> list[str]:
-        """Lines for the reader.
+        """Return lines for the reader.
 
         Args:
             contents: From `contents`.
@@ -141,7 +142,7 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
         make_folder(target.work_dir, f"--out {target.out}")
     try:
         run.data.cache_dir = str(target.work_dir / _PREPARED)
-        store = open_store(job.input, run, "input")
+        store = open_store(job.input, run.data, run.run_dir, "input")
         job.check(store)
         attributes = _attributes(job, store)
         if job.mode == "resume" and (finished := target.existing()) and not begun:
@@ -204,7 +205,7 @@ def refuse_long(store: TokenStore, most: int, name: str, cure: str) -> None:
 
 
 def _attributes(job: Job, store: TokenStore) -> dict[str, Any]:
-    """What decides the content of the output."""
+    """Return everything that decides the content of the output."""
     ids = hashlib.sha256()
     for first in range(0, len(store), _IDS_AT_ONCE):
         text, lengths = store.encoded_ids(first, min(first + _IDS_AT_ONCE, len(store)))
@@ -220,7 +221,7 @@ def _attributes(job: Job, store: TokenStore) -> dict[str, Any]:
 
 
 def _compute(job: Job, work: Work, ranks: Ranks, pieces: Sequence[int]) -> None:
-    """This rank's share of the pieces."""
+    """Compute and write this rank's share of the pieces."""
     compute = job.load(work.contents, ranks)
     # Ranks of a tensor-parallel group hold the same; one of them writes. Pipeline stages write what is
     # theirs.

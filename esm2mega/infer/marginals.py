@@ -1,4 +1,4 @@
-"""Log-probabilities of residues where they stand: with the residue in sight, or masked.
+"""Computes log-probabilities of residues at their places, with the residue in sight or masked.
 
 Legend: ``L`` residues, ``v`` vocabulary (33), ``p`` places, which are residues of a sequence.
 """

@@ -1,4 +1,4 @@
-"""All assays of a ProteinGym reference file: a scored table each, and the summary that the benchmark reports.
+"""Scores all assays of a ProteinGym reference file, and writes the summary that the benchmark reports.
 
 https://github.com/OATML-Markslab/ProteinGym: a reference file with a row per assay (``DMS_id, DMS_filename,
 UniProt_ID, target_seq, coarse_selection_type``), and a CSV per assay (``mutant, mutated_sequence,
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, write_json
 from esm2mega.infer.score import ScoreOptions, check_columns, clean, measured_spearman, scorer, write_scored
+from esm2mega.infer.target import Mode
 from esm2mega.infer.variants import (
     Table,
     Variant,
@@ -69,7 +70,7 @@ def read_reference(path: str, assays: str) -> list[Assay]:
 
 
 def score_assays(
-    checkpoint: str, assays: Sequence[Assay], out: str, options: ScoreOptions, mode: str = "new"
+    checkpoint: str, assays: Sequence[Assay], out: str, options: ScoreOptions, mode: Mode = "new"
 ) -> list[str]:
     """Score every assay into ``OUT/DMS_id.csv``.
 
@@ -78,8 +79,8 @@ def score_assays(
         assays: From `read_reference`.
         out: The folder.
         options: How; the columns are those of ProteinGym.
-        mode: One of `target.MODES`. ``resume`` takes finished tables as they are, if they were made with the
-            same weights and settings.
+        mode: What is done about an output that is there. ``resume`` takes finished tables as they are, if
+            they were made with the same weights and settings.
 
     Returns:
         A report for the reader.
@@ -116,7 +117,7 @@ def score_assays(
     ]
 
 
-def _check_existing(folder: Path, mode: str) -> None:
+def _check_existing(folder: Path, mode: Mode) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if mode == "new":
             raise UserError(
@@ -130,7 +131,7 @@ def _check_existing(folder: Path, mode: str) -> None:
             )
 
 
-def _begin(folder: Path, tables: Sequence[Path], settings: dict[str, Any], mode: str) -> list[Path]:
+def _begin(folder: Path, tables: Sequence[Path], settings: dict[str, Any], mode: Mode) -> list[Path]:
     """Note the settings, or compare them with the earlier ones; returns the tables that are finished."""
     noted = folder / _SETTINGS
     if mode == "resume" and noted.is_file():

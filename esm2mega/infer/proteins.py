@@ -1,4 +1,4 @@
-"""Proteins to their embeddings: windows into packs, packs through the engine, windows back to proteins.
+"""Cuts proteins into windows, packs them for the engine, and joins the results to embeddings.
 
 Legend: ``L`` residues of a protein that are kept, ``h`` hidden size, ``v`` vocabulary (33), ``T`` tokens of
     a pack.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from esm2mega.config.infer import absolute_layers, window_tokens
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import DataConfig, InferConfig, ModelConfig
 from esm2mega.errors import UserError
 from esm2mega.infer.engine import Engine, OutputRequest, PackOutputs, WindowPack, group_windows
 from esm2mega.infer.source import ModelSource
@@ -42,11 +42,11 @@ class Lengths:
     overlap: int
 
     @classmethod
-    def of(cls, run: Run) -> Lengths:
-        """As `run.infer` says."""
-        width = window_tokens(run)
-        overlap = width // 2 if run.infer.overlap is None else run.infer.overlap
-        return cls(width, run.infer.too_long, min(overlap, width - 3))
+    def of(cls, infer: InferConfig, data: DataConfig) -> Lengths:
+        """As `infer` says; `data` has the length where that is not set."""
+        width = window_tokens(infer, data)
+        overlap = width // 2 if infer.overlap is None else infer.overlap
+        return cls(width, infer.too_long, min(overlap, width - 3))
 
     @property
     def most_residues(self) -> int:
@@ -81,12 +81,18 @@ class Lengths:
 class Embedder:
     """Computes what a configuration asks for, protein by protein."""
 
-    def __init__(self, engine: Engine, run: Run) -> None:
-        """Args: engine: made with `output_request(run, …)`. run: what to compute."""
+    def __init__(self, engine: Engine, infer: InferConfig, limits: Lengths) -> None:
+        """Set up what is computed.
+
+        Args:
+            engine: Made with `output_request(infer, …)`.
+            infer: What to compute.
+            limits: What becomes of long proteins.
+        """
         self._engine = engine
-        self._outputs = frozenset(run.infer.outputs)
-        self._pooling = run.infer.pooling
-        self._lengths = Lengths.of(run)
+        self._outputs = frozenset(infer.outputs)
+        self._pooling = infer.pooling
+        self._limits = limits
 
     def run(self, proteins: Sequence[npt.NDArray[np.uint8]]) -> Iterator[tuple[int, Values]]:
         """Yield the number of each protein and its values, in the order in which they get ready.
@@ -99,7 +105,7 @@ class Embedder:
         jobs = [
             (number, index, window)
             for number, residues in enumerate(proteins)
-            for index, window in enumerate(self._lengths.windows(len(residues)))
+            for index, window in enumerate(self._limits.windows(len(residues)))
         ]
         num_windows = np.bincount([number for number, _, _ in jobs], minlength=len(proteins))
         plan = group_windows([window.num_tokens for _, _, window in jobs], self._engine.micro_batch_tokens)
@@ -190,23 +196,23 @@ def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
     return joined
 
 
-def micro_batch_tokens(run: Run, device: torch.device) -> int:
-    """Tokens of a pack: as configured, or what suits the device; at least those of the longest window.
+def micro_batch_tokens(infer: InferConfig, limits: Lengths, device: torch.device) -> int:
+    """Return the tokens of a pack: as configured, or what suits the device; at least the longest window.
 
     A 35M model on 2 cores of an AMD EPYC embedded 1,390, 1,460, 1,240 and 1,180 tokens/s in packs of 1,024,
     2,048, 4,096 and 8,192. The size for GPUs is not measured.
     """
-    size = run.infer.micro_batch_tokens or (2048 if device.type == "cpu" else 16384)
-    return max(size, window_tokens(run))
+    size = infer.micro_batch_tokens or (2048 if device.type == "cpu" else 16384)
+    return max(size, limits.width)
 
 
-def output_request(run: Run, source: ModelSource) -> OutputRequest:
-    """What the engine has to compute for `run.infer`.
+def output_request(infer: InferConfig, model: ModelConfig, source: ModelSource) -> OutputRequest:
+    """Say what the engine has to compute for `infer`.
 
     Raises:
         UserError: Contacts of a model without a contact head, or logits of one without that head.
     """
-    outputs = run.infer.outputs
+    outputs = infer.outputs
     if "logits" in outputs:
         source.check_lm_head()
     head = source.contact_head if "contacts" in outputs else None
@@ -215,5 +221,5 @@ def output_request(run: Run, source: ModelSource) -> OutputRequest:
             f"{source.path}: has no contact head, so there are no contacts; those that come from published "
             "ESM-2 weights have one"
         )
-    layers = absolute_layers(run) if {"residue", "pooled"} & set(outputs) else []
+    layers = absolute_layers(infer, model) if {"residue", "pooled"} & set(outputs) else []
     return OutputRequest(tuple(layers), "logits" in outputs, head)

@@ -1,4 +1,4 @@
-"""`score`: variants of proteins to a table with a score each; or all single substitutions."""
+"""`score` gives a score to each variant of a table, or to all single substitutions of a protein."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esm2mega.config.infer import inference_run, validate_inference, window_tokens
-from esm2mega.config.schema import Run
+from esm2mega.config.infer import inference_run, validate_inference
 from esm2mega.config.validate import world_size_from_environment
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import open_source
@@ -21,7 +20,7 @@ from esm2mega.files import check_writable
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import Marginals
-from esm2mega.infer.proteins import micro_batch_tokens
+from esm2mega.infer.proteins import Lengths, micro_batch_tokens
 from esm2mega.infer.source import ModelSource, open_model
 from esm2mega.infer.strategies import score_variants
 from esm2mega.infer.variants import (
@@ -73,16 +72,19 @@ class ScoreOptions:
 class Scorer:
     """A loaded model and how to score with it; all ranks use it together."""
 
-    def __init__(self, marginals: Marginals, options: ScoreOptions, source: ModelSource, run: Run) -> None:
+    def __init__(
+        self, marginals: Marginals, options: ScoreOptions, source: ModelSource, precision: str, width: int
+    ) -> None:
+        """Args: precision: of the model. width: most tokens of a protein at once."""
         self._marginals, self.options = marginals, options
-        self._source, self._run = source, run
+        self._source, self._precision, self._width = source, precision, width
 
     def settings(self) -> dict[str, Any]:
         """What scores depend on; reads all weights."""
         return {
             "model_hash": self._source.checksum(),
-            "precision": self._run.model.precision,
-            "max_seq_length": window_tokens(self._run),
+            "precision": self._precision,
+            "max_seq_length": self._width,
             "strategy": self.options.strategy,
             "normalization": self.options.normalization,
             "score_column": self.options.score_column,
@@ -102,10 +104,11 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
     run = inference_run(source.run, options.overrides)
     validate_inference(run, world_size_from_environment())
     with process_groups(run.parallel, run.seed) as ranks:
-        size = micro_batch_tokens(run, ranks.device)
+        limits = Lengths.of(run.infer, run.data)
+        size = micro_batch_tokens(run.infer, limits, ranks.device)
         engine = Engine(load_model(source, run, ranks), ranks, OutputRequest(logits=True), size)
-        marginals = Marginals(engine, ranks, window_tokens(run), options.normalization)
-        yield Scorer(marginals, options, source, run), ranks
+        marginals = Marginals(engine, ranks, limits.width, options.normalization)
+        yield Scorer(marginals, options, source, run.model.precision, limits.width), ranks
 
 
 def read_wild_types(path: str) -> list[WildType]:

@@ -1,4 +1,4 @@
-"""Where a model comes from: its configuration, weights and contact head, whatever wrote the checkpoint."""
+"""Reads configuration, weights and contact head of a model, whatever program wrote the checkpoint."""
 
 from __future__ import annotations
 

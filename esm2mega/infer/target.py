@@ -1,6 +1,4 @@
-"""The output as the user names it: which format that means, whether it is there already, and how it is
-finished.
-"""
+"""Resolves the output that a user names: its format, whether it is there already, how it is finished."""
 
 from __future__ import annotations
 
@@ -10,13 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from esm2mega.infer.arrays import ArrayFile
     from esm2mega.infer.contents import Contents
 
-MODES = ("new", "resume", "overwrite")
+Mode = Literal["new", "resume", "overwrite"]
 """What is done about an output that is there: refused, gone on with, replaced."""
 
 

@@ -1,4 +1,4 @@
-"""Substitutions as they are written, ``A24G`` or ``A24G:D25N``, and the tables that hold them."""
+"""Reads substitutions such as ``A24G`` or ``A24G:D25N``, and the tables that hold them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def single_substitutions(sequence: str) -> list[Variant]:
 
 
 def apply(variant: Variant, sequence: str) -> str:
-    """The mutant."""
+    """Return the mutant."""
     letters = list(sequence)
     for substitution in variant:
         letters[substitution.position] = substitution.mutant

@@ -1,4 +1,4 @@
-"""Pieces of proteins that the model sees at once: whole proteins, cropped ones, overlapping windows.
+"""Cuts proteins into the pieces that the model sees at once: whole, cropped, or overlapping windows.
 
 A protein of L residues has L + 2 tokens, ``<cls>`` residues ``<eos>``. A window is a stretch of these
 tokens, so one from the inside has neither, as in training.

@@ -1,4 +1,4 @@
-"""The growing output: a directory beside it that any later start can go on with.
+"""Keeps an unfinished output in a directory beside it, so that any later start can go on with it.
 
     OUT.partial/
       prepared/       the token store of the input

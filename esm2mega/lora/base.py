@@ -1,4 +1,4 @@
-"""Which weights adapters belong to: where they lie, and a checksum that tells them from all others."""
+"""Knows the weights that adapters belong to: where they lie, and the checksum that identifies them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that hold adapters alone, with the name of the base: into a model, and as whole factors."""
+"""Saves and loads checkpoints that hold adapters, and a head, without the weights under them."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def write_adapters(
 
 
 def load_model(
-    start: StartPoint, run: Run, chunks: Sequence[Any], choice: TensorFilter = TRAINED
+    start: StartPoint, run: Run, chunks: Sequence[Any], tensor_filter: TensorFilter = TRAINED
 ) -> dict[str, Tensor]:
     """Fill a model from a checkpoint of ours, whole or of adapters; every rank calls this.
 
@@ -138,7 +138,7 @@ def load_model(
         start: The checkpoint; of adapters with its base.
         run: Configuration of this start.
         chunks: This rank's; they get the adapters.
-        choice: Which tensors of a checkpoint of adapters are restored.
+        tensor_filter: Which tensors of a checkpoint of adapters are restored.
 
     Returns:
         Auxiliary tensors.
@@ -150,7 +150,7 @@ def load_model(
         load_weights(start.path, chunks)
         return start.auxiliary()
     _, auxiliary = load_base(start, run, chunks)
-    load_weights(start.path, chunks, choice)
+    load_weights(start.path, chunks, tensor_filter)
     return auxiliary
 
 

@@ -1,7 +1,7 @@
-"""The head of a task in a directory of PEFT: the classifier of `EsmForSequenceClassification` or
-`EsmForTokenClassification`, which peft trains in full as one of its ``modules_to_save``.
+"""The head of a task in a directory of PEFT, as a classifier in its ``modules_to_save``.
 
-The scale of numeric targets goes into their last layer, so that their logits are in the units of the labels.
+It is that of `EsmForSequenceClassification` or `EsmForTokenClassification`, which peft trains in full. The
+scale of numeric targets goes into its last layer, so that their logits are in the units of the labels.
 What logits mean, such as the names of the classes, has no place in a PEFT directory; it goes into `TASK`,
 which peft does not read.
 """

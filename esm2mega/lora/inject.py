@@ -1,4 +1,4 @@
-"""Adapters into a model that is there: which linears get one, and the first values."""
+"""Puts adapters into a model, on the linears that the configuration names, and draws their first values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from esm2mega.config.lora import LINEARS, resolve_targets
-from esm2mega.config.schema import LoRAConfig, Run
+from esm2mega.config.schema import LoRAConfig
 from esm2mega.lora.layers import AdaptedLinear, Adapter
 from esm2mega.model.freezing import freeze
 from esm2mega.model.init import draw
@@ -101,9 +101,8 @@ def _uniform(shape: list[int], generator: torch.Generator) -> Tensor:
     return (torch.rand(shape, generator=generator, dtype=torch.float32) * 2 - 1) / shape[1] ** 0.5
 
 
-def adapters_line(run: Run, chunks: Sequence[Any]) -> str:
-    """What is trained, for the announcement of a run; counts of this rank's chunks."""
-    lora = run.lora
+def adapters_line(lora: LoRAConfig, chunks: Sequence[Any]) -> str:
+    """Say what is trained, for the announcement of a run; counts of this rank's chunks."""
     kinds = [name for name, on in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if on]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

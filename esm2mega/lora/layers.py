@@ -1,4 +1,4 @@
-"""An adapter beside a column- or row-parallel linear, and what it adds to that linear's output.
+"""An adapter beside a column- or row-parallel linear, and what it adds to the output.
 
 The adapted output is ``W x + s B A x`` (Hu et al. 2021, arXiv:2106.09685); with a magnitude, each of its rows
 is scaled by ``m / |W + s B A|``, whose norm counts as a constant (Liu et al. 2024, arXiv:2402.09353).

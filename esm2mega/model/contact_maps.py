@@ -1,4 +1,4 @@
-"""ESM-2's contacts: a logistic regression on the attention maps of all layers, summed up while they are made.
+"""ESM-2's contacts: a logistic regression on attention maps, which is summed up layer by layer.
 
 Legend: ``n`` heads, ``L`` layers, ``t`` tensor-parallel size, ``d`` head dimension, ``l`` residues of a
 sequence, ``s`` its tokens.

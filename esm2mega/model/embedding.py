@@ -1,4 +1,4 @@
-"""ESM-2's input: the vocabulary-parallel table with per-sequence token dropout.
+"""ESM-2's input: the token table, split over the vocabulary, with token dropout for each sequence.
 
 Legend: ``T`` tokens of a pack, ``n`` sequences, ``t`` tensor-parallel size, ``h`` hidden size.
 """

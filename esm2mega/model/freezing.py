@@ -1,4 +1,4 @@
-"""Which parameters a run trains: marked in the model before it is wrapped for data parallelism."""
+"""Marks in the model which parameters a run trains, before it is wrapped for data parallelism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads of tasks: from hidden states of a pack to a prediction per protein or per residue.
+"""The heads of tasks: from the hidden states of a pack to predictions per protein, residue or pair.
 
 They are replicated over the tensor-parallel group: all ranks hold the same weights and see the same tokens.
 
@@ -218,8 +218,9 @@ class ResidueCNNHead(ResidueHead):
 
 
 class ProductHead(ResidueHead):
-    """Contacts from products and differences of two residues' states, as in TAPE: dropout, a linear layer
-    from both to two classes, mean over both orders of the pair.
+    """Predicts contacts from products and differences of two residues' states, as TAPE does.
+
+    Dropout, a linear layer from both to two classes, and the mean over both orders of the pair.
 
     In that mean the differences cancel and the rest is a matrix product, so the ``[l, l, 2h]`` of TAPE are
     never made; its dropout of these is here one of states. Weights of differences are kept as TAPE has them.

@@ -1,4 +1,4 @@
-"""Hidden states out of the one model there is, by hooks; its own code knows nothing of them.
+"""Takes hidden states out of the model by hooks; the model's own code knows nothing of them.
 
 Legend: ``T`` tokens of a pack, ``h`` hidden size.
 """

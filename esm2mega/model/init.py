@@ -1,4 +1,4 @@
-"""Initial weights: a pure function of (seed, parameter name), the same for every parallel layout."""
+"""Initial weights are a pure function of seed and parameter name, the same for every layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: Megatron-Core's own linears, or Transformer Engine's.
+"""Chooses the modules of a transformer layer: Megatron-Core's own linears, or Transformer Engine's.
 
 Both specs write the same checkpoint keys: the LayerNorms of the local spec are stored under the names that
 they have inside Transformer Engine's fused LayerNorm-linear modules.

@@ -1,4 +1,4 @@
-"""The masked-language-model head before its decoder: dense, GELU, LayerNorm.
+"""The masked-language-model head in front of its decoder: dense, GELU, LayerNorm.
 
 Legend: ``m`` tokens that get logits, ``h`` hidden size.
 """

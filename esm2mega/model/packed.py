@@ -1,4 +1,4 @@
-"""What the encoder knows about a pack: where each sequence begins, and the way from and to padded batches.
+"""Tells the encoder where each sequence of a pack begins, and converts padded batches to packs and back.
 
 Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``n`` sequences in it, ``b`` and ``s`` the
 padded batch's rows and width.
@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
-
-from esm2mega.errors import UserError
 
 
 @dataclass
@@ -104,47 +102,3 @@ class PackedSequences(PackedSeqParams):
 def _borders(lengths: Sequence[int], device: torch.device | str) -> Tensor:
     """Where each of `lengths` begins, and the end: int32 ``[n + 1]``."""
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-
-
-def pack(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, PackedSequences]:
-    """Pack a padded batch, dropping the padding.
-
-    Args:
-        input_ids: int64 ``[b, s]``.
-        attention_mask: ``[b, s]``, 1 = keep (the Hugging Face polarity). Padding may be on either side, not
-            inside.
-
-    Returns:
-        Token ids ``[T]`` and the borders.
-
-    Raises:
-        UserError: A row is empty or its kept tokens are not contiguous.
-    """
-    keep = attention_mask.bool()
-    lengths = keep.sum(dim=1)
-    if (lengths == 0).any():
-        raise UserError(
-            f"row {int((lengths == 0).nonzero()[0])} of the batch has no token: attention_mask is all 0"
-        )
-    columns = torch.arange(keep.shape[1], device=keep.device)
-    first = torch.where(keep, columns, keep.shape[1]).amin(dim=1)
-    last = torch.where(keep, columns, -1).amax(dim=1)
-    if (gaps := last - first + 1 != lengths).any():
-        row = int(gaps.nonzero()[0])
-        raise UserError(
-            f"row {row} of attention_mask has a gap: kept tokens must be contiguous, pad at the ends only"
-        )
-    return input_ids[keep], PackedSequences.from_lengths(lengths.tolist(), input_ids.device)
-
-
-def unpack(values: Tensor, attention_mask: Tensor, fill: float = 0.0) -> Tensor:
-    """Put per-token values of a pack back into the padded form: ``[T, ...] -> [b, s, ...]``.
-
-    Args:
-        values: One entry per kept token, in the order of `pack`.
-        attention_mask: The mask given to `pack`.
-        fill: Value at padding.
-    """
-    padded = values.new_full((*attention_mask.shape, *values.shape[1:]), fill)
-    padded[attention_mask.bool()] = values
-    return padded

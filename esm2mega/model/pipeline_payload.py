@@ -1,4 +1,4 @@
-"""Values that travel through a pipeline beside the hidden states, as further rows of the same tensor.
+"""Sends values through a pipeline beside the hidden states, as further rows of the same tensor.
 
 A schedule hands one tensor from stage to stage, and its gradient back. Values are fp32 at least; beside
 states in bf16 they are sent as their bits, so nothing is rounded on the way. Nothing is computed with these

@@ -1,4 +1,4 @@
-"""How many layers each pipeline stage gets when the stages also carry embedding and head.
+"""Decides how many layers each pipeline stage gets when two also carry embedding and head.
 
 Legend: ``h`` hidden size, ``f`` width of the feed-forward layers, ``V`` rows of the token table.
 """

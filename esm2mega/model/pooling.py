@@ -1,4 +1,4 @@
-"""One vector per protein from its hidden states, whatever else lies in the pack.
+"""Pools the hidden states of each protein to one vector, whatever else lies in the pack.
 
 Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` proteins and ``R`` residues of the pack.
 """

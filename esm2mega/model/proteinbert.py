@@ -1,4 +1,4 @@
-"""What TAPE's and ProteinLM's protein BERTs have in place of ESM-2's parts.
+"""The parts of TAPE's and ProteinLM's protein BERTs that take the place of ESM-2's.
 
 Both add learned positions to the tokens and have neither rotary positions nor token dropout. ProteinLM
 (`proteinbert_preln`) normalises before each block, as ESM-2. TAPE (`proteinbert_postln`) normalises after it.
@@ -47,8 +47,9 @@ class ProteinBertEmbedding(LanguageModelEmbedding):
 
 
 class PostLayerNormLayer(TransformerLayer):
-    """A layer whose residuals are the outputs of its LayerNorms: ``y = LN(x)``, ``z = LN(y + attention(y))``,
-    ``z + mlp(z)``.
+    """A layer whose residuals are the outputs of its LayerNorms.
+
+    ``y = LN(x)``, ``z = LN(y + attention(y))``, ``z + mlp(z)``.
 
     Megatron-Core has a switch for this, `apply_residual_connection_post_layernorm`, which no layer reads.
     """

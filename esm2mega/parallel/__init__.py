@@ -1,1 +1,1 @@
-"""Processes, groups and devices: how a run spreads over ranks, and how Megatron-Core runs without CUDA."""
+"""How a run spreads over processes and devices, and how Megatron-Core runs without CUDA."""

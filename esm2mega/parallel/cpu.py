@@ -1,4 +1,4 @@
-"""Everything odd about running Megatron-Core without a GPU, in one table.
+"""All adaptations that Megatron-Core needs to run without a GPU, in one table.
 
 Megatron-Core assumes CUDA in a few dozen places: it asks ``torch.cuda`` for the current device, creates small
 tensors on ``"cuda"``, compares ``Tensor.type()`` with ``"torch.cuda.FloatTensor"`` and keeps CUDA generator

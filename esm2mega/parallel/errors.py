@@ -1,5 +1,6 @@
-"""Under many processes, one of them reports an error: the first to claim the right. And what one of them does
-alone succeeds or fails for all.
+"""One of many processes reports an error, and what one process does alone fails or succeeds for all.
+
+The first process that claims the right reports.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""fp64 through Megatron-Core's optimizers: the distributed one casts gradients and saved state to fp32, and
-every one takes the norm of no gradients in fp32.
+"""Lets Megatron-Core's optimizers hold fp64, which they cast to fp32 in several places.
+
+The distributed optimizer casts gradients and saved state to fp32, and every optimizer takes the norm of no
+gradients in fp32.
 
 For proofs on a CPU: an error of the arithmetic stands out from 1e-15 of rounding, but can hide in 1e-7. The
 type check of its constructor is adapted in `esm2mega.parallel.cpu`; with a GPU fp64 is refused.

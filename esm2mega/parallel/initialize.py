@@ -1,4 +1,4 @@
-"""Start and end of the process groups: backend, device, Megatron-Core groups, seeds."""
+"""Starts and ends the process groups: backend, device, Megatron-Core's groups, seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-tensor kernels for gradient norm and clipping when neither Transformer Engine nor apex is installed.
+"""Multi-tensor kernels for gradient norm and clipping where Transformer Engine and apex are absent.
 
 Megatron-Core's own fallback takes each tensor's norm in a Python loop with a device synchronisation per
 tensor and rounds the result to fp32. ``torch._foreach_*`` does the same in a few launches and keeps the

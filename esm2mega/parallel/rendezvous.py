@@ -1,4 +1,4 @@
-"""Where the processes of a world meet: one store of keys and values, from before there are process groups."""
+"""One store of keys and values lets the processes of a world meet before there are process groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`esm2mega prove`: choose trials, run them, and say how they ended as a table and as JSON."""
+"""`prove` chooses trials, runs them, and reports how they ended as a table and as JSON."""
 
 from __future__ import annotations
 

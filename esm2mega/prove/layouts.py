@@ -1,4 +1,4 @@
-"""A parallel layout as the proof knows it: its name, its configuration keys, its options, its shrinking."""
+"""A parallel layout as the proof knows it: its name, configuration keys, options, and simpler ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one process saw of a training: its part of every gradient of every step, and of the final weights."""
+"""Records what one process sees of a training: its part of every gradient and of the final weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small training that is proven: its proteins, and the overrides that configure it.
+"""Configures the small training that is proven, and makes its proteins.
 
 It is made so that every micro-batch size trains on the same proteins in the same step. A protein has more
 than 11/12 of `TOKENS_PER_PROTEIN` and at most all of them, after cropping, and a window holds the proteins of

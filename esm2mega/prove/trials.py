@@ -1,4 +1,4 @@
-"""What is proven: trials, and the groups of them that ``--layouts`` names.
+"""Lists what is proven: trials, in the groups that ``--layouts`` names.
 
 A feature that changes the training (another head, adapters) proves itself by a group of its own here, whose
 trials carry the overrides that switch it on.

@@ -1,5 +1,4 @@
-"""`esm2mega quickstart`: from a FASTA to a trained and evaluated model, its plot and embeddings, in minutes
-on two CPU cores.
+"""`quickstart` goes from a FASTA to a trained and evaluated model, its plot and embeddings, in minutes.
 
 Every step prints what it does and the command that does the same by hand, runs it, and stops at the first
 failure.
@@ -60,8 +59,9 @@ class QuickstartResult:
 def quickstart(
     out: str | Path, seed: int = 1234, steps: int = STEPS, say: Say = print_line
 ) -> QuickstartResult:
-    """Simulate protein families, prepare, pretrain `tiny` on two processes (TP=2), evaluate, plot and
-    embed, all under `out`.
+    """Simulate proteins, prepare, pretrain `tiny` on two processes (TP=2), evaluate, plot and embed.
+
+    Everything lies under `out`.
 
     Args:
         out: directory to make; must be absent or empty.

@@ -1,4 +1,4 @@
-"""Simulate protein families: a seeded FASTA with the structure that a protein language model can learn.
+"""Simulates protein families: a seeded FASTA with the structure that a language model can learn.
 
 Every family starts from an ancestor drawn from natural residue frequencies. Subfamily ancestors and then
 members descend from it by the LG substitution model with gamma-distributed rates per site, so that some
@@ -219,8 +219,9 @@ def _decorate(row: Codes, spec: FamilySpec, rng: np.random.Generator) -> Codes:
 
 
 def greedy_clusters(members: Codes, threshold: float) -> list[list[int]]:
-    """Cluster aligned members as UniRef does: longest first, joining the first representative that is near
-    enough.
+    """Cluster aligned members as UniRef does.
+
+    The longest comes first, and each joins the first representative that is near enough.
 
     Identity is the number of identical columns over the length of the shorter (joining) sequence.
 

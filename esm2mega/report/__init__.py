@@ -1,1 +1,1 @@
-"""What a run tells its user: the JSONL log, the progress line, external trackers and the plotted report."""
+"""What a run tells its user: the log, the progress line, external trackers and the plotted report."""

@@ -1,4 +1,4 @@
-"""Optional trackers (TensorBoard, Weights & Biases), fed with the records of `log.jsonl`."""
+"""Feeds optional trackers (TensorBoard, Weights & Biases) with the records of `log.jsonl`."""
 
 from __future__ import annotations
 

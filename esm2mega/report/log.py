@@ -1,5 +1,4 @@
-"""The training log `log.jsonl`: one JSON object per line, written by one rank, readable while the run goes
-on.
+"""Writes and reads `log.jsonl`: one JSON object per line, readable while the run goes on.
 
 Durability: each record is one `write` handed to the operating system at once, so a killed process loses
 nothing. The file is synced to the disk at every evaluation record, at least every `SYNC_SECONDS` seconds of

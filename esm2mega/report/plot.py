@@ -1,4 +1,4 @@
-"""The report of a run, drawn from its log: `report.png` and one self-contained `report.html`."""
+"""Draws the report of a run from its log: `report.png` and a self-contained `report.html`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esm2mega.config.renamed import current_key
+from esm2mega.config.renamed import REMOVED, current_key
 from esm2mega.errors import UserError
 from esm2mega.files import replacing
 from esm2mega.report.log import EVAL, LOG_NAME, TRAIN, read_log
@@ -41,8 +41,9 @@ class PlotFiles:
 
 
 def plot_run(run_dir: str | Path) -> PlotFiles:
-    """Draw the report of `run_dir` from its `log.jsonl` and, when there, `config.yaml`, into the run
-    directory.
+    """Draw the report of `run_dir` from its `log.jsonl` and, when there, `config.yaml`.
+
+    It goes into the run directory.
 
     Raises:
         UserError: no log, or a log without a training or evaluation record.
@@ -114,7 +115,8 @@ def read_config(run_dir: Path) -> dict[str, str]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from None
-    return {current_key(key): value for key, value in _flatten(loaded)} if isinstance(loaded, dict) else {}
+    settings = _flatten(loaded) if isinstance(loaded, dict) else []
+    return {current_key(key): value for key, value in settings if key not in REMOVED}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, now and then a plain line elsewhere."""
+"""Shows progress on stderr: a bar with the time left on a terminal, now and then a plain line elsewhere."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From packs to updated weights: loss, step, loop."""
+"""Training: losses, the optimizer, one step, the loop, and the runs that it serves."""

@@ -1,4 +1,4 @@
-"""The model and the optimizer of a training are made here: chunks, weights, adapters, freezing, state."""
+"""Makes the model and the optimizer of a training: chunks, weights, adapters, freezing, state."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def build(
         # The auxiliary tensors of the base stay with it.
         base, _ = load_base(start, run, chunks)
         extra_state = base.as_state()
-        banner.append(adapters_line(run, chunks))
+        banner.append(adapters_line(run.lora, chunks))
     else:
         auxiliary = _load_whole(start, run, chunks)
         if head is not None:

@@ -1,4 +1,4 @@
-"""Validation: the loss of a split beside the loss of knowing residue frequencies alone."""
+"""Computes the loss of a validation set, beside the loss of knowing residue frequencies alone."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def evaluate_checkpoint(
     run = adapt_layout(load_run_over(start.run, changes), changes)
     validate(run, world_size_from_environment())
     start = open_base(start, run.init_from)
-    store = open_store(str(data), run, "--data", show_bytes)
+    store = open_store(str(data), run.data, run.run_dir, "--data", show_bytes)
     with process_groups(run.parallel, run.seed) as ranks:
         model = build_model(
             run.model, run.parallel, ranks.device, run.seed, has_lora=run.lora.rank is not None

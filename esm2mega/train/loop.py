@@ -1,4 +1,6 @@
-"""The training loop: step, log, evaluate, save, stop. There is no other.
+"""The only training loop: step, log, evaluate, save, stop.
+
+There is no other.
 
 What decides the numbers is in `step.py`; this file decides when things happen.
 """
@@ -70,7 +72,7 @@ def fit(
         StoppedBySignal: A signal came; the state has been saved.
     """
     train = run.train
-    num_micro_batches = num_micro_batches_of(run, ranks.world_size)
+    num_micro_batches = num_micro_batches_of(run.train, run.parallel, ranks.world_size)
     clock = Throughput(loop.step, stream.state.consumed_tokens, train.global_batch_tokens)
     residues = 0
     with StopSignal(ranks.device) as stop:

@@ -1,4 +1,4 @@
-"""Megatron-Core's data parallelism, optimizer and learning-rate schedule, configured for ESM-2."""
+"""Configures Megatron-Core's data parallelism, optimizer and learning-rate schedule for ESM-2."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def train_state(
         scales: Factors of the learning rate by parameter, where they are not 1.
     """
     model = wrap_data_parallel(chunks, run.model, run.parallel)
-    optimizer = build_optimizer(run.optim, run, model, scales)
+    optimizer = build_optimizer(run.optim, run.schedule, run.model.precision, model, scales)
     schedule = build_schedule(run.schedule, run.optim, optimizer)
     return TrainState(model, optimizer, schedule, loss, ranks.device, on_gradients)
 
@@ -79,27 +79,29 @@ def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwa
 
 def build_optimizer(
     config: OptimConfig,
-    run: Run,
+    schedule: ScheduleConfig,
+    precision: str,
     model: list[DistributedDataParallel],
     scales: Mapping[torch.Tensor, float] | None = None,
 ) -> MegatronOptimizer:
     """Adam with decoupled weight decay on matrices, none on biases and LayerNorms; fused with apex or TE.
 
-    Parameters with a factor of the learning rate in `scales` are in groups of their own.
+    Parameters with a factor of the learning rate in `scales` are in groups of their own. The optimizer is
+    distributed if `model` was wrapped for one.
 
     Raises:
         UserError: The distributed optimizer in fp64 on a GPU.
     """
-    precision = run.model.precision
-    if precision == "fp64" and run.parallel.distributed_optimizer and next(model[0].parameters()).is_cuda:
+    distributed = model[0].ddp_config.use_distributed_optimizer
+    if precision == "fp64" and distributed and next(model[0].parameters()).is_cuda:
         raise UserError(
             "parallel.distributed_optimizer=true has no fp64 on a GPU; "
             "set parallel.distributed_optimizer=false or model.precision=fp32"
         )
     settings = OptimizerConfig(
-        optimizer=config.name,
+        optimizer="adam",
         lr=config.lr,
-        min_lr=config.lr * run.schedule.min_lr_ratio,
+        min_lr=config.lr * schedule.min_lr_ratio,
         weight_decay=config.weight_decay,
         adam_beta1=config.betas[0],
         adam_beta2=config.betas[1],
@@ -108,13 +110,13 @@ def build_optimizer(
         clip_grad=config.clip_grad or math.inf,
         bf16=precision == "bf16",
         params_dtype=DTYPES[precision],
-        use_distributed_optimizer=run.parallel.distributed_optimizer,
+        use_distributed_optimizer=distributed,
     )
     optimizer = get_megatron_optimizer(
         settings,
         model,
         {**get_standard_config_overrides(settings), **_scaled_groups(settings, scales or {})},
-        use_gloo_process_groups=run.parallel.distributed_optimizer,
+        use_gloo_process_groups=distributed,
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW):

@@ -1,13 +1,14 @@
-"""Pretraining: build the objects of a run, resume or start, and hand them to the loop. No arithmetic."""
+"""Pretraining builds the objects of a run, resumes or starts, and hands them to the loop.
+
+No arithmetic.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from esm2mega.config.load import resolve_max_steps
-from esm2mega.config.schema import Run
-from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.config.schema import DataConfig, Run
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
@@ -20,7 +21,7 @@ from esm2mega.train.build import build
 from esm2mega.train.evaluate import evaluate, evaluation_record, unigram_log_probabilities
 from esm2mega.train.loop import Evaluation, LoopState
 from esm2mega.train.losses import MLMLossReduction, loss_and_perplexity
-from esm2mega.train.session import Session, run_session
+from esm2mega.train.session import Session, resolve_epochs, run_session
 from esm2mega.train.start import open_training_start
 
 
@@ -41,38 +42,31 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
     """
     if run.data.train is None:
         raise UserError("data.train is not set: give the token store to train on, as data.train=DIR")
-    train_stores = [open_store(path, run, "data.train", show_bytes) for path in run.data.train_paths()]
+    train_stores = [
+        open_store(path, run.data, run.run_dir, "data.train", show_bytes) for path in run.data.train_paths()
+    ]
     held_out = {
-        split: _open_held_out(run, split, path, train_stores)
+        split: _open_held_out(run.data, run.run_dir, split, path, train_stores)
         for split, path in (("valid", run.data.valid), ("test", run.data.test))
         if path is not None
     }
-    run = _with_steps(run, train_stores)
+    run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
     start = open_training_start(run)
     with process_groups(run.parallel, run.seed) as ranks:
         return _train(run, ranks, train_stores, held_out, start, on_gradients)
 
 
-def _open_held_out(run: Run, split: str, path: str, train_stores: list[TokenStore]) -> TokenStore:
-    store = open_store(path, run, f"data.{split}", show_bytes)
-    for train_path, train_store in zip(run.data.train_paths(), train_stores, strict=True):
+def _open_held_out(
+    data: DataConfig, run_dir: str, split: str, path: str, train_stores: list[TokenStore]
+) -> TokenStore:
+    store = open_store(path, data, run_dir, f"data.{split}", show_bytes)
+    for train_path, train_store in zip(data.train_paths(), train_stores, strict=True):
         if store.fingerprint == train_store.fingerprint:
             raise UserError(
                 f"data.{split}={path} holds the same proteins as data.train={train_path}; its loss would not "
                 "measure unseen proteins: give others"
             )
     return store
-
-
-def _with_steps(run: Run, train_stores: list[TokenStore]) -> Run:
-    """A run given in epochs with its length in steps, the last of which may be filled up with padding."""
-    if run.train.max_epochs is None:
-        return run
-    with TrainStream(train_stores, _batch_spec(run)) as stream:
-        packs_per_step = run.train.global_batch_tokens // run.train.micro_batch_tokens
-        run = resolve_max_steps(run, -(-stream.num_packs() // packs_per_step))
-    validate(run, world_size_from_environment())
-    return run
 
 
 def _batch_spec(run: Run) -> BatchSpec:

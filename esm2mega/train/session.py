@@ -1,5 +1,6 @@
-"""What pretraining and fine-tuning have in common around the loop: resume or start, log, evaluate, save, say
-how it ended. No arithmetic.
+"""What pretraining and fine-tuning share around the loop: resume, log, evaluate, save, report the end.
+
+No arithmetic.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.store import load_training_state, save_checkpoint
-from esm2mega.config.load import save_resolved
+from esm2mega.config.load import resolve_max_steps, save_resolved
 from esm2mega.config.presets import shape_of
-from esm2mega.config.schema import Run, flatten
+from esm2mega.config.schema import Run, TrainConfig, flatten
+from esm2mega.config.validate import validate, world_size_from_environment
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.parallel.initialize import Ranks
@@ -132,8 +134,26 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
         )
         fit(run, state, stream, loop, hooks, ranks)
     if ranks.is_main:
-        print(_ending(run, begun, loop, saved_last), file=sys.stderr, flush=True)
+        print(_ending(run.train, begun, loop, saved_last), file=sys.stderr, flush=True)
     return loop
+
+
+def resolve_epochs(run: Run, open_stream: Callable[[], PackStream[Any]]) -> Run:
+    """Return a run given in epochs with its length in steps, and any other run as it is.
+
+    The last step may be filled up with padding.
+
+    Args:
+        run: The configuration.
+        open_stream: Opens the training batches.
+    """
+    if run.train.max_epochs is None:
+        return run
+    with open_stream() as stream:
+        packs_per_step = run.train.global_batch_tokens // run.train.micro_batch_tokens
+        run = resolve_max_steps(run, -(-stream.num_packs() // packs_per_step))
+    validate(run, world_size_from_environment())
+    return run
 
 
 def _resume(start: StartPoint, session: Session) -> LoopState:
@@ -212,16 +232,16 @@ def _start(run: Run, start: StartPoint | None) -> list[str]:
     return lines
 
 
-def _ending(run: Run, begun: LoopState, loop: LoopState, checkpoint: Path | None) -> str:
+def _ending(train: TrainConfig, begun: LoopState, loop: LoopState, checkpoint: Path | None) -> str:
     """How the run came to its end, in one line."""
-    if out_of_patience(loop, run.train):
+    if out_of_patience(loop, train):
         text = (
             f"stopped early: no improvement in {loop.evaluations_without_improvement} evaluations, best "
             f"{loop.best_valid_loss:.4f} at step {loop.best_step}"
         )
         text += "" if loop.step == begun.step else f"; checkpoint {checkpoint}"
     elif loop == begun:
-        text = f"nothing to do: step {loop.step} of {run.train.max_steps} is done"
+        text = f"nothing to do: step {loop.step} of {train.max_steps} is done"
     else:
         text = f"done: step {loop.step}, checkpoint {checkpoint}"
     return text

@@ -1,4 +1,4 @@
-"""Where a training starts: the checkpoint that it resumes, or the weights that it begins with."""
+"""Decides where a training starts: at a checkpoint that it resumes, or with weights given to it."""
 
 from __future__ import annotations
 

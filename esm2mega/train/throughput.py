@@ -1,4 +1,4 @@
-"""Time per step and residues per second between log records, without evaluations and checkpoints."""
+"""Measures time per step and residues per second, without evaluations and checkpoints."""
 
 from __future__ import annotations
 

@@ -139,16 +139,20 @@ def measure():
 def test_steps_are_measured(measure, tmp_path):
     (ours,) = measure("train-650M", tmp_path)
     (theirs,) = measure("hf-650M", tmp_path)
-    (compiled,) = measure("hf-650M-1024-compile", tmp_path)
-    assert ours["tokens/step"] == theirs["tokens/step"] == compiled["tokens/step"] == 512
+    assert ours["tokens/step"] == theirs["tokens/step"] == 512
     assert ours["attention"] == "sdpa" and ours["micro-batches"] == 2
-    assert theirs["computed/real"] >= compiled["computed/real"] == 1
-    assert compiled["compiled"] and not theirs["compiled"]
-    for row in (ours, theirs, compiled):
+    assert theirs["computed/real"] >= 1 and not theirs["compiled"]
+    for row in (ours, theirs):
         assert 0 < row["fastest"] <= row["ms/step"] <= row["slowest"]
         assert row["tokens/s"] == pytest.approx(1e3 * 512 / row["ms/step"], rel=0.01)
     # The products with weights alone are 2.48 GFLOP.
-    assert ours["TFLOP/s"] >= 2.48e-3 / (ours["ms/step"] / 1e3) - 1e-3
+    assert ours["TFLOP/s"] >= 0.99 * 2.48e-3 / (ours["ms/step"] / 1e3)
+
+
+@pytest.mark.slow
+def test_a_compiled_peer_is_measured(measure, tmp_path):
+    (row,) = measure("hf-650M-1024-compile", tmp_path)
+    assert (row["tokens/step"], row["computed/real"], row["compiled"]) == (512, 1, True)
 
 
 def test_a_profile_names_kernels(measure, tmp_path):

@@ -198,7 +198,7 @@ def test_doctor_prints_its_report_and_fails_with_the_machine(doctor_does, capsys
 
 
 @pytest.mark.parametrize(
-    ("error", "rank", "speaks"),
+    ("error", "rank", "is_main"),
     [
         # All ranks read the same configuration, so one is enough; a fault may be that of one rank alone.
         (UserError("bad"), "0", True),

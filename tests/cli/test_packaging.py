@@ -1,5 +1,7 @@
 """The wheel ships conf/, and Makefile, Dockerfile, CI and hooks name things that exist."""
 
+import ast
+import importlib.metadata
 import os
 import re
 import shlex
@@ -193,6 +195,32 @@ def test_hooks_are_local_and_run_installed_tools():
             folder, _, name = tool.rpartition("/")
             assert folder == f"{environment}/bin"
             assert name in TEXT["setup.py"], f"{name} is no development requirement"
+
+
+def test_every_required_package_is_imported_somewhere():
+    """A requirement that no module imports would be installed by everyone for nothing."""
+    from packaging.requirements import Requirement
+
+    assigned = {
+        node.targets[0].id: node.value
+        for node in ast.parse(TEXT["setup.py"]).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    required = [Requirement(line) for line in ast.literal_eval(assigned["REQUIRED"])]
+    assert len(required) > 10
+    modules_of: dict[str, set[str]] = {}
+    for module, distributions in importlib.metadata.packages_distributions().items():
+        for distribution in distributions:
+            modules_of.setdefault(distribution.lower(), set()).add(module)
+    imported = set()
+    for path in (ROOT / "esm2mega").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    here = [each.name for each in required if each.marker is None or each.marker.evaluate()]
+    assert [name for name in here if not modules_of[name.lower()] & imported] == []
 
 
 def test_extras_and_python_versions():

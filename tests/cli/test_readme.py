@@ -29,8 +29,10 @@ from tests import warm
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+RUNS = ROOT / "docs" / "runs.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, *DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [README, *DOCS, ROOT / "tools" / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+README_LINES = 250
 TEXT = {page: page.read_text() for page in PAGES}
 
 # Appended to the README's training commands, which are otherwise taken word by word.
@@ -46,7 +48,28 @@ SMALL = (
 STEPS_PER_START = 2
 
 # First words of commands that install, activate or hand over to what is checked elsewhere.
-UNCHECKED = {".", "export", "pip", "python3.11", "python3.12", "pytest"}
+UNCHECKED = {".", "docker", "export", "pip", "python3.11", "python3.12", "pytest"}
+
+# Commands of the README that the walk below does not run, by their first words: the test that runs them and
+# how it is seen there. None stands for what no test can run: it needs a network, GPUs or a container.
+RUN_ELSEWHERE = {
+    "python3.11 -m venv": None,
+    ". venv/bin/activate": None,
+    "pip install": None,
+    "docker build": None,
+    "torchrun --standalone --nproc-per-node 8": None,
+    "make test": None,
+    "make quickstart": ("tests/cli/test_packaging.py", '["make", "quickstart"'),
+    "esm2mega prove --layouts ci": ("tests/distributed/test_layouts.py", '["prove", "--layouts", "ci"'),
+    "examples/pretrain_torchrun_multinode.sh": (
+        "tests/cli/test_examples.py",
+        "pretrain_torchrun_multinode.sh",
+    ),
+    "sbatch --nodes 4 examples/pretrain_slurm.sbatch": (
+        "tests/cli/test_examples.py",
+        "pretrain_slurm.sbatch",
+    ),
+}
 
 
 def name_of(page: Path) -> str:
@@ -92,8 +115,8 @@ COMMANDS = [(page, command) for page in PAGES for command in commands(TEXT[page]
 
 
 def walk() -> list[Command]:
-    """The README's way with one's own FASTA: all commands of the section before those for GPUs."""
-    section = re.search(r"^## Your own proteins$(.*?)^With GPUs", TEXT[README], re.MULTILINE | re.DOTALL)
+    """The README's way with one's own FASTA: the recipes up to those that prove, or need several machines."""
+    section = re.search(r"^## Recipes$(.*?)^### Prove$", TEXT[README], re.MULTILINE | re.DOTALL)
     assert section is not None
     return commands(section.group(1))
 
@@ -124,6 +147,16 @@ def write_fasta(path: Path, count: int = 430) -> None:
     with path.open("wb") as file:
         for number, length in enumerate(rng.integers(8, 40, count)):
             file.write(b">p%d\n%s\n" % (number, rng.choice(letters, size=length).tobytes()))
+
+
+def write_labels(folder: Path) -> None:
+    """Tables of labelled proteins, and proteins to predict, under the names of the recipe."""
+    records = (folder / "my_proteins.fasta").read_text().split()
+    sequences = records[1:61:2]
+    rows = [f"{sequence},{len(sequence) / 100}" for sequence in sequences]
+    for name, part in (("train.csv", rows[:24]), ("valid.csv", rows[24:])):
+        (folder / name).write_text("\n".join(["sequence,fitness", *part]) + "\n")
+    (folder / "new_proteins.fasta").write_text("\n".join(records[:20]) + "\n")
 
 
 def path_with_commands(folder: Path) -> str:
@@ -158,12 +191,17 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
         "CUDA_VISIBLE_DEVICES": "",
     }
     write_fasta(folder / "my_proteins.fasta")
+    write_labels(folder)
     output, starts = {}, 0
     for command in walk():
         line = command.line
         if "pretrain" in command.words:
             starts += 1
             line += f" {shlex.join(SMALL)} train.max_steps={starts * STEPS_PER_START}"
+        elif "finetune" in command.words:
+            line += f" {shlex.join(SMALL)} train.max_steps={STEPS_PER_START}"
+            if "data.valid=valid.csv" not in command.words:
+                line += " train.eval_every=0"
         done = run_line(line, folder, environment)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         output[command.line] = done.stdout + done.stderr
@@ -173,16 +211,34 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
 def test_the_walk_has_all_its_steps() -> None:
     done = [" ".join(word for word in command.words if word in cli.commands) for command in walk()]
     assert done == [
-        *("prepare", "pretrain", "evaluate", "plot", "pretrain", "inspect", "inspect"),
+        *("prepare", "pretrain", "evaluate", "plot", "inspect", "inspect", "pretrain"),
         *("convert", "embed", "score"),
+        *("finetune", "predict", "finetune", "lora"),
     ]
 
 
+def test_every_command_of_the_readme_is_run() -> None:
+    others = [command for command in commands(TEXT[README]) if command not in walk()]
+    found = set()
+    for command in others:
+        text = shlex.join(command.words)
+        starts = [start for start in RUN_ELSEWHERE if text.startswith(start)]
+        assert len(starts) == 1, f"no test runs {command.line}"
+        found.update(starts)
+    assert found == set(RUN_ELSEWHERE)
+    for page, text in filter(None, RUN_ELSEWHERE.values()):
+        assert text in (ROOT / page).read_text(), f"{page} does not run {text}"
+
+
+def test_readme_is_short() -> None:
+    assert len(TEXT[README].splitlines()) <= README_LINES
+
+
 @pytest.mark.distributed
-def test_walk_writes_what_the_readme_lists(walked: Walked) -> None:
+def test_walk_writes_what_the_docs_list(walked: Walked) -> None:
     last = walked.run_dir / "checkpoints" / f"step_{2 * STEPS_PER_START:08d}"
     assert (last / "COMPLETE").is_file()
-    listing = next(block for block in blocks(TEXT[README], "") if block.startswith("runs/mine/"))
+    listing = next(block for block in blocks(TEXT[RUNS], "") if block.startswith("runs/mine/"))
     listed = set(re.findall(r"^  ([a-z.]+)(?:, ([a-z.]+))?(?=[ /])", listing, re.MULTILINE))
     names = {name for pair in listed for name in pair if name}
     # The listing is complete, besides the file that the README's own command put there.
@@ -199,8 +255,8 @@ def test_walk_resumes_and_logs_each_step_once(walked: Walked) -> None:
 
 
 @pytest.mark.distributed
-def test_records_have_the_fields_that_the_readme_names(walked: Walked) -> None:
-    flat = " ".join(TEXT[README].split())
+def test_records_have_the_fields_that_the_docs_name(walked: Walked) -> None:
+    flat = " ".join(TEXT[RUNS].split())
     for kind, pattern in (
         ("train", r"A training record has `([^`]+)`"),
         ("eval", r"an evaluation record `([^`]+)`"),
@@ -227,6 +283,17 @@ def test_embeddings_and_scores_are_there(walked: Walked) -> None:
         assert file["offsets"][-1] == len(file["residue/layer_4"])
     assert len((walked.folder / "scan.csv").read_text().splitlines()) == 1 + 22 * 19
     assert (walked.folder / "scan.png").is_file()
+
+
+@pytest.mark.distributed
+def test_finetuned_models_predict_and_merge(walked: Walked) -> None:
+    lines = (walked.folder / "predictions.csv").read_text().splitlines()
+    assert len(lines) == 1 + 10
+    assert lines[0].split(",")[0] == "id"
+    step = f"step_{STEPS_PER_START:08d}"
+    for run in ("fitness", "adapted"):
+        assert (walked.folder / "runs" / run / "checkpoints" / step / "COMPLETE").is_file()
+    assert (walked.folder / "adapted_whole" / "COMPLETE").is_file()
 
 
 @pytest.mark.distributed
@@ -364,34 +431,24 @@ def test_commands_in_the_text_exist(page: Path) -> None:
 
 
 def printed_tree() -> Iterator[tuple[str, str]]:
-    """(path, clause) of each line of the README's tree of the package; folders end with a slash."""
+    """(folder, clause) of each line of the README's tree of the package."""
     tree = next(block for block in blocks(TEXT[README], "") if block.startswith("esm2mega/\n"))
     parents: list[str] = []
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         name, _, clause = line.strip().partition(" ")
-        del parents[depth:]
-        yield "".join(parents) + name, clause.strip()
-        if name.endswith("/"):
-            parents.append(name)
+        parents[depth:] = [name]
+        yield "".join(parents), clause.strip()
 
 
 def test_tree_is_that_of_the_package() -> None:
-    printed = dict(printed_tree())
-    folders = {path for path in printed if path.endswith("/")}
-    files = set(printed) - folders
-    # The line of a folder stands for its __init__.py too, as the README says above the tree.
-    files |= {f"{folder}__init__.py" for folder in folders}
-    real = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "esm2mega").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    assert files == real
+    printed = [folder for folder, _ in printed_tree()]
+    real = {path.parent.relative_to(ROOT).as_posix() + "/" for path in (ROOT / "esm2mega").rglob("*.py")}
+    assert sorted(printed) == sorted(real)
 
 
-def test_every_file_of_the_tree_has_a_clause() -> None:
-    assert [path for path, clause in printed_tree() if not path.endswith("/") and not clause] == []
+def test_every_folder_of_the_tree_has_a_clause() -> None:
+    assert [folder for folder, clause in printed_tree() if folder != "esm2mega/" and not clause] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -441,12 +498,12 @@ def test_keys_are_found_in_the_text() -> None:
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=name_of)
 def test_paths_exist(page: Path) -> None:
-    tops = "esm2mega|tests|conf|examples|benchmarks|docs"
+    tops = "esm2mega|tests|conf|examples|benchmarks|docs|tools"
     for span in spans(page):
         for word in span.split():
             if re.fullmatch(rf"(?:{tops})/[\w./*-]*", word):
                 assert list(ROOT.glob(word.rstrip("/"))), f"{name_of(page)}: {word}"
-            elif re.fullmatch(r"\w+\.py", word):
+            elif re.fullmatch(r"[a-z0-9_]+\.py", word):
                 assert any(ROOT.glob(f"*/**/{word}")), f"{name_of(page)}: {word}"
 
 

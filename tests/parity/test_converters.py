@@ -19,10 +19,10 @@ from esm2mega.convert.convert import convert
 from esm2mega.convert.files.vocabulary import write_tokenizer
 from esm2mega.convert.formats.registry import open_weights
 from esm2mega.model.build import build_model
-from esm2mega.model.packed import pack, unpack
 from esm2mega.parallel.initialize import process_groups
 from esm2mega.vocabulary import encode_residues
 from tests import foreign, foreign_bert
+from tests.padded import pack, unpack
 from tests.parity import references
 from tests.parity.test_esm2_parity import TOLERANCE
 

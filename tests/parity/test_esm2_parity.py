@@ -15,8 +15,8 @@ from esm2mega.config.schema import ModelConfig, ParallelConfig
 from esm2mega.convert.formats import fair_esm, hf
 from esm2mega.model.build import build_model
 from esm2mega.model.esm2 import ESM2Model
-from esm2mega.model.packed import pack, unpack
 from esm2mega.parallel.initialize import process_groups
+from tests.padded import pack, unpack
 from tests.parity import references
 from tests.parity.references import Shape
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -112,6 +113,8 @@ def test_verification_passes(name: str, tmp_path: Path) -> None:
     source = write(foreign_bert.truth(torch.float32), tmp_path)
     lines = verify(convert(source, tmp_path / "ours", "esm2mega"))
     assert lines[0] == "source run by plain PyTorch, target by esm2mega"
+    report = json.loads((tmp_path / "ours.verify.json").read_text())
+    assert [layer["relative"] > 1e-5 for layer in report["hidden_states"]] == [False] * (foreign_bert.L + 1)
 
 
 def test_what_the_published_converter_leaves_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.training import MID_WINDOW
 from esm2mega.prove.trials import Trial, with_lora
 from esm2mega.prove.workers import Job, serve_with, train
-from esm2mega.train import evaluate, pretrain
+from esm2mega.train import build as training
+from esm2mega.train import evaluate
 from esm2mega.train.losses import LossReduction
 from tests.prove import plants
 
@@ -96,7 +97,7 @@ def wrong_qkv_interleave() -> AbstractContextManager[Any]:
 
 
 def bias_dropped_on_one_rank() -> AbstractContextManager[Any]:
-    original = pretrain.build_model
+    original = training.build_model
 
     def without_bias(*arguments: Any, **keywords: Any) -> Any:
         chunks = original(*arguments, **keywords)
@@ -107,7 +108,7 @@ def bias_dropped_on_one_rank() -> AbstractContextManager[Any]:
                 )
         return chunks
 
-    return patch.object(pretrain, "build_model", without_bias)
+    return patch.object(training, "build_model", without_bias)
 
 
 def pipeline_messages_swapped() -> AbstractContextManager[Any]:

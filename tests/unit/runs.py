@@ -48,7 +48,7 @@ def train_state(run: Run) -> TrainState:
     model: list[Any] = wrap_data_parallel(
         build_model(run.model, run.parallel, CPU, run.seed), run.model, run.parallel
     )
-    optimizer = build_optimizer(run.optim, run, model)
+    optimizer = build_optimizer(run.optim, run.schedule, run.model.precision, model)
     return TrainState(
         model, optimizer, build_schedule(run.schedule, run.optim, optimizer), MLMLossReduction(), CPU
     )

@@ -1,4 +1,4 @@
-"""Single members out of tar archives, after every member of the archive has been checked."""
+"""Takes single members out of tar archives, after every member has been checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The IUPAC vocabularies of TAPE and ProteinLM, whose tokens are among the 33 of ESM-2 in another order.
+"""The vocabularies of TAPE and ProteinLM, whose tokens are among the 33 of ESM-2 in another order.
 
 Models are kept in the order of ESM-2, so that one tokenizer and one token store serve all of them. Rows of
 the three tokens that only ESM-2 has (``.``, ``-``, ``<null_1>``) are zero, and their bias is so low that they

@@ -1,4 +1,4 @@
-"""Pickled tensors of PyTorch, read under an allow-list and memory-mapped, checked before they are opened.
+"""Reads pickled tensors of PyTorch under an allow-list, memory-mapped, checked before they are opened.
 
 A ``.pt`` file is a ZIP archive with a pickle and one uncompressed entry per tensor, or, when old, a bare
 pickle.
@@ -24,8 +24,9 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 def load_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """Read a file of ``torch.save`` that may hold tensors, plain values and instances of `allowed`
-    (classes, or functions with the name that the pickle has for them).
+    """Read a file of ``torch.save`` that may hold tensors, plain values and instances of `allowed`.
+
+    These are classes, or functions with the name that the pickle has for them.
 
     Raises:
         UserError: It asks for anything else, its archive is not one that PyTorch writes, or it is damaged.

@@ -1,4 +1,4 @@
-"""Megatron-LM's language models, which hold one file per rank: their names, and how files are put together.
+"""Joins Megatron-LM's language models, which are stored in one file per rank.
 
 Tensor-parallel pieces are joined and the layers of pipeline stages renumbered. Names and axes: Megatron-LM
 before Megatron-Core, and NeMo 1.

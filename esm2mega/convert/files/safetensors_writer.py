@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor; the library's own writer wants all of them in memory at once.
+"""Writes safetensors files tensor by tensor; the library's writer wants all in memory.
 
 The format (https://github.com/huggingface/safetensors): the length of the header as 8 bytes, little-endian;
 the header, JSON from name to dtype, shape and byte range; the values, back to back in that order.

@@ -1,4 +1,4 @@
-"""The files of a checkpoint in any format, while one after the other looks whether it is its own."""
+"""Opens the files of a checkpoint once, for all formats that check whether it is theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named tensors of a file or directory, one at a time: shapes and dtypes first, values when asked for."""
+"""Reads the named tensors of files one at a time: shapes and dtypes first, values when asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 33 tokens as tokenizer files of Hugging Face, and the check that a foreign model means the same ids."""
+"""Writes the 33 tokens as tokenizer files, and checks that a foreign model means the same ids."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One module for each checkpoint format, with its name table; `registry` finds the one that a path is in."""
+"""One module for each checkpoint format, with its name table; `registry` finds the one of a path."""

@@ -1,5 +1,4 @@
-"""Cerebras Model Zoo: ``NAME.mdl``, a pickle with the tensors of its ESM-2, and its parameters in
-``NAME.yaml``.
+"""Cerebras Model Zoo: ``NAME.mdl``, a pickle of ESM-2's tensors, and ``NAME.yaml`` beside it.
 
 Names: Model Zoo, ``tools/checkpoint_converters/esm2.py`` and ``models/nlp/bert``. Rotary pairs lie in
 neighbouring channels there, so the rows of q and k are reordered within each head.

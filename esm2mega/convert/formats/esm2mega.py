@@ -1,4 +1,4 @@
-"""Our own format: a complete checkpoint directory, written without a model, a process group or a GPU."""
+"""Our own format: a complete checkpoint directory, written without a model, process group or GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS, shape_of
-from esm2mega.config.schema import DataConfig, Run
+from esm2mega.config.schema import DataConfig, Run, TaskConfig
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import DistributedStore, JoinedStore, SafetensorsStore
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Weights
@@ -92,17 +92,19 @@ def refuse_adapters(checkpoint: Path, state: Mapping[str, Any]) -> None:
         )
 
 
-def task_head(run: Run, state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> HeadDescription | None:
+def task_head(
+    task: TaskConfig, state: Mapping[str, Any], shapes: Mapping[str, Shape]
+) -> HeadDescription | None:
     """Describe the head of a task, None where it is that of masked language modelling.
 
     Args:
-        run: Configuration of the checkpoint.
+        task: Configuration of the checkpoint.
         state: Its ``train_state.json``.
         shapes: The tensors of the head, where they are known.
     """
-    if run.task.kind is None:
+    if task.kind is None:
         return None
-    return HeadDescription(run.task, TargetInfo.from_dict(state["task"]), shapes)
+    return HeadDescription(task, TargetInfo.from_dict(state["task"]), shapes)
 
 
 def read_checkpoint(
@@ -133,7 +135,7 @@ def read_checkpoint(
     extra = [SafetensorsStore(auxiliary, [auxiliary])] if auxiliary.exists() else []
     store = JoinedStore(checkpoint, [DistributedStore(checkpoint, layout.MODEL), *extra])
     shapes = {name: i.shape for name, i in store.infos.items() if name.startswith(TASK_HEAD)}
-    if (head := task_head(run, state, shapes)) is not None:
+    if (head := task_head(run.task, state, shapes)) is not None:
         description = replace(description, head=head)
     return from_store(store, _names(description), description, drop=drop)
 

@@ -1,5 +1,4 @@
-"""Hugging Face: a directory with ``config.json`` and the tensors of an ``EsmForMaskedLM``, or of a
-classification model (see `esm2mega.convert.heads.hf_classifiers`).
+"""Hugging Face: a directory with the tensors of an ``EsmForMaskedLM`` or of a classification model.
 
 Names and config keys: transformers 4.30 to 5.23, ``models/esm/modeling_esm.py``. Rotary frequencies are
 stored once per layer by transformers up to 5.5, once under a name with a literal asterisk by later ones;

@@ -1,4 +1,7 @@
-"""The formats by name, and which one a path is in. Importing this needs no torch."""
+"""Lists the formats by name, and finds the one that a path is in.
+
+Importing this needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,9 @@ WITH_OTHER_HEADS = ("esm2mega", "hf")
 
 
 class Format(Protocol):
-    """What the module of each format offers; `write` and `FAMILIES`, of models that it can hold, only those
-    in `WRITABLE`.
+    """What the module of each format offers.
+
+    `write` and `FAMILIES`, the model families that it can hold, are only there for formats in `WRITABLE`.
     """
 
     IS_DIRECTORY: bool

@@ -1,5 +1,4 @@
-"""NVIDIA's BioNeMo recipes: the Transformer Engine ESM-2 of ``nvidia/esm2_*``, a directory in the style of
-Hugging Face.
+"""NVIDIA's recipes: a directory of the Transformer Engine ESM-2, such as ``nvidia/esm2_*``.
 
 Names: BioNeMo framework, ``recipes/models/esm2``. The model there has the tanh form of GELU in its
 feed-forward layers (Transformer Engine's kernel) and computes its rotary frequencies; it has no contact head.
@@ -67,8 +66,9 @@ def matches(source: SourceFiles) -> bool:
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read a directory of safetensors; the prefix of the names was ``esm`` before 2026-03 and is ``model``
-    since.
+    """Read a directory of safetensors.
+
+    The prefix of the names was ``esm`` before 2026-03 and is ``model`` since.
     """
     path, config, file = source.path, source.config, source.config_file
     shape = shape_from(
@@ -97,8 +97,9 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
 
 
 def write(weights: Weights, path: Path) -> None:
-    """Write configuration, tensors and tokenizer. The model's code, ``esm_nv.py``, is NVIDIA's and not
-    written.
+    """Write configuration, tensors and tokenizer.
+
+    The model's code, ``esm_nv.py``, is NVIDIA's and not written.
     """
     notes = weights.notes
     if weights.description.activation == "gelu":

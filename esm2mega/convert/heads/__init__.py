@@ -1,1 +1,1 @@
-"""Heads of other formats: classifiers and contact regressions, to and from ours."""
+"""Heads of other formats, classifiers and contact regressions, to and from ours."""

@@ -1,4 +1,4 @@
-"""The regression on attention maps: the head of a task here, the ``contact_head`` of published models there.
+"""Converts the regression on attention maps to and from the ``contact_head`` of published models.
 
 Legend: ``L`` layers, ``n`` heads of each.
 """

@@ -1,4 +1,4 @@
-"""How TAPE and ProteinLM arrange the weights of a protein BERT, written down apart from the name tables."""
+"""Arranges the weights of TAPE and ProteinLM for the plain model, without the name tables."""
 
 from __future__ import annotations
 

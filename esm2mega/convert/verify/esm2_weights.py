@@ -1,4 +1,4 @@
-"""How each foreign format arranges the weights of an ESM-2, written down apart from the name tables.
+"""Arranges the weights of each foreign ESM-2 for the plain model, without the name tables.
 
 A verification builds its reference from here, so that it does not repeat a mistake of the tables.
 """

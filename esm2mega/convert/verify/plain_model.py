@@ -1,5 +1,4 @@
-"""ESM-2 and its relatives in plain PyTorch, written down from their definitions: what a verification runs
-where the package of a format is not installed.
+"""ESM-2 and its relatives in plain PyTorch, for verifications where the package of a format is absent.
 
 It shares no code with `esm2mega.model` and reads a format's tensors without the name tables, so that a
 mistake in either shows.

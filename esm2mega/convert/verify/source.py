@@ -1,4 +1,4 @@
-"""Tensors as a verification reads them: by stored name, rounded and cast on the way."""
+"""Reads tensors for a verification: by their stored names, rounded and cast on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks of FLIP: its published files to a table for each split.
+"""Makes a table for each split of a FLIP task from its published files.
 
 Tasks of proteins have one FASTA file with the headers
 

@@ -1,4 +1,4 @@
-"""The tasks of FLIP and TAPE by name: what kind each is of, its splits, and FLIP's published sizes.
+"""The tasks of FLIP and TAPE by name: the kind of each, its splits, and FLIP's published sizes.
 
 Importing this imports nothing heavy, so that the command line can list them.
 
@@ -147,7 +147,7 @@ FLIP_TASKS: dict[str, FlipTask] = {
 
 
 def differing(published: Sizes, found: Mapping[str, int]) -> list[str]:
-    """Where numbers of proteins are not the published ones, in words.
+    """Describe in words where numbers of proteins are not the published ones.
 
     Args:
         published: Of a split.

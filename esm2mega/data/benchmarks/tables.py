@@ -1,4 +1,4 @@
-"""Labelled benchmark data as fine-tuning reads it: a CSV per split, and a manifest that says what they hold.
+"""Writes benchmark data as fine-tuning reads them: a CSV per split, and a manifest of what they hold.
 
 Everything is text: no value passes through a number on its way.
 """

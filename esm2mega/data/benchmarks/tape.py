@@ -1,4 +1,4 @@
-"""The labelled tasks of TAPE: their LMDB files to a table for each split."""
+"""Makes a table for each split of a labelled TAPE task from its LMDB files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _class(values: Any, location: str) -> str:
 
 
 def _letters(values: Any, location: str) -> str:
-    """A digit for each residue."""
+    """Return a digit for each residue."""
     wrong = ~np.isin(values, range(10))
     if wrong.any():
         residue = int(wrong.argmax())

@@ -1,4 +1,4 @@
-"""Numbers in TAPE's records: numpy arrays rebuilt from their pickles, without numpy's own unpickling.
+"""Rebuilds the numpy arrays in TAPE's pickles without numpy's own unpickling.
 
 A pickled array is a shape, the name of a type and bytes. Only numbers of fixed size are rebuilt; what is
 anything else stays a placeholder.

@@ -1,1 +1,1 @@
-"""Labels of proteins: files become cells, cells become targets, and targets go beside packs of tokens."""
+"""Labels of proteins: cells of files become targets, and targets go beside packs of tokens."""

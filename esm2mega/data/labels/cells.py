@@ -1,4 +1,4 @@
-"""One cell of a labelled table: text, a number, a string or list with an entry per residue.
+"""Reads one cell of a labelled table: text, a number, or a string or list with an entry per residue.
 
 Every error is a `UserError` with the place of the cell.
 """

@@ -1,4 +1,4 @@
-"""Contacts of residues from coordinates, by the definition of TAPE and of ESM.
+"""Computes contacts of residues from coordinates, by the definitions of TAPE and ESM.
 
 Two residues are in contact if their atoms are less than 8 Angstrom apart: C-alpha in TAPE, C-beta in ESM;
 which atoms the coordinates are of is the user's choice. Pairs nearer than 6 residues along the chain do not

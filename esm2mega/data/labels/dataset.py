@@ -1,4 +1,4 @@
-"""Proteins with labels, in memory: a table, or a list of pairs, as the data side of fine-tuning reads it.
+"""Proteins with labels in memory, from a table or a list of pairs, as fine-tuning reads them.
 
 `LabelledProteins` offers what samples and packs need of a token store, so that order, crops and packs of
 labelled proteins are made by the same code as those of pretraining.
@@ -23,7 +23,6 @@ from esm2mega.data.labels.readers import TargetReader, join_labels, target_reade
 from esm2mega.data.labels.rows import MASK_FILE, labelled_rows
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.readers.base import residues_of
-from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 
 Pairs = Sequence[tuple[str, Any]]
@@ -115,44 +114,6 @@ class LabelledProteins:
             self.per_pair,
             [*self.notes, *notes],
         )
-
-
-@dataclass(frozen=True)
-class UnlabelledProteins:
-    """The proteins of a token store in the place of `LabelledProteins`: for prediction, and not in memory."""
-
-    store: TokenStore
-
-    clusters = None
-    labels = None
-    per_residue = False
-    per_pair = False
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    @property
-    def path(self) -> Path:
-        """Of the store."""
-        return self.store.path
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Residues of each protein, ``[n]``."""
-        return self.store.lengths
-
-    @property
-    def fingerprint(self) -> str:
-        """That of the store."""
-        return self.store.fingerprint
-
-    def id(self, row: int) -> str:
-        """The id of a protein."""
-        return self.store.id(row)
-
-    def residues(self, row: int) -> npt.NDArray[np.uint8]:
-        """Token ids of a protein's residues, ``[L]``."""
-        return self.store.residues(row)
 
 
 def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
@@ -297,7 +258,7 @@ def apply_length_policy(proteins: LabelledProteins, data: DataConfig, key: str) 
 def _choose(
     lengths: npt.NDArray[np.int64], id_of: Callable[[int], str], data: DataConfig, key: str
 ) -> tuple[npt.NDArray[np.int64], str | None]:
-    """Numbers of the proteins that are kept, and what the user should know."""
+    """Return the numbers of the proteins that are kept, and notes for the user."""
     limit = data.max_seq_length - 2
     long = np.flatnonzero(lengths > limit)
     kept = np.arange(len(lengths))

@@ -1,4 +1,4 @@
-"""From files to rows of a sequence and its labels: tables, FASTA headers, and labels in files of their own.
+"""Reads rows of a sequence and its labels from tables, FASTA headers, and label files joined by id.
 
 Three ways lead here:
 

@@ -1,4 +1,4 @@
-"""From a pack of labelled proteins to one micro-batch, and the streams of them for training and evaluation.
+"""Builds micro-batches of labelled proteins, and serves them for training and evaluation.
 
 T   tokens of a pack (`train.micro_batch_tokens`), padding included
 n   proteins (or pieces of them) of a pack
@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from esm2mega import vocabulary
@@ -22,13 +25,52 @@ from esm2mega.batch import LabelledBatch, Segments
 from esm2mega.data import counter_rng
 from esm2mega.data.counter_rng import Purpose
 from esm2mega.data.labels.contacts import pair_labels
-from esm2mega.data.labels.dataset import LabelledProteins, UnlabelledProteins
+from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.labels.schema import IGNORED
+from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import PADDING, BatchSpec, Share, StreamState, piece_tokens, train_plan
 from esm2mega.data.stream.loader import PackStream, SplitPacks
 from esm2mega.data.stream.packing import Pack
 from esm2mega.data.stream.prefetch import Prefetcher
 from esm2mega.data.stream.samples import TrainSamples
+
+
+@dataclass(frozen=True)
+class UnlabelledProteins:
+    """The proteins of a token store in the place of `LabelledProteins`: for prediction, and not in memory."""
+
+    store: TokenStore
+
+    clusters = None
+    labels = None
+    per_residue = False
+    per_pair = False
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    @property
+    def path(self) -> Path:
+        """Of the store."""
+        return self.store.path
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Residues of each protein, ``[n]``."""
+        return self.store.lengths
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the store."""
+        return self.store.fingerprint
+
+    def id(self, row: int) -> str:
+        """Return the id of a protein."""
+        return self.store.id(row)
+
+    def residues(self, row: int) -> npt.NDArray[np.uint8]:
+        """Return token ids of a protein's residues, ``[L]``."""
+        return self.store.residues(row)
 
 
 def build_labelled(

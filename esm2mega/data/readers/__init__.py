@@ -1,1 +1,1 @@
-"""One module for each kind of sequence file; all give records in blocks."""
+"""One module for each kind of sequence file; each reads records in blocks."""

@@ -1,4 +1,4 @@
-"""What every input format offers: records, in blocks that any process can read on its own.
+"""Defines what every reader offers: records, in blocks that any process can read on its own.
 
 A source cuts its input into blocks in one sequential pass and reads the records of one block wherever that is
 wanted. Blocks follow from the input alone, so what is made of them does not depend on how many processes

@@ -1,4 +1,4 @@
-"""Reads FASTA, plain, gzip or zstd, and refuses everything else with one line naming the place.
+"""Reads FASTA, and refuses anything else with one line that names the place.
 
 Rules: a record is a line `>id description` and the lines up to the next one that starts with `>`. The id is
 the first word, in UTF-8; the description is not kept. Blank lines, white space inside sequence lines, Windows

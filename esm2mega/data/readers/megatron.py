@@ -1,4 +1,4 @@
-"""Megatron indexed data sets (`.bin` and `.idx`) of ProteinLM's preprocessing, back to residues.
+"""Reads ProteinLM's data sets in Megatron's indexed format (`.bin` and `.idx`) back to residues.
 
 ProteinLM wrote its PFAM corpus with a vocabulary of 31 tokens, one protein per sequence. The layout of the
 index is that of megatron-core's `IndexedDataset`: a head (magic, u64 version 1, u8 dtype code, u64 number of

@@ -1,4 +1,4 @@
-"""Parquet tables, one block per row group; needs the `parquet` extra."""
+"""Reads Parquet tables, one block for each row group; needs the extra `parquet`."""
 
 from __future__ import annotations
 

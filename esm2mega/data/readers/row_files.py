@@ -1,4 +1,7 @@
-"""Proteins and ids in binary files of rows: Parquet and SQLite. A place in one is a row, counted from 1."""
+"""Reads proteins and ids from binary files of rows: Parquet and SQLite.
+
+A place in one is a row, counted from 1.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the path of an input to the source that reads it."""
+"""Chooses the reader of an input from its name or the format that the user gave."""
 
 from __future__ import annotations
 

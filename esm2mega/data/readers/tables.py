@@ -1,4 +1,4 @@
-"""Tables as text: CSV and its relatives with a header line, and JSON lines."""
+"""Reads tables that are text: CSV and its relatives with a header line, and JSON lines."""
 
 from __future__ import annotations
 

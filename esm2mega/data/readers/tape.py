@@ -1,4 +1,4 @@
-"""TAPE's LMDB files, read without running what their pickles ask for; needs the `tape` extra.
+"""Reads TAPE's LMDB files without running what their pickles ask for; needs the extra `tape`.
 
 Each record is a pickled dict under its number; `num_examples` holds their count. A pickle is a program that
 may name any function of the interpreter. Here the only names it may use are those with which numpy arrays are

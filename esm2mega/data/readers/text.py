@@ -1,4 +1,4 @@
-"""Text inputs: plain, gzip or zstd by content, read once from front to back and cut into blocks."""
+"""Reads text inputs, plain or compressed, once from front to back, and cuts them into blocks."""
 
 from __future__ import annotations
 

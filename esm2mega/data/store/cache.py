@@ -1,4 +1,4 @@
-"""The short cut: a configuration names a sequence file where a token store belongs, and gets its store.
+"""Makes the token store when a configuration names a file of sequences in its place, once.
 
 The store is made once, in a directory named by what decides its content: the file's bytes, how they are read,
 and the tokenizer. Of several processes that want it, one makes it under a lock and the others wait.
@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 
 from esm2mega import vocabulary
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import DataConfig
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import format_of, open_source
 from esm2mega.data.store.prepare import OpenProgress, PrepareOptions, prepare_fasta
@@ -25,12 +25,15 @@ DIRECTORY = "prepared"
 """Name of the cache beside the run directories, where `data.cache_dir` is null."""
 
 
-def open_store(path: str, run: Run, key: str, open_progress: OpenProgress | None = None) -> TokenStore:
-    """The store that `path` is, or the one made of it.
+def open_store(
+    path: str, data: DataConfig, run_dir: str, key: str, open_progress: OpenProgress | None = None
+) -> TokenStore:
+    """Open the store that `path` is, or the one made of it.
 
     Args:
         path: a token store, or a file in any format of `sources`.
-        run: for the columns of tables, and where the cache is.
+        data: for the columns of tables, and the cache.
+        run_dir: beside which the cache is where `data` names none.
         key: name of `path` for the user, such as `data.train`.
         open_progress: shows how far preparing is, in the process that does it.
 
@@ -39,8 +42,8 @@ def open_store(path: str, run: Run, key: str, open_progress: OpenProgress | None
     """
     if not is_sequence_file(path):
         return TokenStore(path)
-    options = SourceOptions(sequence_column=run.data.sequence_column, id_column=run.data.id_column)
-    cache = Path(run.data.cache_dir) if run.data.cache_dir else Path(run.run_dir).parent / DIRECTORY
+    options = SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
+    cache = Path(data.cache_dir) if data.cache_dir else Path(run_dir).parent / DIRECTORY
     out = cache / _store_name(path, options)
     if not out.is_dir():
         cache.mkdir(parents=True, exist_ok=True)

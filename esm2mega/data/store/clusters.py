@@ -1,4 +1,4 @@
-"""Which rows of a token store belong to which cluster: the optional cluster arrays of a store.
+"""The optional arrays of a token store that say which rows belong to which cluster.
 
     clusters.offsets.npy                            int64 [c + 1], where the members of each cluster begin
     clusters.members.npy                            int64 [m], row numbers in the store

@@ -1,4 +1,4 @@
-"""The blocks of all inputs to finished parts, in parallel: each part is a small token store of its own.
+"""Encodes the blocks of all inputs in parallel; each finished part is a small token store of its own.
 
 One process reads the inputs from front to back and hands out blocks; the workers parse and encode them. A
 part is renamed when it is complete and remembers the key of its block, so a later attempt takes it as it is
@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega import vocabulary
 from esm2mega.data.readers.base import Block, Record, RecordSource
+from esm2mega.data.store.intake import check_known, in_batches
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
 
@@ -122,14 +122,15 @@ class _Job:
         shutil.rmtree(self.path, ignore_errors=True)
         _lower_case_file(self.path).unlink(missing_ok=True)
         kept = _Kept(self.source, self.source.records(self.block))
-        batches = _batches(kept)
+        batches = in_batches(kept, lambda record: len(record.residues), _BATCH_RESIDUES)
         if (first := next(batches, None)) is None:
             return Part(None, self.number, dropped=kept.dropped)
         with StoreWriter(self.path) as writer:
             lower_case = []
-            for ids, residues in chain([first], batches):
+            for records in chain([first], batches):
+                residues = [record.residues for record in records]
                 before = writer.counts.lower_case_residues
-                writer.append(ids, residues)
+                writer.append([record.id for record in records], residues)
                 if writer.counts.lower_case_residues == before:
                     lower_case.append(np.zeros(len(residues), dtype=np.int32))
                 else:
@@ -211,28 +212,8 @@ class _Kept:
             if not record.residues:
                 self.dropped += 1
                 continue
-            if not record.residues.strip(vocabulary.UNKNOWN_BYTES):
-                raise UserError(
-                    f"{self._source.location(record.line)}: the sequence of {record.id!r} has only unknown "
-                    f"residues ({record.residues[:10].decode()!r}); correct or remove the record"
-                )
+            check_known(self._source, record.line, record.id, record.residues)
             yield record
-
-
-def _batches(records: Iterable[Record]) -> Iterator[tuple[list[str], list[bytes]]]:
-    """Ids and residues of some MiB at a time."""
-    ids: list[str] = []
-    residues: list[bytes] = []
-    size = 0
-    for record in records:
-        ids.append(record.id)
-        residues.append(record.residues)
-        size += len(record.residues)
-        if size >= _BATCH_RESIDUES:
-            yield ids, residues
-            ids, residues, size = [], [], 0
-    if ids:
-        yield ids, residues
 
 
 def _lower_case_per_record(residues: Sequence[bytes]) -> npt.NDArray[np.int32]:

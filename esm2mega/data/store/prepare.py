@@ -1,4 +1,4 @@
-"""`prepare fasta`: sequence files to a training store and, when asked for, validation and test stores.
+"""`prepare fasta` merges parts into a training store and, when asked, validation and test stores.
 
 First the inputs become parts, in parallel (`parts`); then the parts are merged into the stores, since only
 when all records are counted it is known which ones are held out. Everything happens in a directory beside the

@@ -1,4 +1,4 @@
-"""One long byte stream in files of limited size, and the files again as one array.
+"""Writes a long stream of bytes to files of limited size, and reads them as one array.
 
 A stream is cut at exact multiples of the limit, wherever that falls: `cat` puts it together again. For
 reading, the files are mapped to addresses that follow each other, so whoever reads sees one array.

@@ -1,4 +1,4 @@
-"""Files of a token store while they are written: hashed as they grow, with index arrays of any length.
+"""Writes the files of a token store, hashed as they grow, with index arrays of any length.
 
 Nothing here keeps an array in memory that is as long as the store: numbers whose count is not known yet go to
 a spool, a temporary file, and from there block by block into the file that is kept.

@@ -1,4 +1,4 @@
-"""The token store: a directory of memory-mapped proteins, written once and read without loading it whole.
+"""The token store: a directory of memory-mapped proteins, written once, never loaded whole.
 
     tokens.bin, tokens.idx     megatron-core IndexedDataset of uint8 token ids: residues, one item per protein
       or tokens-00000.bin, …   the same bytes in files of limited size, under the one index
@@ -274,12 +274,6 @@ class TokenStore:
             raise IndexError(f"protein {i} of a store of {len(self)}")
         return self._ids[i]
 
-    def cluster_id(self, j: int) -> str:
-        """The id of cluster `j` of a store with clusters."""
-        if self.clusters is None or not 0 <= j < len(self.clusters):
-            raise IndexError(f"cluster {j} of a store of {len(self.clusters or ())}")
-        return self._cluster_ids[j]
-
     def encoded_ids(self, first: int, stop: int) -> tuple[bytes, npt.NDArray[np.int32]]:
         """The ids of proteins `first` to `stop`, exclusive: UTF-8 back to back, and bytes of each, [n]."""
         return self._ids.encoded(first, stop)
@@ -345,7 +339,8 @@ class TokenStore:
         members = _map_npy(self.path / clusters.MEMBERS)
         if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(members):
             raise _damaged(self.path / clusters.OFFSETS, f"does not divide {len(members)} members")
-        self._cluster_ids = _Ids(self.path / clusters.IDS, self.path / clusters.ID_OFFSETS, len(offsets) - 1)
+        # Refuses another number of ids.
+        _Ids(self.path / clusters.IDS, self.path / clusters.ID_OFFSETS, len(offsets) - 1)
         return clusters.Clusters(offsets, members)
 
 

@@ -1,1 +1,1 @@
-"""From a token store to micro-batches: samples, packs, masks, and the loader that builds ahead."""
+"""From a token store to micro-batches: samples, packs, masks, and a loader that builds ahead."""

@@ -1,4 +1,4 @@
-"""From a pack of the plan to the numbers of one micro-batch: reads, crops, masks and pads, without torch.
+"""Builds the arrays of one micro-batch from a planned pack: reads, crops, masks and pads, without torch.
 
 What becomes of a sample depends on its number and the seed, not on the pack that it is in. Processes that
 build batches (`data.workers`) import this module alone and start in a fraction of a second.
@@ -167,7 +167,7 @@ class StreamState:
 
 @dataclass(frozen=True)
 class Share:
-    """Which batches are built here: those of one data-parallel rank, or every so many-th of them.
+    """The share of the batches that is built here: one data-parallel rank's, or every so many-th of them.
 
     Attributes:
         dp_rank: data-parallel rank of this process.

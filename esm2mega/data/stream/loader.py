@@ -1,4 +1,4 @@
-"""Packed, masked batches from a token store: an endless stream for training, a fixed list for evaluation.
+"""Serves packed, masked batches: an endless stream for training, a fixed list for evaluation.
 
 Micro-batch m of data-parallel rank r is pack m * dp_size + r behind the point where the stream was started,
 so the packs between two optimizer steps are the same ones for every dp_size and every number of
@@ -239,6 +239,8 @@ class SplitPacks(ABC, Generic[BatchT]):
     @functools.cached_property
     def num_packs(self) -> int:
         """Packs over all ranks, without those of padding only."""
+        if self._limit is None:
+            return int(self._borders[-1])
         return sum(1 for _ in self._packs())
 
     def __len__(self) -> int:
@@ -252,7 +254,7 @@ class SplitPacks(ABC, Generic[BatchT]):
             yield self._build(pack)
 
     def batch(self, number: int) -> BatchT:
-        """The batch of any pack, counted over all ranks from 0."""
+        """Return the batch of any pack, counted over all ranks from 0."""
         window = int(np.searchsorted(self._borders, number, side="right")) - 1
         return self._build(Pack(self._plan.window(window), number - int(self._borders[window])))
 

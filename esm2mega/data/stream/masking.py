@@ -1,4 +1,4 @@
-"""Chooses the tokens to predict and corrupts them: BERT's 80/10/10 on the residues of a pack.
+"""Chooses the residues to predict and corrupts them, in BERT's 80/10/10.
 
 Every residue is chosen on its own with probability `mlm_probability`; of the chosen ones `mask_fraction`
 become `<mask>`, `random_fraction` become a random residue (which may be the same one) and the rest stay. A

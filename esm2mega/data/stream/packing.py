@@ -1,4 +1,4 @@
-"""Which samples share a pack of T tokens, planned window by window as a pure function of lengths and seed.
+"""Plans which samples share a pack of T tokens: a pure function of lengths and seed, window by window.
 
 A window is `data.pack_window` consecutive samples. Its pieces are packed best fit, longest first, or put
 into padded batches of similar length, and the packs are shuffled, since the first ones hold the longest

@@ -1,4 +1,4 @@
-"""Which piece of which protein is sample k: epochs, clusters, mixtures of stores, and cropping.
+"""Decides which piece of which protein sample k is: epochs, clusters, mixtures of stores, cropping.
 
 A sample is drawn in up to three steps, each a pure function of (seed, k) in constant memory:
 

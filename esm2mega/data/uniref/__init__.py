@@ -1,1 +1,1 @@
-"""UniRef50 clusters over UniRef90 sequences, joined into a store for cluster sampling."""
+"""Joins UniRef50 clusters with UniRef90 sequences into a store for sampling by cluster."""

@@ -1,4 +1,4 @@
-"""`prepare uniref` from the files of BioNeMo 2.
+"""`prepare uniref` reads the Parquet and SQLite files of BioNeMo 2.
 
     train_clusters.parquet   columns `ur90_id`, a list of member ids, and optionally `ur50_id`, the cluster id
     valid_clusters.parquet   column `ur50_id`, one representative per row
@@ -38,7 +38,7 @@ _BATCH_IDS = 1 << 16
 
 
 class IdRow(NamedTuple):
-    """An id, and its row."""
+    """An id and the number of its row."""
 
     id: bytes
     line: int

@@ -1,4 +1,4 @@
-"""`prepare uniref`: UniRef50, UniRef90 and their mapping to stores for cluster sampling.
+"""`prepare uniref` makes stores for sampling by cluster from UniRef50, UniRef90 and their mapping.
 
 The training store holds UniRef90 sequences in the order of their FASTA file, with the UniRef50 clusters over
 them in the order of the mapping. Validation and test hold UniRef50 representatives: of files of their own, or

@@ -1,4 +1,4 @@
-"""Joins clusters, which name their members by id, with the proteins, which come in any order.
+"""Joins clusters, which name their members by id, with proteins, which come in any order.
 
 The clusters are read first and lie on disk with all ids indexed. The proteins are then read once: each that
 is a member of a training cluster becomes the next row of the store, and its place in the cluster remembers
@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega import vocabulary
 from esm2mega.data.readers.base import Record
+from esm2mega.data.store.intake import Located, check_known, in_batches
 from esm2mega.data.store.token_store import StoreWriter
 from esm2mega.data.uniref.id_index import IdIndex, map_array
 from esm2mega.data.uniref.mapping import (
     ClusterRow,
     ClusterSource,
-    Located,
     Protein,
     ProteinSource,
     batched,
@@ -193,27 +192,14 @@ def all_training(source: ClusterSource) -> Iterator[tuple[list[ClusterRow], npt.
 
 
 def protein_batches(proteins: Iterable[ProteinT]) -> Iterator[list[ProteinT]]:
-    """Yields proteins in lists of a few MiB of residues."""
-    batch: list[ProteinT] = []
-    size = 0
-    for record in proteins:
-        batch.append(record)
-        size += len(record.residues)
-        if size >= _BATCH_RESIDUES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    """Returns proteins in lists of a few MiB of residues."""
+    return in_batches(proteins, lambda protein: len(protein.residues), _BATCH_RESIDUES)
 
 
 def append_proteins(writer: StoreWriter, source: Located, records: Sequence[Protein]) -> None:
     """Appends proteins to a store; refuses one without any known residue."""
     for record in records:
-        if not record.residues.strip(vocabulary.UNKNOWN_BYTES):
-            raise UserError(
-                f"{source.location(record.line)}: the sequence of {record.id!r} has only unknown residues "
-                f"({record.residues[:10].decode()!r}); correct or remove the record"
-            )
+        check_known(source, record.line, record.id, record.residues)
     writer.append([record.id for record in records], [record.residues for record in records])
 
 

@@ -1,4 +1,4 @@
-"""Finds ids among hundreds of millions of others, on disk, in memory that does not grow with their number.
+"""Finds ids among hundreds of millions, on disk, in memory that does not grow with their number.
 
     ids.bin       the ids back to back
     ids.ends      int64 [n], where each ends

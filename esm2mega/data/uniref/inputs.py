@@ -1,4 +1,4 @@
-"""Which of the three kinds of input `prepare uniref` was given, by the options that came with it."""
+"""Decides from the options which of its three kinds of input `prepare uniref` was given."""
 
 from __future__ import annotations
 

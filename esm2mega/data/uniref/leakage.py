@@ -1,4 +1,4 @@
-"""What is held out: drawn by a seed or named by the user, and never part of the training data."""
+"""Holds proteins out, drawn by a seed or named by the user, and keeps them out of the training data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads which UniRef90 ids belong to which UniRef50 cluster, from the mapping file that ESM-2 training uses.
+"""Reads which UniRef90 ids belong to which UniRef50 cluster from the mapping file of ESM-2 training.
 
 Grammar: the first line is a header and is skipped, whatever it says. Every other line is tab-separated: the
 cluster id, the ids of its members, and columns that are ignored. Members are separated by `; ` where that
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from esm2mega.data.readers.base import Block, ByteProgress, Record
 from esm2mega.data.readers.text import TextSource
+from esm2mega.data.store.intake import Located, in_batches
 from esm2mega.errors import UserError
 
 _BATCH_MEMBERS = 1 << 16
@@ -41,13 +42,6 @@ class Protein(Protocol):
     def residues(self) -> bytes: ...
     @property
     def line(self) -> int: ...
-
-
-class Located(Protocol):
-    """Something with numbered lines or rows."""
-
-    def location(self, line: int) -> str:
-        """Where an item stands, for messages."""
 
 
 class ItemSource(Located, Protocol[Item]):
@@ -138,17 +132,8 @@ def shown(name: bytes) -> str:
 
 
 def batched(rows: Iterable[ClusterRow]) -> Iterator[list[ClusterRow]]:
-    """Yields clusters in lists of some ten thousand members in all."""
-    batch: list[ClusterRow] = []
-    members = 0
-    for row in rows:
-        batch.append(row)
-        members += len(row.members)
-        if members >= _BATCH_MEMBERS:
-            yield batch
-            batch, members = [], 0
-    if batch:
-        yield batch
+    """Returns clusters in lists of some ten thousand members in all."""
+    return in_batches(rows, lambda row: len(row.members), _BATCH_MEMBERS)
 
 
 def lines_of(source: ClusterSource, cluster: bytes) -> list[int]:

@@ -1,4 +1,4 @@
-"""`prepare uniref` from tables of one row per member, as UniRef training data are found on Hugging Face.
+"""`prepare uniref` reads tables with one row per member, as they are published on Hugging Face.
 
 A table is a Parquet file, or a directory of them read in the order of their names, with the columns
 `ur50_id`, the cluster, `ur90_id`, the member, and `sequence`. Rows of a cluster need not lie together. The

@@ -14,8 +14,8 @@ from esm2mega.infer.source import open_model
 from esm2mega.inspect import inspect_path
 from esm2mega.lora.base import recorded_base
 from esm2mega.model.build import build_model
-from esm2mega.model.packed import pack, unpack
 from esm2mega.parallel.initialize import process_groups
+from tests.padded import pack, unpack
 from tests.unit.lora import adapted
 from tests.unit.lora.adapted import KINDS, Base
 from tests.unit.runs import CPU

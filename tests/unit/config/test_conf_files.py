@@ -75,12 +75,7 @@ def test_published_recipe(size):
     assert run.data.max_seq_length == 1024
     assert run.optim.lr == (1.6e-4 if size == "15B" else 4e-4)
     assert run.optim.weight_decay == (0.1 if size == "15B" else 0.01)
-    assert (run.optim.name, run.optim.betas, run.optim.eps, run.optim.clip_grad) == (
-        "adam",
-        [0.9, 0.98],
-        1e-8,
-        1.0,
-    )
+    assert (run.optim.betas, run.optim.eps, run.optim.clip_grad) == ([0.9, 0.98], 1e-8, 1.0)
     assert (run.schedule.name, run.schedule.warmup_steps, run.schedule.decay_steps) == (
         "linear",
         2000,
@@ -101,7 +96,7 @@ def test_documented_layouts_are_valid(size):
             continue
         run = load_run(name, text.split())
         validate(run, processes)
-        assert num_micro_batches(run, processes) >= 1
+        assert num_micro_batches(run.train, run.parallel, processes) >= 1
 
 
 def test_tiny_is_for_a_cpu_and_minutes():

@@ -8,7 +8,7 @@ import pytest
 
 from esm2mega.cli.app import main
 from esm2mega.config.load import known_keys, load_run, load_run_over, run_from_yaml, save_resolved
-from esm2mega.config.renamed import RENAMED, current_settings
+from esm2mega.config.renamed import REMOVED, RENAMED, current_settings
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
 from esm2mega.infer.work import differing
@@ -19,6 +19,22 @@ def test_old_names_are_gone_and_new_ones_are_there() -> None:
     keys = {old: new for old, new in RENAMED.items() if not old.startswith("-")}
     assert not keys.keys() & known_keys().keys()
     assert set(keys.values()) <= known_keys().keys()
+    assert not REMOVED.keys() & known_keys().keys()
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_a_removed_key_is_refused_of_users_and_left_out_of_files(key: str, tmp_path: Path) -> None:
+    only = REMOVED[key]
+    with pytest.raises(UserError, match=f"override: {key}: removed, since {only} was its only value; leave"):
+        load_run(None, [f"{key}={only}"])
+    run = load_run(None, ["model.size=tiny"])
+    file = tmp_path / "config.yaml"
+    save_resolved(run, file)
+    section, _, name = key.partition(".")
+    file.write_text(file.read_text().replace(f"\n{section}:\n", f"\n{section}:\n  {name}: {only}\n"))
+    assert f"  {name}: {only}\n" in file.read_text()
+    assert run_from_yaml(file) == load_run(str(file)) == run
+    assert key not in read_config(tmp_path)
 
 
 @pytest.mark.parametrize("key", [key for key in RENAMED if not key.startswith("-")])

@@ -17,6 +17,7 @@ def test_every_choice_lists_its_default():
     run = Run()
     for key, valid in choices(run).items():
         assert flatten(run)[key] in (*valid, None), key
+        assert len(valid) > 1, f"{key} can have one value only; remove it"
 
 
 def test_two_runs_share_no_mutable_default():

@@ -94,7 +94,7 @@ def test_a_warm_start_knows_the_labels_of_its_own_training_data() -> None:
     )
     pairs = {"train": [("MK", 1.0), ("LA", 4.0), ("MKTAYIAKQR", 900.0)], "valid": [("WY", 7.0)]}
     loaded = TargetInfo("regression", ["target"], [50], [101.0], [3.0], [101.0])
-    splits = read_splits(run, UserParts(pairs), loaded)
+    splits = read_splits(run.data, run.task, UserParts(pairs), loaded)
     assert splits.info.to_dict() == loaded.to_dict() | {"counts": [2], "baseline": [2.5]}
     assert [len(splits.of["train"]), splits.of["valid"].labels.tolist()] == [2, [[7.0]]]
     assert "1 of 3 proteins of data.train have more than 6 residues" in splits.of["train"].notes[0]

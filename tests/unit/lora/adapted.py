@@ -18,8 +18,8 @@ from esm2mega.convert.start_point import read_checkpoint, read_start
 from esm2mega.lora.base import identify, with_base
 from esm2mega.lora.checkpoint import Factors, load_model, write_adapters
 from esm2mega.model.build import build_model
-from esm2mega.model.packed import pack, unpack
 from esm2mega.parallel.initialize import process_groups
+from tests.padded import pack, unpack
 from tests.parity import references
 from tests.parity.references import Shape
 from tests.unit.runs import CPU

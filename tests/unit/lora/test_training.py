@@ -177,10 +177,10 @@ def test_checkpoint_of_a_650M_model_is_small(precision: str, tmp_path: Path) -> 
     model = ESM2Model(config, block(local_layer(), config.num_layers), CPU)
     apply_lora([model], run.lora, run.seed)
     chunks = wrap_data_parallel([model], run.model, run.parallel)
-    optimizer = build_optimizer(run.optim, run, chunks)
+    optimizer = build_optimizer(run.optim, run.schedule, run.model.precision, chunks)
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.step()
-    save_checkpoint(tmp_path / "step", chunks, optimizer, run, {"step": 1}, choice=TRAINED)
+    save_checkpoint(tmp_path / "step", chunks, optimizer, run, {"step": 1}, tensor_filter=TRAINED)
     size = sum(path.stat().st_size for path in (tmp_path / "step").rglob("*"))
     assert 3 * 33 * 3 * 8 * 2 * 1280 * 4 < size < 30e6

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esm2mega.errors import UserError
-from esm2mega.model.packed import PackedSequences, pack, unpack
+from esm2mega.model.packed import PackedSequences
+from tests.padded import pack, unpack
 
 # Rows of length 2, 4 and 3, padded at the right, not at all, and at the left.
 IDS = torch.tensor([[0, 2, 1, 1], [0, 7, 8, 2], [1, 0, 9, 2]])
@@ -73,10 +73,10 @@ def test_unpack_keeps_trailing_dimensions_and_gradients() -> None:
 
 
 def test_empty_row_is_named() -> None:
-    with pytest.raises(UserError, match="row 1 .* no token"):
+    with pytest.raises(ValueError, match="row 1 .* no token"):
         pack(IDS, torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]]))
 
 
 def test_gap_is_named() -> None:
-    with pytest.raises(UserError, match="row 2 .* gap"):
+    with pytest.raises(ValueError, match="row 2 .* gap"):
         pack(IDS, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1]]))

@@ -92,7 +92,7 @@ def _optimizer(model: Any, parallel: ParallelConfig, precision: str) -> Megatron
     settings = ModelConfig(precision=precision)
     wrapped = wrap_data_parallel([model], settings, parallel)
     run = Run(model=settings, parallel=parallel, schedule=ScheduleConfig())
-    return build_optimizer(OptimConfig(), run, wrapped)
+    return build_optimizer(OptimConfig(), run.schedule, run.model.precision, wrapped)
 
 
 def _single(optimizer: MegatronOptimizer) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from esm2mega.config.load import load_run
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import DataConfig
 from esm2mega.data.store.cache import is_sequence_file, open_store
 from esm2mega.errors import UserError
 
@@ -21,12 +21,13 @@ def fasta(tmp_path: Path) -> Path:
     return path
 
 
-def run_in(tmp_path: Path, *overrides: str) -> Run:
-    return load_run("pretrain_esm2_tiny", [f"run_dir={tmp_path}/runs/one", *overrides])
+def sections_in(tmp_path: Path, *overrides: str) -> tuple[DataConfig, str]:
+    run = load_run("pretrain_esm2_tiny", [f"run_dir={tmp_path}/runs/one", *overrides])
+    return run.data, run.run_dir
 
 
 def test_prepared_once_beside_the_run(fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    store = open_store(str(fasta), run_in(tmp_path), "data.train")
+    store = open_store(str(fasta), *sections_in(tmp_path), "data.train")
     assert [store.id(i) for i in range(len(store))] == [f"p{i}" for i in range(10)]
     assert store.path.parent.parent == tmp_path / "runs" / "prepared"
     said = capsys.readouterr().err.splitlines()
@@ -34,40 +35,40 @@ def test_prepared_once_beside_the_run(fasta: Path, tmp_path: Path, capsys: pytes
     assert "10 sequences, 55 residues" in said[1] and len(said) == 2
     made = store.path.stat().st_mtime_ns
 
-    again = open_store(str(fasta), run_in(tmp_path), "data.train")
+    again = open_store(str(fasta), *sections_in(tmp_path), "data.train")
     assert again.path == store.path and again.path.stat().st_mtime_ns == made
     expected = f"data.train: {fasta} was prepared before, into {store.path.parent}\n"
     assert capsys.readouterr().err == expected
 
 
 def test_a_store_is_opened_as_it_is(fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    store = open_store(str(fasta), run_in(tmp_path), "data.train")
+    store = open_store(str(fasta), *sections_in(tmp_path), "data.train")
     capsys.readouterr()
-    assert open_store(str(store.path), run_in(tmp_path), "data.train").path == store.path
+    assert open_store(str(store.path), *sections_in(tmp_path), "data.train").path == store.path
     assert capsys.readouterr().err == ""
 
 
 def test_content_and_reading_decide_not_the_name(fasta: Path, tmp_path: Path) -> None:
-    first = open_store(str(fasta), run_in(tmp_path), "k").path
+    first = open_store(str(fasta), *sections_in(tmp_path), "k").path
     same = tmp_path / "elsewhere" / fasta.name
     same.parent.mkdir()
     same.write_bytes(fasta.read_bytes())
-    assert open_store(str(same), run_in(tmp_path), "k").path == first
+    assert open_store(str(same), *sections_in(tmp_path), "k").path == first
     fasta.write_text(fasta.read_text().replace("MKTL", "MKTA", 1))
-    assert open_store(str(fasta), run_in(tmp_path), "k").path != first
+    assert open_store(str(fasta), *sections_in(tmp_path), "k").path != first
 
     table = tmp_path / "t.csv"
     table.write_text("id,name,sequence,mature\n1,a,MKT,KT\n2,b,MAC,AC\n")
     found = []
     for overrides in ([], ["data.sequence_column=mature"], ["data.id_column=name"]):
-        store = open_store(str(table), run_in(tmp_path, *overrides), "k")
+        store = open_store(str(table), *sections_in(tmp_path, *overrides), "k")
         found.append((store.path, store.id(0), int(store.lengths[0])))
     assert len({path for path, _, _ in found}) == 3
     assert [rest for _, *rest in found] == [["1", 3], ["1", 2], ["a", 3]]
 
 
 def test_the_cache_can_be_elsewhere(fasta: Path, tmp_path: Path) -> None:
-    store = open_store(str(fasta), run_in(tmp_path, f"data.cache_dir={tmp_path}/cache"), "data.train")
+    store = open_store(str(fasta), *sections_in(tmp_path, f"data.cache_dir={tmp_path}/cache"), "data.train")
     assert store.path.parent.parent == tmp_path / "cache"
     assert not (tmp_path / "runs").exists()
 
@@ -77,7 +78,7 @@ def test_a_bad_file_leaves_no_store(tmp_path: Path) -> None:
     bad.write_text(">a\nMK\n>b\n")
     for _ in range(2):
         with pytest.raises(UserError, match=r"bad\.fasta:3: no sequence under the header of 'b'"):
-            open_store(str(bad), run_in(tmp_path), "data.train")
+            open_store(str(bad), *sections_in(tmp_path), "data.train")
     assert [entry for entry in (tmp_path / "runs" / "prepared").iterdir() if entry.is_dir()] == []
 
 
@@ -94,7 +95,7 @@ from esm2mega.config.load import load_run
 from esm2mega.data.store.cache import open_store
 if __name__ == "__main__":
     run = load_run("pretrain_esm2_tiny", [f"run_dir={sys.argv[2]}"])
-    print(open_store(sys.argv[1], run, "data.train").fingerprint)
+    print(open_store(sys.argv[1], run.data, run.run_dir, "data.train").fingerprint)
 """
 
 

@@ -18,6 +18,7 @@ from esm2mega.data.store import store_files
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import UserError
 from esm2mega.version import __version__
+from tests.unit.data.cluster_ids import cluster_ids
 
 if TYPE_CHECKING:
     from tests.unit.data.conftest import WriteStore
@@ -258,9 +259,7 @@ def test_clusters_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert store.clusters is not None and len(store.clusters) == 2
     assert store.clusters.offsets.tolist() == [0, 2, 3] and store.clusters.offsets.dtype == np.int64
     assert store.clusters.members.tolist() == [2, 0, 3] and store.clusters.members.dtype == np.int64
-    assert [store.cluster_id(j) for j in range(2)] == ["A", "\u03b2"]
-    with pytest.raises(IndexError):
-        store.cluster_id(2)
+    assert cluster_ids(store) == ["A", "\u03b2"]
     monkeypatch.setattr(store_files, "BLOCK", 1)
     assert write_clustered(tmp_path / "blocks").manifest == store.manifest
 
@@ -269,8 +268,6 @@ def test_a_store_without_clusters_stays_as_it_is(tmp_path: Path, write_store: Wr
     plain, clustered = write_store(SEQUENCES), write_clustered(tmp_path / "clustered")
     assert plain.clusters is None
     assert not any("cluster" in name for name in [*plain.manifest, *plain.manifest["files"]])
-    with pytest.raises(IndexError):
-        plain.cluster_id(0)
     # Validation data are compared by it with training data, whichever has clusters.
     assert plain.fingerprint == clustered.fingerprint
 
