@@ -77,7 +77,7 @@ class TaskHead(MegatronModule, ABC):
 
     @abstractmethod
     def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
-        """Select or pool what the head reads: ``[T, h]`` to ``[n, h]`` of proteins or ``[R, h]`` of residues."""
+        """Reduce ``[T, h]`` to what the head reads: ``[n, h]`` of proteins or ``[R, h]`` of residues."""
 
     @abstractmethod
     def predict(self, features: Tensor, segments: Segments) -> Tensor:
@@ -270,7 +270,7 @@ class AttentionMapHead(SpanningHead):
     Weights start at zero, as usual for a logistic regression, and weight decay acts on them.
 
     Attributes:
-        weights: Weights of each layer of this stage, ``[1, heads]``, by its number in the whole model, from 0.
+        weights: Weights for each layer of this stage, ``[1, heads]``, by its number in the model, from 0.
         bias: ``[1]``; on the last stage only.
     """
 

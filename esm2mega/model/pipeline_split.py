@@ -51,7 +51,7 @@ def split_layers(
 
 
 def pipeline_layout(counts: Sequence[int]) -> list[list[str]]:
-    """Return `counts` as Megatron-Core's ``pipeline_model_parallel_layout``, the parts of each stage by kind."""
+    """Return `counts` as Megatron-Core's ``pipeline_model_parallel_layout``, a list of parts per stage."""
     stages = [["decoder"] * count for count in counts]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
