@@ -6,13 +6,13 @@ from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 
 CLS_TANH = ("cls", "tanh")
-"""It is a dense layer on `<cls>`, tanh, linear, as in `EsmForSequenceClassification` and BERT's pooler."""
+"""Means a dense layer on `<cls>`, tanh, linear: `EsmForSequenceClassification`, and the pooler of BERT."""
 
 RESIDUE_LINEAR = ("residue linear",)
-"""It is a linear layer on each residue, as in `EsmForTokenClassification`."""
+"""Means a linear layer on each residue: `EsmForTokenClassification`."""
 
 ATTENTION_MAPS = (PAIR_KIND, "attention_maps")
-"""It is the contact head of ESM-2."""
+"""Means the contact head of ESM-2."""
 
 
 def head_form(task: TaskConfig) -> tuple[str, ...]:

@@ -35,11 +35,11 @@ from esm2mega.version import __version__
 _LineLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _WITH_GAPS = ("task.mask_column",)
-"""Lists of these keys may have nulls in them."""
+"""Names the keys whose lists may have nulls in them."""
 
 
 _RESOLVED = "# Resolved configuration, written by esm2mega"
-"""Files that `save_resolved` writes begin with this."""
+"""Begins every file that `save_resolved` writes."""
 
 
 @dataclass(frozen=True)

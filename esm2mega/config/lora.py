@@ -39,7 +39,7 @@ LINEARS = (
     Linear("linear_fc1", "mlp", "linear_fc1", "intermediate.dense"),
     Linear("linear_fc2", "mlp", "linear_fc2", "output.dense"),
 )
-"""They stand in the order in which a layer computes them."""
+"""Lists the linears in the order in which a layer computes them."""
 
 Targets = dict[str, tuple[int, ...]]
 """Maps the name of a linear to the layers, counted from 0 and ascending, in which it has an adapter."""

@@ -21,7 +21,7 @@ REMOVED = {"optim.name": "adam", "checkpoint.async_save": "false"}
 """Maps a dotted key that is gone to the only value that it could have."""
 
 _NOTED_SECTION = "infer."
-"""It is the section of the keys whose last part names a noted setting of `embed`."""
+"""Names the section of the keys whose last part names a noted setting of `embed`."""
 
 
 def current_key(key: str) -> str:

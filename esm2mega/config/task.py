@@ -11,13 +11,13 @@ from esm2mega.config.schema import FinetuneConfig, LoRAConfig, ParallelConfig, R
 from esm2mega.errors import UserError
 
 RESIDUE_KINDS = ("token_classification", "token_regression")
-"""These tasks have a label per residue."""
+"""Lists the tasks with a label per residue."""
 
 PAIR_KIND = "contact"
-"""This task has a label per pair of residues, computed from coordinates of each residue."""
+"""Names the task with a label per pair of residues, computed from coordinates of each residue."""
 
 NUMERIC_KINDS = ("regression", "token_regression")
-"""These tasks have numbers as labels, which are scaled by their mean and deviation over the training set."""
+"""Lists the tasks whose labels are numbers, which are scaled as the training set says."""
 
 _HEADS = {
     "proteins": ("auto", "mlp", "linear", "pooler", "hf"),

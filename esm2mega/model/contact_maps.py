@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _MAP_ELEMENTS = 1 << 24
-"""At most so many elements of attention maps are held at once: 64 MB in fp32, or one map if it is larger."""
+"""Limits the elements of attention maps held at once: 64 MB in fp32, or one map if it is larger."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from esm2mega.model.task import MakeHead
 from esm2mega.pairs import num_pairs
 
 _KERNEL = 7
-"""A convolution sees so many residues, as in the FLIP and BioNeMo baselines."""
+"""Sets how many residues a convolution sees, as in the FLIP and BioNeMo baselines."""
 
 
 class TaskHead(MegatronModule, ABC):

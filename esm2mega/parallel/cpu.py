@@ -249,7 +249,7 @@ class Replace(CudaAssumption):
 
 
 _FLOAT = _OneOf("torch.FloatTensor", "torch.DoubleTensor")
-"""It accepts fp64 too, for the proofs; gradient clipping and the distributed optimizer expect fp32 alone."""
+"""Accepts fp64 too, for the proofs; gradient clipping and the distributed optimizer expect fp32 alone."""
 
 ROWS: tuple[CudaAssumption, ...] = (
     Constant("megatron.core.pipeline_parallel.schedules", "token counter of every schedule", "cuda", "cpu"),

@@ -35,8 +35,8 @@ def lost_peer(error: BaseException) -> MachineError | None:
     if found is None:
         return None
     return MachineError(
-        f"lost the connection to another process ({found[0]}): that one ended or hangs: its message is "
-        "the one to read; without a message it was killed, most often for memory"
+        f"lost the connection to another process ({found[0]}), which ended or hangs; read its message: if it "
+        "has none, it was killed, most often for lack of memory"
     )
 
 
@@ -101,7 +101,7 @@ def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
             box = _attempt(action)
         except Exception as error:
             defect = error
-            box = [None, MachineError("rank 0 ended before it had begun: its message is the one to read")]
+            box = [None, MachineError("rank 0 failed before the run began; read its message")]
         with _meeting(timeout):
             store.set(key, pickle.dumps(box))  # type: ignore[arg-type]
             store.wait([f"{key}/all_have_it"])
@@ -135,6 +135,5 @@ def _meeting(timeout: timedelta) -> Iterator[None]:
 def _no_answer(timeout: timedelta) -> MachineError:
     minutes = timeout.total_seconds() / 60
     return MachineError(
-        f"no answer from another process in {minutes:g} minutes: it ended or hangs: its message is the one "
-        "to read"
+        f"no answer from another process in {minutes:g} minutes: it ended or hangs; read its message"
     )

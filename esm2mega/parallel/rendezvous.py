@@ -11,15 +11,15 @@ from torch.distributed import PrefixStore, Store
 from esm2mega.config.schema import ParallelConfig
 
 TIMEOUT = timedelta(minutes=ParallelConfig().timeout_minutes)
-"""A process waits so long for the others if no configuration gives a time."""
+"""Limits how long a process waits for the others if no configuration gives a time."""
 
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
 _met: tuple[list[str | None], Store] | None = None
-"""It holds the address of this process in its world and the store, from `meet` until `leave`."""
+"""Holds the address of this process in its world and the store, from `meet` until `leave`."""
 
 _hosted: list[Store] = []
-"""It keeps stores of this process alive, from which other ranks may still read: a store ends unreferenced."""
+"""Keeps alive the stores that this process hosts: others may read from them, and they end unreferenced."""
 
 
 def is_alone() -> bool:

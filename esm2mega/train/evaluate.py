@@ -29,7 +29,7 @@ from esm2mega.train.step import Batch, run_schedule
 from esm2mega.vocabulary import SPECIAL_TOKENS
 
 _GROUP = 16
-"""The schedule gets so many micro-batches at once: enough to fill a pipeline, few enough for memory."""
+"""Sets how many micro-batches the schedule gets at once: they keep a pipeline full, and fit into memory."""
 
 
 def unigram_log_probabilities(token_counts: np.ndarray[Any, Any], device: torch.device) -> Tensor:

@@ -159,8 +159,8 @@ def find_init(run: Run, opened: StartPoint | None = None) -> StartPoint | None:
     if run.task.kind is None and found.head != "lm":
         what = "no head" if found.task is None else f"the head of task.kind={found.task.task.kind}"
         raise UserError(
-            f"init_from={run.init_from}: has {what} in the place of that of masked language modelling, which "
-            "pretraining goes on with; fine-tune it, or give another init_from"
+            f"init_from={run.init_from}: has {what} instead of the masked-language-model head, which "
+            "pretraining needs; fine-tune it, or give another init_from"
         )
     found.check_whole()
     location = str(found.path) if found.is_own else f"init_from={found.path}"

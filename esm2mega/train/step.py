@@ -22,7 +22,7 @@ from esm2mega.model.packed import PackedSequences
 from esm2mega.train.losses import LossReduction
 
 Batch = PackedBatch | LabelledBatch
-"""It is a pack for masked language modelling, or one with labels for the head of a task."""
+"""Is a pack for masked language modelling, or one with labels for the head of a task."""
 
 
 @dataclass
