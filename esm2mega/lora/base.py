@@ -85,10 +85,9 @@ def read_with_base(path: str | Path) -> StartPoint:
 def _find_base(start: StartPoint, given: str | None) -> Path:
     """Where the base of an adapter checkpoint lies now: where it did, else where `given` says."""
     recorded = recorded_base(start)
-    places = [recorded.path, *([given] if given is not None else [])]
-    for location in places:
-        if Path(location).exists():
-            return Path(location)
+    for path in (recorded.path, given):
+        if path is not None and Path(path).exists():
+            return Path(path)
     raise UserError(
         f"{start.path}: holds adapters of {recorded.path}, which is not there any more; say where it is with "
         "init_from=PATH"
