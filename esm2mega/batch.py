@@ -53,7 +53,7 @@ class PackedBatch:
         return self.label_positions
 
     def without_labels(self) -> PackedBatch:
-        """The same tokens, of which nothing is predicted."""
+        """Return a batch of the same tokens, of which nothing is predicted."""
         return replace(
             self,
             label_positions=self.label_positions[:0],
@@ -162,7 +162,7 @@ class LabelledBatch:
         )
 
     def without_labels(self) -> LabelledBatch:
-        """The same tokens, of which nothing is predicted."""
+        """Return a batch of the same tokens, of which nothing is predicted."""
         nothing = self.rows[:0]
         segments = Segments(0, nothing, nothing, nothing, nothing, nothing, (), ())
         labels = None if self.labels is None else self.labels[:0]

@@ -45,7 +45,7 @@ class _Refused(Exception):
 
 
 def _member(kind: Any, name: Any = None) -> Any:
-    """Some Pythons, 3.11.2 among them, store a member of an enumeration as a call of `getattr`."""
+    """Rebuild a member of an enumeration, which some Pythons, 3.11.2 among them, store as a `getattr`."""
     if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
         raise _Refused("builtins.getattr")
     return kind[name]

@@ -156,7 +156,7 @@ def _agree(failure: BaseException | None) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The system's own words where there are any, else the first line."""
+    """Return the system's own words for an error where there are any, else its first line."""
     if isinstance(error, CheckpointException) and error.failures:
         # What failed on each rank; the exception's own text may name no more than the ranks.
         return _reason(next(iter(error.failures.values()))[0])

@@ -23,7 +23,7 @@ LM_HEAD = ("lm_head.", "output_layer.")
 
 @dataclass(frozen=True)
 class TensorFilter:
-    """A tensor_filter by the names of tensors in the whole model, and by the tensors of this rank.
+    """Chooses tensors by their names in the whole model, or among the tensors of this rank.
 
     Attributes:
         excluded: Tensors of the model that stay as they are and are not saved; all others must be in the

@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
@@ -49,15 +51,16 @@ def combined_sha256(digests: Iterable[tuple[str, str]]) -> str:
 
 
 class TensorReader:
-    """Tensors of one checkpoint by name. Layers are stacked: axis 0 of ``encoder.layers.…`` is the layer
-    number.
+    """The tensors of one checkpoint, by name.
+
+    Layers are stacked: axis 0 of ``encoder.layers.…`` is the number of the layer.
     """
 
     def __init__(self, checkpoint: Path, folder: str = layout.MODEL) -> None:
         """Args: checkpoint: a complete ``step_XXXXXXXX`` directory. folder: where in it the tensors are."""
         self._model_dir = checkpoint / folder
         check_metadata(self._model_dir)
-        self._reader = FileSystemReader(self._model_dir)
+        self._reader = _Reader(self._model_dir)
         entries = self._reader.read_metadata().state_dict_metadata
         self.index: dict[str, TensorInfo] = {
             name: TensorInfo(tuple(entry.size), entry.properties.dtype)
@@ -82,6 +85,17 @@ class TensorReader:
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             raise UserError(f"{self._model_dir}: {name} cannot be read; the checkpoint is damaged") from error
         return state[name] if layer is None else state[name][0]
+
+
+class _Reader(FileSystemReader):
+    """Reads the index once, not again for every tensor."""
+
+    _index: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._index is None:
+            self._index = super().read_metadata(*args, **kwargs)
+        return self._index
 
 
 class _OneLayer(DefaultLoadPlanner):

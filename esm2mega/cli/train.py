@@ -110,8 +110,9 @@ def evaluate(
     micro_batch_tokens: int | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Masked-language-model loss and perplexity of a checkpoint, beside the unigram baseline; of a fine-tuned
-    one loss and metrics of its task on a table with labels.
+    """Compute the loss of a checkpoint beside that of knowing residue frequencies alone.
+
+    Of a fine-tuned checkpoint: the loss and the metrics of its task, on a table with labels.
     """
     from esm2mega.convert.start_point import open_checkpoint
     from esm2mega.finetune.checkpoint import evaluate_task

@@ -16,7 +16,7 @@ ATTENTION_MAPS = (PAIR_KIND, "attention_maps")
 
 
 def head_form(task: TaskConfig) -> tuple[str, ...]:
-    """Equal for heads that are the same function of the same weights."""
+    """Return a value that is equal for heads that are the same function of the same weights."""
     if task.kind == PAIR_KIND:
         return ATTENTION_MAPS if task.head == "attention_maps" else (PAIR_KIND, "product")
     if task.kind in RESIDUE_KINDS:

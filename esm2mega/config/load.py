@@ -105,7 +105,7 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
 
 
 def _is_default(setting: _Setting) -> bool:
-    """Whether it was written in the shipped `base.yaml`."""
+    """Return whether a setting was written in the shipped `base.yaml`."""
     file = Path(setting.where.rpartition(":")[0])
     return file.name == "base.yaml" and file.resolve() == (conf_dir() / "base.yaml").resolve()
 
@@ -161,8 +161,10 @@ def config_names() -> list[str]:
 
 
 def find_config(config: str, beside: Path | None = None) -> Path:
-    """The file that `config` means: a path, else a name beside the including file, else a shipped name, with
-    or without its folder (``flip_gb1``, ``finetune/flip_gb1``).
+    """Find the file that `config` means.
+
+    It is a path, else a name beside the including file, else a shipped name, with or without its folder
+    (``flip_gb1``, ``finetune/flip_gb1``).
     """
     path = Path(config)
     if path.is_file():

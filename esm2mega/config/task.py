@@ -102,7 +102,7 @@ def masks_of(task: TaskConfig) -> list[str | None]:
 
 
 def _check_masks(task: TaskConfig) -> None:
-    """Which residues count."""
+    """Check the columns that say which residues count."""
     masks, per_residue = task.mask_column, task.kind in (*RESIDUE_KINDS, PAIR_KIND)
     shown = f"task.mask_column={masks}"
     if masks is not None and not per_residue:
@@ -129,7 +129,7 @@ def _check_masks(task: TaskConfig) -> None:
 def _check_finetune(
     finetune: FinetuneConfig, task: TaskConfig, lora: LoRAConfig, parallel: ParallelConfig
 ) -> None:
-    """What is trained, and how fast."""
+    """Check what is trained, and how fast."""
     rank = lora.rank
     if finetune.mode == "lora" and rank is None:
         raise UserError("finetune.mode=lora needs the rank of the adapters; set lora.rank, e.g. lora.rank=8")

@@ -207,7 +207,7 @@ def check_training_inputs(run: Run) -> None:
 
 
 def _check_outputs(run_dir: str, logging: LoggingConfig) -> None:
-    """That what is asked for can be written, as far as it shows before the start."""
+    """Check that what is asked for can be written, as far as it shows before the start."""
     path = Path(run_dir)
     there = next(above for above in (path, *path.absolute().parents) if above.exists())
     if not there.is_dir():
@@ -357,7 +357,7 @@ def _layout_list(*dimensions: int) -> str:
 
 
 def _check_masking(data: DataConfig) -> None:
-    """What becomes of selected residues."""
+    """Check what becomes of selected residues."""
     if data.mask_fraction + data.random_fraction > 1 + 1e-9:  # the sum of two decimals may be off by rounding
         raise UserError(
             f"data.mask_fraction={data.mask_fraction} + data.random_fraction={data.random_fraction} is more "

@@ -28,7 +28,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done.
+    """The result of a conversion, with everything that is reported.
 
     Attributes:
         description: Of the target; its head with the scale of the source.

@@ -35,7 +35,7 @@ class HeadDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What the tensors alone do not say.
+    """Describes a model as far as its tensors alone do not.
 
     Attributes:
         shape: Dimensions.
@@ -91,7 +91,7 @@ class Notes:
     kept: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """All of it, a line each."""
+        """Return all notes, a line each."""
         return [
             *(f"dropped: {line}" for line in self.dropped),
             *(f"filled:  {line}" for line in self.filled),

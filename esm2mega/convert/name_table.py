@@ -131,8 +131,10 @@ REPEATED = Kind(_same, lambda value, _, count: [value] * count)
 
 @dataclass(frozen=True)
 class TableRow:
-    """A pattern on each side; ``{n}`` stands for the layer, ``{p}`` for ``weight`` and ``bias``; on their
-    side also ``{n-1}`` for the layer before and ``{last}`` for the last one.
+    """A pattern on each side of the table.
+
+    ``{n}`` stands for the layer, ``{p}`` for ``weight`` and ``bias``; on their side also ``{n-1}`` for the
+    layer before and ``{last}`` for the last one.
 
     Attributes:
         ours: Our name.
@@ -225,8 +227,9 @@ def is_lm_head(name: str) -> bool:
 
 
 def our_shapes(shape: ModelShape, max_positions: int | None = None) -> dict[str, Shape]:
-    """Every tensor of a masked language model, and those that are kept beside it, under our names with 33
-    rows of vocabulary.
+    """Return the shape of every tensor of a masked language model, under our names.
+
+    Those that are kept beside the model are among them; the vocabulary has 33 rows.
 
     Args:
         shape: Dimensions.

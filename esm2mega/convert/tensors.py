@@ -32,8 +32,9 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def interleave_rotary(x: Tensor, num_heads: int) -> Tensor:
-    """Rows of q or k from half-split to interleaved rotary pairs, per head: row ``2i`` takes ``i``, row ``2i
-    + 1`` takes ``i + d/2``. ``[h, *] -> [h, *]``.
+    """Reorder rows of q or k from half-split to interleaved rotary pairs, per head.
+
+    Row ``2i`` takes ``i``, row ``2i + 1`` takes ``i + d/2``. ``[h, *] -> [h, *]``.
     """
     # [h, *] -> [n, 2, d/2, *] -> [n, d/2, 2, *]
     halves = x.reshape(num_heads, 2, -1, *x.shape[1:])

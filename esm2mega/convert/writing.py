@@ -59,7 +59,7 @@ def with_contact_head(weights: Weights) -> Weights:
 
 
 def with_zeros(weights: Weights, shapes: Mapping[str, Shape]) -> Weights:
-    """The same and tensors of zeros."""
+    """Return the same weights with further tensors of zeros."""
     dtype, read = weights.description.dtype, weights.read
     return replace(
         weights,

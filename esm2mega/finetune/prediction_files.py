@@ -120,7 +120,7 @@ class PredictionContents(Contents):
                 yield self._of_residues(int(rows[piece[0]]), int(numbers[piece[0]]), values[piece])
 
     def _of_residues(self, row: int, start: int, values: Array) -> Write:
-        """Return the rows of consecutive residues of a protein, ``[l, k]``; cropped ones are NaN."""
+        """Return rows of consecutive residues of a protein, ``[l, k]``; NaN for those that are cropped."""
         first = int(self.offsets[row])
         if self.spec.data.crop == "chunk":
             return _PREDICTIONS, first + start, values

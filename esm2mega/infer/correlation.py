@@ -1,4 +1,4 @@
-"""Computes Spearman's rank correlation, with ties, as benchmarks of variant effects report it.
+"""Computes Spearman's rank correlation, with ties, bit for bit as `scipy.stats.spearmanr` does.
 
 `esm2mega score` needs it where SciPy, an optional dependency, may not be installed.
 """

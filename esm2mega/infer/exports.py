@@ -62,8 +62,9 @@ def read_npz_attributes(path: Path) -> dict[str, Any]:
 
 
 def write_parquet(path: Path, contents: Embeddings, arrays: ArrayFile) -> None:
-    """A row per protein; vectors are lists of fixed size, residues are lists of them, contacts are
-    flattened.
+    """Write a row per protein.
+
+    Vectors are lists of fixed size, residues are lists of them, contacts are flattened.
     """
     pyarrow, _ = _pyarrow()
 
@@ -135,8 +136,9 @@ def check_parquet() -> None:
 
 
 def write_pt(folder: Path, contents: Embeddings, arrays: ArrayFile) -> None:
-    """One file per protein, with the keys of fair-esm's ``extract.py``, and `INDEX`, which names them in
-    order.
+    """Write one file per protein, with the keys of fair-esm's ``extract.py``.
+
+    `INDEX` names the files in order.
 
     A file is called as its protein. Where an id is no file name, or not the only one, the number is added
     behind ``~``, which `safe_name` leaves nowhere else: no two files have one name.

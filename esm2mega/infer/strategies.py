@@ -32,7 +32,7 @@ _RESIDUES_AT_ONCE = 1 << 18
 def score_variants(
     marginals: Marginals, sequence: str, variants: Sequence[Variant], strategy: str, normalization: str
 ) -> list[float]:
-    """Scores in nats, in the order of the variants; all ranks call this together.
+    """Score variants in nats, in their order; all ranks call this together.
 
     Args:
         marginals: Computes log-probabilities.

@@ -88,7 +88,7 @@ def single_substitutions(sequence: str) -> list[Variant]:
 
 
 def apply(variant: Variant, sequence: str) -> str:
-    """The mutant."""
+    """Return the mutant."""
     letters = list(sequence)
     for substitution in variant:
         letters[substitution.position] = substitution.mutant

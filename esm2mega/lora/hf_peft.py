@@ -91,8 +91,9 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
-    """Write `target`, a directory that `peft` loads onto an ESM-2 of `transformers` with the same base; with
-    the head of a task where transformers has the same.
+    """Write `target`, a directory that `peft` loads onto an ESM-2 of `transformers` with the same base.
+
+    The head of a task goes along where transformers has the same.
 
     Args:
         checkpoint: Of adapters, or the run directory of one.

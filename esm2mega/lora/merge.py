@@ -28,8 +28,9 @@ _WEIGHT = re.compile(r"encoder\.layers\.(\d+)\.(?:self_attention|mlp)\.(linear_\
 
 
 def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list[str]:
-    """Write `target`, a checkpoint of the whole model with the adapters of `checkpoint` in its weights, and
-    the head of its task if it has one.
+    """Write `target`, a checkpoint of the whole model with the adapters of `checkpoint` merged in.
+
+    It has the head of the task if `checkpoint` has one.
 
     Args:
         checkpoint: Of adapters, or the run directory of one.

@@ -137,8 +137,9 @@ class PackedCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences,
     ) -> Tensor:
-        """q ``[m, n/t, d]``, k and v ``[T, n/t, d]`` -> ``[m, n/t, d]``; the borders are the only mask there
-        is.
+        """Compute attention: q ``[m, n/t, d]``, k and v ``[T, n/t, d]`` -> ``[m, n/t, d]``.
+
+        The borders are the only mask there is.
         """
         return self.kernel(query, key, value, packed_seq_params, self.scale)
 

@@ -26,8 +26,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 @dataclass
 class ESM2TransformerConfig(TransformerConfig):
-    """Megatron-Core's configuration, which kernel attends within a pack, and what kind of model it is (see
-    `ModelConfig`).
+    """Megatron-Core's configuration, with the attention kernel of a pack and the kind of model.
+
+    The added fields are those of `ModelConfig`.
     """
 
     packed_attention: str = "sdpa"

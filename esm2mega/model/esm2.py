@@ -40,8 +40,9 @@ def padded_vocab_size(tensor_model_parallel_size: int) -> int:
 
 
 class ESM2Model(LanguageModule):
-    """ESM-2, or the pipeline stage of it that this rank holds; or one of its relatives, see
-    `esm2mega.model.proteinbert`.
+    """ESM-2, or the pipeline stage of it that this rank holds.
+
+    It may also be one of the relatives in `esm2mega.model.proteinbert`.
 
     The first stage (`pre_process`) embeds, the last (`post_process`) normalises and predicts. Checkpoint keys
     are those of Megatron-Core's BERT: ``embedding``, ``encoder``, ``lm_head``, ``output_layer``, and
@@ -103,8 +104,9 @@ class ESM2Model(LanguageModule):
         self._tie_embeddings()
 
     def _build_head(self, config: Any, device: torch.device) -> None:
-        """What the last stage makes of hidden states; `config` is that of the model without sequence
-        parallelism.
+        """Build what the last stage makes of hidden states.
+
+        `config` is that of the model without sequence parallelism.
         """
         if not self.post_process:
             return
@@ -196,8 +198,9 @@ class ESM2Model(LanguageModule):
         return logits[:, 0, :VOCAB_SIZE]
 
     def global_parameter_name(self, name: str) -> str:
-        """The name of a parameter in the whole model: layers counted from the first stage, tied weights under
-        one name.
+        """Return the name of a parameter in the whole model.
+
+        Layers are counted from the first stage, and tied weights have one name.
         """
         if name == "output_layer.weight":
             return "embedding.word_embeddings.weight"

@@ -218,8 +218,9 @@ class ResidueCNNHead(ResidueHead):
 
 
 class ProductHead(ResidueHead):
-    """Contacts from products and differences of two residues' states, as in TAPE: dropout, a linear layer
-    from both to two classes, mean over both orders of the pair.
+    """Predicts contacts from products and differences of two residues' states, as TAPE does.
+
+    Dropout, a linear layer from both to two classes, and the mean over both orders of the pair.
 
     In that mean the differences cancel and the rest is a matrix product, so the ``[l, l, 2h]`` of TAPE are
     never made; its dropout of these is here one of states. Weights of differences are kept as TAPE has them.

@@ -14,8 +14,9 @@ from esm2mega.model.packed import PackedSequences
 
 
 class ESM2Layer(TransformerLayer):
-    """Megatron-Core's layer. The last one needs keys and values of all tokens, and all else only at
-    `PackedSequences.rows`: nothing reads its other outputs.
+    """Megatron-Core's layer, of which the last one computes only what is read.
+
+    It needs keys and values of all tokens, and all else only at `PackedSequences.rows`.
     """
 
     def forward(

@@ -47,8 +47,9 @@ class ProteinBertEmbedding(LanguageModelEmbedding):
 
 
 class PostLayerNormLayer(TransformerLayer):
-    """A layer whose residuals are the outputs of its LayerNorms: ``y = LN(x)``, ``z = LN(y + attention(y))``,
-    ``z + mlp(z)``.
+    """A layer whose residuals are the outputs of its LayerNorms.
+
+    ``y = LN(x)``, ``z = LN(y + attention(y))``, ``z + mlp(z)``.
 
     Megatron-Core has a switch for this, `apply_residual_connection_post_layernorm`, which no layer reads.
     """

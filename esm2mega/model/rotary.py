@@ -78,8 +78,9 @@ class RotaryTables(MegatronModule):
 
 
 class _SplitAndRotate(torch.autograd.Function):
-    """One pass from the fused projection to rotated q and k; its backward is the rotation by the negative
-    angle.
+    """Goes in one pass from the fused projection to rotated q and k.
+
+    Its backward pass is the rotation by the negative angle.
     """
 
     @staticmethod
@@ -103,8 +104,9 @@ class _SplitAndRotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Rotate pair ``(i, i + d/2)`` of ``x [T, n/t, d]`` into `out`; computed in the dtype of the tables and
-    rounded once.
+    """Rotate pair ``(i, i + d/2)`` of ``x [T, n/t, d]`` into `out`.
+
+    Computed in the dtype of the tables, and rounded once.
     """
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)

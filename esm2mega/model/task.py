@@ -23,8 +23,10 @@ MakeHead = Callable[[Any, torch.device], Any]
 
 
 class ESM2ForTask(ESM2Model):
-    """The same encoder; the last stage has ``head``, replicated over the tensor-parallel group. If the head
-    spans stages, each of them has a part.
+    """The encoder of ESM-2 with the head of a task.
+
+    The last stage has ``head``, replicated over the tensor-parallel group. If the head spans stages, each of
+    them has a part.
 
     Attributes:
         frozen: Whether no weight but those of the head is trained. Then the features of a protein, which do
@@ -88,8 +90,9 @@ class ESM2ForTask(ESM2Model):
         return pipeline_payload.carried_rows(count, self.config.hidden_size, self.config.params_dtype)
 
     def _take_carried(self, segments: Segments) -> Tensor | None:
-        """What the previous stage handed on beside hidden states, ``[V]``, which the layers then do not see;
-        None if there is nothing.
+        """Return what the previous stage sent beside hidden states, ``[V]``; None if there is nothing.
+
+        The layers do not see it.
         """
         received = self.encoder.input_tensor
         if not self.carried_rows or received is None:
@@ -144,8 +147,9 @@ class ESM2ForTask(ESM2Model):
 
     @staticmethod
     def _passed(output: Tensor, received: Tensor | None) -> Tensor:
-        """`output`, which does not depend on what the previous stage sent; that stage still waits for a
-        gradient, which is zero.
+        """Return `output`, which does not depend on what the previous stage sent.
+
+        That stage still waits for a gradient, which is zero.
         """
         return output if received is None else _ZeroGradient.apply(output, received)
 

@@ -95,17 +95,20 @@ def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
     with _meeting(timeout):
         store = rendezvous.meet(timeout)
         key = f"esm2mega/told_{rendezvous.next_number(store, 'told', rank)}"
-    box: list[Any] = [None, MachineError("rank 0 ended before it had begun: its message is the one to read")]
     if rank == 0:
+        defect = None
         try:
             box = _attempt(action)
-        finally:
-            with _meeting(timeout):
-                store.set(key, pickle.dumps(box))  # type: ignore[arg-type]
-    with _meeting(timeout):
-        if rank == 0:
+        except Exception as error:
+            defect = error
+            box = [None, MachineError("rank 0 ended before it had begun: its message is the one to read")]
+        with _meeting(timeout):
+            store.set(key, pickle.dumps(box))  # type: ignore[arg-type]
             store.wait([f"{key}/all_have_it"])
-        else:
+        if defect is not None:
+            raise defect
+    else:
+        with _meeting(timeout):
             # Written by rank 0 of this world, as what a broadcast of objects receives.
             box = pickle.loads(store.get(key))
             if store.add(f"{key}/have_it", 1) == world_size - 1:

@@ -112,8 +112,9 @@ def differences(reference: Outcome, trial: Outcome) -> list[Difference]:
 
 
 def without_metrics(found: Iterable[Difference]) -> list[Difference]:
-    """All but what an evaluation has besides its loss: rounding moves ranks and counts not at all, or by
-    whole steps.
+    """Drop what an evaluation has besides its loss.
+
+    Rounding moves ranks and counts not at all, or by whole steps.
     """
     return [x for x in found if x.kind != "loss" or x.name in ("loss", "valid_loss")]
 

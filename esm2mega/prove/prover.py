@@ -214,8 +214,9 @@ def _too_far(yardstick: list[Difference]) -> Difference | None:
 
 
 def _in_units_of(yardstick: list[Difference], found: list[Difference]) -> list[Difference]:
-    """`found` over the largest yardstick of the same quantity: of a gradient at the same step, of a single
-    number at any, since one of them may be near by chance.
+    """Divide `found` by the largest yardstick of the same quantity.
+
+    Of a gradient at the same step; of a single number at any, since one of them may be near by chance.
     """
 
     def key(difference: Difference) -> tuple[str, str, int | None]:

@@ -59,8 +59,9 @@ class QuickstartResult:
 def quickstart(
     out: str | Path, seed: int = 1234, steps: int = STEPS, say: Say = print_line
 ) -> QuickstartResult:
-    """Simulate protein families, prepare, pretrain `tiny` on two processes (TP=2), evaluate, plot and
-    embed, all under `out`.
+    """Simulate proteins, prepare, pretrain `tiny` on two processes (TP=2), evaluate, plot and embed.
+
+    Everything lies under `out`.
 
     Args:
         out: directory to make; must be absent or empty.

@@ -219,8 +219,9 @@ def _decorate(row: Codes, spec: FamilySpec, rng: np.random.Generator) -> Codes:
 
 
 def greedy_clusters(members: Codes, threshold: float) -> list[list[int]]:
-    """Cluster aligned members as UniRef does: longest first, joining the first representative that is near
-    enough.
+    """Cluster aligned members as UniRef does.
+
+    The longest comes first, and each joins the first representative that is near enough.
 
     Identity is the number of identical columns over the length of the shorter (joining) sequence.
 

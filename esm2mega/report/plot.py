@@ -41,8 +41,9 @@ class PlotFiles:
 
 
 def plot_run(run_dir: str | Path) -> PlotFiles:
-    """Draw the report of `run_dir` from its `log.jsonl` and, when there, `config.yaml`, into the run
-    directory.
+    """Draw the report of `run_dir` from its `log.jsonl` and, when there, `config.yaml`.
+
+    It goes into the run directory.
 
     Raises:
         UserError: no log, or a log without a training or evaluation record.

@@ -55,8 +55,9 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def received(self) -> bool:
-        """Whether any rank got a signal. All-reduce of one integer over the world; the same answer
-        everywhere.
+        """Return whether any rank got a signal.
+
+        All-reduce of one integer over the world; the same answer everywhere.
         """
         self._flag.fill_(self.name is not None)
         dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)

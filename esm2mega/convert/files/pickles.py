@@ -24,8 +24,9 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 def load_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """Read a file of ``torch.save`` that may hold tensors, plain values and instances of `allowed`
-    (classes, or functions with the name that the pickle has for them).
+    """Read a file of ``torch.save`` that may hold tensors, plain values and instances of `allowed`.
+
+    These are classes, or functions with the name that the pickle has for them.
 
     Raises:
         UserError: It asks for anything else, its archive is not one that PyTorch writes, or it is damaged.

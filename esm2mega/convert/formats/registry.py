@@ -38,8 +38,9 @@ WITH_OTHER_HEADS = ("esm2mega", "hf")
 
 
 class Format(Protocol):
-    """What the module of each format offers; `write` and `FAMILIES`, of models that it can hold, only those
-    in `WRITABLE`.
+    """What the module of each format offers.
+
+    `write` and `FAMILIES`, the model families that it can hold, are only there for formats in `WRITABLE`.
     """
 
     IS_DIRECTORY: bool

@@ -162,8 +162,9 @@ def read_folded(
 
 
 def write(weights: Weights, path: Path) -> None:
-    """Write a directory that ``ProteinBertForMaskedLM.from_pretrained`` loads, with positions that include
-    the token type.
+    """Write a directory that ``ProteinBertForMaskedLM.from_pretrained`` loads.
+
+    Its positions include the token type.
     """
     tensors = {name.replace(_BEFORE, _FIRST): value for name, value in tensors_of(weights, NAMES)}
     write_directory(weights, path, tensors, {})

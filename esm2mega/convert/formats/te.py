@@ -66,8 +66,9 @@ def matches(source: SourceFiles) -> bool:
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read a directory of safetensors; the prefix of the names was ``esm`` before 2026-03 and is ``model``
-    since.
+    """Read a directory of safetensors.
+
+    The prefix of the names was ``esm`` before 2026-03 and is ``model`` since.
     """
     path, config, file = source.path, source.config, source.config_file
     shape = shape_from(
@@ -96,8 +97,9 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
 
 
 def write(weights: Weights, path: Path) -> None:
-    """Write configuration, tensors and tokenizer. The model's code, ``esm_nv.py``, is NVIDIA's and not
-    written.
+    """Write configuration, tensors and tokenizer.
+
+    The model's code, ``esm_nv.py``, is NVIDIA's and not written.
     """
     notes = weights.notes
     if weights.description.activation == "gelu":

@@ -49,8 +49,9 @@ _EQUALS: dict[str, tuple[tuple[str, ...], dict[str, str | None]]] = {
 
 
 def find_equal(head: HeadDescription) -> str | None:
-    """The class of transformers that computes the same; None if there is none, as for a user's own head or
-    for residues with several targets.
+    """Return the class of transformers that computes the same.
+
+    None if there is none, as for a user's own head or for residues with several targets.
     """
     if _several_of_residues(head):
         return None
@@ -65,12 +66,12 @@ def _several_of_residues(head: HeadDescription) -> bool:
 
 
 def _tensors(architecture: str) -> set[str]:
-    """Our names of its head."""
+    """Return our names of the tensors of the head."""
     return {row.ours.format(p=part) for row in ROWS[architecture] for part in ("weight", "bias")}
 
 
 def architecture_of(head: HeadDescription) -> str:
-    """The class of transformers that computes the same.
+    """Return the class of transformers that computes the same, or raise `UserError`.
 
     Raises:
         UserError: There is none.
@@ -82,7 +83,7 @@ def architecture_of(head: HeadDescription) -> str:
 
 
 def no_equal(head: HeadDescription) -> str:
-    """Why there is none."""
+    """Return why no class of transformers computes the same."""
     task = head.task
     if _several_of_residues(head):
         return (
@@ -96,7 +97,7 @@ def no_equal(head: HeadDescription) -> str:
 
 
 def head_rows(head: HeadDescription) -> tuple[TableRow, ...]:
-    """Its part of the name table of transformers."""
+    """Return the rows of transformers' name table for the head."""
     return ROWS[architecture_of(head)]
 
 
@@ -254,8 +255,10 @@ def with_unit_scale(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 def in_units_of_labels(name: str, value: Tensor, info: TargetInfo, dtype: torch.dtype) -> Tensor:
-    """A tensor of a head whose outputs are in units of the labels: what is multiplied and added after the
-    head of a regression becomes part of its last layer, in fp64 and rounded once to `dtype`.
+    """Return a tensor of a head, changed so that outputs are in units of the labels.
+
+    What is multiplied and added after the head of a regression becomes part of its last layer, in fp64 and
+    rounded once to `dtype`.
 
     ``s (W x + b) + m = (s W) x + (s b + m)`` for each output.
     """

@@ -184,7 +184,7 @@ def _checksum(weights: Weights, name: str) -> str:
 def _run(
     path: Path, format_name: str, prepare: Prepare, ids: list[Tensor], description: Description
 ) -> tuple[list[Result], str]:
-    """The results of every sequence, and who computed them."""
+    """Return the results of every sequence, and the name of the program that computed them."""
     if format_name == "esm2mega":
         return _esm2mega(path, prepare, ids, description), "esm2mega"
     if format_name == "hf" and (found := _installed("transformers")):
@@ -253,8 +253,9 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Desc
 
 
 def _scale_outputs(model: Any, info: TargetInfo, prepare: Prepare) -> None:
-    """Outputs in units of the labels, by the last layer, which rounds as that of another format does. Heads
-    without such a layer have no equal there, and are compared as they are.
+    """Scale outputs to units of the labels by the last layer, which rounds as another format's does.
+
+    Heads without such a layer have no equal there, and are compared as they are.
     """
     last = getattr(model.head, "output", None)
     if info.std and last is not None:

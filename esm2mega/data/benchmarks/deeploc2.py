@@ -39,7 +39,7 @@ _PARTITIONS = ("0", "1", "2", "3", "4")
 
 @dataclass(frozen=True)
 class DeepLocOptions:
-    """What is written.
+    """The options that decide what is written.
 
     Attributes:
         labels: ``membrane``: one column ``target``, 0 or 1; ``locations``: a column for each of `LOCATIONS`.
@@ -68,7 +68,7 @@ class DeepLocOptions:
         return test, self.valid_fraction or 0.0
 
     def used(self) -> dict[str, Any]:
-        """Those that decide what is written, by name."""
+        """Return the options that decide what is written, by name."""
         found = {"labels": self.labels, "min_length": self.min_length, "max_length": self.max_length}
         if self.test_partition is not None:
             return found | {"test_partition": self.test_partition, "valid_partition": self.valid_partition}

@@ -147,7 +147,7 @@ FLIP_TASKS: dict[str, FlipTask] = {
 
 
 def differing(published: Sizes, found: Mapping[str, int]) -> list[str]:
-    """Where numbers of proteins are not the published ones, in words.
+    """Describe in words where numbers of proteins are not the published ones.
 
     Args:
         published: Of a split.

@@ -94,7 +94,7 @@ def _class(values: Any, location: str) -> str:
 
 
 def _letters(values: Any, location: str) -> str:
-    """A digit for each residue."""
+    """Return a digit for each residue."""
     wrong = ~np.isin(values, range(10))
     if wrong.any():
         residue = int(wrong.argmax())

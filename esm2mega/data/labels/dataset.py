@@ -258,7 +258,7 @@ def apply_length_policy(proteins: LabelledProteins, data: DataConfig, key: str) 
 def _choose(
     lengths: npt.NDArray[np.int64], id_of: Callable[[int], str], data: DataConfig, key: str
 ) -> tuple[npt.NDArray[np.int64], str | None]:
-    """Numbers of the proteins that are kept, and what the user should know."""
+    """Return the numbers of the proteins that are kept, and notes for the user."""
     limit = data.max_seq_length - 2
     long = np.flatnonzero(lengths > limit)
     kept = np.arange(len(lengths))

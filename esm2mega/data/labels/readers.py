@@ -50,7 +50,7 @@ class TargetReader(ABC):
         """The label of one row, not yet numbered; raises `UserError` with the place."""
 
     def learn(self, labels: Sequence[Any], loaded: TargetInfo | None = None) -> TargetInfo:
-        """What predictions mean, from the labels of the training data.
+        """Learn what predictions mean from the labels of the training data.
 
         Args:
             labels: As `read` gives them.
@@ -74,12 +74,13 @@ class TargetReader(ABC):
 
     @abstractmethod
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
-        """The same, with the classes of `loaded` in their order."""
+        """Learn what predictions mean, with the classes of `loaded` in their order."""
 
     @abstractmethod
     def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
-        """Numbers of one label: ``[k]`` or ``[]`` of a protein, ``[L, m]`` of its residues; of contacts
-        coordinates, ``[L, 3]``.
+        """Return the numbers of one label.
+
+        ``[k]`` or ``[]`` of a protein, ``[L, m]`` of its residues; for contacts the coordinates, ``[L, 3]``.
         """
 
 

@@ -22,7 +22,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Target:
-    """What has labels, a loss and metrics of its own.
+    """One thing that is predicted, with labels, a loss and metrics of its own.
 
     Attributes:
         name: Its column; empty where the task has one target.
@@ -37,7 +37,7 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """What predictions mean; made from the training labels and kept with the weights.
+    """Says what predictions mean; made from the training labels and kept with the weights.
 
     Attributes:
         kind: `task.kind`.
@@ -104,8 +104,10 @@ class TargetInfo:
 
 
 def with_columns(info: TargetInfo, task: TaskConfig, location: str) -> TargetInfo:
-    """The same with the columns of another table: they name numbers, flags, and the targets of residues, and
-    their order is that of the outputs. Another name for one is said on rank 0.
+    """Return the same targets with the columns of another table.
+
+    They name numbers, flags, and the targets of residues, and their order is that of the outputs. Another
+    name for a single one is reported on rank 0.
 
     Args:
         info: Of a head that was trained.

@@ -1,4 +1,4 @@
-"""Proteins on their way into a store come in batches of bounded size, and each has a known residue."""
+"""Cuts what goes into a store into batches of bounded size, and refuses proteins without a known residue."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class StreamState:
 
 @dataclass(frozen=True)
 class Share:
-    """Which batches are built here: those of one data-parallel rank, or every so many-th of them.
+    """The share of the batches that is built here: one data-parallel rank's, or every so many-th of them.
 
     Attributes:
         dp_rank: data-parallel rank of this process.

@@ -171,7 +171,7 @@ def _send_items(items: Callable[[int], Iterator[T]], number: int, pipe: Connecti
 
 
 class _End:
-    """What the consumer gets to raise in place of an item."""
+    """What the consumer raises in the place of an item."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error

@@ -39,7 +39,7 @@ _BATCH_IDS = 1 << 16
 
 
 class IdRow(NamedTuple):
-    """An id, and its row."""
+    """An id and the number of its row."""
 
     id: bytes
     line: int

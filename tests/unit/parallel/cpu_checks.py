@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from esm2mega.batch import PackedBatch
-from esm2mega.config.schema import ModelConfig, OptimConfig, ParallelConfig, Run, ScheduleConfig
+from esm2mega.config.schema import ModelConfig, OptimConfig, ParallelConfig, ScheduleConfig
 from esm2mega.model.build import build_model, transformer_config
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel import cpu
@@ -89,10 +89,8 @@ def _model(parallel: ParallelConfig = ONE, precision: str = "fp32") -> Any:
 
 
 def _optimizer(model: Any, parallel: ParallelConfig, precision: str) -> MegatronOptimizer:
-    settings = ModelConfig(precision=precision)
-    wrapped = wrap_data_parallel([model], settings, parallel)
-    run = Run(model=settings, parallel=parallel, schedule=ScheduleConfig())
-    return build_optimizer(OptimConfig(), run.schedule, run.model.precision, wrapped)
+    wrapped = wrap_data_parallel([model], ModelConfig(precision=precision), parallel)
+    return build_optimizer(OptimConfig(), ScheduleConfig(), precision, wrapped)
 
 
 def _single(optimizer: MegatronOptimizer) -> Any:
