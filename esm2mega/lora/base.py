@@ -55,7 +55,7 @@ def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = 
     Args:
         start: A checkpoint; a whole model is returned as it is.
         given: Where the base is, if it is no longer where it was in training: `init_from`.
-        opened: A checkpoint that has been opened, which may be the base.
+        opened: The checkpoint that `given` names, if it has been opened; it may be the base.
 
     Raises:
         UserError: The base is in neither place, or cannot be read, or holds adapters itself.
@@ -63,7 +63,8 @@ def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = 
     if not has_adapters(start) or start.base is not None:
         return start
     path = _find_base(start, given)
-    if opened is not None and opened.path.resolve() == path.resolve():
+    # `given` may be the directory of a run, which is not looked into again.
+    if opened is not None and path.resolve() in (opened.path.resolve(), Path(given or opened.path).resolve()):
         base = opened
     else:
         base = read_start(path)
