@@ -1,8 +1,8 @@
 """`train_model` and `infer_model` fine-tune and predict from a program, on lists of sequences and values.
 
 The configuration takes all keys of the command `esm2mega finetune`. Data may be lists instead of tables, and
-your own head or loss can replace the configured one: subclass `esm2mega.model.heads.TaskHead` or
-`esm2mega.finetune.losses.TaskLossReduction`.
+a subclass of `esm2mega.model.heads.TaskHead` or `esm2mega.finetune.losses.TaskLossReduction` can replace the
+configured head or loss.
 
 Workers that prepare or load data import the program again, so its own work belongs under
 ``if __name__ == "__main__":``.
@@ -63,8 +63,7 @@ def train_model(
         valid: Validation proteins, given as `train` is; None for the table ``data.valid``.
         test: Proteins of the test at the end, given as `train` is; None for the table ``data.test``.
         config: Path or name of the configuration that the overrides change; None for the defaults.
-        make_head: Makes the head, called with Megatron-Core's configuration and a device; None for the
-            configured head.
+        make_head: Makes a head from Megatron-Core's configuration and a device; None for the configured one.
         loss: Loss in place of the configured one; None for that.
         lora: Adapters of the encoder, which are trained with the head instead of all weights; equal to
             ``finetune.mode=lora`` with the section ``lora``.

@@ -159,8 +159,7 @@ def classification_metrics(labels: Array, values: Array) -> Metrics:
 def multilabel_metrics(labels: Array, values: Array) -> Metrics:
     """Compute the metrics of flags, float64 ``[n, k]`` with NaN for none, from probabilities, ``[n, k]``.
 
-    Averages are over labels; accuracy is over all known flags, exact_match over proteins of which all flags
-    are known.
+    Averages are over labels; accuracy is over known flags, exact_match over proteins with all flags known.
     """
     from sklearn.metrics import f1_score
 

@@ -29,8 +29,7 @@ def set_trainable(chunks: Sequence[Any], config: FinetuneConfig) -> str:
         A line that says what is trained.
 
     Raises:
-        UserError: A pattern matches no weight, or freezes a weight in some layers only, or nothing is left to
-            train.
+        UserError: A pattern matches no weight or freezes one in some layers only, or all weights are frozen.
     """
 
     def is_trained(name: str) -> bool:

@@ -207,7 +207,7 @@ def _train(
 
 
 def _described(splits: Splits) -> list[str]:
-    """Describe the task and the data for the head of the report."""
+    """Describe the task and the data in the lines that a run prints at its start."""
     info = splits.info
     lines = [f"task     {info.kind} of {info.num_outputs} outputs: {first_of(info.names)}"]
     if info.columns:

@@ -76,8 +76,7 @@ def load(
         path: A checkpoint, or a run directory for its newest one.
         precision: ``fp32``, ``bf16`` or ``fp64``; None for the precision of training.
         max_seq_length: Most tokens at once, with ``<cls>`` and ``<eos>``; None for the length of training.
-        too_long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (overlapping windows,
-            averaged).
+        too_long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (average over windows).
 
     Raises:
         UserError: There is no readable checkpoint, or this is one process of several.
@@ -141,8 +140,7 @@ class Model:
 
         Args:
             sequences: n sequences of residue letters.
-            layers: Number of a layer, or several; 0 is the embedding, -1 the last layer after the final
-                LayerNorm.
+            layers: One layer or several; 0 is the embedding, -1 the last layer after the final LayerNorm.
             pooling: None for residues; ``mean``, ``cls`` or ``max`` for one vector per protein.
 
         Returns:

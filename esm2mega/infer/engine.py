@@ -49,8 +49,7 @@ class OutputRequest:
     Attributes:
         layers: Layers whose hidden states are wanted, numbered as in `esm2mega.model.hidden_states`.
         logits: Whether the head runs.
-        contact_head: Weight of each attention map, layer-major, and bias of the contact head; None for no
-            contacts.
+        contact_head: Weight of each attention map, layer-major, and bias; None for no contacts.
     """
 
     layers: tuple[int, ...] = ()

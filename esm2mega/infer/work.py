@@ -154,7 +154,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def differing(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """Describe the settings in which two starts differ; empty if they are the same.
+    """Describe the settings in which two starts differ; the text is empty if they are the same.
 
     Args:
         earlier: Settings as an earlier start noted them, under the names of its version.

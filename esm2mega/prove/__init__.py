@@ -1,1 +1,1 @@
-"""Proves, as a command, that training is the same at every parallel layout."""
+"""Proves that training is the same at every parallel layout."""

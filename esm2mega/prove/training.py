@@ -27,8 +27,7 @@ SAVED = 3
 MID_WINDOW = (f"data.pack_window={PROTEINS_PER_STEP + 8}",)
 """Makes runs that are resumed stand inside a window after `SAVED` steps, as real runs do.
 
-Steps then take other proteins with another number of proteins per micro-batch, so the reference needs the
-same number.
+What a step takes then depends on the number of proteins per micro-batch, so the reference needs the same one.
 """
 
 SETTINGS = [

@@ -41,7 +41,7 @@ class Job:
 
 
 Serve = Callable[[Connection, Path], None]
-"""Serves a process's connection until that closes; gets the connection and a file for the output."""
+"""Does the work of a process until its connection closes; it gets that and a file for its output."""
 
 
 @dataclass

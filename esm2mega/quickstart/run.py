@@ -1,7 +1,6 @@
 """`quickstart` goes from a FASTA to a trained and evaluated model, its plot and embeddings, in minutes.
 
-Every step prints what it does and the command that does the same by hand, runs it, and stops at the first
-failure.
+Every step prints what it does and the command that does it by hand, and runs it; the first failure ends all.
 """
 
 from __future__ import annotations
