@@ -186,7 +186,7 @@ def check_attention() -> Iterator[Finding]:
             yield Finding(OK, f"attention backend {backend}: usable")
         elif there:
             yield Finding(
-                MISSING, f"attention backend {backend}: {module} is there", "it needs a CUDA device"
+                MISSING, f"attention backend {backend}: module {module} found", "it needs a CUDA device"
             )
         else:
             yield Finding(MISSING, f"attention backend {backend}: no module {module}", cure)

@@ -26,7 +26,7 @@ def inspect_path(path: str | Path) -> str:
         tables = read_manifest(directory)
         return "\n".join(_store_lines(directory) if tables is None else _table_lines(directory, tables))
     if stores := sorted(str(path.parent) for path in directory.glob("*/manifest.json")):
-        raise UserError(f"{path}: holds token stores and is none; did you mean {' or '.join(stores)}?")
+        raise UserError(f"{path}: holds token stores but is none itself; did you mean {' or '.join(stores)}?")
     return "\n".join(_checkpoint_lines(directory))
 
 

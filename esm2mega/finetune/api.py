@@ -84,7 +84,7 @@ def train_model(
     for split in given:
         if getattr(run.data, split) is not None:
             raise UserError(
-                f"data.{split}={getattr(run.data, split)}, and {split} was given; give one of them"
+                f"data.{split}={getattr(run.data, split)} and the argument {split} are both set; give one"
             )
     validate(run, world_size_from_environment())
     validate_task(run)

@@ -50,9 +50,7 @@ class EmbeddingTarget(OutputTarget):
             if {"logits", "contacts"} & set(infer.outputs) or len(absolute_layers(infer, model)) != 1:
                 raise UserError("--layout bionemo holds residue and pooled of one layer; use --layout ragged")
             if infer.dtype == "bf16":
-                raise UserError(
-                    "--layout bionemo is read by programs that know no bf16; set --dtype fp32 or fp16"
-                )
+                raise UserError("--layout bionemo is read by programs without bf16; set --dtype fp32 or fp16")
             kind = "bionemo"
         if kind == "parquet":
             from esm2mega.infer.exports import check_parquet

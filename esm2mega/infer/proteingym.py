@@ -126,8 +126,7 @@ def _check_existing(folder: Path, mode: Mode) -> None:
             )
         if mode == "resume" and not (folder / _SETTINGS).is_file():
             raise UserError(
-                f"{folder}: has no {_SETTINGS}, so it cannot be known how its tables were made; choose "
-                "another --out"
+                f"{folder}: has no {_SETTINGS}, which says how its tables were made; choose another --out"
             )
 
 

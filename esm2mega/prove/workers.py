@@ -166,7 +166,7 @@ class Workers:
                     # The others may wait for this one for ever.
                     job.deadline = min(job.deadline, time.monotonic() + 5.0)
             if job.waiting and time.monotonic() >= job.deadline:
-                job.errors = job.errors or [f"no end after {JOB_SECONDS:.0f} s"]
+                job.errors = job.errors or [f"did not end within {JOB_SECONDS:.0f} s"]
                 job.waiting = []
         return [job for job in running if not job.waiting]
 
@@ -232,7 +232,7 @@ def _end(worker: _Worker, grace: float = 0.0) -> None:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "without a word")
+    return next((line for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 @contextlib.contextmanager
