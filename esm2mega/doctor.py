@@ -260,7 +260,7 @@ def _free_port() -> int:
 
 
 def check_directory(directory: Path) -> Iterator[Finding]:
-    """Try what writing a checkpoint needs there: write and sync, rename of a directory, and free space."""
+    """Try in `directory` what writing a checkpoint needs: write and sync, rename a directory, free space."""
     what = f"directory {directory.resolve()}"
     if not directory.is_dir():
         yield Finding(FAILED, f"{what} does not exist", "create it or name another one")

@@ -160,5 +160,5 @@ def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def packs_of(proteins: LabelledProteins, spec: BatchSpec, ranks: Ranks, limit: int = 0) -> LabelledPacks:
-    """Return this rank's share of a split, or of its first `limit` packs (0 for all)."""
+    """Return this rank's share of a split, or of `limit` packs of it over all ranks (0 for all packs)."""
     return LabelledPacks(proteins, spec, limit, ranks.dp_rank, ranks.dp_size)

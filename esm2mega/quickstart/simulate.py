@@ -85,7 +85,7 @@ class FamilySpec:
     min_length: int = 30
     max_length: int = 2000
     min_identity: float = 0.75
-    """Bounds the expected identity of members to the ancestor, which is uniform up to `max_identity`."""
+    """Bounds from below the members' expected identity to the ancestor, uniform up to `max_identity`."""
     max_identity: float = 0.90
     gamma_shape: float = 0.6
     """Gives the shape of the rate distribution over sites; below 1 most sites are slow and a few are fast."""
