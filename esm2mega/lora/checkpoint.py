@@ -27,7 +27,7 @@ from esm2mega.parallel.errors import on_one_rank
 
 @dataclass(frozen=True)
 class Factors:
-    """Holds the adapter of one whole linear: ``lora_A [r, i]``, ``lora_B [o, r]``, ``magnitude [o]`` or None."""
+    """Holds one whole adapter: ``lora_A [r, i]``, ``lora_B [o, r]``, and ``magnitude [o]`` or None."""
 
     lora_A: Tensor
     lora_B: Tensor

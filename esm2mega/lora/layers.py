@@ -40,7 +40,7 @@ from torch.nn.functional import dropout, linear
 from esm2mega.config.schema import LoRAConfig
 
 _SPLIT = {True: {"lora_B": 0, "magnitude": 0}, False: {"lora_A": 1}}
-"""For column-parallel (True) and row-parallel linears, this gives the split dimension of each split factor."""
+"""This gives the split dimension of each split factor for column-parallel (True) and row-parallel linears."""
 
 
 class Adapter(MegatronModule):

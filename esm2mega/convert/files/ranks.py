@@ -1,7 +1,7 @@
 """Joins Megatron-LM's language models, which are stored in one file per rank.
 
-Tensor-parallel pieces are joined and the layers of pipeline stages renumbered. Names and axes: Megatron-LM
-before Megatron-Core, and NeMo 1.
+Tensor-parallel pieces are joined, and the layers of pipeline stages are renumbered. Names and axes are those
+of Megatron-LM before Megatron-Core, and of NeMo 1.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _SPLIT_AXES = {
     r".*\.(query_key_value|dense_h_to_4h)\.(weight|bias)": 0,
     r".*\.(self_attention\.dense|dense_4h_to_h)\.weight": 1,
 }
-"""Names whose pieces are joined, and along which axis; those of all others are equal."""
+"""Pieces of tensors with these names are joined along this axis; all other tensors are equal on all ranks."""
 
 
 def megatron_rows(vocabulary: Kind) -> tuple[TableRow, ...]:
-    """What every model has, with this kind of token table and output bias."""
+    """Return the rows of what every model has, with this kind of token table and output bias."""
     encoder = "language_model.encoder."
     layer = encoder + "layers.{n}."
     return (
@@ -47,13 +47,13 @@ def megatron_rows(vocabulary: Kind) -> tuple[TableRow, ...]:
 
 
 class RankStore:
-    """The whole model out of the tensors of all ranks."""
+    """Reads the tensors of a whole model from those of all ranks."""
 
     def __init__(self, location: Path, stages: Sequence[Sequence[Mapping[str, Tensor]]]) -> None:
-        """Put names and shapes together.
+        """Collect the names and whole shapes of the tensors.
 
         Args:
-            location: Named in errors.
+            location: File or directory, named in errors.
             stages: For each pipeline stage, the tensors of each of its tensor-parallel ranks. Layers are
                 numbered from 0 in every stage.
         """
