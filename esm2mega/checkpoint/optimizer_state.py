@@ -110,10 +110,10 @@ def places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Correct, during a save, the places of parameters in the gathered state, which has no padding.
 
     A buffer of gradients is made of buckets, each padded so that it divides among the data-parallel
-    processes, and the tied embedding of a pipeline has a bucket of its own. Gathering leaves the padding
-    out, but Megatron-Core 0.16.1 and 0.19.2 then cut the parameters out at their places in the padded
-    buffer: every parameter behind the first bucket would be saved shifted by the padding before it
-    (Megatron-LM pull request 5077).
+    processes, and the tied embedding of a pipeline has a bucket of its own. Gathering leaves the padding out,
+    but Megatron-Core 0.16.1 and 0.19.2 then cut the parameters out at their places in the padded buffer:
+    every parameter behind the first bucket would be saved shifted by the padding before it (Megatron-LM pull
+    request 5077).
     """
     with ExitStack() as stack:
         for part in filter(_cuts_at_padded_places, distributed_parts(optimizer)):
