@@ -32,7 +32,9 @@ def read_auxiliary(checkpoint: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); the checkpoint is damaged, use an earlier one"
+        ) from error
 
 
 def write_auxiliary(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:

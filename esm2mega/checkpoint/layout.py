@@ -127,7 +127,8 @@ def read_config(checkpoint: Path) -> Run:
         ) from error
     if tokenizer_hash != TOKENIZER_HASH:
         raise UserError(
-            f"{path}: made with another tokenizer ({tokenizer_hash}); this version has {TOKENIZER_HASH}"
+            f"{path}: made with another tokenizer ({tokenizer_hash}); this version has {TOKENIZER_HASH}; "
+            "use the esm2mega that wrote it"
         )
     return run_from_yaml(path, ignore=("tokenizer",))
 
@@ -144,7 +145,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {version}, this esm2mega reads {FORMAT_VERSION}; use its writer"
+            f"{path}: format version {version}, this esm2mega reads {FORMAT_VERSION}; "
+            "use the esm2mega that wrote it"
         )
     return state
 

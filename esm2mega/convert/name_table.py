@@ -205,7 +205,7 @@ class NameTable:
         return entries
 
     def with_head(self, rows: Sequence[TableRow]) -> NameTable:
-        """Replace the rows of the masked-language-model head by `rows`; no tensor is tied to the token table."""
+        """Replace the rows of the masked-language-model head by `rows`, without tensors tied to the table."""
         encoder = tuple(row for row in self.rows if not is_lm_head(row.ours))
         return NameTable((*encoder, *rows), {}, self.dropped)
 

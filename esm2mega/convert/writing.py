@@ -24,7 +24,7 @@ class Output:
 
 
 def outputs(weights: Weights, table: NameTable) -> dict[str, Output]:
-    """List every tensor of the target in the order of its table, and note our tensors without a place there."""
+    """List every tensor of the target in the order of its table, and note our tensors without a place."""
     shape, result = weights.description.shape, {}
     entries = {entry.ours: entry for entry in table.entries(shape)}
     for name in weights.infos:

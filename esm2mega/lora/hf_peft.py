@@ -319,13 +319,13 @@ def _read_tensors(
             )
         parts.setdefault((linear.name, layer), {})[factor] = store.read(name)
     if not parts:
-        raise UserError(f"{path}: holds no adapter")
+        raise UserError(f"{path}: holds no adapter; save the adapter with peft again")
     required = {"lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])}
     for (name, layer), present in parts.items():
         if present.keys() != required:
             raise UserError(
                 f"{path}: {name} of layer {layer} has {', '.join(sorted(present))}, not "
-                f"{', '.join(sorted(required))}; the file is not whole"
+                f"{', '.join(sorted(required))}; save the adapter with peft again"
             )
     targets = {
         linear.name: tuple(sorted(layer for name, layer in parts if name == linear.name))

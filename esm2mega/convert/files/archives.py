@@ -40,7 +40,7 @@ class TarFile:
                     if member.isfile():
                         self.members[str(PurePosixPath(member.name))] = member
         except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
-            raise UserError(f"{path}: not a readable tar archive ({error})") from error
+            raise UserError(f"{path}: not a readable tar archive ({error}); copy it again") from error
 
     def _open(self) -> tarfile.TarFile:
         with self.path.open("rb") as file:

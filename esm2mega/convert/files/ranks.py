@@ -63,7 +63,9 @@ class RankStore:
         for stage in stages:
             names = set(stage[0])
             if any(set(rank) != names for rank in stage):
-                raise UserError(f"{location}: the tensor-parallel ranks do not hold the same tensors")
+                raise UserError(
+                    f"{location}: the tensor-parallel ranks hold different tensors; copy all ranks again"
+                )
             numbers = [int(match[2]) for name in names if (match := _LAYER.fullmatch(name))]
             for name in stage[0]:
                 self._add(_renumbered(name, first_layer), [rank[name] for rank in stage])
@@ -74,7 +76,7 @@ class RankStore:
         if name not in self._pieces:
             self._pieces[name] = pieces
         elif not all(same_values(pair) for pair in zip(self._pieces[name], pieces, strict=True)):
-            raise UserError(f"{self.location}: {name} differs between pipeline stages")
+            raise UserError(f"{self.location}: {name} differs between pipeline stages; copy all ranks again")
 
     def _info(self, name: str, pieces: Sequence[Tensor]) -> TensorInfo:
         shape, axis = list(pieces[0].shape), _axis(name)
@@ -89,7 +91,7 @@ class RankStore:
         if axis is not None:
             return torch.cat(pieces, dim=axis)
         if not same_values(pieces):
-            raise UserError(f"{self.location}: {name} differs between tensor-parallel ranks")
+            raise UserError(f"{self.location}: {name} differs between tensor-parallel ranks; copy all again")
         return pieces[0]
 
 

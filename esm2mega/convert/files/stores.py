@@ -55,7 +55,9 @@ class SafetensorsStore:
                     entry = file.get_slice(name)
                     dtype = _DTYPES.get(entry.get_dtype())
                     if name in self._files:
-                        raise UserError(f"{path}: holds {name}, as {self._files[name].name} does")
+                        raise UserError(
+                            f"{path}: holds {name}, as {self._files[name].name} does; copy all again"
+                        )
                     if dtype is None:
                         raise UserError(f"{path}: {name} has dtype {entry.get_dtype()}, which is not known")
                     self.infos[name] = TensorInfo(tuple(entry.get_shape()), dtype)

@@ -130,11 +130,12 @@ def write(weights: Weights, path: Path) -> None:
     if shape.ffn_hidden_size != 4 * shape.hidden_size:
         raise UserError(
             f"fair-esm has feed-forward layers of 4 x {shape.hidden_size}, "
-            f"this model of {shape.ffn_hidden_size}"
+            f"this model of {shape.ffn_hidden_size}; write another format"
         )
     if description.layernorm_epsilon != EPSILON:
         raise UserError(
-            f"fair-esm has a LayerNorm epsilon of {EPSILON}, this model of {description.layernorm_epsilon}"
+            f"fair-esm has a LayerNorm epsilon of {EPSILON}, this model of {description.layernorm_epsilon}; "
+            "write another format"
         )
     if description.activation != "gelu":
         weights.notes.changed.append("feed-forward GELU: tanh in the source, erf in fair-esm")

@@ -161,7 +161,7 @@ def open_tensors(directory: Path) -> TensorStore:
     single, index = directory / "pytorch_model.bin", directory / "pytorch_model.bin.index.json"
     files = [single] if single.is_file() else shards(index) if index.is_file() else []
     if not files:
-        raise UserError(f"{directory}: holds neither model.safetensors nor pytorch_model.bin")
+        raise UserError(f"{directory}: holds neither model.safetensors nor pytorch_model.bin; copy one there")
     tensors: dict[str, Tensor] = {}
     for file in files:
         found = pickles.flat_tensors(file, pickles.load_pickle(file))

@@ -63,7 +63,9 @@ def open_checkpoint(path: Path) -> tuple[Description, RankStore]:
     num_stages = 1 + max((stage for stage, _ in files), default=-1)
     width = 1 + max((rank for _, rank in files), default=-1)
     if not files or len(files) != num_stages * width:
-        raise UserError(f"{folder}: holds {len(files)} rank files, which is no whole set of ranks")
+        raise UserError(
+            f"{folder}: holds {len(files)} rank files, not a complete set of ranks; copy all again"
+        )
     first = _load(files[0, 0])
     description = _describe(files[0, 0], first)
     heads = description.shape.num_attention_heads

@@ -95,7 +95,7 @@ def _stages(path: Path, archive: TarFile) -> list[list[dict[str, Tensor]]]:
     width = 1 + max((rank for _, rank in ranks), default=-1)
     if len(ranks) != num_stages * width or not ranks:
         raise UserError(
-            f"{path}: holds {len(ranks)} weights files, which is no whole set of tensor and pipeline ranks"
+            f"{path}: holds {len(ranks)} weights files, not a complete set of ranks; copy the archive again"
         )
     return [
         [_tensors(path, archive, ranks[stage, rank]) for rank in range(width)] for stage in range(num_stages)

@@ -86,7 +86,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     check_vocabulary(path)
     store = safetensors_of(path)
     if store is None:
-        raise UserError(f"{path}: holds no model.safetensors")
+        raise UserError(f"{path}: holds no model.safetensors; copy it there")
     names = {
         f"model.{name.removeprefix('esm.')}" if name.startswith("esm.") else name: name
         for name in store.infos

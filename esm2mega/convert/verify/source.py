@@ -13,7 +13,7 @@ from torch import Tensor
 from esm2mega.convert.verify.plain_model import Affine
 
 Prepare = Callable[[Tensor], Tensor]
-"""A function of this type rounds every weight but the frequencies, and casts it to the dtype to compute in."""
+"""A function of this type rounds a weight and casts it to the dtype to compute in; frequencies are exempt."""
 
 
 class WeightSource:
