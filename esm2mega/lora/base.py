@@ -56,7 +56,7 @@ def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = 
     Args:
         start: A checkpoint; a whole model is returned as it is.
         given: Where the base is if it is no longer where it was in training: `init_from`.
-        opened: A checkpoint that has been opened already, which may be the base.
+        opened: The checkpoint that `given` names, if it has been opened already; it may be the base.
 
     Raises:
         UserError: The base is in neither place, or cannot be read, or holds adapters itself.
@@ -64,7 +64,8 @@ def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = 
     if not has_adapters(start) or start.base is not None:
         return start
     path = _find_base(start, given)
-    if opened is not None and opened.path.resolve() == path.resolve():
+    # `given` may be the directory of a run, whose newest checkpoint is not looked up again.
+    if opened is not None and path.resolve() in (opened.path.resolve(), Path(given or opened.path).resolve()):
         base = opened
     else:
         base = read_start(path)
@@ -86,10 +87,9 @@ def read_with_base(path: str | Path) -> StartPoint:
 def _find_base(start: StartPoint, given: str | None) -> Path:
     """Return where the base of adapters is now: at its recorded path if that exists, else at `given`."""
     recorded = recorded_base(start)
-    places = [recorded.path, *([given] if given is not None else [])]
-    for location in places:
-        if Path(location).exists():
-            return Path(location)
+    for path in (recorded.path, given):
+        if path is not None and Path(path).exists():
+            return Path(path)
     raise UserError(
         f"{start.path}: holds adapters of {recorded.path}, which is not there any more; say where it is with "
         "init_from=PATH"

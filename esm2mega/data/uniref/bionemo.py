@@ -20,8 +20,9 @@ import numpy as np
 from esm2mega.data.readers.base import ByteProgress
 from esm2mega.data.readers.row_files import ParquetFile, ProteinDatabase
 from esm2mega.data.store.prepare import PrepareReport
+from esm2mega.data.store.staging import staged
 from esm2mega.data.store.token_store import StoreWriter
-from esm2mega.data.uniref.build import ClusterReport, staged
+from esm2mega.data.uniref.build import ClusterReport
 from esm2mega.data.uniref.cluster_join import (
     ClusterTable,
     all_training,

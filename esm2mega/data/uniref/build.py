@@ -10,10 +10,9 @@ validation, the next ones test; every part keeps the order of the file.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ import numpy.typing as npt
 
 from esm2mega.data.readers.base import ByteProgress
 from esm2mega.data.readers.fasta import FastaReader
-from esm2mega.data.store.prepare import SPLITS, PrepareReport, staging_directory
+from esm2mega.data.store.prepare import SPLITS, PrepareReport
+from esm2mega.data.store.staging import staged
 from esm2mega.data.store.token_store import StoreCounts, StoreWriter
 from esm2mega.data.uniref.cluster_join import ClusterTable, append_proteins, protein_batches, provenance
 from esm2mega.data.uniref.id_index import IdIndex
@@ -134,22 +134,6 @@ def _check_arguments(inputs: UniRefInputs, sizes: SplitSizes) -> None:
     training = {"--uf50": inputs.uf50, "--uf90": inputs.uf90, "--mapping": inputs.mapping}
     held_out = {f"--{name}": path for name, path in inputs.held_out.items()}
     refuse_shared_files(training, held_out)
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A new directory that becomes `out` at the end of the block; an exception leaves nothing behind."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; name another directory or remove it")
-    with staging_directory(out) as staging:
-        try:
-            made = staging / "out"
-            shutil.rmtree(made, ignore_errors=True)  # of an attempt that was killed
-            made.mkdir()
-            yield made
-            os.rename(made, out)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 @dataclass

@@ -18,8 +18,9 @@ import numpy as np
 from esm2mega.data.readers.base import ByteProgress, Record
 from esm2mega.data.readers.row_files import ParquetFile, protein
 from esm2mega.data.store.prepare import PrepareReport
+from esm2mega.data.store.staging import staged
 from esm2mega.data.store.token_store import StoreWriter
-from esm2mega.data.uniref.build import ClusterReport, staged
+from esm2mega.data.uniref.build import ClusterReport
 from esm2mega.data.uniref.cluster_join import append_proteins, protein_batches
 from esm2mega.data.uniref.id_index import IdIndex, map_array
 from esm2mega.data.uniref.leakage import IndexedIds, refuse_shared_files
