@@ -37,11 +37,11 @@ def load_initial_weights(
         model: This rank's chunks of the model.
         tensor_filter: Chooses the tensors to load.
 
-        Returns:
-            Auxiliary tensors of the checkpoint by name.
+    Returns:
+        Auxiliary tensors of the checkpoint by name.
 
-        Raises:
-            UserError: The checkpoint is not readable, or its model has another shape or other numerics.
+    Raises:
+        UserError: The checkpoint is not readable, or its model has another shape or other numerics.
     """
     check_same_model(f"init_from={start.path}", start.run.model, config, "give another init_from")
     if start.is_own:
@@ -82,8 +82,8 @@ def check_same_model(location: str, found: ModelConfig, configured: ModelConfig,
         configured: Section ``model`` of the configuration.
         cure: What the user can do about another shape, for the error.
 
-        Raises:
-            UserError: The shape or one of `_NUMERICS` differs.
+    Raises:
+        UserError: The shape or one of `_NUMERICS` differs.
     """
     if (theirs := shape_of(found)) != (ours := shape_of(configured)):
         raise UserError(f"{location}: holds a model of {theirs}, the configuration says {ours}; {cure}")
@@ -108,8 +108,8 @@ def fill_model(weights: Weights, model: Sequence[Any], tensor_filter: TensorFilt
     Returns:
         What was not copied, a line each; empty unless `tensor_filter` is lenient.
 
-        Raises:
-            UserError: A tensor is missing or has another shape.
+    Raises:
+        UserError: A tensor is missing or has another shape.
     """
     entries = [
         entry

@@ -40,8 +40,8 @@ class Description:
     Attributes:
         shape: Dimensions of the model.
         layernorm_epsilon: Epsilon of every LayerNorm.
-        activation: GELU of the feed-forward layers, ``gelu`` (erf) or ``gelu_tanh``. The head has the erf
-        form. dtype: Dtype of all weights; the frequencies are fp32, or fp64 in an fp64 model.
+        activation: GELU of the feed-forward layers, ``gelu`` (erf) or ``gelu_tanh``; the head has erf.
+        dtype: Dtype of all weights; the frequencies are fp32, or fp64 in an fp64 model.
         family, final_layernorm, max_positions: As in `ModelConfig`.
         head: ``lm`` for the masked-language-model head, the head of a task, or None for a bare encoder.
     """

@@ -55,8 +55,8 @@ class AdapterReader:
         Args:
             start: Checkpoint that holds them.
 
-            Raises:
-                UserError: The checkpoint holds a whole model.
+        Raises:
+            UserError: The checkpoint holds a whole model.
         """
         self.start = start
         self.base = recorded_base(start)
@@ -107,8 +107,8 @@ def write_adapters(
         directory: An existing, empty directory.
         run: Configuration, with the section of the adapters.
         base: Weights that the adapters belong to.
-        factors: Factors by name of the linear and layer, for exactly the linears of
-        `run.lora.target_modules`. state: Further entries of ``train_state.json``.
+        factors: Factors by name of the linear and layer, exactly those of `run.lora.target_modules`.
+        state: Further entries of ``train_state.json``.
         head: Tensors of the head of a task by their names in the model.
     """
     targets = resolve_targets(run.lora.target_modules, shape_of(run.model).num_layers)
@@ -143,8 +143,8 @@ def load_model(
     Returns:
         Auxiliary tensors by name.
 
-        Raises:
-            UserError: A tensor is missing, or the base has other weights.
+    Raises:
+        UserError: A tensor is missing, or the base has other weights.
     """
     if not has_adapters(start):
         load_weights(start.path, chunks)
@@ -166,8 +166,8 @@ def load_base(start: StartPoint, run: Run, chunks: Sequence[Any]) -> tuple[Base,
     Returns:
         The base and its auxiliary tensors.
 
-        Raises:
-            UserError: The base has other weights than those recorded with the adapters.
+    Raises:
+        UserError: The base has other weights than those recorded with the adapters.
     """
     has_head = run.task.kind is not None
     base = start if start.base is None else start.base

@@ -89,8 +89,8 @@ def to_ours(
     Returns:
         Tensors by their names in the model, the section ``task``, and what the predictions mean.
 
-        Raises:
-            UserError: The file `TASK` is incomplete, or the tensors are not those of such a head.
+    Raises:
+        UserError: The file `TASK` is incomplete, or the tensors are not those of such a head.
     """
     found = {name.removeprefix(PREFIX): tuple(value.shape) for name, value in tensors.items()}
     if given is None:

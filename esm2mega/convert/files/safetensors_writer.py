@@ -32,8 +32,8 @@ def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], read: Callabl
         infos: Names, shapes and dtypes in the order of the file.
         read: Returns a tensor by name; called for one name at a time, in that order.
 
-        Raises:
-            OSError: The disk is full, or the file cannot be written for another reason.
+    Raises:
+        OSError: The disk is full, or the file cannot be written for another reason.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""Reads and writes Cerebras Model Zoo: ``NAME.mdl``, a pickle of tensors, and ``NAME.yaml`` beside it.
+"""Reads and writes files of Cerebras Model Zoo: ``NAME.mdl``, a pickle of tensors, and ``NAME.yaml``.
 
 Names are those of Model Zoo, ``tools/checkpoint_converters/esm2.py`` and ``models/nlp/bert``. Rotary pairs
 lie in neighbouring channels there, so the rows of q and k are reordered within each head.

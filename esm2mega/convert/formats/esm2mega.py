@@ -82,8 +82,8 @@ def refuse_adapters(checkpoint: Path, state: Mapping[str, Any]) -> None:
         checkpoint: Directory of the checkpoint.
         state: Content of its ``train_state.json``.
 
-        Raises:
-            UserError: The checkpoint holds adapters and not the weights under them.
+    Raises:
+        UserError: The checkpoint holds adapters and not the weights under them.
     """
     if "base" in state:
         raise UserError(

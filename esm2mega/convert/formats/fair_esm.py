@@ -1,4 +1,4 @@
-"""Reads and writes fair-esm: ``NAME.pt`` with configuration, ``NAME-contact-regression.pt`` beside it.
+"""Reads and writes files of fair-esm: ``NAME.pt`` and, beside it, ``NAME-contact-regression.pt``.
 
 Names are those of fair-esm 2.0.0, ``esm/pretrained.py`` and ``esm/model/esm2.py``. The loader strips the
 prefixes that training left on the names.

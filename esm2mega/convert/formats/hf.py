@@ -1,4 +1,4 @@
-"""Reads and writes Hugging Face: a directory of an ``EsmForMaskedLM`` or of a classification model.
+"""Reads and writes directories of Hugging Face: an ``EsmForMaskedLM`` or a classification model.
 
 Names and config keys are those of transformers 4.30 to 5.23, ``models/esm/modeling_esm.py``. transformers up
 to 5.5 stores rotary frequencies in every layer, later versions once under a name with a literal asterisk.

@@ -1,8 +1,8 @@
-"""Reads Megatron-LM's BERT as ProteinLM wrote it: ``iter_0000010/mp_rank_00/model_optim_rng.pt``.
+"""Reads checkpoints of Megatron-LM's BERT as ProteinLM wrote them, in one file per rank.
 
-Checkpoints of any tensor and pipeline size are read, and none are written. The layout is that of
-THUDM/ProteinLM, ``pretrain/megatron/checkpointing.py``; the order of the rows of the fused projection depends
-on the version of the checkpoint.
+The files are ``iter_0000010/mp_rank_00/model_optim_rng.pt`` and the like, of any tensor and pipeline size;
+none are written. The layout is that of THUDM/ProteinLM, ``pretrain/megatron/checkpointing.py``; the order of
+the rows of the fused projection depends on the version of the checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads BioNeMo 1 and NeMo 1: a ``.nemo`` archive of ``model_config.yaml`` and one weights file per rank.
+"""Reads ``.nemo`` archives of BioNeMo 1 and NeMo 1: ``model_config.yaml`` and one weights file per rank.
 
 Layout and names are those of BioNeMo framework 1.10, ``bionemo/model/protein/esm1nv``, and NeMo 1.23. The
 activation is the erf form of GELU unless ``bias_gelu_fusion`` is on.

@@ -1,4 +1,4 @@
-"""Reads BioNeMo 2 and NeMo 2: a directory of ``context/`` (configuration) and ``weights/`` (tensors).
+"""Reads directories of BioNeMo 2 and NeMo 2: ``context/`` (configuration) and ``weights/`` (tensors).
 
 The layout is that of NeMo 2.4, ``nemo/lightning/io``, and the names are those of BioNeMo framework 2.7,
 ``bionemo-esm2``. That model has the tanh form of GELU in its feed-forward layers (Megatron-Core's fused bias

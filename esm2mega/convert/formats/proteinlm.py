@@ -1,4 +1,4 @@
-"""Reads and writes ProteinLM's own TAPE: a directory of its modified ``ProteinBertForMaskedLM``, pre-LN.
+"""Reads and writes directories of ProteinLM's own TAPE, a modified, pre-LN ``ProteinBertForMaskedLM``.
 
 Names are those of THUDM/ProteinLM, ``tape/tape/models/modeling_bert.py``. Its forward pass evaluates the
 final LayerNorm and discards the result, so such a model has `model.final_layernorm` off and keeps that

@@ -83,9 +83,9 @@ def open_weights(path: Path, name: str | None = None, drop: Sequence[str] = ()) 
         name: Its format; None to detect it.
         drop: Shell patterns of tensors that have no known meaning and are left out.
 
-        Raises:
-            UserError: The checkpoint is not readable, not of a supported model or incomplete, or has tensors
-                without a place.
+    Raises:
+        UserError: The checkpoint is not readable, not of a supported model or incomplete, or has tensors
+            without a place.
     """
     if name is not None and not path.exists():
         raise UserError(f"{path}: no such file or directory")

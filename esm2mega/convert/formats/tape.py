@@ -1,4 +1,4 @@
-"""Reads and writes TAPE: a directory of a ``ProteinBertForMaskedLM``, post-LN, with its ``config.json``.
+"""Reads and writes directories of TAPE, a post-LN ``ProteinBertForMaskedLM`` with ``config.json``.
 
 Names are those of tape-proteins 0.5, ``tape/models/modeling_bert.py``. Each LayerNorm there becomes the first
 operation of the block that follows it (see `esm2mega.model.proteinbert`). The row of token type 0, which

@@ -1,4 +1,4 @@
-"""Reads and writes NVIDIA's recipes: a directory of the Transformer Engine ESM-2, such as ``nvidia/esm2_*``.
+"""Reads and writes directories of NVIDIA's Transformer Engine ESM-2, such as ``nvidia/esm2_*``.
 
 Names are those of BioNeMo framework, ``recipes/models/esm2``. The model there has the tanh form of GELU in
 its feed-forward layers (Transformer Engine's kernel) and computes its rotary frequencies; it has no contact

@@ -50,8 +50,8 @@ class PlainModel:
         inv_freq: Rotary frequencies ``[d/2]``, or None for learned positions.
         tanh_gelu: Whether the feed-forward layers have the tanh form; the head has the erf form.
         interleaved: Whether rotary pairs are the channels ``(2i, 2i + 1)`` instead of ``(i, i + d/2)``.
-        positions: Learned positions ``[p, h]``, or None for ESM-2, which has rotary positions and token
-        dropout. post_norm: Whether the outputs of the LayerNorms are the residuals.
+        positions: Learned positions ``[p, h]``, or None for ESM-2, which has rotary ones and token dropout.
+        post_norm: Whether the outputs of the LayerNorms are the residuals.
         tokens: Id in ESM-2 of the token of each row of the table, int64 ``[v]``; None if the two are equal.
         classifier: Takes the place of the masked-language-model head, whose tensors are then None, as they
             are in a bare encoder.

@@ -46,9 +46,9 @@ _SEQUENCES = (
 """These are one residue, a real protein, every rare letter, and over 256 tokens, where rotary errors show."""
 
 Result = tuple[list[Tensor], Tensor]
-"""A result holds hidden states ``[s, h]`` (embedding, each block, the last one normalised) and logits ``[s,
-v]``. Instead of logits, a task has its outputs, ``[1, k]`` for the protein, ``[s - 2, k]`` for its residues
-or ``[P, 1]`` for their pairs, and a bare encoder has the last hidden states.
+"""A result holds hidden states ``[s, h]`` (embedding, each block, the last normalised) and logits ``[s, v]``.
+Instead of logits, a task has its outputs, ``[1, k]`` for the protein, ``[s - 2, k]`` for its residues or
+``[P, 1]`` for their pairs, and a bare encoder has the last hidden states.
 """
 
 
