@@ -31,7 +31,7 @@ class Conversion:
     """Holds the result of a conversion, with everything that is reported about it.
 
     Attributes:
-        description: Describes the target, but its head with the scale of the labels that the source has.
+        description: Describes the target, except that its head keeps the scale of the labels of the source.
         num_tensors: Number of tensors, counted by our names.
         drop: Shell patterns of the tensors that were left out.
     """

@@ -19,10 +19,10 @@ _KEY = "base"
 
 @dataclass(frozen=True)
 class Base:
-    """Holds where the frozen weights under adapters are, and which they are.
+    """Identifies the frozen weights under adapters by their path and a checksum.
 
     Attributes:
-        path: Their checkpoint, in any format.
+        path: Checkpoint with the weights, in any format.
         sha256: Checksum of all its weights by name; it is the same in every format that stores the same
             values and dtype.
     """
