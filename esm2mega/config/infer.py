@@ -5,6 +5,7 @@ Pure Python, as `validate`.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
 
@@ -84,11 +85,12 @@ def inference_run(checkpoint: Run, overrides: Sequence[str], config: str | None 
         overrides: `key=value`, over the file.
         config: path or name of a configuration file; None for none.
     """
-    checkpoint.parallel = ParallelConfig(timeout_minutes=checkpoint.parallel.timeout_minutes)
-    checkpoint.infer = InferConfig()
+    base = copy.deepcopy(checkpoint)
+    base.parallel = ParallelConfig(timeout_minutes=checkpoint.parallel.timeout_minutes)
+    base.infer = InferConfig()
     # Columns of the training tables say nothing about the input.
-    checkpoint.data.sequence_column, checkpoint.data.id_column = DataConfig.sequence_column, None
-    run = load_run_over(checkpoint, overrides, config)
+    base.data.sequence_column, base.data.id_column = DataConfig.sequence_column, None
+    run = load_run_over(base, overrides, config)
     run.model.precision = run.infer.precision or run.model.precision
     run.model.recompute = "none"
     return run

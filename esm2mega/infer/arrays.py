@@ -1,8 +1,7 @@
 """Large arrays at known places of one file, whose rows any process writes in any order.
 
 Shapes are known before anything is computed, so every row has its place from the start: processes write
-    straight to
-where the result belongs, and writing the same row again does no harm.
+straight to where the result belongs, and writing the same row again does no harm.
 """
 
 from __future__ import annotations

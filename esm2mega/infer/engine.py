@@ -33,8 +33,7 @@ from esm2mega.vocabulary import PAD
 
 _ROWS_PER_THREAD = 32
 """A matrix product of few rows takes another kernel, which adds in another order. Measured with MKL 2024.2
-on 1 and
-2 threads: from 4 rows per thread on, a row's bits do not depend on the number of rows.
+on 1 and 2 threads: from 4 rows per thread on, a row's bits do not depend on the number of rows.
 """
 
 _IN_FLIGHT = 4

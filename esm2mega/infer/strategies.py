@@ -21,8 +21,7 @@ STRATEGIES = ("wt-marginals", "masked-marginals", "pseudo-ppl")
 wt-marginals: log p(mutant) - log p(wild type) at the residue, the wild type in sight; one pass.
 masked-marginals: the same with that residue masked; a pass for each residue.
 pseudo-ppl: sum over all residues of the mutant of log p(residue), each masked in turn; a pass for each
-    residue of
-each variant.
+    residue of each variant.
 
 The first two add up over the substitutions of a variant, each seen in the wild type.
 """

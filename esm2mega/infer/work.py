@@ -103,8 +103,7 @@ class Work:
         if needed > free:
             raise MachineError(
                 f"{self.target.out}: needs {needed / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} GB "
-                "left; "
-                f"{self.contents.smaller}choose another --out"
+                f"left; {self.contents.smaller}choose another --out"
             )
 
 

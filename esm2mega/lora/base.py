@@ -55,7 +55,7 @@ def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = 
     Args:
         start: A checkpoint; a whole model is returned as it is.
         given: Where the base is, if it is no longer where it was in training: `init_from`.
-        opened: A checkpoint that has been opened, which may be the base.
+        opened: The checkpoint that `given` names, if it has been opened; it may be the base.
 
     Raises:
         UserError: The base is in neither place, or cannot be read, or holds adapters itself.
@@ -63,7 +63,8 @@ def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = 
     if not has_adapters(start) or start.base is not None:
         return start
     path = _find_base(start, given)
-    if opened is not None and opened.path.resolve() == path.resolve():
+    # `given` may be the directory of a run, which is not looked into again.
+    if opened is not None and path.resolve() in (opened.path.resolve(), Path(given or opened.path).resolve()):
         base = opened
     else:
         base = read_start(path)
@@ -85,10 +86,9 @@ def read_with_base(path: str | Path) -> StartPoint:
 def _find_base(start: StartPoint, given: str | None) -> Path:
     """Where the base of an adapter checkpoint lies now: where it did, else where `given` says."""
     recorded = recorded_base(start)
-    places = [recorded.path, *([given] if given is not None else [])]
-    for location in places:
-        if Path(location).exists():
-            return Path(location)
+    for path in (recorded.path, given):
+        if path is not None and Path(path).exists():
+            return Path(path)
     raise UserError(
         f"{start.path}: holds adapters of {recorded.path}, which is not there any more; say where it is with "
         "init_from=PATH"

@@ -124,9 +124,10 @@ def _meeting(timeout: timedelta) -> Iterator[None]:
     """Turn what the store raises about an absent process into the line for it."""
     try:
         yield
-    except dist.DistStoreError as error:
-        raise _no_answer(timeout) from error
     except RuntimeError as error:
+        # A store that never opens is an error of the network, not of the store.
+        if isinstance(error, dist.DistStoreError) or "client socket has timed out" in str(error):
+            raise _no_answer(timeout) from error
         if (lost := lost_peer(error)) is not None:
             raise lost from error
         raise

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.data.readers.base import MISSING_VALUES
-from esm2mega.data.store.prepare import staging_directory
+from esm2mega.data.store.staging import staged
 from esm2mega.errors import UserError
 from esm2mega.files import file_sha256
 
@@ -72,12 +70,7 @@ class LabelledTables:
         Returns:
             A line per split, and the notes.
         """
-        if out.exists():
-            raise UserError(f"{out}: exists already; name another directory or remove it")
-        with staging_directory(out) as staging:
-            folder = staging / "out"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+        with staged(out) as folder:
             entries = {
                 split: self._entry(folder / f"{split}.csv", rows, kind, class_column)
                 for split, rows in self.rows.items()
@@ -85,8 +78,6 @@ class LabelledTables:
             }
             manifest = {"version": VERSION, **self.provenance, "splits": entries, "notes": self.notes}
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-            os.rename(folder, out)
-            shutil.rmtree(staging, ignore_errors=True)
         lines = [
             f"{out / entry['file']}: {entry['proteins']:,} proteins, {entry['residues']:,} residues, "
             f"longest {entry['longest']:,}"

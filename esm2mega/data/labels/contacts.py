@@ -23,7 +23,7 @@ DISTANCE = 8.0
 (`examples/contact_prediction.ipynb`)."""
 
 SEPARATION = 6
-"""Pairs count from this j - i on, in TAPE and in ESM."""
+"""Only pairs with at least this j - i count, in TAPE and in ESM."""
 
 Array = npt.NDArray[np.float64]
 

@@ -19,7 +19,7 @@ from esm2mega.data.readers.base import Block, ByteProgress, Record, RowSource
 from esm2mega.errors import UserError
 
 VOCAB = ("[PAD]", "[MASK]", "[CLS]", "[SEP]", "[UNK]", "[unused1]", *"ABCDEFGHIKLMNOPQRSTUVWXYZ")
-"""This is ProteinLM's `iupac_vocab.txt`: six special tokens, and the letters but J; an id is a position."""
+"""This is ProteinLM's `iupac_vocab.txt`: six special tokens and the letters except J; ids are positions."""
 
 _HEAD = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"

@@ -45,7 +45,7 @@ class _Skipped:
 
 
 def _encode(text: object, encoding: object) -> bytes:
-    """Encode bytes from the text as which old pickles write them."""
+    """Return the bytes that old pickles write as latin1 text."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("it encodes something else than bytes")
     return text.encode("latin1")

@@ -67,7 +67,7 @@ def is_sequence_file(path: str) -> bool:
 
 
 def _store_name(path: str, options: SourceOptions) -> str:
-    """Name a store by the stem of the file, for people, and a hash over all that decides the store."""
+    """Name a store by the file's stem, which people can read, and a hash over all that decides the store."""
     source = open_source(path, options)
     content = [file_sha256(file) for file in source.files()]
     parts = (type(source).__name__, options, content, vocabulary.TOKENIZER_HASH, FORMAT_VERSION)

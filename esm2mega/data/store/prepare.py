@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import numpy.typing as npt
 
@@ -26,7 +25,8 @@ from esm2mega.data.readers.base import ByteProgress, RecordSource, SourceOptions
 from esm2mega.data.readers.sources import open_source
 from esm2mega.data.store.parts import Part, default_workers, write_parts
 from esm2mega.data.store.shards import SHARD_BYTES, SHARD_UNIT
-from esm2mega.data.store.token_store import PARTIAL_SUFFIX, StoreCounts, StoreWriter, TokenStore
+from esm2mega.data.store.staging import staging_directory
+from esm2mega.data.store.token_store import StoreCounts, StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
 
 SPLITS = ("train", "valid", "test")
@@ -35,7 +35,7 @@ TRAIN = SPLITS.index("train")
 OpenProgress = Callable[[str, int], AbstractContextManager[ByteProgress | None]]
 """This shows the progress of a stage, given its name and the number of bytes to go through."""
 
-# So many proteins are merged at once: some tens of MB of residues, however large a part is.
+# Parts are merged in batches of this many proteins: some tens of MB of residues, however large a part is.
 _MERGED_RECORDS = 1 << 16
 
 
@@ -150,28 +150,6 @@ def _check_arguments(
         )
     if out.exists():
         raise UserError(f"{out}: exists already; name another directory or remove it")
-
-
-@contextmanager
-def staging_directory(out: Path) -> Iterator[Path]:
-    """Yield the directory beside `out` in which it is made, by one process at a time.
-
-    No reader accepts what is in that directory. It may hold what a killed attempt has left. An OSError in the
-    block becomes a MachineError.
-    """
-    staging = out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(staging / "lock", timeout=0):
-            yield staging
-    except filelock.Timeout:
-        raise UserError(
-            f"{out}: another `prepare` is writing it; wait for it, or name another directory"
-        ) from None
-    except OSError as error:
-        raise MachineError(
-            f"{out}: cannot be written ({error.strerror or error}); nothing was kept"
-        ) from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 1 << 20
-"""So many numbers are handled at once."""
+"""Arrays are handled in blocks of this many numbers."""
 
 
 class HashedFile:

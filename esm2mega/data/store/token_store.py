@@ -275,7 +275,7 @@ class TokenStore:
         return self._ids[i]
 
     def encoded_ids(self, first: int, stop: int) -> tuple[bytes, npt.NDArray[np.int32]]:
-        """Return ids in UTF-8 back to back, of proteins `first` to `stop`, exclusive; and bytes of each, [n]."""
+        """Return the ids of proteins `first` to `stop`, exclusive: joined UTF-8, and bytes of each, [n]."""
         return self._ids.encoded(first, stop)
 
     @property

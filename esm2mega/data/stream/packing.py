@@ -24,11 +24,11 @@ from esm2mega.data.counter_rng import Integers, Purpose
 from esm2mega.data.stream.samples import Pieces
 from esm2mega.errors import UserError
 
-# A plan keeps so many windows, since a global batch may reach from one window into the next.
+# A plan keeps this many windows, since a global batch may reach from one window into the next.
 _CACHED_WINDOWS = 2
 
-# A window has so many samples per token of a pack: 2700 packs of UniRef proteins, whatever T is. Windows are
-# large because the last one or two packs of a window are not full, and planning has a cost per window.
+# A window has this many samples per token of a pack, which makes 2700 packs of UniRef proteins, whatever T
+# is. Windows are large because the last one or two packs of each are not full, and planning each has a cost.
 _WINDOW_PER_TOKEN = 8
 
 

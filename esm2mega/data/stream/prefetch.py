@@ -133,9 +133,10 @@ class ProcessPrefetcher(Generic[T]):
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Start processes that never see the signals to stop, which schedulers send to all processes of a job.
+    """Keep the processes started in the block from seeing the signals with which schedulers stop a job.
 
-    The training process acts on the signals, and needs its data until it has done so.
+    Schedulers send them to all processes. The training process acts on them, and needs its data until it has
+    done so.
     """
     before = signal.pthread_sigmask(
         signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
@@ -156,7 +157,7 @@ def _finish(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
 
 
 def _send_items(items: Callable[[int], Iterator[T]], number: int, pipe: Connection) -> None:
-    """Send items to the training process until it is gone or the items end; this is all a process does."""
+    """Send items to the training process until it is gone or the items end; a process runs this alone."""
     # A closed pipe means that the training process is gone.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         iterator = None

@@ -30,7 +30,7 @@ from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 
 MIXTURE_BLOCK = 1 << 16
-"""A mixture is exact in so many samples; weights are multiples of the inverse."""
+"""A mixture has its exact shares in every block of this many samples, so shares are multiples of 1/65,536."""
 
 
 class Proteins(Protocol):

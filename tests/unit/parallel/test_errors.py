@@ -127,7 +127,7 @@ next_number, rendezvous.next_number = rendezvous.next_number, late
 
 @cli.cli.command()
 def start():
-    if kind == "absent" and rank == 1:
+    if (kind, rank) in (("absent", 1), ("no host", 0)):
         os._exit(9)
     on_one_rank(finds if kind != "absent" else int, timedelta(seconds=int(seconds)))
 
@@ -160,13 +160,14 @@ def test_a_defect_on_rank_0_does_not_leave_the_others_waiting(tmp_path: Path, ha
         ("dies", False, "[rank 1] error: lost the connection to another process ("),
         ("dies", True, "[rank 1] error: no answer from another process in 0.0333333 minutes"),
         ("absent", True, "[rank 0] error: no answer from another process in 0.0333333 minutes"),
+        ("no host", False, "[rank 1] error: no answer from another process in 0.0333333 minutes"),
     ],
 )
 def test_nobody_waits_for_ever_for_a_process_that_is_gone(
     tmp_path: Path, kind: str, has_launcher: bool, line: str
 ) -> None:
     results = command_of_two(kind, has_launcher, tmp_path)
-    survivor, other = (results[1], results[0]) if kind == "dies" else (results[0], results[1])
+    survivor, other = (results[0], results[1]) if kind == "absent" else (results[1], results[0])
     assert survivor.returncode == 1 and other.returncode in (9, -9)
     lines = [text for text in survivor.stderr.splitlines() if text.startswith("esm2mega: ")]
     assert len(lines) == 1 and lines[0].startswith(f"esm2mega: {line}")
@@ -176,6 +177,6 @@ def test_nobody_waits_for_ever_for_a_process_that_is_gone(
 def command_of_two(kind: str, has_launcher: bool, folder: Path) -> list[RankResult]:
     """Run `COMMAND` on two ranks; where a wait is expected to run out, it does after 2 s."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if has_launcher else None
-    seconds = 2 if has_launcher and kind in ("dies", "absent") else 100
+    seconds = 2 if kind == "no host" or has_launcher and kind in ("dies", "absent") else 100
     arguments = [kind, str(store.port if store else 0), str(seconds)]
     return wait_ranks(start_ranks(["-c", COMMAND, *arguments], 2, folder), folder, timeout=100)

@@ -1,0 +1,52 @@
+"""Makes a directory whole or not at all, under another name beside its place, one process at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from esm2mega.data.store.token_store import PARTIAL_SUFFIX
+from esm2mega.errors import MachineError, UserError
+
+
+@contextmanager
+def staging_directory(out: Path) -> Iterator[Path]:
+    """Yield the directory beside `out` in which it is made, by one process at a time.
+
+    No reader accepts what is in that directory. It may hold what a killed attempt has left. An OSError in the
+    block becomes a MachineError.
+    """
+    staging = out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(staging / "lock", timeout=0):
+            yield staging
+    except filelock.Timeout:
+        raise UserError(
+            f"{out}: another `prepare` is writing it; wait for it, or name another directory"
+        ) from None
+    except OSError as error:
+        raise MachineError(
+            f"{out}: cannot be written ({error.strerror or error}); nothing was kept"
+        ) from error
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Yield a new directory that becomes `out` at the end of the block; an exception leaves nothing."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; name another directory or remove it")
+    with staging_directory(out) as staging:
+        try:
+            made = staging / "out"
+            shutil.rmtree(made, ignore_errors=True)  # left by an attempt that was killed
+            made.mkdir()
+            yield made
+            os.rename(made, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
