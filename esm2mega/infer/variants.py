@@ -52,14 +52,12 @@ def parse_variant(text: str, sequence: str, offset: int) -> Variant:
         if not 0 <= index < len(sequence):
             raise UserError(
                 f"{part}: residue {number} is not in the sequence, whose {len(sequence)} residues are "
-                "numbered "
-                f"from {offset}; set --offset to the number of the first one"
+                f"numbered from {offset}; set --offset to the number of the first one"
             )
         if sequence[index] != wild:
             raise UserError(
                 f"{part}: residue {number} of the sequence is {sequence[index]}, not {wild}; correct "
-                "it, or set "
-                f"--offset (now {offset}) to the number of the first residue"
+                f"it, or set --offset (now {offset}) to the number of the first residue"
             )
         if mutant not in VOCAB:
             raise UserError(
