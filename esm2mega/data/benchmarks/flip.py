@@ -9,8 +9,8 @@ residues has the sequences in one file and the labels in another, which has ``SE
 headers and a character for each residue; one task has a mask in a third file. A value is everything up to the
 next white space: exponents, slashes and leading zeros stay.
 
-The validation set is ``SET=train VALIDATION=True``, the training set the rest of ``SET=train``, and the test
-set ``SET=test``.
+Validation proteins have ``SET=train VALIDATION=True``, training proteins any other ``SET=train``, and test
+proteins ``SET=test``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def prepare_flip(
     split = split or task.default
     folder = Path(source)
     if not folder.is_dir():
-        raise UserError(f"--source {source}: is no directory; name the one with the files of {task_name}")
+        raise UserError(
+            f"--source {source}: is not a directory; name the directory with the files of {task_name}"
+        )
     if split not in task.splits:
         raise UserError(
             f"--split {split} is none of {task_name}, which has {', '.join(task.splits)}; name one of them"

@@ -24,7 +24,7 @@ def text_of(cells: Cells, column: str, location: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise UserError(f"{location}: the label in column {column!r} is empty; complete or remove the row")
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f"{location}: the label {value!r} in column {column!r} is no text; write it as text")
+        raise UserError(f"{location}: the label {value!r} in column {column!r} is not text; write it as text")
     return str(value).strip()
 
 

@@ -19,8 +19,10 @@ from esm2mega.errors import UserError
 from esm2mega.pairs import pairs_of
 
 DISTANCE = 8.0
-"""Pairs nearer than this, in Angstrom, are contacts in TAPE (`tape/datasets.py`) and in ESM
-(`examples/contact_prediction.ipynb`)."""
+"""Pairs nearer than this, in Angstrom, are contacts.
+
+TAPE (`tape/datasets.py`) and ESM (`examples/contact_prediction.ipynb`) agree on the number.
+"""
 
 SEPARATION = 6
 """Only pairs with at least this j - i count, in TAPE and in ESM."""

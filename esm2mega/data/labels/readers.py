@@ -1,8 +1,7 @@
 """Turns labelled rows into the numbers that each kind of task needs, and learns classes and scale.
 
 The classes and the scale of targets come from the training data alone and go into every checkpoint
-(`TargetInfo`); validation and prediction use the same. Text stays text: a class named ``NA`` or ``007`` is
-that class.
+(`TargetInfo`); validation and prediction use them too. Text stays text, such as a class named ``007``.
 
 Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a protein.
 """
@@ -191,7 +190,9 @@ class _NamedLabels(TargetReader):
         if value is None:
             return []
         if not isinstance(value, str):
-            raise UserError(f"{location}: the labels {value!r} in column {column!r} are no text")
+            raise UserError(
+                f"{location}: the labels {value!r} in column {column!r} are not text; write names joined by ;"
+            )
         return [name.strip() for name in value.split(";") if name.strip()]
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:

@@ -174,7 +174,7 @@ def _with_labels(
         if task.kind not in RESIDUE_KINDS:
             raise UserError(
                 f"task.label_file={path}: a FASTA of labels has one for each residue, task.kind={task.kind} "
-                "wants another form; give a table with ids and labels"
+                "needs another form; give a table with ids and labels"
             )
         if len(task.target_columns) > 1:
             raise UserError(
@@ -248,7 +248,7 @@ def _tokens_of_ids(cells: Mapping[str, object], location: str) -> npt.NDArray[np
             f"under {ATTENTION_MASK}; tokenise again with the ESM-2 vocabulary and without truncation"
         )
     if ids.min() < 0 or ids.max() >= len(vocabulary.VOCAB):
-        raise UserError(f"{location}: {INPUT_IDS} must lie in 0 to {len(vocabulary.VOCAB) - 1}")
+        raise UserError(f"{location}: {INPUT_IDS} must be 0 to {len(vocabulary.VOCAB) - 1}")
     return ids[1:-1].astype(np.uint8)
 
 

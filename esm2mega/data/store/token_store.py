@@ -7,8 +7,7 @@
     manifest.json              format, tokenizer hash, counts, sources, size and SHA-256 of the other files
 
 `lengths` count residues; a protein of L residues has L + 2 tokens with `<cls>` and `<eos>`, which are added
-when it is read for the model. A store is written under a name that `TokenStore` refuses and renamed when it
-is complete.
+when it is read for the model. A store has a name that `TokenStore` refuses until it is complete.
 """
 
 from __future__ import annotations

@@ -177,8 +177,7 @@ class PackStream(ABC, Generic[BatchT]):
 class TrainStream(PackStream[PackedBatch]):
     """Iterates without end over masked batches of token stores; close it after use.
 
-    Batches are built ahead, one in a thread or some in each of `data.workers` processes; they are the same
-    either way.
+    Batches are built ahead, one in a thread or some in each of `data.workers` processes, with equal results.
     """
 
     def __init__(

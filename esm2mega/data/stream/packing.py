@@ -5,8 +5,7 @@ into padded batches of similar length, and the packs are shuffled, since the fir
 proteins. Every rank plans the same windows for itself; a position in the endless sequence of packs is a
 `PackCursor`, which is all that a resumed run needs.
 
-Planning does not step through samples one by one: pieces of one length, and packs with equal room left, are
-handled together.
+Planning handles pieces of one length, and packs with equal room left, together, and not sample by sample.
 """
 
 from __future__ import annotations
@@ -35,9 +34,8 @@ _WINDOW_PER_TOKEN = 8
 def plan_packs(num_tokens: npt.ArrayLike, capacity: int) -> Integers:
     """Pack the pieces of one window, longest first, each into the fullest pack that has room for it.
 
-    Of several equally full packs the one that was filled to that level last is taken. For proteins cropped to
-    1024 tokens in packs of 4096 this leaves some 0.1 % of the tokens empty, nearly all of them in the last
-    packs.
+    Of several equally full packs the one that was filled to that level last is taken. Proteins cropped to
+    1024 tokens leave some 0.1 % of the tokens of packs of 4096 empty, nearly all of them in the last packs.
 
     Args:
         num_tokens: tokens of each piece, [n], each between 1 and `capacity`.

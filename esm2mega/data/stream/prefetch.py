@@ -135,8 +135,7 @@ class ProcessPrefetcher(Generic[T]):
 def _signals_blocked() -> Iterator[None]:
     """Keep the processes started in the block from seeing the signals with which schedulers stop a job.
 
-    Schedulers send them to all processes. The training process acts on them, and needs its data until it has
-    done so.
+    They are sent to all processes. The training process acts on them, and needs its data until then.
     """
     before = signal.pthread_sigmask(
         signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}

@@ -7,8 +7,7 @@ A sample is drawn in up to three steps, each a pure function of (seed, k) in con
                clusters, every cluster once, and one of its members at random, all equally likely
     piece      a window of `data.max_seq_length` tokens of a longer protein, or all its chunks
 
-Tokens of a protein are numbered with `<cls>` as 0 and `<eos>` as the last. Only the lengths of proteins are
-read here.
+Tokens of a protein are numbered from `<cls>`, 0, to `<eos>`. This module reads only the lengths of proteins.
 """
 
 from __future__ import annotations
