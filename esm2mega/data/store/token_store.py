@@ -289,10 +289,7 @@ class TokenStore:
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash that is equal for two stores if they hold equal proteins in equal order.
-
-        Ids, clusters and sources do not matter.
-        """
+        """Return a hash of the proteins and their order; ids, clusters and sources do not matter."""
         hashes = [self.manifest["tokens_sha256"], self.manifest["files"][_INDEX]["sha256"]]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
