@@ -325,7 +325,7 @@ def _read_tensors(
         if present.keys() != required:
             raise UserError(
                 f"{path}: {name} of layer {layer} has {', '.join(sorted(present))}, not "
-                f"{', '.join(sorted(required))}; save the adapter with peft again"
+                f"{', '.join(sorted(required))}; the file is not whole, save the adapter again"
             )
     targets = {
         linear.name: tuple(sorted(layer for name, layer in parts if name == linear.name))
