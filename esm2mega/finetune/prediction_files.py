@@ -111,8 +111,8 @@ class PredictionContents(Contents):
                 contacts = probabilities(pair_map(logits, start, int(self.lengths[row])))
                 yield _CONTACTS, int(self.contact_offsets[row]), contacts.ravel()
         elif not self.info.per_residue:
-            for place, row in enumerate(rows.tolist()):
-                yield _PREDICTIONS, row, values[place : place + 1]
+            for index, row in enumerate(rows.tolist()):
+                yield _PREDICTIONS, row, values[index : index + 1]
         else:
             # The residues of each protein, or of each of its chunks.
             borders = np.flatnonzero((np.diff(rows) != 0) | (np.diff(numbers) != 1)) + 1
