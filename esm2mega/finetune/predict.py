@@ -63,6 +63,7 @@ class PredictJob(Job):
 
     name = "predict"
     unit = "pack"
+    allow_unknown = True
 
     def __init__(
         self, checkpoint: str | Path, input: str, out: Path, overrides: Sequence[str], mode: Mode

@@ -19,6 +19,7 @@ from esm2mega.errors import UserError
 from esm2mega.finetune.api import infer_model, train_model
 from esm2mega.finetune.predict import predict
 from esm2mega.infer.arrays import ArrayFile
+from esm2mega.infer.embed import EmbedRequest, embed
 from tests.infer_models import random_proteins, write_fasta
 from tests.unit.runs import SETTINGS
 
@@ -106,6 +107,18 @@ def test_predict_holds_a_few_packs_at_once(
     assert seen == len(SEQUENCES) and not waiting
     # The packs of a piece: a 64th of some 80.
     assert most < 20
+
+
+def test_a_protein_of_unknown_residues_has_a_prediction(checkpoint: Path, tmp_path: Path) -> None:
+    """That of `infer_model`; `embed` and training refuse it."""
+    sequences = ["JJJJ", "MKTAY"]
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", sequences[0]), ("b", sequences[1])])
+    predict(checkpoint, fasta, tmp_path / "x.csv")
+    rows = rows_of(tmp_path / "x.csv")
+    assert [row["id"] for row in rows] == ["a", "b"]
+    assert [row["prediction"] for row in rows] == infer_model(checkpoint, sequences)
+    with pytest.raises(UserError, match="the sequence of 'a' has only unknown residues"):
+        embed(EmbedRequest(str(checkpoint), str(fasta), str(tmp_path / "e.h5")))
 
 
 class Stop(Exception):
