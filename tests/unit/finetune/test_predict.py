@@ -201,6 +201,21 @@ def test_long_proteins_are_as_in_training_unless_said_otherwise(
     assert {row["truncated"] for row in rows_of(tmp_path / "z.csv")} == {"False"}
 
 
+@pytest.mark.parametrize(
+    "written", [["--too-long", "chunk"], ["infer.too_long=chunk"], ["--too-long", "drop"]]
+)
+def test_what_only_others_do_with_long_proteins_is_refused_by_its_name(
+    checkpoint: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], written: list[str]
+) -> None:
+    command = ["predict", str(checkpoint), str(fasta), "--out", str(tmp_path / "x.csv"), *written]
+    assert main(command) == 2
+    value = written[-1].removeprefix("infer.too_long=")
+    message = f"infer.too_long={value} (--too-long) is not one of error, crop, which `predict` takes"
+    assert message in (said := capsys.readouterr().err)
+    assert "data.too_long" not in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_resume_and_overwrite_exclude_each_other(
     checkpoint: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
