@@ -162,15 +162,34 @@ def test_resume_goes_on_and_gives_the_same_bytes(
     assert not (tmp_path / f"{name}.partial").exists()
     with pytest.raises(UserError, match="exists; replace it with --overwrite"):
         predict(checkpoint, fasta, out)
-    if name == "x.csv":
-        with pytest.raises(UserError, match="does not say of which settings it is"):
-            predict(checkpoint, fasta, out, mode="resume")
-        predict(checkpoint, fasta, out, mode="overwrite")
-    else:
-        assert predict(checkpoint, fasta, out, mode="resume") == [f"{out} is complete"]
-        with pytest.raises(UserError, match="exists and is of other settings: max_seq_length was 64"):
-            predict(checkpoint, fasta, out, other, mode="resume")
+    assert predict(checkpoint, fasta, out, mode="resume") == [f"{out} is complete"]
+    with pytest.raises(UserError, match="exists and is of other settings: max_seq_length was 64"):
+        predict(checkpoint, fasta, out, other, mode="resume")
     assert out.read_bytes() == expected.read_bytes()
+
+
+def test_a_csv_whose_settings_are_not_known_is_not_complete(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are noted beside it, of this very content."""
+    fasta, out = write_fasta(tmp_path / "x.fasta", PROTEINS[:3]), tmp_path / "x.csv"
+    command = ["predict", str(checkpoint), str(fasta), "--out", str(out), "--resume"]
+    assert main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.csv.settings.json", "x.fasta"]
+    assert main(command) == 0
+    assert f"{out} is complete" in capsys.readouterr().out
+    content, noted = out.read_bytes(), tmp_path / "x.csv.settings.json"
+    settings = noted.read_text()
+    for text in ("[]", "{}", "no JSON", '{"sha256": "0", "attributes": {}}', None):
+        noted.unlink() if text is None else noted.write_text(text)
+        assert main(command) == 2
+        assert "does not say of which settings it is" in capsys.readouterr().err
+    noted.write_text(settings)
+    out.write_bytes(content + b"p9,False,H\n")
+    assert main(command) == 2
+    assert "does not say of which settings it is" in capsys.readouterr().err
+    assert main([*command[:-1], "--overwrite"]) == 0
+    assert out.read_bytes() == content and noted.read_text() == settings
 
 
 def test_long_proteins_are_as_in_training_unless_said_otherwise(
