@@ -34,9 +34,12 @@ def lost_peer(error: BaseException) -> MachineError | None:
     found = _LOST.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None
+    cure = ""
+    if found[0].startswith("Timed out"):
+        cure = "; if it is still at work, for instance on a large input, raise parallel.timeout_minutes"
     return MachineError(
         f"lost the connection to another process ({found[0]}): that one ended or hangs: its message is "
-        "the one to read; without a message it was killed, most often for memory"
+        f"the one to read; without a message it was killed, most often for memory{cure}"
     )
 
 
