@@ -36,11 +36,11 @@ _PIECES = 64
 
 @dataclass(frozen=True)
 class PredictionContents(Contents):
-    """Predictions of proteins, of their residues, or maps of contacts.
+    """Describes an output with predictions of proteins, of their residues, or with maps of contacts.
 
     Attributes:
-        info: What predictions mean.
-        spec: What decides the packs.
+        info: Meaning of the predictions.
+        spec: Settings that decide the packs.
     """
 
     info: TargetInfo
@@ -48,14 +48,15 @@ class PredictionContents(Contents):
 
     @cached_property
     def packs(self) -> LabelledPacks:
-        """The packs in which the proteins are computed: those of an evaluation, so that every prediction has
-        the bits that it has there.
+        """Return the packs in which the proteins are computed.
+
+        They are the packs of an evaluation, so that every prediction has the same bits as there.
         """
         return LabelledPacks(UnlabelledProteins(self.store), self.spec)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Residues of each protein, those that are cropped included, ``[n]``."""
+        """Return the number of residues of each protein, cropped ones included, ``[n]``."""
         return self.store.lengths.astype(np.int64)
 
     @cached_property
@@ -105,7 +106,7 @@ class PredictionContents(Contents):
         """Yield the rows of all predictions of a pack.
 
         Args:
-            found: ``rows``, ``numbers`` and ``values`` of it, as in `esm2mega.finetune.metrics.Predictions`.
+            found: Its ``rows``, ``numbers`` and ``values``, as in `esm2mega.finetune.metrics.Predictions`.
         """
         rows, numbers, values = found["rows"], found["numbers"], found["values"]
         if self.info.per_pair:
@@ -143,14 +144,14 @@ class PredictionContents(Contents):
 
 @dataclass(frozen=True)
 class PredictionTarget(OutputTarget):
-    """A target says where predictions go: ``csv``, ``parquet`` or ``hdf5``."""
+    """Says where predictions go, and in which format: ``csv``, ``parquet`` or ``hdf5``."""
 
     @classmethod
     def of(cls, out: str | Path, info: TargetInfo) -> PredictionTarget:
         """Choose the format by the ending of the name.
 
         Raises:
-            UserError: An unknown ending, or something that a table cannot hold.
+            UserError: The ending is unknown, or a table cannot hold the predictions.
         """
         path = Path(out)
         check_format(path)
@@ -178,7 +179,7 @@ class PredictionTarget(OutputTarget):
 
 
 def check_format(out: Path) -> None:
-    """Refuse a name that tells no format, before the work is done."""
+    """Raise `UserError` for a name that does not tell the format, before the work is done."""
     if out.suffix not in _FORMATS:
         raise UserError(f"--out {out}: unknown ending {out.suffix!r}; give one of {', '.join(_FORMATS)}")
     if out.suffix == ".parquet":
@@ -188,7 +189,7 @@ def check_format(out: Path) -> None:
 
 
 def check_kind(out: Path, info: TargetInfo) -> None:
-    """Refuse a table for what fits into none."""
+    """Raise `UserError` if the output is a table and cannot hold the predictions."""
     if out.suffix == ".h5":
         return
     if info.per_pair:
