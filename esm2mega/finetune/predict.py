@@ -11,6 +11,7 @@ from typing import Any
 from esm2mega.config.head_form import head_form
 from esm2mega.config.load import value_of
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.errors import UserError
 from esm2mega.files import check_out
 from esm2mega.finetune.checkpoint import load_task, open_task, without_dropping
 from esm2mega.finetune.evaluate import Collecting
@@ -31,6 +32,9 @@ _AS_IN_TRAINING = {
     "infer.micro_batch_tokens": "train.micro_batch_tokens",
 }
 """Maps keys of inference to the keys of fine-tuning whose values they replace."""
+
+_TOO_LONG = ("error", "crop")
+"""Of the values of `infer.too_long`: windows of a protein have no common prediction."""
 
 
 def predict(
@@ -63,6 +67,7 @@ class PredictJob(Job):
 
     name = "predict"
     unit = "pack"
+    allow_unknown = True
 
     def __init__(
         self, checkpoint: str | Path, input: str, out: Path, overrides: Sequence[str], mode: Mode
@@ -130,7 +135,17 @@ class PredictJob(Job):
 
 
 def _in_terms_of_training(overrides: Sequence[str]) -> list[str]:
-    """Repeat under the keys of fine-tuning what `overrides` say under keys of inference."""
+    """Repeat under the keys of fine-tuning what `overrides` say under keys of inference.
+
+    Raises:
+        UserError: `infer.too_long` is what only other commands can do.
+    """
     found = {key: value_of(key, None, overrides) for key in _AS_IN_TRAINING}
+    too_long = found["infer.too_long"]
+    if too_long not in (None, *_TOO_LONG):
+        raise UserError(
+            f"infer.too_long={too_long} (--too-long) is not one of {', '.join(_TOO_LONG)}, which "
+            "`predict` takes"
+        )
     said = [f"{_AS_IN_TRAINING[key]}={value}" for key, value in found.items() if value is not None]
     return [*overrides, *said]

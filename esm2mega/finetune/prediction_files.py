@@ -6,6 +6,7 @@ Legend: ``n`` proteins, ``k`` outputs, ``L`` residues of a protein.
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledPacks, UnlabelledProteins
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
+from esm2mega.files import OTHER_OUT, file_sha256, write_json
 from esm2mega.finetune.output import pair_map, probabilities, table_cells
 from esm2mega.infer.arrays import ArrayFile, ArraySpec
 from esm2mega.infer.contents import Array, Contents, Write
@@ -112,8 +114,8 @@ class PredictionContents(Contents):
                 contacts = probabilities(pair_map(logits, start, int(self.lengths[row])))
                 yield _CONTACTS, int(self.contact_offsets[row]), contacts.ravel()
         elif not self.info.per_residue:
-            for place, row in enumerate(rows.tolist()):
-                yield _PREDICTIONS, row, values[place : place + 1]
+            for index, row in enumerate(rows.tolist()):
+                yield _PREDICTIONS, row, values[index : index + 1]
         else:
             # The residues of each protein, or of each of its chunks.
             borders = np.flatnonzero((np.diff(rows) != 0) | (np.diff(numbers) != 1)) + 1
@@ -156,15 +158,21 @@ class PredictionTarget(OutputTarget):
         check_kind(path, info)
         return cls(path, _FORMATS[path.suffix])
 
+    def finish(self, path: Path, contents: Contents, arrays: ArrayFile) -> list[Path]:
+        made = super().finish(path, contents, arrays)
+        if self.format == "csv":
+            noted = {"sha256": file_sha256(self.out), "attributes": contents.attributes}
+            write_json(settings_file(self.out), noted, OTHER_OUT)
+        return made
+
     def _writer(self, kind: str) -> Callable[[Path, Any, ArrayFile], None]:
         return write_csv if self.format == "csv" else write_parquet
 
     def _reader(self) -> Callable[[Path], dict[str, Any]]:
         from esm2mega.infer import exports, hdf5
 
-        # A table of text has no room for settings.
         return {
-            "csv": lambda path: {},
+            "csv": read_csv_attributes,
             "parquet": exports.read_parquet_attributes,
             "hdf5": hdf5.read_attributes,
         }[self.format]
@@ -203,6 +211,19 @@ def write_csv(path: Path, contents: PredictionContents, arrays: ArrayFile) -> No
             if not number:
                 table.writerow(row)
             table.writerow(row.values())
+
+
+def settings_file(path: Path) -> Path:
+    """Return where the settings of a CSV are noted, since a table of text has no room for them."""
+    return path.with_name(f"{path.name}.settings.json")
+
+
+def read_csv_attributes(path: Path) -> dict[str, Any]:
+    """Return the attributes that are noted beside a CSV; empty if they are of another content."""
+    noted = json.loads(settings_file(path).read_text())
+    if not isinstance(noted, dict) or noted["sha256"] != file_sha256(path):
+        return {}
+    return dict(noted["attributes"])
 
 
 def write_parquet(path: Path, contents: PredictionContents, arrays: ArrayFile) -> None:

@@ -42,6 +42,7 @@ class Job(ABC):
     Attributes:
         name: Name of the command, for messages and the progress bar.
         unit: Unit in which `Contents.amount` counts.
+        allow_unknown: Whether a protein may have unknown residues alone.
         input: Sequences in any format of `esm2mega.data.readers.sources`, or a token store.
         mode: What to do about an output that exists already.
         run: The configuration.
@@ -50,6 +51,7 @@ class Job(ABC):
 
     name: str
     unit: str
+    allow_unknown = False
 
     def __init__(self, input: str, mode: Mode, run: Run, target: OutputTarget) -> None:
         """Set the attributes of the job."""
@@ -143,7 +145,7 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
         make_folder(target.work_dir, f"--out {target.out}")
     try:
         run.data.cache_dir = str(target.work_dir / _PREPARED)
-        store = open_store(job.input, run.data, run.run_dir, "input")
+        store = open_store(job.input, run.data, run.run_dir, "input", allow_unknown=job.allow_unknown)
         job.check(store)
         attributes = _attributes(job, store)
         if job.mode == "resume" and (finished := target.existing()) and not begun:

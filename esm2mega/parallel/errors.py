@@ -34,9 +34,12 @@ def lost_peer(error: BaseException) -> MachineError | None:
     found = _LOST.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None
+    cure = ""
+    if found[0].startswith("Timed out"):
+        cure = "; if it is still at work, for instance on a large input, raise parallel.timeout_minutes"
     return MachineError(
         f"lost the connection to another process ({found[0]}), which ended or hangs; read its message: if it "
-        "has none, it was killed, most often for lack of memory"
+        f"has none, it was killed, most often for lack of memory{cure}"
     )
 
 

@@ -26,7 +26,12 @@ DIRECTORY = "prepared"
 
 
 def open_store(
-    path: str, data: DataConfig, run_dir: str, key: str, open_progress: OpenProgress | None = None
+    path: str,
+    data: DataConfig,
+    run_dir: str,
+    key: str,
+    open_progress: OpenProgress | None = None,
+    allow_unknown: bool = False,
 ) -> TokenStore:
     """Open the token store at `path`, or the store made of the file there.
 
@@ -36,6 +41,7 @@ def open_store(
         run_dir: run directory, beside which the cache is where `data` names none.
         key: name of `path` for the user, such as `data.train`.
         open_progress: shows the progress of preparing, in the process that does it.
+        allow_unknown: whether a protein may have unknown residues alone.
 
     Raises:
         UserError: The path is neither of them, or the file is refused.
@@ -44,15 +50,14 @@ def open_store(
         return TokenStore(path)
     options = SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
     cache = Path(data.cache_dir) if data.cache_dir else Path(run_dir).parent / DIRECTORY
-    out = cache / _store_name(path, options)
+    out = cache / _store_name(path, options, allow_unknown)
     if not out.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / f".{out.name}.lock"):
             if not out.is_dir():
                 _say(f"{key}: {path} is prepared, once, into {out}")
-                report = prepare_fasta(
-                    [path], out, options=PrepareOptions(options), open_progress=open_progress
-                )
+                how = PrepareOptions(options, allow_unknown=allow_unknown)
+                report = prepare_fasta([path], out, options=how, open_progress=open_progress)
                 for line in report.lines():
                     _say(line)
                 return TokenStore(out / "train")
@@ -66,11 +71,20 @@ def is_sequence_file(path: str) -> bool:
     return os.path.isfile(path) or (os.path.isdir(path) and format_of(Path(path)) == "tape")
 
 
-def _store_name(path: str, options: SourceOptions) -> str:
+def _store_name(path: str, options: SourceOptions, allow_unknown: bool) -> str:
     """Name a store by the file's stem, which people can read, and a hash over all that decides the store."""
     source = open_source(path, options)
     content = [file_sha256(file) for file in source.files()]
-    parts = (type(source).__name__, options, content, vocabulary.TOKENIZER_HASH, FORMAT_VERSION)
+    parts: tuple[object, ...] = (
+        type(source).__name__,
+        options,
+        content,
+        vocabulary.TOKENIZER_HASH,
+        FORMAT_VERSION,
+    )
+    if allow_unknown:
+        # Not in every name: caches that earlier versions made are found again.
+        parts += ("allow_unknown",)
     return f"{Path(path).name.split('.')[0]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 

@@ -72,13 +72,16 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
-def write_parts(sources: Sequence[RecordSource], folder: Path, workers: int) -> list[Part]:
+def write_parts(
+    sources: Sequence[RecordSource], folder: Path, workers: int, allow_unknown: bool = False
+) -> list[Part]:
     """Read all inputs and encode them, but for the parts that an earlier attempt has finished.
 
     Args:
         sources: the inputs.
         folder: directory of the parts; may hold those of an earlier attempt.
         workers: processes that parse and encode; with 1, this process does it.
+        allow_unknown: whether a protein may have unknown residues alone.
 
     Returns:
         The parts in the order of the input.
@@ -91,11 +94,12 @@ def write_parts(sources: Sequence[RecordSource], folder: Path, workers: int) -> 
     for unfinished in folder.glob(".*"):
         shutil.rmtree(unfinished)
     if workers == 1:
-        return [job.run() for job in _jobs(sources, folder)]
+        return [job.run() for job in _jobs(sources, folder, allow_unknown)]
     context = multiprocessing.get_context("spawn")  # the caller may have threads, which a fork would break
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
         try:
-            return list(_run(pool, _jobs(sources, folder), workers + _WAITING_BLOCKS))
+            jobs = _jobs(sources, folder, allow_unknown)
+            return list(_run(pool, jobs, workers + _WAITING_BLOCKS))
         except BrokenProcessPool:
             raise MachineError(
                 "a worker process was killed, perhaps for want of memory; the same command goes on with what "
@@ -114,6 +118,7 @@ class _Job:
     block: Block
     path: Path
     key: str
+    allow_unknown: bool
 
     def run(self) -> Part:
         """Parse, encode and write the block, or take the part that an earlier attempt has made of it."""
@@ -121,7 +126,7 @@ class _Job:
             return part
         shutil.rmtree(self.path, ignore_errors=True)
         _lower_case_file(self.path).unlink(missing_ok=True)
-        kept = _Kept(self.source, self.source.records(self.block))
+        kept = _Kept(self.source, self.source.records(self.block), self.allow_unknown)
         batches = in_batches(kept, lambda record: len(record.residues), _BATCH_RESIDUES)
         if (first := next(batches, None)) is None:
             return Part(None, self.number, dropped=kept.dropped)
@@ -157,12 +162,13 @@ class _Job:
         )
 
 
-def _jobs(sources: Sequence[RecordSource], folder: Path) -> Iterator[_Job]:
+def _jobs(sources: Sequence[RecordSource], folder: Path, allow_unknown: bool) -> Iterator[_Job]:
     number = 0
     for position, source in enumerate(sources):
         worker = source.for_worker()
         for block in source.blocks():
-            yield _Job(worker, position, block, folder / f"{number:08d}", source.key(block))
+            path = folder / f"{number:08d}"
+            yield _Job(worker, position, block, path, source.key(block), allow_unknown)
             number += 1
 
 
@@ -201,10 +207,12 @@ def _prepare_worker() -> None:
 
 
 class _Kept:
-    """Passes records on but those to drop, which it counts; refuses records without a known residue."""
+    """Passes records on but those to drop, which it counts; refuses those without a known residue, unless
+    they are allowed.
+    """
 
-    def __init__(self, source: RecordSource, records: Iterator[Record]) -> None:
-        self._source, self._records = source, records
+    def __init__(self, source: RecordSource, records: Iterator[Record], allow_unknown: bool) -> None:
+        self._source, self._records, self._allow_unknown = source, records, allow_unknown
         self.dropped = 0
 
     def __iter__(self) -> Iterator[Record]:
@@ -212,7 +220,8 @@ class _Kept:
             if not record.residues:
                 self.dropped += 1
                 continue
-            check_known(self._source, record.line, record.id, record.residues)
+            if not self._allow_unknown:
+                check_known(self._source, record.line, record.id, record.residues)
             yield record
 
 

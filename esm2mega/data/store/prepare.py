@@ -48,11 +48,13 @@ class PrepareOptions:
         workers: processes that parse and encode; None for as many as this process may use cores. The output
             does not depend on it.
         shard_bytes: largest size of a file of tokens, a multiple of `shards.SHARD_UNIT`.
+        allow_unknown: whether a protein may have unknown residues alone.
     """
 
     source: SourceOptions = SourceOptions()
     workers: int | None = None
     shard_bytes: int = SHARD_BYTES
+    allow_unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def _write_parts(
         for source in sources:
             source.progress = progress
         # More processes than blocks would have nothing to do.
-        return write_parts(sources, folder, min(workers, 1 + total // text.BLOCK_BYTES))
+        workers = min(workers, 1 + total // text.BLOCK_BYTES)
+        return write_parts(sources, folder, workers, options.allow_unknown)
 
 
 @dataclass(frozen=True)
