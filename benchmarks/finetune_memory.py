@@ -96,7 +96,7 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
         peak = _memory_bytes(ranks.device) - before
         directory = Path(folder) / "step"
         saved = TRAINED if mode == "lora" else ALL
-        save_checkpoint(directory, state.model, state.optimizer, run, {}, choice=saved)
+        save_checkpoint(directory, state.model, state.optimizer, run, {}, tensor_filter=saved)
         answer.put(
             {
                 "device": str(ranks.device),
