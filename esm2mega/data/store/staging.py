@@ -10,7 +10,7 @@ from pathlib import Path
 
 import filelock
 
-from esm2mega.data.store.token_store import PARTIAL_SUFFIX
+from esm2mega.data.store.manifest import PARTIAL_SUFFIX
 from esm2mega.errors import MachineError, UserError
 
 
