@@ -18,7 +18,8 @@ from esm2mega.errors import MachineError, UserError
 def staging_directory(out: Path) -> Iterator[Path]:
     """The directory beside `out` in which it is made, by one process at a time.
 
-    No reader accepts what is there. It may hold what a killed attempt has left.
+    No reader accepts what is there. It may hold what a killed attempt has left, and is locked, so that the
+    next attempt can go on from it: `files.appearing` begins anew each time and locks nothing.
     An OSError of the block becomes a MachineError.
     """
     staging = out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")

@@ -67,6 +67,9 @@ class StoreWriter:
     """Writes one token store: the end of the `with` block completes it, an exception removes every trace.
 
     `provenance` goes into the manifest (sources, split) and may be filled until the block is left.
+
+    It grows under a name that `TokenStore` refuses, another one for each writer, so that nobody waits for a
+    dead one; under the name that `files.appearing` gives it would be read.
     """
 
     def __init__(self, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
