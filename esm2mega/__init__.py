@@ -1,4 +1,4 @@
-"""ESM-2 protein language models on Megatron-Core. Importing this package imports neither torch nor numpy."""
+"""Offers ESM-2 protein language models on Megatron-Core; its import loads neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Model", "infer_model", "load", "train_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """The names of `__all__` are imported when they are first used: they bring torch with them."""
+    """Import a name of `__all__` when it is first used, because it brings torch with it."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'esm2mega' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m esm2mega` runs the command line; it is the form that torchrun starts."""
+"""`python -m esm2mega` runs the command line; torchrun starts it in this form."""
 
 import sys
 

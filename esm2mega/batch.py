@@ -1,4 +1,4 @@
-"""The micro-batches that the data hand to the model and the losses: packs of tokens with their labels.
+"""Defines the micro-batches that the data pipeline hands to the model and the losses: packs with labels.
 
 T   tokens of a pack (`train.micro_batch_tokens`), padding included
 n   segments: proteins, or pieces of them
@@ -21,7 +21,7 @@ from esm2mega import vocabulary
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: a pack of proteins, one behind the other, with its labels.
+    """Holds one micro-batch: a pack of proteins, one behind the other, with its labels.
 
     Attributes:
         input_ids: token ids after masking, `<pad>` behind the last protein, int64 [T].
@@ -32,7 +32,7 @@ class PackedBatch:
         labels: the original tokens there, int64 [M].
         label_counts: tokens to predict in each segment on the host, n numbers that add up to M.
         num_tokens: tokens of proteins, `<cls>` and `<eos>` included, padding not.
-        num_residues: the same without `<cls>` and `<eos>`.
+        num_residues: tokens of proteins without `<cls>` and `<eos>`.
         num_sequences: proteins, or pieces of them, in the pack.
     """
 
@@ -49,14 +49,14 @@ class PackedBatch:
 
     @property
     def head_inputs(self) -> Tensor:
-        """What the head needs to know about the batch; for the LM head, the tokens that get logits.
+        """Return what the head needs to know about the batch; for the LM head, the tokens that get logits.
 
         A LabelledBatch gives `Segments` here.
         """
         return self.label_positions
 
     def without_labels(self) -> PackedBatch:
-        """Return a batch of the same tokens, of which nothing is predicted."""
+        """Return a batch of the same tokens in which no token is to be predicted."""
         return replace(
             self,
             label_positions=self.label_positions[:0],
@@ -65,7 +65,7 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with its tensors on `device`; the host numbers stay on the host."""
+        """Return this batch with its tensors on `device`; the host numbers stay on the host."""
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -77,17 +77,17 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the proteins and their residues lie in a pack: what a head knows besides hidden states.
+    """Says where the proteins and their residues lie in a pack: what a head knows besides hidden states.
 
     Attributes:
-        num_proteins: n.
-        first: Place of each protein's first token, its `<cls>` unless that was cropped away, int64 ``[n]``.
-        residues: Places of the residues, ascending, int64 ``[R]``.
+        num_proteins: Number of proteins, n.
+        first: Position of each protein's first token, `<cls>` unless that was cropped away, int64 ``[n]``.
+        residues: Positions of the residues, ascending, int64 ``[R]``.
         owners: Which of the n proteins each residue belongs to, int64 ``[R]``.
         numbers: Number of each residue within its whole protein, from 0, int64 ``[R]``.
-        keys: Random 64 bits of each protein in this step, for dropout; int64 ``[n]``.
-        tokens: Token ids of each protein as bytes, on the host: what hidden states depend on.
-        starts: `first` on the host.
+        keys: 64 random bits for each protein in this step, for dropout; int64 ``[n]``.
+        tokens: Token ids of each protein as bytes, on the host; the hidden states depend on them.
+        starts: The numbers of `first`, on the host.
     """
 
     num_proteins: int
@@ -101,7 +101,7 @@ class Segments:
 
     @property
     def spans(self) -> list[slice]:
-        """Where in its own tokens the residues of each protein are, on the host."""
+        """Return, on the host, where in its own tokens the residues of each protein are."""
         return [
             slice(int(text[0] == vocabulary.CLS), len(text) - int(text[-1] == vocabulary.EOS))
             for text in self.tokens
@@ -109,12 +109,12 @@ class Segments:
 
     @property
     def residue_counts(self) -> list[int]:
-        """Residues of each protein, on the host."""
+        """Return the number of residues of each protein, on the host."""
         return [span.stop - span.start for span in self.spans]
 
     @staticmethod
     def of_protein(tokens: Tensor) -> Segments:
-        """A pack of one whole protein with `<cls>` and `<eos>`, int64 ``[T]``; without randomness."""
+        """Describe a pack of one whole protein with `<cls>` and `<eos>`, int64 ``[T]``; `keys` are 0."""
         residues = torch.arange(1, len(tokens) - 1)
         nothing = torch.zeros(1, dtype=torch.int64)
         content = tokens.numpy().astype("uint8").tobytes()
@@ -122,26 +122,26 @@ class Segments:
         return Segments(1, nothing, residues, owners, residues - 1, nothing, (content,), (0,))
 
     def to(self, device: torch.device | str) -> Segments:
-        """The same on `device`."""
+        """Return these segments with their tensors on `device`."""
         names = ("first", "residues", "owners", "numbers", "keys")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """One micro-batch of labelled proteins.
+    """Holds one micro-batch of labelled proteins.
 
     Attributes:
         input_ids: Token ids, `<pad>` behind the last protein, int64 ``[T]``.
         seqlens: Tokens of each segment on the host, padding included; they add up to T.
         head_inputs: What the head needs to know about the batch; for the heads of tasks, where proteins and
             residues lie (a PackedBatch gives a tensor of positions here).
-        labels: Float64 ``[n, k]`` (NaN: none) or int64 ``[n]`` (-100: none) of proteins; of residues,
-            ``[R, m]`` of either; of pairs int8 ``[P]``. None for prediction.
-        rows: Which protein of the table each is, int64 ``[n]``.
+        labels: For labels of proteins float64 ``[n, k]`` (NaN: no label) or int64 ``[n]`` (-100: no label);
+            for residues either type, ``[R, m]``; for pairs int8 ``[P]``. None for prediction.
+        rows: Row of each protein in the table, int64 ``[n]``.
         num_tokens: Tokens of proteins, without padding.
-        num_residues: R.
-        num_sequences: n.
+        num_residues: Number of residues, R.
+        num_sequences: Number of proteins, or pieces of them, n.
     """
 
     input_ids: Tensor
@@ -154,10 +154,10 @@ class LabelledBatch:
     num_sequences: int
 
     label_counts = None
-    """Every hidden state is needed, so the last layer computes all of them."""
+    """This is None because the head needs every hidden state, so the last layer computes all of them."""
 
     def to(self, device: torch.device | str) -> LabelledBatch:
-        """The same batch with its tensors on `device`."""
+        """Return this batch with its tensors on `device`."""
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -166,7 +166,7 @@ class LabelledBatch:
         )
 
     def without_labels(self) -> LabelledBatch:
-        """Return a batch of the same tokens, of which nothing is predicted."""
+        """Return a batch of the same tokens for which nothing is predicted."""
         nothing = self.rows[:0]
         segments = Segments(0, nothing, nothing, nothing, nothing, nothing, (), ())
         labels = None if self.labels is None else self.labels[:0]

@@ -1,4 +1,4 @@
-"""`esm2mega doctor` checks whether this machine can train, by doing it in small, and names the cures."""
+"""`esm2mega doctor` checks by small trials whether this machine can train, and names the cures."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ FREE_GIB = 1.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: `missing` is optional and only noted, `FAILED` makes the machine unfit."""
+    """Holds a line of the report; `missing` is optional and only noted, `FAILED` makes the machine unfit."""
 
     state: str
     what: str
     cure: str = ""
 
     def __str__(self) -> str:
-        """Return the line as printed."""
+        """Return the line as it is printed."""
         return f"{self.state:<8} {self.what}" + (f"; {self.cure}" if self.cure else "")
 
 
 @dataclass(frozen=True)
 class OptionalPackage:
-    """A package that makes something faster or possible, and is never needed on a CPU."""
+    """Describes a package that makes something faster or possible, and is never needed on a CPU."""
 
     distribution: str
     module: str
@@ -75,8 +75,8 @@ def doctor(directory: str | Path = ".", timeout: float = COLLECTIVE_SECONDS) -> 
     """Check this machine and the file system of `directory`, where runs would be written.
 
     Args:
-        directory: an existing directory; the check's own files are removed again.
-        timeout: seconds for the two processes to start, import torch and finish their all-reduce.
+        directory: An existing directory; the check removes its own files again.
+        timeout: Seconds for the two processes to start, import torch and finish their all-reduce.
 
     Returns:
         Whether everything that is needed works, and the report, one line per finding.
@@ -109,7 +109,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def _check_requirements() -> Iterator[Finding]:
-    """Yield every package that the installed esm2mega requires here, against the versions that it allows."""
+    """Compare every package that the installed esm2mega requires here with the versions that it allows."""
     try:
         lines = importlib.metadata.requires("esm2mega") or []
     except importlib.metadata.PackageNotFoundError:
@@ -119,7 +119,7 @@ def _check_requirements() -> Iterator[Finding]:
             "pip install --editable . in its folder",
         )
         return
-    # With no extra: markers of extras are then false.
+    # With an empty extra, the markers of all extras are false.
     requirements = [
         r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})
     ]
@@ -142,7 +142,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def check_devices() -> Iterator[Finding]:
-    """Yield the CPU with the cores this process may use, and every CUDA device."""
+    """Yield the CPU with the cores that this process may use, and every CUDA device."""
     affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     yield Finding(OK, f"cpu: {cores} core{'s' * (cores > 1)} usable, OMP_NUM_THREADS={_threads()}")
@@ -186,7 +186,7 @@ def check_attention() -> Iterator[Finding]:
             yield Finding(OK, f"attention backend {backend}: usable")
         elif there:
             yield Finding(
-                MISSING, f"attention backend {backend}: {module} is there", "it needs a CUDA device"
+                MISSING, f"attention backend {backend}: module {module} found", "it needs a CUDA device"
             )
         else:
             yield Finding(MISSING, f"attention backend {backend}: no module {module}", cure)
@@ -260,7 +260,7 @@ def _free_port() -> int:
 
 
 def check_directory(directory: Path) -> Iterator[Finding]:
-    """Yield whether checkpoints could be written there: write and sync, rename of a directory, free space."""
+    """Try in `directory` what writing a checkpoint needs: write and sync, rename a directory, free space."""
     what = f"directory {directory.resolve()}"
     if not directory.is_dir():
         yield Finding(FAILED, f"{what} does not exist", "create it or name another one")

@@ -15,20 +15,20 @@ from typing import Any
 from esm2mega.errors import MachineError, UserError
 
 OTHER_OUT = "choose another --out"
-"""What a user does about a result that cannot be written."""
+"""This tells the user what to do about a result that cannot be written."""
 
 _HASHED_AT_ONCE = 1 << 20
 
 
 @contextmanager
 def replacing(path: Path, cure: str = "", durable: bool = False) -> Iterator[Path]:
-    """Yield a path to write to, which replaces `path` in one step when the block ends well.
+    """Yield a path to write to, which replaces `path` in one step when the block ends without an error.
 
-    A kill at any moment leaves the old file or the new one. Nothing remains of the new one after an error.
+    A kill at any moment leaves the old file or the new one. After an error nothing of the new one remains.
 
     Args:
-        path: A file. Directories above it are made.
-        cure: What the user can do about an error.
+        path: The file to replace. The directories above it are made.
+        cure: What the user can do about an error, for the message.
         durable: Return only when the file is on the disk under its name, so that a power cut loses nothing.
 
     Raises:
@@ -44,7 +44,7 @@ def replacing(path: Path, cure: str = "", durable: bool = False) -> Iterator[Pat
 
 
 def check_writable(path: Path) -> None:
-    """Make the directories above a result and try to write there, before the work is done.
+    """Make the directories above a result file and try to write there, before the work starts.
 
     For a command of one process that begins its work now: only the attempt finds a full disk or a file system
     that cannot be written to. Where every rank checks, or the command may still be refused, take `check_out`.
@@ -127,7 +127,7 @@ def write_json(path: Path, content: Any, cure: str = "") -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a directory, to the disk."""
+    """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -136,13 +136,13 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Force every file below a directory to the disk, and the names in it."""
+    """Flush every file below a directory, and the directory's own entries, to the disk."""
     for path in [path for path in folder.rglob("*") if path.is_file()] + [folder]:
         sync(path)
 
 
 def file_sha256(path: Path) -> str:
-    """Compute the SHA-256 of a file, read in pieces.
+    """Compute the SHA-256 of a file, which is read in pieces.
 
     Raises:
         UserError: The file cannot be read.
@@ -158,13 +158,13 @@ def file_sha256(path: Path) -> str:
 
 
 def check_out(path: Path) -> None:
-    """Refuse a result file that could not be written, before the work is done; nothing is made.
+    """Refuse a result file that could not be written, before the work starts; nothing is created.
 
     For a check that every rank does, or that comes before other reasons to refuse the command. It looks at
     permissions only; `check_writable` tries.
 
     Raises:
-        UserError: It is a directory, or lies where nothing can be written.
+        UserError: The path is a directory, or lies where nothing can be written.
     """
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir():
@@ -179,6 +179,6 @@ def check_out(path: Path) -> None:
 
 
 def first_of(names: Sequence[str], most: int = 8) -> str:
-    """Join the first names for a line of a message, and say how many there are beyond them."""
+    """Join the first names for a message, and say how many more there are."""
     rest = f", … {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest if names else "none"

@@ -15,7 +15,7 @@ def inspect_path(path: str | Path) -> str:
     """Describe `path` in lines for a reader.
 
     Raises:
-        UserError: It is none of these, or it is damaged.
+        UserError: The path holds nothing that is known, or it is damaged.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -26,12 +26,12 @@ def inspect_path(path: str | Path) -> str:
         tables = read_manifest(directory)
         return "\n".join(_store_lines(directory) if tables is None else _table_lines(directory, tables))
     if stores := sorted(str(path.parent) for path in directory.glob("*/manifest.json")):
-        raise UserError(f"{path}: holds token stores and is none; did you mean {' or '.join(stores)}?")
+        raise UserError(f"{path}: holds token stores but is none itself; did you mean {' or '.join(stores)}?")
     return "\n".join(_checkpoint_lines(directory))
 
 
 def _table_lines(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """Tables of `esm2mega prepare flip`, `tape` and `deeploc2`."""
+    """Describe the tables of `esm2mega prepare flip`, `tape` and `deeploc2`."""
     yield f"tables {directory} of {manifest['benchmark']} (format {manifest['version']}, checksums hold)"
     for key in ("task", "split", "kind"):
         if key in manifest:
@@ -52,11 +52,11 @@ def _table_lines(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def _task_lines(task: Any, saved: dict[str, Any]) -> Iterator[str]:
-    """The head of a task, and what its outputs mean.
+    """Describe the head of a task, and what its outputs mean.
 
     Args:
         task: The section `task` of the configuration.
-        saved: `TargetInfo.to_dict`.
+        saved: The result of `TargetInfo.to_dict` that the checkpoint holds.
     """
     from esm2mega.config.head_form import head_form
     from esm2mega.data.labels.schema import TargetInfo

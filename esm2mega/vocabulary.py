@@ -1,7 +1,7 @@
-"""The ESM-2 alphabet: one table of 256 entries turns the bytes of residues into token ids and back.
+"""Holds the ESM-2 alphabet, and turns the bytes of residues into token ids and back.
 
-One byte is one residue is one token. Lower case counts as upper case, and every byte outside the alphabet
-becomes one `<unk>` of its own: residue i is token i + 1 of `<cls>` residues `<eos>`, whatever the letters.
+One byte is one residue and one token. Lower case counts as upper case, and every byte outside the alphabet
+becomes an `<unk>`. So residue i is always token i + 1 of `<cls>` residues `<eos>`, whatever the letters.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ NULL_1 = 31
 MASK = 32
 
 STANDARD_RESIDUES = range(4, 24)
-"""Ids of the 20 standard amino acids."""
+"""These are the ids of the 20 standard amino acids."""
 
 SPECIAL_TOKENS = (CLS, PAD, EOS, UNK, NULL_1, MASK)
-"""Ids that stand for no residue letter; never chosen for prediction."""
+"""These ids stand for no residue letter, and their positions are never chosen for prediction."""
 
-# Part of the hash below: raise it when the same text would be given other ids.
+# This is a part of the hash below: raise its version when the same text would be given other ids.
 _RULES = "upper-case; one byte one token; other bytes <unk>; version 1"
 
 TOKENIZER_HASH = hashlib.sha256("\n".join((*VOCAB, _RULES)).encode()).hexdigest()
-"""Identity of vocabulary and rules, stored with everything made from token ids."""
+"""This hash identifies vocabulary and rules; it is stored with everything made from token ids."""
 
 
 def _byte_table() -> bytes:
-    """The token id of each of the 256 byte values."""
+    """Return the token id of each of the 256 byte values."""
     table = bytearray([UNK]) * 256
     for token_id, token in enumerate(VOCAB):
         if len(token) == 1:
@@ -54,11 +54,11 @@ _TOKEN_OF_BYTE = _byte_table()
 _HISTOGRAM_BYTES = 1 << 14
 
 UNKNOWN_BYTES = bytes(byte for byte in range(256) if _TOKEN_OF_BYTE[byte] == UNK)
-"""The byte values that have no token of their own."""
+"""These byte values have no token of their own."""
 
 
 def encode_residues(residues: bytes | str) -> npt.NDArray[np.uint8]:
-    """Encodes residues, without adding `<cls>` and `<eos>`.
+    """Encode residues, without adding `<cls>` and `<eos>`.
 
     Args:
         residues: L residue letters without white space. In a `str`, a character outside ASCII is one `<unk>`.
@@ -72,32 +72,32 @@ def encode_residues(residues: bytes | str) -> npt.NDArray[np.uint8]:
 
 
 def decode(token_ids: npt.ArrayLike) -> str:
-    """The text of token ids [L]: a letter per residue, special tokens by name, such as `<unk>`."""
+    """Return the text of token ids [L]: a letter per residue, and special tokens by name, such as `<unk>`."""
     return "".join(map(VOCAB.__getitem__, np.asarray(token_ids).tolist()))
 
 
 def byte_histogram(residues: bytes) -> npt.NDArray[np.int64]:
-    """How often each byte value occurs, [256]. Histograms add up; the counts below are read from one."""
+    """Count how often each byte value occurs, [256]. Histograms of several texts may be added up."""
     values = np.frombuffer(residues, dtype=np.uint8)
     counts = np.zeros(256, dtype=np.int64)
-    # numpy counts 8-byte integers: of a piece at a time they stay in the cache, which is ten times faster.
+    # numpy counts 8-byte integers; those of a piece fit into the cache, which is ten times faster.
     for first in range(0, len(values), _HISTOGRAM_BYTES):
         counts += np.bincount(values[first : first + _HISTOGRAM_BYTES], minlength=256)
     return counts
 
 
 def token_histogram(byte_counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How often each token id occurs, [33], from a byte histogram [256]."""
+    """Count how often each token id occurs, [33], from a byte histogram [256]."""
     counts = np.zeros(len(VOCAB), dtype=np.int64)
     np.add.at(counts, np.frombuffer(_TOKEN_OF_BYTE, dtype=np.uint8), byte_counts)
     return counts
 
 
 def lower_case_count(byte_counts: npt.NDArray[np.int64]) -> int:
-    """The number of residues written in lower case, from a byte histogram [256]."""
+    """Return the number of residues written in lower case, from a byte histogram [256]."""
     return int(byte_counts[ord("a") : ord("z") + 1].sum())
 
 
 def unknown_count(byte_counts: npt.NDArray[np.int64]) -> int:
-    """The number of residues that become `<unk>`, from a byte histogram [256]."""
+    """Return the number of residues that become `<unk>`, from a byte histogram [256]."""
     return int(token_histogram(byte_counts)[UNK])

@@ -1,1 +1,1 @@
-"""Checkpoints: directories that any parallel layout can read, complete or not there at all."""
+"""Saves and loads checkpoints, which any parallel layout can read and which are complete or absent."""

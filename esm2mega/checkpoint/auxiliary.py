@@ -6,7 +6,7 @@ They lie in ``auxiliary.safetensors`` beside ``model/`` and pass through trainin
 - ``contact_head.regression.weight`` ``[1, layers * heads]`` and ``.bias`` ``[1]``: the logistic regression on
   attention maps of ESM-2, layer-major.
 - ``pooler.dense.weight`` ``[h, h]`` and ``.bias`` ``[h]``: the pooler of TAPE's models.
-- ``encoder.final_layernorm.weight`` ``[h]`` and ``.bias`` ``[h]``: in a model that does not apply it, as
+- ``encoder.final_layernorm.weight`` ``[h]`` and ``.bias`` ``[h]``: in a model that does not apply it, such as
   ProteinLM's.
 """
 
@@ -25,17 +25,19 @@ AUXILIARY = "auxiliary.safetensors"
 
 
 def read_auxiliary(checkpoint: Path) -> dict[str, Tensor]:
-    """All auxiliary tensors of a checkpoint; most have none."""
+    """Return all auxiliary tensors of a checkpoint by name; most checkpoints have none."""
     path = checkpoint / AUXILIARY
     if not path.exists():
         return {}
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the checkpoint is damaged") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); the checkpoint is damaged, use an earlier one"
+        ) from error
 
 
 def write_auxiliary(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write them into a growing checkpoint; no file if there are none."""
+    """Write auxiliary tensors into a checkpoint that is being written; without any, no file is made."""
     if tensors:
         save_file({name: value.contiguous() for name, value in tensors.items()}, checkpoint / AUXILIARY)

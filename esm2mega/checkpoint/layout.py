@@ -1,6 +1,6 @@
-"""Names checkpoint directories, and knows which are complete and which are kept.
+"""Names the directories of checkpoints, finds the complete ones and removes those that are not kept.
 
-Knows files, not tensors.
+This module deals with files, not with tensors.
 
 ``RUN_DIR/checkpoints/step_00000010/`` holds ``model/`` (Megatron-Core's distributed format), ``config.yaml``
 (the run's configuration and its tokenizer), ``train_state.json`` and, written last, ``COMPLETE``. While it is
@@ -36,34 +36,34 @@ _NAME = re.compile(r"step_(\d{8})")
 
 
 def checkpoints_dir(run_dir: str | Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """Return the directory in which a run keeps its checkpoints."""
     return Path(run_dir) / "checkpoints"
 
 
 def step_dir(run_dir: str | Path, step: int) -> Path:
-    """The name of the checkpoint after `step` optimizer steps."""
+    """Return the path of the checkpoint after `step` optimizer steps."""
     return checkpoints_dir(run_dir) / f"step_{step:08d}"
 
 
 def partial_dir(directory: Path) -> Path:
-    """Where a checkpoint grows before it gets its name."""
+    """Return the path under which a checkpoint is written before it gets its final name."""
     return directory.with_name(f"{directory.name}.partial")
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether everything was written before the process ended."""
+    """Tell whether the checkpoint was written to its end."""
     return (directory / COMPLETE).is_file()
 
 
 def find_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[Path]]:
-    """Checkpoints of a run, oldest first, and the directories that look like one but are not complete."""
+    """Return the complete checkpoints of a run, oldest first, and the directories of incomplete ones."""
     folder = checkpoints_dir(run_dir)
     named = sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name)) if folder.is_dir() else []
     return [p for p in named if is_complete(p)], [p for p in named if not is_complete(p)]
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a user's path means: the directory itself, or the newest complete one of a run.
+    """Return the checkpoint that a path means: the directory itself, or the newest complete one of a run.
 
     Raises:
         UserError: There is none, or the one named was not completed.
@@ -88,7 +88,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def write_description(directory: Path, run: Run, state: dict[str, Any]) -> None:
-    """Write ``config.yaml`` and ``train_state.json`` into a growing checkpoint."""
+    """Write ``config.yaml`` and ``train_state.json`` into a checkpoint that is being written."""
     config = directory / CONFIG
     save_resolved(run, config)
     tokenizer = {"tokenizer": {"hash": TOKENIZER_HASH, "vocabulary": list(VOCAB)}}
@@ -98,7 +98,7 @@ def write_description(directory: Path, run: Run, state: dict[str, Any]) -> None:
 
 
 def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Write ``train_state.json``, or replace that of a finished checkpoint, in one step."""
+    """Write ``train_state.json``; that of a finished checkpoint is replaced in one step."""
     header = {"format_version": FORMAT_VERSION, "esm2mega_version": __version__}
     write_json(checkpoint / STATE, {**header, **state})
 
@@ -116,10 +116,10 @@ def complete(partial: Path, directory: Path) -> None:
 
 
 def read_config(checkpoint: Path) -> Run:
-    """The configuration of the run that wrote the checkpoint.
+    """Return the configuration of the run that wrote the checkpoint.
 
     Raises:
-        UserError: Missing or unreadable, or the checkpoint was made with another tokenizer.
+        UserError: The file is missing or unreadable, or the checkpoint was made with another tokenizer.
     """
     path = checkpoint / CONFIG
     try:
@@ -130,13 +130,14 @@ def read_config(checkpoint: Path) -> Run:
         ) from error
     if tokenizer_hash != TOKENIZER_HASH:
         raise UserError(
-            f"{path}: made with another tokenizer ({tokenizer_hash}); this version has {TOKENIZER_HASH}"
+            f"{path}: made with another tokenizer ({tokenizer_hash}); this version has {TOKENIZER_HASH}; "
+            "use the esm2mega that wrote it"
         )
     return run_from_yaml(path, ignore=("tokenizer",))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """``train_state.json`` of a checkpoint; a version that this code does not know is an error."""
+    """Return the content of ``train_state.json``; a format version unknown to this code is an error."""
     path = checkpoint / STATE
     try:
         state = json.loads(path.read_text())
@@ -147,25 +148,26 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {version}, this esm2mega reads {FORMAT_VERSION}; use its writer"
+            f"{path}: format version {version}, this esm2mega reads {FORMAT_VERSION}; "
+            "use the esm2mega that wrote it"
         )
     return state
 
 
 def prune(run_dir: str | Path, keep_last: int, keep_best: int, written: Path) -> list[Path]:
-    """Remove checkpoints neither among the newest `keep_last` nor the best `keep_best` by validation.
+    """Remove all checkpoints but the newest `keep_last` and the `keep_best` of lowest validation loss.
 
-    Incomplete directories older than the newest checkpoint go too: nothing will ever read them. One whose
-    ``train_state.json`` cannot be read counts as not evaluated.
+    Incomplete directories older than the newest checkpoint are removed too, since nothing will read them. A
+    checkpoint whose ``train_state.json`` cannot be read counts as not evaluated.
 
     Args:
-        run_dir: Of the run.
-        keep_last: At least 1 is kept.
-        keep_best: Kept besides.
-        written: The checkpoint that was just written: it stays in any case.
+        run_dir: Directory of the run.
+        keep_last: Number of newest checkpoints to keep; at least 1 is kept.
+        keep_best: Number of best checkpoints to keep besides.
+        written: The checkpoint that was just written, which is kept in any case.
 
     Returns:
-        What was removed.
+        The removed directories.
     """
     complete_ones, incomplete = find_checkpoints(run_dir)
     scored = [(loss, p) for p in complete_ones if (loss := _valid_loss(p)) is not None]

@@ -1,14 +1,14 @@
-"""Converts the saved state of one kind of optimizer to another: plain or distributed.
+"""Converts the saved state of one kind of optimizer into that of another: plain or distributed.
 
 Megatron-Core's optimizers save the same moments under the same names, whole and split like the weights. They
 differ in three ways: what the main weights are called, where the count of steps is, and how the values that
-are no tensors are nested:
+are not tensors are nested:
 
 * `PLAIN` (fp32, fp64): no main weights, since they are the model's own; ``state.common_step``.
 * `MIXED` (bf16): main weights ``optimizer.state.fp32_param``; the rest as plain, one level deeper.
 * `DISTRIBUTED`: main weights ``optimizer.state.param`` in any precision; a step in each parameter group.
 
-The second half is what Megatron-Core's distributed optimizer needs around saving and loading.
+The second half of the module holds what Megatron-Core's distributed optimizer needs for saving and loading.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAIN = {MIXED: "optimizer.state.fp32_param.", DISTRIBUTED: "optimizer.state.par
 
 
 def form_of_optimizer(optimizer: MegatronOptimizer) -> str:
-    """The form that `optimizer` saves and loads."""
+    """Return the form of state that `optimizer` saves and loads."""
     (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
     if isinstance(part, DistributedOptimizer):
         return DISTRIBUTED
@@ -39,18 +39,18 @@ def form_of_optimizer(optimizer: MegatronOptimizer) -> str:
 
 
 def form_of_names(names: Iterable[str]) -> str:
-    """The form of a checkpoint with these tensors."""
+    """Return the form of the optimizer's state in a checkpoint whose tensors have these names."""
     names = list(names)
     return next((form for form, main in _MAIN.items() if any(n.startswith(main) for n in names)), PLAIN)
 
 
 def ignored(name: str, saved: str, own: str) -> bool:
-    """Whether a tensor of a checkpoint is not wanted: main weights that equal the model's."""
+    """Tell whether a tensor of a checkpoint is not read: main weights that equal the weights of the model."""
     return saved == DISTRIBUTED and own == PLAIN and name.startswith(_MAIN[DISTRIBUTED])
 
 
 def ask_for(request: dict[str, Any], saved: str, own: str) -> None:
-    """Change in place what an optimizer of form `own` asks for into what a checkpoint of form `saved` has."""
+    """Change a request of an optimizer of form `own`, in place, to the tensors that form `saved` has."""
     if saved == own:
         return
     if own == DISTRIBUTED:
@@ -68,9 +68,9 @@ def _renamed(tensor: ShardedTensor, own: str, saved: str) -> ShardedTensor:
 
 
 def translate(loaded: dict[str, Any], saved: str, own: str) -> dict[str, Any]:
-    """What was loaded from form `saved` after `ask_for`, as an optimizer of form `own` takes it.
+    """Convert what was loaded from form `saved` after `ask_for` to the state that form `own` loads.
 
-    Main weights that the checkpoint lacks stay out: they are the model's.
+    Main weights that the checkpoint lacks are left out: they are the weights of the model.
     """
     if DISTRIBUTED not in (saved, own) or saved == own:
         return loaded
@@ -85,7 +85,8 @@ def translate(loaded: dict[str, Any], saved: str, own: str) -> dict[str, Any]:
         }
     groups = loaded["optimizer"]["param_groups"]
     inner = loaded["optimizer"] if own == MIXED else loaded
-    # Which parameters a group holds is known here, not in the checkpoint; for `MIXED` both are merged by now.
+    # The optimizer knows which parameters a group holds, the checkpoint does not; for `MIXED`, loading has
+    # merged the two already.
     held = [group["params"] for group in inner["param_groups"]]
     state = inner["state"]
     steps = [group.pop("step") for group in groups if "step" in group]
@@ -99,20 +100,20 @@ def translate(loaded: dict[str, Any], saved: str, own: str) -> dict[str, Any]:
 
 
 def distributed_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The distributed optimizers within `optimizer`; none where it is a plain one."""
+    """Return the distributed optimizers within `optimizer`; a plain one contains none."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if isinstance(part, DistributedOptimizer)]
 
 
 @contextmanager
 def places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """While saving: let parameters be found in the gathered state, which has no padding between buckets.
+    """Correct, during a save, the places of parameters in the gathered state, which has no padding.
 
     A buffer of gradients is made of buckets, each padded so that it divides among the data-parallel
-    processes, and the tied embedding of a pipeline has a bucket of its own. Gathering leaves the padding
-    out, but Megatron-Core 0.16.1 and 0.19.2 then cut the parameters out at their places in the padded
-    buffer: every parameter behind the first bucket would be saved shifted by the padding before it
-    (Megatron-LM pull request 5077).
+    processes, and the tied embedding of a pipeline has a bucket of its own. Gathering leaves the padding out,
+    but Megatron-Core 0.16.1 and 0.19.2 then cut the parameters out at their places in the padded buffer:
+    every parameter behind the first bucket would be saved shifted by the padding before it (Megatron-LM pull
+    request 5077).
     """
     with ExitStack() as stack:
         for part in filter(_cuts_at_padded_places, distributed_parts(optimizer)):
@@ -129,16 +130,17 @@ def places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def _cuts_at_padded_places(part: Any) -> bool:
-    # The same code fills up what then lies beyond the end of the gathered state, which the repair removed.
+    # A Megatron-Core with the repair no longer pads what would lie beyond the end of the gathered state.
     return "pad" in type(part).sharded_param_state_fully_reshardable.__code__.co_names
 
 
 def make_loadable(optimizer: MegatronOptimizer) -> None:
     """Let the distributed optimizer load into PyTorch's Adam, whose step count is among the tensors.
 
-    Two places assume the fused Adams of apex or Transformer Engine, which do not: the step count is read from
-    a state that does not exist before the first step, and the count is expected among the loaded tensors,
-    where it is not. Main weights that were not loaded stay as they are.
+    Two places in Megatron-Core assume the fused Adam of apex or of Transformer Engine, which keep the step
+    count elsewhere: it is read from a state that does not exist before the first step of PyTorch's Adam, and
+    it is expected among the loaded tensors, where it is not. Main weights that were not loaded stay as they
+    are.
     """
     for part in _with_torch_adam(optimizer):
         for parameter in part.get_parameters():
@@ -154,7 +156,7 @@ def make_loadable(optimizer: MegatronOptimizer) -> None:
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """After loading: give every parameter a step count of its own, where all were given the same tensor."""
+    """Give every parameter a step count of its own after loading, which gave all of them the same tensor."""
     for part in _with_torch_adam(optimizer):
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()

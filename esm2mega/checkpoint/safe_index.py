@@ -1,4 +1,4 @@
-"""Refuses the index of a checkpoint if reading it would run code.
+"""Refuses the index of a checkpoint if reading the index would run code.
 
 ``torch.distributed.checkpoint`` stores its index, ``.metadata``, as a pickle and reads it without an
 allow-list. The file is therefore opened here first, under a list of the few classes that an honest index is
@@ -18,7 +18,7 @@ from esm2mega.errors import UserError
 
 # Exact names: a whole module would let a pickle call any function in it.
 _ALLOWED = {
-    # where the checkpoint was written, if the writer was given a path and not a text
+    # the directory of the checkpoint, if the writer was given a path and not a string
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
     ("torch", "Size"),
@@ -41,7 +41,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64", "uint8", "int8", "int16"
 
 
 class _Refused(Exception):
-    """The file asks for a name that is not on the list."""
+    """Reports that the file asks for a name which is not on the list."""
 
 
 def _member(kind: Any, name: Any = None) -> Any:
@@ -61,7 +61,7 @@ class _AllowList(pickle.Unpickler):
 
 
 def check_metadata(model_dir: Path) -> None:
-    """Raise `UserError` unless ``.metadata`` of `model_dir` is an honest index of tensors."""
+    """Raise `UserError` unless ``.metadata`` of `model_dir` holds an index of tensors and nothing else."""
     path = model_dir / ".metadata"
     try:
         with path.open("rb") as file:

@@ -41,22 +41,22 @@ from esm2mega.errors import MachineError, UserError
 from esm2mega.files import first_of
 from esm2mega.parallel.errors import lost_peer
 
-# What failed is in the exception too, and there it becomes the one line that is printed.
+# The exception says what failed too, and becomes the one line that is printed.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
-# Where the writing tells what it wrote. Saving waits for that, so it stays within this process.
+# The queue in which the writer reports what it wrote. Saving waits for it, so it stays within this process.
 # Megatron-Core's own queue, made for saving in the background, is a further process that imports PyTorch.
 filesystem_async._results_queue = queue.SimpleQueue()
 
 _SHARDING = {
-    # Of the formats of the distributed optimizer the only one that every TP, PP and DP size can read.
+    # The only format of the distributed optimizer that every TP, PP and DP size can read.
     "distrib_optim_sharding_type": "fully_reshardable",
     # Its shards meet on one data-parallel rank over gloo, in host memory, not on every GPU.
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
 
-# What Megatron-Core's and PyTorch's readers raise on files that are absent, cut or of another shape.
+# What the readers of Megatron-Core and PyTorch raise for absent or truncated files and for other shapes.
 _UNREADABLE = (
     OSError,
     EOFError,
@@ -70,7 +70,7 @@ _UNREADABLE = (
 )
 
 _OF_THE_MACHINE = (errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ENOSPC)
-"""What no other checkpoint would cure."""
+"""These errors are faults of the machine, which another checkpoint would not cure."""
 
 _DISK = (
     "No space left on device",
@@ -82,15 +82,15 @@ _DISK = (
 )
 
 _EXTRA_STATE = "_extra_state"
-"""Byte objects of parallel linears: empty without FP8, and read as pickles, so they are neither written nor
-read.
+"""Names of byte objects of parallel linears end so. They are empty without FP8 and are read as pickles, so
+they are neither written nor read.
 """
 
 _SHOWN = 4
-"""Names of tensors that an error lists."""
+"""This many names of tensors are listed in an error."""
 
 _SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps", "fused")
-"""What a parameter group takes from the configuration of this start, not from the checkpoint."""
+"""A parameter group takes these values from the configuration of this start, not from the checkpoint."""
 
 
 def save_checkpoint(
@@ -104,16 +104,16 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; all ranks call this together.
 
-    The directory appears under its name when everything is in it. If any rank fails, none of it stays.
+    The directory gets its name when everything is in it. If any rank fails, nothing is left behind.
 
     Args:
         directory: ``RUN_DIR/checkpoints/step_XXXXXXXX`` on a file system that all ranks share.
-        model: This rank's chunks, as wrapped for training.
+        model: The chunks of this rank, as wrapped for training.
         optimizer: Their optimizer.
         run: The resolved configuration.
-        state: JSON values that the resumed run needs.
-        auxiliary: Tensors that are kept and not trained, see `esm2mega.checkpoint.auxiliary`.
-        tensor_filter: What is saved; `state` should say where the rest is.
+        state: JSON values that a resumed run needs.
+        auxiliary: Tensors that are kept without being trained, see `esm2mega.checkpoint.auxiliary`.
+        tensor_filter: Chooses the tensors to save; `state` should say where the others are.
 
     Raises:
         MachineError: The disk is full or a file cannot be written.
@@ -134,7 +134,7 @@ def save_checkpoint(
             write_auxiliary(partial, auxiliary or {})
             layout.complete(partial, directory)
     except (Exception, CheckpointException) as error:
-        # Whatever it is, the other ranks wait to agree. PyTorch's exception is not an `Exception`.
+        # Every failure is caught, since the other ranks wait in `_agree`. PyTorch's is not an `Exception`.
         failure = error
     try:
         _agree(failure)
@@ -147,7 +147,7 @@ def save_checkpoint(
 
 
 def _agree(failure: BaseException | None) -> None:
-    """Raise on every rank when any rank failed. All-gather over the world; every rank holds all reasons."""
+    """Raise on every rank if any rank failed; an all-gather over the world gives every rank all reasons."""
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, None if failure is None else _reason(failure))
     for rank, reason in enumerate(reasons):
@@ -158,15 +158,15 @@ def _agree(failure: BaseException | None) -> None:
 def _reason(error: BaseException) -> str:
     """Return the system's own words for an error where there are any, else its first line."""
     if isinstance(error, CheckpointException) and error.failures:
-        # What failed on each rank; the exception's own text may name no more than the ranks.
+        # The failures of all ranks are in there; the text of the exception may name no more than the ranks.
         return _reason(next(iter(error.failures.values()))[0])
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    # How PyTorch's writer of tensors words a write that was cut short, and how Megatron-Core 0.19 words any
-    # failure of its writing processes.
+    # PyTorch's writer of tensors describes a truncated write in the first way, and Megatron-Core 0.19 any
+    # failure of its writing processes in the second.
     if "unexpected pos" in str(error) or "Worker failure" in str(error):
         return "a file could not be written whole: the disk is full, or the file reached a size limit"
     for known in _DISK:
@@ -180,10 +180,10 @@ def load_training_state(
 ) -> None:
     """Restore weights and optimizer in place, whatever layout wrote them.
 
-    Every tensor of `tensor_filter` must be there, and no other.
+    The checkpoint must hold every tensor that `tensor_filter` chooses, and no other.
 
     Raises:
-        UserError: Missing, unexpected or unreadable tensors.
+        UserError: Tensors are missing, unexpected or unreadable.
     """
     make_loadable(optimizer)
     own, saved = form_of_optimizer(optimizer), form_of_names(TensorReader(checkpoint).index)
@@ -205,9 +205,9 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
 
 
 def _adopt_rates(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
-    """Give the loaded groups the bounds of the learning rate of this start.
+    """Give the loaded parameter groups the bounds of the learning rate of this start.
 
-    Megatron-Core 0.19 finds the loaded group of each of its own by them, and refuses other ones.
+    Megatron-Core 0.19 matches loaded groups with its own by these bounds, and refuses groups without a match.
     """
     configured = {
         group["lr_mult"]: {key: group[key] for key in ("max_lr", "min_lr")}
@@ -220,12 +220,12 @@ def _adopt_rates(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
 
 
 def load_weights(checkpoint: Path, model: Sequence[Any], tensor_filter: TensorFilter = ALL) -> list[str]:
-    """Restore weights alone, in place. Optimizer tensors in the checkpoint are not read.
+    """Restore the weights alone, in place; tensors of the optimizer are not read.
 
     Args:
         checkpoint: A ``step_XXXXXXXX`` directory.
-        model: This rank's chunks.
-        tensor_filter: Which tensors are restored.
+        model: The chunks of this rank.
+        tensor_filter: Chooses the tensors to restore.
 
     Returns:
         What was not restored, a line each; empty unless `tensor_filter` is lenient.
@@ -253,12 +253,12 @@ def load_weights(checkpoint: Path, model: Sequence[Any], tensor_filter: TensorFi
 
 
 def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bool]) -> dict[str, Any]:
-    """The tensors of `request`; one that is missing is an error, and one too many that `matters`."""
+    """Load the tensors of `request`; a missing tensor is an error, as is an unexpected one that `matters`."""
     model_dir = checkpoint / layout.MODEL
     check_metadata(model_dir)
     try:
-        # Megatron-Core speaks of the model's side: what it calls missing is in the checkpoint, and not asked
-        # for.
+        # Megatron-Core takes the model's point of view: what it calls missing is in the checkpoint, and was
+        # not requested.
         loaded, unexpected, missing = dist_checkpointing.load(
             request, str(model_dir), strict=StrictHandling.RETURN_ALL
         )
@@ -297,7 +297,7 @@ def _put_weights(model: Sequence[Any], loaded: dict[str, Any], tensor_filter: Te
 
 
 def _sharded_tensors(chunk: Any) -> dict[str, Any]:
-    """Names in this chunk -> what Megatron-Core knows of the tensors."""
+    """Return Megatron-Core's descriptions of the tensors by their names in this chunk."""
     return {
         name: entry
         for name, entry in chunk.sharded_state_dict(metadata=dict(_SHARDING)).items()

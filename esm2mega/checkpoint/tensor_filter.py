@@ -15,21 +15,22 @@ from esm2mega.errors import UserError
 Shape = tuple[int, ...]
 
 TASK_HEAD = "head."
-"""Names of the weights of a task's head begin so."""
+"""The names of the weights of a task's head begin with this prefix."""
 
 LM_HEAD = ("lm_head.", "output_layer.")
-"""Those of the head of the masked language model."""
+"""The names of the weights of the masked language model's head begin with one of these prefixes."""
 
 
 @dataclass(frozen=True)
 class TensorFilter:
-    """Chooses tensors by their names in the whole model, or among the tensors of this rank.
+    """Chooses tensors of a checkpoint and a model by their names in the whole model and by their properties.
 
     Attributes:
         excluded: Tensors of the model that stay as they are and are not saved; all others must be in the
             checkpoint.
-        unused: Tensors of the checkpoint that have no place; any other one without a place is an error.
-        strict: False: what is missing, of another shape, or without a place is reported, not refused.
+        unused: Tensors of the checkpoint that may have no place in the model; any other without a place is an
+            error.
+        strict: If false, tensors that are missing, have another shape or no place are reported, not refused.
     """
 
     excluded: Callable[[str, Tensor], bool]
@@ -48,17 +49,17 @@ def _is_head(name: str, *_: object) -> bool:
 ALL = TensorFilter(_none, _none)
 
 ENCODER = TensorFilter(_is_head, _is_head)
-"""For a model whose head is not used, or comes from somewhere else: it stays as it is."""
+"""Loads the encoder alone; the head of the model is not used or comes from elsewhere, and stays as it is."""
 
 TRAINED = TensorFilter(lambda name, tensor: not tensor.requires_grad, _none)
-"""Of a checkpoint that holds what was trained, and not the weights under it."""
+"""Loads or saves the tensors that are trained, for checkpoints without the frozen weights under them."""
 
 TRAINED_ENCODER = TensorFilter(TRAINED.excluded, _is_head)
-"""The same for a model that has not the head of the checkpoint."""
+"""Loads what `TRAINED` does into a model that does not have the head of the checkpoint."""
 
 
 def for_task(config: FinetuneConfig) -> TensorFilter:
-    """For a model with the head of a task: the encoder, and the head if it is wanted too."""
+    """Return the filter for a model with a task's head: the encoder, and the head if `load_head` is set."""
     if config.load_head:
         return TensorFilter(_none, lambda name: name.startswith(LM_HEAD), config.strict)
     return replace(ENCODER, strict=config.strict)
@@ -66,12 +67,13 @@ def for_task(config: FinetuneConfig) -> TensorFilter:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How the tensors of a checkpoint and those of a model differ, the same on every rank.
+    """Reports how the tensors of a checkpoint and of a model differ; it is the same on every rank.
 
     Attributes:
         missing: Tensors of the model that the checkpoint lacks.
-        shape_mismatch: Those that have another shape there: the shape there, and here.
-        unexpected: Tensors of the checkpoint that have no place.
+        shape_mismatch: Tensors of the model that have another shape in the checkpoint: the shape in the
+            checkpoint and the shape in the model.
+        unexpected: Tensors of the checkpoint that have no place in the model.
     """
 
     missing: Sequence[str]
@@ -79,7 +81,7 @@ class LoadReport:
     unexpected: Sequence[str]
 
     def lines(self) -> list[str]:
-        """All differences, a line each."""
+        """Return all differences, a line each."""
         return [
             *(f"initial: {name} is not there" for name in self.missing),
             *(
@@ -90,7 +92,7 @@ class LoadReport:
         ]
 
     def narrowed(self, tensor_filter: TensorFilter) -> TensorFilter:
-        """Narrow `tensor_filter` to what fits."""
+        """Narrow `tensor_filter` to the tensors that fit."""
         unfit = {*self.missing, *self.shape_mismatch}
         return replace(
             tensor_filter,
@@ -102,16 +104,16 @@ class LoadReport:
 def compare_tensors(
     entries: Sequence[Any], shapes: Mapping[str, Shape], tensor_filter: TensorFilter, location: str
 ) -> LoadReport:
-    """Compare the tensors of a model with those of a checkpoint. All-gather over the world.
+    """Compare the tensors of a model with those of a checkpoint, in an all-gather over the world.
 
     Args:
-        entries: Megatron-Core's description of the tensors of this rank that are wanted.
-        shapes: Of the tensors of the checkpoint, those of all layers stacked along axis 0.
-        tensor_filter: Says which of these may have no place.
-        location: The checkpoint, for errors.
+        entries: Megatron-Core's descriptions of the tensors of this rank that shall be loaded.
+        shapes: Shapes of the checkpoint's tensors; layers are stacked along axis 0.
+        tensor_filter: Says which tensors of the checkpoint may have no place in the model.
+        location: The checkpoint, named in errors.
 
     Raises:
-        UserError: Nothing fits.
+        UserError: No tensor fits.
     """
     mine = {entry.key: _shape_here(entry, shapes.get(entry.key)) for entry in entries}
     of_ranks: list[dict[str, Shape]] = [{}] * dist.get_world_size()
@@ -132,7 +134,7 @@ def compare_tensors(
 
 
 def _shape_here(entry: Any, there: Shape | None) -> Shape:
-    """The shape of a whole tensor; the vocabulary of a checkpoint may be padded to another height."""
+    """Return the shape of a whole tensor; a checkpoint's vocabulary may have other padding."""
     here = tuple(entry.global_shape)
     same_but_rows = there is not None and len(there) == len(here) and there[1:] == here[1:]
     return there if entry.allow_shape_mismatch and same_but_rows and there is not None else here

@@ -26,7 +26,7 @@ from esm2mega.errors import UserError
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and dtype of a whole tensor, whatever layout wrote its pieces."""
+    """Holds the shape and dtype of a whole tensor, whatever layout wrote its pieces."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -37,13 +37,13 @@ class TensorInfo:
 
 
 def tensor_sha256(value: torch.Tensor) -> str:
-    """SHA-256 of the bytes of a tensor on the CPU, in hexadecimal."""
+    """Return the SHA-256 of the bytes of a tensor on the CPU, in hexadecimal."""
     # As bytes: numpy has no bfloat16.
     return hashlib.sha256(value.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def combined_sha256(digests: Iterable[tuple[str, str]]) -> str:
-    """One checksum of many tensors: SHA-256 over lines of name and `tensor_sha256`, in the order given."""
+    """Return one checksum of many tensors: SHA-256 over lines of name and `tensor_sha256`, in this order."""
     whole = hashlib.sha256()
     for name, digest in digests:
         whole.update(f"{name} {digest}\n".encode())
@@ -51,13 +51,13 @@ def combined_sha256(digests: Iterable[tuple[str, str]]) -> str:
 
 
 class TensorReader:
-    """The tensors of one checkpoint, by name.
+    """Reads the tensors of one checkpoint by name.
 
     Layers are stacked: axis 0 of ``encoder.layers.…`` is the number of the layer.
     """
 
     def __init__(self, checkpoint: Path, folder: str = layout.MODEL) -> None:
-        """Args: checkpoint: a complete ``step_XXXXXXXX`` directory. folder: where in it the tensors are."""
+        """Open the tensors in `folder` of `checkpoint`, a complete ``step_XXXXXXXX`` directory."""
         self._model_dir = checkpoint / folder
         check_metadata(self._model_dir)
         self._reader = _Reader(self._model_dir)
@@ -69,7 +69,7 @@ class TensorReader:
         }
 
     def read(self, name: str, layer: int | None = None) -> torch.Tensor:
-        """The whole tensor `name`, or only entry `layer` of its axis 0, on the CPU.
+        """Return the whole tensor `name`, or only entry `layer` of its axis 0, on the CPU.
 
         Raises:
             UserError: There is no such tensor, or its data cannot be read.
@@ -88,7 +88,7 @@ class TensorReader:
 
 
 class _Reader(FileSystemReader):
-    """Reads the index once, not again for every tensor."""
+    """Reads the index of the checkpoint once, not again for every tensor."""
 
     _index: Metadata | None = None
 
@@ -99,7 +99,7 @@ class _Reader(FileSystemReader):
 
 
 class _OneLayer(DefaultLoadPlanner):
-    """Reads one entry of axis 0 into a tensor of shape ``[1, …]``, so that no more is ever in memory."""
+    """Reads one entry of axis 0 into a tensor of shape ``[1, …]``, so that no other is ever in memory."""
 
     def __init__(self, layer: int) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ _BACKEND = {
 
 @dataclass(frozen=True)
 class StackedTensor:
-    """A whole tensor of a checkpoint; `num_layers` entries along axis 0, or None if it is in one piece."""
+    """Describes a whole tensor: `num_layers` entries along axis 0, or None where it is in one piece."""
 
     info: TensorInfo
     num_layers: int | None
@@ -43,15 +43,14 @@ def write_weights(
     Args:
         model_dir: Directory to make.
         tensors: Names, whole shapes and dtypes.
-        read: Called for one chunk at a time, with name and layer (None: the whole tensor), when it is about
-            to be written.
+        read: Returns a chunk by name and layer (None: the whole tensor); called when the chunk is written.
 
     Raises:
-        OSError: The disk is full, or the like.
-        UserError: From `read`.
+        OSError: The disk is full, or a file cannot be written for another reason.
+        UserError: `read` raised it.
     """
     model_dir.mkdir(parents=True)
-    # copy_ahead=0: with a GPU about, the writer would otherwise collect tensors before it writes them.
+    # copy_ahead=0: on a machine with a GPU the writer would otherwise collect tensors before it writes them.
     writer = FileSystemWriter(str(model_dir), thread_count=1, per_thread_copy_ahead=0)
     try:
         with warnings.catch_warnings():
@@ -60,13 +59,13 @@ def write_weights(
     except dcp.CheckpointException as error:
         failure = next(iter(error.failures.values()))[0] if error.failures else error
         raise failure from error
-    # The plain values that belong to no tensor: none here, but the loader opens the file.
+    # There are no values besides the tensors, but the loader opens this file.
     torch.save({}, model_dir / "common.pt")
     (model_dir / "metadata.json").write_text(json.dumps(_BACKEND))
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans chunks from shapes alone and asks for their values while they are being written."""
+    """Plans chunks from shapes alone, and reads their values while they are being written."""
 
     def __init__(
         self, tensors: Mapping[str, StackedTensor], read: Callable[[str, int | None], Tensor]

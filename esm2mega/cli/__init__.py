@@ -1,1 +1,1 @@
-"""The command line: one module for each group of commands, and `app.main`, where every error ends."""
+"""Defines the command line: one module for each group of commands, and `app.main`, where errors end."""

@@ -1,4 +1,4 @@
-"""Assembles the command line; here every error becomes one line and an exit code.
+"""Assembles the command line, and turns every error into one line and an exit code.
 
 Exit codes: 0 done, 2 bad input or configuration, 75 stopped by a signal after saving, 1 anything else.
 Commands import what they call when they are called, so that `esm2mega --help` needs neither torch nor numpy.
@@ -29,9 +29,9 @@ from esm2mega.version import __version__
 @click.group(cls=Group, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="esm2mega")
 def cli() -> None:
-    """ESM-2 protein language models on Megatron-Core: from FASTA to checkpoints, on a laptop or many GPUs.
+    """Train and use ESM-2 protein language models on Megatron-Core, on a laptop or on many GPUs.
 
-    Under several processes: torchrun --nproc-per-node N -m esm2mega COMMAND …
+    With several processes: torchrun --nproc-per-node N -m esm2mega COMMAND …
     """
 
 
@@ -46,13 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error of every command ends here.
 
     Args:
-        arguments: the words after the program name; None takes them from the process.
+        arguments: Words after the program's name; None for those of this process.
     """
     options = Options()
-    # Megatron-Core warns at import about each optional package that is absent; `esm2mega doctor` says that
-    # once.
+    # Megatron-Core warns at import about each missing optional package; `esm2mega doctor` reports them once.
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    # Of Megatron-Core's use of PyTorch's checkpoints; nothing that a user could change.
+    # These come from Megatron-Core's use of PyTorch's checkpoints; a user could change nothing about them.
     for category in (FutureWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=r"torch\.distributed\.checkpoint\.")
     # Reading a checkpoint in one process is what `inspect` and `prove` intend.
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report("interrupted", error, options)
         return 1
     except OSError as error:
-        # A full disk, a vanished file system, no permission: what failed and where is all there is to say.
+        # A full disk, a lost file system, no permission: the message says what failed and where.
         location = f": {error.filename}" if error.filename else ""
         _report(f"error: {error.strerror or error}{location}", error, options, common=False)
         return 1
@@ -95,10 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(line: str, error: BaseException, options: Options, common: bool = True) -> None:
-    """Print an error to stderr if it is this process's turn.
+    """Print an error to stderr, unless another process reports it.
 
     Args:
-        common: every process meets this error, so rank 0 speaks for all until they know each other.
+        line: Text of the error.
+        error: The error, for its traceback.
+        options: Whether the traceback is wanted.
+        common: Whether every process gets this error; then rank 0 reports it if there are no process groups.
     """
     if not _may_speak(error, common):
         return
@@ -111,7 +113,7 @@ def _report(line: str, error: BaseException, options: Options, common: bool = Tr
 def _may_speak(error: BaseException, common: bool) -> bool:
     if _world_size_or_one() == 1:
         return True
-    # Whoever takes the process group down while an error passes asks first and leaves the answer on it.
+    # Code that destroys the process group because of an error asks first, and stores the answer in the error.
     claimed = getattr(error, "claimed_report", None)
     if claimed is not None:
         return bool(claimed)

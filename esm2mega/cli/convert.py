@@ -13,7 +13,7 @@ from esm2mega.cli.group import command, single_process
 from esm2mega.convert.formats.registry import READABLE, WRITABLE
 
 
-@command("convert", short_help="Checkpoints from and to Hugging Face, fair-esm, BioNeMo, Cerebras.")
+@command("convert", short_help="Convert checkpoints from and to Hugging Face, fair-esm, BioNeMo, Cerebras.")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @click.option("--to", required=True, type=click.Choice(WRITABLE), help="Format to write.")
@@ -21,16 +21,18 @@ from esm2mega.convert.formats.registry import READABLE, WRITABLE
     "--from",
     "source_format",
     type=click.Choice(list(READABLE)),
-    help="Format of SRC [default: found out from its files].",
+    help="Format of SRC [default: detected from its files].",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "bf16", "fp16", "fp64"]),
-    help="Of the weights in DST [default: as in SRC].",
+    help="Data type of the weights in DST [default: as in SRC].",
 )
-@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors without a place in ESM-2.")
+@click.option(
+    "--drop", multiple=True, metavar="PATTERN", help="Leave out tensors that ESM-2 has no place for."
+)
 @click.option("--drop-head", is_flag=True, help="Leave out the head: convert the encoder alone.")
-@click.option("--verify", is_flag=True, help="Run both models, compare, and write DST.verify.json.")
+@click.option("--verify", is_flag=True, help="Run both models, compare them, and write DST.verify.json.")
 @single_process
 def convert_command(
     source: str,
@@ -42,7 +44,7 @@ def convert_command(
     drop_head: bool,
     verify: bool,
 ) -> None:
-    """Convert the checkpoint SRC to DST; whatever is not carried over as it is gets a line.
+    """Convert the checkpoint SRC to DST, and print a line for everything that is changed or left out.
 
     Example: esm2mega convert facebook/esm2_t6_8M_UR50D my_8M --to esm2mega --verify
     """

@@ -1,4 +1,4 @@
-"""What all commands share: the option `-v`, their order in the help, and output from rank 0 alone."""
+"""Gives all commands the option `-v`, an order in the help, and output from rank 0 alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from esm2mega.infer.target import Mode
 
 @dataclass
 class Options:
-    """What applies to every command."""
+    """Holds the options that apply to every command."""
 
     verbose: bool = False
 
@@ -28,7 +28,7 @@ def _set_verbose(context: click.Context, _: click.Parameter, value: bool) -> Non
 
 
 def _verbose_option() -> click.Option:
-    """`-v`, accepted before and after the command; eager, so that it holds for argument errors too."""
+    """Make `-v`, accepted before and after the command; it is eager, to apply to argument errors too."""
     return click.Option(
         ["-v", "--verbose"],
         is_flag=True,
@@ -40,7 +40,7 @@ def _verbose_option() -> click.Option:
 
 
 class Command(click.Command):
-    """A command that takes `-v`, and names the successor of a renamed option."""
+    """Defines a command that takes `-v`, and names the successor of a renamed option."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,7 +57,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group that takes `-v` and lists its commands in the order of the work."""
+    """Defines a group that takes `-v` and lists its commands in the order in which they are used."""
 
     command_class = Command
     group_class = type  # subgroups are of this class too
@@ -71,7 +71,11 @@ class Group(click.Group):
 
 
 def output_mode(resume: bool, overwrite: bool) -> Mode:
-    """Return what is done about an output that is there."""
+    """Return what to do with an output that exists, after checking that the options agree.
+
+    Raises:
+        UserError: Both options are set.
+    """
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
     return "resume" if resume else "overwrite" if overwrite else "new"
@@ -84,7 +88,7 @@ group = functools.partial(click.group, cls=Group)
 
 
 def single_process(command: Callable[..., None]) -> Callable[..., None]:
-    """Under torchrun, a command that one process can do is done by rank 0; the others leave."""
+    """Make a command run on rank 0 alone; under torchrun the other processes end at once."""
 
     @functools.wraps(command)
     def on_rank_zero(*args: Any, **kwargs: Any) -> None:
@@ -95,6 +99,6 @@ def single_process(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def say(lines: Iterable[str]) -> None:
-    """Print `lines` to stdout, once from rank 0 of however many processes run the command."""
+    """Print `lines` to stdout from rank 0 alone, however many processes run the command."""
     if os.environ.get("RANK", "0") == "0":
         click.echo("\n".join(lines))

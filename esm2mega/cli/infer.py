@@ -16,46 +16,68 @@ from esm2mega.files import check_writable
 
 
 def _settings(options: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
-    """Options as `key=value`, then what was given in that form."""
+    """Return options as `key=value`, then what was given in that form."""
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     return [*given, *overrides]
 
 
 def _list(values: tuple[Any, ...]) -> str | None:
-    """A comma-separated option, which may also be repeated, as a list of the configuration."""
+    """Return a comma-separated option, which may also be repeated, as a list of the configuration."""
     return f"[{','.join(values)}]" if values else None
 
 
-@command(short_help="Embeddings, logits and contacts of proteins.")
+@command(short_help="Compute embeddings, logits and contacts of proteins.")
 @click.argument("checkpoint")
 @click.argument("input", metavar="INPUT")
 @click.option(
-    "--out", required=True, metavar="PATH", help="NAME.h5, .npz or .parquet; else a folder of .pt files."
+    "--out", required=True, metavar="PATH", help="NAME.h5, .npz or .parquet, or a folder for .pt files."
 )
 @click.option(
-    "--include", multiple=True, metavar="A,B", help="residue, pooled, logits, contacts [residue,pooled]."
+    "--include",
+    multiple=True,
+    metavar="A,B",
+    help="Any of residue, pooled, logits, contacts [default: residue,pooled].",
 )
 @click.option(
-    "--layers", multiple=True, metavar="N,M", help="Hidden states; 0 the embedding, -1 the last [-1]."
+    "--layers",
+    multiple=True,
+    metavar="N,M",
+    help="Numbers of hidden states: 0 is the embedding, -1 the last one [default: -1].",
 )
-@click.option("--pooling", metavar="mean|cls|max", help="One vector of a protein [mean].")
-@click.option("--precision", metavar="fp32|bf16", help="To compute in [as trained].")
-@click.option("--dtype", metavar="fp32|fp16|bf16", help="To store in [fp32].")
-@click.option("--layout", metavar="ragged|bionemo", help="Of HDF5 files [ragged].")
-@click.option("--too-long", metavar="error|crop|chunk", help="Proteins longer than --max-seq-length [error].")
-@click.option("--max-seq-length", metavar="N", help="Tokens at once, with <cls> and <eos> [as trained].")
-@click.option("--pack-tokens", metavar="T", help="Tokens that are computed together [by device].")
-@click.option("--sequence-column", metavar="NAME", help="Of a table [sequence].")
-@click.option("--id-column", metavar="NAME", help="Of a table [id, else line numbers].")
-@click.option("--contact-maps", metavar="DIR", help="Also draw a PNG of each protein's contacts.")
+@click.option("--pooling", metavar="mean|cls|max", help="How residues become one vector [default: mean].")
+@click.option(
+    "--precision", metavar="fp32|bf16", help="Precision of the computation [default: as in training]."
+)
+@click.option("--dtype", metavar="fp32|fp16|bf16", help="Data type of the output [default: fp32].")
+@click.option("--layout", metavar="ragged|bionemo", help="Layout of HDF5 files [default: ragged].")
+@click.option(
+    "--too-long",
+    metavar="error|crop|chunk",
+    help="What to do with proteins longer than --max-seq-length [default: error].",
+)
+@click.option(
+    "--max-seq-length",
+    metavar="N",
+    help="Most tokens at once, with <cls> and <eos> [default: as in training].",
+)
+@click.option(
+    "--pack-tokens", metavar="T", help="Tokens computed together [default: 2048 on a CPU, 16384 on a GPU]."
+)
+@click.option(
+    "--sequence-column", metavar="NAME", help="Column of the sequences in a table [default: sequence]."
+)
+@click.option(
+    "--id-column", metavar="NAME", help="Column of the ids in a table [default: id, else line numbers]."
+)
+@click.option("--contact-maps", metavar="DIR", help="Also draw each protein's contacts as a PNG in DIR.")
 @click.option("--config", metavar="FILE|NAME", help="Configuration with an `infer` section, such as `infer`.")
-@click.option("--resume", is_flag=True, help="Go on with an unfinished output; begin if there is none.")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--resume", is_flag=True, help="Continue an unfinished output; start one if there is none.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Embeddings of the proteins of INPUT: FASTA, CSV, Parquet and others, also compressed, or a token store.
+    """Embed the proteins of INPUT: FASTA, CSV, Parquet and others, also compressed, or a token store.
 
-    Results are in input order with their ids, the same for a protein whatever its neighbours.
+    Results are in input order with their ids. The other proteins of INPUT do not change those of a protein.
 
     Example: esm2mega embed runs/mine proteins.fasta --out proteins.h5
     """
@@ -85,11 +107,11 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
     say(run_embed(request))
 
 
-@command(short_help="Zero-shot scores of variants.")
+@command(short_help="Score variants without training on measurements.")
 @click.argument("checkpoint")
-@click.option("--sequence", metavar="S", help="The wild type.")
-@click.option("--fasta", metavar="FILE", help="One or more wild types.")
-@click.option("--variants", metavar="CSV", help="Table of variants [all single substitutions].")
+@click.option("--sequence", metavar="S", help="Sequence of the wild type.")
+@click.option("--fasta", metavar="FILE", help="File with one or more wild types.")
+@click.option("--variants", metavar="CSV", help="Table of variants [default: all single substitutions].")
 @click.option("--out", required=True, metavar="PATH", help="CSV to write; with --proteingym a folder.")
 @click.option(
     "--strategy",
@@ -102,26 +124,32 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
     type=click.Choice(["vocabulary", "residues"]),
     default="vocabulary",
     show_default=True,
-    help="Probabilities over all 33 tokens, or the 20 residues.",
+    help="Normalise probabilities over all 33 tokens, or over the 20 residues.",
 )
 @click.option("--offset", type=int, default=1, show_default=True, help="Number of the first residue.")
 @click.option("--mutation-column", default="mutant", show_default=True, metavar="NAME")
 @click.option(
-    "--id-column", default="id", show_default=True, metavar="NAME", help="Names the wild type of a row."
+    "--id-column", default="id", show_default=True, metavar="NAME", help="Column that names the wild type."
 )
-@click.option("--score-column", default="score", show_default=True, metavar="NAME", help="The column to add.")
+@click.option("--score-column", default="score", show_default=True, metavar="NAME", help="Column to add.")
 @click.option("--measured", metavar="NAME", help="Column of measured values, for Spearman's correlation.")
-@click.option("--heat-map", metavar="FILE.png", help="Draw the scan of a single wild type.")
-@click.option("--proteingym", metavar="CSV", help="ProteinGym's reference file: score all its assays.")
-@click.option("--assays", metavar="DIR", help="Folder of the assays of --proteingym.")
-@click.option("--precision", metavar="fp32|bf16", help="To compute in [as trained].")
-@click.option("--max-seq-length", metavar="N", help="Tokens of the window around a residue [as trained].")
-@click.option("--pack-tokens", metavar="T", help="Tokens that are computed together [by device].")
-@click.option("--resume", is_flag=True, help="Of --proteingym: keep the assays that are finished.")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--heat-map", metavar="FILE.png", help="Also draw the scan of a single wild type.")
+@click.option("--proteingym", metavar="CSV", help="ProteinGym's reference file; all its assays are scored.")
+@click.option("--assays", metavar="DIR", help="Folder of the assays, with --proteingym.")
+@click.option(
+    "--precision", metavar="fp32|bf16", help="Precision of the computation [default: as in training]."
+)
+@click.option(
+    "--max-seq-length", metavar="N", help="Tokens of the window around a residue [default: as in training]."
+)
+@click.option(
+    "--pack-tokens", metavar="T", help="Tokens computed together [default: 2048 on a CPU, 16384 on a GPU]."
+)
+@click.option("--resume", is_flag=True, help="Keep the assays that are finished, with --proteingym.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Score substitutions by how likely they make a protein, without training on measurements.
+    """Score substitutions by how likely the model finds them, without training on measurements.
 
     Example: esm2mega score runs/mine --fasta wild_type.fasta --variants variants.csv --out scores.csv
     """

@@ -17,18 +17,18 @@ from esm2mega.errors import UserError
 _CLASSIFIER_KINDS = [kind for kind in TASK_KINDS if kind != PAIR_KIND]
 
 
-@group(short_help="Adapters: merged into their base, to and from PEFT.")
+@group(short_help="Merge adapters into their base, export and import them as PEFT.")
 def lora() -> None:
-    """Low-rank adapters, as trained with lora.rank, after training."""
+    """Merge, export or import low-rank adapters, which are trained with lora.rank."""
 
 
-@lora.command("merge", short_help="One whole checkpoint of base and adapters.")
+@lora.command("merge", short_help="Make one whole checkpoint of base and adapters.")
 @click.argument("checkpoint")
 @click.option("--out", required=True, metavar="DIR", help="Checkpoint to make.")
-@click.option("--base", metavar="PATH", help="Where the base is now [default: where it was in training].")
+@click.option("--base", metavar="PATH", help="Checkpoint of the base [default: where it was in training].")
 @single_process
 def lora_merge_command(checkpoint: str, out: str, base: str | None) -> None:
-    """Fold the adapters of CHECKPOINT into the weights under them: an ordinary checkpoint.
+    """Merge the adapters of CHECKPOINT into the weights of their base, as an ordinary checkpoint.
 
     Example: esm2mega lora merge runs/adapted --out adapted_whole
     """
@@ -37,12 +37,12 @@ def lora_merge_command(checkpoint: str, out: str, base: str | None) -> None:
     click.echo("\n".join(merge(checkpoint, Path(out), base)))
 
 
-@lora.command("export", short_help="Adapters to a directory of Hugging Face PEFT.")
+@lora.command("export", short_help="Write adapters to a directory of Hugging Face PEFT.")
 @click.argument("checkpoint")
 @click.option("--out", required=True, metavar="DIR", help="PEFT directory to make.")
 @single_process
 def lora_export_command(checkpoint: str, out: str) -> None:
-    """Write the adapters of CHECKPOINT for peft on an EsmForMaskedLM, or another ESM with a head.
+    """Write the adapters of CHECKPOINT for peft, to use with EsmForMaskedLM or another ESM with a head.
 
     Example: esm2mega lora export runs/adapted --out adapted_peft
     """
@@ -51,15 +51,15 @@ def lora_export_command(checkpoint: str, out: str) -> None:
     click.echo("\n".join(export_adapters(checkpoint, Path(out))))
 
 
-@lora.command("import", short_help="Adapters from a directory of Hugging Face PEFT.")
+@lora.command("import", short_help="Read adapters from a directory of Hugging Face PEFT.")
 @click.argument("source", metavar="PEFT_DIR")
-@click.option("--base", required=True, metavar="CHECKPOINT", help="Weights under the adapters, any format.")
+@click.option("--base", required=True, metavar="CHECKPOINT", help="Base of the adapters, in any format.")
 @click.option("--out", required=True, metavar="DIR", help="Checkpoint of adapters to make.")
-@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors that are no adapters.")
+@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors that are not adapters.")
 @click.option(
-    "--task", type=click.Choice(_CLASSIFIER_KINDS), help="What a classifier in it predicts: task.kind."
+    "--task", type=click.Choice(_CLASSIFIER_KINDS), help="What the classifier predicts, as task.kind."
 )
-@click.option("--labels", metavar="NAME,…", help="Names of its outputs [default: LABEL_0 and so on].")
+@click.option("--labels", metavar="NAME,…", help="Names of the outputs [default: LABEL_0 and so on].")
 @single_process
 def lora_import_command(
     source: str, base: str, out: str, drop: tuple[str, ...], task: str | None, labels: str | None
@@ -72,6 +72,6 @@ def lora_import_command(
     from esm2mega.lora.hf_peft import import_adapters
 
     if labels is not None and task is None:
-        raise UserError(f"--labels {labels} are of the task that --task names; give it too")
+        raise UserError(f"--labels {labels} needs --task, which says what is labelled; give --task too")
     meaning = None if task is None else Meaning(task, None if labels is None else labels.split(","))
     click.echo("\n".join(import_adapters(Path(source), base, Path(out), drop, meaning)))

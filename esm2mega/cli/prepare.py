@@ -15,12 +15,12 @@ from esm2mega.data.benchmarks.names import FLIP_TASKS, TAPE_TASKS
 
 @group()
 def prepare() -> None:
-    """Turn sequence files into token stores for training, and benchmarks into labelled tables."""
+    """Prepare token stores and tables of labelled proteins."""
 
 
 @prepare.command("fasta")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
-@click.option("--out", required=True, metavar="DIR", help="Directory to make; gets train, valid and test.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to make, with train, valid and test.")
 @click.option(
     "--val-size",
     "--valid-size",
@@ -32,19 +32,26 @@ def prepare() -> None:
 @click.option("--test-size", default=0, metavar="N", help="Sequences held out for testing.")
 @click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the split.")
 @click.option(
-    "--format", metavar="NAME", help="fasta, csv, jsonl, parquet, megatron or tape [default: by file name]."
+    "--format",
+    metavar="NAME",
+    help="One of fasta, csv, jsonl, parquet, megatron, tape [default: by file name].",
 )
 @click.option(
-    "--sequence-column", default="sequence", show_default=True, metavar="NAME", help="Of tables: residues."
+    "--sequence-column",
+    default="sequence",
+    show_default=True,
+    metavar="NAME",
+    help="Column of the sequences in tables.",
 )
 @click.option(
-    "--id-column", metavar="NAME", help="Of tables: ids [default: id where it exists, else line numbers]."
+    "--id-column", metavar="NAME", help="Column of the ids in tables [default: id, else line numbers]."
 )
+@click.option("--drop-empty", is_flag=True, help="Leave out, and count, rows of tables without a sequence.")
 @click.option(
-    "--drop-empty", is_flag=True, help="Of tables: leave rows without a sequence out, and count them."
-)
-@click.option(
-    "--workers", type=click.IntRange(1), metavar="N", help="Processes [default: the cores, at most 16]."
+    "--workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of processes [default: that of the cores, at most 16].",
 )
 @click.option(
     "--shard-size",
@@ -52,7 +59,7 @@ def prepare() -> None:
     default=16.0,
     show_default=True,
     metavar="GIB",
-    help="Largest file of tokens; more residues go to further files.",
+    help="Largest size of a file of tokens; the rest goes to further files.",
 )
 @single_process
 def prepare_fasta_command(
@@ -65,9 +72,10 @@ def prepare_fasta_command(
     shard_size: float,
     **source: Any,
 ) -> None:
-    """Write sequences into token stores: FASTA, CSV, JSON lines (.gz and .zst too), Parquet, Megatron, TAPE.
+    """Write sequence files into token stores for training.
 
-    After a kill, the same command goes on with what was finished.
+    INPUT is FASTA, CSV, JSON lines (these also as .gz and .zst), Parquet, Megatron or TAPE. If the command
+    was killed, the same command continues from what was finished.
     """
     from esm2mega.data.readers.base import SourceOptions
     from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
@@ -78,23 +86,35 @@ def prepare_fasta_command(
     click.echo("\n".join(report.lines()))
 
 
-@prepare.command("uniref", short_help="UniRef50 clusters of UniRef90 sequences, for cluster sampling.")
+@prepare.command("uniref", short_help="Prepare UniRef50 clusters of UniRef90 sequences for cluster sampling.")
 @click.option("--uf50", metavar="FASTA", help="One representative per training cluster.")
 @click.option("--uf90", metavar="FASTA", help="All members of the clusters.")
 @click.option("--mapping", metavar="TSV", help="Cluster id, tab, member ids; the first line is a header.")
-@click.option("--valid", metavar="FASTA", help="Held-out representatives for validation.")
-@click.option("--test", metavar="FASTA", help="Held-out representatives for testing.")
-@click.option("--val-size", "--valid-size", "valid_size", default=0, metavar="N", help="Or: number to draw.")
-@click.option("--test-size", default=0, metavar="N", help="Or: number to draw.")
+@click.option("--valid", metavar="FASTA", help="Representatives held out for validation.")
+@click.option("--test", metavar="FASTA", help="Representatives held out for testing.")
+@click.option(
+    "--val-size",
+    "--valid-size",
+    "valid_size",
+    default=0,
+    metavar="N",
+    help="Number of clusters to draw for validation, instead of --valid.",
+)
+@click.option(
+    "--test-size",
+    default=0,
+    metavar="N",
+    help="Number of clusters to draw for testing, instead of --test.",
+)
 @click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the draw.")
-@click.option("--drop-other-clusters", is_flag=True, help="Leave clusters out that are not in --uf50.")
+@click.option("--drop-other-clusters", is_flag=True, help="Leave out clusters that are not in --uf50.")
 @click.option("--train-cluster-path", metavar="PARQUET", help="BioNeMo 2: lists of member ids, ur90_id.")
 @click.option("--train-database-path", metavar="DB", help="BioNeMo 2: SQLite table protein(id, sequence).")
 @click.option("--valid-cluster-path", metavar="PARQUET", help="BioNeMo 2: representatives, ur50_id.")
-@click.option("--valid-database-path", metavar="DB", help="BioNeMo 2: their sequences.")
+@click.option("--valid-database-path", metavar="DB", help="BioNeMo 2: sequences of the representatives.")
 @click.option("--table", metavar="PARQUET|DIR", help="Rows of ur50_id, ur90_id, sequence.")
-@click.option("--valid-table", metavar="PARQUET|DIR", help="The same for representatives.")
-@click.option("--out", required=True, metavar="DIR", help="Directory to make; gets train, valid and test.")
+@click.option("--valid-table", metavar="PARQUET|DIR", help="The same for the representatives.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to make, with train, valid and test.")
 @single_process
 def prepare_uniref_command(**options: Any) -> None:
     """Write UniRef90 sequences and the UniRef50 clusters over them into a token store for cluster sampling.
@@ -106,22 +126,23 @@ def prepare_uniref_command(**options: Any) -> None:
     click.echo("\n".join(prepare_from_options(options).lines()))
 
 
-@prepare.command("flip", short_help="A task of FLIP, to tables of labelled proteins.")
+@prepare.command("flip", short_help="Write a task of FLIP as tables of labelled proteins.")
 @click.argument("task", type=click.Choice(FLIP_TASKS), metavar="TASK")
 @click.option("--source", required=True, metavar="DIR", help="The task's files, as FLIP publishes them.")
 @click.option(
-    "--out", required=True, metavar="DIR", help="Directory to make: train.csv, valid.csv, test.csv."
+    "--out", required=True, metavar="DIR", help="Directory to make, with train.csv, valid.csv, test.csv."
 )
 @click.option("--split", metavar="NAME", help="One of the task's splits; a wrong name lists them.")
 @click.option(
-    "--allow-other-sizes", is_flag=True, help="Take other numbers of proteins than the published ones."
+    "--allow-other-sizes", is_flag=True, help="Accept other numbers of proteins than the published ones."
 )
 @single_process
 def prepare_flip_command(
     task: str, source: str, out: str, split: str | None, allow_other_sizes: bool
 ) -> None:
-    """Write a task of FLIP as tables for fine-tuning: aav, gb1, meltome, scl, sav, bind, conservation or
-    secondary_structure.
+    """Write a task of FLIP as tables for fine-tuning.
+
+    TASK is aav, gb1, meltome, scl, sav, bind, conservation or secondary_structure.
 
     Example: esm2mega prepare flip gb1 --source flip/gb1 --split sampled --out gb1
     """
@@ -130,14 +151,15 @@ def prepare_flip_command(
     click.echo("\n".join(prepare_flip(task, source, out, split, allow_other_sizes)))
 
 
-@prepare.command("tape", short_help="A task of TAPE, to tables of labelled proteins.")
+@prepare.command("tape", short_help="Write a task of TAPE as tables of labelled proteins.")
 @click.argument("task", type=click.Choice(TAPE_TASKS), metavar="TASK")
 @click.option("--source", required=True, metavar="DIR", help="The task's LMDB files, as TAPE publishes them.")
-@click.option("--out", required=True, metavar="DIR", help="Directory to make: a CSV per split.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to make, with a CSV per split.")
 @single_process
 def prepare_tape_command(task: str, source: str, out: str) -> None:
-    """Write a task of TAPE as tables for fine-tuning: fluorescence, stability, remote_homology,
-    secondary_structure or contact_prediction.
+    """Write a task of TAPE as tables for fine-tuning.
+
+    TASK is fluorescence, stability, remote_homology, secondary_structure or contact_prediction.
 
     Example: esm2mega prepare tape stability --source tape/stability --out stability
     """
@@ -146,28 +168,45 @@ def prepare_tape_command(task: str, source: str, out: str) -> None:
     click.echo("\n".join(prepare_tape(task, source, out)))
 
 
-@prepare.command("deeploc2", short_help="DeepLoc 2's proteins, to tables of labelled proteins.")
+@prepare.command("deeploc2", short_help="Write DeepLoc 2's proteins as tables of labelled proteins.")
 @click.option("--source", required=True, metavar="CSV", help="Swissprot_Train_Validation_dataset.csv.")
-@click.option("--out", required=True, metavar="DIR", help="Directory to make: a CSV per split.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to make, with a CSV per split.")
 @click.option(
     "--labels",
     type=click.Choice(["membrane", "locations"]),
     default="membrane",
     show_default=True,
-    help="Whether it is in a membrane, or flags of ten places.",
+    help="Label whether a protein is in a membrane, or in which of ten locations.",
 )
-@click.option("--min-length", default=100, show_default=True, metavar="N", help="Residues.")
-@click.option("--max-length", default=1026, show_default=True, metavar="N", help="Residues.")
+@click.option(
+    "--min-length", default=100, show_default=True, metavar="N", help="Fewest residues of a protein."
+)
+@click.option(
+    "--max-length", default=1026, show_default=True, metavar="N", help="Most residues of a protein."
+)
 @click.option(
     "--test-fraction",
     type=float,
     show_default="0.2",
     metavar="X",
-    help="Drawn at random; not with partitions.",
+    help="Fraction to draw at random for testing; not with partitions.",
 )
-@click.option("--valid-fraction", type=float, show_default="0", metavar="X", help="The same.")
-@click.option("--test-partition", type=click.IntRange(0, 4), metavar="N", help="Or: split by homology.")
-@click.option("--valid-partition", type=click.IntRange(0, 4), metavar="N", help="Another partition.")
+@click.option(
+    "--valid-fraction",
+    type=float,
+    show_default="0",
+    metavar="X",
+    help="Fraction to draw at random for validation; not with partitions.",
+)
+@click.option(
+    "--test-partition",
+    type=click.IntRange(0, 4),
+    metavar="N",
+    help="Homology partition for testing, instead of fractions.",
+)
+@click.option(
+    "--valid-partition", type=click.IntRange(0, 4), metavar="N", help="Another partition, for validation."
+)
 @click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the draw.")
 @single_process
 def prepare_deeploc2_command(source: str, out: str, **options: Any) -> None:

@@ -17,40 +17,48 @@ from esm2mega.errors import UserError
 @click.option(
     "--layouts",
     metavar="GROUP|random:N",
-    help="ci, more, resume, heads, bf16, families, lora, lora-heads (several with commas), random:N, or all "
-    "(default).",
+    help="Groups with commas between them: ci, more, resume, heads, bf16, families, lora, lora-heads; or "
+    "random:N [default: all].",
 )
-@click.option("--row", metavar="NAME", help="One row of the groups, as the table names it.")
+@click.option("--row", metavar="NAME", help="One row of a group, by its name in the table.")
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")
 @click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline stages.")
-@click.option("--vpp", type=click.IntRange(1), metavar="N", help="Pieces per pipeline stage.")
+@click.option("--vpp", type=click.IntRange(1), metavar="N", help="Chunks per pipeline stage (interleaved).")
 @click.option("--dp", type=click.IntRange(1), metavar="N", help="Data-parallel size.")
-@click.option("--sp", is_flag=True, default=None, help="Sequence parallelism.")
+@click.option("--sp", is_flag=True, default=None, help="Use sequence parallelism.")
 @click.option(
     "--packed",
     type=click.Choice(["1", "2", "3", "4", "6", "12", "auto"]),
     is_flag=False,
     flag_value="auto",
     metavar="[K]",
-    help="Proteins per micro-batch, a divisor of 12; without a number some. The reference has one.",
+    help="Proteins per micro-batch, a divisor of 12; without K the fewest above 1. The reference has one.",
 )
-@click.option("--distributed-optimizer", is_flag=True, default=None, help="Sharded optimizer state.")
-@click.option("--recompute", type=click.Choice(["none", "selective", "full"]), help="Recomputation.")
+@click.option("--distributed-optimizer", is_flag=True, default=None, help="Shard the optimizer state.")
+@click.option(
+    "--recompute", type=click.Choice(["none", "selective", "full"]), help="Which activations to recompute."
+)
 @click.option(
     "--layers",
     type=click.IntRange(1),
     metavar="N",
-    help="Layers of the model; by default 5, and with --vpp one for each piece.",
+    help="Layers of the model [default: 5, with --vpp one for each chunk].",
 )
-@click.option("--precision", type=click.Choice(["fp64", "bf16"]), help="Of one layout; by default fp64.")
 @click.option(
-    "--lora", is_flag=True, help="Train adapters; alone: --layouts lora; with --head also its head."
+    "--precision", type=click.Choice(["fp64", "bf16"]), help="Precision of one layout [default: fp64]."
+)
+@click.option(
+    "--lora", is_flag=True, help="Train adapters, with --head also the head; alone it means --layouts lora."
 )
 @click.option("--head", metavar="NAME", help="Fine-tune with this head; a wrong name lists them.")
 @click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=1234, show_default=True, help="Of everything random."
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=1234,
+    show_default=True,
+    help="Seed of everything random.",
 )
-@click.option("--processes", type=click.IntRange(1), metavar="N", help="Limit; by default 4.")
+@click.option("--processes", type=click.IntRange(1), metavar="N", help="Most processes at once [default: 4].")
 @click.option("--json", "out", metavar="FILE", help="Also write all numbers to this file.")
 @single_process
 def prove(
@@ -64,10 +72,10 @@ def prove(
     head: str | None,
     **axes: Any,
 ) -> None:
-    """Train a small ESM-2 at parallel layouts and compare every loss, gradient, weight and checkpoint with
-    those of one process.
+    """Train a small ESM-2 at parallel layouts, and compare it with one process.
 
-    Either a group of layouts, or one: esm2mega prove --tp 2 --pp 2 --sp
+    Every loss, gradient, weight and checkpoint is compared. Give a group of layouts, or one layout, as in
+    esm2mega prove --tp 2 --pp 2 --sp
     """
     from esm2mega.prove.layouts import layout_from_options
     from esm2mega.prove.training import SETTINGS
@@ -83,7 +91,7 @@ def prove(
         first, second = (f"--{name.replace('_', '-')}" for name in [*given][:2])
         raise UserError(f"{first} {layouts or row} and {second} exclude each other; give one of them")
     if one:
-        # Refused before PyTorch is imported.
+        # A layout that cannot run is refused before PyTorch is imported.
         layout = layout_from_options(chosen, SETTINGS)
         trial = Trial((layout,), precision or "fp64")
         trial = trial if head is None else with_head(trial, head)

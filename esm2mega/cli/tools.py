@@ -21,13 +21,13 @@ def quickstart(out: str) -> None:
 @click.argument("path")
 @single_process
 def inspect(path: str) -> None:
-    """What a checkpoint or token store holds."""
+    """Show what a checkpoint or token store holds."""
     from esm2mega.inspect import inspect_path
 
     click.echo(inspect_path(path))
 
 
-@command(short_help="Curves of a run as PNG and HTML.")
+@command(short_help="Draw the curves of a run as PNG and HTML.")
 @click.argument("run_dir")
 @single_process
 def plot(run_dir: str) -> None:
@@ -38,7 +38,7 @@ def plot(run_dir: str) -> None:
     click.echo(f"{files.png}\n{files.html}")
 
 
-@command(short_help="What this machine can do, with cures for what is missing.")
+@command(short_help="Check what this machine can do, with cures for what is missing.")
 @single_process
 def doctor() -> None:
     """Check versions, devices, communication between processes, and the file system."""

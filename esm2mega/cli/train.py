@@ -17,7 +17,7 @@ from esm2mega.errors import UserError
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
-    """Train a masked language model; resumes from the newest checkpoint in run_dir.
+    """Train a masked language model, or resume from the newest checkpoint in run_dir.
 
     Example: esm2mega pretrain --config pretrain_esm2_8M data.train=DIR/train data.valid=DIR/valid
     """
@@ -33,11 +33,11 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
     run_pretrain(run)
 
 
-@command(short_help="Train a head, and the encoder under it, on labelled proteins.")
+@command(short_help="Train a head and the encoder on labelled proteins.")
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
-    """Fine-tune on a table of labelled proteins; resumes from the newest checkpoint in run_dir.
+    """Fine-tune on a table of labelled proteins, or resume from the newest checkpoint in run_dir.
 
     Example: esm2mega finetune init_from=runs/mine task.kind=regression task.target_columns=[fitness]
     data.train=train.csv data.valid=valid.csv
@@ -56,22 +56,33 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
     run_finetune(run, opened=opened)
 
 
-@command(short_help="Predictions of a fine-tuned model, in input order.")
+@command(short_help="Predict with a fine-tuned model, in input order.")
 @click.argument("checkpoint")
 @click.argument("input", metavar="INPUT")
-@click.option("--out", required=True, metavar="PATH", help="NAME.csv, .parquet or .h5.")
-@click.option("--sequence-column", metavar="NAME", help="Of a table [as in training].")
-@click.option("--id-column", metavar="NAME", help="Of a table [id, else line numbers].")
+@click.option("--out", required=True, metavar="PATH", help="File to write: NAME.csv, .parquet or .h5.")
 @click.option(
-    "--too-long", metavar="error|crop", help="Proteins longer than --max-seq-length [as in training]."
+    "--sequence-column", metavar="NAME", help="Column of the sequences in a table [default: as in training]."
 )
-@click.option("--max-seq-length", metavar="N", help="Tokens at once, with <cls> and <eos> [as in training].")
-@click.option("--resume", is_flag=True, help="Go on with an unfinished output; begin if there is none.")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option(
+    "--id-column", metavar="NAME", help="Column of the ids in a table [default: id, else line numbers]."
+)
+@click.option(
+    "--too-long",
+    metavar="error|crop",
+    help="What to do with proteins longer than --max-seq-length [default: as in training].",
+)
+@click.option(
+    "--max-seq-length",
+    metavar="N",
+    help="Most tokens at once, with <cls> and <eos> [default: as in training].",
+)
+@click.option("--resume", is_flag=True, help="Continue an unfinished output; start one if there is none.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Predict the proteins of INPUT with a fine-tuned checkpoint: FASTA, CSV, Parquet and others, also
-    compressed, or a token store.
+    """Predict the proteins of INPUT with a fine-tuned checkpoint.
+
+    INPUT is FASTA, CSV, Parquet and others, also compressed, or a token store.
 
     Example: esm2mega predict runs/mine proteins.fasta --out predictions.csv
     """
@@ -88,13 +99,13 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
     say(run_predict(checkpoint, input, out, [*given, *options["overrides"]], mode))
 
 
-@command(short_help="Loss and perplexity of a checkpoint, or metrics of its task.")
+@command(short_help="Compute loss and perplexity of a checkpoint, or the metrics of its task.")
 @click.argument("checkpoint")
 @click.option(
     "--data", required=True, metavar="STORE", help="Token store, sequence file or table to evaluate on."
 )
 @click.option("--out", metavar="FILE.json", help="Also write the numbers to this file.")
-@click.option("--max-batches", type=click.IntRange(1), metavar="N", help="Packs to evaluate [default: all].")
+@click.option("--max-batches", type=click.IntRange(1), metavar="N", help="Most packs to use [default: all].")
 @click.option(
     "--micro-batch-tokens",
     type=click.IntRange(3),
@@ -110,9 +121,9 @@ def evaluate(
     micro_batch_tokens: int | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Compute the loss of a checkpoint beside that of knowing residue frequencies alone.
+    """Compute the loss of a checkpoint, and for comparison that of predicting residue frequencies.
 
-    Of a fine-tuned checkpoint: the loss and the metrics of its task, on a table with labels.
+    For a fine-tuned checkpoint it is the loss and the metrics of its task, on a table with labels.
     """
     from esm2mega.convert.start_point import open_checkpoint
     from esm2mega.finetune.checkpoint import evaluate_task
@@ -121,7 +132,7 @@ def evaluate(
     start = open_checkpoint(checkpoint)
     if start.task is not None:
         if max_batches is not None:
-            raise UserError("--max-batches: metrics of a task are of the whole table; leave it out")
+            raise UserError("--max-batches: metrics of a task need the whole table; leave it out")
         if micro_batch_tokens is not None:
             overrides = (f"train.micro_batch_tokens={micro_batch_tokens}", *overrides)
         numbers = evaluate_task(start, data, out, overrides)

@@ -1,1 +1,1 @@
-"""The configuration: a typed schema, presets of the model sizes, loading, and checks of the whole."""
+"""Defines the configuration: a typed schema, presets of model sizes, loading, and checks of the whole."""

@@ -1,4 +1,4 @@
-"""Decides whether two configurations of a head compute the same function, weights and dropout aside."""
+"""Decides whether two configurations of a head compute the same function, apart from weights and dropout."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 
 CLS_TANH = ("cls", "tanh")
-"""Dense layer on `<cls>`, tanh, linear: `EsmForSequenceClassification`, and the pooler of BERT."""
+"""Means a dense layer on `<cls>`, tanh, linear: `EsmForSequenceClassification`, and the pooler of BERT."""
 
 RESIDUE_LINEAR = ("residue linear",)
-"""`EsmForTokenClassification`."""
+"""Means a linear layer on each residue: `EsmForTokenClassification`."""
 
 ATTENTION_MAPS = (PAIR_KIND, "attention_maps")
-"""The contact head of ESM-2."""
+"""Means the contact head of ESM-2."""
 
 
 def head_form(task: TaskConfig) -> tuple[str, ...]:
-    """Return a value that is equal for heads that are the same function of the same weights."""
+    """Return a value that is equal for heads which compute the same function of the same weights."""
     if task.kind == PAIR_KIND:
         return ATTENTION_MAPS if task.head == "attention_maps" else (PAIR_KIND, "product")
     if task.kind in RESIDUE_KINDS:

@@ -1,6 +1,6 @@
-"""Makes the configuration of `embed` and `score` from that of the checkpoint and what was asked for.
+"""Makes the configuration of `embed` and `score` from the checkpoint's and from the settings of this start.
 
-Pure Python, as `validate`.
+It is pure Python, like `esm2mega.config.validate`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ def validate_inference(run: Run, world_size: int) -> None:
     """Refuse what `embed` and `score` cannot do; rules about training do not apply to them.
 
     Args:
-        run: the checkpoint's configuration with that of the inference over it, resolved.
-        world_size: number of processes.
+        run: Resolved configuration, from `inference_run`.
+        world_size: Number of processes.
 
     Raises:
-        UserError: the first rule that does not hold.
+        UserError: A rule does not hold; it is the first one that does not.
     """
     validate_model(run)
     data_parallel_size(run.parallel, world_size)
     infer = run.infer
     for key in ("sequence_parallel", "virtual_pipeline_model_parallel_size", "distributed_optimizer"):
         if getattr(run.parallel, key):
-            raise UserError(f"parallel.{key} is of no use without training; remove it")
+            raise UserError(f"parallel.{key} is of use in training only; remove it")
     for name in infer.outputs:
         if name not in OUTPUTS:
             near = difflib.get_close_matches(name, OUTPUTS, n=1)
@@ -59,7 +59,7 @@ def absolute_layers(infer: InferConfig, model: ModelConfig) -> list[int]:
     """Return `infer.layers` counted from 0, ascending, each once.
 
     Raises:
-        UserError: a layer that the model does not have.
+        UserError: The model does not have one of the layers.
     """
     states = shape_of(model).num_layers + 1
     for layer in infer.layers:
@@ -76,14 +76,14 @@ def window_tokens(infer: InferConfig, data: DataConfig) -> int:
 
 
 def inference_run(checkpoint: Run, overrides: Sequence[str], config: str | None = None) -> Run:
-    """The checkpoint's model with the settings of this start.
+    """Return the checkpoint's model with the settings of this start.
 
     The layout of training is not kept: every process holds the whole model unless `overrides` say otherwise.
 
     Args:
-        checkpoint: configuration of the run that wrote the checkpoint.
-        overrides: `key=value`, over the file.
-        config: path or name of a configuration file; None for none.
+        checkpoint: Configuration of the run that wrote the checkpoint.
+        overrides: `key=value` settings that replace those of the file.
+        config: Path or name of a configuration file; None for none.
     """
     base = copy.deepcopy(checkpoint)
     base.parallel = ParallelConfig(timeout_minutes=checkpoint.parallel.timeout_minutes)

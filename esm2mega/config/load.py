@@ -1,8 +1,7 @@
-"""Reads YAML files and `key=value` overrides into a typed `Run`; a mistake is one line with its cure.
+"""Reads YAML files and `key=value` overrides into a typed `Run`; a mistake gives one line with its cure.
 
-Files are merged in the order of their `defaults`, then the file itself, then the `key=value` overrides.
-OmegaConf types and interpolates (`${oc.env:HOME}`, `${train.micro_batch_tokens}`); its own errors never reach
-the user.
+The files in `defaults` come first, in order, then the file itself, then the `key=value` overrides. OmegaConf
+types and interpolates (`${oc.env:HOME}`, `${train.micro_batch_tokens}`); its own errors never reach the user.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ from esm2mega.errors import UserError
 from esm2mega.files import replacing
 from esm2mega.version import __version__
 
-# The parser in C where PyYAML has it; the lines are the same.
+# The parser in C, if PyYAML has it; it gives the same lines.
 _LineLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _WITH_GAPS = ("task.mask_column",)
-"""Keys whose lists have null where there is nothing."""
+"""Names the keys whose lists may have nulls in them."""
 
 
 _RESOLVED = "# Resolved configuration, written by esm2mega"
-"""How a file of `save_resolved` begins."""
+"""Begins every file that `save_resolved` writes."""
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """One value on its way into the configuration, with the place it was written at."""
+    """Holds one value on its way into the configuration, and where it was written, as file:line."""
 
     key: str
     value: Any
@@ -56,11 +55,12 @@ def load_run(config: str | None, overrides: Sequence[str] = ()) -> Run:
     """Load, merge, type and resolve a configuration.
 
     Args:
-        config: path of a YAML file, or the name of a shipped one (`pretrain_esm2_8M`); None for the defaults.
+        config: Path of a YAML file, or the name of a shipped one (`pretrain_esm2_8M`); None for the defaults.
         overrides: `key=value` with dotted keys; a leading `+` or `++` is accepted and means the same.
 
     Raises:
-        UserError: unreadable file, YAML error, unknown key, wrong type, or contradicting dimensions.
+        UserError: A file cannot be read, YAML is not valid, a key is unknown, a value has the wrong type, or
+            dimensions contradict each other.
     """
     tree = _defaults()
     settings = list(_file_settings(find_config(config), ())) if config is not None else []
@@ -74,8 +74,8 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
     """Read a configuration that `save_resolved` wrote; a name of a shipped configuration is not looked up.
 
     Args:
-        path: the file.
-        ignore: top-level keys that the writer added beside the run's.
+        path: The file.
+        ignore: Top-level keys that the writer added to those of the run.
     """
     tree = _defaults()
     for setting in _current(_file_settings(Path(path), ())):
@@ -85,15 +85,15 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
 
 
 def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None) -> Run:
-    """A resolved run with a file and `key=value` overrides on top, checked and resolved as `load_run` does.
+    """Change a resolved run by a file and `key=value` overrides, checked and resolved as `load_run` does.
 
-    What the shipped `base.yaml` lists in the section `model` are defaults, which say nothing against the
-    model of `base`; what a file says itself does.
+    Values of the shipped `base.yaml` in the section `model` are defaults, which do not replace the model of
+    `base`; values that another file sets do.
 
     Args:
-        base: what the others change.
-        overrides: as for `load_run`.
-        config: path or name of a file whose values come before the overrides; None for none.
+        base: The run to change.
+        overrides: `key=value`, as for `load_run`.
+        config: Path or name of a file whose values come before the overrides; None for none.
     """
     tree = OmegaConf.structured(base)
     settings = list(_file_settings(find_config(config), ())) if config is not None else []
@@ -111,7 +111,7 @@ def _is_default(setting: _Setting) -> bool:
 
 
 def value_of(key: str, config: str | None, overrides: Sequence[str] = ()) -> Any:
-    """What a file and `key=value` overrides say of one key, None if nothing; nothing is checked."""
+    """Return the value that a file and overrides give one key, unchecked; None if they give none."""
     settings = list(_file_settings(find_config(config), ())) if config is not None else []
     settings += [_parse_override(text) for text in overrides]
     return next((setting.value for setting in reversed(settings) if setting.key == key), None)
@@ -125,7 +125,7 @@ def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
 
 
 def resolve(run: Run) -> Run:
-    """A copy with the derived keys filled: the model's dimensions from its size, and the end of the decay."""
+    """Return a copy with the derived keys filled: the dimensions of the model's size, and the decay's end."""
     run = copy.deepcopy(run)
     check_choices(run)
     fill_shape(run.model)
@@ -135,7 +135,7 @@ def resolve(run: Run) -> Run:
 
 
 def resolve_max_steps(run: Run, max_steps: int) -> Run:
-    """A copy of a run given in epochs, with its length in steps and the end of the decay filled."""
+    """Return a copy of a run given in epochs, with its length in steps and the end of the decay filled."""
     run = copy.deepcopy(run)
     run.train.max_steps = max_steps
     _fill_decay(run.schedule, run.train)
@@ -150,21 +150,24 @@ def _fill_decay(schedule: ScheduleConfig, train: TrainConfig) -> None:
 
 
 def conf_dir() -> Path:
-    """Directory of the shipped configurations: inside the installed package, or beside it in a checkout."""
+    """Return the directory of the shipped configurations, in the installed package or beside a checkout's."""
     package = Path(str(resources.files("esm2mega")))
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def config_names() -> list[str]:
-    """Names of the shipped configurations, those in folders too."""
+    """Return the names of the shipped configurations, those in folders too."""
     return sorted(path.stem for path in conf_dir().rglob("*.yaml"))
 
 
 def find_config(config: str, beside: Path | None = None) -> Path:
     """Find the file that `config` means.
 
-    It is a path, else a name beside the including file, else a shipped name, with or without its folder
+    It is a path, else a name in the folder `beside`, else a shipped name, with or without its folder
     (``flip_gb1``, ``finetune/flip_gb1``).
+
+    Raises:
+        UserError: There is no such file or name.
     """
     path = Path(config)
     if path.is_file():
@@ -190,12 +193,12 @@ def find_config(config: str, beside: Path | None = None) -> Path:
 
 @functools.cache
 def known_keys() -> dict[str, Any]:
-    """Every valid dotted key and its type."""
+    """Return every valid dotted key and its type."""
     return dict(_typed_keys(Run, ""))
 
 
 def nearest_key(key: str) -> str:
-    """The valid dotted key that was most likely meant by an unknown one."""
+    """Return the valid dotted key that was most likely meant by an unknown one."""
     last = key.rpartition(".")[2]
 
     def likeness(candidate: str) -> tuple[float, float]:
@@ -216,7 +219,7 @@ def _typed_keys(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting]:
-    """Settings of a file, those of its `defaults` first."""
+    """Yield the settings of a file, those of its `defaults` first."""
     if path.resolve() in including:
         raise UserError(f"{path}: includes itself through `defaults`; remove the circle")
     content, lines = _read_yaml(path)
@@ -247,7 +250,7 @@ def _is_resolved(path: Path) -> bool:
 
 
 def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
-    """A file's mapping, with the line of every dotted key."""
+    """Return a file's mapping, and the line of every dotted key."""
     try:
         text = path.read_text(encoding="utf-8")
         # OmegaConf reads 4e-4 as a number, plain YAML 1.1 as text; the second pass is for line numbers only.
@@ -278,7 +281,7 @@ def _key_lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
 
 
 def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, int]) -> Iterator[_Setting]:
-    """Walk a file's mapping down to the schema's keys; what is no section is a value, known or not."""
+    """Yield the values of a file's mapping; whatever is not a section is a value, even of an unknown key."""
     for name, value in content.items():
         key = f"{prefix}{name}"
         if _is_section(key) and isinstance(value, dict):
@@ -334,7 +337,7 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
 
 
 def _to_run(tree: DictConfig, places: dict[str, str]) -> Run:
-    """The typed tree as a real dataclass tree, with interpolations resolved."""
+    """Turn the typed tree into dataclasses, with interpolations resolved."""
     try:
         return typing.cast(Run, OmegaConf.to_object(tree))
     except MissingMandatoryValue as error:
@@ -350,7 +353,7 @@ def _to_run(tree: DictConfig, places: dict[str, str]) -> Run:
 
 
 def _defaults() -> DictConfig:
-    """A typed tree of all defaults; a copy is made in a tenth of the time."""
+    """Return a typed tree of all defaults, as a copy, which takes a tenth of the time of making one."""
     return copy.deepcopy(_structured())
 
 
@@ -365,13 +368,13 @@ def _is_section(key: str) -> bool:
 
 @functools.cache
 def _sections() -> frozenset[str]:
-    """Every dotted key that has keys below it."""
+    """Return every dotted key that has keys below it."""
     parents = (known.split(".")[:-1] for known in known_keys())
     return frozenset(".".join(names[: n + 1]) for names in parents for n in range(len(names)))
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:
-    """The type of a key without its None, and whether None is allowed."""
+    """Return the type of a key without its None, and whether None is allowed."""
     if isinstance(hint, types.UnionType):
         inner = [part for part in typing.get_args(hint) if part is not type(None)]
         return inner[0], True
@@ -389,14 +392,14 @@ def _expected(hint: Any, gaps: bool) -> str:
 
 
 def _is_text_or_list(value: Any, gaps: bool) -> bool:
-    """Whether this can be a key that the schema types as Any: one text or several, with null among them."""
+    """Return whether a value fits a key of type Any: null, text, or a list of texts, with nulls if `gaps`."""
     texts = value if isinstance(value, list) else [value]
     allowed = (str, type(None)) if gaps else str
     return value is None or (bool(texts) and all(isinstance(text, allowed) and text != "" for text in texts))
 
 
 def _show(value: Any) -> str:
-    """A value as it would stand in YAML."""
+    """Return a value as it would be written in YAML."""
     if isinstance(value, str):
         return value if value else "''"
     return yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()

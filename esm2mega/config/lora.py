@@ -1,6 +1,6 @@
-"""Resolves which linears `lora.target_modules` means, and checks the rules of that section.
+"""Resolves which linears `lora.target_modules` means, and checks the rules of the section `lora`.
 
-Pure Python, as `validate`.
+It is pure Python, like `esm2mega.config.validate`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from esm2mega.errors import UserError
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear that can have an adapter; q, k and v are parts of the fused ``linear_qkv``.
+    """Describes a linear that can have an adapter; q, k and v are parts of the fused ``linear_qkv``.
 
     Attributes:
         name: Last part of its name.
@@ -39,25 +39,25 @@ LINEARS = (
     Linear("linear_fc1", "mlp", "linear_fc1", "intermediate.dense"),
     Linear("linear_fc2", "mlp", "linear_fc2", "output.dense"),
 )
-"""In the order of a layer."""
+"""Lists the linears in the order in which a layer computes them."""
 
 Targets = dict[str, tuple[int, ...]]
-"""Name of a linear -> the layers, counted from 0 and ascending, in which it has an adapter."""
+"""Maps the name of a linear to the layers, counted from 0 and ascending, in which it has an adapter."""
 
 
 def resolve_targets(patterns: Sequence[str], num_layers: int) -> Targets:
-    """The linears that `patterns` name.
+    """Return the linears that `patterns` name.
 
     A pattern is a whole name or its last parts, ours or Hugging Face's, with ``*``, ``?`` and ``[…]`` as in
     file names: ``linear_qkv``, ``encoder.layers.3.mlp.linear_fc?``, ``query``, ``attention.output.dense``.
-    ``output.dense`` is the one behind the feed-forward layer alone.
+    ``output.dense`` means the second linear of the feed-forward block only.
 
     Args:
         patterns: `lora.target_modules`.
-        num_layers: Of the model.
+        num_layers: Number of layers of the model.
 
     Raises:
-        UserError: There are none, or one matches nothing.
+        UserError: There are no patterns, or one of them matches nothing.
     """
     if not patterns:
         raise UserError("lora.target_modules=[] leaves nothing to adapt; name linears, such as linear_qkv")
@@ -81,7 +81,7 @@ def resolve_targets(patterns: Sequence[str], num_layers: int) -> Targets:
 
 
 def shortest_patterns(targets: Targets, num_layers: int) -> list[str]:
-    """Patterns that mean `targets`: last parts where all layers have an adapter, else whole names."""
+    """Return patterns that mean `targets`: last parts if all layers have an adapter, else whole names."""
     patterns = []
     for linear in LINEARS:
         layers = targets.get(linear.name, ())
@@ -93,7 +93,7 @@ def shortest_patterns(targets: Targets, num_layers: int) -> list[str]:
 
 
 def check_lora(lora: LoRAConfig, model: ModelConfig) -> None:
-    """Check adapters: their own values, the linears that they go to, and what they go with."""
+    """Check the values of `lora`, that the patterns match linears, and that the model can have adapters."""
     if lora.rank is None:
         return
     if lora.alpha is not None and lora.alpha <= 0:
@@ -103,13 +103,13 @@ def check_lora(lora: LoRAConfig, model: ModelConfig) -> None:
     resolve_targets(lora.target_modules, shape_of(model).num_layers)
     if model.layer_spec == "te":
         raise UserError(
-            "model.layer_spec=te does not go with lora.rank: Transformer Engine's linears keep the input of "
-            "an adapter to themselves; set model.layer_spec=local"
+            "model.layer_spec=te does not go with lora.rank: Transformer Engine's fused linears do not show "
+            "an adapter its input; set model.layer_spec=local"
         )
 
 
 def check_start(lora: LoRAConfig, init_from: str | None) -> None:
-    """Refuse adapters without the weights that they are trained beside, those of `init_from`."""
+    """Refuse adapters without a checkpoint of their base weights in `init_from`."""
     if lora.rank is not None and init_from is None:
         raise UserError(
             f"lora.rank={lora.rank} trains adapters of a trained model; name it in init_from, or set "
@@ -120,7 +120,7 @@ def check_start(lora: LoRAConfig, init_from: str | None) -> None:
 def _matches(pattern: str, linear: Linear, layer: int) -> bool:
     ours = f"encoder.layers.{layer}.{linear.block}."
     names = {ours + linear.name, ours + linear.fused}
-    # The two `output.dense` of a layer differ only in what stands before.
+    # The two `output.dense` of a layer differ only in the part before it.
     if linear.name != "linear_proj" or not pattern.endswith("output.dense") or "attention" in pattern:
         names.add(f"esm.encoder.layer.{layer}.{linear.hugging_face}")
     return any(fnmatchcase(name, form) for name in names for form in (pattern, f"*.{pattern}"))

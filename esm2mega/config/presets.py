@@ -1,4 +1,4 @@
-"""The ESM-2 model sizes under their published tags, and `tiny` for tests and first steps on a CPU."""
+"""Lists the ESM-2 model sizes under their published tags, and `tiny` for tests and first steps on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from esm2mega.errors import UserError
 
 
 class ModelShape(NamedTuple):
-    """The four dimensions that a size stands for; field names are those of `ModelConfig`."""
+    """Holds the four dimensions that a size stands for; field names are those of `ModelConfig`."""
 
     num_layers: int
     hidden_size: int
@@ -36,10 +36,10 @@ PRESETS: dict[str, ModelShape] = {
 
 
 def shape_of(model: ModelConfig) -> ModelShape:
-    """The dimensions of a loaded configuration, as plain integers.
+    """Return the dimensions of a loaded configuration, as plain integers.
 
     Raises:
-        UserError: a dimension is missing, which means that neither a size nor all four dimensions were given.
+        UserError: A dimension is missing, because neither a size nor all four dimensions were given.
     """
     values = {name: getattr(model, name) for name in ModelShape._fields}
     missing = [f"model.{name}" for name, value in values.items() if value is None]
@@ -52,7 +52,11 @@ def shape_of(model: ModelConfig) -> ModelShape:
 
 
 def fill_shape(model: ModelConfig) -> None:
-    """Set the dimensions that `model.size` stands for; an explicit value must not contradict it."""
+    """Set the dimensions that `model.size` stands for.
+
+    Raises:
+        UserError: An explicit dimension contradicts the size, or there are neither size nor all dimensions.
+    """
     if model.size is None:
         shape_of(model)
         return

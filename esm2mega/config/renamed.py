@@ -1,4 +1,4 @@
-"""One table of the names that configuration keys and options had in earlier versions.
+"""Lists the names that configuration keys and options had in earlier versions.
 
 A user who writes an old name is told the new one. Files that an earlier version wrote keep their old names,
 and are read through the same tables: configurations of runs and checkpoints, and the settings that `embed`
@@ -15,13 +15,13 @@ RENAMED = {
     "infer.pack_tokens": "infer.micro_batch_tokens",
     "--long": "--too-long",
 }
-"""Old dotted key or option -> new one."""
+"""Maps an old dotted key or option to the new one."""
 
 REMOVED = {"optim.name": "adam", "checkpoint.async_save": "false"}
-"""Dotted key that is gone -> the only value that it could have."""
+"""Maps a dotted key that is gone to the only value that it could have."""
 
 _NOTED_SECTION = "infer."
-"""Section of the keys whose last part names a noted setting of `embed`."""
+"""Names the section of the keys whose last part names a noted setting of `embed`."""
 
 
 def current_key(key: str) -> str:
@@ -41,8 +41,8 @@ def refusal_of_key(key: str, value: str) -> str | None:
     """Return why a user's key is refused, in one line, or None for one that was neither renamed nor removed.
 
     Args:
-        key: dotted key.
-        value: what the user gave it, as text.
+        key: Dotted key.
+        value: Value that the user gave it, as text.
     """
     if key in REMOVED:
         return f"{key}: removed, since {REMOVED[key]} was its only value; leave it out"
@@ -54,8 +54,8 @@ def refusal_of_option(option: str, accepted: Collection[str]) -> str | None:
     """Return why an option is refused, in one line, or None if this command did not have it before.
 
     Args:
-        option: as the user wrote it, with its dashes.
-        accepted: options of the command.
+        option: Option as the user wrote it, with its dashes.
+        accepted: Options of the command.
     """
     successor = RENAMED.get(option)
     return f"{option}: renamed to {successor}" if successor in accepted else None

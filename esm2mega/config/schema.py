@@ -1,4 +1,4 @@
-"""The configuration of a run as typed dataclasses, one for each section, and `Run`, which holds them.
+"""Defines the configuration of a run as typed dataclasses: one for each section, and `Run`, which holds them.
 
 Every key, its unit and its valid values are described in `conf/base.yaml`, which lists exactly these fields
 with these defaults (a test compares the two). A field with a closed set of values carries it, see `choices`.
@@ -15,13 +15,13 @@ MODEL_SIZES = ("tiny", "8M", "35M", "150M", "650M", "3B", "15B")
 
 
 def _choice(default: Any, *values: str) -> Any:
-    """A field whose value must be one of `values` (or null where the type allows it)."""
+    """Make a field whose value must be one of `values` (or null if its type allows it)."""
     return field(default=default, metadata={"choices": values})
 
 
 @dataclass
 class ModelConfig:
-    """Shape and numerics of the model; given are `size` or all four dimensions, loading fills the rest."""
+    """Sets shape and numerics of the model; the shape is a `size`, or all four dimensions."""
 
     size: str | None = _choice(None, *MODEL_SIZES)
     family: str = _choice("esm2", "esm2", "proteinbert_preln", "proteinbert_postln")
@@ -42,7 +42,7 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the model is split over processes; the data-parallel size follows from the world size."""
+    """Says how the model is split over processes; the data-parallel size follows from the world size."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -54,7 +54,10 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
-    """Token stores, cropping, masking and packing. Lengths count tokens with `<cls>` and `<eos>`."""
+    """Names the data and says how they are cropped, masked and packed.
+
+    Lengths count tokens with `<cls>` and `<eos>`.
+    """
 
     train: Any = None  # str | list[str] | None, which OmegaConf cannot type; loading checks it
     weights: list[float] | None = None
@@ -76,7 +79,7 @@ class DataConfig:
     too_long: str = _choice("error", "error", "crop", "drop")
 
     def train_paths(self) -> list[str]:
-        """The paths of `train`, however many were given."""
+        """Return the paths of `train` as a list, which may be empty."""
         if self.train is None:
             return []
         return [self.train] if isinstance(self.train, str) else list(self.train)
@@ -84,7 +87,7 @@ class DataConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    """Stop when the validation loss no longer falls."""
+    """Says when a run ends because the validation loss no longer falls."""
 
     patience: int = 0
     min_delta: float = 0.0
@@ -92,7 +95,7 @@ class EarlyStoppingConfig:
 
 @dataclass
 class TrainConfig:
-    """Batch sizes in tokens, length of the run and how often it reports."""
+    """Sets the batch sizes in tokens, the length of the run and how often it reports."""
 
     micro_batch_tokens: int = 4096
     global_batch_tokens: int = 4096
@@ -106,7 +109,7 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """Adam with decoupled weight decay; the defaults are those of ESM-2."""
+    """Sets up Adam with decoupled weight decay; the defaults are those of ESM-2."""
 
     lr: float = 4e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
@@ -117,7 +120,7 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over optimizer steps; `decay_steps` is filled at loading when it is null."""
+    """Sets the learning rate over optimizer steps; loading fills `decay_steps` if it is null."""
 
     name: str = _choice("linear", "linear", "cosine", "cosine_plateau", "constant")
     warmup_steps: int = 2000
@@ -127,7 +130,7 @@ class ScheduleConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is saved when, what is kept, and where a start looks for an earlier state."""
+    """Says when checkpoints are saved, which are kept, and which one a start resumes."""
 
     save_every: int = 0
     keep_last: int = 2
@@ -137,7 +140,7 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """Writers beside `log.jsonl`, which is always written."""
+    """Chooses the logs that are written besides `log.jsonl`, which always is."""
 
     tensorboard: bool = False
     wandb: bool = False
@@ -157,7 +160,7 @@ TASK_KINDS = (
 
 @dataclass
 class TaskConfig:
-    """What is predicted of labelled proteins, by which head, and how it is judged in training."""
+    """Says what is predicted from proteins, by which head, and with which loss it is trained."""
 
     kind: str | None = _choice(None, *TASK_KINDS)
     target_columns: list[str] = field(default_factory=lambda: ["target"])
@@ -180,7 +183,7 @@ class TaskConfig:
 
 @dataclass
 class FinetuneConfig:
-    """Which weights of a fine-tuned model are trained and how fast, and which are taken from `init_from`."""
+    """Says which weights of a model are fine-tuned, how fast, and which are taken from `init_from`."""
 
     mode: str = _choice("full", "full", "frozen", "lora")
     freeze: list[str] = field(default_factory=list)
@@ -192,7 +195,7 @@ class FinetuneConfig:
 
 @dataclass
 class LoRAConfig:
-    """Low-rank adapters of the parallel linears; there are none unless `rank` is set."""
+    """Sets up low-rank adapters of the parallel linears; there are none unless `rank` is set."""
 
     rank: int | None = None
     alpha: float | None = None
@@ -203,7 +206,7 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """What the product of the two factors is multiplied by."""
+        """Return the factor that scales the product of an adapter's two matrices."""
         assert self.rank is not None
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
@@ -211,7 +214,7 @@ class LoRAConfig:
 
 @dataclass
 class InferConfig:
-    """What `embed` computes and stores, and what both `embed` and `score` do with long proteins."""
+    """Says what `embed` computes and stores, and what inference does with long proteins."""
 
     outputs: list[str] = field(default_factory=lambda: ["residue", "pooled"])
     layers: list[int] = field(default_factory=lambda: [-1])
@@ -227,7 +230,7 @@ class InferConfig:
 
 @dataclass
 class Run:
-    """One run, complete: everything that decides its numbers and its files."""
+    """Holds the whole configuration of a run: everything that decides its numbers and its files."""
 
     run_dir: str = "runs/esm2"
     seed: int = 1234
@@ -247,7 +250,7 @@ class Run:
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
-    """All leaf values of a configuration dataclass under their dotted names, in the order of the schema."""
+    """Return all leaf values of a configuration dataclass by their dotted names, in the schema's order."""
     leaves: dict[str, Any] = {}
     for entry in dataclasses.fields(section):
         value = getattr(section, entry.name)
@@ -259,7 +262,7 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def choices(section: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """The closed sets of valid values: dotted name -> values, for the fields that have one."""
+    """Return the valid values of each field that has a closed set of them, by its dotted name."""
     found: dict[str, tuple[str, ...]] = {}
     for entry in dataclasses.fields(section):
         value = getattr(section, entry.name)

@@ -1,6 +1,6 @@
 """Checks the rules between the keys of fine-tuning.
 
-Pure Python, as `validate`.
+It is pure Python, like `esm2mega.config.validate`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from esm2mega.config.schema import FinetuneConfig, LoRAConfig, ParallelConfig, R
 from esm2mega.errors import UserError
 
 RESIDUE_KINDS = ("token_classification", "token_regression")
-"""Tasks with a label per residue."""
+"""Lists the tasks with a label per residue."""
 
 PAIR_KIND = "contact"
-"""The task with a label per pair of residues, from what is known of each residue."""
+"""Names the task with a label per pair of residues, computed from coordinates of each residue."""
 
 NUMERIC_KINDS = ("regression", "token_regression")
-"""Tasks whose labels are numbers, on a scale that is learned."""
+"""Lists the tasks whose labels are numbers, which are scaled as the training set says."""
 
 _HEADS = {
     "proteins": ("auto", "mlp", "linear", "pooler", "hf"),
@@ -30,7 +30,7 @@ def validate_task(run: Run) -> None:
     """Refuse a task that cannot be learned as configured.
 
     Raises:
-        UserError: the first rule that does not hold.
+        UserError: A rule does not hold; it is the first one that does not.
     """
     task, data = run.task, run.data
     if task.kind is None:
@@ -67,8 +67,8 @@ def validate_task(run: Run) -> None:
             )
     if task.num_classes and task.kind == "token_classification" and len(task.target_columns) > 1:
         raise UserError(
-            f"task.num_classes={task.num_classes} says nothing of several target columns, which have classes "
-            "each; remove it"
+            f"task.num_classes={task.num_classes} says nothing of several target columns, each of which has "
+            "its own classes; remove it"
         )
     if task.class_weights != "none" and task.kind not in ("classification", "token_classification"):
         raise UserError(
@@ -96,7 +96,7 @@ def validate_task(run: Run) -> None:
 
 
 def masks_of(task: TaskConfig) -> list[str | None]:
-    """The column of the mask of each target column, None where all of its residues count."""
+    """Return the mask's column for each target column, or None where all residues count."""
     masks = task.mask_column
     return list(masks) if isinstance(masks, list) else [masks] * len(task.target_columns)
 
@@ -121,9 +121,7 @@ def _check_masks(task: TaskConfig) -> None:
         )
     if task.mask_file is not None and (not per_residue or masks is not None):
         cure = "set task.mask_column=null" if per_residue else "set task.mask_file=null"
-        raise UserError(
-            f"task.mask_file={task.mask_file} marks residues in the place of task.mask_column; {cure}"
-        )
+        raise UserError(f"task.mask_file={task.mask_file} marks residues instead of task.mask_column; {cure}")
 
 
 def _check_finetune(

@@ -1,8 +1,8 @@
 """Checks a configuration as a whole, and against the number of processes, before anything starts.
 
-Pure Python: the command line runs these checks before it imports torch. Each error is one line with the
-value, the rule, the key and the cure. Batch arithmetic: T = `train.micro_batch_tokens`, DP = world size /
-(TP x PP), and one optimizer step takes `train.global_batch_tokens` = T x DP x micro-batches per rank.
+It is pure Python: the command line runs these checks before it imports torch. Each error is one line with the
+value, the rule, the key and the cure. In the batch arithmetic, T = `train.micro_batch_tokens`, DP = world
+size / (TP x PP), and an optimizer step takes `train.global_batch_tokens` = T x DP x micro-batches per rank.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ def validate(run: Run, world_size: int) -> None:
     """Refuse a configuration that cannot run, or would run as something else than it says.
 
     Args:
-        run: a resolved configuration (see `esm2mega.config.load.resolve`).
-        world_size: number of processes of the run, over all machines.
+        run: Resolved configuration (see `esm2mega.config.load.resolve`).
+        world_size: Number of processes of the run, over all machines.
 
     Raises:
-        UserError: the first rule that does not hold.
+        UserError: A rule does not hold; it is the first one that does not.
     """
     validate_model(run)
     _check_masking(run.data)
@@ -107,7 +107,7 @@ def validate(run: Run, world_size: int) -> None:
 
 
 def validate_model(run: Run) -> None:
-    """The part of `validate` that holds for every use of a model: single values, shape, numerics, layout."""
+    """Check the rules for every use of a model: single values, shape, numerics, layout, adapters."""
     check_choices(run)
     _check_ranges(run)
     _check_family(run.model, run.data)
@@ -117,7 +117,7 @@ def validate_model(run: Run) -> None:
 
 
 def world_size_from_environment() -> int:
-    """Number of processes of the run, as torchrun set it in `WORLD_SIZE`; 1 without a launcher."""
+    """Return the number of processes of the run, from torchrun's `WORLD_SIZE`; 1 without a launcher."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise UserError(
@@ -154,11 +154,11 @@ def num_micro_batches(train: TrainConfig, parallel: ParallelConfig, world_size: 
 
 
 def check_choices(run: Run) -> None:
-    """Every key with a closed set of values holds one of them."""
+    """Check that every key with a closed set of values has one of them."""
     values = flatten(run)
     for key, valid in choices(run).items():
         value = values[key]
-        # The schema's types leave null only where it has a meaning (no preset size).
+        # The schema's types allow null only where it has a meaning (no preset size).
         if value is None or value in valid:
             continue
         by_lower = {v.lower(): v for v in valid}
@@ -168,7 +168,7 @@ def check_choices(run: Run) -> None:
 
 
 def check_training_inputs(run: Run) -> None:
-    """What only a training run needs: inputs that are named and exist, and validation data to evaluate on."""
+    """Check what only training needs: inputs that are named and exist, and data to evaluate on."""
     labelled = run.task.kind is not None
     if run.data.train is None and labelled:
         raise UserError(
@@ -207,7 +207,7 @@ def check_training_inputs(run: Run) -> None:
 
 
 def _check_outputs(run_dir: str, logging: LoggingConfig) -> None:
-    """Check that what is asked for can be written, as far as it shows before the start."""
+    """Check, as far as can be seen before the start, that the run's directory and logs can be written."""
     path = Path(run_dir)
     there = next(above for above in (path, *path.absolute().parents) if above.exists())
     if not there.is_dir():
@@ -222,7 +222,7 @@ def _check_outputs(run_dir: str, logging: LoggingConfig) -> None:
 
 
 def _check_ranges(run: Run) -> None:
-    """Single values, each on its own."""
+    """Check single values, each on its own."""
     values = flatten(run)
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -249,7 +249,7 @@ def _check_ranges(run: Run) -> None:
 
 
 def _check_family(model: ModelConfig, data: DataConfig) -> None:
-    """Positions, LayerNorms and layers of the model families."""
+    """Check positions, LayerNorms and layers against the family of the model."""
     if model.family == "esm2" and model.max_positions is not None:
         raise UserError(
             f"model.max_positions={model.max_positions} does not go with model.family=esm2, which has rotary "
@@ -267,13 +267,13 @@ def _check_family(model: ModelConfig, data: DataConfig) -> None:
         )
     if model.family == "proteinbert_postln" and model.layer_spec == "te":
         raise UserError(
-            "model.layer_spec=te does not go with model.family=proteinbert_postln, whose LayerNorms stand "
-            "alone; set model.layer_spec=auto"
+            "model.layer_spec=te does not go with model.family=proteinbert_postln, whose LayerNorms are not "
+            "fused; set model.layer_spec=auto"
         )
 
 
 def _check_model(model: ModelConfig) -> None:
-    """The model on its own, and what its precision allows."""
+    """Check the model on its own, and what its precision allows."""
     shape = shape_of(model)
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     if hidden % heads:
@@ -284,7 +284,7 @@ def _check_model(model: ModelConfig) -> None:
     if hidden // heads % 2:
         raise UserError(
             f"model.hidden_size={hidden} / model.num_attention_heads={heads} gives head dimension "
-            f"{hidden // heads}, which is odd; rotary positions turn pairs of channels, so choose an even one"
+            f"{hidden // heads}, which is odd; rotary positions rotate pairs of channels: choose an even one"
         )
     if model.attention_backend in ("varlen", "flash") and model.precision != "bf16":
         raise UserError(
@@ -299,7 +299,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> None:
-    """The model's dimensions against TP, PP, VPP and SP."""
+    """Check the model's dimensions against TP, PP, VPP and SP."""
     shape = shape_of(model)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
@@ -352,12 +352,12 @@ def _virtual_cure(num_layers: int, pp: int) -> str:
 
 
 def _layout_list(*dimensions: int) -> str:
-    """The parallel sizes up to 64 that divide every dimension."""
+    """Return the parallel sizes up to 64 that divide every dimension."""
     return ", ".join(str(n) for n in range(1, 65) if all(d % n == 0 for d in dimensions))
 
 
 def _check_masking(data: DataConfig) -> None:
-    """Check what becomes of selected residues."""
+    """Check the fractions of selected residues that are masked and replaced."""
     if data.mask_fraction + data.random_fraction > 1 + 1e-9:  # the sum of two decimals may be off by rounding
         raise UserError(
             f"data.mask_fraction={data.mask_fraction} + data.random_fraction={data.random_fraction} is more "
@@ -366,7 +366,7 @@ def _check_masking(data: DataConfig) -> None:
 
 
 def _check_stores(data: DataConfig, train: TrainConfig) -> None:
-    """Splits that must not be the training data, and mixtures."""
+    """Check that other splits are not training data, and the weights of a mixture of stores."""
     paths = data.train_paths()
     real = [os.path.realpath(path) for path in paths]
     for split in ("valid", "test"):
@@ -395,7 +395,7 @@ def _check_stores(data: DataConfig, train: TrainConfig) -> None:
 
 
 def _check_schedule(schedule: ScheduleConfig, train: TrainConfig) -> None:
-    """Warmup before the end of the decay, and early stopping that can ever trigger."""
+    """Check that warmup ends before the decay does, and that early stopping can happen at all."""
     if schedule.decay_steps is None and train.max_epochs is None:
         raise UserError("schedule.decay_steps is not set; load the configuration with esm2mega.config.load")
     # A run given in epochs is checked again when the data say how many steps these are.
@@ -413,7 +413,7 @@ def _check_schedule(schedule: ScheduleConfig, train: TrainConfig) -> None:
 
 
 def _check_batches(train: TrainConfig, data: DataConfig, parallel: ParallelConfig, world_size: int) -> None:
-    """Packs against sequences, and the batch against the processes."""
+    """Check that packs hold the longest sequence, and that the batch can be divided over the processes."""
     if train.micro_batch_tokens < data.max_seq_length:
         raise UserError(
             f"train.micro_batch_tokens={train.micro_batch_tokens} is smaller than data.max_seq_length="

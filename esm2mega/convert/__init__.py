@@ -1,1 +1,1 @@
-"""Other checkpoint formats, in and out: one name table per format, tensors streamed, files not trusted."""
+"""Reads and writes other checkpoint formats: one name table each, streamed tensors, no trust in files."""

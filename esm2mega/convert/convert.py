@@ -1,4 +1,4 @@
-"""Converts a checkpoint from one format to another, whole or not at all, and reports what changed."""
+"""Converts a checkpoint from one format to another, completely or not at all, and reports what changed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of a conversion, with everything that is reported.
+    """Holds the result of a conversion, with everything that is reported about it.
 
     Attributes:
-        description: Of the target; its head with the scale of the source.
-        num_tensors: Under our names.
-        drop: Patterns of tensors that were left out.
+        description: Describes the target, except that its head keeps the scale of the labels of the source.
+        num_tensors: Number of tensors, counted by our names.
+        drop: Shell patterns of the tensors that were left out.
     """
 
     source: Path
@@ -44,7 +44,7 @@ class Conversion:
     drop: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """A report for the reader: everything that is not a tensor moved as it was."""
+        """Return the lines of a report that names everything but tensors that moved unchanged."""
         shape = self.description.shape
         return [
             f"{self.source_format} {self.source} -> {self.target_format} {self.target}",
@@ -65,20 +65,20 @@ def convert(
     drop: Sequence[str] = (),
     drop_head: bool = False,
 ) -> Conversion:
-    """Convert a checkpoint.
+    """Convert a checkpoint from any readable format to a writable one.
 
     Args:
         source: File or directory in any readable format.
-        target: Must not exist; appears under its name when it is whole.
+        target: File or directory to make; it must not exist, and gets its name when it is complete.
         to: Format to write.
-        source_format: Format of the source; None to find out.
+        source_format: Format of the source; None to detect it.
         dtype: One of `DTYPES`, or None to keep that of the source.
-        drop: Shell patterns of the source's tensors to leave out although they have no known meaning.
-        drop_head: Leave out the head and convert the encoder alone.
+        drop: Shell patterns of the source's tensors that have no known meaning and are left out.
+        drop_head: Whether to leave out the head and convert the encoder alone.
 
     Raises:
-        UserError: The source cannot be read, does not fit the target, or the target exists.
-        OSError: The disk is full, or the like. Nothing is left behind.
+        UserError: The source cannot be read or does not fit the target, or the target exists.
+        OSError: The disk is full, or a file cannot be written for another reason. Nothing is left behind.
     """
     writer = load_format(to)
     refuse_existing(target)
@@ -122,7 +122,7 @@ def convert(
 
 
 def without_head(weights: Weights) -> Weights:
-    """The encoder alone; what is left out is noted."""
+    """Reduce a model to its encoder, and note the tensors that are left out."""
     description = replace(weights.description, head=None)
     kept = {name: info for name, info in weights.infos.items() if name in description.shapes}
     if dropped := [name for name in weights.infos if name not in kept]:

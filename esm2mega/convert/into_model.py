@@ -1,4 +1,4 @@
-"""Loads weights of any format into the model that this rank holds, at any parallel layout."""
+"""Loads weights of any format into the part of a model that this rank holds, at any parallel layout."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ from esm2mega.errors import UserError
 def load_initial_weights(
     start: StartPoint, config: ModelConfig, model: Sequence[Any], tensor_filter: TensorFilter = ALL
 ) -> dict[str, Tensor]:
-    """Fill the model from a checkpoint in any format; every rank calls this and reads what it needs. What is
-    not carried over as it is gets a line on rank 0.
+    """Fill the model from a checkpoint in any format; every rank calls this and reads what it needs.
+
+    Rank 0 prints a line for everything that is not carried over unchanged.
 
     Args:
-        start: What `init_from` names.
-        config: The model's section of the configuration, which must be that of the checkpoint.
-        model: This rank's chunks.
-        tensor_filter: Which tensors are taken.
+        start: The checkpoint that `init_from` names.
+        config: The section ``model`` of the configuration, which must agree with the checkpoint.
+        model: This rank's chunks of the model.
+        tensor_filter: Chooses the tensors to load.
 
     Returns:
-        Auxiliary tensors of the checkpoint.
+        Auxiliary tensors of the checkpoint by name.
 
     Raises:
-        UserError: Not readable, or a model of another shape or with other numerics.
+        UserError: The checkpoint is not readable, or its model has another shape or other numerics.
     """
     check_same_model(f"init_from={start.path}", start.run.model, config, "give another init_from")
     if start.is_own:
@@ -52,8 +53,9 @@ def load_initial_weights(
 
 
 def load_for_task(start: StartPoint, run: Run, model: Sequence[Any]) -> dict[str, Tensor]:
-    """`load_initial_weights` of a model with the head of a task; that starts as `finetune.load_head` says,
-    which may mean the contact head of a pretrained model.
+    """Fill a model with the head of a task as `load_initial_weights` does.
+
+    The head starts as `finetune.load_head` says, which may mean from the contact head of a pretrained model.
     """
     if not starts_with_contact_head(start, run.task, run.finetune):
         auxiliary = load_initial_weights(start, run.model, model, for_task(run.finetune))
@@ -68,17 +70,20 @@ def load_for_task(start: StartPoint, run: Run, model: Sequence[Any]) -> dict[str
 
 
 _NUMERICS = ("family", "layernorm_epsilon", "activation", "final_layernorm", "max_positions")
-"""Keys of the model that no shape of a shared tensor shows, but its numbers."""
+"""These keys change the numbers of a model, and no shape of a tensor shows them."""
 
 
 def check_same_model(location: str, found: ModelConfig, configured: ModelConfig, cure: str) -> None:
-    """Refuse what no training could make up for: another shape, or weights that mean something else.
+    """Refuse weights that do not fit the configured model: of another shape, or with another meaning.
 
     Args:
-        location: Where the weights are, for the message.
-        found: The model they belong to.
-        configured: The model of the configuration.
-        cure: What to do about another shape.
+        location: Where the weights are, named in errors.
+        found: Section ``model`` of the weights.
+        configured: Section ``model`` of the configuration.
+        cure: What the user can do about another shape, for the error.
+
+    Raises:
+        UserError: The shape or one of `_NUMERICS` differs.
     """
     if (theirs := shape_of(found)) != (ours := shape_of(configured)):
         raise UserError(f"{location}: holds a model of {theirs}, the configuration says {ours}; {cure}")
@@ -91,7 +96,7 @@ def check_same_model(location: str, found: ModelConfig, configured: ModelConfig,
 
 
 def _say(lines: Sequence[str]) -> None:
-    """What is not carried over as it is, on rank 0."""
+    """Print, on rank 0, the lines that say what is not carried over unchanged."""
     if lines and os.environ.get("RANK", "0") == "0":
         print("\n".join(f"init_from {line}" for line in lines), file=sys.stderr)
 
@@ -104,7 +109,7 @@ def fill_model(weights: Weights, model: Sequence[Any], tensor_filter: TensorFilt
         What was not copied, a line each; empty unless `tensor_filter` is lenient.
 
     Raises:
-        UserError: A tensor is not there, or has another shape.
+        UserError: A tensor is missing or has another shape.
     """
     entries = [
         entry
@@ -118,7 +123,7 @@ def fill_model(weights: Weights, model: Sequence[Any], tensor_filter: TensorFilt
         layers = () if layer is None else (weights.description.shape.num_layers,)
         shapes[stacked] = (*layers, *info.shape)
     location = weights.origin.get("path", "weights")
-    # What has no place in the model has been reported, or stays with it as auxiliary.
+    # Tensors without a place in the model have been reported, or are kept beside it as auxiliary tensors.
     report = compare_tensors(entries, shapes, replace(tensor_filter, unused=lambda name: True), location)
     if tensor_filter.strict and report.lines():
         raise UserError(
@@ -133,7 +138,7 @@ def fill_model(weights: Weights, model: Sequence[Any], tensor_filter: TensorFilt
 
 
 def _share(weights: Weights, entry: ShardedTensor) -> Tensor:
-    """The part of a whole tensor that `entry` describes."""
+    """Return the part of a whole tensor that `entry` describes."""
     axes = entry.prepend_axis_num
     name = entry.key
     if axes:

@@ -1,4 +1,4 @@
-"""`Weights` is what every format becomes: our tensors, read when asked for, and a description."""
+"""Defines `Weights`, to which every format is read: our tensors, read when asked for, and a description."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from esm2mega.errors import UserError
 
 @dataclass(frozen=True)
 class HeadDescription:
-    """The head of a task, in the place of that of masked language modelling.
+    """Describes the head of a task, which takes the place of the masked-language-model head.
 
     Attributes:
-        task: Which head, and of what.
+        task: Section ``task`` of the configuration, which says what kind of head it is.
         info: What its outputs mean.
-        shapes: Its tensors, whose names begin with ``head.``.
+        shapes: Shapes of its tensors, whose names begin with ``head.``.
     """
 
     task: TaskConfig
@@ -38,12 +38,12 @@ class Description:
     """Describes a model as far as its tensors alone do not.
 
     Attributes:
-        shape: Dimensions.
-        layernorm_epsilon: Of every LayerNorm.
-        activation: GELU of the feed-forward layers, ``gelu`` (erf) or ``gelu_tanh``. That of the head is erf.
-        dtype: Of all weights; the frequencies are fp32, or fp64 in an fp64 model.
+        shape: Dimensions of the model.
+        layernorm_epsilon: Epsilon of every LayerNorm.
+        activation: GELU of the feed-forward layers, ``gelu`` (erf) or ``gelu_tanh``; the head has erf.
+        dtype: Dtype of all weights; the frequencies are fp32, or fp64 in an fp64 model.
         family, final_layernorm, max_positions: As in `ModelConfig`.
-        head: That of masked language modelling (``lm``), that of a task, or None of a bare encoder.
+        head: ``lm`` for the masked-language-model head, the head of a task, or None for a bare encoder.
     """
 
     shape: ModelShape
@@ -57,12 +57,12 @@ class Description:
 
     @property
     def task(self) -> HeadDescription | None:
-        """The head, if it is that of a task."""
+        """Return the head if it is that of a task, else None."""
         return self.head if isinstance(self.head, HeadDescription) else None
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Every tensor that the model may have, see `our_shapes`."""
+        """Return the shape of every tensor that the model may have, see `our_shapes`."""
         shapes = our_shapes(self.shape, self.max_positions)
         if self.head == "lm":
             return shapes
@@ -76,13 +76,13 @@ class Description:
 
 @dataclass
 class Notes:
-    """What a conversion did besides moving tensors; all of it is reported.
+    """Holds what a conversion did besides moving tensors, all of which is reported.
 
     Attributes:
         dropped: Tensors of the source that the target does not have, and why.
-        filled: Tensors of the target that the source did not have, and with what.
+        filled: Tensors of the target that the source did not have, and their values.
         changed: Differences between the two models that no tensor shows.
-        kept: Peculiarities that both have.
+        kept: Peculiarities of the source that the target has too.
     """
 
     dropped: list[str] = field(default_factory=list)
@@ -102,15 +102,15 @@ class Notes:
 
 @dataclass
 class Weights:
-    """A model in our terms.
+    """Holds a model under our names, with tensors that are read when asked for.
 
     Attributes:
         description: What the tensors alone do not say.
-        infos: Every tensor, in the order of the model.
-        read: Gives the value of one.
-        notes: What reading and writing did besides moving tensors; one object for all that is derived from a
-            source, added to as things happen.
-        origin: Where it came from: format and path.
+        infos: Shape and dtype of every tensor by name, in the order of the model.
+        read: Returns the value of a tensor by name.
+        notes: What reading and writing did besides moving tensors. Everything derived from one source shares
+            the object and adds to it.
+        origin: Format and path of the source.
     """
 
     description: Description
@@ -124,7 +124,7 @@ class Weights:
         return f"{CONTACT_HEAD}weight" in self.infos
 
     def cast(self, dtype: torch.dtype) -> Weights:
-        """The same in another dtype, rounded once while being read; the frequencies keep at least fp32."""
+        """Convert the weights to another dtype, rounded once when read; the frequencies stay as they are."""
         if dtype == self.description.dtype:
             return self
         old, read = self.description.dtype, self.read
@@ -143,20 +143,21 @@ class Weights:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
+    """Return the name of a dtype without its module: ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def shape_from(location: Path, values: Mapping[str, Any], *keys: str) -> ModelShape:
-    """The dimensions out of a configuration.
+    """Read the dimensions of a model from a configuration.
 
     Args:
-        location: The file, for errors.
-        values: The configuration.
-        keys: Its names of layers, hidden size, feed-forward width and heads.
+        location: File of the configuration, named in errors.
+        values: Content of the configuration.
+        keys: Its keys for the number of layers, hidden size, feed-forward width and number of heads.
 
     Raises:
-        UserError: One is not a positive number, or the heads do not divide the hidden size evenly.
+        UserError: A value is not a positive integer, or the hidden size does not divide into heads of an even
+            width.
     """
     sizes = [values.get(key) for key in keys]
     for key, size in zip(keys, sizes, strict=True):
@@ -172,7 +173,7 @@ def shape_from(location: Path, values: Mapping[str, Any], *keys: str) -> ModelSh
 
 
 def epsilon_from(location: Path, values: Mapping[str, Any], key: str, default: float) -> float:
-    """The LayerNorm epsilon of a configuration, or what its reader takes where the key is absent."""
+    """Read the LayerNorm epsilon of a configuration; `default` is that of the format for an absent key."""
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise UserError(f"{location}: {key} is {value!r}, not a number between 0 and 1")

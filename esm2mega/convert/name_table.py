@@ -1,7 +1,8 @@
-"""The name table of a format: one row for each kind of tensor, read in both directions.
+"""Defines the name table of a format: one row for each kind of tensor, read in both directions.
 
-Our side of every table has the names of a checkpoint's whole tensors with the layer number written out, the
-token table and the output bias with 33 rows, and the auxiliary tensors (see `esm2mega.checkpoint.auxiliary`).
+Our side of every table has the names of a checkpoint's whole tensors with the layer number written out. The
+token table and the output bias have 33 rows, and the auxiliary tensors are included (see
+`esm2mega.checkpoint.auxiliary`).
 """
 
 from __future__ import annotations
@@ -38,21 +39,21 @@ BODY = (
     LM_HEAD + "dense.{p}",
     LM_HEAD + "layer_norm.{p}",
 )
-"""Names of what every model has beside its table and output bias; those of Megatron-Core."""
+"""These names, those of Megatron-Core, are in every model, beside its token table and output bias."""
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one tensor of ours and its parts in the other format make each other.
+    """Converts a tensor of ours to its parts in another format, and the parts to our tensor.
 
     Attributes:
-        to_ours: Parts, in the order of the row, and the dimensions, to our tensor.
-        to_theirs: Our tensor, the dimensions and the number of parts, to the parts.
-        part_shape: Shape of every part, from that of our tensor.
-        least_rows: A part may have any number of rows from here on: what follows is padding of the
-            vocabulary, cut off. None: it has the shape above.
+        to_ours: Makes our tensor from the parts, in the order of the row, and the dimensions of the model.
+        to_theirs: Makes the parts from our tensor, the dimensions of the model and the number of parts.
+        part_shape: Returns the shape of every part for the shape of our tensor.
+        least_rows: Least number of rows of a part; rows beyond those of the vocabulary are padding and cut
+            off. None: a part has exactly the shape that `part_shape` returns.
     """
 
     to_ours: Callable[[Sequence[Tensor], ModelShape], Tensor]
@@ -94,7 +95,7 @@ def _third(shape: Shape) -> Shape:
 
 
 DIRECT = Kind(lambda parts, _: parts[0], lambda value, _, __: [value])
-"""The same tensor on both sides."""
+"""The tensor is the same on both sides."""
 
 VOCABULARY = Kind(
     lambda parts, _: tensors.cut_vocabulary(parts[0]), lambda value, _, __: [value], least_rows=VOCAB_SIZE
@@ -107,40 +108,41 @@ PADDED_VOCABULARY = Kind(
     part_shape=lambda shape: (padded_vocab_size(1), *shape[1:]),
     least_rows=VOCAB_SIZE,
 )
-"""The same, and zero rows up to 40 when written."""
+"""Rows beyond the 33 tokens are padding: cut when read, and written as zero rows up to 40."""
 
 QKV = Kind(_fuse, lambda value, shape, _: _split(value, shape), _third)
-"""Three projections on their side, one fused head-major projection on ours."""
+"""The other format has three projections, ours has one that is fused head-major."""
 
 INTERLEAVED_QKV = Kind(
     lambda parts, shape: _fuse(_separate(parts, shape), shape),
     lambda value, shape, _: _interleave(_split(value, shape), shape),
     _third,
 )
-"""The same with rotary pairs in neighbouring channels on their side."""
+"""The other format has three projections as for `QKV`, with rotary pairs in neighbouring channels."""
 
 CONCATENATED_QKV = Kind(
     lambda parts, shape: _fuse(parts[0].chunk(3), shape),
     lambda value, shape, _: [torch.cat(list(_split(value, shape)))],
 )
-"""One projection on their side, rows ``q`` of all heads, then ``k``, then ``v``."""
+"""The other format has one projection with the rows ``q`` of all heads, then ``k``, then ``v``."""
 
 REPEATED = Kind(_same, lambda value, _, count: [value] * count)
-"""One tensor on our side that every layer repeats on theirs."""
+"""Every layer of the other format repeats what is one tensor in ours."""
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A pattern on each side of the table.
+    """Holds one row of a name table: a pattern of names on each side.
 
-    ``{n}`` stands for the layer, ``{p}`` for ``weight`` and ``bias``; on their side also ``{n-1}`` for the
-    layer before and ``{last}`` for the last one.
+    ``{n}`` stands for the layer and ``{p}`` for ``weight`` and ``bias``; on the side of the other format,
+    ``{n-1}`` stands for the layer before and ``{last}`` for the last layer.
 
     Attributes:
         ours: Our name.
-        theirs: Name or names of the parts. ``{n}`` on this side alone: all layers are parts.
+        theirs: Name or names of the parts in the other format. If only this side has ``{n}``, all layers are
+            parts.
         kind: How the values change.
-        optional: Whether a checkpoint without it is whole.
+        optional: Whether a checkpoint without it is complete.
     """
 
     ours: str
@@ -151,7 +153,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class TableEntry:
-    """A row with its placeholders filled."""
+    """Holds a row of a name table with its placeholders filled."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -161,12 +163,13 @@ class TableEntry:
 
 @dataclass(frozen=True)
 class NameTable:
-    """All rows of a format, and what its files may hold besides.
+    """Holds all rows of a format, and the other tensors that its files may hold.
 
     Attributes:
-        rows: The table.
-        tied: Their names of tensors that must equal the token table, and whether the format stores them.
-        dropped: Regular expressions of their names without a place here, and why that is no loss.
+        rows: The rows of the table.
+        tied: Names, in the other format, of tensors that must equal the token table; whether the format
+            stores them.
+        dropped: Regular expressions for names in the other format without a place here; why that is no loss.
     """
 
     rows: tuple[TableRow, ...]
@@ -174,7 +177,7 @@ class NameTable:
     dropped: dict[str, str] = field(default_factory=dict)
 
     def entries(self, shape: ModelShape) -> list[TableEntry]:
-        """The table for a model of `shape`, in the order of the layers."""
+        """Return the table for a model of `shape`, in the order of the layers."""
         rows = [
             TableRow(row.ours.replace("{p}", p), _fill(row.theirs, "{p}", p), row.kind, row.optional)
             for row in self.rows
@@ -202,14 +205,12 @@ class NameTable:
         return entries
 
     def with_head(self, rows: Sequence[TableRow]) -> NameTable:
-        """The same format with a model that has `rows` in the place of the head of masked language modelling,
-        and so no tensor tied to the token table.
-        """
+        """Replace the rows of the masked-language-model head by `rows`, without tensors tied to the table."""
         encoder = tuple(row for row in self.rows if not is_lm_head(row.ours))
         return NameTable((*encoder, *rows), {}, self.dropped)
 
     def reason_to_drop(self, name: str) -> str | None:
-        """Why `name` is left out, or None if nothing is known of it."""
+        """Return why the tensor `name` is left out, or None if nothing is known about it."""
         return next((why for pattern, why in self.dropped.items() if re.fullmatch(pattern, name)), None)
 
 
@@ -222,17 +223,17 @@ def _fill(theirs: str | tuple[str, ...], placeholder: str, value: str) -> tuple[
 
 
 def is_lm_head(name: str) -> bool:
-    """Whether one of our tensors is of the head of masked language modelling (its decoder is the table)."""
+    """Tell whether a tensor of ours is in the masked-language-model head, apart from its tied decoder."""
     return name.startswith(LM_HEAD) or name == OUTPUT_BIAS
 
 
 def our_shapes(shape: ModelShape, max_positions: int | None = None) -> dict[str, Shape]:
     """Return the shape of every tensor of a masked language model, under our names.
 
-    Those that are kept beside the model are among them; the vocabulary has 33 rows.
+    Tensors that are kept beside the model are included; the vocabulary has 33 rows.
 
     Args:
-        shape: Dimensions.
+        shape: Dimensions of the model.
         max_positions: Rows of the table of learned positions; None for ESM-2, which has rotary positions.
     """
     layers, h, f, heads = shape

@@ -31,18 +31,19 @@ def from_store(
 
     Args:
         store: Tensors under their stored names.
-        table: Of the format.
-        description: Its dtype is replaced by that of the tensors.
-        names: Names of the table to stored names, where they differ (prefixes, old spellings).
-        drop: Shell patterns of stored names to leave out although nothing is known of them.
+        table: Name table of the format.
+        description: Describes the model; its dtype is replaced by that of the tensors.
+        names: Stored names by names of the table, where they differ (prefixes, old spellings).
+        drop: Shell patterns of stored names that are left out although nothing is known about them.
 
     Raises:
-        UserError: Tensors are missing, unexpected or of the wrong shape, or a tied one differs from its twin.
+        UserError: Tensors are missing, unexpected or of the wrong shape, or a tied one differs from the token
+            table.
     """
     stored = dict(names) if names is not None else {name: name for name in store.infos}
     shape, notes = description.shape, Notes()
     if shape.num_layers > len(stored):
-        # Before the names of all of them are written out: a bad configuration may say anything.
+        # Checked before all names are made: a damaged configuration may state any number of layers.
         raise UserError(
             f"{store.location}: its configuration says {shape.num_layers} layers, and it holds {len(stored)} "
             "tensors"
@@ -105,7 +106,7 @@ def from_store(
 
 
 def _present(entries: list[TableEntry], stored: Mapping[str, str]) -> tuple[list[TableEntry], list[str]]:
-    """Entries that are there, and parts that are not although they should be."""
+    """Return the entries that are stored, and the parts that are missing."""
     present, missing = [], []
     for entry in entries:
         absent = [part for part in entry.theirs if part not in stored]
@@ -150,7 +151,7 @@ def _check_tied(store: TensorStore, name: str, stored: Mapping[str, str], entrie
 def _common_dtype(
     store: TensorStore, entries: list[TableEntry], stored: Mapping[str, str], notes: Notes
 ) -> torch.dtype:
-    """The narrowest dtype that holds every weight exactly."""
+    """Return the narrowest dtype that holds every weight exactly, and note it if the weights have several."""
     found = {
         store.infos[stored[part]].dtype
         for entry in entries
@@ -165,7 +166,7 @@ def _common_dtype(
 
 
 def _without_empty_contact_head(weights: Weights) -> Weights:
-    """A contact head of zeros stands for none: it is what writers fill in."""
+    """Drop a contact head of zeros, which writers fill in for models without one."""
     if not weights.has_contact_head:
         return weights
     parts = [f"{CONTACT_HEAD}weight", f"{CONTACT_HEAD}bias"]
@@ -177,7 +178,7 @@ def _without_empty_contact_head(weights: Weights) -> Weights:
 
 
 def _with_frequencies(weights: Weights, dtype: torch.dtype) -> Weights:
-    """Fill in the formula where the source has no rotary frequencies, and say what they are."""
+    """Compute the rotary frequencies if the source has none, and note values that differ from the formula."""
     if FREQUENCIES in weights.infos:
         note = frequencies_note(weights.read(FREQUENCIES), weights.description.head_dim)
         if not note.startswith("the formula in"):

@@ -21,27 +21,27 @@ from esm2mega.errors import UserError
 from esm2mega.parallel.errors import on_one_rank
 
 OWN = "esm2mega"
-"""The name of this package's own format."""
+"""This is the name of the package's own format."""
 
 
 @dataclass
 class StartPoint:
-    """A checkpoint in any format, as it was when it was opened.
+    """Holds what is known of a checkpoint in any format, as it was when it was opened.
 
-    Rank 0 opens it and sends it to the other ranks (`esm2mega.parallel.errors.on_one_rank`): all of them then
-    mean the same files, whatever appears beside these later. The tensors stay where they are; each rank reads
+    Rank 0 opens it and sends it to the other ranks (`esm2mega.parallel.errors.on_one_rank`), so that all of
+    them use the same files, whatever appears beside these later. The tensors are not sent; each rank reads
     those that it needs.
 
     Attributes:
-        path: File or directory; of a run, the ``step_XXXXXXXX`` directory that was its newest checkpoint.
-        format: Its name, as `esm2mega convert` has it.
-        run: The configuration that wrote it; of other formats what their files say, and defaults.
-        head: That of masked language modelling (``lm``), that of a task, or None of a bare encoder.
+        path: File or directory; for a run, the ``step_XXXXXXXX`` directory that was its newest checkpoint.
+        format: Name of the format, as in `esm2mega convert`.
+        run: Configuration of the run that wrote it; for other formats, what their files say and defaults.
+        head: ``lm`` for the masked-language-model head, the head of a task, or None for a bare encoder.
         has_contact_head: Whether a contact head lies beside the model.
-        state: ``train_state.json``; empty in other formats.
+        state: Content of ``train_state.json``; empty for other formats.
         base: The weights under its adapters, once `esm2mega.lora.base.with_base` has opened them.
-        is_resumed: Whether a training goes on from it, with its optimizer and data, rather than from its
-            weights alone.
+        is_resumed: Whether training resumes from it with its optimizer and its place in the data, rather than
+            starts from its weights alone.
     """
 
     path: Path
@@ -56,27 +56,27 @@ class StartPoint:
 
     @property
     def is_own(self) -> bool:
-        """Whether this package wrote it."""
+        """Tell whether the checkpoint is in the format of this package."""
         return self.format == OWN
 
     @property
     def task(self) -> HeadDescription | None:
-        """The head, if it is that of a task."""
+        """Return the head if it is that of a task, else None."""
         return self.head if isinstance(self.head, HeadDescription) else None
 
     @property
     def weights(self) -> Weights:
-        """All tensors, read when asked for; opened on the first use in this process.
+        """Return all tensors, which are opened on the first use in this process and read when asked for.
 
         Raises:
-            UserError: It holds adapters, or its files have become unreadable.
+            UserError: The checkpoint holds adapters, or its files have become unreadable.
         """
         if self._weights is None:
             self._weights = _weights_of(self)
         return self._weights
 
     def auxiliary(self) -> dict[str, Tensor]:
-        """Tensors beside the model, such as the contact head."""
+        """Return the tensors that are kept beside the model, such as the contact head, by name."""
         if self.is_own:
             return read_auxiliary(self.path)
         weights = self.weights
@@ -84,11 +84,11 @@ class StartPoint:
         return {name: weights.read(name).clone() for name in weights.infos if is_beside(name)}
 
     def check_whole(self) -> None:
-        """Raise `UserError` if it holds adapters without the weights under them."""
+        """Raise `UserError` if the checkpoint holds adapters without the weights under them."""
         own_format.refuse_adapters(self.path, self.state)
 
     def release(self) -> None:
-        """Let go of open files and of tensors that they keep in memory."""
+        """Close the files of the weights and release the tensors that they keep in memory."""
         self._weights = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,10 +116,10 @@ def read_start(path: str | Path) -> StartPoint:
 
 
 def open_checkpoint(checkpoint: str | Path | StartPoint) -> StartPoint:
-    """Open a checkpoint of this package; all ranks call this together, and rank 0 decides.
+    """Open a checkpoint of this package on rank 0 for all ranks, which call this together.
 
     Args:
-        checkpoint: As for `read_checkpoint`; what has been opened already is given back.
+        checkpoint: A path as for `read_checkpoint`; a checkpoint that is open already is returned as it is.
     """
     if isinstance(checkpoint, StartPoint):
         return checkpoint
@@ -151,10 +151,10 @@ def _weights_of(start: StartPoint) -> Weights:
 
 
 def starts_with_contact_head(start: StartPoint, task: TaskConfig, finetune: FinetuneConfig) -> bool:
-    """Whether the head of the task is to be the contact head of a model without a task.
+    """Tell whether the head of the task starts as the contact head of a model without a task.
 
     Raises:
-        UserError: That model has none.
+        UserError: It should, but that model has no contact head.
     """
     if not finetune.load_head or not is_regression(task) or start.task is not None:
         return False

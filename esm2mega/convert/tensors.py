@@ -1,4 +1,4 @@
-"""Rearranges values without arithmetic: fused projections, vocabulary rows, rotary channel order.
+"""Rearranges tensors without arithmetic: fused projections, vocabulary rows, rotary channel order.
 
 Legend: ``h`` hidden size, ``n`` heads, ``d = h / n`` head dimension, ``t`` tensor-parallel size, ``*`` the
 columns of a weight, nothing for a bias.
@@ -16,7 +16,7 @@ from esm2mega.model.rotary import rotary_frequencies
 
 
 def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """Head-major rows: q, k, v of head 0, then of head 1. Three ``[h, *] -> [3h, *]``."""
+    """Fuse three ``[h, *]`` into head-major ``[3h, *]``: q, k, v of head 0, then of head 1."""
     # [h, *] -> [n, 1, d, *]
     parts = [x.reshape(num_heads, 1, -1, *x.shape[1:]) for x in (q, k, v)]
     # [n, 3, d, *] -> [3h, *]
@@ -24,7 +24,7 @@ def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse of `fuse_qkv`: ``[3h, *]`` to three ``[h, *]``."""
+    """Split ``[3h, *]`` into q, k and v, three ``[h, *]``, as the inverse of `fuse_qkv`."""
     # [3h, *] -> [n, 3, d, *]
     heads = qkv.reshape(num_heads, 3, -1, *qkv.shape[1:])
     q, k, v = (heads[:, i].reshape(-1, *qkv.shape[1:]) for i in range(3))
@@ -34,7 +34,7 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def interleave_rotary(x: Tensor, num_heads: int) -> Tensor:
     """Reorder rows of q or k from half-split to interleaved rotary pairs, per head.
 
-    Row ``2i`` takes ``i``, row ``2i + 1`` takes ``i + d/2``. ``[h, *] -> [h, *]``.
+    Row ``2i`` of the result is row ``i``, and row ``2i + 1`` is row ``i + d/2``: ``[h, *] -> [h, *]``.
     """
     # [h, *] -> [n, 2, d/2, *] -> [n, d/2, 2, *]
     halves = x.reshape(num_heads, 2, -1, *x.shape[1:])
@@ -42,27 +42,27 @@ def interleave_rotary(x: Tensor, num_heads: int) -> Tensor:
 
 
 def separate_rotary(x: Tensor, num_heads: int) -> Tensor:
-    """Inverse of `interleave_rotary`."""
+    """Reorder rows of q or k from interleaved to half-split pairs, the inverse of `interleave_rotary`."""
     # [h, *] -> [n, d/2, 2, *] -> [n, 2, d/2, *]
     pairs = x.reshape(num_heads, -1, 2, *x.shape[1:])
     return pairs.transpose(1, 2).reshape(x.shape)
 
 
 def cut_vocabulary(x: Tensor) -> Tensor:
-    """Only the rows that stand for tokens: ``[V, *] -> [33, *]``."""
+    """Return only the rows that stand for tokens: ``[V, *] -> [33, *]``."""
     return x[:VOCAB_SIZE]
 
 
 def pad_vocabulary(x: Tensor) -> Tensor:
-    """Zero rows up to the height that the table has in a checkpoint: ``[33, *] -> [40, *]``.
+    """Append zero rows up to the number that the token table has in a checkpoint: ``[33, *] -> [40, *]``.
 
-    Zeros suffice, for the bias too: the model cuts the logits of padding off before any softmax.
+    Zeros suffice for the bias too, since the model cuts off the logits of padding before any softmax.
     """
     return torch.cat((x, x.new_zeros(padded_vocab_size(1) - VOCAB_SIZE, *x.shape[1:])))
 
 
 def frequencies_note(inv_freq: Tensor, head_dim: int) -> str:
-    """What rotary frequencies ``[d/2]`` are, in words: the formula, or which rounding of it."""
+    """Describe rotary frequencies ``[d/2]`` in words: the formula, or how they differ from it."""
     exact = rotary_frequencies(head_dim, torch.float64)
     given = inv_freq.double()
     if torch.equal(inv_freq.float(), rotary_frequencies(head_dim, torch.float32)):
@@ -76,5 +76,5 @@ def frequencies_note(inv_freq: Tensor, head_dim: int) -> str:
 
 
 def same_values(tensors: Sequence[Tensor]) -> bool:
-    """Whether all have the same values, of whatever dtypes."""
+    """Tell whether all tensors have the same values, in whatever dtypes."""
     return all(torch.equal(x.double(), tensors[0].double()) for x in tensors[1:])

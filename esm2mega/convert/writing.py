@@ -1,4 +1,4 @@
-"""Turns `Weights` into the tensors of another format through its name table, one after the other."""
+"""Converts `Weights` to the tensors of another format through its name table, one after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from esm2mega.convert.tensors import frequencies_note
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of the target: where it comes from and what it looks like."""
+    """Describes a tensor of the target, and names the entry and the part that it comes from."""
 
     info: TensorInfo
     entry: TableEntry
@@ -24,9 +24,7 @@ class Output:
 
 
 def outputs(weights: Weights, table: NameTable) -> dict[str, Output]:
-    """Every tensor of the target in the order of its table; tensors of ours without a place are noted as
-    dropped.
-    """
+    """List every tensor of the target in the order of its table, and note our tensors without a place."""
     shape, result = weights.description.shape, {}
     entries = {entry.ours: entry for entry in table.entries(shape)}
     for name in weights.infos:
@@ -50,7 +48,7 @@ def outputs(weights: Weights, table: NameTable) -> dict[str, Output]:
 
 
 def with_contact_head(weights: Weights) -> Weights:
-    """The same with a contact head of zeros if there is none: readers would draw a random one."""
+    """Add a contact head of zeros to weights that have none, for which readers would draw a random one."""
     if weights.has_contact_head:
         return weights
     weights.notes.filled.append("contact head: zeros, the source has none")
@@ -79,10 +77,10 @@ def _note_lost_frequencies(weights: Weights) -> None:
 
 
 class OutputReader:
-    """Values of the target's tensors; the parts of one source tensor are made once if asked for in a row."""
+    """Returns values of the target's tensors; parts of one source tensor are made once if read in a row."""
 
     def __init__(self, weights: Weights, planned: Mapping[str, Output]) -> None:
-        """Args: weights: the source. planned: from `outputs`."""
+        """Read from `weights` the tensors that `outputs` has planned."""
         self._weights = weights
         self._planned = planned
         self._entry: TableEntry | None = None
@@ -98,7 +96,7 @@ class OutputReader:
 
 
 def tensors_of(weights: Weights, table: NameTable) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the target with their values, one after the other."""
+    """Yield the names and values of all tensors of the target, one after the other."""
     planned = outputs(weights, table)
     read = OutputReader(weights, planned)
     for name in planned:

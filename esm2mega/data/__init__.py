@@ -1,1 +1,1 @@
-"""From files of sequences to micro-batches: readers, token stores, samples and packs, and labels."""
+"""Turns files of sequences into micro-batches: readers, token stores, samples and packs, and labels."""

@@ -2,7 +2,7 @@
 
 There are no generator objects and no state: a random number is a hash of (seed, purpose, stream, position),
 and the order of an epoch is a keyed permutation that is evaluated, not stored. So any rank can compute any
-sample at once, for whole arrays, in constant memory, and a resumed run only needs to know how far it was.
+sample at once, for whole arrays, in constant memory, and a resumed run only needs to know how far it got.
 
 The hash is splitmix64 (Steele, Lea, Flood 2014): the numbers of one stream are the outputs of that
 generator, whose 64-bit start is hashed from seed, purpose and stream number. Two streams share numbers only
@@ -38,7 +38,7 @@ _ROUNDS = 24
 
 
 class Purpose(enum.IntEnum):
-    """What a random number decides; each purpose has its own numbers. A changed value changes every run."""
+    """Says what a random number decides; each purpose has its own. A changed value changes every run."""
 
     ORDER = 1
     PACK_ORDER = 2
@@ -55,7 +55,7 @@ class Purpose(enum.IntEnum):
 
 
 def mix(state: Bits) -> Bits:
-    """The output function of splitmix64, a bijection of 64-bit numbers, element by element."""
+    """Apply the output function of splitmix64, a bijection of 64-bit numbers, element by element."""
     state = (state ^ (state >> _SHIFT_1)) * _MULTIPLIER_1
     state = (state ^ (state >> _SHIFT_2)) * _MULTIPLIER_2
     return state ^ (state >> _SHIFT_3)
@@ -63,14 +63,14 @@ def mix(state: Bits) -> Bits:
 
 @functools.lru_cache(maxsize=64)
 def derive_seed(seed: int, purpose: Purpose) -> int:
-    """A seed of its own for one purpose, from the seed of the run; any Python integer is a valid seed."""
+    """Derive the seed of one purpose from the seed of the run; any Python integer is a valid seed."""
     # Hashed twice, so that neighbouring seeds do not give the shifted keys of neighbouring purposes.
     state = mix(np.array([seed % 2**64], dtype=np.uint64) + _STEP)
     return int(bits_at(state, purpose)[0])
 
 
 def stream_starts(seed: int, purpose: Purpose, streams: npt.ArrayLike) -> Bits:
-    """The start states of streams; `bits_at` gives their numbers.
+    """Return the start states of streams, from which `bits_at` computes their numbers.
 
     Args:
         seed: seed of the run.
@@ -86,29 +86,29 @@ def stream_starts(seed: int, purpose: Purpose, streams: npt.ArrayLike) -> Bits:
 
 
 def bits_at(starts: Bits, positions: npt.ArrayLike) -> Bits:
-    """64 random bits at `positions` (from 0), [n] or a single one, of streams with these starts, [n]."""
+    """Return 64 random bits at `positions` (from 0), [n] or a single one, of the streams of `starts`, [n]."""
     return mix(starts + (_unsigned(positions) + np.uint64(1)) * _STEP)
 
 
 def _unsigned(numbers: npt.ArrayLike) -> Bits:
-    """Numbers as uint64 of at least one dimension: arrays wrap around as meant here, scalars would warn."""
+    """Return numbers as a uint64 array: arrays wrap around silently, as is meant here; scalars would warn."""
     return np.atleast_1d(np.asarray(numbers, dtype=np.int64)).astype(np.uint64)
 
 
 def uniforms(bits: Bits) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1) from 64 random bits each, multiples of 2**-53."""
+    """Return uniform numbers in [0, 1) from 64 random bits each, multiples of 2**-53."""
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def integers_below(bits: Bits, bounds: npt.ArrayLike) -> Integers:
-    """Uniform integers in [0, bound) from 64 random bits each; the bias is under bound / 2**64."""
+    """Return uniform integers in [0, bound) from 64 random bits each; the bias is under bound / 2**64."""
     return (bits % np.asarray(bounds).astype(np.uint64)).astype(np.int64)
 
 
 def permute(
     places: npt.ArrayLike, size: int, seed: int, purpose: Purpose, stream: npt.ArrayLike = 0
 ) -> Integers:
-    """A random permutation of the numbers below `size`, evaluated at `places` without storing it.
+    """Evaluate a random permutation of the numbers below `size` at `places`, without storing it.
 
     A Feistel network on pairs (row, column), with additions in place of exclusive-ors (Black and Rogaway
     2002), permutes a domain that is barely larger than `size`; results outside are permuted again until
@@ -119,7 +119,7 @@ def permute(
         size: how many numbers are permuted.
         seed: seed of the run.
         purpose: what the order decides.
-        stream: which of many permutations, such as the epoch; one number or [n].
+        stream: which of many permutations to take, such as that of an epoch; one number or [n].
 
     Returns:
         The numbers at these places of the order, [n].
@@ -136,7 +136,7 @@ def permute(
 
 
 class _RoundTables(NamedTuple):
-    """The rounds of several Feistel networks on rows * columns numbers.
+    """Holds the rounds of several Feistel networks on rows * columns numbers.
 
     Attributes:
         rows: size of one half.
@@ -151,7 +151,7 @@ class _RoundTables(NamedTuple):
 
 @functools.lru_cache(maxsize=16)  # 2.7 MB for an epoch of 190 million proteins
 def _round_tables(size: int, seed: int, purpose: Purpose, streams: tuple[int, ...]) -> _RoundTables:
-    """The networks that permute the numbers below `size`, one for each stream."""
+    """Return the networks that permute the numbers below `size`, one for each stream."""
     rows = math.isqrt(size - 1) + 1
     # Only rotations of an even number of rows can be odd permutations: every order is reachable.
     rows += rows % 2
@@ -167,7 +167,7 @@ def _round_tables(size: int, seed: int, purpose: Purpose, streams: tuple[int, ..
 
 
 def _feistel(numbers: Integers, tables: _RoundTables, which: Integers) -> Integers:
-    """Sends each number below rows * columns, [n], through the network that `which` names, [n]."""
+    """Send each number below rows * columns, [n], through the network that `which` names, [n]."""
     row, column = (half.astype(np.uint32) for half in np.divmod(numbers, tables.columns))
     first_column, first_row = which * tables.columns, which * tables.rows
     for step in range(0, _ROUNDS, 2):
@@ -179,19 +179,20 @@ def _feistel(numbers: Integers, tables: _RoundTables, which: Integers) -> Intege
 def _add_below(
     left: npt.NDArray[np.uint32], right: npt.NDArray[np.uint32], bound: int
 ) -> npt.NDArray[np.uint32]:
-    """(left + right) % bound of numbers below `bound`: what falls below 0 wraps around to a large one."""
+    """Return (left + right) % bound for numbers below `bound`."""
+    # A difference below 0 wraps around to a large number.
     total = left + right
     return np.minimum(total, total - np.uint32(bound))
 
 
 class SampleOrder:
-    """An endless sequence of proteins (or clusters): each epoch holds every one once, in its own order."""
+    """Orders proteins (or clusters) endlessly: each epoch holds every one of them once, in its own order."""
 
     def __init__(self, size: int, seed: int) -> None:
-        """Fixes the order.
+        """Fix the order.
 
         Args:
-            size: proteins, or clusters, of an epoch.
+            size: proteins, or clusters, in an epoch.
             seed: seed of the run.
         """
         if size < 1:
@@ -200,7 +201,7 @@ class SampleOrder:
         self.seed = seed
 
     def __call__(self, samples: npt.ArrayLike) -> tuple[Integers, Integers]:
-        """Looks up samples.
+        """Look up samples.
 
         Args:
             samples: sample numbers from 0, [n].
@@ -215,7 +216,7 @@ class SampleOrder:
 def crop_starts(
     seed: int, samples: npt.ArrayLike, num_tokens: npt.ArrayLike, max_seq_length: int, crop: str = "random"
 ) -> Integers:
-    """First token of the window that is kept of each sample; 0 where everything fits.
+    """Return the first token of the window that is kept of each sample; 0 where everything fits.
 
     Args:
         seed: seed of the run.

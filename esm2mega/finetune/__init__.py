@@ -1,4 +1,4 @@
-"""Fine-tuning on labelled proteins: the run, its losses and metrics, and prediction with the result."""
+"""Fine-tunes models on labelled proteins: the run, its losses and metrics, and prediction afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["TrainedModel", "infer_model", "train_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """The names of `__all__` are imported when they are first used: they bring torch with them."""
+    """Import a name of `__all__` when it is first used, because it brings torch with it."""
     if name in __all__:
         return getattr(import_module("esm2mega.finetune.api"), name)
     raise AttributeError(f"module 'esm2mega.finetune' has no attribute {name!r}")

@@ -1,10 +1,10 @@
 """`train_model` and `infer_model` fine-tune and predict from a program, on lists of sequences and values.
 
-A configuration says everything that the command `esm2mega finetune` takes; data may be lists instead of
-tables, and a head or a loss of one's own takes the place of the configured one: subclass
-`esm2mega.model.heads.TaskHead` or `esm2mega.finetune.losses.TaskLossReduction`.
+The configuration takes all keys of the command `esm2mega finetune`. Data may be lists instead of tables, and
+a subclass of `esm2mega.model.heads.TaskHead` or `esm2mega.finetune.losses.TaskLossReduction` can replace the
+configured head or loss.
 
-Workers that prepare or load data import the program again: its own work belongs under
+Workers that prepare or load data import the program again, so its own work belongs under
 ``if __name__ == "__main__":``.
 """
 
@@ -32,12 +32,12 @@ from esm2mega.train.start import load_run_with_start
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What `train_model` leaves behind.
+    """Holds the result of `train_model`.
 
     Attributes:
-        checkpoint: The last one.
-        metrics: Of the last record of each kind in the log: ``loss``, ``valid_…`` and ``test_…``.
-        run: The configuration, complete.
+        checkpoint: The last checkpoint.
+        metrics: Values of the last record of each kind in the log: ``loss``, ``valid_…`` and ``test_…``.
+        run: The complete configuration.
     """
 
     checkpoint: Path
@@ -55,21 +55,21 @@ def train_model(
     loss: TaskLossReduction | None = None,
     lora: LoRAConfig | None = None,
 ) -> TrainedModel:
-    """Fine-tune; like the command, it goes on where an earlier start in the same ``run_dir`` ended.
+    """Fine-tune a model; like the command, go on where an earlier start in the same ``run_dir`` ended.
 
     Args:
         overrides: ``key=value``, such as ``task.kind=regression`` and ``init_from=DIR``.
         train: ``(sequence, value)`` of each training protein; None for the table ``data.train``.
-        valid: The same for validation.
-        test: The same for the test at the end.
-        config: Path or name of a configuration under the overrides.
-        make_head: Called with Megatron-Core's configuration and a device; makes the head.
-        loss: The loss.
-        lora: Adapters of the encoder, trained with the head in place of all weights; the same as
-            ``finetune.mode=lora`` and the section ``lora``.
+        valid: Validation proteins, given as `train` is; None for the table ``data.valid``.
+        test: Proteins of the test at the end, given as `train` is; None for the table ``data.test``.
+        config: Path or name of the configuration that the overrides change; None for the defaults.
+        make_head: Makes a head from Megatron-Core's configuration and a device; None for the configured one.
+        loss: Loss in place of the configured one; None for that.
+        lora: Adapters of the encoder, which are trained with the head instead of all weights; equal to
+            ``finetune.mode=lora`` with the section ``lora``.
 
     Raises:
-        UserError: Something in configuration or data does not fit.
+        UserError: The configuration or the data are not valid, or do not fit together.
     """
     run, opened = load_run_with_start(config, overrides)
     if lora is not None:
@@ -84,7 +84,7 @@ def train_model(
     for split in given:
         if getattr(run.data, split) is not None:
             raise UserError(
-                f"data.{split}={getattr(run.data, split)}, and {split} was given; give one of them"
+                f"data.{split}={getattr(run.data, split)} and the argument {split} are both set; give one"
             )
     validate(run, world_size_from_environment())
     validate_task(run)
@@ -104,20 +104,19 @@ def infer_model(
     make_head: MakeHead | None = None,
     loss: TaskLossReduction | None = None,
 ) -> list[Any]:
-    """Predict sequences.
+    """Predict the labels of sequences.
 
     Args:
-        checkpoint: Of `train_model`, or a run directory.
-        sequences: What to predict.
+        checkpoint: A checkpoint of `train_model`, or a run directory.
+        sequences: The sequences to predict.
         overrides: ``key=value`` over the configuration of the checkpoint.
-        make_head: The head, if it was not a configured one.
-        loss: The loss, likewise.
+        make_head: The function that made the head, if it was not a configured one.
+        loss: The loss of the training, if it was not a configured one.
 
     Returns:
         A prediction for each sequence, in input order, in the form of the labels of training: a number, a
-        dictionary of several, a class name, a list of names, a string or list with one entry per residue. Of
-        contacts, an array ``[L, L]`` of probabilities.
-        Empty on processes other than the first.
+        dictionary of several, a class name, a list of names, or a string or list with one entry per residue;
+        for contacts an array ``[L, L]`` of probabilities. Processes other than the first get an empty list.
     """
     if isinstance(sequences, str):
         raise UserError("give a list of sequences, not one string")

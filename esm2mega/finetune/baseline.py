@@ -16,14 +16,14 @@ PREFIX = "baseline_"
 
 
 def baseline_metrics(found: Predictions, info: TargetInfo) -> Metrics:
-    """Metrics of predicting, for everything, the mean or the class frequencies of the training labels; of
-    contacts their frequency at each distance along the chain.
+    """Compute the metrics of a predictor that knows only the training labels.
 
-    Those that are not defined for a constant, such as correlations, are left out.
+    It predicts their mean or their class frequencies everywhere, and for contacts their frequency at each
+    distance along the chain. Metrics that are not defined for a constant, such as correlations, are left out.
 
     Args:
         found: Predictions with labels.
-        info: With the baseline; there is none in checkpoints of earlier versions.
+        info: Meaning of the labels, with the baseline; checkpoints of earlier versions have no baseline.
 
     Returns:
         Metrics by name with `PREFIX`.
@@ -32,7 +32,7 @@ def baseline_metrics(found: Predictions, info: TargetInfo) -> Metrics:
         return {}
     known = np.array(info.baseline)
     if info.per_pair:
-        # Pairs that are near along the chain first, as they were in training.
+        # The baseline holds one frequency per separation along the chain, the smallest separation first.
         values = objects(known[np.minimum(_separations(x), len(known) - 1)] for x in found.values)
     else:
         values = np.broadcast_to(known, found.values.shape)
@@ -41,6 +41,6 @@ def baseline_metrics(found: Predictions, info: TargetInfo) -> Metrics:
 
 
 def _separations(values: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
-    """j - i of each pair of a protein, ``[p]``."""
+    """Return the separation j - i of each pair of a protein, ``[p]``."""
     first, second = pairs_of(num_residues(len(values)))
     return second - first

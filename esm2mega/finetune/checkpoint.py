@@ -36,12 +36,12 @@ from esm2mega.train.evaluate import adapt_layout
 
 @dataclass(frozen=True)
 class TaskCheckpoint:
-    """A fine-tuned checkpoint and how it is to be used.
+    """Holds a fine-tuned checkpoint and how it is to be used.
 
     Attributes:
-        start: The checkpoint; of adapters with its base.
-        run: Its configuration with that of this start over it.
-        info: What predictions mean.
+        start: The checkpoint; one of adapters comes with its base.
+        run: Configuration of the checkpoint, changed by the overrides of this start.
+        info: Meaning of the predictions.
     """
 
     start: StartPoint
@@ -53,11 +53,11 @@ def open_task(checkpoint: str | Path | StartPoint, overrides: Sequence[str] = ()
     """Open a fine-tuned checkpoint, without reading weights yet; all ranks call this together.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one; or what was opened.
+        checkpoint: A ``step_XXXXXXXX`` directory, a run directory for its newest one, or what was opened.
         overrides: ``key=value`` over its configuration, such as the parallel layout of this start.
 
     Raises:
-        UserError: There is none, it has no head of a task, or that is of other columns.
+        UserError: There is no checkpoint, it has no task head, or its head was trained on other columns.
     """
     start = open_checkpoint(checkpoint)
     if start.task is None:
@@ -66,7 +66,7 @@ def open_task(checkpoint: str | Path | StartPoint, overrides: Sequence[str] = ()
             "`esm2mega finetune`, or use `esm2mega embed` or `esm2mega score`"
         )
     saved = copy.deepcopy(start.run)
-    # Columns of the training table say nothing about another one.
+    # The columns of the training table say nothing about those of another table.
     saved.data.id_column = None
     saved.model.recompute = "none"
     run = adapt_layout(load_run_over(saved, overrides), overrides)
@@ -78,13 +78,13 @@ def open_task(checkpoint: str | Path | StartPoint, overrides: Sequence[str] = ()
 
 @contextmanager
 def loaded(task: TaskCheckpoint, make_head: MakeHead | None = None) -> Iterator[tuple[list[Any], Ranks]]:
-    """This rank's chunks with the weights of the checkpoint, within process groups."""
+    """Yield this rank's chunks with the weights of the checkpoint, within process groups."""
     with process_groups(task.run.parallel, task.run.seed) as ranks:
         yield load_task(task, ranks, make_head), ranks
 
 
 def load_task(task: TaskCheckpoint, ranks: Ranks, make_head: MakeHead | None = None) -> list[Any]:
-    """This rank's chunks with the weights of the checkpoint; all ranks call this together."""
+    """Return this rank's chunks with the weights of the checkpoint; all ranks call this together."""
     run = task.run
     head = make_head or head_of_task(run.task, task.info.num_outputs)
     has_lora = run.lora.rank is not None
@@ -100,17 +100,17 @@ def run_task(
     make_head: MakeHead | None = None,
     loss: TaskLossReduction | None = None,
 ) -> tuple[Measured, bool]:
-    """Predict proteins, and compare with their labels where they have some.
+    """Predict proteins, and compare the predictions with the labels where there are labels.
 
     Args:
-        task: From `open_task`.
-        proteins: What to predict.
-        words: For the progress bar.
-        make_head: The head, where it is not the one that the configuration names.
-        loss: The loss, likewise.
+        task: The checkpoint, from `open_task`.
+        proteins: The proteins to predict.
+        words: Description in the progress bar.
+        make_head: Makes the head; None for the head that the configuration names.
+        loss: The loss; None for the loss that the configuration names.
 
     Returns:
-        What was measured, and whether this is the main process.
+        The predictions, loss and metrics, and whether this is the main process.
     """
     with loaded(task, make_head) as (chunks, ranks):
         packs = packs_of(proteins, batch_spec(task.run.data, task.run.train, task.run.seed), ranks)
@@ -134,7 +134,7 @@ def evaluate_task(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Loss and metrics of a fine-tuned checkpoint on labelled proteins, at any layout.
+    """Compute loss and metrics of a fine-tuned checkpoint on labelled proteins, at any layout.
 
     Args:
         checkpoint: As for `open_task`.
@@ -182,7 +182,7 @@ def evaluate_task(
 
 
 def labelled(task: TaskCheckpoint, data: str | Path | Pairs) -> LabelledProteins:
-    """Labelled proteins by the classes and scale of the checkpoint."""
+    """Read labelled proteins by the classes and scale of the checkpoint."""
     if isinstance(data, (str, Path)):
         proteins, _ = read_labelled(data, task.run.task, task.run.data, task.info, "--data")
     else:
@@ -191,7 +191,7 @@ def labelled(task: TaskCheckpoint, data: str | Path | Pairs) -> LabelledProteins
 
 
 def without_dropping(data: DataConfig) -> DataConfig:
-    """Nothing may be missing from predictions: what training would drop is refused."""
+    """Refuse what training would drop, since no protein may be missing from predictions."""
     if data.too_long == "drop":
         data.too_long = "error"
     return data

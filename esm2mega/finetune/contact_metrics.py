@@ -1,11 +1,12 @@
 """Computes the precision of the likeliest contacts, by the definitions of TAPE and ESM.
 
-The k likeliest pairs of a protein of L residues are taken among those that count, for k = L, L/2 and L/5,
-rounded down; the share of them that are contacts is the precision. Where fewer than k pairs count, the rest
-of the k are misses, as in ESM. A protein with no pair that counts has no precision.
+A pair counts if it has a label and its separation j - i lies in the range. Of a protein of L residues, the k
+likeliest pairs that count are taken, for k = L, L/2 and L/5, rounded down; the precision is the share of
+contacts among them. Where fewer than k pairs count, the rest of the k are misses, as in ESM. A protein
+without a pair that counts has no precision.
 
-Ranges are of j - i: all from 6 on (``p_at_L5`` of TAPE, medium and long together), and ESM's short [6, 12),
-medium [12, 24) and long from 24 on. Means are over proteins; ``_pooled`` is over the pairs of all proteins.
+The ranges of j - i are: all from 6 on (``p_at_L5`` of TAPE), and ESM's short [6, 12), medium [12, 24) and
+long from 24 on. Means are over proteins; ``_pooled`` is over the pairs of all proteins.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ NAMES = [f"{prefix}{name}" for prefix in _RANGES for name in _PARTS]
 
 
 def contact_counts(scores: npt.NDArray[np.object_], labels: npt.NDArray[np.object_]) -> Array:
-    """How many of how many are right, for each protein and each of `NAMES`: ``[n, m, 2]``, 0 of 0 for none.
+    """Count the contacts and the pairs taken for each protein and each of `NAMES`, ``[n, m, 2]``.
+
+    Both are 0 where no pair of a protein counts.
 
     Args:
         scores: Greater for likelier contacts, such as logits; ``[n]`` arrays ``[p]``, pairs in the order of
             `pairs_of`.
-        labels: The same of labels.
+        labels: Labels of these pairs, ``[n]`` arrays ``[p]``.
     """
     counts = [_of_protein(values, found) for values, found in zip(scores, labels, strict=True)]
     return np.array(counts, dtype=np.float64).reshape(-1, len(NAMES), 2)
 
 
 def contact_metrics(counts: Array) -> dict[str, float]:
-    """Means over proteins, and pooled for all ranges together; NaN where no protein has pairs."""
+    """Return the means over proteins, and pooled values for all ranges together; NaN without any pairs."""
     metrics = {}
     for number, name in enumerate(NAMES):
         right, taken = counts[counts[:, number, 1] > 0, number].T
@@ -58,7 +61,7 @@ def _of_protein(scores: npt.NDArray[np.floating], labels: npt.NDArray[np.int8]) 
         chosen = (second - first >= low) & (labels != IGNORED)
         if high is not None:
             chosen &= second - first < high
-        # The first of equal ones first, whatever the machine.
+        # A stable sort puts the first of equal scores first on every machine.
         likeliest = labels[chosen][np.argsort(-scores[chosen], kind="stable")]
         for part in _PARTS.values():
             k = length // part if len(likeliest) else 0

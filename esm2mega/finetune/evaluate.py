@@ -30,7 +30,7 @@ from esm2mega.train.losses import LossReduction, LossTerms
 
 
 class Collecting(LossReduction):
-    """A loss that keeps what it sees; without labels it is 0 of 0."""
+    """Wraps a loss and keeps the predictions it sees; without labels, loss and count are 0."""
 
     def __init__(self, loss: TaskLossReduction, info: TargetInfo) -> None:
         self.loss, self.info = loss, info
@@ -59,7 +59,7 @@ def _kept(batch: LabelledBatch, values: Tensor, info: TargetInfo) -> dict[str, A
 
 
 def _kept_pairs(batch: LabelledBatch, values: Tensor) -> dict[str, Any]:
-    """An entry for each protein, with all of its pairs."""
+    """Keep an entry for each protein, with all of its pairs."""
     segments, lengths = batch.head_inputs, batch.head_inputs.residue_counts
     borders = np.cumsum([num_pairs(length) for length in lengths])[:-1]
 
@@ -77,13 +77,13 @@ def _kept_pairs(batch: LabelledBatch, values: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of a split.
+    """Holds the loss, the metrics and the predictions of a split.
 
     Attributes:
         loss: Mean over labels; the same on every rank.
-        num_labels: How many these are.
-        predictions: On the main process; None on the others.
-        metrics: The same on every rank; empty without labels.
+        num_labels: Number of labels.
+        predictions: Predictions on the main process; None on the others.
+        metrics: Metrics by name, the same on every rank; empty without labels.
     """
 
     loss: float
@@ -108,14 +108,14 @@ def measure(
         model: This rank's chunks; left in training mode.
         loss: The loss, which also turns outputs into predictions.
         packs: This rank's packs.
-        info: What predictions mean.
-        ranks: Where this process stands.
+        info: Meaning of the predictions.
+        ranks: Ranks of this process.
         progress: As for `evaluate`.
         abandon: As for `evaluate`.
-        baseline: Also give the metrics of what knows the training labels alone.
+        baseline: Also compute the metrics of a predictor that knows only the training labels.
 
     Returns:
-        None when it was abandoned.
+        The predictions, loss and metrics; None if the evaluation was abandoned.
     """
     collecting = Collecting(loss, info)
     means = evaluate(model, collecting, packs, ranks, progress, abandon)
@@ -127,17 +127,17 @@ def measure(
         metrics = metrics_of(predictions, info)
         if baseline:
             metrics |= baseline_metrics(predictions, info)
-    # From the main process to all.
+    # The main process tells all others.
     shared = [metrics]
     dist.broadcast_object_list(shared, src=0, device=ranks.device)
     return Measured(means["loss"], int(means["count"]), predictions, shared[0])
 
 
 def _gathered(seen: Sequence[dict[str, Any]], ranks: Ranks) -> Predictions | None:
-    """Predictions of all data-parallel ranks on the main process, in the order of the table.
+    """Gather the predictions of all data-parallel ranks on the main process, in the order of the table.
 
-    One process of each model has them: the first of the tensor-parallel group in the last stage. Gathered
-    over the world.
+    One process of each model replica has them: the first of the tensor-parallel group in the last stage. The
+    gather runs over the world.
     """
     has_them = ranks.tp_rank == 0 and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     mine = _joined(seen) if has_them and seen else None
@@ -160,5 +160,5 @@ def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def packs_of(proteins: LabelledProteins, spec: BatchSpec, ranks: Ranks, limit: int = 0) -> LabelledPacks:
-    """This rank's share of a split, or of `limit` packs of it."""
+    """Return this rank's share of a split, or of `limit` packs of it over all ranks (0 for all packs)."""
     return LabelledPacks(proteins, spec, limit, ranks.dp_rank, ranks.dp_size)

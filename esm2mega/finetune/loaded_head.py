@@ -1,4 +1,4 @@
-"""A head that a fine-tuning starts from keeps the meaning of its outputs, which is checked here."""
+"""Checks that a head which a fine-tuning starts from keeps the meaning of its outputs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from esm2mega.errors import UserError
 
 
 def loaded_targets(task: TaskConfig, finetune: FinetuneConfig, start: StartPoint | None) -> TargetInfo | None:
-    """What the outputs of the head mean that `finetune.load_head` asks for: its classes in order, or its
-    scale. None if a new head learns that from the training data.
+    """Return what the outputs mean of the head that `finetune.load_head` asks for.
 
     Args:
-        task: What is configured.
-        finetune: Whether a head is to be loaded.
-        start: What the run goes on from, or starts from.
+        task: The configured task.
+        finetune: Says whether a head is to be loaded.
+        start: The checkpoint that the run resumes or starts from.
+
+    Returns:
+        Its classes in order, or its scale; None if a new head learns them from the training data.
 
     Raises:
         UserError: There is no head, or it is another one than configured.

@@ -1,4 +1,4 @@
-"""Losses of labelled proteins and residues, as a sum over the labels that are there and their number.
+"""Computes losses of labelled proteins and residues, each as a sum over the known labels and their number.
 
 A label that is missing (NaN of numbers, -100 of classes) is not summed and not counted.
 
@@ -22,19 +22,20 @@ from esm2mega.train.losses import LossReduction, LossTerms
 
 
 class TaskLossReduction(LossReduction):
-    """Base of the losses of tasks."""
+    """Serves as base class of the losses of tasks."""
 
     def predictions(self, output: Tensor) -> Tensor:
-        """What is kept of the head's output ``[rows, k]``: values in units of the labels, or probabilities.
-        Of contacts logits, in fp32 at least: probabilities near 1 round to 1, and would have no order.
+        """Turn the head's output ``[rows, k]`` into values in units of the labels, or into probabilities.
+
+        Contacts stay logits, in fp32 at least: probabilities near 1 round to 1, and would have no order.
         """
         return _at_least_fp32(output)
 
 
 class RegressionLossReduction(TaskLossReduction):
-    """Squared or Huber loss of numbers, ``[n, k]``.
+    """Computes the squared or Huber loss of numbers, ``[n, k]``.
 
-    With `mean` and `std` labels are scaled before they are compared; the loss is then in scaled units, and
+    With `mean` and `std`, labels are scaled before they are compared; the loss is then in scaled units, and
     `predictions` scales back.
     """
 
@@ -49,16 +50,19 @@ class RegressionLossReduction(TaskLossReduction):
 
         Args:
             loss: ``mse``, or ``huber``: quadratic up to `huber_delta`, linear beyond (as `F.huber_loss`).
-            huber_delta: In scaled units.
-            mean: Of each target, a number or k of them.
-            std: Of each target.
+            huber_delta: Border between the two parts of the Huber loss, in scaled units.
+            mean: Mean of each target; one number, or k of them.
+            std: Standard deviation of each target; one number, or k of them.
         """
         self.loss, self.huber_delta = loss, huber_delta
         self._mean = torch.as_tensor(mean, dtype=torch.float64)
         self._std = torch.as_tensor(std, dtype=torch.float64)
 
     def forward(self, batch: Any, output: Tensor) -> LossTerms:
-        """`batch.labels` float64 ``[n, k]``, NaN for none; `output` ``[n, k]``, taken to fp32 at least."""
+        """Sum the loss of `output` ``[n, k]``, in fp32 at least.
+
+        `batch.labels` are float64 ``[n, k]``, NaN where there is no label.
+        """
         values = _at_least_fp32(output)
         labels = batch.labels
         there = ~torch.isnan(labels)
@@ -76,14 +80,14 @@ class RegressionLossReduction(TaskLossReduction):
 
 
 class TokenRegressionLossReduction(RegressionLossReduction):
-    """The same for the numbers of residues: labels and output ``[R, m]``."""
+    """Computes the squared or Huber loss of the numbers of residues; labels and output are ``[R, m]``."""
 
 
 class ClassificationLossReduction(TaskLossReduction):
-    """Cross-entropy of classes, ``[n]``, or its sum over several targets with classes of their own.
+    """Computes the cross-entropy of classes, ``[n]``, or its sum over several targets with their own classes.
 
-    With class weights the loss of a label is multiplied by the weight of its class; what it is divided by is
-    still the number of labels.
+    With class weights, the loss of a label is multiplied by the weight of its class; the divisor is still the
+    number of labels.
     """
 
     def __init__(
@@ -95,15 +99,18 @@ class ClassificationLossReduction(TaskLossReduction):
         """Make the loss.
 
         Args:
-            class_weights: ``[k]``, or None.
-            label_smoothing: Share spread over all classes of the target.
-            widths: How many of the outputs are classes of each target; None for all of one.
+            class_weights: Weight of each class, ``[k]``; None for equal weights.
+            label_smoothing: Share of the probability that is spread over all classes of the target.
+            widths: Number of classes of each target, which are consecutive outputs; None for one target.
         """
         self._weights, self.label_smoothing = class_weights, label_smoothing
         self._widths = None if widths is None else list(widths)
 
     def forward(self, batch: Any, output: Tensor) -> LossTerms:
-        """`batch.labels` int64 ``[n]`` or ``[n, m]``, -100 for none; `output` logits ``[n, k]``."""
+        """Sum the loss of the logits `output` ``[n, k]``.
+
+        `batch.labels` are int64 ``[n]`` or ``[n, m]``, -100 where there is no label.
+        """
         logits = self._split(_at_least_fp32(output))
         labels = batch.labels[:, None] if batch.labels.dim() == 1 else batch.labels
         weights: Sequence[Tensor | None] = [None] * len(logits)
@@ -126,23 +133,30 @@ class ClassificationLossReduction(TaskLossReduction):
         return torch.cat([logits.softmax(dim=-1) for logits in self._split(output.double())], dim=-1)
 
     def _split(self, values: Tensor) -> Sequence[Tensor]:
-        """``[..., k]`` by target."""
+        """Split ``[..., k]`` by target."""
         return values.split(self._widths or [values.shape[-1]], dim=-1)
 
 
 class TokenClassificationLossReduction(ClassificationLossReduction):
-    """The same for residues: labels ``[R, m]``, output ``[R, k]``."""
+    """Computes the cross-entropy of the classes of residues; labels are ``[R, m]``, output is ``[R, k]``."""
 
 
 class MultilabelLossReduction(TaskLossReduction):
-    """Binary cross-entropy of each of k labels, ``[n, k]``."""
+    """Computes the binary cross-entropy of each of k labels, ``[n, k]``."""
 
     def __init__(self, positive_weights: Tensor | None = None) -> None:
-        """Args: positive_weights: of the loss of a label that is 1, ``[k]``, or None."""
+        """Make the loss.
+
+        Args:
+            positive_weights: Weight of the loss of a label that is 1, ``[k]``; None for 1.
+        """
         self._weights = positive_weights
 
     def forward(self, batch: Any, output: Tensor) -> LossTerms:
-        """`batch.labels` float64 ``[n, k]``, 0 or 1, NaN for none; `output` logits ``[n, k]``."""
+        """Sum the loss of the logits `output` ``[n, k]``.
+
+        `batch.labels` are float64 ``[n, k]``, 0 or 1, NaN where there is no label.
+        """
         logits = _at_least_fp32(output)
         there = ~torch.isnan(batch.labels)
         labels = torch.where(there, batch.labels, 0.0).to(logits.dtype)
@@ -155,13 +169,17 @@ class MultilabelLossReduction(TaskLossReduction):
 
 
 class ContactLossReduction(TaskLossReduction):
-    """Binary cross-entropy of pairs of residues, ``[P]``.
+    """Computes the binary cross-entropy of pairs of residues, ``[P]``.
 
-    That of two classes, as TAPE has it, over the pairs i < j: their mean is that over the whole map.
+    It equals the cross-entropy of two classes that TAPE uses. The pairs are those with i < j; as the map is
+    symmetric, their mean is the mean over the whole map.
     """
 
     def forward(self, batch: Any, output: Tensor) -> LossTerms:
-        """`batch.labels` int8 ``[P]``, 0 or 1, -100 for none; `output` logits of a contact ``[P, 1]``."""
+        """Sum the loss of `output` ``[P, 1]``, the logits of contacts.
+
+        `batch.labels` are int8 ``[P]``, 0 or 1, -100 where there is no label.
+        """
         logits = _at_least_fp32(output[:, 0])
         there = batch.labels != IGNORED
         labels = (batch.labels == 1).to(logits.dtype)
@@ -170,10 +188,10 @@ class ContactLossReduction(TaskLossReduction):
 
 
 def loss_of_task(task: TaskConfig, info: TargetInfo) -> TaskLossReduction:
-    """The loss that a configuration names.
+    """Make the loss that a configuration names.
 
     Args:
-        task: Which one.
+        task: The configured task, which names its loss.
         info: Scale of numbers and counts of classes, from the training data.
     """
     if task.kind in NUMERIC_KINDS:
@@ -191,10 +209,13 @@ def loss_of_task(task: TaskConfig, info: TargetInfo) -> TaskLossReduction:
 
 
 def balanced_weights(info: TargetInfo) -> Tensor:
-    """Total / (c * count) of each of the c classes of a target, fp64 ``[k]``: their mean over its training
-    labels is 1.
+    """Return the weights that scikit-learn calls balanced, fp64 ``[k]``.
 
-    These are the weights that scikit-learn calls balanced.
+    The weight of each of the c classes of a target is total / (c * count); the mean over the target's
+    training labels is 1.
+
+    Raises:
+        UserError: A class of the head has no label in the training data.
     """
     if 0 in info.counts or len(info.counts) < info.num_outputs:
         raise UserError(

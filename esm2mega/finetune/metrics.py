@@ -27,7 +27,7 @@ Array = npt.NDArray[Any]
 Metrics = dict[str, float]
 
 _INTERVAL = (2.5, 97.5)
-"""Percentiles of the resampled metrics: a 95 % interval."""
+"""Sets the percentiles of the resampled metrics that bound a 95 % interval."""
 
 HEADLINES = {
     "regression": "spearman",
@@ -37,21 +37,21 @@ HEADLINES = {
     "multilabel": "f1_micro",
     "contact": "p_at_L5",
 }
-"""The metric of each kind of task that is shown while it is trained."""
+"""Maps each kind of task to the metric that is shown during training."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was predicted of a split, in the order of the table.
+    """Holds the predictions of a split, in the order of the table.
 
     Attributes:
-        rows: Which protein each is, int64 ``[n]``, ascending; of residues, repeated.
-        numbers: Which residue of it, int64 ``[n]``; None for tasks of proteins. Of contacts the residue that
-            the first one of the piece is.
-        values: In units of the labels, or probabilities, fp64 ``[n, k]``. Of contacts ``[n]`` arrays of the
-            logits of all pairs, see `esm2mega.pairs`.
-        labels: As in `LabelledProteins`, of contacts ``[n]`` arrays of those of pairs; None where there are
-            none.
+        rows: Number of the protein of each prediction, int64 ``[n]``, ascending; repeated for its residues.
+        numbers: Number of the residue in its protein, int64 ``[n]``; None for tasks of proteins. For contacts
+            the number of the first residue of the piece that was predicted.
+        values: Values in units of the labels, or probabilities, fp64 ``[n, k]``. For contacts ``[n]`` arrays
+            of the logits of all pairs, see `esm2mega.pairs`.
+        labels: Labels as in `LabelledProteins`, for contacts ``[n]`` arrays with one label per pair; None if
+            there are no labels.
     """
 
     rows: Array
@@ -61,7 +61,7 @@ class Predictions:
 
 
 def check_packages() -> None:
-    """Say in one line what is missing, before any work is done."""
+    """Raise `UserError` before any work is done if a package that metrics need is missing."""
     try:
         import scipy  # noqa: F401
         import sklearn  # noqa: F401
@@ -72,11 +72,11 @@ def check_packages() -> None:
 
 
 def metrics_of(found: Predictions, info: TargetInfo) -> Metrics:
-    """All metrics of a task; one that is not defined for these labels is NaN.
+    """Compute all metrics of a task; one that is not defined for these labels is NaN.
 
     Args:
         found: Predictions with labels.
-        info: Kind and names.
+        info: Kind of the task and names of its outputs.
     """
     assert found.labels is not None
     if info.per_pair:
@@ -92,7 +92,7 @@ def metrics_of(found: Predictions, info: TargetInfo) -> Metrics:
 
 
 def _of_target(kind: str, rows: Array, labels: Array, values: Array) -> Metrics:
-    """Of labels ``[n]``, some of which may be missing, and predictions ``[n, 1]`` or ``[n, c]``."""
+    """Compare labels ``[n]``, of which some may be missing, with predictions ``[n, 1]`` or ``[n, c]``."""
     there = ~np.isnan(labels) if kind in NUMERIC_KINDS else labels != IGNORED
     rows, labels, values = rows[there], labels[there], values[there]
     if kind in NUMERIC_KINDS:
@@ -108,7 +108,7 @@ def _of_target(kind: str, rows: Array, labels: Array, values: Array) -> Metrics:
 
 
 def _of_targets(each: Mapping[str, Metrics]) -> Metrics:
-    """Of several targets the mean of each metric, and the metrics of each target under ``name/target``."""
+    """Average each metric over the targets, and add those of each target as ``name/target`` if several."""
     first, *others = each.values()
     if not others:
         return first
@@ -119,7 +119,7 @@ def _of_targets(each: Mapping[str, Metrics]) -> Metrics:
 
 
 def regression_metrics(labels: Array, values: Array) -> Metrics:
-    """Of numbers without gaps, ``[n]`` each."""
+    """Compute the metrics of numbers, ``[n]`` labels and ``[n]`` predictions, none of them missing."""
     if not len(labels):
         return dict.fromkeys(("mse", "rmse", "mae", "r2", "spearman", "pearson"), math.nan)
     from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
@@ -136,7 +136,7 @@ def regression_metrics(labels: Array, values: Array) -> Metrics:
 
 
 def classification_metrics(labels: Array, values: Array) -> Metrics:
-    """Of classes, int64 ``[n]``, and probabilities, ``[n, c]``."""
+    """Compute the metrics of classes, int64 ``[n]``, from probabilities, ``[n, c]``."""
     names = ("accuracy", "balanced_accuracy", "mcc", "f1_macro", "f1_micro", "auroc")
     if not len(labels):
         return dict.fromkeys(names, math.nan)
@@ -144,7 +144,7 @@ def classification_metrics(labels: Array, values: Array) -> Metrics:
 
     predicted = values.argmax(axis=1)
     with warnings.catch_warnings():
-        # A class that is predicted and does not occur counts as one that is never right.
+        # scikit-learn warns of a class that is predicted and does not occur; it counts as never right.
         warnings.simplefilter("ignore")
         return {
             "accuracy": _accuracy(labels, predicted),
@@ -157,9 +157,9 @@ def classification_metrics(labels: Array, values: Array) -> Metrics:
 
 
 def multilabel_metrics(labels: Array, values: Array) -> Metrics:
-    """Of flags, float64 ``[n, k]`` with NaN for none, and probabilities, ``[n, k]``.
+    """Compute the metrics of flags, float64 ``[n, k]`` with NaN for none, from probabilities, ``[n, k]``.
 
-    Averages are over labels; accuracy is over all flags, exact_match over proteins whose flags are all there.
+    Averages are over labels; accuracy is over known flags, exact_match over proteins with all flags known.
     """
     from sklearn.metrics import f1_score
 
@@ -183,7 +183,7 @@ def multilabel_metrics(labels: Array, values: Array) -> Metrics:
 
 
 def objects(arrays: Iterable[Array]) -> Array:
-    """``[n]`` arrays of any lengths as one array of objects."""
+    """Put n arrays of any lengths into one array of objects, ``[n]``."""
     found = list(arrays)
     joined = np.empty(len(found), dtype=object)
     joined[:] = found
@@ -193,15 +193,15 @@ def objects(arrays: Iterable[Array]) -> Array:
 def bootstrap_intervals(
     found: Predictions, info: TargetInfo, resamples: int, seed: int
 ) -> dict[str, tuple[float, float]]:
-    """95 % intervals: metrics of proteins drawn with replacement, as many as there are.
+    """Compute 95 % intervals of the metrics by drawing proteins with replacement, as many as there are.
 
     Residues of a protein are drawn together. Resamples in which a metric is not defined do not count for it.
 
     Args:
         found: Predictions with labels.
-        info: Kind and names.
-        resamples: How many.
-        seed: Of the run; the same seed draws the same proteins.
+        info: Kind of the task and names of its outputs.
+        resamples: Number of draws.
+        seed: Seed of the run; the same seed draws the same proteins.
 
     Returns:
         The percentiles 2.5 and 97.5 of each metric.
@@ -214,7 +214,7 @@ def bootstrap_intervals(
     for _ in range(resamples):
         chosen = rng.integers(0, len(proteins), len(proteins))
         indices = np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in chosen])
-        # Each copy of a protein is one of its own.
+        # Each copy of a protein counts as a protein of its own.
         rows = np.repeat(np.arange(len(chosen)), counts[chosen])
         if pairs is not None:
             metrics = contact_metrics(pairs[indices])
@@ -248,18 +248,18 @@ def _pearson(labels: Array, values: Array) -> float:
 
 
 def _scored(values: Array) -> Sequence[int]:
-    """Classes whose area is averaged: of two, the second alone."""
+    """Return the classes whose area is averaged; of two classes it is the second alone."""
     return [1] if values.shape[1] == 2 else range(values.shape[1])
 
 
 def _auroc(positive: Array, scores: Array) -> float:
-    """Area under the curve of one class against the rest; NaN where one of them does not occur."""
+    """Return the area under the ROC curve of one class against the rest; NaN where one does not occur."""
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(positive, scores)) if 0 < positive.sum() < len(positive) else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Mean of those that are defined."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     kept = [value for value in values if not math.isnan(value)]
     return float(np.mean(kept)) if kept else math.nan

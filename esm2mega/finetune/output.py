@@ -1,4 +1,4 @@
-"""Shows predictions as a reader wants them: per protein, in units of the labels, with class names.
+"""Turns predictions into what a reader wants: per protein, in units of the labels, with class names.
 
 Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a protein.
 """
@@ -22,17 +22,19 @@ from esm2mega.pairs import num_residues, pairs_of
 Array = npt.NDArray[Any]
 
 _NOTHING = "-"
-"""Stands for a residue without label or prediction."""
+"""Stands for a residue without a label or prediction."""
 
 
 def rows_of(found: Predictions) -> list[int]:
-    """The proteins that there are predictions of, each once."""
+    """Return the numbers of the proteins that have predictions, each once."""
     return np.unique(found.rows).tolist()
 
 
 def shown_predictions(found: Predictions, info: TargetInfo, proteins: LabelledProteins) -> list[Any]:
-    """The prediction of each protein in the form of its label, of several targets by their columns; of
-    classes the likeliest one, of contacts the L likeliest ones as ``[i, j, probability]``.
+    """Return the prediction of each protein in the form of its label.
+
+    Several targets are given by column, classes by the likeliest one, and contacts by the L likeliest ones as
+    ``[i, j, probability]``.
     """
     if info.per_pair:
         return [_likeliest(logits) for logits in _pair_maps(found, found.values, proteins)]
@@ -45,12 +47,14 @@ def shown_predictions(found: Predictions, info: TargetInfo, proteins: LabelledPr
 
 
 def table_cells(values: Array, info: TargetInfo) -> dict[str, Any]:
-    """The prediction of a protein as cells by their columns: numbers and several targets under the names of
-    these, all else as ``prediction``, of proteins with the probabilities of all classes.
+    """Return the prediction of a protein as cells by column.
+
+    Numbers of a protein and several targets of residues stand in columns with the names of their targets,
+    everything else in the column ``prediction``. Classes of a protein come with the probabilities of all.
 
     Args:
-        values: ``[k]``, or of residues ``[L, k]``; NaN where it was cropped.
-        info: What they mean.
+        values: Values of the protein, ``[k]``, or of its residues, ``[L, k]``; NaN where it was cropped.
+        info: Meaning of the values.
     """
     if info.per_residue:
         cells = [
@@ -67,13 +71,14 @@ def table_cells(values: Array, info: TargetInfo) -> dict[str, Any]:
 
 
 def _residue_cell(shown: str | list[float | None]) -> str:
-    """Classes of residues, or their numbers with blanks between."""
+    """Write classes of residues as they are, and numbers of residues with blanks between them."""
     return shown if isinstance(shown, str) else " ".join("nan" if x is None else repr(x) for x in shown)
 
 
 def shown_labels(found: Predictions, info: TargetInfo, proteins: LabelledProteins) -> list[Any]:
-    """The label of each protein in the same form, contacts as ``[i, j]``; None or ``-`` where there is
-    none.
+    """Return the label of each protein in the form of `shown_predictions`, contacts as ``[i, j]``.
+
+    A missing label is None, and ``-`` among classes of residues.
     """
     labels = found.labels
     assert labels is not None
@@ -94,12 +99,12 @@ def shown_labels(found: Predictions, info: TargetInfo, proteins: LabelledProtein
 
 
 def spread(found: Predictions, values: Array, proteins: LabelledProteins) -> list[Array]:
-    """Values of residues, ``[sum, k]``, as one array ``[L, k]`` for each protein; NaN where it was cropped.
+    """Split values of residues, ``[sum, k]``, into an array ``[L, k]`` per protein; NaN where it was cropped.
 
     Args:
-        found: Which residue each value is of.
-        values: In its order.
-        proteins: For the lengths.
+        found: Predictions, which say the residue of each value.
+        values: Values in the order of `found`.
+        proteins: Proteins, which give the lengths.
     """
     assert found.numbers is not None
     arrays = []
@@ -112,29 +117,29 @@ def spread(found: Predictions, values: Array, proteins: LabelledProteins) -> lis
 
 
 def contact_maps(found: Predictions, proteins: LabelledProteins) -> Iterator[Array]:
-    """The probabilities of each protein as a symmetric map, fp32 ``[L, L]``; NaN on the diagonal and where it
-    was cropped.
+    """Return the contact probabilities of each protein as a symmetric map, fp32 ``[L, L]``.
+
+    The map is NaN on the diagonal and where the protein was cropped.
     """
     return map(probabilities, _pair_maps(found, found.values, proteins))
 
 
 def _pair_maps(found: Predictions, values: Array, proteins: LabelledProteins) -> Iterator[Array]:
-    """Values of pairs, ``[n]`` arrays ``[p]``, as a symmetric map ``[L, L]`` of each protein, fp32 at least;
-    NaN on the diagonal and where it was cropped.
-    """
+    """Yield the values of pairs, ``[n]`` arrays ``[p]``, as a map ``[L, L]`` per protein, see `pair_map`."""
     assert found.numbers is not None
     for row, start, each in zip(found.rows.tolist(), found.numbers.tolist(), values, strict=True):
         yield pair_map(each, start, int(proteins.lengths[row]))
 
 
 def pair_map(values: Array, start: int, length: int) -> Array:
-    """Values of the pairs of a piece of a protein, ``[p]``, as a symmetric map ``[L, L]``, fp32 at least; NaN
-    on the diagonal and outside of the piece.
+    """Lay out the values of all pairs of a piece of a protein as a symmetric map, fp32 at least, ``[L, L]``.
+
+    The map is NaN on the diagonal and outside of the piece.
 
     Args:
-        values: In the order of `esm2mega.pairs`.
-        start: The residue that the first one of the piece is.
-        length: L.
+        values: Values of the pairs, ``[p]``, in the order of `esm2mega.pairs`.
+        start: Number of the first residue of the piece.
+        length: Number L of residues of the protein.
     """
     whole = np.full((length, length), np.nan, dtype=np.promote_types(values.dtype, np.float32))
     first, second = pairs_of(num_residues(len(values)))
@@ -144,13 +149,13 @@ def pair_map(values: Array, start: int, length: int) -> Array:
 
 
 def probabilities(logits: Array) -> Array:
-    """The logistic function, computed in fp64 without overflow; fp32."""
+    """Apply the logistic function in fp64 without overflow, and return fp32."""
     x = logits.astype(np.float64)
     return (np.exp(np.minimum(x, 0.0)) / (1.0 + np.exp(-np.abs(x)))).astype(np.float32)
 
 
 def _likeliest(logits: Array) -> list[Any]:
-    """The L likeliest contacts of pairs that count, likeliest first."""
+    """Return the L likeliest contacts, likeliest first, among pairs that are `SEPARATION` or more apart."""
     first, second = np.triu_indices(len(logits), SEPARATION)
     known = ~np.isnan(logits[first, second])
     first, second = first[known], second[known]
@@ -170,14 +175,14 @@ def _shown(values: Array, info: TargetInfo) -> Any:
 
 
 def _by_column(info: TargetInfo, shown: Sequence[Any]) -> Any:
-    """What is shown of each target by its column; of a single one without."""
+    """Return what is shown of each target by column; for a single target without the column."""
     if len(shown) == 1:
         return shown[0]
     return {target.name: each for target, each in zip(info.targets, shown, strict=True)}
 
 
 def _residues_shown(values: Array, target: Target, kind: str) -> Any:
-    """Of predictions of a target, ``[L, c]`` of c classes or ``[L, 1]`` of numbers."""
+    """Show the predictions of a target, ``[L, c]`` for c classes or ``[L, 1]`` for numbers."""
     if kind == "token_regression":
         return _numbers(values[:, 0])
     cropped = np.isnan(values[:, 0])
@@ -186,10 +191,10 @@ def _residues_shown(values: Array, target: Target, kind: str) -> Any:
 
 
 def _residues_known(labels: Array, target: Target, kind: str) -> Any:
-    """Of labels of a target, ``[L]``, or of the numbers of classes; NaN for none."""
+    """Show the labels of a target, ``[L]``, which are numbers or numbers of classes; NaN for none."""
     if kind == "token_regression":
         return _numbers(labels)
-    # Nothing between the classes of residues if each is a character, else a blank.
+    # Classes of one character each are written without blanks between them.
     between = "" if all(len(name) == 1 for name in target.names) else " "
     return between.join(_NOTHING if math.isnan(x) else target.names[int(x)] for x in labels.tolist())
 

@@ -1,4 +1,4 @@
-"""Decides which weights of a fine-tuned model are trained, and how fast, from patterns of names."""
+"""Decides from patterns of names which weights of a fine-tuned model are trained, and how fast."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
 def set_trainable(chunks: Sequence[Any], config: FinetuneConfig) -> str:
-    """Freeze what `config` says, before the chunks are wrapped; all ranks call this together.
+    """Freeze the weights that `config` names, before the chunks are wrapped; all ranks call this together.
 
     Args:
         chunks: This rank's chunks with their initial weights; without adapters.
         config: Mode and patterns.
 
     Returns:
-        What is trained, in words.
+        A line that says what is trained.
 
     Raises:
-        UserError: A pattern that matches no weight, or nothing is left to train.
+        UserError: A pattern matches no weight or freezes one in some layers only, or all weights are frozen.
     """
 
     def is_trained(name: str) -> bool:
@@ -59,17 +59,17 @@ def set_trainable(chunks: Sequence[Any], config: FinetuneConfig) -> str:
 
 
 def scales_of(chunks: Sequence[Any], config: FinetuneConfig) -> dict[Tensor, float]:
-    """Factors of the learning rate that are not 1; all ranks call this together.
+    """Return the factors of the learning rate that are not 1; all ranks call this together.
 
     Args:
-        chunks: This rank's, as they will be trained.
-        config: Patterns, and the factor of each layer to the next.
+        chunks: This rank's chunks, as they will be trained.
+        config: Patterns, and the factor between a layer and the next one.
 
     Returns:
         Parameter -> factor.
 
     Raises:
-        UserError: A pattern that matches no trained weight.
+        UserError: A pattern matches no trained weight.
     """
     trained = {
         chunk.global_parameter_name(name): parameter
@@ -100,7 +100,7 @@ def _check_patterns(key: str, patterns: Iterable[str], names: Sequence[str], wha
 
 
 def _layers_behind(name: str, num_layers: int) -> int:
-    """The layer's own and those between it and the head: 1 of the last layer; the embedding counts as one."""
+    """Count the layers from this weight's own to the head: 1 for the last layer, most for the embedding."""
     if name.startswith("embedding."):
         return num_layers + 1
     layer = _LAYER.match(name)
@@ -108,12 +108,12 @@ def _layers_behind(name: str, num_layers: int) -> int:
 
 
 def gathered(names: Iterable[str]) -> list[str]:
-    """Names in the whole model, of which every stage knows its own. All-gather over the world."""
+    """Gather the names of the whole model from the ranks' own names; all-gather over the world."""
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, list(names))
     return sorted({name for own in of_ranks for name in own})
 
 
 def _in_every_layer(name: str) -> str:
-    """The name of a weight with ``*`` for its layer; a checkpoint holds all layers as one tensor."""
+    """Put ``*`` for the layer into the name of a weight; a checkpoint holds all layers as one tensor."""
     return _LAYER.sub("encoder.layers.*.", name)

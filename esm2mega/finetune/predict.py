@@ -11,6 +11,7 @@ from typing import Any
 from esm2mega.config.head_form import head_form
 from esm2mega.config.load import value_of
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.errors import UserError
 from esm2mega.files import check_out
 from esm2mega.finetune.checkpoint import load_task, open_task, without_dropping
 from esm2mega.finetune.evaluate import Collecting
@@ -30,7 +31,10 @@ _AS_IN_TRAINING = {
     "infer.max_seq_length": "data.max_seq_length",
     "infer.micro_batch_tokens": "train.micro_batch_tokens",
 }
-"""Keys of inference, and those of the fine-tuning whose values they take the place of."""
+"""Maps keys of inference to the keys of fine-tuning whose values they replace."""
+
+_TOO_LONG = ("error", "crop")
+"""Of the values of `infer.too_long`: windows of a protein have no common prediction."""
 
 
 def predict(
@@ -47,22 +51,23 @@ def predict(
         input: FASTA, CSV, Parquet and others, also compressed; or a token store.
         out: CSV, Parquet or HDF5, by the ending of the name.
         overrides: ``key=value`` over the configuration of the checkpoint.
-        mode: What is done about an output that is there.
+        mode: What to do about an output that exists already.
 
     Returns:
-        What there is to say about it.
+        A report for the reader.
 
     Raises:
-        UserError: Bad input or settings, or an output that is there already.
+        UserError: The input or the settings are not valid, or the output exists already.
     """
     return run_job(PredictJob(checkpoint, str(input), Path(out), overrides, mode))
 
 
 class PredictJob(Job):
-    """Outputs of a head, pack by pack."""
+    """Computes the outputs of a head, pack by pack."""
 
     name = "predict"
     unit = "pack"
+    allow_unknown = True
 
     def __init__(
         self, checkpoint: str | Path, input: str, out: Path, overrides: Sequence[str], mode: Mode
@@ -130,7 +135,17 @@ class PredictJob(Job):
 
 
 def _in_terms_of_training(overrides: Sequence[str]) -> list[str]:
-    """`overrides`, and what they say of keys of inference as keys of the fine-tuning."""
+    """Repeat under the keys of fine-tuning what `overrides` say under keys of inference.
+
+    Raises:
+        UserError: `infer.too_long` is what only other commands can do.
+    """
     found = {key: value_of(key, None, overrides) for key in _AS_IN_TRAINING}
+    too_long = found["infer.too_long"]
+    if too_long not in (None, *_TOO_LONG):
+        raise UserError(
+            f"infer.too_long={too_long} (--too-long) is not one of {', '.join(_TOO_LONG)}, which "
+            "`predict` takes"
+        )
     said = [f"{_AS_IN_TRAINING[key]}={value}" for key, value in found.items() if value is not None]
     return [*overrides, *said]

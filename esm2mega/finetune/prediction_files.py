@@ -6,6 +6,7 @@ Legend: ``n`` proteins, ``k`` outputs, ``L`` residues of a protein.
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledPacks, UnlabelledProteins
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
+from esm2mega.files import OTHER_OUT, file_sha256, write_json
 from esm2mega.finetune.output import pair_map, probabilities, table_cells
 from esm2mega.infer.arrays import ArrayFile, ArraySpec
 from esm2mega.infer.contents import Array, Contents, Write
@@ -34,11 +36,11 @@ _PIECES = 64
 
 @dataclass(frozen=True)
 class PredictionContents(Contents):
-    """Predictions of proteins, of their residues, or maps of contacts.
+    """Describes an output with predictions of proteins, of their residues, or with maps of contacts.
 
     Attributes:
-        info: What predictions mean.
-        spec: What decides the packs.
+        info: Meaning of the predictions.
+        spec: Settings that decide the packs.
     """
 
     info: TargetInfo
@@ -46,14 +48,15 @@ class PredictionContents(Contents):
 
     @cached_property
     def packs(self) -> LabelledPacks:
-        """The packs in which the proteins are computed: those of an evaluation, so that every prediction has
-        the bits that it has there.
+        """Return the packs in which the proteins are computed.
+
+        They are the packs of an evaluation, so that every prediction has the same bits as there.
         """
         return LabelledPacks(UnlabelledProteins(self.store), self.spec)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Residues of each protein, those that are cropped included, ``[n]``."""
+        """Return the number of residues of each protein, cropped ones included, ``[n]``."""
         return self.store.lengths.astype(np.int64)
 
     @cached_property
@@ -103,7 +106,7 @@ class PredictionContents(Contents):
         """Yield the rows of all predictions of a pack.
 
         Args:
-            found: ``rows``, ``numbers`` and ``values`` of it, as in `esm2mega.finetune.metrics.Predictions`.
+            found: Its ``rows``, ``numbers`` and ``values``, as in `esm2mega.finetune.metrics.Predictions`.
         """
         rows, numbers, values = found["rows"], found["numbers"], found["values"]
         if self.info.per_pair:
@@ -111,8 +114,8 @@ class PredictionContents(Contents):
                 contacts = probabilities(pair_map(logits, start, int(self.lengths[row])))
                 yield _CONTACTS, int(self.contact_offsets[row]), contacts.ravel()
         elif not self.info.per_residue:
-            for place, row in enumerate(rows.tolist()):
-                yield _PREDICTIONS, row, values[place : place + 1]
+            for index, row in enumerate(rows.tolist()):
+                yield _PREDICTIONS, row, values[index : index + 1]
         else:
             # The residues of each protein, or of each of its chunks.
             borders = np.flatnonzero((np.diff(rows) != 0) | (np.diff(numbers) != 1)) + 1
@@ -141,19 +144,26 @@ class PredictionContents(Contents):
 
 @dataclass(frozen=True)
 class PredictionTarget(OutputTarget):
-    """A target says where predictions go: ``csv``, ``parquet`` or ``hdf5``."""
+    """Says where predictions go, and in which format: ``csv``, ``parquet`` or ``hdf5``."""
 
     @classmethod
     def of(cls, out: str | Path, info: TargetInfo) -> PredictionTarget:
         """Choose the format by the ending of the name.
 
         Raises:
-            UserError: An unknown ending, or something that a table cannot hold.
+            UserError: The ending is unknown, or a table cannot hold the predictions.
         """
         path = Path(out)
         check_format(path)
         check_kind(path, info)
         return cls(path, _FORMATS[path.suffix])
+
+    def finish(self, path: Path, contents: Contents, arrays: ArrayFile) -> list[Path]:
+        made = super().finish(path, contents, arrays)
+        if self.format == "csv":
+            noted = {"sha256": file_sha256(self.out), "attributes": contents.attributes}
+            write_json(settings_file(self.out), noted, OTHER_OUT)
+        return made
 
     def _writer(self, kind: str) -> Callable[[Path, Any, ArrayFile], None]:
         return write_csv if self.format == "csv" else write_parquet
@@ -161,16 +171,15 @@ class PredictionTarget(OutputTarget):
     def _reader(self) -> Callable[[Path], dict[str, Any]]:
         from esm2mega.infer import exports, hdf5
 
-        # A table of text has no room for settings.
         return {
-            "csv": lambda path: {},
+            "csv": read_csv_attributes,
             "parquet": exports.read_parquet_attributes,
             "hdf5": hdf5.read_attributes,
         }[self.format]
 
 
 def check_format(out: Path) -> None:
-    """Refuse a name that tells no format, before the work is done."""
+    """Raise `UserError` for a name that does not tell the format, before the work is done."""
     if out.suffix not in _FORMATS:
         raise UserError(f"--out {out}: unknown ending {out.suffix!r}; give one of {', '.join(_FORMATS)}")
     if out.suffix == ".parquet":
@@ -180,7 +189,7 @@ def check_format(out: Path) -> None:
 
 
 def check_kind(out: Path, info: TargetInfo) -> None:
-    """Refuse a table for what fits into none."""
+    """Raise `UserError` if the output is a table and cannot hold the predictions."""
     if out.suffix == ".h5":
         return
     if info.per_pair:
@@ -202,6 +211,19 @@ def write_csv(path: Path, contents: PredictionContents, arrays: ArrayFile) -> No
             if not number:
                 table.writerow(row)
             table.writerow(row.values())
+
+
+def settings_file(path: Path) -> Path:
+    """Return where the settings of a CSV are noted, since a table of text has no room for them."""
+    return path.with_name(f"{path.name}.settings.json")
+
+
+def read_csv_attributes(path: Path) -> dict[str, Any]:
+    """Return the attributes that are noted beside a CSV; empty if they are of another content."""
+    noted = json.loads(settings_file(path).read_text())
+    if not isinstance(noted, dict) or noted["sha256"] != file_sha256(path):
+        return {}
+    return dict(noted["attributes"])
 
 
 def write_parquet(path: Path, contents: PredictionContents, arrays: ArrayFile) -> None:

@@ -1,6 +1,6 @@
-"""Fine-tuning builds the objects of a run on labelled proteins, resumes or starts, and runs the loop.
+"""`finetune` builds the objects of a run on labelled proteins, resumes or starts, and runs the loop.
 
-No arithmetic.
+This module does no arithmetic.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from esm2mega.train.session import Session, resolve_epochs, run_session
 from esm2mega.train.start import open_training_start
 
 _STEPS_PER_WINDOW = 4
-"""Steps whose proteins are packed together where `data.pack_window` is not set."""
+"""Sets how many steps' proteins are packed together where `data.pack_window` is not set."""
 
 
 @dataclass(frozen=True)
 class UserParts:
-    """What a program gives in the place of what a configuration names.
+    """Holds what a program gives instead of what the configuration names.
 
     Attributes:
         data: Split (``train``, ``valid``, ``test``) -> list of ``(sequence, value)``.
-        make_head: The head.
-        loss: The loss.
+        make_head: Makes the head; None for the configured head.
+        loss: Loss; None for the configured one.
     """
 
     data: Mapping[str, Pairs] = field(default_factory=dict)
@@ -53,11 +53,11 @@ class UserParts:
 
 @dataclass(frozen=True)
 class Splits:
-    """Labelled proteins of a run.
+    """Holds the labelled proteins of a run.
 
     Attributes:
         of: Split -> proteins.
-        info: What predictions mean, from the training split.
+        info: Meaning of the predictions, from the training split.
     """
 
     of: dict[str, LabelledProteins]
@@ -74,7 +74,7 @@ def finetune(
 
     Args:
         run: The configuration.
-        parts: What to use instead of what it names.
+        parts: Parts that replace what the configuration names.
         on_gradients: See `esm2mega.train.step.TrainState`.
         opened: The checkpoint that `init_from` names, if it has been opened for the configuration.
 
@@ -82,8 +82,8 @@ def finetune(
         The final state of the loop, the same on every rank.
 
     Raises:
-        UserError: Missing or unfit input.
-        MachineError: Loss not finite, or a checkpoint could not be written.
+        UserError: The input is missing or not valid.
+        MachineError: The loss is not finite, or a checkpoint could not be written.
         StoppedBySignal: A signal came and the state was saved.
     """
     parts = parts or UserParts()
@@ -101,12 +101,12 @@ def finetune(
 def read_splits(
     data: DataConfig, task: TaskConfig, parts: UserParts, loaded: TargetInfo | None = None
 ) -> Splits:
-    """All splits that are given; those that are held out by the classes and scale of the training split.
+    """Read all splits that are given; held-out ones take the classes and scale of the training split.
 
     Args:
         data: Names of the tables, and how they are read.
-        task: What their labels mean.
-        parts: What is used instead of the tables.
+        task: Meaning of their labels.
+        parts: Data that replace the tables.
         loaded: Classes and scale of a head that was trained before, which then hold for all splits.
     """
     found: dict[str, LabelledProteins] = {}
@@ -134,15 +134,15 @@ def read_splits(
 
 
 def batch_spec(data: DataConfig, train: TrainConfig, seed: int) -> BatchSpec:
-    """Return what decides the content of the batches of evaluation and prediction."""
+    """Return the settings that decide the content of the batches of evaluation and prediction."""
     return BatchSpec(data, train.micro_batch_tokens, seed)
 
 
 def train_spec(data: DataConfig, train: TrainConfig, seed: int, proteins: LabelledProteins) -> BatchSpec:
-    """Return what decides the content of the batches of training.
+    """Return the settings that decide the content of the batches of training.
 
-    Packs are made of proteins of similar length where there is a choice, and lengths often go with labels. So
-    the choice is small by default: among the proteins of some steps, and never twice the same one.
+    Packs are made of proteins of similar length where there is a choice, and lengths often correlate with
+    labels. So the choice is small by default: among the proteins of a few steps, each of them once.
     """
     if data.pack_window is None:
         mean_tokens = len(proteins.tokens) / len(proteins) + 2
@@ -207,7 +207,7 @@ def _train(
 
 
 def _described(splits: Splits) -> list[str]:
-    """What is learned from what."""
+    """Describe the task and the data in the lines that a run prints at its start."""
     info = splits.info
     lines = [f"task     {info.kind} of {info.num_outputs} outputs: {first_of(info.names)}"]
     if info.columns:
@@ -224,7 +224,7 @@ def _described(splits: Splits) -> list[str]:
 
 
 def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:
-    """How many are missing; of several targets, of each one where there are some."""
+    """Say how many labels are missing, for several targets by name."""
     if not proteins.num_missing:
         return "no label missing"
     if len(info.targets) == 1:
@@ -239,7 +239,7 @@ def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:
 
 
 def _check_targets(start: StartPoint, info: TargetInfo) -> None:
-    """The classes and scale of a resumed run are those it began with; `data.train` decides them."""
+    """Refuse to resume a run with other classes or scale than it began with; `data.train` decides them."""
     assert start.task is not None
     if start.task.info != info:
         raise UserError(

@@ -1,1 +1,1 @@
-"""From weights to what users take away: embeddings, logits, contacts, variant scores."""
+"""Turns weights into what users take away: embeddings, logits, contacts and scores of variants."""

@@ -35,7 +35,7 @@ Array = npt.NDArray[Any]
 
 
 class _World:
-    """The process groups that Megatron-Core wants even of one process; all models share them."""
+    """Holds the process groups that Megatron-Core needs even in one process; all models share them."""
 
     def __init__(self) -> None:
         self._users = 0
@@ -74,13 +74,12 @@ def load(
 
     Args:
         path: A checkpoint, or a run directory for its newest one.
-        precision: ``fp32``, ``bf16`` or ``fp64``; None for that of training.
-        max_seq_length: Most tokens at once, with ``<cls>`` and ``<eos>``; None for that of training.
-        too_long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (overlapping windows,
-            averaged).
+        precision: ``fp32``, ``bf16`` or ``fp64``; None for the precision of training.
+        max_seq_length: Most tokens at once, with ``<cls>`` and ``<eos>``; None for the length of training.
+        too_long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (average over windows).
 
     Raises:
-        UserError: Not a readable checkpoint, or this is one process of several.
+        UserError: There is no readable checkpoint, or this is one process of several.
     """
     settings = {"precision": precision, "max_seq_length": max_seq_length, "too_long": too_long}
     overrides = [f"infer.{name}={value}" for name, value in settings.items() if value is not None]
@@ -88,11 +87,16 @@ def load(
 
 
 class Model:
-    """A loaded model. `close`, or a ``with`` block, frees it; so does the end of the process."""
+    """Holds a loaded model; `close`, the end of a ``with`` block, or the end of the process frees it."""
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()) -> None:
-        """Args: overrides: ``key=value`` over the checkpoint's configuration."""
-        # In this process alone, whatever the launcher started: several are refused below.
+        """Load the model.
+
+        Args:
+            path: A checkpoint, or a run directory for its newest one.
+            overrides: ``key=value`` over the checkpoint's configuration.
+        """
+        # The checkpoint is opened in this process alone; `_World.enter` refuses several processes.
         self._source = source_of(read_with_base(path))
         self._run = inference_run(self._source.run, overrides)
         validate_inference(self._run, 1)
@@ -132,16 +136,16 @@ class Model:
     def embed(
         self, sequences: Sequence[str], layers: int | Sequence[int] = -1, pooling: str | None = None
     ) -> list[Array] | Array | dict[int, list[Array] | Array]:
-        """Hidden states of every residue, or one vector per protein.
+        """Compute hidden states of every residue, or one vector per protein.
 
         Args:
             sequences: n sequences of residue letters.
-            layers: 0 is the embedding, -1 the last layer after the final LayerNorm.
+            layers: One layer or several; 0 is the embedding, -1 the last layer after the final LayerNorm.
             pooling: None for residues; ``mean``, ``cls`` or ``max`` for one vector per protein.
 
         Returns:
-            Without pooling a list of ``[L, h]``, with it ``[n, h]``; fp32 (fp64 of an fp64 model), without
-            ``<cls>`` and ``<eos>``. For several layers a dictionary by the numbers given.
+            Without pooling a list of ``[L, h]``, with it ``[n, h]``; fp32 (fp64 for an fp64 model), without
+            ``<cls>`` and ``<eos>``. For several layers a dictionary by the numbers that were given.
         """
         single = isinstance(layers, int | np.integer)
         asked = [int(layers)] if isinstance(layers, int | np.integer) else [int(layer) for layer in layers]
@@ -156,11 +160,11 @@ class Model:
         return by_layer[asked[0]] if single else by_layer
 
     def logits(self, sequences: Sequence[str]) -> list[Array]:
-        """Logits of the 33 tokens at every residue, ``[L, v]`` for each protein."""
+        """Compute the logits of the 33 tokens at every residue, ``[L, v]`` for each protein."""
         return [value["logits"] for value in self._values(sequences, "infer.outputs=[logits]")]
 
     def contacts(self, sequences: Sequence[str]) -> list[Array]:
-        """Contact probabilities ``[L, L]`` of each protein; needs a model with a contact head."""
+        """Compute contact probabilities ``[L, L]`` of each protein; the model needs a contact head."""
         return [value["contacts"] for value in self._values(sequences, "infer.outputs=[contacts]")]
 
     def score(
@@ -171,14 +175,14 @@ class Model:
         normalize: str = "vocabulary",
         offset: int = 1,
     ) -> dict[str, float]:
-        """Scores of variants; a higher score is a more likely protein.
+        """Score variants; a higher score means a more likely protein.
 
         Args:
             sequence: The wild type.
-            variants: Such as ``A24G`` or ``A24G:D25N``; None for all single substitutions.
+            variants: Variants such as ``A24G`` or ``A24G:D25N``; None for all single substitutions.
             strategy: ``wt-marginals``, ``masked-marginals`` or ``pseudo-ppl``, see
                 `esm2mega.infer.strategies.STRATEGIES`.
-            normalize: Probabilities over the whole ``vocabulary``, or over the 20 ``residues``.
+            normalize: What probabilities add up to 1 over: the whole ``vocabulary``, or the 20 ``residues``.
             offset: Number of the first residue.
 
         Returns:
@@ -205,7 +209,7 @@ class Model:
         return dict(zip(variants, scores, strict=True))
 
     def _values(self, sequences: Sequence[str], *overrides: str) -> list[dict[str, Array]]:
-        """What `Embedder` gives for each sequence, in their order."""
+        """Return the values that `Embedder` computes for each sequence, in input order."""
         if isinstance(sequences, str):
             raise UserError("give a list of sequences, not one string")
         run = load_run_over(self._run, overrides)

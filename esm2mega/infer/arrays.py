@@ -1,4 +1,4 @@
-"""Large arrays at known places of one file, whose rows any process writes in any order.
+"""Places large arrays in one file, whose rows any process may write in any order.
 
 Shapes are known before anything is computed, so every row has its place from the start: processes write
 straight to where the result belongs, and writing the same row again does no harm.
@@ -20,7 +20,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """Shape and dtype of one array; axis 0 is the one that is written in pieces."""
+    """Describes one array by shape and dtype; it is written in pieces along axis 0."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -35,7 +35,7 @@ class ArraySpec:
 
 
 def plain_offsets(specs: Mapping[str, ArraySpec]) -> dict[str, int]:
-    """Places of arrays that lie back to back in a file of nothing else."""
+    """Return the byte at which each array begins in a file that holds nothing but these arrays."""
     offsets, end = {}, 0
     for name, spec in specs.items():
         offsets[name] = end
@@ -44,10 +44,16 @@ def plain_offsets(specs: Mapping[str, ArraySpec]) -> dict[str, int]:
 
 
 class ArrayFile:
-    """An existing file with arrays in it."""
+    """Opens an existing file with arrays for reading and writing; use it as a context, which closes it."""
 
     def __init__(self, path: Path, specs: Mapping[str, ArraySpec], offsets: Mapping[str, int]) -> None:
-        """Args: offsets: byte in the file where each array begins."""
+        """Open the file.
+
+        Args:
+            path: The existing file.
+            specs: Shape and dtype of each array.
+            offsets: Byte in the file where each array begins.
+        """
         self._path, self._specs, self._offsets = path, specs, offsets
         self._descriptor = os.open(path, os.O_RDWR)
 
@@ -58,7 +64,7 @@ class ArrayFile:
         os.close(self._descriptor)
 
     def write(self, name: str, row: int, values: npt.NDArray[Any]) -> None:
-        """Write rows from `row` on; `values` has the array's dtype and its shape behind axis 0."""
+        """Write rows from `row` on; `values` has the array's dtype, and its shape after axis 0."""
         spec = self._specs[name]
         assert values.dtype == np.dtype(spec.dtype) and values.shape[1:] == spec.shape[1:], (
             name,
@@ -72,11 +78,11 @@ class ArrayFile:
             rest, position = rest[written:], position + written
 
     def sync(self) -> None:
-        """Return when everything written is on the disk."""
+        """Bring everything that was written to the disk, and return when it is there."""
         os.fsync(self._descriptor)
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """The whole array as a memory map."""
+        """Return the whole array as a memory map."""
         spec = self._specs[name]
         if not spec.num_bytes:
             return np.empty(spec.shape, dtype=spec.dtype)

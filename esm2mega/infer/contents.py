@@ -1,4 +1,4 @@
-"""Describes what an output holds, in every format: an entry per protein, in input order, and arrays."""
+"""Describes what an output holds in every format: an entry per protein, in input order, and arrays."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from esm2mega.infer.arrays import ArraySpec
 Array = npt.NDArray[Any]
 
 Write = tuple[str, int, Array]
-"""Name of an array, first row, and rows."""
+"""Names an array, the first row to write, and the rows."""
 
 
 @dataclass(frozen=True)
 class Contents(ABC):
-    """An output holds values of proteins, which are computed in pieces.
+    """Describes an output that holds values of proteins, which are computed in pieces.
 
     Attributes:
         store: The proteins.
@@ -33,7 +33,7 @@ class Contents(ABC):
     attributes: dict[str, Any]
 
     smaller = ""
-    """How the user makes an output smaller, for a message; empty if there is no way."""
+    """Tells the user in a message how to make the output smaller; empty if there is no way."""
 
     def __len__(self) -> int:
         return len(self.store)
@@ -41,47 +41,47 @@ class Contents(ABC):
     @property
     @abstractmethod
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Residues of each protein in the output, ``[n]``."""
+        """Return the number of residues of each protein in the output, ``[n]``."""
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
-        """First row of each protein in arrays of residues, and their total, ``[n + 1]``."""
+        """Return the first row of each protein in arrays of residues, and the number of rows, ``[n + 1]``."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
     @cached_property
     def contact_offsets(self) -> npt.NDArray[np.int64]:
-        """The same for the flattened contact maps of L x L elements."""
+        """Return the first element of each protein's flattened contact map, and their number, ``[n + 1]``."""
         return np.concatenate([[0], np.cumsum(self.lengths**2)])
 
     @property
     @abstractmethod
     def truncated(self) -> npt.NDArray[np.bool_]:
-        """Which proteins lost residues, ``[n]``."""
+        """Return whether each protein lost residues, ``[n]``."""
 
     @property
     @abstractmethod
     def tables(self) -> Mapping[str, Array]:
-        """Small arrays that are known before anything is computed."""
+        """Return the small arrays that are known before anything is computed, by name."""
 
     @property
     @abstractmethod
     def specs(self) -> dict[str, ArraySpec]:
-        """The large arrays."""
+        """Return shape and dtype of the large arrays, by name."""
 
     @property
     def file_attributes(self) -> Mapping[str, Any]:
-        """What an HDF5 file says besides `attributes`."""
+        """Return the attributes of an HDF5 file besides `attributes`."""
         return {}
 
     @property
     @abstractmethod
     def num_pieces(self) -> int:
-        """Pieces of work, which are what processes share out, and what a kill costs each of them."""
+        """Return the number of pieces of work; processes share them out, and a kill spares finished ones."""
 
     @abstractmethod
     def amount(self, piece: int) -> int:
-        """Return how many proteins, or packs, a piece has, for the progress bar."""
+        """Return the number of proteins, or of packs, in a piece, for the progress bar."""
 
     def ids(self, first: int = 0, stop: int | None = None) -> Iterator[str]:
-        """Ids in input order, repeats included."""
+        """Yield the ids from `first` to `stop`, exclusive, in input order, repeats included."""
         return (self.store.id(i) for i in range(first, len(self) if stop is None else stop))

@@ -19,7 +19,7 @@ def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
         second: Numbers, ``[n]``.
 
     Returns:
-        The correlation; NaN where there is none, as of constants and of samples that hold a NaN.
+        The correlation; NaN where there is none, as for constants and for samples that hold a NaN.
     """
     a, b = (np.asarray(values, dtype=np.float64) for values in (first, second))
     if not varied(a, b):
@@ -29,12 +29,12 @@ def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 
 
 def varied(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> bool:
-    """Whether two samples ``[n]`` have a correlation at all."""
+    """Return whether two samples, ``[n]``, both vary, so that they have a correlation."""
     return len(first) > 1 and bool(np.ptp(first) > 0 and np.ptp(second) > 0)
 
 
 def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ranks from 1, ``[n]``."""
+    """Return ranks from 1 on, ``[n]``; equal values share their mean rank."""
     _, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[groups]

@@ -25,13 +25,13 @@ from esm2mega.parallel.initialize import Ranks
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """What the user asks for.
+    """Holds what the user asks for.
 
     Attributes:
         checkpoint: A checkpoint or run directory.
         input: Sequences in any format of `esm2mega.data.readers.sources`, or a token store.
         out: Output; its ending decides the format.
-        mode: What is done about an output that is there.
+        mode: What to do about an output that exists already.
         overrides: `key=value` over the configuration.
         config: Configuration file or name; None for none.
         contact_maps: Folder for a PNG of each protein's contacts; None for none.
@@ -53,19 +53,26 @@ def embed(request: EmbedRequest) -> list[str]:
         A report for the reader, the same on every rank.
 
     Raises:
-        UserError: Bad input or settings, or an output that is there already.
+        UserError: The input or the settings are not valid, or the output exists already.
     """
     return run_job(EmbedJob(request))
 
 
 class EmbedJob(Job):
-    """Hidden states, logits and contacts, protein by protein."""
+    """Computes hidden states, logits and contacts, protein by protein."""
 
     name = "embed"
     unit = "protein"
 
     def __init__(self, request: EmbedRequest) -> None:
-        """Args: request: what the user asks for; refused here if it does not fit the model."""
+        """Open the checkpoint; refuse a request that does not fit its model.
+
+        Args:
+            request: What the user asks for.
+
+        Raises:
+            UserError: The request is not valid, or does not fit the model.
+        """
         self._source = open_model(request.checkpoint)
         self._contact_maps = request.contact_maps
         run = inference_run(self._source.run, request.overrides, request.config)
@@ -133,7 +140,7 @@ class EmbedJob(Job):
         contact_map(path, protein, values["contacts"].float().cpu().numpy())
 
     def report(self, contents: Embeddings, made: Sequence[Path]) -> list[str]:
-        """What was written, and everything that is not simply a protein as it was given."""
+        """Say what was written, and which proteins were cropped or are means over windows."""
         total = int(contents.offsets[-1])
         lines = [f"{', '.join(map(str, made))}: {len(contents):,} proteins, {total:,} residues"]
         if cropped := int(contents.truncated.sum()):

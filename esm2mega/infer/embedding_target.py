@@ -1,4 +1,4 @@
-"""The formats of embeddings: ``hdf5``, ``bionemo``, ``npz``, ``parquet`` and ``pt``."""
+"""Chooses among the formats of embeddings: ``hdf5``, ``bionemo``, ``npz``, ``parquet`` and ``pt``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _ENDINGS = {".h5": "hdf5", ".hdf5": "hdf5", ".npz": "npz", ".parquet": "parquet"
 
 @dataclass(frozen=True)
 class EmbeddingTarget(OutputTarget):
-    """A target says where embeddings go.
+    """Says where embeddings go, and in which format.
 
     Attributes:
-        outputs: `infer.outputs`.
+        outputs: Value of `infer.outputs`.
     """
 
     outputs: Sequence[str]
@@ -33,7 +33,7 @@ class EmbeddingTarget(OutputTarget):
         """Choose the format by the ending of the name.
 
         Raises:
-            UserError: An unknown ending, or something that the format cannot hold.
+            UserError: The ending is unknown, or the format cannot hold the outputs.
         """
         path = Path(out)
         if path.name in ("", ".."):
@@ -50,9 +50,7 @@ class EmbeddingTarget(OutputTarget):
             if {"logits", "contacts"} & set(infer.outputs) or len(absolute_layers(infer, model)) != 1:
                 raise UserError("--layout bionemo holds residue and pooled of one layer; use --layout ragged")
             if infer.dtype == "bf16":
-                raise UserError(
-                    "--layout bionemo is read by programs that know no bf16; set --dtype fp32 or fp16"
-                )
+                raise UserError("--layout bionemo is read by programs without bf16; set --dtype fp32 or fp16")
             kind = "bionemo"
         if kind == "parquet":
             from esm2mega.infer.exports import check_parquet

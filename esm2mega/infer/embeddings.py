@@ -21,24 +21,24 @@ from esm2mega.infer.proteins import Lengths, Values
 from esm2mega.model.esm2 import VOCAB_SIZE
 
 STORED = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}
-"""numpy dtype of each `infer.dtype`; neither numpy nor HDF5 has bfloat16, so its bits are kept."""
+"""Maps each `infer.dtype` to a numpy dtype; numpy and HDF5 have no bfloat16, so its bits are stored."""
 
 _TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 MOST_PIECE_TOKENS, LEAST_PIECE_TOKENS = 1 << 16, 1 << 12
-"""Tokens of a piece of the input."""
+"""Bound the tokens of a piece of the input."""
 
 _PIECES = 64
 
 
 @dataclass(frozen=True)
 class Embeddings(Contents):
-    """Embeddings are what `embed` stores.
+    """Describes hidden states, logits and contacts as contents of an output.
 
     Attributes:
-        infer: What is stored, and in which dtype.
-        model: Its shape.
-        limits: What becomes of long proteins.
+        infer: Outputs that are stored, and their dtype.
+        model: Shape of the model.
+        limits: Treatment of long proteins.
     """
 
     infer: InferConfig
@@ -49,22 +49,22 @@ class Embeddings(Contents):
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Residues of each protein in the output, ``[n]``."""
+        """Return the number of residues of each protein in the output, ``[n]``."""
         return self.limits.kept(self.store.lengths)
 
     @cached_property
     def truncated(self) -> npt.NDArray[np.bool_]:
-        """Which proteins lost residues, ``[n]``."""
+        """Return whether each protein lost residues, ``[n]``."""
         return self.lengths < self.store.lengths
 
     @cached_property
     def num_windows(self) -> npt.NDArray[np.int32]:
-        """How many overlapping windows each protein is the mean of, ``[n]``."""
+        """Return the number of overlapping windows that each protein is the mean of, ``[n]``."""
         return self.limits.counts(self.store.lengths)
 
     @cached_property
     def columns(self) -> dict[str, Array]:
-        """Small arrays with one value per protein."""
+        """Return the small arrays with one value per protein, by name."""
         return {
             "lengths": self.lengths.astype(np.int32),
             "original_lengths": self.store.lengths,
@@ -79,7 +79,7 @@ class Embeddings(Contents):
 
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
-        """The large arrays."""
+        """Return shape and dtype of the large arrays, by name."""
         outputs, hidden = self.infer.outputs, shape_of(self.model).hidden_size
         stored, total, count = STORED[self.infer.dtype], int(self.offsets[-1]), len(self)
         specs = {}
@@ -96,7 +96,7 @@ class Embeddings(Contents):
 
     @cached_property
     def _piece_numbers(self) -> npt.NDArray[np.int64]:
-        """The piece of each protein, ascending, ``[n]``: a function of the lengths alone."""
+        """Return the piece of each protein, ascending, ``[n]``; it depends on the lengths alone."""
         tokens = self.lengths + 2
         size = min(max(int(tokens.sum()) // _PIECES, LEAST_PIECE_TOKENS), MOST_PIECE_TOKENS)
         return (np.cumsum(tokens) - tokens) // size
@@ -106,7 +106,7 @@ class Embeddings(Contents):
         return int(self._piece_numbers[-1]) + 1
 
     def proteins(self, piece: int) -> range:
-        """Return the proteins of a piece; none where one protein fills several."""
+        """Return the proteins of a piece; there may be none, where one protein fills several pieces."""
         first, stop = np.searchsorted(self._piece_numbers, [piece, piece + 1])
         return range(int(first), int(stop))
 
@@ -121,7 +121,7 @@ class Embeddings(Contents):
         return slice(int(offsets[number]), int(offsets[number + 1]))
 
     def stored(self, number: int, values: Values) -> Iterator[Write]:
-        """Yield everything there is of a protein, in the dtype of the output.
+        """Yield all rows of a protein in the dtype of the output.
 
         Raises:
             UserError: A value is beyond the range of fp16.
@@ -139,12 +139,12 @@ class Embeddings(Contents):
 
 
 def to_numpy(values: Tensor, dtype: str) -> Array:
-    """Values rounded to `infer.dtype`, as numpy knows it."""
+    """Round values to `infer.dtype`, and return them as the numpy dtype of `STORED`."""
     rounded = values.to(_TORCH[dtype]).cpu()
     return (rounded.view(torch.uint16) if dtype == "bf16" else rounded).numpy()
 
 
 def to_tensor(values: Array, dtype: str) -> Tensor:
-    """Inverse of `to_numpy`, as a copy."""
+    """Invert `to_numpy`, and return a copy."""
     tensor = torch.from_numpy(np.array(values))
     return tensor.view(torch.bfloat16) if dtype == "bf16" else tensor

@@ -1,7 +1,7 @@
 """Runs packs of windows through the model, in one process or at any other layout.
 
-Legend: ``T`` tokens of a pack, ``h`` hidden size, ``m`` tokens that get logits, ``v`` vocabulary (33), ``l``
-residues of a window.
+Legend: ``T`` tokens of a pack, ``h`` hidden size, ``m`` tokens that get logits, ``v`` vocabulary (33), and
+``l`` residues of a window.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ from esm2mega.parallel.initialize import Ranks
 from esm2mega.vocabulary import PAD
 
 _ROWS_PER_THREAD = 32
-"""A matrix product of few rows takes another kernel, which adds in another order. Measured with MKL 2024.2
-on 1 and 2 threads: from 4 rows per thread on, a row's bits do not depend on the number of rows.
+"""Sets a least number of rows, since a matrix product of few rows takes a kernel that adds in another order.
+
+Measured with MKL 2024.2 on 1 and 2 threads: from 4 rows per thread on, a row's bits do not depend on the
+number of rows.
 """
 
 _IN_FLIGHT = 4
-"""Packs per pipeline stage that are handed to the schedule at once."""
+"""Sets how many packs per pipeline stage are handed to the schedule at once."""
 
 
 @dataclass(frozen=True)
 class OutputRequest:
-    """What to compute.
+    """Says what to compute.
 
     Attributes:
-        layers: Hidden states, numbered as in `esm2mega.model.hidden_states`.
+        layers: Layers whose hidden states are wanted, numbered as in `esm2mega.model.hidden_states`.
         logits: Whether the head runs.
-        contact_head: Weight of each attention map, layer-major, and bias of the contact head; None for no
-            contacts.
+        contact_head: Weight of each attention map, layer-major, and bias; None for no contacts.
     """
 
     layers: tuple[int, ...] = ()
@@ -58,10 +59,10 @@ class OutputRequest:
 
 @dataclass(frozen=True)
 class WindowPack:
-    """Windows that pass through the model together.
+    """Holds windows that pass through the model together.
 
     Attributes:
-        windows: Of what they are windows.
+        windows: The stretch of its protein that each window covers.
         tokens: Their token ids back to back, uint8 ``[sum of tokens]``.
         logit_positions: Tokens that get logits, ascending, ``[m]``; None for all.
     """
@@ -71,7 +72,7 @@ class WindowPack:
     logit_positions: npt.NDArray[np.int64] | None = None
 
     def logit_counts(self, lengths: Sequence[int]) -> list[int] | None:
-        """How many tokens get logits of each of the sequences of these lengths; None for all of them."""
+        """Count the tokens that get logits in each of the sequences of these lengths; None if all do."""
         if self.logit_positions is None:
             return None
         borders = np.concatenate([[0], np.cumsum(lengths)])
@@ -80,13 +81,13 @@ class WindowPack:
 
 @dataclass
 class PackOutputs:
-    """What this rank has of a pack.
+    """Holds the outputs of a pack that this rank has.
 
     Attributes:
-        hidden: Hidden states by layer, ``[T, h]``; only those of this pipeline stage.
-        logits: ``[m, v]``; None before the last stage, or when not wanted.
-        contacts: Contact probabilities of each window, ``[l, l]``; empty before the last stage, or when not
-            wanted.
+        hidden: Hidden states by layer, ``[T, h]``; only the layers of this pipeline stage.
+        logits: Logits, ``[m, v]``; None before the last stage, or if they are not wanted.
+        contacts: Contact probabilities of each window, ``[l, l]``; empty before the last stage, or if they
+            are not wanted.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -95,11 +96,14 @@ class PackOutputs:
 
 
 def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
-    """Choose which windows share a pack: their indices, pack by pack.
+    """Choose which windows share a pack.
 
     Args:
-        num_tokens: Tokens of each window.
-        capacity: Tokens of a pack.
+        num_tokens: Number of tokens of each window.
+        capacity: Most tokens of a pack.
+
+    Returns:
+        The indices of the windows of each pack.
     """
     pack_of = plan_packs(num_tokens, capacity)
     order = np.argsort(pack_of, kind="stable")
@@ -108,7 +112,7 @@ def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
 
 
 def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
-    """This rank's stage with the weights of `source`, ready for inference."""
+    """Build this rank's stage with the weights of `source`, ready for inference."""
     chunks = build_model(run.model, run.parallel, ranks.device, run.seed, has_lora=run.lora.rank is not None)
     source.load(chunks)
     (model,) = chunks
@@ -117,12 +121,19 @@ def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
 
 
 class Engine:
-    """Runs packs. All ranks of one model replica run the same packs."""
+    """Runs packs through a model; all ranks of one model replica run the same packs."""
 
     def __init__(
         self, model: ESM2Model, ranks: Ranks, request: OutputRequest, micro_batch_tokens: int
     ) -> None:
-        """Args: micro_batch_tokens: the largest pack, which is the size of every pack under a pipeline."""
+        """Set the model and what it computes.
+
+        Args:
+            model: This rank's stage, from `load_model`.
+            ranks: Ranks of this process.
+            request: What to compute.
+            micro_batch_tokens: Tokens of the largest pack; with a pipeline, every pack is padded to it.
+        """
         self._model, self._ranks, self._request = model, ranks, request
         self.micro_batch_tokens = micro_batch_tokens
 
@@ -154,8 +165,8 @@ class Engine:
     def _forward(
         self, model: ESM2Model, pack: WindowPack, hidden: dict[int, Tensor], maps: ContactMaps | None
     ) -> tuple[PackOutputs, Tensor]:
-        """The outputs, and the tensor for the next stage."""
-        # Where only some tokens get logits, the last layer has no others.
+        """Return the outputs, and the tensor for the next stage."""
+        # Where only some tokens get logits, the last layer computes no other tokens.
         assert pack.logit_positions is None or not self._request.layers
         device = self._ranks.device
         lengths = [window.num_tokens for window in pack.windows]
@@ -216,9 +227,9 @@ class Engine:
         return collected
 
     def _finish_contacts(self, outputs: PackOutputs) -> None:
-        """Add up the shares of all heads and layers; the last stage makes probabilities of them.
+        """Add up the shares of all heads and layers; the last stage turns the sums into probabilities.
 
-        All-reduce over the tensor-parallel and then over the pipeline-parallel group.
+        The all-reduce runs over the tensor-parallel and then over the pipeline-parallel group.
         """
         if self._request.contact_head is None:
             return

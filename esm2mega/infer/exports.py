@@ -1,4 +1,4 @@
-"""Writes finished arrays to `.npz`, Parquet and one `.pt` per protein, protein by protein."""
+"""Writes finished arrays to `.npz`, to Parquet, or to one `.pt` file per protein."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _POOLED_KEY = {"mean": "mean_representations", "cls": "bos_representations", "ma
 
 
 def write_npz(path: Path, contents: Embeddings, arrays: ArrayFile) -> None:
-    """The arrays of the ragged layout under the same names, uncompressed."""
+    """Write the arrays of the ragged layout under the same names, uncompressed."""
     small: dict[str, Any] = {
         "ids": np.array(list(contents.ids()), dtype=np.str_),
         **contents.columns,
@@ -56,7 +56,7 @@ def write_npz(path: Path, contents: Embeddings, arrays: ArrayFile) -> None:
 
 
 def read_npz_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of a file that `write_npz` wrote; empty if another program did."""
+    """Read the attributes of a file that `write_npz` wrote; they are empty if another program wrote it."""
     with np.load(path, allow_pickle=False) as archive:
         return json.loads(str(archive["attributes"])) if "attributes" in archive else {}
 
@@ -64,7 +64,7 @@ def read_npz_attributes(path: Path) -> dict[str, Any]:
 def write_parquet(path: Path, contents: Embeddings, arrays: ArrayFile) -> None:
     """Write a row per protein.
 
-    Vectors are lists of fixed size, residues are lists of them, contacts are flattened.
+    Vectors are lists of fixed size, residues are lists of such vectors, and contacts are flattened.
     """
     pyarrow, _ = _pyarrow()
 
@@ -96,8 +96,8 @@ def write_row_groups(path: Path, contents: Contents, columns: Callable[[int, int
 
     Args:
         path: File to make.
-        contents: Of the output; its attributes become metadata.
-        columns: Gives the cells of the proteins from one number to another, exclusive, by column.
+        contents: Contents of the output; their attributes become metadata.
+        columns: Returns the cells of the proteins from one number to another, exclusive, by column.
     """
     pyarrow, parquet = _pyarrow()
     numbers = contents.offsets[:-1] // _GROUP_RESIDUES
@@ -114,7 +114,7 @@ def write_row_groups(path: Path, contents: Contents, columns: Callable[[int, int
 
 
 def read_parquet_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of a file that `write_row_groups` wrote; empty if another program did."""
+    """Read the attributes of a file of `write_row_groups`; they are empty if another program wrote it."""
     _, parquet = _pyarrow()
     return json.loads((parquet.read_schema(path).metadata or {}).get(b"esm2mega", b"{}"))
 
@@ -131,17 +131,16 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def check_parquet() -> None:
-    """Raise UserError unless Parquet can be written here."""
+    """Raise `UserError` unless Parquet can be written here."""
     _pyarrow()
 
 
 def write_pt(folder: Path, contents: Embeddings, arrays: ArrayFile) -> None:
     """Write one file per protein, with the keys of fair-esm's ``extract.py``.
 
-    `INDEX` names the files in order.
-
-    A file is called as its protein. Where an id is no file name, or not the only one, the number is added
-    behind ``~``, which `safe_name` leaves nowhere else: no two files have one name.
+    The file `INDEX` lists the files in order. A file has the name of its protein. Where an id is no file
+    name, or occurs more than once, its number is added after a ``~``. `safe_name` replaces every other ``~``,
+    so no two files have the same name.
     """
     folder.mkdir()
     dtype, pooled = contents.infer.dtype, _POOLED_KEY[contents.infer.pooling]
@@ -172,12 +171,12 @@ def write_pt(folder: Path, contents: Embeddings, arrays: ArrayFile) -> None:
 
 
 def read_pt_attributes(folder: Path) -> dict[str, Any]:
-    """The attributes of a folder that `write_pt` wrote; empty if another program did."""
+    """Read the attributes of a folder that `write_pt` wrote; they are empty if another program wrote it."""
     path = folder / ATTRIBUTES_FILE
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def safe_name(protein: str) -> str:
-    """The id with everything replaced that could lead out of a folder or is hard to type."""
-    # ASCII: the limit of names is in bytes.
+    """Replace everything in an id that could lead out of a folder or is hard to type."""
+    # Names are ASCII, since their limit is in bytes.
     return re.sub(r"[^\w.|=+-]", "_", protein, flags=re.ASCII).lstrip(".")[:100] or "_"

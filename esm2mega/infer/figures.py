@@ -17,8 +17,8 @@ def contact_map(path: Path, title: str, contacts: npt.NDArray[Any]) -> None:
 
     Args:
         path: PNG to write.
-        title: Shown above.
-        contacts: ``[L, L]``, 0 to 1; NaN stays blank.
+        title: Title above the map.
+        contacts: Probabilities, ``[L, L]``, 0 to 1; NaN stays blank.
     """
     figure, axes = _figure(6, 5.4)
     image = axes.imshow(contacts, cmap="Greys", vmin=0, vmax=1, origin="lower", interpolation="nearest")
@@ -36,8 +36,8 @@ def heat_map(
 
     Args:
         path: PNG to write.
-        title: Shown above.
-        scores: ``[L, a]``; the wild type is marked with a dot.
+        title: Title above the map.
+        scores: Score of each substitution, ``[L, a]``; the wild type is marked with a dot.
         sequence: Wild type, L letters.
         letters: The a substituents.
         offset: Number of the first residue.
@@ -58,7 +58,7 @@ def heat_map(
 
 
 def _figure(width: float, height: float) -> Any:
-    # Without pyplot: no window system is asked for, and no state is left behind.
+    # A Figure of its own, not pyplot: it needs no window system and leaves no state behind.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""HDF5 outputs: a ragged file, laid out before anything is computed, and the layout of BioNeMo 1."""
+"""Writes HDF5 outputs: a ragged file, laid out before anything is computed, or the layout of BioNeMo 1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from esm2mega.infer.contents import Contents
 from esm2mega.infer.embeddings import Embeddings
 
 ATTRIBUTES = "esm2mega"
-"""Name of the attribute that holds all attributes as JSON; each also stands for itself."""
+"""Names the attribute that holds all attributes as JSON; each of them is also an attribute of its own."""
 
 _IDS_AT_ONCE = 1 << 16
 
@@ -24,7 +24,7 @@ def create_ragged(path: Path, contents: Contents) -> dict[str, int]:
     """Write everything but the large arrays, and reserve their places.
 
     The arrays are contiguous and allocated at once. So the structure of the file is final when this returns,
-    and what is killed later leaves no damaged file.
+    and a process that is killed later leaves no damaged file.
 
     Returns:
         The byte in the file where each array begins.
@@ -49,7 +49,7 @@ def _reserve(file: Any, name: str, spec: ArraySpec) -> int:
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    # Equal results are equal files.
+    # Without time stamps, equal results are equal files.
     creation.set_obj_track_times(False)
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
@@ -61,20 +61,20 @@ def _reserve(file: Any, name: str, spec: ArraySpec) -> int:
 
 
 def write_attributes(file: Any, attributes: Mapping[str, Any]) -> None:
-    """Attributes of a file: each on its own, and all as JSON for `read_attributes`."""
+    """Write each attribute of a file on its own, and all of them as JSON for `read_attributes`."""
     for name, value in attributes.items():
         file.attrs[name] = value if isinstance(value, str | int | float) else json.dumps(value)
     file.attrs[ATTRIBUTES] = json.dumps(attributes)
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
-    """What `write_attributes` wrote; empty if another program wrote the file."""
+    """Read what `write_attributes` wrote; it is empty if another program wrote the file."""
     with h5py.File(path) as file:
         return json.loads(file.attrs.get(ATTRIBUTES, "{}"))
 
 
 def bionemo_paths(out: Path) -> dict[str, Path]:
-    """The two files that an output stands for."""
+    """Return the two files that an output in the layout of BioNeMo consists of."""
     return {
         "residue": out.with_name(f"{out.stem}_hiddens.h5"),
         "pooled": out.with_name(f"{out.stem}_embeddings.h5"),
@@ -82,13 +82,13 @@ def bionemo_paths(out: Path) -> dict[str, Path]:
 
 
 def write_bionemo(path: Path, kind: str, contents: Embeddings, arrays: ArrayFile) -> None:
-    """One data set per protein, named by its number from 0, with its id as attribute ``original_id``.
+    """Write a data set per protein, named by its number from 0, with its id as attribute ``original_id``.
 
     Args:
         path: File to make.
-        kind: ``residue`` for ``[L, h]`` each, ``pooled`` for ``[h]``.
-        contents: Of the output, with one layer.
-        arrays: Where the values are.
+        kind: ``residue`` for data sets ``[L, h]``, ``pooled`` for ``[h]``.
+        contents: Contents of the output, with one layer.
+        arrays: File that holds the values.
     """
     (name,) = (name for name in contents.specs if name.startswith(f"{kind}/"))
     values = arrays.read(name)

@@ -1,6 +1,6 @@
-"""One growing output: prepared by one process, computed by all of them, finished by one, also after kills.
+"""Grows one output: one process prepares it, all compute it, and one finishes it, also after kills.
 
-What is computed, and how it is stored, is a `Job`.
+A `Job` says what is computed, and how it is stored.
 """
 
 from __future__ import annotations
@@ -33,26 +33,28 @@ _PREPARED = "prepared"
 _IDS_AT_ONCE = 1 << 16
 
 Compute = Callable[[int], Iterator[tuple[int, Iterable[Write]]]]
-"""Computes a piece: how much is done, in the unit of the job, and what this rank has of it."""
+"""Computes a piece, and yields how much is done, in the unit of the job, and what this rank has of it."""
 
 
 class Job(ABC):
-    """A job is what a command computes of proteins, and where it stores that.
+    """Says what a command computes of proteins, and where it stores the results.
 
     Attributes:
-        name: Of the command, for messages and the progress bar.
-        unit: What `Contents.amount` counts.
+        name: Name of the command, for messages and the progress bar.
+        unit: Unit in which `Contents.amount` counts.
+        allow_unknown: Whether a protein may have unknown residues alone.
         input: Sequences in any format of `esm2mega.data.readers.sources`, or a token store.
-        mode: What is done about an output that is there.
-        run: The settings.
+        mode: What to do about an output that exists already.
+        run: The configuration.
         target: Where the output goes.
     """
 
     name: str
     unit: str
+    allow_unknown = False
 
     def __init__(self, input: str, mode: Mode, run: Run, target: OutputTarget) -> None:
-        """Set the attributes."""
+        """Set the attributes of the job."""
         self.input, self.mode, self.run, self.target = input, mode, run, target
 
     @abstractmethod
@@ -61,32 +63,32 @@ class Job(ABC):
 
     @abstractmethod
     def checksum(self) -> str:
-        """Return the SHA-256 over the weights, the same for every layout; called by one process."""
+        """Return the SHA-256 over the weights, which is the same for every layout; called by one process."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Return what else decides the content of the output; called by one process."""
+        """Return the settings that decide the content of the output; called by one process."""
 
     @abstractmethod
     def contents(self, store: TokenStore, attributes: dict[str, Any]) -> Contents:
-        """Return what the output holds."""
+        """Return the contents of the output."""
 
     @abstractmethod
     def load(self, contents: Any, ranks: Ranks) -> Compute:
-        """Load the model, and return what computes pieces with it.
+        """Load the model, and return the function that computes pieces with it.
 
         Args:
-            contents: From `contents`.
-            ranks: Where this process stands.
+            contents: The contents, from `contents`.
+            ranks: Ranks of this process.
         """
 
     @abstractmethod
     def report(self, contents: Any, made: Sequence[Path]) -> list[str]:
-        """Return lines for the reader.
+        """Return a report for the reader, line by line.
 
         Args:
-            contents: From `contents`.
-            made: The files.
+            contents: The contents, from `contents`.
+            made: The files that were written.
         """
 
 
@@ -97,7 +99,7 @@ def run_job(job: Job) -> list[str]:
         A report for the reader, the same on every rank.
 
     Raises:
-        UserError: Bad input or settings, or an output that is there already.
+        UserError: The input or the settings are not valid, or the output exists already.
     """
     _check_existing(job)
     with process_groups(job.run.parallel, job.run.seed) as ranks:
@@ -114,7 +116,7 @@ def run_job(job: Job) -> list[str]:
 
 
 def _check_existing(job: Job) -> None:
-    """Refuse to touch what is there, unless told how to; and a folder of somebody else's in any case."""
+    """Refuse to touch an output that exists, unless the mode allows it, and any folder of another program."""
     target, mode = job.target, job.mode
     for path in target.existing():
         if path.is_dir() and any(path.iterdir()) and not target.attributes(path):
@@ -129,10 +131,11 @@ def _check_existing(job: Job) -> None:
 
 
 def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
-    """Prepare everything that processes share; by one process.
+    """Prepare everything that the processes share; one process calls this.
 
     Returns:
-        Attributes, where the proteins are, and the pieces to compute; or one line why there is nothing to do.
+        The attributes, the path of the token store and the pieces to compute; or a line that says why there
+        is nothing to do.
     """
     target, run = job.target, job.run
     begun = has_begun(target)
@@ -142,7 +145,7 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
         make_folder(target.work_dir, f"--out {target.out}")
     try:
         run.data.cache_dir = str(target.work_dir / _PREPARED)
-        store = open_store(job.input, run.data, run.run_dir, "input")
+        store = open_store(job.input, run.data, run.run_dir, "input", allow_unknown=job.allow_unknown)
         job.check(store)
         attributes = _attributes(job, store)
         if job.mode == "resume" and (finished := target.existing()) and not begun:
@@ -170,8 +173,11 @@ def make_folder(path: Path, named: str) -> None:
     """Make a folder.
 
     Args:
-        path: Of it.
-        named: The path for the reader, with the option that gives it.
+        path: The folder.
+        named: Option and path as the user gave them, for the message.
+
+    Raises:
+        UserError: The folder cannot be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -187,11 +193,11 @@ def refuse_long(store: TokenStore, most: int, name: str, cure: str) -> None:
     Args:
         store: The proteins.
         most: Residues of the longest one that fits.
-        name: Of the input.
-        cure: What the user may do, besides a greater length.
+        name: Name of the input.
+        cure: What the user may do, besides raising the length.
 
     Raises:
-        UserError: There is one.
+        UserError: A protein is longer than that.
     """
     too_long: npt.NDArray[np.int64] = np.flatnonzero(store.lengths > most)
     if not len(too_long):
@@ -223,8 +229,7 @@ def _attributes(job: Job, store: TokenStore) -> dict[str, Any]:
 def _compute(job: Job, work: Work, ranks: Ranks, pieces: Sequence[int]) -> None:
     """Compute and write this rank's share of the pieces."""
     compute = job.load(work.contents, ranks)
-    # Ranks of a tensor-parallel group hold the same; one of them writes. Pipeline stages write what is
-    # theirs.
+    # Ranks of a tensor-parallel group hold the same; one of them writes. Pipeline stages write their own.
     writes = ranks.tp_rank == 0
     total = sum(map(work.contents.amount, pieces))
     with (

@@ -1,6 +1,6 @@
-"""Computes log-probabilities of residues at their places, with the residue in sight or masked.
+"""Computes log-probabilities of residues at places in sequences, with the residue visible or masked.
 
-Legend: ``L`` residues, ``v`` vocabulary (33), ``p`` places, which are residues of a sequence.
+Legend: ``L`` residues, ``v`` vocabulary (33), ``p`` places, each of which is a residue of a sequence.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from esm2mega.report.progress import Progress
 from esm2mega.vocabulary import MASK, STANDARD_RESIDUES, encode_residues
 
 NORMALIZATIONS = ("vocabulary", "residues")
-"""Over which tokens probabilities add up to 1: all 33, or the 20 standard residues."""
+"""Names the tokens over which probabilities add up to 1: all 33, or the 20 standard residues."""
 
 _COPIES_AT_ONCE = 4096
 
 
 class Place(NamedTuple):
-    """Residue `position` (from 0) of sequence number `sequence`."""
+    """Names residue `position` (from 0) of sequence number `sequence`."""
 
     sequence: int
     position: int
 
 
 class _Copy(NamedTuple):
-    """A window of a sequence, and the places that are read from it; masked ones are masked there."""
+    """Holds a window of a sequence, and the numbers of the places that are read (and maybe masked) in it."""
 
     sequence: int
     window: Window
@@ -53,14 +53,14 @@ class Marginals:
         normalization: str = "vocabulary",
         shows_progress: bool = True,
     ) -> None:
-        """Set up.
+        """Set the model, and how it is used.
 
         Args:
-            engine: Made to give logits.
-            ranks: Where this process stands.
-            width: Most tokens at once; longer proteins are seen through the window around the residue.
+            engine: An engine that computes logits.
+            ranks: Ranks of this process.
+            width: Most tokens at once; of a longer protein the model sees the window around the residue.
             normalization: One of `NORMALIZATIONS`.
-            shows_progress: Whether rank 0 shows how far it is.
+            shows_progress: Whether rank 0 shows the progress.
         """
         self._engine, self._ranks = engine, ranks
         self._width = width
@@ -70,17 +70,17 @@ class Marginals:
     def __call__(
         self, sequences: Sequence[str], places: Sequence[Place], masked: bool, description: str = "score"
     ) -> Tensor:
-        """Log-probabilities at `places`; all ranks call this together, and all get the whole result.
+        """Compute log-probabilities at `places`; all ranks call this together and get the whole result.
 
         Args:
-            sequences: Residue letters.
-            places: Where.
-            masked: Replace the residue by ``<mask>``, each in a copy of its own. Else one copy serves all
-                places with the same window.
-            description: For the progress bar.
+            sequences: Sequences of residue letters.
+            places: The p places.
+            masked: Whether the residue is replaced by ``<mask>``, in a copy of the sequence for each place.
+                Otherwise one copy serves all places with the same window.
+            description: Description in the progress bar.
 
         Returns:
-            fp64 ``[p, v]``, in nats; ``-inf`` for tokens that the normalization leaves out.
+            Log-probabilities in nats, fp64 ``[p, v]``; ``-inf`` for tokens that the normalization leaves out.
         """
         encoded = [encode_residues(sequence) for sequence in sequences]
         copies = self._copies(encoded, places, masked)
@@ -119,7 +119,7 @@ class Marginals:
         logits: Tensor,
         progress: Progress,
     ) -> None:
-        """Fill the rows of `logits` that these copies give."""
+        """Run the copies through the model, and fill their rows of `logits`."""
         plan = group_windows([copy.window.num_tokens for copy in copies], self._engine.micro_batch_tokens)
         packs, rows = [], []
         for chosen in plan:

@@ -1,9 +1,9 @@
 """Scores all assays of a ProteinGym reference file, and writes the summary that the benchmark reports.
 
-https://github.com/OATML-Markslab/ProteinGym: a reference file with a row per assay (``DMS_id, DMS_filename,
-UniProt_ID, target_seq, coarse_selection_type``), and a CSV per assay (``mutant, mutated_sequence,
-DMS_score``). Residues count from 1. The summary is a mean of means: assays within a protein (UniProt id),
-proteins within a class of function, classes.
+ProteinGym (https://github.com/OATML-Markslab/ProteinGym) has a reference file with a row per assay (``DMS_id,
+DMS_filename, UniProt_ID, target_seq, coarse_selection_type``), and a CSV per assay (``mutant,
+mutated_sequence, DMS_score``). Residues count from 1. The summary is a mean of means: over the assays of a
+protein (UniProt id), over the proteins of a class of function, and over the classes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MEASURED = "DMS_score"
 
 
 class Assay(NamedTuple):
-    """A row of the reference file."""
+    """Holds a row of the reference file."""
 
     id: str
     table: Path
@@ -46,14 +46,14 @@ class Assay(NamedTuple):
 
 
 def read_reference(path: str, assays: str) -> list[Assay]:
-    """The assays of a reference file.
+    """Read the assays of a reference file.
 
     Args:
         path: The reference file.
         assays: Folder of the assays' tables.
 
     Raises:
-        UserError: A column or a table is missing, or two assays have one id.
+        UserError: A column or a table is missing, or two assays have the same id.
     """
     reference = read_table(path)
     names = ("DMS_id", "DMS_filename", "UniProt_ID", "target_seq", "coarse_selection_type")
@@ -76,17 +76,17 @@ def score_assays(
 
     Args:
         checkpoint: A checkpoint, run directory, or anything that `esm2mega convert` reads.
-        assays: From `read_reference`.
-        out: The folder.
-        options: How; the columns are those of ProteinGym.
-        mode: What is done about an output that is there. ``resume`` takes finished tables as they are, if
+        assays: The assays, from `read_reference`.
+        out: Folder of the output.
+        options: How variants are scored; the columns are those of ProteinGym.
+        mode: What to do about an output that exists already. ``resume`` takes finished tables as they are, if
             they were made with the same weights and settings.
 
     Returns:
         A report for the reader.
 
     Raises:
-        UserError: The folder holds something that `mode` does not allow for.
+        UserError: The folder is not empty, and `mode` does not allow for what it holds.
     """
     options = replace(options, offset=1, mutation_column="mutant", measured_column=_MEASURED)
     folder = Path(out)
@@ -126,13 +126,12 @@ def _check_existing(folder: Path, mode: Mode) -> None:
             )
         if mode == "resume" and not (folder / _SETTINGS).is_file():
             raise UserError(
-                f"{folder}: has no {_SETTINGS}, so it cannot be known how its tables were made; choose "
-                "another --out"
+                f"{folder}: has no {_SETTINGS}, which says how its tables were made; choose another --out"
             )
 
 
 def _begin(folder: Path, tables: Sequence[Path], settings: dict[str, Any], mode: Mode) -> list[Path]:
-    """Note the settings, or compare them with the earlier ones; returns the tables that are finished."""
+    """Write down the settings, or compare them with earlier ones, and return the tables that are finished."""
     noted = folder / _SETTINGS
     if mode == "resume" and noted.is_file():
         if differences := differing(json.loads(noted.read_text()), settings):
@@ -149,7 +148,7 @@ def _begin(folder: Path, tables: Sequence[Path], settings: dict[str, Any], mode:
 
 
 def _finished(path: Path, table: Table, options: ScoreOptions) -> list[float]:
-    """The scores of a table that an earlier start wrote."""
+    """Read the scores of a table that an earlier start wrote."""
     written = read_table(path)
     if [row[:-1] for row in written.rows] != table.rows:
         raise UserError(f"{path}: holds other rows than {table.path}; begin again with --overwrite")
@@ -167,7 +166,7 @@ def _variants(table: Table, assay: Assay, options: ScoreOptions) -> list[Variant
 
 
 def mean_of_means(values: Sequence[tuple[str, str, float]]) -> float:
-    """Mean over classes of the mean over proteins of the mean over assays.
+    """Return the mean over classes of the mean over proteins of the mean over assays.
 
     Args:
         values: Class, protein and value of each assay.

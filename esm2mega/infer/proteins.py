@@ -1,7 +1,6 @@
 """Cuts proteins into windows, packs them for the engine, and joins the results to embeddings.
 
-Legend: ``L`` residues of a protein that are kept, ``h`` hidden size, ``v`` vocabulary (33), ``T`` tokens of
-    a pack.
+Legend: ``L`` residues of a protein that are kept, ``h`` hidden size, ``v`` vocabulary (33), ``n`` proteins.
 """
 
 from __future__ import annotations
@@ -22,14 +21,16 @@ from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window, overlapping, whole
 
 Values = dict[str, Tensor]
-"""What there is of a protein or a window, by the name of the array it is for: ``residue/layer_N [L, h]``,
-``pooled/layer_N [h]``, ``logits [L, v]``, ``contacts [L, L]``.
+"""Holds the values of a protein or a window by the name of their array in the output.
+
+The names and shapes are ``residue/layer_N [L, h]``, ``pooled/layer_N [h]``, ``logits [L, v]`` and
+``contacts [L, L]``.
 """
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What becomes of proteins that are longer than the model sees at once.
+    """Says what becomes of proteins that are longer than the model sees at once.
 
     Attributes:
         width: Most tokens at once.
@@ -43,23 +44,27 @@ class Lengths:
 
     @classmethod
     def of(cls, infer: InferConfig, data: DataConfig) -> Lengths:
-        """As `infer` says; `data` has the length where that is not set."""
+        """Read the limits from `infer`; where it sets no length, `data` has it."""
         width = window_tokens(infer, data)
         overlap = width // 2 if infer.overlap is None else infer.overlap
         return cls(width, infer.too_long, min(overlap, width - 3))
 
     @property
     def most_residues(self) -> int:
-        """Of a protein that fits whole."""
+        """Return the number of residues of the longest protein that fits whole."""
         return self.width - 2
 
     def kept(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-        """Residues that are kept of proteins of these lengths, ``[n]``."""
+        """Return how many residues are kept of proteins of these lengths, ``[n]``."""
         longest = self.most_residues if self.too_long == "crop" else np.iinfo(np.int64).max
         return np.minimum(lengths.astype(np.int64), longest)
 
     def windows(self, num_residues: int) -> list[Window]:
-        """The windows of a protein, over the residues that are kept of it."""
+        """Return the windows of a protein, which cover the residues that are kept of it.
+
+        Raises:
+            UserError: The protein is too long, and neither cropping nor windows are configured.
+        """
         if num_residues <= self.most_residues:
             return [whole(num_residues)]
         if self.too_long == "crop":
@@ -72,7 +77,7 @@ class Lengths:
         )
 
     def counts(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Number of windows of proteins of these lengths, ``[n]``; in every mode a too long one counts."""
+        """Return the number of windows of each protein of these lengths, ``[n]``; 1 unless ``chunk``."""
         beyond = np.maximum(lengths.astype(np.int64) - self.most_residues, 0)
         steps = -(-beyond // (self.width - self.overlap)) if self.too_long == "chunk" else 0
         return (1 + steps * np.ones_like(beyond)).astype(np.int32)
@@ -82,12 +87,12 @@ class Embedder:
     """Computes what a configuration asks for, protein by protein."""
 
     def __init__(self, engine: Engine, infer: InferConfig, limits: Lengths) -> None:
-        """Set up what is computed.
+        """Set what is computed.
 
         Args:
-            engine: Made with `output_request(infer, …)`.
-            infer: What to compute.
-            limits: What becomes of long proteins.
+            engine: An engine with the request `output_request(infer, …)`.
+            infer: Outputs to compute.
+            limits: Treatment of long proteins.
         """
         self._engine = engine
         self._outputs = frozenset(infer.outputs)
@@ -97,10 +102,10 @@ class Embedder:
     def run(self, proteins: Sequence[npt.NDArray[np.uint8]]) -> Iterator[tuple[int, Values]]:
         """Yield the number of each protein and its values, in the order in which they get ready.
 
-        Values do not depend on which proteins come together. Under a pipeline each stage yields what it has.
+        Values do not depend on which proteins share a pack. With a pipeline, each stage yields what it has.
 
         Args:
-            proteins: token ids of residues, without special tokens, ``[L]`` each.
+            proteins: Token ids of residues, without special tokens, uint8 ``[L]`` each.
         """
         jobs = [
             (number, index, window)
@@ -127,7 +132,7 @@ class Embedder:
                 # Copies: a view would keep the whole pack in memory.
                 pieces[index] = window, {name: value.clone() for name, value in values.items()}
                 if len(pieces) == num_windows[number]:
-                    # In the order of the windows, whatever packs they were in: sums are the same bits.
+                    # Joined in the order of the windows, whatever packs they were in, sums have equal bits.
                     joined = _join([pieces[p] for p in range(len(pieces))])
                     del waiting[number]
                     yield number, self._of_protein(joined)
@@ -137,9 +142,7 @@ class Embedder:
         return window.tokens(residues[: window.num_residues])
 
     def _of_windows(self, pack: WindowPack, outputs: PackOutputs) -> Iterator[Values]:
-        """The values of every window: ``residue``, ``logits`` and ``contacts`` by name, and
-        ``cls/layer_N``.
-        """
+        """Yield the values of every window: ``residue``, ``logits``, ``contacts``, and ``cls/layer_N``."""
         first = 0
         for number, window in enumerate(pack.windows):
             span = window.residue_tokens
@@ -157,7 +160,7 @@ class Embedder:
             yield values
 
     def _of_protein(self, values: Values) -> Values:
-        """Pool, and leave out what was not asked for."""
+        """Pool the values of a protein, and leave out what was not asked for."""
         result = {}
         for name, value in values.items():
             kind, _, layer = name.partition("/")
@@ -173,9 +176,9 @@ class Embedder:
 
 
 def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
-    """Mean over the windows that hold a residue; over those that hold both residues of a contact.
+    """Average over the windows that hold a residue, or both residues of a contact.
 
-    Pairs that no window holds have no contact probability: NaN.
+    Pairs that no window holds have no contact probability, so they are NaN.
     """
     length = pieces[0][0].num_residues
     joined: Values = {}
@@ -197,7 +200,7 @@ def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
 
 
 def micro_batch_tokens(infer: InferConfig, limits: Lengths, device: torch.device) -> int:
-    """Return the tokens of a pack: as configured, or what suits the device; at least the longest window.
+    """Return the tokens of a pack: the configured number or what suits the device, and at least a window.
 
     A 35M model on 2 cores of an AMD EPYC embedded 1,390, 1,460, 1,240 and 1,180 tokens/s in packs of 1,024,
     2,048, 4,096 and 8,192. The size for GPUs is not measured.
@@ -210,7 +213,7 @@ def output_request(infer: InferConfig, model: ModelConfig, source: ModelSource) 
     """Say what the engine has to compute for `infer`.
 
     Raises:
-        UserError: Contacts of a model without a contact head, or logits of one without that head.
+        UserError: Contacts are asked of a model without a contact head, or logits of one without an LM head.
     """
     outputs = infer.outputs
     if "logits" in outputs:

@@ -38,7 +38,7 @@ from esm2mega.vocabulary import UNKNOWN_BYTES
 
 
 class WildType(NamedTuple):
-    """A protein whose variants are scored."""
+    """Holds a protein whose variants are scored."""
 
     id: str
     sequence: str
@@ -46,7 +46,7 @@ class WildType(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How variants are scored and where they are found.
+    """Says how variants are scored and where they are found.
 
     Attributes:
         strategy: One of `strategies.STRATEGIES`.
@@ -70,17 +70,25 @@ class ScoreOptions:
 
 
 class Scorer:
-    """A loaded model and how to score with it; all ranks use it together."""
+    """Scores variants with a loaded model; all ranks use it together."""
 
     def __init__(
         self, marginals: Marginals, options: ScoreOptions, source: ModelSource, precision: str, width: int
     ) -> None:
-        """Args: precision: of the model. width: most tokens of a protein at once."""
+        """Set the model and the options.
+
+        Args:
+            marginals: Computes log-probabilities with the model.
+            options: How variants are scored.
+            source: The checkpoint of the model.
+            precision: Precision of the model.
+            width: Most tokens of a protein at once.
+        """
         self._marginals, self.options = marginals, options
         self._source, self._precision, self._width = source, precision, width
 
     def settings(self) -> dict[str, Any]:
-        """What scores depend on; reads all weights."""
+        """Return the settings that scores depend on; this reads all weights."""
         return {
             "model_hash": self._source.checksum(),
             "precision": self._precision,
@@ -91,14 +99,14 @@ class Scorer:
         }
 
     def __call__(self, sequence: str, variants: Sequence[Variant]) -> list[float]:
-        """Scores in the order of the variants."""
+        """Score the variants of a wild type, in their order."""
         options = self.options
         return score_variants(self._marginals, sequence, variants, options.strategy, options.normalization)
 
 
 @contextmanager
 def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ranks]]:
-    """Load a model for scoring; process groups live as long."""
+    """Load a model for scoring, within process groups that last as long as the context."""
     source = open_model(checkpoint)
     source.check_lm_head()
     run = inference_run(source.run, options.overrides)
@@ -112,7 +120,7 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
 
 
 def read_wild_types(path: str) -> list[WildType]:
-    """The proteins of a file in any format of `esm2mega.data.readers.sources`; ids must differ."""
+    """Read the proteins of a file in any format of `esm2mega.data.readers.sources`; ids must differ."""
     proteins = [
         WildType(record.id, clean(record.residues.decode("ascii")))
         for record in open_source(path, SourceOptions())
@@ -123,10 +131,10 @@ def read_wild_types(path: str) -> list[WildType]:
 
 
 def clean(sequence: str) -> str:
-    """A sequence as it was typed, in upper case and without white space.
+    """Put a sequence as it was typed into upper case, without white space.
 
     Raises:
-        UserError: Empty, or with something that is no residue of ESM-2.
+        UserError: The sequence is empty, or has a character that is no residue of ESM-2.
     """
     result = "".join(sequence.split()).upper()
     stray = sorted({letter for letter in result if not letter.isascii() or ord(letter) in UNKNOWN_BYTES})
@@ -144,9 +152,9 @@ def score_file(
     Args:
         checkpoint: A checkpoint or run directory.
         proteins: The wild types.
-        variants: CSV; None for all single substitutions.
-        out: CSV to write: the rows of `variants` and a column more, or a row per substitution.
-        options: How.
+        variants: CSV of variants; None for all single substitutions.
+        out: CSV to write: the rows of `variants` with one more column, or a row per substitution.
+        options: How variants are scored.
 
     Returns:
         A report for the reader.
@@ -170,7 +178,7 @@ def score_file(
 
 
 Plan = list[tuple[WildType, list[tuple[int, Variant]]]]
-"""Wild types with their variants, each with its row in the table."""
+"""Lists wild types with their variants, each with its row in the table."""
 
 
 def _scan(proteins: Sequence[WildType]) -> Plan:
@@ -184,7 +192,7 @@ def _scan(proteins: Sequence[WildType]) -> Plan:
 
 
 def _assigned(table: Table, proteins: Sequence[WildType], options: ScoreOptions) -> Plan:
-    """Every row of a table with its wild type, checked."""
+    """Give every row of a table to its wild type, and check its variant."""
     check_columns(table, options)
     by_id = {protein.id: protein for protein in proteins}
     chosen: dict[str, list[tuple[int, Variant]]] = {protein.id: [] for protein in proteins}
@@ -207,7 +215,7 @@ def _assigned(table: Table, proteins: Sequence[WildType], options: ScoreOptions)
 
 
 def check_columns(table: Table, options: ScoreOptions) -> None:
-    """Refuse a table that has the new column already, or lacks the measured one."""
+    """Raise `UserError` for a table that has the new column already, or lacks the measured one."""
     if options.score_column in table.columns:
         raise UserError(
             f"{table.path}: has a column {options.score_column!r} already; name the new one with "
@@ -218,7 +226,7 @@ def check_columns(table: Table, options: ScoreOptions) -> None:
 
 
 def write_scored(out: Path, table: Table, scores: Sequence[float], options: ScoreOptions) -> list[str]:
-    """Write the rows of a table with their scores; returns the report."""
+    """Write the rows of a table with their scores, and return the report."""
     columns = [*table.columns, options.score_column]
     write_table(out, columns, ([*row, repr(s)] for row, s in zip(table.rows, scores, strict=True)))
     lines = [f"{out}: {len(scores):,} variants"]
@@ -231,7 +239,7 @@ def write_scored(out: Path, table: Table, scores: Sequence[float], options: Scor
 
 
 def measured_spearman(table: Table, scores: Sequence[float], column: str) -> tuple[int, float]:
-    """How many rows have a measured number, and the rank correlation over them."""
+    """Return how many rows have a measured number, and the rank correlation over them."""
     pairs = [(m, s) for m, s in zip(map(_number, table.column(column, "--measured")), scores, strict=True)]
     finite = [(m, s) for m, s in pairs if m is not None]
     return len(finite), spearman([m for m, _ in finite], [s for _, s in finite])
@@ -268,7 +276,7 @@ def _write_scan(out: Path, plan: Plan, scores: Sequence[Sequence[float]], option
 
 
 def draw_scan(out: str, protein: WildType, scan: str, options: ScoreOptions) -> None:
-    """Draw the heat map of a protein from the table of a scan, by one process."""
+    """Draw the heat map of a protein from the table of a scan; one process calls this."""
     from esm2mega.infer.figures import heat_map
 
     table = read_table(scan)

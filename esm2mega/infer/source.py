@@ -27,15 +27,15 @@ from esm2mega.parallel.errors import on_one_rank
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A checkpoint that can be loaded into a model of any layout.
+    """Describes a checkpoint that can be loaded into a model of any layout.
 
     Attributes:
-        path: What holds the weights.
-        run: Configuration that they were made with; only the model's section and the lengths matter.
+        path: File or directory that holds the weights.
+        run: Configuration of the training; only the section of the model and the lengths matter.
         load: Fills this rank's chunks.
         auxiliary: Tensors beside the model, such as the contact head.
-        checksum: SHA-256 over all weights, the same for every layout; reads all of them.
-        has_lm_head: False of a fine-tuned model and of a bare encoder, which give no logits of residues.
+        checksum: Reads all weights, and returns their SHA-256, which is the same for every layout.
+        has_lm_head: False for a fine-tuned model and for a bare encoder, which give no logits of residues.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class ModelSource:
     has_lm_head: bool = True
 
     def check_lm_head(self) -> None:
-        """Raise `UserError` unless there are logits of residues."""
+        """Raise `UserError` unless the model gives logits of residues."""
         if not self.has_lm_head:
             raise UserError(
                 f"{self.path}: has no head of masked language modelling, so it gives no logits and no scores "
@@ -55,7 +55,7 @@ class ModelSource:
 
     @property
     def contact_head(self) -> tuple[Tensor, float] | None:
-        """Weight of each attention map, layer-major ``[L * n]``, and the bias; None if the model has none."""
+        """Return the weight of each attention map, layer-major ``[L * n]``, and the bias; None if missing."""
         if WEIGHT not in self.auxiliary:
             return None
         return self.auxiliary[WEIGHT].flatten(), float(self.auxiliary[BIAS])
@@ -65,20 +65,20 @@ def open_model(path: str | Path) -> ModelSource:
     """Open a checkpoint, without reading weights yet; all ranks call this together, and rank 0 decides.
 
     Args:
-        path: A ``step_XXXXXXXX`` directory, a run directory for its newest one, or anything in a format that
-            `esm2mega convert` reads, such as a directory of Hugging Face or a file of fair-esm.
+        path: A ``step_XXXXXXXX`` directory, a run directory for its newest one, or a checkpoint in any format
+            that `esm2mega convert` reads, such as a directory of Hugging Face or a file of fair-esm.
 
     Raises:
-        UserError: It is none, or cannot be read.
+        UserError: There is no checkpoint, or it cannot be read.
     """
     return source_of(on_one_rank(lambda: read_with_base(path)))
 
 
 def source_of(start: StartPoint) -> ModelSource:
-    """A model to be loaded from an open checkpoint.
+    """Describe how a model is loaded from an open checkpoint.
 
     Args:
-        start: In any format; of adapters with its base.
+        start: Checkpoint in any format; one of adapters comes with its base.
     """
     if start.base is not None:
         return _of_adapters(start, start.base)
@@ -98,7 +98,7 @@ def _of_own(start: StartPoint) -> ModelSource:
 
 
 def _trained_contact_head(start: StartPoint) -> dict[str, Tensor]:
-    """That of a fine-tuning of it, which then takes the place of the one before."""
+    """Return a contact head that was fine-tuned, which replaces the one before; empty if there is none."""
     if not is_regression(start.run.task):
         return {}
     return as_published(TensorReader(start.path).read, shape_of(start.run.model).num_layers)
@@ -135,7 +135,7 @@ def _of_foreign(start: StartPoint) -> ModelSource:
 
 
 def weights_sha256(checkpoint: Path) -> str:
-    """The checksum that `esm2mega inspect` prints as ``weights sha256``."""
+    """Compute the checksum that `esm2mega inspect` prints as ``weights sha256``."""
     reader = TensorReader(checkpoint)
     names = (name for name in reader.index if not name.startswith("optimizer."))
     return combined_sha256((name, tensor_sha256(reader.read(name))) for name in names)

@@ -1,7 +1,4 @@
-"""Turns log-probabilities into scores of variants.
-
-A higher score is a more likely protein.
-"""
+"""Turns log-probabilities into scores of variants; a higher score means a more likely protein."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ from esm2mega.infer.variants import Variant, apply
 from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
 
 STRATEGIES = ("wt-marginals", "masked-marginals", "pseudo-ppl")
-"""How variants are scored, as the field calls it:
+"""Names the ways to score variants, in the terms of the field:
 
-wt-marginals: log p(mutant) - log p(wild type) at the residue, the wild type in sight; one pass.
-masked-marginals: the same with that residue masked; a pass for each residue.
-pseudo-ppl: sum over all residues of the mutant of log p(residue), each masked in turn; a pass for each
+wt-marginals: log p(mutant) - log p(wild type) at the residue, the wild type being visible; one pass.
+masked-marginals: log p(mutant) - log p(wild type) with that residue masked; a pass for each residue.
+pseudo-ppl: sum of log p(residue) over all residues of the mutant, each masked in turn; a pass for each
     residue of each variant.
 
-The first two add up over the substitutions of a variant, each seen in the wild type.
+The first two sum over the substitutions of a variant, each seen in the wild type.
 """
 
 _RESIDUES_AT_ONCE = 1 << 18
@@ -39,10 +36,10 @@ def score_variants(
         sequence: The wild type.
         variants: Substitutions in it.
         strategy: One of `STRATEGIES`.
-        normalization: That of `marginals`.
+        normalization: Normalization that `marginals` was made with.
 
     Raises:
-        UserError: A residue that has no probability under this normalization.
+        UserError: A residue has no probability under this normalization.
     """
     letters = {letter for v in variants for s in v for letter in (s.wild, s.mutant)}
     if strategy == "pseudo-ppl":
@@ -70,7 +67,7 @@ def score_variants(
 
 
 def _pseudo_log_likelihoods(marginals: Marginals, sequences: Sequence[str]) -> list[float]:
-    """Sum over all residues of log p(residue | the others), for each sequence."""
+    """Sum log p(residue | the others) over all residues, for each sequence."""
     scores: list[float] = []
     step = max(1, _RESIDUES_AT_ONCE // max(map(len, sequences)))
     for first in range(0, len(sequences), step):

@@ -1,4 +1,4 @@
-"""Resolves the output that a user names: its format, whether it is there already, how it is finished."""
+"""Resolves the output that a user names: its format, whether it exists already, and how it is finished."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from esm2mega.infer.contents import Contents
 
 Mode = Literal["new", "resume", "overwrite"]
-"""What is done about an output that is there: refused, gone on with, replaced."""
+"""Says what to do about an output that exists already: refuse, go on with it, or replace it."""
 
 
 @dataclass(frozen=True)
 class OutputTarget(ABC):
-    """Where an output goes, and in which format.
+    """Says where an output goes, and in which format.
 
     Attributes:
-        out: As the user named it.
-        format: ``hdf5`` is the file into which processes write; all others are made of it in the end.
+        out: Path as the user named it.
+        format: Name of the format. Processes write directly into an ``hdf5`` file; all other formats are made
+            from the finished arrays in the end.
     """
 
     out: Path
@@ -32,20 +33,20 @@ class OutputTarget(ABC):
 
     @property
     def work_dir(self) -> Path:
-        """Where the output grows."""
+        """Return the directory in which the output grows."""
         return self.out.with_name(f"{self.out.name}.partial")
 
     @property
     def finals(self) -> Mapping[str, Path]:
-        """What will lie there in the end, by what it holds."""
+        """Return the paths that the finished output will have, by what they hold."""
         return {"": self.out}
 
     def existing(self) -> list[Path]:
-        """What lies there already."""
+        """Return the paths of `finals` that exist already."""
         return [path for path in self.finals.values() if path.exists()]
 
     def create(self, path: Path, contents: Contents) -> dict[str, int]:
-        """Make the file that the arrays are written into; returns where each begins."""
+        """Make the file that the arrays are written into, and return the byte at which each begins."""
         if self.format == "hdf5":
             from esm2mega.infer.hdf5 import create_ragged
 
@@ -58,7 +59,7 @@ class OutputTarget(ABC):
         return offsets
 
     def finish(self, path: Path, contents: Contents, arrays: ArrayFile) -> list[Path]:
-        """Make the output of the finished arrays and give it its name; returns what is there now.
+        """Make the output from the finished arrays, give it its name, and return its paths.
 
         The ragged HDF5 file is the file of the arrays, so it is only renamed. Other formats are written in
         one pass over the arrays. An output that is there is replaced, and what has grown outlives an error,
@@ -76,7 +77,7 @@ class OutputTarget(ABC):
         return list(self.finals.values())
 
     def attributes(self, path: Path) -> dict[str, Any]:
-        """The attributes of a finished output; empty if something else lies there, or a format without."""
+        """Read the attributes of a finished output; they are empty if another program or format wrote it."""
         try:
             return self._reader()(path)
         except (OSError, ValueError, KeyError):
@@ -84,11 +85,11 @@ class OutputTarget(ABC):
 
     @abstractmethod
     def _writer(self, kind: str) -> Callable[[Path, Any, ArrayFile], None]:
-        """What writes a format other than HDF5; `kind` is a key of `finals`."""
+        """Return the function that writes a format other than HDF5; `kind` is a key of `finals`."""
 
     @abstractmethod
     def _reader(self) -> Callable[[Path], dict[str, Any]]:
-        """What reads the attributes of a file of the format."""
+        """Return the function that reads the attributes of a file of the format."""
 
 
 def _remove(path: Path) -> None:

@@ -14,14 +14,14 @@ from esm2mega.files import OTHER_OUT, replacing
 from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
 
 AMINO_ACIDS = "".join(sorted(VOCAB[i] for i in STANDARD_RESIDUES))
-"""The 20 standard residues in alphabetical order."""
+"""Lists the 20 standard residues in alphabetical order."""
 
 _SUBSTITUTION = re.compile(r"([A-Z])(-?\d+)([A-Z])")
 _DELIMITERS = ",\t;"
 
 
 class Substitution(NamedTuple):
-    """Residue `position` (from 0) of the wild type, `wild`, becomes `mutant`."""
+    """Says that residue `position` (from 0) of the wild type, `wild`, becomes `mutant`."""
 
     position: int
     wild: str
@@ -35,12 +35,13 @@ def parse_variant(text: str, sequence: str, offset: int) -> Variant:
     """Read one variant.
 
     Args:
-        text: Substitutions with colons between them; letters of either case.
+        text: Substitutions with colons between them, in letters of either case.
         sequence: The wild type.
         offset: Number of its first residue.
 
     Raises:
-        UserError: Not of this form, outside of the sequence, not the wild type's residue, or a residue twice.
+        UserError: The text has another form, or a substitution is outside of the sequence, starts from a
+            residue that the wild type does not have there, leads to no residue of ESM-2, or occurs twice.
     """
     variant = []
     for part in text.strip().upper().split(":"):
@@ -56,8 +57,8 @@ def parse_variant(text: str, sequence: str, offset: int) -> Variant:
             )
         if sequence[index] != wild:
             raise UserError(
-                f"{part}: residue {number} of the sequence is {sequence[index]}, not {wild}; correct "
-                f"it, or set --offset (now {offset}) to the number of the first residue"
+                f"{part}: residue {number} of the sequence is {sequence[index]}, not {wild}; correct it, or "
+                f"set --offset (now {offset}) to the number of the first residue"
             )
         if mutant not in VOCAB:
             raise UserError(
@@ -70,12 +71,12 @@ def parse_variant(text: str, sequence: str, offset: int) -> Variant:
 
 
 def write_variant(variant: Variant, offset: int) -> str:
-    """Inverse of `parse_variant`."""
+    """Write a variant in the form that `parse_variant` reads."""
     return ":".join(f"{s.wild}{s.position + offset}{s.mutant}" for s in variant)
 
 
 def single_substitutions(sequence: str) -> list[Variant]:
-    """Every standard residue of the sequence by each of the 19 others, in order."""
+    """List the substitutions of every standard residue of the sequence by each of the 19 others, in order."""
     return [
         (Substitution(index, wild, mutant),)
         for index, wild in enumerate(sequence)
@@ -86,7 +87,7 @@ def single_substitutions(sequence: str) -> list[Variant]:
 
 
 def apply(variant: Variant, sequence: str) -> str:
-    """Return the mutant."""
+    """Return the sequence of the mutant."""
     letters = list(sequence)
     for substitution in variant:
         letters[substitution.position] = substitution.mutant
@@ -95,7 +96,7 @@ def apply(variant: Variant, sequence: str) -> str:
 
 @dataclass
 class Table:
-    """A CSV in memory: rows as they were, with their line numbers for messages."""
+    """Holds a CSV in memory: rows as they were read, with their line numbers for messages."""
 
     path: Path
     columns: list[str]
@@ -103,18 +104,22 @@ class Table:
     lines: list[int]
 
     def column(self, name: str, option: str) -> list[str]:
-        """The cells of a column; `option` is what names another one."""
+        """Return the cells of a column; `option` is the command-line option that names another column.
+
+        Raises:
+            UserError: The table has no such column, or more than one.
+        """
         if self.columns.count(name) != 1:
             problem = "no" if name not in self.columns else "more than one"
             raise UserError(
-                f"{self.path}: has {problem} column {name!r} among {', '.join(self.columns)}; name "
-                f"one with {option}"
+                f"{self.path}: has {problem} column {name!r} among {', '.join(self.columns)}; "
+                f"name one with {option}"
             )
         index = self.columns.index(name)
         return [row[index] for row in self.rows]
 
     def location(self, row: int) -> str:
-        """Where a row stands."""
+        """Return the file and line of a row."""
         return f"{self.path}:{self.lines[row]}"
 
 
@@ -122,7 +127,7 @@ def read_table(path: str | Path) -> Table:
     """Read a CSV with a header; commas, tabs or semicolons, whichever the header has most of.
 
     Raises:
-        UserError: Missing, empty, or with a row of another number of cells than the header.
+        UserError: The file is missing or empty, is no CSV, or a row has more or fewer cells than the header.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
@@ -152,7 +157,7 @@ def read_table(path: str | Path) -> Table:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV; it appears under its name when it is whole.
+    """Write a CSV, which appears under its name when it is complete.
 
     Raises:
         MachineError: The disk is full, or the path cannot be written.

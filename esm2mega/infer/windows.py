@@ -1,7 +1,7 @@
 """Cuts proteins into the pieces that the model sees at once: whole, cropped, or overlapping windows.
 
-A protein of L residues has L + 2 tokens, ``<cls>`` residues ``<eos>``. A window is a stretch of these
-tokens, so one from the inside has neither, as in training.
+A protein of L residues has L + 2 tokens: ``<cls>``, its residues, and ``<eos>``. A window is a stretch of
+these tokens, so one from the inside has neither ``<cls>`` nor ``<eos>``, as in training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from esm2mega.vocabulary import CLS, EOS
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens `start` to `stop` (exclusive) of a protein of `num_residues` residues."""
+    """Holds the borders of a window: tokens `start` to `stop` (exclusive) of a protein of `num_residues`."""
 
     start: int
     stop: int
@@ -28,20 +28,20 @@ class Window:
 
     @property
     def residues(self) -> slice:
-        """Which residues of the protein it holds. Residue i is token i + 1."""
+        """Return which residues of the protein the window holds; residue i is token i + 1."""
         return slice(max(self.start - 1, 0), min(self.stop - 1, self.num_residues))
 
     @property
     def residue_tokens(self) -> slice:
-        """Where in the window they are: everything but ``<cls>`` and ``<eos>``."""
+        """Return where in the window the residues are: everything but ``<cls>`` and ``<eos>``."""
         first = int(self.start == 0)
         return slice(first, first + self.residues.stop - self.residues.start)
 
     def tokens(self, residues: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The window's token ids.
+        """Return the token ids of the window, uint8.
 
         Args:
-            residues: token ids of all residues of the protein, without special tokens, [L].
+            residues: Token ids of all residues of the protein, without special tokens, uint8 ``[L]``.
         """
         parts = [residues[self.residues]]
         if self.start == 0:
@@ -52,17 +52,17 @@ class Window:
 
 
 def whole(num_residues: int) -> Window:
-    """All tokens of a protein."""
+    """Return the window of all tokens of a protein."""
     return Window(0, num_residues + 2, num_residues)
 
 
 def overlapping(num_residues: int, width: int, overlap: int) -> list[Window]:
-    """Windows over a protein, each moved by `width - overlap` tokens; the last one ends with the protein.
+    """Return windows over a protein, each `width - overlap` tokens further; the last ends with the protein.
 
     Args:
-        num_residues: L.
-        width: tokens of a window; proteins that fit are one window.
-        overlap: tokens that neighbouring windows share; more at the end.
+        num_residues: Number L of residues of the protein.
+        width: Number of tokens of a window; a protein that fits is one window.
+        overlap: Number of tokens that neighbouring windows share; the last two may share more.
     """
     total = num_residues + 2
     if total <= width:
@@ -72,7 +72,10 @@ def overlapping(num_residues: int, width: int, overlap: int) -> list[Window]:
 
 
 def optimal(residue: int, num_residues: int, width: int) -> Window:
-    """The window of `width` tokens with a residue as near to its middle as the ends allow (ProteinGym)."""
+    """Return the window of `width` tokens with a residue as near to its middle as the ends allow.
+
+    ProteinGym chooses its windows like this.
+    """
     total = num_residues + 2
     if total <= width:
         return whole(num_residues)

@@ -6,7 +6,7 @@
       arrays          the arrays; for HDF5 the very file that becomes the output
       done.RANK       numbers of finished pieces, one a line, written when their rows are on the disk
 
-A kill at any time leaves pieces that are listed and whole, and others that are computed again.
+A kill at any time leaves pieces that are listed and complete, and others that are computed again.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from esm2mega.infer.contents import Contents
 from esm2mega.infer.target import OutputTarget
 
 _SYNC_SHARE = 20
-"""Of this many parts of the time, at most one goes to waiting for the disk."""
+"""Limits waiting for the disk to one part in this many of the time."""
 
 _MANIFEST, _ARRAYS = "manifest.json", "arrays"
 _SPARE_BYTES = 1 << 20
 
 
 def has_begun(target: OutputTarget) -> bool:
-    """Whether an earlier start left something to go on with: not after a kill behind the very last step, when
-    the arrays of HDF5 are the output already.
+    """Return whether an earlier start left something to go on with.
+
+    It did not if the kill came after the very last step, when the file of HDF5 arrays is the output already.
     """
     return all((target.work_dir / name).is_file() for name in (_MANIFEST, _ARRAYS))
 
 
 @dataclass(frozen=True)
 class Work:
-    """One growing output."""
+    """Manages one growing output, its target and its contents."""
 
     target: OutputTarget
     contents: Contents
@@ -55,7 +56,7 @@ class Work:
         """Reserve all places, or take over those of an earlier start; one process calls this.
 
         Returns:
-            The pieces that remain.
+            The pieces that remain to be computed.
 
         Raises:
             UserError: The earlier start computed something else.
@@ -75,7 +76,7 @@ class Work:
         return [piece for piece in range(self.contents.num_pieces) if piece not in done]
 
     def open_arrays(self) -> ArrayFile:
-        """The file of the arrays, in any process once `begin` has returned."""
+        """Open the file of the arrays; any process may do so once `begin` has returned."""
         offsets = json.loads((self.folder / _MANIFEST).read_text())["offsets"]
         return ArrayFile(self.folder / _ARRAYS, self.contents.specs, offsets)
 
@@ -102,35 +103,42 @@ class Work:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise MachineError(
-                f"{self.target.out}: needs {needed / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} GB "
-                f"left; {self.contents.smaller}choose another --out"
+                f"{self.target.out}: needs {needed / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} GB left; "
+                f"{self.contents.smaller}choose another --out"
             )
 
 
 class Journal:
-    """Notes finished pieces of this process, after bringing their rows to the disk; now and then, not each
-    time.
+    """Writes down the finished pieces of this process, after their rows are on the disk.
+
+    It does so now and then and not after each piece, since bringing rows to the disk takes time.
     """
 
     def __init__(self, folder: Path, rank: int, arrays: ArrayFile) -> None:
-        """Args: rank: of this process, which is the only one to write the file."""
+        """Name the journal of this process, which alone writes it.
+
+        Args:
+            folder: Directory of the unfinished output.
+            rank: Rank of this process.
+            arrays: File of the arrays.
+        """
         self._path = folder / f"done.{rank}"
         self._arrays = arrays
         self._waiting: list[int] = []
         self._next = time.monotonic()
 
     def add(self, piece: int) -> None:
-        """All rows of a piece were written."""
+        """Note a piece of which all rows were written."""
         self._waiting.append(piece)
         if time.monotonic() >= self._next:
             self.flush()
 
     def flush(self) -> None:
-        """Make what was added hold after any kill."""
+        """Bring all rows and the numbers of their pieces to the disk, where they outlast any kill."""
         began = time.monotonic()
         self._arrays.sync()
         with self._path.open("a") as stream:
-            # The line end in front separates from a line that a kill cut short.
+            # The line end in front separates this line from one that a kill cut short.
             stream.write("".join(f"\n{piece}\n" for piece in self._waiting))
             stream.flush()
             os.fsync(stream.fileno())
@@ -140,17 +148,17 @@ class Journal:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines that were written to their end."""
+    """Return the lines that were written to their end."""
     *lines, _ = path.read_text().split("\n")
     return [line for line in lines if line]
 
 
 def differing(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """Describe the settings in which two starts differ; empty if they are the same.
+    """Describe the settings in which two starts differ; the text is empty if they are the same.
 
     Args:
-        earlier: as an earlier start noted them, under the names of its version.
-        now: of this start.
+        earlier: Settings as an earlier start noted them, under the names of its version.
+        now: Settings of this start.
     """
     earlier = current_settings(earlier)
     return ", ".join(

@@ -1,1 +1,1 @@
-"""LoRA on parallel linears: adapters, trained and saved without the base, merged, exchanged with PEFT."""
+"""Adds LoRA adapters to parallel linears: trained and saved without the base, merged, exchanged with PEFT."""

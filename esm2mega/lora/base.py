@@ -1,4 +1,4 @@
-"""Knows the weights that adapters belong to: where they lie, and the checksum that identifies them."""
+"""Finds the weights that adapters belong to, and identifies them by a checksum."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from esm2mega.errors import UserError
 from esm2mega.parallel.errors import on_one_rank
 
 _KEY = "base"
-"""Of ``train_state.json``: whoever has it holds no weights of its own but those that were trained."""
+"""This key of ``train_state.json`` marks a checkpoint that holds no weights but those that were trained."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen weights under adapters.
+    """Identifies the frozen weights under adapters by their path and a checksum.
 
     Attributes:
-        path: Checkpoint, in any format.
-        sha256: Over all its weights by name, the same in every format that stores the same values and dtype.
+        path: Checkpoint with the weights, in any format.
+        sha256: Checksum of all its weights by name; it is the same in every format that stores the same
+            values and dtype.
     """
 
     path: str
     sha256: str
 
     def as_state(self) -> dict[str, Any]:
-        """The entry of ``train_state.json``."""
+        """Return the entry of ``train_state.json``."""
         return {_KEY: asdict(self)}
 
 
 def identify(base: StartPoint) -> Base:
-    """Read all weights of a checkpoint in any format, and say which they are."""
+    """Read all weights of a checkpoint in any format, and return what identifies them."""
     weights = base.weights
     is_beside = is_auxiliary(weights.description)
     names = sorted(name for name in weights.infos if not is_beside(name))
@@ -45,17 +46,17 @@ def identify(base: StartPoint) -> Base:
 
 
 def has_adapters(start: StartPoint) -> bool:
-    """Whether a checkpoint holds adapters without the weights under them."""
+    """Tell whether a checkpoint holds adapters without the weights under them."""
     return _KEY in start.state
 
 
 def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = None) -> StartPoint:
-    """Open the weights under the adapters of a checkpoint too, in this process alone.
+    """Open the weights under the adapters of a checkpoint as well, in this process alone.
 
     Args:
         start: A checkpoint; a whole model is returned as it is.
-        given: Where the base is, if it is no longer where it was in training: `init_from`.
-        opened: The checkpoint that `given` names, if it has been opened; it may be the base.
+        given: Where the base is if it is no longer where it was in training: `init_from`.
+        opened: The checkpoint that `given` names, if it has been opened already; it may be the base.
 
     Raises:
         UserError: The base is in neither place, or cannot be read, or holds adapters itself.
@@ -63,7 +64,7 @@ def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = 
     if not has_adapters(start) or start.base is not None:
         return start
     path = _find_base(start, given)
-    # `given` may be the directory of a run, which is not looked into again.
+    # `given` may be the directory of a run, whose newest checkpoint is not looked up again.
     if opened is not None and path.resolve() in (opened.path.resolve(), Path(given or opened.path).resolve()):
         base = opened
     else:
@@ -73,18 +74,18 @@ def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = 
 
 
 def open_base(start: StartPoint, given: str | None) -> StartPoint:
-    """`with_base` by rank 0, for all ranks; all of them call this together."""
+    """Let rank 0 call `with_base` for all ranks, which call this function together."""
     return on_one_rank(lambda: with_base(start, given)) if has_adapters(start) else start
 
 
 def read_with_base(path: str | Path) -> StartPoint:
-    """`read_start`, of adapters with the weights under them."""
+    """Open a checkpoint as `read_start` does; one of adapters with the weights under them."""
     start = read_start(path)
     return with_base(start, start.run.init_from)
 
 
 def _find_base(start: StartPoint, given: str | None) -> Path:
-    """Where the base of an adapter checkpoint lies now: where it did, else where `given` says."""
+    """Return where the base of adapters is now: at its recorded path if that exists, else at `given`."""
     recorded = recorded_base(start)
     for path in (recorded.path, given):
         if path is not None and Path(path).exists():
@@ -96,7 +97,7 @@ def _find_base(start: StartPoint, given: str | None) -> Path:
 
 
 def recorded_base(start: StartPoint) -> Base:
-    """What an adapter checkpoint says about its base."""
+    """Return what a checkpoint of adapters records about its base."""
     entry = start.state.get(_KEY)
     if not isinstance(entry, dict) or set(entry) != {"path", "sha256"}:
         raise UserError(
@@ -106,7 +107,7 @@ def recorded_base(start: StartPoint) -> Base:
 
 
 def check_base(start: StartPoint, found: Base) -> None:
-    """Refuse other weights than those that the adapters were trained on."""
+    """Refuse weights other than those that the adapters were trained on."""
     recorded = recorded_base(start)
     if found.sha256 != recorded.sha256:
         raise UserError(
@@ -116,10 +117,10 @@ def check_base(start: StartPoint, found: Base) -> None:
 
 
 def check_adapters(start: StartPoint, lora: LoRAConfig) -> None:
-    """Refuse adapters of another form than the configuration's; dropout may differ.
+    """Refuse adapters that differ in form from those of the configuration; the dropout may differ.
 
     Raises:
-        UserError: Naming the key.
+        UserError: A key has another value; the message names it.
     """
     theirs = start.run.lora
     for key in ("rank", "alpha", "target_modules", "use_rslora", "use_dora"):

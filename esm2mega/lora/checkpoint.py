@@ -27,26 +27,26 @@ from esm2mega.parallel.errors import on_one_rank
 
 @dataclass(frozen=True)
 class Factors:
-    """The adapter of one linear, whole: ``lora_A [r, i]``, ``lora_B [o, r]``, ``magnitude [o]`` or None."""
+    """Holds one whole adapter: ``lora_A [r, i]``, ``lora_B [o, r]``, and ``magnitude [o]`` or None."""
 
     lora_A: Tensor
     lora_B: Tensor
     magnitude: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
-        """The tensors by the names that they have in a checkpoint."""
+        """Return the tensors by the names that they have in a checkpoint."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class AdapterReader:
-    """The adapters of a checkpoint, one at a time, without a model.
+    """Reads the adapters of a checkpoint one at a time, without a model.
 
     Attributes:
-        start: Checkpoint that holds them.
-        base: What they belong to.
+        start: Checkpoint that holds the adapters.
+        base: Weights that the adapters belong to.
         run: Configuration of the checkpoint.
-        targets: Which linears have an adapter.
-        others: Names of tensors that were trained besides, such as a head.
+        targets: Layers that have an adapter, by the name of the linear.
+        others: Names of the tensors that were trained besides the adapters, such as a head.
     """
 
     def __init__(self, start: StartPoint) -> None:
@@ -56,7 +56,7 @@ class AdapterReader:
             start: Checkpoint that holds them.
 
         Raises:
-            UserError: It holds a whole model.
+            UserError: The checkpoint holds a whole model.
         """
         self.start = start
         self.base = recorded_base(start)
@@ -69,17 +69,17 @@ class AdapterReader:
         self.others = [name for name in weights if not name.rpartition(".")[0].endswith(SUFFIX)]
 
     def head(self) -> HeadDescription | None:
-        """The head of a task that was trained beside them, if there is one."""
+        """Return the head of a task that was trained beside the adapters, if there is one."""
         if (head := self.start.task) is None:
             return None
         return replace(head, shapes={name: self._reader.index[name].shape for name in self.others})
 
     def read_other(self, name: str) -> Tensor:
-        """One of `others`."""
+        """Return the tensor `name`, which is one of `others`."""
         return self._reader.read(name)
 
     def read(self, linear: Linear, layer: int) -> Factors | None:
-        """The factors of a linear in a layer; None where it has none."""
+        """Return the factors of a linear in a layer, or None if it has no adapter there."""
         layers = self.targets.get(linear.name, ())
         if layer not in layers:
             return None
@@ -89,7 +89,7 @@ class AdapterReader:
 
 
 def stored_name(linear: Linear) -> str:
-    """The beginning of the names of an adapter's tensors, those of all layers stacked along axis 0."""
+    """Return the prefix of the names of a linear's adapter tensors, which stack all layers along axis 0."""
     return f"encoder.layers.{linear.block}.{linear.name}{SUFFIX}"
 
 
@@ -101,15 +101,15 @@ def write_adapters(
     state: dict[str, Any],
     head: Mapping[str, Tensor],
 ) -> None:
-    """Write a checkpoint of adapters that no run made.
+    """Write a checkpoint of adapters that do not come from a run.
 
     Args:
-        directory: Existing and empty.
-        run: Configuration, with the adapters' section.
-        base: What they belong to.
-        factors: By name of the linear and layer; they are those of `run.lora.target_modules`.
+        directory: An existing, empty directory.
+        run: Configuration, with the section of the adapters.
+        base: Weights that the adapters belong to.
+        factors: Factors by name of the linear and layer, exactly those of `run.lora.target_modules`.
         state: Further entries of ``train_state.json``.
-        head: Tensors of the head of a task, by their names in the model.
+        head: Tensors of the head of a task by their names in the model.
     """
     targets = resolve_targets(run.lora.target_modules, shape_of(run.model).num_layers)
     stacked: dict[str, StackedTensor] = {}
@@ -132,19 +132,19 @@ def write_adapters(
 def load_model(
     start: StartPoint, run: Run, chunks: Sequence[Any], tensor_filter: TensorFilter = TRAINED
 ) -> dict[str, Tensor]:
-    """Fill a model from a checkpoint of ours, whole or of adapters; every rank calls this.
+    """Fill a model from a checkpoint of this package, whole or of adapters; every rank calls this.
 
     Args:
-        start: The checkpoint; of adapters with its base.
+        start: The checkpoint; one of adapters comes with its base.
         run: Configuration of this start.
-        chunks: This rank's; they get the adapters.
-        tensor_filter: Which tensors of a checkpoint of adapters are restored.
+        chunks: This rank's chunks of the model, which get the adapters.
+        tensor_filter: Chooses the tensors to restore from a checkpoint of adapters.
 
     Returns:
-        Auxiliary tensors.
+        Auxiliary tensors by name.
 
     Raises:
-        UserError: A tensor is missing, or the base is another one.
+        UserError: A tensor is missing, or the base has other weights.
     """
     if not has_adapters(start):
         load_weights(start.path, chunks)
@@ -155,20 +155,19 @@ def load_model(
 
 
 def load_base(start: StartPoint, run: Run, chunks: Sequence[Any]) -> tuple[Base, dict[str, Tensor]]:
-    """Fill a model with the weights of its base, and add adapters as they are at the start; a task's head is
-    trained in full.
+    """Fill a model with the weights of its base and add new adapters; a task's head is trained in full.
 
     Args:
-        start: Checkpoint of adapters with its base, whose adapters and head will be loaded next; or a whole
-            model, which new adapters are trained on.
-        run: Configuration.
-        chunks: This rank's.
+        start: A checkpoint of adapters with its base, whose adapters and head will be loaded next; or a whole
+            model, on which new adapters are trained.
+        run: Configuration of this start.
+        chunks: This rank's chunks of the model.
 
     Returns:
-        The base, and its auxiliary tensors.
+        The base and its auxiliary tensors.
 
     Raises:
-        UserError: The base is another one.
+        UserError: The base has other weights than those recorded with the adapters.
     """
     has_head = run.task.kind is not None
     base = start if start.base is None else start.base

@@ -1,9 +1,9 @@
-"""The head of a task in a directory of PEFT, as a classifier in its ``modules_to_save``.
+"""Converts the head of a task to and from the classifier in the ``modules_to_save`` of a PEFT directory.
 
-It is that of `EsmForSequenceClassification` or `EsmForTokenClassification`, which peft trains in full. The
-scale of numeric targets goes into its last layer, so that their logits are in the units of the labels.
-What logits mean, such as the names of the classes, has no place in a PEFT directory; it goes into `TASK`,
-which peft does not read.
+The classifier is that of `EsmForSequenceClassification` or `EsmForTokenClassification`, which peft trains in
+full. The scale of numeric targets goes into its last layer, so that the logits are in the units of the
+labels. PEFT has no place for the meaning of the logits, such as the names of the classes: it goes into the
+file `TASK`, which peft does not read.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ TASK = "esm2mega_task.json"
 PREFIX = "base_model.model.classifier."
 MODULE = "classifier"
 TASK_TYPES = {SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS"}
-"""What peft calls them."""
+"""These are peft's names for the types of task of the two classes."""
 
 
 def described(architecture: str, info: TargetInfo) -> str:
-    """For whom an exported head is, in a line."""
+    """Return a line of the report that says which class loads an exported head."""
     return f"head     {architecture} with num_labels={info.num_outputs}: {first_of(info.names)}"
 
 
 def to_theirs(architecture: str, head: Mapping[str, Tensor], info: TargetInfo) -> dict[str, Tensor]:
-    """Tensors of the classifier by the names that peft gives them, with outputs in units of the labels."""
+    """Return the classifier's tensors under peft's names, changed to give outputs in units of the labels."""
     return {
         theirs: in_units_of_labels(ours, head[ours], info, head[ours].dtype).contiguous()
         for theirs, ours in _names(architecture).items()
@@ -51,18 +51,18 @@ def to_theirs(architecture: str, head: Mapping[str, Tensor], info: TargetInfo) -
 
 
 def write_task(directory: Path, head: HeadDescription) -> None:
-    """Write `TASK`: what the logits mean."""
+    """Write the file `TASK`, which says what the logits mean."""
     content = {"target_columns": head.task.target_columns, **unit_scale(head.info).to_dict()}
     (directory / TASK).write_text(json.dumps(content, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the logits of a classifier mean, where its directory does not say.
+    """Says what the logits of a classifier mean, for a directory that does not say it.
 
     Attributes:
-        kind: `task.kind`.
-        names: Of the outputs; None for ``LABEL_0`` and so on, as transformers calls them.
+        kind: The task, as in `task.kind`.
+        names: Names of the outputs; None for ``LABEL_0`` and so on, as in transformers.
     """
 
     kind: str
@@ -70,27 +70,27 @@ class Meaning:
 
 
 def has_meaning(source: Path, given: Meaning | None) -> bool:
-    """Whether a classifier in this PEFT directory can be the head of a task."""
+    """Tell whether a classifier in this PEFT directory has a known meaning and can be the head of a task."""
     return given is not None or (source / TASK).exists()
 
 
 def to_ours(
     source: Path, tensors: Mapping[str, Tensor], hidden_size: int, dropout: float, given: Meaning | None
 ) -> tuple[dict[str, Tensor], TaskConfig, TargetInfo]:
-    """The head in a PEFT directory.
+    """Convert the classifier of a PEFT directory to the head of a task.
 
     Args:
         source: The directory.
-        tensors: Those of the classifier by their names.
-        hidden_size: Of the base.
-        dropout: Of the head in training.
-        given: What its logits mean; None for what the file `TASK` says.
+        tensors: Tensors of the classifier by their names in the file.
+        hidden_size: Hidden size of the base.
+        dropout: Dropout of the head in training.
+        given: Meaning of the logits; None to read it from the file `TASK`.
 
     Returns:
-        Tensors by our names, the section ``task``, and what predictions mean.
+        Tensors by their names in the model, the section ``task``, and what the predictions mean.
 
     Raises:
-        UserError: The file is not whole, or the tensors are not such a head.
+        UserError: The file `TASK` is incomplete, or the tensors are not those of such a head.
     """
     found = {name.removeprefix(PREFIX): tuple(value.shape) for name, value in tensors.items()}
     if given is None:
@@ -125,7 +125,7 @@ def _stored(source: Path) -> tuple[list[str], TargetInfo]:
 
 
 def _names(architecture: str) -> dict[str, str]:
-    """Their name -> ours."""
+    """Return the names of the head's tensors in the model by their names in peft."""
     return {
         f"base_model.model.{row.theirs}".format(p=part): row.ours.format(p=part)
         for row in ROWS[architecture]

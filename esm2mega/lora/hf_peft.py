@@ -1,7 +1,7 @@
 """Converts adapters to and from a directory of PEFT: ``adapter_config.json`` and one safetensors file.
 
-Names and keys: peft 0.13 to 0.21. Channels of q and k need no reordering: both sides turn pairs
-``(i, i + d/2)``.
+Names and keys are those of peft 0.13 to 0.21. Channels of q and k need no reordering: both sides rotate the
+pairs ``(i, i + d/2)``.
 
 Legend: ``r`` rank of the adapter, ``i`` and ``o`` inputs and outputs of a linear.
 """
@@ -56,7 +56,7 @@ _THEIRS = {
     "lora_B": "lora_B.weight",
     "magnitude": "lora_magnitude_vector",
 }
-"""Our factor -> their name."""
+"""This table gives peft's name for each of our factors."""
 
 _NAME = re.compile(
     r"base_model\.model\.(?:esm\.)?encoder\.layer\.(?P<layer>\d+)\.(?P<linear>[\w.]+?)\."
@@ -84,26 +84,26 @@ _WITHOUT_EFFECT = {
     "use_dora",
     "use_rslora",
 }
-"""Keys that are read here, or say nothing that the tensors do not show."""
+"""These keys are read here, or say nothing that the tensors do not show."""
 
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the base as it is."""
+"""These values of `init_lora_weights` leave the base as it is."""
 
 
 def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
     """Write `target`, a directory that `peft` loads onto an ESM-2 of `transformers` with the same base.
 
-    The head of a task goes along where transformers has the same.
+    The head of a task is written too if transformers has an equal one.
 
     Args:
-        checkpoint: Of adapters, or the run directory of one.
-        target: Must not exist; appears when it is whole.
+        checkpoint: A checkpoint of adapters, or the directory of a run with one.
+        target: Directory to make; it must not exist, and appears when it is complete.
 
     Returns:
-        A report for the reader.
+        Lines of a report for the user.
 
     Raises:
-        UserError: There is no such model in `transformers`.
+        UserError: `transformers` has no such model, or `target` exists.
     """
     adapters = AdapterReader(read_checkpoint(checkpoint))
     checkpoint = adapters.start.path
@@ -150,7 +150,7 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
 
 
 def _module(linear: Linear, layer: int) -> str:
-    """The linear in `EsmForMaskedLM` and the other models with a head."""
+    """Return the name of the linear in `EsmForMaskedLM` and the other models with a head."""
     return f"esm.encoder.layer.{layer}.{linear.hugging_face}"
 
 
@@ -175,7 +175,7 @@ def _their_config(adapters: AdapterReader, base: str | None) -> dict[str, Any]:
 
 
 def _their_targets(targets: Targets, num_layers: int) -> list[str]:
-    """Ends of module names. ``output.dense`` would mean two linears, hence whole names for it."""
+    """Return ends of module names; ``output.dense`` would match two linears, so its layer is written too."""
     names = []
     for linear in LINEARS:
         layers = targets.get(linear.name, ())
@@ -192,17 +192,18 @@ def import_adapters(
     """Write `target`, a checkpoint of the adapters in the PEFT directory `source`.
 
     Args:
-        source: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+        source: Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
         base: Checkpoint with the weights that the adapters were trained on, in any readable format.
-        target: Must not exist; appears when it is whole.
-        drop: Shell patterns of tensors to leave out although they are no adapters.
-        meaning: Of a classifier beside the adapters, where the directory does not say it.
+        target: Directory to make; it must not exist, and appears when it is complete.
+        drop: Shell patterns of tensors that are not adapters and are left out.
+        meaning: Meaning of a classifier beside the adapters, for a directory that does not say it.
 
     Returns:
-        A report for the reader.
+        Lines of a report for the user.
 
     Raises:
-        UserError: Not such a directory, with something that has no place here, or it does not fit the base.
+        UserError: `source` is not such a directory, holds something that has no place here, or does not fit
+            the base; or `target` exists.
     """
     config = _read_config(source / CONFIG)
     start = read_start(base)
@@ -230,7 +231,7 @@ def import_adapters(
         hidden_size, dropout = shape_of(run.model).hidden_size, dropout_of(_base_config(start))
         head, run.task, info = to_ours(source, found.classifier, hidden_size, dropout, meaning)
         run.finetune.mode = "lora"
-        # Their head reads <cls>, which only this way of cropping keeps.
+        # The head of transformers reads <cls>, which only this way of cropping keeps.
         run.data.crop = "start"
         validate_task(run)
         state["task"] = info.to_dict()
@@ -244,13 +245,13 @@ def import_adapters(
 
 
 def _base_config(base: StartPoint) -> dict[str, Any]:
-    """``config.json`` of a base of transformers; of others nothing."""
+    """Return ``config.json`` of a base in the format of transformers; for other formats it is empty."""
     return SourceFiles(base.path).config if base.format == "hf" else {}
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What the tensors of a PEFT directory are."""
+    """Holds the tensors of a PEFT directory, sorted by what they are."""
 
     factors: dict[tuple[str, int], Factors]
     targets: Targets
@@ -269,7 +270,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         harmless = not value or key in _WITHOUT_EFFECT or (key, value) == ("bias", "none")
         if key == "init_lora_weights":
             harmless = value in _PLAIN_STARTS
-        # What `modules_to_save` names is among the tensors, which are all accounted for.
+        # The modules of `modules_to_save` are among the tensors, each of which is checked.
         if not harmless and key != "modules_to_save":
             raise UserError(
                 f"{path}: {key}={json.dumps(value)} is not supported; merge the adapter with peft "
@@ -318,13 +319,13 @@ def _read_tensors(
             )
         parts.setdefault((linear.name, layer), {})[factor] = store.read(name)
     if not parts:
-        raise UserError(f"{path}: holds no adapter")
+        raise UserError(f"{path}: holds no adapter; save the adapter with peft again")
     required = {"lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])}
     for (name, layer), present in parts.items():
         if present.keys() != required:
             raise UserError(
                 f"{path}: {name} of layer {layer} has {', '.join(sorted(present))}, not "
-                f"{', '.join(sorted(required))}; the file is not whole"
+                f"{', '.join(sorted(required))}; the file is not whole, save the adapter again"
             )
     targets = {
         linear.name: tuple(sorted(layer for name, layer in parts if name == linear.name))

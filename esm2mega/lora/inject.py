@@ -1,4 +1,4 @@
-"""Puts adapters into a model, on the linears that the configuration names, and draws their first values."""
+"""Puts adapters beside the linears that the configuration names, and draws their initial values."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from esm2mega.model.freezing import freeze
 from esm2mega.model.init import draw
 
 SUFFIX = "_lora"
-"""``linear_q`` has its adapter in ``linear_q_lora``, beside it."""
+"""The adapter of ``linear_q`` is the module ``linear_q_lora`` beside it."""
 
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
 
 def apply_lora(chunks: Sequence[Any], lora: LoRAConfig, seed: int, trainable: Sequence[str] = ()) -> None:
-    """Freeze a model and put adapters beside its linears; its outputs stay what they are.
+    """Freeze a model and put adapters beside its linears, which do not change its outputs yet.
 
     Call it with the weights of the base in place, before the model is wrapped for data parallelism.
 
     Args:
         chunks: This rank's chunks of `esm2mega.model.esm2.ESM2Model`.
         lora: Rank, kind and targets.
-        seed: Of the first values, which are the same at every layout.
-        trainable: Beginnings of names of parameters that are not frozen, such as those of a new head.
+        seed: Seed of the initial values, which are the same in every layout.
+        trainable: Prefixes of the names of parameters that are not frozen, such as those of a new head.
 
     Raises:
         UserError: A target matches nothing.
@@ -47,14 +47,14 @@ def apply_lora(chunks: Sequence[Any], lora: LoRAConfig, seed: int, trainable: Se
 
 
 def is_adapter(name: str) -> bool:
-    """Whether this is the name of a parameter of an adapter."""
+    """Tell whether this is the name of a parameter of an adapter."""
     return name.rpartition(".")[0].endswith(SUFFIX)
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Set the generators behind dropout as a function of the run's seed, the step and this rank's data.
+    """Seed the generators of dropout from the run's seed, the step, and the data-parallel and pipeline ranks.
 
-    A resumed run so drops what the unbroken one would have.
+    A resumed run therefore drops what the uninterrupted run would have dropped.
     """
     location = (
         parallel_state.get_data_parallel_rank(),
@@ -76,7 +76,7 @@ def _adapt_layer(layer: Any, lora: LoRAConfig, targets: dict[str, tuple[int, ...
             if number not in layers:
                 adapters.append(None)
                 continue
-            # Parts of a fused weight are equally high.
+            # The parts of a fused weight have equal numbers of rows.
             weight = module.weight[: module.weight.shape[0] // len(parts)]
             adapter = Adapter(layer.config, weight, is_column, lora, (layers.index(number), len(layers)))
             setattr(host, f"{linear.name}{SUFFIX}", adapter)
@@ -87,7 +87,7 @@ def _adapt_layer(layer: Any, lora: LoRAConfig, targets: dict[str, tuple[int, ...
 
 @torch.no_grad()
 def _initialize(name: str, parameter: Tensor, seed: int) -> None:
-    """``B`` 0, ``A`` uniform within ``1 / sqrt(i)`` as PEFT; magnitudes are set already.
+    """Set ``B`` to 0 and draw ``A`` uniformly within ``1 / sqrt(i)``, as PEFT does; magnitudes are set.
 
     ``A`` is drawn whole from (seed, name), and this rank keeps its slice.
     """
@@ -102,7 +102,7 @@ def _uniform(shape: list[int], generator: torch.Generator) -> Tensor:
 
 
 def adapters_line(lora: LoRAConfig, chunks: Sequence[Any]) -> str:
-    """Say what is trained, for the announcement of a run; counts of this rank's chunks."""
+    """Return a line that says what is trained, with the counts of this rank's chunks."""
     kinds = [name for name, on in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if on]
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

@@ -1,15 +1,15 @@
-"""An adapter beside a column- or row-parallel linear, and what it adds to the output.
+"""Computes an adapter beside a column- or row-parallel linear, and adds its result to the output.
 
 The adapted output is ``W x + s B A x`` (Hu et al. 2021, arXiv:2106.09685); with a magnitude, each of its rows
 is scaled by ``m / |W + s B A|``, whose norm counts as a constant (Liu et al. 2024, arXiv:2402.09353).
 
-How the factors are split over the tensor-parallel group, so that only vectors of the rank's length are sent:
+The factors are split over the tensor-parallel group such that only vectors of the adapter's rank are sent:
 
-* column: ``A`` whole on every process, ``B`` and ``m`` split by rows, as ``W``;
-* row: ``A`` split by columns, as ``W``; ``B`` and ``m`` whole.
+* column-parallel: ``A`` is whole on every process; ``B`` and ``m`` are split by rows, as ``W`` is;
+* row-parallel: ``A`` is split by columns, as ``W`` is; ``B`` and ``m`` are whole.
 
-Under sequence parallelism a whole factor sees the tokens of its process alone. It carries the mark
-``sequence_parallel``, by which Megatron-Core adds up its gradient over the group.
+Under sequence parallelism a whole factor sees only the tokens of its process. Its attribute
+``sequence_parallel`` makes Megatron-Core sum its gradient over the group.
 
 Legend: ``T`` tokens of a pack (``m`` in the last layer), ``t`` tensor-parallel size, ``r`` rank of the
 adapter, ``n`` heads, ``d`` head dimension, ``i`` and ``o`` inputs and outputs of the linear.
@@ -40,11 +40,11 @@ from torch.nn.functional import dropout, linear
 from esm2mega.config.schema import LoRAConfig
 
 _SPLIT = {True: {"lora_B": 0, "magnitude": 0}, False: {"lora_A": 1}}
-"""Is it column-parallel? -> factor -> its dimension that is split."""
+"""This gives the split dimension of each split factor for column-parallel (True) and row-parallel linears."""
 
 
 class Adapter(MegatronModule):
-    """The trained factors of one linear."""
+    """Holds the trained factors of one linear."""
 
     def __init__(
         self,
@@ -54,14 +54,14 @@ class Adapter(MegatronModule):
         lora: LoRAConfig,
         position: tuple[int, int],
     ) -> None:
-        """Make the factors, unset; `esm2mega.lora.inject` fills them.
+        """Make the factors without values, which `esm2mega.lora.inject` sets.
 
         Args:
-            config: Of the model.
+            config: Configuration of the model.
             weight: This rank's part of the adapted weight, ``[o/t, i]`` or ``[o, i/t]``.
-            is_column: Whether it is split by rows.
-            lora: Rank and kind.
-            position: Number of this adapter among those of its kind in other layers, and how many these are.
+            is_column: Whether the weight is split by rows.
+            lora: Rank and kind of the adapter.
+            position: Index of this adapter among those of the same linear in all layers, and their number.
         """
         super().__init__(config=config)
         assert lora.rank is not None
@@ -83,7 +83,7 @@ class Adapter(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """Stacked with those of the other layers that have one; `sharded_offsets` would stack all layers."""
+        """Stack the factors over the layers with an adapter; `sharded_offsets` would stack all layers."""
         number, count = self._position
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True), prefix, _SPLIT[self._is_column], [(0, number, count)]
@@ -91,15 +91,15 @@ class Adapter(MegatronModule):
 
 
 class AdaptedLinear:
-    """A linear with its adapters; called as its forward hook.
+    """Adds the results of adapters to the output of a linear, as its forward hook.
 
-    The linear stays what and where it is, so the weights of the base keep their names.
+    The linear remains in its place in the model, so the weights of the base keep their names.
     """
 
     def __init__(
         self, module: Any, adapters: Sequence[Adapter | None], is_column: bool, lora: LoRAConfig
     ) -> None:
-        """Args: adapters: one per part of the module's output, None where a part has none."""
+        """Take `adapters`, one for each part of the output of `module`; a part without one has None."""
         self._module, self._is_column, self._scaling = module, is_column, lora.scaling
         self._adapters = list(adapters)
         self._present = [adapter for adapter in adapters if adapter is not None]
@@ -109,7 +109,7 @@ class AdaptedLinear:
         for part, adapter in enumerate(adapters):
             if adapter is not None and adapter.magnitude is not None:
                 with torch.no_grad():
-                    # As at the start: the product of the factors is zero.
+                    # The product of the factors is zero at the start of training, and so it is here.
                     adapter.lora_B.zero_()
                     adapter.lora_A.zero_()
                     adapter.magnitude.copy_(self._norm(part, adapter))
@@ -117,10 +117,10 @@ class AdaptedLinear:
     def __call__(
         self, module: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        """Add what the adapters give: the output of the linear, ``[T, 1, o/t]`` or ``[T/t, 1, o]``."""
+        """Return the output of the linear plus those of the adapters, ``[T, 1, o/t]`` or ``[T/t, 1, o]``."""
         value, separate_bias = output
         deltas = iter(self._deltas(inputs[0]))
-        # Where the caller adds the bias there is none in the output.
+        # If the caller adds the bias, the output does not contain it.
         bias = module.bias if separate_bias is None else None
         if len(self._adapters) == 1:
             return self._combine(value, next(deltas), 0, self._present[0], bias), separate_bias
@@ -135,7 +135,7 @@ class AdaptedLinear:
         return stacked.flatten(-3), separate_bias
 
     def _deltas(self, x: Tensor) -> list[Tensor]:
-        """``s B A x`` of each adapter, in the layout of the linear's output."""
+        """Return ``s B A x`` of each adapter, in the layout of the linear's output."""
         group = self._module.tp_group
         x = self._dropped(x)
         # [T, 1, k r]: one product and one collective for all k adapters
@@ -156,7 +156,7 @@ class AdaptedLinear:
     def _dropped(self, x: Tensor) -> Tensor:
         if not self._dropout or not self._present[0].training:
             return x
-        # Processes that hold the same numbers must drop the same ones; the tracker's seeds differ.
+        # Processes with the same activations must drop the same elements, but the tracker's seeds differ.
         same = self._is_column and not self._sequence_parallel
         with contextlib.nullcontext() if same else get_cuda_rng_tracker().fork():
             return dropout(x, self._dropout)
@@ -171,9 +171,10 @@ class AdaptedLinear:
 
     @torch.no_grad()
     def _norm(self, part: int, adapter: Adapter) -> Tensor:
-        """Length of each row of the adapted weight, in its dtype: ``[o/t]`` or ``[o]``.
+        """Return the norm of each row of the adapted weight, in its dtype: ``[o/t]`` or ``[o]``.
 
-        All-reduce over the tensor-parallel group where rows are split; every rank holds the result.
+        Where each rank holds only some columns, an all-reduce over the tensor-parallel group gives every rank
+        the result.
         """
         weight = self._module.weight
         if len(self._adapters) > 1:
@@ -187,5 +188,5 @@ class AdaptedLinear:
         return squares.sqrt().to(weight.dtype)
 
     def _part(self, fused: Tensor, number: int) -> Tensor:
-        """Rows of q, k or v out of the head-major fused ones: ``[*, 3h/t] -> [*, h/t]``."""
+        """Select the channels of q, k or v from the fused, head-major ones: ``[*, 3h/t] -> [*, h/t]``."""
         return fused.unflatten(-1, (self._heads, 3, -1)).select(-2, number).flatten(-2)

@@ -1,4 +1,4 @@
-"""Merges adapters into the weights under them, tensor by tensor, to an ordinary checkpoint."""
+"""Merges adapters into the weights under them, tensor by tensor, and writes an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _WEIGHT = re.compile(r"encoder\.layers\.(\d+)\.(?:self_attention|mlp)\.(linear_\
 
 
 def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list[str]:
-    """Write `target`, a checkpoint of the whole model with the adapters of `checkpoint` merged in.
+    """Write `target`, a checkpoint of the whole model with the adapters of `checkpoint` merged into it.
 
     It has the head of the task if `checkpoint` has one.
 
     Args:
-        checkpoint: Of adapters, or the run directory of one.
-        target: Must not exist; appears when it is whole.
+        checkpoint: A checkpoint of adapters, or the directory of a run with one.
+        target: Directory to make; it must not exist, and appears when it is complete.
         base: Where the weights under the adapters are; None for where they were in training.
 
     Returns:
-        A report for the reader.
+        Lines of a report for the user.
 
     Raises:
-        UserError: The base is not there or another one.
+        UserError: The base is missing or has other weights, or `target` exists.
     """
     start = read_checkpoint(checkpoint)
     adapters = AdapterReader(start)
@@ -65,7 +65,7 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
 
 
 def _with_head(weights: Weights, head: HeadDescription, adapters: AdapterReader) -> Weights:
-    """The same with the head that was trained beside the adapters, in the place of that of the base."""
+    """Replace the head of the base by the head that was trained beside the adapters."""
     dtype, read = weights.description.dtype, weights.read
     description = replace(weights.description, head=head)
     encoder = description.shapes.keys() - head.shapes
@@ -81,7 +81,7 @@ def _with_head(weights: Weights, head: HeadDescription, adapters: AdapterReader)
 
 
 def _merged_run(run: Run, weights: Weights) -> Run:
-    """The configuration of a fine-tuned model whose adapters are in its weights."""
+    """Return the configuration of a fine-tuned model whose adapters are merged into its weights."""
     run = copy.deepcopy(run)
     run.model.precision = next(name for name, dtype in DTYPES.items() if dtype == weights.description.dtype)
     run.lora, run.finetune, run.init_from = LoRAConfig(), FinetuneConfig(), None
@@ -89,10 +89,10 @@ def _merged_run(run: Run, weights: Weights) -> Run:
 
 
 def merged(weights: Weights, adapters: AdapterReader) -> Weights:
-    """`weights` with adapted tensors changed while being read.
+    """Return `weights` with the adapters added to their tensors when these are read.
 
-    Their dtype becomes the wider one of the weights and the training. The sum is made in fp32 at least and
-    rounded once.
+    The dtype becomes the wider one of that of the weights and that of the training. The sum is computed in
+    fp32 at least and rounded once.
     """
     trained = DTYPES[adapters.run.model.precision]
     weights = weights.cast(torch.promote_types(default_dtype(weights.description.dtype), trained))
@@ -118,7 +118,7 @@ def merged(weights: Weights, adapters: AdapterReader) -> Weights:
 
 
 def _folded(weight: Tensor, factors: Factors | None, scaling: float) -> Tensor:
-    """``W + s B A``, and with a magnitude ``m (W + s B A) / |W + s B A|`` row by row: ``[o, i]``."""
+    """Return ``W + s B A``, or with a magnitude ``m (W + s B A) / |W + s B A|`` by rows, ``[o, i]``."""
     if factors is None:
         return weight
     wide = torch.promote_types(weight.dtype, torch.float32)

@@ -1,6 +1,6 @@
-"""Bidirectional self-attention over a pack: each sequence attends to itself and to nothing else.
+"""Computes bidirectional self-attention over a pack: each sequence attends to itself and to nothing else.
 
-Legend: ``T`` tokens of a pack, ``m`` of them that ask (all, or those that get logits), ``h`` hidden size,
+Legend: ``T`` tokens of a pack, ``m`` of them as queries (all, or those that get logits), ``h`` hidden size,
 ``n`` heads, ``t`` tensor-parallel size, ``d`` head dimension.
 """
 
@@ -22,11 +22,11 @@ from esm2mega.model.packed import PackedSequences
 from esm2mega.model.rotary import split_and_rotate
 
 Kernel = Callable[[Tensor, Tensor, Tensor, PackedSequences, float], Tensor]
-"""q ``[m, n/t, d]``, k and v ``[T, n/t, d]``, borders, scale -> ``[m, n/t, d]``."""
+"""Takes q ``[m, n/t, d]``, k and v ``[T, n/t, d]``, borders and scale, and returns ``[m, n/t, d]``."""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float) -> Tensor:
-    """PyTorch's attention, one call per sequence. Any device, any dtype."""
+    """Attend with PyTorch's own function, one call per sequence, on any device and in any dtype."""
     outputs = []
     # split, not slicing: the backward of a slice fills the whole tensor with zeros once per sequence.
     for segment in zip(
@@ -42,7 +42,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float) -> Tensor:
-    """`torch.nn.attention.varlen`: one kernel for the pack, no further package. CUDA, bf16 or fp16."""
+    """Attend with one kernel of `torch.nn.attention.varlen` for the whole pack, on CUDA in bf16 or fp16."""
     from torch.nn.attention.varlen import varlen_attn
 
     borders = packed.cu_seqlens_q, packed.cu_seqlens_kv
@@ -52,7 +52,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: floa
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float) -> Tensor:
-    """The flash-attn package's varlen kernel. CUDA, bf16 or fp16."""
+    """Attend with the varlen kernel of the flash-attn package, on CUDA in bf16 or fp16."""
     from flash_attn import flash_attn_varlen_func
 
     borders = packed.cu_seqlens_q, packed.cu_seqlens_kv
@@ -65,16 +65,16 @@ KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "varlen": varlen, "flash": flash}
 
 
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The kernel behind `model.attention_backend` on this device.
+    """Return the name of the kernel that `model.attention_backend` means on this device.
 
     Args:
         name: ``auto``, or one of `KERNELS`.
         device: Where the model lives.
-        dtype: Of q, k and v.
+        dtype: Data type of q, k and v.
         head_dim: Channels of a head, d.
 
     Raises:
-        UserError: A kernel was asked for by name that cannot run here.
+        UserError: The kernel that was asked for by name cannot run here.
     """
     fused = _fused_kernels_run(device, dtype, head_dim)
     usable = {
@@ -99,7 +99,7 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
 
 
 def _fused_kernels_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """What the varlen and the flash-attn kernels have in common: FlashAttention-2."""
+    """Check what FlashAttention-2 needs, which both the varlen and the flash-attn kernels are built on."""
     return (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
@@ -117,7 +117,7 @@ def _installed(module: str) -> bool:
 
 
 class PackedCoreAttention(MegatronModule):
-    """Softmax attention within each sequence of a pack. No dropout: ESM-2 has none."""
+    """Computes softmax attention within each sequence of a pack, without dropout, since ESM-2 has none."""
 
     def __init__(
         self, config: Any, layer_number: int, softmax_scale: float | None = None, **unused: Any
@@ -139,16 +139,16 @@ class PackedCoreAttention(MegatronModule):
     ) -> Tensor:
         """Compute attention: q ``[m, n/t, d]``, k and v ``[T, n/t, d]`` -> ``[m, n/t, d]``.
 
-        The borders are the only mask there is.
+        The borders of the sequences are the only mask.
         """
         return self.kernel(query, key, value, packed_seq_params, self.scale)
 
 
 class ESM2SelfAttention(SelfAttention):
-    """Megatron-Core's self-attention with ESM-2's rotary tables, which are made once per micro-batch.
+    """Gives Megatron-Core's self-attention ESM-2's rotary tables, which are made once per micro-batch.
 
-    The parent would rebuild cos and sin for q and for k in every layer, and copy ``cu_seqlens`` to the host
-    each time.
+    The parent class would rebuild cos and sin for q and for k in every layer, and copy ``cu_seqlens`` to the
+    host each time.
     """
 
     def forward(
@@ -170,7 +170,7 @@ class ESM2SelfAttention(SelfAttention):
             rotary_pos_emb: ``[2, T, 1, d / 2]`` from `RotaryTables`; None in models with learned positions.
             packed_seq_params: Borders of the sequences.
             rows: int64 ``[m]``, the tokens whose output is wanted; all of them when None.
-            **unused: What the transformer layer passes for decoders.
+            **unused: Arguments that the transformer layer passes for decoders.
 
         Returns:
             Output in the layout of `hidden_states`, or ``[m, 1, h]`` at `rows`; and the bias ``[h]`` that the
@@ -185,8 +185,8 @@ class ESM2SelfAttention(SelfAttention):
             query, key, value = (part.contiguous() for part in qkv.unbind(dim=2))
         else:
             query, key, value = split_and_rotate(qkv, rotary_pos_emb)
-        # Our kernels take queries of other lengths than the keys. Transformer Engine's stay whole: they are
-        # chosen and proven for self-attention, and the rest of the layer is the larger part.
+        # Our kernels accept fewer queries than keys. Transformer Engine's get all queries: they are chosen
+        # and proven for self-attention, and the rest of the layer costs more.
         if rows is not None and isinstance(self.core_attention, PackedCoreAttention):
             query, packed_seq_params = query.index_select(0, rows), packed_seq_params.at_rows()
             rows = None

@@ -1,4 +1,4 @@
-"""Builds this rank's part of the model; only here are our keys translated to Megatron-Core's."""
+"""Builds this rank's part of the model; only this file translates our keys to Megatron-Core's."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 @dataclass
 class ESM2TransformerConfig(TransformerConfig):
-    """Megatron-Core's configuration, with the attention kernel of a pack and the kind of model.
-
-    The added fields are those of `ModelConfig`.
-    """
+    """Extends Megatron-Core's configuration by the attention kernel and by fields of `ModelConfig`."""
 
     packed_attention: str = "sdpa"
     family: str = "esm2"
@@ -40,7 +37,7 @@ class ESM2TransformerConfig(TransformerConfig):
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, device: torch.device, packed_attention: str
 ) -> ESM2TransformerConfig:
-    """Megatron-Core's configuration of an ESM-2.
+    """Translate our configuration to Megatron-Core's.
 
     Args:
         model: Shape and numerics.
@@ -70,9 +67,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=model.precision == "bf16",
         use_cpu_initialization=device.type == "cpu",
-        # `esm2mega.model.init` fills the weights, the same at every layout. Megatron-Core's own
-        # initialisation still has to run, since it marks which dimension of a weight is split, but it draws
-        # nothing.
+        # `esm2mega.model.init` fills the weights, the same at every layout. Megatron-Core's own initialiser
+        # still has to run, since it marks which dimension of a weight is split, but it draws nothing.
         init_method=_leave_unset,
         output_layer_init_method=_leave_unset,
         embedding_init_method=_leave_unset,
@@ -116,17 +112,17 @@ def build_model(
     make_head: MakeHead | None = None,
     has_lora: bool = False,
 ) -> list[ESM2Model]:
-    """This rank's chunks of the model with initial weights: one, or several if interleaved.
+    """Build this rank's chunks of the model with initial weights: one, or several if interleaved.
 
     Args:
         model: Shape and numerics.
         parallel: Layout.
         device: Where the weights live.
-        seed: Of the initial weights.
-        make_head: Makes the head of a task, in the place of that of the masked language model.
+        seed: Seed of the initial weights.
+        make_head: Makes the head of a task; None for the masked-language-model head.
         has_lora: Whether its linears will get adapters, which need the input that fused layers keep inside.
     """
-    # The LayerNorms of post-LN stand alone, not fused into the linears behind them.
+    # Post-LN needs LayerNorms of their own, not fused into the linears that follow.
     spec_name = "local" if has_lora or model.family == "proteinbert_postln" else model.layer_spec
     spec = layer_spec.choose_layer_spec(spec_name, device, DTYPES[model.precision])
     te_attention = spec == "te" and model.attention_backend in ("auto", "te")

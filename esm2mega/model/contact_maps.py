@@ -1,4 +1,4 @@
-"""ESM-2's contacts: a logistic regression on attention maps, which is summed up layer by layer.
+"""Computes ESM-2's contacts: a logistic regression on attention maps, which is summed up layer by layer.
 
 Legend: ``n`` heads, ``L`` layers, ``t`` tensor-parallel size, ``d`` head dimension, ``l`` residues of a
 sequence, ``s`` its tokens.
@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _MAP_ELEMENTS = 1 << 24
-"""Elements of attention maps held at once: 64 MB in fp32, or one map if that is larger."""
+"""Limits the elements of attention maps held at once: 64 MB in fp32, or one map if it is larger."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A sequence in a pack.
+    """Says where a sequence lies in a pack.
 
     Attributes:
-        start: Place of its first token.
-        num_tokens: s.
+        start: Index of its first token in the pack.
+        num_tokens: Number of its tokens, ``s``.
         residues: Which of its tokens are residues.
     """
 
@@ -37,13 +37,13 @@ class Span:
 class ContactMaps:
     """Sums up the regression's logits over the heads of this rank while a pack passes through the layers.
 
-    Of each map the residues' part is taken, symmetrised, and corrected by its average product (APC). The
-    regression is a sum over maps, so maps are never kept: what remains is one ``[l, l]`` sum per sequence.
+    The part of each map that belongs to residues is symmetrised and corrected by its average product (APC).
+    The regression is a sum over maps, so maps are never kept: only one ``[l, l]`` sum per sequence remains.
     Where gradients are wanted, the maps are computed again in the backward pass, one sequence at a time.
     """
 
     def __init__(self, layers: Iterable[Any]) -> None:
-        """Args: layers: this rank's transformer layers."""
+        """Register hooks in `layers`, this rank's transformer layers."""
         self._weights: Mapping[int, Tensor] = {}
         self._spans: Sequence[Span] = ()
         self.sums: list[Tensor] = []
@@ -59,8 +59,8 @@ class ContactMaps:
 
         Args:
             spans: Its sequences, without pad tails.
-            weights: Of the regression, for the heads of each layer, ``[n]``, by `layer_number`, which counts
-                from 1.
+            weights: Weights of the regression for the heads of each layer, ``[n]``, by `layer_number`, which
+                counts from 1.
         """
         self._spans, self._weights, self.sums = spans, weights, []
 
@@ -77,7 +77,7 @@ class ContactMaps:
         return hook
 
     def _add(self, query: Tensor, key: Tensor, weight: Tensor) -> None:
-        """Add one layer. q and k ``[T, n/t, d]``, after rotary; weight of all heads ``[n]``."""
+        """Add one layer: q and k ``[T, n/t, d]`` after the rotation, and the weight of all heads, ``[n]``."""
         heads = query.shape[1]
         rank = parallel_state.get_tensor_model_parallel_rank()
         # At least fp32 from here on, in any model.
@@ -101,17 +101,17 @@ class ContactMaps:
 
 
 def _weighted_maps(q: Tensor, k: Tensor, weight: Tensor, residues: slice) -> Tensor:
-    """Corrected attention maps, weighted and summed over heads: ``[l, l]``.
+    """Return the sum over heads of the weighted, corrected attention maps, ``[l, l]``.
 
     Args:
         q, k: ``[n/t, s, d]``.
         weight: ``[n/t]``.
-        residues: Which of the ``s`` tokens.
+        residues: Which of the ``s`` tokens are residues.
     """
     q = q[:, residues] * q.shape[-1] ** -0.5
     length = q.shape[1]
     result = q.new_zeros(length, length)
-    # The number of maps at once follows from the length alone: the sum's order is that of no other protein.
+    # The number of maps at once depends on the length alone: no other protein changes the order of the sum.
     group = max(1, _MAP_ELEMENTS // (length * k.shape[1]))
     for first in range(0, len(q), group):
         some = slice(first, first + group)

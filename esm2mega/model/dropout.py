@@ -1,8 +1,8 @@
-"""Dropout as a pure function of sample number and channel: the same at every layout and after a resume.
+"""Computes dropout as a pure function of sample number and channel: equal at every layout and after a resume.
 
-A generator would give each rank and each micro-batch size other masks. Here an element is dropped by a hash
-of the protein's key (which comes from seed and sample number, see `esm2mega.data.counter_rng`), of the place
-of its row in the protein, and of its channel.
+A generator would give other masks to each rank and at each micro-batch size. Here an element is dropped by a
+hash of the protein's key (which comes from seed and sample number, see `esm2mega.data.counter_rng`), of the
+number of its row in the protein, and of its channel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# splitmix64, see `esm2mega.data.counter_rng`; as the signed numbers that PyTorch has.
+# The constants of splitmix64, see `esm2mega.data.counter_rng`, as signed integers, since PyTorch's int64 is.
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
@@ -22,7 +22,12 @@ class KeyedDropout(torch.nn.Module):
     """Zeroes elements with probability `p` in training, and scales the others by 1 / (1 - p)."""
 
     def __init__(self, p: float, layer: int = 0) -> None:
-        """Args: p: probability, in [0, 1). layer: tells the dropouts of one head apart."""
+        """Set the probability.
+
+        Args:
+            p: Probability to drop an element, in [0, 1).
+            layer: Number that tells the dropouts of one head apart.
+        """
         super().__init__()
         self.p, self.layer = p, layer
 
@@ -32,7 +37,7 @@ class KeyedDropout(torch.nn.Module):
         Args:
             values: ``[rows, channels]``.
             keys: Random 64 bits of each row's protein, int64 ``[rows]``.
-            positions: Which row of the protein it is, int64 ``[rows]``; None where a protein has one row.
+            positions: Number of each row within its protein, int64 ``[rows]``; None if a protein has one row.
         """
         if not self.training or not self.p:
             return values
@@ -45,12 +50,12 @@ class KeyedDropout(torch.nn.Module):
 
 
 def _mix(state: Tensor) -> Tensor:
-    """`esm2mega.data.counter_rng.mix` of int64 tensors, whose products wrap around."""
+    """Compute `esm2mega.data.counter_rng.mix` on int64 tensors, whose products wrap around."""
     state = (state ^ _shifted(state, 30)) * _MULTIPLIER_1
     state = (state ^ _shifted(state, 27)) * _MULTIPLIER_2
     return state ^ _shifted(state, 31)
 
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
-    """Shifted right with zeros coming in; the shift of signed numbers repeats the sign."""
+    """Shift right and fill with zeros; the operator on signed numbers would repeat the sign."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""ESM-2's input: the token table, split over the vocabulary, with token dropout for each sequence.
+"""Embeds tokens as ESM-2 does: a table split over the vocabulary, and token dropout for each sequence.
 
 Legend: ``T`` tokens of a pack, ``n`` sequences, ``t`` tensor-parallel size, ``h`` hidden size.
 """
@@ -19,27 +19,26 @@ TRAINED_MASK_RATIO = 0.15 * 0.8
 
 
 def token_dropout_scale(input_ids: Tensor, packed: PackedSequences) -> Tensor:
-    """Factor of each row: 0 at ``<mask>``, else ``(1 - 0.12) / (1 - masked/length)`` of its sequence.
+    """Return each token's factor: 0 at ``<mask>``, else ``(1 - 0.12) / (1 - masked/length)`` of its sequence.
 
     Args:
         input_ids: int64 ``[T]``.
-        packed: Borders; lengths count ``<cls>`` and ``<eos>``.
+        packed: Borders of the sequences; lengths count ``<cls>`` and ``<eos>``.
 
     Returns:
-        fp64 ``[T]`` (the quotient is exact whatever the model's dtype; the caller casts).
+        fp64 ``[T]``: the quotient does not lose precision to the model's dtype; the caller casts.
     """
     masked = input_ids == MASK
     sequence_ids = packed.sequence_ids()
     lengths = packed.cu_seqlens_q.diff().double()
     counts = torch.zeros_like(lengths).index_add_(0, sequence_ids, masked.double())
-    # Infinite for a sequence of nothing but <mask>, which has no row left to scale: each of its factors is
-    # set to 0.
+    # A sequence of nothing but <mask> gives infinity, but has no row to scale: its factors are all set to 0.
     scale = (1.0 - TRAINED_MASK_RATIO) / (1.0 - counts / lengths)
     return scale[sequence_ids].masked_fill(masked, 0.0)
 
 
 class ESM2Embedding(LanguageModelEmbedding):
-    """Megatron-Core's language-model embedding without positions, and token dropout on its output."""
+    """Applies token dropout to Megatron-Core's language-model embedding, which here has no positions."""
 
     def forward(self, input_ids: Tensor, packed: PackedSequences) -> Tensor:
         """Embed a pack.

@@ -1,4 +1,4 @@
-"""`ESM2Model` is ESM-2, or the pipeline stage of it that this rank holds.
+"""Defines `ESM2Model`: ESM-2, or the pipeline stage of it that this rank holds.
 
 Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``h`` hidden size, ``t`` tensor-parallel size,
 ``v`` vocabulary (33), ``V`` vocabulary padded for the tensor-parallel split.
@@ -30,7 +30,7 @@ VOCAB_SIZE = len(VOCAB)
 
 
 def padded_vocab_size(tensor_model_parallel_size: int) -> int:
-    """Rows of the token table: the least multiple of 8 (tensor cores) and of TP that holds 33.
+    """Return the rows of the token table: the least multiple of 8 (tensor cores) and of TP that holds 33.
 
     That is 40 for every TP size that divides the heads of a published ESM-2 (1, 2, 4, 5, 8, 10, 20, 40), so
     the table's shape does not depend on the layout.
@@ -40,16 +40,16 @@ def padded_vocab_size(tensor_model_parallel_size: int) -> int:
 
 
 class ESM2Model(LanguageModule):
-    """ESM-2, or the pipeline stage of it that this rank holds.
+    """Computes ESM-2, or the pipeline stage of it that this rank holds.
 
-    It may also be one of the relatives in `esm2mega.model.proteinbert`.
+    It also computes the related models of `esm2mega.model.proteinbert`.
 
     The first stage (`pre_process`) embeds, the last (`post_process`) normalises and predicts. Checkpoint keys
     are those of Megatron-Core's BERT: ``embedding``, ``encoder``, ``lm_head``, ``output_layer``, and
     ``rotary``.
 
     Attributes:
-        carried_rows: The most `rows_to_carry` of the micro-batches of a step, set before each.
+        carried_rows: Largest `rows_to_carry` among the micro-batches of a step; set before each step.
     """
 
     carried_rows = 0
@@ -104,9 +104,9 @@ class ESM2Model(LanguageModule):
         self._tie_embeddings()
 
     def _build_head(self, config: Any, device: torch.device) -> None:
-        """Build what the last stage makes of hidden states.
+        """Build the modules that the last stage applies to hidden states.
 
-        `config` is that of the model without sequence parallelism.
+        `config` is the configuration of the model without sequence parallelism.
         """
         if not self.post_process:
             return
@@ -117,14 +117,13 @@ class ESM2Model(LanguageModule):
             config=config,
             init_method=config.init_method,
             bias=True,
-            # 40 columns: gathering [m, V/t] logits is cheaper than the three all-reduces of a split
-            # cross-entropy.
+            # V is 40: gathering [m, V/t] logits is cheaper than three all-reduces of a split cross-entropy.
             gather_output=True,
             skip_weight_param_allocation=self.pre_process,
         )
 
     def _tie_embeddings(self) -> None:
-        """The decoder's weight is the token table, on another stage a copy of it."""
+        """Use the token table as the decoder's weight; on another stage, a copy of it."""
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
@@ -132,23 +131,23 @@ class ESM2Model(LanguageModule):
         self.encoder.set_input_tensor(input_tensor[0])
 
     def rows_to_carry(self, head_inputs: Any) -> int:
-        """Rows that this rank hands to the next pipeline stage beside hidden states.
+        """Return how many rows this rank sends to the next pipeline stage in addition to hidden states.
 
         Args:
-            head_inputs: What the model is told of a micro-batch for its head.
+            head_inputs: What a micro-batch holds for the head.
         """
         return 0
 
     def encode(self, input_ids: Tensor, packed: PackedSequences) -> Tensor:
-        """Hidden states after this stage's layers (and the final LayerNorm on the last stage).
+        """Compute hidden states after this stage's layers (and the final LayerNorm on the last stage).
 
         Args:
             input_ids: int64 ``[T]``; read by the first stage only.
             packed: Borders of the sequences.
 
         Returns:
-            ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism; ``[m, 1, h]`` from the last stage
-            where `packed` has rows.
+            ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism; ``[m, 1, h]`` from the last stage if
+            `packed` has rows.
         """
         return self.encoder(
             hidden_states=self.embedding(input_ids, packed) if self.pre_process else None,
@@ -158,7 +157,7 @@ class ESM2Model(LanguageModule):
         )
 
     def gathered(self, hidden_states: Tensor) -> Tensor:
-        """All tokens on every rank for the head: ``[T/t, 1, h] -> [T, 1, h]`` under sequence parallelism."""
+        """Give all tokens to every rank's head: ``[T/t, 1, h] -> [T, 1, h]`` under sequence parallelism."""
         if not self.config.sequence_parallel:
             return hidden_states
         # Every rank computes the same head on the gathered tokens, so the gradient is split, not reduced.
@@ -169,7 +168,7 @@ class ESM2Model(LanguageModule):
     def forward(
         self, input_ids: Tensor, packed: PackedSequences, logit_positions: Tensor | None = None
     ) -> Tensor:
-        """Hidden states for the next stage, or logits on the last one.
+        """Compute hidden states for the next stage, or logits on the last one.
 
         Args:
             input_ids: int64 ``[T]``; read by the first stage only.
@@ -181,7 +180,7 @@ class ESM2Model(LanguageModule):
 
         Returns:
             Hidden states in the layout of `encode`, or logits ``[m, v]``, the same on every tensor-parallel
-            rank. The padding of the vocabulary is cut off, so it can take no probability.
+            rank. The padding of the vocabulary is cut off, so it gets no probability.
         """
         last_layer_whole = self.config.sequence_parallel or self.config.family == "proteinbert_postln"
         if self.post_process and logit_positions is not None and not last_layer_whole:
@@ -212,7 +211,7 @@ class ESM2Model(LanguageModule):
 
 
 def stage_flags(vp_stage: int | None = None) -> tuple[bool, bool]:
-    """(pre_process, post_process) of this rank's chunk `vp_stage`."""
+    """Return `pre_process` and `post_process` of this rank's chunk `vp_stage`."""
     return (
         parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),

@@ -13,33 +13,33 @@ from esm2mega.errors import UserError
 
 
 def freeze(chunks: Sequence[Any], trained: Callable[[str], bool]) -> None:
-    """Train the parameters for whose names in the whole model `trained` holds, and no others.
+    """Mark as trainable the parameters that `trained` selects, and freeze all others.
 
     Args:
         chunks: This rank's chunks of `esm2mega.model.esm2.ESM2Model`.
-        trained: Takes a name.
+        trained: Takes the name of a parameter in the whole model, and says whether it is trained.
     """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(trained(chunk.global_parameter_name(name)))
         config = chunk.config
-        # Recomputed layers and pipeline stages ask their input whether a backward pass is wanted at all.
+        # Recomputed layers and pipeline stages run a backward pass only if their input requires a gradient.
         asked = config.recompute_granularity == "full" or config.pipeline_model_parallel_size > 1
         if chunk.pre_process and asked:
             chunk.embedding.register_forward_hook(_want_gradient)
 
 
 def check_stages(chunks: Sequence[Any], key: str) -> None:
-    """Refuse a process without anything to train, which the distributed optimizer cannot have.
+    """Refuse a layout that leaves a process nothing to train, which the distributed optimizer cannot handle.
 
-    All-reduce over the world.
+    All ranks call this together: it is an all-reduce over the world.
 
     Args:
-        chunks: This rank's.
-        key: What decides what is trained, as in ``finetune.freeze=[…]``.
+        chunks: This rank's chunks.
+        key: The setting that decides what is trained, as in ``finetune.freeze=[…]``.
 
     Raises:
-        UserError: On every rank.
+        UserError: Some rank has nothing to train; raised on every rank.
     """
     trained = sum(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())
     least = torch.tensor(trained, device=next(chunks[0].parameters()).device)

@@ -1,9 +1,9 @@
-"""The heads of tasks: from the hidden states of a pack to predictions per protein, residue or pair.
+"""Defines the heads of tasks, which predict per protein, residue or pair from the hidden states of a pack.
 
 They are replicated over the tensor-parallel group: all ranks hold the same weights and see the same tokens.
 
-Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` proteins, ``R`` residues and ``P`` pairs of residues
-of it, ``l`` residues of a protein, ``k`` targets or classes, ``V`` values handed from stage to stage.
+Legend: ``T`` tokens, ``n`` proteins, ``R`` residues and ``P`` pairs of residues of a pack, ``h`` hidden size,
+``l`` residues of a protein, ``k`` targets or classes, ``V`` values sent from stage to stage.
 """
 
 from __future__ import annotations
@@ -33,50 +33,55 @@ from esm2mega.model.task import MakeHead
 from esm2mega.pairs import num_pairs
 
 _KERNEL = 7
-"""Residues that a convolution sees, as in the FLIP and BioNeMo baselines."""
+"""Sets how many residues a convolution sees, as in the FLIP and BioNeMo baselines."""
 
 
 class TaskHead(MegatronModule, ABC):
-    """A head in two parts: `features`, without weights of its own, and what is learned on them.
+    """Predicts in two steps: `features`, which has no weights, and `predict`, which has the learned ones.
 
     Subclass it and write both. Parameters are filled by `esm2mega.model.init`. With a frozen encoder the
     features of a protein are computed once.
     """
 
     reads_states = True
-    """Whether it predicts from hidden states."""
+    """Says whether the head predicts from hidden states."""
 
     spans_stages = False
-    """Whether every pipeline stage has a part of it, and not the last one alone."""
+    """Says whether every pipeline stage has a part of the head, and not the last one alone."""
 
     def __init__(self, config: Any, device: torch.device) -> None:
-        """Args: config: Megatron-Core's, without sequence parallelism. device: where weights live."""
+        """Prepare to build the head's modules.
+
+        Args:
+            config: Megatron-Core's configuration, without sequence parallelism.
+            device: Where the weights live.
+        """
         super().__init__(config=config)
         self._linear = partial(torch.nn.Linear, device=device, dtype=config.params_dtype)
 
     def watch(self, layers: Iterable[Any], is_last: bool) -> None:
-        """Called once, for heads that look into transformer layers.
+        """Attach the head to the transformer layers, if it reads from inside them; called once.
 
         Args:
-            layers: Those of this pipeline stage.
-            is_last: Whether it is the stage that predicts.
+            layers: Layers of this pipeline stage.
+            is_last: Whether this is the stage that predicts.
         """
 
     def begin(self, segments: Segments, carried: Tensor | None) -> None:
-        """Called before the layers of the stage compute a pack.
+        """Prepare for a pack; called before the layers of the stage compute it.
 
         Args:
-            segments: Of the pack.
-            carried: What the part of the head on the previous stage handed on, ``[V]``; see `SpanningHead`.
+            segments: Proteins and residues of the pack.
+            carried: What the part of the head on the previous stage sent, ``[V]``; see `SpanningHead`.
         """
 
     @abstractmethod
     def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
-        """What the head reads of all tokens' ``[T, h]``: ``[n, h]`` of proteins or ``[R, h]`` of residues."""
+        """Reduce ``[T, h]`` to what the head reads: ``[n, h]`` of proteins or ``[R, h]`` of residues."""
 
     @abstractmethod
     def predict(self, features: Tensor, segments: Segments) -> Tensor:
-        """``[n, k]`` of proteins, or ``[R, k]`` of residues."""
+        """Predict from `features`: ``[n, k]`` of proteins, or ``[R, k]`` of residues."""
 
     def forward(self, hidden_states: Tensor, segments: Segments) -> Tensor:
         """Predict from hidden states of all tokens, ``[T, h]``."""
@@ -84,14 +89,14 @@ class TaskHead(MegatronModule, ABC):
 
 
 class PooledHead(TaskHead):
-    """A head on one vector per protein, as `task.pooling` says."""
+    """Predicts from one vector per protein, pooled as `task.pooling` says."""
 
     def __init__(self, config: Any, device: torch.device, kind: str) -> None:
-        """Args: kind: mean, cls, max or attention."""
+        """Choose the pooling; `kind` is mean, cls, max or attention."""
         super().__init__(config, device)
         self._kind = kind
         if kind == "attention":
-            # Zero at the start, which is the mean.
+            # It starts at zero, which gives the mean.
             self.query = torch.nn.Parameter(
                 torch.empty(config.hidden_size, device=device, dtype=config.params_dtype)
             )
@@ -106,14 +111,14 @@ class PooledHead(TaskHead):
         return read(hidden_states, segments)
 
     def pooled(self, features: Tensor, segments: Segments) -> Tensor:
-        """``[n, h]``."""
+        """Return one vector per protein, ``[n, h]``."""
         if self._kind != "attention":
             return features
         return pooling.attention_over_residues(features, segments, self.query)
 
 
 class MLPHead(PooledHead):
-    """Pooling, linear, ReLU, dropout, linear."""
+    """Applies pooling, linear, ReLU, dropout, linear."""
 
     def __init__(self, config: Any, device: torch.device, task: TaskConfig, num_outputs: int) -> None:
         super().__init__(config, device, task.pooling)
@@ -128,7 +133,7 @@ class MLPHead(PooledHead):
 
 
 class LinearHead(PooledHead):
-    """Pooling, dropout, linear."""
+    """Applies pooling, dropout, linear."""
 
     def __init__(self, config: Any, device: torch.device, task: TaskConfig, num_outputs: int) -> None:
         super().__init__(config, device, task.pooling)
@@ -140,7 +145,7 @@ class LinearHead(PooledHead):
 
 
 class ClsHead(PooledHead):
-    """`<cls>`, dense of the model's width, tanh or GELU, dropout, linear.
+    """Applies to `<cls>` a dense layer of the model's width, tanh or GELU, dropout, linear.
 
     With `as_hf` there is dropout before the dense layer too, as in `EsmForSequenceClassification`; without it
     this is the pooler of BERT.
@@ -163,14 +168,14 @@ class ClsHead(PooledHead):
 
 
 class ResidueHead(TaskHead):
-    """A head on the states of residues."""
+    """Predicts from the hidden states of residues."""
 
     def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
         return pooling.residue_states(hidden_states, segments)
 
 
 class ResidueLinearHead(ResidueHead):
-    """Dropout and linear for each residue, as in `EsmForTokenClassification`."""
+    """Applies dropout and linear to each residue, as `EsmForTokenClassification` does."""
 
     def __init__(self, config: Any, device: torch.device, task: TaskConfig, num_outputs: int) -> None:
         super().__init__(config, device)
@@ -182,10 +187,10 @@ class ResidueLinearHead(ResidueHead):
 
 
 class ResidueCNNHead(ResidueHead):
-    """Convolution over 7 residues, ReLU, dropout, convolution over 7 residues.
+    """Applies a convolution over 7 residues, ReLU, dropout, and a convolution over 7 residues.
 
-    Beyond the ends of a protein there are zeros, never its neighbour in the pack: proteins are laid out with
-    as many zeros between them as half a kernel reaches.
+    Beyond the ends of a protein a convolution sees zeros, never the neighbour in the pack: between proteins
+    there are as many zeros as half a kernel covers.
     """
 
     def __init__(self, config: Any, device: torch.device, task: TaskConfig, num_outputs: int) -> None:
@@ -220,10 +225,11 @@ class ResidueCNNHead(ResidueHead):
 class ProductHead(ResidueHead):
     """Predicts contacts from products and differences of two residues' states, as TAPE does.
 
-    Dropout, a linear layer from both to two classes, and the mean over both orders of the pair.
+    It applies dropout and a linear layer from both to two classes, and averages over both orders of a pair.
 
-    In that mean the differences cancel and the rest is a matrix product, so the ``[l, l, 2h]`` of TAPE are
-    never made; its dropout of these is here one of states. Weights of differences are kept as TAPE has them.
+    In that mean the differences cancel and the rest is a matrix product, so TAPE's tensor ``[l, l, 2h]`` is
+    never made; where TAPE drops elements of that tensor, this head drops elements of the states. The weights
+    of the differences are kept, as in TAPE.
     """
 
     def __init__(self, config: Any, device: torch.device, task: TaskConfig, num_outputs: int) -> None:
@@ -232,40 +238,40 @@ class ProductHead(ResidueHead):
         self.output = self._linear(2 * config.hidden_size, 2)
 
     def predict(self, features: Tensor, segments: Segments) -> Tensor:
-        """Logits of a contact, ``[P, 1]``: those of its class less those of the other."""
+        """Return the logits of a contact, ``[P, 1]``: those of the class of contacts minus the other's."""
         states = self.dropout(features, segments.keys[segments.owners], segments.numbers)
         states = states.to(torch.promote_types(states.dtype, torch.float32))
         none, contact = self.output.weight[:, : states.shape[1]].to(states.dtype)
         maps = [(x * (contact - none)) @ x.T for x in states.split(segments.residue_counts)]
         bias = (self.output.bias[1] - self.output.bias[0]).to(states.dtype)
-        # States, which keep a pack without proteins part of the graph.
+        # Adding the states times zero keeps a pack without proteins part of the graph.
         return (_upper_triangles(maps, states.new_zeros(0)) + (states.sum() * 0.0 + bias))[:, None]
 
 
 class SpanningHead(TaskHead):
-    """A head of which every pipeline stage has a part, which hands values to that on the next stage."""
+    """Has a part on every pipeline stage, each of which sends values to the part on the next stage."""
 
     spans_stages = True
 
     @abstractmethod
     def num_carried(self, segments: Segments) -> int:
-        """How many: ``V``."""
+        """Return how many values a stage sends for a pack, ``V``."""
 
     @abstractmethod
     def carry(self, segments: Segments) -> Tensor:
-        """These, ``[V]`` of `carried_dtype`; called when the layers of the stage have computed the pack."""
+        """Return the values to send, ``[V]`` of `carried_dtype`; called when the layers have run."""
 
 
 class AttentionMapHead(SpanningHead):
-    """Contacts by logistic regression on the attention maps of all layers and heads, as in ESM-2.
+    """Predicts contacts by logistic regression on the attention maps of all layers and heads, as ESM-2 does.
 
-    Hidden states are not read. The regression is a sum over layers: each pipeline stage has the weights of
-    the maps of its own layers, adds its share of the logits to that of the stages before, and hands them on.
+    Hidden states are not read. The regression is a sum over layers: each pipeline stage has the weights for
+    the maps of its own layers, adds its share of the logits to that of the earlier stages, and sends the sum.
     Weights start at zero, as usual for a logistic regression, and weight decay acts on them.
 
     Attributes:
-        weights: Those of each layer of this stage, ``[1, heads]``, by its number in the whole model, from 0.
-        bias: ``[1]``; on the last stage.
+        weights: Weights for each layer of this stage, ``[1, heads]``, by its number in the model, from 0.
+        bias: ``[1]``; on the last stage only.
     """
 
     reads_states = False
@@ -294,7 +300,7 @@ class AttentionMapHead(SpanningHead):
             Span(start, len(text), span)
             for start, text, span in zip(segments.starts, segments.tokens, segments.spans, strict=True)
         ]
-        # Each tensor-parallel rank takes the part of its heads; the gradient is whole on all of them again.
+        # Each tensor-parallel rank uses the weights of its own heads; the gradient is summed over the ranks.
         shared = {
             int(number) + 1: copy_to_tensor_model_parallel_region(weight)[0]
             for number, weight in self.weights.items()
@@ -305,9 +311,7 @@ class AttentionMapHead(SpanningHead):
         return sum(map(num_pairs, segments.residue_counts))
 
     def carry(self, segments: Segments) -> Tensor:
-        """Logits of a contact without the bias, ``[P]``: of all layers so far, and of this tensor-parallel
-        rank's heads.
-        """
+        """Return contact logits without the bias, ``[P]``, of all layers so far and of this rank's heads."""
         assert self._maps is not None
         empty = self._empty(0, dtype=carried_dtype(self.config.params_dtype))
         logits = _upper_triangles(self._maps.sums, empty)
@@ -317,14 +321,14 @@ class AttentionMapHead(SpanningHead):
         return pooling.residue_states(hidden_states, segments)
 
     def predict(self, features: Tensor, segments: Segments) -> Tensor:
-        """Logits of a contact, ``[P, 1]``."""
+        """Return the logits of a contact, ``[P, 1]``."""
         logits = reduce_from_tensor_model_parallel_region(self.carry(segments))
-        # Hidden states, which keep a pack without proteins part of the graph.
+        # Adding the states times zero keeps a pack without proteins part of the graph.
         return (logits + features.sum() * 0.0)[:, None] + self.bias
 
 
 def _upper_triangles(maps: Sequence[Tensor], empty: Tensor) -> Tensor:
-    """The pairs i < j of maps ``[l, l]`` back to back: ``[P]``, in the dtype of `empty`, ``[0]``."""
+    """Return the pairs i < j of maps ``[l, l]`` back to back, ``[P]``, in the dtype of `empty`, ``[0]``."""
     chosen = [empty]
     for logits in maps:
         first, second = torch.triu_indices(len(logits), len(logits), 1, device=logits.device)
@@ -354,7 +358,7 @@ _OF_PAIRS: dict[str, Any] = {
 
 
 def head_of_task(task: TaskConfig, num_outputs: int) -> MakeHead:
-    """What makes the head that a configuration names."""
+    """Return the function that makes the head which a configuration names."""
     heads = _OF_RESIDUES if task.kind in RESIDUE_KINDS else _OF_PROTEINS
     heads = _OF_PAIRS if task.kind == PAIR_KIND else heads
     return lambda config, device: heads[task.head](config, device, task, num_outputs)

@@ -1,4 +1,4 @@
-"""Takes hidden states out of the model by hooks; the model's own code knows nothing of them.
+"""Takes hidden states out of the model by hooks, so that the model's own code need not return them.
 
 Legend: ``T`` tokens of a pack, ``h`` hidden size.
 """
@@ -17,12 +17,12 @@ from esm2mega.model.esm2 import ESM2Model
 
 @contextmanager
 def hidden_states(model: ESM2Model, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """A dictionary that every forward pass fills with the hidden states of this stage: ``[T, h]`` each.
+    """Yield a dictionary that every forward pass fills with hidden states of this stage, ``[T, h]`` each.
 
     Args:
         model: The model, or the pipeline stage of it that this rank holds.
-        layers: Numbers of states: 0 for the embedding, the number of layers for the end, after the final
-            LayerNorm. Those of other stages are left to them.
+        layers: Numbers of the states: 0 for the embedding, the number of layers for the output after the
+            final LayerNorm. Numbers that belong to other stages are ignored.
     """
     found: dict[int, Tensor] = {}
     handles = []
@@ -35,8 +35,8 @@ def hidden_states(model: ESM2Model, layers: Sequence[int]) -> Iterator[dict[int,
         handles.append(module.register_forward_hook(hook))
 
     last = model.config.num_layers
-    # Post-LN is written with the names of pre-LN: what TAPE's layer gives has passed through the LayerNorm
-    # that here belongs to the next layer.
+    # Post-LN weights have the names of pre-LN: the LayerNorm that ends a layer of TAPE belongs here to the
+    # next layer, so its output is the state that TAPE's layer returns.
     if model.config.family == "proteinbert_postln":
         states = {layer.layer_number - 1: layer.input_layernorm for layer in model.encoder.layers}
     else:

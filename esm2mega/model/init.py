@@ -1,4 +1,4 @@
-"""Initial weights are a pure function of seed and parameter name, the same for every layout."""
+"""Draws initial weights as a pure function of seed and parameter name, the same for every layout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def initialize_parameters(model: ESM2Model, seed: int, std: float) -> None:
 
     Each full matrix is drawn in fp32 on the CPU from a generator of its own, keyed by the seed and the
     parameter's name in the whole model, and this rank keeps its slice. The row of ``<pad>`` and the padding
-    of the vocabulary are zero. Matrices of a task's head are normal(0, 1 / sqrt(inputs)) instead, or
-    zero if they have an attribute `starts_at_zero`.
+    of the vocabulary are zero. Matrices of a task's head are normal(0, 1 / sqrt(inputs)) instead, or zero if
+    they have an attribute `starts_at_zero`.
 
     Args:
         model: A stage or chunk of the model.
@@ -41,7 +41,7 @@ def _initial_value(name: str, parameter: Tensor, seed: int, std: float) -> Tenso
 
     def normal(shape: list[int], generator: torch.Generator) -> Tensor:
         if name.startswith("head."):
-            # Of a task: outputs as large as inputs, whatever the width.
+            # The head of a task: outputs are as large as inputs, whatever the width.
             drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
             return drawn / math.sqrt(math.prod(shape[1:]))
         if name != "embedding.word_embeddings.weight":
@@ -57,11 +57,11 @@ def _initial_value(name: str, parameter: Tensor, seed: int, std: float) -> Tenso
 def draw(
     name: str, parameter: Tensor, seed: int, sample: Callable[[list[int], torch.Generator], Tensor]
 ) -> Tensor:
-    """This rank's slice of a random matrix that is a function of (seed, name).
+    """Return this rank's slice of a random matrix that is a function of seed and name.
 
     Args:
-        name: In the whole model.
-        parameter: Shape, dtype and tensor-parallel split of the slice.
+        name: Name of the parameter in the whole model.
+        parameter: Tensor with the shape, dtype and tensor-parallel split of the slice.
         seed: The run's seed.
         sample: Makes the whole matrix from its shape and a generator on the CPU.
     """

@@ -1,4 +1,4 @@
-"""A transformer layer that, as the last one, computes only the tokens that get logits.
+"""Defines a transformer layer that, as the last one, computes only the tokens that get logits.
 
 Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``h`` hidden size.
 """
@@ -14,24 +14,24 @@ from esm2mega.model.packed import PackedSequences
 
 
 class ESM2Layer(TransformerLayer):
-    """Megatron-Core's layer, of which the last one computes only what is read.
+    """Computes Megatron-Core's transformer layer; as the last layer, only the tokens that get logits.
 
-    It needs keys and values of all tokens, and all else only at `PackedSequences.rows`.
+    The last layer needs keys and values of all tokens, and everything else only at `PackedSequences.rows`.
     """
 
     def forward(
         self, hidden_states: Tensor, *, packed_seq_params: PackedSequences, **others: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states behind this layer.
+        """Compute the hidden states after this layer.
 
         Args:
             hidden_states: ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism.
-            packed_seq_params: Borders of the sequences, and the rows.
-            **others: What the parent and the attention take.
+            packed_seq_params: Borders of the sequences, and the rows that get logits.
+            **others: Further arguments of the parent class and of the attention.
 
         Returns:
-            ``[m, 1, h]`` from the last layer where there are rows, else the layout of `hidden_states`; and
-            the parent's context, None for an encoder.
+            ``[m, 1, h]`` from the last layer if there are rows, else the layout of `hidden_states`; and the
+            parent's context, which is None for an encoder.
         """
         rows = packed_seq_params.rows
         if rows is None or self.layer_number < self.config.num_layers:

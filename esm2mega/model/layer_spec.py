@@ -26,7 +26,7 @@ from esm2mega.model.proteinbert import PostLayerNormLayer
 
 
 def transformer_engine_found() -> bool:
-    """Whether Transformer Engine can be imported here (it cannot without CUDA libraries)."""
+    """Return whether Transformer Engine can be imported here (it cannot without CUDA libraries)."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     except (ImportError, OSError, RuntimeError):
@@ -35,12 +35,12 @@ def transformer_engine_found() -> bool:
 
 
 def choose_layer_spec(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``local`` or ``te`` for `model.layer_spec`; ``auto`` takes Transformer Engine where it can compute.
+    """Resolve `model.layer_spec` to ``local`` or ``te``; ``auto`` is Transformer Engine where it can run.
 
     Args:
         name: ``auto``, ``local`` or ``te``.
         device: Where the model lives; Transformer Engine needs CUDA.
-        dtype: Of the weights; Transformer Engine has no fp64.
+        dtype: Data type of the weights; Transformer Engine has no fp64.
     """
     found = device.type == "cuda" and dtype != torch.float64 and transformer_engine_found()
     if name == "te" and not found:
@@ -52,7 +52,7 @@ def choose_layer_spec(name: str, device: torch.device, dtype: torch.dtype) -> st
 
 
 def local_layer(post_layernorm: bool = False) -> ModuleSpec:
-    """A layer of Megatron-Core's parallel linears and our LayerNorm; runs everywhere.
+    """Return the spec of a layer that runs everywhere: Megatron-Core's parallel linears and our LayerNorm.
 
     Args:
         post_layernorm: Whether residuals are taken from the outputs of the LayerNorms.
@@ -71,7 +71,7 @@ def local_layer(post_layernorm: bool = False) -> ModuleSpec:
 
 
 def te_layer(core_attention: str) -> ModuleSpec:
-    """The same layer of Transformer Engine's fused LayerNorm-linear modules.
+    """Return the spec of a layer of Transformer Engine's fused LayerNorm-linear modules.
 
     GELU stays PyTorch's exact-erf one: Transformer Engine's kernel is the tanh approximation.
 
@@ -120,7 +120,5 @@ def _layer(
 
 
 def block(layer: ModuleSpec, num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` equal layers (those of one pipeline stage) and the final LayerNorm (built on the last
-    stage alone).
-    """
+    """Return the spec of a stage: `num_layers` equal layers, and the final LayerNorm for the last stage."""
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LayerNorm)

@@ -1,4 +1,4 @@
-"""LayerNorm that works under sequence parallelism without Transformer Engine or apex."""
+"""Defines a LayerNorm that works under sequence parallelism without Transformer Engine or apex."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` with the constructor that Megatron-Core's specs call.
+    """Gives `torch.nn.LayerNorm` the constructor that Megatron-Core's specs call.
 
     Statistics are taken in fp32 for bf16 input by the kernel itself. Under sequence parallelism each rank
     normalises its share of the tokens, so the gradients of weight and bias are partial sums; the mark

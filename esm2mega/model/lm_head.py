@@ -1,4 +1,4 @@
-"""The masked-language-model head in front of its decoder: dense, GELU, LayerNorm.
+"""Defines the masked-language-model head up to its decoder: dense, GELU, LayerNorm.
 
 Legend: ``m`` tokens that get logits, ``h`` hidden size.
 """
@@ -14,11 +14,14 @@ from esm2mega.model.layernorm import LayerNorm
 
 
 class LMHead(MegatronModule):
-    """Replicated over the tensor-parallel group: all ranks hold the same weights and see the same tokens."""
+    """Transforms hidden states for the decoder; all tensor-parallel ranks have equal weights and tokens."""
 
     def __init__(self, config: TransformerConfig, device: torch.device) -> None:
-        """Args: config: without sequence parallelism, since the tokens arrive gathered. device: where weights
-        live.
+        """Build the modules.
+
+        Args:
+            config: Configuration without sequence parallelism, since the tokens arrive gathered.
+            device: Where the weights live.
         """
         super().__init__(config=config)
         h = config.hidden_size
@@ -26,5 +29,5 @@ class LMHead(MegatronModule):
         self.layer_norm = LayerNorm(config, h, config.layernorm_epsilon)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``[m, 1, h] -> [m, 1, h]``. GELU is the exact-erf form."""
+        """Apply dense, exact-erf GELU and LayerNorm: ``[m, 1, h] -> [m, 1, h]``."""
         return self.layer_norm(torch.nn.functional.gelu(self.dense(hidden_states)))

@@ -1,7 +1,6 @@
-"""Tells the encoder where each sequence of a pack begins, and converts padded batches to packs and back.
+"""Tells the encoder where each sequence of a pack begins, and which tokens get logits.
 
-Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``n`` sequences in it, ``b`` and ``s`` the
-padded batch's rows and width.
+Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``n`` sequences in it.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from torch import Tensor
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Borders of the sequences of one pack, in the form Megatron-Core hands to attention (``thd``).
+    """Holds the borders of the sequences of one pack, in the form of Megatron-Core's attention (``thd``).
 
     A pad tail, where there is one, is a sequence of its own: it attends to itself alone.
 
     Attributes:
         seqlens: Lengths in tokens, on the host, so that per-sequence kernels need no device synchronisation.
-        query_lens: How many tokens of each sequence ask the others: all of them, but in `at_rows`.
+        query_lens: Number of queries of each sequence: all its tokens, except after `at_rows`.
         row_counts: How many tokens of each sequence get logits, on the host; None if that is not known.
-        rows: The tokens that get logits, ascending, int64 ``[m]``: the last layer computes these alone. None:
-            all.
+        rows: The tokens that get logits, ascending, int64 ``[m]``, to which the last layer limits itself;
+            None for all tokens.
     """
 
     seqlens: tuple[int, ...] = ()
@@ -40,11 +39,11 @@ class PackedSequences(PackedSeqParams):
         device: torch.device | str = "cpu",
         row_counts: Sequence[int] | None = None,
     ) -> PackedSequences:
-        """Borders of sequences that lie back to back.
+        """Make the borders of sequences that lie back to back.
 
         Args:
             seqlens: ``n`` lengths in tokens.
-            device: Where ``cu_seqlens`` (int32, ``[n + 1]``) is wanted.
+            device: Where to put ``cu_seqlens`` (int32, ``[n + 1]``).
             row_counts: ``n`` numbers of tokens that get logits, if known.
         """
         cu_seqlens = _borders(seqlens, device)
@@ -61,10 +60,10 @@ class PackedSequences(PackedSeqParams):
         )
 
     def with_rows(self, rows: Tensor) -> PackedSequences:
-        """This pack with logits at `rows` alone, where the last layer can make use of it.
+        """Return this pack with logits at `rows` alone, or unchanged if the last layer could not use that.
 
-        That needs `row_counts`. A pack without any row is rare and stays whole, so that no kernel sees an
-        empty tensor.
+        The last layer needs `row_counts`. A pack without any row is rare and stays whole, so that no kernel
+        gets an empty tensor.
 
         Args:
             rows: int64 ``[m]``, ascending.
@@ -75,7 +74,7 @@ class PackedSequences(PackedSeqParams):
         return replace(self, rows=rows)
 
     def at_rows(self) -> PackedSequences:
-        """Borders for attention from `rows` to all tokens: those of the queries and of the keys differ."""
+        """Return the borders for attention from `rows` to all tokens, with fewer queries than keys."""
         assert self.row_counts is not None
         packed = replace(self, query_lens=self.row_counts)
         packed.cu_seqlens_q = _borders(self.row_counts, self.cu_seqlens_q.device)
@@ -87,18 +86,18 @@ class PackedSequences(PackedSeqParams):
         return sum(self.seqlens)
 
     def sequence_ids(self) -> Tensor:
-        """Which sequence each token belongs to: int64 ``[T]``, on the device of ``cu_seqlens``."""
+        """Return which sequence each token belongs to: int64 ``[T]``, on the device of ``cu_seqlens``."""
         lengths = self.cu_seqlens_q.diff().long()
         numbers = torch.arange(len(self.seqlens), device=lengths.device)
         # output_size spares the device synchronisation that finding the sum would cost.
         return torch.repeat_interleave(numbers, lengths, output_size=self.num_tokens)
 
     def positions(self) -> Tensor:
-        """Position of each token within its sequence, from 0: int64 ``[T]``."""
+        """Return the position of each token within its sequence, from 0: int64 ``[T]``."""
         starts = self.cu_seqlens_q[:-1].long()
         return torch.arange(self.num_tokens, device=starts.device) - starts[self.sequence_ids()]
 
 
 def _borders(lengths: Sequence[int], device: torch.device | str) -> Tensor:
-    """Where each of `lengths` begins, and the end: int32 ``[n + 1]``."""
+    """Return where each sequence begins, and where the last one ends: int32 ``[n + 1]``."""
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)

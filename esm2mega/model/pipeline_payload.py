@@ -1,8 +1,8 @@
-"""Sends values through a pipeline beside the hidden states, as further rows of the same tensor.
+"""Sends values through a pipeline together with the hidden states, as further rows of the same tensor.
 
-A schedule hands one tensor from stage to stage, and its gradient back. Values are fp32 at least; beside
-states in bf16 they are sent as their bits, so nothing is rounded on the way. Nothing is computed with these
-rows between two stages.
+A schedule sends one tensor from stage to stage, and its gradient back. Values are fp32 at least; where states
+are bf16, the values' bits are sent, so nothing is rounded on the way. Nothing is computed with these rows
+between two stages.
 
 Legend: ``r`` rows of hidden states of this rank, ``c`` carried rows, ``h`` hidden size, ``V`` values.
 """
@@ -16,28 +16,28 @@ from torch import Tensor
 
 
 def carried_dtype(states: torch.dtype) -> torch.dtype:
-    """Of values beside hidden states of a dtype."""
+    """Return the dtype of values that are sent with hidden states of dtype `states`."""
     return torch.promote_types(states, torch.float32)
 
 
 def carried_rows(count: int, hidden_size: int, states: torch.dtype) -> int:
-    """Rows that `count` values take beside hidden states of a dtype: ``c``."""
+    """Return how many rows `count` values take when sent with hidden states of dtype `states`: ``c``."""
     return -(-count * carried_dtype(states).itemsize // (hidden_size * states.itemsize))
 
 
 def append(hidden_states: Tensor, values: Tensor, rows: int) -> Tensor:
-    """What the next stage gets: ``[r, 1, h]`` and ``[V]`` to ``[r + c, 1, h]``.
+    """Append values to hidden states for the next stage: ``[r, 1, h]`` and ``[V]`` to ``[r + c, 1, h]``.
 
     Args:
-        hidden_states: Of this stage.
-        values: What goes with them, of `carried_dtype`.
-        rows: c, at least the `carried_rows` of them; what is left is zero.
+        hidden_states: Output of this stage.
+        values: Values to send, of `carried_dtype`.
+        rows: c, at least the values' `carried_rows`; the rest is filled with zeros.
     """
     return _Attach.apply(hidden_states, values, rows)
 
 
 def split(received: Tensor, count: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Inverse of `append`: ``[r + c, 1, h]`` to ``[r, 1, h]`` and ``[V]``.
+    """Undo `append`: ``[r + c, 1, h]`` to ``[r, 1, h]`` and ``[V]``.
 
     Args:
         received: What the previous stage sent.
@@ -57,7 +57,7 @@ def _joined(hidden_states: Tensor, values: Tensor, rows: int) -> Tensor:
 def _split(joined: Tensor, count: int, rows: int) -> tuple[Tensor, Tensor]:
     states, tail = joined.split((len(joined) - rows, rows))
     dtype = carried_dtype(joined.dtype)
-    # Copies: the values then start where the wider dtype may start.
+    # Copies, because a view as the wider dtype needs an aligned start.
     bits = tail.flatten()[: count * dtype.itemsize // joined.dtype.itemsize].clone()
     return states.clone(), bits.view(dtype)
 

@@ -1,4 +1,4 @@
-"""Decides how many layers each pipeline stage gets when two also carry embedding and head.
+"""Decides how many layers each pipeline stage gets when two also hold embedding and head.
 
 Legend: ``h`` hidden size, ``f`` width of the feed-forward layers, ``V`` rows of the token table.
 """
@@ -16,23 +16,24 @@ LABELLED_SHARE = 0.15
 def split_layers(
     shape: ModelShape, stages: int, padded_vocab_size: int, last_layer_whole: bool = False
 ) -> list[int]:
-    """Layers of each stage, such that the slowest stage is as fast as it can be.
+    """Divide the layers such that the slowest stage is as fast as it can be.
 
     Costs are multiply-adds per token, in units of one layer, ``4 h^2 + 2 h f``: the head costs ``h^2 + h V``
-    at the labelled tokens, the embedding one product per channel. Of the last layer only keys and values,
-    ``2 h^2``, are of all tokens, the rest of the labelled ones (see `esm2mega.model.layer`). Attention scores
-    depend on the proteins' lengths and are left out, as if the same for every layer. Each layer goes to the
-    stage that it makes least slow; of equal ones to the last, which keeps the activations of the fewest
-    micro-batches.
+    at the labelled tokens, the embedding one product per channel. The last layer computes keys and values,
+    ``2 h^2``, for all tokens, and the rest for the labelled ones only (see `esm2mega.model.layer`). Attention
+    scores depend on the proteins' lengths and are left out, as if they cost the same in every layer. Each
+    layer goes to the stage that costs least so far; among equal ones to the last, which keeps the activations
+    of the fewest micro-batches.
 
     Args:
         shape: Dimensions of the model; at least as many layers as stages.
         stages: Pipeline stages, first to last.
         padded_vocab_size: ``V``.
-        last_layer_whole: Whether the last layer computes all of all tokens, as under sequence parallelism.
+        last_layer_whole: Whether the last layer computes everything for all tokens, as under sequence
+            parallelism.
 
     Returns:
-        One number per stage, all at least 1. Equal numbers where `stages` divides the layers.
+        One number per stage, each at least 1; all equal if `stages` divides the number of layers.
     """
     h, f = shape.hidden_size, shape.ffn_hidden_size
     layer = 4 * h * h + 2 * h * f
@@ -50,7 +51,7 @@ def split_layers(
 
 
 def pipeline_layout(counts: Sequence[int]) -> list[list[str]]:
-    """`counts` as Megatron-Core's ``pipeline_model_parallel_layout``: the parts of each stage by kind."""
+    """Return `counts` as Megatron-Core's ``pipeline_model_parallel_layout``, a list of parts per stage."""
     stages = [["decoder"] * count for count in counts]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")

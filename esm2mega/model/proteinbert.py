@@ -1,10 +1,10 @@
-"""The parts of TAPE's and ProteinLM's protein BERTs that take the place of ESM-2's.
+"""Defines the parts of TAPE's and ProteinLM's protein BERTs that differ from ESM-2.
 
 Both add learned positions to the tokens and have neither rotary positions nor token dropout. ProteinLM
 (`proteinbert_preln`) normalises before each block, as ESM-2. TAPE (`proteinbert_postln`) normalises after it.
 
-Post-LN is written with the names of pre-LN: each LayerNorm of TAPE belongs to the block that follows it, and
-the last one is the final LayerNorm. Then a block's residual is the output of its LayerNorm, not the input.
+Post-LN weights have the names of pre-LN: each LayerNorm of TAPE belongs to the block that follows it, and the
+last one is the final LayerNorm. Then a block's residual is the output of its LayerNorm, not the input.
 
 Legend: ``T`` tokens of a pack, ``t`` tensor-parallel size, ``h`` hidden size, ``p`` positions.
 """
@@ -23,12 +23,18 @@ from esm2mega.vocabulary import PAD
 
 
 class ProteinBertEmbedding(LanguageModelEmbedding):
-    """Megatron-Core's language-model embedding; positions count from 0 in each sequence of a pack."""
+    """Embeds tokens with learned positions, which count from 0 in each sequence of a pack."""
 
     def __init__(self, config: Any, vocab_size: int, max_positions: int) -> None:
-        """Args: config: of the model. vocab_size: rows of the token table. max_positions: ``p``."""
+        """Build the tables.
+
+        Args:
+            config: Configuration of the model.
+            vocab_size: Rows of the token table.
+            max_positions: ``p``.
+        """
         super().__init__(config, vocab_size, max_positions, position_embedding_type="learned_absolute")
-        # The parent makes this table in fp32 whatever the model is.
+        # The parent class makes this table in fp32, whatever the dtype of the model.
         self.position_embeddings.to(config.params_dtype)
 
     def forward(self, input_ids: Tensor, packed: PackedSequences) -> Tensor:
@@ -41,17 +47,16 @@ class ProteinBertEmbedding(LanguageModelEmbedding):
         Returns:
             ``[T, 1, h]``, or this rank's ``[T/t, 1, h]`` under sequence parallelism.
         """
-        # The pad tail of a pack may be longer than the table; what it becomes concerns nobody.
+        # The pad tail of a pack may be longer than the table; nothing reads its output.
         positions = packed.positions().masked_fill(input_ids == PAD, 0)
         return super().forward(input_ids.unsqueeze(0), positions.unsqueeze(0))
 
 
 class PostLayerNormLayer(TransformerLayer):
-    """A layer whose residuals are the outputs of its LayerNorms.
+    """Computes a layer whose residuals are the outputs of its LayerNorms.
 
-    ``y = LN(x)``, ``z = LN(y + attention(y))``, ``z + mlp(z)``.
-
-    Megatron-Core has a switch for this, `apply_residual_connection_post_layernorm`, which no layer reads.
+    It is ``y = LN(x)``, ``z = LN(y + attention(y))``, ``z + mlp(z)``. Megatron-Core has a switch for this,
+    `apply_residual_connection_post_layernorm`, which no layer reads.
     """
 
     def forward(
@@ -62,7 +67,7 @@ class PostLayerNormLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None = None,
         **unused: Any,
     ) -> tuple[Tensor, None]:
-        """``[T, 1, h] -> [T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism."""
+        """Compute the layer: ``[T, 1, h] -> [T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism."""
         normed = self.input_layernorm(hidden_states)
         attention, bias = self.self_attention(
             normed, None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params

@@ -1,4 +1,4 @@
-"""Rotary positions of ESM-2: half-split pairs, base 10000, and frequencies that the checkpoint carries.
+"""Computes ESM-2's rotary positions: half-split pairs, base 10000, frequencies that the checkpoint holds.
 
 Legend: ``T`` tokens of a pack, ``n`` heads, ``t`` tensor-parallel size, ``d`` head dimension.
 """
@@ -22,13 +22,13 @@ ROTARY_BASE = 10000.0
 
 
 def rotary_frequencies(head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """``10000^(-2i/d)`` for each pair of channels: ``[d / 2]``."""
+    """Compute ``10000^(-2i/d)`` for each pair of channels: ``[d / 2]``."""
     exponents = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
     return 1.0 / ROTARY_BASE**exponents
 
 
 class RotaryTables(MegatronModule):
-    """Frequencies, and the cos/sin tables of a pack.
+    """Holds the frequencies, and makes the cos/sin tables of a pack.
 
     The frequencies are part of the checkpoint: published ESM-2 weights were trained with fp16-rounded ones,
     and recomputing them changes the logits (Hugging Face transformers PR #19587). They are fp32 in fp32 and
@@ -53,14 +53,14 @@ class RotaryTables(MegatronModule):
         return self
 
     def forward(self, packed: PackedSequences) -> Tensor:
-        """Tables for every token: ``[2, T, 1, d / 2]``, cos then sin, in the dtype of the frequencies."""
+        """Make the tables for every token: ``[2, T, 1, d / 2]``, cos then sin, in the frequencies' dtype."""
         angles = torch.outer(packed.positions().to(self.inv_freq.dtype), self.inv_freq)
         return torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """Every pipeline stage holds the same frequencies: one of them is written, all read it."""
+        """Describe the frequencies for a checkpoint; all stages hold the same, so one writes and all read."""
         stage = parallel_state.get_pipeline_model_parallel_rank()
         chunk = self.vp_stage * parallel_state.get_pipeline_model_parallel_world_size() + stage
         key = f"{prefix}inv_freq"
@@ -78,9 +78,9 @@ class RotaryTables(MegatronModule):
 
 
 class _SplitAndRotate(torch.autograd.Function):
-    """Goes in one pass from the fused projection to rotated q and k.
+    """Splits the fused projection and rotates q and k in one pass.
 
-    Its backward pass is the rotation by the negative angle.
+    The backward pass is the rotation by the negative angle.
     """
 
     @staticmethod
@@ -106,7 +106,7 @@ class _SplitAndRotate(torch.autograd.Function):
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Rotate pair ``(i, i + d/2)`` of ``x [T, n/t, d]`` into `out`.
 
-    Computed in the dtype of the tables, and rounded once.
+    It is computed in the dtype of the tables, and rounded once.
     """
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)

@@ -1,7 +1,7 @@
-"""ESM-2 with the head of a task in the place of the language-model head.
+"""Defines ESM-2 with the head of a task instead of the masked-language-model head.
 
-Legend: ``T`` tokens of a pack, ``h`` hidden size, ``n`` proteins, ``R`` residues and ``P`` pairs of residues
-of it, ``k`` targets or classes.
+Legend: ``T`` tokens, ``n`` proteins, ``R`` residues and ``P`` pairs of residues of a pack, ``h`` hidden size,
+``L`` residues of a protein, ``k`` targets or classes, ``V`` values sent from stage to stage.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import PackedSequences
 
 MakeHead = Callable[[Any, torch.device], Any]
-"""Makes a `esm2mega.model.heads.TaskHead` for Megatron-Core's configuration, on a device."""
+"""Makes a `esm2mega.model.heads.TaskHead` from Megatron-Core's configuration, on a device."""
 
 
 class ESM2ForTask(ESM2Model):
-    """The encoder of ESM-2 with the head of a task.
+    """Computes the encoder of ESM-2 and the head of a task.
 
     The last stage has ``head``, replicated over the tensor-parallel group. If the head spans stages, each of
     them has a part.
 
     Attributes:
-        frozen: Whether no weight but those of the head is trained. Then the features of a protein, which do
-            not change any more, are computed when it is first met and kept in memory: ``[h]`` of a protein,
-            ``[L, h]`` for heads that read residues. Maps of attention are too large to be kept.
+        frozen: Whether only weights of the head are trained. Then the features of a protein never change:
+            they are computed the first time the protein is seen and kept in memory, ``[h]`` of a protein, or
+            ``[L, h]`` for heads that read residues. Attention maps are too large to be kept.
     """
 
     def __init__(self, *stage: Any, make_head: MakeHead) -> None:
-        """Args: stage: what `ESM2Model` takes. make_head: called on every stage; what it makes
-        stays where there is a use for it.
+        """Build the stage.
+
+        Args:
+            *stage: Arguments of `ESM2Model`.
+            make_head: Makes the head; called on every stage, though only stages that need the head keep it.
         """
         self._make_head = make_head
         self.frozen = False
@@ -55,11 +58,11 @@ class ESM2ForTask(ESM2Model):
             self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Without what the parent does about an output layer, of which there is none."""
+        """Describe the weights for a checkpoint, without the output layer that the parent class expects."""
         return MegatronModule.sharded_state_dict(self, *args, **kwargs)
 
     def forward(self, input_ids: Tensor, packed: PackedSequences, segments: Segments) -> Tensor:  # type: ignore[override]
-        """Hidden states for the next stage, or predictions on the last one.
+        """Compute hidden states for the next stage, or predictions on the last one.
 
         Args:
             input_ids: int64 ``[T]``; read by the first stage only.
@@ -67,8 +70,9 @@ class ESM2ForTask(ESM2Model):
             segments: Where proteins and residues lie.
 
         Returns:
-            Hidden states in the layout of `encode`; or predictions, ``[n, k]`` of proteins, ``[R, k]`` of
-            residues or ``[P, 1]`` of pairs, the same on every tensor-parallel rank.
+            Hidden states in the layout of `encode`, followed by the `carried_rows` of a head that spans
+            stages; or predictions, ``[n, k]`` of proteins, ``[R, k]`` of residues or ``[P, 1]`` of pairs, the
+            same on every tensor-parallel rank.
         """
         head = self.head
         if head is not None:
@@ -90,9 +94,9 @@ class ESM2ForTask(ESM2Model):
         return pipeline_payload.carried_rows(count, self.config.hidden_size, self.config.params_dtype)
 
     def _take_carried(self, segments: Segments) -> Tensor | None:
-        """Return what the previous stage sent beside hidden states, ``[V]``; None if there is nothing.
+        """Return what the previous stage sent besides hidden states, ``[V]``; None if there is nothing.
 
-        The layers do not see it.
+        It is removed from the input of the layers.
         """
         received = self.encoder.input_tensor
         if not self.carried_rows or received is None:
@@ -103,9 +107,9 @@ class ESM2ForTask(ESM2Model):
         return carried
 
     def _forward_frozen(self, input_ids: Tensor, packed: PackedSequences, segments: Segments) -> Tensor:
-        """`forward` with what was computed before; stages of a pipeline then exchange zeros.
+        """Compute `forward` with the features that are kept; stages of a pipeline then exchange zeros.
 
-        All stages and ranks of a model meet the same proteins in the same order, so they agree on which are
+        All stages and ranks of a model see the same proteins in the same order, so they agree on which are
         known.
         """
         received = self.encoder.input_tensor
@@ -127,14 +131,12 @@ class ESM2ForTask(ESM2Model):
         return self.head.predict(self._passed(features, received), segments)
 
     def _zeros(self, *shape: int) -> Tensor:
-        """``[..., h]``."""
+        """Return zeros ``[*shape, h]``."""
         parameter = next(self.encoder.parameters())
         return parameter.new_zeros(*shape, self.config.hidden_size)
 
     def _keep(self, features: Tensor | None, segments: Segments) -> None:
-        """Remember the features of each protein, ``[1, h]`` or ``[L, h]``; stages before the last, that there
-        are some.
-        """
+        """Keep each protein's features, ``[1, h]`` or ``[L, h]``; on earlier stages, mark it as known."""
         if features is None:
             self._features.update(dict.fromkeys(segments.tokens))
             return
@@ -147,15 +149,12 @@ class ESM2ForTask(ESM2Model):
 
     @staticmethod
     def _passed(output: Tensor, received: Tensor | None) -> Tensor:
-        """Return `output`, which does not depend on what the previous stage sent.
-
-        That stage still waits for a gradient, which is zero.
-        """
+        """Return `output`, and give the previous stage, whose input was not used, a gradient of zero."""
         return output if received is None else _ZeroGradient.apply(output, received)
 
 
 class _ZeroGradient(torch.autograd.Function):
-    """Its first argument, with a gradient of zero for the second."""
+    """Returns its first argument, and gives the second a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, received: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""How a run spreads over processes and devices, and how Megatron-Core runs without CUDA."""
+"""Spreads a run over processes and devices, and lets Megatron-Core run without CUDA."""

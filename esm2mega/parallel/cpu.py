@@ -1,4 +1,4 @@
-"""All adaptations that Megatron-Core needs to run without a GPU, in one table.
+"""Adapts Megatron-Core to run without a GPU; one table lists every adaptation.
 
 Megatron-Core assumes CUDA in a few dozen places: it asks ``torch.cuda`` for the current device, creates small
 tensors on ``"cuda"``, compares ``Tensor.type()`` with ``"torch.cuda.FloatTensor"`` and keeps CUDA generator
@@ -6,8 +6,8 @@ states. `ROWS` names each place, why it matters, and which of four adaptations i
 
 * `Namespace`: the module's global name ``torch`` becomes a proxy that forwards everything to the real torch
   except ``torch.cuda``, which answers for the CPU. Only that module sees the proxy.
-* `Constant`: literals such as ``"cuda"`` in the functions of a module are exchanged in their code objects.
-* `Attribute`: an attribute name in one function is exchanged (``weight.cuda()`` becomes ``weight.cpu()``).
+* `Constant`: literals such as ``"cuda"`` in the functions of a module are replaced in their code objects.
+* `Attribute`: an attribute name in one function is replaced (``weight.cuda()`` becomes ``weight.cpu()``).
 * `Replace`: a module-level function is bound to ours.
 
 Nothing outside ``megatron.core`` changes: user code keeps the real torch, and ``tensor.cuda()`` still raises
@@ -31,7 +31,7 @@ from esm2mega.errors import MachineError
 
 
 class _OneOf(str):
-    """A string that equals any of several names: stands in for a literal that is compared with ``==``."""
+    """Equals any of several names; it replaces a literal that is compared with ``==``."""
 
     names: frozenset[str]
 
@@ -51,7 +51,7 @@ class _OneOf(str):
 
 
 class _Stream:
-    """A CPU has one queue of work, so waiting for it is always already done."""
+    """Stands for a CUDA stream; a CPU runs its work in order, so there is never anything to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -81,7 +81,7 @@ class _Event(_Stream):
 
 
 class _CudaOnCpu:
-    """What Megatron-Core's modules find under ``torch.cuda`` when there is no GPU."""
+    """Answers for ``torch.cuda`` in Megatron-Core's modules when there is no GPU."""
 
     Stream = _Stream
     Event = _Event
@@ -127,7 +127,7 @@ class _CudaOnCpu:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """The real torch, with ``cuda`` answered by `_CudaOnCpu`."""
+    """Forwards to the real torch, except for ``cuda``, which is `_CudaOnCpu`."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -141,7 +141,7 @@ _TORCH_ON_CPU = _TorchOnCpu()
 
 
 def _get_cpu_rng_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
-    """The CPU generator's state under the name that the RNG tracker and recomputation use."""
+    """Return the CPU generator's state where the RNG tracker and recomputation ask for CUDA's."""
     return torch.get_rng_state()
 
 
@@ -151,7 +151,7 @@ def _set_cpu_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bo
 
 @dataclass(frozen=True)
 class CudaAssumption(ABC):
-    """One assumption: the Megatron-Core module it lives in, why it matters to us, and how to adapt it."""
+    """Describes one assumption: the Megatron-Core module that makes it, why it matters, how to adapt it."""
 
     module: str
     why: str
@@ -162,7 +162,7 @@ class CudaAssumption(ABC):
 
     @abstractmethod
     def find(self, module: types.ModuleType) -> bool:
-        """Whether this Megatron-Core still makes the assumption (before adaptation)."""
+        """Return whether this Megatron-Core still makes the assumption (before adaptation)."""
 
     @abstractmethod
     def adapt(self, module: types.ModuleType) -> None:
@@ -171,7 +171,7 @@ class CudaAssumption(ABC):
 
 @dataclass(frozen=True)
 class Namespace(CudaAssumption):
-    """Give the module a ``torch`` whose ``cuda`` namespace answers for the CPU."""
+    """Gives the module a ``torch`` whose ``cuda`` namespace answers for the CPU."""
 
     def find(self, module: types.ModuleType) -> bool:
         return vars(module).get("torch") is torch and any(
@@ -184,7 +184,7 @@ class Namespace(CudaAssumption):
 
 @dataclass(frozen=True)
 class Constant(CudaAssumption):
-    """Exchange the literal `old` for `new` in every function of the module."""
+    """Replaces the literal `old` by `new` in every function of the module."""
 
     old: str
     new: str
@@ -204,7 +204,7 @@ class Constant(CudaAssumption):
 
 @dataclass(frozen=True)
 class Attribute(CudaAssumption):
-    """Exchange the attribute name `old` for `new` in one function (``Class.method`` or a function name)."""
+    """Replaces the attribute name `old` by `new` in one function (``Class.method`` or a function name)."""
 
     function: str
     old: str
@@ -232,7 +232,7 @@ class Attribute(CudaAssumption):
 
 @dataclass(frozen=True)
 class Replace(CudaAssumption):
-    """Bind the module-level name `symbol` to `ours`."""
+    """Binds the module-level name `symbol` to `ours`."""
 
     symbol: str
     ours: Callable[..., Any]
@@ -249,9 +249,7 @@ class Replace(CudaAssumption):
 
 
 _FLOAT = _OneOf("torch.FloatTensor", "torch.DoubleTensor")
-"""Gradient clipping and the distributed optimizer know fp32 alone; the fp64 proofs go through the same
-functions.
-"""
+"""Accepts fp64 too, for the proofs; gradient clipping and the distributed optimizer expect fp32 alone."""
 
 ROWS: tuple[CudaAssumption, ...] = (
     Constant("megatron.core.pipeline_parallel.schedules", "token counter of every schedule", "cuda", "cpu"),
@@ -340,7 +338,7 @@ def install() -> None:
     """Adapt every row of `ROWS`, once per process.
 
     Raises:
-        MachineError: A row's place is not in the installed Megatron-Core.
+        MachineError: The installed Megatron-Core lacks what a row adapts.
     """
     global _installed
     if _installed:
@@ -360,7 +358,7 @@ def install() -> None:
 
 
 def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
-    """Every function defined in `module`: at top level, as methods, and below decorators."""
+    """Yield every function defined in `module`: at top level, as methods, and under decorators."""
     seen: set[int] = set()
     pending: list[Any] = list(vars(module).values())
     while pending:

@@ -1,6 +1,6 @@
-"""One of many processes reports an error, and what one process does alone fails or succeeds for all.
+"""Lets one of many processes report an error, and shares the result or error of what rank 0 does alone.
 
-The first process that claims the right reports.
+The process that reports is the first one that asks to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from esm2mega.parallel import rendezvous
 
 T = TypeVar("T")
 
-# How gloo, NCCL and the rendezvous store word that the other side of a connection is gone.
+# Phrases by which gloo, NCCL and the rendezvous store say that the other side of a connection is gone.
 _LOST = re.compile(
     r"Connection (reset|closed) by peer|Connection refused|Connection was likely closed|Broken pipe"
     r"|remote process exited|Timed out waiting \d+ ?ms"
@@ -30,21 +30,24 @@ _LOST = re.compile(
 
 
 def lost_peer(error: BaseException) -> MachineError | None:
-    """The plain line for a collective that failed because another process is gone; None for other errors."""
+    """Return a plain error for a collective that failed because another process is gone, else None."""
     found = _LOST.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None
+    cure = ""
+    if found[0].startswith("Timed out"):
+        cure = "; if it is still at work, for instance on a large input, raise parallel.timeout_minutes"
     return MachineError(
-        f"lost the connection to another process ({found[0]}): that one ended or hangs: its message is "
-        "the one to read; without a message it was killed, most often for memory"
+        f"lost the connection to another process ({found[0]}), which ended or hangs; read its message: if it "
+        f"has none, it was killed, most often for lack of memory{cure}"
     )
 
 
 def claim_error_report() -> bool:
-    """Whether this process is the first of the world to report an error.
+    """Return whether this process is the first of the world to report an error.
 
-    Every failing rank asks; the rendezvous store answers exactly one of them with True. When the store is
-    gone (its host already left) nobody can be asked, and the process speaks for itself.
+    Every failing rank asks; the rendezvous store answers exactly one of them with True. If the store is gone
+    because its host has already left, the answer is True as well.
     """
     if not dist.is_initialized():
         return True
@@ -55,14 +58,14 @@ def claim_error_report() -> bool:
 
 
 def on_one_rank(action: Callable[[], T], timeout: timedelta = rendezvous.TIMEOUT) -> T:
-    """Give every rank what `action` gives on rank 0, or raise the error that it raises there.
+    """Return on every rank what `action` returns on rank 0, or raise the error that it raises there.
 
     All ranks call this together. It is a broadcast over the world; before there are process groups it goes
-    through the store where processes meet.
+    through the rendezvous store.
 
     Args:
-        action: Called on rank 0 alone. Errors for the user and of the machine reach all ranks.
-        timeout: Of the wait before there are process groups.
+        action: Called on rank 0 alone. Its UserError, MachineError or OSError is raised on all ranks.
+        timeout: Longest wait for other ranks if there are no process groups yet.
 
     Raises:
         MachineError: Another process ended, or did not come within `timeout`.
@@ -82,7 +85,7 @@ def on_one_rank(action: Callable[[], T], timeout: timedelta = rendezvous.TIMEOUT
 
 
 def _attempt(action: Callable[[], Any]) -> list[Any]:
-    """The result, or the error that concerns all ranks."""
+    """Return the result and None, or None and the error that is raised on all ranks."""
     try:
         return [action(), None]
     except (UserError, OSError) as error:
@@ -90,7 +93,7 @@ def _attempt(action: Callable[[], Any]) -> list[Any]:
 
 
 def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
-    """`_attempt` of rank 0, on every rank. Rank 0 waits until all have it: the store may end with rank 0."""
+    """Return rank 0's `_attempt` on every rank; rank 0, which may host the store, waits until all have it."""
     rank, world_size = int(os.environ["RANK"]), world_size_from_environment()
     with _meeting(timeout):
         store = rendezvous.meet(timeout)
@@ -101,7 +104,7 @@ def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
             box = _attempt(action)
         except Exception as error:
             defect = error
-            box = [None, MachineError("rank 0 ended before it had begun: its message is the one to read")]
+            box = [None, MachineError("rank 0 failed before the run began; read its message")]
         with _meeting(timeout):
             store.set(key, pickle.dumps(box))  # type: ignore[arg-type]
             store.wait([f"{key}/all_have_it"])
@@ -109,19 +112,19 @@ def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
             raise defect
     else:
         with _meeting(timeout):
-            # Written by rank 0 of this world, as what a broadcast of objects receives.
+            # Rank 0 of this world wrote it: as trustworthy as what a broadcast of objects receives.
             box = pickle.loads(store.get(key))
             if store.add(f"{key}/have_it", 1) == world_size - 1:
                 store.set(f"{key}/all_have_it", "")
     if box[1] is not None:
-        # Said by the one rank where it happened.
+        # The rank where it happened reports it.
         box[1].claimed_report = rank == 0
     return box
 
 
 @contextmanager
 def _meeting(timeout: timedelta) -> Iterator[None]:
-    """Turn what the store raises about an absent process into the line for it."""
+    """Turn what the store raises about an absent process into a `MachineError`."""
     try:
         yield
     except RuntimeError as error:
@@ -136,6 +139,5 @@ def _meeting(timeout: timedelta) -> Iterator[None]:
 def _no_answer(timeout: timedelta) -> MachineError:
     minutes = timeout.total_seconds() / 60
     return MachineError(
-        f"no answer from another process in {minutes:g} minutes: it ended or hangs: its message is the one "
-        "to read"
+        f"no answer from another process in {minutes:g} minutes: it ended or hangs; read its message"
     )

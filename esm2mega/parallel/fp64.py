@@ -3,8 +3,9 @@
 The distributed optimizer casts gradients and saved state to fp32, and every optimizer takes the norm of no
 gradients in fp32.
 
-For proofs on a CPU: an error of the arithmetic stands out from 1e-15 of rounding, but can hide in 1e-7. The
-type check of its constructor is adapted in `esm2mega.parallel.cpu`; with a GPU fp64 is refused.
+This is for proofs on a CPU: an arithmetic error stands out from rounding of 1e-15, but can hide in 1e-7. The
+type check of the distributed optimizer's constructor is adapted in `esm2mega.parallel.cpu`; on a GPU the
+distributed optimizer refuses fp64.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def keep_fp64(optimizer: MegatronOptimizer) -> None:
 
 
 def _with_norm(function: Any) -> types.FunctionType:
-    """A copy of `function` that calls `_norm` where it called Megatron-Core's."""
+    """Return a copy of `function` that calls `_norm` instead of Megatron-Core's norm."""
     function = inspect.unwrap(function)  # it may be under torch.no_grad
     return types.FunctionType(
         function.__code__,
@@ -47,8 +48,9 @@ def _with_norm(function: Any) -> types.FunctionType:
 
 
 def _norm(grads_for_norm: Any, *args: Any, **kwargs: Any) -> float:
-    """The norm. A process without gradients of its own (all of its weights are frozen, or copies) adds a zero
-    of the type that the others reduce.
+    """Compute the gradient norm; a process without gradients adds a zero of the type that the others reduce.
+
+    A process has no gradients if all of its weights are frozen, or copies.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.no_grad():
@@ -57,7 +59,7 @@ def _norm(grads_for_norm: Any, *args: Any, **kwargs: Any) -> float:
 
 
 def _in_double(function: Any) -> types.FunctionType:
-    """A copy of `function` that says ``double`` and ``float64`` where it said ``float`` and ``float32``."""
+    """Return a copy of `function` with ``double`` and ``float64`` instead of ``float`` and ``float32``."""
     code = function.__code__
     copied = types.FunctionType(
         _exchange_names(code), function.__globals__, code.co_name, function.__defaults__, function.__closure__

@@ -21,7 +21,7 @@ from esm2mega.parallel.rendezvous import leave, store_of_groups
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands. Sizes multiply to `world_size`; ranks count from 0."""
+    """Holds the ranks of this process in the layout; sizes multiply to `world_size`, ranks count from 0."""
 
     rank: int
     world_size: int
@@ -35,13 +35,13 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes logs, prints and shows progress: global rank 0, alone."""
+        """Return whether this process writes logs, prints and shows progress: only global rank 0 does."""
         return self.rank == 0
 
 
 @contextmanager
 def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
-    """Build all process groups of a run, yield this process's `Ranks`, and take the groups down again.
+    """Build all process groups of a run, yield this process's `Ranks`, and destroy the groups at the end.
 
     Under torchrun the rendezvous comes from the environment (NCCL with GPUs, gloo without). Without a
     launcher a world of one process is made in memory: no port is opened.
@@ -82,7 +82,7 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
         )
     except BaseException as error:
         lost = lost_peer(error)
-        # The question which rank reports can only be asked while the ranks still know each other.
+        # Which rank reports can only be decided while the process groups still exist.
         failure = lost or error
         failure.claimed_report = claim_error_report()  # type: ignore[attr-defined]
         if lost is not None:

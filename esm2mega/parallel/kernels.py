@@ -1,4 +1,4 @@
-"""Multi-tensor kernels for gradient norm and clipping where Transformer Engine and apex are absent.
+"""Provides multi-tensor kernels for gradient norm and clipping without Transformer Engine or apex.
 
 Megatron-Core's own fallback takes each tensor's norm in a Python loop with a device synchronisation per
 tensor and rounds the result to fp32. ``torch._foreach_*`` does the same in a few launches and keeps the
@@ -14,7 +14,7 @@ from megatron.core.optimizer import clip_grads
 def foreach_l2_norm(
     chunk_size: int, overflow_buffer: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """L2 norm over all tensors, with the calling convention of apex's ``multi_tensor_l2norm``.
+    """Compute the L2 norm over all tensors, with the calling convention of apex's ``multi_tensor_l2norm``.
 
     Args:
         chunk_size: Ignored; part of the convention.
@@ -23,7 +23,7 @@ def foreach_l2_norm(
         per_tensor: Also return each tensor's norm.
 
     Returns:
-        Norm over all, shape ``[1]``, in the dtype of the tensors; norms of each, ``[n]``, or None.
+        Norm over all tensors, ``[1]``, in their dtype; and the norm of each, ``[n]``, or None.
     """
     norms = torch.stack(torch._foreach_norm(tensor_lists[0]))
     total = torch.linalg.vector_norm(norms).reshape(1)
@@ -33,7 +33,7 @@ def foreach_l2_norm(
 def foreach_scale(
     chunk_size: int, overflow_buffer: torch.Tensor, tensor_lists: list[list[torch.Tensor]], scale: float
 ) -> None:
-    """Scale the first list into the second, with the calling convention of apex's ``multi_tensor_scale``."""
+    """Write the first list, scaled, to the second, with apex's convention for ``multi_tensor_scale``."""
     source, target = tensor_lists
     if source is not target:
         torch._foreach_copy_(target, source)
@@ -41,7 +41,7 @@ def foreach_scale(
 
 
 def install() -> None:
-    """Put these kernels behind gradient clipping, unless fused ones were found."""
+    """Make gradient clipping use these kernels, unless Megatron-Core found fused ones."""
     if not clip_grads.l2_norm_impl.__name__.startswith("local_"):
         return
     clip_grads.l2_norm_impl = foreach_l2_norm

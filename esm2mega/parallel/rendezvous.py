@@ -1,4 +1,4 @@
-"""One store of keys and values lets the processes of a world meet before there are process groups."""
+"""Opens the key-value store through which the processes of a world meet before there are process groups."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from esm2mega.config.schema import ParallelConfig
 from esm2mega.errors import UserError
 
 TIMEOUT = timedelta(minutes=ParallelConfig().timeout_minutes)
-"""How long a process waits for the others where no configuration says so."""
+"""Limits how long a process waits for the others if no configuration gives a time."""
 
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
 _met: tuple[list[str | None], Store] | None = None
-"""The address of this process in its world, and the store; until `leave`."""
+"""Holds the address of this process in its world and the store, from `meet` until `leave`."""
 
 _hosted: Store | None = None
 """The store that this process, as rank 0, hosts for the others.
@@ -28,7 +28,7 @@ the processes of the next world have met, who are then done with it.
 
 
 def is_alone() -> bool:
-    """Whether no launcher started this process as one of several."""
+    """Return whether this process is the only one, with or without a launcher."""
     return "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
@@ -36,7 +36,7 @@ def meet(timeout: timedelta = TIMEOUT) -> Store:
     """Connect to the store of this world: that of torchrun's agent, or else one that rank 0 hosts.
 
     Args:
-        timeout: Of every operation on the store, and of the wait for the processes that are not there yet.
+        timeout: Longest wait of every operation on the store, and for processes that have not come yet.
 
     Raises:
         UserError: The address is not in the environment.
@@ -70,7 +70,7 @@ def next_number(store: Store, what: str, rank: int) -> int:
 def store_of_groups(timeout: timedelta) -> tuple[Store, int, int]:
     """Return a store for new process groups, this process's rank, and the number of processes.
 
-    Without a launcher it is a store in memory, for a world of one process: no port is opened.
+    Without a launcher the store is in memory, for a world of one process: no port is opened.
     """
     if "RANK" not in os.environ:
         return dist.HashStore(), 0, 1
@@ -81,6 +81,6 @@ def store_of_groups(timeout: timedelta) -> tuple[Store, int, int]:
 
 
 def leave() -> None:
-    """Let go of the store; the next `meet` connects anew."""
+    """Release the store; the next `meet` connects again."""
     global _met
     _met = None

@@ -1,1 +1,1 @@
-"""The proof that training is the same at every parallel layout, as a command."""
+"""Proves that training is the same at every parallel layout."""

@@ -26,7 +26,7 @@ from esm2mega.report.progress import Progress
 from esm2mega.version import __version__
 
 PROCESSES = 4
-"""Default limit; no trial of a group needs more."""
+"""Limits the processes by default; no trial of a group needs more."""
 
 _RANDOM = re.compile(r"random:([1-9]\d*)")
 
@@ -37,17 +37,18 @@ print_line: Say = partial(print, flush=True)
 def choose_trials(
     layouts: str, seed: int, processes: int, lora: bool = False, head: str | None = None
 ) -> list[Trial]:
-    """The trials that ``--layouts`` names.
+    """Return the trials that ``--layouts`` names.
 
     Args:
         layouts: A name of `GROUPS`, several with commas, ``all``, or ``random:N``.
-        seed: Of the random ones.
-        processes: Limit of the random ones.
+        seed: Seed of the random layouts.
+        processes: Most processes of the random layouts.
         lora: Train adapters at these layouts.
-        head: Fine-tune with this head at these layouts. Random ones without either draw what they train.
+        head: Fine-tune with this head at these layouts. Without `lora` and `head`, random trials also draw
+            what they train.
 
     Raises:
-        UserError: No such group or head, or a group that trains something else.
+        UserError: There is no such group or head, or the group trains something else.
     """
     plain = Trial(())
     template = plain if head is None else with_head(plain, head)
@@ -93,19 +94,20 @@ def prove(
     """Run trials, print the table, and write `out`.
 
     Args:
-        trials: What to prove.
-        seed: Of weights, data and masks.
-        processes: How many may run at a time.
-        out: JSON file.
+        trials: The trials to run.
+        seed: Seed of weights, data and masks.
+        processes: Number of processes that may run at a time.
+        out: JSON file for the result; None for none.
         shrink: Look for the smallest layout that fails as the failing ones do.
-        say: Where lines go.
+        say: Prints a line.
         serve: See `esm2mega.prove.workers.Workers`.
 
     Returns:
-        Whether all passed.
+        Whether all trials passed.
 
     Raises:
-        UserError: A layout is impossible, larger than the limit, or its own measure.
+        UserError: A layout is impossible, needs more processes than the limit, or is a bf16 trial of one
+            process, which is what bf16 trials are measured by.
         MachineError: `out` cannot be written.
     """
     for trial in trials:
@@ -155,7 +157,7 @@ def prove(
 
 @contextmanager
 def _ended_cleanly() -> Iterator[None]:
-    """SIGTERM, as a scheduler or `timeout` sends it, removes processes and files as Ctrl-C does."""
+    """Let SIGTERM, as a scheduler or `timeout` sends it, remove processes and files as Ctrl-C does."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -168,7 +170,11 @@ def _ended_cleanly() -> Iterator[None]:
 
 
 def row_named(name: str) -> Trial:
-    """The trial of a group by its name in the table."""
+    """Return the trial of a group by its name in the table.
+
+    Raises:
+        UserError: No group has a trial of this name.
+    """
     for trials in GROUPS.values():
         for trial in trials:
             if str(trial) == name:
@@ -177,14 +183,14 @@ def row_named(name: str) -> Trial:
 
 
 def _explains(small: Verdict, row: Verdict) -> bool:
-    """Whether a counterexample is a part of a failing layout: all that it sets, the other sets alike."""
+    """Return whether a failing row's layout has every setting of a counterexample, which then explains it."""
     plain, other = vars(Layout()), vars(row.trial.layouts[0])
     of_small = vars(small.trial.layouts[0])
     return all(other[axis] == value for axis, value in of_small.items() if value != plain[axis])
 
 
 def shrunk(prover: Prover, failed: Verdict, processes: int) -> Verdict:
-    """The failing trial whose every simplification passes, found by trying one after the other."""
+    """Return a failing trial whose every simplification passes, found by trying one after the other."""
     while True:
         for layout in failed.trial.layouts[0].simpler():
             if layout.processes > processes or layout == layout.reference:
@@ -200,7 +206,7 @@ def shrunk(prover: Prover, failed: Verdict, processes: int) -> Verdict:
 
 
 def table(rows: Sequence[Verdict]) -> Iterator[str]:
-    """Lines of text: one per trial, under a header."""
+    """Yield the lines of the table: one per trial, under a header."""
     cells = [("layout", "processes", "difference", "bound", "largest in", "verdict")]
     for row in rows:
         number = "{:.1e}" if row.trial.precision == "fp64" else "{:.1f} x"
@@ -237,7 +243,7 @@ def _write(out: Path, seed: int, count: int, rows: Sequence[Verdict], smallest: 
 
 
 def _row(row: Verdict, seed: int) -> dict[str, Any]:
-    """Everything about one trial; an infinite difference is null, since JSON has no infinity."""
+    """Collect everything about one trial; an infinite difference is null, since JSON has no infinity."""
     worst = {
         found.kind: {
             "value": found.value if found.value < float("inf") else None,

@@ -1,4 +1,4 @@
-"""Compares two runs of the same training: every number that either of them left behind."""
+"""Compares two runs of the same training by every number that either of them left behind."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ from esm2mega.checkpoint.layout import STATE, step_dir
 from esm2mega.checkpoint.tensors import TensorReader
 
 KINDS = ("loss", "gradient norm", "gradient", "weight", "checkpoint", "state")
-"""What is compared: losses (training and validation) and norms of the log; gradients and final weights on
-every process; tensors of the last checkpoint, optimizer included; its ``train_state.json``.
+"""Lists the kinds of numbers that are compared.
+
+These are losses (training and validation) and norms of the log; gradients and final weights on every process;
+tensors of the last checkpoint, optimizer included; and its ``train_state.json``.
 """
 
-# By kind of record: what every one of them must hold, and the kind of number that it is. What an evaluation
-# holds besides are further losses and metrics.
+# For each kind of record, the keys that every one must hold, and the kind of their numbers. Whatever else an
+# evaluation holds are further losses and metrics.
 _LOGGED = {
     "train": {"loss": "loss", "grad_norm": "gradient norm", "lr": "state", "consumed_tokens": "state"},
     "eval": {"valid_loss": "loss"},
 }
-# A layout with other micro-batches takes another number of them.
+# These values differ between layouts, since another size of micro-batches needs another number of them.
 _OF_THE_LAYOUT = ("data.consumed_packs", "data.identity.train.micro_batch_tokens")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one number or tensor is from the reference.
+    """Says how far one number or tensor is from the reference.
 
     Attributes:
         kind: One of `KINDS`.
-        name: Of the number or tensor.
-        location: Step and process, as far as it has them.
+        name: Name of the number or tensor.
+        location: Step and process, as far as there are any.
         value: Largest absolute difference over the largest absolute value of the reference; infinite where
-            one side lacks it, and for anything not finite.
-        step: Of numbers that every step has.
+            one side lacks the number, and for anything not finite.
+        step: Step of a number that every step has; None for others.
     """
 
     kind: str
@@ -55,12 +57,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run left its traces.
+    """Reads what a run left behind.
 
     Attributes:
-        out: Holds ``rank0.pt`` and so on, see `esm2mega.prove.observe`.
-        run_dir: Of the run.
-        before: Steps of the run that were trained by another process, before a resume.
+        out: Directory of ``rank0.pt`` and so on, see `esm2mega.prove.observe`.
+        run_dir: Directory of the run.
+        before: Number of steps of the run that other processes trained, before a resume.
         steps: Last step.
     """
 
@@ -81,7 +83,7 @@ class Outcome:
 
     @cached_property
     def checkpoint(self) -> dict[str, Tensor]:
-        """Whole tensors; main weights under ``main.``, also where they are the model's own."""
+        """Return the whole tensors, with main weights under ``main.`` even where they are the model's own."""
         reader = TensorReader(step_dir(self.run_dir, self.steps))
         tensors = {name: reader.read(name) for name in reader.index}
         moved = {"optimizer.state.param.": "main.", "optimizer.state.fp32_param.": "main."}
@@ -102,7 +104,7 @@ class Outcome:
 
 
 def differences(reference: Outcome, trial: Outcome) -> list[Difference]:
-    """All numbers of `trial` against those of `reference`, which is an unbroken run of one process."""
+    """Compare all numbers of `trial` with those of `reference`, which is an unbroken run of one process."""
     return [
         *_logs(reference, trial),
         *_pieces(reference, trial),
@@ -112,7 +114,7 @@ def differences(reference: Outcome, trial: Outcome) -> list[Difference]:
 
 
 def without_metrics(found: Iterable[Difference]) -> list[Difference]:
-    """Drop what an evaluation has besides its loss.
+    """Drop the metrics of evaluations, and keep their loss.
 
     Rounding moves ranks and counts not at all, or by whole steps.
     """
@@ -120,7 +122,7 @@ def without_metrics(found: Iterable[Difference]) -> list[Difference]:
 
 
 def worst(found: Iterable[Difference]) -> Difference:
-    """The largest difference, of which there must be one; what is no number is larger than any."""
+    """Return the largest of one or more differences; a value that is not finite is larger than any."""
     return max(found, key=lambda difference: _finite(difference.value))
 
 
@@ -141,7 +143,7 @@ def _logs(reference: Outcome, trial: Outcome) -> Iterator[Difference]:
 
 
 def _pieces(reference: Outcome, trial: Outcome) -> Iterator[Difference]:
-    """Gradients and weights of every process; together its pieces must cover every tensor."""
+    """Compare gradients and weights of every process; together their pieces must cover every tensor."""
     (whole,) = reference.ranks
     steps = range(trial.before, reference.steps)
     if any(len(seen["gradients"]) != len(steps) for seen in trial.ranks):
@@ -161,7 +163,7 @@ def _kind(
     for rank, (seen, pieces) in enumerate(zip(trial.ranks, parts, strict=True)):
         for name, (dimension, shape, begin, values) in pieces.items():
             where = f"{location}rank {rank}"
-            # Gradients are summed in fp32 in bf16 training too: another dtype has lost what they had.
+            # Gradients are summed in fp32 even in bf16 training: in another dtype they have lost precision.
             if name not in whole or (kind == "gradient" and values.dtype != whole[name][3].dtype):
                 yield Difference(kind, name, where, float("inf"), step)
                 continue
@@ -174,7 +176,7 @@ def _kind(
                 yield Difference(kind, name, where, float("inf"), step)
                 continue
             share = slice(begin, begin + values.numel())
-            # Not views: a share of a flattened slice has no shape of its own.
+            # The slice is flattened as a copy, since a share of it has no shape of its own.
             flat = mark.flatten()
             flat[share] = True
             mark.copy_(flat.view(shape))
@@ -196,7 +198,7 @@ def _states(expected: dict[str, Any], actual: dict[str, Any]) -> Iterator[Differ
         value = float("inf")
         if name in expected and name in actual:
             value = _relative(actual[name], expected[name])
-        # The same number as in the log.
+        # The state repeats the validation loss of the log.
         logged = name.rpartition(".")[2] == "valid_loss" or name == "loop.best_valid_loss"
         kind, known = ("loss", "valid_loss") if logged else ("state", name)
         yield Difference(kind, known, STATE, value)
@@ -211,7 +213,7 @@ def _relative(actual: Any, expected: Any) -> float:
 
 
 def _distance(actual: Tensor, expected: Tensor, whole: Tensor) -> float:
-    """Largest difference of two slices over the largest value of the tensor they are cut from."""
+    """Divide the largest difference of two slices by the largest value of the tensor they are cut from."""
     gap = float((actual.double() - expected.double()).abs().max())
     return 0.0 if gap == 0 else _finite(gap / (float(whole.double().abs().max()) or float("nan")))
 

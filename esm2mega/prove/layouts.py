@@ -1,4 +1,4 @@
-"""A parallel layout as the proof knows it: its name, configuration keys, options, and simpler ones."""
+"""Describes a parallel layout for the proof: its name, configuration keys, options, and simpler layouts."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from esm2mega.config.validate import validate
 from esm2mega.errors import UserError
 
 PROTEINS_PER_STEP = 12
-"""Of the proven training; the divisors of it are the possible numbers of proteins in a micro-batch."""
+"""Counts the proteins of a step of the proven training; a micro-batch holds a divisor of this number."""
 
 _DIVISORS = [k for k in range(1, PROTEINS_PER_STEP + 1) if PROTEINS_PER_STEP % k == 0]
 
 TOKENS_PER_PROTEIN = 64
-"""Longest protein of the proven training, in tokens; shorter ones leave that much of a pack empty."""
+"""Gives the length of the longest protein of the proven training, in tokens; shorter ones leave gaps."""
 
 LAYERS = 5
-"""Default depth of the proven model: no pipeline but that of five stages splits it evenly."""
+"""Gives the default depth of the proven model; no pipeline but one of five stages splits it evenly."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one training is spread over processes; the defaults are the reference: one process, no packing.
+    """Says how a training is spread over processes; the default is the reference: one process, no packing.
 
     Attributes:
         tp: Tensor-parallel size.
         pp: Pipeline stages.
         vpp: Pieces per pipeline stage; 1 for the schedule without interleaving.
         dp: Data-parallel size.
-        sp: Sequence parallelism.
-        packed: Proteins in one micro-batch.
-        distributed_optimizer: Optimizer state sharded over the data-parallel processes.
-        recompute: Activations computed again in the backward pass.
-        layers: Of the model; each number is another training, with a reference of its own.
+        sp: Whether sequence parallelism is on.
+        packed: Number of proteins in one micro-batch.
+        distributed_optimizer: Whether the optimizer state is sharded over the data-parallel processes.
+        recompute: Activations that are computed again in the backward pass.
+        layers: Number of layers; each number is another training, with a reference of its own.
     """
 
     tp: int = 1
@@ -60,11 +60,11 @@ class Layout:
 
     @property
     def reference(self) -> Layout:
-        """The layout of the training that this one must equal."""
+        """Return the layout of the training that a training of this layout must equal."""
         return Layout(layers=self.layers)
 
     def __str__(self) -> str:
-        """As in ``TP2 PP2 SP, 3 per pack``."""
+        """Write the layout as in ``TP2 PP2 SP, 3 per pack``."""
         sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "DP": self.dp}
         words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         words += ["SP"] * self.sp + ["DO"] * self.distributed_optimizer
@@ -74,7 +74,7 @@ class Layout:
         return ", ".join([" ".join(words) or "1 process", *extras])
 
     def _values(self) -> dict[str, Any]:
-        """Configuration key -> value."""
+        """Return configuration key -> value."""
         return {
             "model.num_layers": self.layers,
             "model.recompute": self.recompute,
@@ -88,11 +88,11 @@ class Layout:
         }
 
     def settings(self) -> list[str]:
-        """The overrides that make a run of this layout."""
+        """Return the overrides that make a run of this layout."""
         return [f"{key}={json.dumps(value)}" for key, value in self._values().items()]
 
     def options(self) -> list[str]:
-        """The options of ``esm2mega prove`` that ask for this layout."""
+        """Return the options of ``esm2mega prove`` that ask for this layout."""
         words: list[str] = []
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -102,7 +102,11 @@ class Layout:
         return words
 
     def check(self, training: Sequence[str]) -> None:
-        """Raise `UserError` where the rules of the configuration refuse it; `training`: further overrides."""
+        """Raise `UserError` if the rules of the configuration refuse the layout for a training.
+
+        Args:
+            training: Overrides of the training.
+        """
         run = copy.deepcopy(_loaded(tuple(training)))
         for key, value in self._values().items():
             section, _, name = key.partition(".")
@@ -112,7 +116,7 @@ class Layout:
             validate_task(run)
 
     def simpler(self) -> Iterator[Layout]:
-        """Layouts with one axis nearer to the reference, the largest steps first."""
+        """Yield layouts with one axis nearer to the reference, the largest steps first."""
         plain = Layout()
         changes: list[dict[str, Any]] = []
         for name, value in vars(self).items():
@@ -125,23 +129,24 @@ class Layout:
         for change in changes:
             layout = replace(self, **change)
             if self.vpp > 1 and change.keys() & {"pp", "vpp"}:
-                # An interleaved pipeline wants a depth that its pieces divide, any other takes the default.
+                # An interleaved pipeline needs a depth that its pieces divide; any other has the default.
                 layout = replace(layout, layers=layout.pp * layout.vpp if layout.vpp > 1 else LAYERS)
             yield layout
 
 
 @functools.cache
 def _loaded(training: tuple[str, ...]) -> Run:
-    """The configuration of the reference; loading takes longer than all checks of it."""
+    """Load the configuration of the reference, once, since loading takes longer than all checks."""
     return load_run(None, [*training, *Layout().settings()])
 
 
 def layout_from_options(chosen: dict[str, Any], training: Sequence[str]) -> Layout:
-    """The layout of these options of ``esm2mega prove``, by the names of `Layout`.
+    """Make the layout that options of ``esm2mega prove`` ask for.
 
     Args:
-        chosen: What was given; ``packed`` is text, and ``auto`` for the smallest number above 1 that fits.
-        training: As in `Layout.check`.
+        chosen: Options that were given, by the names of `Layout`; ``packed`` is text, and ``auto`` for the
+            smallest number above 1 that fits.
+        training: Overrides of the training.
 
     Raises:
         UserError: The rules of the configuration refuse the layout.
@@ -157,10 +162,10 @@ def layout_from_options(chosen: dict[str, Any], training: Sequence[str]) -> Layo
 
 
 def random_layouts(count: int, seed: int, processes: int, training: Sequence[str]) -> list[Layout]:
-    """`count` different layouts within a limit of processes, the same for the same seed.
+    """Draw `count` different layouts within a limit of processes, the same for the same seed.
 
     Raises:
-        UserError: There are not as many.
+        UserError: So many different layouts were not found.
     """
     rng = random.Random(seed)
     found: dict[Layout, None] = {}
@@ -179,7 +184,7 @@ def random_layouts(count: int, seed: int, processes: int, training: Sequence[str
 
 
 def is_possible(layout: Layout, training: Sequence[str]) -> bool:
-    """Whether the configuration's rules allow the layout."""
+    """Return whether the rules of the configuration allow the layout for a training."""
     try:
         layout.check(training)
     except UserError:
@@ -188,7 +193,7 @@ def is_possible(layout: Layout, training: Sequence[str]) -> bool:
 
 
 def _draw(rng: random.Random, processes: int) -> Layout:
-    """Any layout; most of those that nothing allows are avoided, the rest is for `is_possible` to refuse."""
+    """Draw a layout; most impossible ones are avoided, and `is_possible` refuses the rest."""
     tp, pp = rng.choice([1, 2, 4]), rng.randint(1, 4)
     dp = rng.randint(1, max(1, min(4, processes // (tp * pp))))
     vpp = rng.choice([1, 1, 2, 3]) if pp > 1 else 1

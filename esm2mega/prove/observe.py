@@ -10,13 +10,13 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-# Which part of the whole tensor: dimension split over the tensor-parallel group (-1 for none), shape of this
-# rank's slice, and the first element of the flattened slice that `values` begins with.
+# A part of a whole tensor: the dimension that is split over the tensor-parallel group (-1 for none), the
+# shape of this rank's slice, the element of the flattened slice at which the values begin, and the values.
 Piece = tuple[int, tuple[int, ...], int, Tensor]
 
 
 class Observer:
-    """Collects without communicating: it sees what a rank really holds, copies that went apart included."""
+    """Collects what a rank really holds, without communication, so that copies which went apart are seen."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, Piece]] = []
@@ -38,7 +38,7 @@ class Observer:
                     self._take_bucket(chunk, bucket, buffer.data_parallel_group if sharded else None)
 
     def _take_bucket(self, chunk: Any, bucket: Any, group: Any) -> None:
-        """Gradients of one bucket; with `group`, the share of it that this rank's optimizer will read."""
+        """Copy the gradients of a bucket; with `group`, only the share that this rank's optimizer reads."""
         (model,) = unwrap_model([chunk])
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         share = bucket.grad_data.numel() // (group.size() if group else 1)

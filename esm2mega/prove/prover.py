@@ -17,31 +17,36 @@ from esm2mega.prove.trials import Trial
 from esm2mega.prove.workers import Job, Serve, Workers
 
 FP64_BOUND = 1e-10
-"""Of the relative difference in fp64, where rounding leaves about 1e-14 after six steps."""
+"""Bounds the relative difference in fp64, where rounding leaves about 1e-14 after six steps."""
 
 BF16_BOUND = 8.0
-"""Of the distance of a bf16 run to the fp32 run, in units of that of the bf16 run of one process. Both are
-the same rounding in another order: alike in size, though no number need be.
+"""Bounds the distance of a bf16 run to the fp32 run, in units of the distance of the one-process bf16 run.
+
+Both distances come from the same rounding in another order: they are alike in size, though single numbers
+need not be.
 """
 
 BF16_YARDSTICK = {"loss": 2e-3, "gradient norm": 2e-2, "gradient": 0.5}
-"""Of the distance of the bf16 run of one process itself at the first two steps, before the weights move.
+"""Bounds the distance of the one-process bf16 run itself at the first two steps, before the weights move.
+
 Measured over seeds and micro-batches: 3e-4, 2e-3 and 0.22, the last in the tensor with the smallest numbers.
 """
 
 _FP32_ROUNDING = 1e-6
-"""Smallest unit of such a distance: some numbers of a bf16 run are computed in fp32."""
+"""Gives the smallest unit of such a distance, since some numbers of a bf16 run are computed in fp32."""
 
 
 @dataclass(frozen=True)
 class Leg:
-    """One start of a training: the part of a trial that one set of processes runs.
+    """Describes one start of a training: the part of a trial that one set of processes runs.
 
     Attributes:
-        layout, precision, settings: As in `Trial`.
-        stop: Step at which it ends.
-        after: What it resumes.
-        base: What it takes its first weights from.
+        layout: Layout of the processes.
+        precision: As in `Trial`.
+        settings: As in `Trial`.
+        stop: Step at which the leg ends.
+        after: Leg that this one resumes; None for a new run.
+        base: Leg from whose final weights this one starts; None for random weights.
     """
 
     layout: Layout
@@ -54,13 +59,13 @@ class Leg:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a trial ended.
+    """Says how a trial ended.
 
     Attributes:
-        trial: What was tried.
-        bound: Allowed size of a difference.
-        worst: Largest difference of each kind, in units of `bound`'s; empty after an error.
-        error: Why there is nothing to compare.
+        trial: The trial.
+        bound: Largest difference that is allowed.
+        worst: Largest difference of each kind, in the units of `bound`; empty after an error.
+        error: Why there is nothing to compare; None if there is.
     """
 
     trial: Trial
@@ -78,10 +83,16 @@ class Verdict:
 
 
 class Prover:
-    """Trials of one seed; use it as a context, which starts and ends the processes."""
+    """Runs trials of one seed; use it as a context, which starts and ends the processes."""
 
     def __init__(self, processes: int, seed: int, serve: Serve | None = None) -> None:
-        """Args: processes: how many at most. seed: of weights, data and masks. serve: see `Workers`."""
+        """Set the seed and the processes.
+
+        Args:
+            processes: Largest number of processes.
+            seed: Seed of weights, data and masks.
+            serve: See `esm2mega.prove.workers.Workers`.
+        """
         self.seed = seed
         self._processes = processes
         self._serve = serve
@@ -101,10 +112,10 @@ class Prover:
         self._stack.close()
 
     def judge(self, trials: Sequence[Trial]) -> Iterator[Verdict]:
-        """Run trials, none larger than the number of processes.
+        """Run trials, none of which needs more than the number of processes.
 
         Yields:
-            A verdict as each ends, in no fixed order.
+            The verdict on each trial as it ends, in no fixed order.
         """
         needed = {leg for trial in trials for leg in [*_references(trial), *_first_legs(trial)]}
         bases = {leg.base for leg in needed if leg.base is not None}
@@ -118,11 +129,11 @@ class Prover:
                 shutil.rmtree(outcome.out)
 
     def reference(self, trial: Trial) -> Outcome | str:
-        """The run of one process that a judged trial was compared with."""
+        """Return the run of one process that a judged trial was compared with."""
         return self._references[_references(trial)[0]]
 
     def _run(self, legs: Iterable[Leg]) -> Iterator[tuple[Leg, Outcome | str]]:
-        """Run legs whose predecessors have been run; an outcome, or why there is none."""
+        """Run legs whose predecessors have been run, and yield the outcome of each, or why there is none."""
         started: list[tuple[Leg, Outcome]] = []
         jobs: list[Job] = []
         for leg in legs:
@@ -168,10 +179,10 @@ class Prover:
 
 
 def _references(trial: Trial) -> list[Leg]:
-    """Unbroken runs of one process: what the trial must equal, and for bf16 also how near it can come."""
+    """Return the unbroken runs of one process that a trial must equal, or for bf16 is measured by."""
     layout = trial.layouts[-1].reference
-    # A larger micro-batch rounds its gradients fewer times, so it has a yardstick of its own. What the steps
-    # of a resumed run take, inside a window, also depends on it.
+    # A larger micro-batch rounds its gradients fewer times, so it has a yardstick of its own. Which proteins
+    # the steps of a resumed run take, inside a window, also depends on it.
     alike = replace(layout, packed=trial.layouts[-1].packed)
     if len(trial.layouts) > 1:
         layout = alike
@@ -182,7 +193,7 @@ def _references(trial: Trial) -> list[Leg]:
 
 
 def _base(trial: Trial) -> Leg | None:
-    """The plain training whose weights are trained on."""
+    """Return the plain training whose final weights the trial starts from; None if it starts anew."""
     return Leg(trial.layouts[-1].reference, "fp64", ()) if trial.continues else None
 
 
@@ -203,7 +214,7 @@ def _worst_of(kind: str, found: list[Difference]) -> Difference:
 
 
 def _too_far(yardstick: list[Difference]) -> Difference | None:
-    """A number by which nothing can be measured: not finite, or too far from fp32 before the weights move."""
+    """Return a number that cannot be a unit: not finite, or too far from fp32 in the first two steps."""
     for difference in yardstick:
         limit = math.inf
         if difference.step is not None and difference.step <= 2:
@@ -216,7 +227,8 @@ def _too_far(yardstick: list[Difference]) -> Difference | None:
 def _in_units_of(yardstick: list[Difference], found: list[Difference]) -> list[Difference]:
     """Divide `found` by the largest yardstick of the same quantity.
 
-    Of a gradient at the same step; of a single number at any, since one of them may be near by chance.
+    For a gradient that is the yardstick of the same step; for a single number the largest of all steps, since
+    one of them may be near by chance.
     """
 
     def key(difference: Difference) -> tuple[str, str, int | None]:

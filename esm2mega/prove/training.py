@@ -1,10 +1,10 @@
 """Configures the small training that is proven, and makes its proteins.
 
-It is made so that every micro-batch size trains on the same proteins in the same step. A protein has more
-than 11/12 of `TOKENS_PER_PROTEIN` and at most all of them, after cropping, and a window holds the proteins of
-one step: so a pack of k times that length takes exactly k proteins, whichever these are. A quarter of the
-proteins have one known residue, a quarter have five, the rest of them is unknown and never predicted: label
-counts of micro-batches and ranks differ widely and include zero.
+The training is such that every micro-batch size trains on the same proteins in the same step. After cropping,
+a protein has more than 11/12 of `TOKENS_PER_PROTEIN` tokens and at most all of them, and a window holds the
+proteins of one step. So a pack of k times that length takes exactly k proteins, whichever these are. A
+quarter of the proteins have one known residue and a quarter have five; their other residues are unknown and
+never predicted. So the label counts of micro-batches and ranks differ widely and include zero.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from esm2mega.data.store.prepare import prepare_fasta
 from esm2mega.prove.layouts import PROTEINS_PER_STEP, TOKENS_PER_PROTEIN
 
 STEPS = 6
-"""Optimizer steps of a run."""
+"""Counts the optimizer steps of a run."""
 
 SAVED = 3
-"""The step after which a run is stopped to be resumed at another layout."""
+"""Names the step after which a run is stopped to be resumed at another layout."""
 
 MID_WINDOW = (f"data.pack_window={PROTEINS_PER_STEP + 8}",)
-"""For runs that are resumed: after `SAVED` steps they stand inside a window, as real runs do. Steps then take
-other proteins with another number of proteins per micro-batch, so the reference needs the same number.
+"""Makes runs that are resumed stand inside a window after `SAVED` steps, as real runs do.
+
+What a step takes then depends on the number of proteins per micro-batch, so the reference needs the same one.
 """
 
 SETTINGS = [
@@ -51,9 +52,9 @@ SETTINGS = [
     f"checkpoint.save_every={SAVED}",
     "checkpoint.keep_best=0",
 ]
-"""The overrides of every run."""
+"""Lists the overrides of every run."""
 
-# 13 for validation: most layouts cannot deal them out evenly, and fill up with packs without labels.
+# Most layouts cannot deal 13 validation proteins out evenly, so they fill up with packs without labels.
 _TRAIN, _VALID = 40, 13
 _SHORTEST, _LONGEST = 57, 80
 _KNOWN = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", dtype=np.uint8)
@@ -61,7 +62,7 @@ _UNKNOWN = b"J"
 
 
 def write_stores(folder: Path) -> Path:
-    """Write the proteins and their token stores ``train`` and ``valid``; returns the directory of both."""
+    """Write the proteins and their token stores ``train`` and ``valid``, and return the directory of both."""
     rng = np.random.default_rng(3)
     fasta = folder / "proteins.fasta"
     with fasta.open("wb") as file:
@@ -76,7 +77,7 @@ def write_stores(folder: Path) -> Path:
 
 
 def _write_tables(folder: Path) -> None:
-    """Write ``train.csv`` and ``valid.csv``: labels of every kind, most of which are missing or masked."""
+    """Write ``train.csv`` and ``valid.csv`` with labels of every kind, most of them missing or masked."""
     rng, shapes, more = (np.random.default_rng(seed) for seed in (4, 5, 6))
 
     def coil(length: int) -> list[list[float]]:
@@ -94,7 +95,7 @@ def _write_tables(folder: Path) -> None:
                 residues = rng.choice(_KNOWN, size=length).tobytes().decode()
                 a, b = rng.normal(3.0, 2.0, 2).tolist()
                 numbers = [f"{x:.3f}" for x in rng.normal(size=length)]
-                # Of two proteins in three nothing, or next to nothing, is known.
+                # For two proteins in three, nothing or next to nothing is known.
                 known = number % 3 == 0
                 first = "1" + "0" * (length - 1)
                 table.writerow(
@@ -107,9 +108,9 @@ def _write_tables(folder: Path) -> None:
                         "".join(rng.choice(list("CEH"), size=length)),
                         "1" * length if known else first,
                         " ".join(numbers if known else ["nan"] * length),
-                        # A random coil, 3.8 Angstrom between neighbours; of some proteins only its beginning.
+                        # A random coil, 3.8 Angstrom between neighbours; some proteins have only its start.
                         json.dumps([*coil(length if known else 7), *[None] * (0 if known else length - 7)]),
-                        # A second column of classes, known of other proteins than the first.
+                        # A second column of classes, known for other proteins than the first.
                         "".join(more.choice(list("12345"), size=length)),
                         ("1" if number % 4 == 1 else "0") * length,
                     ]
@@ -119,14 +120,14 @@ def _write_tables(folder: Path) -> None:
 def settings(
     stores: Path, run_dir: Path, precision: str, seed: int, stop: int, labelled: bool = False
 ) -> list[str]:
-    """All overrides of a run but those of its layout.
+    """Return all overrides of a run but those of its layout.
 
     Args:
-        stores: From `write_stores`.
-        run_dir: Where the run goes, or goes on.
+        stores: Directory of the token stores, from `write_stores`.
+        run_dir: Directory of the run, which is new or resumed.
         precision: ``fp64``, ``fp32`` or ``bf16``.
-        seed: Of weights, data and masks.
-        stop: Steps after which the run ends; the schedule is that of `STEPS`.
+        seed: Seed of weights, data and masks.
+        stop: Step after which the run ends; the schedule is always that of `STEPS` steps.
         labelled: Fine-tune on the tables.
     """
     ending = ".csv" if labelled else ""

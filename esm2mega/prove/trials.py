@@ -1,7 +1,7 @@
-"""Lists what is proven: trials, in the groups that ``--layouts`` names.
+"""Lists the trials that are proven, in the groups that ``--layouts`` names.
 
-A feature that changes the training (another head, adapters) proves itself by a group of its own here, whose
-trials carry the overrides that switch it on.
+A feature that changes the training (another head, adapters) is proven by a group of its own here, whose
+trials hold the overrides that switch it on.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from esm2mega.prove.training import MID_WINDOW, SETTINGS
 
 @dataclass(frozen=True)
 class Trial:
-    """One row of the table.
+    """Describes one row of the table.
 
     Attributes:
-        layouts: One; or two, and the run is stopped at the first and resumed at the second.
+        layouts: One layout; or two, if the run is stopped at the first and resumed at the second.
         precision: ``fp64``, or ``bf16``, which is compared with fp32.
         settings: Further overrides, which the reference has too.
-        label: What the settings make of the training, in a word; those of a resume need none.
-        continues: Start from the weights that the training without `settings` ends with.
+        label: Name of the training that the settings make; empty for the plain one and for a plain resume.
+        continues: Whether the trial starts from the weights that the training without `settings` ends with.
     """
 
     layouts: tuple[Layout, ...]
@@ -36,7 +36,7 @@ class Trial:
 
     @property
     def training(self) -> list[str]:
-        """The overrides that a layout must be possible with."""
+        """Return the overrides of the training with which a layout must be possible."""
         return [*SETTINGS, *(() if self.continues else self.settings)]
 
     @property
@@ -48,7 +48,7 @@ class Trial:
         return ", ".join(filter(None, words))
 
     def command(self, seed: int) -> str:
-        """What repeats the trial: options, or its name where these do not say all."""
+        """Return the command that repeats the trial: by options, or by name where they do not say all."""
         options = ["--row", str(self)]
         words = self.label.split(", ") if self.label else []
         heads = [word.removeprefix(_HEAD) for word in words if word.startswith(_HEAD)]
@@ -62,7 +62,7 @@ class Trial:
 _LORA, _HEAD = "LoRA", "head "
 
 LORA = ("lora.rank=3", "lora.alpha=8", "lora.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]")
-"""Adapters of every linear."""
+"""Switches on adapters of every linear layer."""
 
 _DORA = (*LORA, "lora.use_dora=true", "lora.use_rslora=true")
 _SOME = (
@@ -72,10 +72,10 @@ _SOME = (
 
 
 def with_lora(trial: Trial) -> Trial:
-    """The same training of adapters; where it is a fine-tuning, with its head.
+    """Return a trial that trains adapters instead of all weights; a fine-tuning keeps its head.
 
     Raises:
-        UserError: What is trained is fixed by the head.
+        UserError: The settings of the head decide already what is trained.
     """
     has_task = any(setting.startswith("task.kind=") for setting in trial.settings)
     mode = ("finetune.mode=lora",) if has_task else ()
@@ -146,16 +146,16 @@ HEADS: dict[str, tuple[str, ...]] = {
         "finetune.layer_decay=0.8",
     ),
 }
-"""Fine-tunings by the name that ``--head`` takes: the overrides that switch each on."""
+"""Maps each name that ``--head`` takes to the overrides that switch its fine-tuning on."""
 
 ADAPTABLE = tuple(
     head for head, settings in HEADS.items() if not any(text.startswith("finetune.") for text in settings)
 )
-"""Those that adapters can be trained with."""
+"""Lists the heads that adapters can be trained with."""
 
 
 def with_head(trial: Trial, head: str) -> Trial:
-    """The same layout for fine-tuning with a head.
+    """Return a trial that fine-tunes with a head at the same layout.
 
     Raises:
         UserError: There is no such head.
@@ -166,12 +166,12 @@ def with_head(trial: Trial, head: str) -> Trial:
 
 
 def drawn_training(layout: Layout, rng: random.Random, heads: Sequence[str]) -> Trial:
-    """A layout and a training drawn from all that it allows: of the language model, of adapters, of a head.
+    """Draw a training that a layout allows: of the language model, of a head, and of either with adapters.
 
     Args:
-        layout: Of the trial.
-        rng: Where the draw comes from.
-        heads: To draw from.
+        layout: Layout of the trial.
+        rng: Source of random numbers.
+        heads: Names of the heads to draw from.
     """
     trial, head = Trial((layout,)), rng.choice([*[None] * len(heads), *heads] or [None])
     if head is not None and is_possible(layout, with_head(trial, head).training):
@@ -239,7 +239,7 @@ _PAIRS = (
     (Layout(packed=3), Layout(tp=2, packed=3)),
     (replace(_DP2, packed=2), replace(_PP2, packed=2)),
 )
-# Main weights beside the model's, and from sharded ones to whole ones and back.
+# These resume main weights that are kept beside the model's, from whole to sharded ones and back.
 _BF16_PAIRS = ((_TP2, _DP2), (_DP2, _PP2))
 
 _POSITIONS = f"model.max_positions={TOKENS_PER_PROTEIN}"
@@ -280,7 +280,7 @@ _ADAPTED: tuple[tuple[str, tuple[str, ...], tuple[Layout, ...]], ...] = (
     ("DoRA", _DORA, (_PP2, _TP2_SP)),
 )
 
-# Stages whose groups of parameters differ, and a resume.
+# These have pipeline stages whose groups of parameters differ, and a resume.
 _HEADS_AND_LORA = (
     with_lora(with_head(Trial((Layout(pp=2, dp=2, packed=2, distributed_optimizer=True),)), "mlp")),
     with_lora(with_head(Trial((_TP2, _DP2), settings=MID_WINDOW), "attention")),
@@ -295,7 +295,7 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
     ),
     "heads": (
         *_heads_at_all(HEADS),
-        # Groups of parameters by learning rate, in sharded and in whole optimizer state.
+        # This has groups of parameters by learning rate, in sharded and in whole optimizer state.
         with_head(Trial((_DP2, _TP2), settings=MID_WINDOW), "freeze"),
     ),
     "bf16": (
@@ -315,4 +315,4 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         *_HEADS_AND_LORA,
     ),
 }
-"""Trials by the name that ``--layouts`` takes; ``all`` is all of them, and what runs by default."""
+"""Maps each name that ``--layouts`` takes to its trials; ``all``, the default, takes every group."""

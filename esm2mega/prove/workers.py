@@ -1,8 +1,8 @@
-"""Processes that run many trainings, one after the other, in worlds of different sizes.
+"""Starts processes that run many trainings, one after the other, in worlds of different sizes.
 
 Starting a process costs seconds, most of them for importing PyTorch and Megatron-Core; a small training costs
-less. So a few processes are started once, and process groups are made anew for each training. They meet as
-those of torchrun do, through a store of the process that started them.
+less. So a few processes are started once, and process groups are made anew for each training. The processes
+meet through a store of the process that started them, as those of torchrun do.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import Any
 from torch.distributed import TCPStore
 
 JOB_SECONDS = 900.0
-"""Time limit of one training, which takes some seconds: it ends those that wait for each other."""
+"""Limits the time of one training, which takes some seconds, so that processes do not wait for ever."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training.
+    """Describes one training.
 
     Attributes:
-        overrides: Its configuration.
+        overrides: Configuration of the training.
         processes: World size.
         out: Existing directory for the observations of each rank, ``rank0.pt`` and so on.
     """
@@ -41,7 +41,7 @@ class Job:
 
 
 Serve = Callable[[Connection, Path], None]
-"""What a process does until its connection closes; it gets the connection and a file for its output."""
+"""Does the work of a process until its connection closes; it gets that and a file for its output."""
 
 
 @dataclass
@@ -62,20 +62,20 @@ class _Running:
 
 
 class Workers:
-    """A fixed number of processes; use it as a context, which ends them."""
+    """Runs trainings in a fixed number of processes; use it as a context, which starts and ends them."""
 
     def __init__(self, count: int, folder: Path, serve: Serve | None = None) -> None:
-        """Start the processes.
+        """Prepare to start the processes.
 
         Args:
-            count: How many, the largest world there can be.
-            folder: For their output.
-            serve: Module-level function that every process runs; `serve` of this module by default.
+            count: Number of processes, which is the largest world size.
+            folder: Directory for their output.
+            serve: Module-level function that every process runs; None for `serve` of this module.
         """
         self.count = count
         self._serve = serve or globals()["serve"]
         self._folder = folder
-        # One process imports, the workers are forked from it: they start at once.
+        # One process imports everything, and the workers are forked from it, so they start at once.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["esm2mega.train.pretrain"])
         self._started = 0
@@ -95,10 +95,10 @@ class Workers:
         """Run trainings, as many at a time as there are processes for.
 
         Args:
-            jobs: None larger than the number of processes.
+            jobs: The trainings, none of which needs more than the number of processes.
 
         Yields:
-            As each ends, its number in `jobs`, and None or why it failed.
+            The number in `jobs` of each training as it ends, with None or why it failed.
         """
         waiting = list(range(len(jobs)))
         running: list[_Running] = []
@@ -110,11 +110,11 @@ class Workers:
                 for ended in self._advance(running):
                     running.remove(ended)
                     workers = [self._replace(w) for w in ended.workers] if ended.errors else ended.workers
-                    # Those that have trained before are used first: they have touched what a training needs.
+                    # Workers that have trained before come first: they have touched what a training needs.
                     self._idle = [*workers, *self._idle]
                     yield ended.number, "; ".join(ended.errors) or None
         finally:
-            # Left before the end: nobody wants these any more.
+            # The caller left before the end, so nobody waits for these trainings any more.
             for job in running:
                 for worker in job.workers:
                     _end(worker)
@@ -123,7 +123,7 @@ class Workers:
         ours, theirs = self._context.Pipe()
         log = self._folder / f"worker{self._started}.log"
         self._started += 1
-        # Not daemonic: saving a checkpoint starts helper processes.
+        # A daemonic process could not start the helper processes that saving a checkpoint needs.
         process = self._context.Process(target=self._serve, args=(theirs, log), daemon=False)
         with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"):
             process.start()
@@ -131,7 +131,7 @@ class Workers:
         return _Worker(process, ours, log)
 
     def _replace(self, worker: _Worker) -> _Worker:
-        """A fresh process: after a failure nobody knows what the old one still holds."""
+        """Start a new process for one that failed, since nobody knows what that one still holds."""
         _end(worker)
         return self._start()
 
@@ -151,7 +151,7 @@ class Workers:
         return _Running(number, workers, time.monotonic() + JOB_SECONDS, store, list(workers))
 
     def _advance(self, running: list[_Running]) -> list[_Running]:
-        """Take reports as they come; the trainings that ended."""
+        """Wait for reports, take them, and return the trainings that ended."""
         seconds = max(0.0, min(job.deadline for job in running) - time.monotonic())
         ready = wait([w.connection for job in running for w in job.waiting], timeout=seconds)
         for job in running:
@@ -166,20 +166,20 @@ class Workers:
                     # The others may wait for this one for ever.
                     job.deadline = min(job.deadline, time.monotonic() + 5.0)
             if job.waiting and time.monotonic() >= job.deadline:
-                job.errors = job.errors or [f"no end after {JOB_SECONDS:.0f} s"]
+                job.errors = job.errors or [f"did not end within {JOB_SECONDS:.0f} s"]
                 job.waiting = []
         return [job for job in running if not job.waiting]
 
 
 def serve(connection: Connection, log: Path) -> None:
-    """Run the jobs that come through `connection`; the output of training goes to `log`."""
+    """Run the jobs that come through `connection`, and write the output of the trainings to `log`."""
     serve_with(connection, log, train)
 
 
 def serve_with(connection: Connection, log: Path, run_job: Callable[[Job, int], None]) -> None:
-    """`serve` with another function in the place of `train`; it gets the job and the rank."""
-    # A group of its own, so that the helpers that saving starts can be ended with this process; Ctrl-C is
-    # for the process that started it.
+    """Serve as `serve` does, with `run_job` in place of `train`; it gets the job and the rank."""
+    # In a process group of its own, the helpers that saving starts can be ended with this process, and Ctrl-C
+    # reaches only the process that started it.
     os.setpgrp()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -232,7 +232,7 @@ def _end(worker: _Worker, grace: float = 0.0) -> None:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "without a word")
+    return next((line for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""The first five minutes: simulated protein families, and a run on them from start to report."""
+"""Shows the first five minutes: simulates protein families, and runs on them from start to report."""

@@ -1,7 +1,6 @@
 """`quickstart` goes from a FASTA to a trained and evaluated model, its plot and embeddings, in minutes.
 
-Every step prints what it does and the command that does the same by hand, runs it, and stops at the first
-failure.
+Every step prints what it does and the command that does it by hand, and runs it; the first failure ends all.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ FAMILIES, MEMBERS = 16, 125
 FAMILY = FamilySpec(median_length=110, length_sigma=0.3, min_length=60, max_length=220)
 LAST_LINES = 8
 PREFIX = "esm2mega: "
-"""How every command begins a line about its own end."""
+"""Begins every line in which a command says how it ended."""
 
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """Where everything is, and how far validation got below the unigram baseline."""
+    """Holds the paths of everything that was made, and the losses of the model and the unigram baseline."""
 
     fasta: Path
     store: Path
@@ -52,7 +51,7 @@ class QuickstartResult:
 
     @property
     def gain(self) -> float:
-        """Nats per residue below the unigram baseline."""
+        """Return how many nats per residue the model is below the unigram baseline."""
         return self.unigram_loss - self.valid_loss
 
 
@@ -64,14 +63,14 @@ def quickstart(
     Everything lies under `out`.
 
     Args:
-        out: directory to make; must be absent or empty.
-        seed: of the data, the masks and the initial weights.
-        steps: optimizer steps; fewer for a trial of the machinery.
-        say: where lines for the user go.
+        out: Directory to make; it must be absent or empty.
+        seed: Seed of the data, the masks and the initial weights.
+        steps: Number of optimizer steps; fewer for a mere trial of the machinery.
+        say: Prints a line for the user.
 
     Raises:
         UserError: `out` holds files, or a step refused its input.
-        MachineError: a step failed; the message holds its last lines.
+        MachineError: A step failed; the message holds its last lines.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -192,7 +191,7 @@ def _esm2mega(arguments: Sequence[object], say: Say) -> None:
 
 def _torchrun(arguments: Sequence[str], say: Say) -> None:
     say("      " + _torchrun_text(arguments))
-    # `python -m torch.distributed.run` is torchrun in this very environment, on PATH or not. --standalone
+    # `python -m torch.distributed.run` is the torchrun of this environment, on PATH or not; --standalone
     # takes a free port.
     launcher = [
         sys.executable,
@@ -222,8 +221,8 @@ def run_step(name: str, command: Sequence[str], say: Say) -> None:
     """Run one command, pass its output on line by line, and turn a failure into an error with its last lines.
 
     Raises:
-        UserError: the command ended with exit code 2.
-        MachineError: it ended with any other exit code or could not start.
+        UserError: The command ended with exit code 2.
+        MachineError: It ended with any other exit code than 0, or could not start.
     """
     # One thread per process: two processes on two cores would otherwise fight over them.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Simulates protein families: a seeded FASTA with the structure that a language model can learn.
+"""Simulates protein families: a seeded FASTA with structure that a language model can learn.
 
 Every family starts from an ancestor drawn from natural residue frequencies. Subfamily ancestors and then
 members descend from it by the LG substitution model with gamma-distributed rates per site, so that some
@@ -6,8 +6,8 @@ columns stay conserved and others drift, as in alignments of real families. Dele
 make the members unequal in length; because they only ever remove columns, the true alignment of a family is
 known and the UniRef-like clusters are computed exactly.
 
-LG exchangeabilities and residue frequencies: Le S. Q., Gascuel O. (2008), An improved
-general amino acid replacement matrix, Mol. Biol. Evol. 25:1307-1320.
+The LG exchangeabilities and residue frequencies are those of Le S. Q., Gascuel O. (2008), An improved general
+amino acid replacement matrix, Mol. Biol. Evol. 25:1307-1320.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from esm2mega.errors import UserError
 from esm2mega.files import replacing
 
 RESIDUES = "ARNDCQEGHILKMFPSTWYV"
-"""The order of the rows and columns of the published LG table."""
+"""Gives the order of the rows and columns of the published LG table."""
 
 LG_FREQUENCIES = np.array(
     [0.079066, 0.055941, 0.041977, 0.053052, 0.012937, 0.040767, 0.071586, 0.057337, 0.022355, 0.062157]
     + [0.099081, 0.064600, 0.022951, 0.042302, 0.044040, 0.061197, 0.053287, 0.012066, 0.034155, 0.069147]
 )
 
-# Lower triangle of the symmetric LG exchangeabilities, row i (from the second residue on) against columns
-# 0 to i - 1.
+# Lower triangle of the symmetric LG exchangeabilities: row i (from the second residue on), columns 0 to i-1.
 LG_EXCHANGEABILITIES = """
 0.425093
 0.276818 0.751878
@@ -63,8 +62,7 @@ LG_EXCHANGEABILITIES = """
  0.185202 1.898718 0.654683 0.296501 0.098369 2.188158 0.189510 0.249313
 """
 
-# Codes beyond the 20 residues. X is an undetermined residue, U selenocysteine; a gap is a deleted ancestral
-# column.
+# Codes beyond the 20 residues: X is an undetermined residue, U selenocysteine, a gap a deleted column.
 CODE_X, CODE_U, GAP = 20, 21, 255
 LETTERS = np.frombuffer((RESIDUES + "XU").encode(), dtype=np.uint8)
 METHIONINE = RESIDUES.index("M")
@@ -76,7 +74,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """What one simulated family looks like.
+    """Says what a simulated family looks like.
 
     The default lengths follow reviewed UniProt entries: mean 361 and median 294 residues, which for a
     log-normal distribution means sigma = sqrt(2 ln(361 / 294)) = 0.64.
@@ -87,43 +85,43 @@ class FamilySpec:
     min_length: int = 30
     max_length: int = 2000
     min_identity: float = 0.75
-    """Members' expected identity to the ancestor is uniform between `min_identity` and `max_identity`."""
+    """Bounds from below the members' expected identity to the ancestor, uniform up to `max_identity`."""
     max_identity: float = 0.90
     gamma_shape: float = 0.6
-    """Shape of the rate distribution over sites; below 1 most sites are slow and a few are fast."""
+    """Gives the shape of the rate distribution over sites; below 1 most sites are slow and a few are fast."""
     subfamilies: int = 4
     deletion_rate: float = 0.002
-    """Probability, per member and ancestral column, that a deletion starts there."""
+    """Gives the probability, per member and ancestral column, that a deletion starts there."""
     deletion_length: float = 2.5
-    """Mean number of columns of a deletion (geometric)."""
+    """Gives the mean number of columns of a deletion, which is geometrically distributed."""
     unknown_rate: float = 2e-4
-    """Probability that a residue is written as X."""
+    """Gives the probability that a residue is written as X."""
     selenocysteine_rate: float = 2e-3
-    """Probability that a cysteine is written as U."""
+    """Gives the probability that a cysteine is written as U."""
 
 
 @dataclass(frozen=True)
 class SimulatedSet:
-    """What was written, and how similar it turned out."""
+    """Says what was written, and how similar the sequences turned out."""
 
     fasta: Path
     sequences: int
     residues: int
     families: int
     mean_identity: float
-    """Mean observed identity of members to their family ancestor, over the columns that both have."""
+    """Averages the observed identity of members to their family ancestor, over the columns that both have."""
     uniref90_clusters: int
     uniref50_clusters: int
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family in its true alignment."""
+    """Holds one family in its true alignment."""
 
     ancestor: Codes
-    """[columns]"""
+    """Holds the residue of the ancestor in each column, [columns]."""
     members: Codes
-    """[members, columns], GAP where a column was deleted."""
+    """Holds the residues of the members, [members, columns], GAP where a column was deleted."""
 
     def identity_to_ancestor(self) -> Floats:
         """Return each member's identity to the ancestor over the columns that the member kept, [members]."""
@@ -132,7 +130,7 @@ class Family:
 
 
 class SubstitutionModel:
-    """LG as a continuous-time Markov chain; branch lengths are expected substitutions per site at rate 1."""
+    """Runs LG as a continuous-time Markov chain; a branch length counts expected substitutions per site."""
 
     def __init__(self) -> None:
         """Decompose the rate matrix; LG is reversible, hence symmetric once scaled by sqrt(frequency)."""
@@ -163,20 +161,18 @@ class SubstitutionModel:
         return np.minimum(drawn, 19).astype(np.uint8)
 
     def time_for_identity(self, ancestor: Codes, rates: Floats, identities: Floats) -> Floats:
-        """Return the branch lengths at which the expected identity to the ancestor equals each of
-        `identities`.
+        """Return the branch lengths at which the expected identity to the ancestor is each of `identities`.
 
         Args:
-            ancestor: [sites]
-            rates: relative rate of every site, [sites]; 0 never changes.
-            identities: [members], each within (0, 1].
+            ancestor: Residues of the ancestor, [sites].
+            rates: Relative rate of every site, [sites]; a site of rate 0 never changes.
+            identities: Wanted identities, [members], each within (0, 1].
 
         Returns:
-            [members] branch lengths; the longest one of the grid where an identity is out of reach.
+            Branch lengths, [members]; the longest one of the grid where an identity is out of reach.
         """
         grid = np.concatenate([[0.0], np.geomspace(1e-3, 20.0, 60)])
-        # Diagonal of the transition matrix of every site: sum over k of weights[site, k] exp(eigenvalue_k
-        # rate time).
+        # The diagonal of a site's transition matrix is sum_k weights[site, k] exp(eigenvalue_k rate time).
         weights = self.left[ancestor] * self.right[ancestor]
         expected = [
             float((weights * np.exp(np.outer(rates * time, self.eigenvalues))).sum(1).mean()) for time in grid
@@ -221,13 +217,12 @@ def _decorate(row: Codes, spec: FamilySpec, rng: np.random.Generator) -> Codes:
 def greedy_clusters(members: Codes, threshold: float) -> list[list[int]]:
     """Cluster aligned members as UniRef does.
 
-    The longest comes first, and each joins the first representative that is near enough.
-
+    The longest member comes first, and each member joins the first representative that is near enough.
     Identity is the number of identical columns over the length of the shorter (joining) sequence.
 
     Args:
-        members: [members, columns], GAP where a column is missing.
-        threshold: smallest identity of a cluster's member to its representative.
+        members: Residues, [members, columns], GAP where a column is missing.
+        threshold: Smallest identity of a cluster's member to its representative.
 
     Returns:
         One list of member numbers per cluster, the representative first.
@@ -257,13 +252,16 @@ def simulate_families(
     """Write a FASTA of simulated families and, when asked, the same proteins as UniRef-like cluster files.
 
     Args:
-        out_fasta: every member of every family; must not exist.
-        n_families: number of unrelated families.
-        members: number of sequences per family.
-        seed: the same seed gives the same bytes.
-        spec: shape of the families.
-        clusters_dir: directory for `uf50.fasta`, `uf90.fasta` (one representative per cluster) and
-            `mapping.tsv` (UniRef50 id, tab, comma-separated UniRef90 ids, one header line).
+        out_fasta: File to write with every member of every family; it must not exist.
+        n_families: Number of unrelated families.
+        members: Number of sequences per family.
+        seed: Seed of all random numbers; the same seed gives the same bytes.
+        spec: Shape of the families; None for the defaults.
+        clusters_dir: Directory for `uf50.fasta`, `uf90.fasta` (one representative per cluster) and
+            `mapping.tsv` (UniRef50 id, tab, comma-separated UniRef90 ids, one header line); None for none.
+
+    Raises:
+        UserError: A setting is out of range, or a file exists already.
     """
     spec = spec or FamilySpec()
     _check(n_families, members, spec)
@@ -304,18 +302,18 @@ CLUSTER_FILES = ("uf50.fasta", "uf90.fasta", "mapping.tsv")
 
 @dataclass(frozen=True)
 class _Clusters:
-    """The UniRef-like clusters of one family; families are unrelated, so no cluster spans two of them."""
+    """Holds the UniRef-like clusters of one family; families are unrelated, so no cluster spans two."""
 
     number: int
     family: Family
     uniref90: list[int]
-    """Member number of every UniRef90 representative."""
+    """Lists the member number of every UniRef90 representative."""
     uniref50: list[list[int]]
-    """Per UniRef50 cluster the members that represent its UniRef90 clusters, its own representative first."""
+    """Lists for each UniRef50 cluster the representatives of its UniRef90 clusters, its own one first."""
 
     @classmethod
     def of(cls, number: int, family: Family) -> _Clusters:
-        """Cluster at 90 % and then the representatives at 50 %, as UniRef does."""
+        """Cluster the members at 90 %, and then the representatives at 50 %, as UniRef does."""
         uniref90 = [cluster[0] for cluster in greedy_clusters(family.members, 0.9)]
         nested = greedy_clusters(family.members[uniref90], 0.5)
         return cls(number, family, uniref90, [[uniref90[i] for i in cluster] for cluster in nested])
@@ -386,7 +384,7 @@ def _check(n_families: int, members: int, spec: FamilySpec) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: `python -m esm2mega.quickstart.simulate OUT.fasta [--families N] [--members N] …`."""
+    """Run the command `python -m esm2mega.quickstart.simulate OUT.fasta [--families N] [--members N] …`."""
     default = FamilySpec()
     parser = argparse.ArgumentParser(
         prog="python -m esm2mega.quickstart.simulate", description="Simulate protein families."

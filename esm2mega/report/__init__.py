@@ -1,1 +1,1 @@
-"""What a run tells its user: the log, the progress line, external trackers and the plotted report."""
+"""Tells the user about a run: the log, the progress line, external trackers and the plotted report."""

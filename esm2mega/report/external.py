@@ -12,7 +12,7 @@ from esm2mega.errors import MachineError, UserError
 
 
 class Tracker(Protocol):
-    """One place outside the run directory's log that records go to."""
+    """Receives the records of a run in a place outside the log of its run directory."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Take one record of the log."""
@@ -22,7 +22,7 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Event files under `RUN_DIR/tensorboard`, scalars named `train/loss`, `eval/valid_loss` and so on."""
+    """Writes event files to `RUN_DIR/tensorboard`, with scalars like `train/loss` and `eval/valid_loss`."""
 
     def __init__(self, run_dir: str | Path, finished_steps: int = 0) -> None:
         """Open the event file; on resume TensorBoard hides the later events that an earlier process wrote."""
@@ -45,7 +45,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """One Weights & Biases run per run directory: a resumed run goes on in the same W&B run."""
+    """Feeds one Weights & Biases run per run directory; a resumed run goes on in the same W&B run."""
 
     ID_FILE = "wandb_run_id.txt"
 
@@ -97,13 +97,13 @@ def open_trackers(
     """Open the trackers that the configuration asks for, on the one rank that logs.
 
     Args:
-        settings: the `logging` section of the run.
-        run_dir: the run's directory.
-        config: the resolved configuration, nested or flat, shown beside the curves.
-        finished_steps: the step that is resumed from; 0 for a fresh run.
+        settings: The section `logging` of the configuration.
+        run_dir: Directory of the run.
+        config: The resolved configuration, nested or flat, shown beside the curves.
+        finished_steps: The step that is resumed from; 0 for a new run.
 
     Raises:
-        UserError: a tracker was asked for and its package is not installed.
+        UserError: A tracker was asked for and its package is not installed.
     """
     trackers: list[Tracker] = []
     if settings.tensorboard:
@@ -114,7 +114,7 @@ def open_trackers(
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the record's finite numbers as (`kind/name`, value); the step is the axis, not a curve."""
+    """Yield the finite numbers of a record as (`kind/name`, value), but for the step, which is the axis."""
     kind = record.get("kind", "train")
     for name, value in record.items():
         if name == "step" or isinstance(value, bool) or not isinstance(value, (int, float)):

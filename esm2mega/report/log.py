@@ -1,9 +1,9 @@
 """Writes and reads `log.jsonl`: one JSON object per line, readable while the run goes on.
 
-Durability: each record is one `write` handed to the operating system at once, so a killed process loses
-nothing. The file is synced to the disk at every evaluation record, at least every `SYNC_SECONDS` seconds of
-writing, and by `sync()`, so a power cut loses the last seconds. A record cut short by either is dropped by
-the readers and counted.
+Each record is one `write` that is handed to the operating system at once, so a killed process loses nothing.
+The file is synced to the disk at every evaluation record, at least every `SYNC_SECONDS` seconds of writing,
+and by `sync()`, so a power cut loses only the last seconds. The readers drop and count a record that was cut
+short by either.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ logger = logging.getLogger(__name__)
 
 
 class LogContents(NamedTuple):
-    """What a log holds, and whether its last line was cut short."""
+    """Holds the records of a log, and says whether its last line was cut short."""
 
     records: list[dict[str, Any]]
     dropped_lines: int
-    """1 when a half-written last line was left out, else 0."""
+    """Is 1 if a half-written last line was left out, and 0 if not."""
 
 
 class JsonlLog:
-    """Append records to a log; opening repairs a half-written last line left by a killed run."""
+    """Appends records to a log; opening it repairs a half-written last line that a killed run left."""
 
     def __init__(self, path: str | Path) -> None:
         """Open `path` for appending, creating it and its directory when absent."""
@@ -153,7 +153,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     """Return the records of a log in order; a half-written last line is left out with a warning.
 
     Raises:
-        UserError: no such file, or a line that is not a JSON object anywhere but at the end.
+        UserError: There is no such file, or a line other than the last is not a JSON object.
     """
     contents = scan_log(path)
     if contents.dropped_lines:
@@ -162,7 +162,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def scan_log(path: str | Path) -> LogContents:
-    """Read a log, reporting a half-written last line in the result and not as a warning."""
+    """Read a log, and report a half-written last line in the result and not as a warning.
+
+    Raises:
+        UserError: The file cannot be read, or a line other than the last is not a JSON object.
+    """
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:

@@ -28,12 +28,12 @@ PNG_NAME, HTML_NAME = "report.png", "report.html"
 # Colours that stay apart for the common forms of colour blindness (Okabe and Ito), and in grey.
 TRAIN_COLOR, VALID_COLOR, BASELINE_COLOR, AXIS_COLOR = "#0072B2", "#D55E00", "#555555", "#888888"
 SMOOTHING_POINTS = 60
-"""Above this many training records a running mean is drawn over the raw curve."""
+"""Counts the training records above which a running mean is drawn over the raw curve."""
 
 
 @dataclass(frozen=True)
 class PlotFiles:
-    """Where the report went, and the last numbers shown in it."""
+    """Holds the paths of a report, and the final numbers that it shows."""
 
     png: Path
     html: Path
@@ -41,12 +41,10 @@ class PlotFiles:
 
 
 def plot_run(run_dir: str | Path) -> PlotFiles:
-    """Draw the report of `run_dir` from its `log.jsonl` and, when there, `config.yaml`.
-
-    It goes into the run directory.
+    """Draw the report of a run into `run_dir`, from its `log.jsonl` and, if there is one, `config.yaml`.
 
     Raises:
-        UserError: no log, or a log without a training or evaluation record.
+        UserError: There is no log, or it has no training or evaluation record.
     """
     run_dir = Path(run_dir)
     log = run_dir / LOG_NAME

@@ -1,4 +1,4 @@
-"""Shows progress on stderr: a bar with the time left on a terminal, now and then a plain line elsewhere."""
+"""Shows progress on stderr: on a terminal a bar with the time left, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 LINE_SECONDS = 10.0
-"""Shortest time between two plain lines: a log file of a job of days stays readable."""
+"""Sets the shortest time between two plain lines, so that the log file of a long job stays readable."""
 
 
 class Progress:
-    """Count units of work and show how far it is.
+    """Counts units of work, and shows how far the work is.
 
     Usage:
         with Progress(1000, "pretrain", "step") as progress:
@@ -35,12 +35,13 @@ class Progress:
         """Prepare without showing anything yet.
 
         Args:
-            total: number of units at the end, or None when unknown.
-            description: one or two words for the work.
-            unit: name of one unit, singular.
-            enabled: False shows nothing (every rank but one).
-            initial: units done before, by the run that this one resumes; not counted in the rate.
-            stream: where to write; stderr when None.
+            total: Number of units at the end; None if it is unknown.
+            description: One or two words for the work.
+            unit: Name of one unit, in the singular.
+            enabled: False shows nothing, as on every rank but one.
+            initial: Number of units that were done before, by the run that this one resumes; they do not
+                count in the rate.
+            stream: Where to write; None for stderr.
         """
         self.total, self.description, self.unit = total, description, unit
         self.enabled, self.initial, self.done = enabled, initial, initial
@@ -114,7 +115,7 @@ class Progress:
         self._bar.start()
 
     def _rate(self) -> float:
-        """Units per second since the start of this process, resumed ones left out."""
+        """Return the units per second since the start of this process, without those done before."""
         seconds = time.monotonic() - self._started
         return (self.done - self.initial) / seconds if seconds > 0 else 0.0
 
@@ -149,12 +150,12 @@ class Progress:
 
 
 def show_bytes(stage: str, total: int) -> Progress:
-    """Progress over bytes, as `prepare` opens one per stage."""
+    """Make a progress display that counts bytes; `prepare` opens one for each stage."""
     return Progress(total, stage, "byte")
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person would say them: 42 s, 3 min 05 s, 2 h 10 min, 4 d 3 h."""
+    """Write seconds as a person would say them: 42 s, 3 min 05 s, 2 h 10 min, 4 d 03 h."""
     whole = round(seconds)
     for size, unit, small, small_unit in (
         (86400, "d", 3600, "h"),

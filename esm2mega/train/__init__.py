@@ -1,1 +1,1 @@
-"""Training: losses, the optimizer, one step, the loop, and the runs that it serves."""
+"""Trains a model: losses, the optimizer, one step, the loop, and the runs that use them."""

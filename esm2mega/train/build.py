@@ -1,4 +1,4 @@
-"""Makes the model and the optimizer of a training: chunks, weights, adapters, freezing, state."""
+"""Makes the model and the optimizer of a training: chunks, weights, adapters, freezing, training state."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from esm2mega.train.step import TrainState
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """What a model with the head of a task has besides that of masked language modelling.
+    """Says how a model with the head of a task is built and which of its weights are trained.
 
     Attributes:
         make_head: Makes the head.
-        freeze: Freezes what is not trained, unless there are adapters, and says what is; takes the chunks.
-        scales: Factors of the learning rate by parameter; takes the chunks.
+        freeze: Takes the chunks, freezes what is not trained, and returns a line on what is; not called if
+            there are adapters.
+        scales: Takes the chunks and returns factors of the learning rate by parameter.
     """
 
     make_head: MakeHead
@@ -41,14 +42,14 @@ class HeadTraining:
 
 @dataclass(frozen=True)
 class Built:
-    """What is trained, with its initial weights; those of a resumed checkpoint are loaded by the session.
+    """Holds what is trained, with initial weights; the session loads those of a resumed checkpoint.
 
     Attributes:
         state: Model, optimizer, schedule, loss.
         saved: Which tensors checkpoints hold.
-        auxiliary: Tensors that are saved and not trained.
-        extra_state: Entries of ``train_state.json``: where tensors are that checkpoints do not hold.
-        banner: Lines for the announcement of the run.
+        auxiliary: Tensors that are saved but not trained.
+        extra_state: Entries of ``train_state.json`` that say where to find tensors which checkpoints omit.
+        banner: Lines that are printed at the start of the run.
     """
 
     state: TrainState
@@ -71,10 +72,10 @@ def build(
     Args:
         run: The configuration.
         ranks: Where this process stands.
-        start: From `esm2mega.train.start.open_training_start`.
+        start: Result of `esm2mega.train.start.open_training_start`.
         loss: The loss and its reduction.
         on_gradients: See `TrainState`.
-        head: In fine-tuning, the head and what is trained.
+        head: In fine-tuning, the head and what is trained; None in pretraining.
 
     Raises:
         UserError: The start does not fit the configuration, or nothing would be trained.
@@ -107,7 +108,7 @@ def build(
 
 
 def _load_whole(start: StartPoint | None, run: Run, chunks: Sequence[Any]) -> dict[str, Tensor]:
-    """Fill a model without adapters, except for what a resumed checkpoint restores; its auxiliary tensors."""
+    """Load the weights of a model without adapters, unless it is resumed; return its auxiliary tensors."""
     if start is None:
         return {}
     if start.is_resumed:

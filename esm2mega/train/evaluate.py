@@ -1,4 +1,4 @@
-"""Computes the loss of a validation set, beside the loss of knowing residue frequencies alone."""
+"""Computes the loss on a validation set, and for comparison the loss of predicting residue frequencies."""
 
 from __future__ import annotations
 
@@ -29,16 +29,14 @@ from esm2mega.train.step import Batch, run_schedule
 from esm2mega.vocabulary import SPECIAL_TOKENS
 
 _GROUP = 16
-"""Micro-batches handed to the schedule at once: a pipeline stays full, and a large split is never in memory
-whole.
-"""
+"""Sets how many micro-batches the schedule gets at once: they keep a pipeline full, and fit into memory."""
 
 
 def unigram_log_probabilities(token_counts: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """Log-frequency of each token that can be a label among those of the training set, ``[v]`` fp64.
+    """Return the logarithm of each token's frequency among possible labels of the training set, ``[v]`` fp64.
 
-    One count is added to each of them, so that none is impossible. Special tokens, ``<unk>`` among them, are
-    never predicted: they take no probability (``-inf``).
+    One is added to each count, so that no label is impossible. Special tokens, ``<unk>`` among them, are
+    never labels and get no probability (``-inf``).
     """
     counts = torch.as_tensor(np.asarray(token_counts), dtype=torch.float64, device=device) + 1.0
     counts[list(SPECIAL_TOKENS)] = 0.0
@@ -54,7 +52,7 @@ def evaluate(
     progress: Progress | None = None,
     abandon: Callable[[], bool] | None = None,
 ) -> dict[str, float] | None:
-    """Global means over a split; all ranks call this together.
+    """Compute global means over a split; all ranks call this together.
 
     Args:
         model: This rank's chunks; left in training mode.
@@ -62,7 +60,7 @@ def evaluate(
         batches: This rank's packs, equally many on every data-parallel rank.
         ranks: Where this process stands.
         progress: Advanced by one per micro-batch.
-        abandon: Asked after every group of micro-batches, the same answer on every rank: whether to give up.
+        abandon: Called after every group of micro-batches; True, on every rank alike, ends the evaluation.
 
     Returns:
         The means; None when the evaluation was abandoned.
@@ -87,7 +85,7 @@ def evaluate(
 def run_groups(
     model: list[Any], loss: LossReduction, batches: Iterable[Batch], ranks: Ranks
 ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-    """Run packs through the pipeline, some at a time; all ranks of one model call this together.
+    """Run packs through the pipeline, a group at a time; all ranks of one model call this together.
 
     Args:
         model: This rank's chunks.
@@ -106,7 +104,7 @@ def run_groups(
 
 
 def evaluation_record(metrics: dict[str, float], split: str = "valid") -> dict[str, float]:
-    """The values of an evaluation record in the log, named after the split: ``valid`` or ``test``."""
+    """Return the values of an evaluation record in the log, named after the split: ``valid`` or ``test``."""
     return {
         f"{split}_loss": metrics["loss"],
         f"{split}_perplexity": perplexity(metrics["loss"]),
@@ -122,19 +120,18 @@ def evaluate_checkpoint(
     micro_batch_tokens: int | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Masked-language-model loss and perplexity of a checkpoint on a token store, at any layout.
+    """Compute masked-language-model loss and perplexity of a checkpoint on a token store, at any layout.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one; or what was opened.
+        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one; or an opened start.
         data: Token store, or a file of sequences.
-        out: JSON file for the result.
+        out: JSON file for the result; None for no file.
         max_batches: Stop after so many packs over all ranks; None for the whole store.
         micro_batch_tokens: Pack length; None for that of training.
-        overrides: ``key=value`` over the checkpoint's configuration, such as the parallel layout of this
-            evaluation.
+        overrides: ``key=value`` settings that replace those of the checkpoint, such as the parallel layout.
 
     Returns:
-        What is written to `out`.
+        The numbers that are written to `out`.
     """
     if out is not None:
         check_out(Path(out))
@@ -175,11 +172,11 @@ def evaluate_checkpoint(
 
 
 def adapt_layout(run: Run, overrides: Sequence[str]) -> Run:
-    """The training run made fit for the processes that are there.
+    """Change the layout and the batch of a training run, in place, to fit the number of processes here.
 
-    The layout of training stays where it fits or was asked for; else every process holds the whole model. The
-    batch becomes one micro-batch per rank and the warmup none: the rules on them speak of training, and
-    checkpoints that no training wrote have default values there.
+    The layout of training stays if it fits or was asked for; else every process holds the whole model. The
+    batch becomes one micro-batch per pipeline stage of each replica, and the warmup zero: their rules concern
+    training, and checkpoints that no training wrote have default values there.
     """
     world, parallel = world_size_from_environment(), run.parallel
     model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
@@ -200,7 +197,7 @@ def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def _filled(group: list[Batch], multiple: int) -> list[Batch]:
-    """The packs, and packs without labels up to a multiple."""
+    """Return the packs, filled up with packs without labels to a multiple."""
     unlabelled = group[0].without_labels()
     return group + [unlabelled] * (-len(group) % multiple)
 

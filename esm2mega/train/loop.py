@@ -1,6 +1,4 @@
-"""The only training loop: step, log, evaluate, save, stop.
-
-There is no other.
+"""Runs the only training loop: step, log, evaluate, save, stop.
 
 What decides the numbers is in `step.py`; this file decides when things happen.
 """
@@ -25,15 +23,15 @@ from esm2mega.train.throughput import Throughput, memory_gb, sum_over_data_paral
 
 @dataclass
 class LoopState:
-    """Where the loop stands; saved with every checkpoint, the same on every rank.
+    """Holds the progress of the loop, which is saved with every checkpoint and is the same on every rank.
 
     Attributes:
         step: Finished optimizer steps.
-        valid_loss: Of the evaluation at `step`; None when there was none.
-        best_valid_loss: Lowest so far.
-        best_step: Where it was.
-        evaluations_without_improvement: Since the lowest; what early stopping counts.
-        test_loss: Of the test split at `step`, the end of the run; None before.
+        valid_loss: Validation loss at `step`; None if it was not evaluated there.
+        best_valid_loss: Lowest validation loss so far; None before the first evaluation.
+        best_step: Step of the lowest validation loss.
+        evaluations_without_improvement: Evaluations since the last improvement, for early stopping.
+        test_loss: Loss on the test split, computed at the end of the run; None before.
     """
 
     step: int = 0
@@ -48,12 +46,12 @@ class LoopState:
 
 
 Evaluation = Callable[[Callable[[], bool]], dict[str, float] | None]
-"""Gives the values of a record; None when it was abandoned, which it asks its argument for now and then."""
+"""Returns the values of a record; or None once its argument, which it calls now and then, returns True."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop does besides steps. Every rank calls all of them; the writers act on the main rank."""
+    """Holds what the loop calls besides steps, on every rank; those that write act on the main rank only."""
 
     log: Callable[[dict[str, Any]], None]
     show: Callable[[StepResult], None]
@@ -66,7 +64,7 @@ class Hooks:
 def fit(
     run: Run, state: TrainState, stream: PackStream[Any], loop: LoopState, hooks: Hooks, ranks: Ranks
 ) -> None:
-    """Train from `loop.step` to the end of the run; `loop` is advanced in place and saved at the end.
+    """Train from `loop.step` to the end of the run; `loop` is updated in place and saved at the end.
 
     Raises:
         StoppedBySignal: A signal came; the state has been saved.
@@ -128,18 +126,18 @@ def fit(
 
 
 def finished(loop: LoopState, train: TrainConfig) -> bool:
-    """Whether no step is left to do."""
+    """Return whether no step is left to do."""
     return loop.step >= train.max_steps or out_of_patience(loop, train)
 
 
 def out_of_patience(loop: LoopState, train: TrainConfig) -> bool:
-    """Whether early stopping ends the run."""
+    """Return whether early stopping ends the run."""
     patience = train.early_stopping.patience
     return patience > 0 and loop.evaluations_without_improvement >= patience
 
 
 def note_evaluation(loop: LoopState, valid_loss: float, train: TrainConfig) -> bool:
-    """Enter an evaluation into the state; True when it is the best so far by more than ``min_delta``."""
+    """Enter an evaluation into the state; return whether it is the best so far by more than ``min_delta``."""
     best = loop.best_valid_loss
     improved = best is None or valid_loss < best - train.early_stopping.min_delta
     loop.valid_loss = valid_loss
@@ -150,7 +148,7 @@ def note_evaluation(loop: LoopState, valid_loss: float, train: TrainConfig) -> b
 
 
 def _evaluate(loop: LoopState, hooks: Hooks, train: TrainConfig, stop: StopSignal) -> bool:
-    """Validate, log and enter the result; True when it is the best so far."""
+    """Validate, log and enter the result; return whether it is the best so far by more than ``min_delta``."""
     record = hooks.evaluate(stop.received) if hooks.evaluate else None
     if record is None:
         return False

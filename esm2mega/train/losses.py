@@ -1,9 +1,9 @@
-"""Losses as sums and counts, reduced to a global sum over a global count.
+"""Computes losses as sums and counts, and reduces them to a global sum divided by a global count.
 
 A mean of means would weight a micro-batch with three labels like one with six hundred. Here each micro-batch
 gives a sum and a count, gradients are summed over micro-batches and data-parallel ranks, and one division by
-the global count follows. The answer then does not depend on how the labels were dealt out, and a micro-batch
-without labels contributes 0.
+the global count follows. The result then does not depend on how the labels were distributed, and a
+micro-batch without labels contributes 0.
 
 Legend: ``m`` labelled tokens of a micro-batch, ``v`` vocabulary.
 """
@@ -26,11 +26,11 @@ from torch.nn.functional import cross_entropy
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What one micro-batch contributes.
+    """Holds what one micro-batch contributes to the loss.
 
     Attributes:
-        loss_sum: Sum of the loss over the labels, ``[]``, differentiable. Not a mean.
-        count: Number of labels it sums over, ``[]``.
+        loss_sum: Sum of the loss over the labels, not their mean, ``[]``, differentiable.
+        count: Number of labels in the sum, ``[]``.
         logged: Further quantities to report as global means: name -> (sum, count), each ``[]``.
     """
 
@@ -40,29 +40,29 @@ class LossTerms:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that overflows."""
+    """Return exp(loss), or infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def loss_and_perplexity(metrics: dict[str, float]) -> dict[str, float]:
-    """What a training record says of the masked language model."""
+    """Return the values of a training record for masked language modelling."""
     return {"loss": metrics["loss"], "perplexity": perplexity(metrics["loss"])}
 
 
 class LossReduction(ABC):
-    """A loss that plugs into Megatron-Core's schedules; subclass it and write `forward`."""
+    """Connects a loss to Megatron-Core's schedules; subclass it and write `forward`."""
 
     @abstractmethod
     def forward(self, batch: Any, output: Tensor) -> LossTerms:
-        """The terms of one micro-batch.
+        """Compute the terms of one micro-batch.
 
         Args:
-            batch: What the data side made, with the labels in it.
+            batch: The micro-batch, with its labels.
             output: What the model's last stage returned for it.
         """
 
     def bind(self, batch: Any) -> Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]:
-        """The function that the schedule calls with the model's output of `batch`.
+        """Return the function that the schedule calls with the model's output for `batch`.
 
         It returns the three values of Megatron-Core's per-token form: the sum to differentiate, the int32
         count that the gradients will be divided by, and the report that `reduce` combines.
@@ -84,14 +84,13 @@ class LossReduction(ABC):
             device: Where the process groups communicate.
 
         Returns:
-            Global mean of each name (0.0 where the global count is 0) and ``count``, the global number of
+            Global mean of each name (0.0 if the global count is 0) and ``count``, the global number of
             labels; valid on every rank.
         """
         totals = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
         for report in reports:
             totals += torch.stack([report[name] for name in self.names])
-        # Sum over the data-parallel group: the last stages agree. Then each last stage tells its own
-        # pipeline.
+        # After the sum over the data-parallel group the last stages agree; each then tells its own pipeline.
         dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         if pipeline.size() > 1:
@@ -103,19 +102,19 @@ class LossReduction(ABC):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What `forward` reports, the same on every rank: ``loss``, and the keys of `LossTerms.logged`."""
+        """Return what is reported, equal on all ranks: ``loss`` and the keys of `LossTerms.logged`."""
         return ("loss",)
 
 
 class MLMLossReduction(LossReduction):
-    """Cross-entropy at the masked positions.
+    """Computes the cross-entropy at the masked positions.
 
-    With `unigram` it also reports ``unigram_loss``: the cross-entropy that predicting the training set's
-    residue frequencies would have on the very same labels, which a model must beat to have learned anything.
+    With `unigram` it also reports ``unigram_loss``: the cross-entropy on the same labels of predicting the
+    training set's residue frequencies, which a model must beat to have learned anything.
     """
 
     def __init__(self, unigram: Tensor | None = None) -> None:
-        """Args: unigram: log-probabilities of the tokens in the training set, ``[v]``, or None."""
+        """Set `unigram`, log-probabilities of tokens in the training set, ``[v]``; None for no baseline."""
         self.unigram = unigram
 
     @property
@@ -123,7 +122,7 @@ class MLMLossReduction(LossReduction):
         return ("loss",) if self.unigram is None else ("loss", "unigram_loss")
 
     def forward(self, batch: Any, output: Tensor) -> LossTerms:
-        """`batch.labels` int64 ``[m]``; `output` logits ``[m, v]``, taken to fp32 at least."""
+        """Compute the terms of `batch.labels`, int64 ``[m]``, and logits ``[m, v]``, in fp32 at least."""
         logits = output if output.dtype == torch.float64 else output.float()
         # The sum of no labels is 0 with a gradient of 0.
         loss_sum = cross_entropy(logits, batch.labels, reduction="sum")

@@ -31,7 +31,7 @@ from esm2mega.train.step import TrainState
 def wrap_data_parallel(
     chunks: list[ESM2Model], model: ModelConfig, parallel: ParallelConfig
 ) -> list[DistributedDataParallel]:
-    """Put the chunks under Megatron-Core's data parallelism, and gradient finalisation behind the schedule.
+    """Wrap the chunks in Megatron-Core's data parallelism, and let the schedule finalise their gradients.
 
     Gradients of bf16 models are kept and reduced in fp32.
     """
@@ -55,11 +55,11 @@ def train_state(
     on_gradients: Callable[[list[Any]], None] | None,
     scales: Mapping[torch.Tensor, float] | None = None,
 ) -> TrainState:
-    """Everything that a step touches, of chunks whose weights are set and know whether they are trained.
+    """Make what a step needs from chunks whose weights are loaded and, where not trained, frozen.
 
     Args:
         run: The configuration.
-        chunks: This rank's.
+        chunks: This rank's chunks.
         loss: The loss and its reduction.
         ranks: Where this process stands.
         on_gradients: See `TrainState`.
@@ -84,13 +84,13 @@ def build_optimizer(
     model: list[DistributedDataParallel],
     scales: Mapping[torch.Tensor, float] | None = None,
 ) -> MegatronOptimizer:
-    """Adam with decoupled weight decay on matrices, none on biases and LayerNorms; fused with apex or TE.
+    """Make Adam with decoupled weight decay on matrices, and none on biases and LayerNorms.
 
-    Parameters with a factor of the learning rate in `scales` are in groups of their own. The optimizer is
-    distributed if `model` was wrapped for one.
+    It is fused with apex or Transformer Engine. Parameters with a factor of the learning rate in `scales` are
+    in groups of their own. The optimizer is distributed if `model` was wrapped for that.
 
     Raises:
-        UserError: The distributed optimizer in fp64 on a GPU.
+        UserError: The distributed optimizer was asked for in fp64 on a GPU.
     """
     distributed = model[0].ddp_config.use_distributed_optimizer
     if precision == "fp64" and distributed and next(model[0].parameters()).is_cuda:
@@ -120,8 +120,7 @@ def build_optimizer(
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW):
-            # One pass over the state instead of eight; Megatron-Core leaves PyTorch's default, a loop of
-            # small ops.
+            # One pass over the state, not eight: PyTorch's default, which Megatron-Core keeps, is unfused.
             for group in part.optimizer.param_groups:
                 group["fused"] = True
     if precision == "fp64":
@@ -130,9 +129,9 @@ def build_optimizer(
 
 
 def _scaled_groups(settings: OptimizerConfig, scales: Mapping[torch.Tensor, float]) -> dict[ParamKey, Any]:
-    """For Megatron-Core: which parameters have which bounds of the learning rate.
+    """Return, in Megatron-Core's form, which parameters have which bounds of the learning rate.
 
-    It tells groups apart by `lr_mult` when a checkpoint is loaded, which it does not multiply by.
+    Megatron-Core uses `lr_mult` to tell groups apart when a checkpoint is loaded; it does not multiply by it.
     """
     assert settings.lr is not None and settings.min_lr is not None
     return {
@@ -148,12 +147,12 @@ def _scaled_groups(settings: OptimizerConfig, scales: Mapping[torch.Tensor, floa
 def build_schedule(
     config: ScheduleConfig, optim: OptimConfig, optimizer: MegatronOptimizer
 ) -> OptimizerParamScheduler:
-    """The rate of step s, counted from 0: w warmup steps, d decay steps, peak p, floor m = ratio * p.
+    """Make the learning-rate schedule, which gives the rate of step s, counted from 0.
 
-    Up to w: ``p * s / w``, so the very first update has rate 0 as in the published recipe. Then ``linear``: a
-    straight line from p at w to m at d, flat after; ``cosine`` and ``cosine_plateau``: half a cosine from p
-    at w to m at d, flat after (they differ in the default of d: the last step, or 90 % of it); ``constant``:
-    p.
+    With w warmup steps, d decay steps, peak p and floor m = ratio * p, the rate is ``p * s / w`` up to w, so
+    the very first update has rate 0 as in the published recipe. After w, ``linear`` is a straight line from p
+    at w to m at d, flat after d; ``cosine`` and ``cosine_plateau`` are half a cosine from p at w to m at d,
+    flat after d (they differ in the default of d: the last step, or 90 % of it); ``constant`` stays at p.
     """
     style = {"linear": "linear", "cosine": "cosine", "cosine_plateau": "cosine", "constant": "constant"}[
         config.name
@@ -171,6 +170,6 @@ def build_schedule(
         wd_incr_steps=0,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        # Of the checkpoint only the step counts; the shape follows the configuration of this start.
+        # Only the step is taken from a checkpoint; the shape follows the configuration of this start.
         override_opt_param_scheduler=True,
     )

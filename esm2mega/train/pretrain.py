@@ -1,6 +1,6 @@
-"""Pretraining builds the objects of a run, resumes or starts, and hands them to the loop.
+"""Pretrains: builds the objects of a run, resumes or starts, and passes them to the loop.
 
-No arithmetic.
+There is no arithmetic here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from esm2mega.train.start import open_training_start
 
 
 def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) -> LoopState:
-    """Train as configured; every process of the world calls this with the same, validated configuration.
+    """Pretrain as configured; every process of the world calls this with the same, validated configuration.
 
     Args:
         run: The configuration.
@@ -36,8 +36,8 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
         The final state of the loop, the same on every rank.
 
     Raises:
-        UserError: Missing or unfit input.
-        MachineError: Loss not finite, or a checkpoint could not be written.
+        UserError: An input is missing or does not fit.
+        MachineError: The loss is not finite, or a checkpoint could not be written.
         StoppedBySignal: A signal came and the state was saved.
     """
     if run.data.train is None:

@@ -1,6 +1,6 @@
-"""What pretraining and fine-tuning share around the loop: resume, log, evaluate, save, report the end.
+"""Runs the loop for pretraining and fine-tuning: resumes, logs, evaluates, saves, and reports the end.
 
-No arithmetic.
+There is no arithmetic here.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ from esm2mega.train.step import StepResult, TrainState
 
 @dataclass(frozen=True)
 class Session:
-    """The objects of one training, as pretraining or fine-tuning made them.
+    """Holds the objects of one training, as pretraining or fine-tuning made them.
 
     Attributes:
-        name: Of the command, for the progress bar.
+        name: Name of the command, for the progress bar.
         built: Model and optimizer, and what checkpoints hold of them.
-        stream: Training batches, at their beginning; closed in the end.
-        evaluation: Makes the evaluation of a split, with a limit of packs; None without such a split.
+        stream: Training batches, at their beginning; closed at the end.
+        evaluation: Takes a split and a limit of packs (0 for none) and makes the evaluation; None without
+            such a split.
         extra_state: Further entries of ``train_state.json``.
-        banner: Further lines of the announcement.
-        result: What an evaluation record says to a reader.
-        training_values: What a training record says of the metrics of a step.
+        banner: Further lines that are printed at the start of the run.
+        result: Takes an evaluation record and its split, and words it for a reader.
+        training_values: Takes the metrics of a step and returns the values of a training record.
     """
 
     name: str
@@ -64,7 +65,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
         run: The configuration.
         ranks: Where this process stands.
         session: The objects, with initial weights.
-        start: Checkpoint to go on from, or where the initial weights come from.
+        start: Checkpoint to resume, or the source of the initial weights; None for neither.
 
     Returns:
         The final state of the loop, the same on every rank.
@@ -83,7 +84,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             stack.callback(tracker.close)
         log = None
         if ranks.is_main:
-            # Last of all that can fail: what an earlier start logged is touched when this one will run.
+            # Last of all that can fail: the log of an earlier start is changed only once this one will run.
             log, said = _open_log(Path(run.run_dir) / LOG_NAME, resumed is None, loop.step)
             stack.callback(log.close)
             save_resolved(run, Path(run.run_dir) / "config.yaml")
@@ -112,7 +113,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             directory = layout.step_dir(run.run_dir, loop.step)
             saved = _saved_state(loop, state, stream, {**session.extra_state, **built.extra_state})
             if saved_last is not None and saved_last.resolve() == directory.resolve():
-                # The weights are there; what is known about them has changed.
+                # The weights are saved already; only what is known about them has changed.
                 if ranks.is_main:
                     layout.write_state(directory, saved)
                 return
@@ -139,7 +140,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
 
 
 def resolve_epochs(run: Run, open_stream: Callable[[], PackStream[Any]]) -> Run:
-    """Return a run given in epochs with its length in steps, and any other run as it is.
+    """Return a run given in epochs with its length in steps, and any other run unchanged.
 
     The last step may be filled up with padding.
 
@@ -167,8 +168,9 @@ def _resume(start: StartPoint, session: Session) -> LoopState:
 def _saved_state(
     loop: LoopState, state: TrainState, stream: PackStream[Any], extra_state: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """``train_state.json``: no generator states, since data, masks and weights are pure functions of seed and
-    position.
+    """Return the content of ``train_state.json``.
+
+    It has no generator states, since data, masks and weights are pure functions of seed and position.
     """
     return {
         "step": loop.step,
@@ -181,7 +183,7 @@ def _saved_state(
 
 
 def _open_log(path: Path, is_fresh: bool, step: int) -> tuple[JsonlLog, list[str]]:
-    """The log, open behind `step`, and what became of records that were there."""
+    """Open the log after the records up to `step`; say what became of the others."""
     old = JsonlLog.set_aside(path) if is_fresh else None
     log = JsonlLog(path)
     if old is not None:
@@ -192,14 +194,14 @@ def _open_log(path: Path, is_fresh: bool, step: int) -> tuple[JsonlLog, list[str
 
 
 def _stages(config: Any) -> str:
-    """Layers of each pipeline stage, as in 17+16."""
+    """Return the number of layers of each pipeline stage, as in 17+16."""
     layout = config.pipeline_model_parallel_layout
     ranks = range(layout.pipeline_model_parallel_size)
     return "+".join(str(layout.get_num_layers_to_build(vp_stage=0, pp_rank=rank)) for rank in ranks)
 
 
 def _announcement(run: Run, ranks: Ranks, model: list[Any]) -> list[str]:
-    """What is about to run."""
+    """Describe the model, the layout and the batch of the run."""
     config = unwrap_model(model)[0].config
     return [
         f"model    {run.model.size or 'own shape'}: {shape_of(run.model)}; {run.model.precision}, "
@@ -213,7 +215,7 @@ def _announcement(run: Run, ranks: Ranks, model: list[Any]) -> list[str]:
 
 
 def _start(run: Run, start: StartPoint | None) -> list[str]:
-    """Where the run goes and what it starts from."""
+    """Describe where the run is written to and what it starts from."""
     if start is None:
         return [f"run      {run.run_dir}"]
     if not start.is_resumed:
@@ -233,7 +235,7 @@ def _start(run: Run, start: StartPoint | None) -> list[str]:
 
 
 def _ending(train: TrainConfig, begun: LoopState, loop: LoopState, checkpoint: Path | None) -> str:
-    """How the run came to its end, in one line."""
+    """Describe in one line how the run ended."""
     if out_of_patience(loop, train):
         text = (
             f"stopped early: no improvement in {loop.evaluations_without_improvement} evaluations, best "

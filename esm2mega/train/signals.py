@@ -1,4 +1,4 @@
-"""Lets one process that hears a signal stop all of them."""
+"""Stops all processes of a run when one of them receives a signal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def kept_from_helpers() -> Iterator[None]:
-    """Start helper processes that no stop signal ends; this process gets its own at the end of the block.
+    """Block stop signals for helper processes that are started in this block, and here until its end.
 
     Saving a checkpoint starts helpers that write. torchrun signals whole process groups, as Slurm and shells
-    can: without its helpers a rank could not finish the checkpoint. A signal that is blocked here is blocked
-    in every process started from here.
+    can, and without its helpers a rank could not finish the checkpoint. Processes inherit blocked signals; a
+    signal that this process gets in the block is handled at the end of it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -29,11 +29,11 @@ def kept_from_helpers() -> Iterator[None]:
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1 asks for a stop after the current step; any rank's signal stops every rank.
+    """Stops every rank after the current step once any rank gets SIGTERM or SIGUSR1.
 
     Attributes:
-        name: The signal that this rank got, if it did.
-        stopping: The last answer of `received`, the same on every rank.
+        name: The signal that this rank got; None if it got none.
+        stopping: Last result of `received`, the same on every rank.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,10 +55,7 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def received(self) -> bool:
-        """Return whether any rank got a signal.
-
-        All-reduce of one integer over the world; the same answer everywhere.
-        """
+        """Return whether any rank got a signal, by an all-reduce of one integer over the world."""
         self._flag.fill_(self.name is not None)
         dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
         self.stopping = bool(self._flag.item())

@@ -21,17 +21,17 @@ from esm2mega.parallel.errors import on_one_rank
 
 
 def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tuple[Run, StartPoint | None]:
-    """`load_run`, with the model of `init_from` unless another is configured; all ranks call this together.
+    """Load a run with the model of `init_from` unless another is configured; all ranks call this together.
 
     Args:
-        config: Path or name of a configuration.
-        overrides: ``key=value`` over it.
+        config: Path or name of a configuration; None for the defaults.
+        overrides: ``key=value`` settings that replace those of the file.
 
     Returns:
-        The configuration; and the checkpoint that `init_from` names, as rank 0 opened it, None without one.
+        The configuration; and the checkpoint that `init_from` names, as rank 0 opened it, or None.
 
     Raises:
-        UserError: As `load_run`; or `init_from` cannot be read.
+        UserError: `load_run` refuses the configuration, or `init_from` cannot be read.
     """
     init_from = value_of("init_from", config, overrides)
     start = on_one_rank(lambda: _read_trainable(init_from)) if isinstance(init_from, str) else None
@@ -41,7 +41,7 @@ def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tu
             raise UserError(f"init_from={init_from} does not exist, and no model is configured; correct it")
         return load_run(config, overrides), None
     model = copy.deepcopy(start.run.model)
-    # How it was computed says nothing about this machine.
+    # The choice of kernels was made for the machine that wrote it, and says nothing about this one.
     defaults = ModelConfig()
     for key in ("layer_spec", "attention_backend", "recompute"):
         setattr(model, key, getattr(defaults, key))
@@ -49,7 +49,7 @@ def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tu
 
 
 def _read_trainable(path: str) -> StartPoint | None:
-    """None where nothing is."""
+    """Open a checkpoint that can be trained; return None if there is nothing at `path`."""
     if not Path(path).exists():
         return None
     start = read_start(path)
@@ -59,18 +59,18 @@ def _read_trainable(path: str) -> StartPoint | None:
 
 
 def open_training_start(run: Run, opened: StartPoint | None = None) -> StartPoint | None:
-    """Open what a training starts from, of adapters with their base; all ranks call this together.
+    """Open what a training starts from, and the base of its adapters if any; all ranks call this together.
 
     Args:
         run: The configuration.
         opened: The checkpoint that `init_from` names, if it has been opened.
 
     Returns:
-        A checkpoint to go on from (`StartPoint.is_resumed`) or to take weights from, as rank 0 found it; None
-        for new weights.
+        A checkpoint to resume (`StartPoint.is_resumed`) or to take weights from, as rank 0 found it; None for
+        new weights.
 
     Raises:
-        UserError: As `find_resume` and `find_init`; or the base is not there or cannot be read.
+        UserError: `find_resume` or `find_init` refuses the start; or the base is missing or cannot be read.
     """
 
     def find() -> StartPoint | None:
@@ -84,11 +84,11 @@ def open_training_start(run: Run, opened: StartPoint | None = None) -> StartPoin
 
 
 def find_resume(run: Run) -> StartPoint | None:
-    """The checkpoint that `checkpoint.resume` means, or None for a fresh start.
+    """Return the checkpoint that `checkpoint.resume` means, or None for a fresh start.
 
     Raises:
-        UserError: A fresh start was asked for in a directory that holds a run, or the named checkpoint is not
-            there, or run_dir holds later ones, or it is of another model.
+        UserError: A fresh start was asked for in a directory that holds a run; or the named checkpoint does
+            not exist, run_dir holds later ones, or it belongs to another model.
     """
     complete, incomplete = layout.find_checkpoints(run.run_dir)
     found: StartPoint | None = None
@@ -111,7 +111,7 @@ def find_resume(run: Run) -> StartPoint | None:
 
 
 def _check_resumable(found: StartPoint, run: Run) -> None:
-    """Refuse a checkpoint that this configuration cannot go on from as if it had never stopped."""
+    """Refuse a checkpoint that this configuration cannot continue as if the run had never stopped."""
     path, saved = found.path, found.run
     if "origin" in found.state:
         raise UserError(f"{path}: a converted checkpoint, which no training can resume; use init_from={path}")
@@ -144,14 +144,14 @@ def _check_resumable(found: StartPoint, run: Run) -> None:
 
 
 def find_init(run: Run, opened: StartPoint | None = None) -> StartPoint | None:
-    """The checkpoint that `init_from` means, in any format.
+    """Return the checkpoint that `init_from` means, in any format, or None if it is not set.
 
     Args:
         run: The configuration.
         opened: That checkpoint, if it has been opened.
 
     Raises:
-        UserError: There is none, or it is of another model.
+        UserError: The checkpoint does not exist, or it belongs to another model.
     """
     if run.init_from is None:
         return None
@@ -159,8 +159,8 @@ def find_init(run: Run, opened: StartPoint | None = None) -> StartPoint | None:
     if run.task.kind is None and found.head != "lm":
         what = "no head" if found.task is None else f"the head of task.kind={found.task.task.kind}"
         raise UserError(
-            f"init_from={run.init_from}: has {what} in the place of that of masked language modelling, which "
-            "pretraining goes on with; fine-tune it, or give another init_from"
+            f"init_from={run.init_from}: has {what} instead of the masked-language-model head, which "
+            "pretraining needs; fine-tune it, or give another init_from"
         )
     found.check_whole()
     location = str(found.path) if found.is_own else f"init_from={found.path}"
@@ -169,7 +169,7 @@ def find_init(run: Run, opened: StartPoint | None = None) -> StartPoint | None:
 
 
 def _refuse_later(run: Run, found: StartPoint, complete: Sequence[Path]) -> None:
-    """A run that goes on before checkpoints of its own run_dir would mix with them, and retention with it."""
+    """Refuse to resume before later checkpoints of run_dir, since this run's would be mixed with them."""
     own = layout.step_dir(run.run_dir, found.state["step"])
     later = [path.name for path in complete if path.name >= own.name and not path.samefile(found.path)]
     if later:

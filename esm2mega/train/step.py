@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward under Megatron-Core's schedule, clipping, update.
+"""Runs one optimizer step: forward and backward under Megatron-Core's schedule, clipping, update.
 
 Legend: ``T`` tokens of a micro-batch (its pack length).
 """
@@ -22,18 +22,17 @@ from esm2mega.model.packed import PackedSequences
 from esm2mega.train.losses import LossReduction
 
 Batch = PackedBatch | LabelledBatch
-"""What a model of one kind or the other takes."""
+"""Is a pack for masked language modelling, or one with labels for the head of a task."""
 
 
 @dataclass
 class TrainState:
-    """Everything a step touches besides data.
+    """Holds everything that a step reads or changes, except the data.
 
     Attributes:
         on_gradients: Called in every step with `model` when its gradients are complete (summed over all ranks
             and divided by the count) and not yet clipped; for proofs and diagnosis.
-        on_step_begin: Called before every step with the number of steps done; it seeds dropout where there is
-            any.
+        on_step_begin: Called before every step with the number of finished steps; seeds adapters' dropout.
     """
 
     model: list[Any]
@@ -47,7 +46,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, the same on every rank.
+    """Holds what a step did, which is the same on every rank.
 
     Attributes:
         metrics: Global means by name (``loss`` first) and ``count``, the number of labels.
@@ -61,9 +60,7 @@ class StepResult:
 
 
 def forward_step(loss: LossReduction, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-    """What the schedule calls per micro-batch: the model's output, and the function that turns it into a
-    loss.
-    """
+    """Run the model on a micro-batch; return its output and the function that makes a loss of it."""
     batch = next(batches)
     packed = PackedSequences.from_lengths(batch.seqlens, batch.input_ids.device, batch.label_counts)
     return model(batch.input_ids, packed, batch.head_inputs), loss.bind(batch)
@@ -83,7 +80,7 @@ def run_schedule(
         loss: The loss and its reduction.
         batches: This rank's micro-batches, all of the same T; every chunk reads them all.
         device: Where the micro-batches are wanted.
-        forward_only: No gradients: evaluation.
+        forward_only: Whether to leave the gradients out, as in evaluation.
 
     Returns:
         The reports of `loss`, one per micro-batch; empty on all but the last pipeline stage.
@@ -103,8 +100,10 @@ def run_schedule(
 
 
 def _set_carried_rows(model: list[Any], batches: Sequence[Batch]) -> int:
-    """How much longer the tensors are that stages exchange, in tokens: the schedule gives all micro-batches
-    the same shape, and under sequence parallelism an equal share of the tokens to each rank.
+    """Tell the chunks the most rows that any micro-batch sends to the next stage; return them in tokens.
+
+    The schedule gives all micro-batches the same shape, and under sequence parallelism an equal share of the
+    tokens to each rank.
     """
     chunks = unwrap_model(model)
     rows = max(chunks[0].rows_to_carry(batch.head_inputs) for batch in batches)
@@ -122,7 +121,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
         batches: This rank's micro-batches of the step.
 
     Raises:
-        MachineError: Loss or gradient is not finite: the run cannot go on from these weights.
+        MachineError: The loss or the gradient is not finite, so training cannot continue.
     """
     if state.on_step_begin is not None:
         state.on_step_begin(state.schedule.num_steps)
@@ -131,7 +130,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     state.optimizer.zero_grad()
     reports = run_schedule(state.model, state.loss, batches, state.device, forward_only=False)
     metrics = state.loss.reduce(reports, state.device)
-    # Of a group without a factor of its own; every group's rate was set from it at the end of the last step.
+    # The rate of a group without a factor; the rates of all groups were set at the end of the last step.
     lr = float(state.schedule.get_lr({}))
     if not all(map(_finite, metrics.values())):
         raise MachineError(

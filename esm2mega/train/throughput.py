@@ -15,12 +15,12 @@ from megatron.core import parallel_state
 
 @dataclass(frozen=True)
 class Lap:
-    """Means over the steps since the previous lap.
+    """Holds means over the steps since the previous lap.
 
     Attributes:
         step_time: Seconds per step.
-        tokens_per_second: Residues of all ranks together: neither padding nor ``<cls>`` and ``<eos>``.
-        pack_fill: Real tokens over tokens computed, between 0 and 1.
+        tokens_per_second: Residues per second over all ranks, without padding, ``<cls>`` and ``<eos>``.
+        pack_fill: Real tokens divided by computed tokens, between 0 and 1.
     """
 
     step_time: float
@@ -29,23 +29,27 @@ class Lap:
 
 
 class Throughput:
-    """A clock that stands still while the loop does something else than training."""
+    """Measures the time of training, with a clock that can be paused while the loop does something else."""
 
     def __init__(self, step: int, consumed_tokens: int, global_batch_tokens: int) -> None:
-        """Args: step, consumed_tokens: where training starts. global_batch_tokens: computed per step, padding
-        included.
+        """Start the clock.
+
+        Args:
+            step: Finished steps at the start.
+            consumed_tokens: Tokens consumed at the start, ``<cls>`` and ``<eos>`` included.
+            global_batch_tokens: Tokens that are computed per step, padding included.
         """
         self._step, self._tokens = step, consumed_tokens
         self._global_batch_tokens = global_batch_tokens
         self._began = time.perf_counter()
 
     def lap(self, step: int, consumed_tokens: int, residues: int) -> Lap:
-        """Means since the last lap, which ended at an earlier step.
+        """Return the means since the last lap, which must have ended at an earlier step.
 
         Args:
             step: Finished steps.
-            consumed_tokens: Up to now, ``<cls>`` and ``<eos>`` included.
-            residues: Since the last lap.
+            consumed_tokens: Tokens consumed up to now, ``<cls>`` and ``<eos>`` included.
+            residues: Residues since the last lap.
         """
         now = time.perf_counter()
         seconds, steps, tokens = now - self._began, step - self._step, consumed_tokens - self._tokens
@@ -60,14 +64,14 @@ class Throughput:
 
 
 def sum_over_data_parallel(count: int, device: torch.device) -> int:
-    """The sum of a host number over the data-parallel group, valid on every rank."""
+    """Return the sum of a host number over the data-parallel group, valid on every rank."""
     total = torch.tensor(count, dtype=torch.int64, device=device)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return int(total.item())
 
 
 def memory_gb(device: torch.device) -> float:
-    """GB (1e9 bytes): the most that this rank's tensors held on a GPU, or what the process holds on a CPU."""
+    """Return GB (1e9 bytes): the peak of this rank's tensors on a GPU, or this process's memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9

@@ -1,4 +1,4 @@
-"""Files as other programs write them: archives, pickles, sharded and per-rank weights, vocabularies.
+"""Reads and writes files of other programs: archives, pickles, sharded and per-rank weights, vocabularies.
 
-Nothing in them is trusted.
+Nothing in these files is trusted.
 """

@@ -1,4 +1,4 @@
-"""Takes single members out of tar archives, after every member has been checked."""
+"""Takes single members out of tar archives after checking every member."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path, PurePosixPath
 
 from esm2mega.errors import UserError
 
-# Weights are noise to a compressor, and the zero rows of a padded vocabulary are few.
+# Weights hardly compress, and the zero rows of a padded vocabulary are few.
 _LARGEST_RATIO = 50
 _COPY_BYTES = 1 << 24
 
 
 class TarFile:
-    """A tar archive, plain or gzip, of which nothing is extracted but members asked for by name."""
+    """Reads a tar archive, plain or gzip, and extracts only members that are asked for by name."""
 
     def __init__(self, path: Path) -> None:
-        """Check all members.
+        """Open an archive and check all its members.
 
         Raises:
-            UserError: Not a tar archive; a member points outside, is a link or a device, or claims a size
-                that the file cannot hold.
+            UserError: It is not a tar archive, or a member points outside, is a link or a device, or claims a
+                size that the file cannot hold.
         """
         self.path = path
         self.members: dict[str, tarfile.TarInfo] = {}
@@ -40,7 +40,7 @@ class TarFile:
                     if member.isfile():
                         self.members[str(PurePosixPath(member.name))] = member
         except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
-            raise UserError(f"{path}: not a readable tar archive ({error})") from error
+            raise UserError(f"{path}: not a readable tar archive ({error}); copy it again") from error
 
     def _open(self) -> tarfile.TarFile:
         with self.path.open("rb") as file:
@@ -55,7 +55,7 @@ class TarFile:
             raise UserError(f"{self.path}: refused: member {member.name!r} is a link or a device")
 
     def read_text(self, name: str, limit: int = 1 << 24) -> str:
-        """A small text member."""
+        """Return the text of a small member; one above `limit` bytes is refused."""
         member = self._member(name)
         if member.size > limit:
             raise UserError(f"{self.path}: refused: {name} claims {member.size:,} bytes")
@@ -65,7 +65,7 @@ class TarFile:
             return source.read(limit).decode("utf-8", errors="replace")
 
     def copy(self, name: str, target: Path) -> None:
-        """The bytes of a member to the file `target`, whatever name it has in the archive."""
+        """Copy the bytes of a member to the file `target`, whatever name it has in the archive."""
         member = self._member(name)
         with self._open() as archive, target.open("wb") as out:
             source = archive.extractfile(member)

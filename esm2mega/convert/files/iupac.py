@@ -1,8 +1,8 @@
-"""The vocabularies of TAPE and ProteinLM, whose tokens are among the 33 of ESM-2 in another order.
+"""Converts the vocabularies of TAPE and ProteinLM, which have most tokens of ESM-2 in another order.
 
-Models are kept in the order of ESM-2, so that one tokenizer and one token store serve all of them. Rows of
-the three tokens that only ESM-2 has (``.``, ``-``, ``<null_1>``) are zero, and their bias is so low that they
-take no probability.
+Models are kept in the order of ESM-2, so that one tokenizer and one token store serve all of them. The rows
+of the three tokens that only ESM-2 has (``.``, ``-``, ``<null_1>``) are zero, and their bias is so low that
+their probability is zero.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ TAPE_TOKENS = ("<pad>", "<mask>", "<cls>", "<eos>", "<unk>", *"ABCDEFGHIKLMNOPQR
 PROTEINLM_TOKENS = (*TAPE_TOKENS[:5], None, *TAPE_TOKENS[5:])
 
 ESM_ONLY = tuple(token for token in VOCAB if token not in TAPE_TOKENS)
-"""Tokens without a row in these vocabularies."""
+"""These tokens have no row in the two vocabularies."""
 
 _LOWEST_BIAS = -1e4
-"""What BERT adds to what shall not be attended to: exp of it is 0, and it exists in every dtype."""
+"""BERT adds this number to masked positions: its exponential is 0, and it is finite in every dtype."""
 
 
 def esm_ids(tokens: Sequence[str | None]) -> list[int]:
-    """The ids of ESM-2 of the rows that are in use, in the order of those rows."""
+    """Return the ids of ESM-2 for the rows in use, in the order of those rows."""
     return [VOCAB.index(token) for token in tokens if token is not None]
 
 
 def vocabulary_kind(tokens: Sequence[str | None], padded: bool) -> Kind:
-    """A table or bias with one row for each of `tokens`, and perhaps padding behind them.
+    """Return the kind of a table or bias with one row for each of `tokens`, and padding if `padded`.
 
     Args:
-        tokens: In the order of the rows; None for a row that stands for nothing.
-        padded: Whether more rows may follow.
+        tokens: Tokens in the order of the rows; None for an unused row.
+        padded: Whether rows of padding may follow.
     """
     rows = [row for row, token in enumerate(tokens) if token is not None]
     ids = esm_ids(tokens)

@@ -1,4 +1,4 @@
-"""Reads pickled tensors of PyTorch under an allow-list, memory-mapped, checked before they are opened.
+"""Reads pickled tensors of PyTorch under an allow-list, memory-mapped and checked before they are opened.
 
 A ``.pt`` file is a ZIP archive with a pickle and one uncompressed entry per tensor, or, when old, a bare
 pickle.
@@ -26,10 +26,10 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 def load_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
     """Read a file of ``torch.save`` that may hold tensors, plain values and instances of `allowed`.
 
-    These are classes, or functions with the name that the pickle has for them.
+    The entries of `allowed` are classes, or pairs of a function and the name that the pickle has for it.
 
     Raises:
-        UserError: It asks for anything else, its archive is not one that PyTorch writes, or it is damaged.
+        UserError: The file asks for anything else, is not an archive as PyTorch writes it, or is damaged.
     """
     if not path.is_file():
         what = "a directory, not a file of PyTorch" if path.is_dir() else "no such file"
@@ -57,7 +57,7 @@ def load_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
 
 
 def numpy_states() -> list[Any]:
-    """What numpy arrays of plain numbers are made of, for states of random generators beside the weights."""
+    """Return what numpy arrays of plain numbers are made of, as in states of random generators."""
     make = np.zeros(1).__reduce__()[0]
     return [
         (make, "numpy.core.multiarray._reconstruct"),
@@ -69,7 +69,7 @@ def numpy_states() -> list[Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Only entries as PyTorch writes them: uncompressed, within the file, with plain names."""
+    """Refuse an archive unless its entries are as PyTorch writes them: uncompressed and within the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -86,7 +86,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_tensors(path: Path, content: Any) -> None:
-    """No tensor may be larger than what is stored for it (a stride of 0 makes a huge one of nothing)."""
+    """Refuse a tensor that is larger than its stored data (a stride of 0 makes a huge one of nothing)."""
     if isinstance(content, dict):
         for value in content.values():
             _check_tensors(path, value)
@@ -104,10 +104,10 @@ def save_pickle(path: Path, content: Any) -> None:
 
 
 def flat_tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    """`content` as a state dict: names to tensors, nothing else (``None`` entries are passed over).
+    """Return `content` as a state dict of names to tensors, without its ``None`` entries.
 
     Raises:
-        UserError: It is something else.
+        UserError: It holds anything else.
     """
     with contextlib.suppress(AttributeError):
         entries = {name: value for name, value in content.items() if value is not None}

@@ -1,7 +1,7 @@
 """Joins Megatron-LM's language models, which are stored in one file per rank.
 
-Tensor-parallel pieces are joined and the layers of pipeline stages renumbered. Names and axes: Megatron-LM
-before Megatron-Core, and NeMo 1.
+Tensor-parallel pieces are joined, and the layers of pipeline stages are renumbered. Names and axes are those
+of Megatron-LM before Megatron-Core, and of NeMo 1.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _SPLIT_AXES = {
     r".*\.(query_key_value|dense_h_to_4h)\.(weight|bias)": 0,
     r".*\.(self_attention\.dense|dense_4h_to_h)\.weight": 1,
 }
-"""Names whose pieces are joined, and along which axis; those of all others are equal."""
+"""Pieces of tensors with these names are joined along this axis; all other tensors are equal on all ranks."""
 
 
 def megatron_rows(vocabulary: Kind) -> tuple[TableRow, ...]:
-    """What every model has, with this kind of token table and output bias."""
+    """Return the rows of what every model has, with this kind of token table and output bias."""
     encoder = "language_model.encoder."
     layer = encoder + "layers.{n}."
     return (
@@ -47,13 +47,13 @@ def megatron_rows(vocabulary: Kind) -> tuple[TableRow, ...]:
 
 
 class RankStore:
-    """The whole model out of the tensors of all ranks."""
+    """Reads the tensors of a whole model from those of all ranks."""
 
     def __init__(self, location: Path, stages: Sequence[Sequence[Mapping[str, Tensor]]]) -> None:
-        """Put names and shapes together.
+        """Collect the names and whole shapes of the tensors.
 
         Args:
-            location: Named in errors.
+            location: File or directory, named in errors.
             stages: For each pipeline stage, the tensors of each of its tensor-parallel ranks. Layers are
                 numbered from 0 in every stage.
         """
@@ -63,7 +63,9 @@ class RankStore:
         for stage in stages:
             names = set(stage[0])
             if any(set(rank) != names for rank in stage):
-                raise UserError(f"{location}: the tensor-parallel ranks do not hold the same tensors")
+                raise UserError(
+                    f"{location}: the tensor-parallel ranks hold different tensors; copy all ranks again"
+                )
             numbers = [int(match[2]) for name in names if (match := _LAYER.fullmatch(name))]
             for name in stage[0]:
                 self._add(_renumbered(name, first_layer), [rank[name] for rank in stage])
@@ -74,7 +76,7 @@ class RankStore:
         if name not in self._pieces:
             self._pieces[name] = pieces
         elif not all(same_values(pair) for pair in zip(self._pieces[name], pieces, strict=True)):
-            raise UserError(f"{self.location}: {name} differs between pipeline stages")
+            raise UserError(f"{self.location}: {name} differs between pipeline stages; copy all ranks again")
 
     def _info(self, name: str, pieces: Sequence[Tensor]) -> TensorInfo:
         shape, axis = list(pieces[0].shape), _axis(name)
@@ -89,7 +91,7 @@ class RankStore:
         if axis is not None:
             return torch.cat(pieces, dim=axis)
         if not same_values(pieces):
-            raise UserError(f"{self.location}: {name} differs between tensor-parallel ranks")
+            raise UserError(f"{self.location}: {name} differs between tensor-parallel ranks; copy all again")
         return pieces[0]
 
 

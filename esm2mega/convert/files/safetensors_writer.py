@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor; the library's writer wants all in memory.
+"""Writes safetensors files tensor by tensor; the library's own writer needs all of them in memory.
 
 The format (https://github.com/huggingface/safetensors): the length of the header as 8 bytes, little-endian;
 the header, JSON from name to dtype, shape and byte range; the values, back to back in that order.
@@ -25,15 +25,15 @@ _CODES = {
 
 
 def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> None:
-    """Write one file.
+    """Write one safetensors file.
 
     Args:
         path: File to make.
         infos: Names, shapes and dtypes in the order of the file.
-        read: Called for one name at a time, in that order.
+        read: Returns a tensor by name; called for one name at a time, in that order.
 
     Raises:
-        OSError: The disk is full, or the like.
+        OSError: The disk is full, or the file cannot be written for another reason.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -54,7 +54,7 @@ def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], read: Callabl
 def write_sharded(
     directory: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], shard_bytes: int
 ) -> None:
-    """``model.safetensors`` in `directory`, or shards with an index if above `shard_bytes`."""
+    """Write ``model.safetensors`` in `directory`, or shards with an index if it exceeds `shard_bytes`."""
     parts: list[dict[str, TensorInfo]] = [{}]
     for name, info in infos.items():
         if parts[-1] and sum(i.num_bytes for i in parts[-1].values()) + info.num_bytes > shard_bytes:

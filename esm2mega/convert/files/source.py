@@ -1,4 +1,4 @@
-"""Opens the files of a checkpoint once, for all formats that check whether it is theirs."""
+"""Opens the files of a checkpoint once for all formats that check whether it is theirs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from esm2mega.errors import UserError
 
 
 class SourceFiles:
-    """A path that may hold a checkpoint; a file that several formats ask for is read once.
+    """Holds a path that may be a checkpoint, and reads a file that several formats ask for only once.
 
     Attributes:
         path: File or directory.
@@ -22,7 +22,7 @@ class SourceFiles:
 
     @property
     def has_config(self) -> bool:
-        """Whether it is a directory with a ``config.json``."""
+        """Tell whether the path is a directory with a ``config.json``."""
         return self.config_file.is_file()
 
     @property
@@ -31,10 +31,10 @@ class SourceFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json`` of a directory.
+        """Return the content of ``config.json`` of a directory.
 
         Raises:
-            UserError: It is not there, or is no JSON object.
+            UserError: The file is missing, or does not hold a JSON object.
         """
         try:
             config = json.loads(self.config_file.read_text())

@@ -1,4 +1,4 @@
-"""Reads the named tensors of files one at a time: shapes and dtypes first, values when asked for."""
+"""Reads the named tensors of files one at a time: shapes and dtypes at once, values when asked for."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ _LAYERS = "encoder.layers."
 
 
 class TensorStore(Protocol):
-    """What every kind of storage offers."""
+    """Declares what every kind of storage offers."""
 
     location: Path
     infos: dict[str, TensorInfo]
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor `name` on the CPU, with memory of its own or mapped from the file."""
+        """Return the whole tensor `name` on the CPU, in memory of its own or mapped from the file."""
 
 
 class SafetensorsStore:
-    """One safetensors file or several, each tensor in one of them."""
+    """Reads one safetensors file or several, with each tensor in one of them."""
 
     def __init__(self, location: Path, files: list[Path]) -> None:
-        """Args: location: named in errors. files: all parts."""
+        """Open all `files` of one model; `location` is named in errors."""
         self.location = location
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
@@ -55,18 +55,20 @@ class SafetensorsStore:
                     entry = file.get_slice(name)
                     dtype = _DTYPES.get(entry.get_dtype())
                     if name in self._files:
-                        raise UserError(f"{path}: holds {name}, as {self._files[name].name} does")
+                        raise UserError(
+                            f"{path}: holds {name}, as {self._files[name].name} does; copy all again"
+                        )
                     if dtype is None:
                         raise UserError(f"{path}: {name} has dtype {entry.get_dtype()}, which is not known")
                     self.infos[name] = TensorInfo(tuple(entry.get_shape()), dtype)
                     self._files[name] = path
 
     def file_names(self) -> dict[str, str]:
-        """Which file each tensor is in."""
+        """Return the name of the file that each tensor is in."""
         return {name: path.name for name, path in self._files.items()}
 
     def read(self, name: str) -> Tensor:
-        # Opened anew and copied: pages of a mapping that stays count as memory of the process.
+        # Opened anew and copied: the pages of a mapping that stays open count as memory of the process.
         with _opened(self._files[name]) as file:
             return file.get_tensor(name).clone()
 
@@ -81,7 +83,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def safetensors_of(directory: Path) -> SafetensorsStore | None:
-    """``model.safetensors`` of a directory, or its shards by their index, or None."""
+    """Open ``model.safetensors`` of a directory, or its shards by their index; None if it has neither."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return SafetensorsStore(directory, [single])
@@ -99,10 +101,10 @@ def safetensors_of(directory: Path) -> SafetensorsStore | None:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor by an index of Hugging Face.
+    """Return the file of each tensor from an index of Hugging Face.
 
     Raises:
-        UserError: It is no such index.
+        UserError: The file is not such an index.
     """
     try:
         named = json.loads(index.read_text())["weight_map"]
@@ -114,7 +116,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that an index of Hugging Face names, which must lie beside it.
+    """Return the files that an index of Hugging Face names, which must lie beside it.
 
     Raises:
         UserError: It is not such an index, a file is missing, or a name leads elsewhere.
@@ -130,10 +132,10 @@ def shards(index: Path) -> list[Path]:
 
 
 class MemoryStore:
-    """Tensors that are there already, such as those of an unpickled and memory-mapped file."""
+    """Holds tensors that are loaded already, such as those of an unpickled and memory-mapped file."""
 
     def __init__(self, location: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Args: location: named in errors. tensors: by name."""
+        """Take the tensors by name; `location` is named in errors."""
         self.location = location
         self.infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
         self._tensors = tensors
@@ -143,10 +145,10 @@ class MemoryStore:
 
 
 class DistributedStore:
-    """Weights in Megatron-Core's distributed format, without optimizer, with the layers taken apart."""
+    """Reads weights in Megatron-Core's distributed format, without the optimizer, one layer at a time."""
 
     def __init__(self, checkpoint: Path, folder: str, prefix: str = "") -> None:
-        """Args: checkpoint: directory. folder: where in it the tensors are. prefix: cut off all names."""
+        """Open the tensors in `folder` of the directory `checkpoint`; their names lose `prefix`."""
         self.location = checkpoint
         self._reader = TensorReader(checkpoint, folder)
         self.infos: dict[str, TensorInfo] = {}
@@ -169,10 +171,10 @@ class DistributedStore:
 
 
 class JoinedStore:
-    """Several stores with different names, as one."""
+    """Joins several stores with different names into one."""
 
     def __init__(self, location: Path, stores: Sequence[TensorStore]) -> None:
-        """Args: location: named in errors. stores: the parts."""
+        """Join `stores`; `location` is named in errors."""
         self.location = location
         self._owners = {name: store for store in stores for name in store.infos}
         self.infos = {name: store.infos[name] for name, store in self._owners.items()}

@@ -1,4 +1,4 @@
-"""Writes the 33 tokens as tokenizer files, and checks that a foreign model means the same ids."""
+"""Writes the 33 tokens as tokenizer files, and checks that a foreign model uses the same ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SPECIAL = {"cls_token": CLS, "eos_token": EOS, "mask_token": MASK, "pad_token":
 
 
 def write_tokenizer(directory: Path) -> None:
-    """``vocab.txt`` and the files that make ``AutoTokenizer`` an ``EsmTokenizer`` without a network."""
+    """Write ``vocab.txt`` and the files that make ``AutoTokenizer`` an ``EsmTokenizer`` without a network."""
     (directory / "vocab.txt").write_text("\n".join(VOCAB))
     tokens = {key: VOCAB[token] for key, token in _SPECIAL.items()}
     (directory / "special_tokens_map.json").write_text(json.dumps(tokens, indent=2) + "\n")
@@ -32,7 +32,7 @@ def write_tokenizer(directory: Path) -> None:
 def check_vocabulary(directory: Path) -> None:
     """Raise `UserError` if ``vocab.txt`` is there and numbers the tokens in another way.
 
-    Shapes cannot tell: a permuted vocabulary loads without complaint.
+    Shapes do not show it: a model with a permuted vocabulary loads without an error.
     """
     path = directory / "vocab.txt"
     if not path.is_file():

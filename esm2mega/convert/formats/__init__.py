@@ -1,1 +1,1 @@
-"""One module for each checkpoint format, with its name table; `registry` finds the one of a path."""
+"""Holds one module with a name table for each checkpoint format; `registry` finds the format of a path."""

@@ -1,7 +1,7 @@
-"""Cerebras Model Zoo: ``NAME.mdl``, a pickle of ESM-2's tensors, and ``NAME.yaml`` beside it.
+"""Reads and writes files of Cerebras Model Zoo: ``NAME.mdl``, a pickle of tensors, and ``NAME.yaml``.
 
-Names: Model Zoo, ``tools/checkpoint_converters/esm2.py`` and ``models/nlp/bert``. Rotary pairs lie in
-neighbouring channels there, so the rows of q and k are reordered within each head.
+Names are those of Model Zoo, ``tools/checkpoint_converters/esm2.py`` and ``models/nlp/bert``. Rotary pairs
+lie in neighbouring channels there, so the rows of q and k are reordered within each head.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NAMES = NameTable(
 
 
 def matches(source: SourceFiles) -> bool:
-    """Whether this is a ``.mdl`` file."""
+    """Tell whether this is a ``.mdl`` file."""
     return source.path.is_file() and source.path.suffix == ".mdl"
 
 
@@ -77,7 +77,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
 
 
 def read_parameters(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The section ``model`` of the YAML file of the same name, or of the only YAML file beside it."""
+    """Return the YAML file of the same name, or the only one beside `path`, and its section ``model``."""
     own = path.with_suffix(".yaml")
     files = [own] if own.is_file() else sorted(path.parent.glob("*.yaml"))
     if len(files) != 1:
@@ -113,11 +113,11 @@ _FIXED = {
     "share_embedding_weights": True,
     "disable_nsp": True,
 }
-"""What every ESM-2 has among the parameters."""
+"""Every ESM-2 has these values among its parameters."""
 
 
 def write(weights: Weights, path: Path) -> None:
-    """Write ``NAME.mdl`` and ``NAME.yaml``. All tensors are in memory at once, as a pickle needs them."""
+    """Write ``NAME.mdl`` and ``NAME.yaml``; all tensors are in memory at once, as a pickle needs them."""
     if path.suffix != ".mdl":
         raise UserError(f"{path.name}: a checkpoint of Cerebras is a file that ends in .mdl")
     shape = weights.description.shape

@@ -1,4 +1,4 @@
-"""Our own format: a complete checkpoint directory, written without a model, process group or GPU."""
+"""Reads and writes our own format, a checkpoint directory, without a model, process group or GPU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FAMILIES = ("esm2", "proteinbert_preln", "proteinbert_postln")
 
 
 def _kept(prefix: str) -> TableRow:
-    """Tensors in ``auxiliary.safetensors``, which most checkpoints do not have."""
+    """Return the row of tensors in ``auxiliary.safetensors``, which most checkpoints do not have."""
     return TableRow(prefix + "{p}", prefix + "{p}", optional=True)
 
 
@@ -62,7 +62,7 @@ BERT_NAMES = NameTable((*_COMMON, TableRow(POSITIONS, POSITIONS), _kept(POOLER))
 
 
 def matches(source: SourceFiles) -> bool:
-    """Whether this is a checkpoint or a run."""
+    """Tell whether this is the directory of a checkpoint or of a run."""
     path = source.path
     names = (layout.COMPLETE, layout.MODEL, "checkpoints")
     is_run = path.name == "checkpoints" or any((path / name).exists() for name in names)
@@ -70,7 +70,7 @@ def matches(source: SourceFiles) -> bool:
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read a checkpoint, or the newest one of a run; not its optimizer."""
+    """Read a checkpoint, or the newest one of a run, without its optimizer."""
     checkpoint = layout.resolve_checkpoint(source.path)
     return read_checkpoint(checkpoint, layout.read_config(checkpoint), layout.read_state(checkpoint), drop)
 
@@ -79,11 +79,11 @@ def refuse_adapters(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Refuse a checkpoint without the weights under its adapters where whole ones are needed.
 
     Args:
-        checkpoint: Its directory.
-        state: Its ``train_state.json``.
+        checkpoint: Directory of the checkpoint.
+        state: Content of its ``train_state.json``.
 
     Raises:
-        UserError: It is one.
+        UserError: The checkpoint holds adapters and not the weights under them.
     """
     if "base" in state:
         raise UserError(
@@ -95,12 +95,12 @@ def refuse_adapters(checkpoint: Path, state: Mapping[str, Any]) -> None:
 def task_head(
     task: TaskConfig, state: Mapping[str, Any], shapes: Mapping[str, Shape]
 ) -> HeadDescription | None:
-    """Describe the head of a task, None where it is that of masked language modelling.
+    """Describe the head of a task, or return None if the head is that of masked language modelling.
 
     Args:
-        task: Configuration of the checkpoint.
-        state: Its ``train_state.json``.
-        shapes: The tensors of the head, where they are known.
+        task: Section ``task`` of the checkpoint's configuration.
+        state: Content of its ``train_state.json``.
+        shapes: Shapes of the head's tensors where they are known, else empty.
     """
     if task.kind is None:
         return None
@@ -110,16 +110,16 @@ def task_head(
 def read_checkpoint(
     checkpoint: Path, run: Run, state: Mapping[str, Any], drop: Sequence[str] = ()
 ) -> Weights:
-    """Read a checkpoint of which all but the tensors has been read.
+    """Read the tensors of a checkpoint whose other files have been read.
 
     Args:
-        checkpoint: Complete.
+        checkpoint: Directory of a complete checkpoint.
         run: Its configuration.
-        state: Its ``train_state.json``.
+        state: Content of its ``train_state.json``.
         drop: As for `read`.
 
     Raises:
-        UserError: It holds adapters, or tensors that do not fit.
+        UserError: The checkpoint holds adapters, or tensors that do not fit.
     """
     refuse_adapters(checkpoint, state)
     model = run.model
@@ -151,12 +151,12 @@ def write(weights: Weights, path: Path, run: Run | None = None) -> None:
     """Write a checkpoint of step 0 without optimizer into the directory `path`.
 
     Args:
-        weights: The model, with a head.
-        path: Existing and empty.
-        run: Its configuration; None for what the model tells and defaults.
+        weights: A model with a head.
+        path: An existing, empty directory.
+        run: Configuration to write; None for one made of the model's description and defaults.
 
     Raises:
-        UserError: There is no head.
+        UserError: The model has no head.
     """
     if weights.description.head is None:
         raise UserError(
@@ -186,23 +186,23 @@ def write(weights: Weights, path: Path, run: Run | None = None) -> None:
 
 
 def is_auxiliary(description: Description) -> Callable[[str], bool]:
-    """Which tensors a model of this kind is not made of: they are kept beside it."""
+    """Return a test for the names of tensors that are kept beside a model of this kind."""
     always = (CONTACT_HEAD, POOLER)
     prefixes = always if description.final_layernorm else (*always, FINAL_NORM)
     return lambda name: name.startswith(prefixes)
 
 
 def stacked_name(name: str) -> tuple[str, int | None]:
-    """The stored name, and the layer that left it."""
+    """Return the stored name of a tensor, without the layer, and the layer or None."""
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)", name)
     return (f"encoder.layers.{match[2]}", int(match[1])) if match else (name, None)
 
 
 def run_of(description: Description) -> Run:
-    """The configuration of a checkpoint that no run wrote: the sections of model and task, and defaults.
+    """Return the configuration of a checkpoint that no run wrote: the model, the task, and defaults.
 
     Raises:
-        UserError: A dtype that this model does not compute in.
+        UserError: The weights have a dtype that this package does not compute in.
     """
     precisions = {dtype: name for name, dtype in DTYPES.items()}
     if description.dtype not in precisions:
@@ -221,7 +221,7 @@ def run_of(description: Description) -> Run:
         "model.family": description.family,
         "model.final_layernorm": str(description.final_layernorm).lower(),
         "model.max_positions": "null" if description.max_positions is None else description.max_positions,
-        # The default is that of a long pretraining, which is longer than the default of steps.
+        # The default warm-up is for a long pretraining, and exceeds the default number of steps.
         "schedule.warmup_steps": 0,
     }
     if description.max_positions is not None:
@@ -233,12 +233,12 @@ def run_of(description: Description) -> Run:
 
 
 def default_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that weights of `dtype` are stored in unless told otherwise: fp16 becomes fp32, exactly."""
+    """Return the dtype in which weights of `dtype` are stored by default: fp16 becomes fp32, exactly."""
     return dtype if dtype in DTYPES.values() else torch.float32
 
 
 def _state(weights: Weights) -> dict[str, Any]:
-    """``train_state.json``: nothing has been trained here, so there is nothing to resume."""
+    """Return the content of ``train_state.json`` for weights that no run trained, with nothing to resume."""
     head = weights.description.task
     return {
         "step": 0,

@@ -1,7 +1,7 @@
-"""fair-esm: ``NAME.pt`` with its configuration, and ``NAME-contact-regression.pt`` beside it.
+"""Reads and writes files of fair-esm: ``NAME.pt`` and, beside it, ``NAME-contact-regression.pt``.
 
-Names: fair-esm 2.0.0, ``esm/pretrained.py`` and ``esm/model/esm2.py``. The loader strips the prefixes that
-training left on the names.
+Names are those of fair-esm 2.0.0, ``esm/pretrained.py`` and ``esm/model/esm2.py``. The loader strips the
+prefixes that training left on the names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from esm2mega.errors import UserError
 IS_DIRECTORY = False
 FAMILIES = ("esm2",)
 EPSILON = 1e-5
-"""Fixed in fair-esm's code (``torch.nn.LayerNorm`` and apex' defaults)."""
+"""The epsilon of LayerNorms is fixed in fair-esm's code (defaults of ``torch.nn.LayerNorm`` and apex)."""
 
 _LAYER = "layers.{n}."
 NAMES = NameTable(
@@ -48,7 +48,7 @@ NAMES = NameTable(
             QKV,
         ),
         TableRow(LAYER + "self_attention.linear_proj.{p}", _LAYER + "self_attn.out_proj.{p}"),
-        # a LayerNorm of each layer, in spite of its name
+        # a LayerNorm in every layer, in spite of its name
         TableRow(LAYER + "mlp.linear_fc1.layer_norm_{p}", _LAYER + "final_layer_norm.{p}"),
         TableRow(LAYER + "mlp.linear_fc1.{p}", _LAYER + "fc1.{p}"),
         TableRow(LAYER + "mlp.linear_fc2.{p}", _LAYER + "fc2.{p}"),
@@ -65,12 +65,12 @@ _ENCODER, _HEAD = "encoder.sentence_encoder.", "encoder."
 
 
 def matches(source: SourceFiles) -> bool:
-    """Whether this is a ``.pt`` file."""
+    """Tell whether this is a ``.pt`` file."""
     return source.path.is_file() and source.path.suffix == ".pt"
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read ``NAME.pt``, and the contact head from ``NAME-contact-regression.pt`` if that is there."""
+    """Read ``NAME.pt``, and the contact head from ``NAME-contact-regression.pt`` if that file exists."""
     path = source.path
     content = pickles.load_pickle(path, [Namespace])
     config, tensors = _parts(path, content)
@@ -116,12 +116,12 @@ def _normal(name: str) -> str:
 
 
 def contact_file(path: Path) -> Path:
-    """Where fair-esm looks for the contact head of ``NAME.pt``."""
+    """Return the file in which fair-esm looks for the contact head of ``NAME.pt``."""
     return path.with_name(f"{path.stem}-contact-regression.pt")
 
 
 def write(weights: Weights, path: Path) -> None:
-    """Write ``NAME.pt`` and its contact head. All tensors are in memory at once, as a pickle needs them."""
+    """Write ``NAME.pt`` and its contact head; all tensors are in memory at once, as a pickle needs them."""
     description, shape = weights.description, weights.description.shape
     if not path.name.startswith("esm2") or path.suffix != ".pt":
         raise UserError(
@@ -130,11 +130,12 @@ def write(weights: Weights, path: Path) -> None:
     if shape.ffn_hidden_size != 4 * shape.hidden_size:
         raise UserError(
             f"fair-esm has feed-forward layers of 4 x {shape.hidden_size}, "
-            f"this model of {shape.ffn_hidden_size}"
+            f"this model of {shape.ffn_hidden_size}; write another format"
         )
     if description.layernorm_epsilon != EPSILON:
         raise UserError(
-            f"fair-esm has a LayerNorm epsilon of {EPSILON}, this model of {description.layernorm_epsilon}"
+            f"fair-esm has a LayerNorm epsilon of {EPSILON}, this model of {description.layernorm_epsilon}; "
+            "write another format"
         )
     if description.activation != "gelu":
         weights.notes.changed.append("feed-forward GELU: tanh in the source, erf in fair-esm")

@@ -1,8 +1,8 @@
-"""Hugging Face: a directory with the tensors of an ``EsmForMaskedLM`` or of a classification model.
+"""Reads and writes directories of Hugging Face: an ``EsmForMaskedLM`` or a classification model.
 
-Names and config keys: transformers 4.30 to 5.23, ``models/esm/modeling_esm.py``. Rotary frequencies are
-stored once per layer by transformers up to 5.5, once under a name with a literal asterisk by later ones;
-both are read, and copies per layer are written, which every version reads. transformers 5.23 also writes the
+Names and config keys are those of transformers 4.30 to 5.23, ``models/esm/modeling_esm.py``. transformers up
+to 5.5 stores rotary frequencies in every layer, later versions once under a name with a literal asterisk.
+Both are read; copies in every layer are written, which all versions read. transformers 5.23 also writes the
 LayerNorms of the layers as ``gamma`` and ``beta``, the names of the first BERT.
 """
 
@@ -51,7 +51,7 @@ from esm2mega.vocabulary import EOS, MASK, PAD
 IS_DIRECTORY = True
 FAMILIES = ("esm2",)
 SHARD_BYTES = 5 * 10**9
-"""Largest file, as in transformers 4."""
+"""This is the size in bytes of the largest file, as in transformers 4."""
 
 _LAYER = "esm.encoder.layer.{n}."
 _FREQUENCIES = "attention.self.rotary_embeddings.inv_freq"
@@ -90,7 +90,7 @@ NAMES = NameTable(
 
 
 def matches(source: SourceFiles) -> bool:
-    """Whether this is a directory whose ``config.json`` is of this model type."""
+    """Tell whether this is a directory whose ``config.json`` names this model type."""
     return source.has_config and source.config.get("model_type") == "esm"
 
 
@@ -115,19 +115,19 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
 
 
 def _table(description: Description) -> NameTable:
-    """The names of a model with this head."""
+    """Return the name table of a model with the head of `description`."""
     if description.head == "lm":
         return NAMES
     return NAMES.with_head(() if description.task is None else head_rows(description.task))
 
 
 def describe(file: Path, config: dict[str, Any]) -> Description:
-    """The shape and numerics of a config, with the defaults of `EsmConfig` for keys that are absent.
+    """Read shape and numerics from a config, with the defaults of `EsmConfig` for absent keys.
 
     Raises:
-        UserError: A dimension is absent, or it is another model than ESM-2.
+        UserError: A dimension is absent, or the model is not an ESM-2.
     """
-    # Keys of EsmConfig whose defaults are not those of ESM-2: absence means another model.
+    # Key: default of EsmConfig, value of ESM-2. Where they differ, an absent key means another model.
     expected = {
         "position_embedding_type": ("absolute", "rotary"),
         "token_dropout": (False, True),
@@ -149,19 +149,19 @@ def describe(file: Path, config: dict[str, Any]) -> Description:
     shape = shape_from(
         file, config, "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"
     )
-    # EsmConfig takes 1e-12 where the key is absent; public ESM-2 weights say 1e-5.
+    # EsmConfig takes 1e-12 for an absent key; public ESM-2 weights have 1e-5.
     return Description(shape, epsilon_from(file, config, "layer_norm_eps", 1e-12))
 
 
 def open_tensors(directory: Path) -> TensorStore:
-    """Tensors of a directory of transformers, whichever of its four forms it has."""
+    """Open the tensors of a directory of transformers, in whichever of four forms they are stored."""
     store = safetensors_of(directory)
     if store is not None:
         return store
     single, index = directory / "pytorch_model.bin", directory / "pytorch_model.bin.index.json"
     files = [single] if single.is_file() else shards(index) if index.is_file() else []
     if not files:
-        raise UserError(f"{directory}: holds neither model.safetensors nor pytorch_model.bin")
+        raise UserError(f"{directory}: holds neither model.safetensors nor pytorch_model.bin; copy one there")
     tensors: dict[str, Tensor] = {}
     for file in files:
         found = pickles.flat_tensors(file, pickles.load_pickle(file))
@@ -172,7 +172,7 @@ def open_tensors(directory: Path) -> TensorStore:
 
 
 def _normal_names(store: TensorStore, shape: ModelShape) -> dict[str, str]:
-    """Names of the table to stored names: other prefixes, other spellings, frequencies stored once."""
+    """Return stored names by names of the table, which differ in prefixes, spellings and frequencies."""
     bare = not any(name.startswith("esm.") for name in store.infos)
     heads = (LM_HEAD, "classifier.")
     names: dict[str, str] = {}
@@ -217,7 +217,7 @@ def write(weights: Weights, path: Path) -> None:
 
 
 def config_of(description: Description) -> dict[str, Any]:
-    """``config.json`` of a masked language model: every key whose default is not that of ESM-2 is there."""
+    """Return ``config.json`` of a masked language model, with all keys whose default is not that of ESM-2."""
     shape = description.shape
     return {
         "architectures": ["EsmForMaskedLM"],

@@ -1,7 +1,8 @@
-"""Checkpoints of Megatron-LM's BERT as ProteinLM wrote them: ``iter_0000010/mp_rank_00/model_optim_rng.pt``.
+"""Reads checkpoints of Megatron-LM's BERT as ProteinLM wrote them, in one file per rank.
 
-Read only, at any tensor and pipeline size. Layout: THUDM/ProteinLM, ``pretrain/megatron/checkpointing.py``;
-the order of the rows of the fused projection depends on the version of the checkpoint.
+The files are ``iter_0000010/mp_rank_00/model_optim_rng.pt`` and the like, of any tensor and pipeline size;
+none are written. The layout is that of THUDM/ProteinLM, ``pretrain/megatron/checkpointing.py``; the order of
+the rows of the fused projection depends on the version of the checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NAMES = NameTable(
 
 
 def matches(source: SourceFiles) -> bool:
-    """Whether this is such a directory, or one iteration of it."""
+    """Tell whether this is a directory of Megatron-LM, or one iteration of it."""
     path = source.path
     return path.is_dir() and ((path / _LATEST).is_file() or any(path.glob(f"mp_rank_*/{_FILE}")))
 
@@ -49,7 +50,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
 
 
 def open_checkpoint(path: Path) -> tuple[Description, RankStore]:
-    """Description and whole tensors, with the rows of fused projections by head.
+    """Open a checkpoint: its description and whole tensors, rows of fused projections ordered by head.
 
     Raises:
         UserError: Ranks are missing, or a file does not say which model it holds.
@@ -62,7 +63,9 @@ def open_checkpoint(path: Path) -> tuple[Description, RankStore]:
     num_stages = 1 + max((stage for stage, _ in files), default=-1)
     width = 1 + max((rank for _, rank in files), default=-1)
     if not files or len(files) != num_stages * width:
-        raise UserError(f"{folder}: holds {len(files)} rank files, which is no whole set of ranks")
+        raise UserError(
+            f"{folder}: holds {len(files)} rank files, not a complete set of ranks; copy all again"
+        )
     first = _load(files[0, 0])
     description = _describe(files[0, 0], first)
     heads = description.shape.num_attention_heads
@@ -103,7 +106,7 @@ def _describe(file: Path, content: dict[str, Any]) -> Description:
     positions = arguments.get("max_position_embeddings")
     if not isinstance(positions, int) or positions < 1:
         raise UserError(f"{file}: max_position_embeddings is {positions!r}, not a positive number")
-    # --no-bias-gelu-fusion leaves the exact form; the fused kernel is the tanh approximation.
+    # With --no-bias-gelu-fusion the exact form is used; the fused kernel is the tanh approximation.
     tanh = arguments.get("bias_gelu_fusion", True) is True
     return Description(
         shape,
@@ -115,7 +118,7 @@ def _describe(file: Path, content: dict[str, Any]) -> Description:
 
 
 def _tensors(file: Path, num_heads: int) -> dict[str, Tensor]:
-    """One rank's tensors under NeMo's later names, rows of the fused projection by head."""
+    """Return one rank's tensors under NeMo's later names, rows of the fused projection ordered by head."""
     content = _load(file)
     version = float(content.get("checkpoint_version", 0))
     tensors = {}
@@ -137,12 +140,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tens
 
 
 def by_head(value: Tensor, num_heads: int, version: float) -> Tensor:
-    """Rows of one rank's fused projection, ``n`` heads of width ``d``, in the order ``[n, 3, d]``.
+    """Reorder the rows of one rank's fused projection, ``n`` heads of width ``d``, to ``[n, 3, d]``.
 
     Args:
         value: ``[3nd, *]`` as stored: ``[3, n, d]`` in version 0, ``[n, d, 3]`` in 1, ``[n, 3, d]`` later.
-        num_heads: ``n``, of this rank.
-        version: Of the checkpoint.
+        num_heads: Number of heads of this rank, ``n``.
+        version: Version of the checkpoint.
     """
     rest = value.shape[1:]
     if version >= 2.0:

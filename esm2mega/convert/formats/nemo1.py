@@ -1,6 +1,6 @@
-"""BioNeMo 1 and NeMo 1: a ``.nemo`` archive of ``model_config.yaml`` and one weights file per rank.
+"""Reads ``.nemo`` archives of BioNeMo 1 and NeMo 1: ``model_config.yaml`` and one weights file per rank.
 
-Read only. Layout and names: BioNeMo framework 1.10, ``bionemo/model/protein/esm1nv``, and NeMo 1.23. The
+Layout and names are those of BioNeMo framework 1.10, ``bionemo/model/protein/esm1nv``, and NeMo 1.23. The
 activation is the erf form of GELU unless ``bias_gelu_fusion`` is on.
 """
 
@@ -26,7 +26,7 @@ from esm2mega.errors import UserError
 
 IS_DIRECTORY = False
 _CONFIG = "model_config.yaml"
-# One rank; several tensor-parallel ranks; several pipeline stages. The first number is the tensor rank.
+# For one rank, several tensor-parallel ranks, several pipeline stages. The first number is the tensor rank.
 _MEMBERS = (
     re.compile(r"model_weights\.ckpt"),
     re.compile(r"mp_rank_(\d+)/model_weights\.ckpt"),
@@ -43,18 +43,18 @@ NAMES = NameTable(
 
 
 def matches(source: SourceFiles) -> bool:
-    """Whether this is a ``.nemo`` file."""
+    """Tell whether this is a ``.nemo`` file."""
     return source.path.is_file() and source.path.suffix == ".nemo"
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read an archive. Its weights are copied to a temporary directory first, to be mapped into memory."""
+    """Read an archive; its weights are copied to a temporary directory first, to be mapped into memory."""
     description, store = open_archive(source.path)
     return from_store(store, NAMES, description, drop=drop)
 
 
 def open_archive(path: Path) -> tuple[Description, RankStore]:
-    """Description and whole tensors, under names without ``model.``."""
+    """Open an archive: its description and whole tensors, under names without ``model.``."""
     archive = TarFile(path)
     location, config = path / _CONFIG, _config(path, archive)
     shape = shape_from(
@@ -84,7 +84,7 @@ def _config(path: Path, archive: TarFile) -> dict[str, Any]:
 
 
 def _stages(path: Path, archive: TarFile) -> list[list[dict[str, Tensor]]]:
-    """Tensors of each pipeline stage, of each tensor-parallel rank, under names without ``model.``."""
+    """Return the tensors of each pipeline stage and tensor-parallel rank, under names without ``model.``."""
     ranks: dict[tuple[int, int], str] = {}
     for name in archive.members:
         for pattern in _MEMBERS:
@@ -95,7 +95,7 @@ def _stages(path: Path, archive: TarFile) -> list[list[dict[str, Tensor]]]:
     width = 1 + max((rank for _, rank in ranks), default=-1)
     if len(ranks) != num_stages * width or not ranks:
         raise UserError(
-            f"{path}: holds {len(ranks)} weights files, which is no whole set of tensor and pipeline ranks"
+            f"{path}: holds {len(ranks)} weights files, not a complete set of ranks; copy the archive again"
         )
     return [
         [_tensors(path, archive, ranks[stage, rank]) for rank in range(width)] for stage in range(num_stages)
@@ -103,7 +103,7 @@ def _stages(path: Path, archive: TarFile) -> list[list[dict[str, Tensor]]]:
 
 
 def _tensors(path: Path, archive: TarFile, member: str) -> dict[str, Tensor]:
-    # The mapping outlives the file's name: nothing stays behind, whatever happens next.
+    # The mapping outlives the name of the file, so nothing is left behind, whatever happens next.
     with tempfile.TemporaryDirectory(prefix="esm2mega-") as folder:
         file = Path(folder) / "model_weights.ckpt"
         archive.copy(member, file)

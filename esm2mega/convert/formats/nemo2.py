@@ -1,8 +1,8 @@
-"""BioNeMo 2 and NeMo 2: a directory of ``context/`` (configuration) and ``weights/`` (distributed tensors).
+"""Reads directories of BioNeMo 2 and NeMo 2: ``context/`` (configuration) and ``weights/`` (tensors).
 
-Read only. Layout: NeMo 2.4, ``nemo/lightning/io``; names: BioNeMo framework 2.7, ``bionemo-esm2``. That model
-has the tanh form of GELU in its feed-forward layers (Megatron-Core's fused bias and GELU) and computes its
-rotary frequencies; it has no contact head.
+The layout is that of NeMo 2.4, ``nemo/lightning/io``, and the names are those of BioNeMo framework 2.7,
+``bionemo-esm2``. That model has the tanh form of GELU in its feed-forward layers (Megatron-Core's fused bias
+and GELU) and computes its rotary frequencies; it has no contact head.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAMES = NameTable(
 
 
 def matches(source: SourceFiles) -> bool:
-    """Whether this is such a directory."""
+    """Tell whether this is a directory of NeMo 2."""
     return (source.path / _CONTEXT).is_dir() and (source.path / _WEIGHTS).is_dir()
 
 
@@ -44,7 +44,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
 
 
 def open_directory(path: Path) -> tuple[Description, DistributedStore]:
-    """Description and whole tensors, under names without ``module.``, layers apart."""
+    """Open a directory: its description and whole tensors, one per layer, under names without ``module.``."""
     file = path / _CONTEXT / "io.json"
     config = _model_config(file)
     shape = shape_from(file, config, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
@@ -70,10 +70,11 @@ _KEYS = (
 
 
 def _model_config(file: Path) -> dict[str, Any]:
-    """The keys above, out of the object of ``io.json`` that has a number of layers and of heads.
+    """Return the keys above from the object in ``io.json`` that has a number of layers and of heads.
 
     The file is a serialised object graph: every object has ``items``, pairs of ``Attr(name='KEY')`` and a
-    value, ``{"type": "leaf", "value": …}`` for plain ones. It is read as data; nothing is constructed.
+    value, which is ``{"type": "leaf", "value": …}`` for plain values. It is read as data; no object is
+    constructed.
     """
     try:
         objects = [dict(_leaves(node)) for node in _nodes(json.loads(file.read_text()))]
@@ -97,7 +98,7 @@ def _nodes(value: Any) -> Iterator[Any]:
 
 
 def _leaves(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and plain values of one object."""
+    """Yield the keys and plain values of one object."""
     items = node.get("items")
     pairs = [p for p in items if isinstance(p, list) and len(p) == 2] if isinstance(items, list) else []
     for label, value in [*pairs, *node.items()]:

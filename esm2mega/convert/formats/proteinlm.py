@@ -1,8 +1,9 @@
-"""ProteinLM's own TAPE: a directory with the tensors of its modified ``ProteinBertForMaskedLM``, pre-LN.
+"""Reads and writes directories of ProteinLM's own TAPE, a modified, pre-LN ``ProteinBertForMaskedLM``.
 
-Names: THUDM/ProteinLM, ``tape/tape/models/modeling_bert.py``. Its forward pass evaluates the final LayerNorm
-and throws the result away, so a model from there has `model.final_layernorm` off and keeps that LayerNorm
-beside the weights. What Megatron-LM itself wrote is read by `esm2mega.convert.formats.megatron`.
+Names are those of THUDM/ProteinLM, ``tape/tape/models/modeling_bert.py``. Its forward pass evaluates the
+final LayerNorm and discards the result, so such a model has `model.final_layernorm` off and keeps that
+LayerNorm beside the weights. Checkpoints that Megatron-LM itself wrote are read by
+`esm2mega.convert.formats.megatron`.
 """
 
 from __future__ import annotations
@@ -57,19 +58,19 @@ NAMES = NameTable(
         TableRow("lm_head.layer_norm.{p}", "mlm.transform.LayerNorm.{p}"),
         TableRow(OUTPUT_BIAS, "mlm.bias", TAPE_VOCABULARY),
     ),
-    # Published files have the random one of a template here, which overwrites the table when loaded.
+    # Published files have a template's random decoder here, which overwrites the table when loaded.
     tied={"mlm.decoder.weight": True},
     dropped={r"bert\.(encoder\.)?bert_tail_dense\.(weight|bias)": "nothing computes with it"},
 )
 
 
 def matches(source: SourceFiles) -> bool:
-    """Whether this is a directory whose tensors have these names."""
+    """Tell whether this is a directory whose tensors have these names."""
     return is_tape(source) and any(".input_ln." in name for name in stored_tensors(source.path))
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read a directory."""
+    """Read a directory of ProteinLM."""
     path = source.path
     description = replace(describe(source), family="proteinbert_preln", final_layernorm=False)
     tensors = stored_tensors(path)

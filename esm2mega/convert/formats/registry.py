@@ -1,6 +1,6 @@
 """Lists the formats by name, and finds the one that a path is in.
 
-Importing this needs no torch.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -28,44 +28,44 @@ READABLE = {
     "proteinlm": "proteinlm",
     "megatron": "megatron",
 }
-"""Names of the formats, as users write them, and the modules of this package that know them."""
+"""The keys are the names of the formats as users write them, the values are the modules of this package."""
 
 WRITABLE = ("esm2mega", "hf", "fair-esm", "te", "cerebras", "tape", "proteinlm")
 
 
 WITH_OTHER_HEADS = ("esm2mega", "hf")
-"""Formats with a place for a head that is not that of masked language modelling, or for none."""
+"""These formats can hold the head of a task in place of the masked-language-model head, or no head at all."""
 
 
 class Format(Protocol):
-    """What the module of each format offers.
+    """Declares what the module of each format offers.
 
-    `write` and `FAMILIES`, the model families that it can hold, are only there for formats in `WRITABLE`.
+    Only formats in `WRITABLE` have `write` and `FAMILIES`, the model families that the format can hold.
     """
 
     IS_DIRECTORY: bool
     FAMILIES: tuple[str, ...]
 
     def matches(self, source: SourceFiles) -> bool:
-        """Whether `source` looks like this format."""
+        """Tell whether `source` looks like this format."""
 
     def read(self, source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
         """Open `source`; tensors matching the shell patterns of `drop` may be left out."""
 
     def write(self, weights: Weights, path: Path) -> None:
-        """Write into the empty directory `path`, or to the file `path` and others beside it."""
+        """Write into the empty directory `path`, or to the file `path` and files beside it."""
 
 
 def load_format(name: str) -> Format:
-    """The module of a format."""
+    """Import and return the module of a format."""
     return cast(Format, import_module(f"esm2mega.convert.formats.{READABLE[name]}"))
 
 
 def detect(source: SourceFiles) -> str:
-    """The name of the format that `source` is in.
+    """Return the name of the format that `source` is in.
 
     Raises:
-        UserError: Nothing is there, or it is in none of them.
+        UserError: Nothing is there, or it is in none of the formats.
     """
     if not source.path.exists():
         raise UserError(f"{source.path}: no such file or directory")
@@ -80,11 +80,12 @@ def open_weights(path: Path, name: str | None = None, drop: Sequence[str] = ()) 
 
     Args:
         path: File or directory.
-        name: Its format; None to find out.
-        drop: Shell patterns of tensors to leave out although they have no known meaning.
+        name: Its format; None to detect it.
+        drop: Shell patterns of tensors that have no known meaning and are left out.
 
     Raises:
-        UserError: Not readable, not an ESM-2, not whole, or with tensors that have no place.
+        UserError: The checkpoint is not readable, not of a supported model or incomplete, or has tensors
+            without a place.
     """
     if name is not None and not path.exists():
         raise UserError(f"{path}: no such file or directory")
@@ -93,7 +94,7 @@ def open_weights(path: Path, name: str | None = None, drop: Sequence[str] = ()) 
 
 
 def read_weights(source: SourceFiles, name: str, drop: Sequence[str] = ()) -> Weights:
-    """`open_weights` of files whose format is known."""
+    """Read a checkpoint whose format is known."""
     weights = load_format(name).read(source, drop)
     weights.origin |= {"format": name, "path": str(source.path)}
     return weights

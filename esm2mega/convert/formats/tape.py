@@ -1,8 +1,8 @@
-"""TAPE: a directory with ``config.json`` and the tensors of a ``ProteinBertForMaskedLM``, post-LN.
+"""Reads and writes directories of TAPE, a post-LN ``ProteinBertForMaskedLM`` with ``config.json``.
 
-Names: tape-proteins 0.5, ``tape/models/modeling_bert.py``. Each of its LayerNorms becomes that of the block
-which follows it (see `esm2mega.model.proteinbert`); the row of token type 0, which every sequence has, is
-added to the positions.
+Names are those of tape-proteins 0.5, ``tape/models/modeling_bert.py``. Each LayerNorm there becomes the first
+operation of the block that follows it (see `esm2mega.model.proteinbert`). The row of token type 0, which
+every sequence has, is added to the positions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ IS_DIRECTORY = True
 FAMILIES = ("proteinbert_postln",)
 
 _LAYER = "bert.encoder.layer.{n}."
-# The LayerNorm of the embeddings stands where a layer before the first would have its last one.
+# The LayerNorm of the embeddings takes the place of the last LayerNorm of a layer before the first.
 _BEFORE, _FIRST = "bert.encoder.layer.-1.output.LayerNorm.", "bert.embeddings.LayerNorm."
 POSITION_TABLE = "bert.embeddings.position_embeddings.weight"
 TYPE_TABLE = "bert.embeddings.token_type_embeddings.weight"
@@ -72,19 +72,19 @@ NAMES = NameTable(
 
 
 def matches(source: SourceFiles) -> bool:
-    """Whether this is a directory whose tensors have TAPE's names."""
+    """Tell whether this is a directory whose tensors have TAPE's names."""
     names = stored_tensors(source.path) if is_tape(source) else ()
     return any(".attention.output.LayerNorm." in name for name in names)
 
 
 def is_tape(source: SourceFiles) -> bool:
-    """Whether this is a directory of TAPE, stock or modified: its configuration names no model type."""
+    """Tell whether this is a directory of TAPE, stock or modified, whose configuration has no model type."""
     files = source.has_config and (source.path / "pytorch_model.bin").is_file()
     return files and "model_type" not in source.config
 
 
 def stored_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of ``pytorch_model.bin``, with the old names of LayerNorms brought up to date."""
+    """Return the tensors of ``pytorch_model.bin``, with old names of LayerNorms replaced by new ones."""
     file = path / "pytorch_model.bin"
     tensors = pickles.flat_tensors(file, pickles.load_pickle(file))
     return {
@@ -94,7 +94,7 @@ def stored_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read a directory."""
+    """Read a directory of TAPE."""
     path = source.path
     description = replace(describe(source), family="proteinbert_postln")
     tensors = stored_tensors(path)
@@ -103,10 +103,10 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
 
 
 def describe(source: SourceFiles) -> Description:
-    """Shape and numerics of a ``config.json``, with the defaults of ``ProteinBertConfig``.
+    """Read shape and numerics from ``config.json``, with the defaults of ``ProteinBertConfig``.
 
     Raises:
-        UserError: Another vocabulary or activation.
+        UserError: The vocabulary or the activation is another one, or a dimension is absent.
     """
     file, config = source.config_file, source.config
     for key, required in (("vocab_size", len(TAPE_TOKENS)), ("hidden_act", "gelu")):
@@ -132,15 +132,15 @@ def read_folded(
     """Read a modified or stock model after adding token type 0 to the positions.
 
     Args:
-        path: Named in errors.
-        tensors: By stored name.
-        names: Names of the table to stored names.
-        table: Of the format.
-        description: Of the model.
-        drop: Patterns of names to leave out.
+        path: Directory, named in errors.
+        tensors: Tensors by stored name.
+        names: Stored names by names of the table.
+        table: Name table of the format.
+        description: Describes the model.
+        drop: Shell patterns of names to leave out.
 
     Raises:
-        UserError: There is no masked-language-model head, or the model does not fit.
+        UserError: The model has no masked-language-model head, or does not fit the table.
     """
     if "mlm.bias" not in tensors:
         raise UserError(
@@ -164,7 +164,7 @@ def read_folded(
 def write(weights: Weights, path: Path) -> None:
     """Write a directory that ``ProteinBertForMaskedLM.from_pretrained`` loads.
 
-    Its positions include the token type.
+    The positions include the token type.
     """
     tensors = {name.replace(_BEFORE, _FIRST): value for name, value in tensors_of(weights, NAMES)}
     write_directory(weights, path, tensors, {})
@@ -174,9 +174,9 @@ def write_directory(weights: Weights, path: Path, tensors: dict[str, Tensor], ex
     """Write tensors and configuration of a stock or modified TAPE model.
 
     Args:
-        weights: Of the source, for its description and notes.
-        path: Directory.
-        tensors: By name, without token types.
+        weights: The source, for its description and notes.
+        path: An existing, empty directory.
+        tensors: Tensors by name, without token types.
         extra: Further keys of the configuration.
     """
     shape, width = weights.description.shape, weights.description.shape.hidden_size

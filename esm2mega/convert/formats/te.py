@@ -1,7 +1,8 @@
-"""NVIDIA's recipes: a directory of the Transformer Engine ESM-2, such as ``nvidia/esm2_*``.
+"""Reads and writes directories of NVIDIA's Transformer Engine ESM-2, such as ``nvidia/esm2_*``.
 
-Names: BioNeMo framework, ``recipes/models/esm2``. The model there has the tanh form of GELU in its
-feed-forward layers (Transformer Engine's kernel) and computes its rotary frequencies; it has no contact head.
+Names are those of BioNeMo framework, ``recipes/models/esm2``. The model there has the tanh form of GELU in
+its feed-forward layers (Transformer Engine's kernel) and computes its rotary frequencies; it has no contact
+head.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _LAYER = "model.encoder.layers.{n}."
 
 
 def _names(interleaved: bool) -> NameTable:
-    """The table for one of the two orders of fused rows: by head (`interleaved`), or all q, all k, all v."""
+    """Return the table for an order of fused rows: by head if `interleaved`, else all q, all k, all v."""
     qkv = DIRECT if interleaved else CONCATENATED_QKV
     attention, mlp = _LAYER + "self_attention.layernorm_qkv.", _LAYER + "layernorm_mlp."
     return NameTable(
@@ -61,14 +62,14 @@ def _names(interleaved: bool) -> NameTable:
 
 
 def matches(source: SourceFiles) -> bool:
-    """Whether this is a directory whose ``config.json`` is of this model type."""
+    """Tell whether this is a directory whose ``config.json`` names this model type."""
     return source.has_config and source.config.get("model_type") == "nv_esm"
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read a directory of safetensors.
 
-    The prefix of the names was ``esm`` before 2026-03 and is ``model`` since.
+    The names have had the prefix ``model`` since 2026-03, and had ``esm`` before.
     """
     path, config, file = source.path, source.config, source.config_file
     shape = shape_from(
@@ -85,7 +86,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     check_vocabulary(path)
     store = safetensors_of(path)
     if store is None:
-        raise UserError(f"{path}: holds no model.safetensors")
+        raise UserError(f"{path}: holds no model.safetensors; copy it there")
     names = {
         f"model.{name.removeprefix('esm.')}" if name.startswith("esm.") else name: name
         for name in store.infos
@@ -99,7 +100,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
 def write(weights: Weights, path: Path) -> None:
     """Write configuration, tensors and tokenizer.
 
-    The model's code, ``esm_nv.py``, is NVIDIA's and not written.
+    The code of the model, ``esm_nv.py``, is NVIDIA's and is not written.
     """
     notes = weights.notes
     if weights.description.activation == "gelu":

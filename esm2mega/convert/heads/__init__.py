@@ -1,1 +1,1 @@
-"""Heads of other formats, classifiers and contact regressions, to and from ours."""
+"""Converts the heads of other formats, classifiers and contact regressions, to ours and back."""

@@ -1,4 +1,4 @@
-"""Converts the regression on attention maps to and from the ``contact_head`` of published models.
+"""Converts the regression on attention maps to the ``contact_head`` of published models and back.
 
 Legend: ``L`` layers, ``n`` heads of each.
 """
@@ -26,26 +26,26 @@ _WEIGHTS, _BIAS = f"{TASK_HEAD}weights.", f"{TASK_HEAD}bias"
 
 
 def is_regression(task: TaskConfig) -> bool:
-    """Whether the head of a task is this one."""
+    """Tell whether the head of a task is the regression on attention maps."""
     return task.kind is not None and head_form(task) == ATTENTION_MAPS
 
 
 def as_published(read: Callable[[str], Tensor], num_layers: int) -> dict[str, Tensor]:
-    """The tensors ``contact_head``, weight ``[1, L * n]`` and bias ``[1]``, of a trained head.
+    """Return a trained head as the tensors ``contact_head``: weight ``[1, L * n]`` and bias ``[1]``.
 
     Args:
-        read: Gives a tensor of the head by its name in the model.
-        num_layers: L.
+        read: Returns a tensor of the head by its name in the model.
+        num_layers: Number of layers, L.
     """
     weight = torch.cat([read(f"{_WEIGHTS}{layer}") for layer in range(num_layers)], dim=1)
     return {WEIGHT: weight, BIAS: read(_BIAS)}
 
 
 def with_published_head(weights: Weights) -> Weights:
-    """The encoder with a trained head as its contact head, in the place of the one it had.
+    """Make a trained head the contact head of its encoder, in place of the one that the encoder had.
 
     Raises:
-        UserError: The tensors are not those of `task.head=attention_maps`, as of a user's own head.
+        UserError: The tensors are not those of `task.head=attention_maps`, as for a user's own head.
     """
     head = weights.description.task
     assert head is not None
@@ -76,8 +76,8 @@ def fill_head(model: Sequence[Any], published: Mapping[str, Tensor]) -> None:
     """Start the head of a model with a published one, on every pipeline stage.
 
     Args:
-        model: This rank's chunks.
-        published: With the tensors ``contact_head``.
+        model: This rank's chunks of the model.
+        published: Tensors by name, among them ``contact_head``.
     """
     for chunk in unwrap_model(list(model)):
         # [1, L * n] -> [L, n], layer-major

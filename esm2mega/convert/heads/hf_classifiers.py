@@ -1,8 +1,8 @@
 """Converts heads of tasks to and from the sequence and token classifiers of transformers.
 
-Names and config keys: transformers 4.30 to 5.23, ``EsmForSequenceClassification`` and
-``EsmForTokenClassification``. The loss that transformers takes for a sequence model follows from
-``problem_type``, and without it from the labels that it is trained with.
+Names and config keys are those of transformers 4.30 to 5.23, ``EsmForSequenceClassification`` and
+``EsmForTokenClassification``. transformers chooses the loss of a sequence model by ``problem_type``, and
+without it by the labels in training.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ ROWS = {
     ),
     TOKEN: (TableRow(_OUTPUT + "{p}", "classifier.{p}"),),
 }
-"""Our names of the tensors of each, and its own."""
+"""These rows give our names and those of transformers for the tensors of each class."""
 _SEQUENCE_KINDS = {
     "regression": "regression",
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
 }
-"""``problem_type`` to `task.kind`."""
+"""This table gives the `task.kind` of each ``problem_type``."""
 
 _EQUALS: dict[str, tuple[tuple[str, ...], dict[str, str | None]]] = {
     SEQUENCE: (CLS_TANH, {kind: problem for problem, kind in _SEQUENCE_KINDS.items()}),
     TOKEN: (RESIDUE_LINEAR, {"token_classification": None, "token_regression": "regression"}),
 }
-"""The form of the head, and what each `task.kind` is as ``problem_type``."""
+"""This table gives the form of each class's head, and the ``problem_type`` of each `task.kind` it has."""
 
 
 def find_equal(head: HeadDescription) -> str | None:
-    """Return the class of transformers that computes the same.
+    """Return the class of transformers that computes the same as `head`.
 
-    None if there is none, as for a user's own head or for residues with several targets.
+    It is None if there is no such class, as for a user's own head or for several targets of residues.
     """
     if _several_of_residues(head):
         return None
@@ -71,10 +71,10 @@ def _tensors(architecture: str) -> set[str]:
 
 
 def architecture_of(head: HeadDescription) -> str:
-    """Return the class of transformers that computes the same, or raise `UserError`.
+    """Return the class of transformers that computes the same as `head`.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such class.
     """
     if (name := find_equal(head)) is not None:
         return name
@@ -83,7 +83,7 @@ def architecture_of(head: HeadDescription) -> str:
 
 
 def no_equal(head: HeadDescription) -> str:
-    """Return why no class of transformers computes the same."""
+    """Return why no class of transformers computes the same as `head`."""
     task = head.task
     if _several_of_residues(head):
         return (
@@ -104,15 +104,15 @@ def head_rows(head: HeadDescription) -> tuple[TableRow, ...]:
 def find_head(
     location: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any]
 ) -> HeadDescription | None:
-    """The head among the tensors of a directory, if there is one.
+    """Find the head of a classifier among the tensors of a directory; return None if there is none.
 
     Args:
-        location: ``config.json``, for errors.
-        infos: All tensors.
-        config: The content of `location`.
+        location: Path of ``config.json``, named in errors.
+        infos: Shapes and dtypes of all tensors by name.
+        config: Content of `location`.
 
     Raises:
-        UserError: Labels and tensors do not fit, or the problem is none of ours.
+        UserError: Labels and tensors do not fit together, or no `task.kind` has this ``problem_type``.
     """
     outputs = {SEQUENCE: "classifier.out_proj.weight", TOKEN: "classifier.weight"}
     found = [(name, infos[stored]) for name, stored in outputs.items() if stored in infos]
@@ -127,17 +127,17 @@ def find_head(
 def describe_head(
     location: str, kind: str, labels: Sequence[str], hidden_size: int, dropout: float
 ) -> HeadDescription:
-    """The head of a classification model, with outputs in units of the labels.
+    """Describe the head of a classification model whose outputs are in units of the labels.
 
     Args:
-        location: Where `labels` are from, for errors.
-        kind: `task.kind`.
+        location: Where `labels` come from, named in errors.
+        kind: The task, as in `task.kind`.
         labels: Name of each output.
-        hidden_size: Of the encoder.
-        dropout: Of the head in training.
+        hidden_size: Hidden size of the encoder.
+        dropout: Dropout of the head in training.
 
     Raises:
-        UserError: There is no such model.
+        UserError: transformers has no such model.
     """
     architecture = next((name for name, (_, kinds) in _EQUALS.items() if kind in kinds), None)
     if architecture is None:
@@ -159,7 +159,7 @@ def describe_head(
 
 
 def shapes_of(architecture: str, hidden_size: int, num_outputs: int) -> dict[str, Shape]:
-    """The tensors of its head by our names."""
+    """Return the shapes of the tensors of a class's head under our names."""
     h, k = hidden_size, num_outputs
     shapes: dict[str, Shape] = {f"{_OUTPUT}weight": (k, h), f"{_OUTPUT}bias": (k,)}
     if architecture == SEQUENCE:
@@ -168,17 +168,17 @@ def shapes_of(architecture: str, hidden_size: int, num_outputs: int) -> dict[str
 
 
 def dropout_of(config: Mapping[str, Any]) -> float:
-    """Of the head in training: the one dropout that its class has, 0.1 where ``config.json`` is silent."""
+    """Return the dropout of the head in training, ``hidden_dropout_prob``, which is 0.1 if absent."""
     return float(config.get("hidden_dropout_prob", 0.1))
 
 
 def default_labels(count: int) -> list[str]:
-    """The names that transformers gives to outputs without names."""
+    """Return the names that transformers gives to outputs without names."""
     return [f"LABEL_{number}" for number in range(count)]
 
 
 def _labels(location: Path, config: Mapping[str, Any], num_outputs: int) -> list[str]:
-    """The names of the outputs; those of transformers where none are given."""
+    """Return the names of the outputs, or the defaults of transformers if none are given."""
     given = config.get("id2label")
     if given is None:
         return default_labels(num_outputs)
@@ -193,7 +193,7 @@ def _labels(location: Path, config: Mapping[str, Any], num_outputs: int) -> list
 
 
 def _kind(location: Path, architecture: str, problem: Any, num_outputs: int) -> str:
-    """`task.kind` of a model of transformers."""
+    """Return the `task.kind` of a model of transformers."""
     if architecture == TOKEN:
         if problem not in (None, "single_label_classification", "regression"):
             raise UserError(f"{location}: problem_type {problem!r} of {TOKEN} has no equal here")
@@ -209,7 +209,7 @@ def _kind(location: Path, architecture: str, problem: Any, num_outputs: int) -> 
 
 
 def head_notes(head: HeadDescription, config: Mapping[str, Any]) -> list[str]:
-    """What was assumed where ``config.json`` is silent."""
+    """Return notes on what was assumed where ``config.json`` says nothing."""
     notes = []
     if "id2label" not in config:
         notes.append(f"names of the labels: {', '.join(head.info.names[:3])} and so on, the source has none")
@@ -219,7 +219,7 @@ def head_notes(head: HeadDescription, config: Mapping[str, Any]) -> list[str]:
 
 
 def config_of_head(head: HeadDescription) -> dict[str, Any]:
-    """Keys of ``config.json`` that differ from those of a masked language model."""
+    """Return the keys of ``config.json`` that differ from those of a masked language model."""
     name = architecture_of(head)
     keys: dict[str, Any] = {
         "architectures": [name],
@@ -231,11 +231,11 @@ def config_of_head(head: HeadDescription) -> dict[str, Any]:
 
 
 def with_unit_scale(weights: Weights, dtype: torch.dtype) -> Weights:
-    """The same with outputs in units of the labels, see `in_units_of_labels`.
+    """Change the head's last layer so that outputs are in units of the labels, see `in_units_of_labels`.
 
     Args:
-        weights: With a head that transformers has.
-        dtype: What the last layer of the head is rounded to: that of the file to be written.
+        weights: A model with a head that transformers has.
+        dtype: Dtype of the file to be written, to which the last layer of the head is rounded.
     """
     head = weights.description.task
     assert head is not None
@@ -257,10 +257,8 @@ def with_unit_scale(weights: Weights, dtype: torch.dtype) -> Weights:
 def in_units_of_labels(name: str, value: Tensor, info: TargetInfo, dtype: torch.dtype) -> Tensor:
     """Return a tensor of a head, changed so that outputs are in units of the labels.
 
-    What is multiplied and added after the head of a regression becomes part of its last layer, in fp64 and
-    rounded once to `dtype`.
-
-    ``s (W x + b) + m = (s W) x + (s b + m)`` for each output.
+    The scale and the shift after the head of a regression become part of its last layer, computed in fp64 and
+    rounded once to `dtype`: ``s (W x + b) + m = (s W) x + (s b + m)`` for each output.
     """
     if not info.mean or name not in (f"{_OUTPUT}weight", f"{_OUTPUT}bias"):
         return value
@@ -271,7 +269,7 @@ def in_units_of_labels(name: str, value: Tensor, info: TargetInfo, dtype: torch.
 
 
 def unit_scale(info: TargetInfo) -> TargetInfo:
-    """What the outputs of such a head mean."""
+    """Return what the outputs mean once they are in units of the labels: mean 0, standard deviation 1."""
     return replace(info, mean=[0.0] * len(info.mean), std=[1.0] * len(info.std))
 
 

@@ -51,7 +51,7 @@ _TAPE = [
 
 
 def tape(path: Path, prepare: Prepare) -> PlainModel:
-    """Stock TAPE, post-LN."""
+    """Arrange the weights of stock TAPE, post-LN."""
     config, state = json_config(path), stored_tensors(path)
     source = WeightSource(lambda name: state[f"bert.{name}"], prepare)
 
@@ -81,7 +81,7 @@ def _tape_model(
     prepare: Prepare,
     block: Callable[[int], PlainBlock],
 ) -> PlainModel:
-    """What stock and modified TAPE have in common."""
+    """Arrange what stock and modified TAPE have in common."""
     head = WeightSource(lambda name: state[f"mlm.{name}"], prepare)
     positions = source.tensor("embeddings.position_embeddings.weight")
     return PlainModel(
@@ -100,7 +100,7 @@ def _tape_model(
 
 
 def proteinlm(path: Path, prepare: Prepare) -> PlainModel:
-    """ProteinLM's modified TAPE, pre-LN."""
+    """Arrange the weights of ProteinLM's modified TAPE, pre-LN."""
     config, state = json_config(path), stored_tensors(path)
     source = WeightSource(lambda name: state[f"bert.{name}"], prepare)
 
@@ -117,12 +117,12 @@ def proteinlm(path: Path, prepare: Prepare) -> PlainModel:
             ffn_out=source.affine(f"{at}mlp.dense_4h_h"),
         )
 
-    # final_ln is left out: the model there computes it and throws it away.
+    # final_ln is left out: the model there computes it and discards the result.
     return _tape_model(config, state, source, prepare, block)
 
 
 def megatron(path: Path, prepare: Prepare) -> PlainModel:
-    """ProteinLM as Megatron-LM wrote it."""
+    """Arrange the weights of ProteinLM as Megatron-LM wrote them."""
     description, store = open_checkpoint(path)
     source, heads = WeightSource(store.read, prepare), description.shape.num_attention_heads
     embedding = "language_model.embedding."
@@ -141,7 +141,7 @@ def megatron(path: Path, prepare: Prepare) -> PlainModel:
             ffn_out=source.affine(f"{at}mlp.dense_4h_to_h"),
         )
 
-    # Row 5 is unused, and rows from 31 on are padding.
+    # Row 5 is unused, and the rows from 31 on are padding.
     rows = torch.tensor([row for row in range(31) if row != 5])
     return PlainModel(
         num_layers=description.shape.num_layers,

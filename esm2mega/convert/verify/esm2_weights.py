@@ -1,6 +1,6 @@
 """Arranges the weights of each foreign ESM-2 for the plain model, without the name tables.
 
-A verification builds its reference from here, so that it does not repeat a mistake of the tables.
+A verification uses them as its reference, so that it does not repeat a mistake of the tables.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from esm2mega.convert.verify.source import Prepare, WeightSource, by_head, json_
 
 
 def read_plain_model(path: Path, format_name: str, prepare: Prepare) -> PlainModel:
-    """The model in `path`, for `esm2mega.convert.verify.plain_model.forward`.
+    """Read the model in `path` for `esm2mega.convert.verify.plain_model.forward`.
 
     Args:
-        path: A checkpoint that has been read before, so it is known to be whole.
+        path: A checkpoint that has been read before and is therefore known to be complete.
         format_name: Its format, any but ``esm2mega``.
-        prepare: Rounding and dtype.
+        prepare: Rounds and casts every weight.
     """
     builders: dict[str, Callable[[Path, Prepare], PlainModel]] = {
         "hf": _hf,
@@ -88,7 +88,7 @@ def _hf(path: Path, prepare: Prepare) -> PlainModel:
 
 
 def _first_of(store: TensorStore) -> Callable[[str], Tensor]:
-    """Reads by name; LayerNorms also under the old names of weight and bias."""
+    """Return a function that reads by name, also LayerNorms under the old names of weight and bias."""
 
     def get(name: str) -> Tensor:
         if name not in store.infos and "LayerNorm." in name:

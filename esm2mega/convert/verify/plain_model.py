@@ -1,6 +1,6 @@
-"""ESM-2 and its relatives in plain PyTorch, for verifications where the package of a format is absent.
+"""Computes ESM-2 and its relatives in plain PyTorch, for verifications without the package of a format.
 
-It shares no code with `esm2mega.model` and reads a format's tensors without the name tables, so that a
+This module shares no code with `esm2mega.model`, and its weights are read without the name tables, so that a
 mistake in either shows.
 
 Legend: ``s`` tokens of one sequence, ``h`` hidden size, ``n`` heads, ``d`` head dimension, ``v`` vocabulary.
@@ -20,7 +20,7 @@ _MASK_TOKEN = 32
 
 @dataclass(frozen=True)
 class Affine:
-    """Weight and bias of a linear layer or a LayerNorm."""
+    """Holds the weight and bias of a linear layer or a LayerNorm."""
 
     weight: Tensor
     bias: Tensor
@@ -28,7 +28,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class PlainBlock:
-    """One layer; q, k and v apart, rows ordered by head."""
+    """Holds the weights of one layer, with separate q, k and v whose rows are ordered by head."""
 
     attention_norm: Affine
     q: Affine
@@ -42,19 +42,19 @@ class PlainBlock:
 
 @dataclass(frozen=True)
 class PlainModel:
-    """Everything that the forward pass needs.
+    """Holds everything that the forward pass needs.
 
     Attributes:
-        block: Gives layer ``0 … num_layers - 1``; called once per forward pass for each.
+        block: Returns layer ``0 … num_layers - 1``; called once for each layer in a forward pass.
         table: Token table ``[v, h]``, used for input and output.
-        inv_freq: Rotary frequencies ``[d/2]``, or None with learned positions.
+        inv_freq: Rotary frequencies ``[d/2]``, or None for learned positions.
         tanh_gelu: Whether the feed-forward layers have the tanh form; the head has the erf form.
-        interleaved: Whether rotary pairs are channels ``(2i, 2i + 1)``, not ``(i, i + d/2)``.
-        positions: Learned positions ``[p, h]``, or None in ESM-2, which has token dropout instead.
-        post_norm: Whether residuals are the outputs of the LayerNorms.
-        tokens: The token of ESM-2 that each row of the table stands for, int64 ``[v]``; None: the same.
-        classifier: Takes the place of the head of masked language modelling, whose tensors are None then, as
-            they are in a bare encoder.
+        interleaved: Whether rotary pairs are the channels ``(2i, 2i + 1)`` instead of ``(i, i + d/2)``.
+        positions: Learned positions ``[p, h]``, or None for ESM-2, which has rotary ones and token dropout.
+        post_norm: Whether the outputs of the LayerNorms are the residuals.
+        tokens: Id in ESM-2 of the token of each row of the table, int64 ``[v]``; None if the two are equal.
+        classifier: Takes the place of the masked-language-model head, whose tensors are then None, as they
+            are in a bare encoder.
     """
 
     num_layers: int
@@ -77,16 +77,16 @@ class PlainModel:
 
 @torch.no_grad()
 def forward(model: PlainModel, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Run one sequence.
+    """Run the model on one sequence.
 
     Args:
         model: The weights, in the dtype to compute in.
-        ids: int64 ``[s]``, ids of ESM-2 with ``<cls>`` and ``<eos>``.
+        ids: Token ids of ESM-2 with ``<cls>`` and ``<eos>``, int64 ``[s]``.
 
     Returns:
-        Hidden states: after the embedding and each block, the last after the final LayerNorm, ``[s, h]``
-        each; and logits ``[s, v]``, in the order of ESM-2's tokens as far as the model has them, or those of
-        the classifier. A model without any head repeats the last hidden states.
+        Hidden states after the embedding and each block, the last after the final LayerNorm, ``[s, h]`` each;
+        and logits ``[s, v]`` in the order of ESM-2's tokens as far as the model has them, or those of the
+        classifier. A model without a head returns the last hidden states instead of logits.
     """
     x = _embed(model, ids)
     hidden = [x]
@@ -94,7 +94,7 @@ def forward(model: PlainModel, ids: Tensor) -> tuple[list[Tensor], Tensor]:
         block = model.block(n)
         y = _norm(x, block.attention_norm, model.epsilon)
         if model.post_norm:
-            # What the layer before gives has passed through its LayerNorm, which is this one here.
+            # This LayerNorm ends the layer before in post-LN, so its result is the output of that layer.
             hidden[-1] = y
         x = (y if model.post_norm else x) + _attention(model, block, y)
         y = _norm(x, block.ffn_norm, model.epsilon)
@@ -113,12 +113,12 @@ def forward(model: PlainModel, ids: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def classifier(get: Callable[[str], Tensor], kind: str) -> Callable[[Tensor], Tensor]:
-    """The head of a classification model of transformers, in evaluation, where its dropout does nothing.
+    """Return the head of a classification model of transformers in evaluation, where dropout has no effect.
 
     Args:
-        get: Gives a tensor by its name in transformers.
-        kind: ``token``: a linear layer on every token, ``[s, h] -> [s, c]``. ``sequence``: dense, tanh and
-            linear on ``<cls>``, ``[s, h] -> [1, c]``.
+        get: Returns a tensor by its name in transformers.
+        kind: ``token`` for a linear layer on every token, ``[s, h] -> [s, c]``; ``sequence`` for dense, tanh
+            and linear on ``<cls>``, ``[s, h] -> [1, c]``.
     """
 
     def affine(name: str) -> Affine:
@@ -155,7 +155,7 @@ def _attention(model: PlainModel, block: PlainBlock, x: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, model: PlainModel) -> Tensor:
-    """Rotate pair i of position p by ``p * inv_freq[i]``; ``[n, s, d]``."""
+    """Rotate pair i of position p by ``p * inv_freq[i]`` in ``[n, s, d]``."""
     if model.inv_freq is None:
         return x
     positions = torch.arange(x.shape[1], dtype=model.inv_freq.dtype)

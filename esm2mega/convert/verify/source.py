@@ -1,4 +1,4 @@
-"""Reads tensors for a verification: by their stored names, rounded and cast on the way."""
+"""Reads tensors for a verification by their stored names, rounded and cast on the way."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from esm2mega.convert.verify.plain_model import Affine
 
 Prepare = Callable[[Tensor], Tensor]
-"""Applied to every weight: rounding, and the dtype to compute in. Not applied to the frequencies."""
+"""A function of this type rounds a weight and casts it to the dtype to compute in; frequencies are exempt."""
 
 
 class WeightSource:
-    """Weights and biases by name, prepared."""
+    """Reads weights and biases by name, and prepares them."""
 
     def __init__(self, get: Callable[[str], Tensor], prepare: Prepare) -> None:
         self._get = get
@@ -31,7 +31,7 @@ class WeightSource:
 
 
 def by_head(fused: Affine, heads: int) -> tuple[Affine, Affine, Affine]:
-    """q, k and v out of rows ``head 0: q k v, head 1: q k v, …``."""
+    """Select q, k and v from the rows ``head 0: q k v, head 1: q k v, …``."""
     width = fused.weight.shape[1] // heads
     rows = torch.arange(3 * heads * width).reshape(heads, 3, width)
     q, k, v = (Affine(fused.weight[r], fused.bias[r]) for r in (rows[:, i].flatten() for i in range(3)))
@@ -39,6 +39,6 @@ def by_head(fused: Affine, heads: int) -> tuple[Affine, Affine, Affine]:
 
 
 def json_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a directory."""
+    """Return the content of ``config.json`` of a directory."""
     config: dict[str, Any] = json.loads((path / "config.json").read_text())
     return config

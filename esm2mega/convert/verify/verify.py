@@ -1,7 +1,7 @@
-"""Proves one conversion: runs both models on the same sequences, and compares every tensor.
+"""Verifies a conversion: runs both models on the same sequences, and compares every tensor.
 
 Our model runs as it does in training, in one process on the CPU in fp32. A foreign model runs in its own
-package where that is installed (transformers, fair-esm), else in `esm2mega.convert.verify.plain_model`.
+package if that is installed (transformers, fair-esm), else in `esm2mega.convert.verify.plain_model`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from esm2mega.files import write_json
 from esm2mega.vocabulary import CLS, EOS, MASK, encode_residues
 
 BOUND = 1e-5
-"""Largest difference of logits, relative to the largest logit: fp32 sums in another order, with room for the
-48 layers of the largest model.
+"""This is the largest allowed difference of logits, relative to the largest logit. It allows for fp32 sums in
+another order over the 48 layers of the largest model.
 """
 
 _SEQUENCES = (
@@ -43,20 +43,20 @@ _SEQUENCES = (
     "KALTARXBUZOGKAM.A-LVPRGSHMWYCFNQDEJHIST",
     "".join("LAGVSERTIDPKQNFYMHWC"[(7 * i * i + 3 * i) % 20] for i in range(340)),
 )
-"""One residue; a real protein; every rare letter; more than 256 tokens, where rotary errors show."""
+"""These are one residue, a real protein, every rare letter, and over 256 tokens, where rotary errors show."""
 
 Result = tuple[list[Tensor], Tensor]
-"""Hidden states (embedding, each block, the last normalised) ``[s, h]``, and logits ``[s, v]``. In
-their place: of a task its outputs, ``[1, k]`` of the protein, ``[s - 2, k]`` of its residues or ``[P, 1]`` of
-their pairs; of a bare encoder the last hidden states.
+"""A result holds hidden states ``[s, h]`` (embedding, each block, the last normalised) and logits ``[s, v]``.
+Instead of logits, a task has its outputs, ``[1, k]`` for the protein, ``[s - 2, k]`` for its residues or
+``[P, 1]`` for their pairs, and a bare encoder has the last hidden states.
 """
 
 
 def sequences(family: str = "esm2") -> list[Tensor]:
-    """Token ids, int64 ``[s]`` each; every second sequence has every seventh residue masked.
+    """Return token ids, int64 ``[s]`` each; in every second sequence, every seventh residue is masked.
 
     Args:
-        family: Of the model; X stands in for letters that its vocabulary does not have.
+        family: Family of the model; X replaces letters that its vocabulary does not have.
     """
     result = []
     for number, residues in enumerate(_SEQUENCES):
@@ -73,7 +73,7 @@ def verify(conversion: Conversion) -> list[str]:
     """Compare source and target, and write ``TARGET.verify.json`` beside the target.
 
     Returns:
-        Lines for the reader.
+        Lines of a report for the user.
 
     Raises:
         MachineError: The logits differ by more than `BOUND`, or contact heads differ at all.
@@ -82,7 +82,7 @@ def verify(conversion: Conversion) -> list[str]:
     dtype = description.dtype
 
     def prepare(value: Tensor) -> Tensor:
-        # Rounded as the target's weights are: the comparison is of the conversion, not of the rounding.
+        # Rounded like the target's weights, so that the conversion is compared and not the rounding.
         return value.to(dtype).float()
 
     ids = sequences(description.family)
@@ -139,14 +139,14 @@ def verify(conversion: Conversion) -> list[str]:
 
 
 def _difference(source: list[Tensor], target: list[Tensor]) -> dict[str, float]:
-    """Largest absolute difference over all sequences, and relative to the largest value of the source.
+    """Return the largest difference over all sequences, absolute and relative to the source's largest value.
 
     Raises:
-        MachineError: There are values that are no numbers, of which nothing can be said.
+        MachineError: A value is not finite.
     """
     if not all(bool(x.isfinite().all()) for x in (*source, *target)):
         raise MachineError("verification failed: the models give values that are not finite")
-    # One residue has no pairs.
+    # A protein of one residue has no pairs.
     pairs = [(a, b) for a, b in zip(source, target, strict=True) if a.numel() or b.numel()]
     scale = max(float(a.abs().max()) for a, _ in pairs)
     largest = max(float((a - b).abs().max()) for a, b in pairs)
@@ -154,7 +154,7 @@ def _difference(source: list[Tensor], target: list[Tensor]) -> dict[str, float]:
 
 
 def _tensors(source: Weights, target: Weights) -> dict[str, dict[str, str]]:
-    """SHA-256 of the tensors of both, under our names; one that a format does not have is ``none``."""
+    """Return the SHA-256 of the tensors of both, under our names; a tensor that one lacks is ``none``."""
     return {
         name: {"source": _checksum(source, name), "target": _checksum(target, name)}
         for name in {**source.infos, **target.infos}
@@ -162,13 +162,13 @@ def _tensors(source: Weights, target: Weights) -> dict[str, dict[str, str]]:
 
 
 def _as_published(weights: Weights) -> Weights:
-    """The same with a contact head that was trained as that of a task where other formats have it."""
+    """Move a contact head that was trained as the head of a task to the place where other formats have it."""
     task = weights.description.task
     return with_published_head(weights) if task is not None and is_regression(task.task) else weights
 
 
 def _contact_head(tensors: Mapping[str, Mapping[str, str]]) -> str:
-    """Whether both have the same one, which neither logits nor hidden states show."""
+    """Return whether both have the same contact head, which neither logits nor hidden states show."""
     pairs = [tensors[name] for name in (WEIGHT, BIAS) if name in tensors]
     if not pairs or any("none" in pair.values() for pair in pairs):
         return "not in both"
@@ -189,7 +189,7 @@ def _run(
         return _esm2mega(path, prepare, ids, description), "esm2mega"
     if format_name == "hf" and (found := _installed("transformers")):
         results, method = _transformers(path, prepare, ids, description), found
-    # Its module is called esm, and so is that of another package.
+    # The package is looked up, not its module esm, since another package has a module of that name.
     elif format_name == "fair-esm" and (found := _installed("fair-esm")):
         results, method = _fair_esm(path, prepare, ids), found
     else:
@@ -199,13 +199,13 @@ def _run(
     if description.head is None:
         results = [(hidden, hidden[-1]) for hidden, _ in results]
     elif task is not None and task.info.per_residue:
-        # Theirs are of all tokens, ours without <cls> and <eos>.
+        # The outputs of transformers are of all tokens, ours without <cls> and <eos>.
         results = [(hidden, outputs[1:-1]) for hidden, outputs in results]
     return results, method
 
 
 def _installed(package: str) -> str | None:
-    """Name and version of a package, or None."""
+    """Return the name and version of an installed package, else None."""
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
@@ -253,9 +253,9 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Desc
 
 
 def _scale_outputs(model: Any, info: TargetInfo, prepare: Prepare) -> None:
-    """Scale outputs to units of the labels by the last layer, which rounds as another format's does.
+    """Scale outputs to units of the labels in the last layer, with the rounding of other formats.
 
-    Heads without such a layer have no equal there, and are compared as they are.
+    Heads without such a layer have no equal in other formats, and are compared as they are.
     """
     last = getattr(model.head, "output", None)
     if info.std and last is not None:
@@ -298,7 +298,7 @@ def _fair_esm(path: Path, prepare: Prepare, ids: list[Tensor]) -> list[Result]:
 
     import esm
 
-    # Not its own loader: that unpickles without an allow-list.
+    # fair-esm's own loader is not used, since it unpickles without an allow-list.
     from esm2mega.convert.files import pickles
     from esm2mega.convert.formats.fair_esm import contact_file
 

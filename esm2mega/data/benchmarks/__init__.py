@@ -1,1 +1,1 @@
-"""Published benchmark tasks (FLIP, TAPE, DeepLoc 2) become tables of labelled proteins."""
+"""Turns published benchmark tasks (FLIP, TAPE, DeepLoc 2) into tables of labelled proteins."""

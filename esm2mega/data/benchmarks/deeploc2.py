@@ -1,9 +1,9 @@
 """Makes tables for fine-tuning from DeepLoc 2's table of SwissProt proteins.
 
 The columns of the source are ``ACC``, ``Kingdom``, ``Partition`` (0 to 4, made by homology), ``Membrane``,
-flags of ten places in the cell, and ``Sequence``. The classifier of Cerebras' Model Zoo learns ``Membrane``
-on proteins of 100 to 1,026 residues, 80 % of them drawn at random. A random split has relatives of training
-proteins in the test set; one by partitions has not.
+flags for ten locations in the cell, and ``Sequence``. The classifier of Cerebras' Model Zoo learns
+``Membrane`` on proteins of 100 to 1,026 residues, 80 % of them drawn at random. A random split has relatives
+of training proteins in the test set; a split by partitions has none.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _PARTITIONS = ("0", "1", "2", "3", "4")
 
 @dataclass(frozen=True)
 class DeepLocOptions:
-    """The options that decide what is written.
+    """Holds the options that decide what is written.
 
     Attributes:
         labels: ``membrane``: one column ``target``, 0 or 1; ``locations``: a column for each of `LOCATIONS`.
-        min_length: Residues of the shortest protein.
-        max_length: Residues of the longest one.
-        test_fraction: Of the proteins, drawn at random; None for a fifth, or where partitions split.
-        valid_fraction: The same for validation; None for none.
-        test_partition: Split by partitions instead: the one to test on.
-        valid_partition: The one for validation; None for none.
-        seed: Of the draw.
+        min_length: Residues of the shortest protein that is taken.
+        max_length: Residues of the longest protein that is taken.
+        test_fraction: Fraction of the proteins to test on, drawn at random; None for 0.2, or with partitions.
+        valid_fraction: Fraction of the proteins for validation, drawn at random; None for no validation set.
+        test_partition: Partition to test on, for a split by partitions; None for a split at random.
+        valid_partition: Partition for validation; None for no validation set.
+        seed: Seed of the random split.
     """
 
     labels: str = "membrane"
@@ -63,12 +63,12 @@ class DeepLocOptions:
 
     @property
     def fractions(self) -> tuple[float, float]:
-        """Of the test and the validation set, where they are drawn at random."""
+        """Return the fractions of the test and the validation set of a split at random."""
         test = 0.2 if self.test_fraction is None else self.test_fraction
         return test, self.valid_fraction or 0.0
 
     def used(self) -> dict[str, Any]:
-        """Return the options that decide what is written, by name."""
+        """Return the options that take effect, by name."""
         found = {"labels": self.labels, "min_length": self.min_length, "max_length": self.max_length}
         if self.test_partition is not None:
             return found | {"test_partition": self.test_partition, "valid_partition": self.valid_partition}
@@ -80,15 +80,15 @@ def prepare_deeploc2(source: str | Path, out: str | Path, options: DeepLocOption
     """Write a CSV per split and a manifest.
 
     Args:
-        source: ``Swissprot_Train_Validation_dataset.csv``.
+        source: Path of ``Swissprot_Train_Validation_dataset.csv``.
         out: Directory to make.
         options: Labels, lengths and split.
 
     Returns:
-        What was written, in lines.
+        Lines that say what was written.
 
     Raises:
-        UserError: Not that table, or the split leaves nothing to train on.
+        UserError: The file is another table, or the split leaves nothing to train on.
     """
     _check(options)
     columns = ["Membrane"] if options.labels == "membrane" else list(LOCATIONS)
@@ -151,7 +151,7 @@ def _check(options: DeepLocOptions) -> None:
 def _read(
     reader: CsvReader, columns: list[str], options: DeepLocOptions
 ) -> tuple[list[LabelledRow], list[str], int]:
-    """Rows of fitting length, their partitions, and how many were left out."""
+    """Return the rows of allowed length, their partitions, and how many rows were left out."""
     rows, partitions, left_out = [], [], 0
     for block in reader.blocks():
         for line, cells in reader.rows(block):
@@ -175,7 +175,7 @@ def _read(
 
 
 def _split(total: int, partitions: list[str], options: DeepLocOptions) -> list[str]:
-    """The split of each protein."""
+    """Return the split of each protein."""
     if options.test_partition is not None:
         named = {str(options.test_partition): "test", str(options.valid_partition): "valid"}
         return [named.get(partition, "train") for partition in partitions]

@@ -1,15 +1,16 @@
 """Makes a table for each split of a FLIP task from its published files.
 
-Tasks of proteins have one FASTA file with the headers
+A task with labels of proteins has one FASTA file with the headers
 
     >Sequence12 TARGET=-1.25e-05 SET=train VALIDATION=False
 
-or a CSV twin of it with the columns ``sequence,target,set,validation``. Tasks of residues have sequences in
-one file, labels in another with ``SET`` and ``VALIDATION`` in its headers and as many characters as there are
-residues, and for one task a mask in a third. A value is everything up to the next white space: exponents,
-slashes and leading zeros stay.
+or a CSV with the same content in the columns ``sequence,target,set,validation``. A task with labels of
+residues has the sequences in one file and the labels in another, which has ``SET`` and ``VALIDATION`` in its
+headers and a character for each residue; one task has a mask in a third file. A value is everything up to the
+next white space: exponents, slashes and leading zeros stay.
 
-Validation is ``SET=train VALIDATION=True``, training the rest of ``SET=train``, test ``SET=test``.
+Validation proteins have ``SET=train VALIDATION=True``, training proteins any other ``SET=train``, and test
+proteins ``SET=test``.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ def prepare_flip(
     """Write ``train.csv``, ``valid.csv``, ``test.csv`` and a manifest of one split of a task.
 
     Args:
-        task_name: One of `FLIP_TASKS`.
+        task_name: A name in `FLIP_TASKS`.
         source: Directory with the files of that task, as published.
         out: Directory to make.
-        split: One of the task's; None for its default.
-        other_sizes: Whether other numbers of proteins than the published ones are taken, with a note. They
-            are refused otherwise: figures of another data set are not those of the benchmark, and a file
-            that was cut off looks like one.
+        split: Name of one of the task's splits; None for its default.
+        other_sizes: Whether numbers of proteins other than the published ones are accepted, with a note.
+            They are refused otherwise: results on another data set are not those of the benchmark, and a
+            truncated file looks like another data set.
 
     Returns:
-        What was written, in lines.
+        Lines that say what was written.
 
     Raises:
         UserError: A file is missing or not as described above, or sizes differ.
@@ -54,7 +55,9 @@ def prepare_flip(
     split = split or task.default
     folder = Path(source)
     if not folder.is_dir():
-        raise UserError(f"--source {source}: is no directory; name the one with the files of {task_name}")
+        raise UserError(
+            f"--source {source}: is not a directory; name the directory with the files of {task_name}"
+        )
     if split not in task.splits:
         raise UserError(
             f"--split {split} is none of {task_name}, which has {', '.join(task.splits)}; name one of them"
@@ -79,7 +82,7 @@ def prepare_flip(
 
 
 def _find(folder: Path, stems: Sequence[str]) -> Path:
-    """The first file that is there, in the folder or its ``splits``."""
+    """Return the first of the files that exists, in the folder or its ``splits``."""
     for location in (folder, folder / "splits"):
         for stem in stems:
             for ending in _ENDINGS:
@@ -92,7 +95,7 @@ def _find(folder: Path, stems: Sequence[str]) -> Path:
 
 
 _Read = tuple[dict[str, list[LabelledRow]], dict[str, Any], list[str]]
-"""Rows by split, entries of the manifest, notes."""
+"""This holds the rows by split, entries of the manifest, and notes."""
 
 
 def _read_protein_task(path: Path, folder: Path, task: FlipTask) -> _Read:
@@ -165,7 +168,7 @@ def _read_residue_task(path: Path, folder: Path, task: FlipTask) -> _Read:
 
 
 _Found = Iterator[tuple[str, LabelledRow, str | None, str | None]]
-"""Place, row, SET and VALIDATION of each protein."""
+"""This yields location, row, SET and VALIDATION of each protein."""
 
 
 def _fasta_rows(entries: Any, reader: FastaReader) -> _Found:
@@ -187,7 +190,7 @@ def _csv_reader(path: Path) -> CsvReader:
 
 
 def _csv_rows(reader: CsvReader) -> _Found:
-    """Rows without ids are named like the records of the FASTA twin: ``Sequence0`` is the first."""
+    """Yield the rows; those without ids are named like the records of the FASTA, from ``Sequence0`` on."""
     number = 0
     for block in reader.blocks():
         for line, cells in reader.rows(block):
@@ -201,7 +204,7 @@ def _csv_rows(reader: CsvReader) -> _Found:
 
 
 def _split_of(location: str, name: str, set_name: str | None, validation: str | None) -> str | None:
-    """``train``, ``valid`` or ``test``; None for a protein that the split leaves out."""
+    """Return ``train``, ``valid`` or ``test``, or None for a protein that the split leaves out."""
     if set_name is None:
         raise UserError(f"{location}: the header of {name!r} has no SET=; is this a file of FLIP?")
     if set_name in ("", "nan"):

@@ -1,9 +1,9 @@
-"""The tasks of FLIP and TAPE by name: the kind of each, its splits, and FLIP's published sizes.
+"""Lists the tasks of FLIP and TAPE by name: the kind of each, its splits, and FLIP's published sizes.
 
-Importing this imports nothing heavy, so that the command line can list them.
+This module imports nothing heavy, so that the command line can list the tasks.
 
-Sizes are those of the FLIP repository (J-SNACKKB/FLIP) and of its files; where only the sum of training and
-validation is published, that is what is compared.
+Sizes are those of the FLIP repository (J-SNACKKB/FLIP) and of its files. Where only the sum of training and
+validation is published, the sum is compared.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is published of a split; None where it is not.
+    """Holds the published numbers of proteins of a split; None where a number is not published.
 
     Attributes:
-        train: Proteins.
-        valid: Proteins.
-        test: Proteins.
-        train_and_valid: Their sum.
-        total: All of them.
+        train: Proteins to train on.
+        valid: Proteins for validation.
+        test: Proteins to test on.
+        train_and_valid: Proteins of training and validation together.
+        total: Proteins of all three together.
     """
 
     train: int | None = None
@@ -33,14 +33,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class FlipTask:
-    """One task of FLIP.
+    """Describes one task of FLIP.
 
     Attributes:
-        kind: What `task.kind` is in fine-tuning.
+        kind: The value of `task.kind` in fine-tuning.
         default: The split that is prepared unless another is named.
-        splits: Split -> published sizes.
-        files: Split -> name of its file without ending, where it is another.
-        multilabel: Splits whose proteins have several classes each, with ``;`` between.
+        splits: Published sizes by split.
+        files: File names without ending by split, where they differ from the split's name.
+        multilabel: Splits whose proteins have several classes each, separated by ``;``.
         masked: Whether there is a file of masks.
     """
 
@@ -56,7 +56,7 @@ class FlipTask:
         return self.kind == "token_classification"
 
     def kind_of(self, split: str) -> str:
-        """`task.kind` of a split."""
+        """Return `task.kind` for a split."""
         return "multilabel" if split in self.multilabel else self.kind
 
 
@@ -143,15 +143,15 @@ FLIP_TASKS: dict[str, FlipTask] = {
         masked=True,
     ),
 }
-"""The eight tasks by name."""
+"""This holds the eight tasks of FLIP by name."""
 
 
 def differing(published: Sizes, found: Mapping[str, int]) -> list[str]:
-    """Describe in words where numbers of proteins are not the published ones.
+    """Describe in words where numbers of proteins differ from the published ones.
 
     Args:
-        published: Of a split.
-        found: ``train``, ``valid`` and ``test`` -> proteins.
+        published: Published sizes of a split.
+        found: Numbers of proteins under ``train``, ``valid`` and ``test``.
     """
     compared = {
         "training": (published.train, found["train"]),
@@ -169,13 +169,13 @@ def differing(published: Sizes, found: Mapping[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class TapeTask:
-    """One task of TAPE.
+    """Describes one task of TAPE.
 
     Attributes:
-        folder: Of its files, and the first part of their names.
-        kind: What `task.kind` is in fine-tuning.
-        field: Of the records.
-        splits: As they are published; ``train`` and ``valid``, and those to test on.
+        folder: Name of the folder of its files, and first part of their names.
+        kind: The value of `task.kind` in fine-tuning.
+        field: Key of the labels in a record.
+        splits: Published names of the splits: ``train`` and ``valid``, and those to test on.
     """
 
     folder: str
@@ -198,4 +198,4 @@ TAPE_TASKS = {
     ),
     "contact_prediction": TapeTask("proteinnet", "contact", "tertiary"),
 }
-"""By the names that TAPE gives them."""
+"""This holds the tasks of TAPE by the names that TAPE gives them."""

@@ -1,6 +1,6 @@
-"""Writes benchmark data as fine-tuning reads them: a CSV per split, and a manifest of what they hold.
+"""Writes benchmark data as fine-tuning reads them: a CSV per split, and a manifest that describes them.
 
-Everything is text: no value passes through a number on its way.
+All values stay text, and none is converted to a number and back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from esm2mega.errors import UserError
 from esm2mega.files import file_sha256
 
 TARGET, MASK = "target", "mask"
-"""Columns of labels, and of which residues count."""
+"""These are the names of the columns of labels, and of the mask that says which residues count."""
 
 SPLITS = ("train", "valid", "test")
 
@@ -30,11 +30,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """One protein.
+    """Holds one protein and its labels.
 
     Attributes:
-        id: Of the source.
-        sequence: Residues.
+        id: Id of the protein in the source.
+        sequence: Residues of the protein.
         labels: A cell for each column of labels, in the order of `LabelledTables.columns`.
     """
 
@@ -45,11 +45,11 @@ class LabelledRow:
 
 @dataclass
 class LabelledTables:
-    """What is written.
+    """Holds the labelled proteins of all splits, and writes them.
 
     Attributes:
         columns: Names of the columns of labels, and of a mask where there is one.
-        rows: Split -> proteins, in the order of the source.
+        rows: Proteins by split, in the order of the source.
         provenance: Entries of the manifest: where the data are from, and what was left out.
         notes: What the user should know.
     """
@@ -64,8 +64,8 @@ class LabelledTables:
 
         Args:
             out: Directory to make.
-            kind: `task.kind`, which says how a cell holds classes.
-            class_column: The one whose classes are counted; None where labels are numbers.
+            kind: The value of `task.kind`, which says how a cell holds classes.
+            class_column: Column whose classes are counted; None where labels are numbers.
 
         Returns:
             A line per split, and the notes.
@@ -88,7 +88,7 @@ class LabelledTables:
     def _entry(
         self, path: Path, rows: Sequence[LabelledRow], kind: str, class_column: str | None
     ) -> dict[str, Any]:
-        """Write one split; its entry in the manifest."""
+        """Write one split, and return its entry in the manifest."""
         with path.open("w", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["id", "sequence", *self.columns])
@@ -111,10 +111,10 @@ class LabelledTables:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of such tables; None if that of the directory is of something else.
+    """Return the manifest of such tables; None if the directory's manifest describes something else.
 
     Raises:
-        UserError: A table is missing, or not the one that was written.
+        UserError: A table is missing, or was changed after it was written.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_bytes())
@@ -137,12 +137,13 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def _classes(cell: str, kind: str) -> Iterable[str]:
-    """The classes in a cell: one for each residue, names with ``;`` between, or one."""
+    """Return the classes in a cell: one for each residue, names separated by ``;``, or one."""
     if kind == "multilabel":
         return {name.strip() for name in cell.split(";") if name.strip()}
     return cell if kind == "token_classification" else [cell]
 
 
 def _sequence_cell(sequence: str) -> str:
-    """A protein of asparagine and alanine would read as a missing value; readers remove the blank."""
+    """Return the cell of a sequence; one that would read as a missing value, such as NA, gets blanks."""
+    # Readers remove white space from sequences.
     return " ".join(sequence) if sequence in MISSING_VALUES else sequence

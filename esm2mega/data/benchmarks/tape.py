@@ -17,18 +17,18 @@ from esm2mega.errors import UserError
 
 
 def prepare_tape(name: str, source: str | Path, out: str | Path) -> list[str]:
-    """Write a CSV for each split that is there, and a manifest.
+    """Write a CSV for each split whose file exists, and a manifest.
 
     Args:
-        name: One of `TAPE_TASKS`.
-        source: Directory with the files, such as ``stability_train.lmdb``, or the one above it.
+        name: A name in `TAPE_TASKS`.
+        source: Directory with the files, such as ``stability_train.lmdb``, or the directory above it.
         out: Directory to make.
 
     Returns:
-        What was written, in lines.
+        Lines that say what was written.
 
     Raises:
-        UserError: There is no training split, or a record has not what the task needs.
+        UserError: There is no training split, or a record lacks what the task needs.
     """
     task = TAPE_TASKS[name]
     found = {split: path for split in task.splits if (path := _find(Path(source), task, split)) is not None}
@@ -79,7 +79,7 @@ def _row(location: str, name: str, record: dict[str, Any], task: TapeTask) -> La
 
 
 def _number(values: Any, location: str) -> str:
-    """The shortest text of the one number, in its own precision."""
+    """Return the shortest text of the one number, in its own precision."""
     (number,) = values.reshape(-1)
     if not np.isfinite(number):
         raise UserError(f"{location} is {number}, not a number; remove the record")
@@ -104,7 +104,7 @@ def _letters(values: Any, location: str) -> str:
 
 def _coordinates(values: Any, location: str) -> str:
     there = np.isfinite(values).all(axis=1)
-    # The shortest text of each number, in its own precision.
+    # Each number gets the shortest text in its own precision.
     return json.dumps(
         [[float(str(x)) for x in row] if ok else None for row, ok in zip(values, there, strict=True)]
     )
@@ -116,4 +116,4 @@ _CELLS: dict[str, Callable[[Any, str], str]] = {
     "token_classification": _letters,
     "contact": _coordinates,
 }
-"""The text of the cell of each kind; takes numbers of the right shape and what they are called."""
+"""These write the cell of each kind, given numbers of the right shape and their name for messages."""

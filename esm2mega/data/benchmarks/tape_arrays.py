@@ -1,7 +1,7 @@
 """Rebuilds the numpy arrays in TAPE's pickles without numpy's own unpickling.
 
-A pickled array is a shape, the name of a type and bytes. Only numbers of fixed size are rebuilt; what is
-anything else stays a placeholder.
+A pickled array is a shape, the name of a type and bytes. Only numbers of fixed size are rebuilt; anything
+else stays a placeholder.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _NUMBERS = re.compile(r"(b1|[iu][1248]|f[248])")
 
 
 class _Type:
-    """Stands for a `numpy.dtype`: its name and byte order."""
+    """Stands for a `numpy.dtype`, and keeps its name and byte order."""
 
     def __init__(self, name: object = "", *_: object) -> None:
         self.name, self.order = name, "="
 
     def __setstate__(self, state: Any) -> None:
-        # (version, byte order, ...); | of single bytes
+        # The state is (version, byte order, ...); the byte order of single bytes is "|".
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "="):
             self.order = state[1]
 
     def array(self, data: object, shape: object, order: str) -> Any:
-        """The numbers; None where they are of another type or do not fill the shape."""
+        """Return the numbers; None where they are of another type or do not fill the shape."""
         if not isinstance(self.name, str) or not _NUMBERS.fullmatch(self.name):
             return None
         if isinstance(data, str):
@@ -47,7 +47,7 @@ class _Type:
 
 
 class PickledArray:
-    """What becomes of an array; `values` is None where it is none of numbers."""
+    """Stands for a pickled array; `values` holds its numbers, or None where it holds anything else."""
 
     def __init__(self, *_: object) -> None:
         self.values: Any = None
@@ -73,7 +73,7 @@ def _from_buffer(
 
 
 class _ArrayUnpickler(RestrictedUnpickler):
-    """Names of numpy mean the classes above."""
+    """Builds the classes above where a pickle names those of numpy."""
 
     def find_class(self, module: str, name: str) -> Callable[..., object]:
         found = super().find_class(module, name)
@@ -88,10 +88,10 @@ class _ArrayUnpickler(RestrictedUnpickler):
 
 
 def load_with_arrays(data: bytes) -> Any:
-    """What a pickle holds, with `PickledArray` in the place of arrays and of numpy's numbers.
+    """Load what a pickle holds, with `PickledArray` in the place of arrays and of numpy's numbers.
 
     Raises:
-        ValueError: As `esm2mega.data.readers.tape.load_restricted`.
+        ValueError: The pickle is refused, as by `esm2mega.data.readers.tape.load_restricted`.
     """
     try:
         return _ArrayUnpickler(io.BytesIO(data)).load()
@@ -100,7 +100,7 @@ def load_with_arrays(data: bytes) -> Any:
 
 
 def numbers_of(value: object) -> Any:
-    """An array of numbers, whatever it was pickled as; None for anything else."""
+    """Return an array of numbers, whatever it was pickled as; None for anything else."""
     if isinstance(value, PickledArray):
         return value.values
     if isinstance(value, (bool, int, float)):

@@ -1,1 +1,1 @@
-"""Labels of proteins: cells of files become targets, and targets go beside packs of tokens."""
+"""Reads labels of proteins from the cells of files, and puts them beside packs of tokens."""

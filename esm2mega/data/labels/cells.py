@@ -1,6 +1,6 @@
 """Reads one cell of a labelled table: text, a number, or a string or list with an entry per residue.
 
-Every error is a `UserError` with the place of the cell.
+Every error is a `UserError` with the location of the cell.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.errors import UserError
 
 Cells = Mapping[str, object]
-"""A row by column."""
+"""This maps columns to the cells of a row."""
 
 
 def text_of(cells: Cells, column: str, location: str) -> str:
-    """A cell as text, which may not be empty."""
+    """Return a cell as text, which may not be empty."""
     value = cells[column]
     if value is None or (isinstance(value, str) and not value.strip()):
         raise UserError(f"{location}: the label in column {column!r} is empty; complete or remove the row")
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f"{location}: the label {value!r} in column {column!r} is no text; write it as text")
+        raise UserError(f"{location}: the label {value!r} in column {column!r} is not text; write it as text")
     return str(value).strip()
 
 
 def number_of(value: object, column: str, location: str) -> float:
-    """A cell, or a word of it, as a number; NaN where there is none."""
+    """Return a cell, or a word of it, as a number; NaN for a missing value."""
     if value is None or (isinstance(value, str) and value.strip() in MISSING_VALUES | {""}):
         return math.nan
     try:
@@ -44,7 +44,7 @@ def number_of(value: object, column: str, location: str) -> float:
 
 
 def numbers_of(cells: Cells, column: str, location: str, num_residues: int) -> npt.NDArray[np.float64]:
-    """A list of numbers, or its words, one per residue: ``[L]``."""
+    """Return the numbers of a cell, one per residue, ``[L]``; the cell is a list or text of words."""
     value = cells[column]
     words = value.replace(",", " ").split() if isinstance(value, str) else value
     if not isinstance(words, list):
@@ -54,7 +54,7 @@ def numbers_of(cells: Cells, column: str, location: str, num_residues: int) -> n
 
 
 def classes_of(cells: Cells, column: str, location: str, num_residues: int) -> Sequence[str]:
-    """A character for each residue, or a word for each with blanks between."""
+    """Return the classes of a cell: a character for each residue, or a word for each."""
     text: Sequence[str] = text_of(cells, column, location)
     if len(text) != num_residues and len(words := str(text).split()) == num_residues:
         text = words
@@ -63,7 +63,7 @@ def classes_of(cells: Cells, column: str, location: str, num_residues: int) -> S
 
 
 def mask_of(cells: Cells, column: str | None, location: str, num_residues: int) -> npt.NDArray[np.bool_]:
-    """Which residues count, ``[L]``: those with a 1; all of them without a column."""
+    """Return which residues count, ``[L]``: those marked 1 in the column, or all without a column."""
     if column is None:
         return np.ones(num_residues, dtype=bool)
     text = text_of(cells, column, location)
@@ -73,13 +73,13 @@ def mask_of(cells: Cells, column: str | None, location: str, num_residues: int) 
 
 
 def check_marks(text: str, where: str, location: str) -> None:
-    """Refuse a mask with other characters than 0 and 1. Args: where: in words."""
+    """Refuse a mask with characters other than 0 and 1; `where` names the mask in the message."""
     if stray := set(text) - {"0", "1"}:
         raise UserError(f"{location}: {min(stray)!r} in {where}; a mask is made of 0 and 1")
 
 
 def check_length(labels: Sized, num_residues: int, column: str, location: str) -> None:
-    """Refuse another number of labels than one per residue."""
+    """Refuse a number of labels that is not one per residue."""
     if len(labels) != num_residues:
         raise UserError(
             f"{location}: {len(labels)} labels in column {column!r} for {num_residues} residues; "

@@ -1,8 +1,8 @@
 """Computes contacts of residues from coordinates, by the definitions of TAPE and ESM.
 
-Two residues are in contact if their atoms are less than 8 Angstrom apart: C-alpha in TAPE, C-beta in ESM;
-which atoms the coordinates are of is the user's choice. Pairs nearer than 6 residues along the chain do not
-count: nearly all of these are in contact.
+Two residues are in contact if their atoms are less than 8 Angstrom apart: C-alpha in TAPE, C-beta in ESM. The
+user chooses whose coordinates to give. Pairs nearer than 6 residues along the chain do not count: nearly all
+of them are in contact.
 
 A protein of ``l`` residues has ``p = l (l - 1) / 2`` pairs i < j, in the order (0, 1), (0, 2), …, (1, 2), ….
 """
@@ -19,21 +19,24 @@ from esm2mega.errors import UserError
 from esm2mega.pairs import pairs_of
 
 DISTANCE = 8.0
-"""Angstrom; TAPE (`tape/datasets.py`) and ESM (`examples/contact_prediction.ipynb`)."""
+"""Pairs nearer than this, in Angstrom, are contacts.
+
+TAPE (`tape/datasets.py`) and ESM (`examples/contact_prediction.ipynb`) agree on the number.
+"""
 
 SEPARATION = 6
-"""Least j - i of a pair that counts, of both."""
+"""Only pairs with at least this j - i count, in TAPE and in ESM."""
 
 Array = npt.NDArray[np.float64]
 
 
 def read_coordinates(value: object, column: str, location: str) -> Array:
-    """``[L, 3]`` of a cell: a list of three numbers for each residue, or its JSON text.
+    """Read coordinates, ``[L, 3]``, from a cell: a list of three numbers for each residue, or its JSON text.
 
-    A residue without coordinates is null, or has null or NaN among its numbers; all of its numbers are NaN.
+    A residue without coordinates is null, or has null or NaN among its numbers; it becomes three NaN.
 
     Raises:
-        UserError: Anything else.
+        UserError: The cell holds anything else.
     """
     if isinstance(value, str):
         try:
@@ -64,11 +67,11 @@ def _is_coordinate(value: object) -> bool:
 
 
 def pair_labels(coordinates: Array, ignored: int) -> npt.NDArray[np.int8]:
-    """1 for contacts, 0 for others, `ignored` for pairs that do not count, ``[p]``.
+    """Return 1 for contacts, 0 for other pairs, and `ignored` for pairs that do not count, ``[p]``.
 
     Args:
-        coordinates: ``[l, 3]`` in Angstrom, NaN where unknown.
-        ignored: Neither 0 nor 1.
+        coordinates: Coordinates ``[l, 3]`` in Angstrom, NaN where unknown.
+        ignored: Label of pairs that do not count, neither 0 nor 1.
     """
     first, second = pairs_of(len(coordinates))
     squared = ((coordinates[first] - coordinates[second]) ** 2).sum(axis=1)

@@ -1,4 +1,4 @@
-"""Proteins with labels in memory, from a table or a list of pairs, as fine-tuning reads them.
+"""Reads proteins with labels into memory, from a table or a list of pairs, for fine-tuning.
 
 `LabelledProteins` offers what samples and packs need of a token store, so that order, crops and packs of
 labelled proteins are made by the same code as those of pretraining.
@@ -26,24 +26,24 @@ from esm2mega.data.readers.base import residues_of
 from esm2mega.errors import UserError
 
 Pairs = Sequence[tuple[str, Any]]
-"""Sequences and their labels."""
+"""This is a list of sequences with their labels."""
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledProteins:
-    """Proteins, their ids and their labels.
+    """Holds proteins, their ids and their labels.
 
     Attributes:
-        path: Where they come from, for messages.
-        ids: n of them, repeats allowed.
+        path: Where the proteins come from, for messages.
+        ids: Ids of the n proteins, repeats allowed.
         tokens: Residues of all proteins back to back, uint8 ``[sum L]``.
-        offsets: Where each protein begins there, and the end, int64 ``[n + 1]``.
-        labels: Float64 ``[n, k]`` or int64 ``[n]`` of proteins, or of either type ``[sum L, m]`` of residues;
-            None where there are none, for prediction.
+        offsets: Where each protein begins in `tokens`, and the end, int64 ``[n + 1]``.
+        labels: For labels of proteins float64 ``[n, k]`` or int64 ``[n]``; for labels of residues either
+            type, ``[sum L, m]``; None where there are no labels, for prediction.
         per_residue: Whether labels are stored by residue.
-        per_pair: Whether these are coordinates, float64 ``[sum L, 3]``, from which the labels of pairs of
-            residues follow.
-        notes: What the user should know about how they were read.
+        per_pair: Whether the labels are coordinates, float64 ``[sum L, 3]``, from which the labels of pairs
+            of residues follow.
+        notes: What the user should know about how the proteins were read.
     """
 
     path: Path
@@ -56,47 +56,47 @@ class LabelledProteins:
     notes: list[str] = field(default_factory=list)
 
     clusters = None
-    """Labelled proteins are not sampled by clusters."""
+    """This is None because labelled proteins are not sampled by clusters."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Residues of each protein, ``[n]``."""
+        """Return the number of residues of each protein, ``[n]``."""
         return np.diff(self.offsets)
 
     def id(self, row: int) -> str:
-        """The id of a protein."""
+        """Return the id of a protein."""
         return self.ids[row]
 
     def residues(self, row: int) -> npt.NDArray[np.uint8]:
-        """Token ids of a protein's residues, ``[L]``."""
+        """Return the token ids of a protein's residues, ``[L]``."""
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
 
     @property
     def num_missing(self) -> int:
-        """Labels that are missing or masked."""
+        """Return the number of labels that are missing or masked."""
         if self.labels is None:
             return 0
         return int((self.is_missing.any(axis=1) if self.per_pair else self.is_missing).sum())
 
     @property
     def is_missing(self) -> npt.NDArray[np.bool_]:
-        """The same for each one of the labels, of which there must be some."""
+        """Return whether each label is missing or masked, in the shape of `labels`, which may not be None."""
         assert self.labels is not None
         return np.isnan(self.labels) if self.labels.dtype.kind == "f" else self.labels == IGNORED
 
     @property
     def fingerprint(self) -> str:
-        """Equal for the same proteins with the same labels in the same order; ids do not count."""
+        """Return a hash that is equal for equal proteins and labels in the same order; ids do not count."""
         digest = hashlib.sha256(self.offsets.tobytes() + self.tokens.tobytes())
         if self.labels is not None:
             digest.update(self.labels.tobytes())
         return digest.hexdigest()
 
     def select(self, rows: npt.NDArray[np.int64], notes: Sequence[str] = ()) -> LabelledProteins:
-        """Some of the proteins, in the order of `rows`."""
+        """Return the proteins of these rows, in the order of `rows`."""
         kept = [self.residues(row) for row in rows.tolist()]
         labels = self.labels
         if labels is not None and not self.per_residue:
@@ -122,7 +122,7 @@ def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Row:
-    """One protein of a table."""
+    """Holds one protein of a table."""
 
     location: str
     id: str
@@ -138,18 +138,18 @@ def read_labelled(
     key: str,
     loaded: TargetInfo | None = None,
 ) -> tuple[LabelledProteins, TargetInfo]:
-    """Read proteins with labels; long ones are refused, dropped or kept as `apply_length_policy` says.
+    """Read proteins with labels; too long ones are refused, dropped or kept as in `apply_length_policy`.
 
     Args:
-        path: CSV, JSON lines, Parquet or FASTA, also compressed.
-        task: Which columns hold what.
+        path: CSV, JSON lines, Parquet or FASTA file, also compressed.
+        task: Section that says which columns hold what.
         data: Columns of sequences and ids, and the greatest length.
-        info: From the training data, whose classes and scale hold here too; None for the training data.
+        info: Targets of the training data, whose classes and scale hold here too; None to learn them here.
         key: Name of `path` for the user, such as ``data.train``.
-        loaded: Of the training data: see `TargetReader.learn`.
+        loaded: Targets of a head that was trained before; see `TargetReader.learn`.
 
     Raises:
-        UserError: Not such a table, or a bad cell.
+        UserError: The file is no such table, or a cell is bad.
     """
     if task.mask_file is not None:
         task = replace(task, mask_column=MASK_FILE)
@@ -174,10 +174,10 @@ def proteins_of_pairs(
     data: DataConfig | None = None,
     loaded: TargetInfo | None = None,
 ) -> tuple[LabelledProteins, TargetInfo]:
-    """Labelled proteins of a list of ``(sequence, value)``; the arguments are those of `read_labelled`.
+    """Make labelled proteins of a list of ``(sequence, value)``; the arguments are those of `read_labelled`.
 
-    A value is what a cell of the table would hold; with several target columns a sequence of such values.
-    Without `data` proteins may have any length.
+    A value is what a cell of the table would hold, or with several target columns a sequence of such values.
+    Without `data`, proteins may have any length.
     """
     for option in ("label_file", "mask_file", "mask_column"):
         if getattr(task, option) is not None:
@@ -207,7 +207,7 @@ def proteins_of_pairs(
 
 
 def _fitting(rows: list[_Row], data: DataConfig, key: str, notes: list[str]) -> list[_Row]:
-    """Those that are kept. They are chosen before anything is learned from labels."""
+    """Return the rows that the length policy keeps; nothing is learned from the labels of the others."""
     lengths = np.array([len(row.tokens) for row in rows])
     kept, note = _choose(lengths, lambda number: rows[number].id, data, key)
     if note is not None:
@@ -231,7 +231,7 @@ def _of_rows(
 
 
 def proteins_of_sequences(sequences: Sequence[str]) -> LabelledProteins:
-    """Proteins to predict, from text; their ids are their numbers."""
+    """Make proteins to predict from text; their ids are their numbers."""
     tokens = [
         vocabulary.encode_residues(residues_of(sequence, f"sequences[{number}]", str(number)))
         for number, sequence in enumerate(sequences)
@@ -246,7 +246,7 @@ def proteins_of_sequences(sequences: Sequence[str]) -> LabelledProteins:
 
 
 def apply_length_policy(proteins: LabelledProteins, data: DataConfig, key: str) -> LabelledProteins:
-    """Refuse, drop or keep (for cropping) proteins that are too long, as `data.too_long` says.
+    """Refuse, drop or keep (for cropping) the proteins that are too long, as `data.too_long` says.
 
     Raises:
         UserError: A protein is too long, or all are dropped.
@@ -258,7 +258,7 @@ def apply_length_policy(proteins: LabelledProteins, data: DataConfig, key: str) 
 def _choose(
     lengths: npt.NDArray[np.int64], id_of: Callable[[int], str], data: DataConfig, key: str
 ) -> tuple[npt.NDArray[np.int64], str | None]:
-    """Return the numbers of the proteins that are kept, and notes for the user."""
+    """Return the numbers of the proteins that are kept, and a note for the user or None."""
     limit = data.max_seq_length - 2
     long = np.flatnonzero(lengths > limit)
     kept = np.arange(len(lengths))

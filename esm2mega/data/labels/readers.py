@@ -1,8 +1,7 @@
-"""Turns labelled rows into numbers, as each kind of task wants them, and learns classes and scale.
+"""Turns labelled rows into the numbers that each kind of task needs, and learns classes and scale.
 
-A vocabulary and the scale of targets come from the training data alone and go into every checkpoint
-(`TargetInfo`); validation and prediction use these. Text stays text: a class named ``NA`` or ``007`` is that
-class.
+The classes and the scale of targets come from the training data alone and go into every checkpoint
+(`TargetInfo`); validation and prediction use them too. Text stays text, such as a class named ``007``.
 
 Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a protein.
 """
@@ -47,18 +46,18 @@ class TargetReader(ABC):
 
     @abstractmethod
     def read(self, cells: Cells, location: str, num_residues: int) -> Any:
-        """The label of one row, not yet numbered; raises `UserError` with the place."""
+        """Read the label of one row, not yet numbered; raise `UserError` with the location if it is bad."""
 
     def learn(self, labels: Sequence[Any], loaded: TargetInfo | None = None) -> TargetInfo:
         """Learn what predictions mean from the labels of the training data.
 
         Args:
-            labels: As `read` gives them.
-            loaded: Of a head that was trained before. Its names and scale stay; counts and baseline are those
-                of `labels`.
+            labels: Labels as `read` returns them.
+            loaded: Targets of a head that was trained before. Its names and scale stay; counts and baseline
+                are those of `labels`.
 
         Raises:
-            UserError: Nothing to learn from, or another number of classes than configured.
+            UserError: There is nothing to learn from, or the number of classes differs from the configured.
         """
         info = self._learn(labels, loaded)
         if loaded is not None:
@@ -80,12 +79,13 @@ class TargetReader(ABC):
     def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         """Return the numbers of one label.
 
-        ``[k]`` or ``[]`` of a protein, ``[L, m]`` of its residues; for contacts the coordinates, ``[L, 3]``.
+        Their shape is ``[k]`` or ``[]`` for a protein, ``[L, m]`` for its residues, and ``[L, 3]`` for
+        contacts, whose coordinates are returned.
         """
 
 
 class _Numbers(TargetReader):
-    """Regression: one number for each target column, some of which may be missing."""
+    """Reads labels of regression: a number for each target column, some of which may be missing."""
 
     def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         columns = self.task.target_columns
@@ -100,7 +100,7 @@ class _Numbers(TargetReader):
 
 
 class _ResidueNumbers(TargetReader):
-    """Token regression: a number for each residue in each target column, ``nan`` for none."""
+    """Reads labels of token regression: a number for each residue in each target column, ``nan`` for none."""
 
     def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         columns = [
@@ -121,7 +121,7 @@ class _ResidueNumbers(TargetReader):
 
 
 class _Class(TargetReader):
-    """Classification: one class name for a protein."""
+    """Reads labels of classification: one class name for each protein."""
 
     def read(self, cells: Cells, location: str, num_residues: int) -> str:
         (column,) = self.task.target_columns
@@ -137,10 +137,13 @@ class _Class(TargetReader):
 
 
 class _ResidueClasses(TargetReader):
-    """Token classification: a class for each residue in each target column, with classes of its own."""
+    """Reads labels of token classification: a class for each residue in each target column.
+
+    Each column has classes of its own.
+    """
 
     def read(self, cells: Cells, location: str, num_residues: int) -> list[list[str | None]]:
-        """The names of each column, None under a 0 of its mask."""
+        """Read the class names of each column, None for residues that its mask marks with 0."""
         found = []
         for column, mask in zip(self.task.target_columns, masks_of(self.task), strict=True):
             names = classes_of(cells, column, location, num_residues)
@@ -179,7 +182,7 @@ class _ResidueClasses(TargetReader):
 
 
 class _NamedLabels(TargetReader):
-    """Multilabel: names with ``;`` between; an empty cell is no label at all, which is a label too."""
+    """Reads labels of multilabel tasks: names separated by ``;``. An empty cell means that none applies."""
 
     def read(self, cells: Cells, location: str, num_residues: int) -> list[str]:
         (column,) = self.task.target_columns
@@ -187,7 +190,9 @@ class _NamedLabels(TargetReader):
         if value is None:
             return []
         if not isinstance(value, str):
-            raise UserError(f"{location}: the labels {value!r} in column {column!r} are no text")
+            raise UserError(
+                f"{location}: the labels {value!r} in column {column!r} are not text; write names joined by ;"
+            )
         return [name.strip() for name in value.split(";") if name.strip()]
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
@@ -203,7 +208,7 @@ class _NamedLabels(TargetReader):
 
 
 class _FlagColumns(TargetReader):
-    """Multilabel: a column of 0 and 1 for each label, some of which may be missing."""
+    """Reads labels of multilabel tasks: a column of 0 and 1 for each, where cells may be missing."""
 
     def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         columns = self.task.target_columns
@@ -229,7 +234,7 @@ class _FlagColumns(TargetReader):
 
 
 class _Contacts(TargetReader):
-    """Contacts: coordinates of each residue, NaN where there are none or where the mask hides them."""
+    """Reads the coordinates of residues for contacts, NaN where they are missing or masked."""
 
     def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         (column,) = self.task.target_columns
@@ -260,7 +265,7 @@ class _Contacts(TargetReader):
 
 
 def target_reader(task: TaskConfig) -> TargetReader:
-    """The reader of a task's labels."""
+    """Return the reader of a task's labels."""
     several = len(task.target_columns) > 1
     readers: dict[str, type[TargetReader]] = {
         "regression": _Numbers,
@@ -274,7 +279,7 @@ def target_reader(task: TaskConfig) -> TargetReader:
 
 
 def join_labels(encoded: Iterable[npt.NDArray[Any]], per_residue: bool) -> npt.NDArray[Any]:
-    """The labels of all proteins: ``[n, k]`` or ``[n]``, or of all residues back to back, ``[sum L, m]``."""
+    """Join the labels of proteins, ``[n, k]`` or ``[n]``, or of their residues, ``[sum L, m]``."""
     return np.concatenate(list(encoded)) if per_residue else np.stack(list(encoded))
 
 
@@ -284,7 +289,7 @@ def _kind_of(task: TaskConfig) -> str:
 
 
 def _scale_of(task: TaskConfig, values: npt.NDArray[np.float64], names: Sequence[str]) -> TargetInfo:
-    """Mean and standard deviation of each column of ``[n, k]``; 0 and 1 without scaling."""
+    """Return targets with mean and standard deviation of each column of ``[n, k]``; 0 and 1 if not scaled."""
     counts = np.count_nonzero(~np.isnan(values), axis=0)
     for name, count in zip(names, counts.tolist(), strict=True):
         if not count:
@@ -309,14 +314,14 @@ def _vocabulary(
     column: str,
     total: int | None = None,
 ) -> TargetInfo:
-    """The classes in order: of numbers if all names are whole numbers, else of text.
+    """Return targets with the classes in numeric order if all are whole numbers, else in that of text.
 
     Args:
-        task: For its kind.
-        labels: Names, repeated.
+        task: Section whose kind the targets have.
+        labels: Class names of all labels, with repeats.
         names: The classes where they are known; `encode` refuses others.
-        column: Where they are from.
-        total: How many could have each of them; None for the number of labels.
+        column: Column of the labels.
+        total: How many proteins or residues could have each class; None for the number of labels.
     """
     count_of = Counter(labels)
     if not count_of:
@@ -333,12 +338,12 @@ def _vocabulary(
 
 
 def _known(loaded: TargetInfo | None, number: int = 0) -> list[str] | None:
-    """The classes of a target of the head that was loaded, if there is one."""
+    """Return the classes of a target of the loaded head, or None if no head was loaded."""
     return None if loaded is None else loaded.targets[number].names
 
 
 def _number_in(name: str, names: Sequence[str], column: str, location: str) -> int:
-    """The number of a class among those that are known."""
+    """Return the number of a class among the known ones."""
     try:
         return names.index(name)
     except ValueError:

@@ -1,12 +1,12 @@
 """Reads rows of a sequence and its labels from tables, FASTA headers, and label files joined by id.
 
-Three ways lead here:
+Labels may be given in three ways:
 
     table                 a column of sequences and columns of labels
     FASTA                 labels as ``KEY=VALUE`` in the headers
     `task.label_file`     sequences in one file; labels in a table, or (of residues) in a second FASTA; by id
 
-A `task.mask_file` is a FASTA of 0 and 1 in the place of residues, by id too.
+A `task.mask_file` is a FASTA with 0 and 1 in the place of residues, which is joined by id too.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from esm2mega.data.readers.tables import CsvReader, JsonLinesReader
 from esm2mega.errors import UserError
 
 INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
-"""Columns of a table that was tokenised before; ``data.sequence_column=input_ids`` says so."""
+"""These are columns of a table that was tokenised before, as ``data.sequence_column=input_ids`` says."""
 
 MASK_FILE = "task.mask_file"
-"""Stands for the column of the mask where it comes from a file."""
+"""This stands for the column of the mask where the mask comes from a file."""
 
 _CORRECT = "correct task.target_columns or task.mask_column"
 
 Cells = Mapping[str, object]
 Row = tuple[str, str, npt.NDArray[np.uint8], Cells]
-"""Place, id, residues as tokens, and cells by column."""
+"""This holds location, id, residues as tokens, and cells by column."""
 
 
 def labelled_rows(
     path: Path, task: TaskConfig, data: DataConfig, key: str, notes: list[str]
 ) -> Iterator[Row]:
-    """Every protein of a file with the cells of its labels.
+    """Yield every protein of a file with the cells of its labels.
 
     Args:
-        path: Sequences.
+        path: File of the sequences.
         task: Columns, label and mask files.
         data: Columns of sequences and ids.
         key: Name of `path` for the user, such as ``data.train``.
-        notes: Gets what the user should know.
+        notes: List to which notes for the user are appended.
 
     Raises:
-        UserError: A file cannot be read, or one has not what another needs, with file, line and id.
+        UserError: A file cannot be read, or lacks what another needs; names file, line and id.
     """
     if task.label_file is not None:
         rows = _with_labels(_sequences(path, data), Path(task.label_file), task, data, notes)
@@ -69,7 +69,7 @@ def labelled_rows(
 
 
 def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str) -> Iterator[Row]:
-    """Proteins of a file that has their labels too."""
+    """Yield the proteins of a file that has their labels too."""
     required = _required_columns(task)
     source = open_source(path, _options(data))
     if isinstance(source, FastaReader):
@@ -84,7 +84,7 @@ def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str) -> Iterator[
 
 
 def _required_columns(task: TaskConfig) -> list[str]:
-    """Columns of labels, and of masks that are in the table."""
+    """Return the columns of labels, and of masks that are in the table."""
     masks = [mask for mask in masks_of(task) if mask not in (None, MASK_FILE)]
     return [*task.target_columns, *dict.fromkeys(masks)]
 
@@ -124,10 +124,10 @@ def _header_rows(source: FastaReader, required: Sequence[str]) -> Iterator[Row]:
 
 
 class ResidueStrings:
-    """Strings with a character per residue, from a FASTA file, by id."""
+    """Reads strings with a character per residue from a FASTA file, and finds them by id."""
 
     def __init__(self, path: Path, what: str) -> None:
-        """Args: path: FASTA. what: the characters are called."""
+        """Read the FASTA file at `path`; `what` is what messages call the characters."""
         self.entries, self.reader = read_entries(path, labels=True)
         self._what = what
 
@@ -135,7 +135,7 @@ class ResidueStrings:
         return len(self.entries)
 
     def of(self, name: str, num_residues: int, location: str) -> str:
-        """The text of a protein, which stands at `location` in another file."""
+        """Return the string of a protein, whose sequence stands at `location` in another file."""
         entry = self.entries.get(name)
         if entry is None:
             raise UserError(
@@ -151,7 +151,7 @@ class ResidueStrings:
 
 
 def _sequences(path: Path, data: DataConfig) -> Iterator[tuple[str, Record]]:
-    """Place and record of each protein; ids name labels, so none may be repeated."""
+    """Yield location and record of each protein; labels are found by id, so no id may be repeated."""
     source = open_source(path, _options(data))
     lines: dict[str, int] = {}
     for record in source:
@@ -167,14 +167,14 @@ def _sequences(path: Path, data: DataConfig) -> Iterator[tuple[str, Record]]:
 def _with_labels(
     records: Iterator[tuple[str, Record]], path: Path, task: TaskConfig, data: DataConfig, notes: list[str]
 ) -> Iterator[Row]:
-    """Proteins joined with the labels of `path` by id."""
+    """Yield proteins joined by id with the labels of `path`."""
     source = open_source(path, _label_options(data))
     used = 0
     if isinstance(source, FastaReader):
         if task.kind not in RESIDUE_KINDS:
             raise UserError(
                 f"task.label_file={path}: a FASTA of labels has one for each residue, task.kind={task.kind} "
-                "wants another form; give a table with ids and labels"
+                "needs another form; give a table with ids and labels"
             )
         if len(task.target_columns) > 1:
             raise UserError(
@@ -205,7 +205,7 @@ def _with_labels(
 
 
 def _label_options(data: DataConfig) -> SourceOptions:
-    """A table of labels has ids; it needs no sequences."""
+    """Return options for a table of labels, in which the column of ids stands for that of sequences."""
     name = data.id_column or "id"
     return SourceOptions(sequence_column=name, id_column=name)
 
@@ -213,7 +213,7 @@ def _label_options(data: DataConfig) -> SourceOptions:
 def _label_table(
     source: object, path: Path, task: TaskConfig, data: DataConfig
 ) -> dict[str, tuple[str, Cells]]:
-    """Place and cells by id."""
+    """Return location and cells of each row by id."""
     if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
         raise UserError(f"task.label_file={path}: give CSV, JSON lines, Parquet or FASTA")
     required = _required_columns(task)
@@ -231,9 +231,9 @@ def _label_table(
 
 
 def _tokens_of_ids(cells: Mapping[str, object], location: str) -> npt.NDArray[np.uint8]:
-    """Residues of a row of ``input_ids``: those under ``attention_mask``, without `<cls>` and `<eos>`.
+    """Return the residues of a row of ``input_ids``, without `<cls>`, `<eos>` and padding.
 
-    Whatever id pads the row, the mask decides.
+    The row's ``attention_mask`` decides what is padding, whatever its id.
     """
     ids = _integers(cells[INPUT_IDS], INPUT_IDS, location)
     mask = np.ones_like(ids)
@@ -248,12 +248,12 @@ def _tokens_of_ids(cells: Mapping[str, object], location: str) -> npt.NDArray[np
             f"under {ATTENTION_MASK}; tokenise again with the ESM-2 vocabulary and without truncation"
         )
     if ids.min() < 0 or ids.max() >= len(vocabulary.VOCAB):
-        raise UserError(f"{location}: {INPUT_IDS} must lie in 0 to {len(vocabulary.VOCAB) - 1}")
+        raise UserError(f"{location}: {INPUT_IDS} must be 0 to {len(vocabulary.VOCAB) - 1}")
     return ids[1:-1].astype(np.uint8)
 
 
 def _integers(value: object, column: str, location: str) -> npt.NDArray[np.int64]:
-    """A list of whole numbers, or its text."""
+    """Return the whole numbers of a cell, which is a list or its text."""
     if isinstance(value, str):
         text = value.strip()
         text = text if text.startswith("[") else f"[{','.join(text.replace(',', ' ').split())}]"

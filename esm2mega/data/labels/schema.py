@@ -1,4 +1,4 @@
-"""Describes the outputs of a head: the classes or the scale of each, learned from training labels.
+"""Describes the outputs of a head: the classes or the scale of each, as learned from training labels.
 
 Legend: ``k`` outputs, ``m`` targets.
 """
@@ -17,17 +17,17 @@ from esm2mega.config.task import NUMERIC_KINDS, PAIR_KIND, RESIDUE_KINDS
 from esm2mega.errors import UserError
 
 IGNORED = -100
-"""Label of a residue or protein that does not count, as in PyTorch's cross-entropy. For numbers it is NaN."""
+"""This labels a residue or protein that does not count, as in PyTorch's cross-entropy; numbers have NaN."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One thing that is predicted, with labels, a loss and metrics of its own.
+    """Describes one thing that is predicted, with labels, a loss and metrics of its own.
 
     Attributes:
-        name: Its column; empty where the task has one target.
-        outputs: Its share of the k outputs.
-        names: Of these.
+        name: Column of the target; empty where the task has one target.
+        outputs: The slice of the k outputs that belongs to the target.
+        names: Names of these outputs.
     """
 
     name: str
@@ -40,15 +40,16 @@ class TargetInfo:
     """Says what predictions mean; made from the training labels and kept with the weights.
 
     Attributes:
-        kind: `task.kind`.
-        names: Of the outputs: target columns of numbers, classes of all others.
-        counts: Training labels of each class (of multilabel: proteins that have it); of numbers, how many.
-        mean: Subtracted from each numeric target for training; empty for classes.
-        std: Divides it.
-        baseline: What one predicts who knows the training labels alone: their mean, or the frequency of each
-            class; of each output. Of contacts their frequency at each distance along the chain, from 0. Empty
-            in checkpoints of earlier versions.
-        columns: Where residues have classes in several columns, these; else empty.
+        kind: The value of `task.kind`.
+        names: Names of the outputs: the target columns for numbers, else the classes.
+        counts: Number of training labels of each class (for multilabel, of proteins that have it), or of
+            each numeric target.
+        mean: What is subtracted from each numeric target for training; empty for classes.
+        std: What each numeric target is divided by after that.
+        baseline: Prediction of each output from the training labels alone: their mean, or the frequency of
+            each class; for contacts the frequency at each distance along the chain, from 0. Empty in
+            checkpoints of earlier versions.
+        columns: The target columns where residues have classes in several columns; else empty.
         widths: How many of `names` are classes of each of `columns`.
     """
 
@@ -63,7 +64,7 @@ class TargetInfo:
 
     @property
     def per_residue(self) -> bool:
-        """Whether labels are stored by residue; those of pairs follow from them."""
+        """Return whether labels are stored by residue, from which those of pairs follow."""
         return self.kind in RESIDUE_KINDS or self.per_pair
 
     @property
@@ -72,12 +73,12 @@ class TargetInfo:
 
     @property
     def num_outputs(self) -> int:
-        """Width of the head."""
+        """Return the width of the head."""
         return len(self.names)
 
     @property
     def targets(self) -> list[Target]:
-        """Each column of numbers, or of classes of residues; else all outputs as one."""
+        """Return a target for each column of numbers or of classes of residues; else one for all outputs."""
         columns, widths = self.columns, self.widths
         if self.kind in NUMERIC_KINDS:
             columns, widths = self.names, [1] * len(self.names)
@@ -88,34 +89,34 @@ class TargetInfo:
 
     @property
     def output_names(self) -> list[str]:
-        """A name for each output that no other has: where there are several columns of classes, with them."""
+        """Return a unique name for each output: with several columns of classes, ``COLUMN/CLASS``."""
         if not self.columns:
             return self.names
         return [f"{target.name}/{name}" for target in self.targets for name in target.names]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the targets as plain JSON values."""
         return asdict(self)
 
     @staticmethod
     def from_dict(state: Mapping[str, Any]) -> TargetInfo:
-        """Inverse of `to_dict`."""
+        """Invert `to_dict`."""
         return TargetInfo(**state)
 
 
 def with_columns(info: TargetInfo, task: TaskConfig, location: str) -> TargetInfo:
-    """Return the same targets with the columns of another table.
+    """Return the targets of `info` under the names of the columns of another table.
 
-    They name numbers, flags, and the targets of residues, and their order is that of the outputs. Another
-    name for a single one is reported on rank 0.
+    Columns name numbers, flags, and the targets of residues, and their order is that of the outputs. Columns
+    that are called differently are reported on rank 0.
 
     Args:
-        info: Of a head that was trained.
-        task: With the columns.
+        info: Targets of a head that was trained.
+        task: Section with the columns of the other table.
         location: Where that head is, for messages.
 
     Raises:
-        UserError: Another number of columns than it has, or another order.
+        UserError: The number of columns differs from the head's, or their order does.
     """
     requested = task.target_columns
     flags = info.kind == "multilabel" and len(requested) > 1

@@ -37,7 +37,10 @@ from esm2mega.data.stream.samples import TrainSamples
 
 @dataclass(frozen=True)
 class UnlabelledProteins:
-    """The proteins of a token store in the place of `LabelledProteins`: for prediction, and not in memory."""
+    """Offers the proteins of a token store, without reading them into memory, in place of `LabelledProteins`.
+
+    Without labels, they serve for prediction.
+    """
 
     store: TokenStore
 
@@ -51,17 +54,17 @@ class UnlabelledProteins:
 
     @property
     def path(self) -> Path:
-        """Of the store."""
+        """Return the path of the store."""
         return self.store.path
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
-        """Residues of each protein, ``[n]``."""
+        """Return the number of residues of each protein, ``[n]``."""
         return self.store.lengths
 
     @property
     def fingerprint(self) -> str:
-        """That of the store."""
+        """Return the fingerprint of the store."""
         return self.store.fingerprint
 
     def id(self, row: int) -> str:
@@ -69,14 +72,14 @@ class UnlabelledProteins:
         return self.store.id(row)
 
     def residues(self, row: int) -> npt.NDArray[np.uint8]:
-        """Return token ids of a protein's residues, ``[L]``."""
+        """Return the token ids of a protein's residues, ``[L]``."""
         return self.store.residues(row)
 
 
 def build_labelled(
     proteins: LabelledProteins | UnlabelledProteins, spec: BatchSpec, pack: Pack
 ) -> LabelledBatch:
-    """Reads, crops and lays out one pack."""
+    """Read, crop and lay out one pack."""
     pieces, capacity = pack.pieces, spec.micro_batch_tokens
     tokens = piece_tokens([proteins], pieces)
     packed = np.cumsum(pieces.lengths) - pieces.lengths  # where each piece begins in `tokens`
@@ -124,15 +127,15 @@ def build_labelled(
 
 
 class LabelledStream(PackStream[LabelledBatch]):
-    """Endless iterator over this rank's batches of labelled proteins; close it after use."""
+    """Iterates over this rank's batches of labelled proteins without end; close it after use."""
 
     def __init__(
         self, proteins: LabelledProteins, spec: BatchSpec, dp_rank: int = 0, dp_size: int = 1
     ) -> None:
-        """Starts at the first pack.
+        """Start at the first pack.
 
         Args:
-            proteins: To train on.
+            proteins: Proteins to train on.
             spec: Content of the batches.
             dp_rank: Data-parallel rank of this process.
             dp_size: Number of data-parallel ranks.
@@ -160,7 +163,7 @@ class LabelledStream(PackStream[LabelledBatch]):
 
 
 class LabelledPacks(SplitPacks[LabelledBatch]):
-    """Every labelled protein once, in a fixed order; see `SplitPacks`."""
+    """Serves every labelled protein once, in a fixed order; see `SplitPacks`."""
 
     def __init__(
         self,
@@ -170,7 +173,7 @@ class LabelledPacks(SplitPacks[LabelledBatch]):
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
-        """Selects this rank's batches; the arguments are those of `EvalPacks`."""
+        """Select this rank's batches; the arguments are those of `EvalPacks`."""
         super().__init__(proteins, spec, limit, dp_rank, dp_size)
         self._proteins = proteins
 

@@ -1,1 +1,1 @@
-"""One module for each kind of sequence file; each reads records in blocks."""
+"""Reads sequence files, with one module for each format; each reads records in blocks."""

@@ -1,8 +1,8 @@
 """Defines what every reader offers: records, in blocks that any process can read on its own.
 
-A source cuts its input into blocks in one sequential pass and reads the records of one block wherever that is
-wanted. Blocks follow from the input alone, so what is made of them does not depend on how many processes
-share the work. A residue is an ASCII letter or one of `*`, `-`, `.`, in every format.
+A source cuts its input into blocks in one sequential pass; any process can then read the records of a block.
+Blocks follow from the input alone, so the result does not depend on how many processes share the work. A
+residue is an ASCII letter or one of `*`, `-`, `.`, in every format.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ WHITE_SPACE = b" \t\r\n\v\f"
 RESIDUE_BYTES = string.ascii_letters.encode() + b"*-."
 
 MISSING_VALUES = frozenset({"nan", "NaN", "NA", "N/A", "<NA>", "#N/A", "null", "None"})
-"""What other programs write into cells that have no value; some of it would pass as residues."""
+"""Other programs write these into cells without a value; some of them would pass as residues."""
 
 
 class ByteProgress(Protocol):
-    """Receives how far reading has come; the unit is bytes of the input files as they lie on disk."""
+    """Receives the progress of reading, in bytes of the input files as they lie on disk."""
 
     def update(self, n: int) -> object:
-        """Another `n` bytes have been read."""
+        """Report that another `n` bytes have been read."""
 
 
 class Record(NamedTuple):
-    """One protein: its id, its residues without white space, and its line (or row, or item) from 1.
+    """Holds one protein: its id, its residues without white space, and its line (or row, or item) from 1.
 
-    Without residues it is one that the user asked to drop, and only to be counted.
+    A record without residues is to be dropped, as the user asked, and only counted.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of a source: text of whole records, or the rows from `line` to `stop`, exclusive."""
+    """Holds a stretch of a source: text of whole records, or the rows from `line` to `stop`, exclusive."""
 
     line: int
     text: bytes = b""
@@ -57,7 +57,7 @@ class Block:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How inputs are read.
+    """Says how inputs are read.
 
     Attributes:
         format: one of `sources.FORMATS`, or None to go by the name of the file.
@@ -73,19 +73,19 @@ class SourceOptions:
 
 
 class RecordSource(ABC):
-    """One input: a file, or what several files of one name hold together.
+    """Reads one input: a file, or several files of one name that belong together.
 
     Attributes:
-        path: as the user named it.
-        checksums: file name to SHA-256 of the bytes on disk; complete when `blocks` has come to its end.
+        path: the path as the user gave it.
+        checksums: SHA-256 of the bytes on disk by file name; complete when `blocks` is exhausted.
         num_records: records that iterating over the source has yielded.
     """
 
     unit = ":"
-    """What stands between the path and a number in messages."""
+    """Messages put this between the path and a line or row number."""
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
-        """Names the input.
+        """Name the input; nothing is read.
 
         Args:
             path: the file.
@@ -98,59 +98,59 @@ class RecordSource(ABC):
 
     @abstractmethod
     def blocks(self) -> Iterator[Block]:
-        """Cuts the input, in order; raises UserError where it is not of this format."""
+        """Cut the input into blocks, in order; raise UserError where it is not of this format."""
 
     @abstractmethod
     def records(self, block: Block) -> Iterator[Record]:
-        """The records of a block in order; raises UserError with the place of the first bad one."""
+        """Yield the records of a block in order; raise UserError with the location of the first bad one."""
 
     def files(self) -> list[Path]:
-        """The files that decide the content, in the order of `checksums`."""
+        """Return the files that decide the content, in the order of `checksums`."""
         return [self.path]
 
     def notes(self) -> list[str]:
-        """What the user should know about how this input was read."""
+        """Return what the user should know about how this input was read."""
         return []
 
     def __iter__(self) -> Iterator[Record]:
-        """Yields all records in order."""
+        """Yield all records in order."""
         for block in self.blocks():
             for record in self.records(block):
                 self.num_records += 1
                 yield record
 
     def location(self, line: int) -> str:
-        """Where a record stands, for messages."""
+        """Say where a record stands, for messages."""
         return f"{self.path}{self.unit}{line}"
 
     def key(self, block: Block) -> str:
-        """Equal for two blocks from which the same records are read."""
+        """Return a hash that is equal for two blocks from which the same records are read."""
         content = block.text or f"{sorted(self.checksums.items())} {block.stop}".encode()
         reading = f"{type(self).__name__} {self._reading()} {block.line} {vocabulary.TOKENIZER_HASH} "
         return hashlib.sha256(reading.encode() + hashlib.sha256(content).digest()).hexdigest()
 
     def for_worker(self) -> RecordSource:
-        """A copy that can be sent to another process to read blocks there."""
+        """Return a copy that can be sent to another process to read blocks there."""
         worker = copy.copy(self)
         worker.progress = None
         return worker
 
     def _reading(self) -> str:
-        """The options that decide what is read from a given block."""
+        """Return, as text, the options that decide what is read from a given block."""
         return ""
 
     def _check_file(self, path: Path, what: str) -> None:
-        """Raises UserError unless `path` is a file; `what` names its format."""
+        """Raise UserError unless `path` is a file; `what` names its format."""
         if path.is_dir():
             raise UserError(f"{path}: is a directory, not a {what} file; name the files in it")
         if not path.exists():
             raise UserError(f"{path}: no such {what} file")
-        if not path.is_file():  # a pipe could not be read a second time
+        if not path.is_file():  # a pipe, for example, could not be read a second time
             raise UserError(f"{path}: is not a regular file; write the {what} content to a file first")
 
 
 class RowSource(RecordSource):
-    """A binary file with numbered rows: hashed first, then cut by row numbers."""
+    """Reads a binary file with numbered rows, which is hashed first and then cut by row numbers."""
 
     unit = ": row "
 
@@ -168,11 +168,11 @@ class RowSource(RecordSource):
 
     @abstractmethod
     def _ranges(self) -> Sequence[tuple[int, int]]:
-        """The rows of each block, counted from 0, end exclusive; at least one block."""
+        """Return the rows of each block, counted from 0, end exclusive; at least one block."""
 
 
 def check_id(source: RecordSource, line: int, name: str) -> str:
-    """The id, if it can be shown and written."""
+    """Return the id, or raise UserError if it holds unprintable characters."""
     if not name.isprintable():
         raise UserError(f"{source.location(line)}: the id {name[:60]!r} holds unprintable characters")
     return name
@@ -181,12 +181,12 @@ def check_id(source: RecordSource, line: int, name: str) -> str:
 def table_record(
     source: RecordSource, options: SourceOptions, line: int, name: object, sequence: object
 ) -> Record:
-    """The record of a table's row; raises UserError for cells that hold no id or no sequence.
+    """Make the record of a table's row; raise UserError for cells that hold no id or no sequence.
 
     Args:
         source: the table.
-        options: for `drop_empty`, and the names of the columns in messages.
-        line: of the row.
+        options: `drop_empty`, and the names of the columns for messages.
+        line: line, or row, of the record.
         name: cell of the id column; text or an integer.
         sequence: cell of the sequence column; text. White space in it is removed.
     """
@@ -215,7 +215,7 @@ def table_record(
 
 
 def residues_of(sequence: str, location: str, name: str) -> bytes:
-    """The residues of a cell, without white space; raises UserError at a character that is none."""
+    """Return the residues of a cell, without white space; raise UserError at a character that is none."""
     residues = sequence.encode("utf-8", "surrogatepass").translate(None, WHITE_SPACE)
     if stray := residues.translate(None, RESIDUE_BYTES):
         shown = stray[:4].decode("utf-8", errors="replace")[0]
@@ -228,13 +228,13 @@ def residues_of(sequence: str, location: str, name: str) -> bytes:
 def find_columns(
     path: Path, available: Sequence[str], options: SourceOptions, what: str = "column"
 ) -> tuple[str, str | None]:
-    """The sequence column and the id column, None where rows go by their number.
+    """Return the names of the sequence column and the id column; None for the latter to use row numbers.
 
     Args:
-        path: of the table, for messages.
+        path: path of the table, for messages.
         available: names of its columns.
-        options: the names asked for.
-        what: how the format calls a column.
+        options: the names that the user asked for.
+        what: word of the format for a column.
     """
     _require(path, available, options.sequence_column, "--sequence-column", what)
     if options.id_column is not None:
@@ -253,14 +253,14 @@ def _require(path: Path, available: Sequence[str], name: str, option: str, what:
 def require_columns(
     location: str, available: Sequence[str], required: Iterable[str], cure: str, what: str = "column"
 ) -> None:
-    """Refuse a table in which a column is missing or there twice.
+    """Refuse a table in which a required column is missing or occurs twice.
 
     Args:
-        location: The table, for messages.
-        available: Its columns.
-        required: Those that must be there.
-        cure: What to do if one is not.
-        what: How the format calls a column.
+        location: Where the table is, for messages.
+        available: Names of its columns.
+        required: Names of the columns that must be there.
+        cure: What the user can do about a missing column.
+        what: Word of the format for a column.
     """
     for name in required:
         if (count := available.count(name)) > 1:

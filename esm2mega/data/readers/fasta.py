@@ -2,14 +2,14 @@
 
 Rules: a record is a line `>id description` and the lines up to the next one that starts with `>`. The id is
 the first word, in UTF-8; the description is not kept. Blank lines, white space inside sequence lines, Windows
-line ends and a missing newline at the end are fine. Any character that is no residue is an error, as is a
+line ends and a missing newline at the end are allowed. Any character that is no residue is an error, as is a
 record without residues: dropping or guessing would silently shift what belongs to which residue. In files of
-labels (`read_entries`) any printable character is one.
+labels (`read_entries`) any printable ASCII character is a label.
 
 Biopython's `SimpleFastaParser` does the parsing. It knows no line numbers and drops control characters at
-line ends. So the text handle it reads counts the lines, for messages that name one, and looks for characters
-that are no residues. The parser takes line by line: when it yields a record, the last line it took is the
-next header.
+line ends. So the text handle that it reads from counts the lines, for messages that name one, and looks for
+characters that are no residues. The parser takes line by line: when it yields a record, the last line it took
+is the next header.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LABEL_BYTES = bytes(range(33, 127))
 
 
 class FastaEntry(NamedTuple):
-    """A record with its whole header: the words behind the id, and the text under it."""
+    """Holds a record with its whole header: id, the words behind it, the text under it, and its line."""
 
     id: str
     words: list[str]
@@ -40,8 +40,11 @@ class FastaEntry(NamedTuple):
 
 
 class _CountedLines:
-    """The parser's text handle: `number` of the last line taken; `stray`: line and first character that is
-    not of `allowed`.
+    """Serves the lines of a block to the parser, and watches them.
+
+    Attributes:
+        number: number of the last line taken.
+        stray: line and text of the first character that is not in `allowed`; None if there was none.
     """
 
     def __init__(self, block: Block, allowed: bytes) -> None:
@@ -50,7 +53,7 @@ class _CountedLines:
         self.stray: tuple[int, str] | None = None
 
     def __iter__(self) -> Iterator[str]:
-        """Goes on where the last iteration ended: the parser loops to the first header, then again."""
+        """Continue where the last iteration ended: the parser loops to the first header, then loops again."""
         for line in self._lines:
             self.number += 1
             if line[:1] != b">" and (stray := line.translate(None, self._allowed)) and not self.stray:
@@ -70,21 +73,21 @@ class FastaReader(TextSource):
             yield Record(name, residues, line)
 
     def entries(self, block: Block, labels: bool = False) -> Iterator[FastaEntry]:
-        """The records of a block with their headers.
+        """Yield the records of a block with their headers.
 
         Args:
-            block: of this file.
-            labels: there are labels in the place of residues.
+            block: a block of this file.
+            labels: whether the file holds labels in the place of residues.
         """
         for name, header, body, line in self._parsed(block, labels):
             yield FastaEntry(name, header.decode("utf-8", "replace").split()[1:], body.decode(), line)
 
     def _parsed(self, block: Block, labels: bool = False) -> Iterator[tuple[str, bytes, bytes, int]]:
-        """Id, header, body and line of each record."""
+        """Yield id, header, body and line of each record."""
         lines, line = _CountedLines(block, _LABEL_BYTES if labels else RESIDUE_BYTES), block.line
         of, what = ("labels", "label") if labels else ("sequence", "residue (letters and '*-.' are)")
         for title, text in SimpleFastaParser(lines):
-            # The parser strips the end of the title; what is left would hide residues in a header.
+            # The parser strips the end of the title; a carriage return that is left hides residues in it.
             if "\r" in title:
                 raise UserError(
                     f"{self.location(line)}: a carriage return without a line feed in a header; convert the "
@@ -107,7 +110,7 @@ class FastaReader(TextSource):
             line = lines.number
 
     def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
-        """Skips blank lines."""
+        """Skip blank lines and return the first header."""
         line = 1
         while (start := stream.readline(_HEAD_BYTES)).isspace():
             line += start.endswith(b"\n")
@@ -139,14 +142,14 @@ class FastaReader(TextSource):
 
 
 def read_entries(path: str | Path, labels: bool = False) -> tuple[dict[str, FastaEntry], FastaReader]:
-    """All records of a file by id, and its reader, which knows places and the checksum.
+    """Read all records of a file by id; return them and the reader, which knows locations and checksum.
 
     Args:
-        path: FASTA, also compressed.
-        labels: it holds labels of residues in the place of residues.
+        path: FASTA file, also compressed.
+        labels: Whether it holds labels in the place of residues.
 
     Raises:
-        UserError: Not such a file, or an id occurs twice.
+        UserError: The file is not FASTA, or an id occurs twice.
     """
     reader = FastaReader(path)
     found: dict[str, FastaEntry] = {}
@@ -161,7 +164,7 @@ def read_entries(path: str | Path, labels: bool = False) -> tuple[dict[str, Fast
 
 
 def attributes(entry: FastaEntry, location: str) -> dict[str, str]:
-    """``KEY=VALUE`` words of a header; a value is everything up to the next white space.
+    """Return the ``KEY=VALUE`` words of a header; a value is everything up to the next white space.
 
     Raises:
         UserError: A key occurs twice.
@@ -177,10 +180,10 @@ def attributes(entry: FastaEntry, location: str) -> dict[str, str]:
 
 
 def check_blanks(entry: FastaEntry, keys: Container[str], location: str) -> None:
-    """Refuse a value with blanks under one of `keys`, of which `attributes` gives the first word alone.
+    """Refuse a value with blanks under one of `keys`, of which `attributes` would return the first word only.
 
     Raises:
-        UserError: A word that is no ``KEY=VALUE`` follows one of them.
+        UserError: A word that is no ``KEY=VALUE`` follows the value of one of `keys`.
     """
     for word, after in pairwise(entry.words):
         if word.partition("=")[0] in keys and "=" not in after:

@@ -19,11 +19,11 @@ from esm2mega.data.readers.base import Block, ByteProgress, Record, RowSource
 from esm2mega.errors import UserError
 
 VOCAB = ("[PAD]", "[MASK]", "[CLS]", "[SEP]", "[UNK]", "[unused1]", *"ABCDEFGHIKLMNOPQRSTUVWXYZ")
-"""ProteinLM's `iupac_vocab.txt`: six special tokens and the letters without J; an id is a position here."""
+"""This is ProteinLM's `iupac_vocab.txt`: six special tokens and the letters except J; ids are positions."""
 
 _HEAD = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-# Codes of the integer types; 6 and 7 are floating-point ones.
+# These are the codes of the integer types; 6 and 7 are floating-point types.
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 _FIRST_LETTER = VOCAB.index("A")
@@ -33,7 +33,7 @@ _BLOCK_SEQUENCES = 1 << 16
 
 
 def _letters() -> npt.NDArray[np.uint8]:
-    """The residue letter of each token id [31]; 0 where a token stands for none."""
+    """Return the residue letter of each token id, [31]; 0 where a token stands for none."""
     table = np.zeros(len(VOCAB), dtype=np.uint8)
     table[_FIRST_LETTER:] = np.frombuffer("".join(VOCAB[_FIRST_LETTER:]).encode(), dtype=np.uint8)
     table[VOCAB.index("[UNK]")] = _UNKNOWN
@@ -41,12 +41,12 @@ def _letters() -> npt.NDArray[np.uint8]:
 
 
 class MegatronReader(RowSource):
-    """The sequences of one data set; their ids are their numbers, from 1."""
+    """Reads the sequences of one data set; their ids are their numbers, from 1."""
 
     unit = ": sequence "
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
-        """Reads the head of the index.
+        """Read the head of the index.
 
         Args:
             path: either file, or their common name without ending.
@@ -85,7 +85,7 @@ class MegatronReader(RowSource):
             yield Record(str(number), self._residues(tokens[start : start + length], letters, number), number)
 
     def _residues(self, tokens: npt.NDArray[Any], letters: npt.NDArray[np.uint8], number: int) -> bytes:
-        """The letters of token ids [length], without [CLS], [SEP] and [PAD] at the ends."""
+        """Return the letters of token ids, [length], without [CLS], [SEP] and [PAD] at the ends."""
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(VOCAB):
             wrong = tokens[(tokens < 0) | (tokens >= len(VOCAB))][0]
             raise UserError(
@@ -127,7 +127,7 @@ class MegatronReader(RowSource):
         return np.dtype(_DTYPES[code]), count
 
     def _map(self, dtype: np.dtype[Any], offset: int) -> npt.NDArray[Any]:
-        """An array of the index with one entry per sequence, [n]."""
+        """Map an array of the index with one entry per sequence, [n]."""
         start = _HEAD.size + offset
         return np.memmap(self._idx, dtype=dtype, mode="r", offset=start, shape=(self._count,)).view(
             np.ndarray

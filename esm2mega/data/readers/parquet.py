@@ -27,12 +27,12 @@ _BATCH_ROWS = 4096
 
 
 class ParquetReader(RowSource):
-    """Rows of a Parquet file; text columns, and integers for ids."""
+    """Reads the rows of a Parquet file; columns hold text, and ids may be integers."""
 
     def __init__(
         self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
     ) -> None:
-        """Reads the schema; raises UserError when a column is missing or of another type."""
+        """Read the schema; raise UserError when a column is missing or of another type."""
         super().__init__(path, progress)
         self._check_file(self.path, "Parquet")
         self._options = options
@@ -62,15 +62,15 @@ class ParquetReader(RowSource):
     def rows(
         self, block: Block, columns: Sequence[str] | None = None
     ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """The number and the cells of each row, by column; bytes become text.
+        """Yield the number of each row and its cells by column; bytes become text.
 
         Args:
-            block: which rows.
-            columns: which cells; None for all.
+            block: the rows to read.
+            columns: the columns to read; None for all.
         """
         columns, row = list(self.columns if columns is None else columns), block.line
         with open_parquet(self.path) as file:
-            # To the right of the empty groups, which begin at the same row.
+            # Empty groups begin at the same row as the group behind them, so take the rightmost.
             group = bisect.bisect_right(self._starts, block.line - 1) - 1
             for batch in file.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False):
                 for cells in batch.to_pylist():
@@ -99,10 +99,10 @@ class ParquetReader(RowSource):
 
 @contextmanager
 def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """The file, for the schema and for batches of rows.
+    """Open the file, for its schema and for batches of rows.
 
     Raises:
-        UserError: pyarrow is not there, or, anywhere in the block, the file turns out to be damaged.
+        UserError: pyarrow is not installed, or the file turns out, anywhere in the block, to be damaged.
     """
     try:
         import pyarrow

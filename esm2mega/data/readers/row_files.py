@@ -1,6 +1,6 @@
 """Reads proteins and ids from binary files of rows: Parquet and SQLite.
 
-A place in one is a row, counted from 1.
+Messages name a row, counted from 1.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _ROWS = 1 << 14
 
 
 class RowFile:
-    """A binary file of rows; hashed before it is read, since reading does not go through it in order."""
+    """Hashes a binary file of rows before it is read, since rows are not read in the order of the file."""
 
     kind = ""
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
-        """Checks that the file is there.
+        """Check that the file exists.
 
         Args:
-            path: of the file.
+            path: path of the file.
             progress: told about the bytes of the file, once.
         """
         self.path = Path(path)
@@ -39,11 +39,11 @@ class RowFile:
             raise UserError(f"{path}: no such {self.kind} file")
 
     def location(self, line: int) -> str:
-        """Where a row stands, for messages."""
+        """Say where a row stands, for messages."""
         return f"{self.path}: row {line}"
 
     def hash(self) -> None:
-        """Reads the whole file for `sha256`, once."""
+        """Read the whole file for `sha256`, once."""
         if self.sha256:
             return
         self.sha256 = file_sha256(self.path)
@@ -51,24 +51,24 @@ class RowFile:
             self._progress.update(self.path.stat().st_size)
 
     def text(self, value: object, line: int, column: str) -> str:
-        """The value of a column, if it is a text."""
+        """Return the value of a column, or raise UserError if it is no text or blank."""
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{self.location(line)}: {column} is {value!r}, not a text; every row needs one")
         return value
 
 
 class ParquetFile(RowFile):
-    """The rows of chosen columns of one Parquet file."""
+    """Reads chosen columns of the rows of one Parquet file."""
 
     kind = "Parquet"
 
     def __init__(
         self, path: str | Path, columns: Sequence[str], progress: ByteProgress | None = None
     ) -> None:
-        """Opens the file and looks for the columns.
+        """Open the file and look for the columns.
 
         Args:
-            path: of the file.
+            path: path of the file.
             columns: names of columns that must be there.
             progress: told about the bytes of the file.
         """
@@ -80,7 +80,7 @@ class ParquetFile(RowFile):
         require_columns(str(self.path), self.available, columns, "give a file that has it")
 
     def rows(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """Yields each row from 1 with the values of the columns; None for missing ones."""
+        """Yield each row's number, from 1, and the values of its columns; None for missing values."""
         self.hash()
         number = 0
         with open_parquet(self.path) as file:
@@ -98,14 +98,14 @@ class ProteinDatabase(RowFile):
     kind = "SQLite"
 
     def __iter__(self) -> Iterator[Record]:
-        """Yields the proteins."""
+        """Yield the proteins."""
         self.hash()
-        # Nobody writes to it meanwhile: without locks a read-only directory will do.
+        # Nobody writes to the file meanwhile; without locks it can be read in a read-only directory.
         address = f"file:{quote(str(self.path.absolute()))}?mode=ro&immutable=1"
         line = 0
         try:
             with closing(sqlite3.connect(address, uri=True)) as database:
-                # What a schema from elsewhere may define is not run.
+                # The file may come from elsewhere: code that its schema defines is not run.
                 database.execute("PRAGMA trusted_schema = OFF")
                 for name, sequence in database.execute("SELECT id, sequence FROM protein"):
                     line += 1
@@ -120,7 +120,7 @@ class ProteinDatabase(RowFile):
 
 
 def protein(source: RowFile, line: int, name: str, sequence: object) -> Record:
-    """A protein of a row; raises UserError when `sequence` is none."""
+    """Make the protein of a row; raise UserError when `sequence` holds no residues."""
     residues = residues_of(sequence, source.location(line), name) if isinstance(sequence, str) else b""
     if not residues:
         raise UserError(

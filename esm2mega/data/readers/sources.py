@@ -1,4 +1,4 @@
-"""Chooses the reader of an input from its name or the format that the user gave."""
+"""Chooses the reader of an input by its name, or by the format that the user gave."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _FORMAT_OF_ENDING = {
 def open_source(
     path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
 ) -> RecordSource:
-    """The reader of an input; the first look at its head is taken here.
+    """Return the reader of an input, whose head is checked at once.
 
     Args:
         path: a file; for TAPE also the directory that holds `data.mdb`.
-        options: how to read it. Without a format, the ending of the name decides; files of unknown endings
-            are FASTA.
+        options: how to read it. Without a format, the ending of the name decides; files with other endings
+            are read as FASTA.
         progress: told about bytes of the input as they are read.
 
     Raises:
@@ -58,7 +58,7 @@ def open_source(
 
 
 def format_of(path: Path) -> str:
-    """The format that the name of an input tells."""
+    """Return the format that the name of an input implies."""
     if (path / "data.mdb").is_file():
         return "tape"
     endings = [ending.lower() for ending in path.suffixes]

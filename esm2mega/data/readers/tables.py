@@ -1,4 +1,4 @@
-"""Reads tables that are text: CSV and its relatives with a header line, and JSON lines."""
+"""Reads tables in text form: CSV and its relatives with a header line, and JSON lines."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LONGEST_ROW = 1 << 30
 
 
 class _TableSource(TextSource):
-    """Rows with named cells; `notes` says where the ids came from when there is no column of them.
+    """Reads rows with named cells; `notes` says where the ids come from when no column holds them.
 
     Attributes:
-        columns: names, in the order of the file.
+        columns: names of the columns, in the order of the file.
     """
 
     columns: Sequence[str]
@@ -46,14 +46,14 @@ class _TableSource(TextSource):
 
     @abstractmethod
     def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """The line and all cells of each row, by column."""
+        """Yield the line of each row and all its cells by column."""
 
     def _reading(self) -> str:
         return repr((self._options, self._id))
 
 
 class CsvReader(_TableSource):
-    """CSV with a header line; commas, tabs or semicolons, whichever the header has most of.
+    """Reads CSV with a header line; the delimiter is the comma, tab or semicolon that the header has most of.
 
     A field in double quotes may hold delimiters, line ends, and double quotes written twice. So a block ends
     at a line end behind an even number of quotes.
@@ -64,7 +64,7 @@ class CsvReader(_TableSource):
     def __init__(
         self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
     ) -> None:
-        """Reads the header; raises UserError when a column is missing."""
+        """Read the header; raise UserError when a column is missing."""
         super().__init__(path, options, progress)
         with self._opened() as stream:
             header = self._header_line(stream).decode("utf-8", errors="replace")
@@ -74,7 +74,7 @@ class CsvReader(_TableSource):
 
     def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
         text = self.decoded(block)
-        # The library's own limit of 128 KiB is shorter than some proteins; a field fits into its block.
+        # The library's limit of 128 KiB is shorter than some proteins; no field is longer than its block.
         csv.field_size_limit(max(csv.field_size_limit(), len(text)))
         # newline="" keeps line ends inside quotes as they are.
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True)
@@ -127,14 +127,14 @@ class CsvReader(_TableSource):
 
 
 class JsonLinesReader(_TableSource):
-    """One JSON object per line."""
+    """Reads one JSON object per line."""
 
     format_name = "JSON lines"
 
     def __init__(
         self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
     ) -> None:
-        """Looks at the first object for its keys; raises UserError when one is missing."""
+        """Read the keys of the first object; raise UserError when one is missing."""
         super().__init__(path, options, progress)
         with self._opened() as stream:
             text, line = self._start(stream)

@@ -1,8 +1,8 @@
 """Reads TAPE's LMDB files without running what their pickles ask for; needs the extra `tape`.
 
 Each record is a pickled dict under its number; `num_examples` holds their count. A pickle is a program that
-may name any function of the interpreter. Here the only names it may use are those with which numpy arrays are
-written, and even they stand for a class that does nothing: arrays are not needed to read sequences.
+may name any function of the interpreter. Here it may only use the names with which numpy arrays are written,
+and even they stand for a class that does nothing: arrays are not needed to read sequences.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ARRAY_NAMES = {
 
 
 class _Skipped:
-    """Stands for an array: takes what it is given and keeps none of it."""
+    """Stands for an array: it takes whatever it is given and keeps none of it."""
 
     def __new__(cls, *_: object) -> _Skipped:
         return super().__new__(cls)
@@ -45,14 +45,14 @@ class _Skipped:
 
 
 def _encode(text: object, encoding: object) -> bytes:
-    """Bytes, in the way in which old pickles write them."""
+    """Return the bytes that old pickles write as latin1 text."""
     if not isinstance(text, str) or encoding != "latin1":
         raise pickle.UnpicklingError("it encodes something else than bytes")
     return text.encode("latin1")
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Builds text, numbers and containers; what numpy would build becomes `_Skipped`."""
+    """Builds text, numbers and containers; in place of numpy's objects it builds `_Skipped`."""
 
     def find_class(self, module: str, name: str) -> Callable[..., object]:
         if (module, name) == ("_codecs", "encode"):
@@ -63,10 +63,10 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def load_restricted(data: bytes) -> Any:
-    """What a pickle holds, with numpy arrays replaced by placeholders.
+    """Load what a pickle holds, with numpy arrays replaced by placeholders.
 
     Raises:
-        ValueError: It is not a pickle, or it names anything that is no part of an array.
+        ValueError: The bytes are no pickle, or it names anything that is no part of an array.
     """
     try:
         return RestrictedUnpickler(io.BytesIO(data)).load()
@@ -76,7 +76,7 @@ def load_restricted(data: bytes) -> Any:
 
 
 class TapeReader(RowSource):
-    """The proteins of a TAPE file: `primary` is the sequence; the id is `id`, or else the key."""
+    """Reads the proteins of a TAPE file: `primary` is the sequence; the id is `id`, or else the key."""
 
     unit = ": record "
 
@@ -86,12 +86,12 @@ class TapeReader(RowSource):
         progress: ByteProgress | None = None,
         load: Callable[[bytes], Any] | None = None,
     ) -> None:
-        """Reads the number of records.
+        """Read the number of records.
 
         Args:
             path: the directory that holds `data.mdb`, or that file.
             progress: told about bytes of the file.
-            load: what reads a pickle; `load_restricted` by default.
+            load: function that loads a pickle; None for `load_restricted`.
         """
         super().__init__(path, progress)
         self._restricted = load or load_restricted
@@ -111,7 +111,7 @@ class TapeReader(RowSource):
             yield record
 
     def dictionaries(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Place, id and whole dictionary of each record, with its sequence as text."""
+        """Yield location, id and whole dictionary of each record, with its sequence as text."""
         for block in self.blocks():
             for record, row in self._rows(block):
                 sequence = record.residues.decode()
@@ -126,7 +126,7 @@ class TapeReader(RowSource):
                     raise UserError(
                         f"{self.location(number)}: is no dict with the key {_SEQUENCE!r}; is this TAPE?"
                     )
-                # Places are keys, which count from 0.
+                # Messages name keys, which count from 0.
                 name, sequence = _text(row.get(_ID, number)), _text(row[_SEQUENCE])
                 yield table_record(self, options, number, name, sequence), row
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BLOCK_BYTES = 16 << 20
-"""Text of a block. One block per worker is in memory, and some more on the way."""
+"""A block holds this much text. In memory are one block per worker, and some more that wait for one."""
 
 _BUFFER_BYTES = 1 << 20
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -37,7 +37,7 @@ _ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
 
 
 class _TrackedFile(io.FileIO):
-    """A file opened for reading that hashes and reports every byte passing through."""
+    """Reads a file, and hashes and reports every byte on the way."""
 
     def __init__(self, path: Path, progress: ByteProgress | None) -> None:
         super().__init__(path, "rb")
@@ -53,12 +53,12 @@ class _TrackedFile(io.FileIO):
 
 
 class TextSource(RecordSource):
-    """A text file whose records follow each other; a subclass says where it may be cut."""
+    """Reads a text file whose records follow each other; a subclass says where it may be cut."""
 
     format_name = "text"
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
-        """Checks that the file can be read.
+        """Check that the file exists.
 
         Args:
             path: the file; gzip and zstd are recognised by content, not by name.
@@ -69,7 +69,7 @@ class TextSource(RecordSource):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the file as it lies on disk, once `blocks` has come to its end."""
+        """Return the SHA-256 of the file as it lies on disk; empty until `blocks` is exhausted."""
         return self.checksums.get(self.path.name, "")
 
     def blocks(self) -> Iterator[Block]:
@@ -87,7 +87,7 @@ class TextSource(RecordSource):
                 yield Block(line, pending)
 
     def decoded(self, block: Block) -> str:
-        """The text of a block, if it is UTF-8."""
+        """Decode the text of a block, or raise UserError if it is not UTF-8."""
         try:
             return block.text.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -98,7 +98,7 @@ class TextSource(RecordSource):
 
     @abstractmethod
     def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
-        """Reads to the first record; returns what was read of it, and the number of its line.
+        """Read to the first record; return what was read of it, and the number of its line.
 
         Raises:
             UserError: There is no record, or the file is of another format.
@@ -106,14 +106,14 @@ class TextSource(RecordSource):
 
     @abstractmethod
     def _last_cut(self, text: bytes) -> int:
-        """The last place in `text`, which begins with a record, where another record begins; 0 for none."""
+        """Return the last position in `text`, a run of records, where another one begins; 0 for none."""
 
     @contextmanager
     def _opened(self, whole: bool = False) -> Iterator[io.BufferedReader[Any]]:
-        """The decompressed content behind any byte order mark.
+        """Open the decompressed content behind any byte order mark.
 
         Args:
-            whole: it will be read to the end: report progress, and keep the checksum.
+            whole: whether the content is read to its end, with progress and the checksum kept.
         """
         kind = "gzip"
         try:

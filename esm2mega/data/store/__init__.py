@@ -1,1 +1,1 @@
-"""Token stores: sequences on disk as tokens, written in parts that survive a kill, read by memory map."""
+"""Keeps sequences as tokens on disk: stores are written in parts that survive a kill, and memory-mapped."""

@@ -1,4 +1,4 @@
-"""The optional arrays of a token store that say which rows belong to which cluster.
+"""Writes and holds the optional arrays of a token store that say which rows belong to which cluster.
 
     clusters.offsets.npy                            int64 [c + 1], where the members of each cluster begin
     clusters.members.npy                            int64 [m], row numbers in the store
@@ -27,7 +27,7 @@ FILES = (OFFSETS, MEMBERS, IDS, ID_OFFSETS)
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """The clusters of a store; the members of cluster j are `members[offsets[j]:offsets[j + 1]]`.
+    """Holds the clusters of a store; the members of cluster j are `members[offsets[j]:offsets[j + 1]]`.
 
     Attributes:
         offsets: where each cluster begins in `members`, and the end of the last one, int64 [c + 1].
@@ -45,7 +45,7 @@ class ClusterWriter:
     """Writes the cluster files of a store, batch by batch, in constant memory."""
 
     def __init__(self, directory: Path) -> None:
-        """Opens the files in `directory`, which exists."""
+        """Open the files in `directory`, which exists."""
         self._directory = directory
         self._ids = HashedFile(directory / IDS)
         self._id_lengths = NumberSpool(directory / "clusters.ids.lengths", "<i4")
@@ -53,7 +53,7 @@ class ClusterWriter:
         self._members = NumberSpool(directory / "clusters.members", "<i8")
 
     def append(self, ids: Sequence[str], sizes: npt.NDArray[Any], members: npt.NDArray[np.int64]) -> None:
-        """Appends n clusters; see `StoreWriter.append_clusters`."""
+        """Append n clusters; see `StoreWriter.append_clusters`."""
         if len(ids) != len(sizes) or int(sizes.sum()) != len(members) or (sizes < 1).any():
             raise ValueError(f"{len(ids)} ids, sizes {sizes} and {len(members)} members do not fit")
         encoded_ids = [name.encode("utf-8") for name in ids]
@@ -63,10 +63,13 @@ class ClusterWriter:
         self._members.append(members)
 
     def complete(self, num_sequences: int) -> dict[str, dict[str, Any]]:
-        """Writes what is kept; returns the entries in the manifest.
+        """Write the files that are kept, and return their entries in the manifest.
 
         Args:
-            num_sequences: rows of the store; a member outside of them is a ValueError.
+            num_sequences: rows of the store.
+
+        Raises:
+            ValueError: A member is not one of these rows.
         """
         files = {IDS: self._ids.close()}
         files[ID_OFFSETS] = write_offsets(self._directory / ID_OFFSETS, self._id_lengths.close())
@@ -83,6 +86,6 @@ class ClusterWriter:
         return files
 
     def abandon(self) -> None:
-        """Closes without caring what reached the disk."""
+        """Close the files, which are to be removed, without regard to errors."""
         for open_file in (self._ids, self._id_lengths, self._sizes, self._members):
             open_file.abandon()

@@ -1,4 +1,4 @@
-"""Cuts what goes into a store into batches of bounded size, and refuses proteins without a known residue."""
+"""Cuts the input of a store into batches of bounded size, and refuses proteins without a known residue."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Item = TypeVar("Item")
 
 
 class Located(Protocol):
-    """Something with numbered lines or rows."""
+    """Names the location of an item in a file with numbered lines or rows."""
 
     def location(self, line: int) -> str:
-        """Where an item stands, for messages."""
+        """Say where an item stands, for messages."""
 
 
 def in_batches(items: Iterable[Item], size_of: Callable[[Item], int], size: int) -> Iterator[list[Item]]:
-    """Yield items in lists, each of which ends when the sizes in it add up to `size`."""
+    """Yield items in lists, each of which ends when the sizes in it reach `size`."""
     batch: list[Item] = []
     so_far = 0
     for item in items:
@@ -37,9 +37,9 @@ def check_known(source: Located, line: int, name: str, residues: bytes) -> None:
 
     Args:
         source: the input.
-        line: of the protein.
+        line: line of the protein.
         name: id of the protein.
-        residues: without white space.
+        residues: residues of the protein, without white space.
     """
     if not residues.strip(vocabulary.UNKNOWN_BYTES):
         raise UserError(

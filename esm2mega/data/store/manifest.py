@@ -1,4 +1,4 @@
-"""The manifest of a token store says what the store holds; one that does not fit this version is refused."""
+"""Reads the manifest of a token store, and refuses one that does not fit this version."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PREPARE_AGAIN = "make it again with `esm2mega prepare`"
 
 @dataclass
 class StoreCounts:
-    """What a store holds, and what was changed on the way in."""
+    """Counts what a store holds, and what was changed on the way in."""
 
     sequences: int = 0
     residues: int = 0
@@ -39,7 +39,7 @@ class StoreCounts:
     dropped_sequences: int = 0
 
     def add(self, num_sequences: int, byte_counts: npt.NDArray[np.int64]) -> None:
-        """Adds proteins given by the byte histogram [256] of their residues as they were written."""
+        """Add proteins, given the byte histogram [256] of their residues as they were written."""
         tokens = vocabulary.token_histogram(byte_counts)
         self.sequences += num_sequences
         self.residues += int(byte_counts.sum())
@@ -48,7 +48,7 @@ class StoreCounts:
         self.unknown_residues += vocabulary.unknown_count(byte_counts)
 
     def merge(self, other: StoreCounts, sign: int = 1) -> None:
-        """Adds the counts of other proteins; with `sign` -1 takes them away."""
+        """Add the counts of other proteins, or subtract them with `sign` -1."""
         self.sequences += sign * other.sequences
         self.residues += sign * other.residues
         self.token_counts = (np.asarray(self.token_counts) + sign * np.asarray(other.token_counts)).tolist()
@@ -58,7 +58,7 @@ class StoreCounts:
 
 
 def read_manifest(path: Path, staged: bool) -> Mapping[str, Any]:
-    """The manifest of a complete store of this format and tokenizer; anything else is a UserError."""
+    """Read the manifest of a complete store of this format and tokenizer; refuse anything else."""
     if not staged and any(
         part.startswith(".") and part.endswith(PARTIAL_SUFFIX) for part in path.resolve().parts
     ):
@@ -101,7 +101,7 @@ def _check_identity(file: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_entries(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Everything that is read from a manifest later."""
+    """Check every entry that is read from the manifest later."""
 
     def is_count(value: Any) -> bool:
         return isinstance(value, int) and value >= 0

@@ -1,9 +1,9 @@
 """Encodes the blocks of all inputs in parallel; each finished part is a small token store of its own.
 
 One process reads the inputs from front to back and hands out blocks; the workers parse and encode them. A
-part is renamed when it is complete and remembers the key of its block, so a later attempt takes it as it is
-if the input still has the same block there. Besides the store, a part has a file with the lower-case residues
-of each record when there are any.
+part is renamed when it is complete and holds the key of its block, so a later attempt takes it as it is if
+the input still has the same block there. Beside its store, a part has a file with the number of lower-case
+residues of each record when there are any.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
 
 MOST_WORKERS = 16
-"""One process reads and hashes the inputs; it cannot feed many more."""
+"""More workers would not help: one process reads and hashes the inputs, and cannot feed many more."""
 
-# Residues handed to a writer at once: large enough that the cost per batch vanishes, small beside any memory.
+# Residues handed to a writer at once: enough to make the cost per batch negligible, and small in memory.
 _BATCH_RESIDUES = 4 << 20
 _WAITING_BLOCKS = 2
 
 
 @dataclass(frozen=True)
 class Part:
-    """What became of one block.
+    """Says what became of one block.
 
     Attributes:
         path: the part's store; None when no record of the block was kept.
-        source: position of the input.
-        sequences: records of the store.
-        residues: in the store.
+        source: position of the block's input among all inputs.
+        sequences: records in the store.
+        residues: residues in the store.
         dropped: records that the user asked to drop.
-        resumed: it was finished by an earlier attempt.
+        resumed: whether an earlier attempt had finished the part.
     """
 
     path: Path | None
@@ -59,7 +59,7 @@ class Part:
     resumed: bool = False
 
     def open(self) -> tuple[TokenStore, npt.NDArray[np.int32]]:
-        """The store, and the lower-case residues of each record [n]."""
+        """Open the store; return it and the number of lower-case residues of each record, [n]."""
         assert self.path is not None
         store = TokenStore(self.path, staged=True)
         with suppress(FileNotFoundError):
@@ -68,34 +68,38 @@ class Part:
 
 
 def default_workers() -> int:
-    """The cores that this process may use, as far as they help."""
+    """Return the number of cores that this process may use, or `MOST_WORKERS` if it is less."""
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
-def write_parts(sources: Sequence[RecordSource], folder: Path, workers: int) -> list[Part]:
-    """Reads all inputs and encodes them; parts that an earlier attempt has finished are not done again.
+def write_parts(
+    sources: Sequence[RecordSource], folder: Path, workers: int, allow_unknown: bool = False
+) -> list[Part]:
+    """Read all inputs and encode them, but for the parts that an earlier attempt has finished.
 
     Args:
         sources: the inputs.
-        folder: for the parts; may hold those of an earlier attempt.
-        workers: processes that parse and encode; with 1, this one does.
+        folder: directory of the parts; may hold those of an earlier attempt.
+        workers: processes that parse and encode; with 1, this process does it.
+        allow_unknown: whether a protein may have unknown residues alone.
 
     Returns:
         The parts in the order of the input.
 
     Raises:
-        UserError: Of the first record in the order of the input that cannot be taken.
+        UserError: A record cannot be taken; the error is about the first one in the order of the input.
         MachineError: A worker was killed.
     """
     folder.mkdir(exist_ok=True)
     for unfinished in folder.glob(".*"):
         shutil.rmtree(unfinished)
     if workers == 1:
-        return [job.run() for job in _jobs(sources, folder)]
+        return [job.run() for job in _jobs(sources, folder, allow_unknown)]
     context = multiprocessing.get_context("spawn")  # the caller may have threads, which a fork would break
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
         try:
-            return list(_run(pool, _jobs(sources, folder), workers + _WAITING_BLOCKS))
+            jobs = _jobs(sources, folder, allow_unknown)
+            return list(_run(pool, jobs, workers + _WAITING_BLOCKS))
         except BrokenProcessPool:
             raise MachineError(
                 "a worker process was killed, perhaps for want of memory; the same command goes on with what "
@@ -107,21 +111,22 @@ def write_parts(sources: Sequence[RecordSource], folder: Path, workers: int) -> 
 
 @dataclass(frozen=True)
 class _Job:
-    """A block and where its part goes; carries all that a worker needs."""
+    """Holds all that a worker needs: a block, and where its part goes."""
 
     source: RecordSource
-    number: int  # of the source
+    number: int  # position of the source
     block: Block
     path: Path
     key: str
+    allow_unknown: bool
 
     def run(self) -> Part:
-        """Parses, encodes and writes; or takes what an earlier attempt has finished from the same block."""
+        """Parse, encode and write the block, or take the part that an earlier attempt has made of it."""
         if (part := self._finished()) is not None:
             return part
         shutil.rmtree(self.path, ignore_errors=True)
         _lower_case_file(self.path).unlink(missing_ok=True)
-        kept = _Kept(self.source, self.source.records(self.block))
+        kept = _Kept(self.source, self.source.records(self.block), self.allow_unknown)
         batches = in_batches(kept, lambda record: len(record.residues), _BATCH_RESIDUES)
         if (first := next(batches, None)) is None:
             return Part(None, self.number, dropped=kept.dropped)
@@ -157,17 +162,18 @@ class _Job:
         )
 
 
-def _jobs(sources: Sequence[RecordSource], folder: Path) -> Iterator[_Job]:
+def _jobs(sources: Sequence[RecordSource], folder: Path, allow_unknown: bool) -> Iterator[_Job]:
     number = 0
     for position, source in enumerate(sources):
         worker = source.for_worker()
         for block in source.blocks():
-            yield _Job(worker, position, block, folder / f"{number:08d}", source.key(block))
+            path = folder / f"{number:08d}"
+            yield _Job(worker, position, block, path, source.key(block), allow_unknown)
             number += 1
 
 
 def _run(pool: ProcessPoolExecutor, jobs: Iterator[_Job], most: int) -> Iterator[Part]:
-    """Yields finished parts in order; at most `most` blocks are in memory."""
+    """Yield finished parts in order; at most `most` blocks are in memory."""
     waiting: deque[Future[Part]] = deque()
     try:
         for job in jobs:
@@ -175,7 +181,7 @@ def _run(pool: ProcessPoolExecutor, jobs: Iterator[_Job], most: int) -> Iterator
             if len(waiting) == most:
                 yield waiting.popleft().result()
     except UserError:
-        # Where the reading process found something wrong, workers may find something in front of it.
+        # The reading process met an error; the blocks before it may hold an earlier one.
         while waiting:
             yield waiting.popleft().result()
         raise
@@ -188,7 +194,7 @@ def _run_job(job: _Job) -> Part:
 
 
 def _prepare_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it is gone, be it killed."""
+    """Leave Ctrl-C to the parent, and end as soon as the parent has ended, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -201,10 +207,12 @@ def _prepare_worker() -> None:
 
 
 class _Kept:
-    """Passes records on, except for those to drop, which it counts; refuses what has no known residue."""
+    """Passes records on but those to drop, which it counts; refuses those without a known residue, unless
+    they are allowed.
+    """
 
-    def __init__(self, source: RecordSource, records: Iterator[Record]) -> None:
-        self._source, self._records = source, records
+    def __init__(self, source: RecordSource, records: Iterator[Record], allow_unknown: bool) -> None:
+        self._source, self._records, self._allow_unknown = source, records, allow_unknown
         self.dropped = 0
 
     def __iter__(self) -> Iterator[Record]:
@@ -212,12 +220,13 @@ class _Kept:
             if not record.residues:
                 self.dropped += 1
                 continue
-            check_known(self._source, record.line, record.id, record.residues)
+            if not self._allow_unknown:
+                check_known(self._source, record.line, record.id, record.residues)
             yield record
 
 
 def _lower_case_per_record(residues: Sequence[bytes]) -> npt.NDArray[np.int32]:
-    """How many residues of each record are in lower case, [n]."""
+    """Count the lower-case residues of each record, [n]."""
     lengths = np.fromiter(map(len, residues), dtype=np.int64, count=len(residues))
     letters = np.frombuffer(b"".join(residues), dtype=np.uint8)
     is_lower = (letters >= ord("a")) & (letters <= ord("z"))

@@ -1,9 +1,9 @@
-"""`prepare fasta` merges parts into a training store and, when asked, validation and test stores.
+"""Makes a training store and, when asked, validation and test stores from sequence files (`prepare fasta`).
 
-First the inputs become parts, in parallel (`parts`); then the parts are merged into the stores, since only
-when all records are counted it is known which ones are held out. Everything happens in a directory beside the
-output, `.NAME.prepare.partial`, which no reader accepts; its content is renamed once, when all is complete.
-An error removes it. A kill leaves it, and the same command goes on with the finished parts.
+First the inputs become parts, in parallel (`parts`). Then the parts are merged into the stores, since it is
+only known which records are held out when all are counted. Everything happens in a directory beside the
+output, `.NAME.prepare.partial`, which no reader accepts; the stores are renamed once, when all are complete.
+An error removes that directory. A kill leaves it, and the same command continues with the finished parts.
 """
 
 from __future__ import annotations
@@ -34,35 +34,37 @@ SPLITS = ("train", "valid", "test")
 TRAIN = SPLITS.index("train")
 
 OpenProgress = Callable[[str, int], AbstractContextManager[ByteProgress | None]]
-"""Shows how far a stage is, given its name and the bytes it will go through."""
+"""This shows the progress of a stage, given its name and the number of bytes to go through."""
 
-# Proteins that are merged at once: some tens of MB of residues, however large a part is.
+# Parts are merged in batches of this many proteins: some tens of MB of residues, however large a part is.
 _MERGED_RECORDS = 1 << 16
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How inputs are read and stores are written.
+    """Says how inputs are read and stores are written.
 
     Attributes:
-        source: formats and columns.
-        workers: processes that parse and encode; None for the cores that this process may use. The output
+        source: formats and columns of the inputs.
+        workers: processes that parse and encode; None for as many as this process may use cores. The output
             does not depend on it.
         shard_bytes: largest size of a file of tokens, a multiple of `shards.SHARD_UNIT`.
+        allow_unknown: whether a protein may have unknown residues alone.
     """
 
     source: SourceOptions = SourceOptions()
     workers: int | None = None
     shard_bytes: int = SHARD_BYTES
+    allow_unknown: bool = False
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare_fasta` wrote.
+    """Says what `prepare_fasta` wrote.
 
     Attributes:
         out: directory of the stores.
-        counts: of each split under its name, in the order of `SPLITS`.
+        counts: counts of each split under its name, in the order of `SPLITS`.
         notes: how inputs were read, where that was not obvious, and what an earlier attempt had done.
     """
 
@@ -71,7 +73,7 @@ class PrepareReport:
     notes: Sequence[str] = ()
 
     def lines(self) -> list[str]:
-        """The notes, and one line per split with everything that was changed on the way in."""
+        """Return the notes, and a line per split that counts sequences, residues and what was changed."""
         return [
             *self.notes,
             *(
@@ -92,22 +94,22 @@ def prepare_fasta(
     options: PrepareOptions = PrepareOptions(),
     open_progress: OpenProgress | None = None,
 ) -> PrepareReport:
-    """Writes `out/train` and, for sizes above 0, `out/valid` and `out/test`.
+    """Write `out/train` and, for sizes above 0, `out/valid` and `out/test`.
 
-    The held-out proteins are drawn at random without replacement: which ones depends only on `seed` and on
-    the number of sequences. Every split keeps the order of the input.
+    The held-out proteins are drawn at random without replacement, and depend only on `seed` and on the number
+    of sequences. Every split keeps the order of the input.
 
     Args:
         inputs: files in any format of `sources`, read in this order.
         out: directory to create.
         valid_size: sequences held out for validation.
         test_size: sequences held out for the final test.
-        seed: of the split.
-        options: reading, number of processes, size of files.
-        open_progress: shows how far each stage is.
+        seed: seed of the split.
+        options: how to read, number of processes, size of files.
+        open_progress: shows the progress of each stage.
 
     Returns:
-        The counts of each split.
+        The counts of each split, and notes for the user.
     """
     out = Path(out)
     _check_arguments(inputs, out, valid_size, test_size, options)
@@ -120,7 +122,7 @@ def prepare_fasta(
             counts = merger.run(open_progress or _no_progress)
             os.rename(staging / "out", out)
         except MachineError:
-            raise  # whoever is not at fault goes on later
+            raise  # the input is not at fault: the parts stay, and the same command continues later
         except Exception:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -167,15 +169,16 @@ def _write_parts(
         for source in sources:
             source.progress = progress
         # More processes than blocks would have nothing to do.
-        return write_parts(sources, folder, min(workers, 1 + total // text.BLOCK_BYTES))
+        workers = min(workers, 1 + total // text.BLOCK_BYTES)
+        return write_parts(sources, folder, workers, options.allow_unknown)
 
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Which records, by position over all inputs, go to which split.
+    """Says which records, by position over all inputs, go to which split.
 
     Attributes:
-        records: positions that are held out, ascending, int64 [m].
+        records: positions of the held-out records, ascending, int64 [m].
         splits: index into `SPLITS` of each, int64 [m].
         provenance: the manifest's entry about the split.
     """
@@ -186,7 +189,7 @@ class _HeldOut:
 
     @staticmethod
     def draw(total: int, valid_size: int, test_size: int, seed: int) -> _HeldOut:
-        """The first places of a random order of all records are validation, the next ones test."""
+        """Draw the splits: the first records of a random order are for validation, the next for test."""
         held_out = valid_size + test_size
         if not held_out:
             nothing = np.zeros(0, dtype=np.int64)
@@ -203,11 +206,11 @@ class _HeldOut:
         return _HeldOut(drawn[order], splits[order], provenance)
 
     def names(self) -> list[str]:
-        """The splits that get any record."""
+        """Return the splits that get a record, and always `train`."""
         return [split for index, split in enumerate(SPLITS) if index == TRAIN or index in self.splits]
 
     def of_records(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """Index into `SPLITS` of the records `first` to `first + count - 1`, [count]."""
+        """Return the index into `SPLITS` of each of the records `first` to `first + count - 1`, [count]."""
         assigned = np.full(count, TRAIN, dtype=np.int64)
         begin, end = np.searchsorted(self.records, (first, first + count))
         assigned[self.records[begin:end] - first] = self.splits[begin:end]
@@ -230,8 +233,8 @@ class _Merger:
         self._done = 0
 
     def run(self, open_progress: OpenProgress) -> dict[str, StoreCounts]:
-        """Writes a store per split into the folder; returns their counts."""
-        shutil.rmtree(self._folder, ignore_errors=True)  # of an attempt that was killed while merging
+        """Write a store per split into the folder, and return their counts."""
+        shutil.rmtree(self._folder, ignore_errors=True)  # left by an attempt that was killed while merging
         self._folder.mkdir()
         kept = [part for part in self._parts if part.path is not None]
         total = sum(part.residues for part in kept)
@@ -252,7 +255,7 @@ class _Merger:
         return {name: writer.counts for name, writer in by_split.items()}
 
     def _add(self, part: Part, writers: Mapping[str, StoreWriter]) -> None:
-        """Adds a part: what is held out goes from the counts of training to those of its split."""
+        """Add a part; the counts of held-out records are moved from training to their split."""
         store, lower_case = part.open()
         writers["train"].counts.merge(store.counts)
         for first in range(0, len(store), _MERGED_RECORDS):
@@ -276,7 +279,7 @@ class _Merger:
             self._done += stop - first
 
     def _provenance(self) -> list[dict[str, object]]:
-        """Name and SHA-256 of every file; the first one of an input says how many sequences it gave."""
+        """Return name and SHA-256 of every file; the first of an input also has its number of sequences."""
         entries: list[dict[str, object]] = []
         for number, source in enumerate(self._sources):
             sequences = sum(part.sequences for part in self._parts if part.source == number)
@@ -290,14 +293,14 @@ class _Merger:
 def _append(
     writer: StoreWriter, store: TokenStore, first: int, stop: int, chosen: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.uint8]:
-    """Copies the chosen ones of the proteins `first` to `stop`, exclusive; returns their tokens.
+    """Copy the chosen ones of the proteins `first` to `stop`, exclusive, and return their tokens.
 
     Args:
-        writer: of the split.
-        store: the part.
-        first: first protein.
-        stop: behind the last protein.
-        chosen: which of them, [stop - first].
+        writer: writer of the split's store.
+        store: store of the part.
+        first: number of the first protein.
+        stop: number behind that of the last protein.
+        chosen: which of them to copy, [stop - first].
     """
     lengths, start = store.lengths[first:stop], int(store.starts[first])
     tokens = store.tokens[start : start + int(lengths.sum(dtype=np.int64))]

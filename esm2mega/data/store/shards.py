@@ -1,7 +1,7 @@
 """Writes a long stream of bytes to files of limited size, and reads them as one array.
 
-A stream is cut at exact multiples of the limit, wherever that falls: `cat` puts it together again. For
-reading, the files are mapped to addresses that follow each other, so whoever reads sees one array.
+A stream is cut at exact multiples of the limit, wherever these fall: `cat` puts it together again. For
+reading, the files are mapped to consecutive addresses, so that they appear as one array.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import numpy.typing as npt
 from esm2mega.errors import MachineError
 
 SHARD_UNIT = 1 << 20
-"""Limits are multiples of this, a multiple of the page size of any machine: mapped files begin at pages."""
+"""Limits are multiples of this, and so of any machine's page size: files must be mapped to whole pages."""
 
 SHARD_BYTES = 16 << 30
-"""Limit where none is given: what any file system and any copy takes without trouble."""
+"""This is the limit where none is given: any file system and any copying tool can handle such files."""
 
 _MAP_FIXED = 0x10  # not among the constants of `mmap`; the same on Linux and BSD
 
 
 class HashedFile(Protocol):
-    """A new file that hashes what is written; closing it gives its entry in a manifest."""
+    """Writes a new file and hashes it; closing it returns its entry in a manifest."""
 
     sha256: hashlib._Hash
 
@@ -40,7 +40,7 @@ class HashedFile(Protocol):
 
 
 def shard_name(name: str, number: int) -> str:
-    """`tokens.bin` -> `tokens-00000.bin`."""
+    """Return the name of a shard, such as `tokens-00000.bin` for `tokens.bin`."""
     stem, ending = os.path.splitext(name)
     return f"{stem}-{number:05d}{ending}"
 
@@ -49,22 +49,22 @@ class ShardWriter:
     """Writes `folder/name`, or `name-00000`, `name-00001`, … when it grows beyond the limit."""
 
     def __init__(self, folder: Path, name: str, limit: int, create: Callable[[Path], HashedFile]) -> None:
-        """Creates the first file.
+        """Create the first file.
 
         Args:
-            folder: where the files go.
-            name: of the only file.
-            limit: largest size in bytes, a multiple of `SHARD_UNIT`.
-            create: opens a new file.
+            folder: directory of the files.
+            name: name of the file while it is the only one.
+            limit: largest size of a file in bytes, a multiple of `SHARD_UNIT`.
+            create: function that opens a new file.
         """
         self._folder, self._name, self._limit, self._create = folder, name, limit, create
-        self._whole: hashlib._Hash | None = None  # of the stream, where it is more than one file
+        self._whole: hashlib._Hash | None = None  # hash of the stream, once it is more than one file
         self._closed: dict[str, dict[str, Any]] = {}
         self._bytes = 0
         self._file = create(folder / name)
 
     def write(self, data: bytes) -> None:
-        """Appends to the stream."""
+        """Append to the stream."""
         if self._whole is not None:
             self._whole.update(data)
         view = memoryview(data)
@@ -77,17 +77,17 @@ class ShardWriter:
         self._bytes += len(view)
 
     def close(self) -> tuple[dict[str, dict[str, Any]], str]:
-        """Brings all to the disk; returns the manifest's entries in order, and the SHA-256 of the stream."""
+        """Flush all files to disk; return the manifest's entries in order, and the SHA-256 of the stream."""
         number = len(self._closed)
         self._closed[shard_name(self._name, number) if number else self._name] = self._file.close()
         return self._closed, (self._whole or self._file.sha256).hexdigest()
 
     def abandon(self) -> None:
-        """Closes without caring what reached the disk."""
+        """Close the file, which is to be removed, without regard to errors."""
         self._file.abandon()
 
     def _next_file(self, rest: memoryview) -> None:
-        """Goes on in another file; `rest` is what is still to come of the data that did not fit."""
+        """Continue in another file; `rest` is the part of the data that did not fit into the last."""
         if self._whole is None:
             self._whole = self._file.sha256.copy()
             self._whole.update(rest)
@@ -100,10 +100,10 @@ class ShardWriter:
 
 
 def map_files(files: Sequence[Path]) -> npt.NDArray[np.uint8]:
-    """The bytes of all files, one behind the other, as one read-only array that loads only what is touched.
+    """Map the bytes of all files, one behind the other, to one read-only array, which loads what is touched.
 
     Args:
-        files: none empty; the size of each but the last is a multiple of `SHARD_UNIT`.
+        files: files that are not empty; the size of each but the last is a multiple of `SHARD_UNIT`.
     """
     if len(files) == 1:
         return np.memmap(files[0], dtype=np.uint8, mode="r").view(np.ndarray)
@@ -122,10 +122,10 @@ def map_files(files: Sequence[Path]) -> npt.NDArray[np.uint8]:
             )
         return int(found)
 
-    # A stretch of addresses without memory behind it, then file by file over it.
+    # Reserve a range of addresses without memory behind it, and then map file by file over it.
     start = map_at(None, sum(sizes), 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     whole = (ctypes.c_uint8 * sum(sizes)).from_address(start)
-    # Not at the exit of the interpreter, where threads may still be reading.
+    # Do not unmap at the exit of the interpreter, where threads may still be reading.
     weakref.finalize(whole, c.munmap, start, sum(sizes)).atexit = False
     address = start
     for file, size in zip(files, sizes, strict=True):

@@ -1,4 +1,4 @@
-"""Makes a directory beside its later place, whole or not at all, by one process at a time."""
+"""Makes a directory whole or not at all, under another name beside its place, one process at a time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from esm2mega.errors import MachineError, UserError
 
 @contextmanager
 def staging_directory(out: Path) -> Iterator[Path]:
-    """The directory beside `out` in which it is made, by one process at a time.
+    """Yield the directory beside `out` in which it is made, by one process at a time.
 
-    No reader accepts what is there. It may hold what a killed attempt has left, and is locked, so that the
-    next attempt can go on from it: `files.appearing` begins anew each time and locks nothing.
-    An OSError of the block becomes a MachineError.
+    No reader accepts what is in that directory. It may hold what a killed attempt has left, and is locked, so
+    that the next attempt can go on from it: `files.appearing` begins anew each time and locks nothing. An
+    OSError in the block becomes a MachineError.
     """
     staging = out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")
     try:
@@ -39,13 +39,13 @@ def staging_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A new directory that becomes `out` at the end of the block; an exception leaves nothing behind."""
+    """Yield a new directory that becomes `out` at the end of the block; an exception leaves nothing."""
     if out.exists():
         raise UserError(f"{out}: exists already; name another directory or remove it")
     with staging_directory(out) as staging:
         try:
             made = staging / "out"
-            shutil.rmtree(made, ignore_errors=True)  # of an attempt that was killed
+            shutil.rmtree(made, ignore_errors=True)  # left by an attempt that was killed
             made.mkdir()
             yield made
             os.rename(made, out)

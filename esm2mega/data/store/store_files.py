@@ -1,7 +1,7 @@
 """Writes the files of a token store, hashed as they grow, with index arrays of any length.
 
-Nothing here keeps an array in memory that is as long as the store: numbers whose count is not known yet go to
-a spool, a temporary file, and from there block by block into the file that is kept.
+No array as long as the store is kept in memory: numbers whose count is not known yet go to a spool, which is
+a temporary file, and from there block by block into the file that is kept.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 1 << 20
-"""Numbers, or bytes when hashing, that are handled at once."""
+"""Arrays are handled in blocks of this many numbers."""
 
 
 class HashedFile:
-    """A new file that knows its size and SHA-256 when it is closed."""
+    """Writes a new file, and returns its size and SHA-256 when it is closed."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = open(path, "xb")  # noqa: SIM115, closed by close() or abandon()
@@ -35,20 +35,20 @@ class HashedFile:
         self._bytes += len(data)
 
     def close(self) -> dict[str, Any]:
-        """Brings the file to the disk; returns its entry in the manifest."""
+        """Flush the file to disk, close it, and return its entry in the manifest."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         return {"bytes": self._bytes, "sha256": self.sha256.hexdigest()}
 
     def abandon(self) -> None:
-        """Closes without caring what reached the disk."""
-        with contextlib.suppress(OSError):  # a full disk fails the flush too; the file is about to be removed
+        """Close the file, which is to be removed, without regard to errors."""
+        with contextlib.suppress(OSError):  # on a full disk the flush fails too
             self._file.close()
 
 
 class NumberSpool:
-    """Any number of integers in a temporary file, so that memory stays constant at UniRef90 size."""
+    """Collects any number of integers in a temporary file, so that memory stays constant at UniRef90 size."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         self._path = path
@@ -59,9 +59,9 @@ class NumberSpool:
         self._file.write(numbers.astype(self._dtype).tobytes())
 
     def close(self) -> npt.NDArray[Any]:
-        """Ends writing and returns all numbers [n] as a memory map; the name is gone from the directory."""
+        """End writing and return all numbers, [n], as a memory map of the file, whose name is removed."""
         self._file.close()
-        if not self._path.stat().st_size:  # nothing cannot be mapped
+        if not self._path.stat().st_size:  # an empty file cannot be mapped
             self._path.unlink()
             return np.zeros(0, self._dtype)
         numbers = np.memmap(self._path, dtype=self._dtype, mode="r")
@@ -69,13 +69,13 @@ class NumberSpool:
         return numbers.view(np.ndarray)
 
     def abandon(self) -> None:
-        """Closes without caring what reached the disk."""
+        """Close the temporary file without regard to errors."""
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 def offset_blocks(lengths: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int64]]:
-    """Yields, block by block, where each item [n] begins when all lie back to back."""
+    """Yield, block by block, where each item, [n], begins when all lie back to back."""
     end = 0
     for first in range(0, len(lengths), BLOCK):
         ends = np.cumsum(lengths[first : first + BLOCK], dtype=np.int64) + end
@@ -84,13 +84,13 @@ def offset_blocks(lengths: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int
 
 
 def npy_header(file: HashedFile, count: int) -> None:
-    """Begins a `.npy` file of `count` int64 numbers."""
+    """Begin a `.npy` file of `count` int64 numbers."""
     header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def write_offsets(path: Path, lengths: npt.NDArray[np.int32]) -> dict[str, Any]:
-    """Writes where each of n items begins and the last one ends, int64 [n + 1].
+    """Write where each of n items begins and where the last one ends, int64 [n + 1].
 
     Returns:
         The file's entry in the manifest.

@@ -1,14 +1,13 @@
-"""The token store: a directory of memory-mapped proteins, written once, never loaded whole.
+"""Writes and reads token stores: directories of memory-mapped proteins, written once, never loaded whole.
 
     tokens.bin, tokens.idx     megatron-core IndexedDataset of uint8 token ids: residues, one item per protein
       or tokens-00000.bin, …   the same bytes in files of limited size, under the one index
     ids.bin, ids.offsets.npy   the ids in UTF-8 back to back, and int64 [n + 1] where each begins (and ends)
-    clusters.*                 of a store with clusters: which rows belong together, see `clusters.py`
+    clusters.*                 in a store with clusters: which rows belong together, see `clusters.py`
     manifest.json              format, tokenizer hash, counts, sources, size and SHA-256 of the other files
 
 `lengths` count residues; a protein of L residues has L + 2 tokens with `<cls>` and `<eos>`, which are added
-when it is read for the model. A store is written under a name that `TokenStore` refuses and renamed when it
-is complete.
+when it is read for the model. A store has a name that `TokenStore` refuses until it is complete.
 """
 
 from __future__ import annotations
@@ -59,12 +58,12 @@ _INDEX_UINT8 = 1
 
 
 def partial_path(path: Path) -> Path:
-    """A new name beside `path` for something unfinished, refused by `TokenStore`."""
+    """Return a new name beside `path` for an unfinished store, which `TokenStore` refuses."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}{PARTIAL_SUFFIX}")
 
 
 class StoreWriter:
-    """Writes one token store: the end of the `with` block completes it, an exception removes every trace.
+    """Writes one token store: the end of the `with` block completes it, and an exception removes all of it.
 
     `provenance` goes into the manifest (sources, split) and may be filled until the block is left.
 
@@ -73,7 +72,7 @@ class StoreWriter:
     """
 
     def __init__(self, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-        """Names the store; nothing is created before the `with` block is entered.
+        """Name the store; nothing is created before the `with` block is entered.
 
         Args:
             path: directory of the finished store; must not exist.
@@ -97,7 +96,7 @@ class StoreWriter:
         return self
 
     def append(self, ids: Sequence[str], residues: Sequence[bytes]) -> None:
-        """Appends a batch of proteins; larger batches are faster (a few MiB of residues is plenty).
+        """Append a batch of proteins; larger batches are faster, up to a few MiB of residues.
 
         Args:
             ids: n ids, repeats allowed.
@@ -120,11 +119,11 @@ class StoreWriter:
         ids: bytes,
         id_lengths: npt.NDArray[np.int32],
     ) -> None:
-        """Appends proteins that are token ids already; the caller keeps `counts`.
+        """Append proteins that are token ids already; the caller updates `counts`.
 
         Args:
             tokens: residues of n proteins back to back, [sum of lengths].
-            lengths: residues of each, [n].
+            lengths: residues of each protein, [n].
             ids: the ids in UTF-8 back to back.
             id_lengths: bytes of each id, [n].
         """
@@ -136,7 +135,7 @@ class StoreWriter:
     def append_clusters(
         self, ids: Sequence[str], sizes: npt.NDArray[Any], members: npt.NDArray[np.int64]
     ) -> None:
-        """Appends a batch of clusters; the store has cluster arrays from the first call on.
+        """Append a batch of clusters; the store has cluster arrays from the first call on.
 
         Args:
             ids: n cluster ids.
@@ -162,7 +161,7 @@ class StoreWriter:
                 self._remove_partial()
 
     def _complete(self) -> None:
-        """Writes the index files and the manifest."""
+        """Write the index files and the manifest."""
         if not self.counts.sequences:
             raise UserError(f"{self.path}: a token store needs at least one sequence")
         token_files, tokens_sha256 = self._tokens.close()
@@ -208,7 +207,7 @@ class StoreWriter:
 
 
 class TokenStore:
-    """Read-only view of a store; only the pages that are touched are loaded.
+    """Reads a store by memory map; only the pages that are touched are loaded.
 
     Attributes:
         manifest: the content of manifest.json.
@@ -219,11 +218,11 @@ class TokenStore:
     """
 
     def __init__(self, path: str | Path, staged: bool = False) -> None:
-        """Opens the store and checks that its files fit each other and this tokenizer; reads no tokens.
+        """Open the store and check that its files fit each other and this tokenizer; no tokens are read.
 
         Args:
             path: directory of the store.
-            staged: it is a finished piece of something unfinished, which is refused otherwise.
+            staged: whether to accept a finished store in an unfinished directory, which is refused otherwise.
         """
         self.path = Path(path)
         self.manifest = read_manifest(self.path, staged)
@@ -238,41 +237,38 @@ class TokenStore:
         return len(self.lengths)
 
     def residues(self, i: int) -> npt.NDArray[np.uint8]:
-        """Token ids of protein `i` without special tokens, [L], as a view of the file."""
+        """Return the token ids of protein `i` without special tokens, [L], as a view of the file."""
         start = self.starts[i]
         return self.tokens[start : start + self.lengths[i]]
 
     def id(self, i: int) -> str:
-        """The id of protein `i`."""
+        """Return the id of protein `i`."""
         if not 0 <= i < len(self):
             raise IndexError(f"protein {i} of a store of {len(self)}")
         return self._ids[i]
 
     def encoded_ids(self, first: int, stop: int) -> tuple[bytes, npt.NDArray[np.int32]]:
-        """The ids of proteins `first` to `stop`, exclusive: UTF-8 back to back, and bytes of each, [n]."""
+        """Return the ids of proteins `first` to `stop`, exclusive: joined UTF-8, and bytes of each, [n]."""
         return self._ids.encoded(first, stop)
 
     @property
     def counts(self) -> StoreCounts:
-        """What the manifest says about the content."""
+        """Return the counts that the manifest states."""
         return StoreCounts(**{entry.name: self.manifest[entry.name] for entry in fields(StoreCounts)})
 
     @property
     def token_counts(self) -> npt.NDArray[np.int64]:
-        """How often each token id occurs, [33]; `<cls>` and `<eos>` are not stored and count 0."""
+        """Return how often each token id occurs, [33]; `<cls>` and `<eos>` are not stored and count 0."""
         return np.asarray(self.manifest["token_counts"], dtype=np.int64)
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two stores if they hold equal proteins in equal order.
-
-        Ids, clusters and sources do not matter.
-        """
+        """Return a hash of the proteins and their order; ids, clusters and sources do not matter."""
         hashes = [self.manifest["tokens_sha256"], self.manifest["files"][INDEX]["sha256"]]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Reads every byte and raises UserError when a file is not what was written."""
+        """Read every byte, and raise UserError when a file differs from what was written."""
         for name in self.manifest["files"]:
             if file_sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
                 raise damaged(self.path / name, "differs from its checksum in manifest.json")
@@ -294,7 +290,7 @@ class TokenStore:
                 raise damaged(file, f"has {found} bytes, its manifest says {expected}")
 
     def _map_index(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """The lengths [n] and starts [n] inside tokens.idx."""
+        """Map the lengths, [n], and starts, [n], in tokens.idx."""
         file = self.path / INDEX
         count = int(self.manifest["sequences"])
         with open(file, "rb") as stream:
@@ -308,18 +304,18 @@ class TokenStore:
         return lengths, starts
 
     def _map_clusters(self) -> clusters.Clusters:
-        """The cluster arrays; that rows and offsets are in range was checked when they were written."""
+        """Map the cluster arrays; rows and offsets were checked when they were written."""
         offsets = _map_npy(self.path / clusters.OFFSETS)
         members = _map_npy(self.path / clusters.MEMBERS)
         if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(members):
             raise damaged(self.path / clusters.OFFSETS, f"does not divide {len(members)} members")
-        # Refuses another number of ids.
+        # This refuses a number of ids that is not that of the clusters.
         _Ids(self.path / clusters.IDS, self.path / clusters.ID_OFFSETS, len(offsets) - 1)
         return clusters.Clusters(offsets, members)
 
 
 class _Ids:
-    """Ids in a file back to back, found by their offsets."""
+    """Reads ids that lie back to back in a file, by their offsets."""
 
     def __init__(self, text: Path, offsets: Path, count: int) -> None:
         self._text = _map(text, np.uint8)
@@ -336,7 +332,7 @@ class _Ids:
 
 
 def _map_npy(file: Path) -> npt.NDArray[np.int64]:
-    """A read-only memory map of a `.npy` file of int64 [n], as a plain array."""
+    """Map a `.npy` file of int64, [n], read-only, as a plain array."""
     try:
         numbers = np.load(file, mmap_mode="r")
     except ValueError:
@@ -347,6 +343,6 @@ def _map_npy(file: Path) -> npt.NDArray[np.int64]:
 
 
 def _map(file: Path, dtype: npt.DTypeLike, count: int | None = None, offset: int = 0) -> npt.NDArray[Any]:
-    """A read-only memory map as a plain array: slices of `np.memmap` itself cost several times more."""
+    """Map a file read-only as a plain array: slices of `np.memmap` itself cost several times more."""
     shape = None if count is None else (count,)
     return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)

@@ -1,1 +1,1 @@
-"""From a token store to micro-batches: samples, packs, masks, and a loader that builds ahead."""
+"""Turns token stores into micro-batches: samples, packs, masks, and a loader that builds ahead."""

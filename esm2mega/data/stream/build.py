@@ -1,7 +1,7 @@
 """Builds the arrays of one micro-batch from a planned pack: reads, crops, masks and pads, without torch.
 
-What becomes of a sample depends on its number and the seed, not on the pack that it is in. Processes that
-build batches (`data.workers`) import this module alone and start in a fraction of a second.
+Crop and masks of a sample depend on its number and the seed, not on the pack that it is in. Processes that
+build batches (`data.workers`) import this module alone, and so start in a fraction of a second.
 
     T   tokens of a pack (`train.micro_batch_tokens`), padding included
     n   segments of a pack: its pieces of proteins, and the padding between and behind them
@@ -27,13 +27,13 @@ from esm2mega.data.stream.samples import Pieces, Proteins, TrainSamples
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What decides the content of all batches, besides the stores.
+    """Holds what decides the content of all batches, besides the stores.
 
     Attributes:
         data: sampling, cropping, masking and packing.
         micro_batch_tokens: tokens of a pack, T.
         seed: seed of the run.
-        max_epochs: training ends when every protein (or cluster) was taken so often; None for no end.
+        max_epochs: number of times to take every protein (or cluster) before training ends; None for no end.
     """
 
     data: DataConfig
@@ -42,7 +42,7 @@ class BatchSpec:
     max_epochs: int | None = None
 
     def pack_shape(self) -> PackShape:
-        """The part of it that decides which samples share a pack."""
+        """Return the part of the specification that decides which samples share a pack."""
         return PackShape(
             self.micro_batch_tokens, self.data.max_seq_length, self.data.pack_window, self.data.packing
         )
@@ -50,15 +50,15 @@ class BatchSpec:
 
 @dataclass(frozen=True)
 class BatchArrays:
-    """One micro-batch, small enough to travel between processes.
+    """Holds one micro-batch in types that are small enough to travel between processes.
 
     Attributes:
         input_ids: token ids after masking, `<pad>` where there is no protein, uint8 [T].
         cu_seqlens: where each segment begins, and T at the end, int32 [n + 1].
-        label_positions: places of the tokens to predict, ascending, int32 [M].
+        label_positions: positions of the tokens to predict, ascending, int32 [M].
         labels: the original tokens there, uint8 [M].
         num_tokens: tokens of proteins, `<cls>` and `<eos>` included, padding not.
-        num_residues: the same without `<cls>` and `<eos>`.
+        num_residues: tokens of proteins without `<cls>` and `<eos>`.
         num_sequences: proteins, or pieces of them.
     """
 
@@ -73,15 +73,15 @@ class BatchArrays:
 
 _COUNTED_SAMPLES = 16384
 
-# A pack without pieces: padding only, for ranks that have nothing left to do.
+# This pack holds padding only, for ranks that have nothing left to do.
 PADDING = Pack(PackWindow(EMPTY_WINDOW.pieces, EMPTY_WINDOW.offsets, [0, 0], [0]), 0)
 
 
 def build_arrays(stores: Sequence[Proteins], spec: BatchSpec, pack: Pack) -> BatchArrays:
-    """Reads, masks and lays out one pack."""
+    """Read, mask and lay out one pack."""
     pieces, capacity = pack.pieces, spec.micro_batch_tokens
     tokens = piece_tokens(stores, pieces)
-    # The chunks of a protein share a stream; every other piece has one of its own.
+    # The chunks of a protein share a stream of random numbers; any other piece has its own.
     starts = pieces.starts if spec.data.crop == "chunk" else None
     masked = mask_tokens(tokens, pieces.samples, pieces.lengths, spec.seed, spec.data, starts)
 
@@ -102,9 +102,9 @@ def build_arrays(stores: Sequence[Proteins], spec: BatchSpec, pack: Pack) -> Bat
 
 
 def token_counts(samples: TrainSamples) -> npt.NDArray[np.int64]:
-    """How often each residue token occurs in what is trained on, [33].
+    """Count how often each residue token occurs in the training data, [33].
 
-    Of one store without clusters these are the counts of the store. Of clusters and mixtures they come from
+    For one store without clusters these are the counts of the store. For clusters and mixtures they come from
     the first 16,384 samples: some 5 million residues, whose frequencies are as good as those of all.
     """
     if samples.takes_all and isinstance(store := samples.stores[0], TokenStore):
@@ -116,7 +116,7 @@ def token_counts(samples: TrainSamples) -> npt.NDArray[np.int64]:
 
 
 def piece_tokens(stores: Sequence[Proteins], pieces: Pieces) -> npt.NDArray[np.uint8]:
-    """Pieces back to back, cut out of `<cls>` residues `<eos>`, [sum of their lengths]."""
+    """Return the tokens of pieces back to back, cut out of `<cls>` residues `<eos>`, [sum of lengths]."""
     tokens = np.empty(int(pieces.lengths.sum()), dtype=np.uint8)
     first = 0
     for store, row, start, length in zip(
@@ -141,13 +141,13 @@ def piece_tokens(stores: Sequence[Proteins], pieces: Pieces) -> npt.NDArray[np.u
 
 @dataclass(frozen=True)
 class StreamState:
-    """How far the training data were consumed, by all data-parallel ranks together.
+    """Says how much of the training data all data-parallel ranks together have consumed.
 
     Attributes:
         cursor: the next pack.
-        consumed_packs: packs up to there.
+        consumed_packs: packs before the next one.
         consumed_samples: proteins, or pieces of them, in these packs.
-        consumed_tokens: tokens in them without padding.
+        consumed_tokens: tokens in these packs, without padding.
     """
 
     cursor: PackCursor = PackCursor()
@@ -156,7 +156,7 @@ class StreamState:
     consumed_tokens: int = 0
 
     def after(self, packs: Sequence[Pack], cursor: PackCursor) -> StreamState:
-        """The state when `packs` are consumed as well and `cursor` comes next."""
+        """Return the state when `packs` are consumed as well and `cursor` comes next."""
         return StreamState(
             cursor,
             self.consumed_packs + len(packs),
@@ -167,13 +167,13 @@ class StreamState:
 
 @dataclass(frozen=True)
 class Share:
-    """The share of the batches that is built here: one data-parallel rank's, or every so many-th of them.
+    """Says which batches are built here: those of one data-parallel rank, or of a worker of that rank.
 
     Attributes:
         dp_rank: data-parallel rank of this process.
         dp_size: number of data-parallel ranks.
-        worker: number of this builder among those of the rank.
-        workers: how many builders take turns.
+        worker: number of this worker among those of the rank.
+        workers: number of workers of the rank, which take turns.
     """
 
     dp_rank: int = 0
@@ -183,7 +183,7 @@ class Share:
 
 
 def train_plan(samples: TrainSamples, spec: BatchSpec) -> PackPlan:
-    """The sequence of packs of a training run."""
+    """Plan the sequence of packs of a training run."""
     num_samples = None
     if spec.max_epochs is not None:
         if samples.epoch_size is None:
@@ -195,7 +195,7 @@ def train_plan(samples: TrainSamples, spec: BatchSpec) -> PackPlan:
 def train_batches(
     samples: TrainSamples, spec: BatchSpec, share: Share, state: StreamState
 ) -> Iterator[tuple[BatchArrays, StreamState]]:
-    """Yields this share of the batches behind `state`, each with the state once every rank took its own.
+    """Yield the batches of `share` behind `state`, each with the state when every rank has taken its batch.
 
     Batch m of a data-parallel rank is pack m * dp_size + dp_rank behind `state`. Behind the end of the data
     come batches of padding.
@@ -214,6 +214,6 @@ def train_batches(
 def worker_batches(
     paths: Sequence[Path], spec: BatchSpec, share: Share, state: StreamState, worker: int
 ) -> Iterator[tuple[BatchArrays, StreamState]]:
-    """`train_batches` of worker number `worker` of a share, in a process that has not opened the stores."""
+    """Run `train_batches` for one worker of a share, in a process that has not opened the stores yet."""
     samples = TrainSamples([TokenStore(path) for path in paths], spec.data, spec.seed)
     return train_batches(samples, spec, replace(share, worker=worker), state)

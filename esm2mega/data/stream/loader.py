@@ -1,9 +1,8 @@
 """Serves packed, masked batches: an endless stream for training, a fixed list for evaluation.
 
 Micro-batch m of data-parallel rank r is pack m * dp_size + r behind the point where the stream was started,
-so the packs between two optimizer steps are the same ones for every dp_size and every number of
-micro-batches. Ranks of one tensor- or pipeline-parallel group use the same dp_rank and build the same
-batches.
+so the packs between two optimizer steps are the same for every dp_size and every number of micro-batches.
+Ranks of one tensor- or pipeline-parallel group use the same dp_rank and build the same batches.
 
     T   tokens of a pack (`train.micro_batch_tokens`), padding included
     n   segments of a pack: its pieces of proteins, and each stretch of `<pad>` between or behind them
@@ -47,12 +46,12 @@ if TYPE_CHECKING:
 
 
 def build_batch(stores: Sequence[TokenStore], spec: BatchSpec, pack: Pack) -> PackedBatch:
-    """Reads, crops, masks and pads one pack."""
+    """Read, crop, mask and pad one pack."""
     return _as_tensors(build_arrays(stores, spec, pack))
 
 
 def _as_tensors(arrays: BatchArrays) -> PackedBatch:
-    """The batch in the types that the model wants."""
+    """Return the batch as tensors of the types that the model needs."""
     seqlens = np.diff(arrays.cu_seqlens).tolist()
     return PackedBatch(
         input_ids=torch.from_numpy(arrays.input_ids.astype(np.int64)),
@@ -72,18 +71,18 @@ BatchT = TypeVar("BatchT")
 
 
 class PackStream(ABC, Generic[BatchT]):
-    """Iterator over this rank's training batches, built ahead; close it after use.
+    """Iterates over this rank's training batches, which are built ahead; close it after use.
 
-    The state covers the batches that were taken, not those built ahead, and holds for any `dp_size`: it is
-    the same on all ranks after they took equally many batches. With `max_epochs` the data end: what comes
-    then is padding without labels.
+    The state covers the batches that were taken, not those built ahead, and is valid for any `dp_size`: it is
+    the same on all ranks after they have taken equally many batches. With `max_epochs` the data end, and
+    batches of padding without labels follow.
     """
 
     def __init__(self, samples: TrainSamples, spec: BatchSpec, share: Share) -> None:
-        """Starts at the first pack.
+        """Start at the first pack.
 
         Args:
-            samples: what is trained on.
+            samples: samples to train on.
             spec: content of the batches.
             share: which of the packs are those of this rank.
         """
@@ -96,11 +95,11 @@ class PackStream(ABC, Generic[BatchT]):
 
     @abstractmethod
     def _start(self) -> Prefetcher[Any] | ProcessPrefetcher[Any]:
-        """Builds ahead from the state on, pairs of what `_finish` takes and the state behind it."""
+        """Start building ahead from the state on: pairs of a batch for `_finish` and the state behind it."""
 
     @abstractmethod
     def _finish(self, built: Any) -> BatchT:
-        """The batch as the model wants it."""
+        """Return the batch in the form that the model needs."""
 
     def __iter__(self) -> Self:
         return self
@@ -118,22 +117,22 @@ class PackStream(ABC, Generic[BatchT]):
         self.close()
 
     def close(self) -> None:
-        """Stops building ahead. The state stays readable, and taking another batch starts again behind it."""
+        """Stop building ahead; the state stays readable, and taking another batch starts again behind it."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
 
     def num_packs(self) -> int:
-        """Packs of `max_epochs`, counted by planning all of them: a second per million proteins at most."""
+        """Count the packs of `max_epochs` by planning them all, in a second per million proteins at most."""
         return sum(len(window) for window in train_plan(self.samples, self._spec).windows())
 
     @property
     def state(self) -> StreamState:
-        """How far the data were consumed."""
+        """Return how much of the data was consumed."""
         return self._state
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain JSON values, with what it depends on."""
+        """Return the state as plain JSON values, with what it depends on."""
         return {
             "cursor": self._state.cursor.to_dict(),
             "consumed_packs": self._state.consumed_packs,
@@ -143,10 +142,10 @@ class PackStream(ABC, Generic[BatchT]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues behind a saved state, also one that was saved with another `dp_size`.
+        """Continue behind a saved state, which may have been saved with another `dp_size`.
 
         Raises:
-            UserError: the state belongs to other data or other packs, in which its place means nothing.
+            UserError: The state belongs to other data or other packs, for which its cursor has no meaning.
         """
         for key, value in self._identity().items():
             saved = state["identity"].get(key)
@@ -165,7 +164,7 @@ class PackStream(ABC, Generic[BatchT]):
         )
 
     def _identity(self) -> dict[str, Any]:
-        """Everything that the meaning of a cursor depends on, under the names of the configuration."""
+        """Return all that the meaning of a cursor depends on, under the names of the configuration."""
         return {
             **self.samples.identity(),
             "train.micro_batch_tokens": self._shape.micro_batch_tokens,
@@ -176,19 +175,18 @@ class PackStream(ABC, Generic[BatchT]):
 
 
 class TrainStream(PackStream[PackedBatch]):
-    """Endless iterator over masked batches of token stores; close it after use.
+    """Iterates without end over masked batches of token stores; close it after use.
 
-    Batches are built ahead, one in a thread or some in each of `data.workers` processes; which of the two
-    makes no difference to them.
+    Batches are built ahead, one in a thread or some in each of `data.workers` processes, with equal results.
     """
 
     def __init__(
         self, stores: Sequence[TokenStore], spec: BatchSpec, dp_rank: int = 0, dp_size: int = 1
     ) -> None:
-        """Starts at the first pack.
+        """Start at the first pack.
 
         Args:
-            stores: training proteins; several are mixed by `data.weights`.
+            stores: training proteins; several stores are mixed by `data.weights`.
             spec: content of the batches.
             dp_rank: data-parallel rank of this process.
             dp_size: number of data-parallel ranks.
@@ -208,27 +206,27 @@ class TrainStream(PackStream[PackedBatch]):
 
 
 class SplitPacks(ABC, Generic[BatchT]):
-    """A split for evaluation: every protein once, the same crops and masks each time it is iterated over.
+    """Serves a split for evaluation: every protein once, with the same crops and masks in every iteration.
 
-    Crop and masks of a protein follow from the seed and its number in the store, so the loss of a whole
-    split does not depend on packs and ranks. Packs come in a fixed random order, so that a limit takes a
-    fair sample. When the packs do not divide among the ranks, some ranks end with a batch of padding
+    Crop and masks of a protein follow from the seed and its number in the store, so the loss of a whole split
+    does not depend on packs and ranks. Packs come in a fixed random order, so that a limit takes a random
+    sample. When the packs cannot be divided evenly among the ranks, some ranks end with a batch of padding
     without labels: all ranks run equally many micro-batches.
     """
 
     def __init__(
         self, store: Proteins, spec: BatchSpec, limit: int = 0, dp_rank: int = 0, dp_size: int = 1
     ) -> None:
-        """Selects this rank's batches.
+        """Select this rank's batches.
 
         Args:
             store: proteins of the split.
             spec: content of the batches.
-            limit: packs over all ranks; 0 for the whole split.
+            limit: largest number of packs over all ranks; 0 for the whole split.
             dp_rank: data-parallel rank of this process.
             dp_size: number of data-parallel ranks.
         """
-        # Masks of validation protein k shall not repeat those of training sample k.
+        # Another seed keeps the masks of validation protein k from repeating those of training sample k.
         self._spec = replace(spec, seed=counter_rng.derive_seed(spec.seed, counter_rng.Purpose.EVALUATION))
         self._limit = limit or None
         self._dp_rank = dp_rank
@@ -238,13 +236,13 @@ class SplitPacks(ABC, Generic[BatchT]):
 
     @functools.cached_property
     def num_packs(self) -> int:
-        """Packs over all ranks, without those of padding only."""
+        """Return the number of packs over all ranks, without those of padding only."""
         if self._limit is None:
             return int(self._borders[-1])
         return sum(1 for _ in self._packs())
 
     def __len__(self) -> int:
-        """Micro-batches of each rank."""
+        """Return the number of micro-batches of each rank."""
         return -(-self.num_packs // self._dp_size)
 
     def __iter__(self) -> Iterator[BatchT]:
@@ -254,32 +252,32 @@ class SplitPacks(ABC, Generic[BatchT]):
             yield self._build(pack)
 
     def batch(self, number: int) -> BatchT:
-        """Return the batch of any pack, counted over all ranks from 0."""
+        """Return the batch of one pack, by its number over all ranks from 0."""
         window = int(np.searchsorted(self._borders, number, side="right")) - 1
         return self._build(Pack(self._plan.window(window), number - int(self._borders[window])))
 
     @functools.cached_property
     def _borders(self) -> npt.NDArray[np.int64]:
-        """The first pack of each window of the plan, and their total."""
+        """Return the number of the first pack of each window of the plan, and the total number of packs."""
         return np.cumsum([0, *map(len, self._plan.windows())])
 
     @abstractmethod
     def _build(self, pack: Pack) -> BatchT:
-        """One batch."""
+        """Build the batch of one pack."""
 
     def _packs(self) -> Iterator[Pack]:
-        """The packs over all ranks."""
+        """Iterate over the packs of all ranks."""
         packs = (Pack(window, i) for window in self._plan.windows() for i in range(len(window)))
         return itertools.islice(packs, self._limit)
 
 
 class EvalPacks(SplitPacks[PackedBatch]):
-    """A split of a token store, masked."""
+    """Serves masked batches of a split in a token store; see `SplitPacks`."""
 
     def __init__(
         self, store: TokenStore, spec: BatchSpec, limit: int = 0, dp_rank: int = 0, dp_size: int = 1
     ) -> None:
-        """Selects this rank's batches; the arguments are those of `SplitPacks`."""
+        """Select this rank's batches; the arguments are those of `SplitPacks`."""
         super().__init__(store, spec, limit, dp_rank, dp_size)
         self._store = store
 

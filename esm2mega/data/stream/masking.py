@@ -1,8 +1,8 @@
-"""Chooses the residues to predict and corrupts them, in BERT's 80/10/10.
+"""Chooses the residues to predict and corrupts them, as BERT does (by default 80/10/10).
 
 Every residue is chosen on its own with probability `mlm_probability`; of the chosen ones `mask_fraction`
 become `<mask>`, `random_fraction` become a random residue (which may be the same one) and the rest stay. A
-protein may end up without any chosen residue. Special tokens and `<unk>` are never chosen: there is no
+protein may end up without any chosen residue. Special tokens and `<unk>` are never chosen: they hide no
 letter to predict.
 """
 
@@ -26,12 +26,12 @@ _RANDOM_POOL = {"amino_acids": vocabulary.STANDARD_RESIDUES, "all": range(len(vo
 
 
 class MaskedTokens(NamedTuple):
-    """Corrupted tokens and what was there.
+    """Holds corrupted tokens, and the original ones where tokens were chosen.
 
     Attributes:
-        input_ids: tokens the model sees, int64 [T].
-        label_positions: places of the chosen tokens, ascending, int64 [M].
-        labels: the original tokens at these places, int64 [M].
+        input_ids: tokens that the model sees, int64 [T].
+        label_positions: positions of the chosen tokens, ascending, int64 [M].
+        labels: the original tokens at these positions, int64 [M].
     """
 
     input_ids: npt.NDArray[np.int64]
@@ -47,7 +47,7 @@ def mask_tokens(
     config: DataConfig,
     starts: npt.NDArray[np.int64] | None = None,
 ) -> MaskedTokens:
-    """Masks any number of samples at once, each by its stream number alone and not by its neighbours.
+    """Mask any number of samples at once; the masks of each depend on its stream number alone.
 
     Args:
         tokens: token ids of the samples, one behind the other, [T].
@@ -55,8 +55,8 @@ def mask_tokens(
         lengths: tokens of each sample, adding up to T, [n].
         seed: seed of the run.
         config: probabilities and the pool of random residues.
-        starts: place within its stream of the first token of each sample, [n]; None for 0. Pieces that share
-            a stream differ in it.
+        starts: position within its stream of the first token of each sample, [n]; None for 0. Pieces that
+            share a stream start at different positions.
     """
     first = np.cumsum(lengths) - lengths
     if starts is not None:

@@ -1,12 +1,11 @@
 """Plans which samples share a pack of T tokens: a pure function of lengths and seed, window by window.
 
-A window is `data.pack_window` consecutive samples. Its pieces are packed best fit, longest first, or put
+A window is `data.pack_window` consecutive samples. Its pieces are packed by best fit, longest first, or put
 into padded batches of similar length, and the packs are shuffled, since the first ones hold the longest
-proteins. Every rank plans the same windows for itself; a place in the endless sequence of packs is a
+proteins. Every rank plans the same windows for itself; a position in the endless sequence of packs is a
 `PackCursor`, which is all that a resumed run needs.
 
-Planning takes no step per sample: pieces of one length, and packs with equally much room, are handled
-together.
+Planning handles pieces of one length, and packs with equal room left, together, and not sample by sample.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from esm2mega.data.counter_rng import Integers, Purpose
 from esm2mega.data.stream.samples import Pieces
 from esm2mega.errors import UserError
 
-# Windows kept by a plan: a global batch may reach from one window into the next.
+# A plan keeps this many windows, since a global batch may reach from one window into the next.
 _CACHED_WINDOWS = 2
 
-# Samples of a window per token of a pack: 2700 packs of UniRef proteins, whatever T is. The last one or two
-# packs of a window are not full, and planning has a cost per window.
+# A window has this many samples per token of a pack, which makes 2700 packs of UniRef proteins, whatever T
+# is. Windows are large because the last one or two packs of each are not full, and planning each has a cost.
 _WINDOW_PER_TOKEN = 8
 
 
 def plan_packs(num_tokens: npt.ArrayLike, capacity: int) -> Integers:
-    """Packs the pieces of one window, each into the fullest pack that still has room for it, longest first.
+    """Pack the pieces of one window, longest first, each into the fullest pack that has room for it.
 
-    Ties go to the pack that came to its room last. For proteins cropped to 1024 tokens in packs of 4096 this
-    leaves some 0.1 % of the tokens empty, nearly all of them in the last packs.
+    Of several equally full packs the one that was filled to that level last is taken. Proteins cropped to
+    1024 tokens leave some 0.1 % of the tokens of packs of 4096 empty, nearly all of them in the last packs.
 
     Args:
         num_tokens: tokens of each piece, [n], each between 1 and `capacity`.
@@ -62,10 +61,10 @@ def plan_packs(num_tokens: npt.ArrayLike, capacity: int) -> Integers:
 
 
 class _Packs:
-    """Packs that are being filled, by the room that is left in them."""
+    """Holds the packs that are being filled, by the room that is left in them."""
 
     def __init__(self, capacity: int) -> None:
-        """No packs yet, of `capacity` tokens each."""
+        """Start without packs; each will have `capacity` tokens."""
         self.steps: list[tuple[int, int, int]] = []  # first pack, pieces into each pack, pieces
         self._capacity = capacity
         self._count = 0
@@ -74,7 +73,7 @@ class _Packs:
         self._rooms = 0
 
     def add(self, length: int, count: int) -> None:
-        """Adds `count` pieces of one length, which is at most that of the pieces before."""
+        """Add `count` pieces of one length, which is not above the length of the pieces before."""
         while count:
             fitting = self._rooms >> length
             if fitting:
@@ -108,7 +107,7 @@ class _Packs:
 
 
 def plan_buckets(num_tokens: npt.ArrayLike, capacity: int) -> Integers:
-    """Puts pieces of similar length into padded batches: as many as fit when all are as long as the longest.
+    """Put pieces of similar length into padded batches, as many as fit when padded to the longest of them.
 
     Args:
         num_tokens: tokens of each piece, [n], each between 1 and `capacity`.
@@ -137,8 +136,8 @@ def _checked(num_tokens: npt.ArrayLike, capacity: int) -> Integers:
 
 
 def _longest_first(lengths: Integers) -> Integers:
-    """The places of the pieces, longest first and then ascending, [n]."""
-    # Sorting one number per piece is several times faster than sorting places by it.
+    """Return the indices of the pieces, longest first and then ascending, [n]."""
+    # Sorting one number per piece is several times faster than sorting indices by it.
     size = max(len(lengths), 1)
     return np.sort((lengths.max(initial=0) - lengths) * size + np.arange(len(lengths))) % size
 
@@ -151,7 +150,7 @@ _PLANNERS: dict[str, Callable[[npt.ArrayLike, int], Integers]] = {
 
 @dataclass(frozen=True, eq=False)
 class PackWindow:
-    """The packs of one window, in their order.
+    """Holds the packs of one window, in their order.
 
     Attributes:
         pieces: all pieces, pack by pack and within a pack in the order of their samples, [n].
@@ -166,17 +165,17 @@ class PackWindow:
     num_tokens: list[int]
 
     def __len__(self) -> int:
-        """Number of packs."""
+        """Return the number of packs."""
         return len(self.num_tokens)
 
     @classmethod
     def of(cls, pieces: Pieces, pack_of: Integers, padded: bool) -> PackWindow:
-        """Sorts pieces by pack, [n], and lays them out.
+        """Sort pieces by pack, and lay them out.
 
         Args:
-            pieces: in the order of their samples, one at least.
-            pack_of: the pack of each; every pack from 0 to the largest has one at least.
-            padded: every piece of a pack takes as much room as the longest one.
+            pieces: pieces in the order of their samples, at least one, [n].
+            pack_of: pack of each piece, [n]; every pack from 0 to the largest has at least one piece.
+            padded: whether every piece of a pack takes as much room as the longest one.
         """
         pieces = pieces[np.sort(pack_of * len(pieces) + np.arange(len(pieces))) % len(pieces)]
         counts = np.bincount(pack_of)
@@ -196,29 +195,29 @@ EMPTY_WINDOW = PackWindow(Pieces(*[_NOTHING] * 5), _NOTHING, [0], [])
 
 @dataclass(frozen=True)
 class Pack:
-    """One pack of a window; what it holds is looked up when asked for."""
+    """Refers to one pack of a window, and looks its content up when asked for."""
 
     window: PackWindow
     number: int
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all pieces together, without padding, at most T."""
+        """Return the number of tokens of all pieces together, without padding, at most T."""
         return self.window.num_tokens[self.number]
 
     @property
     def num_pieces(self) -> int:
-        """Pieces in it."""
+        """Return the number of pieces in the pack."""
         return self.window.bounds[self.number + 1] - self.window.bounds[self.number]
 
     @property
     def pieces(self) -> Pieces:
-        """Its pieces in the order of their samples, [n]."""
+        """Return the pieces of the pack in the order of their samples, [n]."""
         return self.window.pieces[self._slice]
 
     @property
     def offsets(self) -> Integers:
-        """Where each piece begins in the pack, int64 [n]."""
+        """Return where each piece begins in the pack, int64 [n]."""
         return self.window.offsets[self._slice]
 
     @property
@@ -228,24 +227,24 @@ class Pack:
 
 @dataclass(frozen=True)
 class PackCursor:
-    """A place in the sequence of packs: the next pack is number `offset` of `window`."""
+    """Marks a position in the sequence of packs: the next pack is number `offset` of `window`."""
 
     window: int = 0
     offset: int = 0
 
     def to_dict(self) -> dict[str, int]:
-        """As plain numbers for train_state.json."""
+        """Return the position as plain numbers for train_state.json."""
         return asdict(self)
 
     @staticmethod
     def from_dict(state: dict[str, Any]) -> PackCursor:
-        """Inverse of `to_dict`."""
+        """Invert `to_dict`."""
         return PackCursor(window=int(state["window"]), offset=int(state["offset"]))
 
 
 @dataclass(frozen=True)
 class PackShape:
-    """What decides which samples share a pack, besides the samples and the seed.
+    """Holds what decides which samples share a pack, besides the samples and the seed.
 
     Attributes:
         micro_batch_tokens: tokens of a pack, T.
@@ -270,26 +269,26 @@ class PackShape:
 
     @property
     def window(self) -> int:
-        """Samples of a window."""
+        """Return the number of samples of a window."""
         if self.pack_window is None:
             return _WINDOW_PER_TOKEN * self.micro_batch_tokens
         return self.pack_window
 
 
 class PackPlan:
-    """The sequence of packs, endless for training or one epoch for evaluation."""
+    """Plans the sequence of packs, which may have an end or none."""
 
     def __init__(
         self, draw: Callable[[Integers], Pieces], seed: int, shape: PackShape, num_samples: int | None = None
     ) -> None:
-        """Fixes the sequence; windows are planned when they are first asked for.
+        """Fix the sequence; windows are planned when they are first asked for.
 
         Args:
-            draw: the pieces of samples, given their numbers; one or more for each, of `max_seq_length` at
-                most.
+            draw: function that returns the pieces of samples, given their numbers; one or more for each
+                sample, of at most `max_seq_length` tokens.
             seed: seed of the run.
-            shape: of packs and windows.
-            num_samples: how many samples there are; None for no end.
+            shape: shape of packs and windows.
+            num_samples: number of samples; None for no end.
         """
         self.shape = shape
         self.num_samples = num_samples
@@ -298,7 +297,7 @@ class PackPlan:
         self.window = functools.lru_cache(maxsize=_CACHED_WINDOWS)(self._plan)
 
     def take(self, cursor: PackCursor, count: int) -> tuple[list[Pack], PackCursor]:
-        """The next `count` packs, fewer at the end, and the place behind them."""
+        """Return the next `count` packs, fewer at the end, and the position behind them."""
         number, offset = cursor.window, cursor.offset
         taken: list[Pack] = []
         while len(taken) < count and len(window := self.window(number)):
@@ -310,14 +309,14 @@ class PackPlan:
         return taken, PackCursor(number, offset)
 
     def windows(self) -> Iterator[PackWindow]:
-        """Yields the windows from the first one on; the plan must have an end."""
+        """Yield the windows from the first one on; the plan must have an end."""
         number = 0
         while len(window := self.window(number)):
             yield window
             number += 1
 
     def _plan(self, number: int) -> PackWindow:
-        """One window; an empty one behind the end."""
+        """Plan one window; behind the end it is empty."""
         first = number * self.shape.window
         last = first + self.shape.window
         samples = np.arange(first, last if self.num_samples is None else min(last, self.num_samples))

@@ -1,4 +1,4 @@
-"""Runs iterators ahead of their consumer: one in a daemon thread, or several in processes."""
+"""Runs iterators ahead of their consumer: one in a daemon thread, or several in processes of their own."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Iterates over `items` and builds the next one while the consumer works on the last.
+    """Iterates over `items`, and builds the next one in a thread while the consumer works on the last.
 
     An exception inside `items` is raised by the `next` that would have returned that item.
     """
 
     def __init__(self, items: Iterator[T]) -> None:
-        """Starts the thread and with it the first item."""
+        """Start the thread, which builds the first item at once."""
         self._items = items
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         self._wanted = threading.Semaphore(1)  # how many items the thread may still build
@@ -47,7 +47,7 @@ class Prefetcher(Generic[T]):
         raise self._end.error
 
     def close(self) -> None:
-        """Stops the thread and waits until the item it is building is done; may be called twice."""
+        """Stop the thread, after the item that it is building; may be called twice."""
         self._closed = True
         self._end = self._end or _End(StopIteration())
         self._wanted.release()
@@ -60,27 +60,27 @@ class Prefetcher(Generic[T]):
                 return
             try:
                 self._ready.put(next(self._items))
-            except BaseException as error:  # whatever it is belongs to the consumer, StopIteration included
+            except BaseException as error:  # raised again in the consumer, StopIteration included
                 self._ready.put(_End(error))
                 return
 
 
 class ProcessPrefetcher(Generic[T]):
-    """Iterates over what several processes build, one item from each in turn.
+    """Iterates over what several processes build, taking one item from each in turn.
 
-    Process w of n runs `items(w)`, which yields the items number w, w + n, w + 2 n, ... It runs ahead by what
-    fits into its pipe, one item at least. An error there is raised here by the `next` that would have
-    returned that item.
+    Process w of n runs `items(w)`, which yields the items number w, w + n, w + 2 n, ... It runs ahead by as
+    many items as fit into its pipe, at least one. An error in a process is raised here by the `next` that
+    would have returned the item.
     """
 
     def __init__(self, items: Callable[[int], Iterator[T]], num_processes: int) -> None:
-        """Starts the processes.
+        """Start the processes.
 
         Args:
-            items: can be pickled; called in each process with its number.
-            num_processes: how many share the work, one or more.
+            items: function that is called in each process with its number; it must be possible to pickle it.
+            num_processes: number of processes that share the work, at least 1.
         """
-        # Not forked: the training process has threads (gloo, OpenMP, CUDA) whose locks a fork would copy.
+        # Do not fork: the training process has threads (gloo, OpenMP, CUDA) whose locks a fork would copy.
         context = multiprocessing.get_context("spawn")
         pipes, processes = [], []
         with _signals_blocked():
@@ -93,13 +93,13 @@ class ProcessPrefetcher(Generic[T]):
                     daemon=True,
                 )
                 process.start()
-                sender.close()  # the process has its own; with this one closed, its death ends the pipe
+                sender.close()  # the process has its own copy; once both are closed, the pipe ends
                 pipes.append(receiver)
                 processes.append(process)
         self._pipes, self._processes = pipes, processes
         self._turn = 0
         self._end: BaseException | None = None
-        # Also at exit, and before multiprocessing waits there for processes that wait to send.
+        # This also runs at exit, before multiprocessing waits there for processes that wait to send.
         self._finish = Finalize(self, _finish, args=(pipes, processes), exitpriority=0)
 
     def __iter__(self) -> ProcessPrefetcher[T]:
@@ -126,16 +126,16 @@ class ProcessPrefetcher(Generic[T]):
         return item
 
     def close(self) -> None:
-        """Ends the processes; may be called twice."""
+        """End the processes; may be called twice."""
         self._end = self._end or StopIteration()
         self._finish()
 
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started here never see the signals to stop, which schedulers send to all processes of a job.
+    """Keep the processes started in the block from seeing the signals with which schedulers stop a job.
 
-    The training process answers them, and needs its data until it did.
+    They are sent to all processes. The training process acts on them, and needs its data until then.
     """
     before = signal.pthread_sigmask(
         signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
@@ -156,7 +156,7 @@ def _finish(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
 
 
 def _send_items(items: Callable[[int], Iterator[T]], number: int, pipe: Connection) -> None:
-    """The life of one process: sends items until nobody wants them."""
+    """Send items to the training process until it is gone or the items end; a process runs this alone."""
     # A closed pipe means that the training process is gone.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         iterator = None
@@ -171,7 +171,7 @@ def _send_items(items: Callable[[int], Iterator[T]], number: int, pipe: Connecti
 
 
 class _End:
-    """What the consumer raises in the place of an item."""
+    """Holds the error that the consumer raises in the place of an item."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error

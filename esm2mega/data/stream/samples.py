@@ -2,13 +2,12 @@
 
 A sample is drawn in up to three steps, each a pure function of (seed, k) in constant memory:
 
-    store      blocks of 65,536 samples hold each store exactly as often as its weight says, in random order
+    store      in each block of 65,536 samples every store has the share of its weight, in random order
     protein    each epoch of a store takes every protein once, in an order of its own; of a store with
-               clusters, every cluster once, and a member of it at random, all equally likely
+               clusters, every cluster once, and one of its members at random, all equally likely
     piece      a window of `data.max_seq_length` tokens of a longer protein, or all its chunks
 
-Tokens of a protein are numbered with `<cls>` as 0 and `<eos>` as the last. Only the lengths of proteins are
-read here.
+Tokens of a protein are numbered from `<cls>`, 0, to `<eos>`. This module reads only the lengths of proteins.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 
 MIXTURE_BLOCK = 1 << 16
-"""Samples in which a mixture is exact; weights are multiples of its inverse."""
+"""A mixture has its exact shares in every block of this many samples, so shares are multiples of 1/65,536."""
 
 
 class Proteins(Protocol):
-    """What samples need of proteins: a `TokenStore`, or labelled ones in memory."""
+    """Says what samples need of proteins, which are a `TokenStore` or labelled proteins in memory."""
 
     @property
     def path(self) -> Path: ...
@@ -51,14 +50,14 @@ class Proteins(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """Pieces of proteins, as the model reads them.
+    """Describes pieces of proteins, as the model reads them; all arrays are int64.
 
     Attributes:
-        samples: the sample number k, which names the random numbers of a piece (in evaluation the row), [n].
-        stores: which of the stores, [n].
-        rows: which protein of it, [n].
+        samples: sample number k of each, which selects its random numbers (in evaluation the row), [n].
+        stores: number of the store of each, [n].
+        rows: row of the protein in that store, [n].
         starts: first token of the piece within the protein, [n].
-        lengths: tokens of the piece, [n]. All are int64.
+        lengths: tokens of the piece, [n].
     """
 
     samples: Integers
@@ -71,7 +70,7 @@ class Pieces:
         return len(self.samples)
 
     def __getitem__(self, places: slice | Integers) -> Pieces:
-        """Some of the pieces, in the order of `places`."""
+        """Return the pieces at `places`, in that order."""
         return Pieces(
             self.samples[places],
             self.stores[places],
@@ -82,14 +81,14 @@ class Pieces:
 
 
 class TrainSamples:
-    """The endless sequence of training samples."""
+    """Looks up the endless sequence of training samples."""
 
     def __init__(self, stores: Sequence[Proteins], config: DataConfig, seed: int) -> None:
-        """Fixes the sequence.
+        """Fix the sequence.
 
         Args:
-            stores: what to train on, one or more.
-            config: `sampling`, `weights`, `crop` and `max_seq_length` count here.
+            stores: proteins to train on, one store or more.
+            config: section of which `sampling`, `weights`, `crop` and `max_seq_length` count here.
             seed: seed of the run.
         """
         self.stores = stores
@@ -106,17 +105,17 @@ class TrainSamples:
 
     @property
     def epoch_size(self) -> int | None:
-        """Samples of an epoch: the proteins, or the clusters, of a single store; a mixture has no epochs."""
+        """Return the samples of an epoch: proteins, or clusters, of a single store; None for a mixture."""
         return self._orders[0].size if self._mixture is None else None
 
     def __call__(self, samples: Integers) -> Pieces:
-        """Looks up samples.
+        """Look up samples.
 
         Args:
             samples: sample numbers from 0, [n].
 
         Returns:
-            One piece for each, or all chunks of its protein when `crop` is `chunk`.
+            One piece for each sample, or all chunks of its protein when `crop` is `chunk`.
         """
         stores, numbers = np.zeros_like(samples), samples
         if self._mixture is not None:
@@ -130,11 +129,11 @@ class TrainSamples:
 
     @property
     def takes_all(self) -> bool:
-        """Whether an epoch is every protein of a single store once."""
+        """Return whether an epoch is every protein of a single store once."""
         return len(self._orders) == 1 and self._orders[0].sampling == "sequences"
 
     def names(self, pieces: Pieces) -> list[str]:
-        """The ids of pieces, with the range of residues where it is not the whole protein (`piece_name`)."""
+        """Return the ids of pieces, with the range of residues where that is not the whole protein."""
         columns = (pieces.stores, pieces.rows, pieces.starts, pieces.lengths)
         return [
             piece_name(self.stores[store].id(row), start, length, int(self.stores[store].lengths[row]))
@@ -142,7 +141,7 @@ class TrainSamples:
         ]
 
     def describe(self) -> list[str]:
-        """A line on each store: how much is drawn from what."""
+        """Return a line on each store: how much is drawn from what."""
         lines = []
         for i, (store, order) in enumerate(zip(self.stores, self._orders, strict=True)):
             drawn = f"{order.size} clusters of " if order.sampling == "clusters" else ""
@@ -153,7 +152,7 @@ class TrainSamples:
         return lines
 
     def identity(self) -> dict[str, Any]:
-        """What the sequence depends on, under the names of the configuration."""
+        """Return what the sequence depends on, under the names of the configuration."""
         return {
             "data.train (fingerprint)": [order.fingerprint for order in self._orders],
             "data.weights": None if self._mixture is None else self._mixture.shares.tolist(),
@@ -165,34 +164,34 @@ class TrainSamples:
 
 
 class EvalSamples:
-    """Every protein of a store once, in a fixed random order, without regard to clusters.
+    """Takes every protein of a store once, in a fixed random order, without regard to clusters.
 
-    The sample number of a piece is the row of its protein, so that crop and masks stay with the protein
-    whatever the order and the size of the store.
+    The sample number of a piece is the row of its protein, so that crop and masks of a protein do not depend
+    on the order and the size of the store.
     """
 
     def __init__(self, store: Proteins, config: DataConfig, seed: int) -> None:
-        """Fixes the order; of `config`, `crop` and `max_seq_length` count here."""
+        """Fix the order; of `config`, `crop` and `max_seq_length` count here."""
         self.store = store
         self._config = config
         self._seed = seed
         self._order = SampleOrder(len(store), seed)
 
     def __call__(self, places: Integers) -> Pieces:
-        """Looks up places of the order, [n], from 0 to the number of proteins."""
+        """Look up places of the order, [n], each from 0 to below the number of proteins."""
         _, rows = self._order(places)
         num_tokens = _num_tokens(self.store, rows)
         return _cut(rows, np.zeros_like(rows), rows, num_tokens, self._config, self._seed)
 
 
 class Mixture:
-    """Deals samples to stores: in every block of 65,536 each store gets its share, in a new random order."""
+    """Assigns samples to stores: in every block of 65,536 each gets its share, in a new random order."""
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
-        """Turns weights into shares, which sum up to the block.
+        """Turn weights into shares, which add up to the block.
 
         Args:
-            weights: one for each store, greater than 0, of any sum.
+            weights: weight of each store, greater than 0; they may have any sum.
             seed: seed of the run.
         """
         exact = np.asarray(weights, dtype=np.float64) / sum(weights) * MIXTURE_BLOCK
@@ -208,14 +207,14 @@ class Mixture:
         self._seed = seed
 
     def __call__(self, samples: Integers) -> tuple[Integers, Integers]:
-        """Looks up samples.
+        """Look up samples.
 
         Args:
             samples: sample numbers of the mixture, [n].
 
         Returns:
-            The store of each and the sample number within that store, both [n]. The samples of a store get
-            every number from 0 on once, block by block.
+            The store of each sample and the sample number within that store, both [n]. The samples of a store
+            get every number from 0 on once, block by block.
         """
         blocks, places = np.divmod(samples, MIXTURE_BLOCK)
         dealt = counter_rng.permute(places, MIXTURE_BLOCK, self._seed, Purpose.MIXTURE, blocks)
@@ -225,16 +224,16 @@ class Mixture:
 
 
 def piece_name(identifier: str, start: int, length: int, residues: int) -> str:
-    """The id of a piece: that of a whole protein stays, others get their range of residues.
+    """Return the id of a piece: that of the protein, with the range of residues unless it is the whole.
 
     Args:
         identifier: id of the protein.
         start: first token of the piece within `<cls>` residues `<eos>`.
         length: tokens of the piece.
-        residues: of the whole protein.
+        residues: residues of the whole protein.
 
     Returns:
-        `id/FIRST-LAST`, from 1 and inclusive; the last piece of a protein ends with the word `end`.
+        `id`, or `id/FIRST-LAST`, from 1 and inclusive; LAST is `end` in the last piece of a protein.
     """
     first, last = max(start, 1), min(start + length - 1, residues)
     if first == 1 and last == residues:
@@ -243,10 +242,10 @@ def piece_name(identifier: str, start: int, length: int, residues: int) -> str:
 
 
 class _StoreOrder:
-    """The endless sequence of the proteins of one store."""
+    """Looks up the endless sequence of the proteins of one store."""
 
     def __init__(self, store: Proteins, sampling: str, seed: int) -> None:
-        """Fixes the sequence; `sampling` is `data.sampling`."""
+        """Fix the sequence; `sampling` is `data.sampling`."""
         self._clusters = None if sampling == "sequences" else store.clusters
         if sampling == "clusters" and self._clusters is None:
             raise UserError(
@@ -264,11 +263,11 @@ class _StoreOrder:
         self._order = SampleOrder(self.size, seed)
 
     def __call__(self, numbers: Integers, samples: Integers) -> Integers:
-        """The row of each sample in the store, [n].
+        """Return the row of each sample in the store, [n].
 
         Args:
             numbers: sample numbers of this store, [n].
-            samples: sample numbers of the run, which name the random numbers, [n].
+            samples: sample numbers of the run, which select the random numbers, [n].
         """
         _, drawn = self._order(numbers)
         if self._clusters is None:
@@ -280,19 +279,19 @@ class _StoreOrder:
 
 
 def _seed_of_store(seed: int, store: int) -> int:
-    """A seed for the order of one of several stores: equally large ones shall not move in step."""
+    """Return a seed for the order of one of several stores, so that equally large ones do not share it."""
     return int(counter_rng.bits_at(counter_rng.stream_starts(seed, Purpose.STORE, store), 0)[0])
 
 
 def _num_tokens(store: Proteins, rows: Integers) -> Integers:
-    """Tokens of whole proteins, with `<cls>` and `<eos>`, [n]."""
+    """Return the number of tokens of whole proteins, with `<cls>` and `<eos>`, [n]."""
     return store.lengths[rows].astype(np.int64) + 2
 
 
 def _cut(
     samples: Integers, stores: Integers, rows: Integers, num_tokens: Integers, config: DataConfig, seed: int
 ) -> Pieces:
-    """The pieces of proteins, all arrays [n], that `data.crop` and `data.max_seq_length` leave."""
+    """Cut proteins, all arrays [n], into the pieces that `data.crop` and `data.max_seq_length` ask for."""
     if config.crop == "chunk":
         proteins, starts, lengths = chunk(num_tokens, config.max_seq_length)
         return Pieces(samples[proteins], stores[proteins], rows[proteins], starts, lengths)
@@ -301,17 +300,17 @@ def _cut(
 
 
 def chunk(num_tokens: npt.ArrayLike, max_seq_length: int) -> tuple[Integers, Integers, Integers]:
-    """Cuts every protein into the fewest chunks of at most `max_seq_length` - 2 residues.
+    """Cut every protein into the fewest chunks of at most `max_seq_length` - 2 residues.
 
-    The chunks of a protein differ by one residue at most, the longer ones first. The first has `<cls>`, the
-    last `<eos>`, those between have neither.
+    The chunks of a protein differ by one residue at most, the longer ones first. The first chunk has `<cls>`,
+    the last has `<eos>`, and those between have neither.
 
     Args:
         num_tokens: tokens of whole proteins, [n].
         max_seq_length: largest number of tokens of a protein in one chunk.
 
     Returns:
-        For each chunk, m of all proteins together: its protein (below n), first token and tokens, each [m].
+        Protein (below n), first token and number of tokens of each of the m chunks of all proteins, each [m].
     """
     residues = np.asarray(num_tokens, dtype=np.int64) - 2
     counts = np.maximum(-(-residues // (max_seq_length - 2)), 1)

@@ -1,10 +1,10 @@
-"""`prepare uniref` reads the Parquet and SQLite files of BioNeMo 2.
+"""Makes stores for sampling by cluster from the Parquet and SQLite files of BioNeMo 2.
 
     train_clusters.parquet   columns `ur90_id`, a list of member ids, and optionally `ur50_id`, the cluster id
     valid_clusters.parquet   column `ur50_id`, one representative per row
     train.db, validation.db  SQLite, table `protein(id, sequence)`
 
-A place in these files is a row, counted from 1. Clusters without ids are called by their row.
+Messages name rows of these files, counted from 1. The id of a cluster without one is its row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BATCH_IDS = 1 << 16
 
 
 class IdRow(NamedTuple):
-    """An id and the number of its row."""
+    """Holds an id and the number of its row."""
 
     id: bytes
     line: int
@@ -49,10 +49,10 @@ class ClusterParquet(ParquetFile):
     """Iterates over the clusters of a `train_clusters.parquet`."""
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
-        """Opens the file.
+        """Open the file.
 
         Args:
-            path: of the file.
+            path: path of the file.
             progress: told about the bytes of the file.
         """
         super().__init__(path, ["ur90_id"], progress)
@@ -61,7 +61,7 @@ class ClusterParquet(ParquetFile):
             self.columns.append("ur50_id")
 
     def __iter__(self) -> Iterator[ClusterRow]:
-        """Yields the clusters in the order of the rows."""
+        """Yield the clusters in the order of the rows."""
         for line, (members, *name) in self.rows():
             if not isinstance(members, list):
                 raise UserError(f"{self.location(line)}: ur90_id is {members!r}, not a list of ids")
@@ -76,22 +76,22 @@ class IdParquet(ParquetFile):
     """Iterates over the ids of a `valid_clusters.parquet`."""
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
-        """Opens the file.
+        """Open the file.
 
         Args:
-            path: of the file.
+            path: path of the file.
             progress: told about the bytes of the file.
         """
         super().__init__(path, ["ur50_id"], progress)
 
     def __iter__(self) -> Iterator[IdRow]:
-        """Yields the ids in the order of the rows."""
+        """Yield the ids in the order of the rows."""
         for line, (name,) in self.rows():
             yield IdRow(self.text(name, line, "ur50_id").encode(), line)
 
 
 class BioNeMoInputs(NamedTuple):
-    """The files of a BioNeMo 2 data set; validation is both of its files or none."""
+    """Names the files of a BioNeMo 2 data set; validation has both of its files, or neither."""
 
     train_clusters: str | Path
     train_database: str | Path
@@ -102,12 +102,12 @@ class BioNeMoInputs(NamedTuple):
 def prepare_bionemo(
     inputs: BioNeMoInputs, out: str | Path, progress: ByteProgress | None = None
 ) -> ClusterReport:
-    """Writes `out/train` with clusters and, where there are files for it, `out/valid`.
+    """Write `out/train` with clusters and, where there are files for it, `out/valid`.
 
     Args:
         inputs: the files.
         out: directory to create.
-        progress: told about bytes as the files are hashed; reading follows that of each file.
+        progress: told about bytes as the files are hashed; each file is read after it was hashed.
 
     Returns:
         The counts.
@@ -157,7 +157,7 @@ def prepare_bionemo(
 def _take_validation(
     ids: IdParquet, database: ProteinDatabase, table: ClusterTable, writer: StoreWriter, scratch: Path
 ) -> None:
-    """Writes the representatives that `ids` names, in the order of the database; all must be there."""
+    """Write the representatives that `ids` names, in the order of the database; all must be there."""
     index = IdIndex(scratch / "valid")
     rows = iter(ids)
     while batch := list(islice(rows, _BATCH_IDS)):
@@ -179,7 +179,7 @@ def _take_validation(
         for record, number in zip(chosen, numbers[numbers >= 0].tolist(), strict=True):
             if met[number]:
                 raise UserError(
-                    f"{database.location(record.line)}: {record.id!r} stands there before; once is enough"
+                    f"{database.location(record.line)}: {record.id!r} stands there before; remove this row"
                 )
             met[number] = True
         append_proteins(writer, database, chosen)

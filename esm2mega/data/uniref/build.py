@@ -1,11 +1,11 @@
-"""`prepare uniref` makes stores for sampling by cluster from UniRef50, UniRef90 and their mapping.
+"""Makes stores for sampling by cluster from UniRef50, UniRef90 and their mapping (`prepare uniref`).
 
-The training store holds UniRef90 sequences in the order of their FASTA file, with the UniRef50 clusters over
-them in the order of the mapping. Validation and test hold UniRef50 representatives: of files of their own, or
-drawn from the UniRef50 file, and then nothing of their clusters is left in the training store.
+The training store holds UniRef90 sequences in the order of their FASTA file, and their UniRef50 clusters in
+the order of the mapping. Validation and test hold UniRef50 representatives: from files of their own, or drawn
+from the UniRef50 file, in which case no member of their clusters is left in the training store.
 
-The draw is that of `prepare fasta`: the first places of a seeded random order of all UniRef50 records are
-validation, the next ones test; every part keeps the order of the file.
+They are drawn as in `prepare fasta`: of a seeded random order of all UniRef50 records the first are for
+validation and the next for test; every split keeps the order of the file.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from esm2mega.errors import UserError
 
 @dataclass(frozen=True)
 class ClusterReport:
-    """What a cluster store was made of.
+    """Says what the stores with clusters hold.
 
     Attributes:
         stores: the counts of each split.
         clusters: clusters of the training store.
-        largest: members of the largest one.
+        largest: members of the largest cluster.
         held_out_clusters: clusters of the mapping that are in validation or test.
-        other_clusters: clusters of the mapping that were left out since no file names them.
+        other_clusters: clusters of the mapping that were left out, being neither in `uf50` nor held out.
     """
 
     stores: PrepareReport
@@ -52,7 +52,7 @@ class ClusterReport:
     other_clusters: int = 0
 
     def lines(self) -> list[str]:
-        """One line per split for the user, and one about the clusters."""
+        """Return a line per split for the user, and a line about the clusters."""
         train = self.stores.counts["train"]
         return [
             *self.stores.lines(),
@@ -65,14 +65,14 @@ class ClusterReport:
 
 @dataclass(frozen=True)
 class UniRefInputs:
-    """The files of `prepare uniref`.
+    """Names the files of `prepare uniref`.
 
     Attributes:
         uf50: FASTA of the representatives of the clusters.
         uf90: FASTA of all members of the clusters.
-        mapping: which members belong to which cluster, see `esm2mega.data.uniref.mapping`.
-        valid: FASTA of representatives held out for validation, not in `uf50`.
-        test: the same for the final test.
+        mapping: file that says which members belong to which cluster, see `esm2mega.data.uniref.mapping`.
+        valid: FASTA of representatives held out for validation, not in `uf50`; None for no such file.
+        test: FASTA of representatives held out for the final test, not in `uf50`; None for no such file.
     """
 
     uf50: str | Path
@@ -83,7 +83,7 @@ class UniRefInputs:
 
     @property
     def held_out(self) -> dict[str, str | Path]:
-        """The files of validation and test that were given, by split."""
+        """Return the files of validation and test that were given, by split."""
         return {name: path for name, path in (("valid", self.valid), ("test", self.test)) if path is not None}
 
 
@@ -94,14 +94,14 @@ def prepare_uniref(
     drop_other_clusters: bool = False,
     progress: ByteProgress | None = None,
 ) -> ClusterReport:
-    """Writes `out/train` with clusters and, where asked for, `out/valid` and `out/test`.
+    """Write `out/train` with clusters and, where asked for, `out/valid` and `out/test`.
 
     Args:
         inputs: the files.
         out: directory to create.
-        sizes: of validation and test drawn from the UniRef50 file, in place of files for them.
+        sizes: sizes of validation and test, drawn from the UniRef50 file in place of files for them.
         drop_other_clusters: leave out, and count, clusters of the mapping that are neither in the UniRef50
-            file nor held out; otherwise the first one is an error.
+            file nor held out; otherwise the first such cluster is an error.
         progress: told about bytes as they are read (`bytes_to_read` is the total).
 
     Returns:
@@ -116,10 +116,10 @@ def prepare_uniref(
 
 
 def bytes_to_read(inputs: UniRefInputs, sizes: SplitSizes) -> int:
-    """The total for a `ByteProgress`; missing files count 0."""
+    """Return the total number of bytes for a `ByteProgress`; missing files count 0."""
     paths = [inputs.uf50, inputs.uf90, inputs.mapping, *inputs.held_out.values()]
     if sizes.valid + sizes.test:
-        paths.append(inputs.uf50)  # once for its ids, once for the sequences that were drawn
+        paths.append(inputs.uf50)  # read once for its ids, and once for the sequences that were drawn
     return sum(Path(path).stat().st_size for path in paths if Path(path).is_file())
 
 
@@ -139,7 +139,7 @@ def _check_arguments(inputs: UniRefInputs, sizes: SplitSizes) -> None:
 
 @dataclass
 class _Job:
-    """One run of `prepare_uniref`; all paths it writes are below `staging`."""
+    """Performs one run of `prepare_uniref`; all paths that it writes are below `staging`."""
 
     inputs: UniRefInputs
     sizes: SplitSizes
@@ -195,7 +195,7 @@ class _Job:
     def _write_files(
         self, readers: Mapping[str, FastaReader], uf50: FastaReader, clusters: IdIndex, scratch: Path
     ) -> dict[str, IndexedIds]:
-        """Writes the stores of the files for validation and test; returns their ids."""
+        """Write the stores of the files for validation and test, and return their ids."""
         written: dict[str, IndexedIds] = {}
         for name, reader in readers.items():
             with StoreWriter(self.staging / name) as writer:
@@ -225,7 +225,7 @@ class _Job:
         drawn: DrawnRecords,
         held_out: Mapping[str, IndexedIds],
     ) -> Iterator[tuple[list[ClusterRow], npt.NDArray[np.bool_]]]:
-        """Yields the clusters of the UniRef50 file, batch by batch, and which of them were drawn."""
+        """Yield the clusters of the UniRef50 file, batch by batch, and which of them were drawn."""
         for batch in batched(mapping):
             records = representatives.find([cluster.id for cluster in batch])
             absent = np.flatnonzero(records < 0).tolist()
@@ -246,7 +246,7 @@ class _Job:
             yield [batch[i] for i in kept.tolist()], drawn_out[kept]
 
     def _write_drawn(self, uf50: FastaReader, drawn: DrawnRecords, sources: Sequence[dict[str, Any]]) -> None:
-        """Reads the UniRef50 file again and writes the representatives that were drawn."""
+        """Read the UniRef50 file again, and write the representatives that were drawn."""
         first = 0
         with ExitStack() as stack:
             names = [name for name in SPLITS[1:] if SPLITS.index(name) in drawn.splits]
@@ -262,7 +262,7 @@ class _Job:
                 self.counts[name] = writer.counts
 
     def _split(self, name: str, total: int) -> dict[str, Any]:
-        """The manifest's entry about the split."""
+        """Return the manifest's entry about the split."""
         if not self.sizes.valid + self.sizes.test:
             return {"name": name}
         return {
@@ -275,7 +275,7 @@ class _Job:
 
     @staticmethod
     def _refuse_unmapped(representatives: IndexedIds, table: ClusterTable, mapping: MappingReader) -> None:
-        """Raises UserError at the first record of the UniRef50 file that no line of the mapping is about."""
+        """Raise UserError at the first record of the UniRef50 file that the mapping has no line for."""
         for first, ids in representatives.ids.blocks():
             absent = np.flatnonzero(table.ids.find(ids) < 0)
             if len(absent):

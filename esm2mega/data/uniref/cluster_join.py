@@ -1,8 +1,8 @@
 """Joins clusters, which name their members by id, with proteins, which come in any order.
 
-The clusters are read first and lie on disk with all ids indexed. The proteins are then read once: each that
-is a member of a training cluster becomes the next row of the store, and its place in the cluster remembers
-that row. So membership never depends on the order of the inputs.
+The clusters are read first and kept on disk with all ids indexed. The proteins are then read once: each
+protein of a training cluster becomes the next row of the store, and this row is noted at its place in the
+cluster. So membership never depends on the order of the inputs.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from esm2mega.data.uniref.mapping import (
 )
 from esm2mega.errors import UserError
 
-# Residues handed to a writer at once: large enough that the cost per batch vanishes, small beside any memory.
+# Residues handed to a writer at once: enough to make the cost per batch negligible, and small in memory.
 _BATCH_RESIDUES = 4 << 20
 
-# Members handled at once when all are passed over.
+# Loops over all members handle this many at once.
 _BLOCK = 1 << 20
 
-# What stands in place of a member's row: it was not met yet, and belongs to a training cluster or to one that
-# is held out; or it was met and left out, with its cluster.
+# These stand in place of a member's row. The member was not met yet, and belongs to a training cluster or to
+# a held-out one; or it was met, and left out because its cluster is held out.
 _EXPECTED, _EXPECTED_HELD_OUT, _HELD_OUT = -1, -2, -3
 
 
@@ -44,13 +44,13 @@ ProteinT = TypeVar("ProteinT", bound=Protein)
 
 
 class ClusterTable:
-    """Clusters on disk, with an index of their ids and one of their members; held-out clusters included."""
+    """Keeps all clusters on disk, including held-out ones, with an index of their ids and of the members."""
 
     def __init__(self, directory: Path, source: ClusterSource) -> None:
-        """Makes empty files.
+        """Make empty files.
 
         Args:
-            directory: for the files; is made.
+            directory: directory for the files, which is made.
             source: where the clusters come from, for messages.
         """
         directory.mkdir(parents=True)
@@ -60,10 +60,10 @@ class ClusterTable:
         self.members = IdIndex(directory / "member-ids")
 
     def fill(self, batches: Iterable[tuple[Sequence[ClusterRow], npt.NDArray[np.bool_]]]) -> None:
-        """Takes all clusters and builds the indices; refuses a cluster or a member that comes twice.
+        """Take all clusters and build the indices; refuse a cluster or a member that occurs twice.
 
         Args:
-            batches: clusters, n at a time, and which of them are held out [n].
+            batches: clusters, n at a time, and which of them are held out, [n].
         """
         with open(self._directory / "ends", "xb") as ends, open(self._directory / "rows", "xb") as rows:
             end = 0
@@ -108,7 +108,7 @@ class ClusterTable:
         return int(np.searchsorted(self._ends, number, side="right"))
 
     def take_proteins(self, proteins: ProteinSource, writer: StoreWriter) -> None:
-        """Appends the members of the training clusters to the store, in the order of `proteins`.
+        """Append the members of the training clusters to the store, in the order of `proteins`.
 
         Proteins of held-out clusters and of no cluster are left out, and counted as dropped by the writer.
         """
@@ -136,7 +136,7 @@ class ClusterTable:
         numbers: npt.NDArray[np.int64],
         met: npt.NDArray[np.bool_],
     ) -> None:
-        """Raises UserError where a member was met in an earlier batch, or is in this one twice."""
+        """Raise UserError where a member was met in an earlier batch, or is in this one twice."""
         first = np.zeros(len(batch), dtype=bool)
         first[np.unique(numbers, return_index=True)[1]] = True
         repeated = np.flatnonzero(met | ((numbers >= 0) & ~first))
@@ -165,10 +165,10 @@ class ClusterTable:
             )
 
     def write_clusters(self, writer: StoreWriter) -> tuple[int, int]:
-        """Appends the training clusters, in the order in which they were read, to the store of their members.
+        """Append the training clusters, in the order in which they were read, to the store of their members.
 
         Returns:
-            The number of clusters, and the size of the largest one.
+            The number of clusters, and the size of the largest cluster.
         """
         count = largest = 0
         for first, ids in self.ids.blocks():
@@ -186,25 +186,25 @@ class ClusterTable:
 
 
 def all_training(source: ClusterSource) -> Iterator[tuple[list[ClusterRow], npt.NDArray[np.bool_]]]:
-    """Batches for `ClusterTable.fill` with no cluster held out."""
+    """Yield batches for `ClusterTable.fill` with no cluster held out."""
     for batch in batched(source):
         yield batch, np.zeros(len(batch), dtype=bool)
 
 
 def protein_batches(proteins: Iterable[ProteinT]) -> Iterator[list[ProteinT]]:
-    """Returns proteins in lists of a few MiB of residues."""
+    """Yield proteins in lists of a few MiB of residues."""
     return in_batches(proteins, lambda protein: len(protein.residues), _BATCH_RESIDUES)
 
 
 def append_proteins(writer: StoreWriter, source: Located, records: Sequence[Protein]) -> None:
-    """Appends proteins to a store; refuses one without any known residue."""
+    """Append proteins to a store; refuse one without any known residue."""
     for record in records:
         check_known(source, record.line, record.id, record.residues)
     writer.append([record.id for record in records], [record.residues for record in records])
 
 
 def provenance(role: str, source: Any) -> dict[str, Any]:
-    """The manifest's entry about an input that was read to its end."""
+    """Return the manifest's entry about an input that was read to its end."""
     return {"name": source.path.name, "role": role, "sha256": source.sha256}
 
 

@@ -1,15 +1,15 @@
-"""Finds ids among hundreds of millions, on disk, in memory that does not grow with their number.
+"""Finds ids among hundreds of millions on disk, in memory that does not grow with their number.
 
     ids.bin       the ids back to back
     ids.ends      int64 [n], where each ends
     ids.entries   uint64 [n], sorted: the hash of an id in the upper bits, its number in the lower ones
 
-With n ids, b bits hold a number and 64 - b bits are left for the hash: 36 of them for 2 * 10**8 ids. So short
-a hash is shared by some ids; every hit is compared with the id itself, and what is found is always right.
+With n ids, b bits hold a number and 64 - b bits are left for the hash: 36 of them for 2 * 10**8 ids. Some ids
+share so short a hash; every hit is compared with the id itself, so what is found is always right.
 
-Everything is memory-mapped: 16 bytes and the text per id that the kernel keeps while there is room and drops
-when there is none. All files are written the ordinary way before they are mapped for changing: a full disk is
-then an error, where writing to a hole of a mapped file would kill the process.
+Everything is memory-mapped: the text and 16 bytes per id, which the kernel keeps while there is room and
+drops when there is none. All files are written the ordinary way before they are mapped for changing: a full
+disk is then an error, where writing to a hole of a mapped file would kill the process.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import numpy.typing as npt
 Integers = npt.NDArray[np.int64]
 
 _BLOCK = 1 << 16
-"""Ids handled at once when all are passed over."""
+"""Loops over all ids handle this many at once."""
 
 _hash_of = hash
-"""Of `bytes`: SipHash, 64 bits, other ones in each process; an index never outlives its process."""
+"""For `bytes` this is 64-bit SipHash, which differs between processes; no index outlives its process."""
 
 
 class IdFile:
-    """Ids in the order in which they were appended, by their numbers from 0."""
+    """Keeps ids in the order in which they were appended; their numbers count from 0."""
 
     def __init__(self, directory: Path) -> None:
-        """Opens files for appending in `directory`, which is made."""
+        """Open files for appending in `directory`, which is made."""
         directory.mkdir(parents=True)
         self._directory = directory
         self._text_file = open(directory / "ids.bin", "xb")  # noqa: SIM115, closed by close()
@@ -43,7 +43,7 @@ class IdFile:
         self._count = 0
 
     def append(self, ids: Sequence[bytes]) -> None:
-        """Appends n ids, none empty."""
+        """Append n ids, none of which may be empty."""
         self._text_file.write(b"".join(ids))
         ends = np.cumsum(np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))) + self._end
         self._ends_file.write(ends.tobytes())
@@ -51,7 +51,7 @@ class IdFile:
         self._count += len(ids)
 
     def close(self) -> None:
-        """Ends appending; from now on ids can be read."""
+        """End appending; from now on ids can be read."""
         self._text_file.close()
         self._ends_file.close()
         self._text = map_array(self._directory / "ids.bin", np.uint8)
@@ -65,7 +65,7 @@ class IdFile:
         return self._text[start[0] : end[0]].tobytes()
 
     def range(self, first: int, last: int) -> list[bytes]:
-        """The ids with the numbers `first` to `last - 1`."""
+        """Return the ids with the numbers `first` to `last - 1`."""
         if first >= last:
             return []
         starts, ends = self._bounds(np.arange(first, last))
@@ -74,7 +74,7 @@ class IdFile:
         return [text[start:end] for start, end in bounds]
 
     def blocks(self) -> Iterator[tuple[int, list[bytes]]]:
-        """Yields all ids in order, block by block: the number of the first, and the ids."""
+        """Yield all ids in order, block by block: the number of the first id, and the ids."""
         for first in range(0, len(self), _BLOCK):
             yield first, self.range(first, min(first + _BLOCK, len(self)))
 
@@ -83,10 +83,10 @@ class IdFile:
 
 
 class IdIndex(IdFile):
-    """Ids that can be looked up once they are closed; equal ids are allowed, the first one is found."""
+    """Looks up the numbers of ids once it is closed; of equal ids, which are allowed, it finds the first."""
 
     def close(self) -> None:
-        """Ends appending and sorts the index."""
+        """End appending and sort the index."""
         super().close()
         bits = max(len(self) - 1, 0).bit_length()
         self._number_mask = np.uint64(2**bits - 1)
@@ -96,16 +96,16 @@ class IdIndex(IdFile):
                 numbers = np.arange(first, first + len(ids), dtype=np.uint64)
                 file.write((self._keys(ids) | numbers).tobytes())
         entries = map_array(path, np.uint64, mode="r+")
-        entries.sort()  # in place: numpy's sort of integers takes no memory of their size
+        entries.sort()  # in place: numpy sorts integers without extra memory of their size
         self._entries = entries
 
     def _keys(self, ids: Sequence[bytes]) -> npt.NDArray[np.uint64]:
-        """The upper bits of the hashes, [n], with zeros in place of numbers."""
+        """Return the upper bits of the hashes, [n], with zeros in place of numbers."""
         hashes = np.fromiter(map(_hash_of, ids), dtype=np.int64, count=len(ids))
         return hashes.view(np.uint64) & ~self._number_mask
 
     def find(self, ids: Sequence[bytes]) -> Integers:
-        """The number of each of n ids, -1 where there is none; the smallest one of equal ids, [n]."""
+        """Return the number of each of n ids, [n]: the smallest among equal ids, or -1 for an unknown id."""
         found = np.full(len(ids), -1, dtype=np.int64)
         if not len(ids) or not len(self):
             return found
@@ -127,15 +127,15 @@ class IdIndex(IdFile):
         return found
 
     def repeats(self) -> tuple[int, int, int] | None:
-        """The first id that was appended before, if any.
+        """Find the first id that repeats an earlier one.
 
         Returns:
-            The smallest number of an id that has an equal one in front of it, the number of that one, and
-            how many such ids there are; None when all ids differ.
+            The number of that id, the number of the equal id before it, and how many ids repeat an earlier
+            one; None when all ids differ.
         """
         count, smallest, earlier = 0, len(self), -1
         for first in range(0, len(self), _BLOCK):
-            # One entry in front of the block, as the neighbour of its first one.
+            # The entry in front of the block is the neighbour of the block's first one.
             entries = self._entries[max(first - 1, 0) : first + _BLOCK]
             hashes = entries & ~self._number_mask
             similar = entries[1:][hashes[1:] == hashes[:-1]]
@@ -152,7 +152,7 @@ class IdIndex(IdFile):
 
 
 class _Joined:
-    """Many byte strings in one array, to be compared with others without a loop."""
+    """Holds many byte strings in one array, to compare them with others without a loop."""
 
     def __init__(self, strings: Sequence[bytes]) -> None:
         self._text = np.frombuffer(b"".join(strings), dtype=np.uint8)
@@ -162,7 +162,7 @@ class _Joined:
     def equal(
         self, chosen: Integers, text: npt.NDArray[np.uint8], starts: Integers, ends: Integers
     ) -> npt.NDArray[np.bool_]:
-        """Whether each chosen string equals the piece of `text` from its start to its end, [n]."""
+        """Return whether each chosen string equals the piece of `text` from its start to its end, [n]."""
         equal = self._lengths[chosen] == ends - starts
         lengths = self._lengths[chosen[equal]]
         if not len(lengths):
@@ -175,7 +175,7 @@ class _Joined:
 
 
 def map_array(path: Path, dtype: npt.DTypeLike, mode: Any = "r") -> npt.NDArray[Any]:
-    """A memory map of a file of numbers as a plain array; an empty file is an empty array."""
+    """Map a file of numbers into memory as a plain array; an empty file is an empty array."""
     if not path.stat().st_size:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype=dtype, mode=mode).view(np.ndarray)

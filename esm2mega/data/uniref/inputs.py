@@ -1,4 +1,4 @@
-"""Decides from the options which of its three kinds of input `prepare uniref` was given."""
+"""Decides from the options which of three kinds of input `prepare uniref` was given, and prepares it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from esm2mega.data.uniref.table import prepare_table
 from esm2mega.errors import UserError
 from esm2mega.report.progress import Progress
 
-# Options of each kind, those that it cannot do without first. `out` and `seed` go with all.
+# Each kind has options that it needs, and further ones. `out` and `seed` go with all kinds.
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fasta": (
         ("uf50", "uf90", "mapping"),
@@ -28,10 +28,10 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def prepare_from_options(options: Mapping[str, Any]) -> ClusterReport:
-    """Prepares the stores, with progress on stderr.
+    """Prepare the stores, with progress on stderr.
 
     Args:
-        options: of the command line by name, None, 0 or False where they were not given.
+        options: options of the command line by name; None, 0 or False where they were not given.
     """
     kind = _kind_of(options)
     out = options["out"]
@@ -48,7 +48,7 @@ def prepare_from_options(options: Mapping[str, Any]) -> ClusterReport:
 
 
 def _kind_of(options: Mapping[str, Any]) -> str:
-    """The kind that options were given of; raises UserError when they are of several, or too few."""
+    """Return the kind of input that the options name; raise UserError when they mix kinds or are too few."""
     given = {
         kind: [name for name in (*needed, *further) if options[name]]
         for kind, (needed, further) in _KINDS.items()
@@ -72,6 +72,6 @@ def _flag(name: str) -> str:
 
 
 def _size(path: str) -> int:
-    """Bytes of a file, or of the Parquet files in a directory; 0 for what is missing."""
+    """Return the bytes of a file, or of the Parquet files in a directory; 0 for what is missing."""
     files = Path(path).glob("*.parquet") if Path(path).is_dir() else [Path(path)]
     return sum(file.stat().st_size for file in files if file.is_file())

@@ -19,14 +19,14 @@ from esm2mega.errors import UserError
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """How many UniRef50 representatives are drawn for validation and test, and the seed of the draw."""
+    """Says how many UniRef50 representatives are drawn for validation and test, and with which seed."""
 
     valid: int = 0
     test: int = 0
     seed: int = 1234
 
     def draw(self, total: int) -> DrawnRecords:
-        """Draws among `total` records; raises UserError when nothing would be left to train on."""
+        """Draw among `total` records; raise UserError when nothing would be left to train on."""
         held_out = self.valid + self.test
         if held_out >= total:
             raise UserError(
@@ -42,10 +42,10 @@ class SplitSizes:
 
 @dataclass(frozen=True)
 class DrawnRecords:
-    """Which records are held out.
+    """Says which records are held out.
 
     Attributes:
-        records: their positions in the file, ascending, int64 [m].
+        records: positions of the held-out records in the file, ascending, int64 [m].
         splits: index into `SPLITS` of each, int64 [m].
     """
 
@@ -53,7 +53,7 @@ class DrawnRecords:
     splits: npt.NDArray[np.int64]
 
     def of(self, records: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Index into `SPLITS` of records [n]."""
+        """Return the index into `SPLITS` of each of the records, [n]."""
         assigned = np.full(len(records), SPLITS.index("train"), dtype=np.int64)
         if len(self.records):
             places = np.minimum(np.searchsorted(self.records, records), len(self.records) - 1)
@@ -64,18 +64,18 @@ class DrawnRecords:
 
 @dataclass(frozen=True)
 class IndexedIds:
-    """The ids of a source, which yields one item with a `line` for each of them, in their order."""
+    """Holds the ids of a source, which yields one item with a `line` for each of them, in their order."""
 
     source: Any
     ids: IdIndex
 
     def location(self, number: int) -> str:
-        """Where an id stands, for messages; reads the source once more."""
+        """Say where an id stands, for messages; the source is read once more."""
         line = next(item.line for count, item in enumerate(self.source) if count == number)
         return str(self.source.location(line))
 
     def refuse_repeats(self, rule: str = "every cluster has one representative") -> None:
-        """Raises UserError with the rule at the first id that comes twice."""
+        """Raise UserError with the rule at the first id that occurs twice."""
         if found := self.ids.repeats():
             raise UserError(
                 f"{self.location(found[0])}: {shown(self.ids[found[0]])} stands there before, at "
@@ -83,7 +83,7 @@ class IndexedIds:
             )
 
     def refuse_overlap(self, others: IdIndex, what: str) -> None:
-        """Raises UserError at the first id that is among `others`; `what` says what these are."""
+        """Raise UserError at the first id that is among `others`; `what` says what these are."""
         for first, ids in self.ids.blocks():
             known = np.flatnonzero(others.find(ids) >= 0)
             if len(known):
@@ -94,7 +94,7 @@ class IndexedIds:
 
 
 def refuse_shared_files(training: Mapping[str, str | Path], held_out: Mapping[str, str | Path]) -> None:
-    """Raises UserError when one file is given under two options.
+    """Raise UserError when one file is given under two options.
 
     Args:
         training: files of the training data by option.

@@ -1,10 +1,9 @@
 """Reads which UniRef90 ids belong to which UniRef50 cluster from the mapping file of ESM-2 training.
 
-Grammar: the first line is a header and is skipped, whatever it says. Every other line is tab-separated: the
-cluster id, the ids of its members, and columns that are ignored. Members are separated by `; ` where that
-occurs in the line, else by `,`; blanks around an id are no part of it, since no FASTA id holds any. Blank
-lines are skipped, a separator behind the last member is fine. Ids are compared as they are: nothing is cut
-off.
+The first line is a header and is skipped, whatever it says. Every other line is tab-separated: the cluster
+id, the ids of its members, and columns that are ignored. Members are separated by `; ` where that occurs in
+their column, else by `,`; blanks around an id are no part of it, since no FASTA id holds any. Blank lines are
+skipped, and a separator behind the last member is allowed. Ids are compared as they are: nothing is cut off.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _BATCH_MEMBERS = 1 << 16
 
 
 class ClusterRow(NamedTuple):
-    """One cluster: its id, the ids of its members, at least one, and its line (or row, from 1)."""
+    """Holds one cluster: its id, the ids of its members, at least one, and its line (or row, from 1)."""
 
     id: bytes
     members: list[bytes]
@@ -34,7 +33,7 @@ Item = TypeVar("Item", covariant=True)
 
 
 class Protein(Protocol):
-    """Anything with an id, residues without white space, and a line."""
+    """Has an id, residues without white space, and a line."""
 
     @property
     def id(self) -> str: ...
@@ -45,11 +44,11 @@ class Protein(Protocol):
 
 
 class ItemSource(Located, Protocol[Item]):
-    """An input file whose items stand in numbered lines or rows; it may be read again and again.
+    """Reads an input file whose items stand in numbered lines or rows, as often as it is iterated over.
 
     Attributes:
-        path: of the file.
-        sha256: of the file as it lies on disk, known once it was read to the end.
+        path: path of the file.
+        sha256: SHA-256 of the file as it lies on disk, known once it was read to the end.
     """
 
     path: Path
@@ -58,7 +57,7 @@ class ItemSource(Located, Protocol[Item]):
     def sha256(self) -> str: ...
 
     def __iter__(self) -> Iterator[Item]:
-        """Yields the items in order; raises UserError at the first bad one."""
+        """Yield the items in order; raise UserError at the first bad one."""
 
 
 ClusterSource = ItemSource[ClusterRow]
@@ -66,23 +65,23 @@ ProteinSource = ItemSource[Record]
 
 
 class MappingReader(TextSource):
-    """Iterates over the clusters of one mapping file, plain or compressed as FASTA may be."""
+    """Iterates over the clusters of one mapping file, which may be compressed in the same ways as FASTA."""
 
     format_name = "mapping"
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
-        """Checks that the file can be read.
+        """Check that the file exists.
 
         Args:
-            path: the mapping.
+            path: the mapping file.
             progress: told about every block read from disk.
         """
         super().__init__(path, progress)
         self.header_id = b""
-        """First column of the header, known after reading: a cluster's id where the header is missing."""
+        """The first column of the header, known after reading, is a cluster's id if the header is missing."""
 
     def __iter__(self) -> Iterator[ClusterRow]:  # type: ignore[override]
-        """Yields the clusters in file order; raises UserError at the first line that is none."""
+        """Yield the clusters in file order; raise UserError at the first line that holds none."""
         self.num_records = 0
         yield from super().__iter__()  # type: ignore[misc]
         if not self.num_records:
@@ -97,7 +96,7 @@ class MappingReader(TextSource):
                 yield self._parse(text, line)
 
     def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
-        """Skips the header."""
+        """Skip the header."""
         self.header_id = stream.readline().partition(b"\t")[0].strip()
         return b"", 2
 
@@ -127,15 +126,15 @@ class MappingReader(TextSource):
 
 
 def shown(name: bytes) -> str:
-    """An id in quotes, for messages; at most 80 characters of it."""
+    """Quote an id for messages, at most 80 characters of it."""
     return repr(name.decode("utf-8", errors="replace")[:80])
 
 
 def batched(rows: Iterable[ClusterRow]) -> Iterator[list[ClusterRow]]:
-    """Returns clusters in lists of some ten thousand members in all."""
+    """Yield clusters in lists of some 65,000 members in all."""
     return in_batches(rows, lambda row: len(row.members), _BATCH_MEMBERS)
 
 
 def lines_of(source: ClusterSource, cluster: bytes) -> list[int]:
-    """The lines in which a cluster stands; reads the source once more, to name them in an error."""
+    """Return the lines in which a cluster stands, to name them in an error; the source is read once more."""
     return [row.line for row in source if row.id == cluster]

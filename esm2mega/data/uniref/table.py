@@ -1,9 +1,9 @@
-"""`prepare uniref` reads tables with one row per member, as they are published on Hugging Face.
+"""Makes stores for sampling by cluster from tables with one row per member, as published on Hugging Face.
 
-A table is a Parquet file, or a directory of them read in the order of their names, with the columns
-`ur50_id`, the cluster, `ur90_id`, the member, and `sequence`. Rows of a cluster need not lie together. The
-row of a member in the table is its row in the store; clusters are in the order of their first members.
-Validation keeps `ur50_id` as the id, one row per cluster.
+A table is a Parquet file, or a directory of Parquet files that are read in the order of their names, with the
+columns `ur50_id` (the cluster), `ur90_id` (the member) and `sequence`. Rows of a cluster need not lie
+together. The row of a member in the table is its row in the store; clusters are in the order of their first
+members. The validation table has one row per cluster, whose `ur50_id` becomes the id.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCK = 1 << 20
 
 
 class MemberRow(NamedTuple):
-    """One row: cluster id, member id, residues, and its number from 1 through all files of the table."""
+    """Holds one row: cluster id, member id, residues, and its number from 1 through all files of a table."""
 
     cluster: str
     id: str
@@ -42,10 +42,10 @@ class MemberTable:
     """Iterates over the rows of a table."""
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
-        """Opens all files.
+        """Open all files.
 
         Args:
-            path: a Parquet file or a directory of them.
+            path: a Parquet file, or a directory of them.
             progress: told about the bytes of the files, once.
         """
         self.path = Path(path)
@@ -57,7 +57,7 @@ class MemberTable:
         self._starts = np.cumsum([0, *(file.num_rows for file in self.files)])
 
     def __iter__(self) -> Iterator[MemberRow]:
-        """Yields the rows in order."""
+        """Yield the rows in order."""
         for file, start in zip(self.files, self._starts.tolist(), strict=False):
             for line, (cluster, member, sequence) in file.rows():
                 name = file.text(member, line, "ur90_id")
@@ -65,25 +65,25 @@ class MemberTable:
                 yield MemberRow(file.text(cluster, line, "ur50_id"), name, residues, start + line)
 
     def location(self, line: int) -> str:
-        """Where a row stands, for messages."""
+        """Say where a row stands, for messages."""
         number = int(np.searchsorted(self._starts, line)) - 1
         return self.files[number].location(line - int(self._starts[number]))
 
     def provenance(self) -> list[dict[str, Any]]:
-        """The manifest's entries about the files."""
+        """Return the manifest's entries about the files."""
         return [{"name": file.path.name, "role": "table", "sha256": file.sha256} for file in self.files]
 
 
 def prepare_table(
     train: str | Path, out: str | Path, valid: str | Path | None = None, progress: ByteProgress | None = None
 ) -> ClusterReport:
-    """Writes `out/train` with clusters and, when there is a table for it, `out/valid`.
+    """Write `out/train` with clusters and, when there is a table for it, `out/valid`.
 
     Args:
         train: table of the members of the training clusters.
         out: directory to create.
-        valid: table of the representatives of held-out clusters.
-        progress: told about bytes as the files are hashed; reading follows that of each file.
+        valid: table of the representatives of held-out clusters; None for no validation set.
+        progress: told about bytes as the files are hashed; each file is read after it was hashed.
 
     Returns:
         The counts.
@@ -130,18 +130,18 @@ def prepare_table(
 
 
 def _write_clusters(clusters: IdIndex, path: Path, writer: StoreWriter) -> tuple[int, int]:
-    """Groups the rows by their cluster and appends the clusters to the store.
+    """Group the rows by their cluster, and append the clusters to the store.
 
     Args:
         clusters: the cluster id of every row.
-        path: for a temporary file of 8 bytes per row.
-        writer: of the store of the rows.
+        path: path of a temporary file of 8 bytes per row.
+        writer: writer of the store of the rows.
 
     Returns:
-        The number of clusters, and the size of the largest one.
+        The number of clusters, and the size of the largest cluster.
     """
-    # A cluster is known by its first row. Sorted as one number, that row in the upper bits and the row itself
-    # in the lower ones, the rows of a cluster lie together.
+    # A cluster is identified by its first row. A number for each row holds that first row in its upper bits
+    # and the row itself in the lower ones: once these are sorted, the rows of a cluster lie together.
     bits = np.int64(max(len(clusters) - 1, 0).bit_length())
     with open(path, "xb") as file:
         for first, ids in clusters.blocks():
@@ -152,7 +152,7 @@ def _write_clusters(clusters: IdIndex, path: Path, writer: StoreWriter) -> tuple
     begin = 0
     while begin < len(order):
         end = min(begin + _BLOCK, len(order))
-        # Up to the end of the last cluster in the block.
+        # Extend the block to the end of its last cluster.
         end = int(np.searchsorted(order, ((order[end - 1] >> bits) + 1) << bits))
         firsts, rows = order[begin:end] >> bits, order[begin:end] & ((np.int64(1) << bits) - 1)
         sizes = np.diff(np.flatnonzero(np.diff(firsts, prepend=-1, append=-1)))

@@ -19,6 +19,7 @@ from esm2mega.errors import UserError
 from esm2mega.finetune.api import infer_model, train_model
 from esm2mega.finetune.predict import predict
 from esm2mega.infer.arrays import ArrayFile
+from esm2mega.infer.embed import EmbedRequest, embed
 from tests.infer_models import random_proteins, write_fasta
 from tests.unit.runs import SETTINGS
 
@@ -108,6 +109,18 @@ def test_predict_holds_a_few_packs_at_once(
     assert most < 20
 
 
+def test_a_protein_of_unknown_residues_has_a_prediction(checkpoint: Path, tmp_path: Path) -> None:
+    """That of `infer_model`; `embed` and training refuse it."""
+    sequences = ["JJJJ", "MKTAY"]
+    fasta = write_fasta(tmp_path / "x.fasta", [("a", sequences[0]), ("b", sequences[1])])
+    predict(checkpoint, fasta, tmp_path / "x.csv")
+    rows = rows_of(tmp_path / "x.csv")
+    assert [row["id"] for row in rows] == ["a", "b"]
+    assert [row["prediction"] for row in rows] == infer_model(checkpoint, sequences)
+    with pytest.raises(UserError, match="the sequence of 'a' has only unknown residues"):
+        embed(EmbedRequest(str(checkpoint), str(fasta), str(tmp_path / "e.h5")))
+
+
 class Stop(Exception):
     pass
 
@@ -149,15 +162,34 @@ def test_resume_goes_on_and_gives_the_same_bytes(
     assert not (tmp_path / f"{name}.partial").exists()
     with pytest.raises(UserError, match="exists; replace it with --overwrite"):
         predict(checkpoint, fasta, out)
-    if name == "x.csv":
-        with pytest.raises(UserError, match="does not say of which settings it is"):
-            predict(checkpoint, fasta, out, mode="resume")
-        predict(checkpoint, fasta, out, mode="overwrite")
-    else:
-        assert predict(checkpoint, fasta, out, mode="resume") == [f"{out} is complete"]
-        with pytest.raises(UserError, match="exists and is of other settings: max_seq_length was 64"):
-            predict(checkpoint, fasta, out, other, mode="resume")
+    assert predict(checkpoint, fasta, out, mode="resume") == [f"{out} is complete"]
+    with pytest.raises(UserError, match="exists and is of other settings: max_seq_length was 64"):
+        predict(checkpoint, fasta, out, other, mode="resume")
     assert out.read_bytes() == expected.read_bytes()
+
+
+def test_a_csv_whose_settings_are_not_known_is_not_complete(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are noted beside it, of this very content."""
+    fasta, out = write_fasta(tmp_path / "x.fasta", PROTEINS[:3]), tmp_path / "x.csv"
+    command = ["predict", str(checkpoint), str(fasta), "--out", str(out), "--resume"]
+    assert main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.csv.settings.json", "x.fasta"]
+    assert main(command) == 0
+    assert f"{out} is complete" in capsys.readouterr().out
+    content, noted = out.read_bytes(), tmp_path / "x.csv.settings.json"
+    settings = noted.read_text()
+    for text in ("[]", "{}", "no JSON", '{"sha256": "0", "attributes": {}}', None):
+        noted.unlink() if text is None else noted.write_text(text)
+        assert main(command) == 2
+        assert "does not say of which settings it is" in capsys.readouterr().err
+    noted.write_text(settings)
+    out.write_bytes(content + b"p9,False,H\n")
+    assert main(command) == 2
+    assert "does not say of which settings it is" in capsys.readouterr().err
+    assert main([*command[:-1], "--overwrite"]) == 0
+    assert out.read_bytes() == content and noted.read_text() == settings
 
 
 def test_long_proteins_are_as_in_training_unless_said_otherwise(
@@ -186,6 +218,21 @@ def test_long_proteins_are_as_in_training_unless_said_otherwise(
     assert "-" not in found[1] and len(found[1]) == 100
     assert main([*command, str(tmp_path / "z.csv"), "--max-seq-length", "102"]) == 0
     assert {row["truncated"] for row in rows_of(tmp_path / "z.csv")} == {"False"}
+
+
+@pytest.mark.parametrize(
+    "written", [["--too-long", "chunk"], ["infer.too_long=chunk"], ["--too-long", "drop"]]
+)
+def test_what_only_others_do_with_long_proteins_is_refused_by_its_name(
+    checkpoint: Path, fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], written: list[str]
+) -> None:
+    command = ["predict", str(checkpoint), str(fasta), "--out", str(tmp_path / "x.csv"), *written]
+    assert main(command) == 2
+    value = written[-1].removeprefix("infer.too_long=")
+    message = f"infer.too_long={value} (--too-long) is not one of error, crop, which `predict` takes"
+    assert message in (said := capsys.readouterr().err)
+    assert "data.too_long" not in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_resume_and_overwrite_exclude_each_other(

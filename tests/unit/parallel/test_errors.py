@@ -65,6 +65,12 @@ def test_a_lost_process_is_one_plain_line(tmp_path: Path) -> None:
     assert "Traceback" not in results[0].stderr
 
 
+def test_only_a_wait_that_was_too_short_is_cured_by_a_longer_one() -> None:
+    waited = lost_peer(RuntimeError("Timed out waiting 1800000ms for recv operation to complete"))
+    assert str(waited).endswith("on a large input, raise parallel.timeout_minutes")
+    assert "timeout_minutes" not in str(lost_peer(RuntimeError("Connection reset by peer")))
+
+
 def test_other_errors_are_not_taken_for_a_lost_process() -> None:
     assert lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert lost_peer(ValueError("Connection reset by peer")) is None

@@ -94,7 +94,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """40 MB against 4 MB of text, in blocks of 1 MiB, as peak memory of whole processes."""
     code = (
-        "import sys; from esm2mega.data.readers.fasta import FastaReader; from esm2mega.data import text; "
+        "import sys; from esm2mega.data.readers import text; "
+        "from esm2mega.data.readers.fasta import FastaReader; "
         "text.BLOCK_BYTES = 1 << 20; assert sum(1 for _ in FastaReader(sys.argv[1])) == int(sys.argv[2]); "
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
