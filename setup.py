@@ -75,7 +75,6 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]"],
         "hf": HF,
-        "nemo": ["nemo-toolkit"],
         "logging": LOGGING,
         "parquet": PARQUET,
         "tape": TAPE,

@@ -66,7 +66,7 @@ SECTIONS = (
             "": "vocabulary",
             "data": "",
             "data/readers": "base text fasta tables",
-            "data/store": "token_store store_files shards parts prepare",
+            "data/store": "token_store manifest store_files shards parts prepare",
             "data/uniref": "build inputs mapping",
         },
     ),

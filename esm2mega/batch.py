@@ -49,7 +49,10 @@ class PackedBatch:
 
     @property
     def head_inputs(self) -> Tensor:
-        """Return what the model needs to know about the labels: which tokens get logits."""
+        """Return what the head needs to know about the batch; for the LM head, the tokens that get logits.
+
+        A LabelledBatch gives `Segments` here.
+        """
         return self.label_positions
 
     def without_labels(self) -> PackedBatch:
@@ -131,7 +134,8 @@ class LabelledBatch:
     Attributes:
         input_ids: Token ids, `<pad>` behind the last protein, int64 ``[T]``.
         seqlens: Tokens of each segment on the host, padding included; they add up to T.
-        head_inputs: Where proteins and residues lie, which the model needs for its head.
+        head_inputs: What the head needs to know about the batch; for the heads of tasks, where proteins and
+            residues lie (a PackedBatch gives a tensor of positions here).
         labels: For labels of proteins float64 ``[n, k]`` (NaN: no label) or int64 ``[n]`` (-100: no label);
             for residues either type, ``[R, m]``; for pairs int8 ``[P]``. None for prediction.
         rows: Row of each protein in the table, int64 ``[n]``.

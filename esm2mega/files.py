@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, hashes and checks them, and shortens lists of names for messages."""
+"""Writes files and directories whole or not at all, hashes files, and shortens lists of names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +32,7 @@ def replacing(path: Path, cure: str = "", durable: bool = False) -> Iterator[Pat
         durable: Return only when the file is on the disk under its name, so that a power cut loses nothing.
 
     Raises:
-        MachineError: The file cannot be written.
+        MachineError: The file cannot be written. An error that names another file stays an OSError.
     """
     with _growing(path, cure) as partial:
         yield partial
@@ -44,6 +45,9 @@ def replacing(path: Path, cure: str = "", durable: bool = False) -> Iterator[Pat
 
 def check_writable(path: Path) -> None:
     """Make the directories above a result file and try to write there, before the work starts.
+
+    For a command of one process that begins its work now: only the attempt finds a full disk or a file system
+    that cannot be written to. Where every rank checks, or the command may still be refused, take `check_out`.
 
     Raises:
         MachineError: The file could not be written.
@@ -61,11 +65,59 @@ def _growing(path: Path, cure: str) -> Iterator[Path]:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         yield partial
     except OSError as error:
+        # An error of an open file names none.
+        if error.filename is not None and str(error.filename) not in map(str, (path, partial, *path.parents)):
+            raise
         reason = f"{path}: cannot be written: {error.strerror or error}"
         raise MachineError(f"{reason}; {cure}" if cure else reason) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def appearing(target: Path, is_directory: bool = True) -> Iterator[Path]:
+    """Yield a path to write to, the empty directory or the file that is `target` when the block ends well.
+
+    A kill or an error leaves no `target`, a power cut none that is not whole. Files that the block writes
+    beside the file appear beside `target`, before it.
+
+    Raises:
+        UserError: It exists.
+    """
+    refuse_existing(target)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial if is_directory else partial / target.name
+        _put_in_place(partial, target, is_directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(target: Path) -> None:
+    """Refuse to write where something lies already, be it a link to nothing.
+
+    Raises:
+        UserError: Something is there.
+    """
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target}: exists; choose another name or remove it")
+
+
+def _put_in_place(partial: Path, target: Path, is_directory: bool) -> None:
+    """Flush what was written to the disk and give it its name."""
+    sync_tree(partial)
+    if is_directory:
+        partial.rename(target)
+        return
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    for path in files:
+        if (other := target.with_name(path.name)).exists():
+            raise UserError(f"{other}: exists; choose another name or remove it")
+    for path in sorted(files, key=lambda path: path.name == target.name):
+        path.rename(target.with_name(path.name))
 
 
 def write_json(path: Path, content: Any, cure: str = "") -> None:
@@ -107,6 +159,9 @@ def file_sha256(path: Path) -> str:
 
 def check_out(path: Path) -> None:
     """Refuse a result file that could not be written, before the work starts; nothing is created.
+
+    For a check that every rank does, or that comes before other reasons to refuse the command. It looks at
+    permissions only; `check_writable` tries.
 
     Raises:
         UserError: The path is a directory, or lies where nothing can be written.

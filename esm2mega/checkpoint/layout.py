@@ -104,7 +104,10 @@ def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
 
 
 def complete(partial: Path, directory: Path) -> None:
-    """Mark a written checkpoint as complete, flush it to the disk and give it its name."""
+    """Mark a written checkpoint as complete, flush it to the disk and give it its name.
+
+    `files.appearing` is for one process; here many write, and a checkpoint of the same step is replaced.
+    """
     (partial / COMPLETE).write_text("")
     sync_tree(partial)
     if directory.exists():

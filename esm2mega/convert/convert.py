@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from esm2mega.convert.heads.contact_head import is_regression, with_published_he
 from esm2mega.convert.heads.hf_classifiers import architecture_of, with_unit_scale
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Notes, Weights, dtype_name
 from esm2mega.errors import UserError
-from esm2mega.files import sync_tree
+from esm2mega.files import appearing, refuse_existing
 
 DTYPES = {
     "fp32": torch.float32,
@@ -83,7 +81,7 @@ def convert(
         OSError: The disk is full, or a file cannot be written for another reason. Nothing is left behind.
     """
     writer = load_format(to)
-    _refuse_existing(target)
+    refuse_existing(target)
     weights = open_weights(source, source_format, drop)
     if weights.description.family not in writer.FAMILIES:
         raise UserError(
@@ -135,40 +133,3 @@ def without_head(weights: Weights) -> Weights:
 def _what_instead(description: Description) -> str:
     head = description.task
     return "no head" if head is None else f"the head of a task (task.kind={head.task.kind})"
-
-
-@contextmanager
-def appearing(target: Path, is_directory: bool = True) -> Iterator[Path]:
-    """Yield a path for an empty directory or a file, which becomes `target` if the block ends without error.
-
-    Raises:
-        UserError: `target` exists.
-    """
-    _refuse_existing(target)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial if is_directory else partial / target.name
-        _put_in_place(partial, target, is_directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _refuse_existing(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target}: exists; choose another name or remove it")
-
-
-def _put_in_place(partial: Path, target: Path, is_directory: bool) -> None:
-    """Flush what was written to the disk and give it its final name."""
-    sync_tree(partial)
-    if is_directory:
-        partial.rename(target)
-        return
-    files = [path for path in partial.rglob("*") if path.is_file()]
-    for path in files:
-        if (other := target.with_name(path.name)).exists():
-            raise UserError(f"{other}: exists; choose another name or remove it")
-    for path in sorted(files, key=lambda path: path.name == target.name):
-        path.rename(target.with_name(path.name))

@@ -52,10 +52,7 @@ def set_trainable(chunks: Sequence[Any], config: FinetuneConfig) -> str:
             f"finetune.freeze={config.freeze} freezes {min(split)} in some layers and not in others, which "
             "checkpoints cannot hold; name layers by *, as in encoder.layers.*.mlp.*"
         )
-    for pattern in config.freeze:
-        if not fnmatch.filter(names, pattern):
-            shown = ", ".join(names[:3])
-            raise UserError(f"finetune.freeze: {pattern!r} matches no weight; names are such as {shown}")
+    _check_patterns("finetune.freeze", config.freeze, names, "weight")
     if not trained_names:
         raise UserError(f"finetune.freeze={config.freeze} freezes every weight; leave some to train")
     return f"weights  {len(trained_names)} of {len(names)} tensors are trained (finetune.mode={config.mode})"
@@ -81,12 +78,7 @@ def scales_of(chunks: Sequence[Any], config: FinetuneConfig) -> dict[Tensor, flo
         if parameter.requires_grad
     }
     names = gathered(trained)
-    for pattern in config.lr_scale:
-        if not fnmatch.filter(names, pattern):
-            shown = ", ".join(names[:3])
-            raise UserError(
-                f"finetune.lr_scale: {pattern!r} matches no weight that is trained; names are such as {shown}"
-            )
+    _check_patterns("finetune.lr_scale", config.lr_scale, names, "weight that is trained")
     num_layers = chunks[0].config.num_layers
     scales = {}
     for name, parameter in trained.items():
@@ -97,6 +89,14 @@ def scales_of(chunks: Sequence[Any], config: FinetuneConfig) -> dict[Tensor, flo
         if scale != 1.0:
             scales[parameter] = scale
     return scales
+
+
+def _check_patterns(key: str, patterns: Iterable[str], names: Sequence[str], what: str) -> None:
+    """Refuse a pattern of a configuration key that matches none of the names."""
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            shown = ", ".join(names[:3])
+            raise UserError(f"{key}: {pattern!r} matches no {what}; names are such as {shown}")
 
 
 def _layers_behind(name: str, num_layers: int) -> int:

@@ -62,7 +62,8 @@ class OutputTarget(ABC):
         """Make the output from the finished arrays, give it its name, and return its paths.
 
         The ragged HDF5 file is the file of the arrays, so it is only renamed. Other formats are written in
-        one pass over the arrays.
+        one pass over the arrays. An output that is there is replaced, and what has grown outlives an error,
+        to be gone on with; `files.appearing` does neither.
         """
         for kind, final in self.finals.items():
             made = path

@@ -24,7 +24,6 @@ from esm2mega.config.presets import ModelShape, shape_of
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate_model
-from esm2mega.convert.convert import appearing
 from esm2mega.convert.files.safetensors_writer import write_safetensors
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import SafetensorsStore
@@ -34,6 +33,7 @@ from esm2mega.convert.heads.contact_head import is_regression
 from esm2mega.convert.heads.hf_classifiers import dropout_of, find_equal, no_equal
 from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
 from esm2mega.errors import UserError
+from esm2mega.files import appearing
 from esm2mega.lora.base import identify
 from esm2mega.lora.checkpoint import AdapterReader, Factors, write_adapters
 from esm2mega.lora.hf_head import (

@@ -14,12 +14,12 @@ from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.lora import LINEARS
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import FinetuneConfig, LoRAConfig, Run
-from esm2mega.convert.convert import appearing
 from esm2mega.convert.formats import esm2mega as own_format
 from esm2mega.convert.formats.esm2mega import default_dtype
 from esm2mega.convert.lazy_weights import HeadDescription, Weights, dtype_name
 from esm2mega.convert.start_point import read_checkpoint, read_start
 from esm2mega.convert.tensors import fuse_qkv, split_qkv
+from esm2mega.files import appearing
 from esm2mega.lora.base import check_base, identify, with_base
 from esm2mega.lora.checkpoint import AdapterReader, Factors
 from esm2mega.model.build import DTYPES

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
 from esm2mega.config.schema import ParallelConfig
+from esm2mega.errors import UserError
 
 TIMEOUT = timedelta(minutes=ParallelConfig().timeout_minutes)
 """Limits how long a process waits for the others if no configuration gives a time."""
@@ -18,8 +19,12 @@ _ADDRESS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 _met: tuple[list[str | None], Store] | None = None
 """Holds the address of this process in its world and the store, from `meet` until `leave`."""
 
-_hosted: list[Store] = []
-"""Keeps alive the stores that this process hosts: others may read from them, and they end unreferenced."""
+_hosted: Store | None = None
+"""The store that this process, as rank 0, hosts for the others.
+
+A store ends with its last reference. Other ranks may still read from it after `leave`, so it is kept until
+the processes of the next world have met, who are then done with it.
+"""
 
 
 def is_alone() -> bool:
@@ -34,23 +39,30 @@ def meet(timeout: timedelta = TIMEOUT) -> Store:
         timeout: Longest wait of every operation on the store, and for processes that have not come yet.
 
     Raises:
-        RuntimeError: The address cannot be reached.
+        UserError: The address is not in the environment.
+        RuntimeError: It cannot be reached.
     """
-    global _met
+    global _hosted, _met
+    if missing := [name for name in _ADDRESS if not os.environ.get(name)]:
+        raise UserError(
+            f"RANK={os.environ.get('RANK')} is set, as for one of several processes, but not "
+            f"{' or '.join(missing)}; start with torchrun, which sets all of them, or unset RANK"
+        )
     address = [os.environ.get(name) for name in _ADDRESS]
     if _met is None or _met[0] != address:
         store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
         if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            _hosted.append(store)
+            _hosted = store
         _met = address, store
     _met[1].set_timeout(timeout)
     return _met[1]
 
 
 def next_number(store: Store, what: str, rank: int) -> int:
-    """Return how often this rank has asked for `what`, this time included; ranks in step get the same number.
+    """Count this rank's calls for `what`, and return the number of this one, from 1.
 
-    The store counts, so a process that outlives its world begins at 1 in the next one.
+    Ranks that make the same calls in the same order get the same numbers, so a number names one meeting. The
+    count is kept in the store, not in the process: it starts anew in a world with another store.
     """
     return int(store.add(f"esm2mega/{what}/of_rank_{rank}", 1))
 

@@ -231,7 +231,6 @@ def test_extras_and_python_versions():
     assert re.findall(r'^        "(\w+)": ', setup, re.MULTILINE) == [
         "te",
         "hf",
-        "nemo",
         "logging",
         "parquet",
         "tape",

@@ -1,4 +1,4 @@
-"""README and docs: commands run as printed, the tree is the real one, links, keys and paths exist."""
+"""The README's recipes run as printed, one behind the other, and the Python of the docs after them."""
 
 from __future__ import annotations
 
@@ -9,31 +9,20 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import h5py
 import numpy as np
 import pytest
 
 from esm2mega.cli.app import cli
-from esm2mega.config.load import known_keys, load_run
-from esm2mega.config.schema import EarlyStoppingConfig, Run
-from esm2mega.config.validate import validate
 from esm2mega.data.store.token_store import TokenStore
-from esm2mega.data.stream.build import StreamState
 from esm2mega.vocabulary import VOCAB
 from tests import warm
+from tests.cli.pages import PAGES, README, ROOT, RUNS, TEXT, blocks, commands, name_of, walk
 
-ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
-RUNS = ROOT / "docs" / "runs.md"
-DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, *DOCS, ROOT / "tools" / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 README_LINES = 250
-TEXT = {page: page.read_text() for page in PAGES}
 
 # Appended to the README's training commands, which are otherwise taken word by word.
 SMALL = (
@@ -46,9 +35,6 @@ SMALL = (
     "schedule.warmup_steps=0",
 )
 STEPS_PER_START = 2
-
-# First words of commands that install, activate or hand over to what is checked elsewhere.
-UNCHECKED = {".", "docker", "export", "pip", "python3.11", "python3.12", "pytest"}
 
 # Commands of the README that the walk below does not run, by their first words: the test that runs them and
 # how it is seen there. None stands for what no test can run: it needs a network, GPUs or a container.
@@ -70,58 +56,6 @@ RUN_ELSEWHERE = {
         "pretrain_slurm.sbatch",
     ),
 }
-
-
-def name_of(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of one language; a block without a language is of the language ''."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [block for name, block in found if name == language]
-
-
-def spans(page: Path) -> list[str]:
-    """Everything in single backticks outside of fenced blocks."""
-    prose = re.sub(r"^```.*?^```$", "", TEXT[page], flags=re.MULTILINE | re.DOTALL)
-    return re.findall(r"`([^`\n]+)`", prose)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command of a bash block, on one line, and its words without leading variable assignments."""
-
-    line: str
-
-    @property
-    def words(self) -> list[str]:
-        words = shlex.split(self.line, comments=True)
-        while words and re.match(r"[A-Z_]+=", words[0]):
-            words.pop(0)
-        return words
-
-    @property
-    def variables(self) -> list[str]:
-        return re.findall(r"^[A-Z_]+(?==)|(?<= )[A-Z_]+(?==)", self.line.partition(" examples/")[0])
-
-
-def commands(text: str) -> list[Command]:
-    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks(text, "bash"))).splitlines()
-    return [Command(line) for line in lines if line.strip() and not line.startswith("#")]
-
-
-COMMANDS = [(page, command) for page in PAGES for command in commands(TEXT[page])]
-
-
-def walk() -> list[Command]:
-    """The README's way with one's own FASTA: the recipes up to those that prove, or need several machines."""
-    section = re.search(r"^## Recipes$(.*?)^### Prove$", TEXT[README], re.MULTILINE | re.DOTALL)
-    assert section is not None
-    return commands(section.group(1))
-
-
-# --- The walk ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -308,238 +242,3 @@ def test_python_blocks_of_the_docs_run(walked: Walked) -> None:
             done = warm.run(["-c", text], environment, walked.folder)
             assert done.returncode == 0, f"{name_of(page)}\n{text}\n{done.stderr}"
             assert done.stdout.strip(), f"{name_of(page)}: prints nothing\n{text}"
-
-
-# --- All other commands -----------------------------------------------------------------------------------
-
-
-def parse_with_click(words: Sequence[str]) -> tuple[str, dict[str, object]]:
-    """Parse the words behind `esm2mega` down to the last command, without running it."""
-    command: click.Command = cli
-    arguments, path = list(words), "esm2mega"
-    while True:
-        context = command.make_context(path, arguments)
-        if not isinstance(command, click.Group):
-            return path, context.params
-        name, found, arguments = command.resolve_command(
-            context, [*getattr(context, "_protected_args", ()), *context.args]
-        )
-        assert name is not None and found is not None
-        command, path = found, f"{path} {name}"
-
-
-def check_esm2mega(words: Sequence[str], world_size: int) -> None:
-    path, params = parse_with_click(words)
-    if path == "esm2mega pretrain":
-        config, overrides = params["config"], params["overrides"]
-        assert isinstance(overrides, tuple)
-        run = load_run(None if config is None else str(config), overrides)
-        validate(run, world_size)
-        # What `check_training_inputs` asks for, without the stores being there.
-        assert run.data.train is not None
-        assert run.data.valid is not None or not run.train.eval_every, "evaluates without data.valid"
-
-
-def check_torchrun(words: Sequence[str]) -> None:
-    from torch.distributed.run import get_args_parser
-
-    launch = get_args_parser().parse_args(list(words))
-    assert launch.module and launch.training_script == "esm2mega"
-    world_size = int(launch.nnodes.split(":")[-1]) * int(launch.nproc_per_node)
-    check_esm2mega(launch.training_script_args, world_size)
-
-
-def check_make(words: Sequence[str]) -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for word in words:
-        name, equals, _ = word.partition("=")
-        pattern = rf"^{re.escape(name)} \?=" if equals else rf"^{re.escape(name)}:.*## "
-        assert re.search(pattern, makefile, re.MULTILINE), f"the Makefile has no {name}"
-
-
-def check_script(path: str, variables: Sequence[str]) -> None:
-    text = (ROOT / path).read_text()
-    for variable in variables:
-        assert re.search(rf"^#   {variable} ", text, re.MULTILINE), f"{path} does not document {variable}"
-
-
-def check(command: Command) -> None:
-    first, *rest = command.words
-    program = first.rpartition("/")[2]
-    if program == "esm2mega":
-        check_esm2mega(rest, 1)
-    elif program == "torchrun":
-        check_torchrun(rest)
-    elif program == "make":
-        check_make(rest)
-    elif program == "python" and rest[:2] == ["-m", "esm2mega"]:
-        check_esm2mega(rest[2:], 1)
-    elif first.startswith("examples/"):
-        check_script(first, command.variables)
-    elif program == "sbatch":
-        check_script(rest[-1], command.variables)
-    elif program == "python" and rest[0] != "-c":
-        assert (ROOT / rest[0]).is_file()
-    else:
-        assert program in UNCHECKED or program == "python", f"no check for {command.line}"
-
-
-@pytest.mark.parametrize(
-    "command",
-    [command for _, command in COMMANDS],
-    ids=[f"{page.name}: {command.line[:50]}" for page, command in COMMANDS],
-)
-def test_command_exists_with_its_options(command: Command) -> None:
-    if command.words:
-        check(command)
-
-
-def test_the_check_of_commands_can_fail() -> None:
-    for line in (
-        "esm2mega pretrian",
-        "esm2mega prepare fasta x.fasta --outdir y",
-        "torchrun --processes 2 -m esm2mega doctor",
-        "torchrun --nproc-per-node 3 -m esm2mega pretrain --config base model.size=tiny data.train=x",
-        "esm2mega pretrain --config pretrain_esm2_9M data.train=x data.valid=y",
-        "esm2mega pretrain --config pretrain_esm2_tiny data.train=x",
-        "make quickstart2",
-        "make test SPEED=9",
-        "NODES=2 examples/pretrain_torchrun_multinode.sh",
-        "sbatch examples/absent.sbatch",
-        "curl x",
-    ):
-        with pytest.raises((Exception, SystemExit)):
-            check(Command(line))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_in_the_text_exist(page: Path) -> None:
-    for span in spans(page):
-        words = span.split()
-        if words[0] == "make" and len(words) > 1:
-            check_make(shlex.split(span)[1:])
-        if words[0] == "esm2mega" and len(words) > 1 and not words[1].startswith("-"):
-            command: click.Command = cli
-            for word in words[1:]:
-                if not isinstance(command, click.Group):
-                    break
-                assert word in command.commands, f"{name_of(page)}: {span}"
-                command = command.commands[word]
-
-
-# --- What the pages say -----------------------------------------------------------------------------------
-
-
-def printed_tree() -> Iterator[tuple[str, str]]:
-    """(folder, clause) of each line of the README's tree of the package."""
-    tree = next(block for block in blocks(TEXT[README], "") if block.startswith("esm2mega/\n"))
-    parents: list[str] = []
-    for line in tree.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name, _, clause = line.strip().partition(" ")
-        parents[depth:] = [name]
-        yield "".join(parents), clause.strip()
-
-
-def test_tree_is_that_of_the_package() -> None:
-    printed = [folder for folder, _ in printed_tree()]
-    real = {path.parent.relative_to(ROOT).as_posix() + "/" for path in (ROOT / "esm2mega").rglob("*.py")}
-    assert sorted(printed) == sorted(real)
-
-
-def test_every_folder_of_the_tree_has_a_clause() -> None:
-    assert [folder for folder, clause in printed_tree() if folder != "esm2mega/" and not clause] == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_resolve(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
-        if target.startswith("https://"):
-            continue
-        path, _, anchor = target.partition("#")
-        linked = page.parent / path if path else page
-        assert linked.exists(), f"{name_of(page)} links to {target}"
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
-            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-            assert anchor in slugs, f"{name_of(page)} links to {target}"
-
-
-def test_readme_links_every_page_of_the_docs() -> None:
-    assert [page.name for page in DOCS if f"](docs/{page.name})" not in TEXT[README]] == []
-
-
-SECTIONS = {key.partition(".")[0] for key in known_keys() if "." in key}
-KEYS = {*known_keys(), "train.early_stopping"}
-
-
-def mentioned_keys(page: Path) -> Iterator[str]:
-    """Whatever looks like a configuration key in backticks: section.name, or name=value on its own."""
-    dotted = re.compile(rf"(?<![\w./-])(?:{'|'.join(sorted(SECTIONS))})(?:\.[a-z_]+)+(?![\w(/])")
-    for span in spans(page):
-        yield from dotted.findall(span)
-        for word in span.split():
-            if found := re.fullmatch(r"([a-z_]+(?:\.[a-z_]+)*)=[^=\"'\s]+", word):
-                yield found.group(1)
-
-
-@pytest.mark.parametrize("page", [README, *DOCS], ids=name_of)
-def test_configuration_keys_exist(page: Path) -> None:
-    # `key=value` is the form itself; is_host is torchrun's.
-    assert [key for key in mentioned_keys(page) if key not in KEYS | {"key", "is_host"}] == []
-
-
-def test_keys_are_found_in_the_text() -> None:
-    found = {key for page in (README, *DOCS) for key in mentioned_keys(page)}
-    assert {"train.micro_batch_tokens", "checkpoint.resume", "init_from", "optim.lr"} <= found
-    assert {field.name for field in fields(Run)} >= SECTIONS
-    assert {f"train.early_stopping.{field.name}" for field in fields(EarlyStoppingConfig)} <= KEYS
-
-
-@pytest.mark.parametrize("page", [README, *DOCS], ids=name_of)
-def test_paths_exist(page: Path) -> None:
-    tops = "esm2mega|tests|conf|examples|benchmarks|docs|tools"
-    for span in spans(page):
-        for word in span.split():
-            if re.fullmatch(rf"(?:{tops})/[\w./*-]*", word):
-                assert list(ROOT.glob(word.rstrip("/"))), f"{name_of(page)}: {word}"
-            elif re.fullmatch(r"[a-z0-9_]+\.py", word):
-                assert any(ROOT.glob(f"*/**/{word}")), f"{name_of(page)}: {word}"
-
-
-@pytest.mark.parametrize("page", [README, *DOCS], ids=name_of)
-def test_yaml_blocks_are_valid_configurations(page: Path, tmp_path: Path) -> None:
-    for text in blocks(TEXT[page], "yaml"):
-        file = tmp_path / "mine.yaml"
-        file.write_text(text)
-        validate(load_run(str(file)), 1)
-
-
-def test_extras_are_those_of_setup_py() -> None:
-    table = TEXT[README].partition("| extra |")[2].partition("\n\n")[0]
-    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    shipped = re.findall(r'^        "(\w+)": ', (ROOT / "setup.py").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(shipped)
-
-
-def test_what_a_checkpoint_refuses_is_what_the_docs_say() -> None:
-    """The keys of the stream's identity are those in the table of refused changes, the store aside."""
-    from esm2mega.config.schema import DataConfig
-    from esm2mega.data.stream.build import BatchSpec
-    from esm2mega.data.stream.loader import TrainStream
-
-    class Store:
-        lengths = np.array([5], dtype=np.int32)
-        fingerprint = "x"
-        clusters = None
-
-        def __len__(self) -> int:
-            return 1
-
-    stream = TrainStream([Store()], BatchSpec(DataConfig(), 2048, 1))  # type: ignore[list-item]
-    assert stream.state == StreamState()
-    identity = {key for key in stream.state_dict()["identity"] if key in KEYS}
-    (row,) = re.findall(
-        r"^\| content of the store, (.*?) \| refused", TEXT[ROOT / "docs/checkpoints.md"], re.M
-    )
-    assert set(re.findall(r"`([^`]+)`", row)) == identity

@@ -47,7 +47,7 @@ def test_reading_order_lists_every_module_once() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_the_first_line_of_a_module_is_a_sentence(path: Path) -> None:
+def test_the_first_line_of_a_module_ends_in_a_full_stop(path: Path) -> None:
     first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
     assert first.endswith("."), "the sentence goes on behind the first line, or has no full stop"
 

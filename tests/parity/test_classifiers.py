@@ -17,7 +17,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.cli.app import main
 from esm2mega.config.head_form import head_form
 from esm2mega.config.schema import Run, TaskConfig
-from esm2mega.convert.convert import appearing, convert
+from esm2mega.convert.convert import convert
 from esm2mega.convert.files.vocabulary import write_tokenizer
 from esm2mega.convert.formats import esm2mega as own_format
 from esm2mega.convert.formats.registry import open_weights
@@ -26,6 +26,7 @@ from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.convert.verify import verify
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import appearing
 from esm2mega.train.start import find_init
 from tests.parity import references
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,51 @@ def test_a_result_that_fails_to_be_written_leaves_nothing(
     with pytest.raises(MachineError, match="result.json: cannot be written: No space left on device; use x"):
         files.write_json(tmp_path / "result.json", {"loss": 1.0}, "use x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_another_file_is_not_one_of_writing(tmp_path: Path) -> None:
+    """What is wrong with a file that the block reads is said of that file."""
+    path, other = tmp_path / "result.txt", tmp_path / "absent.txt"
+    with pytest.raises(FileNotFoundError) as caught, files.replacing(path) as partial:
+        partial.write_text(other.read_text())
+    assert caught.value.filename == str(other)
+    with pytest.raises(MachineError, match=r"txt: cannot be written: No such"), files.replacing(path) as new:
+        new.open("r+")
+    full = OSError(28, "No space left on device")  # as a write to an open file raises it
+    with (
+        pytest.raises(MachineError, match=r"result\.txt: cannot be written: No space"),
+        files.replacing(path),
+    ):
+        raise full
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_directory", [True, False])
+def test_a_directory_or_file_appears_whole(tmp_path: Path, is_directory: bool) -> None:
+    target = tmp_path / "new" / "target"
+    for error in (KeyError, None):
+        with suppress(KeyError), files.appearing(target, is_directory) as path:
+            (path / "part" if is_directory else path).write_text("first")
+            if not is_directory:
+                path.with_name("beside").write_text("second")
+            assert not target.exists()
+            if error is not None:
+                raise error
+        assert target.exists() == (error is None)
+    assert (target / "part" if is_directory else target).read_text() == "first"
+    beside = [] if is_directory else ["beside"]
+    assert sorted(path.name for path in target.parent.iterdir()) == [*beside, "target"]
+    with pytest.raises(UserError, match="target: exists"), files.appearing(target):
+        pass
+
+
+def test_a_file_does_not_appear_over_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "beside").write_text("old")
+    with pytest.raises(UserError, match="beside: exists"):  # noqa: SIM117
+        with files.appearing(tmp_path / "target", is_directory=False) as path:
+            path.write_text("new")
+            path.with_name("beside").write_text("new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("beside", "old")]
 
 
 def test_json_is_what_was_given(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import format_of, open_source
+from esm2mega.data.store.manifest import FORMAT_VERSION
 from esm2mega.data.store.prepare import OpenProgress, PrepareOptions, prepare_fasta
-from esm2mega.data.store.token_store import FORMAT_VERSION, TokenStore
+from esm2mega.data.store.token_store import TokenStore
 from esm2mega.files import file_sha256
 
 DIRECTORY = "prepared"

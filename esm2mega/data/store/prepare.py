@@ -23,10 +23,11 @@ from esm2mega.data import counter_rng
 from esm2mega.data.readers import text
 from esm2mega.data.readers.base import ByteProgress, RecordSource, SourceOptions
 from esm2mega.data.readers.sources import open_source
+from esm2mega.data.store.manifest import StoreCounts
 from esm2mega.data.store.parts import Part, default_workers, write_parts
 from esm2mega.data.store.shards import SHARD_BYTES, SHARD_UNIT
 from esm2mega.data.store.staging import staging_directory
-from esm2mega.data.store.token_store import StoreCounts, StoreWriter, TokenStore
+from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
 
 SPLITS = ("train", "valid", "test")

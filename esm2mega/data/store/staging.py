@@ -10,7 +10,7 @@ from pathlib import Path
 
 import filelock
 
-from esm2mega.data.store.token_store import PARTIAL_SUFFIX
+from esm2mega.data.store.manifest import PARTIAL_SUFFIX
 from esm2mega.errors import MachineError, UserError
 
 
@@ -18,8 +18,9 @@ from esm2mega.errors import MachineError, UserError
 def staging_directory(out: Path) -> Iterator[Path]:
     """Yield the directory beside `out` in which it is made, by one process at a time.
 
-    No reader accepts what is in that directory. It may hold what a killed attempt has left. An OSError in the
-    block becomes a MachineError.
+    No reader accepts what is in that directory. It may hold what a killed attempt has left, and is locked, so
+    that the next attempt can go on from it: `files.appearing` begins anew each time and locks nothing. An
+    OSError in the block becomes a MachineError.
     """
     staging = out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")
     try:

@@ -15,12 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,21 +29,25 @@ import numpy.typing as npt
 
 from esm2mega import vocabulary
 from esm2mega.data.store import clusters, store_files
+from esm2mega.data.store.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    ID_OFFSETS,
+    IDS,
+    INDEX,
+    MANIFEST,
+    PARTIAL_SUFFIX,
+    TOKEN_FILES,
+    TOKENS,
+    StoreCounts,
+    damaged,
+    read_manifest,
+)
 from esm2mega.data.store.shards import SHARD_BYTES, ShardWriter, map_files
 from esm2mega.data.store.store_files import HashedFile, NumberSpool, offset_blocks, write_offsets
 from esm2mega.errors import UserError
 from esm2mega.files import file_sha256
 from esm2mega.version import __version__
-
-FORMAT = "esm2mega token store"
-FORMAT_VERSION = 1
-PARTIAL_SUFFIX = ".partial"
-
-_TOKENS, _INDEX = "tokens.bin", "tokens.idx"
-_IDS, _ID_OFFSETS = "ids.bin", "ids.offsets.npy"
-_MANIFEST = "manifest.json"
-_FILES = (_INDEX, _IDS, _ID_OFFSETS)
-_TOKEN_FILES = re.compile(r"tokens(-\d{5})?\.bin")
 
 # Head of a megatron-core index: magic, version 1, dtype code 1 (uint8), number of sequences, number of
 # document bounds. Behind it: int32 lengths, int64 byte offsets, int64 document bounds (one for each).
@@ -53,48 +56,19 @@ _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_VERSION = 1
 _INDEX_UINT8 = 1
 
-_PREPARE_AGAIN = "make it again with `esm2mega prepare`"
-
 
 def partial_path(path: Path) -> Path:
     """Return a new name beside `path` for an unfinished store, which `TokenStore` refuses."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}{PARTIAL_SUFFIX}")
 
 
-@dataclass
-class StoreCounts:
-    """Counts what a store holds, and what was changed on the way in."""
-
-    sequences: int = 0
-    residues: int = 0
-    token_counts: list[int] = field(default_factory=lambda: [0] * len(vocabulary.VOCAB))
-    lower_case_residues: int = 0
-    unknown_residues: int = 0
-    dropped_sequences: int = 0
-
-    def add(self, num_sequences: int, byte_counts: npt.NDArray[np.int64]) -> None:
-        """Add proteins, given the byte histogram [256] of their residues as they were written."""
-        tokens = vocabulary.token_histogram(byte_counts)
-        self.sequences += num_sequences
-        self.residues += int(byte_counts.sum())
-        self.token_counts = (np.asarray(self.token_counts) + tokens).tolist()
-        self.lower_case_residues += vocabulary.lower_case_count(byte_counts)
-        self.unknown_residues += vocabulary.unknown_count(byte_counts)
-
-    def merge(self, other: StoreCounts, sign: int = 1) -> None:
-        """Add the counts of other proteins, or subtract them with `sign` -1."""
-        self.sequences += sign * other.sequences
-        self.residues += sign * other.residues
-        self.token_counts = (np.asarray(self.token_counts) + sign * np.asarray(other.token_counts)).tolist()
-        self.lower_case_residues += sign * other.lower_case_residues
-        self.unknown_residues += sign * other.unknown_residues
-        self.dropped_sequences += sign * other.dropped_sequences
-
-
 class StoreWriter:
     """Writes one token store: the end of the `with` block completes it, and an exception removes all of it.
 
     `provenance` goes into the manifest (sources, split) and may be filled until the block is left.
+
+    It grows under a name that `TokenStore` refuses, another one for each writer, so that nobody waits for a
+    dead one; under the name that `files.appearing` gives it would be read.
     """
 
     def __init__(self, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -115,8 +89,8 @@ class StoreWriter:
 
     def __enter__(self) -> StoreWriter:
         self._partial.mkdir(parents=True)
-        self._tokens = ShardWriter(self._partial, _TOKENS, self._shard_bytes, HashedFile)
-        self._ids = HashedFile(self._partial / _IDS)
+        self._tokens = ShardWriter(self._partial, TOKENS, self._shard_bytes, HashedFile)
+        self._ids = HashedFile(self._partial / IDS)
         self._lengths = NumberSpool(self._partial / "tokens.lengths", "<i4")
         self._id_lengths = NumberSpool(self._partial / "ids.lengths", "<i4")
         return self
@@ -191,9 +165,9 @@ class StoreWriter:
         if not self.counts.sequences:
             raise UserError(f"{self.path}: a token store needs at least one sequence")
         token_files, tokens_sha256 = self._tokens.close()
-        files = {**token_files, _IDS: self._ids.close()}
-        files[_INDEX] = self._write_index(self._lengths.close())
-        files[_ID_OFFSETS] = write_offsets(self._partial / _ID_OFFSETS, self._id_lengths.close())
+        files = {**token_files, IDS: self._ids.close()}
+        files[INDEX] = self._write_index(self._lengths.close())
+        files[ID_OFFSETS] = write_offsets(self._partial / ID_OFFSETS, self._id_lengths.close())
         if self._clusters is not None:
             files.update(self._clusters.complete(self.counts.sequences))
         manifest = {
@@ -206,7 +180,7 @@ class StoreWriter:
             "tokens_sha256": tokens_sha256,
             "files": files,
         }
-        with open(self._partial / _MANIFEST, "x", encoding="utf-8") as stream:
+        with open(self._partial / MANIFEST, "x", encoding="utf-8") as stream:
             json.dump(manifest, stream, indent=1, ensure_ascii=False)
             stream.write("\n")
             stream.flush()
@@ -214,7 +188,7 @@ class StoreWriter:
 
     def _write_index(self, lengths: npt.NDArray[np.int32]) -> dict[str, Any]:
         count = len(lengths)
-        index = HashedFile(self._partial / _INDEX)
+        index = HashedFile(self._partial / INDEX)
         index.write(_INDEX_HEAD.pack(_INDEX_MAGIC, _INDEX_VERSION, _INDEX_UINT8, count, count + 1))
         for first in range(0, count, store_files.BLOCK):
             index.write(lengths[first : first + store_files.BLOCK].tobytes())
@@ -251,12 +225,12 @@ class TokenStore:
             staged: whether to accept a finished store in an unfinished directory, which is refused otherwise.
         """
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path, staged)
+        self.manifest = read_manifest(self.path, staged)
         self._check_sizes()
-        token_files = sorted(name for name in self.manifest["files"] if _TOKEN_FILES.fullmatch(name))
+        token_files = sorted(name for name in self.manifest["files"] if TOKEN_FILES.fullmatch(name))
         self.tokens: npt.NDArray[np.uint8] = map_files([self.path / name for name in token_files])
         self.lengths, self.starts = self._map_index()
-        self._ids = _Ids(self.path / _IDS, self.path / _ID_OFFSETS, len(self))
+        self._ids = _Ids(self.path / IDS, self.path / ID_OFFSETS, len(self))
         self.clusters = self._map_clusters() if self._has_clusters else None
 
     def __len__(self) -> int:
@@ -290,14 +264,14 @@ class TokenStore:
     @property
     def fingerprint(self) -> str:
         """Return a hash of the proteins and their order; ids, clusters and sources do not matter."""
-        hashes = [self.manifest["tokens_sha256"], self.manifest["files"][_INDEX]["sha256"]]
+        hashes = [self.manifest["tokens_sha256"], self.manifest["files"][INDEX]["sha256"]]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def verify(self) -> None:
         """Read every byte, and raise UserError when a file differs from what was written."""
         for name in self.manifest["files"]:
             if file_sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
-                raise _damaged(self.path / name, "differs from its checksum in manifest.json")
+                raise damaged(self.path / name, "differs from its checksum in manifest.json")
 
     @property
     def _has_clusters(self) -> bool:
@@ -306,27 +280,27 @@ class TokenStore:
     def _check_sizes(self) -> None:
         for name in clusters.FILES if self._has_clusters else ():
             if name not in self.manifest["files"]:
-                raise _damaged(self.path / _MANIFEST, f"lists other cluster files, but not {name}")
+                raise damaged(self.path / MANIFEST, f"lists other cluster files, but not {name}")
         for name in self.manifest["files"]:
             file = self.path / name
             if not file.is_file():
-                raise _damaged(file, "is missing")
+                raise damaged(file, "is missing")
             expected, found = self.manifest["files"][name]["bytes"], file.stat().st_size
             if found != expected:
-                raise _damaged(file, f"has {found} bytes, its manifest says {expected}")
+                raise damaged(file, f"has {found} bytes, its manifest says {expected}")
 
     def _map_index(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Map the lengths, [n], and starts, [n], in tokens.idx."""
-        file = self.path / _INDEX
+        file = self.path / INDEX
         count = int(self.manifest["sequences"])
         with open(file, "rb") as stream:
             head = stream.read(_INDEX_HEAD.size)
         if head != _INDEX_HEAD.pack(_INDEX_MAGIC, _INDEX_VERSION, _INDEX_UINT8, count, count + 1):
-            raise _damaged(file, f"is not a uint8 megatron-core index of {count} sequences")
+            raise damaged(file, f"is not a uint8 megatron-core index of {count} sequences")
         lengths = _map(file, np.dtype("<i4"), count, _INDEX_HEAD.size)
         starts = _map(file, np.dtype("<i8"), count, _INDEX_HEAD.size + lengths.nbytes)
         if starts[-1] + lengths[-1] != len(self.tokens):
-            raise _damaged(file, f"ends at residue {starts[-1] + lengths[-1]} of {len(self.tokens)}")
+            raise damaged(file, f"ends at residue {starts[-1] + lengths[-1]} of {len(self.tokens)}")
         return lengths, starts
 
     def _map_clusters(self) -> clusters.Clusters:
@@ -334,7 +308,7 @@ class TokenStore:
         offsets = _map_npy(self.path / clusters.OFFSETS)
         members = _map_npy(self.path / clusters.MEMBERS)
         if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(members):
-            raise _damaged(self.path / clusters.OFFSETS, f"does not divide {len(members)} members")
+            raise damaged(self.path / clusters.OFFSETS, f"does not divide {len(members)} members")
         # This refuses a number of ids that is not that of the clusters.
         _Ids(self.path / clusters.IDS, self.path / clusters.ID_OFFSETS, len(offsets) - 1)
         return clusters.Clusters(offsets, members)
@@ -347,7 +321,7 @@ class _Ids:
         self._text = _map(text, np.uint8)
         self._offsets = _map_npy(offsets)
         if len(self._offsets) != count + 1:
-            raise _damaged(offsets, f"has {len(self._offsets)} offsets for {count} ids")
+            raise damaged(offsets, f"has {len(self._offsets)} offsets for {count} ids")
 
     def __getitem__(self, i: int) -> str:
         return self._text[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8")
@@ -364,7 +338,7 @@ def _map_npy(file: Path) -> npt.NDArray[np.int64]:
     except ValueError:
         numbers = None
     if not isinstance(numbers, np.memmap) or numbers.dtype != np.int64 or numbers.ndim != 1:
-        raise _damaged(file, "is not a .npy file of int64 numbers in one row")
+        raise damaged(file, "is not a .npy file of int64 numbers in one row")
     return numbers.view(np.ndarray)
 
 
@@ -372,77 +346,3 @@ def _map(file: Path, dtype: npt.DTypeLike, count: int | None = None, offset: int
     """Map a file read-only as a plain array: slices of `np.memmap` itself cost several times more."""
     shape = None if count is None else (count,)
     return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape).view(np.ndarray)
-
-
-def _read_manifest(path: Path, staged: bool) -> Mapping[str, Any]:
-    """Read the manifest of a complete store of this format and tokenizer; refuse anything else."""
-    if not staged and any(
-        part.startswith(".") and part.endswith(PARTIAL_SUFFIX) for part in path.resolve().parts
-    ):
-        raise UserError(
-            f"{path}: is what an interrupted `prepare` left behind; start that again to go on, or remove it"
-        )
-    if not path.exists():
-        raise UserError(
-            f"{path}: there is no such file and no such token store; correct the path, or make a store with "
-            "`esm2mega prepare fasta`"
-        )
-    file = path / _MANIFEST
-    if not file.is_file():
-        inside = [
-            f"{path / name}" for name in ("train", "valid", "test") if (path / name / _MANIFEST).is_file()
-        ]
-        cure = f"did you mean {' or '.join(inside)}?" if inside else "make one with `esm2mega prepare fasta`"
-        raise UserError(f"{path}: not a token store (no {_MANIFEST}); {cure}")
-    try:
-        manifest = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise _damaged(file, f"is not JSON ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{file}: is not the manifest of an esm2mega token store; check the path")
-    _check_identity(file, manifest)
-    return manifest
-
-
-def _check_identity(file: Path, manifest: Mapping[str, Any]) -> None:
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{file}: format_version {version} is not {FORMAT_VERSION}, the one known; {_PREPARE_AGAIN}"
-        )
-    if manifest.get("tokenizer_hash") != vocabulary.TOKENIZER_HASH:
-        made = str(manifest.get("tokenizer_hash"))[:12]
-        ours = vocabulary.TOKENIZER_HASH[:12]
-        raise UserError(f"{file}: made with another tokenizer (hash {made}, not {ours}); {_PREPARE_AGAIN}")
-    _check_entries(file, manifest)
-
-
-def _check_entries(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Check every entry that is read from the manifest later."""
-
-    def is_count(value: Any) -> bool:
-        return isinstance(value, int) and value >= 0
-
-    files, counts, sources = (manifest.get(name) for name in ("files", "token_counts", "sources"))
-    sound = {
-        "sequences": is_count(manifest.get("sequences")) and manifest["sequences"] > 0,
-        "files": isinstance(files, dict)
-        and files.keys() >= set(_FILES)
-        and any(_TOKEN_FILES.fullmatch(name) for name in files)
-        and all(
-            isinstance(entry, dict) and is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
-            for entry in files.values()
-        ),
-        "token_counts": isinstance(counts, list)
-        and len(counts) == len(vocabulary.VOCAB)
-        and all(map(is_count, counts)),
-        "tokens_sha256": isinstance(manifest.get("tokens_sha256"), str),
-        "sources": isinstance(sources, list)
-        and all(isinstance(source, dict) and {"name", "sha256"} <= source.keys() for source in sources),
-    }
-    if wrong := [name for name, holds in sound.items() if not holds]:
-        raise _damaged(file, f"the entry {wrong[0]!r} is missing or not what it should be")
-
-
-def _damaged(file: Path, what: str) -> UserError:
-    return UserError(f"{file}: {what}: the token store is damaged; {_PREPARE_AGAIN}")

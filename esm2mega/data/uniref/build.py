@@ -22,9 +22,10 @@ import numpy.typing as npt
 
 from esm2mega.data.readers.base import ByteProgress
 from esm2mega.data.readers.fasta import FastaReader
+from esm2mega.data.store.manifest import StoreCounts
 from esm2mega.data.store.prepare import SPLITS, PrepareReport
 from esm2mega.data.store.staging import staged
-from esm2mega.data.store.token_store import StoreCounts, StoreWriter
+from esm2mega.data.store.token_store import StoreWriter
 from esm2mega.data.uniref.cluster_join import ClusterTable, append_proteins, protein_batches, provenance
 from esm2mega.data.uniref.id_index import IdIndex
 from esm2mega.data.uniref.leakage import DrawnRecords, IndexedIds, SplitSizes, refuse_shared_files

@@ -1,22 +1,9 @@
-"""What each row of `esm2mega.parallel.cpu.ROWS` must achieve, tried with the row and without it.
-
-As a script it writes one JSON object to the path it is given: row name -> `Finding`. Adaptation cannot be
-undone within a process, so every trial is a forked world of one or two; the parent adapts nothing.
-"""
+"""What each row of `esm2mega.parallel.cpu.ROWS` must achieve: a check within process groups for each."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import signal
-import sys
-import tempfile
-import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,12 +30,10 @@ from esm2mega.batch import PackedBatch
 from esm2mega.config.schema import ModelConfig, OptimConfig, ParallelConfig, ScheduleConfig
 from esm2mega.model.build import build_model, transformer_config
 from esm2mega.model.packed import PackedSequences
-from esm2mega.parallel import cpu
-from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.losses import MLMLossReduction
 from esm2mega.train.optimizer import build_optimizer, wrap_data_parallel
 from esm2mega.train.step import run_schedule
-from tests.ranks import free_port
 
 CPU = torch.device("cpu")
 ONE = ParallelConfig()
@@ -67,15 +52,6 @@ class Check:
     @property
     def world_size(self) -> int:
         return self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Whether the row found its place in an unadapted Megatron-Core; how its check ended, None is success."""
-
-    found: bool
-    with_row: str | None
-    without_row: str | None
 
 
 SHAPE = ModelConfig(
@@ -364,91 +340,3 @@ CHECKS: dict[str, Check] = {
     "Namespace megatron.core.dist_checkpointing.strategies.state_dict_saver": Check(failed_write, TP2),
     "Namespace megatron.core.dist_checkpointing.strategies.async_utils": Check(finished_write, TP2),
 }
-
-
-def try_all() -> dict[str, Finding]:
-    modules = {row.module: importlib.import_module(row.module) for row in cpu.ROWS}
-    found = {row.name: row.find(modules[row.module]) for row in cpu.ROWS}
-    with_row: dict[str, str | None] = {}
-    for size in (1, 2):
-        with_row |= _trial([name for name, check in CHECKS.items() if check.world_size == size], cpu.ROWS)
-    return {
-        row.name: Finding(
-            found=found[row.name],
-            with_row=with_row[row.name],
-            without_row=_trial([row.name], [other for other in cpu.ROWS if other is not row])[row.name],
-        )
-        for row in cpu.ROWS
-    }
-
-
-def _trial(names: Sequence[str], rows: Sequence[cpu.Row]) -> dict[str, str | None]:
-    """Run checks of worlds of one size, one after the other, in forked processes with only `rows` adapted.
-
-    Returns:
-        The first failure of each, None where there is none.
-    """
-    world_size = CHECKS[names[0]].world_size
-    ports = [free_port() for _ in names]
-    with tempfile.TemporaryDirectory() as folder:
-        reports = [Path(folder) / str(rank) for rank in range(world_size)]
-        children = []
-        for rank, report in enumerate(reports):
-            child = os.fork()
-            if child == 0:
-                _be_rank(names, rows, rank, ports, report)
-            children.append(child)
-        _wait(children, reports)
-        failures = [_read(report) for report in reports]
-    # What a rank came to before its failure is an empty text.
-    return {
-        name: next((text for of_rank in failures if (text := of_rank.get(name, "did not end"))), None)
-        for name in names
-    }
-
-
-def _be_rank(
-    names: Sequence[str], rows: Sequence[cpu.Row], rank: int, ports: Sequence[int], report: Path
-) -> None:
-    cpu.ROWS = tuple(rows)
-    failures = {}
-    for name, port in zip(names, ports, strict=True):
-        check = CHECKS[name]
-        os.environ |= {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(check.world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        failures[name] = ""
-        try:
-            with process_groups(check.parallel, seed=1) as ranks:
-                check.function(ranks)
-        except BaseException:
-            failures[name] = traceback.format_exc()
-            break
-    report.with_suffix(".partial").write_text(json.dumps(failures))
-    report.with_suffix(".partial").rename(report)
-    os._exit(0)
-
-
-def _wait(children: list[int], reports: list[Path]) -> None:
-    """Wait for all reports; after a failure the other rank may hang in a collective and is ended."""
-    deadline = time.monotonic() + 60
-    while not all(report.exists() for report in reports) and time.monotonic() < deadline:
-        if any(any(_read(report).values()) for report in reports):
-            deadline = min(deadline, time.monotonic() + 0.5)
-        time.sleep(0.01)
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def _read(report: Path) -> dict[str, str]:
-    failures: dict[str, str] = json.loads(report.read_text()) if report.exists() else {}
-    return failures
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    Path(sys.argv[1]).write_text(json.dumps({name: asdict(finding) for name, finding in try_all().items()}))

@@ -16,7 +16,8 @@ from esm2mega.errors import MachineError
 from esm2mega.parallel import cpu
 from esm2mega.parallel.initialize import process_groups
 from tests.ranks import run_ranks
-from tests.unit.parallel.cpu_checks import CHECKS, Finding
+from tests.unit.parallel.cpu_checks import CHECKS
+from tests.unit.parallel.cpu_trials import Finding
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is adapted")
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU no
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finding]:
     folder = tmp_path_factory.mktemp("checks")
-    run_ranks(["-m", "tests.unit.parallel.cpu_checks", str(folder / "findings.json")], 1, folder)
+    run_ranks(["-m", "tests.unit.parallel.cpu_trials", str(folder / "findings.json")], 1, folder)
     content = json.loads((folder / "findings.json").read_text())
     return {name: Finding(**finding) for name, finding in content.items()}
 

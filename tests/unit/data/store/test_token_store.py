@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,23 +17,12 @@ from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import UserError
 from esm2mega.version import __version__
 from tests.unit.data.cluster_ids import cluster_ids
+from tests.unit.data.damage import edit_manifest, error_of
 
 if TYPE_CHECKING:
     from tests.unit.data.conftest import WriteStore
 
 SEQUENCES = ["MKTL", "acJ", "W", "LAGVSERTIDPKQNFYMHWC"]
-
-
-def error_of(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        TokenStore(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def edit_manifest(store: TokenStore, **changes: object) -> None:
-    file = store.path / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def test_store_holds_what_was_written(write_store: WriteStore) -> None:
@@ -167,48 +154,6 @@ def test_a_kill_between_writing_and_renaming_leaves_no_store(tmp_path: Path) -> 
     with StoreWriter(tmp_path / "store") as writer:  # the next attempt is not in the way of the dead one
         writer.append(["a"], [b"MK"])
     assert len(TokenStore(tmp_path / "store")) == 1
-
-
-def test_error_for_a_path_that_is_no_store(tmp_path: Path, write_store: WriteStore) -> None:
-    assert "no such file and no such token store" in error_of(tmp_path / "absent")
-    outer = tmp_path / "outer"
-    outer.mkdir()
-    assert "not a token store (no manifest.json); make one with `esm2mega prepare fasta`" in error_of(outer)
-    shutil.copytree(write_store(SEQUENCES).path, outer / "train")
-    assert error_of(outer).endswith(f"did you mean {outer / 'train'}?")
-    (outer / "manifest.json").write_text("{}")
-    assert "is not the manifest of an esm2mega token store" in error_of(outer)
-    (outer / "manifest.json").write_text("{")
-    assert "is not JSON" in error_of(outer)
-
-
-def test_error_for_another_tokenizer_or_version(write_store: WriteStore) -> None:
-    store = write_store(SEQUENCES)
-    edit_manifest(store, tokenizer_hash="0123456789abcdef")
-    assert "made with another tokenizer (hash 0123456789ab, not " in error_of(store.path)
-    edit_manifest(store, format_version=2)
-    assert "format_version 2 is not 1, the one known" in error_of(store.path)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("sequences", 0),
-        ("sequences", "4"),
-        ("sources", None),
-        ("sources", [{"name": "x.fasta"}]),
-        ("token_counts", None),
-        ("token_counts", [1] * 32),
-        ("token_counts", ["1"] * 33),
-        ("files", None),
-        ("files", {"tokens.bin": {"bytes": 3}}),
-    ],
-)
-def test_error_for_an_entry_that_is_read_later(write_store: WriteStore, name: str, value: object) -> None:
-    store = write_store(SEQUENCES)
-    edit_manifest(store, **{name: value})
-    message = error_of(store.path)
-    assert message.startswith(f"{store.path / 'manifest.json'}: the entry {name!r} is missing or not what")
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "ids.bin", "ids.offsets.npy"])

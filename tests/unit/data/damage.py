@@ -1,0 +1,25 @@
+"""Damages token stores, and reads what is said about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.errors import UserError
+
+
+def error_of(path: Path) -> str:
+    """The one line with which a store is refused."""
+    with pytest.raises(UserError) as caught:
+        TokenStore(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_manifest(store: TokenStore, **changes: object) -> None:
+    """Replace entries of a store's manifest."""
+    file = store.path / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
