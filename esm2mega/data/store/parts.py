@@ -177,7 +177,7 @@ def _run(pool: ProcessPoolExecutor, jobs: Iterator[_Job], most: int) -> Iterator
     waiting: deque[Future[Part]] = deque()
     try:
         for job in jobs:
-            waiting.append(pool.submit(_run_job, job))
+            waiting.append(_submit(pool, job))
             if len(waiting) == most:
                 yield waiting.popleft().result()
     except UserError:
@@ -187,6 +187,15 @@ def _run(pool: ProcessPoolExecutor, jobs: Iterator[_Job], most: int) -> Iterator
         raise
     while waiting:
         yield waiting.popleft().result()
+
+
+def _submit(pool: ProcessPoolExecutor, job: _Job) -> Future[Part]:
+    """Hand a job to the pool; a worker that this starts never gets Ctrl-C, not even while it still imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the worker
+    try:
+        return pool.submit(_run_job, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_job(job: _Job) -> Part:
