@@ -190,7 +190,7 @@ def _run(pool: ProcessPoolExecutor, jobs: Iterator[_Job], most: int) -> Iterator
 
 
 def _submit(pool: ProcessPoolExecutor, job: _Job) -> Future[Part]:
-    """Hand a job to the pool; a worker that this starts never gets Ctrl-C, not even while it still imports."""
+    """Hand a job to the pool; a worker that this starts never gets Ctrl-C, not even while importing."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the worker
     try:
         return pool.submit(_run_job, job)
