@@ -295,9 +295,7 @@ def test_the_encoder_alone(sources: Path, tmp_path: Path, capsys: pytest.Capture
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(
-        UserError, match="the head of task.kind=classification in the place of .*fine-tune it"
-    ):
+    with pytest.raises(UserError, match="the head of task.kind=classification instead of .*fine-tune it"):
         find_init(Run(init_from=source))
 
 

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 from esm2mega.parallel import cpu
 from esm2mega.parallel.initialize import process_groups
-from tests.ranks import free_port
 from tests.unit.parallel.cpu_checks import CHECKS
 
 
@@ -58,14 +58,15 @@ def _trial(names: Sequence[str], rows: Sequence[cpu.Row]) -> dict[str, str | Non
         The first failure of each, None where there is none.
     """
     world_size = CHECKS[names[0]].world_size
-    ports = [free_port() for _ in names]
+    # As torchrun's agent does, the parent hosts the store, on a port that nobody else can take meanwhile.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
         reports = [Path(folder) / str(rank) for rank in range(world_size)]
         children = []
         for rank, report in enumerate(reports):
             child = os.fork()
             if child == 0:
-                _be_rank(names, rows, rank, ports, report)
+                _be_rank(names, rows, rank, store.port, report)
             children.append(child)
         _wait(children, reports)
         failures = [_read(report) for report in reports]
@@ -76,18 +77,17 @@ def _trial(names: Sequence[str], rows: Sequence[cpu.Row]) -> dict[str, str | Non
     }
 
 
-def _be_rank(
-    names: Sequence[str], rows: Sequence[cpu.Row], rank: int, ports: Sequence[int], report: Path
-) -> None:
+def _be_rank(names: Sequence[str], rows: Sequence[cpu.Row], rank: int, port: int, report: Path) -> None:
     cpu.ROWS = tuple(rows)
     failures = {}
-    for name, port in zip(names, ports, strict=True):
+    for name in names:
         check = CHECKS[name]
         os.environ |= {
             "RANK": str(rank),
             "WORLD_SIZE": str(check.world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         failures[name] = ""
         try:

@@ -101,7 +101,8 @@ def test_kill_minus_nine_and_start_again(
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(workers, timeout=20)
-    assert not alive  # workers do not outlive the process that feeds them
+    # Workers do not outlive the process that feeds them; a dead one may wait for its new parent to collect it.
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
     assert not out.exists()
     for manifest in parts.rglob("manifest.json"):
         with pytest.raises(UserError, match="interrupted"):
