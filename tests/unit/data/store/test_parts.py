@@ -101,7 +101,7 @@ def test_kill_minus_nine_and_start_again(
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(workers, timeout=20)
-    # Workers do not outlive the process that feeds them; a dead one may wait for its new parent to collect it.
+    # Workers do not outlive the process that feeds them; a dead one may still wait to be collected.
     assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
     assert not out.exists()
     for manifest in parts.rglob("manifest.json"):
