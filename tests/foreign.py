@@ -20,6 +20,9 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from esm2mega.checkpoint import layout
+from esm2mega.convert.convert import convert
+
 L, H, A, F = 4, 48, 6, 192
 EPSILON = 1e-5
 
@@ -386,3 +389,13 @@ def write_nemo2(reference: Truth, folder: Path) -> Path:
     }
     (path / "context" / "io.json").write_text(json.dumps({"root": {}, "objects": objects}))
     return path
+
+
+def write_sources(truth: Truth, folder: Path) -> None:
+    """Write one model as a directory of Hugging Face, a file of fair-esm, and a run with two checkpoints."""
+    write_hf(truth, folder)
+    write_fair_esm(truth, folder)
+    for step in (1, 2):
+        target = layout.step_dir(folder / "run", step)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        convert(folder / "hf", target, "esm2mega")

@@ -11,7 +11,6 @@ import torch
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
-from esm2mega.convert.convert import convert
 from esm2mega.convert.start_point import StartPoint, open_checkpoint, read_checkpoint, read_start
 from esm2mega.errors import UserError
 from tests import foreign
@@ -25,12 +24,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model as a directory of Hugging Face, a file of fair-esm, and a run with two checkpoints."""
     folder = tmp_path_factory.mktemp("sources")
     truth = foreign.truth(torch.float16)
-    foreign.write_hf(truth, folder)
-    foreign.write_fair_esm(truth, folder)
-    for step in (1, 2):
-        target = layout.step_dir(folder / "run", step)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        convert(folder / "hf", target, "esm2mega")
+    foreign.write_sources(truth, folder)
     return folder
 
 

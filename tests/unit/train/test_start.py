@@ -60,12 +60,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("sources")
     truth = foreign.truth(torch.float32)
-    foreign.write_hf(truth, folder)
-    foreign.write_fair_esm(truth, folder)
-    for step in (1, 2):
-        target = layout.step_dir(folder / "run", step)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        convert(folder / "hf", target, "esm2mega")
+    foreign.write_sources(truth, folder)
     rng = np.random.default_rng(5)
     with (folder / "labels.jsonl").open("w") as file:
         for length in rng.integers(10, 55, 30):
