@@ -19,7 +19,7 @@ from esm2mega.data.labels.stream import LabelledStream
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
-from esm2mega.finetune.evaluate import measure, packs_of
+from esm2mega.finetune.evaluate import UNSEEN, measure, packs_of
 from esm2mega.finetune.loaded_head import loaded_targets
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
 from esm2mega.finetune.metrics import HEADLINES, check_packages
@@ -175,7 +175,7 @@ def _train(
         if split not in splits.of:
             return None
 
-        def evaluate(abandon: Callable[[], bool]) -> dict[str, float] | None:
+        def evaluate(abandon: Callable[[], bool]) -> dict[str, Any] | None:
             packs = packs_of(splits.of[split], spec, ranks, limit)
             measured = measure(
                 built.state.model, loss, packs, splits.info, ranks, abandon=abandon, baseline=split == "test"
@@ -183,7 +183,8 @@ def _train(
             if measured is None:
                 return None
             named = {f"{split}_{name}": value for name, value in measured.metrics.items()}
-            return {f"{split}_loss": measured.loss, **named}
+            unseen = {f"{split}_{UNSEEN}": measured.unseen} if measured.unseen else {}
+            return {f"{split}_loss": measured.loss, **named, **unseen}
 
         return evaluate
 

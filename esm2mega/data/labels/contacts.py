@@ -27,6 +27,9 @@ TAPE (`tape/datasets.py`) and ESM (`examples/contact_prediction.ipynb`) agree on
 SEPARATION = 6
 """Only pairs with at least this j - i count, in TAPE and in ESM."""
 
+_FARTHEST = 1e6
+"""Is the largest coordinate in magnitude, in Angstrom; no structure is larger, so greater ones are mistakes."""
+
 Array = npt.NDArray[np.float64]
 
 
@@ -54,16 +57,20 @@ def read_coordinates(value: object, column: str, location: str) -> Array:
         if not isinstance(row, list) or len(row) != 3 or not all(_is_coordinate(x) for x in row):
             raise UserError(
                 f"{location}: residue {number} in column {column!r} has {row!r}; give [x, y, z] in Angstrom, "
-                "or null"
+                f"none beyond {_FARTHEST:g}, or null"
             )
         if None not in row:
             rows[number] = row
-    rows[~np.isfinite(rows).all(axis=1)] = math.nan
+    rows[np.isnan(rows).any(axis=1)] = math.nan
     return rows
 
 
 def _is_coordinate(value: object) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    if value is None:
+        return True
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # A whole number may be too large for a float, so NaN is found by what it is not equal to.
+    return is_number and (value != value or abs(value) <= _FARTHEST)
 
 
 def pair_labels(coordinates: Array, ignored: int) -> npt.NDArray[np.int8]:

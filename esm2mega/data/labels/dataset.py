@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.data.labels.degenerate import SplitLabels, label_notes
 from esm2mega.data.labels.readers import TargetReader, join_labels, target_reader
 from esm2mega.data.labels.rows import MASK_FILE, labelled_rows
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
@@ -162,8 +163,7 @@ def read_labelled(
     if not rows:
         raise UserError(f"{key}={path}: holds no proteins; give a table with some")
     rows = _fitting(rows, data, key, notes)
-    info = info or reader.learn([row.label for row in rows], loaded)
-    return _of_rows(Path(path), rows, reader, info, notes), info
+    return _numbered(Path(path), rows, reader, info, loaded, key, notes)
 
 
 def proteins_of_pairs(
@@ -202,8 +202,7 @@ def proteins_of_pairs(
     notes: list[str] = []
     if data is not None:
         rows = _fitting(rows, data, name, notes)
-    info = info or reader.learn([row.label for row in rows], loaded)
-    return _of_rows(Path(name), rows, reader, info, notes), info
+    return _numbered(Path(name), rows, reader, info, loaded, name, notes)
 
 
 def _fitting(rows: list[_Row], data: DataConfig, key: str, notes: list[str]) -> list[_Row]:
@@ -215,19 +214,23 @@ def _fitting(rows: list[_Row], data: DataConfig, key: str, notes: list[str]) -> 
     return [rows[number] for number in kept.tolist()]
 
 
-def _of_rows(
-    path: Path, rows: Sequence[_Row], reader: TargetReader, info: TargetInfo, notes: list[str]
-) -> LabelledProteins:
-    return LabelledProteins(
-        path,
-        [row.id for row in rows],
-        np.concatenate([row.tokens for row in rows]),
-        _offsets(len(row.tokens) for row in rows),
-        join_labels((reader.encode(row.label, info, row.location) for row in rows), info.per_residue),
-        info.per_residue,
-        info.per_pair,
-        notes,
-    )
+def _numbered(
+    path: Path,
+    rows: Sequence[_Row],
+    reader: TargetReader,
+    known: TargetInfo | None,
+    loaded: TargetInfo | None,
+    key: str,
+    notes: list[str],
+) -> tuple[LabelledProteins, TargetInfo]:
+    """Return rows as labelled proteins with the meaning of their labels, which is learned unless `known`."""
+    info = known or reader.learn([row.label for row in rows], loaded)
+    labels = join_labels((reader.encode(row.label, info, row.location) for row in rows), info.per_residue)
+    offsets = _offsets(len(row.tokens) for row in rows)
+    split = SplitLabels(key, labels, offsets, [row.location for row in rows], trains=known is None)
+    notes += label_notes(split, info, reader.task.target_columns)
+    ids, tokens = [row.id for row in rows], np.concatenate([row.tokens for row in rows])
+    return LabelledProteins(path, ids, tokens, offsets, labels, info.per_residue, info.per_pair, notes), info
 
 
 def proteins_of_sequences(sequences: Sequence[str]) -> LabelledProteins:
