@@ -28,7 +28,6 @@ from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import evaluate
 from esm2mega.train.losses import LossReduction, LossTerms
 
-
 UNSEEN = "unseen_classes"
 """Names, in records, the number of labels of each class that no training has had a label of."""
 

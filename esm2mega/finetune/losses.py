@@ -212,15 +212,15 @@ def balanced_weights(info: TargetInfo) -> Tensor:
     """Return the weights that scikit-learn calls balanced, fp64 ``[k]``.
 
     The weight of each of the c classes of a target that have training labels is total / (c * count); the mean
-    over the target's training labels is 1. A class without one, which only held-out labels can have, weighs 1.
+    over the target's training labels is 1. A class without one, which held-out labels may have, weighs 1.
 
     Raises:
         UserError: The head was not trained here, and does not know the numbers of its training labels.
     """
     if len(info.counts) < info.num_outputs:
         raise UserError(
-            "task.class_weights=balanced: the numbers of training labels of the head's classes are not known; "
-            "set task.class_weights=none"
+            "task.class_weights=balanced: it is not known how many training labels the head's classes had; set "
+            "task.class_weights=none"
         )
     counts = torch.tensor(info.counts, dtype=torch.float64)
     of_targets = [counts[target.outputs] for target in info.targets]

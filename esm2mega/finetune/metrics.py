@@ -271,7 +271,7 @@ def _per_protein(
 
 
 def _predicted(labels: Array, values: Array, untrained: Sequence[int]) -> Array:
-    """Return the likeliest class of each label, ``[n]``; for a label of an untrained class, among the others."""
+    """Return the likeliest class, ``[n]``; where the label is of an untrained one, the likeliest other."""
     predicted = values.argmax(axis=1)
     if len(unseen := np.flatnonzero(np.isin(labels, untrained))):
         trained = np.setdiff1d(np.arange(values.shape[1]), untrained)

@@ -14,6 +14,7 @@ from esm2mega.config.schema import DataConfig, Run, TaskConfig, TrainConfig
 from esm2mega.config.task import validate_task
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
+from esm2mega.data.labels.degenerate import check_classes
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledStream
 from esm2mega.data.stream.build import BatchSpec
@@ -93,6 +94,7 @@ def finetune(
     start = open_training_start(run, opened)
     splits = read_splits(run.data, run.task, parts, loaded_targets(run.task, run.finetune, start))
     train = splits.of["train"]
+    check_classes(splits.info, run.task.target_columns, train.notes)
     run = resolve_epochs(run, lambda: LabelledStream(train, train_spec(run.data, run.train, run.seed, train)))
     with process_groups(run.parallel, run.seed) as ranks:
         return _train(run, ranks, splits, parts, start, on_gradients)

@@ -15,7 +15,7 @@ from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.errors import UserError
 
 LARGEST = 1e19
-"""Is the largest number, in magnitude, that a label may be: the squared error of a larger one overflows fp32."""
+"""Is the largest magnitude of a label that is a number: the square of a larger one overflows fp32."""
 
 Cells = Mapping[str, object]
 """This maps columns to the cells of a row."""

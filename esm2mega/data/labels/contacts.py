@@ -28,7 +28,7 @@ SEPARATION = 6
 """Only pairs with at least this j - i count, in TAPE and in ESM."""
 
 _FARTHEST = 1e6
-"""Is the largest coordinate in magnitude, in Angstrom; no structure is larger, so greater ones are mistakes."""
+"""Is the largest magnitude of a coordinate, in Angstrom; no structure is larger."""
 
 Array = npt.NDArray[np.float64]
 
@@ -68,9 +68,10 @@ def read_coordinates(value: object, column: str, location: str) -> Array:
 def _is_coordinate(value: object) -> bool:
     if value is None:
         return True
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
     # A whole number may be too large for a float, so NaN is found by what it is not equal to.
-    return is_number and (value != value or abs(value) <= _FARTHEST)
+    return value != value or abs(value) <= _FARTHEST
 
 
 def pair_labels(coordinates: Array, ignored: int) -> npt.NDArray[np.int8]:

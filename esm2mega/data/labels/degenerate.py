@@ -1,6 +1,6 @@
 """Finds labels that teach nothing or measure nothing, and says so with the row of the first, before training.
 
-Each finding is a note for the user. Only a head that could learn nothing at all is refused.
+Each finding is a note for the user; only a head of a single class, which can learn nothing, is refused.
 
 Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a protein.
 """
@@ -53,9 +53,6 @@ def label_notes(split: SplitLabels, info: TargetInfo, columns: Sequence[str]) ->
         split: The labels.
         info: Their meaning.
         columns: The target columns, for messages.
-
-    Raises:
-        UserError: The labels to train on are all of one class, and the head has no other.
     """
     if info.per_pair:
         return _of_contacts(split)
@@ -74,6 +71,26 @@ def label_notes(split: SplitLabels, info: TargetInfo, columns: Sequence[str]) ->
         for target, column, labels in zip(info.targets, columns, by_target, strict=True)
         for note in describe(split, target, f"in column {column!r}", labels, place)
     ]
+
+
+def check_classes(info: TargetInfo, columns: Sequence[str], notes: Sequence[str]) -> None:
+    """Refuse a head of which a target has a single class: its loss is 0, whatever the weights are.
+
+    Args:
+        info: Meaning of the head's outputs.
+        columns: The target columns.
+        notes: Notes on the training labels, from `label_notes`.
+    """
+    if info.kind not in ("classification", "token_classification"):
+        return
+    for target, column in zip(info.targets, columns, strict=True):
+        if len(target.names) == 1:
+            where = f"in column {column!r}"
+            reason = next((note for note in notes if where in note), f"{where} there is one class")
+            raise UserError(
+                f"{reason}: a head needs two classes; give labels of another one too, or name both in "
+                "task.classes"
+            )
 
 
 def _of_numbers(
@@ -110,10 +127,6 @@ def _of_classes(
             f"{_all(len(there), 'label')} of {split.key} {where} is of the class "
             f"{target.names[labels[there[0]]]!r}, first at {place(int(there[0]))}"
         )
-        if split.trains and len(target.names) == 1:
-            raise UserError(
-                f"{note}; a head needs two classes: give labels of another, or name both in task.classes"
-            )
         so = "there is nothing to learn" if split.trains else "auroc is not defined, and accuracy says little"
         notes.append(f"{note}, so {so}")
     found = {number: np.flatnonzero(labels == number) for number in target.untrained}
@@ -146,12 +159,17 @@ def _of_untrained(
     if split.trains:
         names = [target.names[number] for number in found]
         return [f"{split.key} has no label of the class {name!r}{where}" for name in names]
-    return [
-        f"{len(places)} labels of {split.key}{where} are of the class {target.names[number]!r}, first at "
-        f"{place(int(places[0]))}, which training had no label of: they count as wrong"
-        for number, places in found.items()
-        if len(places)
-    ]
+    notes = []
+    for number, places in found.items():
+        if len(places):
+            count, name = len(places), target.names[number]
+            are, they = ("label is", "it counts") if count == 1 else ("labels are", "they count")
+            first = place(int(places[0]))
+            notes.append(
+                f"{count} {are} of the class {name!r} in {split.key}{where}, first at {first}; training had "
+                f"none of that class, so {they} as wrong"
+            )
+    return notes
 
 
 def _of_contacts(split: SplitLabels) -> list[str]:

@@ -89,6 +89,7 @@ def test_residues_with_several_targets() -> None:
     assert found["spearman_per_protein/v"] == pytest.approx(np.mean(each), rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 @pytest.mark.parametrize("kind", ["classification", "token_classification"])
 def test_labels_of_a_class_that_training_never_saw_are_wrong(kind: str) -> None:
     """Even where they are predicted; all else is scikit-learn's, given what is predicted of the others."""
@@ -127,7 +128,9 @@ def test_unseen_classes_of_several_columns_and_of_flags() -> None:
     assert unseen_labels(found, info) == {"v/C": 2}
     metrics = metrics_of(found, info)
     assert (metrics["accuracy/u"], metrics["accuracy/v"]) == (1.0, 1 / 3)
-    flags = Predictions(np.arange(3), None, np.array([[0.9, 0.9]] * 3), np.array([[1.0, 1.0], [1.0, 0.0], [0, 1]]))
+    flags = Predictions(
+        np.arange(3), None, np.array([[0.9, 0.9]] * 3), np.array([[1.0, 1.0], [1.0, 0.0], [0, 1]])
+    )
     of_flags = TargetInfo("multilabel", ["a", "b"], untrained=[1])
     assert unseen_labels(flags, of_flags) == {"b": 2}
     # Two of three are right of a, none of b: the predicted flag is wrong where it is 1 and where it is 0.
