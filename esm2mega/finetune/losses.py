@@ -219,8 +219,8 @@ def balanced_weights(info: TargetInfo) -> Tensor:
     """
     if len(info.counts) < info.num_outputs:
         raise UserError(
-            "task.class_weights=balanced: it is not known how many training labels the head's classes had; set "
-            "task.class_weights=none"
+            "task.class_weights=balanced: it is not known how many training labels the head's classes had; "
+            "set task.class_weights=none"
         )
     counts = torch.tensor(info.counts, dtype=torch.float64)
     of_targets = [counts[target.outputs] for target in info.targets]

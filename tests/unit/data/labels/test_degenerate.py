@@ -156,8 +156,8 @@ def test_one_column_of_several(tmp_path: Path) -> None:
     assert found.notes == ["train has no label of the class 'v'"] and info.untrained == [1]
     held_out, _ = proteins_of_pairs([("MK", ("1", "0")), ("LA", ("0", "1"))], flags, info, "test")
     assert held_out.notes == [
-        "1 label is of the class 'v' in test, first at test[1]; training had none of that class, so it counts "
-        "as wrong"
+        "1 label is of the class 'v' in test, first at test[1]; training had none of that class, so it "
+        "counts as wrong"
     ]
 
 
