@@ -270,7 +270,8 @@ def test_a_step_larger_than_the_data_is_said(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().err
     note = (
         "data     data.train has 3 proteins, and a step takes each of them 2 times, so that "
-        "train.max_epochs=2 is 1 step; for smaller steps lower train.global_batch_tokens=256 and train.micro_batch_tokens=64\n"
+        "train.max_epochs=2 is 1 step; for smaller steps lower train.global_batch_tokens=256 and "
+        "train.micro_batch_tokens=64\n"
     )
     assert note in said and said.index(note) < said.index("step 1: validation")
     train(tmp_path / "steps", *batch, "train.max_steps=1", train=three)
