@@ -1,13 +1,12 @@
-"""FLIP's shipped configurations: on cuts of the published files by the commands of docs/finetuning.md, and on
-small files in the published layout.
-"""
+"""FLIP's shipped configurations on published files, whole and in cuts, and on small ones of that layout."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +49,12 @@ def write_cut(folder: Path, task: str, names: list[str], chosen: range, longest:
         (folder / task / f"{name}.fasta").write_text("".join(f"{a}\n{b}\n" for a, b in cut))
 
 
-@pytest.mark.skipif(
+NEEDS_FILES = pytest.mark.skipif(
     not REAL.is_dir(), reason="FLIP's files are not beside the repository (../shared/data/flip)"
 )
+
+
+@NEEDS_FILES
 def test_commands_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is what the page says, with fewer steps and other sizes; metrics stand beside the baseline."""
     monkeypatch.chdir(tmp_path)
@@ -115,6 +117,67 @@ def write_small(folder: Path, task: str) -> None:
     (folder / f"{stem}.fasta").write_text("".join(labels or targets))
     if labels:
         (folder / "sequences.fasta").write_text("".join(sequences) + ">unlabelled\nMKT\n")
+
+
+def records(path: Path) -> list[tuple[str, str, str]]:
+    """Id, header and body of each record of a published file."""
+    lines = path.read_text().splitlines()
+    return [(head[1:].split()[0], head, body) for head, body in zip(lines[::2], lines[1::2], strict=True)]
+
+
+def baseline_of_gb1() -> dict[str, float]:
+    """The error of the mean of training on the test split, from the file alone."""
+    values: dict[str, list[float]] = {"train": [], "valid": [], "test": []}
+    for _, head, _ in records(REAL / "gb1/two_vs_rest.fasta"):
+        split = "test" if "SET=test" in head else "valid" if "VALIDATION=True" in head else "train"
+        values[split].append(float(re.search(r"TARGET=(\S+)", head)[1]))  # type: ignore[index]
+    errors = np.array(values["test"]) - np.mean(values["train"])
+    return {"test_baseline_rmse": float(np.sqrt((errors**2).mean()))}
+
+
+def baseline_of_secondary_structure() -> dict[str, float]:
+    """The share of the most frequent state of training among the test residues that count."""
+    masks = {name: body for name, _, body in records(REAL / "secondary_structure/mask.fasta")}
+    counts = {"train": Counter[str](), "valid": Counter[str](), "test": Counter[str]()}
+    for name, head, body in records(REAL / "secondary_structure/sampled.fasta"):
+        split = "test" if "SET=test" in head else "valid" if "VALIDATION=True" in head else "train"
+        counts[split].update(state for state, mark in zip(body, masks[name], strict=True) if mark == "1")
+    ((commonest, _),) = counts["train"].most_common(1)
+    return {"test_baseline_accuracy": counts["test"][commonest] / counts["test"].total()}
+
+
+@NEEDS_FILES
+@pytest.mark.parametrize(
+    ("task", "baseline"),
+    [("gb1", baseline_of_gb1), ("secondary_structure", baseline_of_secondary_structure)],
+)
+def test_shipped_configuration_on_the_published_files(
+    tmp_path: Path,
+    task: str,
+    baseline: Callable[[], dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every protein of them, with the smallest of models and one step."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", "flip", task, "--source", str(REAL / task), "--out", f"flip/{task}"]) == 0
+    shape = [
+        "num_layers=1",
+        "hidden_size=8",
+        "num_attention_heads=2",
+        "ffn_hidden_size=8",
+        "layer_spec=local",
+    ]
+    steps = ["train.max_epochs=null", "train.max_steps=1", "train.eval_every=0", "train.eval_batches=1"]
+    settings = [f"model.{setting}" for setting in shape] + steps + ["schedule.warmup_steps=0"]
+    assert main(["finetune", "--config", f"flip_{task}", *settings]) == 0
+    said = capsys.readouterr().err
+    sizes = FLIP_TASKS[task].splits[FLIP_TASKS[task].default]
+    assert f"train: {sizes.train} proteins" in said and f"test: {sizes.test} proteins" in said
+    assert "nothing to learn" not in said and "as wrong" not in said
+    test = json.loads((tmp_path / f"runs/flip_{task}/log.jsonl").read_text().splitlines()[-1])
+    for name, value in baseline().items():
+        assert test[name] == pytest.approx(value, rel=1e-12)
 
 
 @pytest.fixture(scope="module")
