@@ -34,11 +34,8 @@ from esm2mega.version import __version__
 # The parser in C, if PyYAML has it; it gives the same lines.
 _LineLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-_WITH_GAPS = ("task.mask_column", "task.classes")
+_WITH_GAPS = ("task.mask_column",)
 """Names the keys whose lists may have nulls in them."""
-
-_WITH_LISTS = ("task.classes",)
-"""Names the keys that are lists, which may have lists of texts in them."""
 
 
 _RESOLVED = "# Resolved configuration, written by esm2mega"
@@ -326,7 +323,8 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
     misread = (
         (kind is bool and not isinstance(value, (bool, str)) and value not in (0, 1, None))
         or (kind is str and (isinstance(value, bool) or value == ""))
-        or (kind is Any and not _is_text_or_list(value, key))
+        or (kind is Any and not _is_text_or_list(value, key in _WITH_GAPS))
+        or (kind == list[Any] and not _is_list_of_classes(value))
     )
     try:
         if misread:
@@ -335,7 +333,7 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
         OmegaConf.update(tree, key, value, merge=False)
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(
-            f"{setting.where}: {key}={_show(value)}: expected {_expected(key, types_of[key])}"
+            f"{setting.where}: {key}={_show(value)}: expected {_expected(types_of[key], key in _WITH_GAPS)}"
         ) from error
 
 
@@ -384,27 +382,31 @@ def _kind(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _expected(key: str, hint: Any) -> str:
+def _expected(hint: Any, gaps: bool) -> str:
     kind, optional = _kind(hint)
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     if typing.get_origin(kind) is dict:
         return "pairs of a text and a number, as in {embedding.*: 0.1}"
     if kind is Any:
-        if key in _WITH_LISTS:
-            return "a list of texts, a list of such lists and nulls, or null"
-        return f"text, a list of texts{' and nulls,' if key in _WITH_GAPS else ''} or null"
+        return "text, a list of texts and nulls, or null" if gaps else "text, a list of texts or null"
+    if kind == list[Any]:
+        return "a list of texts, a list of such lists and nulls, or null"
     return words.get(kind, "a list of numbers") + (" or null" if optional else "")
 
 
-def _is_text_or_list(value: Any, key: str) -> bool:
-    """Return whether a value fits a key of type Any: null, text, or a list of texts."""
-    if key in _WITH_LISTS and value is not None:
-        if not isinstance(value, list):
-            return False
-        value = [text for part in value for text in (part if isinstance(part, list) else [part])]
+def _is_text_or_list(value: Any, gaps: bool) -> bool:
+    """Return whether a value fits a key of type Any: null, text, or a list of texts, with nulls if `gaps`."""
     texts = value if isinstance(value, list) else [value]
-    allowed = (str, type(None)) if key in _WITH_GAPS else str
+    allowed = (str, type(None)) if gaps else str
     return value is None or (bool(texts) and all(isinstance(text, allowed) and text != "" for text in texts))
+
+
+def _is_list_of_classes(value: Any) -> bool:
+    """Return whether a value is null, a list of texts, or a list of such lists and nulls."""
+    if not isinstance(value, list):
+        return value is None
+    texts = [text for part in value for text in (part if isinstance(part, list) else [part])]
+    return _is_text_or_list(texts, gaps=True)
 
 
 def _show(value: Any) -> str:
