@@ -21,6 +21,18 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+PRELOADED = (
+    "esm2mega.finetune.run",
+    "esm2mega.prove.observe",
+    # Megatron-Core imports these when it builds the first model.
+    "megatron.core.transformer.moe.experts",
+    "megatron.core.transformer.multi_token_prediction",
+    # Metrics import these when they are first computed.
+    "scipy.stats",
+    "sklearn.metrics",
+)
+"""Lists what a training imports; one process imports it, and the workers are forked from that."""
+
 JOB_SECONDS = 900.0
 """Limits the time of one training, which takes some seconds, so that processes do not wait for ever."""
 
@@ -75,9 +87,8 @@ class Workers:
         self.count = count
         self._serve = serve or globals()["serve"]
         self._folder = folder
-        # One process imports everything, and the workers are forked from it, so they start at once.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["esm2mega.train.pretrain"])
+        self._context.set_forkserver_preload(list(PRELOADED))
         self._started = 0
         self._idle: list[_Worker] = []
 
