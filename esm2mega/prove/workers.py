@@ -8,6 +8,7 @@ meet through a store of the process that started them, as those of torchrun do.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -195,6 +196,8 @@ def serve_with(connection: Connection, log: Path, run_job: Callable[[Job, int], 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    # A search for garbage would copy the memory that the processes share.
+    gc.freeze()
     import torch
 
     torch.set_num_threads(1)
