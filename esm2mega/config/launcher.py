@@ -7,8 +7,13 @@ import re
 
 from esm2mega.errors import UserError
 
-_LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 0}
-"""Gives the smallest value of each variable that is a number."""
+_NUMBERS = {
+    "RANK": (0, "the number of a process"),
+    "WORLD_SIZE": (1, "a number of processes"),
+    "LOCAL_RANK": (0, "the number of a process"),
+    "MASTER_PORT": (0, "a port"),
+}
+"""Gives the smallest value of each variable that is a number, and what it counts."""
 
 
 def world_size_from_environment() -> int:
@@ -17,26 +22,29 @@ def world_size_from_environment() -> int:
     Raises:
         UserError: The variables of a launcher are incomplete, are no numbers, or contradict each other.
     """
-    given = {name: os.environ[name] for name in _LEAST if name in os.environ}
+    given = {name: os.environ[name] for name in _NUMBERS if name in os.environ}
     for name, text in given.items():
-        if not re.fullmatch("[0-9]{1,9}", text) or int(text) < _LEAST[name]:
+        least, what = _NUMBERS[name]
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
             raise UserError(
-                f"environment variable {name}={text} is not a number of at least {_LEAST[name]}; let "
-                f"torchrun set {', '.join(_LEAST)}, or unset them for a single process"
+                f"environment variable {name}={text} is not {what}; let torchrun set it, or unset "
+                f"{', '.join(given)} for a single process"
             )
     rank, size = int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1))
     if "RANK" in given and "WORLD_SIZE" not in given:
-        raise UserError(
-            f"RANK={rank} is set, as for one of several processes, but not WORLD_SIZE; start with torchrun, "
-            "which sets both, or unset RANK"
-        )
+        raise UserError(_lacking(f"RANK={rank}", "WORLD_SIZE"))
     if size > 1 and "RANK" not in given:
-        raise UserError(
-            f"WORLD_SIZE={size} is set, as for one of several processes, but not RANK; start with torchrun, "
-            "which sets both, or unset WORLD_SIZE"
-        )
+        raise UserError(_lacking(f"WORLD_SIZE={size}", "RANK"))
     if rank >= size:
         raise UserError(
-            f"RANK={rank} is not below WORLD_SIZE={size}, since ranks count from 0; let torchrun set both"
+            f"RANK={rank} is not below WORLD_SIZE={size}, though ranks count from 0; let torchrun set both"
         )
     return size
+
+
+def _lacking(given: str, missing: str) -> str:
+    name = given.partition("=")[0]
+    return (
+        f"{given} is set, as for one of several processes, but not {missing}; start with torchrun, which "
+        f"sets all of them, or unset {name}"
+    )

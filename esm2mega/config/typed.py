@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from typing import Any
@@ -10,6 +11,8 @@ from esm2mega.config.scalars import Unset
 
 _TRUTH = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
 """Lists the words that are true or false."""
+
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
 
 
 def as_typed(value: Any, hint: Any, gaps: bool) -> Any:
@@ -74,9 +77,11 @@ def _kind(hint: Any) -> tuple[Any, bool]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value whose nulls are None."""
+    """Return a value whose nulls are None, with YAML's `.inf` and `.nan` in the spelling of Python."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, str) and _NOT_FINITE.fullmatch(value):
+        return value.replace(".", "")
     return None if isinstance(value, Unset) else value
