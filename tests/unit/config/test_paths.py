@@ -26,7 +26,7 @@ def test_home_and_version_in_every_path_and_in_no_other_text() -> None:
     text = "~/x_{version}"
     keys = [key for key, kind in known_keys().items() if kind in (str, str | None) or key == "data.train"]
     open_keys = [key for key in keys if key not in choices(Run())]
-    run = loaded(*(f"{key}={text}" for key in open_keys), f"task.target_columns=[{text}]")
+    run = loaded(*(f"{key}={text}" for key in open_keys), f"task.target_columns=['{text}']")
     before, after = flatten(run), flatten(expanded(run))
     assert all(before[key] == text for key in open_keys), "loading alone expands nothing"
     changed = {key for key in before if before[key] != after[key]}
