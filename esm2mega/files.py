@@ -126,6 +126,33 @@ def write_json(path: Path, content: Any, cure: str = "") -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from a file that may hold anything.
+
+    Raises:
+        ValueError: It is not JSON, not UTF-8, or nested so deeply that the parser gives up.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path, cure: str) -> dict[str, Any]:
+    """Read a JSON object that an earlier start of a command wrote; `cure` says what to do without it.
+
+    Raises:
+        UserError: The file cannot be read, or holds something else.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {cure}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is no JSON object; {cure}")
+    return content
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -10,7 +10,6 @@ being written the directory has another name; a directory without ``COMPLETE`` i
 from __future__ import annotations
 
 import functools
-import json
 import re
 import shutil
 import sys
@@ -21,9 +20,10 @@ from typing import Any
 import yaml
 
 from esm2mega.config.load import run_from_yaml, save_resolved
+from esm2mega.config.scalars import read_yaml
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
-from esm2mega.files import sync_tree, write_json
+from esm2mega.files import parse_json, sync_tree, write_json
 from esm2mega.version import __version__
 from esm2mega.vocabulary import TOKENIZER_HASH, VOCAB
 
@@ -123,8 +123,9 @@ def read_config(checkpoint: Path) -> Run:
     """
     path = checkpoint / CONFIG
     try:
-        tokenizer_hash = ((yaml.safe_load(path.read_text()) or {}).get("tokenizer") or {}).get("hash")
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        content, _ = read_yaml(path.read_text(encoding="utf-8"))
+        tokenizer_hash = content.get("tokenizer", {}).get("hash")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, AttributeError) as error:
         raise UserError(
             f"{path}: cannot be read: {str(error).splitlines()[0]}; the checkpoint is damaged"
         ) from error
@@ -140,7 +141,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the content of ``train_state.json``; a format version unknown to this code is an error."""
     path = checkpoint / STATE
     try:
-        state = json.loads(path.read_text())
+        state = parse_json(path.read_text())
         version = state["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

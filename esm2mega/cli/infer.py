@@ -11,19 +11,20 @@ from typing import Any
 import click
 
 from esm2mega.cli.group import command, output_mode, say
+from esm2mega.config.scalars import as_word
 from esm2mega.errors import UserError
 from esm2mega.files import check_writable
 
 
 def _settings(options: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
     """Return options as `key=value`, then what was given in that form."""
-    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    given = [as_word(key, value) for key, value in options.items() if value is not None]
     return [*given, *overrides]
 
 
-def _list(values: tuple[Any, ...]) -> str | None:
+def _list(values: tuple[str, ...]) -> list[str] | None:
     """Return a comma-separated option, which may also be repeated, as a list of the configuration."""
-    return f"[{','.join(values)}]" if values else None
+    return [x.strip() for value in values for x in value.removesuffix(",").split(",")] if values else None
 
 
 @command(short_help="Compute embeddings, logits and contacts of proteins.")

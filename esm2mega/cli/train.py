@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from esm2mega.cli.group import command, output_mode, say
+from esm2mega.config.scalars import as_word
 from esm2mega.errors import UserError
 
 
@@ -21,10 +22,16 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
 
     Example: esm2mega pretrain --config pretrain_esm2_8M data.train=DIR/train data.valid=DIR/valid
     """
+    from esm2mega.config.launcher import world_size_from_environment
     from esm2mega.config.load import load_run
-    from esm2mega.config.validate import check_training_inputs, validate, world_size_from_environment
+    from esm2mega.config.paths import is_expanded
+    from esm2mega.config.validate import check_training_inputs, validate
 
     run = load_run(config, overrides)
+    if not is_expanded(run):  # only then it is worth the import of torch before the checks
+        from esm2mega.parallel.paths import expand_paths
+
+        run = expand_paths(run)
     validate(run, world_size_from_environment())
     check_training_inputs(run)
 
@@ -42,8 +49,9 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
     Example: esm2mega finetune init_from=runs/mine task.kind=regression task.target_columns=[fitness]
     data.train=train.csv data.valid=valid.csv
     """
+    from esm2mega.config.launcher import world_size_from_environment
     from esm2mega.config.task import validate_task
-    from esm2mega.config.validate import check_training_inputs, validate, world_size_from_environment
+    from esm2mega.config.validate import check_training_inputs, validate
     from esm2mega.train.start import load_run_with_start
 
     run, opened = load_run_with_start(config, overrides)
@@ -95,7 +103,7 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
         "infer.too_long": options["too_long"],
         "infer.max_seq_length": options["max_seq_length"],
     }
-    given = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    given = [as_word(key, value) for key, value in settings.items() if value is not None]
     say(run_predict(checkpoint, input, out, [*given, *options["overrides"]], mode))
 
 

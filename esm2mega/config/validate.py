@@ -116,16 +116,6 @@ def validate_model(run: Run) -> None:
     check_lora(run.lora, run.model)
 
 
-def world_size_from_environment() -> int:
-    """Return the number of processes of the run, from torchrun's `WORLD_SIZE`; 1 without a launcher."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(
-            f"environment variable WORLD_SIZE={text} is not a number of processes; let torchrun set it"
-        )
-    return int(text)
-
-
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Return the number of model replicas: world size / (TP x PP)."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint.layout import resolve_checkpoint
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.schema import LoRAConfig, Run
 from esm2mega.config.task import validate_task
-from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.config.validate import validate
 from esm2mega.data.labels.dataset import Pairs, apply_length_policy, proteins_of_sequences
 from esm2mega.errors import UserError
 from esm2mega.finetune.checkpoint import open_task, run_task, without_dropping

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import DataConfig, Run
 from esm2mega.config.task import validate_task
-from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint, open_checkpoint
 from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
 from esm2mega.data.labels.schema import TargetInfo, with_columns
@@ -30,6 +31,7 @@ from esm2mega.model.build import build_model
 from esm2mega.model.heads import head_of_task
 from esm2mega.model.task import MakeHead
 from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import adapt_layout
 
@@ -69,7 +71,7 @@ def open_task(checkpoint: str | Path | StartPoint, overrides: Sequence[str] = ()
     # The columns of the training table say nothing about those of another table.
     saved.data.id_column = None
     saved.model.recompute = "none"
-    run = adapt_layout(load_run_over(saved, overrides), overrides)
+    run = adapt_layout(expand_paths(load_run_over(saved, overrides)), overrides)
     validate(run, world_size_from_environment())
     validate_task(run)
     info = with_columns(start.task.info, run.task, str(start.path))

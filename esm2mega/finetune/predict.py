@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.config.head_form import head_form
-from esm2mega.config.load import value_of
+from esm2mega.config.load import values_of
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.files import check_out
@@ -140,12 +140,12 @@ def _in_terms_of_training(overrides: Sequence[str]) -> list[str]:
     Raises:
         UserError: `infer.too_long` is what only other commands can do.
     """
-    found = {key: value_of(key, None, overrides) for key in _AS_IN_TRAINING}
+    found = dict(zip(_AS_IN_TRAINING, values_of([*_AS_IN_TRAINING], None, overrides), strict=True))
     too_long = found["infer.too_long"]
     if too_long not in (None, *_TOO_LONG):
         raise UserError(
             f"infer.too_long={too_long} (--too-long) is not one of {', '.join(_TOO_LONG)}, which "
             "`predict` takes"
         )
-    said = [f"{_AS_IN_TRAINING[key]}={value}" for key, value in found.items() if value is not None]
+    said = [f"{_AS_IN_TRAINING[key]}=${{{key}}}" for key, value in found.items() if value is not None]
     return [*overrides, *said]

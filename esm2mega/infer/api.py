@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from esm2mega.config.infer import inference_run, validate_inference
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig
-from esm2mega.config.validate import world_size_from_environment
 from esm2mega.errors import UserError
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals

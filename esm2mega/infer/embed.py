@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from esm2mega.config.infer import absolute_layers, inference_run, validate_inference
-from esm2mega.config.validate import world_size_from_environment
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.infer.contents import Write
 from esm2mega.infer.embedding_target import EmbeddingTarget
@@ -21,6 +21,7 @@ from esm2mega.infer.proteins import Embedder, Lengths, Values, micro_batch_token
 from esm2mega.infer.source import open_model
 from esm2mega.infer.target import Mode
 from esm2mega.parallel.initialize import Ranks
+from esm2mega.parallel.paths import expand_paths
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class EmbedJob(Job):
         """
         self._source = open_model(request.checkpoint)
         self._contact_maps = request.contact_maps
-        run = inference_run(self._source.run, request.overrides, request.config)
+        run = expand_paths(inference_run(self._source.run, request.overrides, request.config))
         if request.contact_maps is not None and "contacts" not in run.infer.outputs:
             run.infer.outputs.append("contacts")
         validate_inference(run, world_size_from_environment())

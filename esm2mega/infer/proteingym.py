@@ -8,7 +8,6 @@ protein (UniProt id), over the proteins of a class of function, and over the cla
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esm2mega.errors import UserError
-from esm2mega.files import OTHER_OUT, write_json
+from esm2mega.files import OTHER_OUT, read_json, write_json
 from esm2mega.infer.score import ScoreOptions, check_columns, clean, measured_spearman, scorer, write_scored
 from esm2mega.infer.target import Mode
 from esm2mega.infer.variants import (
@@ -134,7 +133,7 @@ def _begin(folder: Path, tables: Sequence[Path], settings: dict[str, Any], mode:
     """Write down the settings, or compare them with earlier ones, and return the tables that are finished."""
     noted = folder / _SETTINGS
     if mode == "resume" and noted.is_file():
-        if differences := differing(json.loads(noted.read_text()), settings):
+        if differences := differing(read_json(noted, "begin again with --overwrite"), settings):
             raise UserError(
                 f"{folder}: begun with other settings: {differences}; set them back, or begin again with "
                 "--overwrite"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from esm2mega.config.infer import inference_run, validate_inference
-from esm2mega.config.validate import world_size_from_environment
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import open_source
 from esm2mega.errors import UserError

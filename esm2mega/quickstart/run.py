@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from esm2mega.checkpoint.layout import resolve_checkpoint
+from esm2mega.config.scalars import as_word
 from esm2mega.errors import MachineError, UserError
 from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 from esm2mega.report.plot import HTML_NAME, PNG_NAME
@@ -137,7 +138,7 @@ def pretrain_overrides(store: Path, run_dir: Path, seed: int, steps: int) -> lis
         "optim.lr": 1e-3,
         "schedule.warmup_steps": steps // 10,
     }
-    return [f"{key}={value}" for key, value in settings.items()]
+    return [as_word(key, value) for key, value in settings.items()]
 
 
 def read_losses(metrics: Path) -> tuple[float, float]:

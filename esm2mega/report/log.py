@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from esm2mega.errors import MachineError, UserError
-from esm2mega.files import replacing
+from esm2mega.files import parse_json, replacing
 
 TRAIN = "train"
 EVAL = "eval"
@@ -177,7 +177,7 @@ def scan_log(path: str | Path) -> LogContents:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             record = None
         if not isinstance(record, dict):

@@ -111,7 +111,7 @@ def read_config(run_dir: Path) -> dict[str, str]:
 
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from None
     settings = _flatten(loaded) if isinstance(loaded, dict) else []
     return {current_key(key): value for key, value in settings if key not in REMOVED}

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig, Run
-from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint, open_checkpoint
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.stream.build import BatchSpec
@@ -23,6 +24,7 @@ from esm2mega.lora.base import open_base
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress, show_bytes
 from esm2mega.train.losses import LossReduction, MLMLossReduction, perplexity
 from esm2mega.train.step import Batch, run_schedule
@@ -139,7 +141,7 @@ def evaluate_checkpoint(
     changes = list(overrides)
     if micro_batch_tokens is not None:
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
-    run = adapt_layout(load_run_over(start.run, changes), changes)
+    run = adapt_layout(expand_paths(load_run_over(start.run, changes)), changes)
     validate(run, world_size_from_environment())
     start = open_base(start, run.init_from)
     store = open_store(str(data), run.data, run.run_dir, "--data", show_bytes)
@@ -180,7 +182,7 @@ def adapt_layout(run: Run, overrides: Sequence[str]) -> Run:
     """
     world, parallel = world_size_from_environment(), run.parallel
     model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if world % model_parallel and not any("parallel." in override for override in overrides):
+    if world % model_parallel and not any(x.lstrip("+").startswith("parallel.") for x in overrides):
         run.parallel = ParallelConfig(timeout_minutes=parallel.timeout_minutes)
         model_parallel = 1
     data_parallel = max(1, world // model_parallel)

@@ -16,10 +16,11 @@ from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.store import load_training_state, save_checkpoint
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import resolve_max_steps, save_resolved
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run, TrainConfig, flatten
-from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.parallel.initialize import Ranks

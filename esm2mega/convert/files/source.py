@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from esm2mega.errors import UserError
+from esm2mega.files import parse_json
 
 
 class SourceFiles:
@@ -37,8 +37,8 @@ class SourceFiles:
             UserError: The file is missing, or does not hold a JSON object.
         """
         try:
-            config = json.loads(self.config_file.read_text())
-        except (OSError, ValueError, RecursionError) as error:
+            config = parse_json(self.config_file.read_text())
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.config_file}: cannot be read as JSON ({error})") from error
         if not isinstance(config, dict):
             raise UserError(f"{self.config_file}: not a JSON object")

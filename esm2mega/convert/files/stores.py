@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.errors import UserError
+from esm2mega.files import parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -107,8 +107,8 @@ def read_index(index: Path) -> dict[str, str]:
         UserError: The file is not such an index.
     """
     try:
-        named = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        named = parse_json(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index}: not an index of shards ({error})") from error
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise UserError(f"{index}: not an index of shards (weight_map is no table of names)")

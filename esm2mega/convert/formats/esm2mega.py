@@ -18,6 +18,7 @@ from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS, shape_of
+from esm2mega.config.scalars import as_word
 from esm2mega.config.schema import DataConfig, Run, TaskConfig
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import DistributedStore, JoinedStore, SafetensorsStore
@@ -213,20 +214,20 @@ def run_of(description: Description) -> Run:
     is_esm2 = description.family == "esm2"
     size = next((name for name, preset in PRESETS.items() if preset == shape and is_esm2), None)
     settings: dict[str, Any] = {
-        "model.size": "null" if size is None else size,
+        "model.size": size,
         **{f"model.{key}": value for key, value in shape._asdict().items()},
         "model.precision": precisions[description.dtype],
         "model.layernorm_epsilon": description.layernorm_epsilon,
         "model.activation": description.activation,
         "model.family": description.family,
-        "model.final_layernorm": str(description.final_layernorm).lower(),
-        "model.max_positions": "null" if description.max_positions is None else description.max_positions,
+        "model.final_layernorm": description.final_layernorm,
+        "model.max_positions": description.max_positions,
         # The default warm-up is for a long pretraining, and exceeds the default number of steps.
         "schedule.warmup_steps": 0,
     }
     if description.max_positions is not None:
         settings["data.max_seq_length"] = min(DataConfig().max_seq_length, description.max_positions)
-    run = load_run(None, [f"{key}={value}" for key, value in settings.items()])
+    run = load_run(None, [as_word(key, value) for key, value in settings.items()])
     if (head := description.task) is not None:
         run.task = head.task
     return run

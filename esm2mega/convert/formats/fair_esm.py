@@ -16,7 +16,7 @@ from torch import Tensor
 from esm2mega.convert.files import pickles
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import MemoryStore
-from esm2mega.convert.lazy_weights import Description, Weights, shape_from
+from esm2mega.convert.lazy_weights import Description, Weights, flag_from, shape_from
 from esm2mega.convert.name_table import (
     CONTACT_HEAD,
     FREQUENCIES,
@@ -85,7 +85,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
         tensors |= found
     else:
         note.append(f"contact head: {regression.name} is not there")
-    if config.get("token_dropout") is False:
+    if not flag_from(path, config, "token_dropout", True):
         raise UserError(f"{path}: token_dropout is off; ESM-2 has it, and no other model is supported")
     values = {**config, "ffn": 4 * _integer(config.get("encoder_embed_dim"))}
     shape = shape_from(path, values, "encoder_layers", "encoder_embed_dim", "ffn", "encoder_attention_heads")

@@ -28,7 +28,14 @@ from esm2mega.convert.heads.hf_classifiers import (
     head_notes,
     head_rows,
 )
-from esm2mega.convert.lazy_weights import Description, Weights, dtype_name, epsilon_from, shape_from
+from esm2mega.convert.lazy_weights import (
+    Description,
+    Weights,
+    dtype_name,
+    epsilon_from,
+    flag_from,
+    shape_from,
+)
 from esm2mega.convert.name_table import (
     CONTACT_HEAD,
     FREQUENCIES,
@@ -101,7 +108,8 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     check_vocabulary(path)
     store = open_tensors(path)
     names = _normal_names(store, description.shape)
-    if config.get("tie_word_embeddings") is False and _DECODER not in names and f"{LM_HEAD}bias" in names:
+    tied = flag_from(source.config_file, config, "tie_word_embeddings", True)
+    if not tied and _DECODER not in names and f"{LM_HEAD}bias" in names:
         raise UserError(
             f"{path}: tie_word_embeddings is false and {_DECODER} is missing, so readers draw it at random; "
             "copy all tensors, or correct config.json if the token table is the decoder"

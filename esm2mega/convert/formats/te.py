@@ -17,7 +17,7 @@ from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import safetensors_of
 from esm2mega.convert.files.vocabulary import check_vocabulary, write_tokenizer
 from esm2mega.convert.formats.hf import SHARD_BYTES, config_of
-from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
+from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, flag_from, shape_from
 from esm2mega.convert.name_table import (
     CONCATENATED_QKV,
     DIRECT,
@@ -93,7 +93,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     }
     epsilon = epsilon_from(file, config, "layer_norm_eps", 1e-12)
     description = Description(shape, epsilon, "gelu_tanh")
-    table = _names(config.get("qkv_weight_interleaved", True) is True)
+    table = _names(flag_from(file, config, "qkv_weight_interleaved", True))
     return from_store(store, table, description, names, drop)
 
 

@@ -19,7 +19,7 @@ from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.head_form import CLS_TANH, RESIDUE_LINEAR, head_form
 from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import NUMERIC_KINDS
-from esm2mega.convert.lazy_weights import HeadDescription, Weights
+from esm2mega.convert.lazy_weights import HeadDescription, Weights, number_from
 from esm2mega.convert.name_table import Shape, TableRow
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
@@ -121,7 +121,7 @@ def find_head(
     name, (num_outputs, hidden_size) = found[0][0], found[0][1].shape
     labels = _labels(location, config, num_outputs)
     kind = _kind(location, name, config.get("problem_type"), num_outputs)
-    return describe_head(f"{location}: id2label", kind, labels, hidden_size, dropout_of(config))
+    return describe_head(f"{location}: id2label", kind, labels, hidden_size, dropout_of(location, config))
 
 
 def describe_head(
@@ -167,9 +167,9 @@ def shapes_of(architecture: str, hidden_size: int, num_outputs: int) -> dict[str
     return shapes
 
 
-def dropout_of(config: Mapping[str, Any]) -> float:
+def dropout_of(location: Path, config: Mapping[str, Any]) -> float:
     """Return the dropout of the head in training, ``hidden_dropout_prob``, which is 0.1 if absent."""
-    return float(config.get("hidden_dropout_prob", 0.1))
+    return number_from(location, config, "hidden_dropout_prob", 0.1)
 
 
 def default_labels(count: int) -> list[str]:

@@ -139,7 +139,7 @@ def _te(path: Path, prepare: Prepare) -> PlainModel:
     def block(n: int) -> PlainBlock:
         at = f"{stem}encoder.layers.{n}."
         fused = source.affine(f"{at}self_attention.layernorm_qkv")
-        if config.get("qkv_weight_interleaved", True):
+        if str(config.get("qkv_weight_interleaved", True)).lower() in ("true", "1"):
             q, k, v = by_head(fused, heads)
         else:
             weights, biases = fused.weight.chunk(3), fused.bias.chunk(3)

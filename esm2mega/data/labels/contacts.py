@@ -9,13 +9,13 @@ A protein of ``l`` residues has ``p = l (l - 1) / 2`` pairs i < j, in the order 
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
 import numpy.typing as npt
 
 from esm2mega.errors import UserError
+from esm2mega.files import parse_json
 from esm2mega.pairs import pairs_of
 
 DISTANCE = 8.0
@@ -43,7 +43,7 @@ def read_coordinates(value: object, column: str, location: str) -> Array:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             raise UserError(f"{location}: column {column!r} holds no JSON list of coordinates") from None
     if not isinstance(value, list):

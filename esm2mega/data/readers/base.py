@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import reprlib
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -194,8 +195,8 @@ def table_record(
         name = str(name)
     if not isinstance(name, str) or not name.strip():
         raise UserError(
-            f"{source.location(line)}: the id {name!r} is {_kind(name)}; give every row an id, or name "
-            "another column with --id-column"
+            f"{source.location(line)}: the id {reprlib.repr(name)} is {_kind(name)}; give every row an id, "
+            "or name another column with --id-column"
         )
     name = check_id(source, line, name.strip())
     if sequence is None or (isinstance(sequence, str) and sequence.strip() in MISSING_VALUES | {""}):
