@@ -157,8 +157,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def prune(run_dir: str | Path, keep_last: int, keep_best: int, written: Path) -> list[Path]:
     """Remove all checkpoints but the newest `keep_last` and the `keep_best` of lowest validation loss.
 
-    Incomplete directories older than the newest checkpoint are removed too, since nothing will read them. A
-    checkpoint whose ``train_state.json`` cannot be read counts as not evaluated.
+    Losses are compared if their recipe (`eval_recipe`) is that of `written`; a checkpoint of another one
+    counts as not evaluated, as does one whose ``train_state.json`` cannot be read. Incomplete directories
+    older than the newest checkpoint are removed too, since nothing will read them.
 
     Args:
         run_dir: Directory of the run.
@@ -170,7 +171,8 @@ def prune(run_dir: str | Path, keep_last: int, keep_best: int, written: Path) ->
         The removed directories.
     """
     complete_ones, incomplete = find_checkpoints(run_dir)
-    scored = [(loss, p) for p in complete_ones if (loss := _valid_loss(p)) is not None]
+    recipe = (_state_or_none(written) or {}).get("eval_recipe")
+    scored = [(loss, p) for p in complete_ones if (loss := _valid_loss(p, recipe)) is not None]
     best = [path for _, path in sorted(scored)[:keep_best]]
     keep = {written, *complete_ones[-max(keep_last, 1) :], *best}
     growing = checkpoints_dir(run_dir).glob("step_*.partial")
@@ -180,13 +182,20 @@ def prune(run_dir: str | Path, keep_last: int, keep_best: int, written: Path) ->
     return removed
 
 
-def _valid_loss(checkpoint: Path) -> float | None:
+def _valid_loss(checkpoint: Path, recipe: str | None) -> float | None:
+    state = _state_or_none(checkpoint)
+    if state is None or state.get("eval_recipe") != recipe:
+        return None
+    loss = state.get("valid_loss")
+    return loss if isinstance(loss, (int, float)) else None
+
+
+def _state_or_none(checkpoint: Path) -> dict[str, Any] | None:
     try:
-        loss = read_state(checkpoint).get("valid_loss")
+        return read_state(checkpoint)
     except UserError as error:
         _warn_once(f"{error}; it counts as not evaluated")
         return None
-    return loss if isinstance(loss, (int, float)) else None
 
 
 @functools.cache  # every save of a run looks at the same old checkpoints

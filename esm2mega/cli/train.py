@@ -145,7 +145,11 @@ def evaluate(
             micro_batch_tokens=micro_batch_tokens,
             overrides=overrides,
         )
-    say(
-        f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}"
-        for name, value in numbers.items()
-    )
+    say(f"{name}: {_shown(value)}" for name, value in numbers.items())
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a result as text; what is not defined reads as in JSON."""
+    if value is None:
+        return "null"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

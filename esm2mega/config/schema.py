@@ -108,6 +108,16 @@ class TrainConfig:
 
 
 @dataclass
+class EvalConfig:
+    """Says which residues a language model is evaluated on, whatever residues it is trained on."""
+
+    mlm_probability: float = 0.15
+    mask_fraction: float = 0.8
+    random_fraction: float = 0.1
+    seed: int = 0
+
+
+@dataclass
 class OptimConfig:
     """Sets up Adam with decoupled weight decay; the defaults are those of ESM-2."""
 
@@ -239,6 +249,7 @@ class Run:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -17,6 +17,7 @@ from esm2mega.config.lora import check_lora, check_start
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import (
     DataConfig,
+    EvalConfig,
     LoggingConfig,
     ModelConfig,
     ParallelConfig,
@@ -59,6 +60,9 @@ _AT_LEAST = {
     "checkpoint.keep_best": 0,
     "data.mask_fraction": 0,
     "data.random_fraction": 0,
+    "eval.mask_fraction": 0,
+    "eval.random_fraction": 0,
+    "eval.seed": 0,
     "lora.rank": 1,
     "lora.dropout": 0,
     "task.num_classes": 2,
@@ -75,6 +79,9 @@ _AT_MOST = {
     "seed": 2**63 - 1,
     "data.mask_fraction": 1,
     "data.random_fraction": 1,
+    "eval.mask_fraction": 1,
+    "eval.random_fraction": 1,
+    "eval.seed": 2**63 - 1,
     "schedule.min_lr_ratio": 1,
     "task.dropout": 0.99,
     "task.label_smoothing": 0.99,
@@ -100,7 +107,8 @@ def validate(run: Run, world_size: int) -> None:
         UserError: A rule does not hold; it is the first one that does not.
     """
     validate_model(run)
-    _check_masking(run.data)
+    _check_masking("data", run.data)
+    _check_masking("eval", run.eval)
     _check_stores(run.data, run.train)
     _check_schedule(run.schedule, run.train)
     _check_batches(run.train, run.data, run.parallel, world_size)
@@ -236,10 +244,9 @@ def _check_ranges(run: Run) -> None:
     for key in _GREATER_THAN_ZERO:
         if values[key] <= 0:
             raise UserError(f"{key}={values[key]} must be greater than 0")
-    if not 0 < run.data.mlm_probability < 1:
-        raise UserError(
-            f"data.mlm_probability={run.data.mlm_probability} must be above 0 and below 1; ESM-2 uses 0.15"
-        )
+    for key in ("data.mlm_probability", "eval.mlm_probability"):
+        if not 0 < values[key] < 1:
+            raise UserError(f"{key}={values[key]} must be above 0 and below 1; ESM-2 uses 0.15")
     if len(run.optim.betas) != 2 or not all(math.isfinite(b) and 0 <= b < 1 for b in run.optim.betas):
         raise UserError(
             f"optim.betas={run.optim.betas} must be two numbers in [0, 1); ESM-2 uses [0.9, 0.98]"
@@ -356,12 +363,13 @@ def _layout_list(*dimensions: int) -> str:
     return ", ".join(str(n) for n in range(1, 65) if all(d % n == 0 for d in dimensions))
 
 
-def _check_masking(data: DataConfig) -> None:
-    """Check the fractions of selected residues that are masked and replaced."""
-    if data.mask_fraction + data.random_fraction > 1 + 1e-9:  # the sum of two decimals may be off by rounding
+def _check_masking(name: str, section: DataConfig | EvalConfig) -> None:
+    """Check the fractions of selected residues that are masked and replaced; `name` is that of the section."""
+    masked, random = section.mask_fraction, section.random_fraction
+    if masked + random > 1 + 1e-9:  # the sum of two decimals may be off by rounding
         raise UserError(
-            f"data.mask_fraction={data.mask_fraction} + data.random_fraction={data.random_fraction} is more "
-            "than 1; what they leave of 1 is the fraction kept unchanged (ESM-2: 0.8 and 0.1)"
+            f"{name}.mask_fraction={masked} + {name}.random_fraction={random} is more than 1; what they leave "
+            "of 1 is the fraction kept unchanged (ESM-2: 0.8 and 0.1)"
         )
 
 

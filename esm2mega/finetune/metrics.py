@@ -175,7 +175,9 @@ def multilabel_metrics(labels: Array, values: Array) -> Metrics:
         "accuracy": _mean(right[there].tolist()),
         "exact_match": _mean(right[whole].all(axis=1).tolist()),
         "f1_macro": _mean(each),
-        "f1_micro": float(f1_score(labels[there], predicted[there], zero_division=0.0)),
+        "f1_micro": float(f1_score(labels[there], predicted[there], zero_division=0.0))
+        if there.any()
+        else math.nan,
         "auroc": _mean(
             [_auroc(labels[there[:, c], c] == 1.0, values[there[:, c], c]) for c in range(labels.shape[1])]
         ),

@@ -5,6 +5,7 @@ What decides the numbers is in `step.py`; this file decides when things happen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -15,7 +16,7 @@ from esm2mega.config.validate import num_micro_batches as num_micro_batches_of
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
-from esm2mega.train.losses import loss_and_perplexity
+from esm2mega.train.losses import Means, loss_and_perplexity
 from esm2mega.train.signals import StopSignal
 from esm2mega.train.step import StepResult, TrainState, train_step
 from esm2mega.train.throughput import Throughput, memory_gb, sum_over_data_parallel
@@ -27,10 +28,11 @@ class LoopState:
 
     Attributes:
         step: Finished optimizer steps.
-        valid_loss: Validation loss at `step`; None if it was not evaluated there.
+        valid_loss: Validation loss at `step`; None if it was not evaluated there, or is not a finite number.
         best_valid_loss: Lowest validation loss so far; None before the first evaluation.
         best_step: Step of the lowest validation loss.
         evaluations_without_improvement: Evaluations since the last improvement, for early stopping.
+        eval_recipe: Hash of the recipe of these evaluations; None in files of earlier versions.
         test_loss: Loss on the test split, computed at the end of the run; None before.
     """
 
@@ -39,13 +41,14 @@ class LoopState:
     best_valid_loss: float | None = None
     best_step: int | None = None
     evaluations_without_improvement: int = 0
+    eval_recipe: str | None = None
     test_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-Evaluation = Callable[[Callable[[], bool]], dict[str, float] | None]
+Evaluation = Callable[[Callable[[], bool]], dict[str, Any] | None]
 """Returns the values of a record; or None once its argument, which it calls now and then, returns True."""
 
 
@@ -58,7 +61,7 @@ class Hooks:
     evaluate: Evaluation | None
     test: Evaluation | None
     save: Callable[[LoopState], None]
-    training_values: Callable[[dict[str, float]], dict[str, float]] = loss_and_perplexity
+    training_values: Callable[[Means], Means] = loss_and_perplexity
 
 
 def fit(
@@ -136,8 +139,32 @@ def out_of_patience(loop: LoopState, train: TrainConfig) -> bool:
     return patience > 0 and loop.evaluations_without_improvement >= patience
 
 
-def note_evaluation(loop: LoopState, valid_loss: float, train: TrainConfig) -> bool:
-    """Enter an evaluation into the state; return whether it is the best so far by more than ``min_delta``."""
+def begin_recipe(loop: LoopState, recipe: str) -> bool:
+    """Enter the recipe of the evaluations to come, and forget the losses of any other one.
+
+    Losses of different recipes cannot be compared: the best and the patience of early stopping start anew.
+
+    Returns:
+        Whether there was a best loss to forget.
+    """
+    if loop.eval_recipe == recipe:
+        return False
+    forgotten = loop.best_valid_loss is not None
+    loop.eval_recipe = recipe
+    loop.valid_loss = loop.best_valid_loss = loop.best_step = loop.test_loss = None
+    loop.evaluations_without_improvement = 0
+    return forgotten
+
+
+def note_evaluation(loop: LoopState, valid_loss: float | None, train: TrainConfig) -> bool:
+    """Enter an evaluation into the state; return whether it is the best so far by more than ``min_delta``.
+
+    One without a loss (None), where there was nothing to predict, is compared with nothing.
+    """
+    if valid_loss is None or not math.isfinite(valid_loss):
+        loop.valid_loss = None
+        loop.evaluations_without_improvement += valid_loss is not None
+        return False
     best = loop.best_valid_loss
     improved = best is None or valid_loss < best - train.early_stopping.min_delta
     loop.valid_loss = valid_loss

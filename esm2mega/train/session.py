@@ -27,7 +27,8 @@ from esm2mega.report.external import open_trackers
 from esm2mega.report.log import LOG_NAME, JsonlLog
 from esm2mega.report.progress import Progress
 from esm2mega.train.build import Built
-from esm2mega.train.loop import Evaluation, Hooks, LoopState, fit, out_of_patience
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_recipe, fit, out_of_patience
+from esm2mega.train.losses import Means
 from esm2mega.train.signals import kept_from_helpers
 from esm2mega.train.step import StepResult, TrainState
 
@@ -42,6 +43,7 @@ class Session:
         stream: Training batches, at their beginning; closed at the end.
         evaluation: Takes a split and a limit of packs (0 for none) and makes the evaluation; None without
             such a split.
+        eval_recipe: Hash of the recipe of the evaluations, which stands in each of their records.
         extra_state: Further entries of ``train_state.json``.
         banner: Further lines that are printed at the start of the run.
         result: Takes an evaluation record and its split, and words it for a reader.
@@ -52,10 +54,11 @@ class Session:
     built: Built
     stream: PackStream[Any]
     evaluation: Callable[[str, int], Evaluation | None]
+    eval_recipe: str
     extra_state: Mapping[str, Any]
     banner: Sequence[str]
     result: Callable[[dict[str, Any], str], str]
-    training_values: Callable[[dict[str, float]], dict[str, float]]
+    training_values: Callable[[Means], Means]
 
 
 def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | None) -> LoopState:
@@ -78,6 +81,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
         stack.enter_context(stream)
         if resumed is not None:
             loop = _resume(resumed, session)
+        renewed = _begin_recipe(loop, session.eval_recipe)
         begun = replace(loop)
         trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.is_main else []
         for tracker in trackers:
@@ -89,7 +93,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             stack.callback(log.close)
             save_resolved(run, Path(run.run_dir) / "config.yaml")
             lines = [*_announcement(run, ranks, state.model), *session.banner, *built.banner]
-            print("\n".join(lines + _start(run, start) + said), file=sys.stderr, flush=True)
+            print("\n".join(lines + _start(run, start) + renewed + said), file=sys.stderr, flush=True)
         progress = stack.enter_context(
             Progress(run.train.max_steps, session.name, "step", enabled=ranks.is_main, initial=loop.step)
         )
@@ -104,7 +108,8 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
                     progress.message(f"step {record['step']}: {words} {session.result(record, split)}")
 
         def show(result: StepResult) -> None:
-            progress.update(1, loss=f"{result.metrics['loss']:.4f}", lr=f"{result.lr:.2e}")
+            loss = result.metrics["loss"]
+            progress.update(1, loss="none" if loss is None else f"{loss:.4f}", lr=f"{result.lr:.2e}")
 
         saved_last = None if resumed is None else resumed.path
 
@@ -165,6 +170,14 @@ def _resume(start: StartPoint, session: Session) -> LoopState:
     return LoopState(**start.state["loop"])
 
 
+def _begin_recipe(loop: LoopState, recipe: str) -> list[str]:
+    """Enter the recipe of the evaluations into the state; say so if it is not that of the checkpoint."""
+    before = loop.eval_recipe or "that of an earlier version"
+    if not begin_recipe(loop, recipe):
+        return []
+    return [f"eval     recipe {recipe} in place of {before}: best and early stopping start anew"]
+
+
 def _saved_state(
     loop: LoopState, state: TrainState, stream: PackStream[Any], extra_state: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -175,6 +188,7 @@ def _saved_state(
     return {
         "step": loop.step,
         "valid_loss": loop.valid_loss,
+        "eval_recipe": loop.eval_recipe,
         "loop": loop.to_dict(),
         "data": stream.state_dict(),
         "schedule": state.schedule.state_dict(),

@@ -100,6 +100,20 @@ def test_prune_keeps_newest_and_best(tmp_path: Path, keep_last: int, keep_best: 
     assert set(_names(removed)) == {f"step_{step:08d}" for step in {10, 20, 30, 40, 50} - kept}
 
 
+def test_prune_compares_losses_of_one_recipe(tmp_path: Path) -> None:
+    for step, loss, recipe in (
+        (10, 1.0, None),
+        (20, 1.5, "a"),
+        (30, 2.5, "b"),
+        (40, 2.0, "b"),
+        (50, 3.0, "b"),
+    ):
+        newest = _checkpoint(tmp_path, step, loss)
+        layout.write_state(newest, {"step": step, "valid_loss": loss, "eval_recipe": recipe})
+    layout.prune(tmp_path, 1, 1, newest)
+    assert _left(tmp_path) == ["step_00000040", "step_00000050"]
+
+
 def test_prune_never_removes_the_newest(tmp_path: Path) -> None:
     newest = _checkpoint(tmp_path, 10)
     assert layout.prune(tmp_path, 0, 0, newest) == []

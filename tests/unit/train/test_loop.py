@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train import loop as loop_module
 from esm2mega.train import throughput
-from esm2mega.train.loop import Evaluation, Hooks, LoopState, fit, note_evaluation
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_recipe, fit, note_evaluation
 from esm2mega.train.step import StepResult
 from tests.unit.runs import CPU, tiny_run
 
@@ -45,7 +46,7 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
 
     def run_loop(
         run: Run,
-        valid_losses: list[float] | None = None,
+        valid_losses: list[float | None] | None = None,
         loop: LoopState | None = None,
         at_step: Callable[[int], None] = lambda step: None,
         test_losses: list[float] | None = None,
@@ -59,8 +60,8 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
             at_step(state.step + 1)
             return StepResult({"loss": 2.0, "count": 10.0}, grad_norm=0.5, lr=1e-3)
 
-        def measure(split: str, values: Iterator[float]) -> Evaluation:
-            def evaluate(abandon: Callable[[], bool]) -> dict[str, float] | None:
+        def measure(split: str, values: Iterator[float | None]) -> Evaluation:
+            def evaluate(abandon: Callable[[], bool]) -> dict[str, Any] | None:
                 in_evaluation()
                 return None if abandon() else {f"{split}_loss": next(values), "unigram_loss": 3.0}
 
@@ -232,7 +233,7 @@ def test_a_signal_saves_and_stops_without_evaluating(play: Play) -> None:
     assert events[-2][2]["valid_loss"] is None, "that of step 2 is not the loss of this checkpoint"
 
 
-def _noted(losses: list[float], min_delta: float = 0.0) -> tuple[list[bool], LoopState]:
+def _noted(losses: list[float | None], min_delta: float = 0.0) -> tuple[list[bool], LoopState]:
     loop = LoopState()
     train = TrainConfig(early_stopping=EarlyStoppingConfig(patience=1, min_delta=min_delta))
     return [note_evaluation(loop, loss, train) for loss in losses], loop
@@ -254,6 +255,35 @@ def test_small_improvements_do_not_renew_patience() -> None:
     improved, loop = _noted([3.0, 2.95, 2.8], min_delta=0.1)
     assert improved == [True, False, True]
     assert (loop.best_valid_loss, loop.evaluations_without_improvement) == (2.8, 0)
+
+
+def test_an_evaluation_of_nothing_is_neither_best_nor_patience() -> None:
+    """As 0 it would be unbeatable. A loss that diverged is no best either, and uses patience up."""
+    improved, loop = _noted([None, 3.0, None, 2.0, None])
+    assert improved == [False, True, False, True, False]
+    assert (loop.valid_loss, loop.best_valid_loss, loop.evaluations_without_improvement) == (None, 2.0, 0)
+    improved, loop = _noted([math.nan, 3.0, math.inf, math.nan])
+    assert improved == [False, True, False, False]
+    assert (loop.valid_loss, loop.best_valid_loss, loop.evaluations_without_improvement) == (None, 3.0, 2)
+
+
+def test_an_empty_evaluation_stops_and_keeps_nothing(play: Play) -> None:
+    settings = ("train.early_stopping.patience=1", "train.eval_every=1", "checkpoint.keep_best=1")
+    events = play(tiny_run("train.max_steps=3", *settings), [None] * 3, test_losses=[None])
+    assert _brief(events, "step", "save") == [("step", 1), ("step", 2), ("step", 3), ("save", 3), ("save", 3)]
+    assert [event[2]["valid_loss"] for event in events if event[0] == "eval"] == [None] * 3
+    assert events[-1][2]["best_valid_loss"] is events[-1][2]["test_loss"] is None
+
+
+def test_another_recipe_starts_the_comparison_anew() -> None:
+    _, loop = _noted([3.0, 2.0, 2.5])
+    assert begin_recipe(loop, "a")
+    assert loop == LoopState(eval_recipe="a")
+    assert note_evaluation(loop, 2.7, TrainConfig()), "the best of its recipe"
+    before = loop.to_dict()
+    assert not begin_recipe(loop, "a")
+    assert loop.to_dict() == before
+    assert not begin_recipe(LoopState(), "a"), "there was nothing to compare with"
 
 
 def test_state_survives_its_file() -> None:
