@@ -364,12 +364,12 @@ def _layout_list(*dimensions: int) -> str:
 
 
 def _check_masking(name: str, section: DataConfig | EvalConfig) -> None:
-    """Check the fractions of selected residues that are masked and replaced; `name` is that of the section."""
+    """Check the fractions of selected residues that are masked and replaced, of the section `name`."""
     masked, random = section.mask_fraction, section.random_fraction
     if masked + random > 1 + 1e-9:  # the sum of two decimals may be off by rounding
         raise UserError(
-            f"{name}.mask_fraction={masked} + {name}.random_fraction={random} is more than 1; what they leave "
-            "of 1 is the fraction kept unchanged (ESM-2: 0.8 and 0.1)"
+            f"{name}.mask_fraction={masked} + {name}.random_fraction={random} is more than 1; what they "
+            "leave of 1 is the fraction kept unchanged (ESM-2: 0.8 and 0.1)"
         )
 
 

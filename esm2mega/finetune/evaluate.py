@@ -30,7 +30,6 @@ from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import evaluate
 from esm2mega.train.losses import LossReduction, LossTerms
 
-
 _RECIPE_VERSION = 1
 _OF_THE_LOSS = ("kind", "loss", "huber_delta", "scale_targets", "class_weights", "label_smoothing")
 
@@ -185,7 +184,7 @@ def task_recipe(task: TaskConfig, data: DataConfig, seed: int, loss: LossReducti
         loss: The loss; one that a program gives is known by the name of its class alone.
     """
     settings = {
-        "loss": type(loss).__qualname__,
+        "class": type(loss).__qualname__,
         **{key: getattr(task, key) for key in _OF_THE_LOSS},
         "max_seq_length": data.max_seq_length,
         "too_long": data.too_long,

@@ -58,7 +58,7 @@ def train_state(run: Run) -> TrainState:
 def unmasked_store(path: Path) -> Path:
     """A token store of one protein, of which the masks of evaluation select no residue."""
     with StoreWriter(path) as writer:
-        writer.append(["short"], [b"MKT"])
+        writer.append(["short"], [b"ML"])
     return path
 
 

@@ -1,8 +1,8 @@
 """Files that version 0.1.0 wrote are read, resumed and finished, with the numbers that it got from them.
 
-It masked validation by the keys and the seed of training, the number of the protein and a random crop. Losses of
-validation are compared with those masks in place of today's recipe; that they are other numbers by the recipe,
-and are said to be, is tested beside it.
+It masked validation by the keys and the seed of training and the number of the protein, behind a random crop.
+Losses of validation are compared with these masks in place of today's recipe. That the recipe gives other
+numbers, and that this is said, is tested beside it.
 
 How they were made stands beside them, in ``tests/fixtures/written_by_0.1/README.md``.
 """
@@ -94,7 +94,9 @@ def test_a_run_goes_on_with_the_same_losses(
     folder: Path, masks_of_then: None, capfd: pytest.CaptureFixture[str], command: str, run: str
 ) -> None:
     _run(command, "--config", f"{run}/config.yaml")
-    assert "in place of that of an earlier version: best and early stopping start anew" in capfd.readouterr().err
+    assert (
+        "in place of that of an earlier version: best and early stopping start anew" in capfd.readouterr().err
+    )
     records = [json.loads(line) for line in (folder / run / "log.jsonl").read_text().splitlines()]
     losses = {
         f"{record['kind']} {record['step']}": record.get("loss", record.get("valid_loss"))
@@ -115,7 +117,7 @@ def test_evaluate_gives_the_same_numbers(folder: Path, masks_of_then: None, run:
 
 @pytest.mark.parametrize("run", ["pretrained", "adapter"])
 def test_evaluate_has_a_recipe_of_its_own_now(folder: Path, run: str) -> None:
-    """Another number, which names its recipe, also where the checkpoint's configuration has no section eval."""
+    """Another number, which names its recipe, though the checkpoint's configuration has no section eval."""
     assert "eval:" not in (folder / run / "config.yaml").read_text()
     _run("evaluate", run, "--data", "store/valid", "--out", "numbers.json")
     numbers, before = json.loads((folder / "numbers.json").read_text()), EXPECTED["evaluate"][run]

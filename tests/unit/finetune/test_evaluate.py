@@ -1,4 +1,4 @@
-"""Evaluation of labelled proteins: where there is no label the loss is null, and each loss names its recipe."""
+"""Evaluation of labelled proteins: without labels the loss is null, and each loss names its recipe."""
 
 from __future__ import annotations
 

@@ -227,7 +227,9 @@ def test_validation_that_predicts_nothing_is_refused(finished: TinyRun, tmp_path
     """Before training: its loss would be null, which is never best and never stops."""
     store = unmasked_store(tmp_path / "store")
     run = tiny_run(f"data.train={finished.train}", f"data.valid={store}", run_dir=tmp_path / "run")
-    with pytest.raises(UserError, match="select no residue of its 1 proteins, so there is nothing to predict"):
+    with pytest.raises(
+        UserError, match="select no residue of its 1 proteins, so there is nothing to predict"
+    ):
         pretrain(run)
     assert not (tmp_path / "run").exists()
 

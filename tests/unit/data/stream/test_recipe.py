@@ -1,4 +1,4 @@
-"""The recipe of evaluation: masks that follow from `eval.seed` and the residues, and the hash that names them."""
+"""The recipe of evaluation: masks that follow from `eval.seed` and the residues, and the hash of its name."""
 
 from __future__ import annotations
 
@@ -133,10 +133,10 @@ def test_masks_are_pinned(tmp_path: Path) -> None:
     found = masked(
         write(tmp_path / "store", ["MKTLAGVSERTIDPKQNFYMHWCXBUZO.-" * 2, "ACDEFGHIKLMNPQRSTVWY" * 2])
     )
-    assert [text for text, _ in found.values()] == PINNED
-
-
-PINNED: list[str] = []
+    assert [text for text, _ in found.values()] == [
+        "<cls>MKTLAGVSERTIDPKQNFYMHWCXBUZO.-MKTLAGVSERT<mask>DPKQNFYMHW<mask>XBU<mask><mask>.-<eos>",
+        "<cls>ACDEFG<mask>IKLMNPQRST<mask><mask>YRC<mask>EF<mask>HIKLMN<mask><mask>RS<mask>VWY<eos>",
+    ]
 
 
 def test_ratios_over_many_proteins(tmp_path: Path) -> None:
