@@ -28,7 +28,7 @@ def stubbed(monkeypatch):
 
     monkeypatch.setattr(quickstart_module, "run_step", run)
     monkeypatch.setattr(
-        quickstart_module, "resolve_checkpoint", lambda run_dir: run_dir / "checkpoints" / "step_00000005"
+        quickstart_module, "choose_checkpoint", lambda run_dir: Choice(run_dir / "checkpoints" / "step_00000005")
     )
     monkeypatch.setattr(quickstart_module, "FAMILIES", 3)
     monkeypatch.setattr(quickstart_module, "MEMBERS", 4)
