@@ -1,7 +1,7 @@
 """Chooses among the checkpoints of a run: which one a name means, which are the best, which are kept.
 
-This module reads ``train_state.json`` of each, and nothing else. Its entry ``best_metric`` names the measure of
-the run, or is null if the run keeps no best; ``loop.evaluation`` is the record of the evaluation at its step.
+This module reads ``train_state.json`` of each, and nothing else. Its entry ``best_metric`` names the measure
+of the run, or is null if the run keeps no best; ``loop.evaluation`` is what was measured at its step.
 """
 
 from __future__ import annotations

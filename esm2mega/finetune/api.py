@@ -115,8 +115,8 @@ def infer_model(
     """Predict the labels of sequences.
 
     Args:
-        checkpoint: A checkpoint of `train_model`, or a run directory for its best one, or ``RUN@last`` and the
-            like.
+        checkpoint: A checkpoint of `train_model`; or a run directory for its best one, or ``RUN@last`` and
+            the like.
         sequences: The sequences to predict.
         overrides: ``key=value`` over the configuration of the checkpoint.
         make_head: The function that made the head, if it was not a configured one.

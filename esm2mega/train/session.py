@@ -169,7 +169,7 @@ def _resume(run: Run, start: StartPoint, session: Session) -> LoopState:
     loop = LoopState.from_dict(start.state["loop"])
     if start.run.checkpoint.best_metric != run.checkpoint.best_metric:
         loop.restart_best()
-    # What is not there, since it belongs to another run or was not kept, does not keep others from being saved.
+    # What is not there, since it belongs to another run or was not kept, keeps no others from being saved.
     loop.ranking = on_one_rank(
         lambda: {
             step: value

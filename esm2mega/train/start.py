@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 from esm2mega.checkpoint import layout
 from esm2mega.config.load import load_run, load_run_over, value_of

@@ -213,7 +213,9 @@ def _installed(package: str) -> str | None:
 
 
 @torch.no_grad()
-def _esm2mega(checkpoint: Path, prepare: Prepare, ids: list[Tensor], description: Description) -> list[Result]:
+def _esm2mega(
+    checkpoint: Path, prepare: Prepare, ids: list[Tensor], description: Description
+) -> list[Result]:
     from esm2mega.checkpoint import layout
     from esm2mega.checkpoint.store import load_weights
     from esm2mega.checkpoint.tensor_filter import ALL, ENCODER

@@ -193,7 +193,8 @@ def test_a_start_tells_what_it_does_with_what_is_there(
     # Started again it has nothing to do, and changes nothing.
     before = log.read_bytes()
     pretrain(tiny_run(*data, init, run_dir=run_dir))
-    assert capsys.readouterr().err.splitlines()[-1] == "nothing to do: step 2 of 2 is done"
+    ending = f"nothing to do: step 2 of 2 is done, checkpoint {layout.step_dir(run_dir, 2)}"
+    assert capsys.readouterr().err.splitlines()[-1] == ending
     assert log.read_bytes() == before
 
     # A resume says what it drops, what has changed, and what it leaves out.
@@ -215,9 +216,10 @@ def test_early_stopping_says_so(
     run = tiny_run(*data, *settings, "train.max_steps=9", run_dir=tmp_path)
     ended = pretrain(run)
     assert (ended.step, ended.best_step) == (3, 1)
-    line = f"stopped early: no improvement in 2 evaluations, best {ended.best_valid_loss:.4f} at step 1"
-    checkpoint = layout.step_dir(tmp_path, 3)
-    assert capsys.readouterr().err.splitlines()[-1] == f"{line}; checkpoint {checkpoint}"
+    last, best = (layout.step_dir(tmp_path, step) for step in (3, 1))
+    ending = f"stopped early: no improvement in 2 evaluations; step 3, checkpoint {last}"
+    ending += f"; best by valid_loss ({ended.best_value:.4f}): step 1, checkpoint {best}"
+    assert capsys.readouterr().err.splitlines()[-1] == ending
 
 
 def test_a_small_model_gets_below_residue_frequencies(tmp_path: Path) -> None:
