@@ -87,7 +87,7 @@ class DataConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    """Says when a run ends because the validation loss no longer falls."""
+    """Says when a run ends because `checkpoint.best_metric` no longer improves."""
 
     patience: int = 0
     min_delta: float = 0.0
@@ -145,6 +145,7 @@ class CheckpointConfig:
     save_every: int = 0
     keep_last: int = 2
     keep_best: int = 1
+    best_metric: str = "valid_loss"
     resume: str = "auto"
 
 

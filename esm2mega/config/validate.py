@@ -13,8 +13,10 @@ import math
 import os
 from pathlib import Path
 
+from esm2mega.config.best_metric import check_best_metric
 from esm2mega.config.lora import check_lora, check_start
 from esm2mega.config.presets import shape_of
+from esm2mega.config.run_name import FORMS, is_there, split_run
 from esm2mega.config.schema import (
     DataConfig,
     EvalConfig,
@@ -203,14 +205,17 @@ def check_training_inputs(run: Run) -> None:
             f"train.eval_every={run.train.eval_every} needs data.valid; "
             "give a validation token store, or set train.eval_every=0"
         )
+    check_best_metric(run.checkpoint, run.task, run.data.valid is not None)
     check_start(run.lora, run.init_from)
-    if run.init_from is not None and not os.path.exists(run.init_from):
-        raise UserError(f"init_from={run.init_from} does not exist; give a checkpoint, or init_from=null")
+    if run.init_from is not None and not is_there(run.init_from):
+        raise UserError(
+            f"init_from={run.init_from} does not exist; give a checkpoint, a run, {FORMS}, or init_from=null"
+        )
     resume = run.checkpoint.resume
-    if resume not in ("auto", "never") and not os.path.isdir(resume):
+    if resume not in ("auto", "never") and not os.path.isdir(split_run(resume)[0]):
         raise UserError(
             f"checkpoint.resume={resume} is neither auto, never nor an existing checkpoint directory; "
-            "give one of the three"
+            f"give one of the three, or {FORMS}"
         )
 
 

@@ -53,7 +53,7 @@ def open_task(checkpoint: str | Path | StartPoint, overrides: Sequence[str] = ()
     """Open a fine-tuned checkpoint, without reading weights yet; all ranks call this together.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, a run directory for its newest one, or what was opened.
+        checkpoint: As for `esm2mega.checkpoint.choice.choose_checkpoint`, or what was opened.
         overrides: ``key=value`` over its configuration, such as the parallel layout of this start.
 
     Raises:

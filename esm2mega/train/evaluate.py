@@ -125,7 +125,7 @@ def evaluate_checkpoint(
     """Compute masked-language-model loss and perplexity of a checkpoint on a token store, at any layout.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one; or an opened start.
+        checkpoint: As for `esm2mega.checkpoint.choice.choose_checkpoint`, or an opened start.
         data: Token store, or a file of sequences.
         out: JSON file for the result; None for no file.
         max_batches: Stop after so many packs over all ranks; None for the whole store.

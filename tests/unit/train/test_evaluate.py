@@ -68,7 +68,7 @@ def test_result_is_that_of_the_training_log(finished: TinyRun, result: dict[str,
     assert (
         result["eval_recipe"]
         == logged["eval_recipe"]
-        == layout.read_state(layout.step_dir(finished.run_dir, 4))["eval_recipe"]
+        == layout.read_state(layout.step_dir(finished.run_dir, 4))["loop"]["eval_recipe"]
     )
     assert result["checkpoint"] == str(layout.step_dir(finished.run_dir, 4))
 

@@ -196,7 +196,8 @@ def test_a_start_tells_what_it_does_with_what_is_there(
     # Started again it has nothing to do, and changes nothing.
     before = log.read_bytes()
     pretrain(tiny_run(*data, init, run_dir=run_dir))
-    assert capsys.readouterr().err.splitlines()[-1] == "nothing to do: step 2 of 2 is done"
+    ending = f"nothing to do: step 2 of 2 is done, checkpoint {layout.step_dir(run_dir, 2)}"
+    assert capsys.readouterr().err.splitlines()[-1] == ending
     assert log.read_bytes() == before
 
     # A resume says what it drops, what has changed, and what it leaves out.
@@ -218,9 +219,10 @@ def test_early_stopping_says_so(
     run = tiny_run(*data, *settings, "train.max_steps=9", run_dir=tmp_path)
     ended = pretrain(run)
     assert (ended.step, ended.best_step) == (3, 1)
-    line = f"stopped early: no improvement in 2 evaluations, best {ended.best_valid_loss:.4f} at step 1"
-    checkpoint = layout.step_dir(tmp_path, 3)
-    assert capsys.readouterr().err.splitlines()[-1] == f"{line}; checkpoint {checkpoint}"
+    last, best = (layout.step_dir(tmp_path, step) for step in (3, 1))
+    ending = f"stopped early: no improvement in 2 evaluations; step 3, checkpoint {last}"
+    ending += f"; best by valid_loss ({ended.best_value:.4f}): step 1, checkpoint {best}"
+    assert capsys.readouterr().err.splitlines()[-1] == ending
 
 
 def test_validation_that_predicts_nothing_is_refused(finished: TinyRun, tmp_path: Path) -> None:
@@ -251,7 +253,7 @@ def test_a_resume_with_another_recipe_starts_the_comparison_anew(
 ) -> None:
     """Another mask rate of training is not another recipe; one of evaluation is, and is said in one line."""
     shutil.copytree(finished.run_dir, tmp_path / "run")
-    kept = layout.read_state(layout.step_dir(tmp_path / "run", 4))
+    kept = layout.read_state(layout.step_dir(tmp_path / "run", 4))["loop"]
     data = (f"data.train={finished.train}", f"data.valid={finished.valid}")
     settings = (*data, "train.eval_every=1", "optim.lr=1e-300", "data.mlm_probability=0.3")
 
@@ -263,13 +265,13 @@ def test_a_resume_with_another_recipe_starts_the_comparison_anew(
 
     same, said = resumed(5)
     assert said == [] and same.eval_recipe == kept["eval_recipe"]
-    assert same.best_valid_loss == pytest.approx(kept["loop"]["best_valid_loss"], rel=1e-12)
+    assert same.best_value == pytest.approx(kept["best_value"], rel=1e-12)
     harder, said = resumed(6, "eval.mlm_probability=0.6")
     recipe = masks_recipe(EvalConfig(0.6), 64)
     line = f"eval     recipe {recipe} in place of {kept['eval_recipe']}: best and early stopping start anew"
     assert said == [line] and harder.eval_recipe == recipe
     assert (harder.best_step, harder.evaluations_without_improvement) == (6, 0)
-    assert harder.best_valid_loss == harder.valid_loss != same.best_valid_loss
+    assert harder.best_value == harder.valid_loss != same.best_value
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     recipes = [record["eval_recipe"] for record in records if record["kind"] == "eval"]
     assert recipes == [kept["eval_recipe"]] * 3 + [recipe]
