@@ -336,9 +336,9 @@ def test_state_of_an_earlier_version_is_read() -> None:
 
 
 def test_the_best_evaluations_are_kept_whatever_their_order(tmp_path: Path) -> None:
-    """60 runs of 20 drawn evaluations, some of them equal or not defined, compared with a sort."""
+    """30 runs of 20 drawn evaluations, some of them equal or not defined, compared with a sort."""
     rng = np.random.default_rng(4)
-    for number in range(60):
+    for number in range(30):
         metric, sign = (("valid_loss", 1), ("valid_spearman", -1))[number % 2]
         keep_best, keep_last, save_every = (int(rng.integers(low, 7)) for low in (0, 1, 0))
         settings = {"keep_best": keep_best, "keep_last": keep_last, "best_metric": metric}
