@@ -63,7 +63,7 @@ def test_the_metrics_of_a_task_are_those_that_are_computed(kind: str) -> None:
 
 
 def test_so_are_those_of_pretraining() -> None:
-    record = evaluation_record({"loss": 2.0, "unigram_loss": 2.9})
+    record = evaluation_record({"loss": 2.0, "unigram_loss": 2.9}, "abc")
     assert metric_names(TaskConfig()) == [name for name in record if name.startswith("valid_")]
     assert all(map(less_is_better, metric_names(TaskConfig())))
 
