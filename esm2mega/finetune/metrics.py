@@ -164,6 +164,8 @@ def multilabel_metrics(labels: Array, values: Array) -> Metrics:
     from sklearn.metrics import f1_score
 
     there, predicted = ~np.isnan(labels), values >= 0.5
+    if not there.any():
+        return dict.fromkeys(("accuracy", "exact_match", "f1_macro", "f1_micro", "auroc"), math.nan)
     whole = there.all(axis=1)
     each = [
         float(f1_score(labels[there[:, c], c], predicted[there[:, c], c], zero_division=0.0))
@@ -175,9 +177,7 @@ def multilabel_metrics(labels: Array, values: Array) -> Metrics:
         "accuracy": _mean(right[there].tolist()),
         "exact_match": _mean(right[whole].all(axis=1).tolist()),
         "f1_macro": _mean(each),
-        "f1_micro": float(f1_score(labels[there], predicted[there], zero_division=0.0))
-        if there.any()
-        else math.nan,
+        "f1_micro": float(f1_score(labels[there], predicted[there], zero_division=0.0)),
         "auroc": _mean(
             [_auroc(labels[there[:, c], c] == 1.0, values[there[:, c], c]) for c in range(labels.shape[1])]
         ),
