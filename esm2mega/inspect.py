@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from esm2mega.config.run_name import split_run
 from esm2mega.errors import UserError
 
 _OPTIMIZER = "optimizer."
@@ -17,9 +18,12 @@ def inspect_path(path: str | Path) -> str:
     Raises:
         UserError: The path holds nothing that is known, or it is damaged.
     """
-    directory = Path(path)
+    run, which = split_run(path)
+    directory = Path(run)
     if not directory.is_dir():
         raise UserError(f"{path}: no such directory; give a token store, a run directory or a checkpoint")
+    if which is not None:
+        return "\n".join(_checkpoint_lines(path))
     if (directory / "manifest.json").is_file():
         from esm2mega.data.benchmarks.tables import read_manifest
 
@@ -94,14 +98,16 @@ def _store_lines(directory: Path) -> Iterator[str]:
     yield f"tokenizer {store.manifest['tokenizer_hash']}"
 
 
-def _checkpoint_lines(directory: Path) -> Iterator[str]:
+def _checkpoint_lines(named: str | Path) -> Iterator[str]:
     from esm2mega.checkpoint import layout
     from esm2mega.checkpoint.auxiliary import read_auxiliary
+    from esm2mega.checkpoint.choice import best_checkpoint
     from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
     from esm2mega.config.presets import shape_of
+    from esm2mega.convert.start_point import read_checkpoint
 
-    checkpoint = layout.resolve_checkpoint(directory)
-    run, state = layout.read_config(checkpoint), layout.read_state(checkpoint)
+    start = read_checkpoint(named)
+    checkpoint, run, state = start.path, start.run, start.state
     shape, reader = shape_of(run.model), TensorReader(checkpoint)
     yield f"checkpoint {checkpoint} (format {state['format_version']}, esm2mega {state['esm2mega_version']})"
     yield (f"model {run.model.size or 'own shape'}: {shape}, {run.model.precision}")
@@ -114,8 +120,11 @@ def _checkpoint_lines(directory: Path) -> Iterator[str]:
             f"step {state['step']:,}, {data['consumed_samples']:,} samples, "
             f"{data['consumed_tokens']:,} tokens, validation loss {loss}"
         )
-    if len(others := layout.find_checkpoints(checkpoint.parent.parent)[0]) > 1:
-        yield f"checkpoints of the run: {', '.join(p.name for p in others)}"
+    run_dir = checkpoint.parent.parent
+    if len(others := layout.find_checkpoints(run_dir)[0]) > 1:
+        best = best_checkpoint(run_dir)
+        words = "" if best is None else f"; the best {best}: {best.path.name}"
+        yield f"checkpoints of the run: {', '.join(p.name for p in others)}{words}"
     if "base" in state:
         yield f"adapters of rank {run.lora.rank} on {', '.join(run.lora.target_modules)}"
         yield f"base {state['base']['path']}  sha256 {state['base']['sha256']}"

@@ -88,7 +88,7 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Predict the proteins of INPUT with a fine-tuned checkpoint.
+    """Predict the proteins of INPUT with a fine-tuned checkpoint; a run means its best one.
 
     INPUT is FASTA, CSV, Parquet and others, also compressed, or a token store.
 
@@ -131,7 +131,9 @@ def evaluate(
 ) -> None:
     """Compute the loss of a checkpoint, and for comparison that of predicting residue frequencies.
 
-    For a fine-tuned checkpoint it is the loss and the metrics of its task, on a table with labels.
+    For a fine-tuned checkpoint it is the loss and the metrics of its task, on a table with labels. RUN@best,
+    RUN@last and RUN@step_N name a checkpoint of a run; RUN alone is the best one of a fine-tuning, and the
+    last one of a pretraining.
     """
     from esm2mega.convert.start_point import open_checkpoint
     from esm2mega.finetune.checkpoint import evaluate_task
@@ -153,7 +155,11 @@ def evaluate(
             micro_batch_tokens=micro_batch_tokens,
             overrides=overrides,
         )
-    say(
-        f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}"
-        for name, value in numbers.items()
-    )
+    say(f"{name}: {_shown(value)}" for name, value in numbers.items())
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a result as text; what is not defined reads as in JSON."""
+    if value is None:
+        return "null"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

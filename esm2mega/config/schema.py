@@ -93,7 +93,7 @@ class DataConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    """Says when a run ends because the validation loss no longer falls."""
+    """Says when a run ends because `checkpoint.best_metric` no longer improves."""
 
     patience: int = 0
     min_delta: float = 0.0
@@ -111,6 +111,16 @@ class TrainConfig:
     eval_batches: int = 0
     log_every: int = 10
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+
+
+@dataclass
+class EvalConfig:
+    """Says which residues a language model is evaluated on, whatever residues it is trained on."""
+
+    mlm_probability: float = 0.15
+    mask_fraction: float = 0.8
+    random_fraction: float = 0.1
+    seed: int = 0
 
 
 @dataclass
@@ -141,6 +151,7 @@ class CheckpointConfig:
     save_every: int = 0
     keep_last: int = 2
     keep_best: int = 1
+    best_metric: str = "valid_loss"
     resume: str = _path("auto")  # or never
 
 
@@ -246,6 +257,7 @@ class Run:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

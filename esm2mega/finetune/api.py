@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esm2mega.checkpoint.layout import resolve_checkpoint
+from esm2mega.checkpoint.choice import choose_checkpoint
+from esm2mega.checkpoint.layout import step_of
+from esm2mega.config.best_metric import check_best_metric
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.schema import LoRAConfig, Run
 from esm2mega.config.task import validate_task
@@ -36,12 +38,15 @@ class TrainedModel:
     """Holds the result of `train_model`.
 
     Attributes:
-        checkpoint: The last checkpoint.
-        metrics: Values of the last record of each kind in the log: ``loss``, ``valid_…`` and ``test_…``.
+        checkpoint: The best checkpoint by `checkpoint.best_metric`; the last one if there is no best.
+        last_checkpoint: The last checkpoint, with which a later start would go on.
+        metrics: The last values of the training, such as ``loss``; and what was measured of `checkpoint`:
+            ``valid_…`` and ``test_…``.
         run: The complete configuration.
     """
 
     checkpoint: Path
+    last_checkpoint: Path
     metrics: dict[str, Any]
     run: Run
 
@@ -89,13 +94,16 @@ def train_model(
             )
     validate(run, world_size_from_environment())
     validate_task(run)
+    check_best_metric(run.checkpoint, run.task, valid is not None or run.data.valid is not None)
     if run.train.eval_every and valid is None and run.data.valid is None:
         raise UserError(f"train.eval_every={run.train.eval_every} needs validation data; give valid")
     finetune(run, UserParts(given, make_head, loss), opened=opened)
+    checkpoint = choose_checkpoint(run.run_dir).path
     metrics: dict[str, Any] = {}
     for record in read_log(Path(run.run_dir) / LOG_NAME):
-        metrics |= {name: value for name, value in record.items() if name not in ("kind", "step")}
-    return TrainedModel(resolve_checkpoint(run.run_dir), metrics, run)
+        if record["kind"] != "eval" or record["step"] == step_of(checkpoint):
+            metrics |= {name: value for name, value in record.items() if name not in ("kind", "step")}
+    return TrainedModel(checkpoint, choose_checkpoint(run.run_dir, resuming=True).path, metrics, run)
 
 
 def infer_model(
@@ -108,7 +116,8 @@ def infer_model(
     """Predict the labels of sequences.
 
     Args:
-        checkpoint: A checkpoint of `train_model`, or a run directory.
+        checkpoint: A checkpoint of `train_model`; or a run directory for its best one, or ``RUN@last`` and
+            the like.
         sequences: The sequences to predict.
         overrides: ``key=value`` over the configuration of the checkpoint.
         make_head: The function that made the head, if it was not a configured one.

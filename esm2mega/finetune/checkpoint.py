@@ -20,7 +20,7 @@ from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pa
 from esm2mega.data.labels.schema import TargetInfo, with_columns
 from esm2mega.errors import UserError
 from esm2mega.files import check_out, write_json
-from esm2mega.finetune.evaluate import UNSEEN, Measured, measure, packs_of
+from esm2mega.finetune.evaluate import UNSEEN, Measured, measure, packs_of, task_recipe
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
 from esm2mega.finetune.metrics import bootstrap_intervals, check_packages
 from esm2mega.finetune.output import rows_of, shown_labels, shown_predictions
@@ -55,7 +55,7 @@ def open_task(checkpoint: str | Path | StartPoint, overrides: Sequence[str] = ()
     """Open a fine-tuned checkpoint, without reading weights yet; all ranks call this together.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, a run directory for its newest one, or what was opened.
+        checkpoint: As for `esm2mega.checkpoint.choice.choose_checkpoint`, or what was opened.
         overrides: ``key=value`` over its configuration, such as the parallel layout of this start.
 
     Raises:
@@ -119,7 +119,7 @@ def run_task(
         with Progress(len(packs), words, "pack", enabled=ranks.is_main) as progress:
             measured = measure(
                 chunks,
-                loss or loss_of_task(task.run.task, task.info),
+                loss or _loss_of(task),
                 packs,
                 task.info,
                 ranks,
@@ -128,6 +128,10 @@ def run_task(
             )
         assert measured is not None
         return measured, ranks.is_main
+
+
+def _loss_of(task: TaskCheckpoint) -> TaskLossReduction:
+    return loss_of_task(task.run.task, task.info)
 
 
 def evaluate_task(
@@ -145,7 +149,7 @@ def evaluate_task(
         overrides: As for `open_task`.
 
     Returns:
-        Loss, metrics and counts; a metric that is not defined is None.
+        Loss, metrics and counts; a loss or metric that is not defined is None.
     """
     if out is not None:
         check_out(Path(out))
@@ -162,6 +166,7 @@ def evaluate_task(
         **({UNSEEN: measured.unseen} if measured.unseen else {}),
         "num_labels": measured.num_labels,
         "num_sequences": len(proteins),
+        "eval_recipe": task_recipe(task.run.task, task.run.data, task.run.seed, _loss_of(task)),
     }
     result = {name: _defined(value) for name, value in result.items()}
     if out is not None and is_main:

@@ -15,10 +15,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from esm2mega.batch import LabelledBatch
+from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data.labels.dataset import LabelledProteins
-from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.labels.stream import LabelledPacks
 from esm2mega.data.stream.build import BatchSpec
+from esm2mega.data.stream.recipe import recipe_hash
 from esm2mega.finetune.baseline import baseline_metrics
 from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.metrics import Predictions, metrics_of, objects, unseen_labels
@@ -31,9 +33,12 @@ from esm2mega.train.losses import LossReduction, LossTerms
 UNSEEN = "unseen_classes"
 """Names, in records, the number of labels of each class that no training has had a label of."""
 
+_RECIPE_VERSION = 1
+_OF_THE_LOSS = ("kind", "loss", "huber_delta", "scale_targets", "class_weights", "label_smoothing")
+
 
 class Collecting(LossReduction):
-    """Wraps a loss and keeps the predictions it sees; without labels, loss and count are 0."""
+    """Wraps a loss and keeps the predictions it sees; without labels, its sum and count are 0."""
 
     def __init__(self, loss: TaskLossReduction, info: TargetInfo) -> None:
         self.loss, self.info = loss, info
@@ -83,7 +88,7 @@ class Measured:
     """Holds the loss, the metrics and the predictions of a split.
 
     Attributes:
-        loss: Mean over labels; the same on every rank.
+        loss: Mean over labels, None if there are none; the same on every rank.
         num_labels: Number of labels.
         predictions: Predictions on the main process; None on the others.
         metrics: Metrics by name, the same on every rank; empty without labels.
@@ -91,7 +96,7 @@ class Measured:
             empty where there are none.
     """
 
-    loss: float
+    loss: float | None
     num_labels: int
     predictions: Predictions | None
     metrics: dict[str, float]
@@ -138,6 +143,7 @@ def measure(
     # The main process tells all others.
     shared: list[Any] = [metrics, unseen]
     dist.broadcast_object_list(shared, src=0, device=ranks.device)
+    assert means["count"] is not None
     return Measured(means["loss"], int(means["count"]), predictions, *shared)
 
 
@@ -165,6 +171,35 @@ def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         name: None if parts[0][name] is None else np.concatenate([part[name] for part in parts])
         for name in parts[0]
     }
+
+
+def has_labels(packs: LabelledPacks) -> bool:
+    """Tell whether any label of the packs is known; they are built until one is."""
+    return any(
+        bool((~labels.isnan() if labels.is_floating_point() else labels != IGNORED).any())
+        for batch in packs
+        if (labels := batch.labels) is not None
+    )
+
+
+def task_recipe(task: TaskConfig, data: DataConfig, seed: int, loss: LossReduction) -> str:
+    """Return the hash of all that decides the loss of given predictions; see `esm2mega.data.stream.recipe`.
+
+    Args:
+        task: The task, with the settings of its loss.
+        data: The treatment of long proteins.
+        seed: Seed of the run, which decides random crops.
+        loss: The loss; one that a program gives is known by the name of its class alone.
+    """
+    settings = {
+        "class": type(loss).__qualname__,
+        **{key: getattr(task, key) for key in _OF_THE_LOSS},
+        "max_seq_length": data.max_seq_length,
+        "too_long": data.too_long,
+        "crop": data.crop if data.too_long == "crop" else None,
+        "seed": seed if data.too_long == "crop" and data.crop == "random" else None,
+    }
+    return recipe_hash("labels", _RECIPE_VERSION, settings)
 
 
 def packs_of(proteins: LabelledProteins, spec: BatchSpec, ranks: Ranks, limit: int = 0) -> LabelledPacks:

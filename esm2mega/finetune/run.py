@@ -16,11 +16,11 @@ from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
 from esm2mega.data.labels.degenerate import check_classes
 from esm2mega.data.labels.schema import TargetInfo
-from esm2mega.data.labels.stream import LabelledStream
+from esm2mega.data.labels.stream import LabelledPacks, LabelledStream
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
-from esm2mega.finetune.evaluate import UNSEEN, measure, packs_of
+from esm2mega.finetune.evaluate import UNSEEN, has_labels, measure, packs_of, task_recipe
 from esm2mega.finetune.loaded_head import loaded_targets
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
 from esm2mega.finetune.metrics import HEADLINES, check_packages
@@ -95,6 +95,8 @@ def finetune(
     splits = read_splits(run.data, run.task, parts, loaded_targets(run.task, run.finetune, start))
     train = splits.of["train"]
     check_classes(splits.info, run.task.target_columns, train.notes)
+    if "valid" in splits.of:
+        _check_predictable(run, splits.of["valid"])
     run = resolve_epochs(run, lambda: LabelledStream(train, train_spec(run.data, run.train, run.seed, train)))
     with process_groups(run.parallel, run.seed) as ranks:
         return _train(run, ranks, splits, parts, start, on_gradients)
@@ -153,6 +155,18 @@ def train_spec(data: DataConfig, train: TrainConfig, seed: int, proteins: Labell
     return BatchSpec(data, train.micro_batch_tokens, seed, train.max_epochs)
 
 
+def _check_predictable(run: Run, proteins: LabelledProteins) -> None:
+    """Refuse validation data without any label: they have no loss that could be best or stop the run."""
+    spec, limit = batch_spec(run.data, run.train, run.seed), run.train.eval_batches
+    if not has_labels(LabelledPacks(proteins, spec, limit)):
+        part = f" in train.eval_batches={limit} packs" if limit else ""
+        raise UserError(
+            f"data.valid={proteins.path}: every label of its {len(proteins)} proteins is missing or masked"
+            f"{part}, so there is nothing to predict; give some with labels, or leave validation out "
+            "(data.valid=null and train.eval_every=0)"
+        )
+
+
 def _train(
     run: Run,
     ranks: Ranks,
@@ -172,6 +186,7 @@ def _train(
     )
     built = build(run, ranks, start, loss, on_gradients, head)
     spec, train = batch_spec(run.data, run.train, run.seed), splits.of["train"]
+    recipe = task_recipe(run.task, run.data, run.seed, loss)
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
         if split not in splits.of:
@@ -186,11 +201,13 @@ def _train(
                 return None
             named = {f"{split}_{name}": value for name, value in measured.metrics.items()}
             unseen = {f"{split}_{UNSEEN}": measured.unseen} if measured.unseen else {}
-            return {f"{split}_loss": measured.loss, **named, **unseen}
+            return {f"{split}_loss": measured.loss, **named, **unseen, "eval_recipe": recipe}
 
         return evaluate
 
     def result(record: dict[str, Any], split: str) -> str:
+        if record[f"{split}_loss"] is None:
+            return "no loss: nothing to predict"
         headline = HEADLINES[splits.info.kind]
         return f"loss {record[f'{split}_loss']:.4f}, {headline} {record[f'{split}_{headline}']:.4f}"
 
@@ -201,6 +218,7 @@ def _train(
             train, train_spec(run.data, run.train, run.seed, train), ranks.dp_rank, ranks.dp_size
         ),
         evaluation=evaluation,
+        eval_recipe=recipe,
         extra_state={"task": splits.info.to_dict(), "token_counts": None},
         banner=_described(splits),
         result=result,

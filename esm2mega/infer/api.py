@@ -73,7 +73,8 @@ def load(
     """Load a model for inference.
 
     Args:
-        path: A checkpoint, or a run directory for its newest one.
+        path: A checkpoint; or a run, ``RUN@best``, ``RUN@last`` or ``RUN@step_N``, as
+            `esm2mega.checkpoint.choice.choose_checkpoint` reads them.
         precision: ``fp32``, ``bf16`` or ``fp64``; None for the precision of training.
         max_seq_length: Most tokens at once, with ``<cls>`` and ``<eos>``; None for the length of training.
         too_long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (average over windows).
@@ -93,7 +94,7 @@ class Model:
         """Load the model.
 
         Args:
-            path: A checkpoint, or a run directory for its newest one.
+            path: As for `load`.
             overrides: ``key=value`` over the checkpoint's configuration.
         """
         # The checkpoint is opened in this process alone; `_World.enter` refuses several processes.

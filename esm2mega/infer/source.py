@@ -65,8 +65,8 @@ def open_model(path: str | Path) -> ModelSource:
     """Open a checkpoint, without reading weights yet; all ranks call this together, and rank 0 decides.
 
     Args:
-        path: A ``step_XXXXXXXX`` directory, a run directory for its newest one, or a checkpoint in any format
-            that `esm2mega convert` reads, such as a directory of Hugging Face or a file of fair-esm.
+        path: A checkpoint or a run, as for `esm2mega.checkpoint.choice.choose_checkpoint`; or a checkpoint in
+            any format that `esm2mega convert` reads, such as a directory of Hugging Face.
 
     Raises:
         UserError: There is no checkpoint, or it cannot be read.

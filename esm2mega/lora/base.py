@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
+from esm2mega.config.run_name import is_there
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.convert.formats.esm2mega import is_auxiliary
 from esm2mega.convert.start_point import StartPoint, read_start
@@ -64,7 +65,7 @@ def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = 
     if not has_adapters(start) or start.base is not None:
         return start
     path = _find_base(start, given)
-    # `given` may be the directory of a run, whose newest checkpoint is not looked up again.
+    # `given` may name a run, of which is not chosen again.
     if opened is not None and path.resolve() in (opened.path.resolve(), Path(given or opened.path).resolve()):
         base = opened
     else:
@@ -88,7 +89,7 @@ def _find_base(start: StartPoint, given: str | None) -> Path:
     """Return where the base of adapters is now: at its recorded path if that exists, else at `given`."""
     recorded = recorded_base(start)
     for path in (recorded.path, given):
-        if path is not None and Path(path).exists():
+        if path is not None and is_there(path):
             return Path(path)
     raise UserError(
         f"{start.path}: holds adapters of {recorded.path}, which is not there any more; say where it is with "

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from esm2mega.checkpoint.layout import resolve_checkpoint
+from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.config.scalars import as_word
 from esm2mega.errors import MachineError, UserError
 from esm2mega.quickstart.simulate import FamilySpec, simulate_families
@@ -101,7 +101,7 @@ def quickstart(
     )
 
     say("[4/6] Evaluate the checkpoint on the validation proteins")
-    checkpoint = resolve_checkpoint(run_dir)
+    checkpoint = choose_checkpoint(run_dir).path
     metrics = out / "evaluation.json"
     # A checkpoint loads at any layout: one process is enough to evaluate.
     _esm2mega(["evaluate", checkpoint, "--data", store / "valid", "--out", metrics], say)

@@ -3,7 +3,7 @@
 A mean of means would weight a micro-batch with three labels like one with six hundred. Here each micro-batch
 gives a sum and a count, gradients are summed over micro-batches and data-parallel ranks, and one division by
 the global count follows. The result then does not depend on how the labels were distributed, and a
-micro-batch without labels contributes 0.
+micro-batch without labels contributes 0. Where there is no label at all, there is no mean: None, never 0.
 
 Legend: ``m`` labelled tokens of a micro-batch, ``v`` vocabulary.
 """
@@ -39,12 +39,18 @@ class LossTerms:
     logged: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def perplexity(loss: float) -> float:
-    """Return exp(loss), or infinity if that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+Means = dict[str, float | None]
+"""Maps names to global means; one over no labels is None, as there was nothing to predict."""
 
 
-def loss_and_perplexity(metrics: dict[str, float]) -> dict[str, float]:
+def perplexity(loss: float | None) -> float | None:
+    """Return exp(loss), or infinity if that overflows; None of None."""
+    if loss is None:
+        return None
+    return math.inf if loss >= 700 else math.exp(loss)
+
+
+def loss_and_perplexity(metrics: Means) -> Means:
     """Return the values of a training record for masked language modelling."""
     return {"loss": metrics["loss"], "perplexity": perplexity(metrics["loss"])}
 
@@ -76,7 +82,7 @@ class LossReduction(ABC):
         report = {name: torch.stack([x.detach().double() for x in pair]) for name, pair in named.items()}
         return terms.loss_sum, terms.count.to(torch.int32), report
 
-    def reduce(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
+    def reduce(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> Means:
         """Combine the reports of a step or of an evaluation.
 
         Args:
@@ -84,7 +90,7 @@ class LossReduction(ABC):
             device: Where the process groups communicate.
 
         Returns:
-            Global mean of each name (0.0 if the global count is 0) and ``count``, the global number of
+            Global mean of each name (None if its global count is 0) and ``count``, the global number of
             labels; valid on every rank.
         """
         totals = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
@@ -97,7 +103,7 @@ class LossReduction(ABC):
             dist.broadcast(totals, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
         values = totals.tolist()
         pairs = zip(self.names, values, strict=True)
-        means = {name: total / count if count else 0.0 for name, (total, count) in pairs}
+        means = {name: total / count if count else None for name, (total, count) in pairs}
         return {**means, "count": values[self.names.index("loss")][1]}
 
     @property

@@ -14,6 +14,7 @@ from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import BatchSpec, token_counts
 from esm2mega.data.stream.loader import EvalPacks, TrainStream
+from esm2mega.data.stream.recipe import describe_masks, masks_recipe
 from esm2mega.errors import UserError
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import show_bytes
@@ -50,6 +51,8 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
         for split, path in (("valid", run.data.valid), ("test", run.data.test))
         if path is not None
     }
+    if "valid" in held_out:
+        _check_predictable(run, held_out["valid"])
     run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
     start = open_training_start(run)
     with process_groups(run.parallel, run.seed) as ranks:
@@ -69,6 +72,18 @@ def _open_held_out(
     return store
 
 
+def _check_predictable(run: Run, store: TokenStore) -> None:
+    """Refuse validation data whose masks select no residue: they have no loss that could be best or stop."""
+    packs = EvalPacks(store, _batch_spec(run), run.eval, run.train.eval_batches)
+    if not any(len(batch.labels) for batch in packs):
+        part = f" in train.eval_batches={run.train.eval_batches} packs" if run.train.eval_batches else ""
+        raise UserError(
+            f"data.valid={run.data.valid}: the masks of evaluation select no residue of its {len(store)} "
+            f"proteins{part}, so there is nothing to predict; give more proteins, or set data.valid=null and "
+            "train.eval_every=0"
+        )
+
+
 def _batch_spec(run: Run) -> BatchSpec:
     return BatchSpec(run.data, run.train.micro_batch_tokens, run.seed, run.train.max_epochs)
 
@@ -85,27 +100,31 @@ def _train(
     spec = _batch_spec(run)
     stream = TrainStream(train_stores, spec, ranks.dp_rank, ranks.dp_size)
     counts = token_counts(stream.samples)
+    recipe = masks_recipe(run.eval, run.data.max_seq_length)
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
         if split not in held_out:
             return None
 
         def measure(abandon: Callable[[], bool]) -> dict[str, Any] | None:
-            packs = EvalPacks(held_out[split], spec, limit, ranks.dp_rank, ranks.dp_size)
+            packs = EvalPacks(held_out[split], spec, run.eval, limit, ranks.dp_rank, ranks.dp_size)
             unigram = unigram_log_probabilities(counts, ranks.device)
             metrics = evaluate(built.state.model, MLMLossReduction(unigram), packs, ranks, abandon=abandon)
-            return None if metrics is None else evaluation_record(metrics, split)
+            return None if metrics is None else evaluation_record(metrics, recipe, split)
 
         return measure
 
-    data = [f"data     {line}" for line in stream.samples.describe()]
+    banner = [f"data     {line}" for line in stream.samples.describe()]
+    if held_out:
+        banner.append(f"eval     recipe {recipe}: {describe_masks(run.eval, run.data.max_seq_length)}")
     session = Session(
         name="pretrain",
         built=built,
         stream=stream,
         evaluation=evaluation,
+        eval_recipe=recipe,
         extra_state={"token_counts": counts.tolist()},
-        banner=data,
+        banner=banner,
         result=_result,
         training_values=loss_and_perplexity,
     )
@@ -113,6 +132,8 @@ def _train(
 
 
 def _result(record: dict[str, Any], split: str) -> str:
+    if record[f"{split}_loss"] is None:
+        return "no loss: nothing to predict"
     return (
         f"loss {record[f'{split}_loss']:.4f}, perplexity {record[f'{split}_perplexity']:.2f} "
         f"(residue frequencies: {record['unigram_loss']:.4f})"

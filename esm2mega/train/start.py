@@ -12,6 +12,7 @@ from pathlib import Path
 from esm2mega.checkpoint import layout
 from esm2mega.config.load import load_run, load_run_over, values_of
 from esm2mega.config.paths import expand_user
+from esm2mega.config.run_name import is_there
 from esm2mega.config.schema import ModelConfig, Run
 from esm2mega.convert.formats.esm2mega import run_of
 from esm2mega.convert.into_model import check_same_model
@@ -52,7 +53,7 @@ def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tu
 def _read_trainable(init_from: str) -> StartPoint | None:
     """Open a checkpoint that can be trained; return None if there is nothing at this path."""
     path = expand_user("init_from", init_from)
-    if not Path(path).exists():
+    if not is_there(path):
         return None
     start = read_start(path)
     if not start.is_own:
@@ -95,7 +96,7 @@ def find_resume(run: Run) -> StartPoint | None:
     complete, incomplete = layout.find_checkpoints(run.run_dir)
     found: StartPoint | None = None
     if run.checkpoint.resume not in ("auto", "never"):
-        found = read_checkpoint(run.checkpoint.resume)
+        found = read_checkpoint(run.checkpoint.resume, resuming=True)
         _refuse_later(run, found, complete)
     else:
         if run.checkpoint.resume == "never" and complete:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import AUXILIARY, write_auxiliary
+from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.checkpoint.tensor_filter import TASK_HEAD
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
@@ -71,8 +72,8 @@ def matches(source: SourceFiles) -> bool:
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read a checkpoint, or the newest one of a run, without its optimizer."""
-    checkpoint = layout.resolve_checkpoint(source.path)
+    """Read a checkpoint, or the one that a run means, without its optimizer."""
+    checkpoint = choose_checkpoint(source.path).path
     return read_checkpoint(checkpoint, layout.read_config(checkpoint), layout.read_state(checkpoint), drop)
 
 

@@ -213,7 +213,9 @@ def _installed(package: str) -> str | None:
 
 
 @torch.no_grad()
-def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Description) -> list[Result]:
+def _esm2mega(
+    checkpoint: Path, prepare: Prepare, ids: list[Tensor], description: Description
+) -> list[Result]:
     from esm2mega.checkpoint import layout
     from esm2mega.checkpoint.store import load_weights
     from esm2mega.checkpoint.tensor_filter import ALL, ENCODER
@@ -224,7 +226,6 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Desc
     from esm2mega.model.packed import PackedSequences
     from esm2mega.parallel.initialize import process_groups
 
-    checkpoint = layout.resolve_checkpoint(path)
     config = layout.read_config(checkpoint).model
     config.precision, config.layer_spec = "fp32", "local"
     task = description.task

@@ -91,6 +91,10 @@ RULES = [
     # data
     (["data.mlm_probability=0"], 1, "data.mlm_probability=0.0 must be above 0 and below 1"),
     (["data.mlm_probability=1"], 1, "data.mlm_probability=1.0 must be above 0 and below 1"),
+    (["eval.mlm_probability=0"], 1, "eval.mlm_probability=0.0 must be above 0 and below 1"),
+    (["eval.mask_fraction=-1"], 1, "eval.mask_fraction=-1.0 is too small; it must be at least 0"),
+    (["eval.random_fraction=0.3"], 1, "eval.mask_fraction=0.8 + eval.random_fraction=0.3 is more than 1"),
+    (["eval.seed=-1"], 1, "eval.seed=-1 is too small; it must be at least 0"),
     (["data.mask_fraction=1.1"], 1, "data.mask_fraction=1.1 is too large; it must be at most 1"),
     (["data.random_fraction=-0.1"], 1, "data.random_fraction=-0.1 is too small; it must be at least 0"),
     (["data.mask_fraction=0.8", "data.random_fraction=0.3"], 1,
