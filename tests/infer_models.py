@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import yaml
 
 from esm2mega.checkpoint.layout import CONFIG
 from esm2mega.convert.convert import convert
-from esm2mega.vocabulary import PAD, encode_residues
+from esm2mega.infer.windows import optimal
+from esm2mega.vocabulary import MASK, PAD, encode_residues
 from tests.parity import references
 from tests.parity.references import Shape
 
@@ -48,6 +50,22 @@ class Reference:
 def ids_of(sequence: str) -> torch.Tensor:
     """int64 ``[1, s]``."""
     return torch.tensor([[0, *encode_residues(sequence).tolist(), 2]])
+
+
+@torch.no_grad()
+def pseudo_log_likelihood(reference: Reference, sequence: str) -> float:
+    """Sum of log p(residue) by Hugging Face's model in fp64, which sees one protein with one mask at a time."""
+    model = copy.deepcopy(reference.model).double()
+    total = 0.0
+    for residue in range(len(sequence)):
+        ids, token = ids_of(sequence), residue + 1
+        own = int(ids[0, token])
+        ids[0, token] = MASK
+        window = optimal(residue, len(sequence), MAX_SEQ_LENGTH)
+        seen = ids[:, window.start : window.stop]
+        logits = model(seen, attention_mask=torch.ones_like(seen)).logits[0, token - window.start]
+        total += float(logits.log_softmax(-1)[own])
+    return total
 
 
 def make_reference(folder: Path) -> Reference:
