@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -54,8 +55,12 @@ def ids_of(sequence: str) -> torch.Tensor:
 
 @torch.no_grad()
 def pseudo_log_likelihood(reference: Reference, sequence: str) -> float:
-    """Sum of log p(residue) by Hugging Face's model in fp64, which sees one protein with one mask at a time."""
+    """Sum of log p(residue) by Hugging Face's model in fp64, with one protein and one mask at a time."""
     model = copy.deepcopy(reference.model).double()
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):  # in fp32 so far
+            d = SHAPE.hidden_size // SHAPE.num_attention_heads
+            module.inv_freq = 1.0 / 10000.0 ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
     total = 0.0
     for residue in range(len(sequence)):
         ids, token = ids_of(sequence), residue + 1
@@ -63,7 +68,9 @@ def pseudo_log_likelihood(reference: Reference, sequence: str) -> float:
         ids[0, token] = MASK
         window = optimal(residue, len(sequence), MAX_SEQ_LENGTH)
         seen = ids[:, window.start : window.stop]
-        logits = model(seen, attention_mask=torch.ones_like(seen)).logits[0, token - window.start]
+        # It has the share of masked tokens in fp32, by `.float()`.
+        with patch.object(torch.Tensor, "float", torch.Tensor.double):
+            logits = model(seen, attention_mask=torch.ones_like(seen)).logits[0, token - window.start]
         total += float(logits.log_softmax(-1)[own])
     return total
 

@@ -160,9 +160,10 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Score variants, or whole sequences, by how likely the model finds them, without training on measurements.
+    """Score variants, or whole sequences, by how likely the model finds them.
 
-    Whole sequences may be longer or shorter than the wild type, and need none.
+    Nothing is trained on measurements. Whole sequences may be longer or shorter than the wild type, and need
+    none.
 
     Example: esm2mega score runs/mine --fasta wild_type.fasta --variants variants.csv --out scores.csv
     """

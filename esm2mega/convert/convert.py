@@ -81,7 +81,8 @@ def convert(
         OSError: The disk is full, or a file cannot be written for another reason. Nothing is left behind.
     """
     writer = load_format(to)
-    refuse_existing(target)
+    for path in (target, *([] if writer.IS_DIRECTORY else writer.beside(target))):
+        refuse_existing(path)
     weights = open_weights(source, source_format, drop)
     if weights.description.family not in writer.FAMILIES:
         raise UserError(

@@ -98,9 +98,7 @@ def _change(text: str, part: str, is_hgvs: bool, sequence: str, offset: int, cur
     if mutant == "=":
         mutant = wild
     if mutant not in VOCAB and mutant != STOP:
-        raise UserError(
-            f"{part}: {mutant} is no residue of ESM-2; the letters are {''.join(VOCAB[4:29])}"
-        )
+        raise UserError(f"{part}: {mutant} is no residue of ESM-2; the letters are {''.join(VOCAB[4:29])}")
     if mutant == STOP and index == 0:
         raise UserError(f"{text!r} leaves no residue of the protein, so there is nothing to score")
     return Substitution(index, wild, mutant)

@@ -88,7 +88,7 @@ class Plan:
     table: Table | None = None
 
     def columns(self, options: ScoreOptions) -> list[str]:
-        """Return the columns that scores are written to; the last one is what measurements are compared with."""
+        """Return the columns to add; the last one is what measurements are compared with."""
         if not self.whole:
             return [options.score_column]
         has_wild_type = self.whole[0][0] is not None
@@ -267,7 +267,7 @@ def _is_fasta(path: str) -> bool:
     if format_of(Path(path)) != "fasta":
         return False
     try:
-        next(iter(FastaReader(path).blocks()), None)
+        FastaReader(path)
     except UserError:
         return False
     return True

@@ -2,9 +2,9 @@
 
 ProteinGym (https://github.com/OATML-Markslab/ProteinGym) has a reference file with a row per assay (``DMS_id,
 DMS_filename, UniProt_ID, target_seq, coarse_selection_type``), and a CSV per assay (``mutant,
-mutated_sequence, DMS_score``), which for insertions and deletions has no ``mutant``. Residues count from 1. The
-summary is a mean of means: over the assays of a protein (UniProt id), over the proteins of a class of function,
-and over the classes.
+mutated_sequence, DMS_score``), which for insertions and deletions has no ``mutant``. Residues count from 1.
+The summary is a mean of means: over the assays of a protein (UniProt id), over the proteins of a class of
+function, and over the classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from esm2mega.data.readers.base import require_columns
 from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, write_json
 from esm2mega.infer.plan import Plan, ScoreOptions, plan_table
-from esm2mega.infer.score import Scored, measured_spearman, scorer, write_scored
+from esm2mega.infer.score import Scored, described, measured_spearman, scorer, write_scored
 from esm2mega.infer.target import Mode
 from esm2mega.infer.variants import Table, read_table, write_table
 from esm2mega.infer.wild_types import WildType, clean
@@ -95,9 +95,7 @@ def score_assays(
         UserError: A row of an assay cannot be scored, or the folder is not empty, and `mode` does not allow
             for what it holds.
     """
-    options = replace(
-        options, offset=1, offset_name="", mutation_column="mutant", measured_column=_MEASURED
-    )
+    options = replace(options, offset=1, offset_name="", mutation_column="mutant", measured_column=_MEASURED)
     folder = Path(out)
     _check_existing(folder, mode)
     on_one_rank(lambda: _check_assays(assays, options))

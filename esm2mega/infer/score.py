@@ -106,8 +106,8 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
     """Load a model for scoring, within process groups that last as long as the context."""
     if (too_long := value_of("infer.too_long", None, options.overrides)) is not None:
         raise UserError(
-            f"infer.too_long={too_long} is of `embed` and `predict`; `score` sees each residue of a long protein "
-            "in the window around it: leave it out"
+            f"infer.too_long={too_long} is of `embed` and `predict`; `score` sees each residue of a long "
+            "protein in the window around it: leave it out"
         )
     source = open_model(checkpoint)
     source.check_lm_head()
@@ -177,7 +177,7 @@ def write_scored(out: Path, plan: Plan, scored: Scored, options: ScoreOptions) -
 
 
 def described(plan: Plan) -> list[str]:
-    """Return a line for what was read as the wild type or as its beginning, and for each row without a score."""
+    """Say which rows are the wild type, end early, or have no score."""
     assert plan.table is not None
     variants = [variant for _, chosen in plan.variants for _, variant in chosen]
     lines = []
@@ -186,7 +186,9 @@ def described(plan: Plan) -> list[str]:
     if short := sum(map(ends_early, variants)):
         lines.append(f"{short:,} rows end early at a stop: sums over fewer residues, which do not compare")
     if plan.skipped:
-        lines.append(f"{len(plan.skipped):,} of {len(plan.table.rows):,} rows have no score, and empty cells:")
+        lines.append(
+            f"{len(plan.skipped):,} of {len(plan.table.rows):,} rows have no score, and empty cells:"
+        )
         shown = list(plan.skipped.items())[:_MOST_SHOWN]
         lines += [f"  {plan.table.location(row)}: {reason}" for row, reason in shown]
         if rest := len(plan.skipped) - len(shown):

@@ -52,8 +52,8 @@ def check_variant(variant: Variant, sequence: str, strategy: str, normalization:
         return
     if ends_early(variant):
         raise UserError(
-            f"a stop is no residue, so {strategy} has no score for it; --strategy {WHOLE_STRATEGY} scores what "
-            "is left of the protein"
+            f"a stop is no residue, so {strategy} has no score for it; --strategy {WHOLE_STRATEGY} scores "
+            "what is left of the protein"
         )
     check_letters({letter for s in variant for letter in (s.wild, s.mutant)}, normalization)
 

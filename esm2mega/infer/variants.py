@@ -22,7 +22,7 @@ _DELIMITERS = ",\t;"
 
 
 class Substitution(NamedTuple):
-    """Says that residue `position` (from 0) of the wild type, `wild`, becomes `mutant`, a letter or `STOP`."""
+    """Says that residue `position` (from 0) of the wild type, `wild`, becomes `mutant`, maybe `STOP`."""
 
     position: int
     wild: str

@@ -196,7 +196,7 @@ def test_scores_are_the_same_at_every_layout(reference: Reference, tmp_path: Pat
 
 @pytest.mark.parametrize("split", ["tensor", "pipeline"])
 def test_whole_sequences_at_layouts(reference: Reference, tmp_path: Path, split: str) -> None:
-    """A model in two parts, in fp64, against Hugging Face's in one; lengths differ, one is over the window."""
+    """A model in two parts, in fp64, against Hugging Face's in one; one protein is over the window."""
     wild, other, long = random_proteins([24, 9, 130], seed=8)
     proteins = {"deletion": wild[:7] + wild[9:], "other": other, "long": long}
     fasta, out = write_fasta(tmp_path / "p.fasta", proteins), tmp_path / "out.csv"

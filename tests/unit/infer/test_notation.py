@@ -55,7 +55,10 @@ def test_what_is_known_is_read(text: str, mutant: str) -> None:
         ("A1*", "residue 1 of the sequence is M, not A"),
         ("M0A", "residue 0 is not in the sequence"),
         ("X7A", "residue 7 is not in the sequence"),
-        *((text, "is no variant") for text in ("K2", "", "=K2", "K2Abc", "p.?", "p.Met1?", "WT:K2N", "c.4A>G")),
+        *(
+            (text, "is no variant")
+            for text in ("K2", "", "=K2", "K2Abc", "p.?", "p.Met1?", "WT:K2N", "c.4A>G")
+        ),
         ("p.[Lys2Asn];[Thr3Gly]", "is no variant"),  # of two molecules
         *((f"p.Lys2{change}", "no substitution; .* whole sequences") for change in ("del", "dup", "fs")),
         ("p.Lys2_Ala4del", "no substitution; .* whole sequences"),
@@ -77,7 +80,11 @@ def test_refuses_what_is_not_known(text: str, message: str) -> None:
 
 
 def test_cures_name_what_sets_the_offset() -> None:
-    cures = {"--offset": "or set --offset .now 1. to", "offset": "or set offset .now 1. to", "": "correct it$"}
+    cures = {
+        "--offset": "or set --offset .now 1. to",
+        "offset": "or set offset .now 1. to",
+        "": "correct it$",
+    }
     for name, cure in cures.items():
         for text in ("A1G", "M0A"):
             with pytest.raises(UserError, match=cure):

@@ -43,7 +43,9 @@ def test_whole_sequences_are_those_without_a_column_of_variants(tmp_path: Path) 
     assert alone.whole == [(None, [(0, "MKAY"), (1, "MKTTAY")])] and alone.columns(ScoreOptions()) == added
     # An older ProteinGym had whole sequences in the column of variants.
     table = "mutant,DMS_score\nMKAYMKAYMKAY,1\n"
-    with pytest.raises(UserError, match="is a whole sequence; name the column of such with --sequence-column"):
+    with pytest.raises(
+        UserError, match="is a whole sequence; name the column of such with --sequence-column"
+    ):
         plan(tmp_path, table, WILD)
     assert plan(tmp_path, table, WILD, sequence_column="mutant").whole == [(WILD, [(0, "MKAYMKAYMKAY")])]
 
@@ -69,10 +71,18 @@ BAD_ROWS = [
     ("mutant\nK2N\np.Lys2Ter\n", {"strategy": "wt-marginals"}, "t.csv:3: 'p.Lys2Ter': a stop is no residue"),
     ("mutant\nK2N\nK2del\n", {}, "t.csv:3: 'K2del' is no substitution"),
     ('mutant\nK2N\n""\n', {}, "t.csv:3: '' is no variant"),
-    ("mutant\nK2N\nK2X\n", {"normalization": "residues"}, "t.csv:3: 'K2X': X has no probability among the 20"),
+    (
+        "mutant\nK2N\nK2X\n",
+        {"normalization": "residues"},
+        "t.csv:3: 'K2X': X has no probability among the 20",
+    ),
     ("mutated_sequence\nMK\nMK*\n", {}, "t.csv:3: the sequence holds '.', which ESM-2 does not know"),
     ("mutated_sequence\nMK\nNA\n", {}, "t.csv:3: 'NA' in the place of a sequence is a missing value"),
-    ("mutated_sequence\nMK\nMX\n", {"normalization": "residues"}, "t.csv:3: X has no probability among the 20"),
+    (
+        "mutated_sequence\nMK\nMX\n",
+        {"normalization": "residues"},
+        "t.csv:3: X has no probability among the 20",
+    ),
 ]
 
 
@@ -111,7 +121,11 @@ def test_a_stop_is_scored_as_what_is_left_of_the_protein(tmp_path: Path) -> None
         ("mutant,m\nK2N,\nK2A,inf\n", {"measured_column": "m"}, "no row has a number in 'm'"),
         ("mutated_sequence\nMK\n", {"strategy": "wt-marginals"}, "leave --strategy wt-marginals out"),
         ("mutated_sequence\nMK\n", {"offset": 3}, "leave --offset out"),
-        ("mutated_sequence\nMK\n", {"sequence_column": "s"}, "no column 's' .* name one with --sequence-column"),
+        (
+            "mutated_sequence\nMK\n",
+            {"sequence_column": "s"},
+            "no column 's' .* name one with --sequence-column",
+        ),
     ],
 )
 def test_tables_that_do_not_fit(tmp_path: Path, text: str, options: dict[str, object], message: str) -> None:

@@ -105,9 +105,7 @@ def test_indels_and_rows_without_a_score(
     rows = "".join(f"{m},{number},1\n" for number, m in enumerate(mutants))
     indels = "mutated_sequence,DMS_score,DMS_score_bin\n" + rows
     substitutions = "mutant,DMS_score\nG1A,1\nS2*,2\nWT,3\nH3K,4\n"
-    reference_file, folder = write_assays(
-        tmp_path, {"I": ("MKTAYIA", indels), "S": ("GSHM", substitutions)}
-    )
+    reference_file, folder = write_assays(tmp_path, {"I": ("MKTAYIA", indels), "S": ("GSHM", substitutions)})
     command = ["score", str(reference.checkpoint), "--proteingym", reference_file, "--assays", folder]
     command += ["--out", str(tmp_path / "out")]
     assert main(command) == 2
