@@ -54,8 +54,10 @@ def ids_of(sequence: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def pseudo_log_likelihood(reference: Reference, sequence: str) -> float:
-    """Sum of log p(residue) by Hugging Face's model in fp64, with one protein and one mask at a time."""
+def pseudo_log_likelihood(reference: Reference, sequence: str, width: int = MAX_SEQ_LENGTH) -> float:
+    """Sum of log p(residue) by Hugging Face's model in fp64, with one protein and one mask at a time,
+    of a long protein `width` tokens around it.
+    """
     model = copy.deepcopy(reference.model).double()
     for module in model.modules():
         if hasattr(module, "inv_freq"):  # in fp32 so far
@@ -66,7 +68,7 @@ def pseudo_log_likelihood(reference: Reference, sequence: str) -> float:
         ids, token = ids_of(sequence), residue + 1
         own = int(ids[0, token])
         ids[0, token] = MASK
-        window = optimal(residue, len(sequence), MAX_SEQ_LENGTH)
+        window = optimal(residue, len(sequence), width)
         seen = ids[:, window.start : window.stop]
         # It has the share of masked tokens in fp32, by `.float()`.
         with patch.object(torch.Tensor, "float", torch.Tensor.double):

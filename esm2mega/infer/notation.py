@@ -23,7 +23,7 @@ _WILD_TYPE = frozenset({"WT", "_WT", "_SY", "WILDTYPE", "WILD-TYPE", "WILD TYPE"
 _LETTER = {name.upper(): letter for name, letter in protein_letters_3to1_extended.items()} | {"TER": STOP}
 
 _HGVS = re.compile(r"(?:[\w.-]+:)?P\.(.+)")
-_CHANGE = re.compile(r"([A-Z]|[A-Z]{3})(-?\d+)([A-Z]|[A-Z]{3}|\*|=)")
+_CHANGE = re.compile(r"([A-Z]|[A-Z]{3})(-?[0-9]{1,9})([A-Z]|[A-Z]{3}|\*|=)")
 _OTHER_CHANGES = re.compile(r"\d(?:_[A-Z]{1,3}\d+)?(?:DEL|INS|DUP)|FS|EXT")
 
 

@@ -28,8 +28,8 @@ WHOLE_COLUMN = "mutated_sequence"
 """ProteinGym's tables have this column of whole sequences; those of indels have no column of variants."""
 
 _FASTA_COLUMN = "sequence"
-_LONGEST_NAME = 9
-"""No word for the wild type is longer."""
+_LONGEST_WORD = 20
+"""What has more letters and nothing else is no word such as ``synonymous``, but a sequence."""
 
 T = TypeVar("T")
 
@@ -216,7 +216,7 @@ def _check_whole(table: Table, proteins: Sequence[WildType], options: ScoreOptio
 
 
 def _variant(text: str, protein: WildType, options: ScoreOptions) -> Variant:
-    if len(text) > _LONGEST_NAME and text.isalpha():
+    if len(text) > _LONGEST_WORD and text.isalpha():
         raise UserError(f"{text[:20]}… is a whole sequence; name the column of such with --sequence-column")
     variant = parse_variant(text, protein.sequence, options.offset, options.offset_name)
     try:

@@ -64,6 +64,7 @@ def test_what_is_known_is_read(text: str, mutant: str) -> None:
         ("p.Lys2_Ala4del", "no substitution; .* whole sequences"),
         ("p.Lys2_Thr3insGly", "no substitution; .* whole sequences"),
         ("K2del", "no substitution; .* whole sequences"),
+        (f"K{'9' * 5000}A", "is no variant"),
         ("K2J", "J is no residue"),
         ("p.Lys2Xle", "J is no residue"),
         ("p.Lys2X", "X is a stop in old HGVS and any residue in new"),

@@ -42,12 +42,12 @@ def test_whole_sequences_are_those_without_a_column_of_variants(tmp_path: Path) 
     alone = plan(tmp_path, table)
     assert alone.whole == [(None, [(0, "MKAY"), (1, "MKTTAY")])] and alone.columns(ScoreOptions()) == added
     # An older ProteinGym had whole sequences in the column of variants.
-    table = "mutant,DMS_score\nMKAYMKAYMKAY,1\n"
+    table = f"mutant,DMS_score\n{'MKAY' * 6},1\n"
     with pytest.raises(
         UserError, match="is a whole sequence; name the column of such with --sequence-column"
     ):
         plan(tmp_path, table, WILD)
-    assert plan(tmp_path, table, WILD, sequence_column="mutant").whole == [(WILD, [(0, "MKAYMKAYMKAY")])]
+    assert plan(tmp_path, table, WILD, sequence_column="mutant").whole == [(WILD, [(0, "MKAY" * 6)])]
 
 
 @pytest.mark.parametrize("name", ["p.fasta", "p.txt", "p.fasta.gz"])
