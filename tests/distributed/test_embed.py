@@ -201,7 +201,14 @@ def test_whole_sequences_at_layouts(reference: Reference, tmp_path: Path, split:
     proteins = {"deletion": wild[:7] + wild[9:], "other": other, "long": long}
     fasta, out = write_fasta(tmp_path / "p.fasta", proteins), tmp_path / "out.csv"
     command = ["-m", "esm2mega", "-v", "score", str(reference.checkpoint), "--sequence", wild]
-    command += ["--variants", str(fasta), "--out", str(out), "infer.precision=fp64", "infer.max_seq_length=30"]
+    command += [
+        "--variants",
+        str(fasta),
+        "--out",
+        str(out),
+        "infer.precision=fp64",
+        "infer.max_seq_length=30",
+    ]
     run_ranks([*command, f"parallel.{split}_model_parallel_size=2"], 2, tmp_path / "output")
     own = pseudo_log_likelihood(reference, wild, 30)
     table = read_table(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,13 +219,17 @@ def test_whole_sequences_equal_hugging_face_in_fp64(
     command[3] = str(tmp_path / "t.csv")
     assert main([*command, str(tmp_path / "t.out.csv"), "--sequence", wild, "--measured", "DMS_score"]) == 0
     assert "Spearman of score with DMS_score: " in capsys.readouterr().out
-    assert [row[2:] for row in read_table(tmp_path / "t.out.csv").rows] == [row[2:] for row in short]
+    # In fp64 the last bits depend on which copies share a pack.
+    numbers = np.array([row[2:] for row in short], dtype=float)
+    found = np.array([row[2:] for row in read_table(tmp_path / "t.out.csv").rows], dtype=float)
+    assert np.abs(found - numbers).max() < BOUND_FP64
 
     # Without a wild type there is no difference.
     assert main([*command, str(tmp_path / "alone.csv")]) == 0
     alone = read_table(tmp_path / "alone.csv")
     assert alone.columns == ["mutated_sequence", "DMS_score", *added[:2]]
-    assert [row[2:] for row in alone.rows] == [row[2:4] for row in short]
+    found = np.array([row[2:] for row in alone.rows], dtype=float)
+    assert np.abs(found - numbers[:, :2]).max() < BOUND_FP64
 
 
 def test_every_known_form_is_scored_and_the_rest_is_listed(
