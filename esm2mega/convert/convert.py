@@ -82,7 +82,8 @@ def convert(
         OSError: The disk is full, or a file cannot be written for another reason. Nothing is left behind.
     """
     writer = load_format(to)
-    refuse_existing(target)
+    for path in (target, *([] if writer.IS_DIRECTORY else writer.beside(target))):
+        refuse_existing(path)
     files, source_format = find_source(source, source_format)
     source, weights = files.path, read_weights(files, source_format, drop)
     if weights.description.family not in writer.FAMILIES:

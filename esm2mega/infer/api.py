@@ -22,11 +22,12 @@ from esm2mega.config.schema import ParallelConfig
 from esm2mega.errors import UserError
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
+from esm2mega.infer.notation import parse_variant
 from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens, output_request
-from esm2mega.infer.score import clean
 from esm2mega.infer.source import source_of
-from esm2mega.infer.strategies import STRATEGIES, score_variants
-from esm2mega.infer.variants import parse_variant, single_substitutions, write_variant
+from esm2mega.infer.strategies import STRATEGIES, check_variant, score_variants
+from esm2mega.infer.variants import single_substitutions, write_variant
+from esm2mega.infer.wild_types import clean
 from esm2mega.lora.base import read_with_base
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.vocabulary import encode_residues
@@ -180,7 +181,8 @@ class Model:
 
         Args:
             sequence: The wild type.
-            variants: Variants such as ``A24G`` or ``A24G:D25N``; None for all single substitutions.
+            variants: Variants in the forms of `esm2mega.infer.notation`, such as ``A24G``, ``A24G:D25N`` or
+                ``p.Ala24Gly``; None for all single substitutions.
             strategy: ``wt-marginals``, ``masked-marginals`` or ``pseudo-ppl``, see
                 `esm2mega.infer.strategies.STRATEGIES`.
             normalize: What probabilities add up to 1 over: the whole ``vocabulary``, or the 20 ``residues``.
@@ -200,13 +202,18 @@ class Model:
             parsed = single_substitutions(wild)
             variants = [write_variant(variant, offset) for variant in parsed]
         else:
-            parsed = [parse_variant(text, wild, offset) for text in variants]
+            parsed = [parse_variant(text, wild, offset, "offset") for text in variants]
+        for text, variant in zip(variants, parsed, strict=True):
+            try:
+                check_variant(variant, wild, strategy, normalize)
+            except UserError as error:
+                raise UserError(f"{text!r}: {error}") from None
         self._source.check_lm_head()
         limits = Lengths.of(self._run.infer, self._run.data)
         size = micro_batch_tokens(self._run.infer, limits, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, OutputRequest(logits=True), size)
         marginals = Marginals(engine, self._ranks, limits.width, normalize, shows_progress=False)
-        scores = score_variants(marginals, wild, parsed, strategy, normalize)
+        scores = score_variants(marginals, wild, parsed, strategy)
         return dict(zip(variants, scores, strict=True))
 
     def _values(self, sequences: Sequence[str], *overrides: str) -> list[dict[str, Array]]:

@@ -1,9 +1,8 @@
-"""Reads substitutions such as ``A24G`` or ``A24G:D25N``, and the tables that hold them."""
+"""Describes variants of a protein, and reads and writes the tables that hold them."""
 
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
 AMINO_ACIDS = "".join(sorted(VOCAB[i] for i in STANDARD_RESIDUES))
 """Lists the 20 standard residues in alphabetical order."""
 
-_SUBSTITUTION = re.compile(r"([A-Z])(-?\d+)([A-Z])")
+STOP = "*"
+"""Stands for the end of the protein in the place of a residue, as in ``A24*``."""
+
 _DELIMITERS = ",\t;"
 
 
 class Substitution(NamedTuple):
-    """Says that residue `position` (from 0) of the wild type, `wild`, becomes `mutant`."""
+    """Says that residue `position` (from 0) of the wild type, `wild`, becomes `mutant`, maybe `STOP`."""
 
     position: int
     wild: str
@@ -29,49 +30,11 @@ class Substitution(NamedTuple):
 
 
 Variant = tuple[Substitution, ...]
-
-
-def parse_variant(text: str, sequence: str, offset: int) -> Variant:
-    """Read one variant.
-
-    Args:
-        text: Substitutions with colons between them, in letters of either case.
-        sequence: The wild type.
-        offset: Number of its first residue.
-
-    Raises:
-        UserError: The text has another form, or a substitution is outside of the sequence, starts from a
-            residue that the wild type does not have there, leads to no residue of ESM-2, or occurs twice.
-    """
-    variant = []
-    for part in text.strip().upper().split(":"):
-        match = _SUBSTITUTION.fullmatch(part)
-        if match is None:
-            raise UserError(f"{text!r} is no variant; write A24G, or A24G:D25N for several substitutions")
-        wild, number, mutant = match[1], int(match[2]), match[3]
-        index = number - offset
-        if not 0 <= index < len(sequence):
-            raise UserError(
-                f"{part}: residue {number} is not in the sequence, whose {len(sequence)} residues are "
-                f"numbered from {offset}; set --offset to the number of the first one"
-            )
-        if sequence[index] != wild:
-            raise UserError(
-                f"{part}: residue {number} of the sequence is {sequence[index]}, not {wild}; correct it, or "
-                f"set --offset (now {offset}) to the number of the first residue"
-            )
-        if mutant not in VOCAB:
-            raise UserError(
-                f"{part}: {mutant} is no residue of ESM-2; the letters are {''.join(VOCAB[4:29])}"
-            )
-        variant.append(Substitution(index, wild, mutant))
-    if len({substitution.position for substitution in variant}) < len(variant):
-        raise UserError(f"{text!r} substitutes a residue twice; give each residue once")
-    return tuple(variant)
+"""Holds the residues that change; a variant without any is the wild type."""
 
 
 def write_variant(variant: Variant, offset: int) -> str:
-    """Write a variant in the form that `parse_variant` reads."""
+    """Write a variant in a form that `notation.parse_variant` reads."""
     return ":".join(f"{s.wild}{s.position + offset}{s.mutant}" for s in variant)
 
 
@@ -87,11 +50,16 @@ def single_substitutions(sequence: str) -> list[Variant]:
 
 
 def apply(variant: Variant, sequence: str) -> str:
-    """Return the sequence of the mutant."""
+    """Return the sequence of the mutant, which ends before a stop."""
     letters = list(sequence)
     for substitution in variant:
         letters[substitution.position] = substitution.mutant
-    return "".join(letters)
+    return "".join(letters).partition(STOP)[0]
+
+
+def ends_early(variant: Variant) -> bool:
+    """Return whether the variant has a stop."""
+    return any(substitution.mutant == STOP for substitution in variant)
 
 
 @dataclass

@@ -34,7 +34,7 @@ from esm2mega.convert.heads.hf_classifiers import dropout_of, find_equal, no_equ
 from esm2mega.convert.lazy_weights import flag_from, number_from
 from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
 from esm2mega.errors import UserError
-from esm2mega.files import appearing, parse_json
+from esm2mega.files import appearing, parse_json, refuse_existing
 from esm2mega.lora.base import identify
 from esm2mega.lora.checkpoint import AdapterReader, Factors, write_adapters
 from esm2mega.lora.hf_head import (
@@ -106,6 +106,7 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
     Raises:
         UserError: `transformers` has no such model, or `target` exists.
     """
+    refuse_existing(target)
     adapters = AdapterReader(read_checkpoint(checkpoint))
     checkpoint = adapters.start.path
     if adapters.run.model.family != "esm2":
@@ -206,6 +207,7 @@ def import_adapters(
         UserError: `source` is not such a directory, holds something that has no place here, or does not fit
             the base; or `target` exists.
     """
+    refuse_existing(target)
     config = _read_config(source / CONFIG)
     start = read_start(base)
     start.check_whole()

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,12 @@ Means = dict[str, float | None]
 """Maps names to global means; one over no labels is None, as there was nothing to predict."""
 
 
+@overload
+def perplexity(loss: float) -> float: ...
+@overload
+def perplexity(loss: None) -> None: ...
+@overload
+def perplexity(loss: float | None) -> float | None: ...
 def perplexity(loss: float | None) -> float | None:
     """Return exp(loss), or infinity if that overflows; None of None."""
     if loss is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from esm2mega.config.schema import DataConfig, Run
 from esm2mega.convert.start_point import StartPoint
-from esm2mega.data.store.cache import open_store
+from esm2mega.data.store.cache import check_heads, open_store
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import BatchSpec, token_counts
 from esm2mega.data.stream.loader import EvalPacks, TrainStream
@@ -43,6 +43,8 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
     """
     if run.data.train is None:
         raise UserError("data.train is not set: give the token store to train on, as data.train=DIR")
+    held_out_paths = [path for path in (run.data.valid, run.data.test) if path is not None]
+    check_heads([*run.data.train_paths(), *held_out_paths], run.data)
     train_stores = [
         open_store(path, run.data, run.run_dir, "data.train", show_bytes) for path in run.data.train_paths()
     ]

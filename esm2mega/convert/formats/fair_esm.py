@@ -120,6 +120,11 @@ def contact_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}-contact-regression.pt")
 
 
+def beside(path: Path) -> list[Path]:
+    """Return the files that `write` makes beside ``NAME.pt``."""
+    return [contact_file(path)]
+
+
 def write(weights: Weights, path: Path) -> None:
     """Write ``NAME.pt`` and its contact head; all tensors are in memory at once, as a pickle needs them."""
     description, shape = weights.description, weights.description.shape

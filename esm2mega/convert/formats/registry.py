@@ -40,7 +40,8 @@ WITH_OTHER_HEADS = ("esm2mega", "hf")
 class Format(Protocol):
     """Declares what the module of each format offers.
 
-    Only formats in `WRITABLE` have `write` and `FAMILIES`, the model families that the format can hold.
+    Only formats in `WRITABLE` have `write` and `FAMILIES`, the model families that the format can hold; only
+    those of them that are files have `beside`.
     """
 
     IS_DIRECTORY: bool
@@ -51,6 +52,9 @@ class Format(Protocol):
 
     def read(self, source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
         """Open `source`; tensors matching the shell patterns of `drop` may be left out."""
+
+    def beside(self, path: Path) -> list[Path]:
+        """Return the files that `write` makes beside the file `path`."""
 
     def write(self, weights: Weights, path: Path) -> None:
         """Write into the empty directory `path`, or to the file `path` and files beside it."""

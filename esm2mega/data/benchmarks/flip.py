@@ -26,6 +26,7 @@ from esm2mega.data.labels.rows import ResidueStrings
 from esm2mega.data.readers.base import SourceOptions, require_columns, residues_of
 from esm2mega.data.readers.fasta import FastaReader, attributes, check_blanks, read_entries
 from esm2mega.data.readers.tables import CsvReader
+from esm2mega.data.store.staging import check_new
 from esm2mega.errors import UserError
 
 _ENDINGS = (".fasta", ".fasta.gz", ".fasta.zst", ".csv", ".csv.gz", ".csv.zst")
@@ -51,6 +52,7 @@ def prepare_flip(
     Raises:
         UserError: A file is missing or not as described above, or sizes differ.
     """
+    check_new(Path(out))
     task = FLIP_TASKS[task_name]
     split = split or task.default
     folder = Path(source)

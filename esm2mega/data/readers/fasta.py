@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
-from esm2mega.data.readers.base import RESIDUE_BYTES, WHITE_SPACE, Block, Record, check_id
+from esm2mega.data.readers.base import RESIDUE_BYTES, WHITE_SPACE, Block, ByteProgress, Record, check_id
 from esm2mega.data.readers.text import TextSource
 from esm2mega.errors import UserError
 
@@ -67,6 +67,12 @@ class FastaReader(TextSource):
     """Iterates over the records of one FASTA file."""
 
     format_name = "FASTA"
+
+    def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
+        """Look for the first header; raise UserError when there is none."""
+        super().__init__(path, progress)
+        with self._opened() as stream:
+            self._start(stream)
 
     def records(self, block: Block) -> Iterator[Record]:
         for name, _, residues, line in self._parsed(block):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import filelock
@@ -49,7 +50,7 @@ def open_store(
     """
     if not is_sequence_file(path):
         return TokenStore(path)
-    options = SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
+    options = _options(data)
     cache = Path(data.cache_dir) if data.cache_dir else Path(run_dir).parent / DIRECTORY
     out = cache / _store_name(path, options, allow_unknown)
     if not out.is_dir():
@@ -65,6 +66,29 @@ def open_store(
     if os.environ.get("RANK", "0") == "0":
         _say(f"{key}: {path} was prepared before, into {out}")
     return TokenStore(out / "train")
+
+
+def check_heads(paths: Iterable[str], data: DataConfig) -> None:
+    """Open inputs of a run before the first of them is prepared, which may take long.
+
+    The rows of a file are checked when it is prepared: reading a large file twice would take as long.
+
+    Args:
+        paths: token stores, or files in any format of `sources`.
+        data: section with the columns of tables.
+
+    Raises:
+        UserError: A path is neither of them, or the first lines of a file or its columns do not fit.
+    """
+    for path in paths:
+        if is_sequence_file(path):
+            open_source(path, _options(data))
+        else:
+            TokenStore(path)
+
+
+def _options(data: DataConfig) -> SourceOptions:
+    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
 
 
 def is_sequence_file(path: str) -> bool:

@@ -26,7 +26,7 @@ from esm2mega.data.readers.sources import open_source
 from esm2mega.data.store.manifest import StoreCounts
 from esm2mega.data.store.parts import Part, default_workers, write_parts
 from esm2mega.data.store.shards import SHARD_BYTES, SHARD_UNIT
-from esm2mega.data.store.staging import staging_directory
+from esm2mega.data.store.staging import check_new, staging_directory
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
 
@@ -151,8 +151,7 @@ def _check_arguments(
         raise UserError(
             f"--shard-size of {options.shard_bytes} bytes is not a multiple of {SHARD_UNIT} above 0"
         )
-    if out.exists():
-        raise UserError(f"{out}: exists already; name another directory or remove it")
+    check_new(out)
 
 
 @contextmanager

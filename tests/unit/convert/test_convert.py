@@ -142,6 +142,17 @@ def test_nothing_is_overwritten(sources: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "esm2_x.pt").exists()
 
 
+def test_what_exists_beside_the_target_is_found_before_the_source_is_read(tmp_path: Path) -> None:
+    """There is no source."""
+    for target, other, to in (
+        ("esm2_x.pt", "esm2_x-contact-regression.pt", "fair-esm"),
+        ("x.mdl", "x.yaml", "cerebras"),
+    ):
+        (tmp_path / other).write_text("mine")
+        with pytest.raises(UserError, match=f"{other}: exists; choose another name"):
+            convert(tmp_path / "absent", tmp_path / target, to)
+
+
 def test_a_failed_conversion_leaves_nothing(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

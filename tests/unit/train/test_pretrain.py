@@ -60,6 +60,26 @@ def test_resume_goes_on_where_the_run_stopped(finished: TinyRun, tmp_path: Path)
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.fasta", "MKT\n", "not FASTA: a record must start with '>'"),
+        ("bad.csv", "id,seq\na,MKT\n", "no column 'sequence' among id, seq"),
+        ("absent", None, "absent"),
+    ],
+)
+def test_every_input_is_looked_at_before_the_first_is_prepared(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    (tmp_path / "good.fasta").write_text(">a\nMKT\n")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    inputs = (f"data.train={tmp_path}/good.fasta", f"data.test={tmp_path / name}")
+    with pytest.raises(UserError, match=message):
+        pretrain(tiny_run(*inputs, run_dir=tmp_path / "runs" / "x"))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_epochs_take_every_protein_so_often(finished: TinyRun, tmp_path: Path) -> None:
     """Workers and padded batches included; the last step is filled up with packs that contribute nothing."""
     changes = (
