@@ -12,6 +12,7 @@ import numpy as np
 
 from esm2mega.config.infer import inference_run, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
+from esm2mega.config.load import values_of
 from esm2mega.errors import UserError
 from esm2mega.files import check_writable
 from esm2mega.infer.correlation import spearman
