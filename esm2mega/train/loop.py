@@ -102,7 +102,7 @@ def fit(
     residues = 0
     with StopSignal(ranks.device) as stop:
         # A run that was stopped by a signal in its last step has not been evaluated there.
-        if hooks.evaluate and loop.step and finished(loop, train) and loop.valid_loss is None:
+        if hooks.evaluate and loop.step and finished(loop, train) and loop.evaluation is None:
             _evaluate(loop, hooks, run, stop)
             _raise_if(stop, loop)
             hooks.save(loop)
@@ -169,7 +169,7 @@ def note_evaluation(
     """Enter an evaluation into the state.
 
     A metric that is not defined, such as the correlation of constant predictions, is no improvement and never
-    among the best.
+    among the best. None, where there was nothing to predict, is compared with nothing.
 
     Returns:
         Whether it is among the `checkpoint.keep_best` best so far.
@@ -177,7 +177,7 @@ def note_evaluation(
     loop.evaluation = {name: _defined(value) for name, value in record.items()}
     value, best = loop.evaluation[checkpoint.best_metric], loop.best_value
     if value is None:
-        loop.evaluations_without_improvement += 1
+        loop.evaluations_without_improvement += record[checkpoint.best_metric] is not None
         return False
     sign = 1 if less_is_better(checkpoint.best_metric) else -1
     improved = best is None or sign * value < sign * best - train.early_stopping.min_delta
