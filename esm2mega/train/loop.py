@@ -187,7 +187,7 @@ def note_evaluation(
     """Enter an evaluation into the state.
 
     A metric that is not defined, such as the correlation of constant predictions, is no improvement and never
-    among the best. Without a loss there was nothing to predict: the evaluation is compared with nothing.
+    among the best. None, where there was nothing to predict, is compared with nothing.
 
     Returns:
         Whether it is among the `checkpoint.keep_best` best so far.
@@ -195,7 +195,7 @@ def note_evaluation(
     loop.evaluation = {name: _defined(value) for name, value in record.items()}
     value, best = loop.evaluation[checkpoint.best_metric], loop.best_value
     if value is None:
-        loop.evaluations_without_improvement += record[VALID_LOSS] is not None
+        loop.evaluations_without_improvement += record[checkpoint.best_metric] is not None
         return False
     sign = 1 if less_is_better(checkpoint.best_metric) else -1
     improved = best is None or sign * value < sign * best - train.early_stopping.min_delta
