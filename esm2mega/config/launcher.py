@@ -8,12 +8,12 @@ import re
 from esm2mega.errors import UserError
 
 _NUMBERS = {
-    "RANK": (0, "the number of a process"),
-    "WORLD_SIZE": (1, "a number of processes"),
-    "LOCAL_RANK": (0, "the number of a process"),
-    "MASTER_PORT": (0, "a port"),
+    "RANK": (range(10**6), "the number of a process"),
+    "WORLD_SIZE": (range(1, 10**6 + 1), "a number of processes"),
+    "LOCAL_RANK": (range(10**6), "the number of a process"),
+    "MASTER_PORT": (range(2**16), "a port"),
 }
-"""Gives the smallest value of each variable that is a number, and what it counts."""
+"""Gives the values that each variable may have, and what it numbers."""
 
 
 def world_size_from_environment() -> int:
@@ -24,8 +24,8 @@ def world_size_from_environment() -> int:
     """
     given = {name: os.environ[name] for name in _NUMBERS if name in os.environ}
     for name, text in given.items():
-        least, what = _NUMBERS[name]
-        if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        valid, what = _NUMBERS[name]
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) not in valid:
             raise UserError(
                 f"environment variable {name}={text} is not {what}; let torchrun set it, or unset "
                 f"{', '.join(given)} for a single process"

@@ -26,7 +26,7 @@ from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConf
 
 from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
-from esm2mega.config.scalars import Unset, escaped, read_word, read_yaml, show
+from esm2mega.config.scalars import Unset, escaped, read_word, read_yaml, show, shown
 from esm2mega.config.schema import Run, ScheduleConfig, TrainConfig, flatten
 from esm2mega.config.typed import as_typed, expected, is_text
 from esm2mega.config.validate import check_choices
@@ -246,7 +246,7 @@ def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting
     for name in defaults if isinstance(defaults, list) else [defaults]:
         where = f"{path}:{lines.get('defaults', 1)}"
         if not isinstance(name, str) or not name:
-            raise UserError(f"{where}: defaults must be a name or a list of names, got {show(name)}")
+            raise UserError(f"{where}: defaults must be a name or a list of names, got {shown(name)}")
         try:
             found = find_config(name, beside=path.parent)
         except UserError as error:
@@ -314,7 +314,7 @@ def _parse_override(text: str) -> _Setting:
         value = read_word(word, is_text=is_text(known_keys().get(key)))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(
-            f"override {text!r}: the value is not valid YAML: {_first_line(error)}; quote it"
+            f"override {shown(text)!r}: the value is not valid YAML: {_first_line(error)}; quote it"
         ) from error
     return _Setting(key, value, "override")
 
@@ -342,12 +342,12 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
         OmegaConf.update(tree, key, as_typed(value, types_of[key], key in _WITH_GAPS), merge=False)
     except GrammarParseError as error:
         raise UserError(
-            f"{setting.where}: {key}={show(value)}: {_first_line(error)}; correct the ${{...}} in it, or "
+            f"{setting.where}: {key}={shown(value)}: {_first_line(error)}; correct the ${{...}} in it, or "
             "write \\${ for the text itself"
         ) from error
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(
-            f"{setting.where}: {key}={show(value)}: expected {expected(types_of[key], key in _WITH_GAPS)}"
+            f"{setting.where}: {key}={shown(value)}: expected {expected(types_of[key], key in _WITH_GAPS)}"
         ) from error
 
 
@@ -363,8 +363,8 @@ def _to_run(tree: DictConfig, settings: Sequence[_Setting]) -> Run:
             texts = value if isinstance(value, list) else [value]
             if not all(text is None or isinstance(text, str) for text in texts):
                 raise UserError(
-                    f"{setting.where}: {setting.key}={show(setting.value)} refers to {show(value)}, which is "
-                    f"not text; expected {expected(Any, setting.key in _WITH_GAPS)}"
+                    f"{setting.where}: {setting.key}={shown(setting.value)} refers to {shown(value)}, which "
+                    f"is not text; expected {expected(Any, setting.key in _WITH_GAPS)}"
                 )
     return run
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-_MOST_NODES = 10_000
-"""Limits what a file may expand to through aliases; the longest configuration has some hundred nodes."""
+_MOST_NODES, _DEEPEST = 10_000, 50
+"""Limit what a file may expand to through aliases, and its nesting; base.yaml has 300 nodes, and depth 4."""
 
 _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 
@@ -27,19 +27,29 @@ _PLAIN = re.compile(r"-?[\w/.][\w/.+-]*")
 """Matches text that needs no quotes, in a list or alone."""
 
 
+_MOST_SHOWN = 200
+
+
 class Unset(str):
     """Holds an unquoted ``null``, ``~`` or nothing: no value where a key may be unset, else this text."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Resolves no scalar but null; a tag such as ``!!int`` counts, because somebody wrote it on purpose."""
+    """Reads every scalar but null as text, whatever it looks like and whatever tag it has."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_constructors: dict[Any, Any] = {
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.endswith((":str", ":seq", ":map"))
+    }
 
 
 _Loader.add_implicit_resolver(_NULL, re.compile(r"(?:~|null|)$"), ["~", "n", ""])
 _Loader.add_implicit_resolver(_MERGE, re.compile(r"<<$"), ["<"])
 _Loader.add_constructor(_NULL, lambda _, node: Unset(node.value))
+for _kind in ("int", "float", "bool", "timestamp"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_scalar)
 
 
 def read_yaml(text: str) -> tuple[Any, dict[str, int]]:
@@ -49,8 +59,8 @@ def read_yaml(text: str) -> tuple[Any, dict[str, int]]:
         Its content, made of dictionaries, lists and text; and the line of every dotted key of a mapping.
 
     Raises:
-        yaml.YAMLError: The text is not YAML, repeats a key, or expands without end.
-        RecursionError: It is nested too deeply.
+        yaml.YAMLError: The text is not YAML, repeats a key, is nested too deeply, or expands without end.
+        RecursionError: It is nested far too deeply.
     """
     loader = _Loader(text)
     try:
@@ -68,9 +78,13 @@ def _walk(
 ) -> Iterator[Any]:
     """Yield each dotted key with its line, and refuse repeated keys and endless aliases on the way."""
     visited[0] += 1
-    if visited[0] > _MOST_NODES or node in above:
-        problem = "an alias contains itself" if node in above else f"more than {_MOST_NODES:,} values"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    for is_wrong, problem in (
+        (node in above, "an alias contains itself"),
+        (len(above) > _DEEPEST, "nested too deeply"),
+        (visited[0] > _MOST_NODES, f"more than {_MOST_NODES:,} values"),
+    ):
+        if is_wrong:
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     above = (*above, node)
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
@@ -143,6 +157,10 @@ def show(value: Any) -> str:
         return value if value else "''"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{show(name)}: {show(inner)}' for name, inner in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(show, value))}]"
-    return yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()
+    return f"[{', '.join(map(show, value))}]" if isinstance(value, list) else str(value)
+
+
+def shown(value: Any) -> str:
+    """Return a value as `show` does, cut to the length of a message."""
+    text = show(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"

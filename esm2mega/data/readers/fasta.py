@@ -173,11 +173,15 @@ def attributes(entry: FastaEntry, location: str) -> dict[str, str]:
     """Return the ``KEY=VALUE`` words of a header; a value is everything up to the next white space.
 
     Raises:
-        UserError: A key occurs twice.
+        UserError: A key occurs twice, or a value is not UTF-8.
     """
     found: dict[str, str] = {}
     for word in entry.words:
         key, equals, value = word.partition("=")
+        if equals and "\ufffd" in word:  # stands for bytes that are no text; different labels would be one
+            raise UserError(
+                f"{location}: {word!r} in the header of {entry.id!r} is not UTF-8; convert the file"
+            )
         if equals and key in found:
             raise UserError(f"{location}: the header of {entry.id!r} has {key} twice; remove one of them")
         if equals:

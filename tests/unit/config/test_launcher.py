@@ -42,6 +42,7 @@ BAD = [
     ("RANK=0 WORLD_SIZE=0", "variable WORLD_SIZE=0 is not a number of processes"),
     ("RANK=0 WORLD_SIZE=1e3", "variable WORLD_SIZE=1e3 is not a number of processes"),
     ("LOCAL_RANK=a", "variable LOCAL_RANK=a is not the number of a process"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_PORT=99999", "variable MASTER_PORT=99999 is not a port"),
     ("RANK=0 WORLD_SIZE=2 MASTER_PORT=http", "variable MASTER_PORT=http is not a port"),
 ]
 
