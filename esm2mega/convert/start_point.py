@@ -137,7 +137,7 @@ def read_checkpoint(checkpoint: str | Path) -> StartPoint:
     """
     directory = layout.resolve_checkpoint(checkpoint)
     run, state = layout.read_config(directory), layout.read_state(directory)
-    head = own_format.task_head(run.task, state, {})
+    head = own_format.task_head(run.task, state, {}, directory)
     has_contact_head = WEIGHT in read_auxiliary(directory)
     return StartPoint(directory, OWN, run, head or "lm", has_contact_head, state)
 

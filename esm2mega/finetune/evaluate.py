@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
@@ -22,6 +23,7 @@ from esm2mega.data.stream.build import BatchSpec
 from esm2mega.finetune.baseline import baseline_metrics
 from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.metrics import Predictions, metrics_of, objects
+from esm2mega.finetune.user_code import Predict
 from esm2mega.pairs import num_pairs
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.progress import Progress
@@ -30,10 +32,17 @@ from esm2mega.train.losses import LossReduction, LossTerms
 
 
 class Collecting(LossReduction):
-    """Wraps a loss and keeps the predictions it sees; without labels, loss and count are 0."""
+    """Wraps a loss and keeps the predictions of what it sees; without labels, loss and count are 0."""
 
-    def __init__(self, loss: TaskLossReduction, info: TargetInfo) -> None:
-        self.loss, self.info = loss, info
+    def __init__(self, loss: TaskLossReduction, predict: Predict, info: TargetInfo) -> None:
+        """Make the wrapper.
+
+        Args:
+            loss: The loss.
+            predict: Turns outputs into predictions.
+            info: Meaning of the predictions.
+        """
+        self.loss, self.predict, self.info = loss, predict, info
         self.seen: list[dict[str, Any]] = []
 
     @property
@@ -41,11 +50,11 @@ class Collecting(LossReduction):
         return self.loss.names
 
     def forward(self, batch: LabelledBatch, output: Tensor) -> LossTerms:
-        self.seen.append(_kept(batch, self.loss.predictions(output), self.info))
+        self.seen.append(_kept(batch, self.predict(output), self.info))
         if batch.labels is not None:
-            return self.loss.forward(batch, output)
-        nothing = output.new_zeros(())
-        return LossTerms(nothing, nothing)
+            return self.loss.terms(batch, output)
+        nothing = (output.new_zeros(()), torch.zeros((), dtype=torch.int64, device=output.device))
+        return LossTerms(*nothing, {name: nothing for name in self.names if name != "loss"})
 
 
 def _kept(batch: LabelledBatch, values: Tensor, info: TargetInfo) -> dict[str, Any]:
@@ -95,6 +104,7 @@ class Measured:
 def measure(
     model: list[Any],
     loss: TaskLossReduction,
+    predict: Predict,
     packs: LabelledPacks,
     info: TargetInfo,
     ranks: Ranks,
@@ -106,7 +116,8 @@ def measure(
 
     Args:
         model: This rank's chunks; left in training mode.
-        loss: The loss, which also turns outputs into predictions.
+        loss: The loss.
+        predict: Turns outputs into predictions.
         packs: This rank's packs.
         info: Meaning of the predictions.
         ranks: Ranks of this process.
@@ -117,7 +128,7 @@ def measure(
     Returns:
         The predictions, loss and metrics; None if the evaluation was abandoned.
     """
-    collecting = Collecting(loss, info)
+    collecting = Collecting(loss, predict, info)
     means = evaluate(model, collecting, packs, ranks, progress, abandon)
     if means is None:
         return None
@@ -127,6 +138,8 @@ def measure(
         metrics = metrics_of(predictions, info)
         if baseline:
             metrics |= baseline_metrics(predictions, info)
+        # What a user's own loss logs besides; the names of metrics have precedence.
+        metrics = {name: means[name] for name in loss.names if name != "loss"} | metrics
     # The main process tells all others.
     shared = [metrics]
     dist.broadcast_object_list(shared, src=0, device=ranks.device)
