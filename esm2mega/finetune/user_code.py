@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esm2mega.batch import Segments
 from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import NUMERIC_KINDS
 from esm2mega.convert.heads.user_code import UserCode, is_same, name_of
@@ -19,9 +18,9 @@ from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.finetune.losses import RegressionLossReduction, TaskLossReduction, loss_of_task
+from esm2mega.finetune.own_head import OwnHead, check_output, other_code, shown_type
 from esm2mega.model.heads import TaskHead, head_of_task
 from esm2mega.model.task import MakeHead
-from esm2mega.pairs import num_pairs
 
 Predict = Callable[[Tensor], Tensor]
 """Turns outputs of a head, ``[rows, k]``, into predictions, as `TaskLossReduction.predictions` does."""
@@ -81,7 +80,7 @@ class GivenCode:
                 "as make_head in Python"
             )
         if recorded.head is not None and is_class and not is_same(given, recorded.head):
-            raise _other(location, "head", recorded.head, given)
+            raise other_code(location, "head", recorded.head, given)
         if recorded.loss is None and self.loss_name is not None:
             raise UserError(
                 f"{location}: was trained with the loss of its configuration, not with {self.loss_name}; "
@@ -96,7 +95,7 @@ class GivenCode:
                 f"{_how_to_give(recorded.loss)} or as loss in Python"
             )
         if self.loss_name is not None and not is_same(self.loss_name, recorded.loss):
-            raise _other(location, "loss", recorded.loss, self.loss_name)
+            raise other_code(location, "loss", recorded.loss, self.loss_name)
 
     def units(self, task: TaskConfig, info: TargetInfo) -> TargetInfo:
         """Return `info` with the scale of the outputs of a model that is trained with the loss.
@@ -161,56 +160,7 @@ class GivenCode:
         width = None if self.predicts(task, info) else info.num_outputs
         if self.make_head is None:
             return OwnHead(head_of_task(task, info.num_outputs), None)
-        return OwnHead(self.make_head, partial(_check_output, info, width), recorded, location)
-
-
-class OwnHead:
-    """Makes a head; a user's own one is checked, and so is what it predicts.
-
-    Attributes:
-        name: Qualified name of the class of a user's own head, once it has been made; else None.
-    """
-
-    def __init__(
-        self,
-        make: MakeHead,
-        check: Callable[[str, Any, Segments], None] | None,
-        recorded: str | None = None,
-        location: str = "",
-    ) -> None:
-        """Prepare to make the head.
-
-        Args:
-            make: Makes it.
-            check: Takes the name of a user's own head, its output and the segments, and raises `UserError` if
-                they do not fit; None for a configured head.
-            recorded: Class of the head in a checkpoint; None if it is not known.
-            location: The checkpoint, for messages.
-        """
-        self._make, self._check, self._recorded, self._location = make, check, recorded, location
-        self.name: str | None = None
-
-    def __call__(self, config: Any, device: torch.device) -> Any:
-        head = self._make(config, device)
-        if self._check is None:
-            return head
-        if not isinstance(head, TaskHead):
-            raise UserError(
-                f"make_head made {_article(head)}; return an instance of a subclass of "
-                "esm2mega.model.heads.TaskHead, with `features` and `predict`"
-            )
-        self.name = name_of(type(head))
-        if self._recorded is not None and not is_same(self.name, self._recorded):
-            raise _other(self._location, "head", self._recorded, self.name)
-        predict, check, name = head.predict, self._check, self.name
-
-        def checked(features: Tensor, segments: Segments) -> Tensor:
-            output = predict(features, segments)
-            check(name, output, segments)
-            return output
-
-        head.predict = checked  # type: ignore[method-assign]
-        return head
+        return OwnHead(self.make_head, partial(check_output, info, width), recorded, location)
 
 
 def _check_maker(make_head: Any) -> None:
@@ -218,11 +168,11 @@ def _check_maker(make_head: Any) -> None:
         return
     head = "a subclass of esm2mega.model.heads.TaskHead, or a function of (config, device) that makes one"
     if isinstance(make_head, torch.nn.Module):
-        raise UserError(f"make_head is {_article(make_head)} that is built already; give {head}")
+        raise UserError(f"make_head is {shown_type(make_head)} that is built already; give {head}")
     if isinstance(make_head, type) and not issubclass(make_head, TaskHead):
         raise UserError(f"make_head is the class {name_of(make_head)}; give {head}")
     if not callable(make_head):
-        raise UserError(f"make_head is {_article(make_head)}; give {head}")
+        raise UserError(f"make_head is {shown_type(make_head)}; give {head}")
     if inspect.isabstract(make_head):
         raise UserError(
             f"make_head: {name_of(make_head)} lacks {', '.join(sorted(make_head.__abstractmethods__))}; "
@@ -238,7 +188,7 @@ def _check_loss(loss: Any) -> None:
         raise UserError(f"loss is the class {loss.__name__}; give an instance, as loss={loss.__name__}()")
     if not isinstance(loss, TaskLossReduction):
         raise UserError(
-            f"loss is {_article(loss)}; give an instance of a subclass of "
+            f"loss is {shown_type(loss)}; give an instance of a subclass of "
             "esm2mega.finetune.losses.TaskLossReduction, whose forward(batch, output) returns LossTerms"
         )
     _check_arguments(f"{type(loss).__name__}.forward", loss.forward, ("batch", "output"))
@@ -254,23 +204,6 @@ def _check_arguments(name: str, function: Callable[..., Any], expected: Sequence
         signature.bind(*expected)
     except TypeError:
         raise UserError(f"{name} takes {signature}; it is called with ({', '.join(expected)})") from None
-
-
-def _check_output(info: TargetInfo, width: int | None, name: str, output: Any, segments: Segments) -> None:
-    """Refuse an output that is not ``[rows, k]``; a loss would spread it over the labels of others."""
-    if info.per_pair:
-        rows, what = sum(map(num_pairs, segments.residue_counts)), "pair of residues"
-    elif info.per_residue:
-        rows, what = len(segments.owners), "residue"
-    else:
-        rows, what = segments.num_proteins, "protein"
-    found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if not isinstance(found, list) or len(found) != 2 or found[0] != rows or found[1] != (width or found[1]):
-        columns = "k" if width is None else width
-        raise UserError(
-            f"the head {name} predicted {found} instead of [{rows}, {columns}]: a row for each {what}, a "
-            "column for each output; correct its `predict`"
-        )
 
 
 def _predicted(loss: TaskLossReduction, width: int, output: Tensor) -> Tensor:
@@ -289,11 +222,3 @@ def _how_to_give(name: str) -> str:
     return (
         f"give it as --code {name}" if not name.startswith("__main__:") else "give it as --code MODULE:CLASS"
     )
-
-
-def _other(location: str, what: str, recorded: str, given: str) -> UserError:
-    return UserError(f"{location}: was trained with the {what} {recorded}, not with {given}; give that one")
-
-
-def _article(value: Any) -> str:
-    return f"an instance of {type(value).__name__}"

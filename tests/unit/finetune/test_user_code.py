@@ -214,6 +214,18 @@ def test_a_head_of_one_column_less_is_refused_and_not_spread(tmp_path: Path) -> 
         train(tmp_path, make_head=FlatHead)
 
 
+class AllTokens(MeanHead):
+    def features(self, hidden_states: torch.Tensor, segments: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def test_features_that_a_frozen_encoder_cannot_keep_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"AllTokens.features returned .128, 24., of which nothing can be kept"
+    ):
+        train(tmp_path, "finetune.mode=frozen", make_head=AllTokens)
+
+
 class Returns(AbsoluteLoss):
     """Returns what it was given."""
 
