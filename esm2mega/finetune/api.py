@@ -78,12 +78,12 @@ def train_model(
         UserError: The configuration, the data, the head or the loss are not valid, or do not fit together.
     """
     code = GivenCode(make_head, loss)
-    run, opened = load_run_with_start(config, _settings(overrides))
     if lora is not None and not isinstance(lora, LoRAConfig):
         raise UserError(
             f"lora is a {type(lora).__name__}; give an esm2mega.config.schema.LoRAConfig, as in "
             "LoRAConfig(rank=8, alpha=16)"
         )
+    run, opened = load_run_with_start(config, _settings(overrides))
     if lora is not None:
         if run.finetune.mode == "frozen" or run.lora != LoRAConfig():
             raise UserError(

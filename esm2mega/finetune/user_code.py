@@ -203,7 +203,8 @@ def _check_arguments(name: str, function: Callable[..., Any], expected: Sequence
     try:
         signature.bind(*expected)
     except TypeError:
-        raise UserError(f"{name} takes {signature}; it is called with ({', '.join(expected)})") from None
+        taken = ", ".join(signature.parameters)
+        raise UserError(f"{name} takes ({taken}); it is called with ({', '.join(expected)})") from None
 
 
 def _predicted(loss: TaskLossReduction, width: int, output: Tensor) -> Tensor:

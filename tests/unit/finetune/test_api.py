@@ -33,11 +33,17 @@ LABELS: dict[str, list[Any]] = {
     "contact": [RNG.normal(scale=6, size=(len(s), 3)).tolist() for s in SEQUENCES],
 }
 MODES = {"full": (), "frozen": ("finetune.mode=frozen",), "lora": ("finetune.mode=lora", "lora.rank=2")}
-CONFIGURED = [
+HEADS = [
     *(("regression", head) for head in ("mlp", "linear", "pooler", "hf")),
     *(("token_classification", head) for head in ("linear", "cnn")),
     *(("contact", head) for head in ("product", "attention_maps")),
 ]
+CONFIGURED = [
+    pytest.param(kind, head, mode, marks=() if number % len(MODES) == turn else pytest.mark.slow)
+    for number, (kind, head) in enumerate(HEADS)
+    for turn, mode in enumerate(MODES)
+]
+"""Every head in every mode, and in `make test` each head in one of them."""
 
 
 def train(start: TinyRun, run_dir: Path, kind: str, *overrides: str, **given: Any) -> TrainedModel:
@@ -80,8 +86,7 @@ def check_doors(trained: TrainedModel, kind: str, folder: Path, *code: str, **gi
     return found
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "head"), CONFIGURED)
+@pytest.mark.parametrize(("kind", "head", "mode"), CONFIGURED)
 def test_configured_heads(finished: TinyRun, tmp_path: Path, kind: str, head: str, mode: str) -> None:
     trained = train(finished, tmp_path / "run", kind, f"task.head={head}", *MODES[mode])
     check_doors(trained, kind, tmp_path)

@@ -256,7 +256,7 @@ def _csv(path: Path, numbers: range) -> Path:
 
 def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained and evaluated as from stores of the same proteins, bit by bit."""
-    train, valid = _csv(tmp_path / "train.csv", range(8)), _csv(tmp_path / "valid.csv", range(7, 10))
+    train, valid = _csv(tmp_path / "train.csv", range(8)), _csv(tmp_path / "valid.csv", range(8, 11))
     columns = SourceOptions(sequence_column="aa", id_column="name")
     stores = {}
     for path in (train, valid):

@@ -176,7 +176,10 @@ def test_several_values_of_a_pair() -> None:
         ({"sequences": SEQUENCES, "labels": VALUES}, "no column 'sequence' among sequences, labels; correct"),
         ({"train": COLUMNS, "test": COLUMNS}, "no column 'sequence' among train, test"),
         ({"sequence": "MK", "target": 1.0}, "the column 'sequence' is one str; give a list of cells"),
-        ({"sequence": ["MK"], "target": [1.0, 2.0]}, "differ in length: 'sequence' has 1, 'target' has 2"),
+        (
+            {"sequence": ["MK"], "target": [1.0, 2.0]},
+            "columns have different lengths: 'sequence' has 1, 'target' has 2",
+        ),
         ([{"sequence": "MK"}], r"data.train\[0\]: no column 'target' among sequence"),
         (
             DataLoader(Pairs(), batch_size=2),
