@@ -144,9 +144,9 @@ class ESM2ForTask(ESM2Model):
         counts = [1] * segments.num_proteins
         if len(features) not in (segments.num_proteins, len(segments.owners)):
             raise UserError(
-                f"{type(self.head).__name__}.features returned {list(features.shape)}; a frozen encoder keeps a "
-                f"row for each of {segments.num_proteins} proteins or of {len(segments.owners)} residues: "
-                "return such rows, or set finetune.mode=full"
+                f"{type(self.head).__name__}.features returned {list(features.shape)}; a frozen encoder "
+                f"keeps a row for each of {segments.num_proteins} proteins or of {len(segments.owners)} "
+                "residues: return such rows, or set finetune.mode=full"
             )
         if len(features) != segments.num_proteins:
             counts = torch.bincount(segments.owners, minlength=segments.num_proteins).tolist()
