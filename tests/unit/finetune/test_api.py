@@ -16,6 +16,7 @@ from esm2mega.cli.app import main
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.errors import UserError
 from esm2mega.finetune.api import TrainedModel
+from esm2mega.lora.merge import merge
 from tests.checkpoints import full_tensors
 from tests.own_code import AbsoluteLoss, FlagLoss, HalfScale, LogLoss, MeanHead
 from tests.unit.conftest import TinyRun
@@ -108,6 +109,13 @@ def test_an_own_head_with_an_own_loss(finished: TinyRun, tmp_path: Path, mode: s
     errors = found - np.array(LABELS["regression"][16:])
     assert trained.metrics["valid_loss"] == pytest.approx(np.abs(errors).mean(), rel=1e-12)
     assert trained.metrics["valid_mae"] == pytest.approx(np.abs(errors).mean(), rel=1e-12)
+    if mode == "lora":
+        # Merging keeps the head, and whose it is.
+        merge(trained.checkpoint, tmp_path / "merged")
+        with pytest.raises(UserError, match="has a head of your own code, tests.own_code:MeanHead"):
+            infer_model(tmp_path / "merged", SEQUENCES[16:])
+        merged = infer_model(tmp_path / "merged", SEQUENCES[16:], make_head=MeanHead)
+        np.testing.assert_allclose(merged, found, rtol=0, atol=1e-12)
     # What the loss logs besides.
     assert trained.metrics["valid_bias"] == pytest.approx(errors.mean(), rel=1e-12)
     assert "bias" in trained.metrics
