@@ -255,14 +255,20 @@ class Returns(AbsoluteLoss):
         ),
     ],
 )
-def test_what_a_loss_may_return(tmp_path: Path, value: Any, message: str) -> None:
+def test_what_a_loss_may_return(value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        train(tmp_path, loss=Returns(value))
+        Returns(value).terms(None, torch.ones(3, 1, requires_grad=True))
     assert "\n" not in str(caught.value)
 
 
-def test_a_count_may_be_a_plain_number(tmp_path: Path) -> None:
-    train(tmp_path, loss=Returns(lambda x: LossTerms(x.square().sum(), len(x))))
+def test_a_count_may_be_a_plain_number() -> None:
+    terms = Returns(lambda x: LossTerms(x.sum(), 3)).terms(None, torch.ones(3, 1))
+    assert terms.count.dtype == torch.int64 and terms.count.item() == 3
+
+
+def test_a_loss_that_returns_a_mean_ends_a_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"returned a tuple \(Tensor, dict\); return LossTerms"):
+        train(tmp_path, loss=Returns(lambda x: (x.mean(), {"avg": x.mean()})))
 
 
 class ConfigHead(MeanHead):
