@@ -55,18 +55,17 @@ def _table_lines(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
     yield from manifest["notes"]
 
 
-def _task_lines(task: Any, saved: dict[str, Any]) -> Iterator[str]:
-    """Describe the head of a task, and what its outputs mean.
-
-    Args:
-        task: The section `task` of the configuration.
-        saved: The result of `TargetInfo.to_dict` that the checkpoint holds.
-    """
+def _task_lines(head: Any) -> Iterator[str]:
+    """Describe the head of a task, a `HeadDescription`, and what its outputs mean."""
     from esm2mega.config.head_form import head_form
-    from esm2mega.data.labels.schema import TargetInfo
 
-    info = TargetInfo.from_dict(saved)
-    yield f"task {info.kind}, head {' '.join(head_form(task))}, {info.num_outputs} outputs"
+    info, code = head.info, head.code
+    own = None if code is None else code.head
+    form = " ".join(head_form(head.task)) if own is None else own
+    yield f"task {info.kind}, head {form}, {info.num_outputs} outputs"
+    if code is not None and code.loss is not None:
+        predicts = ", which turns outputs into predictions" if code.loss_predicts else ""
+        yield f"loss {code.loss}{predicts}"
     for number, name in enumerate(info.output_names):
         described = [f"output {number} {name}"]
         if info.counts:
@@ -104,6 +103,7 @@ def _checkpoint_lines(named: str | Path) -> Iterator[str]:
     from esm2mega.checkpoint.choice import best_checkpoint
     from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
     from esm2mega.config.presets import shape_of
+    from esm2mega.convert.formats.esm2mega import task_head
     from esm2mega.convert.start_point import read_checkpoint
 
     start = read_checkpoint(named)
@@ -129,7 +129,7 @@ def _checkpoint_lines(named: str | Path) -> Iterator[str]:
         yield f"adapters of rank {run.lora.rank} on {', '.join(run.lora.target_modules)}"
         yield f"base {state['base']['path']}  sha256 {state['base']['sha256']}"
     if state.get("task") is not None:
-        yield from _task_lines(run.task, state["task"])
+        yield from _task_lines(task_head(run.task, state, {}, checkpoint))
     digests: list[tuple[str, str]] = []
     for name, info in reader.index.items():
         if name.startswith(_OPTIMIZER):

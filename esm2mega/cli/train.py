@@ -13,6 +13,13 @@ from esm2mega.cli.group import command, output_mode, say
 from esm2mega.config.scalars import as_word
 from esm2mega.errors import UserError
 
+_CODE = click.option(
+    "--code",
+    multiple=True,
+    metavar="MODULE:CLASS",
+    help="Class of your own head or loss, imported from this folder or an installed package.",
+)
+
 
 @command(short_help="Train a masked language model, or resume training.")
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
@@ -42,8 +49,9 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
 
 @command(short_help="Train a head and the encoder on labelled proteins.")
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
+@_CODE
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
-def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
+def finetune(config: str | None, code: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Fine-tune on a table of labelled proteins, or resume from the newest checkpoint in run_dir.
 
     Example: esm2mega finetune init_from=runs/mine task.kind=regression task.target_columns=[fitness]
@@ -59,9 +67,11 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
     validate_task(run)
     check_training_inputs(run)
 
+    from esm2mega.finetune.code_option import load_code
+    from esm2mega.finetune.run import UserParts
     from esm2mega.finetune.run import finetune as run_finetune
 
-    run_finetune(run, opened=opened)
+    run_finetune(run, UserParts(code=load_code(code)), opened=opened)
 
 
 @command(short_help="Predict with a fine-tuned model, in input order.")
@@ -84,6 +94,7 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
     metavar="N",
     help="Most tokens at once, with <cls> and <eos> [default: as in training].",
 )
+@_CODE
 @click.option("--resume", is_flag=True, help="Continue an unfinished output; start one if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
@@ -95,6 +106,7 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
     Example: esm2mega predict runs/mine proteins.fasta --out predictions.csv
     """
     mode = output_mode(resume, overwrite)
+    from esm2mega.finetune.code_option import load_code
     from esm2mega.finetune.predict import predict as run_predict
 
     settings = {
@@ -104,7 +116,8 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
         "infer.max_seq_length": options["max_seq_length"],
     }
     given = [as_word(key, value) for key, value in settings.items() if value is not None]
-    say(run_predict(checkpoint, input, out, [*given, *options["overrides"]], mode))
+    overrides = [*given, *options["overrides"]]
+    say(run_predict(checkpoint, input, out, overrides, mode, load_code(options["code"])))
 
 
 @command(short_help="Compute loss and perplexity of a checkpoint, or the metrics of its task.")
@@ -120,6 +133,7 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
     metavar="T",
     help="Tokens of one pack [default: as in training].",
 )
+@_CODE
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def evaluate(
     checkpoint: str,
@@ -127,6 +141,7 @@ def evaluate(
     out: str | None,
     max_batches: int | None,
     micro_batch_tokens: int | None,
+    code: tuple[str, ...],
     overrides: tuple[str, ...],
 ) -> None:
     """Compute the loss of a checkpoint, and for comparison that of predicting residue frequencies.
@@ -137,6 +152,7 @@ def evaluate(
     """
     from esm2mega.convert.start_point import open_checkpoint
     from esm2mega.finetune.checkpoint import evaluate_task
+    from esm2mega.finetune.code_option import load_code
     from esm2mega.train.evaluate import evaluate_checkpoint
 
     start = open_checkpoint(checkpoint)
@@ -145,7 +161,9 @@ def evaluate(
             raise UserError("--max-batches: metrics of a task need the whole table; leave it out")
         if micro_batch_tokens is not None:
             overrides = (f"train.micro_batch_tokens={micro_batch_tokens}", *overrides)
-        numbers = evaluate_task(start, data, out, overrides)
+        numbers = evaluate_task(start, data, out, overrides, load_code(code))
+    elif code:
+        raise UserError(f"--code {code[0]}: {start.path} has no head of a task; leave it out")
     else:
         numbers = evaluate_checkpoint(
             start,

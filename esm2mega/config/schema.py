@@ -83,6 +83,7 @@ class DataConfig:
     pack_window: int | None = None
     workers: int = 0
     too_long: str = _choice("error", "error", "crop", "drop")
+    allow_overlap: bool = False
 
     def train_paths(self) -> list[str]:
         """Return the paths of `train` as a list, which may be empty."""

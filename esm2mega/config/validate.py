@@ -374,10 +374,11 @@ def _check_stores(data: DataConfig, train: TrainConfig) -> None:
     real = [os.path.realpath(path) for path in paths]
     for split in ("valid", "test"):
         path = getattr(data, split)
-        if path is not None and os.path.realpath(path) in real:
+        if path is not None and os.path.realpath(path) in real and not data.allow_overlap:
             raise UserError(
                 f"data.{split}={path} is also data.train; its loss would not measure unseen proteins: "
-                "give another store (`esm2mega prepare fasta` takes --val-size and --test-size)"
+                "give another store (`esm2mega prepare fasta` takes --val-size and --test-size), or set "
+                "data.allow_overlap=true"
             )
     for i, path in enumerate(paths):
         if real[i] in real[:i]:

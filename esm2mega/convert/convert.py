@@ -10,7 +10,7 @@ import torch
 
 from esm2mega.convert.formats.esm2mega import default_dtype
 from esm2mega.convert.formats.registry import WITH_OTHER_HEADS, load_format, read_weights
-from esm2mega.convert.heads.contact_head import is_regression, with_published_head
+from esm2mega.convert.heads.contact_head import is_contact_head, with_published_head
 from esm2mega.convert.heads.hf_classifiers import architecture_of, with_unit_scale
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Notes, Weights, dtype_name
 from esm2mega.convert.start_point import find_source
@@ -103,7 +103,7 @@ def convert(
         target_dtype = default_dtype(target_dtype)
     head = weights.description.head
     if isinstance(head, HeadDescription) and to == "hf":
-        if is_regression(head.task):
+        if is_contact_head(head):
             weights, head = with_published_head(weights), None
         else:
             architecture_of(head)

@@ -14,6 +14,7 @@ from torch import Tensor
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.presets import ModelShape
 from esm2mega.config.schema import TaskConfig
+from esm2mega.convert.heads.user_code import UserCode
 from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, Shape, is_lm_head, our_shapes
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
@@ -27,11 +28,19 @@ class HeadDescription:
         task: Section ``task`` of the configuration, which says what kind of head it is.
         info: What its outputs mean.
         shapes: Shapes of its tensors, whose names begin with ``head.``.
+        code: Names of a user's own head and loss; None where they are not known, as in checkpoints of earlier
+            versions.
     """
 
     task: TaskConfig
     info: TargetInfo
     shapes: Mapping[str, Shape]
+    code: UserCode | None = None
+
+    @property
+    def is_configured(self) -> bool:
+        """Tell whether the section ``task`` says all that turns hidden states into predictions."""
+        return self.code is None or (self.code.head is None and not self.code.loss_predicts)
 
 
 @dataclass(frozen=True)

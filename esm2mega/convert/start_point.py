@@ -175,7 +175,7 @@ def _chosen(named: str | Path, resuming: bool = False) -> Path:
 
 def _read_own(directory: Path) -> StartPoint:
     run, state = layout.read_config(directory), layout.read_state(directory)
-    head = own_format.task_head(run.task, state, {})
+    head = own_format.task_head(run.task, state, {}, directory)
     has_contact_head = WEIGHT in read_auxiliary(directory)
     return StartPoint(directory, OWN, run, head or "lm", has_contact_head, state)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
@@ -24,6 +25,7 @@ from esm2mega.data.stream.recipe import recipe_hash
 from esm2mega.finetune.baseline import baseline_metrics
 from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.metrics import Predictions, metrics_of, objects, unseen_labels
+from esm2mega.finetune.user_code import Predict
 from esm2mega.pairs import num_pairs
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.progress import Progress
@@ -38,10 +40,17 @@ _OF_THE_LOSS = ("kind", "loss", "huber_delta", "scale_targets", "class_weights",
 
 
 class Collecting(LossReduction):
-    """Wraps a loss and keeps the predictions it sees; without labels, its sum and count are 0."""
+    """Wraps a loss and keeps the predictions of what it sees; without labels, its sum and count are 0."""
 
-    def __init__(self, loss: TaskLossReduction, info: TargetInfo) -> None:
-        self.loss, self.info = loss, info
+    def __init__(self, loss: TaskLossReduction, predict: Predict, info: TargetInfo) -> None:
+        """Make the wrapper.
+
+        Args:
+            loss: The loss.
+            predict: Turns outputs into predictions.
+            info: Meaning of the predictions.
+        """
+        self.loss, self.predict, self.info = loss, predict, info
         self.seen: list[dict[str, Any]] = []
 
     @property
@@ -49,11 +58,11 @@ class Collecting(LossReduction):
         return self.loss.names
 
     def forward(self, batch: LabelledBatch, output: Tensor) -> LossTerms:
-        self.seen.append(_kept(batch, self.loss.predictions(output), self.info))
+        self.seen.append(_kept(batch, self.predict(output), self.info))
         if batch.labels is not None:
-            return self.loss.forward(batch, output)
-        nothing = output.new_zeros(())
-        return LossTerms(nothing, nothing)
+            return self.loss.terms(batch, output)
+        nothing = (output.new_zeros(()), torch.zeros((), dtype=torch.int64, device=output.device))
+        return LossTerms(*nothing, {name: nothing for name in self.names if name != "loss"})
 
 
 def _kept(batch: LabelledBatch, values: Tensor, info: TargetInfo) -> dict[str, Any]:
@@ -99,13 +108,14 @@ class Measured:
     loss: float | None
     num_labels: int
     predictions: Predictions | None
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     unseen: dict[str, int]
 
 
 def measure(
     model: list[Any],
     loss: TaskLossReduction,
+    predict: Predict,
     packs: LabelledPacks,
     info: TargetInfo,
     ranks: Ranks,
@@ -117,7 +127,8 @@ def measure(
 
     Args:
         model: This rank's chunks; left in training mode.
-        loss: The loss, which also turns outputs into predictions.
+        loss: The loss.
+        predict: Turns outputs into predictions.
         packs: This rank's packs.
         info: Meaning of the predictions.
         ranks: Ranks of this process.
@@ -128,18 +139,20 @@ def measure(
     Returns:
         The predictions, loss and metrics; None if the evaluation was abandoned.
     """
-    collecting = Collecting(loss, info)
+    collecting = Collecting(loss, predict, info)
     means = evaluate(model, collecting, packs, ranks, progress, abandon)
     if means is None:
         return None
     predictions = _gathered(collecting.seen, ranks)
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     unseen: dict[str, int] = {}
     if predictions is not None and predictions.labels is not None:
-        metrics = metrics_of(predictions, info)
+        metrics = {**metrics_of(predictions, info)}
         unseen = unseen_labels(predictions, info)
         if baseline:
             metrics |= baseline_metrics(predictions, info)
+        # What a user's own loss logs besides; the names of metrics have precedence.
+        metrics = {name: means[name] for name in loss.names if name != "loss"} | metrics
     # The main process tells all others.
     shared: list[Any] = [metrics, unseen]
     dist.broadcast_object_list(shared, src=0, device=ranks.device)

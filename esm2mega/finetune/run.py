@@ -13,20 +13,21 @@ from esm2mega.config.lora import check_start
 from esm2mega.config.schema import DataConfig, Run, TaskConfig, TrainConfig
 from esm2mega.config.task import validate_task
 from esm2mega.convert.start_point import StartPoint
-from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
+from esm2mega.data.labels.dataset import LabelledProteins, proteins_of_pairs, read_labelled
 from esm2mega.data.labels.degenerate import check_classes
+from esm2mega.data.labels.in_memory import Proteins
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledPacks, LabelledStream
+from esm2mega.data.overlap import check_overlap
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
 from esm2mega.finetune.evaluate import UNSEEN, has_labels, measure, packs_of, task_recipe
-from esm2mega.finetune.loaded_head import loaded_targets
-from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
+from esm2mega.finetune.loaded_head import check_units, loaded_targets
+from esm2mega.finetune.losses import loss_of_task
 from esm2mega.finetune.metrics import HEADLINES, check_packages
 from esm2mega.finetune.param_groups import scales_of, set_trainable
-from esm2mega.model.heads import head_of_task
-from esm2mega.model.task import MakeHead
+from esm2mega.finetune.user_code import GivenCode
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.train.build import HeadTraining, build
 from esm2mega.train.loop import Evaluation, LoopState
@@ -39,17 +40,15 @@ _STEPS_PER_WINDOW = 4
 
 @dataclass(frozen=True)
 class UserParts:
-    """Holds what a program gives instead of what the configuration names.
+    """Holds what a user brings instead of what the configuration names.
 
     Attributes:
-        data: Split (``train``, ``valid``, ``test``) -> list of ``(sequence, value)``.
-        make_head: Makes the head; None for the configured head.
-        loss: Loss; None for the configured one.
+        data: Split (``train``, ``valid``, ``test``) -> proteins with labels.
+        code: Head and loss.
     """
 
-    data: Mapping[str, Pairs] = field(default_factory=dict)
-    make_head: MakeHead | None = None
-    loss: TaskLossReduction | None = None
+    data: Mapping[str, Proteins] = field(default_factory=dict)
+    code: GivenCode = field(default_factory=GivenCode)
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,12 @@ class Splits:
     Attributes:
         of: Split -> proteins.
         info: Meaning of the predictions, from the training split.
+        notes: What the splits have in common.
     """
 
     of: dict[str, LabelledProteins]
     info: TargetInfo
+    notes: list[str] = field(default_factory=list)
 
 
 def finetune(
@@ -92,9 +93,15 @@ def finetune(
     check_start(run.lora, run.init_from)
     check_packages()
     start = open_training_start(run, opened)
-    splits = read_splits(run.data, run.task, parts, loaded_targets(run.task, run.finetune, start))
-    train = splits.of["train"]
-    check_classes(splits.info, run.task.target_columns, train.notes)
+    loaded = loaded_targets(run.task, run.finetune, start, parts.code)
+    splits = read_splits(run.data, run.task, parts, loaded)
+    info = parts.code.units(run.task, splits.info)
+    if start is not None and start.is_resumed:
+        _check_resumed(start, parts.code, splits.info, info)
+    elif loaded is not None and start is not None:
+        check_units(f"init_from={start.path}", loaded, info)
+    splits, train = replace(splits, info=info), splits.of["train"]
+    check_classes(info, run.task.target_columns, train.notes)
     if "valid" in splits.of:
         _check_predictable(run, splits.of["valid"])
     run = resolve_epochs(run, lambda: LabelledStream(train, train_spec(run.data, run.train, run.seed, train)))
@@ -127,14 +134,10 @@ def read_splits(
             )
         else:
             continue
-        if split != "train" and proteins.fingerprint == found["train"].fingerprint:
-            raise UserError(
-                f"{key} holds the same proteins as data.train; its loss would not measure unseen proteins: "
-                "give others"
-            )
         found[split] = proteins
     assert info is not None
-    return Splits(found, info)
+    named = {f"data.{split}": [proteins] for split, proteins in found.items()}
+    return Splits(found, info, check_overlap(named, data.allow_overlap))
 
 
 def batch_spec(data: DataConfig, train: TrainConfig, seed: int) -> BatchSpec:
@@ -175,16 +178,18 @@ def _train(
     start: StartPoint | None,
     on_gradients: Callable[[list[Any]], None] | None,
 ) -> LoopState:
-    make_head = parts.make_head or head_of_task(run.task, splits.info.num_outputs)
-    if start is not None and start.is_resumed:
-        _check_targets(start, splits.info)
-    loss = parts.loss or loss_of_task(run.task, splits.info)
+    code, info = parts.code, splits.info
+    resumed = start.task if start is not None and start.is_resumed else None
+    make_head = code.head(run.task, info, resumed, "" if start is None else str(start.path))
+    loss = code.loss or loss_of_task(run.task, info)
     head = HeadTraining(
         make_head,
         lambda chunks: set_trainable(chunks, run.finetune),
         lambda chunks: scales_of(chunks, run.finetune),
     )
     built = build(run, ranks, start, loss, on_gradients, head)
+    trained_code = code.as_trained(run.task, info, make_head.name)
+    predict = code.predictor(run.task, info, trained_code)
     spec, train = batch_spec(run.data, run.train, run.seed), splits.of["train"]
     recipe = task_recipe(run.task, run.data, run.seed, loss)
 
@@ -195,7 +200,9 @@ def _train(
         def evaluate(abandon: Callable[[], bool]) -> dict[str, Any] | None:
             packs = packs_of(splits.of[split], spec, ranks, limit)
             measured = measure(
-                built.state.model, loss, packs, splits.info, ranks, abandon=abandon, baseline=split == "test"
+                *(built.state.model, loss, predict, packs, info, ranks),
+                abandon=abandon,
+                baseline=split == "test",
             )
             if measured is None:
                 return None
@@ -208,7 +215,7 @@ def _train(
     def result(record: dict[str, Any], split: str) -> str:
         if record[f"{split}_loss"] is None:
             return "no loss: nothing to predict"
-        headline = HEADLINES[splits.info.kind]
+        headline = HEADLINES[info.kind]
         return f"loss {record[f'{split}_loss']:.4f}, {headline} {record[f'{split}_{headline}']:.4f}"
 
     session = Session(
@@ -219,10 +226,10 @@ def _train(
         ),
         evaluation=evaluation,
         eval_recipe=recipe,
-        extra_state={"task": splits.info.to_dict(), "token_counts": None},
-        banner=_described(splits),
+        extra_state={"task": info.to_dict(), "token_counts": None, **trained_code.as_state()},
+        banner=[*_described(splits), *trained_code.lines()],
         result=result,
-        training_values=lambda metrics: {"loss": metrics["loss"]},
+        training_values=lambda metrics: {name: metrics[name] for name in loss.names},
     )
     return run_session(run, ranks, session, start)
 
@@ -241,7 +248,7 @@ def _described(splits: Splits) -> list[str]:
             f"data     {split}: {len(proteins)} proteins of {proteins.path}, {_labels(proteins, info)}"
         )
         lines += [f"data     {note}" for note in proteins.notes]
-    return lines
+    return [*lines, *(f"data     {note}" for note in splits.notes)]
 
 
 def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:
@@ -259,10 +266,18 @@ def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:
     return f"labels missing or masked: {', '.join(each)}"
 
 
-def _check_targets(start: StartPoint, info: TargetInfo) -> None:
-    """Refuse to resume a run with other classes or scale than it began with; `data.train` decides them."""
+def _check_resumed(start: StartPoint, code: GivenCode, learned: TargetInfo, info: TargetInfo) -> None:
+    """Refuse to resume a run with another head, loss, classes or scale than it began with.
+
+    Args:
+        start: The checkpoint to resume.
+        code: Head and loss of this start.
+        learned: Meaning of the predictions of a configured loss, which `data.train` decides.
+        info: Meaning of the predictions of the loss of this start; earlier versions did not record it.
+    """
     assert start.task is not None
-    if start.task.info != info:
+    code.check(start.task, str(start.path), needs_loss=True)
+    if start.task.info != (learned if start.task.code is None else info):
         raise UserError(
             f"{start.path}: was trained on other labels than data.train holds now; set data.train and the "
             "keys of task back, or start a new run from the weights with init_from"

@@ -19,6 +19,7 @@ from esm2mega.config.infer import inference_run, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig
+from esm2mega.data.labels.in_memory import sequences_in_memory
 from esm2mega.errors import UserError
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
@@ -218,14 +219,13 @@ class Model:
 
     def _values(self, sequences: Sequence[str], *overrides: str) -> list[dict[str, Array]]:
         """Return the values that `Embedder` computes for each sequence, in input order."""
-        if isinstance(sequences, str):
-            raise UserError("give a list of sequences, not one string")
+        texts = sequences_in_memory(sequences, self._run.data.sequence_column)
         run = load_run_over(self._run, overrides)
         validate_inference(run, 1)
         wants, limits = output_request(run.infer, run.model, self._source), Lengths.of(run.infer, run.data)
         size = micro_batch_tokens(run.infer, limits, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, wants, size)
-        residues = [encode_residues(clean(sequence)) for sequence in sequences]
+        residues = [encode_residues(clean(text)) for text in texts]
         results: list[dict[str, Array]] = [{} for _ in residues]
         for number, values in Embedder(engine, run.infer, limits).run(residues) if residues else ():
             # Copies: a view would keep the whole pack in memory.

@@ -16,7 +16,7 @@ from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sh
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
 from esm2mega.convert.formats.esm2mega import default_dtype, is_auxiliary
-from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, as_published, is_regression
+from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, as_published, is_contact_head
 from esm2mega.convert.into_model import fill_model
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.errors import UserError
@@ -99,7 +99,7 @@ def _of_own(start: StartPoint) -> ModelSource:
 
 def _trained_contact_head(start: StartPoint) -> dict[str, Tensor]:
     """Return a contact head that was fine-tuned, which replaces the one before; empty if there is none."""
-    if not is_regression(start.run.task):
+    if not is_contact_head(start.task):
         return {}
     return as_published(TensorReader(start.path).read, shape_of(start.run.model).num_layers)
 

@@ -29,7 +29,7 @@ from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import SafetensorsStore
 from esm2mega.convert.formats.esm2mega import run_of
 from esm2mega.convert.formats.registry import detect
-from esm2mega.convert.heads.contact_head import is_regression
+from esm2mega.convert.heads.contact_head import is_contact_head
 from esm2mega.convert.heads.hf_classifiers import dropout_of, find_equal, no_equal
 from esm2mega.convert.lazy_weights import flag_from, number_from
 from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
@@ -130,7 +130,7 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
     if config["base_model_name_or_path"] is None:
         report.append(f"base     {base}; for transformers: esm2mega convert {base} DIR --to hf")
     if head is not None and architecture is None:
-        if is_regression(head.task):
+        if is_contact_head(head):
             dropped = (
                 "adapters have no place for a contact head; esm2mega lora merge, then convert --to hf, has"
             )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, overload
 
@@ -23,6 +23,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from esm2mega.errors import UserError
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -30,7 +32,7 @@ class LossTerms:
 
     Attributes:
         loss_sum: Sum of the loss over the labels, not their mean, ``[]``, differentiable.
-        count: Number of labels in the sum, ``[]``.
+        count: Number of labels in the sum, an integer ``[]``.
         logged: Further quantities to report as global means: name -> (sum, count), each ``[]``.
     """
 
@@ -81,8 +83,16 @@ class LossReduction(ABC):
         """
         return partial(self._schedule_loss, batch)
 
+    def terms(self, batch: Any, output: Tensor) -> LossTerms:
+        """Call `forward`.
+
+        Raises:
+            UserError: What it returned is no sum with a count, as from a user's own loss.
+        """
+        return _checked(self, self.forward(batch, output), output)
+
     def _schedule_loss(self, batch: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        terms = self.forward(batch, output)
+        terms = self.terms(batch, output)
         named = {"loss": (terms.loss_sum, terms.count), **terms.logged}
         # fp64 sums: a report over millions of labels must not lose digits. [2] each: sum, count
         report = {name: torch.stack([x.detach().double() for x in pair]) for name, pair in named.items()}
@@ -116,6 +126,40 @@ class LossReduction(ABC):
     def names(self) -> tuple[str, ...]:
         """Return what is reported, equal on all ranks: ``loss`` and the keys of `LossTerms.logged`."""
         return ("loss",)
+
+
+def _checked(loss: LossReduction, terms: Any, output: Tensor) -> LossTerms:
+    """Return the terms, with a count that is a tensor."""
+    name = type(loss).__name__
+    if not isinstance(terms, LossTerms):
+        parts = ", ".join(type(part).__name__ for part in terms) if isinstance(terms, tuple) else ""
+        raise UserError(
+            f"{name}.forward returned a {type(terms).__name__}{f' ({parts})' if parts else ''}; return "
+            "LossTerms(loss_sum, count): the sum over the labels of the micro-batch, not their mean, and "
+            "their number"
+        )
+    total, count = terms.loss_sum, torch.as_tensor(terms.count, device=output.device)
+    if not isinstance(total, Tensor) or total.dim():
+        found = f"shape {list(total.shape)}" if isinstance(total, Tensor) else f"type {type(total).__name__}"
+        raise UserError(
+            f"{name}.forward returned a loss_sum of {found}; return the sum, a tensor of shape []"
+        )
+    if count.dim() or count.is_floating_point():
+        raise UserError(
+            f"{name}.forward returned a count of shape {list(count.shape)} and {count.dtype}; return the "
+            "number of labels, an integer"
+        )
+    if output.requires_grad and torch.is_grad_enabled() and not total.requires_grad:
+        raise UserError(
+            f"{name}.forward returned a loss_sum that does not depend on the output (it has no gradient); "
+            "compute it from the output without detach, item or numpy"
+        )
+    if {"loss", *terms.logged} != set(loss.names):
+        raise UserError(
+            f"{name}.forward logged {', '.join(terms.logged) or 'nothing'}, its `names` are "
+            f"{', '.join(loss.names)}; let `names` return 'loss' and what is logged"
+        )
+    return replace(terms, count=count)
 
 
 class MLMLossReduction(LossReduction):

@@ -23,6 +23,7 @@ from esm2mega.config.scalars import as_word
 from esm2mega.config.schema import DataConfig, Run, TaskConfig
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import DistributedStore, JoinedStore, SafetensorsStore
+from esm2mega.convert.heads.user_code import recorded_code
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Weights
 from esm2mega.convert.name_table import (
     BODY,
@@ -95,7 +96,7 @@ def refuse_adapters(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 
 def task_head(
-    task: TaskConfig, state: Mapping[str, Any], shapes: Mapping[str, Shape]
+    task: TaskConfig, state: Mapping[str, Any], shapes: Mapping[str, Shape], location: Path
 ) -> HeadDescription | None:
     """Describe the head of a task, or return None if the head is that of masked language modelling.
 
@@ -103,10 +104,11 @@ def task_head(
         task: Section ``task`` of the checkpoint's configuration.
         state: Content of its ``train_state.json``.
         shapes: Shapes of the head's tensors where they are known, else empty.
+        location: The checkpoint, for messages.
     """
     if task.kind is None:
         return None
-    return HeadDescription(task, TargetInfo.from_dict(state["task"]), shapes)
+    return HeadDescription(task, TargetInfo.from_dict(state["task"]), shapes, recorded_code(state, location))
 
 
 def read_checkpoint(
@@ -137,7 +139,7 @@ def read_checkpoint(
     extra = [SafetensorsStore(auxiliary, [auxiliary])] if auxiliary.exists() else []
     store = JoinedStore(checkpoint, [DistributedStore(checkpoint, layout.MODEL), *extra])
     shapes = {name: i.shape for name, i in store.infos.items() if name.startswith(TASK_HEAD)}
-    if (head := task_head(run.task, state, shapes)) is not None:
+    if (head := task_head(run.task, state, shapes, checkpoint)) is not None:
         description = replace(description, head=head)
     return from_store(store, _names(description), description, drop=drop)
 
@@ -251,4 +253,5 @@ def _state(weights: Weights) -> dict[str, Any]:
         "token_counts": None,
         "origin": {**weights.origin, **asdict(weights.notes)},
         **({} if head is None else {"task": head.info.to_dict()}),
+        **({} if head is None or head.code is None else head.code.as_state()),
     }

@@ -53,7 +53,7 @@ def find_equal(head: HeadDescription) -> str | None:
 
     It is None if there is no such class, as for a user's own head or for several targets of residues.
     """
-    if _several_of_residues(head):
+    if _several_of_residues(head) or not head.is_configured:
         return None
     for name, (form, kinds) in _EQUALS.items():
         if head_form(head.task) == form and head.task.kind in kinds and head.shapes.keys() == _tensors(name):
@@ -78,13 +78,16 @@ def architecture_of(head: HeadDescription) -> str:
     """
     if (name := find_equal(head)) is not None:
         return name
-    other = "" if _several_of_residues(head) else ", or train with task.head=hf"
+    plain = head.is_configured and not _several_of_residues(head)
+    other = ", or train with task.head=hf" if plain else ""
     raise UserError(f"{no_equal(head)}; --drop-head writes the encoder without it{other}")
 
 
 def no_equal(head: HeadDescription) -> str:
     """Return why no class of transformers computes the same as `head`."""
     task = head.task
+    if head.code is not None and not head.is_configured:
+        return f"transformers has no equal of {head.code.head or head.code.loss}, which is code of its user"
     if _several_of_residues(head):
         return (
             f"transformers has no equal of a head for {len(head.info.targets)} columns of residues "

@@ -20,7 +20,7 @@ from esm2mega.checkpoint.tensors import tensor_sha256
 from esm2mega.convert.convert import Conversion
 from esm2mega.convert.files.iupac import ESM_ONLY, TAPE_TOKENS, esm_ids
 from esm2mega.convert.formats.registry import open_weights
-from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, is_regression, with_published_head
+from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, is_contact_head, with_published_head
 from esm2mega.convert.heads.hf_classifiers import architecture_of
 from esm2mega.convert.lazy_weights import Description, Weights, dtype_name
 from esm2mega.convert.verify import plain_model
@@ -163,8 +163,7 @@ def _tensors(source: Weights, target: Weights) -> dict[str, dict[str, str]]:
 
 def _as_published(weights: Weights) -> Weights:
     """Move a contact head that was trained as the head of a task to the place where other formats have it."""
-    task = weights.description.task
-    return with_published_head(weights) if task is not None and is_regression(task.task) else weights
+    return with_published_head(weights) if is_contact_head(weights.description.task) else weights
 
 
 def _contact_head(tensors: Mapping[str, Mapping[str, str]]) -> str:

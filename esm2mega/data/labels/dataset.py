@@ -1,4 +1,4 @@
-"""Reads proteins with labels into memory, from a table or a list of pairs, for fine-tuning.
+"""Reads proteins with labels into memory, from a table or from what a program holds, for fine-tuning.
 
 `LabelledProteins` offers what samples and packs need of a token store, so that order, crops and packs of
 labelled proteins are made by the same code as those of pretraining.
@@ -9,7 +9,7 @@ Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,12 @@ import numpy.typing as npt
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data.labels.degenerate import SplitLabels, label_notes
+from esm2mega.data.labels.in_memory import Proteins, labelled_in_memory
 from esm2mega.data.labels.readers import TargetReader, join_labels, target_reader
 from esm2mega.data.labels.rows import MASK_FILE, labelled_rows
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.readers.base import residues_of
 from esm2mega.errors import UserError
-
-Pairs = Sequence[tuple[str, Any]]
-"""This is a list of sequences with their labels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +59,11 @@ class LabelledProteins:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Return where each protein begins in `tokens`, ``[n]``."""
+        return self.offsets[:-1]
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -167,36 +170,26 @@ def read_labelled(
 
 
 def proteins_of_pairs(
-    pairs: Pairs,
+    given: Proteins,
     task: TaskConfig,
     info: TargetInfo | None,
     name: str,
     data: DataConfig | None = None,
     loaded: TargetInfo | None = None,
 ) -> tuple[LabelledProteins, TargetInfo]:
-    """Make labelled proteins of a list of ``(sequence, value)``; the arguments are those of `read_labelled`.
+    """Make labelled proteins of what a program holds in memory; the arguments are those of `read_labelled`.
 
     A value is what a cell of the table would hold, or with several target columns a sequence of such values.
     Without `data`, proteins may have any length.
     """
-    for option in ("label_file", "mask_file", "mask_column"):
+    for option in ("label_file", "mask_file"):
         if getattr(task, option) is not None:
             raise UserError(f"{name}: pairs hold their labels themselves; set task.{option}=null")
     reader = target_reader(task)
-    columns = task.target_columns
-    rows = []
-    for number, (sequence, value) in enumerate(pairs):
-        location = f"{name}[{number}]"
-        values = [value]
-        if len(columns) > 1 and isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
-            values = list(value)
-        if len(values) != len(columns):
-            raise UserError(
-                f"{location}: {len(values)} values for task.target_columns={columns}; give one for each"
-            )
-        tokens = vocabulary.encode_residues(residues_of(sequence, location, str(number)))
-        cells = dict(zip(columns, values, strict=True))
-        rows.append(_Row(location, str(number), tokens, reader.read(cells, location, len(tokens))))
+    rows = [
+        _Row(location, identifier, tokens, reader.read(cells, location, len(tokens)))
+        for location, identifier, tokens, cells in labelled_in_memory(given, task, data or DataConfig(), name)
+    ]
     if not rows:
         raise UserError(f"{name}: holds no proteins; give some")
     notes: list[str] = []

@@ -101,7 +101,7 @@ def _table_rows(source: CsvReader | JsonLinesReader | ParquetReader, data: DataC
             name = line if id_column is None else cells[id_column]
             location = source.location(line)
             if data.sequence_column == INPUT_IDS:
-                yield location, str(name), _tokens_of_ids(cells, location), cells
+                yield location, str(name), tokens_of_ids(cells, location), cells
                 continue
             record = table_record(source, options, line, name, cells[data.sequence_column])
             yield location, record.id, vocabulary.encode_residues(record.residues), cells
@@ -230,7 +230,7 @@ def _label_table(
     return table
 
 
-def _tokens_of_ids(cells: Mapping[str, object], location: str) -> npt.NDArray[np.uint8]:
+def tokens_of_ids(cells: Mapping[str, object], location: str) -> npt.NDArray[np.uint8]:
     """Return the residues of a row of ``input_ids``, without `<cls>`, `<eos>` and padding.
 
     The row's ``attention_mask`` decides what is padding, whatever its id.

@@ -195,6 +195,7 @@ def test_validate_needs_a_resolved_run():
         (["optim.clip_grad=0", "optim.weight_decay=0", "schedule.warmup_steps=0"], 1),
         (["train.eval_every=5", "train.early_stopping.patience=1"], 1),
         (["data.train=a", "data.valid=b", "data.test=b"], 1),
+        (["data.train=a", "data.valid=a", "data.allow_overlap=true"], 1),
         # A run may stop before its schedule ends.
         (["train.max_steps=5", "schedule.decay_steps=100"], 1),
         (["train.max_steps=1", "schedule.warmup_steps=0"], 1),

@@ -332,7 +332,7 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             train(tmp_path, *overrides)
-    with pytest.raises(UserError, match="data.valid holds the same proteins as data.train"):
+    with pytest.raises(UserError, match="data.valid: 30 of 30 proteins are also in data.train"):
         train(tmp_path, valid=TRAIN)
     with pytest.raises(UserError, match="init_from=absent does not exist, and no model is configured"):
         train_model(["init_from=absent", "task.kind=regression"], train=TRAIN)

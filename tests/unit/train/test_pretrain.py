@@ -344,7 +344,7 @@ def _csv(path: Path, numbers: range) -> Path:
 
 def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained and evaluated as from stores of the same proteins, bit by bit."""
-    train, valid = _csv(tmp_path / "train.csv", range(8)), _csv(tmp_path / "valid.csv", range(7, 10))
+    train, valid = _csv(tmp_path / "train.csv", range(8)), _csv(tmp_path / "valid.csv", range(8, 11))
     columns = SourceOptions(sequence_column="aa", id_column="name")
     stores = {}
     for path in (train, valid):
@@ -365,13 +365,18 @@ def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.
     assert {**of_file, "data": None} == {**of_store, "data": None}
 
 
-def test_validation_on_the_training_proteins_is_refused(finished: TinyRun, tmp_path: Path) -> None:
+def test_validation_on_the_training_proteins_is_refused_unless_asked_for(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(finished.train, tmp_path / "copy")
-    run = tiny_run(
-        f"data.train={finished.train}", f"data.valid={tmp_path / 'copy'}", run_dir=tmp_path / "run"
-    )
-    with pytest.raises(UserError, match="holds the same proteins as data.train"):
-        pretrain(run)
+    data = (f"data.train={finished.train}", f"data.valid={tmp_path / 'copy'}", "train.max_steps=1")
+    with pytest.raises(
+        UserError, match="copy: 45 of 45 proteins are also in data.train=.*allow_overlap=true"
+    ):
+        pretrain(tiny_run(*data, run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    pretrain(tiny_run(*data, "data.allow_overlap=true", run_dir=tmp_path / "run"))
+    assert "copy: 45 of 45 proteins are also in data.train=" in capsys.readouterr().err
 
 
 def test_training_data_must_be_given(tmp_path: Path) -> None:
