@@ -27,6 +27,7 @@ from esm2mega.config.schema import (
     flatten,
 )
 from esm2mega.errors import UserError
+from esm2mega.files import refuse_stream
 
 _AT_LEAST = {
     "seed": 0,
@@ -182,6 +183,8 @@ def check_training_inputs(run: Run) -> None:
     named: list[tuple[str, str | None]] = [("data.train", path) for path in run.data.train_paths()]
     named += [("data.valid", run.data.valid), ("data.test", run.data.test)]
     for key, path in named:
+        if path is not None:
+            refuse_stream(path, f"{key}={path}")
         if path is not None and labelled and not os.path.isfile(path):
             raise UserError(f"{key}={path}: no such file; give a table with sequences and labels")
         if path is not None and not os.path.exists(path):

@@ -14,9 +14,10 @@ from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.config.schema import FinetuneConfig, Run, TaskConfig
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.formats import esm2mega as own_format
-from esm2mega.convert.formats.registry import detect, read_weights
+from esm2mega.convert.formats.registry import detect, find_format, read_weights
 from esm2mega.convert.heads.contact_head import WEIGHT, is_regression
 from esm2mega.convert.lazy_weights import HeadDescription, Weights
+from esm2mega.convert.unknown import refuse_foreign
 from esm2mega.errors import UserError
 from esm2mega.parallel.errors import on_one_rank
 
@@ -135,6 +136,9 @@ def read_checkpoint(checkpoint: str | Path) -> StartPoint:
     Raises:
         UserError: There is none, or it cannot be read.
     """
+    source = SourceFiles(Path(checkpoint))
+    if source.path.exists() and (found := find_format(source)) != OWN:
+        refuse_foreign(source.path, found)
     directory = layout.resolve_checkpoint(checkpoint)
     run, state = layout.read_config(directory), layout.read_state(directory)
     head = own_format.task_head(run.task, state, {})

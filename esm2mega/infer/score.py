@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from esm2mega.config.infer import inference_run, validate_inference
+from esm2mega.config.load import value_of
 from esm2mega.config.validate import world_size_from_environment
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import open_source
@@ -107,7 +108,7 @@ class Scorer:
 @contextmanager
 def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ranks]]:
     """Load a model for scoring, within process groups that last as long as the context."""
-    source = open_model(checkpoint)
+    source = open_model(checkpoint, value_of("init_from", None, options.overrides))
     source.check_lm_head()
     run = inference_run(source.run, options.overrides)
     validate_inference(run, world_size_from_environment())
@@ -123,7 +124,7 @@ def read_wild_types(path: str) -> list[WildType]:
     """Read the proteins of a file in any format of `esm2mega.data.readers.sources`; ids must differ."""
     proteins = [
         WildType(record.id, clean(record.residues.decode("ascii")))
-        for record in open_source(path, SourceOptions())
+        for record in open_source(path, SourceOptions(set_by="nothing"))
     ]
     if len({protein.id for protein in proteins}) < len(proteins):
         raise UserError(f"{path}: ids repeat, so variants cannot be told apart; give each protein its own id")
