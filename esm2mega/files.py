@@ -206,8 +206,7 @@ def refuse_stream(path: str | Path, named: str | None = None) -> None:
     """
     if is_stream(path):
         raise UserError(
-            f"{named or path}: is a stream, and this input is read more than once; write it to a regular file "
-            "first"
+            f"{named or path}: is a stream, and this input is read more than once; write it to a file first"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from esm2mega.convert.files import foreign
 from esm2mega.convert.files.source import OF_PYTORCH, OF_TRANSFORMERS, SourceFiles
 from esm2mega.convert.formats.hf import open_tensors
+from esm2mega.convert.formats.registry import read_weights
 from esm2mega.errors import UserError
 
 _OTHER_ARCHIVES = (".nemo", ".mdl")
@@ -54,16 +55,17 @@ def _files_of_transformers(path: Path) -> Iterator[str]:
 
 
 def refuse_foreign(path: Path, known: str | None) -> None:
-    """Refuse a path whose format this command does not read, for what it is.
+    """Refuse a path whose format a command does not read that reads checkpoints of this package alone.
 
     Args:
-        path: File or directory that is no checkpoint of this package.
-        known: The format it is in; None if it is in none.
+        path: File or directory that is no such checkpoint.
+        known: The format that it seems to be in; None if it is in none.
 
     Raises:
-        UserError: It is in a known format, which is to be converted, or it is known what else it is.
+        UserError: It can be converted, or it is known what else it is.
     """
     if known is not None:
+        read_weights(SourceFiles(path), known)  # raises the error for what conversion could not read either
         raise UserError(
             f"{path}: is a checkpoint in the format {known}, and this command reads those of esm2mega; make "
             f"one with `esm2mega convert {path} DIR --to esm2mega`"

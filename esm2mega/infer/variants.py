@@ -127,7 +127,7 @@ class Table:
 
 
 def read_table(path: str | Path) -> Table:
-    """Read a CSV with a header, also compressed, delimited by what the header has most of: comma, tab or semicolon.
+    """Read a CSV with a header, also compressed; commas, tabs or semicolons, what the header has most of.
 
     Raises:
         UserError: The file is missing or empty, is no CSV, or a row has more or fewer cells than the header.

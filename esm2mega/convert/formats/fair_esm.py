@@ -200,14 +200,10 @@ def _values_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> tuple[dict[
 def _what_else(path: Path, names: Iterable[str]) -> str:
     """Say what a file holds that has no tensor table under fair-esm's name."""
     if any(name.endswith(("word_embeddings.weight", "lm_head.decoder.bias")) for name in names):
-        beside = (
-            ""
-            if path.suffix in OF_TRANSFORMERS
-            else f", and let the name end in {' or '.join(OF_TRANSFORMERS)}"
-        )
+        endings = "" if path.suffix in OF_TRANSFORMERS else f" under a name in {' or '.join(OF_TRANSFORMERS)}"
         return (
             "its tensors have the names of transformers, whose config.json says how many heads the model "
-            f"has; put config.json beside the file{beside}"
+            f"has; put the file{endings} beside config.json"
         )
     return f"its tensors have the names of no known format: {first_of(sorted(names), 4)}"
 
