@@ -96,7 +96,14 @@ def test_embed_and_predict_take_standard_input(
 def test_prepare_takes_a_stream_beside_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.fasta").write_text(">z\nMM\n")
     with standard_input(table("csv", ["sequence"])):
-        arguments = ["prepare", "fasta", str(tmp_path / "x.fasta"), "/dev/stdin", "--out", str(tmp_path / "s")]
+        arguments = [
+            "prepare",
+            "fasta",
+            str(tmp_path / "x.fasta"),
+            "/dev/stdin",
+            "--out",
+            str(tmp_path / "s"),
+        ]
         assert main([*arguments, "--workers", "1"]) == 0
     assert "/dev/stdin: has no 'id', so the ids are line numbers" in capsys.readouterr().out
     store = TokenStore(tmp_path / "s" / "train")

@@ -46,7 +46,10 @@ def directory_of_one_file(folder: Path) -> Path:
 
 
 WHAT: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "ESM-1b": (lambda f: transformers_directory(f, ESM_1B), "ESM-1b or ESM-1v, not ESM-2: position_embedding_type is 'absolute'"),
+    "ESM-1b": (
+        lambda f: transformers_directory(f, ESM_1B),
+        "ESM-1b or ESM-1v, not ESM-2: position_embedding_type is 'absolute'",
+    ),
     "ProtT5": (lambda f: transformers_directory(f, T5), "is ProtT5 (model_type 't5'), not ESM-2"),
     "no config": (lambda f: transformers_directory(f, None), "model.safetensors and no config.json"),
     "MSA": (lambda f: saved(f, {"layers.0.row_self_attention.bias": torch.zeros(2)}), "is the MSA Trans"),
@@ -100,7 +103,10 @@ def test_a_checkpoint_of_another_program_is_to_be_converted(
     for name in ("evaluate", "predict", "lora merge"):
         assert main(commands(path, tmp_path)[name]) == 2
         error = capsys.readouterr().err
-        assert f"in the format hf, and this command reads those of esm2mega; make one with `esm2mega con" in error
+        assert (
+            f"in the format hf, and this command reads those of esm2mega; make one with `esm2mega con"
+            in error
+        )
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
     assert f"checkpoint {path} in the format hf" in text

@@ -50,7 +50,11 @@ def test_esm2_and_what_says_nothing_have_no_other_name(config: dict[str, Any]) -
         ("shared.weight", (), "a T5"),
         ("esm.embeddings.word_embeddings.weight", (446, 8), "SaProt"),
         ("module.bert.embeddings.word_embeddings.weight", (30, 8), "ProtBert"),
-        ("base_model.model.esm.encoder.layer.0.attention.self.query.lora_A.weight", (2, 8), "adapters of PEFT"),
+        (
+            "base_model.model.esm.encoder.layer.0.attention.self.query.lora_A.weight",
+            (2, 8),
+            "adapters of PEFT",
+        ),
     ],
 )
 def test_by_tensors(tensor: str, shape: tuple[int, ...], name: str) -> None:
