@@ -138,7 +138,7 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
         The attributes, the path of the token store and the pieces to compute; or a line that says why there
         is nothing to do.
     """
-    target, run = job.target, job.run
+    target = job.target
     begun = has_begun(target)
     if not begun or job.mode == "overwrite":
         if target.work_dir.exists():

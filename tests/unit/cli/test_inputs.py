@@ -1,4 +1,4 @@
-"""Streams and compressed tables are taken by every command that takes the file, or refused for what they are."""
+"""Streams and compressed tables are taken wherever the file would be, or refused for what they are."""
 
 from __future__ import annotations
 

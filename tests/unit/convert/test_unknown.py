@@ -104,14 +104,14 @@ def test_a_checkpoint_of_another_program_is_to_be_converted(
         assert main(commands(path, tmp_path)[name]) == 2
         error = capsys.readouterr().err
         assert (
-            f"in the format hf, and this command reads those of esm2mega; make one with `esm2mega con"
+            "in the format hf, and this command reads those of esm2mega; make one with `esm2mega con"
             in error
         )
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
     assert f"checkpoint {path} in the format hf" in text
     assert f"model {foreign.L} layers, hidden {foreign.H}, {foreign.A} heads" in text
-    assert f"  embedding.word_embeddings.weight " in text
+    assert "  embedding.word_embeddings.weight " in text
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model."])

@@ -79,7 +79,7 @@ def test_the_content_says_the_format(kind: str, packed: str) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install esm2mega[parquet]")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install esm2mega[parquet]")
     import pyarrow.parquet
 
     table = pyarrow.table({"id": ["a", "b"], "sequence": ["MKT", "LLV"]})
@@ -119,9 +119,9 @@ def test_a_named_pipe_keeps_the_ending_of_its_name(tmp_path: Path) -> None:
 
 
 def test_messages_name_the_stream(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^-:4: '1' in the sequence of 'b'"):
-        with standard_input(b">a\nMKT\n>b\nL1V\n"), spooled(["-"]) as files:
-            list(open_source(files.paths[0], SourceOptions()))
+    expected = pytest.raises(UserError, match=r"^-:4: '1' in the sequence of 'b'")
+    with expected, standard_input(b">a\nMKT\n>b\nL1V\n"), spooled(["-"]) as files:
+        list(open_source(files.paths[0], SourceOptions()))
     assert files.shown(f"{files.paths[0]}: has no 'id'") == "-: has no 'id'"
     # A file is taken as it is, and so is an error about it.
     (tmp_path / "x.fasta").write_bytes(b">a\n1\n")
@@ -131,9 +131,9 @@ def test_messages_name_the_stream(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_or_says_nothing() -> None:
-    with pytest.raises(UserError, match="/dev/fd/987: is not open in this process; torchrun hands no"):
-        with spooled(["/dev/fd/987"]):
-            pass
-    with pytest.raises(UserError, match="^-: no sequences in the file"):
-        with standard_input(b""), spooled(["-"]) as files:
-            list(open_source(files.paths[0], SourceOptions()))
+    closed = pytest.raises(UserError, match="/dev/fd/987: is not open in this process; torchrun hands no")
+    with closed, spooled(["/dev/fd/987"]):
+        pass
+    empty = pytest.raises(UserError, match="^-: no sequences in the file")
+    with empty, standard_input(b""), spooled(["-"]) as files:
+        list(open_source(files.paths[0], SourceOptions()))
