@@ -377,7 +377,7 @@ def _check_stores(data: DataConfig, train: TrainConfig) -> None:
         if path is not None and os.path.realpath(path) in real:
             raise UserError(
                 f"data.{split}={path} is also data.train; its loss would not measure unseen proteins: "
-                "give another store (`esm2mega prepare fasta` takes --val-size and --test-size)"
+                "give another store, as `esm2mega prepare fasta --val-size N --test-size N` makes it"
             )
     for i, path in enumerate(paths):
         if real[i] in real[:i]:

@@ -101,11 +101,11 @@ def _first_of(store: TensorStore) -> Callable[[str], Tensor]:
 def _fair_esm(path: Path, prepare: Prepare) -> PlainModel:
     found = open_file(path)
     # The file's own prefixes, or none in a state dict that was saved from a model.
-    stems = (
-        ("encoder.", "encoder.sentence_encoder.") if "encoder.lm_head.bias" in found.store.infos else ("", "")
-    )
-    source = WeightSource(lambda name: found.store.read(stems[1] + name), prepare)
-    head = WeightSource(lambda name: found.store.read(f"{stems[0]}lm_head.{name}"), prepare)
+    head_stem, stem = "encoder.", "encoder.sentence_encoder."
+    if "encoder.lm_head.bias" not in found.store.infos:
+        head_stem, stem = "", ""
+    source = WeightSource(lambda name: found.store.read(stem + name), prepare)
+    head = WeightSource(lambda name: found.store.read(f"{head_stem}lm_head.{name}"), prepare)
 
     def block(n: int) -> PlainBlock:
         at = f"layers.{n}."
@@ -137,10 +137,8 @@ def _fair_esm(path: Path, prepare: Prepare) -> PlainModel:
 
 
 def _te(path: Path, prepare: Prepare) -> PlainModel:
-    config, (store, _) = (
-        json_config(path),
-        without_shared_prefix(open_tensors(path), ("module.", "_orig_mod.")),
-    )
+    config = json_config(path)
+    store, _ = without_shared_prefix(open_tensors(path), ("module.", "_orig_mod."))
     stem = "model." if any(name.startswith("model.") for name in store.infos) else "esm."
     source, heads = WeightSource(store.read, prepare), config["num_attention_heads"]
 

@@ -104,8 +104,7 @@ def test_a_checkpoint_of_another_program_is_to_be_converted(
         assert main(commands(path, tmp_path)[name]) == 2
         error = capsys.readouterr().err
         assert (
-            "in the format hf, and this command reads those of esm2mega; make one with `esm2mega con"
-            in error
+            "in the format hf, and this command reads those of esm2mega; make one with `esm2mega con" in error
         )
     assert main(["inspect", str(path)]) == 0
     text = capsys.readouterr().out
