@@ -20,7 +20,7 @@ from esm2mega.data.readers.text import open_text
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import STANDARD_INPUT, is_stream
 
-_OPEN_FILE = re.compile(r"/dev/(?:stdin|fd/\d+)|/proc/(?:self|\d+)/fd/\d+")
+_OPEN_FILE = re.compile(r"/dev/stdin|(?:/dev|/proc/self)/fd/(\d+)")
 _HEAD_BYTES = 1 << 20
 _COPIED_AT_ONCE = 1 << 20
 
@@ -76,14 +76,14 @@ def spooled(paths: Sequence[str | Path], sequence_column: str = "sequence") -> I
 
 def _must_be_copied(path: str | Path) -> bool:
     """Tell whether a path is a stream, or a file under a name that says nothing of its format."""
-    if is_stream(path) or (_OPEN_FILE.fullmatch(str(path)) and os.path.isfile(path)):
-        return True
-    if _OPEN_FILE.fullmatch(str(path)) and not os.path.exists(path):
+    opened = _OPEN_FILE.fullmatch(str(path))
+    # torchrun closes all but the standard streams of its processes, where the same number means another file.
+    if opened and opened[1] not in (None, "0") and ("RANK" in os.environ or not os.path.exists(path)):
         raise UserError(
             f"{path}: is not open in this process; torchrun hands no process substitution on: pipe the input "
             f"into the command, and give {STANDARD_INPUT} as its name"
         )
-    return False
+    return is_stream(path) or bool(opened and os.path.isfile(path))
 
 
 def _copy(path: str | Path, folder: Path) -> Path:

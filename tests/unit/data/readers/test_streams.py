@@ -130,6 +130,16 @@ def test_messages_name_the_stream(tmp_path: Path) -> None:
         list(open_source(files.paths[0], SourceOptions()))
 
 
+def test_torchrun_hands_no_process_substitution_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of the user's pipe is that of something else in its processes."""
+    monkeypatch.setenv("RANK", "0")
+    closed = pytest.raises(UserError, match=r"torchrun hands no process .*give - as its name")
+    with pipe(FASTA) as path, closed, spooled([path]):
+        pass
+    with standard_input(FASTA), spooled(["/dev/fd/0"]) as files:
+        assert records(files.paths[0]) == EXPECTED
+
+
 def test_what_is_not_there_or_says_nothing() -> None:
     closed = pytest.raises(UserError, match="/dev/fd/987: is not open in this process; torchrun hands no")
     with closed, spooled(["/dev/fd/987"]):
