@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -203,6 +204,37 @@ def check_out(path: Path) -> None:
     else:
         return
     raise UserError(f"--out {path}: {reason}; name a file in a directory that can be written to")
+
+
+STANDARD_INPUT = "-"
+"""Commands that read a stream take this as the name of their standard input."""
+
+
+def is_stream(path: str | Path) -> bool:
+    """Tell whether a path is standard input, a pipe or a device, whose content can be read only once."""
+    if str(path) == STANDARD_INPUT:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def refuse_stream(path: str | Path, named: str | None = None) -> None:
+    """Refuse a stream where a file is read several times, or by several processes.
+
+    Args:
+        path: What the user gave.
+        named: The path with its option or key, for the message; None for the path alone.
+
+    Raises:
+        UserError: It is a stream.
+    """
+    if is_stream(path):
+        raise UserError(
+            f"{named or path}: is a stream, and this input is read more than once; write it to a file first"
+        )
 
 
 def first_of(names: Sequence[str], most: int = 8) -> str:

@@ -20,8 +20,8 @@ def inspect_path(path: str | Path) -> str:
     """
     run, which = split_run(path)
     directory = Path(run)
-    if not directory.is_dir():
-        raise UserError(f"{path}: no such directory; give a token store, a run directory or a checkpoint")
+    if not directory.exists():
+        raise UserError(f"{path}: no such path; give a token store, a run directory or a checkpoint")
     if which is not None:
         return "\n".join(_checkpoint_lines(path))
     if (directory / "manifest.json").is_file():
@@ -31,6 +31,13 @@ def inspect_path(path: str | Path) -> str:
         return "\n".join(_store_lines(directory) if tables is None else _table_lines(directory, tables))
     if stores := sorted(str(path.parent) for path in directory.glob("*/manifest.json")):
         raise UserError(f"{path}: holds token stores but is none itself; did you mean {' or '.join(stores)}?")
+    from esm2mega.convert.files.source import SourceFiles
+    from esm2mega.convert.formats.registry import detect, find_format
+    from esm2mega.convert.start_point import OWN
+
+    source = SourceFiles(directory)
+    if not directory.is_dir() or find_format(source) not in (None, OWN):
+        return "\n".join(_foreign_lines(source, detect(source)))
     return "\n".join(_checkpoint_lines(directory))
 
 
@@ -95,6 +102,32 @@ def _store_lines(directory: Path) -> Iterator[str]:
     for token, count in sorted(counted, key=lambda pair: -pair[1]):
         yield f"  {token:<8} {count:>16,}  {100 * count / total:6.3f} %"
     yield f"tokenizer {store.manifest['tokenizer_hash']}"
+
+
+def _foreign_lines(source: Any, name: str) -> Iterator[str]:
+    """Describe a checkpoint of another program, with its tensors under our names.
+
+    Args:
+        source: Its files.
+        name: The format that it is in.
+    """
+    from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
+    from esm2mega.convert.formats.registry import read_weights
+    from esm2mega.convert.lazy_weights import dtype_name
+
+    weights = read_weights(source, name)
+    description = weights.description
+    yield f"checkpoint {source.path} in the format {name}, which `esm2mega convert` reads"
+    yield f"model {description.shape}, {dtype_name(description.dtype)}, family {description.family}"
+    if description.head != "lm":
+        task = description.task
+        yield "no head" if task is None else f"head of a task (task.kind={task.task.kind})"
+    yield from weights.notes.lines()
+    digests = []
+    for tensor, info in weights.infos.items():
+        digests.append((tensor, tensor_sha256(weights.read(tensor))))
+        yield f"  {tensor:<58} {dtype_name(info.dtype):<9} {list(info.shape)!s:<18} {digests[-1][1][:16]}"
+    yield f"tensors sha256 {combined_sha256(digests)}"
 
 
 def _checkpoint_lines(named: str | Path) -> Iterator[str]:

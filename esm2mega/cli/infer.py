@@ -78,6 +78,8 @@ def _list(values: tuple[str, ...]) -> list[str] | None:
 def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
     """Embed the proteins of INPUT: FASTA, CSV, Parquet and others, also compressed, or a token store.
 
+    INPUT may be a stream, and is - for standard input.
+
     Results are in input order with their ids. The other proteins of INPUT do not change those of a protein.
 
     Example: esm2mega embed runs/mine proteins.fasta --out proteins.h5

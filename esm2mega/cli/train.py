@@ -101,7 +101,7 @@ def finetune(config: str | None, code: tuple[str, ...], overrides: tuple[str, ..
 def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
     """Predict the proteins of INPUT with a fine-tuned checkpoint; a run means its best one.
 
-    INPUT is FASTA, CSV, Parquet and others, also compressed, or a token store.
+    INPUT is FASTA, CSV, Parquet and others, also compressed, or a token store; - is standard input.
 
     Example: esm2mega predict runs/mine proteins.fasta --out predictions.csv
     """

@@ -30,6 +30,7 @@ from esm2mega.config.schema import (
     flatten,
 )
 from esm2mega.errors import UserError
+from esm2mega.files import refuse_stream
 
 _AT_LEAST = {
     "seed": 0,
@@ -182,6 +183,8 @@ def check_training_inputs(run: Run) -> None:
     named: list[tuple[str, str | None]] = [("data.train", path) for path in run.data.train_paths()]
     named += [("data.valid", run.data.valid), ("data.test", run.data.test)]
     for key, path in named:
+        if path is not None:
+            refuse_stream(path, f"{key}={path}")
         if path is not None and labelled and not os.path.isfile(path):
             raise UserError(f"{key}={path}: no such file; give a table with sequences and labels")
         if path is not None and not os.path.exists(path):
@@ -377,7 +380,7 @@ def _check_stores(data: DataConfig, train: TrainConfig) -> None:
         if path is not None and os.path.realpath(path) in real and not data.allow_overlap:
             raise UserError(
                 f"data.{split}={path} is also data.train; its loss would not measure unseen proteins: "
-                "give another store (`esm2mega prepare fasta` takes --val-size and --test-size), or set "
+                "give another store, as `esm2mega prepare fasta --val-size N --test-size N` makes it, or set "
                 "data.allow_overlap=true"
             )
     for i, path in enumerate(paths):

@@ -16,9 +16,10 @@ from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.config.schema import FinetuneConfig, Run, TaskConfig
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.formats import esm2mega as own_format
-from esm2mega.convert.formats.registry import detect, read_weights
+from esm2mega.convert.formats.registry import detect, find_format, read_weights
 from esm2mega.convert.heads.contact_head import WEIGHT, is_regression
 from esm2mega.convert.lazy_weights import HeadDescription, Weights
+from esm2mega.convert.unknown import refuse_foreign
 from esm2mega.errors import UserError
 from esm2mega.parallel.errors import on_one_rank
 
@@ -162,6 +163,9 @@ def read_checkpoint(checkpoint: str | Path, resuming: bool = False) -> StartPoin
     Raises:
         UserError: There is none, or it cannot be read.
     """
+    source = SourceFiles(Path(checkpoint))
+    if source.path.exists() and (found := find_format(source)) != OWN:
+        refuse_foreign(source.path, found)
     return _read_own(_chosen(checkpoint, resuming))
 
 

@@ -89,6 +89,9 @@ def load(
     return Model(path, overrides)
 
 
+_MERGE = "make a whole model of them with `esm2mega lora merge CHECKPOINT --base PATH --out DIR`"
+
+
 class Model:
     """Holds a loaded model; `close`, the end of a ``with`` block, or the end of the process frees it."""
 
@@ -100,7 +103,7 @@ class Model:
             overrides: ``key=value`` over the checkpoint's configuration.
         """
         # The checkpoint is opened in this process alone; `_World.enter` refuses several processes.
-        self._source = source_of(read_with_base(path))
+        self._source = source_of(read_with_base(path, cure=_MERGE))
         self._run = inference_run(self._source.run, overrides)
         validate_inference(self._run, 1)
         self._ranks = _world.enter()

@@ -11,6 +11,7 @@ import numpy as np
 
 from esm2mega.config.infer import absolute_layers, inference_run, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
+from esm2mega.config.load import values_of
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.infer.contents import Write
 from esm2mega.infer.embedding_target import EmbeddingTarget
@@ -74,7 +75,8 @@ class EmbedJob(Job):
         Raises:
             UserError: The request is not valid, or does not fit the model.
         """
-        self._source = open_model(request.checkpoint)
+        (base,) = values_of(["init_from"], request.config, request.overrides)
+        self._source = open_model(request.checkpoint, base)
         self._contact_maps = request.contact_maps
         run = expand_paths(inference_run(self._source.run, request.overrides, request.config))
         if request.contact_maps is not None and "contacts" not in run.infer.outputs:

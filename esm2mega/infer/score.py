@@ -104,13 +104,13 @@ class Scorer:
 @contextmanager
 def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ranks]]:
     """Load a model for scoring, within process groups that last as long as the context."""
-    (too_long,) = values_of(["infer.too_long"], None, options.overrides)
+    too_long, base = values_of(["infer.too_long", "init_from"], None, options.overrides)
     if too_long is not None:
         raise UserError(
             f"infer.too_long={too_long} is of `embed` and `predict`; `score` sees each residue of a long "
             "protein in the window around it: leave it out"
         )
-    source = open_model(checkpoint)
+    source = open_model(checkpoint, base)
     source.check_lm_head()
     run = inference_run(source.run, options.overrides)
     validate_inference(run, world_size_from_environment())

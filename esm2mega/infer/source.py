@@ -61,17 +61,18 @@ class ModelSource:
         return self.auxiliary[WEIGHT].flatten(), float(self.auxiliary[BIAS])
 
 
-def open_model(path: str | Path) -> ModelSource:
+def open_model(path: str | Path, base: str | None = None) -> ModelSource:
     """Open a checkpoint, without reading weights yet; all ranks call this together, and rank 0 decides.
 
     Args:
         path: A checkpoint or a run, as for `esm2mega.checkpoint.choice.choose_checkpoint`; or a checkpoint in
             any format that `esm2mega convert` reads, such as a directory of Hugging Face.
+        base: Where the weights under adapters are if they are no longer where they were in training.
 
     Raises:
         UserError: There is no checkpoint, or it cannot be read.
     """
-    return source_of(on_one_rank(lambda: read_with_base(path)))
+    return source_of(on_one_rank(lambda: read_with_base(path, base)))
 
 
 def source_of(start: StartPoint) -> ModelSource:

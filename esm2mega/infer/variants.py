@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from esm2mega.data.readers.text import open_text
 from esm2mega.errors import UserError
-from esm2mega.files import OTHER_OUT, replacing
+from esm2mega.files import OTHER_OUT, refuse_stream, replacing
 from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
 
 AMINO_ACIDS = "".join(sorted(VOCAB[i] for i in STANDARD_RESIDUES))
@@ -92,17 +95,17 @@ class Table:
 
 
 def read_table(path: str | Path) -> Table:
-    """Read a CSV with a header; commas, tabs or semicolons, whichever the header has most of.
+    """Read a CSV with a header, also compressed; commas, tabs or semicolons, what the header has most of.
 
     Raises:
         UserError: The file is missing or empty, is no CSV, or a row has more or fewer cells than the header.
     """
+    refuse_stream(path)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
+        with open_text(Path(path)) as content, io.TextIOWrapper(content, "utf-8", newline="") as stream:
             header = stream.readline()
             delimiter = max(_DELIMITERS, key=header.count)
-            stream.seek(0)
-            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            reader = csv.reader(chain([header], stream), delimiter=delimiter, strict=True)
             columns = [name.strip() for name in next(reader, [])]
             rows, lines = [], []
             for row in reader:
@@ -115,8 +118,6 @@ def read_table(path: str | Path) -> Table:
                     )
                 rows.append(row)
                 lines.append(reader.line_num)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: is no CSV ({error}); give a table with a header line") from None
     if not rows:

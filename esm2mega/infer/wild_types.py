@@ -33,7 +33,7 @@ def clean(sequence: str) -> str:
 
 def read_wild_types(path: str) -> list[WildType]:
     """Read the proteins of a file in any format of `esm2mega.data.readers.sources`; ids must differ."""
-    source = open_source(path, SourceOptions())
+    source = open_source(path, SourceOptions(set_by="nothing"))
     proteins = []
     for record in source:
         try:

@@ -46,7 +46,8 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
     refuse_existing(target)
     start = read_checkpoint(checkpoint)
     adapters = AdapterReader(start)
-    under = read_start(base) if base is not None else with_base(start, start.run.init_from).base
+    cure = "say where it is with --base PATH"
+    under = read_start(base) if base is not None else with_base(start, start.run.init_from, cure=cure).base
     assert under is not None
     check_base(start, identify(under))
     weights = merged(under.weights, adapters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -159,6 +160,22 @@ def test_three_kills_leave_no_trace(reference: Reference, fasta: Path, alone: Pa
 
 def _pieces(journal: Path) -> int:
     return len(journal.read_text().split()) if journal.exists() else 0
+
+
+def test_a_stream_is_read_by_one_rank(reference: Reference, tmp_path: Path) -> None:
+    """A pipe has one end to read from; what it holds is the same output as the file."""
+    pairs = [(f"p{number}", sequence) for number, sequence in enumerate(random_proteins([5, 40, 17, 60]))]
+    fasta, pipe = write_fasta(tmp_path / "x.fasta", pairs), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(fasta.read_bytes(),))
+    writer.start()
+    outputs = [tmp_path / "file.h5", tmp_path / "stream.h5"]
+    for source, out in zip((fasta, pipe), outputs, strict=True):
+        run_ranks(arguments(reference, source, out), 2, tmp_path / out.stem)
+    writer.join(timeout=10)
+    with h5py.File(outputs[0]) as ours, h5py.File(outputs[1]) as theirs:
+        assert (ours["ids"][()] == theirs["ids"][()]).all()
+        assert (ours["residue/layer_4"][()] == theirs["residue/layer_4"][()]).all()
 
 
 def test_an_error_is_reported_once(reference: Reference, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,8 +82,16 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def safetensors_of(directory: Path) -> SafetensorsStore | None:
-    """Open ``model.safetensors`` of a directory, or its shards by their index; None if it has neither."""
+def safetensors_of(path: Path) -> SafetensorsStore | None:
+    """Open a safetensors file, or ``model.safetensors`` of a directory or its shards; None if there is none.
+
+    Raises:
+        UserError: A file is not readable, is one shard of several, or does not fit the index.
+    """
+    if path.is_file():
+        refuse_shard(path)
+        return SafetensorsStore(path, [path]) if path.suffix == ".safetensors" else None
+    directory = path
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return SafetensorsStore(directory, [single])
@@ -98,6 +106,12 @@ def safetensors_of(directory: Path) -> SafetensorsStore | None:
             f"{named.get(name, 'none')}; download all of them again"
         )
     return store
+
+
+def refuse_shard(path: Path) -> None:
+    """Raise `UserError` for a file that holds a part of a model."""
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+        raise UserError(f"{path}: is one shard of a model; give the directory of all of them, {path.parent}")
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -142,6 +156,48 @@ class MemoryStore:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+_WRAPPERS = ("module.", "model.", "_orig_mod.")
+"""Wrappers of PyTorch and Lightning put these before the names of all tensors of a model."""
+
+
+class UnprefixedStore:
+    """Gives the tensors of another store under names without a prefix that all of them have."""
+
+    def __init__(self, store: TensorStore, prefix: str) -> None:
+        """Take `prefix` off the names of `store`."""
+        self.location = store.location
+        self.infos = {name.removeprefix(prefix): info for name, info in store.infos.items()}
+        self._store, self._prefix = store, prefix
+
+    def read(self, name: str) -> Tensor:
+        return self._store.read(self._prefix + name)
+
+
+def without_shared_prefix(
+    store: TensorStore, wrappers: Sequence[str] = _WRAPPERS
+) -> tuple[TensorStore, list[str]]:
+    """Take off the prefixes that a wrapper of the model put before the names of all its tensors.
+
+    Args:
+        store: The tensors.
+        wrappers: The prefixes to look for, of which there may be several, one before the other.
+
+    Returns:
+        The tensors under the names of the model itself, and a note for the user if there was a prefix.
+    """
+    prefix = ""
+    while store.infos and (found := _shared(store.infos, prefix, wrappers)):
+        prefix += found
+    if not prefix:
+        return store, []
+    return UnprefixedStore(store, prefix), [f"{prefix}: the prefix of the names of all tensors"]
+
+
+def _shared(names: Iterable[str], prefix: str, wrappers: Sequence[str]) -> str:
+    """Return the wrapper that stands behind `prefix` in all names; empty if none does."""
+    return next((w for w in wrappers if all(name.startswith(prefix + w) for name in names)), "")
 
 
 class DistributedStore:

@@ -165,7 +165,7 @@ def write(weights: Weights, path: Path, run: Run | None = None) -> None:
     if weights.description.head is None:
         raise UserError(
             "an esm2mega checkpoint has a head, this model has none; start a fine-tuning from it directly, "
-            "with init_from"
+            "with `esm2mega finetune init_from=SRC`"
         )
     run = run or run_of(weights.description)
     planned = outputs(weights, _names(weights.description))
@@ -211,7 +211,8 @@ def run_of(description: Description) -> Run:
     precisions = {dtype: name for name, dtype in DTYPES.items()}
     if description.dtype not in precisions:
         raise UserError(
-            f"weights of {description.dtype} have no place in an esm2mega checkpoint; use --dtype fp32"
+            f"weights of {description.dtype} have no place in an esm2mega checkpoint; "
+            "`esm2mega convert --dtype fp32` makes it of them"
         )
     shape = description.shape
     is_esm2 = description.family == "esm2"

@@ -19,6 +19,9 @@ from esm2mega.batch import Segments
 from esm2mega.checkpoint.tensors import tensor_sha256
 from esm2mega.convert.convert import Conversion
 from esm2mega.convert.files.iupac import ESM_ONLY, TAPE_TOKENS, esm_ids
+from esm2mega.convert.files.stores import without_shared_prefix
+from esm2mega.convert.formats.fair_esm import open_file
+from esm2mega.convert.formats.hf import open_tensors
 from esm2mega.convert.formats.registry import open_weights
 from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, is_contact_head, with_published_head
 from esm2mega.convert.heads.hf_classifiers import architecture_of
@@ -186,10 +189,10 @@ def _run(
     """Return the results of every sequence, and the name of the program that computed them."""
     if format_name == "esm2mega":
         return _esm2mega(path, prepare, ids, description), "esm2mega"
-    if format_name == "hf" and (found := _installed("transformers")):
+    if format_name == "hf" and _is_as_transformers_writes(path) and (found := _installed("transformers")):
         results, method = _transformers(path, prepare, ids, description), found
     # The package is looked up, not its module esm, since another package has a module of that name.
-    elif format_name == "fair-esm" and (found := _installed("fair-esm")):
+    elif format_name == "fair-esm" and open_file(path).is_whole and (found := _installed("fair-esm")):
         results, method = _fair_esm(path, prepare, ids), found
     else:
         model = read_plain_model(path, format_name, prepare)
@@ -201,6 +204,11 @@ def _run(
         # The outputs of transformers are of all tokens, ours without <cls> and <eos>.
         results = [(hidden, outputs[1:-1]) for hidden, outputs in results]
     return results, method
+
+
+def _is_as_transformers_writes(path: Path) -> bool:
+    """Tell whether transformers finds all tensors: in a directory, under the names that it wrote."""
+    return path.is_dir() and not without_shared_prefix(open_tensors(path))[1]
 
 
 def _installed(package: str) -> str | None:

@@ -94,7 +94,8 @@ def prepare_deeploc2(source: str | Path, out: str | Path, options: DeepLocOption
     check_new(Path(out))
     _check(options)
     columns = ["Membrane"] if options.labels == "membrane" else list(LOCATIONS)
-    reader = CsvReader(source, SourceOptions(sequence_column="Sequence", id_column="ACC"))
+    reading = SourceOptions(sequence_column="Sequence", id_column="ACC", set_by="nothing")
+    reader = CsvReader(source, reading)
     cure = "is this DeepLoc 2's table?"
     require_columns(str(source), reader.columns, ("Partition", *columns), cure)
     rows, partitions, left_out = _read(reader, columns, options)

@@ -185,7 +185,7 @@ def _fasta_rows(entries: Any, reader: FastaReader) -> _Found:
 
 
 def _csv_reader(path: Path) -> CsvReader:
-    reader = CsvReader(path, SourceOptions())
+    reader = CsvReader(path, SourceOptions(set_by="nothing"))
     cure = "FLIP's tables have sequence,target,set,validation"
     require_columns(str(path), reader.columns, ("target", "set", "validation"), cure)
     return reader

@@ -90,7 +90,7 @@ def _required_columns(task: TaskConfig) -> list[str]:
 
 
 def _options(data: DataConfig) -> SourceOptions:
-    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
+    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column, set_by="keys")
 
 
 def _table_rows(source: CsvReader | JsonLinesReader | ParquetReader, data: DataConfig) -> Iterator[Row]:
@@ -207,7 +207,7 @@ def _with_labels(
 def _label_options(data: DataConfig) -> SourceOptions:
     """Return options for a table of labels, in which the column of ids stands for that of sequences."""
     name = data.id_column or "id"
-    return SourceOptions(sequence_column=name, id_column=name)
+    return SourceOptions(sequence_column=name, id_column=name, set_by="keys")
 
 
 def _label_table(

@@ -127,7 +127,10 @@ class CsvReader(_TableSource):
     def _header_line(self, stream: io.BufferedReader[Any]) -> bytes:
         header = stream.readline(_HEADER_BYTES)
         if header.startswith(b">"):
-            raise UserError(f"{self.path}: is FASTA, not CSV; give --format fasta, or rename the file")
+            cure = "give --format fasta, or rename the file"
+            if self._options.set_by != "options":
+                cure = "give the file a name that ends in .fasta"
+            raise UserError(f"{self.path}: is FASTA, not CSV; {cure}")
         if b"\0" in header:
             raise UserError(f"{self.path}: is a binary file, not CSV")
         if not header.strip():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import filelock
@@ -21,7 +21,7 @@ from esm2mega.data.readers.sources import format_of, open_source
 from esm2mega.data.store.manifest import FORMAT_VERSION
 from esm2mega.data.store.prepare import OpenProgress, PrepareOptions, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
-from esm2mega.files import file_sha256
+from esm2mega.files import file_sha256, refuse_stream
 
 DIRECTORY = "prepared"
 """The cache has this name, beside the run directories, where `data.cache_dir` is null."""
@@ -34,6 +34,7 @@ def open_store(
     key: str,
     open_progress: OpenProgress | None = None,
     allow_unknown: bool = False,
+    shown: Callable[[str], str] = str,
 ) -> TokenStore:
     """Open the token store at `path`, or the store made of the file there.
 
@@ -44,10 +45,12 @@ def open_store(
         key: name of `path` for the user, such as `data.train`.
         open_progress: shows the progress of preparing, in the process that does it.
         allow_unknown: whether a protein may have unknown residues alone.
+        shown: puts names that the user knows into a line that is printed.
 
     Raises:
         UserError: The path is neither of them, or the file is refused.
     """
+    refuse_stream(path, f"{key}={path}")
     if not is_sequence_file(path):
         return TokenStore(path)
     options = _options(data)
@@ -57,14 +60,14 @@ def open_store(
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / f".{out.name}.lock"):
             if not out.is_dir():
-                _say(f"{key}: {path} is prepared, once, into {out}")
+                _say(shown(f"{key}: {path} is prepared, once, into {out}"))
                 how = PrepareOptions(options, allow_unknown=allow_unknown)
                 report = prepare_fasta([path], out, options=how, open_progress=open_progress)
                 for line in report.lines():
-                    _say(line)
+                    _say(shown(line))
                 return TokenStore(out / "train")
     if os.environ.get("RANK", "0") == "0":
-        _say(f"{key}: {path} was prepared before, into {out}")
+        _say(shown(f"{key}: {path} was prepared before, into {out}"))
     return TokenStore(out / "train")
 
 
@@ -88,7 +91,7 @@ def check_heads(paths: Iterable[str], data: DataConfig) -> None:
 
 
 def _options(data: DataConfig) -> SourceOptions:
-    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
+    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column, set_by="keys")
 
 
 def is_sequence_file(path: str) -> bool:

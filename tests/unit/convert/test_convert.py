@@ -58,7 +58,9 @@ def test_detect(sources: Path, name: str, expected: str) -> None:
 
 
 def test_an_unknown_file_is_named_with_what_would_be_known(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="in none of the formats esm2mega, hf, .*; name one with --from"):
+    with pytest.raises(
+        UserError, match="in none of the formats esm2mega, hf, .*`esm2mega convert --from FORMAT`"
+    ):
         detect(SourceFiles(tmp_path))
     with pytest.raises(UserError, match="no such file or directory"):
         open_weights(tmp_path / "nothing", "hf")
