@@ -52,8 +52,8 @@ def expanded(run: Run) -> Run:
         path = expand_user(key, path).replace(TIME, now)
         if VERSION in path and number is None:
             raise UserError(
-                f"{key}={path}: {VERSION} is the number of the run directory, which run_dir={run.run_dir} does "
-                f"not have; put {VERSION} into run_dir, or name the path"
+                f"{key}={path}: {VERSION} is the number of the run directory, and run_dir={run.run_dir} "
+                f"does not have one; put {VERSION} into run_dir, or name the path"
             )
         return path if number is None else path.replace(VERSION, number)
 
