@@ -5,7 +5,7 @@ This module does no arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,9 @@ from esm2mega.config.lora import check_start
 from esm2mega.config.schema import DataConfig, Run, TaskConfig, TrainConfig
 from esm2mega.config.task import validate_task
 from esm2mega.convert.start_point import StartPoint
-from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
+from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
+from esm2mega.data.labels.forms import SAID
+from esm2mega.data.labels.rows import Pairs, Table, read_table, table_of_pairs
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledStream
 from esm2mega.data.stream.build import BatchSpec
@@ -103,30 +105,34 @@ def read_splits(
 ) -> Splits:
     """Read all splits that are given; held-out ones take the classes and scale of the training split.
 
+    All ranks call this together.
+
     Args:
         data: Names of the tables, and how they are read.
         task: Meaning of their labels.
         parts: Data that replace the tables.
         loaded: Classes and scale of a head that was trained before, which then hold for all splits.
     """
-    found: dict[str, LabelledProteins] = {}
-    info: TargetInfo | None = None
+    tables: dict[str, Table] = {}
     for split, path in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         key = f"data.{split}"
         if split in parts.data:
-            proteins, info = proteins_of_pairs(parts.data[split], task, info, key, data, loaded)
+            tables[split] = table_of_pairs(parts.data[split], task, key)
         elif path is not None:
-            proteins, info = read_labelled(path, task, data, info, key, loaded)
+            tables[split] = read_table(path, task, data, key)
         elif split == "train":
             raise UserError(
                 "data.train is not set: give a table with sequences and labels, as data.train=FILE"
             )
-        else:
-            continue
+    forms = agreed_forms(task, list(tables.values()))
+    found: dict[str, LabelledProteins] = {}
+    info: TargetInfo | None = None
+    for split, table in tables.items():
+        proteins, info = label(table, task, data, forms, info, loaded)
         if split != "train" and proteins.fingerprint == found["train"].fingerprint:
             raise UserError(
-                f"{key} holds the same proteins as data.train; its loss would not measure unseen proteins: "
-                "give others"
+                f"data.{split} holds the same proteins as data.train; its loss would not measure unseen "
+                "proteins: give others"
             )
         found[split] = proteins
     assert info is not None
@@ -199,15 +205,15 @@ def _train(
         ),
         evaluation=evaluation,
         extra_state={"task": splits.info.to_dict(), "token_counts": None},
-        banner=_described(splits),
+        banner=_described(splits, run.task.target_columns),
         result=result,
         training_values=lambda metrics: {"loss": metrics["loss"]},
     )
     return run_session(run, ranks, session, start)
 
 
-def _described(splits: Splits) -> list[str]:
-    """Describe the task and the data in the lines that a run prints at its start."""
+def _described(splits: Splits, columns: Sequence[str]) -> list[str]:
+    """Describe the task, its target columns and the data in the lines that a run prints at its start."""
     info = splits.info
     lines = [f"task     {info.kind} of {info.num_outputs} outputs: {first_of(info.names)}"]
     if info.columns:
@@ -215,6 +221,8 @@ def _described(splits: Splits) -> list[str]:
             f"task     {info.kind} of {x.name}, {len(x.names)} classes: {first_of(x.names)}"
             for x in info.targets
         ]
+    for column, form in zip(columns, info.forms, strict=False):
+        lines.append(f"labels   column {column} holds {SAID[form]}")
     for split, proteins in splits.of.items():
         lines.append(
             f"data     {split}: {len(proteins)} proteins of {proteins.path}, {_labels(proteins, info)}"

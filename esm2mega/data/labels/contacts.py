@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import numpy.typing as npt
 
+from esm2mega.data.labels.forms import plain
 from esm2mega.errors import UserError
+from esm2mega.files import shortened
 from esm2mega.pairs import pairs_of
 
 DISTANCE = 8.0
@@ -29,32 +32,42 @@ SEPARATION = 6
 
 Array = npt.NDArray[np.float64]
 
+# Python writes tuples and None where JSON has lists and null.
+_BRACKETS = str.maketrans("()", "[]")
+_MISSING = re.compile(r"\b(None|nan)\b")
+
 
 def read_coordinates(value: object, column: str, location: str) -> Array:
-    """Read coordinates, ``[L, 3]``, from a cell: a list of three numbers for each residue, or its JSON text.
+    """Read coordinates, ``[L, 3]``, from a cell: a list of three numbers for each residue, or its text.
 
     A residue without coordinates is null, or has null or NaN among its numbers; it becomes three NaN.
 
     Raises:
         UserError: The cell holds anything else.
     """
+    value = plain(value)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
-            raise UserError(f"{location}: column {column!r} holds no JSON list of coordinates") from None
+            value = json.loads(_MISSING.sub("null", value.translate(_BRACKETS)))
+        except (ValueError, RecursionError):
+            raise UserError(
+                f"{location}: column {column!r} holds no list of coordinates; write it as JSON, such as "
+                "[[1.5, 0, -2], null]"
+            ) from None
     if not isinstance(value, list):
         raise UserError(
-            f"{location}: the coordinates in column {column!r} are {value!r}, not a list of [x, y, z]"
+            f"{location}: the coordinates in column {column!r} are {shortened(value)}, not a list of "
+            "[x, y, z]; give one for each residue, null where it is not known"
         )
     rows = np.full((len(value), 3), math.nan)
     for number, row in enumerate(value):
+        row = plain(row)
         if row is None:
             continue
         if not isinstance(row, list) or len(row) != 3 or not all(_is_coordinate(x) for x in row):
             raise UserError(
-                f"{location}: residue {number} in column {column!r} has {row!r}; give [x, y, z] in Angstrom, "
-                "or null"
+                f"{location}: residue {number} in column {column!r} has {shortened(row)}; give [x, y, z] in "
+                "Angstrom, or null"
             )
         if None not in row:
             rows[number] = row
@@ -63,7 +76,10 @@ def read_coordinates(value: object, column: str, location: str) -> Array:
 
 
 def _is_coordinate(value: object) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    if value is None or isinstance(value, float):
+        return True
+    # Other whole numbers may be too large for a float.
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def pair_labels(coordinates: Array, ignored: int) -> npt.NDArray[np.int8]:

@@ -9,8 +9,8 @@ Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ import numpy.typing as npt
 
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.data.labels.forms import column_form
 from esm2mega.data.labels.readers import TargetReader, join_labels, target_reader
-from esm2mega.data.labels.rows import MASK_FILE, labelled_rows
+from esm2mega.data.labels.rows import Pairs, Table, read_table, table_of_pairs, with_mask_file
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.readers.base import residues_of
 from esm2mega.errors import UserError
-
-Pairs = Sequence[tuple[str, Any]]
-"""This is a list of sequences with their labels."""
+from esm2mega.parallel.errors import on_one_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +139,8 @@ def read_labelled(
 ) -> tuple[LabelledProteins, TargetInfo]:
     """Read proteins with labels; too long ones are refused, dropped or kept as in `apply_length_policy`.
 
+    All ranks call this together.
+
     Args:
         path: CSV, JSON lines, Parquet or FASTA file, also compressed.
         task: Section that says which columns hold what.
@@ -151,19 +152,8 @@ def read_labelled(
     Raises:
         UserError: The file is no such table, or a cell is bad.
     """
-    if task.mask_file is not None:
-        task = replace(task, mask_column=MASK_FILE)
-    reader = target_reader(task)
-    notes: list[str] = []
-    rows = [
-        _Row(location, name, tokens, reader.read(cells, location, len(tokens)))
-        for location, name, tokens, cells in labelled_rows(Path(path), task, data, key, notes)
-    ]
-    if not rows:
-        raise UserError(f"{key}={path}: holds no proteins; give a table with some")
-    rows = _fitting(rows, data, key, notes)
-    info = info or reader.learn([row.label for row in rows], loaded)
-    return _of_rows(Path(path), rows, reader, info, notes), info
+    table = read_table(path, task, data, key)
+    return label(table, task, data, agreed_forms(task, [table], info), info, loaded)
 
 
 def proteins_of_pairs(
@@ -176,34 +166,61 @@ def proteins_of_pairs(
 ) -> tuple[LabelledProteins, TargetInfo]:
     """Make labelled proteins of a list of ``(sequence, value)``; the arguments are those of `read_labelled`.
 
-    A value is what a cell of the table would hold, or with several target columns a sequence of such values.
     Without `data`, proteins may have any length.
     """
-    for option in ("label_file", "mask_file", "mask_column"):
-        if getattr(task, option) is not None:
-            raise UserError(f"{name}: pairs hold their labels themselves; set task.{option}=null")
-    reader = target_reader(task)
-    columns = task.target_columns
-    rows = []
-    for number, (sequence, value) in enumerate(pairs):
-        location = f"{name}[{number}]"
-        values = [value]
-        if len(columns) > 1 and isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
-            values = list(value)
-        if len(values) != len(columns):
-            raise UserError(
-                f"{location}: {len(values)} values for task.target_columns={columns}; give one for each"
+    table = table_of_pairs(pairs, task, name)
+    return label(table, task, data, agreed_forms(task, [table], info), info, loaded)
+
+
+def agreed_forms(task: TaskConfig, tables: Sequence[Table], info: TargetInfo | None = None) -> list[str]:
+    """Return the form of each column of classes of residues; rank 0 decides, all ranks call this together.
+
+    Args:
+        task: Section that names the columns.
+        tables: All splits.
+        info: Targets of the training data; None if they are among `tables`.
+
+    Raises:
+        UserError: Cells of a column have several forms; see `esm2mega.data.labels.forms`.
+    """
+    if task.kind != "token_classification":
+        return []
+    known = [] if info is None else info.forms
+    return on_one_rank(
+        lambda: [
+            column_form(
+                column,
+                (
+                    (location, cells[column], len(tokens))
+                    for table in tables
+                    for location, _, tokens, cells in table.rows
+                ),
+                known[number] if number < len(known) else None,
             )
-        tokens = vocabulary.encode_residues(residues_of(sequence, location, str(number)))
-        cells = dict(zip(columns, values, strict=True))
-        rows.append(_Row(location, str(number), tokens, reader.read(cells, location, len(tokens))))
-    if not rows:
-        raise UserError(f"{name}: holds no proteins; give some")
-    notes: list[str] = []
+            for number, column in enumerate(task.target_columns)
+        ]
+    )
+
+
+def label(
+    table: Table,
+    task: TaskConfig,
+    data: DataConfig | None,
+    forms: Sequence[str],
+    info: TargetInfo | None,
+    loaded: TargetInfo | None = None,
+) -> tuple[LabelledProteins, TargetInfo]:
+    """Read the labels of a table; `forms` is from `agreed_forms`, the rest as for `read_labelled`."""
+    reader = target_reader(with_mask_file(task), forms)
+    rows = [
+        _Row(location, name, tokens, reader.read(cells, location, len(tokens)))
+        for location, name, tokens, cells in table.rows
+    ]
+    notes = list(table.notes)
     if data is not None:
-        rows = _fitting(rows, data, name, notes)
+        rows = _fitting(rows, data, table.key, notes)
     info = info or reader.learn([row.label for row in rows], loaded)
-    return _of_rows(Path(name), rows, reader, info, notes), info
+    return _of_rows(table.path, rows, reader, info, notes), info
 
 
 def _fitting(rows: list[_Row], data: DataConfig, key: str, notes: list[str]) -> list[_Row]:

@@ -51,6 +51,8 @@ class TargetInfo:
             checkpoints of earlier versions.
         columns: The target columns where residues have classes in several columns; else empty.
         widths: How many of `names` are classes of each of `columns`.
+        forms: How classes of residues were written in each target column, see `esm2mega.data.labels.forms`.
+            Empty for other kinds, and in checkpoints of earlier versions.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class TargetInfo:
     baseline: list[float] = field(default_factory=list, compare=False)
     columns: list[str] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    forms: list[str] = field(default_factory=list, compare=False)
 
     @property
     def per_residue(self) -> bool:

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 from esm2mega import vocabulary
 from esm2mega.errors import UserError
-from esm2mega.files import file_sha256, first_of
+from esm2mega.files import file_sha256, first_of, shortened
 
 WHITE_SPACE = b" \t\r\n\v\f"
 RESIDUE_BYTES = string.ascii_letters.encode() + b"*-."
@@ -194,8 +194,8 @@ def table_record(
         name = str(name)
     if not isinstance(name, str) or not name.strip():
         raise UserError(
-            f"{source.location(line)}: the id {name!r} is {_kind(name)}; give every row an id, or name "
-            "another column with --id-column"
+            f"{source.location(line)}: the id {shortened(name)} is {_kind(name)}; give every row an id, or "
+            "name another column with --id-column"
         )
     name = check_id(source, line, name.strip())
     if sequence is None or (isinstance(sequence, str) and sequence.strip() in MISSING_VALUES | {""}):
