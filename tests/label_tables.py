@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,13 @@ from esm2mega.config.schema import TaskConfig
 KINDS = ("token_classification", "token_regression", "multilabel", "classification", "regression", "flags")
 
 _TABLES = ("csv", "tsv", "excel", "label csv", "jsonl", "parquet")
-_TEXTS = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+_TEXTS = [
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.dictionary(pa.int32(), pa.string()),
+]
 _ONE_CHARACTER = (["C", "H", "E"], ["0", "1", "2"])
 _WORDS = (*_ONE_CHARACTER, ["0", "1", "10"], ["helix", "NA", "H"], ["007", "8", "x-y"], ["False", "True"])
 _NAMES = ("nucleus", "Golgi apparatus", "binding, metal", "0", "NA", "(R)", "007")
@@ -137,16 +143,16 @@ def _classes_of_residues(draw: st.DrawFn, lengths: list[int]) -> Table:
         "blank": f" {cell[1:]}" if encoding == "characters" else None,
         "blank entry": [" ", *names[1:]] if encoding == "native" else None,
         "bracket": cell[:-1] if isinstance(cell, str) and cell[-1] in "])" else None,
-        "dots": "[0 1 ... 1 0]" if encoding == "numpy" else None,
-        "nested": "[[0], [1]]" if encoding == "json" else None,
+        "dots": f"[{' '.join(['0', '...', *'1234'][: len(names)])}]" if encoding != "characters" else None,
+        "gaps": f"[0, {' '.join('1' * (len(names) - 1))}]" if len(names) > 2 else None,
+        "nested": str([[0]] * len(names)) if encoding == "json" else None,
         "fraction": [0.5, *names[1:]] if encoding == "native" else None,
         "empty": "",
     }
-    damage = draw(st.sampled_from(["none"] * 6 + ["other"] * 4 + 2 * list(damages)))
-    if damage == "other":
+    if draw(st.integers(0, 3)) == 0:
         formats = [name for name in _formats(other) if name in table.formats]
         return _with_cell(replace(table, formats=formats or ["jsonl"]), row, written(names, other))
-    return _damaged(table, row, damages.get(damage))
+    return draw(_perhaps_damaged(table, row, damages))
 
 
 def _with_cell(table: Table, row: int, cell: Any) -> Table:
@@ -154,16 +160,25 @@ def _with_cell(table: Table, row: int, cell: Any) -> Table:
     return replace(table, cells=cells, is_plain=cells == table.cells)
 
 
-def _damaged(table: Table, row: int, cell: Any) -> Table:
-    """The table with another cell that means nothing; the same table if that cell is None."""
-    if cell is None:
+@st.composite
+def _perhaps_damaged(draw: st.DrawFn, table: Table, row: int, damages: Mapping[str, Any]) -> Table:
+    """The table, or now and then the table with another cell, which means nothing.
+
+    Args:
+        table: A table that is whole.
+        row: Number of the row that may be damaged.
+        damages: Cells by what is wrong with them; None where it cannot be.
+    """
+    cells = [cell for cell in damages.values() if cell is not None]
+    cell = draw(st.sampled_from(cells))
+    if draw(st.booleans()):
         return table
     if isinstance(cell, str) and table.kind == "token_classification":
         # Less text may be text of another form, which means something where no other row tells.
         length = table.lengths[row]
         cell = "" if len(cell) == length and cell.isalnum() or len(cell.split()) == length == 1 else cell
     formats = [name for name in table.formats if name in ("jsonl", "parquet")]
-    changed = replace(table, formats=table.formats if isinstance(cell, str) else formats or ["jsonl"])
+    changed = replace(table, formats=table.formats if isinstance(cell, (str, tuple)) else formats or ["jsonl"])
     return replace(_with_cell(changed, row, cell), damaged=row, is_plain=False)
 
 
@@ -187,10 +202,11 @@ def _numbers_of_residues(draw: st.DrawFn, lengths: list[int]) -> Table:
         "less": written(values[:-1]),
         "more": written([*values, 1.0]),
         "word": written(["high", *values[1:]]),
-        "decimal comma": " ".join("0,5" for _ in values) if "fasta" not in table.formats else None,
+        # Two commas in place of points for four residues: as many numbers as there should be.
+        "decimal comma": " ".join(["0,5"] * max(1, len(values) // 2)) if encoding == "words" else None,
         "empty": "",
     }
-    return _damaged(table, row, damages.get(draw(st.sampled_from(["none"] * 4 + list(damages)))))
+    return draw(_perhaps_damaged(table, row, damages))
 
 
 @st.composite
@@ -215,7 +231,7 @@ def _several_names(draw: st.DrawFn, lengths: list[int]) -> Table:
         "without quotes": "[a, b]",
         "missing": LISTS[encoding](["a", None]) if encoding in LISTS else "['a', None]",
     }
-    return _damaged(table, row, damages.get(draw(st.sampled_from(["none"] * 4 + list(damages)))))
+    return draw(_perhaps_damaged(table, row, damages))
 
 
 @st.composite
@@ -223,39 +239,34 @@ def _one_label(draw: st.DrawFn, kind: str, lengths: list[int]) -> Table:
     if kind == "classification":
         meanings: list[Any] = [draw(st.sampled_from(_NAMES)) for _ in lengths]
         cells: list[Any] = list(meanings)
-        damages = ["", "[0, 1]", "['a']", ["a"], True, 0.5]
+        damages = {"empty": "", "text": "[0, 1]", "quotes": "['a']", "list": ["a"], "flag": True, "half": 0.5}
     else:
         number = st.integers(-400, 400).map(lambda value: value / 4)
         meanings = [0.25, *(draw(number | st.none()) for _ in lengths[1:])]
         missing = draw(st.sampled_from(["", "nan", "NA", "null", "N/A"]))
         cells = [missing if value is None else repr(value) for value in meanings]
-        damages = ["1,5", "high", "[0.5]", "inf", [0.5], "0,5 0,7"]
+        damages = {"comma": "1,5", "word": "high", "text": "[0.5]", "inf": "inf", "list": [0.5], "two": "1 2"}
     has_blanks = any(" " in cell for cell in cells)
     table = Table(kind, lengths, meanings, cells, _TABLES if has_blanks else (*_TABLES, "fasta"))
-    damage = draw(st.sampled_from([None] * 4 + [cell for cell in damages if has_blanks or " " not in str(cell)]))
-    return _damaged(table, draw(st.integers(0, len(lengths) - 1)), damage)
+    return draw(_perhaps_damaged(table, draw(st.integers(0, len(lengths) - 1)), damages))
 
 
 @st.composite
 def _flags(draw: st.DrawFn, lengths: list[int]) -> Table:
     flag = st.sampled_from([0.0, 1.0, None])
     meanings = [[draw(flag), draw(flag)] for _ in lengths]
-    write = draw(
-        st.sampled_from([lambda x: "" if x is None else str(int(x)), lambda x: "NaN" if x is None else repr(x)])
-    )
-    table = Table("flags", lengths, meanings, [list(map(write, pair)) for pair in meanings], _TABLES)
+    texts = draw(st.sampled_from([{0.0: "0", 1.0: "1", None: ""}, {0.0: "0.0", 1.0: "1.0", None: "NaN"}]))
+    table = Table("flags", lengths, meanings, [[texts[flag] for flag in pair] for pair in meanings], _TABLES)
     row = draw(st.integers(0, len(lengths) - 1))
-    damage = draw(st.sampled_from([None] * 5 + ["2", "yes", "[0]"]))
-    if damage is None:
-        return table
-    return replace(_with_cell(table, row, [damage, table.cells[row][1]]), damaged=row, is_plain=False)
+    damages = {text: (text, table.cells[row][1]) for text in ("2", "yes", "[0]")}
+    return draw(_perhaps_damaged(table, row, damages))
 
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[Table, str, Any]:
     """A table, the format to write it in, and the type of a Parquet column of text."""
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
-    kind = draw(st.sampled_from(["token_classification"] * 5 + list(KINDS)))
+    kind = draw(st.sampled_from(["token_classification"] * 3 + list(KINDS)))
     strategies = {
         "token_classification": _classes_of_residues(lengths),
         "token_regression": _numbers_of_residues(lengths),
@@ -275,9 +286,11 @@ def write(table: Table, format: str, text_type: Any, folder: Path) -> tuple[Path
     names = [f"p{number}" for number in range(len(rows))]
     if format == "parquet":
         try:
-            return _write_parquet(folder / "t.parquet", columns, names, sequences, rows, text_type), task, [
-                f"{folder}/t.parquet: row {number}: " for number in range(1, len(rows) + 1)
-            ]
+            return (
+                _write_parquet(folder / "t.parquet", columns, names, sequences, rows, text_type),
+                task,
+                [f"{folder}/t.parquet: row {number}: " for number in range(1, len(rows) + 1)],
+            )
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
             format = "jsonl"  # a column has one type
     if format == "jsonl":
@@ -297,12 +310,14 @@ def write(table: Table, format: str, text_type: Any, folder: Path) -> tuple[Path
     bare = "".join(f">{name}\n{sequence}\n" for name, sequence in zip(names, sequences, strict=True))
     if format == "label fasta":
         (folder / "t.fasta").write_text(bare)
-        (folder / "l.fasta").write_text("".join(f">{n}\n{row[0]}\n" for n, row in zip(names, rows, strict=True)))
+        (folder / "l.fasta").write_text(
+            "".join(f">{n}\n{row[0]}\n" for n, row in zip(names, rows, strict=True))
+        )
         task = replace(task, label_file=str(folder / "l.fasta"))
         return folder / "t.fasta", task, [f"{folder}/l.fasta:{2 * n + 1}: " for n in range(len(rows))]
     delimiter = {"csv": ",", "label csv": ",", "tsv": "\t", "excel": ";"}[format]
     path = folder / ("l.csv" if format == "label csv" else "t.csv")
-    # A spreadsheet in a country with decimal commas writes semicolons, Windows line ends and a mark at the start.
+    # Where decimals have commas, spreadsheets write semicolons, Windows line ends and a mark at the start.
     with path.open("w", newline="", encoding="utf-8-sig" if format == "excel" else "utf-8") as file:
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\r\n" if format == "excel" else "\n")
         writer.writerow(["id", "sequence", *columns])

@@ -204,7 +204,7 @@ def mask_of(cells: Cells, column: str | None, location: str, num_residues: int) 
     check_length(value, num_residues, column, location)
     marks = value if isinstance(value, str) else [_mark(entry) for entry in value]
     check_marks(marks, f"column {column!r}", location)
-    return np.array([mark == "1" for mark in marks])
+    return np.frombuffer("".join(marks).encode(), dtype=np.uint8) == ord("1")
 
 
 def _mark(entry: object) -> str:

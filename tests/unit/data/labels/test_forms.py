@@ -14,6 +14,7 @@ from esm2mega.data.labels.forms import CHARACTERS, LISTS, WORDS, column_form
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.finetune.run import Splits, UserParts, read_splits
+from tests.ranks import run_ranks
 
 RESIDUES = TaskConfig(kind="token_classification")
 
@@ -46,15 +47,11 @@ def test_all_cells_decide(cells: list[tuple[Any, int]], expected: str) -> None:
 
 
 def test_cells_of_two_forms_are_refused_where_the_fewer_are() -> None:
-    with pytest.raises(
-        UserError, match=r"^x.csv:4: holds a word .* 't', which holds a char.* at x.csv:2;"
-    ):
+    with pytest.raises(UserError, match=r"^x.csv:4: holds a word .* 't', which holds a char.* at x.csv:2;"):
         form(("CHE", 3), ("CH", 2), ("C H", 2))
     with pytest.raises(UserError, match=r"^x.csv:3: holds a character .*, which holds a word .* at x.csv:2;"):
         form(("C H E", 3), ("CH", 2), ("10", 1))
-    with pytest.raises(
-        UserError, match=r"^x.csv:2: holds a word .*, which holds a char.* in training;"
-    ):
+    with pytest.raises(UserError, match=r"^x.csv:2: holds a word .*, which holds a char.* in training;"):
         form(("C H E", 3), known=CHARACTERS)
     # Lists of training say nothing about text of another table.
     assert form(("CHE", 3), known=LISTS) == CHARACTERS and form(("C", 1), known=WORDS) == WORDS
@@ -118,3 +115,24 @@ def test_each_column_has_a_form_of_its_own(tmp_path: Path) -> None:
         [target.names[i] for i in column] for target, column in zip(info.targets, found.labels.T, strict=True)
     ]
     assert named == [["C", "H", "H"], ["1", "20", "3"], ["0", "1", "1"]]
+
+
+# Each rank has a copy of its own, and that of rank 1 has lost the line that decides.
+DECIDE = """
+import os, sys
+from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.finetune.run import UserParts, read_splits
+data = DataConfig(train=f"{sys.argv[1]}/{os.environ['RANK']}.csv")
+print(read_splits(data, TaskConfig(kind="token_classification"), UserParts()).info.forms)
+"""
+
+
+@pytest.mark.distributed
+def test_rank_0_decides_for_all(tmp_path: Path) -> None:
+    (tmp_path / "0.csv").write_text("sequence,target\nM,C\nMK,C H\n")
+    (tmp_path / "1.csv").write_text("sequence,target\nM,C\nK,H\n")
+    results = run_ranks(["-c", DECIDE, str(tmp_path)], 2, tmp_path)
+    assert [result.stdout for result in results] == ["['words']\n"] * 2
+    assert splits(tmp_path, (tmp_path / "1.csv").read_text(), "sequence,target\nL,H\n").info.forms == [
+        CHARACTERS
+    ]
