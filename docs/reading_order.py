@@ -130,7 +130,7 @@ SECTIONS = (
         "the language model; packs, loop and checkpoints are the same.",
         {
             "": "pairs",
-            "data/labels": "rows cells readers schema dataset stream",
+            "data/labels": "rows cells readers schema degenerate dataset stream",
             "data/benchmarks": "names tables flip",
             "finetune": "run losses param_groups evaluate metrics checkpoint predict output api",
         },

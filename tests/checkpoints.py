@@ -12,10 +12,10 @@ from esm2mega.checkpoint.tensors import TensorReader
 def full_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, optimizer included."""
     reader = TensorReader(checkpoint)
-    return {name: reader.read(name) for name in reader.index}
+    return reader.read_many(reader.index)
 
 
 def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The same without the optimizer, which is not read."""
     reader = TensorReader(checkpoint)
-    return {name: reader.read(name) for name in reader.index if not name.startswith("optimizer.")}
+    return reader.read_many(name for name in reader.index if not name.startswith("optimizer."))

@@ -48,6 +48,7 @@ class Table:
         formats: Formats of files in which such cells can be written.
         damaged: Number of the row that cannot be read; None if all can be.
         is_plain: Whether all rows are whole and written alike.
+        classes: The classes that the user declares.
     """
 
     kind: str
@@ -57,11 +58,13 @@ class Table:
     formats: Sequence[str]
     damaged: int | None = None
     is_plain: bool = True
+    classes: list[str] | None = None
 
     @property
     def task(self) -> TaskConfig:
         columns = ["u", "v"] if self.kind == "flags" else ["target"]
-        return TaskConfig(kind="multilabel" if self.kind == "flags" else self.kind, target_columns=columns)
+        kind = "multilabel" if self.kind == "flags" else self.kind
+        return TaskConfig(kind=kind, target_columns=columns, classes=self.classes)
 
 
 def _python(entry: Any) -> str:
@@ -121,6 +124,8 @@ def _classes_of_residues(draw: st.DrawFn, lengths: list[int]) -> Table:
     encoding = draw(st.sampled_from(["characters", "characters", *WORDS, *LISTS]))
     pool: list[Any] = list(draw(st.sampled_from(_ONE_CHARACTER if encoding == "characters" else _WORDS)))
     filler, typed = draw(st.sampled_from([None, -100, math.nan])), draw(st.booleans())
+    has_blank = encoding not in WORDS and draw(st.integers(0, 3)) == 0
+    pool = ["H", "E", " "] if has_blank else pool
     has_missing = encoding != "characters" and draw(st.booleans())
     entry = st.sampled_from([*pool, None] if has_missing else pool)
     meanings = [draw(st.lists(entry, min_size=length, max_size=length)) for length in lengths]
@@ -132,16 +137,17 @@ def _classes_of_residues(draw: st.DrawFn, lengths: list[int]) -> Table:
         entries = _entries(names, filler, typed and encoding in LISTS)
         return {**WORDS, **LISTS}[encoding](entries)
 
-    table = Table("token_classification", lengths, meanings, [], _formats(encoding))
+    formats = _TABLES if has_blank and encoding != "native" else _formats(encoding)
+    table = Table("token_classification", lengths, meanings, [], formats, classes=pool if has_blank else None)
     table = replace(table, cells=[written(names, encoding) for names in meanings])
     row = draw(st.integers(0, len(lengths) - 1))
     names, cell = meanings[row], table.cells[row]
-    other = draw(st.sampled_from([*WORDS, *LISTS]))
+    other = draw(st.sampled_from([*LISTS] if has_blank else [*WORDS, *LISTS]))
     damages: dict[str, Any] = {
         "less": written(names[:-1], encoding),
         "more": written([*names, pool[0]], encoding),
-        "blank": f" {cell[1:]}" if encoding == "characters" else None,
-        "blank entry": [" ", *names[1:]] if encoding == "native" else None,
+        "blank": f" {cell[1:]}" if encoding == "characters" and not has_blank else None,
+        "blank entry": [" ", *names[1:]] if encoding == "native" and not has_blank else None,
         "bracket": cell[:-1] if isinstance(cell, str) and cell[-1] in "])" else None,
         "dots": f"[{' '.join(['0', '...', *'1234'][: len(names)])}]" if encoding != "characters" else None,
         "gaps": f"[0, {' '.join('1' * (len(names) - 1))}]" if len(names) > 2 else None,
@@ -175,10 +181,12 @@ def _perhaps_damaged(draw: st.DrawFn, table: Table, row: int, damages: Mapping[s
         return table
     if isinstance(cell, str) and table.kind == "token_classification":
         # Less text may be text of another form, which means something where no other row tells.
-        length = table.lengths[row]
-        cell = "" if len(cell) == length and cell.isalnum() or len(cell.split()) == length == 1 else cell
+        fits = table.lengths[row] in (len(cell), len(cell.split()))
+        cell = "" if fits and cell.replace(" ", "").isalnum() else cell
     formats = [name for name in table.formats if name in ("jsonl", "parquet")]
-    changed = replace(table, formats=table.formats if isinstance(cell, (str, tuple)) else formats or ["jsonl"])
+    changed = replace(
+        table, formats=table.formats if isinstance(cell, (str, tuple)) else formats or ["jsonl"]
+    )
     return replace(_with_cell(changed, row, cell), damaged=row, is_plain=False)
 
 

@@ -5,6 +5,8 @@ that has imported begins at once. `start` takes what would stand behind ``python
 process is a real one, in a session of its own, with its own variables, directory, output and signals. Three
 things differ from a fresh interpreter, so some tests still start those: much is imported, the seed of hashes
 is the same on all ranks, and no GPU is seen.
+
+Scripts start such processes too, through the file that `interpreter` writes.
 """
 
 from __future__ import annotations
@@ -12,28 +14,35 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import json
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
-from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import forkserver, reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from esm2mega.prove.workers import PRELOADED
+
 IMPORTED = [
     "esm2mega.cli.app",
-    "esm2mega.train.pretrain",
-    "esm2mega.finetune.run",
+    *PRELOADED,
     "h5py",
-    "scipy.stats",
-    "sklearn.metrics",
+    "esm2mega.convert.convert",
+    "esm2mega.data.store.prepare",
+    "esm2mega.finetune.predict",
+    "esm2mega.infer.embed",
+    "esm2mega.train.start",
 ]
 """What all programs share; the trials of `esm2mega prove` are forked from the same process."""
 
@@ -74,6 +83,19 @@ def prepare() -> None:
         forkserver.ensure_running()
 
 
+class _Descriptors:
+    """File descriptors of a process that starts another one, which gets copies of them."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = numbers
+
+    def __getstate__(self) -> list[Any]:
+        return [reduction.DupFd(number) for number in self.numbers]
+
+    def __setstate__(self, copies: list[Any]) -> None:
+        self.numbers = tuple(copy.detach() for copy in copies)
+
+
 def start(
     arguments: Sequence[str],
     out: Path,
@@ -89,13 +111,20 @@ def start(
         env: All its variables; those of the caller by default.
         cwd: Its directory; that of the caller by default.
     """
+    with open(os.devnull) as nothing, out.open("w") as stdout, err.open("w") as stderr:
+        streams = _Descriptors(nothing.fileno(), stdout.fileno(), stderr.fileno())
+        return _start(arguments, streams, dict(os.environ if env is None else env), str(cwd or Path.cwd()))
+
+
+def _start(
+    arguments: Sequence[str], streams: _Descriptors, environment: dict[str, str], directory: str
+) -> Process:
     prepare()
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
-    environment, directory = dict(os.environ if env is None else env), str(cwd or Path.cwd())
     # Not daemonic: programs start processes of their own.
     process = context.Process(
-        target=_become, args=(list(arguments), environment, directory, out, err, theirs), daemon=False
+        target=_become, args=(list(arguments), environment, directory, streams, theirs), daemon=False
     )
     process.start()
     theirs.close()
@@ -123,20 +152,92 @@ def run(
         return subprocess.CompletedProcess(list(arguments), code, out.read_text(), err.read_text())
 
 
+_CLIENT = """#!{python} -SE
+import json, os, signal, socket, sys
+words = sys.argv[1:]
+while words and words[0] in ("-u", "-W"):
+    del words[: 1 + (words[0] == "-W")]
+if not words or (words[0].startswith("-") and words[0] not in ("-m", "-c")):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+request = json.dumps([words, dict(os.environ), os.getcwd()]).encode()
+socket.send_fds(server, [b"%12d" % len(request)], [0, 1, 2])
+server.sendall(request)
+answers = server.makefile()
+started = int(answers.readline())
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: os.kill(started, number))
+code = int(answers.readline())
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+@contextlib.contextmanager
+def interpreter(path: Path) -> Iterator[None]:
+    """Write an executable that stands in for Python in scripts; its programs start warm inside the context.
+
+    It waits for the program, passes signals on to it and ends as it does. A program ends with it.
+    """
+    with socket.socket(socket.AF_UNIX) as listener, tempfile.TemporaryDirectory() as folder:
+        address = f"{folder}/python"
+        listener.bind(address)
+        listener.listen()
+        threading.Thread(target=_accept, args=(listener,), daemon=True).start()
+        path.write_text(_CLIENT.format(python=sys.executable, address=address))
+        path.chmod(0o755)
+        yield
+        # Wakes the thread, which a closed socket would not.
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def _accept(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=_serve, args=(connection,), daemon=True).start()
+
+
+def _serve(connection: socket.socket) -> None:
+    """Start the program that one stand-in asks for, and tell its process number and its exit code."""
+    with connection:
+        size, streams, _, _ = socket.recv_fds(connection, 12, 3)
+        with connection.makefile("rb") as request:
+            words, environment, directory = json.loads(request.read(int(size)))
+        process = _start(words, _Descriptors(*streams), environment, directory)
+        for number in streams:
+            os.close(number)
+        connection.sendall(b"%d\n" % process.pid)
+        threading.Thread(target=_end_with, args=(connection.dup(), process), daemon=True).start()
+        code = process.wait()
+        with contextlib.suppress(OSError):
+            connection.sendall(b"%d\n" % code)
+
+
+def _end_with(connection: socket.socket, process: Process) -> None:
+    """End a program whose stand-in is gone."""
+    with connection:
+        connection.recv(1)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def _become(
     arguments: list[str],
     environment: dict[str, str],
     directory: str,
-    out: Path,
-    err: Path,
+    streams: _Descriptors,
     ready: Connection,
 ) -> None:
     """Make this process what a fresh interpreter would be, and run the program in it."""
     os.setsid()
-    for number, path in ((1, out), (2, err)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number, descriptor in enumerate(streams.numbers):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     ready.send(None)

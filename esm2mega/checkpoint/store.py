@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import pickle
-import queue
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
@@ -34,6 +32,7 @@ from esm2mega.checkpoint.optimizer_state import (
     translate,
 )
 from esm2mega.checkpoint.safe_index import check_metadata
+from esm2mega.checkpoint.save_strategy import SaveInThisProcess
 from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter, compare_tensors
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.schema import Run
@@ -43,10 +42,6 @@ from esm2mega.parallel.errors import lost_peer
 
 # The exception says what failed too, and becomes the one line that is printed.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
-
-# The queue in which the writer reports what it wrote. Saving waits for it, so it stays within this process.
-# Megatron-Core's own queue, made for saving in the background, is a further process that imports PyTorch.
-filesystem_async._results_queue = queue.SimpleQueue()
 
 _SHARDING = {
     # The only format of the distributed optimizer that every TP, PP and DP size can read.
@@ -128,7 +123,9 @@ def save_checkpoint(
         _agree(failure)
         with places_without_padding(optimizer):
             state_of_ranks = _sharded_state(model, optimizer, False, tensor_filter)
-        dist_checkpointing.save(state_of_ranks, str(partial / layout.MODEL), content_metadata=_SHARDING)
+        dist_checkpointing.save(
+            state_of_ranks, str(partial / layout.MODEL), SaveInThisProcess(), content_metadata=_SHARDING
+        )
         if is_main:
             layout.write_description(partial, run, state)
             write_auxiliary(partial, auxiliary or {})

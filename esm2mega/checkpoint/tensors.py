@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -74,17 +74,33 @@ class TensorReader:
         Raises:
             UserError: There is no such tensor, or its data cannot be read.
         """
-        if name not in self.index:
-            raise UserError(f"{self._model_dir}: no tensor {name}; esm2mega inspect lists what there is")
-        info = self.index[name]
+        info = self._info(name)
         shape = info.shape if layer is None else (1, *info.shape[1:])
         state = {name: torch.empty(shape, dtype=info.dtype)}
-        planner = None if layer is None else _OneLayer(layer)
+        self._fill(state, name, None if layer is None else _OneLayer(layer))
+        return state[name] if layer is None else state[name][0]
+
+    def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return whole tensors by name, on the CPU, read in one pass over the files.
+
+        Raises:
+            UserError: There is no tensor of one of these names, or the data cannot be read.
+        """
+        infos = {name: self._info(name) for name in names}
+        state = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
+        self._fill(state, f"one of {len(state)} tensors")
+        return state
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.index:
+            raise UserError(f"{self._model_dir}: no tensor {name}; esm2mega inspect lists what there is")
+        return self.index[name]
+
+    def _fill(self, state: dict[str, torch.Tensor], what: str, planner: LoadPlanner | None = None) -> None:
         try:
             dcp.load(state, storage_reader=self._reader, planner=planner, no_dist=True)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise UserError(f"{self._model_dir}: {name} cannot be read; the checkpoint is damaged") from error
-        return state[name] if layer is None else state[name][0]
+            raise UserError(f"{self._model_dir}: {what} cannot be read; the checkpoint is damaged") from error
 
 
 class _Reader(FileSystemReader):

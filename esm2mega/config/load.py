@@ -324,6 +324,7 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
         (kind is bool and not isinstance(value, (bool, str)) and value not in (0, 1, None))
         or (kind is str and (isinstance(value, bool) or value == ""))
         or (kind is Any and not _is_text_or_list(value, key in _WITH_GAPS))
+        or (kind == list[Any] and not _is_list_of_classes(value))
     )
     try:
         if misread:
@@ -388,6 +389,8 @@ def _expected(hint: Any, gaps: bool) -> str:
         return "pairs of a text and a number, as in {embedding.*: 0.1}"
     if kind is Any:
         return "text, a list of texts and nulls, or null" if gaps else "text, a list of texts or null"
+    if kind == list[Any]:
+        return "a list of texts, a list of such lists and nulls, or null"
     return words.get(kind, "a list of numbers") + (" or null" if optional else "")
 
 
@@ -396,6 +399,14 @@ def _is_text_or_list(value: Any, gaps: bool) -> bool:
     texts = value if isinstance(value, list) else [value]
     allowed = (str, type(None)) if gaps else str
     return value is None or (bool(texts) and all(isinstance(text, allowed) and text != "" for text in texts))
+
+
+def _is_list_of_classes(value: Any) -> bool:
+    """Return whether a value is null, a list of texts, or a list of such lists and nulls."""
+    if not isinstance(value, list):
+        return value is None
+    texts = [text for part in value for text in (part if isinstance(part, list) else [part])]
+    return _is_text_or_list(texts, gaps=True)
 
 
 def _show(value: Any) -> str:

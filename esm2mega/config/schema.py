@@ -167,6 +167,7 @@ class TaskConfig:
     mask_column: Any = None  # str | list[str | None] | None; loading and `validate_task` check it
     label_file: str | None = None
     mask_file: str | None = None
+    classes: list[Any] | None = None  # of texts, or of lists of texts and nulls; checked as mask_column is
     num_classes: int | None = None
     head: str = _choice("auto", "auto", "mlp", "linear", "pooler", "hf", "cnn", "product", "attention_maps")
     pooling: str = _choice("mean", "mean", "cls", "max", "attention")

@@ -57,6 +57,7 @@ def validate_task(run: Run) -> None:
             f"task.target_columns={task.target_columns}: task.kind={task.kind} has one column; name one"
         )
     _check_masks(task)
+    _check_classes(task)
     for key, kinds in (
         ("num_classes", ("classification", "token_classification", "multilabel")),
         ("label_smoothing", ("classification", "token_classification")),
@@ -101,6 +102,14 @@ def masks_of(task: TaskConfig) -> list[str | None]:
     return list(masks) if isinstance(masks, list) else [masks] * len(task.target_columns)
 
 
+def classes_of_columns(task: TaskConfig) -> list[list[str] | None]:
+    """Return the declared classes of each target column, or None where the training labels decide."""
+    declared = task.classes
+    if declared is None:
+        return [None] * len(task.target_columns)
+    return list(declared) if any(not isinstance(entry, str) for entry in declared) else [list(declared)]
+
+
 def _check_masks(task: TaskConfig) -> None:
     """Check the columns that say which residues count."""
     masks, per_residue = task.mask_column, task.kind in (*RESIDUE_KINDS, PAIR_KIND)
@@ -122,6 +131,44 @@ def _check_masks(task: TaskConfig) -> None:
     if task.mask_file is not None and (not per_residue or masks is not None):
         cure = "set task.mask_column=null" if per_residue else "set task.mask_file=null"
         raise UserError(f"task.mask_file={task.mask_file} marks residues instead of task.mask_column; {cure}")
+
+
+def _check_classes(task: TaskConfig) -> None:
+    """Check the declared classes, which a cell must be able to hold."""
+    if task.classes is None:
+        return
+    shown, columns = f"task.classes={task.classes}", task.target_columns
+    if task.kind not in ("classification", "token_classification", "multilabel"):
+        raise UserError(f"{shown} does not go with task.kind={task.kind}; remove it")
+    if task.kind == "multilabel" and len(columns) > 1:
+        raise UserError(f"{shown}: the classes are the columns task.target_columns={columns}; remove it")
+    declared = classes_of_columns(task)
+    if len(declared) != len(columns):
+        raise UserError(
+            f"{shown} must have a list of classes for each of task.target_columns={columns}, null for those "
+            "of the training labels, as in [[C, E, H], null]"
+        )
+    fewest = 1 if task.kind == "multilabel" else 2
+    for names in declared:
+        if names is None:
+            continue
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise UserError(f"{shown} must be a list of class names, or one such list for each column")
+        if len(names) < fewest or len(set(names)) < len(names):
+            raise UserError(f"{shown} must name {fewest} classes or more, each of them once")
+        for name in names:
+            # A blank may be the class of a residue, as in DSSP's strings; all others are read between blanks.
+            if name != name.strip() and not (name == " " and task.kind == "token_classification"):
+                raise UserError(
+                    f"{shown}: {name!r} begins or ends with a blank, which labels never do; remove it"
+                )
+            if task.kind == "multilabel" and ";" in name:
+                raise UserError(f"{shown}: {name!r} holds the ; that separates names in a cell; rename it")
+    if task.num_classes is not None and declared[0] is not None and task.num_classes != len(declared[0]):
+        raise UserError(
+            f"{shown} are {len(declared[0])} classes, task.num_classes={task.num_classes}; remove "
+            "task.num_classes"
+        )
 
 
 def _check_finetune(

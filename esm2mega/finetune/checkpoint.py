@@ -19,7 +19,7 @@ from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pa
 from esm2mega.data.labels.schema import TargetInfo, with_columns
 from esm2mega.errors import UserError
 from esm2mega.files import check_out, write_json
-from esm2mega.finetune.evaluate import Measured, measure, packs_of
+from esm2mega.finetune.evaluate import UNSEEN, Measured, measure, packs_of
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
 from esm2mega.finetune.metrics import bootstrap_intervals, check_packages
 from esm2mega.finetune.output import rows_of, shown_labels, shown_predictions
@@ -157,6 +157,7 @@ def evaluate_task(
         "step": task.start.state["step"],
         "loss": measured.loss,
         **measured.metrics,
+        **({UNSEEN: measured.unseen} if measured.unseen else {}),
         "num_labels": measured.num_labels,
         "num_sequences": len(proteins),
     }

@@ -21,12 +21,15 @@ from esm2mega.data.labels.stream import LabelledPacks
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.finetune.baseline import baseline_metrics
 from esm2mega.finetune.losses import TaskLossReduction
-from esm2mega.finetune.metrics import Predictions, metrics_of, objects
+from esm2mega.finetune.metrics import Predictions, metrics_of, objects, unseen_labels
 from esm2mega.pairs import num_pairs
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import evaluate
 from esm2mega.train.losses import LossReduction, LossTerms
+
+UNSEEN = "unseen_classes"
+"""Names, in records, the number of labels of each class that no training has had a label of."""
 
 
 class Collecting(LossReduction):
@@ -84,12 +87,15 @@ class Measured:
         num_labels: Number of labels.
         predictions: Predictions on the main process; None on the others.
         metrics: Metrics by name, the same on every rank; empty without labels.
+        unseen: Number of labels of each class that no training has had a label of, the same on every rank;
+            empty where there are none.
     """
 
     loss: float
     num_labels: int
     predictions: Predictions | None
     metrics: dict[str, float]
+    unseen: dict[str, int]
 
 
 def measure(
@@ -123,14 +129,16 @@ def measure(
         return None
     predictions = _gathered(collecting.seen, ranks)
     metrics: dict[str, float] = {}
+    unseen: dict[str, int] = {}
     if predictions is not None and predictions.labels is not None:
         metrics = metrics_of(predictions, info)
+        unseen = unseen_labels(predictions, info)
         if baseline:
             metrics |= baseline_metrics(predictions, info)
     # The main process tells all others.
-    shared = [metrics]
+    shared: list[Any] = [metrics, unseen]
     dist.broadcast_object_list(shared, src=0, device=ranks.device)
-    return Measured(means["loss"], int(means["count"]), predictions, shared[0])
+    return Measured(means["loss"], int(means["count"]), predictions, *shared)
 
 
 def _gathered(seen: Sequence[dict[str, Any]], ranks: Ranks) -> Predictions | None:

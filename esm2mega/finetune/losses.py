@@ -211,20 +211,20 @@ def loss_of_task(task: TaskConfig, info: TargetInfo) -> TaskLossReduction:
 def balanced_weights(info: TargetInfo) -> Tensor:
     """Return the weights that scikit-learn calls balanced, fp64 ``[k]``.
 
-    The weight of each of the c classes of a target is total / (c * count); the mean over the target's
-    training labels is 1.
+    The weight of each of the c classes of a target that have training labels is total / (c * count); the mean
+    over the target's training labels is 1. A class without one, which held-out labels may have, weighs 1.
 
     Raises:
-        UserError: A class of the head has no label in the training data.
+        UserError: The head was not trained here, and does not know the numbers of its training labels.
     """
-    if 0 in info.counts or len(info.counts) < info.num_outputs:
+    if len(info.counts) < info.num_outputs:
         raise UserError(
-            "task.class_weights=balanced: not every class of the head has a label in the training data; set "
-            "task.class_weights=none"
+            "task.class_weights=balanced: it is not known how many training labels the head's classes had; "
+            "set task.class_weights=none"
         )
     counts = torch.tensor(info.counts, dtype=torch.float64)
     of_targets = [counts[target.outputs] for target in info.targets]
-    return torch.cat([counts.sum() / (len(counts) * counts) for counts in of_targets])
+    return torch.cat([torch.where(x > 0, x.sum() / ((x > 0).sum() * x), 1.0) for x in of_targets])
 
 
 def _at_least_fp32(output: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Computes metrics by the definitions of SciPy and scikit-learn, with bootstrap intervals.
 
-Every metric is computed from the gathered predictions of a whole split, never from means of micro-batches.
+Every metric is computed from the gathered predictions of a whole split, never from means of micro-batches. A
+label of a class that no training has had a label of counts as wrong, whatever is predicted.
 
 Legend: ``n`` proteins or residues with a label, ``k`` outputs, ``m`` target columns, ``c`` classes.
 """
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from esm2mega.config.task import NUMERIC_KINDS
 from esm2mega.data.counter_rng import Purpose, derive_seed
-from esm2mega.data.labels.schema import IGNORED, TargetInfo
+from esm2mega.data.labels.schema import IGNORED, Target, TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.finetune.contact_metrics import contact_counts, contact_metrics
 from esm2mega.infer.correlation import spearman, varied
@@ -82,27 +83,53 @@ def metrics_of(found: Predictions, info: TargetInfo) -> Metrics:
     if info.per_pair:
         return contact_metrics(contact_counts(found.values, found.labels))
     if info.kind == "multilabel":
-        return multilabel_metrics(found.labels, found.values)
-    labels = found.labels if found.labels.ndim == 2 else found.labels[:, None]
+        return multilabel_metrics(found.labels, found.values, info.untrained)
     each = {
-        target.name: _of_target(info.kind, found.rows, labels[:, number], found.values[:, target.outputs])
-        for number, target in enumerate(info.targets)
+        target.name: _of_target(info.kind, found.rows, labels, found.values[:, target.outputs], target)
+        for target, labels in zip(info.targets, _by_target(found.labels), strict=True)
     }
     return _of_targets(each)
 
 
-def _of_target(kind: str, rows: Array, labels: Array, values: Array) -> Metrics:
+def unseen_labels(found: Predictions, info: TargetInfo) -> dict[str, int]:
+    """Count the labels of each class that no training has had a label of; classes without any are left out.
+
+    Args:
+        found: Predictions with labels.
+        info: Kind of the task, names of its outputs, and which of them are untrained.
+    """
+    assert found.labels is not None
+    if info.kind == "multilabel":
+        counts = np.count_nonzero(found.labels[:, info.untrained] == 1.0, axis=0)
+    else:
+        counts = np.array(
+            [
+                np.count_nonzero(labels == number)
+                for target, labels in zip(info.targets, _by_target(found.labels), strict=True)
+                for number in target.untrained
+            ]
+        )
+    names = [info.output_names[number] for number in info.untrained]
+    return {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
+
+
+def _by_target(labels: Array) -> Array:
+    """Return the labels ``[n]`` of each target, given ``[n]`` or ``[n, m]``."""
+    return labels.T if labels.ndim == 2 else labels[None]
+
+
+def _of_target(kind: str, rows: Array, labels: Array, values: Array, target: Target) -> Metrics:
     """Compare labels ``[n]``, of which some may be missing, with predictions ``[n, 1]`` or ``[n, c]``."""
     there = ~np.isnan(labels) if kind in NUMERIC_KINDS else labels != IGNORED
     rows, labels, values = rows[there], labels[there], values[there]
     if kind in NUMERIC_KINDS:
         metrics = regression_metrics(labels, values[:, 0])
     else:
-        metrics = classification_metrics(labels, values)
+        metrics = classification_metrics(labels, values, target.untrained)
     if kind == "token_regression":
         metrics["spearman_per_protein"] = _mean(_per_protein(rows, labels, values[:, 0], spearman))
     if kind == "token_classification":
-        each = _per_protein(rows, labels, values.argmax(axis=1), _accuracy)
+        each = _per_protein(rows, labels, _predicted(labels, values, target.untrained), _accuracy)
         metrics["accuracy_per_protein"] = _mean(each)
     return metrics
 
@@ -135,14 +162,18 @@ def regression_metrics(labels: Array, values: Array) -> Metrics:
     }
 
 
-def classification_metrics(labels: Array, values: Array) -> Metrics:
-    """Compute the metrics of classes, int64 ``[n]``, from probabilities, ``[n, c]``."""
+def classification_metrics(labels: Array, values: Array, untrained: Sequence[int] = ()) -> Metrics:
+    """Compute the metrics of classes, int64 ``[n]``, from probabilities, ``[n, c]``.
+
+    Labels of `untrained` classes count as wrong; the area under the curve of such a class is that of its own
+    probabilities.
+    """
     names = ("accuracy", "balanced_accuracy", "mcc", "f1_macro", "f1_micro", "auroc")
     if not len(labels):
         return dict.fromkeys(names, math.nan)
     from sklearn import metrics
 
-    predicted = values.argmax(axis=1)
+    predicted = _predicted(labels, values, untrained)
     with warnings.catch_warnings():
         # scikit-learn warns of a class that is predicted and does not occur; it counts as never right.
         warnings.simplefilter("ignore")
@@ -156,14 +187,16 @@ def classification_metrics(labels: Array, values: Array) -> Metrics:
         }
 
 
-def multilabel_metrics(labels: Array, values: Array) -> Metrics:
+def multilabel_metrics(labels: Array, values: Array, untrained: Sequence[int] = ()) -> Metrics:
     """Compute the metrics of flags, float64 ``[n, k]`` with NaN for none, from probabilities, ``[n, k]``.
 
     Averages are over labels; accuracy is over known flags, exact_match over proteins with all flags known.
+    Flags of `untrained` labels count as wrong where they are 1.
     """
     from sklearn.metrics import f1_score
 
     there, predicted = ~np.isnan(labels), values >= 0.5
+    predicted[:, untrained] &= labels[:, untrained] != 1.0
     whole = there.all(axis=1)
     each = [
         float(f1_score(labels[there[:, c], c], predicted[there[:, c], c], zero_division=0.0))
@@ -235,6 +268,15 @@ def _per_protein(
     borders = np.flatnonzero(np.diff(rows)) + 1
     pairs = zip(np.split(labels, borders), np.split(values, borders), strict=True)
     return [measure(*pair) for pair in pairs if len(pair[0])]
+
+
+def _predicted(labels: Array, values: Array, untrained: Sequence[int]) -> Array:
+    """Return the likeliest class, ``[n]``; where the label is of an untrained one, the likeliest other."""
+    predicted = values.argmax(axis=1)
+    if len(unseen := np.flatnonzero(np.isin(labels, untrained))):
+        trained = np.setdiff1d(np.arange(values.shape[1]), untrained)
+        predicted[unseen] = trained[values[np.ix_(unseen, trained)].argmax(axis=1)]
+    return predicted
 
 
 def _accuracy(labels: Array, predicted: Array) -> float:

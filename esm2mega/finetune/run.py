@@ -14,6 +14,7 @@ from esm2mega.config.schema import DataConfig, Run, TaskConfig, TrainConfig
 from esm2mega.config.task import validate_task
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
+from esm2mega.data.labels.degenerate import check_classes
 from esm2mega.data.labels.forms import SAID
 from esm2mega.data.labels.rows import Pairs, Table, read_table, table_of_pairs
 from esm2mega.data.labels.schema import TargetInfo
@@ -21,7 +22,7 @@ from esm2mega.data.labels.stream import LabelledStream
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
-from esm2mega.finetune.evaluate import measure, packs_of
+from esm2mega.finetune.evaluate import UNSEEN, measure, packs_of
 from esm2mega.finetune.loaded_head import loaded_targets
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
 from esm2mega.finetune.metrics import HEADLINES, check_packages
@@ -95,6 +96,7 @@ def finetune(
     start = open_training_start(run, opened)
     splits = read_splits(run.data, run.task, parts, loaded_targets(run.task, run.finetune, start))
     train = splits.of["train"]
+    check_classes(splits.info, run.task.target_columns, train.notes)
     run = resolve_epochs(run, lambda: LabelledStream(train, train_spec(run.data, run.train, run.seed, train)))
     with process_groups(run.parallel, run.seed) as ranks:
         return _train(run, ranks, splits, parts, start, on_gradients)
@@ -181,7 +183,7 @@ def _train(
         if split not in splits.of:
             return None
 
-        def evaluate(abandon: Callable[[], bool]) -> dict[str, float] | None:
+        def evaluate(abandon: Callable[[], bool]) -> dict[str, Any] | None:
             packs = packs_of(splits.of[split], spec, ranks, limit)
             measured = measure(
                 built.state.model, loss, packs, splits.info, ranks, abandon=abandon, baseline=split == "test"
@@ -189,7 +191,8 @@ def _train(
             if measured is None:
                 return None
             named = {f"{split}_{name}": value for name, value in measured.metrics.items()}
-            return {f"{split}_loss": measured.loss, **named}
+            unseen = {f"{split}_{UNSEEN}": measured.unseen} if measured.unseen else {}
+            return {f"{split}_loss": measured.loss, **named, **unseen}
 
         return evaluate
 

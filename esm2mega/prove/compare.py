@@ -85,7 +85,7 @@ class Outcome:
     def checkpoint(self) -> dict[str, Tensor]:
         """Return the whole tensors, with main weights under ``main.`` even where they are the model's own."""
         reader = TensorReader(step_dir(self.run_dir, self.steps))
-        tensors = {name: reader.read(name) for name in reader.index}
+        tensors = reader.read_many(reader.index)
         moved = {"optimizer.state.param.": "main.", "optimizer.state.fp32_param.": "main."}
         for name in list(tensors):
             for prefix, canonical in moved.items():

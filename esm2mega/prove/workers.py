@@ -8,6 +8,7 @@ meet through a store of the process that started them, as those of torchrun do.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
+
+PRELOADED = (
+    "esm2mega.finetune.run",
+    "esm2mega.prove.observe",
+    # Megatron-Core imports these when it builds the first model.
+    "megatron.core.transformer.moe.experts",
+    "megatron.core.transformer.multi_token_prediction",
+    # Metrics import these when they are first computed.
+    "scipy.stats",
+    "sklearn.metrics",
+)
+"""Lists what a training imports; one process imports it, and the workers are forked from that."""
 
 JOB_SECONDS = 900.0
 """Limits the time of one training, which takes some seconds, so that processes do not wait for ever."""
@@ -75,9 +88,8 @@ class Workers:
         self.count = count
         self._serve = serve or globals()["serve"]
         self._folder = folder
-        # One process imports everything, and the workers are forked from it, so they start at once.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["esm2mega.train.pretrain"])
+        self._context.set_forkserver_preload(list(PRELOADED))
         self._started = 0
         self._idle: list[_Worker] = []
 
@@ -184,6 +196,8 @@ def serve_with(connection: Connection, log: Path, run_job: Callable[[Job, int], 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    # A search for garbage would copy the memory that the processes share.
+    gc.freeze()
     import torch
 
     torch.set_num_threads(1)

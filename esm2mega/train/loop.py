@@ -45,7 +45,7 @@ class LoopState:
         return asdict(self)
 
 
-Evaluation = Callable[[Callable[[], bool]], dict[str, float] | None]
+Evaluation = Callable[[Callable[[], bool]], dict[str, Any] | None]
 """Returns the values of a record; or None once its argument, which it calls now and then, returns True."""
 
 

@@ -90,7 +90,7 @@ def _train(
         if split not in held_out:
             return None
 
-        def measure(abandon: Callable[[], bool]) -> dict[str, float] | None:
+        def measure(abandon: Callable[[], bool]) -> dict[str, Any] | None:
             packs = EvalPacks(held_out[split], spec, limit, ranks.dp_rank, ranks.dp_size)
             unigram = unigram_log_probabilities(counts, ranks.device)
             metrics = evaluate(built.state.model, MLMLossReduction(unigram), packs, ranks, abandon=abandon)

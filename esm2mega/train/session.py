@@ -88,7 +88,8 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             log, said = _open_log(Path(run.run_dir) / LOG_NAME, resumed is None, loop.step)
             stack.callback(log.close)
             save_resolved(run, Path(run.run_dir) / "config.yaml")
-            lines = [*_announcement(run, ranks, state.model), *session.banner, *built.banner]
+            lines = [*_announcement(run, ranks, state.model), *session.banner]
+            lines += [*_small_data(run.train, stream), *built.banner]
             print("\n".join(lines + _start(run, start) + said), file=sys.stderr, flush=True)
         progress = stack.enter_context(
             Progress(run.train.max_steps, session.name, "step", enabled=ranks.is_main, initial=loop.step)
@@ -211,6 +212,24 @@ def _announcement(run: Run, ranks: Ranks, model: list[Any]) -> list[str]:
         + (", SP" if run.parallel.sequence_parallel else "")
         + (f"; stages of {_stages(config)} layers" if config.pipeline_model_parallel_layout else ""),
         f"batch    {run.train.global_batch_tokens} tokens a step in packs of {run.train.micro_batch_tokens}",
+    ]
+
+
+def _small_data(train: TrainConfig, stream: PackStream[Any]) -> list[str]:
+    """Say that a step takes more proteins than there are, since it then takes some of them repeatedly."""
+    passes = stream.passes_of(train.global_batch_tokens // train.micro_batch_tokens)
+    if passes <= 1.0:
+        return []
+    size = stream.samples.size
+    line = f"data     data.train has {size} proteins, and a step takes each of them {passes:.3g} times"
+    if size == 1:
+        line = f"data     data.train has one protein, and a step takes it {passes:.3g} times"
+    if train.max_epochs is not None:
+        steps = "1 step" if train.max_steps == 1 else f"{train.max_steps} steps"
+        line += f", so that train.max_epochs={train.max_epochs} is {steps}"
+    return [
+        f"{line}; for smaller steps lower train.global_batch_tokens={train.global_batch_tokens} and "
+        f"train.micro_batch_tokens={train.micro_batch_tokens}"
     ]
 
 

@@ -54,6 +54,16 @@ exec "$@"
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _warm_python(tmp_path_factory):
+    """The scripts, and torchrun for its ranks, take a stand-in for this interpreter."""
+    python = tmp_path_factory.mktemp("python") / "python"
+    with warm.interpreter(python), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHON", str(python))
+        patch.setenv("PYTHON_EXEC", str(python))
+        yield
+
+
 @pytest.fixture(scope="module")
 def fasta(tmp_path_factory):
     path = tmp_path_factory.mktemp("fasta") / "small.fasta"
@@ -76,16 +86,11 @@ def free_port():
 
 
 def environment(**variables):
-    """The caller's environment with this interpreter and one thread, without a launcher's variables."""
+    """The caller's environment with one thread, without a launcher's variables."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "FASTA", "OUT", "CONFIG")
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
     root = str(EXAMPLES.parent)
-    common = {
-        "PYTHON": sys.executable,
-        "PYTHONPATH": root,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    common = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return {**kept, **common, **variables}
 
 

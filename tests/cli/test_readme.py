@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,33 +93,29 @@ def write_labels(folder: Path) -> None:
     (folder / "new_proteins.fasta").write_text("\n".join(records[:20]) + "\n")
 
 
-def path_with_commands(folder: Path) -> str:
+def path_with_commands(folder: Path, python: Path) -> str:
     """A search path on which `esm2mega` and `torchrun` are those of this interpreter and this checkout."""
-    folder.mkdir()
     for name, module in (("esm2mega", "esm2mega"), ("torchrun", "torch.distributed.run")):
         script = folder / name
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {module} "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(python))} -m {module} "$@"\n')
         script.chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
 
 
-def run_line(line: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """A command of ours alone starts warm; the shell runs any other."""
-    words = shlex.split(line, comments=True)
-    if words[0] == "esm2mega":
-        return warm.run(["-m", *words], environment, folder)
-    return subprocess.run(
-        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
-    )
-
-
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
-    folder = tmp_path_factory.mktemp("walk")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walked]:
+    python = tmp_path_factory.mktemp("commands") / "python"
+    with warm.interpreter(python):
+        yield walk_through(tmp_path_factory.mktemp("walk"), python)
+
+
+def walk_through(folder: Path, python: Path) -> Walked:
+    """Run the commands of the walk in a folder, through a stand-in for Python."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
     environment |= {
-        "PATH": path_with_commands(tmp_path_factory.mktemp("commands") / "bin"),
+        "PATH": path_with_commands(python.parent, python),
+        "PYTHON_EXEC": str(python),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -136,7 +132,9 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
             line += f" {shlex.join(SMALL)} train.max_steps={STEPS_PER_START}"
             if "data.valid=valid.csv" not in command.words:
                 line += " train.eval_every=0"
-        done = run_line(line, folder, environment)
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+        )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         output[command.line] = done.stdout + done.stderr
     return Walked(folder, output)

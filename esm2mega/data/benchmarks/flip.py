@@ -21,7 +21,7 @@ from typing import Any
 
 from esm2mega.data.benchmarks.names import FLIP_TASKS, FlipTask, differing
 from esm2mega.data.benchmarks.tables import MASK, SPLITS, TARGET, LabelledRow, LabelledTables
-from esm2mega.data.labels.cells import check_marks
+from esm2mega.data.labels.cells import LARGEST, check_marks, plain_number
 from esm2mega.data.labels.rows import ResidueStrings
 from esm2mega.data.labels.sets import split_of
 from esm2mega.data.readers.base import SourceOptions, require_columns, residues_of
@@ -212,7 +212,7 @@ def _split_of(location: str, name: str, set_name: str | None, validation: str | 
 
 def _check_number(text: str, location: str, name: str) -> None:
     try:
-        finite = abs(float(text)) < float("inf")
+        finite = abs(plain_number(text)) <= LARGEST
     except ValueError:
         finite = False
     if not finite:

@@ -19,6 +19,9 @@ from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.errors import UserError
 from esm2mega.files import shortened
 
+LARGEST = 1e19
+"""Is the largest magnitude of a label that is a number: the square of a larger one overflows fp32."""
+
 Cells = Mapping[str, object]
 """This maps columns to the cells of a row."""
 
@@ -41,13 +44,26 @@ def text_of(cells: Cells, column: str, location: str) -> str:
     return text
 
 
+def plain_number(value: object) -> float:
+    """Return a value or its text as a number; raise `ValueError` for anything else.
+
+    Python's underscores between digits are refused: in a table ``1_000`` is more likely a mistake than 1000.
+    """
+    if isinstance(value, str) and "_" in value:
+        raise ValueError(f"{value!r} is not a number")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):
+        raise ValueError(f"{value!r} is not a number") from None
+
+
 def number_of(value: object, column: str, location: str) -> float:
     """Return a cell, or a word of it, as a number; NaN for a missing value."""
     if value is None or (isinstance(value, str) and value.strip() in MISSING_VALUES | {""}):
         return math.nan
     try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+        number = plain_number(value)
+    except ValueError:
         cure = "correct it, or leave it empty"
         if isinstance(value, str) and _is_number(value.replace(",", ".")):
             cure = "write decimals with a point, and thousands without a comma"
@@ -56,6 +72,11 @@ def number_of(value: object, column: str, location: str) -> float:
         ) from None
     if math.isinf(number):
         raise UserError(f"{location}: {shortened(value)} in column {column!r} is not finite; leave it empty")
+    if abs(number) > LARGEST:
+        raise UserError(
+            f"{location}: {shortened(value)} in column {column!r} is beyond {LARGEST:g}, whose square is the "
+            "largest that fp32 holds; correct it, scale the column, or take its logarithm"
+        )
     return number
 
 

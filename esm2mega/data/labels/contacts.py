@@ -30,6 +30,9 @@ TAPE (`tape/datasets.py`) and ESM (`examples/contact_prediction.ipynb`) agree on
 SEPARATION = 6
 """Only pairs with at least this j - i count, in TAPE and in ESM."""
 
+_FARTHEST = 1e6
+"""Is the largest magnitude of a coordinate, in Angstrom; no structure is larger."""
+
 Array = npt.NDArray[np.float64]
 
 # Python writes tuples and None where JSON has lists and null.
@@ -67,19 +70,21 @@ def read_coordinates(value: object, column: str, location: str) -> Array:
         if not isinstance(row, list) or len(row) != 3 or not all(_is_coordinate(x) for x in row):
             raise UserError(
                 f"{location}: residue {number} in column {column!r} has {shortened(row)}; give [x, y, z] in "
-                "Angstrom, or null"
+                f"Angstrom, none beyond {_FARTHEST:g}, or null"
             )
         if None not in row:
             rows[number] = row
-    rows[~np.isfinite(rows).all(axis=1)] = math.nan
+    rows[np.isnan(rows).any(axis=1)] = math.nan
     return rows
 
 
 def _is_coordinate(value: object) -> bool:
-    if value is None or isinstance(value, float):
+    if value is None:
         return True
-    # Other whole numbers may be too large for a float.
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    # A whole number may be too large for a float, so NaN is found by what it is not equal to.
+    return value != value or abs(value) <= _FARTHEST
 
 
 def pair_labels(coordinates: Array, ignored: int) -> npt.NDArray[np.int8]:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.data.labels.degenerate import SplitLabels, label_notes
 from esm2mega.data.labels.forms import column_form
 from esm2mega.data.labels.readers import TargetReader, join_labels, target_reader
 from esm2mega.data.labels.rows import Pairs, Table, read_table, table_of_pairs, with_mask_file
@@ -219,8 +220,7 @@ def label(
     notes = list(table.notes)
     if data is not None:
         rows = _fitting(rows, data, table.key, notes)
-    info = info or reader.learn([row.label for row in rows], loaded)
-    return _of_rows(table.path, rows, reader, info, notes), info
+    return _numbered(table.path, rows, reader, info, loaded, table.key, notes)
 
 
 def _fitting(rows: list[_Row], data: DataConfig, key: str, notes: list[str]) -> list[_Row]:
@@ -232,19 +232,23 @@ def _fitting(rows: list[_Row], data: DataConfig, key: str, notes: list[str]) -> 
     return [rows[number] for number in kept.tolist()]
 
 
-def _of_rows(
-    path: Path, rows: Sequence[_Row], reader: TargetReader, info: TargetInfo, notes: list[str]
-) -> LabelledProteins:
-    return LabelledProteins(
-        path,
-        [row.id for row in rows],
-        np.concatenate([row.tokens for row in rows]),
-        _offsets(len(row.tokens) for row in rows),
-        join_labels((reader.encode(row.label, info, row.location) for row in rows), info.per_residue),
-        info.per_residue,
-        info.per_pair,
-        notes,
-    )
+def _numbered(
+    path: Path,
+    rows: Sequence[_Row],
+    reader: TargetReader,
+    known: TargetInfo | None,
+    loaded: TargetInfo | None,
+    key: str,
+    notes: list[str],
+) -> tuple[LabelledProteins, TargetInfo]:
+    """Return rows as labelled proteins with the meaning of their labels, which is learned unless `known`."""
+    info = known or reader.learn([row.label for row in rows], loaded)
+    labels = join_labels((reader.encode(row.label, info, row.location) for row in rows), info.per_residue)
+    offsets = _offsets(len(row.tokens) for row in rows)
+    split = SplitLabels(key, labels, offsets, [row.location for row in rows], trains=known is None)
+    notes += label_notes(split, info, reader.task.target_columns)
+    ids, tokens = [row.id for row in rows], np.concatenate([row.tokens for row in rows])
+    return LabelledProteins(path, ids, tokens, offsets, labels, info.per_residue, info.per_pair, notes), info
 
 
 def proteins_of_sequences(sequences: Sequence[str]) -> LabelledProteins:

@@ -1,7 +1,8 @@
 """Turns labelled rows into the numbers that each kind of task needs, and learns classes and scale.
 
-The classes and the scale of targets come from the training data alone and go into every checkpoint
-(`TargetInfo`); validation and prediction use them too. Text stays text, such as a class named ``007``.
+The classes (unless `task.classes` declares them) and the scale of targets come from the training data alone
+and go into every checkpoint (`TargetInfo`); validation and prediction use them too. Text stays text, such as
+a class named ``007``.
 
 Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a protein.
 """
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega.config.schema import TaskConfig
-from esm2mega.config.task import PAIR_KIND, masks_of
+from esm2mega.config.task import NUMERIC_KINDS, PAIR_KIND, classes_of_columns, masks_of
 from esm2mega.data.labels.cells import (
     Cells,
     check_length,
@@ -63,8 +64,12 @@ class TargetReader(ABC):
             UserError: There is nothing to learn from, or the number of classes differs from the configured.
         """
         info = self._learn(labels, loaded)
-        if loaded is not None:
-            info = replace(loaded, counts=info.counts, baseline=info.baseline)
+        untrained = [] if info.kind in (*NUMERIC_KINDS, PAIR_KIND) else _without_labels(info.counts)
+        if loaded is None:
+            info = replace(info, untrained=untrained)
+        else:
+            untrained = [number for number in untrained if number in loaded.untrained]
+            info = replace(loaded, counts=info.counts, baseline=info.baseline, untrained=untrained)
         info = replace(info, forms=self.forms)
         configured, found = self.task.num_classes, info.num_outputs
         if configured is not None and configured != found:
@@ -133,7 +138,7 @@ class _Class(TargetReader):
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
         (column,) = self.task.target_columns
-        return _vocabulary(self.task, labels, _known(loaded), column)
+        return _vocabulary(self.task, labels, _known(self.task, loaded), column)
 
     def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         (column,) = self.task.target_columns
@@ -146,12 +151,16 @@ class _ResidueClasses(TargetReader):
     Each column has classes of its own.
     """
 
+    def __init__(self, task: TaskConfig, forms: Sequence[str] = ()) -> None:
+        super().__init__(task, forms)
+        self._declared = [names or [] for names in classes_of_columns(task)]
+
     def read(self, cells: Cells, location: str, num_residues: int) -> list[list[str | None]]:
         """Read the class names of each column, None for residues that its mask marks with 0."""
         found = []
-        columns = zip(self.task.target_columns, masks_of(self.task), self.forms, strict=True)
-        for column, mask, form in columns:
-            names = classes_of(cells, column, location, num_residues, form)
+        columns = zip(self.task.target_columns, masks_of(self.task), self.forms, self._declared, strict=True)
+        for column, mask, form, declared in columns:
+            names = classes_of(cells, column, location, num_residues, form, declared)
             counts = mask_of(cells, mask, location, num_residues).tolist()
             found.append([name if there else None for name, there in zip(names, counts, strict=True)])
         return found
@@ -161,7 +170,7 @@ class _ResidueClasses(TargetReader):
         parts = []
         for number, column in enumerate(columns):
             there = [name for label in labels for name in label[number] if name is not None]
-            parts.append(_vocabulary(self.task, there, _known(loaded, number), column))
+            parts.append(_vocabulary(self.task, there, _known(self.task, loaded, number), column))
         if len(parts) == 1:
             return parts[0]
         return TargetInfo(
@@ -196,7 +205,7 @@ class _NamedLabels(TargetReader):
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
         there = [name for label in labels for name in set(label)]
         (column,) = self.task.target_columns
-        return _vocabulary(self.task, there, _known(loaded), column, total=len(labels))
+        return _vocabulary(self.task, there, _known(self.task, loaded), column, total=len(labels))
 
     def encode(self, label: Any, info: TargetInfo, location: str) -> npt.NDArray[Any]:
         encoded = np.zeros(len(info.names))
@@ -301,7 +310,8 @@ def _scale_of(task: TaskConfig, values: npt.NDArray[np.float64], names: Sequence
     mean, std = np.zeros(len(names)), np.ones(len(names))
     if task.scale_targets:
         mean, std = means, np.nanstd(values, axis=0)
-        std[std == 0.0] = 1.0  # all labels are equal
+        # Labels that are all equal: rounding of their mean may leave a deviation of theirs that is not 0.
+        std[(np.nanmin(values, axis=0) == np.nanmax(values, axis=0)) | (std == 0.0)] = 1.0
     return TargetInfo(
         _kind_of(task), list(names), counts.tolist(), mean.tolist(), std.tolist(), means.tolist()
     )
@@ -337,9 +347,13 @@ def _vocabulary(
     return TargetInfo(_kind_of(task), list(names), counts, baseline=[count / total for count in counts])
 
 
-def _known(loaded: TargetInfo | None, number: int = 0) -> list[str] | None:
-    """Return the classes of a target of the loaded head, or None if no head was loaded."""
-    return None if loaded is None else loaded.targets[number].names
+def _known(task: TaskConfig, loaded: TargetInfo | None, number: int = 0) -> list[str] | None:
+    """Return the classes of a target of the loaded head, else the declared ones; None if labels decide."""
+    return classes_of_columns(task)[number] if loaded is None else loaded.targets[number].names
+
+
+def _without_labels(counts: Sequence[int]) -> list[int]:
+    return [number for number, count in enumerate(counts) if not count]
 
 
 def _number_in(name: str, names: Sequence[str], column: str, location: str) -> int:
@@ -348,6 +362,7 @@ def _number_in(name: str, names: Sequence[str], column: str, location: str) -> i
         return names.index(name)
     except ValueError:
         raise UserError(
-            f"{location}: the class {name!r} in column {column!r} is none of those of the training data, "
-            f"or of the head that was loaded: {first_of(names, _SHOWN)}; correct the label, or remove the row"
+            f"{location}: the class {name!r} in column {column!r} is none of those of the head: "
+            f"{first_of(names, _SHOWN)}; correct the label, remove the row, or train a head that has it "
+            "(task.classes declares classes)"
         ) from None

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from esm2mega.config.schema import TaskConfig
-from esm2mega.config.task import NUMERIC_KINDS, PAIR_KIND, RESIDUE_KINDS
+from esm2mega.config.task import NUMERIC_KINDS, PAIR_KIND, RESIDUE_KINDS, classes_of_columns
 from esm2mega.errors import UserError
 
 IGNORED = -100
@@ -28,11 +28,13 @@ class Target:
         name: Column of the target; empty where the task has one target.
         outputs: The slice of the k outputs that belongs to the target.
         names: Names of these outputs.
+        untrained: Numbers, among these outputs, of the classes that no training has had a label of.
     """
 
     name: str
     outputs: slice
     names: list[str]
+    untrained: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class TargetInfo:
             checkpoints of earlier versions.
         columns: The target columns where residues have classes in several columns; else empty.
         widths: How many of `names` are classes of each of `columns`.
+        untrained: Numbers of the outputs whose class was declared, but has had no label in any training.
         forms: How classes of residues were written in each target column, see `esm2mega.data.labels.forms`.
             Empty for other kinds, and in checkpoints of earlier versions.
     """
@@ -63,6 +66,7 @@ class TargetInfo:
     baseline: list[float] = field(default_factory=list, compare=False)
     columns: list[str] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    untrained: list[int] = field(default_factory=list, compare=False)
     forms: list[str] = field(default_factory=list, compare=False)
 
     @property
@@ -86,9 +90,16 @@ class TargetInfo:
         if self.kind in NUMERIC_KINDS:
             columns, widths = self.names, [1] * len(self.names)
         if len(columns) < 2:
-            return [Target("", slice(0, self.num_outputs), self.names)]
+            return [Target("", slice(0, self.num_outputs), self.names, self.untrained)]
         spans = [slice(*span) for span in pairwise(accumulate(widths, initial=0))]
-        return [Target(name, span, self.names[span]) for name, span in zip(columns, spans, strict=True)]
+        return [
+            Target(name, span, self.names[span], self._untrained_in(span))
+            for name, span in zip(columns, spans, strict=True)
+        ]
+
+    def _untrained_in(self, span: slice) -> list[int]:
+        """Return the untrained outputs of one target, counted from its first output."""
+        return [number - span.start for number in self.untrained if span.start <= number < span.stop]
 
     @property
     def output_names(self) -> list[str]:
@@ -119,8 +130,10 @@ def with_columns(info: TargetInfo, task: TaskConfig, location: str) -> TargetInf
         location: Where that head is, for messages.
 
     Raises:
-        UserError: The number of columns differs from the head's, or their order does.
+        UserError: The number of columns differs from the head's, or their order does; or classes are declared
+            that are not those of the head.
     """
+    _check_declared(info, task, location)
     requested = task.target_columns
     flags = info.kind == "multilabel" and len(requested) > 1
     columns = info.names if info.kind in NUMERIC_KINDS or flags else info.columns
@@ -142,3 +155,15 @@ def with_columns(info: TargetInfo, task: TaskConfig, location: str) -> TargetInf
         pairs = ", ".join(f"{a} for {b}" for a, b in zip(columns, requested, strict=True) if a != b)
         print(f"{location}: outputs of the loaded head: {pairs}", file=sys.stderr)
     return replace(info, columns=list(requested)) if info.columns else replace(info, names=list(requested))
+
+
+def _check_declared(info: TargetInfo, task: TaskConfig, location: str) -> None:
+    declared = classes_of_columns(task)
+    if len(declared) != len(info.targets):
+        return  # the number of columns is wrong too, which is said
+    for names, target in zip(declared, info.targets, strict=True):
+        if names is not None and names != target.names:
+            raise UserError(
+                f"task.classes={task.classes}: the head of {location} has the classes {target.names}; set "
+                "task.classes=null, or train a new head"
+            )

@@ -126,6 +126,13 @@ class PackStream(ABC, Generic[BatchT]):
         """Count the packs of `max_epochs` by planning them all, in a second per million proteins at most."""
         return sum(len(window) for window in train_plan(self.samples, self._spec).windows())
 
+    def passes_of(self, num_packs: int) -> float:
+        """Return how often the first packs hold each protein (or cluster) of the data, on average."""
+        packs, _ = train_plan(self.samples, self._spec).take(PackCursor(), num_packs)
+        samples = np.concatenate([pack.pieces.samples for pack in packs])
+        # All chunks of a protein have the same sample number.
+        return len(np.unique(samples)) / self.samples.size
+
     @property
     def state(self) -> StreamState:
         """Return how much of the data was consumed."""

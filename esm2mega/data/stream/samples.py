@@ -106,7 +106,12 @@ class TrainSamples:
     @property
     def epoch_size(self) -> int | None:
         """Return the samples of an epoch: proteins, or clusters, of a single store; None for a mixture."""
-        return self._orders[0].size if self._mixture is None else None
+        return self.size if self._mixture is None else None
+
+    @property
+    def size(self) -> int:
+        """Return the number of proteins, or clusters, of all stores together."""
+        return sum(order.size for order in self._orders)
 
     def __call__(self, samples: Integers) -> Pieces:
         """Look up samples.

@@ -47,11 +47,16 @@ def test_tensors_are_those_of_the_model(world: None, checkpoint: Path) -> None:
         assert torch.equal(reader.read(name), weights[name])
     stacked = [weights[f"encoder.layers.{n}.pre_mlp_layernorm.weight"] for n in (0, 1)]
     assert torch.equal(reader.read("encoder.layers.mlp.linear_fc1.layer_norm_weight"), torch.stack(stacked))
+    together = reader.read_many(reader.index)
+    assert list(together) == list(reader.index)
+    assert all(torch.equal(value, reader.read(name)) for name, value in together.items())
 
 
 def test_unknown_name_is_an_error(checkpoint: Path) -> None:
     with pytest.raises(UserError, match="no tensor lm_head.nothing; esm2mega inspect lists"):
         TensorReader(checkpoint).read("lm_head.nothing")
+    with pytest.raises(UserError, match="no tensor lm_head.nothing; esm2mega inspect lists"):
+        TensorReader(checkpoint).read_many(["lm_head.dense.bias", "lm_head.nothing"])
 
 
 def test_lost_data_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
@@ -63,5 +68,7 @@ def test_lost_data_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
         TensorReader(copy).read("embedding.word_embeddings.weight")
     for data in (copy / "model").glob("*.distcp"):
         data.unlink()
+    with pytest.raises(UserError, match="one of 2 tensors cannot be read; the checkpoint is damaged"):
+        TensorReader(copy).read_many(["embedding.word_embeddings.weight", "lm_head.dense.bias"])
     with pytest.raises(UserError, match="cannot be read; the checkpoint is damaged"):
         TensorReader(copy).read("embedding.word_embeddings.weight")

@@ -118,6 +118,7 @@ def test_every_task_of_flip_is_configured(task):
     assert run.task.kind == published.kind
     classes = {"scl": 10, "sav": 2, "conservation": 9, "secondary_structure": 3}  # as published
     assert run.task.num_classes == classes.get(task)
+    assert run.task.classes == (list("01234567") if task == "bind" else None)
     assert (run.task.target_columns, run.task.mask_column) == (
         ["target"],
         "mask" if published.masked else None,

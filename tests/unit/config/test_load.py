@@ -272,6 +272,12 @@ def test_known_keys_are_those_of_the_schema():
         ("data.train=[a, null]", "data.train=[a, null]: expected text, a list of texts or null"),
         ("task.mask_column=[m, 1]", "[m, 1]: expected text, a list of texts and nulls, or null"),
         ("task.mask_column=[]", "task.mask_column=[]: expected text, a list of texts and nulls, or null"),
+        (
+            "task.classes=C",
+            "task.classes=C: expected a list of texts, a list of such lists and nulls, or null",
+        ),
+        ("task.classes=[]", "task.classes=[]: expected a list of texts"),
+        ("task.classes=[[[C]]]", "task.classes=[[[C]]]: expected a list of texts"),
         ("data.train=''", "data.train='': expected text, a list of texts or null"),
         ("data.train={a: 1}", "data.train={a: 1}: expected text, a list of texts or null"),
         ("data.weights=[a]", "data.weights=[a]: expected a list of numbers or null"),

@@ -117,3 +117,6 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
     )
     second = utils.compute_class_weight("balanced", classes=np.arange(2), y=np.array([0] * 4 + [1]))
     assert balanced_weights(info).tolist() == pytest.approx([*expected, *second], rel=1e-15)
+    # A declared class without training labels is none of the classes that are balanced.
+    declared = TargetInfo("classification", ["x", "unseen", "y", "z"], [7, 0, 2, 5], untrained=[1])
+    assert balanced_weights(declared).tolist() == pytest.approx([expected[0], 1.0, *expected[1:]], rel=1e-15)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from esm2mega.data.labels.schema import TargetInfo
-from esm2mega.finetune.metrics import Predictions, bootstrap_intervals, metrics_of
+from esm2mega.finetune.metrics import Predictions, bootstrap_intervals, metrics_of, unseen_labels
 
 stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed: pip install esm2mega[finetune]")
 sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
@@ -86,6 +87,54 @@ def test_residues_with_several_targets() -> None:
     assert found["spearman/v"] == pytest.approx(correlation, rel=1e-12)
     each = [stats.spearmanr(known[rows == r, 1], numbers[rows == r, 1]).statistic for r in range(8) if r != 1]
     assert found["spearman_per_protein/v"] == pytest.approx(np.mean(each), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+@pytest.mark.parametrize("kind", ["classification", "token_classification"])
+def test_labels_of_a_class_that_training_never_saw_are_wrong(kind: str) -> None:
+    """Even where they are predicted; all else is scikit-learn's, given what is predicted of the others."""
+    labels = np.array([0, 1, 3, 3, -100, 1, 0, 3])
+    values = RNG.dirichlet(np.ones(4), size=8)
+    values[2] = [0.1, 0.2, 0.0, 0.7]  # right by chance
+    values[6] = [0.3, 0.1, 0.1, 0.5]  # and wrong by it
+    info = TargetInfo(kind, list("wxyz"), [5, 5, 5, 0], untrained=[3])
+    found = Predictions(np.arange(8) // 4, np.arange(8) % 4, values, labels)
+    there = labels >= 0
+    predicted = values.argmax(axis=1)
+    assert predicted[2] == predicted[6] == 3
+    predicted[labels == 3] = values[labels == 3, :3].argmax(axis=1)
+    metrics = metrics_of(found, info)
+    assert metrics["accuracy"] == ((predicted == labels) & (labels != 3))[there].mean()
+    for name, function in (
+        ("balanced_accuracy", sklearn.balanced_accuracy_score),
+        ("mcc", sklearn.matthews_corrcoef),
+        ("f1_macro", lambda known, given: sklearn.f1_score(known, given, average="macro")),
+    ):
+        assert metrics[name] == pytest.approx(function(labels[there], predicted[there]), rel=1e-12)
+    if kind == "token_classification":
+        each = [(predicted == labels)[there & (np.arange(8) // 4 == row)].mean() for row in (0, 1)]
+        assert metrics["accuracy_per_protein"] == pytest.approx(np.mean(each), rel=1e-15)
+    assert unseen_labels(found, info) == {"z": 3}
+    assert unseen_labels(found, replace(info, untrained=[])) == {}
+    # A head that was trained on the class before may be right.
+    assert metrics_of(found, replace(info, untrained=[]))["accuracy"] > metrics["accuracy"]
+
+
+def test_unseen_classes_of_several_columns_and_of_flags() -> None:
+    labels = np.array([[0, 2], [1, 2], [1, 0]])
+    values = np.eye(5)[[0, 1, 1]] + np.eye(5)[[4, 4, 2]]
+    info = TargetInfo("token_classification", list("CHabC"), columns=["u", "v"], widths=[2, 3], untrained=[4])
+    found = Predictions(np.zeros(3, dtype=int), np.arange(3), values, labels)
+    assert unseen_labels(found, info) == {"v/C": 2}
+    metrics = metrics_of(found, info)
+    assert (metrics["accuracy/u"], metrics["accuracy/v"]) == (1.0, 1 / 3)
+    flags = Predictions(
+        np.arange(3), None, np.array([[0.9, 0.9]] * 3), np.array([[1.0, 1.0], [1.0, 0.0], [0, 1]])
+    )
+    of_flags = TargetInfo("multilabel", ["a", "b"], untrained=[1])
+    assert unseen_labels(flags, of_flags) == {"b": 2}
+    # Two of three are right of a, none of b: the predicted flag is wrong where it is 1 and where it is 0.
+    assert metrics_of(flags, of_flags)["accuracy"] == pytest.approx(2 / 6)
 
 
 def test_multilabel() -> None:

@@ -262,6 +262,65 @@ def test_residues_in_all_formats(tmp_path: Path) -> None:
             assert "".join(names[i] for i in mine) == row["prediction"]
 
 
+def test_a_step_larger_than_the_data_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In steps and in epochs; nothing is said where a step takes each protein once at most."""
+    batch = ("train.micro_batch_tokens=64", "train.global_batch_tokens=256")
+    three = [("MKT", 1.0), ("MKTL", 2.0), ("LL", 4.0)]
+    train(tmp_path / "epochs", *batch, "train.max_epochs=2", train=three)
+    said = capsys.readouterr().err
+    note = (
+        "data     data.train has 3 proteins, and a step takes each of them 2 times, so that "
+        "train.max_epochs=2 is 1 step; for smaller steps lower train.global_batch_tokens=256 and "
+        "train.micro_batch_tokens=64\n"
+    )
+    assert note in said and said.index(note) < said.index("step 1: validation")
+    train(tmp_path / "steps", *batch, "train.max_steps=1", train=three)
+    assert (
+        "data     data.train has 3 proteins, and a step takes each of them 4 times; for"
+        in capsys.readouterr().err
+    )
+    train(tmp_path / "fits", *batch, "train.global_batch_tokens=64", "train.max_steps=1", train=three)
+    assert "a step takes" not in capsys.readouterr().err
+
+
+def test_a_declared_class_that_training_never_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has an output, its held-out labels count as wrong, and records name it; the head goes on with it."""
+    classes = ("task.kind=classification", 'task.classes=[many,"none",few]', "task.class_weights=balanced")
+    pairs = [(s, "many" if v > 4 else "few") for s, v in PAIRS]
+    held_out = [*pairs[30:], ("MKKT", "none"), ("LAG", "none")]
+    trained = train(tmp_path / "run", *classes, train=pairs[:30], valid=held_out, test=pairs[30:])
+    said = capsys.readouterr().err
+    assert "data     data.train has no label of the class 'none' in column 'target'\n" in said
+    assert (
+        "data     2 labels are of the class 'none' in data.valid in column 'target', first at data.valid[10]"
+        in said
+    )
+    assert trained.metrics["valid_unseen_classes"] == {"none": 2}
+    assert "test_unseen_classes" not in trained.metrics
+    (tmp_path / "t.csv").write_text("sequence,target\n" + "".join(f"{s},{c}\n" for s, c in held_out))
+    command = ["evaluate", str(trained.checkpoint), "--data", str(tmp_path / "t.csv"), "--out"]
+    assert main([*command, str(tmp_path / "out.json"), "task.bootstrap=5"]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["unseen_classes"] == {"none": 2} and found["loss"] == trained.metrics["valid_loss"]
+    assert (
+        "first at" in found["notes"][0] and "t.csv:12; training had none of that class" in found["notes"][0]
+    )
+    right = [x["prediction"] == x["label"] != "none" for x in found["predictions"]]
+    assert found["accuracy"] == trained.metrics["valid_accuracy"] == np.mean(right)
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "x.json"), "task.classes=[many,few]"]) == 2
+    assert "has the classes ['many', 'none', 'few']; set task.classes=null" in capsys.readouterr().err
+    (tmp_path / "t.csv").write_text("sequence,target\nMK,some\n")
+    assert main([*command, str(tmp_path / "x.json")]) == 2
+    assert (
+        "t.csv:2: the class 'some' in column 'target' is none of those of the head: many,"
+        in capsys.readouterr().err
+    )
+    warm = (*classes, f"init_from={trained.checkpoint}", "finetune.load_head=true", "train.max_steps=1")
+    again = train(tmp_path / "warm", *warm, train=pairs[:30], valid=held_out)
+    assert layout.read_state(again.checkpoint)["task"]["untrained"] == [1]
+
+
 def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
     for overrides, message in (
         (["task.head=cnn"], "task.head=cnn does not go with task.kind=regression"),

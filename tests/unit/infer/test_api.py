@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,13 +11,6 @@ from esm2mega.errors import UserError
 from tests.infer_models import Reference, random_proteins
 
 PROTEINS = random_proteins([1, 2, 3, 17, 46, 120, 126, 77, 33, 5, 64, 62], seed=5)
-
-
-def test_importing_brings_no_torch() -> None:
-    code = "import esm2mega, sys; assert not {'torch', 'numpy'} & set(sys.modules); esm2mega.load"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
-    with pytest.raises(AttributeError, match="no attribute 'lod'"):
-        esm2mega.lod  # noqa: B018
 
 
 def test_values_and_shapes(reference: Reference) -> None:

@@ -77,6 +77,17 @@ def test_epochs_take_every_protein_so_often(finished: TinyRun, tmp_path: Path) -
         pretrain(tiny_run(*changes, "train.max_epochs=4", run_dir=tmp_path))
 
 
+def test_a_step_larger_than_the_data_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Proteins of several epochs share a pack, so three proteins and two epochs are one step."""
+    (tmp_path / "x.fasta").write_text(">a\nMKT\n>b\nLAGVS\n>c\nWYV\n")
+    loop = pretrain(
+        tiny_run(f"data.train={tmp_path / 'x.fasta'}", "train.max_epochs=2", run_dir=tmp_path / "run")
+    )
+    assert loop.step == 1
+    said = capsys.readouterr().err
+    assert "3 proteins, and a step takes each of them 2 times, so that train.max_epochs=2 is 1 step;" in said
+
+
 def test_two_stores_are_mixed(finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stores = f"data.train=[{finished.train}, {finished.valid}]"
     pretrain(tiny_run(stores, "data.weights=[3, 1]", "train.max_steps=2", run_dir=tmp_path))

@@ -173,7 +173,8 @@ def test_labels_of_residues_keep_leading_zeros(tmp_path: Path, task: str) -> Non
     expected = {"id": "p0", "sequence": "MKT", "target": "012"}
     assert row == ({**expected, "mask": "011"} if FLIP_TASKS[task].masked else expected)
     assert manifest(tmp_path / "out")["without_labels"] == 1
-    run = load_run(f"flip_{task}", ["model.size=tiny", "task.num_classes=null"])
+    few = ["task.num_classes=null", "task.classes=null"]
+    run = load_run(f"flip_{task}", ["model.size=tiny", *few])
     proteins, info = read_labelled(tmp_path / "out/train.csv", run.task, run.data, None, "data.train")
     masked = FLIP_TASKS[task].masked
     assert info.names == (["1", "2"] if masked else ["0", "1", "2"])

@@ -55,6 +55,52 @@ def test_classes_of_each_column_from_training_alone(tmp_path: Path) -> None:
         read(tmp_path, empty, CLASSES)
 
 
+def test_declared_classes_have_the_declared_order(tmp_path: Path) -> None:
+    one = TaskConfig(kind="token_classification", target_columns=["three"], classes=["H", "C", "E", "P"])
+    found, info = read(tmp_path, TABLE, one)
+    assert (info.names, info.counts, info.untrained) == (["H", "C", "E", "P"], [2, 2, 1, 0], [3])
+    assert named(found, info) == ["CHEHC"]
+    assert found.notes == ["data.train has no label of the class 'P' in column 'three'"]
+    held_out = "id,sequence,three\nq,MK,CH\nr,WYV,EPP\n"
+    scored, _ = read(tmp_path, held_out, one, info)
+    assert named(scored, info) == ["CHEPP"]
+    (note,) = scored.notes
+    assert note.startswith("2 labels are of the class 'P' in data.train in column 'three', first at")
+    assert note.endswith("t.csv:3; training had none of that class, so they count as wrong")
+    with pytest.raises(
+        UserError, match=r"t.csv:2: the class 'C' .* is none of those of the head: H, E; correct"
+    ):
+        read(tmp_path, TABLE, replace(one, classes=["H", "E"]))
+    # One list for each of several columns, null for the classes that training has.
+    both = replace(CLASSES, classes=[None, ["1", "2", "B", "G", "T"]])
+    found, info = read(tmp_path, TABLE, both)
+    assert (info.names, info.widths) == (["E", "H", "1", "2", "B", "G", "T"], [2, 5])
+    assert info.untrained == [3, 6] and [target.untrained for target in info.targets] == [[], [1, 4]]
+    assert named(found, info) == ["-HEH-", "1G-BG"]
+    assert TargetInfo.from_dict(info.to_dict()).untrained == [3, 6]
+
+
+def test_declared_classes_of_proteins() -> None:
+    task = TaskConfig(kind="classification", classes=["high", "low", "none"])
+    pairs = [("MK", "low"), ("LA", "high"), ("WY", "low")]
+    found, info = proteins_of_pairs(pairs, task, None, "train")
+    assert found.labels is not None and found.labels.tolist() == [1, 0, 1]
+    assert (info.names, info.untrained, info.baseline) == (["high", "low", "none"], [2], [1 / 3, 2 / 3, 0.0])
+    names = TaskConfig(kind="multilabel", classes=["b", "a", "c"])
+    found, info = proteins_of_pairs([("MK", "a;b"), ("LA", "b"), ("WY", "")], names, None, "train")
+    assert found.labels is not None and found.labels.tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert info.untrained == [2]
+    # A head that is loaded remembers what it has never seen, and learns it from new labels.
+    _, again = proteins_of_pairs([("MK", "b"), ("LA", "a")], names, None, "train", loaded=info)
+    _, taught = proteins_of_pairs([("MK", "b"), ("LA", "c")], names, None, "train", loaded=info)
+    assert (again.untrained, taught.untrained) == ([2], [])
+    assert with_columns(info, names, "here") is info
+    with pytest.raises(
+        UserError, match=r"the head of here has the classes \['b', 'a', 'c'\]; set task.classes=null"
+    ):
+        with_columns(info, replace(names, classes=["a", "b", "c"]), "here")
+
+
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
@@ -159,6 +205,22 @@ def test_a_checkpoint_of_an_earlier_version_has_one_column() -> None:
         ({"kind": "contact"}, "task.kind=contact has one column; name one"),
         ({"kind": "classification"}, "task.kind=classification has one column; name one"),
         ({"num_classes": 5}, "task.num_classes=5 says nothing of several target columns"),
+        (
+            {"classes": ["C", "H"]},
+            r"must have a list of classes for each of task.target_columns=\['a', 'b'\]",
+        ),
+        ({"classes": [["C", "H"]]}, "must have a list of classes for each of task.target_columns"),
+        ({"classes": [["C", "H"], ["x"]]}, "must name 2 classes or more, each of them once"),
+        ({"classes": [["C", "C"], None]}, "must name 2 classes or more, each of them once"),
+        ({"classes": [["C", ""], None]}, "must be a list of class names, or one such list for each column"),
+        ({"classes": [["C", "x "], None]}, "'x ' begins or ends with a blank, which labels never do"),
+        ({"kind": "multilabel", "classes": ["a", "b"]}, r"the classes are the columns task.target_columns="),
+        ({"kind": "regression", "classes": ["a", "b"]}, "does not go with task.kind=regression; remove it"),
+        ({"kind": "multilabel", "target_columns": ["a"], "classes": ["x;y"]}, "holds the ; that separates"),
+        (
+            {"kind": "classification", "target_columns": ["a"], "classes": ["x", "y"], "num_classes": 3},
+            "are 2 classes, task.num_classes=3; remove task.num_classes",
+        ),
     ],
 )
 def test_what_the_configuration_refuses(task: dict[str, Any], message: str) -> None:

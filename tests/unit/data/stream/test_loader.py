@@ -273,6 +273,23 @@ def test_epochs_end_in_padding(store: TokenStore) -> None:
         assert sorted(seen) == sorted(3 * proteins)
 
 
+@pytest.mark.parametrize("crop", ["random", "chunk"])
+def test_passes_of_the_first_packs(store: TokenStore, crop: str) -> None:
+    """As a count of the batches says; chunks of a protein are one pass of it, and padding is none."""
+    spec = replace(SPEC, data=replace(SPEC.data, max_seq_length=32, crop=crop))
+    total = int(store.lengths.sum()) + 2 * len(store)
+    with TrainStream([store], spec) as stream:
+        # A crop leaves tokens out, and so takes more proteins.
+        assert stream.passes_of(2) < 1 < stream.passes_of(2 * total // 256)
+        if crop == "chunk":
+            assert stream.passes_of(10 * total // 256) == pytest.approx(10, rel=0.1)
+    once = replace(SPEC, max_epochs=3, data=replace(SPEC.data, max_seq_length=128))
+    with TrainStream([store], once) as stream:
+        assert stream.passes_of(stream.num_packs() + 5) == 3.0
+    with TrainStream([store, store], SPEC) as stream:
+        assert 0 < stream.passes_of(1) < 1
+
+
 def test_a_mixture_has_no_epochs(store: TokenStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a mixture of stores has no epochs"):
         TrainStream([store, store], replace(SPEC, max_epochs=1)).num_packs()
