@@ -59,10 +59,14 @@ def _task_lines(task: Any, saved: dict[str, Any]) -> Iterator[str]:
         saved: The result of `TargetInfo.to_dict` that the checkpoint holds.
     """
     from esm2mega.config.head_form import head_form
+    from esm2mega.data.labels.forms import SAID
     from esm2mega.data.labels.schema import TargetInfo
 
     info = TargetInfo.from_dict(saved)
     yield f"task {info.kind}, head {' '.join(head_form(task))}, {info.num_outputs} outputs"
+    # Checkpoints of earlier versions do not say.
+    for column, form in zip(task.target_columns, info.forms, strict=False):
+        yield f"column {column} held {SAID[form]}"
     for number, name in enumerate(info.output_names):
         described = [f"output {number} {name}"]
         if info.counts:

@@ -149,7 +149,7 @@ def _classes_of_residues(draw: st.DrawFn, lengths: list[int]) -> Table:
         "blank": f" {cell[1:]}" if encoding == "characters" and not has_blank else None,
         "blank entry": [" ", *names[1:]] if encoding == "native" and not has_blank else None,
         "bracket": cell[:-1] if isinstance(cell, str) and cell[-1] in "])" else None,
-        "dots": f"[{' '.join(['0', '...', *'1234'][: len(names)])}]" if encoding != "characters" else None,
+        "dots": f"[{' '.join(['0', '...', *'1234'][: len(names)])}]" if len(names) > 1 else None,
         "gaps": f"[0, {' '.join('1' * (len(names) - 1))}]" if len(names) > 2 else None,
         "nested": str([[0]] * len(names)) if encoding == "json" else None,
         "fraction": [0.5, *names[1:]] if encoding == "native" else None,
@@ -183,10 +183,10 @@ def _perhaps_damaged(draw: st.DrawFn, table: Table, row: int, damages: Mapping[s
         # Less text may be text of another form, which means something where no other row tells.
         fits = table.lengths[row] in (len(cell), len(cell.split()))
         cell = "" if fits and cell.replace(" ", "").isalnum() else cell
-    formats = [name for name in table.formats if name in ("jsonl", "parquet")]
-    changed = replace(
-        table, formats=table.formats if isinstance(cell, (str, tuple)) else formats or ["jsonl"]
-    )
+    formats = table.formats
+    if not isinstance(cell, (str, tuple)):
+        formats = [name for name in formats if name in ("jsonl", "parquet")] or ["jsonl"]
+    changed = replace(table, formats=formats)
     return replace(_with_cell(changed, row, cell), damaged=row, is_plain=False)
 
 

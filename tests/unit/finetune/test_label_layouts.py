@@ -18,6 +18,7 @@ import pytest
 from esm2mega.cli.app import main
 from esm2mega.errors import UserError
 from esm2mega.finetune.api import train_model
+from esm2mega.inspect import inspect_path
 from tests.unit.runs import SETTINGS
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
@@ -266,5 +267,6 @@ def test_labels_of_residues(
     form = "lists" if "hugging_face" in layout.__name__ else "a character for each residue"
     column = "labels" if "hugging_face" in layout.__name__ else "target"
     assert f"labels   column {column} holds {form}\n" in capsys.readouterr().err
+    assert f"\ncolumn {column} held {form}\n" in inspect_path(checkpoint)
     state = json.loads((Path(checkpoint) / "train_state.json").read_text())
     assert state["task"]["forms"] == ["lists" if form == "lists" else "characters"]
