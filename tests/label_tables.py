@@ -21,8 +21,6 @@ from hypothesis import strategies as st
 
 from esm2mega.config.schema import TaskConfig
 
-KINDS = ("token_classification", "token_regression", "multilabel", "classification", "regression", "flags")
-
 _TABLES = ("csv", "tsv", "excel", "label csv", "jsonl", "parquet")
 _TEXTS = [
     pa.string(),
@@ -41,7 +39,7 @@ class Table:
     """A table to write.
 
     Attributes:
-        kind: One of `KINDS`.
+        kind: A value of `task.kind`, or ``flags`` for multilabel by columns.
         lengths: Number of residues of each protein.
         meanings: What each row says: a list of labels, or a single one; None among them stands for no label.
         cells: The cell of each row, for flags the cells.
@@ -120,8 +118,7 @@ def _entries(names: Sequence[str | None], filler: Any, typed: bool) -> list[Any]
 
 
 @st.composite
-def _classes_of_residues(draw: st.DrawFn, lengths: list[int]) -> Table:
-    encoding = draw(st.sampled_from(["characters", "characters", *WORDS, *LISTS]))
+def _classes_of_residues(draw: st.DrawFn, encoding: str, lengths: list[int]) -> Table:
     pool: list[Any] = list(draw(st.sampled_from(_ONE_CHARACTER if encoding == "characters" else _WORDS)))
     filler, typed = draw(st.sampled_from([None, -100, math.nan])), draw(st.booleans())
     has_blank = encoding not in WORDS and draw(st.integers(0, 3)) == 0
@@ -191,8 +188,7 @@ def _perhaps_damaged(draw: st.DrawFn, table: Table, row: int, damages: Mapping[s
 
 
 @st.composite
-def _numbers_of_residues(draw: st.DrawFn, lengths: list[int]) -> Table:
-    encoding = draw(st.sampled_from([*WORDS, *LISTS]))
+def _numbers_of_residues(draw: st.DrawFn, encoding: str, lengths: list[int]) -> Table:
     missing = draw(st.sampled_from([None, math.nan]))
     number = st.integers(-400, 400).map(lambda value: value / 4)
     entry = draw(st.sampled_from([number, number | st.none()]))
@@ -218,8 +214,7 @@ def _numbers_of_residues(draw: st.DrawFn, lengths: list[int]) -> Table:
 
 
 @st.composite
-def _several_names(draw: st.DrawFn, lengths: list[int]) -> Table:
-    encoding = draw(st.sampled_from(["semicolons", *LISTS]))
+def _several_names(draw: st.DrawFn, encoding: str, lengths: list[int]) -> Table:
     names = st.lists(st.sampled_from(_NAMES), unique=True, max_size=3)
     meanings = [draw(names) for _ in lengths]
     meanings[0] = meanings[0] or ["0"]
@@ -270,15 +265,25 @@ def _flags(draw: st.DrawFn, lengths: list[int]) -> Table:
     return draw(_perhaps_damaged(table, row, damages))
 
 
+KINDS = {
+    "token_classification": ["characters", *WORDS, *LISTS],
+    "token_regression": [*WORDS, *LISTS],
+    "multilabel": ["semicolons", *LISTS],
+    "classification": ["text"],
+    "regression": ["text"],
+    "flags": ["text"],
+}
+"""The encodings of each kind of labels."""
+
+
 @st.composite
-def tables(draw: st.DrawFn) -> tuple[Table, str, Any]:
+def tables(draw: st.DrawFn, kind: str, encoding: str) -> tuple[Table, str, Any]:
     """A table, the format to write it in, and the type of a Parquet column of text."""
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
-    kind = draw(st.sampled_from(["token_classification"] * 3 + list(KINDS)))
     strategies = {
-        "token_classification": _classes_of_residues(lengths),
-        "token_regression": _numbers_of_residues(lengths),
-        "multilabel": _several_names(lengths),
+        "token_classification": _classes_of_residues(encoding, lengths),
+        "token_regression": _numbers_of_residues(encoding, lengths),
+        "multilabel": _several_names(encoding, lengths),
         "flags": _flags(lengths),
         **{each: _one_label(each, lengths) for each in ("classification", "regression")},
     }

@@ -31,17 +31,16 @@ def text_of(cells: Cells, column: str, location: str) -> str:
     value = plain(cells[column])
     if value is None or (isinstance(value, str) and not value.strip()):
         raise _empty(column, location)
+    if isinstance(value, list) or (isinstance(value, str) and value.strip()[0] == "[" and is_list(value)):
+        raise UserError(
+            f"{location}: {shortened(value)} in column {column!r} is a list, not one class; give one, or set "
+            "task.kind=multilabel, or token_classification for a class per residue"
+        )
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise UserError(
             f"{location}: the label {shortened(value)} in column {column!r} is not text; write it as text"
         )
-    text = str(value).strip()
-    if text.startswith("[") and is_list(text):
-        raise UserError(
-            f"{location}: {shortened(text)} in column {column!r} is a list, not one class; give one, or set "
-            "task.kind=multilabel, or token_classification for a class per residue"
-        )
-    return text
+    return str(value).strip()
 
 
 def plain_number(value: object) -> float:
@@ -83,6 +82,11 @@ def number_of(value: object, column: str, location: str) -> float:
 def numbers_of(cells: Cells, column: str, location: str, num_residues: int) -> npt.NDArray[np.float64]:
     """Return the numbers of a cell, ``[L]``: of a list, its text, or of words, one for each residue."""
     value = plain(cells[column])
+    if isinstance(value, str) and "," in value and _is_number(value.replace(",", ".")):
+        raise UserError(
+            f"{location}: {value!r} in column {column!r} may be two numbers, or one with a decimal comma; "
+            "write [0, 5] or 0.5"
+        )
     if isinstance(value, str):
         value = _listed(value, column, location) if is_list(value) else value.split()
     if not isinstance(value, list):
@@ -193,8 +197,8 @@ def names_of(cells: Cells, column: str, location: str) -> list[str]:
         value = _listed(text, column, location, bare_text=False)
     if not isinstance(value, list) or not all(isinstance(name, str) and name.strip() for name in value):
         raise UserError(
-            f"{location}: {shortened(value)} in column {column!r} are no names; write names as text, or give "
-            "a column of 0 and 1 for each label"
+            f"{location}: {shortened(value)} in column {column!r} is no list of names; write names as text, "
+            "or give a column of 0 and 1 for each label"
         )
     for name in value:
         if ";" in name:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.config.task import classes_of_columns
 from esm2mega.data.labels.degenerate import SplitLabels, label_notes
 from esm2mega.data.labels.forms import column_form
 from esm2mega.data.labels.readers import TargetReader, join_labels, target_reader
@@ -197,6 +198,7 @@ def agreed_forms(task: TaskConfig, tables: Sequence[Table], info: TargetInfo | N
                     for location, _, tokens, cells in table.rows
                 ),
                 known[number] if number < len(known) else None,
+                classes_of_columns(task)[number] or (),
             )
             for number, column in enumerate(task.target_columns)
         ]

@@ -7,8 +7,9 @@ cells of that form may stand beside others.
 
 from __future__ import annotations
 
+import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Set
 
 from esm2mega.data.labels.lists import MARKS, is_list
 from esm2mega.errors import UserError
@@ -30,21 +31,28 @@ def plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def column_form(column: str, cells: Iterable[tuple[str, object, int]], known: str | None = None) -> str:
+def column_form(
+    column: str,
+    cells: Iterable[tuple[str, object, int]],
+    known: str | None = None,
+    declared: Collection[str] = (),
+) -> str:
     """Return the form of a column.
 
     Args:
         column: Name of the column.
         cells: Location, cell, and number of residues, of every row of every split.
         known: Form that the column had in training, or None if it is not known.
+        declared: Classes that the user declared, which may be a blank or a sign.
 
     Raises:
         UserError: Some cells fit one form and some another.
     """
+    unlikely = (MARKS | set(string.whitespace)) - set(declared)
     counts: Counter[str] = Counter()
     firsts: dict[str, str] = {}
     for location, value, num_residues in cells:
-        found = _form_of_cell(plain(value), num_residues)
+        found = _form_of_cell(plain(value), num_residues, unlikely)
         if found is not None:
             counts[found] += 1
             firsts.setdefault(found, location)
@@ -65,15 +73,21 @@ def column_form(column: str, cells: Iterable[tuple[str, object, int]], known: st
     return known
 
 
-def _form_of_cell(value: object, num_residues: int) -> str | None:
-    """Return the one form in which a cell can be read, or None if it can be read in several or in none."""
+def _form_of_cell(value: object, num_residues: int, unlikely: Set[str]) -> str | None:
+    """Return the one form in which a cell can be read, or None if it can be read in several or in none.
+
+    Args:
+        value: The cell.
+        num_residues: Number of residues of the protein.
+        unlikely: Characters that are hardly classes.
+    """
     if isinstance(value, list):
         return LISTS
     if not isinstance(value, str):
         return None
     if len(value) == num_residues:
-        # The word of a single residue may be one character; blanks and signs of lists are hardly characters.
-        is_plain = num_residues > 1 and not MARKS & set(value) and not any(map(str.isspace, value))
+        # The word of a single residue may be one character.
+        is_plain = num_residues > 1 and not unlikely & set(value)
         return CHARACTERS if is_plain and value not in NO_LABEL else None
     if is_list(value):
         return LISTS

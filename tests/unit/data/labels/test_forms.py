@@ -46,6 +46,12 @@ def test_all_cells_decide(cells: list[tuple[Any, int]], expected: str) -> None:
     assert form(*cells) == form(*cells[::-1]) == expected
 
 
+def test_a_declared_blank_is_a_character() -> None:
+    cells = [("x.csv:2", "H ", 2), ("x.csv:3", "[0, 1]", 2)]
+    assert column_form("t", cells) == LISTS
+    assert column_form("t", cells, declared=["H", " "]) == CHARACTERS
+
+
 def test_cells_of_two_forms_are_refused_where_the_fewer_are() -> None:
     with pytest.raises(UserError, match=r"^x.csv:4: holds a word .* 't', which holds a char.* at x.csv:2;"):
         form(("CHE", 3), ("CH", 2), ("C H", 2))
