@@ -132,7 +132,7 @@ SECTIONS = (
             "": "pairs",
             "data/labels": "rows cells readers schema degenerate dataset stream",
             "data/benchmarks": "names tables flip",
-            "finetune": "run losses param_groups evaluate metrics checkpoint predict output api",
+            "finetune": "run user_code losses param_groups evaluate metrics checkpoint predict output api",
         },
     ),
     Section(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from esm2mega.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from esm2mega.finetune.api import evaluate_model as evaluate_model
     from esm2mega.finetune.api import infer_model as infer_model
     from esm2mega.finetune.api import train_model as train_model
     from esm2mega.infer.api import Model as Model
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Model": "esm2mega.infer.api",
+    "evaluate_model": "esm2mega.finetune.api",
     "infer_model": "esm2mega.finetune.api",
     "load": "esm2mega.infer.api",
     "train_model": "esm2mega.finetune.api",
 }
-__all__ = ["Model", "infer_model", "load", "train_model"]
+__all__ = ["Model", "evaluate_model", "infer_model", "load", "train_model"]
 
 
 def __getattr__(name: str) -> Any:

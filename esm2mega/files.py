@@ -8,6 +8,7 @@ import json
 import os
 import reprlib
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -130,6 +131,33 @@ def write_json(path: Path, content: Any, cure: str = "") -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from a file that may hold anything.
+
+    Raises:
+        ValueError: It is not JSON, not UTF-8, or nested so deeply that the parser gives up.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path, cure: str) -> dict[str, Any]:
+    """Read a JSON object that an earlier start of a command wrote; `cure` says what to do without it.
+
+    Raises:
+        UserError: The file cannot be read, or holds something else.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {cure}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is no JSON object; {cure}")
+    return content
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -180,6 +208,37 @@ def check_out(path: Path) -> None:
     else:
         return
     raise UserError(f"--out {path}: {reason}; name a file in a directory that can be written to")
+
+
+STANDARD_INPUT = "-"
+"""Commands that read a stream take this as the name of their standard input."""
+
+
+def is_stream(path: str | Path) -> bool:
+    """Tell whether a path is standard input, a pipe or a device, whose content can be read only once."""
+    if str(path) == STANDARD_INPUT:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def refuse_stream(path: str | Path, named: str | None = None) -> None:
+    """Refuse a stream where a file is read several times, or by several processes.
+
+    Args:
+        path: What the user gave.
+        named: The path with its option or key, for the message; None for the path alone.
+
+    Raises:
+        UserError: It is a stream.
+    """
+    if is_stream(path):
+        raise UserError(
+            f"{named or path}: is a stream, and this input is read more than once; write it to a file first"
+        )
 
 
 def first_of(names: Sequence[str], most: int = 8) -> str:

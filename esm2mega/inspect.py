@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from esm2mega.config.run_name import split_run
 from esm2mega.errors import UserError
 
 _OPTIMIZER = "optimizer."
@@ -17,9 +18,12 @@ def inspect_path(path: str | Path) -> str:
     Raises:
         UserError: The path holds nothing that is known, or it is damaged.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise UserError(f"{path}: no such directory; give a token store, a run directory or a checkpoint")
+    run, which = split_run(path)
+    directory = Path(run)
+    if not directory.exists():
+        raise UserError(f"{path}: no such path; give a token store, a run directory or a checkpoint")
+    if which is not None:
+        return "\n".join(_checkpoint_lines(path))
     if (directory / "manifest.json").is_file():
         from esm2mega.data.benchmarks.tables import read_manifest
 
@@ -27,6 +31,13 @@ def inspect_path(path: str | Path) -> str:
         return "\n".join(_store_lines(directory) if tables is None else _table_lines(directory, tables))
     if stores := sorted(str(path.parent) for path in directory.glob("*/manifest.json")):
         raise UserError(f"{path}: holds token stores but is none itself; did you mean {' or '.join(stores)}?")
+    from esm2mega.convert.files.source import SourceFiles
+    from esm2mega.convert.formats.registry import detect, find_format
+    from esm2mega.convert.start_point import OWN
+
+    source = SourceFiles(directory)
+    if not directory.is_dir() or find_format(source) not in (None, OWN):
+        return "\n".join(_foreign_lines(source, detect(source)))
     return "\n".join(_checkpoint_lines(directory))
 
 
@@ -51,22 +62,21 @@ def _table_lines(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
     yield from manifest["notes"]
 
 
-def _task_lines(task: Any, saved: dict[str, Any]) -> Iterator[str]:
-    """Describe the head of a task, and what its outputs mean.
-
-    Args:
-        task: The section `task` of the configuration.
-        saved: The result of `TargetInfo.to_dict` that the checkpoint holds.
-    """
+def _task_lines(head: Any) -> Iterator[str]:
+    """Describe the head of a task, a `HeadDescription`, and what its outputs mean."""
     from esm2mega.config.head_form import head_form
     from esm2mega.data.labels.forms import SAID
-    from esm2mega.data.labels.schema import TargetInfo
 
-    info = TargetInfo.from_dict(saved)
-    yield f"task {info.kind}, head {' '.join(head_form(task))}, {info.num_outputs} outputs"
+    info, code = head.info, head.code
+    own = None if code is None else code.head
+    described = " ".join(head_form(head.task)) if own is None else own
+    yield f"task {info.kind}, head {described}, {info.num_outputs} outputs"
     # Checkpoints of earlier versions do not say.
-    for column, form in zip(task.target_columns, info.forms, strict=False):
+    for column, form in zip(head.task.target_columns, info.forms, strict=False):
         yield f"column {column} held {SAID[form]}"
+    if code is not None and code.loss is not None:
+        predicts = ", which turns outputs into predictions" if code.loss_predicts else ""
+        yield f"loss {code.loss}{predicts}"
     for number, name in enumerate(info.output_names):
         described = [f"output {number} {name}"]
         if info.counts:
@@ -98,14 +108,43 @@ def _store_lines(directory: Path) -> Iterator[str]:
     yield f"tokenizer {store.manifest['tokenizer_hash']}"
 
 
-def _checkpoint_lines(directory: Path) -> Iterator[str]:
+def _foreign_lines(source: Any, name: str) -> Iterator[str]:
+    """Describe a checkpoint of another program, with its tensors under our names.
+
+    Args:
+        source: Its files.
+        name: The format that it is in.
+    """
+    from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
+    from esm2mega.convert.formats.registry import read_weights
+    from esm2mega.convert.lazy_weights import dtype_name
+
+    weights = read_weights(source, name)
+    description = weights.description
+    yield f"checkpoint {source.path} in the format {name}, which `esm2mega convert` reads"
+    yield f"model {description.shape}, {dtype_name(description.dtype)}, family {description.family}"
+    if description.head != "lm":
+        task = description.task
+        yield "no head" if task is None else f"head of a task (task.kind={task.task.kind})"
+    yield from weights.notes.lines()
+    digests = []
+    for tensor, info in weights.infos.items():
+        digests.append((tensor, tensor_sha256(weights.read(tensor))))
+        yield f"  {tensor:<58} {dtype_name(info.dtype):<9} {list(info.shape)!s:<18} {digests[-1][1][:16]}"
+    yield f"tensors sha256 {combined_sha256(digests)}"
+
+
+def _checkpoint_lines(named: str | Path) -> Iterator[str]:
     from esm2mega.checkpoint import layout
     from esm2mega.checkpoint.auxiliary import read_auxiliary
+    from esm2mega.checkpoint.choice import best_checkpoint
     from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
     from esm2mega.config.presets import shape_of
+    from esm2mega.convert.formats.esm2mega import task_head
+    from esm2mega.convert.start_point import read_checkpoint
 
-    checkpoint = layout.resolve_checkpoint(directory)
-    run, state = layout.read_config(checkpoint), layout.read_state(checkpoint)
+    start = read_checkpoint(named)
+    checkpoint, run, state = start.path, start.run, start.state
     shape, reader = shape_of(run.model), TensorReader(checkpoint)
     yield f"checkpoint {checkpoint} (format {state['format_version']}, esm2mega {state['esm2mega_version']})"
     yield (f"model {run.model.size or 'own shape'}: {shape}, {run.model.precision}")
@@ -118,13 +157,16 @@ def _checkpoint_lines(directory: Path) -> Iterator[str]:
             f"step {state['step']:,}, {data['consumed_samples']:,} samples, "
             f"{data['consumed_tokens']:,} tokens, validation loss {loss}"
         )
-    if len(others := layout.find_checkpoints(checkpoint.parent.parent)[0]) > 1:
-        yield f"checkpoints of the run: {', '.join(p.name for p in others)}"
+    run_dir = checkpoint.parent.parent
+    if len(others := layout.find_checkpoints(run_dir)[0]) > 1:
+        best = best_checkpoint(run_dir)
+        words = "" if best is None else f"; the best {best}: {best.path.name}"
+        yield f"checkpoints of the run: {', '.join(p.name for p in others)}{words}"
     if "base" in state:
         yield f"adapters of rank {run.lora.rank} on {', '.join(run.lora.target_modules)}"
         yield f"base {state['base']['path']}  sha256 {state['base']['sha256']}"
     if state.get("task") is not None:
-        yield from _task_lines(run.task, state["task"])
+        yield from _task_lines(task_head(run.task, state, {}, checkpoint))
     digests: list[tuple[str, str]] = []
     for name, info in reader.index.items():
         if name.startswith(_OPTIMIZER):

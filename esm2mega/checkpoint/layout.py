@@ -1,4 +1,4 @@
-"""Names the directories of checkpoints, finds the complete ones and removes those that are not kept.
+"""Names the directories of checkpoints, finds the complete ones, and reads what they say about themselves.
 
 This module deals with files, not with tensors.
 
@@ -9,21 +9,18 @@ being written the directory has another name; a directory without ``COMPLETE`` i
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from esm2mega.config.load import run_from_yaml, save_resolved
+from esm2mega.config.scalars import read_yaml
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
-from esm2mega.files import sync_tree, write_json
+from esm2mega.files import parse_json, sync_tree, write_json
 from esm2mega.version import __version__
 from esm2mega.vocabulary import TOKENIZER_HASH, VOCAB
 
@@ -45,6 +42,11 @@ def step_dir(run_dir: str | Path, step: int) -> Path:
     return checkpoints_dir(run_dir) / f"step_{step:08d}"
 
 
+def step_of(directory: Path) -> int:
+    """Return the number of optimizer steps after which a ``step_XXXXXXXX`` directory was saved."""
+    return int(directory.name.removeprefix("step_"))
+
+
 def partial_dir(directory: Path) -> Path:
     """Return the path under which a checkpoint is written before it gets its final name."""
     return directory.with_name(f"{directory.name}.partial")
@@ -55,36 +57,16 @@ def is_complete(directory: Path) -> bool:
     return (directory / COMPLETE).is_file()
 
 
+def is_checkpoint_name(directory: Path) -> bool:
+    """Tell whether a directory is named as a checkpoint is, be it complete or not."""
+    return _NAME.fullmatch(directory.name) is not None
+
+
 def find_checkpoints(run_dir: str | Path) -> tuple[list[Path], list[Path]]:
     """Return the complete checkpoints of a run, oldest first, and the directories of incomplete ones."""
     folder = checkpoints_dir(run_dir)
     named = sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name)) if folder.is_dir() else []
     return [p for p in named if is_complete(p)], [p for p in named if not is_complete(p)]
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint that a path means: the directory itself, or the newest complete one of a run.
-
-    Raises:
-        UserError: There is none, or the one named was not completed.
-    """
-    directory = Path(path)
-    if is_complete(directory):
-        return directory
-    if not directory.is_dir():
-        raise UserError(f"{path}: no such checkpoint; give a step_XXXXXXXX directory or a run directory")
-    run_dir = directory.parent if directory.name == "checkpoints" else directory
-    complete, _ = find_checkpoints(run_dir)
-    if complete:
-        return complete[-1]
-    if (directory / MODEL).exists() or _NAME.fullmatch(directory.name):
-        raise UserError(
-            f"{path}: not a complete checkpoint: the file {COMPLETE} is missing; "
-            "use an earlier step_ directory"
-        )
-    raise UserError(
-        f"{path}: holds no complete checkpoint (no step_XXXXXXXX/{COMPLETE}); give another directory"
-    )
 
 
 def write_description(directory: Path, run: Run, state: dict[str, Any]) -> None:
@@ -123,8 +105,9 @@ def read_config(checkpoint: Path) -> Run:
     """
     path = checkpoint / CONFIG
     try:
-        tokenizer_hash = ((yaml.safe_load(path.read_text()) or {}).get("tokenizer") or {}).get("hash")
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        content, _ = read_yaml(path.read_text(encoding="utf-8"))
+        tokenizer_hash = content.get("tokenizer", {}).get("hash")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, AttributeError) as error:
         raise UserError(
             f"{path}: cannot be read: {str(error).splitlines()[0]}; the checkpoint is damaged"
         ) from error
@@ -140,7 +123,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the content of ``train_state.json``; a format version unknown to this code is an error."""
     path = checkpoint / STATE
     try:
-        state = json.loads(path.read_text())
+        state = parse_json(path.read_text())
         version = state["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -152,47 +135,3 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             "use the esm2mega that wrote it"
         )
     return state
-
-
-def prune(run_dir: str | Path, keep_last: int, keep_best: int, written: Path) -> list[Path]:
-    """Remove all checkpoints but the newest `keep_last` and the `keep_best` of lowest validation loss.
-
-    Incomplete directories older than the newest checkpoint are removed too, since nothing will read them. A
-    checkpoint whose ``train_state.json`` cannot be read counts as not evaluated.
-
-    Args:
-        run_dir: Directory of the run.
-        keep_last: Number of newest checkpoints to keep; at least 1 is kept.
-        keep_best: Number of best checkpoints to keep besides.
-        written: The checkpoint that was just written, which is kept in any case.
-
-    Returns:
-        The removed directories.
-    """
-    complete_ones, incomplete = find_checkpoints(run_dir)
-    scored = [(loss, p) for p in complete_ones if (loss := _valid_loss(p)) is not None]
-    best = [path for _, path in sorted(scored)[:keep_best]]
-    keep = {written, *complete_ones[-max(keep_last, 1) :], *best}
-    growing = checkpoints_dir(run_dir).glob("step_*.partial")
-    removed = [p for p in complete_ones if p not in keep] + _older([*incomplete, *growing], complete_ones)
-    for path in removed:
-        shutil.rmtree(path)
-    return removed
-
-
-def _valid_loss(checkpoint: Path) -> float | None:
-    try:
-        loss = read_state(checkpoint).get("valid_loss")
-    except UserError as error:
-        _warn_once(f"{error}; it counts as not evaluated")
-        return None
-    return loss if isinstance(loss, (int, float)) else None
-
-
-@functools.cache  # every save of a run looks at the same old checkpoints
-def _warn_once(line: str) -> None:
-    print(f"esm2mega: {line}", file=sys.stderr, flush=True)
-
-
-def _older(paths: Sequence[Path], complete_ones: Sequence[Path]) -> list[Path]:
-    return [p for p in paths if complete_ones and p.name < complete_ones[-1].name]

@@ -127,7 +127,7 @@ def _may_speak(error: BaseException, common: bool) -> bool:
 
 
 def _world_size_or_one() -> int:
-    from esm2mega.config.validate import world_size_from_environment
+    from esm2mega.config.launcher import world_size_from_environment
 
     try:
         return world_size_from_environment()

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.renamed import refusal_of_option
 from esm2mega.errors import UserError
 from esm2mega.infer.target import Mode
@@ -40,7 +41,7 @@ def _verbose_option() -> click.Option:
 
 
 class Command(click.Command):
-    """Defines a command that takes `-v`, and names the successor of a renamed option."""
+    """Defines a command that takes `-v`, names the successor of a renamed option, and knows its rank."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,6 +55,11 @@ class Command(click.Command):
             if (refusal := refusal_of_option(error.option_name, accepted)) is not None:
                 raise UserError(refusal) from error
             raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # A process that mistook its rank would do nothing, or everything for one of several, without a word.
+        world_size_from_environment()
+        return super().invoke(ctx)
 
 
 class Group(click.Group):

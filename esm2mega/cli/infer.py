@@ -11,19 +11,20 @@ from typing import Any
 import click
 
 from esm2mega.cli.group import command, output_mode, say
+from esm2mega.config.scalars import as_word
 from esm2mega.errors import UserError
 from esm2mega.files import check_writable
 
 
 def _settings(options: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
     """Return options as `key=value`, then what was given in that form."""
-    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    given = [as_word(key, value) for key, value in options.items() if value is not None]
     return [*given, *overrides]
 
 
-def _list(values: tuple[Any, ...]) -> str | None:
+def _list(values: tuple[str, ...]) -> list[str] | None:
     """Return a comma-separated option, which may also be repeated, as a list of the configuration."""
-    return f"[{','.join(values)}]" if values else None
+    return [x.strip() for value in values for x in value.removesuffix(",").split(",")] if values else None
 
 
 @command(short_help="Compute embeddings, logits and contacts of proteins.")
@@ -77,6 +78,8 @@ def _list(values: tuple[Any, ...]) -> str | None:
 def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
     """Embed the proteins of INPUT: FASTA, CSV, Parquet and others, also compressed, or a token store.
 
+    INPUT may be a stream, and is - for standard input.
+
     Results are in input order with their ids. The other proteins of INPUT do not change those of a protein.
 
     Example: esm2mega embed runs/mine proteins.fasta --out proteins.h5
@@ -111,13 +114,16 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
 @click.argument("checkpoint")
 @click.option("--sequence", metavar="S", help="Sequence of the wild type.")
 @click.option("--fasta", metavar="FILE", help="File with one or more wild types.")
-@click.option("--variants", metavar="CSV", help="Table of variants [default: all single substitutions].")
+@click.option(
+    "--variants",
+    metavar="FILE",
+    help="Table of variants, or of whole sequences, or FASTA of these [default: all single substitutions].",
+)
 @click.option("--out", required=True, metavar="PATH", help="CSV to write; with --proteingym a folder.")
 @click.option(
     "--strategy",
     type=click.Choice(["wt-marginals", "masked-marginals", "pseudo-ppl"]),
-    default="masked-marginals",
-    show_default=True,
+    help="[default: masked-marginals; pseudo-ppl for whole sequences]",
 )
 @click.option(
     "--normalize",
@@ -127,12 +133,20 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
     help="Normalise probabilities over all 33 tokens, or over the 20 residues.",
 )
 @click.option("--offset", type=int, default=1, show_default=True, help="Number of the first residue.")
-@click.option("--mutation-column", default="mutant", show_default=True, metavar="NAME")
+@click.option(
+    "--mutation-column", default="mutant", show_default=True, metavar="NAME", help="Column of variants."
+)
+@click.option(
+    "--sequence-column",
+    metavar="NAME",
+    help="Column of whole sequences [default: mutated_sequence, where there is no column of variants].",
+)
 @click.option(
     "--id-column", default="id", show_default=True, metavar="NAME", help="Column that names the wild type."
 )
 @click.option("--score-column", default="score", show_default=True, metavar="NAME", help="Column to add.")
 @click.option("--measured", metavar="NAME", help="Column of measured values, for Spearman's correlation.")
+@click.option("--skip-invalid", is_flag=True, help="List rows that have no score, instead of refusing them.")
 @click.option("--heat-map", metavar="FILE.png", help="Also draw the scan of a single wild type.")
 @click.option("--proteingym", metavar="CSV", help="ProteinGym's reference file; all its assays are scored.")
 @click.option("--assays", metavar="DIR", help="Folder of the assays, with --proteingym.")
@@ -149,12 +163,15 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Score substitutions by how likely the model finds them, without training on measurements.
+    """Score variants, or whole sequences, by how likely the model finds them.
+
+    Nothing is trained on measurements. Whole sequences may be longer or shorter than the wild type, and need
+    none.
 
     Example: esm2mega score runs/mine --fasta wild_type.fasta --variants variants.csv --out scores.csv
     """
     kinds = [name for name in ("sequence", "fasta", "proteingym") if options[name] is not None]
-    if len(kinds) != 1:
+    if len(kinds) > 1 or not (kinds or options["variants"] is not None):
         raise UserError("give the wild type by one of --sequence, --fasta and --proteingym")
     if (options["proteingym"] is None) != (options["assays"] is None):
         raise UserError(
@@ -170,6 +187,10 @@ def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: A
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} is fixed by the layout of ProteinGym; leave it out")
     scan = options["variants"] is None and options["proteingym"] is None
+    of_tables = {"measured": None, "sequence_column": None, "skip_invalid": False}
+    for name, value in of_tables.items():
+        if scan and options[name] != value:
+            raise UserError(f"--{name.replace('_', '-')} is about the rows of --variants; leave it out")
     if options["heat_map"] is not None and not scan:
         raise UserError("--heat-map shows all single substitutions; leave --variants out")
     if mode == "new" and options["proteingym"] is None:
@@ -177,21 +198,25 @@ def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: A
             if Path(path).exists():
                 raise UserError(f"{path}: exists; replace it with --overwrite, or choose another name")
 
-    from esm2mega.infer import score as scoring
+    from esm2mega.infer.plan import ScoreOptions
+    from esm2mega.infer.score import draw_scan, score_file
+    from esm2mega.infer.wild_types import WildType, clean, read_wild_types
 
     settings = {
         "infer.precision": options["precision"],
         "infer.max_seq_length": options["max_seq_length"],
         "infer.micro_batch_tokens": options["pack_tokens"],
     }
-    how = scoring.ScoreOptions(
+    how = ScoreOptions(
         strategy=options["strategy"],
         normalization=options["normalize"],
         offset=options["offset"],
         mutation_column=options["mutation_column"],
+        sequence_column=options["sequence_column"],
         id_column=options["id_column"],
         score_column=options["score_column"],
         measured_column=options["measured"],
+        skip_invalid=options["skip_invalid"],
         overrides=_settings(settings, options["overrides"]),
     )
     if options["proteingym"] is not None:
@@ -200,18 +225,19 @@ def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: A
         assays = read_reference(options["proteingym"], options["assays"])
         say(score_assays(checkpoint, assays, out, how, mode))
         return
+    proteins = []
     if options["sequence"] is not None:
-        proteins = [scoring.WildType("sequence", scoring.clean(options["sequence"]))]
-    else:
-        proteins = scoring.read_wild_types(options["fasta"])
+        proteins = [WildType("sequence", clean(options["sequence"]))]
+    elif options["fasta"] is not None:
+        proteins = read_wild_types(options["fasta"])
     if options["heat_map"] is not None and len(proteins) > 1:
         raise UserError(
             f"--heat-map shows one wild type, {options['fasta']} has {len(proteins)}; leave it out"
         )
     if options["heat_map"] is not None:
         check_writable(Path(options["heat_map"]))
-    report = scoring.score_file(checkpoint, proteins, options["variants"], out, how)
+    report = score_file(checkpoint, proteins, options["variants"], out, how)
     say(report)
     if options["heat_map"] is not None and report:
-        scoring.draw_scan(options["heat_map"], proteins[0], out, how)
+        draw_scan(options["heat_map"], proteins[0], out, how)
         click.echo(options["heat_map"])

@@ -74,8 +74,8 @@ def prepare_fasta_command(
 ) -> None:
     """Write sequence files into token stores for training.
 
-    INPUT is FASTA, CSV, JSON lines (these also as .gz and .zst), Parquet, Megatron or TAPE. If the command
-    was killed, the same command continues from what was finished.
+    INPUT is FASTA, CSV, JSON lines (these also as .gz and .zst), Parquet, Megatron or TAPE; - is standard
+    input. If the command was killed, the same command continues from what was finished.
     """
     from esm2mega.data.readers.base import SourceOptions
     from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta

@@ -21,7 +21,7 @@ def quickstart(out: str) -> None:
 @click.argument("path")
 @single_process
 def inspect(path: str) -> None:
-    """Show what a checkpoint or token store holds."""
+    """Show what a token store, or a checkpoint in any format that `convert` reads, holds."""
     from esm2mega.inspect import inspect_path
 
     click.echo(inspect_path(path))

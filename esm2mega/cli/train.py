@@ -10,7 +10,15 @@ from typing import Any
 import click
 
 from esm2mega.cli.group import command, output_mode, say
+from esm2mega.config.scalars import as_word
 from esm2mega.errors import UserError
+
+_CODE = click.option(
+    "--code",
+    multiple=True,
+    metavar="MODULE:CLASS",
+    help="Class of your own head or loss, imported from this folder or an installed package.",
+)
 
 
 @command(short_help="Train a masked language model, or resume training.")
@@ -21,10 +29,16 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
 
     Example: esm2mega pretrain --config pretrain_esm2_8M data.train=DIR/train data.valid=DIR/valid
     """
+    from esm2mega.config.launcher import world_size_from_environment
     from esm2mega.config.load import load_run
-    from esm2mega.config.validate import check_training_inputs, validate, world_size_from_environment
+    from esm2mega.config.paths import is_expanded
+    from esm2mega.config.validate import check_training_inputs, validate
 
     run = load_run(config, overrides)
+    if not is_expanded(run):  # only then it is worth the import of torch before the checks
+        from esm2mega.parallel.paths import expand_paths
+
+        run = expand_paths(run)
     validate(run, world_size_from_environment())
     check_training_inputs(run)
 
@@ -35,15 +49,17 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
 
 @command(short_help="Train a head and the encoder on labelled proteins.")
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
+@_CODE
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
-def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
+def finetune(config: str | None, code: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Fine-tune on a table of labelled proteins, or resume from the newest checkpoint in run_dir.
 
     Example: esm2mega finetune init_from=runs/mine task.kind=regression task.target_columns=[fitness]
     data.train=train.csv data.valid=valid.csv
     """
+    from esm2mega.config.launcher import world_size_from_environment
     from esm2mega.config.task import validate_task
-    from esm2mega.config.validate import check_training_inputs, validate, world_size_from_environment
+    from esm2mega.config.validate import check_training_inputs, validate
     from esm2mega.train.start import load_run_with_start
 
     run, opened = load_run_with_start(config, overrides)
@@ -51,9 +67,11 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
     validate_task(run)
     check_training_inputs(run)
 
+    from esm2mega.finetune.code_option import load_code
+    from esm2mega.finetune.run import UserParts
     from esm2mega.finetune.run import finetune as run_finetune
 
-    run_finetune(run, opened=opened)
+    run_finetune(run, UserParts(code=load_code(code)), opened=opened)
 
 
 @command(short_help="Predict with a fine-tuned model, in input order.")
@@ -76,17 +94,19 @@ def finetune(config: str | None, overrides: tuple[str, ...]) -> None:
     metavar="N",
     help="Most tokens at once, with <cls> and <eos> [default: as in training].",
 )
+@_CODE
 @click.option("--resume", is_flag=True, help="Continue an unfinished output; start one if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Predict the proteins of INPUT with a fine-tuned checkpoint.
+    """Predict the proteins of INPUT with a fine-tuned checkpoint; a run means its best one.
 
-    INPUT is FASTA, CSV, Parquet and others, also compressed, or a token store.
+    INPUT is FASTA, CSV, Parquet and others, also compressed, or a token store; - is standard input.
 
     Example: esm2mega predict runs/mine proteins.fasta --out predictions.csv
     """
     mode = output_mode(resume, overwrite)
+    from esm2mega.finetune.code_option import load_code
     from esm2mega.finetune.predict import predict as run_predict
 
     settings = {
@@ -95,8 +115,9 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
         "infer.too_long": options["too_long"],
         "infer.max_seq_length": options["max_seq_length"],
     }
-    given = [f"{key}={value}" for key, value in settings.items() if value is not None]
-    say(run_predict(checkpoint, input, out, [*given, *options["overrides"]], mode))
+    given = [as_word(key, value) for key, value in settings.items() if value is not None]
+    overrides = [*given, *options["overrides"]]
+    say(run_predict(checkpoint, input, out, overrides, mode, load_code(options["code"])))
 
 
 @command(short_help="Compute loss and perplexity of a checkpoint, or the metrics of its task.")
@@ -112,6 +133,7 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
     metavar="T",
     help="Tokens of one pack [default: as in training].",
 )
+@_CODE
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def evaluate(
     checkpoint: str,
@@ -119,14 +141,18 @@ def evaluate(
     out: str | None,
     max_batches: int | None,
     micro_batch_tokens: int | None,
+    code: tuple[str, ...],
     overrides: tuple[str, ...],
 ) -> None:
     """Compute the loss of a checkpoint, and for comparison that of predicting residue frequencies.
 
-    For a fine-tuned checkpoint it is the loss and the metrics of its task, on a table with labels.
+    For a fine-tuned checkpoint it is the loss and the metrics of its task, on a table with labels. RUN@best,
+    RUN@last and RUN@step_N name a checkpoint of a run; RUN alone is the best one of a fine-tuning, and the
+    last one of a pretraining.
     """
     from esm2mega.convert.start_point import open_checkpoint
     from esm2mega.finetune.checkpoint import evaluate_task
+    from esm2mega.finetune.code_option import load_code
     from esm2mega.train.evaluate import evaluate_checkpoint
 
     start = open_checkpoint(checkpoint)
@@ -135,7 +161,9 @@ def evaluate(
             raise UserError("--max-batches: metrics of a task need the whole table; leave it out")
         if micro_batch_tokens is not None:
             overrides = (f"train.micro_batch_tokens={micro_batch_tokens}", *overrides)
-        numbers = evaluate_task(start, data, out, overrides)
+        numbers = evaluate_task(start, data, out, overrides, load_code(code))
+    elif code:
+        raise UserError(f"--code {code[0]}: {start.path} has no head of a task; leave it out")
     else:
         numbers = evaluate_checkpoint(
             start,
@@ -145,7 +173,11 @@ def evaluate(
             micro_batch_tokens=micro_batch_tokens,
             overrides=overrides,
         )
-    say(
-        f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}"
-        for name, value in numbers.items()
-    )
+    say(f"{name}: {_shown(value)}" for name, value in numbers.items())
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a result as text; what is not defined reads as in JSON."""
+    if value is None:
+        return "null"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

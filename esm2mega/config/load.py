@@ -1,17 +1,18 @@
 """Reads YAML files and `key=value` overrides into a typed `Run`; a mistake gives one line with its cure.
 
-The files in `defaults` come first, in order, then the file itself, then the `key=value` overrides. OmegaConf
-types and interpolates (`${oc.env:HOME}`, `${train.micro_batch_tokens}`); its own errors never reach the user.
+The files in `defaults` come first, in order, then the file itself, then the `key=value` overrides. A scalar
+is text until the type of its key makes it something else, see `esm2mega.config.typed`. OmegaConf types and
+interpolates (`${oc.env:HOME}`, `${train.micro_batch_tokens}`); its own errors never reach the user.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
 import functools
 import os
-import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,18 +22,17 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
 from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
-from esm2mega.config.schema import Run, ScheduleConfig, TrainConfig
+from esm2mega.config.scalars import Unset, escaped, read_word, read_yaml, show, shown
+from esm2mega.config.schema import Run, ScheduleConfig, TrainConfig, flatten
+from esm2mega.config.typed import as_typed, expected, is_text
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import UserError
 from esm2mega.files import replacing
 from esm2mega.version import __version__
-
-# The parser in C, if PyYAML has it; it gives the same lines.
-_LineLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _WITH_GAPS = ("task.mask_column",)
 """Names the keys whose lists may have nulls in them."""
@@ -62,12 +62,7 @@ def load_run(config: str | None, overrides: Sequence[str] = ()) -> Run:
         UserError: A file cannot be read, YAML is not valid, a key is unknown, a value has the wrong type, or
             dimensions contradict each other.
     """
-    tree = _defaults()
-    settings = list(_file_settings(find_config(config), ())) if config is not None else []
-    settings += [_parse_override(text) for text in overrides]
-    for setting in settings:
-        _apply(tree, setting)
-    return resolve(_to_run(tree, {setting.key: setting.where for setting in settings}))
+    return resolve(_to_run(_defaults(), _given(config, overrides)))
 
 
 def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Run:
@@ -77,11 +72,8 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
         path: The file.
         ignore: Top-level keys that the writer added to those of the run.
     """
-    tree = _defaults()
-    for setting in _current(_file_settings(Path(path), ())):
-        if setting.key not in ignore:
-            _apply(tree, setting)
-    return resolve(_to_run(tree, {}))
+    settings = _current(_file_settings(Path(path), ()))
+    return resolve(_to_run(_defaults(), [s for s in settings if s.key not in ignore]))
 
 
 def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None) -> Run:
@@ -95,13 +87,14 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
         overrides: `key=value`, as for `load_run`.
         config: Path or name of a file whose values come before the overrides; None for none.
     """
-    tree = OmegaConf.structured(base)
+    settings = [s for s in _given(config, overrides) if not (s.key.startswith("model.") and _is_default(s))]
+    return resolve(_to_run(OmegaConf.structured(_escaped(base)), settings))
+
+
+def _given(config: str | None, overrides: Sequence[str]) -> list[_Setting]:
+    """Return what a file and overrides set, in the order in which it holds."""
     settings = list(_file_settings(find_config(config), ())) if config is not None else []
-    settings = [s for s in settings if not (s.key.startswith("model.") and _is_default(s))]
-    settings += [_parse_override(text) for text in overrides]
-    for setting in settings:
-        _apply(tree, setting)
-    return resolve(_to_run(tree, {setting.key: setting.where for setting in settings}))
+    return settings + [_parse_override(text) for text in overrides]
 
 
 def _is_default(setting: _Setting) -> bool:
@@ -110,18 +103,43 @@ def _is_default(setting: _Setting) -> bool:
     return file.name == "base.yaml" and file.resolve() == (conf_dir() / "base.yaml").resolve()
 
 
-def value_of(key: str, config: str | None, overrides: Sequence[str] = ()) -> Any:
-    """Return the value that a file and overrides give one key, unchecked; None if they give none."""
-    settings = list(_file_settings(find_config(config), ())) if config is not None else []
-    settings += [_parse_override(text) for text in overrides]
-    return next((setting.value for setting in reversed(settings) if setting.key == key), None)
+def values_of(keys: Sequence[str], config: str | None, overrides: Sequence[str] = ()) -> list[Any]:
+    """Return the values that a file and overrides give single keys, whatever else they set.
+
+    Args:
+        keys: Dotted keys; the value of one that is not set is None.
+        config: Path or name of a file; None for none.
+        overrides: `key=value`, as for `load_run`.
+
+    Raises:
+        UserError: A setting is refused, or one of these values is a reference that leads nowhere.
+    """
+    settings = _given(config, overrides)
+    tree = _tree(_defaults(), settings)
+    given = {setting.key for setting in settings}
+    with _naming_places(settings):
+        return [OmegaConf.select(tree, key) if key in given else None for key in keys]
 
 
 def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
     """Write YAML that `run_from_yaml` reads back to an equal `Run`; `path` is replaced in one step."""
-    text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(run)))
+    text = OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(run))))
     with replacing(Path(path)) as partial:
-        partial.write_text(f"{_RESOLVED} {__version__}.\n{text}")
+        partial.write_text(f"{_RESOLVED} {__version__}.\n{text}", encoding="utf-8")
+
+
+def _escaped(value: Any) -> Any:
+    """Return resolved values so that OmegaConf takes none of their text for a reference."""
+    if isinstance(value, str):
+        return escaped(value)
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _escaped(inner) for name, inner in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _escaped(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
 
 
 def resolve(run: Run) -> Run:
@@ -222,12 +240,13 @@ def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting
     """Yield the settings of a file, those of its `defaults` first."""
     if path.resolve() in including:
         raise UserError(f"{path}: includes itself through `defaults`; remove the circle")
-    content, lines = _read_yaml(path)
-    defaults = content.pop("defaults", None) or []
+    content, lines = _read_config(path)
+    defaults = content.pop("defaults", Unset())
+    defaults = [] if isinstance(defaults, Unset) else defaults
     for name in defaults if isinstance(defaults, list) else [defaults]:
         where = f"{path}:{lines.get('defaults', 1)}"
-        if not isinstance(name, str):
-            raise UserError(f"{where}: defaults must be a name or a list of names, got {_show(name)}")
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{where}: defaults must be a name or a list of names, got {shown(name)}")
         try:
             found = find_config(name, beside=path.parent)
         except UserError as error:
@@ -249,13 +268,10 @@ def _is_resolved(path: Path) -> bool:
     return path.read_text(encoding="utf-8").startswith(_RESOLVED)
 
 
-def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
+def _read_config(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     """Return a file's mapping, and the line of every dotted key."""
     try:
-        text = path.read_text(encoding="utf-8")
-        # OmegaConf reads 4e-4 as a number, plain YAML 1.1 as text; the second pass is for line numbers only.
-        config = OmegaConf.create(text) if text.strip() else OmegaConf.create()
-        node = yaml.compose(text, Loader=_LineLoader)
+        content, lines = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -264,20 +280,13 @@ def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         problem = " ".join(str(error.problem or error.context or "unreadable").split())
         raise UserError(f"{path}:{line}: not valid YAML: {problem}; correct this line") from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not a YAML configuration: {_first_line(error)}") from error
-    content = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else None
-    # A file with one word in it reads as a mapping of that word to null.
-    if not isinstance(content, dict) or (node is not None and not isinstance(node, yaml.MappingNode)):
+    except RecursionError as error:
+        raise UserError(f"{path}: not a YAML configuration: it is nested too deeply") from error
+    if not isinstance(content, dict):
         raise UserError(f"{path}: the top level must be `key: value` pairs, as in {conf_dir() / 'base.yaml'}")
-    return content, dict(_key_lines(node, "")) if node is not None else {}
-
-
-def _key_lines(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield f"{prefix}{key.value}", key.start_mark.line + 1
-            yield from _key_lines(value, f"{prefix}{key.value}.")
+    return content, lines
 
 
 def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, int]) -> Iterator[_Setting]:
@@ -286,25 +295,35 @@ def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, i
         key = f"{prefix}{name}"
         if _is_section(key) and isinstance(value, dict):
             yield from _leaves(value, f"{key}.", path, lines)
-        elif _is_section(key) and value is None:
+        elif _is_section(key) and isinstance(value, Unset):
             continue  # a section whose keys are all commented out
         else:
             yield _Setting(key, value, f"{path}:{lines.get(key, 1)}")
 
 
 def _parse_override(text: str) -> _Setting:
-    key, equals, value = text.partition("=")
+    key, equals, word = text.partition("=")
     key = key.strip().lstrip("+")
     if not equals or not key:
         raise UserError(f"override {text!r} is not key=value; write for example train.max_steps=100")
     try:
-        # OmegaConf's own reading of one value, so that overrides and files agree on what is a number.
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"override {text!r} is not text in UTF-8; write it in UTF-8") from error
+    try:
+        value = read_word(word, is_text=is_text(known_keys().get(key)))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(
-            f"override {text!r}: the value is not valid YAML: {_first_line(error)}; quote it"
+            f"override {shown(text)!r}: the value is not valid YAML: {_first_line(error)}; quote it"
         ) from error
-    return _Setting(key, typing.cast(dict[str, Any], parsed)["value"], "override")
+    return _Setting(key, value, "override")
+
+
+def _tree(tree: DictConfig, settings: Iterable[_Setting]) -> DictConfig:
+    """Apply settings to a typed tree, which is changed, and return it."""
+    for setting in settings:
+        _apply(tree, setting)
+    return tree
 
 
 def _apply(tree: DictConfig, setting: _Setting) -> None:
@@ -314,33 +333,48 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
     if _is_section(key):
         inside = [k for k in types_of if k.startswith(f"{key}.")]
         raise UserError(f"{setting.where}: {key} is a section, not a value; set its keys, e.g. {inside[0]}")
-    if (refusal := refusal_of_key(key, _show(value))) is not None:
+    if (refusal := refusal_of_key(key, show(value))) is not None:
         raise UserError(f"{setting.where}: {refusal}")
     if key not in types_of:
         raise UserError(f"{setting.where}: unknown key {key}; the nearest valid key is {nearest_key(key)}")
-    kind, _ = _kind(types_of[key])
-    # OmegaConf turns any number into true, and true into the text "True": `resume: no` would become a path.
-    misread = (
-        (kind is bool and not isinstance(value, (bool, str)) and value not in (0, 1, None))
-        or (kind is str and (isinstance(value, bool) or value == ""))
-        or (kind is Any and not _is_text_or_list(value, key in _WITH_GAPS))
-        or (kind == list[Any] and not _is_list_of_classes(value))
-    )
     try:
-        if misread:
-            raise ValueError
         # A mapping takes the place of the one before, as lists do.
-        OmegaConf.update(tree, key, value, merge=False)
+        OmegaConf.update(tree, key, as_typed(value, types_of[key], key in _WITH_GAPS), merge=False)
+    except GrammarParseError as error:
+        raise UserError(
+            f"{setting.where}: {key}={shown(value)}: {_first_line(error)}; correct the ${{...}} in it, or "
+            "write \\${ for the text itself"
+        ) from error
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(
-            f"{setting.where}: {key}={_show(value)}: expected {_expected(types_of[key], key in _WITH_GAPS)}"
+            f"{setting.where}: {key}={shown(value)}: expected {expected(types_of[key], key in _WITH_GAPS)}"
         ) from error
 
 
-def _to_run(tree: DictConfig, places: dict[str, str]) -> Run:
-    """Turn the typed tree into dataclasses, with interpolations resolved."""
+def _to_run(tree: DictConfig, settings: Sequence[_Setting]) -> Run:
+    """Apply settings to a typed tree, and turn it into dataclasses with references resolved."""
+    _tree(tree, settings)
+    with _naming_places(settings):
+        run = typing.cast(Run, OmegaConf.to_object(tree))
+    values = flatten(run)
+    for setting in settings:
+        if known_keys()[setting.key] is Any:
+            value = values[setting.key]
+            texts = value if isinstance(value, list) else [value]
+            if not all(text is None or isinstance(text, str) for text in texts):
+                raise UserError(
+                    f"{setting.where}: {setting.key}={shown(setting.value)} refers to {shown(value)}, which "
+                    f"is not text; expected {expected(Any, setting.key in _WITH_GAPS)}"
+                )
+    return run
+
+
+@contextlib.contextmanager
+def _naming_places(settings: Iterable[_Setting]) -> Iterator[None]:
+    """Turn OmegaConf's errors about references into one line that says where the value was written."""
+    places = {setting.key: setting.where for setting in settings}
     try:
-        return typing.cast(Run, OmegaConf.to_object(tree))
+        yield
     except MissingMandatoryValue as error:
         key = error.full_key or "a value"
         raise UserError(
@@ -372,48 +406,6 @@ def _sections() -> frozenset[str]:
     """Return every dotted key that has keys below it."""
     parents = (known.split(".")[:-1] for known in known_keys())
     return frozenset(".".join(names[: n + 1]) for names in parents for n in range(len(names)))
-
-
-def _kind(hint: Any) -> tuple[Any, bool]:
-    """Return the type of a key without its None, and whether None is allowed."""
-    if isinstance(hint, types.UnionType):
-        inner = [part for part in typing.get_args(hint) if part is not type(None)]
-        return inner[0], True
-    return hint, False
-
-
-def _expected(hint: Any, gaps: bool) -> str:
-    kind, optional = _kind(hint)
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-    if typing.get_origin(kind) is dict:
-        return "pairs of a text and a number, as in {embedding.*: 0.1}"
-    if kind is Any:
-        return "text, a list of texts and nulls, or null" if gaps else "text, a list of texts or null"
-    if kind == list[Any]:
-        return "a list of texts, a list of such lists and nulls, or null"
-    return words.get(kind, "a list of numbers") + (" or null" if optional else "")
-
-
-def _is_text_or_list(value: Any, gaps: bool) -> bool:
-    """Return whether a value fits a key of type Any: null, text, or a list of texts, with nulls if `gaps`."""
-    texts = value if isinstance(value, list) else [value]
-    allowed = (str, type(None)) if gaps else str
-    return value is None or (bool(texts) and all(isinstance(text, allowed) and text != "" for text in texts))
-
-
-def _is_list_of_classes(value: Any) -> bool:
-    """Return whether a value is null, a list of texts, or a list of such lists and nulls."""
-    if not isinstance(value, list):
-        return value is None
-    texts = [text for part in value for text in (part if isinstance(part, list) else [part])]
-    return _is_text_or_list(texts, gaps=True)
-
-
-def _show(value: Any) -> str:
-    """Return a value as it would be written in YAML."""
-    if isinstance(value, str):
-        return value if value else "''"
-    return yaml.safe_dump(value, default_flow_style=True).replace("\n...", "").strip()
 
 
 def _first_line(error: Exception) -> str:

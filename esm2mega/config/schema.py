@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,11 @@ MODEL_SIZES = ("tiny", "8M", "35M", "150M", "650M", "3B", "15B")
 def _choice(default: Any, *values: str) -> Any:
     """Make a field whose value must be one of `values` (or null if its type allows it)."""
     return field(default=default, metadata={"choices": values})
+
+
+def _path(default: Any = None) -> Any:
+    """Make a field that names a file or directory, or several of them."""
+    return field(default=default, metadata={"is_path": True})
 
 
 @dataclass
@@ -59,12 +65,12 @@ class DataConfig:
     Lengths count tokens with `<cls>` and `<eos>`.
     """
 
-    train: Any = None  # str | list[str] | None, which OmegaConf cannot type; loading checks it
+    train: Any = _path()  # str | list[str] | None, which OmegaConf cannot type; loading checks it
     weights: list[float] | None = None
-    valid: str | None = None
-    test: str | None = None
+    valid: str | None = _path()
+    test: str | None = _path()
     sampling: str = _choice("auto", "auto", "clusters", "sequences")
-    cache_dir: str | None = None
+    cache_dir: str | None = _path()
     sequence_column: str = "sequence"
     id_column: str | None = None
     max_seq_length: int = 1024
@@ -77,6 +83,7 @@ class DataConfig:
     pack_window: int | None = None
     workers: int = 0
     too_long: str = _choice("error", "error", "crop", "drop")
+    allow_overlap: bool = False
 
     def train_paths(self) -> list[str]:
         """Return the paths of `train` as a list, which may be empty."""
@@ -87,7 +94,7 @@ class DataConfig:
 
 @dataclass
 class EarlyStoppingConfig:
-    """Says when a run ends because the validation loss no longer falls."""
+    """Says when a run ends because `checkpoint.best_metric` no longer improves."""
 
     patience: int = 0
     min_delta: float = 0.0
@@ -105,6 +112,16 @@ class TrainConfig:
     eval_batches: int = 0
     log_every: int = 10
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+
+
+@dataclass
+class EvalConfig:
+    """Says which residues a language model is evaluated on, whatever residues it is trained on."""
+
+    mlm_probability: float = 0.15
+    mask_fraction: float = 0.8
+    random_fraction: float = 0.1
+    seed: int = 0
 
 
 @dataclass
@@ -135,7 +152,8 @@ class CheckpointConfig:
     save_every: int = 0
     keep_last: int = 2
     keep_best: int = 1
-    resume: str = "auto"
+    best_metric: str = "valid_loss"
+    resume: str = _path("auto")  # or never
 
 
 @dataclass
@@ -165,8 +183,8 @@ class TaskConfig:
     kind: str | None = _choice(None, *TASK_KINDS)
     target_columns: list[str] = field(default_factory=lambda: ["target"])
     mask_column: Any = None  # str | list[str | None] | None; loading and `validate_task` check it
-    label_file: str | None = None
-    mask_file: str | None = None
+    label_file: str | None = _path()
+    mask_file: str | None = _path()
     classes: list[Any] | None = None  # of texts, or of lists of texts and nulls; checked as mask_column is
     num_classes: int | None = None
     head: str = _choice("auto", "auto", "mlp", "linear", "pooler", "hf", "cnn", "product", "attention_maps")
@@ -233,13 +251,14 @@ class InferConfig:
 class Run:
     """Holds the whole configuration of a run: everything that decides its numbers and its files."""
 
-    run_dir: str = "runs/esm2"
+    run_dir: str = _path("runs/esm2")
     seed: int = 1234
-    init_from: str | None = None
+    init_from: str | None = _path()
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -260,6 +279,19 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + entry.name] = value
     return leaves
+
+
+def map_paths(section: Any, change: Callable[[str, str], str], prefix: str = "") -> Any:
+    """Return a copy of a configuration dataclass with `change(key, path)` in place of each path."""
+    changed: dict[str, Any] = {}
+    for entry in dataclasses.fields(section):
+        key, value = f"{prefix}{entry.name}", getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            changed[entry.name] = map_paths(value, change, f"{key}.")
+        elif entry.metadata.get("is_path") and value is not None:
+            several = isinstance(value, list)
+            changed[entry.name] = [change(key, x) for x in value] if several else change(key, value)
+    return dataclasses.replace(section, **changed)
 
 
 def choices(section: Any, prefix: str = "") -> dict[str, tuple[str, ...]]:

@@ -13,10 +13,13 @@ import math
 import os
 from pathlib import Path
 
+from esm2mega.config.best_metric import check_best_metric
 from esm2mega.config.lora import check_lora, check_start
 from esm2mega.config.presets import shape_of
+from esm2mega.config.run_name import FORMS, is_there, split_run
 from esm2mega.config.schema import (
     DataConfig,
+    EvalConfig,
     LoggingConfig,
     ModelConfig,
     ParallelConfig,
@@ -27,6 +30,7 @@ from esm2mega.config.schema import (
     flatten,
 )
 from esm2mega.errors import UserError
+from esm2mega.files import refuse_stream
 
 _AT_LEAST = {
     "seed": 0,
@@ -59,6 +63,9 @@ _AT_LEAST = {
     "checkpoint.keep_best": 0,
     "data.mask_fraction": 0,
     "data.random_fraction": 0,
+    "eval.mask_fraction": 0,
+    "eval.random_fraction": 0,
+    "eval.seed": 0,
     "lora.rank": 1,
     "lora.dropout": 0,
     "task.num_classes": 2,
@@ -75,6 +82,9 @@ _AT_MOST = {
     "seed": 2**63 - 1,
     "data.mask_fraction": 1,
     "data.random_fraction": 1,
+    "eval.mask_fraction": 1,
+    "eval.random_fraction": 1,
+    "eval.seed": 2**63 - 1,
     "schedule.min_lr_ratio": 1,
     "task.dropout": 0.99,
     "task.label_smoothing": 0.99,
@@ -100,7 +110,8 @@ def validate(run: Run, world_size: int) -> None:
         UserError: A rule does not hold; it is the first one that does not.
     """
     validate_model(run)
-    _check_masking(run.data)
+    _check_masking("data", run.data)
+    _check_masking("eval", run.eval)
     _check_stores(run.data, run.train, is_labelled=run.task.kind is not None)
     _check_schedule(run.schedule, run.train)
     _check_batches(run.train, run.data, run.parallel, world_size)
@@ -114,16 +125,6 @@ def validate_model(run: Run) -> None:
     _check_model(run.model)
     _check_layout(run.model, run.parallel, run.train)
     check_lora(run.lora, run.model)
-
-
-def world_size_from_environment() -> int:
-    """Return the number of processes of the run, from torchrun's `WORLD_SIZE`; 1 without a launcher."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(
-            f"environment variable WORLD_SIZE={text} is not a number of processes; let torchrun set it"
-        )
-    return int(text)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -182,6 +183,8 @@ def check_training_inputs(run: Run) -> None:
     named: list[tuple[str, str | None]] = [("data.train", path) for path in run.data.train_paths()]
     named += [("data.valid", run.data.valid), ("data.test", run.data.test)]
     for key, path in named:
+        if path is not None:
+            refuse_stream(path, f"{key}={path}")
         if path is not None and labelled and not os.path.isfile(path):
             raise UserError(f"{key}={path}: no such file; give a table with sequences and labels")
         if path is not None and not os.path.exists(path):
@@ -195,14 +198,17 @@ def check_training_inputs(run: Run) -> None:
             f"train.eval_every={run.train.eval_every} needs data.valid; "
             "give a validation token store, or set train.eval_every=0"
         )
+    check_best_metric(run.checkpoint, run.task, run.data.valid is not None)
     check_start(run.lora, run.init_from)
-    if run.init_from is not None and not os.path.exists(run.init_from):
-        raise UserError(f"init_from={run.init_from} does not exist; give a checkpoint, or init_from=null")
+    if run.init_from is not None and not is_there(run.init_from):
+        raise UserError(
+            f"init_from={run.init_from} does not exist; give a checkpoint, a run, {FORMS}, or init_from=null"
+        )
     resume = run.checkpoint.resume
-    if resume not in ("auto", "never") and not os.path.isdir(resume):
+    if resume not in ("auto", "never") and not os.path.isdir(split_run(resume)[0]):
         raise UserError(
             f"checkpoint.resume={resume} is neither auto, never nor an existing checkpoint directory; "
-            "give one of the three"
+            f"give one of the three, or {FORMS}"
         )
 
 
@@ -236,10 +242,9 @@ def _check_ranges(run: Run) -> None:
     for key in _GREATER_THAN_ZERO:
         if values[key] <= 0:
             raise UserError(f"{key}={values[key]} must be greater than 0")
-    if not 0 < run.data.mlm_probability < 1:
-        raise UserError(
-            f"data.mlm_probability={run.data.mlm_probability} must be above 0 and below 1; ESM-2 uses 0.15"
-        )
+    for key in ("data.mlm_probability", "eval.mlm_probability"):
+        if not 0 < values[key] < 1:
+            raise UserError(f"{key}={values[key]} must be above 0 and below 1; ESM-2 uses 0.15")
     if len(run.optim.betas) != 2 or not all(math.isfinite(b) and 0 <= b < 1 for b in run.optim.betas):
         raise UserError(
             f"optim.betas={run.optim.betas} must be two numbers in [0, 1); ESM-2 uses [0.9, 0.98]"
@@ -356,12 +361,13 @@ def _layout_list(*dimensions: int) -> str:
     return ", ".join(str(n) for n in range(1, 65) if all(d % n == 0 for d in dimensions))
 
 
-def _check_masking(data: DataConfig) -> None:
-    """Check the fractions of selected residues that are masked and replaced."""
-    if data.mask_fraction + data.random_fraction > 1 + 1e-9:  # the sum of two decimals may be off by rounding
+def _check_masking(name: str, section: DataConfig | EvalConfig) -> None:
+    """Check the fractions of selected residues that are masked and replaced, of the section `name`."""
+    masked, random = section.mask_fraction, section.random_fraction
+    if masked + random > 1 + 1e-9:  # the sum of two decimals may be off by rounding
         raise UserError(
-            f"data.mask_fraction={data.mask_fraction} + data.random_fraction={data.random_fraction} is more "
-            "than 1; what they leave of 1 is the fraction kept unchanged (ESM-2: 0.8 and 0.1)"
+            f"{name}.mask_fraction={masked} + {name}.random_fraction={random} is more than 1; what they "
+            "leave of 1 is the fraction kept unchanged (ESM-2: 0.8 and 0.1)"
         )
 
 
@@ -374,10 +380,13 @@ def _check_stores(data: DataConfig, train: TrainConfig, is_labelled: bool) -> No
     real = [os.path.realpath(path) for path in paths]
     for split in ("valid", "test"):
         path = getattr(data, split)
-        if path is not None and not is_labelled and os.path.realpath(path) in real:
+        if path is None or is_labelled or data.allow_overlap:
+            continue
+        if os.path.realpath(path) in real:
             raise UserError(
                 f"data.{split}={path} is also data.train; its loss would not measure unseen proteins: "
-                "give another store (`esm2mega prepare fasta` takes --val-size and --test-size)"
+                "give another store, as `esm2mega prepare fasta --val-size N --test-size N` makes it, or set "
+                "data.allow_overlap=true"
             )
     for i, path in enumerate(paths):
         if real[i] in real[:i]:

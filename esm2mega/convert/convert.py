@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from esm2mega.convert.formats.esm2mega import default_dtype
-from esm2mega.convert.formats.registry import WITH_OTHER_HEADS, load_format, open_weights
-from esm2mega.convert.heads.contact_head import is_regression, with_published_head
+from esm2mega.convert.formats.registry import WITH_OTHER_HEADS, load_format, read_weights
+from esm2mega.convert.heads.contact_head import is_contact_head, with_published_head
 from esm2mega.convert.heads.hf_classifiers import architecture_of, with_unit_scale
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Notes, Weights, dtype_name
+from esm2mega.convert.start_point import find_source
 from esm2mega.errors import UserError
 from esm2mega.files import appearing, refuse_existing
 
@@ -68,7 +69,7 @@ def convert(
     """Convert a checkpoint from any readable format to a writable one.
 
     Args:
-        source: File or directory in any readable format.
+        source: File or directory in any readable format; or a run, which means one of its checkpoints.
         target: File or directory to make; it must not exist, and gets its name when it is complete.
         to: Format to write.
         source_format: Format of the source; None to detect it.
@@ -81,8 +82,10 @@ def convert(
         OSError: The disk is full, or a file cannot be written for another reason. Nothing is left behind.
     """
     writer = load_format(to)
-    refuse_existing(target)
-    weights = open_weights(source, source_format, drop)
+    for path in (target, *([] if writer.IS_DIRECTORY else writer.beside(target))):
+        refuse_existing(path)
+    files, source_format = find_source(source, source_format)
+    source, weights = files.path, read_weights(files, source_format, drop)
     if weights.description.family not in writer.FAMILIES:
         raise UserError(
             f"{source}: holds a model of family {weights.description.family}; {to} holds "
@@ -100,7 +103,7 @@ def convert(
         target_dtype = default_dtype(target_dtype)
     head = weights.description.head
     if isinstance(head, HeadDescription) and to == "hf":
-        if is_regression(head.task):
+        if is_contact_head(head):
             weights, head = with_published_head(weights), None
         else:
             architecture_of(head)
@@ -111,7 +114,7 @@ def convert(
         writer.write(weights, path)
     return Conversion(
         source,
-        weights.origin["format"],
+        source_format,
         target,
         to,
         replace(weights.description, head=head),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.presets import ModelShape
 from esm2mega.config.schema import TaskConfig
+from esm2mega.convert.heads.user_code import UserCode
 from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, Shape, is_lm_head, our_shapes
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
@@ -26,11 +28,19 @@ class HeadDescription:
         task: Section ``task`` of the configuration, which says what kind of head it is.
         info: What its outputs mean.
         shapes: Shapes of its tensors, whose names begin with ``head.``.
+        code: Names of a user's own head and loss; None where they are not known, as in checkpoints of earlier
+            versions.
     """
 
     task: TaskConfig
     info: TargetInfo
     shapes: Mapping[str, Shape]
+    code: UserCode | None = None
+
+    @property
+    def is_configured(self) -> bool:
+        """Tell whether the section ``task`` says all that turns hidden states into predictions."""
+        return self.code is None or (self.code.head is None and not self.code.loss_predicts)
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,10 @@ class Weights:
         )
 
 
+_FLAGS = {"true": True, "1": True, "false": False, "0": False, "none": False}
+"""Gives the meaning of truth values by their text, as Python and JSON write them."""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without its module: ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
@@ -178,3 +192,46 @@ def epsilon_from(location: Path, values: Mapping[str, Any], key: str, default: f
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise UserError(f"{location}: {key} is {value!r}, not a number between 0 and 1")
     return float(value)
+
+
+def flag_from(location: Path, values: Mapping[str, Any], key: str, default: bool) -> bool:
+    """Read a truth value of a configuration, also where another program wrote it as text.
+
+    Args:
+        location: File of the configuration, named in errors.
+        values: Content of the configuration.
+        key: Its key.
+        default: Value of the format for an absent key; null is false.
+
+    Raises:
+        UserError: The value is neither true nor false, in any spelling.
+    """
+    value = values.get(key, default)
+    found = _FLAGS.get(str(value).strip().lower())
+    if found is None:
+        raise UserError(f"{location}: {key} is {value!r}, neither true nor false; correct it")
+    return found
+
+
+def number_from(location: Path, values: Mapping[str, Any], key: str, default: float) -> float:
+    """Read a finite number of a configuration, also where another program wrote it as text.
+
+    Args:
+        location: File of the configuration, named in errors.
+        values: Content of the configuration.
+        key: Its key.
+        default: Value for a key that is absent or null.
+
+    Raises:
+        UserError: The value is no finite number.
+    """
+    value = values.get(key)
+    if value is None:
+        return default
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{location}: {key} is {value!r}, not a number; correct it")
+    return number

@@ -69,7 +69,7 @@ def from_store(
     if unexpected:
         raise UserError(
             f"{store.location}: {_count(unexpected, 'tensor has', 'tensors have')} no place in this model: "
-            f"{first_of(sorted(unexpected))}; --drop 'PATTERN' leaves tensors out"
+            f"{first_of(sorted(unexpected))}; `esm2mega convert --drop 'PATTERN'` leaves tensors out"
         )
     ours = description.shapes
     for entry in entries:
@@ -144,7 +144,8 @@ def _check_tied(store: TensorStore, name: str, stored: Mapping[str, str], entrie
     if value.shape != twin.shape or not same_values([value, twin]):
         raise UserError(
             f"{store.location}: {stored[name]} differs from the token table; here the two are one tensor, "
-            f"and readers do not agree which to take; --drop '{stored[name]}' takes the table"
+            f"and readers do not agree which to take; `esm2mega convert --drop '{stored[name]}'` takes the "
+            "table"
         )
 
 

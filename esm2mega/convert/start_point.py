@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
+from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.config.schema import FinetuneConfig, Run, TaskConfig
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.formats import esm2mega as own_format
-from esm2mega.convert.formats.registry import detect, read_weights
+from esm2mega.convert.formats.registry import detect, find_format, read_weights
 from esm2mega.convert.heads.contact_head import WEIGHT, is_regression
 from esm2mega.convert.lazy_weights import HeadDescription, Weights
+from esm2mega.convert.unknown import refuse_foreign
 from esm2mega.errors import UserError
 from esm2mega.parallel.errors import on_one_rank
 
@@ -33,7 +36,7 @@ class StartPoint:
     those that it needs.
 
     Attributes:
-        path: File or directory; for a run, the ``step_XXXXXXXX`` directory that was its newest checkpoint.
+        path: File or directory; for a run, the ``step_XXXXXXXX`` directory that was meant of it.
         format: Name of the format, as in `esm2mega convert`.
         run: Configuration of the run that wrote it; for other formats, what their files say and defaults.
         head: ``lm`` for the masked-language-model head, the head of a task, or None for a bare encoder.
@@ -96,18 +99,42 @@ class StartPoint:
         return {**vars(self), "_weights": None}
 
 
+def find_source(named: str | Path, format_name: str | None = None) -> tuple[SourceFiles, str]:
+    """Find the files that a name means, in this process alone; say which checkpoint of a run it is.
+
+    Args:
+        named: File or directory; or a run, as for `esm2mega.checkpoint.choice.choose_checkpoint`.
+        format_name: Its format; None to detect it.
+
+    Returns:
+        The files and the format.
+
+    Raises:
+        UserError: There are none, or they are in no known format.
+    """
+    source = SourceFiles(Path(named))
+    if format_name not in (None, OWN) and not source.path.exists():
+        raise UserError(f"{named}: no such file or directory")
+    if format_name is None:
+        # What does not exist as it is written may name a checkpoint of a run.
+        format_name = detect(source) if source.path.exists() else OWN
+    if format_name == OWN:
+        source = SourceFiles(_chosen(named))
+    return source, format_name
+
+
 def read_start(path: str | Path) -> StartPoint:
     """Open a checkpoint in any format, in this process alone.
 
     Args:
-        path: File or directory; a run directory means its newest complete checkpoint.
+        path: File or directory; or a run, as for `esm2mega.checkpoint.choice.choose_checkpoint`.
 
     Raises:
         UserError: There is none, or it cannot be read.
     """
-    source = SourceFiles(Path(path))
-    if not source.path.exists() or (found := detect(source)) == OWN:
-        return read_checkpoint(path)
+    source, found = find_source(path)
+    if found == OWN:
+        return _read_own(source.path)
     weights = read_weights(source, found)
     description = weights.description
     # What is stored in fp16 is computed in fp32.
@@ -126,18 +153,33 @@ def open_checkpoint(checkpoint: str | Path | StartPoint) -> StartPoint:
     return on_one_rank(lambda: read_checkpoint(checkpoint))
 
 
-def read_checkpoint(checkpoint: str | Path) -> StartPoint:
+def read_checkpoint(checkpoint: str | Path, resuming: bool = False) -> StartPoint:
     """Open a checkpoint of this package, in this process alone.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one.
+        checkpoint: As for `esm2mega.checkpoint.choice.choose_checkpoint`.
+        resuming: Whether training is to go on from it, so that a run means its last one.
 
     Raises:
         UserError: There is none, or it cannot be read.
     """
-    directory = layout.resolve_checkpoint(checkpoint)
+    source = SourceFiles(Path(checkpoint))
+    if source.path.exists() and (found := find_format(source)) != OWN:
+        refuse_foreign(source.path, found)
+    return _read_own(_chosen(checkpoint, resuming))
+
+
+def _chosen(named: str | Path, resuming: bool = False) -> Path:
+    """Return the checkpoint that a name means, and say which one of a run it is."""
+    choice = choose_checkpoint(named, resuming)
+    if choice.words is not None:
+        print(f"esm2mega: {choice.words}", file=sys.stderr, flush=True)
+    return choice.path
+
+
+def _read_own(directory: Path) -> StartPoint:
     run, state = layout.read_config(directory), layout.read_state(directory)
-    head = own_format.task_head(run.task, state, {})
+    head = own_format.task_head(run.task, state, {}, directory)
     has_contact_head = WEIGHT in read_auxiliary(directory)
     return StartPoint(directory, OWN, run, head or "lm", has_contact_head, state)
 

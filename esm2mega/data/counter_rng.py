@@ -9,7 +9,8 @@ generator, whose 64-bit start is hashed from seed, purpose and stream number. Tw
 if their starts lie within reach on its cycle of 2**64 states: with 10**12 samples of 1024 tokens, one
 sample in 10,000 meets another one in some place.
 
-    stream     the sample number k in training, the number of the sequence in evaluation
+    stream     the sample number k in training; in evaluation a hash of the residues, which selects the masks,
+               or the number of the protein, which selects the crop
     position   place within the stream, such as the token within the cropped protein
 """
 

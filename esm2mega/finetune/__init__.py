@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esm2mega.finetune.api import TrainedModel as TrainedModel
+    from esm2mega.finetune.api import evaluate_model as evaluate_model
     from esm2mega.finetune.api import infer_model as infer_model
     from esm2mega.finetune.api import train_model as train_model
 
-__all__ = ["TrainedModel", "infer_model", "train_model"]
+__all__ = ["TrainedModel", "evaluate_model", "infer_model", "train_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
-"""`train_model` and `infer_model` fine-tune and predict from a program, on lists of sequences and values.
+"""`train_model`, `infer_model` and `evaluate_model` fine-tune, predict and evaluate from a program.
 
-The configuration takes all keys of the command `esm2mega finetune`. Data may be lists instead of tables, and
-a subclass of `esm2mega.model.heads.TaskHead` or `esm2mega.finetune.losses.TaskLossReduction` can replace the
-configured head or loss.
+The configuration takes all keys of the command `esm2mega finetune`. Data may be in memory instead of tables:
+pairs of sequence and value, rows, data frames and others, see `esm2mega.data.labels.in_memory`. A subclass of
+`esm2mega.model.heads.TaskHead` or `esm2mega.finetune.losses.TaskLossReduction` can replace the configured
+head or loss; a checkpoint records its name, and what reads the checkpoint takes it from the caller again.
 
 Workers that prepare or load data import the program again, so its own work belongs under
 ``if __name__ == "__main__":``.
@@ -10,21 +11,26 @@ Workers that prepare or load data import the program again, so its own work belo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esm2mega.checkpoint.layout import resolve_checkpoint
+from esm2mega.checkpoint.choice import choose_checkpoint
+from esm2mega.checkpoint.layout import step_of
+from esm2mega.config.best_metric import check_best_metric
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.schema import LoRAConfig, Run
 from esm2mega.config.task import validate_task
-from esm2mega.config.validate import validate, world_size_from_environment
-from esm2mega.data.labels.dataset import Pairs, apply_length_policy, proteins_of_sequences
+from esm2mega.config.validate import validate
+from esm2mega.data.labels.dataset import apply_length_policy, proteins_of_sequences
+from esm2mega.data.labels.in_memory import Proteins, sequences_in_memory
 from esm2mega.errors import UserError
-from esm2mega.finetune.checkpoint import open_task, run_task, without_dropping
+from esm2mega.finetune.checkpoint import evaluate_task, open_task, run_task, without_dropping
 from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.output import contact_maps, shown_predictions
 from esm2mega.finetune.run import UserParts, finetune
+from esm2mega.finetune.user_code import GivenCode
 from esm2mega.model.task import MakeHead
 from esm2mega.report.log import LOG_NAME, read_log
 from esm2mega.train.start import load_run_with_start
@@ -35,21 +41,24 @@ class TrainedModel:
     """Holds the result of `train_model`.
 
     Attributes:
-        checkpoint: The last checkpoint.
-        metrics: Values of the last record of each kind in the log: ``loss``, ``valid_…`` and ``test_…``.
+        checkpoint: The best checkpoint by `checkpoint.best_metric`; the last one if there is no best.
+        last_checkpoint: The last checkpoint, with which a later start would go on.
+        metrics: The last values of the training, such as ``loss``; and what was measured of `checkpoint`:
+            ``valid_…`` and ``test_…``.
         run: The complete configuration.
     """
 
     checkpoint: Path
+    last_checkpoint: Path
     metrics: dict[str, Any]
     run: Run
 
 
 def train_model(
     overrides: Sequence[str],
-    train: Pairs | None = None,
-    valid: Pairs | None = None,
-    test: Pairs | None = None,
+    train: Proteins | None = None,
+    valid: Proteins | None = None,
+    test: Proteins | None = None,
     config: str | None = None,
     make_head: MakeHead | None = None,
     loss: TaskLossReduction | None = None,
@@ -59,19 +68,28 @@ def train_model(
 
     Args:
         overrides: ``key=value``, such as ``task.kind=regression`` and ``init_from=DIR``.
-        train: ``(sequence, value)`` of each training protein; None for the table ``data.train``.
-        valid: Validation proteins, given as `train` is; None for the table ``data.valid``.
-        test: Proteins of the test at the end, given as `train` is; None for the table ``data.test``.
+        train: Training proteins: ``(sequence, value)`` of each, or rows or a table with the columns of
+            sequences and labels; None for the file ``data.train``.
+        valid: Validation proteins, given as `train` is; None for the file ``data.valid``.
+        test: Proteins of the test at the end, given as `train` is; None for the file ``data.test``.
         config: Path or name of the configuration that the overrides change; None for the defaults.
-        make_head: Makes a head from Megatron-Core's configuration and a device; None for the configured one.
-        loss: Loss in place of the configured one; None for that.
+        make_head: Makes a head from Megatron-Core's configuration and a device, such as a subclass of
+            `TaskHead`; None for the configured one.
+        loss: Loss in place of the configured one, which compares outputs with labels as they are; None for
+            the configured one.
         lora: Adapters of the encoder, which are trained with the head instead of all weights; equal to
             ``finetune.mode=lora`` with the section ``lora``.
 
     Raises:
-        UserError: The configuration or the data are not valid, or do not fit together.
+        UserError: The configuration, the data, the head or the loss are not valid, or do not fit together.
     """
-    run, opened = load_run_with_start(config, overrides)
+    code = GivenCode(make_head, loss)
+    if lora is not None and not isinstance(lora, LoRAConfig):
+        raise UserError(
+            f"lora is a {type(lora).__name__}; give an esm2mega.config.schema.LoRAConfig, as in "
+            "LoRAConfig(rank=8, alpha=16)"
+        )
+    run, opened = load_run_with_start(config, _settings(overrides))
     if lora is not None:
         if run.finetune.mode == "frozen" or run.lora != LoRAConfig():
             raise UserError(
@@ -88,18 +106,21 @@ def train_model(
             )
     validate(run, world_size_from_environment())
     validate_task(run)
+    check_best_metric(run.checkpoint, run.task, valid is not None or run.data.valid is not None)
     if run.train.eval_every and valid is None and run.data.valid is None:
         raise UserError(f"train.eval_every={run.train.eval_every} needs validation data; give valid")
-    finetune(run, UserParts(given, make_head, loss), opened=opened)
+    finetune(run, UserParts(given, code), opened=opened)
+    checkpoint = choose_checkpoint(run.run_dir).path
     metrics: dict[str, Any] = {}
     for record in read_log(Path(run.run_dir) / LOG_NAME):
-        metrics |= {name: value for name, value in record.items() if name not in ("kind", "step")}
-    return TrainedModel(resolve_checkpoint(run.run_dir), metrics, run)
+        if record["kind"] != "eval" or record["step"] == step_of(checkpoint):
+            metrics |= {name: value for name, value in record.items() if name not in ("kind", "step")}
+    return TrainedModel(checkpoint, choose_checkpoint(run.run_dir, resuming=True).path, metrics, run)
 
 
 def infer_model(
     checkpoint: str | Path,
-    sequences: Sequence[str],
+    sequences: Proteins,
     overrides: Sequence[str] = (),
     make_head: MakeHead | None = None,
     loss: TaskLossReduction | None = None,
@@ -107,25 +128,62 @@ def infer_model(
     """Predict the labels of sequences.
 
     Args:
-        checkpoint: A checkpoint of `train_model`, or a run directory.
-        sequences: The sequences to predict.
+        checkpoint: A checkpoint of `train_model`; or a run directory for its best one, or ``RUN@last`` and
+            the like.
+        sequences: The sequences to predict: a list, or rows or a table with a column of them.
         overrides: ``key=value`` over the configuration of the checkpoint.
-        make_head: The function that made the head, if it was not a configured one.
-        loss: The loss of the training, if it was not a configured one.
+        make_head: What made the head, if it was not a configured one.
+        loss: The loss of the training; needed only if that was one with `predictions` of its own.
 
     Returns:
         A prediction for each sequence, in input order, in the form of the labels of training: a number, a
         dictionary of several, a class name, a list of names, or a string or list with one entry per residue;
         for contacts an array ``[L, L]`` of probabilities. Processes other than the first get an empty list.
     """
-    if isinstance(sequences, str):
-        raise UserError("give a list of sequences, not one string")
-    task = open_task(checkpoint, overrides)
+    task = open_task(checkpoint, _settings(overrides), GivenCode(make_head, loss))
     data = without_dropping(task.run.data)
-    proteins = apply_length_policy(proteins_of_sequences(sequences), data, "sequences")
-    measured, _ = run_task(task, proteins, "predict", make_head, loss)
+    texts = sequences_in_memory(sequences, data.sequence_column)
+    proteins = apply_length_policy(proteins_of_sequences(texts), data, "sequences")
+    measured, _ = run_task(task, proteins, "predict")
     if measured.predictions is None:
         return []
     if task.info.per_pair:
         return list(contact_maps(measured.predictions, proteins))
     return shown_predictions(measured.predictions, task.info, proteins)
+
+
+def evaluate_model(
+    checkpoint: str | Path,
+    data: Proteins,
+    overrides: Sequence[str] = (),
+    make_head: MakeHead | None = None,
+    loss: TaskLossReduction | None = None,
+) -> dict[str, Any]:
+    """Compute loss and metrics on labelled proteins, the numbers of the command `esm2mega evaluate`.
+
+    Args:
+        checkpoint: A checkpoint of `train_model`, or a run directory.
+        data: Proteins with labels, given as the training data of `train_model`; or the path of a table.
+        overrides: ``key=value`` over the configuration of the checkpoint.
+        make_head: What made the head, if it was not a configured one.
+        loss: The loss of the training, if it was not a configured one.
+
+    Returns:
+        Loss, metrics and counts by name; a metric that is not defined is None.
+    """
+    code = GivenCode(make_head, loss)
+    return evaluate_task(checkpoint, data, overrides=_settings(overrides), code=code)
+
+
+def _settings(overrides: Any) -> Sequence[str]:
+    """Refuse what is not a list of ``key=value``."""
+    if isinstance(overrides, (str, bytes)) or not isinstance(overrides, Iterable):
+        raise UserError(f"overrides is {overrides!r}; give a list of texts, as in ['task.kind=regression']")
+    if isinstance(overrides, Mapping):
+        key = next(iter(overrides), "task.kind")
+        raise UserError(f"overrides is a {type(overrides).__name__}; give a list of texts, as in ['{key}=…']")
+    settings = list(overrides)
+    for number, text in enumerate(settings):
+        if not isinstance(text, str):
+            raise UserError(f"overrides[{number}] is {text!r}; give text, as in 'task.kind=regression'")
+    return settings

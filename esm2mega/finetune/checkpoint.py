@@ -10,26 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import DataConfig, Run
 from esm2mega.config.task import validate_task
-from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.config.validate import validate
+from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.convert.start_point import StartPoint, open_checkpoint
-from esm2mega.data.labels.dataset import LabelledProteins, Pairs, proteins_of_pairs, read_labelled
+from esm2mega.data.labels.dataset import LabelledProteins, proteins_of_pairs, read_labelled
+from esm2mega.data.labels.in_memory import Proteins
 from esm2mega.data.labels.schema import TargetInfo, with_columns
 from esm2mega.errors import UserError
 from esm2mega.files import check_out, write_json
-from esm2mega.finetune.evaluate import UNSEEN, Measured, measure, packs_of
+from esm2mega.finetune.evaluate import UNSEEN, Measured, measure, packs_of, task_recipe
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
 from esm2mega.finetune.metrics import bootstrap_intervals, check_packages
 from esm2mega.finetune.output import rows_of, shown_labels, shown_predictions
 from esm2mega.finetune.run import batch_spec
+from esm2mega.finetune.user_code import GivenCode, Predict
 from esm2mega.lora.base import open_base
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
-from esm2mega.model.heads import head_of_task
-from esm2mega.model.task import MakeHead
 from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import adapt_layout
 
@@ -42,23 +45,41 @@ class TaskCheckpoint:
         start: The checkpoint; one of adapters comes with its base.
         run: Configuration of the checkpoint, changed by the overrides of this start.
         info: Meaning of the predictions.
+        head: The head, as the checkpoint describes it.
+        code: The user's own head and loss, if there are.
     """
 
     start: StartPoint
     run: Run
     info: TargetInfo
+    head: HeadDescription
+    code: GivenCode
+
+    @property
+    def predict(self) -> Predict:
+        """Return what turns outputs into predictions, the same with and without the loss of the training."""
+        return self.code.predictor(self.run.task, self.info, self.head.code)
 
 
-def open_task(checkpoint: str | Path | StartPoint, overrides: Sequence[str] = ()) -> TaskCheckpoint:
+def open_task(
+    checkpoint: str | Path | StartPoint,
+    overrides: Sequence[str] = (),
+    code: GivenCode | None = None,
+    needs_loss: bool = False,
+) -> TaskCheckpoint:
     """Open a fine-tuned checkpoint, without reading weights yet; all ranks call this together.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, a run directory for its newest one, or what was opened.
+        checkpoint: As for `esm2mega.checkpoint.choice.choose_checkpoint`, or what was opened.
         overrides: ``key=value`` over its configuration, such as the parallel layout of this start.
+        code: The user's own head and loss, if it was trained with such.
+        needs_loss: Whether the loss will be computed.
 
     Raises:
-        UserError: There is no checkpoint, it has no task head, or its head was trained on other columns.
+        UserError: There is no checkpoint, it has no task head, its head was trained on other columns, or
+            `code` is not what it was trained with.
     """
+    code = code or GivenCode()
     start = open_checkpoint(checkpoint)
     if start.task is None:
         raise UserError(
@@ -69,55 +90,49 @@ def open_task(checkpoint: str | Path | StartPoint, overrides: Sequence[str] = ()
     # The columns of the training table say nothing about those of another table.
     saved.data.id_column = None
     saved.model.recompute = "none"
-    run = adapt_layout(load_run_over(saved, overrides), overrides)
+    run = adapt_layout(expand_paths(load_run_over(saved, overrides)), overrides)
     validate(run, world_size_from_environment())
     validate_task(run)
     info = with_columns(start.task.info, run.task, str(start.path))
-    return TaskCheckpoint(open_base(start, run.init_from), run, info)
+    code.check(start.task, str(start.path), needs_loss)
+    return TaskCheckpoint(open_base(start, run.init_from), run, info, start.task, code)
 
 
 @contextmanager
-def loaded(task: TaskCheckpoint, make_head: MakeHead | None = None) -> Iterator[tuple[list[Any], Ranks]]:
+def loaded(task: TaskCheckpoint) -> Iterator[tuple[list[Any], Ranks]]:
     """Yield this rank's chunks with the weights of the checkpoint, within process groups."""
     with process_groups(task.run.parallel, task.run.seed) as ranks:
-        yield load_task(task, ranks, make_head), ranks
+        yield load_task(task, ranks), ranks
 
 
-def load_task(task: TaskCheckpoint, ranks: Ranks, make_head: MakeHead | None = None) -> list[Any]:
+def load_task(task: TaskCheckpoint, ranks: Ranks) -> list[Any]:
     """Return this rank's chunks with the weights of the checkpoint; all ranks call this together."""
     run = task.run
-    head = make_head or head_of_task(run.task, task.info.num_outputs)
+    head = task.code.head(run.task, task.info, task.head, str(task.start.path))
     has_lora = run.lora.rank is not None
     chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, has_lora)
     load_model(task.start, run, chunks)
     return chunks
 
 
-def run_task(
-    task: TaskCheckpoint,
-    proteins: LabelledProteins,
-    words: str,
-    make_head: MakeHead | None = None,
-    loss: TaskLossReduction | None = None,
-) -> tuple[Measured, bool]:
+def run_task(task: TaskCheckpoint, proteins: LabelledProteins, words: str) -> tuple[Measured, bool]:
     """Predict proteins, and compare the predictions with the labels where there are labels.
 
     Args:
         task: The checkpoint, from `open_task`.
         proteins: The proteins to predict.
         words: Description in the progress bar.
-        make_head: Makes the head; None for the head that the configuration names.
-        loss: The loss; None for the loss that the configuration names.
 
     Returns:
         The predictions, loss and metrics, and whether this is the main process.
     """
-    with loaded(task, make_head) as (chunks, ranks):
+    with loaded(task) as (chunks, ranks):
         packs = packs_of(proteins, batch_spec(task.run.data, task.run.train, task.run.seed), ranks)
         with Progress(len(packs), words, "pack", enabled=ranks.is_main) as progress:
             measured = measure(
                 chunks,
-                loss or loss_of_task(task.run.task, task.info),
+                _loss_of(task),
+                task.predict,
                 packs,
                 task.info,
                 ranks,
@@ -128,27 +143,33 @@ def run_task(
         return measured, ranks.is_main
 
 
+def _loss_of(task: TaskCheckpoint) -> TaskLossReduction:
+    return task.code.loss or loss_of_task(task.run.task, task.info)
+
+
 def evaluate_task(
     checkpoint: str | Path | StartPoint,
-    data: str | Path | Pairs,
+    data: str | Path | Proteins,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
+    code: GivenCode | None = None,
 ) -> dict[str, Any]:
     """Compute loss and metrics of a fine-tuned checkpoint on labelled proteins, at any layout.
 
     Args:
         checkpoint: As for `open_task`.
-        data: A table like that of training, or pairs of sequence and value.
+        data: A table like that of training, or proteins in memory as `train_model` takes them.
         out: JSON file for the result, with 95 % intervals and the prediction of every protein.
         overrides: As for `open_task`.
+        code: As for `open_task`.
 
     Returns:
-        Loss, metrics and counts; a metric that is not defined is None.
+        Loss, metrics and counts; a loss or metric that is not defined is None.
     """
     if out is not None:
         check_out(Path(out))
     check_packages()
-    task = open_task(checkpoint, overrides)
+    task = open_task(checkpoint, overrides, code, needs_loss=True)
     proteins = labelled(task, data)
     measured, is_main = run_task(task, proteins, "evaluate")
     result: dict[str, Any] = {
@@ -160,6 +181,7 @@ def evaluate_task(
         **({UNSEEN: measured.unseen} if measured.unseen else {}),
         "num_labels": measured.num_labels,
         "num_sequences": len(proteins),
+        "eval_recipe": task_recipe(task.run.task, task.run.data, task.run.seed, _loss_of(task)),
     }
     result = {name: _defined(value) for name, value in result.items()}
     if out is not None and is_main:
@@ -182,7 +204,7 @@ def evaluate_task(
     return result
 
 
-def labelled(task: TaskCheckpoint, data: str | Path | Pairs) -> LabelledProteins:
+def labelled(task: TaskCheckpoint, data: str | Path | Proteins) -> LabelledProteins:
     """Read labelled proteins by the classes and scale of the checkpoint."""
     if isinstance(data, (str, Path)):
         proteins, _ = read_labelled(data, task.run.task, task.run.data, task.info, "--data")

@@ -10,18 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from esm2mega.batch import LabelledBatch
+from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data.labels.dataset import LabelledProteins
-from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.labels.stream import LabelledPacks
 from esm2mega.data.stream.build import BatchSpec
+from esm2mega.data.stream.recipe import recipe_hash
 from esm2mega.finetune.baseline import baseline_metrics
 from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.metrics import Predictions, metrics_of, objects, unseen_labels
+from esm2mega.finetune.user_code import Predict
 from esm2mega.pairs import num_pairs
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.progress import Progress
@@ -31,12 +35,22 @@ from esm2mega.train.losses import LossReduction, LossTerms
 UNSEEN = "unseen_classes"
 """Names, in records, the number of labels of each class that no training has had a label of."""
 
+_RECIPE_VERSION = 1
+_OF_THE_LOSS = ("kind", "loss", "huber_delta", "scale_targets", "class_weights", "label_smoothing")
+
 
 class Collecting(LossReduction):
-    """Wraps a loss and keeps the predictions it sees; without labels, loss and count are 0."""
+    """Wraps a loss and keeps the predictions of what it sees; without labels, its sum and count are 0."""
 
-    def __init__(self, loss: TaskLossReduction, info: TargetInfo) -> None:
-        self.loss, self.info = loss, info
+    def __init__(self, loss: TaskLossReduction, predict: Predict, info: TargetInfo) -> None:
+        """Make the wrapper.
+
+        Args:
+            loss: The loss.
+            predict: Turns outputs into predictions.
+            info: Meaning of the predictions.
+        """
+        self.loss, self.predict, self.info = loss, predict, info
         self.seen: list[dict[str, Any]] = []
 
     @property
@@ -44,11 +58,11 @@ class Collecting(LossReduction):
         return self.loss.names
 
     def forward(self, batch: LabelledBatch, output: Tensor) -> LossTerms:
-        self.seen.append(_kept(batch, self.loss.predictions(output), self.info))
+        self.seen.append(_kept(batch, self.predict(output), self.info))
         if batch.labels is not None:
-            return self.loss.forward(batch, output)
-        nothing = output.new_zeros(())
-        return LossTerms(nothing, nothing)
+            return self.loss.terms(batch, output)
+        nothing = (output.new_zeros(()), torch.zeros((), dtype=torch.int64, device=output.device))
+        return LossTerms(*nothing, {name: nothing for name in self.names if name != "loss"})
 
 
 def _kept(batch: LabelledBatch, values: Tensor, info: TargetInfo) -> dict[str, Any]:
@@ -83,7 +97,7 @@ class Measured:
     """Holds the loss, the metrics and the predictions of a split.
 
     Attributes:
-        loss: Mean over labels; the same on every rank.
+        loss: Mean over labels, None if there are none; the same on every rank.
         num_labels: Number of labels.
         predictions: Predictions on the main process; None on the others.
         metrics: Metrics by name, the same on every rank; empty without labels.
@@ -91,16 +105,17 @@ class Measured:
             empty where there are none.
     """
 
-    loss: float
+    loss: float | None
     num_labels: int
     predictions: Predictions | None
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     unseen: dict[str, int]
 
 
 def measure(
     model: list[Any],
     loss: TaskLossReduction,
+    predict: Predict,
     packs: LabelledPacks,
     info: TargetInfo,
     ranks: Ranks,
@@ -112,7 +127,8 @@ def measure(
 
     Args:
         model: This rank's chunks; left in training mode.
-        loss: The loss, which also turns outputs into predictions.
+        loss: The loss.
+        predict: Turns outputs into predictions.
         packs: This rank's packs.
         info: Meaning of the predictions.
         ranks: Ranks of this process.
@@ -123,21 +139,24 @@ def measure(
     Returns:
         The predictions, loss and metrics; None if the evaluation was abandoned.
     """
-    collecting = Collecting(loss, info)
+    collecting = Collecting(loss, predict, info)
     means = evaluate(model, collecting, packs, ranks, progress, abandon)
     if means is None:
         return None
     predictions = _gathered(collecting.seen, ranks)
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     unseen: dict[str, int] = {}
     if predictions is not None and predictions.labels is not None:
-        metrics = metrics_of(predictions, info)
+        metrics = {**metrics_of(predictions, info)}
         unseen = unseen_labels(predictions, info)
         if baseline:
             metrics |= baseline_metrics(predictions, info)
+        # What a user's own loss logs besides; the names of metrics have precedence.
+        metrics = {name: means[name] for name in loss.names if name != "loss"} | metrics
     # The main process tells all others.
     shared: list[Any] = [metrics, unseen]
     dist.broadcast_object_list(shared, src=0, device=ranks.device)
+    assert means["count"] is not None
     return Measured(means["loss"], int(means["count"]), predictions, *shared)
 
 
@@ -165,6 +184,35 @@ def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         name: None if parts[0][name] is None else np.concatenate([part[name] for part in parts])
         for name in parts[0]
     }
+
+
+def has_labels(packs: LabelledPacks) -> bool:
+    """Tell whether any label of the packs is known; they are built until one is."""
+    return any(
+        bool((~labels.isnan() if labels.is_floating_point() else labels != IGNORED).any())
+        for batch in packs
+        if (labels := batch.labels) is not None
+    )
+
+
+def task_recipe(task: TaskConfig, data: DataConfig, seed: int, loss: LossReduction) -> str:
+    """Return the hash of all that decides the loss of given predictions; see `esm2mega.data.stream.recipe`.
+
+    Args:
+        task: The task, with the settings of its loss.
+        data: The treatment of long proteins.
+        seed: Seed of the run, which decides random crops.
+        loss: The loss; one that a program gives is known by the name of its class alone.
+    """
+    settings = {
+        "class": type(loss).__qualname__,
+        **{key: getattr(task, key) for key in _OF_THE_LOSS},
+        "max_seq_length": data.max_seq_length,
+        "too_long": data.too_long,
+        "crop": data.crop if data.too_long == "crop" else None,
+        "seed": seed if data.too_long == "crop" and data.crop == "random" else None,
+    }
+    return recipe_hash("labels", _RECIPE_VERSION, settings)
 
 
 def packs_of(proteins: LabelledProteins, spec: BatchSpec, ranks: Ranks, limit: int = 0) -> LabelledPacks:

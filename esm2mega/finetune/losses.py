@@ -22,7 +22,11 @@ from esm2mega.train.losses import LossReduction, LossTerms
 
 
 class TaskLossReduction(LossReduction):
-    """Serves as base class of the losses of tasks."""
+    """Serves as base class of the losses of tasks; a user's own loss writes `forward` alone.
+
+    Outputs then are numbers in the units of `batch.labels`, and logits of classes. A loss that means
+    something else by them overrides `predictions`; then nothing can be predicted without the loss.
+    """
 
     def predictions(self, output: Tensor) -> Tensor:
         """Turn the head's output ``[rows, k]`` into values in units of the labels, or into probabilities.
@@ -77,6 +81,16 @@ class RegressionLossReduction(TaskLossReduction):
 
     def predictions(self, output: Tensor) -> Tensor:
         return output.double() * self._std.to(output.device) + self._mean.to(output.device)
+
+    def scale(self, num_outputs: int) -> tuple[list[float], list[float]]:
+        """Return mean and standard deviation of each of the k outputs."""
+        try:
+            return self._mean.expand(num_outputs).tolist(), self._std.expand(num_outputs).tolist()
+        except RuntimeError:
+            raise UserError(
+                f"{type(self).__name__} has mean {self._mean.tolist()} and std {self._std.tolist()} for "
+                f"{num_outputs} outputs; give one number, or one for each"
+            ) from None
 
 
 class TokenRegressionLossReduction(RegressionLossReduction):

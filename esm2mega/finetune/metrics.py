@@ -196,6 +196,8 @@ def multilabel_metrics(labels: Array, values: Array, untrained: Sequence[int] = 
     from sklearn.metrics import f1_score
 
     there, predicted = ~np.isnan(labels), values >= 0.5
+    if not there.any():
+        return dict.fromkeys(("accuracy", "exact_match", "f1_macro", "f1_micro", "auroc"), math.nan)
     predicted[:, untrained] &= labels[:, untrained] != 1.0
     whole = there.all(axis=1)
     each = [

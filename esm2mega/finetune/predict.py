@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from esm2mega.config.head_form import head_form
-from esm2mega.config.load import value_of
+from esm2mega.config.load import values_of
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.files import check_out
@@ -18,6 +19,7 @@ from esm2mega.finetune.evaluate import Collecting
 from esm2mega.finetune.losses import loss_of_task
 from esm2mega.finetune.prediction_files import PredictionContents, PredictionTarget, check_format
 from esm2mega.finetune.run import batch_spec
+from esm2mega.finetune.user_code import GivenCode
 from esm2mega.infer.contents import Write
 from esm2mega.infer.job import Compute, Job, refuse_long, run_job
 from esm2mega.infer.source import source_of
@@ -43,6 +45,7 @@ def predict(
     out: str | Path,
     overrides: Sequence[str] = (),
     mode: Mode = "new",
+    code: GivenCode | None = None,
 ) -> list[str]:
     """Predict every protein of a file; all ranks call this together.
 
@@ -52,6 +55,8 @@ def predict(
         out: CSV, Parquet or HDF5, by the ending of the name.
         overrides: ``key=value`` over the configuration of the checkpoint.
         mode: What to do about an output that exists already.
+        code: The user's own head, if it was trained with such; its loss only if that turns outputs into
+            predictions.
 
     Returns:
         A report for the reader.
@@ -59,7 +64,7 @@ def predict(
     Raises:
         UserError: The input or the settings are not valid, or the output exists already.
     """
-    return run_job(PredictJob(checkpoint, str(input), Path(out), overrides, mode))
+    return run_job(PredictJob(checkpoint, str(input), Path(out), overrides, mode, code))
 
 
 class PredictJob(Job):
@@ -70,12 +75,18 @@ class PredictJob(Job):
     allow_unknown = True
 
     def __init__(
-        self, checkpoint: str | Path, input: str, out: Path, overrides: Sequence[str], mode: Mode
+        self,
+        checkpoint: str | Path,
+        input: str,
+        out: Path,
+        overrides: Sequence[str],
+        mode: Mode,
+        code: GivenCode | None,
     ) -> None:
         """Open the checkpoint; the arguments are those of `predict`."""
         check_format(out)
         check_out(out)
-        self._task = open_task(checkpoint, _in_terms_of_training(overrides))
+        self._task = open_task(checkpoint, _in_terms_of_training(overrides), code)
         run = self._task.run
         without_dropping(run.data)
         self._spec = batch_spec(run.data, run.train, run.seed)
@@ -91,7 +102,9 @@ class PredictJob(Job):
 
     def settings(self) -> dict[str, Any]:
         run, shape = self.run, self._spec.pack_shape()
-        meaning = json.dumps([self._task.info.to_dict(), head_form(run.task)])
+        head = self._task.head
+        own = [] if head.is_configured or head.code is None else [asdict(head.code)]
+        meaning = json.dumps([self._task.info.to_dict(), head_form(run.task), *own])
         return {
             "task_hash": hashlib.sha256(meaning.encode()).hexdigest(),
             "precision": run.model.precision,
@@ -113,7 +126,7 @@ class PredictJob(Job):
         chunks = load_task(task, ranks)
         for chunk in chunks:
             chunk.eval()
-        collecting = Collecting(loss_of_task(task.run.task, task.info), task.info)
+        collecting = Collecting(loss_of_task(task.run.task, task.info), task.predict, task.info)
 
         def compute(piece: int) -> Iterator[tuple[int, Iterable[Write]]]:
             batches = map(contents.packs.batch, contents.pack_numbers(piece))
@@ -140,12 +153,12 @@ def _in_terms_of_training(overrides: Sequence[str]) -> list[str]:
     Raises:
         UserError: `infer.too_long` is what only other commands can do.
     """
-    found = {key: value_of(key, None, overrides) for key in _AS_IN_TRAINING}
+    found = dict(zip(_AS_IN_TRAINING, values_of([*_AS_IN_TRAINING], None, overrides), strict=True))
     too_long = found["infer.too_long"]
     if too_long not in (None, *_TOO_LONG):
         raise UserError(
             f"infer.too_long={too_long} (--too-long) is not one of {', '.join(_TOO_LONG)}, which "
             "`predict` takes"
         )
-    said = [f"{_AS_IN_TRAINING[key]}={value}" for key, value in found.items() if value is not None]
+    said = [f"{_AS_IN_TRAINING[key]}=${{{key}}}" for key, value in found.items() if value is not None]
     return [*overrides, *said]

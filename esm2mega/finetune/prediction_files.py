@@ -6,7 +6,6 @@ Legend: ``n`` proteins, ``k`` outputs, ``L`` residues of a protein.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledPacks, UnlabelledProteins
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
-from esm2mega.files import OTHER_OUT, file_sha256, write_json
+from esm2mega.files import OTHER_OUT, file_sha256, parse_json, write_json
 from esm2mega.finetune.output import pair_map, probabilities, table_cells
 from esm2mega.infer.arrays import ArrayFile, ArraySpec
 from esm2mega.infer.contents import Array, Contents, Write
@@ -220,7 +219,7 @@ def settings_file(path: Path) -> Path:
 
 def read_csv_attributes(path: Path) -> dict[str, Any]:
     """Return the attributes that are noted beside a CSV; empty if they are of another content."""
-    noted = json.loads(settings_file(path).read_text())
+    noted = parse_json(settings_file(path).read_text())
     if not isinstance(noted, dict) or noted["sha256"] != file_sha256(path):
         return {}
     return dict(noted["attributes"])

@@ -16,19 +16,20 @@ from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
 from esm2mega.data.labels.degenerate import check_classes
 from esm2mega.data.labels.forms import SAID
-from esm2mega.data.labels.rows import Pairs, Table, read_table, table_of_pairs
+from esm2mega.data.labels.in_memory import Proteins, table_in_memory
+from esm2mega.data.labels.rows import Table, read_table
 from esm2mega.data.labels.schema import TargetInfo
-from esm2mega.data.labels.stream import LabelledStream
+from esm2mega.data.labels.stream import LabelledPacks, LabelledStream
+from esm2mega.data.overlap import check_overlap
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
-from esm2mega.finetune.evaluate import UNSEEN, measure, packs_of
-from esm2mega.finetune.loaded_head import loaded_targets
-from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
+from esm2mega.finetune.evaluate import UNSEEN, has_labels, measure, packs_of, task_recipe
+from esm2mega.finetune.loaded_head import check_units, loaded_targets
+from esm2mega.finetune.losses import loss_of_task
 from esm2mega.finetune.metrics import HEADLINES, check_packages
 from esm2mega.finetune.param_groups import scales_of, set_trainable
-from esm2mega.model.heads import head_of_task
-from esm2mega.model.task import MakeHead
+from esm2mega.finetune.user_code import GivenCode
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.train.build import HeadTraining, build
 from esm2mega.train.loop import Evaluation, LoopState
@@ -41,17 +42,15 @@ _STEPS_PER_WINDOW = 4
 
 @dataclass(frozen=True)
 class UserParts:
-    """Holds what a program gives instead of what the configuration names.
+    """Holds what a user brings instead of what the configuration names.
 
     Attributes:
-        data: Split (``train``, ``valid``, ``test``) -> list of ``(sequence, value)``.
-        make_head: Makes the head; None for the configured head.
-        loss: Loss; None for the configured one.
+        data: Split (``train``, ``valid``, ``test``) -> proteins with labels.
+        code: Head and loss.
     """
 
-    data: Mapping[str, Pairs] = field(default_factory=dict)
-    make_head: MakeHead | None = None
-    loss: TaskLossReduction | None = None
+    data: Mapping[str, Proteins] = field(default_factory=dict)
+    code: GivenCode = field(default_factory=GivenCode)
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,12 @@ class Splits:
     Attributes:
         of: Split -> proteins.
         info: Meaning of the predictions, from the training split.
+        notes: What the splits have in common.
     """
 
     of: dict[str, LabelledProteins]
     info: TargetInfo
+    notes: list[str] = field(default_factory=list)
 
 
 def finetune(
@@ -94,9 +95,17 @@ def finetune(
     check_start(run.lora, run.init_from)
     check_packages()
     start = open_training_start(run, opened)
-    splits = read_splits(run.data, run.task, parts, loaded_targets(run.task, run.finetune, start))
-    train = splits.of["train"]
-    check_classes(splits.info, run.task.target_columns, train.notes)
+    loaded = loaded_targets(run.task, run.finetune, start, parts.code)
+    splits = read_splits(run.data, run.task, parts, loaded)
+    info = parts.code.units(run.task, splits.info)
+    if start is not None and start.is_resumed:
+        _check_resumed(start, parts.code, splits.info, info)
+    elif loaded is not None and start is not None:
+        check_units(f"init_from={start.path}", loaded, info)
+    splits, train = replace(splits, info=info), splits.of["train"]
+    check_classes(info, run.task.target_columns, train.notes)
+    if "valid" in splits.of:
+        _check_predictable(run, splits.of["valid"])
     run = resolve_epochs(run, lambda: LabelledStream(train, train_spec(run.data, run.train, run.seed, train)))
     with process_groups(run.parallel, run.seed) as ranks:
         return _train(run, ranks, splits, parts, start, on_gradients)
@@ -119,7 +128,7 @@ def read_splits(
     for split, path in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         key = f"data.{split}"
         if split in parts.data:
-            tables[split] = table_of_pairs(parts.data[split], task, key)
+            tables[split] = table_in_memory(parts.data[split], task, data, key)
         elif path is not None:
             tables[split] = read_table(path, task, data, key)
         elif split == "train":
@@ -131,14 +140,10 @@ def read_splits(
     info: TargetInfo | None = None
     for split, table in tables.items():
         proteins, info = label(table, task, data, forms, info, loaded)
-        if split != "train" and proteins.fingerprint == found["train"].fingerprint:
-            raise UserError(
-                f"data.{split} holds the same proteins as data.train; its loss would not measure unseen "
-                "proteins: give others"
-            )
         found[split] = proteins
     assert info is not None
-    return Splits(found, info)
+    named = {f"data.{split}": [proteins] for split, proteins in found.items()}
+    return Splits(found, info, check_overlap(named, data.allow_overlap))
 
 
 def batch_spec(data: DataConfig, train: TrainConfig, seed: int) -> BatchSpec:
@@ -159,6 +164,18 @@ def train_spec(data: DataConfig, train: TrainConfig, seed: int, proteins: Labell
     return BatchSpec(data, train.micro_batch_tokens, seed, train.max_epochs)
 
 
+def _check_predictable(run: Run, proteins: LabelledProteins) -> None:
+    """Refuse validation data without any label: they have no loss that could be best or stop the run."""
+    spec, limit = batch_spec(run.data, run.train, run.seed), run.train.eval_batches
+    if not has_labels(LabelledPacks(proteins, spec, limit)):
+        part = f" in train.eval_batches={limit} packs" if limit else ""
+        raise UserError(
+            f"data.valid={proteins.path}: every label of its {len(proteins)} proteins is missing or masked"
+            f"{part}, so there is nothing to predict; give some with labels, or leave validation out "
+            "(data.valid=null and train.eval_every=0)"
+        )
+
+
 def _train(
     run: Run,
     ranks: Ranks,
@@ -167,17 +184,20 @@ def _train(
     start: StartPoint | None,
     on_gradients: Callable[[list[Any]], None] | None,
 ) -> LoopState:
-    make_head = parts.make_head or head_of_task(run.task, splits.info.num_outputs)
-    if start is not None and start.is_resumed:
-        _check_targets(start, splits.info)
-    loss = parts.loss or loss_of_task(run.task, splits.info)
+    code, info = parts.code, splits.info
+    resumed = start.task if start is not None and start.is_resumed else None
+    make_head = code.head(run.task, info, resumed, "" if start is None else str(start.path))
+    loss = code.loss or loss_of_task(run.task, info)
     head = HeadTraining(
         make_head,
         lambda chunks: set_trainable(chunks, run.finetune),
         lambda chunks: scales_of(chunks, run.finetune),
     )
     built = build(run, ranks, start, loss, on_gradients, head)
+    trained_code = code.as_trained(run.task, info, make_head.name)
+    predict = code.predictor(run.task, info, trained_code)
     spec, train = batch_spec(run.data, run.train, run.seed), splits.of["train"]
+    recipe = task_recipe(run.task, run.data, run.seed, loss)
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
         if split not in splits.of:
@@ -186,18 +206,22 @@ def _train(
         def evaluate(abandon: Callable[[], bool]) -> dict[str, Any] | None:
             packs = packs_of(splits.of[split], spec, ranks, limit)
             measured = measure(
-                built.state.model, loss, packs, splits.info, ranks, abandon=abandon, baseline=split == "test"
+                *(built.state.model, loss, predict, packs, info, ranks),
+                abandon=abandon,
+                baseline=split == "test",
             )
             if measured is None:
                 return None
             named = {f"{split}_{name}": value for name, value in measured.metrics.items()}
             unseen = {f"{split}_{UNSEEN}": measured.unseen} if measured.unseen else {}
-            return {f"{split}_loss": measured.loss, **named, **unseen}
+            return {f"{split}_loss": measured.loss, **named, **unseen, "eval_recipe": recipe}
 
         return evaluate
 
     def result(record: dict[str, Any], split: str) -> str:
-        headline = HEADLINES[splits.info.kind]
+        if record[f"{split}_loss"] is None:
+            return "no loss: nothing to predict"
+        headline = HEADLINES[info.kind]
         return f"loss {record[f'{split}_loss']:.4f}, {headline} {record[f'{split}_{headline}']:.4f}"
 
     session = Session(
@@ -207,10 +231,11 @@ def _train(
             train, train_spec(run.data, run.train, run.seed, train), ranks.dp_rank, ranks.dp_size
         ),
         evaluation=evaluation,
-        extra_state={"task": splits.info.to_dict(), "token_counts": None},
-        banner=_described(splits, run.task.target_columns),
+        eval_recipe=recipe,
+        extra_state={"task": info.to_dict(), "token_counts": None, **trained_code.as_state()},
+        banner=[*_described(splits, run.task.target_columns), *trained_code.lines()],
         result=result,
-        training_values=lambda metrics: {"loss": metrics["loss"]},
+        training_values=lambda metrics: {name: metrics[name] for name in loss.names},
     )
     return run_session(run, ranks, session, start)
 
@@ -231,7 +256,7 @@ def _described(splits: Splits, columns: Sequence[str]) -> list[str]:
             f"data     {split}: {len(proteins)} proteins of {proteins.path}, {_labels(proteins, info)}"
         )
         lines += [f"data     {note}" for note in proteins.notes]
-    return lines
+    return [*lines, *(f"data     {note}" for note in splits.notes)]
 
 
 def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:
@@ -249,10 +274,18 @@ def _labels(proteins: LabelledProteins, info: TargetInfo) -> str:
     return f"labels missing or masked: {', '.join(each)}"
 
 
-def _check_targets(start: StartPoint, info: TargetInfo) -> None:
-    """Refuse to resume a run with other classes or scale than it began with; `data.train` decides them."""
+def _check_resumed(start: StartPoint, code: GivenCode, learned: TargetInfo, info: TargetInfo) -> None:
+    """Refuse to resume a run with another head, loss, classes or scale than it began with.
+
+    Args:
+        start: The checkpoint to resume.
+        code: Head and loss of this start.
+        learned: Meaning of the predictions of a configured loss, which `data.train` decides.
+        info: Meaning of the predictions of the loss of this start; earlier versions did not record it.
+    """
     assert start.task is not None
-    if start.task.info != info:
+    code.check(start.task, str(start.path), needs_loss=True)
+    if start.task.info != (learned if start.task.code is None else info):
         raise UserError(
             f"{start.path}: was trained on other labels than data.train holds now; set data.train and the "
             "keys of task back, or start a new run from the weights with init_from"

@@ -16,17 +16,19 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from esm2mega.config.infer import inference_run, validate_inference
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig
-from esm2mega.config.validate import world_size_from_environment
+from esm2mega.data.labels.in_memory import sequences_in_memory
 from esm2mega.errors import UserError
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
+from esm2mega.infer.notation import parse_variant
 from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens, output_request
-from esm2mega.infer.score import clean
 from esm2mega.infer.source import source_of
-from esm2mega.infer.strategies import STRATEGIES, score_variants
-from esm2mega.infer.variants import parse_variant, single_substitutions, write_variant
+from esm2mega.infer.strategies import STRATEGIES, check_variant, score_variants
+from esm2mega.infer.variants import single_substitutions, write_variant
+from esm2mega.infer.wild_types import clean
 from esm2mega.lora.base import read_with_base
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.vocabulary import encode_residues
@@ -73,7 +75,8 @@ def load(
     """Load a model for inference.
 
     Args:
-        path: A checkpoint, or a run directory for its newest one.
+        path: A checkpoint; or a run, ``RUN@best``, ``RUN@last`` or ``RUN@step_N``, as
+            `esm2mega.checkpoint.choice.choose_checkpoint` reads them.
         precision: ``fp32``, ``bf16`` or ``fp64``; None for the precision of training.
         max_seq_length: Most tokens at once, with ``<cls>`` and ``<eos>``; None for the length of training.
         too_long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (average over windows).
@@ -86,6 +89,9 @@ def load(
     return Model(path, overrides)
 
 
+_MERGE = "make a whole model of them with `esm2mega lora merge CHECKPOINT --base PATH --out DIR`"
+
+
 class Model:
     """Holds a loaded model; `close`, the end of a ``with`` block, or the end of the process frees it."""
 
@@ -93,11 +99,11 @@ class Model:
         """Load the model.
 
         Args:
-            path: A checkpoint, or a run directory for its newest one.
+            path: As for `load`.
             overrides: ``key=value`` over the checkpoint's configuration.
         """
         # The checkpoint is opened in this process alone; `_World.enter` refuses several processes.
-        self._source = source_of(read_with_base(path))
+        self._source = source_of(read_with_base(path, cure=_MERGE))
         self._run = inference_run(self._source.run, overrides)
         validate_inference(self._run, 1)
         self._ranks = _world.enter()
@@ -179,7 +185,8 @@ class Model:
 
         Args:
             sequence: The wild type.
-            variants: Variants such as ``A24G`` or ``A24G:D25N``; None for all single substitutions.
+            variants: Variants in the forms of `esm2mega.infer.notation`, such as ``A24G``, ``A24G:D25N`` or
+                ``p.Ala24Gly``; None for all single substitutions.
             strategy: ``wt-marginals``, ``masked-marginals`` or ``pseudo-ppl``, see
                 `esm2mega.infer.strategies.STRATEGIES`.
             normalize: What probabilities add up to 1 over: the whole ``vocabulary``, or the 20 ``residues``.
@@ -199,25 +206,29 @@ class Model:
             parsed = single_substitutions(wild)
             variants = [write_variant(variant, offset) for variant in parsed]
         else:
-            parsed = [parse_variant(text, wild, offset) for text in variants]
+            parsed = [parse_variant(text, wild, offset, "offset") for text in variants]
+        for text, variant in zip(variants, parsed, strict=True):
+            try:
+                check_variant(variant, wild, strategy, normalize)
+            except UserError as error:
+                raise UserError(f"{text!r}: {error}") from None
         self._source.check_lm_head()
         limits = Lengths.of(self._run.infer, self._run.data)
         size = micro_batch_tokens(self._run.infer, limits, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, OutputRequest(logits=True), size)
         marginals = Marginals(engine, self._ranks, limits.width, normalize, shows_progress=False)
-        scores = score_variants(marginals, wild, parsed, strategy, normalize)
+        scores = score_variants(marginals, wild, parsed, strategy)
         return dict(zip(variants, scores, strict=True))
 
     def _values(self, sequences: Sequence[str], *overrides: str) -> list[dict[str, Array]]:
         """Return the values that `Embedder` computes for each sequence, in input order."""
-        if isinstance(sequences, str):
-            raise UserError("give a list of sequences, not one string")
+        texts = sequences_in_memory(sequences, self._run.data.sequence_column)
         run = load_run_over(self._run, overrides)
         validate_inference(run, 1)
         wants, limits = output_request(run.infer, run.model, self._source), Lengths.of(run.infer, run.data)
         size = micro_batch_tokens(run.infer, limits, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, wants, size)
-        residues = [encode_residues(clean(sequence)) for sequence in sequences]
+        residues = [encode_residues(clean(text)) for text in texts]
         results: list[dict[str, Array]] = [{} for _ in residues]
         for number, values in Embedder(engine, run.infer, limits).run(residues) if residues else ():
             # Copies: a view would keep the whole pack in memory.

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from esm2mega.config.infer import absolute_layers, inference_run, validate_inference
-from esm2mega.config.validate import world_size_from_environment
+from esm2mega.config.launcher import world_size_from_environment
+from esm2mega.config.load import values_of
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.infer.contents import Write
 from esm2mega.infer.embedding_target import EmbeddingTarget
@@ -21,6 +22,7 @@ from esm2mega.infer.proteins import Embedder, Lengths, Values, micro_batch_token
 from esm2mega.infer.source import open_model
 from esm2mega.infer.target import Mode
 from esm2mega.parallel.initialize import Ranks
+from esm2mega.parallel.paths import expand_paths
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ class EmbedJob(Job):
         Raises:
             UserError: The request is not valid, or does not fit the model.
         """
-        self._source = open_model(request.checkpoint)
+        (base,) = values_of(["init_from"], request.config, request.overrides)
+        self._source = open_model(request.checkpoint, base)
         self._contact_maps = request.contact_maps
-        run = inference_run(self._source.run, request.overrides, request.config)
+        run = expand_paths(inference_run(self._source.run, request.overrides, request.config))
         if request.contact_maps is not None and "contacts" not in run.infer.outputs:
             run.infer.outputs.append("contacts")
         validate_inference(run, world_size_from_environment())

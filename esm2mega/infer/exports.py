@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from esm2mega.errors import UserError
+from esm2mega.files import parse_json
 from esm2mega.infer.arrays import ArrayFile
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.embeddings import Embeddings, to_tensor
@@ -58,7 +59,7 @@ def write_npz(path: Path, contents: Embeddings, arrays: ArrayFile) -> None:
 def read_npz_attributes(path: Path) -> dict[str, Any]:
     """Read the attributes of a file that `write_npz` wrote; they are empty if another program wrote it."""
     with np.load(path, allow_pickle=False) as archive:
-        return json.loads(str(archive["attributes"])) if "attributes" in archive else {}
+        return parse_json(str(archive["attributes"])) if "attributes" in archive else {}
 
 
 def write_parquet(path: Path, contents: Embeddings, arrays: ArrayFile) -> None:
@@ -116,7 +117,7 @@ def write_row_groups(path: Path, contents: Contents, columns: Callable[[int, int
 def read_parquet_attributes(path: Path) -> dict[str, Any]:
     """Read the attributes of a file of `write_row_groups`; they are empty if another program wrote it."""
     _, parquet = _pyarrow()
-    return json.loads((parquet.read_schema(path).metadata or {}).get(b"esm2mega", b"{}"))
+    return parse_json((parquet.read_schema(path).metadata or {}).get(b"esm2mega", b"{}"))
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -173,7 +174,7 @@ def write_pt(folder: Path, contents: Embeddings, arrays: ArrayFile) -> None:
 def read_pt_attributes(folder: Path) -> dict[str, Any]:
     """Read the attributes of a folder that `write_pt` wrote; they are empty if another program wrote it."""
     path = folder / ATTRIBUTES_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return parse_json(path.read_text()) if path.is_file() else {}
 
 
 def safe_name(protein: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from esm2mega.files import parse_json
 from esm2mega.infer.arrays import ArrayFile, ArraySpec
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.embeddings import Embeddings
@@ -70,7 +71,7 @@ def write_attributes(file: Any, attributes: Mapping[str, Any]) -> None:
 def read_attributes(path: Path) -> dict[str, Any]:
     """Read what `write_attributes` wrote; it is empty if another program wrote the file."""
     with h5py.File(path) as file:
-        return json.loads(file.attrs.get(ATTRIBUTES, "{}"))
+        return parse_json(file.attrs.get(ATTRIBUTES, "{}"))
 
 
 def bionemo_paths(out: Path) -> dict[str, Path]:

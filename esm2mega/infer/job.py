@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from esm2mega.config.schema import Run
+from esm2mega.data.readers.streams import spooled
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
@@ -43,7 +44,7 @@ class Job(ABC):
         name: Name of the command, for messages and the progress bar.
         unit: Unit in which `Contents.amount` counts.
         allow_unknown: Whether a protein may have unknown residues alone.
-        input: Sequences in any format of `esm2mega.data.readers.sources`, or a token store.
+        input: Sequences in any format of `esm2mega.data.readers.sources`, a stream of them, or a token store.
         mode: What to do about an output that exists already.
         run: The configuration.
         target: Where the output goes.
@@ -137,15 +138,14 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
         The attributes, the path of the token store and the pieces to compute; or a line that says why there
         is nothing to do.
     """
-    target, run = job.target, job.run
+    target = job.target
     begun = has_begun(target)
     if not begun or job.mode == "overwrite":
         if target.work_dir.exists():
             shutil.rmtree(target.work_dir)
         make_folder(target.work_dir, f"--out {target.out}")
     try:
-        run.data.cache_dir = str(target.work_dir / _PREPARED)
-        store = open_store(job.input, run.data, run.run_dir, "input", allow_unknown=job.allow_unknown)
+        store = _open_input(job)
         job.check(store)
         attributes = _attributes(job, store)
         if job.mode == "resume" and (finished := target.existing()) and not begun:
@@ -167,6 +167,21 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
         if not begun:
             shutil.rmtree(target.work_dir, ignore_errors=True)
         raise
+
+
+def _open_input(job: Job) -> TokenStore:
+    """Open the proteins of the input, which are prepared beside the output; a stream is read to its end."""
+    run = job.run
+    run.data.cache_dir = str(job.target.work_dir / _PREPARED)
+    with spooled([job.input], run.data.sequence_column) as files:
+        return open_store(
+            str(files.paths[0]),
+            run.data,
+            run.run_dir,
+            "input",
+            allow_unknown=job.allow_unknown,
+            shown=files.shown,
+        )
 
 
 def make_folder(path: Path, named: str) -> None:

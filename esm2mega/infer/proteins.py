@@ -73,7 +73,7 @@ class Lengths:
             return overlapping(num_residues, self.width, self.overlap)
         raise UserError(
             f"{num_residues:,} residues are more than the {self.most_residues:,} that the model sees "
-            "at once; set --too-long crop or --too-long chunk, or raise --max-seq-length"
+            "at once; load the model with too_long='crop' or 'chunk', or with a greater max_seq_length"
         )
 
     def counts(self, lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

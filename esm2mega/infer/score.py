@@ -1,72 +1,52 @@
-"""`score` gives a score to each variant of a table, or to all single substitutions of a protein."""
+"""`score` scores the variants of a table, whole sequences, or all single substitutions of a protein."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from esm2mega.config.infer import inference_run, validate_inference
-from esm2mega.config.validate import world_size_from_environment
-from esm2mega.data.readers.base import SourceOptions
-from esm2mega.data.readers.sources import open_source
+from esm2mega.config.launcher import world_size_from_environment
+from esm2mega.config.load import values_of
 from esm2mega.errors import UserError
 from esm2mega.files import check_writable
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import Marginals
+from esm2mega.infer.plan import Plan, ScoreOptions, measured, plan_file, plan_scan
 from esm2mega.infer.proteins import Lengths, micro_batch_tokens
 from esm2mega.infer.source import ModelSource, open_model
-from esm2mega.infer.strategies import score_variants
+from esm2mega.infer.strategies import pseudo_log_likelihoods, pseudo_perplexity, score_variants
 from esm2mega.infer.variants import (
     AMINO_ACIDS,
-    Table,
     Variant,
-    parse_variant,
+    ends_early,
     read_table,
-    single_substitutions,
     write_table,
     write_variant,
 )
+from esm2mega.infer.wild_types import WildType
 from esm2mega.parallel.initialize import Ranks, process_groups
-from esm2mega.vocabulary import UNKNOWN_BYTES
 
-
-class WildType(NamedTuple):
-    """Holds a protein whose variants are scored."""
-
-    id: str
-    sequence: str
+_MOST_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
-    """Says how variants are scored and where they are found.
+class Scored:
+    """Holds the values of each row of a table.
 
     Attributes:
-        strategy: One of `strategies.STRATEGIES`.
-        normalization: One of `marginals.NORMALIZATIONS`.
-        offset: Number of the first residue of every wild type.
-        mutation_column: Column of variants.
-        id_column: Column that names the wild type, where there are several.
-        score_column: Column to add.
-        measured_column: Column to correlate the scores with; None for none.
-        overrides: `key=value` over the checkpoint's configuration.
+        columns: Names of the values; the last one is what measurements are compared with.
+        values: Values of each row; None for a row without a score.
     """
 
-    strategy: str = "masked-marginals"
-    normalization: str = "vocabulary"
-    offset: int = 1
-    mutation_column: str = "mutant"
-    id_column: str = "id"
-    score_column: str = "score"
-    measured_column: str | None = None
-    overrides: Sequence[str] = ()
+    columns: list[str]
+    values: list[list[float] | None]
 
 
 class Scorer:
@@ -93,21 +73,44 @@ class Scorer:
             "model_hash": self._source.checksum(),
             "precision": self._precision,
             "max_seq_length": self._width,
-            "strategy": self.options.strategy,
+            "strategy": self.options.variant_strategy,
             "normalization": self.options.normalization,
+            "sequence_column": self.options.sequence_column,
             "score_column": self.options.score_column,
         }
 
-    def __call__(self, sequence: str, variants: Sequence[Variant]) -> list[float]:
+    def __call__(self, plan: Plan) -> Scored:
+        """Score every row of a plan."""
+        size = len(plan.table.rows) if plan.table is not None else 0
+        values: list[list[float] | None] = [None] * size
+        for protein, variants in plan.variants:
+            scores = self.variants(protein.sequence, [variant for _, variant in variants])
+            for (row, _), score in zip(variants, scores, strict=True):
+                values[row] = [score]
+        for wild_type, chosen in plan.whole:
+            sequences = [sequence for _, sequence in chosen]
+            own = [] if wild_type is None else [wild_type.sequence]
+            sums = pseudo_log_likelihoods(self._marginals, [*own, *sequences])
+            for (row, sequence), total in zip(chosen, sums[len(own) :], strict=True):
+                difference = [total - sums[0]] if own else []
+                values[row] = [pseudo_perplexity(total, len(sequence)), total, *difference]
+        return Scored(plan.columns(self.options), values)
+
+    def variants(self, sequence: str, variants: Sequence[Variant]) -> list[float]:
         """Score the variants of a wild type, in their order."""
-        options = self.options
-        return score_variants(self._marginals, sequence, variants, options.strategy, options.normalization)
+        return score_variants(self._marginals, sequence, variants, self.options.variant_strategy)
 
 
 @contextmanager
 def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ranks]]:
     """Load a model for scoring, within process groups that last as long as the context."""
-    source = open_model(checkpoint)
+    too_long, base = values_of(["infer.too_long", "init_from"], None, options.overrides)
+    if too_long is not None:
+        raise UserError(
+            f"infer.too_long={too_long} is of `embed` and `predict`; `score` sees each residue of a long "
+            "protein in the window around it: leave it out"
+        )
+    source = open_model(checkpoint, base)
     source.check_lm_head()
     run = inference_run(source.run, options.overrides)
     validate_inference(run, world_size_from_environment())
@@ -119,138 +122,90 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
         yield Scorer(marginals, options, source, run.model.precision, limits.width), ranks
 
 
-def read_wild_types(path: str) -> list[WildType]:
-    """Read the proteins of a file in any format of `esm2mega.data.readers.sources`; ids must differ."""
-    proteins = [
-        WildType(record.id, clean(record.residues.decode("ascii")))
-        for record in open_source(path, SourceOptions())
-    ]
-    if len({protein.id for protein in proteins}) < len(proteins):
-        raise UserError(f"{path}: ids repeat, so variants cannot be told apart; give each protein its own id")
-    return proteins
-
-
-def clean(sequence: str) -> str:
-    """Put a sequence as it was typed into upper case, without white space.
-
-    Raises:
-        UserError: The sequence is empty, or has a character that is no residue of ESM-2.
-    """
-    result = "".join(sequence.split()).upper()
-    stray = sorted({letter for letter in result if not letter.isascii() or ord(letter) in UNKNOWN_BYTES})
-    if stray or not result:
-        problem = f"holds {', '.join(map(repr, stray))}, which ESM-2 does not know" if stray else "is empty"
-        raise UserError(f"the sequence {problem}; give residues in one-letter code")
-    return result
-
-
 def score_file(
     checkpoint: str, proteins: Sequence[WildType], variants: str | None, out: str, options: ScoreOptions
 ) -> list[str]:
-    """Score the variants of a table, or all single substitutions; all ranks call this together.
+    """Score the rows of a file, or all single substitutions; all ranks call this together.
+
+    Everything is checked before the model is loaded.
 
     Args:
         checkpoint: A checkpoint or run directory.
-        proteins: The wild types.
-        variants: CSV of variants; None for all single substitutions.
-        out: CSV to write: the rows of `variants` with one more column, or a row per substitution.
+        proteins: The wild types; none where whole sequences are scored for themselves.
+        variants: CSV of variants or of whole sequences, or FASTA of these; None for all single substitutions.
+        out: CSV to write: the rows of `variants` with further columns, or a row per substitution.
         options: How variants are scored.
 
     Returns:
         A report for the reader.
     """
     check_writable(Path(out))
-    table = None if variants is None else read_table(variants)
-    plan = _scan(proteins) if table is None else _assigned(table, proteins, options)
+    plan = plan_scan(proteins, options) if variants is None else plan_file(variants, proteins, options)
     with scorer(checkpoint, options) as (score, ranks):
-        scores = [score(protein.sequence, [v for _, v in chosen]) for protein, chosen in plan]
-        if not ranks.is_main:
-            return []
-        if table is None:
-            return _write_scan(Path(out), plan, scores, options)
-        by_row = {
-            row: s
-            for (_, chosen), part in zip(plan, scores, strict=True)
-            for (row, _), s in zip(chosen, part, strict=True)
-        }
-        ordered = [by_row[row] for row in range(len(table.rows))]
-        return write_scored(Path(out), table, ordered, options)
+        if plan.table is not None:
+            scored = score(plan)
+            return write_scored(Path(out), plan, scored, options) if ranks.is_main else []
+        scores = [score.variants(p.sequence, [v for _, v in chosen]) for p, chosen in plan.variants]
+        return _write_scan(Path(out), plan, scores, options) if ranks.is_main else []
 
 
-Plan = list[tuple[WildType, list[tuple[int, Variant]]]]
-"""Lists wild types with their variants, each with its row in the table."""
+def write_scored(out: Path, plan: Plan, scored: Scored, options: ScoreOptions) -> list[str]:
+    """Write the rows of a table with their values, and return the report.
 
-
-def _scan(proteins: Sequence[WildType]) -> Plan:
-    plan = [(protein, list(enumerate(single_substitutions(protein.sequence)))) for protein in proteins]
-    if not any(chosen for _, chosen in plan):
-        raise UserError(
-            "none of the 20 standard residues is in the wild type, so there is nothing to substitute; "
-            "give a protein, or --variants"
-        )
-    return plan
-
-
-def _assigned(table: Table, proteins: Sequence[WildType], options: ScoreOptions) -> Plan:
-    """Give every row of a table to its wild type, and check its variant."""
-    check_columns(table, options)
-    by_id = {protein.id: protein for protein in proteins}
-    chosen: dict[str, list[tuple[int, Variant]]] = {protein.id: [] for protein in proteins}
-    owners = [proteins[0].id] * len(table.rows)
-    if len(proteins) > 1:
-        owners = table.column(options.id_column, "--id-column")
-    for row, (owner, text) in enumerate(
-        zip(owners, table.column(options.mutation_column, "--mutation-column"), strict=True)
-    ):
-        if owner not in by_id:
-            raise UserError(
-                f"{table.location(row)}: there is no protein {owner!r} among the wild types; add it"
-            )
-        try:
-            variant = parse_variant(text, by_id[owner].sequence, options.offset)
-        except UserError as error:
-            raise UserError(f"{table.location(row)}: {error}") from None
-        chosen[owner].append((row, variant))
-    return [(by_id[owner], variants) for owner, variants in chosen.items() if variants]
-
-
-def check_columns(table: Table, options: ScoreOptions) -> None:
-    """Raise `UserError` for a table that has the new column already, or lacks the measured one."""
-    if options.score_column in table.columns:
-        raise UserError(
-            f"{table.path}: has a column {options.score_column!r} already; name the new one with "
-            "--score-column"
-        )
+    The cells of rows without a score are empty.
+    """
+    table = plan.table
+    assert table is not None
+    empty = [""] * len(scored.columns)
+    write_table(
+        out,
+        [*table.columns, *scored.columns],
+        (
+            [*row, *(empty if values is None else map(repr, values))]
+            for row, values in zip(table.rows, scored.values, strict=True)
+        ),
+    )
+    what = "sequences" if plan.whole else "variants"
+    lines = [f"{out}: {len(table.rows) - len(plan.skipped):,} {what}", *described(plan)]
     if options.measured_column is not None:
-        table.column(options.measured_column, "--measured")
-
-
-def write_scored(out: Path, table: Table, scores: Sequence[float], options: ScoreOptions) -> list[str]:
-    """Write the rows of a table with their scores, and return the report."""
-    columns = [*table.columns, options.score_column]
-    write_table(out, columns, ([*row, repr(s)] for row, s in zip(table.rows, scores, strict=True)))
-    lines = [f"{out}: {len(scores):,} variants"]
-    if options.measured_column is not None:
-        number, value = measured_spearman(table, scores, options.measured_column)
-        lines.append(f"Spearman with {options.measured_column}: {value:.4f} over {number:,} variants")
-        if number < len(scores):
-            lines.append(f"{len(scores) - number:,} variants have no number in {options.measured_column}")
+        number, value = measured_spearman(plan, scored, options.measured_column)
+        name = f" of {scored.columns[-1]}" if plan.whole else ""
+        lines.append(f"Spearman{name} with {options.measured_column}: {value:.4f} over {number:,} {what}")
+        missing = sum(m is None for m in measured(table, options.measured_column))
+        if missing:
+            lines.append(f"{missing:,} {what} have no number in {options.measured_column}")
     return lines
 
 
-def measured_spearman(table: Table, scores: Sequence[float], column: str) -> tuple[int, float]:
-    """Return how many rows have a measured number, and the rank correlation over them."""
-    pairs = [(m, s) for m, s in zip(map(_number, table.column(column, "--measured")), scores, strict=True)]
-    finite = [(m, s) for m, s in pairs if m is not None]
-    return len(finite), spearman([m for m, _ in finite], [s for _, s in finite])
+def described(plan: Plan) -> list[str]:
+    """Say which rows are the wild type, end early, or have no score."""
+    assert plan.table is not None
+    variants = [variant for _, chosen in plan.variants for _, variant in chosen]
+    lines = []
+    if wild := sum(not variant for variant in variants):
+        lines.append(f"{wild:,} rows are the wild type or synonymous")
+    if short := sum(map(ends_early, variants)):
+        lines.append(f"{short:,} rows end early at a stop: sums over fewer residues, which do not compare")
+    if plan.skipped:
+        lines.append(
+            f"{len(plan.skipped):,} of {len(plan.table.rows):,} rows have no score, and empty cells:"
+        )
+        shown = list(plan.skipped.items())[:_MOST_SHOWN]
+        lines += [f"  {plan.table.location(row)}: {reason}" for row, reason in shown]
+        if rest := len(plan.skipped) - len(shown):
+            lines.append(f"  and {rest:,} more")
+    return lines
 
 
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+def measured_spearman(plan: Plan, scored: Scored, column: str) -> tuple[int, float]:
+    """Return how many rows have a score and a measured number, and the rank correlation over them."""
+    assert plan.table is not None
+    pairs = [
+        (number, values[-1])
+        for number, values in zip(measured(plan.table, column), scored.values, strict=True)
+        if number is not None and values is not None
+    ]
+    return len(pairs), spearman([number for number, _ in pairs], [score for _, score in pairs])
 
 
 def _write_scan(out: Path, plan: Plan, scores: Sequence[Sequence[float]], options: ScoreOptions) -> list[str]:
@@ -263,13 +218,14 @@ def _write_scan(out: Path, plan: Plan, scores: Sequence[Sequence[float]], option
             v.mutant,
             repr(s),
         )
-        for (protein, chosen), part in zip(plan, scores, strict=True)
+        for (protein, chosen), part in zip(plan.variants, scores, strict=True)
         for (_, variant), s in zip(chosen, part, strict=True)
         for v in variant
     ]
     write_table(out, ["id", "mutant", "position", "wild_type", "residue", options.score_column], rows)
-    lines = [f"{out}: {len(rows):,} single substitutions of {len(plan):,} proteins"]
-    skipped = sum(sum(letter not in AMINO_ACIDS for letter in protein.sequence) for protein, _ in plan)
+    lines = [f"{out}: {len(rows):,} single substitutions of {len(plan.variants):,} proteins"]
+    proteins = [protein for protein, _ in plan.variants]
+    skipped = sum(sum(letter not in AMINO_ACIDS for letter in protein.sequence) for protein in proteins)
     if skipped:
         lines.append(f"{skipped:,} residues other than the 20 standard ones were not substituted")
     return lines
@@ -287,5 +243,5 @@ def draw_scan(out: str, protein: WildType, scan: str, options: ScoreOptions) -> 
     for owner, position, residue, value in cells:
         if owner == protein.id:
             values[int(position) - options.offset, AMINO_ACIDS.index(residue)] = float(value)
-    title = f"{protein.id}, {options.strategy}"
+    title = f"{protein.id}, {options.variant_strategy}"
     heat_map(Path(out), title, values, protein.sequence, AMINO_ACIDS, options.offset)

@@ -16,7 +16,7 @@ from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sh
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
 from esm2mega.convert.formats.esm2mega import default_dtype, is_auxiliary
-from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, as_published, is_regression
+from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, as_published, is_contact_head
 from esm2mega.convert.into_model import fill_model
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.errors import UserError
@@ -61,17 +61,18 @@ class ModelSource:
         return self.auxiliary[WEIGHT].flatten(), float(self.auxiliary[BIAS])
 
 
-def open_model(path: str | Path) -> ModelSource:
+def open_model(path: str | Path, base: str | None = None) -> ModelSource:
     """Open a checkpoint, without reading weights yet; all ranks call this together, and rank 0 decides.
 
     Args:
-        path: A ``step_XXXXXXXX`` directory, a run directory for its newest one, or a checkpoint in any format
-            that `esm2mega convert` reads, such as a directory of Hugging Face or a file of fair-esm.
+        path: A checkpoint or a run, as for `esm2mega.checkpoint.choice.choose_checkpoint`; or a checkpoint in
+            any format that `esm2mega convert` reads, such as a directory of Hugging Face.
+        base: Where the weights under adapters are if they are no longer where they were in training.
 
     Raises:
         UserError: There is no checkpoint, or it cannot be read.
     """
-    return source_of(on_one_rank(lambda: read_with_base(path)))
+    return source_of(on_one_rank(lambda: read_with_base(path, base)))
 
 
 def source_of(start: StartPoint) -> ModelSource:
@@ -99,7 +100,7 @@ def _of_own(start: StartPoint) -> ModelSource:
 
 def _trained_contact_head(start: StartPoint) -> dict[str, Tensor]:
     """Return a contact head that was fine-tuned, which replaces the one before; empty if there is none."""
-    if not is_regression(start.run.task):
+    if not is_contact_head(start.task):
         return {}
     return as_published(TensorReader(start.path).read, shape_of(start.run.model).num_layers)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from esm2mega.errors import UserError
 from esm2mega.infer.marginals import Marginals, Place
-from esm2mega.infer.variants import Variant, apply
+from esm2mega.infer.variants import Variant, apply, ends_early
+from esm2mega.train.losses import perplexity
 from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
 
 STRATEGIES = ("wt-marginals", "masked-marginals", "pseudo-ppl")
@@ -20,38 +22,63 @@ masked-marginals: log p(mutant) - log p(wild type) with that residue masked; a p
 pseudo-ppl: sum of log p(residue) over all residues of the mutant, each masked in turn; a pass for each
     residue of each variant.
 
-The first two sum over the substitutions of a variant, each seen in the wild type.
+The first two sum over the substitutions of a variant, each seen in the wild type, so they have no score for a
+variant that ends early.
 """
 
+DEFAULT_STRATEGY = "masked-marginals"
+WHOLE_STRATEGY = "pseudo-ppl"
+"""This one alone compares sequences that need not be aligned."""
+
 _RESIDUES_AT_ONCE = 1 << 18
+_STANDARD = frozenset(VOCAB[token] for token in STANDARD_RESIDUES)
+
+
+def check_variant(variant: Variant, sequence: str, strategy: str, normalization: str) -> None:
+    """Refuse a variant that has no score.
+
+    Args:
+        variant: Changes of residues.
+        sequence: The wild type.
+        strategy: One of `STRATEGIES`.
+        normalization: One of `marginals.NORMALIZATIONS`.
+
+    Raises:
+        UserError: The variant ends early, which only ``pseudo-ppl`` can score, or a residue has no
+            probability under this normalization.
+    """
+    if strategy == WHOLE_STRATEGY:
+        check_letters(apply(variant, sequence), normalization)
+        return
+    if ends_early(variant):
+        raise UserError(
+            f"a stop is no residue, so {strategy} has no score for it; --strategy {WHOLE_STRATEGY} scores "
+            "what is left of the protein"
+        )
+    check_letters({letter for s in variant for letter in (s.wild, s.mutant)}, normalization)
+
+
+def check_letters(letters: Iterable[str], normalization: str) -> None:
+    """Raise `UserError` for letters that have no probability under a normalization."""
+    if normalization == "residues" and (others := sorted(set(letters) - _STANDARD)):
+        raise UserError(
+            f"{', '.join(others)} has no probability among the 20 residues; set --normalize vocabulary"
+        )
 
 
 def score_variants(
-    marginals: Marginals, sequence: str, variants: Sequence[Variant], strategy: str, normalization: str
+    marginals: Marginals, sequence: str, variants: Sequence[Variant], strategy: str
 ) -> list[float]:
     """Score variants in nats, in their order; all ranks call this together.
 
     Args:
         marginals: Computes log-probabilities.
         sequence: The wild type.
-        variants: Substitutions in it.
+        variants: Changes of its residues, for which `check_variant` found no fault.
         strategy: One of `STRATEGIES`.
-        normalization: Normalization that `marginals` was made with.
-
-    Raises:
-        UserError: A residue has no probability under this normalization.
     """
-    letters = {letter for v in variants for s in v for letter in (s.wild, s.mutant)}
-    if strategy == "pseudo-ppl":
-        letters |= set(sequence)
-    if normalization == "residues":
-        standard = {VOCAB[token] for token in STANDARD_RESIDUES}
-        if others := sorted(letters - standard):
-            raise UserError(
-                f"{', '.join(others)} has no probability among the 20 residues; set --normalize vocabulary"
-            )
-    if strategy == "pseudo-ppl":
-        return _pseudo_log_likelihoods(marginals, [apply(variant, sequence) for variant in variants])
+    if strategy == WHOLE_STRATEGY:
+        return pseudo_log_likelihoods(marginals, [apply(variant, sequence) for variant in variants])
     positions = sorted({s.position for variant in variants for s in variant})
     table = marginals(
         [sequence], [Place(0, position) for position in positions], strategy == "masked-marginals"
@@ -59,27 +86,47 @@ def score_variants(
     row = {position: number for number, position in enumerate(positions)}
     return [
         sum(
-            float(_at(table, row[s.position], s.mutant) - _at(table, row[s.position], s.wild))
-            for s in variant
+            (
+                float(_at(table, row[s.position], s.mutant) - _at(table, row[s.position], s.wild))
+                for s in variant
+            ),
+            0.0,  # the score of the wild type
         )
         for variant in variants
     ]
 
 
-def _pseudo_log_likelihoods(marginals: Marginals, sequences: Sequence[str]) -> list[float]:
-    """Sum log p(residue | the others) over all residues, for each sequence."""
-    scores: list[float] = []
-    step = max(1, _RESIDUES_AT_ONCE // max(map(len, sequences)))
-    for first in range(0, len(sequences), step):
-        some = sequences[first : first + step]
+def pseudo_log_likelihoods(marginals: Marginals, sequences: Sequence[str]) -> list[float]:
+    """Sum log p(residue | the others) over all residues of each sequence; all ranks call this together.
+
+    Args:
+        marginals: Computes log-probabilities.
+        sequences: Sequences of residue letters, of any lengths; one that repeats is computed once.
+
+    Returns:
+        A sum for each sequence, in nats.
+    """
+    unique = list(dict.fromkeys(sequences))
+    ends = np.cumsum([len(sequence) for sequence in unique])
+    found: dict[str, float] = {}
+    while (first := len(found)) < len(unique):
+        limit = ends[first] - len(unique[first]) + _RESIDUES_AT_ONCE
+        some = unique[first : max(first + 1, int(np.searchsorted(ends, limit, side="right")))]
         places = [
-            Place(number, position) for number, mutant in enumerate(some) for position in range(len(mutant))
+            Place(number, position)
+            for number, sequence in enumerate(some)
+            for position in range(len(sequence))
         ]
         table = marginals(some, places, masked=True)
-        own = torch.tensor([_token(some[place.sequence][place.position]) for place in places])
-        values = table.gather(1, own[:, None])[:, 0]
-        scores += [float(part.sum()) for part in values.split([len(mutant) for mutant in some])]
-    return scores
+        own = torch.tensor([_token(letter) for sequence in some for letter in sequence])
+        values = table.gather(1, own[:, None])[:, 0].split([len(sequence) for sequence in some])
+        found |= {sequence: float(part.sum()) for sequence, part in zip(some, values, strict=True)}
+    return [found[sequence] for sequence in sequences]
+
+
+def pseudo_perplexity(log_likelihood: float, num_residues: int) -> float:
+    """Return exp of the mean over residues of -log p(residue | the others)."""
+    return perplexity(-log_likelihood / num_residues)
 
 
 def _at(table: Tensor, row: int, letter: str) -> Tensor:

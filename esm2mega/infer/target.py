@@ -79,9 +79,10 @@ class OutputTarget(ABC):
     def attributes(self, path: Path) -> dict[str, Any]:
         """Read the attributes of a finished output; they are empty if another program or format wrote it."""
         try:
-            return self._reader()(path)
+            found = self._reader()(path)
         except (OSError, ValueError, KeyError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     @abstractmethod
     def _writer(self, kind: str) -> Callable[[Path, Any, ArrayFile], None]:

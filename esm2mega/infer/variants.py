@@ -1,27 +1,31 @@
-"""Reads substitutions such as ``A24G`` or ``A24G:D25N``, and the tables that hold them."""
+"""Describes variants of a protein, and reads and writes the tables that hold them."""
 
 from __future__ import annotations
 
 import csv
-import re
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from esm2mega.data.readers.text import open_text
 from esm2mega.errors import UserError
-from esm2mega.files import OTHER_OUT, replacing
+from esm2mega.files import OTHER_OUT, refuse_stream, replacing
 from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
 
 AMINO_ACIDS = "".join(sorted(VOCAB[i] for i in STANDARD_RESIDUES))
 """Lists the 20 standard residues in alphabetical order."""
 
-_SUBSTITUTION = re.compile(r"([A-Z])(-?\d+)([A-Z])")
+STOP = "*"
+"""Stands for the end of the protein in the place of a residue, as in ``A24*``."""
+
 _DELIMITERS = ",\t;"
 
 
 class Substitution(NamedTuple):
-    """Says that residue `position` (from 0) of the wild type, `wild`, becomes `mutant`."""
+    """Says that residue `position` (from 0) of the wild type, `wild`, becomes `mutant`, maybe `STOP`."""
 
     position: int
     wild: str
@@ -29,49 +33,11 @@ class Substitution(NamedTuple):
 
 
 Variant = tuple[Substitution, ...]
-
-
-def parse_variant(text: str, sequence: str, offset: int) -> Variant:
-    """Read one variant.
-
-    Args:
-        text: Substitutions with colons between them, in letters of either case.
-        sequence: The wild type.
-        offset: Number of its first residue.
-
-    Raises:
-        UserError: The text has another form, or a substitution is outside of the sequence, starts from a
-            residue that the wild type does not have there, leads to no residue of ESM-2, or occurs twice.
-    """
-    variant = []
-    for part in text.strip().upper().split(":"):
-        match = _SUBSTITUTION.fullmatch(part)
-        if match is None:
-            raise UserError(f"{text!r} is no variant; write A24G, or A24G:D25N for several substitutions")
-        wild, number, mutant = match[1], int(match[2]), match[3]
-        index = number - offset
-        if not 0 <= index < len(sequence):
-            raise UserError(
-                f"{part}: residue {number} is not in the sequence, whose {len(sequence)} residues are "
-                f"numbered from {offset}; set --offset to the number of the first one"
-            )
-        if sequence[index] != wild:
-            raise UserError(
-                f"{part}: residue {number} of the sequence is {sequence[index]}, not {wild}; correct it, or "
-                f"set --offset (now {offset}) to the number of the first residue"
-            )
-        if mutant not in VOCAB:
-            raise UserError(
-                f"{part}: {mutant} is no residue of ESM-2; the letters are {''.join(VOCAB[4:29])}"
-            )
-        variant.append(Substitution(index, wild, mutant))
-    if len({substitution.position for substitution in variant}) < len(variant):
-        raise UserError(f"{text!r} substitutes a residue twice; give each residue once")
-    return tuple(variant)
+"""Holds the residues that change; a variant without any is the wild type."""
 
 
 def write_variant(variant: Variant, offset: int) -> str:
-    """Write a variant in the form that `parse_variant` reads."""
+    """Write a variant in a form that `notation.parse_variant` reads."""
     return ":".join(f"{s.wild}{s.position + offset}{s.mutant}" for s in variant)
 
 
@@ -87,11 +53,16 @@ def single_substitutions(sequence: str) -> list[Variant]:
 
 
 def apply(variant: Variant, sequence: str) -> str:
-    """Return the sequence of the mutant."""
+    """Return the sequence of the mutant, which ends before a stop."""
     letters = list(sequence)
     for substitution in variant:
         letters[substitution.position] = substitution.mutant
-    return "".join(letters)
+    return "".join(letters).partition(STOP)[0]
+
+
+def ends_early(variant: Variant) -> bool:
+    """Return whether the variant has a stop."""
+    return any(substitution.mutant == STOP for substitution in variant)
 
 
 @dataclass
@@ -124,17 +95,17 @@ class Table:
 
 
 def read_table(path: str | Path) -> Table:
-    """Read a CSV with a header; commas, tabs or semicolons, whichever the header has most of.
+    """Read a CSV with a header, also compressed; commas, tabs or semicolons, what the header has most of.
 
     Raises:
         UserError: The file is missing or empty, is no CSV, or a row has more or fewer cells than the header.
     """
+    refuse_stream(path)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
+        with open_text(Path(path)) as content, io.TextIOWrapper(content, "utf-8", newline="") as stream:
             header = stream.readline()
             delimiter = max(_DELIMITERS, key=header.count)
-            stream.seek(0)
-            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            reader = csv.reader(chain([header], stream), delimiter=delimiter, strict=True)
             columns = [name.strip() for name in next(reader, [])]
             rows, lines = [], []
             for row in reader:
@@ -147,8 +118,6 @@ def read_table(path: str | Path) -> Table:
                     )
                 rows.append(row)
                 lines.append(reader.line_num)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: is no CSV ({error}); give a table with a header line") from None
     if not rows:

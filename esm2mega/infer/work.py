@@ -11,7 +11,6 @@ A kill at any time leaves pieces that are listed and complete, and others that a
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 from esm2mega.config.renamed import current_settings
 from esm2mega.errors import MachineError, UserError
-from esm2mega.files import OTHER_OUT, write_json
+from esm2mega.files import OTHER_OUT, read_json, write_json
 from esm2mega.infer.arrays import ArrayFile
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.target import OutputTarget
@@ -30,6 +29,7 @@ _SYNC_SHARE = 20
 """Limits waiting for the disk to one part in this many of the time."""
 
 _MANIFEST, _ARRAYS = "manifest.json", "arrays"
+_AGAIN = "begin again with --overwrite"
 _SPARE_BYTES = 1 << 20
 
 
@@ -64,7 +64,7 @@ class Work:
         """
         manifest = self.folder / _MANIFEST
         if manifest.is_file():
-            self._check_same(json.loads(manifest.read_text())["attributes"])
+            self._check_same(self._begun()["attributes"])
         else:
             (self.folder / _ARRAYS).unlink(missing_ok=True)
             for journal in self.folder.glob("done.*"):
@@ -77,7 +77,7 @@ class Work:
 
     def open_arrays(self) -> ArrayFile:
         """Open the file of the arrays; any process may do so once `begin` has returned."""
-        offsets = json.loads((self.folder / _MANIFEST).read_text())["offsets"]
+        offsets = self._begun()["offsets"]
         return ArrayFile(self.folder / _ARRAYS, self.contents.specs, offsets)
 
     def finish(self) -> list[Path]:
@@ -88,12 +88,18 @@ class Work:
         shutil.rmtree(self.folder)
         return made
 
+    def _begun(self) -> dict[str, Any]:
+        """Return what `begin` wrote down."""
+        begun = read_json(self.folder / _MANIFEST, _AGAIN)
+        if not {"attributes", "offsets"} <= begun.keys() or not isinstance(begun["attributes"], dict):
+            raise UserError(f"{self.folder / _MANIFEST}: was not written by this command; {_AGAIN}")
+        return begun
+
     def _check_same(self, earlier: dict[str, Any]) -> None:
         differences = differing(earlier, self.contents.attributes)
         if differences:
             raise UserError(
-                f"{self.folder}: begun with other settings: {differences}; set them back, or begin "
-                "again with --overwrite"
+                f"{self.folder}: begun with other settings: {differences}; set them back, or {_AGAIN}"
             )
 
     def _check_space(self) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
+from esm2mega.config.run_name import is_there
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.convert.formats.esm2mega import is_auxiliary
 from esm2mega.convert.start_point import StartPoint, read_start
 from esm2mega.errors import UserError
 from esm2mega.parallel.errors import on_one_rank
+
+_SET_INIT_FROM = "say where it is with init_from=PATH"
 
 _KEY = "base"
 """This key of ``train_state.json`` marks a checkpoint that holds no weights but those that were trained."""
@@ -50,21 +53,24 @@ def has_adapters(start: StartPoint) -> bool:
     return _KEY in start.state
 
 
-def with_base(start: StartPoint, given: str | None, opened: StartPoint | None = None) -> StartPoint:
+def with_base(
+    start: StartPoint, given: str | None, opened: StartPoint | None = None, cure: str = _SET_INIT_FROM
+) -> StartPoint:
     """Open the weights under the adapters of a checkpoint as well, in this process alone.
 
     Args:
         start: A checkpoint; a whole model is returned as it is.
         given: Where the base is if it is no longer where it was in training: `init_from`.
         opened: The checkpoint that `given` names, if it has been opened already; it may be the base.
+        cure: How the user can say where the base is, for errors.
 
     Raises:
         UserError: The base is in neither place, or cannot be read, or holds adapters itself.
     """
     if not has_adapters(start) or start.base is not None:
         return start
-    path = _find_base(start, given)
-    # `given` may be the directory of a run, whose newest checkpoint is not looked up again.
+    path = _find_base(start, given, cure)
+    # `given` may name a run, of which is not chosen again.
     if opened is not None and path.resolve() in (opened.path.resolve(), Path(given or opened.path).resolve()):
         base = opened
     else:
@@ -78,22 +84,19 @@ def open_base(start: StartPoint, given: str | None) -> StartPoint:
     return on_one_rank(lambda: with_base(start, given)) if has_adapters(start) else start
 
 
-def read_with_base(path: str | Path) -> StartPoint:
-    """Open a checkpoint as `read_start` does; one of adapters with the weights under them."""
+def read_with_base(path: str | Path, given: str | None = None, cure: str = _SET_INIT_FROM) -> StartPoint:
+    """Open a checkpoint as `read_start` does, and the weights under adapters as `with_base` does."""
     start = read_start(path)
-    return with_base(start, start.run.init_from)
+    return with_base(start, given or start.run.init_from, cure=cure)
 
 
-def _find_base(start: StartPoint, given: str | None) -> Path:
+def _find_base(start: StartPoint, given: str | None, cure: str) -> Path:
     """Return where the base of adapters is now: at its recorded path if that exists, else at `given`."""
     recorded = recorded_base(start)
     for path in (recorded.path, given):
-        if path is not None and Path(path).exists():
+        if path is not None and is_there(path):
             return Path(path)
-    raise UserError(
-        f"{start.path}: holds adapters of {recorded.path}, which is not there any more; say where it is with "
-        "init_from=PATH"
-    )
+    raise UserError(f"{start.path}: holds adapters of {recorded.path}, which is not there any more; {cure}")
 
 
 def recorded_base(start: StartPoint) -> Base:
@@ -112,7 +115,7 @@ def check_base(start: StartPoint, found: Base) -> None:
     if found.sha256 != recorded.sha256:
         raise UserError(
             f"{start.path}: its adapters belong to other weights than those of {found.path} (sha256 "
-            f"{recorded.sha256[:12]}…, not {found.sha256[:12]}…); give their base as init_from"
+            f"{recorded.sha256[:12]}…, not {found.sha256[:12]}…); give the base that they were trained on"
         )
 
 

@@ -28,7 +28,7 @@ from esm2mega.convert.heads.hf_classifiers import (
 from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
-from esm2mega.files import first_of
+from esm2mega.files import first_of, parse_json
 
 TASK = "esm2mega_task.json"
 PREFIX = "base_model.model.classifier."
@@ -115,7 +115,7 @@ def to_ours(
 
 def _stored(source: Path) -> tuple[list[str], TargetInfo]:
     try:
-        content = json.loads((source / TASK).read_text())
+        content = parse_json((source / TASK).read_text())
         columns, info = content.pop("target_columns"), TargetInfo.from_dict(content)
         if info.columns or info.widths:
             raise ValueError("columns and widths are of heads that transformers has not")

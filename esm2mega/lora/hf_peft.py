@@ -29,11 +29,12 @@ from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import SafetensorsStore
 from esm2mega.convert.formats.esm2mega import run_of
 from esm2mega.convert.formats.registry import detect
-from esm2mega.convert.heads.contact_head import is_regression
+from esm2mega.convert.heads.contact_head import is_contact_head
 from esm2mega.convert.heads.hf_classifiers import dropout_of, find_equal, no_equal
+from esm2mega.convert.lazy_weights import flag_from, number_from
 from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
 from esm2mega.errors import UserError
-from esm2mega.files import appearing
+from esm2mega.files import appearing, parse_json, refuse_existing
 from esm2mega.lora.base import identify
 from esm2mega.lora.checkpoint import AdapterReader, Factors, write_adapters
 from esm2mega.lora.hf_head import (
@@ -105,6 +106,7 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
     Raises:
         UserError: `transformers` has no such model, or `target` exists.
     """
+    refuse_existing(target)
     adapters = AdapterReader(read_checkpoint(checkpoint))
     checkpoint = adapters.start.path
     if adapters.run.model.family != "esm2":
@@ -128,7 +130,7 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
     if config["base_model_name_or_path"] is None:
         report.append(f"base     {base}; for transformers: esm2mega convert {base} DIR --to hf")
     if head is not None and architecture is None:
-        if is_regression(head.task):
+        if is_contact_head(head):
             dropped = (
                 "adapters have no place for a contact head; esm2mega lora merge, then convert --to hf, has"
             )
@@ -205,6 +207,7 @@ def import_adapters(
         UserError: `source` is not such a directory, holds something that has no place here, or does not fit
             the base; or `target` exists.
     """
+    refuse_existing(target)
     config = _read_config(source / CONFIG)
     start = read_start(base)
     start.check_whole()
@@ -215,10 +218,10 @@ def import_adapters(
     run.lora = LoRAConfig(
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
-        dropout=float(config.get("lora_dropout") or 0.0),
+        dropout=number_from(source / CONFIG, config, "lora_dropout", 0.0),
         target_modules=shortest_patterns(found.targets, shape_of(run.model).num_layers),
-        use_rslora=bool(config.get("use_rslora")),
-        use_dora=bool(config.get("use_dora")),
+        use_rslora=flag_from(source / CONFIG, config, "use_rslora", False),
+        use_dora=flag_from(source / CONFIG, config, "use_dora", False),
     )
     identity = identify(start)
     run.init_from = identity.path
@@ -228,7 +231,7 @@ def import_adapters(
     state = {"step": 0, **nothing, "origin": origin}
     head: dict[str, Tensor] = {}
     if found.classifier:
-        hidden_size, dropout = shape_of(run.model).hidden_size, dropout_of(_base_config(start))
+        hidden_size, dropout = shape_of(run.model).hidden_size, dropout_of(start.path, _base_config(start))
         head, run.task, info = to_ours(source, found.classifier, hidden_size, dropout, meaning)
         run.finetune.mode = "lora"
         # The head of transformers reads <cls>, which only this way of cropping keeps.
@@ -261,13 +264,14 @@ class _Found:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); give a directory that peft saved") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{path}: not the configuration of a LoRA adapter (peft_type LORA)")
     for key, value in config.items():
-        harmless = not value or key in _WITHOUT_EFFECT or (key, value) == ("bias", "none")
+        is_off = not value or str(value).strip().lower() in ("false", "0", "none")
+        harmless = is_off or key in _WITHOUT_EFFECT
         if key == "init_lora_weights":
             harmless = value in _PLAIN_STARTS
         # The modules of `modules_to_save` are among the tensors, each of which is checked.
@@ -320,7 +324,8 @@ def _read_tensors(
         parts.setdefault((linear.name, layer), {})[factor] = store.read(name)
     if not parts:
         raise UserError(f"{path}: holds no adapter; save the adapter with peft again")
-    required = {"lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])}
+    has_magnitude = flag_from(source / CONFIG, config, "use_dora", False)
+    required = {"lora_A", "lora_B", *(["magnitude"] if has_magnitude else [])}
     for (name, layer), present in parts.items():
         if present.keys() != required:
             raise UserError(

@@ -19,7 +19,7 @@ from esm2mega.convert.formats.esm2mega import default_dtype
 from esm2mega.convert.lazy_weights import HeadDescription, Weights, dtype_name
 from esm2mega.convert.start_point import read_checkpoint, read_start
 from esm2mega.convert.tensors import fuse_qkv, split_qkv
-from esm2mega.files import appearing
+from esm2mega.files import appearing, refuse_existing
 from esm2mega.lora.base import check_base, identify, with_base
 from esm2mega.lora.checkpoint import AdapterReader, Factors
 from esm2mega.model.build import DTYPES
@@ -43,9 +43,11 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
     Raises:
         UserError: The base is missing or has other weights, or `target` exists.
     """
+    refuse_existing(target)
     start = read_checkpoint(checkpoint)
     adapters = AdapterReader(start)
-    under = read_start(base) if base is not None else with_base(start, start.run.init_from).base
+    cure = "say where it is with --base PATH"
+    under = read_start(base) if base is not None else with_base(start, start.run.init_from, cure=cure).base
     assert under is not None
     check_base(start, identify(under))
     weights = merged(under.weights, adapters)

@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from esm2mega.batch import Segments
+from esm2mega.errors import UserError
 from esm2mega.model import pipeline_payload
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import PackedSequences
@@ -141,6 +142,12 @@ class ESM2ForTask(ESM2Model):
             self._features.update(dict.fromkeys(segments.tokens))
             return
         counts = [1] * segments.num_proteins
+        if len(features) not in (segments.num_proteins, len(segments.owners)):
+            raise UserError(
+                f"{type(self.head).__name__}.features returned {list(features.shape)}; a frozen encoder "
+                f"keeps a row for each of {segments.num_proteins} proteins or of {len(segments.owners)} "
+                "residues: return such rows, or set finetune.mode=full"
+            )
         if len(features) != segments.num_proteins:
             counts = torch.bincount(segments.owners, minlength=segments.num_proteins).tolist()
         # Copies: a view would keep the whole pack in memory.

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from esm2mega.config.validate import world_size_from_environment
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.errors import MachineError, UserError
 from esm2mega.parallel import rendezvous
 

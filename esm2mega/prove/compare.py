@@ -198,9 +198,12 @@ def _states(expected: dict[str, Any], actual: dict[str, Any]) -> Iterator[Differ
         value = float("inf")
         if name in expected and name in actual:
             value = _relative(actual[name], expected[name])
-        # The state repeats the validation loss of the log.
-        logged = name.rpartition(".")[2] == "valid_loss" or name == "loop.best_valid_loss"
-        kind, known = ("loss", "valid_loss") if logged else ("state", name)
+        # The state repeats evaluations of the log; the best of them are those of the lowest loss.
+        kind, known = "state", name
+        if name == "valid_loss" or name == "loop.best_value" or name.startswith("loop.ranking."):
+            kind, known = "loss", "valid_loss"
+        elif name.startswith("loop.evaluation."):
+            kind, known = "loss", name.removeprefix("loop.evaluation.")
         yield Difference(kind, known, STATE, value)
 
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from esm2mega.config.scalars import as_word
 from esm2mega.prove.compare import KINDS, Difference, Outcome, differences, without_metrics, worst
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.training import SAVED, STEPS, settings, write_stores
@@ -153,7 +154,7 @@ class Prover:
             labelled = any(setting.startswith("task.kind=") for setting in leg.settings)
             overrides = settings(self._stores, out / "run", leg.precision, self.seed, leg.stop, labelled)
             overrides += [*leg.layout.settings(), *leg.settings]
-            overrides += [] if base is None else [f"init_from={base.run_dir}"]
+            overrides += [] if base is None else [as_word("init_from", base.run_dir)]
             jobs.append(Job(tuple(overrides), leg.layout.processes, out))
             steps = before.steps if before is not None else 0
             started.append((leg, Outcome(out, out / "run", steps, leg.stop)))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from esm2mega.config.scalars import as_word
 from esm2mega.data.store.prepare import prepare_fasta
 from esm2mega.prove.layouts import PROTEINS_PER_STEP, TOKENS_PER_PROTEIN
 
@@ -133,9 +134,9 @@ def settings(
     ending = ".csv" if labelled else ""
     return [
         *SETTINGS,
-        f"run_dir={run_dir}",
-        f"data.train={stores / f'train{ending}'}",
-        f"data.valid={stores / f'valid{ending}'}",
+        as_word("run_dir", run_dir),
+        as_word("data.train", stores / f"train{ending}"),
+        as_word("data.valid", stores / f"valid{ending}"),
         *(["data.too_long=crop"] if labelled else []),
         f"model.precision={precision}",
         f"seed={seed}",

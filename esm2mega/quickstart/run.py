@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from esm2mega.checkpoint.layout import resolve_checkpoint
+from esm2mega.checkpoint.choice import choose_checkpoint
+from esm2mega.config.scalars import as_word
 from esm2mega.errors import MachineError, UserError
 from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 from esm2mega.report.plot import HTML_NAME, PNG_NAME
@@ -100,7 +101,7 @@ def quickstart(
     )
 
     say("[4/6] Evaluate the checkpoint on the validation proteins")
-    checkpoint = resolve_checkpoint(run_dir)
+    checkpoint = choose_checkpoint(run_dir).path
     metrics = out / "evaluation.json"
     # A checkpoint loads at any layout: one process is enough to evaluate.
     _esm2mega(["evaluate", checkpoint, "--data", store / "valid", "--out", metrics], say)
@@ -137,7 +138,7 @@ def pretrain_overrides(store: Path, run_dir: Path, seed: int, steps: int) -> lis
         "optim.lr": 1e-3,
         "schedule.warmup_steps": steps // 10,
     }
-    return [f"{key}={value}" for key, value in settings.items()]
+    return [as_word(key, value) for key, value in settings.items()]
 
 
 def read_losses(metrics: Path) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from esm2mega.errors import MachineError, UserError
-from esm2mega.files import replacing
+from esm2mega.files import parse_json, replacing
 
 TRAIN = "train"
 EVAL = "eval"
@@ -103,13 +103,16 @@ class JsonlLog:
         """Drop the records of steps beyond `step`, as a resume from the checkpoint of `step` must.
 
         The file is replaced in one rename: a kill at any moment leaves the old or the new log. Records
-        without a step stay.
+        without a step stay. What was written behind a dropped record is dropped too: the record of a test may
+        name an earlier step, that of the best weights.
 
         Returns:
             The number of records dropped.
         """
         records = scan_log(self.path).records
-        kept = [record for record in records if record.get("step") is None or record["step"] <= step]
+        steps = [record.get("step") for record in records]
+        end = next((n for n, other in enumerate(steps) if other is not None and other > step), len(steps))
+        kept = [record for n, record in enumerate(records) if n < end or steps[n] is None]
         if len(kept) < len(records):
             try:
                 os.close(self._descriptor)
@@ -177,7 +180,7 @@ def scan_log(path: str | Path) -> LogContents:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             record = None
         if not isinstance(record, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-import math
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +70,18 @@ def summarise(train: Sequence[Record], evaluations: Sequence[Record]) -> dict[st
     """Return the final numbers of a run as label -> text, best evaluation included."""
     rows: dict[str, str] = {}
     measured = [record for record in evaluations if _number(record, "valid_loss") is not None]
+    if nothing := len(evaluations) - len(measured):
+        rows["Evaluations without a loss"] = f"{nothing:,} (nothing to predict, or the run diverged there)"
     if measured:
+        # Losses of another recipe are those of other masks: the best is the best of the last recipe.
+        measured = _of_last_recipe(measured)
         last, best = measured[-1], min(measured, key=lambda record: record["valid_loss"])
         rows["Validation loss"] = f"{last['valid_loss']:.4f} nats at step {last['step']:,}"
-        perplexity = _number(last, "valid_perplexity")
-        rows["Validation perplexity"] = f"{perplexity or math.exp(last['valid_loss']):.3f}"
+        if (perplexity := _number(last, "valid_perplexity")) is not None:
+            rows["Validation perplexity"] = f"{perplexity:.3f}"
         rows["Best validation loss"] = f"{best['valid_loss']:.4f} nats at step {best['step']:,}"
+        if last.get("eval_recipe"):
+            rows["Evaluation recipe"] = last["eval_recipe"]
         unigram = _number(last, "unigram_loss")
         if unigram is not None:
             rows["Unigram baseline"] = f"{unigram:.4f} nats"
@@ -98,8 +104,14 @@ def summarise(train: Sequence[Record], evaluations: Sequence[Record]) -> dict[st
             rows["Median throughput"] = f"{rates[len(rates) // 2]:,.0f} tokens/s"
         undefined = sum("loss" in record and record["loss"] is None for record in train)
         if undefined:
-            rows["Records without a finite loss"] = f"{undefined:,} (the run diverged there)"
+            rows["Records without a loss"] = f"{undefined:,} (nothing to predict, or the run diverged there)"
     return rows
+
+
+def _of_last_recipe(evaluations: Sequence[Record]) -> list[Record]:
+    """Return the evaluations that were made as the last one was; those of earlier versions name no recipe."""
+    recipe = evaluations[-1].get("eval_recipe")
+    return [record for record in evaluations if record.get("eval_recipe") == recipe]
 
 
 def read_config(run_dir: Path) -> dict[str, str]:
@@ -111,7 +123,7 @@ def read_config(run_dir: Path) -> dict[str, str]:
 
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from None
     settings = _flatten(loaded) if isinstance(loaded, dict) else []
     return {current_key(key): value for key, value in settings if key not in REMOVED}
@@ -162,12 +174,7 @@ def _draw_loss(axes: Axes, train: Sequence[Record], evaluations: Sequence[Record
                 steps, running_mean(losses, window), color=TRAIN_COLOR, linewidth=1.8,
                 label=f"training (mean of {window} records)",
             )  # fmt: skip
-    eval_steps, eval_losses = _curve(evaluations, "valid_loss")
-    if eval_steps:
-        axes.plot(
-            eval_steps, eval_losses, color=VALID_COLOR, linewidth=2.0, marker="o",
-            markersize=4.5 if len(eval_steps) <= 40 else 0, label="validation",
-        )  # fmt: skip
+    eval_steps, eval_losses = _draw_validation(axes, evaluations)
     _, baselines = _curve(evaluations, "unigram_loss")
     if baselines:
         axes.axhline(
@@ -186,6 +193,21 @@ def _draw_loss(axes: Axes, train: Sequence[Record], evaluations: Sequence[Record
     axes.set_xlabel("optimizer step")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best", fontsize=10)
+
+
+def _draw_validation(axes: Axes, evaluations: Sequence[Record]) -> tuple[list[int], list[float]]:
+    """Draw a line for each recipe, since their losses cannot be compared; return the points of the last."""
+    by_recipe = itertools.groupby(evaluations, key=lambda record: record.get("eval_recipe"))
+    curves = [(recipe, *_curve(list(group), "valid_loss")) for recipe, group in by_recipe]
+    curves = [curve for curve in curves if curve[1]]
+    for number, (recipe, steps, losses) in enumerate(curves, start=1):
+        is_last = number == len(curves)
+        axes.plot(
+            steps, losses, color=VALID_COLOR, linewidth=2.0, marker="o", alpha=1.0 if is_last else 0.4,
+            markersize=4.5 if len(steps) <= 40 else 0,
+            label="validation" if is_last else f"validation, recipe {recipe or 'of an earlier version'}",
+        )  # fmt: skip
+    return curves[-1][1:] if curves else ([], [])
 
 
 def _draw_panel(axes: Axes, train: Sequence[Record], key: str, title: str) -> None:

@@ -11,20 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig, Run
-from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint, open_checkpoint
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.loader import EvalPacks
+from esm2mega.data.stream.recipe import describe_masks, masks_recipe
 from esm2mega.files import OTHER_OUT, check_out, write_json
 from esm2mega.lora.base import open_base
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress, show_bytes
-from esm2mega.train.losses import LossReduction, MLMLossReduction, perplexity
+from esm2mega.train.losses import LossReduction, Means, MLMLossReduction, perplexity
 from esm2mega.train.step import Batch, run_schedule
 from esm2mega.vocabulary import SPECIAL_TOKENS
 
@@ -51,7 +54,7 @@ def evaluate(
     ranks: Ranks,
     progress: Progress | None = None,
     abandon: Callable[[], bool] | None = None,
-) -> dict[str, float] | None:
+) -> Means | None:
     """Compute global means over a split; all ranks call this together.
 
     Args:
@@ -63,7 +66,7 @@ def evaluate(
         abandon: Called after every group of micro-batches; True, on every rank alike, ends the evaluation.
 
     Returns:
-        The means; None when the evaluation was abandoned.
+        The means, each None if it has no labels; None when the evaluation was abandoned.
     """
     abandoned = False
     for chunk in model:
@@ -103,12 +106,13 @@ def run_groups(
         yield len(group), run_schedule(model, loss, filled, ranks.device, forward_only=True)
 
 
-def evaluation_record(metrics: dict[str, float], split: str = "valid") -> dict[str, float]:
+def evaluation_record(metrics: Means, recipe: str, split: str = "valid") -> dict[str, Any]:
     """Return the values of an evaluation record in the log, named after the split: ``valid`` or ``test``."""
     return {
         f"{split}_loss": metrics["loss"],
         f"{split}_perplexity": perplexity(metrics["loss"]),
         "unigram_loss": metrics["unigram_loss"],
+        "eval_recipe": recipe,
     }
 
 
@@ -123,7 +127,7 @@ def evaluate_checkpoint(
     """Compute masked-language-model loss and perplexity of a checkpoint on a token store, at any layout.
 
     Args:
-        checkpoint: A ``step_XXXXXXXX`` directory, or a run directory for its newest one; or an opened start.
+        checkpoint: As for `esm2mega.checkpoint.choice.choose_checkpoint`, or an opened start.
         data: Token store, or a file of sequences.
         out: JSON file for the result; None for no file.
         max_batches: Stop after so many packs over all ranks; None for the whole store.
@@ -131,7 +135,7 @@ def evaluate_checkpoint(
         overrides: ``key=value`` settings that replace those of the checkpoint, such as the parallel layout.
 
     Returns:
-        The numbers that are written to `out`.
+        The numbers that are written to `out`; the losses are None where nothing is to be predicted.
     """
     if out is not None:
         check_out(Path(out))
@@ -139,7 +143,7 @@ def evaluate_checkpoint(
     changes = list(overrides)
     if micro_batch_tokens is not None:
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
-    run = adapt_layout(load_run_over(start.run, changes), changes)
+    run = adapt_layout(expand_paths(load_run_over(start.run, changes)), changes)
     validate(run, world_size_from_environment())
     start = open_base(start, run.init_from)
     store = open_store(str(data), run.data, run.run_dir, "--data", show_bytes)
@@ -152,10 +156,10 @@ def evaluate_checkpoint(
         counts = start.state["token_counts"]
         unigram = None if counts is None else unigram_log_probabilities(np.asarray(counts), ranks.device)
         spec = BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
-        batches = EvalPacks(store, spec, max_batches or 0, ranks.dp_rank, ranks.dp_size)
+        batches = EvalPacks(store, spec, run.eval, max_batches or 0, ranks.dp_rank, ranks.dp_size)
         with Progress(len(batches), "evaluate", "pack", enabled=ranks.is_main) as progress:
             metrics = evaluate(model, MLMLossReduction(unigram), batches, ranks, progress)
-        assert metrics is not None
+        assert metrics is not None and metrics["count"] is not None
         result = {
             "checkpoint": str(start.path),
             "data": str(data),
@@ -165,6 +169,8 @@ def evaluate_checkpoint(
             "unigram_loss": metrics.get("unigram_loss"),
             "num_labels": int(metrics["count"]),
             "num_sequences": len(store),
+            "eval_recipe": masks_recipe(run.eval, run.data.max_seq_length),
+            "eval_masks": describe_masks(run.eval, run.data.max_seq_length),
         }
         if out is not None and ranks.is_main:
             write_json(Path(out), result, OTHER_OUT)
@@ -180,7 +186,7 @@ def adapt_layout(run: Run, overrides: Sequence[str]) -> Run:
     """
     world, parallel = world_size_from_environment(), run.parallel
     model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if world % model_parallel and not any("parallel." in override for override in overrides):
+    if world % model_parallel and not any(x.lstrip("+").startswith("parallel.") for x in overrides):
         run.parallel = ParallelConfig(timeout_minutes=parallel.timeout_minutes)
         model_parallel = 1
     data_parallel = max(1, world // model_parallel)

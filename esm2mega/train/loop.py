@@ -5,17 +5,19 @@ What decides the numbers is in `step.py`; this file decides when things happen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
-from esm2mega.config.schema import Run, TrainConfig
+from esm2mega.config.best_metric import VALID_LOSS, less_is_better
+from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig
 from esm2mega.config.validate import num_micro_batches as num_micro_batches_of
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
-from esm2mega.train.losses import loss_and_perplexity
+from esm2mega.train.losses import Means, loss_and_perplexity
 from esm2mega.train.signals import StopSignal
 from esm2mega.train.step import StepResult, TrainState, train_step
 from esm2mega.train.throughput import Throughput, memory_gb, sum_over_data_parallel
@@ -27,22 +29,49 @@ class LoopState:
 
     Attributes:
         step: Finished optimizer steps.
-        valid_loss: Validation loss at `step`; None if it was not evaluated there.
-        best_valid_loss: Lowest validation loss so far; None before the first evaluation.
-        best_step: Step of the lowest validation loss.
+        evaluation: What was measured at `step`, by the names of the log; a metric that is not defined is
+            None. None if nothing was evaluated there.
+        best_value: Best value of `checkpoint.best_metric` so far; None before the first.
+        best_step: Step of the best value.
+        ranking: Step -> value of the `checkpoint.keep_best` best evaluations, best first. The checkpoint of
+            each of them is in the directory of the run.
         evaluations_without_improvement: Evaluations since the last improvement, for early stopping.
+        eval_recipe: Hash of the recipe of these evaluations; None in files of earlier versions.
         test_loss: Loss on the test split, computed at the end of the run; None before.
     """
 
     step: int = 0
-    valid_loss: float | None = None
-    best_valid_loss: float | None = None
+    evaluation: dict[str, Any] | None = None
+    best_value: float | None = None
     best_step: int | None = None
+    ranking: dict[int, float] = field(default_factory=dict)
     evaluations_without_improvement: int = 0
+    eval_recipe: str | None = None
     test_loss: float | None = None
+
+    @property
+    def valid_loss(self) -> float | None:
+        """Return the validation loss at `step`; None if nothing was evaluated or to be predicted there."""
+        return None if self.evaluation is None else self.evaluation[VALID_LOSS]
+
+    def restart_best(self) -> None:
+        """Forget which evaluations were the best, since those to come cannot be compared with them."""
+        self.best_value, self.best_step, self.ranking = None, None, {}
+        self.evaluations_without_improvement = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> LoopState:
+        """Read what `to_dict` returned, also after JSON, or version 0.1.0, which compared losses alone."""
+        values = dict(saved)
+        if "best_valid_loss" in values:
+            loss, best = values.pop(VALID_LOSS), values.pop("best_valid_loss")
+            values |= {"evaluation": None if loss is None else {VALID_LOSS: loss}, "best_value": best}
+            values["ranking"] = {} if best is None else {values["best_step"]: best}
+        values["ranking"] = {int(step): value for step, value in values["ranking"].items()}
+        return cls(**values)
 
 
 Evaluation = Callable[[Callable[[], bool]], dict[str, Any] | None]
@@ -58,7 +87,7 @@ class Hooks:
     evaluate: Evaluation | None
     test: Evaluation | None
     save: Callable[[LoopState], None]
-    training_values: Callable[[dict[str, float]], dict[str, float]] = loss_and_perplexity
+    training_values: Callable[[Means], Means] = loss_and_perplexity
 
 
 def fit(
@@ -75,15 +104,15 @@ def fit(
     residues = 0
     with StopSignal(ranks.device) as stop:
         # A run that was stopped by a signal in its last step has not been evaluated there.
-        if hooks.evaluate and loop.step and finished(loop, train) and loop.valid_loss is None:
-            _evaluate(loop, hooks, train, stop)
+        if hooks.evaluate and loop.step and finished(loop, train) and loop.evaluation is None:
+            _evaluate(loop, hooks, run, stop)
             _raise_if(stop, loop)
             hooks.save(loop)
         while not finished(loop, train):
             batches = list(islice(stream, num_micro_batches))
             result = train_step(state, batches)
             loop.step += 1
-            loop.valid_loss = loop.test_loss = None
+            loop.evaluation = loop.test_loss = None
             residues += sum(batch.num_residues for batch in batches)
             hooks.show(result)
             stopping = stop.received()
@@ -108,18 +137,18 @@ def fit(
                 )
                 residues = 0
             with clock.paused():
-                improved = False
+                is_kept = False
                 if not stopping and (last or _every(train.eval_every, loop.step)):
-                    improved = _evaluate(loop, hooks, train, stop)
+                    is_kept = _evaluate(loop, hooks, run, stop)
                 last = last or finished(loop, train) or stop.stopping
-                best = improved and run.checkpoint.keep_best > 0
-                if last or best or _every(run.checkpoint.save_every, loop.step):
+                if last or is_kept or _every(run.checkpoint.save_every, loop.step):
                     hooks.save(loop)
             _raise_if(stop, loop)
         if hooks.test and loop.step and loop.test_loss is None:
             record = hooks.test(stop.received)
             _raise_if(stop, loop)
             assert record is not None
+            # The record of other weights than the last names their step.
             hooks.log({"kind": "test", "step": loop.step, **record})
             loop.test_loss = record["test_loss"]
             hooks.save(loop)
@@ -136,24 +165,59 @@ def out_of_patience(loop: LoopState, train: TrainConfig) -> bool:
     return patience > 0 and loop.evaluations_without_improvement >= patience
 
 
-def note_evaluation(loop: LoopState, valid_loss: float, train: TrainConfig) -> bool:
-    """Enter an evaluation into the state; return whether it is the best so far by more than ``min_delta``."""
-    best = loop.best_valid_loss
-    improved = best is None or valid_loss < best - train.early_stopping.min_delta
-    loop.valid_loss = valid_loss
-    if best is None or valid_loss < best:
-        loop.best_valid_loss, loop.best_step = valid_loss, loop.step
+def begin_recipe(loop: LoopState, recipe: str) -> bool:
+    """Enter the recipe of the evaluations to come, and forget the results of any other one.
+
+    Results of different recipes cannot be compared: the best and the patience of early stopping start anew.
+
+    Returns:
+        Whether there was a best one to forget.
+    """
+    if loop.eval_recipe == recipe:
+        return False
+    forgotten = loop.best_value is not None
+    loop.eval_recipe, loop.evaluation, loop.test_loss = recipe, None, None
+    loop.restart_best()
+    return forgotten
+
+
+def note_evaluation(
+    loop: LoopState, record: Mapping[str, Any], train: TrainConfig, checkpoint: CheckpointConfig
+) -> bool:
+    """Enter an evaluation into the state.
+
+    A metric that is not defined, such as the correlation of constant predictions, is no improvement and never
+    among the best. None, where there was nothing to predict, is compared with nothing.
+
+    Returns:
+        Whether it is among the `checkpoint.keep_best` best so far.
+    """
+    loop.evaluation = {name: _defined(value) for name, value in record.items()}
+    value, best = loop.evaluation[checkpoint.best_metric], loop.best_value
+    if value is None:
+        loop.evaluations_without_improvement += record[checkpoint.best_metric] is not None
+        return False
+    sign = 1 if less_is_better(checkpoint.best_metric) else -1
+    improved = best is None or sign * value < sign * best - train.early_stopping.min_delta
+    if best is None or sign * value < sign * best:
+        loop.best_value, loop.best_step = value, loop.step
     loop.evaluations_without_improvement = 0 if improved else loop.evaluations_without_improvement + 1
-    return improved
+    ranked = sorted({**loop.ranking, loop.step: value}.items(), key=lambda entry: (sign * entry[1], entry[0]))
+    loop.ranking = dict(ranked[: checkpoint.keep_best])
+    return loop.step in loop.ranking
 
 
-def _evaluate(loop: LoopState, hooks: Hooks, train: TrainConfig, stop: StopSignal) -> bool:
-    """Validate, log and enter the result; return whether it is the best so far by more than ``min_delta``."""
+def _defined(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal) -> bool:
+    """Validate, log and enter the result; return whether it is among the best ones that are kept."""
     record = hooks.evaluate(stop.received) if hooks.evaluate else None
     if record is None:
         return False
     hooks.log({"kind": "eval", "step": loop.step, **record})
-    return note_evaluation(loop, record["valid_loss"], train)
+    return note_evaluation(loop, record, run.train, run.checkpoint)
 
 
 def _raise_if(stop: StopSignal, loop: LoopState) -> None:

@@ -3,7 +3,7 @@
 A mean of means would weight a micro-batch with three labels like one with six hundred. Here each micro-batch
 gives a sum and a count, gradients are summed over micro-batches and data-parallel ranks, and one division by
 the global count follows. The result then does not depend on how the labels were distributed, and a
-micro-batch without labels contributes 0.
+micro-batch without labels contributes 0. Where there is no label at all, there is no mean: None, never 0.
 
 Legend: ``m`` labelled tokens of a micro-batch, ``v`` vocabulary.
 """
@@ -13,15 +13,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from esm2mega.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class LossTerms:
 
     Attributes:
         loss_sum: Sum of the loss over the labels, not their mean, ``[]``, differentiable.
-        count: Number of labels in the sum, ``[]``.
+        count: Number of labels in the sum, an integer ``[]``.
         logged: Further quantities to report as global means: name -> (sum, count), each ``[]``.
     """
 
@@ -39,12 +41,24 @@ class LossTerms:
     logged: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def perplexity(loss: float) -> float:
-    """Return exp(loss), or infinity if that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+Means = dict[str, float | None]
+"""Maps names to global means; one over no labels is None, as there was nothing to predict."""
 
 
-def loss_and_perplexity(metrics: dict[str, float]) -> dict[str, float]:
+@overload
+def perplexity(loss: float) -> float: ...
+@overload
+def perplexity(loss: None) -> None: ...
+@overload
+def perplexity(loss: float | None) -> float | None: ...
+def perplexity(loss: float | None) -> float | None:
+    """Return exp(loss), or infinity if that overflows; None of None."""
+    if loss is None:
+        return None
+    return math.inf if loss >= 700 else math.exp(loss)
+
+
+def loss_and_perplexity(metrics: Means) -> Means:
     """Return the values of a training record for masked language modelling."""
     return {"loss": metrics["loss"], "perplexity": perplexity(metrics["loss"])}
 
@@ -69,14 +83,22 @@ class LossReduction(ABC):
         """
         return partial(self._schedule_loss, batch)
 
+    def terms(self, batch: Any, output: Tensor) -> LossTerms:
+        """Call `forward`.
+
+        Raises:
+            UserError: What it returned is no sum with a count, as from a user's own loss.
+        """
+        return _checked(self, self.forward(batch, output), output)
+
     def _schedule_loss(self, batch: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        terms = self.forward(batch, output)
+        terms = self.terms(batch, output)
         named = {"loss": (terms.loss_sum, terms.count), **terms.logged}
         # fp64 sums: a report over millions of labels must not lose digits. [2] each: sum, count
         report = {name: torch.stack([x.detach().double() for x in pair]) for name, pair in named.items()}
         return terms.loss_sum, terms.count.to(torch.int32), report
 
-    def reduce(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
+    def reduce(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> Means:
         """Combine the reports of a step or of an evaluation.
 
         Args:
@@ -84,7 +106,7 @@ class LossReduction(ABC):
             device: Where the process groups communicate.
 
         Returns:
-            Global mean of each name (0.0 if the global count is 0) and ``count``, the global number of
+            Global mean of each name (None if its global count is 0) and ``count``, the global number of
             labels; valid on every rank.
         """
         totals = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
@@ -97,13 +119,47 @@ class LossReduction(ABC):
             dist.broadcast(totals, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
         values = totals.tolist()
         pairs = zip(self.names, values, strict=True)
-        means = {name: total / count if count else 0.0 for name, (total, count) in pairs}
+        means = {name: total / count if count else None for name, (total, count) in pairs}
         return {**means, "count": values[self.names.index("loss")][1]}
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return what is reported, equal on all ranks: ``loss`` and the keys of `LossTerms.logged`."""
         return ("loss",)
+
+
+def _checked(loss: LossReduction, terms: Any, output: Tensor) -> LossTerms:
+    """Return the terms, with a count that is a tensor."""
+    name = type(loss).__name__
+    if not isinstance(terms, LossTerms):
+        parts = ", ".join(type(part).__name__ for part in terms) if isinstance(terms, tuple) else ""
+        raise UserError(
+            f"{name}.forward returned a {type(terms).__name__}{f' ({parts})' if parts else ''}; return "
+            "LossTerms(loss_sum, count): the sum over the labels of the micro-batch, not their mean, and "
+            "their number"
+        )
+    total, count = terms.loss_sum, torch.as_tensor(terms.count, device=output.device)
+    if not isinstance(total, Tensor) or total.dim():
+        found = f"shape {list(total.shape)}" if isinstance(total, Tensor) else f"type {type(total).__name__}"
+        raise UserError(
+            f"{name}.forward returned a loss_sum of {found}; return the sum, a tensor of shape []"
+        )
+    if count.dim() or count.is_floating_point():
+        raise UserError(
+            f"{name}.forward returned a count of shape {list(count.shape)} and {count.dtype}; return the "
+            "number of labels, an integer"
+        )
+    if output.requires_grad and torch.is_grad_enabled() and not total.requires_grad:
+        raise UserError(
+            f"{name}.forward returned a loss_sum that does not depend on the output (it has no gradient); "
+            "compute it from the output without detach, item or numpy"
+        )
+    if {"loss", *terms.logged} != set(loss.names):
+        raise UserError(
+            f"{name}.forward logged {', '.join(terms.logged) or 'nothing'}, its `names` are "
+            f"{', '.join(loss.names)}; let `names` return 'loss' and what is logged"
+        )
+    return replace(terms, count=count)
 
 
 class MLMLossReduction(LossReduction):

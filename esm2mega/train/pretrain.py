@@ -6,15 +6,19 @@ There is no arithmetic here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
-from esm2mega.config.schema import DataConfig, Run
+from esm2mega.config.schema import Run
 from esm2mega.convert.start_point import StartPoint
-from esm2mega.data.store.cache import open_store
+from esm2mega.data.overlap import check_overlap
+from esm2mega.data.store.cache import check_heads, open_store
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import BatchSpec, token_counts
 from esm2mega.data.stream.loader import EvalPacks, TrainStream
+from esm2mega.data.stream.recipe import describe_masks, masks_recipe
 from esm2mega.errors import UserError
+from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import show_bytes
 from esm2mega.train.build import build
@@ -42,31 +46,38 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
     """
     if run.data.train is None:
         raise UserError("data.train is not set: give the token store to train on, as data.train=DIR")
+    held_out_paths = [path for path in (run.data.valid, run.data.test) if path is not None]
+    check_heads([*run.data.train_paths(), *held_out_paths], run.data)
     train_stores = [
         open_store(path, run.data, run.run_dir, "data.train", show_bytes) for path in run.data.train_paths()
     ]
     held_out = {
-        split: _open_held_out(run.data, run.run_dir, split, path, train_stores)
+        split: open_store(path, run.data, run.run_dir, f"data.{split}", show_bytes)
         for split, path in (("valid", run.data.valid), ("test", run.data.test))
         if path is not None
     }
+    if "valid" in held_out:
+        _check_predictable(run, held_out["valid"])
+    stores = {"data.train": train_stores, **{f"data.{split}": [store] for split, store in held_out.items()}}
+    notes = on_one_rank(
+        lambda: check_overlap(stores, run.data.allow_overlap), timedelta(minutes=run.parallel.timeout_minutes)
+    )
     run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
     start = open_training_start(run)
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, train_stores, held_out, start, on_gradients)
+        return _train(run, ranks, train_stores, held_out, notes, start, on_gradients)
 
 
-def _open_held_out(
-    data: DataConfig, run_dir: str, split: str, path: str, train_stores: list[TokenStore]
-) -> TokenStore:
-    store = open_store(path, data, run_dir, f"data.{split}", show_bytes)
-    for train_path, train_store in zip(data.train_paths(), train_stores, strict=True):
-        if store.fingerprint == train_store.fingerprint:
-            raise UserError(
-                f"data.{split}={path} holds the same proteins as data.train={train_path}; its loss would not "
-                "measure unseen proteins: give others"
-            )
-    return store
+def _check_predictable(run: Run, store: TokenStore) -> None:
+    """Refuse validation data whose masks select no residue: they have no loss that could be best or stop."""
+    packs = EvalPacks(store, _batch_spec(run), run.eval, run.train.eval_batches)
+    if not any(len(batch.labels) for batch in packs):
+        part = f" in train.eval_batches={run.train.eval_batches} packs" if run.train.eval_batches else ""
+        raise UserError(
+            f"data.valid={run.data.valid}: the masks of evaluation select no residue of its {len(store)} "
+            f"proteins{part}, so there is nothing to predict; give more proteins, or set data.valid=null and "
+            "train.eval_every=0"
+        )
 
 
 def _batch_spec(run: Run) -> BatchSpec:
@@ -78,6 +89,7 @@ def _train(
     ranks: Ranks,
     train_stores: list[TokenStore],
     held_out: dict[str, TokenStore],
+    notes: list[str],
     start: StartPoint | None,
     on_gradients: Callable[[list[Any]], None] | None,
 ) -> LoopState:
@@ -85,27 +97,31 @@ def _train(
     spec = _batch_spec(run)
     stream = TrainStream(train_stores, spec, ranks.dp_rank, ranks.dp_size)
     counts = token_counts(stream.samples)
+    recipe = masks_recipe(run.eval, run.data.max_seq_length)
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
         if split not in held_out:
             return None
 
         def measure(abandon: Callable[[], bool]) -> dict[str, Any] | None:
-            packs = EvalPacks(held_out[split], spec, limit, ranks.dp_rank, ranks.dp_size)
+            packs = EvalPacks(held_out[split], spec, run.eval, limit, ranks.dp_rank, ranks.dp_size)
             unigram = unigram_log_probabilities(counts, ranks.device)
             metrics = evaluate(built.state.model, MLMLossReduction(unigram), packs, ranks, abandon=abandon)
-            return None if metrics is None else evaluation_record(metrics, split)
+            return None if metrics is None else evaluation_record(metrics, recipe, split)
 
         return measure
 
-    data = [f"data     {line}" for line in stream.samples.describe()]
+    banner = [f"data     {line}" for line in [*stream.samples.describe(), *notes]]
+    if held_out:
+        banner.append(f"eval     recipe {recipe}: {describe_masks(run.eval, run.data.max_seq_length)}")
     session = Session(
         name="pretrain",
         built=built,
         stream=stream,
         evaluation=evaluation,
+        eval_recipe=recipe,
         extra_state={"token_counts": counts.tolist()},
-        banner=data,
+        banner=banner,
         result=_result,
         training_values=loss_and_perplexity,
     )
@@ -113,6 +129,8 @@ def _train(
 
 
 def _result(record: dict[str, Any], split: str) -> str:
+    if record[f"{split}_loss"] is None:
+        return "no loss: nothing to predict"
     return (
         f"loss {record[f'{split}_loss']:.4f}, perplexity {record[f'{split}_perplexity']:.2f} "
         f"(residue frequencies: {record['unigram_loss']:.4f})"

@@ -15,19 +15,23 @@ from typing import Any
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.store import load_training_state, save_checkpoint
+from esm2mega.checkpoint.choice import best_checkpoint, prune
+from esm2mega.checkpoint.store import load_training_state, load_weights, save_checkpoint
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import resolve_max_steps, save_resolved
 from esm2mega.config.presets import shape_of
-from esm2mega.config.schema import Run, TrainConfig, flatten
-from esm2mega.config.validate import validate, world_size_from_environment
+from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig, flatten
+from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.stream.loader import PackStream
+from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.external import open_trackers
 from esm2mega.report.log import LOG_NAME, JsonlLog
 from esm2mega.report.progress import Progress
 from esm2mega.train.build import Built
-from esm2mega.train.loop import Evaluation, Hooks, LoopState, fit, out_of_patience
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_recipe, fit, out_of_patience
+from esm2mega.train.losses import Means
 from esm2mega.train.signals import kept_from_helpers
 from esm2mega.train.step import StepResult, TrainState
 
@@ -42,6 +46,7 @@ class Session:
         stream: Training batches, at their beginning; closed at the end.
         evaluation: Takes a split and a limit of packs (0 for none) and makes the evaluation; None without
             such a split.
+        eval_recipe: Hash of the recipe of the evaluations, which stands in each of their records.
         extra_state: Further entries of ``train_state.json``.
         banner: Further lines that are printed at the start of the run.
         result: Takes an evaluation record and its split, and words it for a reader.
@@ -52,10 +57,11 @@ class Session:
     built: Built
     stream: PackStream[Any]
     evaluation: Callable[[str, int], Evaluation | None]
+    eval_recipe: str
     extra_state: Mapping[str, Any]
     banner: Sequence[str]
     result: Callable[[dict[str, Any], str], str]
-    training_values: Callable[[dict[str, float]], dict[str, float]]
+    training_values: Callable[[Means], Means]
 
 
 def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | None) -> LoopState:
@@ -77,7 +83,8 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
     with ExitStack() as stack:
         stack.enter_context(stream)
         if resumed is not None:
-            loop = _resume(resumed, session)
+            loop = _resume(run, resumed, session)
+        renewed = _begin_recipe(loop, session.eval_recipe)
         begun = replace(loop)
         trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.is_main else []
         for tracker in trackers:
@@ -90,7 +97,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             save_resolved(run, Path(run.run_dir) / "config.yaml")
             lines = [*_announcement(run, ranks, state.model), *session.banner]
             lines += [*_small_data(run.train, stream), *built.banner]
-            print("\n".join(lines + _start(run, start) + said), file=sys.stderr, flush=True)
+            print("\n".join(lines + _start(run, start) + renewed + said), file=sys.stderr, flush=True)
         progress = stack.enter_context(
             Progress(run.train.max_steps, session.name, "step", enabled=ranks.is_main, initial=loop.step)
         )
@@ -99,20 +106,23 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             if log is not None:
                 log.write(record)
             for tracker in trackers:
-                tracker.write(record)
+                # The record of a test may name an earlier step, to which trackers do not go back.
+                tracker.write({**record, "step": loop.step})
             for kind, split, words in (("eval", "valid", "validation"), ("test", "test", "test")):
                 if record["kind"] == kind:
                     progress.message(f"step {record['step']}: {words} {session.result(record, split)}")
 
         def show(result: StepResult) -> None:
-            progress.update(1, loss=f"{result.metrics['loss']:.4f}", lr=f"{result.lr:.2e}")
+            loss = result.metrics["loss"]
+            progress.update(1, loss="none" if loss is None else f"{loss:.4f}", lr=f"{result.lr:.2e}")
 
         saved_last = None if resumed is None else resumed.path
 
         def save(loop: LoopState) -> None:
             nonlocal saved_last
             directory = layout.step_dir(run.run_dir, loop.step)
-            saved = _saved_state(loop, state, stream, {**session.extra_state, **built.extra_state})
+            extra_state = {**session.extra_state, **built.extra_state}
+            saved = _saved_state(loop, run.checkpoint, state, stream, extra_state)
             if saved_last is not None and saved_last.resolve() == directory.resolve():
                 # The weights are saved already; only what is known about them has changed.
                 if ranks.is_main:
@@ -124,19 +134,19 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
                 )
             saved_last = directory
             if ranks.is_main:
-                layout.prune(run.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best, directory)
+                prune(run.run_dir, run.checkpoint, directory)
 
         hooks = Hooks(
             write,
             show,
             session.evaluation("valid", run.train.eval_batches),
-            session.evaluation("test", 0),
+            _test(run, session, loop),
             save,
             session.training_values,
         )
         fit(run, state, stream, loop, hooks, ranks)
     if ranks.is_main:
-        print(_ending(run.train, begun, loop, saved_last), file=sys.stderr, flush=True)
+        print(_ending(run, begun, loop, saved_last), file=sys.stderr, flush=True)
     return loop
 
 
@@ -158,16 +168,59 @@ def resolve_epochs(run: Run, open_stream: Callable[[], PackStream[Any]]) -> Run:
     return run
 
 
-def _resume(start: StartPoint, session: Session) -> LoopState:
+def _resume(run: Run, start: StartPoint, session: Session) -> LoopState:
     state = session.built.state
     load_training_state(start.path, state.model, state.optimizer, session.built.saved)
     session.stream.load_state_dict(start.state["data"])
     state.schedule.load_state_dict(start.state["schedule"])
-    return LoopState(**start.state["loop"])
+    loop = LoopState.from_dict(start.state["loop"])
+    if start.run.checkpoint.best_metric != run.checkpoint.best_metric:
+        loop.restart_best()
+    # What is not there, since it belongs to another run or was not kept, keeps no others from being saved.
+    loop.ranking = on_one_rank(
+        lambda: {
+            step: value
+            for step, value in loop.ranking.items()
+            if layout.is_complete(layout.step_dir(run.run_dir, step))
+        }
+    )
+    return loop
+
+
+def _test(run: Run, session: Session, loop: LoopState) -> Evaluation | None:
+    """Make the evaluation of the test split, in fine-tuning with the best weights of the run.
+
+    The last weights, with which a resumed run would go on, have been saved by then.
+    """
+    evaluate = session.evaluation("test", 0)
+    if evaluate is None or run.task.kind is None:
+        return evaluate
+
+    def with_best_weights(abandon: Callable[[], bool]) -> dict[str, float] | None:
+        best = on_one_rank(lambda: best_checkpoint(run.run_dir))
+        if best is None or best.step == loop.step:
+            return evaluate(abandon)
+        load_weights(best.path, session.built.state.model, session.built.saved)
+        record = evaluate(abandon)
+        return None if record is None else {**record, "step": best.step}
+
+    return with_best_weights
+
+
+def _begin_recipe(loop: LoopState, recipe: str) -> list[str]:
+    """Enter the recipe of the evaluations into the state; say so if it is not that of the checkpoint."""
+    before = loop.eval_recipe or "that of an earlier version"
+    if not begin_recipe(loop, recipe):
+        return []
+    return [f"eval     recipe {recipe} in place of {before}: best and early stopping start anew"]
 
 
 def _saved_state(
-    loop: LoopState, state: TrainState, stream: PackStream[Any], extra_state: Mapping[str, Any]
+    loop: LoopState,
+    settings: CheckpointConfig,
+    state: TrainState,
+    stream: PackStream[Any],
+    extra_state: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the content of ``train_state.json``.
 
@@ -176,6 +229,7 @@ def _saved_state(
     return {
         "step": loop.step,
         "valid_loss": loop.valid_loss,
+        "best_metric": settings.best_metric if settings.keep_best else None,
         "loop": loop.to_dict(),
         "data": stream.state_dict(),
         "schedule": state.schedule.state_dict(),
@@ -253,16 +307,21 @@ def _start(run: Run, start: StartPoint | None) -> list[str]:
     return lines
 
 
-def _ending(train: TrainConfig, begun: LoopState, loop: LoopState, checkpoint: Path | None) -> str:
-    """Describe in one line how the run ended."""
-    if out_of_patience(loop, train):
-        text = (
-            f"stopped early: no improvement in {loop.evaluations_without_improvement} evaluations, best "
-            f"{loop.best_valid_loss:.4f} at step {loop.best_step}"
-        )
-        text += "" if loop.step == begun.step else f"; checkpoint {checkpoint}"
+def _ending(run: Run, begun: LoopState, loop: LoopState, last: Path | None) -> str:
+    """Describe in one line how the run ended, and where its last and its best weights are."""
+    if out_of_patience(loop, run.train):
+        count = loop.evaluations_without_improvement
+        text = f"stopped early: no improvement in {count} evaluations; step {loop.step}, checkpoint {last}"
     elif loop == begun:
-        text = f"nothing to do: step {loop.step} of {train.max_steps} is done"
+        text = f"nothing to do: step {loop.step} of {run.train.max_steps} is done, checkpoint {last}"
     else:
-        text = f"done: step {loop.step}, checkpoint {checkpoint}"
+        text = f"done: step {loop.step}, checkpoint {last}"
+    best = best_checkpoint(run.run_dir)
+    if best is not None and best.step == loop.step:
+        text += f", which is the best {best}"
+    elif best is not None:
+        text += f"; best {best}: step {best.step}, checkpoint {best.path}"
+    elif loop.best_value is not None and not run.checkpoint.keep_best:
+        value = f"{run.checkpoint.best_metric} ({loop.best_value:.4f})"
+        text += f"; best by {value}: step {loop.best_step}, not kept (checkpoint.keep_best=0)"
     return text

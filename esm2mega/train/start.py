@@ -10,7 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from esm2mega.checkpoint import layout
-from esm2mega.config.load import load_run, load_run_over, value_of
+from esm2mega.config.load import load_run, load_run_over, values_of
+from esm2mega.config.paths import expand_user
+from esm2mega.config.run_name import is_there
 from esm2mega.config.schema import ModelConfig, Run
 from esm2mega.convert.formats.esm2mega import run_of
 from esm2mega.convert.into_model import check_same_model
@@ -18,6 +20,7 @@ from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
 from esm2mega.errors import UserError
 from esm2mega.lora.base import has_adapters, with_base
 from esm2mega.parallel.errors import on_one_rank
+from esm2mega.parallel.paths import expand_paths
 
 
 def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tuple[Run, StartPoint | None]:
@@ -33,24 +36,24 @@ def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tu
     Raises:
         UserError: `load_run` refuses the configuration, or `init_from` cannot be read.
     """
-    init_from = value_of("init_from", config, overrides)
-    start = on_one_rank(lambda: _read_trainable(init_from)) if isinstance(init_from, str) else None
+    init_from, *shape = values_of(("init_from", "model.size", "model.num_layers"), config, overrides)
+    start = on_one_rank(lambda: _read_trainable(init_from)) if init_from is not None else None
     if start is None:
-        shape = [value_of(f"model.{key}", config, overrides) for key in ("size", "num_layers")]
-        if isinstance(init_from, str) and shape == [None, None]:
+        if init_from is not None and shape == [None, None]:
             raise UserError(f"init_from={init_from} does not exist, and no model is configured; correct it")
-        return load_run(config, overrides), None
+        return expand_paths(load_run(config, overrides)), None
     model = copy.deepcopy(start.run.model)
     # The choice of kernels was made for the machine that wrote it, and says nothing about this one.
     defaults = ModelConfig()
     for key in ("layer_spec", "attention_backend", "recompute"):
         setattr(model, key, getattr(defaults, key))
-    return load_run_over(Run(model=model), overrides, config), start
+    return expand_paths(load_run_over(Run(model=model), overrides, config)), start
 
 
-def _read_trainable(path: str) -> StartPoint | None:
-    """Open a checkpoint that can be trained; return None if there is nothing at `path`."""
-    if not Path(path).exists():
+def _read_trainable(init_from: str) -> StartPoint | None:
+    """Open a checkpoint that can be trained; return None if there is nothing at this path."""
+    path = expand_user("init_from", init_from)
+    if not is_there(path):
         return None
     start = read_start(path)
     if not start.is_own:
@@ -93,7 +96,7 @@ def find_resume(run: Run) -> StartPoint | None:
     complete, incomplete = layout.find_checkpoints(run.run_dir)
     found: StartPoint | None = None
     if run.checkpoint.resume not in ("auto", "never"):
-        found = read_checkpoint(run.checkpoint.resume)
+        found = read_checkpoint(run.checkpoint.resume, resuming=True)
         _refuse_later(run, found, complete)
     else:
         if run.checkpoint.resume == "never" and complete:

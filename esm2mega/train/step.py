@@ -19,7 +19,7 @@ from torch import Tensor
 from esm2mega.batch import LabelledBatch, PackedBatch
 from esm2mega.errors import MachineError
 from esm2mega.model.packed import PackedSequences
-from esm2mega.train.losses import LossReduction
+from esm2mega.train.losses import LossReduction, Means
 
 Batch = PackedBatch | LabelledBatch
 """Is a pack for masked language modelling, or one with labels for the head of a task."""
@@ -49,12 +49,13 @@ class StepResult:
     """Holds what a step did, which is the same on every rank.
 
     Attributes:
-        metrics: Global means by name (``loss`` first) and ``count``, the number of labels.
+        metrics: Global means by name (``loss`` first) and ``count``, the number of labels. In a step without
+            labels the loss is None.
         grad_norm: L2 norm of the whole model's gradient before clipping.
         lr: Learning rate that the update used.
     """
 
-    metrics: dict[str, float]
+    metrics: Means
     grad_norm: float
     lr: float
 
@@ -132,7 +133,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     metrics = state.loss.reduce(reports, state.device)
     # The rate of a group without a factor; the rates of all groups were set at the end of the last step.
     lr = float(state.schedule.get_lr({}))
-    if not all(map(_finite, metrics.values())):
+    if not all(value is None or _finite(value) for value in metrics.values()):
         raise MachineError(
             f"the loss is {metrics['loss']}; lower optim.lr, or look at the last packs of the log"
         )

@@ -52,6 +52,29 @@ def test_help_lists_the_commands_in_the_order_of_the_work(capsys):
 @pytest.mark.parametrize(
     "command",
     [
+        ["prepare", "fasta", "absent", "--out", "there"],
+        ["prepare", "flip", "gb1", "--source", "absent", "--out", "there"],
+        ["prepare", "tape", "stability", "--source", "absent", "--out", "there"],
+        ["prepare", "deeploc2", "--source", "absent", "--out", "there"],
+        ["prepare", "uniref", "--uf50", "absent", "--uf90", "b", "--mapping", "c", "--out", "there"],
+        ["convert", "absent", "there", "--to", "hf"],
+        ["lora", "merge", "absent", "--out", "there"],
+        ["lora", "export", "absent", "--out", "there"],
+        ["lora", "import", "absent", "--base", "absent", "--out", "there"],
+    ],
+    ids=lambda command: "-".join(command[:2]),
+)
+def test_an_output_that_exists_is_found_before_any_input_is_read(command, tmp_path, monkeypatch, capsys):
+    """There is no input."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert main(command) == 2
+    assert "there: exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
         *([name] for name in COMMANDS),
         ["prepare", "fasta"],
         ["prepare", "uniref"],

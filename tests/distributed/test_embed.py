@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.infer_models import (
     Reference,
     ids_of,
     make_reference,
+    pseudo_log_likelihood,
     random_proteins,
     write_fasta,
 )
@@ -160,6 +162,22 @@ def _pieces(journal: Path) -> int:
     return len(journal.read_text().split()) if journal.exists() else 0
 
 
+def test_a_stream_is_read_by_one_rank(reference: Reference, tmp_path: Path) -> None:
+    """A pipe has one end to read from; what it holds is the same output as the file."""
+    pairs = [(f"p{number}", sequence) for number, sequence in enumerate(random_proteins([5, 40, 17, 60]))]
+    fasta, pipe = write_fasta(tmp_path / "x.fasta", pairs), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(fasta.read_bytes(),))
+    writer.start()
+    outputs = [tmp_path / "file.h5", tmp_path / "stream.h5"]
+    for source, out in zip((fasta, pipe), outputs, strict=True):
+        run_ranks(arguments(reference, source, out), 2, tmp_path / out.stem)
+    writer.join(timeout=10)
+    with h5py.File(outputs[0]) as ours, h5py.File(outputs[1]) as theirs:
+        assert (ours["ids"][()] == theirs["ids"][()]).all()
+        assert (ours["residue/layer_4"][()] == theirs["residue/layer_4"][()]).all()
+
+
 def test_an_error_is_reported_once(reference: Reference, tmp_path: Path) -> None:
     from tests.ranks import RanksFailed
 
@@ -191,6 +209,30 @@ def test_scores_are_the_same_at_every_layout(reference: Reference, tmp_path: Pat
         assert mutants == found[0][0] and len(mutants) == 40 * 19
         # In nats, as in tests/unit/infer/test_score.py.
         assert np.abs(scores - found[0][1]).max() < 1e-4
+
+
+@pytest.mark.parametrize("split", ["tensor", "pipeline"])
+def test_whole_sequences_at_layouts(reference: Reference, tmp_path: Path, split: str) -> None:
+    """A model in two parts, in fp64, against Hugging Face's in one; one protein is over the window."""
+    wild, other, long = random_proteins([24, 9, 40], seed=8)
+    proteins = {"deletion": wild[:7] + wild[9:], "other": other, "long": long}
+    fasta, out = write_fasta(tmp_path / "p.fasta", proteins), tmp_path / "out.csv"
+    command = ["-m", "esm2mega", "-v", "score", str(reference.checkpoint), "--sequence", wild]
+    command += [
+        "--variants",
+        str(fasta),
+        "--out",
+        str(out),
+        "infer.precision=fp64",
+        "infer.max_seq_length=30",
+    ]
+    run_ranks([*command, f"parallel.{split}_model_parallel_size=2"], 2, tmp_path / "output")
+    own = pseudo_log_likelihood(reference, wild, 30)
+    table = read_table(out)
+    assert table.column("id", "") == list(proteins)
+    for sequence, cell in zip(proteins.values(), table.column("score", ""), strict=True):
+        # Nats, of sums of up to 40 terms in fp64.
+        assert abs(float(cell) - (pseudo_log_likelihood(reference, sequence, 30) - own)) < 1e-9
 
 
 _MEASURE = """

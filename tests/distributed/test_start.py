@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import choose_checkpoint
 from tests.checkpoints import full_weights
 from tests.distributed.runs import SETTINGS, SHAPE, Outcome, train
 from tests.ranks import run_ranks
@@ -51,7 +52,7 @@ def test_both_ranks_fine_tune_from_what_rank_0_found(earlier: Outcome, tmp_path:
     given += ["task.kind=regression", "task.target_columns=[value]", "train.max_steps=1", *STILL]
     settings = [setting for setting in SETTINGS if setting not in SHAPE]
     results = run_ranks([*arguments, "finetune", *settings, *given], 2, tmp_path / "output")
-    assert layout.resolve_checkpoint(run_dir) == layout.step_dir(run_dir, 9)
+    assert choose_checkpoint(run_dir).path == layout.step_dir(run_dir, 9)
     assert f"weights from {layout.step_dir(run_dir, 1)}" in results[0].stderr
     expected = full_weights(layout.step_dir(run_dir, 1))
     actual = full_weights(layout.step_dir(tmp_path / "tuned", 1))

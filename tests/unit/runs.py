@@ -12,6 +12,7 @@ import torch
 from esm2mega.batch import PackedBatch
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import Run
+from esm2mega.data.store.token_store import StoreWriter
 from esm2mega.model.build import build_model
 from esm2mega.train.losses import MLMLossReduction
 from esm2mega.train.optimizer import build_optimizer, build_schedule, wrap_data_parallel
@@ -52,6 +53,13 @@ def train_state(run: Run) -> TrainState:
     return TrainState(
         model, optimizer, build_schedule(run.schedule, run.optim, optimizer), MLMLossReduction(), CPU
     )
+
+
+def unmasked_store(path: Path) -> Path:
+    """A token store of one protein, of which the masks of evaluation select no residue."""
+    with StoreWriter(path) as writer:
+        writer.append(["short"], [b"ML"])
+    return path
 
 
 def packed_batch(sequences: Sequence[Sequence[int]], labels: dict[int, int]) -> PackedBatch:

@@ -12,6 +12,7 @@ import pytest
 
 from esm2mega import files
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import parse_json, read_json
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
@@ -121,3 +122,20 @@ def test_names_for_a_message() -> None:
     assert files.first_of([]) == "none"
     assert files.first_of(["a", "b"], 2) == "a, b"
     assert files.first_of(["a", "b", "c", "d"], 2) == "a, b, … 2 more"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[" * 5_000 + "]" * 5_000, b'"\xff"', "{", "9" * 5000])
+def test_json_that_is_none_is_a_value_error(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff", None])
+def test_what_an_earlier_start_wrote_is_read_or_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="a.json: .*; begin again$"):
+        read_json(path, "begin again")
+    path.write_text('{"a": 1}')
+    assert read_json(path, "begin again") == {"a": 1}

@@ -104,7 +104,7 @@ def test_damaged_store_is_an_error(finished: TinyRun, tmp_path: Path) -> None:
 
 
 def test_nothing_to_inspect_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match="no such path"):
         inspect_path(tmp_path / "absent")
     with pytest.raises(UserError, match="no complete checkpoint"):
         inspect_path(tmp_path)

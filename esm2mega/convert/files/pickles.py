@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import pickletools
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esm2mega.convert.files import foreign
 from esm2mega.errors import UserError
+
+_STATE_KEYS = ("model", "state_dict", "model_state_dict")
+"""Under one of these, programs store the state dict beside optimizer and settings."""
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
@@ -45,7 +50,12 @@ def load_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
         reason = (
             f"it would load {found[1]}" if found else "its pickle holds more than tensors and plain values"
         )
-        raise UserError(f"{path}: refused: {reason}; only tensors and plain values are read") from error
+        if (name := foreign.named_by_tensors(dict.fromkeys(_strings(path), ()))) is not None:
+            raise UserError(f"{foreign.refusal(path, name)} ({reason})") from error
+        raise UserError(
+            f"{path}: refused: {reason}; only tensors and plain values are read, as torch.save writes a "
+            "state_dict()"
+        ) from error
     except MemoryError as error:
         raise UserError(f"{path}: refused: asks for more memory than there is") from error
     except Exception as error:
@@ -54,6 +64,34 @@ def load_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
         raise UserError(f"{path}: not a readable file of PyTorch ({reason})") from error
     _check_tensors(path, content)
     return content
+
+
+def _strings(path: Path) -> set[str]:
+    """Return the strings in the pickle of an archive, such as names of tensors, without loading anything."""
+    if not zipfile.is_zipfile(path):
+        return set()
+    with zipfile.ZipFile(path) as archive:
+        member = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+        content = b"" if member is None else archive.read(member)
+    found: set[str] = set()
+    # Of a damaged pickle, what stands before the damage.
+    with contextlib.suppress(Exception):
+        for _, value, _ in pickletools.genops(content):
+            if isinstance(value, str):
+                found.add(value)
+    return found
+
+
+def state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    """Return the tensors of a file that is a state dict, or holds one among other entries.
+
+    Raises:
+        UserError: It holds none.
+    """
+    if isinstance(content, Mapping):
+        inside = (content.get(key) for key in _STATE_KEYS)
+        content = next((state for state in inside if isinstance(state, Mapping)), content)
+    return flat_tensors(path, content)
 
 
 def numpy_states() -> list[Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.errors import UserError
+from esm2mega.files import parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -82,8 +82,16 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def safetensors_of(directory: Path) -> SafetensorsStore | None:
-    """Open ``model.safetensors`` of a directory, or its shards by their index; None if it has neither."""
+def safetensors_of(path: Path) -> SafetensorsStore | None:
+    """Open a safetensors file, or ``model.safetensors`` of a directory or its shards; None if there is none.
+
+    Raises:
+        UserError: A file is not readable, is one shard of several, or does not fit the index.
+    """
+    if path.is_file():
+        refuse_shard(path)
+        return SafetensorsStore(path, [path]) if path.suffix == ".safetensors" else None
+    directory = path
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return SafetensorsStore(directory, [single])
@@ -100,6 +108,12 @@ def safetensors_of(directory: Path) -> SafetensorsStore | None:
     return store
 
 
+def refuse_shard(path: Path) -> None:
+    """Raise `UserError` for a file that holds a part of a model."""
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+        raise UserError(f"{path}: is one shard of a model; give the directory of all of them, {path.parent}")
+
+
 def read_index(index: Path) -> dict[str, str]:
     """Return the file of each tensor from an index of Hugging Face.
 
@@ -107,8 +121,8 @@ def read_index(index: Path) -> dict[str, str]:
         UserError: The file is not such an index.
     """
     try:
-        named = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        named = parse_json(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index}: not an index of shards ({error})") from error
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise UserError(f"{index}: not an index of shards (weight_map is no table of names)")
@@ -142,6 +156,48 @@ class MemoryStore:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+_WRAPPERS = ("module.", "model.", "_orig_mod.")
+"""Wrappers of PyTorch and Lightning put these before the names of all tensors of a model."""
+
+
+class UnprefixedStore:
+    """Gives the tensors of another store under names without a prefix that all of them have."""
+
+    def __init__(self, store: TensorStore, prefix: str) -> None:
+        """Take `prefix` off the names of `store`."""
+        self.location = store.location
+        self.infos = {name.removeprefix(prefix): info for name, info in store.infos.items()}
+        self._store, self._prefix = store, prefix
+
+    def read(self, name: str) -> Tensor:
+        return self._store.read(self._prefix + name)
+
+
+def without_shared_prefix(
+    store: TensorStore, wrappers: Sequence[str] = _WRAPPERS
+) -> tuple[TensorStore, list[str]]:
+    """Take off the prefixes that a wrapper of the model put before the names of all its tensors.
+
+    Args:
+        store: The tensors.
+        wrappers: The prefixes to look for, of which there may be several, one before the other.
+
+    Returns:
+        The tensors under the names of the model itself, and a note for the user if there was a prefix.
+    """
+    prefix = ""
+    while store.infos and (found := _shared(store.infos, prefix, wrappers)):
+        prefix += found
+    if not prefix:
+        return store, []
+    return UnprefixedStore(store, prefix), [f"{prefix}: the prefix of the names of all tensors"]
+
+
+def _shared(names: Iterable[str], prefix: str, wrappers: Sequence[str]) -> str:
+    """Return the wrapper that stands behind `prefix` in all names; empty if none does."""
+    return next((w for w in wrappers if all(name.startswith(prefix + w) for name in names)), "")
 
 
 class DistributedStore:

@@ -116,6 +116,11 @@ _FIXED = {
 """Every ESM-2 has these values among its parameters."""
 
 
+def beside(path: Path) -> list[Path]:
+    """Return the files that `write` makes beside ``NAME.mdl``."""
+    return [path.with_suffix(".yaml")]
+
+
 def write(weights: Weights, path: Path) -> None:
     """Write ``NAME.mdl`` and ``NAME.yaml``; all tensors are in memory at once, as a pickle needs them."""
     if path.suffix != ".mdl":

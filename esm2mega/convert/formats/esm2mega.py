@@ -13,14 +13,17 @@ from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import AUXILIARY, write_auxiliary
+from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.checkpoint.tensor_filter import TASK_HEAD
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS, shape_of
+from esm2mega.config.scalars import as_word
 from esm2mega.config.schema import DataConfig, Run, TaskConfig
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import DistributedStore, JoinedStore, SafetensorsStore
+from esm2mega.convert.heads.user_code import recorded_code
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Weights
 from esm2mega.convert.name_table import (
     BODY,
@@ -70,8 +73,8 @@ def matches(source: SourceFiles) -> bool:
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read a checkpoint, or the newest one of a run, without its optimizer."""
-    checkpoint = layout.resolve_checkpoint(source.path)
+    """Read a checkpoint, or the one that a run means, without its optimizer."""
+    checkpoint = choose_checkpoint(source.path).path
     return read_checkpoint(checkpoint, layout.read_config(checkpoint), layout.read_state(checkpoint), drop)
 
 
@@ -93,7 +96,7 @@ def refuse_adapters(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 
 def task_head(
-    task: TaskConfig, state: Mapping[str, Any], shapes: Mapping[str, Shape]
+    task: TaskConfig, state: Mapping[str, Any], shapes: Mapping[str, Shape], location: Path
 ) -> HeadDescription | None:
     """Describe the head of a task, or return None if the head is that of masked language modelling.
 
@@ -101,10 +104,11 @@ def task_head(
         task: Section ``task`` of the checkpoint's configuration.
         state: Content of its ``train_state.json``.
         shapes: Shapes of the head's tensors where they are known, else empty.
+        location: The checkpoint, for messages.
     """
     if task.kind is None:
         return None
-    return HeadDescription(task, TargetInfo.from_dict(state["task"]), shapes)
+    return HeadDescription(task, TargetInfo.from_dict(state["task"]), shapes, recorded_code(state, location))
 
 
 def read_checkpoint(
@@ -135,7 +139,7 @@ def read_checkpoint(
     extra = [SafetensorsStore(auxiliary, [auxiliary])] if auxiliary.exists() else []
     store = JoinedStore(checkpoint, [DistributedStore(checkpoint, layout.MODEL), *extra])
     shapes = {name: i.shape for name, i in store.infos.items() if name.startswith(TASK_HEAD)}
-    if (head := task_head(run.task, state, shapes)) is not None:
+    if (head := task_head(run.task, state, shapes, checkpoint)) is not None:
         description = replace(description, head=head)
     return from_store(store, _names(description), description, drop=drop)
 
@@ -161,7 +165,7 @@ def write(weights: Weights, path: Path, run: Run | None = None) -> None:
     if weights.description.head is None:
         raise UserError(
             "an esm2mega checkpoint has a head, this model has none; start a fine-tuning from it directly, "
-            "with init_from"
+            "with `esm2mega finetune init_from=SRC`"
         )
     run = run or run_of(weights.description)
     planned = outputs(weights, _names(weights.description))
@@ -207,26 +211,27 @@ def run_of(description: Description) -> Run:
     precisions = {dtype: name for name, dtype in DTYPES.items()}
     if description.dtype not in precisions:
         raise UserError(
-            f"weights of {description.dtype} have no place in an esm2mega checkpoint; use --dtype fp32"
+            f"weights of {description.dtype} have no place in an esm2mega checkpoint; "
+            "`esm2mega convert --dtype fp32` makes it of them"
         )
     shape = description.shape
     is_esm2 = description.family == "esm2"
     size = next((name for name, preset in PRESETS.items() if preset == shape and is_esm2), None)
     settings: dict[str, Any] = {
-        "model.size": "null" if size is None else size,
+        "model.size": size,
         **{f"model.{key}": value for key, value in shape._asdict().items()},
         "model.precision": precisions[description.dtype],
         "model.layernorm_epsilon": description.layernorm_epsilon,
         "model.activation": description.activation,
         "model.family": description.family,
-        "model.final_layernorm": str(description.final_layernorm).lower(),
-        "model.max_positions": "null" if description.max_positions is None else description.max_positions,
+        "model.final_layernorm": description.final_layernorm,
+        "model.max_positions": description.max_positions,
         # The default warm-up is for a long pretraining, and exceeds the default number of steps.
         "schedule.warmup_steps": 0,
     }
     if description.max_positions is not None:
         settings["data.max_seq_length"] = min(DataConfig().max_seq_length, description.max_positions)
-    run = load_run(None, [f"{key}={value}" for key, value in settings.items()])
+    run = load_run(None, [as_word(key, value) for key, value in settings.items()])
     if (head := description.task) is not None:
         run.task = head.task
     return run
@@ -249,4 +254,5 @@ def _state(weights: Weights) -> dict[str, Any]:
         "token_counts": None,
         "origin": {**weights.origin, **asdict(weights.notes)},
         **({} if head is None else {"task": head.info.to_dict()}),
+        **({} if head is None or head.code is None else head.code.as_state()),
     }

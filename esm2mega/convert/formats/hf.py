@@ -18,9 +18,16 @@ from torch import Tensor
 
 from esm2mega.config.presets import ModelShape
 from esm2mega.convert.files import pickles
+from esm2mega.convert.files.foreign import named_by_config
 from esm2mega.convert.files.safetensors_writer import write_sharded
 from esm2mega.convert.files.source import SourceFiles
-from esm2mega.convert.files.stores import MemoryStore, TensorStore, safetensors_of, shards
+from esm2mega.convert.files.stores import (
+    MemoryStore,
+    TensorStore,
+    safetensors_of,
+    shards,
+    without_shared_prefix,
+)
 from esm2mega.convert.files.vocabulary import check_vocabulary, write_tokenizer
 from esm2mega.convert.heads.hf_classifiers import (
     config_of_head,
@@ -28,7 +35,14 @@ from esm2mega.convert.heads.hf_classifiers import (
     head_notes,
     head_rows,
 )
-from esm2mega.convert.lazy_weights import Description, Weights, dtype_name, epsilon_from, shape_from
+from esm2mega.convert.lazy_weights import (
+    Description,
+    Weights,
+    dtype_name,
+    epsilon_from,
+    flag_from,
+    shape_from,
+)
 from esm2mega.convert.name_table import (
     CONTACT_HEAD,
     FREQUENCIES,
@@ -90,18 +104,19 @@ NAMES = NameTable(
 
 
 def matches(source: SourceFiles) -> bool:
-    """Tell whether this is a directory whose ``config.json`` names this model type."""
+    """Tell whether the ``config.json`` of a directory, or beside a file, names this model type."""
     return source.has_config and source.config.get("model_type") == "esm"
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read a directory of safetensors (also sharded) or ``pytorch_model.bin``."""
+    """Read a directory of safetensors (also sharded) or ``pytorch_model.bin``, or a single such file."""
     path, config = source.path, source.config
     description = describe(source.config_file, config)
-    check_vocabulary(path)
-    store = open_tensors(path)
+    check_vocabulary(source.folder)
+    store, prefix = without_shared_prefix(open_tensors(path))
     names = _normal_names(store, description.shape)
-    if config.get("tie_word_embeddings") is False and _DECODER not in names and f"{LM_HEAD}bias" in names:
+    tied = flag_from(source.config_file, config, "tie_word_embeddings", True)
+    if not tied and _DECODER not in names and f"{LM_HEAD}bias" in names:
         raise UserError(
             f"{path}: tie_word_embeddings is false and {_DECODER} is missing, so readers draw it at random; "
             "copy all tensors, or correct config.json if the token table is the decoder"
@@ -109,6 +124,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     if not any(name.startswith(LM_HEAD) for name in names):
         description = replace(description, head=find_head(source.config_file, store.infos, config))
     weights = from_store(store, _table(description), description, names, drop)
+    weights.notes.dropped += prefix
     if (head := description.task) is not None:
         weights.notes.filled += head_notes(head, config)
     return weights
@@ -143,8 +159,10 @@ def describe(file: Path, config: dict[str, Any]) -> Description:
     for key, (default, value) in expected.items():
         given = default if config.get(key) is None else config[key]
         if given != value:
+            name = named_by_config(config)
+            what = "" if name is None else f"is of {name}, not ESM-2: "
             raise UserError(
-                f"{file}: {key} is {given!r}; ESM-2 has {value!r}, and no other model is supported"
+                f"{file}: {what}{key} is {given!r}; ESM-2 has {value!r}, and no other model is supported"
             )
     shape = shape_from(
         file, config, "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"
@@ -153,11 +171,14 @@ def describe(file: Path, config: dict[str, Any]) -> Description:
     return Description(shape, epsilon_from(file, config, "layer_norm_eps", 1e-12))
 
 
-def open_tensors(directory: Path) -> TensorStore:
-    """Open the tensors of a directory of transformers, in whichever of four forms they are stored."""
-    store = safetensors_of(directory)
+def open_tensors(path: Path) -> TensorStore:
+    """Open the tensors of a file, or of a directory of transformers with any of the four forms of storage."""
+    store = safetensors_of(path)
     if store is not None:
         return store
+    if path.is_file():
+        return MemoryStore(path, pickles.state_dict(path, pickles.load_pickle(path)))
+    directory = path
     single, index = directory / "pytorch_model.bin", directory / "pytorch_model.bin.index.json"
     files = [single] if single.is_file() else shards(index) if index.is_file() else []
     if not files:

@@ -19,7 +19,14 @@ from esm2mega.convert.files import pickles
 from esm2mega.convert.files.iupac import PROTEINLM_VOCABULARY
 from esm2mega.convert.files.ranks import RankStore, megatron_rows
 from esm2mega.convert.files.source import SourceFiles
-from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
+from esm2mega.convert.lazy_weights import (
+    Description,
+    Weights,
+    epsilon_from,
+    flag_from,
+    number_from,
+    shape_from,
+)
 from esm2mega.convert.name_table import POSITIONS, NameTable, TableRow
 from esm2mega.convert.reading import from_store
 from esm2mega.errors import UserError
@@ -101,13 +108,14 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _describe(file: Path, content: dict[str, Any]) -> Description:
     arguments = vars(content["args"])
-    values = {**arguments, "ffn": 4 * int(arguments.get("hidden_size") or 0)}
+    hidden_size = arguments.get("hidden_size")
+    values = {**arguments, "ffn": 4 * hidden_size if isinstance(hidden_size, int) else None}
     shape = shape_from(file, values, "num_layers", "hidden_size", "ffn", "num_attention_heads")
     positions = arguments.get("max_position_embeddings")
     if not isinstance(positions, int) or positions < 1:
         raise UserError(f"{file}: max_position_embeddings is {positions!r}, not a positive number")
     # With --no-bias-gelu-fusion the exact form is used; the fused kernel is the tanh approximation.
-    tanh = arguments.get("bias_gelu_fusion", True) is True
+    tanh = flag_from(file, arguments, "bias_gelu_fusion", True)
     return Description(
         shape,
         epsilon_from(file, arguments, "layernorm_epsilon", 1e-5),
@@ -120,7 +128,7 @@ def _describe(file: Path, content: dict[str, Any]) -> Description:
 def _tensors(file: Path, num_heads: int) -> dict[str, Tensor]:
     """Return one rank's tensors under NeMo's later names, rows of the fused projection ordered by head."""
     content = _load(file)
-    version = float(content.get("checkpoint_version", 0))
+    version = number_from(file, content, "checkpoint_version", 0.0)
     tensors = {}
     for name, value in _flat(content["model"]):
         name = name.replace("language_model.transformer.", "language_model.encoder.")

@@ -19,7 +19,7 @@ from esm2mega.convert.files import pickles
 from esm2mega.convert.files.archives import TarFile
 from esm2mega.convert.files.ranks import RankStore, megatron_rows
 from esm2mega.convert.files.source import SourceFiles
-from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
+from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, flag_from, shape_from
 from esm2mega.convert.name_table import FREQUENCIES, VOCABULARY, NameTable, TableRow
 from esm2mega.convert.reading import from_store
 from esm2mega.errors import UserError
@@ -67,7 +67,7 @@ def open_archive(path: Path) -> tuple[Description, RankStore]:
     ):
         if config.get(key, required) != required:
             raise UserError(f"{location}: {key} is {config[key]!r}; this version reads {required!r} only")
-    tanh = config.get("bias_gelu_fusion", False) is True
+    tanh = flag_from(location, config, "bias_gelu_fusion", False)
     epsilon = epsilon_from(location, config, "layernorm_epsilon", 1e-5)
     description = Description(shape, epsilon, "gelu_tanh" if tanh else "gelu")
     return description, RankStore(path, _stages(path, archive))
@@ -76,7 +76,7 @@ def open_archive(path: Path) -> tuple[Description, RankStore]:
 def _config(path: Path, archive: TarFile) -> dict[str, Any]:
     try:
         config = yaml.safe_load(archive.read_text(_CONFIG))
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path / _CONFIG}: not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path / _CONFIG}: holds no configuration")

@@ -7,17 +7,17 @@ and GELU) and computes its rotary frequencies; it has no contact head.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import DistributedStore
-from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
+from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, flag_from, shape_from
 from esm2mega.convert.name_table import BODY, OUTPUT_BIAS, TABLE, VOCABULARY, NameTable, TableRow
 from esm2mega.convert.reading import from_store
 from esm2mega.errors import UserError
+from esm2mega.files import parse_json
 
 IS_DIRECTORY = True
 _CONTEXT, _WEIGHTS = "context", "weights"
@@ -48,9 +48,9 @@ def open_directory(path: Path) -> tuple[Description, DistributedStore]:
     file = path / _CONTEXT / "io.json"
     config = _model_config(file)
     shape = shape_from(file, config, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-    if config.get("rotary_interleaved") is True:
+    if flag_from(file, config, "rotary_interleaved", False):
         raise UserError(f"{file}: rotary_interleaved is on, which this version does not read")
-    tanh = config.get("bias_activation_fusion", True) is True
+    tanh = flag_from(file, config, "bias_activation_fusion", True)
     epsilon = epsilon_from(file, config, "layernorm_epsilon", 1e-5)
     description = Description(shape, epsilon, "gelu_tanh" if tanh else "gelu")
     if not (path / _WEIGHTS / ".metadata").is_file():
@@ -77,7 +77,7 @@ def _model_config(file: Path) -> dict[str, Any]:
     constructed.
     """
     try:
-        objects = [dict(_leaves(node)) for node in _nodes(json.loads(file.read_text()))]
+        objects = [dict(_leaves(node)) for node in _nodes(parse_json(file.read_text()))]
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from error
     found = [o for o in objects if isinstance(o.get("num_layers"), int) and "num_attention_heads" in o]

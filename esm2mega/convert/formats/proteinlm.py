@@ -66,15 +66,16 @@ NAMES = NameTable(
 
 def matches(source: SourceFiles) -> bool:
     """Tell whether this is a directory whose tensors have these names."""
-    return is_tape(source) and any(".input_ln." in name for name in stored_tensors(source.path))
+    return is_tape(source) and any(".input_ln." in name for name in stored_tensors(source.path)[0])
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read a directory of ProteinLM."""
     path = source.path
     description = replace(describe(source), family="proteinbert_preln", final_layernorm=False)
-    tensors = stored_tensors(path)
+    tensors, prefix = stored_tensors(path)
     weights = read_folded(path, tensors, {name: name for name in tensors}, NAMES, description, drop)
+    weights.notes.dropped += prefix
     weights.notes.kept.append(
         "the final LayerNorm is stored and not applied, as in ProteinLM's own forward pass"
     )

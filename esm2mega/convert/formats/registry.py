@@ -40,7 +40,8 @@ WITH_OTHER_HEADS = ("esm2mega", "hf")
 class Format(Protocol):
     """Declares what the module of each format offers.
 
-    Only formats in `WRITABLE` have `write` and `FAMILIES`, the model families that the format can hold.
+    Only formats in `WRITABLE` have `write` and `FAMILIES`, the model families that the format can hold; only
+    those of them that are files have `beside`.
     """
 
     IS_DIRECTORY: bool
@@ -52,6 +53,9 @@ class Format(Protocol):
     def read(self, source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
         """Open `source`; tensors matching the shell patterns of `drop` may be left out."""
 
+    def beside(self, path: Path) -> list[Path]:
+        """Return the files that `write` makes beside the file `path`."""
+
     def write(self, weights: Weights, path: Path) -> None:
         """Write into the empty directory `path`, or to the file `path` and files beside it."""
 
@@ -61,18 +65,28 @@ def load_format(name: str) -> Format:
     return cast(Format, import_module(f"esm2mega.convert.formats.{READABLE[name]}"))
 
 
+def find_format(source: SourceFiles) -> str | None:
+    """Return the name of the format that `source` is in; None if it is in none, or nothing is there."""
+    return next((name for name in READABLE if load_format(name).matches(source)), None)
+
+
 def detect(source: SourceFiles) -> str:
     """Return the name of the format that `source` is in.
 
     Raises:
-        UserError: Nothing is there, or it is in none of the formats.
+        UserError: Nothing is there, or it is in none of the formats; the message says what else it is.
     """
     if not source.path.exists():
         raise UserError(f"{source.path}: no such file or directory")
-    for name in READABLE:
-        if load_format(name).matches(source):
-            return name
-    raise UserError(f"{source.path}: in none of the formats {', '.join(READABLE)}; name one with --from")
+    if (name := find_format(source)) is not None:
+        return name
+    from esm2mega.convert.unknown import explanation
+
+    raise UserError(
+        explanation(source)
+        or f"{source.path}: in none of the formats {', '.join(READABLE)}; if it is in one of them and has an "
+        "unusual name, `esm2mega convert --from FORMAT` reads it"
+    )
 
 
 def open_weights(path: Path, name: str | None = None, drop: Sequence[str] = ()) -> Weights:

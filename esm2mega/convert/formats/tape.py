@@ -19,7 +19,7 @@ from torch import Tensor
 from esm2mega.convert.files import pickles
 from esm2mega.convert.files.iupac import LOST_TOKENS, TAPE_TOKENS, TAPE_VOCABULARY
 from esm2mega.convert.files.source import SourceFiles
-from esm2mega.convert.files.stores import MemoryStore
+from esm2mega.convert.files.stores import MemoryStore, without_shared_prefix
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.convert.name_table import (
     FINAL_NORM,
@@ -73,33 +73,44 @@ NAMES = NameTable(
 
 def matches(source: SourceFiles) -> bool:
     """Tell whether this is a directory whose tensors have TAPE's names."""
-    names = stored_tensors(source.path) if is_tape(source) else ()
+    names = stored_tensors(source.path)[0] if is_tape(source) else ()
     return any(".attention.output.LayerNorm." in name for name in names)
 
 
 def is_tape(source: SourceFiles) -> bool:
     """Tell whether this is a directory of TAPE, stock or modified, whose configuration has no model type."""
-    files = source.has_config and (source.path / "pytorch_model.bin").is_file()
-    return files and "model_type" not in source.config
+    return source.has_config and _file(source.path).is_file() and "model_type" not in source.config
 
 
-def stored_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of ``pytorch_model.bin``, with old names of LayerNorms replaced by new ones."""
-    file = path / "pytorch_model.bin"
-    tensors = pickles.flat_tensors(file, pickles.load_pickle(file))
-    return {
-        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): value
-        for name, value in tensors.items()
+def _file(path: Path) -> Path:
+    """Return the file of tensors: the path itself, or ``pytorch_model.bin`` in the directory that it is."""
+    return path / "pytorch_model.bin" if path.is_dir() else path
+
+
+def stored_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of ``pytorch_model.bin``, and a note if all their names had a prefix.
+
+    Old names of LayerNorms are replaced by new ones.
+    """
+    file = _file(path)
+    stored = MemoryStore(file, pickles.state_dict(file, pickles.load_pickle(file)))
+    store, prefix = without_shared_prefix(stored)
+    tensors = {
+        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): name
+        for name in store.infos
     }
+    return {name: store.read(stored_name) for name, stored_name in tensors.items()}, prefix
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     """Read a directory of TAPE."""
     path = source.path
     description = replace(describe(source), family="proteinbert_postln")
-    tensors = stored_tensors(path)
+    tensors, prefix = stored_tensors(path)
     names = {name.replace(_FIRST, _BEFORE): name for name in tensors}
-    return read_folded(path, tensors, names, NAMES, description, drop)
+    weights = read_folded(path, tensors, names, NAMES, description, drop)
+    weights.notes.dropped += prefix
+    return weights
 
 
 def describe(source: SourceFiles) -> Description:

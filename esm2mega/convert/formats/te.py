@@ -14,10 +14,10 @@ from typing import Any
 
 from esm2mega.convert.files.safetensors_writer import write_sharded
 from esm2mega.convert.files.source import SourceFiles
-from esm2mega.convert.files.stores import safetensors_of
+from esm2mega.convert.files.stores import safetensors_of, without_shared_prefix
 from esm2mega.convert.files.vocabulary import check_vocabulary, write_tokenizer
 from esm2mega.convert.formats.hf import SHARD_BYTES, config_of
-from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
+from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, flag_from, shape_from
 from esm2mega.convert.name_table import (
     CONCATENATED_QKV,
     DIRECT,
@@ -62,7 +62,7 @@ def _names(interleaved: bool) -> NameTable:
 
 
 def matches(source: SourceFiles) -> bool:
-    """Tell whether this is a directory whose ``config.json`` names this model type."""
+    """Tell whether this is a directory or file whose ``config.json`` names this model type."""
     return source.has_config and source.config.get("model_type") == "nv_esm"
 
 
@@ -83,18 +83,22 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     ):
         if config.get(key, default) != required:
             raise UserError(f"{file}: {key} is {config[key]!r}; this version reads {required!r} only")
-    check_vocabulary(path)
-    store = safetensors_of(path)
-    if store is None:
+    check_vocabulary(source.folder)
+    stored = safetensors_of(path)
+    if stored is None:
         raise UserError(f"{path}: holds no model.safetensors; copy it there")
+    # "model." is a part of the names here.
+    store, prefix = without_shared_prefix(stored, ("module.", "_orig_mod."))
     names = {
         f"model.{name.removeprefix('esm.')}" if name.startswith("esm.") else name: name
         for name in store.infos
     }
     epsilon = epsilon_from(file, config, "layer_norm_eps", 1e-12)
     description = Description(shape, epsilon, "gelu_tanh")
-    table = _names(config.get("qkv_weight_interleaved", True) is True)
-    return from_store(store, table, description, names, drop)
+    table = _names(flag_from(file, config, "qkv_weight_interleaved", True))
+    weights = from_store(store, table, description, names, drop)
+    weights.notes.dropped += prefix
+    return weights
 
 
 def write(weights: Weights, path: Path) -> None:

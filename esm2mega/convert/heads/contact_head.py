@@ -17,7 +17,7 @@ from esm2mega.checkpoint.tensor_filter import TASK_HEAD
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.head_form import ATTENTION_MAPS, head_form
 from esm2mega.config.schema import TaskConfig
-from esm2mega.convert.lazy_weights import Weights
+from esm2mega.convert.lazy_weights import HeadDescription, Weights
 from esm2mega.convert.name_table import CONTACT_HEAD
 from esm2mega.errors import UserError
 
@@ -28,6 +28,11 @@ _WEIGHTS, _BIAS = f"{TASK_HEAD}weights.", f"{TASK_HEAD}bias"
 def is_regression(task: TaskConfig) -> bool:
     """Tell whether the head of a task is the regression on attention maps."""
     return task.kind is not None and head_form(task) == ATTENTION_MAPS
+
+
+def is_contact_head(head: HeadDescription | None) -> bool:
+    """Tell whether a trained head computes what the ``contact_head`` of published models does."""
+    return head is not None and head.is_configured and is_regression(head.task)
 
 
 def as_published(read: Callable[[str], Tensor], num_layers: int) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.head_form import CLS_TANH, RESIDUE_LINEAR, head_form
 from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import NUMERIC_KINDS
-from esm2mega.convert.lazy_weights import HeadDescription, Weights
+from esm2mega.convert.lazy_weights import HeadDescription, Weights, number_from
 from esm2mega.convert.name_table import Shape, TableRow
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
@@ -53,7 +53,7 @@ def find_equal(head: HeadDescription) -> str | None:
 
     It is None if there is no such class, as for a user's own head or for several targets of residues.
     """
-    if _several_of_residues(head):
+    if _several_of_residues(head) or not head.is_configured:
         return None
     for name, (form, kinds) in _EQUALS.items():
         if head_form(head.task) == form and head.task.kind in kinds and head.shapes.keys() == _tensors(name):
@@ -78,13 +78,16 @@ def architecture_of(head: HeadDescription) -> str:
     """
     if (name := find_equal(head)) is not None:
         return name
-    other = "" if _several_of_residues(head) else ", or train with task.head=hf"
+    plain = head.is_configured and not _several_of_residues(head)
+    other = ", or train with task.head=hf" if plain else ""
     raise UserError(f"{no_equal(head)}; --drop-head writes the encoder without it{other}")
 
 
 def no_equal(head: HeadDescription) -> str:
     """Return why no class of transformers computes the same as `head`."""
     task = head.task
+    if head.code is not None and not head.is_configured:
+        return f"transformers has no equal of {head.code.head or head.code.loss}, which is code of its user"
     if _several_of_residues(head):
         return (
             f"transformers has no equal of a head for {len(head.info.targets)} columns of residues "
@@ -121,7 +124,7 @@ def find_head(
     name, (num_outputs, hidden_size) = found[0][0], found[0][1].shape
     labels = _labels(location, config, num_outputs)
     kind = _kind(location, name, config.get("problem_type"), num_outputs)
-    return describe_head(f"{location}: id2label", kind, labels, hidden_size, dropout_of(config))
+    return describe_head(f"{location}: id2label", kind, labels, hidden_size, dropout_of(location, config))
 
 
 def describe_head(
@@ -167,9 +170,9 @@ def shapes_of(architecture: str, hidden_size: int, num_outputs: int) -> dict[str
     return shapes
 
 
-def dropout_of(config: Mapping[str, Any]) -> float:
+def dropout_of(location: Path, config: Mapping[str, Any]) -> float:
     """Return the dropout of the head in training, ``hidden_dropout_prob``, which is 0.1 if absent."""
-    return float(config.get("hidden_dropout_prob", 0.1))
+    return number_from(location, config, "hidden_dropout_prob", 0.1)
 
 
 def default_labels(count: int) -> list[str]:

@@ -52,7 +52,7 @@ _TAPE = [
 
 def tape(path: Path, prepare: Prepare) -> PlainModel:
     """Arrange the weights of stock TAPE, post-LN."""
-    config, state = json_config(path), stored_tensors(path)
+    config, state = json_config(path), stored_tensors(path)[0]
     source = WeightSource(lambda name: state[f"bert.{name}"], prepare)
 
     def block(n: int) -> PlainBlock:
@@ -101,7 +101,7 @@ def _tape_model(
 
 def proteinlm(path: Path, prepare: Prepare) -> PlainModel:
     """Arrange the weights of ProteinLM's modified TAPE, pre-LN."""
-    config, state = json_config(path), stored_tensors(path)
+    config, state = json_config(path), stored_tensors(path)[0]
     source = WeightSource(lambda name: state[f"bert.{name}"], prepare)
 
     def block(n: int) -> PlainBlock:

@@ -5,7 +5,6 @@ A verification uses them as its reference, so that it does not repeat a mistake 
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from esm2mega.convert.files import pickles
-from esm2mega.convert.files.stores import TensorStore
+from esm2mega.convert.files.stores import TensorStore, without_shared_prefix
 from esm2mega.convert.formats.cerebras import read_parameters
+from esm2mega.convert.formats.fair_esm import open_file
 from esm2mega.convert.formats.hf import open_tensors
 from esm2mega.convert.formats.nemo1 import open_archive
 from esm2mega.convert.formats.nemo2 import open_directory
@@ -50,7 +50,7 @@ def _formula(head_dim: int) -> Tensor:
 
 
 def _hf(path: Path, prepare: Prepare) -> PlainModel:
-    config, store = json_config(path), open_tensors(path)
+    config, (store, _) = json_config(path), without_shared_prefix(open_tensors(path))
     stem = "esm." if any(name.startswith("esm.") for name in store.infos) else ""
     source = WeightSource(_first_of(store), prepare)
 
@@ -99,10 +99,13 @@ def _first_of(store: TensorStore) -> Callable[[str], Tensor]:
 
 
 def _fair_esm(path: Path, prepare: Prepare) -> PlainModel:
-    content = pickles.load_pickle(path, [Namespace])
-    config, state = vars(content["cfg"]["model"]), content["model"]
-    source = WeightSource(lambda name: state[f"encoder.sentence_encoder.{name}"], prepare)
-    head = WeightSource(lambda name: state[f"encoder.lm_head.{name}"], prepare)
+    found = open_file(path)
+    # The file's own prefixes, or none in a state dict that was saved from a model.
+    head_stem, stem = "encoder.", "encoder.sentence_encoder."
+    if "encoder.lm_head.bias" not in found.store.infos:
+        head_stem, stem = "", ""
+    source = WeightSource(lambda name: found.store.read(stem + name), prepare)
+    head = WeightSource(lambda name: found.store.read(f"{head_stem}lm_head.{name}"), prepare)
 
     def block(n: int) -> PlainBlock:
         at = f"layers.{n}."
@@ -117,9 +120,11 @@ def _fair_esm(path: Path, prepare: Prepare) -> PlainModel:
             ffn_out=source.affine(f"{at}fc2"),
         )
 
+    stored = [name for name in found.store.infos if name.endswith("rot_emb.inv_freq")]
+    width = found.shape.hidden_size // found.shape.num_attention_heads
     return PlainModel(
-        num_layers=config["encoder_layers"],
-        num_heads=config["encoder_attention_heads"],
+        num_layers=found.shape.num_layers,
+        num_heads=found.shape.num_attention_heads,
         epsilon=1e-5,
         block=block,
         table=source.tensor("embed_tokens.weight"),
@@ -127,19 +132,20 @@ def _fair_esm(path: Path, prepare: Prepare) -> PlainModel:
         head_dense=head.affine("dense"),
         head_norm=head.affine("layer_norm"),
         head_bias=head.tensor("bias"),
-        inv_freq=state["encoder.sentence_encoder.layers.0.self_attn.rot_emb.inv_freq"].float(),
+        inv_freq=found.store.read(stored[0]).float() if stored else _formula(width),
     )
 
 
 def _te(path: Path, prepare: Prepare) -> PlainModel:
-    config, store = json_config(path), open_tensors(path)
+    config = json_config(path)
+    store, _ = without_shared_prefix(open_tensors(path), ("module.", "_orig_mod."))
     stem = "model." if any(name.startswith("model.") for name in store.infos) else "esm."
     source, heads = WeightSource(store.read, prepare), config["num_attention_heads"]
 
     def block(n: int) -> PlainBlock:
         at = f"{stem}encoder.layers.{n}."
         fused = source.affine(f"{at}self_attention.layernorm_qkv")
-        if config.get("qkv_weight_interleaved", True):
+        if str(config.get("qkv_weight_interleaved", True)).lower() in ("true", "1"):
             q, k, v = by_head(fused, heads)
         else:
             weights, biases = fused.weight.chunk(3), fused.bias.chunk(3)

@@ -39,6 +39,7 @@ def by_head(fused: Affine, heads: int) -> tuple[Affine, Affine, Affine]:
 
 
 def json_config(path: Path) -> dict[str, Any]:
-    """Return the content of ``config.json`` of a directory."""
-    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    """Return the content of ``config.json`` of a directory, or beside a file."""
+    folder = path.parent if path.is_file() else path
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config

@@ -19,8 +19,11 @@ from esm2mega.batch import Segments
 from esm2mega.checkpoint.tensors import tensor_sha256
 from esm2mega.convert.convert import Conversion
 from esm2mega.convert.files.iupac import ESM_ONLY, TAPE_TOKENS, esm_ids
+from esm2mega.convert.files.stores import without_shared_prefix
+from esm2mega.convert.formats.fair_esm import open_file
+from esm2mega.convert.formats.hf import open_tensors
 from esm2mega.convert.formats.registry import open_weights
-from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, is_regression, with_published_head
+from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, is_contact_head, with_published_head
 from esm2mega.convert.heads.hf_classifiers import architecture_of
 from esm2mega.convert.lazy_weights import Description, Weights, dtype_name
 from esm2mega.convert.verify import plain_model
@@ -163,8 +166,7 @@ def _tensors(source: Weights, target: Weights) -> dict[str, dict[str, str]]:
 
 def _as_published(weights: Weights) -> Weights:
     """Move a contact head that was trained as the head of a task to the place where other formats have it."""
-    task = weights.description.task
-    return with_published_head(weights) if task is not None and is_regression(task.task) else weights
+    return with_published_head(weights) if is_contact_head(weights.description.task) else weights
 
 
 def _contact_head(tensors: Mapping[str, Mapping[str, str]]) -> str:
@@ -187,10 +189,10 @@ def _run(
     """Return the results of every sequence, and the name of the program that computed them."""
     if format_name == "esm2mega":
         return _esm2mega(path, prepare, ids, description), "esm2mega"
-    if format_name == "hf" and (found := _installed("transformers")):
+    if format_name == "hf" and _is_as_transformers_writes(path) and (found := _installed("transformers")):
         results, method = _transformers(path, prepare, ids, description), found
     # The package is looked up, not its module esm, since another package has a module of that name.
-    elif format_name == "fair-esm" and (found := _installed("fair-esm")):
+    elif format_name == "fair-esm" and open_file(path).is_whole and (found := _installed("fair-esm")):
         results, method = _fair_esm(path, prepare, ids), found
     else:
         model = read_plain_model(path, format_name, prepare)
@@ -204,6 +206,11 @@ def _run(
     return results, method
 
 
+def _is_as_transformers_writes(path: Path) -> bool:
+    """Tell whether transformers finds all tensors: in a directory, under the names that it wrote."""
+    return path.is_dir() and not without_shared_prefix(open_tensors(path))[1]
+
+
 def _installed(package: str) -> str | None:
     """Return the name and version of an installed package, else None."""
     try:
@@ -213,7 +220,9 @@ def _installed(package: str) -> str | None:
 
 
 @torch.no_grad()
-def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Description) -> list[Result]:
+def _esm2mega(
+    checkpoint: Path, prepare: Prepare, ids: list[Tensor], description: Description
+) -> list[Result]:
     from esm2mega.checkpoint import layout
     from esm2mega.checkpoint.store import load_weights
     from esm2mega.checkpoint.tensor_filter import ALL, ENCODER
@@ -224,7 +233,6 @@ def _esm2mega(path: Path, prepare: Prepare, ids: list[Tensor], description: Desc
     from esm2mega.model.packed import PackedSequences
     from esm2mega.parallel.initialize import process_groups
 
-    checkpoint = layout.resolve_checkpoint(path)
     config = layout.read_config(checkpoint).model
     config.precision, config.layer_spec = "fp32", "local"
     task = description.task

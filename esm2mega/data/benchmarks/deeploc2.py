@@ -18,6 +18,7 @@ from esm2mega.data import counter_rng
 from esm2mega.data.benchmarks.tables import TARGET, LabelledRow, LabelledTables
 from esm2mega.data.readers.base import SourceOptions, require_columns, residues_of
 from esm2mega.data.readers.tables import CsvReader
+from esm2mega.data.store.staging import check_new
 from esm2mega.errors import UserError
 
 LOCATIONS = (
@@ -90,9 +91,11 @@ def prepare_deeploc2(source: str | Path, out: str | Path, options: DeepLocOption
     Raises:
         UserError: The file is another table, or the split leaves nothing to train on.
     """
+    check_new(Path(out))
     _check(options)
     columns = ["Membrane"] if options.labels == "membrane" else list(LOCATIONS)
-    reader = CsvReader(source, SourceOptions(sequence_column="Sequence", id_column="ACC"))
+    reading = SourceOptions(sequence_column="Sequence", id_column="ACC", set_by="nothing")
+    reader = CsvReader(source, reading)
     cure = "is this DeepLoc 2's table?"
     require_columns(str(source), reader.columns, ("Partition", *columns), cure)
     rows, partitions, left_out = _read(reader, columns, options)

@@ -27,6 +27,7 @@ from esm2mega.data.labels.sets import split_of
 from esm2mega.data.readers.base import SourceOptions, require_columns, residues_of
 from esm2mega.data.readers.fasta import FastaReader, attributes, check_blanks, read_entries
 from esm2mega.data.readers.tables import CsvReader
+from esm2mega.data.store.staging import check_new
 from esm2mega.errors import UserError
 
 _ENDINGS = (".fasta", ".fasta.gz", ".fasta.zst", ".csv", ".csv.gz", ".csv.zst")
@@ -52,6 +53,7 @@ def prepare_flip(
     Raises:
         UserError: A file is missing or not as described above, or sizes differ.
     """
+    check_new(Path(out))
     task = FLIP_TASKS[task_name]
     split = split or task.default
     folder = Path(source)
@@ -183,7 +185,7 @@ def _fasta_rows(entries: Any, reader: FastaReader) -> _Found:
 
 
 def _csv_reader(path: Path) -> CsvReader:
-    reader = CsvReader(path, SourceOptions())
+    reader = CsvReader(path, SourceOptions(set_by="nothing"))
     cure = "FLIP's tables have sequence,target,set,validation"
     require_columns(str(path), reader.columns, ("target", "set", "validation"), cure)
     return reader

@@ -16,7 +16,7 @@ from typing import Any
 from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.data.store.staging import staged
 from esm2mega.errors import UserError
-from esm2mega.files import file_sha256
+from esm2mega.files import file_sha256, parse_json
 
 TARGET, MASK = "target", "mask"
 """These are the names of the columns of labels, and of the mask that says which residues count."""
@@ -117,7 +117,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         UserError: A table is missing, or was changed after it was written.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
+        manifest = parse_json((directory / MANIFEST).read_bytes())
     except ValueError:
         return None
     if not isinstance(manifest, dict) or not {"benchmark", "splits", "version"} <= manifest.keys():

@@ -13,6 +13,7 @@ from esm2mega.data.benchmarks.names import TAPE_TASKS, TapeTask
 from esm2mega.data.benchmarks.tables import MASK, TARGET, LabelledRow, LabelledTables
 from esm2mega.data.benchmarks.tape_arrays import load_with_arrays, numbers_of
 from esm2mega.data.readers.tape import TapeReader
+from esm2mega.data.store.staging import check_new
 from esm2mega.errors import UserError
 
 
@@ -30,6 +31,7 @@ def prepare_tape(name: str, source: str | Path, out: str | Path) -> list[str]:
     Raises:
         UserError: There is no training split, or a record lacks what the task needs.
     """
+    check_new(Path(out))
     task = TAPE_TASKS[name]
     found = {split: path for split in task.splits if (path := _find(Path(source), task, split)) is not None}
     if "train" not in found:

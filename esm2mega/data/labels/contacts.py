@@ -9,7 +9,6 @@ A protein of ``l`` residues has ``p = l (l - 1) / 2`` pairs i < j, in the order 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from esm2mega.data.labels.forms import plain
 from esm2mega.errors import UserError
-from esm2mega.files import shortened
+from esm2mega.files import parse_json, shortened
 from esm2mega.pairs import pairs_of
 
 DISTANCE = 8.0
@@ -51,8 +50,8 @@ def read_coordinates(value: object, column: str, location: str) -> Array:
     value = plain(value)
     if isinstance(value, str):
         try:
-            value = json.loads(_MISSING.sub("null", value.translate(_BRACKETS)))
-        except (ValueError, RecursionError):
+            value = parse_json(_MISSING.sub("null", value.translate(_BRACKETS)))
+        except ValueError:
             raise UserError(
                 f"{location}: column {column!r} holds no list of coordinates; write it as JSON, such as "
                 "[[1.5, 0, -2], null]"

@@ -1,4 +1,4 @@
-"""Reads proteins with labels into memory, from a table or a list of pairs, for fine-tuning.
+"""Reads proteins with labels into memory, from a table or from what a program holds, for fine-tuning.
 
 `LabelledProteins` offers what samples and packs need of a token store, so that order, crops and packs of
 labelled proteins are made by the same code as those of pretraining.
@@ -22,8 +22,9 @@ from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.config.task import classes_of_columns
 from esm2mega.data.labels.degenerate import SplitLabels, label_notes
 from esm2mega.data.labels.forms import column_form
+from esm2mega.data.labels.in_memory import Proteins, table_in_memory
 from esm2mega.data.labels.readers import TargetReader, join_labels, target_reader
-from esm2mega.data.labels.rows import Pairs, Table, read_table, table_of_pairs, with_mask_file
+from esm2mega.data.labels.rows import Table, read_table, with_mask_file
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.readers.base import residues_of
 from esm2mega.errors import UserError
@@ -61,6 +62,11 @@ class LabelledProteins:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Return where each protein begins in `tokens`, ``[n]``."""
+        return self.offsets[:-1]
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -159,18 +165,18 @@ def read_labelled(
 
 
 def proteins_of_pairs(
-    pairs: Pairs,
+    given: Proteins,
     task: TaskConfig,
     info: TargetInfo | None,
     name: str,
     data: DataConfig | None = None,
     loaded: TargetInfo | None = None,
 ) -> tuple[LabelledProteins, TargetInfo]:
-    """Make labelled proteins of a list of ``(sequence, value)``; the arguments are those of `read_labelled`.
+    """Make labelled proteins of what a program holds in memory; the arguments are those of `read_labelled`.
 
     Without `data`, proteins may have any length.
     """
-    table = table_of_pairs(pairs, task, name)
+    table = table_in_memory(given, task, data or DataConfig(), name)
     return label(table, task, data, agreed_forms(task, [table], info), info, loaded)
 
 

@@ -6,8 +6,9 @@ and double quotes, numpy leaves the commas out, and tables made by hand have com
 
 from __future__ import annotations
 
-import json
 import re
+
+from esm2mega.files import parse_json
 
 MARKS = frozenset(",[](){}'\"")
 """These characters belong to the writing of a list."""
@@ -46,10 +47,9 @@ def list_of(text: str, bare_text: bool = True) -> list[object]:
     bracket = text[0] if len(text) > 1 and text[-1] == _CLOSING.get(text[0]) else ""
     body = text[1:-1] if bracket else text
     try:
-        found = json.loads(f"[{body}]")
-    except (ValueError, RecursionError):
+        return parse_json(f"[{body}]")
+    except ValueError:
         return _items(_SCALAR.sub(r"\1", body).strip(), bracket == "(", bare_text)
-    return found
 
 
 def _items(body: str, is_tuple: bool, bare_text: bool) -> list[object]:

@@ -12,10 +12,9 @@ headers of labels say ``SET``, each split takes its own proteins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ from esm2mega.config.task import RESIDUE_KINDS, masks_of
 from esm2mega.data.labels.cells import Cells, check_marks
 from esm2mega.data.labels.sets import SetFilter
 from esm2mega.data.labels.tokenised import INPUT_IDS, tokens_of_ids
-from esm2mega.data.readers.base import Record, SourceOptions, require_columns, residues_of, table_record
+from esm2mega.data.readers.base import Record, SourceOptions, require_columns, table_record
 from esm2mega.data.readers.fasta import FastaReader, attributes, check_blanks, read_entries
 from esm2mega.data.readers.parquet import ParquetReader
 from esm2mega.data.readers.sources import open_source
@@ -40,10 +39,6 @@ _CORRECT = "correct task.target_columns or task.mask_column"
 
 Row = tuple[str, str, npt.NDArray[np.uint8], Cells]
 """This holds location, id, residues as tokens, and cells by column."""
-
-
-Pairs = Sequence[tuple[str, Any]]
-"""This is a list of sequences with their labels."""
 
 
 @dataclass(frozen=True)
@@ -94,32 +89,6 @@ def read_table(path: str | Path, task: TaskConfig, data: DataConfig, key: str) -
     return Table(path, key, found, [*notes, *sets.notes(path)])
 
 
-def table_of_pairs(pairs: Pairs, task: TaskConfig, name: str) -> Table:
-    """Make a table of a list of ``(sequence, value)``; `name` is what messages call the list.
-
-    A value is what a cell of a table would hold, or with several target columns a sequence of such values.
-    """
-    for option in ("label_file", "mask_file", "mask_column"):
-        if getattr(task, option) is not None:
-            raise UserError(f"{name}: pairs hold their labels themselves; set task.{option}=null")
-    columns = task.target_columns
-    rows: list[Row] = []
-    for number, (sequence, value) in enumerate(pairs):
-        location = f"{name}[{number}]"
-        values = [value]
-        if len(columns) > 1 and isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
-            values = list(value)
-        if len(values) != len(columns):
-            raise UserError(
-                f"{location}: {len(values)} values for task.target_columns={columns}; give one for each"
-            )
-        tokens = vocabulary.encode_residues(residues_of(sequence, location, str(number)))
-        rows.append((location, str(number), tokens, dict(zip(columns, values, strict=True))))
-    if not rows:
-        raise UserError(f"{name}: holds no proteins; give some")
-    return Table(Path(name), name, rows, [])
-
-
 def with_mask_file(task: TaskConfig) -> TaskConfig:
     """Return the section with the column in which `read_table` puts the masks of `task.mask_file`."""
     return task if task.mask_file is None else replace(task, mask_column=MASK_FILE)
@@ -163,7 +132,7 @@ def _required_columns(task: TaskConfig) -> list[str]:
 
 
 def _options(data: DataConfig) -> SourceOptions:
-    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
+    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column, set_by="keys")
 
 
 def _table_rows(source: CsvReader | JsonLinesReader | ParquetReader, data: DataConfig) -> Iterator[Row]:
@@ -294,7 +263,7 @@ def _with_labels(
 def _label_options(data: DataConfig) -> SourceOptions:
     """Return options for a table of labels, in which the column of ids stands for that of sequences."""
     name = data.id_column or "id"
-    return SourceOptions(sequence_column=name, id_column=name)
+    return SourceOptions(sequence_column=name, id_column=name, set_by="keys")
 
 
 def _label_table(

@@ -69,6 +69,12 @@ class TargetInfo:
     untrained: list[int] = field(default_factory=list, compare=False)
     forms: list[str] = field(default_factory=list, compare=False)
 
+    def __post_init__(self) -> None:
+        """Refuse names that no file of predictions could hold; JSON and Parquet can hold them as labels."""
+        for name in self.names:
+            if not name.isascii() and name != name.encode(errors="replace").decode():
+                raise UserError(f"the label {name!r} is not text in UTF-8; correct it where it is written")
+
     @property
     def per_residue(self) -> bool:
         """Return whether labels are stored by residue, from which those of pairs follow."""

@@ -173,7 +173,7 @@ class LabelledPacks(SplitPacks[LabelledBatch]):
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
-        """Select this rank's batches; the arguments are those of `EvalPacks`."""
+        """Select this rank's batches; the arguments are those of `SplitPacks`."""
         super().__init__(proteins, spec, limit, dp_rank, dp_size)
         self._proteins = proteins
 

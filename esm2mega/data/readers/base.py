@@ -13,13 +13,13 @@ import hashlib
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from esm2mega import vocabulary
 from esm2mega.errors import UserError
-from esm2mega.files import file_sha256, first_of, shortened
+from esm2mega.files import file_sha256, first_of, refuse_stream, shortened
 
 WHITE_SPACE = b" \t\r\n\v\f"
 RESIDUE_BYTES = string.ascii_letters.encode() + b"*-."
@@ -64,12 +64,22 @@ class SourceOptions:
         sequence_column: column, or key, that holds the residues.
         id_column: column that holds the ids; None for `id` where there is one and else the line number.
         drop_empty: leave rows without a sequence out and count them, instead of refusing the file.
+        set_by: how the user sets these in the command at hand: by its options, by the keys of the section
+            ``data``, or not at all. It decides the cures in messages, and nothing about what is read.
     """
 
     format: str | None = None
     sequence_column: str = "sequence"
     id_column: str | None = None
     drop_empty: bool = False
+    # Not in the text that names a cache: what is read does not depend on it.
+    set_by: Literal["options", "keys", "nothing"] = field(default="options", repr=False, compare=False)
+
+    def setting(self, name: str, value: str) -> str | None:
+        """Return what the user writes to give one of the columns another name; None if nothing does."""
+        if self.set_by == "nothing":
+            return None
+        return f"--{name.replace('_', '-')} {value}" if self.set_by == "options" else f"data.{name}={value}"
 
 
 class RecordSource(ABC):
@@ -141,12 +151,11 @@ class RecordSource(ABC):
 
     def _check_file(self, path: Path, what: str) -> None:
         """Raise UserError unless `path` is a file; `what` names its format."""
+        refuse_stream(path)
         if path.is_dir():
             raise UserError(f"{path}: is a directory, not a {what} file; name the files in it")
         if not path.exists():
             raise UserError(f"{path}: no such {what} file")
-        if not path.is_file():  # a pipe, for example, could not be read a second time
-            raise UserError(f"{path}: is not a regular file; write the {what} content to a file first")
 
 
 class RowSource(RecordSource):
@@ -193,9 +202,10 @@ def table_record(
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     if not isinstance(name, str) or not name.strip():
+        setting = options.setting("id_column", "NAME")
+        other = "" if setting is None else f", or name another column with {setting}"
         raise UserError(
-            f"{source.location(line)}: the id {shortened(name)} is {_kind(name)}; give every row an id, or "
-            "name another column with --id-column"
+            f"{source.location(line)}: the id {shortened(name)} is {_kind(name)}; give every row an id{other}"
         )
     name = check_id(source, line, name.strip())
     if sequence is None or (isinstance(sequence, str) and sequence.strip() in MISSING_VALUES | {""}):
@@ -207,9 +217,11 @@ def table_record(
             "leave such rows out with `esm2mega prepare fasta --drop-empty`"
         )
     if not isinstance(sequence, str):
+        setting = options.setting("sequence_column", "NAME")
+        cure = "correct the row" if setting is None else f"name the column of sequences with {setting}"
         raise UserError(
             f"{source.location(line)}: {options.sequence_column!r} of {name!r} is {_kind(sequence)}, "
-            "not a sequence; name the column of sequences with --sequence-column"
+            f"not a sequence; {cure}"
         )
     return Record(name, residues_of(sequence, source.location(line), name), line)
 
@@ -236,17 +248,22 @@ def find_columns(
         options: the names that the user asked for.
         what: word of the format for a column.
     """
-    _require(path, available, options.sequence_column, "--sequence-column", what)
+    if options.sequence_column != options.id_column:  # of a table of labels, ids stand for the sequences
+        _require(path, available, options, "sequence_column", what)
     if options.id_column is not None:
-        _require(path, available, options.id_column, "--id-column", what)
+        _require(path, available, options, "id_column", what)
         return options.sequence_column, options.id_column
     return options.sequence_column, "id" if "id" in available else None
 
 
-def _require(path: Path, available: Sequence[str], name: str, option: str, what: str) -> None:
+def _require(path: Path, available: Sequence[str], options: SourceOptions, setting: str, what: str) -> None:
+    name: str = getattr(options, setting)
     by_lower = {column.lower(): column for column in available}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    hint = f"did you mean {option} {by_lower[near[0]]}?" if near else f"name one of them with {option}"
+    if (cure := options.setting(setting, by_lower[near[0]] if near else "NAME")) is None:
+        hint = f"rename {by_lower[near[0]]!r}" if near else "rename one of them"
+    else:
+        hint = f"did you mean {cure}?" if near else f"name one of them with {cure}"
     require_columns(str(path), available, [name], hint, what)
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
-from esm2mega.data.readers.base import RESIDUE_BYTES, WHITE_SPACE, Block, Record, check_id
+from esm2mega.data.readers.base import RESIDUE_BYTES, WHITE_SPACE, Block, ByteProgress, Record, check_id
 from esm2mega.data.readers.text import TextSource
 from esm2mega.errors import UserError
 
@@ -67,6 +67,12 @@ class FastaReader(TextSource):
     """Iterates over the records of one FASTA file."""
 
     format_name = "FASTA"
+
+    def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
+        """Look for the first header; raise UserError when there is none."""
+        super().__init__(path, progress)
+        with self._opened() as stream:
+            self._start(stream)
 
     def records(self, block: Block) -> Iterator[Record]:
         for name, _, residues, line in self._parsed(block):
@@ -167,11 +173,15 @@ def attributes(entry: FastaEntry, location: str) -> dict[str, str]:
     """Return the ``KEY=VALUE`` words of a header; a value is everything up to the next white space.
 
     Raises:
-        UserError: A key occurs twice.
+        UserError: A key occurs twice, or a value is not UTF-8.
     """
     found: dict[str, str] = {}
     for word in entry.words:
         key, equals, value = word.partition("=")
+        if equals and "\ufffd" in word:  # stands for bytes that are no text; different labels would be one
+            raise UserError(
+                f"{location}: {word!r} in the header of {entry.id!r} is not UTF-8; convert the file"
+            )
         if equals and key in found:
             raise UserError(f"{location}: the header of {entry.id!r} has {key} twice; remove one of them")
         if equals:

@@ -92,10 +92,9 @@ class ParquetReader(RowSource):
         text += [kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view]
         if any(is_kind(found) for is_kind in text) or (integers and kinds.is_integer(found)):
             return
-        option = "--id-column" if integers else "--sequence-column"
-        raise UserError(
-            f"{self.path}: the column {column!r} holds {found}, not text; name another with {option}"
-        )
+        setting = self._options.setting("id_column" if integers else "sequence_column", "NAME")
+        cure = "make it text" if setting is None else f"name another with {setting}"
+        raise UserError(f"{self.path}: the column {column!r} holds {found}, not text; {cure}")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from esm2mega.data.readers.base import ByteProgress, Record, require_columns, residues_of
 from esm2mega.data.readers.parquet import open_parquet
 from esm2mega.errors import UserError
-from esm2mega.files import file_sha256, shortened
+from esm2mega.files import file_sha256, refuse_stream, shortened
 
 _ROWS = 1 << 14
 
@@ -35,6 +35,7 @@ class RowFile:
         self.path = Path(path)
         self.sha256 = ""
         self._progress = progress
+        refuse_stream(path)
         if not self.path.is_file():
             raise UserError(f"{path}: no such {self.kind} file")
 

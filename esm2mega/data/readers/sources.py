@@ -61,7 +61,17 @@ def format_of(path: Path) -> str:
     """Return the format that the name of an input implies."""
     if (path / "data.mdb").is_file():
         return "tape"
+    return _FORMAT_OF_ENDING.get(_ending(path), "fasta")
+
+
+def is_known_ending(path: Path) -> bool:
+    """Tell whether the ending of a name decides the format."""
+    return _ending(path) in _FORMAT_OF_ENDING
+
+
+def _ending(path: Path) -> str:
+    """Return the ending of a name in lower case, without those of compression."""
     endings = [ending.lower() for ending in path.suffixes]
     while endings and endings[-1] in _COMPRESSION_ENDINGS:
         endings.pop()
-    return _FORMAT_OF_ENDING.get(endings[-1], "fasta") if endings else "fasta"
+    return endings[-1] if endings else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from esm2mega.data.readers.base import Block, ByteProgress, Record, SourceOptions, find_columns, table_record
 from esm2mega.data.readers.text import TextSource
 from esm2mega.errors import UserError
+from esm2mega.files import parse_json
 
 _DELIMITERS = ",\t;"
 _HEADER_BYTES = 1 << 20
@@ -67,9 +67,18 @@ class CsvReader(_TableSource):
         """Read the header; raise UserError when a column is missing."""
         super().__init__(path, options, progress)
         with self._opened() as stream:
-            header = self._header_line(stream).decode("utf-8", errors="replace")
+            header = self.decoded(Block(1, self._header_line(stream))).rstrip("\r\n")
+        if "\r" in header:
+            raise UserError(
+                f"{self.location(1)}: has carriage returns without line feeds, as old Macs wrote; convert "
+                "it, e.g. with `tr '\\r' '\\n'`"
+            )
         self._delimiter = max(_DELIMITERS, key=header.count)
-        self.columns = [name.strip() for name in next(csv.reader([header], delimiter=self._delimiter))]
+        try:
+            names = next(csv.reader([header], delimiter=self._delimiter, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{self.location(1)}: not CSV ({error}); correct the header") from None
+        self.columns = [name.strip() for name in names]
         self._sequence, self._id = find_columns(self.path, self.columns, options)
 
     def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -118,7 +127,10 @@ class CsvReader(_TableSource):
     def _header_line(self, stream: io.BufferedReader[Any]) -> bytes:
         header = stream.readline(_HEADER_BYTES)
         if header.startswith(b">"):
-            raise UserError(f"{self.path}: is FASTA, not CSV; give --format fasta, or rename the file")
+            cure = "give --format fasta, or rename the file"
+            if self._options.set_by != "options":
+                cure = "give the file a name that ends in .fasta"
+            raise UserError(f"{self.path}: is FASTA, not CSV; {cure}")
         if b"\0" in header:
             raise UserError(f"{self.path}: is a binary file, not CSV")
         if not header.strip():
@@ -157,8 +169,8 @@ class JsonLinesReader(_TableSource):
 
     def _parse(self, text: bytes, line: int) -> dict[str, Any]:
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(text)
+        except ValueError as error:
             cure = "write one object per line"
             if text.lstrip().startswith(b"["):
                 cure = "turn the array into one object per line, e.g. with `jq -c '.[]'`"

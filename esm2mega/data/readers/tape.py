@@ -118,7 +118,7 @@ class TapeReader(RowSource):
                 yield self.location(record.line), record.id, {**row, _SEQUENCE: sequence}
 
     def _rows(self, block: Block) -> Iterator[tuple[Record, Mapping[str, Any]]]:
-        options = SourceOptions(sequence_column=_SEQUENCE)
+        options = SourceOptions(sequence_column=_SEQUENCE, set_by="nothing")
         with self._opened() as transaction:
             for number in range(block.line - 1, block.stop - 1):
                 row = self._load(transaction, str(number).encode())

@@ -115,40 +115,56 @@ class TextSource(RecordSource):
         Args:
             whole: whether the content is read to its end, with progress and the checksum kept.
         """
-        kind = "gzip"
-        try:
-            with (
-                _TrackedFile(self.path, self.progress if whole else None) as raw,
-                io.BufferedReader(raw, _BUFFER_BYTES) as buffered,
-            ):
-                magic = buffered.peek(8)[:8]
-                stream: io.BufferedReader[Any] = buffered
-                if magic.startswith(_GZIP):
-                    stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER_BYTES)
-                elif magic.startswith(_ZSTD):
-                    kind = "zstd"
-                    stream = io.BufferedReader(zstd.ZstdFile(buffered, options=_ZSTD_OPTIONS), _BUFFER_BYTES)
-                self._refuse_compression(magic)
-                if stream.peek(3).startswith(_UTF8_MARK):
-                    stream.read(3)
-                yield stream
-            if whole:
-                self.checksums = {self.path.name: raw.sha256.hexdigest()}
-        except EOFError:
-            raise UserError(
-                f"{self.path}: the {kind} data ends early (truncated file); copy or download it again"
-            ) from None
-        except (gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
-            raise UserError(
-                f"{self.path}: damaged {kind} data ({error}); copy or download it again"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+        with _decompressed(self.path, self.progress if whole else None) as (stream, raw):
+            yield stream
+        if whole:
+            self.checksums = {self.path.name: raw.sha256.hexdigest()}
 
-    def _refuse_compression(self, magic: bytes) -> None:
-        for prefix, name in _OTHER_COMPRESSION.items():
-            if magic.startswith(prefix):
-                raise UserError(
-                    f"{self.path}: is {name}-compressed; decompress it first "
-                    "(gzip, zstd and plain text are read)"
-                )
+
+@contextmanager
+def open_text(path: Path) -> Iterator[io.BufferedReader[Any]]:
+    """Open a text file, plain or compressed with gzip or zstd, behind any byte order mark.
+
+    Raises:
+        UserError: The file cannot be read, is compressed in another way, or turns out, anywhere in the block,
+            to be damaged.
+    """
+    with _decompressed(path, None) as (stream, _):
+        yield stream
+
+
+@contextmanager
+def _decompressed(
+    path: Path, progress: ByteProgress | None
+) -> Iterator[tuple[io.BufferedReader[Any], _TrackedFile]]:
+    """Yield the decompressed content of a file, and the file itself, which hashes what is read of it."""
+    kind = "gzip"
+    try:
+        with _TrackedFile(path, progress) as raw, io.BufferedReader(raw, _BUFFER_BYTES) as buffered:
+            magic = buffered.peek(8)[:8]
+            stream: io.BufferedReader[Any] = buffered
+            if magic.startswith(_GZIP):
+                stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER_BYTES)
+            elif magic.startswith(_ZSTD):
+                kind = "zstd"
+                stream = io.BufferedReader(zstd.ZstdFile(buffered, options=_ZSTD_OPTIONS), _BUFFER_BYTES)
+            _refuse_compression(path, magic)
+            if stream.peek(3).startswith(_UTF8_MARK):
+                stream.read(3)
+            yield stream, raw
+    except EOFError:
+        raise UserError(
+            f"{path}: the {kind} data ends early (truncated file); copy or download it again"
+        ) from None
+    except (gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
+        raise UserError(f"{path}: damaged {kind} data ({error}); copy or download it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _refuse_compression(path: Path, magic: bytes) -> None:
+    for prefix, name in _OTHER_COMPRESSION.items():
+        if magic.startswith(prefix):
+            raise UserError(
+                f"{path}: is {name}-compressed; decompress it first (gzip, zstd and plain text are read)"
+            )

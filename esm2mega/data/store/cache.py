@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import filelock
@@ -20,7 +21,7 @@ from esm2mega.data.readers.sources import format_of, open_source
 from esm2mega.data.store.manifest import FORMAT_VERSION
 from esm2mega.data.store.prepare import OpenProgress, PrepareOptions, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
-from esm2mega.files import file_sha256
+from esm2mega.files import file_sha256, refuse_stream
 
 DIRECTORY = "prepared"
 """The cache has this name, beside the run directories, where `data.cache_dir` is null."""
@@ -33,6 +34,7 @@ def open_store(
     key: str,
     open_progress: OpenProgress | None = None,
     allow_unknown: bool = False,
+    shown: Callable[[str], str] = str,
 ) -> TokenStore:
     """Open the token store at `path`, or the store made of the file there.
 
@@ -43,28 +45,53 @@ def open_store(
         key: name of `path` for the user, such as `data.train`.
         open_progress: shows the progress of preparing, in the process that does it.
         allow_unknown: whether a protein may have unknown residues alone.
+        shown: puts names that the user knows into a line that is printed.
 
     Raises:
         UserError: The path is neither of them, or the file is refused.
     """
+    refuse_stream(path, f"{key}={path}")
     if not is_sequence_file(path):
         return TokenStore(path)
-    options = SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column)
+    options = _options(data)
     cache = Path(data.cache_dir) if data.cache_dir else Path(run_dir).parent / DIRECTORY
     out = cache / _store_name(path, options, allow_unknown)
     if not out.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / f".{out.name}.lock"):
             if not out.is_dir():
-                _say(f"{key}: {path} is prepared, once, into {out}")
+                _say(shown(f"{key}: {path} is prepared, once, into {out}"))
                 how = PrepareOptions(options, allow_unknown=allow_unknown)
                 report = prepare_fasta([path], out, options=how, open_progress=open_progress)
                 for line in report.lines():
-                    _say(line)
+                    _say(shown(line))
                 return TokenStore(out / "train")
     if os.environ.get("RANK", "0") == "0":
-        _say(f"{key}: {path} was prepared before, into {out}")
+        _say(shown(f"{key}: {path} was prepared before, into {out}"))
     return TokenStore(out / "train")
+
+
+def check_heads(paths: Iterable[str], data: DataConfig) -> None:
+    """Open inputs of a run before the first of them is prepared, which may take long.
+
+    The rows of a file are checked when it is prepared: reading a large file twice would take as long.
+
+    Args:
+        paths: token stores, or files in any format of `sources`.
+        data: section with the columns of tables.
+
+    Raises:
+        UserError: A path is neither of them, or the first lines of a file or its columns do not fit.
+    """
+    for path in paths:
+        if is_sequence_file(path):
+            open_source(path, _options(data))
+        else:
+            TokenStore(path)
+
+
+def _options(data: DataConfig) -> SourceOptions:
+    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column, set_by="keys")
 
 
 def is_sequence_file(path: str) -> bool:

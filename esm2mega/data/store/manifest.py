@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from esm2mega import vocabulary
 from esm2mega.errors import UserError
+from esm2mega.files import parse_json
 
 FORMAT = "esm2mega token store"
 FORMAT_VERSION = 1
@@ -78,7 +78,7 @@ def read_manifest(path: Path, staged: bool) -> Mapping[str, Any]:
         cure = f"did you mean {' or '.join(inside)}?" if inside else "make one with `esm2mega prepare fasta`"
         raise UserError(f"{path}: not a token store (no {MANIFEST}); {cure}")
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = parse_json(file.read_bytes())
     except ValueError as error:
         raise damaged(file, f"is not JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,11 @@ from esm2mega.data import counter_rng
 from esm2mega.data.readers import text
 from esm2mega.data.readers.base import ByteProgress, RecordSource, SourceOptions
 from esm2mega.data.readers.sources import open_source
+from esm2mega.data.readers.streams import spooled
 from esm2mega.data.store.manifest import StoreCounts
 from esm2mega.data.store.parts import Part, default_workers, write_parts
 from esm2mega.data.store.shards import SHARD_BYTES, SHARD_UNIT
-from esm2mega.data.store.staging import staging_directory
+from esm2mega.data.store.staging import check_new, staging_directory
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
 
@@ -100,7 +101,7 @@ def prepare_fasta(
     of sequences. Every split keeps the order of the input.
 
     Args:
-        inputs: files in any format of `sources`, read in this order.
+        inputs: files in any format of `sources`, or streams, read in this order.
         out: directory to create.
         valid_size: sequences held out for validation.
         test_size: sequences held out for the final test.
@@ -113,13 +114,28 @@ def prepare_fasta(
     """
     out = Path(out)
     _check_arguments(inputs, out, valid_size, test_size, options)
-    sources = [open_source(path, options.source) for path in inputs]
+    with spooled(inputs, options.source.sequence_column) as files:
+        sources = [open_source(path, options.source) for path in files.paths]
+        report = _prepare(sources, out, valid_size, test_size, seed, options, open_progress or _no_progress)
+        return replace(report, notes=[files.shown(note) for note in report.notes])
+
+
+def _prepare(
+    sources: Sequence[RecordSource],
+    out: Path,
+    valid_size: int,
+    test_size: int,
+    seed: int,
+    options: PrepareOptions,
+    open_progress: OpenProgress,
+) -> PrepareReport:
+    """Write the stores of opened sources; the other arguments are those of `prepare_fasta`."""
     with staging_directory(out) as staging:
         try:
-            parts = _write_parts(sources, staging / "parts", options, open_progress or _no_progress)
+            parts = _write_parts(sources, staging / "parts", options, open_progress)
             held_out = _HeldOut.draw(sum(part.sequences for part in parts), valid_size, test_size, seed)
             merger = _Merger(sources, parts, held_out, staging / "out", options.shard_bytes)
-            counts = merger.run(open_progress or _no_progress)
+            counts = merger.run(open_progress)
             os.rename(staging / "out", out)
         except MachineError:
             raise  # the input is not at fault: the parts stay, and the same command continues later
@@ -151,8 +167,7 @@ def _check_arguments(
         raise UserError(
             f"--shard-size of {options.shard_bytes} bytes is not a multiple of {SHARD_UNIT} above 0"
         )
-    if out.exists():
-        raise UserError(f"{out}: exists already; name another directory or remove it")
+    check_new(out)
 
 
 @contextmanager

@@ -37,11 +37,16 @@ def staging_directory(out: Path) -> Iterator[Path]:
         ) from error
 
 
+def check_new(out: Path) -> None:
+    """Raise `UserError` if `out` exists: commands ask before they read inputs, and `staged` asks again."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; name another directory or remove it")
+
+
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """Yield a new directory that becomes `out` at the end of the block; an exception leaves nothing."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; name another directory or remove it")
+    check_new(out)
     with staging_directory(out) as staging:
         try:
             made = staging / "out"

@@ -1,7 +1,8 @@
 """Builds the arrays of one micro-batch from a planned pack: reads, crops, masks and pads, without torch.
 
-Crop and masks of a sample depend on its number and the seed, not on the pack that it is in. Processes that
-build batches (`data.workers`) import this module alone, and so start in a fraction of a second.
+Crop and masks of a training sample depend on its number and the seed, not on the pack that it is in; those of
+evaluation are in `recipe.py`. Processes that build batches (`data.workers`) import this module alone, and so
+start in a fraction of a second.
 
     T   tokens of a pack (`train.micro_batch_tokens`), padding included
     n   segments of a pack: its pieces of proteins, and the padding between and behind them
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig
+from esm2mega.data.counter_rng import Integers
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.masking import mask_tokens
 from esm2mega.data.stream.packing import EMPTY_WINDOW, Pack, PackCursor, PackPlan, PackShape, PackWindow
@@ -77,13 +79,23 @@ _COUNTED_SAMPLES = 16384
 PADDING = Pack(PackWindow(EMPTY_WINDOW.pieces, EMPTY_WINDOW.offsets, [0, 0], [0]), 0)
 
 
-def build_arrays(stores: Sequence[Proteins], spec: BatchSpec, pack: Pack) -> BatchArrays:
-    """Read, mask and lay out one pack."""
+def build_arrays(
+    stores: Sequence[Proteins], spec: BatchSpec, pack: Pack, streams: Integers | None = None
+) -> BatchArrays:
+    """Read, mask and lay out one pack.
+
+    Args:
+        stores: Proteins that the pack names.
+        spec: Content of the batches.
+        pack: The pack.
+        streams: Random stream that masks each piece, [n]; None for the one with its sample number.
+    """
     pieces, capacity = pack.pieces, spec.micro_batch_tokens
+    streams = pieces.samples if streams is None else streams
     tokens = piece_tokens(stores, pieces)
     # The chunks of a protein share a stream of random numbers; any other piece has its own.
     starts = pieces.starts if spec.data.crop == "chunk" else None
-    masked = mask_tokens(tokens, pieces.samples, pieces.lengths, spec.seed, spec.data, starts)
+    masked = mask_tokens(tokens, streams, pieces.lengths, spec.seed, spec.data, starts)
 
     packed = np.cumsum(pieces.lengths) - pieces.lengths  # where each piece begins in `tokens`
     places = np.arange(len(tokens)) + np.repeat(pack.offsets - packed, pieces.lengths)

@@ -23,7 +23,9 @@ import numpy.typing as npt
 import torch
 
 from esm2mega.batch import PackedBatch
+from esm2mega.config.schema import EvalConfig
 from esm2mega.data import counter_rng
+from esm2mega.data.counter_rng import Integers
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import (
     PADDING,
@@ -38,6 +40,7 @@ from esm2mega.data.stream.build import (
 )
 from esm2mega.data.stream.packing import Pack, PackCursor, PackPlan
 from esm2mega.data.stream.prefetch import Prefetcher, ProcessPrefetcher
+from esm2mega.data.stream.recipe import masked_as, protein_streams
 from esm2mega.data.stream.samples import EvalSamples, Proteins, TrainSamples
 from esm2mega.errors import UserError
 
@@ -45,9 +48,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-def build_batch(stores: Sequence[TokenStore], spec: BatchSpec, pack: Pack) -> PackedBatch:
-    """Read, crop, mask and pad one pack."""
-    return _as_tensors(build_arrays(stores, spec, pack))
+def build_batch(
+    stores: Sequence[TokenStore], spec: BatchSpec, pack: Pack, streams: Integers | None = None
+) -> PackedBatch:
+    """Read, crop, mask and pad one pack; the arguments are those of `build_arrays`."""
+    return _as_tensors(build_arrays(stores, spec, pack, streams))
 
 
 def _as_tensors(arrays: BatchArrays) -> PackedBatch:
@@ -213,10 +218,10 @@ class TrainStream(PackStream[PackedBatch]):
 
 
 class SplitPacks(ABC, Generic[BatchT]):
-    """Serves a split for evaluation: every protein once, with the same crops and masks in every iteration.
+    """Serves a split for evaluation: every protein once, the same in every iteration.
 
-    Crop and masks of a protein follow from the seed and its number in the store, so the loss of a whole split
-    does not depend on packs and ranks. Packs come in a fixed random order, so that a limit takes a random
+    Crops follow from the seed and the number of the protein in the store, so the loss of a whole split does
+    not depend on packs and ranks. Packs come in a fixed random order, so that a limit takes a random
     sample. When the packs cannot be divided evenly among the ranks, some ranks end with a batch of padding
     without labels: all ranks run equally many micro-batches.
     """
@@ -233,7 +238,7 @@ class SplitPacks(ABC, Generic[BatchT]):
             dp_rank: data-parallel rank of this process.
             dp_size: number of data-parallel ranks.
         """
-        # Another seed keeps the masks of validation protein k from repeating those of training sample k.
+        # Another seed keeps validation from repeating the random numbers of training.
         self._spec = replace(spec, seed=counter_rng.derive_seed(spec.seed, counter_rng.Purpose.EVALUATION))
         self._limit = limit or None
         self._dp_rank = dp_rank
@@ -279,14 +284,31 @@ class SplitPacks(ABC, Generic[BatchT]):
 
 
 class EvalPacks(SplitPacks[PackedBatch]):
-    """Serves masked batches of a split in a token store; see `SplitPacks`."""
+    """Serves masked batches of a split in a token store, by the recipe of evaluation; see `SplitPacks`."""
 
     def __init__(
-        self, store: TokenStore, spec: BatchSpec, limit: int = 0, dp_rank: int = 0, dp_size: int = 1
+        self,
+        store: TokenStore,
+        spec: BatchSpec,
+        masks: EvalConfig,
+        limit: int = 0,
+        dp_rank: int = 0,
+        dp_size: int = 1,
     ) -> None:
-        """Select this rank's batches; the arguments are those of `SplitPacks`."""
-        super().__init__(store, spec, limit, dp_rank, dp_size)
+        """Select this rank's batches.
+
+        Args:
+            store: As for `SplitPacks`, like the arguments behind `masks`.
+            spec: Lengths and packs; its masks, crops and seed are those of training and do not count here.
+            masks: The recipe, see `esm2mega.data.stream.recipe`.
+            limit: Largest number of packs over all ranks.
+            dp_rank: Data-parallel rank.
+            dp_size: Number of ranks.
+        """
+        pinned = replace(spec, data=masked_as(spec.data, masks), seed=masks.seed)
+        super().__init__(store, pinned, limit, dp_rank, dp_size)
         self._store = store
 
     def _build(self, pack: Pack) -> PackedBatch:
-        return build_batch([self._store], self._spec, pack)
+        streams = protein_streams([self._store], pack.pieces)
+        return build_batch([self._store], self._spec, pack, streams)

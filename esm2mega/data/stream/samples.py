@@ -53,7 +53,8 @@ class Pieces:
     """Describes pieces of proteins, as the model reads them; all arrays are int64.
 
     Attributes:
-        samples: sample number k of each, which selects its random numbers (in evaluation the row), [n].
+        samples: sample number k of each, which selects its random numbers (in evaluation the row, which
+            selects the crop alone), [n].
         stores: number of the store of each, [n].
         rows: row of the protein in that store, [n].
         starts: first token of the piece within the protein, [n].
@@ -171,8 +172,8 @@ class TrainSamples:
 class EvalSamples:
     """Takes every protein of a store once, in a fixed random order, without regard to clusters.
 
-    The sample number of a piece is the row of its protein, so that crop and masks of a protein do not depend
-    on the order and the size of the store.
+    The sample number of a piece is the row of its protein, so that its crop does not depend on the order and
+    the size of the store.
     """
 
     def __init__(self, store: Proteins, config: DataConfig, seed: int) -> None:

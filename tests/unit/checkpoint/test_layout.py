@@ -1,9 +1,8 @@
-"""Which directory is a checkpoint, which is the newest, which may go."""
+"""Which directory is a checkpoint, and what it says about itself."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from esm2mega import files
 from esm2mega.checkpoint import layout
 from esm2mega.errors import MachineError, UserError
 from esm2mega.vocabulary import TOKENIZER_HASH
-from tests.unit.conftest import TinyRun
 from tests.unit.runs import tiny_run
 
 
@@ -70,66 +68,6 @@ def test_find_sorts_and_separates(tmp_path: Path) -> None:
     assert layout.find_checkpoints(tmp_path / "absent") == ([], [])
 
 
-def test_resolve_takes_the_newest_complete_one(tmp_path: Path) -> None:
-    first, newest = _checkpoint(tmp_path, 20), _checkpoint(tmp_path, 100)
-    _checkpoint(tmp_path, 200, complete=False)
-    assert layout.resolve_checkpoint(tmp_path) == newest
-    assert layout.resolve_checkpoint(tmp_path / "checkpoints") == newest
-    assert layout.resolve_checkpoint(str(first)) == first
-
-
-def test_resolve_refuses(tmp_path: Path) -> None:
-    incomplete = _checkpoint(tmp_path, 20, complete=False)
-    with pytest.raises(UserError, match="not a complete checkpoint: the file COMPLETE is missing"):
-        layout.resolve_checkpoint(incomplete)
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
-        layout.resolve_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="absent: no such checkpoint"):
-        layout.resolve_checkpoint(tmp_path / "absent")
-
-
-@pytest.mark.parametrize(
-    ("keep_last", "keep_best", "kept"),
-    [(1, 0, {50}), (2, 0, {40, 50}), (1, 1, {50, 20}), (2, 2, {40, 50, 20, 10})],
-)
-def test_prune_keeps_newest_and_best(tmp_path: Path, keep_last: int, keep_best: int, kept: set[int]) -> None:
-    for step, loss in ((10, 2.5), (20, 2.0), (30, None), (40, 3.0), (50, None)):
-        newest = _checkpoint(tmp_path, step, loss)
-    removed = layout.prune(tmp_path, keep_last, keep_best, newest)
-    assert _left(tmp_path) == [f"step_{step:08d}" for step in sorted(kept)]
-    assert set(_names(removed)) == {f"step_{step:08d}" for step in {10, 20, 30, 40, 50} - kept}
-
-
-def test_prune_never_removes_the_newest(tmp_path: Path) -> None:
-    newest = _checkpoint(tmp_path, 10)
-    assert layout.prune(tmp_path, 0, 0, newest) == []
-    assert layout.is_complete(newest)
-
-
-def test_prune_never_removes_what_was_just_written(tmp_path: Path) -> None:
-    written = _checkpoint(tmp_path, 10, 9.0)
-    for step in (20, 30):
-        _checkpoint(tmp_path, step, 1.0)
-    layout.prune(tmp_path, 1, 0, written)
-    assert _left(tmp_path) == ["step_00000010", "step_00000030"]
-
-
-def test_prune_counts_an_unreadable_state_as_not_evaluated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for step, loss in ((10, 1.0), (20, 2.0), (30, None)):
-        newest = _checkpoint(tmp_path, step, loss)
-    damaged = layout.step_dir(tmp_path, 10) / "train_state.json"
-    damaged.write_text("{")
-    for _ in range(2):
-        layout.prune(tmp_path, 3, 1, newest)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1, "said once, however often a run saves"
-    assert str(damaged) in said and "not evaluated" in said
-    layout.prune(tmp_path, 1, 1, newest)
-    assert _left(tmp_path) == ["step_00000020", "step_00000030"]
-
-
 def test_state_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = _checkpoint(tmp_path, 10, None)
     layout.write_state(checkpoint, {"step": 10, "valid_loss": 2.0})
@@ -143,14 +81,6 @@ def test_state_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monke
         layout.write_state(checkpoint, {"step": 10, "valid_loss": 3.0})
     assert layout.read_state(checkpoint)["valid_loss"] == 2.0
     assert not list(checkpoint.glob(".*"))
-
-
-def test_prune_removes_incomplete_ones_that_were_overtaken(tmp_path: Path) -> None:
-    _checkpoint(tmp_path, 10, complete=False)
-    newest = _checkpoint(tmp_path, 20)
-    _checkpoint(tmp_path, 30, complete=False)
-    layout.prune(tmp_path, 1, 1, newest)
-    assert _left(tmp_path) == ["step_00000020", "step_00000030"]
 
 
 def test_state_and_configuration_come_back(tmp_path: Path) -> None:
@@ -196,8 +126,3 @@ def test_damaged_configuration_is_refused(tmp_path: Path, content: str) -> None:
         layout.read_config(path.parent)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_copied_run_is_found_where_it_lies(finished: TinyRun, tmp_path: Path) -> None:
-    shutil.copytree(finished.run_dir, tmp_path / "copy")
-    assert layout.resolve_checkpoint(tmp_path / "copy") == layout.step_dir(tmp_path / "copy", 4)

@@ -1,9 +1,12 @@
 """Files and overrides become a typed `Run`, or one line that names key, place and cure."""
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from esm2mega import files
 from esm2mega.config.load import (
@@ -17,8 +20,11 @@ from esm2mega.config.load import (
     run_from_yaml,
     save_resolved,
 )
+from esm2mega.config.scalars import as_word
 from esm2mega.config.schema import Run, flatten
 from esm2mega.errors import MachineError, UserError
+
+SIZE = ["model.size=tiny"]
 
 
 @pytest.fixture
@@ -132,6 +138,22 @@ def test_train_is_one_store_or_several(tmp_path):
     assert load_run(None, ["model.size=tiny"]).data.train_paths() == []
 
 
+def test_declared_classes_are_text(write, tmp_path):
+    """Of one column, or of each of several, null for none; from a file, an override, and a checkpoint."""
+    config = write("model: {size: tiny}\ntask:\n  classes: [[007, on], null]\n")
+    for overrides, expected in (
+        ([], [["007", "on"], None]),
+        (["task.classes=[0, 1e5, ' ', 'null']"], ["0", "1e5", " ", "null"]),
+        (["task.classes=[[C,E],[1,2]]"], [["C", "E"], ["1", "2"]]),
+        (["task.classes=null"], None),
+    ):
+        run = load_run(config, overrides)
+        assert run.task.classes == expected
+        save_resolved(run, tmp_path / "stored.yaml")
+        stored = run_from_yaml(tmp_path / "stored.yaml")
+        assert stored == run == load_run_over(stored, ["seed=1234"])
+
+
 def test_one_mask_or_one_for_each_target(write, tmp_path):
     """From a file, an override, and what a checkpoint stores."""
     config = write("model: {size: tiny}\ntask:\n  mask_column: [m, null]\n")
@@ -159,15 +181,102 @@ def test_resolve_leaves_its_argument_alone():
     assert run.model.num_layers is None and run.schedule.decay_steps is None
 
 
-# Text that YAML could read as something else must survive as text.
-@pytest.mark.parametrize("text", ["plain", "1e-5", "no", "null", "a: b # c", "[x]", "ünïcode", "'quoted'"])
+# Text that YAML would read as a number, a truth value, a time, nothing, or a name of something else.
+ODD_TEXTS = (
+    *("007", "2026_11_26", "010", "1.10", "1E5", "1e-5", "12:30:00", "2026-11-26", "0x1F", ".5", ".nan"),
+    *("on", "off", "yes", "no", "true", "False", "y", "N", "Null", "NULL", "~x", "~/x", "=", "<<", "*", "-"),
+    *("{version}", "{time}/x", "ünïcode", "a:", "b#c", "a b", "a: b # c", "a, b", "x]", "%a", "@a", "null x"),
+)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_a_text_key_takes_what_stands_there(write, text):
+    """As a word of the command line, and in YAML with quotes; without them where that is YAML at all."""
+    keys = {"run_dir": text, "init_from": text, "data.train": text, "task.mask_column": text}
+    assert texts_of(load_run(None, SIZE + [f"{key}={text}" for key in keys])) == keys
+    quoted = text.replace("'", "''")
+    assert texts_of(load_run(write("".join(f"{key}: '{quoted}'\n" for key in keys)), SIZE)) == keys
+    assert texts_of(load_run(None, SIZE + [as_word(key, text) for key in keys])) == keys
+
+
+@pytest.mark.parametrize("text", [t for t in ODD_TEXTS if not re.search(r"[:#,\]{}'%@*? ]|^-$|<<", t)])
+def test_text_needs_no_quotes_in_yaml(write, text):
+    file = write(
+        f"run_dir: {text}\ninit_from: {text}\ndata: {{train: {text}}}\ntask:\n  mask_column: {text}\n"
+        f"  target_columns: [a, {text}]\nfinetune: {{lr_scale: {{{text}: 2}}, freeze: [{text}]}}\n"
+    )
+    run = load_run(file, SIZE)
+    assert set(texts_of(run).values()) == {text}
+    assert (run.task.target_columns, run.finetune.freeze) == (["a", text], [text])
+    assert run.finetune.lr_scale == {text: 2.0}
+    words = [f"task.target_columns=[a,{text}]", f"data.train=[{text}, b]", f"finetune.lr_scale={{{text}: 2}}"]
+    run = load_run(None, SIZE + words)
+    assert (run.task.target_columns, run.data.train) == (["a", text], [text, "b"])
+    assert run.finetune.lr_scale == {text: 2.0}
+
+
+def test_null_is_null_where_the_key_may_be_unset(write):
+    for word in ("null", "~", ""):
+        run = load_run(None, [*SIZE, f"init_from={word}", f"data.train={word}", f"task.mask_column={word}"])
+        assert (run.init_from, run.data.train, run.task.mask_column) == (None, None, None)
+        run = load_run(write(f"init_from: {word}\ndata:\n  train: {word}\n"), [*SIZE])
+        assert (run.init_from, run.data.train) == (None, None)
+    run = load_run(None, [*SIZE, "run_dir=null", "init_from='null'", "task.target_columns=[null, ~]"])
+    assert (run.run_dir, run.init_from, run.task.target_columns) == ("null", "null", ["null", "~"])
+    assert load_run(None, [*SIZE, "task.mask_column=[null, 'null']"]).task.mask_column == [None, "null"]
+
+
+def test_typed_keys_are_parsed_as_their_type_says(write):
+    file = write(
+        "seed: 010\noptim: {lr: 1E-3, betas: [.9, 95e-2]}\nlogging: {wandb: on, tensorboard: 'no'}\n"
+    )
+    run = load_run(file, [*SIZE, "train.max_steps=1_000", "infer.layers=[-1, 2]"])
+    assert (run.seed, run.optim.lr, run.optim.betas) == (10, 1e-3, [0.9, 0.95])
+    assert (run.logging.wandb, run.logging.tensorboard) == (True, False)
+    assert (run.train.max_steps, run.infer.layers) == (1000, [-1, 2])
+
+
+def texts_of(run: Run) -> dict[str, object]:
+    values = flatten(run)
+    return {key: values[key] for key in ("run_dir", "init_from", "data.train", "task.mask_column")}
+
+
+@pytest.mark.parametrize("text", ["plain", "null", "~", "[x]", "'quoted'", "${x}", "\\${x}", "a\nb", " a "])
 def test_resolved_configuration_round_trip(tmp_path, text):
     run = load_run("pretrain_esm2_650M", ["optim.eps=1e-8", "optim.betas=[0.9,0.95]", "data.crop=start"])
     run.logging.wandb_run_name = text
+    run.task.target_columns = [*ODD_TEXTS, text]
     save_resolved(run, tmp_path / "config.yaml")
     assert run_from_yaml(tmp_path / "config.yaml") == run
     assert load_run(str(tmp_path / "config.yaml")) == run
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+# `???` is how OmegaConf writes a value that must still be given; it has no way to write it as text.
+TEXT = st.one_of(st.text(min_size=1), st.text("$\\\\{}'\"a: ~", min_size=1)).filter(
+    lambda t: t.strip() != "???"
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    text=TEXT,
+    texts=st.lists(TEXT),
+    train=st.one_of(st.none(), TEXT, st.lists(TEXT, min_size=1)),
+    gaps=st.lists(st.one_of(st.none(), TEXT), min_size=1),
+    scales=st.dictionaries(TEXT, st.floats(0.1, 9)),
+)
+def test_any_text_is_written_and_read_back(tmp_path_factory, text, texts, train, gaps, scales):
+    run = load_run(None, SIZE)
+    run.run_dir = run.checkpoint.resume = run.init_from = text
+    run.task.target_columns, run.data.train, run.task.mask_column = texts, train, gaps
+    run.finetune.lr_scale = scales
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    save_resolved(run, path)
+    assert run_from_yaml(path) == run == load_run(str(path)) == load_run_over(run, [])
+    words = {"run_dir": text, "task.target_columns": texts, "data.train": train, "task.mask_column": gaps}
+    found = flatten(load_run(None, SIZE + [as_word(key, value) for key, value in words.items()]))
+    assert {key: found[key] for key in words} == words
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
@@ -266,11 +375,13 @@ def test_known_keys_are_those_of_the_schema():
         ("parallel.sequence_parallel=maybe", "parallel.sequence_parallel=maybe: expected true or false"),
         ("optim.betas=0.9", "optim.betas=0.9: expected a list of numbers"),
         ("optim.betas=[a,b]", "optim.betas=[a, b]: expected a list of numbers"),
-        ("data.train=5", "data.train=5: expected text, a list of texts or null"),
         ("data.train=[]", "data.train=[]: expected text, a list of texts or null"),
-        ("data.train=[a, 1]", "data.train=[a, 1]: expected text, a list of texts or null"),
-        ("data.train=[a, null]", "data.train=[a, null]: expected text, a list of texts or null"),
-        ("task.mask_column=[m, 1]", "[m, 1]: expected text, a list of texts and nulls, or null"),
+        ("data.train=[a, [b]]", "data.train=[a, [b]]: expected text, a list of texts or null"),
+        ("data.train=[a, '']", "data.train=[a, '']: expected text, a list of texts or null"),
+        ("task.mask_column=[m, {a: b}]", "[m, {a: b}]: expected text, a list of texts and nulls, or null"),
+        ("task.target_columns=a", "task.target_columns=a: expected a list of texts, as in [a, b]"),
+        ("task.target_columns=[[a]]", "task.target_columns=[[a]]: expected a list of texts, as in [a, b]"),
+        ("task.target_columns=null", "task.target_columns=null: expected a list of texts, as in [a, b]"),
         ("task.mask_column=[]", "task.mask_column=[]: expected text, a list of texts and nulls, or null"),
         (
             "task.classes=C",
@@ -281,14 +392,21 @@ def test_known_keys_are_those_of_the_schema():
         ("data.train=''", "data.train='': expected text, a list of texts or null"),
         ("data.train={a: 1}", "data.train={a: 1}: expected text, a list of texts or null"),
         ("data.weights=[a]", "data.weights=[a]: expected a list of numbers or null"),
-        ("checkpoint.resume=no", "checkpoint.resume=false: expected text"),
+        ("run_dir=!!binary AAAA", "the value is not valid YAML: could not determine a constructor"),
+        ("run_dir=", "run_dir=null: expected text"),
+        ("run_dir=[a]", "run_dir=[a]: expected text"),
         ("run_dir={a: 1}", "run_dir={a: 1}: expected text"),
         ("run_dir=''", "run_dir='': expected text"),
         ("train=5", "train is a section, not a value; set its keys, e.g. train.micro_batch_tokens"),
         ("train.early_stopping=5", "train.early_stopping is a section, not a value"),
         ("seed=${run_dir}", "'runs/esm2' of type 'str' could not be converted to Integer"),
         ("run_dir=${nowhere}", "run_dir: Interpolation key 'nowhere' not found"),
-        ("run_dir=${", "the value is not valid YAML"),
+        ("run_dir=${", "override: run_dir=${: no viable alternative at input '${'; correct the ${...}"),
+        ("run_dir='a'b", "the value is not valid YAML"),
+        ("data.train=${seed}", "data.train=${seed} refers to 1234, which is not text; expected text, a list"),
+        ("data.train=[a, '${seed}']", "data.train=[a, ${seed}] refers to [a, 1234], which is not text"),
+        ("run_dir=a\udcff", "is not text in UTF-8"),
+        ("seed=" + "[" * 2000, "the value is not valid YAML"),
         ("optim.betas=[0.9", "override 'optim.betas=[0.9': the value is not valid YAML"),
         ("data.train=???", "data.train=??? must be given; add the override data.train=VALUE"),
         (
@@ -322,7 +440,19 @@ def test_bad_override(override, expected):
         ("data:\n  train: ???\n", ":2: data.train=??? must be given"),
         ("- a\n- b\n", "the top level must be `key: value` pairs"),
         ("word\n", "the top level must be `key: value` pairs"),
-        ("defaults: 3\n", ":1: defaults must be a name or a list of names, got 3"),
+        ("defaults: {a: b}\n", ":1: defaults must be a name or a list of names, got {a: b}"),
+        ("defaults: 3\n", ":1: no configuration file or shipped name '3'"),
+        ("seed: !!timestamp x\n", ":1: seed=x: expected an integer"),
+        ("seed: !!set {a}\n", ":1: not valid YAML: could not determine a constructor"),
+        ("seed: " + "9" * 5000, ":1: seed=" + "9" * 200 + "…: expected an integer"),
+        ("seed: " + "{a: " * 900 + "1" + "}" * 900, ":1: not valid YAML: nested too deeply"),
+        ("seed: &a [*a]\n", ":1: not valid YAML: an alias contains itself"),
+        (
+            "a: &a [1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\n" * 1 + "c: [" + "*b," * 999 + "]\n",
+            "10,000 values",
+        ),
+        ("run_dir: {version}/x\n", "not valid YAML"),
+        ("seed: " + "[" * 5000 + "\n", "not valid YAML"),
         ("seed: 1\ndefaults: [pretrain_8M]\n", ":2: no configuration file or shipped name 'pretrain_8M'"),
         ("defaults: run\n", "includes itself through `defaults`"),
         (b"\x00\x01binary", "not a YAML configuration"),

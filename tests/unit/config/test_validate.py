@@ -91,6 +91,10 @@ RULES = [
     # data
     (["data.mlm_probability=0"], 1, "data.mlm_probability=0.0 must be above 0 and below 1"),
     (["data.mlm_probability=1"], 1, "data.mlm_probability=1.0 must be above 0 and below 1"),
+    (["eval.mlm_probability=0"], 1, "eval.mlm_probability=0.0 must be above 0 and below 1"),
+    (["eval.mask_fraction=-1"], 1, "eval.mask_fraction=-1.0 is too small; it must be at least 0"),
+    (["eval.random_fraction=0.3"], 1, "eval.mask_fraction=0.8 + eval.random_fraction=0.3 is more than 1"),
+    (["eval.seed=-1"], 1, "eval.seed=-1 is too small; it must be at least 0"),
     (["data.mask_fraction=1.1"], 1, "data.mask_fraction=1.1 is too large; it must be at most 1"),
     (["data.random_fraction=-0.1"], 1, "data.random_fraction=-0.1 is too small; it must be at least 0"),
     (["data.mask_fraction=0.8", "data.random_fraction=0.3"], 1,
@@ -191,6 +195,7 @@ def test_validate_needs_a_resolved_run():
         (["optim.clip_grad=0", "optim.weight_decay=0", "schedule.warmup_steps=0"], 1),
         (["train.eval_every=5", "train.early_stopping.patience=1"], 1),
         (["data.train=a", "data.valid=b", "data.test=b"], 1),
+        (["data.train=a", "data.valid=a", "data.allow_overlap=true"], 1),
         # A run may stop before its schedule ends.
         (["train.max_steps=5", "schedule.decay_steps=100"], 1),
         (["train.max_steps=1", "schedule.warmup_steps=0"], 1),

@@ -58,7 +58,9 @@ def test_detect(sources: Path, name: str, expected: str) -> None:
 
 
 def test_an_unknown_file_is_named_with_what_would_be_known(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="in none of the formats esm2mega, hf, .*; name one with --from"):
+    with pytest.raises(
+        UserError, match="in none of the formats esm2mega, hf, .*`esm2mega convert --from FORMAT`"
+    ):
         detect(SourceFiles(tmp_path))
     with pytest.raises(UserError, match="no such file or directory"):
         open_weights(tmp_path / "nothing", "hf")
@@ -140,6 +142,17 @@ def test_nothing_is_overwritten(sources: Path, tmp_path: Path) -> None:
         convert(sources / "hf", tmp_path / "esm2_x.pt", "fair-esm")
     assert (tmp_path / "esm2_x-contact-regression.pt").read_text() == "mine"
     assert not (tmp_path / "esm2_x.pt").exists()
+
+
+def test_what_exists_beside_the_target_is_found_before_the_source_is_read(tmp_path: Path) -> None:
+    """There is no source."""
+    for target, other, to in (
+        ("esm2_x.pt", "esm2_x-contact-regression.pt", "fair-esm"),
+        ("x.mdl", "x.yaml", "cerebras"),
+    ):
+        (tmp_path / other).write_text("mine")
+        with pytest.raises(UserError, match=f"{other}: exists; choose another name"):
+            convert(tmp_path / "absent", tmp_path / target, to)
 
 
 def test_a_failed_conversion_leaves_nothing(

@@ -73,7 +73,7 @@ def unequal_frequencies(state: dict[str, Tensor]) -> None:
     [
         (lose, "1 tensor is missing: lm_head.dense.bias"),
         (lose_one_of_the_frequencies, "1 tensor is missing: .*layer.3.*inv_freq"),
-        (add, "1 tensor has no place in this model: .*lora_A; --drop"),
+        (add, "1 tensor has no place in this model: .*lora_A; `esm2mega convert --drop"),
         (swap_axes, r"layer.2.output.dense.weight is float32 \[192, 48\], a model .* has \[48, 192\]"),
         (pad_rows, r"lm_head.bias is float32 \[64\], a model of this shape has \[33\]"),
         (stale_decoder, "lm_head.decoder.weight differs from the token table"),

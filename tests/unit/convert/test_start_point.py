@@ -53,7 +53,7 @@ def test_what_cannot_be_opened(sources: Path, tmp_path: Path) -> None:
         read_start(tmp_path / "absent")
     with pytest.raises(UserError, match="in none of the formats esm2mega, hf, "):
         read_start(tmp_path)
-    with pytest.raises(UserError, match="hf: holds no complete checkpoint"):
+    with pytest.raises(UserError, match="hf: is a checkpoint in the format hf, .* those of esm2mega"):
         read_checkpoint(sources / "hf")
     start = StartPoint(tmp_path, "esm2mega", read_start(sources / "run").run, "lm", False, {"base": {}})
     with pytest.raises(UserError, match="holds adapters and not the weights under them; make a whole"):

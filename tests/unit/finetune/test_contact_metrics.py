@@ -131,7 +131,14 @@ def hairpins(count: int, seed: int) -> list[tuple[str, Any]]:
 
 def learn(run_dir: Path, *overrides: str):
     settings = [*SETTINGS, f"run_dir={run_dir}", "task.kind=contact", "train.log_every=20"]
-    settings += ["train.max_steps=40", "optim.lr=1e-2", "task.dropout=0.1", *overrides]
+    # There are only so many hairpins.
+    settings += [
+        "train.max_steps=40",
+        "optim.lr=1e-2",
+        "task.dropout=0.1",
+        "data.allow_overlap=true",
+        *overrides,
+    ]
     return train_model(settings, train=hairpins(24, 1), valid=hairpins(8, 2))
 
 

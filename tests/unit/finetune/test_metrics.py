@@ -153,6 +153,15 @@ def test_what_is_not_defined_is_nan() -> None:
     assert math.isnan(metrics_of(constant, TargetInfo("regression", ["a"]))["spearman"])
 
 
+@pytest.mark.parametrize("kind", ["regression", "classification", "multilabel", "token_classification"])
+def test_no_label_has_no_metric(kind: str) -> None:
+    """NaN, which files hold as null; never a number."""
+    info = TargetInfo(kind, ["a", "b"])
+    labels = np.full((5, 2), np.nan) if kind in ("regression", "multilabel") else np.full((5, 1), -100)
+    found = metrics_of(Predictions(np.arange(5), None, RNG.uniform(size=(5, 2)), labels), info)
+    assert len(found) > 4 and all(math.isnan(value) for value in found.values())
+
+
 def test_intervals_are_those_of_the_mean() -> None:
     """Of squared errors, whose mean has a known standard error; residues of a protein go together."""
     errors = RNG.normal(size=400)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.cli.app import main
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import TaskConfig
@@ -69,7 +70,7 @@ def test_the_encoder_of_a_pretrained_model_and_a_new_head(finished: TinyRun, tmp
         train=TRAIN,
     )
     assert trained.run.model.hidden_size == 24 and trained.run.model.precision == "fp64"
-    base, tuned = full_tensors(layout.resolve_checkpoint(finished.run_dir)), full_tensors(trained.checkpoint)
+    base, tuned = full_tensors(choose_checkpoint(finished.run_dir).path), full_tensors(trained.checkpoint)
     encoder = [name for name in tuned if name.startswith(("encoder.", "embedding."))]
     assert encoder and all(torch.equal(tuned[name], base[name]) for name in encoder)
     assert not any(name.startswith(("lm_head", "output_layer")) for name in tuned)
@@ -331,7 +332,7 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             train(tmp_path, *overrides)
-    with pytest.raises(UserError, match="data.valid holds the same proteins as data.train"):
+    with pytest.raises(UserError, match="data.valid: 30 of 30 proteins are also in data.train"):
         train(tmp_path, valid=TRAIN)
     with pytest.raises(UserError, match="init_from=absent does not exist, and no model is configured"):
         train_model(["init_from=absent", "task.kind=regression"], train=TRAIN)

@@ -37,6 +37,11 @@ def test_values_and_shapes(reference: Reference) -> None:
         assert list(model.embed(["MKT"], layers=np.arange(3))) == [0, 1, 2]
         with pytest.raises(UserError, match="not one string"):
             model.embed("MKT")
+        # A table: its column of sequences, not the names of its columns.
+        table = {"id": ["a", "b"], "sequence": ["MKT", "LAGV"]}
+        assert np.array_equal(
+            model.embed(table, pooling="mean"), model.embed(["MKT", "LAGV"], pooling="mean")
+        )
     with pytest.raises(UserError, match="was closed"):
         model.logits(["MKT"])
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import esm2mega
 from esm2mega.cli.app import main
 from esm2mega.errors import UserError
-from esm2mega.infer.proteingym import read_reference, score_assays
-from esm2mega.infer.score import ScoreOptions, WildType, draw_scan, score_file
+from esm2mega.infer.plan import ScoreOptions
+from esm2mega.infer.score import draw_scan, score_file
 from esm2mega.infer.variants import AMINO_ACIDS, read_table
+from esm2mega.infer.wild_types import WildType
 from esm2mega.infer.windows import optimal
 from esm2mega.vocabulary import MASK, STANDARD_RESIDUES, VOCAB
-from tests.infer_models import MAX_SEQ_LENGTH, Reference, ids_of, random_proteins
+from tests.infer_models import (
+    MAX_SEQ_LENGTH,
+    Reference,
+    ids_of,
+    pseudo_log_likelihood,
+    random_proteins,
+    write_fasta,
+)
 
 # Absolute, in nats: fp32 logits of a random model of some 10 nats, differences of log-probabilities.
 BOUND = 1e-4
+# Absolute, in nats, of sums of up to 45 terms in fp64.
+BOUND_FP64 = 1e-9
 
 SEQUENCE, LONG = random_proteins([60, 286], seed=12)
 
@@ -171,6 +183,102 @@ def test_several_wild_types_and_measured_values(reference: Reference, tmp_path: 
         )
 
 
+def test_whole_sequences_equal_hugging_face_in_fp64(
+    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A deletion, an insertion, the wild type itself, one residue, and a protein longer than the window."""
+    wild = SEQUENCE[:30]
+    proteins = {
+        "deletion": wild[:10] + wild[13:],
+        "insertion": f"{wild[:5]}GX{wild[5:]}",
+        "wild": wild.lower(),
+        "one": "M",
+        "long": LONG[:45],
+    }
+    fasta = write_fasta(tmp_path / "p.fasta", proteins)
+    command = ["score", str(reference.checkpoint), "--variants", str(fasta), "infer.precision=fp64"]
+    command += ["--max-seq-length", "36", "--out"]
+    assert main([*command, str(tmp_path / "out.csv"), "--sequence", wild]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out.csv'}: 5 sequences\n"
+    table = read_table(tmp_path / "out.csv")
+    added = ["pseudo_perplexity", "pseudo_log_likelihood", "score"]
+    assert table.columns == ["id", "sequence", *added]
+    assert [row[:2] for row in table.rows] == [list(pair) for pair in proteins.items()]
+    expected = {name: pseudo_log_likelihood(reference, p.upper(), 36) for name, p in proteins.items()}
+    for name, sequence, *cells in table.rows:
+        perplexity, total, score = map(float, cells)
+        assert abs(total - expected[name]) < BOUND_FP64
+        assert abs(score - (expected[name] - expected["wild"])) < BOUND_FP64
+        assert abs(math.log(perplexity) + expected[name] / len(sequence)) < BOUND_FP64
+    assert float(table.rows[2][-1]) == 0.0
+
+    # The layout of ProteinGym's tables of indels gives the same, and a correlation.
+    short = table.rows[:4]
+    rows = "".join(f"{row[1]},{number % 3}\n" for number, row in enumerate(short))
+    (tmp_path / "t.csv").write_text(f"mutated_sequence,DMS_score\n{rows}")
+    command[3] = str(tmp_path / "t.csv")
+    assert main([*command, str(tmp_path / "t.out.csv"), "--sequence", wild, "--measured", "DMS_score"]) == 0
+    assert "Spearman of score with DMS_score: " in capsys.readouterr().out
+    # In fp64 the last bits depend on which copies share a pack.
+    numbers = np.array([row[2:] for row in short], dtype=float)
+    found = np.array([row[2:] for row in read_table(tmp_path / "t.out.csv").rows], dtype=float)
+    assert np.abs(found - numbers).max() < BOUND_FP64
+
+    # Without a wild type there is no difference.
+    assert main([*command, str(tmp_path / "alone.csv")]) == 0
+    alone = read_table(tmp_path / "alone.csv")
+    assert alone.columns == ["mutated_sequence", "DMS_score", *added[:2]]
+    found = np.array([row[2:] for row in alone.rows], dtype=float)
+    assert np.abs(found - numbers[:, :2]).max() < BOUND_FP64
+
+
+def test_every_known_form_is_scored_and_the_rest_is_listed(
+    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forms = ["K2N:T3G", "p.[Lys2Asn;Thr3Gly]", "WT", "_wt", "p.Lys2=", "K2K", "p.Ala6Ter", "K2del", "G2N", ""]
+    (tmp_path / "v.csv").write_text("mutant,note\n" + "".join(f"{form},x\n" for form in forms))
+    command = ["score", str(reference.checkpoint), "--sequence", "MKTAYAKQ"]
+    command += ["--variants", str(tmp_path / "v.csv"), "--out"]
+    assert main([*command, str(tmp_path / "x.csv")]) == 2
+    error = capsys.readouterr().err
+    assert "v.csv:8: 'p.Ala6Ter': a stop is no residue" in error and "with --skip-invalid" in error
+
+    out = tmp_path / "out.csv"
+    assert main([*command, str(out), "--skip-invalid"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        f"{out}: 6 variants\n4 rows are the wild type or synonymous\n4 of 10 rows have no"
+    )
+    for line, reason in (
+        (8, "a stop is no residue"),
+        (9, "no substitution"),
+        (10, "is K, not G"),
+        (11, "no var"),
+    ):
+        assert any(f"v.csv:{line}: " in text and reason in text for text in printed.splitlines())
+    table = read_table(out)
+    assert [row[:2] for row in table.rows] == [[form, "x"] for form in forms]
+    cells = table.column("score", "")
+    assert cells[0] == cells[1] != "0.0" and cells[2:6] == ["0.0"] * 4 and cells[6:] == [""] * 4
+
+    # What is left of the protein before a stop has a pseudo-likelihood.
+    assert main([*command, str(out), "--overwrite", "--skip-invalid", "--strategy", "pseudo-ppl"]) == 0
+    assert "1 rows end early at a stop: sums over fewer residues" in capsys.readouterr().out
+    cells = read_table(out).column("score", "")
+    assert abs(float(cells[6]) - pseudo_log_likelihood(reference, "MKTAY")) < BOUND
+    assert abs(float(cells[2]) - pseudo_log_likelihood(reference, "MKTAYAKQ")) < BOUND
+    assert len(set(cells[2:6])) == 1 and cells[7:] == [""] * 3
+
+
+def test_python_refuses_what_has_no_score(reference: Reference) -> None:
+    with esm2mega.load(reference.checkpoint) as model:
+        assert model.score("MKTAY", ["WT", "p.Lys2="], strategy="wt-marginals") == {"WT": 0.0, "p.Lys2=": 0.0}
+        with pytest.raises(UserError, match="'K2.': a stop is no residue"):
+            model.score("MKTAY", ["K2*"])
+        with pytest.raises(UserError, match="or set offset .now 1. to"):
+            model.score("MKTAY", ["A2K"])
+
+
 def test_heat_map_of_a_scan(reference: Reference, tmp_path: Path) -> None:
     options = ScoreOptions(strategy="wt-marginals", offset=24)
     protein = WildType("w", "MKTXY")
@@ -178,43 +286,6 @@ def test_heat_map_of_a_scan(reference: Reference, tmp_path: Path) -> None:
     assert "76 single substitutions" in report[0] and "1 residues other than the 20" in report[1]
     draw_scan(str(tmp_path / "s.png"), protein, str(tmp_path / "s.csv"), options)
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_proteingym_layout(reference: Reference, tmp_path: Path) -> None:
-    (tmp_path / "assays").mkdir()
-    assays = {"A_X": "MKTAYIAKQR", "B_Y": "GSHMLEDPVE"}
-    header = "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type\n"
-    rows = [
-        f"{name},{name}.csv,P_{name[0]},{sequence},{name[0]}ctivity\n" for name, sequence in assays.items()
-    ]
-    (tmp_path / "reference.csv").write_text(header + "".join(rows))
-    for name, w in assays.items():
-        lines = [f"{w[i]}{i + 1}W:{w[i + 1]}{i + 2}C,x,{i * i % 7}\n" for i in range(0, 8)]
-        (tmp_path / "assays" / f"{name}.csv").write_text(
-            "mutant,mutated_sequence,DMS_score\n" + "".join(lines)
-        )
-    found = read_reference(str(tmp_path / "reference.csv"), str(tmp_path / "assays"))
-    options = ScoreOptions(strategy="wt-marginals")
-    first = score_assays(str(reference.checkpoint), found, str(tmp_path / "out"), options)
-    summary = read_table(tmp_path / "out" / "summary.csv")
-    mean = sum(map(float, summary.column("spearman", ""))) / 2
-    assert first[-1].endswith(f"2 assays, mean Spearman {mean:.4f}")
-    stamps = [(tmp_path / "out" / f"{name}.csv").stat().st_mtime_ns for name in assays]
-
-    def again(mode: str, options: ScoreOptions = options) -> list[str]:
-        return score_assays(str(reference.checkpoint), found, str(tmp_path / "out"), options, mode)
-
-    with pytest.raises(UserError, match="is not empty; go on with --resume"):
-        again("new")
-    assert again("resume") == first
-    assert stamps == [(tmp_path / "out" / f"{name}.csv").stat().st_mtime_ns for name in assays]
-    with pytest.raises(UserError, match="strategy was 'wt-marginals' and is 'masked-marginals'"):
-        again("resume", ScoreOptions())
-    (tmp_path / "assays" / "B_Y.csv").write_text("mutant,mutated_sequence,DMS_score\nG1A,x,2\n")
-    with pytest.raises(UserError, match=r"B_Y.csv: holds other rows than .*begin again with --overwrite"):
-        again("resume")
-    assert again("overwrite", ScoreOptions())[-1].startswith(str(tmp_path / "out" / "summary.csv"))
-    assert len(read_table(tmp_path / "out" / "B_Y.csv").rows) == 1
 
 
 def test_outputs_are_guarded(
@@ -229,6 +300,10 @@ def test_outputs_are_guarded(
         (str(out), "--heat-map", "x.png", "--variants", "v.csv"): "leave --variants out",
         (str(tmp_path),): f"{tmp_path}: exists",
         (str(out), "--sequence", "XX", "--heat-map", "x.png"): "there is nothing to substitute",
+        (str(out), "--measured", "y"): "--measured is about the rows of --variants; leave it out",
+        (str(out), "--sequence-column", "y"): "--sequence-column is about the rows of --variants",
+        (str(out), "--skip-invalid"): "--skip-invalid is about the rows of --variants",
+        (str(out), "infer.too_long=crop"): "in the window around it: leave it out",
     }
     for (path, *options), message in refused.items():
         assert main([*command, "--out", path, *options]) == 2

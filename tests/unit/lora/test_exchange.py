@@ -131,7 +131,14 @@ def _saved(folder: Path, base: Base) -> Path:
         ("init_lora_weights", "pissa"),
         ("fan_in_fan_out", True),
         ("r", 0),
+        ("r", "4"),
         ("peft_type", "IA3"),
+        ("use_rslora", "maybe"),
+        ("use_rslora", 2),
+        ("use_dora", [False]),
+        ("fan_in_fan_out", "True"),
+        ("lora_dropout", "much"),
+        ("lora_dropout", [0.1]),
     ],
 )
 def test_what_would_change_the_adapter_is_refused(base32: Base, tmp_path: Path, key: str, value: Any) -> None:
@@ -141,6 +148,23 @@ def test_what_would_change_the_adapter_is_refused(base32: Base, tmp_path: Path, 
     with pytest.raises(UserError, match=key):
         import_adapters(source, str(base32.path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("False", False), ("false", False), ("0", False), (0, False), (None, False)]
+    + [("True", True), ("1", True), (1, True)],
+)
+def test_truth_values_count_for_what_their_text_says(
+    base32: Base, tmp_path: Path, text: Any, value: bool
+) -> None:
+    source = _saved(tmp_path / "peft", base32)
+    path = source / "adapter_config.json"
+    changed = {"use_rslora": text, "use_dora": "False", "fan_in_fan_out": "False", "lora_dropout": "0.25"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    import_adapters(source, str(base32.path), tmp_path / "out")
+    lora = layout.read_config(tmp_path / "out").lora
+    assert (lora.use_rslora, lora.use_dora, lora.dropout) == (value, False, 0.25)
 
 
 def test_tensors_without_a_place_are_refused_or_reported(base32: Base, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensor_filter import ENCODER
 from esm2mega.cli.app import main
@@ -94,7 +95,7 @@ def test_the_base_gets_no_gradient_and_stays_as_it_is(finished: TinyRun, tmp_pat
     parameters = dict(seen[0].named_parameters())
     with process_groups(ParallelConfig(), seed=1):
         (model,) = build_model(run.model, run.parallel, CPU, 1, head_of_task(run.task, 1))
-        load_weights(layout.resolve_checkpoint(finished.run_dir), [model], ENCODER)
+        load_weights(choose_checkpoint(finished.run_dir).path, [model], ENCODER)
     base = {name: value for name, value in model.named_parameters() if not name.startswith("head.")}
     assert len(base) > 20 and all(torch.equal(parameters[name], value) for name, value in base.items())
     assert not any(hasattr(parameters[name], "main_grad") for name in base)
@@ -110,7 +111,7 @@ def test_adapters_and_head_are_saved(finished: TinyRun, trained: TrainedModel) -
         f"head.{layer}.{part}" for layer in ("dense", "output") for part in ("weight", "bias")
     }
     state = layout.read_state(trained.checkpoint)
-    base = layout.resolve_checkpoint(finished.run_dir)
+    base = choose_checkpoint(finished.run_dir).path
     assert state["base"] == {"path": str(base), "sha256": identify(read_start(base)).sha256}
 
 

@@ -11,6 +11,7 @@ import torch
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.checkpoint.store import save_checkpoint
 from esm2mega.checkpoint.tensor_filter import TRAINED
 from esm2mega.config.schema import LoRAConfig, ParallelConfig, Run
@@ -86,7 +87,7 @@ def test_base_gets_no_gradient_and_stays_as_it_is(finished: TinyRun, tmp_path: P
         from esm2mega.checkpoint.store import load_weights
 
         (base,) = build_model(before.model, before.parallel, CPU, 1)
-        load_weights(layout.resolve_checkpoint(finished.run_dir), [base])
+        load_weights(choose_checkpoint(finished.run_dir).path, [base])
     expected = dict(base.named_parameters())
     parameters = dict(model.named_parameters())
     assert expected.keys() == {name for name in parameters if not is_adapter(name)}

@@ -78,7 +78,11 @@ def _content(ranks: list[Any]) -> Content:
     ]
     records.append({"kind": "eval", "step": 2, "valid_loss": 2.5, "unigram_loss": 2.9})
     checkpoint = {**_whole(3), "optimizer.state.exp_avg.bias": torch.ones(5, dtype=torch.float64)}
-    state = {"step": 2, "loop": {"valid_loss": 2.5}, "data": {"consumed_packs": 4, "consumed_samples": 24}}
+    state = {
+        "step": 2,
+        "loop": {"evaluation": {"valid_loss": 2.5}, "ranking": {"2": 2.5}},
+        "data": {"consumed_packs": 4, "consumed_samples": 24},
+    }
     return {"ranks": ranks, "records": records, "checkpoint": checkpoint, "state": state}
 
 
@@ -218,7 +222,8 @@ def test_logged_numbers_are_compared(tmp_path: Path, record: int, key: str, kind
 def test_checkpoint_and_early_stopping_are_compared(tmp_path: Path) -> None:
     content = _two_ranks()
     content["checkpoint"]["optimizer.state.exp_avg.bias"][0] = 1.5
-    content["state"]["loop"]["valid_loss"] = 2.75
+    content["state"]["loop"]["evaluation"]["valid_loss"] = 2.75
+    content["state"]["loop"]["ranking"]["2"] = 2.75
     found = differences(_outcome(_reference(), tmp_path / "a"), _outcome(content, tmp_path / "b"))
     by_name = {difference.name: difference.value for difference in found if difference.value}
     assert by_name == {"optimizer.state.exp_avg.bias": 0.5, "valid_loss": pytest.approx(0.1)}

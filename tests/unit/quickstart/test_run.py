@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from esm2mega.checkpoint.choice import Choice
 from esm2mega.config.load import load_run
 from esm2mega.config.validate import validate
 from esm2mega.errors import MachineError, UserError
@@ -28,7 +29,9 @@ def stubbed(monkeypatch):
 
     monkeypatch.setattr(quickstart_module, "run_step", run)
     monkeypatch.setattr(
-        quickstart_module, "resolve_checkpoint", lambda run_dir: run_dir / "checkpoints" / "step_00000005"
+        quickstart_module,
+        "choose_checkpoint",
+        lambda run_dir: Choice(run_dir / "checkpoints" / "step_00000005"),
     )
     monkeypatch.setattr(quickstart_module, "FAMILIES", 3)
     monkeypatch.setattr(quickstart_module, "MEMBERS", 4)

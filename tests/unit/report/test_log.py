@@ -90,11 +90,14 @@ def test_missing_log(path):
 
 
 def test_truncate_after_drops_later_steps_only_and_appending_goes_on(path):
-    write_steps(path, 1, 2, 3, 4)
+    write_steps(path, 1, 2)
     with JsonlLog(path) as log:
         log.write({"kind": "eval", "step": 2, "valid_loss": 2.5})
+    write_steps(path, 3, 4)
+    with JsonlLog(path) as log:
         log.write({"kind": "note"})
-        assert log.truncate_after(2) == 2
+        log.write({"kind": "test", "step": 2, "test_loss": 2.5})  # of the best weights, at the end of the run
+        assert log.truncate_after(2) == 3
         log.write({"kind": "train", "step": 3, "loss": 1.0})
     records = read_log(path)
     assert [record.get("step") for record in records] == [1, 2, 2, None, 3]

@@ -24,13 +24,14 @@ def train(step, loss=2.5, **more):
     return {**record, "consumed_tokens": step * 4096, "pack_fill": 0.99, **more}
 
 
-def evaluation(step, loss, unigram=2.9):
+def evaluation(step, loss, unigram=2.9, recipe="0123456789ab"):
     return {
         "kind": "eval",
         "step": step,
         "valid_loss": loss,
-        "valid_perplexity": math.exp(loss),
+        "valid_perplexity": None if loss is None else math.exp(loss),
         "unigram_loss": unigram,
+        "eval_recipe": recipe,
     }
 
 
@@ -132,10 +133,16 @@ def test_best_is_not_last_and_above_the_baseline_is_said():
     assert rows["Against the baseline"] == "0.1000 nats above"
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # fmt: skip
     "records",
-    [[train(10)], [evaluation(10, 2.5)], [train(10, None), train(20, 2.0)], [{"kind": "train", "step": 1}]],
-    ids=["no evaluation", "no training", "diverged", "no numbers"],
+    [
+        [train(10)],
+        [evaluation(10, 2.5)],
+        [train(10, None), train(20, 2.0)],
+        [{"kind": "train", "step": 1}],
+        [evaluation(10, None)],
+    ],
+    ids=["no evaluation", "no training", "diverged", "no numbers", "nothing to predict"],
 )
 def test_partial_logs_are_drawn(records, tmp_path):
     with JsonlLog(tmp_path / "log.jsonl") as log:
@@ -144,11 +151,39 @@ def test_partial_logs_are_drawn(records, tmp_path):
     assert plot_run(tmp_path).png.stat().st_size > 10_000
 
 
-def test_diverged_records_are_counted():
-    assert (
-        summarise([train(10, None), train(20)], [])["Records without a finite loss"]
-        == "1 (the run diverged there)"
+def test_records_without_a_loss_are_counted():
+    why = "nothing to predict, or the run diverged there"
+    rows = summarise([train(10, None), train(20)], [evaluation(10, None), evaluation(20, None)])
+    assert rows["Records without a loss"] == f"1 ({why})"
+    assert rows["Evaluations without a loss"] == f"2 ({why})"
+    assert not any(name.startswith(("Validation", "Best", "Against")) for name in rows)
+    rows = summarise([], [evaluation(10, None), evaluation(20, 2.5)])
+    assert (rows["Best validation loss"], rows["Validation perplexity"]) == (
+        "2.5000 nats at step 20",
+        "12.182",
     )
+
+
+def test_only_losses_of_one_recipe_are_compared():
+    """Those of the last one; an earlier version named none."""
+    others = [evaluation(10, 1.5, recipe="b" * 12), {**evaluation(20, 1.0), "eval_recipe": None}]
+    same = [evaluation(30, 2.7), evaluation(40, 3.0)]
+    rows = summarise([], [*others, *same])
+    assert rows["Best validation loss"] == "2.7000 nats at step 30"
+    assert rows["Evaluation recipe"] == "0123456789ab"
+    lines = {
+        line.get_label(): list(line.get_ydata())
+        for line in _figure("run", [], [*others, *same]).axes[0].lines
+    }
+    assert lines["validation"] == [2.7, 3.0]
+    assert lines["validation, recipe bbbbbbbbbbbb"] == [1.5]
+    assert lines["validation, recipe of an earlier version"] == [1.0]
+
+
+def test_a_task_has_no_perplexity():
+    record = evaluation(10, 0.4)
+    del record["valid_perplexity"], record["unigram_loss"]
+    assert "Validation perplexity" not in summarise([], [record])
 
 
 def test_no_log_and_empty_log(tmp_path):

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from esm2mega.checkpoint import layout
-from esm2mega.config.schema import DataConfig
+from esm2mega.cli.app import main
+from esm2mega.config.schema import DataConfig, EvalConfig
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.masking import mask_tokens
+from esm2mega.data.stream.recipe import masks_recipe
 from esm2mega.errors import UserError
 from esm2mega.train import evaluate as module
 from esm2mega.train.evaluate import (
@@ -26,7 +28,7 @@ from esm2mega.train.evaluate import (
 )
 from tests.ranks import run_ranks
 from tests.unit.conftest import TinyRun
-from tests.unit.runs import packed_batch
+from tests.unit.runs import packed_batch, unmasked_store
 
 SAME = ("loss", "unigram_loss")
 
@@ -63,6 +65,11 @@ def test_result_is_that_of_the_training_log(finished: TinyRun, result: dict[str,
     assert result["unigram_loss"] == pytest.approx(logged["unigram_loss"], rel=1e-12)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]), rel=1e-14)
     assert result["num_sequences"] == len(TokenStore(finished.valid)) == 15
+    assert (
+        result["eval_recipe"]
+        == logged["eval_recipe"]
+        == layout.read_state(layout.step_dir(finished.run_dir, 4))["loop"]["eval_recipe"]
+    )
     assert result["checkpoint"] == str(layout.step_dir(finished.run_dir, 4))
 
 
@@ -178,5 +185,37 @@ def test_group_size_is_a_multiple(value: int, multiple: int, expected: int) -> N
 def test_perplexity_overflows_to_infinity() -> None:
     assert perplexity(2.0) == pytest.approx(math.exp(2))
     assert perplexity(1e4) == math.inf
-    record = evaluation_record({"loss": 1.0, "unigram_loss": 2.5, "count": 3.0})
-    assert record == {"valid_loss": 1.0, "valid_perplexity": math.e, "unigram_loss": 2.5}
+    record = evaluation_record({"loss": 1.0, "unigram_loss": 2.5, "count": 3.0}, "abc")
+    expected = {"valid_loss": 1.0, "valid_perplexity": math.e, "unigram_loss": 2.5, "eval_recipe": "abc"}
+    assert record == expected
+
+
+def test_the_recipe_is_pinned_whatever_the_training_masks(finished: TinyRun, result: dict[str, Any]) -> None:
+    """Also the order of the packs, of which a limit takes the first, does not follow the seed of the run."""
+    of_training = ("data.mlm_probability=0.5", "data.random_fraction=0", "data.crop=start", "seed=99")
+    other = evaluate_checkpoint(finished.run_dir, finished.valid, overrides=of_training)
+    assert other == result
+    assert result["eval_recipe"] == masks_recipe(EvalConfig(), 64)
+    part, same_part = (
+        evaluate_checkpoint(finished.run_dir, finished.valid, max_batches=2, overrides=changes)
+        for changes in ((), of_training)
+    )
+    assert part == same_part
+    more = evaluate_checkpoint(finished.run_dir, finished.valid, overrides=["eval.mlm_probability=0.5"])
+    assert more["num_labels"] > 2 * result["num_labels"]
+    assert more["eval_recipe"] == masks_recipe(EvalConfig(0.5), 64) != result["eval_recipe"]
+    assert more["eval_masks"].startswith("0.5 of the residues") and "0.15 of" in result["eval_masks"]
+
+
+def test_nothing_to_predict_is_null(
+    finished: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    store = unmasked_store(tmp_path / "store")
+    assert main(["evaluate", str(finished.run_dir), "--data", str(store), "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [found[name] for name in ("loss", "perplexity", "unigram_loss")] == [None] * 3
+    assert (found["num_labels"], found["num_sequences"]) == (0, 1)
+    assert {"loss: null", "perplexity: null", "unigram_loss: null"} <= set(
+        capfd.readouterr().out.splitlines()
+    )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from esm2mega.config.schema import EarlyStoppingConfig, Run, TrainConfig
+from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import best_checkpoint, prune
+from esm2mega.config.schema import CheckpointConfig, EarlyStoppingConfig, Run, TrainConfig
 from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train import loop as loop_module
 from esm2mega.train import throughput
-from esm2mega.train.loop import Evaluation, Hooks, LoopState, fit, note_evaluation
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_recipe, fit, note_evaluation
 from esm2mega.train.step import StepResult
 from tests.unit.runs import CPU, tiny_run
 
@@ -45,7 +51,7 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
 
     def run_loop(
         run: Run,
-        valid_losses: list[float] | None = None,
+        valid_losses: list[float | None] | None = None,
         loop: LoopState | None = None,
         at_step: Callable[[int], None] = lambda step: None,
         test_losses: list[float] | None = None,
@@ -59,8 +65,8 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
             at_step(state.step + 1)
             return StepResult({"loss": 2.0, "count": 10.0}, grad_norm=0.5, lr=1e-3)
 
-        def measure(split: str, values: Iterator[float]) -> Evaluation:
-            def evaluate(abandon: Callable[[], bool]) -> dict[str, float] | None:
+        def measure(split: str, values: Iterator[float | None]) -> Evaluation:
+            def evaluate(abandon: Callable[[], bool]) -> dict[str, Any] | None:
                 in_evaluation()
                 return None if abandon() else {f"{split}_loss": next(values), "unigram_loss": 3.0}
 
@@ -98,7 +104,7 @@ def test_order_within_a_step(play: Play) -> None:
     run = tiny_run("train.max_steps=2", "train.eval_every=1", "checkpoint.save_every=1")
     events = play(run, [3.0, 2.5])
     assert _brief(events) == [(kind, step) for step in (1, 2) for kind in ("step", "train", "eval", "save")]
-    assert [event[2]["valid_loss"] for event in events if event[0] == "save"] == [3.0, 2.5]
+    assert [event[2]["evaluation"]["valid_loss"] for event in events if event[0] == "save"] == [3.0, 2.5]
 
 
 def test_each_step_takes_the_micro_batches_of_the_configuration(play: Play) -> None:
@@ -129,14 +135,27 @@ def test_by_default_only_the_end_is_evaluated_and_saved(play: Play) -> None:
 def test_without_validation_data_nothing_is_evaluated(play: Play) -> None:
     events = play(tiny_run("train.max_steps=3", "train.eval_every=1"))
     assert _brief(events, "eval", "save") == [("save", 3)]
-    assert events[-1][2]["valid_loss"] is None
+    assert events[-1][2]["evaluation"] is None
 
 
 def test_the_best_is_saved_when_it_comes(play: Play) -> None:
     run = tiny_run("train.max_steps=5", "train.eval_every=1", "checkpoint.keep_best=1")
     events = play(run, [3.0, 3.5, 2.0, 2.5, 2.4])
     assert _brief(events, "save") == [("save", 1), ("save", 3), ("save", 5)]
-    assert [event[2]["best_valid_loss"] for event in events if event[0] == "save"] == [3.0, 2.0, 2.0]
+    assert [event[2]["best_value"] for event in events if event[0] == "save"] == [3.0, 2.0, 2.0]
+
+
+def test_so_are_the_best_few(play: Play) -> None:
+    """Also those that are no new best, and whatever early stopping counts as improvement."""
+    run = tiny_run(
+        "train.max_steps=6",
+        "train.eval_every=1",
+        "train.early_stopping.min_delta=5",
+        "checkpoint.keep_best=2",
+    )
+    events = play(run, [3.0, 3.5, 3.2, 3.3, 2.5, 2.9])
+    assert _brief(events, "save") == [("save", step) for step in (1, 2, 3, 5, 6)]
+    assert list(events[-1][2]["ranking"].items()) == [(5, 2.5), (6, 2.9)]
 
 
 def test_training_record(play: Play) -> None:
@@ -178,7 +197,7 @@ def test_patience_ends_the_run_and_saves(play: Play) -> None:
 
 
 def test_a_run_out_of_patience_stays_so_when_started_again(play: Play) -> None:
-    stopped = {"step": 8, "valid_loss": 2.0, "evaluations_without_improvement": 2}
+    stopped = {"step": 8, "evaluation": {"valid_loss": 2.0}, "evaluations_without_improvement": 2}
     run = tiny_run("train.max_steps=50", "train.early_stopping.patience=2")
     assert play(run, [], loop=LoopState(**stopped)) == []
     assert play(tiny_run("train.max_steps=9"), [1.0], loop=LoopState(**stopped)) != []
@@ -188,8 +207,9 @@ def test_a_missing_evaluation_of_the_last_step_is_made_up_for(play: Play) -> Non
     """A signal in the last step leaves a run that is trained and not evaluated."""
     events = play(tiny_run("train.max_steps=4"), [2.5], loop=LoopState(step=4))
     assert _brief(events) == [("eval", 4), ("save", 4)]
-    assert events[-1][2]["valid_loss"] == 2.5
-    assert play(tiny_run("train.max_steps=4"), [], loop=LoopState(step=4, valid_loss=2.5)) == []
+    assert events[-1][2]["evaluation"]["valid_loss"] == 2.5
+    done = LoopState(step=4, evaluation={"valid_loss": 2.5})
+    assert play(tiny_run("train.max_steps=4"), [], loop=done) == []
 
 
 def test_the_test_split_is_evaluated_once_at_the_end(play: Play) -> None:
@@ -229,33 +249,115 @@ def test_a_signal_saves_and_stops_without_evaluating(play: Play) -> None:
     events = play(run, [3.0, 3.0, 3.0], at_step=kill_at_three)
     assert _brief(events)[-4:] == [("step", 3), ("train", 3), ("save", 3), ("stopped", 3)]
     assert events[-1][2].startswith("stopped by SIGUSR1 after step 3, which is saved")
-    assert events[-2][2]["valid_loss"] is None, "that of step 2 is not the loss of this checkpoint"
+    assert events[-2][2]["evaluation"] is None, "that of step 2 is not the loss of this checkpoint"
 
 
-def _noted(losses: list[float], min_delta: float = 0.0) -> tuple[list[bool], LoopState]:
-    loop = LoopState()
+def _noted(
+    values: list[float | None], min_delta: float = 0.0, **settings: Any
+) -> tuple[list[bool], list[int], LoopState]:
+    """Enter evaluations of steps 1, 2, …: which are among the best, and counts since the last improvement."""
+    loop, checkpoint = LoopState(), CheckpointConfig(**settings)
     train = TrainConfig(early_stopping=EarlyStoppingConfig(patience=1, min_delta=min_delta))
-    return [note_evaluation(loop, loss, train) for loss in losses], loop
+    kept, counts = [], []
+    for loop.step, value in enumerate(values, start=1):
+        record = {"valid_loss": 1.0, checkpoint.best_metric: value}
+        kept.append(note_evaluation(loop, record, train, checkpoint))
+        counts.append(loop.evaluations_without_improvement)
+    return kept, counts, loop
 
 
 def test_note_evaluation_counts_since_the_best() -> None:
-    improved, loop = _noted([3.0, 2.0, 2.0, 2.5])
-    assert improved == [True, True, False, False]
-    assert (loop.valid_loss, loop.best_valid_loss, loop.evaluations_without_improvement) == (2.5, 2.0, 2)
+    kept, counts, loop = _noted([3.0, 2.0, 2.0, 2.5])
+    assert (kept, counts) == ([True, True, False, False], [0, 0, 1, 2])
+    assert (loop.valid_loss, loop.best_value, loop.best_step, loop.ranking) == (2.5, 2.0, 2, {2: 2.0})
+
+
+def test_a_metric_may_be_better_when_it_is_higher_and_is_not_always_defined() -> None:
+    values = [0.5, math.nan, 0.7, 0.6, 0.7]
+    kept, counts, loop = _noted(values, keep_best=2, best_metric="valid_spearman/depth")
+    assert (kept, counts) == ([True, False, True, True, True], [0, 1, 0, 1, 2])
+    assert (loop.best_value, loop.best_step, loop.ranking) == (0.7, 3, {3: 0.7, 5: 0.7})
+    assert _noted([math.nan, 0.1], best_metric="valid_r2")[0] == [False, True]
 
 
 def test_the_step_of_the_best_is_known(play: Play) -> None:
     loop = LoopState()
     play(tiny_run("train.max_steps=3", "train.eval_every=1"), [3.0, 2.0, 2.5], loop=loop)
-    assert (loop.best_step, loop.best_valid_loss) == (2, 2.0)
+    assert (loop.best_step, loop.best_value) == (2, 2.0)
 
 
 def test_small_improvements_do_not_renew_patience() -> None:
-    improved, loop = _noted([3.0, 2.95, 2.8], min_delta=0.1)
-    assert improved == [True, False, True]
-    assert (loop.best_valid_loss, loop.evaluations_without_improvement) == (2.8, 0)
+    _, counts, loop = _noted([3.0, 2.95, 2.8], min_delta=0.1)
+    assert (counts, loop.best_value) == ([0, 1, 0], 2.8)
+
+
+def test_an_evaluation_of_nothing_is_neither_best_nor_patience() -> None:
+    """As 0 it would be unbeatable. A loss that diverged is no best either, and uses patience up."""
+    kept, counts, loop = _noted([None, 3.0, None, 2.0, None])
+    assert (kept, counts) == ([False, True, False, True, False], [0] * 5)
+    assert (loop.valid_loss, loop.best_value) == (None, 2.0)
+    kept, counts, loop = _noted([math.nan, 3.0, math.inf, math.nan])
+    assert (kept, counts) == ([False, True, False, False], [1, 0, 1, 2])
+    assert (loop.valid_loss, loop.best_value) == (None, 3.0)
+
+
+def test_an_empty_evaluation_stops_and_keeps_nothing(play: Play) -> None:
+    settings = ("train.early_stopping.patience=1", "train.eval_every=1", "checkpoint.keep_best=1")
+    events = play(tiny_run("train.max_steps=3", *settings), [None] * 3, test_losses=[None])
+    assert _brief(events, "step", "save") == [("step", 1), ("step", 2), ("step", 3), ("save", 3), ("save", 3)]
+    assert [event[2]["valid_loss"] for event in events if event[0] == "eval"] == [None] * 3
+    assert events[-1][2]["best_value"] is events[-1][2]["test_loss"] is None
+
+
+def test_another_recipe_starts_the_comparison_anew() -> None:
+    _, _, loop = _noted([3.0, 2.0, 2.5])
+    assert begin_recipe(loop, "a")
+    assert loop == LoopState(step=3, eval_recipe="a")
+    assert note_evaluation(loop, {"valid_loss": 2.7}, TrainConfig(), CheckpointConfig())
+    assert (loop.best_step, loop.ranking) == (3, {3: 2.7}), "the best of its recipe"
+    before = loop.to_dict()
+    assert not begin_recipe(loop, "a")
+    assert loop.to_dict() == before
+    assert not begin_recipe(LoopState(), "a"), "there was nothing to compare with"
 
 
 def test_state_survives_its_file() -> None:
-    _, loop = _noted([3.0, 2.0, 2.5])
-    assert LoopState(**loop.to_dict()) == loop
+    _, _, loop = _noted([3.0, 2.0, 2.5, math.nan], keep_best=2)
+    assert LoopState.from_dict(json.loads(json.dumps(loop.to_dict(), allow_nan=False))) == loop
+
+
+def test_state_of_an_earlier_version_is_read() -> None:
+    saved = {"step": 3, "valid_loss": 2.5, "best_valid_loss": 2.0, "best_step": 2, "test_loss": None}
+    loop = LoopState.from_dict({**saved, "evaluations_without_improvement": 1})
+    assert (loop.valid_loss, loop.best_value, loop.best_step, loop.ranking) == (2.5, 2.0, 2, {2: 2.0})
+    unevaluated = {**saved, "valid_loss": None, "best_valid_loss": None, "best_step": None}
+    loop = LoopState.from_dict({**unevaluated, "evaluations_without_improvement": 0})
+    assert (loop.evaluation, loop.best_value, loop.ranking) == (None, None, {})
+
+
+def test_the_best_evaluations_are_kept_whatever_their_order(tmp_path: Path) -> None:
+    """30 runs of 20 drawn evaluations, some of them equal or not defined, compared with a sort."""
+    rng = np.random.default_rng(4)
+    for number in range(30):
+        metric, sign = (("valid_loss", 1), ("valid_spearman", -1))[number % 2]
+        keep_best, keep_last, save_every = (int(rng.integers(low, 7)) for low in (0, 1, 0))
+        settings = {"keep_best": keep_best, "keep_last": keep_last, "best_metric": metric}
+        values = [float(x) if x else math.nan for x in rng.integers(0, 15, 20)]
+        loop, checkpoint, run_dir = LoopState(), CheckpointConfig(**settings), tmp_path / str(number)
+        for loop.step, value in enumerate(values, start=1):
+            loop.evaluation = None
+            kept = note_evaluation(loop, {"valid_loss": 1.0, metric: value}, TrainConfig(), checkpoint)
+            if kept or loop.step == len(values) or (save_every and loop.step % save_every == 0):
+                directory = layout.step_dir(run_dir, loop.step)
+                directory.mkdir(parents=True)
+                saved = {"best_metric": metric if keep_best else None, "loop": loop.to_dict()}
+                layout.write_state(directory, saved)
+                (directory / layout.COMPLETE).write_text("")
+                prune(run_dir, checkpoint, directory)
+        there = {layout.step_of(path) for path in layout.find_checkpoints(run_dir)[0]}
+        ranked = sorted((sign * x, step) for step, x in enumerate(values, start=1) if not math.isnan(x))
+        best = [step for _, step in ranked[:keep_best]]
+        assert set(best) <= there and 20 in there, number
+        assert len(there) <= keep_best + keep_last
+        found = best_checkpoint(run_dir)
+        assert (found and found.step) == (best[0] if best else None)

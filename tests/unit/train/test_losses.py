@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from esm2mega.batch import PackedBatch
-from esm2mega.train.losses import LossReduction, LossTerms, MLMLossReduction
+from esm2mega.train.losses import LossReduction, LossTerms, MLMLossReduction, loss_and_perplexity
 from esm2mega.train.step import run_schedule
 from tests.unit.runs import CPU, packed_batch, tiny_run, train_state
 
@@ -66,8 +66,21 @@ def test_no_labels_contribute_nothing() -> None:
 @pytest.mark.parametrize(
     "reports", [[], [{"loss": torch.zeros(2, dtype=torch.float64)}]], ids=["none", "empty"]
 )
-def test_nothing_to_reduce_is_zero(world: None, reports: list[dict[str, Tensor]]) -> None:
-    assert MLMLossReduction().reduce(reports, CPU) == {"loss": 0.0, "count": 0.0}
+def test_nothing_to_predict_has_no_mean(world: None, reports: list[dict[str, Tensor]]) -> None:
+    assert MLMLossReduction().reduce(reports, CPU) == {"loss": None, "count": 0.0}
+
+
+def test_each_mean_has_a_count_of_its_own(world: None) -> None:
+    """A loss over one label is 0 where it is 0; what is logged beside it over none is None."""
+    unigram = MLMLossReduction(torch.zeros(33))
+    zero, nothing = torch.tensor([0.0, 1.0]).double(), torch.zeros(2).double()
+    found = unigram.reduce([{"loss": zero, "unigram_loss": nothing}], CPU)
+    assert found == {"loss": 0.0, "unigram_loss": None, "count": 1.0}
+
+
+def test_perplexity_of_nothing_is_none() -> None:
+    assert loss_and_perplexity({"loss": None, "count": 0.0}) == {"loss": None, "perplexity": None}
+    assert loss_and_perplexity({"loss": 0.0, "count": 1.0}) == {"loss": 0.0, "perplexity": 1.0}
 
 
 def test_bf16_logits_are_taken_to_fp32() -> None:

@@ -11,19 +11,22 @@ import torch
 
 from esm2mega.checkpoint import layout
 from esm2mega.config.load import run_from_yaml
+from esm2mega.config.schema import EvalConfig
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.recipe import masks_recipe
 from esm2mega.errors import MachineError, UserError
 from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 from esm2mega.train import session as module
 from esm2mega.train.evaluate import evaluate_checkpoint
+from esm2mega.train.loop import LoopState
 from esm2mega.train.pretrain import pretrain
 from esm2mega.train.start import find_init, find_resume
 from tests.checkpoints import full_weights
 from tests.unit.conftest import TinyRun
-from tests.unit.runs import tiny_run
+from tests.unit.runs import tiny_run, unmasked_store
 
 
 def test_init_from_starts_with_the_weights_and_a_fresh_optimizer(finished: TinyRun, tmp_path: Path) -> None:
@@ -55,6 +58,26 @@ def test_resume_goes_on_where_the_run_stopped(finished: TinyRun, tmp_path: Path)
         full_weights(layout.step_dir(tmp_path / "run", 4)),
     )
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.fasta", "MKT\n", "not FASTA: a record must start with '>'"),
+        ("bad.csv", "id,seq\na,MKT\n", "no column 'sequence' among id, seq"),
+        ("absent", None, "absent"),
+    ],
+)
+def test_every_input_is_looked_at_before_the_first_is_prepared(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    (tmp_path / "good.fasta").write_text(">a\nMKT\n")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    inputs = (f"data.train={tmp_path}/good.fasta", f"data.test={tmp_path / name}")
+    with pytest.raises(UserError, match=message):
+        pretrain(tiny_run(*inputs, run_dir=tmp_path / "runs" / "x"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_epochs_take_every_protein_so_often(finished: TinyRun, tmp_path: Path) -> None:
@@ -204,7 +227,8 @@ def test_a_start_tells_what_it_does_with_what_is_there(
     # Started again it has nothing to do, and changes nothing.
     before = log.read_bytes()
     pretrain(tiny_run(*data, init, run_dir=run_dir))
-    assert capsys.readouterr().err.splitlines()[-1] == "nothing to do: step 2 of 2 is done"
+    ending = f"nothing to do: step 2 of 2 is done, checkpoint {layout.step_dir(run_dir, 2)}"
+    assert capsys.readouterr().err.splitlines()[-1] == ending
     assert log.read_bytes() == before
 
     # A resume says what it drops, what has changed, and what it leaves out.
@@ -226,9 +250,62 @@ def test_early_stopping_says_so(
     run = tiny_run(*data, *settings, "train.max_steps=9", run_dir=tmp_path)
     ended = pretrain(run)
     assert (ended.step, ended.best_step) == (3, 1)
-    line = f"stopped early: no improvement in 2 evaluations, best {ended.best_valid_loss:.4f} at step 1"
-    checkpoint = layout.step_dir(tmp_path, 3)
-    assert capsys.readouterr().err.splitlines()[-1] == f"{line}; checkpoint {checkpoint}"
+    last, best = (layout.step_dir(tmp_path, step) for step in (3, 1))
+    ending = f"stopped early: no improvement in 2 evaluations; step 3, checkpoint {last}"
+    ending += f"; best by valid_loss ({ended.best_value:.4f}): step 1, checkpoint {best}"
+    assert capsys.readouterr().err.splitlines()[-1] == ending
+
+
+def test_validation_that_predicts_nothing_is_refused(finished: TinyRun, tmp_path: Path) -> None:
+    """Before training: its loss would be null, which is never best and never stops."""
+    store = unmasked_store(tmp_path / "store")
+    run = tiny_run(f"data.train={finished.train}", f"data.valid={store}", run_dir=tmp_path / "run")
+    with pytest.raises(
+        UserError, match="select no residue of its 1 proteins, so there is nothing to predict"
+    ):
+        pretrain(run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_test_that_predicts_nothing_is_null(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = unmasked_store(tmp_path / "store")
+    data = (f"data.train={finished.train}", f"data.test={store}")
+    pretrain(tiny_run(*data, "train.max_steps=1", run_dir=tmp_path / "run"))
+    assert "step 1: test no loss: nothing to predict\n" in capsys.readouterr().err
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert record["kind"] == "test"
+    assert record["test_loss"] is record["test_perplexity"] is record["unigram_loss"] is None
+
+
+def test_a_resume_with_another_recipe_starts_the_comparison_anew(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another mask rate of training is not another recipe; one of evaluation is, and is said in one line."""
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    kept = layout.read_state(layout.step_dir(tmp_path / "run", 4))["loop"]
+    data = (f"data.train={finished.train}", f"data.valid={finished.valid}")
+    settings = (*data, "train.eval_every=1", "optim.lr=1e-300", "data.mlm_probability=0.3")
+
+    def resumed(steps: int, *changes: str) -> tuple[LoopState, list[str]]:
+        capsys.readouterr()
+        run = tiny_run(*settings, f"train.max_steps={steps}", *changes, run_dir=tmp_path / "run")
+        loop = pretrain(run)
+        return loop, [line for line in capsys.readouterr().err.splitlines() if "in place of" in line]
+
+    same, said = resumed(5)
+    assert said == [] and same.eval_recipe == kept["eval_recipe"]
+    assert same.best_value == pytest.approx(kept["best_value"], rel=1e-12)
+    harder, said = resumed(6, "eval.mlm_probability=0.6")
+    recipe = masks_recipe(EvalConfig(0.6), 64)
+    line = f"eval     recipe {recipe} in place of {kept['eval_recipe']}: best and early stopping start anew"
+    assert said == [line] and harder.eval_recipe == recipe
+    assert (harder.best_step, harder.evaluations_without_improvement) == (6, 0)
+    assert harder.best_value == harder.valid_loss != same.best_value
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    recipes = [record["eval_recipe"] for record in records if record["kind"] == "eval"]
+    assert recipes == [kept["eval_recipe"]] * 3 + [recipe]
 
 
 def test_a_small_model_gets_below_residue_frequencies(tmp_path: Path) -> None:
@@ -267,7 +344,7 @@ def _csv(path: Path, numbers: range) -> Path:
 
 def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained and evaluated as from stores of the same proteins, bit by bit."""
-    train, valid = _csv(tmp_path / "train.csv", range(8)), _csv(tmp_path / "valid.csv", range(7, 10))
+    train, valid = _csv(tmp_path / "train.csv", range(8)), _csv(tmp_path / "valid.csv", range(8, 11))
     columns = SourceOptions(sequence_column="aa", id_column="name")
     stores = {}
     for path in (train, valid):
@@ -288,13 +365,18 @@ def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.
     assert {**of_file, "data": None} == {**of_store, "data": None}
 
 
-def test_validation_on_the_training_proteins_is_refused(finished: TinyRun, tmp_path: Path) -> None:
+def test_validation_on_the_training_proteins_is_refused_unless_asked_for(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(finished.train, tmp_path / "copy")
-    run = tiny_run(
-        f"data.train={finished.train}", f"data.valid={tmp_path / 'copy'}", run_dir=tmp_path / "run"
-    )
-    with pytest.raises(UserError, match="holds the same proteins as data.train"):
-        pretrain(run)
+    data = (f"data.train={finished.train}", f"data.valid={tmp_path / 'copy'}", "train.max_steps=1")
+    with pytest.raises(
+        UserError, match="copy: 45 of 45 proteins are also in data.train=.*allow_overlap=true"
+    ):
+        pretrain(tiny_run(*data, run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    pretrain(tiny_run(*data, "data.allow_overlap=true", run_dir=tmp_path / "run"))
+    assert "copy: 45 of 45 proteins are also in data.train=" in capsys.readouterr().err
 
 
 def test_training_data_must_be_given(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.cli.app import main
 from esm2mega.convert.convert import convert
 from esm2mega.convert.formats.registry import detect, open_weights
@@ -210,7 +211,7 @@ def test_a_checkpoint_that_appears_meanwhile_changes_nothing(
     )
     data = f"data.train={sources / 'labels.jsonl'}"
     assert main(command(tmp_path, "run", tmp_path / "new", data, *settings)) == 0
-    assert layout.resolve_checkpoint(run_dir) == newer
+    assert choose_checkpoint(run_dir).path == newer
     ((session, start),) = begun
     assert start.path == layout.step_dir(run_dir, 2) and not start.is_resumed
     (model,) = session.built.state.model

@@ -57,6 +57,12 @@ def test_rate_is_the_one_that_the_update_used(world: None) -> None:
     assert not torch.equal(before[0], _weights(state)[0])
 
 
+def test_a_step_without_labels_has_no_loss_and_no_gradient(world: None) -> None:
+    state = train_state(tiny_run())
+    result = train_step(state, [packed_batch([[0, 5, 7, 2]], {})])
+    assert (result.metrics, result.grad_norm) == ({"loss": None, "count": 0.0}, 0.0)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_loss_that_is_no_number_ends_the_run_before_the_update(world: None, value: float) -> None:
     state = train_state(tiny_run())

@@ -146,8 +146,16 @@ def test_a_bare_model_is_an_encoder_without_head(directory: Path, tmp_path: Path
             json.dumps({**CONFIG, "tie_word_embeddings": False}),
             "lm_head.decoder.weight is missing, so readers",
         ),
+        (
+            json.dumps({**CONFIG, "tie_word_embeddings": "False"}),
+            "lm_head.decoder.weight is missing, so readers",
+        ),
+        (
+            json.dumps({**CONFIG, "tie_word_embeddings": "maybe"}),
+            "tie_word_embeddings is 'maybe', neither true nor false",
+        ),
     ],
-    ids=["nested", "huge", "untied"],
+    ids=["nested", "huge", "untied", "untied in text", "tied and not"],
 )
 def test_a_bad_configuration_is_one_line(directory: Path, content: str, message: str) -> None:
     (directory / "config.json").write_text(content)

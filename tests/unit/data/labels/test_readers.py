@@ -165,7 +165,7 @@ def test_crops_and_chunks_keep_every_column_with_its_residues() -> None:
 
 
 def test_pairs_have_a_value_for_each_column() -> None:
-    for value in ("CH", 1.0, ("CH", "CH", "CH"), {"three": "CH", "eight": "CH"}):
+    for value in ("CH", 1.0, ("CH", "CH", "CH")):
         with pytest.raises(UserError, match=r"train\[0\]: [13] values for task.target_columns=.*; give one"):
             proteins_of_pairs([("MK", value)], replace(CLASSES, mask_column=None), None, "train")
 

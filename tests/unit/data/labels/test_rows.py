@@ -126,3 +126,27 @@ def test_what_the_configuration_refuses() -> None:
             validate_task(Run(task=TaskConfig(**task)))
     with pytest.raises(UserError, match="pairs hold their labels themselves; set task.label_file=null"):
         proteins_of_pairs([("MK", 1.0)], TaskConfig(kind="regression", label_file="l"), None, "train")
+
+
+@pytest.mark.parametrize("kind", ["classification", "token_classification"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.fasta",
+            b">a x=HC\nMK\n>b x=H\xe9\nMK\n",
+            "a.fasta:3: .* in the header of 'b' is not UTF-8; convert",
+        ),
+        ("a.jsonl", b'{"sequence": "MK", "x": "H\\ud800"}\n', r"the label '.*\\ud800' is not text in UTF-8"),
+        (
+            "a.jsonl",
+            b'{"sequence": "MK", "x": ' + b"[" * 99999,
+            "a.jsonl:1: not JSON .it is nested too deeply",
+        ),
+    ],
+)
+def test_labels_that_are_no_text(tmp_path: Path, kind: str, name: str, content: bytes, message: str) -> None:
+    """They would be one class with others, or could not be written to a file of predictions."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, {}, name, kind=kind, target_columns=["x"])

@@ -118,6 +118,16 @@ def test_without_ids_line_numbers_are_ids_and_that_is_said(tmp_path: Path, name:
             gzip.compress(b"id,sequence\na,MK\n", mtime=0)[:-9],
             "t.csv.gz: the gzip data ends early",
         ),
+        ("t.csv", b"id,sequence\ra,MK\rb,MK\r", "t.csv:1: has carriage returns without line feeds"),
+        ("t.tsv", b"id\tsequence\ra\tMK\r", "t.tsv:1: has carriage returns without line feeds"),
+        ("t.csv", b"id,s\requence\r\na,MK\r\n", "t.csv:1: has carriage returns without line feeds"),
+        ("t.csv", b"id,sequence,\xe9\na,MK,1\n", "t.csv:1: is not UTF-8; convert the file"),
+        ("t.csv", b'"id,sequence\na,MK\n', "t.csv:1: not CSV (unexpected end of data); correct the header"),
+        (
+            "t.jsonl",
+            b'{"id": [[[[[[[[1]]]]]]]], "sequence": "MK"}\n',
+            "t.jsonl:1: the id [[[[[[[...]]]]]]] is a list",
+        ),
         ("t.jsonl", b"", "t.jsonl: no objects in the file"),
         ("t.jsonl", b'[{"sequence": "MK"},\n {"sequence": "AC"}]\n', "t.jsonl:1: not JSON ("),
         (

@@ -87,7 +87,7 @@ def test_what_is_cut_short_is_never_taken(tmp_path: Path, name: str) -> None:
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="is not a regular file"):
+    with pytest.raises(UserError, match="is a stream, and this input is read more than once"):
         FastaReader(tmp_path / "pipe")
 
 

@@ -16,7 +16,7 @@ import torch
 
 from esm2mega import vocabulary
 from esm2mega.batch import PackedBatch
-from esm2mega.config.schema import DataConfig
+from esm2mega.config.schema import DataConfig, EvalConfig
 from esm2mega.data.store.shards import SHARD_UNIT
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.data.stream.build import BatchSpec, train_plan
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 AMINO_ACIDS = "LAGVSERTIDPKQNFYMHWC"
 SPEC = BatchSpec(DataConfig(max_seq_length=64, pack_window=100), micro_batch_tokens=256, seed=1)
+MASKS = EvalConfig()
 
 
 def digest(batch: PackedBatch, names: list[str] | None = None) -> str:
@@ -339,48 +340,19 @@ def test_a_pack_too_small_for_the_longest_protein_is_refused(store: TokenStore) 
 
 
 def test_evaluation_reads_every_protein_once_and_the_same_each_time(store: TokenStore) -> None:
-    packs = EvalPacks(store, replace(SPEC, data=replace(SPEC.data, max_seq_length=128)))
+    packs = EvalPacks(store, replace(SPEC, data=replace(SPEC.data, max_seq_length=128)), MASKS)
     first, second = ([digest(batch) for batch in packs] for _ in range(2))
     assert first == second and len(first) == len(packs) == packs.num_packs
     proteins = [f"<cls>{vocabulary.decode(store.residues(i))}<eos>" for i in range(60)]
     assert sorted(text for batch in packs for text in originals(batch)) == sorted(proteins)
 
 
-def test_masks_of_evaluation_do_not_depend_on_the_packs(store: TokenStore) -> None:
-    def masked(spec: BatchSpec, dp_size: int) -> list[str]:
-        proteins = []
-        for rank in range(dp_size):
-            for batch in EvalPacks(store, spec, dp_rank=rank, dp_size=dp_size):
-                pieces = batch.input_ids.split(batch.seqlens)[: batch.num_sequences]
-                proteins += [vocabulary.decode(piece.numpy()) for piece in pieces]
-        return sorted(proteins)
-
-    expected = masked(SPEC, 1)
-    assert any("<mask>" in protein for protein in expected)
-    assert masked(SPEC, 3) == expected
-    assert masked(replace(SPEC, micro_batch_tokens=64, data=replace(SPEC.data, pack_window=7)), 2) == expected
-    assert masked(replace(SPEC, seed=2), 1) != expected
-
-
-def test_masks_of_evaluation_belong_to_the_number_in_the_store(store: TokenStore, tmp_path: Path) -> None:
-    with StoreWriter(tmp_path / "longer") as writer:
-        texts = [vocabulary.decode(store.residues(i)).encode() for i in range(60)]
-        writer.append([f"p{i}" for i in range(61)], [*texts, b"MKTL"])
-
-    def masked(of: TokenStore) -> set[str]:
-        pieces = [piece for batch in EvalPacks(of, SPEC) for piece in batch.input_ids.split(batch.seqlens)]
-        return {vocabulary.decode(piece.numpy()) for piece in pieces if piece[0] != vocabulary.PAD}
-
-    longer = masked(TokenStore(tmp_path / "longer"))
-    assert masked(store) < longer and len(longer) == len(masked(store)) + 1
-
-
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 7, 40])
 @pytest.mark.parametrize("limit", [0, 5])
 def test_evaluation_is_dealt_evenly(store: TokenStore, dp_size: int, limit: int) -> None:
-    expected = [digest(batch) for batch in EvalPacks(store, SPEC, limit)]
-    assert len(expected) == (limit or EvalPacks(store, SPEC).num_packs)
-    ranks = [EvalPacks(store, SPEC, limit, rank, dp_size) for rank in range(dp_size)]
+    expected = [digest(batch) for batch in EvalPacks(store, SPEC, MASKS, limit)]
+    assert len(expected) == (limit or EvalPacks(store, SPEC, MASKS).num_packs)
+    ranks = [EvalPacks(store, SPEC, MASKS, limit, rank, dp_size) for rank in range(dp_size)]
     batches = [list(packs) for packs in ranks]
     assert {len(part) for part in batches} == {len(ranks[0])} == {-(-len(expected) // dp_size)}
     dealt = [batch for step in zip(*batches, strict=True) for batch in step]
@@ -394,7 +366,7 @@ def test_evaluation_is_dealt_evenly(store: TokenStore, dp_size: int, limit: int)
 def test_training_and_evaluation_masks_differ(store: TokenStore) -> None:
     spec = BatchSpec(DataConfig(max_seq_length=128), micro_batch_tokens=128, seed=1)
     training = build_batch([store], spec, make_pack([59], [59], [121]))
-    evaluation = next(batch for batch in EvalPacks(store, spec) if 121 in batch.seqlens)
+    evaluation = next(batch for batch in EvalPacks(store, spec, MASKS) if 121 in batch.seqlens)
     index = evaluation.seqlens.index(121)
     assert originals(evaluation)[index] == originals(training)[0]
     masked = evaluation.input_ids.split(evaluation.seqlens)[index]

@@ -1,0 +1,26 @@
+"""Splits names such as ``RUN@best`` into the directory of a run and the checkpoint of it that is meant."""
+
+from __future__ import annotations
+
+import os
+import re
+
+FORMS = "RUN@best, RUN@last or RUN@step_N"
+"""Lists the forms, for messages."""
+
+_FORM = re.compile(r"(?P<run>.+)@(?P<which>best|last|step_\d+)", re.DOTALL)
+
+
+def split_run(named: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """Return the path of a run and what follows the ``@``: ``best``, ``last`` or ``step_N``.
+
+    A path that exists as it is written is returned whole, with None; so is one that has none of the forms.
+    """
+    text = os.fspath(named)
+    found = None if os.path.exists(text) else _FORM.fullmatch(text)
+    return (text, None) if found is None else (found["run"], found["which"])
+
+
+def is_there(named: str | os.PathLike[str]) -> bool:
+    """Tell whether a path exists, or the run of which it names a checkpoint."""
+    return os.path.exists(split_run(named)[0])

@@ -1,0 +1,104 @@
+"""Reads variants as tables write them: ``A24G``, ``A24G:D25N``, HGVS such as ``p.Ala24Gly``, and ``WT``.
+
+| written | read as |
+|---|---|
+| ``A24G``, ``Ala24Gly``, ``p.Ala24Gly``, ``p.(Ala24Gly)``, ``NP_1.1:p.Ala24Gly`` | a substitution |
+| ``A24G:D25N``, ``p.[Ala24Gly;Asp25Asn]`` | several |
+| ``A24A``, ``A24=``, ``p.Ala24=`` | no change of the protein: the wild type |
+| ``WT``, ``_wt``, ``_sy``, ``p.=`` | the wild type (the underscores are those of Enrich2 and MaveDB) |
+| ``A24*``, ``A24Ter``, ``p.Ala24Ter`` | the protein ends before residue 24 |
+"""
+
+from __future__ import annotations
+
+import re
+
+from Bio.Data.IUPACData import protein_letters_3to1_extended
+
+from esm2mega.errors import UserError
+from esm2mega.infer.variants import STOP, Substitution, Variant
+from esm2mega.vocabulary import VOCAB
+
+_WILD_TYPE = frozenset({"WT", "_WT", "_SY", "WILDTYPE", "WILD-TYPE", "WILD TYPE", "WILD_TYPE", "="})
+_LETTER = {name.upper(): letter for name, letter in protein_letters_3to1_extended.items()} | {"TER": STOP}
+
+_HGVS = re.compile(r"(?:[\w.-]+:)?P\.(.+)")
+_CHANGE = re.compile(r"([A-Z]|[A-Z]{3})(-?[0-9]{1,9})([A-Z]|[A-Z]{3}|\*|=)")
+_OTHER_CHANGES = re.compile(r"\d(?:_[A-Z]{1,3}\d+)?(?:DEL|INS|DUP)|FS|EXT")
+
+
+def parse_variant(text: str, sequence: str, offset: int, offset_name: str = "--offset") -> Variant:
+    """Read one variant.
+
+    Args:
+        text: A variant in one of the forms above, in letters of either case.
+        sequence: The wild type.
+        offset: Number of its first residue.
+        offset_name: What sets the offset, for messages; empty where it is fixed.
+
+    Returns:
+        The residues that change; none for the wild type.
+
+    Raises:
+        UserError: The text has another form, or a change is outside of the sequence, starts from a residue
+            that the wild type does not have there, leads to no residue of ESM-2, occurs twice, or is behind a
+            stop.
+    """
+    upper = text.strip().upper()
+    hgvs = _HGVS.fullmatch(upper)
+    parts = _hgvs_parts(hgvs[1]) if hgvs is not None else upper.split(":")
+    if len(parts) == 1 and parts[0] in _WILD_TYPE:
+        return ()
+    cure = f", or set {offset_name} (now {offset}) to the number of the first residue" if offset_name else ""
+    changes = [_change(text, part, hgvs is not None, sequence, offset, cure) for part in parts]
+    if len({change.position for change in changes}) < len(changes):
+        raise UserError(f"{text!r} changes a residue twice; give each residue once")
+    end = min((change.position for change in changes if change.mutant == STOP), default=len(sequence))
+    if any(change.position > end for change in changes):
+        raise UserError(f"{text!r} changes a residue behind a stop; leave that change out")
+    return tuple(change for change in changes if change.mutant != change.wild)
+
+
+def _hgvs_parts(text: str) -> list[str]:
+    """Take off the parentheses of a predicted change and the brackets of changes of one molecule."""
+    text = _without(text, "()")
+    parts = text[1:-1].split(";") if text.startswith("[") and text.endswith("]") else [text]
+    return [_without(part.strip(), "()") for part in parts]
+
+
+def _without(text: str, pair: str) -> str:
+    return text[1:-1] if text.startswith(pair[0]) and text.endswith(pair[1]) else text
+
+
+def _change(text: str, part: str, is_hgvs: bool, sequence: str, offset: int, cure: str) -> Substitution:
+    match = _CHANGE.fullmatch(part)
+    names = [] if match is None else [_LETTER.get(match[i], match[i]) for i in (1, 3)]
+    if match is None or any(len(name) > 1 for name in names):
+        if _OTHER_CHANGES.search(part):
+            raise UserError(
+                f"{text!r} is no substitution; variants with insertions and deletions are scored as whole "
+                "sequences, which a column mutated_sequence holds"
+            )
+        raise UserError(
+            f"{text!r} is no variant; write A24G, A24G:D25N for several substitutions, p.Ala24Gly, or WT"
+        )
+    wild, number, mutant = names[0], int(match[2]), names[1]
+    index = number - offset
+    if not 0 <= index < len(sequence):
+        raise UserError(
+            f"{part}: residue {number} is not in the sequence, whose {len(sequence)} residues are "
+            f"numbered from {offset}; correct it{cure}"
+        )
+    if sequence[index] != wild:
+        raise UserError(
+            f"{part}: residue {number} of the sequence is {sequence[index]}, not {wild}; correct it{cure}"
+        )
+    if match[3] == "X" and (is_hgvs or len(match[1]) > 1):
+        raise UserError(f"{text!r}: X is a stop in old HGVS and any residue in new; write Ter or Xaa")
+    if mutant == "=":
+        mutant = wild
+    if mutant not in VOCAB and mutant != STOP:
+        raise UserError(f"{part}: {mutant} is no residue of ESM-2; the letters are {''.join(VOCAB[4:29])}")
+    if mutant == STOP and index == 0:
+        raise UserError(f"{text!r} leaves no residue of the protein, so there is nothing to score")
+    return Substitution(index, wild, mutant)

@@ -1,0 +1,65 @@
+"""Homes, version and time are expanded in paths, in nothing else, and not where a run would be lost."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from esm2mega.config.load import known_keys, load_run
+from esm2mega.config.paths import expanded, is_expanded
+from esm2mega.config.schema import Run, choices, flatten
+from esm2mega.errors import UserError
+from esm2mega.version import __version__
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+
+
+def loaded(*words: str) -> Run:
+    return load_run(None, ["model.size=tiny", *words])
+
+
+def test_home_and_version_in_every_path_and_in_no_other_text() -> None:
+    text = "~/x_{version}"
+    keys = [key for key, kind in known_keys().items() if kind in (str, str | None) or key == "data.train"]
+    open_keys = [key for key in keys if key not in choices(Run())]
+    run = loaded(*(f"{key}={text}" for key in open_keys), f"task.target_columns=['{text}']")
+    before, after = flatten(run), flatten(expanded(run))
+    assert all(before[key] == text for key in open_keys), "loading alone expands nothing"
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {
+        *("run_dir", "init_from", "data.train", "data.valid", "data.test", "data.cache_dir"),
+        *("checkpoint.resume", "task.label_file", "task.mask_file"),
+    }
+    assert {after[key] for key in changed} == {f"/home/me/x_{__version__}"}
+
+
+def test_one_time_for_all_paths() -> None:
+    run = loaded(
+        "run_dir=runs/{time}", "checkpoint.resume=never", "data.cache_dir=${run_dir}/c", "data.train=[~/a, b]"
+    )
+    done = expanded(run)
+    assert re.fullmatch(r"runs/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", done.run_dir)
+    assert done.data.cache_dir == f"{done.run_dir}/c" and done.data.train == ["/home/me/a", "b"]
+    assert run.run_dir == "runs/{time}" and is_expanded(done) and not is_expanded(run)
+
+
+@pytest.mark.parametrize(
+    "word", ["run_dir=a/~/b", "run_dir=a/{date}", "logging.wandb_run_name=~/{time}", "data.train=./~x"]
+)
+def test_what_is_no_placeholder_stays(word: str) -> None:
+    run = loaded(word)
+    assert is_expanded(run) and expanded(run) == run
+
+
+def test_a_time_that_no_resume_could_find_is_refused() -> None:
+    with pytest.raises(UserError, match="set checkpoint.resume=never, or name one"):
+        expanded(loaded("run_dir={time}/x"))
+
+
+def test_an_unknown_user_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data.valid=~nobody_there/x: no home directory of ~nobody_there"):
+        expanded(loaded("data.valid=~nobody_there/x"))
