@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sized
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega.data.labels.forms import CHARACTERS, NO_LABEL, WORDS, plain
+from esm2mega.data.labels.forms import CHARACTERS, NO_LABEL, WORDS
 from esm2mega.data.labels.lists import MARKS, is_list, list_of
 from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.errors import UserError
@@ -28,7 +28,7 @@ Cells = Mapping[str, object]
 
 def text_of(cells: Cells, column: str, location: str) -> str:
     """Return a cell as text, which may not be empty."""
-    value = plain(cells[column])
+    value = cells[column]
     if value is None or (isinstance(value, str) and not value.strip()):
         raise _empty(column, location)
     if isinstance(value, list) or (isinstance(value, str) and value.strip()[0] == "[" and is_list(value)):
@@ -81,7 +81,7 @@ def number_of(value: object, column: str, location: str) -> float:
 
 def numbers_of(cells: Cells, column: str, location: str, num_residues: int) -> npt.NDArray[np.float64]:
     """Return the numbers of a cell, ``[L]``: of a list, its text, or of words, one for each residue."""
-    value = plain(cells[column])
+    value = cells[column]
     if isinstance(value, str) and "," in value and _is_number(value.replace(",", ".")):
         raise UserError(
             f"{location}: {value!r} in column {column!r} may be two numbers, or one with a decimal comma; "
@@ -112,7 +112,7 @@ def classes_of(
         declared: Classes that the user declared. They alone may be blank, or hold brackets, quotes, commas or
             blanks.
     """
-    value = plain(cells[column])
+    value = cells[column]
     if value is None or value == "":
         raise _empty(column, location)
     if isinstance(value, str) and not (form == CHARACTERS and len(value) == num_residues) and is_list(value):
@@ -182,7 +182,7 @@ def _class_of(entry: object, column: str, location: str, declared: Collection[st
 
 def names_of(cells: Cells, column: str, location: str) -> list[str]:
     """Return the names in a cell of a multilabel task: a list of text, or text with ``;`` between names."""
-    value = plain(cells[column])
+    value = cells[column]
     if value is None:
         return []
     if isinstance(value, str):
@@ -213,7 +213,7 @@ def mask_of(cells: Cells, column: str | None, location: str, num_residues: int) 
     """Return which residues count, ``[L]``: those marked 1 in the column, or all without a column."""
     if column is None:
         return np.ones(num_residues, dtype=bool)
-    value = plain(cells[column])
+    value = cells[column]
     if value is None or value == "":
         raise _empty(column, location)
     if isinstance(value, str) and len(value) != num_residues:

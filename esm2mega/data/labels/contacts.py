@@ -15,7 +15,6 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega.data.labels.forms import plain
 from esm2mega.errors import UserError
 from esm2mega.files import parse_json, shortened
 from esm2mega.pairs import pairs_of
@@ -47,7 +46,6 @@ def read_coordinates(value: object, column: str, location: str) -> Array:
     Raises:
         UserError: The cell holds anything else.
     """
-    value = plain(value)
     if isinstance(value, str):
         try:
             value = parse_json(_MISSING.sub("null", value.translate(_BRACKETS)))
@@ -63,7 +61,6 @@ def read_coordinates(value: object, column: str, location: str) -> Array:
         )
     rows = np.full((len(value), 3), math.nan)
     for number, row in enumerate(value):
-        row = plain(row)
         if row is None:
             continue
         if not isinstance(row, list) or len(row) != 3 or not all(_is_coordinate(x) for x in row):

@@ -24,13 +24,6 @@ SAID = {CHARACTERS: "a character for each residue", WORDS: "a word for each resi
 """This says what a column holds, for messages."""
 
 
-def plain(value: object) -> object:
-    """Return the list that an array, a tensor or a tuple stands for, and anything else as it is."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return list(value) if isinstance(value, tuple) else value
-
-
 def column_form(
     column: str,
     cells: Iterable[tuple[str, object, int]],
@@ -52,7 +45,7 @@ def column_form(
     counts: Counter[str] = Counter()
     firsts: dict[str, str] = {}
     for location, value, num_residues in cells:
-        found = _form_of_cell(plain(value), num_residues, unlikely)
+        found = _form_of_cell(value, num_residues, unlikely)
         if found is not None:
             counts[found] += 1
             firsts.setdefault(found, location)

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega import vocabulary
-from esm2mega.data.labels.forms import plain
 from esm2mega.data.labels.lists import is_list, list_of
 from esm2mega.errors import UserError
 
@@ -40,7 +39,6 @@ def tokens_of_ids(cells: Mapping[str, object], location: str) -> npt.NDArray[np.
 
 def _integers(value: object, column: str, location: str) -> npt.NDArray[np.int64]:
     """Return the whole numbers of a cell, which is a list or its text."""
-    value = plain(value)
     if isinstance(value, str):
         text = value.strip()
         try:
