@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from esm2mega import vocabulary
 from esm2mega.data import counter_rng
+from esm2mega.data.overlap import find_overlap
 from esm2mega.data.readers import text
 from esm2mega.data.readers.base import ByteProgress, RecordSource, SourceOptions
 from esm2mega.data.readers.sources import open_source
@@ -66,7 +68,8 @@ class PrepareReport:
     Attributes:
         out: directory of the stores.
         counts: counts of each split under its name, in the order of `SPLITS`.
-        notes: how inputs were read, where that was not obvious, and what an earlier attempt had done.
+        notes: how inputs were read, where that was not obvious, what an earlier attempt had done, and which
+            splits share proteins.
     """
 
     out: Path
@@ -98,7 +101,8 @@ def prepare_fasta(
     """Write `out/train` and, for sizes above 0, `out/valid` and `out/test`.
 
     The held-out proteins are drawn at random without replacement, and depend only on `seed` and on the number
-    of sequences. Every split keeps the order of the input.
+    of sequences. Every split keeps the order of the input. A sequence that the input repeats may be in
+    several splits, which a note says.
 
     Args:
         inputs: files in any format of `sources`, or streams, read in this order.
@@ -146,7 +150,19 @@ def _prepare(
     notes = [note for source in sources for note in source.notes()]
     if resumed := sum(part.resumed for part in parts):
         notes.append(f"{out}: {resumed} of {len(parts)} parts were finished by an earlier attempt")
-    return PrepareReport(out, counts, notes)
+    return PrepareReport(out, counts, [*notes, *_repeats(out, list(counts))])
+
+
+def _repeats(out: Path, splits: Sequence[str]) -> list[str]:
+    """Return a line for each two splits that share proteins: those drawn may have equals in the input."""
+    stores = {split: TokenStore(out / split) for split in splits}
+    return [
+        f"{store.path}: {found.count:,} of {len(store):,} sequences are also in {other.path}, since the "
+        f"input repeats them; the first is {store.id(found.row)!r}. Training refuses such splits: prepare "
+        "them again from an input without repeats, or train with data.allow_overlap=true"
+        for other, store in combinations(stores.values(), 2)
+        if (found := find_overlap(store, other)) is not None
+    ]
 
 
 def _check_arguments(

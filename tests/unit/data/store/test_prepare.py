@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from esm2mega import vocabulary
+from esm2mega.data.overlap import check_overlap
 from esm2mega.data.readers import text
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.store import parts
@@ -42,6 +43,10 @@ def ids(store: Path) -> list[str]:
     return [opened.id(i) for i in range(len(opened))]
 
 
+def sequence(store: Path, row: int) -> str:
+    return "".join(vocabulary.VOCAB[token] for token in TokenStore(store).residues(row))
+
+
 def test_without_split_everything_is_training_data(small_fasta: Path, tmp_path: Path) -> None:
     report = prepare_fasta([small_fasta], tmp_path / "out")
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["train"]
@@ -61,6 +66,27 @@ def test_split_is_disjoint_complete_ordered_and_pinned(small_fasta: Path, tmp_pa
     numbers = {name: [int(name[1:]) for name in names] for name, names in split.items()}
     assert all(part == sorted(part) for part in numbers.values())
     assert sorted(sum(numbers.values(), [])) == list(range(20))
+
+
+def test_splits_that_share_repeated_sequences_are_named(tmp_path: Path) -> None:
+    """Which training would refuse: the note and the refusal count the same."""
+    path, out = tmp_path / "repeats.fasta", tmp_path / "out"
+    path.write_text("".join(f">p{i}\n{'MKTLAGVSER'[: 1 + i // 6]}\n" for i in range(24)))
+    report = prepare_fasta([path], out, valid_size=6)
+    residues = {
+        split: [sequence(out / split, i) for i in range(n)] for split, n in (("train", 18), ("valid", 6))
+    }
+    shared = [text in residues["train"] for text in residues["valid"]]
+    assert any(shared)
+    (note,) = report.notes
+    first = ids(out / "valid")[shared.index(True)]
+    assert note.startswith(
+        f"{out}/valid: {sum(shared)} of 6 sequences are also in {out}/train, since the input"
+    )
+    assert f"the first is '{first}'" in note
+    stores = {f"data.{split}": [TokenStore(out / split)] for split in ("train", "valid")}
+    with pytest.raises(UserError, match=f"valid: {sum(shared)} of 6 proteins are also in .*=true"):
+        check_overlap(stores, allowed=False)
 
 
 def test_split_follows_the_seed_and_not_the_batches(
