@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+from esm2mega.data.labels.cells import plain_number
 from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.readers.sources import format_of
@@ -256,7 +257,7 @@ def measured(table: Table, column: str) -> list[float | None]:
 
 def _number(text: str) -> float | None:
     try:
-        value = float(text)
+        value = plain_number(text)
     except ValueError:
         return None
     return value if math.isfinite(value) else None

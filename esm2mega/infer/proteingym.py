@@ -54,6 +54,7 @@ def read_reference(path: str, assays: str) -> list[Assay]:
     """
     reference = read_table(path)
     names = ("DMS_id", "DMS_filename", "UniProt_ID", "target_seq", "coarse_selection_type")
+    require_columns(path, reference.columns, names, "is it the reference file of ProteinGym?")
     columns = [reference.column(name, "--proteingym") for name in names]
     found = []
     for row, (name, file, protein, sequence, function) in enumerate(zip(*columns, strict=True)):

@@ -118,6 +118,7 @@ def test_a_stop_is_scored_as_what_is_left_of_the_protein(tmp_path: Path) -> None
         ("mutated_sequence,score\nMK,1\n", {}, "a column 'score' already; name the new one"),
         ("mutated_sequence,pseudo_perplexity\nMK,1\n", {}, "a column 'pseudo_perplexity' already; rename it"),
         ("mutant\nK2N\n", {"measured_column": "m"}, "no column 'm' among mutant; name one with --measured"),
+        ("mutant,m\nK2N,1_000\n", {"measured_column": "m"}, "no row has a number in 'm'"),
         ("mutant,m\nK2N,\nK2A,inf\n", {"measured_column": "m"}, "no row has a number in 'm'"),
         ("mutated_sequence\nMK\n", {"strategy": "wt-marginals"}, "leave --strategy wt-marginals out"),
         ("mutated_sequence\nMK\n", {"offset": 3}, "leave --offset out"),

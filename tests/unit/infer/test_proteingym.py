@@ -95,6 +95,13 @@ def test_ids_that_name_no_table_are_refused(tmp_path: Path) -> None:
             read_reference(reference_file, folder)
 
 
+def test_a_reference_file_without_a_column_is_refused(tmp_path: Path) -> None:
+    reference_file, folder = write_assays(tmp_path, {"A": ("MK", "mutant,DMS_score\nM1A,1\n")})
+    Path(reference_file).write_text(Path(reference_file).read_text().replace("UniProt_ID", "protein"))
+    with pytest.raises(UserError, match="r.csv: no column 'UniProt_ID' .*; is it the reference file of Prot"):
+        read_reference(reference_file, folder)
+
+
 def test_indels_and_rows_without_a_score(
     reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
