@@ -216,6 +216,31 @@ def test_every_command_takes_the_one_that_is_named(
         assert f"checkpoint {meant} (" in said.out and "; the best by valid_loss (" in said.out
 
 
+def test_score_takes_the_one_that_is_named_and_of_a_pretraining_the_last(
+    finished: TinyRun, tmp_path: Path, opened: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A fine-tuned run has no scores, whichever checkpoint of it."""
+    run_dir, written = tmp_path / "run", {}
+    shutil.copytree(finished.run_dir, run_dir)
+    path = layout.step_dir(run_dir, 2) / layout.STATE
+    state = json.loads(path.read_text())
+    state["loop"]["evaluation"]["valid_loss"] = 0.5
+    path.write_text(json.dumps(state))
+    for name, number in (("", 4), ("@last", 4), ("@best", 2), ("@step_2", 2), ("@step_4", 4)):
+        opened.clear()
+        command = ["score", f"{run_dir}{name}", "--sequence", "MKTAY", "--strategy", "wt-marginals"]
+        assert main([*command, "--out", str(tmp_path / f"{name}.csv")]) == 0
+        (line,) = [
+            x for x in capfd.readouterr().err.splitlines() if x.startswith(f"esm2mega: {run_dir}{name}:")
+        ]
+        assert str(layout.step_dir(run_dir, number)) in line and ("@best is step 2" in line) == (
+            name in ("", "@last")
+        )
+        assert set(opened) == {layout.step_dir(run_dir, number)}
+        written[name] = (tmp_path / f"{name}.csv").read_text()
+    assert written[""] == written["@last"] == written["@step_4"] != written["@best"] == written["@step_2"]
+
+
 def test_a_path_to_resume_means_its_last(
     tuned: Tuned, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
