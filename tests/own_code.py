@@ -85,6 +85,39 @@ class FlagLoss(TaskLossReduction):
         return LossTerms(each.sum(), torch.tensor(each.numel()))
 
 
+class FailingLoss(AbsoluteLoss):
+    """What a mistake in the code of a user looks like: a name that does not exist."""
+
+    def forward(self, batch: Any, output: Tensor) -> LossTerms:
+        return self.missing(batch, output)  # type: ignore  # the mistake
+
+
+class FailingPredictions(LogLoss):
+    def predictions(self, output: Tensor) -> Tensor:
+        return output[:, 1]  # the mistake
+
+
+class FailingHead(MeanHead):
+    def predict(self, features: Tensor, segments: Segments) -> Tensor:
+        return self.output(features[:, 1:])  # the mistake
+
+
+class FailingFeatures(MeanHead):
+    def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
+        return hidden_states.missing  # type: ignore  # the mistake
+
+
+class FailingInit(MeanHead):
+    def __init__(self, config: Any, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.output = self._linear(config.missing, 1)  # the mistake
+
+
+class FailingLossInit(AbsoluteLoss):
+    def __init__(self) -> None:
+        raise ValueError("delta is missing")
+
+
 class NeedsArguments(AbsoluteLoss):
     def __init__(self, delta: float) -> None:
         self.delta = delta

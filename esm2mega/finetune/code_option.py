@@ -42,9 +42,11 @@ def load_code(names: Sequence[str]) -> GivenCode:
             continue
         try:
             loss = cls()
-        except TypeError as error:
+        except Exception as error:
+            line = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
-                f"--code {text}: a loss is made without arguments, which failed ({error}); give them defaults"
+                f"--code {text}: a loss is made without arguments, which failed ({line}); give them "
+                "defaults, or correct the class"
             ) from error
     return GivenCode(make_head, loss)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from esm2mega.errors import UserError
 from esm2mega.model.heads import TaskHead
 from esm2mega.model.task import MakeHead
 from esm2mega.pairs import num_pairs
+from esm2mega.train import users_code
 
 
 class OwnHead:
@@ -44,9 +46,9 @@ class OwnHead:
         self.name: str | None = None
 
     def __call__(self, config: Any, device: torch.device) -> Any:
-        head = self._make(config, device)
         if self._check is None:
-            return head
+            return self._make(config, device)
+        head = users_code.call("make_head", self._make, config, device)
         if not isinstance(head, TaskHead):
             raise UserError(
                 f"make_head made {shown_type(head)}; return an instance of a subclass of "
@@ -55,13 +57,14 @@ class OwnHead:
         self.name = name_of(type(head))
         if self._recorded is not None and not is_same(self.name, self._recorded):
             raise other_code(self._location, "head", self._recorded, self.name)
-        predict, check, name = head.predict, self._check, self.name
+        features, predict, check, name = head.features, head.predict, self._check, self.name
 
         def checked(features: Tensor, segments: Segments) -> Tensor:
-            output = predict(features, segments)
+            output = users_code.call(f"{name}.predict", predict, features, segments)
             check(name, output, segments)
             return output
 
+        head.features = partial(users_code.call, f"{name}.features", features)  # type: ignore[method-assign]
         head.predict = checked  # type: ignore[method-assign]
         return head
 

@@ -21,6 +21,7 @@ from esm2mega.finetune.losses import RegressionLossReduction, TaskLossReduction,
 from esm2mega.finetune.own_head import OwnHead, check_output, other_code, shown_type
 from esm2mega.model.heads import TaskHead, head_of_task
 from esm2mega.model.task import MakeHead
+from esm2mega.train import users_code
 
 Predict = Callable[[Tensor], Tensor]
 """Turns outputs of a head, ``[rows, k]``, into predictions, as `TaskLossReduction.predictions` does."""
@@ -209,7 +210,7 @@ def _check_arguments(name: str, function: Callable[..., Any], expected: Sequence
 
 def _predicted(loss: TaskLossReduction, width: int, output: Tensor) -> Tensor:
     """Call `predictions` of a user's loss, and refuse what is not a row for each row of the output."""
-    values = loss.predictions(output)
+    values = users_code.call(f"{type(loss).__name__}.predictions", loss.predictions, output)
     found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
     if found != [len(output), width]:
         raise UserError(

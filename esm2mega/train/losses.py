@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from esm2mega.errors import UserError
+from esm2mega.train import users_code
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,12 @@ class LossReduction(ABC):
         """Call `forward`.
 
         Raises:
-            UserError: What it returned is no sum with a count, as from a user's own loss.
+            UserError: It is a user's own and failed, or what it returned is no sum with a count.
         """
-        return _checked(self, self.forward(batch, output), output)
+        if self.forward.__module__.startswith("esm2mega."):
+            return _checked(self, self.forward(batch, output), output)
+        name = f"{type(self).__name__}.forward"
+        return _checked(self, users_code.call(name, self.forward, batch, output), output)
 
     def _schedule_loss(self, batch: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         terms = self.terms(batch, output)

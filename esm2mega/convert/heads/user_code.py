@@ -37,8 +37,10 @@ class UserCode:
         """Return a line for each of them, for the first lines of a run."""
         lines = [] if self.head is None else [f"head     {self.head}, of your own code"]
         if self.loss is not None:
-            units = "which turns outputs into predictions" if self.loss_predicts else "outputs are not scaled"
-            lines.append(f"loss     {self.loss}, of your own code; {units}")
+            units = (
+                ", which turns outputs into predictions" if self.loss_predicts else "; outputs are not scaled"
+            )
+            lines.append(f"loss     {self.loss}, of your own code{units}")
         return lines
 
     def as_state(self) -> dict[str, Any]:

@@ -271,6 +271,36 @@ def test_a_loss_that_returns_a_mean_ends_a_training(tmp_path: Path) -> None:
         train(tmp_path, loss=Returns(lambda x: (x.mean(), {"avg": x.mean()})))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loss": own_code.FailingLoss()}, r"FailingLoss.forward failed at PLACE: AttributeError: .*missing"),
+        (
+            {"loss": own_code.FailingPredictions()},
+            r"FailingPredictions.predictions failed at PLACE: IndexError: index",
+        ),
+        (
+            {"make_head": own_code.FailingHead},
+            r"own_code:FailingHead.predict failed at PLACE: RuntimeError: mat1",
+        ),
+        (
+            {"make_head": own_code.FailingFeatures},
+            r"own_code:FailingFeatures.features failed at PLACE: AttributeError",
+        ),
+        ({"make_head": own_code.FailingInit}, r"make_head failed at PLACE: AttributeError: .*missing"),
+    ],
+)
+def test_an_exception_in_the_code_of_a_user_is_one_line_with_its_place(
+    tmp_path: Path, given: Any, message: str
+) -> None:
+    lines = Path(own_code.__file__).read_text().splitlines()
+    marked = [number for number, line in enumerate(lines, 1) if line.endswith("# the mistake")]
+    places = "|".join(f"{re.escape(own_code.__file__)}:{number}" for number in marked)
+    with pytest.raises(UserError, match=message.replace("PLACE", f"({places})")) as caught:
+        train(tmp_path, "train.eval_every=1", "data.allow_overlap=true", valid=PAIRS, **given)
+    assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
+
+
 class ConfigHead(MeanHead):
     """A head as BioNeMo makes it."""
 
@@ -343,7 +373,8 @@ def test_the_option_imports_what_the_user_names(
         (["absent_code:MeanHead"], "there is no module absent_code in"),
         (["tests.own_code:Absent"], "tests.own_code has no Absent"),
         (["tests.own_code:NOT_A_CLASS"], "is neither a subclass of esm2mega.model.heads.TaskHead nor of"),
-        (["tests.own_code:NeedsArguments"], "a loss is made without arguments, which failed"),
+        (["tests.own_code:NeedsArguments"], "a loss is made without arguments, which failed (TypeError: "),
+        (["tests.own_code:FailingLossInit"], "which failed (ValueError: delta is missing); give them"),
         (["tests.own_code:MeanHead", "tests.own_code:OtherHead"], "is a second head; give one"),
     ):
         assert main([*command, *(word for name in code for word in ("--code", name))]) == 2
