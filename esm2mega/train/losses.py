@@ -90,7 +90,7 @@ class LossReduction(ABC):
         Raises:
             UserError: It is a user's own and failed, or what it returned is no sum with a count.
         """
-        if self.forward.__module__.startswith("esm2mega."):
+        if type(self).__module__.startswith("esm2mega."):
             return _checked(self, self.forward(batch, output), output)
         name = f"{type(self).__name__}.forward"
         return _checked(self, users_code.call(name, self.forward, batch, output), output)
