@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import adapt_layout
+from esm2mega.train.loop import defined
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def evaluate_task(
         "num_sequences": len(proteins),
         "eval_recipe": task_recipe(task.run.task, task.run.data, task.run.seed, _loss_of(task)),
     }
-    result = {name: _defined(value) for name, value in result.items()}
+    result = {name: defined(value) for name, value in result.items()}
     if out is not None and is_main:
         found = measured.predictions
         assert found is not None
@@ -218,7 +218,3 @@ def without_dropping(data: DataConfig) -> DataConfig:
     if data.too_long == "drop":
         data.too_long = "error"
     return data
-
-
-def _defined(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value

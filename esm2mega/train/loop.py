@@ -192,7 +192,7 @@ def note_evaluation(
     Returns:
         Whether it is among the `checkpoint.keep_best` best so far.
     """
-    loop.evaluation = {name: _defined(value) for name, value in record.items()}
+    loop.evaluation = {name: defined(value) for name, value in record.items()}
     value, best = loop.evaluation[checkpoint.best_metric], loop.best_value
     if value is None:
         loop.evaluations_without_improvement += record[checkpoint.best_metric] is not None
@@ -207,7 +207,8 @@ def note_evaluation(
     return loop.step in loop.ranking
 
 
-def _defined(value: Any) -> Any:
+def defined(value: Any) -> Any:
+    """Return a value of a record; None for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
