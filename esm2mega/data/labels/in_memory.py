@@ -29,10 +29,9 @@ from esm2mega.errors import UserError
 Proteins = Any
 """Stands for proteins in one of the three forms."""
 
-_FORMS = (
-    "give pairs (sequence, value), rows {column: cell}, or a table of columns, such as a data frame or a "
-    "dictionary of lists"
-)
+_ROWS = "rows {column: cell}, or a table of columns, such as a data frame or a dictionary of lists"
+_PAIRS = f"give pairs (sequence, value), {_ROWS}"
+_SEQUENCES = f"give a list of sequences, {_ROWS}"
 _CURE = "correct data.sequence_column, task.target_columns or task.mask_column, or rename it"
 
 
@@ -67,7 +66,8 @@ def labelled_in_memory(given: Proteins, task: TaskConfig, data: DataConfig, name
     masks = [mask for mask in masks_of(task) if mask is not None]
     required = [data.sequence_column, *task.target_columns, *dict.fromkeys(masks)]
     optional = [] if data.sequence_column != INPUT_IDS else ["attention_mask"]
-    for number, entry in enumerate(_entries(given, required, [data.id_column or "id", *optional], name)):
+    optional += [data.id_column or "id"]
+    for number, entry in enumerate(_entries(given, required, optional, name, _PAIRS)):
         location = f"{name}[{number}]"
         if isinstance(entry, Mapping):
             require_columns(location, list(entry), required, _CURE)
@@ -100,10 +100,8 @@ def sequences_in_memory(given: Proteins, column: str, name: str = "sequences") -
     Raises:
         UserError: It is something else, or an entry is.
     """
-    if isinstance(given, str):
-        raise UserError(f"give a list of {name}, not one string")
     found = []
-    for number, entry in enumerate(_entries(given, [column], [], name)):
+    for number, entry in enumerate(_entries(given, [column], [], name, _SEQUENCES)):
         location = f"{name}[{number}]"
         if isinstance(entry, Mapping):
             require_columns(location, list(entry), [column], "correct data.sequence_column, or rename it")
@@ -112,10 +110,12 @@ def sequences_in_memory(given: Proteins, column: str, name: str = "sequences") -
     return found
 
 
-def _entries(given: Any, required: Sequence[str], optional: Sequence[str], name: str) -> Iterator[Any]:
-    """Yield pairs as they are, and the rows of a table as dictionaries."""
+def _entries(
+    given: Any, required: Sequence[str], optional: Sequence[str], name: str, forms: str
+) -> Iterator[Any]:
+    """Yield pairs or sequences as they are, and the rows of a table as dictionaries; `forms` is the cure."""
     if isinstance(given, (str, bytes, PathLike)):
-        raise UserError(f"{name} is the text {str(given)!r}; {_FORMS}; a file is named by {_key_of(name)}")
+        raise UserError(f"{name} is the text {str(given)!r}; {forms}; {_of_files(name)}")
     columns = _columns(given)
     if columns is not None and (isinstance(given, Mapping) or hasattr(type(given), "__len__")):
         require_columns(name, columns, required, _CURE)
@@ -138,7 +138,7 @@ def _entries(given: Any, required: Sequence[str], optional: Sequence[str], name:
         for number in range(len(given)):
             yield given[number]
     else:
-        raise UserError(f"{name} is a {type(given).__name__}; {_FORMS}")
+        raise UserError(f"{name} is of type {type(given).__name__}; {forms}")
 
 
 def _columns(given: Any) -> list[Any] | None:
@@ -167,7 +167,7 @@ def _pair(entry: Any, location: str) -> tuple[Any, Any]:
     is_row = hasattr(type(entry), "__len__") and hasattr(type(entry), "__getitem__")
     if not is_row or isinstance(entry, (str, bytes)) or len(entry) != 2:
         shown = repr(entry) if len(repr(entry)) < 60 else f"{repr(entry)[:56]}…"
-        raise UserError(f"{location} is {shown}, not a pair; {_FORMS}")
+        raise UserError(f"{location} is {shown}, not a pair; {_PAIRS}")
     return _cell(entry[0]), entry[1]
 
 
@@ -210,5 +210,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _key_of(name: str) -> str:
-    return f"{name}=FILE" if name.startswith("data.") else "`esm2mega predict` or `esm2mega evaluate`"
+def _of_files(name: str) -> str:
+    if name.startswith("data."):
+        return f"a file is named by {name}=FILE"
+    return "files are read by `esm2mega predict` and `esm2mega embed`"

@@ -35,7 +35,7 @@ def test_values_and_shapes(reference: Reference) -> None:
         # Numbers of layers as they come out of numpy.
         assert np.array_equal(model.embed(["MKT"], layers=np.int64(1))[0], model.embed(["MKT"], layers=1)[0])
         assert list(model.embed(["MKT"], layers=np.arange(3))) == [0, 1, 2]
-        with pytest.raises(UserError, match="not one string"):
+        with pytest.raises(UserError, match="sequences is the text .*; give a list of sequences"):
             model.embed("MKT")
         # A table: its column of sequences, not the names of its columns.
         table = {"id": ["a", "b"], "sequence": ["MKT", "LAGV"]}

@@ -185,7 +185,7 @@ def test_several_values_of_a_pair() -> None:
             DataLoader(Pairs(), batch_size=2),
             "data.train is a DataLoader, which yields batches; give its data set",
         ),
-        (3, "data.train is a int; give pairs"),
+        (3, "data.train is of type int; give pairs"),
     ],
 )
 def test_other_shapes_are_refused_in_one_line(given: Any, message: str) -> None:
@@ -200,8 +200,9 @@ def test_sequences_without_labels() -> None:
     for make in (arrow, pandas, polars, hugging_face):
         assert sequences_in_memory(make(), "sequence") == SEQUENCES
     for given, message in (
-        ("MKTAY", "give a list of sequences, not one string"),
-        (Path("x.fasta"), "sequences is the text 'x.fasta'; .* `esm2mega predict`"),
+        ("MKTAY", "sequences is the text 'MKTAY'; give a list of sequences, rows .* and `esm2mega embed`"),
+        (5, "sequences is of type int; give a list of sequences, rows"),
+        (Path("x.fasta"), "sequences is the text 'x.fasta'; .* read by `esm2mega predict` and"),
         (PAIRS, r"sequences\[0\]: the sequence is of type tuple, not text"),
         ({"seq": SEQUENCES}, "sequences: no column 'sequence' among seq"),
         (["MK", None], r"sequences\[1\]: the sequence is missing"),
