@@ -172,7 +172,10 @@ def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: A
     """
     kinds = [name for name in ("sequence", "fasta", "proteingym") if options[name] is not None]
     if len(kinds) > 1 or not (kinds or options["variants"] is not None):
-        raise UserError("give the wild type by one of --sequence, --fasta and --proteingym")
+        raise UserError(
+            "give the wild type by one of --sequence, --fasta and --proteingym; only whole sequences in "
+            "--variants need none"
+        )
     if (options["proteingym"] is None) != (options["assays"] is None):
         raise UserError(
             "--proteingym and --assays go together: the reference file, and the folder of its tables"

@@ -52,7 +52,7 @@ def check_variant(variant: Variant, sequence: str, strategy: str, normalization:
         return
     if ends_early(variant):
         raise UserError(
-            f"a stop is no residue, so {strategy} has no score for it; --strategy {WHOLE_STRATEGY} scores "
+            f"a stop is no residue, so {strategy} has no score for it; the strategy {WHOLE_STRATEGY} scores "
             "what is left of the protein"
         )
     check_letters({letter for s in variant for letter in (s.wild, s.mutant)}, normalization)
@@ -62,7 +62,7 @@ def check_letters(letters: Iterable[str], normalization: str) -> None:
     """Raise `UserError` for letters that have no probability under a normalization."""
     if normalization == "residues" and (others := sorted(set(letters) - _STANDARD)):
         raise UserError(
-            f"{', '.join(others)} has no probability among the 20 residues; set --normalize vocabulary"
+            f"{', '.join(others)} has no probability among the 20 residues; normalize over the vocabulary"
         )
 
 
