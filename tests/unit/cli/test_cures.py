@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.cli.app import cli, main
 from esm2mega.config.schema import Run, flatten
 from esm2mega.finetune.api import train_model
@@ -206,7 +207,7 @@ def adapters_without_base(folder: Path, finished: TinyRun) -> Path:
     settings = [*SETTINGS, f"run_dir={folder / 'adapted'}", "train.max_steps=1", "task.kind=regression"]
     lora = ["finetune.mode=lora", "lora.rank=2", f"init_from={base}"]
     train_model([*settings, *lora], train=[("MKT", 1.0), ("LAGV", 4.0)])
-    checkpoint = layout.resolve_checkpoint(folder / "adapted")
+    checkpoint = choose_checkpoint(folder / "adapted").path
     state = json.loads((checkpoint / layout.STATE).read_text())
     state["base"]["path"] = str(folder / "gone")
     (checkpoint / layout.STATE).write_text(json.dumps(state))
