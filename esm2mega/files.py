@@ -244,7 +244,8 @@ def refuse_stream(path: str | Path, named: str | None = None) -> None:
 def first_of(names: Sequence[str], most: int = 8) -> str:
     """Join the first names for a message, and say how many more there are."""
     rest = f", … {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest if names else "none"
+    shown = [name if name.strip() else repr(name) for name in names[:most]]
+    return ", ".join(shown) + rest if names else "none"
 
 
 def shortened(value: object) -> str:

@@ -258,7 +258,8 @@ def _one_label(draw: st.DrawFn, kind: str, lengths: list[int]) -> Table:
 def _flags(draw: st.DrawFn, lengths: list[int]) -> Table:
     flag = st.sampled_from([0.0, 1.0, None])
     meanings = [[draw(flag), draw(flag)] for _ in lengths]
-    texts = draw(st.sampled_from([{0.0: "0", 1.0: "1", None: ""}, {0.0: "0.0", 1.0: "1.0", None: "NaN"}]))
+    numbers = [{0.0: "0", 1.0: "1", None: ""}, {0.0: "0.0", 1.0: "1.0", None: "NaN"}]
+    texts = draw(st.sampled_from([*numbers, {0.0: "False", 1.0: "True", None: ""}]))
     table = Table("flags", lengths, meanings, [[texts[flag] for flag in pair] for pair in meanings], _TABLES)
     row = draw(st.integers(0, len(lengths) - 1))
     damages = {text: (text, table.cells[row][1]) for text in ("2", "yes", "[0]")}

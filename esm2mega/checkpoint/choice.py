@@ -1,7 +1,8 @@
 """Chooses among the checkpoints of a run: which one a name means, which are the best, which are kept.
 
 This module reads ``train_state.json`` of each, and nothing else. Its entry ``best_metric`` names the measure
-of the run, or is null if the run keeps no best; ``loop.evaluation`` is what was measured at its step.
+of the run, or is null if the run keeps no best; ``loop.evaluation`` is what was measured at its step, and
+``loop.eval_proteins`` a hash of the proteins that it was measured with.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ States = Mapping[Path, Mapping[str, Any]]
 
 _RECIPE = "eval_recipe"
 """Names the entry of an evaluation that says how it was made; only equal ones are compared."""
+
+_PROTEINS = "eval_proteins"
+"""Names the entry of a state that says what was evaluated; only equal ones are compared."""
 
 _BEST_METRIC = "best_metric"
 
@@ -140,11 +144,11 @@ def best_first(states: States, metric: str) -> list[Evaluated]:
     """
     records = {path: _evaluation(state) for path, state in states.items()}
     found = {path: record for path, record in records.items() if _is_number(record.get(metric))}
-    recipe = list(found.values())[-1].get(_RECIPE) if found else None
+    made = [(record.get(_RECIPE), record.get(_PROTEINS)) for record in found.values()]
     same = [
         Evaluated(path, metric, float(record[metric]))
-        for path, record in found.items()
-        if record.get(_RECIPE) == recipe
+        for (path, record), how in zip(found.items(), made, strict=True)
+        if how == made[-1]
     ]
     sign = 1 if less_is_better(metric) else -1
     return sorted(same, key=lambda evaluated: (sign * evaluated.value, evaluated.step))
@@ -164,11 +168,12 @@ def _is_fine_tuned(states: States) -> bool:
 
 
 def _evaluation(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the record of the evaluation at the step of a checkpoint; empty if there was none."""
+    """Return the record of the evaluation at the step of a checkpoint, and what was evaluated."""
     loop = state.get("loop")
     record = loop.get("evaluation") if isinstance(loop, dict) else None
-    # Version 0.1.0 kept the loss alone.
-    return record if isinstance(record, dict) else {VALID_LOSS: state.get(VALID_LOSS)}
+    if not isinstance(loop, dict) or not isinstance(record, dict):
+        return {VALID_LOSS: state.get(VALID_LOSS)}  # version 0.1.0 kept the loss alone
+    return {**record, _PROTEINS: loop.get(_PROTEINS)}
 
 
 def _is_number(value: Any) -> bool:

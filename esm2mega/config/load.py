@@ -218,6 +218,8 @@ def known_keys() -> dict[str, Any]:
 def nearest_key(key: str) -> str:
     """Return the valid dotted key that was most likely meant by an unknown one."""
     last = key.rpartition(".")[2]
+    if last in known_keys():  # such as train.seed, where eval.seed would be more alike, but another thing
+        return last
 
     def likeness(candidate: str) -> tuple[float, float]:
         # The last part counts as much as the whole: a right name in the wrong section finds its section.

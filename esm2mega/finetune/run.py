@@ -22,6 +22,7 @@ from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledPacks, LabelledStream
 from esm2mega.data.overlap import check_overlap
 from esm2mega.data.stream.build import BatchSpec
+from esm2mega.data.stream.recipe import proteins_hash
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
 from esm2mega.finetune.evaluate import UNSEEN, has_labels, measure, packs_of, task_recipe
@@ -220,10 +221,11 @@ def _train(
 
     def result(record: dict[str, Any], split: str) -> str:
         if record[f"{split}_loss"] is None:
-            return "no loss: nothing to predict"
+            return "loss none: nothing to predict"
         headline = HEADLINES[info.kind]
         return f"loss {record[f'{split}_loss']:.4f}, {headline} {record[f'{split}_{headline}']:.4f}"
 
+    valid = splits.of.get("valid")
     session = Session(
         name="finetune",
         built=built,
@@ -232,6 +234,7 @@ def _train(
         ),
         evaluation=evaluation,
         eval_recipe=recipe,
+        eval_proteins=None if valid is None else proteins_hash(valid.fingerprint, run.train.eval_batches),
         extra_state={"task": info.to_dict(), "token_counts": None, **trained_code.as_state()},
         banner=[*_described(splits, run.task.target_columns), *trained_code.lines()],
         result=result,

@@ -37,6 +37,7 @@ class LoopState:
             each of them is in the directory of the run.
         evaluations_without_improvement: Evaluations since the last improvement, for early stopping.
         eval_recipe: Hash of the recipe of these evaluations; None in files of earlier versions.
+        eval_proteins: Hash of the proteins that they are made with; None before the first.
         test_loss: Loss on the test split, computed at the end of the run; None before.
     """
 
@@ -47,6 +48,7 @@ class LoopState:
     ranking: dict[int, float] = field(default_factory=dict)
     evaluations_without_improvement: int = 0
     eval_recipe: str | None = None
+    eval_proteins: str | None = None
     test_loss: float | None = None
 
     @property
@@ -165,18 +167,25 @@ def out_of_patience(loop: LoopState, train: TrainConfig) -> bool:
     return patience > 0 and loop.evaluations_without_improvement >= patience
 
 
-def begin_recipe(loop: LoopState, recipe: str) -> bool:
-    """Enter the recipe of the evaluations to come, and forget the results of any other one.
+def begin_evaluations(loop: LoopState, recipe: str, proteins: str | None) -> bool:
+    """Enter how the evaluations to come are made, and forget the results of those made otherwise.
 
-    Results of different recipes cannot be compared: the best and the patience of early stopping start anew.
+    Results of different recipes or proteins cannot be compared: the best and the patience of early stopping
+    start anew.
+
+    Args:
+        loop: The state, which is changed.
+        recipe: Hash of the recipe.
+        proteins: Hash of the validation proteins; None without any.
 
     Returns:
         Whether there was a best one to forget.
     """
-    if loop.eval_recipe == recipe:
+    if loop.eval_recipe == recipe and proteins in (None, loop.eval_proteins):
         return False
     forgotten = loop.best_value is not None
     loop.eval_recipe, loop.evaluation, loop.test_loss = recipe, None, None
+    loop.eval_proteins = proteins
     loop.restart_best()
     return forgotten
 

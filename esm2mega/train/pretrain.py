@@ -16,7 +16,7 @@ from esm2mega.data.store.cache import check_heads, open_store
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import BatchSpec, token_counts
 from esm2mega.data.stream.loader import EvalPacks, TrainStream
-from esm2mega.data.stream.recipe import describe_masks, masks_recipe
+from esm2mega.data.stream.recipe import describe_masks, masks_recipe, proteins_hash
 from esm2mega.errors import UserError
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
@@ -114,12 +114,14 @@ def _train(
     banner = [f"data     {line}" for line in [*stream.samples.describe(), *notes]]
     if held_out:
         banner.append(f"eval     recipe {recipe}: {describe_masks(run.eval, run.data.max_seq_length)}")
+    valid = held_out.get("valid")
     session = Session(
         name="pretrain",
         built=built,
         stream=stream,
         evaluation=evaluation,
         eval_recipe=recipe,
+        eval_proteins=None if valid is None else proteins_hash(valid.fingerprint, run.train.eval_batches),
         extra_state={"token_counts": counts.tolist()},
         banner=banner,
         result=_result,
@@ -130,7 +132,7 @@ def _train(
 
 def _result(record: dict[str, Any], split: str) -> str:
     if record[f"{split}_loss"] is None:
-        return "no loss: nothing to predict"
+        return "loss none: nothing to predict"
     return (
         f"loss {record[f'{split}_loss']:.4f}, perplexity {record[f'{split}_perplexity']:.2f} "
         f"(residue frequencies: {record['unigram_loss']:.4f})"

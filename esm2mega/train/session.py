@@ -30,7 +30,7 @@ from esm2mega.report.external import open_trackers
 from esm2mega.report.log import LOG_NAME, JsonlLog
 from esm2mega.report.progress import Progress
 from esm2mega.train.build import Built
-from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_recipe, fit, out_of_patience
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit, out_of_patience
 from esm2mega.train.losses import Means
 from esm2mega.train.signals import kept_from_helpers
 from esm2mega.train.step import StepResult, TrainState
@@ -47,6 +47,7 @@ class Session:
         evaluation: Takes a split and a limit of packs (0 for none) and makes the evaluation; None without
             such a split.
         eval_recipe: Hash of the recipe of the evaluations, which stands in each of their records.
+        eval_proteins: Hash of the validation proteins; None without any.
         extra_state: Further entries of ``train_state.json``.
         banner: Further lines that are printed at the start of the run.
         result: Takes an evaluation record and its split, and words it for a reader.
@@ -58,6 +59,7 @@ class Session:
     stream: PackStream[Any]
     evaluation: Callable[[str, int], Evaluation | None]
     eval_recipe: str
+    eval_proteins: str | None
     extra_state: Mapping[str, Any]
     banner: Sequence[str]
     result: Callable[[dict[str, Any], str], str]
@@ -84,7 +86,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
         stack.enter_context(stream)
         if resumed is not None:
             loop = _resume(run, resumed, session)
-        renewed = _begin_recipe(loop, session.eval_recipe)
+        renewed = _begin_evaluations(loop, session.eval_recipe, session.eval_proteins)
         begun = replace(loop)
         trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.is_main else []
         for tracker in trackers:
@@ -207,12 +209,15 @@ def _test(run: Run, session: Session, loop: LoopState) -> Evaluation | None:
     return with_best_weights
 
 
-def _begin_recipe(loop: LoopState, recipe: str) -> list[str]:
-    """Enter the recipe of the evaluations into the state; say so if it is not that of the checkpoint."""
-    before = loop.eval_recipe or "that of an earlier version"
-    if not begin_recipe(loop, recipe):
+def _begin_evaluations(loop: LoopState, recipe: str, proteins: str | None) -> list[str]:
+    """Enter how evaluations are made into the state; say so if it is not as in the checkpoint."""
+    before = loop.eval_recipe
+    if not begin_evaluations(loop, recipe, proteins):
         return []
-    return [f"eval     recipe {recipe} in place of {before}: best and early stopping start anew"]
+    what = f"recipe {recipe} in place of {before or 'that of an earlier version'}"
+    if before == recipe:
+        what = "other validation proteins than before"
+    return [f"eval     {what}: best and early stopping start anew"]
 
 
 def _saved_state(

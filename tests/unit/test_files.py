@@ -121,6 +121,7 @@ def test_a_checksum_is_that_of_the_whole_file(tmp_path: Path, monkeypatch: pytes
 def test_names_for_a_message() -> None:
     assert files.first_of([]) == "none"
     assert files.first_of(["a", "b"], 2) == "a, b"
+    assert files.first_of([" ", "B"]) == "' ', B", "a class of DSSP"
     assert files.first_of(["a", "b", "c", "d"], 2) == "a, b, … 2 more"
 
 

@@ -65,7 +65,7 @@ def number_of(value: object, column: str, location: str) -> float:
     except ValueError:
         cure = "correct it, or leave it empty"
         if isinstance(value, str) and _is_number(value.replace(",", ".")):
-            cure = "write decimals with a point, and thousands without a comma"
+            cure = "write decimals with a point, and nothing between thousands"
         raise UserError(
             f"{location}: {shortened(value)} in column {column!r} is not a number; {cure}"
         ) from None

@@ -215,11 +215,11 @@ class _NamedLabels(TargetReader):
 
 
 class _FlagColumns(TargetReader):
-    """Reads labels of multilabel tasks: a column of 0 and 1 for each, where cells may be missing."""
+    """Reads labels of multilabel tasks: a column of 0 and 1, or truth values, where cells may be missing."""
 
     def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         columns = self.task.target_columns
-        flags = np.array([number_of(cells[column], column, location) for column in columns])
+        flags = np.array([number_of(_flag(cells[column]), column, location) for column in columns])
         for column, flag in zip(columns, flags.tolist(), strict=True):
             if flag not in (0.0, 1.0) and not math.isnan(flag):
                 raise UserError(
@@ -350,6 +350,11 @@ def _vocabulary(
 def _known(task: TaskConfig, loaded: TargetInfo | None, number: int = 0) -> list[str] | None:
     """Return the classes of a target of the loaded head, else the declared ones; None if labels decide."""
     return classes_of_columns(task)[number] if loaded is None else loaded.targets[number].names
+
+
+def _flag(value: object) -> object:
+    """Return the number of a truth value in text, as pandas writes a column of booleans, or another cell."""
+    return {"true": 1, "false": 0}.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 def _without_labels(counts: Sequence[int]) -> list[int]:

@@ -3,7 +3,7 @@
 The masks of a protein are a function of `eval.seed` and its residues alone: its number, the store, the packs,
 the processes and the masks of training do not matter, and equal proteins have equal masks. What is longer
 than `data.max_seq_length` is cut into chunks, all of which are evaluated; they are masked as the whole
-protein would be. Losses can be compared if their recipes have the same hash.
+protein would be. Losses of the same proteins can be compared if their recipes have the same hash.
 """
 
 from __future__ import annotations
@@ -54,6 +54,16 @@ def masks_recipe(masks: EvalConfig, max_seq_length: int) -> str:
     """Return the hash of all that decides the masks and the pieces of a protein in evaluation."""
     settings = {**asdict(masks), "max_seq_length": max_seq_length, "random_residues": _RANDOM_RESIDUES}
     return recipe_hash("masks", _VERSION, settings)
+
+
+def proteins_hash(fingerprint: str, limit: int) -> str:
+    """Return the hash of what is evaluated in a run, which makes packs of one kind from its start to its end.
+
+    Args:
+        fingerprint: Hash of the split.
+        limit: Largest number of packs over all ranks; 0 for the whole split.
+    """
+    return recipe_hash("proteins", _VERSION, {"split": fingerprint, "limit": limit})
 
 
 def recipe_hash(what: str, version: int, settings: Mapping[str, Any]) -> str:

@@ -102,8 +102,10 @@ def test_the_metric_of_the_run_decides(tmp_path: Path) -> None:
 
 
 def test_only_equal_evaluations_are_compared(tmp_path: Path) -> None:
-    for step, loss, recipe in ((10, 1.0, "a"), (20, 3.0, "b"), (30, 2.0, "b"), (40, 2.5, "b")):
-        loop = {"evaluation": {"valid_loss": loss, "eval_recipe": recipe}}
+    """Those of one recipe, on the same proteins."""
+    evaluations = ((10, 1.0, "a", "p"), (15, 1.0, "b", "q"), (20, 3.0, "b", "p"), (30, 2.0, "b", "p"))
+    for step, loss, recipe, proteins in (*evaluations, (40, 2.5, "b", "p")):
+        loop = {"evaluation": {"valid_loss": loss, "eval_recipe": recipe}, "eval_proteins": proteins}
         _checkpoint(tmp_path, step, **TUNED, loop=loop)
     assert _chosen(tmp_path)[0] == 30
 

@@ -340,6 +340,7 @@ def test_load_run_over_changes_a_resolved_run_and_leaves_it_alone():
         ("trian.max_steps", "train.max_steps"),
         ("train.max_step", "train.max_steps"),
         ("train.lr", "optim.lr"),
+        ("train.seed", "seed"),
         ("lr", "optim.lr"),
         ("learning_rate.warmup_steps", "schedule.warmup_steps"),
         ("tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),

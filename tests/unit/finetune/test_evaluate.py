@@ -69,7 +69,7 @@ def test_nothing_to_predict_is_null(
 
     run_dir, out = tmp_path / "run", tmp_path / "result.json"
     trained = train_model([*settings, f"run_dir={run_dir}", f"data.test={nothing}"])
-    assert "step 1: test no loss: nothing to predict\n" in capfd.readouterr().err
+    assert "step 1: test loss none: nothing to predict\n" in capfd.readouterr().err
     record = json.loads((run_dir / "log.jsonl").read_text().splitlines()[-1])
     values = [value for name, value in record.items() if name.startswith("test_")]
     assert record["kind"] == "test" and len(values) > 3 and set(values) == {None}

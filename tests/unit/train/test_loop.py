@@ -21,7 +21,7 @@ from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train import loop as loop_module
 from esm2mega.train import throughput
-from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_recipe, fit, note_evaluation
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit, note_evaluation
 from esm2mega.train.step import StepResult
 from tests.unit.runs import CPU, tiny_run
 
@@ -309,16 +309,20 @@ def test_an_empty_evaluation_stops_and_keeps_nothing(play: Play) -> None:
     assert events[-1][2]["best_value"] is events[-1][2]["test_loss"] is None
 
 
-def test_another_recipe_starts_the_comparison_anew() -> None:
+@pytest.mark.parametrize("proteins", ["p", None])
+def test_another_recipe_starts_the_comparison_anew(proteins: str | None) -> None:
     _, _, loop = _noted([3.0, 2.0, 2.5])
-    assert begin_recipe(loop, "a")
-    assert loop == LoopState(step=3, eval_recipe="a")
+    assert begin_evaluations(loop, "a", proteins)
+    assert loop == LoopState(step=3, eval_recipe="a", eval_proteins=proteins)
     assert note_evaluation(loop, {"valid_loss": 2.7}, TrainConfig(), CheckpointConfig())
     assert (loop.best_step, loop.ranking) == (3, {3: 2.7}), "the best of its recipe"
     before = loop.to_dict()
-    assert not begin_recipe(loop, "a")
+    assert not begin_evaluations(loop, "a", proteins)
+    assert not begin_evaluations(loop, "a", None), "without validation nothing is compared"
     assert loop.to_dict() == before
-    assert not begin_recipe(LoopState(), "a"), "there was nothing to compare with"
+    assert not begin_evaluations(LoopState(), "a", proteins), "there was nothing to compare with"
+    assert begin_evaluations(loop, "a", "q"), "other proteins"
+    assert loop == LoopState(step=3, eval_recipe="a", eval_proteins="q")
 
 
 def test_state_survives_its_file() -> None:

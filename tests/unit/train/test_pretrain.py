@@ -273,7 +273,7 @@ def test_a_test_that_predicts_nothing_is_null(
     store = unmasked_store(tmp_path / "store")
     data = (f"data.train={finished.train}", f"data.test={store}")
     pretrain(tiny_run(*data, "train.max_steps=1", run_dir=tmp_path / "run"))
-    assert "step 1: test no loss: nothing to predict\n" in capsys.readouterr().err
+    assert "step 1: test loss none: nothing to predict\n" in capsys.readouterr().err
     record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert record["kind"] == "test"
     assert record["test_loss"] is record["test_perplexity"] is record["unigram_loss"] is None
@@ -282,7 +282,7 @@ def test_a_test_that_predicts_nothing_is_null(
 def test_a_resume_with_another_recipe_starts_the_comparison_anew(
     finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another mask rate of training is not another recipe; one of evaluation is, and is said in one line."""
+    """Another mask rate of training changes nothing; one of evaluation, or other proteins, are said."""
     shutil.copytree(finished.run_dir, tmp_path / "run")
     kept = layout.read_state(layout.step_dir(tmp_path / "run", 4))["loop"]
     data = (f"data.train={finished.train}", f"data.valid={finished.valid}")
@@ -292,7 +292,7 @@ def test_a_resume_with_another_recipe_starts_the_comparison_anew(
         capsys.readouterr()
         run = tiny_run(*settings, f"train.max_steps={steps}", *changes, run_dir=tmp_path / "run")
         loop = pretrain(run)
-        return loop, [line for line in capsys.readouterr().err.splitlines() if "in place of" in line]
+        return loop, [line for line in capsys.readouterr().err.splitlines() if "start anew" in line]
 
     same, said = resumed(5)
     assert said == [] and same.eval_recipe == kept["eval_recipe"]
@@ -303,9 +303,12 @@ def test_a_resume_with_another_recipe_starts_the_comparison_anew(
     assert said == [line] and harder.eval_recipe == recipe
     assert (harder.best_step, harder.evaluations_without_improvement) == (6, 0)
     assert harder.best_value == harder.valid_loss != same.best_value
+    part, said = resumed(7, "eval.mlm_probability=0.6", "train.eval_batches=1")
+    assert said == ["eval     other validation proteins than before: best and early stopping start anew"]
+    assert part.best_value == part.valid_loss != harder.best_value
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     recipes = [record["eval_recipe"] for record in records if record["kind"] == "eval"]
-    assert recipes == [kept["eval_recipe"]] * 3 + [recipe]
+    assert recipes == [kept["eval_recipe"]] * 3 + [recipe] * 2
 
 
 def test_a_small_model_gets_below_residue_frequencies(tmp_path: Path) -> None:

@@ -71,6 +71,9 @@ def test_multilabel_by_names_and_by_columns(tmp_path: Path) -> None:
     text = "sequence,u,v\nMK,1,0\nL,,1\n"
     found, info = read(tmp_path, text, kind="multilabel", target_columns=["u", "v"])
     np.testing.assert_array_equal(found.labels, [[1, 0], [np.nan, 1]])
+    as_pandas = text.replace("1,0", "True,False").replace(",,1", ",,true")
+    again, _ = read(tmp_path, as_pandas, kind="multilabel", target_columns=["u", "v"])
+    np.testing.assert_array_equal(again.labels, found.labels)
     with pytest.raises(UserError, match="'2' in column 'u'; a label is 0 or 1"):
         read(tmp_path, text.replace("1,0", "2,0"), kind="multilabel", target_columns=["u", "v"])
 
