@@ -136,10 +136,15 @@ SECTIONS = (
         },
     ),
     Section(
-        "Proof, first steps, and looking around",
-        "`prove/` trains the same small model at many layouts and compares every number with those of one "
-        "process.",
-        {"prove": "command trials layouts training workers", "quickstart": "run", "": "inspect doctor"},
+        "Comparison, proof, first steps, and looking around",
+        "`autoeval/` compares models on the same proteins. `prove/` trains the same small model at many "
+        "layouts and compares every number with those of one process.",
+        {
+            "autoeval": "compare models difference",
+            "prove": "command trials layouts training workers",
+            "quickstart": "run",
+            "": "inspect doctor",
+        },
     ),
 )
 

@@ -60,6 +60,16 @@ class TaskCheckpoint:
         """Return what turns outputs into predictions, the same with and without the loss of the training."""
         return self.code.predictor(self.run.task, self.info, self.head.code)
 
+    @property
+    def loss(self) -> TaskLossReduction:
+        """Return the user's own loss, or the configured one."""
+        return self.code.loss or loss_of_task(self.run.task, self.info)
+
+    @property
+    def recipe(self) -> str:
+        """Return the hash that names how the checkpoint is evaluated."""
+        return task_recipe(self.run.task, self.run.data, self.run.seed, self.loss)
+
 
 def open_task(
     checkpoint: str | Path | StartPoint,
@@ -131,7 +141,7 @@ def run_task(task: TaskCheckpoint, proteins: LabelledProteins, words: str) -> tu
         with Progress(len(packs), words, "pack", enabled=ranks.is_main) as progress:
             measured = measure(
                 chunks,
-                _loss_of(task),
+                task.loss,
                 task.predict,
                 packs,
                 task.info,
@@ -141,10 +151,6 @@ def run_task(task: TaskCheckpoint, proteins: LabelledProteins, words: str) -> tu
             )
         assert measured is not None
         return measured, ranks.is_main
-
-
-def _loss_of(task: TaskCheckpoint) -> TaskLossReduction:
-    return task.code.loss or loss_of_task(task.run.task, task.info)
 
 
 def evaluate_task(
@@ -181,7 +187,7 @@ def evaluate_task(
         **({UNSEEN: measured.unseen} if measured.unseen else {}),
         "num_labels": measured.num_labels,
         "num_sequences": len(proteins),
-        "eval_recipe": task_recipe(task.run.task, task.run.data, task.run.seed, _loss_of(task)),
+        "eval_recipe": task.recipe,
     }
     result = {name: _defined(value) for name, value in result.items()}
     if out is not None and is_main:

@@ -230,7 +230,7 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Compute 95 % intervals of the metrics by drawing proteins with replacement, as many as there are.
 
-    Residues of a protein are drawn together. Resamples in which a metric is not defined do not count for it.
+    Resamples in which a metric is not defined do not count for it.
 
     Args:
         found: Predictions with labels.
@@ -240,6 +240,35 @@ def bootstrap_intervals(
 
     Returns:
         The percentiles 2.5 and 97.5 of each metric.
+    """
+    drawn = bootstrap_metrics(found, info, resamples, seed)
+    limits = {name: percentiles(values) for name, values in drawn.items()}
+    return {name: interval for name, interval in limits.items() if interval is not None}
+
+
+def percentiles(values: Array) -> tuple[float, float] | None:
+    """Return the bounds of the 95 % interval of resampled values, ``[resamples]``; NaN does not count."""
+    kept = values[~np.isnan(values)]
+    if not len(kept):
+        return None
+    low, high = np.percentile(kept, _INTERVAL).tolist()
+    return low, high
+
+
+def bootstrap_metrics(found: Predictions, info: TargetInfo, resamples: int, seed: int) -> dict[str, Array]:
+    """Compute the metrics of resamples of the proteins, which are drawn with replacement.
+
+    Residues of a protein are drawn together. Predictions of other models for the same proteins are resampled
+    alike with the same `seed`.
+
+    Args:
+        found: As for `bootstrap_intervals`.
+        info: As for `bootstrap_intervals`.
+        resamples: As for `bootstrap_intervals`.
+        seed: As for `bootstrap_intervals`.
+
+    Returns:
+        Each metric in each resample, ``[resamples]``; NaN where it is not defined.
     """
     assert found.labels is not None
     rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
@@ -257,11 +286,7 @@ def bootstrap_intervals(
             metrics = metrics_of(Predictions(rows, None, found.values[indices], found.labels[indices]), info)
         for name, value in metrics.items():
             drawn.setdefault(name, []).append(value)
-    return {
-        name: tuple(np.percentile(kept, _INTERVAL).tolist())
-        for name, values in drawn.items()
-        if (kept := [value for value in values if not math.isnan(value)])
-    }
+    return {name: np.array(values) for name, values in drawn.items()}
 
 
 def _per_protein(
