@@ -123,12 +123,15 @@ def _result(runs: _Runs, data: str) -> dict[str, Any]:
         "num_proteins": int(np.count_nonzero(counts)),
         "num_labels": int(counts.sum()),
         "level": LEVEL,
-        "differences": {
-            name: {**asdict(each), "is_shown": each.is_shown} for name, each in differences.items()
-        },
+        "differences": {name: _as_json(each) for name, each in differences.items()},
         "notes": notes,
         "verdict": _verdict(first.headline, decisive, runs),
     }
+
+
+def _as_json(found: Difference) -> dict[str, Any]:
+    interval = None if found.interval is None else list(found.interval)
+    return {**asdict(found), "interval": interval, "is_shown": found.is_shown}
 
 
 def _measures(found: Measurement) -> dict[str, float | None]:
