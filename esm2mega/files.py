@@ -1,4 +1,4 @@
-"""Writes files and directories whole or not at all, hashes files, and shortens lists of names."""
+"""Writes files and directories whole or not at all, hashes files, and shortens what messages show."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,9 @@ OTHER_OUT = "choose another --out"
 """This tells the user what to do about a result that cannot be written."""
 
 _HASHED_AT_ONCE = 1 << 20
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 
 
 @contextmanager
@@ -241,3 +245,8 @@ def first_of(names: Sequence[str], most: int = 8) -> str:
     """Join the first names for a message, and say how many more there are."""
     rest = f", … {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest if names else "none"
+
+
+def shortened(value: object) -> str:
+    """Show a value for a message: a few entries of a list, both ends of a long text."""
+    return " ".join(_SHORT.repr(value).split())

@@ -65,11 +65,15 @@ def _table_lines(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
 def _task_lines(head: Any) -> Iterator[str]:
     """Describe the head of a task, a `HeadDescription`, and what its outputs mean."""
     from esm2mega.config.head_form import head_form
+    from esm2mega.data.labels.forms import SAID
 
     info, code = head.info, head.code
     own = None if code is None else code.head
-    form = " ".join(head_form(head.task)) if own is None else own
-    yield f"task {info.kind}, head {form}, {info.num_outputs} outputs"
+    described = " ".join(head_form(head.task)) if own is None else own
+    yield f"task {info.kind}, head {described}, {info.num_outputs} outputs"
+    # Checkpoints of earlier versions do not say.
+    for column, form in zip(head.task.target_columns, info.forms, strict=False):
+        yield f"column {column} held {SAID[form]}"
     if code is not None and code.loss is not None:
         predicts = ", which turns outputs into predictions" if code.loss_predicts else ""
         yield f"loss {code.loss}{predicts}"

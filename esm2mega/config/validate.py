@@ -112,7 +112,7 @@ def validate(run: Run, world_size: int) -> None:
     validate_model(run)
     _check_masking("data", run.data)
     _check_masking("eval", run.eval)
-    _check_stores(run.data, run.train)
+    _check_stores(run.data, run.train, is_labelled=run.task.kind is not None)
     _check_schedule(run.schedule, run.train)
     _check_batches(run.train, run.data, run.parallel, world_size)
 
@@ -371,13 +371,18 @@ def _check_masking(name: str, section: DataConfig | EvalConfig) -> None:
         )
 
 
-def _check_stores(data: DataConfig, train: TrainConfig) -> None:
-    """Check that other splits are not training data, and the weights of a mixture of stores."""
+def _check_stores(data: DataConfig, train: TrainConfig, is_labelled: bool) -> None:
+    """Check that other splits are not training data, and the weights of a mixture of stores.
+
+    One file of labelled proteins may hold several splits; their proteins are compared when they are read.
+    """
     paths = data.train_paths()
     real = [os.path.realpath(path) for path in paths]
     for split in ("valid", "test"):
         path = getattr(data, split)
-        if path is not None and os.path.realpath(path) in real and not data.allow_overlap:
+        if path is None or is_labelled or data.allow_overlap:
+            continue
+        if os.path.realpath(path) in real:
             raise UserError(
                 f"data.{split}={path} is also data.train; its loss would not measure unseen proteins: "
                 "give another store, as `esm2mega prepare fasta --val-size N --test-size N` makes it, or set "

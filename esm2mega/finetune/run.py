@@ -5,7 +5,7 @@ This module does no arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +13,11 @@ from esm2mega.config.lora import check_start
 from esm2mega.config.schema import DataConfig, Run, TaskConfig, TrainConfig
 from esm2mega.config.task import validate_task
 from esm2mega.convert.start_point import StartPoint
-from esm2mega.data.labels.dataset import LabelledProteins, proteins_of_pairs, read_labelled
+from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
 from esm2mega.data.labels.degenerate import check_classes
-from esm2mega.data.labels.in_memory import Proteins
+from esm2mega.data.labels.forms import SAID
+from esm2mega.data.labels.in_memory import Proteins, table_in_memory
+from esm2mega.data.labels.rows import Table, read_table
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.stream import LabelledPacks, LabelledStream
 from esm2mega.data.overlap import check_overlap
@@ -114,26 +116,30 @@ def read_splits(
 ) -> Splits:
     """Read all splits that are given; held-out ones take the classes and scale of the training split.
 
+    All ranks call this together.
+
     Args:
         data: Names of the tables, and how they are read.
         task: Meaning of their labels.
         parts: Data that replace the tables.
         loaded: Classes and scale of a head that was trained before, which then hold for all splits.
     """
-    found: dict[str, LabelledProteins] = {}
-    info: TargetInfo | None = None
+    tables: dict[str, Table] = {}
     for split, path in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         key = f"data.{split}"
         if split in parts.data:
-            proteins, info = proteins_of_pairs(parts.data[split], task, info, key, data, loaded)
+            tables[split] = table_in_memory(parts.data[split], task, data, key)
         elif path is not None:
-            proteins, info = read_labelled(path, task, data, info, key, loaded)
+            tables[split] = read_table(path, task, data, key)
         elif split == "train":
             raise UserError(
                 "data.train is not set: give a table with sequences and labels, as data.train=FILE"
             )
-        else:
-            continue
+    forms = agreed_forms(task, list(tables.values()))
+    found: dict[str, LabelledProteins] = {}
+    info: TargetInfo | None = None
+    for split, table in tables.items():
+        proteins, info = label(table, task, data, forms, info, loaded)
         found[split] = proteins
     assert info is not None
     named = {f"data.{split}": [proteins] for split, proteins in found.items()}
@@ -227,15 +233,15 @@ def _train(
         evaluation=evaluation,
         eval_recipe=recipe,
         extra_state={"task": info.to_dict(), "token_counts": None, **trained_code.as_state()},
-        banner=[*_described(splits), *trained_code.lines()],
+        banner=[*_described(splits, run.task.target_columns), *trained_code.lines()],
         result=result,
         training_values=lambda metrics: {name: metrics[name] for name in loss.names},
     )
     return run_session(run, ranks, session, start)
 
 
-def _described(splits: Splits) -> list[str]:
-    """Describe the task and the data in the lines that a run prints at its start."""
+def _described(splits: Splits, columns: Sequence[str]) -> list[str]:
+    """Describe the task, its target columns and the data in the lines that a run prints at its start."""
     info = splits.info
     lines = [f"task     {info.kind} of {info.num_outputs} outputs: {first_of(info.names)}"]
     if info.columns:
@@ -243,6 +249,8 @@ def _described(splits: Splits) -> list[str]:
             f"task     {info.kind} of {x.name}, {len(x.names)} classes: {first_of(x.names)}"
             for x in info.targets
         ]
+    for column, form in zip(columns, info.forms, strict=False):
+        lines.append(f"labels   column {column} holds {SAID[form]}")
     for split, proteins in splits.of.items():
         lines.append(
             f"data     {split}: {len(proteins)} proteins of {proteins.path}, {_labels(proteins, info)}"

@@ -23,6 +23,7 @@ from esm2mega.data.benchmarks.names import FLIP_TASKS, FlipTask, differing
 from esm2mega.data.benchmarks.tables import MASK, SPLITS, TARGET, LabelledRow, LabelledTables
 from esm2mega.data.labels.cells import LARGEST, check_marks, plain_number
 from esm2mega.data.labels.rows import ResidueStrings
+from esm2mega.data.labels.sets import split_of
 from esm2mega.data.readers.base import SourceOptions, require_columns, residues_of
 from esm2mega.data.readers.fasta import FastaReader, attributes, check_blanks, read_entries
 from esm2mega.data.readers.tables import CsvReader
@@ -146,8 +147,7 @@ def _read_residue_task(path: Path, folder: Path, task: FlipTask) -> _Read:
         cells = [labels.of(name, length, location)]
         if masks is not None:
             cells.append(masks.of(name, length, location))
-            mask_location = masks.reader.location(masks.entries[name].line)
-            check_marks(cells[1], f"the mask of {name!r}", mask_location)
+            check_marks(cells[1], f"the mask of {name!r}", masks.location(name))
             masked += cells[1].count("0")
         rows[split].append(LabelledRow(name, sequences[name].text, tuple(cells)))
     unlabelled = len(sequences) - sum(name in labels.entries for name in sequences)
@@ -206,18 +206,10 @@ def _csv_rows(reader: CsvReader) -> _Found:
 
 
 def _split_of(location: str, name: str, set_name: str | None, validation: str | None) -> str | None:
-    """Return ``train``, ``valid`` or ``test``, or None for a protein that the split leaves out."""
+    """Return the split of a protein, or None for one that the task leaves out."""
     if set_name is None:
         raise UserError(f"{location}: the header of {name!r} has no SET=; is this a file of FLIP?")
-    if set_name in ("", "nan"):
-        return None
-    if validation not in (None, "", "nan", "True", "False"):
-        raise UserError(f"{location}: VALIDATION of {name!r} is {validation!r}, not True or False")
-    if set_name == "test":
-        return "test"
-    if set_name == "train":
-        return "valid" if validation == "True" else "train"
-    raise UserError(f"{location}: SET of {name!r} is {set_name!r}, not train or test")
+    return split_of(location, name, set_name, validation)
 
 
 def _check_number(text: str, location: str, name: str) -> None:

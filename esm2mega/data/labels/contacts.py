@@ -10,12 +10,13 @@ A protein of ``l`` residues has ``p = l (l - 1) / 2`` pairs i < j, in the order 
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import numpy.typing as npt
 
 from esm2mega.errors import UserError
-from esm2mega.files import parse_json
+from esm2mega.files import parse_json, shortened
 from esm2mega.pairs import pairs_of
 
 DISTANCE = 8.0
@@ -32,9 +33,13 @@ _FARTHEST = 1e6
 
 Array = npt.NDArray[np.float64]
 
+# Python writes tuples and None where JSON has lists and null.
+_BRACKETS = str.maketrans("()", "[]")
+_MISSING = re.compile(r"\b(None|nan)\b")
+
 
 def read_coordinates(value: object, column: str, location: str) -> Array:
-    """Read coordinates, ``[L, 3]``, from a cell: a list of three numbers for each residue, or its JSON text.
+    """Read coordinates, ``[L, 3]``, from a cell: a list of three numbers for each residue, or its text.
 
     A residue without coordinates is null, or has null or NaN among its numbers; it becomes three NaN.
 
@@ -43,12 +48,16 @@ def read_coordinates(value: object, column: str, location: str) -> Array:
     """
     if isinstance(value, str):
         try:
-            value = parse_json(value)
+            value = parse_json(_MISSING.sub("null", value.translate(_BRACKETS)))
         except ValueError:
-            raise UserError(f"{location}: column {column!r} holds no JSON list of coordinates") from None
+            raise UserError(
+                f"{location}: column {column!r} holds no list of coordinates; write it as JSON, such as "
+                "[[1.5, 0, -2], null]"
+            ) from None
     if not isinstance(value, list):
         raise UserError(
-            f"{location}: the coordinates in column {column!r} are {value!r}, not a list of [x, y, z]"
+            f"{location}: the coordinates in column {column!r} are {shortened(value)}, not a list of "
+            "[x, y, z]; give one for each residue, null where it is not known"
         )
     rows = np.full((len(value), 3), math.nan)
     for number, row in enumerate(value):
@@ -56,8 +65,8 @@ def read_coordinates(value: object, column: str, location: str) -> Array:
             continue
         if not isinstance(row, list) or len(row) != 3 or not all(_is_coordinate(x) for x in row):
             raise UserError(
-                f"{location}: residue {number} in column {column!r} has {row!r}; give [x, y, z] in Angstrom, "
-                f"none beyond {_FARTHEST:g}, or null"
+                f"{location}: residue {number} in column {column!r} has {shortened(row)}; give [x, y, z] in "
+                f"Angstrom, none beyond {_FARTHEST:g}, or null"
             )
         if None not in row:
             rows[number] = row

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ import numpy.typing as npt
 
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.config.task import classes_of_columns
 from esm2mega.data.labels.degenerate import SplitLabels, label_notes
-from esm2mega.data.labels.in_memory import Proteins, labelled_in_memory
+from esm2mega.data.labels.forms import column_form
+from esm2mega.data.labels.in_memory import Proteins, table_in_memory
 from esm2mega.data.labels.readers import TargetReader, join_labels, target_reader
-from esm2mega.data.labels.rows import MASK_FILE, labelled_rows
+from esm2mega.data.labels.rows import Table, read_table, with_mask_file
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.readers.base import residues_of
 from esm2mega.errors import UserError
+from esm2mega.parallel.errors import on_one_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +147,8 @@ def read_labelled(
 ) -> tuple[LabelledProteins, TargetInfo]:
     """Read proteins with labels; too long ones are refused, dropped or kept as in `apply_length_policy`.
 
+    All ranks call this together.
+
     Args:
         path: CSV, JSON lines, Parquet or FASTA file, also compressed.
         task: Section that says which columns hold what.
@@ -155,18 +160,8 @@ def read_labelled(
     Raises:
         UserError: The file is no such table, or a cell is bad.
     """
-    if task.mask_file is not None:
-        task = replace(task, mask_column=MASK_FILE)
-    reader = target_reader(task)
-    notes: list[str] = []
-    rows = [
-        _Row(location, name, tokens, reader.read(cells, location, len(tokens)))
-        for location, name, tokens, cells in labelled_rows(Path(path), task, data, key, notes)
-    ]
-    if not rows:
-        raise UserError(f"{key}={path}: holds no proteins; give a table with some")
-    rows = _fitting(rows, data, key, notes)
-    return _numbered(Path(path), rows, reader, info, loaded, key, notes)
+    table = read_table(path, task, data, key)
+    return label(table, task, data, agreed_forms(task, [table], info), info, loaded)
 
 
 def proteins_of_pairs(
@@ -179,23 +174,61 @@ def proteins_of_pairs(
 ) -> tuple[LabelledProteins, TargetInfo]:
     """Make labelled proteins of what a program holds in memory; the arguments are those of `read_labelled`.
 
-    A value is what a cell of the table would hold, or with several target columns a sequence of such values.
     Without `data`, proteins may have any length.
     """
-    for option in ("label_file", "mask_file"):
-        if getattr(task, option) is not None:
-            raise UserError(f"{name}: pairs hold their labels themselves; set task.{option}=null")
-    reader = target_reader(task)
+    table = table_in_memory(given, task, data or DataConfig(), name)
+    return label(table, task, data, agreed_forms(task, [table], info), info, loaded)
+
+
+def agreed_forms(task: TaskConfig, tables: Sequence[Table], info: TargetInfo | None = None) -> list[str]:
+    """Return the form of each column of classes of residues; rank 0 decides, all ranks call this together.
+
+    Args:
+        task: Section that names the columns.
+        tables: All splits.
+        info: Targets of the training data; None if they are among `tables`.
+
+    Raises:
+        UserError: Cells of a column have several forms; see `esm2mega.data.labels.forms`.
+    """
+    if task.kind != "token_classification":
+        return []
+    known = [] if info is None else info.forms
+    return on_one_rank(
+        lambda: [
+            column_form(
+                column,
+                (
+                    (location, cells[column], len(tokens))
+                    for table in tables
+                    for location, _, tokens, cells in table.rows
+                ),
+                known[number] if number < len(known) else None,
+                classes_of_columns(task)[number] or (),
+            )
+            for number, column in enumerate(task.target_columns)
+        ]
+    )
+
+
+def label(
+    table: Table,
+    task: TaskConfig,
+    data: DataConfig | None,
+    forms: Sequence[str],
+    info: TargetInfo | None,
+    loaded: TargetInfo | None = None,
+) -> tuple[LabelledProteins, TargetInfo]:
+    """Read the labels of a table; `forms` is from `agreed_forms`, the rest as for `read_labelled`."""
+    reader = target_reader(with_mask_file(task), forms)
     rows = [
-        _Row(location, identifier, tokens, reader.read(cells, location, len(tokens)))
-        for location, identifier, tokens, cells in labelled_in_memory(given, task, data or DataConfig(), name)
+        _Row(location, name, tokens, reader.read(cells, location, len(tokens)))
+        for location, name, tokens, cells in table.rows
     ]
-    if not rows:
-        raise UserError(f"{name}: holds no proteins; give some")
-    notes: list[str] = []
+    notes = list(table.notes)
     if data is not None:
-        rows = _fitting(rows, data, name, notes)
-    return _numbered(Path(name), rows, reader, info, loaded, name, notes)
+        rows = _fitting(rows, data, table.key, notes)
+    return _numbered(table.path, rows, reader, info, loaded, table.key, notes)
 
 
 def _fitting(rows: list[_Row], data: DataConfig, key: str, notes: list[str]) -> list[_Row]:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.config.task import masks_of
-from esm2mega.data.labels.rows import INPUT_IDS, Row, tokens_of_ids
+from esm2mega.data.labels.rows import Row, Table
+from esm2mega.data.labels.tokenised import INPUT_IDS, tokens_of_ids
 from esm2mega.data.readers.base import require_columns, residues_of
 from esm2mega.errors import UserError
 
@@ -34,8 +36,22 @@ _FORMS = (
 _CURE = "correct data.sequence_column, task.target_columns or task.mask_column, or rename it"
 
 
+def table_in_memory(given: Proteins, task: TaskConfig, data: DataConfig, name: str) -> Table:
+    """Return every protein with the cells of its labels, as `esm2mega.data.labels.rows.read_table` does.
+
+    The arguments are those of `labelled_in_memory`.
+    """
+    for option in ("label_file", "mask_file"):
+        if getattr(task, option) is not None:
+            raise UserError(f"{name}: pairs hold their labels themselves; set task.{option}=null")
+    rows = list(labelled_in_memory(given, task, data, name))
+    if not rows:
+        raise UserError(f"{name}: holds no proteins; give some")
+    return Table(Path(name), name, rows, [])
+
+
 def labelled_in_memory(given: Proteins, task: TaskConfig, data: DataConfig, name: str) -> Iterator[Row]:
-    """Yield every protein with the cells of its labels, as `labelled_rows` does for files.
+    """Yield every protein with the cells of its labels, in the form of the rows of a table.
 
     With several target columns the value of a pair is a sequence of values, one for each.
 

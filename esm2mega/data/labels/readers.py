@@ -26,6 +26,7 @@ from esm2mega.data.labels.cells import (
     check_length,
     classes_of,
     mask_of,
+    names_of,
     number_of,
     numbers_of,
     text_of,
@@ -33,7 +34,7 @@ from esm2mega.data.labels.cells import (
 from esm2mega.data.labels.contacts import pair_labels, read_coordinates
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.errors import UserError
-from esm2mega.files import first_of
+from esm2mega.files import first_of, shortened
 from esm2mega.pairs import pairs_of
 
 _SHOWN = 12
@@ -42,8 +43,10 @@ _SHOWN = 12
 class TargetReader(ABC):
     """Reads the labels of one task."""
 
-    def __init__(self, task: TaskConfig) -> None:
+    def __init__(self, task: TaskConfig, forms: Sequence[str] = ()) -> None:
+        """Read the labels of `task`; `forms` is how classes of residues are written in each target column."""
         self.task = task
+        self.forms = list(forms)
 
     @abstractmethod
     def read(self, cells: Cells, location: str, num_residues: int) -> Any:
@@ -67,6 +70,7 @@ class TargetReader(ABC):
         else:
             untrained = [number for number in untrained if number in loaded.untrained]
             info = replace(loaded, counts=info.counts, baseline=info.baseline, untrained=untrained)
+        info = replace(info, forms=self.forms)
         configured, found = self.task.num_classes, info.num_outputs
         if configured is not None and configured != found:
             location = "data.train" if loaded is None else "the loaded head"
@@ -147,11 +151,16 @@ class _ResidueClasses(TargetReader):
     Each column has classes of its own.
     """
 
+    def __init__(self, task: TaskConfig, forms: Sequence[str] = ()) -> None:
+        super().__init__(task, forms)
+        self._declared = [names or [] for names in classes_of_columns(task)]
+
     def read(self, cells: Cells, location: str, num_residues: int) -> list[list[str | None]]:
         """Read the class names of each column, None for residues that its mask marks with 0."""
         found = []
-        for column, mask in zip(self.task.target_columns, masks_of(self.task), strict=True):
-            names = classes_of(cells, column, location, num_residues)
+        columns = zip(self.task.target_columns, masks_of(self.task), self.forms, self._declared, strict=True)
+        for column, mask, form, declared in columns:
+            names = classes_of(cells, column, location, num_residues, form, declared)
             counts = mask_of(cells, mask, location, num_residues).tolist()
             found.append([name if there else None for name, there in zip(names, counts, strict=True)])
         return found
@@ -187,18 +196,11 @@ class _ResidueClasses(TargetReader):
 
 
 class _NamedLabels(TargetReader):
-    """Reads labels of multilabel tasks: names separated by ``;``. An empty cell means that none applies."""
+    """Reads labels of multilabel tasks: names, in one column. An empty cell means that none applies."""
 
     def read(self, cells: Cells, location: str, num_residues: int) -> list[str]:
         (column,) = self.task.target_columns
-        value = cells[column]
-        if value is None:
-            return []
-        if not isinstance(value, str):
-            raise UserError(
-                f"{location}: the labels {value!r} in column {column!r} are not text; write names joined by ;"
-            )
-        return [name.strip() for name in value.split(";") if name.strip()]
+        return names_of(cells, column, location)
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
         there = [name for label in labels for name in set(label)]
@@ -220,7 +222,9 @@ class _FlagColumns(TargetReader):
         flags = np.array([number_of(cells[column], column, location) for column in columns])
         for column, flag in zip(columns, flags.tolist(), strict=True):
             if flag not in (0.0, 1.0) and not math.isnan(flag):
-                raise UserError(f"{location}: {cells[column]!r} in column {column!r}; a label is 0 or 1")
+                raise UserError(
+                    f"{location}: {shortened(cells[column])} in column {column!r}; a label is 0 or 1"
+                )
         return flags
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
@@ -269,8 +273,8 @@ class _Contacts(TargetReader):
         return np.asarray(label, dtype=np.float64)
 
 
-def target_reader(task: TaskConfig) -> TargetReader:
-    """Return the reader of a task's labels."""
+def target_reader(task: TaskConfig, forms: Sequence[str] = ()) -> TargetReader:
+    """Return the reader of a task's labels; the arguments are those of `TargetReader`."""
     several = len(task.target_columns) > 1
     readers: dict[str, type[TargetReader]] = {
         "regression": _Numbers,
@@ -280,7 +284,7 @@ def target_reader(task: TaskConfig) -> TargetReader:
         "token_regression": _ResidueNumbers,
         PAIR_KIND: _Contacts,
     }
-    return readers[_kind_of(task)](task)
+    return readers[_kind_of(task)](task, forms)
 
 
 def join_labels(encoded: Iterable[npt.NDArray[Any]], per_residue: bool) -> npt.NDArray[Any]:

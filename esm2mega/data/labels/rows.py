@@ -6,13 +6,14 @@ Labels may be given in three ways:
     FASTA                 labels as ``KEY=VALUE`` in the headers
     `task.label_file`     sequences in one file; labels in a table, or (of residues) in a second FASTA; by id
 
-A `task.mask_file` is a FASTA with 0 and 1 in the place of residues, which is joined by id too.
+A `task.mask_file` is a FASTA with 0 and 1 in the place of residues, which is joined by id too. Where the
+headers of labels say ``SET``, each split takes its own proteins.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ import numpy.typing as npt
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.config.task import RESIDUE_KINDS, masks_of
+from esm2mega.data.labels.cells import Cells, check_marks
+from esm2mega.data.labels.sets import SetFilter
+from esm2mega.data.labels.tokenised import INPUT_IDS, tokens_of_ids
 from esm2mega.data.readers.base import Record, SourceOptions, require_columns, table_record
 from esm2mega.data.readers.fasta import FastaReader, attributes, check_blanks, read_entries
 from esm2mega.data.readers.parquet import ParquetReader
@@ -28,56 +32,95 @@ from esm2mega.data.readers.sources import open_source
 from esm2mega.data.readers.tables import CsvReader, JsonLinesReader
 from esm2mega.errors import UserError
 
-INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
-"""These are columns of a table that was tokenised before, as ``data.sequence_column=input_ids`` says."""
-
 MASK_FILE = "task.mask_file"
 """This stands for the column of the mask where the mask comes from a file."""
 
 _CORRECT = "correct task.target_columns or task.mask_column"
 
-Cells = Mapping[str, object]
 Row = tuple[str, str, npt.NDArray[np.uint8], Cells]
 """This holds location, id, residues as tokens, and cells by column."""
 
 
-def labelled_rows(
-    path: Path, task: TaskConfig, data: DataConfig, key: str, notes: list[str]
-) -> Iterator[Row]:
-    """Yield every protein of a file with the cells of its labels.
+@dataclass(frozen=True)
+class Table:
+    """Holds the proteins of a file, or of a list, with the cells of their labels as they stand there.
+
+    Attributes:
+        path: Where the proteins come from, for messages.
+        key: What the user calls it, such as ``data.train``.
+        rows: All proteins, of which there is at least one.
+        notes: What the user should know about how they were read.
+    """
+
+    path: Path
+    key: str
+    rows: list[Row]
+    notes: list[str]
+
+
+def read_table(path: str | Path, task: TaskConfig, data: DataConfig, key: str) -> Table:
+    """Read every protein of a file, with the cells of its labels.
 
     Args:
-        path: File of the sequences.
+        path: CSV, JSON lines, Parquet or FASTA file, also compressed.
         task: Columns, label and mask files.
         data: Columns of sequences and ids.
         key: Name of `path` for the user, such as ``data.train``.
-        notes: List to which notes for the user are appended.
 
     Raises:
         UserError: A file cannot be read, or lacks what another needs; names file, line and id.
     """
+    notes: list[str] = []
+    sets = SetFilter(key)
+    path = Path(path)
     if task.label_file is not None:
-        rows = _with_labels(_sequences(path, data), Path(task.label_file), task, data, notes)
+        rows = _with_labels(_sequences(path, data), Path(task.label_file), task, data, sets, notes)
     else:
-        rows = _rows(path, task, data, key)
-    if task.mask_file is None:
-        yield from rows
-        return
-    masks = ResidueStrings(Path(task.mask_file), "marks")
+        rows = _rows(path, task, data, key, sets)
+    if task.mask_file is not None:
+        rows = _with_masks(rows, ResidueStrings(Path(task.mask_file), "marks"))
+    columns = [*task.target_columns, *filter(None, masks_of(with_mask_file(task)))]
+    found = [
+        (location, name, tokens, _chosen(cells, columns, location)) for location, name, tokens, cells in rows
+    ]
+    if not found:
+        of_set = " of this SET" if sets.num_others else ""
+        raise UserError(f"{key}={path}: holds no proteins{of_set}; give a table with some")
+    return Table(path, key, found, [*notes, *sets.notes(path)])
+
+
+def with_mask_file(task: TaskConfig) -> TaskConfig:
+    """Return the section with the column in which `read_table` puts the masks of `task.mask_file`."""
+    return task if task.mask_file is None else replace(task, mask_column=MASK_FILE)
+
+
+def _chosen(cells: Cells, columns: Sequence[str], location: str) -> Cells:
+    """Return the cells of some columns; the lines of a JSON file may lack some that the first one has."""
+    for column in columns:
+        if column not in cells:
+            raise UserError(
+                f"{location}: no key {column!r}, which the first object has; add it, or remove the line"
+            )
+    return {column: cells[column] for column in columns}
+
+
+def _with_masks(rows: Iterator[Row], masks: ResidueStrings) -> Iterator[Row]:
     for location, name, tokens, cells in rows:
-        yield location, name, tokens, {**cells, MASK_FILE: masks.of(name, len(tokens), location)}
+        mask = masks.of(name, len(tokens), location)
+        check_marks(mask, f"the mask of {name!r}", masks.location(name))
+        yield location, name, tokens, {**cells, MASK_FILE: mask}
 
 
-def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str) -> Iterator[Row]:
+def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str, sets: SetFilter) -> Iterator[Row]:
     """Yield the proteins of a file that has their labels too."""
     required = _required_columns(task)
     source = open_source(path, _options(data))
     if isinstance(source, FastaReader):
-        return _header_rows(source, required)
+        return _header_rows(source, required, sets)
     if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
         raise UserError(
-            f"{key}={path}: labels are read from CSV, JSON lines, Parquet and FASTA; give such a file, or "
-            "labels in task.label_file"
+            f"{key}={path}: labels are read from CSV, JSON lines, Parquet and FASTA; give such a file, "
+            "made from TAPE's by `esm2mega prepare tape`, or labels in task.label_file"
         )
     require_columns(f"{key}={path}", source.columns, required, _CORRECT)
     return _table_rows(source, data)
@@ -85,8 +128,7 @@ def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str) -> Iterator[
 
 def _required_columns(task: TaskConfig) -> list[str]:
     """Return the columns of labels, and of masks that are in the table."""
-    masks = [mask for mask in masks_of(task) if mask not in (None, MASK_FILE)]
-    return [*task.target_columns, *dict.fromkeys(masks)]
+    return [*task.target_columns, *dict.fromkeys(filter(None, masks_of(task)))]
 
 
 def _options(data: DataConfig) -> SourceOptions:
@@ -107,7 +149,7 @@ def _table_rows(source: CsvReader | JsonLinesReader | ParquetReader, data: DataC
             yield location, record.id, vocabulary.encode_residues(record.residues), cells
 
 
-def _header_rows(source: FastaReader, required: Sequence[str]) -> Iterator[Row]:
+def _header_rows(source: FastaReader, required: Sequence[str], sets: SetFilter) -> Iterator[Row]:
     for block in source.blocks():
         for entry in source.entries(block):
             location = source.location(entry.line)
@@ -119,6 +161,8 @@ def _header_rows(source: FastaReader, required: Sequence[str]) -> Iterator[Row]:
                         "task.target_columns, or give labels in task.label_file"
                     )
             check_blanks(entry, required, location)
+            if not sets.keeps(marks, location, entry.id):
+                continue
             cells = {column: marks[column] for column in required}
             yield location, entry.id, vocabulary.encode_residues(entry.text.encode()), cells
 
@@ -134,6 +178,10 @@ class ResidueStrings:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def location(self, name: str) -> str:
+        """Say where the string of a protein stands, for messages."""
+        return self.reader.location(self.entries[name].line)
+
     def of(self, name: str, num_residues: int, location: str) -> str:
         """Return the string of a protein, whose sequence stands at `location` in another file."""
         entry = self.entries.get(name)
@@ -144,8 +192,8 @@ class ResidueStrings:
             )
         if len(entry.text) != num_residues:
             raise UserError(
-                f"{self.reader.location(entry.line)}: {len(entry.text)} {self._what} of {name!r}, which has "
-                f"{num_residues} residues; give one for each"
+                f"{self.location(name)}: {len(entry.text)} {self._what} of {name!r}, which has "
+                f"{num_residues} residues; give one for each, which may not be a blank"
             )
         return entry.text
 
@@ -165,7 +213,12 @@ def _sequences(path: Path, data: DataConfig) -> Iterator[tuple[str, Record]]:
 
 
 def _with_labels(
-    records: Iterator[tuple[str, Record]], path: Path, task: TaskConfig, data: DataConfig, notes: list[str]
+    records: Iterator[tuple[str, Record]],
+    path: Path,
+    task: TaskConfig,
+    data: DataConfig,
+    sets: SetFilter,
+    notes: list[str],
 ) -> Iterator[Row]:
     """Yield proteins joined by id with the labels of `path`."""
     source = open_source(path, _label_options(data))
@@ -187,7 +240,10 @@ def _with_labels(
         for location, record in records:
             tokens = vocabulary.encode_residues(record.residues)
             used += 1
-            yield location, record.id, tokens, {column: entries.of(record.id, len(tokens), location)}
+            labels = entries.of(record.id, len(tokens), location)
+            label_place = entries.location(record.id)
+            if sets.keeps(attributes(entries.entries[record.id], label_place), label_place, record.id):
+                yield label_place, record.id, tokens, {column: labels}
     else:
         table = _label_table(source, path, task, data)
         total = len(table)
@@ -228,39 +284,3 @@ def _label_table(
                 )
             table[name] = location, cells
     return table
-
-
-def tokens_of_ids(cells: Mapping[str, object], location: str) -> npt.NDArray[np.uint8]:
-    """Return the residues of a row of ``input_ids``, without `<cls>`, `<eos>` and padding.
-
-    The row's ``attention_mask`` decides what is padding, whatever its id.
-    """
-    ids = _integers(cells[INPUT_IDS], INPUT_IDS, location)
-    mask = np.ones_like(ids)
-    if ATTENTION_MASK in cells:
-        mask = _integers(cells[ATTENTION_MASK], ATTENTION_MASK, location)
-    if len(mask) != len(ids):
-        raise UserError(f"{location}: {len(mask)} numbers in {ATTENTION_MASK} for {len(ids)} in {INPUT_IDS}")
-    ids = ids[mask != 0]
-    if len(ids) < 3 or ids[0] != vocabulary.CLS or ids[-1] != vocabulary.EOS:
-        raise UserError(
-            f"{location}: {INPUT_IDS} must be <cls> ({vocabulary.CLS}), residues, <eos> ({vocabulary.EOS}) "
-            f"under {ATTENTION_MASK}; tokenise again with the ESM-2 vocabulary and without truncation"
-        )
-    if ids.min() < 0 or ids.max() >= len(vocabulary.VOCAB):
-        raise UserError(f"{location}: {INPUT_IDS} must be 0 to {len(vocabulary.VOCAB) - 1}")
-    return ids[1:-1].astype(np.uint8)
-
-
-def _integers(value: object, column: str, location: str) -> npt.NDArray[np.int64]:
-    """Return the whole numbers of a cell, which is a list or its text."""
-    if isinstance(value, str):
-        text = value.strip()
-        text = text if text.startswith("[") else f"[{','.join(text.replace(',', ' ').split())}]"
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = None
-    if not isinstance(value, list) or not all(type(number) is int for number in value):
-        raise UserError(f"{location}: column {column!r} must hold a list of whole numbers")
-    return np.array(value, dtype=np.int64)

@@ -54,6 +54,8 @@ class TargetInfo:
         columns: The target columns where residues have classes in several columns; else empty.
         widths: How many of `names` are classes of each of `columns`.
         untrained: Numbers of the outputs whose class was declared, but has had no label in any training.
+        forms: How classes of residues were written in each target column, see `esm2mega.data.labels.forms`.
+            Empty for other kinds, and in checkpoints of earlier versions.
     """
 
     kind: str
@@ -65,6 +67,7 @@ class TargetInfo:
     columns: list[str] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     untrained: list[int] = field(default_factory=list, compare=False)
+    forms: list[str] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse names that no file of predictions could hold; JSON and Parquet can hold them as labels."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import reprlib
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from esm2mega import vocabulary
 from esm2mega.errors import UserError
-from esm2mega.files import file_sha256, first_of, refuse_stream
+from esm2mega.files import file_sha256, first_of, refuse_stream, shortened
 
 WHITE_SPACE = b" \t\r\n\v\f"
 RESIDUE_BYTES = string.ascii_letters.encode() + b"*-."
@@ -206,8 +205,7 @@ def table_record(
         setting = options.setting("id_column", "NAME")
         other = "" if setting is None else f", or name another column with {setting}"
         raise UserError(
-            f"{source.location(line)}: the id {reprlib.repr(name)} is {_kind(name)}; "
-            f"give every row an id{other}"
+            f"{source.location(line)}: the id {shortened(name)} is {_kind(name)}; give every row an id{other}"
         )
     name = check_id(source, line, name.strip())
     if sequence is None or (isinstance(sequence, str) and sequence.strip() in MISSING_VALUES | {""}):

@@ -62,7 +62,7 @@ class ParquetReader(RowSource):
     def rows(
         self, block: Block, columns: Sequence[str] | None = None
     ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the number of each row and its cells by column; bytes become text.
+        """Yield the number of each row and its cells by column; bytes become text, also in lists.
 
         Args:
             block: the rows to read.
@@ -88,7 +88,8 @@ class ParquetReader(RowSource):
 
         if kinds.is_dictionary(found):
             found = found.value_type
-        text = (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)
+        text = [kinds.is_string, kinds.is_large_string, kinds.is_string_view]
+        text += [kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view]
         if any(is_kind(found) for is_kind in text) or (integers and kinds.is_integer(found)):
             return
         setting = self._options.setting("id_column" if integers else "sequence_column", "NAME")
@@ -119,4 +120,7 @@ def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
 
 
 def _text(cell: object) -> object:
+    """Return bytes, also in a list, as text: some programs write text without saying that it is text."""
+    if isinstance(cell, list) and any(isinstance(entry, bytes) for entry in cell):
+        return [_text(entry) for entry in cell]
     return cell.decode("utf-8", errors="surrogateescape") if isinstance(cell, bytes) else cell

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from esm2mega.data.readers.base import ByteProgress, Record, require_columns, residues_of
 from esm2mega.data.readers.parquet import open_parquet
 from esm2mega.errors import UserError
-from esm2mega.files import file_sha256, refuse_stream
+from esm2mega.files import file_sha256, refuse_stream, shortened
 
 _ROWS = 1 << 14
 
@@ -54,7 +54,9 @@ class RowFile:
     def text(self, value: object, line: int, column: str) -> str:
         """Return the value of a column, or raise UserError if it is no text or blank."""
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{self.location(line)}: {column} is {value!r}, not a text; every row needs one")
+            raise UserError(
+                f"{self.location(line)}: {column} is {shortened(value)}, not a text; every row needs one"
+            )
         return value
 
 
@@ -125,7 +127,7 @@ def protein(source: RowFile, line: int, name: str, sequence: object) -> Record:
     residues = residues_of(sequence, source.location(line), name) if isinstance(sequence, str) else b""
     if not residues:
         raise UserError(
-            f"{source.location(line)}: the sequence of {name!r} is {sequence!r}, not residues; "
+            f"{source.location(line)}: the sequence of {name!r} is {shortened(sequence)}, not residues; "
             "complete or remove the row"
         )
     return Record(name, residues, line)

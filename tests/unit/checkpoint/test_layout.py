@@ -98,7 +98,7 @@ def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
         layout.read_state(path.parent)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", pytest.param("[" * 99999, id="deep")])
 def test_damaged_state_is_refused(tmp_path: Path, content: str) -> None:
     path = _checkpoint(tmp_path, 10) / "train_state.json"
     path.write_text(content)
@@ -118,10 +118,16 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
         layout.read_config(path.parent)
 
 
-@pytest.mark.parametrize("content", ["", "a: [", "just words", "tokenizer: words", "- 1"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "a: [", "just words", "tokenizer: words", "- 1", "tokenizer: {hash: 2026-99-99}", "é: 1"),
+        pytest.param("a: " + "[" * 900 + "]" * 900, id="deep"),
+    ],
+)
 def test_damaged_configuration_is_refused(tmp_path: Path, content: str) -> None:
     path = _checkpoint(tmp_path, 10) / "config.yaml"
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     with pytest.raises(UserError) as error:
         layout.read_config(path.parent)
     assert str(path) in str(error.value)

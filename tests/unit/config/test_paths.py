@@ -1,8 +1,9 @@
-"""Homes, version and time are expanded in paths, in nothing else, and not where a run would be lost."""
+"""Homes, number and time are expanded in paths, in nothing else, and not where a run would be lost."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,6 @@ from esm2mega.config.load import known_keys, load_run
 from esm2mega.config.paths import expanded, is_expanded
 from esm2mega.config.schema import Run, choices, flatten
 from esm2mega.errors import UserError
-from esm2mega.version import __version__
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def loaded(*words: str) -> Run:
     return load_run(None, ["model.size=tiny", *words])
 
 
-def test_home_and_version_in_every_path_and_in_no_other_text() -> None:
+def test_home_and_number_in_every_path_and_in_no_other_text() -> None:
     text = "~/x_{version}"
     keys = [key for key, kind in known_keys().items() if kind in (str, str | None) or key == "data.train"]
     open_keys = [key for key in keys if key not in choices(Run())]
@@ -34,7 +34,22 @@ def test_home_and_version_in_every_path_and_in_no_other_text() -> None:
         *("run_dir", "init_from", "data.train", "data.valid", "data.test", "data.cache_dir"),
         *("checkpoint.resume", "task.label_file", "task.mask_file"),
     }
-    assert {after[key] for key in changed} == {f"/home/me/x_{__version__}"}
+    assert {after[key] for key in changed} == {"/home/me/x_0"}
+
+
+def test_a_run_goes_on_in_the_newest_directory_or_begins_the_next(tmp_path: Path) -> None:
+    form = f"run_dir={tmp_path}/a{{version}}/r{{version}}5"
+    assert expanded(loaded(form)).run_dir == f"{tmp_path}/a0/r05"
+    for name in ("a0", "a2", "a10", "a011", "ab", "b77", "a12x"):
+        (tmp_path / name).mkdir()
+    assert expanded(loaded(form)).run_dir == f"{tmp_path}/a10/r105"
+    never = expanded(loaded(form, "checkpoint.resume=never", "data.cache_dir=cache_{version}"))
+    assert (never.run_dir, never.data.cache_dir) == (f"{tmp_path}/a11/r115", "cache_11")
+    (tmp_path / "x3.y3").mkdir()
+    (tmp_path / "x7.y6").mkdir()
+    assert expanded(loaded(f"run_dir={tmp_path}/x{{version}}.y{{version}}")).run_dir == f"{tmp_path}/x3.y3"
+    with pytest.raises(UserError, match=r"data.valid=v_\{version\}: .* put \{version\} into run_dir"):
+        expanded(loaded("data.valid=v_{version}"))
 
 
 def test_one_time_for_all_paths() -> None:

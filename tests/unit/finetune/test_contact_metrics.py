@@ -107,7 +107,7 @@ def test_coordinates_of_a_table(tmp_path: Path) -> None:
     for wrong, message in (
         ([[0, 0]] * 12, r"t.jsonl:1: residue 0 in column 'atoms' has \[0, 0\]"),
         (rows[:11], "t.jsonl:1: 11 labels in column 'atoms' for 12 residues"),
-        ("[[0,", "t.jsonl:1: column 'atoms' holds no JSON list"),
+        ("[[0,", "t.jsonl:1: column 'atoms' holds no list of coordinates"),
         (7, "t.jsonl:1: the coordinates in column 'atoms' are 7"),
     ):
         path.write_text(json.dumps({**lines[0], "atoms": wrong}))

@@ -289,7 +289,10 @@ def test_a_declared_class_that_training_never_saw(tmp_path: Path, capsys: pytest
     classes = ("task.kind=classification", 'task.classes=[many,"none",few]', "task.class_weights=balanced")
     pairs = [(s, "many" if v > 4 else "few") for s, v in PAIRS]
     held_out = [*pairs[30:], ("MKKT", "none"), ("LAG", "none")]
-    trained = train(tmp_path / "run", *classes, train=pairs[:30], valid=held_out, test=pairs[30:])
+    trained = train(
+        *(tmp_path / "run", *classes, "data.allow_overlap=true"),
+        **{"train": pairs[:30], "valid": held_out, "test": pairs[30:]},
+    )
     said = capsys.readouterr().err
     assert "data     data.train has no label of the class 'none' in column 'target'\n" in said
     assert (

@@ -192,7 +192,7 @@ def test_labels_of_residues_keep_leading_zeros(tmp_path: Path, task: str) -> Non
         ({"resolved": ">p0\n01x\n>p1\n11\n>p2\n111\n"}, "resolved.fasta:1: 'x' in the mask of 'p0'"),
         ({"resolved": ">p0\n011\n>p0\n111\n"}, "resolved.fasta:3: the id 'p0' is that of line 1 already"),
         ({"sampled": ">p0 VALIDATION=True\n012\n"}, "sampled.fasta:1: the header of 'p0' has no SET="),
-        ({"sampled": ">p0 SET=dev\n012\n"}, "sampled.fasta:1: SET of 'p0' is 'dev', not train or test"),
+        ({"sampled": ">p0 SET=dev\n012\n"}, "sampled.fasta:1: SET of 'p0' is 'dev', not train, val or test"),
         ({"sampled": ">p0 SET=test SET=train\n012\n"}, "sampled.fasta:1: the header of 'p0' has SET twice"),
     ],
 )

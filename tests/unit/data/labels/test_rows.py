@@ -93,9 +93,9 @@ def test_a_table_of_labels(tmp_path: Path) -> None:
         ({"l.fasta": ">p0\n012\n>NA\n22\n"}, r"s.fasta:5: no labels of 'p2' in .*l.fasta"),
         ({"l.fasta": LABELS.replace("012", "01")}, r"l.fasta:3: 2 labels of 'p0', which has 3 residues"),
         ({"l.fasta": LABELS + ">p0\n000\n"}, r"l.fasta:9: the id 'p0' is that of line 3 already"),
-        ({"m.fasta": ">p0\n011\n>p2\n1000\n"}, r"s.fasta:3: no marks of 'NA' in .*m.fasta"),
+        ({"m.fasta": ">p0\n011\n>p2\n1000\n"}, r"l.fasta:5: no marks of 'NA' in .*m.fasta"),
         ({"m.fasta": MASKS.replace("1000", "100")}, r"m.fasta:3: 3 marks of 'p2', which has 4 residues"),
-        ({"m.fasta": MASKS.replace("011", "01?")}, r"s.fasta:1: '\?' in column 'task.mask_file'"),
+        ({"m.fasta": MASKS.replace("011", "01?")}, r"m.fasta:1: '\?' in the mask of 'p0'"),
         ({"s.fasta": SEQUENCES + ">p0\nMMM\n"}, r"s.fasta:8: the id 'p0' is that of line 1 already"),
     ],
 )

@@ -29,7 +29,10 @@ def table(kind: pa.DataType) -> pa.Table:
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())], ids=str
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.binary_view()]
+    + [pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string())],
+    ids=str,
 )
 @pytest.mark.parametrize("group", [1, 3, 100])
 def test_rows_of_all_text_types_and_groups(
@@ -114,3 +117,22 @@ def test_without_pyarrow_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"pip install 'esm2mega\[parquet\]'"):
         ParquetReader(path, DEFAULT)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.string()),
+        pa.large_list(pa.large_string()),
+        pa.list_(pa.string_view()),
+        pa.list_(pa.binary()),
+    ]
+    + [pa.list_(pa.dictionary(pa.int8(), pa.string())), pa.list_(pa.string(), 2)],
+    ids=str,
+)
+def test_lists_of_all_text_types(tmp_path: Path, kind: pa.DataType) -> None:
+    labels = [["C", "H"], ["H", None]]
+    rows = pa.table({"sequence": ["MK", "AC"], "labels": pa.array(labels, kind)})
+    reader = ParquetReader(write(tmp_path, rows), DEFAULT)
+    (block,) = reader.blocks()
+    assert [cells["labels"] for _, cells in reader.rows(block)] == labels
