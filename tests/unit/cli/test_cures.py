@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.cli.app import cli, main
 from esm2mega.config.schema import Run, flatten
 from esm2mega.finetune.api import train_model
@@ -206,7 +207,7 @@ def adapters_without_base(folder: Path, finished: TinyRun) -> Path:
     settings = [*SETTINGS, f"run_dir={folder / 'adapted'}", "train.max_steps=1", "task.kind=regression"]
     lora = ["finetune.mode=lora", "lora.rank=2", f"init_from={base}"]
     train_model([*settings, *lora], train=[("MKT", 1.0), ("LAGV", 4.0)])
-    checkpoint = layout.resolve_checkpoint(folder / "adapted")
+    checkpoint = choose_checkpoint(folder / "adapted").path
     state = json.loads((checkpoint / layout.STATE).read_text())
     state["base"]["path"] = str(folder / "gone")
     (checkpoint / layout.STATE).write_text(json.dumps(state))
@@ -232,6 +233,7 @@ def readers_of_checkpoints(path: Path, folder: Path) -> dict[str, list[str]]:
         "score": [str(path), "--sequence", "MK", "--out", f"{out}.csv"],
         "inspect": [str(path)],
         "evaluate": [str(path), "--data", fasta],
+        "compare": [str(path), str(path), "--data", fasta],
         "predict": [str(path), fasta, "--out", f"{out}.csv"],
         "pretrain": [*training, "model.size=tiny"],
         "finetune": [*training, "task.kind=regression", "task.target_columns=[y]", "train.max_steps=1"],
@@ -322,6 +324,7 @@ def test_cures_of_unreadable_tables(
         "pretrain": training,
         "finetune": [*training, *TASK],
         "evaluate": [str(tuned), "--data", str(table)],
+        "compare": [str(tuned), str(tuned), "--data", str(table)],
         "score": [run, "--fasta", str(table), "--out", f"{out}.csv"],
         "prepare deeploc2": ["--source", str(table), "--out", out],
     }.items():
