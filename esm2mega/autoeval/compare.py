@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from esm2mega.autoeval.difference import LEVEL, Difference, loss_difference, metric_difference
-from esm2mega.autoeval.models import LOSS, Measurement, Model, open_models
+from esm2mega.autoeval.models import LOSS, Measurement, Model
+from esm2mega.autoeval.sides import open_models
 from esm2mega.config.best_metric import less_is_better
 from esm2mega.config.run_name import is_there
 from esm2mega.errors import UserError

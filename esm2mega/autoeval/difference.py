@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega.finetune.metrics import percentiles
+from esm2mega.finetune.bootstrap import percentiles
 
 Array = npt.NDArray[np.float64]
 

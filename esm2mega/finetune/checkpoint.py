@@ -22,9 +22,10 @@ from esm2mega.data.labels.in_memory import Proteins
 from esm2mega.data.labels.schema import TargetInfo, with_columns
 from esm2mega.errors import UserError
 from esm2mega.files import check_out, write_json
+from esm2mega.finetune.bootstrap import bootstrap_intervals
 from esm2mega.finetune.evaluate import UNSEEN, Measured, measure, packs_of, task_recipe
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
-from esm2mega.finetune.metrics import bootstrap_intervals, check_packages
+from esm2mega.finetune.metrics import check_packages
 from esm2mega.finetune.output import rows_of, shown_labels, shown_predictions
 from esm2mega.finetune.run import batch_spec
 from esm2mega.finetune.user_code import GivenCode, Predict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from esm2mega.autoeval.compare import compare
 from esm2mega.cli.app import main
 from esm2mega.finetune.api import train_model
 from esm2mega.finetune.checkpoint import evaluate_task
+from esm2mega.finetune.metrics import HEADLINES
 from esm2mega.train.evaluate import evaluate_checkpoint
 from esm2mega.train.pretrain import pretrain
 from tests.ranks import run_ranks
@@ -225,6 +227,62 @@ def test_a_task_does_not_differ_from_itself(tuned: dict[str, Any]) -> None:
         assert each["difference"] == 0.0 and not each["is_shown"]
         low, high = each["interval"]
         assert math.isclose(low, -high, rel_tol=1e-12) and high > 0.0
+
+
+KINDS = {
+    "classification": ["task.target_columns=[class]", "task.class_weights=balanced"],
+    "multilabel": ["task.target_columns=[long,sweet]"],
+    "token_classification": ["task.target_columns=[letters]", "task.mask_column=mask"],
+    "token_regression": ["task.target_columns=[numbers]"],
+    "contact": ["task.target_columns=[atoms]"],
+}
+
+
+def _table_of_kinds(path: Path) -> Path:
+    """Every third protein has a label missing, or masked at its first residue."""
+    rng = np.random.default_rng(3)
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["sequence", "class", "long", "sweet", "letters", "mask", "numbers", "atoms"])
+        for number, sequence in enumerate(SEQUENCES[:12]):
+            length, hole = len(sequence), number % 3 == 0
+            rows.writerow([
+                sequence,
+                "hot" if number % 3 else "cold",
+                "" if hole else number % 2,
+                number // 2 % 2,
+                "".join(rng.choice(list("CEH"), length)),
+                "01"[not hole] + "1" * (length - 1),
+                " ".join("nan" if hole and i == 0 else str(i) for i in range(length)),
+                json.dumps(rng.normal(size=(length, 3)).cumsum(axis=0).round(2).tolist()),
+            ])  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_task_is_compared(kind: str, tmp_path: Path) -> None:
+    """By numbers that are those of `evaluate`, with intervals of two different models."""
+    table = _table_of_kinds(tmp_path / "table.csv")
+    settings = [*SETTINGS, f"data.train={table}", f"task.kind={kind}", "task.bootstrap=20", *KINDS[kind]]
+    settings += ["train.max_steps=2", "train.eval_every=0"]
+    runs = [str(tmp_path / f"run{seed}") for seed in (1, 2)]
+    for seed, run in enumerate(runs):
+        train_model([*settings, f"run_dir={run}", f"seed={seed}"])
+    out = tmp_path / "out.json"
+    found: Any = compare((runs[0], runs[1]), str(table), out, per_protein=True)
+    proteins = json.loads(out.read_text())["proteins"]
+    for side, run in zip("ab", runs, strict=True):
+        plain = evaluate_task(run, table)
+        counts = np.array([each["num_labels"] for each in proteins])
+        assert counts.sum() == plain["num_labels"] == found["num_labels"]
+        mean = (counts * [each[side][0] for each in proteins]).sum() / counts.sum()
+        assert mean == pytest.approx(plain["loss"], rel=1e-9)
+        for name, each in found["differences"].items():
+            assert each[side] == (pytest.approx(plain[name], rel=1e-9) if name == "loss" else plain[name])
+    loss = found["differences"].pop("loss")
+    assert loss["difference"] != 0.0 and loss["interval"][0] < loss["difference"] < loss["interval"][1]
+    assert found["differences"].keys() == {"loss", *found["a"][0]} - {"loss", "checkpoint", "step"}
+    assert f" {HEADLINES[kind]} " in found["verdict"]
 
 
 @pytest.mark.distributed
