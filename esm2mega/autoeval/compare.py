@@ -213,9 +213,10 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     rows = [("measure", "A", "B", "B - A", level)]
     for name, each in result["differences"].items():
         interval = "null" if each["interval"] is None else "{:+.4g} to {:+.4g}".format(*each["interval"])
-        rows.append(
-            (name, *(_shown(each[key], "") for key in ("a", "b")), _shown(each["difference"], "+"), interval)
+        numbers = (
+            _shown(each[key], form) for key, form in (("a", ".5g"), ("b", ".5g"), ("difference", "+.4g"))
         )
+        rows.append((name, *numbers, interval))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -223,5 +224,5 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield result["verdict"]
 
 
-def _shown(value: float | None, sign: str) -> str:
-    return "null" if value is None else format(value, f"{sign}.5g")
+def _shown(value: float | None, form: str) -> str:
+    return "null" if value is None else format(value, form)

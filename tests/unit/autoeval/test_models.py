@@ -6,15 +6,18 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from esm2mega.autoeval.compare import compare
+from esm2mega.autoeval.models import Measurement
 from esm2mega.config.schema import DataConfig, EvalConfig
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.loader import EvalPacks
 from esm2mega.train.evaluate import evaluate_checkpoint
+from esm2mega.train.per_protein import ProteinLosses
 from tests.infer_models import MAX_SEQ_LENGTH, Reference, make_reference, random_proteins
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
@@ -73,3 +76,12 @@ def test_losses_of_proteins_are_those_of_hugging_face(reference: Reference, tmp_
     plain = evaluate_checkpoint(path, store)
     assert result["a"][0]["loss"] == plain["loss"] and result["eval_recipe"] == plain["eval_recipe"]
     assert result["differences"]["loss"]["a"] == pytest.approx(plain["loss"], rel=1e-6)
+
+
+def test_a_loss_that_is_no_sum_over_proteins_is_told_by_its_total() -> None:
+    losses = ProteinLosses(np.array([3.0, 5.0, 0.0]), np.array([1, 3, 0]))
+    assert Measurement(2.0, losses, {}).adds_up
+    assert not Measurement(2.1, losses, {}).adds_up
+    nothing = ProteinLosses(np.zeros(2), np.zeros(2, dtype=np.int64))
+    assert Measurement(None, nothing, {}).adds_up
+    assert not Measurement(None, losses, {}).adds_up and not Measurement(2.0, nothing, {}).adds_up
