@@ -132,14 +132,21 @@ SECTIONS = (
             "": "pairs",
             "data/labels": "rows cells readers schema degenerate dataset stream",
             "data/benchmarks": "names tables flip",
-            "finetune": "run user_code losses param_groups evaluate metrics checkpoint predict output api",
+            "finetune": (
+                "run user_code losses param_groups evaluate metrics bootstrap checkpoint predict output api"
+            ),
         },
     ),
     Section(
-        "Proof, first steps, and looking around",
-        "`prove/` trains the same small model at many layouts and compares every number with those of one "
-        "process.",
-        {"prove": "command trials layouts training workers", "quickstart": "run", "": "inspect doctor"},
+        "Comparison, proof, first steps, and looking around",
+        "`autoeval/` compares models on the same proteins. `prove/` trains the same small model at many "
+        "layouts and compares every number with those of one process.",
+        {
+            "autoeval": "compare sides models difference",
+            "prove": "command trials layouts training workers",
+            "quickstart": "run",
+            "": "inspect doctor",
+        },
     ),
 )
 

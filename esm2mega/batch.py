@@ -11,7 +11,9 @@ P   pairs of residues of the same protein, see `esm2mega.pairs`
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -34,6 +36,8 @@ class PackedBatch:
         num_tokens: tokens of proteins, `<cls>` and `<eos>` included, padding not.
         num_residues: tokens of proteins without `<cls>` and `<eos>`.
         num_sequences: proteins, or pieces of them, in the pack.
+        rows: for evaluation, the row of each segment's protein in the store, -1 for padding, n numbers on the
+            host; None in training.
     """
 
     input_ids: Tensor
@@ -46,6 +50,30 @@ class PackedBatch:
     num_tokens: int
     num_residues: int
     num_sequences: int
+    rows: list[int] | None = None
+
+    def by_protein(self, logits: Tensor) -> Iterator[tuple[int, PackedBatch, Tensor]]:
+        """Split a batch of an evaluation by its segments; those without labels are left out.
+
+        Args:
+            logits: Logits of the tokens to predict, ``[M, v]``.
+
+        Yields:
+            The row of the protein, this batch with the labels of the segment alone, and their logits.
+        """
+        assert self.rows is not None
+        for number, (row, labels) in enumerate(zip(self.rows, _slices(self.label_counts), strict=True)):
+            if not (count := self.label_counts[number]):
+                continue
+            label_counts = [0] * len(self.rows)
+            label_counts[number] = count
+            part = replace(
+                self,
+                label_positions=self.label_positions[labels],
+                labels=self.labels[labels],
+                label_counts=label_counts,
+            )
+            yield row, part, logits[labels]
 
     @property
     def head_inputs(self) -> Tensor:
@@ -112,6 +140,25 @@ class Segments:
         """Return the number of residues of each protein, on the host."""
         return [span.stop - span.start for span in self.spans]
 
+    def protein(self, number: int, residues: slice) -> Segments:
+        """Return the segments of one of the n proteins, as the only one of the pack.
+
+        Args:
+            number: Number of the protein.
+            residues: Which of the R residues are its own.
+        """
+        alone = slice(number, number + 1)
+        return Segments(
+            num_proteins=1,
+            first=self.first[alone],
+            residues=self.residues[residues],
+            owners=torch.zeros_like(self.owners[residues]),
+            numbers=self.numbers[residues],
+            keys=self.keys[alone],
+            tokens=self.tokens[alone],
+            starts=self.starts[alone],
+        )
+
     @staticmethod
     def of_protein(tokens: Tensor) -> Segments:
         """Describe a pack of one whole protein with `<cls>` and `<eos>`, int64 ``[T]``; `keys` are 0."""
@@ -156,6 +203,30 @@ class LabelledBatch:
     label_counts = None
     """This is None because the head needs every hidden state, so the last layer computes all of them."""
 
+    def by_protein(self, output: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, LabelledBatch, Tensor]]:
+        """Split a batch with labels by its proteins.
+
+        Args:
+            output: What the head returned, with a row for each row of `labels`.
+            sizes: How many of these rows belong to each of the n proteins.
+
+        Yields:
+            The row of the protein in the table, the batch of this protein alone, and its part of the output.
+        """
+        assert self.labels is not None
+        residues, entries = (_slices(counts) for counts in (self.head_inputs.residue_counts, sizes))
+        for number, row in enumerate(self.rows.tolist()):
+            segments = self.head_inputs.protein(number, residues[number])
+            part = replace(
+                self,
+                head_inputs=segments,
+                labels=self.labels[entries[number]],
+                rows=self.rows[number : number + 1],
+                num_residues=len(segments.residues),
+                num_sequences=1,
+            )
+            yield row, part, output[entries[number]]
+
     def to(self, device: torch.device | str) -> LabelledBatch:
         """Return this batch with its tensors on `device`."""
         return replace(
@@ -173,3 +244,8 @@ class LabelledBatch:
         return replace(
             self, head_inputs=segments, labels=labels, rows=nothing, num_residues=0, num_sequences=0
         )
+
+
+def _slices(counts: Sequence[int]) -> list[slice]:
+    """Return where each of several parts lies that follow each other, given their lengths."""
+    return [slice(*borders) for borders in pairwise(accumulate(counts, initial=0))]

@@ -21,7 +21,7 @@ from esm2mega.cli.lora import lora
 from esm2mega.cli.prepare import prepare
 from esm2mega.cli.prove import prove
 from esm2mega.cli.tools import doctor, inspect, plot, quickstart
-from esm2mega.cli.train import evaluate, finetune, predict, pretrain
+from esm2mega.cli.train import compare, evaluate, finetune, predict, pretrain
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 from esm2mega.version import __version__
 
@@ -36,7 +36,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(quickstart, prepare, pretrain, finetune, predict, evaluate, convert_command),
+    *(quickstart, prepare, pretrain, finetune, predict, evaluate, compare, convert_command),
     *(embed, score, lora, inspect, prove, plot, doctor),
 ):
     cli.add_command(_command)

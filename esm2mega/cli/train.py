@@ -1,4 +1,4 @@
-"""Defines the commands `pretrain`, `finetune`, `predict` and `evaluate`.
+"""Defines the commands `pretrain`, `finetune`, `predict`, `evaluate` and `compare`.
 
 Importing them needs no torch or numpy.
 """
@@ -174,6 +174,44 @@ def evaluate(
             overrides=overrides,
         )
     say(f"{name}: {_shown(value)}" for name, value in numbers.items())
+
+
+@command(short_help="Compare two checkpoints or runs on the same proteins, against the noise.")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option(
+    "--data", required=True, metavar="STORE", help="Token store, sequence file or table to evaluate on."
+)
+@click.option("--out", metavar="FILE.json", help="Also write the numbers to this file.")
+@click.option("--per-protein", is_flag=True, help="Also write the losses of each protein to this file.")
+@_CODE
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
+def compare(
+    a: str,
+    b: str,
+    data: str,
+    out: str | None,
+    per_protein: bool,
+    code: tuple[str, ...],
+    overrides: tuple[str, ...],
+) -> None:
+    """Compute how B differs from A, paired per protein, with 95 % intervals, and say whether that shows.
+
+    Language models are compared on the same masks, models of a task on the same rows of a table. A and B are
+    named as for `evaluate`. Runs that differ in their seed alone are joined by commas, and the noise between
+    them is part of the interval. KEY=VALUE holds for all of them.
+
+    Example: esm2mega compare runs/a1,runs/a2,runs/a3 runs/b1,runs/b2,runs/b3 --data my_store/valid
+    """
+    if extra := next((word for word in overrides if "=" not in word), None):
+        raise UserError(f"{extra}: is a third name; join the runs of one side by commas, as in RUN,RUN")
+    from esm2mega.autoeval.compare import compare as run_compare
+    from esm2mega.autoeval.compare import lines
+    from esm2mega.finetune.code_option import load_code
+
+    result = run_compare((a, b), data, out, per_protein, overrides, load_code(code))
+    if result is not None:
+        say(lines(result))
 
 
 def _shown(value: Any) -> str:

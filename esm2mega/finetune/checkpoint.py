@@ -21,9 +21,10 @@ from esm2mega.data.labels.in_memory import Proteins
 from esm2mega.data.labels.schema import TargetInfo, with_columns
 from esm2mega.errors import UserError
 from esm2mega.files import check_out, write_json
+from esm2mega.finetune.bootstrap import bootstrap_intervals
 from esm2mega.finetune.evaluate import UNSEEN, Measured, measure, packs_of, task_recipe
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
-from esm2mega.finetune.metrics import bootstrap_intervals, check_packages
+from esm2mega.finetune.metrics import check_packages
 from esm2mega.finetune.output import rows_of, shown_labels, shown_predictions
 from esm2mega.finetune.run import batch_spec
 from esm2mega.finetune.user_code import GivenCode, Predict
@@ -59,6 +60,16 @@ class TaskCheckpoint:
     def predict(self) -> Predict:
         """Return what turns outputs into predictions, the same with and without the loss of the training."""
         return self.code.predictor(self.run.task, self.info, self.head.code)
+
+    @property
+    def loss(self) -> TaskLossReduction:
+        """Return the user's own loss, or the configured one."""
+        return self.code.loss or loss_of_task(self.run.task, self.info)
+
+    @property
+    def recipe(self) -> str:
+        """Return the hash that names how the checkpoint is evaluated."""
+        return task_recipe(self.run.task, self.run.data, self.run.seed, self.loss)
 
 
 def open_task(
@@ -131,7 +142,7 @@ def run_task(task: TaskCheckpoint, proteins: LabelledProteins, words: str) -> tu
         with Progress(len(packs), words, "pack", enabled=ranks.is_main) as progress:
             measured = measure(
                 chunks,
-                _loss_of(task),
+                task.loss,
                 task.predict,
                 packs,
                 task.info,
@@ -141,10 +152,6 @@ def run_task(task: TaskCheckpoint, proteins: LabelledProteins, words: str) -> tu
             )
         assert measured is not None
         return measured, ranks.is_main
-
-
-def _loss_of(task: TaskCheckpoint) -> TaskLossReduction:
-    return task.code.loss or loss_of_task(task.run.task, task.info)
 
 
 def evaluate_task(
@@ -181,7 +188,7 @@ def evaluate_task(
         **({UNSEEN: measured.unseen} if measured.unseen else {}),
         "num_labels": measured.num_labels,
         "num_sequences": len(proteins),
-        "eval_recipe": task_recipe(task.run.task, task.run.data, task.run.seed, _loss_of(task)),
+        "eval_recipe": task.recipe,
     }
     result = {name: defined(value) for name, value in result.items()}
     if out is not None and is_main:

@@ -5,14 +5,13 @@ Legend: ``n`` proteins and ``R`` residues of a micro-batch, ``k`` targets or cla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from esm2mega.batch import LabelledBatch
@@ -23,14 +22,14 @@ from esm2mega.data.labels.stream import LabelledPacks
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.recipe import recipe_hash
 from esm2mega.finetune.baseline import baseline_metrics
-from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.metrics import Predictions, metrics_of, objects, unseen_labels
 from esm2mega.finetune.user_code import Predict
 from esm2mega.pairs import num_pairs
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.progress import Progress
-from esm2mega.train.evaluate import evaluate
+from esm2mega.train.evaluate import evaluate, gathered
 from esm2mega.train.losses import LossReduction, LossTerms
+from esm2mega.train.per_protein import Split
 
 UNSEEN = "unseen_classes"
 """Names, in records, the number of labels of each class that no training has had a label of."""
@@ -42,7 +41,7 @@ _OF_THE_LOSS = ("kind", "loss", "huber_delta", "scale_targets", "class_weights",
 class Collecting(LossReduction):
     """Wraps a loss and keeps the predictions of what it sees; without labels, its sum and count are 0."""
 
-    def __init__(self, loss: TaskLossReduction, predict: Predict, info: TargetInfo) -> None:
+    def __init__(self, loss: LossReduction, predict: Predict, info: TargetInfo) -> None:
         """Make the wrapper.
 
         Args:
@@ -114,7 +113,7 @@ class Measured:
 
 def measure(
     model: list[Any],
-    loss: TaskLossReduction,
+    loss: LossReduction,
     predict: Predict,
     packs: LabelledPacks,
     info: TargetInfo,
@@ -161,18 +160,11 @@ def measure(
 
 
 def _gathered(seen: Sequence[dict[str, Any]], ranks: Ranks) -> Predictions | None:
-    """Gather the predictions of all data-parallel ranks on the main process, in the order of the table.
-
-    One process of each model replica has them: the first of the tensor-parallel group in the last stage. The
-    gather runs over the world.
-    """
-    has_them = ranks.tp_rank == 0 and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    mine = _joined(seen) if has_them and seen else None
-    parts: list[dict[str, Any] | None] = [None] * ranks.world_size
-    dist.gather_object(mine, parts if ranks.is_main else None, dst=0)
-    if not ranks.is_main:
+    """Gather the predictions of all ranks on the main process, in the order of the table."""
+    parts = gathered(_joined(seen) if seen else None, ranks)
+    if parts is None:
         return None
-    whole = _joined([part for part in parts if part is not None])
+    whole = _joined(parts)
     keys = [whole["rows"]] if whole["numbers"] is None else [whole["numbers"], whole["rows"]]
     order = np.lexsort(keys)
     ordered: dict[str, Any] = {name: None if value is None else value[order] for name, value in whole.items()}
@@ -184,6 +176,20 @@ def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         name: None if parts[0][name] is None else np.concatenate([part[name] for part in parts])
         for name in parts[0]
     }
+
+
+def split_by_protein(info: TargetInfo) -> Split:
+    """Return what splits a batch with labels and the output of the head by proteins, for `PerProtein`."""
+
+    def split(batch: LabelledBatch, output: Tensor) -> Iterator[tuple[int, LabelledBatch, Tensor]]:
+        sizes = batch.head_inputs.residue_counts
+        if info.per_pair:
+            sizes = [num_pairs(length) for length in sizes]
+        elif not info.per_residue:
+            sizes = [1] * batch.num_sequences
+        return batch.by_protein(output, sizes)
+
+    return split
 
 
 def has_labels(packs: LabelledPacks) -> bool:
@@ -204,7 +210,12 @@ def task_recipe(task: TaskConfig, data: DataConfig, seed: int, loss: LossReducti
         seed: Seed of the run, which decides random crops.
         loss: The loss; one that a program gives is known by the name of its class alone.
     """
-    settings = {
+    return recipe_hash("labels", _RECIPE_VERSION, task_settings(task, data, seed, loss))
+
+
+def task_settings(task: TaskConfig, data: DataConfig, seed: int, loss: LossReduction) -> dict[str, Any]:
+    """Return what `task_recipe` hashes, by name."""
+    return {
         "class": type(loss).__qualname__,
         **{key: getattr(task, key) for key in _OF_THE_LOSS},
         "max_seq_length": data.max_seq_length,
@@ -212,7 +223,6 @@ def task_recipe(task: TaskConfig, data: DataConfig, seed: int, loss: LossReducti
         "crop": data.crop if data.too_long == "crop" else None,
         "seed": seed if data.too_long == "crop" and data.crop == "random" else None,
     }
-    return recipe_hash("labels", _RECIPE_VERSION, settings)
 
 
 def packs_of(proteins: LabelledProteins, spec: BatchSpec, ranks: Ranks, limit: int = 0) -> LabelledPacks:

@@ -1,4 +1,4 @@
-"""Computes metrics by the definitions of SciPy and scikit-learn, with bootstrap intervals.
+"""Computes metrics by the definitions of SciPy and scikit-learn.
 
 Every metric is computed from the gathered predictions of a whole split, never from means of micro-batches. A
 label of a class that no training has had a label of counts as wrong, whatever is predicted.
@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega.config.task import NUMERIC_KINDS
-from esm2mega.data.counter_rng import Purpose, derive_seed
 from esm2mega.data.labels.schema import IGNORED, Target, TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.finetune.contact_metrics import contact_counts, contact_metrics
@@ -26,9 +25,6 @@ from esm2mega.infer.correlation import spearman, varied
 
 Array = npt.NDArray[Any]
 Metrics = dict[str, float]
-
-_INTERVAL = (2.5, 97.5)
-"""Sets the percentiles of the resampled metrics that bound a 95 % interval."""
 
 HEADLINES = {
     "regression": "spearman",
@@ -223,45 +219,6 @@ def objects(arrays: Iterable[Array]) -> Array:
     joined = np.empty(len(found), dtype=object)
     joined[:] = found
     return joined
-
-
-def bootstrap_intervals(
-    found: Predictions, info: TargetInfo, resamples: int, seed: int
-) -> dict[str, tuple[float, float]]:
-    """Compute 95 % intervals of the metrics by drawing proteins with replacement, as many as there are.
-
-    Residues of a protein are drawn together. Resamples in which a metric is not defined do not count for it.
-
-    Args:
-        found: Predictions with labels.
-        info: Kind of the task and names of its outputs.
-        resamples: Number of draws.
-        seed: Seed of the run; the same seed draws the same proteins.
-
-    Returns:
-        The percentiles 2.5 and 97.5 of each metric.
-    """
-    assert found.labels is not None
-    rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
-    proteins, first, counts = np.unique(found.rows, return_index=True, return_counts=True)
-    drawn: dict[str, list[float]] = {}
-    pairs = contact_counts(found.values, found.labels) if info.per_pair else None
-    for _ in range(resamples):
-        chosen = rng.integers(0, len(proteins), len(proteins))
-        indices = np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in chosen])
-        # Each copy of a protein counts as a protein of its own.
-        rows = np.repeat(np.arange(len(chosen)), counts[chosen])
-        if pairs is not None:
-            metrics = contact_metrics(pairs[indices])
-        else:
-            metrics = metrics_of(Predictions(rows, None, found.values[indices], found.labels[indices]), info)
-        for name, value in metrics.items():
-            drawn.setdefault(name, []).append(value)
-    return {
-        name: tuple(np.percentile(kept, _INTERVAL).tolist())
-        for name, values in drawn.items()
-        if (kept := [value for value in values if not math.isnan(value)])
-    }
 
 
 def _per_protein(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from esm2mega.config.launcher import world_size_from_environment
@@ -17,6 +21,7 @@ from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint, open_checkpoint
 from esm2mega.data.store.cache import open_store
+from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.loader import EvalPacks
 from esm2mega.data.stream.recipe import describe_masks, masks_recipe
@@ -30,6 +35,8 @@ from esm2mega.report.progress import Progress, show_bytes
 from esm2mega.train.losses import LossReduction, Means, MLMLossReduction, perplexity
 from esm2mega.train.step import Batch, run_schedule
 from esm2mega.vocabulary import SPECIAL_TOKENS
+
+T = TypeVar("T")
 
 _GROUP = 16
 """Sets how many micro-batches the schedule gets at once: they keep a pipeline full, and fit into memory."""
@@ -106,6 +113,25 @@ def run_groups(
         yield len(group), run_schedule(model, loss, filled, ranks.device, forward_only=True)
 
 
+def gathered(mine: T | None, ranks: Ranks) -> list[T] | None:
+    """Gather what an evaluation left on each replica of the model; all ranks call this together.
+
+    One process of a replica gives it: the first of the tensor-parallel group in the last stage. The gather
+    runs over the world.
+
+    Args:
+        mine: What this process has; None for nothing.
+        ranks: Where this process stands.
+
+    Returns:
+        On the main process what the replicas gave, without None; None on the others.
+    """
+    gives = ranks.tp_rank == 0 and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    parts: list[T | None] = [None] * ranks.world_size
+    dist.gather_object(mine if gives else None, parts if ranks.is_main else None, dst=0)
+    return [part for part in parts if part is not None] if ranks.is_main else None
+
+
 def evaluation_record(metrics: Means, recipe: str, split: str = "valid") -> dict[str, Any]:
     """Return the values of an evaluation record in the log, named after the split: ``valid`` or ``test``."""
     return {
@@ -114,6 +140,68 @@ def evaluation_record(metrics: Means, recipe: str, split: str = "valid") -> dict
         "unigram_loss": metrics["unigram_loss"],
         "eval_recipe": recipe,
     }
+
+
+@dataclass(frozen=True)
+class MaskedEvaluation:
+    """Holds a checkpoint of a language model, and the proteins that it is to be evaluated on.
+
+    Attributes:
+        start: The checkpoint; one of adapters comes with its base.
+        run: Its configuration, changed by the overrides of this start.
+        store: The proteins.
+    """
+
+    start: StartPoint
+    run: Run
+    store: TokenStore
+
+    @property
+    def recipe(self) -> str:
+        """Return the hash that names how the proteins are masked."""
+        return masks_recipe(self.run.eval, self.run.data.max_seq_length)
+
+    @property
+    def masks(self) -> str:
+        """Return the description of how the proteins are masked."""
+        return describe_masks(self.run.eval, self.run.data.max_seq_length)
+
+    @contextmanager
+    def loaded(self, max_batches: int = 0) -> Iterator[tuple[list[Any], EvalPacks, Ranks]]:
+        """Yield this rank's chunks with their weights and its packs, within process groups.
+
+        Args:
+            max_batches: Most packs over all ranks; 0 for all.
+        """
+        run = self.run
+        with process_groups(run.parallel, run.seed) as ranks:
+            has_lora = run.lora.rank is not None
+            model = build_model(run.model, run.parallel, ranks.device, run.seed, has_lora=has_lora)
+            load_model(self.start, run, model)
+            spec = BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
+            yield (
+                model,
+                EvalPacks(self.store, spec, run.eval, max_batches, ranks.dp_rank, ranks.dp_size),
+                ranks,
+            )
+
+
+def open_evaluation(
+    checkpoint: str | Path | StartPoint, data: str | Path, overrides: Sequence[str] = ()
+) -> MaskedEvaluation:
+    """Open a checkpoint and the proteins, without reading weights yet; all ranks call this together.
+
+    Args:
+        checkpoint: As for `evaluate_checkpoint`.
+        data: As for `evaluate_checkpoint`.
+        overrides: As for `evaluate_checkpoint`.
+    """
+    start = open_checkpoint(checkpoint)
+    run = adapt_layout(expand_paths(load_run_over(start.run, overrides)), overrides)
+    validate(run, world_size_from_environment())
+    start = open_base(start, run.init_from)
+    store = open_store(str(data), run.data, run.run_dir, "--data", show_bytes)
+    return MaskedEvaluation(start, run, store)
 
 
 def evaluate_checkpoint(
@@ -139,24 +227,15 @@ def evaluate_checkpoint(
     """
     if out is not None:
         check_out(Path(out))
-    start = open_checkpoint(checkpoint)
     changes = list(overrides)
     if micro_batch_tokens is not None:
         changes.append(f"train.micro_batch_tokens={micro_batch_tokens}")
-    run = adapt_layout(expand_paths(load_run_over(start.run, changes)), changes)
-    validate(run, world_size_from_environment())
-    start = open_base(start, run.init_from)
-    store = open_store(str(data), run.data, run.run_dir, "--data", show_bytes)
-    with process_groups(run.parallel, run.seed) as ranks:
-        model = build_model(
-            run.model, run.parallel, ranks.device, run.seed, has_lora=run.lora.rank is not None
-        )
-        load_model(start, run, model)
+    evaluation = open_evaluation(checkpoint, data, changes)
+    start = evaluation.start
+    with evaluation.loaded(max_batches or 0) as (model, batches, ranks):
         # A converted checkpoint does not know what it was trained on, so it has no unigram baseline.
         counts = start.state["token_counts"]
         unigram = None if counts is None else unigram_log_probabilities(np.asarray(counts), ranks.device)
-        spec = BatchSpec(run.data, run.train.micro_batch_tokens, run.seed)
-        batches = EvalPacks(store, spec, run.eval, max_batches or 0, ranks.dp_rank, ranks.dp_size)
         with Progress(len(batches), "evaluate", "pack", enabled=ranks.is_main) as progress:
             metrics = evaluate(model, MLMLossReduction(unigram), batches, ranks, progress)
         assert metrics is not None and metrics["count"] is not None
@@ -168,9 +247,9 @@ def evaluate_checkpoint(
             "perplexity": perplexity(metrics["loss"]),
             "unigram_loss": metrics.get("unigram_loss"),
             "num_labels": int(metrics["count"]),
-            "num_sequences": len(store),
-            "eval_recipe": masks_recipe(run.eval, run.data.max_seq_length),
-            "eval_masks": describe_masks(run.eval, run.data.max_seq_length),
+            "num_sequences": len(evaluation.store),
+            "eval_recipe": evaluation.recipe,
+            "eval_masks": evaluation.masks,
         }
         if out is not None and ranks.is_main:
             write_json(Path(out), result, OTHER_OUT)

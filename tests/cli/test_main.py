@@ -13,7 +13,7 @@ from esm2mega.cli.app import cli, main
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
 COMMANDS = [
-    *("quickstart", "prepare", "pretrain", "finetune", "predict", "evaluate", "convert"),
+    *("quickstart", "prepare", "pretrain", "finetune", "predict", "evaluate", "compare", "convert"),
     *("embed", "score", "lora", "inspect", "prove", "plot", "doctor"),
 ]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")

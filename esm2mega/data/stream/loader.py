@@ -311,4 +311,8 @@ class EvalPacks(SplitPacks[PackedBatch]):
 
     def _build(self, pack: Pack) -> PackedBatch:
         streams = protein_streams([self._store], pack.pieces)
-        return build_batch([self._store], self._spec, pack, streams)
+        batch = build_batch([self._store], self._spec, pack, streams)
+        starts = batch.cu_seqlens[:-1].numpy()
+        rows = np.full(len(starts), -1)
+        rows[np.searchsorted(starts, pack.offsets)] = pack.pieces.rows
+        return replace(batch, rows=rows.tolist())

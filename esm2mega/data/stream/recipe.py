@@ -52,8 +52,12 @@ def protein_streams(stores: Sequence[Proteins], pieces: Pieces) -> Integers:
 
 def masks_recipe(masks: EvalConfig, max_seq_length: int) -> str:
     """Return the hash of all that decides the masks and the pieces of a protein in evaluation."""
-    settings = {**asdict(masks), "max_seq_length": max_seq_length, "random_residues": _RANDOM_RESIDUES}
-    return recipe_hash("masks", _VERSION, settings)
+    return recipe_hash("masks", _VERSION, masks_settings(masks, max_seq_length))
+
+
+def masks_settings(masks: EvalConfig, max_seq_length: int) -> dict[str, Any]:
+    """Return what `masks_recipe` hashes, by name."""
+    return {**asdict(masks), "max_seq_length": max_seq_length, "random_residues": _RANDOM_RESIDUES}
 
 
 def proteins_hash(fingerprint: str, limit: int) -> str:

@@ -233,6 +233,7 @@ def readers_of_checkpoints(path: Path, folder: Path) -> dict[str, list[str]]:
         "score": [str(path), "--sequence", "MK", "--out", f"{out}.csv"],
         "inspect": [str(path)],
         "evaluate": [str(path), "--data", fasta],
+        "compare": [str(path), str(path), "--data", fasta],
         "predict": [str(path), fasta, "--out", f"{out}.csv"],
         "pretrain": [*training, "model.size=tiny"],
         "finetune": [*training, "task.kind=regression", "task.target_columns=[y]", "train.max_steps=1"],
@@ -323,6 +324,7 @@ def test_cures_of_unreadable_tables(
         "pretrain": training,
         "finetune": [*training, *TASK],
         "evaluate": [str(tuned), "--data", str(table)],
+        "compare": [str(tuned), str(tuned), "--data", str(table)],
         "score": [run, "--fasta", str(table), "--out", f"{out}.csv"],
         "prepare deeploc2": ["--source", str(table), "--out", out],
     }.items():

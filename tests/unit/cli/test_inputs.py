@@ -144,6 +144,8 @@ def test_where_no_stream_can_be_read_it_is_refused_for_what_it_is(
             ["finetune", *run, *task, f"data.train='{stream}'"],
             ["evaluate", str(finished.run_dir), "--data", stream],
             ["evaluate", str(tuned), "--data", stream],
+            ["compare", str(finished.run_dir), str(finished.run_dir), "--data", stream],
+            ["compare", str(tuned), str(tuned), "--data", stream],
             [*score, "--fasta", stream],
             [*score, "--sequence", "MK", "--variants", stream],
             ["prepare", "uniref", "--uf50", stream, *others, "--out", out],

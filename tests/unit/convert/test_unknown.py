@@ -72,6 +72,7 @@ def commands(path: Path, folder: Path) -> dict[str, list[str]]:
             *(f"data.train={folder / 'x.fasta'}", f"run_dir={out}"),
         ],
         "evaluate": ["evaluate", str(path), "--data", str(folder / "x.fasta")],
+        "compare": ["compare", str(path), str(path), "--data", str(folder / "x.fasta")],
         "predict": ["predict", str(path), str(folder / "x.fasta"), "--out", f"{out}.csv"],
         "lora merge": ["lora", "merge", str(path), "--out", out],
     }
@@ -100,7 +101,7 @@ def test_a_checkpoint_of_another_program_is_to_be_converted(
     """Where a command reads those of this package alone; `inspect` describes it."""
     pytest.importorskip("esm", reason="fair-esm is not installed")
     path = foreign.write_hf(foreign.truth(torch.float32), tmp_path)
-    for name in ("evaluate", "predict", "lora merge"):
+    for name in ("evaluate", "compare", "predict", "lora merge"):
         assert main(commands(path, tmp_path)[name]) == 2
         error = capsys.readouterr().err
         assert (

@@ -135,6 +135,7 @@ def commands(folder: Path) -> dict[str, tuple[str, list[str]]]:
     return {
         "predict": ("whole", ["predict", "RUN", str(fasta), "--out", str(folder / "p.csv")]),
         "evaluate": ("whole", ["evaluate", "RUN", "--data", str(table), "task.bootstrap=2"]),
+        "compare": ("whole", ["compare", "RUN", "RUN@step_1", "--data", str(table), "task.bootstrap=2"]),
         "embed": ("whole", ["embed", "RUN", str(fasta), "--out", str(folder / "e.h5")]),
         "convert": ("whole", ["convert", "RUN", str(folder / "c"), "--to", "esm2mega", "--verify"]),
         "inspect": ("whole", ["inspect", "RUN"]),

@@ -20,10 +20,11 @@ from esm2mega.data.labels.dataset import proteins_of_pairs, read_labelled
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.finetune.api import infer_model, train_model
+from esm2mega.finetune.bootstrap import bootstrap_intervals
 from esm2mega.finetune.checkpoint import loaded, open_task
 from esm2mega.finetune.contact_metrics import NAMES, contact_counts
 from esm2mega.finetune.losses import ContactLossReduction
-from esm2mega.finetune.metrics import Predictions, bootstrap_intervals, metrics_of, objects
+from esm2mega.finetune.metrics import Predictions, metrics_of, objects
 from esm2mega.finetune.output import contact_maps, shown_predictions
 from esm2mega.model.packed import PackedSequences
 from esm2mega.pairs import num_pairs, num_residues, pairs_of

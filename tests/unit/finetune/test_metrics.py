@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from esm2mega.data.labels.schema import TargetInfo
-from esm2mega.finetune.metrics import Predictions, bootstrap_intervals, metrics_of, unseen_labels
+from esm2mega.finetune.bootstrap import bootstrap_intervals
+from esm2mega.finetune.metrics import Predictions, metrics_of, unseen_labels
 
 stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed: pip install esm2mega[finetune]")
 sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")

@@ -1,0 +1,77 @@
+"""Resamples the proteins of a split, for intervals of metrics and of their differences between models."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from esm2mega.data.counter_rng import Purpose, derive_seed
+from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.finetune.contact_metrics import contact_counts, contact_metrics
+from esm2mega.finetune.metrics import Array, Predictions, metrics_of
+
+_INTERVAL = (2.5, 97.5)
+"""Sets the percentiles of the resampled metrics that bound a 95 % interval."""
+
+
+def bootstrap_intervals(
+    found: Predictions, info: TargetInfo, resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Compute 95 % intervals of the metrics by drawing proteins with replacement, as many as there are.
+
+    Resamples in which a metric is not defined do not count for it.
+
+    Args:
+        found: Predictions with labels.
+        info: Kind of the task and names of its outputs.
+        resamples: Number of draws.
+        seed: Seed of the run; the same seed draws the same proteins.
+
+    Returns:
+        The percentiles 2.5 and 97.5 of each metric.
+    """
+    drawn = bootstrap_metrics(found, info, resamples, seed)
+    limits = {name: percentiles(values) for name, values in drawn.items()}
+    return {name: interval for name, interval in limits.items() if interval is not None}
+
+
+def percentiles(values: Array) -> tuple[float, float] | None:
+    """Return the bounds of the 95 % interval of resampled values, ``[resamples]``; NaN does not count."""
+    kept = values[~np.isnan(values)]
+    if not len(kept):
+        return None
+    low, high = np.percentile(kept, _INTERVAL).tolist()
+    return low, high
+
+
+def bootstrap_metrics(found: Predictions, info: TargetInfo, resamples: int, seed: int) -> dict[str, Array]:
+    """Compute the metrics of resamples of the proteins, which are drawn with replacement.
+
+    Residues of a protein are drawn together. Predictions of other models for the same proteins are resampled
+    alike with the same `seed`.
+
+    Args:
+        found: As for `bootstrap_intervals`.
+        info: As for `bootstrap_intervals`.
+        resamples: As for `bootstrap_intervals`.
+        seed: As for `bootstrap_intervals`.
+
+    Returns:
+        Each metric in each resample, ``[resamples]``; NaN where it is not defined.
+    """
+    assert found.labels is not None
+    rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
+    proteins, first, counts = np.unique(found.rows, return_index=True, return_counts=True)
+    drawn: dict[str, list[float]] = {}
+    pairs = contact_counts(found.values, found.labels) if info.per_pair else None
+    for _ in range(resamples):
+        chosen = rng.integers(0, len(proteins), len(proteins))
+        indices = np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in chosen])
+        # Each copy of a protein counts as a protein of its own.
+        rows = np.repeat(np.arange(len(chosen)), counts[chosen])
+        if pairs is not None:
+            metrics = contact_metrics(pairs[indices])
+        else:
+            metrics = metrics_of(Predictions(rows, None, found.values[indices], found.labels[indices]), info)
+        for name, value in metrics.items():
+            drawn.setdefault(name, []).append(value)
+    return {name: np.array(values) for name, values in drawn.items()}
