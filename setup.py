@@ -44,6 +44,10 @@ DEV = [
     "tape-proteins==0.5",
     "peft>=0.13",
     "dnaio>=1.2",
+    # Tables that the Python interface takes.
+    "pandas>=2.2",
+    "polars>=1.0",
+    "datasets>=3.0",
     # Tests.
     "pytest>=8.3",
     "pytest-timeout>=2.3",
