@@ -59,13 +59,29 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
     if "valid" in held_out:
         _check_predictable(run, held_out["valid"])
     stores = {"data.train": train_stores, **{f"data.{split}": [store] for split, store in held_out.items()}}
+    run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
+    start = open_training_start(run)
+    overlap = _overlap(run, stores, start)
+    with process_groups(run.parallel, run.seed) as ranks:
+        return _train(run, ranks, train_stores, held_out, overlap, start, on_gradients)
+
+
+def _overlap(run: Run, stores: dict[str, list[TokenStore]], start: StartPoint | None) -> dict[str, Any]:
+    """Compare the splits on rank 0, or take the result from the checkpoint that the run resumes.
+
+    The comparison reads the whole of the largest stores, which a job that is queued again need not repeat.
+
+    Returns:
+        What was compared, ``of``, and a line for each two splits that share proteins, ``notes``.
+    """
+    compared = {key: [store.fingerprint for store in sets] for key, sets in stores.items()}
+    known = start.state.get("overlap") if start is not None and start.is_resumed else None
+    if known is not None and known["of"] == compared and (run.data.allow_overlap or not known["notes"]):
+        return dict(known)
     notes = on_one_rank(
         lambda: check_overlap(stores, run.data.allow_overlap), timedelta(minutes=run.parallel.timeout_minutes)
     )
-    run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
-    start = open_training_start(run)
-    with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, train_stores, held_out, notes, start, on_gradients)
+    return {"of": compared, "notes": notes}
 
 
 def _check_predictable(run: Run, store: TokenStore) -> None:
@@ -89,7 +105,7 @@ def _train(
     ranks: Ranks,
     train_stores: list[TokenStore],
     held_out: dict[str, TokenStore],
-    notes: list[str],
+    overlap: dict[str, Any],
     start: StartPoint | None,
     on_gradients: Callable[[list[Any]], None] | None,
 ) -> LoopState:
@@ -111,7 +127,7 @@ def _train(
 
         return measure
 
-    banner = [f"data     {line}" for line in [*stream.samples.describe(), *notes]]
+    banner = [f"data     {line}" for line in [*stream.samples.describe(), *overlap["notes"]]]
     if held_out:
         banner.append(f"eval     recipe {recipe}: {describe_masks(run.eval, run.data.max_seq_length)}")
     valid = held_out.get("valid")
@@ -122,7 +138,7 @@ def _train(
         evaluation=evaluation,
         eval_recipe=recipe,
         eval_proteins=None if valid is None else proteins_hash(valid.fingerprint, run.train.eval_batches),
-        extra_state={"token_counts": counts.tolist()},
+        extra_state={"token_counts": counts.tolist(), "overlap": overlap},
         banner=banner,
         result=_result,
         training_values=loss_and_perplexity,

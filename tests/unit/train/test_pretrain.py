@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.config.load import run_from_yaml
 from esm2mega.config.schema import EvalConfig
 from esm2mega.convert.start_point import StartPoint
+from esm2mega.data.overlap import check_overlap
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
@@ -380,6 +382,30 @@ def test_validation_on_the_training_proteins_is_refused_unless_asked_for(
     assert not (tmp_path / "run").exists()
     pretrain(tiny_run(*data, "data.allow_overlap=true", run_dir=tmp_path / "run"))
     assert "copy: 45 of 45 proteins are also in data.train=" in capsys.readouterr().err
+    with pytest.raises(UserError, match="copy: 45 of 45 proteins are also in data.train="):
+        pretrain(tiny_run(*data, "train.max_steps=2", run_dir=tmp_path / "run"))
+
+
+def test_splits_are_not_compared_again_when_a_run_is_resumed(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished.train, tmp_path / "copy")
+    data = (f"data.train={finished.train}", f"data.valid={tmp_path / 'copy'}", "data.allow_overlap=true")
+    compared = []
+
+    def counting(splits: Any, allowed: bool) -> list[str]:
+        compared.append(list(splits))
+        return check_overlap(splits, allowed)
+
+    monkeypatch.setattr("esm2mega.train.pretrain.check_overlap", counting)
+    for step in (1, 2):
+        pretrain(tiny_run(*data, f"train.max_steps={step}", run_dir=tmp_path / "run"))
+        assert "copy: 45 of 45 proteins are also in data.train=" in capsys.readouterr().err
+    assert compared == [["data.train", "data.valid"]]
+    pretrain(
+        tiny_run(*data, f"data.test={finished.train}", "train.max_steps=3", run_dir=tmp_path / "run"),
+    )
+    assert len(compared) == 2
 
 
 def test_training_data_must_be_given(tmp_path: Path) -> None:
