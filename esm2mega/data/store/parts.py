@@ -96,14 +96,18 @@ def write_parts(
     if workers == 1:
         return [job.run() for job in _jobs(sources, folder, allow_unknown)]
     context = multiprocessing.get_context("spawn")  # the caller may have threads, which a fork would break
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker) as pool:
         try:
             jobs = _jobs(sources, folder, allow_unknown)
             return list(_run(pool, jobs, workers + _WAITING_BLOCKS))
         except BrokenProcessPool:
+            # The pool ends the workers that it knows, and would wait for ever for one that was just starting.
+            for worker in set(multiprocessing.active_children()) - set(others):
+                worker.kill()
             raise MachineError(
-                "a worker process was killed, perhaps for want of memory; the same command goes on with what "
-                "is finished, and needs less memory with fewer --workers"
+                "a worker process was killed or could not start, perhaps for want of memory; the same command "
+                "goes on with what is finished, and needs less memory with fewer --workers"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -194,6 +198,9 @@ def _submit(pool: ProcessPoolExecutor, job: _Job) -> Future[Part]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by the worker
     try:
         return pool.submit(_run_job, job)
+    except (OSError, ValueError) as error:
+        # The system starts no further worker, or the pool broke while it was starting one.
+        raise BrokenProcessPool(str(error)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

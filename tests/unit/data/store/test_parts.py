@@ -220,7 +220,9 @@ def test_a_killed_worker_ends_the_command_with_a_cure(fasta: Path, tmp_path: Pat
         timeout=100,
         check=False,
     )
-    assert done.stderr.startswith("1 a worker process was killed") and "fewer --workers" in done.stderr
+    # A worker that is ended while it starts may print something before.
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("1 a worker process was killed") and "fewer --workers" in last
     assert not (tmp_path / "out").exists()
     prepare([fasta], tmp_path / "out")
 
