@@ -106,8 +106,8 @@ def write_parts(
             for worker in set(multiprocessing.active_children()) - set(others):
                 worker.kill()
             raise MachineError(
-                "a worker process was killed or could not start, perhaps for want of memory; the same command "
-                "goes on with what is finished, and needs less memory with fewer --workers"
+                "a worker process was killed or could not start, perhaps for want of memory; the same "
+                "command goes on with what is finished, and needs less memory with fewer --workers"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
