@@ -27,6 +27,11 @@ def _list(values: tuple[str, ...]) -> list[str] | None:
     return [x.strip() for value in values for x in value.removesuffix(",").split(",")] if values else None
 
 
+_PACK_TOKENS = click.option(
+    "--pack-tokens", metavar="T", help="Tokens computed together [default: 2048 on a CPU, 16384 on a GPU]."
+)
+
+
 @command(short_help="Compute embeddings, logits and contacts of proteins.")
 @click.argument("checkpoint")
 @click.argument("input", metavar="INPUT")
@@ -61,9 +66,7 @@ def _list(values: tuple[str, ...]) -> list[str] | None:
     metavar="N",
     help="Most tokens at once, with <cls> and <eos> [default: as in training].",
 )
-@click.option(
-    "--pack-tokens", metavar="T", help="Tokens computed together [default: 2048 on a CPU, 16384 on a GPU]."
-)
+@_PACK_TOKENS
 @click.option(
     "--sequence-column", metavar="NAME", help="Column of the sequences in a table [default: sequence]."
 )
@@ -156,9 +159,7 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
 @click.option(
     "--max-seq-length", metavar="N", help="Tokens of the window around a residue [default: as in training]."
 )
-@click.option(
-    "--pack-tokens", metavar="T", help="Tokens computed together [default: 2048 on a CPU, 16384 on a GPU]."
-)
+@_PACK_TOKENS
 @click.option("--resume", is_flag=True, help="Keep the assays that are finished, with --proteingym.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")

@@ -7,9 +7,7 @@ import gzip
 import json
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -18,6 +16,7 @@ import pytest
 from esm2mega.cli.app import main
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.finetune.api import train_model
+from tests.pipes import standard_input
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS
 
@@ -39,27 +38,6 @@ def table(kind: str, columns: list[str]) -> bytes:
         return "".join(json.dumps({name: row[name] for name in columns}) + "\n" for row in ROWS).encode()
     delimiter = "\t" if kind == "tsv" else ","
     return "".join(delimiter.join(cells) + "\n" for cells in [columns, *rows]).encode()
-
-
-@contextmanager
-def standard_input(content: bytes) -> Iterator[None]:
-    """A pipe with `content` in the place of this process's standard input."""
-    before, (reading, writing) = os.dup(0), os.pipe()
-    os.dup2(reading, 0)
-    os.close(reading)
-
-    def write() -> None:
-        with os.fdopen(writing, "wb") as file:
-            file.write(content)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        yield
-    finally:
-        os.dup2(before, 0)
-        os.close(before)
-        writer.join()
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ import gzip
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import open_source
 from esm2mega.data.readers.streams import spooled
 from esm2mega.errors import UserError
+from tests.pipes import pipe, standard_input
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -32,37 +31,6 @@ CONTENT = {
     "jsonl": b'\n{"id": "a", "sequence": "MKT"}\n{"id": "b", "sequence": "LLV"}\n',
     "marked": b"\xef\xbb\xbf" + CSV,
 }
-
-
-@contextmanager
-def pipe(content: bytes) -> Iterator[str]:
-    """The reading end of a pipe into which `content` is written, as a process substitution is named."""
-    reading, writing = os.pipe()
-
-    def write() -> None:
-        with os.fdopen(writing, "wb") as file:
-            file.write(content)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        yield f"/dev/fd/{reading}"
-    finally:
-        os.close(reading)
-        writer.join()
-
-
-@contextmanager
-def standard_input(content: bytes) -> Iterator[None]:
-    """A pipe with `content` in the place of this process's standard input."""
-    before = os.dup(0)
-    with pipe(content) as path:
-        os.dup2(int(Path(path).name), 0)
-    try:
-        yield
-    finally:
-        os.dup2(before, 0)
-        os.close(before)
 
 
 def records(path: Path) -> list[tuple[str, bytes]]:
