@@ -19,6 +19,7 @@ from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, check_out, write_json
 from esm2mega.finetune.metrics import check_packages
 from esm2mega.finetune.user_code import GivenCode
+from esm2mega.train.loop import defined
 
 _SIDES = ("A", "B")
 
@@ -136,10 +137,7 @@ def _as_json(found: Difference) -> dict[str, Any]:
 
 
 def _measures(found: Measurement) -> dict[str, float | None]:
-    values = {LOSS: found.loss, **found.metrics}
-    return {
-        name: value if value is not None and math.isfinite(value) else None for name, value in values.items()
-    }
+    return {name: defined(value) for name, value in {LOSS: found.loss, **found.metrics}.items()}
 
 
 def _differences(runs: _Runs, notes: list[str]) -> dict[str, Difference]:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega.finetune.bootstrap import percentiles
+from esm2mega.train.loop import defined
 
 Array = npt.NDArray[np.float64]
 
@@ -113,7 +114,7 @@ def _with_seeds(
     """
     of_a, of_b = float(a.mean()), float(b.mean())
     if not math.isfinite(difference):
-        return Difference(_defined(of_a), _defined(of_b), None, None, None)
+        return Difference(defined(of_a), defined(of_b), None, None, None)
     # As in Student's test of two samples: both sides share one variance, to which each run adds knowledge.
     freedom = len(a) + len(b) - 2
     squares = float(np.square(a - of_a).sum() + np.square(b - of_b).sum())
@@ -138,7 +139,3 @@ def _half_width(variance: float, freedom: int, of_seeds: float, freedom_of_seeds
     if freedom_of_seeds:
         shares += (of_seeds / total) ** 2 / freedom_of_seeds
     return float(t.ppf((1 + LEVEL) / 2, 1 / shares)) * math.sqrt(total)
-
-
-def _defined(value: float) -> float | None:
-    return value if math.isfinite(value) else None
