@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class UserError(Exception):
     """Reports bad input or configuration in one line: value, rule, place and cure. Exit code 2."""
 
     exit_code = 2
+
+
+class DamagedError(UserError):
+    """Reports that a file which this package wrote has other content than was written. Exit code 2.
+
+    Attributes:
+        path: The damaged file.
+    """
+
+    def __init__(self, path: str | Path, message: str) -> None:
+        """Keep the file beside the line for the user.
+
+        Args:
+            path: The damaged file.
+            message: What is wrong with it, and the cure; the path is put before it.
+        """
+        # Both go to `Exception`, so that the error can be sent to other ranks as a pickle.
+        super().__init__(path, message)
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.args[1]}"
 
 
 class MachineError(UserError):

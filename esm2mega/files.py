@@ -179,13 +179,18 @@ def file_sha256(path: Path) -> str:
     Raises:
         UserError: The file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as stream:
-            while piece := stream.read(_HASHED_AT_ONCE):
-                digest.update(piece)
+        return content_sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def content_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file as `file_sha256` does; an error of reading stays an OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(_HASHED_AT_ONCE):
+            digest.update(piece)
     return digest.hexdigest()
 
 
