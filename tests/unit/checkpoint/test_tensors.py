@@ -68,7 +68,7 @@ def test_lost_data_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
         TensorReader(copy).read("embedding.word_embeddings.weight")
     for data in (copy / "model").glob("*.distcp"):
         data.unlink()
-    with pytest.raises(UserError, match="is damaged: one of 2 tensors cannot be read"):
+    with pytest.raises(UserError, match=r"\.distcp: is missing"):
         TensorReader(copy).read_many(["embedding.word_embeddings.weight", "lm_head.dense.bias"])
     with pytest.raises(UserError, match="is damaged: .* cannot be read"):
         TensorReader(copy).read("embedding.word_embeddings.weight")
