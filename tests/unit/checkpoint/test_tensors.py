@@ -70,5 +70,5 @@ def test_lost_data_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
         data.unlink()
     with pytest.raises(UserError, match=r"\.distcp: is missing"):
         TensorReader(copy).read_many(["embedding.word_embeddings.weight", "lm_head.dense.bias"])
-    with pytest.raises(UserError, match="is damaged: .* cannot be read"):
+    with pytest.raises(UserError, match=r"\.distcp: is missing"):
         TensorReader(copy).read("embedding.word_embeddings.weight")
