@@ -9,7 +9,7 @@ import os
 import reprlib
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,13 @@ def read_json(path: Path, cure: str) -> dict[str, Any]:
     return content
 
 
+def user_cache() -> Path:
+    """Return the directory for what this user's later commands can use again: ``~/.cache/esm2mega``."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    # The standard says that a relative path is to be ignored.
+    return (Path(chosen) if os.path.isabs(chosen) else Path("~/.cache").expanduser()) / "esm2mega"
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -192,6 +199,13 @@ def content_sha256(path: Path) -> str:
         while piece := stream.read(_HASHED_AT_ONCE):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """Compute the SHA-256 of a JSON object, whatever the order of its keys and its white space."""
+    # Through text and back: keys that are numbers become text before they are sorted.
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_out(path: Path) -> None:
