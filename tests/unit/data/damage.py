@@ -20,7 +20,7 @@ def error_of(path: Path) -> str:
 
 
 def edit_manifest(store: TokenStore, **changes: object) -> None:
-    """Replace entries of a store's manifest, which then has no checksum of its own, as in earlier versions."""
+    """Replace entries of a manifest, which then has no checksum of its own, as in earlier versions."""
     file = store.path / "manifest.json"
     manifest = {**json.loads(file.read_text()), **changes}
     manifest.pop("sha256", None)

@@ -243,9 +243,7 @@ def test_clusters_that_do_not_fit_are_refused(tmp_path: Path, sizes: list[int], 
     "name",
     ["clusters.offsets.npy", "clusters.members.npy", "clusters.ids.bin", "clusters.ids.offsets.npy"],
 )
-def test_error_for_damaged_cluster_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_error_for_damaged_cluster_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     store = write_clustered(tmp_path / "store")
     file = store.path / name
     content = file.read_bytes()
