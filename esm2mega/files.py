@@ -269,4 +269,7 @@ def first_of(names: Sequence[str], most: int = 8) -> str:
 
 def shortened(value: object) -> str:
     """Show a value for a message: a few entries of a list, both ends of a long text."""
-    return " ".join(_SHORT.repr(value).split())
+    try:
+        return " ".join(_SHORT.repr(value).split())
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"{type(value).__name__} with too many digits to be shown"
