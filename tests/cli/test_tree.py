@@ -26,6 +26,7 @@ OTHER_SUBJECTS = {
     "convert/test_traps.py": "the table of traps in docs/converters.md",
     "convert/test_untrusted.py": "crafted files, through every reader of files",
     "data/labels/test_random_tables.py": "labels of all kinds, through every format of files",
+    "data/readers/test_limits.py": "sizes that files claim, through every reader",
     "finetune/test_label_layouts.py": "layouts of labels, from published files to a trained model",
     "finetune/test_best.py": "the best and the last weights of a run, through every command",
     "finetune/test_targets.py": "several target columns, from table to prediction",

@@ -27,6 +27,9 @@ RESIDUE_BYTES = string.ascii_letters.encode() + b"*-."
 LONGEST_SEQUENCE = 16 << 20
 """A protein has at most so many residues, in every format; the longest that is known has some 45 thousand."""
 
+LONGEST_TEXT = 2 * LONGEST_SEQUENCE
+"""A record, or the row of a table, may take this many bytes, and is refused as soon as it is longer."""
+
 MISSING_VALUES = frozenset({"nan", "NaN", "NA", "N/A", "<NA>", "#N/A", "null", "None"})
 """Other programs write these into cells without a value; some of them would pass as residues."""
 

@@ -9,8 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esm2mega.data.readers.base import Block, ByteProgress, Record, SourceOptions, find_columns, table_record
-from esm2mega.data.readers.text import LONGEST_TEXT, TextSource
+from esm2mega.data.readers.base import (
+    LONGEST_TEXT,
+    Block,
+    ByteProgress,
+    Record,
+    SourceOptions,
+    find_columns,
+    table_record,
+)
+from esm2mega.data.readers.text import TextSource
 from esm2mega.errors import UserError
 from esm2mega.files import parse_json
 

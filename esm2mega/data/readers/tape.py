@@ -53,8 +53,12 @@ def _encode(text: object, encoding: object) -> bytes:
     return text.encode("latin1")
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """Builds text, numbers and containers; in place of numpy's objects it builds `_Skipped`."""
+class RestrictedUnpickler(pickle._Unpickler):
+    """Builds text, numbers and containers; in place of numpy's objects it builds `_Skipped`.
+
+    It is the library's implementation in Python: the one in C makes a table as long as the largest number
+    under which a pickle keeps an object, and a few bytes can name 4 billion.
+    """
 
     def find_class(self, module: str, name: str) -> Callable[..., object]:
         if (module, name) == ("_codecs", "encode"):

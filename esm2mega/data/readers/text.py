@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esm2mega.data.readers.base import LONGEST_SEQUENCE, Block, ByteProgress, RecordSource
+from esm2mega.data.readers.base import LONGEST_TEXT, Block, ByteProgress, RecordSource
 from esm2mega.errors import UserError
 
 if sys.version_info >= (3, 14):
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 16 << 20
 """A block holds this much text. In memory are one block per worker, and some more that wait for one."""
-
-LONGEST_TEXT = 2 * LONGEST_SEQUENCE
-"""A record, or the row of a table, may take this many bytes, and is refused as soon as it is longer."""
 
 _BUFFER_BYTES = 1 << 20
 _UTF8_MARK = b"\xef\xbb\xbf"

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from esm2mega.data.readers.base import Block, ByteProgress, Record
-from esm2mega.data.readers.text import LONGEST_TEXT, TextSource
+from esm2mega.data.readers.base import LONGEST_TEXT, Block, ByteProgress, Record
+from esm2mega.data.readers.text import TextSource
 from esm2mega.data.store.intake import Located, in_batches
 from esm2mega.errors import UserError
 

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import pickletools
+import resource
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -123,6 +124,13 @@ def test_a_damaged_pickle_is_an_error(cut: int) -> None:
     with pytest.raises(ValueError, match="."):
         load_restricted(data[:-cut])
     assert pickletools.dis(data, out=io.StringIO()) is None  # the whole one is fine
+
+
+@pytest.mark.parametrize("put", [b"r" + (1 << 27).to_bytes(4, "little"), b"p134217728\n"])
+def test_a_pickle_of_a_few_bytes_takes_no_gigabyte(put: bytes) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert load_restricted(b"\x80\x02}" + put + b".") == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
 @pytest.mark.parametrize(
