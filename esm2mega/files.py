@@ -159,10 +159,18 @@ def read_json(path: Path, cure: str) -> dict[str, Any]:
 
 
 def user_cache() -> Path:
-    """Return the directory for what this user's later commands can use again: ``~/.cache/esm2mega``."""
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    # The standard says that a relative path is to be ignored.
-    return (Path(chosen) if os.path.isabs(chosen) else Path("~/.cache").expanduser()) / "esm2mega"
+    """Return ``$XDG_CACHE_HOME/esm2mega``, which is ``~/.cache/esm2mega`` where the variable is not set.
+
+    Raises:
+        UserError: The user has no home directory.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # A relative path is to be ignored, says the specification of the variable.
+        caches = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    except RuntimeError:
+        raise UserError("no home directory is known: set HOME or XDG_CACHE_HOME") from None
+    return caches / "esm2mega"
 
 
 def sync(path: Path) -> None:

@@ -9,6 +9,7 @@ replaced in a finished checkpoint and therefore carries its own checksum.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,6 +161,13 @@ def unreadable(path: Path, error: OSError) -> UserError:
         f"{path}: cannot be read: {error.strerror or error}; this is not damage of the checkpoint: check the "
         "permissions, and the file system or its server"
     )
+
+
+def content_checksum(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a JSON object, whatever the order of its keys and its white space."""
+    # Through text and back: keys that are numbers become text before they are sorted.
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_size(checkpoint: Path, name: str, recorded: int) -> None:

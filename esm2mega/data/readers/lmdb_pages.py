@@ -64,9 +64,9 @@ def check_pages(file: Path) -> int:
     return entries
 
 
-def _newest_meta(file: Path) -> tuple[int, int, int, int, int]:
+def _newest_meta(file: Path) -> tuple[int, ...]:
     """Return page size, flags, depth and root of the main database, and the number of the last page."""
-    found = []
+    found: list[tuple[int, ...]] = []
     with open(file, "rb") as stream:
         for number in range(2):
             stream.seek(number * found[0][0] if found else 0)

@@ -178,8 +178,11 @@ def _identity(status: os.stat_result) -> Identity:
 
 def _places(store: Path) -> list[Path]:
     """Return the files that may hold the record of a store, the preferred one first."""
-    name = hashlib.sha256(str(store.resolve()).encode()).hexdigest()[:32]
-    return [store / RECORD, user_cache() / "verified" / f"{name}.json"]
+    places = [store / RECORD]
+    with suppress(UserError):  # a user without a home has one place only
+        name = hashlib.sha256(str(store.resolve()).encode()).hexdigest()[:32]
+        places.append(user_cache() / "verified" / f"{name}.json")
+    return places
 
 
 def _read_records(store: Path) -> dict[str, list[Any]]:
