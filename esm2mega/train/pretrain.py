@@ -137,7 +137,8 @@ def _train(
     # Rank 0 reads for all: on a shared file system every rank would read the same bytes.
     verification = BackgroundVerification([*train_stores, *held_out.values()] if ranks.is_main else [])
     if verification.num_bytes:
-        banner.append(f"data     {verification.num_bytes / 1e9:.2f} GB are verified in the background")
+        size = f"{verification.num_bytes / 1e9:.2f} GB"
+        banner.append(f"data     {size} are verified in the background, before the first checkpoint is saved")
     valid = held_out.get("valid")
     session = Session(
         name="pretrain",

@@ -22,6 +22,7 @@ OTHER_SUBJECTS = {
     "checkpoint/test_written_before.py": "files that an earlier version wrote",
     "config/test_conf_files.py": "the configurations in conf/",
     "cli/test_cures.py": "the messages of all commands, for cures that the commands do not have",
+    "cli/test_damaged_stores.py": "damaged token stores, through the commands that read them",
     "cli/test_inputs.py": "streams and compressed tables, in every command",
     "convert/test_traps.py": "the table of traps in docs/converters.md",
     "convert/test_untrusted.py": "crafted files, through every reader of files",
