@@ -27,8 +27,9 @@ _TRAININGS = {"pretrain": pretrain, "finetune": finetune}
 def drill(out: str, steps: int, rounds: int, processes: int, seed: int, words: tuple[str, ...]) -> None:
     """Run a training for some steps unbroken, and with ranks killed at random moments and started again.
 
-    Weights, optimizer and log must be the same bit by bit, and every sample used once; else the exit code is 1.
-    The runs are new ones below DIR; your run_dir is left alone. Only processes that the drill started are killed.
+    Weights, optimizer and log must be the same bit by bit, and every sample used once; else the exit code is
+    1. The runs are new ones below DIR; your run_dir is left alone. Only processes that the drill started are
+    killed.
 
     Example: esm2mega drill --out drill --processes 2 -- pretrain --config my.yaml
     parallel.tensor_model_parallel_size=2

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from esm2mega.checkpoint.layout import find_checkpoints, step_of
 from esm2mega.config.load import load_run, values_of
 from esm2mega.config.scalars import as_word
 from esm2mega.config.schema import Run
@@ -107,13 +107,15 @@ def drill(
     """
     out = Path(out)
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UserError(f"--out {out}: is not an empty directory, and a drill overwrites nothing; name another one")
+        raise UserError(
+            f"--out {out}: is not an empty directory, and a drill overwrites nothing; name another one"
+        )
     settings = settings_of(load_run(training.config, training.overrides), steps)
     (given,) = values_of(("run_dir",), training.config, training.overrides)
     if given is not None:
         say(f"run_dir  {given} of the configuration is left alone; the runs of the drill lie below {out}")
-    count = "1 process" if processes == 1 else f"{processes} processes"
-    say(f"drill    {training.command} on {count}, {steps} steps, kills {rounds}, seed {seed}")
+    ranks = "1 process" if processes == 1 else f"{processes} processes"
+    say(f"drill    {training.command} on {ranks}, {steps} steps, {rounds} kills, seed {seed}")
     say(f"settings {' '.join(settings)}")
     (out / "output").mkdir(parents=True, exist_ok=True)
     machine = _Machine(training, settings, processes, out)
@@ -122,7 +124,8 @@ def drill(
         seconds = machine.unbroken()
         expected = Remains(out / "unbroken")
         faults = list(unaccounted(expected))
-        say(f"unbroken {len(expected.samples):,} samples in {seconds:.1f} s, weights {expected.weights_sha256}")
+        used = len(expected.samples)
+        say(f"unbroken {used:,} samples in {seconds:.1f} s, weights sha256 {expected.weights_sha256}")
         rng = random.Random(seed)
         while not faults and (left := rounds - sum(len(run.kills) for run in runs)):
             run = machine.broken(len(runs) + 1, left, seconds, rng, say)
@@ -134,6 +137,7 @@ def drill(
                 shutil.rmtree(run.run_dir)
     for fault in faults:
         say(f"         {fault}")
+    count = sum(len(run.kills) for run in runs)
     content = {
         "esm2mega": __version__,
         "command": [training.command, *training.words],
@@ -142,7 +146,7 @@ def drill(
         "steps": steps,
         "seed": seed,
         "equal": not faults,
-        "kills": sum(len(run.kills) for run in runs),
+        "kills": count,
         "samples": len(expected.samples),
         "weights_sha256": expected.weights_sha256,
         "seconds": seconds,
@@ -151,10 +155,7 @@ def drill(
     }
     write_json(out / REPORT, content)
     if not faults:
-        say(
-            f"equal    {content['kills']} kills in {len(runs)} run{'s' * (len(runs) > 1)}: weights, optimizer and "
-            "log are those of the unbroken run, and every sample was used once"
-        )
+        say(f"equal    after {count} kills: weights, optimizer, log; and every sample was used once")
     say(f"report   {out / REPORT}")
     return not faults
 
@@ -215,8 +216,8 @@ class _Machine:
                     saved = newest_step(run.run_dir)
                     if killed := ranks.kill(victims):
                         run.kills.append(Kill(start, round(moment, 3), killed, saved))
-                        who = f"rank {first_of([str(rank) for rank in killed])}"
-                        say(f"killed   {who} of {run.run_dir.name} after {moment:.1f} s, step {saved} was saved")
+                        who = f"rank {first_of([str(rank) for rank in killed])} of {run.run_dir.name}"
+                        say(f"killed   {who} after {moment:.1f} s; newest checkpoint: step {saved}")
                         ranks.wait(2 * GRACE)
                         continue
                 if not ranks.wait(limit):
@@ -228,16 +229,12 @@ class _Machine:
     def _start(self, name: str, start: int) -> Ranks:
         words = [self._training.command, *self._training.words, *self._settings]
         words.append(as_word("run_dir", self._out / name))
-        outputs = [
-            self._out / "output" / f"{name}.{start}.rank{rank}.log" for rank in range(self._processes)
-        ]
+        outputs = [self._out / "output" / f"{name}.{start}.rank{rank}.log" for rank in range(self._processes)]
         return Ranks(words, self._processes, outputs)
 
 
 def newest_step(run_dir: Path) -> int:
     """Return the step of the newest complete checkpoint of a run that may be writing; 0 if there is none."""
-    from esm2mega.checkpoint.layout import find_checkpoints, step_of
-
     complete, _ = find_checkpoints(run_dir)
     return step_of(complete[-1]) if complete else 0
 

@@ -87,8 +87,8 @@ def _records(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> It
         yield f"log: {len(actual)} records in place of {len(expected)}"
     for number, (a, b) in enumerate(zip(actual, expected, strict=False), 1):
         if others := [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]:
-            key = others[0]
-            yield f"log: record {number}: {key} is {shortened(a.get(key))} in place of {shortened(b.get(key))}"
+            mine, theirs = (shortened(record.get(others[0])) for record in (a, b))
+            yield f"log: record {number}: {others[0]} is {mine} in place of {theirs}"
             return
 
 

@@ -20,7 +20,7 @@ import psutil
 from torch.distributed import TCPStore
 
 GRACE = 10.0
-"""Seconds that ranks get to end by themselves when another one has been killed, after SIGTERM as by torchrun."""
+"""Seconds that ranks get to end by themselves, after SIGTERM as by torchrun, when another one was killed."""
 
 _POLL = 0.005
 
@@ -119,7 +119,7 @@ class Ranks:
                 os.killpg(process.pid, signal.SIGTERM)
 
     def _reap(self, rank: int) -> None:
-        """End the helpers that a rank has left in its group, and wait for the rank itself, which gives its code."""
+        """End the helpers that a rank has left in its group, and wait for the rank, which gives its code."""
         process = self._running[rank]
         _kill_group(process)
         self.codes[rank] = process.wait()

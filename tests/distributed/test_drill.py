@@ -1,4 +1,4 @@
-"""`drill` finds the same after kills as without, says what differs, and leaves neither processes nor marks."""
+"""`drill` finds the same after kills as without, says what differs, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,16 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def words(out: Path, store: Path, *more: str, rounds: int = 2, processes: int = 2) -> list[str]:
-    options = ["--out", str(out), "--steps", str(STEPS), "--rounds", str(rounds), "--processes", str(processes)]
+    options = [
+        "--out",
+        str(out),
+        "--steps",
+        str(STEPS),
+        "--rounds",
+        str(rounds),
+        "--processes",
+        str(processes),
+    ]
     return ["drill", *options, "--", "pretrain", *SETTINGS, f"data.train={store}", *more]
 
 
@@ -66,14 +75,21 @@ def test_the_checksum_is_that_of_inspect(drilled: Path, capsys: pytest.CaptureFi
 
 
 def test_a_restart_that_changes_the_run_is_found(
-    warm_python: None, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    warm_python: None,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """As a resume would that loses something: here every start but the first has another weight decay."""
     start = command._Machine._start
 
     def other(machine: command._Machine, name: str, number: int) -> command.Ranks:
         changed = command._Machine(
-            machine._training, [*machine._settings, *["optim.weight_decay=0.5"] * (number > 1)], 1, machine._out
+            machine._training,
+            [*machine._settings, *["optim.weight_decay=0.5"] * (number > 1)],
+            1,
+            machine._out,
         )
         return start(changed, name, number)
 

@@ -1,4 +1,4 @@
-"""`python -m tests.kills --out DIR --kills N --seed S` kills commands at random moments, see docs/runs.md."""
+"""`make kills OUT=DIR` kills commands at random moments, see docs/runs.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def main() -> int:
             # What was forked is a child of the process that forks, which is a child of this one.
             times = [child.cpu_times() for child in psutil.Process().children()]
             seconds = sum(t.user + t.system + t.children_user + t.children_system for t in times)
-            print(f"{count} kills in {minutes:.1f} minutes, {seconds / max(1, count):.1f} s of processor time each")
+            each = seconds / max(1, count)
+            print(f"{count} kills in {minutes:.1f} minutes, {each:.1f} s of processor time each")
             print(f"journal: {options.out / 'journal.jsonl'}")
     return int(any(kill["outcome"] != "equal" for kill in harness.kills))
 

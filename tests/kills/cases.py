@@ -56,6 +56,7 @@ class Case:
         is_training: Whether the folder is that of a run, with a log and checkpoints.
         result: Name in the folder, of commands that refuse to replace what they have made: when it is there,
             the command was killed at its very end and is not started again.
+        program: What Python runs with these words.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     processes: int = 1
     is_training: bool = False
     result: str | None = None
+    program: Sequence[str] = ("-m", "esm2mega")
 
     def is_done(self, folder: Path) -> bool:
         return self.result is not None and (folder / self.result).exists()
@@ -92,7 +94,7 @@ class Case:
 
 
 def resumed_step(output: str) -> int | None:
-    """The step from which a start said that it goes on; 0 for the beginning, None if it had not come so far."""
+    """The step from which a start said that it goes on; 0 for the beginning, None if it said nothing."""
     found = _RESUMED.search(output)
     return None if found is None else int(found[1] or 0)
 
@@ -127,7 +129,9 @@ def make_inputs(folder: Path) -> list[Case]:
             settings = [*_TRAINING, *layout, *([f"{ASYNC}=true"] if mode == "async" else [])]
             settings += [f"data.train={store}/train", f"data.valid={store}/valid"]
             cases.append(_training(f"pretrain-{processes}-{mode}", "pretrain", settings, processes))
-    cases.append(_training("finetune", "finetune", [*_TRAINING, *labelled, f"data.valid={table}.valid.csv"], 1))
+    cases.append(
+        _training("finetune", "finetune", [*_TRAINING, *labelled, f"data.valid={table}.valid.csv"], 1)
+    )
 
     def embed(folder: Path) -> list[str]:
         out = ["--out", str(folder / "x.h5"), "--resume", "--pack-tokens", "512"]

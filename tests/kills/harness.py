@@ -165,7 +165,7 @@ class Harness:
 
     def _start(self, case: Case, folder: Path, name: str) -> tuple[list[Rank], Path]:
         output = self.out / "output" / folder.name / name
-        return start_ranks(["-m", "esm2mega", *case.words(folder)], case.processes, output), output
+        return start_ranks([*case.program, *case.words(folder)], case.processes, output), output
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:
@@ -236,6 +236,7 @@ def _left_behind(others: set[psutil.Process]) -> list[str]:
         with contextlib.suppress(psutil.NoSuchProcess):
             names.append(" ".join(process.cmdline())[-200:] or process.name())
             process.kill()
+    psutil.wait_procs(left, timeout=_HELPERS)
     for process in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
             if process not in others and process.status() == psutil.STATUS_ZOMBIE:
