@@ -230,7 +230,7 @@ class _Machine:
         words = [self._training.command, *self._training.words, *self._settings]
         words.append(as_word("run_dir", self._out / name))
         outputs = [self._out / "output" / f"{name}.{start}.rank{rank}.log" for rank in range(self._processes)]
-        return Ranks(words, self._processes, outputs)
+        return Ranks(words, outputs)
 
 
 def newest_step(run_dir: Path) -> int:

@@ -28,18 +28,25 @@ _POLL = 0.005
 class Ranks:
     """Holds the processes of one start of a training; use it as a context, which leaves none behind."""
 
-    def __init__(self, words: Sequence[str], count: int, outputs: Sequence[Path]) -> None:
-        """Start ``python -m esm2mega WORDS`` as `count` ranks.
+    def __init__(self, words: Sequence[str], outputs: Sequence[Path]) -> None:
+        """Describe the processes, which the context starts.
 
         Args:
-            words: Name and arguments of the command.
-            count: Number of processes.
-            outputs: File for the output of each rank.
+            words: Name and arguments of the command, which ``python -m esm2mega`` runs.
+            outputs: File for the output of each rank; their number is that of the ranks.
         """
+        self.outputs = list(outputs)
+        self.codes: dict[int, int] = {}
+        self._words = list(words)
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._store: TCPStore | None = None
+
+    def __enter__(self) -> Ranks:
+        """Start the processes."""
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        # The store of torchrun's agent stands here too, so no port is chosen before it is opened.
-        self._store = None
+        count = len(self.outputs)
         if count > 1:
+            # It takes the place of the store of torchrun's agent, so no port is chosen before it is opened.
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             environment |= {
                 "MASTER_ADDR": "127.0.0.1",
@@ -47,17 +54,14 @@ class Ranks:
                 "WORLD_SIZE": str(count),
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
             }
-        self.outputs = list(outputs)
-        self._running: dict[int, subprocess.Popen[bytes]] = {}
-        self.codes: dict[int, int] = {}
         try:
             # A process that was started and not noted could not be ended.
             with _uninterrupted():
-                for rank, output in enumerate(outputs):
+                for rank, output in enumerate(self.outputs):
                     own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
                     with output.open("wb") as file:
                         self._running[rank] = subprocess.Popen(
-                            [sys.executable, "-m", "esm2mega", *words],
+                            [sys.executable, "-m", "esm2mega", *self._words],
                             stdin=subprocess.DEVNULL,
                             stdout=file,
                             stderr=file,
@@ -67,8 +71,6 @@ class Ranks:
         except BaseException:
             self.end()
             raise
-
-    def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, *exception: object) -> None:

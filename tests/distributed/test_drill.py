@@ -81,7 +81,10 @@ def test_a_restart_that_changes_the_run_is_found(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """As a resume would that loses something: here every start but the first has another weight decay."""
+    """As a resume would that loses something: here every start but the first has another weight decay.
+
+    The training is a fine-tuning.
+    """
     start = command._Machine._start
 
     def other(machine: command._Machine, name: str, number: int) -> command.Ranks:
@@ -94,7 +97,12 @@ def test_a_restart_that_changes_the_run_is_found(
         return start(changed, name, number)
 
     monkeypatch.setattr(command._Machine, "_start", other)
-    assert main(words(tmp_path / "out", store, rounds=2, processes=1)) == 1
+    labels = tmp_path / "labels.csv"
+    rows = [f"{'MKTAYIAKQR' * 3}{letter}L,{number}.5" for number, letter in enumerate("ACDEFGHIKLMNPQRSTVWY")]
+    labels.write_text("\n".join(["sequence,value", *rows]) + "\n")
+    task = ["task.kind=regression", "task.target_columns=[value]", f"data.train={labels}"]
+    options = ["--out", str(tmp_path / "out"), "--steps", str(STEPS), "--rounds", "2"]
+    assert main(["drill", *options, "--", "finetune", *SETTINGS, *task]) == 1
     report = json.loads((tmp_path / "out" / "drill.json").read_text())
     assert not report["equal"] and any(fault.startswith("weights: ") for fault in report["faults"])
     assert "UNEQUAL" in capsys.readouterr().out

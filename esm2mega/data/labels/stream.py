@@ -123,7 +123,7 @@ def build_labelled(
         len(tokens),
         len(numbers),
         len(pieces),
-        pieces.names(),
+        pieces.sample_starts(),
     )
 
 

@@ -112,7 +112,7 @@ def build_arrays(
         num_tokens=len(tokens),
         num_residues=int(np.count_nonzero((tokens != vocabulary.CLS) & (tokens != vocabulary.EOS))),
         num_sequences=len(pieces),
-        samples=pieces.names(),
+        samples=pieces.sample_starts(),
     )
 
 

@@ -80,7 +80,7 @@ class Pieces:
             self.lengths[places],
         )
 
-    def names(self) -> list[tuple[int, int]]:
+    def sample_starts(self) -> list[tuple[int, int]]:
         """Return the number of the sample and of the first token of each piece; no two are alike."""
         return list(zip(self.samples.tolist(), self.starts.tolist(), strict=True))
 
