@@ -76,7 +76,6 @@ def test_the_checksum_is_that_of_inspect(drilled: Path, capsys: pytest.CaptureFi
 
 def test_a_restart_that_changes_the_run_is_found(
     warm_python: None,
-    store: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
