@@ -28,23 +28,6 @@ def kept_from_helpers() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM, as a scheduler or `timeout` sends it, end a command as Ctrl-C does, which cleans up.
-
-    For commands that train in processes of their own, which are to be ended, and files to be removed.
-    """
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class StopSignal:
     """Stops every rank after the current step once any rank gets SIGTERM or SIGUSR1.
 
@@ -77,3 +60,20 @@ class StopSignal:
         dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
         self.stopping = bool(self._flag.item())
         return self.stopping
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM, as a scheduler or `timeout` sends it, end a command as Ctrl-C does, which cleans up.
+
+    For commands that train in processes of their own, which are to be ended, and files to be removed.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
