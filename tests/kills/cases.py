@@ -55,7 +55,7 @@ class Case:
         processes: Number of ranks.
         is_training: Whether the folder is that of a run, with a log and checkpoints.
         result: Name in the folder, of commands that refuse to replace what they have made: when it is there,
-            the command was killed at its very end and is not started again.
+            the command was killed at its very end, and the next start has to say so.
         program: What Python runs with these words.
     """
 

@@ -112,7 +112,7 @@ class Harness:
         others = _descendants()
         ended = False
         while not ended and not faults:
-            newest, began = case.newest_step(folder), time.monotonic()
+            newest, began, is_done = case.newest_step(folder), time.monotonic(), case.is_done(folder)
             ranks, output = self._start(case, folder, str(len(kills)))
             try:
                 if len(kills) < most and not _wait(ranks, moment := rng.uniform(0, seconds)):
@@ -127,7 +127,9 @@ class Harness:
                     ended = True
                 if ended:
                     _wait(ranks, _LONGEST)
-                    faults += [("lost", fault) for fault in _failures(ranks, output)]
+                    failures = list(_failures(ranks, output))
+                    refused = is_done and any("exists" in failure for failure in failures)
+                    faults += [] if refused else [("lost", failure) for failure in failures]
                 said = resumed_step((output / "rank0.err").read_text()) if case.is_training else None
                 if said is not None and said < newest:
                     faults.append(("lost", f"went on from step {said}, and step {newest} was saved"))
@@ -135,7 +137,6 @@ class Harness:
                     faults.append(("left", f"left behind: {left}"))
             finally:
                 end_ranks(ranks)
-            ended = ended or case.is_done(folder)
         if not kills:  # it was faster than the first one, which met cold caches
             self._seconds[case.name] = min(seconds, time.monotonic() - began)
         if not faults:
