@@ -63,9 +63,12 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def _growing(path: Path, cure: str) -> Iterator[Path]:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    begin = f".{path.name}.{os.uname().nodename}."
+    partial = path.with_name(f"{begin}{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # tidying up is no reason to fail
+            _remove_left(path.parent, begin)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         yield partial
@@ -78,6 +81,20 @@ def _growing(path: Path, cure: str) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _remove_left(folder: Path, begin: str) -> None:
+    """Remove what processes of this machine that were killed have left; their number ends the name."""
+    for name in os.listdir(folder):
+        number = name[len(begin) : -len(".partial")]
+        if not (name.startswith(begin) and name.endswith(".partial") and number.isdecimal()):
+            continue
+        try:
+            os.kill(int(number), 0)  # sends nothing
+        except (ProcessLookupError, OverflowError):
+            (folder / name).unlink(missing_ok=True)
+        except PermissionError:
+            pass  # it runs, for another user
 
 
 @contextmanager

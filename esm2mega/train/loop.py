@@ -18,6 +18,7 @@ from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.losses import Means, loss_and_perplexity
+from esm2mega.train.samples import samples_of_step
 from esm2mega.train.signals import StopSignal
 from esm2mega.train.step import StepResult, TrainState, train_step
 from esm2mega.train.throughput import Throughput, memory_gb, sum_over_data_parallel
@@ -143,6 +144,7 @@ def fit(
                         "step_time": lap.step_time,
                         "pack_fill": lap.pack_fill,
                         "memory_gb": memory_gb(ranks.device),
+                        **({"samples": samples_of_step(batches)} if run.logging.samples else {}),
                     }
                 )
                 residues = 0

@@ -67,3 +67,20 @@ class StopSignal:
         dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
         self.stopping = bool(self._flag.item())
         return self.stopping
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM, as a scheduler or `timeout` sends it, end a command as Ctrl-C does, which cleans up.
+
+    For commands that train in processes of their own, which are to be ended, and files to be removed.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
