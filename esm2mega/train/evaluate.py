@@ -199,11 +199,11 @@ def open_evaluation(
         data: As for `evaluate_checkpoint`.
         overrides: As for `evaluate_checkpoint`.
     """
-    verify = asks_to_verify(overrides)
-    start = open_checkpoint(checkpoint, verify)
+    verification = asks_to_verify(overrides)
+    start = open_checkpoint(checkpoint, verification)
     run = adapt_layout(expand_paths(load_run_over(start.run, overrides)), overrides)
     validate(run, world_size_from_environment())
-    start = open_base(start, run.init_from, verify)
+    start = open_base(start, run.init_from, verification)
     store = open_store(str(data), run.data, run.run_dir, "--data", show_bytes)
     on_one_rank(lambda: verify([store]), timedelta(minutes=run.parallel.timeout_minutes))
     return MaskedEvaluation(start, run, store)
