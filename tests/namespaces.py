@@ -1,19 +1,21 @@
-"""Runs a program in Linux namespaces of its own, with all that it starts: network, processes, mounts, host name.
+"""Runs a program in Linux namespaces of its own: network, processes, mounts and host name.
 
-The kernel cleans up. The program is process 1 of its namespace: when it ends, however it ends, everything that
-it started ends with it, also daemons, and the network and the mounts that it made are gone. Killing what
-started it ends it too. So nothing that runs on this machine is seen from inside or can be hit by a mistake.
+The kernel cleans up. The program is process 1 of its namespace: when it ends, however it ends, everything
+that it started ends with it, also daemons, and the network and the mounts that it made are gone. Killing what
+started it ends it too. Nothing else that runs on this machine is seen from inside or can be hit by mistake.
 """
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 CANNOT_RUN = 77
@@ -24,6 +26,10 @@ PACKAGES = {"ip": "iproute2", "setpriv": "util-linux", "unshare": "util-linux"}
 
 KINDS = ("--net", "--pid", "--mount", "--uts", "--fork", "--kill-child", "--mount-proc")
 """What `unshare` separates. A new process namespace needs a new process, and its own /proc."""
+
+
+class TrialFailed(Exception):
+    """What the program inside was to show is not so; the message has the last output of what failed."""
 
 
 def why_not(packages: Mapping[str, str]) -> str | None:
@@ -37,9 +43,11 @@ def why_not(packages: Mapping[str, str]) -> str | None:
     if absent:
         names = " ".join(sorted({needed[command] for command in absent}))
         return f"{', '.join(absent)} not found; on Debian: apt-get install --no-install-recommends {names}"
-    tried = subprocess.run(["unshare", *KINDS, "ip", "link", "set", "lo", "up"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["unshare", *KINDS, "ip", "link", "set", "lo", "up"], capture_output=True, text=True
+    )
     if tried.returncode:
-        return f"namespaces cannot be made here ({tried.stderr.strip()}); it needs root and a kernel that lets it"
+        return f"it needs root and a kernel that makes namespaces ({tried.stderr.strip()})"
     return None
 
 
@@ -60,20 +68,27 @@ def run_inside(command: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def main(module: str, inside: Callable[[Path], None], packages: Mapping[str, str]) -> int:
+def main(module: str, packages: Mapping[str, str]) -> int:
     """Be the command ``python -m module [--out DIR]``; its exit code is 0, 1, or 77 with the reason.
 
     Args:
-        module: Name of the caller, which this function starts again inside.
-        inside: What to do inside, given an empty directory; it raises an error to fail.
+        module: Package of the trial. This function starts it again inside, and calls there ``inside`` of its
+            module ``trial`` with an empty directory; a `TrialFailed` is the end.
         packages: See `why_not`.
     """
     words = sys.argv[1:]
     if words[:1] == ["--inside"]:
-        inside(Path(words[1]))
+        try:
+            importlib.import_module(f"{module}.trial").inside(Path(words[1]))
+        except TrialFailed as error:
+            print(f"{module} failed: {error}", file=sys.stderr)
+            return 1
         return 0
     if words and (words[0] != "--out" or len(words) != 2):
-        print(f"usage: python -m {module} [--out DIR]; DIR, which must not exist, keeps all files", file=sys.stderr)
+        print(
+            f"usage: python -m {module} [--out DIR]; DIR, which must not exist, keeps all files",
+            file=sys.stderr,
+        )
         return 2
     if reason := why_not(packages):
         print(f"{module} cannot run: {reason}", file=sys.stderr)
@@ -85,6 +100,11 @@ def main(module: str, inside: Callable[[Path], None], packages: Mapping[str, str
         return run_inside([*command, str(folder)])
     with tempfile.TemporaryDirectory(prefix=module.rpartition(".")[2] + "-") as name:
         return run_inside([*command, name])
+
+
+def say(text: str) -> None:
+    """Print a line of the report."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
 def name_hosts(folder: Path, addresses: Mapping[str, str]) -> None:

@@ -6,9 +6,14 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.namespaces import name_hosts
+from tests.namespaces import TrialFailed, name_hosts
 
 DEVICE = "eth0"
+RETRIES = 8
+"""Value of net.ipv4.tcp_retries2: how often data are sent again before a connection is given up.
+
+These are some 100 seconds. Linux's own 15 are a quarter of an hour, for which torchrun waits.
+"""
 _START = 'hostname "$0" && exec "$@"'
 
 
@@ -25,6 +30,8 @@ class Host:
         _ip("-n", self.name, "link", "set", "lo", "up")
         _ip("-n", self.name, "address", "add", f"{self.address}/24", "dev", DEVICE)
         self.set_link("up")
+        setting = f"echo {RETRIES} >/proc/sys/net/ipv4/tcp_retries2"
+        _ip("netns", "exec", self.name, "sh", "-c", setting)
 
     def set_link(self, state: str) -> None:
         """Plug the cable in (``up``) or out (``down``)."""
@@ -66,7 +73,20 @@ def make_hosts(folder: Path, addresses: Mapping[str, str]) -> list[Host]:
     for host in hosts:
         _ip("netns", "add", host.name)
     first, second = hosts
-    _ip("link", "add", DEVICE, "netns", first.name, "type", "veth", "peer", "name", DEVICE, "netns", second.name)
+    _ip(
+        "link",
+        "add",
+        DEVICE,
+        "netns",
+        first.name,
+        "type",
+        "veth",
+        "peer",
+        "name",
+        DEVICE,
+        "netns",
+        second.name,
+    )
     for host in hosts:
         host.connect()
     return hosts
@@ -75,4 +95,4 @@ def make_hosts(folder: Path, addresses: Mapping[str, str]) -> list[Host]:
 def _ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+        raise TrialFailed(f"ip {' '.join(words)}: {done.stderr.strip()}")
