@@ -52,7 +52,7 @@ RUN_ELSEWHERE = {
         "pretrain_torchrun_multinode.sh",
     ),
     "sbatch --nodes 4 examples/slurm/pretrain.sbatch": (
-        "tests/cli/test_examples.py",
+        "tests/cli/test_slurm_examples.py",
         "slurm/pretrain.sbatch",
     ),
 }

@@ -26,8 +26,8 @@ EXAMPLES = REPOSITORY / "examples" / "slurm"
 # The node has no GPU: two processes with two CPUs each for training, one for what comes after it.
 TWO_RANKS = ("--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=2")
 ONE_RANK = ("--gpus-per-node=0", "--cpus-per-task=2")
-SECONDS = 75
-"""How long the training takes about, so that a time limit of a minute stops it."""
+SECONDS = 100
+"""How long the training takes about, so that a time limit, which counts minutes, stops it."""
 PATIENCE = 1200
 """Seconds that a job may take on a busy machine of two cores."""
 
@@ -38,8 +38,8 @@ init_from: {folder}/models/start
 data:
   max_seq_length: 256
 train:
-  micro_batch_tokens: 2048
-  global_batch_tokens: 8192
+  micro_batch_tokens: 1024
+  global_batch_tokens: 4096
   max_steps: {steps}
   log_every: 1
   eval_every: 0
@@ -131,9 +131,7 @@ def pretrain(trial: Trial, steps: int) -> Path:
     """Pretrain without a container and without an interruption; look at the ranks while they run."""
     config, run_dir = trial.write_config("run", steps), trial.folder / "runs" / "unbroken"
     began = time.monotonic()
-    number = trial.submit(
-        "pretrain.sbatch", *TWO_RANKS, "--time=60", CONFIG=str(config), RUN_DIR=str(run_dir)
-    )
+    number = trial.submit("pretrain.sbatch", *TWO_RANKS, CONFIG=str(config), RUN_DIR=str(run_dir))
     wait_for_step(trial, number, run_dir, 2)
     step = subprocess.run(["scontrol", "show", "step", f"{number}.0"], capture_output=True, text=True).stdout
     threads = [environment["OMP_NUM_THREADS"] for environment in ranks(number)]
@@ -146,13 +144,19 @@ def pretrain(trial: Trial, steps: int) -> Path:
 
 
 def pretrain_within_limits(trial: Trial, steps: int, unbroken: Path) -> None:
-    """Pretrain in the stand-in for a container, with a time limit that is too short for it."""
+    """Pretrain in the stand-in for a container, with a time limit that is too short for it.
+
+    The limit is given when the training is under way: how long a start takes depends on the machine.
+    """
     run_dir = trial.folder / "runs" / "limited"
     number = trial.submit(
-        "pretrain.sbatch", *TWO_RANKS, "--time=1", "--signal=B:USR1@10", CONTAINER="apptainer",
+        "pretrain.sbatch", *TWO_RANKS, "--signal=B:USR1@10", CONTAINER="apptainer",
         IMAGE=str(trial.folder / "image.sif"), CONFIG=str(trial.folder / "conf" / "run.yaml"),
         RUN_DIR=str(run_dir),
     )  # fmt: skip
+    wait_for_step(trial, number, run_dir, 2)
+    minutes = int(trial.cluster.jobs(number)[0]["RunTime"].split(":")[-2])
+    set_time_limit(number, minutes + 1)
     began = time.monotonic()
     while (job := trial.cluster.jobs(number)[0])["Restarts"] == "0":
         if (
@@ -162,12 +166,17 @@ def pretrain_within_limits(trial: Trial, steps: int, unbroken: Path) -> None:
             end = "\n".join(Path(job["StdOut"]).read_text().splitlines()[-25:])
             raise TrialFailed(f"the time limit did not requeue job {number}: {job['JobState']}\n{end}")
         time.sleep(0.5)
-    step = len(records(run_dir))
-    say(f"pretraining in the stand-in for a container, time limit 1 min: requeued after step {step}")
+    stopped = f"time limit of {minutes + 1} min: requeued after step {len(records(run_dir))}"
+    say(f"pretraining in the stand-in for a container, {stopped}")
     # One limit is enough to show it.
-    subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=60"], check=True)
+    set_time_limit(number, 60)
     (job,) = trial.wait(number)
     say(f"  resumed after {job['Restarts']} requeue: {compare(unbroken, run_dir, steps)}")
+
+
+def set_time_limit(number: str, minutes: int) -> None:
+    """Set the time limit of a job, which may be running."""
+    subprocess.run(["scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}"], check=True)
 
 
 def run_arrays(trial: Trial, pretrained: Path) -> dict[str, str]:
