@@ -41,7 +41,8 @@ def forward(number, frame):
         rank.send_signal(number)
 signal.signal(signal.SIGUSR1, forward)
 signal.signal(signal.SIGTERM, forward)
-sys.exit(max(rank.wait() for rank in ranks))
+codes = [rank.wait() for rank in ranks]
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
 
 SCONTROL = """#!/usr/bin/env bash
@@ -117,9 +118,15 @@ def test_slurm_ranks_get_their_numbers_and_the_configuration(slurm, tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (1, False), (2, False)])
-@pytest.mark.parametrize("script", ["pretrain", "finetune_array"])
-def test_slurm_job_is_requeued_for_exit_code_75_alone(script, code, requeued, slurm, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "code", "requeued"),
+    [
+        *(("pretrain", code, code == 75) for code in (75, 1, 2, 137, 138)),
+        # Here Slurm signals the process itself, so the script does not know but by the code.
+        *(("finetune_array", code, code in (75, 138)) for code in (75, 1, 2, 137, 138)),
+    ],
+)
+def test_slurm_job_is_requeued_when_a_signal_stopped_it(script, code, requeued, slurm, tmp_path):
     (tmp_path / "runs/flip/gb1/data").mkdir(parents=True)
     ended = run(
         f"slurm/{script}.sbatch", cwd=tmp_path, **slurm, STORE="s", FLIP="f", INIT_FROM="r",
@@ -207,6 +214,26 @@ def test_cpus_per_task_reaches_the_ranks(slurm, tmp_path):
             assert done.returncode == 0, done.stderr
             assert (tmp_path / "cpus").read_text() == f"6 {expected}\n", script
             (tmp_path / "cpus").unlink()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_before_the_ranks_are_ready_requeues_the_job(number, slurm, tmp_path):
+    """It ends processes that have no handler yet."""
+    python = fake_python(tmp_path, "touch started$RANK; exec sleep 60")
+    job = subprocess.Popen(
+        ["bash", str(EXAMPLES / "slurm/pretrain.sbatch")], cwd=tmp_path, stdout=subprocess.PIPE,
+        env=environment(**slurm, STORE="s", PYTHON=python),
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("started*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        job.send_signal(number)
+        job.communicate(timeout=30)
+    finally:
+        job.kill()
+    assert job.returncode == 128 + number
+    assert (tmp_path / "requeued").read_text() == "requeue 4242\n"
 
 
 def test_a_task_of_the_array_prepares_and_trains_its_own_task(slurm, tmp_path):

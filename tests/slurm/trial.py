@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ EXAMPLES = REPOSITORY / "examples" / "slurm"
 # The node has no GPU: two processes with two CPUs each for training, one for what comes after it.
 TWO_RANKS = ("--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=2")
 ONE_RANK = ("--gpus-per-node=0", "--cpus-per-task=2")
-SECONDS = 100
+SECONDS = 70
 """How long the training takes about, so that a time limit, which counts minutes, stops it."""
 PATIENCE = 1200
 """Seconds that a job may take on a busy machine of two cores."""
@@ -116,7 +117,7 @@ def inside(folder: Path) -> None:
 
 
 def make_start(trial: Trial) -> int:
-    """Train the model that the others start from; return a number of steps that takes `SECONDS`."""
+    """Train the model that the others start from; return a number of steps that takes about `SECONDS`."""
     settings = "init_from=null train.max_steps=6 train.log_every=1 schedule.warmup_steps=1"
     config, run_dir = trial.write_config("start", 6), trial.folder / "models" / "start"
     number = trial.submit(
@@ -124,7 +125,7 @@ def make_start(trial: Trial) -> int:
     )
     trial.wait(number)
     times = [record["step_time"] for record in records(run_dir)]
-    return max(30, round(SECONDS / min(times)))
+    return max(20, round(SECONDS / statistics.median(times)))
 
 
 def pretrain(trial: Trial, steps: int) -> Path:
