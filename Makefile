@@ -21,7 +21,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all kills gpu example format reading-order clean
+.PHONY: help quickstart setup lint type test test-all kills gpu multinode slurm example format reading-order clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -40,7 +40,7 @@ lint: $(DEV)/.installed ## style of Python and shell, and the contract of import
 	$(DEV_RUN) ruff check .
 	$(DEV_RUN) ruff format --check .
 	$(DEV_RUN) lint-imports --no-logo
-	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/*.sbatch)
+	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/slurm/*.sbatch tests/slurm/*.sh)
 
 type: $(DEV)/.installed ## types
 	$(DEV_RUN) mypy
@@ -58,6 +58,12 @@ kills: $(DEV)/.installed ## kill every command at random moments, see docs/runs.
 gpu: $(DEV)/.installed ## on a machine with a GPU: the tests for it, then its measurements, see docs/performance.md
 	$(DEV_RUN) pytest -q -m gpu $(PYTEST_ARGS)
 	$(DEV_RUN) python benchmarks/gpu.py
+
+multinode: $(DEV)/.installed ## two hosts in network namespaces lose one another in a training, see docs/multi-node.md
+	$(DEV_RUN) python -m tests.multinode
+
+slurm: $(DEV)/.installed ## the examples for Slurm on a Slurm of one node, see docs/multi-node.md
+	$(DEV_RUN) python -m tests.slurm
 
 example: $(DEV)/.installed ## the CPU example, in reduced form
 	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh

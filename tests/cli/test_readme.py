@@ -51,9 +51,9 @@ RUN_ELSEWHERE = {
         "tests/cli/test_examples.py",
         "pretrain_torchrun_multinode.sh",
     ),
-    "sbatch --nodes 4 examples/pretrain_slurm.sbatch": (
-        "tests/cli/test_examples.py",
-        "pretrain_slurm.sbatch",
+    "sbatch --nodes 4 examples/slurm/pretrain.sbatch": (
+        "tests/cli/test_slurm_examples.py",
+        "slurm/pretrain.sbatch",
     ),
 }
 
