@@ -18,7 +18,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all gpu example format reading-order clean
+.PHONY: help quickstart setup lint type test test-all gpu example image-root format reading-order clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -33,10 +33,11 @@ format: $(DEV)/.installed ## write the code in the common format
 	$(DEV_RUN) ruff check --fix --quiet .
 	$(DEV_RUN) ruff format .
 
-lint: $(DEV)/.installed ## style of Python and shell, and the contract of imports
+lint: $(DEV)/.installed ## style of Python, shell and Dockerfiles, and the contract of imports
 	$(DEV_RUN) ruff check .
 	$(DEV_RUN) ruff format --check .
 	$(DEV_RUN) lint-imports --no-logo
+	$(DEV_RUN) hadolint Dockerfile $(wildcard docker/*.Dockerfile)
 	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/*.sbatch)
 
 type: $(DEV)/.installed ## types
@@ -55,6 +56,9 @@ gpu: $(DEV)/.installed ## on a machine with a GPU: the tests for it, then its me
 
 example: $(DEV)/.installed ## the CPU example, in reduced form
 	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh
+
+image-root: $(DEV)/.installed ## as root: execute docker/cpu.Dockerfile in a clean Debian root, and the README in it
+	$(DEV_RUN) python -m tests.image.run $(IMAGE_ARGS)
 
 reading-order: $(DEV)/.installed ## write docs/reading-order.md from the docstrings
 	$(DEV_RUN) python docs/reading_order.py

@@ -38,8 +38,8 @@ def check_attention() -> Iterator[Finding]:
     import torch
 
     device, capability = torch.device("cpu"), None
-    if torch.cuda.is_available():
-        device = torch.device("cuda")
+    if (cuda := cuda_device()) is not None:
+        device = cuda
         # A run has one kernel for all its devices.
         capability = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
     yield sdpa_finding(device)
@@ -144,13 +144,13 @@ def te_findings() -> Iterator[Finding]:
     except (ImportError, AttributeError) as error:
         yield Finding(MISSING, f"{what} without its kernels ({_first_line(error)})", TE_CURE)
         return
-    if not torch.cuda.is_available():
+    if (device := cuda_device()) is None:
         yield Finding(MISSING, f"{what} found", NO_DEVICE)
         return
-    settings = {"params_dtype": torch.bfloat16, "device": "cuda"}
-    x = torch.randn(16, 128, dtype=torch.bfloat16, device="cuda")
+    settings = {"params_dtype": torch.bfloat16, "device": device}
+    x = torch.randn(16, 128, dtype=torch.bfloat16, device=device)
     q, k, v = linear(128, 384, **settings)(x).view(16, 3, 2, 64).unbind(1)
-    borders = torch.tensor([0, 5, 16], dtype=torch.int32, device="cuda")
+    borders = torch.tensor([0, 5, 16], dtype=torch.int32, device=device)
     attend = attention(num_attention_heads=2, kv_channels=64, qkv_format="thd", attn_mask_type="padding")
     out = attend(
         *(each.contiguous() for each in (q, k, v)),
@@ -186,10 +186,10 @@ def apex_findings() -> Iterator[Finding]:
             FAILED, f"{what}: without its kernels ({_first_line(error)})", f"uninstall it, or {APEX_CURE}"
         )
         return
-    if not torch.cuda.is_available():
+    if (device := cuda_device()) is None:
         yield Finding(MISSING, f"{what}: kernels found", NO_DEVICE)
         return
-    parameter = torch.nn.Parameter(torch.ones(8, device="cuda"))
+    parameter = torch.nn.Parameter(torch.ones(8, device=device))
     parameter.grad = torch.ones_like(parameter)
     adam([parameter], lr=0.1).step()
     # The first step of Adam has the length of the learning rate.
@@ -197,6 +197,13 @@ def apex_findings() -> Iterator[Finding]:
         yield Finding(FAILED, f"{what}: a step went wrong", f"uninstall it, or {APEX_CURE}")
         return
     yield Finding(OK, f"{what}: made a step")
+
+
+def cuda_device() -> torch.device | None:
+    """Return the CUDA device to compute on, or None where there is none."""
+    import torch
+
+    return torch.device("cuda") if torch.cuda.is_available() else None
 
 
 def _version(distribution: str) -> str:

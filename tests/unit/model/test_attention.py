@@ -173,7 +173,7 @@ def test_the_varlen_kernel_of_this_torch_can_be_called() -> None:
             "(got an unexpected keyword argument 'softmax_scale')",
         ),
         (
-            "def flash_attn_varlen_func(q, k, v, softmax_scale=None): pass",
+            "def flash_attn_varlen_func(q, k, v, *, softmax_scale=None): pass",
             "flash_attn_varlen_func of flash_attn takes other arguments (too many positional arguments)",
         ),
         ("def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None): pass", None),
