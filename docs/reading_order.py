@@ -145,7 +145,8 @@ SECTIONS = (
             "autoeval": "compare sides models difference",
             "prove": "command trials layouts training workers",
             "quickstart": "run",
-            "": "inspect doctor",
+            "doctor": "run finding packages devices kernels collectives directory limits hosts",
+            "": "inspect",
         },
     ),
 )

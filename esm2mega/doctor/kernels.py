@@ -29,7 +29,7 @@ KERNEL_ERROR = 0.03
 VARLEN_CURE = "install torch 2.11 or newer"
 FLASH_CURE = "pip install flash-attn on a CUDA machine"
 TE_CURE = "pip install 'esm2mega[te]' on a CUDA machine"
-APEX_CURE = "build it from its source with --cpp_ext --cuda_ext on a CUDA machine"
+APEX_CURE = "build it from its source, with its CUDA extensions"
 NO_DEVICE = "it needs a CUDA device"
 
 

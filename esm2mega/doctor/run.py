@@ -82,7 +82,7 @@ def _report_of_hosts(path: Path) -> tuple[bool, str]:
         hosts = Hosts()
     except RuntimeError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rstrip(".")
         what = f"{os.environ['WORLD_SIZE']} processes do not meet at {address}: {reason}"
         cure = "start all of them at the same time, and open the ports between the hosts"
         if os.environ["RANK"] != "0":
