@@ -88,10 +88,12 @@ def _report_of_hosts(path: Path) -> tuple[bool, str]:
         if os.environ["RANK"] != "0":
             raise MachineError(f"{what}; {cure}") from error
         return _report([*check_host(path, quick=False), Finding(FAILED, what, cure)])
-    if hosts.rank not in hosts.names:
+    findings = list(check_host(path, quick=False)) if hosts.rank in hosts.names else []
+    try:
+        if hosts.rank in hosts.names:
+            findings = [*hosts.collect(findings), *hosts.compare(path)]
         hosts.leave()
-        return True, ""
-    findings = hosts.collect(list(check_host(path, quick=False)))
-    findings += hosts.compare(path)
-    hosts.leave()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise MachineError(f"another host ended or hangs ({reason}); read its message") from error
     return _report(findings) if hosts.rank == 0 else (True, "")

@@ -71,7 +71,7 @@ def test_console_script_names_the_entry_point(wheel):
 
 
 @pytest.mark.parametrize(
-    "target", ["quickstart", "test", "test-all", "setup", "lint", "type", "format", "example"]
+    "target", ["quickstart", "test", "test-all", "setup", "lint", "type", "format", "example", "image-root"]
 )
 def test_makefile_targets(target):
     done = subprocess.run(

@@ -160,6 +160,14 @@ def test_transformer_engine_is_real_when_it_computes(package, monkeypatch, code,
     assert text in finding.what
 
 
+@pytest.mark.gpu
+def test_kernels_compute_on_a_real_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    findings = [*check_attention(), *kernels.check_packages_with_kernels()]
+    assert [finding for finding in findings if finding.state == FAILED] == []
+
+
 def test_packages_are_tried_only_if_they_are_there_and_then_apart(monkeypatch, package):
     tried = []
     monkeypatch.setattr(kernels, "run_apart", lambda module, function, *rest: tried.append(function) or [])
