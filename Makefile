@@ -10,6 +10,9 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 # Arguments of `make image-root`, such as --build-arg NAME=VALUE.
 IMAGE_ARGS ?=
+KILLS ?= 1200
+# Folder for what a target makes, where it takes one.
+OUT ?=
 
 QUICKSTART := .venv/quickstart
 DEV := .venv/dev
@@ -20,7 +23,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all gpu example image-root format reading-order clean
+.PHONY: help quickstart setup lint type test test-all kills gpu example image-root format reading-order clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -51,6 +54,9 @@ test: lint type ## style, types, and all tests that need minutes and no GPU
 
 test-all: lint type ## also the slow tests, and those for a GPU where there is one
 	$(DEV_RUN) OMP_NUM_THREADS=1 pytest -q $(PYTEST_ARGS)
+
+kills: $(DEV)/.installed ## kill every command at random moments, see docs/runs.md; OUT=DIR holds the journal, and what failed
+	$(DEV_RUN) OMP_NUM_THREADS=1 python -m tests.kills --out $(or $(OUT),$(error name a folder, as in make kills OUT=/tmp/kills)) --kills $(KILLS)
 
 gpu: $(DEV)/.installed ## on a machine with a GPU: the tests for it, then its measurements, see docs/performance.md
 	$(DEV_RUN) pytest -q -m gpu $(PYTEST_ARGS)
