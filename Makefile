@@ -8,6 +8,8 @@ usable = $(1) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 1
 PYTHON ?= $(shell for p in python3.11 python3.10 python3.12 python3; do $(call usable,$$p) && echo $$p && break; done)
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+# Arguments of `make image-root`, such as --build-arg NAME=VALUE.
+IMAGE_ARGS ?=
 KILLS ?= 1200
 # Folder for what a target makes, where it takes one.
 OUT ?=
@@ -21,7 +23,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all kills gpu example format reading-order clean
+.PHONY: help quickstart setup lint type test test-all kills gpu multinode slurm image-root example format reading-order clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -36,11 +38,12 @@ format: $(DEV)/.installed ## write the code in the common format
 	$(DEV_RUN) ruff check --fix --quiet .
 	$(DEV_RUN) ruff format .
 
-lint: $(DEV)/.installed ## style of Python and shell, and the contract of imports
+lint: $(DEV)/.installed ## style of Python, shell and Dockerfiles, and the contract of imports
 	$(DEV_RUN) ruff check .
 	$(DEV_RUN) ruff format --check .
 	$(DEV_RUN) lint-imports --no-logo
-	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/*.sbatch)
+	$(DEV_RUN) hadolint Dockerfile $(wildcard docker/*.Dockerfile)
+	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/slurm/*.sbatch tests/slurm/*.sh)
 
 type: $(DEV)/.installed ## types
 	$(DEV_RUN) mypy
@@ -59,8 +62,17 @@ gpu: $(DEV)/.installed ## on a machine with a GPU: the tests for it, then its me
 	$(DEV_RUN) pytest -q -m gpu $(PYTEST_ARGS)
 	$(DEV_RUN) python benchmarks/gpu.py
 
+multinode: $(DEV)/.installed ## two hosts in network namespaces lose one another in a training, see docs/multi-node.md
+	$(DEV_RUN) python -m tests.multinode
+
+slurm: $(DEV)/.installed ## the examples for Slurm on a Slurm of one node, see docs/multi-node.md
+	$(DEV_RUN) python -m tests.slurm
+
 example: $(DEV)/.installed ## the CPU example, in reduced form
 	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh
+
+image-root: $(DEV)/.installed ## as root: execute docker/cpu.Dockerfile in a clean Debian root, and the README in it
+	$(DEV_RUN) python -m tests.image.run $(IMAGE_ARGS)
 
 reading-order: $(DEV)/.installed ## write docs/reading-order.md from the docstrings
 	$(DEV_RUN) python docs/reading_order.py

@@ -147,7 +147,8 @@ SECTIONS = (
             "prove": "command trials layouts training workers",
             "drill": "command ranks compare",
             "quickstart": "run",
-            "": "inspect doctor",
+            "doctor": "run finding packages devices kernels collectives directory limits hosts",
+            "": "inspect",
         },
     ),
 )

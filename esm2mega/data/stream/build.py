@@ -151,7 +151,17 @@ def piece_tokens(stores: Sequence[Proteins], pieces: Pieces) -> npt.NDArray[np.u
         if has_eos:
             piece[-1] = vocabulary.EOS
         first += length
+    # While the tokens are used, they may still be compared with their checksum in the background.
+    if len(tokens) and tokens.max() >= len(vocabulary.VOCAB):
+        _raise_wrong_token(stores, pieces)
     return tokens
+
+
+def _raise_wrong_token(stores: Sequence[Proteins], pieces: Pieces) -> None:
+    for number, row in zip(pieces.stores.tolist(), pieces.rows.tolist(), strict=True):
+        store = stores[number]
+        if isinstance(store, TokenStore) and (error := store.wrong_token(row)) is not None:
+            raise error
 
 
 @dataclass(frozen=True)
