@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from esm2mega.checkpoint.digests import Entries, write_digests
 from esm2mega.config.load import run_from_yaml, save_resolved
 from esm2mega.config.scalars import read_yaml
 from esm2mega.config.schema import Run
@@ -85,12 +86,17 @@ def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
     write_json(checkpoint / STATE, {**header, **state})
 
 
-def complete(partial: Path, directory: Path) -> None:
+def complete(partial: Path, directory: Path, entries: Entries | None = None) -> None:
     """Mark a written checkpoint as complete, flush it to the disk and give it its name.
 
     `files.appearing` is for one process; here many write, and a checkpoint of the same step is replaced.
+
+    Args:
+        partial: Directory of the written files.
+        directory: Its name as a checkpoint.
+        entries: Digests of the files that other processes have digested, as for `write_digests`.
     """
-    (partial / COMPLETE).write_text("")
+    write_digests(partial, entries or {})
     sync_tree(partial)
     if directory.exists():
         shutil.rmtree(directory)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,34 +12,27 @@ import torch.distributed as dist
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-@contextmanager
-def kept_from_helpers() -> Iterator[None]:
-    """Block stop signals for helper processes that are started in this block, and here until its end.
-
-    Saving a checkpoint starts helpers that write. torchrun signals whole process groups, as Slurm and shells
-    can, and without its helpers a rank could not finish the checkpoint. Processes inherit blocked signals; a
-    signal that this process gets in the block is handled at the end of it.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class StopSignal:
     """Stops every rank after the current step once any rank gets SIGTERM or SIGUSR1.
 
     Attributes:
         name: The signal that this rank got; None if it got none.
         stopping: Last result of `received`, the same on every rank.
+        saving: Whether any rank was writing a checkpoint at that moment, the same on every rank.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+    def __init__(self, device: torch.device, is_saving: Callable[[], bool] = lambda: False) -> None:
+        """Prepare to stop.
+
+        Args:
+            device: Where the collectives of the run are.
+            is_saving: Tells whether this rank is writing a checkpoint in the background.
+        """
+        self._flags = torch.zeros(2, dtype=torch.int32, device=device)
+        self._is_saving = is_saving
         self._previous: dict[int, Any] = {}
         self.name: str | None = None
-        self.stopping = False
+        self.stopping = self.saving = False
 
     def __enter__(self) -> StopSignal:
         for number in STOP_SIGNALS:
@@ -55,8 +47,11 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def received(self) -> bool:
-        """Return whether any rank got a signal, by an all-reduce of one integer over the world."""
-        self._flag.fill_(self.name is not None)
-        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
-        self.stopping = bool(self._flag.item())
+        """Return whether any rank got a signal, by an all-reduce of two integers over the world.
+
+        The other one is for `saving`, so that saves in the background need no collective of their own.
+        """
+        self._flags[0], self._flags[1] = self.name is not None, self._is_saving()
+        dist.all_reduce(self._flags, op=dist.ReduceOp.MAX)
+        self.stopping, self.saving = (bool(flag) for flag in self._flags.tolist())
         return self.stopping
