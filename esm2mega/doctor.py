@@ -18,6 +18,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from esm2mega.processes import end_with_parent
+
 OK, MISSING, FAILED = "ok", "missing", "FAILED"
 COLLECTIVE_SECONDS = 60.0
 FREE_GIB = 1.0
@@ -208,7 +210,12 @@ def check_collective(timeout: float = COLLECTIVE_SECONDS) -> Finding:
     started = time.monotonic()
     workers = [
         subprocess.Popen(
-            [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(rank)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=end_with_parent,
         )
         for rank in range(2)
     ]

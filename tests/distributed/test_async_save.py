@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from esm2mega.checkpoint.tensors import TensorReader
 from tests.distributed.runs import SETTINGS, records
 from tests.ranks import end_ranks, free_port, run_ranks, start_ranks
+from tests.unit.test_processes import is_gone
 
 pytestmark = pytest.mark.distributed
 
@@ -85,3 +89,33 @@ def test_kill_during_a_background_save_leaves_the_last_good_checkpoint(store: Pa
     assert "resumed from step_00000002" in result.stderr
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000003"]
     assert records(run_dir)[-1]["step"] == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux sends a signal when a parent ends")
+def test_a_killed_launcher_ends_the_training_and_its_workers(store: Path, tmp_path: Path) -> None:
+    """The rank gets SIGTERM, saves and ends; torchrun starts ranks in sessions of their own."""
+    run_dir = tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    arguments = ["-m", "esm2mega", "pretrain", f"run_dir={run_dir}", f"data.train={store}", *SETTINGS]
+    arguments += ["train.max_steps=100000", "checkpoint.save_every=3", "checkpoint.async_save=true"]
+    (process,) = start_ranks([*launcher, *arguments, "data.workers=1"], 1, tmp_path / "output")
+    descendants: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 120
+        complete = run_dir / "checkpoints" / "step_00000003" / "COMPLETE"
+        while time.monotonic() < deadline and not complete.exists():
+            time.sleep(0.05)
+        descendants = psutil.Process(process.pid).children(recursive=True)
+        assert len(descendants) >= 2, (tmp_path / "output" / "rank0.err").read_text()
+        os.kill(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and not all(map(is_gone, descendants)):
+            time.sleep(0.05)
+        assert [left.cmdline() for left in descendants if not is_gone(left)] == []
+    finally:
+        end_ranks([process])
+        for left in descendants:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names[-1] == f"step_{records(run_dir)[-1]['step']:08d}"
