@@ -162,7 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 seconds = (f"{row[key]:.3f} s" for key in ("step", "begin", "finish", "slower"))
                 print(f"| {name} | {' | '.join(seconds)} | {100 * row['stall']:.1f} % |")
             if options.json:
-                options.json.write_text(json.dumps({"checkpoint_bytes": size // options.saves, **result}, indent=1))
+                options.json.write_text(
+                    json.dumps({"checkpoint_bytes": size // options.saves, **result}, indent=1)
+                )
 
 
 if __name__ == "__main__":

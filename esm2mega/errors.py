@@ -18,19 +18,25 @@ class DamagedError(UserError):
         path: The damaged file.
     """
 
-    def __init__(self, path: str | Path, message: str) -> None:
+    def __init__(self, path: str | Path, damage: str, cure: str = "") -> None:
         """Keep the file beside the line for the user.
 
         Args:
             path: The damaged file.
-            message: What is wrong with it, and the cure; the path is put before it.
+            damage: What is wrong with it, as the predicate of a sentence about it.
+            cure: What the user can do.
         """
-        # Both go to `Exception`, so that the error can be sent to other ranks as a pickle.
-        super().__init__(path, message)
+        # All go to `Exception`, so that the error can be sent to other ranks as a pickle.
+        super().__init__(path, damage, cure)
         self.path = Path(path)
 
-    def __str__(self) -> str:
+    @property
+    def damage(self) -> str:
+        """Return what is wrong with which file, without the cure."""
         return f"{self.path}: {self.args[1]}"
+
+    def __str__(self) -> str:
+        return f"{self.damage}; {self.args[2]}" if self.args[2] else self.damage
 
 
 class MachineError(UserError):

@@ -1,9 +1,9 @@
 """Writes the digests of a checkpoint's files beside them, and compares the files with their digests.
 
-``digests.json`` is ``{"algorithm": "sha256", "files": {NAME: {"bytes": n, "sha256": hex}, …}}`` over every file
-of the checkpoint but itself, ``COMPLETE`` and ``train_state.json``. ``COMPLETE``, which is written last, holds
-the SHA-256 of ``digests.json``; in a checkpoint of an earlier version it is empty. ``train_state.json`` may be
-replaced in a finished checkpoint and therefore carries its own checksum.
+``digests.json`` is ``{"algorithm": "sha256", "files": {NAME: {"bytes": n, "sha256": hex}, …}}`` over every
+file of the checkpoint but itself, ``COMPLETE`` and ``train_state.json``. ``COMPLETE``, which is written last,
+holds the SHA-256 of ``digests.json``; in a checkpoint of an earlier version it is empty. The file
+``train_state.json`` may be replaced in a finished checkpoint and therefore carries its own checksum.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ STATE = "train_state.json"
 CURE = "use another checkpoint, or copy this one again from where it came from"
 """This tells the user what to do about a damaged checkpoint."""
 
+NO_DAMAGE = "this says nothing about its content: look at its permissions, and at the file system"
+"""This tells the user what to do about a file that could not be read."""
+
 _THREADS = 8
 """At most this many files are read at once; hashing runs outside of Python's global lock."""
 
-_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """These errors say that a file is not there; any other error of reading is the machine's."""
 
 _LARGE = ".distcp"
@@ -60,24 +63,25 @@ def digest_files(folder: Path, names: Sequence[str]) -> Entries:
 
 def tensor_files(folder: Path, rank: int) -> list[str]:
     """Return the names of the files of tensors that a rank wrote into a checkpoint."""
-    return sorted(p.relative_to(folder).as_posix() for p in folder.glob(f"model/__{rank}_*{_LARGE}"))
+    return sorted(p.relative_to(folder).as_posix() for p in folder.glob(f"*/__{rank}_*{_LARGE}"))
 
 
-def write_digests(partial: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def write_digests(partial: Path, entries: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Digest the files of a checkpoint that have no entry yet; write ``digests.json``, and then ``COMPLETE``.
 
     This is the last that is written into a checkpoint, whoever writes it.
 
     Args:
         partial: The directory, in which all other files are.
-        entries: Entries of the files that are digested already; may be empty.
+        entries: Entries of the files that are digested already; None for none.
 
     Raises:
         OSError: A file cannot be read or written.
     """
+    known = entries or {}
     names = (p.relative_to(partial).as_posix() for p in sorted(partial.rglob("*")) if p.is_file())
-    rest = [name for name in names if name not in entries and name not in (DIGESTS, COMPLETE, STATE)]
-    files = {**entries, **digest_files(partial, rest)}
+    rest = [name for name in names if name not in known and name not in (DIGESTS, COMPLETE, STATE)]
+    files = {**known, **digest_files(partial, rest)}
     write_json(partial / DIGESTS, {"algorithm": "sha256", "files": dict(sorted(files.items()))})
     (partial / COMPLETE).write_text(content_sha256(partial / DIGESTS) + "\n")
 
@@ -88,7 +92,7 @@ def has_digests(checkpoint: Path) -> bool:
     Raises:
         MachineError: The files cannot be read.
     """
-    return bool(_read(checkpoint / COMPLETE)) or (checkpoint / DIGESTS).exists()
+    return bool(read_small(checkpoint / COMPLETE)) or (checkpoint / DIGESTS).exists()
 
 
 def read_digests(checkpoint: Path) -> Entries | None:
@@ -101,13 +105,24 @@ def read_digests(checkpoint: Path) -> Entries | None:
     if not has_digests(checkpoint):
         return None
     path = checkpoint / DIGESTS
-    content, recorded = _read(path), _read(checkpoint / COMPLETE)
+    content, recorded = read_small(path), read_small(checkpoint / COMPLETE)
     if hashlib.sha256(content).hexdigest().encode() != recorded.strip():
-        raise DamagedError(
-            path, f"does not have the SHA-256 that {COMPLETE} names: one of both is damaged; {CURE}"
-        )
+        raise DamagedError(path, f"is damaged, or {COMPLETE} beside it, which names another SHA-256", CURE)
     files: Entries = parse_json(content)["files"]
     return files
+
+
+def read_small(path: Path) -> bytes:
+    """Return the content of a small file of a checkpoint.
+
+    Raises:
+        DamagedError: It is not there.
+        MachineError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def is_large(name: str) -> bool:
@@ -130,8 +145,7 @@ def verify(
         MachineError: A file cannot be read, which says nothing about its content.
     """
     names = sorted(entries if names is None else names)
-    for name in names:
-        _check_size(checkpoint, name, entries[name]["bytes"])
+    check_sizes(checkpoint, {name: entries[name] for name in names})
 
     def check(name: str) -> None:
         path = checkpoint / name
@@ -140,7 +154,7 @@ def verify(
         except OSError as error:
             raise unreadable(path, error) from error
         if found != entries[name]["sha256"]:
-            raise DamagedError(path, f"is damaged: its SHA-256 is not that of {DIGESTS}; {CURE}")
+            raise DamagedError(path, f"is damaged: its SHA-256 is not that of {DIGESTS}", CURE)
 
     with ThreadPoolExecutor(_num_threads(len(names))) as pool:
         pending = [pool.submit(check, name) for name in names]
@@ -155,12 +169,9 @@ def verify(
 
 def unreadable(path: Path, error: OSError) -> UserError:
     """Return the error for a file of a checkpoint that was not read: damage only if the file is not there."""
-    if isinstance(error, _ABSENT):
-        return DamagedError(path, f"is missing; {CURE}")
-    return MachineError(
-        f"{path}: cannot be read: {error.strerror or error}; this is not damage of the checkpoint: check the "
-        "permissions, and the file system or its server"
-    )
+    if isinstance(error, ABSENT):
+        return DamagedError(path, "is missing", CURE)
+    return MachineError(f"{path}: cannot be read: {error.strerror or error}; {NO_DAMAGE}")
 
 
 def content_checksum(content: Mapping[str, Any]) -> str:
@@ -170,21 +181,24 @@ def content_checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_size(checkpoint: Path, name: str, recorded: int) -> None:
-    path = checkpoint / name
+def check_sizes(checkpoint: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare the sizes of files with their entries, without reading the files.
+
+    Raises:
+        DamagedError: A file is missing, or has another size.
+        MachineError: A directory cannot be read.
+    """
+    for name, entry in entries.items():
+        _check_size(checkpoint / name, entry["bytes"])
+
+
+def _check_size(path: Path, recorded: int) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
         raise unreadable(path, error) from error
     if size != recorded:
-        raise DamagedError(path, f"is damaged: it has {size} bytes, {DIGESTS} says {recorded}; {CURE}")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from error
+        raise DamagedError(path, f"is damaged: it has {size} bytes, {DIGESTS} says {recorded}", CURE)
 
 
 def _num_threads(num_files: int) -> int:

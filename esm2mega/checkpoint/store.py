@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import pickle
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -20,22 +17,19 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.auxiliary import write_auxiliary
+from esm2mega.checkpoint.digests import unreadable
 from esm2mega.checkpoint.optimizer_state import (
     ask_for,
     form_of_names,
     form_of_optimizer,
     ignored,
     make_loadable,
-    places_without_padding,
     separate_steps,
     translate,
 )
 from esm2mega.checkpoint.safe_index import check_metadata
-from esm2mega.checkpoint.save_strategy import SaveInThisProcess
 from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter, compare_tensors
-from esm2mega.checkpoint.tensors import TensorReader
-from esm2mega.config.schema import Run
+from esm2mega.checkpoint.tensors import TensorReader, os_error_in
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import first_of
 from esm2mega.parallel.errors import lost_peer
@@ -60,9 +54,6 @@ _UNREADABLE = (
     CheckpointingException,
     CheckpointException,
 )
-
-_OF_THE_MACHINE = (errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ENOSPC)
-"""These errors are faults of the machine, which another checkpoint would not cure."""
 
 DISK = (
     "No space left on device",
@@ -200,8 +191,10 @@ def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bo
         if lost_peer(error) is not None:
             raise
         logging.getLogger(__name__).debug("loading %s failed", model_dir, exc_info=error)
-        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+        if isinstance(error, torch.OutOfMemoryError):
             raise MachineError(f"{model_dir}: cannot be read: {reason_of(error)}") from error
+        if (cause := os_error_in(error)) is not None:
+            raise unreadable(Path(cause.filename or model_dir), cause) from error
         raise UserError(f"{model_dir}: cannot be loaded into this model: {reason_of(error)}") from error
     unexpected = {name for name in unexpected if matters(name)}
     if missing or unexpected:

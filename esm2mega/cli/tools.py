@@ -19,12 +19,15 @@ def quickstart(out: str) -> None:
 
 @command()
 @click.argument("path")
+@click.option(
+    "--verify", is_flag=True, help="List the files of a checkpoint or token store as they are verified."
+)
 @single_process
-def inspect(path: str) -> None:
+def inspect(path: str, verify: bool) -> None:
     """Show what a token store, or a checkpoint in any format that `convert` reads, holds."""
     from esm2mega.inspect import inspect_path
 
-    click.echo(inspect_path(path))
+    click.echo(inspect_path(path, verify))
 
 
 @command(short_help="Draw the curves of a run as PNG and HTML.")

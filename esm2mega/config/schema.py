@@ -155,6 +155,7 @@ class CheckpointConfig:
     best_metric: str = "valid_loss"
     resume: str = _path("auto")  # or never
     async_save: bool = False
+    verify: bool = True
 
 
 @dataclass

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from esm2mega.checkpoint.fallback import ALL_OF_IT, Verification
 from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
 from esm2mega.config.run_name import is_there
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.convert.formats.esm2mega import is_auxiliary
-from esm2mega.convert.start_point import StartPoint, read_start
+from esm2mega.convert.start_point import StartPoint, open_together, read_start
 from esm2mega.errors import UserError
-from esm2mega.parallel.errors import on_one_rank
 
 _SET_INIT_FROM = "say where it is with init_from=PATH"
 
@@ -54,7 +54,11 @@ def has_adapters(start: StartPoint) -> bool:
 
 
 def with_base(
-    start: StartPoint, given: str | None, opened: StartPoint | None = None, cure: str = _SET_INIT_FROM
+    start: StartPoint,
+    given: str | None,
+    opened: StartPoint | None = None,
+    cure: str = _SET_INIT_FROM,
+    verification: Verification = ALL_OF_IT,
 ) -> StartPoint:
     """Open the weights under the adapters of a checkpoint as well, in this process alone.
 
@@ -63,6 +67,7 @@ def with_base(
         given: Where the base is if it is no longer where it was in training: `init_from`.
         opened: The checkpoint that `given` names, if it has been opened already; it may be the base.
         cure: How the user can say where the base is, for errors.
+        verification: How far the base is verified.
 
     Raises:
         UserError: The base is in neither place, or cannot be read, or holds adapters itself.
@@ -74,20 +79,27 @@ def with_base(
     if opened is not None and path.resolve() in (opened.path.resolve(), Path(given or opened.path).resolve()):
         base = opened
     else:
-        base = read_start(path)
+        base = read_start(path, verification)
     base.check_whole()
     return replace(start, base=base)
 
 
-def open_base(start: StartPoint, given: str | None) -> StartPoint:
+def open_base(start: StartPoint, given: str | None, verify: bool = True) -> StartPoint:
     """Let rank 0 call `with_base` for all ranks, which call this function together."""
-    return on_one_rank(lambda: with_base(start, given)) if has_adapters(start) else start
+    if not has_adapters(start):
+        return start
+    return open_together(lambda how: with_base(start, given, verification=how), verify)
 
 
-def read_with_base(path: str | Path, given: str | None = None, cure: str = _SET_INIT_FROM) -> StartPoint:
+def read_with_base(
+    path: str | Path,
+    given: str | None = None,
+    cure: str = _SET_INIT_FROM,
+    verification: Verification = ALL_OF_IT,
+) -> StartPoint:
     """Open a checkpoint as `read_start` does, and the weights under adapters as `with_base` does."""
-    start = read_start(path)
-    return with_base(start, given or start.run.init_from, cure=cure)
+    start = read_start(path, verification)
+    return with_base(start, given or start.run.init_from, cure=cure, verification=verification)
 
 
 def _find_base(start: StartPoint, given: str | None, cure: str) -> Path:

@@ -19,7 +19,7 @@ from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate
-from esm2mega.convert.start_point import StartPoint, open_checkpoint
+from esm2mega.convert.start_point import StartPoint, asks_to_verify, open_checkpoint
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import BatchSpec
@@ -196,10 +196,11 @@ def open_evaluation(
         data: As for `evaluate_checkpoint`.
         overrides: As for `evaluate_checkpoint`.
     """
-    start = open_checkpoint(checkpoint)
+    verify = asks_to_verify(overrides)
+    start = open_checkpoint(checkpoint, verify)
     run = adapt_layout(expand_paths(load_run_over(start.run, overrides)), overrides)
     validate(run, world_size_from_environment())
-    start = open_base(start, run.init_from)
+    start = open_base(start, run.init_from, verify)
     store = open_store(str(data), run.data, run.run_dir, "--data", show_bytes)
     return MaskedEvaluation(start, run, store)
 

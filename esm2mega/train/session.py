@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.choice import best_checkpoint, prune
+from esm2mega.checkpoint.choice import Evaluated, best_checkpoint, prune
+from esm2mega.checkpoint.fallback import set_aside, share_of
+from esm2mega.checkpoint.run_lock import owning
 from esm2mega.checkpoint.saver import Saver, remove_partial
 from esm2mega.checkpoint.store import load_training_state, load_weights
 from esm2mega.config.launcher import world_size_from_environment
@@ -25,7 +28,8 @@ from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig, flatten
 from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.stream.loader import PackStream
-from esm2mega.parallel.errors import on_one_rank
+from esm2mega.errors import DamagedError
+from esm2mega.parallel.errors import first_error, on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.external import open_trackers
 from esm2mega.report.log import LOG_NAME, JsonlLog
@@ -88,6 +92,8 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             loop = _resume(run, resumed, session)
         renewed = _begin_evaluations(loop, session.eval_recipe, session.eval_proteins)
         begun = replace(loop)
+        # From here on this start writes into run_dir, which no other may do at the same time.
+        on_one_rank(lambda: stack.enter_context(owning(run.run_dir)))
         trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.is_main else []
         for tracker in trackers:
             stack.callback(tracker.close)
@@ -204,14 +210,31 @@ def _test(run: Run, session: Session, loop: LoopState) -> Evaluation | None:
         return evaluate
 
     def with_best_weights(abandon: Callable[[], bool]) -> dict[str, float] | None:
-        best = on_one_rank(lambda: best_checkpoint(run.run_dir))
-        if best is None or best.step == loop.step:
+        best = _best_to_load(run, loop.step)
+        if best is None:
             return evaluate(abandon)
         load_weights(best.path, session.built.state.model, session.built.saved)
         record = evaluate(abandon)
         return None if record is None else {**record, "step": best.step}
 
     return with_best_weights
+
+
+def _best_to_load(run: Run, step: int) -> Evaluated | None:
+    """Return the best checkpoint, verified; None if there is none or it is that of `step`, which is loaded.
+
+    All ranks call this together. A damaged one is set aside, and the next one is the best.
+    """
+    while True:
+        best = on_one_rank(lambda: best_checkpoint(run.run_dir))
+        if best is None or best.step == step or not run.checkpoint.verify:
+            return None if best is None or best.step == step else best
+        error = first_error(partial(share_of, best.path))
+        if error is None:
+            return best
+        if not isinstance(error, DamagedError):
+            raise error
+        on_one_rank(partial(set_aside, best.path, error))
 
 
 def _begin_evaluations(loop: LoopState, recipe: str, proteins: str | None) -> list[str]:

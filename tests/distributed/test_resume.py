@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ from tests.ranks import end_ranks, start_ranks
 pytestmark = pytest.mark.distributed
 
 STEPS = {"train.max_steps": 10, "checkpoint.save_every": 5, "checkpoint.keep_last": 5, "train.eval_every": 5}
+
 
 def settings(store: Path) -> dict[str, Any]:
     return {**STEPS, "data.valid": str(store.parent / "valid")}

@@ -411,4 +411,6 @@ def test_saves_in_the_background_are_finished_when_written_and_before_the_end(pl
             raise MachineError("the loss is nan")
 
     failed = _brief(play(run, write_steps=2, at_step=fail_in_4), "save", "finish", "stopped")
-    assert failed == [("save", 3), ("finish", 3), ("stopped", 3)], "the state before the failure is a good one"
+    assert failed == [("save", 3), ("finish", 3), ("stopped", 3)], (
+        "the state before the failure is a good one"
+    )
