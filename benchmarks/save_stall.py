@@ -1,11 +1,11 @@
-"""How long training stands still for a checkpoint that is written at once, and for one written in the background.
+"""How long training stands still for a checkpoint: one written at once, and one written in the background.
 
     python benchmarks/save_stall.py --size 8M --json result.json
     torchrun --nproc-per-node 2 benchmarks/save_stall.py --size 8M parallel.distributed_optimizer=true
 
-One model is trained by the loop of `esm2mega pretrain`, first with saves at once and then in the background, on
-the same packs of random residues. Reported are medians over the saves after the first of each kind, which pays for
-what later ones find ready:
+One model is trained by the loop of `esm2mega pretrain`, first with saves at once and then in the background,
+on the same packs of random residues. Reported are medians over the saves after the first of each kind, which
+pays for what later ones find ready:
 
     step      seconds of a step while nothing is written
     begin     seconds until training goes on: planning, copying, and writing if that is at once
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -113,7 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from esm2mega.config.launcher import world_size_from_environment
     from esm2mega.config.load import load_run
     from esm2mega.model.build import build_model
     from esm2mega.parallel.errors import on_one_rank
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     run = load_run(None, [*(f"{key}={value}" for key, value in fixed.items()), *settings])
     with process_groups(run.parallel, run.seed) as ranks:
-        made = on_one_rank(lambda: tempfile.TemporaryDirectory(dir=options.folder).__enter__())
+        made = on_one_rank(lambda: tempfile.mkdtemp(dir=options.folder))
         chunks = build_model(run.model, run.parallel, ranks.device, run.seed)
         state = train_state(run, chunks, MLMLossReduction(), ranks, None)
         packs = Packs(options.tokens, options.packs)
@@ -153,18 +153,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "steps_beside": [len(beside) for beside in times.beside],
             }
         size = on_one_rank(lambda: sum(p.stat().st_size for p in (Path(made) / name).rglob("*.distcp")))
-        on_one_rank(lambda: __import__("shutil").rmtree(made))
+        on_one_rank(lambda: shutil.rmtree(made))
         if ranks.is_main:
-            shape = f"{options.size}, {world_size_from_environment()} processes, {size / options.saves / 1e6:.0f} MB"
-            print(f"{shape} a checkpoint\n\n| saving | step | begin | finish | slower | stall |")
+            each = size // options.saves
+            print(f"{options.size}, {ranks.world_size} processes, {each / 1e6:.0f} MB a checkpoint\n")
+            print("| saving | step | begin | finish | slower | stall |")
             print("|---|---|---|---|---|---|")
             for name, row in result.items():
                 seconds = (f"{row[key]:.3f} s" for key in ("step", "begin", "finish", "slower"))
                 print(f"| {name} | {' | '.join(seconds)} | {100 * row['stall']:.1f} % |")
             if options.json:
-                options.json.write_text(
-                    json.dumps({"checkpoint_bytes": size // options.saves, **result}, indent=1)
-                )
+                options.json.write_text(json.dumps({"checkpoint_bytes": each, **result}, indent=1))
 
 
 if __name__ == "__main__":

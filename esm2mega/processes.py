@@ -33,8 +33,8 @@ def follow_parent() -> None:
 def end_with_parent(number: int = signal.SIGTERM) -> None:
     """Let the system send this process a signal when its parent ends; elsewhere than on Linux do nothing.
 
-    To be called in the new process: by itself, or as the ``preexec_fn`` of `subprocess.Popen`. It must have been
-    started by a thread that lives as long as the parent, whose end is what the system looks at.
+    To be called in the new process: by itself, or as the ``preexec_fn`` of `subprocess.Popen`. It must have
+    been started by a thread that lives as long as the parent, whose end is what the system looks at.
 
     Args:
         number: The signal. SIGTERM lets a training save, and torchrun end its processes.

@@ -1,9 +1,9 @@
-"""Writes a rank's part of a checkpoint in the process that trains, at once or in a thread beside the training.
+"""Writes a rank's part of a checkpoint in the process that trains: at once, or in a thread beside the training.
 
 Megatron-Core 0.16 forks two processes for every save, and 0.19 one for a save in the background. A fork of a
-process that trains is not safe beside the threads of CUDA and gloo, costs more than writing the state of a small
-model, and can outlive its parent. A thread starts at once and ends with its process, and the most of its work,
-writing and hashing, runs outside of Python's global lock.
+process that trains is not safe beside the threads of CUDA and gloo, costs more than writing the state of a
+small model, and can outlive its parent. A thread starts at once and ends with its process, and most of its
+work, writing and hashing, runs outside of Python's global lock.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-# Each save has a queue of its own for what it wrote. Unless there is one here, Megatron-Core makes one for all
-# saves, which is a further process that imports PyTorch.
+# Each save has a queue of its own for what it wrote. Unless there is one here, Megatron-Core makes one for
+# all saves, which is a further process that imports PyTorch.
 filesystem_async._results_queue = queue.SimpleQueue()
 
 _NICENESS = 10
@@ -41,8 +41,8 @@ class SaveInThisProcess(TorchDistSaveShardedStrategy):
         """Prepare to save.
 
         Args:
-            noting_failure: Makes a context for the rank that writes the index of the tensors. The context keeps
-                what fails, since the other ranks wait in a collective behind it, which must be reached.
+            noting_failure: Makes a context in which one rank writes the index of the tensors. It keeps what
+                fails, since the other ranks wait in a collective behind it, which must be reached.
             in_background: Whether training goes on, so that tensors in host memory are copied before.
         """
         super().__init__("torch_dist", 1, thread_count=1)
@@ -62,7 +62,8 @@ class SaveInThisProcess(TorchDistSaveShardedStrategy):
         if request.async_fn is None:
             return request
         rank, buckets, _ = request.async_fn_args
-        writer.results_queue = results = queue.SimpleQueue()
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        writer.results_queue = results
         preload = partial(_preload, request.preload_fn, self._live) if self._copies else request.preload_fn
         return request._replace(
             async_fn=partial(_write, writer), async_fn_args=[rank, buckets, results], preload_fn=preload
@@ -96,8 +97,8 @@ def _write(writer: Any, rank: int, buckets: list[Any], results: queue.SimpleQueu
     ended: queue.Queue[int] = queue.Queue()
     ended.put(0)
     transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-    # Megatron-Core switches garbage collection off around it, for a process that shares tensors of a GPU with its
-    # parent; here that would be the collection of the training.
+    # Megatron-Core switches garbage collection off around it, for a process that shares tensors of a GPU with
+    # its parent; here that would be the collection of the training.
     write = inspect.unwrap(writer.write_preloaded_data)
     write(transforms, 0, bucket, written, ended, use_fsync=True)
     number, result = written.get()
@@ -154,6 +155,6 @@ class SaveQueue(AsyncCallsQueue):
 def _run_behind(function: Callable[..., None], arguments: list[Any]) -> None:
     """Run a function in this thread with less right to the processors than the other threads have."""
     with suppress(OSError, AttributeError):
-        # On Linux the priority is that of one thread. Elsewhere there is no number of a single thread to name.
+        # On Linux a priority is that of one thread; elsewhere a thread has none.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
     function(*arguments)

@@ -1,9 +1,9 @@
 """Saves checkpoints whole or not at all: at once, or in the background while training goes on.
 
-A save has two halves. `Saver.save` plans it, and writes or begins to write; `Saver.finish` waits until all ranks
-have written, and gives the checkpoint its name. Both are called by all ranks together. In the background, which is
-a thread of every rank (`save_strategy` says why), a copy of the state is written and digested: what training does
-meanwhile is not in it.
+A save has two halves. `Saver.save` plans it, and writes or begins to write; `Saver.finish` waits until all
+ranks have written, and gives the checkpoint its name. Both are called by all ranks together. In the background,
+which is a thread of every rank (`save_strategy` says why), a copy of the state is written and digested: what
+training does meanwhile is not in it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Save:
 
     @contextmanager
     def noting_failure(self) -> Iterator[None]:
-        """Keep any failure of the block, since the other ranks wait in `Saver._agree`; the first one stays."""
+        """Keep the first failure of the block, since the other ranks wait in `Saver._agree`."""
         try:
             yield
         except (Exception, CheckpointException) as error:  # PyTorch's is not an `Exception`
@@ -72,8 +72,8 @@ class Saver:
         """Prepare to save.
 
         Args:
-            in_background: Whether `save` returns before all is written. Each rank then holds a copy of what it
-                writes in host memory until that is written.
+            in_background: Whether `save` returns before all is written. Each rank then holds a copy of what
+                it writes in host memory until that is written.
         """
         self._in_background = in_background
         self._queue = SaveQueue(in_background)
@@ -180,9 +180,9 @@ class Saver:
         )
 
     def _agree(self, save: _Save) -> Entries:
-        """Return the digests of all ranks; if any rank failed, remove what was written and raise on every rank.
+        """Return the digests of all ranks; if any rank failed, remove what was written and raise on all.
 
-        An all-gather over the world gives every rank all reasons.
+        An all-gather over the world gives every rank all digests and reasons.
         """
         ranks: list[Any] = [None] * dist.get_world_size()
         reason = None if save.failure is None else store.reason_of(save.failure)
@@ -205,7 +205,7 @@ def save_checkpoint(directory: Path, *what: Any, **options: Any) -> None:
 
 
 def remove_partial(run_dir: str | Path) -> None:
-    """Remove the checkpoints of a run that a killed process had begun; only the run that owns it calls this."""
+    """Remove the checkpoints that a killed process had begun; only who owns `run_dir` calls this."""
     for path in layout.checkpoints_dir(run_dir).glob("step_*.partial"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -234,6 +234,14 @@ def sharded_state(
     is_loading: bool,
     tensor_filter: TensorFilter = ALL,
 ) -> dict[str, Any]:
+    """Return this rank's part of what is saved or asked for: a dictionary of tensors for each chunk.
+
+    Args:
+        model: The chunks of this rank.
+        optimizer: Their optimizer, whose state is entered under ``optimizer``; None for none.
+        is_loading: Whether the tensors are asked for. To save them, ranks may gather them: a collective.
+        tensor_filter: Chooses the tensors of the model.
+    """
     state: dict[str, Any] = {
         f"model{number}": {
             name: entry

@@ -1,4 +1,4 @@
-"""Saving in the background saves the state of its step, and a killed process leaves the checkpoint before it."""
+"""A save in the background holds the state of its step; a killed process leaves the checkpoint before it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYOUTS = {
 
 
 def test_background_saves_the_state_of_its_step(tmp_path: Path) -> None:
-    """Every tensor equals that of a save at once, although a step is made before the background begins to write.
+    """Every tensor equals that of a save at once, though a step is made before the background writes.
 
     The index is a pickle, which may note equal objects in two ways: its content is compared.
     """
@@ -68,7 +68,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_kill_during_a_background_save_leaves_the_last_good_checkpoint(store: Path, tmp_path: Path) -> None:
-    """Training goes on beside it; the next start resumes from the checkpoint before, and removes the remains."""
+    """Training goes on beside it; the next start resumes from the one before, and removes the remains."""
     run_dir = tmp_path / "run"
     arguments = ["pretrain", f"run_dir={run_dir}", f"data.train={store}", *SETTINGS, "train.max_steps=1000"]
     arguments += ["checkpoint.async_save=true", "checkpoint.save_every=2", "checkpoint.keep_last=1"]
@@ -91,6 +91,7 @@ def test_kill_during_a_background_save_leaves_the_last_good_checkpoint(store: Pa
     assert records(run_dir)[-1]["step"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux sends a signal when a parent ends")
 def test_a_killed_launcher_ends_the_training_and_its_workers(store: Path, tmp_path: Path) -> None:
     """The rank gets SIGTERM, saves and ends; torchrun starts ranks in sessions of their own."""
