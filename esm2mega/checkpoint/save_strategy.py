@@ -1,4 +1,4 @@
-"""Writes a rank's part of a checkpoint in the process that trains: at once, or in a thread beside the training.
+"""Writes a rank's part of a checkpoint in the process that trains: at once, or in a thread beside training.
 
 Megatron-Core 0.16 forks two processes for every save, and 0.19 one for a save in the background. A fork of a
 process that trains is not safe beside the threads of CUDA and gloo, costs more than writing the state of a

@@ -1,9 +1,9 @@
 """Saves checkpoints whole or not at all: at once, or in the background while training goes on.
 
 A save has two halves. `Saver.save` plans it, and writes or begins to write; `Saver.finish` waits until all
-ranks have written, and gives the checkpoint its name. Both are called by all ranks together. In the background,
-which is a thread of every rank (`save_strategy` says why), a copy of the state is written and digested: what
-training does meanwhile is not in it.
+ranks have written, and gives the checkpoint its name. Both are called by all ranks together. In the
+background, which is a thread of every rank (`save_strategy` says why), a copy of the state is written and
+digested: what training does meanwhile is not in it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Two ranks save the same state at once and in the background, at one layout after another.
 
-Arguments: a directory, and for each layout the port at which its ranks meet, a name and settings: PORT/NAME/A,B.
+Arguments: a directory; for each layout the port at which its ranks meet, a name and settings: PORT/NAME/A,B.
 """
 
 from __future__ import annotations

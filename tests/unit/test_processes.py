@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from esm2mega.cli import group
+from esm2mega.cli.app import main
+
 PACKAGE = Path(__file__).parents[2] / "esm2mega"
 
 # Starts a process in each way in which the package does, and says so.
@@ -64,6 +67,16 @@ def test_a_killed_process_leaves_none_behind(tmp_path: Path) -> None:
             assert [left.cmdline() for left in descendants if not is_gone(left)] == []
         finally:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_ranks_of_torchrun_end_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It starts them itself; a process that was started otherwise may outlive a shell."""
+    asked: list[int] = []
+    monkeypatch.setattr(group, "end_with_parent", asked.append)
+    command = ["inspect", str(tmp_path / "absent")]
+    assert main(command) == 2 and asked == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    assert main(command) == 2 and asked == [signal.SIGTERM]
 
 
 STARTERS = {"Popen", "Process", "ProcessPoolExecutor", "os.fork", "os.forkpty", "os.posix_spawn"}
