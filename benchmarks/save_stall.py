@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", default="8M", help="preset of the model")
     parser.add_argument("--tokens", type=int, default=4096, help="of a pack")
     parser.add_argument("--packs", type=int, default=4, help="of a step, over all processes")
-    parser.add_argument("--saves", type=int, default=4, help="of each kind, at least 2")
+    parser.add_argument("--saves", type=int, default=4, help="of each kind, at least 3")
     parser.add_argument("--every", type=int, default=5, help="steps between saves")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, in each process")
     parser.add_argument("--folder", type=Path, default=Path(), help="directory on the disk that is measured")

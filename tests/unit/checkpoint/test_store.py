@@ -320,6 +320,32 @@ def test_full_disk_while_saving(finished: TinyRun, tmp_path: Path, step: int) ->
     _assert_clean_failure(results, run_dir, "File too large|a file could not be written whole", step)
 
 
+# The command line on a disk that is full when rank 0 writes the last of Megatron-Core's files, alone.
+FULL_FOR_SMALL_FILES = """
+import errno, sys
+from megatron.core.dist_checkpointing import serialization
+from torch.distributed.checkpoint import FileSystemWriter
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+if sys.argv[1] == "index":
+    FileSystemWriter.finish = full
+else:
+    serialization.save_config = full
+from esm2mega.cli.app import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("file", ["index", "config"])
+def test_full_disk_for_a_file_of_rank_0_alone(finished: TinyRun, tmp_path: Path, file: str) -> None:
+    """The other rank, which waits in a collective behind it, is told."""
+    run_dir = tmp_path / "run"
+    arguments = ["-c", FULL_FOR_SMALL_FILES, file, *_pretrain(finished, run_dir)]
+    processes = start_ranks(arguments, 2, tmp_path / "output")
+    results = wait_ranks(processes, tmp_path / "output", timeout=60)
+    _assert_clean_failure(results, run_dir, r"No space left on device \(rank 0\); free space")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 200 kB."""
