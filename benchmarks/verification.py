@@ -3,9 +3,8 @@
     python benchmarks/verification.py --size 650M --folder /big/disk --json result.json
 
 Every step is a process of its own, once with the files out of the page cache of the system (`cold`) and once
-with them in it (`warm`). Loading reads every tensor into memory, in one pass. The peak is the largest resident
-set that the kernel saw, the figure of `/usr/bin/time -v`, above that of an interpreter that imports and does
-nothing.
+with them in it (`warm`). Loading reads every tensor into memory, in one pass. The peak is the largest
+resident set of the process, above that of an interpreter that imports and does nothing.
 """
 
 from __future__ import annotations

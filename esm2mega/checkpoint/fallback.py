@@ -25,11 +25,11 @@ class Verification:
 
     Attributes:
         with_large: Whether the files of tensors are compared when a checkpoint is chosen.
-        damaged: What is known to be damaged already: checkpoints with the error of each.
+        known: Errors that were found already, by the checkpoint.
     """
 
     with_large: bool = True
-    damaged: Mapping[Path, DamagedError] = field(default_factory=dict)
+    known: Mapping[Path, Exception] = field(default_factory=dict)
 
     def check(self, checkpoint: Path) -> None:
         """Compare the files of a checkpoint with their digests; say so if it has none.
@@ -38,8 +38,8 @@ class Verification:
             DamagedError: A file differs or is missing.
             MachineError: A file cannot be read.
         """
-        if checkpoint in self.damaged:
-            raise self.damaged[checkpoint]
+        if checkpoint in self.known:
+            raise self.known[checkpoint]
         layout.read_state(checkpoint)
         entries = read_digests(checkpoint)
         if entries is None:

@@ -24,7 +24,7 @@ from esm2mega.convert.formats.registry import detect, find_format, read_weights
 from esm2mega.convert.heads.contact_head import WEIGHT, is_regression
 from esm2mega.convert.lazy_weights import HeadDescription, Weights
 from esm2mega.convert.unknown import refuse_foreign
-from esm2mega.errors import DamagedError, UserError
+from esm2mega.errors import UserError
 from esm2mega.parallel import rendezvous
 from esm2mega.parallel.errors import first_error, on_one_rank
 
@@ -177,8 +177,8 @@ def open_together(
 ) -> Opened:
     """Open a checkpoint on rank 0 for all ranks, which call this together and share its verification.
 
-    Each rank reads its share of the files of tensors. If one of these is damaged, rank 0 opens again, knowing
-    that, so that it takes another checkpoint where the name allows that.
+    Each rank reads its share of the files of tensors. If that finds an error, rank 0 opens again, knowing it,
+    so that it takes another checkpoint for a damaged one where the name allows that.
 
     Args:
         read: Opens the checkpoint in the process of rank 0, verified so far; may find none.
@@ -192,10 +192,10 @@ def open_together(
         DamagedError: A file of a checkpoint that was named exactly, or of the last one left, is damaged.
         MachineError: A file cannot be read.
     """
-    damaged: dict[Path, DamagedError] = {}
+    known: dict[Path, Exception] = {}
 
     def opened() -> Opened:
-        start = read(Verification(False, damaged))
+        start = read(Verification(False, known))
         for unverified in () if verify else _unverified(start):
             line = f"{unverified.path}: its tensors are not verified (checkpoint.verify=false)"
             print(f"esm2mega: {line}", file=sys.stderr, flush=True)
@@ -205,9 +205,7 @@ def open_together(
         start = on_one_rank(opened, timeout)
         for unverified in _unverified(start):
             if verify and (error := first_error(functools.partial(share_of, unverified.path), timeout)):
-                if not isinstance(error, DamagedError):
-                    raise error
-                damaged[unverified.path] = error
+                known[unverified.path] = error
                 break
             unverified.is_verified = True
         else:

@@ -19,6 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Files of tests/unit that test no single module, and what they test.
 OTHER_SUBJECTS = {
+    "checkpoint/test_bit_flips.py": "changed files of a checkpoint, through every command that reads one",
     "checkpoint/test_written_before.py": "files that an earlier version wrote",
     "config/test_conf_files.py": "the configurations in conf/",
     "cli/test_cures.py": "the messages of all commands, for cures that the commands do not have",
