@@ -110,6 +110,8 @@ def _store_lines(directory: Path, verify: bool) -> Iterator[str]:
     store = TokenStore(directory)
     store.verify()
     yield f"token store {directory} (format {store.manifest['format_version']}, checksums hold)"
+    if not store.is_sealed:
+        yield "its manifest is of an earlier version and has no checksum of its own"
     yield f"{len(store):,} sequences, {int(store.lengths.sum()):,} residues"
     if len(store):
         low, high, mean = store.lengths.min(), store.lengths.max(), store.lengths.mean()

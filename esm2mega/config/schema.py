@@ -160,8 +160,9 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """Chooses the logs that are written besides `log.jsonl`, which always is."""
+    """Chooses what is logged besides the records of `log.jsonl`, which always are."""
 
+    samples: bool = False
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str | None = None

@@ -20,6 +20,7 @@ from esm2mega.config.schema import Run
 from esm2mega.data.readers.streams import spooled
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.store.verification import verify
 from esm2mega.errors import UserError
 from esm2mega.infer.contents import Contents, Write
 from esm2mega.infer.target import Mode, OutputTarget
@@ -146,6 +147,7 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
         make_folder(target.work_dir, f"--out {target.out}")
     try:
         store = _open_input(job)
+        verify([store])
         job.check(store)
         attributes = _attributes(job, store)
         if job.mode == "resume" and (finished := target.existing()) and not begun:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 # Phrases by which gloo, NCCL and the rendezvous store say that the other side of a connection is gone.
 _LOST = re.compile(
     r"Connection (reset|closed) by peer|Connection refused|Connection was likely closed|Broken pipe"
-    r"|remote process exited|Timed out waiting \d+ ?ms"
+    r"|Connection timed out|No route to host|remote process exited|Timed out waiting \d+ ?ms"
 )
 
 

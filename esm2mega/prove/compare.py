@@ -108,9 +108,13 @@ class Outcome:
 
 def differences(reference: Outcome, trial: Outcome) -> list[Difference]:
     """Compare all numbers of `trial` with those of `reference`, which is an unbroken run of one process."""
+    return [*run_differences(reference, trial), *_pieces(reference, trial)]
+
+
+def run_differences(reference: Outcome, trial: Outcome) -> list[Difference]:
+    """Compare what stands in the directories of the runs: logs, and the last checkpoints as whole tensors."""
     return [
         *_logs(reference, trial),
-        *_pieces(reference, trial),
         *_tensors(reference.checkpoint, trial.checkpoint),
         *_states(reference.state, trial.state),
     ]

@@ -27,6 +27,7 @@ from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig, flatten
 from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint
+from esm2mega.data.store.verification import BackgroundVerification
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import DamagedError
 from esm2mega.parallel.errors import first_error, on_one_rank
@@ -38,6 +39,9 @@ from esm2mega.train.build import Built
 from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit, out_of_patience
 from esm2mega.train.losses import Means
 from esm2mega.train.step import StepResult, TrainState
+
+_VERIFICATION_SECONDS = 1.0
+"""The ranks wait so long at once for the verification of the data, and then look for signals."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Session:
         banner: Further lines that are printed at the start of the run.
         result: Takes an evaluation record and its split, and words it for a reader.
         training_values: Takes the metrics of a step and returns the values of a training record.
+        verification: Compares the files of the data with their checksums, in the background on one rank;
+            None for data without any. Closed at the end.
     """
 
     name: str
@@ -68,6 +74,7 @@ class Session:
     banner: Sequence[str]
     result: Callable[[dict[str, Any], str], str]
     training_values: Callable[[Means], Means]
+    verification: BackgroundVerification | None = None
 
 
 def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | None) -> LoopState:
@@ -88,6 +95,8 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
     loop = LoopState()
     with ExitStack() as stack:
         stack.enter_context(stream)
+        if session.verification is not None:
+            stack.callback(session.verification.close)
         if resumed is not None:
             loop = _resume(run, resumed, session)
         renewed = _begin_evaluations(loop, session.eval_recipe, session.eval_proteins)
@@ -156,6 +165,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             save,
             saver,
             session.training_values,
+            *_verification_hooks(session.verification),
         )
         fit(run, state, stream, loop, hooks, ranks)
     if ranks.is_main:
@@ -198,6 +208,23 @@ def _resume(run: Run, start: StartPoint, session: Session) -> LoopState:
         }
     )
     return loop
+
+
+def _verification_hooks(
+    verification: BackgroundVerification | None,
+) -> tuple[Callable[[], bool], Callable[[], bool]]:
+    """Return what the loop calls to learn of the verification; see `Hooks`."""
+    if verification is None:
+        return lambda: True, lambda: False
+    is_over = False
+
+    def verified() -> bool:
+        # A broadcast over the world each time, until rank 0 is through.
+        nonlocal is_over
+        is_over = is_over or on_one_rank(lambda: verification.wait(_VERIFICATION_SECONDS))
+        return is_over
+
+    return verified, lambda: verification.problem is not None
 
 
 def _test(run: Run, session: Session, loop: LoopState) -> Evaluation | None:

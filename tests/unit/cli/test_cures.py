@@ -36,6 +36,7 @@ KEYS = set(flatten(Run()))
 ELSEWHERE = {
     *("--nproc-per-node", "--standalone"),  # of torchrun
     "--editable",  # of pip
+    *("--ipc", "--ulimit"),  # of docker run
     "--no-bias-gelu-fusion",  # of Megatron-LM
     "--help",
     "--long",  # of earlier versions, named in the refusal
