@@ -14,6 +14,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 from esm2mega.doctor.finding import FAILED, Finding
+from esm2mega.processes import end_with_parent
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 """Are variables of torchrun by which a child would take itself for a rank of the caller's world."""
@@ -22,7 +23,6 @@ _CODE = """
 import sys
 sys.path[:] = {path!r}
 from esm2mega.doctor.child import report
-from esm2mega.processes import end_with_parent
 report({module!r}, {function!r}, {out!r})
 """
 

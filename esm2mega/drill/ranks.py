@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 from torch.distributed import TCPStore
 
+from esm2mega.processes import end_with_parent
+
 GRACE = 10.0
 """Seconds that ranks get to end by themselves, after SIGTERM as by torchrun, when another one was killed."""
 
