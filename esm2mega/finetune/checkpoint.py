@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
+from esm2mega.config.machine import on_this_machine
 from esm2mega.config.schema import DataConfig, Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
@@ -97,10 +97,9 @@ def open_task(
             f"{start.path}: is a pretrained model without the head of a task; fine-tune it with "
             "`esm2mega finetune`, or use `esm2mega embed` or `esm2mega score`"
         )
-    saved = copy.deepcopy(start.run)
+    saved = on_this_machine(start.run)
     # The columns of the training table say nothing about those of another table.
     saved.data.id_column = None
-    saved.model.recompute = "none"
     run = adapt_layout(expand_paths(load_run_over(saved, overrides)), overrides)
     validate(run, world_size_from_environment())
     validate_task(run)

@@ -177,7 +177,7 @@ def _open_input(job: Job) -> TokenStore:
         return open_store(
             str(files.paths[0]),
             run.data,
-            run.run_dir,
+            None,
             "input",
             allow_unknown=job.allow_unknown,
             shown=files.shown,

@@ -47,7 +47,7 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
     start = read_checkpoint(checkpoint)
     adapters = AdapterReader(start)
     cure = "say where it is with --base PATH"
-    under = read_start(base) if base is not None else with_base(start, start.run.init_from, cure=cure).base
+    under = read_start(base) if base is not None else with_base(start, None, cure=cure).base
     assert under is not None
     check_base(start, identify(under))
     weights = merged(under.weights, adapters)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
+from esm2mega.config.machine import on_this_machine
 from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint, open_checkpoint
@@ -197,10 +198,11 @@ def open_evaluation(
         overrides: As for `evaluate_checkpoint`.
     """
     start = open_checkpoint(checkpoint)
-    run = adapt_layout(expand_paths(load_run_over(start.run, overrides)), overrides)
+    run = load_run_over(on_this_machine(start.run), overrides)
+    run = adapt_layout(expand_paths(run), overrides)
     validate(run, world_size_from_environment())
     start = open_base(start, run.init_from)
-    store = open_store(str(data), run.data, run.run_dir, "--data", show_bytes)
+    store = open_store(str(data), run.data, None, "--data", show_bytes)
     return MaskedEvaluation(start, run, store)
 
 
