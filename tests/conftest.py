@@ -1,4 +1,4 @@
-"""What holds for all tests: where processes are forked from and prepare data, and when garbage is looked for."""
+"""What holds for all tests: where processes are forked from, the cache, and when garbage is looked for."""
 
 from __future__ import annotations
 

@@ -152,9 +152,7 @@ def escaped(text: str) -> str:
 def literal(text: str) -> str:
     """Return text of a file in which OmegaConf finds no reference; what `escaped` wrote stays as it is."""
     # An odd number of backslashes escapes already.
-    return re.sub(
-        r"(\\*)\$\{", lambda found: found[0] if len(found[1]) % 2 else f"{found[1]}\\${{", text
-    )
+    return re.sub(r"(\\*)\$\{", lambda found: found[0] if len(found[1]) % 2 else f"{found[1]}\\${{", text)
 
 
 def show(value: Any) -> str:

@@ -35,6 +35,7 @@ from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import adapt_layout
+from esm2mega.train.finite import refuse_not_finite
 from esm2mega.train.loop import defined
 
 
@@ -65,6 +66,11 @@ class TaskCheckpoint:
     def loss(self) -> TaskLossReduction:
         """Return the user's own loss, or the configured one."""
         return self.code.loss or loss_of_task(self.run.task, self.info)
+
+    def refuse_not_finite(self, measured: Measured, proteins: LabelledProteins) -> None:
+        """Raise `UserError` if the model gave values that are not finite; all ranks call this together."""
+        precision = self.run.model.precision
+        refuse_not_finite(measured.not_finite, proteins.id, "its prediction", self.start, precision)
 
     @property
     def recipe(self) -> str:
@@ -135,6 +141,9 @@ def run_task(task: TaskCheckpoint, proteins: LabelledProteins, words: str) -> tu
 
     Returns:
         The predictions, loss and metrics, and whether this is the main process.
+
+    Raises:
+        UserError: The model gives values that are not finite.
     """
     with loaded(task) as (chunks, ranks):
         packs = packs_of(proteins, batch_spec(task.run.data, task.run.train, task.run.seed), ranks)
@@ -150,6 +159,7 @@ def run_task(task: TaskCheckpoint, proteins: LabelledProteins, words: str) -> tu
                 baseline=True,
             )
         assert measured is not None
+        task.refuse_not_finite(measured, proteins)
         return measured, ranks.is_main
 
 

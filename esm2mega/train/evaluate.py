@@ -33,6 +33,7 @@ from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress, show_bytes
+from esm2mega.train.finite import Watched, refuse_not_finite
 from esm2mega.train.losses import LossReduction, Means, MLMLossReduction, perplexity
 from esm2mega.train.step import Batch, run_schedule
 from esm2mega.vocabulary import SPECIAL_TOKENS
@@ -167,6 +168,11 @@ class MaskedEvaluation:
         """Return the description of how the proteins are masked."""
         return describe_masks(self.run.eval, self.run.data.max_seq_length)
 
+    def refuse_not_finite(self, watched: Watched, ranks: Ranks) -> None:
+        """Raise `UserError` if logits were not finite; all ranks call this together."""
+        rows, precision = gathered(watched.row, ranks), self.run.model.precision
+        refuse_not_finite(rows, self.store.id, "the distribution", self.start, precision)
+
     @contextmanager
     def loaded(self, max_batches: int = 0) -> Iterator[tuple[list[Any], EvalPacks, Ranks]]:
         """Yield this rank's chunks with their weights and its packs, within process groups.
@@ -226,6 +232,9 @@ def evaluate_checkpoint(
 
     Returns:
         The numbers that are written to `out`; the losses are None where nothing is to be predicted.
+
+    Raises:
+        UserError: An input is refused, or the model gives values that are not finite.
     """
     if out is not None:
         check_out(Path(out))
@@ -239,8 +248,10 @@ def evaluate_checkpoint(
         counts = start.state["token_counts"]
         unigram = None if counts is None else unigram_log_probabilities(np.asarray(counts), ranks.device)
         with Progress(len(batches), "evaluate", "pack", enabled=ranks.is_main) as progress:
-            metrics = evaluate(model, MLMLossReduction(unigram), batches, ranks, progress)
+            watched = Watched(MLMLossReduction(unigram))
+            metrics = evaluate(model, watched, batches, ranks, progress)
         assert metrics is not None and metrics["count"] is not None
+        evaluation.refuse_not_finite(watched, ranks)
         result = {
             "checkpoint": str(start.path),
             "data": str(data),

@@ -303,11 +303,20 @@ def test_the_configuration_of_a_checkpoint_is_read_literally(write, tmp_path, mo
     """No variable, no other key, no other file, in no place of it; and it is written again as it was."""
     monkeypatch.setenv("SECRET", "open")
     keep = tmp_path / "kept.yaml"
-    for text in ("${oc.env:SECRET}", "a${seed}", "${oc.env:SECRET", "\\\\${seed}", "${${seed}}", "~/x", "{version}"):
+    for text in (
+        "${oc.env:SECRET}",
+        "a${seed}",
+        "${oc.env:SECRET",
+        "\\\\${seed}",
+        "${${seed}}",
+        "~/x",
+        "{version}",
+    ):
         quoted = text.replace("'", "''")
         path = write(
-            f"run_dir: '{quoted}'\ndata: {{train: ['{quoted}', b], cache_dir: '{quoted}'}}\nmodel: {{size: tiny}}\n"
-            f"logging: {{wandb_project: '{quoted}'}}\ntask: {{target_columns: ['{quoted}'], classes: [['{quoted}']]}}\n"
+            f"run_dir: '{quoted}'\nmodel: {{size: tiny}}\nlogging: {{wandb_project: '{quoted}'}}\n"
+            f"data: {{train: ['{quoted}', b], cache_dir: '{quoted}'}}\n"
+            f"task: {{target_columns: ['{quoted}'], classes: [['{quoted}']]}}\n"
         )
         run = run_from_yaml(path)
         found = [run.run_dir, run.data.train[0], run.data.cache_dir, run.logging.wandb_project]
@@ -316,7 +325,11 @@ def test_the_configuration_of_a_checkpoint_is_read_literally(write, tmp_path, mo
         assert "\\" in text or found[0] == text
         save_resolved(run, keep)
         assert run_from_yaml(keep) == load_run_over(run, []) == run
-    for line in ("seed: ${oc.env:SECRET}", "logging: {wandb: '${oc.env:SECRET}'}", "optim: {betas: ['${seed}']}"):
+    for line in (
+        "seed: ${oc.env:SECRET}",
+        "logging: {wandb: '${oc.env:SECRET}'}",
+        "optim: {betas: ['${seed}']}",
+    ):
         with pytest.raises(UserError, match=":2: ") as error:
             run_from_yaml(write(f"model: {{size: tiny}}\n{line}\n"))
         assert "open" not in str(error.value)

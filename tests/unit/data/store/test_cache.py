@@ -45,9 +45,7 @@ def test_prepared_once_in_the_cache_of_the_user(
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_cache_without_its_variable(
-    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_without_its_variable(fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative path is no value of it; a home that cannot be written to has a cure."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -55,7 +53,7 @@ def test_the_cache_without_its_variable(
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         assert user_cache() == tmp_path / "home" / ".cache" / "esm2mega"
     (tmp_path / "home").write_text("a file")
-    with pytest.raises(MachineError, match="cannot be written: .*; name a place for it with data.cache_dir=DIR"):
+    with pytest.raises(MachineError, match="cannot be written: .*; name a place .* data.cache_dir=DIR"):
         open_store(str(fasta), load_run("pretrain_esm2_tiny").data, None, "--data")
 
 
