@@ -54,20 +54,15 @@ class FiniteCheck:
         )
 
 
-def not_finite(
-    protein: str, output: str, checkpoint: str | Path, precision: str, key: str = "infer.precision"
-) -> UserError:
+def not_finite(protein: str, output: str, checkpoint: str | Path) -> UserError:
     """Return the error for a result that is not finite; nothing of it must be written.
 
     Args:
         protein: Name of the first protein that has such a value.
         output: Name of the output in which it is.
         checkpoint: The model.
-        precision: Precision in which it was computed.
-        key: Key that sets the precision in this command.
     """
-    cure = "" if precision in ("fp32", "fp64") else f"; where it finds none, set {key}=fp32 ({precision})"
     return UserError(
         f"{protein}: {output} has values that are not finite (NaN or infinity), which are not written; "
-        f"`esm2mega inspect {checkpoint}` counts and names the weights that are damaged or diverged{cure}"
+        f"`esm2mega inspect {checkpoint}` counts and names the weights that are damaged or diverged"
     )

@@ -69,8 +69,7 @@ class TaskCheckpoint:
 
     def refuse_not_finite(self, measured: Measured, proteins: LabelledProteins) -> None:
         """Raise `UserError` if the model gave values that are not finite; all ranks call this together."""
-        precision = self.run.model.precision
-        refuse_not_finite(measured.not_finite, proteins.id, "its prediction", self.start, precision)
+        refuse_not_finite(measured.not_finite, proteins.id, "its prediction", self.start)
 
     @property
     def recipe(self) -> str:

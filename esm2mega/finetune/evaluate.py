@@ -6,7 +6,7 @@ Legend: ``n`` proteins and ``R`` residues of a micro-batch, ``k`` targets or cla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -170,9 +170,9 @@ def measure(
     metrics: dict[str, float | None] = {}
     unseen: dict[str, int] = {}
     if predictions is not None and predictions.labels is not None:
-        metrics = {**metrics_of(predictions, info)}
+        metrics = _undefined(predictions, info) if not_finite else {**metrics_of(predictions, info)}
         unseen = unseen_labels(predictions, info)
-        if baseline:
+        if baseline and not not_finite:
             metrics |= baseline_metrics(predictions, info)
         # What a user's own loss logs besides; the names of metrics have precedence.
         metrics = {name: means[name] for name in loss.names if name != "loss"} | metrics
@@ -181,6 +181,15 @@ def measure(
     dist.broadcast_object_list(shared, src=0, device=ranks.device)
     assert means["count"] is not None
     return Measured(means["loss"], int(means["count"]), predictions, shared[0], shared[1], not_finite)
+
+
+def _undefined(found: Predictions, info: TargetInfo) -> dict[str, float | None]:
+    """Return None for every metric, of predictions that are not finite."""
+    values = found.values
+    zeros = np.zeros_like(values)
+    if values.dtype == object:  # of pairs
+        zeros = objects([np.zeros_like(value) for value in values])
+    return dict.fromkeys(metrics_of(replace(found, values=zeros), info))
 
 
 def _gathered(seen: Sequence[dict[str, Any]], ranks: Ranks) -> Predictions | None:

@@ -134,7 +134,7 @@ class PredictJob(Job):
             for count, _ in run_groups(chunks, collecting, batches, ranks):
                 if collecting.not_finite is not None:
                     name = contents.store.id(collecting.not_finite)
-                    raise not_finite(name, "its prediction", task.start.path, task.run.model.precision)
+                    raise not_finite(name, "its prediction", task.start.path)
                 found, collecting.seen = collecting.seen, []
                 yield count, (write for each in found for write in contents.stored(each))
 

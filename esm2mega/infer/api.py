@@ -218,7 +218,7 @@ class Model:
         limits = Lengths.of(self._run.infer, self._run.data)
         size = micro_batch_tokens(self._run.infer, limits, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, OutputRequest(logits=True), size)
-        refused = partial(not_finite, checkpoint=self._source.path, precision=self._run.model.precision)
+        refused = partial(not_finite, checkpoint=self._source.path)
         marginals = Marginals(engine, self._ranks, limits.width, refused, normalize, shows_progress=False)
         scores = score_variants(marginals, wild, parsed, strategy)
         return dict(zip(variants, scores, strict=True))
@@ -233,7 +233,7 @@ class Model:
         engine = Engine(self._loaded(), self._ranks, wants, size)
         residues = [encode_residues(clean(text)) for text in texts]
         results: list[dict[str, Array]] = [{} for _ in residues]
-        embedder = Embedder(engine, run.infer, limits, self._source.path, run.model.precision)
+        embedder = Embedder(engine, run.infer, limits, self._source.path)
         named = "sequences[{}]".format
         for number, values in embedder.run(residues, named) if residues else ():
             # Copies: a view would keep the whole pack in memory.

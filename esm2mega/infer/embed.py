@@ -120,7 +120,7 @@ class EmbedJob(Job):
     def load(self, contents: Embeddings, ranks: Ranks) -> Compute:
         size = micro_batch_tokens(self.run.infer, self._limits, ranks.device)
         engine = Engine(load_model(self._source, self.run, ranks), ranks, self._request, size)
-        embedder = Embedder(engine, self.run.infer, self._limits, self._source.path, self.run.model.precision)
+        embedder = Embedder(engine, self.run.infer, self._limits, self._source.path)
 
         def compute(piece: int) -> Iterator[tuple[int, Iterable[Write]]]:
             numbers = contents.proteins(piece)

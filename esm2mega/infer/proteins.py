@@ -88,9 +88,7 @@ class Lengths:
 class Embedder:
     """Computes what a configuration asks for, protein by protein."""
 
-    def __init__(
-        self, engine: Engine, infer: InferConfig, limits: Lengths, checkpoint: Path, precision: str
-    ) -> None:
+    def __init__(self, engine: Engine, infer: InferConfig, limits: Lengths, checkpoint: Path) -> None:
         """Set what is computed.
 
         Args:
@@ -98,10 +96,9 @@ class Embedder:
             infer: Outputs to compute.
             limits: Treatment of long proteins.
             checkpoint: The model, for errors.
-            precision: Precision of the model, for errors.
         """
         self._engine = engine
-        self._checkpoint, self._precision = checkpoint, precision
+        self._checkpoint = checkpoint
         self._outputs = frozenset(infer.outputs)
         self._pooling = infer.pooling
         self._limits = limits
@@ -160,7 +157,7 @@ class Embedder:
                 kind, slash, layer = name.partition("/")
                 # Pooled values are made of those of residues, or of <cls>.
                 output = name if kind in self._outputs else f"pooled{slash}{layer}"
-                raise not_finite(protein, output, self._checkpoint, self._precision)
+                raise not_finite(protein, output, self._checkpoint)
 
     @staticmethod
     def _tokens(residues: npt.NDArray[np.uint8], window: Window) -> npt.NDArray[np.uint8]:

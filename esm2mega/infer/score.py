@@ -132,7 +132,7 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
         limits = Lengths.of(run.infer, run.data)
         size = micro_batch_tokens(run.infer, limits, ranks.device)
         engine = Engine(load_model(source, run, ranks), ranks, OutputRequest(logits=True), size)
-        refused = partial(not_finite, checkpoint=source.path, precision=run.model.precision)
+        refused = partial(not_finite, checkpoint=source.path)
         marginals = Marginals(engine, ranks, limits.width, refused, options.normalization)
         yield Scorer(marginals, options, source, run.model.precision, limits.width), ranks
 

@@ -170,8 +170,7 @@ class MaskedEvaluation:
 
     def refuse_not_finite(self, watched: Watched, ranks: Ranks) -> None:
         """Raise `UserError` if logits were not finite; all ranks call this together."""
-        rows, precision = gathered(watched.row, ranks), self.run.model.precision
-        refuse_not_finite(rows, self.store.id, "the distribution", self.start, precision)
+        refuse_not_finite(gathered(watched.row, ranks), self.store.id, "the distribution", self.start)
 
     @contextmanager
     def loaded(self, max_batches: int = 0) -> Iterator[tuple[list[Any], EvalPacks, Ranks]]:

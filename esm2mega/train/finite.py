@@ -33,7 +33,7 @@ class Watched(LossReduction):
 
 
 def refuse_not_finite(
-    rows: Sequence[int] | None, name: Callable[[int], str], output: str, start: StartPoint, precision: str
+    rows: Sequence[int] | None, name: Callable[[int], str], output: str, start: StartPoint
 ) -> None:
     """Refuse the results of a model if some are not finite; all ranks call this together.
 
@@ -42,7 +42,6 @@ def refuse_not_finite(
         name: Returns the id of a protein.
         output: Name of what is not finite.
         start: The model.
-        precision: Precision in which it was computed.
 
     Raises:
         UserError: A rank noted a protein; it is raised on all ranks.
@@ -50,6 +49,6 @@ def refuse_not_finite(
 
     def check() -> None:
         if rows:
-            raise not_finite(name(min(rows)), output, start.path, precision, "model.precision")
+            raise not_finite(name(min(rows)), output, start.path)
 
     on_one_rank(check)
