@@ -112,7 +112,7 @@ def test_the_base_of_adapters_is_the_one_path_that_is_read(
     base = shutil.copytree(layout.step_dir(finished.run_dir, 4), tmp_path / "base")
     start = ["pretrain", *SETTINGS, *STEP, f"init_from={base}", f"run_dir={run_dir}"]
     assert main([*start, "lora.rank=2", f"data.train={finished.train}"]) == 0, capsys.readouterr().err
-    score = ["score", str(run_dir), "--sequence", "MKT", "--out", str(tmp_path / "s.csv")]
+    score = ["score", str(run_dir), "--sequence", "MKT", "--out", str(tmp_path / "s.csv"), "--overwrite"]
     assert main(score) == 0
     before = (tmp_path / "s.csv").read_text()
     other = layout.step_dir(finished.run_dir, 2)
