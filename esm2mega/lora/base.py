@@ -101,7 +101,7 @@ def _find_base(start: StartPoint, given: str | None, cure: str) -> Path:
         run, which = split_run(given)
         inside = which is None and Path(run).resolve() in Path(recorded).resolve().parents
         return Path(recorded if inside and is_there(recorded) else given)
-    if given is not None:
+    if given is not None and Path(given) != Path(recorded):
         raise UserError(f"init_from={given} does not exist; name the base of {start.path}, or leave it out")
     if not is_there(recorded):
         raise UserError(f"{start.path}: holds adapters of {recorded}, which is not there any more; {cure}")

@@ -86,5 +86,3 @@ def test_from_python(damaged: tuple[str, Path]) -> None:
     if kind == "regression":  # the correlation with labels that are all equal is not defined, and no error
         numbers = evaluate_model(checkpoint, [(text, 1.0) for text in SEQUENCES])
         assert numbers["spearman"] is None and numbers["loss"] > 0
-
-

@@ -105,7 +105,11 @@ def test_a_nan_in_a_weight_ends_every_command(
         pytest.importorskip("pyarrow")
     known = {"CKPT": str(damaged), "GOOD": str(reference.checkpoint)}
     words = [
-        str(tmp_path / word) if word.startswith("OUT") else str(path) if path.exists() else known.get(word, word)
+        str(tmp_path / word)
+        if word.startswith("OUT")
+        else str(path)
+        if path.exists()
+        else known.get(word, word)
         for word in command
         for path in [inputs / word]
     ]
@@ -128,7 +132,10 @@ def test_contacts_and_other_infinities(
     diverged: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "x.h5"
-    assert main(["embed", str(diverged), str(inputs / "x.fasta"), "--out", str(out), "--include", "contacts"]) == 2
+    assert (
+        main(["embed", str(diverged), str(inputs / "x.fasta"), "--out", str(out), "--include", "contacts"])
+        == 2
+    )
     assert ": contacts has values that are not finite" in capsys.readouterr().err
     assert not out.exists()
 
@@ -209,5 +216,7 @@ def test_a_stored_dtype_that_is_too_small(reference: Reference, tmp_path: Path) 
         infer = InferConfig(dtype=dtype, outputs=["pooled"])
         contents = Embeddings(TokenStore(tmp_path / "s" / "train"), {}, infer, model, Lengths(9, "error", 2))
         values = {"pooled/layer_1": torch.full((4,), value, dtype=torch.float64)}
-        with pytest.raises(UserError, match=f"p: pooled/layer_1 has values beyond .* the largest of {dtype}; "):
+        with pytest.raises(
+            UserError, match=f"p: pooled/layer_1 has values beyond .* the largest of {dtype}; "
+        ):
             list(contents.stored(0, values))

@@ -229,6 +229,9 @@ def test_damaged_pieces_are_computed_again_and_said_so(
     run(reference, fasta, out, "infer.outputs=[pooled]", mode="resume")
     assert seen == [1, 2]
     said = capsys.readouterr().err
-    assert f"{partial}: 1 finished pieces no longer have the bytes that were written and 1 lines of done.* are " in said
+    assert (
+        f"{partial}: 1 finished pieces no longer have the bytes that were written and 1 lines of done.* are "
+        in said
+    )
     assert "; these pieces are computed again" in said
     assert out.read_bytes() == (source.parent / "whole" / "x.npz").read_bytes()
