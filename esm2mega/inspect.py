@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,13 @@ _HDF5 = (".h5", ".hdf5")
 _MOST_SHOWN = 20
 
 
-def inspect_path(path: str | Path) -> str:
+def inspect_path(path: str | Path, verify: bool = False) -> str:
     """Describe `path` in lines for a reader.
+
+    Args:
+        path: Token store, tables, run or checkpoint.
+        verify: Whether to list all files of a token store or a checkpoint, which are compared with their
+            checksums; another checkpoint is not taken for a damaged one.
 
     Raises:
         UserError: The path holds nothing that is known, or it is damaged.
@@ -25,12 +30,15 @@ def inspect_path(path: str | Path) -> str:
     if not directory.exists():
         raise UserError(f"{path}: no such path; give a token store, a run directory or a checkpoint")
     if which is not None:
-        return "\n".join(_checkpoint_lines(path))
+        return "\n".join(_checkpoint_lines(path, verify))
     if (directory / "manifest.json").is_file():
         from esm2mega.data.benchmarks.tables import read_manifest
 
         tables = read_manifest(directory)
-        return "\n".join(_store_lines(directory) if tables is None else _table_lines(directory, tables))
+        if tables is not None:
+            _refuse_to_verify(directory, verify)
+            return "\n".join(_table_lines(directory, tables))
+        return "\n".join(_store_lines(directory, verify))
     if stores := sorted(str(path.parent) for path in directory.glob("*/manifest.json")):
         raise UserError(f"{path}: holds token stores but is none itself; did you mean {' or '.join(stores)}?")
     from esm2mega.convert.files.source import SourceFiles
@@ -41,8 +49,17 @@ def inspect_path(path: str | Path) -> str:
         return "\n".join(_output_lines(directory))
     source = SourceFiles(directory)
     if not directory.is_dir() or find_format(source) not in (None, OWN):
+        _refuse_to_verify(directory, verify)
         return "\n".join(_foreign_lines(source, detect(source)))
-    return "\n".join(_checkpoint_lines(directory))
+    return "\n".join(_checkpoint_lines(directory, verify))
+
+
+def _refuse_to_verify(directory: Path, verify: bool) -> None:
+    if verify:
+        raise UserError(
+            f"{directory}: --verify is for token stores and checkpoints of esm2mega; without it, inspect "
+            "reads every tensor or checks every table"
+        )
 
 
 def _table_lines(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
@@ -90,13 +107,15 @@ def _task_lines(head: Any) -> Iterator[str]:
         yield ", ".join(described)
 
 
-def _store_lines(directory: Path) -> Iterator[str]:
+def _store_lines(directory: Path, verify: bool) -> Iterator[str]:
     from esm2mega.data.store.token_store import TokenStore
     from esm2mega.vocabulary import VOCAB
 
     store = TokenStore(directory)
     store.verify()
     yield f"token store {directory} (format {store.manifest['format_version']}, checksums hold)"
+    if not store.is_sealed:
+        yield "its manifest is of an earlier version and has no checksum of its own"
     yield f"{len(store):,} sequences, {int(store.lengths.sum()):,} residues"
     if len(store):
         low, high, mean = store.lengths.min(), store.lengths.max(), store.lengths.mean()
@@ -110,6 +129,8 @@ def _store_lines(directory: Path) -> Iterator[str]:
     for token, count in sorted(counted, key=lambda pair: -pair[1]):
         yield f"  {token:<8} {count:>16,}  {100 * count / total:6.3f} %"
     yield f"tokenizer {store.manifest['tokenizer_hash']}"
+    if verify:
+        yield from _verified_lines(store.manifest["files"])
 
 
 def _output_lines(path: Path) -> Iterator[str]:
@@ -157,17 +178,24 @@ def _foreign_lines(source: Any, name: str) -> Iterator[str]:
     yield finite.words()
 
 
-def _checkpoint_lines(named: str | Path) -> Iterator[str]:
+def _verified_lines(files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """List files that agree with their checksums."""
+    for name, entry in files.items():
+        yield f"verified {name:<40} {entry['bytes']:>16,} bytes  sha256 {entry['sha256'][:16]}"
+
+
+def _checkpoint_lines(named: str | Path, verify: bool) -> Iterator[str]:
     from esm2mega.checkpoint import layout
     from esm2mega.checkpoint.auxiliary import read_auxiliary
-    from esm2mega.checkpoint.choice import best_checkpoint
+    from esm2mega.checkpoint.choice import best_checkpoint, choose_checkpoint
+    from esm2mega.checkpoint.digests import DIGESTS, read_digests
     from esm2mega.checkpoint.finite import FiniteCheck
     from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
     from esm2mega.config.presets import shape_of
     from esm2mega.convert.formats.esm2mega import task_head
     from esm2mega.convert.start_point import read_checkpoint
 
-    start = read_checkpoint(named)
+    start = read_checkpoint(choose_checkpoint(named).path if verify else named)
     checkpoint, run, state = start.path, start.run, start.state
     shape, reader = shape_of(run.model), TensorReader(checkpoint)
     yield f"checkpoint {checkpoint} (format {state['format_version']}, esm2mega {state['esm2mega_version']})"
@@ -208,3 +236,8 @@ def _checkpoint_lines(named: str | Path) -> Iterator[str]:
     optimizer = [info for name, info in reader.index.items() if name.startswith(_OPTIMIZER)]
     if optimizer:
         yield f"optimizer: {len(optimizer)} tensors, {sum(i.num_bytes for i in optimizer) / 1e9:.3f} GB"
+    if verify:
+        entries = read_digests(checkpoint)
+        yield from _verified_lines(entries or {})
+        own = f"{layout.STATE}, {DIGESTS} and {layout.COMPLETE}"
+        yield "nothing verified: no digests" if entries is None else f"verified {own}, which hold checksums"

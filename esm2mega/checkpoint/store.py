@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import pickle
 import shutil
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import write_auxiliary
+from esm2mega.checkpoint.digests import Entries, digest_files, tensor_files, unreadable
 from esm2mega.checkpoint.optimizer_state import (
     ask_for,
     form_of_names,
@@ -34,7 +34,7 @@ from esm2mega.checkpoint.optimizer_state import (
 from esm2mega.checkpoint.safe_index import check_metadata
 from esm2mega.checkpoint.save_strategy import SaveInThisProcess
 from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter, compare_tensors
-from esm2mega.checkpoint.tensors import TensorReader
+from esm2mega.checkpoint.tensors import TensorReader, os_error_in
 from esm2mega.config.schema import Run
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import first_of
@@ -63,9 +63,6 @@ _UNREADABLE = (
     CheckpointingException,
     CheckpointException,
 )
-
-_OF_THE_MACHINE = (errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ENOSPC)
-"""These errors are faults of the machine, which another checkpoint would not cure."""
 
 _DISK = (
     "No space left on device",
@@ -116,6 +113,7 @@ def save_checkpoint(
     partial = layout.partial_dir(directory)
     is_main = dist.get_rank() == 0
     failure: BaseException | None = None
+    entries: Entries = {}
     try:
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -126,14 +124,19 @@ def save_checkpoint(
         dist_checkpointing.save(
             state_of_ranks, str(partial / layout.MODEL), SaveInThisProcess(), content_metadata=_SHARDING
         )
-        if is_main:
-            layout.write_description(partial, run, state)
-            write_auxiliary(partial, auxiliary or {})
-            layout.complete(partial, directory)
+        entries = digest_files(partial, tensor_files(partial, dist.get_rank()))
     except (Exception, CheckpointException) as error:
         # Every failure is caught, since the other ranks wait in `_agree`. PyTorch's is not an `Exception`.
         failure = error
     try:
+        entries = _agree(failure, entries)
+        try:
+            if is_main:
+                layout.write_description(partial, run, state)
+                write_auxiliary(partial, auxiliary or {})
+                layout.complete(partial, directory, entries)
+        except Exception as error:
+            failure = error
         _agree(failure)
     except MachineError as error:
         if is_main:
@@ -143,13 +146,17 @@ def save_checkpoint(
         raise MachineError(f"{directory}: not saved: {error}{cure}") from failure
 
 
-def _agree(failure: BaseException | None) -> None:
-    """Raise on every rank if any rank failed; an all-gather over the world gives every rank all reasons."""
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, None if failure is None else _reason(failure))
-    for rank, reason in enumerate(reasons):
+def _agree(failure: BaseException | None, entries: Entries | None = None) -> Entries:
+    """Raise on every rank if any rank failed, else return the digests of all ranks on every rank.
+
+    It is an all-gather over the world.
+    """
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (None if failure is None else _reason(failure), entries or {}))
+    for rank, (reason, _) in enumerate(parts):
         if reason is not None:
-            raise MachineError(reason if len(reasons) == 1 else f"{reason} (rank {rank})")
+            raise MachineError(reason if len(parts) == 1 else f"{reason} (rank {rank})")
+    return {name: entry for _, part in parts for name, entry in part.items()}
 
 
 def _reason(error: BaseException) -> str:
@@ -267,8 +274,10 @@ def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bo
         if lost_peer(error) is not None:
             raise
         logging.getLogger(__name__).debug("loading %s failed", model_dir, exc_info=error)
-        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+        if isinstance(error, torch.OutOfMemoryError):
             raise MachineError(f"{model_dir}: cannot be read: {_reason(error)}") from error
+        if (cause := os_error_in(error)) is not None:
+            raise unreadable(Path(cause.filename or model_dir), cause) from error
         raise UserError(f"{model_dir}: cannot be loaded into this model: {_reason(error)}") from error
     unexpected = {name for name in unexpected if matters(name)}
     if missing or unexpected:

@@ -15,7 +15,7 @@ from esm2mega.config.schema import DataConfig, Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
 from esm2mega.convert.lazy_weights import HeadDescription
-from esm2mega.convert.start_point import StartPoint, open_checkpoint
+from esm2mega.convert.start_point import StartPoint, asks_to_verify, open_checkpoint
 from esm2mega.data.labels.dataset import LabelledProteins, proteins_of_pairs, read_labelled
 from esm2mega.data.labels.in_memory import Proteins
 from esm2mega.data.labels.schema import TargetInfo, with_columns
@@ -96,7 +96,8 @@ def open_task(
             `code` is not what it was trained with.
     """
     code = code or GivenCode()
-    start = open_checkpoint(checkpoint)
+    verify = asks_to_verify(overrides)
+    start = open_checkpoint(checkpoint, verify)
     if start.task is None:
         raise UserError(
             f"{start.path}: is a pretrained model without the head of a task; fine-tune it with "
@@ -110,7 +111,7 @@ def open_task(
     validate_task(run)
     info = with_columns(start.task.info, run.task, str(start.path))
     code.check(start.task, str(start.path), needs_loss)
-    return TaskCheckpoint(open_base(start, run.init_from), run, info, start.task, code)
+    return TaskCheckpoint(open_base(start, run.init_from, verify), run, info, start.task, code)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from esm2mega.config.schema import Run
 from esm2mega.data.readers.streams import spooled
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.store.verification import verify
 from esm2mega.errors import UserError
 from esm2mega.infer.arrays import WrittenRows
 from esm2mega.infer.contents import Contents, Write
@@ -147,8 +148,7 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
         make_folder(target.work_dir, f"--out {target.out}")
     try:
         store = _open_input(job)
-        if begun and target.work_dir in store.path.parents:
-            _verify(store)
+        verify([store])
         job.check(store)
         attributes = _attributes(job, store)
         if job.mode == "resume" and (finished := target.existing()) and not begun:
@@ -187,14 +187,6 @@ def _open_input(job: Job) -> TokenStore:
             allow_unknown=job.allow_unknown,
             shown=files.shown,
         )
-
-
-def _verify(store: TokenStore) -> None:
-    """Compare the proteins that an earlier start prepared with their checksums."""
-    try:
-        store.verify()
-    except UserError as error:
-        raise UserError(f"{error}; begin again with --overwrite") from error
 
 
 def make_folder(path: Path, named: str) -> None:

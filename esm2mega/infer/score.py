@@ -15,6 +15,7 @@ from esm2mega.checkpoint.finite import not_finite
 from esm2mega.config.infer import inference_run, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import values_of
+from esm2mega.convert.start_point import asks_to_verify
 from esm2mega.errors import UserError
 from esm2mega.files import check_writable
 from esm2mega.infer.correlation import spearman
@@ -124,7 +125,7 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
             f"infer.too_long={too_long} is of `embed` and `predict`; `score` sees each residue of a long "
             "protein in the window around it: leave it out"
         )
-    source = open_model(checkpoint, base)
+    source = open_model(checkpoint, base, asks_to_verify(options.overrides))
     source.check_lm_head()
     run = inference_run(source.run, options.overrides)
     validate_inference(run, world_size_from_environment())

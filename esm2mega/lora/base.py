@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from esm2mega.checkpoint.fallback import ALL_OF_IT, Verification
 from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
 from esm2mega.config.run_name import is_there, split_run
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.convert.formats.esm2mega import is_auxiliary
-from esm2mega.convert.start_point import StartPoint, read_start
+from esm2mega.convert.start_point import StartPoint, open_together, read_start
 from esm2mega.errors import UserError
 from esm2mega.files import refuse_stream
-from esm2mega.parallel.errors import on_one_rank
 
 _SET_INIT_FROM = "say where it is with init_from=PATH"
 
@@ -55,7 +55,11 @@ def has_adapters(start: StartPoint) -> bool:
 
 
 def with_base(
-    start: StartPoint, given: str | None, opened: StartPoint | None = None, cure: str = _SET_INIT_FROM
+    start: StartPoint,
+    given: str | None,
+    opened: StartPoint | None = None,
+    cure: str = _SET_INIT_FROM,
+    verification: Verification = ALL_OF_IT,
 ) -> StartPoint:
     """Open the weights under the adapters of a checkpoint as well, in this process alone.
 
@@ -64,6 +68,7 @@ def with_base(
         given: Where the user says that the base is: `init_from`; None for where it was in training.
         opened: The checkpoint that `given` names, if it has been opened already; it may be the base.
         cure: How the user can say where the base is, for errors.
+        verification: How far the base is verified.
 
     Raises:
         UserError: The base is not there, or cannot be read, or holds adapters itself.
@@ -75,19 +80,27 @@ def with_base(
     if opened is not None and path.resolve() in (opened.path.resolve(), Path(given or opened.path).resolve()):
         base = opened
     else:
-        base = read_start(path)
+        base = read_start(path, verification)
     base.check_whole()
     return replace(start, base=base)
 
 
-def open_base(start: StartPoint, given: str | None) -> StartPoint:
+def open_base(start: StartPoint, given: str | None, verify: bool = True) -> StartPoint:
     """Let rank 0 call `with_base` for all ranks, which call this function together."""
-    return on_one_rank(lambda: with_base(start, given)) if has_adapters(start) else start
+    if not has_adapters(start):
+        return start
+    return open_together(lambda how: with_base(start, given, verification=how), verify)
 
 
-def read_with_base(path: str | Path, given: str | None = None, cure: str = _SET_INIT_FROM) -> StartPoint:
+def read_with_base(
+    path: str | Path,
+    given: str | None = None,
+    cure: str = _SET_INIT_FROM,
+    verification: Verification = ALL_OF_IT,
+) -> StartPoint:
     """Open a checkpoint as `read_start` does, and the weights under adapters as `with_base` does."""
-    return with_base(read_start(path), given, cure=cure)
+    start = read_start(path, verification)
+    return with_base(start, given, cure=cure, verification=verification)
 
 
 def _find_base(start: StartPoint, given: str | None, cure: str) -> Path:

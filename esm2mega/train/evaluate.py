@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +21,10 @@ from esm2mega.config.load import load_run_over
 from esm2mega.config.machine import on_this_machine
 from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate
-from esm2mega.convert.start_point import StartPoint, open_checkpoint
+from esm2mega.convert.start_point import StartPoint, asks_to_verify, open_checkpoint
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.store.verification import verify
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.loader import EvalPacks
 from esm2mega.data.stream.recipe import describe_masks, masks_recipe
@@ -30,6 +32,7 @@ from esm2mega.files import OTHER_OUT, check_out, write_json
 from esm2mega.lora.base import open_base
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
+from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress, show_bytes
@@ -202,12 +205,14 @@ def open_evaluation(
         data: As for `evaluate_checkpoint`.
         overrides: As for `evaluate_checkpoint`.
     """
-    start = open_checkpoint(checkpoint)
+    verification = asks_to_verify(overrides)
+    start = open_checkpoint(checkpoint, verification)
     run = load_run_over(on_this_machine(start.run), overrides)
     run = adapt_layout(expand_paths(run), overrides)
     validate(run, world_size_from_environment())
-    start = open_base(start, run.init_from)
+    start = open_base(start, run.init_from, verification)
     store = open_store(str(data), run.data, None, "--data", show_bytes)
+    on_one_rank(lambda: verify([store]), timedelta(minutes=run.parallel.timeout_minutes))
     return MaskedEvaluation(start, run, store)
 
 

@@ -18,6 +18,7 @@ from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.losses import Means, loss_and_perplexity
+from esm2mega.train.samples import samples_of_step
 from esm2mega.train.signals import StopSignal
 from esm2mega.train.step import StepResult, TrainState, train_step
 from esm2mega.train.throughput import Throughput, memory_gb, sum_over_data_parallel
@@ -82,7 +83,12 @@ Evaluation = Callable[[Callable[[], bool]], dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Hooks:
-    """Holds what the loop calls besides steps, on every rank; those that write act on the main rank only."""
+    """Holds what the loop calls besides steps, on every rank; those that write act on the main rank only.
+
+    `verified` waits a moment for the verification of the training data and returns, the same on every rank,
+    whether it has ended well; it raises on every rank if the data are damaged. `alarm` tells whether this
+    rank knows that already.
+    """
 
     log: Callable[[dict[str, Any]], None]
     show: Callable[[StepResult], None]
@@ -90,6 +96,8 @@ class Hooks:
     test: Evaluation | None
     save: Callable[[LoopState], None]
     training_values: Callable[[Means], Means] = loss_and_perplexity
+    verified: Callable[[], bool] = lambda: True
+    alarm: Callable[[], bool] = lambda: False
 
 
 def fit(
@@ -99,17 +107,18 @@ def fit(
 
     Raises:
         StoppedBySignal: A signal came; the state has been saved.
+        DamagedError: The training data are damaged; no state was saved since that was found.
     """
     train = run.train
     num_micro_batches = num_micro_batches_of(run.train, run.parallel, ranks.world_size)
     clock = Throughput(loop.step, stream.state.consumed_tokens, train.global_batch_tokens)
     residues = 0
-    with StopSignal(ranks.device) as stop:
+    with StopSignal(ranks.device, hooks.alarm) as stop:
         # A run that was stopped by a signal in its last step has not been evaluated there.
         if hooks.evaluate and loop.step and finished(loop, train) and loop.evaluation is None:
             _evaluate(loop, hooks, run, stop)
-            _raise_if(stop, loop)
-            hooks.save(loop)
+            _raise_if(stop, loop, hooks)
+            _save(loop, hooks, stop)
         while not finished(loop, train):
             batches = list(islice(stream, num_micro_batches))
             result = train_step(state, batches)
@@ -135,6 +144,7 @@ def fit(
                         "step_time": lap.step_time,
                         "pack_fill": lap.pack_fill,
                         "memory_gb": memory_gb(ranks.device),
+                        **({"samples": samples_of_step(batches)} if run.logging.samples else {}),
                     }
                 )
                 residues = 0
@@ -144,16 +154,19 @@ def fit(
                     is_kept = _evaluate(loop, hooks, run, stop)
                 last = last or finished(loop, train) or stop.stopping
                 if last or is_kept or _every(run.checkpoint.save_every, loop.step):
-                    hooks.save(loop)
-            _raise_if(stop, loop)
+                    _save(loop, hooks, stop)
+            _raise_if(stop, loop, hooks)
         if hooks.test and loop.step and loop.test_loss is None:
             record = hooks.test(stop.received)
-            _raise_if(stop, loop)
+            _raise_if(stop, loop, hooks)
             assert record is not None
             # The record of other weights than the last names their step.
             hooks.log({"kind": "test", "step": loop.step, **record})
             loop.test_loss = record["test_loss"]
-            hooks.save(loop)
+            _save(loop, hooks, stop)
+        # A run in which nothing was left to do has not waited yet.
+        _wait_until_verified(hooks, stop)
+        _raise_if(stop, loop, hooks)
 
 
 def finished(loop: LoopState, train: TrainConfig) -> bool:
@@ -230,8 +243,20 @@ def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal) -> bool
     return note_evaluation(loop, record, run.train, run.checkpoint)
 
 
-def _raise_if(stop: StopSignal, loop: LoopState) -> None:
+def _save(loop: LoopState, hooks: Hooks, stop: StopSignal) -> None:
+    """Save once the data that were trained on are verified; a stop does not wait for that."""
+    _wait_until_verified(hooks, stop)
+    hooks.save(loop)
+
+
+def _wait_until_verified(hooks: Hooks, stop: StopSignal) -> None:
+    while not hooks.verified() and not stop.stopping:
+        stop.received()
+
+
+def _raise_if(stop: StopSignal, loop: LoopState, hooks: Hooks) -> None:
     if stop.stopping:
+        hooks.verified()  # an alarm has an error of its own, which this raises
         raise StoppedBySignal(
             f"stopped by {stop.name or 'another rank'} after step {loop.step}, which is saved; "
             "start the same command again to go on"

@@ -14,6 +14,7 @@ from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.overlap import check_overlap
 from esm2mega.data.store.cache import check_heads, open_store
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.store.verification import BackgroundVerification, verify
 from esm2mega.data.stream.build import BatchSpec, token_counts
 from esm2mega.data.stream.loader import EvalPacks, TrainStream
 from esm2mega.data.stream.recipe import describe_masks, masks_recipe, proteins_hash
@@ -56,9 +57,12 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
         for split, path in (("valid", run.data.valid), ("test", run.data.test))
         if path is not None
     }
+    stores = {"data.train": train_stores, **{f"data.{split}": [store] for split, store in held_out.items()}}
+    opened = [store for sets in stores.values() for store in sets]
+    timeout = timedelta(minutes=run.parallel.timeout_minutes)
+    on_one_rank(lambda: verify(opened, arrays_only=True), timeout)
     if "valid" in held_out:
         _check_predictable(run, held_out["valid"])
-    stores = {"data.train": train_stores, **{f"data.{split}": [store] for split, store in held_out.items()}}
     run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
     start = open_training_start(run)
     overlap = _overlap(run, stores, start)
@@ -130,6 +134,11 @@ def _train(
     banner = [f"data     {line}" for line in [*stream.samples.describe(), *overlap["notes"]]]
     if held_out:
         banner.append(f"eval     recipe {recipe}: {describe_masks(run.eval, run.data.max_seq_length)}")
+    # Rank 0 reads for all: on a shared file system every rank would read the same bytes.
+    verification = BackgroundVerification([*train_stores, *held_out.values()] if ranks.is_main else [])
+    if verification.num_bytes:
+        size = f"{verification.num_bytes / 1e9:.2f} GB"
+        banner.append(f"data     {size} are verified in the background, before the first checkpoint is saved")
     valid = held_out.get("valid")
     session = Session(
         name="pretrain",
@@ -142,6 +151,7 @@ def _train(
         banner=banner,
         result=_result,
         training_values=loss_and_perplexity,
+        verification=verification,
     )
     return run_session(run, ranks, session, start)
 

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.choice import best_checkpoint, prune
+from esm2mega.checkpoint.choice import Evaluated, best_checkpoint, prune
+from esm2mega.checkpoint.fallback import set_aside, share_of
+from esm2mega.checkpoint.run_lock import owning
 from esm2mega.checkpoint.store import load_training_state, load_weights, save_checkpoint
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import resolve_max_steps, save_resolved
@@ -23,8 +26,10 @@ from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig, flatten
 from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint
+from esm2mega.data.store.verification import BackgroundVerification
 from esm2mega.data.stream.loader import PackStream
-from esm2mega.parallel.errors import on_one_rank
+from esm2mega.errors import DamagedError
+from esm2mega.parallel.errors import first_error, on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.external import open_trackers
 from esm2mega.report.log import LOG_NAME, JsonlLog
@@ -34,6 +39,9 @@ from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations,
 from esm2mega.train.losses import Means
 from esm2mega.train.signals import kept_from_helpers
 from esm2mega.train.step import StepResult, TrainState
+
+_VERIFICATION_SECONDS = 1.0
+"""The ranks wait so long at once for the verification of the data, and then look for signals."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Session:
         banner: Further lines that are printed at the start of the run.
         result: Takes an evaluation record and its split, and words it for a reader.
         training_values: Takes the metrics of a step and returns the values of a training record.
+        verification: Compares the files of the data with their checksums, in the background on one rank;
+            None for data without any. Closed at the end.
     """
 
     name: str
@@ -64,6 +74,7 @@ class Session:
     banner: Sequence[str]
     result: Callable[[dict[str, Any], str], str]
     training_values: Callable[[Means], Means]
+    verification: BackgroundVerification | None = None
 
 
 def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | None) -> LoopState:
@@ -84,10 +95,14 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
     loop = LoopState()
     with ExitStack() as stack:
         stack.enter_context(stream)
+        if session.verification is not None:
+            stack.callback(session.verification.close)
         if resumed is not None:
             loop = _resume(run, resumed, session)
         renewed = _begin_evaluations(loop, session.eval_recipe, session.eval_proteins)
         begun = replace(loop)
+        # From here on this start writes into run_dir, which no other may do at the same time.
+        on_one_rank(lambda: stack.enter_context(owning(run.run_dir)))
         trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.is_main else []
         for tracker in trackers:
             stack.callback(tracker.close)
@@ -145,6 +160,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             _test(run, session, loop),
             save,
             session.training_values,
+            *_verification_hooks(session.verification),
         )
         fit(run, state, stream, loop, hooks, ranks)
     if ranks.is_main:
@@ -189,6 +205,23 @@ def _resume(run: Run, start: StartPoint, session: Session) -> LoopState:
     return loop
 
 
+def _verification_hooks(
+    verification: BackgroundVerification | None,
+) -> tuple[Callable[[], bool], Callable[[], bool]]:
+    """Return what the loop calls to learn of the verification; see `Hooks`."""
+    if verification is None:
+        return lambda: True, lambda: False
+    is_over = False
+
+    def verified() -> bool:
+        # A broadcast over the world each time, until rank 0 is through.
+        nonlocal is_over
+        is_over = is_over or on_one_rank(lambda: verification.wait(_VERIFICATION_SECONDS))
+        return is_over
+
+    return verified, lambda: verification.problem is not None
+
+
 def _test(run: Run, session: Session, loop: LoopState) -> Evaluation | None:
     """Make the evaluation of the test split, in fine-tuning with the best weights of the run.
 
@@ -199,14 +232,31 @@ def _test(run: Run, session: Session, loop: LoopState) -> Evaluation | None:
         return evaluate
 
     def with_best_weights(abandon: Callable[[], bool]) -> dict[str, float] | None:
-        best = on_one_rank(lambda: best_checkpoint(run.run_dir))
-        if best is None or best.step == loop.step:
+        best = _best_to_load(run, loop.step)
+        if best is None:
             return evaluate(abandon)
         load_weights(best.path, session.built.state.model, session.built.saved)
         record = evaluate(abandon)
         return None if record is None else {**record, "step": best.step}
 
     return with_best_weights
+
+
+def _best_to_load(run: Run, step: int) -> Evaluated | None:
+    """Return the best checkpoint, verified; None if there is none or it is that of `step`, which is loaded.
+
+    All ranks call this together. A damaged one is set aside, and the next one is the best.
+    """
+    while True:
+        best = on_one_rank(lambda: best_checkpoint(run.run_dir))
+        if best is None or best.step == step or not run.checkpoint.verify:
+            return None if best is None or best.step == step else best
+        error = first_error(partial(share_of, best.path))
+        if error is None:
+            return best
+        if not isinstance(error, DamagedError):
+            raise error
+        on_one_rank(partial(set_aside, best.path, error))
 
 
 def _begin_evaluations(loop: LoopState, recipe: str, proteins: str | None) -> list[str]:

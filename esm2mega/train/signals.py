@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,14 +29,21 @@ def kept_from_helpers() -> Iterator[None]:
 
 
 class StopSignal:
-    """Stops every rank after the current step once any rank gets SIGTERM or SIGUSR1.
+    """Stops every rank after the current step once any rank gets SIGTERM or SIGUSR1, or is alarmed.
 
     Attributes:
         name: The signal that this rank got; None if it got none.
         stopping: Last result of `received`, the same on every rank.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, alarm: Callable[[], bool] = lambda: False) -> None:
+        """Prepare the flag that the ranks share.
+
+        Args:
+            device: Device of this rank.
+            alarm: Tells whether this rank has another reason to stop, for which the caller has an error.
+        """
+        self._alarm = alarm
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
         self._previous: dict[int, Any] = {}
         self.name: str | None = None
@@ -55,8 +62,25 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def received(self) -> bool:
-        """Return whether any rank got a signal, by an all-reduce of one integer over the world."""
-        self._flag.fill_(self.name is not None)
+        """Return whether any rank has to stop, by an all-reduce of one integer over the world."""
+        self._flag.fill_(self.name is not None or self._alarm())
         dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
         self.stopping = bool(self._flag.item())
         return self.stopping
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM, as a scheduler or `timeout` sends it, end a command as Ctrl-C does, which cleans up.
+
+    For commands that train in processes of their own, which are to be ended, and files to be removed.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

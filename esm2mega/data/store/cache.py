@@ -19,7 +19,7 @@ from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import format_of, open_source
-from esm2mega.data.store.manifest import FORMAT_VERSION
+from esm2mega.data.store.manifest import FORMAT_VERSION, cache_lock
 from esm2mega.data.store.prepare import OpenProgress, PrepareOptions, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import MachineError, UserError
@@ -58,13 +58,20 @@ def open_store(
     """
     refuse_stream(path, f"{key}={path}")
     if not is_sequence_file(path):
-        return TokenStore(path)
+        store = TokenStore(path)
+        if not store.is_sealed and os.environ.get("RANK", "0") == "0":
+            _say(
+                shown(
+                    f"{key}: the manifest of {path} is of an earlier version and has no checksum of its own; "
+                    "the other files are compared with theirs"
+                )
+            )
+        return store
     options = _options(data)
     out = _directory(_store_name(path, options, allow_unknown), data.cache_dir, run_dir)
     if not out.is_dir():
-        cache = out.parent
-        _make(cache)
-        with filelock.FileLock(cache / f".{out.name}.lock"):
+        _make(out.parent)
+        with filelock.FileLock(cache_lock(out)):
             if not out.is_dir():
                 _say(shown(f"{key}: {path} is prepared, once, into {out}"))
                 how = PrepareOptions(options, allow_unknown=allow_unknown)

@@ -166,6 +166,7 @@ def test_directory_holds_what_a_reader_needs(world: None, tmp_path: Path) -> Non
     assert {path.name for path in checkpoint.iterdir()} == {
         "COMPLETE",
         "config.yaml",
+        "digests.json",
         "model",
         "train_state.json",
     }

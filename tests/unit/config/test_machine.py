@@ -17,6 +17,7 @@ OTHERS = {
     "logging.wandb": True,
     "logging.wandb_project": "theirs",
     "logging.wandb_run_name": "theirs",
+    "logging.samples": True,
     "data.workers": 64,
     "parallel.timeout_minutes": 1e9,
     "model.layer_spec": "te",

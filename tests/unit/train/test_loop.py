@@ -17,7 +17,7 @@ import pytest
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import best_checkpoint, prune
 from esm2mega.config.schema import CheckpointConfig, EarlyStoppingConfig, Run, TrainConfig
-from esm2mega.errors import StoppedBySignal
+from esm2mega.errors import DamagedError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train import loop as loop_module
 from esm2mega.train import throughput
@@ -56,6 +56,8 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
         at_step: Callable[[int], None] = lambda step: None,
         test_losses: list[float] | None = None,
         in_evaluation: Callable[[], None] = lambda: None,
+        verified: Callable[[], bool] = lambda: True,
+        alarm: Callable[[], bool] = lambda: False,
     ) -> list[Event]:
         events: list[Event] = []
         state = loop if loop is not None else LoopState()
@@ -82,11 +84,15 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
             evaluate=None if valid_losses is None else measure("valid", iter(valid_losses)),
             test=None if test_losses is None else measure("test", iter(test_losses)),
             save=lambda saved: events.append(("save", saved.step, saved.to_dict())),
+            verified=verified,
+            alarm=alarm,
         )
         try:
             fit(run, None, Stream(), state, hooks, RANKS)  # type: ignore[arg-type]
         except StoppedBySignal as stopped:
             events.append(("stopped", state.step, str(stopped)))
+        except DamagedError:
+            events.append(("damaged", state.step))
         return events
 
     return run_loop
@@ -264,6 +270,53 @@ def _noted(
         kept.append(note_evaluation(loop, record, train, checkpoint))
         counts.append(loop.evaluations_without_improvement)
     return kept, counts, loop
+
+
+def test_nothing_is_saved_before_the_data_are_verified(play: Play) -> None:
+    asked = iter([False, False, True, True, True])
+    run = tiny_run("train.max_steps=2", "checkpoint.save_every=1")
+    assert _brief(play(run, verified=lambda: next(asked)), "step", "save") == [
+        (kind, step) for step in (1, 2) for kind in ("step", "save")
+    ]
+    assert list(asked) == [], "twice more for the first save, once for the second and at the end"
+
+
+def test_a_signal_does_not_wait_for_the_verification(play: Play) -> None:
+    def stop(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    events = play(tiny_run("train.max_steps=2"), at_step=stop, verified=lambda: False)
+    assert _brief(events, "step", "save", "stopped") == [("step", 1), ("save", 1), ("stopped", 1)]
+
+
+@pytest.mark.parametrize(
+    "found", ["in a step", "before a save", "at the end", "in an evaluation", "in a test"]
+)
+def test_damaged_data_stop_the_run_without_a_save(play: Play, found: str) -> None:
+    known = SimpleNamespace(damage=False)
+
+    def verified() -> bool:
+        if known.damage or found == "before a save":
+            raise DamagedError("tokens.bin", "is damaged")
+        known.damage = found == "at the end"
+        return not known.damage
+
+    def at_step(step: int) -> None:
+        known.damage = found == "in a step" and step == 2
+
+    def in_evaluation() -> None:
+        known.damage = True
+
+    run = tiny_run("train.max_steps=3", "checkpoint.save_every=3")
+    more: dict[str, Any] = {"verified": verified, "alarm": lambda: known.damage}
+    if found == "in an evaluation":
+        more |= {"valid_losses": [3.0], "in_evaluation": in_evaluation}
+    if found in ("in a test", "at the end"):
+        more |= {"loop": LoopState(3, {"valid_loss": 3.0}, test_loss=None)}
+    if found == "in a test":
+        more |= {"test_losses": [3.0], "in_evaluation": in_evaluation}
+    last = 2 if found == "in a step" else 3
+    assert _brief(play(run, at_step=at_step, **more), "save", "stopped", "damaged") == [("damaged", last)]
 
 
 def test_note_evaluation_counts_since_the_best() -> None:
