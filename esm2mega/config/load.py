@@ -394,12 +394,12 @@ def _naming_places(settings: Iterable[_Setting]) -> Iterator[None]:
     except MissingMandatoryValue as error:
         key = error.full_key or "a value"
         raise UserError(
-            f"{places.get(key, 'override')}: {key}=??? must be given; add the override {key}=VALUE"
+            f"{places.get(key.partition('[')[0], 'override')}: {key}=??? must be given; add the override {key}=VALUE"
         ) from error
     except OmegaConfBaseException as error:
         key = error.full_key or "a value"
         raise UserError(
-            f"{places.get(key, 'override')}: {key}: {_first_line(error)}; correct the ${{...}} in it"
+            f"{places.get(key.partition('[')[0], 'override')}: {key}: {_first_line(error)}; correct the ${{...}} in it"
         ) from error
 
 
