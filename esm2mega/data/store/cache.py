@@ -22,8 +22,8 @@ from esm2mega.data.readers.sources import format_of, open_source
 from esm2mega.data.store.manifest import FORMAT_VERSION, cache_lock
 from esm2mega.data.store.prepare import OpenProgress, PrepareOptions, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
-from esm2mega.errors import MachineError, UserError
-from esm2mega.files import file_sha256, refuse_stream
+from esm2mega.errors import MachineError
+from esm2mega.files import file_sha256, refuse_stream, user_cache
 
 DIRECTORY = "prepared"
 """The cache has this name, below the user's cache; earlier versions had it beside the run directories."""
@@ -91,21 +91,6 @@ def _directory(name: str, cache_dir: str | None, run_dir: str | None) -> Path:
     if run_dir is not None and (earlier := Path(run_dir).parent / DIRECTORY / name).is_dir():
         return earlier
     return user_cache() / DIRECTORY / name
-
-
-def user_cache() -> Path:
-    """Return ``$XDG_CACHE_HOME/esm2mega``, which is ``~/.cache/esm2mega`` where the variable is not set.
-
-    Raises:
-        UserError: The user has no home directory.
-    """
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        # A relative path is to be ignored, says the specification of the variable.
-        caches = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
-    except RuntimeError:
-        raise UserError(f"no home directory is known for the prepared data; {_ELSEWHERE}") from None
-    return caches / "esm2mega"
 
 
 def _make(cache: Path) -> None:
