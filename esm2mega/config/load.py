@@ -397,14 +397,10 @@ def _naming_places(settings: Iterable[_Setting]) -> Iterator[None]:
         yield
     except MissingMandatoryValue as error:
         key = error.full_key or "a value"
-        raise UserError(
-            f"{place(key)}: {key}=??? must be given; add the override {key}=VALUE"
-        ) from error
+        raise UserError(f"{place(key)}: {key}=??? must be given; add the override {key}=VALUE") from error
     except OmegaConfBaseException as error:
         key = error.full_key or "a value"
-        raise UserError(
-            f"{place(key)}: {key}: {_first_line(error)}; correct the ${{...}} in it"
-        ) from error
+        raise UserError(f"{place(key)}: {key}: {_first_line(error)}; correct the ${{...}} in it") from error
 
 
 def _defaults() -> DictConfig:
