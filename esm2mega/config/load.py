@@ -389,18 +389,18 @@ def _to_run(tree: DictConfig, settings: Sequence[_Setting]) -> Run:
 def _naming_places(settings: Iterable[_Setting]) -> Iterator[None]:
     """Turn OmegaConf's errors about references into one line that says where the value was written."""
     places = {setting.key: setting.where for setting in settings}
+
+    def place(key: str) -> str:
+        return places.get(key.partition("[")[0], "override")  # of the list, for an entry of one
+
     try:
         yield
     except MissingMandatoryValue as error:
         key = error.full_key or "a value"
-        raise UserError(
-            f"{places.get(key, 'override')}: {key}=??? must be given; add the override {key}=VALUE"
-        ) from error
+        raise UserError(f"{place(key)}: {key}=??? must be given; add the override {key}=VALUE") from error
     except OmegaConfBaseException as error:
         key = error.full_key or "a value"
-        raise UserError(
-            f"{places.get(key, 'override')}: {key}: {_first_line(error)}; correct the ${{...}} in it"
-        ) from error
+        raise UserError(f"{place(key)}: {key}: {_first_line(error)}; correct the ${{...}} in it") from error
 
 
 def _defaults() -> DictConfig:
