@@ -154,6 +154,7 @@ class CheckpointConfig:
     keep_best: int = 1
     best_metric: str = "valid_loss"
     resume: str = _path("auto")  # or never
+    async_save: bool = False
     verify: bool = True
 
 

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+from esm2mega.checkpoint.saver import Saver
 from esm2mega.config.best_metric import VALID_LOSS, less_is_better
 from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig
 from esm2mega.config.validate import num_micro_batches as num_micro_batches_of
 from esm2mega.data.stream.loader import PackStream
-from esm2mega.errors import StoppedBySignal
+from esm2mega.errors import MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.losses import Means, loss_and_perplexity
 from esm2mega.train.samples import samples_of_step
@@ -85,6 +86,7 @@ Evaluation = Callable[[Callable[[], bool]], dict[str, Any] | None]
 class Hooks:
     """Holds what the loop calls besides steps, on every rank; those that write act on the main rank only.
 
+    `save` begins to save by `saver`, which finishes it.
     `verified` waits a moment for the verification of the training data and returns, the same on every rank,
     whether it has ended well; it raises on every rank if the data are damaged. `alarm` tells whether this
     rank knows that already.
@@ -95,6 +97,7 @@ class Hooks:
     evaluate: Evaluation | None
     test: Evaluation | None
     save: Callable[[LoopState], None]
+    saver: Saver
     training_values: Callable[[Means], Means] = loss_and_perplexity
     verified: Callable[[], bool] = lambda: True
     alarm: Callable[[], bool] = lambda: False
@@ -113,7 +116,7 @@ def fit(
     num_micro_batches = num_micro_batches_of(run.train, run.parallel, ranks.world_size)
     clock = Throughput(loop.step, stream.state.consumed_tokens, train.global_batch_tokens)
     residues = 0
-    with StopSignal(ranks.device, hooks.alarm) as stop:
+    with StopSignal(ranks.device, hooks.alarm, lambda: hooks.saver.is_writing) as stop:
         # A run that was stopped by a signal in its last step has not been evaluated there.
         if hooks.evaluate and loop.step and finished(loop, train) and loop.evaluation is None:
             _evaluate(loop, hooks, run, stop)
@@ -121,7 +124,12 @@ def fit(
             _save(loop, hooks, stop)
         while not finished(loop, train):
             batches = list(islice(stream, num_micro_batches))
-            result = train_step(state, batches)
+            try:
+                result = train_step(state, batches)
+            except MachineError:
+                # Every rank raises it, and what was begun before is a good state.
+                hooks.saver.finish()
+                raise
             loop.step += 1
             loop.evaluation = loop.test_loss = None
             residues += sum(batch.num_residues for batch in batches)
@@ -149,13 +157,18 @@ def fit(
                 )
                 residues = 0
             with clock.paused():
+                if not stop.saving:
+                    hooks.saver.finish()
                 is_kept = False
                 if not stopping and (last or _every(train.eval_every, loop.step)):
                     is_kept = _evaluate(loop, hooks, run, stop)
                 last = last or finished(loop, train) or stop.stopping
                 if last or is_kept or _every(run.checkpoint.save_every, loop.step):
                     _save(loop, hooks, stop)
+                if last:
+                    hooks.saver.finish()
             _raise_if(stop, loop, hooks)
+        hooks.saver.finish()
         if hooks.test and loop.step and loop.test_loss is None:
             record = hooks.test(stop.received)
             _raise_if(stop, loop, hooks)
@@ -164,6 +177,7 @@ def fit(
             hooks.log({"kind": "test", "step": loop.step, **record})
             loop.test_loss = record["test_loss"]
             _save(loop, hooks, stop)
+            hooks.saver.finish()
         # A run in which nothing was left to do has not waited yet.
         _wait_until_verified(hooks, stop)
         _raise_if(stop, loop, hooks)

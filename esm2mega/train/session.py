@@ -19,7 +19,8 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import Evaluated, best_checkpoint, prune
 from esm2mega.checkpoint.fallback import set_aside, share_of
 from esm2mega.checkpoint.run_lock import owning
-from esm2mega.checkpoint.store import load_training_state, load_weights, save_checkpoint
+from esm2mega.checkpoint.saver import Saver, remove_partial
+from esm2mega.checkpoint.store import load_training_state, load_weights
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import resolve_max_steps, save_resolved
 from esm2mega.config.presets import shape_of
@@ -37,7 +38,6 @@ from esm2mega.report.progress import Progress
 from esm2mega.train.build import Built
 from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit, out_of_patience
 from esm2mega.train.losses import Means
-from esm2mega.train.signals import kept_from_helpers
 from esm2mega.train.step import StepResult, TrainState
 
 _VERIFICATION_SECONDS = 1.0
@@ -111,6 +111,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             # Last of all that can fail: the log of an earlier start is changed only once this one will run.
             log, said = _open_log(Path(run.run_dir) / LOG_NAME, resumed is None, loop.step)
             stack.callback(log.close)
+            remove_partial(run.run_dir)
             save_resolved(run, Path(run.run_dir) / "config.yaml")
             lines = [*_announcement(run, ranks, state.model), *session.banner]
             lines += [*_small_data(run.train, stream), *built.banner]
@@ -133,25 +134,28 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             loss = result.metrics["loss"]
             progress.update(1, loss="none" if loss is None else f"{loss:.4f}", lr=f"{result.lr:.2e}")
 
+        saver = stack.enter_context(Saver(run.checkpoint.async_save))
         saved_last = None if resumed is None else resumed.path
 
         def save(loop: LoopState) -> None:
-            nonlocal saved_last
             directory = layout.step_dir(run.run_dir, loop.step)
             extra_state = {**session.extra_state, **built.extra_state}
             saved = _saved_state(loop, run.checkpoint, state, stream, extra_state)
+            saver.finish()
             if saved_last is not None and saved_last.resolve() == directory.resolve():
                 # The weights are saved already; only what is known about them has changed.
                 if ranks.is_main:
                     layout.write_state(directory, saved)
                 return
-            with kept_from_helpers():
-                save_checkpoint(
-                    *(directory, state.model, state.optimizer, run, saved, built.auxiliary, built.saved)
-                )
-            saved_last = directory
-            if ranks.is_main:
-                prune(run.run_dir, run.checkpoint, directory)
+
+            def completed() -> None:
+                nonlocal saved_last
+                saved_last = directory
+                if ranks.is_main:
+                    prune(run.run_dir, run.checkpoint, directory)
+
+            what = (state.model, state.optimizer, run, saved, built.auxiliary, built.saved)
+            saver.save(directory, *what, then=completed)
 
         hooks = Hooks(
             write,
@@ -159,6 +163,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             session.evaluation("valid", run.train.eval_batches),
             _test(run, session, loop),
             save,
+            saver,
             session.training_values,
             *_verification_hooks(session.verification),
         )

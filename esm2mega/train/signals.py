@@ -13,41 +13,34 @@ import torch.distributed as dist
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-@contextmanager
-def kept_from_helpers() -> Iterator[None]:
-    """Block stop signals for helper processes that are started in this block, and here until its end.
-
-    Saving a checkpoint starts helpers that write. torchrun signals whole process groups, as Slurm and shells
-    can, and without its helpers a rank could not finish the checkpoint. Processes inherit blocked signals; a
-    signal that this process gets in the block is handled at the end of it.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class StopSignal:
     """Stops every rank after the current step once any rank gets SIGTERM or SIGUSR1, or is alarmed.
 
     Attributes:
         name: The signal that this rank got; None if it got none.
         stopping: Last result of `received`, the same on every rank.
+        saving: Whether any rank was writing a checkpoint at that moment, the same on every rank.
     """
 
-    def __init__(self, device: torch.device, alarm: Callable[[], bool] = lambda: False) -> None:
-        """Prepare the flag that the ranks share.
+    def __init__(
+        self,
+        device: torch.device,
+        alarm: Callable[[], bool] = lambda: False,
+        is_saving: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Prepare the flags that the ranks share.
 
         Args:
             device: Device of this rank.
             alarm: Tells whether this rank has another reason to stop, for which the caller has an error.
+            is_saving: Tells whether this rank is writing a checkpoint in the background.
         """
         self._alarm = alarm
-        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self._is_saving = is_saving
+        self._flags = torch.zeros(2, dtype=torch.int32, device=device)
         self._previous: dict[int, Any] = {}
         self.name: str | None = None
-        self.stopping = False
+        self.stopping = self.saving = False
 
     def __enter__(self) -> StopSignal:
         for number in STOP_SIGNALS:
@@ -62,10 +55,14 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def received(self) -> bool:
-        """Return whether any rank has to stop, by an all-reduce of one integer over the world."""
-        self._flag.fill_(self.name is not None or self._alarm())
-        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
-        self.stopping = bool(self._flag.item())
+        """Return whether any rank has to stop, by an all-reduce of two integers over the world.
+
+        The other one is for `saving`, so that saves in the background need no collective of their own.
+        """
+        self._flags[0] = self.name is not None or self._alarm()
+        self._flags[1] = self._is_saving()
+        dist.all_reduce(self._flags, op=dist.ReduceOp.MAX)
+        self.stopping, self.saving = (bool(flag) for flag in self._flags.tolist())
         return self.stopping
 
 

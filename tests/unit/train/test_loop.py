@@ -17,7 +17,7 @@ import pytest
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import best_checkpoint, prune
 from esm2mega.config.schema import CheckpointConfig, EarlyStoppingConfig, Run, TrainConfig
-from esm2mega.errors import DamagedError, StoppedBySignal
+from esm2mega.errors import DamagedError, MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train import loop as loop_module
 from esm2mega.train import throughput
@@ -43,6 +43,27 @@ class Stream:
         return SimpleNamespace(num_residues=90)
 
 
+class Writer:
+    """A saver whose saves in the background take `steps` steps; it lists when each is finished."""
+
+    def __init__(self, events: list[Event], state: LoopState, steps: int) -> None:
+        self._events, self._state, self._steps = events, state, steps
+        self._begun: int | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        return self._begun is not None and self._state.step < self._begun + self._steps
+
+    def save(self, loop: LoopState) -> None:
+        self._events.append(("save", loop.step, loop.to_dict()))
+        self._begun = loop.step
+
+    def finish(self) -> None:
+        if self._begun is not None and self._steps:
+            self._events.append(("finish", self._state.step, self._begun))
+        self._begun = None
+
+
 @pytest.fixture
 def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Event]]:
     """Run the loop and list what it did; `valid_losses` are those of the evaluations in turn."""
@@ -56,11 +77,13 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
         at_step: Callable[[int], None] = lambda step: None,
         test_losses: list[float] | None = None,
         in_evaluation: Callable[[], None] = lambda: None,
+        write_steps: int = 0,
         verified: Callable[[], bool] = lambda: True,
         alarm: Callable[[], bool] = lambda: False,
     ) -> list[Event]:
         events: list[Event] = []
         state = loop if loop is not None else LoopState()
+        writer = Writer(events, state, write_steps)
 
         def step(train_state: object, batches: list[Any]) -> StepResult:
             events.append(("step", state.step + 1, len(batches)))
@@ -83,13 +106,14 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
             show=lambda result: None,
             evaluate=None if valid_losses is None else measure("valid", iter(valid_losses)),
             test=None if test_losses is None else measure("test", iter(test_losses)),
-            save=lambda saved: events.append(("save", saved.step, saved.to_dict())),
+            save=writer.save,
+            saver=writer,  # type: ignore[arg-type]
             verified=verified,
             alarm=alarm,
         )
         try:
             fit(run, None, Stream(), state, hooks, RANKS)  # type: ignore[arg-type]
-        except StoppedBySignal as stopped:
+        except (StoppedBySignal, MachineError) as stopped:
             events.append(("stopped", state.step, str(stopped)))
         except DamagedError:
             events.append(("damaged", state.step))
@@ -418,3 +442,28 @@ def test_the_best_evaluations_are_kept_whatever_their_order(tmp_path: Path) -> N
         assert len(there) <= keep_best + keep_last
         found = best_checkpoint(run_dir)
         assert (found and found.step) == (best[0] if best else None)
+
+
+def test_saves_in_the_background_are_finished_when_written_and_before_the_end(play: Play) -> None:
+    run = tiny_run("train.max_steps=9", "checkpoint.save_every=3")
+    events = play(run, write_steps=2)
+    assert _brief(events, "save", "finish") == [
+        *(("save", 3), ("finish", 5), ("save", 6), ("finish", 8), ("save", 9), ("finish", 9))
+    ]
+
+    def stop_in_4(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = _brief(play(run, write_steps=2, at_step=stop_in_4), "save", "finish", "stopped")
+    # The stub begins the next save without waiting for the one that is running, as `Saver.save` does.
+    assert stopped == [("save", 3), ("save", 4), ("finish", 4), ("stopped", 4)]
+
+    def fail_in_4(step: int) -> None:
+        if step == 4:
+            raise MachineError("the loss is nan")
+
+    failed = _brief(play(run, write_steps=2, at_step=fail_in_4), "save", "finish", "stopped")
+    assert failed == [("save", 3), ("finish", 3), ("stopped", 3)], (
+        "the state before the failure is a good one"
+    )
