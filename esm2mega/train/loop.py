@@ -6,7 +6,7 @@ What decides the numbers is in `step.py`; this file decides when things happen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,9 +17,10 @@ from esm2mega.config.validate import num_micro_batches as num_micro_batches_of
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
+from esm2mega.train.incidents import Incidents
 from esm2mega.train.losses import Means, loss_and_perplexity
 from esm2mega.train.signals import StopSignal
-from esm2mega.train.step import StepResult, TrainState, train_step
+from esm2mega.train.step import Batch, StepResult, TrainState, train_step
 from esm2mega.train.throughput import Throughput, memory_gb, sum_over_data_parallel
 
 
@@ -86,31 +87,55 @@ class Hooks:
 
     log: Callable[[dict[str, Any]], None]
     show: Callable[[StepResult], None]
+    say: Callable[[str], None]
     evaluate: Evaluation | None
     test: Evaluation | None
+    is_sound: Callable[[Sequence[Batch]], bool]
     save: Callable[[LoopState], None]
     training_values: Callable[[Means], Means] = loss_and_perplexity
 
 
 def fit(
-    run: Run, state: TrainState, stream: PackStream[Any], loop: LoopState, hooks: Hooks, ranks: Ranks
+    run: Run,
+    state: TrainState,
+    stream: PackStream[Any],
+    loop: LoopState,
+    hooks: Hooks,
+    ranks: Ranks,
+    stop: StopSignal,
+    incidents: Incidents,
 ) -> None:
     """Train from `loop.step` to the end of the run; `loop` is updated in place and saved at the end.
 
+    Args:
+        run: The configuration.
+        state: What a step needs.
+        stream: The training batches.
+        loop: Progress so far.
+        hooks: What is done besides steps.
+        ranks: Where this process stands.
+        stop: Tells of signals while this runs, and of the end of the time.
+        incidents: What was not finite so far.
+
     Raises:
-        StoppedBySignal: A signal came; the state has been saved.
+        StoppedBySignal: A signal came or the time is up; the state has been saved.
+        MachineError: Loss, gradient or weights are not finite, and the run ends for that.
+        RollBack: They are not finite, and the run must go on from its last good checkpoint.
     """
     train = run.train
     num_micro_batches = num_micro_batches_of(run.train, run.parallel, ranks.world_size)
     clock = Throughput(loop.step, stream.state.consumed_tokens, train.global_batch_tokens)
     residues = 0
-    with StopSignal(ranks.device) as stop:
+    # Micro-batches that had a finite loss.
+    probe: Sequence[Batch] = ()
+    with stop:
         # A run that was stopped by a signal in its last step has not been evaluated there.
         if hooks.evaluate and loop.step and finished(loop, train) and loop.evaluation is None:
-            _evaluate(loop, hooks, run, stop)
+            _evaluate(loop, hooks, run, stop, incidents)
             _raise_if(stop, loop)
             hooks.save(loop)
         while not finished(loop, train):
+            before = stream.state
             batches = list(islice(stream, num_micro_batches))
             result = train_step(state, batches)
             loop.step += 1
@@ -118,6 +143,11 @@ def fit(
             residues += sum(batch.num_residues for batch in batches)
             hooks.show(result)
             stopping = stop.received()
+            if result.is_finite:
+                incidents.note_finite(loop.step)
+                probe = batches[:1]
+            else:
+                hooks.say(incidents.note_step(loop.step, result, stream, before, ranks))
             last = loop.step == train.max_steps or stopping
             if last or loop.step % train.log_every == 0:
                 tokens = stream.state.consumed_tokens
@@ -141,15 +171,21 @@ def fit(
             with clock.paused():
                 is_kept = False
                 if not stopping and (last or _every(train.eval_every, loop.step)):
-                    is_kept = _evaluate(loop, hooks, run, stop)
+                    is_kept = _evaluate(loop, hooks, run, stop, incidents)
                 last = last or finished(loop, train) or stop.stopping
                 if last or is_kept or _every(run.checkpoint.save_every, loop.step):
-                    hooks.save(loop)
+                    # A finite loss of the evaluation says that that of a training pack is finite too.
+                    if not hooks.is_sound(() if loop.valid_loss is not None else probe):
+                        incidents.note_weights(loop.step)
+                    with stop.saving():
+                        hooks.save(loop)
             _raise_if(stop, loop)
         if hooks.test and loop.step and loop.test_loss is None:
             record = hooks.test(stop.received)
             _raise_if(stop, loop)
             assert record is not None
+            if words := incidents.note_evaluation(loop.step, "test", record["test_loss"]):
+                hooks.say(words)
             # The record of other weights than the last names their step.
             hooks.log({"kind": "test", "step": loop.step, **record})
             loop.test_loss = record["test_loss"]
@@ -221,11 +257,13 @@ def defined(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal) -> bool:
+def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal, incidents: Incidents) -> bool:
     """Validate, log and enter the result; return whether it is among the best ones that are kept."""
     record = hooks.evaluate(stop.received) if hooks.evaluate else None
     if record is None:
         return False
+    if words := incidents.note_evaluation(loop.step, "valid", record[VALID_LOSS]):
+        hooks.say(words)
     hooks.log({"kind": "eval", "step": loop.step, **record})
     return note_evaluation(loop, record, run.train, run.checkpoint)
 
@@ -233,7 +271,7 @@ def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal) -> bool
 def _raise_if(stop: StopSignal, loop: LoopState) -> None:
     if stop.stopping:
         raise StoppedBySignal(
-            f"stopped by {stop.name or 'another rank'} after step {loop.step}, which is saved; "
+            f"stopped by {stop.reason} after step {loop.step}, which is saved; "
             "start the same command again to go on"
         )
 

@@ -24,16 +24,21 @@ from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig, flatten
 from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.stream.loader import PackStream
+from esm2mega.files import first_of
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.external import open_trackers
 from esm2mega.report.log import LOG_NAME, JsonlLog
 from esm2mega.report.progress import Progress
 from esm2mega.train.build import Built
+from esm2mega.train.finite import is_sound
+from esm2mega.train.incidents import FILE_NAME, Incidents, RollBack
 from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit, out_of_patience
 from esm2mega.train.losses import Means
-from esm2mega.train.signals import kept_from_helpers
+from esm2mega.train.signals import StopSignal, kept_from_helpers
+from esm2mega.train.start import open_training_start
 from esm2mega.train.step import StepResult, TrainState
+from esm2mega.train.time_limit import TimeLimit
 
 
 @dataclass(frozen=True)
@@ -66,18 +71,68 @@ class Session:
     training_values: Callable[[Means], Means]
 
 
-def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | None) -> LoopState:
+def run_session(
+    run: Run,
+    ranks: Ranks,
+    make: Callable[[StartPoint | None], Session],
+    start: StartPoint | None,
+    begun: float | None = None,
+) -> LoopState:
     """Resume if there is something to resume, and train to the end of the run; all ranks call this together.
+
+    Where `train.on_nonfinite` leads back to an earlier state, everything is made anew and resumed from there.
 
     Args:
         run: The configuration.
         ranks: Where this process stands.
-        session: The objects, with initial weights.
+        make: Makes the objects, with initial weights, for the checkpoint that it gets.
         start: Checkpoint to resume, or the source of the initial weights; None for neither.
+        begun: Reading of `time.monotonic` from which `train.max_minutes` counts; None for now.
 
     Returns:
         The final state of the loop, the same on every rank.
     """
+    incidents = Incidents(Path(run.run_dir) / FILE_NAME, run.train.on_nonfinite)
+    limit = None
+    if run.train.max_minutes is not None and ranks.is_main:
+        limit = TimeLimit(run.train.max_minutes, begun)
+    stop = StopSignal(ranks.device, limit)
+    is_fresh = start is None or not start.is_resumed
+    while True:
+        try:
+            return _run_once(run, ranks, make(start), start, stop, incidents, is_fresh)
+        except RollBack as back:
+            words = str(back)
+        # Behind the block, the error and with it the old model are gone.
+        if ranks.is_main:
+            print(f"esm2mega: {words}", file=sys.stderr, flush=True)
+        start, is_fresh = _last_good(run, incidents), False
+
+
+def _last_good(run: Run, incidents: Incidents) -> StartPoint | None:
+    """Open the newest checkpoint of the run, or what the run started from; enter the skipped packs there.
+
+    The checkpoint then knows of them if this process ends before it saves the next one.
+    """
+    has_own = on_one_rank(lambda: bool(layout.find_checkpoints(run.run_dir)[0]))
+    resume = "auto" if has_own else run.checkpoint.resume
+    start = open_training_start(replace(run, checkpoint=replace(run.checkpoint, resume=resume)))
+    if has_own and start is not None:
+        state = {**start.state, "incidents": incidents.state_dict()}
+        on_one_rank(lambda: layout.write_state(start.path, state))
+    return start
+
+
+def _run_once(
+    run: Run,
+    ranks: Ranks,
+    session: Session,
+    start: StartPoint | None,
+    stop: StopSignal,
+    incidents: Incidents,
+    is_fresh: bool,
+) -> LoopState:
+    """Train until the end, or until the run must go on from an earlier state."""
     built, stream = session.built, session.stream
     state = built.state
     resumed = start if start is not None and start.is_resumed else None
@@ -86,6 +141,8 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
         stack.enter_context(stream)
         if resumed is not None:
             loop = _resume(run, resumed, session)
+            incidents.load_state_dict(resumed.state.get("incidents") or {})
+        stream.skip(incidents.skipped)
         renewed = _begin_evaluations(loop, session.eval_recipe, session.eval_proteins)
         begun = replace(loop)
         trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.is_main else []
@@ -94,11 +151,11 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
         log = None
         if ranks.is_main:
             # Last of all that can fail: the log of an earlier start is changed only once this one will run.
-            log, said = _open_log(Path(run.run_dir) / LOG_NAME, resumed is None, loop.step)
+            log, said = _open_log(Path(run.run_dir) / LOG_NAME, is_fresh, loop.step)
             stack.callback(log.close)
             save_resolved(run, Path(run.run_dir) / "config.yaml")
             lines = [*_announcement(run, ranks, state.model), *session.banner]
-            lines += [*_small_data(run.train, stream), *built.banner]
+            lines += [*_small_data(run.train, stream), *built.banner, *_skipped(incidents)]
             print("\n".join(lines + _start(run, start) + renewed + said), file=sys.stderr, flush=True)
         progress = stack.enter_context(
             Progress(run.train.max_steps, session.name, "step", enabled=ranks.is_main, initial=loop.step)
@@ -124,7 +181,7 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
             nonlocal saved_last
             directory = layout.step_dir(run.run_dir, loop.step)
             extra_state = {**session.extra_state, **built.extra_state}
-            saved = _saved_state(loop, run.checkpoint, state, stream, extra_state)
+            saved = _saved_state(loop, run.checkpoint, state, stream, incidents, extra_state)
             if saved_last is not None and saved_last.resolve() == directory.resolve():
                 # The weights are saved already; only what is known about them has changed.
                 if ranks.is_main:
@@ -141,12 +198,14 @@ def run_session(run: Run, ranks: Ranks, session: Session, start: StartPoint | No
         hooks = Hooks(
             write,
             show,
+            progress.message,
             session.evaluation("valid", run.train.eval_batches),
             _test(run, session, loop),
+            lambda probe: is_sound(state, probe, ranks),
             save,
             session.training_values,
         )
-        fit(run, state, stream, loop, hooks, ranks)
+        fit(run, state, stream, loop, hooks, ranks, stop, incidents)
     if ranks.is_main:
         print(_ending(run, begun, loop, saved_last), file=sys.stderr, flush=True)
     return loop
@@ -225,6 +284,7 @@ def _saved_state(
     settings: CheckpointConfig,
     state: TrainState,
     stream: PackStream[Any],
+    incidents: Incidents,
     extra_state: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the content of ``train_state.json``.
@@ -238,6 +298,7 @@ def _saved_state(
         "loop": loop.to_dict(),
         "data": stream.state_dict(),
         "schedule": state.schedule.state_dict(),
+        "incidents": incidents.state_dict(),
         **extra_state,
     }
 
@@ -245,6 +306,8 @@ def _saved_state(
 def _open_log(path: Path, is_fresh: bool, step: int) -> tuple[JsonlLog, list[str]]:
     """Open the log after the records up to `step`; say what became of the others."""
     old = JsonlLog.set_aside(path) if is_fresh else None
+    if is_fresh:
+        JsonlLog.set_aside(path.with_name(FILE_NAME))
     log = JsonlLog(path)
     if old is not None:
         return log, [f"log      that of an earlier start is now {old}"]
@@ -290,6 +353,14 @@ def _small_data(train: TrainConfig, stream: PackStream[Any]) -> list[str]:
         f"{line}; for smaller steps lower train.global_batch_tokens={train.global_batch_tokens} and "
         f"train.micro_batch_tokens={train.micro_batch_tokens}"
     ]
+
+
+def _skipped(incidents: Incidents) -> list[str]:
+    """Say which packs are left out of training."""
+    packs = [str(number) for number in sorted(incidents.skipped)]
+    return [f"data     without pack{'s' * (len(packs) > 1)} {first_of(packs)}; see {incidents.path}"] * bool(
+        packs
+    )
 
 
 def _start(run: Run, start: StartPoint | None) -> list[str]:

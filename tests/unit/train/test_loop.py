@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +17,14 @@ import pytest
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import best_checkpoint, prune
 from esm2mega.config.schema import CheckpointConfig, EarlyStoppingConfig, Run, TrainConfig
-from esm2mega.errors import StoppedBySignal
+from esm2mega.data.stream.build import StreamState
+from esm2mega.errors import MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train import loop as loop_module
 from esm2mega.train import throughput
+from esm2mega.train.incidents import Incidents, RollBack
 from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit, note_evaluation
+from esm2mega.train.signals import StopSignal
 from esm2mega.train.step import StepResult
 from tests.unit.runs import CPU, tiny_run
 
@@ -30,21 +33,25 @@ Event = tuple[Any, ...]
 
 
 class Stream:
-    """Endless packs of 100 real tokens, 90 of them residues."""
+    """Endless packs of one protein, 100 real tokens, 90 of them residues."""
 
     def __init__(self) -> None:
-        self.state = SimpleNamespace(consumed_tokens=0)
+        self.state = StreamState()
 
     def __iter__(self) -> Iterator[SimpleNamespace]:
         return self
 
     def __next__(self) -> SimpleNamespace:
-        self.state.consumed_tokens += 100
+        packs = self.state.consumed_packs + 1
+        self.state = StreamState(consumed_packs=packs, consumed_samples=packs, consumed_tokens=100 * packs)
         return SimpleNamespace(num_residues=90)
+
+    def proteins_of(self, behind: StreamState, packs: Iterable[int]) -> dict[int, list[str]]:
+        return {number: [f"p{number}"] for number in sorted(packs)}
 
 
 @pytest.fixture
-def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Event]]:
+def play(world: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Event]]:
     """Run the loop and list what it did; `valid_losses` are those of the evaluations in turn."""
     clock = iter(range(10**6))
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(clock)))
@@ -56,6 +63,10 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
         at_step: Callable[[int], None] = lambda step: None,
         test_losses: list[float] | None = None,
         in_evaluation: Callable[[], None] = lambda: None,
+        results: dict[int, StepResult] | None = None,
+        is_sound: Callable[[int], bool] = lambda step: True,
+        incidents: Incidents | None = None,
+        stop: StopSignal | None = None,
     ) -> list[Event]:
         events: list[Event] = []
         state = loop if loop is not None else LoopState()
@@ -63,7 +74,8 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
         def step(train_state: object, batches: list[Any]) -> StepResult:
             events.append(("step", state.step + 1, len(batches)))
             at_step(state.step + 1)
-            return StepResult({"loss": 2.0, "count": 10.0}, grad_norm=0.5, lr=1e-3)
+            finite = StepResult({"loss": 2.0, "count": 10.0}, grad_norm=0.5, lr=1e-3)
+            return (results or {}).get(state.step + 1, finite)
 
         def measure(split: str, values: Iterator[float | None]) -> Evaluation:
             def evaluate(abandon: Callable[[], bool]) -> dict[str, Any] | None:
@@ -79,14 +91,23 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
         hooks = Hooks(
             log=log,
             show=lambda result: None,
+            say=lambda line: events.append(("said", state.step, line)),
             evaluate=None if valid_losses is None else measure("valid", iter(valid_losses)),
             test=None if test_losses is None else measure("test", iter(test_losses)),
+            is_sound=lambda probe: is_sound(state.step),
             save=lambda saved: events.append(("save", saved.step, saved.to_dict())),
         )
+        noted = incidents or Incidents(tmp_path / "incidents.jsonl", run.train.on_nonfinite)
         try:
-            fit(run, None, Stream(), state, hooks, RANKS)  # type: ignore[arg-type]
+            fit(
+                *(run, None, Stream(), state, hooks, RANKS),  # type: ignore[arg-type]
+                stop or StopSignal(CPU),
+                noted,
+            )
         except StoppedBySignal as stopped:
             events.append(("stopped", state.step, str(stopped)))
+        except (MachineError, RollBack) as ended:
+            events.append((type(ended).__name__, state.step, str(ended)))
         return events
 
     return run_loop
