@@ -70,7 +70,8 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
-            distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+            # Used as minutes of a timedelta, which need not be whole.
+            distributed_timeout_minutes=config.timeout_minutes,
             # Checkpoints of the distributed optimizer are gathered in host memory.
             create_gloo_process_groups=config.distributed_optimizer,
         )
@@ -89,7 +90,7 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     except BaseException as error:
         lost, absent = lost_peer(error), []
         if lost is not None:
-            absent = absent_ranks(store, rank, world_size, is_timeout="Timed out" in str(error))
+            absent = absent_ranks(store, rank, world_size, "Timed out" in str(error), timeout)
             lost = no_answer(timeout, absent) if absent else lost
         failure = lost or error
         # Which rank reports can only be decided while the process groups still exist; by their store, which

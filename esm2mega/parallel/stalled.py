@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from datetime import timedelta
 
 from torch.distributed import Store
 
-GRACE_SECONDS = 10.0
+_MOST_GRACE = timedelta(seconds=10)
 """Ranks that wait for the same one time out at about the same time; this is how far apart they may be."""
 
 
-def absent_ranks(
-    store: Store, rank: int, world_size: int, is_timeout: bool, grace: float = GRACE_SECONDS
-) -> list[int]:
+def absent_ranks(store: Store, rank: int, world_size: int, is_timeout: bool, timeout: timedelta) -> list[int]:
     """Say that this rank has failed, and return the ranks that do not say so.
 
     Args:
@@ -26,11 +25,12 @@ def absent_ranks(
         rank: This rank.
         world_size: Number of ranks.
         is_timeout: Whether this rank has waited in vain; if not, it only says that it is there.
-        grace: Longest wait for the others, in seconds.
+        timeout: How long the world waits for a rank. The wait for the others here is a small part of it.
 
     Returns:
         The ranks that did not come, ascending; rank 0 if the store, which it hosts, does not answer.
     """
+    grace = min(_MOST_GRACE, timeout / 4).total_seconds()
     absent: list[int] = []
 
     def ask() -> None:

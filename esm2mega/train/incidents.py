@@ -143,9 +143,7 @@ class Incidents:
         # Without the update the weights cannot be mended, so there is nothing to skip.
         action = "stop" if action == "skip" else action
         on_one_rank(lambda: self._write(step, {"kind": "weights", "action": action}))
-        words = (
-            f"step {step}: the weights, their optimizer or the loss that they give are not finite: not saved"
-        )
+        words = f"step {step}: weights or optimizer are not finite, or give no finite loss, and are not saved"
         self._act(action, words)
 
     def note_evaluation(self, step: int, split: str, loss: float | None) -> str | None:
@@ -174,7 +172,7 @@ class Incidents:
         if action == "rollback":
             raise RollBack(f"{words}: back to the last checkpoint; see {self.path}")
         if action == "stop":
-            row = f", {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
+            row = f", {self.in_a_row} times in a row" if self.in_a_row > 1 else ""
             raise MachineError(f"{words}{row}; see {self.path}, and {cure}")
         return f"{words}: {goes_on}; see {self.path}"
 
