@@ -20,7 +20,7 @@ SHORT = "schedule.warmup_steps=1"
 COMMANDS = {
     "pretrain": (
         "esm2mega.train.pretrain.open_store",
-        ["pretrain", "data.train=STORE", "model.size=tiny"],
+        ["pretrain", "data.train=STORE", "model.size=tiny", SHORT],
         75,
     ),
     "finetune": ("esm2mega.train.start.open_training_start", [], 75),

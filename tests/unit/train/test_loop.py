@@ -360,9 +360,9 @@ def test_the_time_limit_saves_and_stops(play: Play) -> None:
     run = tiny_run("train.max_steps=50", "checkpoint.save_every=3")
     stop = StopSignal(CPU, TimeLimit(1.0, begun=-5.0, clock=lambda: seconds))
     events = play(run, at_step=pass_time, stop=stop)
-    assert _brief(events)[-2:] == [("save", 4), ("stopped", 4)]
+    assert _brief(events)[-2:] == [("save", 5), ("stopped", 5)]
     assert events[-1][2].startswith(
-        "stopped by train.max_minutes after step 4, which is saved; start the same"
+        "stopped by train.max_minutes after step 5, which is saved; start the same"
     )
 
 
