@@ -8,6 +8,11 @@ usable = $(1) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 1
 PYTHON ?= $(shell for p in python3.11 python3.10 python3.12 python3; do $(call usable,$$p) && echo $$p && break; done)
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+# Arguments of `make image-root`, such as --build-arg NAME=VALUE.
+IMAGE_ARGS ?=
+KILLS ?= 1200
+# Folder for what a target makes, where it takes one.
+OUT ?=
 
 QUICKSTART := .venv/quickstart
 DEV := .venv/dev
@@ -18,7 +23,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all gpu example format reading-order clean
+.PHONY: help quickstart setup lint type test test-all kills gpu multinode slurm image-root example format reading-order clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -33,11 +38,12 @@ format: $(DEV)/.installed ## write the code in the common format
 	$(DEV_RUN) ruff check --fix --quiet .
 	$(DEV_RUN) ruff format .
 
-lint: $(DEV)/.installed ## style of Python and shell, and the contract of imports
+lint: $(DEV)/.installed ## style of Python, shell and Dockerfiles, and the contract of imports
 	$(DEV_RUN) ruff check .
 	$(DEV_RUN) ruff format --check .
 	$(DEV_RUN) lint-imports --no-logo
-	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/*.sbatch)
+	$(DEV_RUN) hadolint Dockerfile $(wildcard docker/*.Dockerfile)
+	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/slurm/*.sbatch tests/slurm/*.sh)
 
 type: $(DEV)/.installed ## types
 	$(DEV_RUN) mypy
@@ -49,12 +55,24 @@ test: lint type ## style, types, and all tests that need minutes and no GPU
 test-all: lint type ## also the slow tests, and those for a GPU where there is one
 	$(DEV_RUN) OMP_NUM_THREADS=1 pytest -q $(PYTEST_ARGS)
 
+kills: $(DEV)/.installed ## kill every command at random moments, see docs/runs.md; OUT=DIR holds the journal, and what failed
+	$(DEV_RUN) OMP_NUM_THREADS=1 python -m tests.kills --out $(or $(OUT),$(error name a folder, as in make kills OUT=/tmp/kills)) --kills $(KILLS)
+
 gpu: $(DEV)/.installed ## on a machine with a GPU: the tests for it, then its measurements, see docs/performance.md
 	$(DEV_RUN) pytest -q -m gpu $(PYTEST_ARGS)
 	$(DEV_RUN) python benchmarks/gpu.py
 
+multinode: $(DEV)/.installed ## two hosts in network namespaces lose one another in a training, see docs/multi-node.md
+	$(DEV_RUN) python -m tests.multinode
+
+slurm: $(DEV)/.installed ## the examples for Slurm on a Slurm of one node, see docs/multi-node.md
+	$(DEV_RUN) python -m tests.slurm
+
 example: $(DEV)/.installed ## the CPU example, in reduced form
 	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh
+
+image-root: $(DEV)/.installed ## as root: execute docker/cpu.Dockerfile in a clean Debian root, and the README in it
+	$(DEV_RUN) python -m tests.image.run $(IMAGE_ARGS)
 
 reading-order: $(DEV)/.installed ## write docs/reading-order.md from the docstrings
 	$(DEV_RUN) python docs/reading_order.py

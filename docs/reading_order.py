@@ -140,12 +140,15 @@ SECTIONS = (
     Section(
         "Comparison, proof, first steps, and looking around",
         "`autoeval/` compares models on the same proteins. `prove/` trains the same small model at many "
-        "layouts and compares every number with those of one process.",
+        "layouts and compares every number with those of one process; `drill/` kills the processes of a "
+        "user's own training.",
         {
             "autoeval": "compare sides models difference",
             "prove": "command trials layouts training workers",
+            "drill": "command ranks compare",
             "quickstart": "run",
-            "": "inspect doctor",
+            "doctor": "run finding packages devices kernels collectives directory limits hosts",
+            "": "inspect",
         },
     ),
 )
@@ -154,7 +157,8 @@ TESTS = (
     "`tests/unit/` has the folders of the package: `test_NAME.py` tests `NAME.py` of the same folder, and "
     "the few that test something else are listed in `tests/cli/test_tree.py`. `tests/parity/` compares with "
     "Hugging Face, fair-esm and other implementations, `tests/distributed/` and `tests/prove/` start several "
-    "processes, and `tests/cli/` runs commands, examples and the README."
+    "processes, `tests/kills/` kills them at random moments, and `tests/cli/` runs commands, examples and "
+    "the README."
 )
 
 

@@ -38,6 +38,7 @@ class PackedBatch:
         num_sequences: proteins, or pieces of them, in the pack.
         rows: for evaluation, the row of each segment's protein in the store, -1 for padding, n numbers on the
             host; None in training.
+        samples: for each piece of a protein, the number of its sample and of its first token, on the host.
     """
 
     input_ids: Tensor
@@ -51,6 +52,7 @@ class PackedBatch:
     num_residues: int
     num_sequences: int
     rows: list[int] | None = None
+    samples: Sequence[tuple[int, int]] = ()
 
     def by_protein(self, logits: Tensor) -> Iterator[tuple[int, PackedBatch, Tensor]]:
         """Split a batch of an evaluation by its segments; those without labels are left out.
@@ -189,6 +191,7 @@ class LabelledBatch:
         num_tokens: Tokens of proteins, without padding.
         num_residues: Number of residues, R.
         num_sequences: Number of proteins, or pieces of them, n.
+        samples: For each of the n, the number of its sample and of its first token, on the host.
     """
 
     input_ids: Tensor
@@ -199,6 +202,7 @@ class LabelledBatch:
     num_tokens: int
     num_residues: int
     num_sequences: int
+    samples: Sequence[tuple[int, int]] = ()
 
     label_counts = None
     """This is None because the head needs every hidden state, so the last layer computes all of them."""
@@ -224,6 +228,7 @@ class LabelledBatch:
                 rows=self.rows[number : number + 1],
                 num_residues=len(segments.residues),
                 num_sequences=1,
+                samples=self.samples[number : number + 1],
             )
             yield row, part, output[entries[number]]
 
@@ -241,9 +246,8 @@ class LabelledBatch:
         nothing = self.rows[:0]
         segments = Segments(0, nothing, nothing, nothing, nothing, nothing, (), ())
         labels = None if self.labels is None else self.labels[:0]
-        return replace(
-            self, head_inputs=segments, labels=labels, rows=nothing, num_residues=0, num_sequences=0
-        )
+        emptied = replace(self, head_inputs=segments, labels=labels, rows=nothing, samples=())
+        return replace(emptied, num_residues=0, num_sequences=0)
 
 
 def _slices(counts: Sequence[int]) -> list[slice]:

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class UserError(Exception):
     """Reports bad input or configuration in one line: value, rule, place and cure. Exit code 2."""
 
     exit_code = 2
+
+
+class DamagedError(UserError):
+    """Reports that a file which this package wrote has other content than was written. Exit code 2.
+
+    Attributes:
+        path: The damaged file.
+    """
+
+    def __init__(self, path: str | Path, damage: str, cure: str = "") -> None:
+        """Keep the file beside the line for the user.
+
+        Args:
+            path: The damaged file.
+            damage: What is wrong with it, as the predicate of a sentence about it.
+            cure: What the user can do.
+        """
+        # All go to `Exception`, so that the error can be sent to other ranks as a pickle.
+        super().__init__(path, damage, cure)
+        self.path = Path(path)
+
+    @property
+    def damage(self) -> str:
+        """Return what is wrong with which file, without the cure."""
+        return f"{self.path}: {self.args[1]}"
+
+    def __str__(self) -> str:
+        return f"{self.damage}; {self.args[2]}" if self.args[2] else self.damage
 
 
 class MachineError(UserError):

@@ -9,7 +9,7 @@ import os
 import reprlib
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,12 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def _growing(path: Path, cure: str) -> Iterator[Path]:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    begin = f".{path.name}.{os.uname().nodename}."
+    partial = path.with_name(f"{begin}{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # tidying up is no reason to fail
+            _remove_left(path.parent, begin)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         yield partial
@@ -78,6 +81,20 @@ def _growing(path: Path, cure: str) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _remove_left(folder: Path, begin: str) -> None:
+    """Remove what processes of this machine that were killed have left; their number ends the name."""
+    for name in os.listdir(folder):
+        number = name[len(begin) : -len(".partial")]
+        if not (name.startswith(begin) and name.endswith(".partial") and number.isdecimal()):
+            continue
+        try:
+            os.kill(int(number), 0)  # sends nothing
+        except (ProcessLookupError, OverflowError):
+            (folder / name).unlink(missing_ok=True)
+        except PermissionError:
+            pass  # it runs, for another user
 
 
 @contextmanager
@@ -158,6 +175,21 @@ def read_json(path: Path, cure: str) -> dict[str, Any]:
     return content
 
 
+def user_cache() -> Path:
+    """Return ``$XDG_CACHE_HOME/esm2mega``, which is ``~/.cache/esm2mega`` where the variable is not set.
+
+    Raises:
+        UserError: The user has no home directory.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # A relative path is to be ignored, says the specification of the variable.
+        caches = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    except RuntimeError:
+        raise UserError("no home directory is known; set HOME or XDG_CACHE_HOME") from None
+    return caches / "esm2mega"
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -179,14 +211,26 @@ def file_sha256(path: Path) -> str:
     Raises:
         UserError: The file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as stream:
-            while piece := stream.read(_HASHED_AT_ONCE):
-                digest.update(piece)
+        return content_sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def content_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file as `file_sha256` does; an error of reading stays an OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(_HASHED_AT_ONCE):
+            digest.update(piece)
     return digest.hexdigest()
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """Compute the SHA-256 of a JSON object, whatever the order of its keys and its white space."""
+    # Through text and back: keys that are numbers become text before they are sorted.
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_out(path: Path) -> None:
@@ -250,4 +294,7 @@ def first_of(names: Sequence[str], most: int = 8) -> str:
 
 def shortened(value: object) -> str:
     """Show a value for a message: a few entries of a list, both ends of a long text."""
-    return " ".join(_SHORT.repr(value).split())
+    try:
+        return " ".join(_SHORT.repr(value).split())
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"{type(value).__name__} with too many digits to be shown"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import yaml
 
+from esm2mega.checkpoint.digests import write_digests
 from esm2mega.checkpoint.layout import CONFIG
 from esm2mega.convert.convert import convert
 from esm2mega.infer.windows import optimal
@@ -88,6 +89,7 @@ def make_reference(folder: Path) -> Reference:
     configuration = yaml.safe_load((checkpoint / CONFIG).read_text())
     configuration["data"]["max_seq_length"] = MAX_SEQ_LENGTH
     (checkpoint / CONFIG).write_text(yaml.safe_dump(configuration))
+    write_digests(checkpoint)
     return Reference(model, folder / "hf", checkpoint)
 
 

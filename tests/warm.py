@@ -210,11 +210,11 @@ def _serve(connection: socket.socket) -> None:
         process = _start(words, _Descriptors(*streams), environment, directory)
         for number in streams:
             os.close(number)
-        connection.sendall(b"%d\n" % process.pid)
+        # First of all: the stand-in may be gone already, and the program must end with it.
         threading.Thread(target=_end_with, args=(connection.dup(), process), daemon=True).start()
-        code = process.wait()
         with contextlib.suppress(OSError):
-            connection.sendall(b"%d\n" % code)
+            connection.sendall(b"%d\n" % process.pid)
+            connection.sendall(b"%d\n" % process.wait())
 
 
 def _end_with(connection: socket.socket, process: Process) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from esm2mega.autoeval.models import LanguageModel, Model, TaskModel
-from esm2mega.convert.start_point import open_checkpoint
+from esm2mega.convert.start_point import asks_to_verify, open_checkpoint
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
 from esm2mega.finetune.checkpoint import labelled, open_task
@@ -71,7 +71,7 @@ def _check_alike(first: Model, other: Model) -> None:
 
 
 def _open(name: str, data: str, overrides: Sequence[str], code: GivenCode) -> Model:
-    start = open_checkpoint(name)
+    start = open_checkpoint(name, asks_to_verify(overrides))
     if start.task is None:
         return LanguageModel(name, open_evaluation(start, data, overrides))
     recorded = start.task.code

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from esm2mega.errors import UserError
+from esm2mega.checkpoint.digests import CURE, unreadable
+from esm2mega.errors import DamagedError
 
 AUXILIARY = "auxiliary.safetensors"
 
@@ -31,10 +32,10 @@ def read_auxiliary(checkpoint: Path) -> dict[str, Tensor]:
         return {}
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); the checkpoint is damaged, use an earlier one"
-        ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
+        raise DamagedError(path, f"is damaged ({error})", CURE) from error
 
 
 def write_auxiliary(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:

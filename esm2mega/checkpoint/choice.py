@@ -1,6 +1,7 @@
 """Chooses among the checkpoints of a run: which one a name means, which are the best, which are kept.
 
-This module reads ``train_state.json`` of each, and nothing else. Its entry ``best_metric`` names the measure
+This module reads ``train_state.json`` of each, and nothing else; whether the other files are whole is for
+`esm2mega.checkpoint.fallback`. Its entry ``best_metric`` names the measure
 of the run, or is null if the run keeps no best; ``loop.evaluation`` is what was measured at its step, and
 ``loop.eval_proteins`` a hash of the proteins that it was measured with.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.digests import CURE
 from esm2mega.config.best_metric import VALID_LOSS, less_is_better
 from esm2mega.config.run_name import FORMS, split_run
 from esm2mega.config.schema import CheckpointConfig
-from esm2mega.errors import UserError
+from esm2mega.errors import DamagedError, UserError
 from esm2mega.files import first_of
 
 States = Mapping[Path, Mapping[str, Any]]
@@ -59,13 +60,15 @@ class Choice:
     Attributes:
         path: Its ``step_XXXXXXXX`` directory.
         words: Which checkpoint of the run it is and why, in one line; None for one that was named itself.
+        is_newest: Whether the name means the newest checkpoint, whichever that is, and not a certain one.
     """
 
     path: Path
     words: str | None = None
+    is_newest: bool = False
 
 
-def choose_checkpoint(named: str | Path, resuming: bool = False) -> Choice:
+def choose_checkpoint(named: str | Path, resuming: bool = False, without: Sequence[Path] = ()) -> Choice:
     """Find the checkpoint that a name means.
 
     Of a fine-tuning, ``RUN`` means the best checkpoint; the last one if there is no best. Of a pretraining,
@@ -75,9 +78,11 @@ def choose_checkpoint(named: str | Path, resuming: bool = False) -> Choice:
     Args:
         named: A ``step_XXXXXXXX`` directory, the directory of a run, or one of these forms.
         resuming: Whether training is to go on from it.
+        without: Damaged checkpoints of the run, of which none is chosen.
 
     Raises:
         UserError: There is none, or the one named was not completed.
+        DamagedError: Which one is best cannot be told, since a ``train_state.json`` is damaged.
     """
     text, which = split_run(named)
     path = Path(text)
@@ -92,23 +97,30 @@ def choose_checkpoint(named: str | Path, resuming: bool = False) -> Choice:
     complete, _ = layout.find_checkpoints(path.parent if path.name == "checkpoints" else path)
     if not complete:
         raise _none_complete(path)
+    complete = [path for path in complete if path not in without]
+    if not complete:
+        names = first_of([path.name for path in without])
+        raise UserError(f"{named}: all of its checkpoints are damaged ({names}); {CURE}")
     if which is not None and which.startswith("step_"):
         return Choice(*_of_step(str(named), complete, int(which.removeprefix("step_"))))
     if resuming and which is None:
-        return Choice(complete[-1])
-    states = _states(complete)
+        return Choice(complete[-1], is_newest=True)
+    states, damage = _states(complete)
     ranking, reason = _ranking(states)
     best, last = ranking[0] if ranking else None, complete[-1]
     if which == "best" and best is None:
         raise UserError(f"{named}: {reason}; use {text}@last or {text}@step_N")
     takes_best = which == "best" or (which is None and best is not None and _is_fine_tuned(states))
+    if takes_best and damage:
+        cure = f"which checkpoint is the best cannot be told; use {text}@last or {text}@step_N"
+        raise DamagedError(damage[0].path, damage[0].args[1], cure)
     chosen = best.path if takes_best and best is not None else last
-    return Choice(chosen, _words(str(named), text, chosen, last, best, reason))
+    return Choice(chosen, _words(str(named), text, chosen, last, best, reason), not takes_best)
 
 
 def best_checkpoint(run_dir: str | Path) -> Evaluated | None:
     """Return the best checkpoint of a run; None if it keeps no best, or none of them was evaluated."""
-    ranking, _ = _ranking(_states(layout.find_checkpoints(run_dir)[0]))
+    ranking, _ = _ranking(_states(layout.find_checkpoints(run_dir)[0])[0])
     return ranking[0] if ranking else None
 
 
@@ -116,7 +128,8 @@ def prune(run_dir: str | Path, settings: CheckpointConfig, written: Path) -> lis
     """Remove all checkpoints but the newest `keep_last` and the `keep_best` best ones.
 
     Incomplete directories older than the newest checkpoint are removed too, since nothing will read them. A
-    checkpoint whose ``train_state.json`` cannot be read counts as not evaluated.
+    checkpoint whose ``train_state.json`` cannot be read counts as none of these and stays where it is. Of one
+    that was moved away and linked, the link is removed.
 
     Args:
         run_dir: Directory of the run.
@@ -127,13 +140,14 @@ def prune(run_dir: str | Path, settings: CheckpointConfig, written: Path) -> lis
         The removed directories.
     """
     complete, incomplete = layout.find_checkpoints(run_dir)
-    best = best_first(_states(complete), settings.best_metric)[: settings.keep_best]
-    keep = {written, *complete[-max(settings.keep_last, 1) :], *(found.path for found in best)}
+    states, _ = _states(complete)
+    best = best_first(states, settings.best_metric)[: settings.keep_best]
+    keep = {written, *list(states)[-max(settings.keep_last, 1) :], *(found.path for found in best)}
     growing = layout.checkpoints_dir(run_dir).glob("step_*.partial")
     overtaken = [p for p in (*incomplete, *growing) if complete and p.name < complete[-1].name]
-    removed = [p for p in complete if p not in keep] + overtaken
+    removed = [p for p in states if p not in keep] + overtaken
     for path in removed:
-        shutil.rmtree(path)
+        layout.remove(path)
     return removed
 
 
@@ -180,15 +194,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _states(checkpoints: Sequence[Path]) -> dict[Path, Mapping[str, Any]]:
-    """Read what checkpoints say; one that is not readable counts as not evaluated, which is said once."""
+def _states(checkpoints: Sequence[Path]) -> tuple[dict[Path, Mapping[str, Any]], list[DamagedError]]:
+    """Read what checkpoints say; return it and what is damaged. What is unreadable is left out, and said."""
     states: dict[Path, Mapping[str, Any]] = {}
+    damage: list[DamagedError] = []
     for path in checkpoints:
         try:
             states[path] = layout.read_state(path)
         except UserError as error:
-            _warn_once(f"{error}; it counts as not evaluated")
-    return states
+            if isinstance(error, DamagedError):
+                damage.append(error)
+            _warn_once(
+                f"{error.damage if isinstance(error, DamagedError) else error}; it counts as not evaluated"
+            )
+    return states, damage
 
 
 @functools.cache  # every save of a run looks at the same old checkpoints

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from esm2mega.errors import UserError
+from esm2mega.checkpoint.digests import CURE, unreadable
+from esm2mega.errors import DamagedError, UserError
 
 # Exact names: a whole module would let a pickle call any function in it.
 _ALLOWED = {
@@ -61,7 +62,13 @@ class _AllowList(pickle.Unpickler):
 
 
 def check_metadata(model_dir: Path) -> None:
-    """Raise `UserError` unless ``.metadata`` of `model_dir` holds an index of tensors and nothing else."""
+    """Check that ``.metadata`` of `model_dir` holds an index of tensors and nothing else.
+
+    Raises:
+        UserError: It would load something else.
+        DamagedError: It is no index, or missing.
+        MachineError: It cannot be read.
+    """
     path = model_dir / ".metadata"
     try:
         with path.open("rb") as file:
@@ -69,9 +76,7 @@ def check_metadata(model_dir: Path) -> None:
         if not isinstance(index, Metadata):
             raise TypeError(f"a {type(index).__name__}")
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); the checkpoint is damaged, use an earlier one"
-        ) from error
+        raise unreadable(path, error) from error
     except _Refused as error:
         raise UserError(
             f"{path}: refused: it would load {error}; only tensor indices are allowed in it"
@@ -79,6 +84,4 @@ def check_metadata(model_dir: Path) -> None:
     except Exception as error:
         # Damaged bytes make a pickle ask for anything: memory, absent attributes, impossible sizes.
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path}: not an index of tensors ({reason}); the checkpoint is damaged, use an earlier one"
-        ) from error
+        raise DamagedError(path, f"is damaged: not an index of tensors ({reason})", CURE) from error

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.digests import CURE, unreadable
 from esm2mega.checkpoint.safe_index import check_metadata
-from esm2mega.errors import UserError
+from esm2mega.errors import DamagedError, UserError
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def os_error_in(error: BaseException) -> OSError | None:
+    """Return the system's error behind one that a reader or writer of PyTorch raised, if there is one."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        return os_error_in(next(iter(error.failures.values()))[0])
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def tensor_sha256(value: torch.Tensor) -> str:
@@ -100,7 +111,10 @@ class TensorReader:
         try:
             dcp.load(state, storage_reader=self._reader, planner=planner, no_dist=True)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise UserError(f"{self._model_dir}: {what} cannot be read; the checkpoint is damaged") from error
+            if (cause := os_error_in(error)) is not None:
+                path = self._model_dir / Path(cause.filename or "").name
+                raise unreadable(path, cause) from error
+            raise DamagedError(self._model_dir, f"is damaged: {what} cannot be read", CURE) from error
 
 
 class _Reader(FileSystemReader):

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import click
 
 from esm2mega.cli.convert import convert_command
+from esm2mega.cli.drill import drill
 from esm2mega.cli.group import CONTEXT, Group, Options
 from esm2mega.cli.infer import embed, score
 from esm2mega.cli.lora import lora
@@ -39,7 +40,7 @@ def cli() -> None:
 
 for _command in (
     *(quickstart, prepare, pretrain, finetune, predict, evaluate, compare, convert_command),
-    *(embed, score, lora, inspect, prove, plot, doctor),
+    *(embed, score, lora, inspect, prove, drill, plot, doctor),
 ):
     cli.add_command(_command)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,10 @@ from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.renamed import refusal_of_option
 from esm2mega.errors import UserError
 from esm2mega.infer.target import Mode
+from esm2mega.processes import end_with_parent
+
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""torchrun sets this variable for the processes that it starts."""
 
 
 @dataclass
@@ -67,6 +72,9 @@ class Command(click.Command):
         # A process that mistook its rank would do nothing, or everything for one of several, without a word.
         world_size_from_environment()
         ctx.ensure_object(Options).goes_on = self._goes_on
+        if _TORCHRUN in os.environ:
+            # It starts its processes in sessions of their own, in which they would outlive it.
+            end_with_parent(signal.SIGTERM)
         return super().invoke(ctx)
 
 

@@ -19,12 +19,15 @@ def quickstart(out: str) -> None:
 
 @command()
 @click.argument("path")
+@click.option(
+    "--verify", is_flag=True, help="List the files of a checkpoint or token store as they are verified."
+)
 @single_process
-def inspect(path: str) -> None:
+def inspect(path: str, verify: bool) -> None:
     """Show what a token store, or a checkpoint in any format that `convert` reads, holds."""
     from esm2mega.inspect import inspect_path
 
-    click.echo(inspect_path(path))
+    click.echo(inspect_path(path, verify))
 
 
 @command(short_help="Draw the curves of a run as PNG and HTML.")
@@ -39,12 +42,18 @@ def plot(run_dir: str) -> None:
 
 
 @command(short_help="Check what this machine can do, with cures for what is missing.")
-@single_process
-def doctor() -> None:
-    """Check versions, devices, communication between processes, and the file system."""
-    from esm2mega.doctor import doctor as run_doctor
+@click.argument("directory", default=".")
+@click.option("--quick", is_flag=True, help="Leave out what needs PyTorch or other processes.")
+def doctor(directory: str, quick: bool) -> None:
+    """Check versions, devices, kernels, limits, communication, and the file system of DIRECTORY.
 
-    works, report = run_doctor()
-    click.echo(report)
+    DIRECTORY is where runs are to be written, by default the current one. Started by torchrun or srun on
+    several hosts, also compare their clocks and what they see of each other's files.
+    """
+    from esm2mega.doctor.run import doctor as run_doctor
+
+    works, report = run_doctor(directory, quick)
+    if report:  # rank 0 speaks for all
+        click.echo(report)
     if not works:
         raise click.exceptions.Exit(1)

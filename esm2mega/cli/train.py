@@ -153,12 +153,12 @@ def evaluate(
     RUN@last and RUN@step_N name a checkpoint of a run; RUN alone is the best one of a fine-tuning, and the
     last one of a pretraining.
     """
-    from esm2mega.convert.start_point import open_checkpoint
+    from esm2mega.convert.start_point import asks_to_verify, open_checkpoint
     from esm2mega.finetune.checkpoint import evaluate_task
     from esm2mega.finetune.code_option import load_code
     from esm2mega.train.evaluate import evaluate_checkpoint
 
-    start = open_checkpoint(checkpoint)
+    start = open_checkpoint(checkpoint, asks_to_verify(overrides))
     if start.task is not None:
         if max_batches is not None:
             raise UserError("--max-batches: metrics of a task need the whole table; leave it out")

@@ -156,12 +156,15 @@ class CheckpointConfig:
     keep_best: int = 1
     best_metric: str = "valid_loss"
     resume: str = _path("auto")  # or never
+    async_save: bool = False
+    verify: bool = True
 
 
 @dataclass
 class LoggingConfig:
-    """Chooses the logs that are written besides `log.jsonl`, which always is."""
+    """Chooses what is logged besides the records of `log.jsonl`, which always are."""
 
+    samples: bool = False
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str | None = None

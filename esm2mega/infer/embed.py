@@ -12,6 +12,7 @@ import numpy as np
 from esm2mega.config.infer import absolute_layers, inference_run, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import values_of
+from esm2mega.convert.start_point import asks_to_verify
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.infer.contents import Write
 from esm2mega.infer.embedding_target import EmbeddingTarget
@@ -76,7 +77,8 @@ class EmbedJob(Job):
             UserError: The request is not valid, or does not fit the model.
         """
         (base,) = values_of(["init_from"], request.config, request.overrides)
-        self._source = open_model(request.checkpoint, base)
+        verify = asks_to_verify(request.overrides, request.config)
+        self._source = open_model(request.checkpoint, base, verify)
         self._contact_maps = request.contact_maps
         run = expand_paths(inference_run(self._source.run, request.overrides, request.config))
         if request.contact_maps is not None and "contacts" not in run.infer.outputs:
@@ -120,12 +122,16 @@ class EmbedJob(Job):
     def load(self, contents: Embeddings, ranks: Ranks) -> Compute:
         size = micro_batch_tokens(self.run.infer, self._limits, ranks.device)
         engine = Engine(load_model(self._source, self.run, ranks), ranks, self._request, size)
-        embedder = Embedder(engine, self.run.infer, self._limits)
+        embedder = Embedder(engine, self.run.infer, self._limits, self._source.path)
 
         def compute(piece: int) -> Iterator[tuple[int, Iterable[Write]]]:
             numbers = contents.proteins(piece)
             residues = [contents.store.residues(number) for number in numbers]
-            for location, values in embedder.run(residues) if residues else ():
+
+            def named(location: int) -> str:
+                return contents.store.id(numbers[location])
+
+            for location, values in embedder.run(residues, named) if residues else ():
                 number = numbers[location]
                 yield 1, contents.stored(number, values)
                 if ranks.tp_rank == 0:

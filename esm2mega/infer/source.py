@@ -18,11 +18,10 @@ from esm2mega.config.schema import Run
 from esm2mega.convert.formats.esm2mega import default_dtype, is_auxiliary
 from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, as_published, is_contact_head
 from esm2mega.convert.into_model import fill_model
-from esm2mega.convert.start_point import StartPoint
+from esm2mega.convert.start_point import StartPoint, open_together
 from esm2mega.errors import UserError
 from esm2mega.lora.base import read_with_base, recorded_base
 from esm2mega.lora.checkpoint import load_model
-from esm2mega.parallel.errors import on_one_rank
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,19 @@ class ModelSource:
         return self.auxiliary[WEIGHT].flatten(), float(self.auxiliary[BIAS])
 
 
-def open_model(path: str | Path, base: str | None = None) -> ModelSource:
+def open_model(path: str | Path, base: str | None = None, verify: bool = True) -> ModelSource:
     """Open a checkpoint, without reading weights yet; all ranks call this together, and rank 0 decides.
 
     Args:
         path: A checkpoint or a run, as for `esm2mega.checkpoint.choice.choose_checkpoint`; or a checkpoint in
             any format that `esm2mega convert` reads, such as a directory of Hugging Face.
         base: Where the weights under adapters are if they are no longer where they were in training.
+        verify: Whether files of tensors are verified: `checkpoint.verify`.
 
     Raises:
         UserError: There is no checkpoint, or it cannot be read.
     """
-    return source_of(on_one_rank(lambda: read_with_base(path, base)))
+    return source_of(open_together(lambda how: read_with_base(path, base, verification=how), verify))
 
 
 def source_of(start: StartPoint) -> ModelSource:

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from esm2mega.data.readers.text import open_text
+from esm2mega.data.readers.text import bounded_lines, open_text
 from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, refuse_stream, replacing
 from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
@@ -103,9 +103,10 @@ def read_table(path: str | Path) -> Table:
     refuse_stream(path)
     try:
         with open_text(Path(path)) as content, io.TextIOWrapper(content, "utf-8", newline="") as stream:
-            header = stream.readline()
+            lines_of_text = bounded_lines(Path(path), stream)
+            header = next(lines_of_text, "")
             delimiter = max(_DELIMITERS, key=header.count)
-            reader = csv.reader(chain([header], stream), delimiter=delimiter, strict=True)
+            reader = csv.reader(chain([header], lines_of_text), delimiter=delimiter, strict=True)
             columns = [name.strip() for name in next(reader, [])]
             rows, lines = [], []
             for row in reader:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.digests import write_digests
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TASK_HEAD, TRAINED, TensorFilter
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
@@ -126,7 +127,7 @@ def write_adapters(
         stacked[name] = StackedTensor(TensorInfo(tuple(value.shape), value.dtype), None)
     write_weights(directory / layout.MODEL, stacked, lambda name, layer: sources[name][layer or 0])
     layout.write_description(directory, run, {**state, **base.as_state()})
-    (directory / layout.COMPLETE).write_text("")
+    write_digests(directory)
 
 
 def load_model(

@@ -6,7 +6,8 @@ Legend: ``T`` tokens of a pack, ``m`` of them as queries (all, or those that get
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,12 @@ def flash(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float
 
 KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "varlen": varlen, "flash": flash}
 
+FUSED = {
+    "varlen": ("torch.nn.attention.varlen", "varlen_attn", "scale"),
+    "flash": ("flash_attn", "flash_attn_varlen_func", "softmax_scale"),
+}
+"""Gives the module and the function that each fused kernel calls, and by which name it passes the scale."""
+
 
 def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Return the name of the kernel that `model.attention_backend` means on this device.
@@ -79,8 +86,8 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
     fused = _fused_kernels_run(device, dtype, head_dim)
     usable = {
         "sdpa": True,
-        "varlen": fused and _installed("torch.nn.attention.varlen"),
-        "flash": fused and _installed("flash_attn"),
+        "varlen": fused and kernel_defect("varlen") is None,
+        "flash": fused and kernel_defect("flash") is None,
     }
     if name == "auto":
         return next(kernel for kernel in ("flash", "varlen", "sdpa") if usable[kernel])
@@ -109,11 +116,25 @@ def _fused_kernels_run(device: torch.device, dtype: torch.dtype, head_dim: int) 
     )
 
 
-def _installed(module: str) -> bool:
+def kernel_defect(kernel: str) -> str | None:
+    """Return why a kernel of `FUSED` cannot be called as it is here, on any device, or None if it can.
+
+    The name of the module is not enough: early releases of torch with `varlen_attn` give it no scale.
+    """
+    module, function, scale = FUSED[kernel]
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+        called = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        return f"no module {error.name}"
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch or CUDA
+        return f"module {module} cannot be imported ({str(error).partition(chr(10))[0]})"
+    if called is None:
+        return f"module {module} has no {function}"
+    try:
+        inspect.signature(called).bind(*["q", "k", "v", "cu_q", "cu_k", "max_q", "max_k"], **{scale: 1.0})
+    except (TypeError, ValueError) as error:
+        return f"{function} of {module} takes other arguments ({error})"
+    return None
 
 
 class PackedCoreAttention(MegatronModule):

@@ -26,7 +26,8 @@ T = TypeVar("T")
 # Phrases by which gloo, NCCL and the rendezvous store say that the other side of a connection is gone.
 _LOST = re.compile(
     r"Connection (reset|closed) by peer|Connection refused|Connection was likely closed|Broken pipe"
-    r"|remote process exited|Timed out waiting \d+ ?ms|Timed out initializing process group"
+    r"|Connection timed out|No route to host|remote process exited|Timed out waiting \d+ ?ms"
+    r"|Timed out initializing process group"
 )
 
 
@@ -95,6 +96,51 @@ def on_one_rank(action: Callable[[], T], timeout: timedelta = rendezvous.TIMEOUT
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def first_error(
+    action: Callable[[int, int], None], timeout: timedelta = rendezvous.TIMEOUT
+) -> Exception | None:
+    """Let every rank do its share of some work, and return on all of them the first error that any met.
+
+    All ranks call this together. It is an all-gather over the world; before there are process groups it goes
+    through the rendezvous store.
+
+    Args:
+        action: Called on every rank with the rank and the number of ranks. Its UserError, MachineError or
+            OSError is returned, of several that of the lowest rank.
+        timeout: As for `on_one_rank`.
+
+    Raises:
+        MachineError: Another process ended, or did not come within `timeout`.
+    """
+    if dist.is_initialized():
+        errors: list[Exception | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, _attempt(lambda: action(dist.get_rank(), len(errors)))[1])
+        return _first(errors)
+    if rendezvous.is_alone():
+        return _attempt(lambda: action(0, 1))[1]
+    rank, world_size = int(os.environ["RANK"]), world_size_from_environment()
+    with meeting(timeout):
+        store = rendezvous.meet(timeout)
+        key = f"esm2mega/share_{rendezvous.next_number(store, 'share', rank)}"
+    own = _attempt(lambda: action(rank, world_size))[1]
+    with meeting(timeout):
+        store.set(f"{key}/{rank}", pickle.dumps(own))  # type: ignore[arg-type]
+
+    def absent() -> list[int]:
+        return [other for other in range(world_size) if not store.check([f"{key}/{other}"])]
+
+    def gathered() -> Exception | None:
+        # The ranks of this world wrote them, as in `_through_store`.
+        with meeting(timeout, absent):
+            return _first([pickle.loads(store.get(f"{key}/{other}")) for other in range(world_size)])
+
+    return on_one_rank(gathered, timeout)
+
+
+def _first(errors: Sequence[Exception | None]) -> Exception | None:
+    return next((error for error in errors if error is not None), None)
 
 
 def _attempt(action: Callable[[], Any]) -> list[Any]:

@@ -58,7 +58,7 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     device = _claim_device()
     if device.type == "cpu":
         cpu.install()
-    kernels.install()
+    kernels.install(device)
     timeout = timedelta(minutes=config.timeout_minutes)
     store, rank, world_size = store_of_groups(timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -2,13 +2,16 @@
 
 Megatron-Core's own fallback takes each tensor's norm in a Python loop with a device synchronisation per
 tensor and rounds the result to fp32. ``torch._foreach_*`` does the same in a few launches and keeps the
-tensors' dtype, which the fp64 proofs need. Where the fused kernels exist they stay in place.
+tensors' dtype, which the fp64 proofs need. On a GPU, fused kernels that Megatron-Core found stay in place. On
+a CPU they cannot run, and Megatron-Core takes them wherever they are installed.
 """
 
 from __future__ import annotations
 
+import megatron.core.optimizer
 import torch
-from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_scale
 
 
 def foreach_l2_norm(
@@ -40,9 +43,22 @@ def foreach_scale(
     torch._foreach_mul_(target, scale)
 
 
-def install() -> None:
-    """Make gradient clipping use these kernels, unless Megatron-Core found fused ones."""
-    if not clip_grads.l2_norm_impl.__name__.startswith("local_"):
+def install(device: torch.device) -> None:
+    """Make gradient clipping use these kernels, unless Megatron-Core has fused ones that run on `device`."""
+    if device.type == "cpu":
+        _refuse_fused_kernels()
+    elif not clip_grads.l2_norm_impl.__name__.startswith("local_"):
         return
     clip_grads.l2_norm_impl = foreach_l2_norm
     clip_grads.multi_tensor_scale_impl = foreach_scale
+
+
+def _refuse_fused_kernels() -> None:
+    """Set what Megatron-Core sets at its import where neither Transformer Engine nor apex is installed."""
+    megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.Adam = torch.optim.Adam
+    for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
+        setattr(distrib_optimizer, name, False)
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = local_multi_tensor_applier
+    optimizer.multi_tensor_scale_impl = local_multi_tensor_scale

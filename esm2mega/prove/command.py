@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import re
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.trials import GROUPS, HEADS, Trial, drawn_training, with_head, with_lora
 from esm2mega.prove.workers import Serve
 from esm2mega.report.progress import Progress
+from esm2mega.train.signals import sigterm_interrupts
 from esm2mega.version import __version__
 
 PROCESSES = 4
@@ -132,7 +131,7 @@ def prove(
 
     write()
     try:
-        with _ended_cleanly(), Prover(processes, seed, serve) as prover:
+        with sigterm_interrupts(), Prover(processes, seed, serve) as prover:
             with Progress(len(trials), "prove", "layout") as progress:
                 for verdict in prover.judge(trials):
                     verdicts[verdict.trial] = verdict
@@ -153,20 +152,6 @@ def prove(
         say(f"repeat: {row.trial.command(seed)}")
     say(f"{len(trials) - len(failed)} of {len(trials)} passed")
     return not failed
-
-
-@contextmanager
-def _ended_cleanly() -> Iterator[None]:
-    """Let SIGTERM, as a scheduler or `timeout` sends it, remove processes and files as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def row_named(name: str) -> Trial:

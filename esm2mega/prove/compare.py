@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esm2mega.checkpoint.layout import STATE, step_dir
+from esm2mega.checkpoint.fallback import ALL_OF_IT
+from esm2mega.checkpoint.layout import STATE, read_state, step_dir
 from esm2mega.checkpoint.tensors import TensorReader
 
 KINDS = ("loss", "gradient norm", "gradient", "weight", "checkpoint", "state")
@@ -84,7 +85,9 @@ class Outcome:
     @cached_property
     def checkpoint(self) -> dict[str, Tensor]:
         """Return the whole tensors, with main weights under ``main.`` even where they are the model's own."""
-        reader = TensorReader(step_dir(self.run_dir, self.steps))
+        directory = step_dir(self.run_dir, self.steps)
+        ALL_OF_IT.check(directory)
+        reader = TensorReader(directory)
         tensors = reader.read_many(reader.index)
         moved = {"optimizer.state.param.": "main.", "optimizer.state.fp32_param.": "main."}
         for name in list(tensors):
@@ -99,15 +102,19 @@ class Outcome:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        flat = dict(_flatten(json.loads((step_dir(self.run_dir, self.steps) / STATE).read_text())))
+        flat = dict(_flatten(read_state(step_dir(self.run_dir, self.steps))))
         return {name: value for name, value in flat.items() if name not in _OF_THE_LAYOUT}
 
 
 def differences(reference: Outcome, trial: Outcome) -> list[Difference]:
     """Compare all numbers of `trial` with those of `reference`, which is an unbroken run of one process."""
+    return [*run_differences(reference, trial), *_pieces(reference, trial)]
+
+
+def run_differences(reference: Outcome, trial: Outcome) -> list[Difference]:
+    """Compare what stands in the directories of the runs: logs, and the last checkpoints as whole tensors."""
     return [
         *_logs(reference, trial),
-        *_pieces(reference, trial),
         *_tensors(reference.checkpoint, trial.checkpoint),
         *_states(reference.state, trial.state),
     ]

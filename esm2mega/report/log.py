@@ -26,6 +26,9 @@ TRAIN = "train"
 EVAL = "eval"
 LOG_NAME = "log.jsonl"
 SYNC_SECONDS = 5.0
+CLOCK = ("tokens_per_second", "step_time", "memory_gb")
+"""Names the fields of a record that measure the machine, and differ between equal runs."""
+
 _CURE = "free space there or choose another run_dir"
 
 logger = logging.getLogger(__name__)

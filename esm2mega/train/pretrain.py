@@ -14,6 +14,7 @@ from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.overlap import check_overlap
 from esm2mega.data.store.cache import check_heads, open_store
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.store.verification import BackgroundVerification, verify
 from esm2mega.data.stream.build import BatchSpec, token_counts
 from esm2mega.data.stream.loader import EvalPacks, TrainStream
 from esm2mega.data.stream.recipe import describe_masks, masks_recipe, proteins_hash
@@ -59,9 +60,12 @@ def pretrain(
         for split, path in (("valid", run.data.valid), ("test", run.data.test))
         if path is not None
     }
+    stores = {"data.train": train_stores, **{f"data.{split}": [store] for split, store in held_out.items()}}
+    opened = [store for sets in stores.values() for store in sets]
+    timeout = timedelta(minutes=run.parallel.timeout_minutes)
+    on_one_rank(lambda: verify(opened, arrays_only=True), timeout)
     if "valid" in held_out:
         _check_predictable(run, held_out["valid"])
-    stores = {"data.train": train_stores, **{f"data.{split}": [store] for split, store in held_out.items()}}
     run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
     start = open_training_start(run)
     overlap = _overlap(run, stores, start)
@@ -137,6 +141,11 @@ def _session(
     banner = [f"data     {line}" for line in [*stream.samples.describe(), *overlap["notes"]]]
     if held_out:
         banner.append(f"eval     recipe {recipe}: {describe_masks(run.eval, run.data.max_seq_length)}")
+    # Rank 0 reads for all: on a shared file system every rank would read the same bytes.
+    verification = BackgroundVerification([*train_stores, *held_out.values()] if ranks.is_main else [])
+    if verification.num_bytes:
+        size = f"{verification.num_bytes / 1e9:.2f} GB"
+        banner.append(f"data     {size} are verified in the background, before the first checkpoint is saved")
     valid = held_out.get("valid")
     return Session(
         name="pretrain",
@@ -149,6 +158,7 @@ def _session(
         banner=banner,
         result=_result,
         training_values=loss_and_perplexity,
+        verification=verification,
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,44 +18,39 @@ _NONE, _SIGNAL, _TIME = range(3)
 """Are the reasons to stop; of several the largest is told to all ranks."""
 
 
-@contextmanager
-def kept_from_helpers() -> Iterator[None]:
-    """Block stop signals for helper processes that are started in this block, and here until its end.
-
-    Saving a checkpoint starts helpers that write. torchrun signals whole process groups, as Slurm and shells
-    can, and without its helpers a rank could not finish the checkpoint. Processes inherit blocked signals; a
-    signal that this process gets in the block is handled at the end of it.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class StopSignal:
-    """Stops every rank after the current step once any rank gets SIGTERM or SIGUSR1, or the time is up.
+    """Stops every rank after the current step once any rank gets SIGTERM or SIGUSR1, or is alarmed.
+
+    So does the end of the time. Signals are noted in the block of this object, which may come again.
 
     Attributes:
         name: The signal that this rank got; None if it got none.
-        stopping: Last result of `received`, the same on every rank.
+        saving: Whether any rank was writing a checkpoint at the last `received`, the same on every rank.
+        alarm: Tells whether this rank has another reason to stop, for which the caller has an error.
+        is_saving: Tells whether this rank is writing a checkpoint in the background.
+        limit: On rank 0, the limit of `train.max_minutes`; None for none, and on other ranks.
     """
 
-    def __init__(self, device: torch.device, limit: TimeLimit | None = None) -> None:
-        """Begin to count the time; signals are noted in the block of this object, which may come again.
-
-        Args:
-            device: Where the process groups communicate.
-            limit: On rank 0, the limit of `train.max_minutes`; None for none, and on other ranks.
-        """
-        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+    def __init__(
+        self,
+        device: torch.device,
+        alarm: Callable[[], bool] = lambda: False,
+        is_saving: Callable[[], bool] = lambda: False,
+        limit: TimeLimit | None = None,
+    ) -> None:
+        """Prepare the flags that the ranks share, on `device`; the other arguments are attributes."""
+        self.alarm = alarm
+        self.is_saving = is_saving
+        self.limit = limit
+        self._flags = torch.zeros(2, dtype=torch.int32, device=device)
         self._previous: dict[int, Any] = {}
-        self._limit = limit
         self._reason = _NONE
         self.name: str | None = None
+        self.saving = False
 
     @property
     def stopping(self) -> bool:
+        """Return the last result of `received`, the same on every rank."""
         return self._reason != _NONE
 
     @property
@@ -63,13 +58,13 @@ class StopSignal:
         """Return what stops the run, for a reader."""
         if self._reason == _TIME:
             return "train.max_minutes"
-        return self.name or "a signal to another rank"
+        return self.name or "another rank"
 
     def __enter__(self) -> StopSignal:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
-        if self._limit is not None:
-            self._limit.go_on()
+        if self.limit is not None:
+            self.limit.go_on()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -80,16 +75,34 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def received(self) -> bool:
-        """Return whether the run is to stop, by an all-reduce of one integer over the world."""
-        mine = _SIGNAL if self.name is not None else _NONE
+        """Return whether any rank has to stop, by an all-reduce of two integers over the world.
+
+        The other one is for `saving`, so that saves in the background need no collective of their own.
+        """
+        reason = _SIGNAL if self.name is not None or self.alarm() else _NONE
         # Asked in any case, since it times the work between two questions.
-        if self._limit is not None and self._limit.is_near():
-            mine = _TIME
-        self._flag.fill_(mine)
-        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
-        self._reason = int(self._flag.item())
+        if self.limit is not None and self.limit.is_near():
+            reason = _TIME
+        self._flags[0] = reason
+        self._flags[1] = self.is_saving()
+        dist.all_reduce(self._flags, op=dist.ReduceOp.MAX)
+        self._reason, saving = self._flags.tolist()
+        self.saving = bool(saving)
         return self.stopping
 
-    def saving(self) -> AbstractContextManager[None]:
-        """Return a block in which a checkpoint is saved, which is timed for the limit."""
-        return nullcontext() if self._limit is None else self._limit.saving()
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM, as a scheduler or `timeout` sends it, end a command as Ctrl-C does, which cleans up.
+
+    For commands that train in processes of their own, which are to be ended, and files to be removed.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,16 +9,25 @@ from datetime import timedelta
 from pathlib import Path
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.fallback import ALL_OF_IT, Verification, set_aside
+from esm2mega.checkpoint.run_lock import owning
 from esm2mega.config.load import load_run, load_run_over, values_of
+from esm2mega.config.machine import on_this_machine
 from esm2mega.config.paths import expand_user
-from esm2mega.config.run_name import is_there
-from esm2mega.config.schema import ModelConfig, Run
+from esm2mega.config.run_name import is_there, split_run
+from esm2mega.config.schema import Run
 from esm2mega.convert.formats.esm2mega import run_of
 from esm2mega.convert.into_model import check_same_model
-from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
-from esm2mega.errors import UserError
+from esm2mega.convert.start_point import (
+    StartPoint,
+    asks_to_verify,
+    open_together,
+    read_checkpoint,
+    read_start,
+)
+from esm2mega.errors import DamagedError, UserError
+from esm2mega.files import first_of
 from esm2mega.lora.base import has_adapters, with_base
-from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.paths import expand_paths
 
 
@@ -37,25 +45,24 @@ def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tu
         UserError: `load_run` refuses the configuration, or `init_from` cannot be read.
     """
     init_from, *shape = values_of(("init_from", "model.size", "model.num_layers"), config, overrides)
-    start = on_one_rank(lambda: _read_trainable(init_from)) if init_from is not None else None
+    start = None
+    if init_from is not None:
+        verify = asks_to_verify(overrides, config)
+        start = open_together(lambda how: _read_trainable(init_from, how), verify)
     if start is None:
         if init_from is not None and shape == [None, None]:
             raise UserError(f"init_from={init_from} does not exist, and no model is configured; correct it")
         return expand_paths(load_run(config, overrides)), None
-    model = copy.deepcopy(start.run.model)
-    # The choice of kernels was made for the machine that wrote it, and says nothing about this one.
-    defaults = ModelConfig()
-    for key in ("layer_spec", "attention_backend", "recompute"):
-        setattr(model, key, getattr(defaults, key))
+    model = on_this_machine(start.run).model
     return expand_paths(load_run_over(Run(model=model), overrides, config)), start
 
 
-def _read_trainable(init_from: str) -> StartPoint | None:
+def _read_trainable(init_from: str, verification: Verification) -> StartPoint | None:
     """Open a checkpoint that can be trained; return None if there is nothing at this path."""
     path = expand_user("init_from", init_from)
     if not is_there(path):
         return None
-    start = read_start(path)
+    start = read_start(path, verification)
     if not start.is_own:
         run_of(start.weights.description)  # refuses a dtype that no training computes in
     return start
@@ -76,27 +83,36 @@ def open_training_start(run: Run, opened: StartPoint | None = None) -> StartPoin
         UserError: `find_resume` or `find_init` refuses the start; or the base is missing or cannot be read.
     """
 
-    def find() -> StartPoint | None:
-        resumed = find_resume(run)
-        return find_init(run, opened) if resumed is None else with_base(resumed, run.init_from, opened)
+    def find(how: Verification) -> StartPoint | None:
+        resumed = find_resume(run, how)
+        if resumed is None:
+            return find_init(run, opened, how)
+        return with_base(resumed, run.init_from, opened, verification=how)
 
-    found = on_one_rank(find, timedelta(minutes=run.parallel.timeout_minutes))
+    found = open_together(find, run.checkpoint.verify, timedelta(minutes=run.parallel.timeout_minutes))
     if opened is not None and not any(x is opened for x in (found, found and found.base)):
         opened.release()
     return found
 
 
-def find_resume(run: Run) -> StartPoint | None:
+def find_resume(run: Run, verification: Verification = ALL_OF_IT) -> StartPoint | None:
     """Return the checkpoint that `checkpoint.resume` means, or None for a fresh start.
+
+    Where it means the newest one of `run_dir`, damaged ones are renamed, and the newest good one is returned.
+
+    Args:
+        run: The configuration.
+        verification: How far a checkpoint is verified.
 
     Raises:
         UserError: A fresh start was asked for in a directory that holds a run; or the named checkpoint does
-            not exist, run_dir holds later ones, or it belongs to another model.
+            not exist, run_dir holds later ones, or it belongs to another model; or all are damaged.
+        DamagedError: The one that was named exactly is damaged.
     """
     complete, incomplete = layout.find_checkpoints(run.run_dir)
     found: StartPoint | None = None
-    if run.checkpoint.resume not in ("auto", "never"):
-        found = read_checkpoint(run.checkpoint.resume, resuming=True)
+    if run.checkpoint.resume not in ("auto", "never") and not (complete and _means_newest_of_its_own(run)):
+        found = read_checkpoint(run.checkpoint.resume, resuming=True, verification=verification)
         _refuse_later(run, found, complete)
     else:
         if run.checkpoint.resume == "never" and complete:
@@ -106,11 +122,38 @@ def find_resume(run: Run) -> StartPoint | None:
             )
         for directory in incomplete:
             print(f"esm2mega: ignoring {directory}: it has no {layout.COMPLETE}", file=sys.stderr)
-        found = read_checkpoint(complete[-1]) if complete else None
+        found = _newest_good(run, complete, verification)
     if found is None:
         return None
     _check_resumable(found, run)
     return replace(found, is_resumed=True)
+
+
+def _means_newest_of_its_own(run: Run) -> bool:
+    """Tell whether `checkpoint.resume` names the run that `run_dir` is, and of it the last checkpoint."""
+    text, which = split_run(run.checkpoint.resume)
+    named = Path(text)
+    folders = (Path(run.run_dir), layout.checkpoints_dir(run.run_dir))
+    return (
+        which in (None, "last") and named.exists() and any(named.samefile(f) for f in folders if f.exists())
+    )
+
+
+def _newest_good(run: Run, complete: Sequence[Path], verification: Verification) -> StartPoint | None:
+    """Return the newest checkpoint of `run_dir` that is not damaged; those newer than it are set aside."""
+    for directory in reversed(complete):
+        try:
+            return read_checkpoint(directory, verification=verification)
+        except DamagedError as error:
+            with owning(run.run_dir):
+                set_aside(directory, error)
+    if (damaged := layout.find_set_aside(run.run_dir)) and run.checkpoint.resume != "never":
+        raise UserError(
+            f"run_dir={run.run_dir}: all of its checkpoints are damaged, and renamed to "
+            f"{first_of([path.name for path in damaged])}; copy a good one there and give it its name, or "
+            "start anew in another run_dir, for instance with init_from=CHECKPOINT"
+        )
+    return None
 
 
 def _check_resumable(found: StartPoint, run: Run) -> None:
@@ -146,19 +189,22 @@ def _check_resumable(found: StartPoint, run: Run) -> None:
         )
 
 
-def find_init(run: Run, opened: StartPoint | None = None) -> StartPoint | None:
+def find_init(
+    run: Run, opened: StartPoint | None = None, verification: Verification = ALL_OF_IT
+) -> StartPoint | None:
     """Return the checkpoint that `init_from` means, in any format, or None if it is not set.
 
     Args:
         run: The configuration.
         opened: That checkpoint, if it has been opened.
+        verification: How far the checkpoint is verified.
 
     Raises:
         UserError: The checkpoint does not exist, or it belongs to another model.
     """
     if run.init_from is None:
         return None
-    found = read_start(run.init_from) if opened is None else opened
+    found = read_start(run.init_from, verification) if opened is None else opened
     if run.task.kind is None and found.head != "lm":
         what = "no head" if found.task is None else f"the head of task.kind={found.task.task.kind}"
         raise UserError(

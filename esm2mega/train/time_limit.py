@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 _UNKNOWN_SAVE = 0.05
 """Is the part of the limit that is kept free for saving before the first checkpoint was timed …"""
@@ -34,6 +33,7 @@ class TimeLimit:
         self._asked = clock()
         self._end = (self._asked if begun is None else begun) + 60 * minutes
         self._step = 0.0
+        self._saving_since: float | None = None
         self._save = min(_UNKNOWN_SAVE * 60 * minutes, _MOST_UNKNOWN)
 
     def go_on(self) -> None:
@@ -46,10 +46,11 @@ class TimeLimit:
         self._step, self._asked = max(self._step, now - self._asked), now
         return now + self._step + self._save >= self._end
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Time the saving of a checkpoint in this block."""
-        before = self._clock()
-        yield
-        self._asked = self._clock()
-        self._save = self._asked - before
+    def save_begins(self) -> None:
+        """Begin to time the saving of a checkpoint, which may go on in the background."""
+        self._saving_since = self._clock()
+
+    def save_ends(self) -> None:
+        """Note how long the saving took, if any is not noted yet."""
+        if self._saving_since is not None:
+            self._save, self._saving_since = self._clock() - self._saving_since, None

@@ -1,117 +1,56 @@
-"""The shell examples are clean, say what can be set, and run in reduced form; Slurm's parts are stand-ins."""
+"""The examples are clean, say what can be set, and run in reduced form; Slurm: test_slurm_examples.py."""
 
 import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from esm2mega.data.store.prepare import prepare_fasta
-from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 from tests import warm
+from tests.cli.scripts import (
+    EXAMPLES,
+    SMALL_RUN,
+    environment,
+    free_port,
+    records,
+    run,
+    warm_python,
+    write_proteins,
+    write_store,
+)
 from tests.parity import references
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SCRIPTS = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".sh", ".sbatch"))
-SMALL = ("data.max_seq_length=128", "train.micro_batch_tokens=512", "train.global_batch_tokens=1024")
-SMALL_RUN = (*SMALL, "train.log_every=1", "schedule.warmup_steps=0")
-
-SRUN = """#!{python}
-import json, os, signal, subprocess, sys
-words = sys.argv[1:]
-with open({record!r}, "a") as handle:
-    handle.write(json.dumps(words) + "\\n")
-while words[0].startswith("--"):
-    words.pop(0)
-tasks = int(os.environ["SLURM_NTASKS"])
-ranks = [
-    subprocess.Popen(words, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
-    for i in range(tasks)
-]
-def forward(number, frame):
-    for rank in ranks:
-        rank.send_signal(number)
-signal.signal(signal.SIGUSR1, forward)
-signal.signal(signal.SIGTERM, forward)
-sys.exit(max(rank.wait() for rank in ranks))
-"""
-
-SCONTROL = """#!/usr/bin/env bash
-if [[ $1 == show ]]; then echo localhost; else echo "$@" >>{record}; fi
-"""
-
-APPTAINER = """#!/usr/bin/env bash
-while [[ $1 != *.sif ]]; do shift; done
-shift
-exec "$@"
-"""
+SCRIPTS = sorted(
+    path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*") if path.suffix in (".sh", ".sbatch")
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _warm_python(tmp_path_factory):
-    """The scripts, and torchrun for its ranks, take a stand-in for this interpreter."""
-    python = tmp_path_factory.mktemp("python") / "python"
-    with warm.interpreter(python), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHON", str(python))
-        patch.setenv("PYTHON_EXEC", str(python))
+    with warm_python(tmp_path_factory.mktemp("python")):
         yield
 
 
 @pytest.fixture(scope="module")
 def fasta(tmp_path_factory):
-    path = tmp_path_factory.mktemp("fasta") / "small.fasta"
-    spec = FamilySpec(median_length=60, length_sigma=0.2, min_length=40, max_length=90)
-    simulate_families(path, n_families=4, members=15, spec=spec)
-    return path
+    return write_proteins(tmp_path_factory.mktemp("fasta"))
 
 
 @pytest.fixture(scope="module")
-def store(fasta, tmp_path_factory):
-    path = tmp_path_factory.mktemp("store") / "store"
-    prepare_fasta([fasta], path, valid_size=10)
-    return path
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def environment(**variables):
-    """The caller's environment with one thread, without a launcher's variables."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "FASTA", "OUT", "CONFIG")
-    kept = {name: value for name, value in os.environ.items() if name not in launcher}
-    root = str(EXAMPLES.parent)
-    common = {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {**kept, **common, **variables}
-
-
-def run(script, *arguments, cwd, **variables):
-    return subprocess.run(
-        ["bash", str(EXAMPLES / script), *arguments],
-        cwd=cwd,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def records(run_dir):
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("store"))
 
 
 def test_there_are_examples():
-    assert SCRIPTS == ["pretrain_cpu.sh", "pretrain_slurm.sbatch", "pretrain_torchrun_multinode.sh"]
+    slurm = ["embed_array", "evaluate", "finetune_array", "pretrain"]
+    assert [
+        *("pretrain_cpu.sh", "pretrain_torchrun_multinode.sh"),
+        *(f"slurm/{name}.sbatch" for name in slurm),
+    ] == SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -189,138 +128,6 @@ def test_multinode_example_needs_a_store(tmp_path):
     refused = run("pretrain_torchrun_multinode.sh", cwd=tmp_path)
     assert refused.returncode != 0
     assert "set STORE to the directory made by" in refused.stderr
-
-
-@pytest.fixture
-def slurm(tmp_path):
-    """Stand-ins for Slurm and its variables: `srun` starts tasks here, `scontrol requeue` is written down."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    stubs = {
-        "srun": SRUN.format(python=sys.executable, record=str(tmp_path / "srun.jsonl")),
-        "scontrol": SCONTROL.format(record=tmp_path / "requeued"),
-        "apptainer": APPTAINER,
-    }
-    for name, text in stubs.items():
-        (commands / name).write_text(text)
-        (commands / name).chmod(0o755)
-    return {
-        "PATH": f"{commands}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "4242",
-        "SLURM_JOB_NAME": "trial",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_NTASKS": "2",
-    }
-
-
-def fake_python(tmp_path, body):
-    """An interpreter that does `body` and not what it is asked."""
-    path = tmp_path / "python"
-    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def srun_words(tmp_path):
-    (line,) = (tmp_path / "srun.jsonl").read_text().splitlines()
-    return json.loads(line)
-
-
-def test_slurm_ranks_get_their_numbers_and_the_configuration(slurm, tmp_path):
-    show = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >"rank$RANK"'
-    done = run(
-        "pretrain_slurm.sbatch", cwd=tmp_path, **slurm, STORE="/data", PYTHON=fake_python(tmp_path, show),
-        OVERRIDES="train.max_steps=5 optim.lr=2e-4",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    words = (
-        "-m esm2mega pretrain --config pretrain_esm2_650M run_dir=runs/slurm_trial data.train=/data/train "
-        "data.valid=/data/valid parallel.tensor_model_parallel_size=1 train.max_steps=5 optim.lr=2e-4\n"
-    )
-    assert (tmp_path / "rank0").read_text() == f"0 0 2 localhost 24242 {words}"
-    assert (tmp_path / "rank1").read_text() == f"1 1 2 localhost 24242 {words}"
-    assert not (tmp_path / "requeued").exists()
-
-
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (1, False), (2, False)])
-def test_slurm_job_is_requeued_for_exit_code_75_alone(code, requeued, slurm, tmp_path):
-    ended = run(
-        "pretrain_slurm.sbatch",
-        cwd=tmp_path,
-        **slurm,
-        STORE="s",
-        PYTHON=fake_python(tmp_path, f"exit {code}"),
-    )
-    assert ended.returncode == code
-    assert (tmp_path / "requeued").exists() == requeued
-    if requeued:
-        assert (tmp_path / "requeued").read_text() == "requeue 4242\n"
-
-
-def test_slurm_with_pyxis(slurm, tmp_path):
-    done = run(
-        "pretrain_slurm.sbatch", cwd=tmp_path, **slurm, STORE="/data", CONTAINER="pyxis", IMAGE="i.sqsh",
-        PYTHON=fake_python(tmp_path, "true"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    words = srun_words(tmp_path)
-    assert "--container-image=i.sqsh" in words
-    assert f"--container-mounts={tmp_path}:{tmp_path},/data:/data" in words
-
-
-def test_slurm_with_apptainer(slurm, tmp_path):
-    done = run(
-        "pretrain_slurm.sbatch", cwd=tmp_path, **slurm, STORE="/data", CONTAINER="apptainer", IMAGE="i.sif",
-        PYTHON=fake_python(tmp_path, "touch started"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "started").exists()
-    words = srun_words(tmp_path)
-    assert words[words.index("apptainer") : words.index("i.sif")][:3] == ["apptainer", "exec", "--nv"]
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({}, "set it to the directory made by esm2mega prepare fasta"),
-        ({"STORE": "s", "CONTAINER": "docker"}, "CONTAINER=docker is not one of none, pyxis, apptainer"),
-        ({"STORE": "s", "CONTAINER": "pyxis"}, "CONTAINER=pyxis needs it"),
-    ],
-)
-def test_slurm_refuses_what_cannot_work(variables, message, slurm, tmp_path):
-    refused = run("pretrain_slurm.sbatch", cwd=tmp_path, **slurm, **variables)
-    assert refused.returncode != 0
-    assert message in refused.stderr
-    assert not (tmp_path / "srun.jsonl").exists()
-
-
-@pytest.mark.distributed
-def test_slurm_saves_and_requeues_before_the_time_limit(slurm, store, tmp_path):
-    """As Slurm does it: USR1 to the batch script, which passes it on; the ranks save and end with 75."""
-    overrides = " ".join([*SMALL_RUN, "train.max_steps=100000", "train.eval_every=0"])
-    settings = {
-        **slurm, "STORE": str(store), "CONFIG": "pretrain_esm2_tiny", "RUN_DIR": "run",
-        "MASTER_PORT": free_port(), "OVERRIDES": overrides,
-    }  # fmt: skip
-    job = subprocess.Popen(
-        ["bash", str(EXAMPLES / "pretrain_slurm.sbatch")], cwd=tmp_path, env=environment(**settings),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        log = tmp_path / "run" / "log.jsonl"
-        deadline = time.monotonic() + 180
-        while (
-            not (log.exists() and log.stat().st_size) and job.poll() is None and time.monotonic() < deadline
-        ):
-            time.sleep(0.1)
-        job.send_signal(signal.SIGUSR1)
-        output = job.communicate(timeout=120)[0]
-    finally:
-        job.kill()
-    assert job.returncode == 75, output
-    assert (tmp_path / "requeued").read_text() == "requeue 4242\n"
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*/COMPLETE")
-    assert int(checkpoint.parent.name.removeprefix("step_")) == records(tmp_path / "run")[-1]["step"]
 
 
 def check_finetuning(done: subprocess.CompletedProcess[str], *checkpoints: str) -> None:

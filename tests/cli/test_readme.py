@@ -13,28 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-import numpy as np
 import pytest
 
 from esm2mega.cli.app import cli
 from esm2mega.data.store.token_store import TokenStore
-from esm2mega.vocabulary import VOCAB
 from tests import warm
 from tests.cli.pages import PAGES, README, ROOT, RUNS, TEXT, blocks, commands, name_of, walk
+from tests.cli.readme_walk import STEPS_PER_START, reduced, write_inputs
 
 README_LINES = 250
-
-# Appended to the README's training commands, which are otherwise taken word by word.
-SMALL = (
-    "data.max_seq_length=64",
-    "train.micro_batch_tokens=256",
-    "train.global_batch_tokens=512",
-    "train.eval_every=1",
-    "train.eval_batches=4",
-    "train.log_every=1",
-    "schedule.warmup_steps=0",
-)
-STEPS_PER_START = 2
 
 # Commands of the README that the walk below does not run, by their first words: the test that runs them and
 # how it is seen there. None stands for what no test can run: it needs a network, GPUs or a container.
@@ -51,9 +38,9 @@ RUN_ELSEWHERE = {
         "tests/cli/test_examples.py",
         "pretrain_torchrun_multinode.sh",
     ),
-    "sbatch --nodes 4 examples/pretrain_slurm.sbatch": (
-        "tests/cli/test_examples.py",
-        "pretrain_slurm.sbatch",
+    "sbatch --nodes 4 examples/slurm/pretrain.sbatch": (
+        "tests/cli/test_slurm_examples.py",
+        "slurm/pretrain.sbatch",
     ),
 }
 
@@ -72,25 +59,6 @@ class Walked:
     def records(self, kind: str) -> list[dict[str, float]]:
         lines = (self.run_dir / "log.jsonl").read_text().splitlines()
         return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def write_fasta(path: Path, count: int = 430) -> None:
-    """Short random proteins, more than the README holds out."""
-    rng = np.random.default_rng(5)
-    letters = np.frombuffer("".join(VOCAB[4:24]).encode(), dtype=np.uint8)
-    with path.open("wb") as file:
-        for number, length in enumerate(rng.integers(8, 40, count)):
-            file.write(b">p%d\n%s\n" % (number, rng.choice(letters, size=length).tobytes()))
-
-
-def write_labels(folder: Path) -> None:
-    """Tables of labelled proteins, and proteins to predict, under the names of the recipe."""
-    records = (folder / "my_proteins.fasta").read_text().split()
-    sequences = records[1:61:2]
-    rows = [f"{sequence},{len(sequence) / 100}" for sequence in sequences]
-    for name, part in (("train.csv", rows[:24]), ("valid.csv", rows[24:])):
-        (folder / name).write_text("\n".join(["sequence,fitness", *part]) + "\n")
-    (folder / "new_proteins.fasta").write_text("\n".join(records[:20]) + "\n")
 
 
 def path_with_commands(folder: Path, python: Path) -> str:
@@ -120,18 +88,9 @@ def walk_through(folder: Path, python: Path) -> Walked:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    write_fasta(folder / "my_proteins.fasta")
-    write_labels(folder)
-    output, starts = {}, 0
-    for command in walk():
-        line = command.line
-        if "pretrain" in command.words:
-            starts += 1
-            line += f" {shlex.join(SMALL)} train.max_steps={starts * STEPS_PER_START}"
-        elif "finetune" in command.words:
-            line += f" {shlex.join(SMALL)} train.max_steps={STEPS_PER_START}"
-            if "data.valid=valid.csv" not in command.words:
-                line += " train.eval_every=0"
+    write_inputs(folder)
+    output = {}
+    for command, line in reduced():
         done = subprocess.run(
             ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
         )

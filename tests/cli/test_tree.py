@@ -19,16 +19,23 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Files of tests/unit that test no single module, and what they test.
 OTHER_SUBJECTS = {
+    "checkpoint/test_bit_flips.py": "changed files of a checkpoint, through every command that reads one",
     "checkpoint/test_written_before.py": "files that an earlier version wrote",
     "config/test_conf_files.py": "the configurations in conf/",
+    "cli/test_checkpoint_places.py": "the places that a checkpoint names, through every command",
     "cli/test_cures.py": "the messages of all commands, for cures that the commands do not have",
+    "cli/test_damaged_stores.py": "damaged token stores, through the commands that read them",
     "cli/test_inputs.py": "streams and compressed tables, in every command",
     "convert/test_traps.py": "the table of traps in docs/converters.md",
     "convert/test_untrusted.py": "crafted files, through every reader of files",
     "data/labels/test_random_tables.py": "labels of all kinds, through every format of files",
+    "finetune/test_finite.py": "predictions that are not finite, through every command and function",
+    "data/readers/test_limits.py": "sizes that files claim, through every reader",
     "finetune/test_label_layouts.py": "layouts of labels, from published files to a trained model",
     "finetune/test_best.py": "the best and the last weights of a run, through every command",
     "finetune/test_targets.py": "several target columns, from table to prediction",
+    "infer/test_finite.py": "outputs that are not finite, through every command and function",
+    "infer/test_flipped_bits.py": "flipped bits in outputs and in unfinished ones",
     "lora/test_exchange.py": "merging and the exchange with PEFT, against each other",
     "lora/test_finetuned.py": "adapters with a head, from training to prediction",
     "lora/test_training.py": "adapters in training, resuming and starting",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -140,3 +141,24 @@ def test_what_an_earlier_start_wrote_is_read_or_refused(tmp_path: Path, content:
         read_json(path, "begin again")
     path.write_text('{"a": 1}')
     assert read_json(path, "begin again") == {"a": 1}
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
+    """By the next process that writes the same file; what others are writing at the time stays."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    machine = os.uname().nodename
+    left, *others = (
+        tmp_path / name
+        for name in (
+            f".a.json.{machine}.{ended.pid}.partial",
+            f".a.json.{machine}.{os.getppid()}.partial",
+            f".a.json.another-machine.{ended.pid}.partial",
+            f".b.a.json.{machine}.{ended.pid}.partial",
+            f".a.json.{machine}.mine.partial",
+        )
+    )
+    for path in (left, *others):
+        path.touch()
+    files.write_json(tmp_path / "a.json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *(path.name for path in others)}

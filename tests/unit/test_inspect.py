@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from esm2mega.checkpoint import layout
 from esm2mega.data.benchmarks.flip import prepare_flip
 from esm2mega.errors import UserError
 from esm2mega.finetune.api import train_model
 from esm2mega.inspect import inspect_path
+from tests.unit.checkpoint.test_digests import flip
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS
 
@@ -41,6 +45,44 @@ def test_checkpoint(finished: TinyRun) -> None:
     )
     assert "optimizer: " in text
     assert not any(name.startswith("optimizer") for name in _checksums(text))
+
+
+def test_verify_lists_every_file(finished: TinyRun) -> None:
+    checkpoint = layout.step_dir(finished.run_dir, 4)
+    for path in (checkpoint, finished.valid):
+        plain, verified = inspect_path(path).splitlines(), inspect_path(path, verify=True).splitlines()
+        assert verified[: len(plain)] == plain and len(verified) > len(plain)
+        files = json.loads((path / ("digests.json" if path == checkpoint else "manifest.json")).read_text())[
+            "files"
+        ]
+        for line, (name, entry) in zip(verified[len(plain) :], files.items(), strict=False):
+            assert line.split()[1:3] == [name, f"{entry['bytes']:,}"] and line.endswith(entry["sha256"][:16])
+        assert len(verified) - len(plain) == len(files) + (path == checkpoint)
+
+
+def test_verify_takes_no_older_checkpoint_for_a_damaged_one(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished.run_dir, run_dir)
+    flip(layout.step_dir(run_dir, 4) / "model" / "__0_0.distcp", 4000)
+    assert f"checkpoint {layout.step_dir(run_dir, 2)} " in inspect_path(run_dir)
+    assert "step_00000004 is passed over" in capsys.readouterr().err
+    with pytest.raises(UserError, match="__0_0.distcp: is damaged"):
+        inspect_path(run_dir, verify=True)
+
+
+def test_verify_says_so_where_there_are_no_digests(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "step_00000004"
+    shutil.copytree(layout.step_dir(finished.run_dir, 4), old)
+    (old / "digests.json").unlink()
+    (old / "COMPLETE").write_text("")
+    assert inspect_path(old, verify=True).endswith("\nnothing verified: no digests")
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError):
+        inspect_path(tmp_path / "model.safetensors", verify=True)
 
 
 def test_run_directory_means_its_newest_checkpoint(finished: TinyRun) -> None:

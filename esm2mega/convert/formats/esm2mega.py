@@ -14,6 +14,7 @@ from torch import Tensor
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import AUXILIARY, write_auxiliary
 from esm2mega.checkpoint.choice import choose_checkpoint
+from esm2mega.checkpoint.digests import write_digests
 from esm2mega.checkpoint.tensor_filter import TASK_HEAD
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
@@ -73,7 +74,10 @@ def matches(source: SourceFiles) -> bool:
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read a checkpoint, or the one that a run means, without its optimizer."""
+    """Read a checkpoint, or the one that a run means, without its optimizer.
+
+    Commands have it verified before, where they find their source.
+    """
     checkpoint = choose_checkpoint(source.path).path
     return read_checkpoint(checkpoint, layout.read_config(checkpoint), layout.read_state(checkpoint), drop)
 
@@ -186,7 +190,7 @@ def write(weights: Weights, path: Path, run: Run | None = None) -> None:
     write_weights(path / layout.MODEL, whole, read_chunk)
     write_auxiliary(path, {name: parts(name).clone() for name in auxiliary})
     layout.write_description(path, run, _state(weights))
-    (path / layout.COMPLETE).write_text("")
+    write_digests(path)
 
 
 def is_auxiliary(description: Description) -> Callable[[str], bool]:

@@ -123,6 +123,7 @@ def build_labelled(
         len(tokens),
         len(numbers),
         len(pieces),
+        pieces.sample_starts(),
     )
 
 

@@ -24,6 +24,12 @@ from esm2mega.files import file_sha256, first_of, refuse_stream, shortened
 WHITE_SPACE = b" \t\r\n\v\f"
 RESIDUE_BYTES = string.ascii_letters.encode() + b"*-."
 
+LONGEST_SEQUENCE = 16 << 20
+"""A protein has at most so many residues, in every format; the longest that is known has some 45 thousand."""
+
+LONGEST_TEXT = 2 * LONGEST_SEQUENCE
+"""A record, or the row of a table, may take this many bytes, and is refused as soon as it is longer."""
+
 MISSING_VALUES = frozenset({"nan", "NaN", "NA", "N/A", "<NA>", "#N/A", "null", "None"})
 """Other programs write these into cells without a value; some of them would pass as residues."""
 
@@ -228,6 +234,7 @@ def table_record(
 
 def residues_of(sequence: str, location: str, name: str) -> bytes:
     """Return the residues of a cell, without white space; raise UserError at a character that is none."""
+    check_length(len(sequence), location, name)
     residues = sequence.encode("utf-8", "surrogatepass").translate(None, WHITE_SPACE)
     if stray := residues.translate(None, RESIDUE_BYTES):
         shown = stray[:4].decode("utf-8", errors="replace")[0]
@@ -235,6 +242,15 @@ def residues_of(sequence: str, location: str, name: str) -> bytes:
             f"{location}: {shown!r} in the sequence of {name!r} is no residue (letters and '*-.' are)"
         )
     return residues
+
+
+def check_length(length: int, location: str, name: str) -> None:
+    """Refuse a sequence of more than `LONGEST_SEQUENCE` residues before it is taken apart."""
+    if length > LONGEST_SEQUENCE:
+        raise UserError(
+            f"{location}: the sequence of {name!r} has {length:,} residues, the limit is "
+            f"{LONGEST_SEQUENCE:,}; remove or cut the record"
+        )
 
 
 def find_columns(

@@ -22,7 +22,15 @@ from typing import Any, NamedTuple
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
-from esm2mega.data.readers.base import RESIDUE_BYTES, WHITE_SPACE, Block, ByteProgress, Record, check_id
+from esm2mega.data.readers.base import (
+    RESIDUE_BYTES,
+    WHITE_SPACE,
+    Block,
+    ByteProgress,
+    Record,
+    check_id,
+    check_length,
+)
 from esm2mega.data.readers.text import TextSource
 from esm2mega.errors import UserError
 
@@ -67,6 +75,7 @@ class FastaReader(TextSource):
     """Iterates over the records of one FASTA file."""
 
     format_name = "FASTA"
+    too_long = "a record (does a line that starts with '>' lack?)"
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
         """Look for the first header; raise UserError when there is none."""
@@ -107,6 +116,7 @@ class FastaReader(TextSource):
                     f"{self.location(stray_line)}: {shown!r} in the {of} of {name!r} is no {what}"
                 )
             body = text.encode().translate(None, WHITE_SPACE)
+            check_length(len(body), self.location(line), name)
             if not body:
                 raise UserError(
                     f"{self.location(line)}: no {of} under the header of {name!r}; remove or complete the "

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega.data.readers.base import Block, ByteProgress, Record, RowSource
+from esm2mega.data.readers.base import Block, ByteProgress, Record, RowSource, check_length
 from esm2mega.errors import UserError
 
 VOCAB = ("[PAD]", "[MASK]", "[CLS]", "[SEP]", "[UNK]", "[unused1]", *"ABCDEFGHIKLMNOPQRSTUVWXYZ")
@@ -82,6 +82,7 @@ class MegatronReader(RowSource):
                     f"{self.location(number)}: lies outside of {self._bin.name}; the two files do not belong "
                     "together, or one is damaged"
                 )
+            check_length(length, self.location(number), str(number))
             yield Record(str(number), self._residues(tokens[start : start + length], letters, number), number)
 
     def _residues(self, tokens: npt.NDArray[Any], letters: npt.NDArray[np.uint8], number: int) -> bytes:

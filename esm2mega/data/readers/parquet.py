@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm2mega.data.readers.base import (
+    LONGEST_TEXT,
     Block,
     ByteProgress,
     Record,
@@ -72,6 +73,7 @@ class ParquetReader(RowSource):
         with open_parquet(self.path) as file:
             # Empty groups begin at the same row as the group behind them, so take the rightmost.
             group = bisect.bisect_right(self._starts, block.line - 1) - 1
+            check_sizes(self.path, file, columns, group, block.line)
             for batch in file.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False):
                 for cells in batch.to_pylist():
                     yield row, {name: _text(cell) for name, cell in cells.items()}
@@ -95,6 +97,31 @@ class ParquetReader(RowSource):
         setting = self._options.setting("id_column" if integers else "sequence_column", "NAME")
         cure = "make it text" if setting is None else f"name another with {setting}"
         raise UserError(f"{self.path}: the column {column!r} holds {found}, not text; {cure}")
+
+
+def check_sizes(
+    path: Path, file: pyarrow.parquet.ParquetFile, columns: Sequence[str], group: int, first: int
+) -> None:
+    """Refuse a row group whose cells are larger than those of text may be, before they are decompressed.
+
+    Args:
+        path: path of the file, for messages.
+        file: the file.
+        columns: names of the columns that are read.
+        group: number of the row group.
+        first: number of its first row.
+    """
+    metadata = file.metadata.row_group(group)
+    for number in range(metadata.num_columns):
+        chunk = metadata.column(number)
+        size = chunk.total_uncompressed_size // max(metadata.num_rows, 1)
+        name = chunk.path_in_schema.split(".")[0]
+        if name in columns and size > LONGEST_TEXT:
+            last = first + metadata.num_rows - 1
+            raise UserError(
+                f"{path}: rows {first} to {last} take {size >> 20} MiB each in {name!r}, the limit is "
+                f"{LONGEST_TEXT >> 20}; remove or cut them"
+            )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from esm2mega.data.readers.base import ByteProgress, Record, require_columns, residues_of
-from esm2mega.data.readers.parquet import open_parquet
+from esm2mega.data.readers.parquet import check_sizes, open_parquet
 from esm2mega.errors import UserError
 from esm2mega.files import file_sha256, refuse_stream, shortened
 
@@ -87,6 +87,10 @@ class ParquetFile(RowFile):
         self.hash()
         number = 0
         with open_parquet(self.path) as file:
+            first = 1
+            for group in range(file.num_row_groups):
+                check_sizes(self.path, file, self.columns, group, first)
+                first += file.metadata.row_group(group).num_rows
             for batch in file.iter_batches(_ROWS, columns=self.columns):
                 for values in zip(*(batch.column(name).to_pylist() for name in self.columns), strict=True):
                     number += 1

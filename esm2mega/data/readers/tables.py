@@ -9,14 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esm2mega.data.readers.base import Block, ByteProgress, Record, SourceOptions, find_columns, table_record
+from esm2mega.data.readers.base import (
+    LONGEST_TEXT,
+    Block,
+    ByteProgress,
+    Record,
+    SourceOptions,
+    find_columns,
+    table_record,
+)
 from esm2mega.data.readers.text import TextSource
 from esm2mega.errors import UserError
 from esm2mega.files import parse_json
 
 _DELIMITERS = ",\t;"
 _HEADER_BYTES = 1 << 20
-_LONGEST_ROW = 1 << 30
 
 
 class _TableSource(TextSource):
@@ -60,6 +67,7 @@ class CsvReader(_TableSource):
     """
 
     format_name = "CSV"
+    too_long = "a row (is a double quote missing?)"
 
     def __init__(
         self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
@@ -120,8 +128,6 @@ class CsvReader(_TableSource):
             before = text.rfind(b"\n", 0, end - 1) + 1
             quotes -= text.count(b'"', before, end)
             end = before
-        if not end and len(text) > _LONGEST_ROW:
-            raise UserError(f"{self.path}: has a row of more than 1 GiB; is a double quote missing?")
         return end
 
     def _header_line(self, stream: io.BufferedReader[Any]) -> bytes:
@@ -142,6 +148,7 @@ class JsonLinesReader(_TableSource):
     """Reads one JSON object per line."""
 
     format_name = "JSON lines"
+    too_long = "a line"
 
     def __init__(
         self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
@@ -150,7 +157,10 @@ class JsonLinesReader(_TableSource):
         super().__init__(path, options, progress)
         with self._opened() as stream:
             text, line = self._start(stream)
-            text += stream.readline() if not text.endswith(b"\n") else b""
+            if not text.endswith(b"\n"):
+                text += stream.readline(LONGEST_TEXT)
+            if len(text) > LONGEST_TEXT:
+                raise self._too_long(line)
         self.columns = list(self._parse(text, line))
         self._sequence, self._id = find_columns(self.path, self.columns, options, "key")
 

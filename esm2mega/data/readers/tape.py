@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm2mega.data.readers.base import Block, ByteProgress, Record, RowSource, SourceOptions, table_record
+from esm2mega.data.readers.lmdb_pages import check_pages
 from esm2mega.errors import UserError
+from esm2mega.files import shortened
 
 if TYPE_CHECKING:
     import lmdb
@@ -51,8 +53,12 @@ def _encode(text: object, encoding: object) -> bytes:
     return text.encode("latin1")
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """Builds text, numbers and containers; in place of numpy's objects it builds `_Skipped`."""
+class RestrictedUnpickler(pickle._Unpickler):
+    """Builds text, numbers and containers; in place of numpy's objects it builds `_Skipped`.
+
+    It is the library's implementation in Python: the one in C makes a table as long as the largest number
+    under which a pickle keeps an object, and a few bytes can name 4 billion.
+    """
 
     def find_class(self, module: str, name: str) -> Callable[..., object]:
         if (module, name) == ("_codecs", "encode"):
@@ -97,10 +103,16 @@ class TapeReader(RowSource):
         self._restricted = load or load_restricted
         self._file = self.path / "data.mdb" if self.path.is_dir() else self.path
         self._check_file(self._file, "LMDB")
+        num_entries = check_pages(self._file)
         with self._opened() as transaction:
             count = self._load(transaction, _COUNT)
-        if not isinstance(count, int) or count < 1:
-            raise UserError(f"{self.path}: num_examples is {count!r}, not a number of records")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise UserError(f"{self.path}: num_examples is {shortened(count)}, not a number of records")
+        if count >= num_entries:  # one entry is the number itself
+            raise UserError(
+                f"{self.path}: num_examples is {shortened(count)}, but the file has {num_entries - 1} other "
+                "entries; is this a complete TAPE file?"
+            )
         self._count = count
 
     def files(self) -> list[Path]:
@@ -158,12 +170,6 @@ class TapeReader(RowSource):
         try:
             environment = lmdb.open(str(self._file), subdir=False, readonly=True, lock=False, readahead=False)
             with environment, environment.begin() as transaction:
-                pages = environment.info()["last_pgno"] + 1
-                expected, found = pages * environment.stat()["psize"], self._file.stat().st_size
-                if found < expected:  # reading behind the end of a mapped file would kill the process
-                    raise UserError(
-                        f"{self._file}: has {found} bytes instead of {expected} (truncated); copy it again"
-                    )
                 yield transaction
         except lmdb.Error as error:
             raise UserError(f"{self.path}: is not a readable LMDB file ({error})") from None

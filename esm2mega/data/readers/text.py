@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esm2mega.data.readers.base import Block, ByteProgress, RecordSource
+from esm2mega.data.readers.base import LONGEST_TEXT, Block, ByteProgress, RecordSource
 from esm2mega.errors import UserError
 
 if sys.version_info >= (3, 14):
@@ -56,6 +56,8 @@ class TextSource(RecordSource):
     """Reads a text file whose records follow each other; a subclass says where it may be cut."""
 
     format_name = "text"
+    too_long = "a record"
+    """What may not be longer than `LONGEST_TEXT`, with a likely reason, for the message."""
 
     def __init__(self, path: str | Path, progress: ByteProgress | None = None) -> None:
         """Check that the file exists.
@@ -83,6 +85,8 @@ class TextSource(RecordSource):
                     yield Block(line, pending[:end])
                     line += pending.count(b"\n", 0, end)
                     pending = pending[end:]
+                elif len(pending) > LONGEST_TEXT:
+                    raise self._too_long(line)
             if pending:
                 yield Block(line, pending)
 
@@ -95,6 +99,9 @@ class TextSource(RecordSource):
             raise UserError(
                 f"{self.location(line)}: is not UTF-8; convert the file, e.g. with iconv"
             ) from None
+
+    def _too_long(self, line: int) -> UserError:
+        return UserError(f"{self.location(line)}: {self.too_long} has more than {LONGEST_TEXT >> 20} MiB")
 
     @abstractmethod
     def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
@@ -131,6 +138,22 @@ def open_text(path: Path) -> Iterator[io.BufferedReader[Any]]:
     """
     with _decompressed(path, None) as (stream, _):
         yield stream
+
+
+def bounded_lines(path: Path, stream: io.TextIOWrapper) -> Iterator[str]:
+    """Yield the lines of a text, none of more than `LONGEST_TEXT` characters.
+
+    Raises:
+        UserError: There is a longer one.
+    """
+    number = 0
+    while line := stream.readline(LONGEST_TEXT):
+        number += 1
+        if len(line) == LONGEST_TEXT:
+            raise UserError(
+                f"{path}:{number}: a line has more than {LONGEST_TEXT >> 20} MiB; correct the file"
+            )
+        yield line
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reads the manifest of a token store, and refuses one that does not fit this version."""
+"""Reads the manifest of a token store, and refuses one that is damaged or does not fit this version."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega import vocabulary
-from esm2mega.errors import UserError
-from esm2mega.files import parse_json
+from esm2mega.errors import DamagedError, UserError
+from esm2mega.files import json_sha256, parse_json
 
 FORMAT = "esm2mega token store"
 FORMAT_VERSION = 1
@@ -23,6 +23,8 @@ TOKENS, INDEX = "tokens.bin", "tokens.idx"
 IDS, ID_OFFSETS = "ids.bin", "ids.offsets.npy"
 MANIFEST = "manifest.json"
 TOKEN_FILES = re.compile(r"tokens(-\d{5})?\.bin")
+CHECKSUM = "sha256"
+"""This entry is the checksum of all other ones; manifests of earlier versions have none."""
 
 _PREPARE_AGAIN = "make it again with `esm2mega prepare`"
 
@@ -83,8 +85,16 @@ def read_manifest(path: Path, staged: bool) -> Mapping[str, Any]:
         raise damaged(file, f"is not JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{file}: is not the manifest of an esm2mega token store; check the path")
+    if CHECKSUM in manifest and manifest != sealed(manifest):
+        raise damaged(file, "differs from the checksum that it holds")
     _check_identity(file, manifest)
     return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the checksum of all its other entries."""
+    content = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    return {**content, CHECKSUM: json_sha256(content)}
 
 
 def _check_identity(file: Path, manifest: Mapping[str, Any]) -> None:
@@ -113,7 +123,10 @@ def _check_entries(file: Path, manifest: Mapping[str, Any]) -> None:
         and files.keys() >= {INDEX, IDS, ID_OFFSETS}
         and any(TOKEN_FILES.fullmatch(name) for name in files)
         and all(
-            isinstance(entry, dict) and is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+            isinstance(entry, dict)
+            and is_count(entry.get("bytes"))
+            and entry["bytes"] > 0
+            and isinstance(entry.get("sha256"), str)
             for entry in files.values()
         ),
         "token_counts": isinstance(counts, list)
@@ -127,6 +140,19 @@ def _check_entries(file: Path, manifest: Mapping[str, Any]) -> None:
         raise damaged(file, f"the entry {wrong[0]!r} is missing or not what it should be")
 
 
-def damaged(file: Path, what: str) -> UserError:
+def damaged(file: Path, what: str) -> DamagedError:
     """Return the error for a file of a store that is not what it was written as."""
-    return UserError(f"{file}: {what}: the token store is damaged; {_PREPARE_AGAIN}")
+    made = file.parent.parent
+    cure = _PREPARE_AGAIN
+    if cache_lock(made).exists():
+        cure = f"remove the directory {made}, and the same command makes it again from your file"
+    return DamagedError(file, f"{what}: the token store is damaged; {cure}")
+
+
+def cache_lock(made: Path) -> Path:
+    """Return the lock under which stores are made of a file that a configuration names.
+
+    Args:
+        made: Directory of these stores in the cache.
+    """
+    return made.with_name(f".{made.name}.lock")

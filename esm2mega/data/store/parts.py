@@ -2,8 +2,8 @@
 
 One process reads the inputs from front to back and hands out blocks; the workers parse and encode them. A
 part is renamed when it is complete and holds the key of its block, so a later attempt takes it as it is if
-the input still has the same block there. Beside its store, a part has a file with the number of lower-case
-residues of each record when there are any.
+the input still has the same block there and no file of the part has changed. Beside its store, a part has a
+file with the number of lower-case residues of each record when there are any.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -29,6 +28,8 @@ from esm2mega.data.readers.base import Block, Record, RecordSource
 from esm2mega.data.store.intake import check_known, in_batches
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import file_sha256
+from esm2mega.processes import follow_parent
 
 MOST_WORKERS = 16
 """More workers would not help: one process reads and hashes the inputs, and cannot feed many more."""
@@ -36,6 +37,9 @@ MOST_WORKERS = 16
 # Residues handed to a writer at once: enough to make the cost per batch negligible, and small in memory.
 _BATCH_RESIDUES = 4 << 20
 _WAITING_BLOCKS = 2
+
+_LOWER_CASE = "lower_case_sha256"
+"""This entry of a part's manifest is the checksum of the file beside it; absent where there is none."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +154,21 @@ class _Job:
                 with open(_lower_case_file(self.path), "wb") as file:
                     np.save(file, np.concatenate(lower_case))
                     os.fsync(file.fileno())
+                writer.provenance[_LOWER_CASE] = file_sha256(_lower_case_file(self.path))
         counts = writer.counts
         return Part(self.path, self.number, counts.sequences, counts.residues, kept.dropped)
 
     def _finished(self) -> Part | None:
         try:
             store = TokenStore(self.path, staged=True)
+            if store.manifest.get("block") != self.key:
+                return None
+            store.verify()
+            lower_case = _lower_case_file(self.path)
+            found = file_sha256(lower_case) if store.counts.lower_case_residues else None
         except UserError:
             return None
-        if store.manifest.get("block") != self.key:
+        if not store.is_sealed or found != store.manifest.get(_LOWER_CASE):
             return None
         counts = store.counts
         return Part(
@@ -212,14 +222,7 @@ def _run_job(job: _Job) -> Part:
 def _prepare_worker() -> None:
     """Leave Ctrl-C to the parent, and end as soon as the parent has ended, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow_parent()
 
 
 class _Kept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -22,7 +22,7 @@ def staging_directory(out: Path) -> Iterator[Path]:
     that the next attempt can go on from it: `files.appearing` begins anew each time and locks nothing. An
     OSError in the block becomes a MachineError.
     """
-    staging = out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")
+    staging = _staging_of(out)
     try:
         staging.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(staging / "lock", timeout=0):
@@ -37,9 +37,21 @@ def staging_directory(out: Path) -> Iterator[Path]:
         ) from error
 
 
+def _staging_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.prepare{PARTIAL_SUFFIX}")
+
+
 def check_new(out: Path) -> None:
-    """Raise `UserError` if `out` exists: commands ask before they read inputs, and `staged` asks again."""
+    """Raise `UserError` if `out` exists: commands ask before they read inputs, and `staged` asks again.
+
+    What an attempt has left beside `out` that was killed when it had just made it is removed.
+    """
     if out.exists():
+        left = _staging_of(out)
+        with suppress(OSError, filelock.Timeout):
+            if left.is_dir():
+                with filelock.FileLock(left / "lock", timeout=0):
+                    shutil.rmtree(left)
         raise UserError(f"{out}: exists already; name another directory or remove it")
 
 

@@ -4,7 +4,9 @@
       or tokens-00000.bin, …   the same bytes in files of limited size, under the one index
     ids.bin, ids.offsets.npy   the ids in UTF-8 back to back, and int64 [n + 1] where each begins (and ends)
     clusters.*                 in a store with clusters: which rows belong together, see `clusters.py`
-    manifest.json              format, tokenizer hash, counts, sources, size and SHA-256 of the other files
+    manifest.json              format, tokenizer hash, counts, sources, size and SHA-256 of the other files,
+                               and the SHA-256 of all this
+    .verified.json             which large files were found to agree with that, see `verification.py`
 
 `lengths` count residues; a protein of L residues has L + 2 tokens with `<cls>` and `<eos>`, which are added
 when it is read for the model. A store has a name that `TokenStore` refuses until it is complete.
@@ -30,6 +32,7 @@ import numpy.typing as npt
 from esm2mega import vocabulary
 from esm2mega.data.store import clusters, store_files
 from esm2mega.data.store.manifest import (
+    CHECKSUM,
     FORMAT,
     FORMAT_VERSION,
     ID_OFFSETS,
@@ -42,11 +45,12 @@ from esm2mega.data.store.manifest import (
     StoreCounts,
     damaged,
     read_manifest,
+    sealed,
 )
 from esm2mega.data.store.shards import SHARD_BYTES, ShardWriter, map_files
 from esm2mega.data.store.store_files import HashedFile, NumberSpool, offset_blocks, write_offsets
-from esm2mega.errors import UserError
-from esm2mega.files import file_sha256
+from esm2mega.data.store.verification import verify_file, verify_small
+from esm2mega.errors import DamagedError, UserError
 from esm2mega.version import __version__
 
 # Head of a megatron-core index: magic, version 1, dtype code 1 (uint8), number of sequences, number of
@@ -181,7 +185,7 @@ class StoreWriter:
             "files": files,
         }
         with open(self._partial / MANIFEST, "x", encoding="utf-8") as stream:
-            json.dump(manifest, stream, indent=1, ensure_ascii=False)
+            json.dump(sealed(manifest), stream, indent=1, ensure_ascii=False)
             stream.write("\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -218,7 +222,9 @@ class TokenStore:
     """
 
     def __init__(self, path: str | Path, staged: bool = False) -> None:
-        """Open the store and check that its files fit each other and this tokenizer; no tokens are read.
+        """Open the store, compare its small files with their checksums, and check that all fit each other.
+
+        Large files, such as the tokens, are not read; `verify` and `verification.py` compare those.
 
         Args:
             path: directory of the store.
@@ -227,8 +233,9 @@ class TokenStore:
         self.path = Path(path)
         self.manifest = read_manifest(self.path, staged)
         self._check_sizes()
-        token_files = sorted(name for name in self.manifest["files"] if TOKEN_FILES.fullmatch(name))
-        self.tokens: npt.NDArray[np.uint8] = map_files([self.path / name for name in token_files])
+        verify_small(self)
+        self._token_files = sorted(name for name in self.manifest["files"] if TOKEN_FILES.fullmatch(name))
+        self.tokens: npt.NDArray[np.uint8] = map_files([self.path / name for name in self._token_files])
         self.lengths, self.starts = self._map_index()
         self._ids = _Ids(self.path / IDS, self.path / ID_OFFSETS, len(self))
         self.clusters = self._map_clusters() if self._has_clusters else None
@@ -267,11 +274,23 @@ class TokenStore:
         hashes = [self.manifest["tokens_sha256"], self.manifest["files"][INDEX]["sha256"]]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
+    @property
+    def is_sealed(self) -> bool:
+        """Return whether the manifest holds a checksum of itself; those of earlier versions do not."""
+        return CHECKSUM in self.manifest
+
     def verify(self) -> None:
-        """Read every byte, and raise UserError when a file differs from what was written."""
+        """Read every byte, and raise DamagedError when a file differs from what was written."""
         for name in self.manifest["files"]:
-            if file_sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
-                raise damaged(self.path / name, "differs from its checksum in manifest.json")
+            verify_file(self, name)
+
+    def wrong_token(self, row: int) -> DamagedError | None:
+        """Return an error if protein `row` has a token that is not of the vocabulary, else None."""
+        if self.residues(row).max() < len(vocabulary.VOCAB):
+            return None
+        ends = np.cumsum([self.manifest["files"][name]["bytes"] for name in self._token_files])
+        name = self._token_files[int(np.searchsorted(ends, self.starts[row], side="right"))]
+        return damaged(self.path / name, f"protein {self.id(row)!r} has tokens outside of the vocabulary")
 
     @property
     def _has_clusters(self) -> bool:
@@ -293,6 +312,9 @@ class TokenStore:
         """Map the lengths, [n], and starts, [n], in tokens.idx."""
         file = self.path / INDEX
         count = int(self.manifest["sequences"])
+        expected, found = _INDEX_HEAD.size + 20 * count + 8, self.manifest["files"][INDEX]["bytes"]
+        if found != expected:
+            raise damaged(file, f"has {found} bytes; an index of {count} sequences has {expected}")
         with open(file, "rb") as stream:
             head = stream.read(_INDEX_HEAD.size)
         if head != _INDEX_HEAD.pack(_INDEX_MAGIC, _INDEX_VERSION, _INDEX_UINT8, count, count + 1):
@@ -318,13 +340,17 @@ class _Ids:
     """Reads ids that lie back to back in a file, by their offsets."""
 
     def __init__(self, text: Path, offsets: Path, count: int) -> None:
+        self._file = text
         self._text = _map(text, np.uint8)
         self._offsets = _map_npy(offsets)
         if len(self._offsets) != count + 1:
             raise damaged(offsets, f"has {len(self._offsets)} offsets for {count} ids")
 
     def __getitem__(self, i: int) -> str:
-        return self._text[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8")
+        try:
+            return self._text[self._offsets[i] : self._offsets[i + 1]].tobytes().decode("utf-8")
+        except UnicodeDecodeError:
+            raise damaged(self._file, f"id {i + 1} is not UTF-8") from None
 
     def encoded(self, first: int, stop: int) -> tuple[bytes, npt.NDArray[np.int32]]:
         offsets = self._offsets[first : stop + 1]
@@ -334,12 +360,18 @@ class _Ids:
 def _map_npy(file: Path) -> npt.NDArray[np.int64]:
     """Map a `.npy` file of int64, [n], read-only, as a plain array."""
     try:
-        numbers = np.load(file, mmap_mode="r")
-    except ValueError:
-        numbers = None
-    if not isinstance(numbers, np.memmap) or numbers.dtype != np.int64 or numbers.ndim != 1:
+        with open(file, "rb") as stream:
+            np.lib.format.read_magic(stream)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            begin = stream.tell()
+    except OSError:
+        raise
+    # The head is text that numpy parses as Python; a damaged one fails there in many ways.
+    except Exception:
+        shape, dtype, begin = (), np.dtype(np.uint8), 0
+    if dtype != np.int64 or len(shape) != 1 or begin + 8 * shape[0] != file.stat().st_size:
         raise damaged(file, "is not a .npy file of int64 numbers in one row")
-    return numbers.view(np.ndarray)
+    return _map(file, np.dtype("<i8"), shape[0], begin)
 
 
 def _map(file: Path, dtype: npt.DTypeLike, count: int | None = None, offset: int = 0) -> npt.NDArray[Any]:

@@ -64,6 +64,7 @@ class BatchArrays:
         num_tokens: tokens of proteins, `<cls>` and `<eos>` included, padding not.
         num_residues: tokens of proteins without `<cls>` and `<eos>`.
         num_sequences: proteins, or pieces of them.
+        samples: number of the sample and of the first token of each.
     """
 
     input_ids: npt.NDArray[np.uint8]
@@ -73,6 +74,7 @@ class BatchArrays:
     num_tokens: int
     num_residues: int
     num_sequences: int
+    samples: list[tuple[int, int]]
 
 
 _COUNTED_SAMPLES = 16384
@@ -112,6 +114,7 @@ def build_arrays(
         num_tokens=len(tokens),
         num_residues=int(np.count_nonzero((tokens != vocabulary.CLS) & (tokens != vocabulary.EOS))),
         num_sequences=len(pieces),
+        samples=pieces.sample_starts(),
     )
 
 
@@ -150,7 +153,17 @@ def piece_tokens(stores: Sequence[Proteins], pieces: Pieces) -> npt.NDArray[np.u
         if has_eos:
             piece[-1] = vocabulary.EOS
         first += length
+    # While the tokens are used, they may still be compared with their checksum in the background.
+    if len(tokens) and tokens.max() >= len(vocabulary.VOCAB):
+        _raise_wrong_token(stores, pieces)
     return tokens
+
+
+def _raise_wrong_token(stores: Sequence[Proteins], pieces: Pieces) -> None:
+    for number, row in zip(pieces.stores.tolist(), pieces.rows.tolist(), strict=True):
+        store = stores[number]
+        if isinstance(store, TokenStore) and (error := store.wrong_token(row)) is not None:
+            raise error
 
 
 @dataclass(frozen=True)

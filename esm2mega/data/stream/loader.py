@@ -69,6 +69,7 @@ def _as_tensors(arrays: BatchArrays) -> PackedBatch:
         num_tokens=arrays.num_tokens,
         num_residues=arrays.num_residues,
         num_sequences=arrays.num_sequences,
+        samples=arrays.samples,
     )
 
 

@@ -80,6 +80,10 @@ class Pieces:
             self.lengths[places],
         )
 
+    def sample_starts(self) -> list[tuple[int, int]]:
+        """Return the number of the sample and of the first token of each piece; no two are alike."""
+        return list(zip(self.samples.tolist(), self.starts.tolist(), strict=True))
+
 
 class TrainSamples:
     """Looks up the endless sequence of training samples."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from esm2mega.data.readers.base import Block, ByteProgress, Record
+from esm2mega.data.readers.base import LONGEST_TEXT, Block, ByteProgress, Record
 from esm2mega.data.readers.text import TextSource
 from esm2mega.data.store.intake import Located, in_batches
 from esm2mega.errors import UserError
@@ -97,7 +97,10 @@ class MappingReader(TextSource):
 
     def _start(self, stream: io.BufferedReader[Any]) -> tuple[bytes, int]:
         """Skip the header."""
-        self.header_id = stream.readline().partition(b"\t")[0].strip()
+        header = stream.readline(LONGEST_TEXT)
+        if len(header) == LONGEST_TEXT:
+            raise self._too_long(1)
+        self.header_id = header.partition(b"\t")[0].strip()
         return b"", 2
 
     def _last_cut(self, text: bytes) -> int:

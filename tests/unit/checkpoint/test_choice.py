@@ -187,20 +187,44 @@ def test_prune_never_removes_what_was_just_written(tmp_path: Path) -> None:
     assert _left(tmp_path) == [10, 30]
 
 
-def test_prune_counts_an_unreadable_state_as_not_evaluated(
+def test_prune_neither_counts_nor_removes_what_it_cannot_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for step, loss in ((10, 1.0), (20, 2.0), (30, None)):
+    for step, loss in ((10, 2.0), (20, 3.0), (30, 1.0), (40, None)):
         newest = _checkpoint(tmp_path, step, loss)
-    damaged = layout.step_dir(tmp_path, 10) / "train_state.json"
+    damaged = layout.step_dir(tmp_path, 30) / "train_state.json"
     damaged.write_text("{")
     for _ in range(2):
-        prune(tmp_path, _settings(3, 1), newest)
+        prune(tmp_path, _settings(2, 1), newest)
     said = capsys.readouterr().err
     assert said.count("\n") == 1, "said once, however often a run saves"
     assert str(damaged) in said and "not evaluated" in said
-    prune(tmp_path, _settings(1, 1), newest)
-    assert _left(tmp_path) == [20, 30]
+    assert _left(tmp_path) == [10, 20, 30, 40], "two newest and the best, beside the damaged one"
+
+
+def test_prune_removes_the_link_to_a_checkpoint_that_was_moved_away(tmp_path: Path) -> None:
+    run_dir, away = tmp_path / "run", tmp_path / "away"
+    for step in (10, 20, 30):
+        newest = _checkpoint(run_dir, step)
+    old = layout.step_dir(run_dir, 10)
+    old.rename(away)
+    old.symlink_to(away)
+    assert prune(run_dir, _settings(1, 0), newest) == [old, layout.step_dir(run_dir, 20)]
+    assert _left(run_dir) == [30] and layout.is_complete(away)
+
+
+def test_a_removal_that_is_killed_leaves_an_incomplete_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, newest = _checkpoint(tmp_path, 10), _checkpoint(tmp_path, 20)
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layout.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path, _settings(1, 0), newest)
+    assert layout.find_checkpoints(tmp_path) == ([newest], [old])
 
 
 def test_prune_removes_incomplete_ones_that_were_overtaken(tmp_path: Path) -> None:

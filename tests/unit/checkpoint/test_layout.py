@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from esm2mega import files
 from esm2mega.checkpoint import layout
-from esm2mega.errors import MachineError, UserError
+from esm2mega.errors import DamagedError, MachineError, UserError
 from esm2mega.vocabulary import TOKENIZER_HASH
 from tests.unit.runs import tiny_run
 
@@ -91,9 +90,11 @@ def test_state_and_configuration_come_back(tmp_path: Path) -> None:
     assert TOKENIZER_HASH in (checkpoint / "config.yaml").read_text()
 
 
-def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_state_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _checkpoint(tmp_path, 10) / "train_state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
+    with monkeypatch.context() as later:
+        later.setattr(layout, "FORMAT_VERSION", 2)
+        layout.write_state(path.parent, {"step": 10})
     with pytest.raises(UserError, match=r"train_state.json: format version 2, this esm2mega reads 1"):
         layout.read_state(path.parent)
 
@@ -102,10 +103,10 @@ def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_damaged_state_is_refused(tmp_path: Path, content: str) -> None:
     path = _checkpoint(tmp_path, 10) / "train_state.json"
     path.write_text(content)
-    with pytest.raises(UserError, match="the checkpoint is damaged"):
+    with pytest.raises(DamagedError, match="train_state.json: is damaged"):
         layout.read_state(path.parent)
     path.unlink()
-    with pytest.raises(UserError, match="the checkpoint is damaged"):
+    with pytest.raises(DamagedError, match="train_state.json: is missing; use another checkpoint"):
         layout.read_state(path.parent)
 
 

@@ -136,5 +136,5 @@ def test_damaged_bytes_never_raise_anything_else(honest: bytes, tmp_path: Path) 
 
 
 def test_missing_index_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No such file or directory.*damaged"):
+    with pytest.raises(UserError, match=r"\.metadata: is missing; use another checkpoint"):
         check_metadata(tmp_path)

@@ -64,11 +64,11 @@ def test_lost_data_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, copy)
     for data in (copy / "model").glob("*.distcp"):
         data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(UserError, match="cannot be read; the checkpoint is damaged"):
+    with pytest.raises(UserError, match="is damaged: .* cannot be read"):
         TensorReader(copy).read("embedding.word_embeddings.weight")
     for data in (copy / "model").glob("*.distcp"):
         data.unlink()
-    with pytest.raises(UserError, match="one of 2 tensors cannot be read; the checkpoint is damaged"):
+    with pytest.raises(UserError, match=r"\.distcp: is missing"):
         TensorReader(copy).read_many(["embedding.word_embeddings.weight", "lm_head.dense.bias"])
-    with pytest.raises(UserError, match="cannot be read; the checkpoint is damaged"):
+    with pytest.raises(UserError, match=r"\.distcp: is missing"):
         TensorReader(copy).read("embedding.word_embeddings.weight")

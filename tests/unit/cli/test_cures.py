@@ -25,6 +25,7 @@ from esm2mega.cli.app import cli, main
 from esm2mega.config.schema import Run, flatten
 from esm2mega.finetune.api import train_model
 from tests import foreign
+from tests.checkpoints import put_state
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS
 
@@ -35,6 +36,7 @@ KEYS = set(flatten(Run()))
 ELSEWHERE = {
     *("--nproc-per-node", "--standalone"),  # of torchrun
     "--editable",  # of pip
+    *("--ipc", "--ulimit"),  # of docker run
     "--no-bias-gelu-fusion",  # of Megatron-LM
     "--help",
     "--long",  # of earlier versions, named in the refusal
@@ -210,9 +212,9 @@ def adapters_without_base(folder: Path, finished: TinyRun) -> Path:
     checkpoint = choose_checkpoint(folder / "adapted").path
     state = json.loads((checkpoint / layout.STATE).read_text())
     state["base"]["path"] = str(folder / "gone")
-    (checkpoint / layout.STATE).write_text(json.dumps(state))
     config = checkpoint / layout.CONFIG
     config.write_text(config.read_text().replace(str(base), str(folder / "gone")))
+    put_state(checkpoint, state)
     return folder / "adapted"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from esm2mega.lora.base import recorded_base
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import process_groups
 from tests.padded import pack, unpack
+from tests.unit.checkpoint.test_digests import flip
 from tests.unit.lora import adapted
 from tests.unit.lora.adapted import KINDS, Base
 from tests.unit.runs import CPU
@@ -63,6 +65,25 @@ def test_mistakes_are_one_line(
     assert main(["lora", "import", str(tmp_path / "peft"), "--base", str(checkpoint), "--out", target]) == 2
     assert "lora merge" in capsys.readouterr().err
     assert not Path(target).exists()
+
+
+def test_a_changed_file_of_adapters_is_noticed(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what `lora import` wrote, as of any checkpoint."""
+    names = sorted(p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file())
+    assert "digests.json" in names
+    for number, name in enumerate(names):
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(checkpoint, copy)
+        flip(copy / name, (copy / name).stat().st_size // 2, number % 8)
+        commands = (["lora", "merge"], ["lora", "export"], ["convert", "--to", "hf"], ["inspect"])
+        command = [*commands[number % 4], str(copy)]
+        command += [["--out", str(tmp_path / "out")], [str(tmp_path / "out")], []][max(number % 4 - 1, 0)]
+        assert main(command) == 2, command
+        blamed = "digests.json" if name == "COMPLETE" else name
+        assert f"error: {copy / blamed}: is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_whole_model_is_no_adapter(base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

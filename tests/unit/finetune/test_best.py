@@ -20,7 +20,7 @@ from esm2mega.cli.app import main
 from esm2mega.errors import UserError
 from esm2mega.finetune.api import TrainedModel, infer_model, train_model
 from esm2mega.finetune.checkpoint import evaluate_task
-from tests.checkpoints import full_tensors
+from tests.checkpoints import full_tensors, put_state
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS
 
@@ -226,7 +226,7 @@ def test_score_takes_the_one_that_is_named_and_of_a_pretraining_the_last(
     path = layout.step_dir(run_dir, 2) / layout.STATE
     state = json.loads(path.read_text())
     state["loop"]["evaluation"]["valid_loss"] = 0.5
-    path.write_text(json.dumps(state))
+    put_state(path.parent, state)
     for name, number in (("", 4), ("@last", 4), ("@best", 2), ("@step_2", 2), ("@step_4", 4)):
         opened.clear()
         command = ["score", f"{run_dir}{name}", "--sequence", "MKTAY", "--strategy", "wt-marginals"]

@@ -22,6 +22,7 @@ from esm2mega.finetune.user_code import GivenCode
 from esm2mega.inspect import inspect_path
 from esm2mega.train.losses import LossTerms
 from tests import own_code
+from tests.checkpoints import put_state
 from tests.own_code import AbsoluteLoss, FlatHead, HalfScale, LogLoss, MeanHead, OtherHead, OtherLoss
 from tests.unit.runs import SETTINGS
 
@@ -132,7 +133,7 @@ def test_opening_a_checkpoint_imports_nothing_that_it_names(own: Path, tmp_path:
     (tmp_path / "trap.py").write_text("raise SystemExit('imported')\n")
     state = json.loads((copy / "train_state.json").read_text())
     state["user_code"] = {"head": "trap:Head", "loss": "trap:Loss", "loss_predicts": True}
-    (copy / "train_state.json").write_text(json.dumps(state))
+    put_state(copy, state)
     sys.path.insert(0, str(tmp_path))
     try:
         for call in (
@@ -149,7 +150,7 @@ def test_opening_a_checkpoint_imports_nothing_that_it_names(own: Path, tmp_path:
         sys.path.remove(str(tmp_path))
     for damaged in ({"head": "a\nb:c", "loss": None}, {"head": 7}, {"other": 1}, [1]):
         state["user_code"] = damaged
-        (copy / "train_state.json").write_text(json.dumps(state))
+        put_state(copy, state)
         with pytest.raises(UserError, match="user_code in train_state.json is damaged"):
             infer_model(copy, SEQUENCES)
 
@@ -193,7 +194,7 @@ def test_checkpoints_without_a_record_are_read_as_before(own: Path, tmp_path: Pa
     state = json.loads((copy / "train_state.json").read_text())
     del state["user_code"]
     state["task"] |= {"mean": [7.0], "std": [2.0]}
-    (copy / "train_state.json").write_text(json.dumps(state))
+    put_state(copy, state)
     raw = infer_model(own, SEQUENCES, make_head=MeanHead)
     assert infer_model(copy, SEQUENCES, make_head=MeanHead, loss=AbsoluteLoss()) == raw
     scaled = infer_model(copy, SEQUENCES, make_head=MeanHead)

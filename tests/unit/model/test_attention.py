@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -81,7 +84,9 @@ def test_sequences_do_not_see_each_other() -> None:
 def packages(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Which packages are found: fill the set."""
     found: set[str] = set()
-    monkeypatch.setattr(attention, "_installed", found.__contains__)
+    monkeypatch.setattr(
+        attention, "kernel_defect", lambda name: None if attention.FUSED[name][0] in found else "absent"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     return found
 
@@ -151,7 +156,35 @@ def test_a_named_kernel_that_cannot_run_is_an_error(
     assert "\n" not in message
 
 
-def test_finding_a_package_does_not_import_it() -> None:
-    assert attention._installed("torch.nn.functional")
-    assert not attention._installed("no_such_package.deeper")
-    assert not attention._installed("no_such_package")
+def test_the_varlen_kernel_of_this_torch_can_be_called() -> None:
+    assert attention.kernel_defect("varlen") is None
+
+
+@pytest.mark.parametrize(
+    ("code", "defect"),
+    [
+        (None, "no module flash_attn"),
+        ("", "module flash_attn has no flash_attn_varlen_func"),
+        ("import no_such_part", "no module no_such_part"),
+        ("raise OSError('undefined symbol')", "module flash_attn cannot be imported (undefined symbol)"),
+        (
+            "def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k): pass",
+            "flash_attn_varlen_func of flash_attn takes other arguments "
+            "(got an unexpected keyword argument 'softmax_scale')",
+        ),
+        (
+            "def flash_attn_varlen_func(q, k, v, *, softmax_scale=None): pass",
+            "flash_attn_varlen_func of flash_attn takes other arguments (too many positional arguments)",
+        ),
+        ("def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None): pass", None),
+    ],
+)
+def test_a_kernel_is_found_only_if_it_can_be_called(
+    code: str | None, defect: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if code is not None:
+        (tmp_path / "flash_attn.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert attention.kernel_defect("flash") == defect
+    sys.modules.pop("flash_attn", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from esm2mega.parallel.errors import claim_error_report, lost_peer, on_one_rank
+from esm2mega.parallel.errors import claim_error_report, first_error, lost_peer, on_one_rank
 from tests.ranks import RankResult, run_ranks, start_ranks, wait_ranks
 
 # Each rank fails within the process groups, as a command does; the claim is asked for while they stand.
@@ -68,7 +68,10 @@ def test_a_lost_process_is_one_plain_line(tmp_path: Path) -> None:
 def test_only_a_wait_that_was_too_short_is_cured_by_a_longer_one() -> None:
     waited = lost_peer(RuntimeError("Timed out waiting 1800000ms for recv operation to complete"))
     assert str(waited).endswith("on a large input, raise parallel.timeout_minutes")
-    assert "timeout_minutes" not in str(lost_peer(RuntimeError("Connection reset by peer")))
+    # What the kernel says of a host that ended, and of one that no longer answers.
+    for said in ("Connection reset by peer", "Connection timed out", "No route to host"):
+        assert "timeout_minutes" not in str(lost_peer(RuntimeError(f"read error: {said}")))
+        assert said in str(lost_peer(RuntimeError(f"read error: {said}")))
 
 
 def test_other_errors_are_not_taken_for_a_lost_process() -> None:
@@ -101,10 +104,41 @@ def test_what_rank_0_finds_reaches_the_others_at_any_time(tmp_path: Path) -> Non
     assert said[3] == said[5] > 1
 
 
+SHARE = """
+import os
+from esm2mega.config.schema import ParallelConfig
+from esm2mega.errors import DamagedError, MachineError
+from esm2mega.parallel.errors import first_error
+from esm2mega.parallel.initialize import process_groups
+def share(rank, num_ranks):
+    assert (rank, num_ranks) == (int(os.environ["RANK"]), 2)
+    if rank == bad:
+        raise DamagedError(f"file{rank}", "is damaged") if rank else MachineError("bad disk")
+def found():
+    global bad
+    for bad in (-1, 0, 1):
+        error = first_error(share)
+        print(type(error).__name__, error)
+found()
+with process_groups(ParallelConfig(), seed=1):
+    found()
+found()
+"""
+
+
+def test_every_rank_learns_the_error_of_another_ones_share(tmp_path: Path) -> None:
+    """Before, within and after process groups."""
+    results = run_ranks(["-c", SHARE], 2, tmp_path)
+    said = "NoneType None\nMachineError bad disk\nDamagedError file1: is damaged\n" * 3
+    assert [result.stdout for result in results] == [said, said]
+
+
 def test_alone_nobody_is_asked() -> None:
     with pytest.raises(ZeroDivisionError):
         on_one_rank(lambda: 1 / 0)
     assert on_one_rank(lambda: 5) == 5
+    shares: list[tuple[int, int]] = []
+    assert first_error(lambda *share: shares.append(share)) is None and shares == [(0, 1)]
 
 
 # `finds` runs on rank 0 before there are process groups; the store is that of a launcher if it has a port.

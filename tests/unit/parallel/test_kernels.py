@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import megatron.core.optimizer
 import pytest
 import torch
-from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 
 from esm2mega.parallel import kernels
+from esm2mega.parallel.initialize import process_groups
+from esm2mega.train.step import train_step
+from tests.unit.runs import packed_batch, tiny_run, train_state
 
 UNUSED = torch.zeros(1, dtype=torch.int)
 
@@ -58,13 +64,38 @@ def test_install_replaces_the_fallback_and_spares_fused_kernels(monkeypatch: pyt
 
     monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", None)
     monkeypatch.setattr(clip_grads, "l2_norm_impl", fused_l2_norm)
-    kernels.install()
+    kernels.install(torch.device("cuda"))
     assert clip_grads.l2_norm_impl is fused_l2_norm
     assert clip_grads.multi_tensor_scale_impl is None
     monkeypatch.setattr(clip_grads, "l2_norm_impl", local_l2_norm)
-    kernels.install()
+    kernels.install(torch.device("cuda"))
     assert clip_grads.l2_norm_impl is kernels.foreach_l2_norm
     assert clip_grads.multi_tensor_scale_impl is kernels.foreach_scale
+
+
+class OnlyOnCuda:
+    """A kernel or an optimizer of apex, which Megatron-Core has found and a CPU cannot run."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("CUDA only")
+
+
+@pytest.mark.parametrize("distributed", ["false", "true"])
+def test_a_cpu_trains_although_megatron_found_fused_kernels(
+    monkeypatch: pytest.MonkeyPatch, distributed: str
+) -> None:
+    monkeypatch.setattr(megatron.core.optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(megatron.core.optimizer, "Adam", OnlyOnCuda)
+    for name, value in {"Adam": OnlyOnCuda, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True}.items():
+        monkeypatch.setattr(distrib_optimizer, name, value)
+    for module in (clip_grads, optimizer):
+        for name in ("multi_tensor_applier", "multi_tensor_scale_impl"):
+            monkeypatch.setattr(module, name, OnlyOnCuda)
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", OnlyOnCuda)
+    run = tiny_run(f"parallel.distributed_optimizer={distributed}", "model.precision=bf16")
+    with process_groups(run.parallel, seed=1):
+        result = train_step(train_state(run), [packed_batch([[0, 5, 32, 7, 2]], {1: 5, 2: 9})])
+    assert math.isfinite(result.grad_norm)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -73,7 +104,6 @@ def test_clipping_goes_through_them(dtype: torch.dtype, monkeypatch: pytest.Monk
     from megatron.core import parallel_state
 
     from esm2mega.config.schema import ParallelConfig
-    from esm2mega.parallel.initialize import process_groups
 
     with process_groups(ParallelConfig(), seed=1):
         parameters = [torch.nn.Parameter(torch.zeros_like(t)) for t in _tensors(dtype)]

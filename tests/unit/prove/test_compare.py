@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from esm2mega.prove.compare import Difference, Outcome, differences, worst
+from tests.checkpoints import put_state
 
 NAMES = ("embedding", "column", "bias")
 STEPS = 2
@@ -93,7 +94,7 @@ def _outcome(content: Content, folder: Path, before: int = 0) -> Outcome:
     for rank, seen in enumerate(content["ranks"]):
         torch.save(seen, folder / f"rank{rank}.pt")
     (folder / "run" / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content["records"]))
-    (step / "train_state.json").write_text(json.dumps(content["state"]))
+    put_state(step, content["state"])
     outcome = Outcome(folder, folder / "run", before, STEPS)
     outcome.__dict__["checkpoint"] = content["checkpoint"]
     return outcome

@@ -21,8 +21,8 @@ from esm2mega.data.stream.loader import TrainStream
 from esm2mega.errors import MachineError
 from esm2mega.finetune.run import finetune
 from esm2mega.train import loop as loop_module
-from esm2mega.train.finite import all_finite
 from esm2mega.train.pretrain import pretrain
+from esm2mega.train.sound import all_finite
 from esm2mega.train.step import StepResult, train_step
 from tests.broken_protein import broken
 from tests.checkpoints import full_tensors

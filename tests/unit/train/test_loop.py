@@ -18,7 +18,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import best_checkpoint, prune
 from esm2mega.config.schema import CheckpointConfig, EarlyStoppingConfig, Run, TrainConfig
 from esm2mega.data.stream.build import StreamState
-from esm2mega.errors import MachineError, StoppedBySignal
+from esm2mega.errors import DamagedError, MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train import loop as loop_module
 from esm2mega.train import throughput
@@ -51,6 +51,27 @@ class Stream:
         return {number: [f"p{number}"] for number in sorted(packs)}
 
 
+class Writer:
+    """A saver whose saves in the background take `steps` steps; it lists when each is finished."""
+
+    def __init__(self, events: list[Event], state: LoopState, steps: int) -> None:
+        self._events, self._state, self._steps = events, state, steps
+        self._begun: int | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        return self._begun is not None and self._state.step < self._begun + self._steps
+
+    def save(self, loop: LoopState) -> None:
+        self._events.append(("save", loop.step, loop.to_dict()))
+        self._begun = loop.step
+
+    def finish(self) -> None:
+        if self._begun is not None and self._steps:
+            self._events.append(("finish", self._state.step, self._begun))
+        self._begun = None
+
+
 @pytest.fixture
 def play(world: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Event]]:
     """Run the loop and list what it did; `valid_losses` are those of the evaluations in turn."""
@@ -68,9 +89,13 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callab
         is_sound: Callable[[int], bool] = lambda step: True,
         incidents: Incidents | None = None,
         stop: StopSignal | None = None,
+        write_steps: int = 0,
+        verified: Callable[[], bool] = lambda: True,
+        alarm: Callable[[], bool] = lambda: False,
     ) -> list[Event]:
         events: list[Event] = []
         state = loop if loop is not None else LoopState()
+        writer = Writer(events, state, write_steps)
 
         def step(train_state: object, batches: list[Any]) -> StepResult:
             events.append(("step", state.step + 1, len(batches)))
@@ -96,7 +121,10 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callab
             evaluate=None if valid_losses is None else measure("valid", iter(valid_losses)),
             test=None if test_losses is None else measure("test", iter(test_losses)),
             is_sound=lambda probe: is_sound(state.step),
-            save=lambda saved: events.append(("save", saved.step, saved.to_dict())),
+            save=writer.save,
+            saver=writer,  # type: ignore[arg-type]
+            verified=verified,
+            alarm=alarm,
         )
         noted = incidents or Incidents(tmp_path / "incidents.jsonl", run.train.on_nonfinite)
         try:
@@ -107,6 +135,8 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callab
             )
         except StoppedBySignal as stopped:
             events.append(("stopped", state.step, str(stopped)))
+        except DamagedError:
+            events.append(("damaged", state.step))
         except (MachineError, RollBack) as ended:
             events.append((type(ended).__name__, state.step, str(ended)))
         return events
@@ -358,7 +388,7 @@ def test_the_time_limit_saves_and_stops(play: Play) -> None:
         seconds += 10.0
 
     run = tiny_run("train.max_steps=50", "checkpoint.save_every=3")
-    stop = StopSignal(CPU, TimeLimit(1.0, begun=-5.0, clock=lambda: seconds))
+    stop = StopSignal(CPU, limit=TimeLimit(1.0, begun=-5.0, clock=lambda: seconds))
     events = play(run, at_step=pass_time, stop=stop)
     assert _brief(events)[-2:] == [("save", 5), ("stopped", 5)]
     assert events[-1][2].startswith(
@@ -377,9 +407,12 @@ def test_the_time_limit_leaves_time_for_a_step_and_a_save() -> None:
 
     assert not near(20.0), "20 s are the longest step, and 6 s are kept for the first save"
     assert not near(30.0)
-    with limit.saving():
-        now = 70.0
-    assert not near(59.0 + 0.9), "40 s for saving, 20 s for a step"
+    limit.save_begins()
+    now = 70.0
+    limit.save_ends()
+    limit.go_on()
+    now = 0.0
+    assert not near(59.9), "40 s for saving, 20 s for a step"
     assert near(60.0)
 
 
@@ -395,6 +428,53 @@ def _noted(
         kept.append(note_evaluation(loop, record, train, checkpoint))
         counts.append(loop.evaluations_without_improvement)
     return kept, counts, loop
+
+
+def test_nothing_is_saved_before_the_data_are_verified(play: Play) -> None:
+    asked = iter([False, False, True, True, True])
+    run = tiny_run("train.max_steps=2", "checkpoint.save_every=1")
+    assert _brief(play(run, verified=lambda: next(asked)), "step", "save") == [
+        (kind, step) for step in (1, 2) for kind in ("step", "save")
+    ]
+    assert list(asked) == [], "twice more for the first save, once for the second and at the end"
+
+
+def test_a_signal_does_not_wait_for_the_verification(play: Play) -> None:
+    def stop(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    events = play(tiny_run("train.max_steps=2"), at_step=stop, verified=lambda: False)
+    assert _brief(events, "step", "save", "stopped") == [("step", 1), ("save", 1), ("stopped", 1)]
+
+
+@pytest.mark.parametrize(
+    "found", ["in a step", "before a save", "at the end", "in an evaluation", "in a test"]
+)
+def test_damaged_data_stop_the_run_without_a_save(play: Play, found: str) -> None:
+    known = SimpleNamespace(damage=False)
+
+    def verified() -> bool:
+        if known.damage or found == "before a save":
+            raise DamagedError("tokens.bin", "is damaged")
+        known.damage = found == "at the end"
+        return not known.damage
+
+    def at_step(step: int) -> None:
+        known.damage = found == "in a step" and step == 2
+
+    def in_evaluation() -> None:
+        known.damage = True
+
+    run = tiny_run("train.max_steps=3", "checkpoint.save_every=3")
+    more: dict[str, Any] = {"verified": verified, "alarm": lambda: known.damage}
+    if found == "in an evaluation":
+        more |= {"valid_losses": [3.0], "in_evaluation": in_evaluation}
+    if found in ("in a test", "at the end"):
+        more |= {"loop": LoopState(3, {"valid_loss": 3.0}, test_loss=None)}
+    if found == "in a test":
+        more |= {"test_losses": [3.0], "in_evaluation": in_evaluation}
+    last = 2 if found == "in a step" else 3
+    assert _brief(play(run, at_step=at_step, **more), "save", "stopped", "damaged") == [("damaged", last)]
 
 
 def test_note_evaluation_counts_since_the_best() -> None:
@@ -496,3 +576,28 @@ def test_the_best_evaluations_are_kept_whatever_their_order(tmp_path: Path) -> N
         assert len(there) <= keep_best + keep_last
         found = best_checkpoint(run_dir)
         assert (found and found.step) == (best[0] if best else None)
+
+
+def test_saves_in_the_background_are_finished_when_written_and_before_the_end(play: Play) -> None:
+    run = tiny_run("train.max_steps=9", "checkpoint.save_every=3")
+    events = play(run, write_steps=2)
+    assert _brief(events, "save", "finish") == [
+        *(("save", 3), ("finish", 5), ("save", 6), ("finish", 8), ("save", 9), ("finish", 9))
+    ]
+
+    def stop_in_4(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = _brief(play(run, write_steps=2, at_step=stop_in_4), "save", "finish", "stopped")
+    # The stub begins the next save without waiting for the one that is running, as `Saver.save` does.
+    assert stopped == [("save", 3), ("save", 4), ("finish", 4), ("stopped", 4)]
+
+    def fail_in_4(step: int) -> None:
+        if step == 4:
+            raise MachineError("the loss is nan")
+
+    failed = _brief(play(run, write_steps=2, at_step=fail_in_4), "save", "finish", "MachineError")
+    assert failed == [("save", 3), ("finish", 3), ("MachineError", 3)], (
+        "the state before the failure is a good one"
+    )

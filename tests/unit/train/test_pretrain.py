@@ -16,10 +16,11 @@ from esm2mega.config.schema import EvalConfig
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.overlap import check_overlap
 from esm2mega.data.readers.base import SourceOptions
+from esm2mega.data.store import verification
 from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.recipe import masks_recipe
-from esm2mega.errors import MachineError, UserError
+from esm2mega.errors import DamagedError, MachineError, UserError
 from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 from esm2mega.train import session as module
 from esm2mega.train.evaluate import evaluate_checkpoint
@@ -28,6 +29,7 @@ from esm2mega.train.pretrain import pretrain
 from esm2mega.train.start import find_init, find_resume
 from tests.checkpoints import full_weights
 from tests.unit.conftest import TinyRun
+from tests.unit.data.damage import flip
 from tests.unit.runs import tiny_run, unmasked_store
 
 
@@ -205,7 +207,8 @@ def test_a_start_tells_what_it_does_with_what_is_there(
     with monkeypatch.context() as patched, pytest.raises(MachineError):
         patched.setattr(module, "open_trackers", refuse)
         pretrain(tiny_run(*data, run_dir=run_dir))
-    assert [path.name for path in run_dir.iterdir()] == ["log.jsonl"], "a start that fails touches nothing"
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {"log.jsonl", ".lock"}, "a start that fails touches nothing that was there"
 
     # A fresh start keeps the log of the earlier one, and the test split comes last.
     init = f"init_from={finished.run_dir}"
@@ -347,8 +350,11 @@ def _csv(path: Path, numbers: range) -> Path:
     return path
 
 
-def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sequence_files_take_the_place_of_stores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trained and evaluated as from stores of the same proteins, bit by bit."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     train, valid = _csv(tmp_path / "train.csv", range(8)), _csv(tmp_path / "valid.csv", range(8, 11))
     columns = SourceOptions(sequence_column="aa", id_column="name")
     stores = {}
@@ -359,7 +365,7 @@ def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.
     files = tiny_run(f"data.train={train}", f"data.valid={valid}", *changes, run_dir=tmp_path / "a" / "run")
     pretrain(files)
     said = capsys.readouterr().err
-    assert f"data.train: {train} is prepared, once, into {tmp_path / 'a' / 'prepared'}" in said
+    assert f"data.train: {train} is prepared, once, into {tmp_path / 'caches' / 'esm2mega'}" in said
     given = (f"data.train={stores[train]}", f"data.valid={stores[valid]}")
     pretrain(tiny_run(*given, *changes, run_dir=tmp_path / "b" / "run"))
     first, second = (full_weights(layout.step_dir(tmp_path / name / "run", 2)) for name in "ab")
@@ -406,6 +412,36 @@ def test_splits_are_not_compared_again_when_a_run_is_resumed(
         tiny_run(*data, f"data.test={finished.train}", "train.max_steps=3", run_dir=tmp_path / "run"),
     )
     assert len(compared) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "bit"), [("tokens.bin", 0), ("tokens.bin", 7), ("ids.bin", 0), ("tokens.idx", 280)]
+)
+def test_a_flipped_bit_of_a_large_file_leaves_no_checkpoint(
+    finished: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bit: int
+) -> None:
+    """Whether a token becomes another one or none; training has begun when the last file is compared."""
+    monkeypatch.setattr(verification, "SMALL_BYTES", 0)
+    shutil.copytree(finished.train, tmp_path / "store")
+    flip(tmp_path / "store" / name, bit)
+    changes = (f"data.train={tmp_path / 'store'}", "checkpoint.save_every=1")
+    with pytest.raises(DamagedError, match="the token store is damaged; make it again") as caught:
+        pretrain(tiny_run(*changes, run_dir=tmp_path / "run"))
+    assert caught.value.path == tmp_path / "store" / name
+    assert layout.find_checkpoints(tmp_path / "run") == ([], [])
+
+
+def test_the_verification_changes_no_number(
+    finished: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verification, "SMALL_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    changes = (f"data.train={finished.train}", f"data.valid={finished.valid}", "train.eval_every=2")
+    pretrain(tiny_run(*changes, run_dir=tmp_path / "run"))
+    assert "GB are verified in the background" in capsys.readouterr().err
+    step = layout.step_dir(tmp_path / "run", 4), layout.step_dir(finished.run_dir, 4)
+    actual, expected = (full_weights(path) for path in step)
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
 
 
 def test_training_data_must_be_given(tmp_path: Path) -> None:

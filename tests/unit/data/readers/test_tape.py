@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import pickletools
+import resource
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from esm2mega.data.readers import tape
+from esm2mega.data.readers.lmdb_pages import check_pages
 from esm2mega.data.readers.tape import TapeReader, load_restricted
 from esm2mega.errors import UserError
 
@@ -124,6 +126,13 @@ def test_a_damaged_pickle_is_an_error(cut: int) -> None:
     assert pickletools.dis(data, out=io.StringIO()) is None  # the whole one is fine
 
 
+@pytest.mark.parametrize("put", [b"r" + (1 << 27).to_bytes(4, "little"), b"p134217728\n"])
+def test_a_pickle_of_a_few_bytes_takes_no_gigabyte(put: bytes) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert load_restricted(b"\x80\x02}" + put + b".") == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
 @pytest.mark.parametrize(
     ("rows", "count", "expected"),
     [
@@ -131,7 +140,9 @@ def test_a_damaged_pickle_is_an_error(cut: int) -> None:
         ([{"primary": "MK"}, {"primary": ""}], None, "record 1: the sequence of '1' is empty"),
         ([{"primary": "MK"}, {"primary": 5}], None, "record 1: 'primary' of '1' is a number"),
         ([{"primary": "M1"}], None, "record 0: '1' in the sequence of '0' is no residue"),
-        ([{"primary": "MK"}], 2, "has no entry '1'; is this a complete TAPE file?"),
+        ([{"primary": "MK"}], 2, "num_examples is 2, but the file has 1 other entries; is this a complete"),
+        ([{"primary": "MK"}], 1 << 62, "num_examples is 4611686018427387904, but the file has 1 other entr"),
+        ([{"primary": "MK"}], True, "num_examples is True, not a number of records"),
         ([{"primary": "MK"}], "2", "num_examples is '2', not a number of records"),
     ],
 )
@@ -142,6 +153,11 @@ def test_bad_files_are_one_line(
     with pytest.raises(UserError) as caught:
         list(TapeReader(path))
     assert str(caught.value).startswith(f"{path}: {expected}")
+
+
+def test_a_count_of_any_length_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_examples is int with too many digits to be shown, but the file"):
+        TapeReader(write(tmp_path, pickled(PFAM), 10**5000))
 
 
 def test_truncated_and_foreign_files(tmp_path: Path) -> None:
@@ -155,6 +171,47 @@ def test_truncated_and_foreign_files(tmp_path: Path) -> None:
         TapeReader(path)
     with pytest.raises(UserError, match="no such LMDB file"):
         TapeReader(tmp_path / "absent.lmdb")
+
+
+@pytest.fixture(scope="module")
+def many_pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file whose tree has three levels, with values of less and of more than a page."""
+    rows = [{"primary": "MKTL" * (number % 40 + 1)} for number in range(3000)]
+    rows[7] = {"primary": "MKTL" * 5000}
+    path = tmp_path_factory.mktemp("pages") / "many.lmdb"
+    environment = lmdb.open(str(path), map_size=1 << 24, subdir=False)
+    with environment, environment.begin(write=True) as transaction:
+        for number, row in enumerate(rows):
+            transaction.put(str(number).encode(), pickle.dumps(row))
+        transaction.put(b"num_examples", pickle.dumps(len(rows)))
+    return path
+
+
+def test_pages_are_counted_as_the_library_counts_them(many_pages: Path) -> None:
+    with lmdb.open(str(many_pages), subdir=False, readonly=True, lock=False) as environment:
+        assert check_pages(many_pages) == environment.stat()["entries"] == 3001
+        assert environment.stat()["depth"] >= 2 and environment.stat()["overflow_pages"] > 0
+    assert sum(1 for _ in TapeReader(many_pages)) == 3000
+
+
+def test_no_changed_byte_lets_the_library_read_behind_the_end(many_pages: Path, tmp_path: Path) -> None:
+    """What the pages say is checked, so that a change is an error or an entry that reads otherwise."""
+    content, rng = many_pages.read_bytes(), np.random.default_rng(4)
+    path, refused = tmp_path / "changed.lmdb", 0
+    pages = len(content) // 4096
+    for _ in range(150):
+        changed = bytearray(content)
+        # The heads of pages and the offsets behind them, which say where the rest is.
+        at = int(rng.integers(pages)) * 4096 + int(rng.integers(160))
+        changed[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        try:
+            for _ in TapeReader(path):
+                pass
+        except UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            refused += 1
+    assert refused > 30
 
 
 def test_without_lmdb_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

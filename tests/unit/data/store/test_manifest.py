@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from esm2mega.data.store.token_store import TokenStore
 from tests.unit.data.damage import edit_manifest, error_of
 
 if TYPE_CHECKING:
@@ -27,6 +30,23 @@ def test_error_for_a_path_that_is_no_store(tmp_path: Path, write_store: WriteSto
     assert "is not the manifest of an esm2mega token store" in error_of(outer)
     (outer / "manifest.json").write_text("{")
     assert "is not JSON" in error_of(outer)
+
+
+def test_a_manifest_holds_a_checksum_of_itself(write_store: WriteStore) -> None:
+    """SHA-256 over the other entries as JSON with sorted keys and without white space."""
+    store = write_store(SEQUENCES)
+    file = store.path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    others = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(others, sort_keys=True, separators=(",", ":"))
+    assert manifest["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    file.write_text(json.dumps({**manifest, "lower_case_residues": 0}))
+    assert "manifest.json: differs from the checksum that it holds: the token store is damaged" in error_of(
+        store.path
+    )
+    file.write_text(json.dumps(others))
+    assert store.is_sealed and not TokenStore(store.path).is_sealed
+    assert TokenStore(store.path).fingerprint == store.fingerprint
 
 
 def test_error_for_another_tokenizer_or_version(write_store: WriteStore) -> None:

@@ -18,6 +18,7 @@ from esm2mega.data.readers import text
 from esm2mega.data.store.prepare import PrepareOptions, PrepareReport, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
+from tests.unit.data.damage import flip
 
 BLOCK_BYTES = 20_000
 
@@ -168,6 +169,21 @@ def test_damaged_parts_are_done_again(interrupted: Path, fasta: Path, tmp_path: 
     (parts[2].parent / f".{parts[2].name}.1-abc.partial").mkdir()  # what a killed worker leaves
     report = prepare([fasta], interrupted)
     assert resumed(report) == [f"{len(parts) - 2} of {len(parts)}"]
+    prepare([fasta], tmp_path / "fresh")
+    assert tree(interrupted) == tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens.bin", "tokens.idx", "ids.bin", "ids.offsets.npy", "manifest.json", "lower_case.npy"]
+)
+def test_a_part_with_a_flipped_bit_is_done_again(
+    interrupted: Path, fasta: Path, tmp_path: Path, name: str
+) -> None:
+    parts = sorted((tmp_path / ".out.prepare.partial" / "parts").glob("[0-9]*[0-9]"))
+    part = next(part for part in parts if part.with_suffix(".lower_case.npy").exists())
+    file = part.with_suffix(".lower_case.npy") if name == "lower_case.npy" else part / name
+    flip(file, 8 * file.stat().st_size - 8)
+    assert resumed(prepare([fasta], interrupted)) == [f"{len(parts) - 1} of {len(parts)}"]
     prepare([fasta], tmp_path / "fresh")
     assert tree(interrupted) == tree(tmp_path / "fresh")
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import dnaio
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from esm2mega.data.readers import text
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.store import parts
 from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
+from esm2mega.data.store.staging import check_new
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import MachineError, UserError
 
@@ -329,3 +331,16 @@ def test_real_proteins_are_stored_exactly(real_fasta: Path, tmp_path: Path) -> N
         counts = np.bincount(store.tokens, minlength=33)
         assert json.loads((store.path / "manifest.json").read_text())["token_counts"] == counts.tolist()
     assert found == expected and len(found) == 8000
+
+
+def test_what_a_kill_at_the_very_end_has_left_is_removed(tmp_path: Path) -> None:
+    """By the next start, which finds the output; not while another `prepare` still holds the directory."""
+    out, left = tmp_path / "store", tmp_path / ".store.prepare.partial"
+    out.mkdir()
+    (left / "parts").mkdir(parents=True)
+    with filelock.FileLock(left / "lock"), pytest.raises(UserError, match="exists already"):
+        check_new(out)
+    assert (left / "parts").is_dir()
+    with pytest.raises(UserError, match="exists already"):
+        check_new(out)
+    assert out.is_dir() and not left.exists()

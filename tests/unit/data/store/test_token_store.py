@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from esm2mega import vocabulary
-from esm2mega.data.store import store_files
+from esm2mega.data.store import store_files, verification
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
-from esm2mega.errors import UserError
+from esm2mega.errors import DamagedError, UserError
 from esm2mega.version import __version__
 from tests.unit.data.cluster_ids import cluster_ids
 from tests.unit.data.damage import edit_manifest, error_of
@@ -167,26 +167,37 @@ def test_error_for_a_missing_or_short_file(write_store: WriteStore, name: str) -
     assert f"{name}: is missing: the token store is damaged; make it again" in error_of(store.path)
 
 
-def test_error_for_an_index_of_other_data(write_store: WriteStore) -> None:
+def test_error_for_an_index_of_other_data(write_store: WriteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store = write_store(SEQUENCES)
     index = bytearray((store.path / "tokens.idx").read_bytes())
     index[34] += 1  # the first length
     (store.path / "tokens.idx").write_bytes(index)
-    TokenStore(store.path)  # opening reads no data; verify does
-    with pytest.raises(UserError, match=r"tokens\.idx: differs from its checksum"):
-        TokenStore(store.path).verify()
+    assert "tokens.idx: differs from its checksum" in error_of(store.path)
+    monkeypatch.setattr(verification, "SMALL_BYTES", 0)
+    TokenStore(store.path)  # opening reads no large file; verify does
+    with pytest.raises(DamagedError, match=r"tokens\.idx: differs from its checksum") as caught:
+        store.verify()
+    assert caught.value.path == store.path / "tokens.idx"
     index[0] += 1
     (store.path / "tokens.idx").write_bytes(index)
     assert "is not a uint8 megatron-core index of 4 sequences" in error_of(store.path)
+    edit_manifest(store, sequences=1 << 62)
+    assert f"an index of {1 << 62} sequences has {20 * (1 << 62) + 42}" in error_of(store.path)
 
 
-def test_verify_finds_a_flipped_bit(write_store: WriteStore) -> None:
+@pytest.mark.parametrize("head", [b"'shape': (4611686018427387904,)", b"'shape': (-1,)", b"'shape': ((((("])
+def test_error_for_an_array_whose_head_claims_too_much(
+    write_store: WriteStore, monkeypatch: pytest.MonkeyPatch, head: bytes
+) -> None:
+    """A large array is opened before it is verified."""
+    monkeypatch.setattr(verification, "SMALL_BYTES", 0)
     store = write_store(SEQUENCES)
-    tokens = bytearray((store.path / "tokens.bin").read_bytes())
-    tokens[3] ^= 1
-    (store.path / "tokens.bin").write_bytes(tokens)
-    with pytest.raises(UserError, match=r"tokens\.bin: differs from its checksum"):
-        TokenStore(store.path).verify()
+    file = store.path / "ids.offsets.npy"
+    content = file.read_bytes()
+    old = b"'shape': (5,)" + b" " * (len(head) - len("'shape': (5,)"))
+    at = content.index(b"'shape': (5,)")
+    file.write_bytes(content[:at] + head + content[at + len(old) :])
+    assert "ids.offsets.npy: is not a .npy file of int64" in error_of(store.path)
 
 
 def write_clustered(path: Path) -> TokenStore:
@@ -232,15 +243,15 @@ def test_clusters_that_do_not_fit_are_refused(tmp_path: Path, sizes: list[int], 
     "name",
     ["clusters.offsets.npy", "clusters.members.npy", "clusters.ids.bin", "clusters.ids.offsets.npy"],
 )
-def test_error_for_damaged_cluster_files(tmp_path: Path, name: str) -> None:
+def test_error_for_damaged_cluster_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     store = write_clustered(tmp_path / "store")
     file = store.path / name
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     assert f"{name}: has {len(content) - 1} bytes, its manifest says {len(content)}" in error_of(store.path)
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match="differs from its checksum|does not divide|offsets for"):
-        TokenStore(store.path).verify()
+    assert f"{name}: differs from its checksum" in error_of(store.path)
+    monkeypatch.setattr(verification, "SMALL_BYTES", 0)  # large files are opened before they are verified
     file.write_bytes(b"\x00" * len(content))
     if name.endswith(".npy"):
         assert f"{name}: is not a .npy file of int64" in error_of(store.path)

@@ -1,0 +1,101 @@
+"""The commands that need rights or packages of the machine clean up, and say why they cannot run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import namespaces
+
+ROOT = Path(__file__).parents[2]
+NEEDS_NAMESPACES = pytest.mark.skipif(namespaces.why_not({}) is not None, reason=str(namespaces.why_not({})))
+
+# What starts a daemon inside, and writes down the names of its host and network before it waits.
+DAEMON = """
+import subprocess, sys, time
+sleep = subprocess.Popen(["sleep", "1234"], start_new_session=True)
+with open(sys.argv[1], "w") as file:
+    file.write(subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout)
+time.sleep({seconds})
+{end}
+"""
+
+
+@pytest.mark.parametrize("module", ["tests.multinode", "tests.slurm"])
+def test_what_is_missing_is_named_with_exit_code_77(module: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module], cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 77
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{module} cannot run: ip, setpriv, unshare")
+    assert "apt-get install --no-install-recommends" in line and "iproute2" in line
+    assert ("slurmctld" in line) == (module == "tests.slurm")
+
+
+def test_a_machine_that_makes_no_namespaces_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command, body in (
+        ("ip", "true"),
+        ("setpriv", "true"),
+        ("unshare", "echo 'not permitted' >&2; exit 1"),
+    ):
+        (tmp_path / command).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / command).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert namespaces.why_not({}) == "it needs root and a kernel that makes namespaces (not permitted)"
+
+
+def daemons() -> set[str]:
+    found = subprocess.run(["pgrep", "--full", "^sleep 1234$"], capture_output=True, text=True)
+    return set(found.stdout.split())
+
+
+def start(tmp_path: Path, seconds: float, end: str = "") -> tuple[subprocess.Popen[str], Path]:
+    """Start a program inside, and wait until it has started its daemon."""
+    code, written = DAEMON.format(seconds=seconds, end=end), tmp_path / "links"
+    inside = [sys.executable, "-c", code, str(written)]
+    outside = f"from tests.namespaces import run_inside; raise SystemExit(run_inside({inside!r}))"
+    process = subprocess.Popen([sys.executable, "-c", outside], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (written.exists() and written.read_text()) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process, written
+
+
+@NEEDS_NAMESPACES
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_when_the_command_is_stopped(number: signal.Signals, tmp_path: Path) -> None:
+    before = daemons()
+    process, written = start(tmp_path, 60)
+    try:
+        assert len(daemons() - before) == 1
+        # It has a network of its own, in which there is the loopback device at most.
+        assert all(": lo: " in line for line in written.read_text().splitlines())
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+    deadline = time.monotonic() + 10
+    while daemons() - before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert daemons() <= before
+    assert process.returncode != 0
+
+
+@NEEDS_NAMESPACES
+def test_nothing_is_left_of_a_program_that_fails(tmp_path: Path) -> None:
+    before = daemons()
+    process, _ = start(tmp_path, 0, "raise SystemExit(3)")
+    process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert daemons() <= before

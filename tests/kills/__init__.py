@@ -1,0 +1,1 @@
+"""Kills commands at random moments, starts them again, and compares what is left with an unbroken run."""

@@ -1,0 +1,1 @@
+"""Runs examples/slurm on a Slurm of one node: `python -m tests.slurm`, see docs/multi-node.md."""
