@@ -110,7 +110,7 @@ class Incidents:
         action = self._count(step)
 
         def write() -> str:
-            proteins = stream.proteins_of(before, blamed - self.skipped)
+            packs = stream.contents_of(before, blamed - self.skipped)
             self._write(
                 step,
                 {
@@ -118,13 +118,14 @@ class Incidents:
                     "action": action,
                     "loss": _text(result.metrics["loss"]),
                     "grad_norm": _text(result.grad_norm),
-                    "packs": [{"pack": n, "proteins": names} for n, names in proteins.items()],
+                    "packs": packs,
                     "consumed_samples": stream.state.consumed_samples,
                 },
             )
-            packs = f"pack{'s' * (len(proteins) > 1)} {first_of([str(n) for n in proteins], _SHOWN)}"
-            named = first_of([name for names in proteins.values() for name in names], _SHOWN)
-            return f"step {step}: the {what} is {_text(value)} in {packs} (proteins {named})"
+            numbers = first_of([str(pack["pack"]) for pack in packs], _SHOWN)
+            proteins = first_of([name for pack in packs for name in pack["proteins"]], _SHOWN)
+            where = f"pack{'s' * (len(packs) > 1)} {numbers} (proteins {proteins})"
+            return f"step {step}: the {what} is {_text(value)} in {where}"
 
         words = on_one_rank(write)
         if action == "rollback":

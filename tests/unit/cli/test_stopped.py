@@ -139,5 +139,5 @@ def test_the_time_limit_ends_a_training(
     assert main([*words, "train.global_batch_tokens=1024", "train.max_minutes=0.03"]) == 75
     # 1.8 s, and as much again for a machine that is busy while the last checkpoint is saved.
     assert time.monotonic() - begun < 3.6
-    assert "esm2mega: stopped: stopped by train.max_minutes after step " in capsys.readouterr().err
+    assert "esm2mega: stopped by train.max_minutes after step " in capsys.readouterr().err
     assert list((tmp_path / "checkpoints").glob("step_*/COMPLETE"))

@@ -47,8 +47,8 @@ class Stream:
         self.state = StreamState(consumed_packs=packs, consumed_samples=packs, consumed_tokens=100 * packs)
         return SimpleNamespace(num_residues=90)
 
-    def proteins_of(self, behind: StreamState, packs: Iterable[int]) -> dict[int, list[str]]:
-        return {number: [f"p{number}"] for number in sorted(packs)}
+    def contents_of(self, behind: StreamState, packs: Iterable[int]) -> list[dict[str, Any]]:
+        return [{"pack": n, "proteins": [f"p{n}"], "samples": [[n, 0]]} for n in sorted(packs)]
 
 
 class Writer:
@@ -327,7 +327,7 @@ def test_a_run_stops_at_a_step_that_is_not_finite(play: Play, tmp_path: Path) ->
         "action": "stop",
         "loss": "nan",
         "grad_norm": "nan",
-        "packs": [{"pack": 5, "proteins": ["p5"]}],
+        "packs": [{"pack": 5, "proteins": ["p5"], "samples": [[5, 0]]}],
         "consumed_samples": 6,
     }
 
