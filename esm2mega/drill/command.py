@@ -19,7 +19,6 @@ from esm2mega.drill.compare import Remains, differences, unaccounted
 from esm2mega.drill.ranks import GRACE, Ranks
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import first_of, write_json
-from esm2mega.train.signals import sigterm_interrupts
 from esm2mega.version import __version__
 
 REPORT = "drill.json"
@@ -122,35 +121,34 @@ def drill(
     (out / "output").mkdir(parents=True, exist_ok=True)
     machine = _Machine(training, settings, processes, out)
     runs: list[BrokenRun] = []
-    with sigterm_interrupts():
-        try:
-            seconds = machine.unbroken()
-        except UserError:
-            # All that is there is of this drill; the same --out can be given again, after a correction.
-            for path in out.iterdir():
-                shutil.rmtree(path)
-            raise
-        expected = Remains(out / "unbroken")
-        faults = list(unaccounted(expected))
-        used, left_out = len(expected.samples), len(expected.left_out)
-        samples = f"{used:,} samples" + (f", {left_out:,} left out" if left_out else "")
-        say(f"unbroken {samples}, in {seconds:.1f} s, weights sha256 {expected.weights_sha256}")
-        rng = random.Random(seed)
-        longest = seconds
-        while not faults and (left := rounds - sum(len(run.kills) for run in runs)):
-            began = time.monotonic()
-            run = machine.broken(len(runs) + 1, left, longest, rng, say)
-            if not run.kills:
-                # The first run met cold caches; a moment behind the end kills nothing.
-                longest = min(longest, time.monotonic() - began)
-            runs.append(run)
-            run.faults += run.faults or _compared(expected, Remains(run.run_dir))
-            word = "equal" if not run.faults else "UNEQUAL"
-            kills = "1 kill" if len(run.kills) == 1 else f"{len(run.kills)} kills"
-            say(f"{word:<8} {run.run_dir} after {kills}{'' if run.kills else ': it ended before the first'}")
-            faults += run.faults
-            if not run.faults:
-                shutil.rmtree(run.run_dir)
+    try:
+        seconds = machine.unbroken()
+    except UserError:
+        # All that is there is of this drill; the same --out can be given again, after a correction.
+        for path in out.iterdir():
+            shutil.rmtree(path)
+        raise
+    expected = Remains(out / "unbroken")
+    faults = list(unaccounted(expected))
+    used, left_out = len(expected.samples), len(expected.left_out)
+    samples = f"{used:,} samples" + (f", {left_out:,} left out" if left_out else "")
+    say(f"unbroken {samples}, in {seconds:.1f} s, weights sha256 {expected.weights_sha256}")
+    rng = random.Random(seed)
+    longest = seconds
+    while not faults and (left := rounds - sum(len(run.kills) for run in runs)):
+        began = time.monotonic()
+        run = machine.broken(len(runs) + 1, left, longest, rng, say)
+        if not run.kills:
+            # The first run met cold caches; a moment behind the end kills nothing.
+            longest = min(longest, time.monotonic() - began)
+        runs.append(run)
+        run.faults += run.faults or _compared(expected, Remains(run.run_dir))
+        word = "equal" if not run.faults else "UNEQUAL"
+        kills = "1 kill" if len(run.kills) == 1 else f"{len(run.kills)} kills"
+        say(f"{word:<8} {run.run_dir} after {kills}{'' if run.kills else ': it ended before the first'}")
+        faults += run.faults
+        if not run.faults:
+            shutil.rmtree(run.run_dir)
     for fault in faults:
         say(f"         {fault}")
     count = sum(len(run.kills) for run in runs)

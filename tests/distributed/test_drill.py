@@ -170,7 +170,8 @@ def test_a_signal_leaves_no_process(number: signal.Signals, store: Path, tmp_pat
             time.sleep(0.01)
         process.send_signal(number)
         assert process.wait(30) == 1
-        assert "esm2mega: interrupted\n" in (tmp_path / "err").read_text()
+        said = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}[number]
+        assert f"esm2mega: {said}\n" in (tmp_path / "err").read_text()
         assert not psutil.wait_procs(ranks, timeout=10)[1]
     finally:
         process.send_signal(signal.SIGKILL)
