@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -79,6 +80,21 @@ def test_every_command_ends_with_one_line(
     lines = [line for line in errors.splitlines() if line.startswith("esm2mega: stopped")]
     assert lines == [f"esm2mega: stopped by {name}{again}"]
     assert signal.getsignal(signal.Signals[name]) == before
+
+
+def test_what_a_lost_signal_breaks_is_no_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As in the middle of an import in C, which forgets what was raised and leaves half a module."""
+
+    def half_imported(*given: Any, **named: Any) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        raise AttributeError("module 'numpy' has no attribute 'intp'")
+
+    monkeypatch.setattr("esm2mega.inspect.inspect_path", half_imported)
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "esm2mega: stopped by SIGTERM\n"
 
 
 _WAITS_OUTSIDE = """
