@@ -111,6 +111,8 @@ class TrainConfig:
     eval_every: int = 0
     eval_batches: int = 0
     log_every: int = 10
+    max_minutes: float | None = None
+    on_nonfinite: str = _choice("stop", "stop", "skip", "rollback")
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
 
