@@ -29,8 +29,8 @@ NO_DAMAGE = "this says nothing about its content: look at its permissions, and a
 """This tells the user what to do about a file that could not be read."""
 
 _REMOVED = (
-    "its checkpoint was removed meanwhile, perhaps by its run, which keeps checkpoint.keep_last of them; start "
-    "this command again"
+    "its checkpoint was removed meanwhile, perhaps by its run, which keeps checkpoint.keep_last of them; "
+    "start this command again"
 )
 
 _THREADS = 8

@@ -40,7 +40,7 @@ class Verification:
         """
         if checkpoint in self.known:
             raise self.known[checkpoint]
-        layout.read_state(checkpoint)
+        layout.check_state(checkpoint)
         entries = read_digests(checkpoint)
         if entries is None:
             _say_once(
@@ -58,8 +58,8 @@ ALL_OF_IT = Verification()
 def choose_good(named: str | Path, resuming: bool = False, verification: Verification = ALL_OF_IT) -> Choice:
     """Find the checkpoint that a name means, as `choose_checkpoint` does, and verify it; nothing is written.
 
-    If the name means the newest or the best one of a run, whichever that is, and it is damaged, the next one is
-    taken, which is said. One that its run removes meanwhile is none any more.
+    If the name means the newest or the best one of a run, whichever that is, and it is damaged, the next one
+    is taken, which is said. One that its run removes meanwhile is none any more.
 
     Args:
         named: As for `choose_checkpoint`.

@@ -146,7 +146,8 @@ def _newest_good(run: Run, complete: Sequence[Path], verification: Verification)
             return read_checkpoint(directory, verification=verification)
         except DamagedError as error:
             with owning(run.run_dir):
-                if layout.is_complete(directory):  # else another start has set it aside, or its run removed it
+                # Else another start has set it aside, or its run has removed it.
+                if layout.is_complete(directory):
                     set_aside(directory, error)
     if (damaged := layout.find_set_aside(run.run_dir)) and run.checkpoint.resume != "never":
         raise UserError(
