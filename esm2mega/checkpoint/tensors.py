@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.digests import CURE, unreadable
-from esm2mega.checkpoint.safe_index import check_metadata
+from esm2mega.checkpoint.safe_index import checked_index
 from esm2mega.errors import DamagedError, UserError
 
 
@@ -70,12 +70,11 @@ class TensorReader:
     def __init__(self, checkpoint: Path, folder: str = layout.MODEL) -> None:
         """Open the tensors in `folder` of `checkpoint`, a complete ``step_XXXXXXXX`` directory."""
         self._model_dir = checkpoint / folder
-        check_metadata(self._model_dir)
-        self._reader = _Reader(self._model_dir)
-        entries = self._reader.read_metadata().state_dict_metadata
+        index = checked_index(self._model_dir)
+        self._reader = _Reader(self._model_dir, index)
         self.index: dict[str, TensorInfo] = {
             name: TensorInfo(tuple(entry.size), entry.properties.dtype)
-            for name, entry in sorted(entries.items())
+            for name, entry in sorted(index.state_dict_metadata.items())
             if isinstance(entry, TensorStorageMetadata)
         }
 
@@ -118,13 +117,13 @@ class TensorReader:
 
 
 class _Reader(FileSystemReader):
-    """Reads the index of the checkpoint once, not again for every tensor."""
+    """Reads tensors by the index that was read and checked already, not again for every tensor."""
 
-    _index: Metadata | None = None
+    def __init__(self, model_dir: Path, index: Metadata) -> None:
+        super().__init__(model_dir)
+        self._index = index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._index is None:
-            self._index = super().read_metadata(*args, **kwargs)
         return self._index
 
 
