@@ -164,9 +164,9 @@ def esm2mega(batches: Batches, size: str, precision: str) -> Iterator[Pass]:
         model.eval().requires_grad_(False)
         request = OutputRequest((PRESETS[size].num_layers,))
         engine = Engine(model, ranks, request, micro_batch_tokens(run.infer, limits, ranks.device))
-        embedder = Embedder(engine, run.infer, limits)
+        embedder = Embedder(engine, run.infer, limits, Path())
         name = f"residue/layer_{PRESETS[size].num_layers}"
-        yield lambda: sum(len(values[name].float().clone()) for _, values in embedder.run(proteins))
+        yield lambda: sum(len(values[name].float().clone()) for _, values in embedder.run(proteins, str))
 
 
 @contextmanager

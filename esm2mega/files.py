@@ -186,7 +186,7 @@ def user_cache() -> Path:
         # A relative path is to be ignored, says the specification of the variable.
         caches = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
     except RuntimeError:
-        raise UserError("no home directory is known: set HOME or XDG_CACHE_HOME") from None
+        raise UserError("no home directory is known; set HOME or XDG_CACHE_HOME") from None
     return caches / "esm2mega"
 
 

@@ -1,4 +1,4 @@
-"""Describes what a path holds: a token store, benchmark tables, a run, or a checkpoint with all tensors."""
+"""Describes what a path holds: a token store, tables, an output, a run, or a checkpoint with all tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from esm2mega.config.run_name import split_run
 from esm2mega.errors import UserError
 
 _OPTIMIZER = "optimizer."
+_HDF5 = (".h5", ".hdf5")
+_MOST_SHOWN = 20
 
 
 def inspect_path(path: str | Path, verify: bool = False) -> str:
@@ -43,6 +45,8 @@ def inspect_path(path: str | Path, verify: bool = False) -> str:
     from esm2mega.convert.formats.registry import detect, find_format
     from esm2mega.convert.start_point import OWN
 
+    if directory.is_file() and directory.suffix.lower() in _HDF5:
+        return "\n".join(_output_lines(directory))
     source = SourceFiles(directory)
     if not directory.is_dir() or find_format(source) not in (None, OWN):
         _refuse_to_verify(directory, verify)
@@ -129,6 +133,23 @@ def _store_lines(directory: Path, verify: bool) -> Iterator[str]:
         yield from _verified_lines(store.manifest["files"])
 
 
+def _output_lines(path: Path) -> Iterator[str]:
+    """Describe an output of `embed` or `predict`, after comparing it with its checksums."""
+    from esm2mega.infer.hdf5 import describe
+    from esm2mega.infer.hdf5_checksums import verify
+
+    has_checksums = verify(path)
+    attributes, shapes = describe(path)
+    said = "checksums hold" if has_checksums else "without checksums: an earlier version, or another program"
+    yield f"HDF5 {path} ({said})"
+    for name, value in attributes.items():
+        yield f"attribute {name} {value}"
+    for name, kind in list(shapes.items())[:_MOST_SHOWN]:
+        yield f"  {name:<30} {kind}"
+    if len(shapes) > _MOST_SHOWN:
+        yield f"  and {len(shapes) - _MOST_SHOWN:,} more data sets"
+
+
 def _foreign_lines(source: Any, name: str) -> Iterator[str]:
     """Describe a checkpoint of another program, with its tensors under our names.
 
@@ -136,6 +157,7 @@ def _foreign_lines(source: Any, name: str) -> Iterator[str]:
         source: Its files.
         name: The format that it is in.
     """
+    from esm2mega.checkpoint.finite import FiniteCheck
     from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
     from esm2mega.convert.formats.registry import read_weights
     from esm2mega.convert.lazy_weights import dtype_name
@@ -148,11 +170,12 @@ def _foreign_lines(source: Any, name: str) -> Iterator[str]:
         task = description.task
         yield "no head" if task is None else f"head of a task (task.kind={task.task.kind})"
     yield from weights.notes.lines()
-    digests = []
+    digests, finite = [], FiniteCheck()
     for tensor, info in weights.infos.items():
-        digests.append((tensor, tensor_sha256(weights.read(tensor))))
+        digests.append((tensor, tensor_sha256(finite.add(tensor, weights.read(tensor)))))
         yield f"  {tensor:<58} {dtype_name(info.dtype):<9} {list(info.shape)!s:<18} {digests[-1][1][:16]}"
     yield f"tensors sha256 {combined_sha256(digests)}"
+    yield finite.words()
 
 
 def _verified_lines(files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -166,6 +189,7 @@ def _checkpoint_lines(named: str | Path, verify: bool) -> Iterator[str]:
     from esm2mega.checkpoint.auxiliary import read_auxiliary
     from esm2mega.checkpoint.choice import best_checkpoint, choose_checkpoint
     from esm2mega.checkpoint.digests import DIGESTS, read_digests
+    from esm2mega.checkpoint.finite import FiniteCheck
     from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
     from esm2mega.config.presets import shape_of
     from esm2mega.convert.formats.esm2mega import task_head
@@ -196,16 +220,19 @@ def _checkpoint_lines(named: str | Path, verify: bool) -> Iterator[str]:
     if state.get("task") is not None:
         yield from _task_lines(task_head(run.task, state, {}, checkpoint))
     digests: list[tuple[str, str]] = []
+    finite = FiniteCheck()
     for name, info in reader.index.items():
         if name.startswith(_OPTIMIZER):
             continue
-        digest = tensor_sha256(reader.read(name))
+        digest = tensor_sha256(finite.add(name, reader.read(name)))
         digests.append((name, digest))
         dtype = str(info.dtype).removeprefix("torch.")
         yield f"  {name:<58} {dtype:<9} {list(info.shape)!s:<18} {digest[:16]}"
     yield f"weights sha256 {combined_sha256(digests)}"
     for name, value in read_auxiliary(checkpoint).items():
+        finite.add(name, value)
         yield f"auxiliary {name} {list(value.shape)}"
+    yield finite.words()
     optimizer = [info for name, info in reader.index.items() if name.startswith(_OPTIMIZER)]
     if optimizer:
         yield f"optimizer: {len(optimizer)} tensors, {sum(i.num_bytes for i in optimizer) / 1e9:.3f} GB"

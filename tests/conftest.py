@@ -1,8 +1,13 @@
-"""What holds for all tests: where processes are forked from, and when memory is searched for garbage."""
+"""What holds for all tests: where processes are forked from, the cache, and when garbage is looked for."""
 
 from __future__ import annotations
 
+import atexit
 import gc
+import itertools
+import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -12,6 +17,10 @@ from tests import warm
 # time of a collection of tests.
 gc.disable()
 
+_caches = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, _caches, ignore_errors=True)
+_numbers = itertools.count()
+
 
 def pytest_collection_finish() -> None:
     gc.freeze()
@@ -20,6 +29,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Ranks and the processes of `esm2mega prove` are forked from the same process."""
+    """Ranks and the processes of `esm2mega prove` are forked from the same process; a cache for each test."""
+    os.environ["XDG_CACHE_HOME"] = f"{_caches}/{next(_numbers)}"
     if item.get_closest_marker("distributed"):
         warm.prepare()

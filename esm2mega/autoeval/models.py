@@ -21,6 +21,7 @@ from esm2mega.finetune.metrics import HEADLINES, Array, Predictions
 from esm2mega.finetune.run import batch_spec
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import MaskedEvaluation, evaluate
+from esm2mega.train.finite import Watched
 from esm2mega.train.losses import MLMLossReduction
 from esm2mega.train.per_protein import PerProtein, ProteinLosses
 
@@ -150,9 +151,11 @@ class LanguageModel(Model):
 
     def measure(self) -> Measurement | None:
         loss = PerProtein(MLMLossReduction(), PackedBatch.by_protein)
+        watched = Watched(loss)
         with self.evaluation.loaded() as (model, packs, ranks):
             with Progress(len(packs), self.name, "pack", enabled=ranks.is_main) as progress:
-                means = evaluate(model, loss, packs, ranks, progress)
+                means = evaluate(model, watched, packs, ranks, progress)
+            self.evaluation.refuse_not_finite(watched, ranks)
             losses = loss.gather(len(self.evaluation.store), ranks)
         assert means is not None
         return None if losses is None else Measurement(means["loss"], losses, {})
@@ -215,8 +218,9 @@ class TaskModel(Model):
             packs = packs_of(self.proteins, batch_spec(task.run.data, task.run.train, task.run.seed), ranks)
             with Progress(len(packs), self.name, "pack", enabled=ranks.is_main) as progress:
                 found = measure(model, loss, task.predict, packs, task.info, ranks, progress)
+            assert found is not None
+            task.refuse_not_finite(found, self.proteins)
             losses = loss.gather(len(self.proteins), ranks)
-        assert found is not None
         return None if losses is None else Measurement(found.loss, losses, found.metrics, found.predictions)
 
     def resampled(self, found: Measurement, of: Model) -> dict[str, Array]:

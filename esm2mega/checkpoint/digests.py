@@ -9,7 +9,6 @@ holds the SHA-256 of ``digests.json``; in a checkpoint of an earlier version it 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -172,13 +171,6 @@ def unreadable(path: Path, error: OSError) -> UserError:
     if isinstance(error, ABSENT):
         return DamagedError(path, "is missing", CURE)
     return MachineError(f"{path}: cannot be read: {error.strerror or error}; {NO_DAMAGE}")
-
-
-def content_checksum(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object, whatever the order of its keys and its white space."""
-    # Through text and back: keys that are numbers become text before they are sorted.
-    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_sizes(checkpoint: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:

@@ -23,7 +23,6 @@ from esm2mega.checkpoint.digests import (
     CURE,
     STATE,
     Entries,
-    content_checksum,
     has_digests,
     read_small,
     unreadable,
@@ -33,7 +32,7 @@ from esm2mega.config.load import run_from_yaml, save_resolved
 from esm2mega.config.scalars import read_yaml
 from esm2mega.config.schema import Run
 from esm2mega.errors import DamagedError, MachineError, UserError
-from esm2mega.files import parse_json, sync_tree, write_json
+from esm2mega.files import json_sha256, parse_json, sync_tree, write_json
 from esm2mega.version import __version__
 from esm2mega.vocabulary import TOKENIZER_HASH, VOCAB
 
@@ -105,7 +104,7 @@ def write_description(directory: Path, run: Run, state: dict[str, Any]) -> None:
 def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """Write ``train_state.json``; that of a finished checkpoint is replaced in one step."""
     content = {"format_version": FORMAT_VERSION, "esm2mega_version": __version__, **state}
-    write_json(checkpoint / STATE, {**content, _CHECKSUM: content_checksum(content)})
+    write_json(checkpoint / STATE, {**content, _CHECKSUM: json_sha256(content)})
 
 
 def complete(partial: Path, directory: Path, entries: Entries | None = None) -> None:
@@ -200,7 +199,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         version = state["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(path, f"is damaged ({error})", CURE) from error
-    if recorded != content_checksum(state) and (recorded is not None or has_digests(checkpoint)):
+    if recorded != json_sha256(state) and (recorded is not None or has_digests(checkpoint)):
         raise DamagedError(
             path, f"is damaged: its content does not have the checksum {_CHECKSUM} in it", CURE
         )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import pickle
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -19,31 +17,24 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.auxiliary import write_auxiliary
-from esm2mega.checkpoint.digests import Entries, digest_files, tensor_files, unreadable
+from esm2mega.checkpoint.digests import unreadable
 from esm2mega.checkpoint.optimizer_state import (
     ask_for,
     form_of_names,
     form_of_optimizer,
     ignored,
     make_loadable,
-    places_without_padding,
     separate_steps,
     translate,
 )
 from esm2mega.checkpoint.safe_index import check_metadata
-from esm2mega.checkpoint.save_strategy import SaveInThisProcess
 from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter, compare_tensors
 from esm2mega.checkpoint.tensors import TensorReader, os_error_in
-from esm2mega.config.schema import Run
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import first_of
 from esm2mega.parallel.errors import lost_peer
 
-# The exception says what failed too, and becomes the one line that is printed.
-logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
-
-_SHARDING = {
+SHARDING = {
     # The only format of the distributed optimizer that every TP, PP and DP size can read.
     "distrib_optim_sharding_type": "fully_reshardable",
     # Its shards meet on one data-parallel rank over gloo, in host memory, not on every GPU.
@@ -64,7 +55,7 @@ _UNREADABLE = (
     CheckpointException,
 )
 
-_DISK = (
+DISK = (
     "No space left on device",
     "File too large",
     "Disk quota exceeded",
@@ -85,85 +76,11 @@ _SETTINGS = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps", "fused")
 """A parameter group takes these values from the configuration of this start, not from the checkpoint."""
 
 
-def save_checkpoint(
-    directory: Path,
-    model: Sequence[Any],
-    optimizer: MegatronOptimizer,
-    run: Run,
-    state: dict[str, Any],
-    auxiliary: Mapping[str, torch.Tensor] | None = None,
-    tensor_filter: TensorFilter = ALL,
-) -> None:
-    """Write a checkpoint; all ranks call this together.
-
-    The directory gets its name when everything is in it. If any rank fails, nothing is left behind.
-
-    Args:
-        directory: ``RUN_DIR/checkpoints/step_XXXXXXXX`` on a file system that all ranks share.
-        model: The chunks of this rank, as wrapped for training.
-        optimizer: Their optimizer.
-        run: The resolved configuration.
-        state: JSON values that a resumed run needs.
-        auxiliary: Tensors that are kept without being trained, see `esm2mega.checkpoint.auxiliary`.
-        tensor_filter: Chooses the tensors to save; `state` should say where the others are.
-
-    Raises:
-        MachineError: The disk is full or a file cannot be written.
-    """
-    partial = layout.partial_dir(directory)
-    is_main = dist.get_rank() == 0
-    failure: BaseException | None = None
-    entries: Entries = {}
-    try:
-        if is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / layout.MODEL).mkdir(parents=True)
-        _agree(failure)
-        with places_without_padding(optimizer):
-            state_of_ranks = _sharded_state(model, optimizer, False, tensor_filter)
-        dist_checkpointing.save(
-            state_of_ranks, str(partial / layout.MODEL), SaveInThisProcess(), content_metadata=_SHARDING
-        )
-        entries = digest_files(partial, tensor_files(partial, dist.get_rank()))
-    except (Exception, CheckpointException) as error:
-        # Every failure is caught, since the other ranks wait in `_agree`. PyTorch's is not an `Exception`.
-        failure = error
-    try:
-        entries = _agree(failure, entries)
-        try:
-            if is_main:
-                layout.write_description(partial, run, state)
-                write_auxiliary(partial, auxiliary or {})
-                layout.complete(partial, directory, entries)
-        except Exception as error:
-            failure = error
-        _agree(failure)
-    except MachineError as error:
-        if is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        is_of_disk = any(known in str(error) for known in (*_DISK, "written whole"))
-        cure = "; free space or choose another run_dir" if is_of_disk else ""
-        raise MachineError(f"{directory}: not saved: {error}{cure}") from failure
-
-
-def _agree(failure: BaseException | None, entries: Entries | None = None) -> Entries:
-    """Raise on every rank if any rank failed, else return the digests of all ranks on every rank.
-
-    It is an all-gather over the world.
-    """
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (None if failure is None else _reason(failure), entries or {}))
-    for rank, (reason, _) in enumerate(parts):
-        if reason is not None:
-            raise MachineError(reason if len(parts) == 1 else f"{reason} (rank {rank})")
-    return {name: entry for _, part in parts for name, entry in part.items()}
-
-
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the system's own words for an error where there are any, else its first line."""
     if isinstance(error, CheckpointException) and error.failures:
         # The failures of all ranks are in there; the text of the exception may name no more than the ranks.
-        return _reason(next(iter(error.failures.values()))[0])
+        return reason_of(next(iter(error.failures.values()))[0])
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -173,7 +90,7 @@ def _reason(error: BaseException) -> str:
     # failure of its writing processes in the second.
     if "unexpected pos" in str(error) or "Worker failure" in str(error):
         return "a file could not be written whole: the disk is full, or the file reached a size limit"
-    for known in _DISK:
+    for known in DISK:
         if known in str(error):
             return known
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -191,7 +108,7 @@ def load_training_state(
     """
     make_loadable(optimizer)
     own, saved = form_of_optimizer(optimizer), form_of_names(TensorReader(checkpoint).index)
-    request = _sharded_state(model, optimizer, True, tensor_filter)
+    request = sharded_state(model, optimizer, True, tensor_filter)
     ask_for(request["optimizer"], saved, own)
     loaded = _load(checkpoint, request, lambda name: not ignored(name, saved, own))
     # The weights first: main weights that the checkpoint lacks are views of them.
@@ -237,7 +154,7 @@ def load_weights(checkpoint: Path, model: Sequence[Any], tensor_filter: TensorFi
     Raises:
         UserError: A weight is missing, or the checkpoint holds one that the model has no place for.
     """
-    request, not_restored = _sharded_state(model, None, True, tensor_filter), []
+    request, not_restored = sharded_state(model, None, True, tensor_filter), []
     if not tensor_filter.strict:
         shapes = {
             name: info.shape
@@ -248,7 +165,7 @@ def load_weights(checkpoint: Path, model: Sequence[Any], tensor_filter: TensorFi
         report = compare_tensors(entries, shapes, tensor_filter, str(checkpoint))
         not_restored = report.lines()
         tensor_filter = report.narrowed(tensor_filter)
-        request = _sharded_state(model, None, True, tensor_filter)
+        request = sharded_state(model, None, True, tensor_filter)
     loaded = _load(
         checkpoint, request, lambda name: not name.startswith("optimizer.") and not tensor_filter.unused(name)
     )
@@ -275,10 +192,10 @@ def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bo
             raise
         logging.getLogger(__name__).debug("loading %s failed", model_dir, exc_info=error)
         if isinstance(error, torch.OutOfMemoryError):
-            raise MachineError(f"{model_dir}: cannot be read: {_reason(error)}") from error
+            raise MachineError(f"{model_dir}: cannot be read: {reason_of(error)}") from error
         if (cause := os_error_in(error)) is not None:
             raise unreadable(Path(cause.filename or model_dir), cause) from error
-        raise UserError(f"{model_dir}: cannot be loaded into this model: {_reason(error)}") from error
+        raise UserError(f"{model_dir}: cannot be loaded into this model: {reason_of(error)}") from error
     unexpected = {name for name in unexpected if matters(name)}
     if missing or unexpected:
         raise UserError(
@@ -306,17 +223,25 @@ def _sharded_tensors(chunk: Any) -> dict[str, Any]:
     """Return Megatron-Core's descriptions of the tensors by their names in this chunk."""
     return {
         name: entry
-        for name, entry in chunk.sharded_state_dict(metadata=dict(_SHARDING)).items()
+        for name, entry in chunk.sharded_state_dict(metadata=dict(SHARDING)).items()
         if not name.endswith(_EXTRA_STATE)
     }
 
 
-def _sharded_state(
+def sharded_state(
     model: Sequence[Any],
     optimizer: MegatronOptimizer | None,
     is_loading: bool,
     tensor_filter: TensorFilter = ALL,
 ) -> dict[str, Any]:
+    """Return this rank's part of what is saved or asked for: a dictionary of tensors for each chunk.
+
+    Args:
+        model: The chunks of this rank.
+        optimizer: Their optimizer, whose state is entered under ``optimizer``; None for none.
+        is_loading: Whether the tensors are asked for. To save them, ranks may gather them: a collective.
+        tensor_filter: Chooses the tensors of the model.
+    """
     state: dict[str, Any] = {
         f"model{number}": {
             name: entry
@@ -327,6 +252,6 @@ def _sharded_state(
     }
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=dict(_SHARDING)
+            dict(state), is_loading=is_loading, metadata=dict(SHARDING)
         )
     return state

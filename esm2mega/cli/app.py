@@ -1,6 +1,7 @@
 """Assembles the command line, and turns every error into one line and an exit code.
 
-Exit codes: 0 done, 2 bad input or configuration, 75 stopped by a signal after saving, 1 anything else.
+Exit codes: 0 done, 2 bad input or configuration, 75 a training that was stopped by a signal or its time limit
+and goes on when it is started again, 1 anything else.
 Commands import what they call when they are called, so that `esm2mega --help` needs neither torch nor numpy.
 """
 
@@ -21,6 +22,7 @@ from esm2mega.cli.infer import embed, score
 from esm2mega.cli.lora import lora
 from esm2mega.cli.prepare import prepare
 from esm2mega.cli.prove import prove
+from esm2mega.cli.stopped import Stopped, stopped_by_signals
 from esm2mega.cli.tools import doctor, inspect, plot, quickstart
 from esm2mega.cli.train import compare, evaluate, finetune, predict, pretrain
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
@@ -58,11 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Reading a checkpoint in one process is what `inspect` and `prove` intend.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
-        # Not standalone: click would print its own multi-line usage errors and exit by itself.
-        code = cli.main(
-            None if arguments is None else list(arguments), "esm2mega", standalone_mode=False, obj=options
-        )
+        with stopped_by_signals(lambda name: _end(name, options)):
+            # Not standalone: click would print its own multi-line usage errors and exit by itself.
+            code = cli.main(
+                None if arguments is None else list(arguments), "esm2mega", standalone_mode=False, obj=options
+            )
         return code if isinstance(code, int) else 0
+    except Stopped as stopped:
+        _report(_words(str(stopped), options), stopped, options)
+        return _code(options)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else error.format_message())
         return 0
@@ -94,6 +100,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _end(name: str, options: Options) -> None:
+    """End the process at once for a signal; rank 0 says so."""
+    if os.environ.get("RANK", "0") == "0":
+        _print(_words(name, options))
+    os._exit(_code(options))
+
+
+def _words(name: str, options: Options) -> str:
+    return f"stopped by {name}" + ("; start the same command again to go on" if options.goes_on else "")
+
+
+def _code(options: Options) -> int:
+    return StoppedBySignal.exit_code if options.goes_on else MachineError.exit_code
+
+
 def _report(line: str, error: BaseException, options: Options, common: bool = True) -> None:
     """Print an error to stderr, unless another process reports it.
 
@@ -107,6 +128,10 @@ def _report(line: str, error: BaseException, options: Options, common: bool = Tr
         return
     if options.verbose:
         traceback.print_exception(error)
+    _print(line)
+
+
+def _print(line: str) -> None:
     rank = f"[rank {os.environ.get('RANK', '0')}] " if _world_size_or_one() > 1 else ""
     print(f"esm2mega: {rank}{line}", file=sys.stderr, flush=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,23 @@ from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.renamed import refusal_of_option
 from esm2mega.errors import UserError
 from esm2mega.infer.target import Mode
+from esm2mega.processes import end_with_parent
+
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""torchrun sets this variable for the processes that it starts."""
 
 
 @dataclass
 class Options:
-    """Holds the options that apply to every command."""
+    """Holds the options that apply to every command, and what is known of the one that runs.
+
+    Attributes:
+        verbose: Whether to show the traceback of an error.
+        goes_on: Whether the command, stopped and started again, goes on from where it was.
+    """
 
     verbose: bool = False
+    goes_on: bool = False
 
 
 def _set_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -43,9 +54,10 @@ def _verbose_option() -> click.Option:
 class Command(click.Command):
     """Defines a command that takes `-v`, names the successor of a renamed option, and knows its rank."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, goes_on: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(_verbose_option())
+        self._goes_on = goes_on
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -59,6 +71,10 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         # A process that mistook its rank would do nothing, or everything for one of several, without a word.
         world_size_from_environment()
+        ctx.ensure_object(Options).goes_on = self._goes_on
+        if _TORCHRUN in os.environ:
+            # It starts its processes in sessions of their own, in which they would outlive it.
+            end_with_parent(signal.SIGTERM)
         return super().invoke(ctx)
 
 

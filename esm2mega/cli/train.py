@@ -5,6 +5,7 @@ Importing them needs no torch or numpy.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import click
@@ -21,7 +22,7 @@ _CODE = click.option(
 )
 
 
-@command(short_help="Train a masked language model, or resume training.")
+@command(short_help="Train a masked language model, or resume training.", goes_on=True)
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
@@ -29,6 +30,7 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
 
     Example: esm2mega pretrain --config pretrain_esm2_8M data.train=DIR/train data.valid=DIR/valid
     """
+    begun = time.monotonic()
     from esm2mega.config.launcher import world_size_from_environment
     from esm2mega.config.load import load_run
     from esm2mega.config.paths import is_expanded
@@ -44,10 +46,10 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
 
     from esm2mega.train.pretrain import pretrain as run_pretrain
 
-    run_pretrain(run)
+    run_pretrain(run, begun=begun)
 
 
-@command(short_help="Train a head and the encoder on labelled proteins.")
+@command(short_help="Train a head and the encoder on labelled proteins.", goes_on=True)
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
 @_CODE
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
@@ -57,6 +59,7 @@ def finetune(config: str | None, code: tuple[str, ...], overrides: tuple[str, ..
     Example: esm2mega finetune init_from=runs/mine task.kind=regression task.target_columns=[fitness]
     data.train=train.csv data.valid=valid.csv
     """
+    begun = time.monotonic()
     from esm2mega.config.launcher import world_size_from_environment
     from esm2mega.config.task import validate_task
     from esm2mega.config.validate import check_training_inputs, validate
@@ -71,7 +74,7 @@ def finetune(config: str | None, code: tuple[str, ...], overrides: tuple[str, ..
     from esm2mega.finetune.run import UserParts
     from esm2mega.finetune.run import finetune as run_finetune
 
-    run_finetune(run, UserParts(code=load_code(code)), opened=opened)
+    run_finetune(run, UserParts(code=load_code(code)), opened=opened, begun=begun)
 
 
 @command(short_help="Predict with a fine-tuned model, in input order.")

@@ -5,11 +5,11 @@ It is pure Python, like `esm2mega.config.validate`.
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Sequence
 
 from esm2mega.config.load import load_run_over
+from esm2mega.config.machine import on_this_machine
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import DataConfig, InferConfig, ModelConfig, ParallelConfig, Run
 from esm2mega.config.validate import data_parallel_size, validate_model
@@ -85,8 +85,8 @@ def inference_run(checkpoint: Run, overrides: Sequence[str], config: str | None 
         overrides: `key=value` settings that replace those of the file.
         config: Path or name of a configuration file; None for none.
     """
-    base = copy.deepcopy(checkpoint)
-    base.parallel = ParallelConfig(timeout_minutes=checkpoint.parallel.timeout_minutes)
+    base = on_this_machine(checkpoint)
+    base.parallel = ParallelConfig()
     base.infer = InferConfig()
     # Columns of the training tables say nothing about the input.
     base.data.sequence_column, base.data.id_column = DataConfig.sequence_column, None

@@ -15,7 +15,7 @@ import functools
 import os
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConf
 
 from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
-from esm2mega.config.scalars import Unset, escaped, read_word, read_yaml, show, shown
+from esm2mega.config.scalars import Unset, escaped, literal, read_word, read_yaml, show, shown
 from esm2mega.config.schema import Run, ScheduleConfig, TrainConfig, flatten
 from esm2mega.config.typed import as_typed, expected, is_text
 from esm2mega.config.validate import check_choices
@@ -66,14 +66,19 @@ def load_run(config: str | None, overrides: Sequence[str] = ()) -> Run:
 
 
 def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Run:
-    """Read a configuration that `save_resolved` wrote; a name of a shipped configuration is not looked up.
+    """Read a configuration that `save_resolved` wrote, and nothing but this file.
+
+    It may come from a stranger, as part of a checkpoint. So ``${…}`` in it is text, which neither the
+    environment nor another key replaces, and no file or shipped configuration that it names is looked up.
 
     Args:
         path: The file.
         ignore: Top-level keys that the writer added to those of the run.
     """
-    settings = _current(_file_settings(Path(path), ()))
-    return resolve(_to_run(_defaults(), [s for s in settings if s.key not in ignore]))
+    content, lines = _read_config(Path(path))
+    settings = _current(_leaves(content, "", Path(path), lines))
+    literal = [replace(s, value=_literal(s.value)) for s in settings if s.key not in ignore]
+    return resolve(_to_run(_defaults(), literal))
 
 
 def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None) -> Run:
@@ -140,6 +145,15 @@ def _escaped(value: Any) -> Any:
         fields = {field.name: _escaped(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     return value
+
+
+def _literal(value: Any) -> Any:
+    """Return a value as a file holds it, in which every ``${`` that is not escaped becomes so."""
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _literal(inner) for name, inner in value.items()}
+    return value if isinstance(value, Unset) or not isinstance(value, str) else literal(value)
 
 
 def resolve(run: Run) -> Run:
@@ -375,18 +389,18 @@ def _to_run(tree: DictConfig, settings: Sequence[_Setting]) -> Run:
 def _naming_places(settings: Iterable[_Setting]) -> Iterator[None]:
     """Turn OmegaConf's errors about references into one line that says where the value was written."""
     places = {setting.key: setting.where for setting in settings}
+
+    def place(key: str) -> str:
+        return places.get(key.partition("[")[0], "override")  # of the list, for an entry of one
+
     try:
         yield
     except MissingMandatoryValue as error:
         key = error.full_key or "a value"
-        raise UserError(
-            f"{places.get(key, 'override')}: {key}=??? must be given; add the override {key}=VALUE"
-        ) from error
+        raise UserError(f"{place(key)}: {key}=??? must be given; add the override {key}=VALUE") from error
     except OmegaConfBaseException as error:
         key = error.full_key or "a value"
-        raise UserError(
-            f"{places.get(key, 'override')}: {key}: {_first_line(error)}; correct the ${{...}} in it"
-        ) from error
+        raise UserError(f"{place(key)}: {key}: {_first_line(error)}; correct the ${{...}} in it") from error
 
 
 def _defaults() -> DictConfig:

@@ -17,7 +17,7 @@ RENAMED = {
 }
 """Maps an old dotted key or option to the new one."""
 
-REMOVED = {"optim.name": "adam", "checkpoint.async_save": "false"}
+REMOVED = {"optim.name": "adam"}
 """Maps a dotted key that is gone to the only value that it could have."""
 
 _NOTED_SECTION = "infer."

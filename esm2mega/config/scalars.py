@@ -149,6 +149,12 @@ def escaped(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
+def literal(text: str) -> str:
+    """Return text of a file in which OmegaConf finds no reference; what `escaped` wrote stays as it is."""
+    # An odd number of backslashes escapes already.
+    return re.sub(r"(\\*)\$\{", lambda found: found[0] if len(found[1]) % 2 else f"{found[1]}\\${{", text)
+
+
 def show(value: Any) -> str:
     """Return a value as it would be written in YAML, for a message."""
     if value is None or (isinstance(value, Unset) and not value):

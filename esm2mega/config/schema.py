@@ -111,6 +111,8 @@ class TrainConfig:
     eval_every: int = 0
     eval_batches: int = 0
     log_every: int = 10
+    max_minutes: float | None = None
+    on_nonfinite: str = _choice("stop", "stop", "skip", "rollback")
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
 
@@ -154,6 +156,7 @@ class CheckpointConfig:
     keep_best: int = 1
     best_metric: str = "valid_loss"
     resume: str = _path("auto")  # or never
+    async_save: bool = False
     verify: bool = True
 
 

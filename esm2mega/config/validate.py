@@ -91,6 +91,7 @@ _AT_MOST = {
 }
 _GREATER_THAN_ZERO = (
     "parallel.timeout_minutes",
+    "train.max_minutes",
     "model.layernorm_epsilon",
     "model.init_std",
     "optim.lr",
@@ -240,7 +241,7 @@ def _check_ranges(run: Run) -> None:
         if values[key] > high:
             raise UserError(f"{key}={values[key]} is too large; it must be at most {high}")
     for key in _GREATER_THAN_ZERO:
-        if values[key] <= 0:
+        if values[key] is not None and values[key] <= 0:
             raise UserError(f"{key}={values[key]} must be greater than 0")
     for key in ("data.mlm_probability", "eval.mlm_probability"):
         if not 0 < values[key] < 1:

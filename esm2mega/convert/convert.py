@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from esm2mega.convert.finite import cast_and_counted, note_not_finite
 from esm2mega.convert.formats.esm2mega import default_dtype
 from esm2mega.convert.formats.registry import WITH_OTHER_HEADS, load_format, read_weights
 from esm2mega.convert.heads.contact_head import is_contact_head, with_published_head
@@ -108,10 +109,11 @@ def convert(
         else:
             architecture_of(head)
             weights = with_unit_scale(weights, target_dtype)
-    weights = weights.cast(target_dtype)
+    weights, finite = cast_and_counted(weights, target_dtype)
 
     with appearing(target, writer.IS_DIRECTORY) as path:
         writer.write(weights, path)
+    note_not_finite(weights, finite)
     return Conversion(
         source,
         source_format,

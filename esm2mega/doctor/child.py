@@ -14,6 +14,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 from esm2mega.doctor.finding import FAILED, Finding
+from esm2mega.processes import end_with_parent
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 """Are variables of torchrun by which a child would take itself for a rank of the caller's world."""
@@ -51,6 +52,7 @@ def run_apart(
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,
+                preexec_fn=end_with_parent,
             )
             try:
                 status = process.wait(timeout)

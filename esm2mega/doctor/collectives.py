@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from esm2mega.doctor.child import child_environment, last_words
 from esm2mega.doctor.finding import FAILED, MISSING, OK, Finding
+from esm2mega.processes import end_with_parent
 
 SECONDS = 60.0
 """Limits how long processes take to start, import torch and finish their all-reduce."""
@@ -50,7 +51,12 @@ def _all_reduce(backend: str, world_size: int, what: str, cure: str, timeout: fl
     started = time.monotonic()
     workers = [
         subprocess.Popen(
-            [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(rank)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=end_with_parent,
         )
         for rank in range(world_size)
     ]

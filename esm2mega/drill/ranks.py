@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 from torch.distributed import TCPStore
 
+from esm2mega.processes import end_with_parent
+
 GRACE = 10.0
 """Seconds that ranks get to end by themselves, after SIGTERM as by torchrun, when another one was killed."""
 
@@ -67,6 +69,7 @@ class Ranks:
                             stderr=file,
                             env={**environment, **own},
                             start_new_session=True,
+                            preexec_fn=end_with_parent,
                         )
         except BaseException:
             self.end()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
+from esm2mega.config.machine import on_this_machine
 from esm2mega.config.schema import DataConfig, Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
@@ -35,6 +35,7 @@ from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import adapt_layout
+from esm2mega.train.finite import refuse_not_finite
 from esm2mega.train.loop import defined
 
 
@@ -65,6 +66,10 @@ class TaskCheckpoint:
     def loss(self) -> TaskLossReduction:
         """Return the user's own loss, or the configured one."""
         return self.code.loss or loss_of_task(self.run.task, self.info)
+
+    def refuse_not_finite(self, measured: Measured, proteins: LabelledProteins) -> None:
+        """Raise `UserError` if the model gave values that are not finite; all ranks call this together."""
+        refuse_not_finite(measured.not_finite, proteins.id, "its prediction", self.start)
 
     @property
     def recipe(self) -> str:
@@ -98,10 +103,9 @@ def open_task(
             f"{start.path}: is a pretrained model without the head of a task; fine-tune it with "
             "`esm2mega finetune`, or use `esm2mega embed` or `esm2mega score`"
         )
-    saved = copy.deepcopy(start.run)
+    saved = on_this_machine(start.run)
     # The columns of the training table say nothing about those of another table.
     saved.data.id_column = None
-    saved.model.recompute = "none"
     run = adapt_layout(expand_paths(load_run_over(saved, overrides)), overrides)
     validate(run, world_size_from_environment())
     validate_task(run)
@@ -137,6 +141,9 @@ def run_task(task: TaskCheckpoint, proteins: LabelledProteins, words: str) -> tu
 
     Returns:
         The predictions, loss and metrics, and whether this is the main process.
+
+    Raises:
+        UserError: The model gives values that are not finite.
     """
     with loaded(task) as (chunks, ranks):
         packs = packs_of(proteins, batch_spec(task.run.data, task.run.train, task.run.seed), ranks)
@@ -152,6 +159,7 @@ def run_task(task: TaskCheckpoint, proteins: LabelledProteins, words: str) -> tu
                 baseline=True,
             )
         assert measured is not None
+        task.refuse_not_finite(measured, proteins)
         return measured, ranks.is_main
 
 

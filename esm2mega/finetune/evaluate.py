@@ -6,7 +6,7 @@ Legend: ``n`` proteins and ``R`` residues of a micro-batch, ``k`` targets or cla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,12 @@ _OF_THE_LOSS = ("kind", "loss", "huber_delta", "scale_targets", "class_weights",
 
 
 class Collecting(LossReduction):
-    """Wraps a loss and keeps the predictions of what it sees; without labels, its sum and count are 0."""
+    """Wraps a loss and keeps the predictions of what it sees; without labels, its sum and count are 0.
+
+    Attributes:
+        seen: The predictions, an entry for each micro-batch.
+        not_finite: Row of the first protein with an output or prediction that is not finite; None if all are.
+    """
 
     def __init__(self, loss: LossReduction, predict: Predict, info: TargetInfo) -> None:
         """Make the wrapper.
@@ -51,13 +56,17 @@ class Collecting(LossReduction):
         """
         self.loss, self.predict, self.info = loss, predict, info
         self.seen: list[dict[str, Any]] = []
+        self.not_finite: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.loss.names
 
     def forward(self, batch: LabelledBatch, output: Tensor) -> LossTerms:
-        self.seen.append(_kept(batch, self.predict(output), self.info))
+        predictions = self.predict(output)
+        self.seen.append(_kept(batch, predictions, self.info))
+        if self.not_finite is None:
+            self.not_finite = _not_finite(batch, (output, predictions), self.info)
         if batch.labels is not None:
             return self.loss.terms(batch, output)
         nothing = (output.new_zeros(()), torch.zeros((), dtype=torch.int64, device=output.device))
@@ -72,6 +81,18 @@ def _kept(batch: LabelledBatch, values: Tensor, info: TargetInfo) -> dict[str, A
     kept = {"rows": rows, "values": values, "labels": batch.labels}
     kept["numbers"] = segments.numbers if per_residue else None
     return {name: None if value is None else value.cpu().numpy() for name, value in kept.items()}
+
+
+def _not_finite(batch: LabelledBatch, found: Sequence[Tensor], info: TargetInfo) -> int | None:
+    """Return the row of the first protein with a value that is not finite; None if all values are."""
+    for values in found:
+        if not bool(values.isfinite().all()):
+            kept = _kept(batch, values.double(), info)
+            pairs = zip(kept["rows"].tolist(), kept["values"], strict=True)
+            row = next((row for row, value in pairs if not np.isfinite(value).all()), None)
+            if row is not None:
+                return row
+    return None
 
 
 def _kept_pairs(batch: LabelledBatch, values: Tensor) -> dict[str, Any]:
@@ -102,6 +123,8 @@ class Measured:
         metrics: Metrics by name, the same on every rank; empty without labels.
         unseen: Number of labels of each class that no training has had a label of, the same on every rank;
             empty where there are none.
+        not_finite: On the main process, rows of proteins with outputs or predictions that are not finite, at
+            most one of each rank; None on the others.
     """
 
     loss: float | None
@@ -109,6 +132,7 @@ class Measured:
     predictions: Predictions | None
     metrics: dict[str, float | None]
     unseen: dict[str, int]
+    not_finite: list[int] | None
 
 
 def measure(
@@ -142,13 +166,13 @@ def measure(
     means = evaluate(model, collecting, packs, ranks, progress, abandon)
     if means is None:
         return None
-    predictions = _gathered(collecting.seen, ranks)
+    predictions, not_finite = _gathered(collecting.seen, ranks), gathered(collecting.not_finite, ranks)
     metrics: dict[str, float | None] = {}
     unseen: dict[str, int] = {}
     if predictions is not None and predictions.labels is not None:
-        metrics = {**metrics_of(predictions, info)}
+        metrics = _undefined(predictions, info) if not_finite else {**metrics_of(predictions, info)}
         unseen = unseen_labels(predictions, info)
-        if baseline:
+        if baseline and not not_finite:
             metrics |= baseline_metrics(predictions, info)
         # What a user's own loss logs besides; the names of metrics have precedence.
         metrics = {name: means[name] for name in loss.names if name != "loss"} | metrics
@@ -156,7 +180,16 @@ def measure(
     shared: list[Any] = [metrics, unseen]
     dist.broadcast_object_list(shared, src=0, device=ranks.device)
     assert means["count"] is not None
-    return Measured(means["loss"], int(means["count"]), predictions, *shared)
+    return Measured(means["loss"], int(means["count"]), predictions, shared[0], shared[1], not_finite)
+
+
+def _undefined(found: Predictions, info: TargetInfo) -> dict[str, float | None]:
+    """Return None for every metric, of predictions that are not finite."""
+    values = found.values
+    zeros = np.zeros_like(values)
+    if values.dtype == object:  # of pairs
+        zeros = objects([np.zeros_like(value) for value in values])
+    return dict.fromkeys(metrics_of(replace(found, values=zeros), info))
 
 
 def _gathered(seen: Sequence[dict[str, Any]], ranks: Ranks) -> Predictions | None:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from esm2mega.checkpoint.finite import not_finite
 from esm2mega.config.head_form import head_form
 from esm2mega.config.load import values_of
 from esm2mega.data.store.token_store import TokenStore
@@ -131,6 +132,9 @@ class PredictJob(Job):
         def compute(piece: int) -> Iterator[tuple[int, Iterable[Write]]]:
             batches = map(contents.packs.batch, contents.pack_numbers(piece))
             for count, _ in run_groups(chunks, collecting, batches, ranks):
+                if collecting.not_finite is not None:
+                    name = contents.store.id(collecting.not_finite)
+                    raise not_finite(name, "its prediction", task.start.path)
                 found, collecting.seen = collecting.seen, []
                 yield count, (write for each in found for write in contents.stored(each))
 

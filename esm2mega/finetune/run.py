@@ -74,6 +74,7 @@ def finetune(
     parts: UserParts | None = None,
     on_gradients: Callable[[list[Any]], None] | None = None,
     opened: StartPoint | None = None,
+    begun: float | None = None,
 ) -> LoopState:
     """Train as configured; every process of the world calls this with the same, validated configuration.
 
@@ -82,14 +83,15 @@ def finetune(
         parts: Parts that replace what the configuration names.
         on_gradients: See `esm2mega.train.step.TrainState`.
         opened: The checkpoint that `init_from` names, if it has been opened for the configuration.
+        begun: See `esm2mega.train.session.run_session`.
 
     Returns:
         The final state of the loop, the same on every rank.
 
     Raises:
         UserError: The input is missing or not valid.
-        MachineError: The loss is not finite, or a checkpoint could not be written.
-        StoppedBySignal: A signal came and the state was saved.
+        MachineError: Loss, gradient or weights are not finite, or a checkpoint could not be written.
+        StoppedBySignal: A signal came or the time was up, and the state was saved.
     """
     parts = parts or UserParts()
     validate_task(run)
@@ -109,7 +111,11 @@ def finetune(
         _check_predictable(run, splits.of["valid"])
     run = resolve_epochs(run, lambda: LabelledStream(train, train_spec(run.data, run.train, run.seed, train)))
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, splits, parts, start, on_gradients)
+
+        def make(start: StartPoint | None) -> Session:
+            return _session(run, ranks, splits, parts, start, on_gradients)
+
+        return run_session(run, ranks, make, start, begun)
 
 
 def read_splits(
@@ -177,14 +183,14 @@ def _check_predictable(run: Run, proteins: LabelledProteins) -> None:
         )
 
 
-def _train(
+def _session(
     run: Run,
     ranks: Ranks,
     splits: Splits,
     parts: UserParts,
     start: StartPoint | None,
     on_gradients: Callable[[list[Any]], None] | None,
-) -> LoopState:
+) -> Session:
     code, info = parts.code, splits.info
     resumed = start.task if start is not None and start.is_resumed else None
     make_head = code.head(run.task, info, resumed, "" if start is None else str(start.path))
@@ -226,7 +232,7 @@ def _train(
         return f"loss {record[f'{split}_loss']:.4f}, {headline} {record[f'{split}_{headline}']:.4f}"
 
     valid = splits.of.get("valid")
-    session = Session(
+    return Session(
         name="finetune",
         built=built,
         stream=LabelledStream(
@@ -240,7 +246,6 @@ def _train(
         result=result,
         training_values=lambda metrics: {name: metrics[name] for name in loss.names},
     )
-    return run_session(run, ranks, session, start)
 
 
 def _described(splits: Splits, columns: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
+from esm2mega.checkpoint.finite import not_finite
 from esm2mega.config.infer import inference_run, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
@@ -216,7 +218,8 @@ class Model:
         limits = Lengths.of(self._run.infer, self._run.data)
         size = micro_batch_tokens(self._run.infer, limits, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, OutputRequest(logits=True), size)
-        marginals = Marginals(engine, self._ranks, limits.width, normalize, shows_progress=False)
+        refused = partial(not_finite, checkpoint=self._source.path)
+        marginals = Marginals(engine, self._ranks, limits.width, refused, normalize, shows_progress=False)
         scores = score_variants(marginals, wild, parsed, strategy)
         return dict(zip(variants, scores, strict=True))
 
@@ -230,7 +233,9 @@ class Model:
         engine = Engine(self._loaded(), self._ranks, wants, size)
         residues = [encode_residues(clean(text)) for text in texts]
         results: list[dict[str, Array]] = [{} for _ in residues]
-        for number, values in Embedder(engine, run.infer, limits).run(residues) if residues else ():
+        embedder = Embedder(engine, run.infer, limits, self._source.path)
+        named = "sequences[{}]".format
+        for number, values in embedder.run(residues, named) if residues else ():
             # Copies: a view would keep the whole pack in memory.
             results[number] = {name: _array(value) for name, value in values.items()}
         return results

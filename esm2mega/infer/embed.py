@@ -122,12 +122,16 @@ class EmbedJob(Job):
     def load(self, contents: Embeddings, ranks: Ranks) -> Compute:
         size = micro_batch_tokens(self.run.infer, self._limits, ranks.device)
         engine = Engine(load_model(self._source, self.run, ranks), ranks, self._request, size)
-        embedder = Embedder(engine, self.run.infer, self._limits)
+        embedder = Embedder(engine, self.run.infer, self._limits, self._source.path)
 
         def compute(piece: int) -> Iterator[tuple[int, Iterable[Write]]]:
             numbers = contents.proteins(piece)
             residues = [contents.store.residues(number) for number in numbers]
-            for location, values in embedder.run(residues) if residues else ():
+
+            def named(location: int) -> str:
+                return contents.store.id(numbers[location])
+
+            for location, values in embedder.run(residues, named) if residues else ():
                 number = numbers[location]
                 yield 1, contents.stored(number, values)
                 if ranks.tp_rank == 0:

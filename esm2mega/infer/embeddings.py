@@ -124,18 +124,20 @@ class Embeddings(Contents):
         """Yield all rows of a protein in the dtype of the output.
 
         Raises:
-            UserError: A value is beyond the range of fp16.
+            UserError: A value is beyond the range of the dtype.
         """
         for name, value in values.items():
             row = value.reshape(1, -1) if name.startswith("pooled/") else value
             row = row.flatten() if name == "contacts" else row
-            rows = to_numpy(row, self.infer.dtype)
-            if self.infer.dtype == "fp16" and np.isinf(rows).any():
+            dtype = self.infer.dtype
+            row = row.to(_TORCH[dtype])
+            if bool(row.isinf().any()):
+                cure = {"fp16": "set --dtype bf16 or fp32", "bf16": "set --dtype fp32"}
                 raise UserError(
-                    f"{self.store.id(number)}: {name} has values beyond 65504, the largest of fp16; "
-                    "set --dtype bf16 or fp32"
+                    f"{self.store.id(number)}: {name} has values beyond {torch.finfo(_TORCH[dtype]).max:g}, "
+                    f"the largest of {dtype}; {cure.get(dtype, 'train with a smaller optim.lr')}"
                 )
-            yield name, self.rows(name, number).start, rows
+            yield name, self.rows(name, number).start, to_numpy(row, dtype)
 
 
 def to_numpy(values: Tensor, dtype: str) -> Array:

@@ -94,6 +94,11 @@ class PackOutputs:
     logits: Tensor | None = None
     contacts: list[Tensor] = field(default_factory=list)
 
+    def is_finite(self) -> bool:
+        """Return whether all values are finite; it waits for the device once, whatever their number."""
+        tensors = [*self.hidden.values(), *self.contacts, *([] if self.logits is None else [self.logits])]
+        return not tensors or bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
 
 def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
     """Choose which windows share a pack.

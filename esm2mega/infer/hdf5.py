@@ -14,6 +14,7 @@ from esm2mega.files import parse_json
 from esm2mega.infer.arrays import ArrayFile, ArraySpec
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.embeddings import Embeddings
+from esm2mega.infer.hdf5_checksums import seal
 
 ATTRIBUTES = "esm2mega"
 """Names the attribute that holds all attributes as JSON; each of them is also an attribute of its own."""
@@ -25,7 +26,8 @@ def create_ragged(path: Path, contents: Contents) -> dict[str, int]:
     """Write everything but the large arrays, and reserve their places.
 
     The arrays are contiguous and allocated at once. So the structure of the file is final when this returns,
-    and a process that is killed later leaves no damaged file.
+    and a process that is killed later leaves no damaged file. Of the checksums, those of the large arrays are
+    filled in at the end.
 
     Returns:
         The byte in the file where each array begins.
@@ -42,6 +44,7 @@ def create_ragged(path: Path, contents: Contents) -> dict[str, int]:
             file.create_dataset(name, data=values)
         for name, spec in contents.specs.items():
             offsets[name] = _reserve(file, name, spec)
+        seal(file, reserved=contents.specs)
     return offsets
 
 
@@ -69,9 +72,30 @@ def write_attributes(file: Any, attributes: Mapping[str, Any]) -> None:
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
-    """Read what `write_attributes` wrote; it is empty if another program wrote the file."""
+    """Read what `write_attributes` wrote; it is empty if another program wrote the file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        with h5py.File(path) as file:
+            return parse_json(file.attrs.get(ATTRIBUTES, "{}"))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def describe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the attributes that `write_attributes` wrote, and dtype and shape of each data set by name."""
+    shapes: dict[str, str] = {}
+
+    def note(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            is_text = h5py.check_string_dtype(item.dtype) is not None
+            shapes[name] = f"{'text' if is_text else item.dtype} {list(item.shape)}"
+
     with h5py.File(path) as file:
-        return parse_json(file.attrs.get(ATTRIBUTES, "{}"))
+        file.visititems(note)
+    return read_attributes(path), shapes
 
 
 def bionemo_paths(out: Path) -> dict[str, Path]:
@@ -101,3 +125,4 @@ def write_bionemo(path: Path, kind: str, contents: Embeddings, arrays: ArrayFile
             entry.attrs["original_id"] = protein
             if contents.truncated[number]:
                 entry.attrs["truncated"] = True
+        seal(file)

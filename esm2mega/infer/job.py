@@ -22,6 +22,7 @@ from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.store.verification import verify
 from esm2mega.errors import UserError
+from esm2mega.infer.arrays import WrittenRows
 from esm2mega.infer.contents import Contents, Write
 from esm2mega.infer.target import Mode, OutputTarget
 from esm2mega.infer.work import Journal, Work, differing, has_begun
@@ -162,6 +163,8 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
                     f"{finished[0]}: exists and is of other settings: {differences}; replace it with "
                     "--overwrite"
                 )
+            for path in finished:
+                target.verify(path)
             shutil.rmtree(target.work_dir)
             return f"{finished[0]} is complete"
         return attributes, store.path, Work(target, job.contents(store, attributes)).begin()
@@ -179,7 +182,7 @@ def _open_input(job: Job) -> TokenStore:
         return open_store(
             str(files.paths[0]),
             run.data,
-            run.run_dir,
+            None,
             "input",
             allow_unknown=job.allow_unknown,
             shown=files.shown,
@@ -255,18 +258,31 @@ def _compute(job: Job, work: Work, ranks: Ranks, pieces: Sequence[int]) -> None:
     ):
         journal = Journal(work.folder, ranks.rank, arrays)
         for piece in pieces:
+            written = WrittenRows()
             for done, found in compute(piece):
                 if writes:
                     for name, row, rows in found:
                         arrays.write(name, row, rows)
+                        written.add(name, row, row + len(rows))
                 progress.update(done)
             if ranks.pp_size > 1:
                 # A piece is done when every stage has written its layers.
                 arrays.sync()
-                dist.barrier(group=_model_group())
+                written = _of_all_stages(written)
             if writes and ranks.pp_rank == 0:
-                journal.add(piece)
+                journal.add(piece, written)
         journal.flush()
+
+
+def _of_all_stages(written: WrittenRows) -> WrittenRows:
+    """Return the rows that all ranks of this model have written; each of them gets them.
+
+    The ranks are those of the model-parallel group, which meet here.
+    """
+    group = _model_group()
+    parts: list[WrittenRows | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, written, group=group)
+    return WrittenRows.joined(part for part in parts if part is not None)
 
 
 def _model_group() -> Any:

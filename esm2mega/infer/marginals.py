@@ -5,7 +5,7 @@ Legend: ``L`` residues, ``v`` vocabulary (33), ``p`` places, each of which is a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from esm2mega.errors import UserError
+from esm2mega.files import shortened
 from esm2mega.infer.engine import Engine, WindowPack, group_windows
 from esm2mega.infer.windows import Window, optimal
 from esm2mega.model.esm2 import VOCAB_SIZE
@@ -50,6 +52,7 @@ class Marginals:
         engine: Engine,
         ranks: Ranks,
         width: int,
+        refused: Callable[[str, str], UserError],
         normalization: str = "vocabulary",
         shows_progress: bool = True,
     ) -> None:
@@ -59,16 +62,22 @@ class Marginals:
             engine: An engine that computes logits.
             ranks: Ranks of this process.
             width: Most tokens at once; of a longer protein the model sees the window around the residue.
+            refused: Makes the error for logits that are not finite, from the names of protein and output.
             normalization: One of `NORMALIZATIONS`.
             shows_progress: Whether rank 0 shows the progress.
         """
         self._engine, self._ranks = engine, ranks
         self._width = width
+        self._refused = refused
         self._normalization = normalization
         self._shows_progress = shows_progress and ranks.is_main
 
     def __call__(
-        self, sequences: Sequence[str], places: Sequence[Place], masked: bool, description: str = "score"
+        self,
+        sequences: Sequence[str],
+        places: Sequence[Place],
+        masked: bool,
+        named: Callable[[str], str] = shortened,
     ) -> Tensor:
         """Compute log-probabilities at `places`; all ranks call this together and get the whole result.
 
@@ -77,20 +86,27 @@ class Marginals:
             places: The p places.
             masked: Whether the residue is replaced by ``<mask>``, in a copy of the sequence for each place.
                 Otherwise one copy serves all places with the same window.
-            description: Description in the progress bar.
+            named: Returns the name of a sequence, for errors.
 
         Returns:
             Log-probabilities in nats, fp64 ``[p, v]``; ``-inf`` for tokens that the normalization leaves out.
+
+        Raises:
+            UserError: A logit is not finite.
         """
         encoded = [encode_residues(sequence) for sequence in sequences]
         copies = self._copies(encoded, places, masked)
         own = copies[self._ranks.dp_rank :: self._ranks.dp_size]
         logits = torch.zeros(len(places), VOCAB_SIZE, dtype=torch.float64, device=self._ranks.device)
-        with Progress(len(own), description, "pass", enabled=self._shows_progress) as progress:
+        with Progress(len(own), "score", "pass", enabled=self._shows_progress) as progress:
             for first in range(0, len(own), _COPIES_AT_ONCE):
                 self._run(own[first : first + _COPIES_AT_ONCE], encoded, places, masked, logits, progress)
         # One rank has each row, the others hold zeros: all-reduce over the world.
         dist.all_reduce(logits)
+        if not bool(logits.isfinite().all()):
+            place = places[int((~logits.isfinite().all(dim=1)).nonzero()[0])]
+            name = named(sequences[place.sequence])
+            raise self._refused(name, f"the distribution at its residue {place.position + 1}")
         if self._normalization == "residues":
             outside = [token for token in range(VOCAB_SIZE) if token not in STANDARD_RESIDUES]
             logits[:, outside] = -torch.inf

@@ -5,14 +5,16 @@ Legend: ``L`` residues of a protein that are kept, ``h`` hidden size, ``v`` voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from esm2mega.checkpoint.finite import not_finite
 from esm2mega.config.infer import absolute_layers, window_tokens
 from esm2mega.config.schema import DataConfig, InferConfig, ModelConfig
 from esm2mega.errors import UserError
@@ -86,26 +88,34 @@ class Lengths:
 class Embedder:
     """Computes what a configuration asks for, protein by protein."""
 
-    def __init__(self, engine: Engine, infer: InferConfig, limits: Lengths) -> None:
+    def __init__(self, engine: Engine, infer: InferConfig, limits: Lengths, checkpoint: Path) -> None:
         """Set what is computed.
 
         Args:
             engine: An engine with the request `output_request(infer, …)`.
             infer: Outputs to compute.
             limits: Treatment of long proteins.
+            checkpoint: The model, for errors.
         """
         self._engine = engine
+        self._checkpoint = checkpoint
         self._outputs = frozenset(infer.outputs)
         self._pooling = infer.pooling
         self._limits = limits
 
-    def run(self, proteins: Sequence[npt.NDArray[np.uint8]]) -> Iterator[tuple[int, Values]]:
+    def run(
+        self, proteins: Sequence[npt.NDArray[np.uint8]], name: Callable[[int], str]
+    ) -> Iterator[tuple[int, Values]]:
         """Yield the number of each protein and its values, in the order in which they get ready.
 
         Values do not depend on which proteins share a pack. With a pipeline, each stage yields what it has.
 
         Args:
             proteins: Token ids of residues, without special tokens, uint8 ``[L]`` each.
+            name: Returns the name of a protein by its number, for errors.
+
+        Raises:
+            UserError: A value is not finite.
         """
         jobs = [
             (number, index, window)
@@ -123,8 +133,11 @@ class Embedder:
         ]
         waiting: dict[int, dict[int, tuple[Window, Values]]] = {}
         for members, pack, outputs in zip(plan, packs, self._engine.run(packs), strict=True):
+            is_finite = outputs.is_finite()
             for i, values in zip(members, self._of_windows(pack, outputs), strict=True):
                 number, index, window = jobs[i]
+                if not is_finite:
+                    self._check(name(number), values)
                 if num_windows[number] == 1:
                     yield number, self._of_protein(values)
                     continue
@@ -136,6 +149,15 @@ class Embedder:
                     joined = _join([pieces[p] for p in range(len(pieces))])
                     del waiting[number]
                     yield number, self._of_protein(joined)
+
+    def _check(self, protein: str, values: Values) -> None:
+        """Refuse values of a window that are not finite."""
+        for name, value in values.items():
+            if not bool(value.isfinite().all()):
+                kind, slash, layer = name.partition("/")
+                # Pooled values are made of those of residues, or of <cls>.
+                output = name if kind in self._outputs else f"pooled{slash}{layer}"
+                raise not_finite(protein, output, self._checkpoint)
 
     @staticmethod
     def _tokens(residues: npt.NDArray[np.uint8], window: Window) -> npt.NDArray[np.uint8]:

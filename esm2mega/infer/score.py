@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from esm2mega.checkpoint.finite import not_finite
 from esm2mega.config.infer import inference_run, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import values_of
@@ -85,21 +87,33 @@ class Scorer:
         size = len(plan.table.rows) if plan.table is not None else 0
         values: list[list[float] | None] = [None] * size
         for protein, variants in plan.variants:
-            scores = self.variants(protein.sequence, [variant for _, variant in variants])
+            scores = self.variants(protein, [variant for _, variant in variants])
             for (row, _), score in zip(variants, scores, strict=True):
                 values[row] = [score]
         for wild_type, chosen in plan.whole:
             sequences = [sequence for _, sequence in chosen]
             own = [] if wild_type is None else [wild_type.sequence]
-            sums = pseudo_log_likelihoods(self._marginals, [*own, *sequences])
+            rows = {sequence: row for row, sequence in reversed(chosen)}
+            named = partial(_named, plan, wild_type, rows)
+            sums = pseudo_log_likelihoods(self._marginals, [*own, *sequences], named)
             for (row, sequence), total in zip(chosen, sums[len(own) :], strict=True):
                 difference = [total - sums[0]] if own else []
                 values[row] = [pseudo_perplexity(total, len(sequence)), total, *difference]
         return Scored(plan.columns(self.options), values)
 
-    def variants(self, sequence: str, variants: Sequence[Variant]) -> list[float]:
+    def variants(self, protein: WildType, variants: Sequence[Variant]) -> list[float]:
         """Score the variants of a wild type, in their order."""
-        return score_variants(self._marginals, sequence, variants, self.options.variant_strategy)
+        strategy = self.options.variant_strategy
+        return score_variants(self._marginals, protein.sequence, variants, strategy, protein.id)
+
+
+def _named(plan: Plan, wild_type: WildType | None, rows: Mapping[str, int], sequence: str) -> str:
+    """Return the name of a whole sequence, by the first row that has it or as the wild type."""
+    if sequence in rows:
+        assert plan.table is not None
+        return f"{plan.table.location(rows[sequence])}"
+    assert wild_type is not None
+    return wild_type.id
 
 
 @contextmanager
@@ -119,7 +133,8 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
         limits = Lengths.of(run.infer, run.data)
         size = micro_batch_tokens(run.infer, limits, ranks.device)
         engine = Engine(load_model(source, run, ranks), ranks, OutputRequest(logits=True), size)
-        marginals = Marginals(engine, ranks, limits.width, options.normalization)
+        refused = partial(not_finite, checkpoint=source.path)
+        marginals = Marginals(engine, ranks, limits.width, refused, options.normalization)
         yield Scorer(marginals, options, source, run.model.precision, limits.width), ranks
 
 
@@ -146,7 +161,7 @@ def score_file(
         if plan.table is not None:
             scored = score(plan)
             return write_scored(Path(out), plan, scored, options) if ranks.is_main else []
-        scores = [score.variants(p.sequence, [v for _, v in chosen]) for p, chosen in plan.variants]
+        scores = [score.variants(p, [v for _, v in chosen]) for p, chosen in plan.variants]
         return _write_scan(Path(out), plan, scores, options) if ranks.is_main else []
 
 

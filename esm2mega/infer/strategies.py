@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from esm2mega.errors import UserError
+from esm2mega.files import shortened
 from esm2mega.infer.marginals import Marginals, Place
 from esm2mega.infer.variants import Variant, apply, ends_early
 from esm2mega.train.losses import perplexity
@@ -67,7 +68,7 @@ def check_letters(letters: Iterable[str], normalization: str) -> None:
 
 
 def score_variants(
-    marginals: Marginals, sequence: str, variants: Sequence[Variant], strategy: str
+    marginals: Marginals, sequence: str, variants: Sequence[Variant], strategy: str, name: str | None = None
 ) -> list[float]:
     """Score variants in nats, in their order; all ranks call this together.
 
@@ -76,12 +77,19 @@ def score_variants(
         sequence: The wild type.
         variants: Changes of its residues, for which `check_variant` found no fault.
         strategy: One of `STRATEGIES`.
+        name: Name of the wild type, for errors; None for its sequence.
     """
+
+    def named(shown: str) -> str:
+        own = shortened(sequence) if name is None else name
+        return own if shown == sequence else f"{own}, variant {shortened(shown)}"
+
     if strategy == WHOLE_STRATEGY:
-        return pseudo_log_likelihoods(marginals, [apply(variant, sequence) for variant in variants])
+        whole = [apply(variant, sequence) for variant in variants]
+        return pseudo_log_likelihoods(marginals, whole, named)
     positions = sorted({s.position for variant in variants for s in variant})
     table = marginals(
-        [sequence], [Place(0, position) for position in positions], strategy == "masked-marginals"
+        [sequence], [Place(0, position) for position in positions], strategy == "masked-marginals", named
     )
     row = {position: number for number, position in enumerate(positions)}
     return [
@@ -96,12 +104,15 @@ def score_variants(
     ]
 
 
-def pseudo_log_likelihoods(marginals: Marginals, sequences: Sequence[str]) -> list[float]:
+def pseudo_log_likelihoods(
+    marginals: Marginals, sequences: Sequence[str], named: Callable[[str], str] = shortened
+) -> list[float]:
     """Sum log p(residue | the others) over all residues of each sequence; all ranks call this together.
 
     Args:
         marginals: Computes log-probabilities.
         sequences: Sequences of residue letters, of any lengths; one that repeats is computed once.
+        named: Returns the name of a sequence, for errors.
 
     Returns:
         A sum for each sequence, in nats.
@@ -117,7 +128,7 @@ def pseudo_log_likelihoods(marginals: Marginals, sequences: Sequence[str]) -> li
             for number, sequence in enumerate(some)
             for position in range(len(sequence))
         ]
-        table = marginals(some, places, masked=True)
+        table = marginals(some, places, True, named)
         own = torch.tensor([_token(letter) for sequence in some for letter in sequence])
         values = table.gather(1, own[:, None])[:, 0].split([len(sequence) for sequence in some])
         found |= {sequence: float(part.sum()) for sequence, part in zip(some, values, strict=True)}

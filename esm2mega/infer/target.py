@@ -18,6 +18,10 @@ Mode = Literal["new", "resume", "overwrite"]
 """Says what to do about an output that exists already: refuse, go on with it, or replace it."""
 
 
+_HDF5 = ("hdf5", "bionemo")
+"""Names the formats that are files of HDF5."""
+
+
 @dataclass(frozen=True)
 class OutputTarget(ABC):
     """Says where an output goes, and in which format.
@@ -64,7 +68,14 @@ class OutputTarget(ABC):
         The ragged HDF5 file is the file of the arrays, so it is only renamed. Other formats are written in
         one pass over the arrays. An output that is there is replaced, and what has grown outlives an error,
         to be gone on with; `files.appearing` does neither.
+
+        Raises:
+            UserError: What an earlier start left is damaged.
         """
+        if self.format == "hdf5":
+            from esm2mega.infer.hdf5_checksums import complete
+
+            complete(path, arrays)
         for kind, final in self.finals.items():
             made = path
             if self.format != "hdf5":
@@ -83,6 +94,17 @@ class OutputTarget(ABC):
         except (OSError, ValueError, KeyError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    def verify(self, path: Path) -> None:
+        """Compare a finished output with its checksums, where its format has some.
+
+        Raises:
+            UserError: It differs.
+        """
+        if self.format in _HDF5:
+            from esm2mega.infer.hdf5_checksums import verify
+
+            verify(path)
 
     @abstractmethod
     def _writer(self, kind: str) -> Callable[[Path, Any, ArrayFile], None]:

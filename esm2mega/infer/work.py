@@ -4,24 +4,31 @@
       prepared/       the token store of the input
       manifest.json   what is being computed, and where the arrays lie; written when all places are reserved
       arrays          the arrays; for HDF5 the very file that becomes the output
-      done.RANK       numbers of finished pieces, one a line, written when their rows are on the disk
+      done.RANK       finished pieces, one a line, written when their rows are on the disk
 
-A kill at any time leaves pieces that are listed and complete, and others that are computed again.
+A kill at any time leaves pieces that are listed and complete, and others that are computed again. A line of
+``done.RANK`` names the rows of its piece and their checksum, and has one of its own: a piece whose rows or
+line are no longer what was written is computed again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+import sys
 import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from esm2mega.config.renamed import current_settings
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import OTHER_OUT, read_json, write_json
-from esm2mega.infer.arrays import ArrayFile
+from esm2mega.infer.arrays import ArrayFile, WrittenRows
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.target import OutputTarget
 
@@ -29,6 +36,8 @@ _SYNC_SHARE = 20
 """Limits waiting for the disk to one part in this many of the time."""
 
 _MANIFEST, _ARRAYS = "manifest.json", "arrays"
+_CHECKSUM = "sha256"
+_MOST_THREADS = 8
 _AGAIN = "begin again with --overwrite"
 _SPARE_BYTES = 1 << 20
 
@@ -59,7 +68,7 @@ class Work:
             The pieces that remain to be computed.
 
         Raises:
-            UserError: The earlier start computed something else.
+            UserError: The earlier start computed something else, or its manifest is damaged.
             MachineError: The disk is too small.
         """
         manifest = self.folder / _MANIFEST
@@ -71,9 +80,29 @@ class Work:
                 journal.unlink()
             self._check_space()
             offsets = self.target.create(self.folder / _ARRAYS, self.contents)
-            write_json(manifest, {"attributes": self.contents.attributes, "offsets": offsets}, OTHER_OUT)
-        done = {int(line) for path in self.folder.glob("done.*") for line in _whole_lines(path)}
+            begun = {"attributes": self.contents.attributes, "offsets": offsets}
+            write_json(manifest, {**begun, _CHECKSUM: _sha256(begun)}, OTHER_OUT)
+        done = self._finished()
         return [piece for piece in range(self.contents.num_pieces) if piece not in done]
+
+    def _finished(self) -> set[int]:
+        """Return the pieces that earlier starts finished, and whose rows are what they wrote."""
+        entries: list[_Entry] = []
+        unreadable = 0
+        for path in sorted(self.folder.glob("done.*")):
+            lines = _whole_lines(path)
+            found = [entry for line in lines if (entry := _read_entry(line)) is not None]
+            unreadable += len(lines) - len(found)
+            entries += found
+        with self.open_arrays() as arrays, ThreadPoolExecutor(_MOST_THREADS) as pool:
+            sums = pool.map(lambda entry: arrays.sha256(entry.rows), entries)
+            good = {entry.piece for entry, found in zip(entries, sums, strict=True) if found == entry.sha256}
+        again = len({entry.piece for entry in entries} - good)
+        if again or unreadable:
+            what = [f"{again:,} finished pieces no longer have the bytes that were written"] if again else []
+            what += [f"{unreadable:,} lines of done.* are damaged or cut short"] if unreadable else []
+            print(f"{self.folder}: {' and '.join(what)}; these pieces are computed again", file=sys.stderr)
+        return good
 
     def open_arrays(self) -> ArrayFile:
         """Open the file of the arrays; any process may do so once `begin` has returned."""
@@ -91,8 +120,12 @@ class Work:
     def _begun(self) -> dict[str, Any]:
         """Return what `begin` wrote down."""
         begun = read_json(self.folder / _MANIFEST, _AGAIN)
-        if not {"attributes", "offsets"} <= begun.keys() or not isinstance(begun["attributes"], dict):
+        # Earlier versions wrote none.
+        noted = begun.pop(_CHECKSUM, None)
+        if not {"attributes", "offsets"} == begun.keys() or not isinstance(begun["attributes"], dict):
             raise UserError(f"{self.folder / _MANIFEST}: was not written by this command; {_AGAIN}")
+        if noted is not None and noted != _sha256(begun):
+            raise UserError(f"{self.folder / _MANIFEST}: is damaged: differs from its checksum; {_AGAIN}")
         return begun
 
     def _check_same(self, earlier: dict[str, Any]) -> None:
@@ -130,33 +163,67 @@ class Journal:
         """
         self._path = folder / f"done.{rank}"
         self._arrays = arrays
-        self._waiting: list[int] = []
+        self._waiting: list[tuple[int, WrittenRows]] = []
         self._next = time.monotonic()
 
-    def add(self, piece: int) -> None:
-        """Note a piece of which all rows were written."""
-        self._waiting.append(piece)
+    def add(self, piece: int, written: WrittenRows) -> None:
+        """Note a piece of which all rows were written, and which they are."""
+        self._waiting.append((piece, written))
         if time.monotonic() >= self._next:
             self.flush()
 
     def flush(self) -> None:
-        """Bring all rows and the numbers of their pieces to the disk, where they outlast any kill."""
+        """Bring all rows and the entries of their pieces to the disk, where they outlast any kill."""
         began = time.monotonic()
         self._arrays.sync()
+        entries = [self._entry(piece, written) for piece, written in self._waiting]
         with self._path.open("a") as stream:
             # The line end in front separates this line from one that a kill cut short.
-            stream.write("".join(f"\n{piece}\n" for piece in self._waiting))
+            stream.write("".join(f"\n{_line(entry)}\n" for entry in entries))
             stream.flush()
             os.fsync(stream.fileno())
         self._waiting = []
         now = time.monotonic()
         self._next = now + _SYNC_SHARE * (now - began)
 
+    def _entry(self, piece: int, written: WrittenRows) -> _Entry:
+        spans = written.spans()
+        found = self._arrays.sha256(spans)
+        assert found is not None, piece
+        return _Entry(piece, spans, found)
+
+
+class _Entry(NamedTuple):
+    """Is an entry of a journal: a finished piece, the spans of its rows by array, and their SHA-256."""
+
+    piece: int
+    rows: dict[str, list[list[int]]]
+    sha256: str
+
+
+def _line(entry: _Entry) -> str:
+    """Return the line of an entry, with its own checksum at the end."""
+    text = json.dumps(entry, separators=(",", ":"))
+    return f"{text} {zlib.crc32(text.encode()):08x}"
+
+
+def _read_entry(line: str) -> _Entry | None:
+    """Return what `_line` wrote; None if the line is anything else."""
+    text, _, checksum = line.rpartition(" ")
+    if checksum != f"{zlib.crc32(text.encode()):08x}":
+        return None
+    return _Entry(*json.loads(text))
+
 
 def _whole_lines(path: Path) -> list[str]:
     """Return the lines that were written to their end."""
-    *lines, _ = path.read_text().split("\n")
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [line for line in lines if line]
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of the content of a JSON file, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def differing(earlier: dict[str, Any], now: dict[str, Any]) -> str:

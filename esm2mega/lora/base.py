@@ -8,11 +8,12 @@ from typing import Any
 
 from esm2mega.checkpoint.fallback import ALL_OF_IT, Verification
 from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
-from esm2mega.config.run_name import is_there
+from esm2mega.config.run_name import is_there, split_run
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.convert.formats.esm2mega import is_auxiliary
 from esm2mega.convert.start_point import StartPoint, open_together, read_start
 from esm2mega.errors import UserError
+from esm2mega.files import refuse_stream
 
 _SET_INIT_FROM = "say where it is with init_from=PATH"
 
@@ -64,13 +65,13 @@ def with_base(
 
     Args:
         start: A checkpoint; a whole model is returned as it is.
-        given: Where the base is if it is no longer where it was in training: `init_from`.
+        given: Where the user says that the base is: `init_from`; None for where it was in training.
         opened: The checkpoint that `given` names, if it has been opened already; it may be the base.
         cure: How the user can say where the base is, for errors.
         verification: How far the base is verified.
 
     Raises:
-        UserError: The base is in neither place, or cannot be read, or holds adapters itself.
+        UserError: The base is not there, or cannot be read, or holds adapters itself.
     """
     if not has_adapters(start) or start.base is not None:
         return start
@@ -99,22 +100,36 @@ def read_with_base(
 ) -> StartPoint:
     """Open a checkpoint as `read_start` does, and the weights under adapters as `with_base` does."""
     start = read_start(path, verification)
-    return with_base(start, given or start.run.init_from, cure=cure, verification=verification)
+    return with_base(start, given, cure=cure, verification=verification)
 
 
 def _find_base(start: StartPoint, given: str | None, cure: str) -> Path:
-    """Return where the base of adapters is now: at its recorded path if that exists, else at `given`."""
-    recorded = recorded_base(start)
-    for path in (recorded.path, given):
-        if path is not None and is_there(path):
-            return Path(path)
-    raise UserError(f"{start.path}: holds adapters of {recorded.path}, which is not there any more; {cure}")
+    """Return where the base of adapters is: where the user says, else at the recorded path.
+
+    A run that the user names holds several checkpoints, of which the recorded one is meant if it is still
+    among them: a training that resumes names the run that it began from, which has gone on since.
+    """
+    recorded = recorded_base(start).path
+    if given is not None and is_there(given):
+        run, which = split_run(given)
+        inside = which is None and Path(run).resolve() in Path(recorded).resolve().parents
+        return Path(recorded if inside and is_there(recorded) else given)
+    if given is not None and Path(given) != Path(recorded):
+        raise UserError(f"init_from={given} does not exist; name the base of {start.path}, or leave it out")
+    if not is_there(recorded):
+        raise UserError(f"{start.path}: holds adapters of {recorded}, which is not there any more; {cure}")
+    refuse_stream(recorded, f"{start.path}: the base of its adapters, {recorded}")
+    return Path(recorded)
 
 
 def recorded_base(start: StartPoint) -> Base:
     """Return what a checkpoint of adapters records about its base."""
     entry = start.state.get(_KEY)
-    if not isinstance(entry, dict) or set(entry) != {"path", "sha256"}:
+    if (
+        not isinstance(entry, dict)
+        or set(entry) != {"path", "sha256"}
+        or not all(isinstance(value, str) for value in entry.values())
+    ):
         raise UserError(
             f"{start.path}: not a checkpoint of adapters; give one that was trained with lora.rank"
         )

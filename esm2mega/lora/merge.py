@@ -14,6 +14,7 @@ from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.lora import LINEARS
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import FinetuneConfig, LoRAConfig, Run
+from esm2mega.convert.finite import counted, note_not_finite
 from esm2mega.convert.formats import esm2mega as own_format
 from esm2mega.convert.formats.esm2mega import default_dtype
 from esm2mega.convert.lazy_weights import HeadDescription, Weights, dtype_name
@@ -47,7 +48,7 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
     start = read_checkpoint(checkpoint)
     adapters = AdapterReader(start)
     cure = "say where it is with --base PATH"
-    under = read_start(base) if base is not None else with_base(start, start.run.init_from, cure=cure).base
+    under = read_start(base) if base is not None else with_base(start, None, cure=cure).base
     assert under is not None
     check_base(start, identify(under))
     weights = merged(under.weights, adapters)
@@ -55,8 +56,10 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
     run = None
     if (head := adapters.head()) is not None:
         weights, run = _with_head(weights, head, adapters), _merged_run(start.run, weights)
+    weights, finite = counted(weights)
     with appearing(target) as directory:
         own_format.write(weights, directory, run)
+    note_not_finite(weights, finite)
     count = sum(map(len, adapters.targets.values()))
     dtype = dtype_name(weights.description.dtype)
     return [

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from esm2mega.config.launcher import world_size_from_environment
@@ -26,6 +27,7 @@ T = TypeVar("T")
 _LOST = re.compile(
     r"Connection (reset|closed) by peer|Connection refused|Connection was likely closed|Broken pipe"
     r"|Connection timed out|No route to host|remote process exited|Timed out waiting \d+ ?ms"
+    r"|Timed out initializing process group"
 )
 
 
@@ -40,6 +42,18 @@ def lost_peer(error: BaseException) -> MachineError | None:
     return MachineError(
         f"lost the connection to another process ({found[0]}), which ended or hangs; read its message: if it "
         f"has none, it was killed, most often for lack of memory{cure}"
+    )
+
+
+def no_answer(timeout: timedelta, ranks: Sequence[int] = ()) -> MachineError:
+    """Return the error for processes that did not come within `timeout`, by their ranks if known."""
+    minutes = timeout.total_seconds() / 60
+    numbers = ", ".join(map(str, ranks))
+    who = f"rank{'s' * (len(ranks) > 1)} {numbers}" if ranks else "another process"
+    at_work = "; if it is still at work, for instance on a large input, raise parallel.timeout_minutes"
+    return MachineError(
+        f"no answer from {who} in {minutes:g} minutes: it ended or hangs; read its message"
+        f"{at_work if ranks else ''}"
     )
 
 
@@ -107,16 +121,19 @@ def first_error(
     if rendezvous.is_alone():
         return _attempt(lambda: action(0, 1))[1]
     rank, world_size = int(os.environ["RANK"]), world_size_from_environment()
-    with _meeting(timeout):
+    with meeting(timeout):
         store = rendezvous.meet(timeout)
         key = f"esm2mega/share_{rendezvous.next_number(store, 'share', rank)}"
     own = _attempt(lambda: action(rank, world_size))[1]
-    with _meeting(timeout):
+    with meeting(timeout):
         store.set(f"{key}/{rank}", pickle.dumps(own))  # type: ignore[arg-type]
+
+    def absent() -> list[int]:
+        return [other for other in range(world_size) if not store.check([f"{key}/{other}"])]
 
     def gathered() -> Exception | None:
         # The ranks of this world wrote them, as in `_through_store`.
-        with _meeting(timeout):
+        with meeting(timeout, absent):
             return _first([pickle.loads(store.get(f"{key}/{other}")) for other in range(world_size)])
 
     return on_one_rank(gathered, timeout)
@@ -137,7 +154,7 @@ def _attempt(action: Callable[[], Any]) -> list[Any]:
 def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
     """Return rank 0's `_attempt` on every rank; rank 0, which may host the store, waits until all have it."""
     rank, world_size = int(os.environ["RANK"]), world_size_from_environment()
-    with _meeting(timeout):
+    with meeting(timeout):
         store = rendezvous.meet(timeout)
         key = f"esm2mega/told_{rendezvous.next_number(store, 'told', rank)}"
     if rank == 0:
@@ -147,15 +164,16 @@ def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
         except Exception as error:
             defect = error
             box = [None, MachineError("rank 0 failed before the run began; read its message")]
-        with _meeting(timeout):
+        with meeting(timeout, lambda: missing(store, key, range(1, world_size))):
             store.set(key, pickle.dumps(box))  # type: ignore[arg-type]
             store.wait([f"{key}/all_have_it"])
         if defect is not None:
             raise defect
     else:
-        with _meeting(timeout):
+        with meeting(timeout, lambda: [0]):
             # Rank 0 of this world wrote it: as trustworthy as what a broadcast of objects receives.
             box = pickle.loads(store.get(key))
+            come(store, key, rank)
             if store.add(f"{key}/have_it", 1) == world_size - 1:
                 store.set(f"{key}/all_have_it", "")
     if box[1] is not None:
@@ -164,22 +182,30 @@ def _through_store(action: Callable[[], Any], timeout: timedelta) -> list[Any]:
     return box
 
 
+def come(store: Store, meeting: str, rank: int) -> None:
+    """Say that this rank has come to a meeting, see `missing`."""
+    store.set(f"{meeting}/rank_{rank}", "")
+
+
+def missing(store: Store, meeting: str, ranks: Iterable[int]) -> list[int]:
+    """Return which of the ranks have not come to a meeting."""
+    return [rank for rank in ranks if not store.check([f"{meeting}/rank_{rank}"])]
+
+
 @contextmanager
-def _meeting(timeout: timedelta) -> Iterator[None]:
-    """Turn what the store raises about an absent process into a `MachineError`."""
+def meeting(timeout: timedelta, absent: Callable[[], Sequence[int]] = lambda: ()) -> Iterator[None]:
+    """Turn what the store raises about an absent process into a `MachineError`.
+
+    Args:
+        timeout: How long the store waits.
+        absent: Finds out which ranks did not come.
+    """
     try:
         yield
     except RuntimeError as error:
         # A store that never opens is an error of the network, not of the store.
         if isinstance(error, dist.DistStoreError) or "client socket has timed out" in str(error):
-            raise _no_answer(timeout) from error
+            raise no_answer(timeout, absent()) from error
         if (lost := lost_peer(error)) is not None:
             raise lost from error
         raise
-
-
-def _no_answer(timeout: timedelta) -> MachineError:
-    minutes = timeout.total_seconds() / 60
-    return MachineError(
-        f"no answer from another process in {minutes:g} minutes: it ended or hangs; read its message"
-    )

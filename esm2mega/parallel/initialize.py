@@ -15,8 +15,12 @@ from megatron.core import parallel_state, tensor_parallel
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.errors import UserError
 from esm2mega.parallel import cpu, kernels
-from esm2mega.parallel.errors import claim_error_report, lost_peer
+from esm2mega.parallel.errors import claim_error_report, come, lost_peer, meeting, missing, no_answer
 from esm2mega.parallel.rendezvous import leave, store_of_groups
+from esm2mega.parallel.stalled import absent_ranks
+
+_INIT = "init"
+"""Names the meeting at which the process groups are made."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,16 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     timeout = timedelta(minutes=config.timeout_minutes)
     store, rank, world_size = store_of_groups(timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    come(store, _INIT, rank)
+    with meeting(timeout, lambda: missing(store, _INIT, range(world_size))):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
-            distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+            # Used as minutes of a timedelta, which need not be whole.
+            distributed_timeout_minutes=config.timeout_minutes,
             # Checkpoints of the distributed optimizer are gathered in host memory.
             create_gloo_process_groups=config.distributed_optimizer,
         )
@@ -81,10 +88,14 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
             device=device,
         )
     except BaseException as error:
-        lost = lost_peer(error)
-        # Which rank reports can only be decided while the process groups still exist.
+        lost, absent = lost_peer(error), []
+        if lost is not None:
+            absent = absent_ranks(store, rank, world_size, "Timed out" in str(error), timeout)
+            lost = no_answer(timeout, absent) if absent else lost
         failure = lost or error
-        failure.claimed_report = claim_error_report()  # type: ignore[attr-defined]
+        # Which rank reports can only be decided while the process groups still exist; by their store, which
+        # does not answer if it is with a rank 0 that does not.
+        failure.claimed_report = rank == 1 if 0 in absent else claim_error_report()  # type: ignore[attr-defined]
         if lost is not None:
             raise lost from error
         raise

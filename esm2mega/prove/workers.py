@@ -22,6 +22,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from esm2mega.processes import follow_parent
+
 PRELOADED = (
     "esm2mega.finetune.run",
     "esm2mega.prove.observe",
@@ -135,7 +137,7 @@ class Workers:
         ours, theirs = self._context.Pipe()
         log = self._folder / f"worker{self._started}.log"
         self._started += 1
-        # A daemonic process could not start the helper processes that saving a checkpoint needs.
+        # A daemonic process could not start processes of its own, such as those that build batches.
         process = self._context.Process(target=self._serve, args=(theirs, log), daemon=False)
         with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore"):
             process.start()
@@ -190,9 +192,10 @@ def serve(connection: Connection, log: Path) -> None:
 
 def serve_with(connection: Connection, log: Path, run_job: Callable[[Job, int], None]) -> None:
     """Serve as `serve` does, with `run_job` in place of `train`; it gets the job and the rank."""
-    # In a process group of its own, the helpers that saving starts can be ended with this process, and Ctrl-C
-    # reaches only the process that started it.
+    # In a process group of its own, what a training starts can be ended with this process, and Ctrl-C reaches
+    # only the process that started it.
     os.setpgrp()
+    follow_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -19,6 +19,7 @@ from pathlib import Path
 from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.config.scalars import as_word
 from esm2mega.errors import MachineError, UserError
+from esm2mega.processes import end_with_parent
 from esm2mega.quickstart.simulate import FamilySpec, simulate_families
 from esm2mega.report.plot import HTML_NAME, PNG_NAME
 
@@ -235,6 +236,7 @@ def run_step(name: str, command: Sequence[str], say: Say) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            preexec_fn=end_with_parent,
         )
     except OSError as error:
         raise MachineError(f"{name} could not start: {error.strerror}: {command[0]}") from None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
+from esm2mega.config.machine import on_this_machine
 from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint, asks_to_verify, open_checkpoint
@@ -35,6 +36,7 @@ from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress, show_bytes
+from esm2mega.train.finite import Watched, refuse_not_finite
 from esm2mega.train.losses import LossReduction, Means, MLMLossReduction, perplexity
 from esm2mega.train.step import Batch, run_schedule
 from esm2mega.vocabulary import SPECIAL_TOKENS
@@ -169,6 +171,10 @@ class MaskedEvaluation:
         """Return the description of how the proteins are masked."""
         return describe_masks(self.run.eval, self.run.data.max_seq_length)
 
+    def refuse_not_finite(self, watched: Watched, ranks: Ranks) -> None:
+        """Raise `UserError` if logits were not finite; all ranks call this together."""
+        refuse_not_finite(gathered(watched.row, ranks), self.store.id, "the distribution", self.start)
+
     @contextmanager
     def loaded(self, max_batches: int = 0) -> Iterator[tuple[list[Any], EvalPacks, Ranks]]:
         """Yield this rank's chunks with their weights and its packs, within process groups.
@@ -201,10 +207,11 @@ def open_evaluation(
     """
     verification = asks_to_verify(overrides)
     start = open_checkpoint(checkpoint, verification)
-    run = adapt_layout(expand_paths(load_run_over(start.run, overrides)), overrides)
+    run = load_run_over(on_this_machine(start.run), overrides)
+    run = adapt_layout(expand_paths(run), overrides)
     validate(run, world_size_from_environment())
     start = open_base(start, run.init_from, verification)
-    store = open_store(str(data), run.data, run.run_dir, "--data", show_bytes)
+    store = open_store(str(data), run.data, None, "--data", show_bytes)
     on_one_rank(lambda: verify([store]), timedelta(minutes=run.parallel.timeout_minutes))
     return MaskedEvaluation(start, run, store)
 
@@ -229,6 +236,9 @@ def evaluate_checkpoint(
 
     Returns:
         The numbers that are written to `out`; the losses are None where nothing is to be predicted.
+
+    Raises:
+        UserError: An input is refused, or the model gives values that are not finite.
     """
     if out is not None:
         check_out(Path(out))
@@ -242,8 +252,10 @@ def evaluate_checkpoint(
         counts = start.state["token_counts"]
         unigram = None if counts is None else unigram_log_probabilities(np.asarray(counts), ranks.device)
         with Progress(len(batches), "evaluate", "pack", enabled=ranks.is_main) as progress:
-            metrics = evaluate(model, MLMLossReduction(unigram), batches, ranks, progress)
+            watched = Watched(MLMLossReduction(unigram))
+            metrics = evaluate(model, watched, batches, ranks, progress)
         assert metrics is not None and metrics["count"] is not None
+        evaluation.refuse_not_finite(watched, ranks)
         result = {
             "checkpoint": str(start.path),
             "data": str(data),

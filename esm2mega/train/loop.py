@@ -6,21 +6,24 @@ What decides the numbers is in `step.py`; this file decides when things happen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+from esm2mega.checkpoint.saver import Saver
 from esm2mega.config.best_metric import VALID_LOSS, less_is_better
 from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig
 from esm2mega.config.validate import num_micro_batches as num_micro_batches_of
 from esm2mega.data.stream.loader import PackStream
-from esm2mega.errors import StoppedBySignal
+from esm2mega.errors import MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
+from esm2mega.train.incidents import Incidents, RollBack
 from esm2mega.train.losses import Means, loss_and_perplexity
 from esm2mega.train.samples import samples_of_step
 from esm2mega.train.signals import StopSignal
-from esm2mega.train.step import StepResult, TrainState, train_step
+from esm2mega.train.step import Batch, StepResult, TrainState, train_step
 from esm2mega.train.throughput import Throughput, memory_gb, sum_over_data_parallel
 
 
@@ -85,6 +88,7 @@ Evaluation = Callable[[Callable[[], bool]], dict[str, Any] | None]
 class Hooks:
     """Holds what the loop calls besides steps, on every rank; those that write act on the main rank only.
 
+    `save` begins to save by `saver`, which finishes it.
     `verified` waits a moment for the verification of the training data and returns, the same on every rank,
     whether it has ended well; it raises on every rank if the data are damaged. `alarm` tells whether this
     rank knows that already.
@@ -92,41 +96,74 @@ class Hooks:
 
     log: Callable[[dict[str, Any]], None]
     show: Callable[[StepResult], None]
+    say: Callable[[str], None]
     evaluate: Evaluation | None
     test: Evaluation | None
+    is_sound: Callable[[Sequence[Batch]], bool]
     save: Callable[[LoopState], None]
+    saver: Saver
     training_values: Callable[[Means], Means] = loss_and_perplexity
     verified: Callable[[], bool] = lambda: True
     alarm: Callable[[], bool] = lambda: False
 
 
 def fit(
-    run: Run, state: TrainState, stream: PackStream[Any], loop: LoopState, hooks: Hooks, ranks: Ranks
+    run: Run,
+    state: TrainState,
+    stream: PackStream[Any],
+    loop: LoopState,
+    hooks: Hooks,
+    ranks: Ranks,
+    stop: StopSignal,
+    incidents: Incidents,
 ) -> None:
     """Train from `loop.step` to the end of the run; `loop` is updated in place and saved at the end.
 
+    Args:
+        run: The configuration.
+        state: What a step needs.
+        stream: The training batches.
+        loop: Progress so far.
+        hooks: What is done besides steps.
+        ranks: Where this process stands.
+        stop: Tells of signals while this runs, and of the end of the time.
+        incidents: What was not finite so far.
+
     Raises:
-        StoppedBySignal: A signal came; the state has been saved.
+        StoppedBySignal: A signal came or the time is up; the state has been saved.
+        MachineError: Loss, gradient or weights are not finite, and the run ends for that.
+        RollBack: They are not finite, and the run must go on from its last good checkpoint.
         DamagedError: The training data are damaged; no state was saved since that was found.
     """
     train = run.train
     num_micro_batches = num_micro_batches_of(run.train, run.parallel, ranks.world_size)
     clock = Throughput(loop.step, stream.state.consumed_tokens, train.global_batch_tokens)
     residues = 0
-    with StopSignal(ranks.device, hooks.alarm) as stop:
+    # Micro-batches that had a finite loss.
+    probe: Sequence[Batch] = ()
+    stop.alarm, stop.is_saving = hooks.alarm, lambda: hooks.saver.is_writing
+    with stop:
         # A run that was stopped by a signal in its last step has not been evaluated there.
         if hooks.evaluate and loop.step and finished(loop, train) and loop.evaluation is None:
-            _evaluate(loop, hooks, run, stop)
+            _evaluate(loop, hooks, run, stop, incidents)
             _raise_if(stop, loop, hooks)
             _save(loop, hooks, stop)
         while not finished(loop, train):
+            before = stream.state
             batches = list(islice(stream, num_micro_batches))
-            result = train_step(state, batches)
+            with _saved_first(hooks):
+                result = train_step(state, batches)
             loop.step += 1
             loop.evaluation = loop.test_loss = None
             residues += sum(batch.num_residues for batch in batches)
             hooks.show(result)
             stopping = stop.received()
+            if result.is_finite:
+                incidents.note_finite(loop.step)
+                probe = batches[:1]
+            else:
+                with _saved_first(hooks):
+                    hooks.say(incidents.note_step(loop.step, result, stream, before, ranks))
             last = loop.step == train.max_steps or stopping
             if last or loop.step % train.log_every == 0:
                 tokens = stream.state.consumed_tokens
@@ -149,21 +186,33 @@ def fit(
                 )
                 residues = 0
             with clock.paused():
+                if not stop.saving:
+                    _finish_save(hooks, stop)
                 is_kept = False
                 if not stopping and (last or _every(train.eval_every, loop.step)):
-                    is_kept = _evaluate(loop, hooks, run, stop)
+                    is_kept = _evaluate(loop, hooks, run, stop, incidents)
                 last = last or finished(loop, train) or stop.stopping
                 if last or is_kept or _every(run.checkpoint.save_every, loop.step):
+                    # A finite loss of the evaluation says that that of a training pack is finite too.
+                    if not hooks.is_sound(() if loop.valid_loss is not None else probe):
+                        with _saved_first(hooks):
+                            incidents.note_weights(loop.step)
                     _save(loop, hooks, stop)
+                if last:
+                    _finish_save(hooks, stop)
             _raise_if(stop, loop, hooks)
+        _finish_save(hooks, stop)
         if hooks.test and loop.step and loop.test_loss is None:
             record = hooks.test(stop.received)
             _raise_if(stop, loop, hooks)
             assert record is not None
+            if words := incidents.note_evaluation(loop.step, "test", record["test_loss"]):
+                hooks.say(words)
             # The record of other weights than the last names their step.
             hooks.log({"kind": "test", "step": loop.step, **record})
             loop.test_loss = record["test_loss"]
             _save(loop, hooks, stop)
+            _finish_save(hooks, stop)
         # A run in which nothing was left to do has not waited yet.
         _wait_until_verified(hooks, stop)
         _raise_if(stop, loop, hooks)
@@ -234,11 +283,15 @@ def defined(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal) -> bool:
+def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal, incidents: Incidents) -> bool:
     """Validate, log and enter the result; return whether it is among the best ones that are kept."""
     record = hooks.evaluate(stop.received) if hooks.evaluate else None
     if record is None:
         return False
+    with _saved_first(hooks):
+        words = incidents.note_evaluation(loop.step, "valid", record[VALID_LOSS])
+    if words:
+        hooks.say(words)
     hooks.log({"kind": "eval", "step": loop.step, **record})
     return note_evaluation(loop, record, run.train, run.checkpoint)
 
@@ -246,7 +299,29 @@ def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal) -> bool
 def _save(loop: LoopState, hooks: Hooks, stop: StopSignal) -> None:
     """Save once the data that were trained on are verified; a stop does not wait for that."""
     _wait_until_verified(hooks, stop)
+    if stop.limit is not None:
+        stop.limit.save_begins()
     hooks.save(loop)
+    if stop.limit is not None:
+        stop.limit.go_on()
+        if not hooks.saver.is_writing:
+            stop.limit.save_ends()
+
+
+def _finish_save(hooks: Hooks, stop: StopSignal) -> None:
+    hooks.saver.finish()
+    if stop.limit is not None:
+        stop.limit.save_ends()
+
+
+@contextmanager
+def _saved_first(hooks: Hooks) -> Iterator[None]:
+    """Finish what is being saved before an error that every rank raises; it is a good state of before."""
+    try:
+        yield
+    except (MachineError, RollBack):
+        hooks.saver.finish()
+        raise
 
 
 def _wait_until_verified(hooks: Hooks, stop: StopSignal) -> None:
@@ -258,7 +333,7 @@ def _raise_if(stop: StopSignal, loop: LoopState, hooks: Hooks) -> None:
     if stop.stopping:
         hooks.verified()  # an alarm has an error of its own, which this raises
         raise StoppedBySignal(
-            f"stopped by {stop.name or 'another rank'} after step {loop.step}, which is saved; "
+            f"stopped by {stop.reason} after step {loop.step}, which is saved; "
             "start the same command again to go on"
         )
 

@@ -30,20 +30,23 @@ from esm2mega.train.session import Session, resolve_epochs, run_session
 from esm2mega.train.start import open_training_start
 
 
-def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) -> LoopState:
+def pretrain(
+    run: Run, on_gradients: Callable[[list[Any]], None] | None = None, begun: float | None = None
+) -> LoopState:
     """Pretrain as configured; every process of the world calls this with the same, validated configuration.
 
     Args:
         run: The configuration.
         on_gradients: See `esm2mega.train.step.TrainState`.
+        begun: See `esm2mega.train.session.run_session`.
 
     Returns:
         The final state of the loop, the same on every rank.
 
     Raises:
         UserError: An input is missing or does not fit.
-        MachineError: The loss is not finite, or a checkpoint could not be written.
-        StoppedBySignal: A signal came and the state was saved.
+        MachineError: Loss, gradient or weights are not finite, or a checkpoint could not be written.
+        StoppedBySignal: A signal came or the time was up, and the state was saved.
     """
     if run.data.train is None:
         raise UserError("data.train is not set: give the token store to train on, as data.train=DIR")
@@ -67,7 +70,11 @@ def pretrain(run: Run, on_gradients: Callable[[list[Any]], None] | None = None) 
     start = open_training_start(run)
     overlap = _overlap(run, stores, start)
     with process_groups(run.parallel, run.seed) as ranks:
-        return _train(run, ranks, train_stores, held_out, overlap, start, on_gradients)
+
+        def make(start: StartPoint | None) -> Session:
+            return _session(run, ranks, train_stores, held_out, overlap, start, on_gradients)
+
+        return run_session(run, ranks, make, start, begun)
 
 
 def _overlap(run: Run, stores: dict[str, list[TokenStore]], start: StartPoint | None) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def _batch_spec(run: Run) -> BatchSpec:
     return BatchSpec(run.data, run.train.micro_batch_tokens, run.seed, run.train.max_epochs)
 
 
-def _train(
+def _session(
     run: Run,
     ranks: Ranks,
     train_stores: list[TokenStore],
@@ -112,7 +119,7 @@ def _train(
     overlap: dict[str, Any],
     start: StartPoint | None,
     on_gradients: Callable[[list[Any]], None] | None,
-) -> LoopState:
+) -> Session:
     built = build(run, ranks, start, MLMLossReduction(), on_gradients)
     spec = _batch_spec(run)
     stream = TrainStream(train_stores, spec, ranks.dp_rank, ranks.dp_size)
@@ -140,7 +147,7 @@ def _train(
         size = f"{verification.num_bytes / 1e9:.2f} GB"
         banner.append(f"data     {size} are verified in the background, before the first checkpoint is saved")
     valid = held_out.get("valid")
-    session = Session(
+    return Session(
         name="pretrain",
         built=built,
         stream=stream,
@@ -153,7 +160,6 @@ def _train(
         training_values=loss_and_perplexity,
         verification=verification,
     )
-    return run_session(run, ranks, session, start)
 
 
 def _result(record: dict[str, Any], split: str) -> str:

@@ -1,4 +1,4 @@
-"""Stops all processes of a run when one of them receives a signal."""
+"""Stops all processes of a run when one of them receives a signal, or when the time is up."""
 
 from __future__ import annotations
 
@@ -10,48 +10,61 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from esm2mega.train.time_limit import TimeLimit
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-
-@contextmanager
-def kept_from_helpers() -> Iterator[None]:
-    """Block stop signals for helper processes that are started in this block, and here until its end.
-
-    Saving a checkpoint starts helpers that write. torchrun signals whole process groups, as Slurm and shells
-    can, and without its helpers a rank could not finish the checkpoint. Processes inherit blocked signals; a
-    signal that this process gets in the block is handled at the end of it.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+_NONE, _SIGNAL, _TIME = range(3)
+"""Are the reasons to stop; of several the largest is told to all ranks."""
 
 
 class StopSignal:
     """Stops every rank after the current step once any rank gets SIGTERM or SIGUSR1, or is alarmed.
 
+    So does the end of the time. Signals are noted in the block of this object, which may come again.
+
     Attributes:
         name: The signal that this rank got; None if it got none.
-        stopping: Last result of `received`, the same on every rank.
+        saving: Whether any rank was writing a checkpoint at the last `received`, the same on every rank.
+        alarm: Tells whether this rank has another reason to stop, for which the caller has an error.
+        is_saving: Tells whether this rank is writing a checkpoint in the background.
+        limit: On rank 0, the limit of `train.max_minutes`; None for none, and on other ranks.
     """
 
-    def __init__(self, device: torch.device, alarm: Callable[[], bool] = lambda: False) -> None:
-        """Prepare the flag that the ranks share.
-
-        Args:
-            device: Device of this rank.
-            alarm: Tells whether this rank has another reason to stop, for which the caller has an error.
-        """
-        self._alarm = alarm
-        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+    def __init__(
+        self,
+        device: torch.device,
+        alarm: Callable[[], bool] = lambda: False,
+        is_saving: Callable[[], bool] = lambda: False,
+        limit: TimeLimit | None = None,
+    ) -> None:
+        """Prepare the flags that the ranks share, on `device`; the other arguments are attributes."""
+        self.alarm = alarm
+        self.is_saving = is_saving
+        self.limit = limit
+        self._flags = torch.zeros(2, dtype=torch.int32, device=device)
         self._previous: dict[int, Any] = {}
+        self._reason = _NONE
         self.name: str | None = None
-        self.stopping = False
+        self.saving = False
+
+    @property
+    def stopping(self) -> bool:
+        """Return the last result of `received`, the same on every rank."""
+        return self._reason != _NONE
+
+    @property
+    def reason(self) -> str:
+        """Return what stops the run, for a reader."""
+        if self._reason == _TIME:
+            return "train.max_minutes"
+        return self.name or "another rank"
 
     def __enter__(self) -> StopSignal:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
+        if self.limit is not None:
+            self.limit.go_on()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -62,10 +75,19 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def received(self) -> bool:
-        """Return whether any rank has to stop, by an all-reduce of one integer over the world."""
-        self._flag.fill_(self.name is not None or self._alarm())
-        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
-        self.stopping = bool(self._flag.item())
+        """Return whether any rank has to stop, by an all-reduce of two integers over the world.
+
+        The other one is for `saving`, so that saves in the background need no collective of their own.
+        """
+        reason = _SIGNAL if self.name is not None or self.alarm() else _NONE
+        # Asked in any case, since it times the work between two questions.
+        if self.limit is not None and self.limit.is_near():
+            reason = _TIME
+        self._flags[0] = reason
+        self._flags[1] = self.is_saving()
+        dist.all_reduce(self._flags, op=dist.ReduceOp.MAX)
+        self._reason, saving = self._flags.tolist()
+        self.saving = bool(saving)
         return self.stopping
 
 

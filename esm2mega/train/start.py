@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,9 +12,10 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.fallback import ALL_OF_IT, Verification, set_aside
 from esm2mega.checkpoint.run_lock import owning
 from esm2mega.config.load import load_run, load_run_over, values_of
+from esm2mega.config.machine import on_this_machine
 from esm2mega.config.paths import expand_user
 from esm2mega.config.run_name import is_there, split_run
-from esm2mega.config.schema import ModelConfig, Run
+from esm2mega.config.schema import Run
 from esm2mega.convert.formats.esm2mega import run_of
 from esm2mega.convert.into_model import check_same_model
 from esm2mega.convert.start_point import (
@@ -53,11 +53,7 @@ def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tu
         if init_from is not None and shape == [None, None]:
             raise UserError(f"init_from={init_from} does not exist, and no model is configured; correct it")
         return expand_paths(load_run(config, overrides)), None
-    model = copy.deepcopy(start.run.model)
-    # The choice of kernels was made for the machine that wrote it, and says nothing about this one.
-    defaults = ModelConfig()
-    for key in ("layer_spec", "attention_backend", "recompute"):
-        setattr(model, key, getattr(defaults, key))
+    model = on_this_machine(start.run).model
     return expand_paths(load_run_over(Run(model=model), overrides, config)), start
 
 

@@ -5,19 +5,20 @@ Legend: ``T`` tokens of a micro-batch (its pack length).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from esm2mega.batch import LabelledBatch, PackedBatch
-from esm2mega.errors import MachineError
 from esm2mega.model.packed import PackedSequences
 from esm2mega.train.losses import LossReduction, Means
 
@@ -46,18 +47,27 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Holds what a step did, which is the same on every rank.
+    """Holds what a step did; all but `suspects` is the same on every rank.
 
     Attributes:
         metrics: Global means by name (``loss`` first) and ``count``, the number of labels. In a step without
             labels the loss is None.
         grad_norm: L2 norm of the whole model's gradient before clipping.
-        lr: Learning rate that the update used.
+        lr: Learning rate of the step.
+        suspects: Numbers, within the step, of this rank's micro-batches whose loss is not finite; only ranks
+            of the last pipeline stage know them.
     """
 
     metrics: Means
     grad_norm: float
     lr: float
+    suspects: tuple[int, ...] = ()
+
+    @property
+    def is_finite(self) -> bool:
+        """Return whether the weights were updated: loss and gradient were finite."""
+        loss = self.metrics["loss"]
+        return math.isfinite(self.grad_norm) and (loss is None or math.isfinite(loss))
 
 
 def forward_step(loss: LossReduction, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
@@ -115,14 +125,13 @@ def _set_carried_rows(model: list[Any], batches: Sequence[Batch]) -> int:
 
 
 def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
-    """Update the weights once.
+    """Update the weights once, unless the loss or the gradient is not finite.
+
+    Without an update, weights and optimizer stay as they are, bit for bit; the step counts for the schedule.
 
     Args:
         state: Model, optimizer, schedule, loss.
         batches: This rank's micro-batches of the step.
-
-    Raises:
-        MachineError: The loss or the gradient is not finite, so training cannot continue.
     """
     if state.on_step_begin is not None:
         state.on_step_begin(state.schedule.num_steps)
@@ -133,18 +142,25 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     metrics = state.loss.reduce(reports, state.device)
     # The rate of a group without a factor; the rates of all groups were set at the end of the last step.
     lr = float(state.schedule.get_lr({}))
-    if not all(value is None or _finite(value) for value in metrics.values()):
-        raise MachineError(
-            f"the loss is {metrics['loss']}; lower optim.lr, or look at the last packs of the log"
-        )
     if state.on_gradients is not None:
         state.on_gradients(state.model)
-    _, grad_norm, _ = state.optimizer.step()
-    if not _finite(float(grad_norm)):
-        raise MachineError(f"the gradient norm is {grad_norm}; lower optim.lr or set optim.clip_grad")
+    # The parts of `MegatronOptimizer.step`, between which the norm, that is on the host anyway, is looked at.
+    state.optimizer.prepare_grads()
+    result = StepResult(metrics, float(state.optimizer.get_grad_norm()), lr)
+    if result.is_finite:
+        _clip(state.optimizer, result.grad_norm)
+        state.optimizer.step_with_ready_grads()
+    else:
+        losses = [float(report["loss"][0]) for report in reports]
+        suspects = (number for number, loss in enumerate(losses) if not math.isfinite(loss))
+        result = replace(result, suspects=tuple(suspects))
     state.schedule.step(increment=1)
-    return StepResult(metrics, float(grad_norm), lr)
+    return result
 
 
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")
+def _clip(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Scale the gradients down if their norm, over the whole model, is above `optim.clip_grad`."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        # A rank whose weights are all frozen has an optimizer of nothing.
+        if parameters := part.get_parameters():
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)

@@ -16,7 +16,7 @@ from esm2mega.config.validate import validate
 from tests.cli.pages import COMMANDS, PAGES, ROOT, Command, name_of, spans
 
 # First words of commands that install, activate or hand over to what is checked elsewhere.
-UNCHECKED = {".", "docker", "export", "pip", "python3.11", "python3.12", "pytest"}
+UNCHECKED = {".", "cd", "docker", "export", "pip", "python3.11", "python3.12", "pytest"}
 
 
 def parse_with_click(words: Sequence[str]) -> tuple[str, dict[str, object]]:

@@ -47,6 +47,15 @@ def write_fasta(path: Path, count: int = 90) -> Path:
     return path
 
 
+# Fields of a record that are times, not results.
+CLOCK = ("tokens_per_second", "step_time", "memory_gb")
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in CLOCK} for record in lines]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run left behind."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -19,14 +18,12 @@ from esm2mega.prove.compare import KINDS
 from esm2mega.prove.prover import Prover
 from esm2mega.prove.trials import GROUPS
 from tests.checkpoints import full_tensors
-from tests.distributed.runs import SETTINGS, Outcome, kill_after_step_5, outcome, train
+from tests.distributed.runs import SETTINGS, Outcome, kill_after_step_5, outcome, records, train
 from tests.ranks import end_ranks, start_ranks
 
 pytestmark = pytest.mark.distributed
 
 STEPS = {"train.max_steps": 10, "checkpoint.save_every": 5, "checkpoint.keep_last": 5, "train.eval_every": 5}
-# Fields of a record that are times, not results.
-CLOCK = ("tokens_per_second", "step_time", "memory_gb")
 
 
 def settings(store: Path) -> dict[str, Any]:
@@ -36,11 +33,6 @@ def settings(store: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Outcome:
     return train(tmp_path_factory.mktemp("unbroken") / "run", store, settings(store))
-
-
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in CLOCK} for record in lines]
 
 
 def back_to_step_5(run_dir: Path, target: Path) -> Path:
@@ -100,19 +92,22 @@ def _signal_one_rank(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def _signal_all_groups(processes: list[subprocess.Popen[str]]) -> None:
-    """As torchrun does: the helpers of checkpoint saving get the signal too."""
+    """As torchrun does: whatever a rank has started gets the signal too."""
     for process in processes:
         os.killpg(process.pid, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("send", [_signal_one_rank, _signal_all_groups])
+@pytest.mark.parametrize(
+    ("send", "in_background"), [(_signal_one_rank, "false"), (_signal_all_groups, "true")]
+)
 def test_stop_signal_saves_and_exits_75(
-    store: Path, tmp_path: Path, send: Callable[[list[subprocess.Popen[str]]], None]
+    store: Path, tmp_path: Path, send: Callable[[list[subprocess.Popen[str]]], None], in_background: str
 ) -> None:
-    """After a checkpoint, when its helpers are running."""
+    """Between checkpoints that are saved at once, and while one is written in the background."""
     run_dir = tmp_path / "run"
     arguments = ["-m", "esm2mega", "pretrain", f"run_dir={run_dir}", f"data.train={store}", *SETTINGS]
     arguments += ["train.max_steps=100000", "checkpoint.save_every=2", "checkpoint.keep_last=1"]
+    arguments += [f"checkpoint.async_save={in_background}"]
     processes = start_ranks(arguments, 2, tmp_path / "output")
     try:
         deadline = time.monotonic() + 120

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import psutil
 
 from tests import warm
@@ -23,7 +24,8 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     warm.prepare()
     began = time.monotonic()
-    with adopting_orphans():
+    # Two of them would take away each other's results.
+    with filelock.FileLock(options.out / "lock", timeout=0), adopting_orphans():
         harness = Harness(options.out, options.seed, lambda line: print(line, flush=True))
         before = len(harness.kills)
         try:

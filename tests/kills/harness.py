@@ -22,6 +22,7 @@ from tests.ranks import Rank, end_ranks, start_ranks
 
 _PR_SET_CHILD_SUBREAPER = 36
 _MOST_IN_A_ROW = 4
+_MOST_FAULTS = 5
 _POLL = 0.002
 # Seconds. A rank learns of a killed one when its connection breaks; torchrun gives it 30 to end.
 _GRACE, _LONGEST = 20.0, 180.0
@@ -158,11 +159,12 @@ class Harness:
             own = faults if number == len(kills) else []
             entry = {"case": case.name, "chain": self._chains, **kill, "of": round(seconds, 3)}
             outcome = max((outcome for outcome, _ in own), key=OUTCOMES.index, default="equal")
-            entries.append({**entry, "outcome": outcome, "faults": [text for _, text in own]})
+            entries.append({**entry, "outcome": outcome, "faults": [text for _, text in own[:_MOST_FAULTS]]})
         with self._journal.open("a") as journal:
             journal.write("".join(json.dumps(entry) + "\n" for entry in entries))
         self.kills += entries
-        outcome = "equal" if not faults else "; ".join(f"{o}: {text}" for o, text in faults)
+        shown = [f"{outcome}: {text}" for outcome, text in faults[:_MOST_FAULTS]]
+        outcome = "; ".join(shown) or "equal"
         self._say(f"{len(self.kills):>6} chain {self._chains}, {case.name}, {len(kills)} kills: {outcome}")
 
     def _start(self, case: Case, folder: Path, name: str) -> tuple[list[Rank], Path]:

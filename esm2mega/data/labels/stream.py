@@ -28,7 +28,7 @@ from esm2mega.data.labels.contacts import pair_labels
 from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.labels.schema import IGNORED
 from esm2mega.data.store.token_store import TokenStore
-from esm2mega.data.stream.build import PADDING, BatchSpec, Share, StreamState, piece_tokens, train_plan
+from esm2mega.data.stream.build import BatchSpec, Share, StreamState, piece_tokens, train_plan
 from esm2mega.data.stream.loader import PackStream, SplitPacks
 from esm2mega.data.stream.packing import Pack
 from esm2mega.data.stream.prefetch import Prefetcher
@@ -155,8 +155,8 @@ class LabelledStream(PackStream[LabelledBatch]):
         share = self._share
         while True:
             packs, cursor = plan.take(state.cursor, share.dp_size)
+            pack = share.pack(packs, state.consumed_packs, self._spec.skipped)
             state = state.after(packs, cursor)
-            pack = packs[share.dp_rank] if share.dp_rank < len(packs) else PADDING
             yield build_labelled(self._proteins, self._spec, pack), state
 
     def _identity(self) -> dict[str, Any]:

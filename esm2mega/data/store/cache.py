@@ -1,7 +1,8 @@
 """Makes a token store, once, when a configuration names a file of sequences in place of a store.
 
-The store goes into a directory named after what decides its content: the file's bytes, how they are read, and
-the tokenizer. Of several processes that need it, one makes it under a lock and the others wait.
+The store goes into the user's cache, or where `data.cache_dir` says, under a name that follows from what
+decides its content: the file's bytes, how they are read, and the tokenizer. Of several processes that need
+it, one makes it under a lock and the others wait.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ from esm2mega.data.readers.sources import format_of, open_source
 from esm2mega.data.store.manifest import FORMAT_VERSION, cache_lock
 from esm2mega.data.store.prepare import OpenProgress, PrepareOptions, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
-from esm2mega.files import file_sha256, refuse_stream
+from esm2mega.errors import MachineError
+from esm2mega.files import file_sha256, refuse_stream, user_cache
 
 DIRECTORY = "prepared"
-"""The cache has this name, beside the run directories, where `data.cache_dir` is null."""
+"""The cache has this name, below the user's cache; earlier versions had it beside the run directories."""
+
+_ELSEWHERE = "name a place for it with data.cache_dir=DIR"
 
 
 def open_store(
     path: str,
     data: DataConfig,
-    run_dir: str,
+    run_dir: str | None,
     key: str,
     open_progress: OpenProgress | None = None,
     allow_unknown: bool = False,
@@ -41,7 +45,8 @@ def open_store(
     Args:
         path: a token store, or a file in any format of `sources`.
         data: section with the columns of tables, and the cache.
-        run_dir: run directory, beside which the cache is where `data` names none.
+        run_dir: run directory of a training, beside which earlier versions had the cache: a store that is
+            there is used. None for other commands.
         key: name of `path` for the user, such as `data.train`.
         open_progress: shows the progress of preparing, in the process that does it.
         allow_unknown: whether a protein may have unknown residues alone.
@@ -49,6 +54,7 @@ def open_store(
 
     Raises:
         UserError: The path is neither of them, or the file is refused.
+        MachineError: The cache cannot be written to.
     """
     refuse_stream(path, f"{key}={path}")
     if not is_sequence_file(path):
@@ -62,10 +68,9 @@ def open_store(
             )
         return store
     options = _options(data)
-    cache = Path(data.cache_dir) if data.cache_dir else Path(run_dir).parent / DIRECTORY
-    out = cache / _store_name(path, options, allow_unknown)
+    out = _directory(_store_name(path, options, allow_unknown), data.cache_dir, run_dir)
     if not out.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
+        _make(out.parent)
         with filelock.FileLock(cache_lock(out)):
             if not out.is_dir():
                 _say(shown(f"{key}: {path} is prepared, once, into {out}"))
@@ -77,6 +82,22 @@ def open_store(
     if os.environ.get("RANK", "0") == "0":
         _say(shown(f"{key}: {path} was prepared before, into {out}"))
     return TokenStore(out / "train")
+
+
+def _directory(name: str, cache_dir: str | None, run_dir: str | None) -> Path:
+    """Return where the store of this name is, or will be."""
+    if cache_dir is not None:
+        return Path(cache_dir) / name
+    if run_dir is not None and (earlier := Path(run_dir).parent / DIRECTORY / name).is_dir():
+        return earlier
+    return user_cache() / DIRECTORY / name
+
+
+def _make(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"{cache}: cannot be written: {error.strerror or error}; {_ELSEWHERE}") from error
 
 
 def check_heads(paths: Iterable[str], data: DataConfig) -> None:

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,6 +29,7 @@ from esm2mega.data.store.intake import check_known, in_batches
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import file_sha256
+from esm2mega.processes import follow_parent
 
 MOST_WORKERS = 16
 """More workers would not help: one process reads and hashes the inputs, and cannot feed many more."""
@@ -222,14 +222,7 @@ def _run_job(job: _Job) -> Part:
 def _prepare_worker() -> None:
     """Leave Ctrl-C to the parent, and end as soon as the parent has ended, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow_parent()
 
 
 class _Kept:

@@ -36,12 +36,14 @@ class BatchSpec:
         micro_batch_tokens: tokens of a pack, T.
         seed: seed of the run.
         max_epochs: number of times to take every protein (or cluster) before training ends; None for no end.
+        skipped: numbers of training packs that are replaced by padding, in the order of all packs from 0.
     """
 
     data: DataConfig
     micro_batch_tokens: int
     seed: int
     max_epochs: int | None = None
+    skipped: frozenset[int] = frozenset()
 
     def pack_shape(self) -> PackShape:
         """Return the part of the specification that decides which samples share a pack."""
@@ -206,6 +208,17 @@ class Share:
     worker: int = 0
     workers: int = 1
 
+    def pack(self, packs: Sequence[Pack], first: int, skipped: frozenset[int]) -> Pack:
+        """Return the pack of this rank among those that are dealt next.
+
+        Args:
+            packs: one for each rank; fewer at the end of the data.
+            first: number of the first of them in the order of all packs.
+            skipped: numbers of the packs that are replaced by padding.
+        """
+        is_used = self.dp_rank < len(packs) and first + self.dp_rank not in skipped
+        return packs[self.dp_rank] if is_used else PADDING
+
 
 def train_plan(samples: TrainSamples, spec: BatchSpec) -> PackPlan:
     """Plan the sequence of packs of a training run."""
@@ -229,9 +242,9 @@ def train_batches(
     number = 0
     while True:
         packs, cursor = plan.take(state.cursor, share.dp_size)
+        pack = share.pack(packs, state.consumed_packs, spec.skipped)
         state = state.after(packs, cursor)
         if number % share.workers == share.worker:
-            pack = packs[share.dp_rank] if share.dp_rank < len(packs) else PADDING
             yield build_arrays(samples.stores, spec, pack), state
         number += 1
 

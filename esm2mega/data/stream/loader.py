@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -138,6 +138,28 @@ class PackStream(ABC, Generic[BatchT]):
         samples = np.concatenate([pack.pieces.samples for pack in packs])
         # All chunks of a protein have the same sample number.
         return len(np.unique(samples)) / self.samples.size
+
+    def skip(self, packs: Iterable[int]) -> None:
+        """Replace packs by padding from here on; they count as consumed all the same.
+
+        Args:
+            packs: Their numbers in the order of all packs, from 0.
+        """
+        self.close()
+        self._spec = replace(self._spec, skipped=self._spec.skipped | frozenset(packs))
+
+    def proteins_of(self, behind: StreamState, packs: Iterable[int]) -> dict[int, list[str]]:
+        """Return the ids of the proteins, or pieces of them, in packs that lie behind a state.
+
+        Args:
+            behind: A state of this stream.
+            packs: Numbers of packs in the order of all packs; those behind the end of the data are left out.
+        """
+        wanted = sorted(packs)
+        count = wanted[-1] + 1 - behind.consumed_packs if wanted else 0
+        planned, _ = train_plan(self.samples, self._spec).take(behind.cursor, count)
+        numbered = dict(enumerate(planned, behind.consumed_packs))
+        return {n: self.samples.names(numbered[n].pieces) for n in wanted if n in numbered}
 
     @property
     def state(self) -> StreamState:

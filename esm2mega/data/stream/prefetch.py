@@ -14,6 +14,7 @@ from multiprocessing.util import Finalize
 from typing import Generic, TypeVar
 
 from esm2mega.errors import MachineError
+from esm2mega.processes import follow_parent
 
 T = TypeVar("T")
 
@@ -157,6 +158,7 @@ def _finish(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
 
 def _send_items(items: Callable[[int], Iterator[T]], number: int, pipe: Connection) -> None:
     """Send items to the training process until it is gone or the items end; a process runs this alone."""
+    follow_parent()
     # A closed pipe means that the training process is gone.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         iterator = None

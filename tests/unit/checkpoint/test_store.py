@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint import layout, store
-from esm2mega.checkpoint.store import load_training_state, load_weights, save_checkpoint
+from esm2mega.checkpoint.saver import save_checkpoint
+from esm2mega.checkpoint.store import load_training_state, load_weights
 from esm2mega.errors import MachineError, UserError
 from esm2mega.train.step import TrainState, train_step
 from tests.ranks import RankResult, run_ranks, start_ranks, wait_ranks
@@ -193,7 +194,7 @@ def test_saving_leaves_no_process_behind(world: None, tmp_path: Path) -> None:
 def tampered(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Renames the model's tensors in what is saved or asked for: fill in old -> new."""
     names: dict[str, str] = {}
-    original = store._sharded_state
+    original = store.sharded_state
 
     def renamed(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         state = original(*arguments, **keywords)
@@ -201,7 +202,7 @@ def tampered(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             tensor.key = names.get(tensor.key, tensor.key)
         return state
 
-    monkeypatch.setattr(store, "_sharded_state", renamed)
+    monkeypatch.setattr(store, "sharded_state", renamed)
     return names
 
 
@@ -224,7 +225,7 @@ def test_missing_optimizer_is_refused_when_training_goes_on(world: None, tmp_pat
     state = _stepped()
     checkpoint = tmp_path / "step_00000002"
     (checkpoint / "model").mkdir(parents=True)
-    weights = store._sharded_state(state.model, None, is_loading=False)
+    weights = store.sharded_state(state.model, None, is_loading=False)
     dist_checkpointing.save(weights, str(checkpoint / "model"))
     load_weights(checkpoint, state.model)
     with pytest.raises(UserError, match="cannot be loaded into this model"):
@@ -296,25 +297,53 @@ def _pretrain(finished: TinyRun, run_dir: Path) -> list[str]:
     return ["pretrain", f"run_dir={run_dir}", f"data.train={finished.train}", *SETTINGS]
 
 
-def _assert_clean_failure(results: list[RankResult], run_dir: Path, reason: str) -> None:
+def _assert_clean_failure(results: list[RankResult], run_dir: Path, reason: str, step: int = 4) -> None:
     assert [result.returncode for result in results] == [1] * len(results)
     lines = [line for result in results for line in result.stderr.splitlines()]
     errors = [line for line in lines if line.startswith("esm2mega: ") and "error: " in line]
     assert len(errors) == 1, "\n".join(lines)
-    assert re.search(rf"step_00000004: not saved: ({reason})", errors[0]), errors[0]
+    assert re.search(rf"step_{step:08d}: not saved: ({reason})", errors[0]), errors[0]
     assert "Traceback" not in "\n".join(lines)
     assert not any("encountered an error" in line for line in lines), "Megatron-Core's account of the same"
     assert list((run_dir / "checkpoints").iterdir()) == []
 
 
-def test_full_disk_while_saving(finished: TinyRun, tmp_path: Path) -> None:
-    """Both ranks end, and one of them tells why."""
+@pytest.mark.parametrize("step", [4, 2])
+def test_full_disk_while_saving(finished: TinyRun, tmp_path: Path, step: int) -> None:
+    """Both ranks end, and one of them tells why: at the end of the run, and in the background before it."""
     run_dir = tmp_path / "run"
-    arguments = ["-c", LIMITED, *_pretrain(finished, run_dir)]
+    in_background = [] if step == 4 else ["checkpoint.async_save=true", "checkpoint.save_every=2"]
+    arguments = ["-c", LIMITED, *_pretrain(finished, run_dir), *in_background]
     processes = start_ranks(arguments, 2, tmp_path / "output")
     results = wait_ranks(processes, tmp_path / "output", timeout=120)
     # The limit strikes in a writer of bytes, or inside PyTorch's writer of tensors, which words it otherwise.
-    _assert_clean_failure(results, run_dir, "File too large|a file could not be written whole")
+    _assert_clean_failure(results, run_dir, "File too large|a file could not be written whole", step)
+
+
+# The command line on a disk that is full when rank 0 writes the last of Megatron-Core's files, alone.
+FULL_FOR_SMALL_FILES = """
+import errno, sys
+from megatron.core.dist_checkpointing import serialization
+from torch.distributed.checkpoint import FileSystemWriter
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+if sys.argv[1] == "index":
+    FileSystemWriter.finish = full
+else:
+    serialization.save_config = full
+from esm2mega.cli.app import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("file", ["index", "config"])
+def test_full_disk_for_a_file_of_rank_0_alone(finished: TinyRun, tmp_path: Path, file: str) -> None:
+    """The other rank, which waits in a collective behind it, is told."""
+    run_dir = tmp_path / "run"
+    arguments = ["-c", FULL_FOR_SMALL_FILES, file, *_pretrain(finished, run_dir)]
+    processes = start_ranks(arguments, 2, tmp_path / "output")
+    results = wait_ranks(processes, tmp_path / "output", timeout=60)
+    _assert_clean_failure(results, run_dir, r"No space left on device \(rank 0\); free space")
 
 
 @pytest.fixture

@@ -299,6 +299,44 @@ def test_run_from_yaml_does_not_look_up_names():
         run_from_yaml("pretrain_esm2_8M")
 
 
+def test_the_configuration_of_a_checkpoint_is_read_literally(write, tmp_path, monkeypatch):
+    """No variable, no other key, no other file, in no place of it; and it is written again as it was."""
+    monkeypatch.setenv("SECRET", "open")
+    keep = tmp_path / "kept.yaml"
+    for text in (
+        "${oc.env:SECRET}",
+        "a${seed}",
+        "${oc.env:SECRET",
+        "\\\\${seed}",
+        "${${seed}}",
+        "~/x",
+        "{version}",
+    ):
+        quoted = text.replace("'", "''")
+        path = write(
+            f"run_dir: '{quoted}'\nmodel: {{size: tiny}}\nlogging: {{wandb_project: '{quoted}'}}\n"
+            f"data: {{train: ['{quoted}', b], cache_dir: '{quoted}'}}\n"
+            f"task: {{target_columns: ['{quoted}'], classes: [['{quoted}']]}}\n"
+        )
+        run = run_from_yaml(path)
+        found = [run.run_dir, run.data.train[0], run.data.cache_dir, run.logging.wandb_project]
+        found += [run.task.target_columns[0], run.task.classes[0][0]]
+        assert len({*found}) == 1 and "open" not in found[0] and "1234" not in found[0]
+        assert "\\" in text or found[0] == text
+        save_resolved(run, keep)
+        assert run_from_yaml(keep) == load_run_over(run, []) == run
+    for line in (
+        "seed: ${oc.env:SECRET}",
+        "logging: {wandb: '${oc.env:SECRET}'}",
+        "optim: {betas: ['${seed}']}",
+    ):
+        with pytest.raises(UserError, match=":2: ") as error:
+            run_from_yaml(write(f"model: {{size: tiny}}\n{line}\n"))
+        assert "open" not in str(error.value)
+    with pytest.raises(UserError, match=":1: unknown key defaults"):
+        run_from_yaml(write("defaults: [base]\n"))
+
+
 def test_run_from_yaml_ignores_only_what_it_is_told_to(write):
     path = write("model: {size: tiny}\ntokenizer: abc\n")
     assert run_from_yaml(path, ignore=["tokenizer"]).model.size == "tiny"

@@ -12,7 +12,7 @@ from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import choose_checkpoint
-from esm2mega.checkpoint.store import save_checkpoint
+from esm2mega.checkpoint.saver import save_checkpoint
 from esm2mega.checkpoint.tensor_filter import TRAINED
 from esm2mega.config.schema import LoRAConfig, ParallelConfig, Run
 from esm2mega.config.validate import check_training_inputs, validate

@@ -198,8 +198,8 @@ def test_a_defect_on_rank_0_does_not_leave_the_others_waiting(tmp_path: Path, ha
     ("kind", "has_launcher", "line"),
     [
         ("dies", False, "[rank 1] error: lost the connection to another process ("),
-        ("dies", True, "[rank 1] error: no answer from another process in 0.0333333 minutes"),
-        ("absent", True, "[rank 0] error: no answer from another process in 0.0333333 minutes"),
+        ("dies", True, "[rank 1] error: no answer from rank 0 in 0.0333333 minutes"),
+        ("absent", True, "[rank 0] error: no answer from rank 1 in 0.0333333 minutes"),
         ("no host", False, "[rank 1] error: no answer from another process in 0.0333333 minutes"),
     ],
 )

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +17,16 @@ import pytest
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import best_checkpoint, prune
 from esm2mega.config.schema import CheckpointConfig, EarlyStoppingConfig, Run, TrainConfig
-from esm2mega.errors import DamagedError, StoppedBySignal
+from esm2mega.data.stream.build import StreamState
+from esm2mega.errors import DamagedError, MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train import loop as loop_module
 from esm2mega.train import throughput
+from esm2mega.train.incidents import Incidents, RollBack
 from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit, note_evaluation
+from esm2mega.train.signals import StopSignal
 from esm2mega.train.step import StepResult
+from esm2mega.train.time_limit import TimeLimit
 from tests.unit.runs import CPU, tiny_run
 
 RANKS = Ranks(0, 1, 0, 1, 0, 1, 0, 1, CPU)
@@ -30,21 +34,46 @@ Event = tuple[Any, ...]
 
 
 class Stream:
-    """Endless packs of 100 real tokens, 90 of them residues."""
+    """Endless packs of one protein, 100 real tokens, 90 of them residues."""
 
     def __init__(self) -> None:
-        self.state = SimpleNamespace(consumed_tokens=0)
+        self.state = StreamState()
 
     def __iter__(self) -> Iterator[SimpleNamespace]:
         return self
 
     def __next__(self) -> SimpleNamespace:
-        self.state.consumed_tokens += 100
+        packs = self.state.consumed_packs + 1
+        self.state = StreamState(consumed_packs=packs, consumed_samples=packs, consumed_tokens=100 * packs)
         return SimpleNamespace(num_residues=90)
+
+    def proteins_of(self, behind: StreamState, packs: Iterable[int]) -> dict[int, list[str]]:
+        return {number: [f"p{number}"] for number in sorted(packs)}
+
+
+class Writer:
+    """A saver whose saves in the background take `steps` steps; it lists when each is finished."""
+
+    def __init__(self, events: list[Event], state: LoopState, steps: int) -> None:
+        self._events, self._state, self._steps = events, state, steps
+        self._begun: int | None = None
+
+    @property
+    def is_writing(self) -> bool:
+        return self._begun is not None and self._state.step < self._begun + self._steps
+
+    def save(self, loop: LoopState) -> None:
+        self._events.append(("save", loop.step, loop.to_dict()))
+        self._begun = loop.step
+
+    def finish(self) -> None:
+        if self._begun is not None and self._steps:
+            self._events.append(("finish", self._state.step, self._begun))
+        self._begun = None
 
 
 @pytest.fixture
-def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Event]]:
+def play(world: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Event]]:
     """Run the loop and list what it did; `valid_losses` are those of the evaluations in turn."""
     clock = iter(range(10**6))
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(clock)))
@@ -56,16 +85,23 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
         at_step: Callable[[int], None] = lambda step: None,
         test_losses: list[float] | None = None,
         in_evaluation: Callable[[], None] = lambda: None,
+        results: dict[int, StepResult] | None = None,
+        is_sound: Callable[[int], bool] = lambda step: True,
+        incidents: Incidents | None = None,
+        stop: StopSignal | None = None,
+        write_steps: int = 0,
         verified: Callable[[], bool] = lambda: True,
         alarm: Callable[[], bool] = lambda: False,
     ) -> list[Event]:
         events: list[Event] = []
         state = loop if loop is not None else LoopState()
+        writer = Writer(events, state, write_steps)
 
         def step(train_state: object, batches: list[Any]) -> StepResult:
             events.append(("step", state.step + 1, len(batches)))
             at_step(state.step + 1)
-            return StepResult({"loss": 2.0, "count": 10.0}, grad_norm=0.5, lr=1e-3)
+            finite = StepResult({"loss": 2.0, "count": 10.0}, grad_norm=0.5, lr=1e-3)
+            return (results or {}).get(state.step + 1, finite)
 
         def measure(split: str, values: Iterator[float | None]) -> Evaluation:
             def evaluate(abandon: Callable[[], bool]) -> dict[str, Any] | None:
@@ -81,18 +117,28 @@ def play(world: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Eve
         hooks = Hooks(
             log=log,
             show=lambda result: None,
+            say=lambda line: events.append(("said", state.step, line)),
             evaluate=None if valid_losses is None else measure("valid", iter(valid_losses)),
             test=None if test_losses is None else measure("test", iter(test_losses)),
-            save=lambda saved: events.append(("save", saved.step, saved.to_dict())),
+            is_sound=lambda probe: is_sound(state.step),
+            save=writer.save,
+            saver=writer,  # type: ignore[arg-type]
             verified=verified,
             alarm=alarm,
         )
+        noted = incidents or Incidents(tmp_path / "incidents.jsonl", run.train.on_nonfinite)
         try:
-            fit(run, None, Stream(), state, hooks, RANKS)  # type: ignore[arg-type]
+            fit(
+                *(run, None, Stream(), state, hooks, RANKS),  # type: ignore[arg-type]
+                stop or StopSignal(CPU),
+                noted,
+            )
         except StoppedBySignal as stopped:
             events.append(("stopped", state.step, str(stopped)))
         except DamagedError:
             events.append(("damaged", state.step))
+        except (MachineError, RollBack) as ended:
+            events.append((type(ended).__name__, state.step, str(ended)))
         return events
 
     return run_loop
@@ -258,6 +304,118 @@ def test_a_signal_saves_and_stops_without_evaluating(play: Play) -> None:
     assert events[-2][2]["evaluation"] is None, "that of step 2 is not the loss of this checkpoint"
 
 
+BAD = StepResult({"loss": math.nan, "count": 10.0}, grad_norm=math.nan, lr=1e-3, suspects=(1,))
+
+
+def _read(incidents: Incidents) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in incidents.path.read_text().splitlines()]
+
+
+def test_a_run_stops_at_a_step_that_is_not_finite(play: Play, tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path / "incidents.jsonl", "stop")
+    run = tiny_run("train.max_steps=5", "checkpoint.save_every=1")
+    events = play(run, results={3: BAD}, incidents=incidents)
+    assert _brief(events)[-3:] == [("save", 2), ("step", 3), ("MachineError", 3)]
+    assert "step 3: the loss is nan in pack 5 (proteins p5); see " in events[-1][2]
+    assert str(incidents.path) in events[-1][2]
+    (record,) = _read(incidents)
+    assert record.pop("time").endswith("+00:00")
+    assert record == {
+        "step": 3,
+        "policy": "stop",
+        "kind": "loss",
+        "action": "stop",
+        "loss": "nan",
+        "grad_norm": "nan",
+        "packs": [{"pack": 5, "proteins": ["p5"]}],
+        "consumed_samples": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("bad", "last"), [((2, 4, 5), ("save", 7)), ((2, 4, 5, 7), ("save", 7)), ((4, 5, 6), ("MachineError", 6))]
+)
+def test_three_steps_in_a_row_stop_a_run_that_skips(play: Play, bad: tuple[int, ...], last: Event) -> None:
+    run = tiny_run("train.max_steps=7", "train.on_nonfinite=skip")
+    events = play(run, results=dict.fromkeys(bad, BAD))
+    assert _brief(events)[-1] == last
+    assert len([event for event in events if event[0] == "said"]) == len(bad) - (last[0] == "MachineError")
+
+
+def test_three_times_in_a_row_stop_a_run_that_goes_back(play: Play, tmp_path: Path) -> None:
+    """Steps that are done again do not end the row."""
+    run = tiny_run("train.max_steps=9", "train.on_nonfinite=rollback")
+    incidents = Incidents(tmp_path / "incidents.jsonl", "rollback")
+    for bad, ends in ((4, "RollBack"), (4, "RollBack"), (5, "MachineError")):
+        events = play(run, results={bad: BAD}, incidents=incidents, loop=LoopState(step=1))
+        assert _brief(events)[-1] == (ends, bad)
+    assert "3 times in a row" in events[-1][2]
+    play(run, results={4: BAD}, incidents=(other := Incidents(incidents.path, "rollback")))
+    play(run, incidents=other, loop=LoopState(step=3))
+    assert other.in_a_row == 0
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_a_ruined_state_is_not_saved(play: Play, policy: str) -> None:
+    run = tiny_run("train.max_steps=5", "checkpoint.save_every=2", f"train.on_nonfinite={policy}")
+    events = play(run, is_sound=lambda step: step < 4)
+    assert _brief(events, "save") == [("save", 2)]
+    assert _brief(events)[-1] == ("RollBack" if policy == "rollback" else "MachineError", 4)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_an_evaluation_that_is_not_finite(play: Play, split: str, policy: str) -> None:
+    """The weights give a finite loss on training data, so there is nothing to go back for."""
+    run = tiny_run("train.max_steps=1", f"train.on_nonfinite={policy}")
+    events = play(
+        run, *(([math.nan],) if split == "valid" else ()), test_losses=[math.nan] * (split == "test") or None
+    )
+    if policy == "stop":
+        assert _brief(events)[-1] == ("MachineError", 1)
+        assert f"step 1: {split}_loss is nan; see " in events[-1][2]
+    else:
+        assert _brief(events)[-1] == ("save", 1)
+        assert len([event for event in events if event[0] == "said"]) == 1
+
+
+def test_the_time_limit_saves_and_stops(play: Play) -> None:
+    """A step takes 10 seconds, saving none: five are done at 55 of 60, and a sixth would be too late."""
+    seconds = 0.0
+
+    def pass_time(step: int) -> None:
+        nonlocal seconds
+        seconds += 10.0
+
+    run = tiny_run("train.max_steps=50", "checkpoint.save_every=3")
+    stop = StopSignal(CPU, limit=TimeLimit(1.0, begun=-5.0, clock=lambda: seconds))
+    events = play(run, at_step=pass_time, stop=stop)
+    assert _brief(events)[-2:] == [("save", 5), ("stopped", 5)]
+    assert events[-1][2].startswith(
+        "stopped by train.max_minutes after step 5, which is saved; start the same"
+    )
+
+
+def test_the_time_limit_leaves_time_for_a_step_and_a_save() -> None:
+    now = 0.0
+    limit = TimeLimit(2.0, begun=0.0, clock=lambda: now)
+
+    def near(at: float) -> bool:
+        nonlocal now
+        now = at
+        return limit.is_near()
+
+    assert not near(20.0), "20 s are the longest step, and 6 s are kept for the first save"
+    assert not near(30.0)
+    limit.save_begins()
+    now = 70.0
+    limit.save_ends()
+    limit.go_on()
+    now = 0.0
+    assert not near(59.9), "40 s for saving, 20 s for a step"
+    assert near(60.0)
+
+
 def _noted(
     values: list[float | None], min_delta: float = 0.0, **settings: Any
 ) -> tuple[list[bool], list[int], LoopState]:
@@ -418,3 +576,28 @@ def test_the_best_evaluations_are_kept_whatever_their_order(tmp_path: Path) -> N
         assert len(there) <= keep_best + keep_last
         found = best_checkpoint(run_dir)
         assert (found and found.step) == (best[0] if best else None)
+
+
+def test_saves_in_the_background_are_finished_when_written_and_before_the_end(play: Play) -> None:
+    run = tiny_run("train.max_steps=9", "checkpoint.save_every=3")
+    events = play(run, write_steps=2)
+    assert _brief(events, "save", "finish") == [
+        *(("save", 3), ("finish", 5), ("save", 6), ("finish", 8), ("save", 9), ("finish", 9))
+    ]
+
+    def stop_in_4(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = _brief(play(run, write_steps=2, at_step=stop_in_4), "save", "finish", "stopped")
+    # The stub begins the next save without waiting for the one that is running, as `Saver.save` does.
+    assert stopped == [("save", 3), ("save", 4), ("finish", 4), ("stopped", 4)]
+
+    def fail_in_4(step: int) -> None:
+        if step == 4:
+            raise MachineError("the loss is nan")
+
+    failed = _brief(play(run, write_steps=2, at_step=fail_in_4), "save", "finish", "MachineError")
+    assert failed == [("save", 3), ("finish", 3), ("MachineError", 3)], (
+        "the state before the failure is a good one"
+    )

@@ -350,8 +350,11 @@ def _csv(path: Path, numbers: range) -> Path:
     return path
 
 
-def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sequence_files_take_the_place_of_stores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trained and evaluated as from stores of the same proteins, bit by bit."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     train, valid = _csv(tmp_path / "train.csv", range(8)), _csv(tmp_path / "valid.csv", range(8, 11))
     columns = SourceOptions(sequence_column="aa", id_column="name")
     stores = {}
@@ -362,7 +365,7 @@ def test_sequence_files_take_the_place_of_stores(tmp_path: Path, capsys: pytest.
     files = tiny_run(f"data.train={train}", f"data.valid={valid}", *changes, run_dir=tmp_path / "a" / "run")
     pretrain(files)
     said = capsys.readouterr().err
-    assert f"data.train: {train} is prepared, once, into {tmp_path / 'a' / 'prepared'}" in said
+    assert f"data.train: {train} is prepared, once, into {tmp_path / 'caches' / 'esm2mega'}" in said
     given = (f"data.train={stores[train]}", f"data.valid={stores[valid]}")
     pretrain(tiny_run(*given, *changes, run_dir=tmp_path / "b" / "run"))
     first, second = (full_weights(layout.step_dir(tmp_path / name / "run", 2)) for name in "ab")

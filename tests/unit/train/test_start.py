@@ -79,8 +79,8 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Training ends where it would begin; what would have been trained stands in the list."""
     sessions: list[Any] = []
 
-    def begin(run: Any, ranks: Any, session: Any, start: Any) -> LoopState:
-        sessions.append((session, start))
+    def begin(run: Any, ranks: Any, make: Any, start: Any, begun: float | None) -> LoopState:
+        sessions.append((make(start), start))
         return LoopState()
 
     for module in (pretrain_module, finetune_module):

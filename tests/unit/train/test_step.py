@@ -1,17 +1,18 @@
-"""One optimizer step: what it returns, and that it refuses to go on from numbers that are none."""
+"""One optimizer step: what it returns, and that numbers which are none change no weight."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from esm2mega.batch import PackedBatch
-from esm2mega.errors import MachineError
-from esm2mega.train.losses import LossReduction, LossTerms
-from esm2mega.train.step import TrainState, train_step
+from esm2mega.parallel.initialize import process_groups
+from esm2mega.train.losses import LossReduction, LossTerms, MLMLossReduction
+from esm2mega.train.step import TrainState, run_schedule, train_step
 from tests.unit.runs import packed_batch, tiny_run, train_state
 
 BATCHES = [packed_batch([[0, 5, 32, 7, 32, 2]], {1: 5, 2: 9, 3: 4, 4: 23})]
@@ -27,6 +28,22 @@ class Constant(LossReduction):
         copied = output.clone()
         copied.register_hook(lambda gradient: torch.full_like(gradient, self.slope))
         return LossTerms((0 * copied).sum() + self.value, torch.tensor(1))
+
+
+class NanFor(MLMLossReduction):
+    """Masked language modelling, of which packs with one label are not finite."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__()
+        self.token = token
+
+    def forward(self, batch: PackedBatch, output: Tensor) -> LossTerms:
+        terms = super().forward(batch, output)
+        return LossTerms(terms.loss_sum * (math.nan if self.token in batch.labels else 1.0), terms.count)
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _weights(state: TrainState) -> list[Tensor]:
@@ -63,18 +80,67 @@ def test_a_step_without_labels_has_no_loss_and_no_gradient(world: None) -> None:
     assert (result.metrics, result.grad_norm) == ({"loss": None, "count": 0.0}, 0.0)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_loss_that_is_no_number_ends_the_run_before_the_update(world: None, value: float) -> None:
-    state = train_state(tiny_run())
-    state.loss = Constant(value, 1.0)
-    before = _weights(state)
-    with pytest.raises(MachineError, match=f"the loss is {value}; lower optim.lr"):
-        train_step(state, BATCHES)
-    assert all(torch.equal(a, b) for a, b in zip(before, _weights(state), strict=True))
+def _everything(state: TrainState) -> list[Tensor]:
+    """Weights, moments and step counts of the optimizer."""
+    moments = [x for part in parts_of(state.optimizer) for x in part.optimizer.state.values()]
+    return [*_weights(state), *(torch.as_tensor(x).clone() for values in moments for x in values.values())]
 
 
-def test_gradient_that_is_no_number_ends_the_run(world: None) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("model.precision=fp32",),
+        ("model.precision=bf16",),
+        ("parallel.distributed_optimizer=true", "model.precision=fp32"),
+        ("parallel.distributed_optimizer=true", "model.precision=bf16"),
+        ("optim.clip_grad=0",),
+    ],
+)
+@pytest.mark.parametrize(("value", "slope"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_schedule(
+    settings: tuple[str, ...], value: float, slope: float
+) -> None:
+    run = tiny_run(*settings)
+    with process_groups(run.parallel, run.seed):
+        _check_that_nothing_changes(train_state(run), value, slope)
+
+
+def _check_that_nothing_changes(state: TrainState, value: float, slope: float) -> None:
+    mlm = state.loss
+    train_step(state, BATCHES)
+    before, steps = _everything(state), state.schedule.num_steps
+    state.loss = Constant(value, slope)
+    result = train_step(state, BATCHES)
+    assert not result.is_finite
+    assert result.suspects == ((0,) if value != 1.0 else ())
+    after = _everything(state)
+    assert len(before) == len(after) > 3 * 10
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert state.schedule.num_steps == steps + 1
+    state.loss = mlm
+    assert train_step(state, BATCHES).is_finite, "nothing of the bad gradient is left"
+    assert not torch.equal(before[1], _everything(state)[1])
+
+
+def test_only_the_losses_that_are_not_finite_are_suspects(world: None) -> None:
     state = train_state(tiny_run())
-    state.loss = Constant(1.0, math.nan)
-    with pytest.raises(MachineError, match="the gradient norm is nan"):
-        train_step(state, BATCHES)
+    state.loss = NanFor(9)
+    batches = [BATCHES[0], packed_batch([[0, 5, 32, 2]], {1: 5}), BATCHES[0]]
+    assert train_step(state, batches).suspects == (0, 2)
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
+def test_the_update_is_that_of_megatron(world: None, clip_grad: float, precision: str) -> None:
+    """Bit for bit, though the parts of its step are called one by one."""
+    run = tiny_run(f"optim.clip_grad={clip_grad}", f"model.precision={precision}")
+    ours, theirs = train_state(run), train_state(run)
+    for _ in range(3):
+        train_step(ours, BATCHES)
+        theirs.model[0].zero_grad_buffer()
+        theirs.optimizer.zero_grad()
+        run_schedule(theirs.model, theirs.loss, BATCHES, theirs.device, forward_only=False)
+        theirs.optimizer.step()
+        theirs.schedule.step(increment=1)
+    assert all(torch.equal(a, b) for a, b in zip(_everything(ours), _everything(theirs), strict=True))

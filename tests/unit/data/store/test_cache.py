@@ -10,8 +10,8 @@ import pytest
 
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import DataConfig
-from esm2mega.data.store.cache import is_sequence_file, open_store
-from esm2mega.errors import UserError
+from esm2mega.data.store.cache import is_sequence_file, open_store, user_cache
+from esm2mega.errors import MachineError, UserError
 
 
 @pytest.fixture
@@ -26,10 +26,13 @@ def sections_in(tmp_path: Path, *overrides: str) -> tuple[DataConfig, str]:
     return run.data, run.run_dir
 
 
-def test_prepared_once_beside_the_run(fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_prepared_once_in_the_cache_of_the_user(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     store = open_store(str(fasta), *sections_in(tmp_path), "data.train")
     assert [store.id(i) for i in range(len(store))] == [f"p{i}" for i in range(10)]
-    assert store.path.parent.parent == tmp_path / "runs" / "prepared"
+    assert store.path.parent.parent == tmp_path / "caches" / "esm2mega" / "prepared"
     said = capsys.readouterr().err.splitlines()
     assert said[0] == f"data.train: {fasta} is prepared, once, into {store.path.parent}"
     assert "10 sequences, 55 residues" in said[1] and len(said) == 2
@@ -39,6 +42,27 @@ def test_prepared_once_beside_the_run(fasta: Path, tmp_path: Path, capsys: pytes
     assert again.path == store.path and again.path.stat().st_mtime_ns == made
     expected = f"data.train: {fasta} was prepared before, into {store.path.parent}\n"
     assert capsys.readouterr().err == expected
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_cache_without_its_variable(fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is no value of it; a home that cannot be written to has a cure."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert user_cache() == tmp_path / "home" / ".cache" / "esm2mega"
+    (tmp_path / "home").write_text("a file")
+    with pytest.raises(MachineError, match="cannot be written: .*; name a place .* data.cache_dir=DIR"):
+        open_store(str(fasta), load_run("pretrain_esm2_tiny").data, None, "--data")
+
+
+def test_what_earlier_versions_prepared_beside_the_run_is_used(fasta: Path, tmp_path: Path) -> None:
+    """By a training; not by another command, which has no run directory."""
+    old = open_store(str(fasta), *sections_in(tmp_path, f"data.cache_dir={tmp_path}/runs/prepared"), "k")
+    data, run_dir = sections_in(tmp_path)
+    assert open_store(str(fasta), data, run_dir, "data.train").path == old.path
+    assert open_store(str(fasta), data, None, "--data").path != old.path
 
 
 def test_a_store_is_opened_as_it_is(fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -78,8 +102,8 @@ def test_a_bad_file_leaves_no_store(tmp_path: Path) -> None:
     bad.write_text(">a\nMK\n>b\n")
     for _ in range(2):
         with pytest.raises(UserError, match=r"bad\.fasta:3: no sequence under the header of 'b'"):
-            open_store(str(bad), *sections_in(tmp_path), "data.train")
-    assert [entry for entry in (tmp_path / "runs" / "prepared").iterdir() if entry.is_dir()] == []
+            open_store(str(bad), *sections_in(tmp_path, f"data.cache_dir={tmp_path}/cache"), "data.train")
+    assert [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == []
 
 
 def test_what_counts_as_a_sequence_file(fasta: Path, tmp_path: Path) -> None:
