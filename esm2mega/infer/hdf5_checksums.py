@@ -53,6 +53,8 @@ def seal(file: Any, reserved: Collection[str] = ()) -> None:
 def complete(path: Path, arrays: ArrayFile) -> None:
     """Fill in the checksums that `seal` reserved, after comparing all others; it may be done again.
 
+    A file that was begun by an earlier version has none, and gets none.
+
     Args:
         path: The file.
         arrays: The same file, as the arrays were written into it.
@@ -62,6 +64,8 @@ def complete(path: Path, arrays: ArrayFile) -> None:
     """
     try:
         with h5py.File(path, "r+") as file:
+            if not _has_checksums(file):
+                return
             _compare(path, file, arrays.specs.keys())
             for name, spec in arrays.specs.items():
                 data = file[name]
@@ -85,7 +89,7 @@ def verify(path: Path) -> bool:
     """
     try:
         with h5py.File(path) as file:
-            if CHECKSUM not in file.attrs and not any(CHECKSUM in data.attrs for _, data in _datasets(file)):
+            if not _has_checksums(file):
                 return False
             _compare(path, file)
             return True
@@ -111,6 +115,11 @@ def dataset_sha256(data: Any) -> str:
         else:
             found.update(np.ascontiguousarray(block).data.cast("B"))
     return found.hexdigest()
+
+
+def _has_checksums(file: Any) -> bool:
+    """Tell whether a file, or any data set in it, has a checksum."""
+    return CHECKSUM in file.attrs or any(CHECKSUM in data.attrs for _, data in _datasets(file))
 
 
 def _compare(path: Path, file: Any, reserved: Collection[str] = ()) -> None:

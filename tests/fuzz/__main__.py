@@ -15,7 +15,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=sys.modules[__name__].__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder, new or of an earlier start")
     parser.add_argument("--inputs", type=int, default=10_000, help="inputs in the journal at the end")
-    parser.add_argument("--rot", action="store_true", help="flip one bit of each input, and compare the numbers")
+    parser.add_argument(
+        "--rot", action="store_true", help="flip one bit of each input, and compare the numbers"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--subjects", default="", help="names with commas between them; all by default")
     options = parser.parse_args()

@@ -35,6 +35,7 @@ else:
 
 _LETTERS = list("LAGVSERTIDPKQNFYMHWC")
 
+
 def _command(*words: str | Path) -> None:
     if code := main([str(word) for word in words]):
         raise AssertionError(f"{' '.join(map(str, words))} ended with {code}")
@@ -97,7 +98,10 @@ def _bionemo(folder: Path, members: dict[str, list[tuple[str, str]]]) -> None:
     lists = [[name for name, _ in rows] for rows in members.values()]
     parquet.write_table(pyarrow.table({"ur90_id": lists}), folder / "train.parquet")
     parquet.write_table(pyarrow.table({"ur50_id": ["v1", "v2"]}), folder / "valid.parquet")
-    inputs = {"train": [row for rows in members.values() for row in rows], "valid": [("v1", "MK"), ("v2", "W")]}
+    inputs = {
+        "train": [row for rows in members.values() for row in rows],
+        "valid": [("v1", "MK"), ("v2", "W")],
+    }
     for split, rows in inputs.items():
         database = sqlite3.connect(folder / f"{split}.db")
         with database:
@@ -118,7 +122,9 @@ def _tables(folder: Path, proteins: list[tuple[str, str]]) -> None:
     """Proteins with labels, and variants."""
     values = [{"id": n, "sequence": s, "value": s.count("L") + 0.5} for n, s in proteins]
     states = [{"id": n, "sequence": s, "states": "".join("HEC"[ord(x) % 3] for x in s)} for n, s in proteins]
-    lists = [{"id": n, "sequence": s, "names": json.dumps(["a", "b", "c"][: len(s) % 4])} for n, s in proteins]
+    lists = [
+        {"id": n, "sequence": s, "names": json.dumps(["a", "b", "c"][: len(s) % 4])} for n, s in proteins
+    ]
     for name, rows in (("values", values), ("states", states), ("names", lists)):
         with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -91,7 +91,10 @@ def _swapped(rng: random.Random, data: bytes) -> bytes:
     other = _place(rng, data)
     block = bytearray(data)
     size = min(stop - first, len(data) - other)
-    block[first : first + size], block[other : other + size] = data[other : other + size], data[first : first + size]
+    block[first : first + size], block[other : other + size] = (
+        data[other : other + size],
+        data[first : first + size],
+    )
     return bytes(block)
 
 

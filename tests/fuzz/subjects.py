@@ -104,7 +104,10 @@ def _ours(folder: Path) -> Iterator[Subject]:
     )
     yield Subject("cluster-store", folder / "clusters", OURS, (inspect, (*start, "data.train={it}")))
     yield Subject("hdf5", folder / "x.h5", OURS, (inspect,), witness="hdf5")
-    for name, command, checkpoint in (("e", "embed", f"{folder}/run@step_2"), ("p", "predict", f"{folder}/task")):
+    for name, command, checkpoint in (
+        ("e", "embed", f"{folder}/run@step_2"),
+        ("p", "predict", f"{folder}/task"),
+    ):
         words = (command, checkpoint, fasta, "--out", "{it}/x.h5", "--resume")
         yield Subject(f"{command}-journal", folder / name, OURS, (words,))
     yield Subject("log", folder / "run", PLAIN, (("plot", "{it}"),), ("log.jsonl",))
@@ -183,7 +186,16 @@ def _tables(folder: Path) -> Iterator[Subject]:
         yield Subject(name.replace(".", "-"), folder / name, PLAIN, (words,))
     score = ("score", model, "--sequence", WILD, "--variants", "{it}", "--out", "{out}/x.csv")
     yield Subject("variants", folder / "variants.csv", PLAIN, ((*score, "--measured", "DMS_score"),))
-    gym = ("score", model, "--proteingym", "{it}/reference.csv", "--assays", "{it}/assays", "--out", "{out}/gym")
+    gym = (
+        "score",
+        model,
+        "--proteingym",
+        "{it}/reference.csv",
+        "--assays",
+        "{it}/assays",
+        "--out",
+        "{out}/gym",
+    )
     yield Subject("proteingym", folder / "proteingym", PLAIN, ((*gym, "--strategy", "wt-marginals"),))
     flip = ("prepare", "flip", "gb1", "--source", "{it}", "--out", "{out}/flip", "--allow-other-sizes")
     yield Subject("flip", folder / "flip", PLAIN, (flip,))

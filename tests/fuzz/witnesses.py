@@ -75,7 +75,10 @@ def parquet(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
 def lmdb(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
     import lmdb as library
 
-    with library.open(str(it), subdir=False, readonly=True, lock=False) as environment, environment.begin() as t:
+    with (
+        library.open(str(it), subdir=False, readonly=True, lock=False) as environment,
+        environment.begin() as t,
+    ):
         rows = [pickle.loads(t.get(str(n).encode())) for n in range(pickle.loads(t.get(b"num_examples")))]
     yield from _compare(_written(out, words), [(str(row["id"]), row["primary"]) for row in rows])
 
@@ -136,7 +139,7 @@ def hugging_face(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
         mine = ours[offsets[number] : offsets[number + 1]]
         scale = max(1.0, float(np.abs(theirs).max()))
         if mine.shape != theirs.shape or not np.abs(mine - theirs).max() < _TOLERANCE * scale:
-            yield f"logits of protein {number} are {mine.ravel()[:3]}, those of transformers {theirs.ravel()[:3]}"
+            yield f"protein {number}: logits {mine.ravel()[:3]}, of transformers {theirs.ravel()[:3]}"
 
 
 def peft(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
@@ -145,7 +148,9 @@ def peft(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
 
     from esm2mega.checkpoint.tensors import TensorReader
 
-    theirs = np.sort(np.concatenate([x.ravel() for x in load_file(it / "adapter_model.safetensors").values()]))
+    theirs = np.sort(
+        np.concatenate([x.ravel() for x in load_file(it / "adapter_model.safetensors").values()])
+    )
     reader = TensorReader(out / "adapter")
     ours = np.sort(np.concatenate([reader.read(name).numpy().ravel() for name in reader.index]))
     if ours.shape != theirs.shape or not np.array_equal(ours, theirs):
