@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.digests import CURE, DIGESTS, unreadable
 from esm2mega.checkpoint.safe_index import check_metadata
-from esm2mega.checkpoint.zip_crc import check_crcs
+from esm2mega.checkpoint.zip_crc import Piece, check_crcs
 from esm2mega.errors import DamagedError, UserError
 
 
@@ -141,22 +141,17 @@ class _Reader(FileSystemReader):
         self._compared: set[tuple[str, int]] = set()
 
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
-        piece, place = super()._slice_file(file, sinfo), (sinfo.relative_path, sinfo.offset)
-        if self._with_crcs and place not in self._compared and zipfile.is_zipfile(piece):
+        place = (sinfo.relative_path, sinfo.offset)
+        if self._with_crcs and place not in self._compared:
+            piece = Piece(file, sinfo.offset, sinfo.length)
             try:
-                check_crcs(piece)
+                if zipfile.is_zipfile(piece):
+                    check_crcs(piece)
             except ValueError as error:
-                raise DamagedError(
-                    Path(self.path) / sinfo.relative_path, f"is damaged: {error}", CURE
-                ) from error
+                path = Path(self.path) / sinfo.relative_path
+                raise DamagedError(path, f"is damaged: {error}", CURE) from error
             self._compared.add(place)
-        piece.seek(0)
-        return piece
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._index is None:
-            self._index = super().read_metadata(*args, **kwargs)
-        return self._index
+        return super()._slice_file(file, sinfo)
 
 
 class _OneLayer(DefaultLoadPlanner):

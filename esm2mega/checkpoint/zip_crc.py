@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
+import io
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 _READ_AT_ONCE = 1 << 20
+
+
+class Piece(io.RawIOBase):
+    """Reads a part of an open file as a file of its own."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        """Begin at its first byte.
+
+        Args:
+            file: The open file, whose own place is not changed.
+            offset: Byte of the file at which the part begins.
+            length: Its bytes.
+        """
+        self._descriptor, self._offset, self._length = file.fileno(), offset, length
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise ValueError(f"negative place {start + offset}")
+        self._place = start + offset
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._place)
+        size = left if size is None or size < 0 else min(size, left)
+        found = os.pread(self._descriptor, size, self._offset + self._place)
+        self._place += len(found)
+        return found
 
 
 def check_crcs(file: Path | IO[bytes], entries: Sequence[zipfile.ZipInfo] | None = None) -> None:

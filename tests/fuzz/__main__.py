@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests import warm
-from tests.fuzz.harness import Harness
+from tests.fuzz.harness import IMPORTED, Harness
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--subjects", default="", help="names with commas between them; all by default")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    warm.prepare()
+    warm.prepare(IMPORTED)
     began = time.monotonic()
     harness = Harness(options.out, options.seed, lambda line: print(line, flush=True))
     before = len(harness.entries)

@@ -17,10 +17,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esm2mega.convert.formats.registry import READABLE
 from tests import warm
 from tests.fuzz.mutations import mutate, rot
 from tests.fuzz.subjects import CRC, OURS, Subject, Words, subjects
 from tests.journal import read_journal
+
+IMPORTED = [
+    *(f"esm2mega.convert.formats.{module}" for module in READABLE.values()),
+    "esm2mega.autoeval.compare",
+    "esm2mega.convert.verify.verify",
+    "esm2mega.drill.compare",
+    "esm2mega.finetune.run",
+    "esm2mega.infer.score",
+    "esm2mega.inspect",
+    "esm2mega.report.plot",
+    "matplotlib.pyplot",
+    "pyarrow.parquet",
+    "scipy.stats",
+    "sklearn.metrics",
+    "transformers.models.esm.modeling_esm",
+    "Bio.SeqIO",
+]
+"""What the commands import when they need it, which would take most of the time of an input."""
 
 HANG_SECONDS = 60.0
 GROWTH_BYTES = 1 << 30
