@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.convert.formats.registry import READABLE
+from esm2mega.files import replacing
 from tests import warm
 from tests.fuzz.mutations import mutate, rot
-from tests.fuzz.subjects import CRC, OURS, Subject, Words, subjects
+from tests.fuzz.subjects import CRC, OURS, PLAIN, Subject, Words, subjects
 from tests.journal import read_journal
 
 IMPORTED = [
@@ -95,7 +96,7 @@ class Harness:
         return [entry for entry in self.entries if entry["outcome"] not in OUTCOMES[:2]]
 
     def run(self, count: int, only_rot: bool, names: Sequence[str] = ()) -> None:
-        """Go on until the journal holds `count` inputs, as many of each subject.
+        """Go on until the journal holds `count` inputs, as many of each subject; repeat what met a fault.
 
         Args:
             count: Number of inputs in the journal, those of earlier starts included.
@@ -104,7 +105,14 @@ class Harness:
         """
         found = [s for s in self.subjects if not names or s.name in names]
         if only_rot:
-            found = [s for s in found if s.rule != "plain" or s.witness or "--verify" in s.commands[0]]
+            found = [s for s in found if s.rule != PLAIN or s.witness or "--verify" in s.commands[0]]
+        for entry in self.faults:
+            subject = next(s for s in self.subjects if s.name == entry["subject"])
+            again = self.input(entry["number"], subject, entry["rot"])
+            self.entries[self.entries.index(entry)] = again
+            self._report(again)
+            with replacing(self._journal) as partial:
+                partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
         while len(self.entries) < count:
             number = len(self.entries)
             self._note(self.input(number, found[number % len(found)], only_rot))
@@ -128,6 +136,7 @@ class Harness:
         grown = ran.report["grown"] >> 20 if ran.report else None
         return {
             "number": number,
+            "rot": only_rot,
             "subject": subject.name,
             "command": " ".join(words[:2] if words[0] in ("lora", "prepare") else words[:1]),
             "file": name,
@@ -250,6 +259,9 @@ class Harness:
         self.entries.append(entry)
         with self._journal.open("a") as journal:
             journal.write(json.dumps(entry) + "\n")
+        self._report(entry)
+
+    def _report(self, entry: dict[str, Any]) -> None:
         if entry["outcome"] not in OUTCOMES[:2]:
             self._say(" ".join(f"{entry[key]}" for key in ("number", "subject", "command", "file", "change")))
             self._say(f"       {entry['outcome']}: {entry['what'][:400]}")
