@@ -8,7 +8,8 @@ on the same packs of random residues. Reported are medians over the saves after 
 pays for what later ones find ready:
 
     step      seconds of a step while nothing is written
-    begin     seconds until training goes on: planning, copying, and writing if that is at once
+    begin     seconds until training goes on: checking the state, planning, copying, and writing if that is at
+              once
     finish    seconds of completing the checkpoint at a later step
     slower    by how much the steps beside the writing are longer in sum, since both need processors and disk
     stall     begin + finish, as a share of a step
@@ -25,7 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,9 +66,14 @@ def measure(run: Any, state: Any, ranks: Any, packs: Packs, folder: Path, in_bac
     """Train the steps of `run`, and take the times of the process that calls."""
     from esm2mega.checkpoint.saver import Saver
     from esm2mega.train import loop as loop_module
+    from esm2mega.train.incidents import Incidents
     from esm2mega.train.loop import Hooks, LoopState, fit
+    from esm2mega.train.signals import StopSignal
+    from esm2mega.train.sound import is_sound
 
     times, train_step = Times(), loop_module.train_step
+    checks: list[float] = []
+    run = replace(run, checkpoint=replace(run.checkpoint, async_save=in_background))
 
     class Timed(Saver):
         def finish(self) -> None:
@@ -78,8 +84,14 @@ def measure(run: Any, state: Any, ranks: Any, packs: Packs, folder: Path, in_bac
 
     saver = Timed(in_background)
 
+    def timed_check(probe: Any) -> bool:
+        begin = time.perf_counter()
+        answer = is_sound(state, probe, ranks)
+        checks.append(time.perf_counter() - begin)
+        return answer
+
     def save(loop: LoopState) -> None:
-        begin, finished = time.perf_counter(), len(times.finish)
+        begin, finished = time.perf_counter() - checks[-1], len(times.finish)
         saver.save(folder / f"step_{loop.step:08d}", state.model, state.optimizer, run, loop.to_dict())
         times.begin.append(time.perf_counter() - begin - sum(times.finish[finished:]))
         times.beside.append([])
@@ -91,10 +103,16 @@ def measure(run: Any, state: Any, ranks: Any, packs: Packs, folder: Path, in_bac
         (times.beside[-1] if was_writing else times.alone).append(seconds)
         return result
 
+    def ignore(what: object) -> None:
+        pass
+
     loop_module.train_step = timed_step
     try:
-        hooks = Hooks(lambda record: None, lambda result: None, None, None, save, saver)
-        fit(run, state, packs, LoopState(), hooks, ranks)
+        hooks = Hooks(ignore, ignore, ignore, None, None, timed_check, save, saver)
+        fit(
+            *(run, state, packs, LoopState(), hooks, ranks),
+            *(StopSignal(ranks.device), Incidents(folder / "incidents.jsonl", run.train.on_nonfinite)),
+        )
     finally:
         loop_module.train_step = train_step
     return times

@@ -149,15 +149,32 @@ class Saver:
         save, self._running = self._running, None
         if save is None:
             return
-        with save.noting_failure():
-            # Its collectives are over the world, and let every rank learn that one could not write.
-            self._queue.maybe_finalize_async_calls(blocking=True, no_dist=True)
-        entries = self._agree(save)
+        entries = self._wait_for(save)
         if dist.get_rank() == 0:
             with save.noting_failure():
                 layout.complete(save.partial, save.directory, entries)
         self._agree(save)
         save.then()
+
+    def discard(self) -> None:
+        """Wait for the save that is running, and remove what it wrote; all ranks call this together.
+
+        Raises:
+            MachineError: Any rank could not write its part; nothing of this checkpoint is left behind.
+        """
+        save, self._running = self._running, None
+        if save is None:
+            return
+        self._wait_for(save)
+        if dist.get_rank() == 0:
+            shutil.rmtree(save.partial, ignore_errors=True)
+
+    def _wait_for(self, save: _Save) -> Entries:
+        """Return the digests of all ranks' files once they have written them; raise if any rank could not."""
+        with save.noting_failure():
+            # Its collectives are over the world, and let every rank learn that one could not write.
+            self._queue.maybe_finalize_async_calls(blocking=True, no_dist=True)
+        return self._agree(save)
 
     def _begin(
         self, save: _Save, model: Sequence[Any], optimizer: MegatronOptimizer, tensor_filter: TensorFilter

@@ -141,6 +141,8 @@ def fit(
     residues = 0
     # Micro-batches that had a finite loss.
     probe: Sequence[Batch] = ()
+    # Whether weights are being saved that are finite, and of which the next step tells whether their loss is.
+    is_unproven = False
     stop.alarm, stop.is_saving = hooks.alarm, lambda: hooks.saver.is_writing
     with stop:
         # A run that was stopped by a signal in its last step has not been evaluated there.
@@ -160,8 +162,13 @@ def fit(
             stopping = stop.received()
             if result.is_finite:
                 incidents.note_finite(loop.step)
-                probe = batches[:1]
+                probe, is_unproven = batches[:1], False
             else:
+                # A step that is not finite has left the weights as they are.
+                if is_unproven and not hooks.is_sound(probe):
+                    hooks.saver.discard()
+                    incidents.note_weights(loop.step - 1)
+                is_unproven = False
                 with _saved_first(hooks):
                     hooks.say(incidents.note_step(loop.step, result, stream, before, ranks))
             last = loop.step == train.max_steps or stopping
@@ -194,7 +201,9 @@ def fit(
                 last = last or finished(loop, train) or stop.stopping
                 if last or is_kept or _every(run.checkpoint.save_every, loop.step):
                     # A finite loss of the evaluation says that that of a training pack is finite too.
-                    if not hooks.is_sound(() if loop.valid_loss is not None else probe):
+                    is_unproven = loop.valid_loss is None and run.checkpoint.async_save and not last
+                    is_proven = loop.valid_loss is not None or is_unproven
+                    if not hooks.is_sound(() if is_proven else probe):
                         with _saved_first(hooks):
                             incidents.note_weights(loop.step)
                     _save(loop, hooks, stop)

@@ -136,13 +136,14 @@ def test_fine_tuning_skips(store: Path, tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("rate", ["1e30", "1e160"])
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize("in_background", [False, True], ids=["at_once", "in_background"])
 def test_weights_that_an_update_has_ruined_are_not_saved(
-    store: Path, tmp_path: Path, policy: str, rate: str
+    store: Path, tmp_path: Path, policy: str, rate: str, in_background: bool
 ) -> None:
     """The rate of the first step is 0, and the second step still has a finite loss."""
-    changes = ("schedule.warmup_steps=1", "checkpoint.save_every=1", "model.precision=fp32")
-    if rate == "1e160":
-        changes = (*changes[:2], "model.precision=fp64")
+    precision = "fp64" if rate == "1e160" else "fp32"
+    changes = ("schedule.warmup_steps=1", "checkpoint.save_every=1", f"model.precision={precision}")
+    changes = (*changes, f"checkpoint.async_save={str(in_background).lower()}")
     with pytest.raises(MachineError, match="step 2: weights or optimizer are not finite, or give no finite"):
         _train(store, tmp_path, f"optim.lr={rate}", f"train.on_nonfinite={policy}", *changes)
     assert [path.name for path in layout.checkpoints_dir(tmp_path).iterdir()] == ["step_00000001"]
