@@ -28,6 +28,8 @@ def main() -> int:
     before = len(harness.entries)
     try:
         names = [name for name in options.subjects.split(",") if name]
+        if not before:
+            harness.sound()
         harness.run(options.inputs, options.rot, names)
     finally:
         print("\n".join(harness.table()))
