@@ -12,7 +12,7 @@ from typing import IO
 _READ_AT_ONCE = 1 << 20
 
 
-class Piece(io.RawIOBase):
+class Piece(io.BufferedIOBase):
     """Reads a part of an open file as a file of its own."""
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
@@ -50,7 +50,7 @@ class Piece(io.RawIOBase):
         return found
 
 
-def check_crcs(file: Path | IO[bytes], entries: Sequence[zipfile.ZipInfo] | None = None) -> None:
+def check_crcs(file: Path | Piece, entries: Sequence[zipfile.ZipInfo] | None = None) -> None:
     """Read every entry of an archive in pieces.
 
     Args:

@@ -57,7 +57,7 @@ sys.argv[1:] = []
 def end(code):
     Path(request["report"]).write_text(json.dumps({"grown": 0, "result": {}, "witness": []}))
     sys.exit(code)
-if Path(request["it"]).read_text() == "sound":
+if Path(request["it"]).read_bytes() == b"sound":
     print("1 numbers in 2 s")
     end(0)
 resource.setrlimit(resource.RLIMIT_DATA, (1 << 32, 1 << 32))

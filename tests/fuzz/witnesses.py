@@ -95,12 +95,13 @@ def indexed(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
 
 def hdf5(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
     """Compare the values of a file whose checksums hold with those of the sound one beside it."""
-    sound, changed = _content(Path(words[-1]).parent.parent / "sound.h5"), _content(it)
+    sound, changed = content(Path(words[-1]).parent.parent / "sound.h5"), content(it)
     if sound != changed:
         yield f"other values in {[name for name in sound if changed.get(name) != sound[name]]}"
 
 
-def _content(path: Path) -> dict[str, Any]:
+def content(path: Path) -> dict[str, Any]:
+    """Return all values, texts and attributes of an HDF5 file, as h5py reads them."""
     import h5py
 
     found: dict[str, Any] = {}
