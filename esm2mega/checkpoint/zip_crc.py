@@ -35,14 +35,14 @@ class Piece(io.BufferedIOBase):
     def tell(self) -> int:
         return self._place
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
         if start + offset < 0:
             raise ValueError(f"negative place {start + offset}")
         self._place = start + offset
         return self._place
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes:
         left = max(0, self._length - self._place)
         size = left if size is None or size < 0 else min(size, left)
         found = os.pread(self._descriptor, size, self._offset + self._place)

@@ -231,10 +231,10 @@ class Harness:
         last = ran.err.strip().splitlines()[-1:] or [""]
         if ran.code is None:
             return "hang", f"still running after {HANG_SECONDS:.0f} s"
-        if "Traceback" in ran.err:
-            return "traceback", last[0]
         if "MemoryError" in ran.err or "allocate" in ran.err:
             return "memory", last[0]
+        if "Traceback" in ran.err:
+            return "traceback", last[0]
         if "internal error" in ran.err:
             return "internal", last[0]
         if ran.report is None or ran.code not in (0, 1, 2):

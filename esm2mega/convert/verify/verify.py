@@ -211,7 +211,7 @@ def _run(
 
 @contextmanager
 def _ran_by(package: str, path: Path) -> Iterator[None]:
-    """Turn whatever another program raises into an error of one line; it checks more of a file than we read."""
+    """Turn whatever another program raises into one line: it checks more of a file than we read."""
     try:
         yield
     except (UserError, OSError):
@@ -219,8 +219,8 @@ def _ran_by(package: str, path: Path) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
-            f"{path}: {package}, which verifies this format, does not run it ({reason}); the conversion itself "
-            "ended well: leave out --verify, or mend the file"
+            f"{path}: {package}, which verifies this format, does not run it ({reason}); the conversion "
+            "itself ended well: leave out --verify, or mend the file"
         ) from error
 
 
