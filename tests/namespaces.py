@@ -21,10 +21,10 @@ from pathlib import Path
 CANNOT_RUN = 77
 """Exit code of a program that this machine lacks packages or rights for; automake's for a skipped test."""
 
-PACKAGES = {"ip": "iproute2", "setpriv": "util-linux", "unshare": "util-linux"}
+PACKAGES = {"setpriv": "util-linux", "unshare": "util-linux"}
 """Commands that are needed for every program, and the Debian packages that have them."""
 
-KINDS = ("--net", "--pid", "--mount", "--uts", "--fork", "--kill-child", "--mount-proc")
+_KINDS = ("--pid", "--mount", "--uts", "--fork", "--kill-child", "--mount-proc")
 """What `unshare` separates. A new process namespace needs a new process, and its own /proc."""
 
 
@@ -32,40 +32,44 @@ class TrialFailed(Exception):
     """What the program inside was to show is not so; the message has the last output of what failed."""
 
 
-def why_not(packages: Mapping[str, str]) -> str | None:
+def why_not(packages: Mapping[str, str], network: bool = True) -> str | None:
     """Return why a program that needs these commands cannot run here; None if it can.
 
     Args:
         packages: Name of the Debian package for each command, besides `PACKAGES`.
+        network: Whether the program gets a network of its own, or uses that of the machine.
     """
-    needed = {**PACKAGES, **packages}
+    needed = {**({"ip": "iproute2"} if network else {}), **PACKAGES, **packages}
     absent = [command for command in needed if shutil.which(command) is None]
     if absent:
         names = " ".join(sorted({needed[command] for command in absent}))
         return f"{', '.join(absent)} not found; on Debian: apt-get install --no-install-recommends {names}"
-    tried = subprocess.run(
-        ["unshare", *KINDS, "ip", "link", "set", "lo", "up"], capture_output=True, text=True
-    )
+    probe = ["ip", "link", "set", "lo", "up"] if network else ["true"]
+    tried = subprocess.run([*_unshare(network), *probe], capture_output=True, text=True)
     if tried.returncode:
         return f"it needs root and a kernel that makes namespaces ({tried.stderr.strip()})"
     return None
 
 
-def run_inside(command: Sequence[str]) -> int:
-    """Run a command in new namespaces, and return its exit code; it dies with this process."""
+def run_inside(command: Sequence[str], network: bool = True) -> int:
+    """Run a command in new namespaces, see `why_not`, and return its exit code; it dies with this process."""
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     previous = signal.signal(signal.SIGTERM, stop)
     # `setpriv` has the kernel kill `unshare`, and that its child, when this process is killed.
-    process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", *KINDS, *command])
+    process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *_unshare(network), *command])
     try:
         return process.wait()
     finally:
         process.kill()
         process.wait()
         signal.signal(signal.SIGTERM, previous)
+
+
+def _unshare(network: bool) -> list[str]:
+    return ["unshare", *_KINDS, *(["--net"] if network else []), "--"]
 
 
 def main(module: str, packages: Mapping[str, str]) -> int:

@@ -60,12 +60,12 @@ class Choice:
     Attributes:
         path: Its ``step_XXXXXXXX`` directory.
         words: Which checkpoint of the run it is and why, in one line; None for one that was named itself.
-        is_newest: Whether the name means the newest checkpoint, whichever that is, and not a certain one.
+        is_exact: Whether the name means this checkpoint alone; if not, and it is damaged, it means another.
     """
 
     path: Path
     words: str | None = None
-    is_newest: bool = False
+    is_exact: bool = True
 
 
 def choose_checkpoint(named: str | Path, resuming: bool = False, without: Sequence[Path] = ()) -> Choice:
@@ -104,18 +104,18 @@ def choose_checkpoint(named: str | Path, resuming: bool = False, without: Sequen
     if which is not None and which.startswith("step_"):
         return Choice(*_of_step(str(named), complete, int(which.removeprefix("step_"))))
     if resuming and which is None:
-        return Choice(complete[-1], is_newest=True)
+        return Choice(complete[-1], is_exact=False)
     states, damage = _states(complete)
     ranking, reason = _ranking(states)
     best, last = ranking[0] if ranking else None, complete[-1]
     if which == "best" and best is None:
         raise UserError(f"{named}: {reason}; use {text}@last or {text}@step_N")
     takes_best = which == "best" or (which is None and best is not None and _is_fine_tuned(states))
-    if takes_best and damage:
+    if which == "best" and damage:
         cure = f"which checkpoint is the best cannot be told; use {text}@last or {text}@step_N"
         raise DamagedError(damage[0].path, damage[0].args[1], cure)
     chosen = best.path if takes_best and best is not None else last
-    return Choice(chosen, _words(str(named), text, chosen, last, best, reason), not takes_best)
+    return Choice(chosen, _words(str(named), text, chosen, last, best, reason), which == "best")
 
 
 def best_checkpoint(run_dir: str | Path) -> Evaluated | None:
@@ -202,6 +202,8 @@ def _states(checkpoints: Sequence[Path]) -> tuple[dict[Path, Mapping[str, Any]],
         try:
             states[path] = layout.read_state(path)
         except UserError as error:
+            if not layout.is_complete(path):
+                continue  # its run has removed it meanwhile
             if isinstance(error, DamagedError):
                 damage.append(error)
             _warn_once(

@@ -12,11 +12,11 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from esm2mega.errors import DamagedError, MachineError, UserError
-from esm2mega.files import content_sha256, parse_json, write_json
+from esm2mega.files import content_sha256, parse_json, shortened, write_json
 
 DIGESTS = "digests.json"
 COMPLETE = "COMPLETE"
@@ -27,6 +27,11 @@ CURE = "use another checkpoint, or copy this one again from where it came from"
 
 NO_DAMAGE = "this says nothing about its content: look at its permissions, and at the file system"
 """This tells the user what to do about a file that could not be read."""
+
+_REMOVED = (
+    "its checkpoint was removed meanwhile, perhaps by its run, which keeps checkpoint.keep_last of them; "
+    "start this command again"
+)
 
 _THREADS = 8
 """At most this many files are read at once; hashing runs outside of Python's global lock."""
@@ -107,8 +112,25 @@ def read_digests(checkpoint: Path) -> Entries | None:
     content, recorded = read_small(path), read_small(checkpoint / COMPLETE)
     if hashlib.sha256(content).hexdigest().encode() != recorded.strip():
         raise DamagedError(path, f"is damaged, or {COMPLETE} beside it, which names another SHA-256", CURE)
-    files: Entries = parse_json(content)["files"]
+    try:
+        files = dict(parse_json(content)["files"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise DamagedError(path, f"holds no digests ({error})", CURE) from error
+    for name, entry in files.items():
+        if not _is_sound(name, entry):
+            raise DamagedError(path, f"has an entry {shortened(name)} that no save has written", CURE)
     return files
+
+
+def _is_sound(name: str, entry: Any) -> bool:
+    """Tell whether an entry is of a file in the checkpoint: whoever made it, no other file is opened."""
+    return (
+        not PurePosixPath(name).is_absolute()
+        and not {"..", "\0"} & {*PurePosixPath(name).parts, *name}
+        and isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def read_small(path: Path) -> bytes:
@@ -169,7 +191,9 @@ def verify(
 def unreadable(path: Path, error: OSError) -> UserError:
     """Return the error for a file of a checkpoint that was not read: damage only if the file is not there."""
     if isinstance(error, ABSENT):
-        return DamagedError(path, "is missing", CURE)
+        if any((folder / COMPLETE).exists() for folder in (path.parent, path.parent.parent)):
+            return DamagedError(path, "is missing", CURE)
+        return DamagedError(path, "is not there any more", _REMOVED)
     return MachineError(f"{path}: cannot be read: {error.strerror or error}; {NO_DAMAGE}")
 
 

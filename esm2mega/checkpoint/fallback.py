@@ -1,4 +1,4 @@
-"""Verifies checkpoints when they are chosen; if the newest is meant, an older one replaces a damaged one.
+"""Verifies checkpoints when they are chosen; unless a certain one is meant, another replaces a damaged one.
 
 Choosing reads all small files of a checkpoint before anything believes them, and in one process the large
 ones too. Several processes share the large files (`share_of`) when rank 0 has chosen.
@@ -40,7 +40,7 @@ class Verification:
         """
         if checkpoint in self.known:
             raise self.known[checkpoint]
-        layout.read_state(checkpoint)
+        layout.check_state(checkpoint)
         entries = read_digests(checkpoint)
         if entries is None:
             _say_once(
@@ -58,7 +58,8 @@ ALL_OF_IT = Verification()
 def choose_good(named: str | Path, resuming: bool = False, verification: Verification = ALL_OF_IT) -> Choice:
     """Find the checkpoint that a name means, as `choose_checkpoint` does, and verify it; nothing is written.
 
-    If the name means the newest one of a run, and that is damaged, an older one is taken, which is said.
+    If the name means the newest or the best one of a run, whichever that is, and it is damaged, the next one
+    is taken, which is said. One that its run removes meanwhile is none any more.
 
     Args:
         named: As for `choose_checkpoint`.
@@ -76,9 +77,11 @@ def choose_good(named: str | Path, resuming: bool = False, verification: Verific
         try:
             verification.check(choice.path)
         except DamagedError as error:
-            if not choice.is_newest:
+            if choice.is_exact:
                 raise
-            print(f"esm2mega: {error.damage}; {choice.path.name} is passed over", file=sys.stderr, flush=True)
+            if layout.is_complete(choice.path):
+                line = f"{error.damage}; {choice.path.name} is passed over"
+                print(f"esm2mega: {line}", file=sys.stderr, flush=True)
             passed.append(choice.path)
         else:
             return choice

@@ -40,6 +40,9 @@ FORMAT_VERSION = 1
 MODEL = "model"
 CONFIG = "config.yaml"
 _CHECKSUM = "sha256"
+_ENTRIES = ("esm2mega_version", "step", "valid_loss", "loop", "data", "schedule")
+"""These entries are in every ``train_state.json``, whoever wrote the checkpoint."""
+
 _DAMAGED = ".damaged"
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -209,3 +212,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             "use the esm2mega that wrote it"
         )
     return state
+
+
+def check_state(checkpoint: Path) -> None:
+    """Read ``train_state.json`` as `read_state` does, and refuse one without what every checkpoint says.
+
+    Raises:
+        DamagedError: An entry is absent, too.
+    """
+    state = read_state(checkpoint)
+    if absent := [name for name in _ENTRIES if name not in state]:
+        raise DamagedError(checkpoint / STATE, f"is damaged: it has no entry {absent[0]!r}", CURE)

@@ -2,15 +2,17 @@
 
 ``torch.distributed.checkpoint`` stores its index, ``.metadata``, as a pickle and reads it without an
 allow-list. The file is therefore opened here first, under a list of the few classes that an honest index is
-made of.
+made of. The unpickler is the library's in Python: that in C, with which PyTorch reads, makes a table as long
+as the largest number under which a pickle keeps an object, and a few bytes can name 4 billion.
 """
 
 from __future__ import annotations
 
 import enum
+import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -52,7 +54,24 @@ def _member(kind: Any, name: Any = None) -> Any:
     return kind[name]
 
 
-class _AllowList(pickle.Unpickler):
+class _Memo(dict[int, Any]):
+    """Holds what a pickle keeps, under numbers no larger than the number of its bytes."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__()
+        self._num_bytes = num_bytes
+
+    def __setitem__(self, number: int, kept: Any) -> None:
+        if number > self._num_bytes:
+            raise ValueError(f"it keeps an object under the number {number}")
+        super().__setitem__(number, kept)
+
+
+class _AllowList(pickle._Unpickler):
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self.memo = _Memo(os.fstat(file.fileno()).st_size)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _member
@@ -61,8 +80,8 @@ class _AllowList(pickle.Unpickler):
         raise _Refused(f"{module}.{name}")
 
 
-def check_metadata(model_dir: Path) -> None:
-    """Check that ``.metadata`` of `model_dir` holds an index of tensors and nothing else.
+def checked_index(model_dir: Path) -> Metadata:
+    """Return what ``.metadata`` of `model_dir` holds, which is an index of tensors and nothing else.
 
     Raises:
         UserError: It would load something else.
@@ -75,6 +94,7 @@ def check_metadata(model_dir: Path) -> None:
             index = _AllowList(file).load()
         if not isinstance(index, Metadata):
             raise TypeError(f"a {type(index).__name__}")
+        return index
     except OSError as error:
         raise unreadable(path, error) from error
     except _Refused as error:

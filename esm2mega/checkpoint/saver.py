@@ -44,6 +44,10 @@ _OWN_WRITER = (
 )
 
 
+_PROBE_BYTES = 1 << 20
+"""This is more than the files that rank 0 writes while other ranks wait."""
+
+
 @dataclass
 class _Save:
     """Holds a save that was begun, and what became of this rank's part of it; its thread writes here too."""
@@ -132,6 +136,7 @@ class Saver:
             with save.noting_failure():
                 shutil.rmtree(partial_dir, ignore_errors=True)
                 (partial_dir / layout.MODEL).mkdir(parents=True)
+                _try_to_write(partial_dir / layout.MODEL)
         self._agree(save)
         with save.noting_failure():
             self._begin(save, model, optimizer, tensor_filter)
@@ -214,6 +219,18 @@ class Saver:
         is_of_disk = any(known in reason for known in (*store.DISK, "written whole"))
         cure = "; free space or choose another run_dir" if is_of_disk else ""
         raise MachineError(f"{save.directory}: not saved: {reason}{where}{cure}") from save.failure
+
+
+def _try_to_write(folder: Path) -> None:
+    """Write a file and remove it, while no rank waits for another yet.
+
+    Megatron-Core has rank 0 write a small file on the way to a collective. An error there, where the disk is
+    full or may not be written to, would leave the other ranks in it until the timeout.
+    """
+    file = folder / "probe"
+    with file.open("wb") as stream:
+        stream.write(bytes(_PROBE_BYTES))
+    file.unlink()
 
 
 def save_checkpoint(directory: Path, *what: Any, **options: Any) -> None:

@@ -27,7 +27,7 @@ from esm2mega.checkpoint.optimizer_state import (
     separate_steps,
     translate,
 )
-from esm2mega.checkpoint.safe_index import check_metadata
+from esm2mega.checkpoint.safe_index import checked_index
 from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter, compare_tensors
 from esm2mega.checkpoint.tensors import TensorReader, os_error_in
 from esm2mega.errors import MachineError, UserError
@@ -176,7 +176,7 @@ def load_weights(checkpoint: Path, model: Sequence[Any], tensor_filter: TensorFi
 def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bool]) -> dict[str, Any]:
     """Load the tensors of `request`; a missing tensor is an error, as is an unexpected one that `matters`."""
     model_dir = checkpoint / layout.MODEL
-    check_metadata(model_dir)
+    checked_index(model_dir)
     try:
         # Megatron-Core takes the model's point of view: what it calls missing is in the checkpoint, and was
         # not requested.

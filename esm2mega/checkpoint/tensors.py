@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.digests import CURE, DIGESTS, unreadable
-from esm2mega.checkpoint.safe_index import check_metadata
+from esm2mega.checkpoint.safe_index import checked_index
 from esm2mega.checkpoint.zip_crc import Piece, check_crcs
 from esm2mega.errors import DamagedError, UserError
 
@@ -79,13 +79,12 @@ class TensorReader:
     def __init__(self, checkpoint: Path, folder: str = layout.MODEL) -> None:
         """Open the tensors in `folder` of `checkpoint`, a complete ``step_XXXXXXXX`` directory."""
         self._model_dir = checkpoint / folder
-        check_metadata(self._model_dir)
+        index = checked_index(self._model_dir)
         # Where there are digests, the files have been compared with these.
-        self._reader = _Reader(self._model_dir, with_crcs=not (checkpoint / DIGESTS).exists())
-        entries = self._reader.read_metadata().state_dict_metadata
+        self._reader = _Reader(self._model_dir, index, with_crcs=not (checkpoint / DIGESTS).exists())
         self.index: dict[str, TensorInfo] = {
             name: TensorInfo(tuple(entry.size), entry.properties.dtype)
-            for name, entry in sorted(entries.items())
+            for name, entry in sorted(index.state_dict_metadata.items())
             if isinstance(entry, TensorStorageMetadata)
         }
 
@@ -130,14 +129,12 @@ class TensorReader:
 
 
 class _Reader(FileSystemReader):
-    """Reads the index of the checkpoint once, not again for every tensor, and may compare CRCs."""
+    """Reads tensors by the index that was read and checked already, and may compare CRCs."""
 
-    _index: Metadata | None = None
-
-    def __init__(self, path: Path, with_crcs: bool) -> None:
-        """Name the directory of the tensors; `with_crcs` compares each piece, once, before it is used."""
-        super().__init__(path)
-        self._with_crcs = with_crcs
+    def __init__(self, model_dir: Path, index: Metadata, with_crcs: bool) -> None:
+        """Take the index; `with_crcs` compares each piece, once, before it is used."""
+        super().__init__(model_dir)
+        self._index, self._with_crcs = index, with_crcs
         self._compared: set[tuple[str, int]] = set()
 
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
@@ -152,6 +149,9 @@ class _Reader(FileSystemReader):
                 raise DamagedError(path, f"is damaged: {error}", CURE) from error
             self._compared.add(place)
         return super()._slice_file(file, sinfo)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._index
 
 
 class _OneLayer(DefaultLoadPlanner):

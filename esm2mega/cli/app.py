@@ -78,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (UserError, StoppedBySignal) as error:
         # Every process finds the same mistake in a configuration; a machine's fault may strike only one.
-        kind = "stopped" if isinstance(error, StoppedBySignal) else "error"
-        _report(f"{kind}: {error}", error, options, common=not isinstance(error, MachineError))
+        words = str(error) if isinstance(error, StoppedBySignal) else f"error: {error}"
+        _report(words, error, options, common=not isinstance(error, MachineError))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         _report("interrupted", error, options)

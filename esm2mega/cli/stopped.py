@@ -37,10 +37,12 @@ def stopped_by_signals(end: Callable[[str], None]) -> Iterator[None]:
         yield  # only the main thread can have handlers
         return
     raised = threading.Event()
+    names: list[str] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        names.append(signal.Signals(number).name)
         raised.set()
-        raise Stopped(signal.Signals(number).name)
+        raise Stopped(names[-1])
 
     def watch(reader: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -59,6 +61,11 @@ def stopped_by_signals(end: Callable[[str], None]) -> Iterator[None]:
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
+    except Exception as error:
+        if names:
+            # What was raised, as in the middle of an import, can get lost in code that then fails otherwise.
+            raise Stopped(names[0]) from error
+        raise
     finally:
         signal.set_wakeup_fd(previous)
         for number, handler in before.items():

@@ -24,7 +24,12 @@ def check_directory(directory: Path) -> Iterator[Finding]:
     """Try in `directory` what checkpoints need and what keeps two runs apart, and leave nothing there."""
     what = f"directory {directory.resolve()}"
     if not directory.is_dir():
-        yield Finding(FAILED, f"{what} does not exist", "create it or name another one")
+        found = directory.exists()
+        yield Finding(
+            FAILED,
+            f"{what} {'is a file' if found else 'does not exist'}",
+            "name a directory" if found else "create it or name another one",
+        )
         return
     try:
         with tempfile.TemporaryDirectory(prefix=PREFIX, dir=directory) as scratch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +19,11 @@ from esm2mega.drill.compare import Remains, differences, unaccounted
 from esm2mega.drill.ranks import GRACE, Ranks
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import first_of, write_json
-from esm2mega.train.signals import sigterm_interrupts
 from esm2mega.version import __version__
 
 REPORT = "drill.json"
-_PREFIX = "esm2mega: "
+_SAID = re.compile(r"esm2mega: (?:\[rank \d+\] )?(?:error: )?(.*)")
+"""Matches a line in which a rank says how it ended."""
 
 Say = Callable[[str], None]
 print_line: Say = partial(print, flush=True)
@@ -92,8 +93,8 @@ def drill(
         training: The training.
         out: Directory for the runs, the output of their processes and the report; absent or empty.
         steps: Optimizer steps of a run.
-        rounds: Number of kills, each at a moment drawn uniformly from the time of the unbroken run. A run
-            that ends before its moment is compared, and another one takes the remaining kills.
+        rounds: Number of kills, each at a moment drawn uniformly from the time of a run. A run that ends
+            before its moment is compared, and another one takes the remaining kills.
         processes: Number of ranks.
         seed: Seed of the moments and of who is killed: one rank, or all at once.
         say: Prints a line.
@@ -120,24 +121,38 @@ def drill(
     (out / "output").mkdir(parents=True, exist_ok=True)
     machine = _Machine(training, settings, processes, out)
     runs: list[BrokenRun] = []
-    with sigterm_interrupts():
+    try:
         seconds = machine.unbroken()
-        expected = Remains(out / "unbroken")
-        faults = list(unaccounted(expected))
-        used = len(expected.samples)
-        say(f"unbroken {used:,} samples in {seconds:.1f} s, weights sha256 {expected.weights_sha256}")
-        rng = random.Random(seed)
-        while not faults and (left := rounds - sum(len(run.kills) for run in runs)):
-            run = machine.broken(len(runs) + 1, left, seconds, rng, say)
-            runs.append(run)
-            run.faults += run.faults or _compared(expected, Remains(run.run_dir))
-            say(f"{'equal' if not run.faults else 'UNEQUAL':<8} {run.run_dir}, killed {len(run.kills)} times")
-            faults += run.faults
-            if not run.faults:
-                shutil.rmtree(run.run_dir)
+    except UserError:
+        # All that is there is of this drill; the same --out can be given again, after a correction.
+        for path in out.iterdir():
+            shutil.rmtree(path)
+        raise
+    expected = Remains(out / "unbroken")
+    faults = list(unaccounted(expected))
+    used, left_out = len(expected.samples), len(expected.left_out)
+    samples = f"{used:,} samples" + (f", {left_out:,} left out" if left_out else "")
+    say(f"unbroken {samples}, in {seconds:.1f} s, weights sha256 {expected.weights_sha256}")
+    rng = random.Random(seed)
+    longest = seconds
+    while not faults and (left := rounds - sum(len(run.kills) for run in runs)):
+        began = time.monotonic()
+        run = machine.broken(len(runs) + 1, left, longest, rng, say)
+        if not run.kills:
+            # The first run met cold caches; a moment behind the end kills nothing.
+            longest = min(longest, time.monotonic() - began)
+        runs.append(run)
+        run.faults += run.faults or _compared(expected, Remains(run.run_dir))
+        word = "equal" if not run.faults else "UNEQUAL"
+        kills = "1 kill" if len(run.kills) == 1 else f"{len(run.kills)} kills"
+        say(f"{word:<8} {run.run_dir} after {kills}{'' if run.kills else ': it ended before the first'}")
+        faults += run.faults
+        if not run.faults:
+            shutil.rmtree(run.run_dir)
     for fault in faults:
         say(f"         {fault}")
     count = sum(len(run.kills) for run in runs)
+    accounted = "every sample was " + ("used or left out once" if left_out else "used once")
     content = {
         "esm2mega": __version__,
         "command": [training.command, *training.words],
@@ -147,7 +162,8 @@ def drill(
         "seed": seed,
         "equal": not faults,
         "kills": count,
-        "samples": len(expected.samples),
+        "samples": used,
+        "samples_left_out": left_out,
         "weights_sha256": expected.weights_sha256,
         "seconds": seconds,
         "faults": faults,
@@ -155,7 +171,7 @@ def drill(
     }
     write_json(out / REPORT, content)
     if not faults:
-        say(f"equal    after {count} kills: weights, optimizer, log; and every sample was used once")
+        say(f"equal    after {count} kills: weights, optimizer, log; and {accounted}")
     say(f"report   {out / REPORT}")
     return not faults
 
@@ -174,6 +190,7 @@ def settings_of(run: Run, steps: int) -> list[str]:
     settings: dict[str, object] = {
         "train.max_steps": steps,
         "train.max_epochs": None,
+        "train.max_minutes": None,
         "schedule.decay_steps": schedule.decay_steps or schedule.warmup_steps + steps,
         "train.log_every": 1,
         "logging.samples": True,
@@ -253,6 +270,6 @@ def _fault(ranks: Ranks) -> str:
         return ""
     lines = [line for output in ranks.outputs for line in output.read_text(errors="replace").splitlines()]
     # One rank reports; what it says is better than the codes of those that it took along.
-    reasons = [line.removeprefix(_PREFIX) for line in lines if line.startswith(_PREFIX)]
+    reasons = [found[1] for line in lines if (found := _SAID.match(line))]
     rank, code = next(iter(failed.items()))
     return reasons[-1] if reasons else f"rank {rank} ended with code {code}, see {ranks.outputs[rank]}"

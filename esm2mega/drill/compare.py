@@ -14,6 +14,7 @@ from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sh
 from esm2mega.errors import UserError
 from esm2mega.files import first_of, shortened
 from esm2mega.report.log import CLOCK, LOG_NAME, TRAIN, read_log
+from esm2mega.train.incidents import FILE_NAME as INCIDENTS_NAME
 
 _OPTIMIZER = "optimizer."
 
@@ -62,6 +63,17 @@ class Remains:
         training = (record for record in self.records if record["kind"] == TRAIN)
         return [(sample, start) for record in training for sample, start in record["samples"]]
 
+    @cached_property
+    def left_out(self) -> list[tuple[int, int]]:
+        """Return the samples of the packs that were left out by `train.on_nonfinite=rollback`."""
+        skipped = self.state["incidents"]["skipped_packs"]
+        if not skipped:
+            return []
+        # A step that was done again after a kill is recorded again.
+        incidents = read_log(self.run_dir / INCIDENTS_NAME)
+        packs = {pack["pack"]: pack["samples"] for record in incidents for pack in record.get("packs", ())}
+        return [(sample, start) for number in skipped for sample, start in packs.get(number, ())]
+
 
 def differences(expected: Remains, actual: Remains) -> Iterator[str]:
     """Say in a line each what of two runs is not the same bit by bit."""
@@ -97,13 +109,14 @@ def unaccounted(remains: Remains) -> Iterator[str]:
 
     A window of packs holds `data.pack_window` consecutive samples. So when window w is the next one, the
     steps have used every sample below ``w * pack_window``, and of window w as many pieces as its packs hold;
-    ``train_state.json`` counts these as the packs are planned, and the records name what the model got. The
-    data must have no end (`train.max_epochs=null`), since the last window of those that do is smaller.
+    ``train_state.json`` counts these as the packs are planned, and the records name what the model got, and
+    what it did not get since it is not finite. The data must have no end (`train.max_epochs=null`), since the
+    last window of those that do is smaller.
     """
     steps = [record["step"] for record in remains.records if record["kind"] == TRAIN]
     if steps != list(range(1, remains.state["step"] + 1)):
         yield f"log: the training records are not those of steps 1 to {remains.state['step']}, each once"
-    used, data = remains.samples, remains.state["data"]
+    used, data = [*remains.samples, *remains.left_out], remains.state["data"]
     twice = [piece for piece, count in Counter(used).items() if count > 1]
     if twice:
         yield f"samples: {len(twice)} were used more than once: {_shown(twice)}"

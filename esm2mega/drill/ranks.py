@@ -143,7 +143,7 @@ def _uninterrupted() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if noted:
-        raise KeyboardInterrupt
+        signal.raise_signal(noted[0])
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

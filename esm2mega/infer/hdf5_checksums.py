@@ -53,7 +53,7 @@ def seal(file: Any, reserved: Collection[str] = ()) -> None:
 def complete(path: Path, arrays: ArrayFile) -> None:
     """Fill in the checksums that `seal` reserved, after comparing all others; it may be done again.
 
-    A file that was begun by an earlier version has none, and gets none.
+    A file that an earlier version began has none, and gets none.
 
     Args:
         path: The file.
@@ -118,7 +118,6 @@ def dataset_sha256(data: Any) -> str:
 
 
 def _has_checksums(file: Any) -> bool:
-    """Tell whether a file, or any data set in it, has a checksum."""
     return CHECKSUM in file.attrs or any(CHECKSUM in data.attrs for _, data in _datasets(file))
 
 

@@ -13,7 +13,6 @@ line are no longer what was written is computed again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 
 from esm2mega.config.renamed import current_settings
 from esm2mega.errors import MachineError, UserError
-from esm2mega.files import OTHER_OUT, read_json, write_json
+from esm2mega.files import OTHER_OUT, json_sha256, read_json, write_json
 from esm2mega.infer.arrays import ArrayFile, WrittenRows
 from esm2mega.infer.contents import Contents
 from esm2mega.infer.target import OutputTarget
@@ -81,7 +80,7 @@ class Work:
             self._check_space()
             offsets = self.target.create(self.folder / _ARRAYS, self.contents)
             begun = {"attributes": self.contents.attributes, "offsets": offsets}
-            write_json(manifest, {**begun, _CHECKSUM: _sha256(begun)}, OTHER_OUT)
+            write_json(manifest, {**begun, _CHECKSUM: json_sha256(begun)}, OTHER_OUT)
         done = self._finished()
         return [piece for piece in range(self.contents.num_pieces) if piece not in done]
 
@@ -124,7 +123,7 @@ class Work:
         noted = begun.pop(_CHECKSUM, None)
         if not {"attributes", "offsets"} == begun.keys() or not isinstance(begun["attributes"], dict):
             raise UserError(f"{self.folder / _MANIFEST}: was not written by this command; {_AGAIN}")
-        if noted is not None and noted != _sha256(begun):
+        if noted is not None and noted != json_sha256(begun):
             raise UserError(f"{self.folder / _MANIFEST}: is damaged: differs from its checksum; {_AGAIN}")
         return begun
 
@@ -219,11 +218,6 @@ def _whole_lines(path: Path) -> list[str]:
     """Return the lines that were written to their end."""
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [line for line in lines if line]
-
-
-def _sha256(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of the content of a JSON file, however it is laid out."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def differing(earlier: dict[str, Any], now: dict[str, Any]) -> str:

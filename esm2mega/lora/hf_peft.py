@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from esm2mega.checkpoint.finite import FiniteCheck
 from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.lora import LINEARS, Linear, Targets, shortest_patterns
 from esm2mega.config.presets import ModelShape, shape_of
@@ -142,6 +143,7 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
         tensors |= to_theirs(architecture, values, head.info)
         config |= {"task_type": TASK_TYPES[architecture], "modules_to_save": [MODULE]}
         report.append(described(architecture, head.info))
+    report += _not_finite(tensors)
     infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()}
     with appearing(target) as directory:
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -244,7 +246,23 @@ def import_adapters(
         f"{source}: {len(found.factors)} adapters of rank {run.lora.rank} -> {target}, on {identity.path}",
         *([f"head     {', '.join(head)}"] if head else []),
         *(f"dropped: {name}" for name in found.dropped),
+        *_not_finite(
+            head
+            | {
+                f"encoder.layers.{layer}.{name}.{factor}": value
+                for (name, layer), factors in found.factors.items()
+                for factor, value in factors.present().items()
+            }
+        ),
     ]
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return a line about the values that are not finite, if there are any, which are written as they are."""
+    finite = FiniteCheck()
+    for name, value in tensors.items():
+        finite.add(name, value)
+    return [f"kept:    {finite.words()}"] if finite else []
 
 
 def _base_config(base: StartPoint) -> dict[str, Any]:

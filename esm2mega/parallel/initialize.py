@@ -95,7 +95,8 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
         failure = lost or error
         # Which rank reports can only be decided while the process groups still exist; by their store, which
         # does not answer if it is with a rank 0 that does not.
-        failure.claimed_report = rank == 1 if 0 in absent else claim_error_report()  # type: ignore[attr-defined]
+        reports = _reports_without_rank_0(rank) if 0 in absent else claim_error_report()
+        failure.claimed_report = reports  # type: ignore[attr-defined]
         if lost is not None:
             raise lost from error
         raise
@@ -103,6 +104,14 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         leave()
+
+
+def _reports_without_rank_0(rank: int) -> bool:
+    """Return whether a rank reports that rank 0 does not answer: rank 1, and one for each other host.
+
+    Where the host of rank 0 has fallen silent, so has rank 1 on it.
+    """
+    return rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 
 
 def _claim_device() -> torch.device:

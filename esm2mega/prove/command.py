@@ -21,7 +21,6 @@ from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.trials import GROUPS, HEADS, Trial, drawn_training, with_head, with_lora
 from esm2mega.prove.workers import Serve
 from esm2mega.report.progress import Progress
-from esm2mega.train.signals import sigterm_interrupts
 from esm2mega.version import __version__
 
 PROCESSES = 4
@@ -131,7 +130,7 @@ def prove(
 
     write()
     try:
-        with sigterm_interrupts(), Prover(processes, seed, serve) as prover:
+        with Prover(processes, seed, serve) as prover:
             with Progress(len(trials), "prove", "layout") as progress:
                 for verdict in prover.judge(trials):
                     verdicts[verdict.trial] = verdict

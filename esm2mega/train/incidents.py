@@ -107,10 +107,14 @@ class Incidents:
         what = "loss" if blamed else "gradient norm"
         value = result.metrics["loss"] if blamed else result.grad_norm
         blamed = blamed or set(range(before.consumed_packs, stream.state.consumed_packs))
+        blamed -= self.skipped
         action = self._count(step)
+        if not blamed and action == "rollback":
+            # All packs of the step are padding: the weights are to blame, and would be so again.
+            action = "stop"
 
         def write() -> str:
-            proteins = stream.proteins_of(before, blamed - self.skipped)
+            packs = stream.contents_of(before, blamed)
             self._write(
                 step,
                 {
@@ -118,13 +122,15 @@ class Incidents:
                     "action": action,
                     "loss": _text(result.metrics["loss"]),
                     "grad_norm": _text(result.grad_norm),
-                    "packs": [{"pack": n, "proteins": names} for n, names in proteins.items()],
+                    "packs": packs,
                     "consumed_samples": stream.state.consumed_samples,
                 },
             )
-            packs = f"pack{'s' * (len(proteins) > 1)} {first_of([str(n) for n in proteins], _SHOWN)}"
-            named = first_of([name for names in proteins.values() for name in names], _SHOWN)
-            return f"step {step}: the {what} is {_text(value)} in {packs} (proteins {named})"
+            numbers = first_of([str(pack["pack"]) for pack in packs], _SHOWN)
+            proteins = first_of([name for pack in packs for name in pack["proteins"]], _SHOWN)
+            where = f"in pack{'s' * (len(packs) > 1)} {numbers} (proteins {proteins})"
+            where = where if packs else "though all packs of the step are left out"
+            return f"step {step}: the {what} is {_text(value)} {where}"
 
         words = on_one_rank(write)
         if action == "rollback":

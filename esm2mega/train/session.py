@@ -15,7 +15,8 @@ from typing import Any
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import Evaluated, best_checkpoint, prune
-from esm2mega.checkpoint.fallback import set_aside, share_of
+from esm2mega.checkpoint.digests import CURE
+from esm2mega.checkpoint.fallback import Verification, set_aside, share_of
 from esm2mega.checkpoint.run_lock import owning
 from esm2mega.checkpoint.saver import Saver, remove_partial
 from esm2mega.checkpoint.store import load_training_state, load_weights
@@ -262,9 +263,14 @@ def resolve_epochs(run: Run, open_stream: Callable[[], PackStream[Any]]) -> Run:
 def _resume(run: Run, start: StartPoint, session: Session) -> LoopState:
     state = session.built.state
     load_training_state(start.path, state.model, state.optimizer, session.built.saved)
-    session.stream.load_state_dict(start.state["data"])
-    state.schedule.load_state_dict(start.state["schedule"])
-    loop = LoopState.from_dict(start.state["loop"])
+    try:
+        session.stream.load_state_dict(start.state["data"])
+        state.schedule.load_state_dict(start.state["schedule"])
+        loop = LoopState.from_dict(start.state["loop"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        path = start.path / layout.STATE
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DamagedError(path, f"is not what a training writes ({reason})", CURE) from error
     if start.run.checkpoint.best_metric != run.checkpoint.best_metric:
         loop.restart_best()
     # What is not there, since it belongs to another run or was not kept, keeps no others from being saved.
@@ -324,12 +330,19 @@ def _best_to_load(run: Run, step: int) -> Evaluated | None:
         best = on_one_rank(lambda: best_checkpoint(run.run_dir))
         if best is None or best.step == step or not run.checkpoint.verify:
             return None if best is None or best.step == step else best
-        error = first_error(partial(share_of, best.path))
+        error = first_error(partial(_verify_share, best.path))
         if error is None:
             return best
         if not isinstance(error, DamagedError):
             raise error
         on_one_rank(partial(set_aside, best.path, error))
+
+
+def _verify_share(checkpoint: Path, rank: int, num_ranks: int) -> None:
+    """Verify a rank's share of the files of tensors, and on rank 0 before it all other files."""
+    if rank == 0:
+        Verification(with_large=False).check(checkpoint)
+    share_of(checkpoint, rank, num_ranks)
 
 
 def _begin_evaluations(loop: LoopState, recipe: str, proteins: str | None) -> list[str]:

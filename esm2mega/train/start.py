@@ -146,7 +146,9 @@ def _newest_good(run: Run, complete: Sequence[Path], verification: Verification)
             return read_checkpoint(directory, verification=verification)
         except DamagedError as error:
             with owning(run.run_dir):
-                set_aside(directory, error)
+                # Else another start has set it aside, or its run has removed it.
+                if layout.is_complete(directory):
+                    set_aside(directory, error)
     if (damaged := layout.find_set_aside(run.run_dir)) and run.checkpoint.resume != "never":
         raise UserError(
             f"run_dir={run.run_dir}: all of its checkpoints are damaged, and renamed to "

@@ -45,8 +45,13 @@ codes = [rank.wait() for rank in ranks]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
 
+# The state of the job is that of JOB_STATE, and written down with its number.
 SCONTROL = """#!/usr/bin/env bash
-if [[ $1 == show ]]; then echo localhost; else echo "$@" >>{record}; fi
+case "$1 $2" in
+  "show hostnames") echo localhost ;;
+  "show job") echo "JobId=$3 JobState=$JOB_STATE Reason=None" ;;
+  *) echo "$@" >>{record} ;;
+esac
 """
 
 APPTAINER = """#!/usr/bin/env bash
@@ -83,6 +88,8 @@ def slurm(tmp_path):
     return {
         "PATH": f"{commands}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "4242",
+        "SLURM_ARRAY_JOB_ID": "4242",
+        "JOB_STATE": "RUNNING",
         "SLURM_JOB_NAME": "trial",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NTASKS": "2",
@@ -111,7 +118,8 @@ def test_slurm_ranks_get_their_numbers_and_the_configuration(slurm, tmp_path):
     assert done.returncode == 0, done.stderr
     words = (
         "-m esm2mega pretrain --config pretrain_esm2_650M run_dir=runs/slurm_trial data.train=/data/train "
-        "data.valid=/data/valid parallel.tensor_model_parallel_size=1 train.max_steps=5 optim.lr=2e-4\n"
+        "data.valid=/data/valid data.cache_dir=runs/prepared parallel.tensor_model_parallel_size=1 "
+        "train.max_steps=5 optim.lr=2e-4\n"
     )
     assert (tmp_path / "rank0").read_text() == f"0 0 2 localhost 24242 {words}"
     assert (tmp_path / "rank1").read_text() == f"1 1 2 localhost 24242 {words}"
@@ -126,16 +134,21 @@ def test_slurm_ranks_get_their_numbers_and_the_configuration(slurm, tmp_path):
         *(("finetune_array", code, code in (75, 138)) for code in (75, 1, 2, 137, 138)),
     ],
 )
-def test_slurm_job_is_requeued_when_a_signal_stopped_it(script, code, requeued, slurm, tmp_path):
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])
+def test_slurm_job_is_requeued_when_a_signal_stopped_it(script, code, requeued, state, slurm, tmp_path):
+    """Unless it was cancelled, which signals it too: then it is completing and must not come back."""
     (tmp_path / "runs/flip/gb1/data").mkdir(parents=True)
     ended = run(
-        f"slurm/{script}.sbatch", cwd=tmp_path, **slurm, STORE="s", FLIP="f", INIT_FROM="r",
-        SLURM_ARRAY_TASK_ID="0", PYTHON=fake_python(tmp_path, f"exit {code}"),
+        f"slurm/{script}.sbatch", cwd=tmp_path, **{**slurm, "JOB_STATE": state}, STORE="s", FLIP="f",
+        INIT_FROM="r", SLURM_ARRAY_TASK_ID="0", PYTHON=fake_python(tmp_path, f"exit {code}"),
     )  # fmt: skip
     assert ended.returncode == code
+    requeued = requeued and state == "RUNNING"
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
-        assert (tmp_path / "requeued").read_text() == "requeue 4242\n"
+        # The number of an array alone would mean all of its tasks.
+        number = {"pretrain": "4242", "finetune_array": "4242_0"}[script]
+        assert (tmp_path / "requeued").read_text() == f"requeue {number}\n"
 
 
 def binds(tmp_path):
@@ -269,21 +282,20 @@ def test_shards_hold_every_protein_once(compressed, slurm, tmp_path):
     fasta = tmp_path / "p.fasta"
     fasta.write_bytes(gzip.compress(text.encode()) if compressed else text.encode())
     show = 'echo "$*" >>words; touch "$7"'
-    for number in (0, 1, 2, 2):
+    for number in (0, 1, 2):
         done = run(
             "slurm/embed_array.sbatch", cwd=tmp_path, **{**slurm, "SLURM_NTASKS": "1"}, FASTA=str(fasta),
             CHECKPOINT="runs/mine", SHARDS="3", SLURM_ARRAY_TASK_ID=str(number), OUT="out",
             OPTIONS="--layers 4", PYTHON=fake_python(tmp_path, show),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-    assert done.stdout == "out/shard_2.h5 is there already\n"
     shards = [(tmp_path / "out" / f"shard_{number}.fasta").read_text() for number in range(3)]
     assert [shard.count(">p") for shard in shards] == [3, 2, 2]
     records = [record for shard in shards for record in shard.split(">p")[1:]]
     assert sorted(records) == text.split(">p")[1:]
     assert (tmp_path / "words").read_text().splitlines() == [
-        f"-m esm2mega embed runs/mine out/shard_{number}.fasta --out out/shard_{number}.h5 --layers 4"
-        for number in range(3)
+        f"-m esm2mega embed runs/mine {shard}.fasta --out {shard}.h5 --resume --layers 4"
+        for shard in ("out/shard_0", "out/shard_1", "out/shard_2")
     ]
 
 

@@ -27,17 +27,27 @@ time.sleep({seconds})
 """
 
 
-@pytest.mark.parametrize("module", ["tests.multinode", "tests.slurm"])
-def test_what_is_missing_is_named_with_exit_code_77(module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "name", "package"),
+    [
+        ("tests.multinode", "tests.multinode", "iproute2"),
+        ("tests.slurm", "tests.slurm", "slurmctld"),
+        ("tests.image.run", "image-root", "debootstrap"),
+    ],
+)
+def test_what_is_missing_is_named_with_exit_code_77(
+    module: str, name: str, package: str, tmp_path: Path
+) -> None:
     done = subprocess.run(
         [sys.executable, "-m", module], cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.returncode == 77
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"{module} cannot run: ip, setpriv, unshare")
-    assert "apt-get install --no-install-recommends" in line and "iproute2" in line
-    assert ("slurmctld" in line) == (module == "tests.slurm")
+    assert line.startswith(f"{name} cannot run: ") and "setpriv, unshare" in line
+    assert "apt-get install --no-install-recommends" in line and package in line
+    # A program in the network of the machine needs no tool to make one.
+    assert (": ip, " in line) == (module != "tests.image.run")
 
 
 def test_a_machine_that_makes_no_namespaces_is_named_too(
@@ -51,7 +61,9 @@ def test_a_machine_that_makes_no_namespaces_is_named_too(
         (tmp_path / command).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / command).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert namespaces.why_not({}) == "it needs root and a kernel that makes namespaces (not permitted)"
+    for network in (True, False):
+        reason = namespaces.why_not({}, network)
+        assert reason == "it needs root and a kernel that makes namespaces (not permitted)"
 
 
 def daemons() -> set[str]:

@@ -69,6 +69,29 @@ def test_kills_change_nothing(drilled: Path) -> None:
     assert sorted(path.name for path in drilled.iterdir()) == ["drill.json", "output", "unbroken"]
 
 
+def test_what_is_left_out_is_accounted_for(
+    warm_python: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A protein of which the model has no finite loss; its pack is left out in every run."""
+    wrapper = tmp_path / "python"
+    wrapper.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} -m tests.broken_protein infinite "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(wrapper))
+    fasta = tmp_path / "proteins.fasta"
+    lines = [f">p{n}\n{'MKTAYIAKQR' * 4}{'O' * 9 if n == 30 else 'LLL'}\n" for n in range(60)]
+    fasta.write_text("".join(lines))
+    assert main(["prepare", "fasta", str(fasta), "--out", str(tmp_path / "data")]) == 0
+    more = ("train.on_nonfinite=rollback", "train.max_minutes=0.001", "data.pack_window=16")
+    assert main(words(tmp_path / "out", tmp_path / "data/train", *more, rounds=1, processes=1)) == 0
+    assert "every sample was used or left out once" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "drill.json").read_text())
+    unbroken = Remains(tmp_path / "out" / "unbroken")
+    assert report["samples_left_out"] == len(unbroken.left_out) > 0
+    for line in (tmp_path / "out/unbroken/incidents.jsonl").read_text().splitlines():
+        assert all("p30" in pack["proteins"] for pack in json.loads(line)["packs"])
+    assert not set(unbroken.left_out) & set(unbroken.samples)
+
+
 def test_the_checksum_is_that_of_inspect(drilled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(drilled / "unbroken")]) == 0
     assert f"weights sha256 {Remains(drilled / 'unbroken').weights_sha256}" in capsys.readouterr().out
@@ -147,7 +170,8 @@ def test_a_signal_leaves_no_process(number: signal.Signals, store: Path, tmp_pat
             time.sleep(0.01)
         process.send_signal(number)
         assert process.wait(30) == 1
-        assert "esm2mega: interrupted\n" in (tmp_path / "err").read_text()
+        said = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}[number]
+        assert f"esm2mega: {said}\n" in (tmp_path / "err").read_text()
         assert not psutil.wait_procs(ranks, timeout=10)[1]
     finally:
         process.send_signal(signal.SIGKILL)
@@ -182,7 +206,8 @@ def test_what_the_training_refuses_ends_the_drill(
     warm_python: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["drill", "--out", str(tmp_path / "out"), "--", "pretrain", *SETTINGS]) == 2
-    assert "error: pretrain without kills: error: data.train is not set" in capsys.readouterr().err
+    assert "error: pretrain without kills: data.train is not set" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir()), "the same --out can be given again"
 
 
 def test_ranks_are_started_by_the_drill_alone(

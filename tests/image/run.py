@@ -20,7 +20,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -31,10 +30,11 @@ from pathlib import Path
 
 from tests.cli.readme_walk import reduced, write_inputs
 from tests.image import dockerfile
+from tests.namespaces import CANNOT_RUN, TrialFailed, run_inside, say, why_not
 
 REPOSITORY = Path(__file__).parents[2]
 MIRROR = "http://deb.debian.org/debian"
-CANNOT_RUN = 77
+PACKAGES = {"debootstrap": "debootstrap"}
 ANYONE = "4711:4711"
 """Stands for ``docker run --user``: a user that the image has never heard of."""
 
@@ -47,10 +47,6 @@ class CannotRun(Exception):
     """This machine lacks what the script needs; the text is the reason with its cure."""
 
 
-class Failed(Exception):
-    """A command in the root failed."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the namespace and the directory, run everything in them, and remove them."""
     parser = argparse.ArgumentParser(description="execute a Dockerfile in a clean Debian root")
@@ -59,50 +55,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mirror", default=MIRROR, help="Debian's packages [%(default)s]")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    # SIGTERM too ends in the `finally` below.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if options.inside is not None:
             build_args = dict(word.split("=", 1) for word in options.build_arg)
             return inside(options.inside, options.file, build_args, options.mirror)
-        check_machine()
-    except CannotRun as reason:
-        print(f"image-root: cannot run here: {reason}", file=sys.stderr)
+        # The network is that of the machine, from which packages come.
+        if reason := why_not(PACKAGES, network=False):
+            raise CannotRun(reason)
+    except CannotRun as error:
+        print(f"image-root cannot run: {error}", file=sys.stderr)
         return CANNOT_RUN
-    except (Failed, dockerfile.NotUnderstoodError) as error:
-        print(f"image-root: FAILED: {error}", file=sys.stderr)
+    except (TrialFailed, dockerfile.NotUnderstoodError) as error:
+        print(f"image-root failed: {error}", file=sys.stderr)
         return 1
-    folder = Path(tempfile.mkdtemp(prefix="esm2mega-image-"))
+    folder = tempfile.mkdtemp(prefix="esm2mega-image-")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    process = subprocess.Popen([*NAMESPACE, sys.executable, "-m", __spec__.name, "--inside", folder, *words])
     try:
-        return process.wait()
+        return run_inside([sys.executable, "-m", __spec__.name, "--inside", folder, *words], network=False)
     finally:
-        process.kill()
-        process.wait()
         subprocess.run(["rm", "-rf", "--one-file-system", folder], check=True)
-
-
-NAMESPACE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
-"""Begins a command whose mounts and processes end with it."""
-
-
-def check_machine() -> None:
-    """Check programs and rights.
-
-    Raises:
-        CannotRun: One is missing.
-    """
-    for program, package in (
-        *(("debootstrap", "debootstrap"), ("unshare", "util-linux"), ("chroot", "coreutils")),
-    ):
-        if shutil.which(program, path=f"{os.environ['PATH']}:{PATH}") is None:
-            raise CannotRun(f"no program {program}; install the package {package}")
-    if os.geteuid() != 0:
-        raise CannotRun("a chroot with a user of its own needs root; start it as root")
-    tried = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True)
-    if tried.returncode:
-        raise CannotRun(f"no mount namespace can be made ({tried.stderr.strip()}); allow CAP_SYS_ADMIN")
 
 
 def inside(folder: Path, file: Path, build_args: Mapping[str, str], mirror: str) -> int:
@@ -221,7 +192,7 @@ class Root:
         """Run a line of shell in the root.
 
         Raises:
-            Failed: It did not end with 0; the text has the end of its output.
+            TrialFailed: It did not end with 0; the text has the end of its output.
         """
         say(f"[{user}] {line}")
         self._workdir(workdir)
@@ -239,7 +210,7 @@ class Root:
         )
         output = done.stdout.decode(errors="replace").strip()
         if done.returncode:
-            raise Failed(f"[{user}] {line}: exit code {done.returncode}\n{output[-4000:]}")
+            raise TrialFailed(f"[{user}] {line}: exit code {done.returncode}\n{output[-4000:]}")
         if line.startswith("esm2mega doctor"):
             print(output)
         say(f"    0 after {time.monotonic() - started:.0f} s")
@@ -251,11 +222,6 @@ class Root:
 
     def _mount(self, *words: str | Path) -> None:
         subprocess.run(["mount", *map(str, words)], check=True)
-
-
-def say(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,52 +4,18 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.image import dockerfile, run
-from tests.image.run import CANNOT_RUN, Failed, Root, main
-
-
-@pytest.fixture(autouse=True)
-def sound_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine that has everything, whatever this one has; no command is started."""
-    monkeypatch.setattr(run.shutil, "which", lambda program, path: f"/usr/bin/{program}")
-    monkeypatch.setattr(run.os, "geteuid", lambda: 0)
-    monkeypatch.setattr(run.signal, "signal", lambda number, handler: None)
-    monkeypatch.setattr(run.tempfile, "tempdir", str(tmp_path))
+from tests.image.run import Root, main
+from tests.namespaces import CANNOT_RUN, TrialFailed
 
 
 def outcome(code: int, text: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess([], code, "", text)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        (
-            "shutil.which",
-            lambda program, path: None,
-            "no program debootstrap; install the package debootstrap",
-        ),
-        ("os.geteuid", lambda: 1000, "needs root; start it as root"),
-        (
-            "subprocess.run",
-            lambda *args, **kwargs: outcome(1, "unshare failed: Operation not permitted"),
-            "no mount namespace can be made (unshare failed: Operation not permitted); allow CAP_SYS_ADMIN",
-        ),
-    ],
-    ids=["package", "user", "right"],
-)
-def test_a_machine_that_cannot_is_no_failure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value, reason: str
-) -> None:
-    module, attribute = name.split(".")
-    monkeypatch.setattr(getattr(run, module), attribute, value)
-    assert main([]) == CANNOT_RUN == 77
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("image-root: cannot run here: ") and reason in line
 
 
 @pytest.mark.parametrize(
@@ -76,8 +42,15 @@ def test_a_debian_that_cannot_be_had_is_no_failure(
 def test_the_directory_is_removed_and_the_code_handed_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
 ) -> None:
-    monkeypatch.setattr(run, "NAMESPACE", ("sh", "-c", f"touch $4/made; exit {code}", "--"))
-    monkeypatch.setattr(run, "check_machine", lambda: None)
+    def made(command: Sequence[str], network: bool) -> int:
+        folder = Path(command[command.index("--inside") + 1])
+        assert folder.parent == tmp_path and not network
+        (folder / "made").touch()
+        return code
+
+    monkeypatch.setattr(run.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(run, "why_not", lambda packages, network: None)
+    monkeypatch.setattr(run, "run_inside", made)
     assert main([]) == code
     assert list(tmp_path.iterdir()) == []
 
@@ -101,6 +74,6 @@ def test_a_command_that_fails_is_reported_with_its_output(
     (tmp_path / "chroot").chmod(0o755)
     work = str(tmp_path)
     root.run('test "$NAME" = value', "1:1", work, {"NAME": "value"})
-    with pytest.raises(Failed) as caught:
+    with pytest.raises(TrialFailed) as caught:
         root.run("echo the reason; exit 3", "1:1", work, {})
     assert "exit code 3\nthe reason" in str(caught.value)

@@ -111,6 +111,7 @@ def inside(folder: Path) -> None:
     steps = make_start(trial)
     unbroken = pretrain(trial, steps)
     pretrain_within_limits(trial, steps, unbroken)
+    cancel(trial)
     after = run_arrays(trial, unbroken)
     check_arrays(trial, after)
     say("all jobs ended as they should")
@@ -175,6 +176,25 @@ def pretrain_within_limits(trial: Trial, steps: int, unbroken: Path) -> None:
     say(f"  resumed after {job['Restarts']} requeue: {compare(unbroken, run_dir, steps)}")
 
 
+def cancel(trial: Trial) -> None:
+    """Cancel a pretraining, which saves and must not come back, though it ends as at a time limit."""
+    run_dir = trial.folder / "runs" / "cancelled"
+    config = trial.folder / "conf" / "run.yaml"
+    number = trial.submit("pretrain.sbatch", *TWO_RANKS, CONFIG=str(config), RUN_DIR=str(run_dir))
+    wait_for_step(trial, number, run_dir, 2)
+    subprocess.run(["scancel", number], check=True)
+    trial.cluster.wait(number, PATIENCE)
+    # Time for a job to come back that does.
+    time.sleep(10)
+    (job,) = trial.cluster.jobs(number)
+    saved = sorted(path.parent.name for path in run_dir.glob("checkpoints/step_*/COMPLETE"))
+    if (job["JobState"], job["Restarts"]) != ("CANCELLED", "0") or not saved:
+        raise TrialFailed(
+            f"job {number}, cancelled, is {job['JobState']}; restarts: {job['Restarts']}; {saved}"
+        )
+    say(f"pretraining, cancelled: {saved[-1]} is saved, and the job does not come back")
+
+
 def set_time_limit(number: str, minutes: int) -> None:
     """Set the time limit of a job, which may be running."""
     subprocess.run(["scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}"], check=True)
@@ -196,9 +216,9 @@ def run_arrays(trial: Trial, pretrained: Path) -> dict[str, str]:
     reason = trial.cluster.jobs(evaluation)[0]["Reason"]
     if reason != "Dependency":
         raise TrialFailed(f"the evaluation waits for {reason}, not for the fine-tuning")
-    # What a time limit sends to the processes of a job, sooner.
-    wait_for_step(trial, tuning, trial.folder / "flip" / "gb1" / "run", 2)
-    subprocess.run(["scancel", "--signal=USR1", f"{tuning}_0"], check=True)
+    # What a time limit sends to the processes of a job, sooner; to the task that has the number of the array.
+    wait_for_step(trial, tuning, trial.folder / "flip" / "secondary_structure" / "run", 2)
+    subprocess.run(["scancel", "--signal=USR1", f"{tuning}_1"], check=True)
     return {"tuning": tuning, "evaluation": evaluation, "embedding": embedding}
 
 
@@ -206,13 +226,15 @@ def check_arrays(trial: Trial, numbers: dict[str, str]) -> None:
     """Wait for the jobs of `run_arrays`, and check their results."""
     tuned = trial.wait(numbers["tuning"])
     restarts = {job["ArrayTaskId"]: job["Restarts"] for job in tuned}
-    if restarts != {"0": "1", "1": "0"}:
+    if restarts != {"0": "0", "1": "1"}:
         raise TrialFailed(f"restarts of the tasks of the array: {restarts}")
     for task in ("gb1", "secondary_structure"):
         trained = [record["step"] for record in records(trial.folder / "flip" / task / "run")]
         if trained != list(range(1, 21)):
             raise TrialFailed(f"{task}: the log has the steps {trained}")
-    say("fine-tuning array over 2 FLIP tasks: done; gb1 was stopped by a signal, requeued, and resumed")
+    say(
+        "fine-tuning array over 2 FLIP tasks: done; the second was stopped by a signal, requeued, and resumed"
+    )
 
     (evaluated,) = trial.wait(numbers["evaluation"])
     measured = []

@@ -148,18 +148,30 @@ class PackStream(ABC, Generic[BatchT]):
         self.close()
         self._spec = replace(self._spec, skipped=self._spec.skipped | frozenset(packs))
 
-    def proteins_of(self, behind: StreamState, packs: Iterable[int]) -> dict[int, list[str]]:
-        """Return the ids of the proteins, or pieces of them, in packs that lie behind a state.
+    def contents_of(self, behind: StreamState, packs: Iterable[int]) -> list[dict[str, Any]]:
+        """Return what packs hold that lie behind a state, as plain JSON values.
 
         Args:
             behind: A state of this stream.
             packs: Numbers of packs in the order of all packs; those behind the end of the data are left out.
+
+        Returns:
+            For each pack ``pack``, its number; ``proteins``, the ids of its proteins, or of those that it has
+            pieces of; and ``samples``, the number of the sample and of the first token of each piece.
         """
         wanted = sorted(packs)
         count = wanted[-1] + 1 - behind.consumed_packs if wanted else 0
         planned, _ = train_plan(self.samples, self._spec).take(behind.cursor, count)
-        numbered = dict(enumerate(planned, behind.consumed_packs))
-        return {n: self.samples.names(numbered[n].pieces) for n in wanted if n in numbered}
+        pieces = {n: pack.pieces for n, pack in enumerate(planned, behind.consumed_packs)}
+        return [
+            {
+                "pack": n,
+                "proteins": self.samples.names(pieces[n]),
+                "samples": [list(piece) for piece in pieces[n].sample_starts()],
+            }
+            for n in wanted
+            if n in pieces
+        ]
 
     @property
     def state(self) -> StreamState:

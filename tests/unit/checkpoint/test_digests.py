@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import hashlib
 import io
 import json
 import os
@@ -149,3 +150,26 @@ def test_the_error_reaches_other_ranks_whole() -> None:
     error = pickle.loads(pickle.dumps(DamagedError("folder/file", "is damaged", "copy it")))
     assert (str(error), error.damage) == ("folder/file: is damaged; copy it", "folder/file: is damaged")
     assert error.path == Path("folder/file") and error.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"files": 3},
+        {"files": {"model/a": {"bytes": 1}}},
+        {"files": {"config.yaml": []}},
+        *(
+            {"files": {name: {"bytes": 0, "sha256": ""}}}
+            for name in ("/etc/hostname", "model/../../x", "a\0b")
+        ),
+    ],
+)
+def test_digests_that_no_save_wrote_open_no_file(checkpoint: Path, content: Any) -> None:
+    """With a ``COMPLETE`` that agrees, as whoever makes a checkpoint can write it."""
+    path = checkpoint / "digests.json"
+    path.write_text(json.dumps(content))
+    (checkpoint / "COMPLETE").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(DamagedError) as error:
+        read_digests(checkpoint)
+    assert error.value.path == path and "\n" not in str(error.value)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.digests import unreadable
+from esm2mega.checkpoint.digests import read_digests, unreadable
 from esm2mega.checkpoint.fallback import Verification, choose_good, set_aside, share_of
 from esm2mega.errors import DamagedError, MachineError, UserError
+from tests.checkpoints import put_state
 from tests.unit.checkpoint.test_digests import flip
 from tests.unit.conftest import TinyRun
 
@@ -111,3 +113,52 @@ def test_names_of_what_is_set_aside(run_dir: Path, capsys: pytest.CaptureFixture
         assert (folder / f"step_00000004.damaged.{number}" / "COMPLETE").is_file()
     assert layout.find_checkpoints(run_dir) == ([folder / "step_00000002"], [])
     assert len(layout.find_set_aside(run_dir)) == 3
+
+
+def test_a_run_that_means_its_best_means_the_next_best(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So a fine-tuning, whose ``RUN`` is its best checkpoint; here that of step 4, the better of two."""
+    steps = [layout.step_dir(run_dir, step) for step in (2, 4)]
+    flip(steps[1] / "model" / "__0_0.distcp", 5000, 3)  # as it was
+    for path in steps:
+        put_state(path, {**layout.read_state(path), "task": {}})
+    assert choose_good(run_dir).path == steps[1]
+    flip(steps[1] / "model" / "__0_0.distcp", 6000)
+    assert choose_good(run_dir).path == steps[0]
+    assert "step_00000004 is passed over\n" in capsys.readouterr().err
+    flip(steps[1] / "train_state.json", 40)
+    assert choose_good(run_dir).path == steps[0], "without its record"
+    with pytest.raises(DamagedError):
+        choose_good(f"{run_dir}@best")
+
+
+def test_what_its_run_removes_meanwhile_is_not_called_damaged(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = layout.step_dir(run_dir, 4)
+    check = Verification.check
+
+    def pruned(self: Verification, checkpoint: Path) -> None:
+        if checkpoint == newest:
+            layout.remove(newest)
+        check(self, checkpoint)
+
+    monkeypatch.setattr(Verification, "check", pruned)
+    assert choose_good(run_dir).path == layout.step_dir(run_dir, 2)
+    assert "passed over" not in capsys.readouterr().err
+    with pytest.raises(DamagedError, match=r"is not there any more; .* removed .*; start this command again"):
+        read_digests(newest)
+
+
+@pytest.mark.parametrize("entry", ["esm2mega_version", "data", "loop"])
+def test_a_record_without_an_entry_is_damaged(run_dir: Path, entry: str) -> None:
+    """As one flipped bit in its name makes it, where an earlier version wrote no checksum of it."""
+    path = layout.step_dir(run_dir, 2)
+    state = json.loads((path / "train_state.json").read_text())
+    del state[entry], state["sha256"]
+    (path / "train_state.json").write_text(json.dumps(state))
+    (path / "digests.json").unlink()
+    (path / "COMPLETE").write_text("")
+    with pytest.raises(DamagedError, match=f"train_state.json: is damaged: it has no entry '{entry}'"):
+        choose_good(path)

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.safe_index import check_metadata
+from esm2mega.checkpoint.safe_index import checked_index
 from esm2mega.errors import UserError
 from tests.unit.conftest import TinyRun
 
@@ -28,7 +28,7 @@ def honest(finished: TinyRun) -> bytes:
 def _refusal(folder: Path, content: bytes) -> str:
     (folder / ".metadata").write_bytes(content)
     with pytest.raises(UserError) as error:
-        check_metadata(folder)
+        checked_index(folder)
     message = str(error.value)
     assert message.startswith(f"{folder / '.metadata'}: ")
     assert "\n" not in message
@@ -37,7 +37,7 @@ def _refusal(folder: Path, content: bytes) -> str:
 
 def test_honest_index_passes(honest: bytes, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(honest)
-    check_metadata(tmp_path)
+    checked_index(tmp_path)
 
 
 class _ByAttribute(pickle.Pickler):
@@ -51,7 +51,7 @@ def test_enumerations_as_attributes_pass(honest: bytes, tmp_path: Path) -> None:
     with (tmp_path / ".metadata").open("wb") as file:
         _ByAttribute(file).dump(pickle.loads(honest))
     assert b"getattr" in (tmp_path / ".metadata").read_bytes()
-    check_metadata(tmp_path)
+    checked_index(tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [(torch.Size, "__init__"), (_MEM_FORMAT_ENCODING, "mro"), ("x",)])
@@ -111,9 +111,10 @@ def test_random_bytes_are_refused(tmp_path: Path, seed: int) -> None:
         pickle.dumps({"a": 1}),
         b"\x80\x04\x96" + b"\xff" * 8 + b".",  # a byte array of 2^64 - 1 bytes
         b"\x80\x04T\xff\xff\xff\x7f.",  # a string of 2 GB
+        b"\x80\x04]r\xff\xff\xff\xef.",  # a table of 4 billion objects, in C
         b"\x80\x04Vtwo\\u000alines\nQ.",
     ],
-    ids=["none", "dict", "too large", "memory", "persistent id"],
+    ids=["none", "dict", "too large", "memory", "table", "persistent id"],
 )
 def test_other_pickles_are_no_index(tmp_path: Path, content: bytes) -> None:
     assert "not an index of tensors" in _refusal(tmp_path, content)
@@ -129,12 +130,13 @@ def test_damaged_bytes_never_raise_anything_else(honest: bytes, tmp_path: Path) 
             content[generator.randrange(len(content))] = generator.randrange(256)
         path.write_bytes(content)
         try:
-            check_metadata(tmp_path)
+            checked_index(tmp_path)
         except UserError:
             refused += 1
     assert refused > 75
 
 
 def test_missing_index_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "COMPLETE").touch()
     with pytest.raises(UserError, match=r"\.metadata: is missing; use another checkpoint"):
-        check_metadata(tmp_path)
+        checked_index(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -81,6 +82,21 @@ def test_every_command_ends_with_one_line(
     assert signal.getsignal(signal.Signals[name]) == before
 
 
+def test_what_a_lost_signal_breaks_is_no_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As in the middle of an import in C, which forgets what was raised and leaves half a module."""
+
+    def half_imported(*given: Any, **named: Any) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        raise AttributeError("module 'numpy' has no attribute 'intp'")
+
+    monkeypatch.setattr("esm2mega.inspect.inspect_path", half_imported)
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "esm2mega: stopped by SIGTERM\n"
+
+
 _WAITS_OUTSIDE = """
 import ctypes, os, signal, sys, threading
 from esm2mega.cli.app import main
@@ -139,5 +155,5 @@ def test_the_time_limit_ends_a_training(
     assert main([*words, "train.global_batch_tokens=1024", "train.max_minutes=0.03"]) == 75
     # 1.8 s, and as much again for a machine that is busy while the last checkpoint is saved.
     assert time.monotonic() - begun < 3.6
-    assert "esm2mega: stopped: stopped by train.max_minutes after step " in capsys.readouterr().err
+    assert "esm2mega: stopped by train.max_minutes after step " in capsys.readouterr().err
     assert list((tmp_path / "checkpoints").glob("step_*/COMPLETE"))

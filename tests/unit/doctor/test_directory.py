@@ -113,3 +113,10 @@ def test_locks_are_held_or_free(tmp_path):
     with filelock.FileLock(tmp_path / "lock"):
         assert try_lock(tmp_path / "lock") == "held"
     assert "File exists" in try_lock(tmp_path / "lock" / "lock")
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "file").touch()
+    (finding,) = check_directory(tmp_path / "file")
+    assert (finding.state, finding.cure) == (FAILED, "name a directory")
+    assert "is a file" in finding.what

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from esm2mega.config.schema import ParallelConfig
-from esm2mega.errors import UserError
+from esm2mega.errors import MachineError, UserError
+from esm2mega.parallel import initialize
 from esm2mega.parallel.initialize import Ranks, process_groups
 from tests.ranks import run_ranks
 
@@ -29,6 +30,32 @@ def test_one_process_needs_no_launcher() -> None:
         assert ranks == Ranks(0, 1, 0, 1, 0, 1, 0, 1, torch.device("cpu"))
         assert ranks.is_main
         assert dist.get_backend() == "gloo"
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "reports"),
+    # Two hosts of two processes, of which the first, or its rank 0, does not answer.
+    [("1", "1", True), ("2", "0", True), ("3", "1", False)],
+)
+def test_one_rank_of_a_host_reports_that_rank_0_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str, reports: bool
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Timed out waiting 3000ms for recv operation to complete")
+
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    store = dist.HashStore()
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *arguments, **options: None)
+    monkeypatch.setattr(initialize, "store_of_groups", lambda timeout: (store, int(rank), 4))
+    monkeypatch.setattr(initialize, "absent_ranks", lambda *arguments: [0])
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", fail)
+    with (
+        pytest.raises(MachineError, match="no answer from rank 0") as caught,
+        process_groups(ParallelConfig(), 1),
+    ):
+        pass
+    assert caught.value.claimed_report is reports
 
 
 def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

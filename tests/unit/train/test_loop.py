@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,8 +48,8 @@ class Stream:
         self.state = StreamState(consumed_packs=packs, consumed_samples=packs, consumed_tokens=100 * packs)
         return SimpleNamespace(num_residues=90)
 
-    def proteins_of(self, behind: StreamState, packs: Iterable[int]) -> dict[int, list[str]]:
-        return {number: [f"p{number}"] for number in sorted(packs)}
+    def contents_of(self, behind: StreamState, packs: Iterable[int]) -> list[dict[str, Any]]:
+        return [{"pack": n, "proteins": [f"p{n}"], "samples": [[n, 0]]} for n in sorted(packs)]
 
 
 class Writer:
@@ -327,7 +328,7 @@ def test_a_run_stops_at_a_step_that_is_not_finite(play: Play, tmp_path: Path) ->
         "action": "stop",
         "loss": "nan",
         "grad_norm": "nan",
-        "packs": [{"pack": 5, "proteins": ["p5"]}],
+        "packs": [{"pack": 5, "proteins": ["p5"], "samples": [[5, 0]]}],
         "consumed_samples": 6,
     }
 
@@ -346,13 +347,23 @@ def test_three_times_in_a_row_stop_a_run_that_goes_back(play: Play, tmp_path: Pa
     """Steps that are done again do not end the row."""
     run = tiny_run("train.max_steps=9", "train.on_nonfinite=rollback")
     incidents = Incidents(tmp_path / "incidents.jsonl", "rollback")
-    for bad, ends in ((4, "RollBack"), (4, "RollBack"), (5, "MachineError")):
-        events = play(run, results={bad: BAD}, incidents=incidents, loop=LoopState(step=1))
+    for bad, suspect, ends in ((4, 1, "RollBack"), (4, 0, "RollBack"), (5, 1, "MachineError")):
+        result = replace(BAD, suspects=(suspect,))
+        events = play(run, results={bad: result}, incidents=incidents, loop=LoopState(step=1))
         assert _brief(events)[-1] == (ends, bad)
     assert "3 times in a row" in events[-1][2]
     play(run, results={4: BAD}, incidents=(other := Incidents(incidents.path, "rollback")))
     play(run, incidents=other, loop=LoopState(step=3))
     assert other.in_a_row == 0
+
+
+def test_a_step_of_padding_alone_is_not_done_again(play: Play, tmp_path: Path) -> None:
+    """Its packs are left out already, so the weights are to blame, and would be so again."""
+    run = tiny_run("train.max_steps=9", "train.on_nonfinite=rollback")
+    incidents = Incidents(tmp_path / "incidents.jsonl", "rollback", skipped={4, 5})
+    events = play(run, results={3: replace(BAD, suspects=())}, incidents=incidents)
+    assert _brief(events)[-1] == ("MachineError", 3)
+    assert "the gradient norm is nan though all packs of the step are left out; see" in events[-1][2]
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])

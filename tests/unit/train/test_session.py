@@ -19,15 +19,16 @@ from tests.unit.conftest import TinyRun
 from tests.unit.runs import tiny_run
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
 def test_a_damaged_best_is_set_aside_and_the_next_one_tested(
-    finished: TinyRun, tmp_path: Path, world: None, capsys: pytest.CaptureFixture[str]
+    finished: TinyRun, tmp_path: Path, world: None, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished.run_dir, run_dir)
     run = tiny_run(run_dir=run_dir)
     best = _best_to_load(run, 99)
     assert best is not None and _best_to_load(run, best.step) is None
-    flip(best.path / "model" / "__0_0.distcp", 7000)
+    flip(best.path / "model" / name, 7000)
     second = _best_to_load(run, 99)
     assert second is not None and second.value > best.value
     assert f"{best.path.name} is now {best.path}.damaged" in capsys.readouterr().err
