@@ -11,6 +11,8 @@ WORKERS ?= 2
 # Arguments of `make image-root`, such as --build-arg NAME=VALUE.
 IMAGE_ARGS ?=
 KILLS ?= 1200
+INPUTS ?= 10000
+BITS ?= 500
 # Folder for what a target makes, where it takes one.
 OUT ?=
 
@@ -23,7 +25,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all kills gpu multinode slurm image-root example format reading-order clean
+.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm image-root example format reading-order clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -57,6 +59,12 @@ test-all: lint type ## also the slow tests, and those for a GPU where there is o
 
 kills: $(DEV)/.installed ## kill every command at random moments, see docs/runs.md; OUT=DIR holds the journal, and what failed
 	$(DEV_RUN) OMP_NUM_THREADS=1 python -m tests.kills --out $(or $(OUT),$(error name a folder, as in make kills OUT=/tmp/kills)) --kills $(KILLS)
+
+fuzz: $(DEV)/.installed ## read changed files of every format, see docs/debugging.md; OUT=DIR holds the journal, and what failed
+	$(DEV_RUN) OMP_NUM_THREADS=1 python -m tests.fuzz --out $(or $(OUT),$(error name a folder, as in make fuzz OUT=/tmp/fuzz)) --inputs $(INPUTS)
+
+rot: $(DEV)/.installed ## the same with one flipped bit each, and compare every number
+	$(DEV_RUN) OMP_NUM_THREADS=1 python -m tests.fuzz --rot --out $(or $(OUT),$(error name a folder, as in make rot OUT=/tmp/rot)) --inputs $(BITS)
 
 gpu: $(DEV)/.installed ## on a machine with a GPU: the tests for it, then its measurements, see docs/performance.md
 	$(DEV_RUN) pytest -q -m gpu $(PYTEST_ARGS)

@@ -157,8 +157,8 @@ TESTS = (
     "`tests/unit/` has the folders of the package: `test_NAME.py` tests `NAME.py` of the same folder, and "
     "the few that test something else are listed in `tests/cli/test_tree.py`. `tests/parity/` compares with "
     "Hugging Face, fair-esm and other implementations, `tests/distributed/` and `tests/prove/` start several "
-    "processes, `tests/kills/` kills them at random moments, and `tests/cli/` runs commands, examples and "
-    "the README."
+    "processes, `tests/kills/` kills them at random moments, `tests/fuzz/` changes the files that they read, "
+    "and `tests/cli/` runs commands, examples and the README."
 )
 
 

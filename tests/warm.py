@@ -76,9 +76,13 @@ class Process:
             os.kill(self.pid, number)
 
 
-def prepare() -> None:
-    """Start the process that imports, unless it runs; it imports while the caller goes on."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+def prepare(also: Sequence[str] = ()) -> None:
+    """Start the process that imports, unless it runs; it imports while the caller goes on.
+
+    Args:
+        also: Further modules to import, for programs that are started by the thousand.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*IMPORTED, *also])
     with patch.dict(os.environ, _LIBRARIES):
         forkserver.ensure_running()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from esm2mega.checkpoint import layout
-from esm2mega.checkpoint.digests import CURE, unreadable
+from esm2mega.checkpoint.digests import CURE, DIGESTS, unreadable
 from esm2mega.checkpoint.safe_index import checked_index
+from esm2mega.checkpoint.zip_crc import Piece, check_crcs
 from esm2mega.errors import DamagedError, UserError
 
 
@@ -45,6 +47,13 @@ def os_error_in(error: BaseException) -> OSError | None:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
     return cause
+
+
+def _damage_in(error: BaseException) -> DamagedError | None:
+    """Return the damage that a reader found, behind what PyTorch made of it."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        return _damage_in(next(iter(error.failures.values()))[0])
+    return error if isinstance(error, DamagedError) else None
 
 
 def tensor_sha256(value: torch.Tensor) -> str:
@@ -71,7 +80,8 @@ class TensorReader:
         """Open the tensors in `folder` of `checkpoint`, a complete ``step_XXXXXXXX`` directory."""
         self._model_dir = checkpoint / folder
         index = checked_index(self._model_dir)
-        self._reader = _Reader(self._model_dir, index)
+        # Where there are digests, the files have been compared with these.
+        self._reader = _Reader(self._model_dir, index, with_crcs=not (checkpoint / DIGESTS).exists())
         self.index: dict[str, TensorInfo] = {
             name: TensorInfo(tuple(entry.size), entry.properties.dtype)
             for name, entry in sorted(index.state_dict_metadata.items())
@@ -110,6 +120,8 @@ class TensorReader:
         try:
             dcp.load(state, storage_reader=self._reader, planner=planner, no_dist=True)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            if (damage := _damage_in(error)) is not None:
+                raise damage from error
             if (cause := os_error_in(error)) is not None:
                 path = self._model_dir / Path(cause.filename or "").name
                 raise unreadable(path, cause) from error
@@ -117,11 +129,26 @@ class TensorReader:
 
 
 class _Reader(FileSystemReader):
-    """Reads tensors by the index that was read and checked already, not again for every tensor."""
+    """Reads tensors by the index that was read and checked already, and may compare CRCs."""
 
-    def __init__(self, model_dir: Path, index: Metadata) -> None:
+    def __init__(self, model_dir: Path, index: Metadata, with_crcs: bool) -> None:
+        """Take the index; `with_crcs` compares each piece, once, before it is used."""
         super().__init__(model_dir)
-        self._index = index
+        self._index, self._with_crcs = index, with_crcs
+        self._compared: set[tuple[str, int]] = set()
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        place = (sinfo.relative_path, sinfo.offset)
+        if self._with_crcs and place not in self._compared:
+            piece = Piece(file, sinfo.offset, sinfo.length)
+            try:
+                if zipfile.is_zipfile(piece):
+                    check_crcs(piece)
+            except ValueError as error:
+                path = Path(self.path) / sinfo.relative_path
+                raise DamagedError(path, f"is damaged: {error}", CURE) from error
+            self._compared.add(place)
+        return super()._slice_file(file, sinfo)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._index

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from tests.journal import read_journal
 from tests.kills.cases import Case, make_inputs, resumed_step
 from tests.ranks import Rank, end_ranks, start_ranks
 
@@ -58,7 +59,7 @@ class Harness:
         self.out, self._seed, self._say = out, seed, say
         self.cases = {case.name: case for case in make_inputs(out / "inputs")}
         self._journal = out / "journal.jsonl"
-        self.kills = _read_journal(self._journal)
+        self.kills = read_journal(self._journal)
         self._chains = max((kill["chain"] for kill in self.kills), default=0)
         self._seconds: dict[str, float] = {}
         shutil.rmtree(out / "unbroken", ignore_errors=True)
@@ -169,14 +170,6 @@ class Harness:
     def _start(self, case: Case, folder: Path, name: str) -> tuple[list[Rank], Path]:
         output = self.out / "output" / folder.name / name
         return start_ranks([*case.program, *case.words(folder)], case.processes, output), output
-
-
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().split("\n") if path.exists() else []
-    # What stands behind the last end of a line was cut short.
-    if lines and lines.pop():
-        path.write_text("".join(f"{line}\n" for line in lines))
-    return [json.loads(line) for line in lines]
 
 
 def _victims(rng: random.Random, processes: int) -> tuple[str, list[int]]:

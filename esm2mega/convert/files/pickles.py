@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint.digests import unreadable
+from esm2mega.checkpoint.zip_crc import check_crcs
 from esm2mega.convert.files import foreign
 from esm2mega.errors import UserError
 
 _STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Under one of these, programs store the state dict beside optimizer and settings."""
-
-_READ_AT_ONCE = 1 << 20
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
@@ -127,26 +126,14 @@ def _check_archive(path: Path) -> None:
             raise UserError(f"{path}: refused: its entry {entry.filename!r} is compressed")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise UserError(f"{path}: refused: its entries claim more bytes than the file has")
-    _check_crcs(path, entries)
-
-
-def _check_crcs(path: Path, entries: Sequence[zipfile.ZipInfo]) -> None:
-    """Read every entry in pieces, and refuse one whose CRC is not the one that was written with it."""
-    if not any(entry.CRC for entry in entries):
-        return  # torch.serialization.set_crc32_options(False) writes zeros
-    with zipfile.ZipFile(path) as archive:
-        for entry in entries:
-            try:
-                with archive.open(entry) as stream:
-                    while stream.read(_READ_AT_ONCE):
-                        pass
-            except OSError as error:
-                raise unreadable(path, error) from error
-            except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as error:
-                raise UserError(
-                    f"{path}: is damaged: its entry {entry.filename!r} is not what was written "
-                    f"({error}); copy the file again from where it came from"
-                ) from error
+    try:
+        check_crcs(path, entries)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
+        raise UserError(
+            f"{path}: is damaged: {error}; copy the file again from where it came from"
+        ) from error
 
 
 def _check_tensors(path: Path, content: Any) -> None:

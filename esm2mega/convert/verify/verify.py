@@ -6,7 +6,8 @@ package if that is installed (transformers, fair-esm), else in `esm2mega.convert
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +31,7 @@ from esm2mega.convert.verify import plain_model
 from esm2mega.convert.verify.esm2_weights import read_plain_model
 from esm2mega.convert.verify.source import Prepare
 from esm2mega.data.labels.schema import TargetInfo
-from esm2mega.errors import MachineError
+from esm2mega.errors import MachineError, UserError
 from esm2mega.files import write_json
 from esm2mega.vocabulary import CLS, EOS, MASK, encode_residues
 
@@ -190,10 +191,12 @@ def _run(
     if format_name == "esm2mega":
         return _esm2mega(path, prepare, ids, description), "esm2mega"
     if format_name == "hf" and _is_as_transformers_writes(path) and (found := _installed("transformers")):
-        results, method = _transformers(path, prepare, ids, description), found
+        with _ran_by(found, path):
+            results, method = _transformers(path, prepare, ids, description), found
     # The package is looked up, not its module esm, since another package has a module of that name.
     elif format_name == "fair-esm" and open_file(path).is_whole and (found := _installed("fair-esm")):
-        results, method = _fair_esm(path, prepare, ids), found
+        with _ran_by(found, path):
+            results, method = _fair_esm(path, prepare, ids), found
     else:
         model = read_plain_model(path, format_name, prepare)
         results, method = [plain_model.forward(model, x) for x in ids], "plain PyTorch"
@@ -204,6 +207,21 @@ def _run(
         # The outputs of transformers are of all tokens, ours without <cls> and <eos>.
         results = [(hidden, outputs[1:-1]) for hidden, outputs in results]
     return results, method
+
+
+@contextmanager
+def _ran_by(package: str, path: Path) -> Iterator[None]:
+    """Turn whatever another program raises into one line: it checks more of a file than we read."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"{path}: {package}, which verifies this format, does not run it ({reason}); the conversion "
+            "itself ended well: leave out --verify, or mend the file"
+        ) from error
 
 
 def _is_as_transformers_writes(path: Path) -> bool:

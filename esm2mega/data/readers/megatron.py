@@ -72,7 +72,13 @@ class MegatronReader(RowSource):
     def records(self, block: Block) -> Iterator[Record]:
         lengths = self._map(np.dtype("<i4"), 0)
         offsets = self._map(np.dtype("<i8"), lengths.nbytes)
-        tokens = np.memmap(self._bin, dtype=self._dtype, mode="r").view(np.ndarray)
+        # An empty file cannot be mapped; it also holds none of the sequences.
+        size = self._bin.stat().st_size // self._dtype.itemsize
+        tokens = (
+            np.memmap(self._bin, self._dtype, "r", shape=(size,)).view(np.ndarray)
+            if size
+            else np.empty(0, self._dtype)
+        )
         letters = _letters()
         for number in range(block.line, block.stop):
             first, length = int(offsets[number - 1]), int(lengths[number - 1])

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.digests import DIGESTS
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.config.schema import ParallelConfig
-from esm2mega.errors import UserError
+from esm2mega.errors import DamagedError, UserError
 from esm2mega.model.build import build_model
+from tests.unit.checkpoint.test_digests import flip
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import CPU, tiny_run
 
@@ -72,3 +74,21 @@ def test_lost_data_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
         TensorReader(copy).read_many(["embedding.word_embeddings.weight", "lm_head.dense.bias"])
     with pytest.raises(UserError, match=r"\.distcp: is missing"):
         TensorReader(copy).read("embedding.word_embeddings.weight")
+
+
+def test_a_changed_number_is_noticed_by_its_crc(checkpoint: Path, tmp_path: Path) -> None:
+    """Where there are no digests: in checkpoints of earlier versions, and of NeMo 2."""
+    shutil.copytree(checkpoint, tmp_path / "x")
+    (tmp_path / "x" / DIGESTS).unlink()
+    name, value = "lm_head.dense.weight", TensorReader(checkpoint).read("lm_head.dense.weight")
+    for path in sorted((tmp_path / "x" / layout.MODEL).glob("*.distcp")):
+        place = path.read_bytes().find(value.numpy().tobytes())
+        if place >= 0:
+            flip(path, place + 100)
+            break
+    with pytest.raises(DamagedError, match=f"{path}: is damaged: its entry .* is not what was written"):
+        TensorReader(tmp_path / "x").read(name)
+    with pytest.raises(DamagedError, match="is not what was written"):
+        TensorReader(tmp_path / "x").read_many([name])
+    other = "lm_head.dense.bias"
+    assert torch.equal(TensorReader(tmp_path / "x").read(other), TensorReader(checkpoint).read(other))

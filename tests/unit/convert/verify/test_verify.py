@@ -15,6 +15,7 @@ from esm2mega.convert.convert import convert
 from esm2mega.convert.verify import verify
 from esm2mega.convert.verify.esm2_weights import read_plain_model
 from esm2mega.convert.verify.plain_model import forward
+from esm2mega.errors import UserError
 from tests import foreign
 
 pytest.importorskip("esm", reason="fair-esm is not installed: pip install esm2mega[dev]")
@@ -112,3 +113,15 @@ def test_swapped_layernorms_fail(source: Path, tmp_path: Path) -> None:
         "encoder.layers.2.self_attention.linear_qkv.layer_norm_weight",
         "encoder.layers.2.mlp.linear_fc1.layer_norm_weight",
     }
+
+
+def test_what_transformers_refuses_is_one_line(source: Path, tmp_path: Path) -> None:
+    """It checks values of ``config.json`` that no conversion reads."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": "x"}))
+    conversion = convert(source, tmp_path / "ours", "esm2mega")
+    with pytest.raises(
+        UserError, match=r"hf: transformers .* does not run it \(.*\); the conversion"
+    ) as caught:
+        verify.verify(conversion)
+    assert "\n" not in str(caught.value)

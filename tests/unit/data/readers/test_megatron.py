@@ -99,3 +99,12 @@ def test_a_token_store_is_not_an_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="belongs to a token store, which needs no preparing"):
         MegatronReader(tmp_path / "store" / "tokens.idx")
     shutil.rmtree(tmp_path / "store")
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_tokens_that_are_cut_short(tmp_path: Path, size: int) -> None:
+    """Also to nothing, and within a token of two bytes."""
+    path = write(tmp_path, [ids(PROTEINS[0])])
+    path.with_suffix(".bin").write_bytes(path.with_suffix(".bin").read_bytes()[:size])
+    with pytest.raises(UserError, match="sequence 1: lies outside of pfam_text_document.bin"):
+        list(MegatronReader(path))
