@@ -44,7 +44,7 @@ _OWN_WRITER = (
 )
 
 
-_PROBE_BYTES = 1 << 20
+_PROBE_BYTES = 1 << 16
 """This is more than the files that rank 0 writes while other ranks wait."""
 
 

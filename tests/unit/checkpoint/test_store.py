@@ -320,7 +320,8 @@ def test_full_disk_while_saving(finished: TinyRun, tmp_path: Path, step: int) ->
     _assert_clean_failure(results, run_dir, "File too large|a file could not be written whole", step)
 
 
-# The command line on a disk that is full when rank 0 writes the last of Megatron-Core's files, alone.
+# The command line on a disk that is full when rank 0 writes one of Megatron-Core's files alone: the first, on the
+# way to a collective, or one of the last.
 FULL_FOR_SMALL_FILES = """
 import errno, sys
 from megatron.core.dist_checkpointing import serialization
@@ -329,6 +330,15 @@ def full(*arguments):
     raise OSError(errno.ENOSPC, "No space left on device")
 if sys.argv[1] == "index":
     FileSystemWriter.finish = full
+elif sys.argv[1] == "common":
+    import os, resource
+    from esm2mega.checkpoint.saver import Saver
+    save = Saver.save
+    def limited(*arguments, **options):
+        if os.environ["RANK"] == "0":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        save(*arguments, **options)
+    Saver.save = limited
 else:
     serialization.save_config = full
 from esm2mega.cli.app import main
@@ -336,14 +346,15 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("file", ["index", "config"])
+@pytest.mark.parametrize("file", ["common", "index", "config"])
 def test_full_disk_for_a_file_of_rank_0_alone(finished: TinyRun, tmp_path: Path, file: str) -> None:
     """The other rank, which waits in a collective behind it, is told."""
     run_dir = tmp_path / "run"
     arguments = ["-c", FULL_FOR_SMALL_FILES, file, *_pretrain(finished, run_dir)]
     processes = start_ranks(arguments, 2, tmp_path / "output")
     results = wait_ranks(processes, tmp_path / "output", timeout=60)
-    _assert_clean_failure(results, run_dir, r"No space left on device \(rank 0\); free space")
+    reason = "File too large" if file == "common" else "No space left on device"
+    _assert_clean_failure(results, run_dir, rf"{reason} \(rank 0\); free space")
 
 
 @pytest.fixture

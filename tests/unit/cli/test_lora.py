@@ -16,6 +16,7 @@ from esm2mega.inspect import inspect_path
 from esm2mega.lora.base import recorded_base
 from esm2mega.model.build import build_model
 from esm2mega.parallel.initialize import process_groups
+from tests.checkpoints import changed_weights
 from tests.padded import pack, unpack
 from tests.unit.checkpoint.test_digests import flip
 from tests.unit.lora import adapted
@@ -84,6 +85,22 @@ def test_a_changed_file_of_adapters_is_noticed(
         blamed = "digests.json" if name == "COMPLETE" else name
         assert f"error: {copy / blamed}: is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_values_that_are_not_finite_are_told(
+    base: Base, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are exported and imported as they are, as `convert` keeps them."""
+    name = "encoder.layers.self_attention.linear_q_lora.lora_A"
+
+    def ruin(tensor: torch.Tensor) -> None:
+        tensor.view(-1)[3] = float("nan")
+
+    ruined = changed_weights(checkpoint, tmp_path / "ruined", {name: ruin})
+    peft, back = str(tmp_path / "peft"), str(tmp_path / "back")
+    for command in (["export", str(ruined), "--out", peft], ["import", peft, "--base", str(base.path)]):
+        assert main(["lora", *command, *(["--out", back] if command[0] == "import" else [])]) == 0
+        assert "kept:    1 values in 1 of" in capsys.readouterr().out
 
 
 def test_a_whole_model_is_no_adapter(base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
