@@ -40,8 +40,8 @@ FORMAT_VERSION = 1
 MODEL = "model"
 CONFIG = "config.yaml"
 _CHECKSUM = "sha256"
-_ENTRIES = ("esm2mega_version", "step", "valid_loss", "loop", "data", "schedule")
-"""These entries are in every ``train_state.json``, whoever wrote the checkpoint."""
+_ENTRIES = ("esm2mega_version", "step", "valid_loss", "data")
+"""These entries are in every ``train_state.json``; a training that resumes looks up what else it needs."""
 
 _DAMAGED = ".damaged"
 _NAME = re.compile(r"step_(\d{8})")

@@ -151,7 +151,7 @@ def test_what_its_run_removes_meanwhile_is_not_called_damaged(
         read_digests(newest)
 
 
-@pytest.mark.parametrize("entry", ["esm2mega_version", "data", "loop"])
+@pytest.mark.parametrize("entry", ["esm2mega_version", "data", "step"])
 def test_a_record_without_an_entry_is_damaged(run_dir: Path, entry: str) -> None:
     """As one flipped bit in its name makes it, where an earlier version wrote no checksum of it."""
     path = layout.step_dir(run_dir, 2)

@@ -320,8 +320,8 @@ def test_full_disk_while_saving(finished: TinyRun, tmp_path: Path, step: int) ->
     _assert_clean_failure(results, run_dir, "File too large|a file could not be written whole", step)
 
 
-# The command line on a disk that is full when rank 0 writes one of Megatron-Core's files alone: the first, on the
-# way to a collective, or one of the last.
+# The command line on a disk that is full when rank 0 writes one of Megatron-Core's files alone: the first, on
+# the way to a collective, or one of the last.
 FULL_FOR_SMALL_FILES = """
 import errno, sys
 from megatron.core.dist_checkpointing import serialization
