@@ -72,8 +72,10 @@ class Process:
         return code
 
     def send_signal(self, number: int) -> None:
+        # It may end behind the question.
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
 def prepare(also: Sequence[str] = ()) -> None:

@@ -39,7 +39,7 @@ def meet(timeout: timedelta = TIMEOUT) -> Store:
         timeout: Longest wait of every operation on the store, and for processes that have not come yet.
 
     Raises:
-        UserError: The address is not in the environment.
+        UserError: The address is not in the environment, or another process uses the port.
         RuntimeError: It cannot be reached.
     """
     global _hosted, _met
@@ -50,7 +50,15 @@ def meet(timeout: timedelta = TIMEOUT) -> Store:
         )
     address = [os.environ.get(name) for name in _ADDRESS]
     if _met is None or _met[0] != address:
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        try:
+            store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"MASTER_PORT={os.environ['MASTER_PORT']}: another process of this host uses it; set "
+                "MASTER_PORT to another port, the same for all processes"
+            ) from error
         if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             _hosted = store
         _met = address, store

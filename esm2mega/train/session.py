@@ -179,6 +179,9 @@ def _run_once(
             log, said = _open_log(Path(run.run_dir) / LOG_NAME, is_fresh, loop.step)
             stack.callback(log.close)
             remove_partial(run.run_dir)
+            if resumed is not None:
+                # A kill may have come between the save of a checkpoint and the removal of others.
+                prune(run.run_dir, run.checkpoint, resumed.path)
             save_resolved(run, Path(run.run_dir) / "config.yaml")
             lines = [*describe_run(run, ranks, state.model), *session.banner]
             lines += [*describe_small_data(run.train, stream), *built.banner, *describe_skipped(incidents)]

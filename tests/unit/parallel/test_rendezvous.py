@@ -44,6 +44,24 @@ def test_a_command_without_an_address_ends_in_one_line(
     ]
 
 
+def test_a_port_in_use_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rendezvous, "_met", None)
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", **address}.items():
+            monkeypatch.setenv(name, value)
+        assert app.main(["evaluate", "absent", "--data", "absent"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"esm2mega: [rank 0] error: MASTER_PORT={port}: another process of this host uses it; set "
+        "MASTER_PORT to another port, the same for all processes"
+    ]
+
+
 def test_a_process_hosts_one_store_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_hosted", None)
     monkeypatch.setattr(rendezvous, "_met", None)

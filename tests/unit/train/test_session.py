@@ -64,3 +64,15 @@ def test_a_second_job_in_a_directory_is_refused_and_changes_nothing(
     said = capsys.readouterr().err
     assert said.count("error:") == 1 and f"error: run_dir={run_dir}: another job trains in it" in said
     assert (run_dir / "log.jsonl").read_bytes() == log
+
+
+def test_what_a_killed_run_had_still_to_remove_is_removed(finished: TinyRun, tmp_path: Path) -> None:
+    """A kill came behind the last save, so that the next start has nothing to save."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished.run_dir, run_dir)
+    *_, newest = layout.find_checkpoints(run_dir)[0]
+    left = layout.step_dir(run_dir, 0)
+    shutil.copytree(newest, left)
+    again = ["pretrain", "--config", str(run_dir / "config.yaml"), f"run_dir={run_dir}"]
+    assert main([*again, "checkpoint.keep_last=1", "checkpoint.keep_best=0"]) == 0
+    assert layout.find_checkpoints(run_dir)[0] == [newest]
