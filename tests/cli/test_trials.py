@@ -75,7 +75,9 @@ def start(tmp_path: Path, seconds: float, end: str = "") -> tuple[subprocess.Pop
     """Start a program inside, and wait until it has started its daemon."""
     code, written = DAEMON.format(seconds=seconds, end=end), tmp_path / "links"
     inside = [sys.executable, "-c", code, str(written)]
-    outside = f"from tests.namespaces import run_inside; raise SystemExit(run_inside({inside!r}))"
+    # Whatever starts the tests may ignore SIGINT, as a shell does for a job in the background.
+    default = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    outside = f"{default}; from tests.namespaces import run_inside; raise SystemExit(run_inside({inside!r}))"
     process = subprocess.Popen([sys.executable, "-c", outside], cwd=ROOT, text=True, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not (written.exists() and written.read_text()) and process.poll() is None:
