@@ -1,4 +1,4 @@
-"""What holds for all tests: where processes are forked from, the cache, and when garbage is looked for."""
+"""What holds for all tests: where processes are forked from, the cache, signals, and garbage."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -16,6 +17,9 @@ from tests import warm
 # Importing makes a million objects and hardly any garbage: searching them all again and again takes half the
 # time of a collection of tests.
 gc.disable()
+
+# A shell has the jobs in its background ignore Ctrl-C, and processes hand that on; these tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _caches = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, _caches, ignore_errors=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ NEEDS_NAMESPACES = pytest.mark.skipif(namespaces.why_not({}) is not None, reason
 # What starts a daemon inside, and writes down the names of its host and network before it waits.
 DAEMON = """
 import subprocess, sys, time
-sleep = subprocess.Popen(["sleep", "1234"], start_new_session=True)
+sleep = subprocess.Popen(["sleep", "{name}"], start_new_session=True)
 with open(sys.argv[1], "w") as file:
     file.write(subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout)
 time.sleep({seconds})
@@ -66,18 +67,22 @@ def test_a_machine_that_makes_no_namespaces_is_named_too(
         assert reason == "it needs root and a kernel that makes namespaces (not permitted)"
 
 
-def daemons() -> set[str]:
-    found = subprocess.run(["pgrep", "--full", "^sleep 1234$"], capture_output=True, text=True)
-    return set(found.stdout.split())
+def name_of_daemon(tmp_path: Path) -> str:
+    """Return how long the daemon of this test sleeps, by which it is told from those of other tests."""
+    return f"{1e6 + zlib.crc32(str(tmp_path).encode()):.0f}"
+
+
+def daemons(tmp_path: Path) -> list[str]:
+    command = ["pgrep", "--full", f"^sleep {name_of_daemon(tmp_path)}$"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
 
 
 def start(tmp_path: Path, seconds: float, end: str = "") -> tuple[subprocess.Popen[str], Path]:
     """Start a program inside, and wait until it has started its daemon."""
-    code, written = DAEMON.format(seconds=seconds, end=end), tmp_path / "links"
+    written = tmp_path / "links"
+    code = DAEMON.format(name=name_of_daemon(tmp_path), seconds=seconds, end=end)
     inside = [sys.executable, "-c", code, str(written)]
-    # Whatever starts the tests may ignore SIGINT, as a shell does for a job in the background.
-    default = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    outside = f"{default}; from tests.namespaces import run_inside; raise SystemExit(run_inside({inside!r}))"
+    outside = f"from tests.namespaces import run_inside; raise SystemExit(run_inside({inside!r}))"
     process = subprocess.Popen([sys.executable, "-c", outside], cwd=ROOT, text=True, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not (written.exists() and written.read_text()) and process.poll() is None:
@@ -89,10 +94,9 @@ def start(tmp_path: Path, seconds: float, end: str = "") -> tuple[subprocess.Pop
 @NEEDS_NAMESPACES
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_when_the_command_is_stopped(number: signal.Signals, tmp_path: Path) -> None:
-    before = daemons()
     process, written = start(tmp_path, 60)
     try:
-        assert len(daemons() - before) == 1
+        assert len(daemons(tmp_path)) == 1
         # It has a network of its own, in which there is the loopback device at most.
         assert all(": lo: " in line for line in written.read_text().splitlines())
         process.send_signal(number)
@@ -100,16 +104,15 @@ def test_nothing_is_left_when_the_command_is_stopped(number: signal.Signals, tmp
     finally:
         process.kill()
     deadline = time.monotonic() + 10
-    while daemons() - before and time.monotonic() < deadline:
+    while daemons(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert daemons() <= before
+    assert not daemons(tmp_path)
     assert process.returncode != 0
 
 
 @NEEDS_NAMESPACES
 def test_nothing_is_left_of_a_program_that_fails(tmp_path: Path) -> None:
-    before = daemons()
     process, _ = start(tmp_path, 0, "raise SystemExit(3)")
     process.communicate(timeout=30)
     assert process.returncode == 3
-    assert daemons() <= before
+    assert not daemons(tmp_path)
