@@ -301,7 +301,7 @@ def test_run_from_yaml_does_not_look_up_names():
 
 def test_the_configuration_of_a_checkpoint_is_read_literally(write, tmp_path, monkeypatch):
     """No variable, no other key, no other file, in no place of it; and it is written again as it was."""
-    monkeypatch.setenv("SECRET", "open")
+    monkeypatch.setenv("SECRET", "revealed")
     keep = tmp_path / "kept.yaml"
     for text in (
         "${oc.env:SECRET}",
@@ -321,7 +321,7 @@ def test_the_configuration_of_a_checkpoint_is_read_literally(write, tmp_path, mo
         run = run_from_yaml(path)
         found = [run.run_dir, run.data.train[0], run.data.cache_dir, run.logging.wandb_project]
         found += [run.task.target_columns[0], run.task.classes[0][0]]
-        assert len({*found}) == 1 and "open" not in found[0] and "1234" not in found[0]
+        assert len({*found}) == 1 and "revealed" not in found[0] and "1234" not in found[0]
         assert "\\" in text or found[0] == text
         save_resolved(run, keep)
         assert run_from_yaml(keep) == load_run_over(run, []) == run
@@ -332,7 +332,7 @@ def test_the_configuration_of_a_checkpoint_is_read_literally(write, tmp_path, mo
     ):
         with pytest.raises(UserError, match=":2: ") as error:
             run_from_yaml(write(f"model: {{size: tiny}}\n{line}\n"))
-        assert "open" not in str(error.value)
+        assert "revealed" not in str(error.value)
     with pytest.raises(UserError, match=":1: unknown key defaults"):
         run_from_yaml(write("defaults: [base]\n"))
 
