@@ -183,7 +183,7 @@ def last_evaluation_packs_dropped() -> AbstractContextManager[Any]:
 
 def optimizer_saved_with_padding() -> AbstractContextManager[Any]:
     """What Megatron-Core 0.16.1 and 0.19.2 do by themselves, see `esm2mega.checkpoint.optimizer_state`."""
-    return patch("esm2mega.checkpoint.store.places_without_padding", lambda optimizer: nullcontext())
+    return patch("esm2mega.checkpoint.saver.places_without_padding", lambda optimizer: nullcontext())
 
 
 def adapter_gradients_not_reduced() -> AbstractContextManager[Any]:
