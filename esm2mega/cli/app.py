@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # These come from Megatron-Core's use of PyTorch's checkpoints; a user could change nothing about them.
     for category in (FutureWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=r"torch\.distributed\.checkpoint\.")
+    # Megatron-Core calls collectives by names that newer versions of PyTorch have others for.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # Reading a checkpoint in one process is what `inspect` and `prove` intend.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
