@@ -20,15 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from random_weights import random_weights
 
-from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.presets import PRESETS
 from esm2mega.convert.formats import hf
-from esm2mega.convert.lazy_weights import Description, Weights
-from esm2mega.convert.name_table import FREQUENCIES, our_shapes
-from esm2mega.model.rotary import rotary_frequencies
 
 ROOT = Path(__file__).parents[1]
 MB = 10**6
@@ -37,17 +32,8 @@ INTERPRETER = "import torch, megatron.core, esm2mega"
 
 def write_source(path: Path, size: str) -> int:
     """A random fp32 model of this size as transformers stores it; returns the bytes of its tensors."""
-    shape = PRESETS[size]
-    infos = {name: TensorInfo(dimensions, torch.float32) for name, dimensions in our_shapes(shape).items()}
-    generator = torch.Generator().manual_seed(1)
-
-    def read(name: str) -> Tensor:
-        if name == FREQUENCIES:
-            return rotary_frequencies(shape.hidden_size // shape.num_attention_heads, torch.float32)
-        return torch.randn(infos[name].shape, generator=generator)
-
     path.mkdir()
-    hf.write(Weights(Description(shape, 1e-5), infos, read), path)
+    hf.write(random_weights(size), path)
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 

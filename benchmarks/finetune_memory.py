@@ -38,7 +38,7 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
     """Train in `mode` and put the figures into the queue `answer`."""
     import torch
 
-    from esm2mega.checkpoint.saver import save_checkpoint
+    from esm2mega.checkpoint.saver import Saver
     from esm2mega.checkpoint.tensor_filter import ALL, TRAINED
     from esm2mega.config.load import load_run
     from esm2mega.data.labels.dataset import proteins_of_pairs
@@ -96,7 +96,7 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
         peak = _memory_bytes(ranks.device) - before
         directory = Path(folder) / "step"
         saved = TRAINED if mode == "lora" else ALL
-        save_checkpoint(directory, state.model, state.optimizer, run, {}, tensor_filter=saved)
+        Saver().save(directory, state.model, state.optimizer, run, {}, tensor_filter=saved)
         answer.put(
             {
                 "device": str(ranks.device),

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.batches import pack, random_proteins, uniref_lengths
+from batches import pack, random_proteins, uniref_lengths
 
 
 class Packs:

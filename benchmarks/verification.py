@@ -19,14 +19,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from random_weights import random_weights
 
-from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.presets import PRESETS
 from esm2mega.convert.formats import esm2mega as own_format
-from esm2mega.convert.lazy_weights import Description, Weights
-from esm2mega.convert.name_table import FREQUENCIES, our_shapes
-from esm2mega.model.rotary import rotary_frequencies
 
 ROOT = Path(__file__).parents[1]
 MB = 10**6
@@ -54,17 +50,8 @@ STEPS = {
 
 def write_checkpoint(path: Path, size: str) -> int:
     """Write random fp32 weights, and return the bytes of all files."""
-    shape = PRESETS[size]
-    infos = {name: TensorInfo(dimensions, torch.float32) for name, dimensions in our_shapes(shape).items()}
-    generator = torch.Generator().manual_seed(1)
-
-    def read(name: str) -> Tensor:
-        if name == FREQUENCIES:
-            return rotary_frequencies(shape.hidden_size // shape.num_attention_heads, torch.float32)
-        return torch.randn(infos[name].shape, generator=generator)
-
     path.mkdir()
-    own_format.write(Weights(Description(shape, 1e-5, head="lm"), infos, read), path)
+    own_format.write(random_weights(size), path)
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 

@@ -1,6 +1,7 @@
-"""Ends processes with the one that started them, also if that one is killed and can end nobody.
+"""Ends processes with the one that started them, and says which signals stop one and which threads wait.
 
-A process that was left behind would hold its memory and its ports, and go on writing, for ever.
+A process that was left behind, since the one that started it was killed and could end nobody, would hold its
+memory and its ports, and go on writing, for ever.
 """
 
 from __future__ import annotations
@@ -11,6 +12,13 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""These signals ask a command to end: a scheduler sends them before it kills."""
+
+_NICENESS = 10
+"""Training has the processors first, as beside the writing process of Megatron-Core 0.19."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -41,3 +49,11 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+def yield_processors() -> None:
+    """Let all other threads of the machine have the processors before this one, where threads can differ."""
+    if sys.platform == "linux":
+        # Elsewhere a priority is that of a whole process. A container may forbid even to lower it.
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

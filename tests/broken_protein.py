@@ -10,9 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,17 @@ from esm2mega.model.embedding import ESM2Embedding
 from esm2mega.vocabulary import VOCAB
 
 BROKEN = VOCAB.index("O")
+
+
+def write_proteins(path: Path) -> None:
+    """Write a FASTA of 60 random proteins, of which p30 alone has pyrrolysines."""
+    rng = np.random.default_rng(11)
+    letters = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", dtype=np.uint8)
+    with path.open("wb") as file:
+        for number, length in enumerate(rng.integers(25, 60, 60)):
+            residues = rng.choice(letters, size=length).tobytes()
+            residues = residues[:5] + b"O" * 15 + residues[20:] if number == 30 else residues
+            file.write(b">p%d\n%s\n" % (number, residues))
 
 
 class _InfiniteGradient(torch.autograd.Function):

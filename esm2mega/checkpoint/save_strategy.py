@@ -9,11 +9,10 @@ work, writing and hashing, runs outside of Python's global lock.
 from __future__ import annotations
 
 import inspect
-import os
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -24,12 +23,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from esm2mega.processes import yield_processors
+
 # Each save has a queue of its own for what it wrote. Unless there is one here, Megatron-Core makes one for
 # all saves, which is a further process that imports PyTorch.
 filesystem_async._results_queue = queue.SimpleQueue()
-
-_NICENESS = 10
-"""Training has the processors first, as beside the writing process of Megatron-Core 0.19."""
 
 
 class SaveInThisProcess(TorchDistSaveShardedStrategy):
@@ -154,7 +152,5 @@ class SaveQueue(AsyncCallsQueue):
 
 def _run_behind(function: Callable[..., None], arguments: list[Any]) -> None:
     """Run a function in this thread with less right to the processors than the other threads have."""
-    with suppress(OSError, AttributeError):
-        # On Linux a priority is that of one thread; elsewhere a thread has none.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    yield_processors()
     function(*arguments)

@@ -151,10 +151,9 @@ class Saver:
         Raises:
             MachineError: Any rank could not write its part; nothing of this checkpoint is left behind.
         """
-        save, self._running = self._running, None
+        save, entries = self._written()
         if save is None:
             return
-        entries = self._wait_for(save)
         if dist.get_rank() == 0:
             with save.noting_failure():
                 layout.complete(save.partial, save.directory, entries)
@@ -167,19 +166,22 @@ class Saver:
         Raises:
             MachineError: Any rank could not write its part; nothing of this checkpoint is left behind.
         """
-        save, self._running = self._running, None
-        if save is None:
-            return
-        self._wait_for(save)
-        if dist.get_rank() == 0:
+        save, _ = self._written()
+        if save is not None and dist.get_rank() == 0:
             shutil.rmtree(save.partial, ignore_errors=True)
 
-    def _wait_for(self, save: _Save) -> Entries:
-        """Return the digests of all ranks' files once they have written them; raise if any rank could not."""
+    def _written(self) -> tuple[_Save | None, Entries]:
+        """Wait until all ranks have written the save that is running; return it and the digests of all ranks.
+
+        It is None if no save is running. A rank that could not write its part raises on all ranks.
+        """
+        save, self._running = self._running, None
+        if save is None:
+            return None, {}
         with save.noting_failure():
             # Its collectives are over the world, and let every rank learn that one could not write.
             self._queue.maybe_finalize_async_calls(blocking=True, no_dist=True)
-        return self._agree(save)
+        return save, self._agree(save)
 
     def _begin(
         self, save: _Save, model: Sequence[Any], optimizer: MegatronOptimizer, tensor_filter: TensorFilter
@@ -231,11 +233,6 @@ def _try_to_write(folder: Path) -> None:
     with file.open("wb") as stream:
         stream.write(bytes(_PROBE_BYTES))
     file.unlink()
-
-
-def save_checkpoint(directory: Path, *what: Any, **options: Any) -> None:
-    """Write a checkpoint at once; all ranks call this together. `Saver.save` says what with."""
-    Saver().save(directory, *what, **options)
 
 
 def remove_partial(run_dir: str | Path) -> None:

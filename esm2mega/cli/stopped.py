@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from esm2mega.processes import STOP_SIGNALS
 
 _GRACE_SECONDS = 3.0
 """A process that waits outside of Python, as for other processes, gets so much time to come back."""
@@ -47,7 +47,7 @@ def stopped_by_signals(end: Callable[[str], None]) -> Iterator[None]:
     def watch(reader: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while told := os.read(reader, 1):
-            is_ours = told[0] in _SIGNALS and signal.getsignal(told[0]) is stop
+            is_ours = told[0] in STOP_SIGNALS and signal.getsignal(told[0]) is stop
             if is_ours and not raised.wait(_GRACE_SECONDS):
                 end(signal.Signals(told[0]).name)
 
@@ -56,7 +56,7 @@ def stopped_by_signals(end: Callable[[str], None]) -> Iterator[None]:
     watcher = threading.Thread(target=watch, args=(reader,), daemon=True)
     watcher.start()
     # A parent that ignores a signal, as nohup does, means it for its children too.
-    ours = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    ours = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in ours}
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
@@ -78,7 +78,7 @@ def stopped_by_signals(end: Callable[[str], None]) -> Iterator[None]:
 def _in_child() -> None:
     """Let forked processes die of these signals, and not tell the thread of their parent."""
     signal.set_wakeup_fd(-1)
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         if getattr(signal.getsignal(number), "__module__", None) == __name__:
             signal.signal(number, signal.SIG_DFL)
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from esm2mega.processes import STOP_SIGNALS
 from esm2mega.train.time_limit import TimeLimit
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _NONE, _SIGNAL, _TIME = range(3)
 """Are the reasons to stop; of several the largest is told to all ranks."""

@@ -18,7 +18,7 @@ def test_both_ways_are_measured(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", ROOT / "benchmarks" / "save_stall.py", *arguments, "--json", out],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tests import warm
+from tests.broken_protein import write_proteins
 from tests.checkpoints import full_tensors
 from tests.distributed.runs import SHAPE
 from tests.ranks import REPOSITORY, end_ranks, free_port, run_ranks, start_ranks
@@ -50,13 +50,7 @@ LAYOUTS = {
 def proteins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 60 random proteins, of which p30 alone has pyrrolysines."""
     folder = tmp_path_factory.mktemp("proteins")
-    rng = np.random.default_rng(11)
-    letters = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", dtype=np.uint8)
-    with (folder / "all.fasta").open("wb") as file:
-        for number, length in enumerate(rng.integers(25, 60, 60)):
-            residues = rng.choice(letters, size=length).tobytes()
-            residues = residues[:5] + b"O" * 15 + residues[20:] if number == 30 else residues
-            file.write(b">p%d\n%s\n" % (number, residues))
+    write_proteins(folder / "all.fasta")
     arguments = ["prepare", "fasta", str(folder / "all.fasta"), "--out", str(folder / "data")]
     run_ranks(["-m", "esm2mega", *arguments], 1, folder)
     return folder / "data" / "train"

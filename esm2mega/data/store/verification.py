@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from esm2mega.data.store.manifest import damaged
 from esm2mega.errors import DamagedError, UserError
 from esm2mega.files import parse_json, user_cache, write_json
+from esm2mega.processes import yield_processors
 
 SMALL_BYTES = 4 << 20
 """Files of at most this many bytes are compared whenever a store is opened, in some milliseconds each."""
@@ -35,8 +36,6 @@ _SAID_FROM = 1 << 30
 
 _SETTLED_SECONDS = 2.0
 """A file that has changed within this time may change again without another time: some clocks are coarse."""
-
-_NICENESS = 10
 
 Identity = list[int]
 
@@ -162,8 +161,7 @@ class BackgroundVerification:
         self._thread.join()
 
     def _run(self) -> None:
-        with suppress(OSError):  # where threads have no priority of their own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        yield_processors()
         try:
             for store, name in self._pending:
                 verify_file(store, name, lambda: not self._closed.is_set())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint import layout, store
-from esm2mega.checkpoint.saver import save_checkpoint
+from esm2mega.checkpoint.saver import Saver
 from esm2mega.checkpoint.store import load_training_state, load_weights
 from esm2mega.errors import MachineError, UserError
 from esm2mega.train.step import TrainState, train_step
@@ -66,7 +66,7 @@ def _stepped(*overrides: str) -> TrainState:
 
 
 def _save(state: TrainState, directory: Path, *overrides: str) -> Path:
-    save_checkpoint(
+    Saver().save(
         directory, state.model, state.optimizer, tiny_run(*overrides), {"step": 2, "valid_loss": None}
     )
     return directory

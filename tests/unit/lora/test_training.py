@@ -12,7 +12,7 @@ from megatron.core.utils import unwrap_model
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import choose_checkpoint
-from esm2mega.checkpoint.saver import save_checkpoint
+from esm2mega.checkpoint.saver import Saver
 from esm2mega.checkpoint.tensor_filter import TRAINED
 from esm2mega.config.schema import LoRAConfig, ParallelConfig, Run
 from esm2mega.config.validate import check_training_inputs, validate
@@ -182,6 +182,6 @@ def test_checkpoint_of_a_650M_model_is_small(precision: str, tmp_path: Path) -> 
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.step()
-    save_checkpoint(tmp_path / "step", chunks, optimizer, run, {"step": 1}, tensor_filter=TRAINED)
+    Saver().save(tmp_path / "step", chunks, optimizer, run, {"step": 1}, tensor_filter=TRAINED)
     size = sum(path.stat().st_size for path in (tmp_path / "step").rglob("*"))
     assert 3 * 33 * 3 * 8 * 2 * 1280 * 4 < size < 30e6

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,7 +23,7 @@ from esm2mega.train import loop as loop_module
 from esm2mega.train.pretrain import pretrain
 from esm2mega.train.sound import all_finite
 from esm2mega.train.step import StepResult, train_step
-from tests.broken_protein import broken
+from tests.broken_protein import broken, write_proteins
 from tests.checkpoints import full_tensors
 from tests.unit.runs import CPU, packed_batch, tiny_run, train_state
 
@@ -33,13 +32,7 @@ from tests.unit.runs import CPU, packed_batch, tiny_run, train_state
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 random proteins, of which p30 alone has pyrrolysines."""
     folder = tmp_path_factory.mktemp("incidents")
-    rng = np.random.default_rng(11)
-    letters = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", dtype=np.uint8)
-    with (folder / "all.fasta").open("wb") as file:
-        for number, length in enumerate(rng.integers(25, 60, 60)):
-            residues = rng.choice(letters, size=length).tobytes()
-            residues = residues[:5] + b"O" * 15 + residues[20:] if number == 30 else residues
-            file.write(b">p%d\n%s\n" % (number, residues))
+    write_proteins(folder / "all.fasta")
     prepare_fasta([folder / "all.fasta"], folder / "data")
     return folder / "data" / "train"
 

@@ -10,8 +10,9 @@ import pytest
 
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import DataConfig
-from esm2mega.data.store.cache import is_sequence_file, open_store, user_cache
+from esm2mega.data.store.cache import is_sequence_file, open_store
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import user_cache
 
 
 @pytest.fixture

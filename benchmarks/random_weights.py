@@ -1,0 +1,26 @@
+"""Random ESM-2 weights of any size, which are drawn tensor by tensor as a format writes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esm2mega.checkpoint.tensors import TensorInfo
+from esm2mega.config.presets import PRESETS
+from esm2mega.convert.lazy_weights import Description, Weights
+from esm2mega.convert.name_table import FREQUENCIES, our_shapes
+from esm2mega.model.rotary import rotary_frequencies
+
+
+def random_weights(size: str) -> Weights:
+    """Return fp32 weights of a preset with the language-model head."""
+    shape = PRESETS[size]
+    infos = {name: TensorInfo(dimensions, torch.float32) for name, dimensions in our_shapes(shape).items()}
+    generator = torch.Generator().manual_seed(1)
+
+    def read(name: str) -> Tensor:
+        if name == FREQUENCIES:
+            return rotary_frequencies(shape.hidden_size // shape.num_attention_heads, torch.float32)
+        return torch.randn(infos[name].shape, generator=generator)
+
+    return Weights(Description(shape, 1e-5), infos, read)
