@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from esm2mega.doctor.child import child_environment, last_words
 from esm2mega.doctor.finding import FAILED, MISSING, OK, Finding
@@ -44,7 +45,16 @@ def check_nccl(timeout: float = SECONDS) -> Iterator[Finding]:
 
 
 def _all_reduce(backend: str, world_size: int, what: str, cure: str, timeout: float) -> Finding:
-    command = [sys.executable, "-c", _ALL_REDUCE, backend, "127.0.0.1", str(_free_port()), str(world_size)]
+    # Processes that meet in a file need no port, which another program could take before them.
+    with tempfile.TemporaryDirectory(prefix="esm2mega-doctor-") as folder:
+        meeting = Path(folder, "meeting").as_uri()
+        return _all_reduce_at(meeting, backend, world_size, what, cure, timeout)
+
+
+def _all_reduce_at(
+    meeting: str, backend: str, world_size: int, what: str, cure: str, timeout: float
+) -> Finding:
+    command = [sys.executable, "-c", _ALL_REDUCE, backend, meeting, str(world_size)]
     environment = {**child_environment(), "OMP_NUM_THREADS": "1"}
     if backend == "gloo":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -92,20 +102,14 @@ _ALL_REDUCE = """
 import datetime, sys
 import torch
 import torch.distributed as dist
-backend, address, port, size, rank = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+backend, meeting, size, rank = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
 if backend == "nccl":
     torch.cuda.set_device(device)
-dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", world_size=size, rank=rank,
+dist.init_process_group(backend, init_method=meeting, world_size=size, rank=rank,
                         timeout=datetime.timedelta(seconds=30))
 value = torch.tensor([rank + 1.0], device=device)
 dist.all_reduce(value)
 print(value.item())
 dist.destroy_process_group()
 """
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

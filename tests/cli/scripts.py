@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,12 +41,6 @@ def write_store(folder: Path) -> Path:
     path = folder / "store"
     prepare_fasta([write_proteins(folder)], path, valid_size=10)
     return path
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def environment(**variables):

@@ -15,7 +15,6 @@ from tests.cli.scripts import (
     EXAMPLES,
     SMALL_RUN,
     environment,
-    free_port,
     records,
     run,
     warm_python,
@@ -23,6 +22,7 @@ from tests.cli.scripts import (
     write_store,
 )
 from tests.parity import references
+from tests.ranks import free_port
 
 SCRIPTS = sorted(
     path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*") if path.suffix in (".sh", ".sbatch")
@@ -98,7 +98,7 @@ def test_cpu_example_from_fasta_to_plot(fasta, tmp_path):
 @pytest.mark.distributed
 def test_multinode_example_with_two_nodes_of_one_process(store, tmp_path):
     variables = {
-        "NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "1",
+        "NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "NPROC_PER_NODE": "1",
         "STORE": str(store), "RUN_DIR": "run", "CONFIG": "pretrain_esm2_tiny",
     }  # fmt: skip
     command = ["bash", str(EXAMPLES / "pretrain_torchrun_multinode.sh"), *SMALL_RUN, "train.max_steps=2"]

@@ -17,12 +17,12 @@ from tests.cli.scripts import (
     EXAMPLES,
     SMALL_RUN,
     environment,
-    free_port,
     records,
     run,
     warm_python,
     write_store,
 )
+from tests.ranks import free_port
 
 SRUN = """#!{python}
 import json, os, signal, subprocess, sys
@@ -353,7 +353,7 @@ def test_slurm_saves_and_requeues_before_the_time_limit(slurm, store, tmp_path):
     overrides = " ".join([*SMALL_RUN, "train.max_steps=100000", "train.eval_every=0"])
     settings = {
         **slurm, "STORE": str(store), "CONFIG": "pretrain_esm2_tiny", "RUN_DIR": "run",
-        "MASTER_PORT": free_port(), "OVERRIDES": overrides,
+        "MASTER_PORT": str(free_port()), "OVERRIDES": overrides,
     }  # fmt: skip
     job = subprocess.Popen(
         ["bash", str(EXAMPLES / "slurm/pretrain.sbatch")], cwd=tmp_path, env=environment(**settings),

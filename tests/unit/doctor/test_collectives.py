@@ -17,7 +17,7 @@ def test_two_real_processes_reduce():
 
 
 def test_a_rank_that_fails_is_named_with_its_last_line(monkeypatch):
-    program = "import sys\nif sys.argv[5] == '1':\n    sys.exit('no interface')\nprint(3.0)"
+    program = "import sys\nif sys.argv[4] == '1':\n    sys.exit('no interface')\nprint(3.0)"
     monkeypatch.setattr(collectives, "_ALL_REDUCE", program)
     finding = check_gloo(timeout=30)
     assert finding.state == FAILED
