@@ -30,6 +30,10 @@ def prepare() -> None:
     help="Sequences held out for validation.",
 )
 @click.option("--test-size", default=0, metavar="N", help="Sequences held out for testing.")
+@click.option(
+    "--valid", metavar="FILE", help="Sequences for validation, instead of --val-size; left out of training."
+)
+@click.option("--test", metavar="FILE", help="The same for testing, instead of --test-size.")
 @click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the split.")
 @click.option(
     "--format",
@@ -67,6 +71,8 @@ def prepare_fasta_command(
     out: str,
     valid_size: int,
     test_size: int,
+    valid: str | None,
+    test: str | None,
     seed: int,
     workers: int | None,
     shard_size: float,
@@ -82,7 +88,8 @@ def prepare_fasta_command(
     from esm2mega.report.progress import show_bytes
 
     options = PrepareOptions(SourceOptions(**source), workers, int(shard_size * 2**10) << 20)
-    report = prepare_fasta(inputs, out, valid_size, test_size, seed, options, show_bytes)
+    given = {name: path for name, path in (("valid", valid), ("test", test)) if path is not None}
+    report = prepare_fasta(inputs, out, valid_size, test_size, seed, options, show_bytes, given)
     click.echo("\n".join(report.lines()))
 
 
