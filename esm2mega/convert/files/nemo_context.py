@@ -52,7 +52,7 @@ def read_model_config(file: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def write_model_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Make the directory `folder` with ``io.json``, which NeMo 2 reads, and ``model.yaml``, a copy for people.
+    """Make the directory `folder`: ``io.json``, which NeMo 2 reads, and ``model.yaml``, a copy for people.
 
     NeMo's `load_context` finds `config` under ``model.config``. There is no trainer and no optimizer in it.
     """

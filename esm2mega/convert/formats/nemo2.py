@@ -73,7 +73,7 @@ def open_directory(path: Path) -> tuple[Description, DistributedStore]:
 
 
 def write(weights: Weights, path: Path) -> None:
-    """Write configuration and weights, without an optimizer: what ``initial_ckpt_path`` of BioNeMo 2 reads."""
+    """Write configuration and weights, without an optimizer, for ``initial_ckpt_path`` of BioNeMo 2."""
     description, notes = weights.description, weights.notes
     tanh = description.activation == "gelu_tanh"
     if not tanh:
