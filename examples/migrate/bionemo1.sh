@@ -81,5 +81,5 @@ esm2mega finetune --config flip_secondary_structure run_dir="$OUT/lora" init_fro
 esm2mega predict "$OUT/scl" "$FASTA" --out "$OUT/locations.csv"
 
 # On to other programs: a directory of BioNeMo 2, and one of Hugging Face.
-esm2mega convert "$NEMO" "$OUT/bionemo2" --to nemo2 --verify
-esm2mega convert "$OUT/pretrained" "$OUT/hf" --to hf --verify
+esm2mega convert "$OUT/pretrained" "$OUT/bionemo2" --to nemo2 --verify
+esm2mega convert "$NEMO" "$OUT/hf" --to hf
