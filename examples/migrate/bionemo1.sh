@@ -6,6 +6,7 @@
 # Variables (defaults in brackets):
 #   UNIREF        directory with the FASTA files of UniRef50 and UniRef90 and their mapping, see below [uniref]
 #   FLIP          directory with a directory for each task of FLIP, as published [flip]
+#   TASKS         tasks of FLIP, of which secondary_structure is one [secondary_structure scl meltome]
 #   FLIP_OPTIONS  options of `esm2mega prepare flip`, such as --allow-other-sizes [empty]
 #   FINETUNE      configuration overrides of the trainings on FLIP, such as train.max_epochs=1 [empty]
 #   NEMO          .nemo archive of BioNeMo 1, packed or not [esm2nv.nemo]
@@ -21,6 +22,7 @@ set -euo pipefail
 
 UNIREF=${UNIREF:-uniref}
 FLIP=${FLIP:-flip}
+TASKS=${TASKS:-secondary_structure scl meltome}
 FLIP_OPTIONS=${FLIP_OPTIONS:-}
 FINETUNE=${FINETUNE:-}
 NEMO=${NEMO:-esm2nv.nemo}
@@ -63,7 +65,7 @@ torchrun -m esm2mega embed "$NEMO" "$FASTA" --out "$OUT/proteins.h5" --layout bi
 
 # downstream_flip.py: a head on a frozen encoder.
 # shellcheck disable=SC2086  # FLIP_OPTIONS and FINETUNE hold several words, or none
-for task in secondary_structure scl; do
+for task in $TASKS; do
   esm2mega prepare flip "$task" --source "$FLIP/$task" --out "$OUT/flip/$task" $FLIP_OPTIONS
   esm2mega finetune --config "flip_$task" run_dir="$OUT/$task" init_from="$NEMO" finetune.mode=frozen \
     data.train="$OUT/flip/$task/train.csv" data.valid="$OUT/flip/$task/valid.csv" \
@@ -77,9 +79,8 @@ esm2mega finetune --config flip_secondary_structure run_dir="$OUT/lora" init_fro
   data.train="$OUT/flip/secondary_structure/train.csv" data.valid="$OUT/flip/secondary_structure/valid.csv" \
   data.test="$OUT/flip/secondary_structure/test.csv" $FINETUNE
 
-# New proteins, with the head that was trained.
-esm2mega predict "$OUT/scl" "$FASTA" --out "$OUT/locations.csv"
+# New proteins, with the adapters and the head that were trained.
+esm2mega predict "$OUT/lora" "$FASTA" --out "$OUT/states.csv"
 
-# On to other programs: a directory of BioNeMo 2, and one of Hugging Face.
+# On to BioNeMo 2.
 esm2mega convert "$OUT/pretrained" "$OUT/bionemo2" --to nemo2 --verify
-esm2mega convert "$NEMO" "$OUT/hf" --to hf

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.vocabulary import CLS, EOS, encode_residues
 from tests import foreign
 from tests.cli.scripts import SMALL, records, run, warm_python
 
@@ -26,10 +27,6 @@ SHAPE = {
 }
 FEW_STEPS = ("train.max_epochs=null", "train.max_steps=2", "train.eval_every=0", "schedule.warmup_steps=0")
 STATES = "CEH"
-LOCATIONS = (
-    *("Cytoplasm", "Nucleus", "Cell_membrane", "Mitochondrion", "Endoplasmic_reticulum", "Lysosome/Vacuole"),
-    *("Golgi_apparatus", "Peroxisome", "Extracellular", "Plastid"),
-)
 
 
 def proteins(count: int, seed: int) -> list[str]:
@@ -56,7 +53,7 @@ def write_uniref(folder: Path) -> None:
 
 
 def write_flip(folder: Path) -> None:
-    """A task of residues, in three files, and one of proteins; splits in the headers."""
+    """A task of residues in three files, with the splits in the headers."""
     rng, found = np.random.default_rng(2), proteins(24, seed=3)
     marks = [f"SET={'test' if n >= 20 else 'train'} VALIDATION={16 <= n < 20}" for n in range(24)]
     residues = folder / "secondary_structure"
@@ -65,22 +62,21 @@ def write_flip(folder: Path) -> None:
     fasta(residues / "sampled.fasta", {f"Sequence{n} {marks[n]}": text for n, text in enumerate(labels)})
     resolved = {f"Sequence{n}": "0" + "1" * (len(text) - 1) for n, text in enumerate(found)}
     fasta(residues / "resolved.fasta", resolved)
-    targets = {f"Sequence{n} TARGET={LOCATIONS[n % 10]} {marks[n]}": text for n, text in enumerate(found)}
-    fasta(folder / "scl" / "mixed_soft.fasta", targets)
 
 
 def test_the_published_sequence_of_commands(tmp_path: Path) -> None:
     write_uniref(tmp_path / "uniref")
     write_flip(tmp_path / "flip")
-    # Ids repeat, and one protein of training is in the validation file, under another name.
+    # One protein of training is in the validation file, under another name.
     mine = proteins(12, seed=4)
     fasta(tmp_path / "mine.fasta", {f"p{n} of mine": text for n, text in enumerate(mine)})
     fasta(tmp_path / "valid.fasta", {"v0": mine[5], "v1": proteins(1, seed=5)[0]})
-    foreign.write_nemo1(foreign.truth(torch.float32, "fp16"), tmp_path)
+    truth = foreign.truth(torch.float32, "fp16")
+    foreign.unpacked(foreign.write_nemo1(truth, tmp_path, tp=2))
     variables = {
-        "UNIREF": "uniref", "FLIP": "flip", "FLIP_OPTIONS": "--allow-other-sizes", "NEMO": "x.nemo",
+        "UNIREF": "uniref", "FLIP": "flip", "FLIP_OPTIONS": "--allow-other-sizes", "NEMO": "unpacked",
         "FASTA": "mine.fasta", "VALID": "valid.fasta", "OUT": "out", "CONFIG": "base", "STEPS": "1",
-        "NPROC": "1", "FINETUNE": " ".join((*SMALL, *FEW_STEPS)),
+        "TASKS": "secondary_structure", "FINETUNE": " ".join((*SMALL, *FEW_STEPS)),
     }  # fmt: skip
     overrides = [f"model.{key}={value}" for key, value in SHAPE.items()]
     overrides += ["model.layer_spec=local", *SMALL]
@@ -106,12 +102,16 @@ def test_the_published_sequence_of_commands(tmp_path: Path) -> None:
         assert {data.compression for data in hiddens.values()} == {"gzip"}
         for n in range(12):
             assert np.allclose(pooled[str(n)], hiddens[str(n)][()].mean(0), atol=1e-5)
-    for task in ("secondary_structure", "scl"):
-        assert 0 <= records(out / task)[-1]["test_accuracy"] <= 1
+        ids = torch.tensor([[CLS, *encode_residues(mine[3]).tolist(), EOS]])
+        with torch.no_grad():
+            states = truth.model(ids, repr_layers=[foreign.L])["representations"][foreign.L][0, 1:-1]
+        # fp32 sums in another order.
+        assert np.abs(hiddens["3"] - states.numpy()).max() <= 1e-5 * states.abs().max()
+    assert 0 <= records(out / "secondary_structure")[-1]["test_accuracy"] <= 1
     (adapted,) = (out / "lora" / "checkpoints").iterdir()
     assert "mode: lora" in (adapted / "config.yaml").read_text()
-    with (out / "locations.csv").open() as file:
+    with (out / "states.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == [f"p{n}" for n in range(12)]
-    assert (out / "bionemo2" / "context" / "io.json").is_file() and (out / "hf" / "config.json").is_file()
+    assert (out / "bionemo2" / "context" / "io.json").is_file()
     assert json.loads((out / "bionemo2.verify.json").read_text())["passed"]

@@ -78,27 +78,6 @@ def test_data_parallel_gives_the_same_file(
     assert (tmp_path / "x.h5").read_bytes() == alone.read_bytes()
 
 
-def test_two_processes_write_the_layout_of_bionemo(
-    reference: Reference, fasta: Path, alone: Path, tmp_path: Path
-) -> None:
-    """Compressed, in the order of the input, with the same bits as in the other layout of one process."""
-    options = ("--layout", "bionemo", "--compression", "gzip", "--too-long", "chunk")
-    run_ranks(arguments(reference, fasta, tmp_path / "x.h5", *options), 2, tmp_path / "output")
-    with (
-        h5py.File(alone) as ragged,
-        h5py.File(tmp_path / "x_hiddens.h5") as hiddens,
-        h5py.File(tmp_path / "x_embeddings.h5") as embeddings,
-    ):
-        names, ends = ragged["ids"].asstr()[:].tolist(), ragged["offsets"][:]
-        assert len(hiddens) == len(embeddings) == len(names)
-        for number, name in enumerate(names):
-            residues, pooled = hiddens[str(number)], embeddings[str(number)]
-            assert residues.attrs["original_id"] == pooled.attrs["original_id"] == name
-            assert residues.compression == "gzip"
-            assert np.array_equal(residues, ragged["residue/layer_4"][slice(*ends[number : number + 2])])
-            assert np.array_equal(pooled, ragged["pooled/layer_4"][number])
-
-
 @pytest.mark.parametrize(
     ("layout", "world_size", "bitwise"),
     [("tensor", 2, {"residue/layer_0", "pooled/layer_0"}), ("pipeline", 2, {"residue", "pooled", "logits"})],
