@@ -102,10 +102,13 @@ class EarlyStoppingConfig:
 
 @dataclass
 class TrainConfig:
-    """Sets the batch sizes in tokens, the length of the run and how often it reports."""
+    """Sets the batch sizes in tokens or in proteins, the length of the run and how often it reports."""
 
     micro_batch_tokens: int = 4096
     global_batch_tokens: int = 4096
+    micro_batch_size: int | None = None
+    global_batch_size: int | None = None
+    accumulate_grad_batches: int | None = None
     max_steps: int = 1000
     max_epochs: int | None = None
     eval_every: int = 0

@@ -30,7 +30,7 @@ from esm2mega.train.start import find_init, find_resume
 from tests.checkpoints import full_weights
 from tests.unit.conftest import TinyRun
 from tests.unit.data.damage import flip
-from tests.unit.runs import tiny_run, unmasked_store
+from tests.unit.runs import proteins_run, tiny_run, unmasked_store
 
 
 def test_init_from_starts_with_the_weights_and_a_fresh_optimizer(finished: TinyRun, tmp_path: Path) -> None:
@@ -102,6 +102,37 @@ def test_epochs_take_every_protein_so_often(finished: TinyRun, tmp_path: Path) -
     assert (saved.train.max_steps, saved.schedule.decay_steps) == (loop.step, loop.step * 9 // 10)
     with pytest.raises(UserError, match="train.max_epochs=4 differs from 3 of the checkpoint"):
         pretrain(tiny_run(*changes, "train.max_epochs=4", run_dir=tmp_path))
+
+
+def test_steps_in_proteins(finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packs of any size give one curve; a resumed run keeps its step, and says so where the keys say else."""
+
+    def losses(name: str, *batch: str) -> list[float]:
+        tokens = [f"{key}={value}" for key, value in (("data.train", finished.train), ("train.max_steps", 2))]
+        pretrain(proteins_run(*tokens, *batch, run_dir=tmp_path / name))
+        records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [record[key] for record in records for key in ("loss", "grad_norm", "consumed_tokens")]
+
+    expected = losses("a", "train.micro_batch_size=4", "train.accumulate_grad_batches=3")
+    for name, batch in (("b", ["train.micro_batch_size=12"]), ("c", ["train.global_batch_size=12"])):
+        # Another order of summation changes the last of the 16 digits.
+        assert losses(name, *batch) == pytest.approx(expected, rel=1e-12, abs=0)
+    state = layout.read_state(layout.step_dir(tmp_path / "a", 2))
+    saved = layout.read_config(layout.step_dir(tmp_path / "a", 2))
+    assert state["data"]["consumed_samples"] == 24 and saved.train.global_batch_size == 12
+    assert state["data"]["identity"]["train.global_batch_size"] == 12
+    said = capsys.readouterr().err
+    assert (
+        "batch    12 proteins a step in packs of 256 tokens\n" in said and "as in the checkpoint" not in said
+    )
+    losses("a", "train.micro_batch_size=4", "train.accumulate_grad_batches=2", "train.max_steps=3")
+    assert layout.read_state(layout.step_dir(tmp_path / "a", 3))["data"]["consumed_samples"] == 36
+    assert (
+        "a step takes 12 proteins as in the checkpoint, not train.micro_batch_size x data-parallel size x "
+        "train.accumulate_grad_batches = 8\n" in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match="train.global_batch_size=24 differs from 12 of the checkpoint"):
+        losses("a", "train.micro_batch_size=4", "train.global_batch_size=24", "train.max_steps=4")
 
 
 def test_a_step_larger_than_the_data_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
