@@ -2,7 +2,7 @@
 
 With DP = world size / (TP x PP), an optimizer step takes one of
 
-- `train.global_batch_tokens` = T x DP x micro-batches per process, in packs of T = `train.micro_batch_tokens`;
+- `train.global_batch_tokens` = T x DP x micro-batches per rank, in packs of T = `train.micro_batch_tokens`;
 - `train.global_batch_size` proteins, by default `train.micro_batch_size` x DP x
   `train.accumulate_grad_batches`, in as many packs of T = `train.micro_batch_size` x `data.max_seq_length` as
   they fill.
@@ -54,8 +54,8 @@ def way_of_counting(settings: Iterable[tuple[str, Any, str]]) -> Literal["protei
         key_of.setdefault(_WAYS[key], key)
         if len(key_of) > 1:
             raise UserError(
-                f"{where}: {key_of['proteins']} counts proteins and {key_of['tokens']} tokens, but a batch is "
-                f"counted in one of them; leave out {' and '.join(TOKEN_KEYS)}, or {', '.join(PROTEIN_KEYS)}"
+                f"{where}: {key_of['proteins']} counts proteins and {key_of['tokens']} tokens, but a batch "
+                f"is counted in one of them; leave out {' and '.join(TOKEN_KEYS)}, or {', '.join(PROTEIN_KEYS)}"
             )
     return next((way for way in ("proteins", "tokens") if way in key_of), None)  # type: ignore[misc]
 
@@ -186,8 +186,8 @@ def check_batches(train: TrainConfig, data: DataConfig, parallel: ParallelConfig
         )
     if train.micro_batch_size is not None and data.pack_window is not None:
         raise UserError(
-            f"data.pack_window={data.pack_window} does not go with batches counted in proteins, where those of "
-            "a step are packed together; set data.pack_window=null"
+            f"data.pack_window={data.pack_window} does not go with batches counted in proteins, where those "
+            "of a step are packed together; set data.pack_window=null"
         )
     count = num_micro_batches(train, parallel, world_size)
     pp = parallel.pipeline_model_parallel_size

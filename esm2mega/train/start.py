@@ -118,8 +118,8 @@ def with_batches(run: Run, start: StartPoint | None) -> Run:
         product = formula(run.train, run.parallel, world_size)
         if product != saved:
             line = (
-                f"a step takes {saved} proteins as in the checkpoint, not train.micro_batch_size x data-parallel "
-                f"size x train.accumulate_grad_batches = {product}"
+                f"a step takes {saved} proteins as in the checkpoint, not train.micro_batch_size x "
+                f"data-parallel size x train.accumulate_grad_batches = {product}"
             )
             on_one_rank(lambda: print(f"esm2mega: {line}", file=sys.stderr, flush=True))
     return replace(run, train=train)

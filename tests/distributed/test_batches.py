@@ -33,7 +33,7 @@ def train(run_dir: Path, store: Path, world_size: int, steps: int, **train: int)
 
 
 def test_one_curve_and_resume_at_another_dp(store: Path, tmp_path: Path) -> None:
-    """Two processes begin, three go on, and the curve is that of one; a DP that does not divide is refused."""
+    """Two processes begin, three go on, and the curve is that of one."""
     whole = train(tmp_path / "whole", store, 1, 3, micro_batch_size=4, global_batch_size=TOTAL)
     train(tmp_path / "run", store, 2, 2, micro_batch_size=3, accumulate_grad_batches=4)
     found = train(tmp_path / "run", store, 3, 3, micro_batch_size=3, accumulate_grad_batches=4)

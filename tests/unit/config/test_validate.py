@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import Run
 from esm2mega.config.validate import check_training_inputs, validate
