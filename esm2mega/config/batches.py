@@ -43,7 +43,7 @@ def way_of_counting(settings: Iterable[tuple[str, Any, str]]) -> Literal["protei
     Raises:
         UserError: One source counts in both ways.
     """
-    key_of: dict[str, str] = {}
+    key_of: dict[Literal["proteins", "tokens"], str] = {}
     latest: str | None = None
     for key, value, where in settings:
         if key not in _WAYS or isinstance(value, Unset):
@@ -55,9 +55,10 @@ def way_of_counting(settings: Iterable[tuple[str, Any, str]]) -> Literal["protei
         if len(key_of) > 1:
             raise UserError(
                 f"{where}: {key_of['proteins']} counts proteins and {key_of['tokens']} tokens, but a batch "
-                f"is counted in one of them; leave out {' and '.join(TOKEN_KEYS)}, or {', '.join(PROTEIN_KEYS)}"
+                f"is counted in one of them; leave out {' and '.join(TOKEN_KEYS)}, or "
+                f"{', '.join(PROTEIN_KEYS)}"
             )
-    return next((way for way in ("proteins", "tokens") if way in key_of), None)  # type: ignore[misc]
+    return next(iter(key_of), None)
 
 
 def fill_batches(train: TrainConfig, data: DataConfig) -> None:

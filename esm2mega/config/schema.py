@@ -222,7 +222,7 @@ class FinetuneConfig:
 
 @dataclass
 class LoRAConfig:
-    """Sets up low-rank adapters of the parallel linears; there are none unless `rank` is set."""
+    """Sets up low-rank adapters of linears; there are none unless `rank` is set."""
 
     rank: int | None = None
     alpha: float | None = None
@@ -230,6 +230,7 @@ class LoRAConfig:
     target_modules: list[str] = field(default_factory=lambda: ["linear_qkv"])
     use_rslora: bool = False
     use_dora: bool = False
+    bias: str = _choice("none", "none", "all", "lora_only")
 
     @property
     def scaling(self) -> float:

