@@ -20,7 +20,7 @@ from esm2mega.config.lora import LINEARS, LM_HEAD, Linear, Targets, is_trained_b
 from esm2mega.config.schema import Run
 from esm2mega.convert.into_model import load_for_task, load_initial_weights
 from esm2mega.convert.lazy_weights import HeadDescription
-from esm2mega.convert.name_table import OUTPUT_BIAS
+from esm2mega.convert.name_table import OUTPUT_BIAS, is_lm_head
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.convert.tensors import cut_vocabulary, pad_vocabulary
 from esm2mega.lora.base import Base, check_adapters, check_base, has_adapters, identify, recorded_base
@@ -91,6 +91,9 @@ class AdapterReader:
 
     def read_bias(self, name: str) -> Tensor | None:
         """Return a bias that was trained, by its name among the whole tensors of a model; else None."""
+        # A model with the head of a task has none of these.
+        if is_lm_head(name) and self.run.task.kind is not None:
+            return None
         if name.startswith(TASK_HEAD) or not is_trained_bias(name, self.run.lora, self.targets):
             return None
         value = self._reader.read(*_stacked(name))
