@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from esm2mega.config.batches import data_parallel_size
 from esm2mega.config.load import load_run_over
 from esm2mega.config.machine import on_this_machine
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import DataConfig, InferConfig, ModelConfig, ParallelConfig, Run
-from esm2mega.config.validate import data_parallel_size, validate_model
+from esm2mega.config.validate import validate_model
 from esm2mega.errors import UserError
 
 OUTPUTS = ("residue", "pooled", "logits", "contacts")

@@ -24,6 +24,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
+from esm2mega.config.batches import PROTEIN_KEYS, derived_keys, fill_batches, way_of_counting
 from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
 from esm2mega.config.scalars import Unset, escaped, literal, read_word, read_yaml, show, shown
@@ -99,7 +100,12 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
 def _given(config: str | None, overrides: Sequence[str]) -> list[_Setting]:
     """Return what a file and overrides set, in the order in which it holds."""
     settings = list(_file_settings(find_config(config), ())) if config is not None else []
-    return settings + [_parse_override(text) for text in overrides]
+    settings += [_parse_override(text) for text in overrides]
+    if way_of_counting((s.key, s.value, s.where) for s in settings) == "tokens":
+        # Proteins that an earlier source counts count no more. In the other way, tokens are derived.
+        unset = [_Setting(key, Unset("null"), "override") for key in PROTEIN_KEYS]
+        settings = unset + [s for s in settings if s.key not in PROTEIN_KEYS]
+    return settings
 
 
 def _is_default(setting: _Setting) -> bool:
@@ -128,7 +134,11 @@ def values_of(keys: Sequence[str], config: str | None, overrides: Sequence[str] 
 
 def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
     """Write YAML that `run_from_yaml` reads back to an equal `Run`; `path` is replaced in one step."""
-    text = OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(run))))
+    content = _escaped(dataclasses.asdict(run))
+    for key in derived_keys(run.train):
+        section, _, name = key.partition(".")
+        del content[section][name]
+    text = OmegaConf.to_yaml(OmegaConf.create(content))
     with replacing(Path(path)) as partial:
         partial.write_text(f"{_RESOLVED} {__version__}.\n{text}", encoding="utf-8")
 
@@ -157,10 +167,11 @@ def _literal(value: Any) -> Any:
 
 
 def resolve(run: Run) -> Run:
-    """Return a copy with the derived keys filled: the dimensions of the model's size, and the decay's end."""
+    """Return a copy with the derived keys filled: the model's dimensions, T, and the end of the decay."""
     run = copy.deepcopy(run)
     check_choices(run)
     fill_shape(run.model)
+    fill_batches(run.train, run.data)
     if run.train.max_epochs is None:  # else the length is known when the data are, see `resolve_max_steps`
         _fill_decay(run.schedule, run.train)
     return run

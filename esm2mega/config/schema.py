@@ -102,10 +102,13 @@ class EarlyStoppingConfig:
 
 @dataclass
 class TrainConfig:
-    """Sets the batch sizes in tokens, the length of the run and how often it reports."""
+    """Sets the batch sizes in tokens or in proteins, the length of the run and how often it reports."""
 
     micro_batch_tokens: int = 4096
     global_batch_tokens: int = 4096
+    micro_batch_size: int | None = None
+    global_batch_size: int | None = None
+    accumulate_grad_batches: int | None = None
     max_steps: int = 1000
     max_epochs: int | None = None
     eval_every: int = 0
@@ -219,7 +222,7 @@ class FinetuneConfig:
 
 @dataclass
 class LoRAConfig:
-    """Sets up low-rank adapters of the parallel linears; there are none unless `rank` is set."""
+    """Sets up low-rank adapters of linears; there are none unless `rank` is set."""
 
     rank: int | None = None
     alpha: float | None = None
@@ -227,6 +230,7 @@ class LoRAConfig:
     target_modules: list[str] = field(default_factory=lambda: ["linear_qkv"])
     use_rslora: bool = False
     use_dora: bool = False
+    bias: str = _choice("none", "none", "all", "lora_only")
 
     @property
     def scaling(self) -> float:

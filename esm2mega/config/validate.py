@@ -1,8 +1,7 @@
 """Checks a configuration as a whole, and against the number of processes, before anything starts.
 
 It is pure Python: the command line runs these checks before it imports torch. Each error is one line with the
-value, the rule, the key and the cure. In the batch arithmetic, T = `train.micro_batch_tokens`, DP = world
-size / (TP x PP), and an optimizer step takes `train.global_batch_tokens` = T x DP x micro-batches per rank.
+value, the rule, the key and the cure.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import math
 import os
 from pathlib import Path
 
+from esm2mega.config.batches import check_batches, check_sequence_parallel
 from esm2mega.config.best_metric import check_best_metric
 from esm2mega.config.lora import check_lora, check_start
 from esm2mega.config.presets import shape_of
@@ -44,6 +44,10 @@ _AT_LEAST = {
     "data.max_seq_length": 3,  # <cls>, one residue, <eos>
     "data.pack_window": 1,
     "data.workers": 0,
+    # Before the token counts, which may be derived from them.
+    "train.micro_batch_size": 1,
+    "train.global_batch_size": 1,
+    "train.accumulate_grad_batches": 1,
     "train.micro_batch_tokens": 1,
     "train.global_batch_tokens": 1,
     "train.max_steps": 1,
@@ -115,7 +119,7 @@ def validate(run: Run, world_size: int) -> None:
     _check_masking("eval", run.eval)
     _check_stores(run.data, run.train, is_labelled=run.task.kind is not None)
     _check_schedule(run.schedule, run.train)
-    _check_batches(run.train, run.data, run.parallel, world_size)
+    check_batches(run.train, run.data, run.parallel, world_size)
 
 
 def validate_model(run: Run) -> None:
@@ -125,34 +129,7 @@ def validate_model(run: Run) -> None:
     _check_family(run.model, run.data)
     _check_model(run.model)
     _check_layout(run.model, run.parallel, run.train)
-    check_lora(run.lora, run.model)
-
-
-def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Return the number of model replicas: world size / (TP x PP)."""
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size < 1 or world_size % (tp * pp):
-        raise UserError(
-            f"world size {world_size} is not a multiple of parallel.tensor_model_parallel_size={tp} x "
-            f"parallel.pipeline_model_parallel_size={pp} = {tp * pp}; "
-            f"start a multiple of {tp * pp} processes or change these sizes"
-        )
-    return world_size // (tp * pp)
-
-
-def num_micro_batches(train: TrainConfig, parallel: ParallelConfig, world_size: int) -> int:
-    """Return how many micro-batches (packs of T tokens) each rank takes per optimizer step."""
-    dp_size = data_parallel_size(parallel, world_size)
-    micro, total = train.micro_batch_tokens, train.global_batch_tokens
-    step = micro * dp_size
-    if total % step:
-        # The smaller neighbour is no cure when it is zero.
-        nearest = [str(n) for n in (total // step * step, (total // step + 1) * step) if n]
-        raise UserError(
-            f"train.global_batch_tokens={total} is not a multiple of train.micro_batch_tokens={micro} x "
-            f"data-parallel size {dp_size} = {step}; set train.global_batch_tokens={' or '.join(nearest)}"
-        )
-    return total // step
+    check_lora(run.lora, run.model, has_lm_head=run.task.kind is None)
 
 
 def check_choices(run: Run) -> None:
@@ -343,12 +320,7 @@ def _check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConf
                 "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; "
                 "set parallel.sequence_parallel=false"
             )
-        if train.micro_batch_tokens % tp:
-            raise UserError(
-                f"train.micro_batch_tokens={train.micro_batch_tokens} is not divisible by "
-                f"parallel.tensor_model_parallel_size={tp}, which parallel.sequence_parallel=true needs; "
-                f"set train.micro_batch_tokens={-(-train.micro_batch_tokens // tp) * tp}"
-            )
+        check_sequence_parallel(train, tp)
 
 
 def _virtual_cure(num_layers: int, pp: int) -> str:
@@ -422,22 +394,4 @@ def _check_schedule(schedule: ScheduleConfig, train: TrainConfig) -> None:
         raise UserError(
             f"train.early_stopping.patience={train.early_stopping.patience} counts evaluations, but "
             "train.eval_every=0 never evaluates; set train.eval_every"
-        )
-
-
-def _check_batches(train: TrainConfig, data: DataConfig, parallel: ParallelConfig, world_size: int) -> None:
-    """Check that packs hold the longest sequence, and that the batch can be divided over the processes."""
-    if train.micro_batch_tokens < data.max_seq_length:
-        raise UserError(
-            f"train.micro_batch_tokens={train.micro_batch_tokens} is smaller than data.max_seq_length="
-            f"{data.max_seq_length}, so a long protein would not fit into a pack; "
-            "raise train.micro_batch_tokens or lower data.max_seq_length"
-        )
-    count = num_micro_batches(train, parallel, world_size)
-    pp = parallel.pipeline_model_parallel_size
-    if parallel.virtual_pipeline_model_parallel_size is not None and count % pp:
-        raise UserError(
-            f"{count} micro-batches per step (train.global_batch_tokens={train.global_batch_tokens}) are not "
-            f"divisible by parallel.pipeline_model_parallel_size={pp}, which a virtual pipeline needs; "
-            "change train.global_batch_tokens, or set parallel.virtual_pipeline_model_parallel_size=null"
         )

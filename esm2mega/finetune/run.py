@@ -35,7 +35,7 @@ from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.train.build import HeadTraining, build
 from esm2mega.train.loop import Evaluation, LoopState
 from esm2mega.train.session import Session, resolve_epochs, run_session
-from esm2mega.train.start import open_training_start
+from esm2mega.train.start import open_training_start, with_batches
 
 _STEPS_PER_WINDOW = 4
 """Sets how many steps' proteins are packed together where `data.pack_window` is not set."""
@@ -109,6 +109,7 @@ def finetune(
     check_classes(info, run.task.target_columns, train.notes)
     if "valid" in splits.of:
         _check_predictable(run, splits.of["valid"])
+    run = with_batches(run, start)
     run = resolve_epochs(run, lambda: LabelledStream(train, train_spec(run.data, run.train, run.seed, train)))
     with process_groups(run.parallel, run.seed) as ranks:
 
@@ -164,11 +165,12 @@ def train_spec(data: DataConfig, train: TrainConfig, seed: int, proteins: Labell
     Packs are made of proteins of similar length where there is a choice, and lengths often correlate with
     labels. So the choice is small by default: among the proteins of a few steps, each of them once.
     """
-    if data.pack_window is None:
+    total = train.global_batch_size
+    if data.pack_window is None and total is None:
         mean_tokens = len(proteins.tokens) / len(proteins) + 2
         window = round(_STEPS_PER_WINDOW * train.global_batch_tokens / mean_tokens)
         data = replace(data, pack_window=max(1, min(window, len(proteins))))
-    return BatchSpec(data, train.micro_batch_tokens, seed, train.max_epochs)
+    return BatchSpec(data, train.micro_batch_tokens, seed, train.max_epochs, global_batch_size=total)
 
 
 def _check_predictable(run: Run, proteins: LabelledProteins) -> None:

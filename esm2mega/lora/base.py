@@ -153,7 +153,7 @@ def check_adapters(start: StartPoint, lora: LoRAConfig) -> None:
         UserError: A key has another value; the message names it.
     """
     theirs = start.run.lora
-    for key in ("rank", "alpha", "target_modules", "use_rslora", "use_dora"):
+    for key in ("rank", "alpha", "target_modules", "use_rslora", "use_dora", "bias"):
         if (value := getattr(theirs, key)) != (own := getattr(lora, key)):
             raise UserError(
                 f"{start.path}: its adapters have lora.{key}={value}, the configuration says {own}; set "

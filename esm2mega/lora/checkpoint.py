@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,18 @@ from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TASK_HEAD, TRAINED, TensorFilter
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
-from esm2mega.config.lora import LINEARS, Linear, Targets, resolve_targets
-from esm2mega.config.presets import shape_of
+from esm2mega.config.lora import LINEARS, LM_HEAD, Linear, Targets, is_trained_bias, targets_of
 from esm2mega.config.schema import Run
 from esm2mega.convert.into_model import load_for_task, load_initial_weights
 from esm2mega.convert.lazy_weights import HeadDescription
+from esm2mega.convert.name_table import OUTPUT_BIAS, is_lm_head
 from esm2mega.convert.start_point import StartPoint
+from esm2mega.convert.tensors import cut_vocabulary, pad_vocabulary
 from esm2mega.lora.base import Base, check_adapters, check_base, has_adapters, identify, recorded_base
 from esm2mega.lora.inject import SUFFIX, apply_lora
 from esm2mega.parallel.errors import on_one_rank
+
+_IN_LAYER = re.compile(r"(encoder\.layers\.)(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class AdapterReader:
         base: Weights that the adapters belong to.
         run: Configuration of the checkpoint.
         targets: Layers that have an adapter, by the name of the linear.
-        others: Names of the tensors that were trained besides the adapters, such as a head.
+        others: Names of the tensors of the head of a task, which was trained besides the adapters.
     """
 
     def __init__(self, start: StartPoint) -> None:
@@ -63,11 +67,8 @@ class AdapterReader:
         self.base = recorded_base(start)
         self.run = start.run
         self._reader = TensorReader(start.path)
-        self.targets: Targets = resolve_targets(
-            self.run.lora.target_modules, shape_of(self.run.model).num_layers
-        )
-        weights = (name for name in self._reader.index if not name.startswith("optimizer."))
-        self.others = [name for name in weights if not name.rpartition(".")[0].endswith(SUFFIX)]
+        self.targets: Targets = targets_of(self.run)
+        self.others = [name for name in self._reader.index if name.startswith(TASK_HEAD)]
 
     def head(self) -> HeadDescription | None:
         """Return the head of a task that was trained beside the adapters, if there is one."""
@@ -84,14 +85,32 @@ class AdapterReader:
         layers = self.targets.get(linear.name, ())
         if layer not in layers:
             return None
-        stem, number = stored_name(linear), layers.index(layer)
+        stem, number = stored_name(linear), None if linear is LM_HEAD else layers.index(layer)
         names = ["lora_A", "lora_B", *(["magnitude"] if self.run.lora.use_dora else [])]
         return Factors(*(self._reader.read(f"{stem}.{name}", number) for name in names))
+
+    def read_bias(self, name: str) -> Tensor | None:
+        """Return a bias that was trained, by its name among the whole tensors of a model; else None."""
+        # A model with the head of a task has none of these.
+        if is_lm_head(name) and self.run.task.kind is not None:
+            return None
+        if name.startswith(TASK_HEAD) or not is_trained_bias(name, self.run.lora, self.targets):
+            return None
+        value = self._reader.read(*_stacked(name))
+        return cut_vocabulary(value) if name == OUTPUT_BIAS else value
 
 
 def stored_name(linear: Linear) -> str:
     """Return the prefix of the names of a linear's adapter tensors, which stack all layers along axis 0."""
+    if linear is LM_HEAD:
+        return f"{linear.name}{SUFFIX}"
     return f"encoder.layers.{linear.block}.{linear.name}{SUFFIX}"
+
+
+def _stacked(name: str) -> tuple[str, int | None]:
+    """Return the name under which a checkpoint stacks a tensor of all layers, and the layer of this one."""
+    found = _IN_LAYER.fullmatch(name)
+    return (name, None) if found is None else (f"{found[1]}{found[3]}", int(found[2]))
 
 
 def write_adapters(
@@ -100,7 +119,7 @@ def write_adapters(
     base: Base,
     factors: Mapping[tuple[str, int], Factors],
     state: dict[str, Any],
-    head: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
 ) -> None:
     """Write a checkpoint of adapters that do not come from a run.
 
@@ -110,24 +129,33 @@ def write_adapters(
         base: Weights that the adapters belong to.
         factors: Factors by name of the linear and layer, exactly those of `run.lora.target_modules`.
         state: Further entries of ``train_state.json``.
-        head: Tensors of the head of a task by their names in the model.
+        others: Tensors of the head of a task, and trained biases, by their names among whole tensors.
     """
-    targets = resolve_targets(run.lora.target_modules, shape_of(run.model).num_layers)
+    targets = targets_of(run)
     stacked: dict[str, StackedTensor] = {}
     sources: dict[str, list[Tensor]] = {}
-    for linear in LINEARS:
+    for linear in (*LINEARS, LM_HEAD):
         layers = targets.get(linear.name, ())
         for name in factors[linear.name, layers[0]].present() if layers else ():
             stored = f"{stored_name(linear)}.{name}"
             values = sources[stored] = [factors[linear.name, layer].present()[name] for layer in layers]
-            shape = (len(layers), *values[0].shape)
-            stacked[stored] = StackedTensor(TensorInfo(shape, values[0].dtype), len(layers))
-    for name, value in head.items():
-        sources[name] = [value]
-        stacked[name] = StackedTensor(TensorInfo(tuple(value.shape), value.dtype), None)
+            stacked[stored] = _entry(values, is_stacked=linear is not LM_HEAD)
+    for name, value in others.items():
+        stored, layer = _stacked(name)
+        sources.setdefault(stored, []).append(pad_vocabulary(value) if name == OUTPUT_BIAS else value)
+        # The layers come in their order, each of them once.
+        assert layer in (None, len(sources[stored]) - 1)
+        stacked[stored] = _entry(sources[stored], is_stacked=layer is not None)
     write_weights(directory / layout.MODEL, stacked, lambda name, layer: sources[name][layer or 0])
     layout.write_description(directory, run, {**state, **base.as_state()})
     write_digests(directory)
+
+
+def _entry(values: Sequence[Tensor], is_stacked: bool) -> StackedTensor:
+    """Describe a tensor of all layers, or one that is in no layer."""
+    shape = tuple(values[0].shape)
+    count = len(values) if is_stacked else None
+    return StackedTensor(TensorInfo(shape if count is None else (count, *shape), values[0].dtype), count)
 
 
 def load_model(

@@ -1,18 +1,14 @@
-"""Converts adapters to and from a directory of PEFT: ``adapter_config.json`` and one safetensors file.
+"""Converts adapters to and from a directory of PEFT: ``adapter_config.json`` and one file of tensors.
 
-Names and keys are those of peft 0.13 to 0.21. Channels of q and k need no reordering: both sides rotate the
-pairs ``(i, i + d/2)``.
-
-Legend: ``r`` rank of the adapter, ``i`` and ``o`` inputs and outputs of a linear.
+Channels of q and k need no reordering: both sides rotate the pairs ``(i, i + d/2)``.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +16,28 @@ from torch import Tensor
 
 from esm2mega.checkpoint.finite import FiniteCheck
 from esm2mega.checkpoint.tensors import TensorInfo
-from esm2mega.config.lora import LINEARS, Linear, Targets, shortest_patterns
-from esm2mega.config.presets import ModelShape, shape_of
-from esm2mega.config.schema import LoRAConfig
+from esm2mega.config.lora import LINEARS, LM_HEAD, Targets, is_trained_bias, shortest_patterns
+from esm2mega.config.presets import shape_of
+from esm2mega.config.schema import Run
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate_model
 from esm2mega.convert.files.safetensors_writer import write_safetensors
 from esm2mega.convert.files.source import SourceFiles
-from esm2mega.convert.files.stores import SafetensorsStore
 from esm2mega.convert.formats.esm2mega import run_of
+from esm2mega.convert.formats.hf import NAMES
 from esm2mega.convert.formats.registry import detect
 from esm2mega.convert.heads.contact_head import is_contact_head
 from esm2mega.convert.heads.hf_classifiers import dropout_of, find_equal, no_equal
-from esm2mega.convert.lazy_weights import flag_from, number_from
+from esm2mega.convert.lazy_weights import Weights
+from esm2mega.convert.name_table import is_lm_head
 from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
 from esm2mega.errors import UserError
-from esm2mega.files import appearing, parse_json, refuse_existing
+from esm2mega.files import appearing, first_of, refuse_existing
 from esm2mega.lora.base import identify
 from esm2mega.lora.checkpoint import AdapterReader, Factors, write_adapters
+from esm2mega.lora.hf_files import CONFIG, FACTORS, ROOT, TENSORS, module_of, read_peft
 from esm2mega.lora.hf_head import (
     MODULE,
-    PREFIX,
     TASK_TYPES,
     Meaning,
     described,
@@ -50,49 +47,8 @@ from esm2mega.lora.hf_head import (
     write_task,
 )
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 
-_THEIRS = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector",
-}
-"""This table gives peft's name for each of our factors."""
-
-_NAME = re.compile(
-    r"base_model\.model\.(?:esm\.)?encoder\.layer\.(?P<layer>\d+)\.(?P<linear>[\w.]+?)\."
-    r"(?P<factor>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
-)
-
-_WITHOUT_EFFECT = {
-    "alpha",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "revision",
-    "target_modules",
-    "task_type",
-    "use_dora",
-    "use_rslora",
-}
-"""These keys are read here, or say nothing that the tensors do not show."""
-
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""These values of `init_lora_weights` leave the base as it is."""
-
-
-def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
+def export_adapters(checkpoint: str | Path, target: Path, bare: bool = False) -> list[str]:
     """Write `target`, a directory that `peft` loads onto an ESM-2 of `transformers` with the same base.
 
     The head of a task is written too if transformers has an equal one.
@@ -100,6 +56,7 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
     Args:
         checkpoint: A checkpoint of adapters, or the directory of a run with one.
         target: Directory to make; it must not exist, and appears when it is complete.
+        bare: Whether it is for `EsmModel`, the encoder without a head, and not for a model with one.
 
     Returns:
         Lines of a report for the user.
@@ -115,23 +72,33 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
             f"{checkpoint}: adapters of a model of family {adapters.run.model.family}, which transformers "
             "does not have; use esm2mega lora merge"
         )
-    tensors: dict[str, Tensor] = {}
-    for linear in LINEARS:
-        for layer in adapters.targets.get(linear.name, ()):
-            factors = adapters.read(linear, layer)
-            assert factors is not None
-            for name, value in factors.present().items():
-                tensors[f"base_model.model.{_module(linear, layer)}.{_THEIRS[name]}"] = value
+    factors = {module: _trimmed(value) for module, value in _factors(adapters)}
+    tensors = {
+        f"{ROOT}{module}.{FACTORS[name]}": value
+        for module, found in factors.items()
+        for name, value in found.present().items()
+    }
+    tensors |= {f"{ROOT}{name}": value for name, value in _biases(adapters, factors.keys())}
     head = adapters.head()
-    architecture = None if head is None else find_equal(head)
+    architecture = None if head is None or bare else find_equal(head)
     base = Path(adapters.base.path)
     is_theirs = base.exists() and detect(SourceFiles(base)) == "hf"
-    config = _their_config(adapters, str(base) if is_theirs else None)
+    config = _their_config(adapters, str(base) if is_theirs else None, factors)
+    beyond: list[str] = []
+    if bare:
+        beyond = [name for name in tensors if not name.startswith(f"{ROOT}esm.")]
+        inside = {n: value for n, value in tensors.items() if n not in beyond}
+        tensors = {name.replace(f"{ROOT}esm.", ROOT): value for name, value in inside.items()}
+        config["task_type"] = "FEATURE_EXTRACTION"
     report = [f"{checkpoint}: {sum(map(len, adapters.targets.values()))} adapters -> {target}"]
     if config["base_model_name_or_path"] is None:
         report.append(f"base     {base}; for transformers: esm2mega convert {base} DIR --to hf")
+    if beyond:
+        report.append(f"dropped: {first_of(beyond)}: of the head, which EsmModel does not have")
     if head is not None and architecture is None:
-        if is_contact_head(head):
+        if bare:
+            dropped = "EsmModel has no head; leave --bare out"
+        elif is_contact_head(head):
             dropped = (
                 "adapters have no place for a contact head; esm2mega lora merge, then convert --to hf, has"
             )
@@ -153,14 +120,45 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
     return report
 
 
-def _module(linear: Linear, layer: int) -> str:
-    """Return the name of the linear in `EsmForMaskedLM` and the other models with a head."""
-    return f"esm.encoder.layer.{layer}.{linear.hugging_face}"
+def _factors(adapters: AdapterReader) -> Iterator[tuple[str, Factors]]:
+    """Yield the factors by the names of their linears in `EsmForMaskedLM`."""
+    for linear in (*LINEARS, LM_HEAD):
+        for layer in adapters.targets.get(linear.name, ()):
+            factors = adapters.read(linear, layer)
+            assert factors is not None
+            yield module_of(linear, layer), factors
 
 
-def _their_config(adapters: AdapterReader, base: str | None) -> dict[str, Any]:
+def _trimmed(factors: Factors) -> Factors:
+    """Return factors without their last ranks where both are zero, as after the import of a smaller rank."""
+    used = (factors.lora_A.ne(0).any(dim=1) | factors.lora_B.ne(0).any(dim=0)).nonzero()
+    rank = max(1, int(used.max()) + 1 if len(used) else 1)
+    return replace(
+        factors, lora_A=factors.lora_A[:rank].contiguous(), lora_B=factors.lora_B[:, :rank].contiguous()
+    )
+
+
+def _biases(adapters: AdapterReader, modules: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the trained biases by the names that peft has for them."""
+    shape = shape_of(adapters.run.model)
+    for entry in NAMES.entries(shape):
+        if (value := adapters.read_bias(entry.ours)) is None:
+            continue
+        for name, part in zip(
+            entry.theirs, entry.kind.to_theirs(value, shape, len(entry.theirs)), strict=True
+        ):
+            module = name.removesuffix(".bias")
+            yield f"{module}.base_layer.bias" if module in modules else name, part.contiguous()
+
+
+def _their_config(
+    adapters: AdapterReader, base: str | None, factors: Mapping[str, Factors]
+) -> dict[str, Any]:
     lora = adapters.run.lora
+    assert lora.rank is not None
     alpha = lora.rank if lora.alpha is None else lora.alpha
+    ranks = {module: len(found.lora_A) for module, found in factors.items()}
+    others = {module: rank for module, rank in ranks.items() if rank != lora.rank}
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -170,9 +168,15 @@ def _their_config(adapters: AdapterReader, base: str | None) -> dict[str, Any]:
         "lora_alpha": int(alpha) if alpha == int(alpha or 0) else alpha,
         "lora_dropout": lora.dropout,
         "target_modules": _their_targets(adapters.targets, shape_of(adapters.run.model).num_layers),
+        "rank_pattern": others,
+        # The scale is that of all adapters: alpha over the rank, or over its root.
+        "alpha_pattern": {
+            module: lora.scaling * (math.sqrt(rank) if lora.use_rslora else rank)
+            for module, rank in others.items()
+        },
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
-        "bias": "none",
+        "bias": lora.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
@@ -187,7 +191,7 @@ def _their_targets(targets: Targets, num_layers: int) -> list[str]:
             names.append(linear.hugging_face)
         else:
             names += [f"encoder.layer.{layer}.{linear.hugging_face}" for layer in layers]
-    return names
+    return names + [LM_HEAD.hugging_face] * (LM_HEAD.name in targets)
 
 
 def import_adapters(
@@ -196,7 +200,7 @@ def import_adapters(
     """Write `target`, a checkpoint of the adapters in the PEFT directory `source`.
 
     Args:
-        source: Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        source: Directory with ``adapter_config.json``, and ``adapter_model.safetensors`` or ``.bin``.
         base: Checkpoint with the weights that the adapters were trained on, in any readable format.
         target: Directory to make; it must not exist, and appears when it is complete.
         drop: Shell patterns of tensors that are not adapters and are left out.
@@ -210,21 +214,19 @@ def import_adapters(
             the base; or `target` exists.
     """
     refuse_existing(target)
-    config = _read_config(source / CONFIG)
     start = read_start(base)
     start.check_whole()
     run = run_of(start.weights.description)
-    found = _read_tensors(source, shape_of(run.model), config, drop, has_meaning(source, meaning))
+    found = read_peft(source, shape_of(run.model), drop, has_meaning(source, meaning))
     if meaning is not None and not found.classifier:
         raise UserError(f"{source}: has no {MODULE} to be the head of task {meaning.kind}; leave --task out")
-    run.lora = LoRAConfig(
-        rank=config["r"],
-        alpha=float(config["lora_alpha"]),
-        dropout=number_from(source / CONFIG, config, "lora_dropout", 0.0),
-        target_modules=shortest_patterns(found.targets, shape_of(run.model).num_layers),
-        use_rslora=flag_from(source / CONFIG, config, "use_rslora", False),
-        use_dora=flag_from(source / CONFIG, config, "use_dora", False),
-    )
+    patterns = shortest_patterns(found.targets, shape_of(run.model).num_layers)
+    run.lora = replace(found.lora, target_modules=patterns)
+    if LM_HEAD.name in found.targets and (found.classifier or start.head != "lm"):
+        raise UserError(
+            f"{source}: adapts {LM_HEAD.hugging_face}, but there is no head of a language model; give a "
+            f"--base that has one, or leave the adapter out with --drop '*{LM_HEAD.hugging_face}*'"
+        )
     identity = identify(start)
     run.init_from = identity.path
     validate_model(run)
@@ -240,14 +242,17 @@ def import_adapters(
         run.data.crop = "start"
         validate_task(run)
         state["task"] = info.to_dict()
+    biases = _our_biases(source, run, start.weights, found.biases, found.targets)
     with appearing(target) as directory:
-        write_adapters(directory, run, identity, found.factors, state, head)
+        write_adapters(directory, run, identity, found.factors, state, head | biases)
     return [
         f"{source}: {len(found.factors)} adapters of rank {run.lora.rank} -> {target}, on {identity.path}",
         *([f"head     {', '.join(head)}"] if head else []),
+        *([f"biases   {len(found.biases)}, bias={run.lora.bias}"] if biases else []),
         *(f"dropped: {name}" for name in found.dropped),
         *_not_finite(
             head
+            | biases
             | {
                 f"encoder.layers.{layer}.{name}.{factor}": value
                 for (name, layer), factors in found.factors.items()
@@ -255,6 +260,45 @@ def import_adapters(
             }
         ),
     ]
+
+
+def _our_biases(
+    source: Path, run: Run, base: Weights, found: Mapping[str, Tensor], targets: Targets
+) -> dict[str, Tensor]:
+    """Return the biases that `lora.bias` trains, by our names; those that peft did not train are the base's.
+
+    Args:
+        source: The directory, named in errors.
+        run: Configuration of the adapters.
+        base: The weights under them.
+        found: Biases in the directory by their names in `EsmForMaskedLM`.
+        targets: Linears that have an adapter.
+    """
+    shape, has_task = shape_of(run.model), run.task.kind is not None
+    biases: dict[str, Tensor] = {}
+    unused = dict(found)
+    for entry in NAMES.entries(shape):
+        if not is_trained_bias(entry.ours, run.lora, targets) or entry.ours not in base.infos:
+            continue
+        if has_task and is_lm_head(entry.ours):
+            continue
+        theirs = entry.kind.to_theirs(base.read(entry.ours), shape, len(entry.theirs))
+        parts = dict(zip(entry.theirs, theirs, strict=True))
+        for name, part in parts.items():
+            value = unused.pop(name, part)
+            if value.shape != part.shape:
+                raise UserError(
+                    f"{source}: {name} has shape {list(value.shape)}, and {list(part.shape)} in the base; "
+                    "give the right --base"
+                )
+            parts[name] = value.to(part.dtype)
+        biases[entry.ours] = entry.kind.to_ours(list(parts.values()), shape)
+    if unused:
+        raise UserError(
+            f"{source}: {next(iter(unused))} has no place in the base; give the right --base, or leave it "
+            "out with --drop"
+        )
+    return biases
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -268,98 +312,3 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def _base_config(base: StartPoint) -> dict[str, Any]:
     """Return ``config.json`` of a base in the format of transformers; for other formats it is empty."""
     return SourceFiles(base.path).config if base.format == "hf" else {}
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Holds the tensors of a PEFT directory, sorted by what they are."""
-
-    factors: dict[tuple[str, int], Factors]
-    targets: Targets
-    classifier: dict[str, Tensor]
-    dropped: list[str]
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = parse_json(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}); give a directory that peft saved") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: not the configuration of a LoRA adapter (peft_type LORA)")
-    for key, value in config.items():
-        is_off = not value or str(value).strip().lower() in ("false", "0", "none")
-        harmless = is_off or key in _WITHOUT_EFFECT
-        if key == "init_lora_weights":
-            harmless = value in _PLAIN_STARTS
-        # The modules of `modules_to_save` are among the tensors, each of which is checked.
-        if not harmless and key != "modules_to_save":
-            raise UserError(
-                f"{path}: {key}={json.dumps(value)} is not supported; merge the adapter with peft "
-                "(merge_and_unload), save that model, and convert it"
-            )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise UserError(f"{path}: r is {rank!r}, not a positive number")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0:
-        raise UserError(f"{path}: lora_alpha is {alpha!r}, not a positive number")
-    return config
-
-
-def _read_tensors(
-    source: Path, shape: ModelShape, config: dict[str, Any], drop: Sequence[str], with_head: bool
-) -> _Found:
-    path = source / TENSORS
-    if not path.is_file():
-        raise UserError(f"{source}: no {TENSORS}; save the adapter with save_pretrained(DIR)")
-    store = SafetensorsStore(path, [path])
-    by_module = {linear.hugging_face: linear for linear in LINEARS}
-    ours = {their.removesuffix(".weight"): factor for factor, their in _THEIRS.items()}
-    parts: dict[tuple[str, int], dict[str, Tensor]] = {}
-    classifier: dict[str, Tensor] = {}
-    dropped = []
-    for name, info in store.infos.items():
-        match = _NAME.fullmatch(name)
-        linear = by_module.get(match["linear"]) if match else None
-        if match is None or linear is None:
-            if any(fnmatchcase(name, pattern) for pattern in drop):
-                dropped.append(name)
-            elif name.startswith(PREFIX) and with_head:
-                classifier[name] = store.read(name)
-            else:
-                raise UserError(
-                    f"{path}: {name} is not an adapter of an encoder's linear; say what a classifier "
-                    "predicts with --task, leave it out with --drop PATTERN, or merge the adapter with peft"
-                )
-            continue
-        layer, factor = int(match["layer"]), ours[match["factor"].removesuffix(".weight")]
-        expected = _shapes(linear, shape, config["r"])[factor]
-        if info.shape != expected or layer >= shape.num_layers:
-            raise UserError(
-                f"{path}: {name} has shape {list(info.shape)}, but rank {config['r']} and a base of {shape} "
-                f"make it {list(expected)} in layers 0 to {shape.num_layers - 1}; give the right --base"
-            )
-        parts.setdefault((linear.name, layer), {})[factor] = store.read(name)
-    if not parts:
-        raise UserError(f"{path}: holds no adapter; save the adapter with peft again")
-    has_magnitude = flag_from(source / CONFIG, config, "use_dora", False)
-    required = {"lora_A", "lora_B", *(["magnitude"] if has_magnitude else [])}
-    for (name, layer), present in parts.items():
-        if present.keys() != required:
-            raise UserError(
-                f"{path}: {name} of layer {layer} has {', '.join(sorted(present))}, not "
-                f"{', '.join(sorted(required))}; the file is not whole, save the adapter again"
-            )
-    targets = {
-        linear.name: tuple(sorted(layer for name, layer in parts if name == linear.name))
-        for linear in LINEARS
-    }
-    factors = {key: Factors(**value) for key, value in parts.items()}
-    return _Found(factors, {name: layers for name, layers in targets.items() if layers}, classifier, dropped)
-
-
-def _shapes(linear: Linear, shape: ModelShape, rank: int) -> dict[str, tuple[int, ...]]:
-    h, f = shape.hidden_size, shape.ffn_hidden_size
-    inputs = f if linear.name == "linear_fc2" else h
-    outputs = f if linear.name == "linear_fc1" else h
-    return {"lora_A": (rank, inputs), "lora_B": (outputs, rank), "magnitude": (outputs,)}

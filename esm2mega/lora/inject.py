@@ -10,16 +10,22 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from esm2mega.config.lora import LINEARS, resolve_targets
+from esm2mega.config.lora import LINEARS, LM_HEAD, is_trained_bias, resolve_targets
 from esm2mega.config.schema import LoRAConfig
-from esm2mega.lora.layers import AdaptedLinear, Adapter
+from esm2mega.lora.layers import AdaptedLinear, Adapter, Split
 from esm2mega.model.freezing import freeze
 from esm2mega.model.init import draw
 
 SUFFIX = "_lora"
 """The adapter of ``linear_q`` is the module ``linear_q_lora`` beside it."""
 
-_ROW_PARALLEL = ("linear_proj", "linear_fc2")
+_SPLIT: dict[str, Split] = {
+    "linear_qkv": "rows",
+    "linear_proj": "columns",
+    "linear_fc1": "rows",
+    "linear_fc2": "columns",
+}
+"""Says how the weight of each linear of a layer is split over the tensor-parallel group."""
 
 
 def apply_lora(chunks: Sequence[Any], lora: LoRAConfig, seed: int, trainable: Sequence[str] = ()) -> None:
@@ -36,11 +42,14 @@ def apply_lora(chunks: Sequence[Any], lora: LoRAConfig, seed: int, trainable: Se
     Raises:
         UserError: A target matches nothing.
     """
-    targets = resolve_targets(lora.target_modules, chunks[0].config.num_layers)
-    freeze(chunks, lambda name: name.startswith(tuple(trainable)))
+    first = chunks[0]
+    targets = resolve_targets(lora.target_modules, first.config.num_layers, first.has_lm_head)
+    freeze(chunks, lambda name: name.startswith(tuple(trainable)) or is_trained_bias(name, lora, targets))
     for chunk in chunks:
         for layer in chunk.encoder.layers:
             _adapt_layer(layer, lora, targets)
+        if chunk.post_process and LM_HEAD.name in targets:
+            _adapt_lm_head(chunk.lm_head, lora)
         for name, parameter in chunk.named_parameters():
             if is_adapter(name):
                 _initialize(chunk.global_parameter_name(name), parameter, seed)
@@ -69,7 +78,7 @@ def _adapt_layer(layer: Any, lora: LoRAConfig, targets: dict[str, tuple[int, ...
     for fused in dict.fromkeys(linear.fused for linear in LINEARS):
         parts = [linear for linear in LINEARS if linear.fused == fused]
         host = getattr(layer, parts[0].block)
-        module, is_column = getattr(host, fused), fused not in _ROW_PARALLEL
+        module, split = getattr(host, fused), _SPLIT[fused]
         adapters: list[Adapter | None] = []
         for linear in parts:
             layers = targets.get(linear.name, ())
@@ -78,11 +87,18 @@ def _adapt_layer(layer: Any, lora: LoRAConfig, targets: dict[str, tuple[int, ...
                 continue
             # The parts of a fused weight have equal numbers of rows.
             weight = module.weight[: module.weight.shape[0] // len(parts)]
-            adapter = Adapter(layer.config, weight, is_column, lora, (layers.index(number), len(layers)))
+            adapter = Adapter(layer.config, weight, split, lora, (layers.index(number), len(layers)))
             setattr(host, f"{linear.name}{SUFFIX}", adapter)
             adapters.append(adapter)
         if any(adapters):
-            module.register_forward_hook(AdaptedLinear(module, adapters, is_column, lora))
+            module.register_forward_hook(AdaptedLinear(module, adapters, split, lora, layer.config))
+
+
+def _adapt_lm_head(head: Any, lora: LoRAConfig) -> None:
+    """Adapt the dense of the masked-language-model head, which every tensor-parallel rank has whole."""
+    adapter = Adapter(head.config, head.dense.weight, None, lora, None)
+    setattr(head, f"dense{SUFFIX}", adapter)
+    head.dense.register_forward_hook(AdaptedLinear(head.dense, [adapter], None, lora, head.config))
 
 
 @torch.no_grad()

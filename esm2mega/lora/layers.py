@@ -1,4 +1,4 @@
-"""Computes an adapter beside a column- or row-parallel linear, and adds its result to the output.
+"""Computes an adapter beside a linear, split or whole, and adds its result to the output.
 
 The adapted output is ``W x + s B A x`` (Hu et al. 2021, arXiv:2106.09685); with a magnitude, each of its rows
 is scaled by ``m / |W + s B A|``, whose norm counts as a constant (Liu et al. 2024, arXiv:2402.09353).
@@ -6,7 +6,8 @@ is scaled by ``m / |W + s B A|``, whose norm counts as a constant (Liu et al. 20
 The factors are split over the tensor-parallel group such that only vectors of the adapter's rank are sent:
 
 * column-parallel: ``A`` is whole on every process; ``B`` and ``m`` are split by rows, as ``W`` is;
-* row-parallel: ``A`` is split by columns, as ``W`` is; ``B`` and ``m`` are whole.
+* row-parallel: ``A`` is split by columns, as ``W`` is; ``B`` and ``m`` are whole;
+* of a linear that every process has whole, such as that of the language model's head, all factors are whole.
 
 Under sequence parallelism a whole factor sees only the tokens of its process. Its attribute
 ``sequence_parallel`` makes Megatron-Core sum its gradient over the group.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -39,8 +40,15 @@ from torch.nn.functional import dropout, linear
 
 from esm2mega.config.schema import LoRAConfig
 
-_SPLIT = {True: {"lora_B": 0, "magnitude": 0}, False: {"lora_A": 1}}
-"""This gives the split dimension of each split factor for column-parallel (True) and row-parallel linears."""
+Split = Literal["rows", "columns"] | None
+"""Says how a weight is split: by rows in a column-parallel linear, by columns in a row-parallel one."""
+
+_SPLIT: dict[Split, dict[str, int]] = {
+    "rows": {"lora_B": 0, "magnitude": 0},
+    "columns": {"lora_A": 1},
+    None: {},
+}
+"""This gives the split dimension of each split factor."""
 
 
 class Adapter(MegatronModule):
@@ -50,32 +58,33 @@ class Adapter(MegatronModule):
         self,
         config: Any,
         weight: Tensor,
-        is_column: bool,
+        split: Split,
         lora: LoRAConfig,
-        position: tuple[int, int],
+        position: tuple[int, int] | None,
     ) -> None:
         """Make the factors without values, which `esm2mega.lora.inject` sets.
 
         Args:
             config: Configuration of the model.
-            weight: This rank's part of the adapted weight, ``[o/t, i]`` or ``[o, i/t]``.
-            is_column: Whether the weight is split by rows.
+            weight: This rank's part of the adapted weight, ``[o/t, i]``, ``[o, i/t]`` or ``[o, i]``.
+            split: How the weight is split.
             lora: Rank and kind of the adapter.
-            position: Index of this adapter among those of the same linear in all layers, and their number.
+            position: Index of this adapter among those of the same linear in all layers, and their number;
+                None for a linear that is in no layer.
         """
         super().__init__(config=config)
         assert lora.rank is not None
-        self._position, self._is_column = position, is_column
+        self._position, self._split = position, _SPLIT[split]
         rows, columns = weight.shape
         shapes = {"lora_A": (lora.rank, columns), "lora_B": (rows, lora.rank)}
         if lora.use_dora:
             shapes["magnitude"] = (rows,)  # type: ignore[assignment]
         for name, shape in shapes.items():
             parameter = torch.nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
-            split = name in _SPLIT[is_column]
-            set_tensor_model_parallel_attributes(parameter, split, _SPLIT[is_column].get(name, -1), 1)
+            is_split = name in self._split
+            set_tensor_model_parallel_attributes(parameter, is_split, self._split.get(name, -1), 1)
             parameter.allreduce = True  # type: ignore[attr-defined]
-            parameter.sequence_parallel = config.sequence_parallel and not split  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel and not is_split  # type: ignore[attr-defined]
             setattr(self, name, parameter)
         if not lora.use_dora:
             self.magnitude = None
@@ -84,9 +93,9 @@ class Adapter(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """Stack the factors over the layers with an adapter; `sharded_offsets` would stack all layers."""
-        number, count = self._position
+        stack = [] if self._position is None else [(0, *self._position)]
         return make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True), prefix, _SPLIT[self._is_column], [(0, number, count)]
+            self.state_dict(keep_vars=True), prefix, self._split, stack
         )
 
 
@@ -97,15 +106,24 @@ class AdaptedLinear:
     """
 
     def __init__(
-        self, module: Any, adapters: Sequence[Adapter | None], is_column: bool, lora: LoRAConfig
+        self, module: Any, adapters: Sequence[Adapter | None], split: Split, lora: LoRAConfig, config: Any
     ) -> None:
-        """Take `adapters`, one for each part of the output of `module`; a part without one has None."""
-        self._module, self._is_column, self._scaling = module, is_column, lora.scaling
+        """Take `adapters`, one for each part of the output of `module`; a part without one has None.
+
+        Args:
+            module: A parallel linear of Megatron-Core; or, if it is not split, one of PyTorch.
+            adapters: The adapters.
+            split: How the weight of `module` is split.
+            lora: Kind of the adapters.
+            config: Configuration of the part of the model that holds `module`.
+        """
+        self._module, self._split, self._scaling = module, split, lora.scaling
+        self._group = None if split is None else module.tp_group
         self._adapters = list(adapters)
         self._present = [adapter for adapter in adapters if adapter is not None]
         self._dropout = lora.dropout
-        self._sequence_parallel = module.config.sequence_parallel
-        self._heads = module.config.num_attention_heads // module.tp_group.size()
+        self._sequence_parallel = config.sequence_parallel
+        self._heads = config.num_attention_heads // (1 if split is None else module.tp_group.size())
         for part, adapter in enumerate(adapters):
             if adapter is not None and adapter.magnitude is not None:
                 with torch.no_grad():
@@ -115,9 +133,12 @@ class AdaptedLinear:
                     adapter.magnitude.copy_(self._norm(part, adapter))
 
     def __call__(
-        self, module: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
+        self, module: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None] | Tensor
+    ) -> tuple[Tensor, Tensor | None] | Tensor:
         """Return the output of the linear plus those of the adapters, ``[T, 1, o/t]`` or ``[T/t, 1, o]``."""
+        if isinstance(output, Tensor):  # of PyTorch's linear, which adds its bias itself
+            (delta,) = self._deltas(inputs[0])
+            return self._combine(output, delta, 0, self._present[0], module.bias)
         value, separate_bias = output
         deltas = iter(self._deltas(inputs[0]))
         # If the caller adds the bias, the output does not contain it.
@@ -136,19 +157,19 @@ class AdaptedLinear:
 
     def _deltas(self, x: Tensor) -> list[Tensor]:
         """Return ``s B A x`` of each adapter, in the layout of the linear's output."""
-        group = self._module.tp_group
+        group = self._group
         x = self._dropped(x)
         # [T, 1, k r]: one product and one collective for all k adapters
         hidden = linear(x, torch.cat([adapter.lora_A for adapter in self._present]))
-        if self._is_column and self._sequence_parallel:
+        if self._split == "rows" and self._sequence_parallel:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=group
             )
-        elif self._is_column:
+        elif self._split == "rows":
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-        elif self._sequence_parallel:
+        elif self._split == "columns" and self._sequence_parallel:
             hidden = reduce_scatter_to_sequence_parallel_region(hidden, group=group)
-        else:
+        elif self._split == "columns":
             hidden = reduce_from_tensor_model_parallel_region(hidden, group=group)
         parts = hidden.chunk(len(self._present), dim=-1)
         return [linear(h, a.lora_B) * self._scaling for h, a in zip(parts, self._present, strict=True)]
@@ -157,7 +178,7 @@ class AdaptedLinear:
         if not self._dropout or not self._present[0].training:
             return x
         # Processes with the same activations must drop the same elements, but the tracker's seeds differ.
-        same = self._is_column and not self._sequence_parallel
+        same = self._split != "columns" and not self._sequence_parallel
         with contextlib.nullcontext() if same else get_cuda_rng_tracker().fork():
             return dropout(x, self._dropout)
 
@@ -183,7 +204,7 @@ class AdaptedLinear:
         adapted = weight + self._scaling * (adapter.lora_B @ adapter.lora_A)
         wide = adapted if adapted.dtype == torch.float64 else adapted.float()
         squares = wide.square().sum(dim=1)
-        if not self._is_column and self._module.tp_group.size() > 1:
+        if self._split == "columns" and self._module.tp_group.size() > 1:
             dist.all_reduce(squares, group=self._module.tp_group)
         return squares.sqrt().to(weight.dtype)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint.tensors import TensorInfo
-from esm2mega.config.lora import LINEARS
+from esm2mega.config.lora import LINEARS, LM_HEAD
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import FinetuneConfig, LoRAConfig, Run
 from esm2mega.convert.finite import counted, note_not_finite
@@ -106,7 +106,11 @@ def merged(weights: Weights, adapters: AdapterReader) -> Weights:
     read = weights.read
 
     def read_merged(name: str) -> Tensor:
+        if (bias := adapters.read_bias(name)) is not None:
+            return bias.to(infos[name].dtype)
         value, found = read(name), _WEIGHT.fullmatch(name)
+        if name == f"{LM_HEAD.name}.weight":
+            return _folded(value, adapters.read(LM_HEAD, 0), adapters.run.lora.scaling).to(infos[name].dtype)
         if found is None:
             return value
         layer = int(found[1])

@@ -50,9 +50,11 @@ class ESM2Model(LanguageModule):
 
     Attributes:
         carried_rows: Largest `rows_to_carry` among the micro-batches of a step; set before each step.
+        has_lm_head: Whether the last stage has the masked-language-model head.
     """
 
     carried_rows = 0
+    has_lm_head = True
 
     def __init__(
         self,

@@ -35,6 +35,8 @@ class ESM2ForTask(ESM2Model):
             ``[L, h]`` for heads that read residues. Attention maps are too large to be kept.
     """
 
+    has_lm_head = False
+
     def __init__(self, *stage: Any, make_head: MakeHead) -> None:
         """Build the stage.
 

@@ -64,10 +64,11 @@ _LORA, _HEAD = "LoRA", "head "
 LORA = ("lora.rank=3", "lora.alpha=8", "lora.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]")
 """Switches on adapters of every linear layer."""
 
-_DORA = (*LORA, "lora.use_dora=true", "lora.use_rslora=true")
+_DORA = (*LORA, "lora.target_modules=[all-linear]", "lora.use_dora=true", "lora.use_rslora=true")
 _SOME = (
     "lora.rank=5",
-    "lora.target_modules=['*.[123].*.linear_q','*.[12].*.linear_fc?','*.3.*.linear_v']",
+    "lora.target_modules=['*.[123].*.linear_q','*.[12].*.linear_fc?','*.3.*.linear_v',lm_head.dense]",
+    "lora.bias=all",
 )
 
 

@@ -286,6 +286,7 @@ def adapt_layout(run: Run, overrides: Sequence[str]) -> Run:
         run.parallel = ParallelConfig(timeout_minutes=parallel.timeout_minutes)
         model_parallel = 1
     data_parallel = max(1, world // model_parallel)
+    run.train.micro_batch_size = run.train.global_batch_size = run.train.accumulate_grad_batches = None
     run.train.global_batch_tokens = (
         run.train.micro_batch_tokens * data_parallel * run.parallel.pipeline_model_parallel_size
     )

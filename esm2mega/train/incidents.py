@@ -100,6 +100,8 @@ class Incidents:
             RollBack: It goes on from its last good checkpoint, without these packs.
         """
         mine = [before.consumed_packs + m * ranks.dp_size + ranks.dp_rank for m in result.suspects]
+        # Numbers behind the step are those of padding, by which its last round was filled up.
+        mine = [number for number in mine if number < stream.state.consumed_packs]
         every: list[list[int]] = [[] for _ in range(ranks.world_size)]
         # Over the world, since only the last stage of each pipeline knows the losses of its packs.
         dist.all_gather_object(every, mine)

@@ -9,13 +9,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any
 
 from esm2mega.checkpoint.saver import Saver
+from esm2mega.config.batches import num_micro_batches as num_micro_batches_of
 from esm2mega.config.best_metric import VALID_LOSS, less_is_better
 from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig
-from esm2mega.config.validate import num_micro_batches as num_micro_batches_of
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
@@ -137,8 +136,8 @@ def fit(
     """
     train = run.train
     num_micro_batches = num_micro_batches_of(run.train, run.parallel, ranks.world_size)
-    clock = Throughput(loop.step, stream.state.consumed_tokens, train.global_batch_tokens)
-    residues = 0
+    clock = Throughput(loop.step, stream.state.consumed_tokens)
+    residues = packs = 0
     # Micro-batches that had a finite loss.
     probe: Sequence[Batch] = ()
     # Whether weights are being saved that are finite, and of which the next step tells whether their loss is.
@@ -152,12 +151,13 @@ def fit(
             _save(loop, hooks, stop)
         while not finished(loop, train):
             before = stream.state
-            batches = list(islice(stream, num_micro_batches))
+            batches = stream.next_step(num_micro_batches)
             with _saved_first(hooks):
                 result = train_step(state, batches)
             loop.step += 1
             loop.evaluation = loop.test_loss = None
             residues += sum(batch.num_residues for batch in batches)
+            packs += len(batches) * ranks.dp_size
             hooks.show(result)
             stopping = stop.received()
             if result.is_finite:
@@ -174,7 +174,8 @@ def fit(
             last = loop.step == train.max_steps or stopping
             if last or loop.step % train.log_every == 0:
                 tokens = stream.state.consumed_tokens
-                lap = clock.lap(loop.step, tokens, sum_over_data_parallel(residues, ranks.device))
+                all_residues = sum_over_data_parallel(residues, ranks.device)
+                lap = clock.lap(loop.step, tokens, packs * train.micro_batch_tokens, all_residues)
                 values = hooks.training_values(result.metrics)
                 hooks.log(
                     {
@@ -191,7 +192,7 @@ def fit(
                         **({"samples": samples_of_step(batches)} if run.logging.samples else {}),
                     }
                 )
-                residues = 0
+                residues = packs = 0
             with clock.paused():
                 if not stop.saving:
                     _finish_save(hooks, stop)

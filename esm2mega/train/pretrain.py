@@ -27,7 +27,7 @@ from esm2mega.train.evaluate import evaluate, evaluation_record, unigram_log_pro
 from esm2mega.train.loop import Evaluation, LoopState
 from esm2mega.train.losses import MLMLossReduction, loss_and_perplexity
 from esm2mega.train.session import Session, resolve_epochs, run_session
-from esm2mega.train.start import open_training_start
+from esm2mega.train.start import open_training_start, with_batches
 
 
 def pretrain(
@@ -66,8 +66,9 @@ def pretrain(
     on_one_rank(lambda: verify(opened, arrays_only=True), timeout)
     if "valid" in held_out:
         _check_predictable(run, held_out["valid"])
-    run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
     start = open_training_start(run)
+    run = with_batches(run, start)
+    run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
     overlap = _overlap(run, stores, start)
     with process_groups(run.parallel, run.seed) as ranks:
 
@@ -108,7 +109,9 @@ def _check_predictable(run: Run, store: TokenStore) -> None:
 
 
 def _batch_spec(run: Run) -> BatchSpec:
-    return BatchSpec(run.data, run.train.micro_batch_tokens, run.seed, run.train.max_epochs)
+    train = run.train
+    total = train.global_batch_size
+    return BatchSpec(run.data, train.micro_batch_tokens, run.seed, train.max_epochs, global_batch_size=total)
 
 
 def _session(

@@ -248,7 +248,7 @@ def _run_once(
 def resolve_epochs(run: Run, open_stream: Callable[[], PackStream[Any]]) -> Run:
     """Return a run given in epochs with its length in steps, and any other run unchanged.
 
-    The last step may be filled up with padding.
+    The last step may hold fewer proteins.
 
     Args:
         run: The configuration.
@@ -258,7 +258,7 @@ def resolve_epochs(run: Run, open_stream: Callable[[], PackStream[Any]]) -> Run:
         return run
     with open_stream() as stream:
         packs_per_step = run.train.global_batch_tokens // run.train.micro_batch_tokens
-        run = resolve_max_steps(run, -(-stream.num_packs() // packs_per_step))
+        run = resolve_max_steps(run, stream.num_steps(packs_per_step))
     validate(run, world_size_from_environment())
     return run
 

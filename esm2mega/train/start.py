@@ -11,6 +11,8 @@ from pathlib import Path
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.fallback import ALL_OF_IT, Verification, set_aside
 from esm2mega.checkpoint.run_lock import owning
+from esm2mega.config.batches import formula, resolve_batches
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run, load_run_over, values_of
 from esm2mega.config.machine import on_this_machine
 from esm2mega.config.paths import expand_user
@@ -28,6 +30,7 @@ from esm2mega.convert.start_point import (
 from esm2mega.errors import DamagedError, UserError
 from esm2mega.files import first_of
 from esm2mega.lora.base import has_adapters, with_base
+from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.paths import expand_paths
 
 
@@ -95,6 +98,33 @@ def open_training_start(run: Run, opened: StartPoint | None = None) -> StartPoin
     return found
 
 
+def with_batches(run: Run, start: StartPoint | None) -> Run:
+    """Return a run whose steps take a known number of proteins, if its batches are counted in proteins.
+
+    A run that is resumed keeps the number of its checkpoint, at any data-parallel size that divides it. All
+    ranks call this together.
+
+    Args:
+        run: The configuration.
+        start: What `open_training_start` returned.
+
+    Raises:
+        UserError: The number cannot be divided over the processes.
+    """
+    saved = start.run.train.global_batch_size if start is not None and start.is_resumed else None
+    world_size = world_size_from_environment()
+    train = resolve_batches(run.train, run.data, run.parallel, world_size, saved)
+    if saved is not None and train.micro_batch_size is not None and run.train.global_batch_size is None:
+        product = formula(run.train, run.parallel, world_size)
+        if product != saved:
+            line = (
+                f"a step takes {saved} proteins as in the checkpoint, not train.micro_batch_size x "
+                f"data-parallel size x train.accumulate_grad_batches = {product}"
+            )
+            on_one_rank(lambda: print(f"esm2mega: {line}", file=sys.stderr, flush=True))
+    return replace(run, train=train)
+
+
 def find_resume(run: Run, verification: Verification = ALL_OF_IT) -> StartPoint | None:
     """Return the checkpoint that `checkpoint.resume` means, or None for a fresh start.
 
@@ -118,7 +148,8 @@ def find_resume(run: Run, verification: Verification = ALL_OF_IT) -> StartPoint 
         if run.checkpoint.resume == "never" and complete:
             raise UserError(
                 f"checkpoint.resume=never, but {run.run_dir} holds checkpoints up to {complete[-1].name}; "
-                "choose another run_dir, or checkpoint.resume=auto to go on"
+                "choose another run_dir, one with {version} for a new number at every start, or "
+                "checkpoint.resume=auto to go on"
             )
         for directory in incomplete:
             print(f"esm2mega: ignoring {directory}: it has no {layout.COMPLETE}", file=sys.stderr)

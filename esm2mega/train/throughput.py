@@ -31,30 +31,29 @@ class Lap:
 class Throughput:
     """Measures the time of training, with a clock that can be paused while the loop does something else."""
 
-    def __init__(self, step: int, consumed_tokens: int, global_batch_tokens: int) -> None:
+    def __init__(self, step: int, consumed_tokens: int) -> None:
         """Start the clock.
 
         Args:
             step: Finished steps at the start.
             consumed_tokens: Tokens consumed at the start, ``<cls>`` and ``<eos>`` included.
-            global_batch_tokens: Tokens that are computed per step, padding included.
         """
         self._step, self._tokens = step, consumed_tokens
-        self._global_batch_tokens = global_batch_tokens
         self._began = time.perf_counter()
 
-    def lap(self, step: int, consumed_tokens: int, residues: int) -> Lap:
+    def lap(self, step: int, consumed_tokens: int, computed_tokens: int, residues: int) -> Lap:
         """Return the means since the last lap, which must have ended at an earlier step.
 
         Args:
             step: Finished steps.
             consumed_tokens: Tokens consumed up to now, ``<cls>`` and ``<eos>`` included.
+            computed_tokens: Tokens computed since the last lap, padding included.
             residues: Residues since the last lap.
         """
         now = time.perf_counter()
         seconds, steps, tokens = now - self._began, step - self._step, consumed_tokens - self._tokens
         self._began, self._step, self._tokens = now, step, consumed_tokens
-        return Lap(seconds / steps, residues / seconds, tokens / (steps * self._global_batch_tokens))
+        return Lap(seconds / steps, residues / seconds, tokens / computed_tokens)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -35,8 +35,15 @@ def describe_run(run: Run, ranks: Ranks, model: list[Any]) -> list[str]:
         f"TP {ranks.tp_size}, PP {ranks.pp_size}, DP {ranks.dp_size}"
         + (", SP" if run.parallel.sequence_parallel else "")
         + (f"; stages of {_stages(config)} layers" if config.pipeline_model_parallel_layout else ""),
-        f"batch    {run.train.global_batch_tokens} tokens a step in packs of {run.train.micro_batch_tokens}",
+        f"batch    {_batch(run.train)}",
     ]
+
+
+def _batch(train: TrainConfig) -> str:
+    """Return what a step takes, in the unit in which the configuration counts."""
+    if train.global_batch_size is not None:
+        return f"{train.global_batch_size} proteins a step in packs of {train.micro_batch_tokens} tokens"
+    return f"{train.global_batch_tokens} tokens a step in packs of {train.micro_batch_tokens}"
 
 
 def describe_small_data(train: TrainConfig, stream: PackStream[Any]) -> list[str]:
@@ -51,6 +58,8 @@ def describe_small_data(train: TrainConfig, stream: PackStream[Any]) -> list[str
     if train.max_epochs is not None:
         steps = "1 step" if train.max_steps == 1 else f"{train.max_steps} steps"
         line += f", so that train.max_epochs={train.max_epochs} is {steps}"
+    if train.global_batch_size is not None:
+        return [f"{line}; for smaller steps lower train.global_batch_size={train.global_batch_size}"]
     return [
         f"{line}; for smaller steps lower train.global_batch_tokens={train.global_batch_tokens} and "
         f"train.micro_batch_tokens={train.micro_batch_tokens}"

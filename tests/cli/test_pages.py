@@ -123,9 +123,10 @@ def test_what_a_checkpoint_refuses_is_what_the_docs_say() -> None:
         def __len__(self) -> int:
             return 1
 
-    stream = TrainStream([Store()], BatchSpec(DataConfig(), 2048, 1))  # type: ignore[list-item]
-    assert stream.state == StreamState()
-    identity = {key for key in stream.state_dict()["identity"] if key in KEYS}
+    specs = (BatchSpec(DataConfig(), 2048, 1), BatchSpec(DataConfig(), 2048, 1, global_batch_size=8))
+    streams = [TrainStream([Store()], spec) for spec in specs]  # type: ignore[list-item]
+    assert all(stream.state == StreamState() for stream in streams)
+    identity = {key for stream in streams for key in stream.state_dict()["identity"] if key in KEYS}
     (row,) = re.findall(
         r"^\| content of the store, (.*?) \| refused", TEXT[ROOT / "docs/checkpoints.md"], re.M
     )

@@ -44,6 +44,12 @@ def tiny_run(*overrides: str, run_dir: Path | None = None) -> Run:
     return load_run(None, [*SETTINGS, *directory, *overrides])
 
 
+def proteins_run(*overrides: str, run_dir: Path) -> Run:
+    """The configuration of `SETTINGS` without its token counts, with changes that count proteins."""
+    settings = [text for text in SETTINGS if "batch_tokens" not in text]
+    return load_run(None, [*settings, f"run_dir={run_dir}", *overrides])
+
+
 def train_state(run: Run) -> TrainState:
     """Model, optimizer and schedule of a run, within process groups."""
     model: list[Any] = wrap_data_parallel(

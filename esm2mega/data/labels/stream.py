@@ -28,7 +28,7 @@ from esm2mega.data.labels.contacts import pair_labels
 from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.labels.schema import IGNORED
 from esm2mega.data.store.token_store import TokenStore
-from esm2mega.data.stream.build import BatchSpec, Share, StreamState, piece_tokens, train_plan
+from esm2mega.data.stream.build import PADDING, BatchSpec, Share, StreamState, deal, piece_tokens
 from esm2mega.data.stream.loader import PackStream, SplitPacks
 from esm2mega.data.stream.packing import Pack
 from esm2mega.data.stream.prefetch import Prefetcher
@@ -151,13 +151,11 @@ class LabelledStream(PackStream[LabelledBatch]):
         return built
 
     def _batches(self, state: StreamState) -> Iterator[tuple[LabelledBatch, StreamState]]:
-        plan = train_plan(self.samples, self._spec)
-        share = self._share
-        while True:
-            packs, cursor = plan.take(state.cursor, share.dp_size)
-            pack = share.pack(packs, state.consumed_packs, self._spec.skipped)
-            state = state.after(packs, cursor)
-            yield build_labelled(self._proteins, self._spec, pack), state
+        for pack, behind in deal(self.samples, self._spec, self._share, state):
+            yield build_labelled(self._proteins, self._spec, pack), behind
+
+    def _padding(self) -> LabelledBatch:
+        return build_labelled(self._proteins, self._spec, PADDING)
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "data.too_long": self._spec.data.too_long}

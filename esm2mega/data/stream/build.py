@@ -37,6 +37,8 @@ class BatchSpec:
         seed: seed of the run.
         max_epochs: number of times to take every protein (or cluster) before training ends; None for no end.
         skipped: numbers of training packs that are replaced by padding, in the order of all packs from 0.
+        global_batch_size: samples that a step takes, which are then packed together; None where a step takes
+            a number of packs.
     """
 
     data: DataConfig
@@ -44,12 +46,12 @@ class BatchSpec:
     seed: int
     max_epochs: int | None = None
     skipped: frozenset[int] = frozenset()
+    global_batch_size: int | None = None
 
     def pack_shape(self) -> PackShape:
         """Return the part of the specification that decides which samples share a pack."""
-        return PackShape(
-            self.micro_batch_tokens, self.data.max_seq_length, self.data.pack_window, self.data.packing
-        )
+        window = self.global_batch_size or self.data.pack_window
+        return PackShape(self.micro_batch_tokens, self.data.max_seq_length, window, self.data.packing)
 
 
 @dataclass(frozen=True)
@@ -230,23 +232,33 @@ def train_plan(samples: TrainSamples, spec: BatchSpec) -> PackPlan:
     return PackPlan(samples, spec.seed, spec.pack_shape(), num_samples)
 
 
+def deal(
+    samples: TrainSamples, spec: BatchSpec, share: Share, state: StreamState
+) -> Iterator[tuple[Pack, StreamState]]:
+    """Yield the packs of `share` behind `state`, each with the state when every rank has taken its pack.
+
+    Pack m of a data-parallel rank is number m * dp_size + dp_rank behind `state`. Where a step takes a number
+    of samples, these are a window, and its packs are dealt by themselves: ranks for which none is left in the
+    last round get padding, as all do behind the end of the data.
+    """
+    plan = train_plan(samples, spec)
+    while True:
+        count = share.dp_size
+        if spec.global_batch_size is not None:
+            count = min(count, len(plan.window(state.cursor.window)) - state.cursor.offset)
+        packs, cursor = plan.take(state.cursor, count)
+        pack = share.pack(packs, state.consumed_packs, spec.skipped)
+        state = state.after(packs, cursor)
+        yield pack, state
+
+
 def train_batches(
     samples: TrainSamples, spec: BatchSpec, share: Share, state: StreamState
 ) -> Iterator[tuple[BatchArrays, StreamState]]:
-    """Yield the batches of `share` behind `state`, each with the state when every rank has taken its batch.
-
-    Batch m of a data-parallel rank is pack m * dp_size + dp_rank behind `state`. Behind the end of the data
-    come batches of padding.
-    """
-    plan = train_plan(samples, spec)
-    number = 0
-    while True:
-        packs, cursor = plan.take(state.cursor, share.dp_size)
-        pack = share.pack(packs, state.consumed_packs, spec.skipped)
-        state = state.after(packs, cursor)
+    """Yield the batches of the packs that `deal` deals; of a worker, those whose turn it is."""
+    for number, (pack, behind) in enumerate(deal(samples, spec, share, state)):
         if number % share.workers == share.worker:
-            yield build_arrays(samples.stores, spec, pack), state
-        number += 1
+            yield build_arrays(samples.stores, spec, pack), behind
 
 
 def worker_batches(

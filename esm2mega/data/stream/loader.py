@@ -1,7 +1,7 @@
 """Serves packed, masked batches: an endless stream for training, a fixed list for evaluation.
 
-Micro-batch m of data-parallel rank r is pack m * dp_size + r behind the point where the stream was started,
-so the packs between two optimizer steps are the same for every dp_size and every number of micro-batches.
+Micro-batch m of data-parallel rank r is pack m * dp_size + r behind the last step, so the packs between two
+optimizer steps are the same for every dp_size and every number of micro-batches.
 Ranks of one tensor- or pipeline-parallel group use the same dp_rank and build the same batches.
 
     T   tokens of a pack (`train.micro_batch_tokens`), padding included
@@ -107,6 +107,24 @@ class PackStream(ABC, Generic[BatchT]):
     def _finish(self, built: Any) -> BatchT:
         """Return the batch in the form that the model needs."""
 
+    @abstractmethod
+    def _padding(self) -> BatchT:
+        """Build a batch of padding without labels."""
+
+    def next_step(self, micro_batches: int) -> list[BatchT]:
+        """Take this rank's batches of the next step, on every rank equally many.
+
+        Args:
+            micro_batches: Their number. Where a step takes a number of samples, what it is filled up to a
+                multiple of, with batches of padding.
+        """
+        if self._spec.global_batch_size is None:
+            return list(itertools.islice(self, micro_batches))
+        batches = [next(self)]
+        while self._state.cursor.offset:
+            batches.append(next(self))
+        return batches + [self._padding() for _ in range(-len(batches) % micro_batches)]
+
     def __iter__(self) -> Self:
         return self
 
@@ -132,8 +150,26 @@ class PackStream(ABC, Generic[BatchT]):
         """Count the packs of `max_epochs` by planning them all, in a second per million proteins at most."""
         return sum(len(window) for window in train_plan(self.samples, self._spec).windows())
 
+    def num_steps(self, packs_per_step: int) -> int:
+        """Count the steps of `max_epochs`, of which the last one may be smaller.
+
+        Args:
+            packs_per_step: Packs of a step, unless it takes a number of samples.
+        """
+        if (size := self._spec.global_batch_size) is None:
+            return -(-self.num_packs() // packs_per_step)
+        num_samples = train_plan(self.samples, self._spec).num_samples
+        assert num_samples is not None
+        return -(-num_samples // size)
+
     def passes_of(self, num_packs: int) -> float:
-        """Return how often the first packs hold each protein (or cluster) of the data, on average."""
+        """Return how often a step holds each protein (or cluster) of the data, on average.
+
+        Args:
+            num_packs: Packs of a step, unless it takes a number of samples.
+        """
+        if self._spec.global_batch_size is not None:
+            return self._spec.global_batch_size / self.samples.size
         packs, _ = train_plan(self.samples, self._spec).take(PackCursor(), num_packs)
         samples = np.concatenate([pack.pieces.samples for pack in packs])
         # All chunks of a protein have the same sample number.
@@ -212,9 +248,15 @@ class PackStream(ABC, Generic[BatchT]):
 
     def _identity(self) -> dict[str, Any]:
         """Return all that the meaning of a cursor depends on, under the names of the configuration."""
+        tokens, total = self._shape.micro_batch_tokens, self._spec.global_batch_size
+        # `data.max_seq_length`, which T is a multiple of where batches are counted in proteins, is in there.
+        counted = {"train.micro_batch_tokens": tokens}
+        if total is not None:
+            counted = {"train.micro_batch_size": tokens // self._shape.max_seq_length}
         return {
             **self.samples.identity(),
-            "train.micro_batch_tokens": self._shape.micro_batch_tokens,
+            "train.global_batch_size": total,
+            **counted,
             "train.max_epochs": self._spec.max_epochs,
             "data.packing": self._shape.packing,
             "data.pack_window": self._shape.window,
@@ -250,6 +292,9 @@ class TrainStream(PackStream[PackedBatch]):
 
     def _finish(self, built: BatchArrays) -> PackedBatch:
         return _as_tensors(built)
+
+    def _padding(self) -> PackedBatch:
+        return _as_tensors(build_arrays(self.samples.stores, self._spec, PADDING))
 
 
 class SplitPacks(ABC, Generic[BatchT]):

@@ -5,11 +5,12 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
+from esm2mega.config.batches import num_micro_batches
 from esm2mega.config.load import conf_dir, config_names, load_run
 from esm2mega.config.presets import PRESETS
 from esm2mega.config.schema import Run, flatten
 from esm2mega.config.task import validate_task
-from esm2mega.config.validate import num_micro_batches, validate
+from esm2mega.config.validate import validate
 from esm2mega.data.benchmarks.names import FLIP_TASKS
 
 SIZES = [size for size in PRESETS if size != "tiny"]

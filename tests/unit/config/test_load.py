@@ -384,7 +384,7 @@ def test_load_run_over_changes_a_resolved_run_and_leaves_it_alone():
         ("tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
         ("model.tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
         ("parallel.tensor_parallel_size", "parallel.tensor_model_parallel_size"),
-        ("micro_batch_size", "train.micro_batch_tokens"),
+        ("micro_batch_size", "train.micro_batch_size"),
         ("data.max_length", "data.max_seq_length"),
         ("early_stopping.patience", "train.early_stopping.patience"),
         ("optim.lr.value", "optim.lr"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from esm2mega.config.lora import resolve_targets, shortest_patterns
+from esm2mega.config.lora import is_trained_bias, resolve_targets, shortest_patterns
+from esm2mega.config.schema import LoRAConfig
 from esm2mega.errors import UserError
 
 ALL = (0, 1, 2)
@@ -30,6 +31,41 @@ def test_patterns(patterns: list[str], expected: dict[str, tuple[int, ...]]) -> 
     targets = resolve_targets(patterns, 3)
     assert targets == expected
     assert resolve_targets(shortest_patterns(targets, 3), 3) == expected
+
+
+LAYERS = dict.fromkeys(("linear_q", "linear_k", "linear_v", "linear_proj", "linear_fc1", "linear_fc2"), ALL)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["query", "dense"], {**LAYERS, "lm_head.dense": (0,)}),
+        (["all-linear"], {**LAYERS, "lm_head.dense": (0,)}),
+        (["lm_head.dense"], {"lm_head.dense": (0,)}),
+        (["output.dense"], {"linear_fc2": ALL}),
+    ],
+)
+def test_patterns_with_the_head_of_a_language_model(
+    patterns: list[str], expected: dict[str, tuple[int, ...]]
+) -> None:
+    targets = resolve_targets(patterns, 3, has_lm_head=True)
+    if "dense" in patterns:
+        expected = {name: layers for name, layers in expected.items() if name not in ("linear_k", "linear_v")}
+    assert targets == expected
+    assert resolve_targets(shortest_patterns(targets, 3), 3, has_lm_head=True) == expected
+    assert resolve_targets(["all-linear"], 3) == LAYERS
+
+
+def test_trained_biases() -> None:
+    names = [
+        *("encoder.layers.1.self_attention.linear_qkv.bias", "encoder.layers.1.mlp.linear_fc1.bias"),
+        *("encoder.layers.1.mlp.linear_fc1.layer_norm_bias", "encoder.final_layernorm.bias"),
+        *("lm_head.dense.bias", "output_layer.bias", "encoder.layers.1.mlp.linear_fc1.weight"),
+    ]
+    targets = resolve_targets(["query", "lm_head.dense"], 3, has_lm_head=True)
+    for bias, expected in (("none", []), ("all", names[:-1]), ("lora_only", [names[0], names[4]])):
+        lora = LoRAConfig(rank=2, bias=bias)
+        assert [name for name in names if is_trained_bias(name, lora, targets)] == expected
 
 
 @pytest.mark.parametrize("pattern", ["linear_qk", "encoder.layers.3.*", "lm_head.dense", "", "Query"])

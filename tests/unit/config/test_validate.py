@@ -1,21 +1,14 @@
-"""Every rule on a whole configuration, with the words of its message, and the batch arithmetic."""
+"""Every rule on a whole configuration, with the words of its message."""
 
 import importlib.machinery
 import sys
 import types
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from esm2mega.config.load import load_run
 from esm2mega.config.schema import Run
-from esm2mega.config.validate import (
-    check_training_inputs,
-    data_parallel_size,
-    num_micro_batches,
-    validate,
-)
+from esm2mega.config.validate import check_training_inputs, validate
 from esm2mega.errors import UserError
 
 BASE = [
@@ -203,27 +196,6 @@ def test_validate_needs_a_resolved_run():
 )  # fmt: skip
 def test_valid(overrides, world_size):
     validate(make(*overrides), world_size)
-
-
-@given(
-    micro=st.integers(1, 64),
-    accumulation=st.integers(1, 32),
-    tp=st.integers(1, 4),
-    pp=st.integers(1, 4),
-    dp=st.integers(1, 16),
-)
-def test_batch_arithmetic(micro, accumulation, tp, pp, dp):
-    run = Run()
-    run.parallel.tensor_model_parallel_size = tp
-    run.parallel.pipeline_model_parallel_size = pp
-    run.train.micro_batch_tokens = micro
-    run.train.global_batch_tokens = micro * dp * accumulation
-    assert data_parallel_size(run.parallel, tp * pp * dp) == dp
-    assert num_micro_batches(run.train, run.parallel, tp * pp * dp) == accumulation
-    run.train.global_batch_tokens += 1
-    if micro * dp > 1:
-        with pytest.raises(UserError, match=r"is not a multiple of train\.micro_batch_tokens"):
-            num_micro_batches(run.train, run.parallel, tp * pp * dp)
 
 
 @pytest.fixture

@@ -284,6 +284,28 @@ def test_a_step_larger_than_the_data_is_said(tmp_path: Path, capsys: pytest.Capt
     assert "a step takes" not in capsys.readouterr().err
 
 
+def test_steps_in_proteins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packs of any size give the same losses and metrics; epochs take every protein so often."""
+    settings = [text for text in SETTINGS if "batch_tokens" not in text]
+    settings += ["task.kind=regression", "train.max_epochs=2"]
+    records = []
+    for name, batch in (("a", ["train.micro_batch_size=1"]), ("b", ["train.micro_batch_size=4"])):
+        given = [*settings, f"run_dir={tmp_path / name}", *batch, "train.global_batch_size=8"]
+        trained = train_model(given, train=TRAIN, valid=VALID)
+        state = layout.read_state(trained.last_checkpoint)
+        assert state["step"] == 8 and state["data"]["consumed_samples"] == 2 * len(TRAIN)
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        records.append([[r["loss"], r["grad_norm"]] for r in map(json.loads, lines) if r["kind"] == "train"])
+    assert np.allclose(*records, rtol=0, atol=1e-10)
+    assert "batch    8 proteins a step in packs of 64 tokens\n" in capsys.readouterr().err
+    short = [*settings, f"run_dir={tmp_path / 'short'}", "train.micro_batch_size=80"]
+    train_model(short, train=TRAIN[:3], valid=VALID)
+    assert (
+        "data.train has 3 proteins, and a step takes each of them 26.7 times, so that train.max_epochs=2 is "
+        "1 step; for smaller steps lower train.global_batch_size=80\n" in capsys.readouterr().err
+    )
+
+
 def test_a_declared_class_that_training_never_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It has an output, its held-out labels count as wrong, and records name it; the head goes on with it."""
     classes = ("task.kind=classification", 'task.classes=[many,"none",few]', "task.class_weights=balanced")

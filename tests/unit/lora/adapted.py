@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint import layout
-from esm2mega.config.lora import LINEARS, resolve_targets
+from esm2mega.config.lora import LINEARS, LM_HEAD, is_trained_bias, targets_of
 from esm2mega.config.schema import LoRAConfig, ParallelConfig, Run
 from esm2mega.convert.formats.esm2mega import run_of
 from esm2mega.convert.formats.registry import open_weights
@@ -36,6 +36,8 @@ KINDS = {
         use_rslora=True,
         target_modules=["encoder.layers.[02].*.linear_k", "linear_v", "encoder.layers.1.mlp.linear_fc2"],
     ),
+    "head": LoRAConfig(rank=3, use_dora=True, bias="lora_only", target_modules=["query", "lm_head.dense"]),
+    "biases": LoRAConfig(rank=3, alpha=5.0, bias="all", target_modules=["all-linear"]),
 }
 
 
@@ -54,13 +56,14 @@ def make_base(folder: Path, dtype: torch.dtype) -> Base:
     return Base(model, folder)
 
 
-def random_factors(lora: LoRAConfig, dtype: torch.dtype) -> dict[tuple[str, int], Factors]:
+def random_factors(run: Run, dtype: torch.dtype) -> dict[tuple[str, int], Factors]:
     """Values that change the logits a good deal."""
     generator = torch.Generator().manual_seed(4)
+    lora = run.lora
     h, f, rank = SHAPE.hidden_size, SHAPE.ffn_hidden_size, lora.rank
     assert rank is not None
     inputs, outputs = {"linear_fc2": f}, {"linear_fc1": f}
-    targets = resolve_targets(lora.target_modules, SHAPE.num_layers)
+    targets = targets_of(run)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -72,8 +75,19 @@ def random_factors(lora: LoRAConfig, dtype: torch.dtype) -> dict[tuple[str, int]
             normal(o := outputs.get(linear.name, h), rank) * 0.3 / lora.scaling,
             normal(o).abs() + 0.5 if lora.use_dora else None,
         )
-        for linear in LINEARS
+        for linear in (*LINEARS, LM_HEAD)
         for layer in targets.get(linear.name, ())
+    }
+
+
+def random_biases(run: Run, base: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Other values than those of the base for all biases that are trained."""
+    generator = torch.Generator().manual_seed(5)
+    targets = targets_of(run)
+    return {
+        name: torch.randn(info.shape, generator=generator).to(dtype) * 0.3
+        for name, info in open_weights(base).infos.items()
+        if is_trained_bias(name, run.lora, targets)
     }
 
 
@@ -89,7 +103,8 @@ def make_adapters(folder: Path, base: Base, lora: LoRAConfig, dtype: torch.dtype
         "token_counts": None,
         "origin": {"format": "tests", "path": ""},
     }
-    write_adapters(folder, run, identify(read_start(base.path)), random_factors(lora, dtype), state, {})
+    biases = random_biases(run, base.path, dtype)
+    write_adapters(folder, run, identify(read_start(base.path)), random_factors(run, dtype), state, biases)
     return folder
 
 
@@ -113,10 +128,11 @@ def logits(checkpoint: Path, run: Run | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def their_logits(model: Any) -> Tensor:
-    """The same of a model of Hugging Face."""
+def their_logits(model: Any, head: Any = None) -> Tensor:
+    """The same of a model of Hugging Face; of one without a head, with `head` on its hidden states."""
     ids, mask = batch()
-    return model.eval()(ids, attention_mask=mask).logits * mask.unsqueeze(-1)
+    output = model.eval()(ids, attention_mask=mask)
+    return (output.logits if head is None else head(output.last_hidden_state)) * mask.unsqueeze(-1)
 
 
 def gradients(checkpoint: Path, weights: Tensor) -> dict[str, Tensor]:
@@ -133,7 +149,9 @@ def gradients(checkpoint: Path, weights: Tensor) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 # encoder.layers.0.mlp.linear_fc1_lora.lora_A
-                _, _, layer, _, linear, factor = name.split(".")
-                stem = f"base_model.model.esm.encoder.layer.{layer}.{stems[linear.removesuffix('_lora')]}"
-                found[f"{stem}.{factor}"] = parameter.grad
+                stem, _, factor = name.rpartition(".")
+                if stem.startswith("encoder."):
+                    _, _, layer, _, linear = stem.split(".")
+                    stem = f"esm.encoder.layer.{layer}.{stems[linear.removesuffix('_lora')]}"
+                found[f"base_model.model.{stem.removesuffix('_lora')}.{factor}"] = parameter.grad
         return found

@@ -66,29 +66,32 @@ def test_exported_adapter_gives_the_same_logits_in_peft(base32: Base, kind: str,
     assert torch.equal(adapted.logits(tmp_path / "back"), ours)
 
 
-def _peft_model(base: Base, lora: LoRAConfig, targets: list[str] | str) -> Any:
-    """A PEFT model with random values in every factor."""
+def _peft_model(base: Base, lora: LoRAConfig, targets: list[str] | str, **settings: Any) -> Any:
+    """A PEFT model with random values in every factor, and in the biases that are trained."""
     from peft import LoraConfig, get_peft_model
-    from transformers import EsmForMaskedLM
+    from transformers import EsmForMaskedLM, EsmModel
 
+    kind = EsmModel if settings.get("task_type") == "FEATURE_EXTRACTION" else EsmForMaskedLM
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or lora.rank,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         target_modules=targets,
+        **settings,
     )
-    model = get_peft_model(EsmForMaskedLM.from_pretrained(base.path), config)
+    model = get_peft_model(kind.from_pretrained(base.path), config)
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            # The loss of a model with a head has no gradient for these.
+            if parameter.requires_grad and "contact_head" not in name:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(noise.abs() + 0.5 if parameter.dim() == 1 else noise * 0.1)
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "rslora", "dora", "some", "head"])
 def test_adapter_and_gradients_of_peft(base32: Base, kind: str, tmp_path: Path) -> None:
     """What peft saved gives the same logits here; so do its gradients of every factor."""
     lora = KINDS[kind]
@@ -96,6 +99,8 @@ def test_adapter_and_gradients_of_peft(base32: Base, kind: str, tmp_path: Path) 
     targets: Any = ["query", "key", "value", "output.dense", "intermediate.dense"]
     if kind == "some":
         targets = r".*layer\.[01]\.(attention\.self\.value|output\.dense)"
+    if kind == "head":
+        targets = ["query", "key", "value", "dense"]
     model = _peft_model(base32, lora, targets)
     model.save_pretrained(tmp_path / "peft")
     import_adapters(tmp_path / "peft", str(base32.path), tmp_path / "adapters")
@@ -118,6 +123,103 @@ def test_adapter_and_gradients_of_peft(base32: Base, kind: str, tmp_path: Path) 
         assert _distance(gradient, theirs[name]) < 1e-4, name
 
 
+FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dense": (["query", "key", "value", "dense"], {}),
+    "all-linear": ("all-linear", {"bias": "all"}),
+    "lora_only": (["query", "dense"], {"bias": "lora_only"}),
+    "patterns": (
+        ["query", "value", "dense"],
+        {
+            "rank_pattern": {"query": 5, r".*layer\.[02]\.output.dense": 1, "lm_head.dense": 2},
+            "alpha_pattern": {"value": 9, "layer.1.attention.self.query": 4, "^lm_head.dense": 7},
+        },
+    ),
+    "features": (["query", "dense"], {"task_type": "FEATURE_EXTRACTION", "bias": "lora_only"}),
+}
+"""What public code makes of ESM-2: target modules and further settings of peft."""
+
+
+_QUICK = {("dense", "plain"), ("all-linear", "dora"), ("lora_only", "dora"), ("patterns", "rslora")}
+_QUICK |= {("features", "plain")}
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        pytest.param(form, kind, marks=[] if (form, kind) in _QUICK else pytest.mark.slow)
+        for form in FORMS
+        for kind in ("plain", "rslora", "dora")
+    ],
+)
+def test_what_public_code_makes(base32: Base, form: str, kind: str, tmp_path: Path) -> None:
+    """Adapters and biases of peft: the same here, merged, and again in peft."""
+    from peft import PeftModel
+    from transformers import EsmForMaskedLM, EsmModel
+
+    (targets, settings), is_bare = FORMS[form], form == "features"
+    model = _peft_model(base32, KINDS[kind], targets, **settings)
+    # Half of them in the file that peft wrote before version 0.6.
+    model.save_pretrained(tmp_path / "peft", safe_serialization=kind != "plain")
+    if kind == "plain":
+        assert (tmp_path / "peft" / "adapter_model.bin").is_file()
+    report = import_adapters(tmp_path / "peft", str(base32.path), tmp_path / "adapters")
+    merge(tmp_path / "adapters", tmp_path / "merged")
+    export_adapters(tmp_path / "adapters", tmp_path / "again", bare=is_bare)
+    kind_of = EsmModel if is_bare else EsmForMaskedLM
+    again = PeftModel.from_pretrained(kind_of.from_pretrained(base32.path), tmp_path / "again")
+    ours = [adapted.logits(tmp_path / name) for name in ("adapters", "merged")]
+    if is_bare:
+        # The head is that of the base, on hidden states of either model.
+        head = EsmForMaskedLM.from_pretrained(base32.path).eval().lm_head
+        expected = adapted.their_logits(model, head)
+        assert _distance(adapted.their_logits(again, head), expected) < FP32
+        assert any(line.startswith("dropped: base_model.model.pooler.dense.lora_A") for line in report)
+    else:
+        expected = adapted.their_logits(model)
+        assert _distance(adapted.their_logits(again), expected) < FP32
+    assert [_distance(logits, expected) < FP32 for logits in ours] == [True, True]
+    plain = adapted.their_logits(base32.model)
+    assert _distance(expected, plain) > 0.05, "the adapters do nothing"
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert config["bias"] == settings.get("bias", "none")
+    before, after = (load_peft(tmp_path / name) for name in ("peft", "again"))
+    left_out = {name for name in before if "pooler" in name or "contact_head" in name}
+    # The key of a model of ours is trained with q and v, so that its bias is there too.
+    assert before.keys() - left_out <= after.keys()
+    ranks = {name: len(value) for name, value in before.items() if "lora_A" in name and name not in left_out}
+    assert ranks == {name: len(value) for name, value in after.items() if "lora_A" in name}
+
+
+def load_peft(folder: Path) -> dict[str, torch.Tensor]:
+    old = folder / "adapter_model.bin"
+    return (
+        torch.load(old, weights_only=True)
+        if old.exists()
+        else load_file(folder / "adapter_model.safetensors")
+    )
+
+
+def test_adapters_without_a_place_here(base32: Base, tmp_path: Path) -> None:
+    """Of the contact head: left out while they do nothing, else refused; of a head that is missing."""
+    from transformers import EsmModel
+
+    model = _peft_model(base32, KINDS["plain"], "all-linear")
+    model.save_pretrained(tmp_path / "peft")
+    lines = import_adapters(tmp_path / "peft", str(base32.path), tmp_path / "out")
+    stem = "dropped: base_model.model.esm.contact_head.regression.lora_"
+    why = ".weight, of the contact head, which does nothing, since its B is zero"
+    assert [line for line in lines if line.startswith("dropped")] == [f"{stem}A{why}", f"{stem}B{why}"]
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    name = next(name for name in tensors if "contact_head" in name and "lora_B" in name)
+    save_file({**tensors, name: tensors[name] + 1}, tmp_path / "peft" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="contact_head.regression.lora_A.weight is not an adapter of a lin"):
+        import_adapters(tmp_path / "peft", str(base32.path), tmp_path / "out2")
+    EsmModel.from_pretrained(base32.path).save_pretrained(tmp_path / "bare")
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match="adapts lm_head.dense, but there is no head of a language model"):
+        import_adapters(tmp_path / "whole", str(tmp_path / "bare"), tmp_path / "out3")
+
+
 def _saved(folder: Path, base: Base) -> Path:
     _peft_model(base, KINDS["plain"], ["query", "value"]).save_pretrained(folder)
     return folder
@@ -126,8 +228,13 @@ def _saved(folder: Path, base: Base) -> Path:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("bias", "all"),
-        ("rank_pattern", {"query": 2}),
+        ("bias", "some"),
+        ("rank_pattern", {"query": 0}),
+        ("rank_pattern", {"query": 2.0}),
+        ("rank_pattern", ["query"]),
+        ("alpha_pattern", {"(a+)+": 2}),
+        ("alpha_pattern", {".*.*.*.*": 2}),
+        ("alpha_pattern", {"[z-a]": 2}),
         ("init_lora_weights", "pissa"),
         ("fan_in_fan_out", True),
         ("r", 0),

@@ -116,8 +116,9 @@ def test_adapters_and_head_are_saved(finished: TinyRun, trained: TrainedModel) -
 
 
 def test_a_resumed_run_equals_an_unbroken_one(finished: TinyRun, tmp_path: Path) -> None:
-    """With dropout in adapters and head."""
+    """With dropout in adapters and head, and trained biases."""
     settings = (*ADAPTERS, "lora.dropout=0.3", "lora.use_dora=true", "schedule.decay_steps=4")
+    settings += ("lora.bias=all",)
     whole = _train(finished, tmp_path / "whole", *settings)
     _train(finished, tmp_path / "broken", *settings, "train.max_steps=2")
     # Killed while it saved step 3.
@@ -127,8 +128,9 @@ def test_a_resumed_run_equals_an_unbroken_one(finished: TinyRun, tmp_path: Path)
     assert expected.keys() == actual.keys()
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
     assert whole.metrics["valid_loss"] == broken.metrics["valid_loss"]
-    with pytest.raises(UserError, match="lora.alpha=6"):
-        _train(finished, tmp_path / "broken", *settings, "lora.alpha=3", "train.max_steps=6")
+    for key, change in (("lora.alpha=6", "lora.alpha=3"), ("lora.bias=all", "lora.bias=none")):
+        with pytest.raises(UserError, match=key):
+            _train(finished, tmp_path / "broken", *settings, change, "train.max_steps=6")
     with pytest.raises(UserError, match="holds adapters"):
         _train(finished, tmp_path / "broken", "train.max_steps=6")
 
@@ -219,7 +221,8 @@ def _tuned(base: Base, run_dir: Path, kind: str, labels: list[Any], *changes: st
     settings = [text for text in SETTINGS if not text.startswith("model.")]
     settings += [f"run_dir={run_dir}", f"init_from={base.path}", f"task.kind={kind}", *ADAPTERS]
     pairs = list(zip(SEQUENCES, labels, strict=True))
-    return train_model([*settings, "optim.lr=5e-2", "lora.use_dora=true", *changes], train=pairs[:30])
+    settings += ["optim.lr=5e-2", "lora.use_dora=true", "lora.bias=all", *changes]
+    return train_model(settings, train=pairs[:30])
 
 
 def _ours(checkpoint: Path) -> Any:
@@ -283,12 +286,14 @@ def test_a_classifier_that_peft_trained_becomes_a_head(base: Base, tmp_path: Pat
     from transformers import EsmForSequenceClassification
 
     plain = EsmForSequenceClassification.from_pretrained(base.path, num_labels=3)
-    config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"])
+    # With these, peft stores the classifier's biases three times, and an adapter of the contact head.
+    config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules="all-linear", bias="all")
     model = get_peft_model(plain, config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "contact_head" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     model.save_pretrained(tmp_path / "peft")
     arguments = ["lora", "import", str(tmp_path / "peft"), "--base", str(base.path), "--out"]
     assert main([*arguments, str(tmp_path / "bare")]) == 2

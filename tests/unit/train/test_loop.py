@@ -40,13 +40,10 @@ class Stream:
     def __init__(self) -> None:
         self.state = StreamState()
 
-    def __iter__(self) -> Iterator[SimpleNamespace]:
-        return self
-
-    def __next__(self) -> SimpleNamespace:
-        packs = self.state.consumed_packs + 1
+    def next_step(self, micro_batches: int) -> list[SimpleNamespace]:
+        packs = self.state.consumed_packs + micro_batches
         self.state = StreamState(consumed_packs=packs, consumed_samples=packs, consumed_tokens=100 * packs)
-        return SimpleNamespace(num_residues=90)
+        return [SimpleNamespace(num_residues=90)] * micro_batches
 
     def contents_of(self, behind: StreamState, packs: Iterable[int]) -> list[dict[str, Any]]:
         return [{"pack": n, "proteins": [f"p{n}"], "samples": [[n, 0]]} for n in sorted(packs)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from esm2mega.checkpoint import layout
+from esm2mega.cli.app import main
 from esm2mega.config.load import run_from_yaml
 from esm2mega.config.schema import EvalConfig
 from esm2mega.convert.start_point import StartPoint
@@ -30,7 +31,7 @@ from esm2mega.train.start import find_init, find_resume
 from tests.checkpoints import full_weights
 from tests.unit.conftest import TinyRun
 from tests.unit.data.damage import flip
-from tests.unit.runs import tiny_run, unmasked_store
+from tests.unit.runs import SETTINGS, proteins_run, tiny_run, unmasked_store
 
 
 def test_init_from_starts_with_the_weights_and_a_fresh_optimizer(finished: TinyRun, tmp_path: Path) -> None:
@@ -102,6 +103,66 @@ def test_epochs_take_every_protein_so_often(finished: TinyRun, tmp_path: Path) -
     assert (saved.train.max_steps, saved.schedule.decay_steps) == (loop.step, loop.step * 9 // 10)
     with pytest.raises(UserError, match="train.max_epochs=4 differs from 3 of the checkpoint"):
         pretrain(tiny_run(*changes, "train.max_epochs=4", run_dir=tmp_path))
+
+
+def test_every_start_may_have_a_directory_of_its_own(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With resume=never beside an existing run; resume=auto goes on in the newest, and never in it."""
+
+    def start(steps: int, *words: str) -> int:
+        given = [f"data.train={finished.train}", f"train.max_steps={steps}", *words]
+        return main(["pretrain", *SETTINGS, *given])
+
+    numbered = (f"run_dir={tmp_path}/run_{{version}}", "checkpoint.resume=never")
+    assert [start(1, *numbered), start(2, *numbered), start(1, *numbered)] == [0, 0, 0]
+    assert start(3, numbered[0]) == 0
+    ends = {path.name: layout.find_checkpoints(path)[0][-1].name for path in tmp_path.iterdir()}
+    assert ends == {"run_0": "step_00000001", "run_1": "step_00000002", "run_2": "step_00000003"}
+    assert start(4, f"run_dir={tmp_path}/run_2", numbered[1]) == 2
+    assert (
+        "choose another run_dir, one with {version} for a new number at every start"
+        in capsys.readouterr().err
+    )
+    timed = (f"run_dir={tmp_path}/times/{{time}}", "checkpoint.resume=never")
+    assert start(1, *timed) == 0
+    (first,) = (tmp_path / "times").iterdir()
+    assert layout.find_checkpoints(first)[0]
+
+
+def test_steps_in_proteins(finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packs of any size give one curve; a resumed run keeps its step, and says so where the keys say else."""
+
+    def losses(name: str, *batch: str) -> list[float]:
+        tokens = [f"{key}={value}" for key, value in (("data.train", finished.train), ("train.max_steps", 2))]
+        pretrain(proteins_run(*tokens, *batch, run_dir=tmp_path / name))
+        records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [record[key] for record in records for key in ("loss", "grad_norm", "consumed_tokens")]
+
+    expected = losses("a", "train.micro_batch_size=4", "train.accumulate_grad_batches=3")
+    for name, batch in (("b", ["train.micro_batch_size=12"]), ("c", ["train.global_batch_size=12"])):
+        # Another order of summation changes the last of the 16 digits.
+        assert losses(name, *batch) == pytest.approx(expected, rel=1e-12, abs=0)
+    state = layout.read_state(layout.step_dir(tmp_path / "a", 2))
+    saved = layout.read_config(layout.step_dir(tmp_path / "a", 2))
+    assert state["data"]["consumed_samples"] == 24 and saved.train.global_batch_size == 12
+    assert state["data"]["identity"]["train.global_batch_size"] == 12
+    said = capsys.readouterr().err
+    assert (
+        "batch    12 proteins a step in packs of 256 tokens\n" in said and "as in the checkpoint" not in said
+    )
+    losses("a", "train.micro_batch_size=4", "train.accumulate_grad_batches=2", "train.max_steps=3")
+    assert layout.read_state(layout.step_dir(tmp_path / "a", 3))["data"]["consumed_samples"] == 36
+    assert (
+        "a step takes 12 proteins as in the checkpoint, not train.micro_batch_size x data-parallel size x "
+        "train.accumulate_grad_batches = 8\n" in capsys.readouterr().err
+    )
+    # The batch of the training is no rule for other commands.
+    loss = evaluate_checkpoint(tmp_path / "a", finished.valid)["loss"]
+    other = evaluate_checkpoint(tmp_path / "a", finished.valid, micro_batch_tokens=100)["loss"]
+    assert other == pytest.approx(loss, rel=1e-12)
+    with pytest.raises(UserError, match="train.global_batch_size=24 differs from 12 of the checkpoint"):
+        losses("a", "train.micro_batch_size=4", "train.global_batch_size=24", "train.max_steps=4")
 
 
 def test_a_step_larger_than_the_data_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

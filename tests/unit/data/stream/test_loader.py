@@ -325,6 +325,79 @@ def test_a_state_of_other_data_is_refused(store: TokenStore) -> None:
         TrainStream([store], SPEC).load_state_dict(state)
 
 
+def labels_of(batches: list[PackedBatch]) -> list[int]:
+    return sorted(int(label) for batch in batches for label in batch.labels)
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "micro_batch_size", "workers"), [(1, 2, 2), (2, 2, 0), (3, 1, 0), (4, 8, 0)]
+)
+def test_a_step_takes_so_many_proteins_at_every_layout(
+    many: TokenStore, dp_size: int, micro_batch_size: int, workers: int
+) -> None:
+    """Step s has the samples 24 s to 24 s + 23, masked alike, and ranks have equally many packs."""
+    config = DataConfig(max_seq_length=256, workers=workers)
+    spec = BatchSpec(config, 256 * micro_batch_size, seed=1, global_batch_size=24)
+    whole = TrainStream([many], replace(spec, micro_batch_tokens=2048, data=replace(config, workers=0)))
+    streams = [TrainStream([many], spec, rank, dp_size) for rank in range(dp_size)]
+    tokens = 0
+    try:
+        for step in range(4):
+            if step == 2:  # from a state that another number of ranks may have saved
+                state = json.loads(json.dumps(streams[-1].state_dict()))
+                assert state["cursor"] == {"window": 2, "offset": 0} and state["consumed_samples"] == 48
+                for stream in streams:
+                    stream.load_state_dict(state)
+            ranks = [stream.next_step(2) for stream in streams]
+            assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) % 2 == 0
+            batches = [batch for batches in ranks for batch in batches]
+            samples = sorted(sample for batch in batches for sample, _ in batch.samples)
+            assert samples == list(range(24 * step, 24 * step + 24))
+            used = [batch for batch in batches if batch.num_sequences]
+            assert len(used) <= 24 / micro_batch_size
+            assert all(len(batch.input_ids) == spec.micro_batch_tokens for batch in batches)
+            assert all(len(batch.labels) == 0 for batch in batches if not batch.num_sequences)
+            tokens += sum(batch.num_tokens for batch in batches)
+        assert all(stream.state == streams[0].state for stream in streams)
+        assert streams[0].state.consumed_tokens == tokens
+        expected = [whole.next_step(1) for _ in range(4)][-1]
+        assert labels_of(batches) == labels_of(expected)
+    finally:
+        for stream in [whole, *streams]:
+            stream.close()
+
+
+def test_steps_of_epochs_in_proteins(store: TokenStore) -> None:
+    """The last step takes what is left, on every rank in equally many packs."""
+    spec = BatchSpec(DataConfig(max_seq_length=64), 128, seed=1, max_epochs=2, global_batch_size=50)
+    with TrainStream([store], spec, 0, 2) as first, TrainStream([store], spec, 1, 2) as second:
+        assert first.num_steps(1) == 3 and first.passes_of(1) == 50 / 60
+        counts = []
+        for _ in range(4):
+            ranks = first.next_step(1), second.next_step(1)
+            assert len(ranks[0]) == len(ranks[1])
+            counts.append(sum(batch.num_sequences for batches in ranks for batch in batches))
+        assert counts == [50, 50, 20, 0]
+
+
+def test_a_state_of_other_steps_is_refused(store: TokenStore) -> None:
+    """Between numbers of proteins, sizes of their packs, and the two ways of counting."""
+    tokens = BatchSpec(DataConfig(max_seq_length=64), 128, seed=1)
+    proteins = replace(tokens, global_batch_size=12)
+    for saved, now, message in (
+        (proteins, replace(proteins, global_batch_size=24), "train.global_batch_size=24 differs from 12"),
+        (proteins, replace(proteins, micro_batch_tokens=256), "train.micro_batch_size=4 differs from 2"),
+        (proteins, tokens, "train.global_batch_size=None differs from 12"),
+        (tokens, proteins, "train.global_batch_size=12 differs from None"),
+    ):
+        state = TrainStream([store], saved).state_dict()
+        with pytest.raises(UserError, match=message):
+            TrainStream([store], now).load_state_dict(state)
+    old = TrainStream([store], tokens).state_dict()
+    del old["identity"]["train.global_batch_size"]
+    TrainStream([store], tokens).load_state_dict(old)
+
+
 def test_errors_of_the_thread_reach_the_caller(store: TokenStore) -> None:
     broken = TokenStore(store.path)
     broken.starts = np.zeros(0, dtype=np.int64)
