@@ -29,6 +29,9 @@ _PLACES_PER_LAYER = 1 << 20
 _LEVELS = 1 << 16
 """Counts the values of 16 bits."""
 
+_BLOCK = {"cpu": 1 << 16, "other": 1 << 24}
+"""Limits the hashes that are computed at a time: on a CPU to what its caches hold, else to 128 MB."""
+
 EMBEDDING, ATTENTION_OUTPUT, MLP_OUTPUT, FIRST_HEAD = range(4)
 """Number the places of a layer where the encoder drops; head n, counted from 0, is `FIRST_HEAD` + n."""
 
@@ -89,9 +92,8 @@ def drop(values: Tensor, p: float, keys: Tensor, place: int | Tensor) -> Tensor:
         place: Number of the place from `place_of`, or several of them.
     """
     level = max(1, round(p * _LEVELS))
-    return values.masked_fill(_dropped(keys, place, values.shape[-1], level), 0.0) * (
-        _LEVELS / (_LEVELS - level)
-    )
+    kept = values.masked_fill(_dropped(keys, place, values.shape[-1], level), 0.0)
+    return kept.mul_(_LEVELS / (_LEVELS - level))
 
 
 def _dropped(keys: Tensor, place: int | Tensor, count: int, level: int) -> Tensor:
@@ -99,8 +101,12 @@ def _dropped(keys: Tensor, place: int | Tensor, count: int, level: int) -> Tenso
     # A scalar tensor on the CPU: its product wraps around, unlike that of Python's integers.
     rows = _mix(keys + (torch.as_tensor(place) + 1) * _STEP)
     steps = torch.arange(1, -(-count // 4) + 1, device=keys.device) * _STEP
-    bits = _mix(rows[..., None] + steps).view(torch.int16)[..., :count]
-    return bits < level - _LEVELS // 2
+    size = max(1, _BLOCK["cpu" if keys.device.type == "cpu" else "other"] // len(steps))
+    dropped = torch.empty(rows.numel(), count, dtype=torch.bool, device=keys.device)
+    for block, result in zip(rows.flatten().split(size), dropped.split(size), strict=True):
+        bits = _mix(block[:, None] + steps).view(torch.int16)[:, :count]
+        torch.lt(bits, level - _LEVELS // 2, out=result)
+    return dropped.view(*rows.shape, count)
 
 
 def _mix(state: Tensor) -> Tensor:
