@@ -39,6 +39,7 @@ class PackedBatch:
         rows: for evaluation, the row of each segment's protein in the store, -1 for padding, n numbers on the
             host; None in training.
         samples: for each piece of a protein, the number of its sample and of its first token, on the host.
+        starts: where each of these pieces begins in the pack, on the host.
     """
 
     input_ids: Tensor
@@ -53,6 +54,7 @@ class PackedBatch:
     num_sequences: int
     rows: list[int] | None = None
     samples: Sequence[tuple[int, int]] = ()
+    starts: Sequence[int] = ()
 
     def by_protein(self, logits: Tensor) -> Iterator[tuple[int, PackedBatch, Tensor]]:
         """Split a batch of an evaluation by its segments; those without labels are left out.
@@ -206,6 +208,11 @@ class LabelledBatch:
 
     label_counts = None
     """This is None because the head needs every hidden state, so the last layer computes all of them."""
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """Return where each of the n pieces begins in the pack, on the host."""
+        return self.head_inputs.starts
 
     def by_protein(self, output: Tensor, sizes: Sequence[int]) -> Iterator[tuple[int, LabelledBatch, Tensor]]:
         """Split a batch with labels by its proteins.

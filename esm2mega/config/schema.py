@@ -44,6 +44,8 @@ class ModelConfig:
     final_layernorm: bool = True
     max_positions: int | None = None
     init_std: float = 0.02
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
 
 
 @dataclass

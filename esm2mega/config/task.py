@@ -93,6 +93,11 @@ def validate_task(run: Run) -> None:
         )
     if len(data.train_paths()) > 1 or data.weights is not None:
         raise UserError("data.train names several tables; join them into one for fine-tuning")
+    if run.finetune.mode == "frozen" and (run.model.hidden_dropout or run.model.attention_dropout):
+        raise UserError(
+            "finetune.mode=frozen computes the encoder once for each protein, without dropout; set "
+            "model.hidden_dropout=0 and model.attention_dropout=0, or finetune.mode=full and finetune.freeze"
+        )
     _check_finetune(run.finetune, run.task, run.lora, run.parallel)
 
 

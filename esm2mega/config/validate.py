@@ -38,6 +38,8 @@ _AT_LEAST = {
     "model.hidden_size": 1,
     "model.ffn_hidden_size": 1,
     "model.num_attention_heads": 1,
+    "model.hidden_dropout": 0,
+    "model.attention_dropout": 0,
     "parallel.tensor_model_parallel_size": 1,
     "parallel.pipeline_model_parallel_size": 1,
     "parallel.virtual_pipeline_model_parallel_size": 1,
@@ -90,6 +92,8 @@ _AT_MOST = {
     "eval.random_fraction": 1,
     "eval.seed": 2**63 - 1,
     "schedule.min_lr_ratio": 1,
+    "model.hidden_dropout": 0.99,
+    "model.attention_dropout": 0.99,
     "task.dropout": 0.99,
     "task.label_smoothing": 0.99,
 }
@@ -268,6 +272,12 @@ def _check_model(model: ModelConfig) -> None:
         raise UserError(
             f"model.hidden_size={hidden} / model.num_attention_heads={heads} gives head dimension "
             f"{hidden // heads}, which is odd; rotary positions rotate pairs of channels: choose an even one"
+        )
+    if model.attention_dropout and model.attention_backend not in ("auto", "sdpa"):
+        raise UserError(
+            f"model.attention_dropout={model.attention_dropout} needs masks that are equal at every layout, "
+            f"and model.attention_backend={model.attention_backend} takes none; set "
+            "model.attention_backend=sdpa or model.attention_dropout=0"
         )
     if model.attention_backend in ("varlen", "flash") and model.precision != "bf16":
         raise UserError(

@@ -53,6 +53,7 @@ class Purpose(enum.IntEnum):
     STORE = 10
     DROPOUT = 11
     BOOTSTRAP = 12
+    ENCODER_DROPOUT = 13
 
 
 def mix(state: Bits) -> Bits:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from esm2mega.errors import UserError
+from esm2mega.model.dropout import FIRST_HEAD, drop, place_of
 from esm2mega.model.packed import PackedSequences
 from esm2mega.model.rotary import split_and_rotate
 
@@ -39,6 +41,43 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float)
             continue
         out = scaled_dot_product_attention(qs, ks, vs, scale=scale)
         outputs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def sdpa_with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float, p: float, places: Tensor
+) -> Tensor:
+    """Attend as `sdpa` does, and drop probabilities by keys of the queries; on any device, in any dtype.
+
+    PyTorch's function takes no mask of what is dropped, so the probabilities are made in memory: for a
+    sequence of l tokens ``n/t * l * l`` numbers, in fp32 at least.
+
+    Args:
+        q: As for `Kernel`, like the following ones.
+        k: Keys.
+        v: Values.
+        packed: Borders, and keys of dropout.
+        scale: Factor of the products of q and k.
+        p: Probability to drop one, above 0 and below 1.
+        places: Place of each head of this rank, see `esm2mega.model.dropout`, int64 ``[n/t]``.
+    """
+    assert packed.query_keys is not None  # `ESM2Model.encode` has checked it
+    outputs = []
+    for *segment, keys in zip(
+        q.split(packed.query_lens),
+        k.split(packed.seqlens),
+        v.split(packed.seqlens),
+        packed.query_keys.split(packed.query_lens),
+        strict=True,
+    ):
+        if not keys.numel():
+            continue
+        # [l, n/t, d] -> [n/t, l, d]
+        qs, ks, vs = (x.transpose(0, 1) for x in segment)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        probabilities = torch.softmax((qs * scale) @ ks.transpose(1, 2), dim=-1, dtype=wide)
+        kept = drop(probabilities, p, keys, places[:, None])
+        outputs.append((kept.to(vs.dtype) @ vs).transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -138,7 +177,7 @@ def kernel_defect(kernel: str) -> str | None:
 
 
 class PackedCoreAttention(MegatronModule):
-    """Computes softmax attention within each sequence of a pack, without dropout, since ESM-2 has none."""
+    """Computes softmax attention within each sequence of a pack, in training with keyed dropout if any."""
 
     def __init__(
         self, config: Any, layer_number: int, softmax_scale: float | None = None, **unused: Any
@@ -146,6 +185,7 @@ class PackedCoreAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.kernel = KERNELS[config.packed_attention]
+        self.first_place = place_of(layer_number, FIRST_HEAD)
 
     def forward(
         self,
@@ -162,7 +202,17 @@ class PackedCoreAttention(MegatronModule):
 
         The borders of the sequences are the only mask.
         """
-        return self.kernel(query, key, value, packed_seq_params, self.scale)
+        p = self.config.keyed_attention_dropout
+        if not p or not self.training:
+            return self.kernel(query, key, value, packed_seq_params, self.scale)
+        places = self.first_place + heads_of_this_rank(query.shape[1], query.device)
+        return sdpa_with_dropout(query, key, value, packed_seq_params, self.scale, p, places)
+
+
+def heads_of_this_rank(count: int, device: torch.device) -> Tensor:
+    """Return the numbers, among all heads, of the `count` heads that this tensor-parallel rank has."""
+    first = parallel_state.get_tensor_model_parallel_rank() * count
+    return torch.arange(first, first + count, device=device)
 
 
 class ESM2SelfAttention(SelfAttention):

@@ -26,12 +26,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 @dataclass
 class ESM2TransformerConfig(TransformerConfig):
-    """Extends Megatron-Core's configuration by the attention kernel and by fields of `ModelConfig`."""
+    """Extends Megatron-Core's configuration by the attention kernel and by fields of `ModelConfig`.
+
+    Megatron-Core's own `hidden_dropout` and `attention_dropout` stay 0, since they draw from generators.
+    """
 
     packed_attention: str = "sdpa"
     family: str = "esm2"
     final_layernorm: bool = True
     max_positions: int = 0
+    keyed_hidden_dropout: float = 0.0
+    keyed_attention_dropout: float = 0.0
+
+    @property
+    def drops(self) -> bool:
+        """Return whether training needs `PackedSequences.with_dropout_keys`."""
+        return self.keyed_hidden_dropout > 0 or self.keyed_attention_dropout > 0
 
 
 def transformer_config(
@@ -88,6 +98,8 @@ def transformer_config(
         family=model.family,
         final_layernorm=model.final_layernorm,
         max_positions=model.max_positions or 0,
+        keyed_hidden_dropout=model.hidden_dropout,
+        keyed_attention_dropout=model.attention_dropout,
         **_recompute(model.recompute),
     )
 
@@ -125,7 +137,8 @@ def build_model(
     # Post-LN needs LayerNorms of their own, not fused into the linears that follow.
     spec_name = "local" if has_lora or model.family == "proteinbert_postln" else model.layer_spec
     spec = layer_spec.choose_layer_spec(spec_name, device, DTYPES[model.precision])
-    te_attention = spec == "te" and model.attention_backend in ("auto", "te")
+    # Transformer Engine's attention draws its dropout from a generator.
+    te_attention = spec == "te" and model.attention_backend in ("auto", "te") and not model.attention_dropout
     backend = "auto" if te_attention else model.attention_backend
     shape = shape_of(model)
     head_dim = shape.hidden_size // shape.num_attention_heads

@@ -151,12 +151,25 @@ class ESM2Model(LanguageModule):
             ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism; ``[m, 1, h]`` from the last stage if
             `packed` has rows.
         """
+        if self.training and self.config.drops:
+            packed = self._with_shares_of_keys(packed)
         return self.encoder(
             hidden_states=self.embedding(input_ids, packed) if self.pre_process else None,
             attention_mask=None,
             rotary_pos_emb=None if self.rotary is None else self.rotary(packed),
             packed_seq_params=packed,
         )
+
+    def _with_shares_of_keys(self, packed: PackedSequences) -> PackedSequences:
+        """Return the pack with the keys of those tokens whose hidden states this rank holds."""
+        if packed.hidden_keys is None:
+            raise ValueError(
+                "a model with dropout is in training mode, but its input has no keys for that: call eval(), "
+                "or give it PackedSequences.with_dropout_keys"
+            )
+        if not self.config.sequence_parallel:
+            return packed
+        return packed.with_share(self.tp_group.size(), self.tp_group.rank())
 
     def gathered(self, hidden_states: Tensor) -> Tensor:
         """Give all tokens to every rank's head: ``[T/t, 1, h] -> [T, 1, h]`` under sequence parallelism."""

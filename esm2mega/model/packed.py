@@ -1,6 +1,7 @@
 """Tells the encoder where each sequence of a pack begins, and which tokens get logits.
 
-Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``n`` sequences in it.
+Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``n`` sequences in it, ``t`` tensor-parallel
+size.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from esm2mega.model.dropout import token_keys
 
 
 @dataclass
@@ -25,12 +28,18 @@ class PackedSequences(PackedSeqParams):
         row_counts: How many tokens of each sequence get logits, on the host; None if that is not known.
         rows: The tokens that get logits, ascending, int64 ``[m]``, to which the last layer limits itself;
             None for all tokens.
+        query_keys: 64 random bits for each query, for dropout; int64 ``[T]``, or ``[m]`` after `at_rows`.
+            None where nothing is dropped.
+        hidden_keys: The same for each token whose hidden states this rank holds: ``[T]``, or ``[T/t]`` under
+            sequence parallelism.
     """
 
     seqlens: tuple[int, ...] = ()
     query_lens: tuple[int, ...] = ()
     row_counts: tuple[int, ...] | None = None
     rows: Tensor | None = None
+    query_keys: Tensor | None = None
+    hidden_keys: Tensor | None = None
 
     @classmethod
     def from_lengths(
@@ -73,10 +82,28 @@ class PackedSequences(PackedSeqParams):
         assert sum(self.row_counts) == rows.numel(), "row_counts are those of other rows"
         return replace(self, rows=rows)
 
+    def with_dropout_keys(self, keys: Tensor) -> PackedSequences:
+        """Return this pack with keys of its tokens.
+
+        Args:
+            keys: 64 random bits of each of the ``n`` sequences, int64.
+        """
+        tokens = token_keys(keys.to(self.cu_seqlens_q.device)[self.sequence_ids()], self.positions())
+        return replace(self, query_keys=tokens, hidden_keys=tokens)
+
+    def with_share(self, size: int, rank: int) -> PackedSequences:
+        """Return this pack as a rank sees it that holds the hidden states of one of `size` parts of it."""
+        assert self.hidden_keys is not None
+        return replace(self, hidden_keys=self.hidden_keys.chunk(size)[rank])
+
     def at_rows(self) -> PackedSequences:
         """Return the borders for attention from `rows` to all tokens, with fewer queries than keys."""
         assert self.row_counts is not None
-        packed = replace(self, query_lens=self.row_counts)
+        keys = self.query_keys
+        if keys is not None:
+            assert self.rows is not None
+            keys = keys.index_select(0, self.rows)
+        packed = replace(self, query_lens=self.row_counts, query_keys=keys)
         packed.cu_seqlens_q = _borders(self.row_counts, self.cu_seqlens_q.device)
         packed.max_seqlen_q = max(self.row_counts)
         return packed

@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from esm2mega.model.dropout import ATTENTION_OUTPUT, EMBEDDING, MLP_OUTPUT, place_of
+from esm2mega.model.layer import dropped
 from esm2mega.model.packed import PackedSequences
 from esm2mega.vocabulary import PAD
 
@@ -49,7 +51,11 @@ class ProteinBertEmbedding(LanguageModelEmbedding):
         """
         # The pad tail of a pack may be longer than the table; nothing reads its output.
         positions = packed.positions().masked_fill(input_ids == PAD, 0)
-        return super().forward(input_ids.unsqueeze(0), positions.unsqueeze(0))
+        embeddings = super().forward(input_ids.unsqueeze(0), positions.unsqueeze(0))
+        # TAPE drops behind the LayerNorm of the embedding, which here belongs to the first layer.
+        if self.training and self.config.keyed_hidden_dropout and self.config.family == "proteinbert_preln":
+            return dropped(embeddings, self.config, packed, place_of(0, EMBEDDING))
+        return embeddings
 
 
 class PostLayerNormLayer(TransformerLayer):
@@ -68,13 +74,25 @@ class PostLayerNormLayer(TransformerLayer):
         **unused: Any,
     ) -> tuple[Tensor, None]:
         """Compute the layer: ``[T, 1, h] -> [T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism."""
+        drops = self.training and self.config.keyed_hidden_dropout > 0
         normed = self.input_layernorm(hidden_states)
+        if drops and self.layer_number == 1:
+            normed = dropped(normed, self.config, packed_seq_params, place_of(0, EMBEDDING))
         attention, bias = self.self_attention(
             normed, None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
         )
-        normed = self.pre_mlp_layernorm(normed + attention + bias)
+        if drops:
+            place = place_of(self.layer_number, ATTENTION_OUTPUT)
+            normed = normed + dropped(attention + bias, self.config, packed_seq_params, place)
+        else:
+            normed = normed + attention + bias
+        normed = self.pre_mlp_layernorm(normed)
         output, bias = self.mlp(normed)
+        if drops:
+            place = place_of(self.layer_number, MLP_OUTPUT)
+            output = normed + dropped(output + bias, self.config, packed_seq_params, place)
+        else:
+            output = normed + output + bias
         # A view would hold the whole graph of the layer in memory when the pipeline sends it on.
-        output = normed + output + bias
         output = make_viewless_tensor(inp=output, requires_grad=output.requires_grad, keep_graph=True)
         return output, None

@@ -281,11 +281,36 @@ _ADAPTED: tuple[tuple[str, tuple[str, ...], tuple[Layout, ...]], ...] = (
     ("DoRA", _DORA, (_PP2, _TP2_SP)),
 )
 
+DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.2")
+"""Switches on the dropout of the encoder."""
+
+_DROPPING: tuple[tuple[str, tuple[str, ...], tuple[Layout, ...]], ...] = (
+    ("dropout", DROPOUT, (Layout(packed=12),)),
+    ("dropout", DROPOUT, (Layout(tp=2, packed=3),)),
+    ("dropout", DROPOUT, (Layout(tp=4, sp=True, packed=4, recompute="selective"),)),
+    ("dropout", DROPOUT, (Layout(pp=2, packed=2, recompute="full"),)),
+    ("dropout", DROPOUT, (Layout(pp=2, vpp=2, packed=3, layers=4),)),
+    ("dropout", DROPOUT, (Layout(dp=2, packed=3, distributed_optimizer=True),)),
+    ("dropout", DROPOUT, (Layout(tp=2, pp=2, sp=True, packed=3, recompute="full"),)),
+    ("hidden dropout", DROPOUT[:1], (Layout(tp=2, packed=2, recompute="selective"),)),
+    ("attention dropout", DROPOUT[1:], (Layout(tp=2, sp=True, packed=2),)),
+    ("pre-LN, dropout", (_PRE_LN, _POSITIONS, *DROPOUT), (Layout(tp=2, pp=2, sp=True, packed=3),)),
+    ("post-LN, dropout", (_POST_LN, _POSITIONS, *DROPOUT), (Layout(tp=2, pp=2, sp=True, packed=3),)),
+    ("dropout", (*DROPOUT, *MID_WINDOW), (_TP2, _DP2)),
+    ("dropout", (*DROPOUT, *MID_WINDOW), (replace(_DP2, packed=2), replace(_PP2, packed=2))),
+)
+
 # These have pipeline stages whose groups of parameters differ, and a resume.
 _HEADS_AND_LORA = (
     with_lora(with_head(Trial((Layout(pp=2, dp=2, packed=2, distributed_optimizer=True),)), "mlp")),
     with_lora(with_head(Trial((_TP2, _DP2), settings=MID_WINDOW), "attention")),
 )
+
+
+def _dropping(trial: Trial) -> Trial:
+    """Return a trial with dropout in its encoder."""
+    return replace(trial, settings=(*trial.settings, *DROPOUT), label=f"{trial.label}, dropout")
+
 
 GROUPS: dict[str, tuple[Trial, ...]] = {
     "ci": tuple(Trial((layout,)) for layout in _CI),
@@ -314,6 +339,12 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
     "lora-heads": (
         *map(with_lora, _heads_at_all(ADAPTABLE)),
         *_HEADS_AND_LORA,
+    ),
+    "dropout": (
+        *(Trial(layouts, settings=settings, label=label) for label, settings, layouts in _DROPPING),
+        # The dropout of a head lies beside that of the encoder.
+        *(_dropping(with_head(Trial((_HEADS_AT[n],)), head)) for n, head in ((1, "residue"), (2, "mlp"))),
+        _dropping(with_lora(Trial((Layout(tp=2, sp=True, packed=2, recompute="full"),)))),
     ),
 }
 """Maps each name that ``--layouts`` takes to its trials; ``all``, the default, takes every group."""

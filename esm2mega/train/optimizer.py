@@ -68,7 +68,10 @@ def train_state(
     model = wrap_data_parallel(chunks, run.model, run.parallel)
     optimizer = build_optimizer(run.optim, run.schedule, run.model.precision, model, scales)
     schedule = build_schedule(run.schedule, run.optim, optimizer)
-    return TrainState(model, optimizer, schedule, loss, ranks.device, on_gradients)
+    seed = run.seed if run.model.hidden_dropout or run.model.attention_dropout else None
+    return TrainState(
+        model, optimizer, schedule, loss, ranks.device, on_gradients=on_gradients, dropout_seed=seed
+    )
 
 
 def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwargs: Any) -> None:

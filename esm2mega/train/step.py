@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -19,6 +20,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from esm2mega.batch import LabelledBatch, PackedBatch
+from esm2mega.data.counter_rng import Purpose, bits_at, stream_starts
 from esm2mega.model.packed import PackedSequences
 from esm2mega.train.losses import LossReduction, Means
 
@@ -34,6 +36,7 @@ class TrainState:
         on_gradients: Called in every step with `model` when its gradients are complete (summed over all ranks
             and divided by the count) and not yet clipped; for proofs and diagnosis.
         on_step_begin: Called before every step with the number of finished steps; seeds adapters' dropout.
+        dropout_seed: Seed of the dropout in the encoder; None if it has none.
     """
 
     model: list[Any]
@@ -43,6 +46,7 @@ class TrainState:
     device: torch.device
     on_gradients: Callable[[list[Any]], None] | None = None
     on_step_begin: Callable[[int], None] | None = None
+    dropout_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,32 @@ class StepResult:
         return math.isfinite(self.grad_norm) and (loss is None or math.isfinite(loss))
 
 
-def forward_step(loss: LossReduction, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+def dropout_keys(seed: int, batch: Batch) -> Tensor:
+    """Return 64 random bits for each segment of a pack, for the dropout of the encoder: int64 ``[n]``.
+
+    They follow from the seed and from which sample, and which piece of it, the segment is. Padding has 0.
+
+    Args:
+        seed: Seed of the run.
+        batch: The pack.
+    """
+    keys = np.zeros(len(batch.seqlens), dtype=np.int64)
+    if batch.samples:
+        numbers, first_tokens = np.array(batch.samples, dtype=np.int64).T
+        borders = np.cumsum([0, *batch.seqlens[:-1]])
+        streams = stream_starts(seed, Purpose.ENCODER_DROPOUT, numbers)
+        keys[np.searchsorted(borders, batch.starts)] = bits_at(streams, first_tokens).astype(np.int64)
+    return torch.from_numpy(keys)
+
+
+def forward_step(
+    loss: LossReduction, batches: Iterator[Batch], model: Any, dropout_seed: int | None = None
+) -> tuple[Tensor, Any]:
     """Run the model on a micro-batch; return its output and the function that makes a loss of it."""
     batch = next(batches)
     packed = PackedSequences.from_lengths(batch.seqlens, batch.input_ids.device, batch.label_counts)
+    if dropout_seed is not None:
+        packed = packed.with_dropout_keys(dropout_keys(dropout_seed, batch))
     return model(batch.input_ids, packed, batch.head_inputs), loss.bind(batch)
 
 
@@ -83,6 +109,7 @@ def run_schedule(
     batches: Sequence[Batch],
     device: torch.device,
     forward_only: bool,
+    dropout_seed: int | None = None,
 ) -> list[dict[str, Tensor]]:
     """Run this rank's micro-batches through the pipeline.
 
@@ -92,6 +119,7 @@ def run_schedule(
         batches: This rank's micro-batches, all of the same T; every chunk reads them all.
         device: Where the micro-batches are wanted.
         forward_only: Whether to leave the gradients out, as in evaluation.
+        dropout_seed: As in `TrainState`.
 
     Returns:
         The reports of `loss`, one per micro-batch; empty on all but the last pipeline stage.
@@ -100,7 +128,7 @@ def run_schedule(
     iterators = [iter(on_device) for _ in model]
     seq_length = on_device[0].input_ids.numel() + _set_carried_rows(model, batches)
     return get_forward_backward_func()(
-        forward_step_func=lambda data, chunk: forward_step(loss, data, chunk),
+        forward_step_func=lambda data, chunk: forward_step(loss, data, chunk, dropout_seed),
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=model,
         num_microbatches=len(on_device),
@@ -138,7 +166,14 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    reports = run_schedule(state.model, state.loss, batches, state.device, forward_only=False)
+    reports = run_schedule(
+        state.model,
+        state.loss,
+        batches,
+        state.device,
+        forward_only=False,
+        dropout_seed=state.dropout_seed,
+    )
     metrics = state.loss.reduce(reports, state.device)
     # The rate of a group without a factor; the rates of all groups were set at the end of the last step.
     lr = float(state.schedule.get_lr({}))

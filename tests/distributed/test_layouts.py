@@ -10,6 +10,7 @@ import torch
 
 from esm2mega.checkpoint.layout import step_dir
 from esm2mega.cli.app import main
+from esm2mega.prove.command import row_named
 from esm2mega.prove.compare import KINDS, Outcome
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover
@@ -49,6 +50,15 @@ def test_model_families_equal_one_process(prover: Prover) -> None:
     trials = [trial for trial in GROUPS["families"] if trial.processes == 4]
     families = {setting for trial in trials for setting in trial.settings if "family" in setting}
     assert len(trials) == 3 and len(families) == 2
+    for verdict in list(prover.judge(trials)):
+        assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
+        assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"
+
+
+def test_dropout_equals_one_process(prover: Prover) -> None:
+    """Over tensors, stages and parts of the sequence, and after a resume at another layout."""
+    names = ("TP2 PP2 SP, 3 per pack, pre-LN, dropout", "TP2 -> DP2 DO, dropout")
+    trials = [row_named(name) for name in names]
     for verdict in list(prover.judge(trials)):
         assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
         assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"

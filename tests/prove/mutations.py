@@ -27,7 +27,7 @@ from esm2mega.prove import prover
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.training import MID_WINDOW
-from esm2mega.prove.trials import Trial, with_lora
+from esm2mega.prove.trials import DROPOUT, Trial, with_lora
 from esm2mega.prove.workers import Job, serve_with, train
 from esm2mega.train import build as training
 from esm2mega.train import evaluate
@@ -50,6 +50,7 @@ class Mutation:
         seen_in: A kind of number that must differ, see `esm2mega.prove.compare.KINDS`.
         lora: Whether adapters are trained.
         alone: Whether it is made in the reference too, since it is the same wherever there is one process.
+        settings: Overrides of the training, which the reference has too.
     """
 
     what: str
@@ -58,6 +59,7 @@ class Mutation:
     seen_in: str
     lora: bool = False
     alone: bool = False
+    settings: tuple[str, ...] = ()
 
 
 def _nothing(target: str) -> AbstractContextManager[Any]:
@@ -291,6 +293,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         (Layout(pp=2, dp=2, packed=3, distributed_optimizer=True),),
         "checkpoint",
     ),
+    Mutation("dropout keyed by rank", plants.dropout_keyed_by_rank, (_DP2,), "loss", settings=DROPOUT),
+    Mutation(
+        "dropout of heads by their number on the rank",
+        plants.heads_numbered_on_each_rank,
+        (_TP2,),
+        "loss",
+        settings=DROPOUT,
+    ),
     Mutation(
         "whole factors of adapters not reduced under SP",
         adapter_gradients_not_reduced,
@@ -325,7 +335,8 @@ def _train_mutated(job: Job, rank: int) -> None:
 
 def trial(mutation: Mutation, planted: bool = True) -> Trial:
     """The trial of a mutation, with it or without."""
-    plain = Trial(mutation.layouts, settings=MID_WINDOW if len(mutation.layouts) > 1 else ())
+    inside = MID_WINDOW if len(mutation.layouts) > 1 else ()
+    plain = Trial(mutation.layouts, settings=(*mutation.settings, *inside))
     whole = with_lora(plain) if mutation.lora else plain
     key = (f"{_KEY}={mutation.plant.__name__}",) if planted else ()
     return replace(whole, settings=(*whole.settings, *key))

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from esm2mega.checkpoint import store
 from esm2mega.model import attention, esm2, init
+from esm2mega.train import step
 from esm2mega.train.losses import LossReduction
 
 
@@ -75,6 +76,21 @@ def weights_drawn_by_each_rank() -> AbstractContextManager[Any]:
         return original(name, parameter, seed + rank, sample)
 
     return patch.object(init, "draw", by_rank)
+
+
+def dropout_keyed_by_rank() -> AbstractContextManager[Any]:
+    original = step.dropout_keys
+
+    def by_rank(seed: int, batch: Any) -> Tensor:
+        return original(seed + torch.distributed.get_rank(), batch)
+
+    return patch.object(step, "dropout_keys", by_rank)
+
+
+def heads_numbered_on_each_rank() -> AbstractContextManager[Any]:
+    return patch.object(
+        attention, "heads_of_this_rank", lambda count, device: torch.arange(count, device=device)
+    )
 
 
 def evaluation_of_one_data_rank() -> AbstractContextManager[Any]:

@@ -67,6 +67,7 @@ class BatchArrays:
         num_residues: tokens of proteins without `<cls>` and `<eos>`.
         num_sequences: proteins, or pieces of them.
         samples: number of the sample and of the first token of each.
+        starts: where each begins in the pack.
     """
 
     input_ids: npt.NDArray[np.uint8]
@@ -77,6 +78,7 @@ class BatchArrays:
     num_residues: int
     num_sequences: int
     samples: list[tuple[int, int]]
+    starts: list[int]
 
 
 _COUNTED_SAMPLES = 16384
@@ -117,6 +119,7 @@ def build_arrays(
         num_residues=int(np.count_nonzero((tokens != vocabulary.CLS) & (tokens != vocabulary.EOS))),
         num_sequences=len(pieces),
         samples=pieces.sample_starts(),
+        starts=pack.offsets.tolist(),
     )
 
 

@@ -70,6 +70,7 @@ def _as_tensors(arrays: BatchArrays) -> PackedBatch:
         num_residues=arrays.num_residues,
         num_sequences=arrays.num_sequences,
         samples=arrays.samples,
+        starts=arrays.starts,
     )
 
 

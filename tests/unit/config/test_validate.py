@@ -34,6 +34,11 @@ RULES = [
     (["model.attention_backend=varlen", "model.precision=fp64"], 1, "set model.precision=bf16"),
     (["model.precision=fp64", "model.layer_spec=te"], 1, "model.precision=fp64 does not exist in"),
     (["model.precision=fp64", "model.attention_backend=te"], 1, "does not exist in Transformer Engine"),
+    (["model.hidden_dropout=-0.1"], 1, "model.hidden_dropout=-0.1 is too small; it must be at least 0"),
+    (["model.attention_dropout=1"], 1, "model.attention_dropout=1.0 is too large; it must be at most 0.99"),
+    *((["model.attention_dropout=0.1", f"model.attention_backend={backend}", "model.precision=bf16"], 1,
+       f"and model.attention_backend={backend} takes none; set model.attention_backend=sdpa or "
+       "model.attention_dropout=0") for backend in ("varlen", "flash", "te")),
     (["model.layernorm_epsilon=0"], 1, "model.layernorm_epsilon=0.0 must be greater than 0"),
     (["model.init_std=-1"], 1, "model.init_std=-1.0 must be greater than 0"),
     # layout

@@ -353,6 +353,7 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
         (["task.mask_column=m"], "marks residues, but task.kind=regression has labels of proteins"),
         (["task.head=hf", "data.too_long=crop"], "may cut <cls> away"),
         (["data.workers=1"], "labelled proteins are in memory"),
+        (["finetune.mode=frozen", "model.hidden_dropout=0.1"], "computes the encoder once for each protein"),
         (["finetune.mode=frozen", "finetune.freeze=[embedding.*]"], "is of no use with finetune.mode=frozen"),
     ):
         with pytest.raises(UserError, match=message):

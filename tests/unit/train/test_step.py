@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +13,13 @@ import torch
 from torch import Tensor
 
 from esm2mega.batch import PackedBatch
+from esm2mega.config.schema import DataConfig
+from esm2mega.data.store.token_store import StoreWriter, TokenStore
+from esm2mega.data.stream.build import BatchSpec
+from esm2mega.data.stream.loader import TrainStream
 from esm2mega.parallel.initialize import process_groups
 from esm2mega.train.losses import LossReduction, LossTerms, MLMLossReduction
-from esm2mega.train.step import TrainState, run_schedule, train_step
+from esm2mega.train.step import TrainState, dropout_keys, run_schedule, train_step
 from tests.unit.runs import packed_batch, tiny_run, train_state
 
 BATCHES = [packed_batch([[0, 5, 32, 7, 32, 2]], {1: 5, 2: 9, 3: 4, 4: 23})]
@@ -144,3 +151,69 @@ def test_the_update_is_that_of_megatron(world: None, clip_grad: float, precision
         theirs.optimizer.step()
         theirs.schedule.step(increment=1)
     assert all(torch.equal(a, b) for a, b in zip(_everything(ours), _everything(theirs), strict=True))
+
+
+def test_dropout_follows_from_seed_and_sample(world: None) -> None:
+    """The same in every repetition, another one for another sample, piece or seed, and none in evaluation."""
+    state = train_state(tiny_run("model.hidden_dropout=0.5", "model.attention_dropout=0.5"))
+    pack = replace(packed_batch([[0, 5, 32, 7, 32, 2]], {2: 9, 4: 23}), starts=[0])
+
+    def loss(sample: int, first: int, seed: int) -> float:
+        batch = replace(pack, samples=[(sample, first)])
+        (report,) = run_schedule(
+            state.model, state.loss, [batch], state.device, forward_only=True, dropout_seed=seed
+        )
+        return float(report["loss"][0])
+
+    drawn = [loss(*numbers) for numbers in ((3, 0, 1), (4, 0, 1), (3, 1, 1), (3, 0, 2))]
+    assert len(set(drawn)) == 4 and loss(3, 0, 1) == drawn[0]
+    state.model[0].eval()
+    assert loss(3, 0, 1) == loss(4, 0, 2)
+
+
+def test_keys_of_dropout_do_not_depend_on_packs_processes_or_a_resume(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        for number in range(40):
+            writer.append([f"p{number}"], [b"ACDEFGHIKL" * (1 + number % 5)])
+    store = TokenStore(tmp_path / "store")
+    data = DataConfig(max_seq_length=24, crop="chunk", pack_window=20)
+
+    def keys(batches: list[PackedBatch], seed: int = 1) -> dict[tuple[int, int], int]:
+        """Key of each piece, found by where its tokens lie; padding has none."""
+        found = {}
+        for batch in batches:
+            of_segments = dropout_keys(seed, batch).tolist()
+            pieces = dict(zip(batch.starts, batch.samples, strict=True))
+            position = 0
+            for length, key in zip(batch.seqlens, of_segments, strict=True):
+                is_padding = bool((batch.input_ids[position : position + length] == 1).all())
+                assert is_padding == (position not in pieces) == (key == 0)
+                if not is_padding:
+                    found[pieces[position]] = key
+                position += length
+        return found
+
+    def taken(tokens: int, count: int, dp_size: int = 1, packing: str = "pack") -> list[PackedBatch]:
+        spec = BatchSpec(replace(data, packing=packing), micro_batch_tokens=tokens, seed=1)
+        batches = []
+        for rank in range(dp_size):
+            with TrainStream([store], spec, rank, dp_size) as stream:
+                batches += list(itertools.islice(stream, count))
+        return batches
+
+    reference = keys(taken(24, 200))
+    assert len(reference) == len(set(reference.values())) > 100
+    assert len({sample for sample, _ in reference}) > 60 and any(first for _, first in reference)
+    for other in (taken(96, 30), taken(48, 30, dp_size=3), taken(72, 30, packing="bucket")):
+        found = keys(other)
+        common = found.keys() & reference.keys()
+        assert len(common) > 80 and all(found[piece] == reference[piece] for piece in common)
+    seeds = keys(taken(24, 200), seed=2)
+    assert not {*seeds.values()} & {*reference.values()}
+    with TrainStream([store], BatchSpec(data, micro_batch_tokens=48, seed=1)) as stream:
+        unbroken = list(itertools.islice(stream, 3))
+        state = stream.state_dict()
+        unbroken = list(itertools.islice(stream, 5))
+    with TrainStream([store], BatchSpec(data, micro_batch_tokens=48, seed=1)) as resumed:
+        resumed.load_state_dict(state)
+        assert keys(list(itertools.islice(resumed, 5))) == keys(unbroken)
