@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm2mega import files
+from esm2mega.config.keys import known_keys, nearest_key
 from esm2mega.config.load import (
     find_config,
-    known_keys,
     load_run,
     load_run_over,
-    nearest_key,
     resolve,
     resolve_max_steps,
     run_from_yaml,
