@@ -70,7 +70,7 @@ class Command(click.Command):
                 from esm2mega.config.foreign.answers import answer
 
                 if (advice := answer(error.option_name)) is not None:
-                    raise UserError(f"no option {error.option_name}, which is one {advice}") from error
+                    raise UserError(f"No such option {error.option_name}, which is one {advice}") from error
             raise
 
     def invoke(self, ctx: click.Context) -> Any:

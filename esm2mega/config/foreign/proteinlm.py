@@ -34,7 +34,7 @@ _STORE = "pfam"
 def _length(source: Source) -> int:
     length = source.number("seq_length")
     if length is None:
-        raise Untranslated("counts pieces whose length the file does not give")
+        raise Untranslated("counts pieces of seq_length tokens, which the file does not give")
     return int(length)
 
 
@@ -265,12 +265,14 @@ MEGATRON = Table(
     finish=_finish_megatron,
 )
 
+_HEAD: Settings = {"task.head": "proteinlm", "task.dropout": 0.0}
+
 _TASKS: dict[str, Settings] = {
-    "fluorescence": {"task.kind": "regression"},
-    "stability": {"task.kind": "regression"},
-    "remote_homology": {"task.kind": "classification", "task.num_classes": 1195},
-    "secondary_structure": {"task.kind": "token_classification", "task.num_classes": 3},
-    "contact_prediction": {"task.kind": "contact", "task.mask_column": "mask"},
+    "fluorescence": {"task.kind": "regression", **_HEAD},
+    "stability": {"task.kind": "regression", **_HEAD},
+    "remote_homology": {"task.kind": "classification", "task.num_classes": 1195, **_HEAD},
+    "secondary_structure": {"task.kind": "token_classification", "task.num_classes": 3, **_HEAD},
+    "contact_prediction": {"task.kind": "contact", "task.mask_column": "mask", **_HEAD, "task.dropout": 0.5},
     "masked_language_modeling": {},
 }
 
@@ -323,7 +325,7 @@ TAPE = Table(
     rules=(
         computed(
             "task",
-            "task.kind task.num_classes data.train data.valid",
+            "task.kind task.head task.num_classes data.train data.valid",
             _task,
             "with the tables that `esm2mega prepare tape` makes; `translate` prints the command",
         ),
@@ -372,6 +374,7 @@ TAPE = Table(
     ),
     habits=(
         Habit("optim.betas", [0.9, 0.999], "betas were 0.9 and 0.999"),
+        Habit("optim.eps", 1e-6, "was the default of its optimizer"),
         Habit("schedule.name", "linear", "the rate fell linearly to 0"),
         Habit("schedule.min_lr_ratio", 0.0, "the rate fell linearly to 0"),
         Habit("data.too_long", "drop", "proteins of more than 512 residues were left out", "finetuning"),

@@ -381,7 +381,7 @@ def test_load_run_over_changes_a_resolved_run_and_leaves_it_alone():
         ("lr", "optim.lr"),
         ("learning_rate.warmup_steps", "schedule.warmup_steps"),
         ("tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
-        ("model.tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
+        ("train.tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
         ("parallel.tensor_parallel_size", "parallel.tensor_model_parallel_size"),
         ("micro_batch_size", "train.micro_batch_tokens"),
         ("data.max_length", "data.max_seq_length"),

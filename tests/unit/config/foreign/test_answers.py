@@ -103,7 +103,7 @@ def test_their_option_is_answered(
     command: str, option: str, answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, option, "5"]) == 2
-    assert capsys.readouterr().err.startswith(f"esm2mega: error: no option {option}, which is {answer}")
+    assert capsys.readouterr().err.startswith(f"esm2mega: error: No such option {option}, which is {answer}")
 
 
 def test_an_option_of_nobody_is_answered_as_before(capsys: pytest.CaptureFixture[str]) -> None:

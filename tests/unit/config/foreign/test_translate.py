@@ -327,8 +327,7 @@ def test_a_strangers_file_is_read_literally(
     for text in (printed, result):
         assert "leaked" not in text and "\x1b" not in text
     assert "\nseed: 666" not in result and "\n# injected" not in result
-    run = load_run(None, ["model.size=tiny"])
-    assert load_run_over(run, (), "ours.yaml").init_from == "a\nseed: 666\n#"
+    assert load_run("ours.yaml").init_from == "a\nseed: 666\n#"
 
 
 @pytest.mark.parametrize(
