@@ -153,7 +153,7 @@ train_esm2 \\
     --valid-database-path data/validation.db \\
     --precision=bf16-mixed \\
     --num-gpus 4 --tensor-model-parallel-size 2 \\
-    --num-steps $STEPS \\
+    --num-steps $STEPS --early-stop-on-step 4000 \\
     --warmup-steps 100 \\
     --micro-batch-size 16 --accumulate-grad-batches 2 \\
     --num-layers 12 --hidden-size 480 --ffn-hidden-size 1920 --num-attention-heads 20 \\

@@ -117,9 +117,11 @@ def value_checker() -> Callable[[str, object, str], None]:
     if the key is unknown, or its type is another one.
     """
     tree = _defaults()  # one for all values, since a copy of it takes longer than they do
+    stand_for_others = known_keys().keys() - flatten(Run()).keys()  # these are gone once a run is loaded
 
     def check(key: str, value: object, where: str) -> None:
-        _apply(tree, _Setting(key, read_yaml(written(value))[0], where))
+        if key not in stand_for_others:
+            _apply(tree, _Setting(key, read_yaml(written(value))[0], where))
 
     return check
 

@@ -92,6 +92,10 @@ def held(warmup: float, steps: float) -> Settings:
     }
 
 
+def _steps(value: Any, source: Source) -> Settings:
+    return {} if source.get("early_stop_on_step") else {"train.max_steps": integer(value)}
+
+
 def _warmup(value: Any, source: Source) -> Settings:
     steps = source.number("scheduler_num_steps") or source.number("num_steps") or 500_000
     return held(number(value), steps)
@@ -235,12 +239,9 @@ OPTIONS = Table(
         *inputs(""),
         key("train_data_path", "data.train", text),
         key("valid_data_path", "data.valid", text),
-        key("num_steps", "train.max_steps", integer),
+        computed("num_steps", "train.max_steps", _steps, "unless `early_stop_on_step` is given"),
         key("max_epochs", "train.max_epochs", integer),
-        absent(
-            "early_stop_on_step",
-            "train.max_steps ends a run; schedule.decay_steps keeps the shape of a longer schedule",
-        ),
+        key("early_stop_on_step", "train.max_steps", integer, "the schedule stays that of all steps"),
         computed(
             "warmup_steps",
             "schedule.warmup_steps schedule.name schedule.decay_steps schedule.min_lr_ratio",
@@ -359,7 +360,9 @@ OPTIONS = Table(
         Habit("optim.betas", [0.9, 0.98], "betas were 0.9 and 0.98"),
         Habit("data.too_long", "crop", "labelled proteins above the length were cut", "finetuning"),
         Habit("data.crop", "start", "labelled proteins above the length were cut at the end", "finetuning"),
-        Habit("data.sequence_column", "sequences", "was the name of the column", "finetuning"),
+        Habit(
+            "data.sequence_column", "sequences", "the column was named sequences, or sequence", "finetuning"
+        ),
         Habit("task.scale_targets", False, "the numbers of a regression were not scaled", "finetuning"),
     ),
     programs=("train_esm2", "esm2_pretrain.py", "finetune_esm2", "infer_esm2", "bionemo-esm2-train"),

@@ -101,7 +101,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model.activation": "gelu_tanh",
         "model.precision": "bf16",
         "data.random_residues": "amino_acids",
-        "train.max_steps": 5000,
+        "train.max_steps": 4000,
+        "schedule.decay_steps": 4510,  # of 5,000 steps
         "train.micro_batch_size": 16,
         "train.accumulate_grad_batches": 2,
         "train.eval_every": 10000,
