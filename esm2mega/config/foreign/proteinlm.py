@@ -175,8 +175,9 @@ MEGATRON = Table(
         key("adam_eps", "optim.eps", number),
         key("seed", "seed", integer),
         computed("fp16", "model.precision", _yes({"model.precision": "fp16"}), "the switch is `fp16`"),
+        key("initial_loss_scale", "optim.initial_loss_scale", number, "losses are scaled dynamically"),
         same(
-            "loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis",
+            "loss_scale min_loss_scale loss_scale_window hysteresis",
             "losses are scaled dynamically",
         ),
         same(
