@@ -25,7 +25,8 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm image-root example format reading-order clean
+.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm image-root example format reading-order \
+  migration-keys clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -84,6 +85,9 @@ image-root: $(DEV)/.installed ## as root: execute docker/cpu.Dockerfile in a cle
 
 reading-order: $(DEV)/.installed ## write docs/reading-order.md from the docstrings
 	$(DEV_RUN) python docs/reading_order.py
+
+migration-keys: $(DEV)/.installed ## write docs/migrate/keys.md from the tables of keys of earlier systems
+	$(DEV_RUN) python docs/migration_keys.py
 
 clean: ## remove the environments and caches
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

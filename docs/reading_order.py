@@ -55,7 +55,12 @@ SECTIONS = (
         "From a command to a run",
         "A command reads its options, imports what it needs, and calls one function of the package. The "
         "configuration is checked as a whole before torch is imported.",
-        {"": "__main__ errors version", "cli": "app group train", "config": "schema presets load validate"},
+        {
+            "": "__main__ errors version",
+            "cli": "app group train",
+            "config": "schema presets load validate",
+            "config/foreign": "rules values systems reading translate answers",
+        },
     ),
     Section(
         "From a file of sequences to a token store",

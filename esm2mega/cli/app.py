@@ -25,6 +25,7 @@ from esm2mega.cli.prove import prove
 from esm2mega.cli.stopped import Stopped, stopped_by_signals
 from esm2mega.cli.tools import doctor, inspect, plot, quickstart
 from esm2mega.cli.train import compare, evaluate, finetune, predict, pretrain
+from esm2mega.cli.translate import translate
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 from esm2mega.version import __version__
 
@@ -39,7 +40,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(quickstart, prepare, pretrain, finetune, predict, evaluate, compare, convert_command),
+    *(quickstart, translate, prepare, pretrain, finetune, predict, evaluate, compare, convert_command),
     *(embed, score, lora, inspect, prove, drill, plot, doctor),
 ):
     cli.add_command(_command)

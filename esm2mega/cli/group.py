@@ -66,6 +66,11 @@ class Command(click.Command):
             accepted = [option for parameter in self.params for option in parameter.opts]
             if (refusal := refusal_of_option(error.option_name, accepted)) is not None:
                 raise UserError(refusal) from error
+            if any(parameter.name == "overrides" for parameter in self.params):
+                from esm2mega.config.foreign.answers import answer
+
+                if (advice := answer(error.option_name)) is not None:
+                    raise UserError(f"No such option {error.option_name}, which is one {advice}") from error
             raise
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -14,7 +14,7 @@ import difflib
 import functools
 import os
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -25,9 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
 from esm2mega.config.batches import PROTEIN_KEYS, derived_keys, fill_batches, way_of_counting
+from esm2mega.config.foreign.answers import refuse_file, refuse_script
+from esm2mega.config.keys import is_section, known_keys, refusal_of_unknown
 from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
-from esm2mega.config.scalars import Unset, escaped, literal, read_word, read_yaml, show, shown
+from esm2mega.config.scalars import Unset, escaped, literal, read_word, read_yaml, show, shown, written
 from esm2mega.config.schema import Run, ScheduleConfig, TrainConfig, flatten
 from esm2mega.config.typed import as_typed, expected, is_text
 from esm2mega.config.validate import check_choices
@@ -112,6 +114,22 @@ def _is_default(setting: _Setting) -> bool:
     """Return whether a setting was written in the shipped `base.yaml`."""
     file = Path(setting.where.rpartition(":")[0])
     return file.name == "base.yaml" and file.resolve() == (conf_dir() / "base.yaml").resolve()
+
+
+def value_checker() -> Callable[[str, object, str], None]:
+    """Return a function that refuses a value which a key does not take, whatever the others are.
+
+    It takes the dotted key, the value as a program holds it, and where it was written, and raises `UserError`
+    if the key is unknown, or its type is another one.
+    """
+    tree = _defaults()  # one for all values, since a copy of it takes longer than they do
+    stand_for_others = known_keys().keys() - flatten(Run()).keys()  # these are gone once a run is loaded
+
+    def check(key: str, value: object, where: str) -> None:
+        if key not in stand_for_others:
+            _apply(tree, _Setting(key, read_yaml(written(value))[0], where))
+
+    return check
 
 
 def values_of(keys: Sequence[str], config: str | None, overrides: Sequence[str] = ()) -> list[Any]:
@@ -234,40 +252,12 @@ def find_config(config: str, beside: Path | None = None) -> Path:
     )
 
 
-@functools.cache
-def known_keys() -> dict[str, Any]:
-    """Return every valid dotted key and its type."""
-    return dict(_typed_keys(Run, ""))
-
-
-def nearest_key(key: str) -> str:
-    """Return the valid dotted key that was most likely meant by an unknown one."""
-    last = key.rpartition(".")[2]
-    if last in known_keys():  # such as train.seed, where eval.seed would be more alike, but another thing
-        return last
-
-    def likeness(candidate: str) -> tuple[float, float]:
-        # The last part counts as much as the whole: a right name in the wrong section finds its section.
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        part = difflib.SequenceMatcher(None, last, candidate.rpartition(".")[2]).ratio()
-        return max(whole, part), whole
-
-    return max(known_keys(), key=likeness)
-
-
-def _typed_keys(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, hint in typing.get_type_hints(section).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _typed_keys(typing.cast(type, hint), f"{prefix}{name}.")
-        else:
-            yield prefix + name, hint
-
-
 def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting]:
     """Yield the settings of a file, those of its `defaults` first."""
     if path.resolve() in including:
         raise UserError(f"{path}: includes itself through `defaults`; remove the circle")
     content, lines = _read_config(path)
+    refuse_file(path, content, known_keys())
     defaults = content.pop("defaults", Unset())
     defaults = [] if isinstance(defaults, Unset) else defaults
     for name in defaults if isinstance(defaults, list) else [defaults]:
@@ -297,13 +287,16 @@ def _is_resolved(path: Path) -> bool:
 
 def _read_config(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     """Return a file's mapping, and the line of every dotted key."""
+    text = ""
     try:
-        content, lines = read_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, lines = read_yaml(text)
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}); give a YAML file") from error
     except yaml.MarkedYAMLError as error:
+        refuse_script(path, text)
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         problem = " ".join(str(error.problem or error.context or "unreadable").split())
         raise UserError(f"{path}:{line}: not valid YAML: {problem}; correct this line") from error
@@ -312,6 +305,7 @@ def _read_config(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     except RecursionError as error:
         raise UserError(f"{path}: not a YAML configuration: it is nested too deeply") from error
     if not isinstance(content, dict):
+        refuse_script(path, text)
         raise UserError(f"{path}: the top level must be `key: value` pairs, as in {conf_dir() / 'base.yaml'}")
     return content, lines
 
@@ -320,9 +314,9 @@ def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, i
     """Yield the values of a file's mapping; whatever is not a section is a value, even of an unknown key."""
     for name, value in content.items():
         key = f"{prefix}{name}"
-        if _is_section(key) and isinstance(value, dict):
+        if is_section(key) and isinstance(value, dict):
             yield from _leaves(value, f"{key}.", path, lines)
-        elif _is_section(key) and isinstance(value, Unset):
+        elif is_section(key) and isinstance(value, Unset):
             continue  # a section whose keys are all commented out
         else:
             yield _Setting(key, value, f"{path}:{lines.get(key, 1)}")
@@ -357,13 +351,13 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
     """Set one value in the typed tree, or say what is wrong with it."""
     key, value = setting.key, setting.value
     types_of = known_keys()
-    if _is_section(key):
+    if is_section(key):
         inside = [k for k in types_of if k.startswith(f"{key}.")]
         raise UserError(f"{setting.where}: {key} is a section, not a value; set its keys, e.g. {inside[0]}")
     if (refusal := refusal_of_key(key, show(value))) is not None:
         raise UserError(f"{setting.where}: {refusal}")
     if key not in types_of:
-        raise UserError(f"{setting.where}: unknown key {key}; the nearest valid key is {nearest_key(key)}")
+        raise UserError(f"{setting.where}: {refusal_of_unknown(key, value)}")
     try:
         # A mapping takes the place of the one before, as lists do.
         OmegaConf.update(tree, key, as_typed(value, types_of[key], key in _WITH_GAPS), merge=False)
@@ -422,17 +416,6 @@ def _defaults() -> DictConfig:
 @functools.cache
 def _structured() -> DictConfig:
     return OmegaConf.structured(Run)
-
-
-def _is_section(key: str) -> bool:
-    return key in _sections()
-
-
-@functools.cache
-def _sections() -> frozenset[str]:
-    """Return every dotted key that has keys below it."""
-    parents = (known.split(".")[:-1] for known in known_keys())
-    return frozenset(".".join(names[: n + 1]) for names in parents for n in range(len(names)))
 
 
 def _first_line(error: Exception) -> str:

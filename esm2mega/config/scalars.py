@@ -128,17 +128,20 @@ def as_word(key: str, value: object) -> str:
     A program that passes settings on writes them with this, since a name or path may look like a list, like
     null, or like a reference to another key.
     """
-    return f"{key}={_written(value)}"
+    return f"{key}={written(value)}"
 
 
-def _written(value: object) -> str:
+def written(value: object) -> str:
+    """Return a value as YAML on one line that is read back as exactly this value, reference or not."""
     text = str(value)
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_written, value))}]"
+        return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{written(name)}: {written(inner)}' for name, inner in value.items())}}}"
     if isinstance(value, (int, float)) or (_PLAIN.fullmatch(text) and text != "null"):
         return text
     return yaml.safe_dump(escaped(text), default_style='"', allow_unicode=True, width=float("inf")).strip()

@@ -13,7 +13,17 @@ from esm2mega.cli.app import cli, main
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
 COMMANDS = [
-    *("quickstart", "prepare", "pretrain", "finetune", "predict", "evaluate", "compare", "convert"),
+    *(
+        "quickstart",
+        "translate",
+        "prepare",
+        "pretrain",
+        "finetune",
+        "predict",
+        "evaluate",
+        "compare",
+        "convert",
+    ),
     *("embed", "score", "lora", "inspect", "prove", "drill", "plot", "doctor"),
 ]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")
@@ -61,6 +71,7 @@ def test_help_lists_the_commands_in_the_order_of_the_work(capsys):
         ["lora", "merge", "absent", "--out", "there"],
         ["lora", "export", "absent", "--out", "there"],
         ["lora", "import", "absent", "--base", "absent", "--out", "there"],
+        ["translate", "absent", "--out", "there"],
     ],
     ids=lambda command: "-".join(command[:2]),
 )

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esm2mega.config.load import known_keys, load_run
+from esm2mega.config.keys import known_keys
+from esm2mega.config.load import load_run
 from esm2mega.config.schema import EarlyStoppingConfig, Run
 from esm2mega.config.validate import validate
 from esm2mega.data.stream.build import StreamState

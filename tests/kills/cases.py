@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from esm2mega.checkpoint.layout import find_checkpoints, step_of
-from esm2mega.config.load import known_keys
+from esm2mega.config.keys import known_keys
 from esm2mega.drill.compare import Remains, differences, unaccounted
 from esm2mega.errors import UserError
 from tests.distributed.runs import SETTINGS, write_fasta

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm2mega import files
+from esm2mega.config.keys import known_keys, nearest_key
 from esm2mega.config.load import (
     find_config,
-    known_keys,
     load_run,
     load_run_over,
-    nearest_key,
     resolve,
     resolve_max_steps,
     run_from_yaml,
@@ -382,7 +381,7 @@ def test_load_run_over_changes_a_resolved_run_and_leaves_it_alone():
         ("lr", "optim.lr"),
         ("learning_rate.warmup_steps", "schedule.warmup_steps"),
         ("tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
-        ("model.tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
+        ("train.tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
         ("parallel.tensor_parallel_size", "parallel.tensor_model_parallel_size"),
         ("micro_batch_size", "train.micro_batch_size"),
         ("data.max_length", "data.max_seq_length"),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.config.load import known_keys, load_run
+from esm2mega.config.keys import known_keys
+from esm2mega.config.load import load_run
 from esm2mega.config.paths import expanded, is_expanded
 from esm2mega.config.schema import Run, choices, flatten
 from esm2mega.errors import UserError

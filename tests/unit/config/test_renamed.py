@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from esm2mega.cli.app import main
-from esm2mega.config.load import known_keys, load_run, load_run_over, run_from_yaml, save_resolved
+from esm2mega.config.keys import known_keys
+from esm2mega.config.load import load_run, load_run_over, run_from_yaml, save_resolved
 from esm2mega.config.renamed import REMOVED, RENAMED, current_settings
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError

@@ -1,0 +1,1 @@
+"""Knows the configuration keys of five earlier systems: answers them with ours, and translates files."""
