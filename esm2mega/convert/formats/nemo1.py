@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from esm2mega.archives import TarFile
 from esm2mega.convert.files import pickles
-from esm2mega.convert.files.archives import TarFile
 from esm2mega.convert.files.ranks import RankStore, megatron_rows
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, flag_from, shape_from
@@ -47,10 +47,10 @@ def matches(source: SourceFiles) -> bool:
     return source.path.is_file() and source.path.suffix == ".nemo"
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read an archive; its weights are copied to a temporary directory first, to be mapped into memory."""
     description, store = open_archive(source.path)
-    return from_store(store, NAMES, description, drop=drop)
+    return from_store(store, NAMES, description, drop=drop, partial=partial)
 
 
 def open_archive(path: Path) -> tuple[Description, RankStore]:
@@ -108,7 +108,7 @@ def _tensors(path: Path, archive: TarFile, member: str) -> dict[str, Tensor]:
         file = Path(folder) / "model_weights.ckpt"
         archive.copy(member, file)
         try:
-            tensors = pickles.flat_tensors(file, pickles.load_pickle(file))
+            tensors = pickles.state_dict(file, pickles.load_pickle(file))
         except UserError as error:
             raise UserError(str(error).replace(str(file), f"{path}: {member}")) from error
     return {re.sub(r"^model\.(module\.)?", "", name): value for name, value in tensors.items()}
