@@ -177,7 +177,7 @@ def test_a_training_from_a_part_of_a_model(
     assert (
         f"init_from initial: a part of {QKV}weight: esm.encoder.layer.1.attention.self.key.weight is" in said
     )
-    assert "init_from dropped: lm_head.dense.weight" in said
+    assert "init_from dropped: lm_head.layer_norm.weight, " in said and ": a head that is not used\n" in said
     found = full_tensors(trained.checkpoint)["encoder.layers.self_attention.linear_qkv.weight"][1]
     query = TRUTHS["esm2"].state["layers.1.self_attn.q_proj.weight"]
     assert torch.equal(found.reshape(foreign.A, 3, -1)[:, 0].reshape(query.shape), query)
