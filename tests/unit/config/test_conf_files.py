@@ -22,7 +22,7 @@ def layouts(name: str) -> list[tuple[int, str]]:
 
 
 def test_all_sizes_are_shipped():
-    tasks = {"deeploc2", *(f"flip_{task}" for task in FLIP_TASKS)}
+    tasks = {"deeploc2", "deeploc2_150M", "deeploc2_650M", *(f"flip_{task}" for task in FLIP_TASKS)}
     assert set(config_names()) == {"base", "infer", *(f"pretrain_esm2_{size}" for size in PRESETS), *tasks}
 
 

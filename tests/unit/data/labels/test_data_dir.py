@@ -43,24 +43,11 @@ def test_files_are_read_in_the_order_of_the_list(column: str, tmp_path: Path) ->
     assert (info.names, list(proteins.ids)) == (["0", "1"], ["1", "2", "3"])
 
 
-def test_a_model_is_trained_on_it_and_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
-    path = write(tmp_path / "train")
-    command = [
-        "finetune",
-        *SETTINGS,
-        f"run_dir={tmp_path / 'run'}",
-        f"data.train={path}",
-        "train.max_steps=1",
-    ]
-    assert main([*command, "task.kind=classification", f"data.test={path}", "data.allow_overlap=true"]) == 0
-    capsys.readouterr()
-    assert main(["evaluate", str(tmp_path / "run"), "--data", str(path)]) == 0
-    assert "num_sequences: 3\n" in capsys.readouterr().out
-    assert (
-        main([*command, "task.kind=classification", f"data.test={tmp_path}", f"run_dir={tmp_path}/r2"]) == 2
-    )
-    assert f"data.test={tmp_path}: no such file" in capsys.readouterr().err
+def test_a_directory_without_a_list_is_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A whole training on such a directory: tests/cli/test_migrate_cerebras.py."""
+    command = ["finetune", *SETTINGS, f"data.train={tmp_path}", "task.kind=classification"]
+    assert main([*command, "train.eval_every=0"]) == 2
+    assert f"data.train={tmp_path}: no such file; give a table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
