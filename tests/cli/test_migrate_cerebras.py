@@ -27,6 +27,7 @@ def test_from_their_checkpoint_to_theirs(tmp_path: Path) -> None:
     source = write(tmp_path, 32)
     small = ["train.max_steps=2", "train.eval_every=1", "train.log_every=1", "schedule.warmup_steps=0"]
     small += ["schedule.decay_steps=null", "train.micro_batch_tokens=1028", "train.global_batch_tokens=1028"]
+    small.append("task.bootstrap=20")
     with warm_python(tmp_path):
         done = run(
             "migrate/cerebras.sh",

@@ -205,7 +205,8 @@ def write(weights: Weights, path: Path) -> None:
     tensors = {name: value.clone() for name, value in tensors_of(weights, _table(weights.description))}
     if head is not None:
         tensors = {cerebras_classifier.stored_name(name): value for name, value in tensors.items()}
-        weights.notes.dropped.append(f"names of the outputs ({first_of(head.info.names)}): numbers there")
+        if head.info.names != [str(number) for number in range(len(head.info.names))]:
+            weights.notes.dropped.append(f"names of the outputs ({first_of(head.info.names)}): numbers there")
         weights.notes.changed.append(
             "no masked-language-model head, which Model Zoo's classifier keeps unused: load the file there "
             "with disable_strict_checkpoint_loading: True"

@@ -26,6 +26,7 @@ SECONDS = 30.0
 """A server that is silent for so long is given up."""
 
 _AT_ONCE = 1 << 20
+_MOST_DIGITS = 18
 
 
 def make_opener() -> OpenerDirector:
@@ -97,7 +98,7 @@ def _announced(response: Any, url: str, limit: int) -> int | None:
             f"{url}: answers with a web page in place of the file; does the network ask for a login?"
         )
     announced = response.headers.get("Content-Length", "")
-    if not announced.isdecimal():
+    if not announced.isdecimal() or len(announced) > _MOST_DIGITS:
         return None
     if int(announced) > limit:
         raise UserError(_too_large(url, limit))

@@ -32,7 +32,7 @@ def download_deeploc2(source: Path) -> list[str]:
     """Download DeepLoc 2's table to the file `source`."""
     if source.is_file():
         return [f"{source}: is there already, and is not downloaded"]
-    cure = f"get the file elsewhere and name it with --source instead of --download: {DEEPLOC2}"
+    cure = "get that file elsewhere and name it with --source"
     return [download(DEEPLOC2, source, _LARGEST_TABLE, cure)]
 
 
@@ -59,7 +59,7 @@ def download_tape(task_name: str, folder: Path) -> list[str]:
     if (found := find_split(folder, task, "train")) is not None:
         return [f"{found}: is there already, and is not downloaded"]
     url = f"{TAPE}{task.folder}.tar.gz"
-    cure = f"get {url} elsewhere, unpack it, and name its directory with --source"
+    cure = "get that archive elsewhere, unpack it, and name its directory with --source"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
         packed = Path(temporary) / f"{task.folder}.tar.gz"

@@ -19,6 +19,7 @@ from esm2mega.errors import UserError
 LABEL_COLUMNS = ("labels", "label")
 
 _LARGEST_META = 16 << 20
+_MOST_DIGITS = 18
 
 
 def is_data_dir(path: Path) -> bool:
@@ -78,7 +79,7 @@ def _files(directory: Path) -> Iterator[tuple[Path, int]]:
         words = line.split()
         if not words:
             continue
-        if len(words) != 2 or not words[1].isdecimal():
+        if len(words) != 2 or not words[1].isdecimal() or len(words[1]) > _MOST_DIGITS:
             raise UserError(f"{meta}:{number}: is {line[:60]!r}, not the name of a file and its rows")
         name = PurePosixPath(words[0])
         if name.is_absolute() or ".." in name.parts:
