@@ -6,6 +6,7 @@ protein stands in ``labels``, or in ``label``, as its documentation says.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -83,8 +84,10 @@ def _files(directory: Path) -> Iterator[tuple[Path, int]]:
             raise UserError(f"{meta}:{number}: is {line[:60]!r}, not the name of a file and its rows")
         name = PurePosixPath(words[0])
         if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{meta}:{number}: refused: {words[0]} leads outside the directory")
+            raise UserError(f"{meta}:{number}: refused: {words[0][:60]} leads outside the directory")
         path = directory / name
-        if not path.is_file():
-            raise UserError(f"{meta}:{number}: names {words[0]}, which is missing; copy the whole directory")
+        if not os.path.isfile(path):  # not an error of a name that no file can have
+            raise UserError(
+                f"{meta}:{number}: names {words[0][:60]}, which is missing; copy the whole directory"
+            )
         yield path, int(words[1])
