@@ -126,3 +126,17 @@ def test_every_task_of_flip_is_configured(task):
     folder = f"flip/{task}"
     assert run.data.train_paths() == [f"{folder}/train.csv"]
     assert (run.data.valid, run.data.test) == (f"{folder}/valid.csv", f"{folder}/test.csv")
+
+
+@pytest.mark.parametrize(("size", "proteins", "evaluated"), [("150M", 4, 100), ("650M", 432, 50)])
+def test_published_sizes_of_deeploc2(size, proteins, evaluated):
+    run = load_run(f"deeploc2_{size}")
+    validate(run, 1)
+    validate_task(run)
+    assert (run.model.size, run.model.precision) == (size, "bf16")
+    assert (run.train.global_batch_size, run.train.eval_every) == (proteins, evaluated)
+    assert (run.train.max_steps, run.train.max_epochs) == ((1000, None) if size == "650M" else (1000, 6))
+    assert (run.optim.lr, run.optim.betas, run.optim.clip_grad) == (1e-5, [0.9, 0.98], 0.0)
+    assert (run.schedule.warmup_steps, run.schedule.decay_steps) == (500, 5000)
+    head = (run.task.head, run.task.pooler_activation, run.task.dropout, run.task.num_classes)
+    assert head == ("pooler", "gelu", 0.4, 2)
