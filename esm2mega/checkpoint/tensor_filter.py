@@ -80,10 +80,18 @@ class LoadReport:
     shape_mismatch: Mapping[str, tuple[Shape, Shape]]
     unexpected: Sequence[str]
 
-    def lines(self) -> list[str]:
-        """Return all differences, a line each."""
+    def lines(self, reasons: Mapping[str, str] | None = None) -> list[str]:
+        """Return all differences, a line each.
+
+        Args:
+            reasons: Why tensors are missing, by name, in words; those of no other reason are not there.
+        """
+        known = reasons or {}
         return [
-            *(f"initial: {name} is not there" for name in self.missing),
+            *(
+                f"initial: {name}: {known[name]}" if name in known else f"initial: {name} is not there"
+                for name in self.missing
+            ),
             *(
                 f"initial: {name} is {list(there)} there and {list(here)} here"
                 for name, (there, here) in self.shape_mismatch.items()

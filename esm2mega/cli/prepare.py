@@ -5,12 +5,24 @@ Importing them needs no numpy.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from esm2mega.cli.group import group, single_process
 from esm2mega.data.benchmarks.names import FLIP_TASKS, TAPE_TASKS
+
+
+def _source(metavar: str, what: str) -> Any:
+    return click.option(
+        "--source", metavar=metavar, help=f"{what} [default with --download: in the user's cache]."
+    )
+
+
+_DOWNLOAD = click.option(
+    "--download", is_flag=True, help="Fetch what is not in --source from where it is published."
+)
 
 
 @group()
@@ -135,7 +147,8 @@ def prepare_uniref_command(**options: Any) -> None:
 
 @prepare.command("flip", short_help="Write a task of FLIP as tables of labelled proteins.")
 @click.argument("task", type=click.Choice(FLIP_TASKS), metavar="TASK")
-@click.option("--source", required=True, metavar="DIR", help="The task's files, as FLIP publishes them.")
+@_source("DIR", "The task's files, as FLIP publishes them")
+@_DOWNLOAD
 @click.option(
     "--out", required=True, metavar="DIR", help="Directory to make, with train.csv, valid.csv, test.csv."
 )
@@ -145,7 +158,7 @@ def prepare_uniref_command(**options: Any) -> None:
 )
 @single_process
 def prepare_flip_command(
-    task: str, source: str, out: str, split: str | None, allow_other_sizes: bool
+    task: str, source: str | None, download: bool, out: str, split: str | None, allow_other_sizes: bool
 ) -> None:
     """Write a task of FLIP as tables for fine-tuning.
 
@@ -153,31 +166,51 @@ def prepare_flip_command(
 
     Example: esm2mega prepare flip gb1 --source flip/gb1 --split sampled --out gb1
     """
-    from esm2mega.data.benchmarks.flip import prepare_flip
+    from esm2mega.data.benchmarks.flip import check_split, prepare_flip
+    from esm2mega.data.benchmarks.published import download_flip, place_of
+    from esm2mega.data.store.staging import check_new
 
-    click.echo("\n".join(prepare_flip(task, source, out, split, allow_other_sizes)))
+    folder = place_of(f"flip/{task}", source, download)
+    if download:
+        check_new(Path(out))
+        check_split(task, split)
+        click.echo("\n".join(download_flip(task, split, folder)))
+    click.echo("\n".join(prepare_flip(task, folder, out, split, allow_other_sizes)))
 
 
 @prepare.command("tape", short_help="Write a task of TAPE as tables of labelled proteins.")
 @click.argument("task", type=click.Choice(TAPE_TASKS), metavar="TASK")
-@click.option("--source", required=True, metavar="DIR", help="The task's LMDB files, as TAPE publishes them.")
+@_source("DIR", "The task's LMDB files, as TAPE publishes them")
+@_DOWNLOAD
 @click.option("--out", required=True, metavar="DIR", help="Directory to make, with a CSV per split.")
 @single_process
-def prepare_tape_command(task: str, source: str, out: str) -> None:
+def prepare_tape_command(task: str, source: str | None, download: bool, out: str) -> None:
     """Write a task of TAPE as tables for fine-tuning.
 
     TASK is fluorescence, stability, remote_homology, secondary_structure or contact_prediction.
 
     Example: esm2mega prepare tape stability --source tape/stability --out stability
     """
+    from esm2mega.data.benchmarks.published import download_tape, place_of
     from esm2mega.data.benchmarks.tape import prepare_tape
+    from esm2mega.data.store.staging import check_new
 
-    click.echo("\n".join(prepare_tape(task, source, out)))
+    folder = place_of(f"tape/{TAPE_TASKS[task].folder}", source, download)
+    if download:
+        check_new(Path(out))
+        click.echo("\n".join(download_tape(task, folder)))
+    click.echo("\n".join(prepare_tape(task, folder, out)))
 
 
 @prepare.command("deeploc2", short_help="Write DeepLoc 2's proteins as tables of labelled proteins.")
-@click.option("--source", required=True, metavar="CSV", help="Swissprot_Train_Validation_dataset.csv.")
+@_source("CSV", "Swissprot_Train_Validation_dataset.csv")
+@_DOWNLOAD
 @click.option("--out", required=True, metavar="DIR", help="Directory to make, with a CSV per split.")
+@click.option(
+    "--features",
+    metavar="DIR",
+    help="Also make a directory of token ids, masks and labels that Cerebras Model Zoo reads.",
+)
 @click.option(
     "--labels",
     type=click.Choice(["membrane", "locations"]),
@@ -216,11 +249,19 @@ def prepare_tape_command(task: str, source: str, out: str) -> None:
 )
 @click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the draw.")
 @single_process
-def prepare_deeploc2_command(source: str, out: str, **options: Any) -> None:
+def prepare_deeploc2_command(
+    source: str | None, download: bool, out: str, features: str | None, **options: Any
+) -> None:
     """Write DeepLoc 2's proteins as tables for fine-tuning.
 
     Example: esm2mega prepare deeploc2 --source Swissprot_Train_Validation_dataset.csv --out deeploc2
     """
     from esm2mega.data.benchmarks.deeploc2 import DeepLocOptions, prepare_deeploc2
+    from esm2mega.data.benchmarks.published import DEEPLOC2, download_deeploc2, place_of
+    from esm2mega.data.store.staging import check_new
 
-    click.echo("\n".join(prepare_deeploc2(source, out, DeepLocOptions(**options))))
+    file = place_of("deeploc2", source, download, DEEPLOC2.rpartition("/")[2])
+    if download:
+        check_new(Path(out))
+        click.echo("\n".join(download_deeploc2(file)))
+    click.echo("\n".join(prepare_deeploc2(file, out, DeepLocOptions(**options), features)))

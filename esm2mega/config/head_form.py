@@ -8,6 +8,9 @@ from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 CLS_TANH = ("cls", "tanh")
 """Means a dense layer on `<cls>`, tanh, linear: `EsmForSequenceClassification`, and the pooler of BERT."""
 
+CLS_GELU = ("cls", "gelu")
+"""Means the same with GELU, which has its erf form: the classifier of Cerebras Model Zoo."""
+
 RESIDUE_LINEAR = ("residue linear",)
 """Means a linear layer on each residue: `EsmForTokenClassification`."""
 

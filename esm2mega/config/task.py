@@ -10,6 +10,9 @@ import math
 from esm2mega.config.schema import FinetuneConfig, LoRAConfig, ParallelConfig, Run, TaskConfig
 from esm2mega.errors import UserError
 
+DATA_DIR_LIST = "meta.dat"
+"""Lists the files of a data directory of Cerebras Model Zoo, which may take the place of a table."""
+
 RESIDUE_KINDS = ("token_classification", "token_regression")
 """Lists the tasks with a label per residue."""
 

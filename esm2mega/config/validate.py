@@ -29,6 +29,7 @@ from esm2mega.config.schema import (
     choices,
     flatten,
 )
+from esm2mega.config.task import DATA_DIR_LIST
 from esm2mega.errors import UserError
 from esm2mega.files import refuse_stream
 
@@ -167,7 +168,8 @@ def check_training_inputs(run: Run) -> None:
     for key, path in named:
         if path is not None:
             refuse_stream(path, f"{key}={path}")
-        if path is not None and labelled and not os.path.isfile(path):
+        files = () if path is None else (path, os.path.join(path, DATA_DIR_LIST))
+        if path is not None and labelled and not any(map(os.path.isfile, files)):
             raise UserError(f"{key}={path}: no such file; give a table with sequences and labels")
         if path is not None and not os.path.exists(path):
             raise UserError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from esm2mega.convert.finite import cast_and_counted, note_not_finite
 from esm2mega.convert.formats.esm2mega import default_dtype
 from esm2mega.convert.formats.registry import WITH_OTHER_HEADS, load_format, read_weights
+from esm2mega.convert.heads.cerebras_classifier import parameters_of
 from esm2mega.convert.heads.contact_head import is_contact_head, with_published_head
 from esm2mega.convert.heads.hf_classifiers import architecture_of, with_unit_scale
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Notes, Weights, dtype_name
@@ -103,11 +105,11 @@ def convert(
     if to == "esm2mega" and dtype is None:
         target_dtype = default_dtype(target_dtype)
     head = weights.description.head
-    if isinstance(head, HeadDescription) and to == "hf":
-        if is_contact_head(head):
+    if isinstance(head, HeadDescription) and to != "esm2mega":
+        if to == "hf" and is_contact_head(head):
             weights, head = with_published_head(weights), None
         else:
-            architecture_of(head)
+            _CHECK_HEAD[to](head)
             weights = with_unit_scale(weights, target_dtype)
     weights, finite = cast_and_counted(weights, target_dtype)
 
@@ -124,6 +126,10 @@ def convert(
         weights.notes,
         tuple(drop),
     )
+
+
+_CHECK_HEAD: dict[str, Callable[[HeadDescription], Any]] = {"hf": architecture_of, "cerebras": parameters_of}
+"""These refuse the head of a task that a format has no equal of."""
 
 
 def without_head(weights: Weights) -> Weights:

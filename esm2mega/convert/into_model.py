@@ -14,14 +14,23 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from esm2mega.checkpoint.store import load_weights
-from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TensorFilter, compare_tensors, for_task
+from esm2mega.checkpoint.tensor_filter import (
+    ALL,
+    ENCODER,
+    LM_HEAD,
+    TASK_HEAD,
+    TensorFilter,
+    compare_tensors,
+    for_task,
+)
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, Run
-from esm2mega.convert.files.distributed_writer import stacked_name
 from esm2mega.convert.heads.contact_head import WEIGHT, fill_head, is_regression
 from esm2mega.convert.lazy_weights import Weights
+from esm2mega.convert.name_table import LAYER
 from esm2mega.convert.start_point import StartPoint, starts_with_contact_head
 from esm2mega.errors import UserError
+from esm2mega.files import first_of
 
 
 def load_initial_weights(
@@ -111,43 +120,73 @@ def fill_model(weights: Weights, model: Sequence[Any], tensor_filter: TensorFilt
     Raises:
         UserError: A tensor is missing or has another shape.
     """
-    entries = [
-        entry
-        for chunk in unwrap_model(list(model))
-        for entry in chunk.sharded_state_dict().values()
-        if isinstance(entry, ShardedTensor) and not tensor_filter.excluded(entry.key, entry.data)
-    ]
-    shapes = {}
-    for name, info in weights.infos.items():
-        stacked, layer = stacked_name(name)
-        layers = () if layer is None else (weights.description.shape.num_layers,)
-        shapes[stacked] = (*layers, *info.shape)
+    entries = [entry for entry in entries_of(model) if not tensor_filter.excluded(entry.key, entry.data)]
+    shapes = {name: info.shape for name, info in weights.infos.items()}
     location = weights.origin.get("path", "weights")
     # Tensors without a place in the model have been reported, or are kept beside it as auxiliary tensors.
     report = compare_tensors(entries, shapes, replace(tensor_filter, unused=lambda name: True), location)
-    if tensor_filter.strict and report.lines():
+    lines = [
+        *(f"initial: a part of {name}: {why}" for name, why in weights.absent.items() if name in shapes),
+        *report.lines(weights.absent),
+    ]
+    if tensor_filter.strict and lines:
         raise UserError(
-            f"{location}: {report.lines()[0]}; set finetune.load_head=false or finetune.strict=false, "
+            f"{location}: {lines[0]}; set finetune.load_head=false or finetune.strict=false, "
             "or give another init_from"
         )
     narrowed = report.narrowed(tensor_filter)
     for entry in entries:
         if not narrowed.excluded(entry.key, entry.data):
-            entry.data.copy_(_share(weights, entry))
-    return report.lines()
+            value = _share(weights.read(entry.key), entry)
+            if entry.key in weights.absent and weights.present is not None:
+                there = _share(weights.present(entry.key), entry)
+                value = torch.where(there, value.to(entry.data), entry.data)
+            entry.data.copy_(value)
+    if not tensor_filter.strict and (unused := _heads(weights, tensor_filter)):
+        lines.append(f"dropped: {first_of(unused)}: a head that is not used")
+    return lines
 
 
-def _share(weights: Weights, entry: ShardedTensor) -> Tensor:
-    """Return the part of a whole tensor that `entry` describes."""
+def entries_of(model: Sequence[Any]) -> list[ShardedTensor]:
+    """Describe this rank's tensors of the chunks `model`; those of layers have names with the layer."""
+    return [
+        _named_by_layer(entry)
+        for chunk in unwrap_model(list(model))
+        for entry in chunk.sharded_state_dict().values()
+        if isinstance(entry, ShardedTensor)
+    ]
+
+
+def _named_by_layer(entry: ShardedTensor) -> ShardedTensor:
+    """Describe a tensor of one layer under a name with its number, not as a part of those of all layers."""
     axes = entry.prepend_axis_num
-    name = entry.key
-    if axes:
-        name = name.replace("encoder.layers.", f"encoder.layers.{entry.global_offset[0]}.", 1)
-    value = weights.read(name)
-    missing_rows = entry.global_shape[axes] - value.shape[0]
+    if not axes:
+        return entry
+    return replace(
+        entry,
+        key=entry.key.replace("encoder.layers.", LAYER.format(n=entry.global_offset[0]), 1),
+        global_shape=entry.global_shape[axes:],
+        global_offset=entry.global_offset[axes:],
+        axis_fragmentations=entry.axis_fragmentations[axes:],
+        prepend_axis_num=0,
+    )
+
+
+def _heads(weights: Weights, tensor_filter: TensorFilter) -> list[str]:
+    """Return the tensors of heads that stay in the checkpoint."""
+    return [
+        name
+        for name in weights.infos
+        if name.startswith((TASK_HEAD, *LM_HEAD)) and tensor_filter.unused(name)
+    ]
+
+
+def _share(value: Tensor, entry: ShardedTensor) -> Tensor:
+    """Return the part of a whole tensor that `entry` describes."""
+    missing_rows = entry.global_shape[0] - value.shape[0]
     if missing_rows > 0:
         # Only the vocabulary is padded; the padding is zero and takes no part in anything.
         value = torch.cat((value, value.new_zeros(missing_rows, *value.shape[1:])))
     for axis, length in enumerate(entry.local_shape):
-        value = value.narrow(axis, entry.global_offset[axes + axis], length)
+        value = value.narrow(axis, entry.global_offset[axis], length)
     return value

@@ -121,6 +121,9 @@ class Weights:
         notes: What reading and writing did besides moving tensors. Everything derived from one source shares
             the object and adds to it.
         origin: Format and path of the source.
+        absent: What the source lacks of a tensor, by its name, in words; empty unless the source was read in
+            part. Such a tensor is in `infos` if a part of it is there.
+        present: Returns which elements of such a tensor are there, bool in its shape; the others read as 0.
     """
 
     description: Description
@@ -128,6 +131,8 @@ class Weights:
     read: Callable[[str], Tensor]
     notes: Notes = field(default_factory=Notes)
     origin: dict[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    present: Callable[[str], Tensor] | None = None
 
     @property
     def has_contact_head(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,12 +55,15 @@ class Kind:
         part_shape: Returns the shape of every part for the shape of our tensor.
         least_rows: Least number of rows of a part; rows beyond those of the vocabulary are padding and cut
             off. None: a part has exactly the shape that `part_shape` returns.
+        parts: What parts are worth when others are missing: nothing, as they make our tensor ``together``;
+            the rows that each of them gives, as they lie ``apart``; or all, as they are ``repeated``.
     """
 
     to_ours: Callable[[Sequence[Tensor], ModelShape], Tensor]
     to_theirs: Callable[[Tensor, ModelShape, int], Sequence[Tensor]]
     part_shape: Callable[[Shape], Shape] = lambda shape: shape
     least_rows: int | None = None
+    parts: Literal["together", "apart", "repeated"] = "together"
 
 
 def _same(parts: Sequence[Tensor], _: ModelShape) -> Tensor:
@@ -118,13 +122,14 @@ def padded_vocabulary(num_rows: int, fill: float = 0.0) -> Kind:
     )
 
 
-QKV = Kind(_fuse, lambda value, shape, _: _split(value, shape), _third)
+QKV = Kind(_fuse, lambda value, shape, _: _split(value, shape), _third, parts="apart")
 """The other format has three projections, ours has one that is fused head-major."""
 
 INTERLEAVED_QKV = Kind(
     lambda parts, shape: _fuse(_separate(parts, shape), shape),
     lambda value, shape, _: _interleave(_split(value, shape), shape),
     _third,
+    parts="apart",
 )
 """The other format has three projections as for `QKV`, with rotary pairs in neighbouring channels."""
 
@@ -134,7 +139,7 @@ CONCATENATED_QKV = Kind(
 )
 """The other format has one projection with the rows ``q`` of all heads, then ``k``, then ``v``."""
 
-REPEATED = Kind(_same, lambda value, _, count: [value] * count)
+REPEATED = Kind(_same, lambda value, _, count: [value] * count, parts="repeated")
 """Every layer of the other format repeats what is one tensor in ours."""
 
 

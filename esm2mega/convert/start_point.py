@@ -51,6 +51,8 @@ class StartPoint:
         is_resumed: Whether training resumes from it with its optimizer and its place in the data, rather than
             starts from its weights alone.
         is_verified: Whether no file of tensors is left to compare with its digest.
+        is_partial: Whether a part of the model is enough; never so in the format of this package, where
+            `esm2mega.checkpoint.store.load_weights` decides.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class StartPoint:
     base: StartPoint | None = None
     is_resumed: bool = False
     is_verified: bool = False
+    is_partial: bool = False
     _weights: Weights | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -133,12 +136,13 @@ def find_source(
     return source, format_name
 
 
-def read_start(path: str | Path, verification: Verification = ALL_OF_IT) -> StartPoint:
+def read_start(path: str | Path, verification: Verification = ALL_OF_IT, partial: bool = False) -> StartPoint:
     """Open a checkpoint in any format, in this process alone.
 
     Args:
         path: File or directory; or a run, as for `esm2mega.checkpoint.choice.choose_checkpoint`.
         verification: How far a checkpoint of this package is verified.
+        partial: Whether a part of a model in another format is enough.
 
     Raises:
         UserError: There is none, or it cannot be read.
@@ -146,13 +150,14 @@ def read_start(path: str | Path, verification: Verification = ALL_OF_IT) -> Star
     source, found = find_source(path, None, verification)
     if found == OWN:
         return _read_own(source.path, verification)
-    weights = read_weights(source, found)
+    weights = read_weights(source, found, partial=partial)
     description = weights.description
     # What is stored in fp16 is computed in fp32.
     run = own_format.run_of(replace(description, dtype=own_format.default_dtype(description.dtype)))
     return StartPoint(
         *(source.path, found, run, description.head, weights.has_contact_head),
         is_verified=True,
+        is_partial=partial,
         _weights=weights,
     )
 
@@ -266,7 +271,7 @@ def _read_own(directory: Path, verification: Verification) -> StartPoint:
 
 def _weights_of(start: StartPoint) -> Weights:
     if not start.is_own:
-        return read_weights(SourceFiles(start.path), start.format)
+        return read_weights(SourceFiles(start.path), start.format, partial=start.is_partial)
     weights = own_format.read_checkpoint(start.path, start.run, start.state)
     weights.origin |= {"format": OWN, "path": str(start.path)}
     return weights

@@ -48,10 +48,12 @@ def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tu
         UserError: `load_run` refuses the configuration, or `init_from` cannot be read.
     """
     init_from, *shape = values_of(("init_from", "model.size", "model.num_layers"), config, overrides)
+    strict, rank = values_of(("finetune.strict", "lora.rank"), config, overrides)
     start = None
     if init_from is not None:
         verify = asks_to_verify(overrides, config)
-        start = open_together(lambda how: _read_trainable(init_from, how), verify)
+        partial = strict is False and rank is None
+        start = open_together(lambda how: _read_trainable(init_from, how, partial), verify)
     if start is None:
         if init_from is not None and shape == [None, None]:
             raise UserError(f"init_from={init_from} does not exist, and no model is configured; correct it")
@@ -60,12 +62,12 @@ def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tu
     return expand_paths(load_run_over(Run(model=model), overrides, config)), start
 
 
-def _read_trainable(init_from: str, verification: Verification) -> StartPoint | None:
+def _read_trainable(init_from: str, verification: Verification, partial: bool) -> StartPoint | None:
     """Open a checkpoint that can be trained; return None if there is nothing at this path."""
     path = expand_user("init_from", init_from)
     if not is_there(path):
         return None
-    start = read_start(path, verification)
+    start = read_start(path, verification, partial)
     if not start.is_own:
         run_of(start.weights.description)  # refuses a dtype that no training computes in
     return start
@@ -222,6 +224,14 @@ def _check_resumable(found: StartPoint, run: Run) -> None:
         )
 
 
+def _takes_a_part(run: Run) -> bool:
+    """Tell whether a part of the model of `init_from` is enough.
+
+    Adapters need all of it: they are kept without the weights under them, which are read again with them.
+    """
+    return run.task.kind is not None and not run.finetune.strict and run.lora.rank is None
+
+
 def find_init(
     run: Run, opened: StartPoint | None = None, verification: Verification = ALL_OF_IT
 ) -> StartPoint | None:
@@ -237,7 +247,11 @@ def find_init(
     """
     if run.init_from is None:
         return None
-    found = read_start(run.init_from, verification) if opened is None else opened
+    partial = _takes_a_part(run)
+    if opened is None or (opened.is_partial and not partial):
+        found = read_start(run.init_from, verification, partial)
+    else:
+        found = opened
     if run.task.kind is None and found.head != "lm":
         what = "no head" if found.task is None else f"the head of task.kind={found.task.task.kind}"
         raise UserError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.layout import step_dir
@@ -23,12 +25,19 @@ pytest.importorskip("esm", reason="fair-esm is not installed: pip install esm2me
 def test_each_rank_of_tp2_pp2_gets_its_share(tmp_path: Path) -> None:
     source = foreign.write_hf(foreign.truth(torch.float32, "fp16"), tmp_path)
     convert(source, tmp_path / "ours", "esm2mega")
-    arguments = ["-m", "tests.distributed.convert_checks", str(source), str(tmp_path / "ours")]
-    results = run_ranks(arguments, 4, tmp_path / "output")
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(source, incomplete)
+    state = load_file(source / "model.safetensors")
+    lost = [f"esm.encoder.layer.1.attention.self.key.{part}" for part in ("weight", "bias")]
+    save_file({name: x for name, x in state.items() if name not in lost}, incomplete / "model.safetensors")
+    paths = map(str, (source, tmp_path / "ours", incomplete))
+    results = run_ranks(["-m", "tests.distributed.convert_checks", *paths], 4, tmp_path / "output")
     first, *_, last = (set(result.stdout.splitlines()) for result in results)
     assert {"embedding.word_embeddings.weight [20, 48]", "rotary.inv_freq [4]"} <= first
     assert {"output_layer.weight [20, 48]", "output_layer.bias [20]", "rotary.inv_freq [4]"} <= last
-    assert "encoder.layers.1.self_attention.linear_qkv.weight [72, 48]" in first & last
+    qkv = "encoder.layers.1.self_attention.linear_qkv.weight"
+    assert f"{qkv} [72, 48]" in first & last
+    assert f"initial: a part of {qkv}: {lost[0]} is not there" in first & last
 
 
 def test_import_training_resume_and_export(store: Path, tmp_path: Path) -> None:

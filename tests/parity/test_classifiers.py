@@ -329,7 +329,7 @@ def test_heads_without_an_equal() -> None:
         ({"id2label": {"0": "a", "1": "b", "7": "c"}}, "they must be 0, 1 and so on"),
         ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "id2label has 'a' twice"),
         ({"id2label": ["a", "b", "c"]}, "id2label is no table"),
-        ({"problem_type": "ranking"}, "problem_type is 'ranking'; transformers knows regression"),
+        ({"problem_type": "ranking"}, "problem_type is 'ranking'; known are regression"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(

@@ -1,4 +1,4 @@
-"""Reads and writes files of other programs: archives, pickles, sharded and per-rank weights, vocabularies.
+"""Reads and writes files of other programs: pickles, sharded and per-rank weights, vocabularies.
 
 Nothing in these files is trusted.
 """

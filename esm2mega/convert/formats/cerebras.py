@@ -1,25 +1,31 @@
 """Reads and writes files of Cerebras Model Zoo: ``NAME.mdl``, a pickle of tensors, and ``NAME.yaml``.
 
 Names are those of Model Zoo, ``tools/checkpoint_converters/esm2.py`` and ``models/nlp/bert``. Rotary pairs
-lie in neighbouring channels there, so the rows of q and k are reordered within each head.
+lie in neighbouring channels there, so the rows of q and k are reordered within each head. A file holds a
+masked language model, a classifier (`esm2mega.convert.heads.cerebras_classifier`), or an encoder alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from esm2mega.convert.files import pickles
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import MemoryStore
+from esm2mega.convert.heads import cerebras_classifier
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.convert.name_table import INTERLEAVED_QKV, LAYER, OUTPUT_BIAS, TABLE, NameTable, TableRow
 from esm2mega.convert.reading import from_store
+from esm2mega.convert.tensors import same_values
 from esm2mega.convert.writing import tensors_of
 from esm2mega.errors import UserError
+from esm2mega.files import first_of
 from esm2mega.model.esm2 import VOCAB_SIZE
 from esm2mega.vocabulary import MASK, PAD
 
@@ -49,7 +55,14 @@ NAMES = NameTable(
         TableRow(OUTPUT_BIAS, _CLASSIFIER + "bias"),
     ),
     tied={_CLASSIFIER + "weight": True},
+    dropped={
+        r"bert_encoder\.pooler\..*": "the pooler for pairs of sentences, which nothing here computes with",
+    },
 )
+_BESIDE_CLASSIFIER = {
+    r"bert_mlm_head\..*": "the masked-language-model head, which stays beside a classifier unused"
+}
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 def matches(source: SourceFiles) -> bool:
@@ -57,7 +70,7 @@ def matches(source: SourceFiles) -> bool:
     return source.path.is_file() and source.path.suffix == ".mdl"
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read a ``.mdl`` file and its parameters."""
     path = source.path
     location, model = read_parameters(path)
@@ -69,11 +82,70 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
         raise UserError(
             f"{location}: token_dropout is not true; ESM-2 has it, and no other model is supported"
         )
-    content = pickles.load_pickle(path)
-    tensors = pickles.flat_tensors(path, content.get("model") if isinstance(content, Mapping) else None)
-    names = {name.removeprefix("model."): name for name in tensors}
-    description = Description(shape, epsilon_from(location, model, "layer_norm_epsilon", 1e-5))
-    return from_store(MemoryStore(path, tensors), NAMES, description, names, drop)
+    tensors = stored_tensors(path)
+    names, twice = _names(path, tensors)
+    store = MemoryStore(path, tensors)
+    head: Any = "lm"
+    classifier = cerebras_classifier.find_head(
+        location, {name: store.infos[stored] for name, stored in names.items()}, model
+    )
+    if classifier is not None or not any(name.startswith("bert_mlm_head.") for name in names):
+        head = classifier
+    epsilon = epsilon_from(location, model, "layer_norm_epsilon", 1e-5)
+    description = Description(shape, epsilon, head=head)
+    weights = from_store(store, _table(description), description, names, drop, partial)
+    weights.notes.dropped += twice
+    if classifier is not None and classifier.task.kind == "classification":
+        weights.notes.filled.append("names of the classes: their numbers, the source has none")
+    return weights
+
+
+def stored_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a ``.mdl`` file by their stored names.
+
+    Raises:
+        UserError: The file is no pickle of tensors.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_HDF5)) == _HDF5:
+            raise UserError(
+                f"{path}: is HDF5, as cerebras.pytorch saves; where that package is installed, make a pickle "
+                'of it: torch.save({"model": cstorch.load(PATH)["model"]}, NEW)'
+            )
+    return pickles.state_dict(path, pickles.load_pickle(path))
+
+
+def _names(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, str], list[str]]:
+    """Return stored names by names of the table, and a note if tensors are stored under two names.
+
+    Raises:
+        UserError: Two tensors of one name differ.
+    """
+    names: dict[str, str] = {}
+    twice = []
+    for stored, value in tensors.items():
+        first = names.setdefault(cerebras_classifier.name_in_table(stored), stored)
+        if first == stored:
+            continue
+        twice.append(stored)
+        other = tensors[first]
+        if value.data_ptr() != other.data_ptr() and (
+            value.shape != other.shape or not same_values([value, other])
+        ):
+            raise UserError(f"{path}: {first} and {stored} are one tensor and differ; copy the file again")
+    if not twice:
+        return names, []
+    return names, [f"{twice[0]}{' and others' if len(twice) > 1 else ''}: stored under another name too"]
+
+
+def _table(description: Description) -> NameTable:
+    """Return the name table of a model with the head of `description`."""
+    if description.head == "lm":
+        return NAMES
+    if description.task is None:
+        return NAMES.with_head(())
+    table = NAMES.with_head(cerebras_classifier.ROWS)
+    return replace(table, dropped={**table.dropped, **_BESIDE_CLASSIFIER})
 
 
 def read_parameters(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -125,11 +197,20 @@ def write(weights: Weights, path: Path) -> None:
     """Write ``NAME.mdl`` and ``NAME.yaml``; all tensors are in memory at once, as a pickle needs them."""
     if path.suffix != ".mdl":
         raise UserError(f"{path.name}: a checkpoint of Cerebras is a file that ends in .mdl")
-    shape = weights.description.shape
+    shape, head = weights.description.shape, weights.description.task
+    extra = {} if head is None else cerebras_classifier.parameters_of(head)
     if weights.description.activation != "gelu":
         weights.notes.changed.append("feed-forward GELU: tanh in the source, erf in the Model Zoo")
     # clone: parts of one fused tensor would each store all of it
-    tensors = {name: value.clone() for name, value in tensors_of(weights, NAMES)}
+    tensors = {name: value.clone() for name, value in tensors_of(weights, _table(weights.description))}
+    if head is not None:
+        tensors = {cerebras_classifier.stored_name(name): value for name, value in tensors.items()}
+        if head.info.names != [str(number) for number in range(len(head.info.names))]:
+            weights.notes.dropped.append(f"names of the outputs ({first_of(head.info.names)}): numbers there")
+        weights.notes.changed.append(
+            "no masked-language-model head, which Model Zoo's classifier keeps unused: load the file there "
+            "with disable_strict_checkpoint_loading: True"
+        )
     pickles.save_pickle(path, {"model": tensors})
     model = {
         "num_hidden_layers": shape.num_layers,
@@ -143,5 +224,6 @@ def write(weights: Weights, path: Path) -> None:
         "dropout_rate": 0.0,
         "attention_dropout_rate": 0.0,
         **_FIXED,
+        **extra,
     }
     path.with_suffix(".yaml").write_text(yaml.safe_dump({"model": model}, sort_keys=False))

@@ -73,13 +73,14 @@ def matches(source: SourceFiles) -> bool:
     return path.is_dir() and (is_run or re.fullmatch(r"step_\d{8}", path.name) is not None)
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read a checkpoint, or the one that a run means, without its optimizer.
 
     Commands have it verified before, where they find their source.
     """
     checkpoint = choose_checkpoint(source.path).path
-    return read_checkpoint(checkpoint, layout.read_config(checkpoint), layout.read_state(checkpoint), drop)
+    run, state = layout.read_config(checkpoint), layout.read_state(checkpoint)
+    return read_checkpoint(checkpoint, run, state, drop, partial)
 
 
 def refuse_adapters(checkpoint: Path, state: Mapping[str, Any]) -> None:
@@ -116,7 +117,11 @@ def task_head(
 
 
 def read_checkpoint(
-    checkpoint: Path, run: Run, state: Mapping[str, Any], drop: Sequence[str] = ()
+    checkpoint: Path,
+    run: Run,
+    state: Mapping[str, Any],
+    drop: Sequence[str] = (),
+    partial: bool = False,
 ) -> Weights:
     """Read the tensors of a checkpoint whose other files have been read.
 
@@ -125,6 +130,7 @@ def read_checkpoint(
         run: Its configuration.
         state: Content of its ``train_state.json``.
         drop: As for `read`.
+        partial: As for `from_store`.
 
     Raises:
         UserError: The checkpoint holds adapters, or tensors that do not fit.
@@ -145,7 +151,7 @@ def read_checkpoint(
     shapes = {name: i.shape for name, i in store.infos.items() if name.startswith(TASK_HEAD)}
     if (head := task_head(run.task, state, shapes, checkpoint)) is not None:
         description = replace(description, head=head)
-    return from_store(store, _names(description), description, drop=drop)
+    return from_store(store, _names(description), description, drop=drop, partial=partial)
 
 
 def _names(description: Description) -> NameTable:

@@ -79,10 +79,10 @@ def matches(source: SourceFiles) -> bool:
     return source.path.is_file() and source.path.suffix in OF_PYTORCH and not source.has_config
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read ``NAME.pt``, and the contact head from ``NAME-contact-regression.pt`` if that file exists."""
     path = source.path
-    found = open_file(path)
+    found = open_file(path, partial)
     store, names = found.store, dict(found.names)
     regression = contact_file(path)
     if regression.is_file():
@@ -93,7 +93,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
         store = JoinedStore(path, [store, beside])
     elif not any(name.startswith(CONTACT_HEAD) for name in names):
         found.notes.dropped.append(f"contact head: {regression.name} is not there")
-    weights = from_store(store, NAMES, Description(found.shape, EPSILON), names, drop)
+    weights = from_store(store, NAMES, Description(found.shape, EPSILON), names, drop, partial)
     weights.notes.dropped += found.notes.dropped
     weights.notes.filled += found.notes.filled
     return weights
@@ -118,8 +118,10 @@ class ModelFile:
     notes: Notes
 
 
-def open_file(path: Path) -> ModelFile:
+def open_file(path: Path, partial: bool = False) -> ModelFile:
     """Open the file of a model, which fair-esm wrote or which holds a state dict of its model.
+
+    With `partial`, it may lack the token table if it has the configuration that fair-esm writes.
 
     Raises:
         UserError: The file holds another model, or does not show the shape of the model.
@@ -135,7 +137,7 @@ def open_file(path: Path) -> ModelFile:
     names = {_normal(name): name for name in shapes}
     if (name := foreign.named_by_tensors(shapes)) is not None:
         raise UserError(foreign.refusal(path, name))
-    if _TABLE not in names:
+    if _TABLE not in names and not (partial and config is not None):
         raise UserError(f"{path}: {_what_else(path, shapes)}")
     notes = Notes(dropped=prefix)
     if (values := config) is None:

@@ -108,7 +108,7 @@ def matches(source: SourceFiles) -> bool:
     return source.has_config and source.config.get("model_type") == "esm"
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read a directory of safetensors (also sharded) or ``pytorch_model.bin``, or a single such file."""
     path, config = source.path, source.config
     description = describe(source.config_file, config)
@@ -116,14 +116,14 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     store, prefix = without_shared_prefix(open_tensors(path))
     names = _normal_names(store, description.shape)
     tied = flag_from(source.config_file, config, "tie_word_embeddings", True)
-    if not tied and _DECODER not in names and f"{LM_HEAD}bias" in names:
+    if not partial and not tied and _DECODER not in names and f"{LM_HEAD}bias" in names:
         raise UserError(
             f"{path}: tie_word_embeddings is false and {_DECODER} is missing, so readers draw it at random; "
             "copy all tensors, or correct config.json if the token table is the decoder"
         )
     if not any(name.startswith(LM_HEAD) for name in names):
         description = replace(description, head=find_head(source.config_file, store.infos, config))
-    weights = from_store(store, _table(description), description, names, drop)
+    weights = from_store(store, _table(description), description, names, drop, partial)
     weights.notes.dropped += prefix
     if (head := description.task) is not None:
         weights.notes.filled += head_notes(head, config)
@@ -185,7 +185,7 @@ def open_tensors(path: Path) -> TensorStore:
         raise UserError(f"{directory}: holds neither model.safetensors nor pytorch_model.bin; copy one there")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        found = pickles.flat_tensors(file, pickles.load_pickle(file))
+        found = pickles.state_dict(file, pickles.load_pickle(file))
         if repeated := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{file}: holds {repeated[0]}, as another shard does; download them again")
         tensors |= found

@@ -50,10 +50,10 @@ def matches(source: SourceFiles) -> bool:
     return path.is_dir() and ((path / _LATEST).is_file() or any(path.glob(f"mp_rank_*/{_FILE}")))
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read the latest iteration of a directory, or the iteration that `path` is."""
     description, store = open_checkpoint(source.path)
-    return from_store(store, NAMES, description, drop=drop)
+    return from_store(store, NAMES, description, drop=drop, partial=partial)
 
 
 def open_checkpoint(path: Path) -> tuple[Description, RankStore]:

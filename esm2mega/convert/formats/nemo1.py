@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from esm2mega.archives import TarFile, UnpackedArchive
 from esm2mega.convert.files import pickles
-from esm2mega.convert.files.archives import TarFile, UnpackedArchive
 from esm2mega.convert.files.ranks import RankStore, megatron_rows
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, flag_from, shape_from
@@ -47,10 +47,10 @@ def matches(source: SourceFiles) -> bool:
     return is_packed or (source.path / _CONFIG).is_file()
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read an archive or a directory; packed weights are copied to a temporary directory and mapped there."""
     description, store = open_archive(source.path)
-    return from_store(store, NAMES, description, drop=drop)
+    return from_store(store, NAMES, description, drop=drop, partial=partial)
 
 
 def open_archive(path: Path) -> tuple[Description, RankStore]:
@@ -102,5 +102,5 @@ def _stages(path: Path, archive: TarFile | UnpackedArchive) -> list[list[dict[st
 
 def _tensors(archive: TarFile | UnpackedArchive, member: str) -> dict[str, Tensor]:
     with archive.file(member) as file:
-        tensors = pickles.flat_tensors(file, pickles.load_pickle(file))
+        tensors = pickles.state_dict(file, pickles.load_pickle(file))
     return {re.sub(r"^model\.(module\.)?", "", name): value for name, value in tensors.items()}

@@ -51,10 +51,10 @@ def matches(source: SourceFiles) -> bool:
     return (source.path / CONTEXT).is_dir() and (source.path / _WEIGHTS).is_dir()
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read the weights; objects of Transformer Engine and of the optimizer beside them are not opened."""
     description, store = open_directory(source.path)
-    return from_store(store, NAMES, description, drop=drop)
+    return from_store(store, NAMES, description, drop=drop, partial=partial)
 
 
 def open_directory(path: Path) -> tuple[Description, DistributedStore]:

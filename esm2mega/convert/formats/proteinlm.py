@@ -69,12 +69,13 @@ def matches(source: SourceFiles) -> bool:
     return is_tape(source) and any(".input_ln." in name for name in stored_tensors(source.path)[0])
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read a directory of ProteinLM."""
     path = source.path
     description = replace(describe(source), family="proteinbert_preln", final_layernorm=False)
     tensors, prefix = stored_tensors(path)
-    weights = read_folded(path, tensors, {name: name for name in tensors}, NAMES, description, drop)
+    names = {name: name for name in tensors}
+    weights = read_folded(path, tensors, names, NAMES, description, drop, partial)
     weights.notes.dropped += prefix
     weights.notes.kept.append(
         "the final LayerNorm is stored and not applied, as in ProteinLM's own forward pass"

@@ -33,7 +33,7 @@ READABLE = {
 WRITABLE = ("esm2mega", "hf", "fair-esm", "te", "nemo2", "cerebras", "tape", "proteinlm")
 
 
-WITH_OTHER_HEADS = ("esm2mega", "hf")
+WITH_OTHER_HEADS = ("esm2mega", "hf", "cerebras")
 """These formats can hold the head of a task in place of the masked-language-model head, or no head at all."""
 
 
@@ -50,8 +50,11 @@ class Format(Protocol):
     def matches(self, source: SourceFiles) -> bool:
         """Tell whether `source` looks like this format."""
 
-    def read(self, source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-        """Open `source`; tensors matching the shell patterns of `drop` may be left out."""
+    def read(self, source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
+        """Open `source`; tensors matching the shell patterns of `drop` may be left out.
+
+        With `partial`, a part of the model is enough; see `esm2mega.convert.reading.from_store`.
+        """
 
     def beside(self, path: Path) -> list[Path]:
         """Return the files that `write` makes beside the file `path`."""
@@ -107,8 +110,8 @@ def open_weights(path: Path, name: str | None = None, drop: Sequence[str] = ()) 
     return read_weights(source, name or detect(source), drop)
 
 
-def read_weights(source: SourceFiles, name: str, drop: Sequence[str] = ()) -> Weights:
-    """Read a checkpoint whose format is known."""
-    weights = load_format(name).read(source, drop)
+def read_weights(source: SourceFiles, name: str, drop: Sequence[str] = (), partial: bool = False) -> Weights:
+    """Read a checkpoint whose format is known; the arguments are those of `Format.read`."""
+    weights = load_format(name).read(source, drop, partial)
     weights.origin |= {"format": name, "path": str(source.path)}
     return weights

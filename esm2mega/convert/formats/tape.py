@@ -102,13 +102,13 @@ def stored_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     return {name: store.read(stored_name) for name, stored_name in tensors.items()}, prefix
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read a directory of TAPE."""
     path = source.path
     description = replace(describe(source), family="proteinbert_postln")
     tensors, prefix = stored_tensors(path)
     names = {name.replace(_FIRST, _BEFORE): name for name in tensors}
-    weights = read_folded(path, tensors, names, NAMES, description, drop)
+    weights = read_folded(path, tensors, names, NAMES, description, drop, partial)
     weights.notes.dropped += prefix
     return weights
 
@@ -139,6 +139,7 @@ def read_folded(
     table: NameTable,
     description: Description,
     drop: Sequence[str],
+    partial: bool,
 ) -> Weights:
     """Read a modified or stock model after adding token type 0 to the positions.
 
@@ -149,11 +150,14 @@ def read_folded(
         table: Name table of the format.
         description: Describes the model.
         drop: Shell patterns of names to leave out.
+        partial: As for `from_store`; the masked-language-model head may then be missing altogether.
 
     Raises:
         UserError: The model has no masked-language-model head, or does not fit the table.
     """
-    if "mlm.bias" not in tensors:
+    if partial and not any(name.startswith("mlm.") for name in tensors):
+        table, description = table.with_head(()), replace(description, head=None)
+    elif not partial and "mlm.bias" not in tensors:
         raise UserError(
             f"{path}: has no masked-language-model head (mlm.*); this version converts "
             "ProteinBertForMaskedLM, not bare models or those of other tasks"
@@ -166,7 +170,7 @@ def read_folded(
             raise UserError(f"{path}: {TYPE_TABLE} has shape {list(types.shape)}, which does not fit")
         tensors[POSITION_TABLE] = positions + types[0]
         note = f"{TYPE_TABLE}: row 0 is added to the positions, others are for second sentences"
-    weights = from_store(MemoryStore(path, tensors), table, description, names, drop)
+    weights = from_store(MemoryStore(path, tensors), table, description, names, drop, partial)
     if note is not None:
         weights.notes.dropped.append(note)
     return weights

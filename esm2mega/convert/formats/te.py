@@ -66,7 +66,7 @@ def matches(source: SourceFiles) -> bool:
     return source.has_config and source.config.get("model_type") == "nv_esm"
 
 
-def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
+def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -> Weights:
     """Read a directory of safetensors.
 
     The names have had the prefix ``model`` since 2026-03, and had ``esm`` before.
@@ -96,7 +96,7 @@ def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
     epsilon = epsilon_from(file, config, "layer_norm_eps", 1e-12)
     description = Description(shape, epsilon, "gelu_tanh")
     table = _names(flag_from(file, config, "qkv_weight_interleaved", True))
-    weights = from_store(store, table, description, names, drop)
+    weights = from_store(store, table, description, names, drop, partial)
     weights.notes.dropped += prefix
     return weights
 

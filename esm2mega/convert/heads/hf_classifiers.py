@@ -34,7 +34,7 @@ ROWS = {
     TOKEN: (TableRow(_OUTPUT + "{p}", "classifier.{p}"),),
 }
 """These rows give our names and those of transformers for the tensors of each class."""
-_SEQUENCE_KINDS = {
+SEQUENCE_KINDS = {
     "regression": "regression",
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
@@ -42,7 +42,7 @@ _SEQUENCE_KINDS = {
 """This table gives the `task.kind` of each ``problem_type``."""
 
 _EQUALS: dict[str, tuple[tuple[str, ...], dict[str, str | None]]] = {
-    SEQUENCE: (CLS_TANH, {kind: problem for problem, kind in _SEQUENCE_KINDS.items()}),
+    SEQUENCE: (CLS_TANH, {kind: problem for problem, kind in SEQUENCE_KINDS.items()}),
     TOKEN: (RESIDUE_LINEAR, {"token_classification": None, "token_regression": "regression"}),
 }
 """This table gives the form of each class's head, and the ``problem_type`` of each `task.kind` it has."""
@@ -149,16 +149,18 @@ def describe_head(
         raise UserError(f"{location} has {repeated[0]!r} twice; give each output a name of its own")
     if kind == "token_regression" and len(labels) > 1:
         raise UserError(f"{location}: {TOKEN} with {len(labels)} numbers per residue has no equal here")
-    several = len(labels) > 1 and kind == "multilabel"
-    task = TaskConfig(
-        kind=kind,
-        head="hf" if architecture == SEQUENCE else "linear",
-        dropout=dropout,
-        target_columns=list(labels) if kind in NUMERIC_KINDS or several else TaskConfig().target_columns,
-    )
-    scale = ([0.0] * len(labels), [1.0] * len(labels)) if kind in NUMERIC_KINDS else ([], [])
-    info = TargetInfo(kind, list(labels), [], *scale)
+    head = "hf" if architecture == SEQUENCE else "linear"
+    task, info = outputs_in_units(TaskConfig(kind=kind, head=head, dropout=dropout), labels)
     return HeadDescription(task, info, shapes_of(architecture, hidden_size, len(labels)))
+
+
+def outputs_in_units(task: TaskConfig, labels: Sequence[str]) -> tuple[TaskConfig, TargetInfo]:
+    """Return the section ``task`` with its columns, and the meaning of outputs in units of the labels."""
+    kind, several = str(task.kind), len(labels) > 1 and task.kind == "multilabel"
+    if kind in NUMERIC_KINDS or several:
+        task = replace(task, target_columns=list(labels))
+    scale = ([0.0] * len(labels), [1.0] * len(labels)) if kind in NUMERIC_KINDS else ([], [])
+    return task, TargetInfo(kind, list(labels), [], *scale)
 
 
 def shapes_of(architecture: str, hidden_size: int, num_outputs: int) -> dict[str, Shape]:
@@ -202,13 +204,20 @@ def _kind(location: Path, architecture: str, problem: Any, num_outputs: int) -> 
             raise UserError(f"{location}: problem_type {problem!r} of {TOKEN} has no equal here")
         is_numeric = problem == "regression" or num_outputs == 1
         return "token_regression" if is_numeric else "token_classification"
+    return kind_of_problem(location, problem, num_outputs)
+
+
+def kind_of_problem(location: Path, problem: Any, num_outputs: int) -> str:
+    """Return the `task.kind` of a model of sequences by its ``problem_type``, or without one.
+
+    Raises:
+        UserError: The ``problem_type`` is not known.
+    """
     if problem is None:
         return "regression" if num_outputs == 1 else "classification"
-    if problem not in _SEQUENCE_KINDS:
-        raise UserError(
-            f"{location}: problem_type is {problem!r}; transformers knows {', '.join(_SEQUENCE_KINDS)}"
-        )
-    return _SEQUENCE_KINDS[problem]
+    if problem not in SEQUENCE_KINDS:
+        raise UserError(f"{location}: problem_type is {problem!r}; known are {', '.join(SEQUENCE_KINDS)}")
+    return SEQUENCE_KINDS[problem]
 
 
 def head_notes(head: HeadDescription, config: Mapping[str, Any]) -> list[str]:

@@ -5,21 +5,20 @@ A verification uses them as its reference, so that it does not repeat a mistake 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from esm2mega.convert.files import pickles
 from esm2mega.convert.files.stores import TensorStore, without_shared_prefix
-from esm2mega.convert.formats.cerebras import read_parameters
+from esm2mega.convert.formats.cerebras import read_parameters, stored_tensors
 from esm2mega.convert.formats.fair_esm import open_file
 from esm2mega.convert.formats.hf import open_tensors
 from esm2mega.convert.formats.nemo1 import open_archive
 from esm2mega.convert.formats.nemo2 import open_directory
 from esm2mega.convert.verify.bert_weights import megatron, proteinlm, tape
-from esm2mega.convert.verify.plain_model import Affine, PlainBlock, PlainModel, classifier
+from esm2mega.convert.verify.plain_model import Affine, PlainBlock, PlainModel, classifier, gelu_classifier
 from esm2mega.convert.verify.source import Prepare, WeightSource, by_head, json_config
 
 
@@ -179,10 +178,18 @@ def _te(path: Path, prepare: Prepare) -> PlainModel:
 
 
 def _cerebras(path: Path, prepare: Prepare) -> PlainModel:
-    state: Mapping[str, Tensor] = pickles.load_pickle(path)["model"]
+    state = stored_tensors(path)
     _, config = read_parameters(path)
-    stem = "model." if any(name.startswith("model.") for name in state) else ""
-    source = WeightSource(lambda name: state[stem + name], prepare)
+
+    def get(name: str) -> Tensor:
+        return next(state[stem + name] for stem in ("", "model.", "classifier.") if stem + name in state)
+
+    source = WeightSource(get, prepare)
+    pooler = "bert_pooler.pooler.ffn.0.linear_layer"
+    has_classifier = any(name.endswith(f"{pooler}.weight") for name in state)
+    is_masked_lm = not has_classifier and any("bert_mlm_head." in name for name in state)
+    # The classifier's last layer has its own name beside that of the module that it is in.
+    last = "classifier.classifier" if "classifier.classifier.weight" in state else "classifier"
     encoder, head = "bert_encoder.transformer_encoder.", "bert_mlm_head."
 
     def block(n: int) -> PlainBlock:
@@ -205,9 +212,10 @@ def _cerebras(path: Path, prepare: Prepare) -> PlainModel:
         block=block,
         table=source.tensor("bert_encoder.embedding_layer.word_embeddings.weight"),
         final_norm=source.affine(f"{encoder}norm"),
-        head_dense=source.affine(f"{head}mlm_transform.ffn.ffn.0.linear_layer"),
-        head_norm=source.affine(f"{head}mlm_transform.ln"),
-        head_bias=source.tensor(f"{head}classifier.ffn.0.linear_layer.bias"),
+        head_dense=source.affine(f"{head}mlm_transform.ffn.ffn.0.linear_layer") if is_masked_lm else None,
+        head_norm=source.affine(f"{head}mlm_transform.ln") if is_masked_lm else None,
+        head_bias=source.tensor(f"{head}classifier.ffn.0.linear_layer.bias") if is_masked_lm else None,
+        classifier=gelu_classifier(source.affine(pooler), source.affine(last)) if has_classifier else None,
         inv_freq=_formula(config["hidden_size"] // config["num_heads"]),
         interleaved=True,
     )

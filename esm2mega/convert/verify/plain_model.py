@@ -131,6 +131,11 @@ def classifier(get: Callable[[str], Tensor], kind: str) -> Callable[[Tensor], Te
     return lambda x: _affine(_affine(x[:1], dense).tanh(), out)
 
 
+def gelu_classifier(dense: Affine, out: Affine) -> Callable[[Tensor], Tensor]:
+    """Return Model Zoo's classifier: dense, GELU and linear on ``<cls>``, ``[s, h] -> [1, c]``."""
+    return lambda x: _affine(gelu(_affine(x[:1], dense)), out)
+
+
 def _embed(model: PlainModel, ids: Tensor) -> Tensor:
     if model.positions is not None:
         assert model.tokens is not None

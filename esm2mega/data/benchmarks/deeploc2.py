@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from esm2mega.data import counter_rng
+from esm2mega.data.benchmarks.features import written_features
 from esm2mega.data.benchmarks.tables import TARGET, LabelledRow, LabelledTables
 from esm2mega.data.readers.base import SourceOptions, require_columns, residues_of
 from esm2mega.data.readers.tables import CsvReader
@@ -77,13 +78,16 @@ class DeepLocOptions:
         return found | {"test_fraction": test, "valid_fraction": valid, "seed": self.seed}
 
 
-def prepare_deeploc2(source: str | Path, out: str | Path, options: DeepLocOptions) -> list[str]:
-    """Write a CSV per split and a manifest.
+def prepare_deeploc2(
+    source: str | Path, out: str | Path, options: DeepLocOptions, features: str | Path | None = None
+) -> list[str]:
+    """Write a CSV per split and a manifest; and the same proteins as Model Zoo reads them, when asked.
 
     Args:
         source: Path of ``Swissprot_Train_Validation_dataset.csv``.
         out: Directory to make.
         options: Labels, lengths and split.
+        features: Another directory to make, see `esm2mega.data.benchmarks.features`; None for none.
 
     Returns:
         Lines that say what was written.
@@ -93,6 +97,13 @@ def prepare_deeploc2(source: str | Path, out: str | Path, options: DeepLocOption
     """
     check_new(Path(out))
     _check(options)
+    if features is not None:
+        check_new(Path(features))
+        if options.labels != "membrane":
+            raise UserError(
+                f"--features {features}: Model Zoo's loader has one label for each protein; give --labels "
+                "membrane"
+            )
     columns = ["Membrane"] if options.labels == "membrane" else list(LOCATIONS)
     reading = SourceOptions(sequence_column="Sequence", id_column="ACC", set_by="nothing")
     reader = CsvReader(source, reading)
@@ -125,7 +136,9 @@ def prepare_deeploc2(source: str | Path, out: str | Path, options: DeepLocOption
     one = options.labels == "membrane"
     names = [TARGET] if one else columns
     tables = LabelledTables(names, by_split, provenance, notes)
-    return tables.write(Path(out), "classification" if one else "multilabel", TARGET if one else None)
+    with written_features(None if features is None else Path(features), by_split) as lines:
+        kind = "classification" if one else "multilabel"
+        return [*tables.write(Path(out), kind, TARGET if one else None), *lines]
 
 
 def _check(options: DeepLocOptions) -> None:

@@ -30,6 +30,7 @@ from esm2mega.data.readers.tables import CsvReader
 from esm2mega.data.store.staging import check_new
 from esm2mega.errors import UserError
 
+_SEQUENCES, _MASKS = ["sequences"], ["resolved", "mask"]
 _ENDINGS = (".fasta", ".fasta.gz", ".fasta.zst", ".csv", ".csv.gz", ".csv.zst")
 
 
@@ -61,11 +62,8 @@ def prepare_flip(
         raise UserError(
             f"--source {source}: is not a directory; name the directory with the files of {task_name}"
         )
-    if split not in task.splits:
-        raise UserError(
-            f"--split {split} is none of {task_name}, which has {', '.join(task.splits)}; name one of them"
-        )
-    path = _find(folder, [task.files.get(split, split), split])
+    check_split(task_name, split)
+    path = _find(folder, sequence_files(task, split)[0])
     read = _read_residue_task if task.per_residue else _read_protein_task
     rows, provenance, notes = read(path, folder, task)
     tables = LabelledTables([TARGET, MASK] if task.masked else [TARGET], rows, provenance, notes)
@@ -84,13 +82,40 @@ def prepare_flip(
     return tables.write(Path(out), kind, classes)
 
 
-def _find(folder: Path, stems: Sequence[str]) -> Path:
-    """Return the first of the files that exists, in the folder or its ``splits``."""
+def check_split(task_name: str, split: str | None) -> None:
+    """Refuse a split that a task does not have; None means its default."""
+    splits = FLIP_TASKS[task_name].splits
+    if split is not None and split not in splits:
+        raise UserError(
+            f"--split {split} is none of {task_name}, which has {', '.join(splits)}; name one of them"
+        )
+
+
+def sequence_files(task: FlipTask, split: str | None = None) -> list[list[str]]:
+    """Return the files of one split of a task, each as the names, without ending, that it may have.
+
+    The first is that of the labels; the first name of each is that of the single files that are published.
+    """
+    split = split or task.default
+    names = [[task.files.get(split, split), split]]
+    if task.per_residue:
+        names.append(_SEQUENCES)
+    return [*names, _MASKS] if task.masked else names
+
+
+def find_file(folder: Path, stems: Sequence[str]) -> Path | None:
+    """Return the first of the files that exists, in the folder or its ``splits``; None if there is none."""
     for location in (folder, folder / "splits"):
         for stem in stems:
             for ending in _ENDINGS:
                 if (path := location / f"{stem}{ending}").is_file():
                     return path
+    return None
+
+
+def _find(folder: Path, stems: Sequence[str]) -> Path:
+    if (path := find_file(folder, stems)) is not None:
+        return path
     names = " or ".join(f"{stem}.fasta" for stem in dict.fromkeys(stems))
     raise UserError(
         f"{folder}: no {names} (nor .csv) in it; name the directory with FLIP's files by --source"
@@ -126,9 +151,9 @@ def _read_protein_task(path: Path, folder: Path, task: FlipTask) -> _Read:
 
 
 def _read_residue_task(path: Path, folder: Path, task: FlipTask) -> _Read:
-    sequences, sequence_reader = read_entries(_find(folder, ["sequences"]))
+    sequences, sequence_reader = read_entries(_find(folder, _SEQUENCES))
     labels = ResidueStrings(path, "labels")
-    masks = ResidueStrings(_find(folder, ["resolved", "mask"]), "marks") if task.masked else None
+    masks = ResidueStrings(_find(folder, _MASKS), "marks") if task.masked else None
     readers = [sequence_reader, labels.reader, *([] if masks is None else [masks.reader])]
     rows: dict[str, list[LabelledRow]] = {name: [] for name in SPLITS}
     no_set = masked = 0

@@ -33,7 +33,9 @@ def prepare_tape(name: str, source: str | Path, out: str | Path) -> list[str]:
     """
     check_new(Path(out))
     task = TAPE_TASKS[name]
-    found = {split: path for split in task.splits if (path := _find(Path(source), task, split)) is not None}
+    found = {
+        split: path for split in task.splits if (path := find_split(Path(source), task, split)) is not None
+    }
     if "train" not in found:
         raise UserError(
             f"--source {source}: no {task.folder}_train.lmdb in it; name the directory "
@@ -54,7 +56,8 @@ def prepare_tape(name: str, source: str | Path, out: str | Path) -> list[str]:
     return tables.write(Path(out), task.kind, classes)
 
 
-def _find(source: Path, task: TapeTask, split: str) -> Path | None:
+def find_split(source: Path, task: TapeTask, split: str) -> Path | None:
+    """Return the LMDB of a split, in a directory or in the folder of the task there, if there is one."""
     name = f"{task.folder}_{split}.lmdb"
     return next((path for path in (source / name, source / task.folder / name) if path.exists()), None)
 

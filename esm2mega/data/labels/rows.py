@@ -2,7 +2,7 @@
 
 Labels may be given in three ways:
 
-    table                 a column of sequences and columns of labels
+    table                 a column of sequences and columns of labels, or a `data_dir` of such tables
     FASTA                 labels as ``KEY=VALUE`` in the headers
     `task.label_file`     sequences in one file; labels in a table, or (of residues) in a second FASTA; by id
 
@@ -23,6 +23,7 @@ from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.config.task import RESIDUE_KINDS, masks_of
 from esm2mega.data.labels.cells import Cells, check_marks
+from esm2mega.data.labels.data_dir import data_dir_rows, is_data_dir
 from esm2mega.data.labels.sets import SetFilter
 from esm2mega.data.labels.tokenised import INPUT_IDS, tokens_of_ids
 from esm2mega.data.readers.base import Record, SourceOptions, require_columns, table_record
@@ -62,7 +63,7 @@ def read_table(path: str | Path, task: TaskConfig, data: DataConfig, key: str) -
     """Read every protein of a file, with the cells of its labels.
 
     Args:
-        path: CSV, JSON lines, Parquet or FASTA file, also compressed.
+        path: CSV, JSON lines, Parquet or FASTA file, also compressed; or a data directory of Model Zoo.
         task: Columns, label and mask files.
         data: Columns of sequences and ids.
         key: Name of `path` for the user, such as ``data.train``.
@@ -114,6 +115,11 @@ def _with_masks(rows: Iterator[Row], masks: ResidueStrings) -> Iterator[Row]:
 def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str, sets: SetFilter) -> Iterator[Row]:
     """Yield the proteins of a file that has their labels too."""
     required = _required_columns(task)
+    if is_data_dir(path):
+        return (
+            (location, name, tokens_of_ids(cells, location), cells)
+            for location, name, cells in data_dir_rows(path, required, data.id_column)
+        )
     source = open_source(path, _options(data))
     if isinstance(source, FastaReader):
         return _header_rows(source, required, sets)

@@ -23,7 +23,7 @@ def layouts(name: str) -> list[tuple[int, str]]:
 
 
 def test_all_sizes_are_shipped():
-    tasks = {"deeploc2", *(f"flip_{task}" for task in FLIP_TASKS)}
+    tasks = {"deeploc2", "deeploc2_150M", "deeploc2_650M", *(f"flip_{task}" for task in FLIP_TASKS)}
     assert set(config_names()) == {"base", "infer", *(f"pretrain_esm2_{size}" for size in PRESETS), *tasks}
 
 
@@ -127,3 +127,17 @@ def test_every_task_of_flip_is_configured(task):
     folder = f"flip/{task}"
     assert run.data.train_paths() == [f"{folder}/train.csv"]
     assert (run.data.valid, run.data.test) == (f"{folder}/valid.csv", f"{folder}/test.csv")
+
+
+@pytest.mark.parametrize(("size", "proteins", "evaluated"), [("150M", 4, 100), ("650M", 432, 50)])
+def test_published_sizes_of_deeploc2(size, proteins, evaluated):
+    run = load_run(f"deeploc2_{size}")
+    validate(run, 1)
+    validate_task(run)
+    assert (run.model.size, run.model.precision) == (size, "bf16")
+    assert (run.train.global_batch_size, run.train.eval_every) == (proteins, evaluated)
+    assert (run.train.max_steps, run.train.max_epochs) == ((1000, None) if size == "650M" else (1000, 6))
+    assert (run.optim.lr, run.optim.betas, run.optim.clip_grad) == (1e-5, [0.9, 0.98], 0.0)
+    assert (run.schedule.warmup_steps, run.schedule.decay_steps) == (500, 5000)
+    head = (run.task.head, run.task.pooler_activation, run.task.dropout, run.task.num_classes)
+    assert head == ("pooler", "gelu", 0.4, 2)
