@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from esm2mega.checkpoint import layout
@@ -17,12 +18,17 @@ from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.lora import LINEARS, Linear, Targets, resolve_targets
 from esm2mega.config.presets import shape_of
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import FinetuneConfig, Run
+from esm2mega.convert.formats.esm2mega import stacked_name
 from esm2mega.convert.into_model import load_for_task, load_initial_weights
 from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.convert.start_point import StartPoint
+from esm2mega.errors import UserError
 from esm2mega.lora.base import Base, check_adapters, check_base, has_adapters, identify, recorded_base
-from esm2mega.lora.inject import SUFFIX, apply_lora
+from esm2mega.lora.inject import apply_lora, is_adapter
+from esm2mega.lora.transform import SUFFIX
+from esm2mega.model.freezing import gathered, refuse_split_layers
+from esm2mega.model.task import ESM2ForTask
 from esm2mega.parallel.errors import on_one_rank
 
 
@@ -47,7 +53,8 @@ class AdapterReader:
         base: Weights that the adapters belong to.
         run: Configuration of the checkpoint.
         targets: Layers that have an adapter, by the name of the linear.
-        others: Names of the tensors that were trained besides the adapters, such as a head.
+        others: Names of the tensors that were trained besides the adapters: those of a head, and weights of
+            the base that a transform did not freeze, stacked over the layers.
     """
 
     def __init__(self, start: StartPoint) -> None:
@@ -73,11 +80,17 @@ class AdapterReader:
         """Return the head of a task that was trained beside the adapters, if there is one."""
         if (head := self.start.task) is None:
             return None
-        return replace(head, shapes={name: self._reader.index[name].shape for name in self.others})
+        names = [name for name in self.others if name.startswith(TASK_HEAD)]
+        return replace(head, shapes={name: self._reader.index[name].shape for name in names})
 
-    def read_other(self, name: str) -> Tensor:
-        """Return the tensor `name`, which is one of `others`."""
-        return self._reader.read(name)
+    @property
+    def of_base(self) -> list[str]:
+        """Return the names of trained weights that replace those of the base."""
+        return [name for name in self.others if not name.startswith(TASK_HEAD)]
+
+    def read_other(self, name: str, layer: int | None = None) -> Tensor:
+        """Return the tensor `name`, which is one of `others`, or only that of a layer."""
+        return self._reader.read(name, layer)
 
     def read(self, linear: Linear, layer: int) -> Factors | None:
         """Return the factors of a linear in a layer, or None if it has no adapter there."""
@@ -155,14 +168,20 @@ def load_model(
     return auxiliary
 
 
-def load_base(start: StartPoint, run: Run, chunks: Sequence[Any]) -> tuple[Base, dict[str, Tensor]]:
-    """Fill a model with the weights of its base and add new adapters; a task's head is trained in full.
+def load_base(
+    start: StartPoint, run: Run, chunks: Sequence[Any], transform: Callable[[Any], Any] | None = None
+) -> tuple[Base, dict[str, Tensor]]:
+    """Fill a model with the weights of its base and add new adapters.
+
+    Besides them a task's head is trained in full, or what `transform` does not freeze.
 
     Args:
         start: A checkpoint of adapters with its base, whose adapters and head will be loaded next; or a whole
             model, on which new adapters are trained.
         run: Configuration of this start.
         chunks: This rank's chunks of the model.
+        transform: Freezes weights of a chunk and adds the adapters, in a new training; one that is resumed
+            trains what its checkpoint holds.
 
     Returns:
         The base and its auxiliary tensors.
@@ -177,10 +196,40 @@ def load_base(start: StartPoint, run: Run, chunks: Sequence[Any]) -> tuple[Base,
     identity = on_one_rank(lambda: identify(base))
     if start.base is not None:
         check_base(start, identity)
-    if has_head and start.base is None:
+    others = None if start.base is None else set(AdapterReader(start).others)
+    # A head that was not trained is that of the base.
+    head_of_base = others is None or not any(name.startswith(TASK_HEAD) for name in others)
+    if has_head and head_of_base and isinstance(unwrap_model(chunks[0]), ESM2ForTask):
         auxiliary = load_for_task(base, run, chunks)
     else:
         auxiliary = load_initial_weights(base, run.model, chunks, ENCODER if has_head else ALL)
     base.release()
-    apply_lora(chunks, run.lora, run.seed, (TASK_HEAD,) if has_head else ())
+    if others is not None:
+        apply_lora(chunks, run.lora, run.seed, lambda name: stacked_name(name)[0] in others)
+    elif transform is None:
+        apply_lora(chunks, run.lora, run.seed, lambda name: has_head and name.startswith(TASK_HEAD))
+    else:
+        apply_lora(chunks, run.lora, run.seed, transform=transform)
+        _check_transformed(chunks, run.finetune)
     return identity, auxiliary
+
+
+def _check_transformed(chunks: Sequence[Any], finetune: FinetuneConfig) -> None:
+    """Refuse what no checkpoint could hold of a user's transform; all ranks call this together."""
+    parameters = {
+        chunk.global_parameter_name(name): parameter.requires_grad
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    }
+    names, trained = gathered(parameters), set(gathered(name for name, on in parameters.items() if on))
+    if not any(map(is_adapter, trained)):
+        raise UserError(
+            "transform: no linear has a trained adapter; let `transform` call that of LoRATransform"
+        )
+    base = [name for name in names if not is_adapter(name)]
+    refuse_split_layers(base, trained.__contains__, "transform.selective_freeze")
+    if not finetune.load_head and not any(name.startswith(TASK_HEAD) for name in trained):
+        raise UserError(
+            "transform.selective_freeze freezes a head with random weights; leave it to be trained, or load "
+            "it with finetune.load_head=true"
+        )

@@ -115,6 +115,11 @@ def export_adapters(checkpoint: str | Path, target: Path) -> list[str]:
             f"{checkpoint}: adapters of a model of family {adapters.run.model.family}, which transformers "
             "does not have; use esm2mega lora merge"
         )
+    if adapters.of_base:
+        raise UserError(
+            f"{checkpoint}: {', '.join(adapters.of_base)} were trained beside the adapters, for which a "
+            "directory of PEFT has no place; use esm2mega lora merge"
+        )
     tensors: dict[str, Tensor] = {}
     for linear in LINEARS:
         for layer in adapters.targets.get(linear.name, ()):
