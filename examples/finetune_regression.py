@@ -117,7 +117,9 @@ def main(experiment_dir: str, init_from: str | None) -> None:
     show(checkpoint, metrics, data, data_module)
 
     # The head goes on as well, since no prefix is skipped.
-    config = LengthConfig(initial_ckpt_path=checkpoint, initial_ckpt_skip_keys_with_these_prefixes=[], overrides=SETTINGS)
+    config = LengthConfig(
+        initial_ckpt_path=checkpoint, initial_ckpt_skip_keys_with_these_prefixes=[], overrides=SETTINGS
+    )
     checkpoint, metrics, _ = train_model(
         "length_lora", experiment_dir, config, data_module, n_steps_train=50, transform=EncoderLoRA(rank=8)
     )

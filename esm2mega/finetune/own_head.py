@@ -137,7 +137,8 @@ def own_model(cls: type, make: MakeModel) -> MakeModel:
         if not isinstance(model, cls):
             raise UserError(f"configure_model made {shown_type(model)}; return the {cls.__name__}")
         if cls.forward is not ESM2ForTask.forward:  # type: ignore[attr-defined]
-            model.forward = partial(users_code.call, f"{cls.__name__}.forward", model.forward)
+            called = partial(users_code.call, f"{cls.__name__}.forward", model.forward)
+            model.forward = called  # type: ignore[method-assign]
         return model
 
     return made

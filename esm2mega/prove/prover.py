@@ -191,8 +191,8 @@ def _references(trial: Trial) -> list[Leg]:
         layout = alike
     if trial.precision != "bf16":
         return [Leg(layout, trial.precision, trial.settings, base=_base(trial), code=trial.code)]
-    what = {"settings": trial.settings, "base": _base(trial), "code": trial.code}
-    return [Leg(layout, "fp32", **what), Leg(alike, "bf16", **what)]
+    single = Leg(layout, "fp32", trial.settings, base=_base(trial), code=trial.code)
+    return [single, replace(single, layout=alike, precision="bf16")]
 
 
 def _base(trial: Trial) -> Leg | None:

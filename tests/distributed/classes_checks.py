@@ -19,8 +19,7 @@ from tests.own_classes import EncoderLoRA, SmallConfig
 
 _RNG = np.random.default_rng(2)
 _PAIRS = [
-    ("".join(_RNG.choice(list("LAGVSERTIDPKQNFYMHWC"), n)), float(n) / 100)
-    for n in _RNG.integers(20, 90, 14)
+    ("".join(_RNG.choice(list("LAGVSERTIDPKQNFYMHWC"), n)), float(n) / 100) for n in _RNG.integers(20, 90, 14)
 ]
 _SHORT = [text for text in SETTINGS if not text.startswith(("train.max_steps", "model."))]
 _MODEL = [text for text in SETTINGS if text.startswith("model.")]

@@ -45,8 +45,8 @@ class FineTuneDataModule:
     valid_dataset: Proteins | None = None
     predict_dataset: Proteins | None = None
 
-    def sequences(self) -> list[Any]:
-        """Return the sequences of `predict_dataset`, without the values.
+    def sequences(self) -> Proteins:
+        """Return the sequences of `predict_dataset`; of pairs without the values.
 
         Raises:
             UserError: There is no such data set.
@@ -57,6 +57,9 @@ class FineTuneDataModule:
                 "predict_dataset is not set; give FineTuneDataModule(predict_dataset=…), for instance an "
                 "InMemorySingleValueDataset"
             )
+        if not isinstance(given, (Dataset, list, tuple)):
+            return given
         # A data set of torch need not end by itself, so it is asked for its length.
-        entries = (given[number] for number in range(len(given))) if isinstance(given, Dataset) else given
-        return [entry if isinstance(entry, str) else entry[0] for entry in entries]
+        count = len(given)  # type: ignore[arg-type]
+        entries = [given[number] for number in range(count)]
+        return [entry[0] if isinstance(entry, (list, tuple)) else entry for entry in entries]

@@ -71,11 +71,12 @@ def infer_model(config: FineTuneConfig, data_module: FineTuneDataModule) -> list
     Returns:
         A prediction for each protein, as `esm2mega.finetune.infer_model` returns them.
     """
-    if configured(config).initial_ckpt_path is None:
+    checkpoint = configured(config).initial_ckpt_path
+    if checkpoint is None:
         raise UserError("initial_ckpt_path is not set; give the checkpoint that train_model returned")
     if skipped := config.initial_ckpt_skip_keys_with_these_prefixes:
         raise UserError(
             f"initial_ckpt_skip_keys_with_these_prefixes={skipped} would predict with random weights; set it "
             "to []"
         )
-    return infer_with(config.initial_ckpt_path, data_module.sequences(), config.overrides, config.code())
+    return infer_with(checkpoint, data_module.sequences(), config.overrides, config.code())

@@ -28,7 +28,7 @@ class LossReduction(TaskLossReduction):
     """
 
     @abstractmethod
-    def forward(self, batch: dict[str, Tensor], forward_out: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, batch: dict[str, Tensor], forward_out: Tensor) -> Any:
         """Compute the loss of one micro-batch.
 
         Args:

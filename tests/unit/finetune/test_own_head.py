@@ -52,7 +52,9 @@ def test_dropout_of_pytorch_drops_by_sample(shape: tuple[int, ...]) -> None:
     torch.manual_seed(2)
     assert torch.equal(head.predict(ones, SEGMENTS), found)
     rows = ones.flatten(1)
-    keys, places = (SEGMENTS.keys, None) if shape[0] == 3 else (SEGMENTS.keys[SEGMENTS.owners], SEGMENTS.numbers)
+    keys, places = (
+        (SEGMENTS.keys, None) if shape[0] == 3 else (SEGMENTS.keys[SEGMENTS.owners], SEGMENTS.numbers)
+    )
     expected = KeyedDropout(0.25, 1)(KeyedDropout(0.5, 0)(rows, keys, places), keys, places)
     assert torch.equal(found.flatten(1), expected) and 0.1 < float((found == 0).double().mean()) < 0.95
     assert torch.equal(head.eval().predict(ones, SEGMENTS), ones)
@@ -61,5 +63,7 @@ def test_dropout_of_pytorch_drops_by_sample(shape: tuple[int, ...]) -> None:
 def test_dropouts_that_would_differ_between_processes_are_refused() -> None:
     with pytest.raises(UserError, match="Whole has a torch.nn.AlphaDropout, which would drop other elements"):
         made(Whole)
-    with pytest.raises(UserError, match=r"got \[5, 64\]; it needs a row for each of 3 proteins or of 24 resi"):
+    with pytest.raises(
+        UserError, match=r"got \[5, 64\]; it needs a row for each of 3 proteins or of 24 resi"
+    ):
         made(Dropped).predict(torch.ones(5, 64), SEGMENTS)

@@ -30,7 +30,12 @@ def test_fields_become_settings() -> None:
     assert (run.optim.lr, run.schedule.name, run.schedule.warmup_steps) == (5e-4, "constant", 0)
     start = FineTuneConfig(initial_ckpt_path="a b", overrides=[size, "optim.lr=1e-3"])
     run = load_run(None, start.settings())
-    assert (run.init_from, run.optim.lr, run.finetune.load_head, run.finetune.skip) == ("a b", 1e-3, False, [])
+    assert (run.init_from, run.optim.lr, run.finetune.load_head, run.finetune.skip) == (
+        "a b",
+        1e-3,
+        False,
+        [],
+    )
     start.initial_ckpt_skip_keys_with_these_prefixes = ["embedding."]
     run = load_run(None, start.settings())
     assert (run.finetune.load_head, run.finetune.skip) == (True, ["embedding."])
@@ -48,7 +53,7 @@ def test_a_default_that_a_dataclass_would_pass_over_is_refused() -> None:
 
     @dataclass
     class NoTypeOfList(FineTuneConfig):
-        overrides = ["optim.lr=1"]  # noqa: RUF012
+        overrides = ["optim.lr=1"]
 
     for cls, name in ((NoDataclass, "encoder_frozen"), (NoType, "model_cls"), (NoTypeOfList, "overrides")):
         with pytest.raises(UserError, match=f"{cls.__name__}.{name} changes a field without being one"):

@@ -157,11 +157,21 @@ class Fails(LoRATransform):
     ("skipped", "transform", "given", "message"),
     [
         (["head"], FrozenHead(2), {}, "freezes a head with random weights; leave it to be trained, or load"),
-        (["head"], FirstLayer(2), {}, "transform.selective_freeze freezes .* in some layers and not in others"),
+        (
+            ["head"],
+            FirstLayer(2),
+            {},
+            "transform.selective_freeze freezes .* in some layers and not in others",
+        ),
         (["head"], NoAdapters(2), {}, "transform: no linear has a trained adapter; let `transform` call"),
         (["head"], Fails(2), {}, "Fails failed at .*test_flow.py:.*has no attribute 'missing'; correct it"),
         (["head"], LoRATransform, {}, "transform is <class .*; give an instance of LoRATransform"),
-        (["head"], LoRATransform(2), {"encoder_frozen": True}, "finetune.mode=frozen .encoder_frozen., lora.r"),
+        (
+            ["head"],
+            LoRATransform(2),
+            {"encoder_frozen": True},
+            "finetune.mode=frozen .encoder_frozen., lora.r",
+        ),
         (["head", "embedding."], LoRATransform(2), {}, "would leave adapters without their base; remove it"),
     ],
 )
@@ -186,14 +196,24 @@ def test_a_head_that_is_loaded_may_stay_as_it_is(frozen: Path, tmp_path: Path) -
 def test_what_predictions_need(frozen: Path) -> None:
     for config, module, message in (
         (of(frozen, ["head"]), data(), r"=\['head'\] would predict with random weights; set it to \[\]"),
-        (SmallConfig(), data(), "initial_ckpt_path is not set; give the checkpoint that train_model returned"),
+        (
+            SmallConfig(),
+            data(),
+            "initial_ckpt_path is not set; give the checkpoint that train_model returned",
+        ),
         (of(frozen, []), FineTuneDataModule(), "predict_dataset is not set; give FineTuneDataModule"),
         (SmallConfig, data(), "config is <class .*; give an instance of a subclass of .*FineTuneConfig"),
-        (of(frozen, [], model_cls=OtherModel), data(), "trained with the model tests.own_classes:SmallModel, n"),
+        (
+            of(frozen, [], model_cls=OtherModel),
+            data(),
+            "trained with the model tests.own_classes:SmallModel, n",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             infer_model(config, module)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="is a model of your own code, tests.own_classes:SmallModel; give the"):
+    with pytest.raises(
+        UserError, match="is a model of your own code, tests.own_classes:SmallModel; give the"
+    ):
         evaluate_model(frozen, PAIRS)
     with pytest.raises(UserError, match="train_dataset is not set; give FineTuneDataModule"):
         train_model("x", "y", of(frozen, []), FineTuneDataModule(), 1)

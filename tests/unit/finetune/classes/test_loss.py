@@ -1,4 +1,4 @@
-"""A mean over the micro-batch becomes a sum over all labels, so that it does not matter how they are split."""
+"""A mean over the micro-batch becomes a sum over all labels, however these are split."""
 
 from __future__ import annotations
 
