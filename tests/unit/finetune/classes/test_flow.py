@@ -114,7 +114,7 @@ def test_adapters_beside_what_a_transform_leaves_to_be_trained(frozen: Path, tmp
     found = np.array(infer_model(of(checkpoint, []), data()))
     values = np.array([value for _, value in PAIRS[10:]])
     assert metrics["valid_loss"] == pytest.approx(((found - values) ** 2).mean(), rel=1e-12)
-    # Merged, resumed and embedded with the table that was trained.
+    # Merged and embedded with the table that was trained.
     merge(checkpoint, tmp_path / "merged")
     merged = infer_model(of(tmp_path / "merged", []), data())
     np.testing.assert_allclose(merged, found, rtol=0, atol=1e-12)
@@ -123,12 +123,18 @@ def test_adapters_beside_what_a_transform_leaves_to_be_trained(frozen: Path, tmp
         states = [model.embed(sequences, pooling="mean") for model in (adapted, whole, base)]
     np.testing.assert_allclose(states[0], states[1], rtol=0, atol=1e-12)
     assert np.abs(states[0] - states[2]).max() > 1e-5
-    train_model("whole", tmp_path, start, data(), 4, transform=transform)
-    train_model("lora", tmp_path, start, data(), 4, transform=transform)
-    last = [tmp_path / name / "checkpoints" / "step_00000004" for name in ("whole", "lora")]
+    assert main(["lora", "export", str(checkpoint), "--out", str(tmp_path / "peft")]) == 2
+
+
+@pytest.mark.slow
+def test_a_resume_trains_what_the_transform_left_to_be_trained(frozen: Path, tmp_path: Path) -> None:
+    """One step and then another are two, bit for bit."""
+    start, transform = of(frozen, []), EncoderLoRA(rank=2, target_modules=["linear_v"])
+    for name, steps in (("broken", 1), ("broken", 2), ("whole", 2)):
+        train_model(name, tmp_path, start, data(), steps, transform=transform)
+    last = [tmp_path / name / "checkpoints" / "step_00000002" for name in ("whole", "broken")]
     one, other = map(full_weights, last)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert main(["lora", "export", str(checkpoint), "--out", str(tmp_path / "peft")]) == 2
 
 
 class FrozenHead(LoRATransform):
@@ -183,6 +189,7 @@ def test_transforms_that_cannot_be_kept_are_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_head_that_is_loaded_may_stay_as_it_is(frozen: Path, tmp_path: Path) -> None:
     checkpoint, metrics, _ = train_model("x", tmp_path, of(frozen, []), data(), 1, transform=FrozenHead(2))
     assert all("_lora." in name for name in full_weights(checkpoint))
