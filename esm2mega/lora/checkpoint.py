@@ -25,8 +25,7 @@ from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.errors import UserError
 from esm2mega.lora.base import Base, check_adapters, check_base, has_adapters, identify, recorded_base
-from esm2mega.lora.inject import apply_lora, is_adapter
-from esm2mega.lora.transform import SUFFIX
+from esm2mega.lora.inject import SUFFIX, apply_lora, is_adapter
 from esm2mega.model.freezing import gathered, refuse_split_layers
 from esm2mega.model.task import ESM2ForTask
 from esm2mega.parallel.errors import on_one_rank

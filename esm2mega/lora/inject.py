@@ -10,11 +10,16 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from esm2mega.config.lora import resolve_targets
+from esm2mega.config.lora import LINEARS, resolve_targets
 from esm2mega.config.schema import LoRAConfig
-from esm2mega.lora.transform import SUFFIX, LoRATransform
+from esm2mega.lora.layers import AdaptedLinear, Adapter
 from esm2mega.model.freezing import ask_for_gradients, freeze
 from esm2mega.model.init import draw
+
+SUFFIX = "_lora"
+"""The adapter of ``linear_q`` is the module ``linear_q_lora`` beside it."""
+
+_ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
 
 def apply_lora(
@@ -39,14 +44,17 @@ def apply_lora(
     Raises:
         UserError: A target matches nothing.
     """
-    resolve_targets(lora.target_modules, chunks[0].config.num_layers)  # refuses, also for a stage of no layer
+    targets = resolve_targets(lora.target_modules, chunks[0].config.num_layers)
     if transform is None:
         freeze(chunks, trained)
-        transform = LoRATransform.of(lora).add_adapters
     else:
         ask_for_gradients(chunks)
     for chunk in chunks:
-        transform(chunk)
+        if transform is not None:
+            transform(chunk)
+        else:
+            for layer in chunk.encoder.layers:
+                adapt_layer(layer, lora, targets)
         for name, parameter in chunk.named_parameters():
             if is_adapter(name):
                 _initialize(chunk.global_parameter_name(name), parameter, seed)
@@ -68,6 +76,28 @@ def seed_dropout(seed: int, step: int) -> None:
     )
     key = hashlib.blake2b(f"dropout:{seed}:{step}:{location}".encode(), digest_size=4).digest()
     tensor_parallel.model_parallel_cuda_manual_seed(int.from_bytes(key, "little") >> 1)
+
+
+def adapt_layer(layer: Any, lora: LoRAConfig, targets: dict[str, tuple[int, ...]]) -> None:
+    """Put adapters, without initial values, beside those linears of a layer that are targets."""
+    number = layer.layer_number - 1
+    for fused in dict.fromkeys(linear.fused for linear in LINEARS):
+        parts = [linear for linear in LINEARS if linear.fused == fused]
+        host = getattr(layer, parts[0].block)
+        module, is_column = getattr(host, fused), fused not in _ROW_PARALLEL
+        adapters: list[Adapter | None] = []
+        for linear in parts:
+            layers = targets.get(linear.name, ())
+            if number not in layers:
+                adapters.append(None)
+                continue
+            # The parts of a fused weight have equal numbers of rows.
+            weight = module.weight[: module.weight.shape[0] // len(parts)]
+            adapter = Adapter(layer.config, weight, is_column, lora, (layers.index(number), len(layers)))
+            setattr(host, f"{linear.name}{SUFFIX}", adapter)
+            adapters.append(adapter)
+        if any(adapters):
+            module.register_forward_hook(AdaptedLinear(module, adapters, is_column, lora))
 
 
 @torch.no_grad()

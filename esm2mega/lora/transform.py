@@ -7,14 +7,9 @@ from typing import Any
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from esm2mega.config.lora import LINEARS, Targets, resolve_targets
+from esm2mega.config.lora import resolve_targets
 from esm2mega.config.schema import LoRAConfig
-from esm2mega.lora.layers import AdaptedLinear, Adapter
-
-SUFFIX = "_lora"
-"""The adapter of ``linear_q`` is the module ``linear_q_lora`` beside it."""
-
-_ROW_PARALLEL = ("linear_proj", "linear_fc2")
+from esm2mega.lora.inject import adapt_layer
 
 
 class LoRATransform:
@@ -44,19 +39,8 @@ class LoRATransform:
             model: A chunk of the model, with its weights, before it is wrapped for data parallelism.
         """
         walk(model, self.selective_freeze)
-        return self.add_adapters(model)
-
-    def add_adapters(self, model: Any) -> Any:
-        """Walk all modules with `transform`; return the model."""
         walk(model, self.transform)
         return model
-
-    @classmethod
-    def of(cls, config: LoRAConfig) -> LoRATransform:
-        """Make the transform of a configuration."""
-        made = cls()
-        made.config = config
-        return made
 
     def selective_freeze(self, module: Any, name: str, prefix: str) -> Any:
         """Freeze the weights of a module, or leave them to be trained; return the module.
@@ -79,9 +63,8 @@ class LoRATransform:
         The arguments are those of `selective_freeze`.
         """
         if isinstance(module, TransformerLayer):
-            _adapt_layer(
-                module, self.config, resolve_targets(self.config.target_modules, module.config.num_layers)
-            )
+            targets = resolve_targets(self.config.target_modules, module.config.num_layers)
+            adapt_layer(module, self.config, targets)
         return module
 
 
@@ -103,24 +86,3 @@ def walk(model: Any, visit: Callable[[Any, str, str], Any]) -> None:
     collect(model, "", "")
     for module, name, prefix in found:
         visit(module, name, prefix)
-
-
-def _adapt_layer(layer: Any, lora: LoRAConfig, targets: Targets) -> None:
-    number = layer.layer_number - 1
-    for fused in dict.fromkeys(linear.fused for linear in LINEARS):
-        parts = [linear for linear in LINEARS if linear.fused == fused]
-        host = getattr(layer, parts[0].block)
-        module, is_column = getattr(host, fused), fused not in _ROW_PARALLEL
-        adapters: list[Adapter | None] = []
-        for linear in parts:
-            layers = targets.get(linear.name, ())
-            if number not in layers:
-                adapters.append(None)
-                continue
-            # The parts of a fused weight have equal numbers of rows.
-            weight = module.weight[: module.weight.shape[0] // len(parts)]
-            adapter = Adapter(layer.config, weight, is_column, lora, (layers.index(number), len(layers)))
-            setattr(host, f"{linear.name}{SUFFIX}", adapter)
-            adapters.append(adapter)
-        if any(adapters):
-            module.register_forward_hook(AdaptedLinear(module, adapters, is_column, lora))

@@ -10,9 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esm2mega.batch import Segments
-from esm2mega.errors import UserError
-
 # The constants of splitmix64, see `esm2mega.data.counter_rng`, as signed integers, since PyTorch's int64 is.
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -50,38 +47,6 @@ class KeyedDropout(torch.nn.Module):
         bits = _shifted(_mix(rows[:, None] + channels * _STEP), 11)
         keep = bits >= int(self.p * 2.0**53)
         return values * keep.to(values.dtype) / (1.0 - self.p)
-
-
-class SampleDropout(torch.nn.Module):
-    """Stands in for `torch.nn.Dropout` in a head, which knows nothing of keys; drops as `KeyedDropout` does.
-
-    Attributes:
-        segments: Proteins and residues of the pack that the head predicts; set before each pack.
-    """
-
-    segments: Segments
-
-    def __init__(self, p: float, layer: int) -> None:
-        """Set the arguments of `KeyedDropout`."""
-        super().__init__()
-        self._dropout = KeyedDropout(p, layer)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Drop elements of ``[n, …]`` of proteins or ``[R, …]`` of residues."""
-        if not self.training:
-            return values
-        segments, rows = self.segments, values.flatten(1)
-        if len(values) == segments.num_proteins:
-            dropped = self._dropout(rows, segments.keys)
-        elif len(values) == len(segments.owners):
-            dropped = self._dropout(rows, segments.keys[segments.owners], segments.numbers)
-        else:
-            raise UserError(
-                f"torch.nn.Dropout of a head got {list(values.shape)}; it needs a row for each of "
-                f"{segments.num_proteins} proteins or of {len(segments.owners)} residues, to drop the same "
-                "at every layout"
-            )
-        return dropped.view_as(values)
 
 
 def _mix(state: Tensor) -> Tensor:

@@ -148,6 +148,7 @@ RUNS = ("length", "length_lora")
 """The runs that the fine-tuning example makes, by script and by notebook."""
 
 
+@pytest.mark.slow  # the notebook does the same, and test_migrate_bionemo2.py runs the script
 def test_finetuning_example_learns_and_predicts(tmp_path):
     """From a checkpoint of Hugging Face, in a fresh process."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esm2mega.config.schema import LoRAConfig, ParallelConfig
+from esm2mega.config.schema import ParallelConfig
 from esm2mega.lora.inject import is_adapter
 from esm2mega.lora.transform import LoRATransform, walk
 from esm2mega.model.build import build_model
@@ -24,7 +24,7 @@ def test_parents_come_first_and_layers_have_their_number_in_the_model() -> None:
     assert seen[0] == ("", "")
     assert [name for name, prefix in seen if prefix == "encoder.layers"] == ["2", "3"]
     assert ("linear_qkv", "encoder.layers.3.self_attention") in seen
-    LoRATransform.of(LoRAConfig(rank=2, target_modules=["*.3.*.linear_q"]))(model)
+    LoRATransform(2, target_modules=["*.3.*.linear_q"])(model)
     adapters = [name for name, _ in model.named_parameters() if is_adapter(name)]
     # The second of its own layers is the fourth of the model.
     assert {name.rpartition(".")[0] for name in adapters} == {"encoder.layers.1.self_attention.linear_q_lora"}
