@@ -77,7 +77,7 @@ def measure(mode: str, options: argparse.Namespace, answer: Any) -> None:
         head = head_of_task(run.task, info.num_outputs)
         chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, has_lora=mode == "lora")
         if mode == "lora":
-            apply_lora(chunks, run.lora, run.seed, ("head.",))
+            apply_lora(chunks, run.lora, run.seed, lambda name: name.startswith("head."))
         else:
             set_trainable(chunks, run.finetune)
         state = train_state(run, chunks, loss_of_task(run.task, info), ranks, None)

@@ -140,6 +140,7 @@ SECTIONS = (
             "finetune": (
                 "run user_code losses param_groups evaluate metrics bootstrap checkpoint predict output api"
             ),
+            "finetune/classes": "loss model config data flow",
         },
     ),
     Section(

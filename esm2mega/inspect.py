@@ -92,6 +92,8 @@ def _task_lines(head: Any) -> Iterator[str]:
     own = None if code is None else code.head
     described = " ".join(head_form(head.task)) if own is None else own
     yield f"task {info.kind}, head {described}, {info.num_outputs} outputs"
+    if code is not None and code.model is not None:
+        yield f"model {code.model}"
     # Checkpoints of earlier versions do not say.
     for column, form in zip(head.task.target_columns, info.forms, strict=False):
         yield f"column {column} held {SAID[form]}"

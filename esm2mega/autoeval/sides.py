@@ -77,7 +77,9 @@ def _open(name: str, data: str, overrides: Sequence[str], code: GivenCode) -> Mo
     recorded = start.task.code
     if recorded is not None:
         code = GivenCode(
-            None if recorded.head is None else code.make_head, None if recorded.loss is None else code.loss
+            None if recorded.head is None else code.make_head,
+            None if recorded.loss is None else code.loss,
+            None if recorded.model is None else code.model,
         )
     task = open_task(start, overrides, code, needs_loss=True)
     if not task.run.task.bootstrap:
@@ -91,6 +93,7 @@ def _check_code(models: Sequence[Model], code: GivenCode) -> None:
     for what, given, taken in (
         ("head", code.make_head, [found.make_head for found in used]),
         ("loss", code.loss, [found.loss for found in used]),
+        ("model", code.model, [found.model for found in used]),
     ):
         if given is not None and given not in taken:
             raise UserError(f"--code: no checkpoint has a {what} of your own code; leave it out")

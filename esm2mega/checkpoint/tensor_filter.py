@@ -59,10 +59,14 @@ TRAINED_ENCODER = TensorFilter(TRAINED.excluded, _is_head)
 
 
 def for_task(config: FinetuneConfig) -> TensorFilter:
-    """Return the filter for a model with a task's head: the encoder, and the head if `load_head` is set."""
-    if config.load_head:
-        return TensorFilter(_none, lambda name: name.startswith(LM_HEAD), config.strict)
-    return replace(ENCODER, strict=config.strict)
+    """Return the filter for a task: the encoder, and the head if `load_head` is set, both without `skip`."""
+    chosen = TensorFilter(_none, lambda name: name.startswith(LM_HEAD)) if config.load_head else ENCODER
+    skipped = tuple(config.skip)
+    return TensorFilter(
+        lambda name, tensor: name.startswith(skipped) or chosen.excluded(name, tensor),
+        lambda name: name.startswith(skipped) or chosen.unused(name),
+        config.strict,
+    )
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,7 @@ class FinetuneConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)
     layer_decay: float = 1.0
     load_head: bool = False
+    skip: list[str] = field(default_factory=list)
     strict: bool = True
 
 

@@ -101,7 +101,7 @@ def validate_task(run: Run) -> None:
             "finetune.mode=frozen computes the encoder once for each protein, without dropout; set "
             "model.hidden_dropout=0 and model.attention_dropout=0, or finetune.mode=full and finetune.freeze"
         )
-    _check_finetune(run.finetune, run.task, run.lora, run.parallel)
+    _check_finetune(run.finetune, run.task, run.lora, run.parallel, run.init_from is not None)
 
 
 def masks_of(task: TaskConfig) -> list[str | None]:
@@ -180,7 +180,7 @@ def _check_classes(task: TaskConfig) -> None:
 
 
 def _check_finetune(
-    finetune: FinetuneConfig, task: TaskConfig, lora: LoRAConfig, parallel: ParallelConfig
+    finetune: FinetuneConfig, task: TaskConfig, lora: LoRAConfig, parallel: ParallelConfig, has_start: bool
 ) -> None:
     """Check what is trained, and how fast."""
     rank = lora.rank
@@ -208,6 +208,11 @@ def _check_finetune(
             f"finetune.freeze={finetune.freeze} is of no use with finetune.mode={finetune.mode}, which "
             f"freezes all but {trained}; remove it"
         )
+    if finetune.skip and (rank is not None or not has_start):
+        reason = (
+            "is of no use without init_from" if rank is None else "would leave adapters without their base"
+        )
+        raise UserError(f"finetune.skip={finetune.skip} {reason}; remove it")
     for pattern, factor in finetune.lr_scale.items():
         if not 0 < factor < math.inf:
             raise UserError(

@@ -16,7 +16,6 @@ from torch import Tensor
 from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensor_filter import (
     ALL,
-    ENCODER,
     LM_HEAD,
     TASK_HEAD,
     TensorFilter,
@@ -25,12 +24,14 @@ from esm2mega.checkpoint.tensor_filter import (
 )
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, Run
+from esm2mega.convert.files.distributed_writer import stacked_name
 from esm2mega.convert.heads.contact_head import WEIGHT, fill_head, is_regression
 from esm2mega.convert.lazy_weights import Weights
 from esm2mega.convert.name_table import LAYER
 from esm2mega.convert.start_point import StartPoint, starts_with_contact_head
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
+from esm2mega.model.freezing import gathered
 
 
 def load_initial_weights(
@@ -66,16 +67,36 @@ def load_for_task(start: StartPoint, run: Run, model: Sequence[Any]) -> dict[str
 
     The head starts as `finetune.load_head` says, which may mean from the contact head of a pretrained model.
     """
+    _check_skipped(run.finetune.skip, model)
     if not starts_with_contact_head(start, run.task, run.finetune):
         auxiliary = load_initial_weights(start, run.model, model, for_task(run.finetune))
         if is_regression(run.task) and not run.finetune.load_head and WEIGHT in auxiliary:
             _say(["contact head: not the start, which is zero; finetune.load_head=true starts with it"])
         return auxiliary
-    tensor_filter = replace(ENCODER, strict=run.finetune.strict)
+    tensor_filter = for_task(replace(run.finetune, load_head=False))
     auxiliary = load_initial_weights(start, run.model, model, tensor_filter)
     fill_head(model, auxiliary)
     _say(["contact head: the start of the head"])
     return auxiliary
+
+
+def _check_skipped(prefixes: Sequence[str], model: Sequence[Any]) -> None:
+    """Refuse a prefix of `finetune.skip` that no weight has; all ranks call this together."""
+    if not prefixes:
+        return
+    own = [
+        stacked_name(chunk.global_parameter_name(name))[0]
+        for chunk in unwrap_model(list(model))
+        for name, _ in chunk.named_parameters()
+    ]
+    names = gathered(own)
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            shown = ", ".join(names[:: max(1, len(names) // 3)])
+            raise UserError(
+                f"finetune.skip: no weight of the model has a name that begins with {prefix!r}; names are "
+                f"such as {shown}"
+            )
 
 
 _NUMERICS = ("family", "layernorm_epsilon", "activation", "final_layernorm", "max_positions")

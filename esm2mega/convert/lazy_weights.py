@@ -28,8 +28,8 @@ class HeadDescription:
         task: Section ``task`` of the configuration, which says what kind of head it is.
         info: What its outputs mean.
         shapes: Shapes of its tensors, whose names begin with ``head.``.
-        code: Names of a user's own head and loss; None where they are not known, as in checkpoints of earlier
-            versions.
+        code: Names of a user's own model, head and loss; None where they are not known, as in checkpoints of
+            earlier versions.
     """
 
     task: TaskConfig
@@ -40,7 +40,8 @@ class HeadDescription:
     @property
     def is_configured(self) -> bool:
         """Tell whether the section ``task`` says all that turns hidden states into predictions."""
-        return self.code is None or (self.code.head is None and not self.code.loss_predicts)
+        code = self.code or UserCode()
+        return code.model is None and code.head is None and not code.loss_predicts
 
 
 @dataclass(frozen=True)

@@ -83,22 +83,42 @@ def train_model(
     Raises:
         UserError: The configuration, the data, the head or the loss are not valid, or do not fit together.
     """
-    code = GivenCode(make_head, loss)
     if lora is not None and not isinstance(lora, LoRAConfig):
         raise UserError(
             f"lora is a {type(lora).__name__}; give an esm2mega.config.schema.LoRAConfig, as in "
             "LoRAConfig(rank=8, alpha=16)"
         )
-    run, opened = load_run_with_start(config, _settings(overrides))
+    data = {"train": train, "valid": valid, "test": test}
+    parts = UserParts(
+        {split: pairs for split, pairs in data.items() if pairs is not None}, GivenCode(make_head, loss)
+    )
+    return train_with(_settings(overrides), parts, config, lora)
+
+
+def train_with(
+    overrides: Sequence[str],
+    parts: UserParts,
+    config: str | None = None,
+    lora: LoRAConfig | None = None,
+) -> TrainedModel:
+    """Fine-tune as `train_model` does, with what a user brings in `parts`.
+
+    Args:
+        overrides: As for `train_model`.
+        parts: Data and code; without a transform of theirs, adapters are added in the usual way.
+        config: As for `train_model`.
+        lora: As for `train_model`; a transform needs it.
+    """
+    run, opened = load_run_with_start(config, overrides)
     if lora is not None:
         if run.finetune.mode == "frozen" or run.lora != LoRAConfig():
+            argument, frozen = ("lora", "") if parts.transform is None else ("transform", " (encoder_frozen)")
             raise UserError(
-                f"finetune.mode={run.finetune.mode}, lora.rank={run.lora.rank} and the argument lora: "
-                "adapters are configured by one of them; leave out these keys, or the argument"
+                f"finetune.mode={run.finetune.mode}{frozen}, lora.rank={run.lora.rank} and the argument "
+                f"{argument}: adapters are configured by one of them; leave out these keys, or the argument"
             )
         run.lora, run.finetune.mode = lora, "lora"
-    data = {"train": train, "valid": valid, "test": test}
-    given = {split: pairs for split, pairs in data.items() if pairs is not None}
+    given = parts.data
     for split in given:
         if getattr(run.data, split) is not None:
             raise UserError(
@@ -106,10 +126,11 @@ def train_model(
             )
     validate(run, world_size_from_environment())
     validate_task(run)
-    check_best_metric(run.checkpoint, run.task, valid is not None or run.data.valid is not None)
-    if run.train.eval_every and valid is None and run.data.valid is None:
+    has_valid = "valid" in given or run.data.valid is not None
+    check_best_metric(run.checkpoint, run.task, has_valid)
+    if run.train.eval_every and not has_valid:
         raise UserError(f"train.eval_every={run.train.eval_every} needs validation data; give valid")
-    finetune(run, UserParts(given, code), opened=opened)
+    finetune(run, parts, opened=opened)
     checkpoint = choose_checkpoint(run.run_dir).path
     metrics: dict[str, Any] = {}
     for record in read_log(Path(run.run_dir) / LOG_NAME):
@@ -140,7 +161,14 @@ def infer_model(
         dictionary of several, a class name, a list of names, or a string or list with one entry per residue;
         for contacts an array ``[L, L]`` of probabilities. Processes other than the first get an empty list.
     """
-    task = open_task(checkpoint, _settings(overrides), GivenCode(make_head, loss))
+    return infer_with(checkpoint, sequences, _settings(overrides), GivenCode(make_head, loss))
+
+
+def infer_with(
+    checkpoint: str | Path, sequences: Proteins, overrides: Sequence[str], code: GivenCode
+) -> list[Any]:
+    """Predict as `infer_model` does, with what a user brings in `code`."""
+    task = open_task(checkpoint, overrides, code)
     data = without_dropping(task.run.data)
     texts = sequences_in_memory(sequences, data.sequence_column)
     proteins = apply_length_policy(proteins_of_sequences(texts), data, "sequences")

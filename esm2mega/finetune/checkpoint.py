@@ -126,7 +126,8 @@ def load_task(task: TaskCheckpoint, ranks: Ranks) -> list[Any]:
     run = task.run
     head = task.code.head(run.task, task.info, task.head, str(task.start.path))
     has_lora = run.lora.rank is not None
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, head, has_lora)
+    device, make_model = ranks.device, task.code.make_model
+    chunks = build_model(run.model, run.parallel, device, run.seed, head, has_lora, make_model)
     load_model(task.start, run, chunks)
     return chunks
 

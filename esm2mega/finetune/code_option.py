@@ -1,4 +1,4 @@
-"""Imports the classes of a user's own head and loss that the option ``--code`` names."""
+"""Imports the classes of a user's own model, head and loss that the option ``--code`` names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from esm2mega.errors import UserError
+from esm2mega.finetune.classes.config import FineTuneConfig
 from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.user_code import GivenCode
 from esm2mega.model.heads import TaskHead
@@ -20,35 +21,46 @@ def load_code(names: Sequence[str]) -> GivenCode:
     """Import the classes that the option ``--code`` names, from the installed packages or this folder.
 
     Args:
-        names: ``MODULE:CLASS``, at most one head and one loss.
+        names: ``MODULE:CLASS``: at most one head and one loss; or the configuration of
+            `esm2mega.finetune.classes`, which names both.
 
     Raises:
-        UserError: One cannot be imported, or is neither a head nor a loss.
+        UserError: One cannot be imported, or is none of these.
     """
     make_head: MakeHead | None = None
     loss: TaskLossReduction | None = None
     for text in names:
         cls = _imported(text)
+        if isinstance(cls, type) and issubclass(cls, FineTuneConfig):
+            if len(names) > 1:
+                raise UserError(f"--code {text}: names head and loss itself; give it alone")
+            return _instance(text, cls, "configuration").code()
         is_head = isinstance(cls, type) and issubclass(cls, TaskHead)
         if not is_head and not (isinstance(cls, type) and issubclass(cls, TaskLossReduction)):
             raise UserError(
                 f"--code {text}: is neither a subclass of esm2mega.model.heads.TaskHead nor of "
-                "esm2mega.finetune.losses.TaskLossReduction; name the class of a head or of a loss"
+                "esm2mega.finetune.losses.TaskLossReduction or esm2mega.finetune.classes.FineTuneConfig; "
+                "name the class of a head, of a loss or of a configuration"
             )
         if (make_head if is_head else loss) is not None:
             raise UserError(f"--code {text}: is a second {'head' if is_head else 'loss'}; give one")
         if is_head:
             make_head = cls
             continue
-        try:
-            loss = cls()
-        except Exception as error:
-            line = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(
-                f"--code {text}: a loss is made without arguments, which failed ({line}); give them "
-                "defaults, or correct the class"
-            ) from error
+        loss = _instance(text, cls, "loss")
     return GivenCode(make_head, loss)
+
+
+def _instance(text: str, cls: Any, what: str) -> Any:
+    """Make an instance of the class that ``--code`` names; `what` it is of, for the error."""
+    try:
+        return cls()
+    except Exception as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"--code {text}: a {what} is made without arguments, which failed ({line}); give them "
+            "defaults, or correct the class"
+        ) from error
 
 
 def _imported(text: str) -> Any:

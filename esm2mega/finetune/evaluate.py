@@ -28,7 +28,7 @@ from esm2mega.pairs import num_pairs
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import evaluate, gathered
-from esm2mega.train.losses import LossReduction, LossTerms
+from esm2mega.train.losses import LossReduction, LossTerms, Means
 from esm2mega.train.per_protein import Split
 
 UNSEEN = "unseen_classes"
@@ -61,6 +61,9 @@ class Collecting(LossReduction):
     @property
     def names(self) -> tuple[str, ...]:
         return self.loss.names
+
+    def means(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> Means:
+        return self.loss.means(reports, device)
 
     def forward(self, batch: LabelledBatch, output: Tensor) -> LossTerms:
         predictions = self.predict(output)

@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from esm2mega.checkpoint.tensor_filter import TASK_HEAD
 from esm2mega.config.schema import FinetuneConfig
 from esm2mega.errors import UserError
-from esm2mega.model.freezing import freeze
+from esm2mega.model.freezing import freeze, gathered, refuse_split_layers
 
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
@@ -32,8 +31,18 @@ def set_trainable(chunks: Sequence[Any], config: FinetuneConfig) -> str:
         UserError: A pattern matches no weight or freezes one in some layers only, or all weights are frozen.
     """
 
+    # What the model of a user froze when it was made.
+    kept = set(
+        gathered(
+            chunk.global_parameter_name(name)
+            for chunk in chunks
+            for name, parameter in chunk.named_parameters()
+            if not parameter.requires_grad
+        )
+    )
+
     def is_trained(name: str) -> bool:
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.freeze):
+        if name in kept or any(fnmatch.fnmatchcase(name, pattern) for pattern in config.freeze):
             return False
         return config.mode == "full" or name.startswith(TASK_HEAD)
 
@@ -44,17 +53,13 @@ def set_trainable(chunks: Sequence[Any], config: FinetuneConfig) -> str:
         chunk.global_parameter_name(name) for chunk in chunks for name, _ in chunk.named_parameters()
     )
     trained_names = list(filter(is_trained, names))
-    split = {_in_every_layer(name) for name in trained_names} & {
-        _in_every_layer(name) for name in names if not is_trained(name)
-    }
-    if split:
-        raise UserError(
-            f"finetune.freeze={config.freeze} freezes {min(split)} in some layers and not in others, which "
-            "checkpoints cannot hold; name layers by *, as in encoder.layers.*.mlp.*"
-        )
+    frozen_by = f"finetune.freeze={config.freeze}"
+    if kept:
+        frozen_by = f"{type(chunks[0]).__name__} with {frozen_by}"
+    refuse_split_layers(names, is_trained, frozen_by)
     _check_patterns("finetune.freeze", config.freeze, names, "weight")
     if not trained_names:
-        raise UserError(f"finetune.freeze={config.freeze} freezes every weight; leave some to train")
+        raise UserError(f"{frozen_by} freezes every weight; leave some to train")
     return f"weights  {len(trained_names)} of {len(names)} tensors are trained (finetune.mode={config.mode})"
 
 
@@ -105,15 +110,3 @@ def _layers_behind(name: str, num_layers: int) -> int:
         return num_layers + 1
     layer = _LAYER.match(name)
     return num_layers - int(layer[1]) if layer else 0
-
-
-def gathered(names: Iterable[str]) -> list[str]:
-    """Gather the names of the whole model from the ranks' own names; all-gather over the world."""
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, list(names))
-    return sorted({name for own in of_ranks for name in own})
-
-
-def _in_every_layer(name: str) -> str:
-    """Put ``*`` for the layer into the name of a weight; a checkpoint holds all layers as one tensor."""
-    return _LAYER.sub("encoder.layers.*.", name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ class PredictJob(Job):
     def settings(self) -> dict[str, Any]:
         run, shape = self.run, self._spec.pack_shape()
         head = self._task.head
-        own = [] if head.is_configured or head.code is None else [asdict(head.code)]
+        own = [] if head.is_configured or head.code is None else [head.code.as_dict()]
         meaning = json.dumps([self._task.info.to_dict(), head_form(run.task), *own])
         return {
             "task_hash": hashlib.sha256(meaning.encode()).hexdigest(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from esm2mega.config.lora import check_start
@@ -32,6 +33,7 @@ from esm2mega.finetune.metrics import HEADLINES, check_packages
 from esm2mega.finetune.param_groups import scales_of, set_trainable
 from esm2mega.finetune.user_code import GivenCode
 from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.train import users_code
 from esm2mega.train.build import HeadTraining, build
 from esm2mega.train.loop import Evaluation, LoopState
 from esm2mega.train.session import Session, resolve_epochs, run_session
@@ -47,11 +49,14 @@ class UserParts:
 
     Attributes:
         data: Split (``train``, ``valid``, ``test``) -> proteins with labels.
-        code: Head and loss.
+        code: Model, head and loss.
+        transform: Freezes weights of a chunk and adds the adapters of the section ``lora``; None for the
+            usual way.
     """
 
     data: Mapping[str, Proteins] = field(default_factory=dict)
     code: GivenCode = field(default_factory=GivenCode)
+    transform: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,8 @@ def _session(
         make_head,
         lambda chunks: set_trainable(chunks, run.finetune),
         lambda chunks: scales_of(chunks, run.finetune),
+        code.make_model,
+        parts.transform and partial(users_code.call, type(parts.transform).__name__, parts.transform),
     )
     built = build(run, ranks, start, loss, on_gradients, head)
     trained_code = code.as_trained(run.task, info, make_head.name)

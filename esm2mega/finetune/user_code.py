@@ -1,4 +1,4 @@
-"""Takes a user's own head and loss from the caller, checks them, and compares them with a checkpoint's."""
+"""Takes a user's own model, head and loss, checks them, and compares them with those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.finetune.losses import RegressionLossReduction, TaskLossReduction, loss_of_task
-from esm2mega.finetune.own_head import OwnHead, check_output, other_code, shown_type
+from esm2mega.finetune.own_head import OwnHead, check_output, other_code, own_model, shown_type
 from esm2mega.model.heads import TaskHead, head_of_task
-from esm2mega.model.task import MakeHead
+from esm2mega.model.task import MakeHead, MakeModel
 from esm2mega.train import users_code
 
 Predict = Callable[[Tensor], Tensor]
@@ -31,12 +31,21 @@ _OF_THE_LOSS = ("loss", "huber_delta", "class_weights", "label_smoothing")
 
 
 @dataclass(frozen=True)
+class OwnModel:
+    """Holds the model that a user brings: its class, and what makes a chunk of it."""
+
+    cls: type
+    make: MakeModel
+
+
+@dataclass(frozen=True)
 class GivenCode:
-    """Holds the head and the loss that a user brings.
+    """Holds the head, the loss and the model that a user brings.
 
     Attributes:
         make_head: Makes the head: a subclass of `TaskHead`, or a function; None for the configured head.
         loss: The loss; None for the configured one.
+        model: The model around the head; None for `ESM2ForTask`.
 
     Raises:
         UserError: One of them is something else.
@@ -44,6 +53,7 @@ class GivenCode:
 
     make_head: MakeHead | None = None
     loss: TaskLossReduction | None = None
+    model: OwnModel | None = None
 
     def __post_init__(self) -> None:
         _check_maker(self.make_head)
@@ -53,6 +63,16 @@ class GivenCode:
     def loss_name(self) -> str | None:
         """Return the qualified name of the class of the loss; None without a loss."""
         return None if self.loss is None else name_of(type(self.loss))
+
+    @property
+    def model_name(self) -> str | None:
+        """Return the qualified name of the class of the model; None without a model."""
+        return None if self.model is None else name_of(self.model.cls)
+
+    @property
+    def make_model(self) -> MakeModel | None:
+        """Return what makes a chunk of the model; None without a model."""
+        return None if self.model is None else own_model(self.model.cls, self.model.make)
 
     def check(self, head: HeadDescription, location: str, needs_loss: bool = False) -> None:
         """Compare with what a checkpoint records; one of an earlier version records nothing.
@@ -68,6 +88,7 @@ class GivenCode:
         recorded = head.code
         if recorded is None:
             return
+        self._check_model(recorded, location)
         is_class = isinstance(self.make_head, type)
         given = name_of(self.make_head) if is_class else "a function"  # type: ignore[arg-type]
         if recorded.head is None and self.make_head is not None:
@@ -97,6 +118,19 @@ class GivenCode:
             )
         if self.loss_name is not None and not is_same(self.loss_name, recorded.loss):
             raise other_code(location, "loss", recorded.loss, self.loss_name)
+
+    def _check_model(self, recorded: UserCode, location: str) -> None:
+        if recorded.model is None and self.model_name is not None:
+            raise UserError(
+                f"{location}: was trained with the usual model, not with {self.model_name}; leave that out"
+            )
+        if recorded.model is not None and self.model_name is None:
+            raise UserError(
+                f"{location}: is a model of your own code, {recorded.model}; give the configuration that "
+                "names it as --code MODULE:CLASS, or to esm2mega.finetune.classes in Python"
+            )
+        if recorded.model is not None and not is_same(self.model_name or "", recorded.model):
+            raise other_code(location, "model", recorded.model, self.model_name or "")
 
     def units(self, task: TaskConfig, info: TargetInfo) -> TargetInfo:
         """Return `info` with the scale of the outputs of a model that is trained with the loss.
@@ -131,7 +165,7 @@ class GivenCode:
 
     def as_trained(self, task: TaskConfig, info: TargetInfo, head: str | None) -> UserCode:
         """Return what a checkpoint records of this training, whose own head is of the class `head`."""
-        return UserCode(head, self.loss_name, self.predicts(task, info))
+        return UserCode(head, self.loss_name, self.predicts(task, info), self.model_name)
 
     def predictor(self, task: TaskConfig, info: TargetInfo, recorded: UserCode | None) -> Predict:
         """Return what turns outputs into predictions, with or without the loss.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from esm2mega.checkpoint import layout
@@ -17,17 +17,19 @@ from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TASK_HEAD, TRAINED, 
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.lora import LINEARS, LM_HEAD, Linear, Targets, is_trained_bias, targets_of
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import FinetuneConfig, Run
+from esm2mega.convert.files.distributed_writer import stacked_name
 from esm2mega.convert.into_model import load_for_task, load_initial_weights
 from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.convert.name_table import OUTPUT_BIAS, is_lm_head
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.convert.tensors import cut_vocabulary, pad_vocabulary
+from esm2mega.errors import UserError
 from esm2mega.lora.base import Base, check_adapters, check_base, has_adapters, identify, recorded_base
-from esm2mega.lora.inject import SUFFIX, apply_lora
+from esm2mega.lora.inject import SUFFIX, apply_lora, is_adapter
+from esm2mega.model.freezing import gathered, refuse_split_layers
+from esm2mega.model.task import ESM2ForTask
 from esm2mega.parallel.errors import on_one_rank
-
-_IN_LAYER = re.compile(r"(encoder\.layers\.)(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class AdapterReader:
         base: Weights that the adapters belong to.
         run: Configuration of the checkpoint.
         targets: Layers that have an adapter, by the name of the linear.
-        others: Names of the tensors of the head of a task, which was trained besides the adapters.
+        others: Names of the tensors that were trained besides the adapters: those of a head, and weights of
+            the base that a transform did not freeze, stacked over the layers.
     """
 
     def __init__(self, start: StartPoint) -> None:
@@ -68,17 +71,24 @@ class AdapterReader:
         self.run = start.run
         self._reader = TensorReader(start.path)
         self.targets: Targets = targets_of(self.run)
-        self.others = [name for name in self._reader.index if name.startswith(TASK_HEAD)]
+        weights = (name for name in self._reader.index if not name.startswith("optimizer."))
+        self.others = [name for name in weights if not (is_adapter(name) or self._is_bias(name))]
 
     def head(self) -> HeadDescription | None:
         """Return the head of a task that was trained beside the adapters, if there is one."""
         if (head := self.start.task) is None:
             return None
-        return replace(head, shapes={name: self._reader.index[name].shape for name in self.others})
+        names = [name for name in self.others if name.startswith(TASK_HEAD)]
+        return replace(head, shapes={name: self._reader.index[name].shape for name in names})
 
-    def read_other(self, name: str) -> Tensor:
-        """Return the tensor `name`, which is one of `others`."""
-        return self._reader.read(name)
+    @property
+    def of_base(self) -> list[str]:
+        """Return the names of trained weights that replace those of the base."""
+        return [name for name in self.others if not name.startswith(TASK_HEAD)]
+
+    def read_other(self, name: str, layer: int | None = None) -> Tensor:
+        """Return the tensor `name`, which is one of `others`, or only that of a layer."""
+        return self._reader.read(name, layer)
 
     def read(self, linear: Linear, layer: int) -> Factors | None:
         """Return the factors of a linear in a layer, or None if it has no adapter there."""
@@ -94,10 +104,14 @@ class AdapterReader:
         # A model with the head of a task has none of these.
         if is_lm_head(name) and self.run.task.kind is not None:
             return None
-        if name.startswith(TASK_HEAD) or not is_trained_bias(name, self.run.lora, self.targets):
+        if not self._is_bias(name):
             return None
-        value = self._reader.read(*_stacked(name))
+        value = self._reader.read(*stacked_name(name))
         return cut_vocabulary(value) if name == OUTPUT_BIAS else value
+
+    def _is_bias(self, name: str) -> bool:
+        """Tell whether a tensor is one of the biases that `lora.bias` trains besides those of a head."""
+        return not name.startswith(TASK_HEAD) and is_trained_bias(name, self.run.lora, self.targets)
 
 
 def stored_name(linear: Linear) -> str:
@@ -105,12 +119,6 @@ def stored_name(linear: Linear) -> str:
     if linear is LM_HEAD:
         return f"{linear.name}{SUFFIX}"
     return f"encoder.layers.{linear.block}.{linear.name}{SUFFIX}"
-
-
-def _stacked(name: str) -> tuple[str, int | None]:
-    """Return the name under which a checkpoint stacks a tensor of all layers, and the layer of this one."""
-    found = _IN_LAYER.fullmatch(name)
-    return (name, None) if found is None else (f"{found[1]}{found[3]}", int(found[2]))
 
 
 def write_adapters(
@@ -141,7 +149,7 @@ def write_adapters(
             values = sources[stored] = [factors[linear.name, layer].present()[name] for layer in layers]
             stacked[stored] = _entry(values, is_stacked=linear is not LM_HEAD)
     for name, value in others.items():
-        stored, layer = _stacked(name)
+        stored, layer = stacked_name(name)
         sources.setdefault(stored, []).append(pad_vocabulary(value) if name == OUTPUT_BIAS else value)
         # The layers come in their order, each of them once.
         assert layer in (None, len(sources[stored]) - 1)
@@ -183,14 +191,20 @@ def load_model(
     return auxiliary
 
 
-def load_base(start: StartPoint, run: Run, chunks: Sequence[Any]) -> tuple[Base, dict[str, Tensor]]:
-    """Fill a model with the weights of its base and add new adapters; a task's head is trained in full.
+def load_base(
+    start: StartPoint, run: Run, chunks: Sequence[Any], transform: Callable[[Any], Any] | None = None
+) -> tuple[Base, dict[str, Tensor]]:
+    """Fill a model with the weights of its base and add new adapters.
+
+    Besides them a task's head is trained in full, or what `transform` does not freeze.
 
     Args:
         start: A checkpoint of adapters with its base, whose adapters and head will be loaded next; or a whole
             model, on which new adapters are trained.
         run: Configuration of this start.
         chunks: This rank's chunks of the model.
+        transform: Freezes weights of a chunk and adds the adapters, in a new training; one that is resumed
+            trains what its checkpoint holds.
 
     Returns:
         The base and its auxiliary tensors.
@@ -205,10 +219,40 @@ def load_base(start: StartPoint, run: Run, chunks: Sequence[Any]) -> tuple[Base,
     identity = on_one_rank(lambda: identify(base))
     if start.base is not None:
         check_base(start, identity)
-    if has_head and start.base is None:
+    others = None if start.base is None else set(AdapterReader(start).others)
+    # A head that was not trained is that of the base.
+    head_of_base = others is None or not any(name.startswith(TASK_HEAD) for name in others)
+    if has_head and head_of_base and isinstance(unwrap_model(chunks[0]), ESM2ForTask):
         auxiliary = load_for_task(base, run, chunks)
     else:
         auxiliary = load_initial_weights(base, run.model, chunks, ENCODER if has_head else ALL)
     base.release()
-    apply_lora(chunks, run.lora, run.seed, (TASK_HEAD,) if has_head else ())
+    if others is not None:
+        apply_lora(chunks, run.lora, run.seed, lambda name: stacked_name(name)[0] in others)
+    elif transform is None:
+        apply_lora(chunks, run.lora, run.seed, lambda name: has_head and name.startswith(TASK_HEAD))
+    else:
+        apply_lora(chunks, run.lora, run.seed, transform=transform)
+        _check_transformed(chunks, run.finetune)
     return identity, auxiliary
+
+
+def _check_transformed(chunks: Sequence[Any], finetune: FinetuneConfig) -> None:
+    """Refuse what no checkpoint could hold of a user's transform; all ranks call this together."""
+    parameters = {
+        chunk.global_parameter_name(name): parameter.requires_grad
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    }
+    names, trained = gathered(parameters), set(gathered(name for name, on in parameters.items() if on))
+    if not any(map(is_adapter, trained)):
+        raise UserError(
+            "transform: no linear has a trained adapter; let `transform` call that of LoRATransform"
+        )
+    base = [name for name in names if not is_adapter(name)]
+    refuse_split_layers(base, trained.__contains__, "transform.selective_freeze")
+    if not finetune.load_head and not any(name.startswith(TASK_HEAD) for name in trained):
+        raise UserError(
+            "transform.selective_freeze freezes a head with random weights; leave it to be trained, or load "
+            "it with finetune.load_head=true"
+        )

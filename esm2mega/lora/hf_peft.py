@@ -72,6 +72,11 @@ def export_adapters(checkpoint: str | Path, target: Path, bare: bool = False) ->
             f"{checkpoint}: adapters of a model of family {adapters.run.model.family}, which transformers "
             "does not have; use esm2mega lora merge"
         )
+    if adapters.of_base:
+        raise UserError(
+            f"{checkpoint}: {', '.join(adapters.of_base)} were trained beside the adapters, for which a "
+            "directory of PEFT has no place; use esm2mega lora merge"
+        )
     factors = {module: _trimmed(value) for module, value in _factors(adapters)}
     tensors = {
         f"{ROOT}{module}.{FACTORS[name]}": value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from esm2mega.config.lora import LINEARS, LM_HEAD, is_trained_bias, resolve_targets
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.lora.layers import AdaptedLinear, Adapter, Split
-from esm2mega.model.freezing import freeze
+from esm2mega.model.freezing import ask_for_gradients, freeze
 from esm2mega.model.init import draw
 
 SUFFIX = "_lora"
@@ -28,7 +28,13 @@ _SPLIT: dict[str, Split] = {
 """Says how the weight of each linear of a layer is split over the tensor-parallel group."""
 
 
-def apply_lora(chunks: Sequence[Any], lora: LoRAConfig, seed: int, trainable: Sequence[str] = ()) -> None:
+def apply_lora(
+    chunks: Sequence[Any],
+    lora: LoRAConfig,
+    seed: int,
+    trained: Callable[[str], bool] = lambda name: False,
+    transform: Callable[[Any], Any] | None = None,
+) -> None:
     """Freeze a model and put adapters beside its linears, which do not change its outputs yet.
 
     Call it with the weights of the base in place, before the model is wrapped for data parallelism.
@@ -37,19 +43,27 @@ def apply_lora(chunks: Sequence[Any], lora: LoRAConfig, seed: int, trainable: Se
         chunks: This rank's chunks of `esm2mega.model.esm2.ESM2Model`.
         lora: Rank, kind and targets.
         seed: Seed of the initial values, which are the same in every layout.
-        trainable: Prefixes of the names of parameters that are not frozen, such as those of a new head.
+        trained: Tells from their names in the whole model which parameters are trained besides the adapters,
+            such as those of a new head.
+        transform: Freezes weights of a chunk and adds the adapters; None to go by `trained`.
 
     Raises:
         UserError: A target matches nothing.
     """
     first = chunks[0]
     targets = resolve_targets(lora.target_modules, first.config.num_layers, first.has_lm_head)
-    freeze(chunks, lambda name: name.startswith(tuple(trainable)) or is_trained_bias(name, lora, targets))
+    if transform is None:
+        freeze(chunks, lambda name: trained(name) or is_trained_bias(name, lora, targets))
+    else:
+        ask_for_gradients(chunks)
     for chunk in chunks:
-        for layer in chunk.encoder.layers:
-            _adapt_layer(layer, lora, targets)
-        if chunk.post_process and LM_HEAD.name in targets:
-            _adapt_lm_head(chunk.lm_head, lora)
+        if transform is not None:
+            transform(chunk)
+        else:
+            for layer in chunk.encoder.layers:
+                adapt_layer(layer, lora, targets)
+            if chunk.post_process and LM_HEAD.name in targets:
+                _adapt_lm_head(chunk.lm_head, lora)
         for name, parameter in chunk.named_parameters():
             if is_adapter(name):
                 _initialize(chunk.global_parameter_name(name), parameter, seed)
@@ -73,7 +87,8 @@ def seed_dropout(seed: int, step: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(int.from_bytes(key, "little") >> 1)
 
 
-def _adapt_layer(layer: Any, lora: LoRAConfig, targets: dict[str, tuple[int, ...]]) -> None:
+def adapt_layer(layer: Any, lora: LoRAConfig, targets: dict[str, tuple[int, ...]]) -> None:
+    """Put adapters, without initial values, beside those linears of a layer that are targets."""
     number = layer.layer_number - 1
     for fused in dict.fromkeys(linear.fused for linear in LINEARS):
         parts = [linear for linear in LINEARS if linear.fused == fused]

@@ -14,6 +14,7 @@ from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.config.lora import LINEARS, LM_HEAD
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import FinetuneConfig, LoRAConfig, Run
+from esm2mega.convert.files.distributed_writer import stacked_name
 from esm2mega.convert.finite import counted, note_not_finite
 from esm2mega.convert.formats import esm2mega as own_format
 from esm2mega.convert.formats.esm2mega import default_dtype
@@ -55,7 +56,8 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
     weights.origin |= {"format": "merged adapters", "path": str(start.path)}
     run = None
     if (head := adapters.head()) is not None:
-        weights, run = _with_head(weights, head, adapters), _merged_run(start.run, weights)
+        weights = _with_head(weights, head, adapters) if head.shapes else weights
+        run = _merged_run(start.run, weights)
     weights, finite = counted(weights)
     with appearing(target) as directory:
         own_format.write(weights, directory, run)
@@ -64,7 +66,8 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
     dtype = dtype_name(weights.description.dtype)
     return [
         f"{start.path}: {count} adapters merged into {under.path} -> {target}, {dtype}",
-        *([f"head     {', '.join(adapters.others)}"] if adapters.others else []),
+        *([f"head     {', '.join(head.shapes)}"] if head is not None and head.shapes else []),
+        *([f"weights  {', '.join(adapters.of_base)}, trained beside"] if adapters.of_base else []),
         *weights.notes.lines(),
     ]
 
@@ -103,12 +106,14 @@ def merged(weights: Weights, adapters: AdapterReader) -> Weights:
     weights = weights.cast(torch.promote_types(default_dtype(weights.description.dtype), trained))
     heads = shape_of(adapters.run.model).num_attention_heads
     infos: dict[str, TensorInfo] = weights.infos
-    read = weights.read
+    read, of_base = weights.read, set(adapters.of_base)
 
     def read_merged(name: str) -> Tensor:
         if (bias := adapters.read_bias(name)) is not None:
             return bias.to(infos[name].dtype)
-        value, found = read(name), _WEIGHT.fullmatch(name)
+        stacked, number = stacked_name(name)
+        value = adapters.read_other(stacked, number) if stacked in of_base else read(name)
+        value, found = value.to(infos[name].dtype), _WEIGHT.fullmatch(name)
         if name == f"{LM_HEAD.name}.weight":
             return _folded(value, adapters.read(LM_HEAD, 0), adapters.run.lora.scaling).to(infos[name].dtype)
         if found is None:

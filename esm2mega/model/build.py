@@ -18,7 +18,7 @@ from esm2mega.model.attention import choose_kernel
 from esm2mega.model.esm2 import ESM2Model, padded_vocab_size, stage_flags
 from esm2mega.model.init import initialize_parameters
 from esm2mega.model.pipeline_split import pipeline_layout, split_layers
-from esm2mega.model.task import ESM2ForTask, MakeHead
+from esm2mega.model.task import ESM2ForTask, MakeHead, MakeModel
 
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -123,6 +123,7 @@ def build_model(
     seed: int,
     make_head: MakeHead | None = None,
     has_lora: bool = False,
+    make_model: MakeModel | None = None,
 ) -> list[ESM2Model]:
     """Build this rank's chunks of the model with initial weights: one, or several if interleaved.
 
@@ -133,6 +134,7 @@ def build_model(
         seed: Seed of the initial weights.
         make_head: Makes the head of a task; None for the masked-language-model head.
         has_lora: Whether its linears will get adapters, which need the input that fused layers keep inside.
+        make_model: Makes a chunk with the head of a task; None for `ESM2ForTask`.
     """
     # Post-LN needs LayerNorms of their own, not fused into the linears that follow.
     spec_name = "local" if has_lora or model.family == "proteinbert_postln" else model.layer_spec
@@ -156,7 +158,10 @@ def build_model(
         pre_process, post_process = stage_flags(vp_stage)
         num_layers = get_num_layers_to_build(config, vp_stage)
         stage = (config, layer_spec.block(layer, num_layers), device, pre_process, post_process, vp_stage)
-        made = ESM2Model(*stage) if make_head is None else ESM2ForTask(*stage, make_head=make_head)
+        if make_head is None:
+            made = ESM2Model(*stage)
+        else:
+            made = (make_model or ESM2ForTask)(*stage, make_head=make_head)
         chunk = made.to(device)
         initialize_parameters(chunk, seed, model.init_std)
         chunks.append(chunk)

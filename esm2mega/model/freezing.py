@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from esm2mega.errors import UserError
+
+_LAYER = re.compile(r"encoder\.layers\.\d+\.")
 
 
 def freeze(chunks: Sequence[Any], trained: Callable[[str], bool]) -> None:
@@ -22,11 +25,52 @@ def freeze(chunks: Sequence[Any], trained: Callable[[str], bool]) -> None:
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(trained(chunk.global_parameter_name(name)))
+    ask_for_gradients(chunks)
+
+
+def ask_for_gradients(chunks: Sequence[Any]) -> None:
+    """Prepare chunks for a backward pass in which the embedding may be frozen."""
+    for chunk in chunks:
         config = chunk.config
         # Recomputed layers and pipeline stages run a backward pass only if their input requires a gradient.
         asked = config.recompute_granularity == "full" or config.pipeline_model_parallel_size > 1
         if chunk.pre_process and asked:
             chunk.embedding.register_forward_hook(_want_gradient)
+
+
+def refuse_split_layers(names: Iterable[str], trained: Callable[[str], bool], what: str) -> None:
+    """Refuse weights that are trained in some layers and frozen in others.
+
+    Args:
+        names: Names of all parameters in the whole model.
+        trained: Says of such a name whether it is trained.
+        what: What froze them, for the error, as in ``finetune.freeze=[…]``.
+
+    Raises:
+        UserError: There are such weights.
+    """
+    every = set(names)
+    of = {
+        answer: {_in_every_layer(name) for name in every if trained(name) == answer}
+        for answer in (True, False)
+    }
+    if split := of[True] & of[False]:
+        raise UserError(
+            f"{what} freezes {min(split)} in some layers and not in others, which checkpoints cannot hold; "
+            "treat all layers alike, by * for the number where names are given, as in encoder.layers.*.mlp.*"
+        )
+
+
+def gathered(names: Iterable[str]) -> list[str]:
+    """Gather the names of the whole model from the ranks' own names; all-gather over the world."""
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, list(names))
+    return sorted({name for own in of_ranks for name in own})
+
+
+def _in_every_layer(name: str) -> str:
+    """Put ``*`` for the layer into the name of a weight; a checkpoint holds all layers as one tensor."""
+    return _LAYER.sub("encoder.layers.*.", name)
 
 
 def check_stages(chunks: Sequence[Any], key: str) -> None:

@@ -22,6 +22,9 @@ from esm2mega.model.packed import PackedSequences
 MakeHead = Callable[[Any, torch.device], Any]
 """Makes a `esm2mega.model.heads.TaskHead` from Megatron-Core's configuration, on a device."""
 
+MakeModel = Callable[..., "ESM2ForTask"]
+"""Makes a chunk from the arguments of `ESM2Model` and `make_head`."""
+
 
 class ESM2ForTask(ESM2Model):
     """Computes the encoder of ESM-2 and the head of a task.

@@ -18,7 +18,7 @@ from esm2mega.errors import UserError
 from esm2mega.files import write_json
 from esm2mega.prove.layouts import Layout, is_possible, random_layouts
 from esm2mega.prove.prover import Prover, Verdict
-from esm2mega.prove.trials import GROUPS, HEADS, Trial, drawn_training, with_head, with_lora
+from esm2mega.prove.trials import CODE, GROUPS, HEADS, Trial, drawn_training, with_head, with_lora
 from esm2mega.prove.workers import Serve
 from esm2mega.report.progress import Progress
 from esm2mega.version import __version__
@@ -55,7 +55,7 @@ def choose_trials(
     trials = _named(layouts, seed, processes, template.training)
     if template == plain:
         rng = random.Random(seed)
-        heads = list(HEADS) if importlib.util.find_spec("sklearn") else []
+        heads = [head for head in HEADS if head not in CODE] if importlib.util.find_spec("sklearn") else []
         return [drawn_training(t.layouts[0], rng, heads) for t in trials] if is_random else trials
     switch = " ".join([*["--lora"] * lora, *([] if head is None else [f"--head {head}"])])
     own = "lora" if head is None else "lora-heads" if lora else "heads"

@@ -48,6 +48,7 @@ class Leg:
         stop: Step at which the leg ends.
         after: Leg that this one resumes; None for a new run.
         base: Leg from whose final weights this one starts; None for random weights.
+        code: As in `Trial`.
     """
 
     layout: Layout
@@ -56,6 +57,7 @@ class Leg:
     stop: int = STEPS
     after: Leg | None = None
     base: Leg | None = None
+    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Prover:
             overrides = settings(self._stores, out / "run", leg.precision, self.seed, leg.stop, labelled)
             overrides += [*leg.layout.settings(), *leg.settings]
             overrides += [] if base is None else [as_word("init_from", base.run_dir)]
-            jobs.append(Job(tuple(overrides), leg.layout.processes, out))
+            jobs.append(Job(tuple(overrides), leg.layout.processes, out, leg.code))
             steps = before.steps if before is not None else 0
             started.append((leg, Outcome(out, out / "run", steps, leg.stop)))
         for number, error in self._workers.run(jobs):
@@ -188,9 +190,9 @@ def _references(trial: Trial) -> list[Leg]:
     if len(trial.layouts) > 1:
         layout = alike
     if trial.precision != "bf16":
-        return [Leg(layout, trial.precision, trial.settings, base=_base(trial))]
-    base = _base(trial)
-    return [Leg(layout, "fp32", trial.settings, base=base), Leg(alike, "bf16", trial.settings, base=base)]
+        return [Leg(layout, trial.precision, trial.settings, base=_base(trial), code=trial.code)]
+    single = Leg(layout, "fp32", trial.settings, base=_base(trial), code=trial.code)
+    return [single, replace(single, layout=alike, precision="bf16")]
 
 
 def _base(trial: Trial) -> Leg | None:
@@ -200,13 +202,15 @@ def _base(trial: Trial) -> Leg | None:
 
 def _first_legs(trial: Trial) -> list[Leg]:
     base = _base(trial)
-    return [Leg(layout, trial.precision, trial.settings, SAVED, None, base) for layout in trial.layouts[:-1]]
+    what = (trial.precision, trial.settings, SAVED, None, base, trial.code)
+    return [Leg(layout, *what) for layout in trial.layouts[:-1]]
 
 
 def _final(trial: Trial) -> Leg:
     before = _first_legs(trial)
     after = before[-1] if before else None
-    return Leg(trial.layouts[-1], trial.precision, trial.settings, STEPS, after, _base(trial))
+    layout = trial.layouts[-1]
+    return Leg(layout, trial.precision, trial.settings, STEPS, after, _base(trial), trial.code)
 
 
 def _worst_of(kind: str, found: list[Difference]) -> Difference:

@@ -26,6 +26,7 @@ class Trial:
         settings: Further overrides, which the reference has too.
         label: Name of the training that the settings make; empty for the plain one and for a plain resume.
         continues: Whether the trial starts from the weights that the training without `settings` ends with.
+        code: Model, head and loss of a user's own, as the option ``--code`` names them; empty for none.
     """
 
     layouts: tuple[Layout, ...]
@@ -33,6 +34,7 @@ class Trial:
     settings: tuple[str, ...] = ()
     label: str = ""
     continues: bool = False
+    code: str = ""
 
     @property
     def training(self) -> list[str]:
@@ -146,8 +148,12 @@ HEADS: dict[str, tuple[str, ...]] = {
         "finetune.lr_scale={head.*: 3.0, 'encoder.layers.1.*': 0.5}",
         "finetune.layer_decay=0.8",
     ),
+    "own": ("task.kind=regression", "task.target_columns=[a, b]"),
 }
 """Maps each name that ``--head`` takes to the overrides that switch its fine-tuning on."""
+
+CODE = {"own": "esm2mega.prove.own_classes:OwnConfig"}
+"""Maps those of them that are a user's own code to its name."""
 
 ADAPTABLE = tuple(
     head for head, settings in HEADS.items() if not any(text.startswith("finetune.") for text in settings)
@@ -163,7 +169,8 @@ def with_head(trial: Trial, head: str) -> Trial:
     """
     if head not in HEADS:
         raise UserError(f"--head {head} is not one of {', '.join(HEADS)}")
-    return replace(trial, settings=(*trial.settings, *HEADS[head]), label=f"{_HEAD}{head}")
+    settings = (*trial.settings, *HEADS[head])
+    return replace(trial, settings=settings, label=f"{_HEAD}{head}", code=CODE.get(head, ""))
 
 
 def drawn_training(layout: Layout, rng: random.Random, heads: Sequence[str]) -> Trial:
@@ -323,6 +330,7 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         *_heads_at_all(HEADS),
         # This has groups of parameters by learning rate, in sharded and in whole optimizer state.
         with_head(Trial((_DP2, _TP2), settings=MID_WINDOW), "freeze"),
+        with_head(Trial((_TP2, _PP2), settings=MID_WINDOW), "own"),
     ),
     "bf16": (
         *(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),

@@ -48,11 +48,13 @@ class Job:
         overrides: Configuration of the training.
         processes: World size.
         out: Existing directory for the observations of each rank, ``rank0.pt`` and so on.
+        code: A user's own code in the training, as the option ``--code`` names it; empty for none.
     """
 
     overrides: tuple[str, ...]
     processes: int
     out: Path
+    code: str = ""
 
 
 Serve = Callable[[Connection, Path], None]
@@ -221,7 +223,8 @@ def train(job: Job, rank: int) -> None:
     """Train as a command would, and write what this rank observed."""
     from esm2mega.config.load import load_run
     from esm2mega.config.validate import check_training_inputs, validate
-    from esm2mega.finetune.run import finetune
+    from esm2mega.finetune.code_option import load_code
+    from esm2mega.finetune.run import UserParts, finetune
     from esm2mega.prove.observe import Observer
     from esm2mega.train.pretrain import pretrain
 
@@ -232,7 +235,8 @@ def train(job: Job, rank: int) -> None:
     if run.task.kind is None:
         pretrain(run, observer)
     else:
-        finetune(run, on_gradients=observer)
+        parts = UserParts(code=load_code([job.code] if job.code else []))
+        finetune(run, parts, on_gradients=observer)
     observer.save(job.out / f"rank{rank}.pt")
 
 

@@ -17,7 +17,7 @@ from esm2mega.lora.checkpoint import load_base
 from esm2mega.lora.inject import adapters_line, seed_dropout
 from esm2mega.model.build import build_model
 from esm2mega.model.freezing import check_stages
-from esm2mega.model.task import MakeHead
+from esm2mega.model.task import MakeHead, MakeModel
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.losses import LossReduction
 from esm2mega.train.optimizer import train_state
@@ -33,11 +33,16 @@ class HeadTraining:
         freeze: Takes the chunks, freezes what is not trained, and returns a line on what is; not called if
             there are adapters.
         scales: Takes the chunks and returns factors of the learning rate by parameter.
+        make_model: Makes a chunk; None for `ESM2ForTask`.
+        transform: Freezes weights of a chunk and adds the adapters of the section ``lora``; None for the
+            usual way.
     """
 
     make_head: MakeHead
     freeze: Callable[[Sequence[Any]], str]
     scales: Callable[[Sequence[Any]], Mapping[Tensor, float]]
+    make_model: MakeModel | None = None
+    transform: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,15 +86,15 @@ def build(
         UserError: The start does not fit the configuration, or nothing would be trained.
     """
     has_lora = run.lora.rank is not None
-    make_head = None if head is None else head.make_head
-    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, make_head, has_lora)
+    own = (None, None) if head is None else (head.make_head, head.make_model)
+    chunks = build_model(run.model, run.parallel, ranks.device, run.seed, own[0], has_lora, own[1])
     auxiliary: dict[str, Tensor] = {}
     extra_state: dict[str, Any] = {}
     banner = []
     if has_lora:
         assert start is not None
         # The auxiliary tensors of the base stay with it.
-        base, _ = load_base(start, run, chunks)
+        base, _ = load_base(start, run, chunks, None if head is None else head.transform)
         extra_state = base.as_state()
         banner.append(adapters_line(run.lora, chunks))
     else:

@@ -93,7 +93,7 @@ def evaluate(
             break
     for chunk in model:
         chunk.train()
-    return None if abandoned else loss.reduce(reports, ranks.device)
+    return None if abandoned else loss.means(reports, ranks.device)
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ class LossReduction(ABC):
         """Return the function that the schedule calls with the model's output for `batch`.
 
         It returns the three values of Megatron-Core's per-token form: the sum to differentiate, the int32
-        count that the gradients will be divided by, and the report that `reduce` combines.
+        count that the gradients will be divided by, and the report that `means` combines.
         """
         return partial(self._schedule_loss, batch)
 
@@ -91,9 +91,9 @@ class LossReduction(ABC):
             UserError: It is a user's own and failed, or what it returned is no sum with a count.
         """
         if type(self).__module__.startswith("esm2mega."):
-            return _checked(self, self.forward(batch, output), output)
+            return checked_terms(self, self.forward(batch, output), output)
         name = f"{type(self).__name__}.forward"
-        return _checked(self, users_code.call(name, self.forward, batch, output), output)
+        return checked_terms(self, users_code.call(name, self.forward, batch, output), output)
 
     def _schedule_loss(self, batch: Any, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         terms = self.terms(batch, output)
@@ -102,7 +102,7 @@ class LossReduction(ABC):
         report = {name: torch.stack([x.detach().double() for x in pair]) for name, pair in named.items()}
         return terms.loss_sum, terms.count.to(torch.int32), report
 
-    def reduce(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> Means:
+    def means(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> Means:
         """Combine the reports of a step or of an evaluation.
 
         Args:
@@ -132,7 +132,7 @@ class LossReduction(ABC):
         return ("loss",)
 
 
-def _checked(loss: LossReduction, terms: Any, output: Tensor) -> LossTerms:
+def checked_terms(loss: LossReduction, terms: Any, output: Tensor) -> LossTerms:
     """Return the terms, with a count that is a tensor."""
     name = type(loss).__name__
     if not isinstance(terms, LossTerms):

@@ -174,7 +174,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
         forward_only=False,
         dropout_seed=state.dropout_seed,
     )
-    metrics = state.loss.reduce(reports, state.device)
+    metrics = state.loss.means(reports, state.device)
     # The rate of a group without a factor; the rates of all groups were set at the end of the last step.
     lr = float(state.schedule.get_lr({}))
     if state.on_gradients is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,8 @@ T = TypeVar("T")
 
 # The first two are meant as they are; the others are faults of the machine, in whatever code they strike.
 _PASSED_ON = (UserError, StoppedBySignal, MemoryError, torch.OutOfMemoryError, dist.DistError)
+
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def call(name: str, function: Callable[..., T], *arguments: Any) -> T:
@@ -38,7 +42,11 @@ def call(name: str, function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _place(error: Exception) -> str:
-    """Return the line of the called function's file at which it failed; nothing for compiled code."""
+    """Return the line of the user's file at which it failed; nothing for compiled code.
+
+    That is the file of the called function, or the first one that code of this package calls in turn.
+    """
     frames = traceback.extract_tb(error.__traceback__)[1:]
+    frames = [frame for frame in frames if not frame.filename.startswith(_PACKAGE)] or frames
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""

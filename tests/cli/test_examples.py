@@ -144,22 +144,21 @@ def check_finetuning(done: subprocess.CompletedProcess[str], *checkpoints: str) 
         assert sum((v - p) ** 2 for v, p in pairs) < 0.5 * sum((v - mean) ** 2 for v, _ in pairs)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_finetuning_example_learns_and_predicts(tmp_path, lora):
+RUNS = ("length", "length_lora")
+"""The runs that the fine-tuning example makes, by script and by notebook."""
+
+
+@pytest.mark.slow  # the notebook does the same, and test_migrate_bionemo2.py runs the script
+def test_finetuning_example_learns_and_predicts(tmp_path):
+    """From a checkpoint of Hugging Face, in a fresh process."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
-    options = []
-    if lora:
-        pytest.importorskip("transformers", reason="transformers is not installed")
-        references.hugging_face(references.Shape()).save_pretrained(tmp_path / "base")
-        options = [str(tmp_path / "base"), "--lora"]
-    arguments = [str(EXAMPLES / "finetune_regression.py"), str(tmp_path / "run"), *options]
-    if lora:
-        done = warm.run(arguments, timeout=300)
-    else:
-        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-        command = [sys.executable, "-W", "ignore", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    check_finetuning(done, f"checkpoint {tmp_path}/run/checkpoints/step_00000050")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    references.hugging_face(references.Shape()).save_pretrained(tmp_path / "base")
+    arguments = [str(EXAMPLES / "finetune_regression.py"), str(tmp_path / "runs"), str(tmp_path / "base")]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, "-W", "ignore", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    check_finetuning(done, *(f"checkpoint {tmp_path}/runs/{run}/checkpoints/step_00000050" for run in RUNS))
 
 
 def test_finetuning_notebook_runs_cell_by_cell(tmp_path):
@@ -172,5 +171,4 @@ def test_finetuning_notebook_runs_cell_by_cell(tmp_path):
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
     code = "\n".join("".join(cell["source"]) for cell in cells)
     done = warm.run(["-c", code], cwd=tmp_path, timeout=300)
-    runs = ("finetune_regression", "finetune_regression_lora")
-    check_finetuning(done, *(f"runs/{run}/checkpoints/step_00000050" for run in runs))
+    check_finetuning(done, *(f"runs/{run}/checkpoints/step_00000050" for run in RUNS))

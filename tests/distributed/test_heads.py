@@ -16,6 +16,8 @@ def test_heads_equal_one_process(prover: Prover) -> None:
     of_head = {name: [t for t in GROUPS["heads"] if t.label == f"head {name}"] for name in HEADS}
     trials = [rows[number % len(rows)] for number, rows in enumerate(of_head.values())]
     trials += [of_head["frozen"][2], of_head["attention_maps"][2], GROUPS["bf16"][-1]]
+    # Head, loss and model of a user's own at every layout, and resumed.
+    trials += [trial for trial in of_head["own"] if trial not in trials]
     assert all(of_head.values())
     for verdict in list(prover.judge(trials)):
         assert verdict.error is None, f"{verdict.trial}: {verdict.error}"

@@ -94,13 +94,13 @@ def heads_numbered_on_each_rank() -> AbstractContextManager[Any]:
 
 
 def evaluation_of_one_data_rank() -> AbstractContextManager[Any]:
-    original = LossReduction.reduce
+    original = LossReduction.means
 
     def of_the_first(self: LossReduction, reports: Any, device: torch.device) -> dict[str, float]:
         alone = torch.is_grad_enabled() or parallel_state.get_data_parallel_rank() == 0
         return original(self, reports if alone else [], device)
 
-    return patch.object(LossReduction, "reduce", of_the_first)
+    return patch.object(LossReduction, "means", of_the_first)
 
 
 def schedule_begins_again() -> AbstractContextManager[Any]:

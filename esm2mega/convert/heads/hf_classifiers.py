@@ -87,7 +87,8 @@ def no_equal(head: HeadDescription) -> str:
     """Return why no class of transformers computes the same as `head`."""
     task = head.task
     if head.code is not None and not head.is_configured:
-        return f"transformers has no equal of {head.code.head or head.code.loss}, which is code of its user"
+        name = head.code.head or head.code.model or head.code.loss
+        return f"transformers has no equal of {name}, which is code of its user"
     if _several_of_residues(head):
         return (
             f"transformers has no equal of a head for {len(head.info.targets)} columns of residues "

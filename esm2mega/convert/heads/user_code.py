@@ -1,4 +1,4 @@
-"""Names the classes of a user's own head and loss in a checkpoint: text that is compared, never imported."""
+"""Names the classes of a user's own model, head and loss in a checkpoint: text, compared, never imported."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ class UserCode:
         loss: Class of the loss; None for a loss that the configuration names.
         loss_predicts: Whether the loss turns outputs into predictions by a method of its own, so that nothing
             can be predicted without it.
+        model: Class of the model around the head; None for the usual one.
     """
 
     head: str | None = None
     loss: str | None = None
     loss_predicts: bool = False
+    model: str | None = None
 
     def lines(self) -> list[str]:
         """Return a line for each of them, for the first lines of a run."""
-        lines = [] if self.head is None else [f"head     {self.head}, of your own code"]
+        of_model = (("model", self.model), ("head", self.head))
+        lines = [f"{what:<8} {name}, of your own code" for what, name in of_model if name is not None]
         if self.loss is not None:
             units = (
                 ", which turns outputs into predictions" if self.loss_predicts else "; outputs are not scaled"
@@ -45,7 +48,11 @@ class UserCode:
 
     def as_state(self) -> dict[str, Any]:
         """Return the entry of ``train_state.json``."""
-        return {_KEY: asdict(self)}
+        return {_KEY: self.as_dict()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is recorded; without a model the entry is that of earlier versions."""
+        return {name: value for name, value in asdict(self).items() if name != "model" or value is not None}
 
 
 def recorded_code(state: Mapping[str, Any], location: Path) -> UserCode | None:
@@ -64,7 +71,7 @@ def recorded_code(state: Mapping[str, Any], location: Path) -> UserCode | None:
         code = UserCode(**state[_KEY])
     except TypeError:
         code = UserCode(head="")
-    for name in (code.head, code.loss):
+    for name in (code.head, code.loss, code.model):
         # The names are shown to the user: nothing but names may stand there.
         if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
             raise UserError(f"{location}: {_KEY} in train_state.json is damaged; use another checkpoint")

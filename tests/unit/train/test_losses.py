@@ -37,7 +37,7 @@ def _reports(loss: LossReduction, logits: list[Tensor]) -> list[dict[str, Tensor
 
 def test_mean_is_that_over_all_labels(world: None) -> None:
     logits = _logits()
-    metrics = MLMLossReduction().reduce(_reports(MLMLossReduction(), logits), CPU)
+    metrics = MLMLossReduction().means(_reports(MLMLossReduction(), logits), CPU)
     expected = cross_entropy(torch.cat(logits), LABELS).item()
     assert metrics == {"loss": pytest.approx(expected, rel=1e-14), "count": 5.0}
     means = [cross_entropy(x, b.labels).item() for x, b in zip(logits, BATCHES, strict=True) if len(b.labels)]
@@ -67,14 +67,14 @@ def test_no_labels_contribute_nothing() -> None:
     "reports", [[], [{"loss": torch.zeros(2, dtype=torch.float64)}]], ids=["none", "empty"]
 )
 def test_nothing_to_predict_has_no_mean(world: None, reports: list[dict[str, Tensor]]) -> None:
-    assert MLMLossReduction().reduce(reports, CPU) == {"loss": None, "count": 0.0}
+    assert MLMLossReduction().means(reports, CPU) == {"loss": None, "count": 0.0}
 
 
 def test_each_mean_has_a_count_of_its_own(world: None) -> None:
     """A loss over one label is 0 where it is 0; what is logged beside it over none is None."""
     unigram = MLMLossReduction(torch.zeros(33))
     zero, nothing = torch.tensor([0.0, 1.0]).double(), torch.zeros(2).double()
-    found = unigram.reduce([{"loss": zero, "unigram_loss": nothing}], CPU)
+    found = unigram.means([{"loss": zero, "unigram_loss": nothing}], CPU)
     assert found == {"loss": 0.0, "unigram_loss": None, "count": 1.0}
 
 
@@ -96,7 +96,7 @@ def test_unigram_is_measured_on_the_same_labels(world: None) -> None:
     unigram = torch.linspace(1, 2, 33, dtype=torch.float64)
     unigram = (unigram / unigram.sum()).log()
     loss = MLMLossReduction(unigram)
-    metrics = loss.reduce(_reports(loss, _logits()), CPU)
+    metrics = loss.means(_reports(loss, _logits()), CPU)
     assert metrics["unigram_loss"] == pytest.approx(
         -sum(unigram[i].item() for i in (5, 9, 4, 23, 17)) / 5, rel=1e-14
     )
@@ -110,7 +110,7 @@ def test_gradient_is_that_of_the_mean_over_all_labels(world: None) -> None:
     (wrapped,) = state.model
     wrapped.zero_grad_buffer()
     reports = run_schedule(state.model, state.loss, BATCHES, CPU, forward_only=False)
-    metrics = state.loss.reduce(reports, CPU)
+    metrics = state.loss.means(reports, CPU)
     actual = {name: parameter.main_grad.clone() for name, parameter in wrapped.module.named_parameters()}
 
     wrapped.zero_grad_buffer()
@@ -145,7 +145,7 @@ def test_a_users_loss_runs_through_the_schedule(world: None) -> None:
     state = train_state(tiny_run())
     (wrapped,) = state.model
     wrapped.zero_grad_buffer()
-    metrics = Focal().reduce(run_schedule(state.model, Focal(), BATCHES, CPU, forward_only=False), CPU)
+    metrics = Focal().means(run_schedule(state.model, Focal(), BATCHES, CPU, forward_only=False), CPU)
     logits = torch.cat([_forward(wrapped.module, batch) for batch in BATCHES])
     each = cross_entropy(logits, LABELS, reduction="none")
     assert metrics["loss"] == pytest.approx(((1 - (-each).exp()) ** 2 * each).mean().item(), rel=1e-13)
