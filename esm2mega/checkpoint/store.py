@@ -20,6 +20,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.digests import unreadable
 from esm2mega.checkpoint.optimizer_state import (
     ask_for,
+    begin_states,
     form_of_names,
     form_of_optimizer,
     ignored,
@@ -251,6 +252,7 @@ def sharded_state(
         for number, chunk in enumerate(unwrap_model(list(model)))
     }
     if optimizer is not None:
+        begin_states(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=dict(SHARDING)
         )

@@ -15,7 +15,7 @@ import functools
 import os
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
+from esm2mega.config.architecture import FROM, with_architecture
 from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
 from esm2mega.config.scalars import Unset, escaped, literal, read_word, read_yaml, show, shown
 from esm2mega.config.schema import Run, ScheduleConfig, TrainConfig, flatten
+from esm2mega.config.setting import Setting
 from esm2mega.config.typed import as_typed, expected, is_text
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import UserError
@@ -40,15 +42,6 @@ _WITH_GAPS = ("task.mask_column",)
 
 _RESOLVED = "# Resolved configuration, written by esm2mega"
 """Begins every file that `save_resolved` writes."""
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """Holds one value on its way into the configuration, and where it was written, as file:line."""
-
-    key: str
-    value: Any
-    where: str
 
 
 def load_run(config: str | None, overrides: Sequence[str] = ()) -> Run:
@@ -96,13 +89,20 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
     return resolve(_to_run(OmegaConf.structured(_escaped(base)), settings))
 
 
-def _given(config: str | None, overrides: Sequence[str]) -> list[_Setting]:
+def _given(config: str | None, overrides: Sequence[str]) -> list[Setting]:
     """Return what a file and overrides set, in the order in which it holds."""
     settings = list(_file_settings(find_config(config), ())) if config is not None else []
-    return settings + [_parse_override(text) for text in overrides]
+    settings += [_parse_override(text) for text in overrides]
+    return with_architecture(settings, _is_default, _value_of)
 
 
-def _is_default(setting: _Setting) -> bool:
+def _value_of(setting: Setting) -> Any:
+    """Return the value that a setting alone gives its key."""
+    with _naming_places([setting]):
+        return OmegaConf.select(_tree(_defaults(), [setting]), setting.key)
+
+
+def _is_default(setting: Setting) -> bool:
     """Return whether a setting was written in the shipped `base.yaml`."""
     file = Path(setting.where.rpartition(":")[0])
     return file.name == "base.yaml" and file.resolve() == (conf_dir() / "base.yaml").resolve()
@@ -226,7 +226,7 @@ def find_config(config: str, beside: Path | None = None) -> Path:
 @functools.cache
 def known_keys() -> dict[str, Any]:
     """Return every valid dotted key and its type."""
-    return dict(_typed_keys(Run, ""))
+    return {**dict(_typed_keys(Run, "")), FROM: str | None}
 
 
 def nearest_key(key: str) -> str:
@@ -252,7 +252,7 @@ def _typed_keys(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + name, hint
 
 
-def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting]:
+def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[Setting]:
     """Yield the settings of a file, those of its `defaults` first."""
     if path.resolve() in including:
         raise UserError(f"{path}: includes itself through `defaults`; remove the circle")
@@ -272,7 +272,7 @@ def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting
     yield from _current(settings) if _is_resolved(path) else settings
 
 
-def _current(settings: Iterable[_Setting]) -> Iterator[_Setting]:
+def _current(settings: Iterable[Setting]) -> Iterator[Setting]:
     """Yield the settings of a file that esm2mega wrote, under the names that their keys have now."""
     for setting in settings:
         if setting.key not in REMOVED:
@@ -305,7 +305,7 @@ def _read_config(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     return content, lines
 
 
-def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, int]) -> Iterator[_Setting]:
+def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, int]) -> Iterator[Setting]:
     """Yield the values of a file's mapping; whatever is not a section is a value, even of an unknown key."""
     for name, value in content.items():
         key = f"{prefix}{name}"
@@ -314,10 +314,10 @@ def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, i
         elif _is_section(key) and isinstance(value, Unset):
             continue  # a section whose keys are all commented out
         else:
-            yield _Setting(key, value, f"{path}:{lines.get(key, 1)}")
+            yield Setting(key, value, f"{path}:{lines.get(key, 1)}")
 
 
-def _parse_override(text: str) -> _Setting:
+def _parse_override(text: str) -> Setting:
     key, equals, word = text.partition("=")
     key = key.strip().lstrip("+")
     if not equals or not key:
@@ -332,17 +332,17 @@ def _parse_override(text: str) -> _Setting:
         raise UserError(
             f"override {shown(text)!r}: the value is not valid YAML: {_first_line(error)}; quote it"
         ) from error
-    return _Setting(key, value, "override")
+    return Setting(key, value, "override")
 
 
-def _tree(tree: DictConfig, settings: Iterable[_Setting]) -> DictConfig:
+def _tree(tree: DictConfig, settings: Iterable[Setting]) -> DictConfig:
     """Apply settings to a typed tree, which is changed, and return it."""
     for setting in settings:
         _apply(tree, setting)
     return tree
 
 
-def _apply(tree: DictConfig, setting: _Setting) -> None:
+def _apply(tree: DictConfig, setting: Setting) -> None:
     """Set one value in the typed tree, or say what is wrong with it."""
     key, value = setting.key, setting.value
     types_of = known_keys()
@@ -367,7 +367,7 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
         ) from error
 
 
-def _to_run(tree: DictConfig, settings: Sequence[_Setting]) -> Run:
+def _to_run(tree: DictConfig, settings: Sequence[Setting]) -> Run:
     """Apply settings to a typed tree, and turn it into dataclasses with references resolved."""
     _tree(tree, settings)
     with _naming_places(settings):
@@ -386,7 +386,7 @@ def _to_run(tree: DictConfig, settings: Sequence[_Setting]) -> Run:
 
 
 @contextlib.contextmanager
-def _naming_places(settings: Iterable[_Setting]) -> Iterator[None]:
+def _naming_places(settings: Iterable[Setting]) -> Iterator[None]:
     """Turn OmegaConf's errors about references into one line that says where the value was written."""
     places = {setting.key: setting.where for setting in settings}
 

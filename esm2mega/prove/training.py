@@ -126,7 +126,7 @@ def settings(
     Args:
         stores: Directory of the token stores, from `write_stores`.
         run_dir: Directory of the run, which is new or resumed.
-        precision: ``fp64``, ``fp32`` or ``bf16``.
+        precision: ``fp64``, ``fp32``, ``bf16`` or ``fp16``.
         seed: Seed of weights, data and masks.
         stop: Step after which the run ends; the schedule is always that of `STEPS` steps.
         labelled: Fine-tune on the tables.

@@ -28,6 +28,7 @@ from esm2mega.data.readers.sources import open_source
 from esm2mega.data.readers.streams import spooled
 from esm2mega.data.store.manifest import StoreCounts
 from esm2mega.data.store.parts import Part, default_workers, write_parts
+from esm2mega.data.store.refined import RefinedFasta
 from esm2mega.data.store.shards import SHARD_BYTES, SHARD_UNIT
 from esm2mega.data.store.staging import check_new, staging_directory
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
@@ -53,12 +54,14 @@ class PrepareOptions:
             does not depend on it.
         shard_bytes: largest size of a file of tokens, a multiple of `shards.SHARD_UNIT`.
         allow_unknown: whether a protein may have unknown residues alone.
+        refined: FASTA of pieces to write besides; None for none.
     """
 
     source: SourceOptions = SourceOptions()
     workers: int | None = None
     shard_bytes: int = SHARD_BYTES
     allow_unknown: bool = False
+    refined: RefinedFasta | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ def _prepare(
             held_out = _HeldOut.draw(sum(part.sequences for part in parts), valid_size, test_size, seed)
             merger = _Merger(sources, parts, held_out, staging / "out", options.shard_bytes)
             counts = merger.run(open_progress)
+            written = [] if options.refined is None else [options.refined.write(sources)]
             os.rename(staging / "out", out)
         except MachineError:
             raise  # the input is not at fault: the parts stay, and the same command continues later
@@ -150,7 +154,7 @@ def _prepare(
     notes = [note for source in sources for note in source.notes()]
     if resumed := sum(part.resumed for part in parts):
         notes.append(f"{out}: {resumed} of {len(parts)} parts were finished by an earlier attempt")
-    return PrepareReport(out, counts, [*notes, *_repeats(out, list(counts))])
+    return PrepareReport(out, counts, [*notes, *written, *_repeats(out, list(counts))])
 
 
 def _repeats(out: Path, splits: Sequence[str]) -> list[str]:
@@ -184,6 +188,8 @@ def _check_arguments(
             f"--shard-size of {options.shard_bytes} bytes is not a multiple of {SHARD_UNIT} above 0"
         )
     check_new(out)
+    if options.refined is not None:
+        options.refined.check()
 
 
 @contextmanager
