@@ -78,11 +78,14 @@ def translate(loaded: dict[str, Any], saved: str, own: str) -> dict[str, Any]:
         return loaded
     if own == DISTRIBUTED:
         values = loaded["optimizer"] if saved == MIXED else loaded
-        step = values["state"].get("common_step")
+        # A count of zero is not in the file.
+        step = values.get("state", {}).get("common_step")
         count = {} if step is None else {"step": float(step)}
         return {
             **{name: loaded[name] for name in ("grad_scaler",) if name in loaded},
-            "optimizer": {"param_groups": [{**group, **count} for group in values["param_groups"]]},
+            "optimizer": {
+                "param_groups": [{"step": 0.0, **group, **count} for group in values["param_groups"]]
+            },
             "param_state": loaded["param_state"],
             "param_state_sharding_type": "fully_reshardable",
         }
@@ -170,16 +173,22 @@ def make_loadable(optimizer: MegatronOptimizer) -> None:
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter a step count of its own after loading, which gave all of them the same tensor.
-
-    Where the checkpoint holds none, no step has been made.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    """Give every parameter a step count of its own after loading, which gave all of them the same tensor."""
+    for part in distributed_parts(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW):
-            for parameter, state in part.optimizer.state.items():
-                step = state.get("step")
-                none = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["step"] = none if step is None else step.clone()
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+
+def count_from_zero(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Enter a step count of zero into a state that holds none, for PyTorch's Adam, which must load one.
+
+    Megatron-Core does not save a count of zero, that of a training whose steps were all skipped.
+    """
+    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    if isinstance(part.optimizer, torch.optim.AdamW) and not isinstance(part, DistributedOptimizer):
+        inner = loaded["optimizer"] if isinstance(part, Float16OptimizerWithFloat16Params) else loaded
+        inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
 
 
 def _set_states(

@@ -21,6 +21,7 @@ from esm2mega.checkpoint.digests import unreadable
 from esm2mega.checkpoint.optimizer_state import (
     ask_for,
     begin_states,
+    count_from_zero,
     form_of_names,
     form_of_optimizer,
     ignored,
@@ -120,6 +121,7 @@ def load_training_state(
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     settings = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
     _adopt_rates(state, optimizer)
+    count_from_zero(state, optimizer)
     optimizer.load_state_dict(state)
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)

@@ -104,9 +104,8 @@ class Esm2faReader(RowSource):
             # Nothing in a file is believed: offsets may lead out of it.
             column.validate(full=True)
         if tokens.values.null_count:
-            raise UserError(
-                f"{self.location(row)}: it or a row soon behind has an empty token; make the shards again"
-            )
+            last = row + batch.num_rows - 1
+            raise UserError(f"{self.path}: rows {row} to {last} hold an empty token; make the shards again")
         offsets, values = tokens.offsets.to_numpy(), tokens.values.to_numpy()
         for index in range(batch.num_rows):
             name, start, stop = ids[index], int(offsets[index]), int(offsets[index + 1])
