@@ -50,7 +50,7 @@ def test_there_are_examples():
     assert [
         *("pretrain_cpu.sh", "pretrain_torchrun_multinode.sh"),
         *(f"slurm/{name}.sbatch" for name in slurm),
-    ] == SCRIPTS
+    ] == [script for script in SCRIPTS if not script.startswith("migrate/")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
