@@ -139,6 +139,8 @@ def settings(
         as_word("data.valid", stores / f"valid{ending}"),
         *(["data.too_long=crop"] if labelled else []),
         f"model.precision={precision}",
+        # Low enough that no step in fp16 is skipped, as none is in fp32.
+        "optim.initial_loss_scale=16",
         f"seed={seed}",
         f"train.max_steps={stop}",
     ]

@@ -246,8 +246,6 @@ _PAIRS = (
 # These resume main weights that are kept beside the model's, from whole to sharded ones and back.
 _BF16_PAIRS = ((_TP2, _DP2), (_DP2, _PP2))
 
-# Low enough that no step is skipped, as none is in fp32.
-_LOSS_SCALE = ("optim.initial_loss_scale=16",)
 _FP16 = (
     Layout(tp=2, sp=True, packed=3),
     Layout(pp=2, packed=4, recompute="full"),
@@ -317,8 +315,8 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
     ),
     # The second sends gradients that are multiplied by the loss scale from stage to stage.
     "fp16": (
-        *(Trial((layout,), "fp16", _LOSS_SCALE) for layout in _FP16),
-        Trial((_TP2, _DP2), "fp16", (*_LOSS_SCALE, *MID_WINDOW)),
+        *(Trial((layout,), "fp16") for layout in _FP16),
+        Trial((_TP2, _DP2), "fp16", MID_WINDOW),
     ),
     "families": tuple(
         Trial((layout,), settings=settings, label=label) for label, settings, layout in _FAMILIES

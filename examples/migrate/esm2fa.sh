@@ -26,6 +26,8 @@ ACCUMULATE=${ACCUMULATE:-32}
 PRECISION=${PRECISION:-bf16}
 PYTHON=${PYTHON:-python}
 
+launch=("$PYTHON" -m esm2mega)
+((NPROC == 1)) || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m esm2mega)
 mkdir -p "$OUT"
 
 # data_processing.py: token stores in place of shards, and the FASTA of the pieces that training takes.
@@ -34,7 +36,7 @@ mkdir -p "$OUT"
 [[ -e $OUT/valid ]] || "$PYTHON" -m esm2mega prepare fasta "$VALID" --out "$OUT/valid"
 
 # train.py: the values of its config.yaml.
-"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m esm2mega pretrain --config base \
+"${launch[@]}" pretrain --config base \
   run_dir="$OUT/run" seed=100 \
   model.from="$MODEL" model.precision="$PRECISION" \
   data.train="$OUT/train/train" data.valid="$OUT/valid/train" \

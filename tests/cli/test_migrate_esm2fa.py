@@ -41,7 +41,6 @@ def residues(length: int) -> str:
     return "".join(RNG.choice(list("LAGVSERTIDPKQNFYMHWC"), size=length))
 
 
-@pytest.mark.distributed
 def test_the_example_goes_from_shards_to_a_model_of_hugging_face(tmp_path: Path) -> None:
     pieces = [(">long/1-1000 x", residues(1000)), (">long/1001-end x", residues(999))]
     shard(tmp_path / "shards" / "shard-00000", [(f">p{n} words", residues(40)) for n in range(12)])

@@ -220,9 +220,10 @@ def test_rows_by_name() -> None:
         row_named("TP9")
 
 
-def test_bf16_of_one_process_is_its_own_measure(fake: type[FakeProver]) -> None:
-    with pytest.raises(UserError, match="12 per pack, bf16: bf16 is measured by that of one process"):
-        prove([Trial((Layout(packed=12),), "bf16")], 1)
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_half_precision_of_one_process_is_its_own_measure(fake: type[FakeProver], half: str) -> None:
+    with pytest.raises(UserError, match=f"12 per pack, {half}: {half} is measured by that of one process"):
+        prove([Trial((Layout(packed=12),), half)], 1)
 
 
 def test_too_large_and_impossible_trials_are_refused_before_anything_starts(fake: type[FakeProver]) -> None:
