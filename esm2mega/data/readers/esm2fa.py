@@ -219,7 +219,7 @@ def _opened(file: Path) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.Recor
                 raise UserError(f"{file}: is no Arrow stream, or cut short; copy the shard again")
             schema = pyarrow.ipc.read_schema(source)
             yield schema, _batches(file, source, schema)
-    except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError, struct.error) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: is not a readable Arrow file ({reason}); copy the shard again") from None
 
@@ -242,8 +242,11 @@ def _batches(
 def _is_compressed(metadata: bytes) -> bool:
     """Tell whether the head of a batch says that its buffers are compressed, and so of any size.
 
-    Arrow has checked the head before. It is a FlatBuffer: a table begins with the distance back to the list
-    of its fields' places, in which 0 stands for an absent field.
+    The head is a FlatBuffer: a table begins with the distance back to the list of its fields' places, in
+    which 0 stands for an absent field.
+
+    Raises:
+        struct.error: A place in it lies outside.
     """
 
     def field(table: int, number: int) -> int:

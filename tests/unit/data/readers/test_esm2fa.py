@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -181,6 +183,34 @@ def test_offsets_that_lead_out_of_the_file(copied: Path) -> None:
     content = (copied / ARROW).read_bytes()
     assert old in content
     (copied / ARROW).write_bytes(content.replace(old, offsets[: len(old)]))
+    with pytest.raises(UserError, match="is not a readable Arrow file"):
+        list(Esm2faReader(copied))
+
+
+def test_changed_bytes_are_one_line_or_other_rows(copied: Path) -> None:
+    """Nothing else, whatever the file says."""
+    content, rng = (copied / ARROW).read_bytes(), np.random.default_rng(5)
+    refused = 0
+    for number in range(300):
+        changed = bytearray(content)
+        # Half of the changes are in the heads, which are the first kB.
+        for place in rng.integers(0, (len(content), 1000)[number % 2], rng.integers(1, 4)):
+            changed[place] = rng.integers(256)
+        (copied / ARROW).unlink()  # the old one may be mapped still
+        (copied / ARROW).write_bytes(changed)
+        try:
+            list(Esm2faReader(copied))
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 50 < refused < 300
+
+
+def test_a_place_outside_of_a_head(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def outside(metadata: bytes) -> bool:
+        return bool(struct.unpack_from("<i", metadata, len(metadata)))
+
+    monkeypatch.setattr(esm2fa, "_is_compressed", outside)
     with pytest.raises(UserError, match="is not a readable Arrow file"):
         list(Esm2faReader(copied))
 
