@@ -5,8 +5,10 @@ differ in three ways: what the main weights are called, where the count of steps
 are not tensors are nested:
 
 * `PLAIN` (fp32, fp64): no main weights, since they are the model's own; ``state.common_step``.
-* `MIXED` (bf16): main weights ``optimizer.state.fp32_param``; the rest as plain, one level deeper.
+* `MIXED` (bf16, fp16): main weights ``optimizer.state.fp32_param``; the rest as plain, one level deeper.
 * `DISTRIBUTED`: main weights ``optimizer.state.param`` in any precision; a step in each parameter group.
+
+The loss scale of fp16 is a value beside them, ``grad_scaler``, in `MIXED` and in `DISTRIBUTED`.
 
 The second half of the module holds what Megatron-Core's distributed optimizer needs for saving and loading.
 """
@@ -76,10 +78,14 @@ def translate(loaded: dict[str, Any], saved: str, own: str) -> dict[str, Any]:
         return loaded
     if own == DISTRIBUTED:
         values = loaded["optimizer"] if saved == MIXED else loaded
-        step = values["state"].get("common_step")
+        # A count of zero is not in the file.
+        step = values.get("state", {}).get("common_step")
         count = {} if step is None else {"step": float(step)}
         return {
-            "optimizer": {"param_groups": [{**group, **count} for group in values["param_groups"]]},
+            **{name: loaded[name] for name in ("grad_scaler",) if name in loaded},
+            "optimizer": {
+                "param_groups": [{"step": 0.0, **group, **count} for group in values["param_groups"]]
+            },
             "param_state": loaded["param_state"],
             "param_state_sharding_type": "fully_reshardable",
         }
@@ -134,6 +140,23 @@ def _cuts_at_padded_places(part: Any) -> bool:
     return "pad" in type(part).sharded_param_state_fully_reshardable.__code__.co_names
 
 
+def begin_states(optimizer: MegatronOptimizer) -> None:
+    """Make the moments that optimizers make in their first step, for parameters without an update so far.
+
+    A checkpoint holds them all, also one of a run whose steps were skipped so far.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for parameter in part.get_parameters():
+                state = part.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+        elif part.optimizer is not None:  # none where all weights are frozen
+            part.init_state_fn(part.optimizer, part.config)
+
+
 def make_loadable(optimizer: MegatronOptimizer) -> None:
     """Let the distributed optimizer load into PyTorch's Adam, whose step count is among the tensors.
 
@@ -142,13 +165,7 @@ def make_loadable(optimizer: MegatronOptimizer) -> None:
     it is expected among the loaded tensors, where it is not. Main weights that were not loaded stay as they
     are.
     """
-    for part in _with_torch_adam(optimizer):
-        for parameter in part.get_parameters():
-            state = part.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+    begin_states(optimizer)
     for part in distributed_parts(optimizer):
         part._set_main_param_and_optimizer_states = partial(
             _set_states, part, type(part)._set_main_param_and_optimizer_states
@@ -157,16 +174,24 @@ def make_loadable(optimizer: MegatronOptimizer) -> None:
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
     """Give every parameter a step count of its own after loading, which gave all of them the same tensor."""
-    for part in _with_torch_adam(optimizer):
-        for state in part.optimizer.state.values():
-            state["step"] = state["step"].clone()
+    for part in distributed_parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+
+def count_from_zero(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Enter a step count of zero into a state that holds none, for PyTorch's Adam, which must load one.
+
+    Megatron-Core does not save a count of zero, that of a training whose steps were all skipped.
+    """
+    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    if isinstance(part.optimizer, torch.optim.AdamW) and not isinstance(part, DistributedOptimizer):
+        inner = loaded["optimizer"] if isinstance(part, Float16OptimizerWithFloat16Params) else loaded
+        inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
 
 
 def _set_states(
     part: Any, original: Callable[..., None], model_parameter: torch.Tensor, tensors: dict[str, torch.Tensor]
 ) -> None:
     original(part, model_parameter, {**part._get_main_param_and_optimizer_states(model_parameter), **tensors})
-
-
-def _with_torch_adam(optimizer: MegatronOptimizer) -> list[Any]:
-    return [p for p in distributed_parts(optimizer) if isinstance(p.optimizer, torch.optim.AdamW)]

@@ -20,6 +20,8 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.digests import unreadable
 from esm2mega.checkpoint.optimizer_state import (
     ask_for,
+    begin_states,
+    count_from_zero,
     form_of_names,
     form_of_optimizer,
     ignored,
@@ -119,6 +121,7 @@ def load_training_state(
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     settings = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
     _adopt_rates(state, optimizer)
+    count_from_zero(state, optimizer)
     optimizer.load_state_dict(state)
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)
@@ -251,6 +254,7 @@ def sharded_state(
         for number, chunk in enumerate(unwrap_model(list(model)))
     }
     if optimizer is not None:
+        begin_states(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=dict(SHARDING)
         )

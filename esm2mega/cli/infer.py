@@ -52,7 +52,7 @@ _PACK_TOKENS = click.option(
 )
 @click.option("--pooling", metavar="mean|cls|max", help="How residues become one vector [default: mean].")
 @click.option(
-    "--precision", metavar="fp32|bf16", help="Precision of the computation [default: as in training]."
+    "--precision", metavar="fp32|bf16|fp16", help="Precision of the computation [default: as in training]."
 )
 @click.option("--dtype", metavar="fp32|fp16|bf16", help="Data type of the output [default: fp32].")
 @click.option("--layout", metavar="ragged|bionemo", help="Layout of HDF5 files [default: ragged].")
@@ -158,7 +158,7 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
 @click.option("--proteingym", metavar="CSV", help="ProteinGym's reference file; all its assays are scored.")
 @click.option("--assays", metavar="DIR", help="Folder of the assays, with --proteingym.")
 @click.option(
-    "--precision", metavar="fp32|bf16", help="Precision of the computation [default: as in training]."
+    "--precision", metavar="fp32|bf16|fp16", help="Precision of the computation [default: as in training]."
 )
 @click.option(
     "--max-seq-length", metavar="N", help="Tokens of the window around a residue [default: as in training]."

@@ -12,6 +12,7 @@ import click
 
 from esm2mega.cli.group import group, single_process
 from esm2mega.data.benchmarks.names import FLIP_TASKS, TAPE_TASKS
+from esm2mega.errors import UserError
 
 
 def _source(metavar: str, what: str) -> Any:
@@ -50,7 +51,7 @@ def prepare() -> None:
 @click.option(
     "--format",
     metavar="NAME",
-    help="One of fasta, csv, jsonl, parquet, megatron, tape [default: by file name].",
+    help="One of fasta, csv, jsonl, parquet, megatron, tape, esm2fa [default: by file name].",
 )
 @click.option(
     "--sequence-column",
@@ -77,6 +78,14 @@ def prepare() -> None:
     metavar="GIB",
     help="Largest size of a file of tokens; the rest goes to further files.",
 )
+@click.option(
+    "--refined",
+    metavar="FASTA",
+    help="Write the sequences as FASTA too, long ones in pieces with the range in the id.",
+)
+@click.option(
+    "--max-length", type=int, metavar="N", help="Most residues of a piece of --refined [default: 1022]."
+)
 @single_process
 def prepare_fasta_command(
     inputs: tuple[str, ...],
@@ -88,18 +97,28 @@ def prepare_fasta_command(
     seed: int,
     workers: int | None,
     shard_size: float,
+    refined: str | None,
+    max_length: int | None,
     **source: Any,
 ) -> None:
     """Write sequence files into token stores for training.
 
-    INPUT is FASTA, CSV, JSON lines (these also as .gz and .zst), Parquet, Megatron or TAPE; - is standard
-    input. If the command was killed, the same command continues from what was finished.
+    INPUT is FASTA, CSV, JSON lines (these also as .gz and .zst), Parquet, Megatron, TAPE or a directory of
+    ESM2-FA; - is standard input. If the command was killed, the same command continues from what was
+    finished.
     """
     from esm2mega.data.readers.base import SourceOptions
     from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
+    from esm2mega.data.store.refined import LONGEST_PIECE, RefinedFasta
     from esm2mega.report.progress import show_bytes
 
-    options = PrepareOptions(SourceOptions(**source), workers, int(shard_size * 2**10) << 20)
+    pieces = None
+    if refined is not None:
+        pieces = RefinedFasta(Path(refined), LONGEST_PIECE if max_length is None else max_length)
+    elif max_length is not None:
+        raise UserError(f"--max-length {max_length} is for the pieces of --refined; give --refined too")
+    shard_bytes = int(shard_size * 2**10) << 20
+    options = PrepareOptions(SourceOptions(**source), workers, shard_bytes, refined=pieces)
     given = {name: path for name, path in (("valid", valid), ("test", test)) if path is not None}
     report = prepare_fasta(inputs, out, valid_size, test_size, seed, options, show_bytes, given)
     click.echo("\n".join(report.lines()))

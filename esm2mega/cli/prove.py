@@ -17,8 +17,8 @@ from esm2mega.errors import UserError
 @click.option(
     "--layouts",
     metavar="GROUP|random:N",
-    help="Groups with commas between them: ci, more, resume, heads, bf16, families, lora, lora-heads; or "
-    "random:N [default: all].",
+    help="Groups with commas between them: ci, more, resume, heads, bf16, fp16, families, lora, lora-heads; "
+    "or random:N [default: all].",
 )
 @click.option("--row", metavar="NAME", help="One row of a group, by its name in the table.")
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")
@@ -45,7 +45,9 @@ from esm2mega.errors import UserError
     help="Layers of the model [default: 5, with --vpp one for each chunk].",
 )
 @click.option(
-    "--precision", type=click.Choice(["fp64", "bf16"]), help="Precision of one layout [default: fp64]."
+    "--precision",
+    type=click.Choice(["fp64", "bf16", "fp16"]),
+    help="Precision of one layout [default: fp64].",
 )
 @click.option(
     "--lora", is_flag=True, help="Train adapters, with --head also the head; alone it means --layouts lora."

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from esm2mega.config.architecture import FROM
 from esm2mega.config.foreign.answers import answer
 from esm2mega.config.schema import Run
 
@@ -16,7 +17,7 @@ from esm2mega.config.schema import Run
 @functools.cache
 def known_keys() -> dict[str, Any]:
     """Return every valid dotted key and its type."""
-    return dict(_typed_keys(Run, ""))
+    return {**dict(_typed_keys(Run, "")), FROM: str | None}
 
 
 def is_section(key: str) -> bool:

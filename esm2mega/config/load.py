@@ -15,7 +15,7 @@ import functools
 import os
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
+from esm2mega.config.architecture import with_architecture
 from esm2mega.config.batches import PROTEIN_KEYS, derived_keys, fill_batches, way_of_counting
 from esm2mega.config.foreign.answers import refuse_file, refuse_script
 from esm2mega.config.keys import is_section, known_keys, refusal_of_unknown
@@ -31,6 +32,7 @@ from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
 from esm2mega.config.scalars import Unset, escaped, literal, read_word, read_yaml, show, shown, written
 from esm2mega.config.schema import Run, ScheduleConfig, TrainConfig, flatten
+from esm2mega.config.setting import Setting
 from esm2mega.config.typed import as_typed, expected, is_text
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import UserError
@@ -43,15 +45,6 @@ _WITH_GAPS = ("task.mask_column",)
 
 _RESOLVED = "# Resolved configuration, written by esm2mega"
 """Begins every file that `save_resolved` writes."""
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """Holds one value on its way into the configuration, and where it was written, as file:line."""
-
-    key: str
-    value: Any
-    where: str
 
 
 def load_run(config: str | None, overrides: Sequence[str] = ()) -> Run:
@@ -99,18 +92,24 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
     return resolve(_to_run(OmegaConf.structured(_escaped(base)), settings))
 
 
-def _given(config: str | None, overrides: Sequence[str]) -> list[_Setting]:
+def _given(config: str | None, overrides: Sequence[str]) -> list[Setting]:
     """Return what a file and overrides set, in the order in which it holds."""
     settings = list(_file_settings(find_config(config), ())) if config is not None else []
     settings += [_parse_override(text) for text in overrides]
     if way_of_counting((s.key, s.value, s.where) for s in settings) == "tokens":
         # Proteins that an earlier source counts count no more. In the other way, tokens are derived.
-        unset = [_Setting(key, Unset("null"), "override") for key in PROTEIN_KEYS]
+        unset = [Setting(key, Unset("null"), "override") for key in PROTEIN_KEYS]
         settings = unset + [s for s in settings if s.key not in PROTEIN_KEYS]
-    return settings
+    return with_architecture(settings, _is_default, _value_of)
 
 
-def _is_default(setting: _Setting) -> bool:
+def _value_of(setting: Setting) -> Any:
+    """Return the value that a setting alone gives its key."""
+    with _naming_places([setting]):
+        return OmegaConf.select(_tree(_defaults(), [setting]), setting.key)
+
+
+def _is_default(setting: Setting) -> bool:
     """Return whether a setting was written in the shipped `base.yaml`."""
     file = Path(setting.where.rpartition(":")[0])
     return file.name == "base.yaml" and file.resolve() == (conf_dir() / "base.yaml").resolve()
@@ -127,7 +126,7 @@ def value_checker() -> Callable[[str, object, str], None]:
 
     def check(key: str, value: object, where: str) -> None:
         if key not in stand_for_others:
-            _apply(tree, _Setting(key, read_yaml(written(value))[0], where))
+            _apply(tree, Setting(key, read_yaml(written(value))[0], where))
 
     return check
 
@@ -252,7 +251,7 @@ def find_config(config: str, beside: Path | None = None) -> Path:
     )
 
 
-def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting]:
+def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[Setting]:
     """Yield the settings of a file, those of its `defaults` first."""
     if path.resolve() in including:
         raise UserError(f"{path}: includes itself through `defaults`; remove the circle")
@@ -273,7 +272,7 @@ def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[_Setting
     yield from _current(settings) if _is_resolved(path) else settings
 
 
-def _current(settings: Iterable[_Setting]) -> Iterator[_Setting]:
+def _current(settings: Iterable[Setting]) -> Iterator[Setting]:
     """Yield the settings of a file that esm2mega wrote, under the names that their keys have now."""
     for setting in settings:
         if setting.key not in REMOVED:
@@ -310,7 +309,7 @@ def _read_config(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     return content, lines
 
 
-def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, int]) -> Iterator[_Setting]:
+def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, int]) -> Iterator[Setting]:
     """Yield the values of a file's mapping; whatever is not a section is a value, even of an unknown key."""
     for name, value in content.items():
         key = f"{prefix}{name}"
@@ -319,10 +318,10 @@ def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, i
         elif is_section(key) and isinstance(value, Unset):
             continue  # a section whose keys are all commented out
         else:
-            yield _Setting(key, value, f"{path}:{lines.get(key, 1)}")
+            yield Setting(key, value, f"{path}:{lines.get(key, 1)}")
 
 
-def _parse_override(text: str) -> _Setting:
+def _parse_override(text: str) -> Setting:
     key, equals, word = text.partition("=")
     key = key.strip().lstrip("+")
     if not equals or not key:
@@ -337,17 +336,17 @@ def _parse_override(text: str) -> _Setting:
         raise UserError(
             f"override {shown(text)!r}: the value is not valid YAML: {_first_line(error)}; quote it"
         ) from error
-    return _Setting(key, value, "override")
+    return Setting(key, value, "override")
 
 
-def _tree(tree: DictConfig, settings: Iterable[_Setting]) -> DictConfig:
+def _tree(tree: DictConfig, settings: Iterable[Setting]) -> DictConfig:
     """Apply settings to a typed tree, which is changed, and return it."""
     for setting in settings:
         _apply(tree, setting)
     return tree
 
 
-def _apply(tree: DictConfig, setting: _Setting) -> None:
+def _apply(tree: DictConfig, setting: Setting) -> None:
     """Set one value in the typed tree, or say what is wrong with it."""
     key, value = setting.key, setting.value
     types_of = known_keys()
@@ -372,7 +371,7 @@ def _apply(tree: DictConfig, setting: _Setting) -> None:
         ) from error
 
 
-def _to_run(tree: DictConfig, settings: Sequence[_Setting]) -> Run:
+def _to_run(tree: DictConfig, settings: Sequence[Setting]) -> Run:
     """Apply settings to a typed tree, and turn it into dataclasses with references resolved."""
     _tree(tree, settings)
     with _naming_places(settings):
@@ -391,7 +390,7 @@ def _to_run(tree: DictConfig, settings: Sequence[_Setting]) -> Run:
 
 
 @contextlib.contextmanager
-def _naming_places(settings: Iterable[_Setting]) -> Iterator[None]:
+def _naming_places(settings: Iterable[Setting]) -> Iterator[None]:
     """Turn OmegaConf's errors about references into one line that says where the value was written."""
     places = {setting.key: setting.where for setting in settings}
 

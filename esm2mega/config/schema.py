@@ -35,7 +35,7 @@ class ModelConfig:
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
-    precision: str = _choice("fp32", "fp32", "bf16", "fp64")
+    precision: str = _choice("fp32", "fp32", "bf16", "fp16", "fp64")
     layer_spec: str = _choice("auto", "auto", "local", "te")
     attention_backend: str = _choice("auto", "auto", "sdpa", "varlen", "flash", "te")
     recompute: str = _choice("none", "none", "selective", "full")
@@ -140,6 +140,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_grad: float = 1.0
+    initial_loss_scale: float = 4096.0
 
 
 @dataclass
@@ -250,7 +251,7 @@ class InferConfig:
     outputs: list[str] = field(default_factory=lambda: ["residue", "pooled"])
     layers: list[int] = field(default_factory=lambda: [-1])
     pooling: str = _choice("mean", "mean", "cls", "max")
-    precision: str | None = _choice(None, "fp32", "bf16", "fp64")
+    precision: str | None = _choice(None, "fp32", "bf16", "fp16", "fp64")
     dtype: str = _choice("fp32", "fp32", "fp16", "bf16")
     layout: str = _choice("ragged", "ragged", "bionemo")
     compression: str = _choice("none", "none", "gzip", "lzf")

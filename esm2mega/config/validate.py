@@ -62,6 +62,7 @@ _AT_LEAST = {
     "train.early_stopping.min_delta": 0,
     "optim.weight_decay": 0,
     "optim.clip_grad": 0,
+    "optim.initial_loss_scale": 1,
     "schedule.warmup_steps": 0,
     "schedule.decay_steps": 1,
     "schedule.min_lr_ratio": 0,
@@ -281,10 +282,11 @@ def _check_model(model: ModelConfig) -> None:
             f"and model.attention_backend={model.attention_backend} takes none; set "
             "model.attention_backend=sdpa or model.attention_dropout=0"
         )
-    if model.attention_backend in ("varlen", "flash") and model.precision != "bf16":
+    if model.attention_backend in ("varlen", "flash") and model.precision not in ("bf16", "fp16"):
         raise UserError(
             f"model.attention_backend={model.attention_backend} computes in half precision only, but "
-            f"model.precision={model.precision}; set model.precision=bf16 or model.attention_backend=auto"
+            f"model.precision={model.precision}; set model.precision=bf16 or fp16, or "
+            "model.attention_backend=auto"
         )
     if model.precision == "fp64" and "te" in (model.layer_spec, model.attention_backend):
         raise UserError(

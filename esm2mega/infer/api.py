@@ -79,7 +79,7 @@ def load(
     Args:
         path: A checkpoint; or a run, ``RUN@best``, ``RUN@last`` or ``RUN@step_N``, as
             `esm2mega.checkpoint.choice.choose_checkpoint` reads them.
-        precision: ``fp32``, ``bf16`` or ``fp64``; None for the precision of training.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``fp64``; None for the precision of training.
         max_seq_length: Most tokens at once, with ``<cls>`` and ``<eos>``; None for the length of training.
         too_long: What to do about longer proteins: ``error``, ``crop`` or ``chunk`` (average over windows).
 

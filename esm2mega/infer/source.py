@@ -119,7 +119,7 @@ def _of_adapters(start: StartPoint, base: StartPoint) -> ModelSource:
 
 
 def _of_foreign(start: StartPoint) -> ModelSource:
-    # The large published models are stored in fp16, in which nothing is computed.
+    # The large published models are stored in fp16, and computed in fp32 unless asked otherwise.
     weights = start.weights.cast(default_dtype(start.weights.description.dtype))
     is_beside = is_auxiliary(weights.description)
     has_lm_head = start.head == "lm"

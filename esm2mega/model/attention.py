@@ -137,9 +137,9 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
         )
     if not usable[name]:
         raise UserError(
-            f"model.attention_backend={name} needs its package, bf16, CUDA with compute capability 8.0 or "
-            f"more, and a head dimension that 8 divides, at most 256; this is {device.type} with {dtype}, "
-            f"head dimension {head_dim}: set model.attention_backend=auto"
+            f"model.attention_backend={name} needs its package, bf16 or fp16, CUDA with compute capability "
+            f"8.0 or more, and a head dimension that 8 divides, at most 256; this is {device.type} with "
+            f"{dtype}, head dimension {head_dim}: set model.attention_backend=auto"
         )
     return name
 

@@ -21,7 +21,7 @@ from esm2mega.model.pipeline_split import pipeline_layout, split_layers
 from esm2mega.model.task import ESM2ForTask, MakeHead, MakeModel
 
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass
@@ -76,6 +76,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.precision == "bf16",
+        fp16=model.precision == "fp16",
         use_cpu_initialization=device.type == "cpu",
         # `esm2mega.model.init` fills the weights, the same at every layout. Megatron-Core's own initialiser
         # still has to run, since it marks which dimension of a weight is split, but it draws nothing.

@@ -1,8 +1,8 @@
 """Sends values through a pipeline together with the hidden states, as further rows of the same tensor.
 
 A schedule sends one tensor from stage to stage, and its gradient back. Values are fp32 at least; where states
-are bf16, the values' bits are sent, so nothing is rounded on the way. Nothing is computed with these rows
-between two stages.
+are bf16 or fp16, the values' bits are sent, so nothing is rounded on the way. Nothing is computed with these
+rows between two stages.
 
 Legend: ``r`` rows of hidden states of this rank, ``c`` carried rows, ``h`` hidden size, ``V`` values.
 """

@@ -8,7 +8,7 @@ states. `ROWS` names each place, why it matters, and which of four adaptations i
   except ``torch.cuda``, which answers for the CPU. Only that module sees the proxy.
 * `Constant`: literals such as ``"cuda"`` in the functions of a module are replaced in their code objects.
 * `Attribute`: an attribute name in one function is replaced (``weight.cuda()`` becomes ``weight.cpu()``).
-* `Replace`: a module-level function is bound to ours.
+* `Replace`: a function or method is bound to ours.
 
 Nothing outside ``megatron.core`` changes: user code keeps the real torch, and ``tensor.cuda()`` still raises
 there. `install` runs once, only when CUDA is absent, and fails with the row's name when a Megatron-Core
@@ -149,6 +149,13 @@ def _set_cpu_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bo
     torch.set_rng_state(new_state)
 
 
+def _load_loss_scale(scaler: Any, state_dict: dict[str, Any]) -> None:
+    """Restore what ``state_dict`` of the scaler returned."""
+    scaler._scale = state_dict["scale"].cpu()
+    scaler._growth_tracker = state_dict["growth_tracker"]
+    scaler._hysteresis_tracker = state_dict["hysteresis_tracker"]
+
+
 @dataclass(frozen=True)
 class CudaAssumption(ABC):
     """Describes one assumption: the Megatron-Core module that makes it, why it matters, how to adapt it."""
@@ -232,7 +239,7 @@ class Attribute(CudaAssumption):
 
 @dataclass(frozen=True)
 class Replace(CudaAssumption):
-    """Binds the module-level name `symbol` to `ours`."""
+    """Binds the function or method `symbol` (``Class.method``) to `ours`."""
 
     symbol: str
     ours: Callable[..., Any]
@@ -242,10 +249,16 @@ class Replace(CudaAssumption):
         return f"Replace {self.module}.{self.symbol}"
 
     def find(self, module: types.ModuleType) -> bool:
-        return callable(getattr(module, self.symbol, None))
+        owner, name = self._place(module)
+        return callable(getattr(owner, name, None))
 
     def adapt(self, module: types.ModuleType) -> None:
-        setattr(module, self.symbol, self.ours)
+        owner, name = self._place(module)
+        setattr(owner, name, self.ours)
+
+    def _place(self, module: types.ModuleType) -> tuple[Any, str]:
+        owner, _, name = self.symbol.rpartition(".")
+        return getattr(module, owner, None) if owner else module, name
 
 
 _FLOAT = _OneOf("torch.FloatTensor", "torch.DoubleTensor")
@@ -291,11 +304,24 @@ ROWS: tuple[CudaAssumption, ...] = (
     ),
     Constant(
         "megatron.core.optimizer.optimizer",
+        "fp16 parameters get fp32 copies",
+        "torch.cuda.HalfTensor",
+        "torch.HalfTensor",
+    ),
+    Constant(
+        "megatron.core.optimizer.optimizer",
         "fp32 parameters in a bf16 model",
         "torch.cuda.FloatTensor",
         "torch.FloatTensor",
     ),
     Namespace("megatron.core.optimizer.optimizer", "loss scale of chained optimizers"),
+    Constant("megatron.core.optimizer.grad_scaler", "loss scale and its factors", "cuda", "cpu"),
+    Replace(
+        "megatron.core.optimizer.grad_scaler",
+        "loss scale of a checkpoint is moved to the GPU",
+        "DynamicGradScaler.load_state_dict",
+        _load_loss_scale,
+    ),
     Constant("megatron.core.optimizer.clip_grads", "norm and overflow buffers", "cuda", "cpu"),
     Constant(
         "megatron.core.optimizer.clip_grads",
@@ -308,6 +334,12 @@ ROWS: tuple[CudaAssumption, ...] = (
         "bf16 shards get fp32 copies",
         "torch.cuda.BFloat16Tensor",
         "torch.BFloat16Tensor",
+    ),
+    Constant(
+        "megatron.core.optimizer.distrib_optimizer",
+        "fp16 shards get fp32 copies",
+        "torch.cuda.HalfTensor",
+        "torch.HalfTensor",
     ),
     Constant(
         "megatron.core.optimizer.distrib_optimizer",

@@ -104,8 +104,8 @@ def prove(
         Whether all trials passed.
 
     Raises:
-        UserError: A layout is impossible, needs more processes than the limit, or is a bf16 trial of one
-            process, which is what bf16 trials are measured by.
+        UserError: A layout is impossible, needs more processes than the limit, or is a trial in bf16 or fp16
+            of one process, which is what such trials are measured by.
         MachineError: `out` cannot be written.
     """
     for trial in trials:
@@ -116,8 +116,10 @@ def prove(
                 f"{trial}: needs {trial.processes} processes, --processes allows {processes}; raise it "
                 "(there may be more processes than cores)"
             )
-        if trial.precision == "bf16" and trial.processes == 1:
-            raise UserError(f"{trial}: bf16 is measured by that of one process; give a larger layout")
+        if trial.is_half and trial.processes == 1:
+            raise UserError(
+                f"{trial}: {trial.precision} is measured by that of one process; give a larger layout"
+            )
     verdicts: dict[Trial, Verdict] = {}
     smallest: list[Verdict] = []
 

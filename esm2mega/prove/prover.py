@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,21 +20,25 @@ from esm2mega.prove.workers import Job, Serve, Workers
 FP64_BOUND = 1e-10
 """Bounds the relative difference in fp64, where rounding leaves about 1e-14 after six steps."""
 
-BF16_BOUND = 8.0
-"""Bounds the distance of a bf16 run to the fp32 run, in units of the distance of the one-process bf16 run.
+HALF_BOUND = 8.0
+"""Bounds the distance of a bf16 (fp16) run to the fp32 run, in units of that of the one-process run.
 
 Both distances come from the same rounding in another order: they are alike in size, though single numbers
 need not be.
 """
 
-BF16_YARDSTICK = {"loss": 2e-3, "gradient norm": 2e-2, "gradient": 0.5}
-"""Bounds the distance of the one-process bf16 run itself at the first two steps, before the weights move.
+HALF_YARDSTICKS = {
+    "bf16": {"loss": 2e-3, "gradient norm": 2e-2, "gradient": 0.5},
+    "fp16": {"loss": 2.5e-4, "gradient norm": 2.5e-3, "gradient": 0.0625},
+}
+"""Bounds the distance of the one-process run itself at the first two steps, before the weights move.
 
-Measured over seeds and micro-batches: 3e-4, 2e-3 and 0.22, the last in the tensor with the smallest numbers.
+Measured in bf16 over seeds and micro-batches: 3e-4, 2e-3 and 0.22, the last in the tensor with the smallest
+numbers. fp16 rounds an eighth of that.
 """
 
 _FP32_ROUNDING = 1e-6
-"""Gives the smallest unit of such a distance, since some numbers of a bf16 run are computed in fp32."""
+"""Gives the smallest unit of such a distance, since some numbers of such a run are computed in fp32."""
 
 
 @dataclass(frozen=True)
@@ -165,34 +169,34 @@ class Prover:
             yield leg, outcome if error is None else error
 
     def _verdict(self, trial: Trial, outcome: Outcome | str) -> Verdict:
-        bound = FP64_BOUND if trial.precision == "fp64" else BF16_BOUND
+        bound = HALF_BOUND if trial.is_half else FP64_BOUND
         yardsticks = [self._references[leg] for leg in _references(trial)]
         runs = [*(("reference", result) for result in yardsticks), ("", outcome)]
         for name, result in runs:
             if isinstance(result, str):
                 return Verdict(trial, bound, error=f"{name}: {result}" if name else result)
         found = differences(yardsticks[0], outcome)  # type: ignore[arg-type]
-        if trial.precision == "bf16":
+        if trial.is_half:
             yardstick = without_metrics(differences(*yardsticks))  # type: ignore[arg-type]
-            if (far := _too_far(yardstick)) is not None:
-                error = f"reference: bf16 on one process is {far.value:.2g} from fp32 in {far}"
+            if (far := _too_far(yardstick, HALF_YARDSTICKS[trial.precision])) is not None:
+                error = f"reference: {trial.precision} on one process is {far.value:.2g} from fp32 in {far}"
                 return Verdict(trial, bound, error=error)
             found = _in_units_of(yardstick, without_metrics(found))
         return Verdict(trial, bound, tuple(_worst_of(kind, found) for kind in KINDS))
 
 
 def _references(trial: Trial) -> list[Leg]:
-    """Return the unbroken runs of one process that a trial must equal, or for bf16 is measured by."""
+    """Return the unbroken runs of one process that a trial must equal, or in bf16 and fp16 is measured by."""
     layout = trial.layouts[-1].reference
     # A larger micro-batch rounds its gradients fewer times, so it has a yardstick of its own. Which proteins
     # the steps of a resumed run take, inside a window, also depends on it.
     alike = replace(layout, packed=trial.layouts[-1].packed)
     if len(trial.layouts) > 1:
         layout = alike
-    if trial.precision != "bf16":
+    if not trial.is_half:
         return [Leg(layout, trial.precision, trial.settings, base=_base(trial), code=trial.code)]
     single = Leg(layout, "fp32", trial.settings, base=_base(trial), code=trial.code)
-    return [single, replace(single, layout=alike, precision="bf16")]
+    return [single, replace(single, layout=alike, precision=trial.precision)]
 
 
 def _base(trial: Trial) -> Leg | None:
@@ -218,12 +222,12 @@ def _worst_of(kind: str, found: list[Difference]) -> Difference:
     return worst(of_kind or [Difference(kind, "was not there to compare", "", math.inf)])
 
 
-def _too_far(yardstick: list[Difference]) -> Difference | None:
+def _too_far(yardstick: list[Difference], limits: Mapping[str, float]) -> Difference | None:
     """Return a number that cannot be a unit: not finite, or too far from fp32 in the first two steps."""
     for difference in yardstick:
         limit = math.inf
         if difference.step is not None and difference.step <= 2:
-            limit = BF16_YARDSTICK.get(difference.kind, math.inf)
+            limit = limits.get(difference.kind, math.inf)
         if not difference.value < math.inf or difference.value > limit:
             return difference
     return None
@@ -232,13 +236,14 @@ def _too_far(yardstick: list[Difference]) -> Difference | None:
 def _in_units_of(yardstick: list[Difference], found: list[Difference]) -> list[Difference]:
     """Divide `found` by the largest yardstick of the same quantity.
 
-    For a gradient that is the yardstick of the same step; for a single number the largest of all steps, since
-    one of them may be near by chance.
+    For a gradient that is the yardstick of the same step; for a single number the largest of all steps, and
+    for a loss that of training and validation, since one of them may be near by chance.
     """
 
     def key(difference: Difference) -> tuple[str, str, int | None]:
         step = difference.step if difference.kind == "gradient" else None
-        return difference.kind, difference.name, step
+        name = "" if difference.kind == "loss" else difference.name
+        return difference.kind, name, step
 
     units: dict[tuple[str, str, int | None], float] = {}
     for difference in yardstick:

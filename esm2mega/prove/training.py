@@ -126,7 +126,7 @@ def settings(
     Args:
         stores: Directory of the token stores, from `write_stores`.
         run_dir: Directory of the run, which is new or resumed.
-        precision: ``fp64``, ``fp32`` or ``bf16``.
+        precision: ``fp64``, ``fp32``, ``bf16`` or ``fp16``.
         seed: Seed of weights, data and masks.
         stop: Step after which the run ends; the schedule is always that of `STEPS` steps.
         labelled: Fine-tune on the tables.
@@ -139,6 +139,8 @@ def settings(
         as_word("data.valid", stores / f"valid{ending}"),
         *(["data.too_long=crop"] if labelled else []),
         f"model.precision={precision}",
+        # Low enough that no step in fp16 is skipped, as none is in fp32.
+        "optim.initial_loss_scale=16",
         f"seed={seed}",
         f"train.max_steps={stop}",
     ]

@@ -22,7 +22,7 @@ class Trial:
 
     Attributes:
         layouts: One layout; or two, if the run is stopped at the first and resumed at the second.
-        precision: ``fp64``, or ``bf16``, which is compared with fp32.
+        precision: ``fp64``; or ``bf16`` or ``fp16``, which are compared with fp32.
         settings: Further overrides, which the reference has too.
         label: Name of the training that the settings make; empty for the plain one and for a plain resume.
         continues: Whether the trial starts from the weights that the training without `settings` ends with.
@@ -40,6 +40,10 @@ class Trial:
     def training(self) -> list[str]:
         """Return the overrides of the training with which a layout must be possible."""
         return [*SETTINGS, *(() if self.continues else self.settings)]
+
+    @property
+    def is_half(self) -> bool:
+        return self.precision in ("bf16", "fp16")
 
     @property
     def processes(self) -> int:
@@ -250,6 +254,12 @@ _PAIRS = (
 # These resume main weights that are kept beside the model's, from whole to sharded ones and back.
 _BF16_PAIRS = ((_TP2, _DP2), (_DP2, _PP2))
 
+_FP16 = (
+    Layout(tp=2, sp=True, packed=3),
+    Layout(pp=2, packed=4, recompute="full"),
+    Layout(dp=2, packed=2, distributed_optimizer=True),
+)
+
 _POSITIONS = f"model.max_positions={TOKENS_PER_PROTEIN}"
 _PRE_LN, _POST_LN = "model.family=proteinbert_preln", "model.family=proteinbert_postln"
 _FAMILIES: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
@@ -336,6 +346,11 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         *(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
         # Sums in fp32 travel beside states in bf16.
         with_head(Trial((Layout(pp=2, packed=4),), "bf16"), "attention_maps"),
+    ),
+    # The second sends gradients that are multiplied by the loss scale from stage to stage.
+    "fp16": (
+        *(Trial((layout,), "fp16") for layout in _FP16),
+        Trial((_TP2, _DP2), "fp16", MID_WINDOW),
     ),
     "families": tuple(
         Trial((layout,), settings=settings, label=label) for label, settings, layout in _FAMILIES

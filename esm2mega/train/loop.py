@@ -163,6 +163,13 @@ def fit(
             if result.is_finite:
                 incidents.note_finite(loop.step)
                 probe, is_unproven = batches[:1], False
+            elif result.overflowed:
+                # Megatron-Core's own way to find the loss scale: the loss is finite, and so are the weights.
+                probe, is_unproven = batches[:1], False
+                hooks.say(
+                    f"step {loop.step}: a gradient overflowed in fp16 at loss scale {result.loss_scale:g}, "
+                    "so the step is skipped"
+                )
             else:
                 # A step that is not finite has left the weights as they are.
                 if is_unproven and not hooks.is_sound(probe):
@@ -184,6 +191,7 @@ def fit(
                         **values,
                         "lr": result.lr,
                         "grad_norm": result.grad_norm,
+                        **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
                         "consumed_tokens": tokens,
                         "tokens_per_second": lap.tokens_per_second,
                         "step_time": lap.step_time,

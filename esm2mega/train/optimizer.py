@@ -25,7 +25,7 @@ from esm2mega.model.esm2 import ESM2Model
 from esm2mega.parallel.fp64 import keep_fp64
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.losses import LossReduction
-from esm2mega.train.step import TrainState
+from esm2mega.train.step import MIN_LOSS_SCALE, TrainState
 
 
 def wrap_data_parallel(
@@ -33,12 +33,12 @@ def wrap_data_parallel(
 ) -> list[DistributedDataParallel]:
     """Wrap the chunks in Megatron-Core's data parallelism, and let the schedule finalise their gradients.
 
-    Gradients of bf16 models are kept and reduced in fp32.
+    Gradients of bf16 and fp16 models are kept and reduced in fp32.
     """
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = _finalize_with_exact_count
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=model.precision == "bf16",
+        grad_reduce_in_fp32=model.precision in ("bf16", "fp16"),
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     return [
@@ -90,7 +90,8 @@ def build_optimizer(
     """Make Adam with decoupled weight decay on matrices, and none on biases and LayerNorms.
 
     It is fused with apex or Transformer Engine. Parameters with a factor of the learning rate in `scales` are
-    in groups of their own. The optimizer is distributed if `model` was wrapped for that.
+    in groups of their own. The optimizer is distributed if `model` was wrapped for that. In fp16 it scales
+    the loss, and the schedules of `model` are told to ask it by how much.
 
     Raises:
         UserError: The distributed optimizer was asked for in fp64 on a GPU.
@@ -112,6 +113,9 @@ def build_optimizer(
         # Without clipping the norm is still wanted in the log: no norm exceeds infinity.
         clip_grad=config.clip_grad or math.inf,
         bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        initial_loss_scale=config.initial_loss_scale,
+        min_loss_scale=MIN_LOSS_SCALE,
         params_dtype=DTYPES[precision],
         use_distributed_optimizer=distributed,
     )
@@ -128,6 +132,9 @@ def build_optimizer(
                 group["fused"] = True
     if precision == "fp64":
         keep_fp64(optimizer)
+    if precision == "fp16":
+        for chunk in model:
+            chunk.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 

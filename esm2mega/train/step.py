@@ -24,6 +24,9 @@ from esm2mega.data.counter_rng import Purpose, bits_at, stream_starts
 from esm2mega.model.packed import PackedSequences
 from esm2mega.train.losses import LossReduction, Means
 
+MIN_LOSS_SCALE = 1.0
+"""The loss scale of fp16 is never lower: a gradient that overflows at it is not finite in earnest."""
+
 Batch = PackedBatch | LabelledBatch
 """Is a pack for masked language modelling, or one with labels for the head of a task."""
 
@@ -33,8 +36,9 @@ class TrainState:
     """Holds everything that a step reads or changes, except the data.
 
     Attributes:
-        on_gradients: Called in every step with `model` when its gradients are complete (summed over all ranks
-            and divided by the count) and not yet clipped; for proofs and diagnosis.
+        on_gradients: Called in every step with `model` when its gradients are complete (summed over all
+            ranks, divided by the count, without the loss scale) and not yet clipped; for proofs and
+            diagnosis. With the distributed optimizer that is so in the share of this rank.
         on_step_begin: Called before every step with the number of finished steps; seeds adapters' dropout.
         dropout_seed: Seed of the dropout in the encoder; None if it has none.
     """
@@ -58,6 +62,7 @@ class StepResult:
             labels the loss is None.
         grad_norm: L2 norm of the whole model's gradient before clipping.
         lr: Learning rate of the step.
+        loss_scale: Factor of the loss in this step, in fp16; None in other precisions.
         suspects: Numbers, within the step, of this rank's micro-batches whose loss is not finite; only ranks
             of the last pipeline stage know them.
     """
@@ -65,13 +70,24 @@ class StepResult:
     metrics: Means
     grad_norm: float
     lr: float
+    loss_scale: float | None = None
     suspects: tuple[int, ...] = ()
 
     @property
     def is_finite(self) -> bool:
         """Return whether the weights were updated: loss and gradient were finite."""
+        return math.isfinite(self.grad_norm) and self._has_finite_loss
+
+    @property
+    def overflowed(self) -> bool:
+        """Return whether a gradient was too large for fp16 at a loss scale that can still be lowered."""
+        can_be_lowered = self.loss_scale is not None and self.loss_scale > MIN_LOSS_SCALE
+        return can_be_lowered and self._has_finite_loss and not math.isfinite(self.grad_norm)
+
+    @property
+    def _has_finite_loss(self) -> bool:
         loss = self.metrics["loss"]
-        return math.isfinite(self.grad_norm) and (loss is None or math.isfinite(loss))
+        return loss is None or math.isfinite(loss)
 
 
 def dropout_keys(seed: int, batch: Batch) -> Tensor:
@@ -177,11 +193,13 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     metrics = state.loss.means(reports, state.device)
     # The rate of a group without a factor; the rates of all groups were set at the end of the last step.
     lr = float(state.schedule.get_lr({}))
+    loss_scale = _loss_scale(state.optimizer)
+    # The parts of `MegatronOptimizer.step`, between which the norm, that is on the host anyway, is looked at.
+    # The first divides the gradients by the loss scale, and sets that of the next step.
+    state.optimizer.prepare_grads()
     if state.on_gradients is not None:
         state.on_gradients(state.model)
-    # The parts of `MegatronOptimizer.step`, between which the norm, that is on the host anyway, is looked at.
-    state.optimizer.prepare_grads()
-    result = StepResult(metrics, float(state.optimizer.get_grad_norm()), lr)
+    result = StepResult(metrics, float(state.optimizer.get_grad_norm()), lr, loss_scale)
     if result.is_finite:
         _clip(state.optimizer, result.grad_norm)
         state.optimizer.step_with_ready_grads()
@@ -191,6 +209,14 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
         result = replace(result, suspects=tuple(suspects))
     state.schedule.step(increment=1)
     return result
+
+
+def _loss_scale(optimizer: MegatronOptimizer) -> float | None:
+    """Return the factor of the loss, the same on every rank; None if there is none."""
+    # All parts have the same; a rank whose weights are all frozen has one too.
+    (part, *_) = getattr(optimizer, "chained_optimizers", [optimizer])
+    scaler = getattr(part, "grad_scaler", None)
+    return None if scaler is None else float(scaler.scale)
 
 
 def _clip(optimizer: MegatronOptimizer, norm: float) -> None:

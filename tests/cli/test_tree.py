@@ -27,6 +27,7 @@ OTHER_SUBJECTS = {
     "cli/test_damaged_stores.py": "damaged token stores, through the commands that read them",
     "cli/test_inputs.py": "streams and compressed tables, in every command",
     "convert/test_partial.py": "models of which a part is missing, through the reader of every format",
+    "train/test_fp16.py": "fp16: the loss scale in steps, logs and checkpoints",
     "convert/test_traps.py": "the table of traps in docs/converters.md",
     "convert/test_untrusted.py": "crafted files, through every reader of files",
     "data/labels/test_random_tables.py": "labels of all kinds, through every format of files",

@@ -45,6 +45,15 @@ def test_bf16_is_as_near_to_fp32_as_one_process(prover: Prover) -> None:
         assert verdict.largest.value > 0.1
 
 
+@pytest.mark.slow
+def test_fp16_is_as_near_to_fp32_as_one_process(prover: Prover) -> None:
+    """With the loss scale, also through a pipeline and a resume; in one process: unit/train/test_fp16.py."""
+    for verdict in list(prover.judge(GROUPS["fp16"])):
+        assert verdict.error is None
+        assert verdict.passed, f"{verdict.trial}: {verdict.largest.value:.1f} in {verdict.largest}"
+        assert verdict.largest.value > 0.1
+
+
 def test_model_families_equal_one_process(prover: Prover) -> None:
     """TAPE's post-LN and ProteinLM's pre-LN, with their learned positions, over tensors and stages."""
     trials = [trial for trial in GROUPS["families"] if trial.processes == 4]

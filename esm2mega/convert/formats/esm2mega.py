@@ -233,7 +233,7 @@ def run_of(description: Description) -> Run:
 
 def default_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which weights of `dtype` are stored by default: fp16 becomes fp32, exactly."""
-    return dtype if dtype in DTYPES.values() else torch.float32
+    return dtype if dtype in DTYPES.values() and dtype != torch.float16 else torch.float32
 
 
 def _state(weights: Weights) -> dict[str, Any]:

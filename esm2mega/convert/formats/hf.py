@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from esm2mega.config.architecture import DEFAULT_EPSILON, DIMENSIONS, check_esm2
 from esm2mega.config.presets import ModelShape
 from esm2mega.convert.files import pickles
 from esm2mega.convert.files.foreign import named_by_config
@@ -143,32 +144,9 @@ def describe(file: Path, config: dict[str, Any]) -> Description:
     Raises:
         UserError: A dimension is absent, or the model is not an ESM-2.
     """
-    # Key: default of EsmConfig, value of ESM-2. Where they differ, an absent key means another model.
-    expected = {
-        "position_embedding_type": ("absolute", "rotary"),
-        "token_dropout": (False, True),
-        "emb_layer_norm_before": (False, False),
-        "is_folding_model": (False, False),
-        "add_cross_attention": (False, False),
-        "is_decoder": (False, False),
-        "vocab_size": (None, VOCAB_SIZE),
-        "pad_token_id": (None, PAD),
-        "mask_token_id": (None, MASK),
-        "rope_theta": (10000.0, 10000.0),
-    }
-    for key, (default, value) in expected.items():
-        given = default if config.get(key) is None else config[key]
-        if given != value:
-            name = named_by_config(config)
-            what = "" if name is None else f"is of {name}, not ESM-2: "
-            raise UserError(
-                f"{file}: {what}{key} is {given!r}; ESM-2 has {value!r}, and no other model is supported"
-            )
-    shape = shape_from(
-        file, config, "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"
-    )
-    # EsmConfig takes 1e-12 for an absent key; public ESM-2 weights have 1e-5.
-    return Description(shape, epsilon_from(file, config, "layer_norm_eps", 1e-12))
+    check_esm2(file, config, named_by_config(config))
+    shape = shape_from(file, config, *DIMENSIONS)
+    return Description(shape, epsilon_from(file, config, "layer_norm_eps", DEFAULT_EPSILON))
 
 
 def open_tensors(path: Path) -> TensorStore:

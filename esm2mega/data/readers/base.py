@@ -172,7 +172,7 @@ class RowSource(RecordSource):
     unit = ": row "
 
     def blocks(self) -> Iterator[Block]:
-        self.checksums = {file.name: file_sha256(file) for file in self.files()}
+        self.checksums = {self._name_of(file): file_sha256(file) for file in self.files()}
         total = sum(file.stat().st_size for file in self.files())
         reported = 0
         ranges = self._ranges()
@@ -182,6 +182,10 @@ class RowSource(RecordSource):
                 done = total * stop // ranges[-1][1]
                 self.progress.update(done - reported)
                 reported = done
+
+    def _name_of(self, file: Path) -> str:
+        """Return the name of one of `files` in `checksums`, where no two are the same."""
+        return file.name
 
     @abstractmethod
     def _ranges(self) -> Sequence[tuple[int, int]]:

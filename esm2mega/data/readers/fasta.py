@@ -1,10 +1,10 @@
 """Reads FASTA, and refuses anything else with one line that names the place.
 
 Rules: a record is a line `>id description` and the lines up to the next one that starts with `>`. The id is
-the first word, in UTF-8; the description is not kept. Blank lines, white space inside sequence lines, Windows
-line ends and a missing newline at the end are allowed. Any character that is no residue is an error, as is a
-record without residues: dropping or guessing would silently shift what belongs to which residue. In files of
-labels (`read_entries`) any printable ASCII character is a label.
+the first word, in UTF-8; stores do not keep the description. Blank lines, white space inside sequence lines,
+Windows line ends and a missing newline at the end are allowed. Any character that is no residue is an error,
+as is a record without residues: dropping or guessing would silently shift what belongs to which residue. In
+files of labels (`read_entries`) any printable ASCII character is a label.
 
 Biopython's `SimpleFastaParser` does the parsing. It knows no line numbers and drops control characters at
 line ends. So the text handle that it reads from counts the lines, for messages that name one, and looks for
@@ -86,6 +86,11 @@ class FastaReader(TextSource):
     def records(self, block: Block) -> Iterator[Record]:
         for name, _, residues, line in self._parsed(block):
             yield Record(name, residues, line)
+
+    def described(self, block: Block) -> Iterator[tuple[Record, bytes]]:
+        """Yield the records of a block, each with what stands behind its id, white space included."""
+        for name, header, residues, line in self._parsed(block):
+            yield Record(name, residues, line), header[len(name.encode()) :]
 
     def entries(self, block: Block, labels: bool = False) -> Iterator[FastaEntry]:
         """Yield the records of a block with their headers.

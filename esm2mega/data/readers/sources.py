@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 from esm2mega.data.readers.base import ByteProgress, RecordSource, SourceOptions
+from esm2mega.data.readers.esm2fa import Esm2faReader, is_data_set
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.readers.megatron import MegatronReader
 from esm2mega.data.readers.parquet import ParquetReader
@@ -13,7 +14,7 @@ from esm2mega.data.readers.tables import CsvReader, JsonLinesReader
 from esm2mega.data.readers.tape import TapeReader
 from esm2mega.errors import UserError
 
-FORMATS = ("fasta", "csv", "jsonl", "parquet", "megatron", "tape")
+FORMATS = ("fasta", "csv", "jsonl", "parquet", "megatron", "tape", "esm2fa")
 
 _COMPRESSION_ENDINGS = (".gz", ".zst")
 _FORMAT_OF_ENDING = {
@@ -31,7 +32,8 @@ def open_source(
     """Return the reader of an input, whose head is checked at once.
 
     Args:
-        path: a file; for TAPE also the directory that holds `data.mdb`.
+        path: a file; for TAPE also the directory that holds `data.mdb`, for ESM2-FA a shard or a directory of
+            shards.
         options: how to read it. Without a format, the ending of the name decides; files with other endings
             are read as FASTA.
         progress: told about bytes of the input as they are read.
@@ -52,6 +54,8 @@ def open_source(
         return MegatronReader(path, progress)
     if kind == "tape":
         return TapeReader(path, progress)
+    if kind == "esm2fa":
+        return Esm2faReader(path, progress)
     near = difflib.get_close_matches(kind, FORMATS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"--format {kind} is not one of {', '.join(FORMATS)}{hint}")
@@ -61,6 +65,8 @@ def format_of(path: Path) -> str:
     """Return the format that the name of an input implies."""
     if (path / "data.mdb").is_file():
         return "tape"
+    if is_data_set(path):
+        return "esm2fa"
     return _FORMAT_OF_ENDING.get(_ending(path), "fasta")
 
 

@@ -124,8 +124,8 @@ def _options(data: DataConfig) -> SourceOptions:
 
 
 def is_sequence_file(path: str) -> bool:
-    """Return whether `prepare` can read a path: a file, or a directory with a database of TAPE."""
-    return os.path.isfile(path) or (os.path.isdir(path) and format_of(Path(path)) == "tape")
+    """Return whether `prepare` can read a path: a file, or a directory of TAPE's or ESM2-FA's data."""
+    return os.path.isfile(path) or (os.path.isdir(path) and format_of(Path(path)) in ("tape", "esm2fa"))
 
 
 def _store_name(path: str, options: SourceOptions, allow_unknown: bool) -> str:

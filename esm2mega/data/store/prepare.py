@@ -28,6 +28,7 @@ from esm2mega.data.readers.sources import open_source
 from esm2mega.data.readers.streams import spooled
 from esm2mega.data.store.manifest import StoreCounts
 from esm2mega.data.store.parts import Part, default_workers, write_parts
+from esm2mega.data.store.refined import RefinedFasta
 from esm2mega.data.store.shards import SHARD_BYTES, SHARD_UNIT
 from esm2mega.data.store.splits import LEFT_OUT, SPLITS, DrawnSplits, GivenSplits, Splits
 from esm2mega.data.store.staging import check_new, staging_directory
@@ -53,12 +54,14 @@ class PrepareOptions:
             does not depend on it.
         shard_bytes: largest size of a file of tokens, a multiple of `shards.SHARD_UNIT`.
         allow_unknown: whether a protein may have unknown residues alone.
+        refined: FASTA of pieces to write besides; None for none.
     """
 
     source: SourceOptions = SourceOptions()
     workers: int | None = None
     shard_bytes: int = SHARD_BYTES
     allow_unknown: bool = False
+    refined: RefinedFasta | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def _prepare(
             splits = split(parts)
             merger = _Merger(sources, parts, splits, staging / "out", options.shard_bytes)
             counts = merger.run(open_progress)
+            written = [] if options.refined is None else [options.refined.write(sources)]
             os.rename(staging / "out", out)
         except MachineError:
             raise  # the input is not at fault: the parts stay, and the same command continues later
@@ -158,7 +162,7 @@ def _prepare(
     notes = [note for source in sources for note in source.notes()]
     if resumed := sum(part.resumed for part in parts):
         notes.append(f"{out}: {resumed} of {len(parts)} parts were finished by an earlier attempt")
-    return PrepareReport(out, counts, [*notes, *splits.notes(out), *_repeats(out, splits)])
+    return PrepareReport(out, counts, [*notes, *splits.notes(out), *written, *_repeats(out, splits)])
 
 
 def _repeats(out: Path, splits: Splits) -> list[str]:
@@ -198,6 +202,13 @@ def _check_arguments(
             f"--shard-size of {options.shard_bytes} bytes is not a multiple of {SHARD_UNIT} above 0"
         )
     check_new(out)
+    if options.refined is not None:
+        if given:
+            raise UserError(
+                f"--refined writes the pieces of all proteins, those of --{next(iter(given))} too; write it "
+                "in a command without --valid and --test"
+            )
+        options.refined.check()
 
 
 def _check_given(inputs: Sequence[str | Path], given: Mapping[str, str | Path], is_drawn: bool) -> None:

@@ -55,14 +55,21 @@ def _same(first: Any, second: Any) -> bool:
     return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)
 
 
-def _stepped(*overrides: str) -> TrainState:
+def _stepped(*overrides: str, steps: int = 2) -> TrainState:
     state = train_state(tiny_run(*overrides))
     with torch.no_grad():
         # As loaded frequencies of published weights would be.
         state.model[0].module.rotary.inv_freq.mul_(1.25)
-    for _ in range(2):
+    for _ in range(steps):
         train_step(state, BATCHES)
     return state
+
+
+def _loss_scale(state: TrainState) -> dict[str, Any]:
+    """What decides the loss scale from here on; nothing in other precisions than fp16."""
+    (part,) = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+    scaler = getattr(part, "grad_scaler", None)
+    return {} if scaler is None else {k: float(value) for k, value in scaler.state_dict().items()}
 
 
 def _save(state: TrainState, directory: Path, *overrides: str) -> Path:
@@ -73,21 +80,27 @@ def _save(state: TrainState, directory: Path, *overrides: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("steps", "settings"),
     [
-        ("model.precision=fp64",),
-        ("model.precision=bf16",),
-        ("model.precision=fp32", SHARDED),
-        ("model.precision=bf16", SHARDED),
-        ("model.precision=fp64", SHARDED),
+        (2, ("model.precision=fp64",)),
+        (2, ("model.precision=bf16",)),
+        (2, ("model.precision=fp32", SHARDED)),
+        (2, ("model.precision=bf16", SHARDED)),
+        (2, ("model.precision=fp64", SHARDED)),
+        (0, ("model.precision=fp64",)),
+        (0, ("model.precision=fp32", SHARDED)),
+        # The first steps are skipped, for gradients that overflow.
+        (2, ("model.precision=fp16", "optim.initial_loss_scale=65536")),
+        (2, ("model.precision=fp16", "optim.initial_loss_scale=65536", SHARDED)),
     ],
-    ids=" ".join,
+    ids=str,
 )
-def test_training_state_comes_back(tmp_path: Path, settings: tuple[str, ...]) -> None:
+def test_training_state_comes_back(tmp_path: Path, steps: int, settings: tuple[str, ...]) -> None:
+    """Also that of a training whose weights were never updated, which all of its steps may have skipped."""
     from esm2mega.parallel.initialize import process_groups
 
     with process_groups(tiny_run(*settings).parallel, seed=1):
-        saved = _stepped(*settings)
+        saved = _stepped(*settings, steps=steps)
         checkpoint = _save(saved, tmp_path / "step_00000002", *settings)
         fresh = train_state(tiny_run("seed=77", *settings))
         assert not torch.equal(
@@ -101,6 +114,7 @@ def test_training_state_comes_back(tmp_path: Path, settings: tuple[str, ...]) ->
         assert [key for key, _ in loaded] == [key for key, _ in moments]
         assert [key for (key, a), (_, b) in zip(loaded, moments, strict=True) if not _same(a, b)] == []
         assert {"exp_avg", "exp_avg_sq", "step", "lr", "main"} <= {key for key, _ in moments}
+        assert _loss_scale(fresh) == _loss_scale(saved)
         # The proof that nothing is missing: both go on alike.
         for state in (saved, fresh):
             train_step(state, BATCHES)
@@ -125,7 +139,7 @@ def _by_name(state: TrainState) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("before", "after"), [("false", "true"), ("true", "false")])
 def test_distributed_optimizer_can_be_switched(
     tmp_path: Path, precision: str, before: str, after: str
@@ -145,6 +159,8 @@ def test_distributed_optimizer_can_be_switched(
         assert actual.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
         assert any(name.endswith("exp_avg_sq") for name in expected)
+        assert _loss_scale(fresh) == _loss_scale(saved)
+        assert bool(_loss_scale(saved)) == (precision == "fp16")
         for state in (saved, fresh):
             train_step(state, BATCHES)
         assert all(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.cli.app import cli, main
-from esm2mega.config.schema import Run, flatten
+from esm2mega.config.load import known_keys
 from esm2mega.finetune.api import train_model
 from tests import foreign
 from tests.checkpoints import put_state
@@ -32,7 +32,7 @@ from tests.unit.runs import SETTINGS
 PACKAGE = Path(__file__).parents[3] / "esm2mega"
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 KEY = re.compile(r"(?<![\w./-])((?:[a-z_]+\.)*[a-z_]+)=")
-KEYS = set(flatten(Run()))
+KEYS = set(known_keys())
 ELSEWHERE = {
     *("--nproc-per-node", "--standalone"),  # of torchrun
     "--editable",  # of pip

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm2mega import files
+from esm2mega.config.architecture import FROM
 from esm2mega.config.keys import known_keys, nearest_key
 from esm2mega.config.load import (
     find_config,
@@ -395,7 +396,7 @@ def test_unknown_key_names_the_nearest(wrong, meant):
 
 
 def test_known_keys_are_those_of_the_schema():
-    assert list(known_keys()) == list(flatten(Run()))
+    assert list(known_keys()) == [*flatten(Run()), FROM]
 
 
 @pytest.mark.parametrize(

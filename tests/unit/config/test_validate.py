@@ -142,7 +142,10 @@ def test_rule(overrides, world_size, expected):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.precision=bf32", "model.precision=bf32 is not one of fp32, bf16, fp64; did you mean fp32?"),
+        (
+            "model.precision=bf32",
+            "model.precision=bf32 is not one of fp32, bf16, fp16, fp64; did you mean fp32?",
+        ),
         ("model.precision=BF16", "did you mean bf16?"),
         ("model.size=650m", "did you mean 650M?"),
         ("model.recompute=fully", "is not one of none, selective, full; did you mean full?"),

@@ -91,8 +91,9 @@ def test_published_sizes_keep_their_name() -> None:
 
     run = own.run_of(Description(PRESETS["650M"], 1e-5))
     assert run.model.size == "650M"
-    with pytest.raises(UserError, match="float16 have no place in an esm2mega checkpoint"):
-        own.run_of(Description(PRESETS["8M"], 1e-5, dtype=torch.float16))
+    assert own.run_of(Description(PRESETS["8M"], 1e-5, dtype=torch.float16)).model.precision == "fp16"
+    with pytest.raises(UserError, match="float8_e4m3fn have no place in an esm2mega checkpoint"):
+        own.run_of(Description(PRESETS["8M"], 1e-5, dtype=torch.float8_e4m3fn))
 
 
 def test_dtype(sources: Path, tmp_path: Path) -> None:

@@ -48,16 +48,19 @@ def test_settings_that_change_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "bf16"),
-    [("fp32", torch.float32, False), ("bf16", torch.bfloat16, True), ("fp64", torch.float64, False)],
+    ("precision", "dtype"),
+    [
+        *(("fp32", torch.float32), ("bf16", torch.bfloat16)),
+        *(("fp16", torch.float16), ("fp64", torch.float64)),
+    ],
 )
-def test_precision(precision: str, dtype: torch.dtype, bf16: bool) -> None:
+def test_precision(precision: str, dtype: torch.dtype) -> None:
     config = transformer_config(replace(SHAPE, precision=precision), ParallelConfig(), CPU, "sdpa")
     assert (config.params_dtype, config.pipeline_dtype, config.bf16, config.fp16) == (
         dtype,
         dtype,
-        bf16,
-        False,
+        precision == "bf16",
+        precision == "fp16",
     )
 
 

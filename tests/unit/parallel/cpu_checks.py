@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 
 from esm2mega.batch import PackedBatch
 from esm2mega.config.schema import ModelConfig, OptimConfig, ParallelConfig, ScheduleConfig
-from esm2mega.model.build import build_model, transformer_config
+from esm2mega.model.build import DTYPES, build_model, transformer_config
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.losses import MLMLossReduction
@@ -192,13 +193,28 @@ def loss_scale(ranks: Ranks) -> None:
         assert scale.tolist() == [1.0]
 
 
-def main_copies(ranks: Ranks) -> None:
-    part = _single(_optimizer(_model(precision="bf16"), ONE, "bf16"))
+def dynamic_loss_scale(ranks: Ranks) -> None:
+    part = _single(_optimizer(_model(precision="fp16"), ONE, "fp16"))
+    part.grad_scaler.update(True)
+    part.grad_scaler.update(True)
+    assert part.get_loss_scale().device == CPU
+    assert part.get_loss_scale().tolist() == [2048.0]
+
+
+def restored_loss_scale(ranks: Ranks) -> None:
+    scaler = _single(_optimizer(_model(precision="fp16"), ONE, "fp16")).grad_scaler
+    state = {"scale": torch.tensor([8.0]), "growth_tracker": 3, "hysteresis_tracker": 1}
+    scaler.load_state_dict(state)
+    assert scaler.state_dict() == state
+
+
+def main_copies(ranks: Ranks, precision: str = "bf16") -> None:
+    part = _single(_optimizer(_model(precision=precision), ONE, precision))
     models = [p for group in part.float16_groups for p in group]
     copies = [p for group in part.fp32_from_float16_groups for p in group]
     assert len(models) == len(copies) > 20
     for parameter, copied in zip(models, copies, strict=True):
-        assert (parameter.dtype, copied.dtype, copied.device) == (torch.bfloat16, torch.float32, CPU)
+        assert (parameter.dtype, copied.dtype, copied.device) == (DTYPES[precision], torch.float32, CPU)
         assert torch.equal(parameter.float(), copied)
 
 
@@ -248,8 +264,8 @@ def clipping(ranks: Ranks) -> None:
     raise RuntimeError("a bf16 gradient was clipped")
 
 
-def bf16_shards(ranks: Ranks) -> None:
-    part = _single(_optimizer(_model(precision="bf16"), SHARDED, "bf16"))
+def half_shards(ranks: Ranks, precision: str) -> None:
+    part = _single(_optimizer(_model(precision=precision), SHARDED, precision))
     shards = [p for group in part.shard_fp32_from_float16_groups for p in group]
     assert len(shards) > 20
     assert {(p.dtype, p.device) for p in shards} == {(torch.float32, CPU)}
@@ -326,12 +342,22 @@ CHECKS: dict[str, Check] = {
     "Namespace megatron.core.distributed.param_and_grad_buffer": Check(gradient_buffers),
     "Constant megatron.core.optimizer.optimizer cuda": Check(loss_scale),
     "Constant megatron.core.optimizer.optimizer torch.cuda.BFloat16Tensor": Check(main_copies),
+    "Constant megatron.core.optimizer.optimizer torch.cuda.HalfTensor": Check(
+        partial(main_copies, precision="fp16")
+    ),
+    "Constant megatron.core.optimizer.grad_scaler cuda": Check(dynamic_loss_scale),
+    "Replace megatron.core.optimizer.grad_scaler.DynamicGradScaler.load_state_dict": Check(
+        restored_loss_scale
+    ),
     "Constant megatron.core.optimizer.optimizer torch.cuda.FloatTensor": Check(fp32_in_bf16_model),
     "Namespace megatron.core.optimizer.optimizer": Check(empty_chain),
     "Constant megatron.core.optimizer.clip_grads cuda": Check(gradient_norm),
     "Constant megatron.core.optimizer.clip_grads torch.cuda.FloatTensor": Check(clipping),
     "Constant megatron.core.optimizer.distrib_optimizer torch.cuda.BFloat16Tensor": Check(
-        bf16_shards, SHARDED
+        partial(half_shards, precision="bf16"), SHARDED
+    ),
+    "Constant megatron.core.optimizer.distrib_optimizer torch.cuda.HalfTensor": Check(
+        partial(half_shards, precision="fp16"), SHARDED
     ),
     "Constant megatron.core.optimizer.distrib_optimizer torch.cuda.FloatTensor": Check(fp32_shards, SHARDED),
     "Namespace megatron.core.optimizer.distrib_optimizer": Check(fresh_shard_states, SHARDED),

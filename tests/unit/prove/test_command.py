@@ -74,7 +74,7 @@ def test_names_of_groups() -> None:
     assert choose_trials("ci,bf16", 1, 4) == [*GROUPS["ci"], *GROUPS["bf16"]]
     assert len(choose_trials("random:7", 1, 2)) == 7
     for wrong in ("dozen", "ci,", "random:0", "random:x", ""):
-        groups = "ci, more, resume, heads, bf16, families, lora, lora-heads, dropout"
+        groups = "ci, more, resume, heads, bf16, fp16, families, lora, lora-heads, dropout"
         with pytest.raises(UserError, match=f"give {groups}, all, or random:N"):
             choose_trials(wrong, 1, 4)
 
@@ -220,9 +220,10 @@ def test_rows_by_name() -> None:
         row_named("TP9")
 
 
-def test_bf16_of_one_process_is_its_own_measure(fake: type[FakeProver]) -> None:
-    with pytest.raises(UserError, match="12 per pack, bf16: bf16 is measured by that of one process"):
-        prove([Trial((Layout(packed=12),), "bf16")], 1)
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_half_precision_of_one_process_is_its_own_measure(fake: type[FakeProver], half: str) -> None:
+    with pytest.raises(UserError, match=f"12 per pack, {half}: {half} is measured by that of one process"):
+        prove([Trial((Layout(packed=12),), half)], 1)
 
 
 def test_too_large_and_impossible_trials_are_refused_before_anything_starts(fake: type[FakeProver]) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from esm2mega.config.load import load_run
+from esm2mega.config.presets import shape_of
 from esm2mega.convert.convert import convert
 from esm2mega.convert.files.vocabulary import check_vocabulary, write_tokenizer
 from esm2mega.convert.formats import hf
@@ -68,6 +70,13 @@ def assert_same(first: Path, second: Path) -> None:
     a, b = open_weights(first), open_weights(second)
     assert a.infos == b.infos
     assert all(torch.equal(a.read(name), b.read(name)) for name in a.infos)
+
+
+def test_the_architecture_alone_can_be_taken(directory: Path) -> None:
+    """As transformers wrote it; what it stands for is what the weights have."""
+    model, found = load_run(None, [f"model.from={directory}"]).model, open_weights(directory).description
+    assert shape_of(model) == found.shape
+    assert model.layernorm_epsilon == found.layernorm_epsilon
 
 
 def test_pickled_and_sharded_directories(
