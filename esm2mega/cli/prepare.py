@@ -159,7 +159,8 @@ def prepare_flip_command(
 def prepare_tape_command(task: str, source: str, out: str) -> None:
     """Write a task of TAPE as tables for fine-tuning.
 
-    TASK is fluorescence, stability, remote_homology, secondary_structure or contact_prediction.
+    TASK is fluorescence, stability, remote_homology, secondary_structure (three states),
+    secondary_structure_8 (eight states) or contact_prediction.
 
     Example: esm2mega prepare tape stability --source tape/stability --out stability
     """

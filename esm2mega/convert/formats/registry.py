@@ -33,7 +33,7 @@ READABLE = {
 WRITABLE = ("esm2mega", "hf", "fair-esm", "te", "cerebras", "tape", "proteinlm")
 
 
-WITH_OTHER_HEADS = ("esm2mega", "hf")
+WITH_OTHER_HEADS = ("esm2mega", "hf", "tape", "proteinlm")
 """These formats can hold the head of a task in place of the masked-language-model head, or no head at all."""
 
 

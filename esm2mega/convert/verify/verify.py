@@ -91,7 +91,9 @@ def verify(conversion: Conversion) -> list[str]:
 
     ids = sequences(description.family)
     if description.max_positions is not None:
-        ids = [x[: description.max_positions] for x in ids]
+        # <eos> stays the last token of what is cut.
+        last = description.max_positions - 1
+        ids = [x if len(x) <= last else torch.cat((x[:last], x[-1:])) for x in ids]
     source_results, source_method = _run(
         conversion.source, conversion.source_format, prepare, ids, description
     )
@@ -203,8 +205,8 @@ def _run(
     task = description.task
     if description.head is None:
         results = [(hidden, hidden[-1]) for hidden, _ in results]
-    elif task is not None and task.info.per_residue:
-        # The outputs of transformers are of all tokens, ours without <cls> and <eos>.
+    elif task is not None and task.info.per_residue and not task.info.per_pair:
+        # The outputs of other programs are of all tokens, ours without <cls> and <eos>.
         results = [(hidden, outputs[1:-1]) for hidden, outputs in results]
     return results, method
 
@@ -284,10 +286,15 @@ def _scale_outputs(model: Any, info: TargetInfo, prepare: Prepare) -> None:
     Heads without such a layer have no equal in other formats, and are compared as they are.
     """
     last = getattr(model.head, "output", None)
-    if info.std and last is not None:
-        std, mean = (torch.tensor(x, dtype=torch.float64) for x in (info.std, info.mean))
+    is_normed = hasattr(last, "weight_g")
+    if not info.std or last is None or (is_normed and len(info.std) > 1):
+        return
+    std, mean = (torch.tensor(x, dtype=torch.float64) for x in (info.std, info.mean))
+    if is_normed:
+        last.weight_g.copy_(prepare(last.weight_g.double() * std))
+    else:
         last.weight.copy_(prepare(last.weight.double() * std[:, None]))
-        last.bias.copy_(prepare(last.bias.double() * std + mean))
+    last.bias.copy_(prepare(last.bias.double() * std + mean))
 
 
 def _round(model: torch.nn.Module, prepare: Prepare) -> None:
