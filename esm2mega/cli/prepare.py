@@ -30,6 +30,11 @@ def prepare() -> None:
     help="Sequences held out for validation.",
 )
 @click.option("--test-size", default=0, metavar="N", help="Sequences held out for testing.")
+@click.option(
+    "--split",
+    metavar="N,N,N",
+    help="Sizes of train, valid and test, which lie one behind the other; or shares, as Megatron-LM takes them.",
+)
 @click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the split.")
 @click.option(
     "--format",
@@ -67,6 +72,7 @@ def prepare_fasta_command(
     out: str,
     valid_size: int,
     test_size: int,
+    split: str | None,
     seed: int,
     workers: int | None,
     shard_size: float,
@@ -82,7 +88,7 @@ def prepare_fasta_command(
     from esm2mega.report.progress import show_bytes
 
     options = PrepareOptions(SourceOptions(**source), workers, int(shard_size * 2**10) << 20)
-    report = prepare_fasta(inputs, out, valid_size, test_size, seed, options, show_bytes)
+    report = prepare_fasta(inputs, out, valid_size, test_size, seed, options, show_bytes, split)
     click.echo("\n".join(report.lines()))
 
 

@@ -160,7 +160,7 @@ def evaluate(
 
     For a fine-tuned checkpoint it is the loss and the metrics of its task, on a table with labels. RUN@best,
     RUN@last and RUN@step_N name a checkpoint of a run; RUN alone is the best one of a fine-tuning, and the
-    last one of a pretraining. The test splits of a benchmark are evaluated in one command by a --data for each.
+    last one of a pretraining. Several test splits are evaluated in one command, by a --data for each.
     """
     if out and len(out) != len(data):
         raise UserError(

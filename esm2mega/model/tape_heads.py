@@ -227,7 +227,7 @@ class ResidualContactHead(TokenHead):
         maps = (maps + single[:, :, None] - single[:, None, :] + bias[:, None, None])[None]
         for block in self.blocks:
             if torch.is_grad_enabled():
-                maps = checkpoint(block, maps, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
+                maps = checkpoint(block, maps, use_reentrant=False, preserve_rng_state=False)
             else:
                 maps = block(maps)
         none, contact = self.output.weight.to(maps.dtype)

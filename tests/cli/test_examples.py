@@ -48,7 +48,7 @@ def store(tmp_path_factory):
 def test_there_are_examples():
     slurm = ["embed_array", "evaluate", "finetune_array", "pretrain"]
     assert [
-        *("pretrain_cpu.sh", "pretrain_torchrun_multinode.sh"),
+        *("migrate/proteinlm.sh", "pretrain_cpu.sh", "pretrain_torchrun_multinode.sh"),
         *(f"slurm/{name}.sbatch" for name in slurm),
     ] == SCRIPTS
 

@@ -234,7 +234,12 @@ SMALL = (
 )
 PRE_LN = (
     *("model.family=proteinbert_preln", "model.final_layernorm=false", "model.max_positions=20"),
-    *("model.num_layers=2", "model.hidden_size=24", "model.num_attention_heads=3", "model.ffn_hidden_size=96"),
+    *(
+        "model.num_layers=2",
+        "model.hidden_size=24",
+        "model.num_attention_heads=3",
+        "model.ffn_hidden_size=96",
+    ),
     *("model.layernorm_epsilon=1e-12", "data.max_seq_length=20", "train.max_steps=2", "train.log_every=1"),
     *("train.micro_batch_tokens=64", "train.global_batch_tokens=64", "schedule.warmup_steps=0"),
 )

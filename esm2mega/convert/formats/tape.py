@@ -213,9 +213,7 @@ def write(weights: Weights, path: Path) -> None:
     write_directory(weights, path, NAMES, "tape", {})
 
 
-def write_directory(
-    weights: Weights, path: Path, table: NameTable, name: str, extra: dict[str, Any]
-) -> None:
+def write_directory(weights: Weights, path: Path, table: NameTable, name: str, extra: dict[str, Any]) -> None:
     """Write tensors and configuration of a stock or modified TAPE model.
 
     Args:

@@ -85,7 +85,7 @@ class TapeHead:
         form: The form of the head, see `esm2mega.config.head_form`.
         rows: Rows of the name table.
         output: Name of the stored tensor whose first axis is the number of outputs.
-        width: Width of the hidden layer, which these packages do not let a user choose; None if there is none.
+        width: Width of the hidden layer, which is fixed in these packages; None if there is none.
         dropout: Dropout in training there.
         normed: Prefixes of batch normalisations.
     """

@@ -3,7 +3,8 @@
 It shares no code with `esm2mega.model.tape_heads` and does not use the name tables, so that a mistake in
 either shows.
 
-Legend: ``s`` tokens of one protein, ``h`` hidden size, ``k`` outputs, ``c`` channels, ``P`` pairs of residues.
+Legend: ``s`` tokens of one protein, ``h`` hidden size, ``k`` outputs, ``c`` channels, ``P`` pairs of
+residues.
 """
 
 from __future__ import annotations

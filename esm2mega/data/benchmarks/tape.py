@@ -101,9 +101,7 @@ def _mask(location: str, record: dict[str, Any], length: int, task: TapeTask) ->
     if mask is None and record.get(_VALID) is None and task.kind != "contact":
         return ""
     if mask is None or mask.shape != (length,):
-        raise UserError(
-            f"{location}: has no {_VALID!r} of {length} residues; is this TAPE's {task.folder}?"
-        )
+        raise UserError(f"{location}: has no {_VALID!r} of {length} residues; is this TAPE's {task.folder}?")
     return "".join("1" if valid else "0" for valid in mask)
 
 

@@ -13,8 +13,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,7 @@ from esm2mega.data.store.shards import SHARD_BYTES, SHARD_UNIT
 from esm2mega.data.store.staging import check_new, staging_directory
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import shortened
 
 SPLITS = ("train", "valid", "test")
 TRAIN = SPLITS.index("train")
@@ -97,12 +100,13 @@ def prepare_fasta(
     seed: int = 1234,
     options: PrepareOptions = PrepareOptions(),
     open_progress: OpenProgress | None = None,
+    split: str | None = None,
 ) -> PrepareReport:
     """Write `out/train` and, for sizes above 0, `out/valid` and `out/test`.
 
     The held-out proteins are drawn at random without replacement, and depend only on `seed` and on the number
-    of sequences. Every split keeps the order of the input. A sequence that the input repeats may be in
-    several splits, which a note says.
+    of sequences; or the splits lie one behind the other. Every split keeps the order of the input. A sequence
+    that the input repeats may be in several splits, which a note says.
 
     Args:
         inputs: files in any format of `sources`, or streams, read in this order.
@@ -112,32 +116,39 @@ def prepare_fasta(
         seed: seed of the split.
         options: how to read, number of processes, size of files.
         open_progress: shows the progress of each stage.
+        split: sizes of the splits that lie one behind the other in the input, such as ``900,50,50``, instead
+            of a draw. They are shares, and exact if they add up to the number of sequences.
 
     Returns:
         The counts of each split, and notes for the user.
     """
     out = Path(out)
     _check_arguments(inputs, out, valid_size, test_size, options)
+    shares = None if split is None else _shares_of(split, valid_size, test_size)
     with spooled(inputs, options.source.sequence_column) as files:
         sources = [open_source(path, options.source) for path in files.paths]
-        report = _prepare(sources, out, valid_size, test_size, seed, options, open_progress or _no_progress)
+
+        def hold_out(total: int) -> _HeldOut:
+            if shares is not None:
+                return _HeldOut.by_position(total, shares)
+            return _HeldOut.draw(total, valid_size, test_size, seed)
+
+        report = _prepare(sources, out, hold_out, options, open_progress or _no_progress)
         return replace(report, notes=[files.shown(note) for note in report.notes])
 
 
 def _prepare(
     sources: Sequence[RecordSource],
     out: Path,
-    valid_size: int,
-    test_size: int,
-    seed: int,
+    hold_out: Callable[[int], _HeldOut],
     options: PrepareOptions,
     open_progress: OpenProgress,
 ) -> PrepareReport:
-    """Write the stores of opened sources; the other arguments are those of `prepare_fasta`."""
+    """Write the stores of opened sources; `hold_out` chooses the held-out ones of a number of sequences."""
     with staging_directory(out) as staging:
         try:
             parts = _write_parts(sources, staging / "parts", options, open_progress)
-            held_out = _HeldOut.draw(sum(part.sequences for part in parts), valid_size, test_size, seed)
+            held_out = hold_out(sum(part.sequences for part in parts))
             merger = _Merger(sources, parts, held_out, staging / "out", options.shard_bytes)
             counts = merger.run(open_progress)
             os.rename(staging / "out", out)
@@ -186,6 +197,20 @@ def _check_arguments(
     check_new(out)
 
 
+def _shares_of(split: str, valid_size: int, test_size: int) -> list[int]:
+    """Read ``--split``."""
+    words = [word.strip() for word in split.split(",")]
+    are_numbers = all(word.isascii() and word.isdecimal() and len(word) < 16 for word in words)
+    if len(words) != len(SPLITS) or not are_numbers or not int(words[TRAIN]):
+        raise UserError(
+            f"--split {shortened(split)}: give three whole numbers, for train, valid and test, the first "
+            "above 0, such as 900,50,50"
+        )
+    if valid_size or test_size:
+        raise UserError(f"--split {split} and --val-size or --test-size exclude each other; give one of them")
+    return [int(word) for word in words]
+
+
 @contextmanager
 def _no_progress(_: str, __: int) -> Iterator[None]:
     yield
@@ -216,7 +241,7 @@ class _HeldOut:
 
     records: npt.NDArray[np.int64]
     splits: npt.NDArray[np.int64]
-    provenance: dict[str, int]
+    provenance: dict[str, Any]
 
     @staticmethod
     def draw(total: int, valid_size: int, test_size: int, seed: int) -> _HeldOut:
@@ -235,6 +260,24 @@ class _HeldOut:
         splits = np.where(np.arange(len(drawn)) < valid_size, SPLITS.index("valid"), SPLITS.index("test"))
         provenance = {"seed": seed, "valid_size": valid_size, "test_size": test_size, "total": total}
         return _HeldOut(drawn[order], splits[order], provenance)
+
+    @staticmethod
+    def by_position(total: int, shares: Sequence[int]) -> _HeldOut:
+        """Take the splits one behind the other, with the rounding of Megatron-LM's ``--split``."""
+        borders = [0]
+        for share in shares:
+            borders.append(borders[-1] + round(Fraction(share * total, sum(shares))))
+        # Rounding may leave or take too much, which the first split makes up for.
+        excess = borders[-1] - total
+        first, second, _ = (max(0, border - excess) for border in borders[1:])
+        if not first:
+            raise UserError(
+                f"--split {','.join(map(str, shares))} leaves nothing to train on: the input has {total} "
+                "sequences; give the first a larger share"
+            )
+        records = np.arange(first, total, dtype=np.int64)
+        splits = np.where(records < second, SPLITS.index("valid"), SPLITS.index("test"))
+        return _HeldOut(records, splits, {"positions": [first, second, total], "total": total})
 
     def names(self) -> list[str]:
         """Return the splits that get a record, and always `train`."""
