@@ -33,7 +33,7 @@ def prepare() -> None:
 @click.option(
     "--split",
     metavar="N,N,N",
-    help="Sizes of train, valid and test, which lie one behind the other; or shares, as Megatron-LM takes them.",
+    help="Sizes of train, valid and test, one behind the other; or shares, as Megatron-LM takes them.",
 )
 @click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the split.")
 @click.option(

@@ -138,7 +138,7 @@ class ESM2ForTask(ESM2Model):
         return parameter.new_zeros(*shape, self.config.hidden_size)
 
     def _keep(self, features: Tensor | None, segments: Segments) -> None:
-        """Keep each protein's features, ``[1, h]``, ``[L, h]`` or ``[s, h]``; on other stages, mark it as known."""
+        """Keep the features of proteins, ``[1, h]``, ``[L, h]`` or ``[s, h]``; on other stages, mark them."""
         if features is None:
             self._features.update(dict.fromkeys(segments.tokens))
             return

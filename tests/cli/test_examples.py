@@ -48,9 +48,9 @@ def store(tmp_path_factory):
 def test_there_are_examples():
     slurm = ["embed_array", "evaluate", "finetune_array", "pretrain"]
     assert [
-        *("migrate/proteinlm.sh", "pretrain_cpu.sh", "pretrain_torchrun_multinode.sh"),
+        *("pretrain_cpu.sh", "pretrain_torchrun_multinode.sh"),
         *(f"slurm/{name}.sbatch" for name in slurm),
-    ] == SCRIPTS
+    ] == [script for script in SCRIPTS if not script.startswith("migrate/")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -7,6 +7,7 @@ evaluation, and is written with a mean of 0 and a variance that makes its diviso
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,10 @@ def _names(location: Path, config: Mapping[str, Any], kind: str, num_outputs: in
     numbers = [str(number) for number in range(num_outputs)]
     if not isinstance(given, dict) or sorted(given) != sorted(numbers):
         raise UserError(f"{location}: id2label must name the outputs 0 to {num_outputs - 1}, each once")
-    return [str(given[number]) for number in numbers]
+    names = [str(given[number]) for number in numbers]
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise UserError(f"{location}: id2label has {repeated[0]!r} twice; give each output a name of its own")
+    return names
 
 
 def shapes_of(head: TapeHead, hidden_size: int, num_outputs: int) -> dict[str, Shape]:

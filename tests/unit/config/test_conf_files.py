@@ -132,7 +132,7 @@ def test_every_task_of_flip_is_configured(task):
 
 @pytest.mark.parametrize("name", TAPE_CONFIGS)
 def test_every_task_of_tape_is_configured(name):
-    """Hyper-parameters are the defaults of TAPE and ProteinLM; ProteinLM leaves out what is over 512 residues."""
+    """Hyper-parameters are the defaults of TAPE and ProteinLM, and proteins those that ProteinLM takes."""
     run = load_run(name, ["model.size=tiny"])
     validate(run, 1)
     validate_task(run)
