@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.digests import CURE, DIGESTS, unreadable
 from esm2mega.checkpoint.safe_index import checked_index
-from esm2mega.checkpoint.zip_crc import Piece, check_crcs
+from esm2mega.checkpoint.zip_crc import Piece, check_crcs, is_zip
 from esm2mega.errors import DamagedError, UserError
 
 
@@ -142,7 +141,7 @@ class _Reader(FileSystemReader):
         if self._with_crcs and place not in self._compared:
             piece = Piece(file, sinfo.offset, sinfo.length)
             try:
-                if zipfile.is_zipfile(piece):
+                if is_zip(piece):
                     check_crcs(piece)
             except ValueError as error:
                 path = Path(self.path) / sinfo.relative_path

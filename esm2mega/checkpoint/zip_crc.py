@@ -50,6 +50,14 @@ class Piece(io.BufferedIOBase):
         return found
 
 
+def is_zip(file: Path | Piece) -> bool:
+    """Tell whether a file, by its path or open, ends as a ZIP archive does, be it whole or not."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # it ends as one that is cut into several files, or is damaged there
+        return True
+
+
 def check_crcs(file: Path | Piece, entries: Sequence[zipfile.ZipInfo] | None = None) -> None:
     """Read every entry of an archive in pieces.
 

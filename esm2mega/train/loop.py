@@ -223,7 +223,8 @@ def fit(
             _save(loop, hooks, stop)
             _finish_save(hooks, stop)
         # A run in which nothing was left to do has not waited yet.
-        _wait_until_verified(hooks, stop)
+        while not hooks.verified() and not stop.received():
+            pass
         _raise_if(stop, loop, hooks)
 
 
@@ -306,8 +307,12 @@ def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal, inciden
 
 
 def _save(loop: LoopState, hooks: Hooks, stop: StopSignal) -> None:
-    """Save once the data that were trained on are verified; a stop does not wait for that."""
-    _wait_until_verified(hooks, stop)
+    """Save once the data that were trained on are verified, also when the run is stopped."""
+    is_said = False
+    while not hooks.verified():
+        if stop.received() and not is_said:
+            hooks.say("stopping once the training data are verified and the state is saved")
+            is_said = True
     if stop.limit is not None:
         stop.limit.save_begins()
     hooks.save(loop)
@@ -331,11 +336,6 @@ def _saved_first(hooks: Hooks) -> Iterator[None]:
     except (MachineError, RollBack):
         hooks.saver.finish()
         raise
-
-
-def _wait_until_verified(hooks: Hooks, stop: StopSignal) -> None:
-    while not hooks.verified() and not stop.stopping:
-        stop.received()
 
 
 def _raise_if(stop: StopSignal, loop: LoopState, hooks: Hooks) -> None:

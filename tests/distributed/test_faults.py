@@ -71,11 +71,14 @@ def weights(run_dir: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return full_tensors(run_dir / "checkpoints" / f"step_{step:08d}")
 
 
-def test_every_layout_leaves_out_the_same_pack(tmp_path: Path, proteins: Path) -> None:
+@pytest.mark.parametrize("layouts", [("1", "TP2", "DP2"), pytest.param(("1", "PP2"), marks=pytest.mark.slow)])
+def test_every_layout_leaves_out_the_same_pack(
+    tmp_path: Path, proteins: Path, layouts: tuple[str, ...]
+) -> None:
     """One process gives the bits of a run that never had the pack, and the other layouts follow it."""
     train(tmp_path / "never", proteins, "absent", "1")
     expected = weights(tmp_path / "never")
-    for layout in LAYOUTS:
+    for layout in layouts:
         train(tmp_path / layout, proteins, "infinite", layout, "train.on_nonfinite=rollback")
         assert incidents(tmp_path / layout) == incidents(tmp_path / "1"), layout
         found = weights(tmp_path / layout)

@@ -34,7 +34,9 @@ def _written(out: Path, words: Sequence[str]) -> Pairs | None:
 def _compare(found: Pairs | None, read: Pairs) -> Iterator[str]:
     if found is None:
         return
-    read = [(name, text.replace("*", "").upper()) for name, text in read]
+    # Stop codons are dropped, as are blanks and ends of lines; the letter without a residue is unknown.
+    ignored = str.maketrans({"*": "", " ": "", "\t": "", "\r": "", "\n": "", "J": "<unk>", "j": "<unk>"})
+    read = [(name, text.translate(ignored).upper().replace("<UNK>", "<unk>")) for name, text in read]
     if len(found) != len(read):
         yield f"{len(found)} proteins, others read {len(read)}"
     for number, (ours, theirs) in enumerate(zip(found, read, strict=False)):

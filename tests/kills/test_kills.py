@@ -1,4 +1,4 @@
-"""A few kills of every command change nothing, and the harness notices what it is there to notice."""
+"""A few kills of some commands change nothing, and the harness notices what it is there to notice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.distributed
 # The rest takes longer, and is part of `make kills` alone.
 LEFT_OUT = {
     *("pretrain-1-sync", "pretrain-1-async", "pretrain-2-sync", "pretrain-4-sync", "pretrain-4-async"),
-    "predict",
+    *("finetune", "predict", "convert"),
 }
 
 
@@ -32,7 +32,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kills")
 
 
-def test_a_few_kills_of_every_command(out: Path) -> None:
+def test_a_few_kills_of_some_commands(out: Path) -> None:
     harness = Harness(out, seed=1)
     names = [name for name in harness.cases if name not in LEFT_OUT]
     while {kill["case"] for kill in harness.kills} < set(names):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from esm2mega.checkpoint.digests import unreadable
-from esm2mega.checkpoint.zip_crc import check_crcs
+from esm2mega.checkpoint.zip_crc import check_crcs, is_zip
 from esm2mega.convert.files import foreign
 from esm2mega.errors import UserError
 
@@ -41,7 +41,7 @@ def load_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
     if not path.is_file():
         what = "a directory, not a file of PyTorch" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}")
-    zipped = zipfile.is_zipfile(path)
+    zipped = is_zip(path)
     if zipped:
         _check_archive(path)
     try:
@@ -70,7 +70,7 @@ def load_pickle(path: Path, allowed: Sequence[Any] = ()) -> Any:
 
 def _strings(path: Path) -> set[str]:
     """Return the strings in the pickle of an archive, such as names of tensors, without loading anything."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return set()
     with zipfile.ZipFile(path) as archive:
         member = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)

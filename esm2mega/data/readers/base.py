@@ -21,7 +21,9 @@ from esm2mega import vocabulary
 from esm2mega.errors import UserError
 from esm2mega.files import file_sha256, first_of, refuse_stream, shortened
 
-WHITE_SPACE = b" \t\r\n\v\f"
+WHITE_SPACE = b" \t\r\n"
+"""Blanks, tabs and ends of lines stand in sequences that are wrapped or in groups, and mean nothing there."""
+
 RESIDUE_BYTES = string.ascii_letters.encode() + b"*-."
 
 LONGEST_SEQUENCE = 16 << 20

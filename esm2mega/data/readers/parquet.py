@@ -78,6 +78,7 @@ class ParquetReader(RowSource):
                 for cells in batch.to_pylist():
                     yield row, {name: _text(cell) for name, cell in cells.items()}
                     row += 1
+        check_rows(self.path, row - 1, self._starts[group + 1])
 
     def _ranges(self) -> list[tuple[int, int]]:
         return [(a, b) for a, b in zip(self._starts, self._starts[1:], strict=False) if b > a]
@@ -112,6 +113,8 @@ def check_sizes(
         first: number of its first row.
     """
     metadata = file.metadata.row_group(group)
+    if metadata.total_byte_size <= LONGEST_TEXT * max(metadata.num_rows, 1):
+        return  # pyarrow aborts the process where it looks at a column of damaged metadata
     for number in range(metadata.num_columns):
         chunk = metadata.column(number)
         size = chunk.total_uncompressed_size // max(metadata.num_rows, 1)
@@ -122,6 +125,15 @@ def check_sizes(
                 f"{path}: rows {first} to {last} take {size >> 20} MiB each in {name!r}, the limit is "
                 f"{LONGEST_TEXT >> 20}; remove or cut them"
             )
+
+
+def check_rows(path: Path, found: int, expected: int) -> None:
+    """Refuse a file of which pyarrow reads other rows than there are, as it does where a page is damaged."""
+    if found != expected:
+        raise UserError(
+            f"{path}: is damaged: {found} rows can be read where its metadata say {expected}; copy or make "
+            "it again"
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from esm2mega.data.readers.base import ByteProgress, Record, require_columns, residues_of
-from esm2mega.data.readers.parquet import check_sizes, open_parquet
+from esm2mega.data.readers.parquet import check_rows, check_sizes, open_parquet
 from esm2mega.errors import UserError
 from esm2mega.files import file_sha256, refuse_stream, shortened
 
@@ -95,6 +95,7 @@ class ParquetFile(RowFile):
                 for values in zip(*(batch.column(name).to_pylist() for name in self.columns), strict=True):
                     number += 1
                     yield number, values
+        check_rows(self.path, number, self.num_rows)
         if not number:
             raise UserError(f"{self.path}: has no rows; give a file with data")
 

@@ -450,12 +450,20 @@ def test_nothing_is_saved_before_the_data_are_verified(play: Play) -> None:
     assert list(asked) == [], "twice more for the first save, once for the second and at the end"
 
 
-def test_a_signal_does_not_wait_for_the_verification(play: Play) -> None:
+def test_a_signal_waits_for_the_verification(play: Play) -> None:
+    """Nothing that was trained on unverified data is ever saved; what is waited for is said once."""
+
     def stop(step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    events = play(tiny_run("train.max_steps=2"), at_step=stop, verified=lambda: False)
-    assert _brief(events, "step", "save", "stopped") == [("step", 1), ("save", 1), ("stopped", 1)]
+    asked = iter([False, False, False, True, True])
+    events = play(tiny_run("train.max_steps=2"), at_step=stop, verified=lambda: next(asked))
+    assert _brief(events, "step", "said", "save", "stopped") == [
+        *(("step", 1), ("said", 1), ("save", 1), ("stopped", 1))
+    ]
+    (said,) = [event[2] for event in events if event[0] == "said"]
+    assert said == "stopping once the training data are verified and the state is saved"
+    assert list(asked) == [], "four times for the save, once at the end"
 
 
 @pytest.mark.parametrize(

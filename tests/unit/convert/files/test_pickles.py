@@ -46,6 +46,17 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path: Path) -> None:
             assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_the_end_of_an_archive_in_several_files(tmp_path: Path) -> None:
+    """Python's own test whether a file is an archive raises for it."""
+    path = tmp_path / "weights.pt"
+    save(path)
+    content = path.read_bytes()
+    locator = content.rindex(b"PK\x06\x07")
+    path.write_bytes(content[: locator + 16] + b"\x02" + content[locator + 17 :])
+    with pytest.raises(UserError, match=r"weights.pt: not a readable file of PyTorch \(zipfiles that span"):
+        load_pickle(path)
+
+
 def test_a_file_that_was_written_without_crcs_is_read(tmp_path: Path) -> None:
     if not hasattr(torch.serialization, "set_crc32_options"):
         pytest.skip("this PyTorch always writes CRCs")

@@ -12,6 +12,7 @@ import pytest
 from esm2mega.data.readers import parquet
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.parquet import ParquetReader
+from esm2mega.data.readers.row_files import ParquetFile
 from esm2mega.errors import UserError
 
 DEFAULT = SourceOptions()
@@ -103,6 +104,38 @@ def test_damaged_files(tmp_path: Path) -> None:
             list(ParquetReader(path, DEFAULT))
     with pytest.raises(UserError, match="no such Parquet file"):
         ParquetReader(tmp_path / "absent.parquet", DEFAULT)
+
+
+def test_a_page_that_pyarrow_leaves_out(tmp_path: Path) -> None:
+    """The dictionary of the last row group, which is said to be a page of another kind, without an error."""
+    path = write(tmp_path, table(pa.string()), row_group_size=2)
+    column = pq.read_metadata(path).row_group(1).column(1)
+    content = bytearray(path.read_bytes())
+    content[column.dictionary_page_offset + 1] ^= 2
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"t.parquet: is damaged: 2 rows can be read where .* say 4; copy"):
+        list(ParquetReader(path, DEFAULT))
+    with pytest.raises(UserError, match=r"t.parquet: is damaged: 2 rows can be read where .* say 4; copy"):
+        list(ParquetFile(path, ["sequence"]).rows())
+
+
+def test_metadata_at_which_pyarrow_aborts(tmp_path: Path) -> None:
+    """A list without entries of the statistics of a column is said to have two."""
+    path = write(tmp_path, pa.table({"sequence": ["MKTL"] * 10}))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\x19\x06\x19\x26", b"\x19\x26\x19\x26", 1))
+    with pytest.raises(UserError, match=r"t.parquet: is not a readable Parquet file \(.* histogram size"):
+        list(ParquetReader(path, DEFAULT))
+
+
+def test_white_space_in_cells(tmp_path: Path) -> None:
+    """What wraps or groups residues is removed; a control character is no residue."""
+    path = write(tmp_path, pa.table({"sequence": ["MK T\r\nL\tA\n"]}))
+    assert [record.residues for record in ParquetReader(path, DEFAULT)] == [b"MKTLA"]
+    for stray in "\v\f\x1f\xa0":
+        path = write(tmp_path, pa.table({"sequence": [f"MK{stray}T"]}))
+        with pytest.raises(UserError, match="in the sequence of '1' is no residue"):
+            list(ParquetReader(path, DEFAULT))
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
