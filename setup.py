@@ -44,6 +44,7 @@ DEV = [
     "tape-proteins==0.5",
     "peft>=0.13",
     "dnaio>=1.2",
+    "fiddle>=0.3",  # in which NeMo 2 stores configurations
     # Tables that the Python interface takes.
     "pandas>=2.2",
     "polars>=1.0",

@@ -336,12 +336,17 @@ def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(info, io.BytesIO(content))
 
 
-def write_nemo2(reference: Truth, folder: Path) -> Path:
-    """A BioNeMo 2 directory: stacked layers, prefix ``module.``, byte objects beside the tensors."""
-    import torch.distributed.checkpoint as dcp
+def unpacked(archive: Path) -> Path:
+    """A directory with the members of a ``.nemo`` archive."""
+    path = archive.with_name("unpacked")
+    with tarfile.open(archive) as members:
+        members.extractall(path, filter="data")
+    return path
 
-    old, path = reference.state, folder / "nemo2"
-    (path / "context").mkdir(parents=True)
+
+def nemo2_state(reference: Truth) -> dict[str, Tensor]:
+    """The names of Megatron-Core with stacked layers, vocabulary padded to 128 rows of zeros."""
+    old = reference.state
     new: dict[str, Any] = {
         "embedding.word_embeddings.weight": pad(old["embed_tokens.weight"], 128),
         "output_layer.bias": pad(old["lm_head.bias"], 128),
@@ -362,7 +367,16 @@ def write_nemo2(reference: Truth, folder: Path) -> Path:
         }
         for name, get in parts.items():
             new[f"encoder.layers.{name}"] = torch.stack([get(n) for n in range(L)])
-    state: dict[str, Any] = {f"module.{name}": value.clone() for name, value in new.items()}
+    return new
+
+
+def write_nemo2(reference: Truth, folder: Path) -> Path:
+    """A BioNeMo 2 directory: stacked layers, prefix ``module.``, byte objects beside the tensors."""
+    import torch.distributed.checkpoint as dcp
+
+    path = folder / "nemo2"
+    (path / "context").mkdir(parents=True)
+    state: dict[str, Any] = {f"module.{name}": x.clone() for name, x in nemo2_state(reference).items()}
     state["module.encoder.layers.mlp.linear_fc1._extra_state/shard_0_4"] = io.BytesIO(b"not opened")
     state["optimizer.state.exp_avg.module.output_layer.bias"] = torch.zeros(128)
     dcp.save(state, checkpoint_id=path / "weights", no_dist=True)

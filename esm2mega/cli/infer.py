@@ -57,6 +57,9 @@ _PACK_TOKENS = click.option(
 @click.option("--dtype", metavar="fp32|fp16|bf16", help="Data type of the output [default: fp32].")
 @click.option("--layout", metavar="ragged|bionemo", help="Layout of HDF5 files [default: ragged].")
 @click.option(
+    "--compression", metavar="none|gzip|lzf", help="Compression with --layout bionemo [default: none]."
+)
+@click.option(
     "--too-long",
     metavar="error|crop|chunk",
     help="What to do with proteins longer than --max-seq-length [default: error].",
@@ -95,7 +98,8 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
         "infer.outputs": _list(options["include"]),
         "infer.layers": _list(options["layers"]),
         **{
-            f"infer.{name}": options[name] for name in ("pooling", "precision", "dtype", "layout", "too_long")
+            f"infer.{name}": options[name]
+            for name in ("pooling", "precision", "dtype", "layout", "compression", "too_long")
         },
         "infer.max_seq_length": options["max_seq_length"],
         "infer.micro_batch_tokens": options["pack_tokens"],

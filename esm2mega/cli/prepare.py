@@ -31,6 +31,10 @@ def prepare() -> None:
 )
 @click.option("--test-size", default=0, metavar="N", help="Sequences held out for testing.")
 @click.option(
+    "--valid", metavar="FILE", help="Sequences for validation, instead of --val-size; left out of training."
+)
+@click.option("--test", metavar="FILE", help="The same for testing, instead of --test-size.")
+@click.option(
     "--split",
     metavar="N,N,N",
     help="Sizes of train, valid and test, one behind the other; or shares, as Megatron-LM takes them.",
@@ -72,6 +76,8 @@ def prepare_fasta_command(
     out: str,
     valid_size: int,
     test_size: int,
+    valid: str | None,
+    test: str | None,
     split: str | None,
     seed: int,
     workers: int | None,
@@ -88,7 +94,8 @@ def prepare_fasta_command(
     from esm2mega.report.progress import show_bytes
 
     options = PrepareOptions(SourceOptions(**source), workers, int(shard_size * 2**10) << 20)
-    report = prepare_fasta(inputs, out, valid_size, test_size, seed, options, show_bytes, split)
+    given = {name: path for name, path in (("valid", valid), ("test", test)) if path is not None}
+    report = prepare_fasta(inputs, out, valid_size, test_size, seed, options, show_bytes, given, split)
     click.echo("\n".join(report.lines()))
 
 

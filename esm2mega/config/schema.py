@@ -249,6 +249,7 @@ class InferConfig:
     precision: str | None = _choice(None, "fp32", "bf16", "fp64")
     dtype: str = _choice("fp32", "fp32", "fp16", "bf16")
     layout: str = _choice("ragged", "ragged", "bionemo")
+    compression: str = _choice("none", "none", "gzip", "lzf")
     too_long: str = _choice("error", "error", "crop", "chunk")
     max_seq_length: int | None = None
     overlap: int | None = None

@@ -17,7 +17,7 @@ from esm2mega.checkpoint.store import load_weights
 from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TensorFilter, compare_tensors, for_task
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, Run
-from esm2mega.convert.formats.esm2mega import stacked_name
+from esm2mega.convert.files.distributed_writer import stacked_name
 from esm2mega.convert.heads.contact_head import WEIGHT, fill_head, is_regression
 from esm2mega.convert.lazy_weights import Weights
 from esm2mega.convert.start_point import StartPoint, starts_with_contact_head

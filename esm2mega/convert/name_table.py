@@ -17,7 +17,7 @@ from torch import Tensor
 from esm2mega.config.presets import ModelShape
 from esm2mega.convert import tensors
 from esm2mega.errors import UserError
-from esm2mega.model.esm2 import VOCAB_SIZE, padded_vocab_size
+from esm2mega.model.esm2 import VOCAB_SIZE
 
 TABLE = "embedding.word_embeddings.weight"
 OUTPUT_BIAS = "output_layer.bias"
@@ -102,13 +102,21 @@ VOCABULARY = Kind(
 )
 """Rows beyond the 33 tokens are padding: cut when read, none when written."""
 
-PADDED_VOCABULARY = Kind(
-    lambda parts, _: tensors.cut_vocabulary(parts[0]),
-    lambda value, _, __: [tensors.pad_vocabulary(value)],
-    part_shape=lambda shape: (padded_vocab_size(1), *shape[1:]),
-    least_rows=VOCAB_SIZE,
-)
-"""Rows beyond the 33 tokens are padding: cut when read, and written as zero rows up to 40."""
+
+def padded_vocabulary(num_rows: int, fill: float = 0.0) -> Kind:
+    """Return the kind of a vocabulary with padding, which is cut when read, and written as `fill`.
+
+    Args:
+        num_rows: Number of rows that are written, those of the 33 tokens included.
+        fill: Value of all elements of the padding.
+    """
+    return Kind(
+        lambda parts, _: tensors.cut_vocabulary(parts[0]),
+        lambda value, _, __: [tensors.pad_vocabulary(value, num_rows, fill)],
+        part_shape=lambda shape: (num_rows, *shape[1:]),
+        least_rows=VOCAB_SIZE,
+    )
+
 
 QKV = Kind(_fuse, lambda value, shape, _: _split(value, shape), _third)
 """The other format has three projections, ours has one that is fused head-major."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esm2mega.model.esm2 import VOCAB_SIZE, padded_vocab_size
+from esm2mega.model.esm2 import VOCAB_SIZE
 from esm2mega.model.rotary import rotary_frequencies
 
 
@@ -53,12 +53,9 @@ def cut_vocabulary(x: Tensor) -> Tensor:
     return x[:VOCAB_SIZE]
 
 
-def pad_vocabulary(x: Tensor) -> Tensor:
-    """Append zero rows up to the number that the token table has in a checkpoint: ``[33, *] -> [40, *]``.
-
-    Zeros suffice for the bias too, since the model cuts off the logits of padding before any softmax.
-    """
-    return torch.cat((x, x.new_zeros(padded_vocab_size(1) - VOCAB_SIZE, *x.shape[1:])))
+def pad_vocabulary(x: Tensor, num_rows: int, fill: float = 0.0) -> Tensor:
+    """Append rows of the value `fill`: ``[33, *] -> [num_rows, *]``."""
+    return torch.cat((x, x.new_full((num_rows - VOCAB_SIZE, *x.shape[1:]), fill)))
 
 
 def frequencies_note(inv_freq: Tensor, head_dim: int) -> str:

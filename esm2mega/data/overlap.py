@@ -9,7 +9,7 @@ Legend: ``n`` proteins of a block.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -127,24 +127,62 @@ def find_overlap(proteins: Sequences, others: Sequences) -> Overlap | None:
     return Overlap(count, *first) if count else None
 
 
+class KnownSequences:
+    """Finds the proteins of some sets again in others, in memory of 24 bytes for each of them."""
+
+    def __init__(self, sets: Iterable[Sequences]) -> None:
+        """Read the ends of all proteins of the sets."""
+        self._sets = list(sets)
+        found = [
+            (keys, np.full(len(rows), number), rows)
+            for number, proteins in enumerate(self._sets)
+            for rows, keys in _blocks(proteins)
+        ]
+        keys, owners, rows = (np.concatenate(column) for column in zip(*found, strict=True))
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._owners, self._rows = keys[order], owners[order], rows[order]
+        # Digests of the proteins whose keys were met, by the place of the first of each key.
+        self._digests: dict[int, set[bytes]] = {}
+
+    def contains(self, proteins: Sequences, rows: range) -> npt.NDArray[np.bool_]:
+        """Return for each of the rows of `proteins` whether the protein is in one of the sets, ``[n]``."""
+        keys = _keys(proteins, np.asarray(rows))
+        begins = np.searchsorted(self._keys, keys)
+        ends = np.searchsorted(self._keys, keys, side="right")
+        known = np.zeros(len(rows), dtype=np.bool_)
+        for place in np.flatnonzero(ends > begins).tolist():
+            begin, end = int(begins[place]), int(ends[place])
+            if begin not in self._digests:
+                owned = zip(self._owners[begin:end].tolist(), self._rows[begin:end].tolist(), strict=True)
+                self._digests[begin] = {_digest(self._sets[owner], row) for owner, row in owned}
+            known[place] = _digest(proteins, rows[place]) in self._digests[begin]
+        return known
+
+
 def _blocks(proteins: Sequences) -> Iterator[tuple[npt.NDArray[np.int64], Keys]]:
     """Yield the rows of blocks of proteins, ``[n]``, and keys that are equal for equal proteins, ``[n]``."""
     for first in range(0, len(proteins), _BLOCK):
         rows = np.arange(first, min(first + _BLOCK, len(proteins)))
-        lengths = np.asarray(proteins.lengths[first : first + len(rows)], dtype=np.int64)
-        starts = np.asarray(proteins.starts[first : first + len(rows)], dtype=np.int64)
-        # [n, 8]; of a shorter protein the last residue is read again and again.
-        steps = np.minimum(np.arange(_END), np.maximum(lengths - 1, 0)[:, None])
-        last = len(proteins.tokens) - 1
-        head = proteins.tokens[np.minimum(starts[:, None] + steps, last)]
-        tail = proteins.tokens[np.minimum(np.maximum(starts + lengths - 1, 0)[:, None] - steps, last)]
-        numbers = [np.ascontiguousarray(end).view(np.uint64)[:, 0] for end in (head, tail)]
-        numbers.append(lengths.astype(np.uint64))
-        key = np.zeros(len(rows), dtype=np.uint64)
-        for factor, number in zip(_ODD, numbers, strict=True):
-            key = (key ^ number) * factor
-            key ^= key >> np.uint64(32)
-        yield rows, key
+        yield rows, _keys(proteins, rows)
+
+
+def _keys(proteins: Sequences, rows: npt.NDArray[np.int64]) -> Keys:
+    """Return keys of neighbouring rows, which are equal for equal proteins, ``[n]``."""
+    block = slice(rows[0], rows[-1] + 1)
+    lengths = np.asarray(proteins.lengths[block], dtype=np.int64)
+    starts = np.asarray(proteins.starts[block], dtype=np.int64)
+    # [n, 8]; of a shorter protein the last residue is read again and again.
+    steps = np.minimum(np.arange(_END), np.maximum(lengths - 1, 0)[:, None])
+    last = len(proteins.tokens) - 1
+    head = proteins.tokens[np.minimum(starts[:, None] + steps, last)]
+    tail = proteins.tokens[np.minimum(np.maximum(starts + lengths - 1, 0)[:, None] - steps, last)]
+    numbers = [np.ascontiguousarray(end).view(np.uint64)[:, 0] for end in (head, tail)]
+    numbers.append(lengths.astype(np.uint64))
+    key = np.zeros(len(rows), dtype=np.uint64)
+    for factor, number in zip(_ODD, numbers, strict=True):
+        key = (key ^ number) * factor
+        key ^= key >> np.uint64(32)
+    return key
 
 
 def _digest(proteins: Sequences, row: int) -> bytes:

@@ -114,6 +114,8 @@ class EmbedJob(Job):
             "too_long": infer.too_long,
             "max_seq_length": self._limits.width,
             "overlap": self._limits.overlap if infer.too_long == "chunk" else 0,
+            # Only where there is some: outputs of earlier versions are found to be the same.
+            **({} if infer.compression == "none" else {"compression": infer.compression}),
         }
 
     def contents(self, store: TokenStore, attributes: dict[str, Any]) -> Embeddings:

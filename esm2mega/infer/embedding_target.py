@@ -24,9 +24,11 @@ class EmbeddingTarget(OutputTarget):
 
     Attributes:
         outputs: Value of `infer.outputs`.
+        compression: Value of `infer.compression`.
     """
 
     outputs: Sequence[str]
+    compression: str = "none"
 
     @classmethod
     def of(cls, out: str | Path, infer: InferConfig, model: ModelConfig) -> EmbeddingTarget:
@@ -52,13 +54,17 @@ class EmbeddingTarget(OutputTarget):
             if infer.dtype == "bf16":
                 raise UserError("--layout bionemo is read by programs without bf16; set --dtype fp32 or fp16")
             kind = "bionemo"
+        elif infer.compression != "none":
+            raise UserError(
+                f"--compression {infer.compression} is for --layout bionemo, {out} has another; leave it out"
+            )
         if kind == "parquet":
             from esm2mega.infer.exports import check_parquet
 
             check_parquet()
             if infer.dtype == "bf16":
                 raise UserError("Parquet has no bf16; set --dtype fp32 or fp16")
-        return cls(path, kind, infer.outputs)
+        return cls(path, kind, infer.outputs, infer.compression)
 
     @property
     def finals(self) -> Mapping[str, Path]:
@@ -72,7 +78,9 @@ class EmbeddingTarget(OutputTarget):
         from esm2mega.infer import exports, hdf5
 
         if self.format == "bionemo":
-            return lambda path, contents, arrays: hdf5.write_bionemo(path, kind, contents, arrays)
+            return lambda path, contents, arrays: hdf5.write_bionemo(
+                path, kind, contents, arrays, self.compression
+            )
         return {"npz": exports.write_npz, "parquet": exports.write_parquet, "pt": exports.write_pt}[
             self.format
         ]

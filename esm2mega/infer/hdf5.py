@@ -106,7 +106,7 @@ def bionemo_paths(out: Path) -> dict[str, Path]:
     }
 
 
-def write_bionemo(path: Path, kind: str, contents: Embeddings, arrays: ArrayFile) -> None:
+def write_bionemo(path: Path, kind: str, contents: Embeddings, arrays: ArrayFile, compression: str) -> None:
     """Write a data set per protein, named by its number from 0, with its id as attribute ``original_id``.
 
     Args:
@@ -114,14 +114,17 @@ def write_bionemo(path: Path, kind: str, contents: Embeddings, arrays: ArrayFile
         kind: ``residue`` for data sets ``[L, h]``, ``pooled`` for ``[h]``.
         contents: Contents of the output, with one layer.
         arrays: File that holds the values.
+        compression: Value of `infer.compression`.
     """
+    filter_name = None if compression == "none" else compression
     (name,) = (name for name in contents.specs if name.startswith(f"{kind}/"))
     values = arrays.read(name)
     with h5py.File(path, "w") as file:
         write_attributes(file, contents.attributes)
         for number, protein in enumerate(contents.ids()):
             rows = values[contents.rows(name, number)]
-            entry = file.create_dataset(str(number), data=rows if kind == "residue" else rows[0])
+            data = rows if kind == "residue" else rows[0]
+            entry = file.create_dataset(str(number), data=data, compression=filter_name)
             entry.attrs["original_id"] = protein
             if contents.truncated[number]:
                 entry.attrs["truncated"] = True

@@ -25,7 +25,7 @@ WRITERS: dict[str, tuple[Callable[[Any, Path], Path], str | None]] = {
     "te": (foreign.write_te, "back"),
     "cerebras": (foreign.write_cerebras, "back.mdl"),
     "nemo1": (foreign.write_nemo1, None),
-    "nemo2": (foreign.write_nemo2, None),
+    "nemo2": (foreign.write_nemo2, "back"),
     "tape": (foreign_bert.write_tape, "back"),
     "proteinlm": (foreign_bert.write_proteinlm, "back"),
     "megatron": (foreign_bert.write_megatron, None),

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import AUXILIARY, write_auxiliary
 from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.checkpoint.digests import write_digests
 from esm2mega.checkpoint.tensor_filter import TASK_HEAD
-from esm2mega.checkpoint.tensors import TensorInfo
-from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.load import load_run
 from esm2mega.config.presets import PRESETS, shape_of
 from esm2mega.config.scalars import as_word
 from esm2mega.config.schema import DataConfig, Run, TaskConfig
+from esm2mega.convert.files.distributed_writer import write_distributed
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import DistributedStore, JoinedStore, SafetensorsStore
 from esm2mega.convert.heads.user_code import recorded_code
@@ -31,21 +29,21 @@ from esm2mega.convert.name_table import (
     CONTACT_HEAD,
     FINAL_NORM,
     FREQUENCIES,
-    LAYER,
     OUTPUT_BIAS,
-    PADDED_VOCABULARY,
     POOLER,
     POSITIONS,
     TABLE,
     NameTable,
     Shape,
     TableRow,
+    padded_vocabulary,
 )
 from esm2mega.convert.reading import from_store
 from esm2mega.convert.writing import OutputReader, outputs
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.model.build import DTYPES
+from esm2mega.model.esm2 import padded_vocab_size
 
 IS_DIRECTORY = True
 FAMILIES = ("esm2", "proteinbert_preln", "proteinbert_postln")
@@ -56,10 +54,12 @@ def _kept(prefix: str) -> TableRow:
     return TableRow(prefix + "{p}", prefix + "{p}", optional=True)
 
 
+# Zeros suffice for the bias too, since the model cuts off the logits of padding before any softmax.
+_PADDED = padded_vocabulary(padded_vocab_size(1))
 _COMMON = (
-    TableRow(TABLE, TABLE, PADDED_VOCABULARY),
+    TableRow(TABLE, TABLE, _PADDED),
     *(TableRow(name, name) for name in BODY),
-    TableRow(OUTPUT_BIAS, OUTPUT_BIAS, PADDED_VOCABULARY),
+    TableRow(OUTPUT_BIAS, OUTPUT_BIAS, _PADDED),
 )
 NAMES = NameTable((*_COMMON, TableRow(FREQUENCIES, FREQUENCIES), _kept(CONTACT_HEAD)))
 BERT_NAMES = NameTable((*_COMMON, TableRow(POSITIONS, POSITIONS), _kept(POOLER)))
@@ -180,18 +180,8 @@ def write(weights: Weights, path: Path, run: Run | None = None) -> None:
     parts = OutputReader(weights, planned)
     kept = is_auxiliary(weights.description)
     auxiliary = [name for name in planned if kept(name)]
-    whole: dict[str, StackedTensor] = {}
-    for name, output in planned.items():
-        if name not in auxiliary:
-            stacked, layer = stacked_name(name)
-            layers = None if layer is None else weights.description.shape.num_layers
-            shape = output.info.shape if layers is None else (layers, *output.info.shape)
-            whole[stacked] = StackedTensor(TensorInfo(shape, output.info.dtype), layers)
-
-    def read_chunk(name: str, layer: int | None) -> Tensor:
-        return parts(name if layer is None else name.replace("encoder.layers.", LAYER.format(n=layer), 1))
-
-    write_weights(path / layout.MODEL, whole, read_chunk)
+    model = {name: output.info for name, output in planned.items() if name not in auxiliary}
+    write_distributed(path / layout.MODEL, model, parts, weights.description.shape.num_layers)
     write_auxiliary(path, {name: parts(name).clone() for name in auxiliary})
     layout.write_description(path, run, _state(weights))
     write_digests(path)
@@ -202,12 +192,6 @@ def is_auxiliary(description: Description) -> Callable[[str], bool]:
     always = (CONTACT_HEAD, POOLER)
     prefixes = always if description.final_layernorm else (*always, FINAL_NORM)
     return lambda name: name.startswith(prefixes)
-
-
-def stacked_name(name: str) -> tuple[str, int | None]:
-    """Return the stored name of a tensor, without the layer, and the layer or None."""
-    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)", name)
-    return (f"encoder.layers.{match[2]}", int(match[1])) if match else (name, None)
 
 
 def run_of(description: Description) -> Run:

@@ -1,4 +1,4 @@
-"""Reads ``.nemo`` archives of BioNeMo 1 and NeMo 1: ``model_config.yaml`` and one weights file per rank.
+"""Reads ``.nemo`` of BioNeMo 1 and NeMo 1, packed or not: ``model_config.yaml``, one weights file per rank.
 
 Layout and names are those of BioNeMo framework 1.10, ``bionemo/model/protein/esm1nv``, and NeMo 1.23. The
 activation is the erf form of GELU unless ``bias_gelu_fusion`` is on.
@@ -7,7 +7,6 @@ activation is the erf form of GELU unless ``bias_gelu_fusion`` is on.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from esm2mega.convert.files import pickles
-from esm2mega.convert.files.archives import TarFile
+from esm2mega.convert.files.archives import TarFile, UnpackedArchive
 from esm2mega.convert.files.ranks import RankStore, megatron_rows
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, flag_from, shape_from
@@ -43,19 +42,20 @@ NAMES = NameTable(
 
 
 def matches(source: SourceFiles) -> bool:
-    """Tell whether this is a ``.nemo`` file."""
-    return source.path.is_file() and source.path.suffix == ".nemo"
+    """Tell whether this is a ``.nemo`` file, or a directory with the members of one."""
+    is_packed = source.path.is_file() and source.path.suffix == ".nemo"
+    return is_packed or (source.path / _CONFIG).is_file()
 
 
 def read(source: SourceFiles, drop: Sequence[str] = ()) -> Weights:
-    """Read an archive; its weights are copied to a temporary directory first, to be mapped into memory."""
+    """Read an archive or a directory; packed weights are copied to a temporary directory and mapped there."""
     description, store = open_archive(source.path)
     return from_store(store, NAMES, description, drop=drop)
 
 
 def open_archive(path: Path) -> tuple[Description, RankStore]:
-    """Open an archive: its description and whole tensors, under names without ``model.``."""
-    archive = TarFile(path)
+    """Open an archive or directory: description and whole tensors, under names without ``model.``."""
+    archive = UnpackedArchive(path) if path.is_dir() else TarFile(path)
     location, config = path / _CONFIG, _config(path, archive)
     shape = shape_from(
         location, config, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"
@@ -73,7 +73,7 @@ def open_archive(path: Path) -> tuple[Description, RankStore]:
     return description, RankStore(path, _stages(path, archive))
 
 
-def _config(path: Path, archive: TarFile) -> dict[str, Any]:
+def _config(path: Path, archive: TarFile | UnpackedArchive) -> dict[str, Any]:
     try:
         config = yaml.safe_load(archive.read_text(_CONFIG))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -83,7 +83,7 @@ def _config(path: Path, archive: TarFile) -> dict[str, Any]:
     return config
 
 
-def _stages(path: Path, archive: TarFile) -> list[list[dict[str, Tensor]]]:
+def _stages(path: Path, archive: TarFile | UnpackedArchive) -> list[list[dict[str, Tensor]]]:
     """Return the tensors of each pipeline stage and tensor-parallel rank, under names without ``model.``."""
     ranks: dict[tuple[int, int], str] = {}
     for name in archive.members:
@@ -97,18 +97,10 @@ def _stages(path: Path, archive: TarFile) -> list[list[dict[str, Tensor]]]:
         raise UserError(
             f"{path}: holds {len(ranks)} weights files, not a complete set of ranks; copy the archive again"
         )
-    return [
-        [_tensors(path, archive, ranks[stage, rank]) for rank in range(width)] for stage in range(num_stages)
-    ]
+    return [[_tensors(archive, ranks[stage, rank]) for rank in range(width)] for stage in range(num_stages)]
 
 
-def _tensors(path: Path, archive: TarFile, member: str) -> dict[str, Tensor]:
-    # The mapping outlives the name of the file, so nothing is left behind, whatever happens next.
-    with tempfile.TemporaryDirectory(prefix="esm2mega-") as folder:
-        file = Path(folder) / "model_weights.ckpt"
-        archive.copy(member, file)
-        try:
-            tensors = pickles.flat_tensors(file, pickles.load_pickle(file))
-        except UserError as error:
-            raise UserError(str(error).replace(str(file), f"{path}: {member}")) from error
+def _tensors(archive: TarFile | UnpackedArchive, member: str) -> dict[str, Tensor]:
+    with archive.file(member) as file:
+        tensors = pickles.flat_tensors(file, pickles.load_pickle(file))
     return {re.sub(r"^model\.(module\.)?", "", name): value for name, value in tensors.items()}

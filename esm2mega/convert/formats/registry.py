@@ -30,7 +30,7 @@ READABLE = {
 }
 """The keys are the names of the formats as users write them, the values are the modules of this package."""
 
-WRITABLE = ("esm2mega", "hf", "fair-esm", "te", "cerebras", "tape", "proteinlm")
+WRITABLE = ("esm2mega", "hf", "fair-esm", "te", "nemo2", "cerebras", "tape", "proteinlm")
 
 
 WITH_OTHER_HEADS = ("esm2mega", "hf", "tape", "proteinlm")

@@ -13,16 +13,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from esm2mega import vocabulary
-from esm2mega.data import counter_rng
 from esm2mega.data.overlap import find_overlap
 from esm2mega.data.readers import text
 from esm2mega.data.readers.base import ByteProgress, RecordSource, SourceOptions
@@ -31,16 +29,23 @@ from esm2mega.data.readers.streams import spooled
 from esm2mega.data.store.manifest import StoreCounts
 from esm2mega.data.store.parts import Part, default_workers, write_parts
 from esm2mega.data.store.shards import SHARD_BYTES, SHARD_UNIT
+from esm2mega.data.store.splits import (
+    LEFT_OUT,
+    SPLITS,
+    DrawnSplits,
+    GivenSplits,
+    PositionalSplits,
+    Splits,
+    shares_of,
+)
 from esm2mega.data.store.staging import check_new, staging_directory
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
-from esm2mega.files import shortened
-
-SPLITS = ("train", "valid", "test")
-TRAIN = SPLITS.index("train")
 
 OpenProgress = Callable[[str, int], AbstractContextManager[ByteProgress | None]]
 """This shows the progress of a stage, given its name and the number of bytes to go through."""
+
+_NOTHING: Mapping[str, str | Path] = MappingProxyType({})
 
 # Parts are merged in batches of this many proteins: some tens of MB of residues, however large a part is.
 _MERGED_RECORDS = 1 << 16
@@ -100,13 +105,15 @@ def prepare_fasta(
     seed: int = 1234,
     options: PrepareOptions = PrepareOptions(),
     open_progress: OpenProgress | None = None,
-    split: str | None = None,
+    given: Mapping[str, str | Path] = _NOTHING,
+    shares: str | None = None,
 ) -> PrepareReport:
-    """Write `out/train` and, for sizes above 0, `out/valid` and `out/test`.
+    """Write `out/train` and, for sizes above 0 or files, `out/valid` and `out/test`.
 
     The held-out proteins are drawn at random without replacement, and depend only on `seed` and on the number
-    of sequences; or the splits lie one behind the other. Every split keeps the order of the input. A sequence
-    that the input repeats may be in several splits, which a note says.
+    of sequences; or the splits lie one behind the other in the input. A sequence that the input repeats may
+    be in several splits, which a note says. Proteins of files given for validation and test are left out of
+    the training store. Every split keeps the order of its input.
 
     Args:
         inputs: files in any format of `sources`, or streams, read in this order.
@@ -116,40 +123,49 @@ def prepare_fasta(
         seed: seed of the split.
         options: how to read, number of processes, size of files.
         open_progress: shows the progress of each stage.
-        split: sizes of the splits that lie one behind the other in the input, such as ``900,50,50``, instead
-            of a draw. They are shares, and exact if they add up to the number of sequences.
+        given: files of the splits ``valid`` and ``test``, in any format of `sources`, instead of sizes.
+        shares: sizes of the splits that lie one behind the other, such as ``900,50,50``, instead of a draw.
+            They are exact if they add up to the number of sequences.
 
     Returns:
         The counts of each split, and notes for the user.
     """
     out = Path(out)
-    _check_arguments(inputs, out, valid_size, test_size, options)
-    shares = None if split is None else _shares_of(split, valid_size, test_size)
-    with spooled(inputs, options.source.sequence_column) as files:
+    _check_arguments(inputs, given, out, valid_size, test_size, options)
+    numbers = None if shares is None else shares_of(shares)
+    if shares is not None and (valid_size or test_size or given):
+        raise UserError(
+            f"--split {shares} and --val-size, --test-size, --valid or --test exclude each other; give one"
+        )
+    with spooled([*inputs, *given.values()], options.source.sequence_column) as files:
         sources = [open_source(path, options.source) for path in files.paths]
 
-        def hold_out(total: int) -> _HeldOut:
-            if shares is not None:
-                return _HeldOut.by_position(total, shares)
-            return _HeldOut.draw(total, valid_size, test_size, seed)
+        def split(parts: Sequence[Part]) -> Splits:
+            if given:
+                names = {name: Path(path).name for name, path in given.items()}
+                return GivenSplits(len(inputs), names, parts)
+            total = sum(part.sequences for part in parts)
+            if numbers is not None:
+                return PositionalSplits(total, numbers)
+            return DrawnSplits(total, valid_size, test_size, seed)
 
-        report = _prepare(sources, out, hold_out, options, open_progress or _no_progress)
+        report = _prepare(sources, out, split, options, open_progress or _no_progress)
         return replace(report, notes=[files.shown(note) for note in report.notes])
 
 
 def _prepare(
     sources: Sequence[RecordSource],
     out: Path,
-    hold_out: Callable[[int], _HeldOut],
+    split: Callable[[Sequence[Part]], Splits],
     options: PrepareOptions,
     open_progress: OpenProgress,
 ) -> PrepareReport:
-    """Write the stores of opened sources; `hold_out` chooses the held-out ones of a number of sequences."""
+    """Write the stores of opened sources; `split` makes the splits of the parts that these become."""
     with staging_directory(out) as staging:
         try:
             parts = _write_parts(sources, staging / "parts", options, open_progress)
-            held_out = hold_out(sum(part.sequences for part in parts))
-            merger = _Merger(sources, parts, held_out, staging / "out", options.shard_bytes)
+            splits = split(parts)
+            merger = _Merger(sources, parts, splits, staging / "out", options.shard_bytes)
             counts = merger.run(open_progress)
             os.rename(staging / "out", out)
         except MachineError:
@@ -161,23 +177,28 @@ def _prepare(
     notes = [note for source in sources for note in source.notes()]
     if resumed := sum(part.resumed for part in parts):
         notes.append(f"{out}: {resumed} of {len(parts)} parts were finished by an earlier attempt")
-    return PrepareReport(out, counts, [*notes, *_repeats(out, list(counts))])
+    return PrepareReport(out, counts, [*notes, *splits.notes(out), *_repeats(out, splits)])
 
 
-def _repeats(out: Path, splits: Sequence[str]) -> list[str]:
-    """Return a line for each two splits that share proteins: those drawn may have equals in the input."""
-    stores = {split: TokenStore(out / split) for split in splits}
+def _repeats(out: Path, splits: Splits) -> list[str]:
+    """Return a line for each two splits that share proteins."""
+    stores = [TokenStore(out / split) for split in splits.names()]
     return [
-        f"{store.path}: {found.count:,} of {len(store):,} sequences are also in {other.path}, since the "
-        f"input repeats them; the first is {store.id(found.row)!r}. Training refuses such splits: prepare "
-        "them again from an input without repeats, or train with data.allow_overlap=true"
-        for other, store in combinations(stores.values(), 2)
+        f"{store.path}: {found.count:,} of {len(store):,} sequences are also in {other.path}, since "
+        f"{splits.cause}; the first is {store.id(found.row)!r}. Training refuses such splits: prepare "
+        f"them again {splits.cure}, or train with data.allow_overlap=true"
+        for other, store in combinations(stores, 2)
         if (found := find_overlap(store, other)) is not None
     ]
 
 
 def _check_arguments(
-    inputs: Sequence[str | Path], out: Path, valid_size: int, test_size: int, options: PrepareOptions
+    inputs: Sequence[str | Path],
+    given: Mapping[str, str | Path],
+    out: Path,
+    valid_size: int,
+    test_size: int,
+    options: PrepareOptions,
 ) -> None:
     if not inputs:
         raise UserError("no input: name at least one file of sequences")
@@ -185,6 +206,7 @@ def _check_arguments(
     for position, path in enumerate(resolved):
         if path in resolved[:position]:
             raise UserError(f"{inputs[position]}: given twice; name each file once")
+    _check_given(inputs, given, is_drawn=bool(valid_size or test_size))
     for name, size in (("val-size", valid_size), ("test-size", test_size)):
         if size < 0:
             raise UserError(f"--{name}={size} is negative; give a number of sequences, 0 for none")
@@ -197,18 +219,17 @@ def _check_arguments(
     check_new(out)
 
 
-def _shares_of(split: str, valid_size: int, test_size: int) -> list[int]:
-    """Read ``--split``."""
-    words = [word.strip() for word in split.split(",")]
-    are_numbers = all(word.isascii() and word.isdecimal() and len(word) < 16 for word in words)
-    if len(words) != len(SPLITS) or not are_numbers or not int(words[TRAIN]):
+def _check_given(inputs: Sequence[str | Path], given: Mapping[str, str | Path], is_drawn: bool) -> None:
+    """Refuse files of splits beside sizes, and one file for two purposes."""
+    if given and is_drawn:
         raise UserError(
-            f"--split {shortened(split)}: give three whole numbers, for train, valid and test, the first "
-            "above 0, such as 900,50,50"
+            f"--{next(iter(given))} names a file of held-out sequences, --val-size and --test-size draw them "
+            "from the input; give one or the other"
         )
-    if valid_size or test_size:
-        raise UserError(f"--split {split} and --val-size or --test-size exclude each other; give one of them")
-    return [int(word) for word in words]
+    purposes = {Path(path).resolve(): "an input" for path in inputs}
+    for name, path in given.items():
+        if (other := purposes.setdefault(Path(path).resolve(), f"--{name}")) != f"--{name}":
+            raise UserError(f"{path}: given both as {other} and as --{name}; each has a file of its own")
 
 
 @contextmanager
@@ -229,68 +250,6 @@ def _write_parts(
         return write_parts(sources, folder, workers, options.allow_unknown)
 
 
-@dataclass(frozen=True)
-class _HeldOut:
-    """Says which records, by position over all inputs, go to which split.
-
-    Attributes:
-        records: positions of the held-out records, ascending, int64 [m].
-        splits: index into `SPLITS` of each, int64 [m].
-        provenance: the manifest's entry about the split.
-    """
-
-    records: npt.NDArray[np.int64]
-    splits: npt.NDArray[np.int64]
-    provenance: dict[str, Any]
-
-    @staticmethod
-    def draw(total: int, valid_size: int, test_size: int, seed: int) -> _HeldOut:
-        """Draw the splits: the first records of a random order are for validation, the next for test."""
-        held_out = valid_size + test_size
-        if not held_out:
-            nothing = np.zeros(0, dtype=np.int64)
-            return _HeldOut(nothing, nothing, {})
-        if held_out >= total:
-            raise UserError(
-                f"--val-size={valid_size} and --test-size={test_size} leave nothing to train on: "
-                f"the input has {total} sequences; hold out fewer than that"
-            )
-        drawn = counter_rng.permute(np.arange(held_out), total, seed, counter_rng.Purpose.SPLIT)
-        order = np.argsort(drawn)
-        splits = np.where(np.arange(len(drawn)) < valid_size, SPLITS.index("valid"), SPLITS.index("test"))
-        provenance = {"seed": seed, "valid_size": valid_size, "test_size": test_size, "total": total}
-        return _HeldOut(drawn[order], splits[order], provenance)
-
-    @staticmethod
-    def by_position(total: int, shares: Sequence[int]) -> _HeldOut:
-        """Take the splits one behind the other, with the rounding of Megatron-LM's ``--split``."""
-        borders = [0]
-        for share in shares:
-            borders.append(borders[-1] + round(Fraction(share * total, sum(shares))))
-        # Rounding may leave or take too much, which the first split makes up for.
-        excess = borders[-1] - total
-        first, second, _ = (max(0, border - excess) for border in borders[1:])
-        if not first:
-            raise UserError(
-                f"--split {','.join(map(str, shares))} leaves nothing to train on: the input has {total} "
-                "sequences; give the first a larger share"
-            )
-        records = np.arange(first, total, dtype=np.int64)
-        splits = np.where(records < second, SPLITS.index("valid"), SPLITS.index("test"))
-        return _HeldOut(records, splits, {"positions": [first, second, total], "total": total})
-
-    def names(self) -> list[str]:
-        """Return the splits that get a record, and always `train`."""
-        return [split for index, split in enumerate(SPLITS) if index == TRAIN or index in self.splits]
-
-    def of_records(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """Return the index into `SPLITS` of each of the records `first` to `first + count - 1`, [count]."""
-        assigned = np.full(count, TRAIN, dtype=np.int64)
-        begin, end = np.searchsorted(self.records, (first, first + count))
-        assigned[self.records[begin:end] - first] = self.splits[begin:end]
-        return assigned
-
-
 class _Merger:
     """Puts the records of all parts, in order, into the stores of their splits."""
 
@@ -298,11 +257,11 @@ class _Merger:
         self,
         sources: Sequence[RecordSource],
         parts: Sequence[Part],
-        held_out: _HeldOut,
+        splits: Splits,
         folder: Path,
         shard_bytes: int,
     ) -> None:
-        self._sources, self._parts, self._held_out = sources, parts, held_out
+        self._sources, self._parts, self._splits = sources, parts, splits
         self._folder, self._shard_bytes = folder, shard_bytes
         self._done = 0
 
@@ -313,49 +272,61 @@ class _Merger:
         kept = [part for part in self._parts if part.path is not None]
         total = sum(part.residues for part in kept)
         with open_progress("merge", total) as progress, ExitStack() as stack:
-            writers = [
-                stack.enter_context(StoreWriter(self._folder / name, self._shard_bytes))
-                for name in self._held_out.names()
-            ]
-            by_split = dict(zip(self._held_out.names(), writers, strict=True))
+            writers = {
+                name: stack.enter_context(StoreWriter(self._folder / name, self._shard_bytes))
+                for name in self._splits.names()
+            }
             for part in kept:
-                self._add(part, by_split)
+                self._add(part, writers)
                 if progress is not None:
                     progress.update(part.residues)
-            by_split["train"].counts.dropped_sequences = sum(part.dropped for part in self._parts)
-            for name, writer in by_split.items():
-                writer.provenance["sources"] = self._provenance()
-                writer.provenance["split"] = {"name": name, **self._held_out.provenance}
-        return {name: writer.counts for name, writer in by_split.items()}
+            for part in self._parts:
+                if part.path is None:
+                    writers[self._splits.of_source(part.source)].counts.dropped_sequences += part.dropped
+            self._splits.check(writers["train"].counts.sequences)
+            for name, writer in writers.items():
+                writer.provenance["sources"] = self._provenance(name)
+                writer.provenance["split"] = {"name": name, **self._splits.provenance()}
+        return {name: writer.counts for name, writer in writers.items()}
 
     def _add(self, part: Part, writers: Mapping[str, StoreWriter]) -> None:
-        """Add a part; the counts of held-out records are moved from training to their split."""
+        """Add a part; the counts of records that do not go to its own split are moved from there."""
         store, lower_case = part.open()
-        writers["train"].counts.merge(store.counts)
+        own = self._splits.of_source(part.source)
+        writers[own].counts.merge(store.counts)
         for first in range(0, len(store), _MERGED_RECORDS):
-            stop = min(first + _MERGED_RECORDS, len(store))
-            assigned = self._held_out.of_records(self._done, stop - first)
-            for name, writer in writers.items():
-                chosen = assigned == SPLITS.index(name)
-                if not chosen.any():
+            rows = range(first, min(first + _MERGED_RECORDS, len(store)))
+            assigned = self._splits.assign(part, store, rows, self._done)
+            for split in np.unique(assigned).tolist():
+                chosen = assigned == split
+                tokens, lengths, ids, id_lengths = _chosen(store, rows, chosen)
+                if split != LEFT_OUT:
+                    writers[SPLITS[split]].append_encoded(tokens, lengths, ids, id_lengths)
+                if split == SPLITS.index(own):
                     continue
-                tokens = _append(writer, store, first, stop, chosen)
-                if name != "train":
-                    counts = StoreCounts(
-                        sequences=int(chosen.sum()),
-                        residues=len(tokens),
-                        token_counts=np.bincount(tokens, minlength=len(vocabulary.VOCAB)).tolist(),
-                        lower_case_residues=int(lower_case[first:stop][chosen].sum()),
-                        unknown_residues=int(np.count_nonzero(tokens == vocabulary.UNK)),
-                    )
-                    writer.counts.merge(counts)
-                    writers["train"].counts.merge(counts, sign=-1)
-            self._done += stop - first
+                counts = StoreCounts(
+                    sequences=int(chosen.sum()),
+                    residues=len(tokens),
+                    token_counts=np.bincount(tokens, minlength=len(vocabulary.VOCAB)).tolist(),
+                    lower_case_residues=int(lower_case[first : rows.stop][chosen].sum()),
+                    unknown_residues=int(np.count_nonzero(tokens == vocabulary.UNK)),
+                )
+                writers[own].counts.merge(counts, sign=-1)
+                if split == LEFT_OUT:
+                    writers[own].counts.dropped_sequences += counts.sequences
+                else:
+                    writers[SPLITS[split]].counts.merge(counts)
+            self._done += len(rows)
 
-    def _provenance(self) -> list[dict[str, object]]:
-        """Return name and SHA-256 of every file; the first of an input also has its number of sequences."""
+    def _provenance(self, split: str) -> list[dict[str, object]]:
+        """Return name and SHA-256 of every file that a split is taken from.
+
+        The first file of an input also has the number of its sequences.
+        """
         entries: list[dict[str, object]] = []
         for number, source in enumerate(self._sources):
+            if not self._splits.is_from(split, number):
+                continue
             sequences = sum(part.sequences for part in self._parts if part.source == number)
             for position, (name, checksum) in enumerate(source.checksums.items()):
                 entries.append({"name": name, "sha256": checksum})
@@ -364,24 +335,21 @@ class _Merger:
         return entries
 
 
-def _append(
-    writer: StoreWriter, store: TokenStore, first: int, stop: int, chosen: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.uint8]:
-    """Copy the chosen ones of the proteins `first` to `stop`, exclusive, and return their tokens.
+def _chosen(
+    store: TokenStore, rows: range, chosen: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32], bytes, npt.NDArray[np.int32]]:
+    """Return the chosen ones of some proteins as `StoreWriter.append_encoded` takes them.
 
     Args:
-        writer: writer of the split's store.
         store: store of the part.
-        first: number of the first protein.
-        stop: number behind that of the last protein.
-        chosen: which of them to copy, [stop - first].
+        rows: numbers of the proteins.
+        chosen: which of them to copy, [len(rows)].
     """
-    lengths, start = store.lengths[first:stop], int(store.starts[first])
+    lengths, start = store.lengths[rows.start : rows.stop], int(store.starts[rows.start])
     tokens = store.tokens[start : start + int(lengths.sum(dtype=np.int64))]
-    ids, id_lengths = store.encoded_ids(first, stop)
+    ids, id_lengths = store.encoded_ids(rows.start, rows.stop)
     if not chosen.all():
         tokens = tokens[np.repeat(chosen, lengths)]
         ids = np.frombuffer(ids, dtype=np.uint8)[np.repeat(chosen, id_lengths)].tobytes()
         lengths, id_lengths = lengths[chosen], id_lengths[chosen]
-    writer.append_encoded(tokens, lengths, ids, id_lengths)
-    return tokens
+    return tokens, lengths, ids, id_lengths

@@ -23,7 +23,8 @@ import numpy.typing as npt
 from esm2mega.data.readers.base import ByteProgress
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.store.manifest import StoreCounts
-from esm2mega.data.store.prepare import SPLITS, PrepareReport
+from esm2mega.data.store.prepare import PrepareReport
+from esm2mega.data.store.splits import SPLITS
 from esm2mega.data.store.staging import staged
 from esm2mega.data.store.token_store import StoreWriter
 from esm2mega.data.uniref.cluster_join import ClusterTable, append_proteins, protein_batches, provenance

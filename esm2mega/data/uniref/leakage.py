@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega.data import counter_rng
-from esm2mega.data.store.prepare import SPLITS
+from esm2mega.data.store.splits import SPLITS
 from esm2mega.data.uniref.id_index import IdIndex
 from esm2mega.data.uniref.mapping import shown
 from esm2mega.errors import UserError

@@ -37,6 +37,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(reference, folder)
     foreign.write_nemo1(reference, folder)
     foreign.write_nemo2(reference, folder)
+    foreign.unpacked(folder / "x.nemo")
     convert(folder / "hf", folder / "ours", "esm2mega")
     return folder
 
@@ -49,6 +50,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("te", "te"),
         ("x.mdl", "cerebras"),
         ("x.nemo", "nemo1"),
+        ("unpacked", "nemo1"),
         ("nemo2", "nemo2"),
         ("ours", "esm2mega"),
     ],

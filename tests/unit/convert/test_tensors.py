@@ -34,11 +34,12 @@ def test_interleaved_rows() -> None:
 
 def test_vocabulary_rows() -> None:
     table = torch.randn(33, 3)
-    padded = tensors.pad_vocabulary(table)
+    padded = tensors.pad_vocabulary(table, 40)
     assert padded.shape == (40, 3)
     assert not padded[33:].any()
     assert torch.equal(tensors.cut_vocabulary(padded), table)
-    assert tensors.pad_vocabulary(table[:, 0]).shape == (40,)
+    bias = tensors.pad_vocabulary(table[:, 0], 128, -1.0)
+    assert bias.shape == (128,) and torch.equal(bias[33:], -torch.ones(95))
 
 
 def test_frequencies_in_words() -> None:

@@ -94,6 +94,15 @@ def reducing_nemo(folder: Path) -> Path:
     return path
 
 
+def reducing_unpacked_nemo(folder: Path) -> Path:
+    path = folder / "unpacked"
+    path.mkdir()
+    config = "num_layers: 1\nhidden_size: 8\nffn_hidden_size: 8\nnum_attention_heads: 2\n"
+    (path / "model_config.yaml").write_text(config)
+    torch.save({"a": _Attack(folder / "victim")}, path / "model_weights.ckpt")
+    return path
+
+
 def reducing_tape(folder: Path) -> Path:
     """Found out while the format is looked for, which opens the file."""
     path = folder / "tape"
@@ -166,6 +175,7 @@ ATTACKS = {
     reducing_pickle: "refused: it would load posix.mkdir",
     reducing_old_pickle: "only tensors and plain values are read",
     reducing_nemo: "model_weights.ckpt: refused: it would load posix.mkdir",
+    reducing_unpacked_nemo: "model_weights.ckpt: refused: it would load posix.mkdir",
     reducing_tape: "pytorch_model.bin: refused: it would load posix.mkdir",
     reducing_megatron: "model_optim_rng.pt: refused: it would load posix.mkdir",
     compressed_entries: "is compressed",

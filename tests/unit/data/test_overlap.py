@@ -10,7 +10,7 @@ import pytest
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data import overlap
 from esm2mega.data.labels.dataset import LabelledProteins, proteins_of_sequences
-from esm2mega.data.overlap import check_overlap, find_overlap
+from esm2mega.data.overlap import KnownSequences, check_overlap, find_overlap
 from esm2mega.data.store.prepare import prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
@@ -34,6 +34,10 @@ def test_shared_proteins_are_those_of_sets(monkeypatch: pytest.MonkeyPatch, bloc
         held, others = some(count), some(30)
         expected = [row for row, text in enumerate(held) if text in set(others)]
         found = find_overlap(proteins_of_sequences(held), proteins_of_sequences(others))
+        known = KnownSequences(map(proteins_of_sequences, (others[:11], others[11:])))
+        for rows in (range(count), range(count // 2, count)):
+            contained = known.contains(proteins_of_sequences(held), rows)
+            assert [row for row in rows if contained[row - rows.start]] == [r for r in expected if r in rows]
         if not expected:
             assert found is None
             continue

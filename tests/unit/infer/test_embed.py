@@ -17,6 +17,7 @@ import torch
 from esm2mega.data.store.prepare import prepare_fasta
 from esm2mega.errors import UserError
 from esm2mega.infer.embed import EmbedRequest, embed
+from esm2mega.infer.hdf5_checksums import verify
 from esm2mega.infer.windows import overlapping
 from tests.infer_models import MAX_SEQ_LENGTH, Reference, ids_of, random_proteins, write_fasta
 
@@ -147,21 +148,35 @@ def test_npz_and_parquet_and_pt_hold_the_same_bits(
                 assert np.array_equal(value.reshape(expected.shape), expected)
 
 
-def test_bionemo_layout(reference: Reference, fasta: Path, everything: Path, tmp_path: Path) -> None:
-    run(reference, fasta, tmp_path / "x.h5", "infer.layout=bionemo")
+@pytest.mark.parametrize("compression", ["none", "gzip", "lzf"])
+def test_bionemo_layout(
+    reference: Reference, fasta: Path, everything: Path, tmp_path: Path, compression: str
+) -> None:
+    run(reference, fasta, tmp_path / "x.h5", "infer.layout=bionemo", f"infer.compression={compression}")
     with (
         h5py.File(tmp_path / "x_hiddens.h5") as hiddens,
         h5py.File(tmp_path / "x_embeddings.h5") as embeddings,
     ):
         assert len(hiddens) == len(embeddings) == len(PROTEINS)
         for number, (protein, _) in enumerate(PROTEINS):
-            assert hiddens[str(number)].attrs["original_id"] == protein
+            for file in (hiddens, embeddings):
+                assert file[str(number)].attrs["original_id"] == protein
+                assert file[str(number)].compression == (None if compression == "none" else compression)
             assert np.array_equal(
                 hiddens[str(number)], rows_of(everything, f"residue/layer_{LAYERS}", number)
             )
             assert np.array_equal(
                 embeddings[str(number)], rows_of(everything, f"pooled/layer_{LAYERS}", number)
             )
+    assert verify(tmp_path / "x_hiddens.h5") and verify(tmp_path / "x_embeddings.h5")
+
+
+@pytest.mark.parametrize("out", ["x.h5", "x.npz", "x"])
+def test_other_layouts_are_not_compressed(
+    reference: Reference, fasta: Path, tmp_path: Path, out: str
+) -> None:
+    with pytest.raises(UserError, match=rf"--compression gzip is for --layout bionemo, .*{out} has another"):
+        run(reference, fasta, tmp_path / out, "infer.compression=gzip")
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])

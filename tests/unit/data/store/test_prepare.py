@@ -20,8 +20,9 @@ from esm2mega import vocabulary
 from esm2mega.data.overlap import check_overlap
 from esm2mega.data.readers import text
 from esm2mega.data.readers.base import SourceOptions
-from esm2mega.data.store import parts
-from esm2mega.data.store.prepare import SPLITS, PrepareOptions, prepare_fasta
+from esm2mega.data.store import parts, prepare
+from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
+from esm2mega.data.store.splits import SPLITS
 from esm2mega.data.store.staging import check_new
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import MachineError, UserError
@@ -112,7 +113,7 @@ def test_splits_by_position_are_those_of_megatron(tmp_path: Path, shares: str) -
     total = 10
     fasta = tmp_path / "x.fasta"
     fasta.write_text("".join(f">p{n}\nMKT{'LAGVSERTID'[n]}\n" for n in range(total)))
-    prepare_fasta([fasta], tmp_path / "out", split=shares)
+    prepare_fasta([fasta], tmp_path / "out", shares=shares)
     numbers = [float(x) for x in shares.split(",")]
     borders = [0]
     for number in numbers:
@@ -136,9 +137,10 @@ def test_splits_by_position_are_checked(small_fasta: Path, tmp_path: Path) -> No
         ("1,1000000,0", "leaves nothing to train on: the input has"),
     ):
         with pytest.raises(UserError, match=message):
-            prepare_fasta([small_fasta], tmp_path / "out", split=split)
-    with pytest.raises(UserError, match="--split 1,1,1 and --val-size or --test-size exclude each other"):
-        prepare_fasta([small_fasta], tmp_path / "out", valid_size=1, split="1,1,1")
+            prepare_fasta([small_fasta], tmp_path / "out", shares=split)
+    for other in ({"valid_size": 1}, {"given": {"valid": "absent.fasta"}}):
+        with pytest.raises(UserError, match="--split 1,1,1 and --val-size, .* exclude each other"):
+            prepare_fasta([small_fasta], tmp_path / "out", shares="1,1,1", **other)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
@@ -300,6 +302,73 @@ def test_formats_may_be_mixed_and_drops_are_counted(tmp_path: Path) -> None:
     manifest = TokenStore(tmp_path / "out" / "train").manifest
     assert [entry["sequences"] for entry in manifest["sources"]] == [1, 1, 0, 1]
     assert manifest["dropped_sequences"] == 2
+
+
+@pytest.mark.parametrize("batch", [1, 3, 1 << 16])
+def test_given_files_are_the_splits_and_stay_out_of_training(
+    small_fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """By sequence, whatever their ids, letters and formats; what merely resembles them is trained on."""
+    monkeypatch.setattr(prepare, "_MERGED_RECORDS", batch)
+    valid, test = tmp_path / "v.csv", tmp_path / "t.fa.gz"
+    valid.write_text("id,sequence\nv0,MKTL\nv1,mktlagvs\nv2,WW\n")
+    test.write_bytes(gzip.compress(b">t0\nMKTLAGVSERMKTLAGVSER\n>t1\nMKTLAGVSERMKTWAGVSER\n", mtime=0))
+    extra = tmp_path / "extra.fasta"
+    extra.write_text(">again\nmktl\n>near\nMKTLAGVSERMKTYAGVSER\n")
+    given = {"valid": valid, "test": test}
+    report = prepare_fasta([small_fasta, extra], tmp_path / "out", given=given)
+    out = tmp_path / "out"
+    assert ids(out / "valid") == ["v0", "v1", "v2"] and ids(out / "test") == ["t0", "t1"]
+    assert ids(out / "train") == [f"p{i}" for i in range(20) if i not in (3, 7, 19)] + ["near"]
+    counts = report.counts
+    assert [counts[name].sequences for name in ("train", "valid", "test")] == [18, 3, 2]
+    assert [counts[name].dropped_sequences for name in ("train", "valid", "test")] == [4, 0, 0]
+    assert [counts[name].lower_case_residues for name in ("train", "valid", "test")] == [0, 8, 0]
+    for name, split in counts.items():
+        store = TokenStore(out / name)
+        assert split.residues == store.lengths.sum() == len(store.tokens)
+        assert split.token_counts == np.bincount(store.tokens, minlength=33).tolist()
+        store.verify()
+    assert report.notes == [
+        f"{out}/train: without 4 sequences of the input that are also in --valid or --test; the first is 'p3'"
+    ]
+    stores = {f"data.{name}": [TokenStore(out / name)] for name in counts}
+    assert check_overlap(stores, allowed=False) == []
+    manifests = {name: TokenStore(out / name).manifest for name in counts}
+    assert [entry["name"] for entry in manifests["train"]["sources"]] == ["small.fasta", "extra.fasta"]
+    assert [entry["name"] for entry in manifests["test"]["sources"]] == ["t.fa.gz"]
+    files = {"valid": "v.csv", "test": "t.fa.gz"}
+    assert manifests["valid"]["split"] == {"name": "valid", "given": files, "left_out": 4}
+
+
+def test_given_files_that_share_proteins_are_named(small_fasta: Path, tmp_path: Path) -> None:
+    (tmp_path / "v.fasta").write_text(">v\nWW\n>w\nYY\n")
+    (tmp_path / "t.fasta").write_text(">t\nYY\n")
+    given = {"valid": tmp_path / "v.fasta", "test": tmp_path / "t.fasta"}
+    (note,) = prepare_fasta([small_fasta], tmp_path / "out", given=given).notes
+    assert f"{tmp_path}/out/test: 1 of 1 sequences are also in {tmp_path}/out/valid, since both" in note
+
+
+def test_given_files_are_refused_where_they_leave_no_split(small_fasta: Path, tmp_path: Path) -> None:
+    copy, empty, other = (tmp_path / name for name in ("copy.fasta", "empty.csv", "other.fasta"))
+    copy.write_bytes(small_fasta.read_bytes())
+    empty.write_text("id,sequence\na,\n")
+    other.write_text(">o\nWW\n")
+    before = sorted(tmp_path.iterdir())
+    cases: list[tuple[dict[str, Path], int, str]] = [
+        ({"valid": small_fasta}, 0, "small.fasta: given both as an input and as --valid; each has a file"),
+        ({"valid": other, "test": other}, 0, "other.fasta: given both as --valid and as --test; each has"),
+        ({"test": other}, 3, "--test names a file of held-out sequences, --val-size and --test-size draw"),
+        ({"test": copy}, 0, "nothing is left to train on: all sequences of the input are also in --test;"),
+        ({"valid": empty}, 0, "--valid: no sequence is left of empty.csv; name a file with some"),
+        ({"valid": tmp_path / "absent.fasta"}, 0, "absent.fasta: no such FASTA file"),
+    ]
+    options = PrepareOptions(SourceOptions(drop_empty=True))
+    for given, size, expected in cases:
+        with pytest.raises(UserError) as caught:
+            prepare_fasta([small_fasta], tmp_path / "out", size, options=options, given=given)
+        assert expected in str(caught.value)
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def test_progress_goes_through_every_byte_of_both_stages(small_fasta: Path, tmp_path: Path) -> None:
