@@ -33,7 +33,7 @@ class BertTruth:
         return dict(self.model.state_dict())
 
 
-def truth(dtype: torch.dtype, tanh: bool = False) -> BertTruth:
+def truth(dtype: torch.dtype, tanh: bool = False, positions: int = P) -> BertTruth:
     from tape.models.modeling_bert import ProteinBertConfig, ProteinBertForMaskedLM
 
     from tests.parity.references import randomize
@@ -43,7 +43,7 @@ def truth(dtype: torch.dtype, tanh: bool = False) -> BertTruth:
         num_hidden_layers=L,
         num_attention_heads=A,
         intermediate_size=F,
-        max_position_embeddings=P,
+        max_position_embeddings=positions,
     )
     model = ProteinBertForMaskedLM(config).to(dtype).eval()
     randomize(model)
@@ -66,9 +66,17 @@ def run_postln(reference: BertTruth, input_ids: Tensor, attention_mask: Tensor) 
     return reference.model(tape_ids(input_ids), input_mask=attention_mask)[0]
 
 
-@torch.no_grad()
 def run_preln(reference: BertTruth, input_ids: Tensor, attention_mask: Tensor, final_norm: bool) -> Tensor:
     """ProteinLM's forward pass. The LayerNorm of TAPE's embeddings serves as the final one."""
+    with torch.no_grad():
+        x = states_preln(reference, input_ids, attention_mask)
+        x = reference.model.bert.embeddings.LayerNorm(x) if final_norm else x
+        return reference.model.mlm(x)[0]
+
+
+@torch.no_grad()
+def states_preln(reference: BertTruth, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The hidden states of ProteinLM before a final LayerNorm, ``[b, s, H]``."""
     bert, ids = reference.model.bert, tape_ids(input_ids)
     tables = bert.embeddings
     positions = torch.arange(ids.shape[1])
@@ -79,8 +87,7 @@ def run_preln(reference: BertTruth, input_ids: Tensor, attention_mask: Tensor, f
         context = layer.attention.self(layer.attention.output.LayerNorm(x), mask)[0]
         x = x + layer.attention.output.dense(context)
         x = x + layer.output.dense(layer.intermediate(layer.output.LayerNorm(x)))
-    x = tables.LayerNorm(x) if final_norm else x
-    return reference.model.mlm(x)[0]
+    return x
 
 
 def esm_order(logits: Tensor) -> Tensor:
@@ -155,7 +162,7 @@ def write_proteinlm(reference: BertTruth, folder: Path, stale_decoder: bool = Fa
         "num_attention_heads": A,
         "intermediate_size": F,
         "hidden_act": "gelu",
-        "max_position_embeddings": P,
+        "max_position_embeddings": reference.model.config.max_position_embeddings,
         "type_vocab_size": 1,
         "layer_norm_eps": EPSILON,
         "base_model": "transformer",

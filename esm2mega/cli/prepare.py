@@ -47,6 +47,11 @@ def prepare() -> None:
     "--valid", metavar="FILE", help="Sequences for validation, instead of --val-size; left out of training."
 )
 @click.option("--test", metavar="FILE", help="The same for testing, instead of --test-size.")
+@click.option(
+    "--split",
+    metavar="N,N,N",
+    help="Sizes of train, valid and test, one behind the other; or shares, as Megatron-LM takes them.",
+)
 @click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the split.")
 @click.option(
     "--format",
@@ -94,6 +99,7 @@ def prepare_fasta_command(
     test_size: int,
     valid: str | None,
     test: str | None,
+    split: str | None,
     seed: int,
     workers: int | None,
     shard_size: float,
@@ -120,7 +126,7 @@ def prepare_fasta_command(
     shard_bytes = int(shard_size * 2**10) << 20
     options = PrepareOptions(SourceOptions(**source), workers, shard_bytes, refined=pieces)
     given = {name: path for name, path in (("valid", valid), ("test", test)) if path is not None}
-    report = prepare_fasta(inputs, out, valid_size, test_size, seed, options, show_bytes, given)
+    report = prepare_fasta(inputs, out, valid_size, test_size, seed, options, show_bytes, given, split)
     click.echo("\n".join(report.lines()))
 
 
@@ -206,7 +212,8 @@ def prepare_flip_command(
 def prepare_tape_command(task: str, source: str | None, download: bool, out: str) -> None:
     """Write a task of TAPE as tables for fine-tuning.
 
-    TASK is fluorescence, stability, remote_homology, secondary_structure or contact_prediction.
+    TASK is fluorescence, stability, remote_homology, secondary_structure (three states),
+    secondary_structure_8 (eight states) or contact_prediction.
 
     Example: esm2mega prepare tape stability --source tape/stability --out stability
     """

@@ -126,9 +126,18 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
 @command(short_help="Compute loss and perplexity of a checkpoint, or the metrics of its task.")
 @click.argument("checkpoint")
 @click.option(
-    "--data", required=True, metavar="STORE", help="Token store, sequence file or table to evaluate on."
+    "--data",
+    required=True,
+    multiple=True,
+    metavar="STORE",
+    help="Token store, sequence file or table to evaluate on; may be given several times.",
 )
-@click.option("--out", metavar="FILE.json", help="Also write the numbers to this file.")
+@click.option(
+    "--out",
+    multiple=True,
+    metavar="FILE.json",
+    help="Also write the numbers to this file; as often as --data, in the same order.",
+)
 @click.option("--max-batches", type=click.IntRange(1), metavar="N", help="Most packs to use [default: all].")
 @click.option(
     "--micro-batch-tokens",
@@ -140,8 +149,8 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def evaluate(
     checkpoint: str,
-    data: str,
-    out: str | None,
+    data: tuple[str, ...],
+    out: tuple[str, ...],
     max_batches: int | None,
     micro_batch_tokens: int | None,
     code: tuple[str, ...],
@@ -151,8 +160,14 @@ def evaluate(
 
     For a fine-tuned checkpoint it is the loss and the metrics of its task, on a table with labels. RUN@best,
     RUN@last and RUN@step_N name a checkpoint of a run; RUN alone is the best one of a fine-tuning, and the
-    last one of a pretraining.
+    last one of a pretraining. Several test splits are evaluated in one command, by a --data for each.
     """
+    if out and len(out) != len(data):
+        raise UserError(
+            f"--out is given {len(out)} times, --data {len(data)} times; give a file for each, or none"
+        )
+    if len(set(out)) < len(out):
+        raise UserError(f"--out {out[0]}: each result needs a file of its own; give other names")
     from esm2mega.convert.start_point import asks_to_verify, open_checkpoint
     from esm2mega.finetune.checkpoint import evaluate_task
     from esm2mega.finetune.code_option import load_code
@@ -164,19 +179,22 @@ def evaluate(
             raise UserError("--max-batches: metrics of a task need the whole table; leave it out")
         if micro_batch_tokens is not None:
             overrides = (f"train.micro_batch_tokens={micro_batch_tokens}", *overrides)
-        numbers = evaluate_task(start, data, out, overrides, load_code(code))
     elif code:
         raise UserError(f"--code {code[0]}: {start.path} has no head of a task; leave it out")
-    else:
-        numbers = evaluate_checkpoint(
-            start,
-            data,
-            out,
-            max_batches=max_batches,
-            micro_batch_tokens=micro_batch_tokens,
-            overrides=overrides,
-        )
-    say(f"{name}: {_shown(value)}" for name, value in numbers.items())
+    for number, (table, file) in enumerate(zip(data, out or [None] * len(data), strict=True)):
+        if start.task is not None:
+            numbers = evaluate_task(start, table, file, overrides, load_code(code))
+        else:
+            numbers = evaluate_checkpoint(
+                start,
+                table,
+                file,
+                max_batches=max_batches,
+                micro_batch_tokens=micro_batch_tokens,
+                overrides=overrides,
+            )
+        lines = [f"{name}: {_shown(value)}" for name, value in numbers.items()]
+        say(["", *lines] if number else lines)
 
 
 @command(short_help="Compare two checkpoints or runs on the same proteins, against the noise.")

@@ -17,13 +17,28 @@ RESIDUE_LINEAR = ("residue linear",)
 ATTENTION_MAPS = (PAIR_KIND, "attention_maps")
 """Means the contact head of ESM-2."""
 
+PRODUCT = (PAIR_KIND, "product")
+"""Means the contact head of TAPE."""
+
+RESIDUAL_BLOCKS = (PAIR_KIND, "residual blocks")
+"""Means the contact head of ProteinLM."""
+
+TAPE_RESIDUES = ("tape residues",)
+"""Means the two convolutions over a protein of TAPE and ProteinLM."""
+
+TAPE_PROTEIN, PROTEINLM_PROTEIN = ("tape protein", "pooler"), ("tape protein", "cls")
+"""Mean the two weight-normed layers on `<cls>` of TAPE, behind its pooler, and of ProteinLM."""
+
 
 def head_form(task: TaskConfig) -> tuple[str, ...]:
     """Return a value that is equal for heads which compute the same function of the same weights."""
     if task.kind == PAIR_KIND:
-        return ATTENTION_MAPS if task.head == "attention_maps" else (PAIR_KIND, "product")
+        return {"attention_maps": ATTENTION_MAPS, "proteinlm": RESIDUAL_BLOCKS}.get(task.head, PRODUCT)
     if task.kind in RESIDUE_KINDS:
-        return ("residue cnn",) if task.head == "cnn" else RESIDUE_LINEAR
+        others = {"cnn": ("residue cnn",), "tape": TAPE_RESIDUES, "proteinlm": TAPE_RESIDUES}
+        return others.get(task.head, RESIDUE_LINEAR)
+    if task.head in ("tape", "proteinlm"):
+        return TAPE_PROTEIN if task.head == "tape" else PROTEINLM_PROTEIN
     if task.head == "hf":
         return CLS_TANH
     if task.head == "pooler":

@@ -198,7 +198,10 @@ class TaskConfig:
     mask_file: str | None = _path()
     classes: list[Any] | None = None  # of texts, or of lists of texts and nulls; checked as mask_column is
     num_classes: int | None = None
-    head: str = _choice("auto", "auto", "mlp", "linear", "pooler", "hf", "cnn", "product", "attention_maps")
+    head: str = _choice(
+        *("auto", "auto", "mlp", "linear", "pooler", "hf", "cnn", "product", "attention_maps"),
+        *("tape", "proteinlm"),
+    )
     pooling: str = _choice("mean", "mean", "cls", "max", "attention")
     hidden_size: int | None = None
     dropout: float = 0.25

@@ -23,9 +23,9 @@ NUMERIC_KINDS = ("regression", "token_regression")
 """Lists the tasks whose labels are numbers, which are scaled as the training set says."""
 
 _HEADS = {
-    "proteins": ("auto", "mlp", "linear", "pooler", "hf"),
-    "residues": ("auto", "linear", "hf", "cnn"),
-    "pairs of residues": ("auto", "product", "attention_maps"),
+    "proteins": ("auto", "mlp", "linear", "pooler", "hf", "tape", "proteinlm"),
+    "residues": ("auto", "linear", "hf", "cnn", "tape", "proteinlm"),
+    "pairs of residues": ("auto", "product", "attention_maps", "tape", "proteinlm"),
 }
 
 
@@ -80,7 +80,7 @@ def validate_task(run: Run) -> None:
         )
     if task.loss != "mse" and task.kind not in NUMERIC_KINDS:
         raise UserError(f"task.loss={task.loss} is of numbers, not of task.kind={task.kind}; remove it")
-    uses_cls = task.head in ("pooler", "hf") or task.pooling == "cls"
+    uses_cls = task.head in ("pooler", "hf", "tape", "proteinlm") or task.pooling == "cls"
     if uses_cls and not per_residue and data.too_long == "crop" and data.crop != "start":
         raise UserError(
             f"data.crop={data.crop} may cut <cls> away, which the head reads; set data.crop=start"

@@ -12,6 +12,7 @@ import torch
 from esm2mega.convert.finite import cast_and_counted, note_not_finite
 from esm2mega.convert.formats.esm2mega import default_dtype
 from esm2mega.convert.formats.registry import WITH_OTHER_HEADS, load_format, read_weights
+from esm2mega.convert.heads import tape_heads
 from esm2mega.convert.heads.cerebras_classifier import parameters_of
 from esm2mega.convert.heads.contact_head import is_contact_head, with_published_head
 from esm2mega.convert.heads.hf_classifiers import architecture_of, with_unit_scale
@@ -105,7 +106,10 @@ def convert(
     if to == "esm2mega" and dtype is None:
         target_dtype = default_dtype(target_dtype)
     head = weights.description.head
-    if isinstance(head, HeadDescription) and to != "esm2mega":
+    if isinstance(head, HeadDescription) and to in tape_heads.HEADS:
+        tape_heads.equal_head(head, to)
+        weights = with_unit_scale(weights, target_dtype)
+    elif isinstance(head, HeadDescription) and to != "esm2mega":
         if to == "hf" and is_contact_head(head):
             weights, head = with_published_head(weights), None
         else:

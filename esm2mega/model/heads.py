@@ -208,18 +208,29 @@ class ResidueCNNHead(ResidueHead):
         self.second = convolution(width, num_outputs)
 
     def predict(self, features: Tensor, segments: Segments) -> Tensor:
-        gap = _KERNEL // 2
-        positions = torch.arange(len(features), device=features.device) + gap * segments.owners
-        length = len(features) + gap * segments.num_proteins + 1
+        owners, count, gap = segments.owners, segments.num_proteins, _KERNEL // 2
+        hidden = F.relu(convolved(self.first, features, owners, count, gap))
+        hidden = self.dropout(hidden, segments.keys[owners], segments.numbers)
+        return convolved(self.second, hidden, owners, count, gap)
 
-        def convolved(convolution: torch.nn.Module, values: Tensor) -> Tensor:
-            spread = values.new_zeros(length, values.shape[1]).index_copy(0, positions, values)
-            # [length, channels] -> [1, channels, length] and back
-            return convolution(spread.T[None])[0].T.index_select(0, positions)
 
-        hidden = F.relu(convolved(self.first, features))
-        hidden = self.dropout(hidden, segments.keys[segments.owners], segments.numbers)
-        return convolved(self.second, hidden)
+def convolved(
+    convolution: torch.nn.Module, values: Tensor, owners: Tensor, num_proteins: int, gap: int
+) -> Tensor:
+    """Apply a convolution that keeps the length to each protein alone, with zeros beyond its ends.
+
+    Args:
+        convolution: Takes and returns ``[1, channels, length]``.
+        values: Residues or tokens of all proteins, one protein behind the other, ``[rows, channels]``.
+        owners: Which protein each row belongs to, int64 ``[rows]``.
+        num_proteins: Number of proteins.
+        gap: Rows of zeros between proteins, at least half of a kernel.
+    """
+    positions = torch.arange(len(values), device=values.device) + gap * owners
+    length = len(values) + gap * num_proteins + 1
+    spread = values.new_zeros(length, values.shape[1]).index_copy(0, positions, values)
+    # [length, channels] -> [1, channels, length] and back
+    return convolution(spread.T[None])[0].T.index_select(0, positions)
 
 
 class ProductHead(ResidueHead):
@@ -245,7 +256,7 @@ class ProductHead(ResidueHead):
         maps = [(x * (contact - none)) @ x.T for x in states.split(segments.residue_counts)]
         bias = (self.output.bias[1] - self.output.bias[0]).to(states.dtype)
         # Adding the states times zero keeps a pack without proteins part of the graph.
-        return (_upper_triangles(maps, states.new_zeros(0)) + (states.sum() * 0.0 + bias))[:, None]
+        return (upper_triangles(maps, states.new_zeros(0)) + (states.sum() * 0.0 + bias))[:, None]
 
 
 class SpanningHead(TaskHead):
@@ -287,7 +298,7 @@ class AttentionMapHead(SpanningHead):
         layers = list(layers)
         for layer in layers:
             weight = torch.nn.Parameter(self._empty(1, self.config.num_attention_heads))
-            weight.starts_at_zero = True  # type: ignore[attr-defined]
+            weight.starts_at = 0.0  # type: ignore[attr-defined]
             self.weights[str(layer.layer_number - 1)] = weight
         if is_last:
             self.bias = torch.nn.Parameter(self._empty(1))
@@ -314,7 +325,7 @@ class AttentionMapHead(SpanningHead):
         """Return contact logits without the bias, ``[P]``, of all layers so far and of this rank's heads."""
         assert self._maps is not None
         empty = self._empty(0, dtype=carried_dtype(self.config.params_dtype))
-        logits = _upper_triangles(self._maps.sums, empty)
+        logits = upper_triangles(self._maps.sums, empty)
         return logits if self._carried is None else logits + self._carried
 
     def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
@@ -327,7 +338,7 @@ class AttentionMapHead(SpanningHead):
         return (logits + features.sum() * 0.0)[:, None] + self.bias
 
 
-def _upper_triangles(maps: Sequence[Tensor], empty: Tensor) -> Tensor:
+def upper_triangles(maps: Sequence[Tensor], empty: Tensor) -> Tensor:
     """Return the pairs i < j of maps ``[l, l]`` back to back, ``[P]``, in the dtype of `empty`, ``[0]``."""
     chosen = [empty]
     for logits in maps:
@@ -359,6 +370,12 @@ _OF_PAIRS: dict[str, Any] = {
 
 def head_of_task(task: TaskConfig, num_outputs: int) -> MakeHead:
     """Return the function that makes the head which a configuration names."""
+    # This module is built on the one here.
+    from esm2mega.model import tape_heads
+
+    if task.head in tape_heads.WIDTHS:
+        make = tape_heads.head_class(task)
+        return lambda config, device: make(config, device, task, num_outputs)
     heads = _OF_RESIDUES if task.kind in RESIDUE_KINDS else _OF_PROTEINS
     heads = _OF_PAIRS if task.kind == PAIR_KIND else heads
     return lambda config, device: heads[task.head](config, device, task, num_outputs)

@@ -20,8 +20,8 @@ def initialize_parameters(model: ESM2Model, seed: int, std: float) -> None:
 
     Each full matrix is drawn in fp32 on the CPU from a generator of its own, keyed by the seed and the
     parameter's name in the whole model, and this rank keeps its slice. The row of ``<pad>`` and the padding
-    of the vocabulary are zero. Matrices of a task's head are normal(0, 1 / sqrt(inputs)) instead, or zero if
-    they have an attribute `starts_at_zero`.
+    of the vocabulary are zero. Matrices of a task's head are normal(0, 1 / sqrt(inputs)) instead. A parameter
+    with an attribute `starts_at` is filled with that number.
 
     Args:
         model: A stage or chunk of the model.
@@ -33,8 +33,8 @@ def initialize_parameters(model: ESM2Model, seed: int, std: float) -> None:
 
 
 def _initial_value(name: str, parameter: Tensor, seed: int, std: float) -> Tensor:
-    if getattr(parameter, "starts_at_zero", False):
-        return torch.zeros_like(parameter)
+    if (start := getattr(parameter, "starts_at", None)) is not None:
+        return torch.full_like(parameter, start)
     if parameter.dim() == 1:
         is_scale = name.endswith(("norm.weight", "layer_norm_weight"))
         return torch.full_like(parameter, 1.0 if is_scale else 0.0)

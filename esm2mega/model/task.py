@@ -1,7 +1,7 @@
 """Defines ESM-2 with the head of a task instead of the masked-language-model head.
 
 Legend: ``T`` tokens, ``n`` proteins, ``R`` residues and ``P`` pairs of residues of a pack, ``h`` hidden size,
-``L`` residues of a protein, ``k`` targets or classes, ``V`` values sent from stage to stage.
+``L`` residues and ``s`` tokens of a protein, ``k`` targets or classes, ``V`` values sent from stage to stage.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class ESM2ForTask(ESM2Model):
     Attributes:
         frozen: Whether only weights of the head are trained. Then the features of a protein never change:
             they are computed the first time the protein is seen and kept in memory, ``[h]`` of a protein, or
-            ``[L, h]`` for heads that read residues. Attention maps are too large to be kept.
+            ``[L, h]`` or ``[s, h]`` for heads that read residues or tokens. Attention maps are too large to
+            be kept.
     """
 
     has_lm_head = False
@@ -142,19 +143,19 @@ class ESM2ForTask(ESM2Model):
         return parameter.new_zeros(*shape, self.config.hidden_size)
 
     def _keep(self, features: Tensor | None, segments: Segments) -> None:
-        """Keep each protein's features, ``[1, h]`` or ``[L, h]``; on earlier stages, mark it as known."""
+        """Keep the features of proteins, ``[1, h]``, ``[L, h]`` or ``[s, h]``; on other stages, mark them."""
         if features is None:
             self._features.update(dict.fromkeys(segments.tokens))
             return
-        counts = [1] * segments.num_proteins
-        if len(features) not in (segments.num_proteins, len(segments.owners)):
+        of_tokens = [len(text) for text in segments.tokens]
+        possible = ([1] * segments.num_proteins, segments.residue_counts, of_tokens)
+        counts = next((counts for counts in possible if sum(counts) == len(features)), None)
+        if counts is None:
             raise UserError(
                 f"{type(self.head).__name__}.features returned {list(features.shape)}; a frozen encoder "
-                f"keeps a row for each of {segments.num_proteins} proteins or of {len(segments.owners)} "
-                "residues: return such rows, or set finetune.mode=full"
+                f"keeps a row for each of {segments.num_proteins} proteins, of {len(segments.owners)} "
+                f"residues or of {sum(of_tokens)} tokens: return such rows, or set finetune.mode=full"
             )
-        if len(features) != segments.num_proteins:
-            counts = torch.bincount(segments.owners, minlength=segments.num_proteins).tolist()
         # Copies: a view would keep the whole pack in memory.
         for tokens, rows in zip(segments.tokens, features.split(counts), strict=True):
             self._features[tokens] = rows.clone()

@@ -23,6 +23,9 @@ These are losses (training and validation) and norms of the log; gradients and f
 tensors of the last checkpoint, optimizer included; and its ``train_state.json``.
 """
 
+EXPORT = "export"
+"""Names the kind of numbers that a trial which converts its model has too."""
+
 # For each kind of record, the keys that every one must hold, and the kind of their numbers. Whatever else an
 # evaluation holds are further losses and metrics.
 _LOGGED = {
@@ -38,7 +41,7 @@ class Difference:
     """Says how far one number or tensor is from the reference.
 
     Attributes:
-        kind: One of `KINDS`.
+        kind: One of `KINDS`, or `EXPORT`.
         name: Name of the number or tensor.
         location: Step and process, as far as there are any.
         value: Largest absolute difference over the largest absolute value of the reference; infinite where
@@ -187,7 +190,7 @@ def _kind(
             flat = mark.flatten()
             flat[share] = True
             mark.copy_(flat.view(shape))
-            yield Difference(kind, name, where, _distance(values, mine.flatten()[share], expected), step)
+            yield Difference(kind, name, where, distance(values, mine.flatten()[share], expected), step)
     for name, mark in covered.items():
         if not mark.all():
             yield Difference(kind, name, f"{location}not whole on all processes together", float("inf"), step)
@@ -196,7 +199,7 @@ def _kind(
 def _tensors(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> Iterator[Difference]:
     for name in expected.keys() | actual.keys():
         known = name in expected and name in actual and expected[name].shape == actual[name].shape
-        value = _distance(actual[name], expected[name], expected[name]) if known else float("inf")
+        value = distance(actual[name], expected[name], expected[name]) if known else float("inf")
         yield Difference("checkpoint", name, "", value)
 
 
@@ -222,7 +225,7 @@ def _relative(actual: Any, expected: Any) -> float:
     return _finite(abs(actual - expected) / abs(expected))
 
 
-def _distance(actual: Tensor, expected: Tensor, whole: Tensor) -> float:
+def distance(actual: Tensor, expected: Tensor, whole: Tensor) -> float:
     """Divide the largest difference of two slices by the largest value of the tensor they are cut from."""
     gap = float((actual.double() - expected.double()).abs().max())
     return 0.0 if gap == 0 else _finite(gap / (float(whole.double().abs().max()) or float("nan")))

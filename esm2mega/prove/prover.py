@@ -11,7 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from esm2mega.config.scalars import as_word
-from esm2mega.prove.compare import KINDS, Difference, Outcome, differences, without_metrics, worst
+from esm2mega.errors import MachineError, UserError
+from esm2mega.prove.compare import (
+    EXPORT,
+    KINDS,
+    Difference,
+    Outcome,
+    differences,
+    without_metrics,
+    worst,
+)
+from esm2mega.prove.exports import export_differences
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.training import SAVED, STEPS, settings, write_stores
 from esm2mega.prove.trials import Trial
@@ -129,9 +139,12 @@ class Prover:
         for legs in (bases, needed):
             for leg, outcome in self._run(leg for leg in legs if leg not in self._references):
                 self._references[leg] = outcome
-        finals = {_final(trial): trial for trial in trials}
+        finals: dict[Leg, list[Trial]] = {}
+        for trial in trials:
+            finals.setdefault(_final(trial), []).append(trial)
         for leg, outcome in self._run(finals):
-            yield self._verdict(finals[leg], outcome)
+            for trial in finals[leg]:
+                yield self._verdict(trial, outcome)
             if isinstance(outcome, Outcome):
                 shutil.rmtree(outcome.out)
 
@@ -182,7 +195,15 @@ class Prover:
                 error = f"reference: {trial.precision} on one process is {far.value:.2g} from fp32 in {far}"
                 return Verdict(trial, bound, error=error)
             found = _in_units_of(yardstick, without_metrics(found))
-        return Verdict(trial, bound, tuple(_worst_of(kind, found) for kind in KINDS))
+        kinds: tuple[str, ...] = KINDS
+        if trial.through:
+            kinds = (*KINDS, EXPORT)
+            with tempfile.TemporaryDirectory(dir=self._folder) as out:
+                try:
+                    found += export_differences(yardsticks[0], outcome, trial.through, Path(out))  # type: ignore[arg-type]
+                except (UserError, MachineError) as error:
+                    return Verdict(trial, bound, error=f"to {trial.through}: {error}")
+        return Verdict(trial, bound, tuple(_worst_of(kind, found) for kind in kinds))
 
 
 def _references(trial: Trial) -> list[Leg]:

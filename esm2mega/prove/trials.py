@@ -27,6 +27,7 @@ class Trial:
         label: Name of the training that the settings make; empty for the plain one and for a plain resume.
         continues: Whether the trial starts from the weights that the training without `settings` ends with.
         code: Model, head and loss of a user's own, as the option ``--code`` names them; empty for none.
+        through: Format to which the trained model is converted, and back; empty for none.
     """
 
     layouts: tuple[Layout, ...]
@@ -35,6 +36,7 @@ class Trial:
     label: str = ""
     continues: bool = False
     code: str = ""
+    through: str = ""
 
     @property
     def training(self) -> list[str]:
@@ -50,7 +52,8 @@ class Trial:
         return max(layout.processes for layout in self.layouts)
 
     def __str__(self) -> str:
-        words = [" -> ".join(map(str, self.layouts)), self.label, self.precision.replace("fp64", "")]
+        there = f"to {self.through} and back" if self.through else ""
+        words = [" -> ".join(map(str, self.layouts)), self.label, there, self.precision.replace("fp64", "")]
         return ", ".join(filter(None, words))
 
     def command(self, seed: int) -> str:
@@ -58,7 +61,7 @@ class Trial:
         options = ["--row", str(self)]
         words = self.label.split(", ") if self.label else []
         heads = [word.removeprefix(_HEAD) for word in words if word.startswith(_HEAD)]
-        if len(self.layouts) == 1 and len(words) == len(heads) + (_LORA in words):
+        if len(self.layouts) == 1 and not self.through and len(words) == len(heads) + (_LORA in words):
             options = [*self.layouts[0].options(), *["--lora"] * (_LORA in words)]
             options += ["--head", *heads] if heads else []
             options += ["--precision", self.precision] if self.precision != "fp64" else []
@@ -153,6 +156,12 @@ HEADS: dict[str, tuple[str, ...]] = {
         "finetune.layer_decay=0.8",
     ),
     "own": ("task.kind=regression", "task.target_columns=[a, b]"),
+    "tape": (
+        "task.kind=token_classification",
+        "task.target_columns=[letters]",
+        "task.mask_column=mask",
+        "task.head=tape",
+    ),
 }
 """Maps each name that ``--head`` takes to the overrides that switch its fine-tuning on."""
 
@@ -262,6 +271,7 @@ _FP16 = (
 
 _POSITIONS = f"model.max_positions={TOKENS_PER_PROTEIN}"
 _PRE_LN, _POST_LN = "model.family=proteinbert_preln", "model.family=proteinbert_postln"
+_NO_FINAL = ("pre-LN, no final LayerNorm", (_PRE_LN, _POSITIONS, "model.final_layernorm=false"))
 _FAMILIES: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
     ("post-LN", (_POST_LN, _POSITIONS), Layout(tp=2, packed=3)),
     ("post-LN", (_POST_LN, _POSITIONS), Layout(pp=2, packed=2)),
@@ -274,10 +284,18 @@ _FAMILIES: tuple[tuple[str, tuple[str, ...], Layout], ...] = (
     ("pre-LN", (_PRE_LN, _POSITIONS), Layout(tp=2, sp=True, packed=3)),
     ("pre-LN", (_PRE_LN, _POSITIONS), Layout(pp=2, packed=2)),
     ("pre-LN", (_PRE_LN, _POSITIONS), Layout(tp=2, pp=2, packed=2)),
-    (
-        "pre-LN, no final LayerNorm",
-        (_PRE_LN, _POSITIONS, "model.final_layernorm=false"),
-        Layout(tp=2, pp=2),
+    (*_NO_FINAL, Layout(tp=2, pp=2)),
+)
+
+# Two families, split over tensors, stages and data, and a head, which only the last stage has.
+_EXPORTS = (
+    Trial((Layout(tp=2, pp=2, packed=2),), settings=_NO_FINAL[1], label=_NO_FINAL[0], through="proteinlm"),
+    Trial((Layout(tp=2, dp=2, packed=2),), settings=(_POST_LN, _POSITIONS), label="post-LN", through="tape"),
+    Trial(
+        (Layout(pp=2, dp=2, packed=2),),
+        settings=(*_NO_FINAL[1], *HEADS["tape"][:-1], "task.head=proteinlm"),
+        label=f"{_NO_FINAL[0]}, {_HEAD}proteinlm",
+        through="proteinlm",
     ),
 )
 
@@ -355,6 +373,7 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
     "families": tuple(
         Trial((layout,), settings=settings, label=label) for label, settings, layout in _FAMILIES
     ),
+    "exports": _EXPORTS,
     "lora": tuple(
         Trial(layouts, "fp64", (*settings, *MID_WINDOW) if len(layouts) > 1 else settings, label, True)
         for label, settings, layouts in _ADAPTED

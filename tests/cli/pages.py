@@ -11,7 +11,15 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RUNS = ROOT / "docs" / "runs.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, *DOCS, ROOT / "tools" / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+MIGRATE = sorted((ROOT / "docs" / "migrate").glob("*.md"))
+PAGES = [
+    README,
+    *DOCS,
+    *MIGRATE,
+    ROOT / "tools" / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+]
 TEXT = {page: page.read_text() for page in PAGES}
 
 

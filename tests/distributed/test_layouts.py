@@ -11,7 +11,7 @@ import torch
 from esm2mega.checkpoint.layout import step_dir
 from esm2mega.cli.app import main
 from esm2mega.prove.command import row_named
-from esm2mega.prove.compare import KINDS, Outcome
+from esm2mega.prove.compare import EXPORT, KINDS, Outcome
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover
 from esm2mega.prove.training import SAVED, STEPS
@@ -55,12 +55,16 @@ def test_fp16_is_as_near_to_fp32_as_one_process(prover: Prover) -> None:
 
 
 def test_model_families_equal_one_process(prover: Prover) -> None:
-    """TAPE's post-LN and ProteinLM's pre-LN, with their learned positions, over tensors and stages."""
-    trials = [trial for trial in GROUPS["families"] if trial.processes == 4]
+    """TAPE's post-LN and ProteinLM's pre-LN, with their learned positions, over tensors and stages; and one
+    of them in the files of ProteinLM, and back.
+    """
+    trials = [trial for trial in GROUPS["families"] if trial.processes == 4][:2]
+    trials += GROUPS["exports"][:1]
     families = {setting for trial in trials for setting in trial.settings if "family" in setting}
     assert len(trials) == 3 and len(families) == 2
     for verdict in list(prover.judge(trials)):
         assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
+        assert {x.kind for x in verdict.worst} == {*KINDS, *([EXPORT] if verdict.trial.through else [])}
         assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"
 
 

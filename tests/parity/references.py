@@ -36,7 +36,7 @@ def randomize(model: torch.nn.Module) -> None:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)
             is_norm_scale = parameter.dim() == 1 and name.endswith("weight")
             # Matrices at 1/sqrt(fan_in) keep attention far from uniform; 0.02 would make it nearly so.
-            spread = 0.3 if parameter.dim() == 1 else 1.2 / parameter.shape[-1] ** 0.5
+            spread = 0.3 if parameter.dim() < 2 else 1.2 / parameter.shape[-1] ** 0.5
             parameter.copy_(noise * spread + (1.0 if is_norm_scale else 0.0))
 
 

@@ -156,6 +156,10 @@ def read_checkpoint(
 
 def _names(description: Description) -> NameTable:
     table = NAMES if description.family == "esm2" else BERT_NAMES
+    if not description.final_layernorm:
+        # A model that does not apply it has none, unless it was kept from another format.
+        kept = _kept(FINAL_NORM)
+        table = NameTable(tuple(kept if row.ours == kept.ours else row for row in table.rows))
     if (head := description.task) is None:
         return table
     return table.with_head([TableRow(name, name) for name in head.shapes])

@@ -2,7 +2,8 @@
 
 Names are those of THUDM/ProteinLM, ``tape/tape/models/modeling_bert.py``. Its forward pass evaluates the
 final LayerNorm and discards the result, so such a model has `model.final_layernorm` off and keeps that
-LayerNorm beside the weights. Checkpoints that Megatron-LM itself wrote are read by
+LayerNorm beside the weights; one that was trained here has none, and is written with scale 1 and shift 0.
+Checkpoints that Megatron-LM itself wrote are read by
 `esm2mega.convert.formats.megatron`.
 """
 
@@ -12,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from esm2mega.checkpoint.tensors import TensorInfo
 from esm2mega.convert.files.iupac import TAPE_VOCABULARY
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.formats.tape import (
@@ -20,6 +24,7 @@ from esm2mega.convert.formats.tape import (
     is_tape,
     read_folded,
     stored_tensors,
+    with_head_of,
     write_directory,
 )
 from esm2mega.convert.lazy_weights import Weights
@@ -33,7 +38,6 @@ from esm2mega.convert.name_table import (
     NameTable,
     TableRow,
 )
-from esm2mega.convert.writing import tensors_of
 
 IS_DIRECTORY = True
 FAMILIES = ("proteinbert_preln",)
@@ -74,22 +78,51 @@ def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -
     path = source.path
     description = replace(describe(source), family="proteinbert_preln", final_layernorm=False)
     tensors, prefix = stored_tensors(path)
+    table, description, notes = with_head_of(source, tensors, NAMES, description, "proteinlm")
     names = {name: name for name in tensors}
-    weights = read_folded(path, tensors, names, NAMES, description, drop, partial)
+    weights = read_folded(path, tensors, names, table, description, drop, partial)
     weights.notes.dropped += prefix
+    weights.notes.changed += notes
+    return _without_idle_norm(weights)
+
+
+_SCALE, _SHIFT = f"{FINAL_NORM}weight", f"{FINAL_NORM}bias"
+
+
+def _without_idle_norm(weights: Weights) -> Weights:
+    """Leave out a final LayerNorm of scale 1 and shift 0, which stands for none; keep any other."""
+    is_whole = {_SCALE, _SHIFT} <= weights.infos.keys()  # of a part of a model it may not be
+    if not is_whole or bool((weights.read(_SCALE) == 1).all()) and not bool(weights.read(_SHIFT).any()):
+        if is_whole:
+            weights.notes.dropped.append("bert.encoder.final_ln: scale 1 and shift 0, which stand for none")
+        infos = {name: info for name, info in weights.infos.items() if name not in (_SCALE, _SHIFT)}
+        return replace(weights, infos=infos)
     weights.notes.kept.append(
         "the final LayerNorm is stored and not applied, as in ProteinLM's own forward pass"
     )
     return weights
 
 
+def _with_idle_norm(weights: Weights) -> Weights:
+    """Add the final LayerNorm that readers expect to a model that has none."""
+    if _SCALE in weights.infos:
+        return weights
+    weights.notes.filled.append(
+        "bert.encoder.final_ln: scale 1 and shift 0, which ProteinLM's reader computes and throws away"
+    )
+    shape, dtype, read = weights.description.shapes[_SCALE], weights.description.dtype, weights.read
+    idle = {_SCALE: torch.ones(shape, dtype=dtype), _SHIFT: torch.zeros(shape, dtype=dtype)}
+    infos = {**weights.infos, **{name: TensorInfo(shape, dtype) for name in idle}}
+    return replace(weights, infos=infos, read=lambda name: idle[name] if name in idle else read(name))
+
+
 def write(weights: Weights, path: Path) -> None:
-    """Write a directory that ProteinLM's ``ProteinBertForMaskedLM.from_pretrained`` loads."""
+    """Write a directory that ``from_pretrained`` of the model's class in ProteinLM loads."""
     if weights.description.final_layernorm:
         weights.notes.changed.append(
-            "the final LayerNorm: applied in the source, computed and thrown away by ProteinLM's reader"
+            "the final LayerNorm: applied in the source, computed and thrown away by ProteinLM's reader; a "
+            "model trained with model.final_layernorm=false is written exactly"
         )
     weights.notes.filled.append("bert_tail_dense is not written: nothing computes with it")
-    write_directory(
-        weights, path, dict(tensors_of(weights, NAMES)), {"type_vocab_size": 1, "pruned_heads": {}}
-    )
+    extra = {"type_vocab_size": 1, "pruned_heads": {}}
+    write_directory(_with_idle_norm(weights), path, NAMES, "proteinlm", extra)

@@ -33,7 +33,7 @@ READABLE = {
 WRITABLE = ("esm2mega", "hf", "fair-esm", "te", "nemo2", "cerebras", "tape", "proteinlm")
 
 
-WITH_OTHER_HEADS = ("esm2mega", "hf", "cerebras")
+WITH_OTHER_HEADS = ("esm2mega", "hf", "cerebras", "tape", "proteinlm")
 """These formats can hold the head of a task in place of the masked-language-model head, or no head at all."""
 
 

@@ -20,6 +20,7 @@ from esm2mega.convert.files import pickles
 from esm2mega.convert.files.iupac import LOST_TOKENS, TAPE_TOKENS, TAPE_VOCABULARY
 from esm2mega.convert.files.source import SourceFiles
 from esm2mega.convert.files.stores import MemoryStore, without_shared_prefix
+from esm2mega.convert.heads import tape_heads
 from esm2mega.convert.lazy_weights import Description, Weights, epsilon_from, shape_from
 from esm2mega.convert.name_table import (
     FINAL_NORM,
@@ -90,7 +91,7 @@ def _file(path: Path) -> Path:
 def stored_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of ``pytorch_model.bin``, and a note if all their names had a prefix.
 
-    Old names of LayerNorms are replaced by new ones.
+    Old names of LayerNorms are replaced by new ones, and names of a bare encoder get its prefix.
     """
     file = _file(path)
     stored = MemoryStore(file, pickles.state_dict(file, pickles.load_pickle(file)))
@@ -99,6 +100,9 @@ def stored_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): name
         for name in store.infos
     }
+    if not any(name.startswith("bert.") for name in tensors):
+        # A model without a head, ProteinBertModel, is stored so; readers take either form.
+        tensors = {f"bert.{name}": stored_name for name, stored_name in tensors.items()}
     return {name: store.read(stored_name) for name, stored_name in tensors.items()}, prefix
 
 
@@ -107,10 +111,44 @@ def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -
     path = source.path
     description = replace(describe(source), family="proteinbert_postln")
     tensors, prefix = stored_tensors(path)
+    table, description, notes = with_head_of(source, tensors, NAMES, description, "tape")
     names = {name.replace(_FIRST, _BEFORE): name for name in tensors}
-    weights = read_folded(path, tensors, names, NAMES, description, drop, partial)
+    weights = read_folded(path, tensors, names, table, description, drop, partial)
     weights.notes.dropped += prefix
+    weights.notes.changed += notes
     return weights
+
+
+def with_head_of(
+    source: SourceFiles, tensors: dict[str, Tensor], table: NameTable, description: Description, name: str
+) -> tuple[NameTable, Description, list[str]]:
+    """Find which head a directory of stock or modified TAPE holds.
+
+    Args:
+        source: The directory.
+        tensors: Its tensors by stored name; statistics of batch normalisations are folded, in place.
+        table: Name table of a masked language model.
+        description: Describes that model.
+        name: ``tape`` or ``proteinlm``.
+
+    Returns:
+        Name table and description with the head, and notes.
+    """
+    if any(name.startswith("mlm.") for name in tensors):
+        return table, description, []
+    found = tape_heads.find_head(source.config_file, tensors, source.config, name)
+    if found is None:
+        return table.with_head(()), replace(description, head=None), []
+    head, described = found
+    notes = tape_heads.fold_statistics(head, tensors, source.path)
+    return head_table(table, head), replace(description, head=described), notes
+
+
+def head_table(table: NameTable, head: tape_heads.TapeHead) -> NameTable:
+    """Return the name table of a model with the head of a task; it may have BERT's pooler as a part."""
+    taken = {row.theirs for row in head.rows}
+    rest = NameTable(tuple(row for row in table.rows if row.theirs not in taken), {}, table.dropped)
+    return rest.with_head(head.rows)
 
 
 def describe(source: SourceFiles) -> Description:
@@ -153,15 +191,9 @@ def read_folded(
         partial: As for `from_store`; the masked-language-model head may then be missing altogether.
 
     Raises:
-        UserError: The model has no masked-language-model head, or does not fit the table.
+        UserError: The model does not fit the table.
     """
-    if partial and not any(name.startswith("mlm.") for name in tensors):
-        table, description = table.with_head(()), replace(description, head=None)
-    elif not partial and "mlm.bias" not in tensors:
-        raise UserError(
-            f"{path}: has no masked-language-model head (mlm.*); this version converts "
-            "ProteinBertForMaskedLM, not bare models or those of other tasks"
-        )
+
     note = None
     if TYPE_TABLE in tensors and POSITION_TABLE in tensors:
         types, positions = tensors.pop(TYPE_TABLE), tensors[POSITION_TABLE]
@@ -177,24 +209,38 @@ def read_folded(
 
 
 def write(weights: Weights, path: Path) -> None:
-    """Write a directory that ``ProteinBertForMaskedLM.from_pretrained`` loads.
+    """Write a directory that ``from_pretrained`` of the model's class loads.
 
     The positions include the token type.
     """
-    tensors = {name.replace(_BEFORE, _FIRST): value for name, value in tensors_of(weights, NAMES)}
-    write_directory(weights, path, tensors, {})
+    write_directory(weights, path, NAMES, "tape", {})
 
 
-def write_directory(weights: Weights, path: Path, tensors: dict[str, Tensor], extra: dict[str, Any]) -> None:
+def write_directory(weights: Weights, path: Path, table: NameTable, name: str, extra: dict[str, Any]) -> None:
     """Write tensors and configuration of a stock or modified TAPE model.
 
     Args:
-        weights: The source, for its description and notes.
+        weights: The model.
         path: An existing, empty directory.
-        tensors: Tensors by name, without token types.
+        table: Name table of a masked language model.
+        name: ``tape`` or ``proteinlm``.
         extra: Further keys of the configuration.
     """
     shape, width = weights.description.shape, weights.description.shape.hidden_size
+    described, statistics = weights.description.task, {}
+    if described is not None:
+        head = tape_heads.equal_head(described, name)
+        table = head_table(table, head)
+        extra = {**extra, **tape_heads.config_of_head(described)}
+        if described.task.dropout != head.dropout:
+            weights.notes.dropped.append(
+                f"task.dropout={described.task.dropout}: the head of {name} has {head.dropout}"
+            )
+    elif weights.description.head is None:
+        table = table.with_head(())
+    tensors = {key.replace(_BEFORE, _FIRST): value for key, value in tensors_of(weights, table)}
+    if described is not None:
+        statistics = tape_heads.statistics(head, tensors)
     weights.notes.dropped.append(LOST_TOKENS)
     weights.notes.filled.append("token types: zeros, since the positions include them")
     if weights.description.activation != "gelu":
@@ -202,7 +248,7 @@ def write_directory(weights: Weights, path: Path, tensors: dict[str, Tensor], ex
     types = extra.get("type_vocab_size", 2)
     tensors[TYPE_TABLE] = torch.zeros(types, width, dtype=weights.description.dtype)
     # clone: parts of one fused tensor would each store all of it
-    state = {name: value.clone() for name, value in tensors.items()}
+    state = {key: value.clone() for key, value in {**tensors, **statistics}.items()}
     pickles.save_pickle(path / "pytorch_model.bin", state)
     config = {
         "vocab_size": len(TAPE_TOKENS),

@@ -247,7 +247,7 @@ def with_unit_scale(weights: Weights, dtype: torch.dtype) -> Weights:
     """Change the head's last layer so that outputs are in units of the labels, see `in_units_of_labels`.
 
     Args:
-        weights: A model with a head that transformers has.
+        weights: A model with a head that the other format has.
         dtype: Dtype of the file to be written, to which the last layer of the head is rounded.
     """
     head = weights.description.task
@@ -271,11 +271,14 @@ def in_units_of_labels(name: str, value: Tensor, info: TargetInfo, dtype: torch.
     """Return a tensor of a head, changed so that outputs are in units of the labels.
 
     The scale and the shift after the head of a regression become part of its last layer, computed in fp64 and
-    rounded once to `dtype`: ``s (W x + b) + m = (s W) x + (s b + m)`` for each output.
+    rounded once to `dtype`: ``s (W x + b) + m = (s W) x + (s b + m)`` for each output. Of a weight-normed
+    layer, which then has one output, it is the length of the weight that is scaled.
     """
-    if not info.mean or name not in (f"{_OUTPUT}weight", f"{_OUTPUT}bias"):
+    if not info.mean or name not in (f"{_OUTPUT}weight", f"{_OUTPUT}weight_g", f"{_OUTPUT}bias"):
         return value
     mean, std = (torch.tensor(numbers, dtype=torch.float64) for numbers in (info.mean, info.std))
+    if name == f"{_OUTPUT}weight_g":
+        return (value.double() * std).to(dtype)
     if name == f"{_OUTPUT}weight":
         return (value.double() * std[:, None]).to(dtype)
     return (value.double() * std + mean).to(dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from esm2mega.convert.formats.megatron import open_checkpoint
 from esm2mega.convert.formats.tape import stored_tensors
+from esm2mega.convert.verify.bert_heads import head_of
 from esm2mega.convert.verify.plain_model import PlainBlock, PlainModel
 from esm2mega.convert.verify.source import Prepare, WeightSource, by_head, json_config
 
@@ -83,6 +84,7 @@ def _tape_model(
 ) -> PlainModel:
     """Arrange what stock and modified TAPE have in common."""
     head = WeightSource(lambda name: state[f"mlm.{name}"], prepare)
+    is_masked_lm = "mlm.bias" in state
     positions = source.tensor("embeddings.position_embeddings.weight")
     return PlainModel(
         num_layers=config["num_hidden_layers"],
@@ -91,9 +93,10 @@ def _tape_model(
         block=block,
         table=source.tensor("embeddings.word_embeddings.weight"),
         final_norm=None,
-        head_dense=head.affine("transform.dense"),
-        head_norm=head.affine("transform.LayerNorm"),
-        head_bias=head.tensor("bias"),
+        head_dense=head.affine("transform.dense") if is_masked_lm else None,
+        head_norm=head.affine("transform.LayerNorm") if is_masked_lm else None,
+        head_bias=head.tensor("bias") if is_masked_lm else None,
+        classifier=None if is_masked_lm else head_of(state, prepare),
         positions=positions + source.tensor("embeddings.token_type_embeddings.weight")[0],
         tokens=torch.tensor(_TAPE),
     )

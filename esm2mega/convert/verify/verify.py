@@ -33,6 +33,7 @@ from esm2mega.convert.verify.source import Prepare
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import write_json
+from esm2mega.model.build import DTYPES
 from esm2mega.vocabulary import CLS, EOS, MASK, encode_residues
 
 BOUND = 1e-5
@@ -73,6 +74,38 @@ def sequences(family: str = "esm2") -> list[Tensor]:
     return result
 
 
+def _sequences_for(description: Description) -> list[Tensor]:
+    """Return `sequences` that a model with learned positions can take; ``<eos>`` stays the last token."""
+    ids = sequences(description.family)
+    if description.max_positions is None:
+        return ids
+    last = description.max_positions - 1
+    return [x if len(x) <= last else torch.cat((x[:last], x[-1:])) for x in ids]
+
+
+def difference_of_models(conversion: Conversion, precision: str) -> float:
+    """Return the largest difference of the outputs of both models, relative to the largest output.
+
+    Args:
+        conversion: What was converted.
+        precision: Precision to compute in, as in `model.precision`.
+    """
+    description = conversion.description
+
+    def prepare(value: Tensor) -> Tensor:
+        return value.to(description.dtype).to(DTYPES[precision])
+
+    ids = _sequences_for(description)
+    both = [
+        _run(path, name, prepare, ids, description, precision)[0]
+        for path, name in (
+            (conversion.source, conversion.source_format),
+            (conversion.target, conversion.target_format),
+        )
+    ]
+    return _difference(*([outputs for _, outputs in results] for results in both))["relative"]
+
+
 def verify(conversion: Conversion) -> list[str]:
     """Compare source and target, and write ``TARGET.verify.json`` beside the target.
 
@@ -89,9 +122,7 @@ def verify(conversion: Conversion) -> list[str]:
         # Rounded like the target's weights, so that the conversion is compared and not the rounding.
         return value.to(dtype).float()
 
-    ids = sequences(description.family)
-    if description.max_positions is not None:
-        ids = [x[: description.max_positions] for x in ids]
+    ids = _sequences_for(description)
     source_results, source_method = _run(
         conversion.source, conversion.source_format, prepare, ids, description
     )
@@ -185,11 +216,16 @@ def _checksum(weights: Weights, name: str) -> str:
 
 
 def _run(
-    path: Path, format_name: str, prepare: Prepare, ids: list[Tensor], description: Description
+    path: Path,
+    format_name: str,
+    prepare: Prepare,
+    ids: list[Tensor],
+    description: Description,
+    precision: str = "fp32",
 ) -> tuple[list[Result], str]:
     """Return the results of every sequence, and the name of the program that computed them."""
     if format_name == "esm2mega":
-        return _esm2mega(path, prepare, ids, description), "esm2mega"
+        return _esm2mega(path, prepare, ids, description, precision), "esm2mega"
     if format_name == "hf" and _is_as_transformers_writes(path) and (found := _installed("transformers")):
         with _ran_by(found, path):
             results, method = _transformers(path, prepare, ids, description), found
@@ -203,8 +239,8 @@ def _run(
     task = description.task
     if description.head is None:
         results = [(hidden, hidden[-1]) for hidden, _ in results]
-    elif task is not None and task.info.per_residue:
-        # The outputs of transformers are of all tokens, ours without <cls> and <eos>.
+    elif task is not None and task.info.per_residue and not task.info.per_pair:
+        # The outputs of other programs are of all tokens, ours without <cls> and <eos>.
         results = [(hidden, outputs[1:-1]) for hidden, outputs in results]
     return results, method
 
@@ -239,7 +275,7 @@ def _installed(package: str) -> str | None:
 
 @torch.no_grad()
 def _esm2mega(
-    checkpoint: Path, prepare: Prepare, ids: list[Tensor], description: Description
+    checkpoint: Path, prepare: Prepare, ids: list[Tensor], description: Description, precision: str
 ) -> list[Result]:
     from esm2mega.checkpoint import layout
     from esm2mega.checkpoint.store import load_weights
@@ -252,7 +288,7 @@ def _esm2mega(
     from esm2mega.parallel.initialize import process_groups
 
     config = layout.read_config(checkpoint).model
-    config.precision, config.layer_spec = "fp32", "local"
+    config.precision, config.layer_spec = precision, "local"
     task = description.task
     make_head = None if task is None else head_of_task(task.task, task.info.num_outputs)
     results = []
@@ -284,10 +320,15 @@ def _scale_outputs(model: Any, info: TargetInfo, prepare: Prepare) -> None:
     Heads without such a layer have no equal in other formats, and are compared as they are.
     """
     last = getattr(model.head, "output", None)
-    if info.std and last is not None:
-        std, mean = (torch.tensor(x, dtype=torch.float64) for x in (info.std, info.mean))
+    is_normed = hasattr(last, "weight_g")
+    if not info.std or last is None or (is_normed and len(info.std) > 1):
+        return
+    std, mean = (torch.tensor(x, dtype=torch.float64) for x in (info.std, info.mean))
+    if is_normed:
+        last.weight_g.copy_(prepare(last.weight_g.double() * std))
+    else:
         last.weight.copy_(prepare(last.weight.double() * std[:, None]))
-        last.bias.copy_(prepare(last.bias.double() * std + mean))
+    last.bias.copy_(prepare(last.bias.double() * std + mean))
 
 
 def _round(model: torch.nn.Module, prepare: Prepare) -> None:

@@ -176,13 +176,17 @@ class TapeTask:
         kind: The value of `task.kind` in fine-tuning.
         field: Key of the labels in a record.
         splits: Published names of the splits: ``train`` and ``valid``, and those to test on.
+        masked: Whether records have a `valid_mask`, which becomes the column of a mask.
     """
 
     folder: str
     kind: str
     field: str
     splits: tuple[str, ...] = ("train", "valid", "test")
+    masked: bool = False
 
+
+_STRUCTURE_SPLITS = ("train", "valid", "casp12", "ts115", "cb513")
 
 TAPE_TASKS = {
     "fluorescence": TapeTask("fluorescence", "regression", "log_fluorescence"),
@@ -194,8 +198,11 @@ TAPE_TASKS = {
         ("train", "valid", "test_fold_holdout", "test_superfamily_holdout", "test_family_holdout"),
     ),
     "secondary_structure": TapeTask(
-        "secondary_structure", "token_classification", "ss3", ("train", "valid", "casp12", "ts115", "cb513")
+        "secondary_structure", "token_classification", "ss3", _STRUCTURE_SPLITS, masked=True
     ),
-    "contact_prediction": TapeTask("proteinnet", "contact", "tertiary"),
+    "secondary_structure_8": TapeTask(
+        "secondary_structure", "token_classification", "ss8", _STRUCTURE_SPLITS, masked=True
+    ),
+    "contact_prediction": TapeTask("proteinnet", "contact", "tertiary", masked=True),
 }
-"""This holds the tasks of TAPE by the names that TAPE gives them."""
+"""This holds the tasks of TAPE by the names that TAPE gives them, and the eight states of its structures."""

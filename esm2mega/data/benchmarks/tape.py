@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from esm2mega.data.benchmarks.tape_arrays import load_with_arrays, numbers_of
 from esm2mega.data.readers.tape import TapeReader
 from esm2mega.data.store.staging import check_new
 from esm2mega.errors import UserError
+
+_VALID = "valid_mask"
 
 
 def prepare_tape(name: str, source: str | Path, out: str | Path) -> list[str]:
@@ -49,8 +52,19 @@ def prepare_tape(name: str, source: str | Path, out: str | Path) -> list[str]:
         checksums[path.name] = next(iter(reader.checksums.values()))
     missing = [split for split in task.splits if split not in found]
     notes = [f"{source}: no files of the splits {', '.join(missing)}"] if missing else []
+    columns = [TARGET, MASK] if task.masked else [TARGET]
+    bare = [row.id for of_split in rows.values() for row in of_split if task.masked and not row.labels[1]]
+    if bare and len(bare) < sum(map(len, rows.values())):
+        raise UserError(
+            f"{source}: {len(bare)} records have no {_VALID!r}, first {bare[0]!r}, and others have one; "
+            "copy TAPE's files again"
+        )
+    if bare:
+        # The tables then have no mask, rather than one that hides nothing.
+        columns = [TARGET]
+        rows = {split: [replace(row, labels=row.labels[:1]) for row in rows[split]] for split in rows}
+        notes.append(f"{source}: no record has a {_VALID!r}, so the tables have no column {MASK!r}")
     provenance: dict[str, Any] = {"benchmark": "TAPE", "task": name, "kind": task.kind, "sources": checksums}
-    columns = [TARGET, MASK] if task.kind == "contact" else [TARGET]
     classes = TARGET if task.kind.endswith("classification") else None
     tables = LabelledTables(columns, rows, provenance, notes)
     return tables.write(Path(out), task.kind, classes)
@@ -75,12 +89,23 @@ def _row(location: str, name: str, record: dict[str, Any], task: TapeTask) -> La
             f"{location}: {task.field!r} has the shape {list(values.shape)} for {length} residues"
         )
     cells = _CELLS[task.kind](values, f"{location}: {task.field!r}")
-    if task.kind != "contact":
+    if not task.masked:
         return LabelledRow(name, sequence, (cells,))
-    mask = numbers_of(record.get("valid_mask"))
+    return LabelledRow(name, sequence, (cells, _mask(location, record, length, task)))
+
+
+def _mask(location: str, record: dict[str, Any], length: int, task: TapeTask) -> str:
+    """Return a 0 or 1 for each residue; empty where a record of secondary structure has no mask.
+
+    Raises:
+        UserError: The mask has another length, or a record of contacts has none.
+    """
+    mask = numbers_of(record.get(_VALID))
+    if mask is None and record.get(_VALID) is None and task.kind != "contact":
+        return ""
     if mask is None or mask.shape != (length,):
-        raise UserError(f"{location}: has no 'valid_mask' of {length} residues; is this TAPE's proteinnet?")
-    return LabelledRow(name, sequence, (cells, "".join("1" if valid else "0" for valid in mask)))
+        raise UserError(f"{location}: has no {_VALID!r} of {length} residues; is this TAPE's {task.folder}?")
+    return "".join("1" if valid else "0" for valid in mask)
 
 
 def _number(values: Any, location: str) -> str:

@@ -30,7 +30,15 @@ from esm2mega.data.store.manifest import StoreCounts
 from esm2mega.data.store.parts import Part, default_workers, write_parts
 from esm2mega.data.store.refined import RefinedFasta
 from esm2mega.data.store.shards import SHARD_BYTES, SHARD_UNIT
-from esm2mega.data.store.splits import LEFT_OUT, SPLITS, DrawnSplits, GivenSplits, Splits
+from esm2mega.data.store.splits import (
+    LEFT_OUT,
+    SPLITS,
+    DrawnSplits,
+    GivenSplits,
+    PositionalSplits,
+    Splits,
+    shares_of,
+)
 from esm2mega.data.store.staging import check_new, staging_directory
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
@@ -101,13 +109,14 @@ def prepare_fasta(
     options: PrepareOptions = PrepareOptions(),
     open_progress: OpenProgress | None = None,
     given: Mapping[str, str | Path] = _NOTHING,
+    shares: str | None = None,
 ) -> PrepareReport:
     """Write `out/train` and, for sizes above 0 or files, `out/valid` and `out/test`.
 
     The held-out proteins are drawn at random without replacement, and depend only on `seed` and on the number
-    of sequences. A sequence that the input repeats may be in several splits, which a note says. Proteins of
-    files given for validation and test are left out of the training store. Every split keeps the order of
-    its input.
+    of sequences; or the splits lie one behind the other in the input. A sequence that the input repeats may
+    be in several splits, which a note says. Proteins of files given for validation and test are left out of
+    the training store. Every split keeps the order of its input.
 
     Args:
         inputs: files in any format of `sources`, or streams, read in this order.
@@ -118,12 +127,19 @@ def prepare_fasta(
         options: how to read, number of processes, size of files.
         open_progress: shows the progress of each stage.
         given: files of the splits ``valid`` and ``test``, in any format of `sources`, instead of sizes.
+        shares: sizes of the splits that lie one behind the other, such as ``900,50,50``, instead of a draw.
+            They are exact if they add up to the number of sequences.
 
     Returns:
         The counts of each split, and notes for the user.
     """
     out = Path(out)
     _check_arguments(inputs, given, out, valid_size, test_size, options)
+    numbers = None if shares is None else shares_of(shares)
+    if shares is not None and (valid_size or test_size or given):
+        raise UserError(
+            f"--split {shares} and --val-size, --test-size, --valid or --test exclude each other; give one"
+        )
     with spooled([*inputs, *given.values()], options.source.sequence_column) as files:
         sources = [open_source(path, options.source) for path in files.paths]
 
@@ -131,7 +147,10 @@ def prepare_fasta(
             if given:
                 names = {name: Path(path).name for name, path in given.items()}
                 return GivenSplits(len(inputs), names, parts)
-            return DrawnSplits(sum(part.sequences for part in parts), valid_size, test_size, seed)
+            total = sum(part.sequences for part in parts)
+            if numbers is not None:
+                return PositionalSplits(total, numbers)
+            return DrawnSplits(total, valid_size, test_size, seed)
 
         report = _prepare(sources, out, split, options, open_progress or _no_progress)
         return replace(report, notes=[files.shown(note) for note in report.notes])

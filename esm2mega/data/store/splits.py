@@ -1,9 +1,10 @@
-"""Decides to which split each record of the inputs goes: drawn by a seed, or from files for each split."""
+"""Decides to which split each record of the inputs goes: drawn, by position, or from files for each split."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from esm2mega.data.overlap import KnownSequences
 from esm2mega.data.store.parts import Part
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
+from esm2mega.files import shortened
 
 SPLITS = ("train", "valid", "test")
 TRAIN = SPLITS.index("train")
@@ -67,11 +69,43 @@ class Splits(ABC):
         return []
 
 
-class DrawnSplits(Splits):
-    """Draws the held-out records: the first of a random order are for validation, the next for test."""
+class SplitsOfOneInput(Splits):
+    """Gives each record of the input to a split by its position, whatever it holds.
+
+    Attributes:
+        records: positions of the held-out records, ascending, int64 [m].
+        splits: index into `SPLITS` of each, int64 [m].
+    """
 
     cause = "the input repeats them"
     cure = "from an input without repeats"
+
+    def __init__(
+        self, records: npt.NDArray[np.int64], splits: npt.NDArray[np.int64], provenance: Mapping[str, object]
+    ) -> None:
+        self.records, self.splits, self._provenance = records, splits, provenance
+
+    def names(self) -> list[str]:
+        return [split for index, split in enumerate(SPLITS) if index == TRAIN or index in self.splits]
+
+    def of_source(self, source: int) -> str:
+        return "train"
+
+    def is_from(self, split: str, source: int) -> bool:
+        return True
+
+    def assign(self, part: Part, store: TokenStore, rows: range, position: int) -> npt.NDArray[np.int64]:
+        assigned = np.full(len(rows), TRAIN, dtype=np.int64)
+        begin, end = np.searchsorted(self.records, (position, position + len(rows)))
+        assigned[self.records[begin:end] - position] = self.splits[begin:end]
+        return assigned
+
+    def provenance(self) -> Mapping[str, object]:
+        return self._provenance if len(self.records) else {}
+
+
+class DrawnSplits(SplitsOfOneInput):
+    """Draws the held-out records: the first of a random order are for validation, the next for test."""
 
     def __init__(self, total: int, valid_size: int, test_size: int, seed: int) -> None:
         """Draw among `total` records; raise UserError when nothing would be left to train on."""
@@ -84,27 +118,45 @@ class DrawnSplits(Splits):
         drawn = counter_rng.permute(np.arange(held_out), max(total, 1), seed, counter_rng.Purpose.SPLIT)
         order = np.argsort(drawn)
         splits = np.where(np.arange(held_out) < valid_size, SPLITS.index("valid"), SPLITS.index("test"))
-        # Positions of the held-out records, ascending, and the split of each.
-        self._records, self._splits = drawn[order], splits[order]
-        self._provenance = {"seed": seed, "valid_size": valid_size, "test_size": test_size, "total": total}
+        provenance = {"seed": seed, "valid_size": valid_size, "test_size": test_size, "total": total}
+        super().__init__(drawn[order], splits[order], provenance)
 
-    def names(self) -> list[str]:
-        return [split for index, split in enumerate(SPLITS) if index == TRAIN or index in self._splits]
 
-    def of_source(self, source: int) -> str:
-        return "train"
+class PositionalSplits(SplitsOfOneInput):
+    """Takes splits that lie one behind the other, with the rounding of Megatron-LM's ``--split``."""
 
-    def is_from(self, split: str, source: int) -> bool:
-        return True
+    def __init__(self, total: int, shares: Sequence[int]) -> None:
+        """Share `total` records out among `SPLITS`; raise UserError when nothing is left to train on."""
+        borders = [0]
+        for share in shares:
+            borders.append(borders[-1] + round(Fraction(share * total, sum(shares))))
+        # Rounding may leave or take too much, which the first split makes up for.
+        excess = borders[-1] - total
+        first, second, _ = (max(0, border - excess) for border in borders[1:])
+        if not first:
+            raise UserError(
+                f"--split {','.join(map(str, shares))} leaves nothing to train on: the input has {total} "
+                "sequences; give the first a larger share"
+            )
+        records = np.arange(first, total, dtype=np.int64)
+        splits = np.where(records < second, SPLITS.index("valid"), SPLITS.index("test"))
+        super().__init__(records, splits, {"positions": [first, second, total], "total": total})
 
-    def assign(self, part: Part, store: TokenStore, rows: range, position: int) -> npt.NDArray[np.int64]:
-        assigned = np.full(len(rows), TRAIN, dtype=np.int64)
-        begin, end = np.searchsorted(self._records, (position, position + len(rows)))
-        assigned[self._records[begin:end] - position] = self._splits[begin:end]
-        return assigned
 
-    def provenance(self) -> Mapping[str, object]:
-        return self._provenance if len(self._records) else {}
+def shares_of(text: str) -> list[int]:
+    """Read ``--split``, a number for each of `SPLITS`.
+
+    Raises:
+        UserError: It is something else, or the first number is 0.
+    """
+    words = [word.strip() for word in text.split(",")]
+    are_numbers = all(word.isascii() and word.isdecimal() and len(word) < 16 for word in words)
+    if len(words) != len(SPLITS) or not are_numbers or not int(words[TRAIN]):
+        raise UserError(
+            f"--split {shortened(text)}: give three whole numbers, for train, valid and test, the first "
+            "above 0, such as 900,50,50"
+        )
+    return [int(word) for word in words]
 
 
 class GivenSplits(Splits):

@@ -8,13 +8,14 @@ from omegaconf import OmegaConf
 from esm2mega.config.architecture import FROM
 from esm2mega.config.batches import num_micro_batches
 from esm2mega.config.load import conf_dir, config_names, load_run
-from esm2mega.config.presets import PRESETS
+from esm2mega.config.presets import PRESETS, ModelShape, shape_of
 from esm2mega.config.schema import Run, flatten
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
-from esm2mega.data.benchmarks.names import FLIP_TASKS
+from esm2mega.data.benchmarks.names import FLIP_TASKS, TAPE_TASKS
 
 SIZES = [size for size in PRESETS if size != "tiny"]
+TAPE_CONFIGS = {f"tape_{task.removesuffix('_prediction')}": task for task in TAPE_TASKS}
 LAYOUT = re.compile(r"^# layout (\d+):(.*)$", re.MULTILINE)
 
 
@@ -24,8 +25,10 @@ def layouts(name: str) -> list[tuple[int, str]]:
 
 
 def test_all_sizes_are_shipped():
-    tasks = {"deeploc2", "deeploc2_150M", "deeploc2_650M", *(f"flip_{task}" for task in FLIP_TASKS)}
-    assert set(config_names()) == {"base", "infer", *(f"pretrain_esm2_{size}" for size in PRESETS), *tasks}
+    deeploc2 = {"deeploc2", "deeploc2_150M", "deeploc2_650M"}
+    tasks = {*deeploc2, *(f"flip_{task}" for task in FLIP_TASKS), *TAPE_CONFIGS}
+    pretraining = {"pretrain_proteinlm_200M", *(f"pretrain_esm2_{size}" for size in PRESETS)}
+    assert set(config_names()) == {"base", "infer", *pretraining, *tasks}
 
 
 def test_base_lists_the_keys_and_defaults_of_the_schema():
@@ -143,3 +146,45 @@ def test_published_sizes_of_deeploc2(size, proteins, evaluated):
     assert (run.schedule.warmup_steps, run.schedule.decay_steps) == (500, 5000)
     head = (run.task.head, run.task.pooler_activation, run.task.dropout, run.task.num_classes)
     assert head == ("pooler", "gelu", 0.4, 2)
+
+
+@pytest.mark.parametrize("name", TAPE_CONFIGS)
+def test_every_task_of_tape_is_configured(name):
+    """Hyper-parameters are the defaults of TAPE and ProteinLM, and proteins those that ProteinLM takes."""
+    run = load_run(name, ["model.size=tiny"])
+    validate(run, 1)
+    validate_task(run)
+    published = TAPE_TASKS[TAPE_CONFIGS[name]]
+    assert (run.task.kind, run.task.head) == (published.kind, "tape")
+    classes = {"tape_remote_homology": 1195, "tape_secondary_structure": 3, "tape_secondary_structure_8": 8}
+    assert run.task.num_classes == classes.get(name)
+    assert run.task.mask_column == ("mask" if published.kind == "contact" else None)
+    assert (run.optim.lr, run.optim.weight_decay, run.optim.clip_grad) == (1e-4, 0.01, 1.0)
+    assert (run.optim.betas, run.optim.eps, run.train.max_epochs) == ([0.9, 0.999], 1e-6, 10)
+    assert (run.data.max_seq_length, run.data.too_long) == (512 + 2, "drop")
+    folder = f"tape/{name.removeprefix('tape_')}"
+    assert run.data.train_paths() == [f"{folder}/train.csv"] and run.data.valid == f"{folder}/valid.csv"
+    assert run.data.test is not None
+    assert run.data.test.removeprefix(f"{folder}/").removesuffix(".csv") in published.splits[2:]
+
+
+def test_proteinlm_pretrains_what_its_fork_of_tape_reads():
+    """Shape, numerics and schedule are as published; GELU and the last LayerNorm are those of the fork."""
+    run = load_run("pretrain_proteinlm_200M")
+    assert shape_of(run.model) == ModelShape(16, 1024, 4096, 16)
+    model = run.model
+    assert (model.family, model.activation, model.final_layernorm) == ("proteinbert_preln", "gelu", False)
+    assert (model.layernorm_epsilon, model.max_positions, run.data.max_seq_length) == (1e-12, 2176, 2176)
+    assert (run.optim.lr, run.optim.weight_decay, run.optim.clip_grad) == (1e-4, 0.01, 1.0)
+    assert (run.schedule.name, run.schedule.warmup_steps, run.schedule.decay_steps) == (
+        "linear",
+        9_900,
+        990_000,
+    )
+    assert (run.train.max_steps, run.schedule.min_lr_ratio) == (1_000_000, 0.1)
+    found = layouts("pretrain_proteinlm_200M")
+    assert {n for n, _ in found} == {1, 8, 64}
+    for processes, text in found:
+        run = load_run("pretrain_proteinlm_200M", text.split())
+        validate(run, processes)
+        assert num_micro_batches(run.train, run.parallel, processes) >= 1

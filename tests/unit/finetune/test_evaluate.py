@@ -81,6 +81,23 @@ def test_nothing_to_predict_is_null(
     assert {found[name] for name in metrics} == {None} and found["num_labels"] == 0
     assert not found["intervals"]
     assert found["eval_recipe"] == record["eval_recipe"] == trained.metrics["eval_recipe"]
+    if kind != "regression":
+        return
+    # Several tables in one command, each with a result of its own.
+    other, both = (
+        tmp_path / "other.json",
+        ["evaluate", str(run_dir), "--data", str(nothing), "--data", str(train)],
+    )
+    assert main([*both, "--out", str(out), "--out", str(other)]) == 0
+    said = capfd.readouterr().out
+    assert said.count("\nloss: ") == 2 and f"\n\ncheckpoint: {found['checkpoint']}\ndata: {train}\n" in said
+    assert json.loads(out.read_text())["num_labels"] == 0 < json.loads(other.read_text())["num_labels"]
+    for files, message in (
+        ([out], "--out is given 1 times, --data 2 times; give a file for each, or none"),
+        ([out, out], f"--out {out}: each result needs a file of its own"),
+    ):
+        assert main([*both, *(word for file in files for word in ("--out", str(file)))]) == 2
+        assert message in capfd.readouterr().err
 
 
 def test_a_part_without_labels_is_refused_too(tmp_path: Path) -> None:

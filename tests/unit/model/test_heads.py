@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esm2mega.batch import LabelledBatch
-from esm2mega.config.schema import TaskConfig
+from esm2mega.config.schema import ParallelConfig, TaskConfig
 from esm2mega.model.dropout import KeyedDropout
 from esm2mega.model.heads import head_of_task
+from esm2mega.model.init import initialize_parameters
+from esm2mega.parallel.initialize import process_groups
 from tests.task_batches import one_pack, proteins_of
 
 H, K = 12, 3
@@ -64,10 +66,52 @@ def test_convolutions_never_see_the_neighbour() -> None:
     assert (together - torch.cat(expected)).abs().max() < 1e-13
 
 
+def test_heads_of_tape_read_the_tokens_around_the_residues() -> None:
+    """Each protein through modules of PyTorch alone, `<cls>` and `<eos>` included, in evaluation."""
+    states, batch, _ = hidden_and_batch()
+    pieces = states.split([*batch.seqlens])[: len(SEQUENCES)]
+    segments = batch.head_inputs
+
+    def weight(layer: Any) -> Tensor:
+        return layer.weight_v * layer.weight_g / layer.weight_v.norm()
+
+    head = made(TaskConfig(kind="token_classification", head="tape", hidden_size=7))
+    expected = []
+    for x in pieces:
+        scaled = (x * head.norm.weight + head.norm.bias).T[None]
+        hidden = F.relu(F.conv1d(scaled, weight(head.first), head.first.bias, padding=2))
+        expected.append(F.conv1d(hidden, weight(head.output), head.output.bias, padding=1)[0].T[1:-1])
+    assert (head(states, segments) - torch.cat(expected)).abs().max() < 1e-13
+    head = made(TaskConfig(kind="classification", head="tape", hidden_size=7))
+    for number, x in enumerate(pieces):
+        hidden = F.relu(F.linear(torch.tanh(head.dense(x[0])), weight(head.first), head.first.bias))
+        alone = F.linear(hidden, weight(head.output), head.output.bias)
+        assert (head(states, segments)[number] - alone).abs().max() < 1e-13
+
+
+def test_a_new_residual_block_passes_on_what_it_gets() -> None:
+    """So 30 of them start as none, and the first step reaches all last scales."""
+    config = SimpleNamespace(hidden_size=H, params_dtype=torch.float64)
+    head = head_of_task(TaskConfig(kind="contact", head="proteinlm"), 1)(config, torch.device("cpu"))
+    model: Any = SimpleNamespace(
+        named_parameters=head.named_parameters, global_parameter_name="head.{}".format
+    )
+    with process_groups(ParallelConfig(), seed=1):
+        initialize_parameters(model, 1, 0.02)
+    segments = one_pack(proteins_of(["MKTAY"])).head_inputs
+    states = torch.randn(7, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    head(states, segments).square().sum().backward()
+    assert all(block.norm2.weight.grad.abs().max() > 0 for block in head.blocks)
+    maps = torch.rand(1, 64, 5, 5, dtype=torch.float64)
+    assert torch.equal(head.blocks[3](maps), maps)
+
+
 @pytest.mark.parametrize(
     "task",
     [
         TaskConfig(kind="regression", pooling="attention"),
+        TaskConfig(kind="regression", head="proteinlm", hidden_size=7),
+        TaskConfig(kind="token_classification", head="tape", hidden_size=7),
         TaskConfig(kind="regression", head="linear", pooling="max"),
         TaskConfig(kind="multilabel", head="pooler"),
         TaskConfig(kind="token_regression"),

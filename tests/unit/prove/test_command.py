@@ -74,7 +74,7 @@ def test_names_of_groups() -> None:
     assert choose_trials("ci,bf16", 1, 4) == [*GROUPS["ci"], *GROUPS["bf16"]]
     assert len(choose_trials("random:7", 1, 2)) == 7
     for wrong in ("dozen", "ci,", "random:0", "random:x", ""):
-        groups = "ci, more, resume, heads, bf16, fp16, families, lora, lora-heads, dropout"
+        groups = "ci, more, resume, heads, bf16, fp16, families, exports, lora, lora-heads, dropout"
         with pytest.raises(UserError, match=f"give {groups}, all, or random:N"):
             choose_trials(wrong, 1, 4)
 

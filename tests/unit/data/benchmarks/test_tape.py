@@ -105,20 +105,36 @@ def test_contacts_are_those_that_tape_finds(tmp_path: Path) -> None:
         ("stability", [0.5], "0.5", "regression"),
         ("remote_homology", 1194, "1194", "classification"),
         ("secondary_structure", np.array([0, 2, 1], np.int64), "021", "token_classification"),
+        ("secondary_structure_8", np.array([7, 0, 3], np.int64), "703", "token_classification"),
     ],
 )
 def test_labels_of_the_other_tasks(tmp_path: Path, name: str, value: Any, cell: str, column: str) -> None:
     task = TAPE_TASKS[name]
     assert task.kind == column
     row = {"primary": "MKT", task.field: value, "id": b"NA"}
+    if task.masked:
+        row["valid_mask"] = np.array([True, False, True])
     for split in task.splits:
         write(tmp_path, f"{task.folder}_{split}", [row])
     assert main(["prepare", "tape", name, "--source", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     for split in task.splits:
-        header = "id,sequence,target"
-        assert (tmp_path / "out" / f"{split}.csv").read_text() == f"{header}\nNA,MKT,{cell}\n"
+        header, mask = ("id,sequence,target,mask", ",101") if task.masked else ("id,sequence,target", "")
+        assert (tmp_path / "out" / f"{split}.csv").read_text() == f"{header}\nNA,MKT,{cell}{mask}\n"
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert list(manifest["splits"]) == list(task.splits) and manifest["notes"] == []
+
+
+def test_structures_without_a_mask(tmp_path: Path) -> None:
+    """No mask at all is a table without one; a mask that some records lack is no complete file."""
+    rows = [{"primary": "MKT", "ss8": np.array([7, 0, 3]), "id": f"p{number}"} for number in range(2)]
+    write(tmp_path, "secondary_structure_train", rows)
+    lines = prepare_tape("secondary_structure_8", tmp_path, tmp_path / "out")
+    assert (tmp_path / "out/train.csv").read_text().splitlines()[0] == "id,sequence,target"
+    assert "no record has a 'valid_mask', so the tables have no column 'mask'" in lines[-1]
+    rows[0]["valid_mask"] = np.ones(3, bool)
+    write(tmp_path, "secondary_structure_train", rows)
+    with pytest.raises(UserError, match="1 records have no 'valid_mask', first 'p1', and others have one"):
+        prepare_tape("secondary_structure_8", tmp_path, tmp_path / "other")
 
 
 @pytest.mark.parametrize(

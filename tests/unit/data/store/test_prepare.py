@@ -22,6 +22,7 @@ from esm2mega.data.readers import text
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.store import parts, prepare
 from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
+from esm2mega.data.store.splits import SPLITS
 from esm2mega.data.store.staging import check_new
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import MachineError, UserError
@@ -104,6 +105,43 @@ def test_split_follows_the_seed_and_not_the_batches(
         != ids(tmp_path / "other seed" / "valid")
     )
     assert TokenStore(tmp_path / "a" / "train").manifest == TokenStore(tmp_path / "b" / "train").manifest
+
+
+@pytest.mark.parametrize("shares", ["7,2,1", "8,1,1", "949,50,1", "1,1,1", "10,0,0", "5,0,5"])
+def test_splits_by_position_are_those_of_megatron(tmp_path: Path, shares: str) -> None:
+    """Sizes that add up to the input are kept; others are shared out as Megatron-LM did, in floats."""
+    total = 10
+    fasta = tmp_path / "x.fasta"
+    fasta.write_text("".join(f">p{n}\nMKT{'LAGVSERTID'[n]}\n" for n in range(total)))
+    prepare_fasta([fasta], tmp_path / "out", shares=shares)
+    numbers = [float(x) for x in shares.split(",")]
+    borders = [0]
+    for number in numbers:
+        borders.append(borders[-1] + int(round(number / sum(numbers) * float(total))))
+    excess = borders[-1] - total
+    borders = [0, *(border - excess for border in borders[1:])]
+    for split, first, stop in zip(SPLITS, borders, borders[1:], strict=False):
+        expected = [f"p{n}" for n in range(first, stop)]
+        if not expected:
+            assert not (tmp_path / "out" / split).exists()
+            continue
+        assert ids(tmp_path / "out" / split) == expected
+
+
+def test_splits_by_position_are_checked(small_fasta: Path, tmp_path: Path) -> None:
+    for split, message in (
+        ("1,2", "give three whole numbers, for train, valid and test"),
+        ("0,1,1", "the first above 0"),
+        ("1,-2,3", "give three whole numbers"),
+        ("1e3,2,3", "give three whole numbers"),
+        ("1,1000000,0", "leaves nothing to train on: the input has"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare_fasta([small_fasta], tmp_path / "out", shares=split)
+    for other in ({"valid_size": 1}, {"given": {"valid": "absent.fasta"}}):
+        with pytest.raises(UserError, match="--split 1,1,1 and --val-size, .* exclude each other"):
+            prepare_fasta([small_fasta], tmp_path / "out", shares="1,1,1", **other)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_inputs_are_read_in_order_and_recorded(small_fasta: Path, tmp_path: Path) -> None:
