@@ -14,7 +14,7 @@ from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
 COMMANDS = [
     *("quickstart", "prepare", "pretrain", "finetune", "predict", "evaluate", "compare", "convert"),
-    *("embed", "score", "lora", "inspect", "prove", "drill", "plot", "doctor"),
+    *("embed", "probe", "score", "lora", "inspect", "prove", "drill", "plot", "doctor"),
 ]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")
 
