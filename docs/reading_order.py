@@ -139,9 +139,9 @@ SECTIONS = (
     ),
     Section(
         "Comparison, proof, first steps, and looking around",
-        "`autoeval/` compares models on the same proteins, and probes embeddings. `prove/` trains the same small model at many "
-        "layouts and compares every number with those of one process; `drill/` kills the processes of a "
-        "user's own training.",
+        "`autoeval/` compares models on the same proteins, and probes embeddings. `prove/` trains the same "
+        "small model at many layouts and compares every number with those of one process; `drill/` kills the "
+        "processes of a user's own training.",
         {
             "autoeval": "compare sides models difference",
             "autoeval/probe": "run embeddings labels fit heads convolution",
