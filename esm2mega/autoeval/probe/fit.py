@@ -116,7 +116,7 @@ def _residue_matrix(task: Task, layer: str, name: str) -> tuple[Array, Array]:
     """Return vectors and labels of all residues of a split that have any label, ``[R, h]`` and ``[R, m]``."""
     split = task.splits[name]
     assert split.labels is not None
-    there: Array = ~split.is_missing.all(axis=1)
+    there = np.asarray(~split.is_missing.all(axis=1))
     width = task.embeddings.residues(layer, split.ids[0]).shape[1]
     # Fitting takes a copy in fp64 besides the one in fp32.
     needed, free = int(there.sum()) * width * 12, psutil.virtual_memory().available

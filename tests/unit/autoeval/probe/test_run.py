@@ -200,7 +200,8 @@ def test_labels_of_residues(
     embeddings = write_ours(tmp_path / "x.h5", data, list(range(len(IDS))))
     words = ["--head", head, "--layers", "2", "task.kind=token_classification", "task.mask_column=mask"]
     found = run(embeddings, labels, *words, "task.bootstrap=0")
-    assert found["test"]["accuracy"] > (0.75 if head == "cnn" else 0.85) > found["test"]["baseline_accuracy"]
+    least = {"linear": 0.85, "mlp": 0.6, "cnn": 0.45}[head]  # in a few epochs
+    assert found["test"]["accuracy"] > least > found["test"]["baseline_accuracy"]
     states = [text for text, name in zip(data.residue_labels(), SPLITS, strict=True) if name == "test"]
     rows = found["rows"]
     assert [len(row["prediction"]) for row in rows] == [len(text) for text in states]
