@@ -145,11 +145,12 @@ SECTIONS = (
     ),
     Section(
         "Comparison, proof, first steps, and looking around",
-        "`autoeval/` compares models on the same proteins. `prove/` trains the same small model at many "
-        "layouts and compares every number with those of one process; `drill/` kills the processes of a "
-        "user's own training.",
+        "`autoeval/` compares models on the same proteins, and probes embeddings. `prove/` trains the same "
+        "small model at many layouts and compares every number with those of one process; `drill/` kills the "
+        "processes of a user's own training.",
         {
             "autoeval": "compare sides models difference",
+            "autoeval/probe": "run embeddings labels fit heads convolution",
             "prove": "command trials layouts training workers",
             "drill": "command ranks compare",
             "quickstart": "run",

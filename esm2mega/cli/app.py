@@ -21,6 +21,7 @@ from esm2mega.cli.group import CONTEXT, Group, Options
 from esm2mega.cli.infer import embed, score
 from esm2mega.cli.lora import lora
 from esm2mega.cli.prepare import prepare
+from esm2mega.cli.probe import probe
 from esm2mega.cli.prove import prove
 from esm2mega.cli.stopped import Stopped, stopped_by_signals
 from esm2mega.cli.tools import doctor, inspect, plot, quickstart
@@ -41,7 +42,7 @@ def cli() -> None:
 
 for _command in (
     *(quickstart, translate, prepare, pretrain, finetune, predict, evaluate, compare, convert_command),
-    *(embed, score, lora, inspect, prove, drill, plot, doctor),
+    *(embed, probe, score, lora, inspect, prove, drill, plot, doctor),
 ):
     cli.add_command(_command)
 

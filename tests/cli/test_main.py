@@ -13,18 +13,8 @@ from esm2mega.cli.app import cli, main
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
 COMMANDS = [
-    *(
-        "quickstart",
-        "translate",
-        "prepare",
-        "pretrain",
-        "finetune",
-        "predict",
-        "evaluate",
-        "compare",
-        "convert",
-    ),
-    *("embed", "score", "lora", "inspect", "prove", "drill", "plot", "doctor"),
+    *("quickstart", "translate", "prepare", "pretrain", "finetune", "predict", "evaluate", "compare"),
+    *("convert", "embed", "probe", "score", "lora", "inspect", "prove", "drill", "plot", "doctor"),
 ]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")
 

@@ -1,0 +1,213 @@
+"""Reads embeddings from HDF5 files, of this package or in the layout of BioNeMo 1, by the ids of proteins.
+
+Legend: ``n`` proteins, ``L`` residues of a protein, ``h`` hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.errors import UserError
+from esm2mega.infer import hdf5_checksums
+from esm2mega.infer.hdf5 import read_attributes
+
+Array = npt.NDArray[Any]
+
+POOLED, RESIDUE = "pooled", "residue"
+
+_OURS = re.compile(rf"({POOLED}|{RESIDUE})/(layer_\d+)")
+_ONLY = "embeddings"
+"""Names the one layer of files that do not say which it is."""
+
+
+class EmbeddingFile:
+    """Holds one open file.
+
+    Attributes:
+        path: The file.
+        ids: The id of each protein, in the order of the file.
+        layers: Names of the layers for each kind, `POOLED` and `RESIDUE`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file, and compare it with its checksums if it has any.
+
+        Raises:
+            UserError: It is missing, damaged, or holds no embeddings.
+        """
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give an HDF5 file as `esm2mega embed` writes it")
+        try:
+            attributes = read_attributes(path)
+            hdf5_checksums.verify(path)
+            self._file: Any = h5py.File(path)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: is not a readable HDF5 file ({reason}); make it again") from error
+        self.path = path
+        self._is_bf16 = attributes.get("dtype") == "bf16"
+        self.layers: dict[str, list[str]] = {POOLED: [], RESIDUE: []}
+        if "ids" in self._file:
+            self._open_ours()
+        else:
+            self._open_bionemo()
+        if not any(self.layers.values()):
+            raise UserError(
+                f"{path}: holds no embeddings of proteins; make them with `esm2mega embed --include "
+                f"{POOLED},{RESIDUE}`"
+            )
+
+    def _open_ours(self) -> None:
+        self.ids: list[str] = self._file["ids"].asstr()[:].tolist()
+        self._offsets = self._file["offsets"][:]
+        names: list[str] = []
+        self._file.visit(names.append)
+        for name in names:
+            if found := _OURS.fullmatch(name):
+                self.layers[found[1]].append(found[2])
+        for layers in self.layers.values():
+            layers.sort(key=lambda layer: int(layer.rpartition("_")[2]))
+
+    def _open_bionemo(self) -> None:
+        """Take a data set for each protein, named by its number; its rank tells which kind it is."""
+        numbers = sorted((name for name in self._file if name.isdecimal()), key=int)
+        self._names = numbers
+        self.ids = [str(self._file[name].attrs.get("original_id", name)) for name in numbers]
+        ranks = {self._file[name].ndim for name in numbers}
+        if ranks in ({1}, {2}):
+            self.layers[POOLED if ranks == {1} else RESIDUE] = [_ONLY]
+
+    def pooled(self, layer: str, numbers: Sequence[int]) -> Array:
+        """Return the vectors of some proteins, fp32 ``[n, h]``."""
+        if layer == _ONLY:
+            return np.stack([self._values(self._file[self._names[number]][()]) for number in numbers])
+        # HDF5 is slow at single rows; a file of vectors is small.
+        return self._values(self._file[f"{POOLED}/{layer}"][()][list(numbers)])
+
+    def residues(self, layer: str, number: int) -> Array:
+        """Return the vectors of a protein's residues, fp32 ``[L, h]``."""
+        if layer == _ONLY:
+            return self._values(self._file[self._names[number]][()])
+        first, stop = self._offsets[number : number + 2]
+        return self._values(self._file[f"{RESIDUE}/{layer}"][first:stop])
+
+    def num_residues(self, number: int) -> int:
+        """Return the number of residues of a protein that the file holds vectors of."""
+        if self.layers[RESIDUE] == [_ONLY]:
+            return int(self._file[self._names[number]].shape[0])
+        return int(self._offsets[number + 1] - self._offsets[number])
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _values(self, stored: Array) -> Array:
+        if self._is_bf16:  # the upper half of the bits of fp32
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32)
+
+
+class Embeddings:
+    """Finds the embeddings of proteins in several files by their ids.
+
+    Attributes:
+        files: The files.
+        layers: Names of the layers that all files have, for each kind.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Open the files.
+
+        Raises:
+            UserError: A file cannot be read, or the files have no layer in common.
+        """
+        with ExitStack() as stack:
+            self.files = []
+            for path in paths:
+                self.files.append(EmbeddingFile(path))
+                stack.callback(self.files[-1].close)
+            self._opened = stack.pop_all()
+        self.layers = {
+            kind: [
+                name for name in self.files[0].layers[kind] if all(name in f.layers[kind] for f in self.files)
+            ]
+            for kind in (POOLED, RESIDUE)
+        }
+        self._places: dict[str, tuple[EmbeddingFile, int]] = {}
+        counts: Counter[str] = Counter()
+        for file in self.files:
+            counts.update(file.ids)
+            self._places |= {name: (file, number) for number, name in enumerate(file.ids)}
+        self._repeated = {name for name, count in counts.items() if count > 1}
+        if not any(self.layers.values()):
+            raise UserError(f"{', '.join(map(str, paths))}: have no layer in common; embed all of them alike")
+
+    def __enter__(self) -> Embeddings:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.close()
+
+    def check(self, ids: Sequence[str], location: str, lengths: Sequence[int] | None) -> None:
+        """Refuse proteins that are not in the files, are there twice, or have other lengths there.
+
+        Args:
+            ids: Ids of the proteins.
+            location: File of the labels, for messages.
+            lengths: Number of residues of each; None if they do not matter.
+
+        Raises:
+            UserError: The first such protein.
+        """
+        missing = [name for name in ids if name not in self._places]
+        files = ", ".join(str(file.path) for file in self.files)
+        if missing:
+            raise UserError(
+                f"{location}: {len(missing)} of {len(ids)} proteins, first {missing[0]!r}, have no embedding "
+                f"in {files}; embed all of them with the same ids"
+            )
+        for number, name in enumerate(ids):
+            if name in self._repeated:
+                raise UserError(
+                    f"{location}: the id {name!r} is there more than once in {files}; give every protein an "
+                    "id of its own, and embed them again"
+                )
+            if lengths is not None:
+                file, place = self._places[name]
+                if (found := file.num_residues(place)) != lengths[number]:
+                    raise UserError(
+                        f"{location}: {name!r} has {lengths[number]} residues, of which {file.path} holds "
+                        f"{found}; embed it whole, with --max-seq-length or --too-long chunk"
+                    )
+
+    def vectors(self, layer: str, ids: Sequence[str]) -> Array:
+        """Return a vector for each protein, fp32 ``[n, h]``: the pooled one, else the mean over residues."""
+        if layer not in self.layers[POOLED]:
+            return np.stack(
+                [self.residues(layer, name).mean(axis=0, dtype=np.float64) for name in ids]
+            ).astype(np.float32)
+        found: Array | None = None
+        for file in self.files:
+            rows = [row for row, name in enumerate(ids) if self._places[name][0] is file]
+            if rows:
+                values = file.pooled(layer, [self._places[ids[row]][1] for row in rows])
+                found = np.empty((len(ids), values.shape[1]), np.float32) if found is None else found
+                found[rows] = values
+        assert found is not None
+        return found
+
+    def residues(self, layer: str, name: str) -> Array:
+        """Return the vectors of a protein's residues, fp32 ``[L, h]``."""
+        file, number = self._places[name]
+        return file.residues(layer, number)

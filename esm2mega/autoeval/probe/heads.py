@@ -1,0 +1,175 @@
+"""Fits the heads of a probe to fixed vectors, and chooses their strength by the validation split.
+
+A head has one estimator for each target: ridge or logistic regression or an MLP of scikit-learn, or for
+residues a convolution. The vectors are shifted and scaled by the training split. Of several strengths, or
+epochs, the one with the smallest loss on the validation split is kept: mean squared error of numbers,
+cross-entropy of classes.
+
+Legend: ``n`` proteins or residues with a label, ``h`` hidden size, ``c`` classes of a target.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+LINEAR, MLP, CNN = "linear", "mlp", "cnn"
+
+RIDGE_STRENGTHS = tuple(10.0**power for power in range(-3, 6))
+"""Penalties of ridge regression, ``alpha`` of scikit-learn, for vectors of variance 1."""
+
+LOGISTIC_STRENGTHS = tuple(10.0**power for power in range(-4, 3))
+"""Inverse penalties of logistic regression, ``C`` of scikit-learn."""
+
+MLP_WIDTH, MLP_EPOCHS, PATIENCE = 256, 200, 10
+"""As the MLP of `esm2mega finetune`; it stops after as many epochs without a smaller validation loss."""
+
+_TINY = 1e-12
+
+
+class Head(Protocol):
+    """Predicts one target: numbers as ``[n, 1]``, classes as probabilities ``[n, c]``, fp64."""
+
+    def predict(self, vectors: Array) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Holds vectors, fp32 ``[n, h]``, and their labels, float64 or int64 ``[n]``; none is missing."""
+
+    vectors: Array
+    labels: Array
+
+
+def fit_head(
+    name: str, train: Examples, valid: Examples, num_classes: int | None, seed: int
+) -> tuple[Head, dict[str, float]]:
+    """Fit a head to one target.
+
+    Args:
+        name: `LINEAR` or `MLP`.
+        train: What it is fitted to.
+        valid: What its strength, or the number of epochs, is chosen by.
+        num_classes: Number of classes; None for numbers.
+        seed: Seed of what is drawn.
+
+    Returns:
+        The head, and what was chosen.
+    """
+    scale = _Scale(train.vectors)
+    scaled = Examples(scale(train.vectors), train.labels)
+    candidates = _linear if name == LINEAR else _mlp
+    best, chosen, smallest, since = _Constant(train.labels, num_classes), {}, np.inf, 0
+    head: Head = best
+    with warnings.catch_warnings():
+        # An MLP that is trained epoch by epoch is warned about after each; so is a strength that needs more
+        # iterations, which the validation loss judges as it judges the others.
+        warnings.simplefilter("ignore")
+        if num_classes is None or len(np.unique(train.labels)) > 1:
+            for settings, estimator in candidates(scaled, num_classes is not None, seed):
+                found = _Fitted(estimator, scale, num_classes)
+                loss = _loss(found.predict(valid.vectors), valid.labels, num_classes)
+                since += 1
+                if loss < smallest:
+                    head, chosen, smallest, since = copy.deepcopy(found), settings, loss, 0
+                if name == MLP and since >= PATIENCE:
+                    break
+    return head, {**chosen, "valid_loss": float(smallest)} if chosen else {}
+
+
+def _linear(train: Examples, is_class: bool, seed: int) -> Iterator[tuple[dict[str, float], Any]]:
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    if is_class:
+        for strength in LOGISTIC_STRENGTHS:
+            estimator = LogisticRegression(C=strength, max_iter=1000)
+            yield {"C": strength}, estimator.fit(train.vectors.astype(np.float64), train.labels)
+        return
+    for strength in RIDGE_STRENGTHS:
+        yield {"alpha": strength}, Ridge(strength).fit(train.vectors.astype(np.float64), train.labels)
+
+
+def _mlp(train: Examples, is_class: bool, seed: int) -> Iterator[tuple[dict[str, float], Any]]:
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
+
+    kind = MLPClassifier if is_class else MLPRegressor
+    labels, undo = train.labels, (0.0, 1.0)
+    if not is_class:  # numbers of any unit
+        undo = float(labels.mean()), float(labels.std()) or 1.0
+        labels = (labels - undo[0]) / undo[1]
+    # A generator, unlike a number, draws another order in every epoch.
+    draw, size = np.random.RandomState(seed), min(256, len(labels))
+    estimator = kind(hidden_layer_sizes=(MLP_WIDTH,), batch_size=size, random_state=draw)
+    classes = {"classes": np.unique(labels)} if is_class else {}
+    for epoch in range(1, MLP_EPOCHS + 1):
+        estimator.partial_fit(train.vectors, labels, **classes)
+        yield {"epochs": epoch}, estimator if is_class else _Unscaled(estimator, *undo)
+
+
+@dataclass(frozen=True)
+class _Unscaled:
+    """Predicts in the unit of the labels with an estimator that was fitted to scaled ones."""
+
+    estimator: Any
+    mean: float
+    std: float
+
+    def predict(self, vectors: Array) -> Array:
+        return self.estimator.predict(vectors) * self.std + self.mean
+
+
+class _Scale:
+    """Shifts and scales vectors to mean 0 and variance 1 over those of training; constant channels stay 0."""
+
+    def __init__(self, vectors: Array) -> None:
+        self._mean = vectors.mean(axis=0, dtype=np.float64)
+        std = vectors.std(axis=0, dtype=np.float64)
+        self._factor = np.divide(1.0, std, out=np.zeros_like(std), where=std > _TINY)
+
+    def __call__(self, vectors: Array) -> Array:
+        return ((vectors - self._mean) * self._factor).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    estimator: Any
+    scale: Callable[[Array], Array]
+    num_classes: int | None
+
+    def predict(self, vectors: Array) -> Array:
+        scaled = self.scale(vectors)
+        if self.num_classes is None:
+            return np.asarray(self.estimator.predict(scaled), np.float64).reshape(-1, 1)
+        # A class without a training label is none of the estimator's.
+        found = np.zeros((len(vectors), self.num_classes))
+        found[:, self.estimator.classes_] = self.estimator.predict_proba(scaled)
+        return found
+
+
+class _Constant:
+    """Predicts what the training labels are on average, where there is nothing to fit."""
+
+    def __init__(self, labels: Array, num_classes: int | None) -> None:
+        if num_classes is None:
+            self._values = np.array([labels.mean()])
+        else:
+            self._values = np.bincount(labels.astype(np.int64), minlength=num_classes) / len(labels)
+
+    def predict(self, vectors: Array) -> Array:
+        return np.tile(self._values, (len(vectors), 1))
+
+
+def _loss(values: Array, labels: Array, num_classes: int | None) -> float:
+    """Return the mean squared error of numbers, or the cross-entropy of classes."""
+    if num_classes is None:
+        return float(np.mean((values[:, 0] - labels) ** 2))
+    picked = values[np.arange(len(labels)), labels.astype(np.int64)]
+    return float(-np.log(np.maximum(picked, _TINY)).mean())

@@ -1,0 +1,97 @@
+"""Reads the labels of a probe: a table for each split, one table with a column of splits, or a FASTA."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
+from esm2mega.data.labels.rows import Row, Table, read_table
+from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.data.readers.base import SourceOptions
+from esm2mega.data.readers.fasta import FastaReader
+from esm2mega.data.readers.sources import open_source
+from esm2mega.errors import UserError
+
+TRAIN, VALID, TEST = "train", "valid", "test"
+SPLITS = (TRAIN, VALID, TEST)
+
+SPLIT_COLUMNS = ("split", "set")
+"""Columns that are looked for, in this order, unless one is named."""
+
+_WORDS = {TRAIN: TRAIN, VALID: VALID, TEST: TEST, "val": VALID, "validation": VALID, "dev": VALID}
+
+_ANY_LENGTH = 1 << 30
+
+
+def read_splits(
+    path: Path, task: TaskConfig, data: DataConfig, split_column: str | None
+) -> tuple[dict[str, LabelledProteins], TargetInfo]:
+    """Read the labelled proteins of each split that there is; only that for tests may be missing.
+
+    Args:
+        path: A folder with files such as ``train.csv``, ``valid.csv`` and ``test.csv``; or a table with a
+            column of splits; or a FASTA whose headers have ``SET`` and ``VALIDATION``, as FLIP's.
+        task: Columns of the labels.
+        data: Columns of sequences and ids.
+        split_column: Column that says which split a row belongs to; None for one of `SPLIT_COLUMNS`.
+
+    Raises:
+        UserError: A split is missing, or a cell is bad.
+    """
+    tables = _in_folder(path, task, data) if path.is_dir() else _in_file(path, task, data, split_column)
+    for split in (TRAIN, VALID):
+        if split not in tables:
+            raise UserError(
+                f"{path}: has no proteins for {split!r}; the head is fitted to 'train' and chosen by "
+                "'valid', so give both"
+            )
+    forms = agreed_forms(task, list(tables.values()))
+    data = replace(data, max_seq_length=_ANY_LENGTH)
+    train, info = label(tables.pop(TRAIN), task, data, forms, None)
+    others = {split: label(table, task, data, forms, info)[0] for split, table in tables.items()}
+    return {TRAIN: train, **others}, info
+
+
+def _in_folder(path: Path, task: TaskConfig, data: DataConfig) -> dict[str, Table]:
+    tables = {}
+    for split in SPLITS:
+        found = sorted(file for file in path.iterdir() if file.name.split(".")[0] == split)
+        if len(found) > 1:
+            raise UserError(
+                f"{path}: holds {found[0].name} and {found[1].name}; leave one table for each split"
+            )
+        if found:
+            tables[split] = read_table(found[0], task, data, split)
+    return tables
+
+
+def _in_file(path: Path, task: TaskConfig, data: DataConfig, column: str | None) -> dict[str, Table]:
+    source = open_source(
+        path, SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column, set_by="keys")
+    )
+    if isinstance(source, FastaReader):
+        # The names are those by which a reader of headers knows which split is meant.
+        return {split: read_table(path, task, data, f"data.{split}") for split in SPLITS}
+    available = getattr(source, "columns", [])
+    names = SPLIT_COLUMNS if column is None else (column,)
+    if (column := next((name for name in names if name in available), None)) is None:
+        raise UserError(
+            f"{path}: has no column {' or '.join(map(repr, names))}, which says whether a row is for train, "
+            "valid or test; name it with --split-column, or give a folder with a table for each"
+        )
+    if column in task.target_columns:
+        raise UserError(
+            f"{path}: the column {column!r} says which split a row belongs to, and is in task.target_columns "
+            "too; name another with --split-column"
+        )
+    whole = read_table(path, replace(task, target_columns=[*task.target_columns, column]), data, "--labels")
+    rows: dict[str, list[Row]] = {}
+    for location, name, tokens, cells in whole.rows:
+        word = str(cells[column]).strip().lower()
+        if word not in _WORDS:
+            raise UserError(f"{location}: {column}={cells[column]!r} is not one of {', '.join(_WORDS)}")
+        others = {key: cell for key, cell in cells.items() if key != column}
+        rows.setdefault(_WORDS[word], []).append((location, name, tokens, others))
+    return {split: Table(path, split, found, whole.notes) for split, found in rows.items()}

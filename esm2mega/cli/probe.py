@@ -1,0 +1,62 @@
+"""Defines the command `probe`.
+
+Importing it needs neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from esm2mega.cli.group import command, say, single_process
+from esm2mega.errors import UserError
+
+
+@command(short_help="Fit a small head to embeddings, and measure it.")
+@click.option(
+    "--labels",
+    required=True,
+    metavar="PATH",
+    help="Folder with train.csv, valid.csv and test.csv, one table with a column of splits, or FLIP's FASTA.",
+)
+@click.option("--out", required=True, metavar="DIR", help="Folder of results.json and predictions.csv.")
+@click.option(
+    "--head",
+    type=click.Choice(["linear", "mlp", "cnn"]),
+    default="linear",
+    show_default=True,
+    help="linear is ridge regression of numbers and logistic regression of classes; cnn is for residues.",
+)
+@click.option("--layers", multiple=True, metavar="N,M", help="Layers that are tried [default: all].")
+@click.option(
+    "--split-column", metavar="NAME", help="Column of splits in one table [default: split, else set]."
+)
+@click.option("--config", metavar="FILE|NAME", help="Configuration with a `task`, such as flip_gb1.")
+@click.argument("words", nargs=-1, required=True, metavar="EMBEDDINGS.h5… [KEY=VALUE]…")
+@single_process
+def probe(
+    words: tuple[str, ...],
+    labels: str,
+    out: str,
+    head: str,
+    layers: tuple[str, ...],
+    split_column: str | None,
+    config: str | None,
+) -> None:
+    """Fit a small head to the embeddings of labelled proteins, which stay as they are, and measure it.
+
+    EMBEDDINGS.h5 are files of `esm2mega embed`, or the _hiddens.h5 and _embeddings.h5 of BioNeMo 1; proteins
+    are found in them by their ids. The strength of the head and the layer are chosen by the validation split.
+
+    Example: esm2mega probe gb1.h5 --labels flip/gb1 --config flip_gb1 --out probes/gb1
+    """
+    from esm2mega.autoeval.probe.run import ProbeRequest
+    from esm2mega.autoeval.probe.run import probe as run_probe
+
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    embeddings = [word for word in words if word not in overrides]
+    if not embeddings:
+        raise UserError("no embeddings are named; give the files of `esm2mega embed`")
+    names = [name.strip() for value in layers for name in value.split(",")]
+    say(run_probe(ProbeRequest(embeddings, labels, out, head, names, split_column, config, overrides)))
