@@ -69,6 +69,17 @@ class TarFile:
             assert source is not None
             return source.read(_LONGEST_TEXT).decode("utf-8", errors="replace")
 
+    def copy(self, name: str, target: Path) -> None:
+        """Copy the bytes of a member to the file `target`, whatever name it has in the archive."""
+        member = self._member(name)
+        with self._open() as archive, target.open("wb") as out:
+            source = archive.extractfile(member)
+            assert source is not None
+            while block := source.read(_COPY_BYTES):
+                out.write(block)
+        if target.stat().st_size != member.size:
+            raise UserError(f"{self.path}: {name} is cut short; the archive is damaged")
+
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
         """Yield a temporary file with the bytes of a member, under a name of our own.
@@ -76,16 +87,9 @@ class TarFile:
         Errors of the block name the member in the place of the file. What is mapped into memory from the file
         outlives its name, so that nothing is left behind, whatever happens next.
         """
-        member = self._member(name)
         with tempfile.TemporaryDirectory(prefix="esm2mega-") as folder:
             target = Path(folder) / "member"
-            with self._open() as archive, target.open("wb") as out:
-                source = archive.extractfile(member)
-                assert source is not None
-                while block := source.read(_COPY_BYTES):
-                    out.write(block)
-            if target.stat().st_size != member.size:
-                raise UserError(f"{self.path}: {name} is cut short; the archive is damaged")
+            self.copy(name, target)
             try:
                 yield target
             except UserError as error:

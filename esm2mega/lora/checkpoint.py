@@ -27,6 +27,7 @@ from esm2mega.convert.tensors import cut_vocabulary, pad_vocabulary
 from esm2mega.errors import UserError
 from esm2mega.lora.base import Base, check_adapters, check_base, has_adapters, identify, recorded_base
 from esm2mega.lora.inject import SUFFIX, apply_lora, is_adapter
+from esm2mega.model.esm2 import padded_vocab_size
 from esm2mega.model.freezing import gathered, refuse_split_layers
 from esm2mega.model.task import ESM2ForTask
 from esm2mega.parallel.errors import on_one_rank
@@ -150,7 +151,9 @@ def write_adapters(
             stacked[stored] = _entry(values, is_stacked=linear is not LM_HEAD)
     for name, value in others.items():
         stored, layer = stacked_name(name)
-        sources.setdefault(stored, []).append(pad_vocabulary(value) if name == OUTPUT_BIAS else value)
+        if name == OUTPUT_BIAS:
+            value = pad_vocabulary(value, padded_vocab_size(1))
+        sources.setdefault(stored, []).append(value)
         # The layers come in their order, each of them once.
         assert layer in (None, len(sources[stored]) - 1)
         stacked[stored] = _entry(sources[stored], is_stacked=layer is not None)
