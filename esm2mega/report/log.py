@@ -29,6 +29,9 @@ SYNC_SECONDS = 5.0
 CLOCK = ("tokens_per_second", "step_time", "memory_gb")
 """Names the fields of a record that measure the machine, and differ between equal runs."""
 
+_MOST_STEPS = 2**53
+"""A step is drawn as a float, which has every whole number up to this one."""
+
 _CURE = "free space there or choose another run_dir"
 
 logger = logging.getLogger(__name__)
@@ -171,7 +174,7 @@ def scan_log(path: str | Path) -> LogContents:
     """Read a log, and report a half-written last line in the result and not as a warning.
 
     Raises:
-        UserError: The file cannot be read, or a line other than the last is not a JSON object.
+        UserError: The file cannot be read, or a line other than the last is no record.
     """
     try:
         data = Path(path).read_bytes()
@@ -190,8 +193,23 @@ def scan_log(path: str | Path) -> LogContents:
             raise UserError(
                 f"{path}:{number}: not a JSON object; the log was edited or damaged: remove this line"
             )
+        if (key := _odd_key(record)) is not None:
+            raise UserError(
+                f"{path}:{number}: its {key!r} is not what a run writes; the log was edited or damaged: "
+                "remove this line"
+            )
         records.append(record)
     return LogContents(records, dropped_lines=int(bool(rest)))
+
+
+def _odd_key(record: Mapping[str, Any]) -> str | None:
+    """Return the key of a record whose value no run has written; None if there is none."""
+    step = record.get("step")
+    is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= _MOST_STEPS
+    if not is_step and ("step" in record or record.get("kind") in (TRAIN, EVAL)):
+        return "step"
+    texts = (key for key in ("kind", "eval_recipe") if not isinstance(record.get(key), (str, type(None))))
+    return next(texts, None)
 
 
 def _warn_dropped(path: str | Path) -> None:

@@ -27,6 +27,9 @@ PNG_NAME, HTML_NAME = "report.png", "report.html"
 
 # Colours that stay apart for the common forms of colour blindness (Okabe and Ito), and in grey.
 TRAIN_COLOR, VALID_COLOR, BASELINE_COLOR, AXIS_COLOR = "#0072B2", "#D55E00", "#555555", "#888888"
+_MOST = 1e300
+"""No value of a run is larger; sums and margins of larger ones would be infinite."""
+
 SMOOTHING_POINTS = 60
 """Counts the training records above which a running mean is drawn over the raw curve."""
 
@@ -264,8 +267,11 @@ def _curve(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]
 
 
 def _number(record: Record, key: str) -> float | None:
+    """Return a value of a record if it is a number that can be drawn."""
     value = record.get(key)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > _MOST:
+        return None
+    return float(value)
 
 
 def _png(figure: Figure) -> bytes:

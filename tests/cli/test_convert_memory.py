@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "convert_memory.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_every_step(tmp_path):
     out = tmp_path / "result.json"
     command = [sys.executable, SCRIPT, "--size", "tiny", "--folder", tmp_path, "--json", out, "--pickled"]

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_all_modes_are_measured(tmp_path):
     out = tmp_path / "out.json"
     arguments = ["--size", "tiny", "--tokens", "64", "--length", "32", "--steps", "1", "--rank", "2"]

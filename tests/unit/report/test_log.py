@@ -84,6 +84,25 @@ def test_damage_in_the_middle_names_file_and_line(path, line):
         read_log(path)
 
 
+@pytest.mark.parametrize(
+    ("record", "key"),
+    [
+        *(
+            ({"kind": "train", "step": step}, "step")
+            for step in (None, "3", 1.5, True, -1, 10**400, [[]], {})
+        ),
+        *((record, "step") for record in ({"kind": "eval", "valid_loss": 2.0}, {"kind": "train"})),
+        *(({"kind": kind, "step": 2}, "kind") for kind in (3, [], {})),
+        ({"kind": "eval", "step": 2, "eval_recipe": ["x"]}, "eval_recipe"),
+    ],
+)
+def test_a_value_that_no_run_writes_names_file_line_and_key(path, record, key):
+    path.parent.mkdir()
+    path.write_text(f'{{"step": 1}}\n{json.dumps(record)}\n{{"step": 3}}\n')
+    with pytest.raises(UserError, match=rf"log\.jsonl:2: its '{key}' is not what a run writes"):
+        read_log(path)
+
+
 def test_missing_log(path):
     with pytest.raises(UserError, match="no log at"):
         read_log(path)
