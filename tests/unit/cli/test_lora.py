@@ -56,7 +56,7 @@ def test_mistakes_are_one_line(
         (["merge", str(tmp_path), "--out", target], "no complete checkpoint"),
         (["merge", str(checkpoint), "--out", str(checkpoint)], "exists"),
         (["import", str(tmp_path), "--base", str(base.path), "--out", target], "adapter_config.json"),
-        (["import", str(tmp_path), "--base", str(checkpoint), "--out", target], "adapter_config.json"),
+        (["import", str(tmp_path), "--base", str(checkpoint), "--out", target], "not the weights under them"),
     ):
         assert main(["lora", *arguments]) == 2
         error = capsys.readouterr().err

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esm2mega.config.schema import ParallelConfig, Run, TaskConfig
 from esm2mega.convert.convert import convert
-from esm2mega.convert.formats import esm2mega as own_format
+from esm2mega.convert.files import distributed_writer
 from esm2mega.convert.formats.registry import READABLE, open_weights
 from esm2mega.convert.into_model import entries_of, load_for_task
 from esm2mega.convert.start_point import read_start
@@ -84,9 +84,11 @@ def write(name: str, folder: Path, damage: Callable[[Any], Any], monkeypatch: py
 
 def written_by_us(folder: Path, damage: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> Path:
     source = foreign.write_hf(TRUTHS["esm2"], folder)
-    whole = own_format.write_weights
+    whole = distributed_writer.write_weights
     with monkeypatch.context() as patch:
-        patch.setattr(own_format, "write_weights", lambda path, kept, *rest: whole(path, damage(kept), *rest))
+        patch.setattr(
+            distributed_writer, "write_weights", lambda path, kept, *rest: whole(path, damage(kept), *rest)
+        )
         convert(source, folder / "ours", "esm2mega")
     return folder / "ours"
 
