@@ -42,14 +42,14 @@ class Packs:
         self._next = 0
         self.state = SimpleNamespace(consumed_tokens=0)
 
-    def __iter__(self) -> Packs:
-        return self
-
-    def __next__(self) -> Any:
-        self._next += 1
-        batch = self._packs[self._next % len(self._packs)]
-        self.state.consumed_tokens += batch.num_tokens
-        return batch
+    def next_step(self, count: int) -> list[Any]:
+        """Return the micro-batches of the next step."""
+        batches = []
+        for _ in range(count):
+            self._next += 1
+            batches.append(self._packs[self._next % len(self._packs)])
+            self.state.consumed_tokens += batches[-1].num_tokens
+        return batches
 
 
 @dataclass
