@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from esm2mega.config.architecture import FROM
-from esm2mega.config.foreign.answers import answer
 from esm2mega.config.schema import Run
 
 
@@ -33,6 +32,8 @@ def _sections() -> frozenset[str]:
 
 def refusal_of_unknown(key: str, value: Any) -> str:
     """Return what was meant by an unknown key: one of another system, or the nearest one, in one line."""
+    from esm2mega.config.foreign.answers import answer  # with large tables, which other runs do not need
+
     # A name alone that a key of ours ends with means that key, which is the nearest.
     is_ours = any(known.rpartition(".")[2] == key for known in known_keys())
     advice = None if is_ours else answer(key, value)

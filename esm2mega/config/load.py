@@ -26,7 +26,6 @@ from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConf
 
 from esm2mega.config.architecture import with_architecture
 from esm2mega.config.batches import PROTEIN_KEYS, derived_keys, fill_batches, way_of_counting
-from esm2mega.config.foreign.answers import refuse_file, refuse_script
 from esm2mega.config.keys import is_section, known_keys, refusal_of_unknown
 from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
@@ -256,8 +255,13 @@ def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[Setting]
     if path.resolve() in including:
         raise UserError(f"{path}: includes itself through `defaults`; remove the circle")
     content, lines = _read_config(path)
-    refuse_file(path, content, known_keys())
     defaults = content.pop("defaults", Unset())
+    settings = list(_leaves(content, "", path, lines))
+    if any(setting.key not in known_keys() for setting in settings):
+        # The tables of other systems are large, and needed only for what is not ours.
+        from esm2mega.config.foreign.answers import refuse_file
+
+        refuse_file(path, content, known_keys())
     defaults = [] if isinstance(defaults, Unset) else defaults
     for name in defaults if isinstance(defaults, list) else [defaults]:
         where = f"{path}:{lines.get('defaults', 1)}"
@@ -268,7 +272,6 @@ def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[Setting]
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         yield from _file_settings(found, (*including, path.resolve()))
-    settings = _leaves(content, "", path, lines)
     yield from _current(settings) if _is_resolved(path) else settings
 
 
@@ -295,7 +298,7 @@ def _read_config(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}); give a YAML file") from error
     except yaml.MarkedYAMLError as error:
-        refuse_script(path, text)
+        _refuse_script(path, text)
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         problem = " ".join(str(error.problem or error.context or "unreadable").split())
         raise UserError(f"{path}:{line}: not valid YAML: {problem}; correct this line") from error
@@ -304,9 +307,15 @@ def _read_config(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     except RecursionError as error:
         raise UserError(f"{path}: not a YAML configuration: it is nested too deeply") from error
     if not isinstance(content, dict):
-        refuse_script(path, text)
+        _refuse_script(path, text)
         raise UserError(f"{path}: the top level must be `key: value` pairs, as in {conf_dir() / 'base.yaml'}")
     return content, lines
+
+
+def _refuse_script(path: Path, text: str) -> None:
+    from esm2mega.config.foreign.answers import refuse_script
+
+    refuse_script(path, text)
 
 
 def _leaves(content: dict[Any, Any], prefix: str, path: Path, lines: dict[str, int]) -> Iterator[Setting]:

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from esm2mega.config.foreign.reading import flat, program_of
+from esm2mega.config.foreign.reading import flat, program_of, table_of
 from esm2mega.config.foreign.rules import Rule, Source, Table
-from esm2mega.config.foreign.systems import PROGRAMS, recognised, rules_for
+from esm2mega.config.foreign.systems import PROGRAMS, rules_for
 from esm2mega.config.foreign.values import Untranslated
 from esm2mega.config.scalars import Unset, as_word
 from esm2mega.errors import UserError
@@ -70,9 +70,7 @@ def refuse_file(path: Path, content: Mapping[Any, Any], ours: Collection[str]) -
     Raises:
         UserError: More of its keys are those of a table than ours.
     """
-    names = [name for name, _ in flat(content) if name.partition(".")[0] != "defaults"]
-    known_here = sum(name in ours for name in names)
-    if known_here < len(names) and (table := recognised(names, known_here)) is not None:
+    if (table := table_of(content, ours)) is not None:
         raise UserError(_translate(path, table))
 
 

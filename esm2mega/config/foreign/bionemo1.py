@@ -8,7 +8,6 @@ from __future__ import annotations
 from esm2mega.config.foreign.bionemo1_turns import (
     OPTIM,
     adapted_layers,
-    adapters,
     classes,
     finish,
     frozen,
@@ -18,22 +17,23 @@ from esm2mega.config.foreign.bionemo1_turns import (
     masking,
     optim,
     prepare,
-    resume,
     schedule,
     store,
     tables,
     task,
     unchanged,
 )
-from esm2mega.config.foreign.rules import Habit, Table, computed, elsewhere, key, same
+from esm2mega.config.foreign.rules import Habit, Table, computed, elsewhere, key, same, switch
 from esm2mega.config.foreign.values import (
     PRECISIONS,
     clip,
     integer,
+    items,
     metric,
     number,
     numbers,
     one_of,
+    resumed,
     text,
     texts,
     truth,
@@ -92,10 +92,10 @@ TABLE = Table(
         key("model.tensor_model_parallel_size", "parallel.tensor_model_parallel_size", integer),
         key("model.pipeline_model_parallel_size", "parallel.pipeline_model_parallel_size", integer),
         key("model.seed", "seed", integer),
-        computed(
+        key(
             "model.activations_checkpoint_method",
             "model.recompute",
-            lambda value, _: {"model.recompute": "full"},
+            lambda value: "full",
             "uniform or block is `full`",
         ),
         same("model.activations_checkpoint_num_layers", "every layer is recomputed"),
@@ -116,7 +116,7 @@ TABLE = Table(
         computed(
             "model.bias_gelu_fusion",
             "model.activation",
-            lambda value, _: {"model.activation": "gelu_tanh"} if truth(value) else {},
+            switch({"model.activation": "gelu_tanh"}),
             "the fused kernel computes GELU by tanh",
         ),
         same("model.bert_binary_head", "a head for pairs of sentences does not exist", "false"),
@@ -179,7 +179,7 @@ TABLE = Table(
             "model.data.target_sizes", "task.num_classes", classes, "of classes, where there is one column"
         ),
         computed("model.data.num_classes", "task.num_classes", classes, ""),
-        computed("model.data.mask_column", "task.mask_column", mask_column, ""),
+        key("model.data.mask_column", "task.mask_column", mask_column),
         key("model.hidden_layer_size model.cnn_dim", "task.hidden_size", integer),
         key("model.dropout_rate", "task.dropout", number),
         computed(
@@ -190,12 +190,12 @@ TABLE = Table(
         ),
         key("model.restore_encoder_path restore_from_path", "init_from", text),
         computed("model.encoder_frozen", "finetune.mode", frozen, "true is `frozen`, false `full`"),
-        computed("model.peft.enabled", "finetune.mode", adapters, "true is `lora`"),
+        computed("model.peft.enabled", "finetune.mode", switch({"finetune.mode": "lora"}), "true is `lora`"),
         computed("model.peft.lora_tuning.adapter_dim", "lora.rank", if_adapters("lora.rank", integer), ""),
         computed(
             "model.peft.lora_tuning.adapter_dropout", "lora.dropout", if_adapters("lora.dropout", number), ""
         ),
-        computed(
+        key(
             "model.peft.lora_tuning.layer_selection",
             "lora.target_modules",
             adapted_layers,
@@ -228,9 +228,7 @@ TABLE = Table(
             "there are no index files: sample k is computed from the seed and k",
         ),
         key("exp_manager.exp_dir exp_manager.explicit_log_dir", "run_dir", text),
-        computed(
-            "exp_manager.resume_if_exists", "checkpoint.resume", resume, "true is `auto`, false `never`"
-        ),
+        key("exp_manager.resume_if_exists", "checkpoint.resume", resumed, "true is `auto`, false `never`"),
         same(
             "exp_manager.name exp_manager.resume_ignore_no_checkpoint exp_manager.create_checkpoint_callback",
             _NEEDS_NOTHING,
@@ -269,15 +267,10 @@ TABLE = Table(
         elsewhere(
             "model.downstream_task.restore_from_path", "is the argument CHECKPOINT of `esm2mega embed`"
         ),
-        computed(
+        key(
             "model.downstream_task.outputs",
             "infer.outputs",
-            lambda value, _: {
-                "infer.outputs": [
-                    one_of({"embeddings": "pooled", "hiddens": "residue"})(x)
-                    for x in (value if isinstance(value, list) else [value])
-                ]
-            },
+            lambda value: [one_of({"embeddings": "pooled", "hiddens": "residue"})(x) for x in items(value)],
             "embeddings are `pooled`, hiddens `residue`",
         ),
         elsewhere("model.data.output_fname", "is the option `--out` of `esm2mega embed`"),

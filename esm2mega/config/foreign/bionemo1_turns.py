@@ -12,13 +12,15 @@ from esm2mega.config.foreign.rules import (
     same,
 )
 from esm2mega.config.foreign.values import (
+    ONLY_ADAM,
     Untranslated,
     end_of_hold,
     integer,
+    items,
+    next_version,
     number,
     one_of,
     ratio,
-    shaped,
     text,
     truth,
 )
@@ -119,7 +121,7 @@ def schedule(section: str) -> list[Any]:
             f"{section}.name",
             "",
             optimizer,
-            "Adam with decoupled weight decay is the only optimizer",
+            ONLY_ADAM,
         ),
     ]
 
@@ -127,7 +129,7 @@ def schedule(section: str) -> list[Any]:
 def optimizer(value: Any, source: Source) -> Settings:
     """Accept Adam in any of its forms."""
     if text(value) not in ("adam", "adamw", "fused_adam", "distributed_fused_adam"):
-        raise Untranslated("Adam with decoupled weight decay is the only optimizer")
+        raise Untranslated(ONLY_ADAM)
     return {}
 
 
@@ -137,11 +139,6 @@ def interval(value: Any, source: Source) -> Settings:
     if 0 < every < 1 or text(value) == "1.0":
         raise Untranslated("is a fraction of an epoch; train.eval_every counts steps")
     return {"train.eval_every": integer(value), "checkpoint.save_every": integer(value)}
-
-
-def resume(value: Any, source: Source) -> Settings:
-    """Return whether a start goes on with an existing run."""
-    return {"checkpoint.resume": "auto" if truth(value) else "never"}
 
 
 def task(value: Any, source: Source) -> Settings:
@@ -173,17 +170,16 @@ def tables(value: Any, source: Source) -> Settings:
 
 def classes(value: Any, source: Source) -> Settings:
     """Return the number of classes of the one target column."""
-    sizes = value if isinstance(value, list) else [value]
+    sizes = items(value)
     if source.get("model.data.task_type") == "regression" or len(sizes) > 1:
         return {}
     return {"task.num_classes": integer(sizes[0])}
 
 
-def mask_column(value: Any, source: Source) -> Settings:
+def mask_column(value: Any) -> Any:
     """Return the column of a mask, or a list of them."""
-    columns = value if isinstance(value, list) else [value]
-    names = [None if column in ("null", "~", "") else text(column) for column in columns]
-    return {"task.mask_column": names[0] if len(names) == 1 else names}
+    names = [None if column in ("null", "~", "") else text(column) for column in items(value)]
+    return names[0] if len(names) == 1 else names
 
 
 def frozen(value: Any, source: Source) -> Settings:
@@ -191,11 +187,6 @@ def frozen(value: Any, source: Source) -> Settings:
     if source.get("model.peft.enabled") and truth(source.get("model.peft.enabled")):
         return {}
     return {"finetune.mode": "frozen" if truth(value) else "full"}
-
-
-def adapters(value: Any, source: Source) -> Settings:
-    """Return whether adapters are trained."""
-    return {"finetune.mode": "lora"} if truth(value) else {}
 
 
 def if_adapters(ours: str, convert: Any) -> Any:
@@ -208,12 +199,10 @@ def if_adapters(ours: str, convert: Any) -> Any:
     return turn
 
 
-def adapted_layers(value: Any, source: Source) -> Settings:
+def adapted_layers(value: Any) -> list[str]:
     """Return the names of the layers that have adapters."""
-    layers = value if isinstance(value, list) else [value]
     # Counted from 1 there, from 0 here.
-    names = [f"encoder.layers.{integer(layer) - 1}.self_attention.linear_qkv" for layer in layers]
-    return {"lora.target_modules": names}
+    return [f"encoder.layers.{integer(layer) - 1}.self_attention.linear_qkv" for layer in items(value)]
 
 
 def masking(ours: str) -> Any:
@@ -274,14 +263,12 @@ def prepare(source: Source) -> list[str]:
 
 
 def finish(settings: Settings, source: Source) -> list[str]:
-    """Settle what several keys decide together: the shape, the length, the directory of a new run."""
+    """Settle what several keys decide together: the schedule, the length, the directory of a new run."""
     remarks = []
-    shaped(settings)
     if _finetunes(source) and source.get("model.finetuning_optim.sched.name") is None:
         settings |= {"schedule.name": "constant", "schedule.warmup_steps": 0}
     if "train.max_epochs" in settings and settings.pop("train.max_steps", None) is not None:
         remarks.append("train.max_epochs decides the length of the run; trainer.max_steps is left out")
-    if settings.get("checkpoint.resume") == "never" and "run_dir" in settings:
-        settings["run_dir"] = f"{settings['run_dir'].rstrip('/')}/version_{{version}}"
+    if next_version(settings):
         remarks.append("exp_manager.resume_if_exists: every start makes the next directory of run_dir")
     return remarks

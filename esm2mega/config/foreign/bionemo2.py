@@ -17,13 +17,14 @@ from esm2mega.config.foreign.rules import (
     same,
 )
 from esm2mega.config.foreign.values import (
+    BATCHES_AHEAD,
     PRECISIONS,
     end_of_hold,
     integer,
     metric,
     number,
     one_of,
-    shaped,
+    resumed,
     text,
     truth,
     whole_split,
@@ -165,18 +166,17 @@ def wandb(value: Any, source: Source) -> Settings:
     return {"logging.wandb": True, "logging.wandb_project": text(value)}
 
 
-def resume(value: Any, source: Source) -> Settings:
-    """Return whether a start goes on with an existing run."""
-    return {"checkpoint.resume": "auto" if truth(value) else "never"}
+def run_dir(experiment: str) -> Any:
+    """Return the turn of the folder of results, below which a run is named by the key `experiment`."""
 
+    def turn(value: Any, source: Source) -> Settings:
+        name = source.get(experiment)
+        return {"run_dir": f"{text(value).rstrip('/')}/{name}" if name else text(value)}
 
-def _run_dir(value: Any, source: Source) -> Settings:
-    name = source.get("experiment_name")
-    return {"run_dir": f"{text(value).rstrip('/')}/{name}" if name else text(value)}
+    return turn
 
 
 def _finish_options(settings: Settings, source: Source) -> list[str]:
-    shaped(settings)
     if "task.kind" in settings:
         for name in ("name", "warmup_steps", "decay_steps", "min_lr_ratio"):
             settings.pop(f"schedule.{name}", None)
@@ -299,8 +299,10 @@ OPTIONS = Table(
             "initial_ckpt_skip_keys_with_these_prefixes",
             "the head of a checkpoint is taken with `finetune.load_head` alone",
         ),
-        computed("resume_if_exists", "checkpoint.resume", resume, "the default here"),
-        computed("result_dir", "run_dir", _run_dir, "with the name of the experiment below it"),
+        key("resume_if_exists", "checkpoint.resume", resumed, "the default here"),
+        computed(
+            "result_dir", "run_dir", run_dir("experiment_name"), "with the name of the experiment below it"
+        ),
         same("experiment_name", "ends `run_dir`"),
         key("save_top_k", "checkpoint.keep_best", integer),
         same(
@@ -310,17 +312,14 @@ OPTIONS = Table(
             "`checkpoint.keep_best`",
         ),
         key("metric_to_monitor_for_checkpoints", "checkpoint.best_metric", metric),
-        computed(
+        key(
             "no_ckpt_async_save",
             "checkpoint.async_save",
-            lambda value, _: {"checkpoint.async_save": not truth(value)},
+            lambda value: not truth(value),
             "the default here",
         ),
         absent("disable_checkpointing", "a run always writes its last checkpoint"),
-        same(
-            "num_dataset_workers no_persistent_workers no_pin_memory",
-            "batches are built ahead by a thread; `data.workers` adds processes",
-        ),
+        same("num_dataset_workers no_persistent_workers no_pin_memory", BATCHES_AHEAD),
         computed("wandb_project", "logging.wandb_project logging.wandb", wandb, ""),
         elsewhere(
             "wandb_entity wandb_tags wandb_group wandb_job_type wandb_id wandb_anonymous wandb_log_model "

@@ -15,7 +15,7 @@ from esm2mega.config.foreign.bionemo2 import (
     held,
     inputs,
     prepare_from,
-    resume,
+    run_dir,
     wandb,
 )
 from esm2mega.config.foreign.rules import (
@@ -27,25 +27,25 @@ from esm2mega.config.foreign.rules import (
     elsewhere,
     key,
     same,
+    switch,
 )
 from esm2mega.config.foreign.values import (
+    BATCHES_AHEAD,
+    ONLY_ADAM,
     PRECISIONS,
     Untranslated,
     integer,
     metric,
     model_of,
+    next_version,
     number,
     numbers,
     one_of,
-    shaped,
+    resumed,
     text,
     truth,
     whole_split,
 )
-
-
-def _fused(value: Any, source: Source) -> Settings:
-    return {"model.activation": "gelu_tanh" if truth(value) else "gelu"}
 
 
 def _recipe_warmup(value: Any, source: Source) -> Settings:
@@ -61,16 +61,6 @@ def _recipe_schedule(value: Any, source: Source) -> Settings:
             "its cosine begins and holds by fractions of the run; set schedule.name and its steps"
         )
     return {"schedule.name": "linear"}
-
-
-def _recipe_run_dir(value: Any, source: Source) -> Settings:
-    name = source.get("experiment_config.experiment_name")
-    return {"run_dir": f"{text(value).rstrip('/')}/{name}" if name else text(value)}
-
-
-def _finish_recipe(settings: Settings, source: Source) -> list[str]:
-    shaped(settings)
-    return []
 
 
 RECIPE = Table(
@@ -89,7 +79,7 @@ RECIPE = Table(
         same("data_config.min_seq_length data_config.seq_length", PADDING),
         same(
             "data_config.num_dataset_workers",
-            "batches are built ahead by a thread; `data.workers` adds processes",
+            BATCHES_AHEAD,
         ),
         same("data_config.result_dir", "see `experiment_config.result_dir`"),
         key("parallel_config.tensor_model_parallel_size", "parallel.tensor_model_parallel_size", integer),
@@ -110,12 +100,7 @@ RECIPE = Table(
         ),
         key("training_config.max_steps", "train.max_steps", integer),
         key("training_config.limit_val_batches", "train.eval_batches", whole_split),
-        computed(
-            "training_config.val_check_interval",
-            "train.eval_every",
-            lambda v, _: {"train.eval_every": integer(v)},
-            "",
-        ),
+        key("training_config.val_check_interval", "train.eval_every", integer),
         key("training_config.precision", "model.precision", one_of(PRECISIONS)),
         same(
             "training_config.accelerator training_config.gc_interval training_config.include_perplexity "
@@ -132,8 +117,11 @@ RECIPE = Table(
         key("bionemo_model_config.attention_dropout", "model.attention_dropout", number),
         key("bionemo_model_config.init_method_std", "model.init_std", number),
         key("bionemo_model_config.layernorm_epsilon", "model.layernorm_epsilon", number),
-        computed(
-            "bionemo_model_config.bias_activation_fusion", "model.activation", _fused, "true is `gelu_tanh`"
+        key(
+            "bionemo_model_config.bias_activation_fusion",
+            "model.activation",
+            lambda value: "gelu_tanh" if truth(value) else "gelu",
+            "true is `gelu_tanh`",
         ),
         same("bionemo_model_config.activation_func", "GELU is the only activation", "gelu"),
         key("bionemo_model_config.initial_ckpt_path bionemo_model_config.nemo1_ckpt_path", "init_from", text),
@@ -154,7 +142,7 @@ RECIPE = Table(
         key("optim_config.lr", "optim.lr", number),
         key("optim_config.adam_eps", "optim.eps", number),
         key("optim_config.weight_decay", "optim.weight_decay", number),
-        same("optim_config.optimizer", "Adam with decoupled weight decay is the only optimizer", "adam"),
+        same("optim_config.optimizer", ONLY_ADAM, "adam"),
         computed(
             "optim_config.lr_scheduler", "schedule.name", _recipe_schedule, "`warmup_anneal` is `linear`"
         ),
@@ -170,7 +158,10 @@ RECIPE = Table(
             "go into the schedule, or belong to what is not in use",
         ),
         computed(
-            "experiment_config.result_dir", "run_dir", _recipe_run_dir, "with the experiment's name below it"
+            "experiment_config.result_dir",
+            "run_dir",
+            run_dir("experiment_config.experiment_name"),
+            "with the experiment's name below it",
         ),
         same("experiment_config.experiment_name", "ends `run_dir`"),
         key("experiment_config.save_every_n_steps", "checkpoint.save_every", integer),
@@ -188,7 +179,6 @@ RECIPE = Table(
     habits=(Habit("optim.betas", [0.9, 0.98], "betas were 0.9 and 0.98"),),
     processes=("parallel_config.num_devices", "parallel_config.num_nodes"),
     prepare=prepare_from("data_config."),
-    finish=_finish_recipe,
 )
 
 
@@ -198,14 +188,6 @@ def _native_schedule(value: Any, source: Source) -> Settings:
         "schedule.decay_steps": integer(value) * 9 // 10,
         "schedule.min_lr_ratio": 0.1,
     }
-
-
-def _native_model(value: Any, source: Source) -> Settings:
-    return model_of(value)
-
-
-def _layer_spec(value: Any, source: Source) -> Settings:
-    return {"model.layer_spec": "te", "model.activation": "gelu_tanh"} if truth(value) else {}
 
 
 def _native_data(value: Any, source: Source) -> Settings:
@@ -219,9 +201,7 @@ def _native_prepare(source: Source) -> list[str]:
 
 
 def _native_finish(settings: Settings, source: Source) -> list[str]:
-    shaped(settings)
-    if settings.get("checkpoint.resume") == "never" and "run_dir" in settings:
-        settings["run_dir"] = f"{settings['run_dir'].rstrip('/')}/version_{{version}}"
+    next_version(settings)
     return []
 
 
@@ -232,7 +212,7 @@ NATIVE = Table(
         computed(
             "config_name_or_path model_tag",
             "model.size model.from",
-            _native_model,
+            lambda value, _: model_of(value),
             "the published names are presets, others `model.from`",
         ),
         key("num_train_steps", "train.max_steps", integer),
@@ -253,7 +233,12 @@ NATIVE = Table(
             "sample k is computed from the seed and k; the alphabet is that of ESM-2",
         ),
         same("use_sequence_packing", PADDING),
-        computed("use_te", "model.layer_spec model.activation", _layer_spec, "its GELU is computed by tanh"),
+        computed(
+            "use_te",
+            "model.layer_spec model.activation",
+            switch({"model.layer_spec": "te", "model.activation": "gelu_tanh"}),
+            "its GELU is computed by tanh",
+        ),
         same("cp_size", "sequences are not split over processes", "1"),
         same(
             "fp8_config.enabled fp4_config.enabled quant_stats_config.enabled", "fp32, bf16 and fp16", "false"
@@ -276,7 +261,7 @@ NATIVE = Table(
             "linear to a tenth of the peak at 90 % of it",
         ),
         key("checkpoint.ckpt_dir", "run_dir", text),
-        computed("checkpoint.resume_from_checkpoint", "checkpoint.resume", resume, "true is `auto`"),
+        key("checkpoint.resume_from_checkpoint", "checkpoint.resume", resumed, "true is `auto`"),
         key("checkpoint.save_every_n_steps", "checkpoint.save_every", integer),
         key("checkpoint.max_checkpoints", "checkpoint.keep_last", integer),
         key("checkpoint.async_save", "checkpoint.async_save", truth),

@@ -19,14 +19,15 @@ from esm2mega.config.foreign.rules import (
     same,
 )
 from esm2mega.config.foreign.values import (
+    ONLY_ADAM,
     PRECISIONS,
     Untranslated,
     integer,
+    items,
     number,
     numbers,
     one_of,
     ratio,
-    shaped,
     text,
     truth,
 )
@@ -89,13 +90,9 @@ def _data(split: str, section: str) -> Any:
     return turn
 
 
-def _length(value: Any, source: Source) -> Settings:
-    return {"data.max_seq_length": integer(value)}
-
-
 def _pieces(value: Any) -> list[dict[str, Any]]:
     """Return the pieces of a schedule, one after the other, in either form of files."""
-    pieces = value if isinstance(value, list) else [value]
+    pieces = items(value)
     if len(pieces) == 1 and isinstance(pieces[0], dict) and "SequentialLR" in pieces[0]:
         inner = pieces[0]["SequentialLR"]
         pieces = inner.get("schedulers", []) if isinstance(inner, dict) else []
@@ -144,10 +141,6 @@ def _labels(value: Any, source: Source) -> Settings:
     return found
 
 
-def _frozen(value: Any, source: Source) -> Settings:
-    return {"finetune.mode": "frozen" if truth(value) else "full"}
-
-
 def _strict(value: Any, source: Source) -> Settings:
     return {"finetune.strict": not truth(value)} if _finetunes(source) else {}
 
@@ -164,8 +157,7 @@ def _eval_batches(value: Any, source: Source) -> Settings:
 
 
 def finish(settings: Settings, source: Source) -> list[str]:
-    """Settle the shape, and say what of a schedule of three pieces is left out."""
-    shaped(settings)
+    """Say what of a schedule of three pieces is left out."""
     value = source.get("optimizer.learning_rate")
     try:
         pieces = len(_pieces(value)) if not isinstance(value, str) and value is not None else 0
@@ -185,12 +177,7 @@ TABLE = Table(
         computed("eval_input.data_dir", "data.valid", _data("valid", "eval_input"), "of classification"),
         key("train_input.batch_size", "train.global_batch_size", integer),
         key("train_input.micro_batch_size", "train.micro_batch_size", integer),
-        computed(
-            "train_input.max_sequence_length model.max_position_embeddings",
-            "data.max_seq_length",
-            _length,
-            "",
-        ),
+        key("train_input.max_sequence_length model.max_position_embeddings", "data.max_seq_length", integer),
         same(
             "eval_input.batch_size eval_input.micro_batch_size eval_input.max_sequence_length",
             "evaluations take the packs of training",
@@ -234,11 +221,14 @@ TABLE = Table(
         ),
         same("model.problem_type", "goes into `task.kind`; without it the task is a classification"),
         key("model.classifier_dropout", "task.dropout", number),
-        computed("model.freeze_pretrained_model", "finetune.mode", _frozen, "true is `frozen`"),
-        same("model.compute_eval_metrics", "metrics are always computed"),
-        same(
-            "optimizer.optimizer_type", "Adam with decoupled weight decay is the only optimizer", "adam adamw"
+        key(
+            "model.freeze_pretrained_model",
+            "finetune.mode",
+            lambda value: "frozen" if truth(value) else "full",
+            "true is `frozen`",
         ),
+        same("model.compute_eval_metrics", "metrics are always computed"),
+        same("optimizer.optimizer_type", ONLY_ADAM, "adam adamw"),
         key("optimizer.betas", "optim.betas", numbers),
         key("optimizer.eps", "optim.eps", number),
         key("optimizer.weight_decay", "optim.weight_decay", number),

@@ -10,12 +10,17 @@ from esm2mega.config.foreign.rules import (
     Source,
     Table,
     absent,
+    betas,
     computed,
     elsewhere,
     key,
     same,
+    switch,
 )
 from esm2mega.config.foreign.values import (
+    BATCHES_AHEAD,
+    OF_ONE_PROCESS,
+    ONLY_ADAM,
     PRECISIONS,
     Untranslated,
     clip,
@@ -29,16 +34,6 @@ from esm2mega.config.foreign.values import (
     truth,
 )
 
-_LOADER = "batches are built ahead by a thread; `data.workers` adds processes"
-
-_EVERY_PROCESS = (
-    "train.global_batch_tokens is that of one process; multiply it by the number of data-parallel processes"
-)
-
-
-def _model(value: Any, source: Source) -> Settings:
-    return model_of(value)
-
 
 def _tokens(value: Any, source: Source) -> Settings:
     accumulated = source.number("training.gradient_accumulation_steps")
@@ -47,22 +42,6 @@ def _tokens(value: Any, source: Source) -> Settings:
         "train.micro_batch_tokens": budget,
         "train.global_batch_tokens": budget * int(1 if accumulated is None else accumulated),
     }
-
-
-def _attention(value: Any, source: Source) -> Settings:
-    return {"model.attention_backend": "auto" if truth(value) else "sdpa"}
-
-
-def _betas(first: str, second: str, defaults: tuple[float, float]) -> Any:
-    """Return the turn of either of two keys that hold the decay factors of Adam."""
-
-    def turn(value: Any, source: Source) -> Settings:
-        given = (source.number(first), source.number(second))
-        return {
-            "optim.betas": [x if x is not None else other for x, other in zip(given, defaults, strict=True)]
-        }
-
-    return turn
 
 
 def _strategy(value: Any, source: Source) -> Settings:
@@ -86,7 +65,7 @@ FILE = Table(
         computed(
             "model.model_name",
             "model.size model.from",
-            _model,
+            lambda value, _: model_of(value),
             "the architecture alone; the published names are presets, others `model.from`",
         ),
         key("model.max_position_embeddings", "data.max_seq_length", integer),
@@ -96,10 +75,15 @@ FILE = Table(
             _tokens,
             "tokens of a batch there too; times `gradient_accumulation_steps`, and times the processes, "
             "they are those of a step",
-            remark=_EVERY_PROCESS,
+            remark=OF_ONE_PROCESS,
         ),
         same("training.gradient_accumulation_steps", "goes into `train.global_batch_tokens`"),
-        computed("model.use_fa", "model.attention_backend", _attention, "false is `sdpa`"),
+        key(
+            "model.use_fa",
+            "model.attention_backend",
+            lambda value: "auto" if truth(value) else "sdpa",
+            "false is `sdpa`",
+        ),
         key("model.hidden_dropout_prob", "model.hidden_dropout", number),
         key("model.attention_probs_dropout_prob", "model.attention_dropout", number),
         computed(
@@ -112,7 +96,7 @@ FILE = Table(
         computed(
             "training.optimizer.beta_1 training.optimizer.beta_2",
             "optim.betas",
-            _betas("training.optimizer.beta_1", "training.optimizer.beta_2", (0.9, 0.95)),
+            betas("training.optimizer.beta_1", "training.optimizer.beta_2", (0.9, 0.95)),
             "",
         ),
         key("training.optimizer.epsilon", "optim.eps", number),
@@ -156,7 +140,7 @@ FILE = Table(
         same(
             "training.dataloader_num_workers training.dataloader_prefetch_factor "
             "training.dataloader_pin_memory",
-            _LOADER,
+            BATCHES_AHEAD,
         ),
         key("training.seed", "seed", integer),
         elsewhere("training.eval_only", "`esm2mega evaluate` measures a checkpoint"),
@@ -181,10 +165,10 @@ PROGRAM = Table(
         elsewhere("eval_only", "`esm2mega evaluate` measures a checkpoint"),
         elsewhere("input_fasta", "is the argument INPUT of `esm2mega prepare fasta`"),
         elsewhere("output_dir", "is the option `--out` of `esm2mega prepare fasta`"),
-        computed(
+        key(
             "max_aa_length",
             "data.max_seq_length",
-            lambda value, _: {"data.max_seq_length": integer(value) + 2},
+            lambda value: integer(value) + 2,
             "residues there; tokens, with `<cls>` and `<eos>`, here",
         ),
         same("chunk_size shard_size", "stores need no sizes of windows or shards"),
@@ -232,10 +216,6 @@ def _scheduler(value: Any, source: Source) -> Settings:
     return found
 
 
-def _half(precision: str) -> Any:
-    return lambda value, _: {"model.precision": precision} if truth(value) else {}
-
-
 def _loggers(value: Any, source: Source) -> Settings:
     names = set(texts(value)) - {"none", "all"}
     if names - {"wandb", "tensorboard"}:
@@ -257,9 +237,7 @@ TRAINER = Table(
         computed("num_train_epochs", "train.max_epochs", _epochs, ""),
         key("learning_rate", "optim.lr", number),
         key("weight_decay", "optim.weight_decay", number),
-        computed(
-            "adam_beta1 adam_beta2", "optim.betas", _betas("adam_beta1", "adam_beta2", (0.9, 0.999)), ""
-        ),
+        computed("adam_beta1 adam_beta2", "optim.betas", betas("adam_beta1", "adam_beta2", (0.9, 0.999)), ""),
         key("adam_epsilon", "optim.eps", number),
         key("max_grad_norm", "optim.clip_grad", clip),
         key("warmup_steps", "schedule.warmup_steps", integer),
@@ -279,14 +257,14 @@ TRAINER = Table(
         same("load_best_model_at_end", "the best checkpoint is named RUN@best"),
         key("metric_for_best_model", "checkpoint.best_metric", metric),
         same("greater_is_better", "known from the metric"),
-        computed("bf16", "model.precision", _half("bf16"), "true is `bf16`"),
-        computed("fp16", "model.precision", _half("fp16"), "true is `fp16`"),
+        computed("bf16", "model.precision", switch({"model.precision": "bf16"}), "true is `bf16`"),
+        computed("fp16", "model.precision", switch({"model.precision": "fp16"}), "true is `fp16`"),
         key("seed", "seed", integer),
         same("data_seed", "one `seed` decides weights, order and masks"),
         computed(
             "gradient_checkpointing",
             "model.recompute",
-            lambda value, _: {"model.recompute": "full"} if truth(value) else {},
+            switch({"model.recompute": "full"}),
             "true is `full`",
         ),
         key("resume_from_checkpoint", "checkpoint.resume", text),
@@ -294,10 +272,10 @@ TRAINER = Table(
         computed("report_to", "logging.wandb logging.tensorboard", _loggers, ""),
         key("run_name", "logging.wandb_run_name", text),
         same("logging_dir", "TensorBoard files are written to `run_dir`"),
-        same("dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor", _LOADER),
+        same("dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor", BATCHES_AHEAD),
         same(
             "optim",
-            "Adam with decoupled weight decay is the only optimizer",
+            ONLY_ADAM,
             "adamw_torch adamw_torch_fused adamw_hf",
         ),
         elsewhere("local_rank ddp_backend", "`torchrun` starts the processes"),

@@ -11,12 +11,15 @@ from esm2mega.config.foreign.rules import (
     Source,
     Table,
     absent,
+    betas,
     computed,
     elsewhere,
     key,
     same,
+    switch,
 )
 from esm2mega.config.foreign.values import (
+    OF_ONE_PROCESS,
     Untranslated,
     clip,
     integer,
@@ -24,7 +27,6 @@ from esm2mega.config.foreign.values import (
     one_of,
     ratio,
     text,
-    truth,
 )
 
 _STORE = "pfam"
@@ -58,10 +60,6 @@ def _eval_batches(value: Any, source: Source) -> Settings:
     return {"train.eval_batches": int(number(value) * (total or micro) // micro)}
 
 
-def _positions(value: Any, source: Source) -> Settings:
-    return {"model.max_positions": integer(value)}
-
-
 def _decay(source: Source) -> float:
     steps = source.number("lr_decay_iters") or source.number("train_iters")
     if not steps:
@@ -84,11 +82,6 @@ def _style(value: Any, source: Source) -> Settings:
 
 def _min_lr(value: Any, source: Source) -> Settings:
     return {"schedule.min_lr_ratio": ratio(number(value), source.number("lr"))}
-
-
-def _betas(value: Any, source: Source) -> Settings:
-    first, second = source.number("adam_beta1"), source.number("adam_beta2")
-    return {"optim.betas": [0.9 if first is None else first, 0.999 if second is None else second]}
 
 
 def _load(value: Any, source: Source) -> Settings:
@@ -114,11 +107,6 @@ def _prepare_pfam(source: Source) -> list[str]:
     return [f"esm2mega prepare fasta {shlex.join([path, *words])} --out {_STORE}"]
 
 
-def _yes(settings: Settings) -> Any:
-    """Return the turn of a switch that sets these keys."""
-    return lambda value, _: dict(settings) if truth(value) else {}
-
-
 def _finish_megatron(settings: Settings, source: Source) -> list[str]:
     hidden = settings.get("model.hidden_size")
     if hidden is not None:
@@ -128,10 +116,7 @@ def _finish_megatron(settings: Settings, source: Source) -> list[str]:
     if "data.max_seq_length" in settings:
         settings.setdefault("model.max_positions", settings["data.max_seq_length"])
     if source.get("global_batch_size") is None and "train.global_batch_tokens" in settings:
-        return [
-            "train.global_batch_tokens is that of one process; multiply it by the number of data-parallel "
-            "processes"
-        ]
+        return [OF_ONE_PROCESS]
     return []
 
 
@@ -144,7 +129,7 @@ MEGATRON = Table(
         key("num_layers", "model.num_layers", integer),
         key("hidden_size", "model.hidden_size", integer, "the feed-forward layers are four times as wide"),
         key("num_attention_heads", "model.num_attention_heads", integer),
-        computed("max_position_embeddings", "model.max_positions", _positions, ""),
+        key("max_position_embeddings", "model.max_positions", integer),
         key("layernorm_epsilon", "model.layernorm_epsilon", number),
         key("hidden_dropout", "model.hidden_dropout", number),
         key("attention_dropout", "model.attention_dropout", number),
@@ -171,10 +156,10 @@ MEGATRON = Table(
         ),
         key("weight_decay", "optim.weight_decay", number),
         key("clip_grad", "optim.clip_grad", clip),
-        computed("adam_beta1 adam_beta2", "optim.betas", _betas, ""),
+        computed("adam_beta1 adam_beta2", "optim.betas", betas("adam_beta1", "adam_beta2", (0.9, 0.999)), ""),
         key("adam_eps", "optim.eps", number),
         key("seed", "seed", integer),
-        computed("fp16", "model.precision", _yes({"model.precision": "fp16"}), "the switch is `fp16`"),
+        computed("fp16", "model.precision", switch({"model.precision": "fp16"}), "the switch is `fp16`"),
         key("initial_loss_scale", "optim.initial_loss_scale", number, "losses are scaled dynamically"),
         same(
             "loss_scale min_loss_scale loss_scale_window hysteresis",
@@ -190,10 +175,10 @@ MEGATRON = Table(
         computed(
             "no_bias_gelu_fusion",
             "model.activation",
-            _yes({"model.activation": "gelu"}),
+            switch({"model.activation": "gelu"}),
             "without the switch GELU was computed by tanh: `gelu_tanh`",
         ),
-        computed("openai_gelu", "model.activation", _yes({"model.activation": "gelu_tanh"}), ""),
+        computed("openai_gelu", "model.activation", switch({"model.activation": "gelu_tanh"}), ""),
         absent(
             "apply_residual_connection_post_layernorm",
             "`model.family` proteinbert_postln has LayerNorms after blocks",
@@ -201,7 +186,7 @@ MEGATRON = Table(
         computed(
             "checkpoint_activations",
             "model.recompute",
-            _yes({"model.recompute": "full"}),
+            switch({"model.recompute": "full"}),
             "the switch is `full`",
         ),
         key("tensor_model_parallel_size model_parallel_size", "parallel.tensor_model_parallel_size", integer),
@@ -338,7 +323,7 @@ TAPE = Table(
         key("warmup_steps", "schedule.warmup_steps", integer),
         key("max_grad_norm", "optim.clip_grad", clip),
         key("weight_decay", "optim.weight_decay", number),
-        computed("fp16", "model.precision", _yes({"model.precision": "fp16"}), "the switch is `fp16`"),
+        computed("fp16", "model.precision", switch({"model.precision": "fp16"}), "the switch is `fp16`"),
         same("loss_scale", "losses are scaled dynamically"),
         same("data_dir", "goes into the command that `translate` prints"),
         computed(

@@ -70,6 +70,17 @@ def flat(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
+def table_of(content: Mapping[Any, Any], ours: Collection[str]) -> Table | None:
+    """Return the table of the system whose file has this content, or None for none of them.
+
+    Args:
+        content: What the file holds.
+        ours: Our dotted keys, of which it must have fewer than of theirs.
+    """
+    names = [name for name, _ in flat(content) if name.partition(".")[0] != "defaults"]
+    return recognised(names, sum(name in ours for name in names))
+
+
 def read_foreign(path: Path, ours: Collection[str]) -> Foreign:
     """Read a file of another system.
 
@@ -88,9 +99,7 @@ def read_foreign(path: Path, ours: Collection[str]) -> Foreign:
         content, lines = None, {}
         problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
     if isinstance(content, dict):
-        names = [name for name, _ in flat(content) if name.partition(".")[0] != "defaults"]
-        table = recognised(names, sum(name in ours for name in names))
-        if table is not None:
+        if (table := table_of(content, ours)) is not None:
             found = _mapping(path, table, content, lines)
             _resolve(found, {})
             return found

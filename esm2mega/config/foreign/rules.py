@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from esm2mega.config.foreign.values import Untranslated, number
+from esm2mega.config.foreign.values import Untranslated, number, truth
 from esm2mega.config.scalars import Unset, shown
 
 Settings = dict[str, Any]
@@ -88,6 +88,23 @@ def key(theirs: str, ours: str, convert: Callable[[Any], Any], note: str = "", r
 def computed(theirs: str, ours: str, turn: Turn, note: str, remark: str = "") -> Rule:
     """Make the rule of keys from which, and maybe from others, several of ours are computed."""
     return Rule(tuple(theirs.split()), "key", tuple(ours.split()), note, turn, remark=remark)
+
+
+def switch(settings: Settings) -> Turn:
+    """Return the turn of a key that sets `settings` where it is true, and nothing where it is false."""
+    return lambda value, _: dict(settings) if truth(value) else {}
+
+
+def betas(first: str, second: str, defaults: tuple[float, float]) -> Turn:
+    """Return the turn of either of two keys that hold the decay factors of Adam."""
+
+    def turn(value: Any, source: Source) -> Settings:
+        given = (source.number(first), source.number(second))
+        return {
+            "optim.betas": [x if x is not None else other for x, other in zip(given, defaults, strict=True)]
+        }
+
+    return turn
 
 
 def elsewhere(theirs: str, note: str) -> Rule:

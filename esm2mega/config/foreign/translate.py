@@ -16,7 +16,7 @@ from typing import Any
 
 from esm2mega.config.foreign.reading import Foreign, read_foreign
 from esm2mega.config.foreign.rules import Rule, Settings, Source
-from esm2mega.config.foreign.values import Untranslated
+from esm2mega.config.foreign.values import Untranslated, shaped
 from esm2mega.config.keys import known_keys
 from esm2mega.config.load import load_run, load_run_over, value_checker
 from esm2mega.config.presets import ModelShape
@@ -112,6 +112,7 @@ def translate(path: Path) -> Translation:
             _translate_default(found, name, value, source)
     _habits(found)
     before = dict(found.settings)
+    shaped(found.settings)
     found.remarks += table.finish(found.settings, source)
     for key, value in found.settings.items():
         if before.get(key) != value:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from esm2mega.config.architecture import PUBLISHED
 from esm2mega.config.presets import PRESETS
 from esm2mega.config.scalars import Unset, shown
 
@@ -26,7 +26,7 @@ METRICS = {
 }
 """Maps the names of monitored metrics to ours."""
 
-_PUBLISHED = re.compile(r"(?:.*/)?esm2_t\d+_(\d+[MB])_UR50D/?")
+_SIZES = {name.rpartition("/")[2]: size for name, size in PUBLISHED.items()}
 _TRUTH = {
     "true": True,
     "yes": True,
@@ -37,6 +37,14 @@ _TRUTH = {
     "off": False,
     "0": False,
 }
+
+
+BATCHES_AHEAD = "batches are built ahead by a thread; `data.workers` adds processes"
+ONLY_ADAM = "Adam with decoupled weight decay is the only optimizer"
+OF_ONE_PROCESS = (
+    "train.global_batch_tokens is that of one process; multiply it by the number of data-parallel processes"
+)
+"""These are notes that several tables have."""
 
 
 class Untranslated(Exception):
@@ -77,9 +85,14 @@ def truth(value: Any) -> bool:
     return found
 
 
+def items(value: Any) -> list[Any]:
+    """Return a list as it is, and any other value as the only item of one."""
+    return value if isinstance(value, list) else [value]
+
+
 def texts(value: Any) -> list[str]:
     """Return a list of texts; one text alone is such a list."""
-    return [text(item) for item in (value if isinstance(value, list) else [value])]
+    return [text(item) for item in items(value)]
 
 
 def numbers(value: Any) -> list[float]:
@@ -108,6 +121,11 @@ def metric(value: Any) -> str:
     return METRICS[value]
 
 
+def resumed(value: Any) -> str:
+    """Return `checkpoint.resume` for whether a start goes on with an existing run."""
+    return "auto" if truth(value) else "never"
+
+
 def clip(value: Any) -> float:
     """Return the largest norm of gradients; 0 and less switch clipping off."""
     return max(0.0, number(value))
@@ -128,10 +146,8 @@ def model_of(name: Any) -> dict[str, Any]:
 
     The published ones are known by their names.
     """
-    found = _PUBLISHED.fullmatch(text(name))
-    if found and found[1] in PRESETS:
-        return {"model.size": found[1]}
-    return {"model.from": name}
+    size = _SIZES.get(text(name).rstrip("/").rpartition("/")[2])
+    return {"model.from": name} if size is None else {"model.size": size}
 
 
 def ratio(part: float, whole: float | None) -> float:
@@ -159,3 +175,11 @@ def shaped(settings: dict[str, Any]) -> None:
         for name in names:
             del settings[name]
         settings["model.size"] = size
+
+
+def next_version(settings: dict[str, Any]) -> bool:
+    """Give every start a directory of its own, if it goes on with no other; tell whether that is so."""
+    if settings.get("checkpoint.resume") != "never" or "run_dir" not in settings:
+        return False
+    settings["run_dir"] = f"{settings['run_dir'].rstrip('/')}/version_{{version}}"
+    return True
