@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega import vocabulary
+from esm2mega.data.readers.arrow import readable
 from esm2mega.data.readers.base import (
     LONGEST_TEXT,
     Block,
@@ -206,22 +207,14 @@ def _opened(file: Path) -> Iterator[tuple[pyarrow.Schema, Iterator[pyarrow.Recor
     Raises:
         UserError: pyarrow is not installed, or the file turns out, anywhere in the block, to be damaged.
     """
-    try:
+    with readable(file, "Arrow", "ipc", "copy the shard again") as ipc:
         import pyarrow
-        import pyarrow.ipc
-    except ImportError:
-        raise UserError(
-            f"{file}: reading Arrow needs pyarrow; install it with `pip install 'esm2mega[parquet]'`"
-        ) from None
-    try:
+
         with pyarrow.memory_map(str(file)) as source:
             if source.size() < len(_END) or source.read_at(len(_END), source.size() - len(_END)) != _END:
                 raise UserError(f"{file}: is no Arrow stream, or cut short; copy the shard again")
-            schema = pyarrow.ipc.read_schema(source)
+            schema = ipc.read_schema(source)
             yield schema, _batches(file, source, schema)
-    except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError, struct.error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file}: is not a readable Arrow file ({reason}); copy the shard again") from None
 
 
 def _batches(

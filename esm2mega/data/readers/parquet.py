@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esm2mega.data.readers.arrow import readable
 from esm2mega.data.readers.base import (
     LONGEST_TEXT,
     Block,
@@ -143,19 +144,11 @@ def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
     Raises:
         UserError: pyarrow is not installed, or the file turns out, anywhere in the block, to be damaged.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{path}: reading Parquet needs pyarrow; install it with `pip install 'esm2mega[parquet]'`"
-        ) from None
-    try:
-        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-            yield file
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: is not a readable Parquet file ({reason}); copy or make it again") from None
+    with (
+        readable(path, "Parquet", "parquet", "copy or make it again") as parquet,
+        parquet.ParquetFile(path, memory_map=True) as file,
+    ):
+        yield file
 
 
 def _text(cell: object) -> object:
