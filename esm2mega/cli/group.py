@@ -108,6 +108,11 @@ def output_mode(resume: bool, overwrite: bool) -> Mode:
     return "resume" if resume else "overwrite" if overwrite else "new"
 
 
+def listed(values: Iterable[str]) -> list[str] | None:
+    """Return the words of a comma-separated option, which may also be repeated; None if it is not given."""
+    return [word.strip() for value in values for word in value.removesuffix(",").split(",")] or None
+
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 command = functools.partial(click.command, cls=Command)

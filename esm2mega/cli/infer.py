@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from esm2mega.cli.group import command, output_mode, say
+from esm2mega.cli.group import command, listed, output_mode, say
 from esm2mega.config.scalars import as_word
 from esm2mega.errors import UserError
 from esm2mega.files import check_writable
@@ -20,11 +20,6 @@ def _settings(options: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
     """Return options as `key=value`, then what was given in that form."""
     given = [as_word(key, value) for key, value in options.items() if value is not None]
     return [*given, *overrides]
-
-
-def _list(values: tuple[str, ...]) -> list[str] | None:
-    """Return a comma-separated option, which may also be repeated, as a list of the configuration."""
-    return [x.strip() for value in values for x in value.removesuffix(",").split(",")] if values else None
 
 
 _PACK_TOKENS = click.option(
@@ -95,8 +90,8 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
     from esm2mega.infer.embed import embed as run_embed
 
     settings = {
-        "infer.outputs": _list(options["include"]),
-        "infer.layers": _list(options["layers"]),
+        "infer.outputs": listed(options["include"]),
+        "infer.layers": listed(options["layers"]),
         **{
             f"infer.{name}": options[name]
             for name in ("pooling", "precision", "dtype", "layout", "compression", "too_long")

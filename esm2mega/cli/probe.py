@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from esm2mega.cli.group import command, say, single_process
+from esm2mega.cli.group import command, listed, say, single_process
 from esm2mega.errors import UserError
 
 
@@ -58,5 +58,5 @@ def probe(
     embeddings = [word for word in words if word not in overrides]
     if not embeddings:
         raise UserError("no embeddings are named; give the files of `esm2mega embed`")
-    names = [name.strip() for value in layers for name in value.split(",")]
+    names = listed(layers) or ()
     say(run_probe(ProbeRequest(embeddings, labels, out, head, names, split_column, config, overrides)))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from esm2mega.errors import UserError
 from esm2mega.infer import hdf5_checksums
+from esm2mega.infer.embeddings import to_tensor
 from esm2mega.infer.hdf5 import read_attributes
 
 Array = npt.NDArray[Any]
@@ -111,9 +112,7 @@ class EmbeddingFile:
         self._file.close()
 
     def _values(self, stored: Array) -> Array:
-        if self._is_bf16:  # the upper half of the bits of fp32
-            return (stored.astype(np.uint32) << 16).view(np.float32)
-        return stored.astype(np.float32)
+        return to_tensor(stored, "bf16").float().numpy() if self._is_bf16 else stored.astype(np.float32)
 
 
 class Embeddings:

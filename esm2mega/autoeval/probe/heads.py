@@ -64,11 +64,16 @@ def fit_head(
     Returns:
         The head, and what was chosen.
     """
-    scale = _Scale(train.vectors)
+    from sklearn.dummy import DummyClassifier, DummyRegressor
+    from sklearn.preprocessing import StandardScaler
+
+    scale = StandardScaler().fit(train.vectors).transform
     scaled = Examples(scale(train.vectors), train.labels)
     candidates = _linear if name == LINEAR else _mlp
-    best, chosen, smallest, since = _Constant(train.labels, num_classes), {}, np.inf, 0
-    head: Head = best
+    # What the labels are on average, where there is nothing to fit.
+    constant = DummyRegressor() if num_classes is None else DummyClassifier(strategy="prior")
+    head = _Fitted(constant.fit(scaled.vectors, scaled.labels), scale, num_classes)
+    chosen, smallest, since = {}, np.inf, 0
     with warnings.catch_warnings():
         # An MLP that is trained epoch by epoch is warned about after each; so is a strength that needs more
         # iterations, which the validation loss judges as it judges the others.
@@ -126,18 +131,6 @@ class _Unscaled:
         return self.estimator.predict(vectors) * self.std + self.mean
 
 
-class _Scale:
-    """Shifts and scales vectors to mean 0 and variance 1 over those of training; constant channels stay 0."""
-
-    def __init__(self, vectors: Array) -> None:
-        self._mean = vectors.mean(axis=0, dtype=np.float64)
-        std = vectors.std(axis=0, dtype=np.float64)
-        self._factor = np.divide(1.0, std, out=np.zeros_like(std), where=std > _TINY)
-
-    def __call__(self, vectors: Array) -> Array:
-        return ((vectors - self._mean) * self._factor).astype(np.float32)
-
-
 @dataclass(frozen=True)
 class _Fitted:
     estimator: Any
@@ -152,19 +145,6 @@ class _Fitted:
         found = np.zeros((len(vectors), self.num_classes))
         found[:, self.estimator.classes_] = self.estimator.predict_proba(scaled)
         return found
-
-
-class _Constant:
-    """Predicts what the training labels are on average, where there is nothing to fit."""
-
-    def __init__(self, labels: Array, num_classes: int | None) -> None:
-        if num_classes is None:
-            self._values = np.array([labels.mean()])
-        else:
-            self._values = np.bincount(labels.astype(np.int64), minlength=num_classes) / len(labels)
-
-    def predict(self, vectors: Array) -> Array:
-        return np.tile(self._values, (len(vectors), 1))
 
 
 def _loss(values: Array, labels: Array, num_classes: int | None) -> float:
