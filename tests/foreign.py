@@ -24,6 +24,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.convert.convert import convert
 
 L, H, A, F = 4, 48, 6, 192
+SHAPE = {"num_layers": L, "hidden_size": H, "num_attention_heads": A, "ffn_hidden_size": F}
 EPSILON = 1e-5
 
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from esm2mega.data.store.prepare import prepare_fasta
@@ -35,6 +36,12 @@ def write_proteins(folder: Path) -> Path:
     spec = FamilySpec(median_length=60, length_sigma=0.2, min_length=40, max_length=90)
     simulate_families(path, n_families=4, members=15, spec=spec)
     return path
+
+
+def random_sequences(count: int, seed: int) -> list[str]:
+    """Proteins of 20 to 49 standard residues."""
+    rng = np.random.default_rng(seed)
+    return ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in rng.integers(20, 50, count)]
 
 
 def write_store(folder: Path) -> Path:

@@ -14,24 +14,13 @@ import torch
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.vocabulary import CLS, EOS, encode_residues
 from tests import foreign
-from tests.cli.scripts import SMALL, records, run, warm_python
+from tests.cli.scripts import SMALL, random_sequences, records, run, warm_python
 
 for package in ("esm", "sklearn"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install esm2mega[dev]")
 
-SHAPE = {
-    "num_layers": foreign.L,
-    "hidden_size": foreign.H,
-    "num_attention_heads": foreign.A,
-    "ffn_hidden_size": foreign.F,
-}
 FEW_STEPS = ("train.max_epochs=null", "train.max_steps=2", "train.eval_every=0", "schedule.warmup_steps=0")
 STATES = "CEH"
-
-
-def proteins(count: int, seed: int) -> list[str]:
-    rng = np.random.default_rng(seed)
-    return ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in rng.integers(20, 50, count)]
 
 
 def fasta(path: Path, entries: dict[str, str]) -> Path:
@@ -42,7 +31,7 @@ def fasta(path: Path, entries: dict[str, str]) -> Path:
 
 def write_uniref(folder: Path) -> None:
     """Ten clusters of two members, one of which is the representative, and two clusters for validation."""
-    found = proteins(32, seed=1)
+    found = random_sequences(32, seed=1)
     clusters = {f"UniRef50_{n}": (found[2 * n], found[2 * n + 1]) for n in range(10)}
     fasta(folder / "uniref50_train_filt.fasta", {name: pair[0] for name, pair in clusters.items()})
     members = {f"UniRef90_{name[9:]}{m}": pair[m] for name, pair in clusters.items() for m in (0, 1)}
@@ -54,7 +43,7 @@ def write_uniref(folder: Path) -> None:
 
 def write_flip(folder: Path) -> None:
     """A task of residues in three files, with the splits in the headers."""
-    rng, found = np.random.default_rng(2), proteins(24, seed=3)
+    rng, found = np.random.default_rng(2), random_sequences(24, seed=3)
     marks = [f"SET={'test' if n >= 20 else 'train'} VALIDATION={16 <= n < 20}" for n in range(24)]
     residues = folder / "secondary_structure"
     fasta(residues / "sequences.fasta", {f"Sequence{n}": text for n, text in enumerate(found)})
@@ -68,9 +57,9 @@ def test_the_published_sequence_of_commands(tmp_path: Path) -> None:
     write_uniref(tmp_path / "uniref")
     write_flip(tmp_path / "flip")
     # One protein of training is in the validation file, under another name.
-    mine = proteins(12, seed=4)
+    mine = random_sequences(12, seed=4)
     fasta(tmp_path / "mine.fasta", {f"p{n} of mine": text for n, text in enumerate(mine)})
-    fasta(tmp_path / "valid.fasta", {"v0": mine[5], "v1": proteins(1, seed=5)[0]})
+    fasta(tmp_path / "valid.fasta", {"v0": mine[5], "v1": random_sequences(1, seed=5)[0]})
     truth = foreign.truth(torch.float32, "fp16")
     foreign.unpacked(foreign.write_nemo1(truth, tmp_path, tp=2))
     variables = {
@@ -78,7 +67,7 @@ def test_the_published_sequence_of_commands(tmp_path: Path) -> None:
         "FASTA": "mine.fasta", "VALID": "valid.fasta", "OUT": "out", "CONFIG": "base", "STEPS": "1",
         "TASKS": "secondary_structure", "FINETUNE": " ".join((*SMALL, *FEW_STEPS)),
     }  # fmt: skip
-    overrides = [f"model.{key}={value}" for key, value in SHAPE.items()]
+    overrides = [f"model.{key}={value}" for key, value in foreign.SHAPE.items()]
     overrides += ["model.layer_spec=local", *SMALL]
     with warm_python(tmp_path):
         done = run("migrate/bionemo1.sh", *overrides, cwd=tmp_path, **variables)

@@ -13,22 +13,10 @@ import torch
 
 from esm2mega.data.store.token_store import TokenStore
 from tests import foreign
-from tests.cli.scripts import SMALL, records, run, warm_python
+from tests.cli.scripts import SMALL, random_sequences, records, run, warm_python
 
 for package in ("esm", "sklearn", "pyarrow"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install esm2mega[dev]")
-
-SHAPE = {
-    "num_layers": foreign.L,
-    "hidden_size": foreign.H,
-    "num_attention_heads": foreign.A,
-    "ffn_hidden_size": foreign.F,
-}
-
-
-def proteins(count: int, seed: int) -> list[str]:
-    rng = np.random.default_rng(seed)
-    return ["".join(rng.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in rng.integers(20, 50, count)]
 
 
 def write_uniref(folder: Path) -> None:
@@ -37,7 +25,7 @@ def write_uniref(folder: Path) -> None:
     from pyarrow import parquet
 
     folder.mkdir()
-    found = proteins(18, seed=1)
+    found = random_sequences(18, seed=1)
     members = [[f"UniRef90_{n}a", f"UniRef90_{n}b"] for n in range(8)]
     held_out = ["UniRef50_v0", "UniRef50_v1"]
     parquet.write_table(pyarrow.table({"ur90_id": members}), folder / "train_clusters.parquet")
@@ -60,7 +48,7 @@ def write_table(path: Path, sequences: list[str]) -> Path:
 
 def test_the_published_sequence_of_commands(tmp_path: Path) -> None:
     write_uniref(tmp_path / "uniref")
-    mine = proteins(20, seed=2)
+    mine = random_sequences(20, seed=2)
     write_table(tmp_path / "train.csv", mine[:10])
     write_table(tmp_path / "valid.csv", mine[10:14])
     write_table(tmp_path / "new.csv", mine[14:])
@@ -70,7 +58,7 @@ def test_the_published_sequence_of_commands(tmp_path: Path) -> None:
         "CHECKPOINT": "nemo2", "PROTEINS": "new.csv", "OUT": "out", "CONFIG": "base", "STEPS": "2",
         "NPROC": "1", "FINETUNE": " ".join(few), "PROTEIN": "MKTAY",
     }  # fmt: skip
-    overrides = [f"model.{key}={value}" for key, value in SHAPE.items()]
+    overrides = [f"model.{key}={value}" for key, value in foreign.SHAPE.items()]
     with warm_python(tmp_path):
         done = run("migrate/bionemo2.sh", *overrides, *few, cwd=tmp_path, **variables)
     assert done.returncode == 0, done.stderr

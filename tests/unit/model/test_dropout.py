@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from esm2mega.config.schema import ParallelConfig
 from esm2mega.model import attention, dropout, layer, proteinbert
-from esm2mega.model.build import build_model
 from esm2mega.model.dropout import ATTENTION_OUTPUT, EMBEDDING, FIRST_HEAD, MLP_OUTPUT, drop, place_of
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import PackedSequences
 from tests.unit.model.dropout_reference import PlainModel, factors
-from tests.unit.runs import tiny_run
+from tests.unit.model.models import loss_and_gradients, random_model
 
 IDS = torch.tensor([0, 5, 32, 2, 0, 6, 8, 0, 32, 9, 4, 2, 1])
 LENGTHS = [4, 3, 5, 1]  # the second is a piece without <eos>, the last is padding
@@ -27,32 +24,13 @@ HIDDEN, ATTENTION = 0.3, 0.2
 
 
 def _model(family: str = "esm2", recompute: str = "none", **dropouts: float) -> ESM2Model:
-    """Three layers in fp64; every parameter is random, so that each one matters."""
     positions = None if family == "esm2" else 8
-    shape = replace(
-        tiny_run().model,
-        num_layers=3,
-        family=family,
-        recompute=recompute,
-        max_positions=positions,
-        **dropouts,  # type: ignore[arg-type]
-    )
-    (model,) = build_model(shape, ParallelConfig(), torch.device("cpu"), seed=5)
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return model
+    return random_model(family=family, recompute=recompute, max_positions=positions, **dropouts)
 
 
 def _results(model: ESM2Model, places: Tensor, counts: list[int] | None) -> dict[str, Tensor]:
-    """Loss and gradient of every parameter."""
     packed = PackedSequences.from_lengths(LENGTHS, row_counts=counts).with_dropout_keys(KEYS)
-    model.zero_grad()
-    loss = cross_entropy(model(IDS, packed, places), LABELS[places], reduction="sum")
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **gradients}
+    return loss_and_gradients(model, IDS, packed, LABELS, places)
 
 
 def _plain_results(model: ESM2Model, places: Tensor, family: str, **dropouts: float) -> dict[str, Tensor]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from esm2mega.config.schema import ParallelConfig
-from esm2mega.model.build import build_model
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.packed import PackedSequences
-from tests.unit.runs import tiny_run
+from tests.unit.model.models import loss_and_gradients, random_model
 
 IDS = torch.tensor([0, 5, 32, 2, 0, 6, 2, 0, 32, 9, 4, 2])
 LENGTHS = [4, 3, 5]
@@ -23,25 +20,9 @@ CASES = [([1, 2, 8, 10], [2, 0, 2]), ([], [0, 0, 0]), (list(range(12)), LENGTHS)
 LABELS = (torch.arange(12) * 7 + 4) % 33
 
 
-def _model(recompute: str) -> ESM2Model:
-    """Three layers in fp64; every parameter is random, so that each one matters."""
-    shape = replace(tiny_run().model, num_layers=3, recompute=recompute)
-    (model,) = build_model(shape, ParallelConfig(), torch.device("cpu"), seed=5)
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return model
-
-
 def _results(model: ESM2Model, positions: Tensor, counts: Sequence[int] | None) -> dict[str, Tensor]:
-    """Loss and gradient of every parameter."""
-    model.zero_grad()
-    logits = model(IDS, PackedSequences.from_lengths(LENGTHS, row_counts=counts), positions)
-    loss = nn.functional.cross_entropy(logits, LABELS[positions], reduction="sum")
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **gradients}
+    packed = PackedSequences.from_lengths(LENGTHS, row_counts=counts)
+    return loss_and_gradients(model, IDS, packed, LABELS, positions)
 
 
 def _mlp_inputs(model: ESM2Model) -> list[int]:
@@ -84,18 +65,18 @@ def _assert_same(model: ESM2Model, positions: list[int], counts: list[int]) -> N
 def test_rows_give_the_same_loss_and_gradients(
     world: None, recompute: str, positions: list[int], counts: list[int]
 ) -> None:
-    _assert_same(_model(recompute), positions, counts)
+    _assert_same(random_model(recompute=recompute), positions, counts)
 
 
 def test_rows_behind_an_attention_of_whole_sequences(world: None) -> None:
-    model = _model("none")
+    model = random_model()
     attention = model.encoder.layers[-1].self_attention
     attention.core_attention = OtherCoreAttention(attention.core_attention)
     _assert_same(model, *CASES[0])
 
 
 def test_rows_in_evaluation(world: None) -> None:
-    model = _model("none").eval()
+    model = random_model().eval()
     positions, counts = CASES[0]
     with torch.no_grad():
         whole = model(IDS, PackedSequences.from_lengths(LENGTHS))
