@@ -9,7 +9,6 @@ from typing import Any
 from esm2mega.config.run_name import split_run
 from esm2mega.errors import UserError
 
-_OPTIMIZER = "optimizer."
 _HDF5 = (".h5", ".hdf5")
 _MOST_SHOWN = 20
 
@@ -192,6 +191,7 @@ def _checkpoint_lines(named: str | Path, verify: bool) -> Iterator[str]:
     from esm2mega.checkpoint.choice import best_checkpoint, choose_checkpoint
     from esm2mega.checkpoint.digests import DIGESTS, read_digests
     from esm2mega.checkpoint.finite import FiniteCheck
+    from esm2mega.checkpoint.tensor_filter import OPTIMIZER
     from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
     from esm2mega.config.presets import shape_of
     from esm2mega.convert.formats.esm2mega import task_head
@@ -224,7 +224,7 @@ def _checkpoint_lines(named: str | Path, verify: bool) -> Iterator[str]:
     digests: list[tuple[str, str]] = []
     finite = FiniteCheck()
     for name, info in reader.index.items():
-        if name.startswith(_OPTIMIZER):
+        if name.startswith(OPTIMIZER):
             continue
         digest = tensor_sha256(finite.add(name, reader.read(name)))
         digests.append((name, digest))
@@ -235,7 +235,7 @@ def _checkpoint_lines(named: str | Path, verify: bool) -> Iterator[str]:
         finite.add(name, value)
         yield f"auxiliary {name} {list(value.shape)}"
     yield finite.words()
-    optimizer = [info for name, info in reader.index.items() if name.startswith(_OPTIMIZER)]
+    optimizer = [info for name, info in reader.index.items() if name.startswith(OPTIMIZER)]
     if optimizer:
         yield f"optimizer: {len(optimizer)} tensors, {sum(i.num_bytes for i in optimizer) / 1e9:.3f} GB"
     if verify:

@@ -30,7 +30,7 @@ from esm2mega.checkpoint.optimizer_state import (
     translate,
 )
 from esm2mega.checkpoint.safe_index import checked_index
-from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter, compare_tensors
+from esm2mega.checkpoint.tensor_filter import ALL, OPTIMIZER, TensorFilter, compare_tensors
 from esm2mega.checkpoint.tensors import TensorReader, os_error_in
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import first_of
@@ -162,7 +162,7 @@ def load_weights(checkpoint: Path, model: Sequence[Any], tensor_filter: TensorFi
         shapes = {
             name: info.shape
             for name, info in TensorReader(checkpoint).index.items()
-            if not name.startswith("optimizer.")
+            if not name.startswith(OPTIMIZER)
         }
         entries = [entry for tensors in request.values() for entry in tensors.values()]
         report = compare_tensors(entries, shapes, tensor_filter, str(checkpoint))
@@ -170,7 +170,7 @@ def load_weights(checkpoint: Path, model: Sequence[Any], tensor_filter: TensorFi
         tensor_filter = report.narrowed(tensor_filter)
         request = sharded_state(model, None, True, tensor_filter)
     loaded = _load(
-        checkpoint, request, lambda name: not name.startswith("optimizer.") and not tensor_filter.unused(name)
+        checkpoint, request, lambda name: not name.startswith(OPTIMIZER) and not tensor_filter.unused(name)
     )
     _put_weights(model, loaded, tensor_filter)
     return not_restored

@@ -14,6 +14,9 @@ from esm2mega.errors import UserError
 
 Shape = tuple[int, ...]
 
+OPTIMIZER = "optimizer."
+"""The names of the tensors of the optimizer begin with this prefix; all others are weights."""
+
 TASK_HEAD = "head."
 """The names of the weights of a task's head begin with this prefix."""
 

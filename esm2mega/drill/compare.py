@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint.layout import find_checkpoints, read_state
+from esm2mega.checkpoint.tensor_filter import OPTIMIZER
 from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
 from esm2mega.errors import UserError
 from esm2mega.files import first_of, shortened
 from esm2mega.report.log import CLOCK, LOG_NAME, TRAIN, read_log
 from esm2mega.train.incidents import FILE_NAME as INCIDENTS_NAME
-
-_OPTIMIZER = "optimizer."
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Remains:
     @property
     def weights_sha256(self) -> str:
         """Return the checksum of all weights together, as `esm2mega inspect` shows it."""
-        weights = [(name, value) for name, value in self.digests.items() if not name.startswith(_OPTIMIZER)]
+        weights = [(name, value) for name, value in self.digests.items() if not name.startswith(OPTIMIZER)]
         return combined_sha256(weights)
 
     @property
@@ -82,7 +81,7 @@ def differences(expected: Remains, actual: Remains) -> Iterator[str]:
         yield f"checkpoints: {first_of(names[1])} in place of {first_of(names[0])}"
     for what, is_meant in (("weights", False), ("optimizer", True)):
         mine, theirs = (
-            {name: x for name, x in remains.digests.items() if name.startswith(_OPTIMIZER) == is_meant}
+            {name: x for name, x in remains.digests.items() if name.startswith(OPTIMIZER) == is_meant}
             for remains in (actual, expected)
         )
         others = [name for name in sorted(mine | theirs) if mine.get(name) != theirs.get(name)]

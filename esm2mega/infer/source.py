@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from esm2mega.checkpoint.store import load_weights
-from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TRAINED, TRAINED_ENCODER
+from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, OPTIMIZER, TRAINED, TRAINED_ENCODER
 from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
@@ -138,5 +138,5 @@ def _of_foreign(start: StartPoint) -> ModelSource:
 def weights_sha256(checkpoint: Path) -> str:
     """Compute the checksum that `esm2mega inspect` prints as ``weights sha256``."""
     reader = TensorReader(checkpoint)
-    names = (name for name in reader.index if not name.startswith("optimizer."))
+    names = (name for name in reader.index if not name.startswith(OPTIMIZER))
     return combined_sha256((name, tensor_sha256(reader.read(name))) for name in names)

@@ -13,7 +13,7 @@ from torch import Tensor
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.digests import write_digests
 from esm2mega.checkpoint.store import load_weights
-from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TASK_HEAD, TRAINED, TensorFilter
+from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, OPTIMIZER, TASK_HEAD, TRAINED, TensorFilter
 from esm2mega.checkpoint.tensors import TensorInfo, TensorReader
 from esm2mega.checkpoint.writer import StackedTensor, write_weights
 from esm2mega.config.lora import LINEARS, LM_HEAD, Linear, Targets, is_trained_bias, targets_of
@@ -72,7 +72,7 @@ class AdapterReader:
         self.run = start.run
         self._reader = TensorReader(start.path)
         self.targets: Targets = targets_of(self.run)
-        weights = (name for name in self._reader.index if not name.startswith("optimizer."))
+        weights = (name for name in self._reader.index if not name.startswith(OPTIMIZER))
         self.others = [name for name in weights if not (is_adapter(name) or self._is_bias(name))]
 
     def head(self) -> HeadDescription | None:

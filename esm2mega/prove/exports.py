@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from esm2mega.checkpoint.layout import step_dir
+from esm2mega.checkpoint.tensor_filter import OPTIMIZER
 from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.convert.convert import convert
 from esm2mega.convert.files.iupac import TAPE_TOKENS, esm_ids
@@ -15,7 +16,7 @@ from esm2mega.convert.name_table import OUTPUT_BIAS, TABLE
 from esm2mega.convert.verify.verify import difference_of_models
 from esm2mega.prove.compare import EXPORT, Difference, Outcome, distance
 
-_OPTIMIZER = ("optimizer.", "main.")
+_NO_WEIGHTS = (OPTIMIZER, "main.")
 
 
 def export_differences(
@@ -38,7 +39,9 @@ def export_differences(
     convert(conversion.target, out / "back", "esm2mega")
     reader = TensorReader(out / "back")
     back = reader.read_many(reader.index)
-    trained = {name: value for name, value in reference.checkpoint.items() if not name.startswith(_OPTIMIZER)}
+    trained = {
+        name: value for name, value in reference.checkpoint.items() if not name.startswith(_NO_WEIGHTS)
+    }
     rows = torch.tensor(esm_ids(TAPE_TOKENS))
     for name in trained.keys() | back.keys():
         value = float("inf")
