@@ -7,6 +7,7 @@ without it by the labels in training.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,13 +147,18 @@ def describe_head(
     architecture = next((name for name, (_, kinds) in _EQUALS.items() if kind in kinds), None)
     if architecture is None:
         raise UserError(f"{location}: task.kind={kind} has no equal in transformers")
-    if repeated := sorted({label for label in labels if list(labels).count(label) > 1}):
-        raise UserError(f"{location} has {repeated[0]!r} twice; give each output a name of its own")
+    refuse_repeated(location, labels)
     if kind == "token_regression" and len(labels) > 1:
         raise UserError(f"{location}: {TOKEN} with {len(labels)} numbers per residue has no equal here")
     head = "hf" if architecture == SEQUENCE else "linear"
     task, info = outputs_in_units(TaskConfig(kind=kind, head=head, dropout=dropout), labels)
     return HeadDescription(task, info, shapes_of(architecture, hidden_size, len(labels)))
+
+
+def refuse_repeated(location: str, labels: Sequence[str]) -> None:
+    """Refuse a name that two outputs have; `location` is where they come from."""
+    if repeated := sorted(label for label, count in Counter(labels).items() if count > 1):
+        raise UserError(f"{location} has {repeated[0]!r} twice; give each output a name of its own")
 
 
 def outputs_in_units(task: TaskConfig, labels: Sequence[str]) -> tuple[TaskConfig, TargetInfo]:

@@ -7,7 +7,6 @@ evaluation, and is written with a mean of 0 and a variance that makes its diviso
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ from esm2mega.config.head_form import (
 )
 from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import PAIR_KIND
+from esm2mega.convert.heads.hf_classifiers import outputs_in_units, refuse_repeated
 from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.convert.name_table import Kind, Shape, TableRow
-from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.model.tape_heads import BLOCKS, CHANNELS, RESIDUE_WIDTH, WIDTHS
 
@@ -183,16 +182,11 @@ def find_head(
     if not (shape := tensors[found.output].shape):
         raise UserError(f"{location.parent}: {found.output} has no axis of outputs; copy the file again")
     names = _names(location, config, found.kind, shape[0])
-    task = TaskConfig(
-        kind=found.kind,
-        head=format_name,
-        dropout=found.dropout,
-        target_columns=names if found.kind == "regression" else TaskConfig().target_columns,
-    )
-    scale = ([0.0], [1.0]) if found.kind == "regression" else ([], [])
+    task = TaskConfig(kind=found.kind, head=format_name, dropout=found.dropout)
+    task, info = outputs_in_units(task, names)
     hidden_size = config.get("hidden_size")
     shapes = shapes_of(found, hidden_size if isinstance(hidden_size, int) else 0, len(names))
-    return found, HeadDescription(task, TargetInfo(found.kind, names, [], *scale), shapes)
+    return found, HeadDescription(task, info, shapes)
 
 
 def _names(location: Path, config: Mapping[str, Any], kind: str, num_outputs: int) -> list[str]:
@@ -208,8 +202,7 @@ def _names(location: Path, config: Mapping[str, Any], kind: str, num_outputs: in
     if not isinstance(given, dict) or sorted(given) != sorted(numbers):
         raise UserError(f"{location}: id2label must name the outputs 0 to {num_outputs - 1}, each once")
     names = [str(given[number]) for number in numbers]
-    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise UserError(f"{location}: id2label has {repeated[0]!r} twice; give each output a name of its own")
+    refuse_repeated(f"{location}: id2label", names)
     return names
 
 
