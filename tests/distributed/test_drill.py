@@ -124,7 +124,7 @@ def test_a_restart_that_changes_the_run_is_found(
     rows = [f"{'MKTAYIAKQR' * 3}{letter}L,{number}.5" for number, letter in enumerate("ACDEFGHIKLMNPQRSTVWY")]
     labels.write_text("\n".join(["sequence,value", *rows]) + "\n")
     task = ["task.kind=regression", "task.target_columns=[value]", f"data.train={labels}"]
-    # The first moment that this seed draws is at a tenth of the run: the kill comes while all steps are to come.
+    # This seed draws its first moment at a tenth of the run, where all steps are still to come.
     options = ["--out", str(tmp_path / "out"), "--steps", str(STEPS), "--rounds", "1", "--seed", "14"]
     assert main(["drill", *options, "--", "finetune", *SETTINGS, *task]) == 1
     report = json.loads((tmp_path / "out" / "drill.json").read_text())
