@@ -23,11 +23,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 PLAIN, MIXED, DISTRIBUTED = "plain", "mixed", "distributed"
+_NO_PARAMETER = "no parameter"
 
 _MAIN = {MIXED: "optimizer.state.fp32_param.", DISTRIBUTED: "optimizer.state.param."}
 
@@ -144,6 +146,10 @@ def begin_states(optimizer: MegatronOptimizer) -> None:
     """Make the moments that optimizers make in their first step, for parameters without an update so far.
 
     A checkpoint holds them all, also one of a run whose steps were skipped so far.
+
+    A distributed optimizer of few parameters leaves some ranks nothing but padding. Megatron-Core asks the
+    states of PyTorch's Adam for their step count on every rank, so such a rank gets a state of no parameter,
+    which holds only the count. All ranks call this together.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW):
@@ -153,8 +159,22 @@ def begin_states(optimizer: MegatronOptimizer) -> None:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
+            if isinstance(part, DistributedOptimizer):
+                _count_everywhere(part)
         elif part.optimizer is not None:  # none where all weights are frozen
             part.init_state_fn(part.optimizer, part.config)
+
+
+def _count_everywhere(part: DistributedOptimizer) -> None:
+    """Give a rank without parameters the step count that the other ranks have."""
+    counts = [state["step"] for key, state in part.optimizer.state.items() if key != _NO_PARAMETER]
+    count = torch.zeros((), device=part.buffers[0].grad_data.device)
+    if counts:
+        count.copy_(counts[0])
+    # Over the data-parallel group, among which the parameters are divided; every rank holds the result.
+    dist.all_reduce(count, dist.ReduceOp.MAX, part.data_parallel_group)
+    if not counts:
+        part.optimizer.state[_NO_PARAMETER] = {"step": count}
 
 
 def make_loadable(optimizer: MegatronOptimizer) -> None:

@@ -258,4 +258,7 @@ def sharded_state(
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=dict(SHARDING)
         )
+        # Ranks that hold no part of a gathered state say None, which Megatron-Core warns of as a difference.
+        if state["optimizer"].get("param_state", state) is None:
+            del state["optimizer"]["param_state"]
     return state

@@ -207,6 +207,7 @@ _PP2 = Layout(pp=2)
 _TP2_PP2 = Layout(tp=2, pp=2)
 _DP2 = Layout(dp=2, distributed_optimizer=True)
 _TP2_SP = Layout(tp=2, sp=True)
+_DP3_DP4 = (Layout(dp=3, distributed_optimizer=True), Layout(dp=4, distributed_optimizer=True))
 _ONE4, _VPP2 = Layout(layers=4), Layout(pp=2, vpp=2, layers=4)
 
 _CI = (
@@ -261,6 +262,7 @@ _PAIRS = (
     (replace(_DP2, packed=2), replace(_PP2, packed=2)),
 )
 # These resume main weights that are kept beside the model's, from whole to sharded ones and back.
+_FEW = ("finetune.mode=frozen", "task.head=linear")
 _BF16_PAIRS = ((_TP2, _DP2), (_DP2, _PP2))
 
 _FP16 = (
@@ -359,6 +361,8 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         # This has groups of parameters by learning rate, in sharded and in whole optimizer state.
         with_head(Trial((_DP2, _TP2), settings=MID_WINDOW), "freeze"),
         with_head(Trial((_TP2, _PP2), settings=MID_WINDOW), "own"),
+        # So few weights are trained that some ranks hold none of their optimizer state.
+        *(with_head(Trial(pair, settings=(*MID_WINDOW, *_FEW)), "max") for pair in (_DP3_DP4, _DP3_DP4[::-1])),
     ),
     "bf16": (
         *(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),

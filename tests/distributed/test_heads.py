@@ -15,7 +15,7 @@ def test_heads_equal_one_process(prover: Prover) -> None:
     """One layout for each head, in turn; `esm2mega prove --layouts heads` has all combinations."""
     of_head = {name: [t for t in GROUPS["heads"] if t.label == f"head {name}"] for name in HEADS}
     trials = [rows[number % len(rows)] for number, rows in enumerate(of_head.values())]
-    trials += [of_head["frozen"][2], of_head["attention_maps"][2], GROUPS["bf16"][-1]]
+    trials += [of_head["frozen"][2], of_head["attention_maps"][2], of_head["max"][-1], GROUPS["bf16"][-1]]
     # Head, loss and model of a user's own at every layout, and resumed.
     trials += [trial for trial in of_head["own"] if trial not in trials]
     assert all(of_head.values())
