@@ -362,7 +362,10 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         with_head(Trial((_DP2, _TP2), settings=MID_WINDOW), "freeze"),
         with_head(Trial((_TP2, _PP2), settings=MID_WINDOW), "own"),
         # So few weights are trained that some ranks hold none of their optimizer state.
-        *(with_head(Trial(pair, settings=(*MID_WINDOW, *_FEW)), "max") for pair in (_DP3_DP4, _DP3_DP4[::-1])),
+        *(
+            with_head(Trial(pair, settings=(*MID_WINDOW, *_FEW)), "max")
+            for pair in (_DP3_DP4, _DP3_DP4[::-1])
+        ),
     ),
     "bf16": (
         *(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
