@@ -85,7 +85,9 @@ def write_bionemo(path: Path, data: Data, kind: str) -> Path:
             entry = file.create_dataset(
                 str(number), data=rows if kind == "residue" else data.pooled["layer_2"][protein]
             )
-            entry.attrs["original_id"] = IDS[protein]
+            # Ids of a fixed length are bytes in h5py.
+            entry.attrs["original_id"] = IDS[protein] if protein % 2 else np.bytes_(IDS[protein])
+        file.create_group(str(len(IDS)))  # is no data set, and no protein
     return path
 
 
@@ -286,6 +288,23 @@ def _other(data: Data, path: Path) -> Path:
     return path
 
 
+def _not_finite(data: Data, path: Path) -> Path:
+    write_bionemo(path, data, "pooled")
+    with h5py.File(path, "a") as file:
+        file["3"][1] = np.nan
+    return path
+
+
+def _wider(data: Data, path: Path) -> Path:
+    write_bionemo(path, data, "residue")
+    with h5py.File(path, "a") as file:
+        values, name = file["3"][()], file["3"].attrs["original_id"]
+        del file["3"]
+        file["3"] = np.concatenate([values, values], axis=1)
+        file["3"].attrs["original_id"] = name
+    return path
+
+
 def _text(data: Data, path: Path) -> Path:
     path.write_text("x")
     return path
@@ -307,6 +326,8 @@ def _text(data: Data, path: Path) -> Path:
         (_damaged, [], r"x.h5: is damaged"),
         (_other, [], r"x.h5: holds no embeddings of proteins; make them with `esm2mega embed"),
         (_text, [], r"x.h5: is not a readable HDF5 file"),
+        (_not_finite, [], r"x.h5: holds a value that is not finite"),
+        (_wider, [], r"x.h5: its vectors have \d+ channels, those of another protein \d+; embed"),
         (None, ["--layers", "7"], r"--layers layer_7: there are layer_1, layer_2; name some of them"),
         (None, ["--head", "cnn"], r"--head cnn is for labels of residues"),
         (None, ["task.kind=contact"], r"task.kind=contact needs pairs of residues"),
@@ -337,7 +358,8 @@ def test_what_is_refused(
     labels = write_labels(tmp_path / "labels.csv", {"target": data.numbers})
     command = ["probe", str(path), "--labels", str(labels), "--out", str(tmp_path / "out")]
     assert main([*command, "task.kind=regression", *words]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *progress, line = capsys.readouterr().err.splitlines()  # vectors are read while progress is shown
+    assert all(shown.startswith("probe: layer 0 of") for shown in progress)
     assert re.search(expected, line), line
     assert not (tmp_path / "out").exists()
 
