@@ -275,6 +275,32 @@ def test_what_is_left_is_listed(name: str, line: str, folder: Path) -> None:
     assert [found for found in lines if found.startswith(line)], lines
 
 
+@pytest.mark.parametrize(
+    ("option", "shares", "splits"),
+    [
+        ("", "969,30,1", ["train", "valid", "test"]),
+        ("--split 100,0,0", "100,0,0", ["train"]),
+        ("--split 9/1", "9,1,0", ["train", "valid"]),
+        ("--split 0.9,0.05,0.05,7", "18,1,1", ["train", "valid", "test"]),
+    ],
+)
+def test_stores_are_those_that_the_printed_command_makes(
+    option: str, shares: str, splits: list[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text(f"python pretrain_tape.py --num-layers 2 --seq-length 128 --data-path pfam {option}\n")
+    found = translate(script)
+    assert [split for split in ("train", "valid", "test") if f"data.{split}" in found.settings] == splits
+    assert f"--split {shares} " in found.commands[0]
+
+
+@pytest.mark.parametrize(("given", "ours"), [("true", "auto"), ("false", None), ("out/step_5", "out/step_5")])
+def test_the_trainer_resumes(given: str, ours: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "args.yaml"
+    file.write_text(f"learning_rate: 1e-4\nmax_steps: 9\nresume_from_checkpoint: {given}\n")
+    assert translate(file).settings.get("checkpoint.resume") == ours
+
+
 def test_no_key_is_lost(folder: Path) -> None:
     """Each key that a file gives is translated, or listed, or said to need nothing."""
     for name in FILES:
