@@ -95,7 +95,10 @@ class EmbeddingFile:
     def pooled(self, layer: str, numbers: Sequence[int]) -> Array:
         """Return the vectors of some proteins, fp32 ``[n, h]``."""
         if layer == _ONLY:
-            return np.stack([self._values(self._file[self._names[number]][()]) for number in numbers])
+            vectors = [self._values(self._file[self._names[number]][()]) for number in numbers]
+            for vector in vectors:
+                _check_width(self.path, len(vector), len(vectors[0]))
+            return np.stack(vectors)
         # HDF5 is slow at single rows; a file of vectors is small.
         return self._values(self._file[f"{POOLED}/{layer}"][()][list(numbers)])
 
@@ -210,7 +213,7 @@ class Embeddings:
             if rows:
                 values = file.pooled(layer, [self._places[ids[row]][1] for row in rows])
                 found = np.empty((len(ids), values.shape[1]), np.float32) if found is None else found
-                self._check_width(file, values.shape[1], found.shape[1])
+                _check_width(file.path, values.shape[1], found.shape[1])
                 found[rows] = values
         assert found is not None
         return found
@@ -220,13 +223,14 @@ class Embeddings:
         file, number = self._places[name]
         values = file.residues(layer, number)
         self._width = values.shape[1] if self._width is None else self._width
-        self._check_width(file, values.shape[1], self._width)
+        _check_width(file.path, values.shape[1], self._width)
         return values
 
-    @staticmethod
-    def _check_width(file: EmbeddingFile, width: int, others: int) -> None:
-        if width != others:
-            raise UserError(
-                f"{file.path}: its vectors have {width} channels, those of another protein {others}; embed "
-                "all proteins with one model"
-            )
+
+def _check_width(path: Path, width: int, others: int) -> None:
+    """Refuse vectors of a file that are wider or narrower than those of other proteins."""
+    if width != others:
+        raise UserError(
+            f"{path}: its vectors have {width} channels, those of another protein {others}; embed all "
+            "proteins with one model"
+        )
