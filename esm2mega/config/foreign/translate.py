@@ -24,7 +24,7 @@ from esm2mega.config.scalars import Unset, shown, written
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
 from esm2mega.errors import UserError
-from esm2mega.files import OTHER_OUT, refuse_existing, replacing
+from esm2mega.files import OTHER_OUT, refuse_compressed, refuse_existing, replacing
 from esm2mega.version import __version__
 
 _INDENT = "  "
@@ -84,6 +84,7 @@ def translate_file(file: str, out: str) -> list[str]:
     """
     refuse_existing(Path(out))
     translation = translate(Path(file))
+    refuse_compressed(Path(out))
     with replacing(Path(out), OTHER_OUT) as partial:
         partial.write_text(as_yaml(translation), encoding="utf-8")
     return [
