@@ -18,14 +18,11 @@ from esm2mega.lora.base import recorded_base
 from esm2mega.model.init import initial_value
 from esm2mega.model.rotary import rotary_frequencies
 
-_STD = 0.02
-"""Is the standard deviation with which ESM-2's pretraining starts."""
-
 
 def write_random_encoder(like: str | Path, out: Path, seed: int) -> Path:
-    """Write the checkpoint of an encoder that has learned nothing, in this process alone.
+    """Write a checkpoint with the weights of a pretraining run at step 0, in this process alone.
 
-    What embeddings of it can do, composition and length of proteins and the shape of the network do.
+    What probes reach with its embeddings owes nothing to training.
 
     Args:
         like: Checkpoint in any format that has the shape.
@@ -40,7 +37,7 @@ def write_random_encoder(like: str | Path, out: Path, seed: int) -> Path:
     def read(name: str) -> Tensor:
         if name == FREQUENCIES:
             return rotary_frequencies(description.head_dim, torch.float32)
-        return initial_value(name, torch.empty(description.shapes[name]), seed, _STD)
+        return initial_value(name, torch.empty(description.shapes[name]), seed, start.run.model.init_std)
 
     beside = own_format.is_auxiliary(description)
     infos = {
@@ -48,6 +45,7 @@ def write_random_encoder(like: str | Path, out: Path, seed: int) -> Path:
         for name, shape in description.shapes.items()
         if not beside(name)
     }
+    origin = {"format": "random weights", "path": str(start.path)}
     with appearing(out) as folder:
-        own_format.write(Weights(description, infos, read, origin={"format": "random weights", "path": str(start.path)}), folder)
+        own_format.write(Weights(description, infos, read, origin=origin), folder)
     return out

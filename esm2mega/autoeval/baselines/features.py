@@ -86,7 +86,7 @@ def k_mers(proteins: LabelledProteins) -> Any:
 
 
 def windows(proteins: LabelledProteins, chosen: npt.NDArray[np.int64]) -> Any:
-    """Return 1 for the letter at each place around residues, or for the end of the protein, float32 ``[R, h]``.
+    """Return 1 for the letter at each place around residues, or for none there, float32 ``[R, h]``.
 
     Args:
         proteins: The proteins.
@@ -102,4 +102,6 @@ def windows(proteins: LabelledProteins, chosen: npt.NDArray[np.int64]) -> Any:
     width, size = _NUM_LETTERS + 1, places.shape[1]
     columns = (np.arange(size) * width + letters).ravel()
     borders = np.arange(0, len(columns) + 1, size)
-    return csr_matrix((np.ones(len(columns), np.float32), columns, borders), shape=(len(chosen), size * width))
+    return csr_matrix(
+        (np.ones(len(columns), np.float32), columns, borders), shape=(len(chosen), size * width)
+    )

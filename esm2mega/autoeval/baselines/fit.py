@@ -5,9 +5,10 @@
 - ``k-mers``: how often pieces of 1, 2 and 3 residues occur, where lengths differ.
 - ``one-hot window``: the residues around each residue, for labels of residues.
 
-Ridge regression predicts numbers and logistic regression classes; the penalty is chosen by the validation split
-as that of a probe is. The numbers depend on the seed where only a part of the training split is used. The number
-of threads may change the last digits at most: scikit-learn's sparse solvers run in one, but sums of BLAS vary.
+Ridge regression predicts numbers and logistic regression classes; the penalty is chosen by the validation
+split as that of a probe is. The result depends on the seed only where a part of the training split is used.
+Products with sparse matrices run in one thread; those of BLAS, which scikit-learn adds, may differ in the
+last digits with the number of threads.
 """
 
 from __future__ import annotations
@@ -131,9 +132,7 @@ def _linear_name(info: TargetInfo) -> str:
 
 def _note(chosen: list[dict[str, float]], used: int, available: int, what: str) -> str:
     """Say which penalties were chosen, and of how much of the training split."""
-    strengths = [
-        f"{key}={value:g}" for each in chosen for key, value in each.items() if key != "valid_loss"
-    ]
+    strengths = [f"{key}={value:g}" for each in chosen for key, value in each.items() if key != "valid_loss"]
     some = ", ".join(dict.fromkeys(strengths)) or "no penalty, as the labels are all alike"
     part = "" if used == available else f"; fitted to {used:,} of {available:,} {what}"
     return f"{some}{part}"

@@ -23,8 +23,8 @@ _LETTER = np.array([token if len(token) == 1 else "X" for token in VOCAB])
 def blosum62_scores(wild_type: str, variants: Sequence[str]) -> list[float]:
     """Score variants by the alignment with their wild type, less that of the wild type with itself.
 
-    That is the sum of ``matrix[wild][new] - matrix[wild][wild]`` over the residues that change: 0 for the wild
-    type, and less for any other. A letter that the matrix lacks counts as X.
+    That is the sum of ``matrix[wild][new] - matrix[wild][wild]`` over the residues that change: 0 for the
+    wild type, and less for any other. A letter that the matrix lacks counts as X.
 
     Args:
         wild_type: Sequence of the wild type.

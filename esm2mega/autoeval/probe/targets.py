@@ -56,9 +56,7 @@ def fit_targets(
         examples = {name: _labelled(*data[name], column, num_classes is None) for name in (TRAIN, VALID)}
         for name, each in examples.items():
             if not len(each.labels):
-                raise UserError(
-                    f"{paths[name]} ({name}): {_name(info, column)} has no label; give some"
-                )
+                raise UserError(f"{paths[name]} ({name}): {_name(info, column)} has no label; give some")
         found, settings = fit_head(head, examples[TRAIN], examples[VALID], num_classes, seed)
         heads.append(found)
         chosen.append(settings)
