@@ -48,6 +48,21 @@ def replacing(path: Path, cure: str = "", durable: bool = False) -> Iterator[Pat
             sync(path.parent)
 
 
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+
+
+def refuse_compressed(path: Path) -> None:
+    """Refuse the name of a compressed file for one that is plain, which other programs could not read.
+
+    Raises:
+        UserError: The name ends so.
+    """
+    if path.suffix.lower() in _COMPRESSED:
+        raise UserError(
+            f"{path}: is written without compression; name it {path.stem}, and compress it afterwards"
+        )
+
+
 def check_writable(path: Path) -> None:
     """Make the directories above a result file and try to write there, before the work starts.
 
@@ -55,8 +70,10 @@ def check_writable(path: Path) -> None:
     that cannot be written to. Where every rank checks, or the command may still be refused, take `check_out`.
 
     Raises:
+        UserError: It has the name of a compressed file.
         MachineError: The file could not be written.
     """
+    refuse_compressed(path)
     with _growing(path, OTHER_OUT) as partial:
         partial.touch()
 
@@ -240,8 +257,9 @@ def check_out(path: Path) -> None:
     permissions only; `check_writable` tries.
 
     Raises:
-        UserError: The path is a directory, or lies where nothing can be written.
+        UserError: The path is a directory, lies where nothing can be written, or names a compressed file.
     """
+    refuse_compressed(path)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir():
         reason = "is a directory"

@@ -282,12 +282,12 @@ def prepare_deeploc2_command(
 
     Example: esm2mega prepare deeploc2 --source Swissprot_Train_Validation_dataset.csv --out deeploc2
     """
-    from esm2mega.data.benchmarks.deeploc2 import DeepLocOptions, prepare_deeploc2
+    from esm2mega.data.benchmarks.deeploc2 import DeepLocOptions, check_request, prepare_deeploc2
     from esm2mega.data.benchmarks.published import DEEPLOC2, download_deeploc2, place_of
-    from esm2mega.data.store.staging import check_new
 
     file = place_of("deeploc2", source, download, DEEPLOC2.rpartition("/")[2])
+    how = DeepLocOptions(**options)
     if download:
-        check_new(Path(out))
+        check_request(out, how, features)
         click.echo("\n".join(download_deeploc2(file)))
-    click.echo("\n".join(prepare_deeploc2(file, out, DeepLocOptions(**options), features)))
+    click.echo("\n".join(prepare_deeploc2(file, out, how, features)))

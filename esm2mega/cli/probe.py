@@ -33,6 +33,7 @@ from esm2mega.errors import UserError
     "--split-column", metavar="NAME", help="Column of splits in one table [default: split, else set]."
 )
 @click.option("--config", metavar="FILE|NAME", help="Configuration with a `task`, such as flip_gb1.")
+@click.option("--overwrite", is_flag=True, help="Replace existing results.")
 @click.argument("words", nargs=-1, required=True, metavar="EMBEDDINGS.h5… [KEY=VALUE]…")
 @single_process
 def probe(
@@ -43,6 +44,7 @@ def probe(
     layers: tuple[str, ...],
     split_column: str | None,
     config: str | None,
+    overwrite: bool,
 ) -> None:
     """Fit a small head to the embeddings of labelled proteins, which stay as they are, and measure it.
 
@@ -59,4 +61,5 @@ def probe(
     if not embeddings:
         raise UserError("no embeddings are named; give the files of `esm2mega embed`")
     names = listed(layers) or ()
-    say(run_probe(ProbeRequest(embeddings, labels, out, head, names, split_column, config, overrides)))
+    request = ProbeRequest(embeddings, labels, out, head, names, split_column, config, overrides, overwrite)
+    say(run_probe(request))

@@ -131,7 +131,7 @@ def validate(run: Run, world_size: int) -> None:
 def validate_model(run: Run) -> None:
     """Check the rules for every use of a model: single values, shape, numerics, layout, adapters."""
     check_choices(run)
-    _check_ranges(run)
+    check_ranges(run)
     _check_family(run.model, run.data)
     _check_model(run.model)
     _check_layout(run.model, run.parallel, run.train)
@@ -212,7 +212,7 @@ def _check_outputs(run_dir: str, logging: LoggingConfig) -> None:
             )
 
 
-def _check_ranges(run: Run) -> None:
+def check_ranges(run: Run) -> None:
     """Check single values, each on its own."""
     values = flatten(run)
     for key, value in values.items():

@@ -21,7 +21,7 @@ from esm2mega.config.schema import FinetuneConfig, Run
 from esm2mega.convert.files.distributed_writer import stacked_name
 from esm2mega.convert.into_model import load_for_task, load_initial_weights
 from esm2mega.convert.lazy_weights import HeadDescription
-from esm2mega.convert.name_table import OUTPUT_BIAS, is_lm_head
+from esm2mega.convert.name_table import OUTPUT_BIAS, TABLE, is_lm_head
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.convert.tensors import cut_vocabulary, pad_vocabulary
 from esm2mega.errors import UserError
@@ -88,8 +88,12 @@ class AdapterReader:
         return [name for name in self.others if not name.startswith(TASK_HEAD)]
 
     def read_other(self, name: str, layer: int | None = None) -> Tensor:
-        """Return the tensor `name`, which is one of `others`, or only that of a layer."""
-        return self._reader.read(name, layer)
+        """Return the tensor `name`, which was trained besides the adapters, or only that of a layer.
+
+        The vocabulary comes without its padding.
+        """
+        value = self._reader.read(name, layer)
+        return cut_vocabulary(value) if name in (TABLE, OUTPUT_BIAS) else value
 
     def read(self, linear: Linear, layer: int) -> Factors | None:
         """Return the factors of a linear in a layer, or None if it has no adapter there."""
@@ -107,8 +111,7 @@ class AdapterReader:
             return None
         if not self._is_bias(name):
             return None
-        value = self._reader.read(*stacked_name(name))
-        return cut_vocabulary(value) if name == OUTPUT_BIAS else value
+        return self.read_other(*stacked_name(name))
 
     def _is_bias(self, name: str) -> bool:
         """Tell whether a tensor is one of the biases that `lora.bias` trains besides those of a head."""

@@ -253,7 +253,7 @@ def import_adapters(
     return [
         f"{source}: {len(found.factors)} adapters of rank {run.lora.rank} -> {target}, on {identity.path}",
         *([f"head     {', '.join(head)}"] if head else []),
-        *([f"biases   {len(found.biases)}, bias={run.lora.bias}"] if biases else []),
+        *([_about_biases(source, len(found.biases), run.lora.bias)] if biases else []),
         *(f"dropped: {name}" for name in found.dropped),
         *_not_finite(
             head
@@ -304,6 +304,13 @@ def _our_biases(
             "out with --drop"
         )
     return biases
+
+
+def _about_biases(source: Path, count: int, bias: str) -> str:
+    """Return a line about the biases of a directory; versions of peft, such as 0.19, save none."""
+    if count:
+        return f"biases   {count}, bias={bias}"
+    return f"biases   {source} holds none, though bias={bias} trains some: those of the base are taken"
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -13,6 +13,10 @@ from esm2mega.model.dropout import KeyedDropout
 class SampleDropout(torch.nn.Module):
     """Stands in for `torch.nn.Dropout` in a head, which knows nothing of keys; drops as `KeyedDropout` does.
 
+    The number of rows tells whether they are of proteins or of residues, which a pack of proteins of one
+    residue each leaves open. So the row of a protein drops as that of its first residue: in such a pack both
+    are the same, and what is dropped never follows from the other proteins.
+
     Attributes:
         segments: Proteins and residues of the pack that the head predicts; set before each pack.
     """
@@ -30,7 +34,10 @@ class SampleDropout(torch.nn.Module):
             return values
         segments, rows = self.segments, values.flatten(1)
         if len(values) == segments.num_proteins:
-            dropped = self._dropout(rows, segments.keys)
+            # [n]
+            first = torch.zeros_like(segments.keys)
+            first.scatter_reduce_(0, segments.owners, segments.numbers, "amin", include_self=False)
+            dropped = self._dropout(rows, segments.keys, first)
         elif len(values) == len(segments.owners):
             dropped = self._dropout(rows, segments.keys[segments.owners], segments.numbers)
         else:

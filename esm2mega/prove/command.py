@@ -15,7 +15,7 @@ import megatron.core
 import torch
 
 from esm2mega.errors import UserError
-from esm2mega.files import write_json
+from esm2mega.files import refuse_compressed, write_json
 from esm2mega.prove.layouts import Layout, is_possible, random_layouts
 from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.trials import CODE, GROUPS, HEADS, Trial, drawn_training, with_head, with_lora
@@ -120,6 +120,8 @@ def prove(
             raise UserError(
                 f"{trial}: {trial.precision} is measured by that of one process; give a larger layout"
             )
+    if out is not None:
+        refuse_compressed(Path(out))
     verdicts: dict[Trial, Verdict] = {}
     smallest: list[Verdict] = []
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esm2mega.errors import UserError
-from esm2mega.files import replacing
+from esm2mega.files import refuse_compressed, replacing
 
 RESIDUES = "ARNDCQEGHILKMFPSTWYV"
 """Gives the order of the rows and columns of the published LG table."""
@@ -267,6 +267,7 @@ def simulate_families(
     _check(n_families, members, spec)
     out_fasta = Path(out_fasta)
     cluster_files = {} if clusters_dir is None else {n: Path(clusters_dir, n) for n in CLUSTER_FILES}
+    refuse_compressed(out_fasta)
     for path in (out_fasta, *cluster_files.values()):
         if path.exists():
             raise UserError(

@@ -81,3 +81,6 @@ esm2mega score "$CHECKPOINT" --sequence "$PROTEIN" --out "$OUT/scan.csv"
 
 # convert_esm2 convert-nemo-to-hf.
 esm2mega convert "$CHECKPOINT" "$OUT/hf" --to hf
+
+# And back to their programs: what was trained here, as context/ and weights/.
+esm2mega convert "$OUT/continued" "$OUT/nemo2" --to nemo2

@@ -79,3 +79,4 @@ def test_the_published_sequence_of_commands(tmp_path: Path) -> None:
     with (out / "scan.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 5 * 19
     assert (out / "hf" / "config.json").is_file()
+    assert sorted(path.name for path in (out / "nemo2").iterdir()) == ["context", "weights"]

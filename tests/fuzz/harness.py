@@ -164,10 +164,10 @@ class Harness:
 
     def table(self) -> Iterator[str]:
         """Yield the outcomes for each subject, in lines."""
-        yield f"{'input':<16}{'count':>7}" + "".join(f"{outcome:>11}" for outcome in OUTCOMES)
+        yield f"{'input':<24}{'count':>7}" + "".join(f"{outcome:>11}" for outcome in OUTCOMES)
         for name in [*dict.fromkeys(entry["subject"] for entry in self.entries), "all"]:
             found = [entry["outcome"] for entry in self.entries if name in ("all", entry["subject"])]
-            yield f"{name:<16}{len(found):>7}" + "".join(f"{found.count(o):>11}" for o in OUTCOMES)
+            yield f"{name:<24}{len(found):>7}" + "".join(f"{found.count(o):>11}" for o in OUTCOMES)
 
     def _fresh(self, subject: Subject) -> tuple[Path, Path]:
         """Copy the sound input to where it is changed; every command sees the same paths."""

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from esm2mega.cli.app import main
 from esm2mega.data.benchmarks.deeploc2 import LOCATIONS
 from esm2mega.infer.work import Work
-from tests import foreign, foreign_bert
+from tests import esm2fa, foreign, foreign_bert
+from tests.foreign_configs import write_all
 from tests.fuzz.subjects import TRAINING, WILD
 from tests.unit.data.readers import test_megatron
 
@@ -51,6 +52,8 @@ def make(folder: Path) -> None:
     _sequences(folder, proteins)
     _tables(folder, proteins)
     _benchmarks(folder)
+    (folder / "theirs").mkdir()
+    write_all(folder / "theirs")
     _ours(folder)
     _foreign(folder)
 
@@ -78,6 +81,8 @@ def _sequences(folder: Path, proteins: list[tuple[str, str]]) -> None:
     _lmdb(folder / "pfam_train.lmdb", [{"primary": text, "id": name} for name, text in proteins])
     (folder / "indexed").mkdir()
     test_megatron.write(folder / "indexed", [test_megatron.ids(text) for _, text in proteins])
+    for number, part in enumerate((proteins[:14], proteins[14:])):
+        esm2fa.shard(folder / "esm2fa" / f"shard-{number:05d}", part)
     members = {f"UniRef50_{n}": proteins[3 * n : 3 * n + 3] for n in range(8)}
     mapping = ["uniref50\turef90"]
     mapping += [f"{name}\t{','.join(x for x, _ in rows)}" for name, rows in members.items()]

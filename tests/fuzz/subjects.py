@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.distributed.runs import SETTINGS
+from tests.foreign_configs import FILES
 
 OURS, CRC, PLAIN = "ours", "crc", "plain"
 """A format of ours with checksums; one of others with a CRC over the numbers; one without a checksum."""
@@ -157,6 +158,8 @@ def _sequences(folder: Path) -> Iterator[Subject]:
     yield Subject("lmdb", folder / "pfam_train.lmdb", PLAIN, (prepare,), witness="lmdb")
     indexed = ("prepare", "fasta", "{it}/pfam_text_document.idx", *made)
     yield Subject("indexed", folder / "indexed", PLAIN, (indexed,), witness="indexed")
+    train = ("pretrain", *TRAINING, "run_dir={out}/run", "train.max_steps=1", "data.train={it}")
+    yield Subject("esm2fa", folder / "esm2fa", PLAIN, (prepare, embed, train), witness="esm2fa")
     uniref = tuple(f"--{name}={{it}}/{name}.fasta" for name in ("uf50", "uf90"))
     splits = ("--mapping={it}/mapping.tsv", "--valid-size=2", "--out={out}/data")
     yield Subject("uniref", folder / "uniref", PLAIN, (("prepare", "uniref", *uniref, *splits),))
@@ -205,3 +208,7 @@ def _tables(folder: Path) -> Iterator[Subject]:
     yield Subject("deeploc2", folder / "deeploc.csv", PLAIN, (deeploc,))
     configured = ("pretrain", "--config", "{it}", f"data.train={folder}/store", "run_dir={out}/run")
     yield Subject("config", folder / "config.yaml", PLAIN, ((*configured, "train.max_steps=1"),))
+    # The translation of a changed file is another one; that no key is lost is for the unit tests.
+    translate = ("translate", "{it}", "--out", "{out}/ours.yaml")
+    for name in FILES:
+        yield Subject(f"their-{Path(name).stem}", folder / "theirs" / name, PLAIN, (translate,))

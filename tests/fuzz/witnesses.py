@@ -74,6 +74,19 @@ def parquet(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
     yield from _compare(_written(out, words), _named(library.read_table(it).to_pylist()))
 
 
+def esm2fa(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
+    from pyarrow import ipc
+
+    from esm2mega.vocabulary import VOCAB
+
+    read = []
+    for file in sorted(it.glob("shard-*/*.arrow")):
+        for row in ipc.open_stream(file).read_all().to_pylist():
+            text = "".join(VOCAB[token] for token in row["input_ids"])
+            read.append((row["id"].split()[0], text.removeprefix("<cls>").partition("<eos>")[0]))
+    yield from _compare(_written(out, words), read)
+
+
 def lmdb(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
     import lmdb as library
 

@@ -111,6 +111,15 @@ def test_trying_to_write_makes_no_file(tmp_path: Path) -> None:
         files.check_writable(tmp_path / "file" / "out.csv")
 
 
+@pytest.mark.parametrize("name", ["out.csv.gz", "OUT.JSON.GZ", "out.fasta.zst", "x.bz2"])
+def test_what_is_plain_has_no_name_of_a_compressed_file(name: str, tmp_path: Path) -> None:
+    for check in (files.check_out, files.check_writable):
+        with pytest.raises(
+            UserError, match="is written without compression; name it .*, and compress it aft"
+        ):
+            check(tmp_path / name)
+
+
 def test_a_checksum_is_that_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_HASHED_AT_ONCE", 3)
     (tmp_path / "a").write_bytes(b"MKTAYIAKQR")

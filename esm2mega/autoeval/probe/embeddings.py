@@ -81,9 +81,13 @@ class EmbeddingFile:
 
     def _open_bionemo(self) -> None:
         """Take a data set for each protein, named by its number; its rank tells which kind it is."""
-        numbers = sorted((name for name in self._file if name.isdecimal()), key=int)
+        numbers = sorted(
+            (name for name in self._file if name.isdecimal() and isinstance(self._file[name], h5py.Dataset)),
+            key=int,
+        )
         self._names = numbers
-        self.ids = [str(self._file[name].attrs.get("original_id", name)) for name in numbers]
+        names = [self._file[name].attrs.get("original_id", name) for name in numbers]
+        self.ids = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
         ranks = {self._file[name].ndim for name in numbers}
         if ranks in ({1}, {2}):
             self.layers[POOLED if ranks == {1} else RESIDUE] = [_ONLY]
@@ -91,7 +95,10 @@ class EmbeddingFile:
     def pooled(self, layer: str, numbers: Sequence[int]) -> Array:
         """Return the vectors of some proteins, fp32 ``[n, h]``."""
         if layer == _ONLY:
-            return np.stack([self._values(self._file[self._names[number]][()]) for number in numbers])
+            vectors = [self._values(self._file[self._names[number]][()]) for number in numbers]
+            for vector in vectors:
+                _check_width(self.path, len(vector), len(vectors[0]))
+            return np.stack(vectors)
         # HDF5 is slow at single rows; a file of vectors is small.
         return self._values(self._file[f"{POOLED}/{layer}"][()][list(numbers)])
 
@@ -112,7 +119,10 @@ class EmbeddingFile:
         self._file.close()
 
     def _values(self, stored: Array) -> Array:
-        return to_tensor(stored, "bf16").float().numpy() if self._is_bf16 else stored.astype(np.float32)
+        values = to_tensor(stored, "bf16").float().numpy() if self._is_bf16 else stored.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise UserError(f"{self.path}: holds a value that is not finite; embed these proteins again")
+        return values
 
 
 class Embeddings:
@@ -147,6 +157,7 @@ class Embeddings:
             counts.update(file.ids)
             self._places |= {name: (file, number) for number, name in enumerate(file.ids)}
         self._repeated = {name for name, count in counts.items() if count > 1}
+        self._width: int | None = None  # of vectors of residues, once one is read
         if not any(self.layers.values()):
             raise UserError(f"{', '.join(map(str, paths))}: have no layer in common; embed all of them alike")
 
@@ -202,6 +213,7 @@ class Embeddings:
             if rows:
                 values = file.pooled(layer, [self._places[ids[row]][1] for row in rows])
                 found = np.empty((len(ids), values.shape[1]), np.float32) if found is None else found
+                _check_width(file.path, values.shape[1], found.shape[1])
                 found[rows] = values
         assert found is not None
         return found
@@ -209,4 +221,16 @@ class Embeddings:
     def residues(self, layer: str, name: str) -> Array:
         """Return the vectors of a protein's residues, fp32 ``[L, h]``."""
         file, number = self._places[name]
-        return file.residues(layer, number)
+        values = file.residues(layer, number)
+        self._width = values.shape[1] if self._width is None else self._width
+        _check_width(file.path, values.shape[1], self._width)
+        return values
+
+
+def _check_width(path: Path, width: int, others: int) -> None:
+    """Refuse vectors of a file that are wider or narrower than those of other proteins."""
+    if width != others:
+        raise UserError(
+            f"{path}: its vectors have {width} channels, those of another protein {others}; embed all "
+            "proteins with one model"
+        )

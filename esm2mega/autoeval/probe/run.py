@@ -21,7 +21,8 @@ from esm2mega.autoeval.probe.labels import TEST, VALID, read_splits
 from esm2mega.config.best_metric import less_is_better
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ModelConfig, Run
-from esm2mega.config.task import NUMERIC_KINDS, PAIR_KIND, RESIDUE_KINDS
+from esm2mega.config.task import NUMERIC_KINDS, PAIR_KIND, RESIDUE_KINDS, validate_task
+from esm2mega.config.validate import check_ranges
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.files import check_out, file_sha256, replacing, write_json
@@ -43,12 +44,13 @@ class ProbeRequest:
     Attributes:
         embeddings: HDF5 files of `esm2mega embed`, or of BioNeMo 1.
         labels: Folder or file, as for `read_splits`.
-        out: Folder of the results, new or empty.
+        out: Folder of the results.
         head: One of `HEADS`.
         layers: Names or numbers of layers that are tried; empty for all that the files have.
         split_column: As for `read_splits`.
         config: Path or name of a configuration whose `task`, `data` and `seed` hold; None for the defaults.
         overrides: ``key=value`` over it.
+        overwrite: Whether results that are there already are replaced; else they are refused.
     """
 
     embeddings: Sequence[str]
@@ -59,6 +61,7 @@ class ProbeRequest:
     split_column: str | None = None
     config: str | None = None
     overrides: Sequence[str] = ()
+    overwrite: bool = False
 
 
 def probe(request: ProbeRequest) -> list[str]:
@@ -68,11 +71,14 @@ def probe(request: ProbeRequest) -> list[str]:
         A report for the reader.
 
     Raises:
-        UserError: The files, the labels and the task do not fit each other.
+        UserError: The files, the labels and the task do not fit each other, or there are results already.
     """
     check_packages()
     out = Path(request.out)
-    check_out(out / RESULTS)
+    for path in (out / RESULTS, out / PREDICTIONS):
+        check_out(path)
+        if path.exists() and not request.overwrite:
+            raise UserError(f"{path}: exists; replace it with --overwrite, or choose another --out")
     # There is no model, but a configuration has one; only its task and data are read.
     run = load_run_over(Run(model=ModelConfig(size="tiny")), request.overrides, request.config)
     _check(run, request)
@@ -99,11 +105,9 @@ def probe(request: ProbeRequest) -> list[str]:
 
 
 def _check(run: Run, request: ProbeRequest) -> None:
+    check_ranges(run)
+    validate_task(run)
     kind = run.task.kind
-    if kind is None:
-        raise UserError(
-            "task.kind is not set, so nothing says what the labels are; set task.kind=regression or others"
-        )
     if kind == PAIR_KIND:
         raise UserError(
             "task.kind=contact needs pairs of residues; a probe has none, use `esm2mega finetune`"

@@ -297,7 +297,7 @@ OPTIONS = Table(
         same("prediction_interval", "outputs are written as they are computed"),
         same(
             "initial_ckpt_skip_keys_with_these_prefixes",
-            "the head of a checkpoint is taken with `finetune.load_head` alone",
+            "the head of a checkpoint is taken with `finetune.load_head` alone; see `finetune.skip`",
         ),
         key("resume_if_exists", "checkpoint.resume", resumed, "the default here"),
         computed(

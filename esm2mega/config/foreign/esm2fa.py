@@ -216,6 +216,13 @@ def _scheduler(value: Any, source: Source) -> Settings:
     return found
 
 
+def _resume(value: Any, source: Source) -> Settings:
+    try:
+        return {"checkpoint.resume": "auto"} if truth(value) else {}
+    except Untranslated:
+        return {"checkpoint.resume": text(value)}
+
+
 def _loggers(value: Any, source: Source) -> Settings:
     names = set(texts(value)) - {"none", "all"}
     if names - {"wandb", "tensorboard"}:
@@ -267,7 +274,12 @@ TRAINER = Table(
             switch({"model.recompute": "full"}),
             "true is `full`",
         ),
-        key("resume_from_checkpoint", "checkpoint.resume", text),
+        computed(
+            "resume_from_checkpoint",
+            "checkpoint.resume",
+            _resume,
+            "true is `auto`, the default; a directory is that of one of our checkpoints",
+        ),
         same("overwrite_output_dir", "a run goes on in its directory; see `checkpoint.resume`"),
         computed("report_to", "logging.wandb logging.tensorboard", _loggers, ""),
         key("run_name", "logging.wandb_run_name", text),

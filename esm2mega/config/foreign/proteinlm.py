@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+from fractions import Fraction
 from typing import Any
 
 from esm2mega.config.foreign.rules import (
@@ -28,6 +30,7 @@ from esm2mega.config.foreign.values import (
     ratio,
     text,
 )
+from esm2mega.config.scalars import shown
 
 _STORE = "pfam"
 """Names the folder of the token stores that the printed command makes."""
@@ -95,15 +98,35 @@ def _data(value: Any, source: Source) -> Settings:
         raise Untranslated(
             "mixes several sets; make a store of each, and name them in data.train and data.weights"
         )
-    return {f"data.{split}": f"{_STORE}/{split}" for split in ("train", "valid", "test")}
+    shares = zip(("train", "valid", "test"), _shares(source), strict=True)
+    return {f"data.{split}": f"{_STORE}/{split}" for split, share in shares if share}
+
+
+def _shares(source: Source) -> list[int]:
+    """Return the shares of the three splits; that system held proteins out also where it was not told to.
+
+    Shares were any numbers there, and more than three of them were passed over; here they are whole.
+    """
+    given = text(source.get("split") or "969,30,1")
+    words = given.split("," if "," in given else "/")[:3]
+    shares = [Fraction(str(number(word))) for word in words] + [Fraction(0)] * (3 - len(words))
+    whole = [int(share * math.lcm(*(share.denominator for share in shares))) for share in shares]
+    if whole[0] <= 0 or min(whole) < 0 or max(whole) >= 10**15:
+        raise Untranslated(
+            f"--split {shown(given)} has other shares than train, valid and test can have; set data.*"
+        )
+    return whole
 
 
 def _prepare_pfam(source: Source) -> list[str]:
     path = source.get("data_path")
     if not isinstance(path, str) or path.startswith(("<", "$")):
         return []
-    split = source.get("split")
-    words = ["--format", "megatron", *(["--split", split] if isinstance(split, str) else [])]
+    try:
+        shares = ",".join(map(str, _shares(source)))
+    except Untranslated:
+        return []
+    words = ["--format", "megatron", "--split", shares]
     return [f"esm2mega prepare fasta {shlex.join([path, *words])} --out {_STORE}"]
 
 

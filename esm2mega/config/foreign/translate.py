@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from esm2mega.config.architecture import FROM
 from esm2mega.config.foreign.reading import Foreign, read_foreign
 from esm2mega.config.foreign.rules import Rule, Settings, Source
 from esm2mega.config.foreign.values import Untranslated, shaped
@@ -24,7 +25,7 @@ from esm2mega.config.scalars import Unset, shown, written
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
 from esm2mega.errors import UserError
-from esm2mega.files import OTHER_OUT, refuse_existing, replacing
+from esm2mega.files import OTHER_OUT, refuse_compressed, refuse_existing, replacing
 from esm2mega.version import __version__
 
 _INDENT = "  "
@@ -83,6 +84,7 @@ def translate_file(file: str, out: str) -> list[str]:
         UserError: `out` exists, or the file is of no system that is known.
     """
     refuse_existing(Path(out))
+    refuse_compressed(Path(out))
     translation = translate(Path(file))
     with replacing(Path(out), OTHER_OUT) as partial:
         partial.write_text(as_yaml(translation), encoding="utf-8")
@@ -226,7 +228,7 @@ def _shape_of_checkpoint(found: Translation) -> None:
     """Leave out the dimensions of a model that is fine-tuned, since its checkpoint has them."""
     if not found.is_from_a_checkpoint:
         return
-    for key in ("model.size", *(f"model.{name}" for name in ModelShape._fields)):
+    for key in ("model.size", FROM, *(f"model.{name}" for name in ModelShape._fields)):
         if found.settings.pop(key, None) is not None:
             found.remarks.append(f"{key}: left out, since the model is that of init_from")
 
@@ -298,7 +300,7 @@ def _missing(translation: Translation) -> list[str]:
     settings = translation.settings
     missing = [] if "data.train" in settings else ["data.train"]
     if (
-        not {"model.size", "model.from", "model.num_layers"} & settings.keys()
+        not {"model.size", FROM, "model.num_layers"} & settings.keys()
         and not translation.is_from_a_checkpoint
     ):
         missing.append("model.size")
@@ -317,12 +319,13 @@ def _start(translation: Translation, out: str) -> str:
 
 def problems(translation: Translation, out: str) -> list[str]:
     """Return what has to be corrected in the result before it can be used, as one line or none."""
+    source = translation.settings.get(FROM)
+    # A directory need not be on this machine, but where the training starts.
+    is_elsewhere = source is not None and not Path(source).expanduser().is_dir()
     try:
-        if "model.from" in translation.settings:  # a model that is looked up when a training starts
-            return []
-        if "model.size" in _missing(translation) or translation.is_from_a_checkpoint:
+        if is_elsewhere or "model.size" in _missing(translation) or translation.is_from_a_checkpoint:
             # A model in place of the one that is still to come.
-            run = load_run_over(load_run(None, ["model.size=15B"]), (), out)
+            run = load_run_over(load_run(None, ["model.size=15B"]), [f"{FROM}=null"], out)
         else:
             run = load_run(out)
         layout = run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size

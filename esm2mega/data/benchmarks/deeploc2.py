@@ -95,15 +95,7 @@ def prepare_deeploc2(
     Raises:
         UserError: The file is another table, or the split leaves nothing to train on.
     """
-    check_new(Path(out))
-    _check(options)
-    if features is not None:
-        check_new(Path(features))
-        if options.labels != "membrane":
-            raise UserError(
-                f"--features {features}: Model Zoo's loader has one label for each protein; give --labels "
-                "membrane"
-            )
+    check_request(out, options, features)
     columns = ["Membrane"] if options.labels == "membrane" else list(LOCATIONS)
     reading = SourceOptions(sequence_column="Sequence", id_column="ACC", set_by="nothing")
     reader = CsvReader(source, reading)
@@ -139,6 +131,26 @@ def prepare_deeploc2(
     with written_features(None if features is None else Path(features), by_split) as lines:
         kind = "classification" if one else "multilabel"
         return [*tables.write(Path(out), kind, TARGET if one else None), *lines]
+
+
+def check_request(out: str | Path, options: DeepLocOptions, features: str | Path | None) -> None:
+    """Refuse what cannot be made of any table; see `prepare_deeploc2` for the arguments.
+
+    Raises:
+        UserError: A directory exists, or an option does not go with another.
+    """
+    check_new(Path(out))
+    _check(options)
+    if features is None:
+        return
+    check_new(Path(features))
+    if Path(features).absolute() == Path(out).absolute():
+        raise UserError(f"--features {features}: is the directory of --out too; name another")
+    if options.labels != "membrane":
+        raise UserError(
+            f"--features {features}: Model Zoo's loader has one label for each protein; give --labels "
+            "membrane"
+        )
 
 
 def _check(options: DeepLocOptions) -> None:

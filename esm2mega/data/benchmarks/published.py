@@ -14,6 +14,7 @@ from esm2mega.data.benchmarks.download import download
 from esm2mega.data.benchmarks.flip import find_file, sequence_files
 from esm2mega.data.benchmarks.names import FLIP_TASKS, TAPE_TASKS
 from esm2mega.data.benchmarks.tape import find_split
+from esm2mega.data.readers.tape import require_lmdb
 from esm2mega.errors import UserError
 from esm2mega.files import user_cache
 
@@ -53,9 +54,10 @@ def download_tape(task_name: str, folder: Path) -> list[str]:
     """Download the archive of a TAPE task, a name in `TAPE_TASKS`, and take its files out to `folder`.
 
     Raises:
-        UserError: The archive does not hold the files of the task.
+        UserError: The archive does not hold the files of the task, or the package that reads them is missing.
     """
     task = TAPE_TASKS[task_name]
+    require_lmdb(folder)  # before gigabytes that could not be read
     if (found := find_split(folder, task, "train")) is not None:
         return [f"{found}: is there already, and is not downloaded"]
     url = f"{TAPE}{task.folder}.tar.gz"

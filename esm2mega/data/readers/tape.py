@@ -160,19 +160,31 @@ class TapeReader(RowSource):
 
     @contextmanager
     def _opened(self) -> Iterator[lmdb.Transaction]:
-        try:
-            import lmdb
-        except ImportError:
-            raise UserError(
-                f"{self.path}: reading LMDB needs the lmdb package; install it with "
-                "`pip install 'esm2mega[tape]'`"
-            ) from None
+        lmdb = require_lmdb(self.path)
         try:
             environment = lmdb.open(str(self._file), subdir=False, readonly=True, lock=False, readahead=False)
             with environment, environment.begin() as transaction:
                 yield transaction
         except lmdb.Error as error:
             raise UserError(f"{self.path}: is not a readable LMDB file ({error})") from None
+
+
+def require_lmdb(path: str | Path) -> Any:
+    """Return the module lmdb.
+
+    Args:
+        path: What is to be read, for the message.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError(
+            f"{path}: reading LMDB needs the lmdb package; install it with `pip install 'esm2mega[tape]'`"
+        ) from None
+    return lmdb
 
 
 def _text(value: object) -> object:

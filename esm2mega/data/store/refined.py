@@ -14,7 +14,7 @@ from esm2mega.data.readers.base import Block, Record, RecordSource
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.stream.samples import chunk, piece_name
 from esm2mega.errors import UserError
-from esm2mega.files import replacing
+from esm2mega.files import refuse_compressed, replacing
 
 LONGEST_PIECE = 1022
 """Most residues of a piece by default: the default of `data.max_seq_length`, less `<cls>` and `<eos>`."""
@@ -33,11 +33,12 @@ class RefinedFasta:
     max_length: int = LONGEST_PIECE
 
     def check(self) -> None:
-        """Refuse a length that leaves nothing, and a file that would be lost."""
+        """Refuse a length that leaves nothing, a file that would be lost, and a name of a compressed file."""
         if self.max_length < 1:
             raise UserError(f"--max-length={self.max_length} is too small; give at least 1")
         if self.path.exists():
             raise UserError(f"{self.path}: exists already; move it away, or give another --refined")
+        refuse_compressed(self.path)
 
     def write(self, sources: Sequence[RecordSource]) -> str:
         """Write the records of all sources, in order, whole or not at all; return what was written in a line.

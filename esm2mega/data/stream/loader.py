@@ -47,6 +47,9 @@ from esm2mega.errors import UserError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_TOTAL = "train.global_batch_size"
+"""This key is None where batches are counted in tokens."""
+
 
 def build_batch(
     stores: Sequence[TokenStore], spec: BatchSpec, pack: Pack, streams: Integers | None = None
@@ -231,8 +234,11 @@ class PackStream(ABC, Generic[BatchT]):
         Raises:
             UserError: The state belongs to other data or other packs, for which its cursor has no meaning.
         """
-        for key, value in self._identity().items():
-            saved = state["identity"].get(key)
+        now, before = self._identity(), state["identity"]
+        if (now[_TOTAL] is None) != (before.get(_TOTAL) is None):
+            raise _other_way(before, now)
+        for key, value in now.items():
+            saved = before.get(key)
             if saved != value:
                 raise UserError(
                     f"{key}={value} differs from {saved} of the checkpoint, which changes the order of the "
@@ -256,12 +262,27 @@ class PackStream(ABC, Generic[BatchT]):
             counted = {"train.micro_batch_size": tokens // self._shape.max_seq_length}
         return {
             **self.samples.identity(),
-            "train.global_batch_size": total,
+            _TOTAL: total,
             **counted,
             "train.max_epochs": self._spec.max_epochs,
             "data.packing": self._shape.packing,
             "data.pack_window": self._shape.window,
         }
+
+
+def _other_way(before: Mapping[str, Any], now: Mapping[str, Any]) -> UserError:
+    """Return the error of a run that counts batches in proteins and its checkpoint in tokens, or reversed."""
+    size, tokens = "train.micro_batch_size", "train.micro_batch_tokens"
+    if now[_TOTAL] is None:
+        given, ways = f"{tokens}={now[tokens]}", ("tokens", "proteins")
+        cure = f"{size}={before[size]} {_TOTAL}={before[_TOTAL]}"
+    else:
+        given, ways = f"{_TOTAL}={now[_TOTAL]}", ("proteins", "tokens")
+        cure = f"{tokens}={before[tokens]} and train.global_batch_tokens"
+    return UserError(
+        f"{given} counts batches in {ways[0]}, the checkpoint in {ways[1]}, which changes the order of the "
+        f"data: give {cure} as before, or start a new run from the weights with init_from"
+    )
 
 
 class TrainStream(PackStream[PackedBatch]):

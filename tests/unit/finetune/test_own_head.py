@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,11 +54,31 @@ def test_dropout_of_pytorch_drops_by_sample(shape: tuple[int, ...]) -> None:
     assert torch.equal(head.predict(ones, SEGMENTS), found)
     rows = ones.flatten(1)
     keys, places = (
-        (SEGMENTS.keys, None) if shape[0] == 3 else (SEGMENTS.keys[SEGMENTS.owners], SEGMENTS.numbers)
+        (SEGMENTS.keys, torch.zeros_like(SEGMENTS.keys))
+        if shape[0] == 3
+        else (SEGMENTS.keys[SEGMENTS.owners], SEGMENTS.numbers)
     )
     expected = KeyedDropout(0.25, 1)(KeyedDropout(0.5, 0)(rows, keys, places), keys, places)
     assert torch.equal(found.flatten(1), expected) and 0.1 < float((found == 0).double().mean()) < 0.95
     assert torch.equal(head.eval().predict(ones, SEGMENTS), ones)
+
+
+@pytest.mark.parametrize("per_residue", [False, True], ids=["proteins", "residues"])
+def test_what_is_dropped_does_not_follow_from_the_pack(per_residue: bool) -> None:
+    """Rows of proteins and of residues, also where each protein has one residue, a later one by a crop."""
+    whole = one_pack(proteins_of(["M", "LAGV", "S"])).head_inputs
+    whole = replace(whole, keys=torch.tensor([5, -6, 7]), numbers=torch.tensor([0, 3, 4, 5, 6, 9]))
+    short = replace(
+        whole,
+        num_proteins=2,
+        owners=torch.tensor([0, 1]),
+        numbers=whole.numbers[[0, -1]],
+        keys=whole.keys[[0, 2]],
+    )
+    head = made(Dropped)
+    rows = [torch.ones(6 if per_residue else 3, 64), torch.ones(2, 64)]
+    found = [head.predict(*pack) for pack in zip(rows, (whole, short), strict=True)]
+    assert torch.equal(found[0][[0, -1]], found[1]) and 0.1 < float((found[1] == 0).double().mean()) < 0.95
 
 
 def test_dropouts_that_would_differ_between_processes_are_refused() -> None:

@@ -199,6 +199,16 @@ def load_peft(folder: Path) -> dict[str, torch.Tensor]:
     )
 
 
+def test_trained_biases_that_the_file_does_not_hold(base32: Base, tmp_path: Path) -> None:
+    """Versions of peft train biases with ``lora_only``, and save none of them."""
+    _peft_model(base32, KINDS["plain"], ["query"], bias="lora_only").save_pretrained(tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "bias" not in name}, file)
+    report = import_adapters(tmp_path / "peft", str(base32.path), tmp_path / "out")
+    none = f"biases   {tmp_path / 'peft'} holds none, though bias=lora_only trains some: those of the base"
+    assert [line for line in report if line.startswith(none)], report
+
+
 def test_adapters_without_a_place_here(base32: Base, tmp_path: Path) -> None:
     """Of the contact head: left out while they do nothing, else refused; of a head that is missing."""
     from transformers import EsmModel

@@ -85,7 +85,9 @@ def write_bionemo(path: Path, data: Data, kind: str) -> Path:
             entry = file.create_dataset(
                 str(number), data=rows if kind == "residue" else data.pooled["layer_2"][protein]
             )
-            entry.attrs["original_id"] = IDS[protein]
+            # Ids of a fixed length are bytes in h5py.
+            entry.attrs["original_id"] = IDS[protein] if protein % 2 else np.bytes_(IDS[protein])
+        file.create_group(str(len(IDS)))  # is no data set, and no protein
     return path
 
 
@@ -286,6 +288,33 @@ def _other(data: Data, path: Path) -> Path:
     return path
 
 
+def _not_finite(data: Data, path: Path) -> Path:
+    write_bionemo(path, data, "pooled")
+    with h5py.File(path, "a") as file:
+        file["3"][1] = np.nan
+    return path
+
+
+def _wider(data: Data, path: Path) -> Path:
+    write_bionemo(path, data, "residue")
+    with h5py.File(path, "a") as file:
+        values, name = file["3"][()], file["3"].attrs["original_id"]
+        del file["3"]
+        file["3"] = np.concatenate([values, values], axis=1)
+        file["3"].attrs["original_id"] = name
+    return path
+
+
+def _wider_vector(data: Data, path: Path) -> Path:
+    write_bionemo(path, data, "pooled")
+    with h5py.File(path, "a") as file:
+        name = file["3"].attrs["original_id"]
+        del file["3"]
+        file["3"] = np.zeros(99, np.float32)
+        file["3"].attrs["original_id"] = name
+    return path
+
+
 def _text(data: Data, path: Path) -> Path:
     path.write_text("x")
     return path
@@ -307,10 +336,15 @@ def _text(data: Data, path: Path) -> Path:
         (_damaged, [], r"x.h5: is damaged"),
         (_other, [], r"x.h5: holds no embeddings of proteins; make them with `esm2mega embed"),
         (_text, [], r"x.h5: is not a readable HDF5 file"),
+        (_not_finite, [], r"x.h5: holds a value that is not finite"),
+        (_wider, [], r"x.h5: its vectors have \d+ channels, those of another protein \d+; embed"),
+        (_wider_vector, [], r"x.h5: its vectors have \d+ channels, those of another protein \d+; embed"),
         (None, ["--layers", "7"], r"--layers layer_7: there are layer_1, layer_2; name some of them"),
         (None, ["--head", "cnn"], r"--head cnn is for labels of residues"),
         (None, ["task.kind=contact"], r"task.kind=contact needs pairs of residues"),
         (None, ["task.kind=null"], r"task.kind is not set"),
+        (None, ["task.classes=[a,b]"], r"task.classes=\['a', 'b'\] does not go with task.kind=regression"),
+        (None, ["task.bootstrap=-1"], r"task.bootstrap=-1 is too small"),
         (
             None,
             ["--split-column", "part"],
@@ -337,7 +371,8 @@ def test_what_is_refused(
     labels = write_labels(tmp_path / "labels.csv", {"target": data.numbers})
     command = ["probe", str(path), "--labels", str(labels), "--out", str(tmp_path / "out")]
     assert main([*command, "task.kind=regression", *words]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *progress, line = capsys.readouterr().err.splitlines()  # vectors are read while progress is shown
+    assert all(shown.startswith("probe: layer 0 of") for shown in progress)
     assert re.search(expected, line), line
     assert not (tmp_path / "out").exists()
 
@@ -372,3 +407,21 @@ def test_a_split_is_missing(data: Data, tmp_path: Path, capsys: pytest.CaptureFi
     command = ["probe", str(tmp_path / "x.h5"), "--labels", str(labels), "--out", str(tmp_path / "out")]
     assert main([*command, "task.kind=regression"]) == 2
     assert "has no proteins for 'valid'; the head is fitted to 'train'" in capsys.readouterr().err
+
+
+def test_results_that_are_there_are_kept(
+    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_ours(tmp_path / "x.h5", data, list(range(len(IDS))))
+    labels = write_labels(tmp_path / "labels.csv", {"target": data.numbers})
+    command = ["probe", str(tmp_path / "x.h5"), "--labels", str(labels), "--out", str(tmp_path)]
+    command += ["--layers", "2", "task.kind=regression", "task.bootstrap=0"]
+    for name in ("results.json", "predictions.csv"):
+        (tmp_path / name).write_text("mine")
+        assert main(command) == 2
+        expected = f"{name}: exists; replace it with --overwrite, or choose another --out"
+        assert expected in capsys.readouterr().err and (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    assert main(command) == 0 and main([*command, "seed=5"]) == 2
+    assert main([*command, "seed=5", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["seed"] == 5

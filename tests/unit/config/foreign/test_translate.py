@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from esm2mega.config.load import load_run, load_run_over
 from esm2mega.config.schema import Run, flatten
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
+from esm2mega.errors import UserError
+from tests.foreign import HF_CONFIG
 from tests.foreign_configs import FILES, write_all
 
 FINETUNE = {"flip_scl.yaml", "flip_lora.yaml", "finetune_esm2.sh", "params_classifier.yaml", "tape_train.sh"}
@@ -273,6 +276,65 @@ def test_the_schedule_of_cerebras_is_kept(folder: Path) -> None:
 def test_what_is_left_is_listed(name: str, line: str, folder: Path) -> None:
     lines = translate_file(name, "ours.yaml")
     assert [found for found in lines if found.startswith(line)], lines
+
+
+@pytest.mark.parametrize(
+    ("option", "shares", "splits"),
+    [
+        ("", "969,30,1", ["train", "valid", "test"]),
+        ("--split 100,0,0", "100,0,0", ["train"]),
+        ("--split 9/1", "9,1,0", ["train", "valid"]),
+        ("--split 0.9,0.05,0.05,7", "18,1,1", ["train", "valid", "test"]),
+    ],
+)
+def test_stores_are_those_that_the_printed_command_makes(
+    option: str, shares: str, splits: list[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text(f"python pretrain_tape.py --num-layers 2 --seq-length 128 --data-path pfam {option}\n")
+    found = translate(script)
+    assert [split for split in ("train", "valid", "test") if f"data.{split}" in found.settings] == splits
+    assert f"--split {shares} " in found.commands[0]
+
+
+@pytest.mark.parametrize(("given", "ours"), [("true", "auto"), ("false", None), ("out/step_5", "out/step_5")])
+def test_the_trainer_resumes(given: str, ours: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "args.yaml"
+    file.write_text(f"learning_rate: 1e-4\nmax_steps: 9\nresume_from_checkpoint: {given}\n")
+    assert translate(file).settings.get("checkpoint.resume") == ours
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "problem"),
+    [
+        (None, 0.15, None),
+        (None, 2, "data.mlm_probability=2.0"),
+        ("esm", 0.15, None),
+        ("esm", 2, "data.mlm_probability=2.0"),
+        ("bert", 0.15, "model_type is 'bert', not 'esm'"),
+    ],
+)
+def test_what_is_wrong_beside_a_model_of_hugging_face(
+    kind: str | None, share: float, problem: str | None, tmp_path: Path
+) -> None:
+    """Its directory may be on another machine; all other keys are checked all the same."""
+    if kind is not None:
+        (tmp_path / "own").mkdir()
+        (tmp_path / "own/config.json").write_text(json.dumps({**HF_CONFIG, "model_type": kind}))
+    file = tmp_path / "theirs.yaml"
+    file.write_text(
+        f"model: {{model_name: {tmp_path / 'own'}, max_batch_size: 4096}}\n"
+        f"training: {{mlm_probability: {share}, warmup_steps: 5, lr_scheduler: cosine}}\n"
+    )
+    lines = translate_file(str(file), str(tmp_path / "ours.yaml"))
+    assert f"  from: {tmp_path / 'own'}  # model.model_name" in (tmp_path / "ours.yaml").read_text()
+    found = [line for line in lines if line.startswith("to correct")]
+    assert len(found) == (problem is not None) and (problem or "") in "".join(found), lines
+
+
+def test_a_compressed_name_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"ours.yaml.gz: is written without compression; name it ours.yaml"):
+        translate_file("esm2fa.yaml", "ours.yaml.gz")
 
 
 def test_no_key_is_lost(folder: Path) -> None:

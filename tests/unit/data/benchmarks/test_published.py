@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,34 @@ def test_deeploc2(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert main([*command[:-1], str(tmp_path / "second"), "--download"]) == 0
     assert "is there already, and is not downloaded" in capsys.readouterr().out
     assert (tmp_path / "first/train.csv").read_bytes() == (tmp_path / "second/train.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--features", "there"], "there: exists already"),
+        (["--features", "out"], "--features out: is the directory of --out too; name another"),
+        (["--features", "new", "--labels", "locations"], "Model Zoo's loader has one label"),
+        (["--test-fraction", "2"], "--test-fraction 2.0 and --valid-fraction 0.0 must be at least 0"),
+    ],
+)
+def test_nothing_is_fetched_for_options_that_are_refused(
+    words: list[str], message: str, net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    command = ["prepare", "deeploc2", "--download", "--source", "x.csv", "--out", "out"]
+    assert main([*command, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "was asked for" not in error
+
+
+def test_nothing_is_fetched_that_could_not_be_read(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(UserError, match="needs the lmdb package; install it with"):
+        published.download_tape("stability", tmp_path)
 
 
 def test_flip(net: Net, tmp_path: Path, capsys: Any) -> None:

@@ -62,6 +62,8 @@ def test_refusals_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "exists already; move it away, or give another --refined" in capsys.readouterr().err
     assert main([*command, "--refined", str(tmp_path / "r.fasta"), "--max-length", "0"]) == 2
     assert "--max-length=0 is too small" in capsys.readouterr().err
+    assert main([*command, "--refined", str(tmp_path / "r.fasta.gz")]) == 2
+    assert "r.fasta.gz: is written without compression; name it r.fasta" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main([*command, "--refined", str(tmp_path / "file" / "r.fasta")]) == 1
     assert "choose another --refined" in capsys.readouterr().err

@@ -387,8 +387,18 @@ def test_a_state_of_other_steps_is_refused(store: TokenStore) -> None:
     for saved, now, message in (
         (proteins, replace(proteins, global_batch_size=24), "train.global_batch_size=24 differs from 12"),
         (proteins, replace(proteins, micro_batch_tokens=256), "train.micro_batch_size=4 differs from 2"),
-        (proteins, tokens, "train.global_batch_size=None differs from 12"),
-        (tokens, proteins, "train.global_batch_size=12 differs from None"),
+        (
+            proteins,
+            tokens,
+            "train.micro_batch_tokens=128 counts batches in tokens, the checkpoint in proteins, .* give "
+            "train.micro_batch_size=2 train.global_batch_size=12 as before, or start a new run",
+        ),
+        (
+            tokens,
+            proteins,
+            "train.global_batch_size=12 counts batches in proteins, the checkpoint in tokens, .* give "
+            "train.micro_batch_tokens=128 and train.global_batch_tokens as before, or start a new run",
+        ),
     ):
         state = TrainStream([store], saved).state_dict()
         with pytest.raises(UserError, match=message):
@@ -396,6 +406,8 @@ def test_a_state_of_other_steps_is_refused(store: TokenStore) -> None:
     old = TrainStream([store], tokens).state_dict()
     del old["identity"]["train.global_batch_size"]
     TrainStream([store], tokens).load_state_dict(old)
+    with pytest.raises(UserError, match="the checkpoint in tokens"):
+        TrainStream([store], proteins).load_state_dict(old)
 
 
 def test_errors_of_the_thread_reach_the_caller(store: TokenStore) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from esm2mega import evaluate_model, load
 from esm2mega.cli.app import main
+from esm2mega.convert.start_point import read_checkpoint, read_start
 from esm2mega.errors import UserError
 from esm2mega.finetune.classes import (
     FineTuneDataModule,
@@ -23,7 +24,8 @@ from esm2mega.finetune.classes import (
     train_model,
 )
 from esm2mega.inspect import inspect_path
-from esm2mega.lora.merge import merge
+from esm2mega.lora.checkpoint import AdapterReader
+from esm2mega.lora.merge import merge, merged
 from tests.checkpoints import full_weights
 from tests.own_classes import EncoderLoRA, OtherModel, RootConfig, SmallConfig
 from tests.unit.conftest import TinyRun
@@ -114,10 +116,13 @@ def test_adapters_beside_what_a_transform_leaves_to_be_trained(frozen: Path, tmp
     found = np.array(infer_model(of(checkpoint, []), data()))
     values = np.array([value for _, value in PAIRS[10:]])
     assert metrics["valid_loss"] == pytest.approx(((found - values) ** 2).mean(), rel=1e-12)
-    # Merged and embedded with the table that was trained.
+    # Merged and embedded with the table that was trained. Training pads it, a merge reads its tokens alone.
+    table = "embedding.word_embeddings.weight"
+    weights = merged(read_start(str(frozen)).weights, AdapterReader(read_checkpoint(checkpoint)))
+    assert weights.read(table).shape == weights.infos[table].shape
     merge(checkpoint, tmp_path / "merged")
-    merged = infer_model(of(tmp_path / "merged", []), data())
-    np.testing.assert_allclose(merged, found, rtol=0, atol=1e-12)
+    after = infer_model(of(tmp_path / "merged", []), data())
+    np.testing.assert_allclose(after, found, rtol=0, atol=1e-12)
     sequences = [sequence for sequence, _ in PAIRS[10:]]
     with load(checkpoint) as adapted, load(tmp_path / "merged") as whole, load(frozen) as base:
         states = [model.embed(sequences, pooling="mean") for model in (adapted, whole, base)]
