@@ -35,10 +35,10 @@ from esm2mega.finetune.metrics import Predictions, objects
 Array = npt.NDArray[Any]
 
 MOST_RESIDUES = 10_000_000
-"""Bounds the residues of the proteins that are fitted to: their k-mers take about a gigabyte."""
+"""Bounds the residues of the proteins of a split that are fitted to: their k-mers take less than 2 GB."""
 
 MOST_WINDOWS = 200_000
-"""Bounds the labelled residues that windows are fitted to; a window of 11 has 242 weights for each class."""
+"""Bounds the labelled residues of a split that windows are fitted to; 242 weights for each class follow."""
 
 MANY_CLASSES = 100
 """Above so many classes k-mers are fitted by naive Bayes, since logistic regression would take hours."""
