@@ -145,13 +145,16 @@ SECTIONS = (
     ),
     Section(
         "Comparison, proof, first steps, and looking around",
-        "`autoeval/` compares models on the same proteins, and probes embeddings. `prove/` trains the same "
+        "`autoeval/` takes models through benchmarks, and compares them on the same proteins. `prove/` trains the same "
         "small model at many layouts and compares every number with those of one process; `drill/` kills the "
         "processes of a user's own training.",
         {
-            "autoeval": "compare sides models difference",
+            "autoeval": (
+                "tasks suite task_data units recipe prediction_table results compare sides models difference"
+            ),
             "autoeval/probe": "run embeddings labels fit targets heads convolution",
             "autoeval/baselines": "fit features substitutions",
+            "report/results": "page charts predictions",
             "prove": "command trials layouts training workers",
             "drill": "command ranks compare",
             "quickstart": "run",

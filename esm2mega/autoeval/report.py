@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.autoeval.results import RESULTS_CSV, RESULTS_JSON
+from esm2mega.report.results.page import PAGE
 
 
 def lines(results: Mapping[str, Any], out: str) -> Iterator[str]:
@@ -29,7 +30,7 @@ def lines(results: Mapping[str, Any], out: str) -> Iterator[str]:
                 f"  {each['b']['model']} - {each['a']['model']}, {each['a']['mode']}: "
                 f"{_signed(each['difference'])} [{_signed(each['low'])}, {_signed(each['high'])}], {verdict}"
             )
-    yield f"{Path(out) / RESULTS_JSON}, {RESULTS_CSV}"
+    yield f"{Path(out) / PAGE}, {RESULTS_JSON}, {RESULTS_CSV}"
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ from esm2mega.files import check_out, read_json, write_json
 from esm2mega.finetune.bootstrap import bootstrap_headline, percentiles
 from esm2mega.finetune.metrics import HEADLINES, Predictions, check_packages, metrics_of
 from esm2mega.infer.work import differing
+from esm2mega.report.results.page import write_results_page
 from esm2mega.train.loop import defined
 from esm2mega.version import __version__
 
@@ -243,7 +244,7 @@ class _Suite:
             return None
         target = f"{_PREDICTIONS}/{task.slug}/{name}"
         cells = cells_of(found, data.info, data.splits[TEST])
-        write_predictions(self._out / target, cells, data.rows[TEST], data.columns)
+        write_predictions(self._out / target, cells, data.shown_labels(TEST), data.columns)
         return target
 
     def _random_row(self, task: EvalTask, data: TaskData) -> dict[str, Any]:
@@ -324,6 +325,7 @@ def _shell(command: Sequence[str]) -> str:
 
 def _write(out: Path, results: dict[str, Any], commands: Sequence[Sequence[str]]) -> None:
     write_csv(out, results)
+    write_results_page(results, out)
     lines = dict.fromkeys(_shell(command) for command in commands)
     (out / _COMMANDS).write_text("\n".join(["#!/usr/bin/env bash", "set -euo pipefail", *lines, ""]))
     write_json(out / RESULTS_JSON, results)

@@ -77,6 +77,15 @@ class TaskData:
         """Return the cells of each table by split, in its order."""
         return {split: _read_rows(self.table(split)) for split in SPLITS if self.table(split).is_file()}
 
+    def shown_labels(self, split: str) -> list[dict[str, str]]:
+        """Return the rows of a table, whose residues that do not count have ``-`` in place of a label."""
+        if not self.is_masked:
+            return self.rows[split]
+        return [
+            {**row, **{name: _hidden(row[name], row[MASK]) for name in self.columns}}
+            for row in self.rows[split]
+        ]
+
     @property
     def longest(self) -> int:
         """Return the number of residues of the longest protein."""
@@ -136,6 +145,10 @@ def prepare_task(
     columns = [name for name in header if name not in _NOT_LABELS]
     limited = {split: limits[split] for split in SPLITS if split in limits} or None
     return TaskData(task, folder, columns, MASK in header, limited, [words])
+
+
+def _hidden(labels: str, mask: str) -> str:
+    return "".join(label if kept == "1" else "-" for label, kept in zip(labels, mask, strict=True))
 
 
 def find_source(task: EvalTask, source: Path) -> Path:

@@ -1,0 +1,1 @@
+"""Shows the results of a suite of benchmarks as one page."""
