@@ -145,7 +145,7 @@ SECTIONS = (
     ),
     Section(
         "Comparison, proof, first steps, and looking around",
-        "`autoeval/` takes models through benchmarks, and compares them on the same proteins. `prove/` trains the same "
+        "`autoeval/` takes models through benchmarks, and compares them. `prove/` trains the same "
         "small model at many layouts and compares every number with those of one process; `drill/` kills the "
         "processes of a user's own training.",
         {
