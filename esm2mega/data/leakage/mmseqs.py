@@ -1,0 +1,85 @@
+"""Searches the proteins of one split in another one by MMseqs2."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from esm2mega.errors import MachineError
+from esm2mega.processes import end_with_parent
+
+_SENSITIVITY = "7.5"
+_LARGEST_E_VALUE = "0.001"
+_MEMORY = "4G"
+"""Limits the index of the proteins that are searched; a larger set is searched in parts."""
+
+_CLEAN = {ord(c): "X" for c in "*-.BJOUZ"}
+
+
+def find_mmseqs() -> str | None:
+    """Return the path of the program; None where it is not installed."""
+    return shutil.which("mmseqs")
+
+
+def mmseqs_hits(
+    program: str,
+    first: Sequence[str],
+    second: Sequence[str],
+    threshold: float,
+    coverage: float,
+    most: int,
+    threads: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the related pairs, rows of `first` and `second`, ``[h, 2]``, and their identities, ``[h]``.
+
+    Args:
+        program: Path of MMseqs2.
+        first: Sequences that are searched, in upper case.
+        second: Sequences that are looked for.
+        threshold: Least identity, of the columns of an alignment.
+        coverage: Least share of both proteins in the alignment.
+        most: Most relatives of each protein of `second`.
+        threads: Number of threads.
+
+    Raises:
+        MachineError: MMseqs2 failed.
+    """
+    if not first or not second:
+        return np.zeros((0, 2), dtype=np.int64), np.zeros(0)
+    with tempfile.TemporaryDirectory(prefix="esm2mega-mmseqs-") as folder:
+        paths = [Path(folder, name) for name in ("second.fasta", "first.fasta")]
+        for path, sequences in zip(paths, (second, first), strict=True):
+            with path.open("w") as file:
+                file.writelines(f">{n}\n{s.translate(_CLEAN)}\n" for n, s in enumerate(sequences))
+        found = Path(folder, "found.tsv")
+        command = [program, "easy-search", *map(str, paths), str(found), str(Path(folder, "work"))]
+        command += ["-s", _SENSITIVITY, "-e", _LARGEST_E_VALUE, "--min-seq-id", str(threshold)]
+        command += ["-c", str(coverage), "--cov-mode", "0", "--alignment-mode", "3", "--seq-id-mode", "0"]
+        command += ["--max-seqs", str(most), "--threads", str(threads), "--split-memory-limit", _MEMORY]
+        command += ["--dbtype", "1", "--format-output", "target,query,fident", "-v", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", preexec_fn=end_with_parent)
+        if done.returncode:
+            said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            raise MachineError(
+                f"{program} easy-search: exit code {done.returncode}: {said[-1] if said else 'no message'}; "
+                f"its files were in {tempfile.gettempdir()}, which may be full: name another one in TMPDIR"
+            )
+        return _parsed(found)
+
+
+def _parsed(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    rows, identities = array("q"), array("d")
+    with path.open() as file:
+        for line in file:
+            first, second, identity = line.split("\t")
+            rows.append(int(first))
+            rows.append(int(second))
+            identities.append(float(identity))
+    return np.array(rows, dtype=np.int64).reshape(-1, 2), np.array(identities)
