@@ -1,8 +1,8 @@
 """Screens two sets of proteins for relatives by the k-mers that they share, where MMseqs2 is not installed.
 
 Two proteins that share at least two words of four residues on neighbouring diagonals, which cover enough of
-both, are aligned: first without gaps, and where that does not suffice in a band around the diagonal. Close
-relatives are found; of remote ones, below 40 % identity, many share no such words and are missed.
+both, are aligned: first without gaps, and where that does not suffice in a band around the diagonal. Identities
+that unrelated proteins of the same length reach do not count. Close relatives are found; of remote ones, below 40 % identity, many share no such words and are missed.
 
 Legend: ``n`` places of words, ``h`` pairs, ``L`` residues of the longest, ``w`` diagonals of the band.
 """
@@ -25,10 +25,10 @@ _BAND = 16
 
 _FEWEST_WORDS = 2
 _FEWEST_PLACES = 64
-"""Of a word that occurs often only the first places are looked at: four times the mean, but at least these."""
+"""Of a frequent word only the first places are looked at: four times the mean, but at least these."""
 
-MOST_TRIED = 64
-"""Of each protein so many others are aligned, those with the most words in common."""
+MOST_RELATIVES = 64
+"""Each protein keeps so many relatives in another split; the screen aligns no others."""
 
 _TOGETHER = 2048
 """Sets how many pairs are aligned together: some megabytes."""
@@ -65,7 +65,7 @@ def kmer_hits(
     identities: list[Array] = [np.zeros(0)]
     for candidates in _in_batches(index.candidates(queries, row, coverage) for row in range(len(second))):
         found = _identities(index.proteins, queries, candidates)
-        kept = found >= threshold
+        kept = found >= np.maximum(threshold, _chance(_covered(index.proteins, queries, candidates)))
         rows.append(candidates[kept, :2])
         identities.append(found[kept])
     return np.concatenate(rows), np.concatenate(identities)
@@ -127,7 +127,9 @@ class _Index:
         covered = np.minimum(length, lengths - diagonals) - np.maximum(0, -diagonals)
         longer = np.maximum(lengths, length)
         # Gaps may move an alignment to a diagonal that covers more.
-        kept = (covered + _BAND // 2 >= coverage * longer) & (np.minimum(lengths, length) >= coverage * longer)
+        kept = (covered + _BAND // 2 >= coverage * longer) & (
+            np.minimum(lengths, length) >= coverage * longer
+        )
         # A key for each diagonal of each protein, with room between those of two proteins.
         span = 2 * length + int(lengths.max(initial=0)) + 2 * _BAND
         keys, num_words = np.unique(owners[kept] * span + diagonals[kept] + length, return_counts=True)
@@ -138,7 +140,7 @@ class _Index:
         order = np.lexsort((-num_words, -near, keys // span))
         _, firsts = np.unique((keys // span)[order], return_index=True)
         best = order[firsts]
-        best = best[np.argsort(-near[best], kind="stable")[:MOST_TRIED]]
+        best = best[np.argsort(-near[best], kind="stable")[:MOST_RELATIVES]]
         best_owners = keys[best] // span
         return np.stack([best_owners, np.full(len(best), row), keys[best] % span - length], axis=1)
 
@@ -166,11 +168,22 @@ def _identities(first: _Proteins, second: _Proteins, candidates: Rows) -> Array:
     return found
 
 
-def _ungapped(first: _Proteins, second: _Proteins, candidates: Rows) -> Array:
+def _covered(first: _Proteins, second: _Proteins, candidates: Rows) -> Rows:
+    """Return how many residues of both proteins stand side by side on the diagonal, ``[h]``."""
     rows, others, diagonals = candidates.T
     lengths, other_lengths = first.lengths[rows], second.lengths[others]
+    return np.minimum(other_lengths, lengths - diagonals) - np.maximum(0, -diagonals)
+
+
+def _chance(lengths: Rows) -> Array:
+    """Return the identity up to which unrelated proteins align at these lengths: the curve of Rost (1999)."""
+    return np.minimum(4.8 * lengths ** (-0.32 * (1 + np.exp(-lengths / 1000))), 1.0)
+
+
+def _ungapped(first: _Proteins, second: _Proteins, candidates: Rows) -> Array:
+    rows, others, diagonals = candidates.T
     begins = np.maximum(0, -diagonals)
-    covered = np.minimum(other_lengths, lengths - diagonals) - begins
+    covered = _covered(first, second, candidates)
     steps = np.arange(covered.max())
     inside = steps < covered[:, None]
     places = (second.starts[others] + begins)[:, None] + np.where(inside, steps, 0)
@@ -180,7 +193,7 @@ def _ungapped(first: _Proteins, second: _Proteins, candidates: Rows) -> Array:
 
 
 def _banded(first: _Proteins, second: _Proteins, candidates: Rows) -> Array:
-    """Align in the band around the diagonal, with free ends: of the best alignment the share of equal residues."""
+    """Return the share of equal residues in the best alignment within the band, with free ends, ``[h]``."""
     rows, others, diagonals = candidates.T
     lengths, other_lengths = first.lengths[rows], second.lengths[others]
     starts, other_starts = first.starts[rows], second.starts[others]

@@ -2,9 +2,9 @@
 
 A pair is related if identity and coverage reach their thresholds in one alignment: the share of equal
 residues among its columns, and the share of either protein that it covers. Equal sequences are found without
-an alignment. Each protein of the later split is compared with the earlier one and keeps some hundreds of
-relatives at most, so that memory is bounded where all proteins are variants of one; the counts of pairs are
-then lower bounds, and those of proteins are not.
+an alignment. Each protein of the later split keeps at most `MOST_RELATIVES` of another split, so that memory
+is bounded where all are variants of one protein; counts of pairs are then lower bounds, those of proteins are
+not.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from esm2mega.data.leakage.kmers import MOST_TRIED, kmer_hits
+from esm2mega.data.leakage.kmers import MOST_RELATIVES, kmer_hits
 from esm2mega.data.leakage.mmseqs import find_mmseqs, mmseqs_hits
 from esm2mega.errors import UserError
 from esm2mega.files import replacing
@@ -28,9 +28,6 @@ MMSEQS, KMERS = "mmseqs", "k-mers"
 
 COVERAGE = 0.8
 """An alignment counts if it covers this share of both proteins, as in the clusters of UniRef."""
-
-MOST_RELATIVES = 300
-"""MMseqs2 keeps so many relatives of a protein; the screen keeps `MOST_TRIED`."""
 
 _MOST_NAMED = 1000
 
@@ -163,6 +160,16 @@ class Leaks:
                 for name in self._distinct[split].ids[row]:
                     yield Pair(split, name, other, other_id, float(identities[place]))
 
+    def summary(self) -> dict[str, Any]:
+        """Return the counts for a file of results."""
+        return {
+            "method": self.method,
+            "threshold": self.threshold,
+            "pairs": self.num_pairs,
+            "proteins": self.num_proteins,
+            "splits": self.counts,
+        }
+
     def write(self, path: Path) -> None:
         """Write every pair to a CSV, the worst first, whole or not at all."""
         with replacing(path) as partial, partial.open("w", newline="") as file:
@@ -170,15 +177,15 @@ class Leaks:
             table.writerow(["split", "id", "other_split", "other_id", "identity"])
             table.writerows((*pair[:4], f"{pair.identity:.3f}") for pair in self.every_pair())
 
-    def lines(self, most: int) -> Iterator[str]:
-        """Describe what was found for a reader, and name the `most` worst pairs."""
+    def lines(self, most: int, is_written: bool) -> Iterator[str]:
+        """Describe what was found, and name the `most` worst pairs; `is_written` says that a file has all."""
         by = (
             f"MMseqs2 (coverage of both proteins at least {COVERAGE:g}, E-value at most 0.001)"
             if self.method == MMSEQS
-            else f"a screen of shared k-mers (coverage at least {COVERAGE:g}), which misses remote relatives; "
-            "install MMseqs2 (apt-get install mmseqs2) to find them too"
+            else f"a screen of shared k-mers (coverage at least {COVERAGE:g}), which misses remote "
+            "relatives; install MMseqs2 (apt-get install mmseqs2) to find them too"
         )
-        yield f"pairs of proteins in different splits with an identity of at least {self.threshold:g}, by {by}"
+        yield f"pairs of proteins in different splits, identity at least {self.threshold:g}, by {by}"
         for found in self.splits:
             split, other = found.names
             least = "at least " if found.is_capped else ""
@@ -188,13 +195,19 @@ class Leaks:
             )
         yield f"  identical sequences: {self.num_identical:,} pairs"
         if self.is_capped:
-            most_kept = MOST_RELATIVES if self.method == MMSEQS else MOST_TRIED
-            yield f"  of the relatives of one protein in another split {most_kept} are counted and named"
+            yield f"  of the relatives of one protein in another split {MOST_RELATIVES} are counted and named"
         named = self.pairs[:most]
         for pair in named:
             yield f"  {pair.split} {pair.id}  {pair.other_split} {pair.other_id}  {100 * pair.identity:.1f} %"
         if self.num_pairs > len(named):
-            yield f"  and {self.num_pairs - len(named):,} more pairs; --out FILE.csv names those that are counted"
+            cure = "" if is_written else "; --out FILE.csv names them"
+            yield f"  and {self.num_pairs - len(named):,} more pairs{cure}"
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise UserError if `threshold` is no identity."""
+    if not 0 < threshold <= 1:
+        raise UserError(f"--min-identity {threshold:g}: an identity is above 0 and at most 1, such as 0.3")
 
 
 def find_leaks(
@@ -215,8 +228,7 @@ def find_leaks(
         UserError: The threshold is no share.
         MachineError: MMseqs2 failed.
     """
-    if not 0 < threshold <= 1:
-        raise UserError(f"--min-identity {threshold:g}: an identity is above 0 and at most 1, such as 0.3")
+    check_threshold(threshold)
     program = find_mmseqs() if method != KMERS else None
     if method == MMSEQS and program is None:
         raise UserError("MMseqs2 is not installed: there is no program mmseqs; apt-get install mmseqs2")
@@ -226,11 +238,11 @@ def find_leaks(
         first, second = (distinct[name] for name in names)
         if program is None:
             hits, identities = kmer_hits(first.sequences, second.sequences, threshold, COVERAGE)
-            return _joined(names, first, second, hits, identities, MOST_TRIED)
-        hits, identities = mmseqs_hits(
-            program, first.sequences, second.sequences, threshold, COVERAGE, MOST_RELATIVES, threads
-        )
-        return _joined(names, first, second, hits, identities, MOST_RELATIVES)
+        else:
+            hits, identities = mmseqs_hits(
+                program, first.sequences, second.sequences, threshold, COVERAGE, MOST_RELATIVES, threads
+            )
+        return _joined(names, first, second, hits, identities)
 
     found = [search(names) for names in combinations(distinct, 2)]
     return Leaks(KMERS if program is None else MMSEQS, threshold, found, distinct)
@@ -242,7 +254,6 @@ def _joined(
     second: _Distinct,
     hits: npt.NDArray[np.int64],
     identities: npt.NDArray[np.float64],
-    most: int,
 ) -> SplitLeaks:
     """Join what a search found, ``[h, 2]`` and ``[h]``, with the equal sequences of two splits."""
     places = {sequence: row for row, sequence in enumerate(first.sequences)}
@@ -265,7 +276,7 @@ def _joined(
         names,
         rows[order],
         identities[order],
-        bool(seen.max() >= most),
+        bool(seen.max() >= MOST_RELATIVES),
         int(products.sum()),
         int(products[: len(equal)].sum()),
         int(other_counts[np.unique(rows[:, 1])].sum()),

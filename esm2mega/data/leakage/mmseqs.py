@@ -15,7 +15,8 @@ import numpy.typing as npt
 from esm2mega.errors import MachineError
 from esm2mega.processes import end_with_parent
 
-_SENSITIVITY = "7.5"
+_SENSITIVITY = "5.7"
+_MOST_ALIGNED = "300"
 _LARGEST_E_VALUE = "0.001"
 _MEMORY = "4G"
 """Limits the index of the proteins that are searched; a larger set is searched in parts."""
@@ -62,9 +63,12 @@ def mmseqs_hits(
         command = [program, "easy-search", *map(str, paths), str(found), str(Path(folder, "work"))]
         command += ["-s", _SENSITIVITY, "-e", _LARGEST_E_VALUE, "--min-seq-id", str(threshold)]
         command += ["-c", str(coverage), "--cov-mode", "0", "--alignment-mode", "3", "--seq-id-mode", "0"]
-        command += ["--max-seqs", str(most), "--threads", str(threads), "--split-memory-limit", _MEMORY]
+        command += ["--max-seqs", _MOST_ALIGNED, "--max-accept", str(most)]
+        command += ["--threads", str(threads), "--split-memory-limit", _MEMORY]
         command += ["--dbtype", "1", "--format-output", "target,query,fident", "-v", "1"]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", preexec_fn=end_with_parent)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", preexec_fn=end_with_parent
+        )
         if done.returncode:
             said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
             raise MachineError(
