@@ -1,8 +1,9 @@
 """Screens two sets of proteins for relatives by the k-mers that they share, where MMseqs2 is not installed.
 
 Two proteins that share at least two words of four residues on neighbouring diagonals, which cover enough of
-both, are aligned: first without gaps, and where that does not suffice in a band around the diagonal. Identities
-that unrelated proteins of the same length reach do not count. Close relatives are found; of remote ones, below 40 % identity, many share no such words and are missed.
+both, are aligned: first without gaps, and where that does not suffice in a band around the diagonal.
+Identities that unrelated proteins of the same length reach do not count. Close relatives are found; of remote
+ones, below 40 % identity, many share no such words and are missed.
 
 Legend: ``n`` places of words, ``h`` pairs, ``L`` residues of the longest, ``w`` diagonals of the band.
 """

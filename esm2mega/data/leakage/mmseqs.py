@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from esm2mega.errors import MachineError
-from esm2mega.processes import end_with_parent
 
 _SENSITIVITY = "5.7"
 _MOST_ALIGNED = "300"
+_SMALL = 1 << 22
+"""Below so many residues words of five are indexed: a table of six takes seconds and a gigabyte by itself."""
+
 _LARGEST_E_VALUE = "0.001"
 _MEMORY = "4G"
 """Limits the index of the proteins that are searched; a larger set is searched in parts."""
@@ -65,17 +70,39 @@ def mmseqs_hits(
         command += ["-c", str(coverage), "--cov-mode", "0", "--alignment-mode", "3", "--seq-id-mode", "0"]
         command += ["--max-seqs", _MOST_ALIGNED, "--max-accept", str(most)]
         command += ["--threads", str(threads), "--split-memory-limit", _MEMORY]
+        if sum(map(len, first)) < _SMALL:
+            command += ["-k", "5"]
         command += ["--dbtype", "1", "--format-output", "target,query,fident", "-v", "1"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", preexec_fn=end_with_parent
-        )
-        if done.returncode:
-            said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        code, said = _run(command)
+        if code:
             raise MachineError(
-                f"{program} easy-search: exit code {done.returncode}: {said[-1] if said else 'no message'}; "
-                f"its files were in {tempfile.gettempdir()}, which may be full: name another one in TMPDIR"
+                f"{program} easy-search: exit code {code}: {said}; its files were in "
+                f"{tempfile.gettempdir()}, which may be full: name another one in TMPDIR"
             )
         return _parsed(found)
+
+
+def _run(command: Sequence[str]) -> tuple[int, str]:
+    """Run a program and all that it starts, and return its exit code and the last line that it said."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate()
+    except BaseException:
+        # The program is a script that starts others; none may go on without us.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return process.returncode, lines[-1] if lines else "no message"
 
 
 def _parsed(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

@@ -1,4 +1,4 @@
-"""Related proteins in different splits: both searches on proteins of known identity, counts, inputs, refusals."""
+"""Related proteins in different splits: both searches, counts, inputs, refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mutated(rng: np.random.Generator, sequence: str, share: float) -> str:
     """A protein in which this share of residues is another one."""
     letters = list(sequence)
     for place in rng.choice(len(letters), round(share * len(letters)), replace=False):
-        letters[place] = rng.choice(LETTERS[LETTERS != letters[place]])
+        letters[place] = rng.choice([letter for letter in LETTERS if letter != letters[place]])
     return "".join(letters)
 
 
