@@ -19,11 +19,14 @@ from esm2mega.data.benchmarks.tables import TARGET, LabelledRow, LabelledTables
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.store.staging import check_new
 from esm2mega.errors import UserError
-from esm2mega.files import file_sha256
+from esm2mega.files import file_sha256, shortened
 
 _ENDINGS = (".fasta", ".fa", ".faa")
 _ONE_ATOM = ["x", "y", "z"]
 _BACKBONE = [f"{atom}_{axis}" for atom in ("n", "ca", "c") for axis in _ONE_ATOM]
+
+_FARTHEST = 1e6
+"""Is the largest magnitude of a coordinate, in Angstrom; no structure is larger."""
 
 Array = npt.NDArray[np.float64]
 
@@ -71,6 +74,13 @@ def prepare_contacts(source: str | Path, out: str | Path) -> list[str]:
 
 def read_atoms(path: Path, sequence: str) -> Array:
     """Read the place of one atom per residue, ``[L, 3]`` in Angstrom, NaN where it is not known."""
+    try:
+        return _read_atoms(path, sequence)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: is no CSV: {error}; give a table of coordinates") from None
+
+
+def _read_atoms(path: Path, sequence: str) -> Array:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the coordinates of every protein of the FASTA file")
     with path.open(newline="") as file:
@@ -113,11 +123,13 @@ def ideal_c_beta(backbone: Array) -> Array:
 
 
 def _number(text: str | None, location: str) -> float:
-    if text is None or not text.strip():
+    if text is not None and not text.strip():
         return math.nan
     try:
-        return float(text)
+        if text is not None and abs(number := float(text)) <= _FARTHEST:
+            return number
+        raise ValueError
     except ValueError:
         raise UserError(
-            f"{location} is {text!r}, not a number; leave it empty where it is not known"
+            f"{location} is {shortened(text)}, not a number of Angstrom; leave it empty where it is not known"
         ) from None

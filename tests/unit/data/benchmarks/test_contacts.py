@@ -63,13 +63,16 @@ def test_c_beta_has_the_geometry_of_an_amino_acid() -> None:
         ("residue,x,y,z\nM,1,2,3\n", "has 1 residues, the sequence has 10"),
         ("residue,x,y,z\nA,1,2,3\n", "has 'A' as residue 1, the sequence has 'M'"),
         ("residue,x,y,z\nM,1,b,3\n", "p1.csv:2: y is 'b', not a number"),
+        ("residue,x,y,z\nM,1,inf,3\n", "p1.csv:2: y is 'inf', not a number"),
+        ("residue,x,y,z\nM,1,2\n", "p1.csv:2: z is None, not a number"),
+        ("\xff", "p1.csv: is no CSV"),
     ],
 )
 def test_wrong_coordinates_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
     source = folder(tmp_path / "source", np.zeros((10, 3)))
     (source / "p1.csv").unlink()
     if text is not None:
-        (source / "p1.csv").write_text(text)
+        (source / "p1.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=message):
         prepare_contacts(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
