@@ -62,8 +62,8 @@ def prepare_contacts(source: str | Path, out: str | Path) -> list[str]:
             )
         sequence = record.residues.decode()
         atoms = read_atoms(folder / name, sequence)
-        known = np.isfinite(atoms).all(axis=1)
-        cell = [row if ok else None for row, ok in zip(atoms.round(3).tolist(), known, strict=True)]
+        known = np.isfinite(atoms.sum(axis=1))
+        cell = [row if ok else None for row, ok in zip(atoms.round(3).tolist(), known.tolist(), strict=True)]
         rows.append(LabelledRow(record.id, sequence, (json.dumps(cell),)))
         checksums[name] = file_sha256(folder / name)
     if not rows:

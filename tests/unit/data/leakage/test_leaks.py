@@ -21,7 +21,12 @@ LETTERS = np.array(list("LAGVSERTIDPKQNFYMHWC"))
 METHODS = [
     KMERS,
     pytest.param(
-        MMSEQS, marks=pytest.mark.skipif(mmseqs.find_mmseqs() is None, reason="MMseqs2 is not installed")
+        MMSEQS,
+        marks=[
+            # A search by MMseqs2 takes a second or more, however small it is.
+            pytest.mark.slow,
+            pytest.mark.skipif(mmseqs.find_mmseqs() is None, reason="MMseqs2 is not installed"),
+        ],
     ),
 ]
 
