@@ -137,6 +137,7 @@ SECTIONS = (
             "": "pairs",
             "data/labels": "rows cells readers schema degenerate dataset stream",
             "data/benchmarks": "names tables flip",
+            "data/leakage": "command inputs leaks mmseqs kmers",
             "finetune": (
                 "run user_code losses param_groups evaluate metrics bootstrap checkpoint predict output api"
             ),

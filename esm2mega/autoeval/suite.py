@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from esm2mega.autoeval.assays import find_assays, run_assays
 from esm2mega.autoeval.baselines.fit import baselines_of
 from esm2mega.autoeval.baselines.substitutions import zero_shot_baseline
 from esm2mega.autoeval.eval_model import RANDOM, EvalModel, open_models
-from esm2mega.autoeval.prediction_table import cells_of, read_predictions, write_predictions
+from esm2mega.autoeval.prediction_table import ID, cells_of, read_predictions, write_predictions
 from esm2mega.autoeval.probe.labels import TEST
 from esm2mega.autoeval.published import published_figures
 from esm2mega.autoeval.random_encoder import write_random_encoder
@@ -30,6 +31,7 @@ from esm2mega.autoeval.tasks import PROBE, ZERO_SHOT, EvalTask
 from esm2mega.autoeval.together import alone
 from esm2mega.autoeval.units import Commands, Outcome, Unit, run_unit, wild_type
 from esm2mega.config.best_metric import less_is_better
+from esm2mega.data.leakage.leaks import find_leaks
 from esm2mega.errors import UserError
 from esm2mega.files import check_out, read_json, write_json
 from esm2mega.finetune.bootstrap import bootstrap_headline, percentiles
@@ -40,6 +42,7 @@ from esm2mega.train.loop import defined
 from esm2mega.version import __version__
 
 _REQUEST, _TIMES, _COMMANDS, _PREDICTIONS = "request.json", "times.json", "commands.sh", "predictions"
+_LEAKAGE = "leakage.json"
 _RESAMPLES = 1000
 
 
@@ -174,7 +177,7 @@ class _Suite:
             "num_proteins": counts,
             "limited": data.limited,
             "first_residues": task.first_residues,
-            "leakage": None,
+            "leakage": alone(lambda: _leakage(data)),
             "rows": rows,
             "differences": differences(measured, counts[TEST]),
         }
@@ -313,6 +316,15 @@ class _Suite:
 def _draws(found: Predictions, data: TaskData, seed: int) -> Any:
     """Return the headline metric in resamples of the test proteins, ``[d]``."""
     return bootstrap_headline(found, data.info, _RESAMPLES, seed)
+
+
+def _leakage(data: TaskData) -> dict[str, Any]:
+    """Return how many proteins of different splits are related; an earlier start may have counted them."""
+    path = data.folder.parent / _LEAKAGE
+    if not path.is_file():
+        splits = {split: [(row[ID], row["sequence"]) for row in rows] for split, rows in data.rows.items()}
+        write_json(path, find_leaks(splits, threads=torch.get_num_threads()).summary())
+    return read_json(path, "remove it")
 
 
 def _published_rows(task: str, metric: str) -> list[dict[str, Any]]:

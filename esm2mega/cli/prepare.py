@@ -1,4 +1,4 @@
-"""Defines the commands `prepare fasta`, `uniref`, `flip`, `tape` and `deeploc2`.
+"""Defines the commands `prepare fasta`, `uniref`, `flip`, `tape`, `deeploc2` and `contacts`.
 
 Importing them needs no numpy.
 """
@@ -291,3 +291,20 @@ def prepare_deeploc2_command(
         check_request(out, how, features)
         click.echo("\n".join(download_deeploc2(file)))
     click.echo("\n".join(prepare_deeploc2(file, out, how, features)))
+
+
+@prepare.command("contacts")
+@click.option("--source", required=True, metavar="DIR", help="Folder with one FASTA file and ID.csv of each.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to make, with test.csv.")
+@single_process
+def prepare_contacts_command(source: str, out: str) -> None:
+    """Write proteins with coordinates as a table of contacts.
+
+    ID.csv has a row for each residue: residue, x, y, z of the atom between which distances count (C-alpha or
+    C-beta); or residue and n_x, n_y, n_z, ca_x, …, c_z, from which an ideal C-beta is built.
+
+    Example: esm2mega prepare contacts --source structures --out contacts
+    """
+    from esm2mega.data.benchmarks.contacts import prepare_contacts
+
+    click.echo("\n".join(prepare_contacts(source, out)))

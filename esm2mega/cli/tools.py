@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from esm2mega.cli.group import command, single_process
+from esm2mega.errors import UserError
 
 
 @command(short_help="Simulate, prepare, pretrain a tiny model, evaluate and plot, in minutes.")
@@ -18,16 +19,48 @@ def quickstart(out: str) -> None:
 
 
 @command()
-@click.argument("path")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH…")
 @click.option(
     "--verify", is_flag=True, help="List the files of a checkpoint or token store as they are verified."
 )
+@click.option(
+    "--leakage", is_flag=True, help="Find related proteins in the splits TRAIN VALID TEST, or of one folder."
+)
+@click.option("--min-identity", type=float, metavar="X", help="Least identity of related proteins [0.3].")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of MMseqs2 [1].")
+@click.option("--out", metavar="FILE.csv", help="File for all related pairs, the worst first.")
 @single_process
-def inspect(path: str, verify: bool) -> None:
-    """Show what a token store, or a checkpoint in any format that `convert` reads, holds."""
+def inspect(
+    paths: tuple[str, ...],
+    verify: bool,
+    leakage: bool,
+    min_identity: float | None,
+    threads: int | None,
+    out: str | None,
+) -> None:
+    """Show what a token store, or a checkpoint in any format that `convert` reads, holds.
+
+    With --leakage, compare the proteins of the splits TRAIN VALID TEST, of TRAIN TEST, or of one folder with
+    train, valid and test: tables, FASTA files, or token stores.
+    """
+    if leakage:
+        from esm2mega.data.leakage.command import leakage_lines
+
+        if verify:
+            raise UserError("--verify and --leakage are two commands; leave one of them out")
+        for line in leakage_lines(paths, 0.3 if min_identity is None else min_identity, threads or 1, out):
+            click.echo(line)
+        return
+    given = {"--min-identity": min_identity, "--threads": threads, "--out": out}
+    for option in (name for name, value in given.items() if value is not None):
+        raise UserError(f"{option} is for --leakage; add --leakage, or leave it out")
+    if len(paths) > 1:
+        raise UserError(
+            f"inspect describes one path, not {len(paths)}; give one, or add --leakage to compare splits"
+        )
     from esm2mega.inspect import inspect_path
 
-    click.echo(inspect_path(path, verify))
+    click.echo(inspect_path(paths[0], verify))
 
 
 @command(short_help="Draw the curves of a run as PNG and HTML.")
