@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,12 +45,12 @@ class Uncertainty:
     """Says how the uncertainty of predictions is measured.
 
     Attributes:
-        kind: By the members of an ensemble, or by dropout.
+        kind: By what: the members of an ``ensemble``, or ``dropout``.
         samples: Number of samples of dropout; 0 for an ensemble.
         calibrate: Table with labels that intervals are calibrated on; None for none.
     """
 
-    kind: Literal["ensemble", "dropout"]
+    kind: str
     samples: int = 0
     calibrate: str | None = None
 
@@ -109,12 +109,12 @@ def check_uncertainty(members: Sequence[TaskCheckpoint], how: Uncertainty) -> No
         and first.info.kind not in ("regression", "token_regression")
     ):
         raise UserError(
-            f"--calibrate {how.calibrate}: {path} predicts classes, and intervals are of numbers; leave it out"
+            f"--calibrate {how.calibrate}: {path} predicts classes, intervals are of numbers; leave it out"
         )
     if how.kind == "ensemble" and len(members) < 2:
         raise UserError(
-            f"--uncertainty ensemble: {path} is one checkpoint; join several by commas, as in RUN,RUN, or give "
-            "--uncertainty dropout"
+            f"--uncertainty ensemble: {path} is one checkpoint; join several by commas, as in RUN,RUN, or "
+            "give --uncertainty dropout"
         )
     if how.kind == "dropout" and len(members) > 1:
         raise UserError("--uncertainty dropout samples one checkpoint; name one, or leave the option out")

@@ -226,13 +226,14 @@ class PredictJob(Job):
         )
         if self._labelled is None:
             return [
-                f"mean and sd over {by}; intervals: mean ± {factors} sd, which hold one more such prediction with "
-                "95 %, and say nothing of noise in labels"
+                f"mean and sd over {by}; intervals: mean ± {factors} sd, which hold one more such prediction "
+                "with 95 %, and say nothing of noise in labels"
             ]
         names = f" of {', '.join(info.names)}" if len(info.names) > 1 else ""
         return [
-            f"mean and sd over {by}; intervals: mean ± {factors} sd{names}, calibrated on {len(self._labelled)} "
-            f"proteins of {how.calibrate}, hold 95 % of labels of proteins drawn like these"
+            f"mean and sd over {by}; intervals: mean ± {factors} sd{names}, calibrated on "
+            f"{len(self._labelled)} proteins of {how.calibrate}, hold 95 % of labels of proteins "
+            "drawn like these"
         ]
 
 

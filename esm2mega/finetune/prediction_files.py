@@ -6,7 +6,7 @@ Legend: ``n`` proteins, ``k`` outputs, ``L`` residues of a protein.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -162,13 +162,13 @@ class PredictionTarget(OutputTarget):
     """Says where predictions go, and in which format: ``csv``, ``parquet`` or ``hdf5``."""
 
     @classmethod
-    def of(cls, out: str | Path, info: TargetInfo, extras: Mapping[str, int] = {}) -> PredictionTarget:  # noqa: B006
+    def of(cls, out: str | Path, info: TargetInfo, extras: Iterable[str] = ()) -> PredictionTarget:
         """Choose the format by the ending of the name.
 
         Args:
             out: Path as the user named it.
             info: Meaning of the predictions.
-            extras: As for `PredictionContents`.
+            extras: Names of the arrays beside the predictions.
 
         Raises:
             UserError: The ending is unknown, or a table cannot hold the predictions.
@@ -208,7 +208,7 @@ def check_format(out: Path) -> None:
         check_parquet()
 
 
-def check_kind(out: Path, info: TargetInfo, extras: Mapping[str, int] = {}) -> None:  # noqa: B006
+def check_kind(out: Path, info: TargetInfo, extras: Iterable[str] = ()) -> None:
     """Raise `UserError` if the output is a table and cannot hold the predictions."""
     if out.suffix == ".h5":
         return

@@ -1,7 +1,7 @@
 """Summarises several predictions of the same proteins: their mean, their spread, and intervals of numbers.
 
-Legend: ``m`` draws (members of an ensemble, or samples of dropout), ``r`` proteins or residues, ``k`` outputs,
-``g`` groups of outputs: the classes of one target, or one class of several that a protein may have.
+Legend: ``m`` draws (members of an ensemble, or samples of dropout), ``r`` proteins or residues, ``k``
+outputs, ``g`` groups of outputs: the classes of one target, or one class of several that a protein may have.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def conformal_factor(mean: Array, sd: Array, labels: Array, table: str, names: l
         rank = -(-_PERCENT * (len(residuals) + 1) // 100)
         if rank > len(residuals):
             raise UserError(
-                f"--calibrate {table}: has {len(residuals)} labels of {name}; an interval of {_PERCENT} % needs "
-                f"{_PERCENT // (100 - _PERCENT)} at least: give a larger table"
+                f"--calibrate {table}: has {len(residuals)} labels of {name}; an interval of {_PERCENT} % "
+                f"needs {_PERCENT // (100 - _PERCENT)} at least: give a larger table"
             )
         scores = np.full(len(residuals), np.inf)
         np.divide(residuals, spread, out=scores, where=spread > 0)
@@ -124,8 +124,9 @@ def conformal_factor(mean: Array, sd: Array, labels: Array, table: str, names: l
         factor = float(np.sort(scores)[rank - 1])
         if not math.isfinite(factor):
             raise UserError(
-                f"--calibrate {table}: of {name}, the predictions agree entirely on {int((spread == 0).sum())} of "
-                f"{len(spread)} proteins, so no interval follows from their spread; give checkpoints that differ"
+                f"--calibrate {table}: of {name}, the predictions for {int((spread == 0).sum())} of "
+                f"{len(spread)} labels have no spread, so no interval follows from it; "
+                "give checkpoints that differ"
             )
         factors.append(factor)
     return factors
