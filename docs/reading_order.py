@@ -150,7 +150,8 @@ SECTIONS = (
         "processes of a user's own training.",
         {
             "autoeval": "compare sides models difference",
-            "autoeval/probe": "run embeddings labels fit heads convolution",
+            "autoeval/probe": "run embeddings labels fit targets heads convolution",
+            "autoeval/baselines": "fit features substitutions",
             "prove": "command trials layouts training workers",
             "drill": "command ranks compare",
             "quickstart": "run",

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import click
 
+from esm2mega.cli.autoeval import autoeval
 from esm2mega.cli.convert import convert_command
 from esm2mega.cli.drill import drill
 from esm2mega.cli.group import CONTEXT, Group, Options
@@ -42,7 +43,7 @@ def cli() -> None:
 
 for _command in (
     *(quickstart, translate, prepare, pretrain, finetune, predict, evaluate, compare, convert_command),
-    *(embed, probe, score, lora, inspect, prove, drill, plot, doctor),
+    *(embed, probe, autoeval, score, lora, inspect, prove, drill, plot, doctor),
 ):
     cli.add_command(_command)
 

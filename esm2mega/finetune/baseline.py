@@ -33,14 +33,19 @@ def baseline_metrics(found: Predictions, info: TargetInfo) -> Metrics:
     known = np.array(info.baseline)
     if info.per_pair:
         # The baseline holds one frequency per separation along the chain, the smallest separation first.
-        values = objects(known[np.minimum(_separations(x), len(known) - 1)] for x in found.values)
+        values = objects(by_separation(known, num_residues(len(x))) for x in found.values)
     else:
         values = np.broadcast_to(known, found.values.shape)
     metrics = metrics_of(replace(found, values=values), info)
     return {f"{PREFIX}{name}": value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def _separations(values: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
-    """Return the separation j - i of each pair of a protein, ``[p]``."""
-    first, second = pairs_of(num_residues(len(values)))
-    return second - first
+def by_separation(known: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:
+    """Return the frequency of contacts at the separation j - i of each pair of a protein, ``[p]``.
+
+    Args:
+        known: Frequency at each separation from 0 on; the last one holds for greater ones too.
+        length: Number of residues of the protein.
+    """
+    first, second = pairs_of(length)
+    return known[np.minimum(second - first, len(known) - 1)]

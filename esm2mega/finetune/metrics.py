@@ -109,6 +109,21 @@ def unseen_labels(found: Predictions, info: TargetInfo) -> dict[str, int]:
     return {name: count for name, count in zip(names, counts.tolist(), strict=True) if count}
 
 
+def right_of_proteins(found: Predictions, info: TargetInfo) -> tuple[Array, Array]:
+    """Count the right predictions of each protein, and its labels, int64 ``[n]`` each.
+
+    Args:
+        found: Predictions of one target of classes, with labels.
+        info: Kind of the task, names of its outputs, and which of them are untrained.
+    """
+    assert found.labels is not None
+    (target,), (labels,) = info.targets, _by_target(found.labels)
+    right = (labels != IGNORED) & (labels == _predicted(labels, found.values, target.untrained))
+    first = np.unique(found.rows, return_index=True)[1]
+    sums = [np.add.reduceat(flags.astype(np.int64), first) for flags in (right, labels != IGNORED)]
+    return sums[0], sums[1]
+
+
 def _by_target(labels: Array) -> Array:
     """Return the labels ``[n]`` of each target, given ``[n]`` or ``[n, m]``."""
     return labels.T if labels.ndim == 2 else labels[None]

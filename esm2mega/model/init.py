@@ -29,10 +29,18 @@ def initialize_parameters(model: ESM2Model, seed: int, std: float) -> None:
         std: Standard deviation of every matrix (0.02 in ESM-2; no scaling of output projections).
     """
     for name, parameter in model.named_parameters():
-        parameter.copy_(_initial_value(model.global_parameter_name(name), parameter, seed, std))
+        parameter.copy_(initial_value(model.global_parameter_name(name), parameter, seed, std))
 
 
-def _initial_value(name: str, parameter: Tensor, seed: int, std: float) -> Tensor:
+def initial_value(name: str, parameter: Tensor, seed: int, std: float) -> Tensor:
+    """Return the first value of a parameter: this rank's slice, or the whole where nothing is split.
+
+    Args:
+        name: Name of the parameter in the whole model.
+        parameter: Tensor with its shape and dtype.
+        seed: The run's seed.
+        std: Standard deviation of matrices.
+    """
     if (start := getattr(parameter, "starts_at", None)) is not None:
         return torch.full_like(parameter, start)
     if parameter.dim() == 1:
@@ -67,9 +75,9 @@ def draw(
     """
     split = getattr(parameter, "tensor_model_parallel", False)
     dimension = getattr(parameter, "partition_dim", -1) if split else -1
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
     shape = list(parameter.shape)
     if dimension >= 0:
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
         shape[dimension] *= tp_size
     key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     full = sample(shape, torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1))

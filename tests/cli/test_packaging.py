@@ -38,10 +38,15 @@ def test_wheel_ships_the_configurations(wheel):
     assert shipped == {f"esm2mega/conf/{path.relative_to(conf)}" for path in conf.rglob("*.yaml")}
 
 
-def test_wheel_ships_every_module_and_the_license(wheel):
+def test_wheel_ships_every_module_table_and_the_license(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "esm2mega").rglob("*.py")}
-    assert modules <= names
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for kind in ("*.py", "*.csv")
+        for path in (ROOT / "esm2mega").rglob(kind)
+    }
+    assert "esm2mega/autoeval/published.csv" in files
+    assert files <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -15,11 +15,11 @@ import numpy.typing as npt
 import psutil
 
 from esm2mega.autoeval.probe.embeddings import Embeddings
-from esm2mega.autoeval.probe.heads import CNN, Examples, Head, fit_head
+from esm2mega.autoeval.probe.heads import CNN, Head
 from esm2mega.autoeval.probe.labels import TRAIN, VALID
-from esm2mega.config.task import NUMERIC_KINDS
+from esm2mega.autoeval.probe.targets import fit_targets, label_columns, predict_targets
 from esm2mega.data.labels.dataset import LabelledProteins
-from esm2mega.data.labels.schema import IGNORED, TargetInfo
+from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.finetune.metrics import Metrics, Predictions, metrics_of
 
@@ -63,12 +63,12 @@ def fit_layer(task: Task, layer: str) -> Fitted:
 
 def _fit_proteins(task: Task, layer: str) -> tuple[dict[str, Predictions], list[dict[str, float]]]:
     vectors = {name: task.embeddings.vectors(layer, split.ids) for name, split in task.splits.items()}
-    labels = {name: _columns(split.labels, task.info) for name, split in task.splits.items()}
-    heads, chosen = _fit_targets(task, {name: (vectors[name], labels[name]) for name in (TRAIN, VALID)})
+    labels = {name: label_columns(split.labels) for name, split in task.splits.items()}
+    heads, chosen = _fit(task, {name: (vectors[name], labels[name]) for name in (TRAIN, VALID)})
     predictions = {}
     for name, split in task.splits.items():
         if name != TRAIN:
-            values = _predict(task.info, heads, vectors[name])
+            values = predict_targets(task.info, heads, vectors[name])
             predictions[name] = Predictions(np.arange(len(split)), None, values, split.labels)
     return predictions, chosen
 
@@ -78,10 +78,10 @@ def _fit_residues(task: Task, layer: str) -> tuple[dict[str, Predictions], list[
         predict, chosen = _fit_convolution(task, layer)
     else:
         data = {name: _residue_matrix(task, layer, name) for name in (TRAIN, VALID)}
-        heads, chosen = _fit_targets(task, data)
+        heads, chosen = _fit(task, data)
 
         def predict(vectors: Array) -> Array:
-            return _predict(task.info, heads, vectors)
+            return predict_targets(task.info, heads, vectors)
 
     predictions = {}
     for name, split in task.splits.items():
@@ -136,53 +136,6 @@ def _residue_matrix(task: Task, layer: str, name: str) -> tuple[Array, Array]:
     return vectors, split.labels[there]
 
 
-def _columns(labels: Array | None, info: TargetInfo) -> Array:
-    """Return labels of proteins with a column for each target, or for each flag of multilabel, ``[n, m]``."""
-    assert labels is not None
-    return labels[:, None] if labels.ndim == 1 else labels
-
-
-def _fit_targets(
-    task: Task, data: Mapping[str, tuple[Array, Array]]
-) -> tuple[list[Head], list[dict[str, float]]]:
-    """Fit a head to each column of labels, whose missing ones do not count."""
-    info, heads, chosen = task.info, [], []
-    num_columns = data[TRAIN][1].shape[1]
-    for column in range(num_columns):
-        num_classes = _num_classes(info, column)
-        examples = {name: _labelled(*data[name], column, num_classes is None) for name in (TRAIN, VALID)}
-        for name, each in examples.items():
-            if not len(each.labels):
-                raise UserError(
-                    f"{task.splits[name].path} ({name}): {_name(info, column)} has no label; give some"
-                )
-        head, settings = fit_head(task.head, examples[TRAIN], examples[VALID], num_classes, task.seed)
-        heads.append(head)
-        chosen.append(settings)
-    return heads, chosen
-
-
-def _num_classes(info: TargetInfo, column: int) -> int | None:
-    if info.kind in NUMERIC_KINDS:
-        return None
-    return 2 if info.kind == "multilabel" else len(info.targets[column].names)
-
-
-def _name(info: TargetInfo, column: int) -> str:
-    """Return what a message calls a column of labels."""
-    name = info.names[column] if info.kind == "multilabel" else info.targets[column].name
-    return repr(name) if name else "the column of labels"
-
-
-def _labelled(vectors: Array, labels: Array, column: int, is_number: bool) -> Examples:
-    each = labels[:, column]
-    # Flags of multilabel are numbers that are NaN where there is none, classes are integers.
-    there = ~np.isnan(each) if each.dtype.kind == "f" else each != IGNORED
-    kept = each[there] if is_number else each[there].astype(np.int64)
-    return Examples(vectors[there], kept)
-
-
-def _predict(info: TargetInfo, heads: Sequence[Head], vectors: Array) -> Array:
-    """Return the outputs of all targets, ``[n, k]``; of a flag the probability of 1."""
-    values = [head.predict(vectors) for head in heads]
-    return np.concatenate([each[:, 1:] for each in values] if info.kind == "multilabel" else values, axis=1)
+def _fit(task: Task, data: Mapping[str, tuple[Array, Array]]) -> tuple[list[Head], list[dict[str, float]]]:
+    paths = {name: task.splits[name].path for name in data}
+    return fit_targets(task.head, task.info, task.seed, data, paths)

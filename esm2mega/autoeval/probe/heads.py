@@ -1,9 +1,9 @@
 """Fits the heads of a probe to fixed vectors, and chooses their strength by the validation split.
 
 A head has one estimator for each target: ridge or logistic regression or an MLP of scikit-learn, or for
-residues a convolution. The vectors are shifted and scaled by the training split. Of several strengths, or
-epochs, the one with the smallest loss on the validation split is kept: mean squared error of numbers,
-cross-entropy of classes.
+residues a convolution. The vectors are shifted and scaled by the training split; sparse ones, which are flags
+and frequencies, are taken as they are. Of several strengths, or epochs, the one with the smallest loss on the
+validation split is kept: mean squared error of numbers, cross-entropy of classes.
 
 Legend: ``n`` proteins or residues with a label, ``h`` hidden size, ``c`` classes of a target.
 """
@@ -23,6 +23,9 @@ Array = npt.NDArray[Any]
 
 LINEAR, MLP, CNN = "linear", "mlp", "cnn"
 
+NAIVE_BAYES = "naive-bayes"
+"""Names the head of baselines with so many classes that logistic regression would take hours."""
+
 RIDGE_STRENGTHS = tuple(10.0**power for power in range(-3, 6))
 """Penalties of ridge regression, ``alpha`` of scikit-learn, for vectors of variance 1."""
 
@@ -32,20 +35,32 @@ LOGISTIC_STRENGTHS = tuple(10.0**power for power in range(-4, 3))
 MLP_WIDTH, MLP_EPOCHS, PATIENCE = 256, 200, 10
 """As the MLP of `esm2mega finetune`; it stops after as many epochs without a smaller validation loss."""
 
+SPARSE_PATIENCE = 2
+"""Penalties of sparse vectors are tried from the strongest on, until so many do not lessen the loss."""
+
+SMOOTHINGS = tuple(10.0**power for power in range(-4, 2))
+"""Pseudo-counts of naive Bayes, ``alpha`` of scikit-learn."""
+
+_SPARSE_TOLERANCE = 1e-8
+"""Bounds the relative residual of ridge regression on sparse vectors, which is solved by iterations."""
+
 _TINY = 1e-12
 
 
 class Head(Protocol):
     """Predicts one target: numbers as ``[n, 1]``, classes as probabilities ``[n, c]``, fp64."""
 
-    def predict(self, vectors: Array) -> Array: ...
+    def predict(self, vectors: Any) -> Array: ...
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Holds vectors, fp32 ``[n, h]``, and their labels, float64 or int64 ``[n]``; none is missing."""
+    """Holds vectors, fp32 ``[n, h]``, and their labels, float64 or int64 ``[n]``; none is missing.
 
-    vectors: Array
+    The vectors are an array, or a sparse matrix of SciPy in rows.
+    """
+
+    vectors: Any
     labels: Array
 
 
@@ -55,7 +70,7 @@ def fit_head(
     """Fit a head to one target.
 
     Args:
-        name: `LINEAR` or `MLP`.
+        name: `LINEAR`, `MLP`, or for classes of sparse vectors `NAIVE_BAYES`.
         train: What it is fitted to.
         valid: What its strength, or the number of epochs, is chosen by.
         num_classes: Number of classes; None for numbers.
@@ -67,9 +82,11 @@ def fit_head(
     from sklearn.dummy import DummyClassifier, DummyRegressor
     from sklearn.preprocessing import StandardScaler
 
-    scale = StandardScaler().fit(train.vectors).transform
+    is_sparse = not isinstance(train.vectors, np.ndarray)
+    scale = _unchanged if is_sparse else StandardScaler().fit(train.vectors).transform
     scaled = Examples(scale(train.vectors), train.labels)
-    candidates = _linear if name == LINEAR else _mlp
+    candidates = _sparse_linear if name == LINEAR and is_sparse else _CANDIDATES[name]
+    patience = PATIENCE if name == MLP else SPARSE_PATIENCE if is_sparse else np.inf
     # What the labels are on average, where there is nothing to fit.
     constant = DummyRegressor() if num_classes is None else DummyClassifier(strategy="prior")
     head = _Fitted(constant.fit(scaled.vectors, scaled.labels), scale, num_classes)
@@ -85,7 +102,7 @@ def fit_head(
                 since += 1
                 if loss < smallest:
                     head, chosen, smallest, since = copy.deepcopy(found), settings, loss, 0
-                if name == MLP and since >= PATIENCE:
+                if since >= patience:
                     break
     return head, {**chosen, "valid_loss": float(smallest)} if chosen else {}
 
@@ -94,12 +111,36 @@ def _linear(train: Examples, is_class: bool, seed: int) -> Iterator[tuple[dict[s
     from sklearn.linear_model import LogisticRegression, Ridge
 
     if is_class:
+        # Each begins where the one before ended, which saves three quarters of the iterations.
+        estimator, vectors = LogisticRegression(max_iter=1000, warm_start=True), train.vectors.astype(np.float64)
         for strength in LOGISTIC_STRENGTHS:
-            estimator = LogisticRegression(C=strength, max_iter=1000)
-            yield {"C": strength}, estimator.fit(train.vectors.astype(np.float64), train.labels)
+            yield {"C": strength}, estimator.set_params(C=strength).fit(vectors, train.labels)
         return
     for strength in RIDGE_STRENGTHS:
         yield {"alpha": strength}, Ridge(strength).fit(train.vectors.astype(np.float64), train.labels)
+
+
+def _sparse_linear(train: Examples, is_class: bool, seed: int) -> Iterator[tuple[dict[str, float], Any]]:
+    """Yield the estimators of `_linear` for sparse vectors, from the strongest penalty on."""
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    vectors = train.vectors.astype(np.float64)
+    if is_class:
+        # Each strength begins where the one before it ended.
+        estimator = LogisticRegression(max_iter=1000, warm_start=True)
+        for strength in LOGISTIC_STRENGTHS:
+            yield {"C": strength}, estimator.set_params(C=strength).fit(vectors, train.labels)
+        return
+    for strength in reversed(RIDGE_STRENGTHS):
+        estimator = Ridge(strength, solver="sparse_cg", tol=_SPARSE_TOLERANCE)
+        yield {"alpha": strength}, estimator.fit(vectors, train.labels)
+
+
+def _naive_bayes(train: Examples, is_class: bool, seed: int) -> Iterator[tuple[dict[str, float], Any]]:
+    from sklearn.naive_bayes import MultinomialNB
+
+    for smoothing in reversed(SMOOTHINGS):
+        yield {"smoothing": smoothing}, MultinomialNB(alpha=smoothing).fit(train.vectors, train.labels)
 
 
 def _mlp(train: Examples, is_class: bool, seed: int) -> Iterator[tuple[dict[str, float], Any]]:
@@ -119,6 +160,13 @@ def _mlp(train: Examples, is_class: bool, seed: int) -> Iterator[tuple[dict[str,
         yield {"epochs": epoch}, estimator if is_class else _Unscaled(estimator, *undo)
 
 
+_CANDIDATES = {LINEAR: _linear, MLP: _mlp, NAIVE_BAYES: _naive_bayes}
+
+
+def _unchanged(vectors: Any) -> Any:
+    return vectors
+
+
 @dataclass(frozen=True)
 class _Unscaled:
     """Predicts in the unit of the labels with an estimator that was fitted to scaled ones."""
@@ -134,15 +182,15 @@ class _Unscaled:
 @dataclass(frozen=True)
 class _Fitted:
     estimator: Any
-    scale: Callable[[Array], Array]
+    scale: Callable[[Any], Any]
     num_classes: int | None
 
-    def predict(self, vectors: Array) -> Array:
+    def predict(self, vectors: Any) -> Array:
         scaled = self.scale(vectors)
         if self.num_classes is None:
             return np.asarray(self.estimator.predict(scaled), np.float64).reshape(-1, 1)
         # A class without a training label is none of the estimator's.
-        found = np.zeros((len(vectors), self.num_classes))
+        found = np.zeros((vectors.shape[0], self.num_classes))
         found[:, self.estimator.classes_] = self.estimator.predict_proba(scaled)
         return found
 

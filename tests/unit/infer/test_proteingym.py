@@ -10,7 +10,7 @@ import pytest
 from esm2mega.cli.app import main
 from esm2mega.errors import UserError
 from esm2mega.infer.plan import ScoreOptions
-from esm2mega.infer.proteingym import read_reference, score_assays
+from esm2mega.infer.proteingym import mean_of_means, read_reference, score_assays
 from esm2mega.infer.variants import read_table
 from tests.infer_models import Reference, pseudo_log_likelihood
 
@@ -134,3 +134,28 @@ def test_indels_and_rows_without_a_score(
     assert float(summary.column("spearman", "")[0]) == pytest.approx(expected, abs=1e-12)
     assert main([*command, "--skip-invalid", "--resume"]) == 0
     assert capsys.readouterr().out == printed
+
+
+PUBLISHED = Path(__file__).parents[4] / "shared/data/proteingym"
+
+
+@pytest.mark.skipif(
+    not PUBLISHED.is_dir(),
+    reason="ProteinGym's tables are not beside the repository (../shared/data/proteingym)",
+)
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("8M", 0.226), ("35M", 0.321), ("150M", 0.387), ("650M", 0.414), ("3B", 0.406), ("15B", 0.400)],
+)
+def test_published_assays_give_the_published_leaderboard(size: str, expected: float) -> None:
+    """The benchmark's own Spearman of each of its 217 assays, aggregated here, without any model."""
+    reference = read_table(PUBLISHED / "reference_substitutions.csv")
+    names = ("DMS_id", "coarse_selection_type", "UniProt_ID")
+    assays = list(zip(*(reference.column(name, "") for name in names), strict=True))
+    table = read_table(PUBLISHED / "spearman_by_assay.csv")
+    spearman = dict(zip(table.column("DMS ID", ""), table.column(f"ESM2 ({size})", ""), strict=True))
+    assert len(assays) == len(spearman) == 217
+    values = [(function, protein, float(spearman[name])) for name, function, protein in assays]
+    assert round(mean_of_means(values), 3) == expected
+    # Neither a plain mean over assays nor one over proteins gives these.
+    assert round(sum(value for *_, value in values) / 217, 3) != expected

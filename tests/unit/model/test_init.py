@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from esm2mega.config.schema import ModelConfig, ParallelConfig
 from esm2mega.model.build import build_model
 from esm2mega.model.esm2 import ESM2Model
-from esm2mega.model.init import _initial_value, initialize_parameters
+from esm2mega.model.init import initial_value, initialize_parameters
 from esm2mega.vocabulary import PAD
 
 TABLE = "embedding.word_embeddings.weight"
@@ -29,7 +29,7 @@ def _slices(
         parameter = torch.nn.Parameter(torch.empty(local))
         parameter.tensor_model_parallel = dim >= 0
         parameter.partition_dim = dim
-        values.append(_initial_value(name, parameter, seed=3, std=0.02))
+        values.append(initial_value(name, parameter, seed=3, std=0.02))
     return values
 
 
@@ -80,7 +80,7 @@ def test_scales_are_one_and_biases_zero(model: ESM2Model) -> None:
 @pytest.mark.parametrize(("name", "expected"), [("layer_norm_weight", 1.0), ("layer_norm_bias", 0.0)])
 def test_fused_layer_norms_start_alike(world: None, name: str, expected: float) -> None:
     """Transformer Engine keeps the LayerNorm inside the linear module that follows it."""
-    value = _initial_value(
+    value = initial_value(
         f"encoder.layers.0.mlp.linear_fc1.{name}", torch.nn.Parameter(torch.empty(5)), 3, 0.02
     )
     assert value.tolist() == [expected] * 5

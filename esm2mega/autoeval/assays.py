@@ -1,0 +1,88 @@
+"""Scores all assays of ProteinGym without training, and resamples their proteins for an interval."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+
+from esm2mega.autoeval.units import Commands, Outcome, Unit, recorded
+from esm2mega.data.counter_rng import Purpose, derive_seed
+from esm2mega.errors import UserError
+from esm2mega.files import first_of
+from esm2mega.finetune.bootstrap import percentiles
+from esm2mega.infer.proteingym import SUMMARY, mean_of_means
+from esm2mega.parallel.errors import on_one_rank
+
+_REFERENCES = ("DMS_substitutions.csv", "DMS_indels.csv")
+_RESAMPLES = 1000
+
+_Assays = list[tuple[str, str, float]]
+
+
+def find_assays(source: Path) -> tuple[Path, Path]:
+    """Return the reference file of ProteinGym, and the folder of the assays.
+
+    Raises:
+        UserError: They are not there.
+    """
+    for place in (source / "proteingym", source):
+        reference = next((place / name for name in _REFERENCES if (place / name).is_file()), None)
+        if reference is not None:
+            folders = [path for path in sorted(place.iterdir()) if path.is_dir() and any(path.glob("*.csv"))]
+            if len(folders) == 1:
+                return reference, folders[0]
+            raise UserError(
+                f"{place}: has {first_of([path.name for path in folders])} with CSV files; leave one folder, "
+                "that of the assays"
+            )
+    raise UserError(
+        f"--source {source}: has no proteingym/{_REFERENCES[0]}; put ProteinGym's reference file there, and "
+        "beside it the folder of its assays"
+    )
+
+
+def run_assays(unit: Unit, reference: Path, folder: Path, commands: Commands) -> Outcome:
+    """Score the assays of a reference file, unless that is done; all ranks call this together."""
+
+    def score() -> tuple[dict[str, float | None], None, tuple[float, float] | None]:
+        out = unit.folder / "scores"
+        words = ["score", unit.model.path, "--proteingym", reference, "--assays", folder, "--out", out]
+        commands.run(out / SUMMARY, *words, "--resume")
+        assays = on_one_rank(lambda: read_summary(out / SUMMARY))
+        interval = percentiles(resampled(assays, unit.seed))
+        return {"spearman": mean_of_means(assays)}, None, interval
+
+    return recorded(unit, commands, score)
+
+
+def read_summary(path: Path) -> _Assays:
+    """Return function, protein and Spearman's correlation of each assay."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [(row["coarse_selection_type"], row["UniProt_ID"], float(row["spearman"])) for row in rows]
+
+
+def resampled(assays: _Assays, seed: int) -> np.ndarray:
+    """Return the mean of means over proteins that are drawn with replacement, ``[resamples]``.
+
+    The assays of a protein are drawn together. A draw without any protein of a class has no value.
+    """
+    rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
+    proteins = sorted({protein for _, protein, _ in assays})
+    functions = {function for function, _, _ in assays}
+    values = []
+    for _ in range(_RESAMPLES):
+        chosen = [proteins[number] for number in rng.integers(0, len(proteins), len(proteins))]
+        # Each copy of a protein counts as a protein of its own.
+        drawn = [
+            (function, f"{copy} {protein}", value)
+            for copy, name in enumerate(chosen)
+            for function, protein, value in assays
+            if protein == name
+        ]
+        complete = {function for function, _, _ in drawn} == functions
+        values.append(mean_of_means(drawn) if complete else math.nan)
+    return np.array(values)

@@ -1,0 +1,1 @@
+"""Predicts benchmark tasks without a language model: what a model has to beat to be worth its cost."""

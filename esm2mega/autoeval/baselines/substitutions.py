@@ -1,0 +1,67 @@
+"""Scores variants by BLOSUM62, which knows how often residues replace each other in related proteins.
+
+The matrix is that of Henikoff and Henikoff (1992) as NCBI distributes it, from Biopython.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from esm2mega.autoeval.baselines.fit import Baseline
+from esm2mega.data.labels.dataset import LabelledProteins
+from esm2mega.errors import UserError
+from esm2mega.finetune.metrics import Predictions
+from esm2mega.vocabulary import VOCAB
+
+_NAME = "BLOSUM62"
+
+_LETTER = np.array([token if len(token) == 1 else "X" for token in VOCAB])
+
+
+def blosum62_scores(wild_type: str, variants: Sequence[str]) -> list[float]:
+    """Score variants by the alignment with their wild type, less that of the wild type with itself.
+
+    That is the sum of ``matrix[wild][new] - matrix[wild][wild]`` over the residues that change: 0 for the
+    wild type, and less for any other. A letter that the matrix lacks counts as X.
+
+    Args:
+        wild_type: Sequence of the wild type.
+        variants: Sequences of the same length.
+
+    Raises:
+        UserError: A variant has another length.
+    """
+    from Bio.Align import substitution_matrices
+
+    matrix = substitution_matrices.load(_NAME)
+    number = {letter: matrix.alphabet.index(letter) for letter in matrix.alphabet}
+    table, other = np.array(matrix), number["X"]
+
+    def numbers(sequence: str) -> list[int]:
+        return [number.get(letter, other) for letter in sequence.upper()]
+
+    wild, scores = numbers(wild_type), []
+    own = table[wild, wild]
+    for row, variant in enumerate(variants):
+        if len(variant) != len(wild_type):
+            raise UserError(
+                f"variant {row} has {len(variant)} residues, and its wild type {len(wild_type)}; BLOSUM62 "
+                "compares sequences of one length: leave variants with insertions and deletions out"
+            )
+        scores.append(float((table[wild, numbers(variant)] - own).sum()))
+    return scores
+
+
+def zero_shot_baseline(test: LabelledProteins, wild_type: str) -> Baseline:
+    """Predict the test split of variants of one protein without any training.
+
+    Args:
+        test: Variants of one length with measured numbers.
+        wild_type: Sequence of the wild type.
+    """
+    sequences = ["".join(_LETTER[test.residues(row)]) for row in range(len(test))]
+    values = np.array(blosum62_scores(wild_type, sequences))[:, None]
+    found = Predictions(np.arange(len(test)), None, values, test.labels)
+    return Baseline(_NAME, found, "a score in no unit, so that correlations alone mean something")

@@ -1,0 +1,82 @@
+"""Names the models of a suite, and fixes which weights are meant, however a run goes on meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from esm2mega.config.presets import shape_of
+from esm2mega.config.run_name import split_run
+from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, our_shapes
+from esm2mega.errors import UserError
+from esm2mega.infer.source import source_of
+from esm2mega.lora.base import read_with_base
+
+RANDOM = "random weights"
+"""Names the model that has learned nothing."""
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """Describes one model of a suite.
+
+    Attributes:
+        name: Its short name in tables and files.
+        checkpoint: The checkpoint as the user named it.
+        path: The file or directory that was meant by that.
+        weights_sha256: Checksum of its weights.
+        parameters: Number of weights of the language model.
+        step: The step of its training that wrote it; None in formats that do not say.
+    """
+
+    name: str
+    checkpoint: str
+    path: str
+    weights_sha256: str
+    parameters: int
+    step: int | None
+
+    def described(self) -> dict[str, Any]:
+        """Return what results say of the model."""
+        return {name: value for name, value in asdict(self).items() if name != "path"}
+
+
+def open_models(checkpoints: Sequence[str]) -> list[EvalModel]:
+    """Open every checkpoint, in this process alone, and read all of its weights once for their checksum.
+
+    Raises:
+        UserError: There is none of that name, it cannot be read, or one is named twice.
+    """
+    if twice := [name for name, count in Counter(checkpoints).items() if count > 1]:
+        raise UserError(f"{twice[0]}: is named twice; name each checkpoint once")
+    return [
+        _open(checkpoint, name)
+        for checkpoint, name in zip(checkpoints, short_names(checkpoints), strict=True)
+    ]
+
+
+def short_names(checkpoints: Sequence[str]) -> list[str]:
+    """Return the shortest ends of the paths that tell all checkpoints apart, with what follows an ``@``."""
+    parts = [(Path(split_run(name)[0]).parts, split_run(name)[1]) for name in checkpoints]
+    for length in range(1, max(len(path) for path, _ in parts) + 1):
+        names = ["-".join(path[-length:]) + (f"@{which}" if which else "") for path, which in parts]
+        if len(set(names)) == len(names):
+            break
+    return [name.replace("/", "").removesuffix(".pt") for name in names]
+
+
+def _open(checkpoint: str, name: str) -> EvalModel:
+    start = read_with_base(checkpoint, None)
+    source = source_of(start)
+    shapes = our_shapes(shape_of(start.run.model), start.run.model.max_positions)
+    parameters = sum(
+        math.prod(shape)
+        for key, shape in shapes.items()
+        if key != FREQUENCIES and not key.startswith(CONTACT_HEAD)
+    )
+    step = start.state.get("step") if start.is_own else None
+    return EvalModel(name, checkpoint, str(start.path), source.checksum(), parameters, step or None)

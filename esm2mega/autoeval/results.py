@@ -1,0 +1,118 @@
+"""Gathers what the units of a suite gave into rows with intervals, and writes the files of results.
+
+Legend: ``k`` seeds, ``d`` resamples of the test proteins.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esm2mega.autoeval.difference import Array, metric_difference
+from esm2mega.files import OTHER_OUT, replacing
+from esm2mega.finetune.bootstrap import percentiles
+from esm2mega.train.loop import defined
+
+RESULTS_JSON, RESULTS_CSV = "results.json", "results.csv"
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Holds what all seeds of one model and mode gave on a task.
+
+    Attributes:
+        model: Name of the model.
+        mode: The mode.
+        values: The headline metric of each seed, ``[k]``; NaN where it is not defined.
+        draws: The same in resamples of the proteins, ``[k, d]``; None where there is only an interval.
+        interval: 95 % interval of a single value that has no draws.
+        metrics: All metrics, the mean over the seeds.
+        predictions: File of the first seed's predictions, relative to the folder of results.
+        commands: The commands of all seeds.
+    """
+
+    model: str
+    mode: str
+    values: list[float]
+    draws: Array | None
+    interval: Sequence[float] | None
+    metrics: dict[str, float | None]
+    predictions: str | None
+    commands: list[str]
+
+    def row(self) -> dict[str, Any]:
+        """Return the row of the results."""
+        low, high = self._limits()
+        sd = float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
+        mean = defined(float(np.mean(self.values)))
+        return {
+            "row": "model",
+            "model": self.model,
+            "mode": self.mode,
+            "value": mean,
+            "low": low,
+            "high": high,
+            "seeds": {"values": [defined(value) for value in self.values], "mean": mean, "sd": sd},
+            "metrics": self.metrics,
+            "predictions": self.predictions,
+            "commands": self.commands,
+        }
+
+    def _limits(self) -> Sequence[float | None]:
+        limits = self.interval if self.draws is None else percentiles(self.draws.mean(axis=0))
+        return (None, None) if limits is None else limits
+
+
+def mean_metrics(each: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Return the mean of each metric over seeds; None where a seed has none."""
+    found: dict[str, float | None] = {}
+    for name in each[0]:
+        values = [metrics[name] for metrics in each]
+        known = [value for value in values if value is not None]
+        found[name] = math.fsum(known) / len(known) if len(known) == len(values) else None
+    return found
+
+
+def differences(measured: Sequence[Measured], num_proteins: int) -> list[dict[str, Any]]:
+    """Compare every two models in each mode on the same resamples of the proteins."""
+    found = []
+    for a, b in itertools.combinations(measured, 2):
+        if a.mode != b.mode or a.draws is None or b.draws is None:
+            continue
+        result = metric_difference(a.values, b.values, a.draws, b.draws, num_proteins)
+        low, high = result.interval or (None, None)
+        found.append(
+            {
+                "a": {"model": a.model, "mode": a.mode},
+                "b": {"model": b.model, "mode": b.mode},
+                "difference": result.difference,
+                "low": low,
+                "high": high,
+                "shown": result.is_shown,
+            }
+        )
+    return found
+
+
+_COLUMNS = ("task", "metric", "row", "name", "mode", "value", "low", "high", "sd", "source", "caveat")
+
+
+def write_csv(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write every row of the results as a row of a table."""
+    with replacing(folder / RESULTS_CSV, OTHER_OUT) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for task in results["tasks"]:
+            for row in task["rows"]:
+                name = row.get("model") or row.get("baseline")
+                own = {"task": task["task"], "metric": row.get("metric", task["metric"]), "name": name}
+                writer.writerow({**row, **own, "sd": row.get("seeds", {}).get("sd")})

@@ -1,0 +1,228 @@
+"""Evaluates one model on one task in one mode with one seed, by the commands that a user would type.
+
+Each unit has a folder of its own. What the commands leave there is read back; a unit that was finished is not
+done again, and one that was interrupted goes on where its commands go on.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from esm2mega.autoeval.eval_model import EvalModel
+from esm2mega.autoeval.prediction_table import ID
+from esm2mega.autoeval.probe.labels import SPLITS, TEST, TRAIN, VALID
+from esm2mega.autoeval.probe.run import PREDICTIONS, RESULTS
+from esm2mega.autoeval.recipe import finetune_settings
+from esm2mega.autoeval.task_data import RunCommand, TaskData
+from esm2mega.autoeval.tasks import FINETUNE, LORA, PROBE, ZERO_SHOT
+from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
+from esm2mega.files import read_json, write_json
+from esm2mega.finetune.metrics import HEADLINES
+from esm2mega.infer.correlation import spearman
+from esm2mega.infer.variants import write_table
+from esm2mega.parallel.errors import on_one_rank
+
+_RESULT = "result.json"
+_BEGIN_AGAIN = "remove that folder, and start again"
+
+_VARIED = {39: "V", 40: "D", 41: "G", 54: "V"}
+"""Gives the wild type's residue at each position, from 1, that gb1 varies (Wu et al. 2016)."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Says what is evaluated, and how.
+
+    Attributes:
+        model: The model.
+        mode: One of the modes.
+        seed: Seed of the head.
+        folder: Folder of the unit.
+        embeddings: Folder of the model's embeddings of the task, which units of other seeds share.
+        layers: Hidden states that a probe tries, as for `esm2mega embed`; empty for the last one.
+        overrides: What the user changes of the fine-tuning.
+    """
+
+    model: EvalModel
+    mode: str
+    seed: int
+    folder: Path
+    embeddings: Path
+    layers: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Holds what a unit gave.
+
+    Attributes:
+        metrics: Metrics of the test split by name.
+        predictions: File of the predictions, in the form of `esm2mega predict`; None for contacts.
+        interval: 95 % interval of the headline metric, where it does not come from the predictions.
+        commands: The commands that were run.
+    """
+
+    metrics: dict[str, float | None]
+    predictions: str | None
+    interval: Sequence[float] | None
+    commands: list[list[str]]
+
+
+class Commands:
+    """Runs the commands of a unit, but for those whose output is there, and remembers all of them."""
+
+    def __init__(self, run_command: RunCommand, say: Callable[[str], None]) -> None:
+        self.all: list[list[str]] = []
+        self._run, self._say = run_command, say
+
+    def run(self, output: Path, *words: object) -> Path:
+        """Run a command, unless its output is there; all ranks call this together."""
+        command = [str(word) for word in words]
+        self.all.append(command)
+        if not on_one_rank(output.exists):
+            self._say(" ".join(["esm2mega", *command]))
+            self._run(command)
+        return output
+
+
+Made = tuple[dict[str, float | None], Path | None, Sequence[float] | None]
+"""Holds metrics, the file of predictions and the interval, as in `Outcome`."""
+
+
+def run_unit(unit: Unit, data: TaskData, commands: Commands) -> Outcome:
+    """Evaluate, unless that is done already; all ranks call this together."""
+    return recorded(unit, commands, lambda: _MODES[unit.mode](unit, data, commands))
+
+
+def recorded(unit: Unit, commands: Commands, make: Callable[[], Made]) -> Outcome:
+    """Return what `make` gives, or gave in an earlier start; all ranks call this together."""
+    path = unit.folder / _RESULT
+    if not on_one_rank(path.is_file):
+        metrics, predictions, interval = make()
+        found = Outcome(metrics, predictions and str(predictions), interval, commands.all)
+        on_one_rank(lambda: write_json(path, asdict(found)))
+    return on_one_rank(lambda: Outcome(**read_json(path, _BEGIN_AGAIN)))
+
+
+def _probe(unit: Unit, data: TaskData, commands: Commands) -> Made:
+    files = embed_splits(unit, data, commands, SPLITS)
+    out = unit.folder / PROBE
+    words = [PROBE, *files, "--labels", data.folder, "--out", out, f"seed={unit.seed}", *data.settings]
+    # Intervals are made later for all modes alike; what a killed probe left is replaced.
+    words += ["task.bootstrap=0", "--overwrite"]
+    commands.run(out / RESULTS, *words)
+    result = on_one_rank(lambda: read_json(out / RESULTS, _BEGIN_AGAIN)[TEST])
+    return _numbers(result), out / PREDICTIONS, None
+
+
+def embed_splits(unit: Unit, data: TaskData, commands: Commands, splits: Sequence[str]) -> list[Path]:
+    """Embed the proteins of some splits, each into a file of its own."""
+    kind = "residue" if data.task.kind in RESIDUE_KINDS else "pooled"
+    words = ["--include", kind, "--max-seq-length", data.longest + 2, "--resume"]
+    if unit.layers:
+        words += ["--layers", ",".join(unit.layers)]
+    files = []
+    for split in splits:
+        out = unit.embeddings / f"{split}.h5"
+        files.append(commands.run(out, "embed", unit.model.path, data.table(split), "--out", out, *words))
+    return files
+
+
+def _finetune(unit: Unit, data: TaskData, commands: Commands) -> Made:
+    kind = data.task.kind
+    assert kind is not None
+    num_train, run_dir = len(data.rows[TRAIN]), unit.folder / "run"
+    settings = [
+        f"init_from={unit.model.path}",
+        f"run_dir={run_dir}",
+        f"data.train={data.table(TRAIN)}",
+        f"data.valid={data.table(VALID)}",
+        f"seed={unit.seed}",
+        # Benchmarks are taken as they are published, with the proteins that their splits share.
+        "data.allow_overlap=true",
+        *data.settings,
+        *finetune_settings(unit.mode, kind, num_train, data.longest, unit.model.parameters),
+        *unit.overrides,
+    ]
+    trained = unit.folder / "trained"
+    commands.run(trained, FINETUNE, *settings)
+    on_one_rank(lambda: trained.touch())
+    evaluation, table = unit.folder / "evaluation.json", unit.folder / PREDICTIONS
+    test = data.table(TEST)
+    commands.run(evaluation, "evaluate", run_dir, "--data", test, "--out", evaluation)
+    result = on_one_rank(lambda: read_json(evaluation, _BEGIN_AGAIN))
+    if kind == PAIR_KIND:
+        return _numbers(result), None, result["intervals"].get(HEADLINES[kind])
+    commands.run(table, "predict", run_dir, test, "--out", table, "--resume")
+    return _numbers(result), table, None
+
+
+_NO_METRICS = ("step", "num_labels", "num_sequences")
+
+
+def _numbers(result: dict[str, Any]) -> dict[str, float | None]:
+    """Return the metrics of a file of results, without baselines and counts."""
+    return {
+        name: value
+        for name, value in result.items()
+        if (value is None or isinstance(value, (int, float)))
+        and name not in _NO_METRICS
+        and not name.startswith("baseline_")
+    }
+
+
+def _zero_shot(unit: Unit, data: TaskData, commands: Commands) -> Made:
+    fasta, table = unit.folder / "wild_type.fasta", unit.folder / "variants.csv"
+    scores, predictions = unit.folder / "scores.csv", unit.folder / PREDICTIONS
+    (column,) = data.columns
+
+    def write_variants() -> None:
+        sequence = wild_type(data.rows[TEST][0]["sequence"])
+        fasta.parent.mkdir(parents=True, exist_ok=True)
+        fasta.write_text(f">gb1\n{sequence}\n")
+        rows = [[row[ID], mutations(row["sequence"], sequence), row[column]] for row in data.rows[TEST]]
+        write_table(table, ["variant", "mutant", column], rows)
+
+    on_one_rank(write_variants)
+    words = ["score", unit.model.path, "--fasta", fasta, "--variants", table, "--out", scores]
+    commands.run(scores, *words, "--measured", column)
+
+    def read_scores() -> float:
+        rows = list(_rows(scores))
+        write_table(predictions, [ID, column], [[row["variant"], row["score"]] for row in rows])
+        return spearman([float(row[column]) for row in rows], [float(row["score"]) for row in rows])
+
+    return {"spearman": on_one_rank(read_scores)}, predictions, None
+
+
+def wild_type(variant: str) -> str:
+    """Return the wild type of a variant of gb1, which differs from it at the varied positions alone."""
+    letters = list(variant)
+    for position, letter in _VARIED.items():
+        letters[position - 1] = letter
+    return "".join(letters)
+
+
+def mutations(variant: str, sequence: str) -> str:
+    """Return the substitutions that make a variant of a sequence of the same length, as ``V39A:D40C``."""
+    pairs = enumerate(zip(sequence, variant, strict=True), start=1)
+    changes = [f"{wild}{position}{letter}" for position, (wild, letter) in pairs if wild != letter]
+    return ":".join(changes) or "WT"
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    with path.open(newline="") as file:
+        yield from csv.DictReader(file)
+
+
+_MODES: dict[str, Callable[[Unit, TaskData, Commands], Made]] = {
+    PROBE: _probe,
+    FINETUNE: _finetune,
+    LORA: _finetune,
+    ZERO_SHOT: _zero_shot,
+}
