@@ -141,14 +141,14 @@ def stop_behind(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
     monkeypatch.setattr(module, "_compute", stops)
 
 
-@pytest.mark.parametrize("name", ["x.h5", "x.csv", "x.parquet", "uncertain.csv"])
+@pytest.mark.parametrize("name", ["x.h5", "x.csv", "x.parquet"])
 def test_resume_goes_on_and_gives_the_same_bytes(
     checkpoint: Path, fasta: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     if name == "x.parquet":
         pytest.importorskip("pyarrow")
     out, expected = tmp_path / name, tmp_path / f"whole.{name}"
-    how = Uncertainty("dropout", 2) if name == "uncertain.csv" else None
+    how = Uncertainty("dropout", 2) if name == "x.parquet" else None
     predict(checkpoint, fasta, expected, uncertainty=how)
     stop_behind(monkeypatch, 20)
     with pytest.raises(Stop):
