@@ -218,7 +218,9 @@ class _Suite:
         on_one_rank(note)
         return outcome
 
-    def _gathered(self, task: EvalTask, first: Unit, outcomes: Sequence[Outcome], data: TaskData) -> Measured:
+    def _gathered(
+        self, task: EvalTask, first: Unit, outcomes: Sequence[Outcome], data: TaskData
+    ) -> Measured:
         assert task.kind is not None
         headline = HEADLINES[task.kind]
         draws, values = [], []

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from esm2mega.autoeval.probe.labels import SPLITS, TEST, TRAIN, read_splits
+from esm2mega.autoeval.probe.labels import SPLITS, TEST, TRAIN, VALID, read_splits
 from esm2mega.autoeval.tasks import EvalTask
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ModelConfig, Run

@@ -80,9 +80,7 @@ def _tape(task: str, split: str | None) -> EvalTask:
     tests = described.splits[2:]
     split = split or _HEADLINE_SPLITS.get(task.removesuffix("_8"), tests[0])
     if split not in tests:
-        raise UserError(
-            f"--tasks tape/{task}:{split}: {task} has the test splits {', '.join(tests)}; name one"
-        )
+        raise UserError(f"--tasks tape/{task}:{split}: {task} has the test splits {', '.join(tests)}; name one")
     return EvalTask(f"tape/{task}:{split}", "tape", task, split, described.kind)
 
 

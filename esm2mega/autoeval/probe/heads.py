@@ -112,10 +112,7 @@ def _linear(train: Examples, is_class: bool, seed: int) -> Iterator[tuple[dict[s
 
     if is_class:
         # Each begins where the one before ended, which saves three quarters of the iterations.
-        estimator, vectors = (
-            LogisticRegression(max_iter=1000, warm_start=True),
-            train.vectors.astype(np.float64),
-        )
+        estimator, vectors = LogisticRegression(max_iter=1000, warm_start=True), train.vectors.astype(np.float64)
         for strength in LOGISTIC_STRENGTHS:
             yield {"C": strength}, estimator.set_params(C=strength).fit(vectors, train.labels)
         return
