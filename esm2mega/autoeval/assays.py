@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from esm2mega.autoeval.together import alone
 from esm2mega.autoeval.units import Commands, Outcome, Unit, recorded
 from esm2mega.data.counter_rng import Purpose, derive_seed
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
 from esm2mega.finetune.bootstrap import percentiles
 from esm2mega.infer.proteingym import SUMMARY, mean_of_means
-from esm2mega.parallel.errors import on_one_rank
 
 _REFERENCES = ("DMS_substitutions.csv", "DMS_indels.csv")
 _RESAMPLES = 1000
@@ -51,7 +51,7 @@ def run_assays(unit: Unit, reference: Path, folder: Path, commands: Commands) ->
         out = unit.folder / "scores"
         words = ["score", unit.model.path, "--proteingym", reference, "--assays", folder, "--out", out]
         commands.run(out / SUMMARY, *words, "--resume")
-        assays = on_one_rank(lambda: read_summary(out / SUMMARY))
+        assays = alone(lambda: read_summary(out / SUMMARY))
         interval = percentiles(resampled(assays, unit.seed))
         return {"spearman": mean_of_means(assays)}, None, interval
 

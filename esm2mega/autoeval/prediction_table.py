@@ -30,8 +30,8 @@ ID = "id"
 def read_predictions(path: Path, info: TargetInfo, proteins: LabelledProteins) -> Predictions:
     """Read predictions of proteins in the form of `esm2mega predict`.
 
-    Classes of residues are known by their letter alone, so their values are 1 and 0 in place of probabilities:
-    enough for accuracies, not for AUROC.
+    Of classes of residues a table has the likeliest alone, so their values are 1 and 0 in place of
+    probabilities: enough for accuracies, not for AUROC.
 
     Args:
         path: CSV with a row for each protein, in any order.

@@ -14,6 +14,8 @@ def lines(results: Mapping[str, Any], out: str) -> Iterator[str]:
     for task in results["tasks"]:
         counts = ", ".join(f"{count:,} {split}" for split, count in task["num_proteins"].items())
         limited = " (fewer than published)" if task["limited"] else ""
+        if (kept := task["first_residues"]) is not None:
+            limited += f", their first {kept} residues"
         yield f"{task['task']}: {task['metric']}" + (f", {counts} proteins{limited}" if counts else "")
         if (leakage := task["leakage"]) is not None:
             yield f"  {leakage['pairs']:,} pairs of related proteins in different splits"

@@ -6,6 +6,7 @@ was, and the results are the same to the last byte, since nothing in them depend
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 
 from esm2mega.autoeval.assays import find_assays, run_assays
 from esm2mega.autoeval.baselines.fit import baselines_of
+from esm2mega.autoeval.baselines.substitutions import zero_shot_baseline
 from esm2mega.autoeval.eval_model import RANDOM, EvalModel, open_models
 from esm2mega.autoeval.prediction_table import cells_of, read_predictions, write_predictions
 from esm2mega.autoeval.probe.labels import TEST
@@ -24,15 +26,15 @@ from esm2mega.autoeval.published import published_figures
 from esm2mega.autoeval.random_encoder import write_random_encoder
 from esm2mega.autoeval.results import FORMAT, RESULTS_JSON, Measured, differences, mean_metrics, write_csv
 from esm2mega.autoeval.task_data import RunCommand, TaskData, find_source, prepare_task
-from esm2mega.autoeval.tasks import PROBE, EvalTask
-from esm2mega.autoeval.units import Commands, Outcome, Unit, run_unit
+from esm2mega.autoeval.tasks import PROBE, ZERO_SHOT, EvalTask
+from esm2mega.autoeval.together import alone
+from esm2mega.autoeval.units import Commands, Outcome, Unit, run_unit, wild_type
 from esm2mega.config.best_metric import less_is_better
 from esm2mega.errors import UserError
 from esm2mega.files import check_out, read_json, write_json
 from esm2mega.finetune.bootstrap import bootstrap_headline, percentiles
 from esm2mega.finetune.metrics import HEADLINES, Predictions, check_packages, metrics_of
 from esm2mega.infer.work import differing
-from esm2mega.parallel.errors import on_one_rank
 from esm2mega.train.loop import defined
 from esm2mega.version import __version__
 
@@ -86,9 +88,8 @@ def run_suite(request: SuiteRequest, run_command: RunCommand, say: Callable[[str
     check_packages()
     out = Path(request.out)
     check_out(out / RESULTS_JSON)
-    for task in request.tasks:
-        on_one_rank(lambda task=task: _find(task, Path(request.source)))
-    models = on_one_rank(lambda: _begin(request, out))
+    alone(lambda: [_find(task, Path(request.source)) for task in request.tasks])
+    models = alone(lambda: _begin(request, out))
     suite = _Suite(request, models, out, run_command, say)
     results = {
         "format": FORMAT,
@@ -99,12 +100,12 @@ def run_suite(request: SuiteRequest, run_command: RunCommand, say: Callable[[str
         "models": [model.described() for model in models],
         "tasks": [suite.task(task) for task in request.tasks],
     }
-    on_one_rank(lambda: _write(out, results, suite.commands))
+    alone(lambda: _write(out, results, suite.commands))
     return results
 
 
-def _find(task: EvalTask, source: Path) -> None:
-    find_assays(source) if task.kind is None else find_source(task, source)
+def _find(task: EvalTask, source: Path) -> object:
+    return find_assays(source) if task.kind is None else find_source(task, source)
 
 
 def _begin(request: SuiteRequest, out: Path) -> list[EvalModel]:
@@ -118,7 +119,7 @@ def _begin(request: SuiteRequest, out: Path) -> list[EvalModel]:
     }
     noted = out / _REQUEST
     if noted.is_file():
-        if changed := differing(read_json(noted, "choose another --out"), _plain(asked)):
+        if changed := differing(read_json(noted, "choose another --out"), json.loads(json.dumps(asked))):
             raise UserError(f"{out}: was begun with another request: {changed}; choose another --out")
         earlier = read_json(out / "models.json", "choose another --out")["models"]
         return [EvalModel(**model) for model in earlier]
@@ -127,14 +128,6 @@ def _begin(request: SuiteRequest, out: Path) -> list[EvalModel]:
     write_json(out / "models.json", {"models": [asdict(model) for model in models]})
     write_json(noted, asked)
     return models
-
-
-def _plain(asked: dict[str, Any]) -> dict[str, Any]:
-    """Return a request as it comes back from JSON."""
-    import json
-
-    plain: dict[str, Any] = json.loads(json.dumps(asked))
-    return plain
 
 
 class _Suite:
@@ -169,8 +162,7 @@ class _Suite:
         counts = {split: len(rows_of_split) for split, rows_of_split in data.rows.items()}
         if PROBE in request.modes:
             rows.append(self._random_row(task, data))
-        if task.kind != "contact":
-            rows += on_one_rank(lambda: list(self._baselines(task, data)))
+        rows += alone(lambda: self._baselines(task, data))
         rows += _published_rows(task.name, metric)
         data.release()
         return {
@@ -180,6 +172,7 @@ class _Suite:
             "less_is_better": less_is_better(metric),
             "num_proteins": counts,
             "limited": data.limited,
+            "first_residues": task.first_residues,
             "leakage": None,
             "rows": rows,
             "differences": differences(measured, counts[TEST]),
@@ -189,7 +182,7 @@ class _Suite:
         """Evaluate a model with every seed."""
         units = [self._unit(task, model, mode, seed) for seed in range(self._request.seeds)]
         outcomes = [self._run(unit, lambda unit, c: run_unit(unit, data, c)) for unit in units]
-        return on_one_rank(lambda: self._gathered(task, units[0], outcomes, data))
+        return alone(lambda: self._gathered(task, units[0], outcomes, data))
 
     def _unit(self, task: EvalTask, model: EvalModel, mode: str, number: int) -> Unit:
         request = self._request
@@ -203,7 +196,7 @@ class _Suite:
     def _run(self, unit: Unit, run: Callable[[Unit, Commands], Outcome]) -> Outcome:
         began = time.monotonic()
         commands = Commands(self._run_command, self._say)
-        is_new = not on_one_rank(lambda: unit.folder.is_dir())
+        is_new = not alone(lambda: unit.folder.is_dir())
         outcome = run(unit, commands)
         self.commands += outcome.commands
         seconds = time.monotonic() - began
@@ -215,12 +208,10 @@ class _Suite:
             if is_new or key not in times:
                 write_json(path, {**times, key: round(seconds, 2)})
 
-        on_one_rank(note)
+        alone(note)
         return outcome
 
-    def _gathered(
-        self, task: EvalTask, first: Unit, outcomes: Sequence[Outcome], data: TaskData
-    ) -> Measured:
+    def _gathered(self, task: EvalTask, first: Unit, outcomes: Sequence[Outcome], data: TaskData) -> Measured:
         assert task.kind is not None
         headline = HEADLINES[task.kind]
         draws, values = [], []
@@ -246,7 +237,10 @@ class _Suite:
             [_shell(command) for outcome in outcomes for command in outcome.commands],
         )
 
-    def _write_predictions(self, task: EvalTask, name: str, found: Predictions, data: TaskData) -> str:
+    def _write_predictions(self, task: EvalTask, name: str, found: Predictions, data: TaskData) -> str | None:
+        """Write predictions for readers; those of contacts are maps, which have no place in a table."""
+        if data.info.per_pair:
+            return None
         target = f"{_PREDICTIONS}/{task.slug}/{name}"
         cells = cells_of(found, data.info, data.splits[TEST])
         write_predictions(self._out / target, cells, data.rows[TEST], data.columns)
@@ -256,16 +250,20 @@ class _Suite:
         """Evaluate a model of the first one's shape that has learned nothing."""
         first, path = self._models[0], self._out / "work" / "random-weights"
         seed = self._request.seed
-        on_one_rank(lambda: None if path.is_dir() else write_random_encoder(first.path, path, seed) and None)
+        alone(lambda: None if path.is_dir() else write_random_encoder(first.path, path, seed) and None)
         model = replace(first, name=RANDOM, checkpoint=RANDOM, path=str(path), step=None)
         row = self._measured(task, model, PROBE, data).row()
         kept = {name: row[name] for name in ("value", "low", "high", "metrics", "predictions")}
         return {"row": "baseline", "baseline": RANDOM, **kept, "note": f"a probe, shape of {first.name}"}
 
-    def _baselines(self, task: EvalTask, data: TaskData) -> Sequence[dict[str, Any]]:
+    def _baselines(self, task: EvalTask, data: TaskData) -> list[dict[str, Any]]:
         assert task.kind is not None
         headline, rows = HEADLINES[task.kind], []
-        for baseline in baselines_of(data.splits, data.info, self._request.seed):
+        baselines = baselines_of(data.splits, data.info, self._request.seed)
+        if ZERO_SHOT in self._request.modes:
+            sequence = wild_type(data.rows[TEST][0]["sequence"])
+            baselines.append(zero_shot_baseline(data.splits[TEST], sequence))
+        for baseline in baselines:
             metrics = {name: defined(x) for name, x in metrics_of(baseline.predictions, data.info).items()}
             draws = _draws(baseline.predictions, data, self._request.seed)
             low, high = percentiles(draws) or (None, None)
@@ -285,7 +283,7 @@ class _Suite:
         return rows
 
     def _assays(self, task: EvalTask) -> dict[str, Any]:
-        reference, folder = on_one_rank(lambda: find_assays(Path(self._request.source)))
+        reference, folder = alone(lambda: find_assays(Path(self._request.source)))
         rows = []
         for model in self._models:
             unit = self._unit(task, model, task.modes[0], 0)
@@ -304,6 +302,7 @@ class _Suite:
             "less_is_better": False,
             "num_proteins": {},
             "limited": None,
+            "first_residues": None,
             "leakage": None,
             "rows": rows + _published_rows(task.name, "spearman"),
             "differences": [],

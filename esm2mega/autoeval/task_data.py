@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from esm2mega.autoeval.probe.labels import SPLITS, TEST, TRAIN, VALID, read_splits
+from esm2mega.autoeval.probe.labels import SPLITS, TEST, TRAIN, read_splits
 from esm2mega.autoeval.tasks import EvalTask
+from esm2mega.autoeval.together import alone
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ModelConfig, Run
 from esm2mega.data.benchmarks.names import TAPE_TASKS
@@ -23,7 +22,6 @@ from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.files import appearing
-from esm2mega.parallel.errors import on_one_rank
 
 RunCommand = Callable[[Sequence[str]], None]
 """Runs one command of the package in this process, and raises what it raises."""
@@ -128,10 +126,11 @@ def prepare_task(
         if not folder.is_dir():
             with appearing(folder) as partial:
                 for split in SPLITS:
-                    _copy(_table_of(task, whole, split), partial / f"{split}.csv", limits.get(split), seed)
+                    rows = _chosen(_read_rows(_table_of(task, whole, split)), limits.get(split), seed)
+                    _write(partial / f"{split}.csv", rows, task.first_residues)
 
     # Tables may take a long time to make; the other ranks have nothing else to do.
-    on_one_rank(make)
+    alone(make)
     with (folder / f"{TRAIN}.csv").open(newline="") as file:
         header = next(csv.reader(file))
     columns = [name for name in header if name not in _NOT_LABELS]
@@ -157,8 +156,8 @@ def find_source(task: EvalTask, source: Path) -> Path:
         return tables[0]
     if (found := next((place for place in places[:2] if place.is_dir()), None)) is None:
         raise UserError(
-            f"--source {source}: has no folder {places[0].relative_to(source)} or {folder} with the published "
-            f"files of {task.name}; put them there, or name the folder that has them"
+            f"--source {source}: has no folder {places[0].relative_to(source)} or {folder} with the files of "
+            f"{task.name}; put them there as they are published, or name the folder that has them"
         )
     return found
 
@@ -179,21 +178,22 @@ def _table_of(task: EvalTask, folder: Path, split: str) -> Path:
     return path
 
 
-def _copy(source: Path, target: Path, most: int | None, seed: int) -> None:
-    """Copy a table, or of one with more rows those `most` that the seed chooses, in their order."""
-    rows = _read_rows(source)
+def _chosen(rows: list[dict[str, str]], most: int | None, seed: int) -> list[dict[str, str]]:
+    """Return all rows, or of more than `most` those that the seed chooses, in their order."""
     if most is None or len(rows) <= most:
-        shutil.copyfile(source, target)
-        return
+        return rows
     keys = stream_starts(seed, Purpose.SPLIT, np.arange(len(rows)))
-    chosen = np.sort(np.argsort(keys, kind="stable")[:most])
-    with target.open("w", newline="") as file:
+    return [rows[row] for row in np.sort(np.argsort(keys, kind="stable")[:most]).tolist()]
+
+
+def _write(path: Path, rows: list[dict[str, str]], first_residues: int | None) -> None:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows[row] for row in chosen.tolist())
+        writer.writerows({**row, "sequence": row["sequence"][:first_residues]} for row in rows)
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, str]]:
     csv.field_size_limit(1 << 30)
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

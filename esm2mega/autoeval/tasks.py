@@ -21,6 +21,8 @@ QUICK_LIMITS = {"train": 500, "valid": 200, "test": 200}
 """Gives the most proteins of each split in the suite `quick`."""
 
 PROTEINGYM, GB1 = "proteingym", "gb1"
+_GB1_DOMAIN = 62
+"""Is the number of residues of gb1's proteins that are kept: the domain; the tag behind it never varies."""
 _HEADLINE_SPLITS = {"remote_homology": "test_fold_holdout", "secondary_structure": "cb513"}
 _LABELS = {"locations": "multilabel", "membrane": "classification"}
 
@@ -49,6 +51,11 @@ class EvalTask:
     def slug(self) -> str:
         """Return the name as a file name."""
         return self.name.replace("/", "-").replace(":", "-")
+
+    @property
+    def first_residues(self) -> int | None:
+        """Return how many residues of each protein are kept; None for all."""
+        return _GB1_DOMAIN if self.task == GB1 else None
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -80,7 +87,9 @@ def _tape(task: str, split: str | None) -> EvalTask:
     tests = described.splits[2:]
     split = split or _HEADLINE_SPLITS.get(task.removesuffix("_8"), tests[0])
     if split not in tests:
-        raise UserError(f"--tasks tape/{task}:{split}: {task} has the test splits {', '.join(tests)}; name one")
+        raise UserError(
+            f"--tasks tape/{task}:{split}: {task} has the test splits {', '.join(tests)}; name one"
+        )
     return EvalTask(f"tape/{task}:{split}", "tape", task, split, described.kind)
 
 
@@ -154,5 +163,6 @@ def check_modes(tasks: Sequence[EvalTask], modes: Sequence[str]) -> None:
             if mode not in task.modes:
                 reason = f"; {task.why_no_zero_shot}" if mode == ZERO_SHOT else ""
                 raise UserError(
-                    f"--mode {mode}: is not defined for {task.name}, which has {', '.join(task.modes)}{reason}"
+                    f"--mode {mode}: is not defined for {task.name}, which has "
+                    f"{', '.join(task.modes)}{reason}"
                 )

@@ -19,12 +19,12 @@ from esm2mega.autoeval.probe.run import PREDICTIONS, RESULTS
 from esm2mega.autoeval.recipe import finetune_settings
 from esm2mega.autoeval.task_data import RunCommand, TaskData
 from esm2mega.autoeval.tasks import FINETUNE, LORA, PROBE, ZERO_SHOT
+from esm2mega.autoeval.together import alone
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.files import read_json, write_json
 from esm2mega.finetune.metrics import HEADLINES
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.variants import write_table
-from esm2mega.parallel.errors import on_one_rank
 
 _RESULT = "result.json"
 _BEGIN_AGAIN = "remove that folder, and start again"
@@ -84,9 +84,12 @@ class Commands:
         """Run a command, unless its output is there; all ranks call this together."""
         command = [str(word) for word in words]
         self.all.append(command)
-        if not on_one_rank(output.exists):
+        if not alone(output.exists):
             self._say(" ".join(["esm2mega", *command]))
-            self._run(command)
+            if command[0] == PROBE:  # this command is for one process
+                alone(lambda: self._run(command))
+            else:
+                self._run(command)
         return output
 
 
@@ -102,11 +105,11 @@ def run_unit(unit: Unit, data: TaskData, commands: Commands) -> Outcome:
 def recorded(unit: Unit, commands: Commands, make: Callable[[], Made]) -> Outcome:
     """Return what `make` gives, or gave in an earlier start; all ranks call this together."""
     path = unit.folder / _RESULT
-    if not on_one_rank(path.is_file):
+    if not alone(path.is_file):
         metrics, predictions, interval = make()
-        found = Outcome(metrics, predictions and str(predictions), interval, commands.all)
-        on_one_rank(lambda: write_json(path, asdict(found)))
-    return on_one_rank(lambda: Outcome(**read_json(path, _BEGIN_AGAIN)))
+        found = Outcome(metrics, None if predictions is None else str(predictions), interval, commands.all)
+        alone(lambda: write_json(path, asdict(found)))
+    return alone(lambda: Outcome(**read_json(path, _BEGIN_AGAIN)))
 
 
 def _probe(unit: Unit, data: TaskData, commands: Commands) -> Made:
@@ -116,7 +119,7 @@ def _probe(unit: Unit, data: TaskData, commands: Commands) -> Made:
     # Intervals are made later for all modes alike; what a killed probe left is replaced.
     words += ["task.bootstrap=0", "--overwrite"]
     commands.run(out / RESULTS, *words)
-    result = on_one_rank(lambda: read_json(out / RESULTS, _BEGIN_AGAIN)[TEST])
+    result = alone(lambda: read_json(out / RESULTS, _BEGIN_AGAIN)[TEST])
     return _numbers(result), out / PREDICTIONS, None
 
 
@@ -151,11 +154,11 @@ def _finetune(unit: Unit, data: TaskData, commands: Commands) -> Made:
     ]
     trained = unit.folder / "trained"
     commands.run(trained, FINETUNE, *settings)
-    on_one_rank(lambda: trained.touch())
+    alone(lambda: trained.touch())
     evaluation, table = unit.folder / "evaluation.json", unit.folder / PREDICTIONS
     test = data.table(TEST)
     commands.run(evaluation, "evaluate", run_dir, "--data", test, "--out", evaluation)
-    result = on_one_rank(lambda: read_json(evaluation, _BEGIN_AGAIN))
+    result = alone(lambda: read_json(evaluation, _BEGIN_AGAIN))
     if kind == PAIR_KIND:
         return _numbers(result), None, result["intervals"].get(HEADLINES[kind])
     commands.run(table, "predict", run_dir, test, "--out", table, "--resume")
@@ -188,7 +191,7 @@ def _zero_shot(unit: Unit, data: TaskData, commands: Commands) -> Made:
         rows = [[row[ID], mutations(row["sequence"], sequence), row[column]] for row in data.rows[TEST]]
         write_table(table, ["variant", "mutant", column], rows)
 
-    on_one_rank(write_variants)
+    alone(write_variants)
     words = ["score", unit.model.path, "--fasta", fasta, "--variants", table, "--out", scores]
     commands.run(scores, *words, "--measured", column)
 
@@ -197,7 +200,7 @@ def _zero_shot(unit: Unit, data: TaskData, commands: Commands) -> Made:
         write_table(predictions, [ID, column], [[row["variant"], row["score"]] for row in rows])
         return spearman([float(row[column]) for row in rows], [float(row["score"]) for row in rows])
 
-    return {"spearman": on_one_rank(read_scores)}, predictions, None
+    return {"spearman": alone(read_scores)}, predictions, None
 
 
 def wild_type(variant: str) -> str:

@@ -26,7 +26,9 @@ from esm2mega.errors import UserError
 @click.option("--source", required=True, metavar="DIR", help="Folder of the published files of the tasks.")
 @click.option("--out", required=True, metavar="DIR", help="Folder of results; goes on with what it holds.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Heads of each model.")
-@click.option("--seed", type=click.IntRange(0), default=1234, show_default=True, help="Seed of the first one.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=1234, show_default=True, help="Seed of the first one."
+)
 @click.option("--layers", multiple=True, metavar="N,M", help="Layers that a probe tries [default: -1].")
 @click.option("--limit-train", type=click.IntRange(2), metavar="N", help="Most training proteins.")
 @click.option("--limit-valid", type=click.IntRange(2), metavar="N", help="Most validation proteins.")

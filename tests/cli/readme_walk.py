@@ -9,6 +9,7 @@ import numpy as np
 
 from esm2mega.vocabulary import VOCAB
 from tests.cli.pages import Command, walk
+from tests.flip_files import write_gb1, write_secondary_structure
 
 # Appended to the README's training commands, which are otherwise taken word by word.
 SMALL = (
@@ -43,6 +44,8 @@ def write_inputs(folder: Path) -> None:
     """Short random proteins, more than the README holds out, and tables of labelled ones, under its names."""
     _write_fasta(folder / "my_proteins.fasta")
     _write_labels(folder)
+    write_gb1(folder / "flip" / "gb1")
+    write_secondary_structure(folder / "flip" / "secondary_structure")
 
 
 def _write_fasta(path: Path, count: int = 430) -> None:

@@ -104,7 +104,7 @@ def test_the_walk_has_all_its_steps() -> None:
     assert done == [
         *("prepare", "pretrain", "evaluate", "plot", "inspect", "inspect", "pretrain"),
         *("convert", "embed", "score"),
-        *("finetune", "predict", "finetune", "lora"),
+        *("finetune", "predict", "autoeval", "finetune", "lora"),
     ]
 
 
@@ -186,6 +186,16 @@ def test_finetuned_models_predict_and_merge(walked: Walked) -> None:
     for run in ("fitness", "adapted"):
         assert (walked.folder / "runs" / run / "checkpoints" / step / "COMPLETE").is_file()
     assert (walked.folder / "adapted_whole" / "COMPLETE").is_file()
+
+
+@pytest.mark.distributed
+def test_benchmarks_have_results(walked: Walked) -> None:
+    results = json.loads((walked.folder / "results" / "results.json").read_text())
+    assert [task["task"] for task in results["tasks"]] == [
+        "flip/gb1:two_vs_rest",
+        "flip/secondary_structure:sampled",
+    ]
+    assert results["models"][0]["step"] == 2 * STEPS_PER_START
 
 
 @pytest.mark.distributed

@@ -1,0 +1,104 @@
+"""`autoeval` on files of FLIP: numbers done by hand, the same results after a kill and on two processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from tests.flip_files import write_gb1, write_secondary_structure
+from tests.infer_models import make_reference
+from tests.ranks import end_ranks, run_ranks, start_ranks
+
+pytestmark = pytest.mark.distributed
+
+TASKS = "flip/gb1,flip/secondary_structure"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and data, and the results of a suite that nothing stopped."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
+    folder = tmp_path_factory.mktemp("autoeval")
+    make_reference(folder)
+    write_gb1(folder / "flip" / "gb1")
+    write_secondary_structure(folder / "secondary_structure")
+    run_ranks(words(folder, "whole"), 1, folder / "output")
+    return folder
+
+
+def words(folder: Path, out: str) -> list[str]:
+    options = ["--tasks", TASKS, "--source", str(folder), "--out", str(folder / out), "--seeds", "2"]
+    return ["-m", "esm2mega", "-v", "autoeval", str(folder / "run"), *options]
+
+
+def results(folder: Path, out: str = "whole") -> dict[str, Any]:
+    return json.loads((folder / out / "results.json").read_text())
+
+
+def test_the_numbers_are_those_of_the_predictions(folder: Path) -> None:
+    gb1, structure = results(folder)["tasks"]
+    assert gb1["num_proteins"] == {"train": 24, "valid": 8, "test": 16}
+    by_name = {row.get("model") or row["baseline"]: row for row in gb1["rows"] if row["row"] != "published"}
+    assert set(by_name) >= {"random weights", "mean", "one-hot ridge"} and len(by_name) == 4
+    for row in by_name.values():
+        table = list(csv.DictReader((folder / "whole" / row["predictions"]).open()))
+        labels, values = ([float(cells[name]) for cells in table] for name in ("label", "target"))
+        expected = spearmanr(labels, values).statistic if np.ptp(values) else None
+        # The same definition; only the order of sums differs.
+        assert row["value"] == (None if expected is None else pytest.approx(expected, abs=1e-12))
+        assert row["value"] is None or row["low"] <= row["value"] <= row["high"]
+    model = next(row for row in structure["rows"] if row["row"] == "model")
+    table = list(csv.DictReader((folder / "whole" / model["predictions"]).open()))
+    pairs = [
+        (predicted, known)
+        for cells in table
+        for predicted, known, kept in zip(
+            cells["prediction"], cells["label"], mask_of(folder, cells["id"]), strict=True
+        )
+        if kept == "1"
+    ]
+    assert model["value"] == pytest.approx(np.mean([a == b for a, b in pairs]), abs=1e-12)
+    assert model["seeds"]["sd"] == 0.0, "ridge and logistic regression draw nothing"
+    published = [row for row in structure["rows"] if row["row"] == "published"]
+    assert any(row["model"] == "ESM-2 650M" and row["value"] == 0.855 for row in published)
+
+
+def mask_of(folder: Path, name: str) -> str:
+    lines = (folder / "secondary_structure" / "mask.fasta").read_text().split("\n")
+    return lines[lines.index(f">{name}") + 1]
+
+
+def test_the_table_holds_every_row(folder: Path) -> None:
+    rows = list(csv.DictReader((folder / "whole" / "results.csv").open()))
+    expected = [(t["task"], row["value"]) for t in results(folder)["tasks"] for row in t["rows"]]
+    assert [(row["task"], float(row["value"]) if row["value"] else None) for row in rows] == expected
+    commands = (folder / "whole" / "commands.sh").read_text()
+    assert commands.count("esm2mega prepare") == 2 and "esm2mega probe" in commands
+
+
+def test_a_killed_suite_goes_on_at_two_processes(folder: Path) -> None:
+    """It is killed in the embedding of the second task, and goes on with another number of processes."""
+    out = folder / "killed"
+    ranks = start_ranks(words(folder, "killed"), 1, folder / "output-killed")
+    try:
+        limit = time.monotonic() + 60
+        while not any(out.glob("work/flip-secondary*/*/embeddings/*")) and time.monotonic() < limit:
+            time.sleep(0.01)
+        for rank in ranks:
+            os.kill(rank.pid, signal.SIGKILL)
+    finally:
+        end_ranks(ranks)
+    assert not (out / "results.json").exists(), "the suite was over before the kill"
+    run_ranks(words(folder, "killed"), 2, folder / "output-resumed")
+    for name in ("results.json", "results.csv"):
+        mine = (out / name).read_bytes().replace(b"/killed/", b"/whole/")
+        assert mine == (folder / "whole" / name).read_bytes(), name
