@@ -13,7 +13,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip instal
 
 
 def test_the_f1_of_resamples_is_that_of_scikit_learn() -> None:
-    """Also of resamples in which no flag is 1 or predicted, or none is known, and of a class without labels."""
+    """Also where no flag is 1 or predicted, where none is known, and of a class without labels."""
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 2, (4, 3)).astype(float)
     labels[0], labels[1], labels[3, 1] = np.nan, 0.0, np.nan
