@@ -97,13 +97,15 @@ def test_every_layout_predicts_what_one_process_does(
     ],
 )
 def test_samples_of_dropout_are_the_same_at_every_layout(
-    checkpoints: dict[str, Path], fasta: Path, tmp_path: Path, layout: str
+    checkpoints: dict[str, Path], tmp_path: Path, layout: str
 ) -> None:
     """With intervals that are calibrated on a table, whose proteins the ranks share out."""
     from esm2mega.finetune.draws import Uncertainty
     from esm2mega.finetune.predict import predict
 
-    table = tmp_path / "valid.csv"
+    lengths = [1, 290, *np.random.default_rng(3).integers(2, 126, 40).tolist(), 400]
+    pairs = [(f"p{number}", sequence) for number, sequence in enumerate(random_proteins(lengths))]
+    fasta, table = write_fasta(tmp_path / "proteins.fasta", pairs), tmp_path / "valid.csv"
     rows = [f'{s},"{[float(ord(x)) for x in s]}"\n' for s in random_proteins([30, 60, 90] * 7, seed=4)]
     table.write_text("sequence,target\n" + "".join(rows))
     checkpoint, crop = checkpoints["token_regression"], ["infer.too_long=crop"]

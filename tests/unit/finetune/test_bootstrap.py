@@ -21,7 +21,7 @@ def test_the_f1_of_resamples_is_that_of_scikit_learn() -> None:
     values[:2] = 0.1
     info = TargetInfo("multilabel", ["a", "b", "c"], untrained=[2])
     found = Predictions(np.arange(4), None, values, labels)
-    # All draws of two kinds of proteins occur among so many.
-    expected = bootstrap_metrics(found, info, 300, 7)["f1_micro"]
+    # Of this seed, draws of the first two proteins alone are among so many.
+    expected = bootstrap_metrics(found, info, 40, 5)["f1_micro"]
     assert np.isnan(expected).any() and (expected == 0).any() and len(np.unique(expected)) > 5
-    np.testing.assert_allclose(bootstrap_headline(found, info, 300, 7), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(bootstrap_headline(found, info, 40, 5), expected, rtol=0, atol=1e-12)
