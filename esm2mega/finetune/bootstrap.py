@@ -55,7 +55,7 @@ def bootstrap_headline(found: Predictions, info: TargetInfo, resamples: int, see
     if headline == "f1_micro" and found.labels is not None:
         flags = ~np.isnan(found.labels).all(axis=1)
         # Where flags are known, but none is 1 or predicted, it is 0.
-        ratios[(known == 0) & [flags[chosen].any() for chosen in drawn]] = 0.0
+        ratios[(known == 0) & np.array([flags[chosen].any() for chosen in drawn])] = 0.0
     return ratios
 
 
