@@ -53,7 +53,7 @@ def bootstrap_headline(found: Predictions, info: TargetInfo, resamples: int, see
     with np.errstate(invalid="ignore"):  # a draw of proteins without labels has no accuracy
         ratios = np.array([right[chosen].sum() for chosen in drawn]) / known
     if headline == "f1_micro" and found.labels is not None:
-        flags = ~np.isnan(found.labels).all(axis=1)
+        flags: Array = np.any(~np.isnan(found.labels), axis=1)
         # Where flags are known, but none is 1 or predicted, it is 0.
         ratios[(known == 0) & np.array([flags[chosen].any() for chosen in drawn])] = 0.0
     return ratios
