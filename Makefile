@@ -46,7 +46,7 @@ lint: $(DEV)/.installed ## style of Python, shell and Dockerfiles, and the contr
 	$(DEV_RUN) ruff format --check .
 	$(DEV_RUN) lint-imports --no-logo
 	$(DEV_RUN) hadolint Dockerfile $(wildcard docker/*.Dockerfile)
-	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/slurm/*.sbatch tests/slurm/*.sh)
+	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/*/*.sh examples/slurm/*.sbatch tests/slurm/*.sh)
 
 type: $(DEV)/.installed ## types
 	$(DEV_RUN) mypy

@@ -14,7 +14,7 @@ from esm2mega.autoeval.difference import LEVEL, Difference, loss_difference, met
 from esm2mega.autoeval.models import LOSS, Measurement, Model
 from esm2mega.autoeval.sides import open_models
 from esm2mega.config.best_metric import less_is_better
-from esm2mega.config.run_name import is_there
+from esm2mega.config.run_name import joined_names
 from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, check_out, write_json
 from esm2mega.finetune.metrics import check_packages
@@ -79,7 +79,7 @@ def compare(
     elif per_protein:
         raise UserError("--per-protein is written to a file; name it by --out FILE.json")
     check_packages()
-    names = [_names(side, text) for side, text in zip(_SIDES, sides, strict=True)]
+    names = [joined_names(side, text) for side, text in zip(_SIDES, sides, strict=True)]
     models = open_models(names, data, overrides, code or GivenCode())
     measured: dict[Path, Measurement | None] = {}
     for model in (model for side in models for model in side):
@@ -94,16 +94,6 @@ def compare(
         proteins = {"proteins": list(_proteins(runs))} if per_protein else {}
         write_json(Path(out), {**result, **proteins}, OTHER_OUT)
     return result
-
-
-def _names(side: str, text: str) -> list[str]:
-    """Return the names of the checkpoints of a side; a path that exists as it is written is one."""
-    names = [text] if is_there(text) else text.split(",")
-    if not all(names):
-        raise UserError(
-            f"{side}={text!r}: a name is empty; give the runs of a side as RUN,RUN without blanks"
-        )
-    return names
 
 
 def _result(runs: _Runs, data: str) -> dict[str, Any]:

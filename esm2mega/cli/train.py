@@ -97,6 +97,15 @@ def finetune(config: str | None, code: tuple[str, ...], overrides: tuple[str, ..
     metavar="N",
     help="Most tokens at once, with <cls> and <eos> [default: as in training].",
 )
+@click.option(
+    "--uncertainty",
+    type=click.Choice(["ensemble", "dropout"]),
+    help="Also say how sure: by RUN,RUN that commas join [then the default], or by samples of dropout.",
+)
+@click.option("--samples", type=click.IntRange(2), metavar="N", help="Samples of dropout [default: 20].")
+@click.option(
+    "--calibrate", metavar="TABLE", help="Labelled proteins, for intervals that hold 95 % of such labels."
+)
 @_CODE
 @click.option("--resume", is_flag=True, help="Continue an unfinished output; start one if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -104,13 +113,29 @@ def finetune(config: str | None, code: tuple[str, ...], overrides: tuple[str, ..
 def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
     """Predict the proteins of INPUT with a fine-tuned checkpoint; a run means its best one.
 
-    INPUT is FASTA, CSV, Parquet and others, also compressed, or a token store; - is standard input.
+    INPUT is FASTA, CSV, Parquet and others, also compressed, or a token store; - is standard input. Runs that
+    differ in their seed are joined by commas: their mean is predicted, and their spread says how sure it is.
 
     Example: esm2mega predict runs/mine proteins.fasta --out predictions.csv
     """
     mode = output_mode(resume, overwrite)
+    from esm2mega.config.run_name import joined_names
+
+    names = joined_names("CHECKPOINT", checkpoint)
+    kind = options["uncertainty"] or ("ensemble" if len(names) > 1 else None)
+    for option in ("samples", "calibrate"):
+        if options[option] is not None and kind is None:
+            raise UserError(f"--{option} {options[option]}: needs --uncertainty, or several runs as RUN,RUN")
+    if options["samples"] is not None and kind == "ensemble":
+        raise UserError(
+            f"--samples {options['samples']}: counts samples of dropout; give --uncertainty dropout"
+        )
     from esm2mega.finetune.code_option import load_code
+    from esm2mega.finetune.draws import Uncertainty
     from esm2mega.finetune.predict import predict as run_predict
+
+    samples = (options["samples"] or 20) if kind == "dropout" else 0
+    uncertainty = None if kind is None else Uncertainty(kind, samples, options["calibrate"])
 
     settings = {
         "data.sequence_column": options["sequence_column"],
@@ -120,7 +145,7 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
     }
     given = [as_word(key, value) for key, value in settings.items() if value is not None]
     overrides = [*given, *options["overrides"]]
-    say(run_predict(checkpoint, input, out, overrides, mode, load_code(options["code"])))
+    say(run_predict(names, input, out, overrides, mode, load_code(options["code"]), uncertainty))
 
 
 @command(short_help="Compute loss and perplexity of a checkpoint, or the metrics of its task.")

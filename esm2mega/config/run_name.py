@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+from esm2mega.errors import UserError
+
 FORMS = "RUN@best, RUN@last or RUN@step_N"
 """Lists the forms, for messages."""
 
@@ -24,3 +26,19 @@ def split_run(named: str | os.PathLike[str]) -> tuple[str, str | None]:
 def is_there(named: str | os.PathLike[str]) -> bool:
     """Tell whether a path exists, or the run of which it names a checkpoint."""
     return os.path.exists(split_run(named)[0])
+
+
+def joined_names(argument: str, text: str) -> list[str]:
+    """Return the names of checkpoints that commas join; a path that exists as it is written is one.
+
+    Args:
+        argument: Name of the argument, for messages.
+        text: Its value.
+
+    Raises:
+        UserError: A name is empty.
+    """
+    names = [text] if is_there(text) else text.split(",")
+    if not all(names):
+        raise UserError(f"{argument}={text!r}: a name is empty; give runs as RUN,RUN without blanks")
+    return names

@@ -54,6 +54,7 @@ class Purpose(enum.IntEnum):
     DROPOUT = 11
     BOOTSTRAP = 12
     ENCODER_DROPOUT = 13
+    DROPOUT_SAMPLE = 14
 
 
 def mix(state: Bits) -> Bits:

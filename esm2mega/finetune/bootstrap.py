@@ -37,17 +37,36 @@ def bootstrap_intervals(
 def bootstrap_headline(found: Predictions, info: TargetInfo, resamples: int, seed: int) -> Array:
     """Compute the metric of `HEADLINES` alone in resamples, ``[resamples]``, as `bootstrap_metrics` does.
 
-    An accuracy needs only the sums of each protein, so that residues need not be copied for every resample.
+    An accuracy and a micro-averaged F1 need only sums of each protein, so that nothing is computed anew for
+    every resample.
     """
     headline = HEADLINES[info.kind]
-    if headline != "accuracy" or len(info.targets) > 1:
+    if headline == "f1_micro":
+        right, counts = _f1_of_proteins(found, info)
+    elif headline == "accuracy" and len(info.targets) == 1:
+        right, counts = right_of_proteins(found, info)
+    else:
         return bootstrap_metrics(found, info, resamples, seed)[headline]
-    right, counts = right_of_proteins(found, info)
     rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
     drawn = [rng.integers(0, len(counts), len(counts)) for _ in range(resamples)]
     known = np.array([counts[chosen].sum() for chosen in drawn], np.float64)
     with np.errstate(invalid="ignore"):  # a draw of proteins without labels has no accuracy
-        return np.array([right[chosen].sum() for chosen in drawn]) / known
+        ratios = np.array([right[chosen].sum() for chosen in drawn]) / known
+    if headline == "f1_micro" and found.labels is not None:
+        flags: Array = np.any(~np.isnan(found.labels), axis=1)
+        # Where flags are known, but none is 1 or predicted, it is 0.
+        ratios[(known == 0) & np.array([flags[chosen].any() for chosen in drawn])] = 0.0
+    return ratios
+
+
+def _f1_of_proteins(found: Predictions, info: TargetInfo) -> tuple[Array, Array]:
+    """Return numerator and denominator of the F1 of each protein's known flags, ``[n]`` each."""
+    labels = found.labels
+    assert labels is not None
+    predicted = (found.values >= 0.5) & ~np.isnan(labels)
+    predicted[:, info.untrained] &= labels[:, info.untrained] != 1.0
+    right = 2 * ((labels == 1.0) & predicted).sum(axis=1)
+    return right, (labels == 1.0).sum(axis=1) + predicted.sum(axis=1)
 
 
 def percentiles(values: Array) -> tuple[float, float] | None:

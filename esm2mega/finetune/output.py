@@ -6,7 +6,7 @@ Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,39 @@ def table_cells(values: Array, info: TargetInfo) -> dict[str, Any]:
     shown = _shown(values, info)
     named = {f"p_{name}": value for name, value in zip(info.names, values.tolist(), strict=True)}
     return {"prediction": ";".join(shown) if info.kind == "multilabel" else shown, **named}
+
+
+def uncertainty_columns(extras: Iterable[str], info: TargetInfo) -> list[str]:
+    """Return the columns that say how uncertain predictions are: ``NAME_sd``, or ``entropy`` for one target.
+
+    Args:
+        extras: Names of the arrays, from `esm2mega.finetune.uncertainty.extra_widths`.
+        info: Meaning of the predictions.
+    """
+    names = [target.name for target in info.targets]
+    if info.kind in ("regression", "multilabel"):
+        names = info.names
+    elif info.kind == "token_regression" and len(names) == 1:
+        names = ["prediction"]
+    return [f"{name}_{extra}" if name else extra for name in names for extra in extras]
+
+
+def uncertainty_cells(values: Mapping[str, Array], info: TargetInfo) -> dict[str, Any]:
+    """Return how uncertain the prediction of a protein is, as cells by column.
+
+    Args:
+        values: For each array, that of the protein, ``[g]``, or of its residues, ``[L, g]``.
+        info: Meaning of the predictions.
+    """
+    columns = uncertainty_columns(values, info)
+    # [extras, g] or [extras, L, g] -> in the order of the columns
+    cells = [
+        array[..., number]
+        for number in range(len(columns) // max(len(values), 1))
+        for array in values.values()
+    ]
+    shown = [_residue_cell(_numbers(cell)) if info.per_residue else cell.item() for cell in cells]
+    return dict(zip(columns, shown, strict=True))
 
 
 def _residue_cell(shown: str | list[float | None]) -> str:

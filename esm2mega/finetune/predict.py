@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from esm2mega.checkpoint.finite import not_finite
 from esm2mega.config.head_form import head_form
@@ -14,11 +17,14 @@ from esm2mega.config.load import values_of
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.files import check_out
-from esm2mega.finetune.checkpoint import load_task, open_task, without_dropping
+from esm2mega.finetune.checkpoint import labelled, load_task, without_dropping
+from esm2mega.finetune.draws import AT_ONCE, Draws, Uncertainty, check_uncertainty, open_members
 from esm2mega.finetune.evaluate import Collecting
 from esm2mega.finetune.losses import loss_of_task
+from esm2mega.finetune.metrics import check_packages
 from esm2mega.finetune.prediction_files import PredictionContents, PredictionTarget, check_format
 from esm2mega.finetune.run import batch_spec
+from esm2mega.finetune.uncertainty import extra_widths
 from esm2mega.finetune.user_code import GivenCode
 from esm2mega.infer.contents import Write
 from esm2mega.infer.job import Compute, Job, refuse_long, run_job
@@ -40,23 +46,25 @@ _TOO_LONG = ("error", "crop")
 
 
 def predict(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Sequence[str | Path],
     input: str | Path,
     out: str | Path,
     overrides: Sequence[str] = (),
     mode: Mode = "new",
     code: GivenCode | None = None,
+    uncertainty: Uncertainty | None = None,
 ) -> list[str]:
     """Predict every protein of a file; all ranks call this together.
 
     Args:
-        checkpoint: As for `esm2mega.finetune.checkpoint.open_task`.
+        checkpoint: As for `esm2mega.finetune.checkpoint.open_task`; several for an ensemble.
         input: FASTA, CSV, Parquet and others, also compressed; or a token store.
         out: CSV, Parquet or HDF5, by the ending of the name.
         overrides: ``key=value`` over the configuration of the checkpoint.
         mode: What to do about an output that exists already.
         code: The user's own head, if it was trained with such; its loss only if that turns outputs into
             predictions.
+        uncertainty: How uncertain the predictions are, and by what; None for predictions alone.
 
     Returns:
         A report for the reader.
@@ -64,7 +72,8 @@ def predict(
     Raises:
         UserError: The input or the settings are not valid, or the output exists already.
     """
-    return run_job(PredictJob(checkpoint, str(input), Path(out), overrides, mode, code))
+    names = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
+    return run_job(PredictJob(names, str(input), Path(out), overrides, mode, code, uncertainty))
 
 
 class PredictJob(Job):
@@ -76,21 +85,34 @@ class PredictJob(Job):
 
     def __init__(
         self,
-        checkpoint: str | Path,
+        checkpoints: Sequence[str | Path],
         input: str,
         out: Path,
         overrides: Sequence[str],
         mode: Mode,
         code: GivenCode | None,
+        uncertainty: Uncertainty | None,
     ) -> None:
-        """Open the checkpoint; the arguments are those of `predict`."""
+        """Open the checkpoints; the arguments are those of `predict`."""
         check_format(out)
         check_out(out)
-        self._task = open_task(checkpoint, _in_terms_of_training(overrides), code)
+        self._members = open_members(checkpoints, _in_terms_of_training(overrides), code)
+        self._task = self._members[0]
         run = self._task.run
         without_dropping(run.data)
         self._spec = batch_spec(run.data, run.train, run.seed)
-        super().__init__(input, mode, run, PredictionTarget.of(out, self._task.info))
+        self._uncertainty = uncertainty
+        self._labelled = None
+        self._factors: list[float] = []
+        extras: dict[str, int] = {}
+        if uncertainty is not None:
+            check_packages()
+            check_uncertainty(self._members, uncertainty)
+            extras = extra_widths(self._task.info)
+            if uncertainty.calibrate is not None:
+                self._labelled = labelled(self._task, uncertainty.calibrate)
+        self._extras = extras
+        super().__init__(input, mode, run, PredictionTarget.of(out, self._task.info, extras))
 
     def check(self, store: TokenStore) -> None:
         data = self.run.data
@@ -98,7 +120,8 @@ class PredictJob(Job):
             refuse_long(store, data.max_seq_length - 2, self.input, "set --too-long crop")
 
     def checksum(self) -> str:
-        return source_of(self._task.start).checksum()
+        sums = [source_of(member.start).checksum() for member in self._members]
+        return sums[0] if len(sums) == 1 else hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
     def settings(self) -> dict[str, Any]:
         run, shape = self.run, self._spec.pack_shape()
@@ -116,12 +139,24 @@ class PredictJob(Job):
             "packing": shape.packing,
             "pack_window": shape.window,
             "seed": run.seed,
+            **self._how(),
         }
 
+    def _how(self) -> dict[str, Any]:
+        """Return the settings of the uncertainty, if there is one."""
+        how = self._uncertainty
+        if how is None:
+            return {}
+        table = None if self._labelled is None else self._labelled.fingerprint
+        draws = how.samples or len(self._members)
+        return {"uncertainty": how.kind, "num_draws": draws, "calibrated_on": table}
+
     def contents(self, store: TokenStore, attributes: dict[str, Any]) -> PredictionContents:
-        return PredictionContents(store, attributes, self._task.info, self._spec)
+        return PredictionContents(store, attributes, self._task.info, self._spec, self._extras)
 
     def load(self, contents: PredictionContents, ranks: Ranks) -> Compute:
+        if self._uncertainty is not None:
+            return self._load_draws(self._uncertainty, contents, ranks)
         task = self._task
         chunks = load_task(task, ranks)
         for chunk in chunks:
@@ -139,8 +174,34 @@ class PredictJob(Job):
 
         return compute
 
+    def _load_draws(self, how: Uncertainty, contents: PredictionContents, ranks: Ranks) -> Compute:
+        """Load what predicts several times, and calibrate its intervals where that is asked for."""
+        draws = Draws(self._members, how, ranks)
+        if self._labelled is not None:
+            draws.calibrate(self._labelled, str(how.calibrate))
+        self._factors = draws.factor
+        factor = np.array(draws.factor)
+
+        def compute(piece: int) -> Iterator[tuple[int, Iterable[Write]]]:
+            numbers = iter(contents.pack_numbers(piece))
+            while group := list(islice(numbers, AT_ONCE)):
+                batches = [contents.packs.batch(number) for number in group]
+                found = draws.predict(batches, contents.store.id)
+                yield (
+                    len(group),
+                    (
+                        write
+                        for each in found
+                        for name, values in each.summary.arrays(factor).items()
+                        for write in contents.stored({**each.kept, "values": values}, name)
+                    ),
+                )
+
+        return compute
+
     def report(self, contents: PredictionContents, made: Sequence[Path]) -> list[str]:
         lines = [f"{len(contents)} proteins of {self.input}: {self._task.info.kind} in {self.target.out}"]
+        lines += self._uncertainty_lines()
         if cropped := int(contents.truncated.sum()):
             data = self.run.data
             lines.append(
@@ -148,6 +209,32 @@ class PredictJob(Job):
                 f"{data.max_seq_length - 2} residues and are cropped ({data.crop})"
             )
         return lines
+
+    def _uncertainty_lines(self) -> list[str]:
+        how, info = self._uncertainty, self._task.info
+        if how is None:
+            return []
+        by = (
+            f"{len(self._members)} checkpoints"
+            if how.kind == "ensemble"
+            else f"{how.samples} samples of dropout"
+        )
+        if "sd" not in self._extras:
+            return [f"mean over {by}, with entropy and mutual information in nats"]
+        factors = ", ".join(
+            f"{x:.4g}" for x in (self._factors[:1] if how.calibrate is None else self._factors)
+        )
+        if self._labelled is None:
+            return [
+                f"mean and sd over {by}; intervals: mean ± {factors} sd, which hold one more such prediction "
+                "with 95 %, and say nothing of noise in labels"
+            ]
+        names = f" of {', '.join(info.names)}" if len(info.names) > 1 else ""
+        return [
+            f"mean and sd over {by}; intervals: mean ± {factors} sd{names}, calibrated on "
+            f"{len(self._labelled)} proteins of {how.calibrate}, hold 95 % of labels of proteins "
+            "drawn like these"
+        ]
 
 
 def _in_terms_of_training(overrides: Sequence[str]) -> list[str]:

@@ -6,8 +6,8 @@ Legend: ``n`` proteins, ``k`` outputs, ``L`` residues of a protein.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,21 @@ from esm2mega.data.labels.stream import LabelledPacks, UnlabelledProteins
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, file_sha256, parse_json, write_json
-from esm2mega.finetune.output import pair_map, probabilities, table_cells
+from esm2mega.finetune.output import (
+    pair_map,
+    probabilities,
+    table_cells,
+    uncertainty_cells,
+    uncertainty_columns,
+)
+from esm2mega.finetune.uncertainty import MEAN
 from esm2mega.infer.arrays import ArrayFile, ArraySpec
 from esm2mega.infer.contents import Array, Contents, Write
 from esm2mega.infer.target import OutputTarget
 
 _FORMATS = {".csv": "csv", ".parquet": "parquet", ".h5": "hdf5"}
 
-_PREDICTIONS, _CONTACTS = "predictions", "contacts"
+_CONTACTS = "contacts"
 
 _MOST_PIECE_TOKENS = 1 << 16
 _PIECES = 64
@@ -40,10 +47,12 @@ class PredictionContents(Contents):
     Attributes:
         info: Meaning of the predictions.
         spec: Settings that decide the packs.
+        extras: Names and widths of arrays that stand beside the predictions, and say how uncertain they are.
     """
 
     info: TargetInfo
     spec: BatchSpec
+    extras: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def packs(self) -> LabelledPacks:
@@ -76,7 +85,8 @@ class PredictionContents(Contents):
         if self.info.per_pair:
             return {_CONTACTS: ArraySpec((int(self.contact_offsets[-1]),), "float32")}
         rows = int(self.offsets[-1]) if self.info.per_residue else len(self)
-        return {_PREDICTIONS: ArraySpec((rows, self.info.num_outputs), "float64")}
+        widths = {MEAN: self.info.num_outputs, **self.extras}
+        return {name: ArraySpec((rows, width), "float64") for name, width in widths.items()}
 
     @property
     def file_attributes(self) -> Mapping[str, Any]:
@@ -101,11 +111,12 @@ class PredictionContents(Contents):
     def amount(self, piece: int) -> int:
         return len(self.pack_numbers(piece))
 
-    def stored(self, found: Mapping[str, Any]) -> Iterator[Write]:
+    def stored(self, found: Mapping[str, Any], name: str = MEAN) -> Iterator[Write]:
         """Yield the rows of all predictions of a pack.
 
         Args:
             found: Its ``rows``, ``numbers`` and ``values``, as in `esm2mega.finetune.metrics.Predictions`.
+            name: The array of `specs` that the values belong to; contacts have one.
         """
         rows, numbers, values = found["rows"], found["numbers"], found["values"]
         if self.info.per_pair:
@@ -114,31 +125,36 @@ class PredictionContents(Contents):
                 yield _CONTACTS, int(self.contact_offsets[row]), contacts.ravel()
         elif not self.info.per_residue:
             for index, row in enumerate(rows.tolist()):
-                yield _PREDICTIONS, row, values[index : index + 1]
+                yield name, row, values[index : index + 1]
         else:
             # The residues of each protein, or of each of its chunks.
             borders = np.flatnonzero((np.diff(rows) != 0) | (np.diff(numbers) != 1)) + 1
             for piece in np.split(np.arange(len(rows)), borders) if len(rows) else []:
-                yield self._of_residues(int(rows[piece[0]]), int(numbers[piece[0]]), values[piece])
+                row, start = int(rows[piece[0]]), int(numbers[piece[0]])
+                yield name, *self._of_residues(row, start, values[piece])
 
-    def _of_residues(self, row: int, start: int, values: Array) -> Write:
-        """Return rows of consecutive residues of a protein, ``[l, k]``; NaN for those that are cropped."""
+    def _of_residues(self, row: int, start: int, values: Array) -> tuple[int, Array]:
+        """Return where rows of consecutive residues of a protein go, and the rows, ``[l, k]``.
+
+        Those that are cropped are NaN.
+        """
         first = int(self.offsets[row])
         if self.spec.data.crop == "chunk":
-            return _PREDICTIONS, first + start, values
+            return first + start, values
         whole = np.full((int(self.lengths[row]), values.shape[1]), np.nan)
         whole[start : start + len(values)] = values
-        return _PREDICTIONS, first, whole
+        return first, whole
 
     def table(self, arrays: ArrayFile, first: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield the row of each protein from `first` to `stop`, exclusive: cells by column."""
-        predictions = arrays.read(_PREDICTIONS)
+        every = {name: arrays.read(name) for name in self.specs}
         for number, protein in enumerate(self.ids(first, stop), start=first):
-            values = predictions[number]
+            rows: Any = number
             if self.info.per_residue:
-                values = predictions[self.offsets[number] : self.offsets[number + 1]]
+                rows = slice(self.offsets[number], self.offsets[number + 1])
+            values = {name: array[rows] for name, array in every.items()}
             row = {"id": protein, "truncated": bool(self.truncated[number])}
-            yield row | table_cells(values, self.info)
+            yield row | table_cells(values.pop(MEAN), self.info) | uncertainty_cells(values, self.info)
 
 
 @dataclass(frozen=True)
@@ -146,15 +162,20 @@ class PredictionTarget(OutputTarget):
     """Says where predictions go, and in which format: ``csv``, ``parquet`` or ``hdf5``."""
 
     @classmethod
-    def of(cls, out: str | Path, info: TargetInfo) -> PredictionTarget:
+    def of(cls, out: str | Path, info: TargetInfo, extras: Iterable[str] = ()) -> PredictionTarget:
         """Choose the format by the ending of the name.
+
+        Args:
+            out: Path as the user named it.
+            info: Meaning of the predictions.
+            extras: Names of the arrays beside the predictions.
 
         Raises:
             UserError: The ending is unknown, or a table cannot hold the predictions.
         """
         path = Path(out)
         check_format(path)
-        check_kind(path, info)
+        check_kind(path, info, extras)
         return cls(path, _FORMATS[path.suffix])
 
     def finish(self, path: Path, contents: Contents, arrays: ArrayFile) -> list[Path]:
@@ -187,14 +208,14 @@ def check_format(out: Path) -> None:
         check_parquet()
 
 
-def check_kind(out: Path, info: TargetInfo) -> None:
+def check_kind(out: Path, info: TargetInfo, extras: Iterable[str] = ()) -> None:
     """Raise `UserError` if the output is a table and cannot hold the predictions."""
     if out.suffix == ".h5":
         return
     if info.per_pair:
         raise UserError(f"--out {out}: contacts are maps of all pairs; give a name that ends with .h5")
     names = info.names if info.kind == "regression" else [target.name for target in info.targets]
-    for name in ("id", "truncated"):
+    for name in ("id", "truncated", *uncertainty_columns(extras, info)):
         if name in names:
             raise UserError(
                 f"--out {out}: {name!r} is a column of its own in this table and the name of a target; give "

@@ -113,6 +113,10 @@ class ESM2ForTask(ESM2Model):
         self.encoder.set_input_tensor(hidden_states)
         return carried
 
+    def forget_features(self) -> None:
+        """Free the features that were kept while `frozen`."""
+        self._features.clear()
+
     def _forward_frozen(self, input_ids: Tensor, packed: PackedSequences, segments: Segments) -> Tensor:
         """Compute `forward` with the features that are kept; stages of a pipeline then exchange zeros.
 

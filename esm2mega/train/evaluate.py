@@ -98,7 +98,11 @@ def evaluate(
 
 @torch.no_grad()
 def run_groups(
-    model: list[Any], loss: LossReduction, batches: Iterable[Batch], ranks: Ranks
+    model: list[Any],
+    loss: LossReduction,
+    batches: Iterable[Batch],
+    ranks: Ranks,
+    dropout_seed: int | None = None,
 ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
     """Run packs through the pipeline, a group at a time; all ranks of one model call this together.
 
@@ -107,6 +111,7 @@ def run_groups(
         loss: Called on the last stage with every pack and its outputs.
         batches: This rank's packs.
         ranks: Where this process stands.
+        dropout_seed: Seed of the dropout in the encoder of a model in training mode; None for none.
 
     Yields:
         How many packs were run, and the reports of `loss` on them.
@@ -115,7 +120,10 @@ def run_groups(
     multiple = ranks.pp_size if len(model) > 1 else 1
     for group in _groups(iter(batches), _round_up(_GROUP, multiple)):
         filled = _filled(group, multiple)
-        yield len(group), run_schedule(model, loss, filled, ranks.device, forward_only=True)
+        reports = run_schedule(
+            model, loss, filled, ranks.device, forward_only=True, dropout_seed=dropout_seed
+        )
+        yield len(group), reports
 
 
 def gathered(mine: T | None, ranks: Ranks) -> list[T] | None:

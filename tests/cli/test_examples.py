@@ -46,8 +46,9 @@ def store(tmp_path_factory):
 
 
 def test_there_are_examples():
-    slurm = ["embed_array", "evaluate", "finetune_array", "pretrain"]
+    slurm = ["autoeval", "embed_array", "evaluate", "finetune_array", "pretrain"]
     assert [
+        *(f"benchmarks/{name}.sh" for name in ("deeploc2", "flip", "proteingym", "tape")),
         *("pretrain_cpu.sh", "pretrain_torchrun_multinode.sh"),
         *(f"slurm/{name}.sbatch" for name in slurm),
     ] == [script for script in SCRIPTS if not script.startswith("migrate/")]

@@ -215,6 +215,7 @@ def test_cpus_per_task_reaches_the_ranks(slurm, tmp_path):
         "pretrain": {"STORE": "s"},
         "finetune_array": {"FLIP": "f", "INIT_FROM": "r", "SLURM_ARRAY_TASK_ID": "0"},
         "embed_array": {"CHECKPOINT": "r", "FASTA": "p.fasta", "SLURM_ARRAY_TASK_ID": "0"},
+        "autoeval": {"MODELS": "r", "SOURCE": "s", "SLURM_ARRAY_TASK_ID": "0"},
         "evaluate": {},
     }
     (tmp_path / "p.fasta").write_text(">a\nMK\n")
@@ -276,6 +277,28 @@ def test_a_task_of_the_array_prepares_and_trains_its_own_task(slurm, tmp_path):
     ]
 
 
+def test_a_task_of_the_array_evaluates_one_benchmark_and_comes_back_after_a_signal(slurm, tmp_path):
+    variables = {
+        "MODELS": "runs/a runs/b",
+        "SOURCE": "/data",
+        "TASKS": "deeploc2 flip/gb1:sampled",
+        "MODE": "probe,lora",
+        "OPTIONS": "--limit-train 50 optim.lr=1e-4",
+        "SLURM_NTASKS": "1",
+    }
+    for code in (0, 75):
+        done = run(
+            "slurm/autoeval.sbatch", cwd=tmp_path, **{**slurm, **variables}, SLURM_ARRAY_TASK_ID="1",
+            PYTHON=fake_python(tmp_path, f'echo "$*" >>words; exit {code}'),
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+    assert (tmp_path / "words").read_text().splitlines() == 2 * [
+        "-m esm2mega autoeval runs/a runs/b --tasks flip/gb1:sampled --mode probe,lora --source /data "
+        "--out runs/autoeval/flip-gb1-sampled --seeds 1 --limit-train 50 optim.lr=1e-4"
+    ]
+    assert (tmp_path / "requeued").read_text() == "requeue 4242_1\n"
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_shards_hold_every_protein_once(compressed, slurm, tmp_path):
     text = "".join(f">p{number} >x\nMK\nLV\n" for number in range(7))
@@ -317,6 +340,8 @@ def test_evaluation_goes_on_after_a_task_that_fails_and_fails_in_the_end(slurm, 
     [
         ("finetune_array", {"FLIP": "f", "INIT_FROM": "r"}, "TASKS has no number 9"),
         ("finetune_array", {"FLIP": "f"}, "set it to the run or checkpoint to start from"),
+        ("autoeval", {"MODELS": "r", "SOURCE": "s"}, "TASKS has no number 9"),
+        ("autoeval", {"MODELS": "r"}, "set it to the directory of the published files"),
         ("embed_array", {"CHECKPOINT": "r", "FASTA": "f"}, "there is no shard 9 of SHARDS=4"),
         ("embed_array", {"CHECKPOINT": "r"}, "set it to the FASTA with the proteins"),
     ],

@@ -88,6 +88,42 @@ def test_every_layout_predicts_what_one_process_does(
     np.testing.assert_allclose(found, expected, rtol=0, atol=bound * np.nanmax(np.abs(expected)))
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "data",
+        pytest.param("pipeline", marks=pytest.mark.slow),
+        pytest.param("tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_samples_of_dropout_are_the_same_at_every_layout(
+    checkpoints: dict[str, Path], tmp_path: Path, layout: str
+) -> None:
+    """With intervals that are calibrated on a table, whose proteins the ranks share out."""
+    from esm2mega.finetune.draws import Uncertainty
+    from esm2mega.finetune.predict import predict
+
+    lengths = [1, 290, *np.random.default_rng(3).integers(2, 126, 40).tolist(), 400]
+    pairs = [(f"p{number}", sequence) for number, sequence in enumerate(random_proteins(lengths))]
+    fasta, table = write_fasta(tmp_path / "proteins.fasta", pairs), tmp_path / "valid.csv"
+    rows = [f'{s},"{[float(ord(x)) for x in s]}"\n' for s in random_proteins([30, 60, 90] * 7, seed=4)]
+    table.write_text("sequence,target\n" + "".join(rows))
+    checkpoint, crop = checkpoints["token_regression"], ["infer.too_long=crop"]
+    predict(checkpoint, fasta, tmp_path / "1.h5", crop, uncertainty=Uncertainty("dropout", 2, str(table)))
+    out = tmp_path / "2.h5"
+    more = ["--uncertainty", "dropout", "--samples", "2", "--calibrate", str(table)]
+    if layout != "data":
+        more.append(f"parallel.{layout}_model_parallel_size=2")
+    run_ranks(arguments(checkpoint, fasta, out, *more), 2, tmp_path / "output")
+    if layout == "data":
+        assert out.read_bytes() == (tmp_path / "1.h5").read_bytes()
+    with h5py.File(out) as found, h5py.File(tmp_path / "1.h5") as expected:
+        assert np.nanmin(expected["sd"]) > 0
+        for name in ("predictions", "sd", "low", "high"):
+            bound = 1e-5 * np.nanmax(np.abs(expected[name]))
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=bound)
+
+
 def test_a_kill_leaves_no_trace(
     checkpoints: dict[str, Path], fasta: Path, alone: Path, tmp_path: Path
 ) -> None:

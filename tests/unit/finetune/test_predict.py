@@ -17,6 +17,7 @@ from esm2mega.data.store.prepare import prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.finetune.api import infer_model, train_model
+from esm2mega.finetune.draws import Uncertainty
 from esm2mega.finetune.predict import predict
 from esm2mega.infer.arrays import ArrayFile
 from esm2mega.infer.embed import EmbedRequest, embed
@@ -147,24 +148,28 @@ def test_resume_goes_on_and_gives_the_same_bytes(
     if name == "x.parquet":
         pytest.importorskip("pyarrow")
     out, expected = tmp_path / name, tmp_path / f"whole.{name}"
-    predict(checkpoint, fasta, expected)
+    how = Uncertainty("dropout", 2) if name == "x.parquet" else None
+    predict(checkpoint, fasta, expected, uncertainty=how)
     stop_behind(monkeypatch, 20)
     with pytest.raises(Stop):
-        predict(checkpoint, fasta, out)
+        predict(checkpoint, fasta, out, uncertainty=how)
     assert not out.exists()
     with pytest.raises(UserError, match="unfinished output of an earlier start; go on with --resume"):
         predict(checkpoint, fasta, out)
     other = ["infer.max_seq_length=70"]
     with pytest.raises(UserError, match="begun with other settings: max_seq_length was 64 and is 70"):
-        predict(checkpoint, fasta, out, other, mode="resume")
-    predict(checkpoint, fasta, out, mode="resume")
+        predict(checkpoint, fasta, out, other, mode="resume", uncertainty=how)
+    if how is not None:
+        with pytest.raises(UserError, match="begun with other settings: num_draws was 2 and is 3"):
+            predict(checkpoint, fasta, out, mode="resume", uncertainty=Uncertainty("dropout", 3))
+    predict(checkpoint, fasta, out, mode="resume", uncertainty=how)
     assert out.read_bytes() == expected.read_bytes()
     assert not (tmp_path / f"{name}.partial").exists()
     with pytest.raises(UserError, match="exists; replace it with --overwrite"):
         predict(checkpoint, fasta, out)
-    assert predict(checkpoint, fasta, out, mode="resume") == [f"{out} is complete"]
+    assert predict(checkpoint, fasta, out, mode="resume", uncertainty=how) == [f"{out} is complete"]
     with pytest.raises(UserError, match="exists and is of other settings: max_seq_length was 64"):
-        predict(checkpoint, fasta, out, other, mode="resume")
+        predict(checkpoint, fasta, out, other, mode="resume", uncertainty=how)
     assert out.read_bytes() == expected.read_bytes()
 
 
