@@ -209,13 +209,13 @@ def _check_downstream(run: Run) -> None:
         return
     if run.task.kind is not None:
         raise UserError(
-            f"downstream.tasks={tasks} measures a pretraining, and task.kind={run.task.kind} is a fine-tuning; "
-            "set downstream.tasks=[]"
+            f"downstream.tasks={tasks} measures a pretraining, and task.kind={run.task.kind} is a "
+            "fine-tuning; set downstream.tasks=[]"
         )
     if not run.train.eval_every:
         raise UserError(
-            f"downstream.tasks={tasks} are measured after evaluations, but train.eval_every=0 never evaluates; "
-            "set train.eval_every"
+            f"downstream.tasks={tasks} are measured after evaluations, but train.eval_every=0 never "
+            "evaluates; set train.eval_every"
         )
     names = downstream_names(run.downstream)
     for number, (folder, name) in enumerate(zip(tasks, names, strict=True)):

@@ -111,8 +111,8 @@ class JsonlLog:
 
         The file is replaced in one rename: a kill at any moment leaves the old or the new log. Records
         without a step stay. What was written behind a dropped record is dropped too: the record of a test may
-        name an earlier step, that of the best weights. Only what was measured downstream, at whatever place it
-        stands, belongs to the step that it names.
+        name an earlier step, that of the best weights. Only what was measured downstream belongs
+        to the step that it names, wherever it stands.
 
         Returns:
             The number of records dropped.

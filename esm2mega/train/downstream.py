@@ -1,4 +1,4 @@
-"""Calls, after evaluations, what measures the model besides its loss, and takes the results when they are there.
+"""Calls, after evaluations, what measures the model besides its loss, and takes the results when ready.
 
 What measures is handed in by whoever starts the training: it may need packages above this one.
 """
@@ -126,7 +126,7 @@ class DownstreamHook:
         self._take(wait=True)
 
     def take_up(self, log: Path, step: int, last: int | None) -> None:
-        """Make up for a measurement that an earlier start began and a kill ended; all ranks call this together.
+        """Make up for a measurement that a kill ended in an earlier start; all ranks call this together.
 
         At the same step it is done again; later its weights are gone, and this is said.
 

@@ -1,1 +1,1 @@
-"""Measures a model during its pretraining: frozen embeddings of benchmark proteins, and a small head on them."""
+"""Measures a model during its pretraining: a small head on frozen embeddings of benchmark proteins."""

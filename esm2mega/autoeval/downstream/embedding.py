@@ -72,7 +72,8 @@ def embed_proteins(
     embedder = Embedder(packs, InferConfig(outputs=[name]), limits, Path())
     reason = None
     for numbers in _rounds([len(each) for each in proteins], ranks):
-        found: list[tuple[int, Vectors]] | str = []
+        found: list[tuple[int, Vectors]] = []
+        failure = None
         try:
             for place_in_round, values in embedder.run(
                 [proteins[n] for n in numbers], lambda n: f"protein {n + 1}"
@@ -81,11 +82,11 @@ def embed_proteins(
                     vectors = values[layer].to(torch.float32).cpu().numpy()
                     found.append((numbers[place_in_round], vectors))
         except UserError:
-            found = "an embedding is not finite"
-        for part in gathered(found, ranks) or []:
-            if isinstance(part, str):
-                reason = part
-                continue
+            failure = "an embedding is not finite"
+        except MemoryError:
+            failure = f"rank {ranks.rank} has no memory left for embeddings"
+        for part, failed in gathered((found, failure), ranks) or []:
+            reason = reason or failed
             for number, vectors in part:
                 place(number, vectors)
         if abandon():

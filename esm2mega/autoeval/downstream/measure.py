@@ -1,4 +1,4 @@
-"""Measures a model in training on benchmark tasks: embeds their proteins, and fits a small head behind its back.
+"""Measures a model in training on benchmark tasks: embeds their proteins, and fits a small head to them.
 
 The embeddings are computed by all processes together. The head is fitted on the first one, in a thread, while
 training goes on.
@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ _LAYER = "last"
 
 
 class TaskVectors:
-    """Holds the vectors of a task's proteins, and gives them by the ids ``SPLIT/ROW``, as `fit_layer` asks."""
+    """Holds the vectors of a task's proteins, and gives them to `fit_layer` by the ids ``SPLIT/ROW``."""
 
     def __init__(self, task: Task, hidden_size: int) -> None:
         """Reserve the memory, and touch it: if it is not there, that shows before the training starts."""
@@ -93,8 +94,8 @@ class Downstream:
             needed = 4 * hidden_size * sum(task.num_vectors for task in self.tasks)
             if needed > (free := psutil.virtual_memory().available):
                 raise UserError(
-                    f"downstream.tasks: their vectors take {needed / 1e9:.3g} GB, of which {free / 1e9:.3g} are "
-                    "free; lower downstream.max_train and downstream.max_test"
+                    f"downstream.tasks: their vectors take {needed / 1e9:.3g} GB, of which "
+                    f"{free / 1e9:.3g} are free; lower downstream.max_train and downstream.max_test"
                 )
             self.vectors = [TaskVectors(task, hidden_size) for task in self.tasks]
 
@@ -127,9 +128,7 @@ class Downstream:
             places = [(split, row) for split, each in task.splits.items() for row in range(len(each))]
             proteins = [task.splits[split].residues(row) for split, row in places]
 
-            def place(protein: int, values: Vectors, number: int = number, places: Any = places) -> None:
-                self.vectors[number].put(*places[protein], values)
-
+            place = partial(self._put, self.vectors[number] if ranks.is_main else None, places)
             data, size = self._run.data, self._run.train.micro_batch_tokens
             per_residue, length = task.info.per_residue, data.max_seq_length
             reasons.append(embed_proteins(model, proteins, per_residue, length, size, ranks, place, abandon))
@@ -139,8 +138,16 @@ class Downstream:
             self._fit = self._pool.submit(self._measure, step, reasons)
         return True
 
+    @staticmethod
+    def _put(
+        vectors: TaskVectors | None, places: Sequence[tuple[str, int]], protein: int, values: Vectors
+    ) -> None:
+        assert vectors is not None  # the main rank alone is given any
+        split, row = places[protein]
+        vectors.put(split, row, values)
+
     def result(self, wait: bool) -> Measured | None:
-        """Return what was measured, once; None if there is nothing, or if it is not ready and not waited for."""
+        """Return what was measured, once; None for nothing, or what is not ready and not waited for."""
         if self._fit is None or not (wait or self._fit.done()):
             return None
         fit, self._fit = self._fit, None
@@ -181,6 +188,6 @@ class Downstream:
         try:
             metrics: Mapping[str, Mapping[str, float]] = fit_layer(probe, _LAYER).metrics
         except (UserError, MemoryError, ArithmeticError, ValueError) as error:
-            return undefined, " ".join(f"not measured: {error or type(error).__name__}".split())
+            return undefined, " ".join(f"not measured: {str(error) or type(error).__name__}".split())
         found = {split: metrics[split][headline] for split in undefined}
         return {split: value if math.isfinite(value) else None for split, value in found.items()}, None

@@ -22,7 +22,7 @@ TASK_FILE = "task.yaml"
 
 _VECTOR_BYTES = 4
 _FIT_BYTES = 16
-"""Counts the bytes that fitting takes for each number of a task's vectors: copies of them, scaled and in fp64."""
+"""Counts the bytes that a fit takes for each number of a task's vectors: copies, scaled and in fp64."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def _part(proteins: LabelledProteins, split: str, most: int, seed: Sequence[int]
     part = proteins.select(rows)
     if np.any(part.is_missing.all(axis=0)):
         raise UserError(
-            f"{proteins.path}: a column has no label in the {len(part):,} proteins that are taken for {split}; "
-            "raise downstream.max_train and downstream.max_test, or complete the table"
+            f"{proteins.path}: a column has no label in the {len(part):,} proteins that are taken for "
+            f"{split}; raise downstream.max_train and downstream.max_test, or complete the table"
         )
     return replace(part, ids=[f"{split}/{row}" for row in range(len(part))])
 
@@ -120,9 +120,9 @@ def _run_of(folder: Path) -> Run:
     manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
     if manifest is None or "kind" not in manifest:
         raise UserError(
-            f"downstream.tasks={folder}: does not say what is predicted; give a folder that `esm2mega prepare "
-            f"flip` or `esm2mega prepare tape` made, or write {TASK_FILE} into it, with the section task of a "
-            "fine-tuning"
+            f"downstream.tasks={folder}: does not say what is predicted; give a folder that `esm2mega "
+            f"prepare flip` or `esm2mega prepare tape` made, or write {TASK_FILE} into it, with the section "
+            "task of a fine-tuning"
         )
     words = [f"task.kind={manifest['kind']}"]
     table = next((folder / f"{split}.csv" for split in SPLITS if (folder / f"{split}.csv").is_file()), None)

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-
 from esm2mega.autoeval.probe.heads import CNN, Examples, Head, fit_head
 from esm2mega.autoeval.probe.labels import TRAIN, VALID
 from esm2mega.config.task import NUMERIC_KINDS

@@ -20,7 +20,7 @@ from esm2mega.autoeval.downstream.measure import Downstream
 from esm2mega.checkpoint import layout
 from esm2mega.cli.app import main
 from esm2mega.config.schema import Run
-from esm2mega.train.loop import LoopState
+from esm2mega.train.loop import LoopState, note_evaluation
 from esm2mega.train.pretrain import pretrain
 from tests.checkpoints import full_weights
 from tests.unit.conftest import TinyRun
@@ -31,20 +31,21 @@ COUNTS = {"train": 24, "valid": 10, "test": 12}
 
 
 def write_tasks(folder: Path) -> tuple[Path, Path]:
-    """A task of proteins with a manifest's kind, and one of residues, some longer than a window of 64 tokens."""
+    """A task of proteins with a manifest, one of residues without; some are longer than 64 tokens."""
     rng = np.random.default_rng(5)
     letters = list("LAGVSERTIDPKQNFYMHWC")
     proteins, residues = folder / "size", folder / "helix"
-    for task in (proteins, residues):
-        task.mkdir(parents=True)
-        for split, count in COUNTS.items():
-            rows = ["id,sequence,target"]
-            for number in range(count):
-                sequence = "".join(rng.choice(letters, rng.integers(5, 90)))
-                share = sum(letter in "AGLV" for letter in sequence) / len(sequence)
-                helix = "".join("H" if letter in "LAEK" else "C" for letter in sequence)
-                rows.append(f"{split}{number},{sequence},{share if task is proteins else helix}")
-            (task / f"{split}.csv").write_text("\n".join(rows) + "\n")
+    for split, count in COUNTS.items():
+        rows: dict[Path, list[str]] = {proteins: [], residues: []}
+        for number in range(count):
+            sequence = "".join(rng.choice(letters, rng.integers(5, 90)))
+            share = sum(letter in "AGLV" for letter in sequence) / len(sequence)
+            helix = "".join("H" if letter in "LAEK" else "C" for letter in sequence)
+            rows[proteins].append(f"{split}{number},{sequence},{share}")
+            rows[residues].append(f"{split}{number},{sequence},{helix}")
+        for task, lines in rows.items():
+            task.mkdir(parents=True, exist_ok=True)
+            (task / f"{split}.csv").write_text("\n".join(["id,sequence,target", *lines]) + "\n")
     (proteins / "manifest.json").write_text(
         json.dumps({"version": 1, "benchmark": "FLIP", "kind": "regression", "splits": {}})
     )
@@ -72,7 +73,7 @@ def measured(
 def measured_run(finished: TinyRun, tasks: tuple[Path, ...], run_dir: Path, *changes: str) -> Run:
     words = [f"data.train={finished.train}", f"data.valid={finished.valid}", "train.eval_every=2"]
     names = ",".join(map(str, tasks))
-    words += ["checkpoint.save_every=2", "checkpoint.keep_last=9", f"downstream.tasks=[{names}]"]
+    words += ["checkpoint.save_every=1", "checkpoint.keep_last=9", f"downstream.tasks=[{names}]"]
     return tiny_run(*words, *changes, run_dir=run_dir)
 
 
@@ -94,29 +95,31 @@ def test_training_is_the_same_to_the_bit(finished: TinyRun, measured: tuple[Path
 def test_vectors_are_those_of_embed_and_results_those_of_probe(
     measured: tuple[Path, Downstream], tasks: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Of the last checkpoint; both compute in fp64 and store fp32, whose last bit may be rounded otherwise."""
+    """Both compute in fp64 and store fp32, whose last bit may be rounded otherwise."""
     run_dir, downstream = measured
     (record,) = (each for each in records(run_dir, "downstream") if each["step"] == 4)
+    fasta, file = tmp_path / "all.fasta", str(tmp_path / "all.h5")
+    with fasta.open("w") as stream:
+        for split in COUNTS:
+            for line in (tasks[0] / f"{split}.csv").read_text().splitlines()[1:]:
+                stream.write(">{}\n{}\n".format(*line.split(",")))
+    assert main(["embed", f"{run_dir}@step_4", str(fasta), "--out", file, "--too-long", "chunk"]) == 0
     for folder, task, vectors in zip(tasks, downstream.tasks, downstream.vectors, strict=True):
         what, metric, kind = ("pooled", "spearman", "regression")
         if task.info.per_residue:
             what, metric, kind = ("residue", "accuracy", "token_classification")
-        files = [str(tmp_path / f"{folder.name}.{split}.h5") for split in COUNTS]
-        for split, file in zip(COUNTS, files, strict=True):
-            words = [f"{run_dir}@step_4", str(folder / f"{split}.csv"), "--out", file, "--too-long", "chunk"]
-            assert main(["embed", *words, "--include", what]) == 0
-            with h5py.File(file) as stored:
-                expected = stored[f"{what}/layer_2"][()]
-            ids = task.splits[split].ids
-            found = (
-                vectors.vectors("last", ids)
-                if what == "pooled"
-                else np.concatenate([vectors.residues("last", name) for name in ids])
-            )
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        ids = [name for split in COUNTS for name in task.splits[split].ids]
+        found = (
+            [vectors.residues("last", name) for name in ids]
+            if task.info.per_residue
+            else [vectors.vectors("last", [name]) for name in ids]
+        )
+        with h5py.File(file) as stored:
+            expected = stored[f"{what}/layer_2"][()]
+        np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=1e-6)
         out = tmp_path / folder.name
         words = ["--labels", str(folder), "--out", str(out), f"task.kind={kind}", "task.bootstrap=0"]
-        assert main(["probe", *files, *words, f"seed={1234}"]) == 0
+        assert main(["probe", file, *words]) == 0
         results = json.loads((out / "results.json").read_text())
         for split in ("valid", "test"):
             # A step of a rank correlation, or of an accuracy, is larger than 1e-3 on so few.
@@ -128,7 +131,7 @@ def test_vectors_are_those_of_embed_and_results_those_of_probe(
 def test_the_best_is_that_of_the_validation_proteins(
     finished: TinyRun, tasks: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of made-up results at steps 2 and 4 the first is the better one; what is measured at step 4 alone, 4."""
+    """Of made-up results at steps 2 and 4 the first is better; no test value chooses."""
     made_up = iter([0.9, 0.1])
     monkeypatch.setattr(
         Downstream,
@@ -143,16 +146,10 @@ def test_the_best_is_that_of_the_validation_proteins(
     assert (loop.best_step, loop.best_value, loop.ranking) == (2, 0.9, {2: 0.9})
     state = layout.read_state(layout.step_dir(run.run_dir, 4))
     assert state["loop"]["evaluation"]["downstream/size"] == 0.1
-    made_up = iter([0.5])
-    run = measured_run(
-        finished,
-        tasks[:1],
-        tmp_path / "other",
-        "checkpoint.best_metric=downstream/size",
-        "downstream.every=2",
-    )
-    loop = pretrain(run, downstream=Downstream(run))
-    assert (loop.best_step, loop.best_value) == (4, 0.5)
+    # An evaluation without a measurement is neither better nor worse.
+    patience = loop.evaluations_without_improvement
+    assert not note_evaluation(loop, {"valid_loss": 1.0}, run.train, run.checkpoint)
+    assert loop.evaluations_without_improvement == patience == 1
 
 
 def test_what_a_kill_left_unfinished_is_measured_again_or_said(
@@ -162,14 +159,14 @@ def test_what_a_kill_left_unfinished_is_measured_again_or_said(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The log ends before the result of step 4, or of 2; finished results stay, whatever stands before them."""
+    """Results that are there stay, also behind records of later steps; the others depend on the step."""
     complete = records(measured[0], "downstream")
 
     def resumed(missing: int, last: int) -> tuple[list[dict[str, Any]], LoopState]:
         run_dir = tmp_path / f"{missing}.{last}"
         shutil.copytree(measured[0], run_dir)
-        if last == 2:
-            shutil.rmtree(layout.step_dir(run_dir, 4))
+        for step in range(last + 1, 5):
+            shutil.rmtree(layout.step_dir(run_dir, step))
         log = run_dir / "log.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         kept = [line for line in lines if line["kind"] != "downstream"]
@@ -181,9 +178,11 @@ def test_what_a_kill_left_unfinished_is_measured_again_or_said(
         return sorted(records(run_dir, "downstream"), key=lambda record: record["step"]), loop
 
     assert resumed(missing=4, last=4)[0] == complete
-    assert resumed(missing=2, last=2)[0] == complete
     assert resumed(missing=9, last=2)[0] == complete
-    assert capsys.readouterr().err.count("were not finished when the run was killed") == 0
+    said = "the downstream tasks of step 2 were not finished when the run was killed"
+    assert said not in capsys.readouterr().err
+    assert resumed(missing=2, last=3)[0] == complete[1:]
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_a_fit_that_fails_ends_no_training(
