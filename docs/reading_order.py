@@ -151,6 +151,7 @@ SECTIONS = (
         {
             "autoeval": "compare sides models difference",
             "autoeval/probe": "run embeddings labels fit heads convolution",
+            "autoeval/downstream": "measure tables embedding",
             "prove": "command trials layouts training workers",
             "drill": "command ranks compare",
             "quickstart": "run",

@@ -222,6 +222,7 @@ class DownstreamConfig:
     every: int = 1
     max_train: int = 500
     max_test: int = 200
+    max_residues: int = 10000
     memory_gb: float = 4.0
 
 

@@ -84,6 +84,7 @@ _AT_LEAST = {
     "downstream.every": 1,
     "downstream.max_train": 2,
     "downstream.max_test": 2,
+    "downstream.max_residues": 2,
     "infer.max_seq_length": 3,
     "infer.overlap": 0,
     "infer.micro_batch_tokens": 1,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.runs import SETTINGS, records
 from tests.ranks import run_ranks
-from tests.unit.autoeval.test_downstream import write_tasks
+from tests.unit.autoeval.downstream.test_measure import write_tasks
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
 pytestmark = pytest.mark.distributed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip instal
 
 from esm2mega.autoeval.downstream import measure as module
 from esm2mega.autoeval.downstream.measure import Downstream
+from esm2mega.autoeval.downstream.tables import open_tasks
 from esm2mega.checkpoint import layout
 from esm2mega.cli.app import main
-from esm2mega.config.schema import Run
+from esm2mega.config.schema import DownstreamConfig, Run
 from esm2mega.train.loop import LoopState, note_evaluation
 from esm2mega.train.pretrain import pretrain
 from tests.checkpoints import full_weights
@@ -160,7 +163,10 @@ def test_what_a_kill_left_unfinished_is_measured_again_or_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Results that are there stay, also behind records of later steps; the others depend on the step."""
-    complete = records(measured[0], "downstream")
+    complete = [
+        {name: value for name, value in record.items() if not name.startswith("helix")}
+        for record in records(measured[0], "downstream")
+    ]
 
     def resumed(missing: int, last: int) -> tuple[list[dict[str, Any]], LoopState]:
         run_dir = tmp_path / f"{missing}.{last}"
@@ -171,9 +177,9 @@ def test_what_a_kill_left_unfinished_is_measured_again_or_said(
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         kept = [line for line in lines if line["kind"] != "downstream"]
         # A result may come some steps later.
-        kept += [line for line in lines if line["kind"] == "downstream" and line["step"] != missing]
+        kept += [record for record in complete if record["step"] != missing]
         log.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        run = measured_run(finished, tasks, run_dir)
+        run = measured_run(finished, tasks[:1], run_dir)
         loop = pretrain(run, downstream=Downstream(run))
         return sorted(records(run_dir, "downstream"), key=lambda record: record["step"]), loop
 
@@ -185,27 +191,50 @@ def test_what_a_kill_left_unfinished_is_measured_again_or_said(
     assert capsys.readouterr().err.count(said) == 1
 
 
-def test_a_fit_that_fails_ends_no_training(
+def test_training_goes_on_while_a_head_is_fitted_even_if_that_fails(
     finished: TinyRun,
     tasks: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The fit behind step 2 waits for the gradients of step 3."""
+    step_3 = threading.Event()
+
     def failing(*_: Any) -> None:
-        raise MemoryError
+        raise MemoryError if step_3.wait(timeout=60) else ValueError("the step waits for the fit")
+
+    steps = itertools.count(1)
+
+    def on_gradients(_: Any) -> None:
+        if next(steps) == 3:
+            step_3.set()
 
     monkeypatch.setattr(module, "fit_layer", failing)
-    run = measured_run(finished, tasks[:1], tmp_path / "run", "train.max_steps=2")
-    assert pretrain(run, downstream=Downstream(run)).step == 2
-    (record,) = records(tmp_path / "run", "downstream")
-    assert record == {
+    run = measured_run(finished, tasks[:1], tmp_path / "run", "train.max_steps=3")
+    assert pretrain(run, on_gradients, downstream=Downstream(run)).step == 3
+    found = records(tmp_path / "run", "downstream")
+    assert [record["step"] for record in found] == [2, 3]
+    assert found[0] == {
         "kind": "downstream",
         "step": 2,
         "size/valid_spearman": None,
         "size/test_spearman": None,
     }
     assert "size spearman: valid none, test none (not measured: MemoryError)" in capsys.readouterr().err
+
+
+def test_proteins_and_residues_are_chosen_by_the_seed(tasks: tuple[Path, Path]) -> None:
+    settings = DownstreamConfig([str(task) for task in tasks], max_train=9, max_test=5, max_residues=30)
+    for one, same, other in zip(*(open_tasks(settings, seed) for seed in (1, 1, 2)), strict=True):
+        assert [len(one.splits[split]) for split in COUNTS] == [9, 5, 5]
+        hashes = [
+            {name: split.fingerprint for name, split in each.splits.items()} for each in (one, same, other)
+        ]
+        assert hashes[0] == hashes[1] and not set(hashes[0].values()) & set(hashes[2].values())
+        if one.info.per_residue:
+            labelled = {name: int((~split.is_missing).sum()) for name, split in one.splits.items()}
+            assert labelled["train"] == 30 and labelled["valid"] == one.num_rows("valid")
 
 
 def test_what_is_wrong_is_refused_before_the_start(
