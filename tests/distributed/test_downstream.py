@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from esm2mega.autoeval.downstream.measure import Downstream
+from esm2mega.config.load import load_run
+from esm2mega.train.pretrain import pretrain
 from tests.distributed.runs import SETTINGS, records
 from tests.ranks import run_ranks
 from tests.unit.autoeval.downstream.test_measure import write_tasks
@@ -28,7 +31,11 @@ def _measured(folder: Path, store: Path, world_size: int, *layout: str) -> list[
         f"downstream.tasks=[{names}]",
     ]
     words += ["checkpoint.best_metric=downstream/size", *layout]
-    run_ranks(["-m", "esm2mega", "pretrain", *words], world_size, folder / "output")
+    if world_size == 1:
+        run = load_run(None, words)
+        pretrain(run, downstream=Downstream(run))
+    else:
+        run_ranks(["-m", "esm2mega", "pretrain", *words], world_size, folder / "output")
     return [record for record in records(folder) if record["kind"] == "downstream"]
 
 
