@@ -155,6 +155,7 @@ SECTIONS = (
             ),
             "autoeval/probe": "run embeddings labels fit targets heads convolution",
             "autoeval/baselines": "fit features substitutions",
+            "autoeval/downstream": "measure tables embedding",
             "report/results": "page charts predictions",
             "prove": "command trials layouts training workers",
             "drill": "command ranks compare",

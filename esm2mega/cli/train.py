@@ -46,7 +46,12 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
 
     from esm2mega.train.pretrain import pretrain as run_pretrain
 
-    run_pretrain(run, begun=begun)
+    downstream = None
+    if run.downstream.tasks:
+        from esm2mega.autoeval.downstream.measure import Downstream
+
+        downstream = Downstream(run)
+    run_pretrain(run, begun=begun, downstream=downstream)
 
 
 @command(short_help="Train a head and the encoder on labelled proteins.", goes_on=True)

@@ -6,14 +6,17 @@ The names are those of the records in ``log.jsonl``.
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
-from esm2mega.config.schema import CheckpointConfig, TaskConfig
+from esm2mega.config.schema import CheckpointConfig, DownstreamConfig, TaskConfig
 from esm2mega.errors import UserError
 
 VALID_LOSS = "valid_loss"
 """Names the loss, which every evaluation measures."""
 
 _PREFIX = "valid_"
+
+_DOWNSTREAM = "downstream/"
 
 _NUMBERS = ("mse", "rmse", "mae", "r2", "spearman", "pearson")
 _CLASSES = ("accuracy", "balanced_accuracy", "mcc", "f1_macro", "f1_micro", "auroc")
@@ -46,23 +49,46 @@ def metric_names(task: TaskConfig) -> list[str]:
     return [VALID_LOSS, *metrics, *(f"{metric}/{column}" for column in columns for metric in metrics)]
 
 
+def downstream_names(settings: DownstreamConfig) -> list[str]:
+    """Return the names of the tasks that a pretraining is measured on: those of their folders."""
+    return [Path(folder).name for folder in settings.tasks]
+
+
+def downstream_metric(name: str) -> str:
+    """Return what `checkpoint.best_metric` calls a task that a pretraining is measured on."""
+    return f"{_DOWNSTREAM}{name}"
+
+
+def is_downstream(metric: str) -> bool:
+    """Tell whether a metric is that of a task that a pretraining is measured on."""
+    return metric.startswith(_DOWNSTREAM)
+
+
 def less_is_better(metric: str) -> bool:
     """Tell in which direction a metric improves."""
     return metric.removeprefix(_PREFIX).partition("/")[0] in _LESS_IS_BETTER
 
 
-def check_best_metric(checkpoint: CheckpointConfig, task: TaskConfig, validates: bool) -> None:
+def check_best_metric(
+    checkpoint: CheckpointConfig,
+    task: TaskConfig,
+    validates: bool,
+    downstream: DownstreamConfig | None = None,
+) -> None:
     """Refuse a `checkpoint.best_metric` that no evaluation of the run would measure.
 
     Args:
         checkpoint: Names the metric.
         task: The task, which decides what is measured.
         validates: Whether the run has validation data.
+        downstream: Tasks that are measured besides; None for none.
 
     Raises:
         UserError: It is no metric of the task, or nothing is evaluated.
     """
     metric, valid = checkpoint.best_metric, metric_names(task)
+    if downstream is not None:
+        valid += map(downstream_metric, downstream_names(downstream))
     if metric not in valid:
         near = difflib.get_close_matches(metric, valid, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

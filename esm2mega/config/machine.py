@@ -37,4 +37,6 @@ def _forget_paths(section: Any) -> None:
         if dataclasses.is_dataclass(value):
             _forget_paths(value)
         elif entry.metadata.get("is_path"):
-            setattr(section, entry.name, entry.default)
+            factory = entry.default_factory
+            default = entry.default if factory is dataclasses.MISSING else factory()
+            setattr(section, entry.name, default)

@@ -215,6 +215,18 @@ class TaskConfig:
 
 
 @dataclass
+class DownstreamConfig:
+    """Names the benchmark tables that a pretraining is measured on, how often, and within which bounds."""
+
+    tasks: list[str] = field(default_factory=list, metadata={"is_path": True})
+    every: int = 1
+    max_train: int = 500
+    max_test: int = 200
+    max_residues: int = 10000
+    memory_gb: float = 4.0
+
+
+@dataclass
 class FinetuneConfig:
     """Says which weights of a model are fine-tuned, how fast, and which are taken from `init_from`."""
 
@@ -280,6 +292,7 @@ class Run:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from esm2mega.config.batches import check_batches, check_sequence_parallel
-from esm2mega.config.best_metric import check_best_metric
+from esm2mega.config.best_metric import check_best_metric, downstream_names
 from esm2mega.config.lora import check_lora, check_start
 from esm2mega.config.presets import shape_of
 from esm2mega.config.run_name import FORMS, is_there, split_run
@@ -81,6 +81,10 @@ _AT_LEAST = {
     "task.dropout": 0,
     "task.label_smoothing": 0,
     "task.bootstrap": 0,
+    "downstream.every": 1,
+    "downstream.max_train": 2,
+    "downstream.max_test": 2,
+    "downstream.max_residues": 2,
     "infer.max_seq_length": 3,
     "infer.overlap": 0,
     "infer.micro_batch_tokens": 1,
@@ -107,6 +111,7 @@ _GREATER_THAN_ZERO = (
     "optim.lr",
     "optim.eps",
     "task.huber_delta",
+    "downstream.memory_gb",
 )
 
 
@@ -183,7 +188,8 @@ def check_training_inputs(run: Run) -> None:
             f"train.eval_every={run.train.eval_every} needs data.valid; "
             "give a validation token store, or set train.eval_every=0"
         )
-    check_best_metric(run.checkpoint, run.task, run.data.valid is not None)
+    _check_downstream(run)
+    check_best_metric(run.checkpoint, run.task, run.data.valid is not None, run.downstream)
     check_start(run.lora, run.init_from)
     if run.init_from is not None and not is_there(run.init_from):
         raise UserError(
@@ -195,6 +201,33 @@ def check_training_inputs(run: Run) -> None:
             f"checkpoint.resume={resume} is neither auto, never nor an existing checkpoint directory; "
             f"give one of the three, or {FORMS}"
         )
+
+
+def _check_downstream(run: Run) -> None:
+    """Check the folders of tasks that a pretraining is measured on."""
+    tasks = run.downstream.tasks
+    if not tasks:
+        return
+    if run.task.kind is not None:
+        raise UserError(
+            f"downstream.tasks={tasks} measures a pretraining, and task.kind={run.task.kind} is a "
+            "fine-tuning; set downstream.tasks=[]"
+        )
+    if not run.train.eval_every:
+        raise UserError(
+            f"downstream.tasks={tasks} are measured after evaluations, but train.eval_every=0 never "
+            "evaluates; set train.eval_every"
+        )
+    names = downstream_names(run.downstream)
+    for number, (folder, name) in enumerate(zip(tasks, names, strict=True)):
+        if not os.path.isdir(folder):
+            raise UserError(
+                f"downstream.tasks={folder}: no such folder; give one with train.csv and valid.csv, as "
+                "`esm2mega prepare flip` makes it"
+            )
+        if not name or name in names[:number]:
+            what = "has no name of its own" if not name else "has the name of another one"
+            raise UserError(f"downstream.tasks={folder}: {what}, by which its results go; rename the folder")
 
 
 def _check_outputs(run_dir: str, logging: LoggingConfig) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -123,6 +123,14 @@ def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
     (model,) = chunks
     # Without gradients Megatron-Core adds biases and residuals in place.
     return model.eval().requires_grad_(False)
+
+
+class RunsPacks(Protocol):
+    """Runs packs of at most `micro_batch_tokens` tokens, and yields the outputs of each, in order."""
+
+    micro_batch_tokens: int
+
+    def run(self, packs: Sequence[WindowPack]) -> Iterator[PackOutputs]: ...
 
 
 class Engine:

@@ -18,7 +18,7 @@ from esm2mega.checkpoint.finite import not_finite
 from esm2mega.config.infer import absolute_layers, window_tokens
 from esm2mega.config.schema import DataConfig, InferConfig, ModelConfig
 from esm2mega.errors import UserError
-from esm2mega.infer.engine import Engine, OutputRequest, PackOutputs, WindowPack, group_windows
+from esm2mega.infer.engine import OutputRequest, PackOutputs, RunsPacks, WindowPack, group_windows
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window, overlapping, whole
 
@@ -88,7 +88,7 @@ class Lengths:
 class Embedder:
     """Computes what a configuration asks for, protein by protein."""
 
-    def __init__(self, engine: Engine, infer: InferConfig, limits: Lengths, checkpoint: Path) -> None:
+    def __init__(self, engine: RunsPacks, infer: InferConfig, limits: Lengths, checkpoint: Path) -> None:
         """Set what is computed.
 
         Args:

@@ -24,6 +24,7 @@ from esm2mega.files import parse_json, replacing
 
 TRAIN = "train"
 EVAL = "eval"
+DOWNSTREAM = "downstream"
 LOG_NAME = "log.jsonl"
 SYNC_SECONDS = 5.0
 CLOCK = ("tokens_per_second", "step_time", "memory_gb")
@@ -110,7 +111,8 @@ class JsonlLog:
 
         The file is replaced in one rename: a kill at any moment leaves the old or the new log. Records
         without a step stay. What was written behind a dropped record is dropped too: the record of a test may
-        name an earlier step, that of the best weights.
+        name an earlier step, that of the best weights. Only what was measured downstream belongs
+        to the step that it names, wherever it stands.
 
         Returns:
             The number of records dropped.
@@ -118,7 +120,11 @@ class JsonlLog:
         records = scan_log(self.path).records
         steps = [record.get("step") for record in records]
         end = next((n for n, other in enumerate(steps) if other is not None and other > step), len(steps))
-        kept = [record for n, record in enumerate(records) if n < end or steps[n] is None]
+        kept = [
+            record
+            for n, (record, other) in enumerate(zip(records, steps, strict=True))
+            if n < end or other is None or (record.get("kind") == DOWNSTREAM and other <= step)
+        ]
         if len(kept) < len(records):
             try:
                 os.close(self._descriptor)
@@ -206,7 +212,7 @@ def _odd_key(record: Mapping[str, Any]) -> str | None:
     """Return the key of a record whose value no run has written; None if there is none."""
     step = record.get("step")
     is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= _MOST_STEPS
-    if not is_step and ("step" in record or record.get("kind") in (TRAIN, EVAL)):
+    if not is_step and ("step" in record or record.get("kind") in (TRAIN, EVAL, DOWNSTREAM)):
         return "step"
     texts = (key for key in ("kind", "eval_recipe") if not isinstance(record.get(key), (str, type(None))))
     return next(texts, None)

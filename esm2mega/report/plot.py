@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from esm2mega.config.renamed import REMOVED, current_key
 from esm2mega.errors import UserError
 from esm2mega.files import replacing
-from esm2mega.report.log import EVAL, LOG_NAME, TRAIN, read_log
+from esm2mega.report.log import DOWNSTREAM, EVAL, LOG_NAME, TRAIN, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ PNG_NAME, HTML_NAME = "report.png", "report.html"
 
 # Colours that stay apart for the common forms of colour blindness (Okabe and Ito), and in grey.
 TRAIN_COLOR, VALID_COLOR, BASELINE_COLOR, AXIS_COLOR = "#0072B2", "#D55E00", "#555555", "#888888"
+TASK_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MOST = 1e300
 """No value of a run is larger; sums and margins of larger ones would be infinite."""
 
@@ -58,8 +59,9 @@ def plot_run(run_dir: str | Path) -> PlotFiles:
         raise UserError(
             f"{log} holds no training or evaluation record yet; plot again after train.log_every steps"
         )
-    summary = summarise(train, evaluations)
-    png = _png(_figure(run_dir.resolve().name, train, evaluations))
+    downstream = downstream_curves([record for record in records if record.get("kind") == DOWNSTREAM])
+    summary = summarise(train, evaluations) | summarise_downstream(downstream)
+    png = _png(_figure(run_dir.resolve().name, train, evaluations, downstream))
     page = _html(run_dir.resolve().name, png, summary, read_config(run_dir))
     files = PlotFiles(run_dir / PNG_NAME, run_dir / HTML_NAME, summary)
     # A browser that reloads during a run never sees half a page.
@@ -111,6 +113,26 @@ def summarise(train: Sequence[Record], evaluations: Sequence[Record]) -> dict[st
     return rows
 
 
+Curves = dict[str, tuple[list[int], list[float]]]
+"""Maps ``TASK/SPLIT_METRIC`` to the steps at which a downstream task was measured, and the values there."""
+
+
+def downstream_curves(records: Sequence[Record]) -> Curves:
+    """Return what was measured of each downstream task, in the order of the steps."""
+    ordered = sorted(records, key=lambda record: record["step"])
+    names = dict.fromkeys(name for record in ordered for name in record if "/" in name)
+    curves = {name: _curve(ordered, name) for name in names}
+    return {name: curve for name, curve in curves.items() if curve[0]}
+
+
+def summarise_downstream(curves: Curves) -> dict[str, str]:
+    """Return the last value of each downstream task as label -> text."""
+    return {
+        f"Downstream {name}": f"{values[-1]:.4f} at step {steps[-1]:,}"
+        for name, (steps, values) in curves.items()
+    }
+
+
 def _of_last_recipe(evaluations: Sequence[Record]) -> list[Record]:
     """Return the evaluations that were made as the last one was; those of earlier versions name no recipe."""
     recipe = evaluations[-1].get("eval_recipe")
@@ -142,15 +164,19 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return rows
 
 
-def _figure(name: str, train: Sequence[Record], evaluations: Sequence[Record]) -> Figure:
-    """Draw the loss over the full width, and learning rate, gradient norm and throughput below it."""
+def _figure(
+    name: str, train: Sequence[Record], evaluations: Sequence[Record], downstream: Curves | None = None
+) -> Figure:
+    """Draw the loss over the full width, other curves of the training below it, and downstream tasks last."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plot needs the package matplotlib; pip install matplotlib") from None
     # A Figure of its own, not pyplot: no global state and no display.
-    figure = Figure(figsize=(11, 7.2), dpi=150, layout="constrained", facecolor="white")
-    grid = figure.add_gridspec(2, 3, height_ratios=[2.1, 1])
+    rows = [2.1, 1, 1.4] if downstream else [2.1, 1]
+    height = 7.2 * sum(rows) / sum(rows[:2])
+    figure = Figure(figsize=(11, height), dpi=150, layout="constrained", facecolor="white")
+    grid = figure.add_gridspec(len(rows), 3, height_ratios=rows)
     figure.suptitle(name, fontsize=14, fontweight="bold", x=0.012, ha="left")
     _draw_loss(figure.add_subplot(grid[0, :]), train, evaluations)
     panels = (
@@ -160,7 +186,25 @@ def _figure(name: str, train: Sequence[Record], evaluations: Sequence[Record]) -
     )
     for column, (key, title) in enumerate(panels):
         _draw_panel(figure.add_subplot(grid[1, column]), train, key, title)
+    if downstream:
+        _draw_downstream(figure.add_subplot(grid[2, :]), downstream)
     return figure
+
+
+def _draw_downstream(axes: Axes, curves: Curves) -> None:
+    """Draw a curve for each task and split: one colour for a task, and dashes for the validation proteins."""
+    tasks = list(dict.fromkeys(name.rpartition("/")[0] for name in curves))
+    for name, (steps, values) in curves.items():
+        task, _, metric = name.rpartition("/")
+        axes.plot(
+            steps, values, color=TASK_COLORS[tasks.index(task) % len(TASK_COLORS)], linewidth=1.6, marker="o",
+            markersize=3.5, linestyle="--" if metric.startswith("valid_") else "-",
+            label=f"{task}: {metric.replace('_', ' ', 1)}",
+        )  # fmt: skip
+    axes.set_title("Downstream tasks, by a small head on frozen embeddings", fontsize=10, loc="left")
+    _style(axes)
+    axes.set_xlabel("optimizer step")
+    axes.legend(frameon=False, loc="best", fontsize=9)
 
 
 def _draw_loss(axes: Axes, train: Sequence[Record], evaluations: Sequence[Record]) -> None:
@@ -306,7 +350,7 @@ footer {{ color: #777; font-size: 13px; margin: 2rem 0; }}
 <h2>Final numbers</h2>
 <table>{summary}</table>
 <h2>Curves</h2>
-<img alt="Loss, learning rate, gradient norm and throughput by optimizer step"
+<img alt="Loss, learning rate, gradient norm, throughput and downstream tasks by optimizer step"
   src="data:image/png;base64,{png}">
 {config}
 <footer>esm2mega. The unigram baseline is the cross-entropy of a model that knows only the residue

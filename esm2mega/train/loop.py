@@ -18,6 +18,7 @@ from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
+from esm2mega.train.downstream import DownstreamHook
 from esm2mega.train.incidents import Incidents, RollBack
 from esm2mega.train.losses import Means, loss_and_perplexity
 from esm2mega.train.samples import samples_of_step
@@ -42,6 +43,7 @@ class LoopState:
         eval_recipe: Hash of the recipe of these evaluations; None in files of earlier versions.
         eval_proteins: Hash of the proteins that they are made with; None before the first.
         test_loss: Loss on the test split, computed at the end of the run; None before.
+        downstream_step: Step of the last measurement of downstream tasks; None before the first.
     """
 
     step: int = 0
@@ -53,6 +55,7 @@ class LoopState:
     eval_recipe: str | None = None
     eval_proteins: str | None = None
     test_loss: float | None = None
+    downstream_step: int | None = None
 
     @property
     def valid_loss(self) -> float | None:
@@ -104,6 +107,7 @@ class Hooks:
     training_values: Callable[[Means], Means] = loss_and_perplexity
     verified: Callable[[], bool] = lambda: True
     alarm: Callable[[], bool] = lambda: False
+    downstream: DownstreamHook | None = None
 
 
 def fit(
@@ -159,6 +163,8 @@ def fit(
             residues += sum(batch.num_residues for batch in batches)
             packs += len(batches) * ranks.dp_size
             hooks.show(result)
+            if hooks.downstream is not None:
+                hooks.downstream.poll()
             stopping = stop.received()
             if result.is_finite:
                 incidents.note_finite(loop.step)
@@ -218,8 +224,12 @@ def fit(
                     _save(loop, hooks, stop)
                 if last:
                     _finish_save(hooks, stop)
+                    if hooks.downstream is not None:
+                        hooks.downstream.finish()
             _raise_if(stop, loop, hooks)
         _finish_save(hooks, stop)
+        if hooks.downstream is not None:
+            hooks.downstream.finish()
         if hooks.test and loop.step and loop.test_loss is None:
             record = hooks.test(stop.received)
             _raise_if(stop, loop, hooks)
@@ -283,9 +293,10 @@ def note_evaluation(
         Whether it is among the `checkpoint.keep_best` best so far.
     """
     loop.evaluation = {name: defined(value) for name, value in record.items()}
-    value, best = loop.evaluation[checkpoint.best_metric], loop.best_value
+    # What is measured at some evaluations only is not there at the others.
+    value, best = loop.evaluation.get(checkpoint.best_metric), loop.best_value
     if value is None:
-        loop.evaluations_without_improvement += record[checkpoint.best_metric] is not None
+        loop.evaluations_without_improvement += record.get(checkpoint.best_metric) is not None
         return False
     sign = 1 if less_is_better(checkpoint.best_metric) else -1
     improved = best is None or sign * value < sign * best - train.early_stopping.min_delta
@@ -312,6 +323,11 @@ def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal, inciden
     if words:
         hooks.say(words)
     hooks.log({"kind": "eval", "step": loop.step, **record})
+    if hooks.downstream is not None and hooks.downstream.is_due(loop.step):
+        found = hooks.downstream.measure(loop.step, stop.received)
+        if found is not None:
+            loop.downstream_step = loop.step
+            record = {**record, **found}
     return note_evaluation(loop, record, run.train, run.checkpoint)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from esm2mega.config.best_metric import is_downstream
 from esm2mega.config.schema import Run
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.overlap import check_overlap
@@ -19,10 +20,12 @@ from esm2mega.data.stream.build import BatchSpec, token_counts
 from esm2mega.data.stream.loader import EvalPacks, TrainStream
 from esm2mega.data.stream.recipe import describe_masks, masks_recipe, proteins_hash
 from esm2mega.errors import UserError
+from esm2mega.files import json_sha256
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.progress import show_bytes
 from esm2mega.train.build import build
+from esm2mega.train.downstream import Measurement
 from esm2mega.train.evaluate import evaluate, evaluation_record, unigram_log_probabilities
 from esm2mega.train.loop import Evaluation, LoopState
 from esm2mega.train.losses import MLMLossReduction, loss_and_perplexity
@@ -31,7 +34,10 @@ from esm2mega.train.start import open_training_start, with_batches
 
 
 def pretrain(
-    run: Run, on_gradients: Callable[[list[Any]], None] | None = None, begun: float | None = None
+    run: Run,
+    on_gradients: Callable[[list[Any]], None] | None = None,
+    begun: float | None = None,
+    downstream: Measurement | None = None,
 ) -> LoopState:
     """Pretrain as configured; every process of the world calls this with the same, validated configuration.
 
@@ -39,6 +45,7 @@ def pretrain(
         run: The configuration.
         on_gradients: See `esm2mega.train.step.TrainState`.
         begun: See `esm2mega.train.session.run_session`.
+        downstream: Measures the model after evaluations, as `run.downstream` says; None for nothing.
 
     Returns:
         The final state of the loop, the same on every rank.
@@ -73,7 +80,7 @@ def pretrain(
     with process_groups(run.parallel, run.seed) as ranks:
 
         def make(start: StartPoint | None) -> Session:
-            return _session(run, ranks, train_stores, held_out, overlap, start, on_gradients)
+            return _session(run, ranks, train_stores, held_out, overlap, start, on_gradients, downstream)
 
         return run_session(run, ranks, make, start, begun)
 
@@ -122,6 +129,7 @@ def _session(
     overlap: dict[str, Any],
     start: StartPoint | None,
     on_gradients: Callable[[list[Any]], None] | None,
+    downstream: Measurement | None,
 ) -> Session:
     built = build(run, ranks, start, MLMLossReduction(), on_gradients)
     spec = _batch_spec(run)
@@ -150,18 +158,24 @@ def _session(
         size = f"{verification.num_bytes / 1e9:.2f} GB"
         banner.append(f"data     {size} are verified in the background, before the first checkpoint is saved")
     valid = held_out.get("valid")
+    evaluated = None if valid is None else proteins_hash(valid.fingerprint, run.train.eval_batches)
+    if downstream is not None:
+        banner += downstream.banner
+        if evaluated is not None and is_downstream(run.checkpoint.best_metric):
+            evaluated = json_sha256({"valid": evaluated, "downstream": downstream.fingerprint})
     return Session(
         name="pretrain",
         built=built,
         stream=stream,
         evaluation=evaluation,
         eval_recipe=recipe,
-        eval_proteins=None if valid is None else proteins_hash(valid.fingerprint, run.train.eval_batches),
+        eval_proteins=evaluated,
         extra_state={"token_counts": counts.tolist(), "overlap": overlap},
         banner=banner,
         result=_result,
         training_values=loss_and_perplexity,
         verification=verification,
+        downstream=downstream,
     )
 
 

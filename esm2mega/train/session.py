@@ -34,6 +34,7 @@ from esm2mega.report.external import open_trackers
 from esm2mega.report.log import LOG_NAME, JsonlLog
 from esm2mega.report.progress import Progress
 from esm2mega.train.build import Built
+from esm2mega.train.downstream import DownstreamHook, Measurement
 from esm2mega.train.incidents import FILE_NAME, Incidents, RollBack
 from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit
 from esm2mega.train.losses import Means
@@ -70,6 +71,7 @@ class Session:
         banner: Further lines that are printed at the start of the run.
         result: Takes an evaluation record and its split, and words it for a reader.
         training_values: Takes the metrics of a step and returns the values of a training record.
+        downstream: Measures the model besides its loss, after evaluations; None for nothing.
         verification: Compares the files of the data with their checksums, in the background on one rank;
             None for data without any. Closed at the end.
     """
@@ -85,6 +87,7 @@ class Session:
     result: Callable[[dict[str, Any], str], str]
     training_values: Callable[[Means], Means]
     verification: BackgroundVerification | None = None
+    downstream: Measurement | None = None
 
 
 def run_session(
@@ -204,6 +207,12 @@ def _run_once(
             loss = result.metrics["loss"]
             progress.update(1, loss="none" if loss is None else f"{loss:.4f}", lr=f"{result.lr:.2e}")
 
+        hook = None
+        if session.downstream is not None:
+            stack.callback(session.downstream.forget)
+            hook = DownstreamHook(session.downstream, run, state.model, ranks, write, progress.message)
+            if not is_fresh:
+                hook.take_up(Path(run.run_dir) / LOG_NAME, loop.step, loop.downstream_step)
         saver = stack.enter_context(Saver(run.checkpoint.async_save))
         saved_last = None if resumed is None else resumed.path
 
@@ -238,6 +247,7 @@ def _run_once(
             saver,
             session.training_values,
             *_verification_hooks(session.verification),
+            downstream=hook,
         )
         fit(run, state, stream, loop, hooks, ranks, stop, incidents)
     if ranks.is_main:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
-from esm2mega.autoeval.probe.embeddings import Embeddings
 from esm2mega.autoeval.probe.heads import CNN, Head
 from esm2mega.autoeval.probe.labels import TRAIN, VALID
 from esm2mega.autoeval.probe.targets import fit_targets, label_columns, predict_targets
@@ -24,6 +23,16 @@ from esm2mega.errors import UserError
 from esm2mega.finetune.metrics import Metrics, Predictions, metrics_of
 
 Array = npt.NDArray[Any]
+
+
+class Vectors(Protocol):
+    """Gives the vectors of a layer by the ids of proteins, fp32."""
+
+    def vectors(self, layer: str, ids: Sequence[str]) -> Array:
+        """Return a vector for each protein, ``[n, h]``."""
+
+    def residues(self, layer: str, name: str) -> Array:
+        """Return the vectors of a protein's residues, ``[L, h]``."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Task:
     seed: int
     info: TargetInfo
     splits: Mapping[str, LabelledProteins]
-    embeddings: Embeddings
+    embeddings: Vectors
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from esm2mega.errors import UserError
-from esm2mega.report.log import JsonlLog
-from esm2mega.report.plot import _figure, plot_run, running_mean, summarise
+from esm2mega.report.log import JsonlLog, read_log
+from esm2mega.report.plot import _figure, downstream_curves, plot_run, running_mean, summarise
 
 
 def train(step, loss=2.5, **more):
@@ -47,6 +47,21 @@ def run_dir(tmp_path):
         "run_dir: r\nmodel:\n  size: tiny\noptim:\n  betas: [0.9, 0.98]\ninit_from: null\n"
     )
     return run
+
+
+def test_downstream_tasks_are_drawn_in_the_order_of_their_steps(run_dir):
+    """A result stands behind records of later steps; one that is not defined is left out."""
+    values = {50: 0.25, 100: 0.5, 30: None}
+    with JsonlLog(run_dir / "log.jsonl") as log:
+        for step in (100, 50, 30):
+            both = {"gb1/valid_spearman": values[step], "gb1/test_spearman": values[step]}
+            log.write({"kind": "downstream", "step": step, **both})
+    records = read_log(run_dir / "log.jsonl")
+    curves = downstream_curves([record for record in records if record["kind"] == "downstream"])
+    assert curves == dict.fromkeys(("gb1/valid_spearman", "gb1/test_spearman"), ([50, 100], [0.25, 0.5]))
+    assert plot_run(run_dir).summary["Downstream gb1/test_spearman"] == "0.5000 at step 100"
+    (axes,) = (a for a in _figure("r", [], [], curves).axes if a.get_title(loc="left").startswith("Down"))
+    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.25, 0.5]] * 2
 
 
 class Resources(HTMLParser):

@@ -1,0 +1,1 @@
+"""Measures a model during its pretraining: a small head on frozen embeddings of benchmark proteins."""
