@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from esm2mega.autoeval.baselines.substitutions import substitution_scores
 from esm2mega.autoeval.together import alone
 from esm2mega.autoeval.units import Commands, Outcome, Unit, recorded
 from esm2mega.data.counter_rng import Purpose, derive_seed
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
-from esm2mega.finetune.bootstrap import percentiles
-from esm2mega.infer.proteingym import SUMMARY, mean_of_means
+from esm2mega.infer.correlation import spearman
+from esm2mega.infer.plan import ScoreOptions, measured
+from esm2mega.infer.proteingym import MEASURED, SUMMARY, mean_of_means, plan_assay, read_reference
+from esm2mega.train.loop import defined
 
 _REFERENCES = ("DMS_substitutions.csv", "DMS_indels.csv")
 _RESAMPLES = 1000
@@ -47,15 +50,38 @@ def find_assays(source: Path) -> tuple[Path, Path]:
 def run_assays(unit: Unit, reference: Path, folder: Path, commands: Commands) -> Outcome:
     """Score the assays of a reference file, unless that is done; all ranks call this together."""
 
-    def score() -> tuple[dict[str, float | None], None, tuple[float, float] | None]:
-        out = unit.folder / "scores"
-        words = ["score", unit.model.path, "--proteingym", reference, "--assays", folder, "--out", out]
-        commands.run(out / SUMMARY, *words, "--resume")
-        assays = alone(lambda: read_summary(out / SUMMARY))
-        interval = percentiles(resampled(assays, unit.seed))
-        return {"spearman": mean_of_means(assays)}, None, interval
+    def score() -> tuple[dict[str, float | None], None, None]:
+        summary = summary_of(unit)
+        words = ["score", unit.model.path, "--proteingym", reference, "--assays", folder]
+        commands.run(summary, *words, "--out", summary.parent, "--resume", *unit.layout)
+        assays = alone(lambda: read_summary(summary))
+        return {"spearman": defined(mean_of_means(assays))}, None, None
 
     return recorded(unit, commands, score)
+
+
+def summary_of(unit: Unit) -> Path:
+    """Return the file with the correlation of each assay."""
+    return unit.folder / "scores" / SUMMARY
+
+
+def blosum62_assays(reference: Path, folder: Path) -> _Assays | None:
+    """Correlate BLOSUM62 with the measurements of each assay, as `read_summary` returns it.
+
+    Returns:
+        None if an assay has whole sequences, whose insertions and deletions the matrix does not score.
+    """
+    found, options = [], ScoreOptions(measured_column=MEASURED)
+    for assay in read_reference(str(reference), str(folder)):
+        plan = plan_assay(assay, options)
+        if plan.whole or plan.table is None:
+            return None
+        values = measured(plan.table, MEASURED)
+        rows = [(values[row], variant) for _, chosen in plan.variants for row, variant in chosen]
+        known = [(value, variant) for value, variant in rows if value is not None]
+        scores = substitution_scores([variant for _, variant in known])
+        found.append((assay.function, assay.protein, spearman([value for value, _ in known], scores)))
+    return found
 
 
 def read_summary(path: Path) -> _Assays:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +40,11 @@ class EvalModel:
     parameters: int
     step: int | None
 
+    @property
+    def slug(self) -> str:
+        """Return the name as a part of file names."""
+        return slug_of(self.name)
+
     def described(self) -> dict[str, Any]:
         """Return what results say of the model."""
         return {name: value for name, value in asdict(self).items() if name != "path"}
@@ -51,8 +56,6 @@ def open_models(checkpoints: Sequence[str]) -> list[EvalModel]:
     Raises:
         UserError: There is none of that name, it cannot be read, or one is named twice.
     """
-    if twice := [name for name, count in Counter(checkpoints).items() if count > 1]:
-        raise UserError(f"{twice[0]}: is named twice; name each checkpoint once")
     return [
         _open(checkpoint, name)
         for checkpoint, name in zip(checkpoints, short_names(checkpoints), strict=True)
@@ -60,13 +63,31 @@ def open_models(checkpoints: Sequence[str]) -> list[EvalModel]:
 
 
 def short_names(checkpoints: Sequence[str]) -> list[str]:
-    """Return the shortest ends of the paths that tell all checkpoints apart, with what follows an ``@``."""
-    parts = [(Path(split_run(name)[0]).parts, split_run(name)[1]) for name in checkpoints]
+    """Return the shortest ends of the paths that tell all checkpoints apart, with what follows an ``@``.
+
+    The ending ``.pt`` is left out where the names differ without it. `RANDOM` is taken already.
+
+    Raises:
+        UserError: A checkpoint is named twice.
+    """
+    split = [split_run(name) for name in checkpoints]
+    # `.` and `..` name a folder only together with the current one.
+    parts = [(Path(os.path.abspath(path)).parts[1:], f"@{which}" if which else "") for path, which in split]
     for length in range(1, max(len(path) for path, _ in parts) + 1):
-        names = ["-".join(path[-length:]) + (f"@{which}" if which else "") for path, which in parts]
-        if len(set(names)) == len(names):
-            break
-    return [name.replace("/", "").removesuffix(".pt") for name in names]
+        for ending in (".pt", ""):
+            names = ["-".join(path[-length:]).removesuffix(ending) + which for path, which in parts]
+            if len({slug_of(name) for name in (RANDOM, *names)}) == len(names) + 1:
+                return names
+    slugs = [slug_of(name) for name in (RANDOM, *names)]
+    twice = next(number for number, slug in enumerate(slugs) if slug in slugs[:number])
+    raise UserError(
+        f"{checkpoints[twice - 1]}: is named twice, or as another one but for blanks; name each checkpoint once"
+    )
+
+
+def slug_of(name: str) -> str:
+    """Return the name of a model as a part of file names."""
+    return name.replace(" ", "-")
 
 
 def _open(checkpoint: str, name: str) -> EvalModel:

@@ -52,7 +52,7 @@ class Measured:
     def row(self) -> dict[str, Any]:
         """Return the row of the results."""
         low, high = self._limits()
-        sd = float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
+        sd = defined(float(np.std(self.values, ddof=1))) if len(self.values) > 1 else None
         mean = defined(float(np.mean(self.values)))
         return {
             "row": "model",
@@ -70,6 +70,29 @@ class Measured:
     def _limits(self) -> Sequence[float | None]:
         limits = self.interval if self.draws is None else percentiles(self.draws.mean(axis=0))
         return (None, None) if limits is None else limits
+
+
+def baseline_row(
+    name: str,
+    metrics: Mapping[str, float | None],
+    headline: str,
+    draws: Array,
+    predictions: str | None = None,
+    note: str | None = None,
+) -> dict[str, Any]:
+    """Return the row of a baseline.
+
+    Args:
+        name: Its name.
+        metrics: All metrics.
+        headline: The one that judges the task.
+        draws: The headline metric in resamples of the proteins, ``[d]``.
+        predictions: File of its predictions, relative to the folder of results.
+        note: What the reader has to know.
+    """
+    low, high = percentiles(draws) or (None, None)
+    shown = {"value": metrics[headline], "low": low, "high": high, "metrics": dict(metrics)}
+    return {"row": "baseline", "baseline": name, **shown, "predictions": predictions, "note": note}
 
 
 def mean_metrics(each: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

@@ -17,33 +17,52 @@ from typing import Any
 import numpy as np
 import torch
 
-from esm2mega.autoeval.assays import find_assays, run_assays
+from esm2mega.autoeval.assays import (
+    blosum62_assays,
+    find_assays,
+    read_summary,
+    resampled,
+    run_assays,
+    summary_of,
+)
 from esm2mega.autoeval.baselines.fit import baselines_of
-from esm2mega.autoeval.baselines.substitutions import zero_shot_baseline
-from esm2mega.autoeval.eval_model import RANDOM, EvalModel, open_models
+from esm2mega.autoeval.baselines.substitutions import BLOSUM62, zero_shot_baseline
+from esm2mega.autoeval.eval_model import RANDOM, EvalModel, open_models, slug_of
 from esm2mega.autoeval.prediction_table import ID, cells_of, read_predictions, write_predictions
 from esm2mega.autoeval.probe.labels import TEST
 from esm2mega.autoeval.published import published_figures
 from esm2mega.autoeval.random_encoder import write_random_encoder
-from esm2mega.autoeval.results import FORMAT, RESULTS_JSON, Measured, differences, mean_metrics, write_csv
+from esm2mega.autoeval.results import (
+    FORMAT,
+    RESULTS_JSON,
+    Measured,
+    baseline_row,
+    differences,
+    mean_metrics,
+    write_csv,
+)
 from esm2mega.autoeval.task_data import RunCommand, TaskData, find_source, prepare_task
 from esm2mega.autoeval.tasks import PROBE, ZERO_SHOT, EvalTask
 from esm2mega.autoeval.together import alone
 from esm2mega.autoeval.units import Commands, Outcome, Unit, run_unit, wild_type
 from esm2mega.config.best_metric import less_is_better
+from esm2mega.config.load import load_run_over
+from esm2mega.config.schema import ModelConfig, Run
 from esm2mega.data.leakage.leaks import find_leaks
 from esm2mega.errors import UserError
-from esm2mega.files import check_out, read_json, write_json
-from esm2mega.finetune.bootstrap import bootstrap_headline, percentiles
+from esm2mega.files import OTHER_OUT, check_out, read_json, write_json
+from esm2mega.finetune.bootstrap import bootstrap_headline
 from esm2mega.finetune.metrics import HEADLINES, Predictions, check_packages, metrics_of
+from esm2mega.infer.proteingym import mean_of_means
 from esm2mega.infer.work import differing
 from esm2mega.report.results.page import write_results_page
 from esm2mega.train.loop import defined
 from esm2mega.version import __version__
 
 _REQUEST, _TIMES, _COMMANDS, _PREDICTIONS = "request.json", "times.json", "commands.sh", "predictions"
-_LEAKAGE = "leakage.json"
+_LEAKAGE, _TASK = "leakage.json", "task.json"
 _RESAMPLES = 1000
+_ABOUT_COMMANDS = "What autoeval ran. Between the commands it wrote the tables below data/ and the wild types."
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ class SuiteRequest:
         seed: Seed of the first head, of the chosen proteins and of the resamples.
         seeds: Number of heads of each model.
         layers: Hidden states that a probe tries; empty for the last one.
-        overrides: ``key=value`` for `esm2mega finetune`.
+        overrides: ``key=value`` for `esm2mega finetune`; those of the layout are for every mode.
     """
 
     checkpoints: Sequence[str]
@@ -92,7 +111,7 @@ def run_suite(request: SuiteRequest, run_command: RunCommand, say: Callable[[str
     check_packages()
     out = Path(request.out)
     check_out(out / RESULTS_JSON)
-    alone(lambda: [_find(task, Path(request.source)) for task in request.tasks])
+    alone(lambda: _check(request))
     models = alone(lambda: _begin(request, out))
     suite = _Suite(request, models, out, run_command, say)
     results = {
@@ -108,8 +127,12 @@ def run_suite(request: SuiteRequest, run_command: RunCommand, say: Callable[[str
     return results
 
 
-def _find(task: EvalTask, source: Path) -> object:
-    return find_assays(source) if task.kind is None else find_source(task, source)
+def _check(request: SuiteRequest) -> None:
+    """Refuse keys that there are not, and files that are missing, before the work starts."""
+    load_run_over(Run(model=ModelConfig(size="tiny")), request.overrides)
+    for task in request.tasks:
+        source = Path(request.source)
+        _ = find_assays(source) if task.kind is None else find_source(task, source)
 
 
 def _begin(request: SuiteRequest, out: Path) -> list[EvalModel]:
@@ -123,14 +146,14 @@ def _begin(request: SuiteRequest, out: Path) -> list[EvalModel]:
     }
     noted = out / _REQUEST
     if noted.is_file():
-        if changed := differing(read_json(noted, "choose another --out"), json.loads(json.dumps(asked))):
-            raise UserError(f"{out}: was begun with another request: {changed}; choose another --out")
-        earlier = read_json(out / "models.json", "choose another --out")["models"]
-        return [EvalModel(**model) for model in earlier]
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out}: holds other files, and no {_REQUEST}; choose another --out")
-    write_json(out / "models.json", {"models": [asdict(model) for model in models]})
-    write_json(noted, asked)
+        earlier = read_json(noted, OTHER_OUT)
+        if changed := differing(earlier.get("request", {}), json.loads(json.dumps(asked))):
+            raise UserError(f"{out}: was begun with another request: {changed}; {OTHER_OUT}")
+        return [EvalModel(**model) for model in earlier["models"]]
+    # A kill while the request is written leaves a part of it under a name that begins like this.
+    if out.is_dir() and any(not path.name.startswith(f".{_REQUEST}.") for path in out.iterdir()):
+        raise UserError(f"{out}: holds other files, and no {_REQUEST}; {OTHER_OUT}")
+    write_json(noted, {"request": asked, "models": [asdict(model) for model in models]})
     return models
 
 
@@ -150,9 +173,20 @@ class _Suite:
         self.commands: list[list[str]] = []
 
     def task(self, task: EvalTask) -> dict[str, Any]:
-        """Evaluate all models on a task, and return its entry in the results."""
-        if task.kind is None:
-            return self._assays(task)
+        """Return a task's entry in the results, from an earlier start if that finished it."""
+        path = self._out / "work" / task.slug / _TASK
+        if not alone(path.is_file):
+            number = len(self.commands)
+            entry = self._assays(task) if task.kind is None else self._labelled(task)
+            done = {"entry": entry, "commands": self.commands[number:]}
+            alone(lambda: write_json(path, done))
+            return entry
+        kept = alone(lambda: read_json(path, "remove it"))
+        self.commands += kept["commands"]
+        return dict(kept["entry"])
+
+    def _labelled(self, task: EvalTask) -> dict[str, Any]:
+        """Evaluate all models on a task with labelled proteins."""
         request = self._request
         limits = {**dict(task.limits), **request.limits}
         source, folder = Path(request.source), self._out / "data"
@@ -183,14 +217,15 @@ class _Suite:
         }
 
     def _measured(self, task: EvalTask, model: EvalModel, mode: str, data: TaskData) -> Measured:
-        """Evaluate a model with every seed."""
-        units = [self._unit(task, model, mode, seed) for seed in range(self._request.seeds)]
+        """Evaluate a model with every seed; without training there is nothing that a seed decides."""
+        seeds = 1 if mode == ZERO_SHOT else self._request.seeds
+        units = [self._unit(task, model, mode, seed) for seed in range(seeds)]
         outcomes = [self._run(unit, lambda unit, c: run_unit(unit, data, c)) for unit in units]
         return alone(lambda: self._gathered(task, units[0], outcomes, data))
 
     def _unit(self, task: EvalTask, model: EvalModel, mode: str, number: int) -> Unit:
         request = self._request
-        folder = self._out / "work" / task.slug / model.name.replace(" ", "-")
+        folder = self._out / "work" / task.slug / model.slug
         return Unit(
             *(model, mode, request.seed + number, folder / f"{mode}-{number}", folder / "embeddings"),
             tuple(request.layers),
@@ -228,7 +263,7 @@ class _Suite:
         target = None
         if outcomes[0].predictions is not None:
             found = read_predictions(Path(outcomes[0].predictions), data.info, data.splits[TEST])
-            name = f"{first.model.name.replace(' ', '-')}.{first.mode}.csv"
+            name = f"{first.model.slug}.{first.mode}.csv"
             target = self._write_predictions(task, name, found, data)
         return Measured(
             first.model.name,
@@ -252,7 +287,7 @@ class _Suite:
 
     def _random_row(self, task: EvalTask, data: TaskData) -> dict[str, Any]:
         """Evaluate a model of the first one's shape that has learned nothing."""
-        first, path = self._models[0], self._out / "work" / "random-weights"
+        first, path = self._models[0], self._out / "work" / slug_of(RANDOM)
         seed = self._request.seed
         alone(lambda: None if path.is_dir() else write_random_encoder(first.path, path, seed) and None)
         model = replace(first, name=RANDOM, checkpoint=RANDOM, path=str(path), step=None)
@@ -270,35 +305,30 @@ class _Suite:
         for baseline in baselines:
             metrics = {name: defined(x) for name, x in metrics_of(baseline.predictions, data.info).items()}
             draws = _draws(baseline.predictions, data, self._request.seed)
-            low, high = percentiles(draws) or (None, None)
-            name = f"{baseline.name.replace(' ', '-')}.csv"
-            rows.append(
-                {
-                    "row": "baseline",
-                    "baseline": baseline.name,
-                    "value": metrics[headline],
-                    "low": low,
-                    "high": high,
-                    "metrics": metrics,
-                    "predictions": self._write_predictions(task, name, baseline.predictions, data),
-                    "note": baseline.note,
-                }
-            )
+            name = f"{slug_of(baseline.name)}.csv"
+            path = self._write_predictions(task, name, baseline.predictions, data)
+            rows.append(baseline_row(baseline.name, metrics, headline, draws, path, baseline.note))
         return rows
 
     def _assays(self, task: EvalTask) -> dict[str, Any]:
+        seed, measured = self._request.seed, []
         reference, folder = alone(lambda: find_assays(Path(self._request.source)))
-        rows = []
+        known = alone(lambda: blosum62_assays(reference, folder))
         for model in self._models:
-            unit = self._unit(task, model, task.modes[0], 0)
+            unit = self._unit(task, model, ZERO_SHOT, 0)
             found = self._run(unit, lambda unit, c: run_assays(unit, reference, folder, c))
-            value = found.metrics["spearman"]
+            assays = alone(lambda path=summary_of(unit): read_summary(path))
             commands = [_shell(command) for command in found.commands]
-            metrics, mode = dict(found.metrics), task.modes[0]
-            values = [float("nan") if value is None else value]
-            rows.append(
-                Measured(model.name, mode, values, None, found.interval, metrics, None, commands).row()
+            measured.append(
+                Measured(
+                    *(model.name, ZERO_SHOT, [mean_of_means(assays)], resampled(assays, seed)[None], None),
+                    *(found.metrics, None, commands),
+                )
             )
+        rows = [each.row() for each in measured]
+        if known is not None:
+            metrics = {"spearman": defined(mean_of_means(known))}
+            rows.append(baseline_row(BLOSUM62, metrics, "spearman", resampled(known, seed)))
         return {
             "task": task.name,
             "kind": None,
@@ -309,7 +339,7 @@ class _Suite:
             "first_residues": None,
             "leakage": None,
             "rows": rows + _published_rows(task.name, "spearman"),
-            "differences": [],
+            "differences": differences(measured, len({protein for _, protein, _ in assays})),
         }
 
 
@@ -339,5 +369,6 @@ def _write(out: Path, results: dict[str, Any], commands: Sequence[Sequence[str]]
     write_csv(out, results)
     write_results_page(results, out)
     lines = dict.fromkeys(_shell(command) for command in commands)
-    (out / _COMMANDS).write_text("\n".join(["#!/usr/bin/env bash", "set -euo pipefail", *lines, ""]))
+    head = ["#!/usr/bin/env bash", f"# {_ABOUT_COMMANDS}", "set -euo pipefail"]
+    (out / _COMMANDS).write_text("\n".join([*head, *lines, ""]))
     write_json(out / RESULTS_JSON, results)

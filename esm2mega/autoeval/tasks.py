@@ -5,7 +5,7 @@ This module imports nothing heavy, so that the command line can refuse a name at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from esm2mega.config.task import PAIR_KIND
@@ -20,9 +20,13 @@ QUICK = "quick"
 QUICK_LIMITS = {"train": 500, "valid": 200, "test": 200}
 """Gives the most proteins of each split in the suite `quick`."""
 
+LAYOUT = "parallel."
+"""Begins the keys that say how processes share the work, in every mode."""
+
 PROTEINGYM, GB1 = "proteingym", "gb1"
 _GB1_DOMAIN = 62
 """Is the number of residues of gb1's proteins that are kept: the domain; the tag behind it never varies."""
+_CONTACTS = "contact_prediction"
 _HEADLINE_SPLITS = {"remote_homology": "test_fold_holdout", "secondary_structure": "cb513"}
 _LABELS = {"locations": "multilabel", "membrane": "classification"}
 
@@ -106,11 +110,12 @@ def suites() -> dict[str, list[EvalTask]]:
     return {
         "flip": [_flip(task, None) for task in FLIP_TASKS],
         "tape": [
-            *(_tape(task, None) for task in TAPE_TASKS if task != "remote_homology"),
+            # Contacts are a suite of their own, since they have no probe, which is the mode by default.
+            *(_tape(task, None) for task in TAPE_TASKS if task not in ("remote_homology", _CONTACTS)),
             *(_tape("remote_homology", split) for split in TAPE_TASKS["remote_homology"].splits[2:]),
         ],
         QUICK: [_flip("gb1", "two_vs_rest", limits), _flip("secondary_structure", None, limits)],
-        "contacts": [_tape("contact_prediction", None)],
+        "contacts": [_tape(_CONTACTS, None)],
     }
 
 
@@ -166,3 +171,38 @@ def check_modes(tasks: Sequence[EvalTask], modes: Sequence[str]) -> None:
                     f"--mode {mode}: is not defined for {task.name}, which has "
                     f"{', '.join(task.modes)}{reason}"
                 )
+
+
+def check_options(
+    tasks: Sequence[EvalTask],
+    modes: Sequence[str],
+    layers: Sequence[str],
+    limits: Iterable[str],
+    overrides: Sequence[str],
+) -> None:
+    """Refuse what the user sets and none of the modes or tasks would read.
+
+    Args:
+        tasks: The tasks.
+        modes: The modes.
+        layers: Values of ``--layers``.
+        limits: Splits that have a limit.
+        overrides: ``key=value``.
+
+    Raises:
+        UserError: There is such an option.
+    """
+    asked = ",".join(modes)
+    if layers and PROBE not in modes:
+        raise UserError(f"--layers {','.join(layers)}: is for probes, and not for --mode {asked}; leave it out")
+    tuned = [word for word in overrides if not word.startswith(LAYOUT)]
+    if tuned and not {FINETUNE, LORA}.intersection(modes):
+        raise UserError(
+            f"{tuned[0]}: changes the fine-tuning, and not --mode {asked}; leave it out, or name {FINETUNE} or "
+            f"{LORA} (the keys of {LAYOUT}* hold for every mode)"
+        )
+    for split in limits:
+        if unsplit := next((task.name for task in tasks if task.kind is None), None):
+            raise UserError(
+                f"--limit-{split}: {unsplit} has no splits; leave it out, or evaluate {unsplit} by itself"
+            )

@@ -18,13 +18,14 @@ from esm2mega.autoeval.probe.labels import SPLITS, TEST, TRAIN, VALID
 from esm2mega.autoeval.probe.run import PREDICTIONS, RESULTS
 from esm2mega.autoeval.recipe import finetune_settings
 from esm2mega.autoeval.task_data import RunCommand, TaskData
-from esm2mega.autoeval.tasks import FINETUNE, LORA, PROBE, ZERO_SHOT
+from esm2mega.autoeval.tasks import FINETUNE, LAYOUT, LORA, PROBE, ZERO_SHOT
 from esm2mega.autoeval.together import alone
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.files import read_json, write_json
 from esm2mega.finetune.metrics import HEADLINES
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.variants import write_table
+from esm2mega.train.loop import defined
 
 _RESULT = "result.json"
 _BEGIN_AGAIN = "remove that folder, and start again"
@@ -44,7 +45,7 @@ class Unit:
         folder: Folder of the unit.
         embeddings: Folder of the model's embeddings of the task, which units of other seeds share.
         layers: Hidden states that a probe tries, as for `esm2mega embed`; empty for the last one.
-        overrides: What the user changes of the fine-tuning.
+        overrides: What the user changes of the fine-tuning, and of the layout of every command.
     """
 
     model: EvalModel
@@ -54,6 +55,11 @@ class Unit:
     embeddings: Path
     layers: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> list[str]:
+        """Return the overrides that say how processes share the work, which every command takes."""
+        return [word for word in self.overrides if word.startswith(LAYOUT)]
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,8 @@ def embed_splits(unit: Unit, data: TaskData, commands: Commands, splits: Sequenc
     files = []
     for split in splits:
         out = unit.embeddings / f"{split}.h5"
-        files.append(commands.run(out, "embed", unit.model.path, data.table(split), "--out", out, *words))
+        embed = ["embed", unit.model.path, data.table(split), "--out", out, *words, *unit.layout]
+        files.append(commands.run(out, *embed))
     return files
 
 
@@ -193,14 +200,14 @@ def _zero_shot(unit: Unit, data: TaskData, commands: Commands) -> Made:
 
     alone(write_variants)
     words = ["score", unit.model.path, "--fasta", fasta, "--variants", table, "--out", scores]
-    commands.run(scores, *words, "--measured", column)
+    commands.run(scores, *words, "--measured", column, *unit.layout)
 
     def read_scores() -> float:
         rows = list(_rows(scores))
         write_table(predictions, [ID, column], [[row["variant"], row["score"]] for row in rows])
         return spearman([float(row[column]) for row in rows], [float(row["score"]) for row in rows])
 
-    return {"spearman": alone(read_scores)}, predictions, None
+    return {"spearman": defined(alone(read_scores))}, predictions, None
 
 
 def wild_type(variant: str) -> str:

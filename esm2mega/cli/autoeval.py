@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from esm2mega.autoeval.tasks import MODES, check_modes, parse_tasks
+from esm2mega.autoeval.tasks import MODES, check_modes, check_options, parse_tasks
 from esm2mega.cli.group import command, listed, say
 from esm2mega.errors import UserError
 
@@ -47,7 +47,8 @@ def autoeval(
     """Evaluate checkpoints on benchmarks, with simple baselines and published figures beside each number.
 
     Tasks are named as flip/gb1:sampled, tape/stability, deeploc2 and proteingym, suites as flip, tape, quick
-    and contacts. KEY=VALUE changes the fine-tuning. The same command goes on with what was stopped.
+    and contacts. KEY=VALUE changes the fine-tuning, and with parallel.* the layout in every mode. The same
+    command goes on with what was stopped.
 
     Example: esm2mega autoeval runs/mine --tasks quick --source flip --out results
     """
@@ -59,10 +60,12 @@ def autoeval(
     if not checkpoints:
         raise UserError("no checkpoint is named; give a run, or a model in any format of `esm2mega convert`")
 
+    most = {name.removeprefix("limit_"): value for name, value in limits.items() if value is not None}
+    check_options(chosen, asked, listed(layers) or (), most, overrides)
+
     from esm2mega.autoeval.report import lines
     from esm2mega.autoeval.suite import SuiteRequest, run_suite
 
-    most = {name.removeprefix("limit_"): value for name, value in limits.items() if value is not None}
     request = SuiteRequest(
         checkpoints, chosen, asked, source, out, most, seed, seeds, listed(layers) or (), overrides
     )

@@ -29,7 +29,7 @@ from esm2mega.parallel.errors import on_one_rank
 
 SUMMARY = "summary.csv"
 _SETTINGS = "settings.json"
-_MEASURED = "DMS_score"
+MEASURED = "DMS_score"
 
 
 class Assay(NamedTuple):
@@ -95,7 +95,7 @@ def score_assays(
         UserError: A row of an assay cannot be scored, or the folder is not empty, and `mode` does not allow
             for what it holds.
     """
-    options = replace(options, offset=1, offset_name="", mutation_column="mutant", measured_column=_MEASURED)
+    options = replace(options, offset=1, offset_name="", mutation_column="mutant", measured_column=MEASURED)
     folder = Path(out)
     _check_existing(folder, mode)
     on_one_rank(lambda: _check_assays(assays, options))
@@ -104,14 +104,14 @@ def score_assays(
     with scorer(checkpoint, options) as (score, ranks):
         done = on_one_rank(lambda: _begin(folder, assays, tables, score.settings(), mode))
         for assay, path in zip(assays, tables, strict=True):
-            plan = _plan(assay, options)
+            plan = plan_assay(assay, options)
             if path in done:
                 scored = _finished(path, plan, options)
             else:
                 scored = score(plan)
                 if ranks.is_main:
                     write_scored(path, plan, scored, options)
-            number, value = measured_spearman(plan, scored, _MEASURED)
+            number, value = measured_spearman(plan, scored, MEASURED)
             results.append((assay, number, value))
             notes += [f"{assay.id}: {line}" for line in described(plan)]
         if ranks.is_main:
@@ -126,16 +126,17 @@ def score_assays(
     ]
 
 
-def _plan(assay: Assay, options: ScoreOptions) -> Plan:
+def plan_assay(assay: Assay, options: ScoreOptions) -> Plan:
+    """Read the table of an assay, and check every row of it; see `plan_table`."""
     table = read_table(assay.table)
-    require_columns(str(assay.table), table.columns, [_MEASURED], "is it a table of ProteinGym?")
+    require_columns(str(assay.table), table.columns, [MEASURED], "is it a table of ProteinGym?")
     return plan_table(table, [WildType(assay.id, assay.sequence)], options)
 
 
 def _check_assays(assays: Sequence[Assay], options: ScoreOptions) -> None:
     """Raise `UserError` for the first row of any assay that cannot be scored."""
     for assay in assays:
-        _plan(assay, options)
+        plan_assay(assay, options)
 
 
 def _check_existing(folder: Path, mode: Mode) -> None:

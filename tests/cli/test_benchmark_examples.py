@@ -103,7 +103,7 @@ def test_a_benchmark_in_its_quick_form(name: str, model: Path, tmp_path: Path) -
     assert [task["task"] for task in found["tasks"]] == tasks
     for task in found["tasks"]:
         kinds = [row["row"] for row in task["rows"]]
-        assert kinds.count("model") == 1 and ("baseline" in kinds or name == "proteingym")
+        assert kinds.count("model") == 1 and "baseline" in kinds
         assert all(-1 <= row["value"] <= 1 for row in task["rows"] if row["row"] == "model" and row["value"])
         assert task["limited"] is None or set(task["limited"].values()) == {500, 200}
     if name == "proteingym":

@@ -97,8 +97,11 @@ def test_a_killed_suite_goes_on_at_two_processes(folder: Path) -> None:
             os.kill(rank.pid, signal.SIGKILL)
     finally:
         end_ranks(ranks)
+    (baseline,) = out.glob("predictions/flip-gb1*/one-hot-ridge.csv")
+    fitted = baseline.stat().st_mtime_ns
     assert not (out / "results.json").exists(), "the suite was over before the kill"
     run_ranks(words(folder, "killed"), 2, folder / "output-resumed")
     for name in ("results.json", "results.csv"):
         mine = (out / name).read_bytes().replace(b"/killed/", b"/whole/")
         assert mine == (folder / "whole" / name).read_bytes(), name
+    assert baseline.stat().st_mtime_ns == fitted, "a task that was finished is not done again"

@@ -5,17 +5,19 @@ The matrix is that of Henikoff and Henikoff (1992) as NCBI distributes it, from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from esm2mega.autoeval.baselines.fit import Baseline
 from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.errors import UserError
 from esm2mega.finetune.metrics import Predictions
+from esm2mega.infer.variants import Variant
 from esm2mega.vocabulary import VOCAB
 
-_NAME = "BLOSUM62"
+BLOSUM62 = "BLOSUM62"
 
 _LETTER = np.array([token if len(token) == 1 else "X" for token in VOCAB])
 
@@ -33,15 +35,7 @@ def blosum62_scores(wild_type: str, variants: Sequence[str]) -> list[float]:
     Raises:
         UserError: A variant has another length.
     """
-    from Bio.Align import substitution_matrices
-
-    matrix = substitution_matrices.load(_NAME)
-    number = {letter: matrix.alphabet.index(letter) for letter in matrix.alphabet}
-    table, other = np.array(matrix), number["X"]
-
-    def numbers(sequence: str) -> list[int]:
-        return [number.get(letter, other) for letter in sequence.upper()]
-
+    table, numbers = _matrix()
     wild, scores = numbers(wild_type), []
     own = table[wild, wild]
     for row, variant in enumerate(variants):
@@ -54,6 +48,27 @@ def blosum62_scores(wild_type: str, variants: Sequence[str]) -> list[float]:
     return scores
 
 
+def substitution_scores(variants: Sequence[Variant]) -> list[float]:
+    """Score variants that are written as changes, as `blosum62_scores` scores their sequences."""
+    table, numbers = _matrix()
+    scores = []
+    for variant in variants:
+        wild = numbers("".join(change.wild for change in variant))
+        new = numbers("".join(change.mutant for change in variant))
+        scores.append(float((table[wild, new] - table[wild, wild]).sum()) if variant else 0.0)
+    return scores
+
+
+def _matrix() -> tuple[npt.NDArray[np.float64], Callable[[str], list[int]]]:
+    """Return the matrix, and what gives the row of each letter of a sequence."""
+    from Bio.Align import substitution_matrices
+
+    matrix = substitution_matrices.load(BLOSUM62)
+    number = {letter: matrix.alphabet.index(letter) for letter in matrix.alphabet}
+    other = number["X"]
+    return np.array(matrix), lambda sequence: [number.get(letter, other) for letter in sequence.upper()]
+
+
 def zero_shot_baseline(test: LabelledProteins, wild_type: str) -> Baseline:
     """Predict the test split of variants of one protein without any training.
 
@@ -64,4 +79,4 @@ def zero_shot_baseline(test: LabelledProteins, wild_type: str) -> Baseline:
     sequences = ["".join(_LETTER[test.residues(row)]) for row in range(len(test))]
     values = np.array(blosum62_scores(wild_type, sequences))[:, None]
     found = Predictions(np.arange(len(test)), None, values, test.labels)
-    return Baseline(_NAME, found, "a score in no unit, so that correlations alone mean something")
+    return Baseline(BLOSUM62, found, "a score in no unit, so that correlations alone mean something")

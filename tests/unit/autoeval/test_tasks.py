@@ -34,7 +34,8 @@ def test_suites_hold_every_task_once() -> None:
     flip = parse_tasks(["flip"])
     assert [task.task for task in flip] == list(FLIP_TASKS)
     tape = [task.name for task in parse_tasks(["tape"])]
-    assert len(set(tape)) == len(tape) == 8
+    assert len(set(tape)) == len(tape) == 7
+    check_modes(parse_tasks(["flip", "tape"]), [PROBE])  # the mode by default
     assert dict(parse_tasks(["quick"])[0].limits) == {"train": 500, "valid": 200, "test": 200}
 
 
@@ -57,6 +58,13 @@ def test_modes_of_tasks() -> None:
         (["--tasks", "proteingym", "--mode", "lora"], "is not defined for proteingym, which has zero-shot"),
         (["--tasks", "contacts"], "--mode probe: is not defined for tape/contact_prediction:test"),
         (["--tasks", "quick", "--mode", "best"], "--mode best: is none of probe, finetune, lora, zero-shot"),
+        (["optim.lr=1e-4", "--tasks", "quick"], "optim.lr=1e-4: changes the fine-tuning, and not --mode probe"),
+        (["--tasks", "quick", "--mode", "lora", "--layers", "1"], "--layers 1: is for probes, and not for"),
+        (
+            ["--tasks", "proteingym", "--mode", "zero-shot", "--limit-test", "9"],
+            "--limit-test: proteingym has no splits; leave it out",
+        ),
+        (["parallel.tensor_parallel=2", "--tasks", "quick"], "parallel.tensor_parallel"),
     ],
 )
 def test_what_is_refused(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from Bio.Align import PairwiseAligner, substitution_matrices
 
-from esm2mega.autoeval.baselines.substitutions import blosum62_scores, zero_shot_baseline
+from esm2mega.autoeval.baselines.substitutions import (
+    blosum62_scores,
+    substitution_scores,
+    zero_shot_baseline,
+)
 from esm2mega.config.schema import TaskConfig
 from esm2mega.data.labels.dataset import proteins_of_pairs
 from esm2mega.errors import UserError
+from esm2mega.infer.variants import Substitution
 from tests.infer_models import LETTERS, random_proteins
 
 WILD = random_proteins([60], seed=5)[0]
@@ -49,6 +54,11 @@ def test_scores_are_those_of_alignments_without_gaps() -> None:
     found = blosum62_scores(WILD, variants())
     assert found == [aligner.score(WILD, each) - aligner.score(WILD, WILD) for each in variants()]
     assert found[0] == 0 and max(found[1:]) < 0
+    changes = [
+        tuple(Substitution(i, a, b) for i, (a, b) in enumerate(zip(WILD, each, strict=True)) if a != b)
+        for each in variants()
+    ]
+    assert substitution_scores(changes) == found
 
 
 def test_other_letters_and_lengths() -> None:
