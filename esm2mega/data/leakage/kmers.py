@@ -28,7 +28,7 @@ _FEWEST_WORDS = 2
 _FEWEST_PLACES = 64
 """Of a frequent word only the first places are looked at: four times the mean, but at least these."""
 
-MOST_RELATIVES = 64
+MOST_RELATIVES = 16
 """Each protein keeps so many relatives in another split; the screen aligns no others."""
 
 _TOGETHER = 2048
