@@ -14,7 +14,8 @@ from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
 COMMANDS = [
     *("quickstart", "translate", "prepare", "pretrain", "finetune", "predict", "evaluate", "compare"),
-    *("convert", "embed", "probe", "score", "lora", "inspect", "prove", "drill", "plot", "doctor"),
+    *("convert", "embed", "probe", "autoeval", "score", "lora"),
+    *("inspect", "prove", "drill", "plot", "doctor"),
 ]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")
 

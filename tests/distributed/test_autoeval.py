@@ -85,6 +85,7 @@ def test_the_table_holds_every_row(folder: Path) -> None:
     assert commands.count("esm2mega prepare") == 2 and "esm2mega probe" in commands
 
 
+@pytest.mark.slow
 def test_a_killed_suite_goes_on_at_two_processes(folder: Path) -> None:
     """It is killed in the embedding of the second task, and goes on with another number of processes."""
     out = folder / "killed"

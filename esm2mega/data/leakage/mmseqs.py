@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega.errors import MachineError
+from esm2mega.processes import end_with_parent
 
 _SENSITIVITY = "5.7"
 _MOST_ALIGNED = "300"
@@ -92,6 +93,7 @@ def _run(command: Sequence[str]) -> tuple[int, str]:
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=end_with_parent,
     )
     try:
         said, _ = process.communicate()
