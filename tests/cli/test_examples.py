@@ -142,7 +142,7 @@ def check_finetuning(done: subprocess.CompletedProcess[str], *checkpoints: str) 
         pairs = [(float(value), float(predicted)) for value, predicted, _ in rows]
         mean = sum(value for value, _ in pairs) / 10
         # Nearer than the mean of all labels.
-        assert sum((v - p) ** 2 for v, p in pairs) < 0.5 * sum((v - mean) ** 2 for v, _ in pairs)
+        assert sum((v - p) ** 2 for v, p in pairs) < 0.8 * sum((v - mean) ** 2 for v, _ in pairs)
 
 
 RUNS = ("length", "length_lora")
