@@ -30,6 +30,9 @@ from esm2mega.train.loop import defined
 _RESULT = "result.json"
 _BEGIN_AGAIN = "remove that folder, and start again"
 
+PROBE_RESIDUES = 50_000
+"""Limits the labelled residues that a probe is fitted to: of many more, a regression would take hours."""
+
 _VARIED = {39: "V", 40: "D", 41: "G", 54: "V"}
 """Gives the wild type's residue at each position, from 1, that gb1 varies (Wu et al. 2016)."""
 
@@ -124,6 +127,8 @@ def _probe(unit: Unit, data: TaskData, commands: Commands) -> Made:
     words = [PROBE, *files, "--labels", data.folder, "--out", out, f"seed={unit.seed}", *data.settings]
     # Intervals are made later for all modes alike; what a killed probe left is replaced.
     words += ["task.bootstrap=0", "--overwrite"]
+    if data.task.kind in RESIDUE_KINDS:
+        words += ["--max-residues", PROBE_RESIDUES]
     commands.run(out / RESULTS, *words)
     result = alone(lambda: read_json(out / RESULTS, _BEGIN_AGAIN)[TEST])
     return _numbers(result), out / PREDICTIONS, None

@@ -33,6 +33,12 @@ from esm2mega.errors import UserError
     "--split-column", metavar="NAME", help="Column of splits in one table [default: split, else set]."
 )
 @click.option("--config", metavar="FILE|NAME", help="Configuration with a `task`, such as flip_gb1.")
+@click.option(
+    "--max-residues",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Most training residues whose labels count, chosen by the seed [default: all].",
+)
 @click.option("--overwrite", is_flag=True, help="Replace existing results.")
 @click.argument("words", nargs=-1, required=True, metavar="EMBEDDINGS.h5… [KEY=VALUE]…")
 @single_process
@@ -44,6 +50,7 @@ def probe(
     layers: tuple[str, ...],
     split_column: str | None,
     config: str | None,
+    max_residues: int | None,
     overwrite: bool,
 ) -> None:
     """Fit a small head to the embeddings of labelled proteins, which stay as they are, and measure it.
@@ -61,5 +68,7 @@ def probe(
     if not embeddings:
         raise UserError("no embeddings are named; give the files of `esm2mega embed`")
     names = listed(layers) or ()
-    request = ProbeRequest(embeddings, labels, out, head, names, split_column, config, overrides, overwrite)
+    request = ProbeRequest(
+        *(embeddings, labels, out, head, names, split_column, config, overrides, overwrite, max_residues)
+    )
     say(run_probe(request))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from esm2mega.autoeval.probe.labels import SPLITS, TRAIN, read_splits
+from esm2mega.autoeval.probe.labels import SPLITS, TRAIN, fewer_labels, read_splits
 from esm2mega.config.load import load_run, load_run_over
 from esm2mega.config.schema import DownstreamConfig, ModelConfig, Run
 from esm2mega.config.task import PAIR_KIND, validate_task
 from esm2mega.data.benchmarks.tables import MASK, read_manifest
 from esm2mega.data.labels.dataset import LabelledProteins
-from esm2mega.data.labels.schema import IGNORED, TargetInfo
+from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 
 TASK_FILE = "task.yaml"
@@ -97,7 +97,7 @@ def _open(folder: Path, settings: DownstreamConfig, seed: int) -> Task:
             most = settings.max_train if split == TRAIN else settings.max_test
             splits[split] = _part(found[split], split, most, (seed, number))
     if info.per_residue:
-        splits[TRAIN] = _fewer_labels(splits[TRAIN], settings.max_residues, seed)
+        splits[TRAIN] = fewer_labels(splits[TRAIN], settings.max_residues, seed)
     return Task(folder.name, info, splits)
 
 
@@ -113,18 +113,6 @@ def _part(proteins: LabelledProteins, split: str, most: int, seed: Sequence[int]
             f"{split}; raise downstream.max_train and downstream.max_test, or complete the table"
         )
     return replace(part, ids=[f"{split}/{row}" for row in range(len(part))])
-
-
-def _fewer_labels(proteins: LabelledProteins, most: int, seed: int) -> LabelledProteins:
-    """Return proteins in which at most so many residues have labels, chosen by the seed."""
-    there = np.flatnonzero(~proteins.is_missing.all(axis=1))
-    if len(there) <= most:
-        return proteins
-    assert proteins.labels is not None
-    labels = proteins.labels.copy()
-    missing = np.nan if labels.dtype.kind == "f" else IGNORED
-    labels[np.random.default_rng(seed).permutation(there)[most:]] = missing
-    return replace(proteins, labels=labels)
 
 
 def _run_of(folder: Path) -> Run:

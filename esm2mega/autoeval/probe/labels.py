@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
 from esm2mega.data.labels.rows import Row, Table, read_table
-from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.readers.sources import open_source
@@ -95,3 +97,15 @@ def _in_file(path: Path, task: TaskConfig, data: DataConfig, column: str | None)
         others = {key: cell for key, cell in cells.items() if key != column}
         rows.setdefault(_WORDS[word], []).append((location, name, tokens, others))
     return {split: Table(path, split, found, whole.notes) for split, found in rows.items()}
+
+
+def fewer_labels(proteins: LabelledProteins, most: int, seed: int) -> LabelledProteins:
+    """Return proteins in which at most `most` residues have labels, chosen by the seed."""
+    there = np.flatnonzero(~proteins.is_missing.all(axis=1))
+    if len(there) <= most:
+        return proteins
+    assert proteins.labels is not None
+    labels = proteins.labels.copy()
+    missing = np.nan if labels.dtype.kind == "f" else IGNORED
+    labels[np.random.default_rng(seed).permutation(there)[most:]] = missing
+    return replace(proteins, labels=labels)

@@ -17,7 +17,7 @@ import numpy as np
 from esm2mega.autoeval.probe.embeddings import POOLED, RESIDUE, Embeddings
 from esm2mega.autoeval.probe.fit import Fitted, Task, fit_layer
 from esm2mega.autoeval.probe.heads import CNN, LINEAR, MLP
-from esm2mega.autoeval.probe.labels import TEST, VALID, read_splits
+from esm2mega.autoeval.probe.labels import TEST, TRAIN, VALID, fewer_labels, read_splits
 from esm2mega.config.best_metric import less_is_better
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ModelConfig, Run
@@ -51,6 +51,8 @@ class ProbeRequest:
         config: Path or name of a configuration whose `task`, `data` and `seed` hold; None for the defaults.
         overrides: ``key=value`` over it.
         overwrite: Whether results that are there already are replaced; else they are refused.
+        max_residues: Most residues of the training proteins whose labels count, chosen by the seed; None for
+            all.
     """
 
     embeddings: Sequence[str]
@@ -62,6 +64,7 @@ class ProbeRequest:
     config: str | None = None
     overrides: Sequence[str] = ()
     overwrite: bool = False
+    max_residues: int | None = None
 
 
 def probe(request: ProbeRequest) -> list[str]:
@@ -86,6 +89,8 @@ def probe(request: ProbeRequest) -> list[str]:
         kind = RESIDUE if run.task.kind in RESIDUE_KINDS else POOLED
         layers = _layers(embeddings, kind, request.layers)
         splits, info = read_splits(Path(request.labels), run.task, run.data, request.split_column)
+        if request.max_residues is not None and info.per_residue:
+            splits[TRAIN] = fewer_labels(splits[TRAIN], request.max_residues, run.seed)
         for split, proteins in splits.items():
             lengths = proteins.lengths.tolist() if info.per_residue else None
             embeddings.check(proteins.ids, f"{proteins.path} ({split})", lengths)
@@ -153,6 +158,7 @@ def _result(
         "targets": info.names if info.kind in NUMERIC_KINDS else info.output_names,
         "head": task.head,
         "seed": run.seed,
+        "max_residues": request.max_residues,
         "num_proteins": {name: len(split) for name, split in task.splits.items()},
         "headline": HEADLINES[info.kind],
         "layer": best,

@@ -241,6 +241,10 @@ def test_numbers_of_residues(data: Data, run: Run, tmp_path: Path) -> None:
     embeddings = write_ours(tmp_path / "x.h5", data, list(range(len(IDS))))
     words = ["--layers", "2", "task.kind=token_regression", "task.bootstrap=0"]
     assert run(embeddings, labels, *words)["test"]["mse"] < 1e-6
+    # More columns than labels: the value is no longer found exactly.
+    few = run(embeddings, labels, *words, "--max-residues", "5")
+    assert few["max_residues"] == 5 and few["test"]["mse"] > 1e-3
+    assert len(few["rows"]) == SPLITS.count("test"), "all residues of the test are predicted"
     assert run(embeddings, labels, *words, "--head", "cnn")["test"]["spearman"] > 0.8
 
 
