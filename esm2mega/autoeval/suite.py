@@ -62,7 +62,9 @@ from esm2mega.version import __version__
 _REQUEST, _TIMES, _COMMANDS, _PREDICTIONS = "request.json", "times.json", "commands.sh", "predictions"
 _LEAKAGE, _TASK = "leakage.json", "task.json"
 _RESAMPLES = 1000
-_ABOUT_COMMANDS = "What autoeval ran. Between the commands it wrote the tables below data/ and the wild types."
+_ABOUT_COMMANDS = (
+    "What autoeval ran. Between the commands it wrote the tables below data/ and the wild types."
+)
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ class _Suite:
 
     def _labelled(self, task: EvalTask) -> dict[str, Any]:
         """Evaluate all models on a task with labelled proteins."""
+        assert task.kind is not None
         request = self._request
         limits = {**dict(task.limits), **request.limits}
         source, folder = Path(request.source), self._out / "data"
@@ -306,8 +309,8 @@ class _Suite:
             metrics = {name: defined(x) for name, x in metrics_of(baseline.predictions, data.info).items()}
             draws = _draws(baseline.predictions, data, self._request.seed)
             name = f"{slug_of(baseline.name)}.csv"
-            path = self._write_predictions(task, name, baseline.predictions, data)
-            rows.append(baseline_row(baseline.name, metrics, headline, draws, path, baseline.note))
+            file = self._write_predictions(task, name, baseline.predictions, data)
+            rows.append(baseline_row(baseline.name, metrics, headline, draws, file, baseline.note))
         return rows
 
     def _assays(self, task: EvalTask) -> dict[str, Any]:
@@ -317,7 +320,7 @@ class _Suite:
         for model in self._models:
             unit = self._unit(task, model, ZERO_SHOT, 0)
             found = self._run(unit, lambda unit, c: run_assays(unit, reference, folder, c))
-            assays = alone(lambda path=summary_of(unit): read_summary(path))
+            assays = read_summary(summary_of(unit))
             commands = [_shell(command) for command in found.commands]
             measured.append(
                 Measured(

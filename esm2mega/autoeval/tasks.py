@@ -194,12 +194,14 @@ def check_options(
     """
     asked = ",".join(modes)
     if layers and PROBE not in modes:
-        raise UserError(f"--layers {','.join(layers)}: is for probes, and not for --mode {asked}; leave it out")
+        raise UserError(
+            f"--layers {','.join(layers)}: is for probes, and not for --mode {asked}; leave it out"
+        )
     tuned = [word for word in overrides if not word.startswith(LAYOUT)]
     if tuned and not {FINETUNE, LORA}.intersection(modes):
         raise UserError(
-            f"{tuned[0]}: changes the fine-tuning, and not --mode {asked}; leave it out, or name {FINETUNE} or "
-            f"{LORA} (the keys of {LAYOUT}* hold for every mode)"
+            f"{tuned[0]}: changes the fine-tuning, and not --mode {asked}; leave it out, or name {FINETUNE} "
+            f"or {LORA} (the keys of {LAYOUT}* hold for every mode)"
         )
     for split in limits:
         if unsplit := next((task.name for task in tasks if task.kind is None), None):

@@ -8,6 +8,7 @@ from esm2mega.data.counter_rng import Purpose, derive_seed
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.finetune.contact_metrics import contact_counts, contact_metrics
 from esm2mega.finetune.metrics import HEADLINES, Array, Predictions, metrics_of, right_of_proteins
+from esm2mega.infer.correlation import spearman
 
 _INTERVAL = (2.5, 97.5)
 """Sets the percentiles of the resampled metrics that bound a 95 % interval."""
@@ -38,9 +39,11 @@ def bootstrap_headline(found: Predictions, info: TargetInfo, resamples: int, see
     """Compute the metric of `HEADLINES` alone in resamples, ``[resamples]``, as `bootstrap_metrics` does.
 
     An accuracy and a micro-averaged F1 need only sums of each protein, so that nothing is computed anew for
-    every resample.
+    every resample; a rank correlation of proteins needs no other metric beside it.
     """
     headline = HEADLINES[info.kind]
+    if info.kind == "regression" and len(info.targets) == 1:
+        return _resampled_spearman(found, resamples, seed)
     if headline == "f1_micro":
         right, counts = _f1_of_proteins(found, info)
     elif headline == "accuracy" and len(info.targets) == 1:
@@ -57,6 +60,20 @@ def bootstrap_headline(found: Predictions, info: TargetInfo, resamples: int, see
         # Where flags are known, but none is 1 or predicted, it is 0.
         ratios[(known == 0) & np.array([flags[chosen].any() for chosen in drawn])] = 0.0
     return ratios
+
+
+def _resampled_spearman(found: Predictions, resamples: int, seed: int) -> Array:
+    """Correlate predictions of one number for each protein with the known labels, ``[resamples]``."""
+    assert found.labels is not None
+    order = np.unique(found.rows, return_index=True)[1]
+    labels, values = found.labels.reshape(len(order))[order], found.values[order, 0]
+    rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
+    drawn = []
+    for _ in range(resamples):
+        chosen = rng.integers(0, len(labels), len(labels))
+        known = chosen[~np.isnan(labels[chosen])]
+        drawn.append(spearman(labels[known], values[known]))
+    return np.array(drawn)
 
 
 def _f1_of_proteins(found: Predictions, info: TargetInfo) -> tuple[Array, Array]:

@@ -17,7 +17,9 @@ VARIANTS = {"M1A": 3.0, "K2R": 1.0, "T3S:A4W": -2.0, "WT": 4.0, "Q9P": 0.5, "I6V
 
 def test_blosum62_of_each_assay(tmp_path: Path) -> None:
     header = "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type\n"
-    (tmp_path / "reference.csv").write_text(f"{header}A,A.csv,P1,{WILD},Binding\nB,B.csv,P2,{WILD},Activity\n")
+    (tmp_path / "reference.csv").write_text(
+        f"{header}A,A.csv,P1,{WILD},Binding\nB,B.csv,P2,{WILD},Activity\n"
+    )
     rows = [f"{name},x,{value}\n" for name, value in VARIANTS.items()]
     for name in ("A", "B"):
         lines = rows if name == "A" else [*rows[1:], "A7W,x,\n"]  # one that was not measured

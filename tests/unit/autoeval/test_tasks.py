@@ -58,7 +58,10 @@ def test_modes_of_tasks() -> None:
         (["--tasks", "proteingym", "--mode", "lora"], "is not defined for proteingym, which has zero-shot"),
         (["--tasks", "contacts"], "--mode probe: is not defined for tape/contact_prediction:test"),
         (["--tasks", "quick", "--mode", "best"], "--mode best: is none of probe, finetune, lora, zero-shot"),
-        (["optim.lr=1e-4", "--tasks", "quick"], "optim.lr=1e-4: changes the fine-tuning, and not --mode probe"),
+        (
+            ["optim.lr=1e-4", "--tasks", "quick"],
+            "optim.lr=1e-4: changes the fine-tuning, and not --mode probe",
+        ),
         (["--tasks", "quick", "--mode", "lora", "--layers", "1"], "--layers 1: is for probes, and not for"),
         (
             ["--tasks", "proteingym", "--mode", "zero-shot", "--limit-test", "9"],

@@ -25,3 +25,13 @@ def test_the_f1_of_resamples_is_that_of_scikit_learn() -> None:
     expected = bootstrap_metrics(found, info, 40, 5)["f1_micro"]
     assert np.isnan(expected).any() and (expected == 0).any() and len(np.unique(expected)) > 5
     np.testing.assert_allclose(bootstrap_headline(found, info, 40, 5), expected, rtol=0, atol=1e-12)
+
+
+def test_the_correlation_of_resamples_is_the_same_to_the_bit() -> None:
+    """Also where a label is missing, and where all that are drawn are equal."""
+    rng = np.random.default_rng(4)
+    labels, values = np.array([[1.0], [1.0], [np.nan], [2.0]]), rng.normal(size=(4, 1))
+    found, info = Predictions(np.arange(4), None, values, labels), TargetInfo("regression", ["y"])
+    expected = bootstrap_metrics(found, info, 40, 5)["spearman"]
+    assert np.isnan(expected).any() and len(np.unique(expected)) > 3
+    np.testing.assert_array_equal(bootstrap_headline(found, info, 40, 5), expected)
