@@ -16,6 +16,9 @@ PROBE, FINETUNE, LORA, ZERO_SHOT = "probe", "finetune", "lora", "zero-shot"
 MODES = (PROBE, FINETUNE, LORA, ZERO_SHOT)
 """Lists the modes in the order in which they are shown."""
 
+LIMITS = {"train": "--limit-train", "valid": "--limit-valid", "test": "--limit-test"}
+"""Names the options that limit the proteins of each split."""
+
 QUICK = "quick"
 QUICK_LIMITS = {"train": 500, "valid": 200, "test": 200}
 """Gives the most proteins of each split in the suite `quick`."""
@@ -206,5 +209,5 @@ def check_options(
     for split in limits:
         if unsplit := next((task.name for task in tasks if task.kind is None), None):
             raise UserError(
-                f"--limit-{split}: {unsplit} has no splits; leave it out, or evaluate {unsplit} by itself"
+                f"{LIMITS[split]}: {unsplit} has no splits; leave it out, or evaluate {unsplit} by itself"
             )
