@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from esm2mega.batch import PackedBatch
+from esm2mega.config.best_metric import HEADLINES
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.stream.recipe import masks_settings
 from esm2mega.finetune.bootstrap import bootstrap_metrics
 from esm2mega.finetune.checkpoint import TaskCheckpoint, loaded
 from esm2mega.finetune.evaluate import measure, packs_of, split_by_protein, task_settings
-from esm2mega.finetune.metrics import HEADLINES, Array, Predictions
+from esm2mega.finetune.metrics import Array, Predictions
 from esm2mega.finetune.run import batch_spec
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import MaskedEvaluation, evaluate

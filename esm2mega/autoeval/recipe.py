@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from esm2mega.autoeval.tasks import LORA
-from esm2mega.finetune.metrics import HEADLINES
+from esm2mega.config.best_metric import HEADLINES
 
 PROTEINS_PER_STEP = 32
 _TOKENS_PER_PACK = 4096

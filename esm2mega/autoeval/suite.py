@@ -45,14 +45,14 @@ from esm2mega.autoeval.task_data import RunCommand, TaskData, find_source, prepa
 from esm2mega.autoeval.tasks import PROBE, ZERO_SHOT, EvalTask
 from esm2mega.autoeval.together import alone
 from esm2mega.autoeval.units import Commands, Outcome, Unit, run_unit, wild_type
-from esm2mega.config.best_metric import less_is_better
+from esm2mega.config.best_metric import HEADLINES, less_is_better
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ModelConfig, Run
 from esm2mega.data.leakage.leaks import find_leaks
 from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, check_out, read_json, write_json
 from esm2mega.finetune.bootstrap import bootstrap_headline
-from esm2mega.finetune.metrics import HEADLINES, Predictions, check_packages, metrics_of
+from esm2mega.finetune.metrics import Predictions, check_packages, metrics_of
 from esm2mega.infer.proteingym import mean_of_means
 from esm2mega.infer.work import differing
 from esm2mega.report.results.page import write_results_page

@@ -20,9 +20,9 @@ from esm2mega.autoeval.recipe import finetune_settings
 from esm2mega.autoeval.task_data import RunCommand, TaskData
 from esm2mega.autoeval.tasks import FINETUNE, LAYOUT, LORA, PROBE, ZERO_SHOT
 from esm2mega.autoeval.together import alone
+from esm2mega.config.best_metric import HEADLINES
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.files import read_json, write_json
-from esm2mega.finetune.metrics import HEADLINES
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.variants import write_table
 from esm2mega.train.loop import defined

@@ -6,6 +6,7 @@ The names are those of the records in ``log.jsonl``.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 
 from esm2mega.config.schema import CheckpointConfig, DownstreamConfig, TaskConfig
@@ -36,6 +37,16 @@ _METRICS: dict[str | None, tuple[str, ...]] = {
 }
 """Maps each `task.kind`, None for pretraining, to what an evaluation measures besides the loss."""
 
+HEADLINES = {
+    "regression": "spearman",
+    "token_regression": "spearman",
+    "classification": "accuracy",
+    "token_classification": "accuracy",
+    "multilabel": "f1_micro",
+    "contact": "p_at_L5",
+}
+"""Maps each kind of task to the metric that is shown during training."""
+
 _OF_EACH_COLUMN = ("regression", "token_regression", "token_classification")
 """With several target columns these tasks measure every metric for each of them too, as ``name/column``."""
 
@@ -47,6 +58,16 @@ def metric_names(task: TaskConfig) -> list[str]:
     metrics = [f"{_PREFIX}{name}" for name in _METRICS[task.kind]]
     columns = task.target_columns if task.kind in _OF_EACH_COLUMN and len(task.target_columns) > 1 else []
     return [VALID_LOSS, *metrics, *(f"{metric}/{column}" for column in columns for metric in metrics)]
+
+
+def headline_of(measured: Collection[str]) -> str | None:
+    """Return the metric that judges a task, given what an evaluation of it measured; None for pretraining.
+
+    Args:
+        measured: Names of metrics, without that of a split before them.
+    """
+    kinds = (kind for kind in HEADLINES if set(_METRICS[kind]) <= set(measured))
+    return next((HEADLINES[kind] for kind in kinds), None)
 
 
 def downstream_names(settings: DownstreamConfig) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from esm2mega.config.best_metric import HEADLINES
 from esm2mega.data.counter_rng import Purpose, derive_seed
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.finetune.contact_metrics import contact_counts, contact_metrics
-from esm2mega.finetune.metrics import HEADLINES, Array, Predictions, metrics_of, right_of_proteins
+from esm2mega.finetune.metrics import Array, Predictions, metrics_of, right_of_proteins
 from esm2mega.infer.correlation import spearman
 
 _INTERVAL = (2.5, 97.5)

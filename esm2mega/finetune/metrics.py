@@ -26,16 +26,6 @@ from esm2mega.infer.correlation import spearman, varied
 Array = npt.NDArray[Any]
 Metrics = dict[str, float]
 
-HEADLINES = {
-    "regression": "spearman",
-    "token_regression": "spearman",
-    "classification": "accuracy",
-    "token_classification": "accuracy",
-    "multilabel": "f1_micro",
-    "contact": "p_at_L5",
-}
-"""Maps each kind of task to the metric that is shown during training."""
-
 
 @dataclass(frozen=True)
 class Predictions:

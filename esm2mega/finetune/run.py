@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from esm2mega.config.best_metric import HEADLINES
 from esm2mega.config.lora import check_start
 from esm2mega.config.schema import DataConfig, Run, TaskConfig, TrainConfig
 from esm2mega.config.task import validate_task
@@ -29,7 +30,7 @@ from esm2mega.files import first_of
 from esm2mega.finetune.evaluate import UNSEEN, has_labels, measure, packs_of, task_recipe
 from esm2mega.finetune.loaded_head import check_units, loaded_targets
 from esm2mega.finetune.losses import loss_of_task
-from esm2mega.finetune.metrics import HEADLINES, check_packages
+from esm2mega.finetune.metrics import check_packages
 from esm2mega.finetune.param_groups import scales_of, set_trainable
 from esm2mega.finetune.user_code import GivenCode
 from esm2mega.parallel.initialize import Ranks, process_groups

@@ -24,6 +24,7 @@ from esm2mega.files import parse_json, replacing
 
 TRAIN = "train"
 EVAL = "eval"
+TEST = "test"
 DOWNSTREAM = "downstream"
 LOG_NAME = "log.jsonl"
 SYNC_SECONDS = 5.0
@@ -212,7 +213,7 @@ def _odd_key(record: Mapping[str, Any]) -> str | None:
     """Return the key of a record whose value no run has written; None if there is none."""
     step = record.get("step")
     is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= _MOST_STEPS
-    if not is_step and ("step" in record or record.get("kind") in (TRAIN, EVAL, DOWNSTREAM)):
+    if not is_step and ("step" in record or record.get("kind") in (TRAIN, EVAL, TEST, DOWNSTREAM)):
         return "step"
     texts = (key for key in ("kind", "eval_recipe") if not isinstance(record.get(key), (str, type(None))))
     return next(texts, None)

@@ -22,11 +22,11 @@ from esm2mega.autoeval.probe.fit import Task as ProbeTask
 from esm2mega.autoeval.probe.fit import fit_layer
 from esm2mega.autoeval.probe.heads import LINEAR
 from esm2mega.autoeval.probe.labels import TEST, VALID
-from esm2mega.config.best_metric import downstream_metric
+from esm2mega.config.best_metric import HEADLINES, downstream_metric
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
-from esm2mega.finetune.metrics import HEADLINES, check_packages
+from esm2mega.finetune.metrics import check_packages
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.downstream import Measured

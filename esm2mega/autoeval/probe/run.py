@@ -18,7 +18,7 @@ from esm2mega.autoeval.probe.embeddings import POOLED, RESIDUE, Embeddings
 from esm2mega.autoeval.probe.fit import Fitted, Task, fit_layer
 from esm2mega.autoeval.probe.heads import CNN, LINEAR, MLP
 from esm2mega.autoeval.probe.labels import TEST, TRAIN, VALID, fewer_labels, read_splits
-from esm2mega.config.best_metric import less_is_better
+from esm2mega.config.best_metric import HEADLINES, less_is_better
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ModelConfig, Run
 from esm2mega.config.task import NUMERIC_KINDS, PAIR_KIND, RESIDUE_KINDS, validate_task
@@ -28,7 +28,7 @@ from esm2mega.errors import UserError
 from esm2mega.files import check_out, file_sha256, replacing, write_json
 from esm2mega.finetune.baseline import baseline_metrics
 from esm2mega.finetune.bootstrap import bootstrap_intervals
-from esm2mega.finetune.metrics import HEADLINES, Metrics, check_packages
+from esm2mega.finetune.metrics import Metrics, check_packages
 from esm2mega.finetune.output import table_cells
 from esm2mega.report.progress import Progress
 from esm2mega.train.loop import defined

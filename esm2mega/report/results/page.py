@@ -14,7 +14,7 @@ from typing import Any
 from esm2mega.files import OTHER_OUT, replacing
 from esm2mega.report.results.charts import CurvePoint, bar, confusion, curves, scatter
 from esm2mega.report.results.predictions import classes_of, numbers_of, read_rows
-from esm2mega.report.results.style import STYLE
+from esm2mega.report.style import STYLE
 
 PAGE = "results.html"
 

@@ -13,9 +13,9 @@ import pytest
 
 from esm2mega.autoeval.compare import compare
 from esm2mega.cli.app import main
+from esm2mega.config.best_metric import HEADLINES
 from esm2mega.finetune.api import train_model
 from esm2mega.finetune.checkpoint import evaluate_task
-from esm2mega.finetune.metrics import HEADLINES
 from esm2mega.train.evaluate import evaluate_checkpoint
 from esm2mega.train.pretrain import pretrain
 from tests.ranks import run_ranks

@@ -7,9 +7,10 @@ import math
 import numpy as np
 
 from esm2mega.autoeval.published import published_figures, table
+from esm2mega.config.best_metric import HEADLINES
 from esm2mega.data.benchmarks.names import FLIP_TASKS, TAPE_TASKS
 from esm2mega.finetune import contact_metrics
-from esm2mega.finetune.metrics import HEADLINES, classification_metrics, regression_metrics
+from esm2mega.finetune.metrics import classification_metrics, regression_metrics
 
 RNG = np.random.default_rng(0)
 

@@ -8,8 +8,11 @@ from html.parser import HTMLParser
 import pytest
 
 from esm2mega.errors import UserError
+from esm2mega.report.curves import downstream_curves, running_mean, task_run
+from esm2mega.report.figure import figure_of
 from esm2mega.report.log import JsonlLog, read_log
-from esm2mega.report.plot import _figure, downstream_curves, plot_run, running_mean, summarise
+from esm2mega.report.plot import plot_run
+from esm2mega.report.summary import metrics_table, summarise
 
 
 def train(step, loss=2.5, **more):
@@ -60,7 +63,7 @@ def test_downstream_tasks_are_drawn_in_the_order_of_their_steps(run_dir):
     curves = downstream_curves([record for record in records if record["kind"] == "downstream"])
     assert curves == dict.fromkeys(("gb1/valid_spearman", "gb1/test_spearman"), ([50, 100], [0.25, 0.5]))
     assert plot_run(run_dir).summary["Downstream gb1/test_spearman"] == "0.5000 at step 100"
-    (axes,) = (a for a in _figure("r", [], [], curves).axes if a.get_title(loc="left").startswith("Down"))
+    (axes,) = (a for a in figure_of("r", [], [], curves).axes if a.get_title(loc="left").startswith("Down"))
     assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.25, 0.5]] * 2
 
 
@@ -118,7 +121,7 @@ def test_html_loads_nothing_and_holds_the_png_and_the_configuration(run_dir):
 
 
 def test_the_baseline_is_dashed_and_labelled(run_dir):
-    figure = _figure("run", [train(10)], [evaluation(10, 2.4, unigram=2.875)])
+    figure = figure_of("run", [train(10)], [evaluation(10, 2.4, unigram=2.875)])
     loss, *panels = figure.axes
     lines = {line.get_label(): line for line in loss.get_lines()}
     baseline = lines["unigram baseline (2.875)"]
@@ -132,7 +135,7 @@ def test_the_baseline_is_dashed_and_labelled(run_dir):
 
 
 def test_long_runs_get_a_running_mean(run_dir):
-    figure = _figure("run", [train(step) for step in range(200)], [])
+    figure = figure_of("run", [train(step) for step in range(200)], [])
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["training (mean of 5 records)"]
 
@@ -188,17 +191,97 @@ def test_only_losses_of_one_recipe_are_compared():
     assert rows["Evaluation recipe"] == "0123456789ab"
     lines = {
         line.get_label(): list(line.get_ydata())
-        for line in _figure("run", [], [*others, *same]).axes[0].lines
+        for line in figure_of("run", [], [*others, *same]).axes[0].lines
     }
     assert lines["validation"] == [2.7, 3.0]
     assert lines["validation, recipe bbbbbbbbbbbb"] == [1.5]
     assert lines["validation, recipe of an earlier version"] == [1.0]
 
 
-def test_a_task_has_no_perplexity():
-    record = evaluation(10, 0.4)
-    del record["valid_perplexity"], record["unigram_loss"]
-    assert "Validation perplexity" not in summarise([], [record])
+NUMBERS = ("mse", "rmse", "mae", "r2", "spearman", "pearson")
+CLASSES = ("accuracy", "balanced_accuracy", "mcc", "f1_macro", "f1_micro", "auroc")
+
+
+def task_evaluation(step, value, kind="eval", names=NUMBERS, recipe="0123456789ab", **more):
+    split = "test" if kind == "test" else "valid"
+    values = {f"{split}_{name}": value for name in names}
+    return {"kind": kind, "step": step, f"{split}_loss": 0.4, **values, "eval_recipe": recipe, **more}
+
+
+@pytest.fixture
+def task_dir(tmp_path):
+    """A fine-tuning whose second evaluation is the best, and was tested."""
+    run = tmp_path / "<script>"
+    with JsonlLog(run / "log.jsonl") as log:
+        for step, value in ((10, 0.25), (20, 0.75), (30, 0.5)):
+            log.write(train(step, 1.5))
+            log.write(task_evaluation(step, value))
+        log.write(task_evaluation(20, 0.625, "test", test_baseline_mse=1.5))
+    (run / "config.yaml").write_text("task:\n  kind: regression\n")
+    return run
+
+
+def test_a_fine_tuning_shows_its_own_metrics(task_dir):
+    files = plot_run(task_dir)
+    shown = files.summary
+    assert shown["Validation spearman"] == "0.5000 at step 30"
+    assert shown["Best validation spearman"] == "0.7500 at step 20"
+    assert shown["Test spearman"] == "0.6250 at step 20"
+    assert shown["Baseline on the test"] == "not defined: it predicts the same for all"
+    assert shown["Validation loss"] == "0.4000 at step 30", "the loss of a regression is not in nats"
+    page = parse(files.html)
+    text = "".join(page.text)
+    for word in ("perplexity", "unigram", "Unigram", "nats"):
+        assert word not in text
+    assert "script" not in page.tags and "<script>" in text
+    assert "best validation" in text and "0.7500 (step 20)" in text
+
+
+def test_the_figure_of_a_fine_tuning(task_dir):
+    records = read_log(task_dir / "log.jsonl")
+    kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "eval", "test")}
+    task = task_run(kinds["eval"], kinds["test"], None)
+    assert task.headline == "spearman", "known without a configuration"
+    headline, loss, *panels = figure_of("run", kinds["train"], kinds["eval"], None, task).axes
+    lines = {line.get_label(): line for line in headline.get_lines()}
+    assert list(lines["validation"].get_ydata()) == [0.25, 0.75, 0.5]
+    assert list(lines["best validation (0.750 at step 20)"].get_xdata()) == [20]
+    assert list(lines["test (0.625)"].get_ydata()) == [0.625, 0.625]
+    assert headline.get_ylabel() == "spearman" and loss.get_ylabel() == "loss"
+    assert [panel.get_title(loc="left").split()[0] for panel in panels] == [
+        "Learning",
+        "Gradient",
+        "Throughput",
+    ]
+    pretraining = figure_of("run", [train(10)], [evaluation(10, 2.4)]).axes
+    assert pretraining[0].get_ylabel().startswith("masked cross-entropy") and len(pretraining) == 4
+
+
+def test_metrics_of_a_fine_tuning_by_their_direction(task_dir):
+    records = read_log(task_dir / "log.jsonl")
+    others = [task_evaluation(5, 0.99, recipe="b" * 12)]
+    task = task_run([*others, *(r for r in records if r["kind"] == "eval")], records[-1:], None)
+    rows = {name: cells for name, *cells in metrics_table(task)}
+    assert rows["spearman"] == ["0.5000", "0.7500 (step 20)", "0.6250", ""], "of the last recipe alone"
+    assert rows["mse"] == ["0.5000", "0.2500 (step 10)", "0.6250", "1.5000"], "less is better"
+    assert next(iter(rows)) == "spearman"
+
+
+@pytest.mark.parametrize(
+    "names, kind, headline", [(CLASSES, None, "accuracy"), ((), "multilabel", "f1_micro")]
+)
+def test_the_headline_follows_from_the_metrics_or_the_configuration(names, kind, headline):
+    assert task_run([task_evaluation(10, 0.5, names=names)], [], kind).headline == headline
+    assert task_run([evaluation(10, 2.5)], [], None) is None
+
+
+def test_a_metric_that_is_never_defined_is_said(tmp_path):
+    """The correlation of constant predictions; there was no test."""
+    with JsonlLog(tmp_path / "log.jsonl") as log:
+        log.write(task_evaluation(10, 0.5, valid_spearman=None))
+    shown = plot_run(tmp_path).summary
+    assert shown["Validation spearman"] == "not defined for these predictions"
+    assert not any(name.startswith("Test") for name in shown)
 
 
 def test_no_log_and_empty_log(tmp_path):
