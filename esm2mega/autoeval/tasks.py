@@ -26,6 +26,12 @@ QUICK_LIMITS = {"train": 500, "valid": 200, "test": 200}
 LAYOUT = "parallel."
 """Begins the keys that say how processes share the work, in every mode."""
 
+_OWN_KEYS = frozenset(
+    {"init_from", "run_dir", "seed", "data.train", "data.valid", "data.test", "task.kind"}
+    | {"task.target_columns", "task.mask_column"}
+)
+"""Lists the keys of a fine-tuning by which a task and a model are given to it."""
+
 PROTEINGYM, GB1 = "proteingym", "gb1"
 _GB1_DOMAIN = 62
 """Is the number of residues of gb1's proteins that are kept: the domain; the tag behind it never varies."""
@@ -200,6 +206,8 @@ def check_options(
         raise UserError(
             f"--layers {','.join(layers)}: is for probes, and not for --mode {asked}; leave it out"
         )
+    if own := next((word for word in overrides if word.partition("=")[0] in _OWN_KEYS), None):
+        raise UserError(f"{own}: is set for each model and task; leave it out (seeds are --seed and --seeds)")
     tuned = [word for word in overrides if not word.startswith(LAYOUT)]
     if tuned and not {FINETUNE, LORA}.intersection(modes):
         raise UserError(

@@ -161,7 +161,7 @@ def _finetune(unit: Unit, data: TaskData, commands: Commands) -> Made:
         # Benchmarks are taken as they are published, with the proteins that their splits share.
         "data.allow_overlap=true",
         *data.settings,
-        *finetune_settings(unit.mode, kind, num_train, data.longest, unit.model.parameters),
+        *finetune_settings(unit.mode, kind, num_train, data.longest, unit.model.parameters, unit.overrides),
         *unit.overrides,
     ]
     trained = unit.folder / "trained"

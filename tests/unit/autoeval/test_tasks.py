@@ -68,6 +68,10 @@ def test_modes_of_tasks() -> None:
             "--limit-test: proteingym has no splits; leave it out",
         ),
         (["parallel.tensor_parallel=2", "--tasks", "quick"], "parallel.tensor_parallel"),
+        (
+            ["seed=1", "--tasks", "quick", "--mode", "lora"],
+            "seed=1: is set for each model and task; leave it",
+        ),
     ],
 )
 def test_what_is_refused(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
