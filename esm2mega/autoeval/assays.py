@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from esm2mega.files import first_of
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.plan import ScoreOptions, measured
 from esm2mega.infer.proteingym import MEASURED, SUMMARY, mean_of_means, plan_assay, read_reference
+from esm2mega.report.results.predictions import read_rows
 from esm2mega.train.loop import defined
 
 _REFERENCES = ("DMS_substitutions.csv", "DMS_indels.csv")
@@ -86,9 +86,9 @@ def blosum62_assays(reference: Path, folder: Path) -> _Assays | None:
 
 def read_summary(path: Path) -> _Assays:
     """Return function, protein and Spearman's correlation of each assay."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [(row["coarse_selection_type"], row["UniProt_ID"], float(row["spearman"])) for row in rows]
+    return [
+        (row["coarse_selection_type"], row["UniProt_ID"], float(row["spearman"])) for row in read_rows(path)
+    ]
 
 
 def resampled(assays: _Assays, seed: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from esm2mega.errors import UserError
 from esm2mega.files import replacing
 from esm2mega.finetune.metrics import Predictions
 from esm2mega.finetune.output import table_cells
+from esm2mega.report.results.predictions import read_rows
 
 Array = npt.NDArray[Any]
 
@@ -41,9 +42,7 @@ def read_predictions(path: Path, info: TargetInfo, proteins: LabelledProteins) -
     Raises:
         UserError: A protein has no prediction.
     """
-    csv.field_size_limit(1 << 30)
-    with path.open(newline="") as file:
-        rows = {row[ID]: row for row in csv.DictReader(file)}
+    rows = {row[ID]: row for row in read_rows(path)}
     if missing := next((name for name in proteins.ids if name not in rows), None):
         raise UserError(f"{path}: has no prediction for {missing}; make it again")
     found = [rows[name] for name in proteins.ids]

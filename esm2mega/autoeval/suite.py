@@ -205,6 +205,7 @@ class _Suite:
             rows.append(self._random_row(task, data))
         rows += alone(lambda: self._baselines(task, data))
         rows += _published_rows(task.name, metric)
+        leakage = alone(lambda: _leakage(data))
         data.release()
         return {
             "task": task.name,
@@ -214,7 +215,7 @@ class _Suite:
             "num_proteins": counts,
             "limited": data.limited,
             "first_residues": task.first_residues,
-            "leakage": alone(lambda: _leakage(data)),
+            "leakage": leakage,
             "rows": rows,
             "differences": differences(measured, counts[TEST]),
         }
@@ -256,18 +257,16 @@ class _Suite:
     def _gathered(self, task: EvalTask, first: Unit, outcomes: Sequence[Outcome], data: TaskData) -> Measured:
         assert task.kind is not None
         headline = HEADLINES[task.kind]
-        draws, values = [], []
+        draws, values, target = [], [], None
         for outcome in outcomes:
             value = outcome.metrics[headline]
             values.append(np.nan if value is None else value)
             if outcome.predictions is not None:
                 found = read_predictions(Path(outcome.predictions), data.info, data.splits[TEST])
                 draws.append(_draws(found, data, self._request.seed))
-        target = None
-        if outcomes[0].predictions is not None:
-            found = read_predictions(Path(outcomes[0].predictions), data.info, data.splits[TEST])
-            name = f"{first.model.slug}.{first.mode}.csv"
-            target = self._write_predictions(task, name, found, data)
+                if target is None:
+                    name = f"{first.model.slug}.{first.mode}.csv"
+                    target = self._write_predictions(task, name, found, data)
         return Measured(
             first.model.name,
             first.mode,

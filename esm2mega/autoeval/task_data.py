@@ -22,6 +22,7 @@ from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.files import appearing
+from esm2mega.report.results.predictions import read_rows
 
 RunCommand = Callable[[Sequence[str]], None]
 """Runs one command of the package in this process, and raises what it raises."""
@@ -75,7 +76,7 @@ class TaskData:
     @cached_property
     def rows(self) -> dict[str, list[dict[str, str]]]:
         """Return the cells of each table by split, in its order."""
-        return {split: _read_rows(self.table(split)) for split in SPLITS if self.table(split).is_file()}
+        return {split: read_rows(self.table(split)) for split in SPLITS if self.table(split).is_file()}
 
     def shown_labels(self, split: str) -> list[dict[str, str]]:
         """Return the rows of a table, whose residues that do not count have ``-`` in place of a label."""
@@ -135,7 +136,7 @@ def prepare_task(
         if not folder.is_dir():
             with appearing(folder) as partial:
                 for split in SPLITS:
-                    rows = _chosen(_read_rows(_table_of(task, whole, split)), limits.get(split), seed)
+                    rows = _chosen(read_rows(_table_of(task, whole, split)), limits.get(split), seed)
                     _write(partial / f"{split}.csv", rows, task.first_residues)
 
     # Tables may take a long time to make; the other ranks have nothing else to do.
@@ -158,7 +159,7 @@ def find_source(task: EvalTask, source: Path) -> Path:
         UserError: There is none.
     """
     folder = TAPE_TASKS[task.task].folder if task.family == "tape" else task.task
-    places = [source / task.family / folder, source / folder, source / task.family]
+    places = (source / task.family / folder, source / folder)
     if task.family == "deeploc2":
         tables = [path for place in (source / task.family, source) for path in sorted(place.glob("*.csv"))]
         if len(tables) != 1:
@@ -167,7 +168,7 @@ def find_source(task: EvalTask, source: Path) -> Path:
                 "Swissprot_Train_Validation_dataset.csv there, alone"
             )
         return tables[0]
-    if (found := next((place for place in places[:2] if place.is_dir()), None)) is None:
+    if (found := next((place for place in places if place.is_dir()), None)) is None:
         raise UserError(
             f"--source {source}: has no folder {places[0].relative_to(source)} or {folder} with the files of "
             f"{task.name}; put them there as they are published, or name the folder that has them"
@@ -204,9 +205,3 @@ def _write(path: Path, rows: list[dict[str, str]], first_residues: int | None) -
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "sequence": row["sequence"][:first_residues]} for row in rows)
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    csv.field_size_limit(1 << 30)
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))

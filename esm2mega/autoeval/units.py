@@ -6,8 +6,7 @@ done again, and one that was interrupted goes on where its commands go on.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.files import read_json, write_json
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.variants import write_table
+from esm2mega.report.results.predictions import read_rows
 from esm2mega.train.loop import defined
 
 _RESULT = "result.json"
@@ -208,7 +208,7 @@ def _zero_shot(unit: Unit, data: TaskData, commands: Commands) -> Made:
     commands.run(scores, *words, "--measured", column, *unit.layout)
 
     def read_scores() -> float:
-        rows = list(_rows(scores))
+        rows = read_rows(scores)
         write_table(predictions, [ID, column], [[row["variant"], row["score"]] for row in rows])
         return spearman([float(row[column]) for row in rows], [float(row["score"]) for row in rows])
 
@@ -228,11 +228,6 @@ def mutations(variant: str, sequence: str) -> str:
     pairs = enumerate(zip(sequence, variant, strict=True), start=1)
     changes = [f"{wild}{position}{letter}" for position, (wild, letter) in pairs if wild != letter]
     return ":".join(changes) or "WT"
-
-
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    with path.open(newline="") as file:
-        yield from csv.DictReader(file)
 
 
 _MODES: dict[str, Callable[[Unit, TaskData, Commands], Made]] = {

@@ -46,7 +46,7 @@ class Classes:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a prediction file."""
+    """Return the rows of a CSV with a header, however long their cells are."""
     csv.field_size_limit(1 << 30)
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
