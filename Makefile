@@ -25,7 +25,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm image-root example format reading-order \
+.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm pages image-root example format reading-order \
   migration-keys clean
 
 help: ## this list
@@ -76,6 +76,9 @@ multinode: $(DEV)/.installed ## two hosts in network namespaces lose one another
 
 slurm: $(DEV)/.installed ## the examples for Slurm on a Slurm of one node, see docs/multi-node.md
 	$(DEV_RUN) python -m tests.slurm
+
+pages: $(DEV)/.installed ## the pages of reports in headless Chromium, wide and narrow, light and dark; OUT=DIR holds their pictures
+	$(DEV_RUN) python -m tests.pages --out $(or $(OUT),$(error name a folder, as in make pages OUT=/tmp/pages))
 
 example: $(DEV)/.installed ## the CPU example, in reduced form
 	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh

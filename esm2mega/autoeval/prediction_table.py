@@ -20,7 +20,8 @@ from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.files import replacing
 from esm2mega.finetune.metrics import Predictions
-from esm2mega.finetune.output import table_cells
+from esm2mega.finetune.output import table_cells, uncertainty_cells
+from esm2mega.finetune.uncertainty import Summary, extra_widths, spread_factor
 from esm2mega.report.results.predictions import read_rows
 
 Array = npt.NDArray[Any]
@@ -95,3 +96,29 @@ def cells_of(found: Predictions, info: TargetInfo, proteins: LabelledProteins) -
     """Return predictions as cells by column, a row for each protein."""
     values = np.split(found.values, proteins.offsets[1:-1]) if info.per_residue else found.values
     return [table_cells(each, info) for each in values]
+
+
+def spread_cells(found: Sequence[Predictions], info: TargetInfo) -> list[dict[str, Any]]:
+    """Return how far the heads of several seeds differ on each protein, as cells by column.
+
+    They are those of `esm2mega predict` with several runs: standard deviation and 95 % interval.
+
+    Args:
+        found: Predictions of each seed.
+        info: Meaning of the predictions.
+
+    Returns:
+        A row for each protein; none for one seed, for other labels than numbers of proteins, and where all
+        heads are the same.
+    """
+    if len(found) < 2 or info.kind != "regression":
+        return []
+    summary = Summary(info)
+    for each in found:
+        summary.add(each.values)
+    if not summary.sd.any():
+        return []
+    arrays = summary.arrays(np.full(info.num_outputs, spread_factor(len(found))))
+    extras = {name: arrays[name] for name in extra_widths(info)}
+    rows = range(len(summary.mean))
+    return [uncertainty_cells({name: array[n] for name, array in extras.items()}, info) for n in rows]

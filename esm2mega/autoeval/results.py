@@ -38,6 +38,7 @@ class Measured:
         metrics: All metrics, the mean over the seeds.
         predictions: File of the first seed's predictions, relative to the folder of results.
         commands: The commands of all seeds.
+        plane: File of the embeddings in two dimensions, relative to the folder of results.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Measured:
     metrics: dict[str, float | None]
     predictions: str | None
     commands: list[str]
+    plane: str | None = None
 
     def row(self) -> dict[str, Any]:
         """Return the row of the results."""
@@ -64,6 +66,7 @@ class Measured:
             "seeds": {"values": [defined(value) for value in self.values], "mean": mean, "sd": sd},
             "metrics": self.metrics,
             "predictions": self.predictions,
+            "plane": self.plane,
             "commands": self.commands,
         }
 

@@ -28,8 +28,16 @@ from esm2mega.autoeval.assays import (
 from esm2mega.autoeval.baselines.fit import baselines_of
 from esm2mega.autoeval.baselines.substitutions import BLOSUM62, zero_shot_baseline
 from esm2mega.autoeval.eval_model import RANDOM, EvalModel, open_models, slug_of
-from esm2mega.autoeval.prediction_table import ID, cells_of, read_predictions, write_predictions
+from esm2mega.autoeval.plane import plane_labels, write_plane
+from esm2mega.autoeval.prediction_table import (
+    ID,
+    cells_of,
+    read_predictions,
+    spread_cells,
+    write_predictions,
+)
 from esm2mega.autoeval.probe.labels import TEST
+from esm2mega.autoeval.probe.run import RESULTS
 from esm2mega.autoeval.published import published_figures
 from esm2mega.autoeval.random_encoder import write_random_encoder
 from esm2mega.autoeval.results import (
@@ -60,6 +68,7 @@ from esm2mega.train.loop import defined
 from esm2mega.version import __version__
 
 _REQUEST, _TIMES, _COMMANDS, _PREDICTIONS = "request.json", "times.json", "commands.sh", "predictions"
+_PLANES = "embeddings"
 _LEAKAGE, _TASK = "leakage.json", "task.json"
 _RESAMPLES = 1000
 _ABOUT_COMMANDS = (
@@ -256,17 +265,14 @@ class _Suite:
 
     def _gathered(self, task: EvalTask, first: Unit, outcomes: Sequence[Outcome], data: TaskData) -> Measured:
         assert task.kind is not None
-        headline = HEADLINES[task.kind]
-        draws, values, target = [], [], None
-        for outcome in outcomes:
-            value = outcome.metrics[headline]
-            values.append(np.nan if value is None else value)
-            if outcome.predictions is not None:
-                found = read_predictions(Path(outcome.predictions), data.info, data.splits[TEST])
-                draws.append(_draws(found, data, self._request.seed))
-                if target is None:
-                    name = f"{first.model.slug}.{first.mode}.csv"
-                    target = self._write_predictions(task, name, found, data)
+        values = [np.nan if x is None else x for x in (o.metrics[HEADLINES[task.kind]] for o in outcomes)]
+        files = [Path(outcome.predictions) for outcome in outcomes if outcome.predictions is not None]
+        found = [read_predictions(path, data.info, data.splits[TEST]) for path in files]
+        draws = [_draws(each, data, self._request.seed) for each in found]
+        target = None
+        if found:
+            name = f"{first.model.slug}.{first.mode}.csv"
+            target = self._write_predictions(task, name, found, data)
         return Measured(
             first.model.name,
             first.mode,
@@ -276,14 +282,33 @@ class _Suite:
             mean_metrics([outcome.metrics for outcome in outcomes]),
             target,
             [_shell(command) for outcome in outcomes for command in outcome.commands],
+            self._write_plane(task, first, data),
         )
 
-    def _write_predictions(self, task: EvalTask, name: str, found: Predictions, data: TaskData) -> str | None:
-        """Write predictions for readers; those of contacts are maps, which have no place in a table."""
+    def _write_plane(self, task: EvalTask, first: Unit, data: TaskData) -> str | None:
+        """Write the embeddings of the test split in two dimensions, where a probe has made some."""
+        labels = plane_labels(data.shown_labels(TEST), data.columns, data.info.kind)
+        if first.mode != PROBE or first.model.name == RANDOM or labels is None:
+            return None
+        target = f"{_PLANES}/{task.slug}/{first.model.slug}.csv"
+        layer = read_json(first.folder / PROBE / RESULTS, "remove that folder")["layer"]
+        embedded = first.embeddings / f"{TEST}.h5"
+        seed, per_residue = self._request.seed, data.info.per_residue
+        return target if write_plane(self._out / target, embedded, layer, labels, per_residue, seed) else None
+
+    def _write_predictions(
+        self, task: EvalTask, name: str, found: Sequence[Predictions], data: TaskData
+    ) -> str | None:
+        """Write predictions of the first seed for readers, and for numbers how far those of all seeds differ.
+
+        Those of contacts are maps, which have no place in a table.
+        """
         if data.info.per_pair:
             return None
         target = f"{_PREDICTIONS}/{task.slug}/{name}"
-        cells = cells_of(found, data.info, data.splits[TEST])
+        cells = cells_of(found[0], data.info, data.splits[TEST])
+        for cell, spread in zip(cells, spread_cells(found, data.info), strict=False):
+            cell.update(spread)
         write_predictions(self._out / target, cells, data.shown_labels(TEST), data.columns)
         return target
 
@@ -308,7 +333,7 @@ class _Suite:
             metrics = {name: defined(x) for name, x in metrics_of(baseline.predictions, data.info).items()}
             draws = _draws(baseline.predictions, data, self._request.seed)
             name = f"{slug_of(baseline.name)}.csv"
-            file = self._write_predictions(task, name, baseline.predictions, data)
+            file = self._write_predictions(task, name, [baseline.predictions], data)
             rows.append(baseline_row(baseline.name, metrics, headline, draws, file, baseline.note))
         return rows
 

@@ -15,7 +15,7 @@ from esm2mega.files import replacing
 from esm2mega.report.curves import TaskRun, downstream_curves, task_run
 from esm2mega.report.figure import figure_of, png_of
 from esm2mega.report.log import DOWNSTREAM, EVAL, LOG_NAME, TEST, TRAIN, read_log
-from esm2mega.report.style import STYLE
+from esm2mega.report.style import HEAD, STYLE
 from esm2mega.report.summary import metrics_table, summarise, summarise_downstream
 
 CONFIG_NAME = "config.yaml"
@@ -89,9 +89,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} - esm2mega</title>
+{head}<title>{title} - esm2mega</title>
 <style>
 {style}
 img {{ width: 100%; height: auto; background: #fff; }}
@@ -133,6 +131,7 @@ def _html(
         section = f"<details open><summary>Configuration</summary>{table}</details>"
     return _PAGE.format(
         title=html.escape(title),
+        head=HEAD,
         style=STYLE,
         summary=_rows(summary),
         metrics="" if task is None else _metrics(task),

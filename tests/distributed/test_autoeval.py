@@ -61,7 +61,10 @@ def test_the_numbers_are_those_of_the_predictions(folder: Path) -> None:
         # The same definition; only the order of sums differs.
         assert row["value"] == (None if expected is None else pytest.approx(expected, abs=1e-12))
         assert row["value"] is None or row["low"] <= row["value"] <= row["high"]
+    plane = list(csv.DictReader((folder / "whole" / by_name["run"]["plane"]).open()))
+    assert len(plane) == 16 and {"id", "label", "pca_1", "pca_2"} <= set(plane[0])
     model = next(row for row in structure["rows"] if row["row"] == "model")
+    assert {row["label"] for row in csv.DictReader((folder / "whole" / model["plane"]).open())} <= set("HEC")
     table = list(csv.DictReader((folder / "whole" / model["predictions"]).open()))
     pairs = [
         pair

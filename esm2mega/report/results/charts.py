@@ -2,124 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 
-from esm2mega.report.results.predictions import Classes, Numbers
+Limits = tuple[float, float]
 
-Point = tuple[float, float]
-CurvePoint = tuple[float, float, float, float]
-"""Holds a step, and a value with the ends of its interval."""
+COLORS = ("c0", "c1", "c2", "c3", "c4", "c5")
+"""Names the colours of groups that have no order."""
 
-_MOST_POINTS = 2000
-_INTERVAL = '<path class="interval" d="M{0:.1f} 7H{1:.1f}M{0:.1f} 4V10M{1:.1f} 4V10"/>'
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _PAD = 340, 260, 46, 34, 10
+RAMP = ("s0", "s1", "s2", "s3", "s4")
+"""Names the colours of ranges of numbers, from low to high."""
+
+GREY = "c6"
+"""Names the colour of what is left over, and of lines for comparison."""
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _PAD = 340, 260, 52, 38, 10
+_TICKS = 5
+_PUNCTUATION = re.compile("([/:_@])")
 
 
-def bar(value: float, low: float | None, high: float | None, limits: Point, kind: str) -> str:
+@dataclass(frozen=True)
+class Axis:
+    """Describes an axis by its name and ends."""
+
+    name: str
+    low: float
+    high: float
+
+    def share(self, value: float) -> float:
+        """Return where a value lies, from 0 to 1."""
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        """Return round numbers between the ends."""
+        step = 10.0 ** math.floor(math.log10((self.high - self.low) / _TICKS))
+        step *= next(each for each in (1, 2, 5, 10) if (self.high - self.low) / (each * step) <= _TICKS)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [number * step for number in range(first, last + 1)]
+
+
+def axis_of(name: str, values: Iterable[float]) -> Axis:
+    """Return an axis that holds all values, with a margin."""
+    known = [value for value in values if math.isfinite(value)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    margin = (high - low) * 0.05 or max(abs(high), 1.0) * 0.05
+    return Axis(name, low - margin, high + margin)
+
+
+class Plot:
+    """Gathers what is drawn into one chart, in the colours above."""
+
+    def __init__(self, x: Axis, y: Axis) -> None:
+        self.x, self.y = x, y
+        self._drawn: list[str] = []
+        self._legend: list[str] = []
+
+    def dots(self, xs: Sequence[float], ys: Sequence[float], color: str) -> None:
+        """Draw points as one path, which keeps the page small."""
+        size = 5 if len(xs) < 300 else 3
+        path = "".join(f"M{self._place(x, y)}h0" for x, y in zip(xs, ys, strict=True))
+        self._drawn.append(f'<path class="dots {color}" stroke-width="{size}" d="{path}"/>')
+
+    def line(self, xs: Sequence[float], ys: Sequence[float], color: str, dashed: bool = False) -> None:
+        """Draw a line from point to point."""
+        points = " ".join(self._place(x, y, ",") for x, y in zip(xs, ys, strict=True))
+        look = "dashed" if dashed else "line"
+        self._drawn.append(f'<polyline class="{look} {color}" points="{points}"/>')
+
+    def band(self, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], color: str) -> None:
+        """Draw the intervals of a line as an area."""
+        there = [*zip(xs, highs, strict=True), *reversed(list(zip(xs, lows, strict=True)))]
+        points = " ".join(self._place(x, y, ",") for x, y in there)
+        self._drawn.append(f'<polygon class="band {color}" points="{points}"/>')
+
+    def label(self, color: str, text: str) -> None:
+        """Name a colour below the chart."""
+        self._legend.append(f'<li><span class="key {color}"></span>{escape(text)}</li>')
+
+    def figure(self, title: str, note: str = "") -> str:
+        """Return the chart as HTML."""
+        legend = f'<ul class="legend">{"".join(self._legend)}</ul>' if self._legend else ""
+        said = escape(f"{title}: {self.y.name} over {self.x.name}" + f"; {note}" * bool(note))
+        below = f"<p>{escape(note)}</p>" if note else ""
+        return (
+            f"<figure><figcaption>{escape(title)}</figcaption>"
+            f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{said}">'
+            f"{self._axes()}{''.join(self._drawn)}</svg>{legend}{below}</figure>"
+        )
+
+    def _place(self, x: float, y: float, between: str = " ") -> str:
+        return f"{self._x(x):.1f}{between}{self._y(y):.1f}"
+
+    def _x(self, value: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _PAD) * self.x.share(value)
+
+    def _y(self, value: float) -> float:
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _PAD) * self.y.share(value)
+
+    def _axes(self) -> str:
+        right, bottom = _WIDTH - _PAD, _HEIGHT - _BOTTOM
+        grid = "".join(f"M{_LEFT} {self._y(tick):.1f}H{right}" for tick in self.y.ticks())
+        numbers = "".join(
+            f'<text x="{self._x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{_number(tick)}</text>'
+            for tick in self.x.ticks()
+        ) + "".join(
+            f'<text x="{_LEFT - 6}" y="{self._y(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
+            for tick in self.y.ticks()
+        )
+        names = (
+            f'<text x="{(_LEFT + right) / 2:.0f}" y="{_HEIGHT - 4}" text-anchor="middle">'
+            f"{escape(self.x.name)}</text>"
+            f'<text transform="translate(12 {(_PAD + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">'
+            f"{escape(self.y.name)}</text>"
+        )
+        base = f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>'
+        return f'<path class="grid" d="{grid}"/>{base}{numbers}{names}'
+
+
+def bar(value: float, low: float | None, high: float | None, limits: Limits, kind: str) -> str:
     """Draw a value as a bar from 0, with its interval as a line; `kind` names its colour."""
     first, last = limits
     span = (last - first) or 1.0
 
     def x(number: float) -> float:
-        return 2 + 116 * (number - first) / span
+        return 3 + 114 * (number - first) / span
 
     left, right = sorted((x(0.0), x(value)))
     line = ""
     if low is not None and high is not None:
-        line = _INTERVAL.format(x(low), x(high))
+        a, b = x(low), x(high)
+        line = f'<path class="interval" d="M{a:.1f} 7H{b:.1f}M{a:.1f} 4V10M{b:.1f} 4V10"/>'
     return (
         f'<svg class="bar" viewBox="0 0 120 14" aria-hidden="true"><rect class="{kind}" x="{left:.1f}" y="2" '
-        f'width="{max(right - left, 0.5):.1f}" height="10"/>{line}</svg>'
+        f'width="{max(right - left, 1.0):.1f}" height="10"/>{line}</svg>'
     )
 
 
-def scatter(numbers: Numbers, title: str) -> str:
-    """Draw predictions over labels, evenly chosen ones where there are very many."""
-    step = max(1, -(-len(numbers.ids) // _MOST_POINTS))
-    points = list(zip(numbers.labels[::step], numbers.values[::step], strict=True))
-    x, y = _limits([point[0] for point in points]), _limits([point[1] for point in points])
-    note = f", {len(points):,} of {len(numbers.ids):,} proteins" if step > 1 else ""
-    dots = "".join(
-        f'<circle cx="{_x(a, x):.1f}" cy="{_y(b, y):.1f}" r="{3 if len(points) < 300 else 1.6}"/>'
-        for a, b in points
-    )
-    return _chart(f"{title}{note}", "measured", "predicted", x, y, f'<g class="dots">{dots}</g>')
+def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of texts as a figure; the first cell of a row is its heading."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    lines = ""
+    for name, *cells in rows:
+        shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines += f'<tr><th scope="row">{breakable(name)}</th>{shown}</tr>'
+    box = scrolling(f"<tr>{head}</tr>{lines}", caption)
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{box}</figure>"
 
 
-def curves(series: Mapping[str, Sequence[CurvePoint]], title: str, y_name: str) -> str:
-    """Draw values with their intervals over training steps.
-
-    Args:
-        series: Name of a curve -> step, value, low and high of each point.
-        title: What is shown.
-        y_name: The metric.
-    """
-    points = [point for each in series.values() for point in each]
-    x = _limits([point[0] for point in points])
-    y = _limits([number for point in points for number in point[1:]])
-    drawn = []
-    for number, each in enumerate(series.values()):
-        ordered = sorted(each)
-        up = " ".join(f"{_x(p[0], x):.1f},{_y(p[3], y):.1f}" for p in ordered)
-        down = " ".join(f"{_x(p[0], x):.1f},{_y(p[2], y):.1f}" for p in reversed(ordered))
-        line = " ".join(f"{_x(p[0], x):.1f},{_y(p[1], y):.1f}" for p in ordered)
-        drawn.append(
-            f'<g class="series{number % 4}"><polygon points="{up} {down}"/><polyline points="{line}"/></g>'
-        )
-    return _chart(title, "pretraining step", y_name, x, y, "".join(drawn))
-
-
-def confusion(classes: Classes, title: str) -> str:
-    """Draw a table of known against predicted classes, shaded by the share of the known class."""
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in classes.names)
-    rows = []
-    for name, counts in zip(classes.names, classes.counts, strict=True):
-        total = sum(counts) or 1
-        cells = "".join(
-            f'<td style="--share:{count / total:.0%}">{count:,}<br><small>{count / total:.0%}</small></td>'
-            for count in counts
-        )
-        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+def scrolling(rows: str, name: str, kind: str = "") -> str:
+    """Return a table in a box of its own, which scrolls where the window is too narrow for it."""
     return (
-        f"<figure><figcaption>{escape(title)}: rows are known, columns predicted</figcaption>"
-        f'<div class="scroll"><table class="confusion"><tr><td></td>{heads}</tr>{"".join(rows)}</table></div>'
-        "</figure>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">'
+        f'<table class="{kind}">{rows}</table></div>'
     )
 
 
-def _limits(values: Sequence[float]) -> Point:
-    low, high = min(values), max(values)
-    margin = (high - low) * 0.05 or max(abs(high), 1.0) * 0.05
-    return low - margin, high + margin
+def breakable(text: str) -> str:
+    """Return a name as HTML that may be broken after its punctuation, and not in its words."""
+    return _PUNCTUATION.sub(r"\1<wbr>", escape(text))
 
 
-def _x(value: float, limits: Point) -> float:
-    return _LEFT + (_WIDTH - _LEFT - _PAD) * (value - limits[0]) / (limits[1] - limits[0])
-
-
-def _y(value: float, limits: Point) -> float:
-    return _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _PAD) * (value - limits[0]) / (limits[1] - limits[0])
-
-
-def _chart(title: str, x_name: str, y_name: str, x: Point, y: Point, content: str) -> str:
-    def ticks(limits: Point) -> list[float]:
-        return [limits[0] + (limits[1] - limits[0]) * share for share in (0.05, 0.5, 0.95)]
-
-    labels = "".join(
-        f'<text x="{_x(t, x):.1f}" y="{_HEIGHT - _BOTTOM + 14}" text-anchor="middle">{t:.3g}</text>'
-        for t in ticks(x)
-    ) + "".join(
-        f'<text x="{_LEFT - 5}" y="{_y(t, y) + 4:.1f}" text-anchor="end">{t:.3g}</text>' for t in ticks(y)
-    )
-    axes = f'<path class="axis" d="M{_LEFT} {_PAD}V{_HEIGHT - _BOTTOM}H{_WIDTH - _PAD}"/>'
-    names = (
-        f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_name)}</text>'
-        f'<text transform="translate(11 {_HEIGHT / 2:.0f}) rotate(-90)" text-anchor="middle">{escape(y_name)}'
-        "</text>"
-    )
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"{axes}{labels}{names}{content}</svg></figure>"
-    )
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.4g}"

@@ -1,6 +1,6 @@
 """Writes `results.html`: every number of a suite with its interval, what stands beside it, and pictures.
 
-The page is one file without scripts and without anything from elsewhere.
+The page is one file without scripts and without anything from elsewhere. All text in it is escaped.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.files import OTHER_OUT, replacing
-from esm2mega.report.results.charts import CurvePoint, bar, confusion, curves, scatter
-from esm2mega.report.results.predictions import classes_of, numbers_of, read_rows
-from esm2mega.report.style import STYLE
+from esm2mega.report.results.charts import COLORS, GREY, Plot, axis_of, breakable, scrolling
+from esm2mega.report.results.pictures import pictures_of
+from esm2mega.report.results.rows import best_of, differences, overview, rows_of, slug_of
+from esm2mega.report.style import HEAD, STYLE
 
 PAGE = "results.html"
 
-_WORST = 10
-_NO_FIGURE = "none published"
-
-Row = Mapping[str, Any]
+CurvePoint = tuple[int, float, float, float]
+"""Holds a step, and a value with the ends of its interval."""
 
 
 def write_results_page(results: Mapping[str, Any], folder: Path) -> Path:
@@ -34,173 +33,88 @@ def write_results_page(results: Mapping[str, Any], folder: Path) -> Path:
     Returns:
         Path of the page.
     """
-    body = "\n".join([_head(results), *(_task(task, results, folder) for task in results["tasks"])])
+    tasks = [_task(task, results, folder) for task in results["tasks"]]
+    body = "\n".join(["<h1>Benchmarks</h1>", _models(results), overview(results), *tasks])
     page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n{HEAD}'
         f"<title>Benchmarks - esm2mega</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n{body}\n"
-        f"<footer>esm2mega {escape(results['esm2mega'])}, seed {results['seed']}. Lines are 95 % intervals "
-        "by resampling the test proteins; rows in italics cannot be compared with the others.</footer>\n"
-        "</body>\n</html>\n"
+        f"<footer>esm2mega {escape(results['esm2mega'])}, seed {results['seed']}. Lines over bars are 95 % "
+        "intervals by resampling the test proteins. Rows in italics cannot be compared with the others; the "
+        "note says why.</footer>\n</body>\n</html>\n"
     )
     with replacing(folder / PAGE, OTHER_OUT) as partial:
         partial.write_text(page, encoding="utf-8")
     return folder / PAGE
 
 
-def _head(results: Mapping[str, Any]) -> str:
+def _models(results: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><th scope=row>{escape(model['name'])}</th><td>{_count(model['parameters'])}</td>"
+        f'<tr><th scope="row">{breakable(model["name"])}</th><td>{_count(model["parameters"])}</td>'
         f"<td>{'' if model['step'] is None else format(model['step'], ',')}</td>"
-        f"<td><code>{escape(model['weights_sha256'][:12])}</code></td>"
-        f"<td>{escape(model['checkpoint'])}</td></tr>"
+        f"<td>{escape(model['checkpoint'])}</td><td><code>{escape(model['weights_sha256'][:12])}</code></td></tr>"
         for model in results["models"]
     )
-    heads = "".join(f"<th scope=col>{name}</th>" for name in ("model", "weights", "step", "sha256", "from"))
-    table = f"<div class=scroll><table><tr>{heads}</tr>{rows}</table></div>"
-    return f"<h1>Benchmarks</h1>\n{table}\n{_overview(results)}"
-
-
-def _overview(results: Mapping[str, Any]) -> str:
-    """Return a table with a row for each task and mode, and a column for each model."""
-    models = [model["name"] for model in results["models"]]
-    heads = "".join(f"<th scope=col>{escape(name)}</th>" for name in models)
-    lines = []
-    for task in results["tasks"]:
-        rows = [row for row in task["rows"] if row["row"] == "model"]
-        limits = _limits(task)
-        best = _best([row for row in task["rows"] if row["row"] == "baseline"], task["less_is_better"])
-        for mode in dict.fromkeys(row["mode"] for row in rows):
-            of_model = {row["model"]: row for row in rows if row["mode"] == mode}
-            cells = "".join(f"<td>{_measured(of_model[name], limits, 'model')}</td>" for name in models)
-            beside = (
-                "" if best is None else f"{_measured(best, limits, 'baseline')} {escape(best['baseline'])}"
-            )
-            lines.append(
-                f'<tr><th scope=row><a href="#{_slug(task)}">{escape(task["task"])}</a> '
-                f"<small>{escape(mode)}, {escape(task['metric'])}</small></th>{cells}<td>{beside}</td></tr>"
-            )
-    return (
-        f"<div class=scroll><table><tr><th scope=col>task</th>{heads}<th scope=col>best baseline</th></tr>"
-        f"{''.join(lines)}</table></div>"
-    )
+    names = ("model", "parameters", "step", "checkpoint", "SHA-256 of the weights")
+    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return scrolling(f"<tr>{heads}</tr>{rows}", "Models")
 
 
 def _task(task: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> str:
-    counts = ", ".join(f"{count:,} {split}" for split, count in task["num_proteins"].items())
-    facts = [f"{task['metric']}{', less is better' if task['less_is_better'] else ''}"]
-    facts += [f"proteins: {counts}"] * bool(counts)
-    if task["limited"]:
-        facts.append("fewer proteins than published, chosen by the seed: not the benchmark itself")
-    if task.get("first_residues") is not None:
-        facts.append(f"the first {task['first_residues']} residues of each protein")
-    if (leakage := task["leakage"]) is not None:
-        facts.append(
-            f"{leakage['pairs']:,} pairs of related proteins in different splits "
-            f"({escape(leakage['method'])}, identity from {leakage['threshold']:.0%})"
-        )
     parts = [
-        f'<section id="{_slug(task)}"><h2>{escape(task["task"])}</h2><p>{"; ".join(facts)}</p>',
-        _rows(task),
-        _differences(task),
-        f'<div class="pictures">{"".join(_pictures(task, results, folder))}</div>',
+        f'<section id="{slug_of(task)}"><h2>{escape(task["task"])}</h2>',
+        *(f"<p>{fact}</p>" for fact in _facts(task)),
+        rows_of(task),
+        differences(task),
+        *_pictures(task, results, folder),
         _commands(task),
         "</section>",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _rows(task: Mapping[str, Any]) -> str:
-    limits, lines = _limits(task), []
-    notes: list[str] = []
-    for row in _sorted(task):
-        kind, note = row["row"], row.get("note") or row.get("caveat")
-        comparable = row.get("comparable", True)
-        mark = ""
-        if note:
-            if note not in notes:
-                notes.append(note)
-            mark = f"<sup>{notes.index(note) + 1}</sup>"
-        drawn = _measured(row, limits if comparable else None, kind)
-        name = escape(row["baseline"] if kind == "baseline" else row["model"])
-        metric = row.get("metric", task["metric"])
-        other = f" <small>{escape(metric)}</small>" if metric != task["metric"] else ""
-        spread = row.get("seeds", {}).get("sd")
-        spread = "" if spread is None else f" <small>sd {spread:.3f} over seeds</small>"
-        source = f"<small>{escape(row['source'])}</small>" if kind == "published" else ""
-        lines.append(
-            f'<tr class="{kind}{"" if comparable else " apart"}"><td>{escape(kind)}</td><th scope=row>{name}'
-            f"{mark}</th><td>{escape(row.get('mode') or '')}</td><td>{drawn}{other}{spread}</td>"
-            f"<td>{source}</td></tr>"
-        )
-    if not any(row["row"] == "published" for row in task["rows"]):
-        lines.append(f"<tr><td>published</td><td colspan=4>{_NO_FIGURE}</td></tr>")
-    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    notes_list = f"<ol class=notes>{listed}</ol>" if notes else ""
-    heads = "".join(
-        f"<th scope=col>{name}</th>" for name in ("", "", "mode", escape(task["metric"]), "source")
-    )
-    return f"<div class=scroll><table><tr>{heads}</tr>{''.join(lines)}</table></div>{notes_list}"
-
-
-def _sorted(task: Mapping[str, Any]) -> list[Row]:
-    """Return models, baselines and published figures, the best of each first; figures apart come last."""
-
-    def key(row: Row) -> tuple[Any, ...]:
-        value = row["value"]
-        sign = 1 if task["less_is_better"] else -1
-        apart = not row.get("comparable", True)
-        kinds = ("model", "baseline", "published")
-        return kinds.index(row["row"]), apart, value is None, 0 if value is None or apart else sign * value
-
-    return sorted(task["rows"], key=key)
-
-
-def _differences(task: Mapping[str, Any]) -> str:
-    lines = []
-    for each in task["differences"]:
-        a, b, words = each["a"]["model"], each["b"]["model"], "not defined"
-        if each["difference"] is not None:
-            interval = "" if each["low"] is None else f" [{each['low']:+.3f}, {each['high']:+.3f}]"
-            verdict = "differs" if each["shown"] else "within the noise"
-            words = f"{each['difference']:+.3f}{interval}: {verdict}"
-        lines.append(f"<li>{escape(b)} - {escape(a)}, {escape(each['a']['mode'])}: {words}</li>")
-    if not lines:
-        return ""
-    return f"<details><summary>{len(lines)} paired differences</summary><ul>{''.join(lines)}</ul></details>"
+def _facts(task: Mapping[str, Any]) -> Iterator[str]:
+    metric = escape(task["metric"]) + ", less is better" * task["less_is_better"]
+    counts = ", ".join(f"{count:,} {escape(split)}" for split, count in task["num_proteins"].items())
+    yield f"Metric: {metric}." + f" Proteins: {counts}." * bool(counts)
+    if task["limited"]:
+        yield "Fewer proteins than published, chosen by the seed: not the benchmark itself."
+    if task.get("first_residues") is not None:
+        yield f"The first {task['first_residues']} residues of each protein."
+    if (leakage := task["leakage"]) is not None:
+        by = f"({escape(leakage['method'])}, identity from {leakage['threshold']:.0%})"
+        if not leakage["pairs"]:
+            yield f"Leakage: no related proteins in different splits {by}."
+        else:
+            splits = ", ".join(
+                f"{escape(pair)} {count:,}" for pair, count in leakage.get("splits", {}).items()
+            )
+            proteins = f"; {leakage['proteins']:,} proteins have one" if "proteins" in leakage else ""
+            yield (
+                f"Leakage: {leakage['pairs']:,} pairs of related proteins in different splits {by}"
+                + f": {splits}" * bool(splits)
+                + f"{proteins}."
+            )
 
 
 def _pictures(task: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """Yield the curve over steps, the pictures of the best row, and those of the others, folded."""
     models = [row for row in task["rows"] if row["row"] == "model"]
-    if curve := _curve(models, results):
-        yield curves(curve, "over pretraining", task["metric"])
-    shown = _best([row for row in models if row["predictions"]], task["less_is_better"])
-    if shown is None:
-        return
-    rows = read_rows(folder / shown["predictions"])
-    title = f"{shown['model']}, {shown['mode']}"
-    found: Any = None
-    if task["kind"] == "regression":
-        if (found := numbers_of(rows)) is not None:
-            yield scatter(found, title)
-    elif task["kind"] in ("classification", "token_classification"):
-        per_residue = task["kind"] == "token_classification"
-        if (found := classes_of(rows, per_residue)) is not None and len(found.names) <= 20:
-            yield confusion(found, title)
-    if found is not None and (worst := found.worst(_WORST)):
-        lines = "".join(
-            f"<tr><th scope=row>{escape(name)}</th><td>{escape(known)}</td><td>{escape(predicted)}</td></tr>"
-            for name, known, predicted in worst
-        )
-        heads = "<tr><th scope=col>protein</th><th scope=col>known</th><th scope=col>predicted</th></tr>"
-        yield (
-            f"<figure><figcaption>Largest errors of {escape(title)}</figcaption><div class=scroll><table>"
-            f"{heads}{lines}</table></div></figure>"
-        )
+    best = best_of([row for row in models if row["predictions"]], task["less_is_better"])
+    curve = _curves(models, task, results)
+    for row in sorted(models, key=lambda row: row is not best):
+        drawn = "".join([curve if row is best else "", *pictures_of(row, task["kind"], folder)])
+        title = f"{escape(row['model'])}, {escape(row['mode'])}"
+        if row is best:
+            yield f'<h3>Best row: {title}</h3>\n<div class="pictures">{drawn}</div>'
+        elif drawn:
+            inside = f'<div class="pictures">{drawn}</div>'
+            yield f"<details><summary>Pictures of {title}</summary>{inside}</details>"
+    if best is None and curve:
+        yield f'<div class="pictures">{curve}</div>'
 
 
-def _curve(models: Sequence[Row], results: Mapping[str, Any]) -> dict[str, list[CurvePoint]]:
-    """Return a curve for each mode in which several models have a step and a value."""
+def _curves(models: Sequence[Mapping[str, Any]], task: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """Return the chart of the modes in which several models have a step and a value; else nothing."""
     steps = {model["name"]: model["step"] for model in results["models"]}
     found: dict[str, list[CurvePoint]] = defaultdict(list)
     for row in models:
@@ -208,44 +122,32 @@ def _curve(models: Sequence[Row], results: Mapping[str, Any]) -> dict[str, list[
         if step is not None and value is not None:
             low, high = (value if row[name] is None else row[name] for name in ("low", "high"))
             found[row["mode"]].append((step, value, low, high))
-    return {mode: points for mode, points in found.items() if len({point[0] for point in points}) > 1}
+    found = {mode: points for mode, points in found.items() if len({point[0] for point in points}) > 1}
+    if not found:
+        return ""
+    known = best_of([row for row in task["rows"] if row["row"] == "baseline"], task["less_is_better"])
+    level = [] if known is None else [known["value"]]
+    points = [point for each in found.values() for point in each]
+    plot = Plot(
+        axis_of("pretraining step", [point[0] for point in points]),
+        axis_of(task["metric"], [*level, *(number for point in points for number in point[1:])]),
+    )
+    for color, (mode, each) in zip(COLORS, found.items(), strict=False):
+        x, values, lows, highs = zip(*sorted(each), strict=True)
+        plot.band(x, lows, highs, color)
+        plot.line(x, values, color)
+        plot.dots(x, values, color)
+        plot.label(color, mode)
+    if known is not None:
+        plot.line([plot.x.low, plot.x.high], level * 2, GREY, dashed=True)
+        plot.label(GREY, f"best baseline: {known['baseline']}")
+    return plot.figure(f"{task['metric']} over pretraining", "the band is the 95 % interval")
 
 
 def _commands(task: Mapping[str, Any]) -> str:
     lines = dict.fromkeys(command for row in task["rows"] for command in row.get("commands", ()))
     text = escape("\n".join(lines))
-    return f"<details><summary>Commands</summary><pre>{text}</pre></details>" if lines else ""
-
-
-def _limits(task: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the ends of the axis of all bars of a task."""
-    numbers = [
-        row[name]
-        for row in task["rows"]
-        if row.get("comparable", True)
-        for name in ("value", "low", "high")
-        if row.get(name) is not None
-    ]
-    return min([0.0, *numbers]), max([0.0, *numbers])
-
-
-def _measured(row: Row, limits: tuple[float, float] | None, kind: str) -> str:
-    if row["value"] is None:
-        return "<span class=value>not defined</span>"
-    low, high = row.get("low"), row.get("high")
-    interval = "" if low is None else f" <small>{low:.3f} to {high:.3f}</small>"
-    drawn = "" if limits is None else bar(row["value"], low, high, limits, kind)
-    return f"<span class=value>{row['value']:.3f}</span>{drawn}{interval}"
-
-
-def _best(rows: Sequence[Row], less_is_better: bool) -> Row | None:
-    known = [row for row in rows if row["value"] is not None]
-    choose = min if less_is_better else max
-    return choose(known, key=lambda row: row["value"]) if known else None
-
-
-def _slug(task: Mapping[str, Any]) -> str:
-    return escape(task["task"].replace("/", "-").replace(":", "-"))
+    return f'<details><summary>Commands</summary><pre tabindex="0">{text}</pre></details>' if lines else ""
 
 
 def _count(number: int) -> str:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import csv
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import multilabel_confusion_matrix
 
 from esm2mega.report.results.page import write_results_page
-from esm2mega.report.results.predictions import classes_of, numbers_of, read_rows
+from esm2mega.report.results.pictures import pictures_of
+from esm2mega.report.results.predictions import Flags, read_rows, targets_of
+from tests.pages.demo import write_demo_page, write_demo_results
 
 SCRIPT = "<script>alert(1)</script>"
-_EMPTY = {"meta", "rect", "path", "circle", "polygon", "polyline", "br"}
+_EMPTY = {"meta", "rect", "path", "circle", "polygon", "polyline", "br", "wbr"}
 
 
 class Nesting(HTMLParser):
@@ -117,7 +120,7 @@ def test_the_page_is_whole_and_safe(results: dict[str, Any], folder: Path) -> No
     for _, attributes in parser.tags:
         for name in ("src", "href", "xlink:href"):
             assert (attributes.get(name) or "#").startswith("#")
-    assert "http" not in page and "@import" not in page and "url(" not in page
+    assert not re.search("https?:", page) and "@import" not in page and "url(" not in page
     assert page.count("&lt;script&gt;") >= 5, "untrusted text is shown, escaped"
     text = re.sub(r"<[^>]+>", " ", page)
     for shown in (
@@ -129,28 +132,55 @@ def test_the_page_is_whole_and_safe(results: dict[str, Any], folder: Path) -> No
         "none published",
     ):
         assert shown in text, shown
-    assert "fewer proteins than published" in text
+    assert "Fewer proteins than published" in text
     assert "over pretraining" in page, "two models of one run have a curve"
 
 
-def test_pictures_have_the_numbers_of_the_files(folder: Path) -> None:
-    numbers = numbers_of(read_rows(folder / "numbers.csv"))
-    assert numbers is not None and len(numbers.ids) == 30
-    assert numbers.worst(1)[0][0] == f"{SCRIPT}7"
-    rows = read_rows(folder / "classes.csv")
-    found = classes_of(rows, per_residue=False)
-    assert found is not None
-    known, predicted = ([row[name] for row in rows] for name in ("label", "prediction"))
-    assert found.counts == confusion_matrix(known, predicted, labels=found.names).tolist()
-    assert len(found.errors) == sum(a != b for a, b in zip(known, predicted, strict=True))
+def test_the_page_of_every_kind_of_task(tmp_path: Path) -> None:
+    """Nesting, ids that are no markup, and the notes that the reader needs."""
+    page = write_demo_page(tmp_path).read_text(encoding="utf-8")
+    parser = Nesting()
+    parser.feed(page)
+    assert not parser.open and "script" not in {tag for tag, _ in parser.tags}
+    assert "default-src 'none'" in page, "a browser loads and runs nothing"
+    text = unescape(re.sub(r"<[^>]+>", " ", page))
+    for shown in (
+        "1,250 of 2,500 points",
+        "the intervals of 95 % hold",
+        "expected calibration error",
+        "average precision",
+        "principal components",
+        "none published",
+        "Leakage: 1,234 pairs",
+        "the 6 most frequent of 7 classes",
+        "best baseline: one-hot ridge",
+        "sd 0.014 over 2 seeds",
+        "differs",
+        "within the noise",
+    ):
+        assert shown in text, shown
+    for title in ("ROC", "Precision and recall", "Calibration of the probabilities", "Confusion"):
+        assert text.count(title) >= 3, title
+    # A picture says in words what it shows.
+    charts = [attributes for tag, attributes in parser.tags if tag == "svg" and "role" in attributes]
+    assert len(charts) > 20 and all(each["aria-label"] for each in charts)
+    boxes = [attributes for _, attributes in parser.tags if attributes.get("class") == "scroll"]
+    assert boxes and all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
 
 
-def test_residues_that_do_not_count_are_left_out() -> None:
-    rows = [
-        {"id": "a", "label": "CE-H", "prediction": "CEHH"},
-        {"id": "b", "label": "HH", "prediction": "CE"},
-    ]
-    found = classes_of(rows, per_residue=True)
-    assert found is not None
-    assert sum(map(sum, found.counts)) == 5
-    assert found.errors == [("b", "2 residues", "2 wrong"), ("a", "3 residues", "0 wrong")]
+def test_counts_of_flags_stand_on_the_page(tmp_path: Path) -> None:
+    results = write_demo_results(tmp_path)
+    (row,) = [r for t in results["tasks"] for r in t["rows"] if "deeploc2/2" in (r.get("predictions") or "")]
+    page = "".join(pictures_of(row, "multilabel", tmp_path))
+    (flags,) = targets_of(read_rows(tmp_path / row["predictions"]), "multilabel")
+    assert isinstance(flags, Flags)
+    tables = multilabel_confusion_matrix(flags.known, flags.scores >= 0.5)
+    for name, ((tn, fp), (fn, tp)) in zip(flags.names, tables.tolist(), strict=True):
+        cells = "".join(f"<td>{count:,}</td>" for count in (tp, fp, fn, tn))
+        assert f'<th scope="row">{name}</th>{cells}' in page
+
+
+def test_only_comparable_figures_are_beside_the_models(results: dict[str, Any], folder: Path) -> None:
+    """A figure of another metric has no bar, and is not the best published one."""
+    overview = write_results_page(results, folder).read_text().partition("<section")[0]
+    assert "none that compares" in overview and "1.670" not in overview

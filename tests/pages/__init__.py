@@ -1,0 +1,1 @@
+"""Renders the pages of reports in a browser, and measures whether they can be read."""
