@@ -50,12 +50,12 @@ def find_assays(source: Path) -> tuple[Path, Path]:
 def run_assays(unit: Unit, reference: Path, folder: Path, commands: Commands) -> Outcome:
     """Score the assays of a reference file, unless that is done; all ranks call this together."""
 
-    def score() -> tuple[dict[str, float | None], None, None]:
+    def score() -> tuple[dict[str, float | None], None]:
         summary = summary_of(unit)
         words = ["score", unit.model.path, "--proteingym", reference, "--assays", folder]
         commands.run(summary, *words, "--out", summary.parent, "--resume", *unit.layout)
         assays = alone(lambda: read_summary(summary))
-        return {"spearman": defined(mean_of_means(assays))}, None, None
+        return {"spearman": defined(mean_of_means(assays))}, None
 
     return recorded(unit, commands, score)
 

@@ -50,14 +50,18 @@ class EvalModel:
         return {name: value for name, value in asdict(self).items() if name != "path"}
 
 
-def open_models(checkpoints: Sequence[str]) -> list[EvalModel]:
+def open_models(checkpoints: Sequence[str], with_contact_head: bool) -> list[EvalModel]:
     """Open every checkpoint, in this process alone, and read all of its weights once for their checksum.
 
+    Args:
+        checkpoints: The checkpoints, as the user names them.
+        with_contact_head: Whether each has to have a contact head.
+
     Raises:
-        UserError: There is none of that name, it cannot be read, or one is named twice.
+        UserError: There is none of that name, it cannot be read, one is named twice, or has no contact head.
     """
     return [
-        _open(checkpoint, name)
+        _open(checkpoint, name, with_contact_head)
         for checkpoint, name in zip(checkpoints, short_names(checkpoints), strict=True)
     ]
 
@@ -90,9 +94,14 @@ def slug_of(name: str) -> str:
     return name.replace(" ", "-")
 
 
-def _open(checkpoint: str, name: str) -> EvalModel:
+def _open(checkpoint: str, name: str, with_contact_head: bool) -> EvalModel:
     start = read_with_base(checkpoint, None)
     source = source_of(start)
+    if with_contact_head and (source.contact_head is None or not source.contact_head[0].any()):
+        raise UserError(
+            f"{checkpoint}: has no contact head, which --mode zero-shot computes contacts with; train one "
+            "with `esm2mega finetune` and task.head=attention_maps, or leave that mode out"
+        )
     shapes = our_shapes(shape_of(start.run.model), start.run.model.max_positions)
     parameters = sum(
         math.prod(shape)

@@ -15,7 +15,7 @@ import numpy as np
 
 from esm2mega.autoeval.prediction_table import ID
 from esm2mega.autoeval.probe.embeddings import Array, Embeddings
-from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
+from esm2mega.config.task import RESIDUE_KINDS
 from esm2mega.files import replacing
 
 MOST_POINTS = 2000
@@ -76,7 +76,7 @@ def plane_labels(
     labels = [(row[ID], row[columns[0]]) for row in rows]
     if kind in RESIDUE_KINDS and any(len(row["sequence"]) != len(row[columns[0]]) for row in rows):
         return None
-    return None if kind == PAIR_KIND else labels
+    return labels
 
 
 def pca(vectors: Array) -> Array:

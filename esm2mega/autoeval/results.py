@@ -33,8 +33,7 @@ class Measured:
         model: Name of the model.
         mode: The mode.
         values: The headline metric of each seed, ``[k]``; NaN where it is not defined.
-        draws: The same in resamples of the proteins, ``[k, d]``; None where there is only an interval.
-        interval: 95 % interval of a single value that has no draws.
+        draws: The same in resamples of the proteins, ``[k, d]``.
         metrics: All metrics, the mean over the seeds.
         predictions: File of the first seed's predictions, relative to the folder of results.
         commands: The commands of all seeds.
@@ -44,8 +43,7 @@ class Measured:
     model: str
     mode: str
     values: list[float]
-    draws: Array | None
-    interval: Sequence[float] | None
+    draws: Array
     metrics: dict[str, float | None]
     predictions: str | None
     commands: list[str]
@@ -53,7 +51,7 @@ class Measured:
 
     def row(self) -> dict[str, Any]:
         """Return the row of the results."""
-        low, high = self._limits()
+        low, high = percentiles(self.draws.mean(axis=0)) or (None, None)
         sd = defined(float(np.std(self.values, ddof=1))) if len(self.values) > 1 else None
         mean = defined(float(np.mean(self.values)))
         return {
@@ -69,10 +67,6 @@ class Measured:
             "plane": self.plane,
             "commands": self.commands,
         }
-
-    def _limits(self) -> Sequence[float | None]:
-        limits = self.interval if self.draws is None else percentiles(self.draws.mean(axis=0))
-        return (None, None) if limits is None else limits
 
 
 def baseline_row(
@@ -112,7 +106,7 @@ def differences(measured: Sequence[Measured], num_proteins: int) -> list[dict[st
     """Compare every two models in each mode on the same resamples of the proteins."""
     found = []
     for a, b in itertools.combinations(measured, 2):
-        if a.mode != b.mode or a.draws is None or b.draws is None:
+        if a.mode != b.mode:
             continue
         result = metric_difference(a.values, b.values, a.draws, b.draws, num_proteins)
         low, high = result.interval or (None, None)

@@ -27,6 +27,7 @@ from esm2mega.autoeval.assays import (
 )
 from esm2mega.autoeval.baselines.fit import baselines_of
 from esm2mega.autoeval.baselines.substitutions import BLOSUM62, zero_shot_baseline
+from esm2mega.autoeval.contacts import counts_of_maps
 from esm2mega.autoeval.eval_model import RANDOM, EvalModel, open_models, slug_of
 from esm2mega.autoeval.plane import plane_labels, write_plane
 from esm2mega.autoeval.prediction_table import (
@@ -56,10 +57,11 @@ from esm2mega.autoeval.units import Commands, Outcome, Unit, run_unit, wild_type
 from esm2mega.config.best_metric import HEADLINES, less_is_better
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ModelConfig, Run
+from esm2mega.config.task import PAIR_KIND
 from esm2mega.data.leakage.leaks import find_leaks
 from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, check_out, read_json, write_json
-from esm2mega.finetune.bootstrap import bootstrap_headline
+from esm2mega.finetune.bootstrap import bootstrap_contacts, bootstrap_headline
 from esm2mega.finetune.metrics import Predictions, check_packages, metrics_of
 from esm2mega.infer.proteingym import mean_of_means
 from esm2mega.infer.work import differing
@@ -148,7 +150,8 @@ def _check(request: SuiteRequest) -> None:
 
 def _begin(request: SuiteRequest, out: Path) -> list[EvalModel]:
     """Open the models; an earlier start must have had the same request and the same weights."""
-    models = open_models(request.checkpoints)
+    has_contacts = any(task.kind == PAIR_KIND for task in request.tasks) and ZERO_SHOT in request.modes
+    models = open_models(request.checkpoints, has_contacts)
     asked = {
         **{name: value for name, value in asdict(request).items() if name != "out"},
         "tasks": [task.name for task in request.tasks],
@@ -214,7 +217,7 @@ class _Suite:
             rows.append(self._random_row(task, data))
         rows += alone(lambda: self._baselines(task, data))
         rows += _published_rows(task.name, metric)
-        leakage = alone(lambda: _leakage(data))
+        leakage = alone(lambda: _leakage(data)) if task.has_training else None
         data.release()
         return {
             "task": task.name,
@@ -265,20 +268,22 @@ class _Suite:
 
     def _gathered(self, task: EvalTask, first: Unit, outcomes: Sequence[Outcome], data: TaskData) -> Measured:
         assert task.kind is not None
-        values = [np.nan if x is None else x for x in (o.metrics[HEADLINES[task.kind]] for o in outcomes)]
+        headline, seed, test = HEADLINES[task.kind], self._request.seed, data.splits[TEST]
+        values = [np.nan if x is None else x for x in (outcome.metrics[headline] for outcome in outcomes)]
         files = [Path(outcome.predictions) for outcome in outcomes if outcome.predictions is not None]
-        found = [read_predictions(path, data.info, data.splits[TEST]) for path in files]
-        draws = [_draws(each, data, self._request.seed) for each in found]
-        target = None
-        if found:
+        if data.info.per_pair:  # maps, which are read one by one, and have no place in a table
+            counts = [counts_of_maps(path, test) for path in files]
+            draws, target = [bootstrap_contacts(each, _RESAMPLES, seed)[headline] for each in counts], None
+        else:
+            found = [read_predictions(path, data.info, test) for path in files]
+            draws = [_draws(each, data, seed) for each in found]
             name = f"{first.model.slug}.{first.mode}.csv"
             target = self._write_predictions(task, name, found, data)
         return Measured(
             first.model.name,
             first.mode,
             values,
-            np.stack(draws) if draws else None,
-            outcomes[0].interval,
+            np.stack(draws),
             mean_metrics([outcome.metrics for outcome in outcomes]),
             target,
             [_shell(command) for outcome in outcomes for command in outcome.commands],
@@ -287,8 +292,10 @@ class _Suite:
 
     def _write_plane(self, task: EvalTask, first: Unit, data: TaskData) -> str | None:
         """Write the embeddings of the test split in two dimensions, where a probe has made some."""
+        if first.mode != PROBE or first.model.name == RANDOM:
+            return None
         labels = plane_labels(data.shown_labels(TEST), data.columns, data.info.kind)
-        if first.mode != PROBE or first.model.name == RANDOM or labels is None:
+        if labels is None:
             return None
         target = f"{_PLANES}/{task.slug}/{first.model.slug}.csv"
         layer = read_json(first.folder / PROBE / RESULTS, "remove that folder")["layer"]
@@ -298,13 +305,8 @@ class _Suite:
 
     def _write_predictions(
         self, task: EvalTask, name: str, found: Sequence[Predictions], data: TaskData
-    ) -> str | None:
-        """Write predictions of the first seed for readers, and for numbers how far those of all seeds differ.
-
-        Those of contacts are maps, which have no place in a table.
-        """
-        if data.info.per_pair:
-            return None
+    ) -> str:
+        """Write predictions of the first seed for readers, and how far numbers of all seeds differ."""
         target = f"{_PREDICTIONS}/{task.slug}/{name}"
         cells = cells_of(found[0], data.info, data.splits[TEST])
         for cell, spread in zip(cells, spread_cells(found, data.info), strict=False):
@@ -326,14 +328,15 @@ class _Suite:
         assert task.kind is not None
         headline, rows = HEADLINES[task.kind], []
         baselines = baselines_of(data.splits, data.info, self._request.seed)
-        if ZERO_SHOT in self._request.modes:
+        if ZERO_SHOT in self._request.modes and not data.info.per_pair:
             sequence = wild_type(data.rows[TEST][0]["sequence"])
             baselines.append(zero_shot_baseline(data.splits[TEST], sequence))
         for baseline in baselines:
             metrics = {name: defined(x) for name, x in metrics_of(baseline.predictions, data.info).items()}
             draws = _draws(baseline.predictions, data, self._request.seed)
-            name = f"{slug_of(baseline.name)}.csv"
-            file = self._write_predictions(task, name, [baseline.predictions], data)
+            file, name = None, f"{slug_of(baseline.name)}.csv"
+            if not data.info.per_pair:
+                file = self._write_predictions(task, name, [baseline.predictions], data)
             rows.append(baseline_row(baseline.name, metrics, headline, draws, file, baseline.note))
         return rows
 
@@ -348,7 +351,7 @@ class _Suite:
             commands = [_shell(command) for command in found.commands]
             measured.append(
                 Measured(
-                    *(model.name, ZERO_SHOT, [mean_of_means(assays)], resampled(assays, seed)[None], None),
+                    *(model.name, ZERO_SHOT, [mean_of_means(assays)], resampled(assays, seed)[None]),
                     *(found.metrics, None, commands),
                 )
             )

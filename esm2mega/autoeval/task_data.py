@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from esm2mega.autoeval.probe.labels import SPLITS, TEST, TRAIN, read_splits
-from esm2mega.autoeval.tasks import EvalTask
+from esm2mega.autoeval.probe.labels import SPLITS, TEST, read_splits, read_test_split
+from esm2mega.autoeval.tasks import CONTACTS, EvalTask
 from esm2mega.autoeval.together import alone
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ModelConfig, Run
@@ -38,7 +38,7 @@ class TaskData:
 
     Attributes:
         task: The task.
-        folder: Folder of ``train.csv``, ``valid.csv`` and ``test.csv``.
+        folder: Folder of ``test.csv``, and of ``train.csv`` and ``valid.csv`` where the task has training.
         columns: Columns of the labels.
         is_masked: Whether a column says which residues count.
         limited: Most proteins of each split; None for all.
@@ -61,7 +61,10 @@ class TaskData:
     @cached_property
     def _read(self) -> tuple[dict[str, LabelledProteins], TargetInfo]:
         run = load_run_over(Run(model=ModelConfig(size="tiny")), self.settings)
-        return read_splits(self.folder, run.task, run.data, None)
+        if self.task.has_training:
+            return read_splits(self.folder, run.task, run.data, None)
+        test, info = read_test_split(self.table(TEST), run.task, run.data)
+        return {TEST: test}, info
 
     @property
     def splits(self) -> dict[str, LabelledProteins]:
@@ -135,13 +138,13 @@ def prepare_task(
             run_command(words)
         if not folder.is_dir():
             with appearing(folder) as partial:
-                for split in SPLITS:
+                for split in SPLITS if task.has_training else (TEST,):
                     rows = _chosen(read_rows(_table_of(task, whole, split)), limits.get(split), seed)
                     _write(partial / f"{split}.csv", rows, task.first_residues)
 
     # Tables may take a long time to make; the other ranks have nothing else to do.
     alone(make)
-    with (folder / f"{TRAIN}.csv").open(newline="") as file:
+    with (folder / f"{TEST}.csv").open(newline="") as file:
         header = next(csv.reader(file))
     columns = [name for name in header if name not in _NOT_LABELS]
     limited = {split: limits[split] for split in SPLITS if split in limits} or None
@@ -181,6 +184,8 @@ def _prepare_words(task: EvalTask, source: Path, out: Path) -> list[str]:
         words = ["prepare", "deeploc2", "--source", str(source), "--out", str(out), "--labels", task.split]
         # Partitions are made by homology, so that no protein of the test has a relative in training.
         return [*words, "--valid-partition", "3", "--test-partition", "4"]
+    if task.family == CONTACTS:
+        return ["prepare", CONTACTS, "--source", str(source), "--out", str(out)]
     words = ["prepare", task.family, task.task, "--source", str(source), "--out", str(out)]
     return [*words, "--split", task.split, "--allow-other-sizes"] if task.family == "flip" else words
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from esm2mega.config.task import PAIR_KIND
 from esm2mega.data.benchmarks.names import FLIP_TASKS, TAPE_TASKS
@@ -32,7 +33,7 @@ _OWN_KEYS = frozenset(
 )
 """Lists the keys of a fine-tuning by which a task and a model are given to it."""
 
-PROTEINGYM, GB1 = "proteingym", "gb1"
+PROTEINGYM, GB1, CONTACTS = "proteingym", "gb1", "contacts"
 _GB1_DOMAIN = 62
 """Is the number of residues of gb1's proteins that are kept: the domain; the tag behind it never varies."""
 _CONTACTS = "contact_prediction"
@@ -46,10 +47,10 @@ class EvalTask:
 
     Attributes:
         name: Its full name, such as ``flip/gb1:two_vs_rest``.
-        family: ``flip``, ``tape``, ``deeploc2`` or ``proteingym``.
+        family: ``flip``, ``tape``, ``deeploc2``, ``proteingym`` or ``contacts``.
         task: Its name in that family.
         split: The split of FLIP, the test split of TAPE, or the labels of DeepLoc 2.
-        kind: The value of `task.kind`; None for ProteinGym, which has no training set.
+        kind: The value of `task.kind`; None for ProteinGym, which has no labelled proteins.
         limits: Most proteins of each split; empty for all.
     """
 
@@ -73,16 +74,24 @@ class EvalTask:
     @property
     def modes(self) -> tuple[str, ...]:
         """Return the modes that are defined for the task."""
-        if self.kind is None:
+        if not self.has_training:
             return (ZERO_SHOT,)
         if self.kind == PAIR_KIND:
-            return (FINETUNE, LORA)
+            return (FINETUNE, LORA, ZERO_SHOT)
         return (*((PROBE, FINETUNE, LORA)), *((ZERO_SHOT,) * (self.task == GB1)))
+
+    @property
+    def has_training(self) -> bool:
+        """Return whether there are proteins to train on, and not for a test alone."""
+        return self.family not in (PROTEINGYM, CONTACTS)
 
     @property
     def why_no_zero_shot(self) -> str:
         """Say which tasks have a zero-shot mode."""
-        return "zero-shot is for variants of one protein whose wild type is known: flip/gb1 and proteingym"
+        return (
+            "zero-shot is for variants of one protein whose wild type is known, flip/gb1 and proteingym, and "
+            "for contacts"
+        )
 
 
 def _flip(task: str, split: str | None, limits: tuple[tuple[str, int], ...] = ()) -> EvalTask:
@@ -113,9 +122,14 @@ def _deeploc2(labels: str | None) -> EvalTask:
     return EvalTask(f"deeploc2:{labels}", "deeploc2", "deeploc2", labels, _LABELS[labels])
 
 
-def suites() -> dict[str, list[EvalTask]]:
-    """Return the tasks of each suite."""
+def suites(source: str) -> dict[str, list[EvalTask]]:
+    """Return the tasks of each suite.
+
+    Args:
+        source: Folder of the published files, which may have a folder `CONTACTS` of the user's own.
+    """
     limits = tuple(QUICK_LIMITS.items())
+    is_own = (Path(source) / CONTACTS).is_dir()
     return {
         "flip": [_flip(task, None) for task in FLIP_TASKS],
         "tape": [
@@ -124,27 +138,32 @@ def suites() -> dict[str, list[EvalTask]]:
             *(_tape("remote_homology", split) for split in TAPE_TASKS["remote_homology"].splits[2:]),
         ],
         QUICK: [_flip("gb1", "two_vs_rest", limits), _flip("secondary_structure", None, limits)],
-        "contacts": [_tape(_CONTACTS, None)],
+        CONTACTS: [EvalTask(*(CONTACTS,) * 3, "", PAIR_KIND) if is_own else _tape(_CONTACTS, None)],
     }
 
 
-def parse_tasks(names: Sequence[str]) -> list[EvalTask]:
+def parse_tasks(names: Sequence[str], source: str) -> list[EvalTask]:
     """Return the tasks that names of tasks and suites mean, each once.
+
+    Args:
+        names: The names.
+        source: As for `suites`.
 
     Raises:
         UserError: There is no such task or split, or none is named.
     """
     found: dict[str, EvalTask] = {}
+    known = suites(source)
     for name in names:
-        for task in suites().get(name) or [_parse(name)]:
+        for task in known.get(name) or [_parse(name, known)]:
             if (other := found.setdefault(task.name, task)) != task:
                 raise UserError(f"--tasks names {other.name} with and without limits; leave one of them out")
     if not found:
-        raise UserError(f"--tasks is empty; name tasks such as flip/gb1, or suites: {', '.join(suites())}")
+        raise UserError(f"--tasks is empty; name tasks such as flip/gb1, or suites: {', '.join(known)}")
     return list(found.values())
 
 
-def _parse(name: str) -> EvalTask:
+def _parse(name: str, known: Iterable[str]) -> EvalTask:
     path, _, split = name.partition(":")
     family, _, task = path.partition("/")
     if family == "flip" and task in FLIP_TASKS:
@@ -158,7 +177,7 @@ def _parse(name: str) -> EvalTask:
     tasks = [*(f"flip/{task}" for task in FLIP_TASKS), *(f"tape/{task}" for task in TAPE_TASKS)]
     raise UserError(
         f"--tasks {name}: is none of {', '.join([*tasks, 'deeploc2', PROTEINGYM])}, nor of the suites "
-        f"{', '.join(suites())}; a split follows a colon, as in flip/gb1:sampled"
+        f"{', '.join(known)}; a split follows a colon, as in flip/gb1:sampled"
     )
 
 
@@ -215,7 +234,7 @@ def check_options(
             f"or {LORA} (the keys of {LAYOUT}* hold for every mode)"
         )
     for split in limits:
-        if unsplit := next((task.name for task in tasks if task.kind is None), None):
+        if unsplit := next((task.name for task in tasks if not task.has_training), None):
             raise UserError(
                 f"{LIMITS[split]}: {unsplit} has no splits; leave it out, or evaluate {unsplit} by itself"
             )

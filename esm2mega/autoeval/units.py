@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from esm2mega.autoeval.contacts import counts_of_maps
 from esm2mega.autoeval.eval_model import EvalModel
 from esm2mega.autoeval.prediction_table import ID
 from esm2mega.autoeval.probe.labels import SPLITS, TEST, TRAIN, VALID
@@ -19,15 +20,15 @@ from esm2mega.autoeval.recipe import finetune_settings
 from esm2mega.autoeval.task_data import RunCommand, TaskData
 from esm2mega.autoeval.tasks import FINETUNE, LAYOUT, LORA, PROBE, ZERO_SHOT
 from esm2mega.autoeval.together import alone
-from esm2mega.config.best_metric import HEADLINES
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.files import read_json, write_json
+from esm2mega.finetune.contact_metrics import contact_metrics
 from esm2mega.infer.correlation import spearman
 from esm2mega.infer.variants import write_table
 from esm2mega.report.results.predictions import read_rows
 from esm2mega.train.loop import defined
 
-_RESULT = "result.json"
+_RESULT, _MAPS = "result.json", "contacts.h5"
 _BEGIN_AGAIN = "remove that folder, and start again"
 
 PROBE_RESIDUES = 50_000
@@ -71,14 +72,12 @@ class Outcome:
 
     Attributes:
         metrics: Metrics of the test split by name.
-        predictions: File of the predictions, in the form of `esm2mega predict`; None for contacts.
-        interval: 95 % interval of the headline metric, where it does not come from the predictions.
+        predictions: File of the predictions, in the form of `esm2mega predict`; None for ProteinGym.
         commands: The commands that were run.
     """
 
     metrics: dict[str, float | None]
     predictions: str | None
-    interval: Sequence[float] | None
     commands: list[list[str]]
 
 
@@ -102,8 +101,8 @@ class Commands:
         return output
 
 
-Made = tuple[dict[str, float | None], Path | None, Sequence[float] | None]
-"""Holds metrics, the file of predictions and the interval, as in `Outcome`."""
+Made = tuple[dict[str, float | None], Path | None]
+"""Holds metrics and the file of predictions, as in `Outcome`."""
 
 
 def run_unit(unit: Unit, data: TaskData, commands: Commands) -> Outcome:
@@ -115,8 +114,8 @@ def recorded(unit: Unit, commands: Commands, make: Callable[[], Made]) -> Outcom
     """Return what `make` gives, or gave in an earlier start; all ranks call this together."""
     path = unit.folder / _RESULT
     if not alone(path.is_file):
-        metrics, predictions, interval = make()
-        found = Outcome(metrics, None if predictions is None else str(predictions), interval, commands.all)
+        metrics, predictions = make()
+        found = Outcome(metrics, None if predictions is None else str(predictions), commands.all)
         alone(lambda: write_json(path, asdict(found)))
     return alone(lambda: Outcome(**read_json(path, _BEGIN_AGAIN)))
 
@@ -131,7 +130,7 @@ def _probe(unit: Unit, data: TaskData, commands: Commands) -> Made:
         words += ["--max-residues", PROBE_RESIDUES]
     commands.run(out / RESULTS, *words)
     result = alone(lambda: read_json(out / RESULTS, _BEGIN_AGAIN)[TEST])
-    return _numbers(result), out / PREDICTIONS, None
+    return _numbers(result), out / PREDICTIONS
 
 
 def embed_splits(unit: Unit, data: TaskData, commands: Commands, splits: Sequence[str]) -> list[Path]:
@@ -167,14 +166,21 @@ def _finetune(unit: Unit, data: TaskData, commands: Commands) -> Made:
     trained = unit.folder / "trained"
     commands.run(trained, FINETUNE, *settings)
     alone(lambda: trained.touch())
-    evaluation, table = unit.folder / "evaluation.json", unit.folder / PREDICTIONS
     test = data.table(TEST)
+    if kind == PAIR_KIND:
+        maps = unit.folder / _MAPS
+        return _of_maps(commands.run(maps, "predict", run_dir, test, "--out", maps, "--resume"), data)
+    evaluation, table = unit.folder / "evaluation.json", unit.folder / PREDICTIONS
     commands.run(evaluation, "evaluate", run_dir, "--data", test, "--out", evaluation)
     result = alone(lambda: read_json(evaluation, _BEGIN_AGAIN))
-    if kind == PAIR_KIND:
-        return _numbers(result), None, result["intervals"].get(HEADLINES[kind])
     commands.run(table, "predict", run_dir, test, "--out", table, "--resume")
-    return _numbers(result), table, None
+    return _numbers(result), table
+
+
+def _of_maps(maps: Path, data: TaskData) -> Made:
+    """Judge maps of contacts, which are read from the file in every mode alike."""
+    metrics = alone(lambda: contact_metrics(counts_of_maps(maps, data.splits[TEST])))
+    return {name: defined(value) for name, value in metrics.items()}, maps
 
 
 _NO_METRICS = ("step", "num_labels", "num_sequences")
@@ -192,6 +198,11 @@ def _numbers(result: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _zero_shot(unit: Unit, data: TaskData, commands: Commands) -> Made:
+    if data.task.kind == PAIR_KIND:  # contacts of the model's own regression
+        maps = unit.folder / _MAPS
+        words = ["--include", "contacts", "--max-seq-length", data.longest + 2, "--resume", *unit.layout]
+        embed = ["embed", unit.model.path, data.table(TEST), "--out", maps, *words]
+        return _of_maps(commands.run(maps, *embed), data)
     fasta, table = unit.folder / "wild_type.fasta", unit.folder / "variants.csv"
     scores, predictions = unit.folder / "scores.csv", unit.folder / PREDICTIONS
     (column,) = data.columns
@@ -212,7 +223,7 @@ def _zero_shot(unit: Unit, data: TaskData, commands: Commands) -> Made:
         write_table(predictions, [ID, column], [[row["variant"], row["score"]] for row in rows])
         return spearman([float(row[column]) for row in rows], [float(row["score"]) for row in rows])
 
-    return {"spearman": defined(alone(read_scores))}, predictions, None
+    return {"spearman": defined(alone(read_scores))}, predictions
 
 
 def wild_type(variant: str) -> str:

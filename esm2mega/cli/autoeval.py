@@ -52,7 +52,7 @@ def autoeval(
 
     Example: esm2mega autoeval runs/mine --tasks quick --source flip --out results
     """
-    chosen = parse_tasks(listed(tasks) or ())
+    chosen = parse_tasks(listed(tasks) or (), source)
     asked = listed(modes) or ["probe"]
     check_modes(chosen, asked)
     overrides = [word for word in words if "=" in word and not Path(word).exists()]

@@ -112,19 +112,30 @@ def bootstrap_metrics(found: Predictions, info: TargetInfo, resamples: int, seed
         Each metric in each resample, ``[resamples]``; NaN where it is not defined.
     """
     assert found.labels is not None
-    rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
     proteins, first, counts = np.unique(found.rows, return_index=True, return_counts=True)
+    if info.per_pair:
+        return bootstrap_contacts(contact_counts(found.values[first], found.labels[first]), resamples, seed)
+    rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
     drawn: dict[str, list[float]] = {}
-    pairs = contact_counts(found.values, found.labels) if info.per_pair else None
     for _ in range(resamples):
         chosen = rng.integers(0, len(proteins), len(proteins))
         indices = np.concatenate([np.arange(first[i], first[i] + counts[i]) for i in chosen])
         # Each copy of a protein counts as a protein of its own.
         rows = np.repeat(np.arange(len(chosen)), counts[chosen])
-        if pairs is not None:
-            metrics = contact_metrics(pairs[indices])
-        else:
-            metrics = metrics_of(Predictions(rows, None, found.values[indices], found.labels[indices]), info)
+        metrics = metrics_of(Predictions(rows, None, found.values[indices], found.labels[indices]), info)
         for name, value in metrics.items():
             drawn.setdefault(name, []).append(value)
     return {name: np.array(values) for name, values in drawn.items()}
+
+
+def bootstrap_contacts(counts: Array, resamples: int, seed: int) -> dict[str, Array]:
+    """Compute the metrics of contacts in the resamples of `bootstrap_metrics`, ``[resamples]`` each.
+
+    Args:
+        counts: Counts of each protein, as `contact_counts` returns them, ``[n, m, 2]``.
+        resamples: As for `bootstrap_metrics`.
+        seed: As for `bootstrap_metrics`.
+    """
+    rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
+    drawn = [contact_metrics(counts[rng.integers(0, len(counts), len(counts))]) for _ in range(resamples)]
+    return {name: np.array([metrics[name] for metrics in drawn]) for name in contact_metrics(counts)}

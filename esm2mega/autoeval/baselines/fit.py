@@ -73,7 +73,7 @@ def baselines_of(splits: Mapping[str, LabelledProteins], info: TargetInfo, seed:
         UserError: A column of labels has none in training or validation.
     """
     if info.per_pair:
-        return [_contacts(splits[TEST], info)]
+        return [_contacts(splits, info)]
     name = "mean" if info.kind in NUMERIC_KINDS else "majority"
     num_rows = int(splits[TEST].offsets[-1]) if info.per_residue else len(splits[TEST])
     constant = np.tile(np.array(info.baseline, np.float64), (num_rows, 1))
@@ -81,14 +81,19 @@ def baselines_of(splits: Mapping[str, LabelledProteins], info: TargetInfo, seed:
     return [*baselines, (_of_residues if info.per_residue else _of_proteins)(splits, info, seed)]
 
 
-def _contacts(test: LabelledProteins, info: TargetInfo) -> Baseline:
-    """Predict the frequency of contacts at each distance along the chain."""
+def _contacts(splits: Mapping[str, LabelledProteins], info: TargetInfo) -> Baseline:
+    """Predict contacts by their frequency at each distance in training; without any, the nearest first."""
+    test = splits[TEST]
     assert test.labels is not None
-    known, coordinates = np.array(info.baseline), np.split(test.labels, test.offsets[1:-1])
+    if TRAIN in splits:
+        name, known = "frequency by separation", np.array(info.baseline)
+    else:
+        name, known = "nearest along the chain", np.linspace(1.0, 0.0, int(test.lengths.max()))
+    coordinates = np.split(test.labels, test.offsets[1:-1])
     values = objects(by_separation(known, length).astype(np.float32) for length in test.lengths.tolist())
     labels = objects(pair_labels(each, IGNORED) for each in coordinates)
     found = Predictions(np.arange(len(test)), np.zeros(len(test), np.int64), values, labels)
-    return Baseline("frequency by separation", found, None)
+    return Baseline(name, found, None)
 
 
 def _of_proteins(splits: Mapping[str, LabelledProteins], info: TargetInfo, seed: int) -> Baseline:

@@ -56,6 +56,17 @@ def read_splits(
     return {TRAIN: train, **others}, info
 
 
+def read_test_split(path: Path, task: TaskConfig, data: DataConfig) -> tuple[LabelledProteins, TargetInfo]:
+    """Read the labelled proteins of a table that has no training split beside it.
+
+    Raises:
+        UserError: A cell is bad.
+    """
+    table = read_table(path, task, data, TEST)
+    forms = agreed_forms(task, [table])
+    return label(table, task, replace(data, max_seq_length=_ANY_LENGTH), forms, None)
+
+
 def _in_folder(path: Path, task: TaskConfig, data: DataConfig) -> dict[str, Table]:
     tables = {}
     for split in SPLITS:

@@ -102,4 +102,3 @@ def test_labels_of_the_plane() -> None:
     assert plane_labels(rows, ["x", "y"], "multilabel") == [("a", "x")]
     assert plane_labels(rows, ["z"], "token_classification") == [("a", "HEC")]
     assert plane_labels(rows, ["x"], "token_regression") is None, "numbers are no characters"
-    assert plane_labels(rows, ["z"], "contact") is None

@@ -22,7 +22,7 @@ from esm2mega.finetune.metrics import Predictions
 
 def test_what_is_not_defined_is_null() -> None:
     draws = np.full((2, 5), math.nan)
-    row = Measured("m", "probe", [0.5, math.nan], draws, None, {"spearman": None}, None, []).row()
+    row = Measured("m", "probe", [0.5, math.nan], draws, {"spearman": None}, None, []).row()
     assert row["value"] is row["low"] is row["seeds"]["sd"] is row["seeds"]["mean"] is None
     assert row["seeds"]["values"] == [0.5, None]
     json.dumps(row, allow_nan=False)
@@ -30,8 +30,8 @@ def test_what_is_not_defined_is_null() -> None:
 
 def test_a_kill_while_the_request_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = EvalModel("m", "runs/m", "runs/m/step_4", "abc", 10, 4)
-    monkeypatch.setattr(suite, "open_models", lambda checkpoints: [model])
-    request = SuiteRequest(["runs/m"], parse_tasks(["quick"]), ["probe"], "flip", str(tmp_path), {})
+    monkeypatch.setattr(suite, "open_models", lambda checkpoints, with_contact_head: [model])
+    request = SuiteRequest(["runs/m"], parse_tasks(["quick"], "flip"), ["probe"], "flip", str(tmp_path), {})
     (tmp_path / ".request.json.host.1.partial").write_text('{"req')
     assert suite._begin(request, tmp_path) == [model]
     assert suite._begin(request, tmp_path) == [model]

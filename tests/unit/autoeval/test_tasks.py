@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from esm2mega.autoeval.tasks import FINETUNE, LORA, PROBE, ZERO_SHOT, check_modes, parse_tasks
+from esm2mega.autoeval.tasks import FINETUNE, LORA, PROBE, ZERO_SHOT, check_modes, check_options, parse_tasks
 from esm2mega.cli.app import main
 from esm2mega.data.benchmarks.names import FLIP_TASKS
 from esm2mega.errors import UserError
@@ -27,23 +28,31 @@ from esm2mega.errors import UserError
     ],
 )
 def test_names(given: list[str], names: list[str]) -> None:
-    assert [task.name for task in parse_tasks(given)] == names
+    assert [task.name for task in parse_tasks(given, "nowhere")] == names
 
 
 def test_suites_hold_every_task_once() -> None:
-    flip = parse_tasks(["flip"])
+    flip = parse_tasks(["flip"], "nowhere")
     assert [task.task for task in flip] == list(FLIP_TASKS)
-    tape = [task.name for task in parse_tasks(["tape"])]
+    tape = [task.name for task in parse_tasks(["tape"], "nowhere")]
     assert len(set(tape)) == len(tape) == 7
-    check_modes(parse_tasks(["flip", "tape"]), [PROBE])  # the mode by default
-    assert dict(parse_tasks(["quick"])[0].limits) == {"train": 500, "valid": 200, "test": 200}
+    check_modes(parse_tasks(["flip", "tape"], "nowhere"), [PROBE])  # the mode by default
+    assert dict(parse_tasks(["quick"], "nowhere")[0].limits) == {"train": 500, "valid": 200, "test": 200}
+
+
+def test_contacts_may_be_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "contacts").mkdir()
+    (task,) = parse_tasks(["contacts"], str(tmp_path))
+    assert (task.name, task.modes) == ("contacts", (ZERO_SHOT,))
+    with pytest.raises(UserError, match="--limit-test: contacts has no splits; leave it out"):
+        check_options([task], [ZERO_SHOT], [], ["test"], [])
 
 
 def test_modes_of_tasks() -> None:
-    tasks = parse_tasks(["flip/gb1", "flip/scl", "proteingym", "contacts"])
+    tasks = parse_tasks(["flip/gb1", "flip/scl", "proteingym", "contacts"], "nowhere")
     everywhere = (PROBE, FINETUNE, LORA)
     modes = [task.modes for task in tasks]
-    assert modes == [(*everywhere, ZERO_SHOT), everywhere, (ZERO_SHOT,), (FINETUNE, LORA)]
+    assert modes == [(*everywhere, ZERO_SHOT), everywhere, (ZERO_SHOT,), (FINETUNE, LORA, ZERO_SHOT)]
 
 
 @pytest.mark.parametrize(
@@ -91,5 +100,5 @@ def test_names_need_no_numpy() -> None:
 
 def test_a_task_is_named_with_one_set_of_limits() -> None:
     with pytest.raises(UserError, match="leave one of them out"):
-        parse_tasks(["quick", "flip/secondary_structure"])
-    check_modes(parse_tasks(["quick"]), [PROBE])
+        parse_tasks(["quick", "flip/secondary_structure"], "nowhere")
+    check_modes(parse_tasks(["quick"], "nowhere"), [PROBE])
