@@ -14,7 +14,7 @@ from esm2mega.config.run_name import split_run
 from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES, our_shapes
 from esm2mega.errors import UserError
 from esm2mega.infer.source import source_of
-from esm2mega.lora.base import read_with_base
+from esm2mega.lora.base import MERGE_THEM, read_with_base
 
 RANDOM = "random weights"
 """Names the model that has learned nothing."""
@@ -27,7 +27,7 @@ class EvalModel:
     Attributes:
         name: Its short name in tables and files.
         checkpoint: The checkpoint as the user named it.
-        path: The file or directory that was meant by that.
+        path: The file or directory that is meant by that, from the root.
         weights_sha256: Checksum of its weights.
         parameters: Number of weights of the language model.
         step: The step of its training that wrote it; None in formats that do not say.
@@ -95,7 +95,7 @@ def slug_of(name: str) -> str:
 
 
 def _open(checkpoint: str, name: str, with_contact_head: bool) -> EvalModel:
-    start = read_with_base(checkpoint, None)
+    start = read_with_base(checkpoint, cure=MERGE_THEM)
     source = source_of(start)
     if with_contact_head and (source.contact_head is None or not source.contact_head[0].any()):
         raise UserError(
@@ -109,4 +109,5 @@ def _open(checkpoint: str, name: str, with_contact_head: bool) -> EvalModel:
         if key != FREQUENCIES and not key.startswith(CONTACT_HEAD)
     )
     step = start.state.get("step") if start.is_own else None
-    return EvalModel(name, checkpoint, str(start.path), source.checksum(), parameters, step or None)
+    path = os.path.abspath(start.path)
+    return EvalModel(name, checkpoint, path, source.checksum(), parameters, step or None)

@@ -16,7 +16,8 @@ import numpy as np
 from esm2mega.autoeval.prediction_table import ID
 from esm2mega.autoeval.probe.embeddings import Array, Embeddings
 from esm2mega.config.task import RESIDUE_KINDS
-from esm2mega.files import replacing
+from esm2mega.errors import MachineError
+from esm2mega.files import replacing, shortened
 
 MOST_POINTS = 2000
 """Bounds the points of a plane; of more proteins some are chosen, evenly along the table."""
@@ -99,7 +100,13 @@ def _umap(vectors: Array, seed: int) -> dict[str, Array]:
     """Return the plane of UMAP under its name; nothing where it is not installed, or has too few points."""
     if importlib.util.find_spec("umap") is None or len(vectors) <= 2 * _NEIGHBOURS:
         return {}
-    umap = importlib.import_module("umap")
+    try:
+        umap = importlib.import_module("umap")
+    except ImportError as error:
+        raise MachineError(
+            f"umap-learn is installed and cannot be imported: {shortened(str(error))}; install it again with "
+            "what it needs, or uninstall it for results without UMAP"
+        ) from None
     # With a seed UMAP runs in one thread, and gives the same plane again.
     return {"umap": umap.UMAP(n_neighbors=_NEIGHBOURS, random_state=seed, n_jobs=1).fit_transform(vectors)}
 

@@ -36,7 +36,7 @@ class Measured:
         draws: The same in resamples of the proteins, ``[k, d]``.
         metrics: All metrics, the mean over the seeds.
         predictions: File of the first seed's predictions, relative to the folder of results.
-        commands: The commands of all seeds.
+        commands: The commands of all seeds, see `esm2mega.autoeval.places`.
         plane: File of the embeddings in two dimensions, relative to the folder of results.
     """
 
@@ -46,7 +46,7 @@ class Measured:
     draws: Array
     metrics: dict[str, float | None]
     predictions: str | None
-    commands: list[str]
+    commands: list[list[str]]
     plane: str | None = None
 
     def row(self) -> dict[str, Any]:

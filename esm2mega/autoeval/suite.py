@@ -6,11 +6,10 @@ was, and the results are the same to the last byte, since nothing in them depend
 
 from __future__ import annotations
 
-import json
-import shlex
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from esm2mega.autoeval.assays import (
 from esm2mega.autoeval.baselines.fit import baselines_of
 from esm2mega.autoeval.baselines.substitutions import BLOSUM62, zero_shot_baseline
 from esm2mega.autoeval.contacts import counts_of_maps
-from esm2mega.autoeval.eval_model import RANDOM, EvalModel, open_models, slug_of
+from esm2mega.autoeval.eval_model import RANDOM, EvalModel, slug_of
+from esm2mega.autoeval.places import Places
 from esm2mega.autoeval.plane import plane_labels, write_plane
 from esm2mega.autoeval.prediction_table import (
     ID,
@@ -41,6 +41,7 @@ from esm2mega.autoeval.probe.labels import TEST
 from esm2mega.autoeval.probe.run import RESULTS
 from esm2mega.autoeval.published import published_figures
 from esm2mega.autoeval.random_encoder import write_random_encoder
+from esm2mega.autoeval.request import SuiteRequest, begin, check_request
 from esm2mega.autoeval.results import (
     FORMAT,
     RESULTS_JSON,
@@ -50,61 +51,26 @@ from esm2mega.autoeval.results import (
     mean_metrics,
     write_csv,
 )
-from esm2mega.autoeval.task_data import RunCommand, TaskData, find_source, prepare_task
+from esm2mega.autoeval.script import TaskScript, script_of, shell_line
+from esm2mega.autoeval.task_data import RunCommand, TaskData, prepare_task
 from esm2mega.autoeval.tasks import PROBE, ZERO_SHOT, EvalTask
 from esm2mega.autoeval.together import alone
 from esm2mega.autoeval.units import Commands, Outcome, Unit, run_unit, wild_type
 from esm2mega.config.best_metric import HEADLINES, less_is_better
-from esm2mega.config.load import load_run_over
-from esm2mega.config.schema import ModelConfig, Run
-from esm2mega.config.task import PAIR_KIND
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.data.leakage.leaks import find_leaks
-from esm2mega.errors import UserError
-from esm2mega.files import OTHER_OUT, check_out, read_json, write_json
+from esm2mega.files import check_out, read_json, write_json
 from esm2mega.finetune.bootstrap import bootstrap_contacts, bootstrap_headline
 from esm2mega.finetune.metrics import Predictions, check_packages, metrics_of
 from esm2mega.infer.proteingym import mean_of_means
-from esm2mega.infer.work import differing
 from esm2mega.report.results.page import write_results_page
 from esm2mega.train.loop import defined
 from esm2mega.version import __version__
 
-_REQUEST, _TIMES, _COMMANDS, _PREDICTIONS = "request.json", "times.json", "commands.sh", "predictions"
-_PLANES = "embeddings"
+_TIMES, _COMMANDS = "times.json", "commands.sh"
+_DATA, _PREDICTIONS, _PLANES = "data", "predictions", "embeddings"
 _LEAKAGE, _TASK = "leakage.json", "task.json"
 _RESAMPLES = 1000
-_ABOUT_COMMANDS = (
-    "What autoeval ran. Between the commands it wrote the tables below data/ and the wild types."
-)
-
-
-@dataclass(frozen=True)
-class SuiteRequest:
-    """Says what is evaluated.
-
-    Attributes:
-        checkpoints: The models, as `esm2mega embed` takes them.
-        tasks: The tasks.
-        modes: The modes, each defined for every task.
-        source: Folder of the published files.
-        out: Folder of the results.
-        limits: Most proteins of each split, besides those of a suite.
-        seed: Seed of the first head, of the chosen proteins and of the resamples.
-        seeds: Number of heads of each model.
-        layers: Hidden states that a probe tries; empty for the last one.
-        overrides: ``key=value`` for `esm2mega finetune`; those of the layout are for every mode.
-    """
-
-    checkpoints: Sequence[str]
-    tasks: Sequence[EvalTask]
-    modes: Sequence[str]
-    source: str
-    out: str
-    limits: dict[str, int]
-    seed: int = 1234
-    seeds: int = 1
-    layers: Sequence[str] = ()
-    overrides: Sequence[str] = ()
 
 
 def run_suite(request: SuiteRequest, run_command: RunCommand, say: Callable[[str], None]) -> dict[str, Any]:
@@ -124,9 +90,9 @@ def run_suite(request: SuiteRequest, run_command: RunCommand, say: Callable[[str
     check_packages()
     out = Path(request.out)
     check_out(out / RESULTS_JSON)
-    alone(lambda: _check(request))
-    models = alone(lambda: _begin(request, out))
-    suite = _Suite(request, models, out, run_command, say)
+    alone(lambda: check_request(request))
+    models, places = alone(lambda: begin(request, out))
+    suite = _Suite(request, models, places, run_command, say)
     results = {
         "format": FORMAT,
         "esm2mega": __version__,
@@ -136,39 +102,9 @@ def run_suite(request: SuiteRequest, run_command: RunCommand, say: Callable[[str
         "models": [model.described() for model in models],
         "tasks": [suite.task(task) for task in request.tasks],
     }
-    alone(lambda: _write(out, results, suite.commands))
+    script = script_of(suite.scripts, request.seed, world_size_from_environment())
+    alone(lambda: _write(out, results, script))
     return results
-
-
-def _check(request: SuiteRequest) -> None:
-    """Refuse keys that there are not, and files that are missing, before the work starts."""
-    load_run_over(Run(model=ModelConfig(size="tiny")), request.overrides)
-    for task in request.tasks:
-        source = Path(request.source)
-        _ = find_assays(source) if task.kind is None else find_source(task, source)
-
-
-def _begin(request: SuiteRequest, out: Path) -> list[EvalModel]:
-    """Open the models; an earlier start must have had the same request and the same weights."""
-    has_contacts = any(task.kind == PAIR_KIND for task in request.tasks) and ZERO_SHOT in request.modes
-    models = open_models(request.checkpoints, has_contacts)
-    asked = {
-        **{name: value for name, value in asdict(request).items() if name != "out"},
-        "tasks": [task.name for task in request.tasks],
-        "task limits": [dict(task.limits) for task in request.tasks],
-        "weights": {model.name: model.weights_sha256 for model in models},
-    }
-    noted = out / _REQUEST
-    if noted.is_file():
-        earlier = read_json(noted, OTHER_OUT)
-        if changed := differing(earlier.get("request", {}), json.loads(json.dumps(asked))):
-            raise UserError(f"{out}: was begun with another request: {changed}; {OTHER_OUT}")
-        return [EvalModel(**model) for model in earlier["models"]]
-    # A kill while the request is written leaves a part of it under a name that begins like this.
-    if out.is_dir() and any(not path.name.startswith(f".{_REQUEST}.") for path in out.iterdir()):
-        raise UserError(f"{out}: holds other files, and no {_REQUEST}; {OTHER_OUT}")
-    write_json(noted, {"request": asked, "models": [asdict(model) for model in models]})
-    return models
 
 
 class _Suite:
@@ -178,35 +114,40 @@ class _Suite:
         self,
         request: SuiteRequest,
         models: list[EvalModel],
-        out: Path,
+        places: Places,
         run_command: RunCommand,
         say: Callable[[str], None],
     ) -> None:
-        self._request, self._models, self._out = request, models, out
+        self._request, self._models, self._places = request, models, places
+        self._out, self._source = Path(request.out), Path(os.path.abspath(request.source))
         self._run_command, self._say = run_command, say
-        self.commands: list[list[str]] = []
+        self._commands: list[list[str]] = []
+        self.scripts: list[TaskScript] = []
 
     def task(self, task: EvalTask) -> dict[str, Any]:
         """Return a task's entry in the results, from an earlier start if that finished it."""
         path = self._out / "work" / task.slug / _TASK
         if not alone(path.is_file):
-            number = len(self.commands)
+            self._commands = []
             entry = self._assays(task) if task.kind is None else self._labelled(task)
-            done = {"entry": entry, "commands": self.commands[number:]}
+            done = {"entry": entry, "commands": self._commands}
             alone(lambda: write_json(path, done))
-            return entry
         kept = alone(lambda: read_json(path, "remove it"))
-        self.commands += kept["commands"]
-        return dict(kept["entry"])
+        entry, commands = kept["entry"], [self._places.shown(words) for words in kept["commands"]]
+        self.scripts.append(TaskScript(task.name, entry["limited"], entry["first_residues"], commands))
+        for row in entry["rows"]:
+            if "commands" in row:
+                row["commands"] = [shell_line(self._places.shown(words)) for words in row["commands"]]
+        return dict(entry)
 
     def _labelled(self, task: EvalTask) -> dict[str, Any]:
         """Evaluate all models on a task with labelled proteins."""
         assert task.kind is not None
         request = self._request
         limits = {**dict(task.limits), **request.limits}
-        source, folder = Path(request.source), self._out / "data"
-        data = prepare_task(task, source, folder, limits, request.seed, self._run_command, self._say)
-        self.commands += data.commands
+        folder = self._out / _DATA
+        data = prepare_task(task, self._source, folder, limits, request.seed, self._run_command, self._say)
+        self._commands += [self._places.noted(command) for command in data.commands]
         measured = [
             self._measured(task, model, mode, data) for mode in request.modes for model in self._models
         ]
@@ -237,7 +178,7 @@ class _Suite:
         seeds = 1 if mode == ZERO_SHOT else self._request.seeds
         units = [self._unit(task, model, mode, seed) for seed in range(seeds)]
         outcomes = [self._run(unit, lambda unit, c: run_unit(unit, data, c)) for unit in units]
-        return alone(lambda: self._gathered(task, units[0], outcomes, data))
+        return alone(lambda: self._gathered(task, units, outcomes, data))
 
     def _unit(self, task: EvalTask, model: EvalModel, mode: str, number: int) -> Unit:
         request = self._request
@@ -250,10 +191,10 @@ class _Suite:
 
     def _run(self, unit: Unit, run: Callable[[Unit, Commands], Outcome]) -> Outcome:
         began = time.monotonic()
-        commands = Commands(self._run_command, self._say)
+        commands = Commands(self._run_command, self._say, self._places)
         is_new = not alone(lambda: unit.folder.is_dir())
         outcome = run(unit, commands)
-        self.commands += outcome.commands
+        self._commands += outcome.commands
         seconds = time.monotonic() - began
 
         def note() -> None:
@@ -266,11 +207,17 @@ class _Suite:
         alone(note)
         return outcome
 
-    def _gathered(self, task: EvalTask, first: Unit, outcomes: Sequence[Outcome], data: TaskData) -> Measured:
+    def _gathered(
+        self, task: EvalTask, units: Sequence[Unit], outcomes: Sequence[Outcome], data: TaskData
+    ) -> Measured:
         assert task.kind is not None
-        headline, seed, test = HEADLINES[task.kind], self._request.seed, data.splits[TEST]
+        headline, seed, test, first = HEADLINES[task.kind], self._request.seed, data.splits[TEST], units[0]
         values = [np.nan if x is None else x for x in (outcome.metrics[headline] for outcome in outcomes)]
-        files = [Path(outcome.predictions) for outcome in outcomes if outcome.predictions is not None]
+        files = [
+            unit.folder / outcome.predictions
+            for unit, outcome in zip(units, outcomes, strict=True)
+            if outcome.predictions is not None
+        ]
         if data.info.per_pair:  # maps, which are read one by one, and have no place in a table
             counts = [counts_of_maps(path, test) for path in files]
             draws, target = [bootstrap_contacts(each, _RESAMPLES, seed)[headline] for each in counts], None
@@ -286,7 +233,7 @@ class _Suite:
             np.stack(draws),
             mean_metrics([outcome.metrics for outcome in outcomes]),
             target,
-            [_shell(command) for outcome in outcomes for command in outcome.commands],
+            [command for outcome in outcomes for command in outcome.commands],
             self._write_plane(task, first, data),
         )
 
@@ -316,7 +263,7 @@ class _Suite:
 
     def _random_row(self, task: EvalTask, data: TaskData) -> dict[str, Any]:
         """Evaluate a model of the first one's shape that has learned nothing."""
-        first, path = self._models[0], self._out / "work" / slug_of(RANDOM)
+        first, path = self._models[0], self._out / _DATA / slug_of(RANDOM)
         seed = self._request.seed
         alone(lambda: None if path.is_dir() else write_random_encoder(first.path, path, seed) and None)
         model = replace(first, name=RANDOM, checkpoint=RANDOM, path=str(path), step=None)
@@ -342,17 +289,16 @@ class _Suite:
 
     def _assays(self, task: EvalTask) -> dict[str, Any]:
         seed, measured = self._request.seed, []
-        reference, folder = alone(lambda: find_assays(Path(self._request.source)))
+        reference, folder = alone(lambda: find_assays(self._source))
         known = alone(lambda: blosum62_assays(reference, folder))
         for model in self._models:
             unit = self._unit(task, model, ZERO_SHOT, 0)
             found = self._run(unit, lambda unit, c: run_assays(unit, reference, folder, c))
             assays = read_summary(summary_of(unit))
-            commands = [_shell(command) for command in found.commands]
             measured.append(
                 Measured(
                     *(model.name, ZERO_SHOT, [mean_of_means(assays)], resampled(assays, seed)[None]),
-                    *(found.metrics, None, commands),
+                    *(found.metrics, None, found.commands),
                 )
             )
         rows = [each.row() for each in measured]
@@ -391,14 +337,8 @@ def _published_rows(task: str, metric: str) -> list[dict[str, Any]]:
     return [{"row": "published", **asdict(figure)} for figure in published_figures(task, metric)]
 
 
-def _shell(command: Sequence[str]) -> str:
-    return shlex.join(["esm2mega", *command])
-
-
-def _write(out: Path, results: dict[str, Any], commands: Sequence[Sequence[str]]) -> None:
+def _write(out: Path, results: dict[str, Any], script: str) -> None:
     write_csv(out, results)
     write_results_page(results, out)
-    lines = dict.fromkeys(_shell(command) for command in commands)
-    head = ["#!/usr/bin/env bash", f"# {_ABOUT_COMMANDS}", "set -euo pipefail"]
-    (out / _COMMANDS).write_text("\n".join([*head, *lines, ""]))
+    (out / _COMMANDS).write_text(script)
     write_json(out / RESULTS_JSON, results)

@@ -15,8 +15,10 @@ from esm2mega.autoeval.tasks import CONTACTS, EvalTask
 from esm2mega.autoeval.together import alone
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ModelConfig, Run
-from esm2mega.data.benchmarks.names import TAPE_TASKS
+from esm2mega.data.benchmarks.flip import find_file, sequence_files
+from esm2mega.data.benchmarks.names import FLIP_TASKS, TAPE_TASKS
 from esm2mega.data.benchmarks.tables import MASK
+from esm2mega.data.benchmarks.tape import find_split
 from esm2mega.data.counter_rng import Purpose, stream_starts
 from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.labels.schema import TargetInfo
@@ -177,6 +179,25 @@ def find_source(task: EvalTask, source: Path) -> Path:
             f"{task.name}; put them there as they are published, or name the folder that has them"
         )
     return found
+
+
+def source_files(task: EvalTask, source: Path) -> list[Path]:
+    """Return the published files that decide the tables of a task.
+
+    Raises:
+        UserError: There are none.
+    """
+    found = find_source(task, source)
+    if task.family == "flip":
+        names = sequence_files(FLIP_TASKS[task.task], task.split)
+        return [path for stems in names if (path := find_file(found, stems)) is not None]
+    if task.family == "tape":
+        described = TAPE_TASKS[task.task]
+        databases = [find_split(found, described, split) for split in described.splits]
+        return [path / "data.mdb" if path.is_dir() else path for path in databases if path is not None]
+    if task.family == CONTACTS:
+        return sorted(path for path in found.iterdir() if path.is_file() and not path.name.startswith("."))
+    return [found]
 
 
 def _prepare_words(task: EvalTask, source: Path, out: Path) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from esm2mega.autoeval.contacts import counts_of_maps
 from esm2mega.autoeval.eval_model import EvalModel
+from esm2mega.autoeval.places import Places
 from esm2mega.autoeval.prediction_table import ID
 from esm2mega.autoeval.probe.labels import SPLITS, TEST, TRAIN, VALID
 from esm2mega.autoeval.probe.run import PREDICTIONS, RESULTS
@@ -72,8 +73,9 @@ class Outcome:
 
     Attributes:
         metrics: Metrics of the test split by name.
-        predictions: File of the predictions, in the form of `esm2mega predict`; None for ProteinGym.
-        commands: The commands that were run.
+        predictions: File of the predictions, in the form of `esm2mega predict`, relative to the folder of the
+            unit; None for ProteinGym.
+        commands: The commands that were run, see `esm2mega.autoeval.places`.
     """
 
     metrics: dict[str, float | None]
@@ -84,14 +86,14 @@ class Outcome:
 class Commands:
     """Runs the commands of a unit, but for those whose output is there, and remembers all of them."""
 
-    def __init__(self, run_command: RunCommand, say: Callable[[str], None]) -> None:
+    def __init__(self, run_command: RunCommand, say: Callable[[str], None], places: Places) -> None:
         self.all: list[list[str]] = []
-        self._run, self._say = run_command, say
+        self._run, self._say, self._places = run_command, say, places
 
     def run(self, output: Path, *words: object) -> Path:
         """Run a command, unless its output is there; all ranks call this together."""
         command = [str(word) for word in words]
-        self.all.append(command)
+        self.all.append(self._places.noted(command))
         if not alone(output.exists):
             self._say(" ".join(["esm2mega", *command]))
             if command[0] == PROBE:  # this command is for one process
@@ -115,7 +117,8 @@ def recorded(unit: Unit, commands: Commands, make: Callable[[], Made]) -> Outcom
     path = unit.folder / _RESULT
     if not alone(path.is_file):
         metrics, predictions = make()
-        found = Outcome(metrics, None if predictions is None else str(predictions), commands.all)
+        name = None if predictions is None else str(predictions.relative_to(unit.folder))
+        found = Outcome(metrics, name, commands.all)
         alone(lambda: write_json(path, asdict(found)))
     return alone(lambda: Outcome(**read_json(path, _BEGIN_AGAIN)))
 
@@ -167,13 +170,15 @@ def _finetune(unit: Unit, data: TaskData, commands: Commands) -> Made:
     commands.run(trained, FINETUNE, *settings)
     alone(lambda: trained.touch())
     test = data.table(TEST)
+    # Adapters name the model that they belong to by where it was when they were trained.
+    base = [f"init_from={unit.model.path}"] if unit.mode == LORA else []
     if kind == PAIR_KIND:
         maps = unit.folder / _MAPS
-        return _of_maps(commands.run(maps, "predict", run_dir, test, "--out", maps, "--resume"), data)
+        return _of_maps(commands.run(maps, "predict", run_dir, test, "--out", maps, "--resume", *base), data)
     evaluation, table = unit.folder / "evaluation.json", unit.folder / PREDICTIONS
-    commands.run(evaluation, "evaluate", run_dir, "--data", test, "--out", evaluation)
+    commands.run(evaluation, "evaluate", run_dir, "--data", test, "--out", evaluation, *base)
     result = alone(lambda: read_json(evaluation, _BEGIN_AGAIN))
-    commands.run(table, "predict", run_dir, test, "--out", table, "--resume")
+    commands.run(table, "predict", run_dir, test, "--out", table, "--resume", *base)
     return _numbers(result), table
 
 
@@ -203,13 +208,14 @@ def _zero_shot(unit: Unit, data: TaskData, commands: Commands) -> Made:
         words = ["--include", "contacts", "--max-seq-length", data.longest + 2, "--resume", *unit.layout]
         embed = ["embed", unit.model.path, data.table(TEST), "--out", maps, *words]
         return _of_maps(commands.run(maps, *embed), data)
-    fasta, table = unit.folder / "wild_type.fasta", unit.folder / "variants.csv"
+    # Beside the tables, since the commands read these two as well.
+    fasta, table = data.folder.parent / "wild_type.fasta", data.folder.parent / "variants.csv"
     scores, predictions = unit.folder / "scores.csv", unit.folder / PREDICTIONS
     (column,) = data.columns
 
     def write_variants() -> None:
         sequence = wild_type(data.rows[TEST][0]["sequence"])
-        fasta.parent.mkdir(parents=True, exist_ok=True)
+        unit.folder.mkdir(parents=True, exist_ok=True)
         fasta.write_text(f">gb1\n{sequence}\n")
         rows = [[row[ID], mutations(row["sequence"], sequence), row[column]] for row in data.rows[TEST]]
         write_table(table, ["variant", "mutant", column], rows)

@@ -64,7 +64,8 @@ def autoeval(
     check_options(chosen, asked, listed(layers) or (), most, overrides)
 
     from esm2mega.autoeval.report import lines
-    from esm2mega.autoeval.suite import SuiteRequest, run_suite
+    from esm2mega.autoeval.request import SuiteRequest
+    from esm2mega.autoeval.suite import run_suite
 
     request = SuiteRequest(
         checkpoints, chosen, asked, source, out, most, seed, seeds, listed(layers) or (), overrides

@@ -31,7 +31,7 @@ from esm2mega.infer.source import source_of
 from esm2mega.infer.strategies import STRATEGIES, check_variant, score_variants
 from esm2mega.infer.variants import single_substitutions, write_variant
 from esm2mega.infer.wild_types import clean
-from esm2mega.lora.base import read_with_base
+from esm2mega.lora.base import MERGE_THEM, read_with_base
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.vocabulary import encode_residues
 
@@ -91,9 +91,6 @@ def load(
     return Model(path, overrides)
 
 
-_MERGE = "make a whole model of them with `esm2mega lora merge CHECKPOINT --base PATH --out DIR`"
-
-
 class Model:
     """Holds a loaded model; `close`, the end of a ``with`` block, or the end of the process frees it."""
 
@@ -105,7 +102,7 @@ class Model:
             overrides: ``key=value`` over the checkpoint's configuration.
         """
         # The checkpoint is opened in this process alone; `_World.enter` refuses several processes.
-        self._source = source_of(read_with_base(path, cure=_MERGE))
+        self._source = source_of(read_with_base(path, cure=MERGE_THEM))
         self._run = inference_run(self._source.run, overrides)
         validate_inference(self._run, 1)
         self._ranks = _world.enter()

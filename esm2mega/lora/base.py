@@ -17,6 +17,9 @@ from esm2mega.files import refuse_stream
 
 _SET_INIT_FROM = "say where it is with init_from=PATH"
 
+MERGE_THEM = "make a whole model of them with `esm2mega lora merge CHECKPOINT --base PATH --out DIR`"
+"""Is the cure where a command or function takes no `init_from`."""
+
 _KEY = "base"
 """This key of ``train_state.json`` marks a checkpoint that holds no weights but those that were trained."""
 

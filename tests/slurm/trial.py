@@ -6,6 +6,7 @@ files but what the example mounts.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -114,6 +115,7 @@ def inside(folder: Path) -> None:
     cancel(trial)
     after = run_arrays(trial, unbroken)
     check_arrays(trial, after)
+    evaluate_benchmarks(trial, unbroken)
     say("all jobs ended as they should")
 
 
@@ -258,6 +260,35 @@ def check_arrays(trial: Trial, numbers: dict[str, str]) -> None:
     if sorted(found) != sorted(wanted):
         raise TrialFailed(f"the shards hold {len(found)} proteins, and not each of the {len(wanted)} once")
     say(f"embedding array over 3 shards: {len(found)} proteins, each once")
+
+
+def evaluate_benchmarks(trial: Trial, pretrained: Path) -> None:
+    """Evaluate a model on a benchmark task in each task of an array; requeue one that fine-tunes."""
+    out = trial.folder / "autoeval"
+    number = trial.submit(
+        "autoeval.sbatch", *ONE_RANK, "--array=0-1", MODELS=str(pretrained),
+        SOURCE=str(trial.folder / "data" / "FLIP"), TASKS="flip/gb1:two_vs_rest flip/secondary_structure",
+        MODE="probe,finetune", OUT=str(out),
+        OPTIONS="train.max_steps=20 train.eval_every=10 train.log_every=1",
+    )  # fmt: skip
+    structure = "flip-secondary_structure"
+    run_dir = out / structure / "work" / f"{structure}-sampled" / pretrained.name / "finetune-0" / "run"
+    wait_for_step(trial, number, run_dir, 2)
+    subprocess.run(["scancel", "--signal=USR1", f"{number}_1"], check=True)
+    restarts = {job["ArrayTaskId"]: job["Restarts"] for job in trial.wait(number)}
+    if restarts != {"0": "0", "1": "1"}:
+        raise TrialFailed(f"restarts of the tasks of the array: {restarts}")
+    trained = [record["step"] for record in records(run_dir)]
+    if trained != list(range(1, 21)):
+        raise TrialFailed(f"the fine-tuning of {structure} has logged the steps {trained}")
+    measured = []
+    for task in ("flip-gb1-two_vs_rest", structure):
+        with (out / task / "results.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["row"] == "model"]
+        if [row["mode"] for row in rows] != ["probe", "finetune"]:
+            raise TrialFailed(f"{task}: results.csv has the models {rows}")
+        measured += [f"{task} {row['mode']} {row['metric']} {float(row['value']):.3f}" for row in rows]
+    say(f"benchmark array over 2 tasks: {', '.join(measured)}; the second was requeued, and went on")
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from esm2mega.autoeval.plane import pca, plane_labels, write_plane
+from esm2mega.errors import MachineError
 from esm2mega.infer.hdf5_checksums import seal
 
 COUNT, LENGTH, HIDDEN = 40, 7, 6
@@ -94,6 +95,19 @@ def test_umap_where_it_is_installed(
     assert asked == [{"n_neighbors": 15, "random_state": 9, "n_jobs": 1}]
     assert write_plane(tmp_path / "few.csv", embedded[0], "layer_2", labels[:20], False, 9)
     assert "umap_1" not in read(tmp_path / "few.csv")[0], "too few for its neighbours"
+
+
+def test_an_umap_that_does_not_work(
+    tmp_path: Path, embedded: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "umap.py").write_text("raise ImportError('Numba needs NumPy 2.2 or less')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "umap", raising=False)
+    labels = [(f"p{n}", str(n)) for n in range(COUNT)]
+    expected = "installed and cannot be imported: 'Numba needs NumPy 2.2 or less'; install it again"
+    with pytest.raises(MachineError, match=expected):
+        write_plane(tmp_path / "plane.csv", embedded[0], "layer_2", labels, False, 1)
+    assert not (tmp_path / "plane.csv").exists()
 
 
 def test_labels_of_the_plane() -> None:

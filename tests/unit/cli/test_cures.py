@@ -26,6 +26,7 @@ from esm2mega.config.load import known_keys
 from esm2mega.finetune.api import train_model
 from tests import foreign
 from tests.checkpoints import put_state
+from tests.flip_files import write_gb1
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS
 
@@ -296,6 +297,14 @@ def test_where_the_base_of_adapters_is_can_be_said(
         shown = cure[0].partition("=")[0]
         assert f"is not there any more; say where it is with {shown}" in capsys.readouterr().err
         assert main([*name.split(), *arguments, *cure]) == 0, capsys.readouterr().err
+    write_gb1(tmp_path / "gb1")
+    suite = ["autoeval", str(path), "--tasks", "flip/gb1", "--source", str(tmp_path), "--out", "suite"]
+    assert main(suite) == 2
+    line = capsys.readouterr().err
+    assert (
+        "is not there any more; make a whole model of them with `esm2mega lora merge CHECKPOINT --ba" in line
+    )
+    assert not wrong_cures(line, "autoeval")
 
 
 # Tables that cannot be read.
