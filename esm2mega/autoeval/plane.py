@@ -108,7 +108,8 @@ def _umap(vectors: Array, seed: int) -> dict[str, Array]:
             "what it needs, or uninstall it for results without UMAP"
         ) from None
     # With a seed UMAP runs in one thread, and gives the same plane again.
-    return {"umap": umap.UMAP(n_neighbors=_NEIGHBOURS, random_state=seed, n_jobs=1).fit_transform(vectors)}
+    draw = seed % (1 << 32)  # a seed of UMAP has 32 bits
+    return {"umap": umap.UMAP(n_neighbors=_NEIGHBOURS, random_state=draw, n_jobs=1).fit_transform(vectors)}
 
 
 Points = tuple[list[str], list[str], Array]

@@ -30,6 +30,9 @@ _OURS = re.compile(rf"({POOLED}|{RESIDUE})/(layer_\d+)")
 _ONLY = "embeddings"
 """Names the one layer of files that do not say which it is."""
 
+_DAMAGES = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
+"""Lists what h5py raises for a file that is damaged or has another layout."""
+
 
 class EmbeddingFile:
     """Holds one open file.
@@ -48,20 +51,20 @@ class EmbeddingFile:
         """
         if not path.is_file():
             raise UserError(f"{path}: no such file; give an HDF5 file as `esm2mega embed` writes it")
+        self.path = path
+        self.layers: dict[str, list[str]] = {POOLED: [], RESIDUE: []}
         try:
             attributes = read_attributes(path)
             hdf5_checksums.verify(path)
             self._file: Any = h5py.File(path)
-        except (OSError, ValueError) as error:
+            self._is_bf16 = attributes.get("dtype") == "bf16"
+            if "ids" in self._file:
+                self._open_ours()
+            else:
+                self._open_bionemo()
+        except _DAMAGES as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: is not a readable HDF5 file ({reason}); make it again") from error
-        self.path = path
-        self._is_bf16 = attributes.get("dtype") == "bf16"
-        self.layers: dict[str, list[str]] = {POOLED: [], RESIDUE: []}
-        if "ids" in self._file:
-            self._open_ours()
-        else:
-            self._open_bionemo()
         if not any(self.layers.values()):
             raise UserError(
                 f"{path}: holds no embeddings of proteins; make them with `esm2mega embed --include "
@@ -70,27 +73,49 @@ class EmbeddingFile:
 
     def _open_ours(self) -> None:
         self.ids: list[str] = self._file["ids"].asstr()[:].tolist()
-        self._offsets = self._file["offsets"][:]
+        offsets = self._offsets = self._file["offsets"][:]
+        if offsets.shape != (len(self.ids) + 1,) or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+            raise ValueError(f"its offsets are not those of {len(self.ids)} proteins")
         names: list[str] = []
         self._file.visit(names.append)
+        num_rows = {POOLED: len(self.ids), RESIDUE: int(offsets[-1])}
         for name in names:
             if found := _OURS.fullmatch(name):
-                self.layers[found[1]].append(found[2])
+                kind, layer = found.groups()
+                self._check_numbers(name, 2)
+                if len(self._file[name]) != num_rows[kind]:
+                    raise ValueError(
+                        f"{name} has {len(self._file[name])} rows, where its ids and offsets say "
+                        f"{num_rows[kind]}"
+                    )
+                self.layers[kind].append(layer)
         for layers in self.layers.values():
             layers.sort(key=lambda layer: int(layer.rpartition("_")[2]))
 
     def _open_bionemo(self) -> None:
         """Take a data set for each protein, named by its number; its rank tells which kind it is."""
-        numbers = sorted(
-            (name for name in self._file if name.isdecimal() and isinstance(self._file[name], h5py.Dataset)),
-            key=int,
-        )
+        numbers = sorted((name for name in self._file if name.isdecimal() and self._is_data(name)), key=int)
         self._names = numbers
         names = [self._file[name].attrs.get("original_id", name) for name in numbers]
         self.ids = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
-        ranks = {self._file[name].ndim for name in numbers}
-        if ranks in ({1}, {2}):
-            self.layers[POOLED if ranks == {1} else RESIDUE] = [_ONLY]
+        if numbers:
+            rank = min(self._file[numbers[0]].ndim, 2)
+            for name in numbers:
+                self._check_numbers(name, rank)
+            self.layers[POOLED if rank == 1 else RESIDUE] = [_ONLY]
+
+    def _is_data(self, name: str) -> bool:
+        """Tell whether a name is that of a data set in this file; a link may lead to another one."""
+        is_here = isinstance(self._file.get(name, getlink=True), h5py.HardLink)
+        return is_here and isinstance(self._file[name], h5py.Dataset)
+
+    def _check_numbers(self, name: str, rank: int) -> None:
+        """Refuse what holds no vectors: other ranks, no channels, or values that are no numbers."""
+        data = self._file[name]
+        if data.ndim != rank or not data.shape[-1] or data.dtype.kind not in "fiu":
+            raise ValueError(f"{name} is {data.dtype} {list(data.shape)}, in place of vectors of numbers")
+        if self._is_bf16 and data.dtype.itemsize != 2:
+            raise ValueError(f"{name} is {data.dtype}, in place of 16 bits for each bf16 number")
 
     def pooled(self, layer: str, numbers: Sequence[int]) -> Array:
         """Return the vectors of some proteins, fp32 ``[n, h]``."""

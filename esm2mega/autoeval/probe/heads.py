@@ -157,8 +157,8 @@ def _mlp(train: Examples, is_class: bool, seed: int) -> Iterator[tuple[dict[str,
     if not is_class:  # numbers of any unit
         undo = float(labels.mean()), float(labels.std()) or 1.0
         labels = (labels - undo[0]) / undo[1]
-    # A generator, unlike a number, draws another order in every epoch.
-    draw, size = np.random.RandomState(seed), min(256, len(labels))
+    # A generator, unlike a number, draws another order in every epoch. Its seed has 32 bits.
+    draw, size = np.random.RandomState(seed % (1 << 32)), min(256, len(labels))
     estimator = kind(hidden_layer_sizes=(MLP_WIDTH,), batch_size=size, random_state=draw)
     classes = {"classes": np.unique(labels)} if is_class else {}
     for epoch in range(1, MLP_EPOCHS + 1):

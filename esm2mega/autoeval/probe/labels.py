@@ -11,6 +11,7 @@ from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
 from esm2mega.data.labels.rows import Row, Table, read_table
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
+from esm2mega.data.labels.sets import SPLIT_WORDS
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.readers.sources import open_source
@@ -21,8 +22,6 @@ SPLITS = (TRAIN, VALID, TEST)
 
 SPLIT_COLUMNS = ("split", "set")
 """Columns that are looked for, in this order, unless one is named."""
-
-_WORDS = {TRAIN: TRAIN, VALID: VALID, TEST: TEST, "val": VALID, "validation": VALID, "dev": VALID}
 
 _ANY_LENGTH = 1 << 30
 
@@ -70,7 +69,7 @@ def read_test_split(path: Path, task: TaskConfig, data: DataConfig) -> tuple[Lab
 def _in_folder(path: Path, task: TaskConfig, data: DataConfig) -> dict[str, Table]:
     tables = {}
     for split in SPLITS:
-        found = sorted(file for file in path.iterdir() if file.name.split(".")[0] == split)
+        found = sorted(file for file in path.iterdir() if SPLIT_WORDS.get(file.name.split(".")[0]) == split)
         if len(found) > 1:
             raise UserError(
                 f"{path}: holds {found[0].name} and {found[1].name}; leave one table for each split"
@@ -103,10 +102,12 @@ def _in_file(path: Path, task: TaskConfig, data: DataConfig, column: str | None)
     rows: dict[str, list[Row]] = {}
     for location, name, tokens, cells in whole.rows:
         word = str(cells[column]).strip().lower()
-        if word not in _WORDS:
-            raise UserError(f"{location}: {column}={cells[column]!r} is not one of {', '.join(_WORDS)}")
+        if word not in SPLIT_WORDS:
+            raise UserError(
+                f"{location}: {column}={cells[column]!r} is not one of {', '.join(SPLIT_WORDS)}"
+            )
         others = {key: cell for key, cell in cells.items() if key != column}
-        rows.setdefault(_WORDS[word], []).append((location, name, tokens, others))
+        rows.setdefault(SPLIT_WORDS[word], []).append((location, name, tokens, others))
     return {split: Table(path, split, found, whole.notes) for split, found in rows.items()}
 
 

@@ -114,7 +114,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of such tables; None if the directory's manifest describes something else.
 
     Raises:
-        UserError: A table is missing, or was changed after it was written.
+        UserError: The manifest is damaged, or a table is missing or was changed after it was written.
     """
     try:
         manifest = parse_json((directory / MANIFEST).read_bytes())
@@ -127,6 +127,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
             f"{directory / MANIFEST}: has version {manifest['version']!r}, this esm2mega reads {VERSION}; "
             "prepare the tables again"
         )
+    if not _describes_splits(manifest["splits"]):
+        raise UserError(
+            f"{directory / MANIFEST}: is damaged, it does not describe the splits; prepare the tables again"
+        )
     for entry in manifest["splits"].values():
         path = directory / entry["file"]
         if not path.is_file() or file_sha256(path) != entry["sha256"]:
@@ -134,6 +138,18 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
                 f"{path}: is missing or was changed after it was written; prepare the tables again"
             )
     return manifest
+
+
+def _describes_splits(splits: Any) -> bool:
+    """Tell whether this is what `LabelledTables.write` says of the splits; the files lie beside it."""
+    return isinstance(splits, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("file"), str)
+        and Path(entry["file"]).name == entry["file"]
+        and all(isinstance(entry.get(key), int) for key in ("proteins", "residues", "longest"))
+        and isinstance(entry.get("sha256"), str)
+        for entry in splits.values()
+    )
 
 
 def _classes(cell: str, kind: str) -> Iterable[str]:

@@ -8,6 +8,9 @@ from esm2mega.errors import UserError
 
 _SPLITS = {"train": "train", "val": "valid", "test": "test"}
 
+SPLIT_WORDS = {**_SPLITS, **dict.fromkeys(("valid", "validation", "dev"), "valid")}
+"""Maps what files and columns call the splits to ``train``, ``valid`` and ``test``."""
+
 
 def split_of(location: str, name: str, set_name: str, validation: str | None) -> str | None:
     """Return ``train``, ``valid`` or ``test``, or None for a protein that belongs to no set.

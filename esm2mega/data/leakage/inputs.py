@@ -7,6 +7,7 @@ from pathlib import Path
 
 from esm2mega import vocabulary
 from esm2mega.data.benchmarks.tables import read_manifest
+from esm2mega.data.labels.sets import SPLIT_WORDS
 from esm2mega.data.readers.base import SourceOptions
 from esm2mega.data.readers.sources import is_known_ending, open_source
 from esm2mega.data.store.splits import SPLITS
@@ -54,15 +55,7 @@ def _files_of(folder: Path) -> dict[str, Path]:
     if manifest is not None:
         found = {split: folder / entry["file"] for split, entry in manifest["splits"].items()}
     else:
-        found = {}
-        for split in SPLITS:
-            named = [path for path in sorted(folder.glob(f"{split}*")) if _is_split(path, split)]
-            if len(named) > 1:
-                raise UserError(
-                    f"{folder}: has {' and '.join(path.name for path in named)}; name the files of the "
-                    "splits, TRAIN VALID TEST"
-                )
-            found.update(dict.fromkeys([split] * len(named), *named))
+        found = _by_name(folder)
     if len(found) < 2:
         raise UserError(
             f"{folder}: holds {' and '.join(found) or 'none'} of train, valid and test, and --leakage "
@@ -71,11 +64,26 @@ def _files_of(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _is_split(path: Path, split: str) -> bool:
+def _by_name(folder: Path) -> dict[str, Path]:
+    """Return the files and token stores of a folder whose names are those of splits, by split in order."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        split = SPLIT_WORDS.get(path.name.split(".")[0])
+        if split is None or not _holds_proteins(path):
+            continue
+        if split in found:
+            raise UserError(
+                f"{folder}: has {found[split].name} and {path.name}; name the files of the splits, TRAIN "
+                "VALID TEST"
+            )
+        found[split] = path
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def _holds_proteins(path: Path) -> bool:
     if path.is_dir():
-        return path.name == split and (path / _MANIFEST).is_file()
-    is_sequences = is_known_ending(path) or not _FASTA.isdisjoint(path.suffixes)
-    return path.name.split(".")[0] == split and is_sequences
+        return (path / _MANIFEST).is_file()
+    return is_known_ending(path) or not _FASTA.isdisjoint(map(str.lower, path.suffixes))
 
 
 def _read(path: Path) -> Proteins:

@@ -34,6 +34,9 @@ MOST_RELATIVES = 16
 _TOGETHER = 2048
 """Sets how many pairs are aligned together: some megabytes."""
 
+_MOST_TOGETHER = 1 << 20
+"""Bounds the residues of pairs that are aligned together, each as long as the longest: some megabytes too."""
+
 _CLEAR = 0.9
 """From this identity on an alignment without gaps is taken as it is."""
 
@@ -49,27 +52,33 @@ Array = npt.NDArray[np.float64]
 
 def kmer_hits(
     first: Sequence[str], second: Sequence[str], threshold: float, coverage: float
-) -> tuple[Rows, Array]:
+) -> tuple[Rows, Array, bool]:
     """Return the related pairs that are found.
 
     Args:
         first: Sequences that are searched.
         second: Sequences that are looked for.
         threshold: Least identity, of the columns of an alignment.
-        coverage: Least share of both proteins that their diagonal covers.
+        coverage: Least share of the longer protein that the columns of an alignment are.
 
     Returns:
-        Rows of `first` and `second`, ``[h, 2]``, and identities, ``[h]``.
+        Rows of `first` and `second`, ``[h, 2]``; identities, ``[h]``; and whether a protein of `second` may
+        have more relatives, as the last one that was aligned is related too.
     """
     index, queries = _Index(_Proteins(first)), _Proteins(second)
     rows: list[Rows] = [np.zeros((0, 2), dtype=np.int64)]
     identities: list[Array] = [np.zeros(0)]
-    for candidates in _in_batches(index.candidates(queries, row, coverage) for row in range(len(second))):
-        found = _identities(index.proteins, queries, candidates)
-        kept = found >= np.maximum(threshold, _chance(_covered(index.proteins, queries, candidates)))
+    is_capped = False
+    each = (index.candidates(queries, row, coverage) for row in range(len(second)))
+    for candidates in _in_batches(each, queries.lengths):
+        found, columns = _aligned(index.proteins, queries, candidates)
+        longer = np.maximum(index.proteins.lengths[candidates[:, 0]], queries.lengths[candidates[:, 1]])
+        kept = (found >= np.maximum(threshold, _chance(columns))) & (columns >= coverage * longer)
+        _, firsts, counts = np.unique(candidates[:, 1], return_index=True, return_counts=True)
+        is_capped |= bool(kept[firsts[counts == MOST_RELATIVES] + MOST_RELATIVES - 1].any())
         rows.append(candidates[kept, :2])
         identities.append(found[kept])
-    return np.concatenate(rows), np.concatenate(identities)
+    return np.concatenate(rows), np.concatenate(identities), is_capped
 
 
 class _Proteins:
@@ -146,34 +155,32 @@ class _Index:
         return np.stack([best_owners, np.full(len(best), row), keys[best] % span - length], axis=1)
 
 
-def _in_batches(found: Iterable[Rows]) -> Iterator[Rows]:
-    """Join what belongs to single proteins to batches."""
+def _in_batches(found: Iterable[Rows], lengths: Rows) -> Iterator[Rows]:
+    """Join what belongs to single proteins, of these lengths, to batches of bounded size."""
     waiting: list[Rows] = []
-    count = 0
-    for rows in found:
-        waiting.append(rows)
-        count += len(rows)
-        if count >= _TOGETHER:
+    count = longest = 0
+    for row, rows in enumerate(found):
+        if not len(rows):
+            continue
+        length = max(longest, int(lengths[row]))
+        if waiting and (count >= _TOGETHER or (count + len(rows)) * length > _MOST_TOGETHER):
             yield np.concatenate(waiting)
-            waiting, count = [], 0
-    if count:
+            waiting, count, length = [], 0, int(lengths[row])
+        waiting.append(rows)
+        count, longest = count + len(rows), length
+    if waiting:
         yield np.concatenate(waiting)
 
 
-def _identities(first: _Proteins, second: _Proteins, candidates: Rows) -> Array:
-    """Return the identity of each pair on its diagonal or in the band around it, ``[h]``."""
-    found = _ungapped(first, second, candidates)
+def _aligned(first: _Proteins, second: _Proteins, candidates: Rows) -> tuple[Array, Rows]:
+    """Return identity and columns of each pair on its diagonal or in the band around it, ``[h]`` each."""
+    found, columns = _ungapped(first, second, candidates)
     rest = np.flatnonzero(found < _CLEAR)
     if len(rest):
-        found[rest] = np.maximum(found[rest], _banded(first, second, candidates[rest]))
-    return found
-
-
-def _covered(first: _Proteins, second: _Proteins, candidates: Rows) -> Rows:
-    """Return how many residues of both proteins stand side by side on the diagonal, ``[h]``."""
-    rows, others, diagonals = candidates.T
-    lengths, other_lengths = first.lengths[rows], second.lengths[others]
-    return np.minimum(other_lengths, lengths - diagonals) - np.maximum(0, -diagonals)
+        others, other_columns = _banded(first, second, candidates[rest])
+        better = others > found[rest]
+        found[rest[better]], columns[rest[better]] = others[better], other_columns[better]
+    return found, columns
 
 
 def _chance(lengths: Rows) -> Array:
@@ -181,20 +188,21 @@ def _chance(lengths: Rows) -> Array:
     return np.minimum(4.8 * lengths ** (-0.32 * (1 + np.exp(-lengths / 1000))), 1.0)
 
 
-def _ungapped(first: _Proteins, second: _Proteins, candidates: Rows) -> Array:
+def _ungapped(first: _Proteins, second: _Proteins, candidates: Rows) -> tuple[Array, Rows]:
+    """Return the share of equal residues on the diagonal, and how many stand side by side there, ``[h]``."""
     rows, others, diagonals = candidates.T
     begins = np.maximum(0, -diagonals)
-    covered = _covered(first, second, candidates)
+    covered = np.minimum(second.lengths[others], first.lengths[rows] - diagonals) - begins
     steps = np.arange(covered.max())
     inside = steps < covered[:, None]
     places = (second.starts[others] + begins)[:, None] + np.where(inside, steps, 0)
     other_places = (first.starts[rows] + begins + diagonals)[:, None] + np.where(inside, steps, 0)
     equal = (second.tokens[places] == first.tokens[other_places]) & inside
-    return equal.sum(axis=1) / covered
+    return equal.sum(axis=1) / covered, covered
 
 
-def _banded(first: _Proteins, second: _Proteins, candidates: Rows) -> Array:
-    """Return the share of equal residues in the best alignment within the band, with free ends, ``[h]``."""
+def _banded(first: _Proteins, second: _Proteins, candidates: Rows) -> tuple[Array, Rows]:
+    """Return identity and columns of the best alignment within the band, with free ends, ``[h]`` each."""
     rows, others, diagonals = candidates.T
     lengths, other_lengths = first.lengths[rows], second.lengths[others]
     starts, other_starts = first.starts[rows], second.starts[others]
@@ -222,4 +230,5 @@ def _banded(first: _Proteins, second: _Proteins, candidates: Rows) -> Array:
             best[done] = np.maximum(best[done], at_end)
         last = now
     columns, equal = best & _COUNT, (best >> 20) & _COUNT
-    return np.where(best > _NEVER, equal / np.maximum(columns, 1), 0.0)
+    is_there = best > _NEVER
+    return np.where(is_there, equal / np.maximum(columns, 1), 0.0), np.where(is_there, columns, 0)

@@ -83,7 +83,7 @@ class SplitLeaks:
         names: The earlier and the later split.
         rows: Distinct sequences of the two, ``[h, 2]``, the worst pair first.
         identities: Identity of each pair, ``[h]``.
-        is_capped: Whether a protein has more relatives than were kept.
+        is_capped: Whether a protein may have more relatives than were kept.
         pairs: Number of pairs of proteins.
         identical: Number of pairs with equal sequences among these.
         proteins: Number of proteins of the later split with a relative in the earlier one.
@@ -132,7 +132,7 @@ class Leaks:
 
     @property
     def is_capped(self) -> bool:
-        """Tell whether there are more pairs than were counted."""
+        """Tell whether there may be more pairs than were counted."""
         return any(found.is_capped for found in self.splits)
 
     @property
@@ -237,12 +237,12 @@ def find_leaks(
     def search(names: tuple[str, str]) -> SplitLeaks:
         first, second = (distinct[name] for name in names)
         if program is None:
-            hits, identities = kmer_hits(first.sequences, second.sequences, threshold, COVERAGE)
+            found = kmer_hits(first.sequences, second.sequences, threshold, COVERAGE)
         else:
-            hits, identities = mmseqs_hits(
+            found = mmseqs_hits(
                 program, first.sequences, second.sequences, threshold, COVERAGE, MOST_RELATIVES, threads
             )
-        return _joined(names, first, second, hits, identities)
+        return _joined(names, first, second, *found)
 
     found = [search(names) for names in combinations(distinct, 2)]
     return Leaks(KMERS if program is None else MMSEQS, threshold, found, distinct)
@@ -254,6 +254,7 @@ def _joined(
     second: _Distinct,
     hits: npt.NDArray[np.int64],
     identities: npt.NDArray[np.float64],
+    is_capped: bool,
 ) -> SplitLeaks:
     """Join what a search found, ``[h, 2]`` and ``[h]``, with the equal sequences of two splits."""
     places = {sequence: row for row, sequence in enumerate(first.sequences)}
@@ -264,8 +265,6 @@ def _joined(
     partners = np.full(len(second.sequences), -1)
     partners[equal[:, 1]] = equal[:, 0]
     kept = partners[hits[:, 1]] != hits[:, 0]
-    # Proteins that the search saw reach the limit, themselves among their relatives.
-    seen = np.bincount(hits[:, 1], minlength=1)
     hits, identities = hits[kept], identities[kept]
     rows = np.concatenate([equal, hits])
     identities = np.concatenate([np.ones(len(equal)), identities])
@@ -276,7 +275,7 @@ def _joined(
         names,
         rows[order],
         identities[order],
-        bool(seen.max() >= MOST_RELATIVES),
+        is_capped,
         int(products.sum()),
         int(products[: len(equal)].sum()),
         int(other_counts[np.unique(rows[:, 1])].sum()),

@@ -43,8 +43,8 @@ def mmseqs_hits(
     coverage: float,
     most: int,
     threads: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Return the related pairs, rows of `first` and `second`, ``[h, 2]``, and their identities, ``[h]``.
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], bool]:
+    """Return the related pairs.
 
     Args:
         program: Path of MMseqs2.
@@ -55,11 +55,15 @@ def mmseqs_hits(
         most: Most relatives of each protein of `second`.
         threads: Number of threads.
 
+    Returns:
+        Rows of `first` and `second`, ``[h, 2]``; identities, ``[h]``; and whether a protein of `second` may
+        have more relatives, as it has `most`.
+
     Raises:
         MachineError: MMseqs2 failed.
     """
     if not first or not second:
-        return np.zeros((0, 2), dtype=np.int64), np.zeros(0)
+        return np.zeros((0, 2), dtype=np.int64), np.zeros(0), False
     with tempfile.TemporaryDirectory(prefix="esm2mega-mmseqs-") as folder:
         paths = [Path(folder, name) for name in ("second.fasta", "first.fasta")]
         for path, sequences in zip(paths, (second, first), strict=True):
@@ -80,7 +84,8 @@ def mmseqs_hits(
                 f"{program} easy-search: exit code {code}: {said}; its files were in "
                 f"{tempfile.gettempdir()}, which may be full: name another one in TMPDIR"
             )
-        return _parsed(found)
+        rows, identities = _parsed(found)
+        return rows, identities, bool(np.bincount(rows[:, 1], minlength=1).max() >= most)
 
 
 def _run(command: Sequence[str]) -> tuple[int, str]:

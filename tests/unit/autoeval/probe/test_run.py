@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from esm2mega.autoeval.probe import convolution, heads
 from esm2mega.autoeval.probe.heads import LOGISTIC_STRENGTHS, RIDGE_STRENGTHS
 from esm2mega.cli.app import main
-from esm2mega.infer.hdf5_checksums import seal
+from esm2mega.infer.hdf5_checksums import CHECKSUM, seal
 from tests.infer_models import random_proteins
 
 HIDDEN = 12
@@ -226,7 +226,7 @@ def test_several_targets_with_gaps(data: Data, run: Run, tmp_path: Path) -> None
     found = run(embeddings, labels, *words)
     assert found["test"]["spearman/a"] > 0.9 and found["test"]["spearman/b"] > 0.9
     assert len(found["layers"]["layer_2"]["chosen"]) == 2
-    deep = run(embeddings, labels, *words, "--head", "mlp")
+    deep = run(embeddings, labels, *words, "--head", "mlp", f"seed={1 << 40}")
     assert deep["test"]["r2/b"] > 0.5, "numbers of any size"
     flags = {"x": (data.numbers > np.median(data.numbers)).astype(int), "y": [n % 2 for n in range(len(IDS))]}
     write_labels(labels, flags)
@@ -319,6 +319,47 @@ def _wider_vector(data: Data, path: Path) -> Path:
     return path
 
 
+def _changed(name: str, make: Callable[[Any], Any]) -> Callable[[Data, Path], Path]:
+    """A file in whose layout one data set is another one, and which no checksum guards."""
+
+    def write(data: Data, path: Path) -> Path:
+        with h5py.File(write_ours(path, data, list(range(len(IDS)))), "a") as file:
+            old = file[name][()]
+            del file[name]
+            if (new := make(old)) is None:
+                file.create_group(name)
+            elif new is not ...:
+                file[name] = new
+            for item in (file, *(file[key] for key in _every_name(file))):
+                item.attrs.pop(CHECKSUM, None)
+        return path
+
+    return write
+
+
+def _every_name(file: Any) -> list[str]:
+    names: list[str] = []
+    file.visit(names.append)
+    return names
+
+
+def _linked(data: Data, path: Path) -> Path:
+    """A protein that another file would have to give."""
+    write_bionemo(path, data, "pooled")
+    with h5py.File(path, "a") as file:
+        del file["3"]
+        file["3"] = h5py.ExternalLink(str(path.with_name("other.h5")), "/x")
+    return path
+
+
+def _mixed(data: Data, path: Path) -> Path:
+    write_bionemo(path, data, "pooled")
+    with h5py.File(path, "a") as file:
+        del file["3"]
+        file["3"] = data.residue["layer_2"][:4]
+    return path
+
+
 def _text(data: Data, path: Path) -> Path:
     path.write_text("x")
     return path
@@ -343,6 +384,19 @@ def _text(data: Data, path: Path) -> Path:
         (_not_finite, [], r"x.h5: holds a value that is not finite"),
         (_wider, [], r"x.h5: its vectors have \d+ channels, those of another protein \d+; embed"),
         (_wider_vector, [], r"x.h5: its vectors have \d+ channels, those of another protein \d+; embed"),
+        (_changed("ids", lambda old: None), [], r"x.h5: is not a readable HDF5 file \(.*\); make it again"),
+        (_changed("ids", lambda old: np.arange(len(old))), [], r"x.h5: is not a readable HDF5 file \("),
+        (_changed("offsets", lambda old: ...), [], r"x.h5: is not a readable HDF5 file \(.*offsets"),
+        (_changed("offsets", lambda old: old[:-9]), [], r"\(its offsets are not those of 80 proteins\)"),
+        (_changed("offsets", lambda old: old[::-1]), [], r"\(its offsets are not those of 80 proteins\)"),
+        (_changed("pooled/layer_2", lambda old: old[:9]), [], r"\(pooled/layer_2 has 9 rows, where .* 80\)"),
+        (_changed("residue/layer_1", lambda old: old[:9]), [], r"\(residue/layer_1 has 9 rows, where"),
+        (_changed("pooled/layer_1", lambda old: old[:, 0]), [], r"\(pooled/layer_1 is float32 \[80\], in pl"),
+        (_changed("pooled/layer_1", lambda old: old[:, :0]), [], r"\(pooled/layer_1 is float32 \[80, 0\],"),
+        (_changed("pooled/layer_1", lambda old: None), [], r"x.h5: is not a readable HDF5 file \("),
+        (_changed("pooled/layer_1", lambda old: old.astype("S9")), [], r"layer_1 is \|S9 \[80, 12\]"),
+        (_linked, [], r"1 of \d+ proteins, first 'p76', have no embedding in .*x.h5"),
+        (_mixed, [], r"\(3 is float32 \[4, 12\], in place of vectors of numbers\); make it again"),
         (None, ["--layers", "7"], r"--layers layer_7: there are layer_1, layer_2; name some of them"),
         (None, ["--head", "cnn"], r"--head cnn is for labels of residues"),
         (None, ["task.kind=contact"], r"task.kind=contact needs pairs of residues"),
@@ -357,7 +411,7 @@ def _text(data: Data, path: Path) -> Path:
         (
             None,
             ["--split-column", "sequence"],
-            r"labels.csv:2: sequence='.*' is not one of train, valid, test",
+            r"labels.csv:2: sequence='.*' is not one of train, val, test, valid, validation, dev",
         ),
         (None, ["task.target_columns=[split]"], r"labels.csv: the column 'split' says which split a row"),
     ],

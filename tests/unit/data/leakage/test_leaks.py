@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from esm2mega.cli.tools import inspect
-from esm2mega.data.leakage import mmseqs
+from esm2mega.data.leakage import kmers, mmseqs
 from esm2mega.data.leakage.kmers import MOST_RELATIVES, kmer_hits
 from esm2mega.data.leakage.leaks import KMERS, MMSEQS, find_leaks
 from esm2mega.data.store.token_store import StoreWriter
@@ -100,10 +101,51 @@ def test_the_identity_of_the_screen_is_that_of_the_best_alignment() -> None:
         cut = int(rng.integers(20, 50))
         first.append(sequence)
         second.append(mutated(rng, sequence[:cut] + protein(rng, 3) + sequence[cut:], 0.25))
-    rows, identities = kmer_hits(first, second, 0.01, 0.8)
+    rows, identities, _ = kmer_hits(first, second, 0.01, 0.8)
     assert sorted(rows.tolist()) == [[n, n] for n in range(6)]
     for (row, other), identity in zip(rows.tolist(), identities.tolist(), strict=True):
         assert identity == pytest.approx(by_recursion(first[row], second[other]), abs=1e-12)
+
+
+@pytest.mark.parametrize("length", [20, 24])
+def test_an_overlap_of_ends_is_no_relative(length: int) -> None:
+    """Equal residues over half of both proteins are not the 80 % of both that are asked for."""
+    rng = np.random.default_rng(8)
+    middle = protein(rng, length // 2)
+    first, second = protein(rng, length // 2) + middle, middle + protein(rng, length // 2)
+    assert len(kmer_hits([first], [second], 0.3, 0.8)[0]) == 0
+    assert len(kmer_hits([first], [second], 0.3, 0.5)[0]) == 1
+
+
+def test_relatives_beyond_the_last_one_aligned_are_said_to_be_there() -> None:
+    """One protein that is aligned and unrelated hides none of those that are not aligned."""
+    rng = np.random.default_rng(9)
+    query = protein(rng, 100)
+    near = [mutated(rng, query, 0.3) for _ in range(2 * MOST_RELATIVES)]
+    words = query[:40] + protein(rng, 60)  # many words in common, too few residues
+    rows, _, is_capped = kmer_hits([words, *near], [query], 0.6, 0.8)
+    assert len(rows) < MOST_RELATIVES and is_capped
+    assert not kmer_hits(near[: MOST_RELATIVES - 1], [query], 0.6, 0.8)[2]
+
+
+def test_long_proteins_are_aligned_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(10)
+    base = protein(rng, 300)
+    first = [mutated(rng, base, 0.05) for _ in range(20)]
+    second = [mutated(rng, base, 0.05) for _ in range(20)]
+    expected = kmer_hits(first, second, 0.3, 0.8)
+    sizes = []
+    whole = kmers._aligned
+
+    def aligned(*given: Any) -> Any:
+        sizes.append(len(given[2]) * 300)
+        return whole(*given)
+
+    monkeypatch.setattr(kmers, "_aligned", aligned)
+    monkeypatch.setattr(kmers, "_MOST_TOGETHER", 2 * MOST_RELATIVES * 300)
+    found = kmer_hits(first, second, 0.3, 0.8)
+    assert len(sizes) == 10 and max(sizes) <= kmers._MOST_TOGETHER
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def by_recursion(first: str, second: str) -> float:
@@ -156,16 +198,23 @@ def test_the_command_reads_tables_fasta_stores_and_folders(
     assert run("--leakage", table, store).splitlines()[1] == text.splitlines()[2]
     folder = run("--leakage", tmp_path)
     assert "train/valid: 0 pairs" in folder and "test" not in folder
+    fasta.rename(tmp_path / "val.FASTA")  # as others name it
+    assert run("--leakage", tmp_path) == folder
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     fasta = tmp_path / "train.fasta"
     fasta.write_text(">a\nMKT\n")
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in ("train.csv", "dev.csv", "val.csv"):
+        (twice / name).write_text("id,sequence\na,MKT\n")
     for words, message in (
         (["--leakage", fasta], "give TRAIN VALID TEST"),
         (["--leakage", tmp_path], "holds train of train, valid and test"),
         (["--leakage", fasta, tmp_path / "absent"], "absent: no such path"),
         (["--leakage", *[fasta] * 4], "4 paths are given"),
+        (["--leakage", twice], "has dev.csv and val.csv; name the files"),
         (["--leakage", fasta, fasta, "--min-identity", 30], "--min-identity 30: an identity is above 0"),
         (["--leakage", fasta, fasta, "--out", tmp_path], "is a directory"),
         (["--leakage", fasta, fasta, "--verify"], "leave one of them out"),
