@@ -158,6 +158,7 @@ SECTIONS = (
             "autoeval/downstream": "measure tables embedding",
             "report/results": "page charts predictions",
             "prove": "command trials layouts training workers",
+            "plan": "command layouts estimate stage counting kernel fake_ranks hardware report",
             "drill": "command ranks compare",
             "quickstart": "run",
             "doctor": "run finding packages devices kernels collectives directory limits hosts",

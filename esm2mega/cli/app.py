@@ -21,6 +21,7 @@ from esm2mega.cli.drill import drill
 from esm2mega.cli.group import CONTEXT, Group, Options
 from esm2mega.cli.infer import embed, score
 from esm2mega.cli.lora import lora
+from esm2mega.cli.plan import plan
 from esm2mega.cli.prepare import prepare
 from esm2mega.cli.probe import probe
 from esm2mega.cli.prove import prove
@@ -42,7 +43,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(quickstart, translate, prepare, pretrain, finetune, predict, evaluate, compare, convert_command),
+    *(quickstart, translate, prepare, plan, pretrain, finetune, predict, evaluate, compare, convert_command),
     *(embed, probe, autoeval, score, lora, inspect, prove, drill, plot, doctor),
 ):
     cli.add_command(_command)

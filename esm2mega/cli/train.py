@@ -24,8 +24,9 @@ _CODE = click.option(
 
 @command(short_help="Train a masked language model, or resume training.", goes_on=True)
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
+@click.option("--dry-run", is_flag=True, help="Only say what memory the ranks of this job would need.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
-def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
+def pretrain(config: str | None, dry_run: bool, overrides: tuple[str, ...]) -> None:
     """Train a masked language model, or resume from the newest checkpoint in run_dir.
 
     Example: esm2mega pretrain --config pretrain_esm2_8M data.train=DIR/train data.valid=DIR/valid
@@ -43,6 +44,11 @@ def pretrain(config: str | None, overrides: tuple[str, ...]) -> None:
         run = expand_paths(run)
     validate(run, world_size_from_environment())
     check_training_inputs(run)
+    if dry_run:
+        from esm2mega.cli.plan import say_dry_run
+
+        say_dry_run(run, world_size_from_environment())
+        return
 
     from esm2mega.train.pretrain import pretrain as run_pretrain
 

@@ -80,7 +80,7 @@ class _Event(_Stream):
         return True
 
 
-class _CudaOnCpu:
+class CudaOnCpu:
     """Answers for ``torch.cuda`` in Megatron-Core's modules when there is no GPU."""
 
     Stream = _Stream
@@ -127,11 +127,11 @@ class _CudaOnCpu:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """Forwards to the real torch, except for ``cuda``, which is `_CudaOnCpu`."""
+    """Forwards to the real torch, except for ``cuda``, which is `CudaOnCpu`."""
 
     def __init__(self) -> None:
         super().__init__("torch")
-        self.cuda = _CudaOnCpu()
+        self.cuda = CudaOnCpu()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

@@ -13,7 +13,7 @@ from esm2mega.cli.app import cli, main
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
 COMMANDS = [
-    *("quickstart", "translate", "prepare", "pretrain", "finetune", "predict", "evaluate", "compare"),
+    *("quickstart", "translate", "prepare", "plan", "pretrain", "finetune", "predict", "evaluate", "compare"),
     *("convert", "embed", "probe", "autoeval", "score", "lora"),
     *("inspect", "prove", "drill", "plot", "doctor"),
 ]
