@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from esm2mega import vocabulary
+from esm2mega.parcel import Parcel
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class PackedBatch:
             host; None in training.
         samples: for each piece of a protein, the number of its sample and of its first token, on the host.
         starts: where each of these pieces begins in the pack, on the host.
+        borders: on a GPU, borders of the segments and of their labels, see `host_borders`; else None.
+        parcel: the tensors of this batch, ready to be sent to a GPU; None for not yet.
     """
 
     input_ids: Tensor
@@ -55,6 +58,8 @@ class PackedBatch:
     rows: list[int] | None = None
     samples: Sequence[tuple[int, int]] = ()
     starts: Sequence[int] = ()
+    borders: Tensor | None = None
+    parcel: Parcel | None = None
 
     def by_protein(self, logits: Tensor) -> Iterator[tuple[int, PackedBatch, Tensor]]:
         """Split a batch of an evaluation by its segments; those without labels are left out.
@@ -94,16 +99,30 @@ class PackedBatch:
             label_positions=self.label_positions[:0],
             labels=self.labels[:0],
             label_counts=[0] * len(self.seqlens),
+            borders=None,
+            parcel=None,
         )
+
+    def packed_up(self) -> PackedBatch:
+        """Return this batch ready to be sent to a GPU, for which the thread that builds batches has time."""
+        tensors = [self.input_ids, self.label_positions, self.labels]
+        return replace(self, parcel=Parcel.of([*tensors, host_borders(self.seqlens, self.label_counts)]))
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return this batch with its tensors on `device`; the host numbers stay on the host."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        parcel = self.parcel or self.packed_up().parcel
+        assert parcel is not None
+        input_ids, label_positions, labels, borders = parcel.to(device)
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-            label_positions=self.label_positions.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
+            input_ids=input_ids,
+            cu_seqlens=borders[0],
+            label_positions=label_positions,
+            labels=labels,
+            borders=borders,
+            parcel=None,
         )
 
 
@@ -172,10 +191,18 @@ class Segments:
         owners = torch.zeros_like(residues)
         return Segments(1, nothing, residues, owners, residues - 1, nothing, (content,), (0,))
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.first, self.residues, self.owners, self.numbers, self.keys]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Segments:
+        """Return these segments with the tensors that `tensors` returned, as they are elsewhere."""
+        first, residues, owners, numbers, keys = tensors
+        return replace(self, first=first, residues=residues, owners=owners, numbers=numbers, keys=keys)
+
     def to(self, device: torch.device | str) -> Segments:
         """Return these segments with their tensors on `device`."""
-        names = ("first", "residues", "owners", "numbers", "keys")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return self.with_tensors([tensor.to(device) for tensor in self.tensors])
 
 
 @dataclass(frozen=True)
@@ -194,6 +221,8 @@ class LabelledBatch:
         num_residues: Number of residues, R.
         num_sequences: Number of proteins, or pieces of them, n.
         samples: For each of the n, the number of its sample and of its first token, on the host.
+        borders: On a GPU, borders of the segments, see `host_borders`; else None.
+        parcel: The tensors of this batch, ready to be sent to a GPU; None for not yet.
     """
 
     input_ids: Tensor
@@ -205,6 +234,8 @@ class LabelledBatch:
     num_residues: int
     num_sequences: int
     samples: Sequence[tuple[int, int]] = ()
+    borders: Tensor | None = None
+    parcel: Parcel | None = None
 
     label_counts = None
     """This is None because the head needs every hidden state, so the last layer computes all of them."""
@@ -239,13 +270,23 @@ class LabelledBatch:
             )
             yield row, part, output[entries[number]]
 
+    def packed_up(self) -> LabelledBatch:
+        """Return this batch ready to be sent to a GPU, for which the thread that builds batches has time."""
+        labels = [] if self.labels is None else [self.labels]
+        borders = host_borders(self.seqlens)
+        return replace(self, parcel=Parcel.of([self.input_ids, borders, *self.head_inputs.tensors, *labels]))
+
     def to(self, device: torch.device | str) -> LabelledBatch:
-        """Return this batch with its tensors on `device`."""
+        """Return this batch with its tensors on `device`, except `rows`."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        parcel = self.parcel or self.packed_up().parcel
+        assert parcel is not None
+        input_ids, borders, *others = parcel.to(device)
+        labels = None if self.labels is None else others.pop()
+        segments = self.head_inputs.with_tensors(others)
         return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            head_inputs=self.head_inputs.to(device),
-            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            self, input_ids=input_ids, head_inputs=segments, labels=labels, borders=borders, parcel=None
         )
 
     def without_labels(self) -> LabelledBatch:
@@ -253,8 +294,19 @@ class LabelledBatch:
         nothing = self.rows[:0]
         segments = Segments(0, nothing, nothing, nothing, nothing, nothing, (), ())
         labels = None if self.labels is None else self.labels[:0]
-        emptied = replace(self, head_inputs=segments, labels=labels, rows=nothing, samples=())
+        emptied = replace(self, head_inputs=segments, labels=labels, rows=nothing, samples=(), parcel=None)
         return replace(emptied, num_residues=0, num_sequences=0)
+
+
+def host_borders(seqlens: Sequence[int], label_counts: Sequence[int] | None = None) -> Tensor:
+    """Return where each segment begins, and T at the end: int32 ``[1, n + 1]``, on the host.
+
+    Args:
+        seqlens: Tokens of each of the n segments.
+        label_counts: Labels of each; with them a second row says where the labels of each segment begin.
+    """
+    counts = [seqlens] if label_counts is None else [seqlens, label_counts]
+    return torch.tensor([[0, *accumulate(row)] for row in counts], dtype=torch.int32)
 
 
 def _slices(counts: Sequence[int]) -> list[slice]:

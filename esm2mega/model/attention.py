@@ -132,7 +132,8 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
         return next(kernel for kernel in ("flash", "varlen", "sdpa") if usable[kernel])
     if name == "te":
         raise UserError(
-            "model.attention_backend=te needs the Transformer Engine layers, which are not used here; "
+            "model.attention_backend=te needs bf16 or fp16, model.attention_dropout=0 and the Transformer "
+            "Engine layers, which are not all given here; "
             "set model.attention_backend=auto, or model.layer_spec=te where it is installed"
         )
     if not usable[name]:

@@ -140,8 +140,13 @@ def build_model(
     # Post-LN needs LayerNorms of their own, not fused into the linears that follow.
     spec_name = "local" if has_lora or model.family == "proteinbert_postln" else model.layer_spec
     spec = layer_spec.choose_layer_spec(spec_name, device, DTYPES[model.precision])
-    # Transformer Engine's attention draws its dropout from a generator.
-    te_attention = spec == "te" and model.attention_backend in ("auto", "te") and not model.attention_dropout
+    # Transformer Engine's attention has no kernel for packs in fp32, and draws its dropout from a generator.
+    te_attention = (
+        spec == "te"
+        and model.attention_backend in ("auto", "te")
+        and DTYPES[model.precision] in (torch.bfloat16, torch.float16)
+        and not model.attention_dropout
+    )
     backend = "auto" if te_attention else model.attention_backend
     shape = shape_of(model)
     head_dim = shape.hidden_size // shape.num_attention_heads

@@ -25,6 +25,8 @@ class PackedSequences(PackedSeqParams):
     Attributes:
         seqlens: Lengths in tokens, on the host, so that per-sequence kernels need no device synchronisation.
         query_lens: Number of queries of each sequence: all its tokens, except after `at_rows`.
+        row_borders: Where the tokens of each sequence that get logits begin among all of these, int32
+            ``[n + 1]``; None to find it from `row_counts`.
         row_counts: How many tokens of each sequence get logits, on the host; None if that is not known.
         rows: The tokens that get logits, ascending, int64 ``[m]``, to which the last layer limits itself;
             None for all tokens.
@@ -36,6 +38,7 @@ class PackedSequences(PackedSeqParams):
 
     seqlens: tuple[int, ...] = ()
     query_lens: tuple[int, ...] = ()
+    row_borders: Tensor | None = None
     row_counts: tuple[int, ...] | None = None
     rows: Tensor | None = None
     query_keys: Tensor | None = None
@@ -47,6 +50,7 @@ class PackedSequences(PackedSeqParams):
         seqlens: Sequence[int],
         device: torch.device | str = "cpu",
         row_counts: Sequence[int] | None = None,
+        borders: Tensor | None = None,
     ) -> PackedSequences:
         """Make the borders of sequences that lie back to back.
 
@@ -54,8 +58,9 @@ class PackedSequences(PackedSeqParams):
             seqlens: ``n`` lengths in tokens.
             device: Where to put ``cu_seqlens`` (int32, ``[n + 1]``).
             row_counts: ``n`` numbers of tokens that get logits, if known.
+            borders: `esm2mega.batch.host_borders` of both on `device`, if they are there already.
         """
-        cu_seqlens = _borders(seqlens, device)
+        cu_seqlens = _borders(seqlens, device) if borders is None else borders[0]
         longest = max(seqlens)
         return cls(
             qkv_format="thd",
@@ -65,6 +70,7 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_kv=longest,
             seqlens=tuple(seqlens),
             query_lens=tuple(seqlens),
+            row_borders=None if borders is None or row_counts is None else borders[1],
             row_counts=None if row_counts is None else tuple(row_counts),
         )
 
@@ -104,7 +110,9 @@ class PackedSequences(PackedSeqParams):
             assert self.rows is not None
             keys = keys.index_select(0, self.rows)
         packed = replace(self, query_lens=self.row_counts, query_keys=keys)
-        packed.cu_seqlens_q = _borders(self.row_counts, self.cu_seqlens_q.device)
+        packed.cu_seqlens_q = self.row_borders
+        if packed.cu_seqlens_q is None:
+            packed.cu_seqlens_q = _borders(self.row_counts, self.cu_seqlens_q.device)
         packed.max_seqlen_q = max(self.row_counts)
         return packed
 

@@ -103,15 +103,21 @@ class LossReduction(ABC):
         return terms.loss_sum, terms.count.to(torch.int32), report
 
     def means(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> Means:
-        """Combine the reports of a step or of an evaluation.
+        """Combine the reports of a step or of an evaluation, and wait for the result.
+
+        The arguments are those of `totals`, the result is that of `means_of`.
+        """
+        return self.means_of(self.totals(reports, device).tolist())
+
+    def totals(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Add up the reports of a step or of an evaluation, without waiting for them.
 
         Args:
             reports: One per micro-batch; empty on all but the last pipeline stage.
             device: Where the process groups communicate.
 
         Returns:
-            Global mean of each name (None if its global count is 0) and ``count``, the global number of
-            labels; valid on every rank.
+            Global sum and count of each of `names`, fp64 ``[names, 2]`` on the device; valid on every rank.
         """
         totals = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
         for report in reports:
@@ -121,10 +127,18 @@ class LossReduction(ABC):
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         if pipeline.size() > 1:
             dist.broadcast(totals, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
-        values = totals.tolist()
-        pairs = zip(self.names, values, strict=True)
+        return totals
+
+    def means_of(self, totals: Sequence[Sequence[float]]) -> Means:
+        """Divide the sums of `totals` by their counts.
+
+        Returns:
+            Global mean of each name (None if its global count is 0) and ``count``, the global number of
+            labels.
+        """
+        pairs = zip(self.names, totals, strict=True)
         means = {name: total / count if count else None for name, (total, count) in pairs}
-        return {**means, "count": values[self.names.index("loss")][1]}
+        return {**means, "count": totals[self.names.index("loss")][1]}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,7 +156,12 @@ def checked_terms(loss: LossReduction, terms: Any, output: Tensor) -> LossTerms:
             "LossTerms(loss_sum, count): the sum over the labels of the micro-batch, not their mean, and "
             "their number"
         )
-    total, count = terms.loss_sum, torch.as_tensor(terms.count, device=output.device)
+    total, count = terms.loss_sum, terms.count
+    if not isinstance(count, Tensor):
+        count = (
+            torch.full((), count, device=output.device) if isinstance(count, int) else torch.as_tensor(count)
+        )
+    count = count.to(output.device)
     if not isinstance(total, Tensor) or total.dim():
         found = f"shape {list(total.shape)}" if isinstance(total, Tensor) else f"type {type(total).__name__}"
         raise UserError(
@@ -186,7 +205,8 @@ class MLMLossReduction(LossReduction):
         logits = output if output.dtype == torch.float64 else output.float()
         # The sum of no labels is 0 with a gradient of 0.
         loss_sum = cross_entropy(logits, batch.labels, reduction="sum")
-        count = torch.tensor(batch.labels.numel(), device=output.device)
+        # Filled on the device: `torch.tensor` would copy the number there, and wait for the copy.
+        count = torch.full((), batch.labels.numel(), device=output.device)
         if self.unigram is None:
             return LossTerms(loss_sum, count)
         unigram_sum = -self.unigram[batch.labels].sum()

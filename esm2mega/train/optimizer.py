@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import (
@@ -75,9 +77,23 @@ def train_state(
 
 
 def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwargs: Any) -> None:
-    # The gradients are scaled by 1.0 / num_tokens, which for an integer tensor is an fp32 quotient; in fp64
-    # it is exact enough for every precision. The count is all-reduced in place either way.
-    finalize_model_grads(model, num_tokens.double(), **kwargs)
+    """Reduce the gradients, and divide them by the global number of labels, without waiting for that.
+
+    Megatron-Core 0.16.1 takes the number to the host to see whether it is above 0.
+    """
+    finalize_model_grads(model, None, **kwargs)
+    # The quotient of an integer tensor would be in fp32; in fp64 it is exact enough for every precision.
+    count = num_tokens.double()
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if pipeline.size() > 1:
+        # Only the last stage of a pipeline has counted; its other stages get the number here …
+        dist.broadcast(count, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    # … and every rank holds the sum over the data-parallel group.
+    dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    # Without any label the gradients are 0 and stay so.
+    scaling = 1.0 / count.clamp(min=1.0)
+    for chunk in model:
+        chunk.scale_gradients(scaling)
 
 
 def build_optimizer(

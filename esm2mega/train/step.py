@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
@@ -22,6 +21,9 @@ from torch import Tensor
 from esm2mega.batch import LabelledBatch, PackedBatch
 from esm2mega.data.counter_rng import Purpose, bits_at, stream_starts
 from esm2mega.model.packed import PackedSequences
+from esm2mega.parallel import kernels
+from esm2mega.parallel.host_copy import HostCopy
+from esm2mega.parcel import Parcel
 from esm2mega.train.losses import LossReduction, Means
 
 MIN_LOSS_SCALE = 1.0
@@ -113,9 +115,11 @@ def forward_step(
 ) -> tuple[Tensor, Any]:
     """Run the model on a micro-batch; return its output and the function that makes a loss of it."""
     batch = next(batches)
-    packed = PackedSequences.from_lengths(batch.seqlens, batch.input_ids.device, batch.label_counts)
+    device = batch.input_ids.device
+    packed = PackedSequences.from_lengths(batch.seqlens, device, batch.label_counts, batch.borders)
     if dropout_seed is not None:
-        packed = packed.with_dropout_keys(dropout_keys(dropout_seed, batch))
+        (keys,) = Parcel.of([dropout_keys(dropout_seed, batch)]).to(device)
+        packed = packed.with_dropout_keys(keys)
     return model(batch.input_ids, packed, batch.head_inputs), loss.bind(batch)
 
 
@@ -168,10 +172,47 @@ def _set_carried_rows(model: list[Any], batches: Sequence[Batch]) -> int:
     return rows * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
 
+@dataclass(frozen=True)
+class LaunchedStep:
+    """Is a step whose work was given to the device, which may not have done it yet.
+
+    Attributes:
+        numbers: Sums and counts of the loss, and the squared gradient norm, on their way to the host.
+        reports: The reports of the loss, one per micro-batch.
+        loss: Makes means of the sums and counts.
+        lr: As in `StepResult`.
+        loss_scale: As in `StepResult`.
+    """
+
+    numbers: HostCopy
+    reports: list[dict[str, Tensor]]
+    loss: LossReduction
+    lr: float
+    loss_scale: float | None
+
+    def result(self) -> StepResult:
+        """Return what the step did, once it is done; a GPU is waited for."""
+        *totals, squares = self.numbers.values()
+        metrics = self.loss.means_of([totals[at : at + 2] for at in range(0, len(totals), 2)])
+        suspects: tuple[int, ...] = ()
+        norm = squares**0.5
+        if not StepResult(metrics, norm, self.lr).is_finite:
+            losses = [float(report["loss"][0]) for report in self.reports]
+            suspects = tuple(number for number, loss in enumerate(losses) if not math.isfinite(loss))
+        return StepResult(metrics, norm, self.lr, self.loss_scale, suspects)
+
+
 def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
+    """Update the weights once, as `launch_step` does, and wait for the result."""
+    return launch_step(state, batches).result()
+
+
+def launch_step(state: TrainState, batches: Sequence[Batch]) -> LaunchedStep:
     """Update the weights once, unless the loss or the gradient is not finite.
 
     Without an update, weights and optimizer stay as they are, bit for bit; the step counts for the schedule.
+    The decision is made on the device, so that the host need not wait for loss and norm; only fp16 waits, for
+    its loss scale.
 
     Args:
         state: Model, optimizer, schedule, loss.
@@ -190,25 +231,23 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
         forward_only=False,
         dropout_seed=state.dropout_seed,
     )
-    metrics = state.loss.means(reports, state.device)
+    totals = state.loss.totals(reports, state.device)
     # The rate of a group without a factor; the rates of all groups were set at the end of the last step.
     lr = float(state.schedule.get_lr({}))
     loss_scale = _loss_scale(state.optimizer)
-    # The parts of `MegatronOptimizer.step`, between which the norm, that is on the host anyway, is looked at.
-    # The first divides the gradients by the loss scale, and sets that of the next step.
+    # The parts of `MegatronOptimizer.step`, with a norm that stays on the device. The first divides the
+    # gradients by the loss scale, and sets that of the next step.
     state.optimizer.prepare_grads()
     if state.on_gradients is not None:
         state.on_gradients(state.model)
-    result = StepResult(metrics, float(state.optimizer.get_grad_norm()), lr, loss_scale)
-    if result.is_finite:
-        _clip(state.optimizer, result.grad_norm)
-        state.optimizer.step_with_ready_grads()
-    else:
-        losses = [float(report["loss"][0]) for report in reports]
-        suspects = (number for number, loss in enumerate(losses) if not math.isfinite(loss))
-        result = replace(result, suspects=tuple(suspects))
+    squares = kernels.squared_norm(state.optimizer)
+    numbers = torch.cat([totals.flatten(), squares.double()])
+    # Counts are finite, and so is the sum over no labels.
+    is_bad = (~torch.isfinite(numbers)).any().float()
+    kernels.clip(state.optimizer, squares)
+    kernels.update_unless(state.optimizer, is_bad)
     state.schedule.step(increment=1)
-    return result
+    return LaunchedStep(HostCopy(numbers), reports, state.loss, lr, loss_scale)
 
 
 def _loss_scale(optimizer: MegatronOptimizer) -> float | None:
@@ -217,11 +256,3 @@ def _loss_scale(optimizer: MegatronOptimizer) -> float | None:
     (part, *_) = getattr(optimizer, "chained_optimizers", [optimizer])
     scaler = getattr(part, "grad_scaler", None)
     return None if scaler is None else float(scaler.scale)
-
-
-def _clip(optimizer: MegatronOptimizer, norm: float) -> None:
-    """Scale the gradients down if their norm, over the whole model, is above `optim.clip_grad`."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        # A rank whose weights are all frozen has an optimizer of nothing.
-        if parameters := part.get_parameters():
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)

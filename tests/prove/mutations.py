@@ -135,10 +135,12 @@ def mask_seeded_by_rank() -> AbstractContextManager[Any]:
 
 
 def clip_norm_of_one_rank() -> AbstractContextManager[Any]:
-    def alone(grads: Sequence[torch.Tensor], *arguments: Any, **keywords: Any) -> float:
-        return float(torch.stack([grad.norm() for grad in grads]).norm())
+    def alone(optimizer: Any) -> torch.Tensor:
+        (part,) = optimizer.chained_optimizers
+        norms = [gradient.norm() for gradient in part.get_main_grads_for_grad_norm()]
+        return torch.stack(norms).square().sum().reshape(1)
 
-    return patch("esm2mega.parallel.fp64.get_grad_norm_fp32", alone)
+    return patch("esm2mega.parallel.kernels.squared_norm", alone)
 
 
 def replicated_parameters_counted_twice() -> AbstractContextManager[Any]:

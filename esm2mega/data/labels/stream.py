@@ -114,7 +114,7 @@ def build_labelled(
         tuple(tokens[a:b].tobytes() for a, b in itertools.pairwise([*packed.tolist(), len(tokens)])),
         tuple(pack.offsets.tolist()),
     )
-    return LabelledBatch(
+    batch = LabelledBatch(
         torch.from_numpy(input_ids),
         np.diff(borders).tolist(),
         segments,
@@ -125,6 +125,7 @@ def build_labelled(
         len(pieces),
         pieces.sample_starts(),
     )
+    return batch.packed_up() if torch.cuda.is_available() else batch
 
 
 class LabelledStream(PackStream[LabelledBatch]):
@@ -145,7 +146,7 @@ class LabelledStream(PackStream[LabelledBatch]):
         self._proteins = proteins
 
     def _start(self) -> Prefetcher[tuple[LabelledBatch, StreamState]]:
-        return Prefetcher(self._batches(self._state))
+        return Prefetcher(self._batches(self._state), self._num_ahead)
 
     def _finish(self, built: LabelledBatch) -> LabelledBatch:
         return built

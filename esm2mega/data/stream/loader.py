@@ -61,7 +61,7 @@ def build_batch(
 def _as_tensors(arrays: BatchArrays) -> PackedBatch:
     """Return the batch as tensors of the types that the model needs."""
     seqlens = np.diff(arrays.cu_seqlens).tolist()
-    return PackedBatch(
+    batch = PackedBatch(
         input_ids=torch.from_numpy(arrays.input_ids.astype(np.int64)),
         cu_seqlens=torch.from_numpy(arrays.cu_seqlens),
         seqlens=seqlens,
@@ -75,6 +75,7 @@ def _as_tensors(arrays: BatchArrays) -> PackedBatch:
         samples=arrays.samples,
         starts=arrays.starts,
     )
+    return batch.packed_up() if torch.cuda.is_available() else batch
 
 
 BatchT = TypeVar("BatchT")
@@ -102,6 +103,7 @@ class PackStream(ABC, Generic[BatchT]):
         self._share = share
         self._state = StreamState()
         self._ahead: Prefetcher[Any] | ProcessPrefetcher[Any] | None = None
+        self._num_ahead = 1
 
     @abstractmethod
     def _start(self) -> Prefetcher[Any] | ProcessPrefetcher[Any]:
@@ -122,6 +124,8 @@ class PackStream(ABC, Generic[BatchT]):
             micro_batches: Their number. Where a step takes a number of samples, what it is filled up to a
                 multiple of, with batches of padding.
         """
+        # A whole step is built while the device works on the one before, so the host can launch it at once.
+        self._num_ahead = micro_batches
         if self._spec.global_batch_size is None:
             return list(itertools.islice(self, micro_batches))
         batches = [next(self)]
@@ -310,10 +314,11 @@ class TrainStream(PackStream[PackedBatch]):
             paths = [store.path for store in self.samples.stores]
             batches = functools.partial(worker_batches, paths, self._spec, self._share, self._state)
             return ProcessPrefetcher(batches, workers)
-        return Prefetcher(train_batches(self.samples, self._spec, self._share, self._state))
+        arrays = train_batches(self.samples, self._spec, self._share, self._state)
+        return Prefetcher(((_as_tensors(built), behind) for built, behind in arrays), self._num_ahead)
 
-    def _finish(self, built: BatchArrays) -> PackedBatch:
-        return _as_tensors(built)
+    def _finish(self, built: BatchArrays | PackedBatch) -> PackedBatch:
+        return built if isinstance(built, PackedBatch) else _as_tensors(built)
 
     def _padding(self) -> PackedBatch:
         return _as_tensors(build_arrays(self.samples.stores, self._spec, PADDING))

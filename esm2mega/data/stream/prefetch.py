@@ -20,16 +20,21 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Iterates over `items`, and builds the next one in a thread while the consumer works on the last.
+    """Iterates over `items`, and builds the next ones in a thread while the consumer works on the last.
 
     An exception inside `items` is raised by the `next` that would have returned that item.
     """
 
-    def __init__(self, items: Iterator[T]) -> None:
-        """Start the thread, which builds the first item at once."""
+    def __init__(self, items: Iterator[T], ahead: int = 1) -> None:
+        """Start the thread, which builds the first items at once.
+
+        Args:
+            items: What is built; only the thread takes from it.
+            ahead: Most items that wait to be taken, at least 1.
+        """
         self._items = items
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
-        self._wanted = threading.Semaphore(1)  # how many items the thread may still build
+        self._wanted = threading.Semaphore(ahead)  # how many items the thread may still build
         self._closed = False
         self._end: _End | None = None
         self._thread = threading.Thread(target=self._run, name="esm2mega-prefetch", daemon=True)

@@ -26,7 +26,8 @@ def test_items_arrive_in_order_and_end() -> None:
     ahead.close()
 
 
-def test_exactly_one_item_is_built_ahead() -> None:
+@pytest.mark.parametrize("depth", [1, 3])
+def test_exactly_so_many_items_are_built_ahead(depth: int) -> None:
     built: list[int] = []
     progress = threading.Condition()
 
@@ -37,13 +38,13 @@ def test_exactly_one_item_is_built_ahead() -> None:
                 progress.notify_all()
             yield number
 
-    ahead = Prefetcher(items())
+    ahead = Prefetcher(items(), depth)
     for taken in range(1, 6):
         assert next(ahead) == taken - 1
         with progress:
-            assert progress.wait_for(lambda taken=taken: len(built) > taken, timeout=10)  # type: ignore[misc]
+            assert progress.wait_for(lambda taken=taken: len(built) >= taken + depth, timeout=10)  # type: ignore[misc]
     ahead.close()
-    assert built == list(range(6))  # five taken, one ahead, no more
+    assert built == list(range(5 + depth))  # five taken, `depth` ahead, no more
 
 
 def test_an_error_reaches_the_consumer_in_its_place_and_again() -> None:

@@ -1,0 +1,67 @@
+"""The whole training step of a GPU, on a device that computes nothing: it waits for nothing.
+
+Operations that mix devices, or whose result has a size that depends on values, are errors there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import warm
+from tests.gpu.fake_cuda import compile_stand_in
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device, which is better"),
+]
+ROOT = Path(__file__).parents[2]
+MICRO_BATCHES = 2
+# Forward, of one layer that is not the last, in bf16 with the fused kernel of attention; views do not count.
+OPERATIONS_OF_A_LAYER = 32
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("stand_in") / "stand_in.so"
+    compile_stand_in(library)
+    return library
+
+
+def step(stand_in: Path, *overrides: str, plant: str = "nothing") -> dict[str, Any]:
+    ended = warm.run(["-m", "tests.gpu.fake_step", str(stand_in), plant, *overrides], cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("precision", "attention"),
+    [
+        ("bf16", "varlen"),
+        pytest.param("fp32", "sdpa", marks=pytest.mark.slow),
+        pytest.param("fp64", "sdpa", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_waits_for_nothing_before_its_result(stand_in: Path, precision: str, attention: str) -> None:
+    found = step(stand_in, f"model.precision={precision}")
+    assert found["attention"] == attention
+    assert found["waits"] == {}
+    # One transfer for each micro-batch, and back what the log wants.
+    assert sorted((key.partition(" at ")[0], n) for key, n in found["transfers"].items()) == [
+        ("cpu to cuda", MICRO_BATCHES),
+        ("cuda to cpu", 1),
+    ]
+    assert list(found["result"].values()) == [1]
+    if attention == "varlen":
+        assert sum(found["layer"].values()) == OPERATIONS_OF_A_LAYER, found["layer"]
+
+
+def test_an_item_in_a_layer_is_found(stand_in: Path) -> None:
+    found = step(stand_in, "model.precision=bf16", plant="item")
+    assert [key.partition(" at ")[0] for key in found["waits"]] == ["item"]
+    assert "hidden_states.sum().item()" in next(iter(found["waits"]))
