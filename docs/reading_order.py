@@ -96,7 +96,7 @@ SECTIONS = (
         "From logits to updated weights",
         "A loss is a sum and a count, added over micro-batches and processes and divided once, so no layout "
         "changes it. Pretraining and fine-tuning share one step and one loop.",
-        {"train": "losses step optimizer loop evaluate signals throughput pretrain", "report": "log"},
+        {"train": "losses step optimizer loop evaluate signals throughput pretrain", "report": "log watch"},
     ),
     Section(
         "From weights to checkpoints, and back",

@@ -26,7 +26,7 @@ from esm2mega.cli.prepare import prepare
 from esm2mega.cli.probe import probe
 from esm2mega.cli.prove import prove
 from esm2mega.cli.stopped import Stopped, stopped_by_signals
-from esm2mega.cli.tools import doctor, inspect, plot, quickstart
+from esm2mega.cli.tools import doctor, inspect, plot, quickstart, watch
 from esm2mega.cli.train import compare, evaluate, finetune, predict, pretrain
 from esm2mega.cli.translate import translate
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
@@ -44,7 +44,7 @@ def cli() -> None:
 
 for _command in (
     *(quickstart, translate, prepare, plan, pretrain, finetune, predict, evaluate, compare, convert_command),
-    *(embed, probe, autoeval, score, lora, inspect, prove, drill, plot, doctor),
+    *(embed, probe, autoeval, score, lora, inspect, prove, drill, plot, watch, doctor),
 ):
     cli.add_command(_command)
 

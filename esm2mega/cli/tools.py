@@ -1,4 +1,4 @@
-"""Defines the commands `quickstart`, `inspect`, `plot` and `doctor`."""
+"""Defines the commands `quickstart`, `inspect`, `plot`, `watch` and `doctor`."""
 
 from __future__ import annotations
 
@@ -63,15 +63,58 @@ def inspect(
     click.echo(inspect_path(paths[0], verify))
 
 
-@command(short_help="Draw the curves of a run as PNG and HTML.")
-@click.argument("run_dir")
+@command(short_help="Draw the curves of a run, or of several, as PNG and HTML.")
+@click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR…")
+@click.option("--out", metavar="DIR", help="Directory for the files of several runs.")
 @single_process
-def plot(run_dir: str) -> None:
-    """Draw the curves of a run from its log.jsonl, as PNG and as one self-contained HTML file."""
+def plot(run_dirs: tuple[str, ...], out: str | None) -> None:
+    """Draw the curves of a run from its log.jsonl, as PNG and as one self-contained HTML file.
+
+    Several runs are drawn over each other, with the keys in which they differ and their final numbers.
+    """
+    if len(run_dirs) > 1:
+        from esm2mega.report.overlay import plot_runs
+
+        if out is None:
+            raise UserError("several runs share a page, which goes to none of them: give --out DIR")
+        click.echo("\n".join(plot_runs(run_dirs, out)))
+        return
+    if out is not None:
+        raise UserError(
+            f"--out {out} is for several runs; the page of one goes to its own directory: leave --out out"
+        )
     from esm2mega.report.plot import plot_run
 
-    files = plot_run(run_dir)
+    files = plot_run(run_dirs[0])
     click.echo(f"{files.png}\n{files.html}")
+
+
+@command(short_help="Follow a run from another terminal or machine.")
+@click.argument("run_dir")
+@click.option(
+    "--every",
+    type=click.FloatRange(0.1),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds to wait.",
+)
+@click.option("--once", is_flag=True, help="Say how the run stands, and end.")
+@single_process
+def watch(run_dir: str, every: float, once: bool) -> None:
+    """Say how a run stands whenever its log changes, until its last step: rates, time left, evaluations.
+
+    It only reads the files of the run, so it may run on any machine that sees them, and the run may be over.
+    """
+    from datetime import datetime, timezone
+
+    from esm2mega.report.watch import status
+    from esm2mega.report.watch import watch as run_watch
+
+    if once:
+        click.echo("\n".join(status(run_dir, datetime.now(timezone.utc))))
+    else:
+        run_watch(run_dir, every, click.echo)
 
 
 @command(short_help="Check what this machine can do, with cures for what is missing.")

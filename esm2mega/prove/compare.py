@@ -15,6 +15,7 @@ from torch import Tensor
 from esm2mega.checkpoint.fallback import ALL_OF_IT
 from esm2mega.checkpoint.layout import STATE, read_state, step_dir
 from esm2mega.checkpoint.tensors import TensorReader
+from esm2mega.report.log import CLOCK
 
 KINDS = ("loss", "gradient norm", "gradient", "weight", "checkpoint", "state")
 """Lists the kinds of numbers that are compared.
@@ -144,7 +145,7 @@ def _logs(reference: Outcome, trial: Outcome) -> Iterator[Difference]:
         actual = trial.records[record, step]
         names = dict(_LOGGED[record])
         if record == "eval":
-            others = (expected.keys() | actual.keys()) - names.keys() - {"kind", "step"}
+            others = (expected.keys() | actual.keys()) - names.keys() - {"kind", "step", *CLOCK}
             names |= dict.fromkeys(sorted(others), "loss")
         for name, kind in names.items():
             known = name in expected and name in actual

@@ -13,6 +13,16 @@ Record = Mapping[str, Any]
 Curve = tuple[list[int], list[float]]
 """Holds the steps at which something was measured, and the values there."""
 
+MASKED = "masked cross-entropy (nats per residue)"
+"""Names the loss of a pretraining."""
+
+_LOSSES = {
+    "classification": "cross-entropy (nats per label)",
+    "multilabel": "binary cross-entropy (nats per label)",
+    "token_classification": "cross-entropy (nats per labelled residue)",
+    "contact": "binary cross-entropy (nats per pair of residues)",
+}
+
 _MOST = 1e300
 """No value of a run is larger; sums and margins of larger ones would be infinite."""
 
@@ -33,6 +43,25 @@ def curve(records: Sequence[Record], key: str) -> Curve:
         (int(record["step"]), value) for record in records if (value := number(record, key)) is not None
     ]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def loss_label(config: Mapping[str, str], is_task: bool) -> str:
+    """Return name and unit of the loss that a configuration trains with.
+
+    Args:
+        config: Dotted key -> text, as `esm2mega.report.plot.read_config` returns it; empty if it is lost.
+        is_task: Whether the records are those of a fine-tuning.
+    """
+    kind = config.get("task.kind")
+    if not kind:
+        return "loss" if is_task else MASKED
+    if not kind.endswith("regression"):
+        return _LOSSES.get(kind, "loss")
+    name = "Huber loss" if config.get("task.loss") == "huber" else "mean squared error"
+    is_scaled = config.get("task.scale_targets", "True").lower() == "true"
+    power = "" if config.get("task.loss") == "huber" else ", squared"
+    unit = "standard deviations of the training labels" if is_scaled else "units of the labels"
+    return f"{name} ({unit}{power})"
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from esm2mega.errors import UserError
-from esm2mega.report.curves import Curve, Record, TaskRun, curve, running_mean
+from esm2mega.report.curves import Curve, Record, TaskRun, curve, loss_label, running_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,7 @@ def figure_of(
     evaluations: Sequence[Record],
     downstream: Mapping[str, Curve] | None = None,
     task: TaskRun | None = None,
+    label: str | None = None,
 ) -> Figure:
     """Draw the loss over the full width, other curves of the training below it, and downstream tasks last.
 
@@ -37,6 +38,7 @@ def figure_of(
         evaluations: Records of the validation split.
         downstream: What was measured of downstream tasks.
         task: What a fine-tuning measured, drawn above its loss; None for a pretraining.
+        label: Name and unit of the loss; None if all that is known is whether it is that of a task.
     """
     try:
         from matplotlib.figure import Figure
@@ -51,7 +53,8 @@ def figure_of(
     if task is not None:
         _draw_headline(figure.add_subplot(grid[0, :]), task)
         row = 1
-    _draw_loss(figure.add_subplot(grid[row, :]), train, evaluations, task is not None)
+    label = label or loss_label({}, task is not None)
+    _draw_loss(figure.add_subplot(grid[row, :]), train, evaluations, label)
     panels = (
         ("lr", "Learning rate"),
         ("grad_norm", "Gradient norm before clipping"),
@@ -86,7 +89,7 @@ def _draw_headline(axes: Axes, task: TaskRun) -> None:
             label=f"baseline on the test ({value:.3f})",
         )  # fmt: skip
     axes.set_ylabel(name.replace("_", " "))
-    _style(axes)
+    style_axes(axes)
     axes.set_xlabel("optimizer step")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best", fontsize=10)
@@ -108,14 +111,12 @@ def _draw_downstream(axes: Axes, curves: Mapping[str, Curve]) -> None:
             label=f"{task}: {metric.replace('_', ' ', 1)}",
         )  # fmt: skip
     axes.set_title("Downstream tasks, by a small head on frozen embeddings", fontsize=10, loc="left")
-    _style(axes)
+    style_axes(axes)
     axes.set_xlabel("optimizer step")
     axes.legend(frameon=False, loc="best", fontsize=9)
 
 
-def _draw_loss(
-    axes: Axes, train: Sequence[Record], evaluations: Sequence[Record], is_task: bool = False
-) -> None:
+def _draw_loss(axes: Axes, train: Sequence[Record], evaluations: Sequence[Record], label: str) -> None:
     steps, losses = curve(train, "loss")
     if steps:
         smooth = len(losses) > SMOOTHING_POINTS
@@ -143,8 +144,8 @@ def _draw_loss(
             annotation_clip=False,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
         )  # fmt: skip
-    axes.set_ylabel("loss" if is_task else "masked cross-entropy (nats per residue)")
-    _style(axes)
+    axes.set_ylabel(label)
+    style_axes(axes)
     axes.set_xlabel("optimizer step")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best", fontsize=10)
@@ -179,13 +180,14 @@ def _draw_panel(axes: Axes, train: Sequence[Record], key: str, title: str) -> No
         axes.text(
             0.5, 0.5, "not in the log", transform=axes.transAxes, ha="center", va="center", color=AXIS_COLOR
         )
-    _style(axes)
+    style_axes(axes)
     if key == "lr" and steps:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("optimizer step", fontsize=9)
 
 
-def _style(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
+    """Give axes the looks of all pages: a light grid, whole steps, and large numbers in short."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.spines[["top", "right"]].set_visible(False)

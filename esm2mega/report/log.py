@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ TEST = "test"
 DOWNSTREAM = "downstream"
 LOG_NAME = "log.jsonl"
 SYNC_SECONDS = 5.0
-CLOCK = ("tokens_per_second", "step_time", "memory_gb")
-"""Names the fields of a record that measure the machine, and differ between equal runs."""
+CLOCK = ("time", "tokens_per_second", "step_time", "memory_gb")
+"""Names the fields of a record that tell the time or measure the machine, and differ between equal runs."""
 
 _MOST_STEPS = 2**53
 """A step is drawn as a float, which has every whole number up to this one."""
@@ -159,6 +160,11 @@ class JsonlLog:
     def _replace(self, records: list[dict[str, Any]]) -> None:
         with replacing(self.path, _CURE, durable=True) as partial:
             partial.write_text("".join(map(_to_line, records)), encoding="utf-8")
+
+
+def utc_now() -> str:
+    """Return the time as records have it: ISO 8601 to the second, in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _failed(path: Path, error: OSError) -> MachineError:

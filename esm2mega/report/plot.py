@@ -12,7 +12,7 @@ from typing import Any
 from esm2mega.config.renamed import REMOVED, current_key
 from esm2mega.errors import UserError
 from esm2mega.files import replacing
-from esm2mega.report.curves import TaskRun, downstream_curves, task_run
+from esm2mega.report.curves import Curve, TaskRun, downstream_curves, loss_label, task_run
 from esm2mega.report.figure import figure_of, png_of
 from esm2mega.report.log import DOWNSTREAM, EVAL, LOG_NAME, TEST, TRAIN, read_log
 from esm2mega.report.style import HEAD, STYLE
@@ -38,6 +38,46 @@ def plot_run(run_dir: str | Path) -> PlotFiles:
         UserError: There is no log, or it has no training or evaluation record.
     """
     run_dir = Path(run_dir)
+    run = read_run(run_dir)
+    summary = summarise(run.train, run.evaluations, run.task) | summarise_downstream(run.downstream)
+    label = loss_label(run.config, run.task is not None)
+    name = run_dir.resolve().name
+    png = png_of(figure_of(name, run.train, run.evaluations, run.downstream, run.task, label))
+    page = _html(name, png, summary, run.task, run.config)
+    files = PlotFiles(run_dir / PNG_NAME, run_dir / HTML_NAME, summary)
+    # A browser that reloads during a run never sees half a page.
+    for path, data in ((files.png, png), (files.html, page.encode())):
+        with replacing(path, "free space or fix its permissions") as partial:
+            partial.write_bytes(data)
+    return files
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """Holds what a run has written that can be drawn.
+
+    Attributes:
+        train: Records of training steps.
+        evaluations: Records of the validation split.
+        downstream: What was measured of downstream tasks.
+        task: What a fine-tuning measured; None for a pretraining.
+        config: The configuration, as dotted key -> text.
+    """
+
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    downstream: dict[str, Curve]
+    task: TaskRun | None
+    config: dict[str, str]
+
+
+def read_run(run_dir: str | Path) -> RunRecords:
+    """Read the log of a run and, if there is one, its configuration.
+
+    Raises:
+        UserError: There is no log, or it has no training or evaluation record.
+    """
+    run_dir = Path(run_dir)
     log = run_dir / LOG_NAME
     records = read_log(log)
     train = [record for record in records if record.get("kind") == TRAIN]
@@ -49,16 +89,9 @@ def plot_run(run_dir: str | Path) -> PlotFiles:
     downstream = downstream_curves([record for record in records if record.get("kind") == DOWNSTREAM])
     config = read_config(run_dir)
     tests = [record for record in records if record.get("kind") == TEST]
-    task = task_run(evaluations, tests, config.get("task.kind"))
-    summary = summarise(train, evaluations, task) | summarise_downstream(downstream)
-    png = png_of(figure_of(run_dir.resolve().name, train, evaluations, downstream, task))
-    page = _html(run_dir.resolve().name, png, summary, task, config)
-    files = PlotFiles(run_dir / PNG_NAME, run_dir / HTML_NAME, summary)
-    # A browser that reloads during a run never sees half a page.
-    for path, data in ((files.png, png), (files.html, page.encode())):
-        with replacing(path, "free space or fix its permissions") as partial:
-            partial.write_bytes(data)
-    return files
+    return RunRecords(
+        train, evaluations, downstream, task_run(evaluations, tests, config.get("task.kind")), config
+    )
 
 
 def read_config(run_dir: Path) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from esm2mega.errors import MachineError
 from esm2mega.files import first_of
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks
-from esm2mega.report.log import JsonlLog
+from esm2mega.report.log import JsonlLog, utc_now
 from esm2mega.train.step import StepResult
 
 FILE_NAME = "incidents.jsonl"
@@ -186,10 +185,9 @@ class Incidents:
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a record, which is on the disk when this returns."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         log = JsonlLog(self.path)
         try:
-            log.write({"step": step, "time": now, "policy": self.policy, **values})
+            log.write({"step": step, "time": utc_now(), "policy": self.policy, **values})
         finally:
             log.close()
 

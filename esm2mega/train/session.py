@@ -31,7 +31,7 @@ from esm2mega.errors import DamagedError
 from esm2mega.parallel.errors import first_error, on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.external import open_trackers
-from esm2mega.report.log import LOG_NAME, JsonlLog
+from esm2mega.report.log import LOG_NAME, JsonlLog, utc_now
 from esm2mega.report.progress import Progress
 from esm2mega.train.build import Built
 from esm2mega.train.downstream import DownstreamHook, Measurement
@@ -195,7 +195,7 @@ def _run_once(
 
         def write(record: dict[str, Any]) -> None:
             if log is not None:
-                log.write(record)
+                log.write({**record, "time": utc_now()})
             for tracker in trackers:
                 # The record of a test may name an earlier step, to which trackers do not go back.
                 tracker.write({**record, "step": loop.step})

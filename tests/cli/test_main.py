@@ -15,7 +15,7 @@ from esm2mega.errors import MachineError, StoppedBySignal, UserError
 COMMANDS = [
     *("quickstart", "translate", "prepare", "plan", "pretrain", "finetune", "predict", "evaluate", "compare"),
     *("convert", "embed", "probe", "autoeval", "score", "lora"),
-    *("inspect", "prove", "drill", "plot", "doctor"),
+    *("inspect", "prove", "drill", "plot", "watch", "doctor"),
 ]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")
 
@@ -128,7 +128,7 @@ def test_help_is_quick():
         (["pretran"], "No such command 'pretran'"),
         (["prepare", "fastq"], "No such command 'fastq'"),
         (["pretrain", "--lr", "3"], "No such option"),
-        (["plot"], "Missing argument 'RUN_DIR'. (see `esm2mega plot --help`)"),
+        (["plot"], "Missing argument 'RUN_DIR…'. (see `esm2mega plot --help`)"),
         (["prepare", "fasta", "x.fasta"], "Missing option '--out'"),
         (["prepare", "fasta", "--out", "x"], "Missing argument 'INPUT…'"),
         (["prepare", "uniref", "--uf50", "x"], "Missing option '--out'"),

@@ -103,9 +103,7 @@ def _in_file(path: Path, task: TaskConfig, data: DataConfig, column: str | None)
     for location, name, tokens, cells in whole.rows:
         word = str(cells[column]).strip().lower()
         if word not in SPLIT_WORDS:
-            raise UserError(
-                f"{location}: {column}={cells[column]!r} is not one of {', '.join(SPLIT_WORDS)}"
-            )
+            raise UserError(f"{location}: {column}={cells[column]!r} is not one of {', '.join(SPLIT_WORDS)}")
         others = {key: cell for key, cell in cells.items() if key != column}
         rows.setdefault(SPLIT_WORDS[word], []).append((location, name, tokens, others))
     return {split: Table(path, split, found, whole.notes) for split, found in rows.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +376,9 @@ def test_a_resume_with_another_recipe_starts_the_comparison_anew(
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     recipes = [record["eval_recipe"] for record in records if record["kind"] == "eval"]
     assert recipes == [kept["eval_recipe"]] * 3 + [recipe] * 2
+    # Every record says when it was written, in UTC; resuming keeps those of earlier starts.
+    times = [datetime.fromisoformat(record["time"]) for record in records]
+    assert times == sorted(times) and all(time.utcoffset() == timedelta(0) for time in times)
 
 
 def test_a_small_model_gets_below_residue_frequencies(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from tests.checkpoints import full_weights
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS, tiny_run
 
-CLOCK = ("tokens_per_second", "step_time", "memory_gb")
+CLOCK = ("time", "tokens_per_second", "step_time", "memory_gb")
 COUNTS = {"train": 24, "valid": 10, "test": 12}
 
 

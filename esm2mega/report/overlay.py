@@ -1,0 +1,173 @@
+"""Draws several runs over each other, and lists the keys in which they differ and their final numbers."""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esm2mega.errors import UserError
+from esm2mega.files import replacing
+from esm2mega.report.curves import curve, loss_label, running_mean
+from esm2mega.report.figure import SMOOTHING_POINTS, png_of, style_axes
+from esm2mega.report.plot import HTML_NAME, PNG_NAME, RunRecords, read_run
+from esm2mega.report.style import HEAD, STYLE
+from esm2mega.report.summary import summarise, summarise_downstream
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Colours that stay apart for the common forms of colour blindness (Okabe and Ito).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", ":", "-.")
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+{head}<title>{title} - esm2mega</title>
+<style>
+{style}
+img {{ width: 100%; height: auto; background: #fff; }}
+th, td, h1 {{ overflow-wrap: anywhere; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<h2>Final numbers</h2>
+{numbers}
+<h2>Keys that differ</h2>
+{keys}
+<h2>Curves</h2>
+<img alt="Loss, learning rate, gradient norm and throughput of all runs by optimizer step"
+  src="data:image/png;base64,{png}">
+<footer>esm2mega. {footer}</footer>
+</body>
+</html>
+"""
+
+
+def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> list[str]:
+    """Draw runs over each other into the directory `out`; return the paths of the PNG and the HTML file.
+
+    Args:
+        run_dirs: Directories of two runs or more, each named once.
+        out: Directory for the files; it is made if it is absent.
+
+    Raises:
+        UserError: A run is named twice, or has nothing to draw.
+    """
+    real = [os.path.realpath(run) for run in run_dirs]
+    for number, run in enumerate(run_dirs):
+        if real[number] in real[:number]:
+            raise UserError(f"{run} is named twice; name each run once")
+    names = unique_names(real)
+    runs = {name: read_run(run) for name, run in zip(names, run_dirs, strict=True)}
+    png = png_of(_figure(runs))
+    page = _PAGE.format(
+        title=html.escape(" and ".join(names) if len(names) == 2 else f"{len(names)} runs"),
+        head=HEAD,
+        style=STYLE,
+        numbers=_table("number", names, final_numbers(runs)),
+        keys=_table("key", names, differing_keys(runs)),
+        png=base64.b64encode(png).decode(),
+        footer=_comparable(runs),
+    )
+    files = [(Path(out) / PNG_NAME, png), (Path(out) / HTML_NAME, page.encode())]
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for path, data in files:
+        with replacing(path, "free space or fix its permissions") as partial:
+            partial.write_bytes(data)
+    return [str(path) for path, _ in files]
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """Return the last folder of each path, and as many above it as tell all of them apart."""
+    parts = [Path(path).parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def differing_keys(runs: Mapping[str, RunRecords]) -> dict[str, list[str]]:
+    """Return the value that each run has of every key in which two of them differ; a run may lack one."""
+    keys = dict.fromkeys(key for run in runs.values() for key in run.config)
+    values = {key: [run.config.get(key, "not there") for run in runs.values()] for key in keys}
+    return {key: found for key, found in values.items() if len(set(found)) > 1}
+
+
+def final_numbers(runs: Mapping[str, RunRecords]) -> dict[str, list[str]]:
+    """Return every final number that some run has, with an empty text where another has none."""
+    each = [
+        summarise(run.train, run.evaluations, run.task) | summarise_downstream(run.downstream)
+        for run in runs.values()
+    ]
+    return {
+        name: [one.get(name, "") for one in each] for name in dict.fromkeys(n for one in each for n in one)
+    }
+
+
+def _comparable(runs: Mapping[str, RunRecords]) -> str:
+    """Say whether the losses of validation were measured alike."""
+    recipes = {run.evaluations[-1].get("eval_recipe") for run in runs.values() if run.evaluations}
+    if len(recipes) > 1:
+        return (
+            "The evaluation recipes differ, so the losses of validation cannot be compared with each other."
+        )
+    return "Whether two runs differ by more than chance is what <code>esm2mega compare</code> measures."
+
+
+def _figure(runs: Mapping[str, RunRecords]) -> Figure:
+    """Draw training, validation, learning rate, gradient norm and throughput, with a colour for each run."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plot needs the package matplotlib; pip install matplotlib") from None
+    figure = Figure(figsize=(11, 9), dpi=150, layout="constrained", facecolor="white")
+    grid = figure.add_gridspec(3, 6, height_ratios=[1.4, 1.4, 1])
+    labels = {loss_label(run.config, run.task is not None) for run in runs.values()}
+    label = labels.pop() if len(labels) == 1 else "loss"
+    headlines = {None if run.task is None else run.task.headline for run in runs.values()}
+    headline = headlines.pop() if len(headlines) == 1 else None
+    panels = [
+        (grid[0, :], "loss", f"training: {label}"),
+        (grid[1, :] if headline is None else grid[1, :3], "valid_loss", f"validation: {label}"),
+        (grid[2, :2], "lr", "learning rate"),
+        (grid[2, 2:4], "grad_norm", "gradient norm before clipping"),
+        (grid[2, 4:], "tokens_per_second", "throughput (residues / s)"),
+    ]
+    if headline is not None:
+        panels.append((grid[1, 3:], f"valid_{headline}", f"validation: {headline.replace('_', ' ')}"))
+    for place, key, title in panels:
+        axes = figure.add_subplot(place)
+        for number, (name, run) in enumerate(runs.items()):
+            steps, values = curve(run.evaluations if key.startswith("valid_") else run.train, key)
+            if key == "loss" and len(values) > SMOOTHING_POINTS:
+                values = running_mean(values, max(5, len(values) // 40))
+            axes.plot(
+                steps, values, color=COLORS[number % len(COLORS)], label=name, linewidth=1.5,
+                linestyle=DASHES[number // len(COLORS) % len(DASHES)], marker="o" if len(steps) < 3 else None,
+            )  # fmt: skip
+        axes.set_title(title, fontsize=10, loc="left")
+        style_axes(axes)
+        if key == "loss":
+            axes.legend(frameon=False, loc="best", fontsize=9)
+    return figure
+
+
+def _table(what: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    if not rows:
+        return "<p>None.</p>"
+    heads = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in (what, *names))
+    lines = []
+    for key, cells in rows.items():
+        texts = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{html.escape(key)}</th>{texts}</tr>')
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{what}"><table><tr>{heads}</tr>'
+        f"{''.join(lines)}</table></div>"
+    )

@@ -1,0 +1,177 @@
+"""Follows a run from another terminal or machine: reads what the run writes, and never touches it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from esm2mega.report.log import CLOCK, DOWNSTREAM, EVAL, LOG_NAME, TEST, TRAIN, scan_log
+from esm2mega.report.plot import read_config
+from esm2mega.report.progress import duration
+
+INCIDENTS_NAME = "incidents.jsonl"
+
+_NOT_RESULTS = ("kind", "step", "eval_recipe", *CLOCK)
+_QUIET_LAPS = 5
+"""A run is silent when its last record is so many times as old as its longest recent pause."""
+
+
+def watch(run_dir: str | Path, every: float, say: Callable[[str], None]) -> None:
+    """Say how a run stands whenever its files change, until its last step is done.
+
+    Args:
+        run_dir: Directory of the run.
+        every: Seconds between two looks at the files.
+        say: Takes the lines of each report as one text.
+
+    Raises:
+        UserError: There is no log yet, or it is damaged.
+    """
+    run_dir = Path(run_dir)
+    seen: list[Any] = []
+    while True:
+        now = datetime.now(timezone.utc)
+        found: list[Any] = [_stamp(run_dir / name) for name in (LOG_NAME, INCIDENTS_NAME)]
+        found.append(_silence(scan_log(run_dir / LOG_NAME).records, now) is not None)
+        if found != seen:
+            say("\n".join(status(run_dir, now)))
+            seen = found
+        if is_finished(run_dir):
+            return
+        time.sleep(every)
+
+
+def status(run_dir: str | Path, now: datetime) -> list[str]:
+    """Return lines on how a run stands: step, rate, time left, memory, last evaluation, incidents.
+
+    Args:
+        run_dir: Directory of the run.
+        now: The present time, with its zone.
+
+    Raises:
+        UserError: There is no log, or it is damaged.
+    """
+    run_dir = Path(run_dir)
+    records = scan_log(run_dir / LOG_NAME).records
+    last = {record.get("kind"): record for record in records}
+    lines = [_progress(run_dir, last.get(TRAIN), records, now)]
+    if (train := last.get(TRAIN)) is not None:
+        lines.append("  training: " + _numbers(train, ("loss", "perplexity", "lr", "grad_norm")))
+        lines.append("  machine: " + _machine(train))
+    for kind, name in ((EVAL, "evaluation"), (TEST, "test"), (DOWNSTREAM, "downstream")):
+        if (record := last.get(kind)) is not None:
+            names = [key for key in record if key not in _NOT_RESULTS]
+            lines.append(f"  {name} at step {record['step']:,}: {_numbers(record, names)}")
+    return [*lines, *_incidents(run_dir)]
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Return whether the last step of a run is logged, with the evaluation and the test that follow it."""
+    config = read_config(run_dir)
+    most = _number(config.get("train.max_steps"))
+    records = scan_log(run_dir / LOG_NAME).records
+    done = {record.get("kind") for record in records if record.get("step") == most}
+    if TRAIN not in done or (_number(config.get("train.eval_every")) and EVAL not in done):
+        return False
+    # The test of a fine-tuning names the step of the best weights.
+    is_tested = bool(config.get("data.test"))
+    return not is_tested or any(record.get("kind") == TEST for record in records)
+
+
+def _progress(
+    run_dir: Path, train: Mapping[str, Any] | None, records: Sequence[Mapping[str, Any]], now: datetime
+) -> str:
+    """Return the line on the step, the time left, and how old the last record is."""
+    name = run_dir.resolve().name
+    if train is None:
+        return f"{name}: no training record yet"
+    step, most = train["step"], _number(read_config(run_dir).get("train.max_steps"))
+    parts = [
+        f"{name}: step {step:,}" if not most else f"{name}: step {step:,} of {most:,} ({step / most:.0%})"
+    ]
+    lap = train.get("step_time")
+    if most and lap and step < most:
+        parts.append(f"{duration((most - step) * lap)} left")
+    if (age := _age(records, now)) is not None:
+        parts.append(f"last record {duration(age)} ago")
+        if (laps := _silence(records, now)) is not None and (not most or step < most):
+            parts.append(f"silent for {laps:.0f} times as long as its longest pause before")
+    return ", ".join(parts)
+
+
+def _machine(train: Mapping[str, Any]) -> str:
+    words = []
+    if (rate := train.get("tokens_per_second")) is not None:
+        words.append(f"{rate:,.0f} residues/s")
+    if (lap := train.get("step_time")) is not None:
+        words.append(f"{lap:.3g} s a step")
+    if (memory := train.get("memory_gb")) is not None:
+        words.append(f"{memory:.2f} GB")
+    return ", ".join(words)
+
+
+def _numbers(record: Mapping[str, Any], names: Sequence[str]) -> str:
+    found = [(name, record[name]) for name in names if name in record]
+    return ", ".join(
+        f"{name} {'not defined' if value is None else f'{value:.4g}'}"
+        for name, value in found
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    )
+
+
+def _incidents(run_dir: Path) -> list[str]:
+    path = run_dir / INCIDENTS_NAME
+    if not path.exists():
+        return []
+    records = scan_log(path).records
+    if not records:
+        return []
+    last = records[-1]
+    return [
+        f"  incidents: {len(records):,}, the last at step {last.get('step')}, {last.get('time')}; see {path}"
+    ]
+
+
+def _age(records: Sequence[Mapping[str, Any]], now: datetime) -> float | None:
+    times = _times(records)
+    return max(0.0, (now - times[-1]).total_seconds()) if times else None
+
+
+def _silence(records: Sequence[Mapping[str, Any]], now: datetime) -> float | None:
+    """Return how many times the longest of the last ten pauses the present one is; None if that is usual.
+
+    It is the longest of them, since evaluations and checkpoints take their time.
+    """
+    times = _times(records)[-11:]
+    longest = max(((after - before).total_seconds() for before, after in pairwise(times)), default=0.0)
+    age = _age(records, now)
+    return age / longest if age and longest and age > _QUIET_LAPS * longest else None
+
+
+def _times(records: Sequence[Mapping[str, Any]]) -> list[datetime]:
+    """Return the times of the records that have one; logs of earlier versions have none."""
+    found = []
+    for record in records:
+        try:
+            time_of = datetime.fromisoformat(str(record.get("time")))
+        except ValueError:
+            continue
+        found.append(time_of if time_of.tzinfo else time_of.replace(tzinfo=timezone.utc))
+    return found
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdigit() else None
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,115 @@
+"""`esm2mega watch`: what it says of a run's files, when it says it again, and when it ends."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from esm2mega.cli.app import main
+from esm2mega.errors import UserError
+from esm2mega.report import watch as watch_module
+from esm2mega.report.log import JsonlLog
+from esm2mega.report.watch import is_finished, status, watch
+
+START = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def train(step: int, seconds: float) -> dict[str, object]:
+    time = (START + timedelta(seconds=seconds)).isoformat()
+    values = {"loss": 2.5, "perplexity": 12.18, "lr": 4e-4, "grad_norm": 0.9}
+    machine = {"tokens_per_second": 20480.0, "step_time": 0.5, "memory_gb": 1.25}
+    return {"kind": "train", "step": step, **values, **machine, "time": time}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text("train:\n  max_steps: 1000\n  eval_every: 100\n")
+    write(tmp_path, train(100, 0), train(200, 50))
+    return tmp_path
+
+
+def write(run: Path, *records: dict[str, object], name: str = "log.jsonl") -> None:
+    with JsonlLog(run / name) as log:
+        for record in records:
+            log.write(record)
+
+
+def test_it_says_step_time_left_rates_and_evaluation(run: Path) -> None:
+    evaluation = {
+        "kind": "eval",
+        "step": 200,
+        "valid_loss": 2.61,
+        "valid_perplexity": None,
+        "eval_recipe": "ab",
+    }
+    write(run, {**evaluation, "time": (START + timedelta(seconds=52)).isoformat()})
+    first, *rest = status(run, START + timedelta(seconds=60))
+    # 800 steps of half a second are left.
+    assert first == f"{run.name}: step 200 of 1,000 (20%), 6 min 40 s left, last record 8 s ago"
+    assert rest == [
+        "  training: loss 2.5, perplexity 12.18, lr 0.0004, grad_norm 0.9",
+        "  machine: 20,480 residues/s, 0.5 s a step, 1.25 GB",
+        "  evaluation at step 200: valid_loss 2.61, valid_perplexity not defined",
+    ]
+
+
+def test_incidents_are_counted(run: Path) -> None:
+    incidents = [{"step": 40, "time": "t1", "policy": "skip"}, {"step": 60, "time": "t2", "policy": "skip"}]
+    write(run, *incidents, name="incidents.jsonl")
+    assert status(run, START)[-1].startswith("  incidents: 2, the last at step 60, t2; see ")
+
+
+@pytest.mark.parametrize(("age", "silent"), [(240, False), (260, True)])
+def test_a_run_is_silent_after_five_times_its_longest_pause(run: Path, age: int, silent: bool) -> None:
+    line = status(run, START + timedelta(seconds=50 + age))[0]
+    assert ("silent for 5 times as long" in line) == silent
+
+
+def test_records_of_earlier_versions_have_no_age(tmp_path: Path) -> None:
+    write(tmp_path, {k: v for k, v in train(3, 0).items() if k != "time"})
+    assert status(tmp_path, START)[0] == f"{tmp_path.name}: step 3"
+
+
+def test_a_run_is_over_with_the_evaluation_of_its_last_step(run: Path) -> None:
+    write(run, train(1000, 400))
+    assert not is_finished(run)
+    write(run, {"kind": "eval", "step": 1000, "valid_loss": 2.0})
+    assert is_finished(run)
+    (run / "config.yaml").write_text("train:\n  max_steps: 1000\n  eval_every: 100\ndata:\n  test: there\n")
+    assert not is_finished(run)
+    write(run, {"kind": "test", "step": 700, "test_loss": 2.0})
+    assert is_finished(run)
+
+
+def test_watching_says_what_changed_and_ends_with_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second look finds nothing new and says nothing; no file is added."""
+    steps = iter(
+        [[], [train(300, 100)], [train(1000, 450), {"kind": "eval", "step": 1000, "valid_loss": 2.0}]]
+    )
+    monkeypatch.setattr(watch_module.time, "sleep", lambda _: write(run, *next(steps)))
+    # Whether a run is silent depends on the present.
+    monkeypatch.setattr(watch_module, "_silence", lambda records, now: None)
+    said: list[str] = []
+    watch(run, 10.0, said.append)
+    assert [text.partition(": ")[2].partition(" of")[0] for text in said] == [
+        "step 200",
+        "step 300",
+        "step 1,000",
+    ]
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "log.jsonl"]
+
+
+def test_a_half_written_record_waits(run: Path) -> None:
+    with (run / "log.jsonl").open("a") as file:
+        file.write(json.dumps(train(300, 100))[:30])
+    assert "step 200 of 1,000" in status(run, START)[0]
+
+
+def test_a_run_without_a_log_is_refused(tmp_path: Path, capsys) -> None:
+    with pytest.raises(UserError, match="give the run_dir of a run that has started"):
+        watch(tmp_path, 10.0, print)
+    assert main(["watch", str(tmp_path), "--once"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
