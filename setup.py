@@ -33,10 +33,12 @@ LOGGING = ["wandb", "tensorboard"]
 HF = ["transformers>=5.23", "peft"]
 PARQUET = ["pyarrow>=16.1"]
 TAPE = ["lmdb>=1.4"]
+EXCEL = ["openpyxl>=3.1", "defusedxml>=0.7"]  # openpyxl parses with defusedxml where it is installed
 FINETUNE = ["scipy>=1.11", "scikit-learn>=1.4"]
 DEV = [
     *PARQUET,
     *TAPE,
+    *EXCEL,
     *FINETUNE,
     # References that the parity tests compare with.
     "transformers>=5.23",
@@ -84,6 +86,7 @@ setup(
         "logging": LOGGING,
         "parquet": PARQUET,
         "tape": TAPE,
+        "excel": EXCEL,
         "finetune": FINETUNE,
         "dev": DEV,
     },

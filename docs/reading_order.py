@@ -70,7 +70,8 @@ SECTIONS = (
         {
             "": "vocabulary",
             "data": "",
-            "data/readers": "base text fasta tables",
+            "data/readers": "base settings text fasta columns tables",
+            "data/variants": "variant notation sequences",
             "data/store": "token_store manifest store_files shards parts prepare",
             "data/uniref": "build inputs mapping",
         },

@@ -276,6 +276,16 @@ STANDARD_INPUT = "-"
 """Commands that read a stream take this as the name of their standard input."""
 
 
+def split_sheet(path: str | Path) -> tuple[Path, str | None]:
+    """Return the file that a path names and, of ``FILE.xlsx#SHEET``, the sheet of the workbook."""
+    text = str(path)
+    place = text.lower().rfind(".xlsx#")
+    if place < 0 or Path(text).exists():
+        return Path(text), None
+    place += len(".xlsx")
+    return Path(text[:place]), text[place + 1 :]
+
+
 def is_stream(path: str | Path) -> bool:
     """Tell whether a path is standard input, a pipe or a device, whose content can be read only once."""
     if str(path) == STANDARD_INPUT:

@@ -25,7 +25,7 @@ from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.files import read_json, write_json
 from esm2mega.finetune.contact_metrics import contact_metrics
 from esm2mega.infer.correlation import spearman
-from esm2mega.infer.variants import write_table
+from esm2mega.infer.variant_tables import write_table
 from esm2mega.report.results.predictions import read_rows
 from esm2mega.train.loop import defined
 

@@ -201,9 +201,9 @@ def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: A
             if Path(path).exists():
                 raise UserError(f"{path}: exists; replace it with --overwrite, or choose another name")
 
+    from esm2mega.data.variants.wild_types import WildType, clean, read_wild_types
     from esm2mega.infer.plan import ScoreOptions
     from esm2mega.infer.score import draw_scan, score_file
-    from esm2mega.infer.wild_types import WildType, clean, read_wild_types
 
     settings = {
         "infer.precision": options["precision"],

@@ -56,7 +56,7 @@ def prepare() -> None:
 @click.option(
     "--format",
     metavar="NAME",
-    help="One of fasta, csv, jsonl, parquet, megatron, tape, esm2fa [default: by file name].",
+    help="One of fasta, csv, jsonl, parquet, excel, megatron, tape, esm2fa [default: by file name].",
 )
 @click.option(
     "--sequence-column",

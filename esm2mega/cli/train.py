@@ -62,9 +62,17 @@ def pretrain(config: str | None, dry_run: bool, overrides: tuple[str, ...]) -> N
 
 @command(short_help="Train a head and the encoder on labelled proteins.", goes_on=True)
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
+@click.option(
+    "--folds",
+    type=click.IntRange(3),
+    metavar="K",
+    help="Train K models, each tested on another part of data.train, in run_dir/fold_1 and so on.",
+)
 @_CODE
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
-def finetune(config: str | None, code: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+def finetune(
+    config: str | None, folds: int | None, code: tuple[str, ...], overrides: tuple[str, ...]
+) -> None:
     """Fine-tune on a table of labelled proteins, or resume from the newest checkpoint in run_dir.
 
     Example: esm2mega finetune init_from=runs/mine task.kind=regression task.target_columns=[fitness]
@@ -77,6 +85,10 @@ def finetune(config: str | None, code: tuple[str, ...], overrides: tuple[str, ..
     from esm2mega.train.start import load_run_with_start
 
     run, opened = load_run_with_start(config, overrides)
+    if folds is not None:
+        if run.data.split is not None:
+            raise UserError(f"--folds {folds} splits data.train itself; set data.split=null")
+        run.data.split = f"fold:1/{folds}"
     validate(run, world_size_from_environment())
     validate_task(run)
     check_training_inputs(run)
@@ -85,7 +97,13 @@ def finetune(config: str | None, code: tuple[str, ...], overrides: tuple[str, ..
     from esm2mega.finetune.run import UserParts
     from esm2mega.finetune.run import finetune as run_finetune
 
-    run_finetune(run, UserParts(code=load_code(code)), opened=opened, begun=begun)
+    parts = UserParts(code=load_code(code))
+    if folds is None:
+        run_finetune(run, parts, opened=opened, begun=begun)
+        return
+    from esm2mega.finetune.folds import cross_validate
+
+    say(cross_validate(run, folds, parts, opened, begun))
 
 
 @command(short_help="Predict with a fine-tuned model, in input order.")

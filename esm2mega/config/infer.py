@@ -91,7 +91,13 @@ def inference_run(checkpoint: Run, overrides: Sequence[str], config: str | None 
     base.infer = InferConfig()
     # Columns of the training tables say nothing about the input.
     base.data.sequence_column, base.data.id_column = DataConfig.sequence_column, None
+    base.data.mutation_column = DataConfig.mutation_column
     run = load_run_over(base, overrides, config)
+    if run.data.limit is not None:
+        raise UserError(
+            f"data.limit={run.data.limit} is for training and evaluation, and this computes all of its "
+            "input; remove it, and give a file with fewer proteins"
+        )
     run.model.precision = run.infer.precision or run.model.precision
     run.model.recompute = "none"
     return run

@@ -71,10 +71,17 @@ class DataConfig:
     weights: list[float] | None = None
     valid: str | None = _path()
     test: str | None = _path()
+    split: str | None = None
+    split_by: str = "random"
+    split_seed: int = 0
+    limit: int | None = None
     sampling: str = _choice("auto", "auto", "clusters", "sequences")
     cache_dir: str | None = _path()
     sequence_column: str = "sequence"
     id_column: str | None = None
+    wild_type: str | None = _path()
+    mutation_column: str = "mutant"
+    numbers: str = _choice("plain", "plain", "decimal_comma", "thousands_comma")
     max_seq_length: int = 1024
     crop: str = _choice("random", "random", "start", "chunk")
     mlm_probability: float = 0.15

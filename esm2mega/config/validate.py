@@ -29,9 +29,10 @@ from esm2mega.config.schema import (
     choices,
     flatten,
 )
+from esm2mega.config.split import check_split, has_valid
 from esm2mega.config.task import DATA_DIR_LIST
 from esm2mega.errors import UserError
-from esm2mega.files import refuse_stream
+from esm2mega.files import refuse_stream, split_sheet
 
 _AT_LEAST = {
     "seed": 0,
@@ -45,6 +46,8 @@ _AT_LEAST = {
     "parallel.pipeline_model_parallel_size": 1,
     "parallel.virtual_pipeline_model_parallel_size": 1,
     "data.max_seq_length": 3,  # <cls>, one residue, <eos>
+    "data.split_seed": 0,
+    "data.limit": 1,
     "data.pack_window": 1,
     "data.workers": 0,
     # Before the token counts, which may be derived from them.
@@ -97,6 +100,7 @@ _AT_MOST = {
     "eval.mask_fraction": 1,
     "eval.random_fraction": 1,
     "eval.seed": 2**63 - 1,
+    "data.split_seed": 2**63 - 1,
     "schedule.min_lr_ratio": 1,
     "model.hidden_dropout": 0.99,
     "model.attention_dropout": 0.99,
@@ -128,6 +132,7 @@ def validate(run: Run, world_size: int) -> None:
     validate_model(run)
     _check_masking("data", run.data)
     _check_masking("eval", run.eval)
+    check_split(run.data, is_labelled=run.task.kind is not None)
     _check_stores(run.data, run.train, is_labelled=run.task.kind is not None)
     _check_schedule(run.schedule, run.train)
     check_batches(run.train, run.data, run.parallel, world_size)
@@ -174,22 +179,24 @@ def check_training_inputs(run: Run) -> None:
     for key, path in named:
         if path is not None:
             refuse_stream(path, f"{key}={path}")
-        files = () if path is None else (path, os.path.join(path, DATA_DIR_LIST))
-        if path is not None and labelled and not any(map(os.path.isfile, files)):
+        if path is None:
+            continue
+        file = split_sheet(path)[0]
+        if labelled and not (file.is_file() or os.path.isfile(os.path.join(path, DATA_DIR_LIST))):
             raise UserError(f"{key}={path}: no such file; give a table with sequences and labels")
-        if path is not None and not os.path.exists(path):
+        if not file.exists():
             raise UserError(
                 f"{key}={path} is neither a token store nor a file of sequences; make a store with "
                 "`esm2mega prepare fasta`"
             )
     _check_outputs(run.run_dir, run.logging)
-    if run.train.eval_every and run.data.valid is None:
+    if run.train.eval_every and not has_valid(run.data):
         raise UserError(
             f"train.eval_every={run.train.eval_every} needs data.valid; "
             "give a validation token store, or set train.eval_every=0"
         )
     _check_downstream(run)
-    check_best_metric(run.checkpoint, run.task, run.data.valid is not None, run.downstream)
+    check_best_metric(run.checkpoint, run.task, has_valid(run.data), run.downstream)
     check_start(run.lora, run.init_from)
     if run.init_from is not None and not is_there(run.init_from):
         raise UserError(

@@ -14,6 +14,7 @@ OPTIONAL = {
     "scipy": ("metrics of esm2mega finetune", "finetune"),
     "scikit-learn": ("metrics of esm2mega finetune", "finetune"),
     "pyarrow": ("Parquet", "parquet"),
+    "openpyxl": ("Excel", "excel"),
     "lmdb": ("TAPE's LMDB files", "tape"),
     "tensorboard": ("logging.tensorboard", "logging"),
     "wandb": ("logging.wandb", "logging"),

@@ -21,6 +21,7 @@ from esm2mega.checkpoint.layout import step_of
 from esm2mega.config.best_metric import check_best_metric
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.schema import LoRAConfig, Run
+from esm2mega.config.split import has_valid
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
 from esm2mega.data.labels.dataset import apply_length_policy, proteins_of_sequences
@@ -126,9 +127,9 @@ def train_with(
             )
     validate(run, world_size_from_environment())
     validate_task(run)
-    has_valid = "valid" in given or run.data.valid is not None
-    check_best_metric(run.checkpoint, run.task, has_valid)
-    if run.train.eval_every and not has_valid:
+    validates = "valid" in given or has_valid(run.data)
+    check_best_metric(run.checkpoint, run.task, validates)
+    if run.train.eval_every and not validates:
         raise UserError(f"train.eval_every={run.train.eval_every} needs validation data; give valid")
     finetune(run, parts, opened=opened)
     checkpoint = choose_checkpoint(run.run_dir).path

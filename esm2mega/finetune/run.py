@@ -13,14 +13,16 @@ from typing import Any
 from esm2mega.config.best_metric import HEADLINES
 from esm2mega.config.lora import check_start
 from esm2mega.config.schema import DataConfig, Run, TaskConfig, TrainConfig
-from esm2mega.config.task import validate_task
+from esm2mega.config.split import is_cut
+from esm2mega.config.task import masks_of, validate_task
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
 from esm2mega.data.labels.degenerate import check_classes
 from esm2mega.data.labels.forms import SAID
 from esm2mega.data.labels.in_memory import Proteins, table_in_memory
-from esm2mega.data.labels.rows import Table, read_table
+from esm2mega.data.labels.rows import Table, limited, read_table
 from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.data.labels.splits import cut, with_split_column, write_splits
 from esm2mega.data.labels.stream import LabelledPacks, LabelledStream
 from esm2mega.data.overlap import check_overlap
 from esm2mega.data.stream.build import BatchSpec
@@ -68,11 +70,13 @@ class Splits:
         of: Split -> proteins.
         info: Meaning of the predictions, from the training split.
         notes: What the splits have in common.
+        cut: The splits as they were cut from one table; None where tables are given for each.
     """
 
     of: dict[str, LabelledProteins]
     info: TargetInfo
     notes: list[str] = field(default_factory=list)
+    cut: dict[str, Table] | None = None
 
 
 def finetune(
@@ -115,6 +119,12 @@ def finetune(
     check_classes(info, run.task.target_columns, train.notes)
     if "valid" in splits.of:
         _check_predictable(run, splits.of["valid"])
+    elif run.train.eval_every:
+        raise UserError(
+            f"data.split_by={run.data.split_by}: no row of {train.path} has valid there, and "
+            f"train.eval_every={run.train.eval_every} needs validation data; add some, or set "
+            "train.eval_every=0"
+        )
     run = with_batches(run, start)
     run = resolve_epochs(run, lambda: LabelledStream(train, train_spec(run.data, run.train, run.seed, train)))
     with process_groups(run.parallel, run.seed) as ranks:
@@ -139,16 +149,25 @@ def read_splits(
         loaded: Classes and scale of a head that was trained before, which then hold for all splits.
     """
     tables: dict[str, Table] = {}
+    read_task = with_split_column(task, data) if is_cut(data) else task
     for split, path in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         key = f"data.{split}"
         if split in parts.data:
-            tables[split] = table_in_memory(parts.data[split], task, data, key)
+            tables[split] = table_in_memory(parts.data[split], read_task, data, key)
         elif path is not None:
-            tables[split] = read_table(path, task, data, key)
+            tables[split] = read_table(path, read_task, data, key)
         elif split == "train":
             raise UserError(
                 "data.train is not set: give a table with sequences and labels, as data.train=FILE"
             )
+    if is_cut(data):
+        if extra := [split for split in tables if split != "train"]:
+            raise UserError(
+                f"data.split and data.split_by cut data.train into all splits, and {extra[0]} is given too; "
+                "leave one of them out"
+            )
+        tables = cut(tables["train"], data)
+    tables = {split: limited(table, data) for split, table in tables.items()}
     forms = agreed_forms(task, list(tables.values()))
     found: dict[str, LabelledProteins] = {}
     info: TargetInfo | None = None
@@ -157,7 +176,8 @@ def read_splits(
         found[split] = proteins
     assert info is not None
     named = {f"data.{split}": [proteins] for split, proteins in found.items()}
-    return Splits(found, info, check_overlap(named, data.allow_overlap))
+    notes = check_overlap(named, data.allow_overlap)
+    return Splits(found, info, notes, tables if is_cut(data) else None)
 
 
 def batch_spec(data: DataConfig, train: TrainConfig, seed: int) -> BatchSpec:
@@ -242,8 +262,15 @@ def _session(
         return f"loss {record[f'{split}_loss']:.4f}, {headline} {record[f'{split}_{headline}']:.4f}"
 
     valid = splits.of.get("valid")
+    columns = [*run.task.target_columns, *dict.fromkeys(filter(None, masks_of(run.task)))]
+
+    def begin() -> None:
+        if splits.cut is not None:
+            write_splits(run.run_dir, splits.cut, columns, resumed is not None)
+
     return Session(
         name="finetune",
+        begin=begin,
         built=built,
         stream=LabelledStream(
             train, train_spec(run.data, run.train, run.seed, train), ranks.dp_rank, ranks.dp_size

@@ -22,15 +22,15 @@ from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig
 from esm2mega.data.labels.in_memory import sequences_in_memory
+from esm2mega.data.variants.notation import parse_variant
+from esm2mega.data.variants.variant import single_substitutions, write_variant
+from esm2mega.data.variants.wild_types import clean
 from esm2mega.errors import UserError
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
-from esm2mega.infer.notation import parse_variant
 from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens, output_request
 from esm2mega.infer.source import source_of
 from esm2mega.infer.strategies import STRATEGIES, check_variant, score_variants
-from esm2mega.infer.variants import single_substitutions, write_variant
-from esm2mega.infer.wild_types import clean
 from esm2mega.lora.base import MERGE_THEM, read_with_base
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.vocabulary import encode_residues
@@ -184,8 +184,8 @@ class Model:
 
         Args:
             sequence: The wild type.
-            variants: Variants in the forms of `esm2mega.infer.notation`, such as ``A24G``, ``A24G:D25N`` or
-                ``p.Ala24Gly``; None for all single substitutions.
+            variants: Variants in the forms of `esm2mega.data.variants.notation`, such as ``A24G``,
+                ``A24G:D25N`` or ``p.Ala24Gly``; None for all single substitutions.
             strategy: ``wt-marginals``, ``masked-marginals`` or ``pseudo-ppl``, see
                 `esm2mega.infer.strategies.STRATEGIES`.
             normalize: What probabilities add up to 1 over: the whole ``vocabulary``, or the 20 ``residues``.

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from esm2mega.config.schema import Run
+from esm2mega.data.readers.settings import options_of
 from esm2mega.data.readers.streams import spooled
 from esm2mega.data.store.cache import open_store
 from esm2mega.data.store.token_store import TokenStore
@@ -178,7 +179,7 @@ def _open_input(job: Job) -> TokenStore:
     """Open the proteins of the input, which are prepared beside the output; a stream is read to its end."""
     run = job.run
     run.data.cache_dir = str(job.target.work_dir / _PREPARED)
-    with spooled([job.input], run.data.sequence_column) as files:
+    with spooled([job.input], options_of(run.data).sequence_column) as files:
         return open_store(
             str(files.paths[0]),
             run.data,

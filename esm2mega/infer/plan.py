@@ -11,16 +11,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from esm2mega.data.labels.cells import plain_number
+from esm2mega.data.labels.numbers import plain_number
 from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.readers.sources import format_of
+from esm2mega.data.variants.notation import parse_variant
+from esm2mega.data.variants.variant import Variant, single_substitutions
+from esm2mega.data.variants.wild_types import WildType, clean
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
-from esm2mega.infer.notation import parse_variant
 from esm2mega.infer.strategies import DEFAULT_STRATEGY, WHOLE_STRATEGY, check_letters, check_variant
-from esm2mega.infer.variants import Table, Variant, read_table, single_substitutions
-from esm2mega.infer.wild_types import WildType, clean
+from esm2mega.infer.variant_tables import Table, read_table
 
 PERPLEXITY, LOG_LIKELIHOOD = "pseudo_perplexity", "pseudo_log_likelihood"
 """These columns are added to whole sequences."""

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esm2mega.data.readers.base import require_columns
+from esm2mega.data.variants.wild_types import WildType, clean
 from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, read_json, write_json
 from esm2mega.infer.plan import Plan, ScoreOptions, plan_table
 from esm2mega.infer.score import Scored, described, measured_spearman, scorer, write_scored
 from esm2mega.infer.target import Mode
-from esm2mega.infer.variants import Table, read_table, write_table
-from esm2mega.infer.wild_types import WildType, clean
+from esm2mega.infer.variant_tables import Table, read_table, write_table
 from esm2mega.infer.work import differing
 from esm2mega.parallel.errors import on_one_rank
 

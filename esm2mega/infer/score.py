@@ -16,6 +16,8 @@ from esm2mega.config.infer import inference_run, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import values_of
 from esm2mega.convert.start_point import asks_to_verify
+from esm2mega.data.variants.variant import AMINO_ACIDS, Variant, ends_early, write_variant
+from esm2mega.data.variants.wild_types import WildType
 from esm2mega.errors import UserError
 from esm2mega.files import check_writable
 from esm2mega.infer.correlation import spearman
@@ -25,15 +27,7 @@ from esm2mega.infer.plan import Plan, ScoreOptions, measured, plan_file, plan_sc
 from esm2mega.infer.proteins import Lengths, micro_batch_tokens
 from esm2mega.infer.source import ModelSource, open_model
 from esm2mega.infer.strategies import pseudo_log_likelihoods, pseudo_perplexity, score_variants
-from esm2mega.infer.variants import (
-    AMINO_ACIDS,
-    Variant,
-    ends_early,
-    read_table,
-    write_table,
-    write_variant,
-)
-from esm2mega.infer.wild_types import WildType
+from esm2mega.infer.variant_tables import read_table, write_table
 from esm2mega.parallel.initialize import Ranks, process_groups
 
 _MOST_SHOWN = 20

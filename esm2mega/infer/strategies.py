@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esm2mega.data.variants.variant import Variant, apply, ends_early
 from esm2mega.errors import UserError
 from esm2mega.files import shortened
 from esm2mega.infer.marginals import Marginals, Place
-from esm2mega.infer.variants import Variant, apply, ends_early
 from esm2mega.train.losses import perplexity
 from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
 

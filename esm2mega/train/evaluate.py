@@ -23,6 +23,7 @@ from esm2mega.config.schema import ParallelConfig, Run
 from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint, asks_to_verify, open_checkpoint
 from esm2mega.data.store.cache import open_store
+from esm2mega.data.store.limit import limited
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.store.verification import verify
 from esm2mega.data.stream.build import BatchSpec
@@ -221,7 +222,7 @@ def open_evaluation(
     start = open_base(start, run.init_from, verification)
     store = open_store(str(data), run.data, None, "--data", show_bytes)
     on_one_rank(lambda: verify([store]), timedelta(minutes=run.parallel.timeout_minutes))
-    return MaskedEvaluation(start, run, store)
+    return MaskedEvaluation(start, run, limited(store, run.data))
 
 
 def evaluate_checkpoint(

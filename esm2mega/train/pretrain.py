@@ -14,6 +14,7 @@ from esm2mega.config.schema import Run
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.overlap import check_overlap
 from esm2mega.data.store.cache import check_heads, open_store
+from esm2mega.data.store.limit import limit_notes, limited
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.store.verification import BackgroundVerification, verify
 from esm2mega.data.stream.build import BatchSpec, token_counts
@@ -59,11 +60,13 @@ def pretrain(
         raise UserError("data.train is not set: give the token store to train on, as data.train=DIR")
     held_out_paths = [path for path in (run.data.valid, run.data.test) if path is not None]
     check_heads([*run.data.train_paths(), *held_out_paths], run.data)
-    train_stores = [
-        open_store(path, run.data, run.run_dir, "data.train", show_bytes) for path in run.data.train_paths()
-    ]
+
+    def opened_part(path: str, key: str) -> TokenStore:
+        return limited(open_store(path, run.data, run.run_dir, key, show_bytes), run.data)
+
+    train_stores = [opened_part(path, "data.train") for path in run.data.train_paths()]
     held_out = {
-        split: open_store(path, run.data, run.run_dir, f"data.{split}", show_bytes)
+        split: opened_part(path, f"data.{split}")
         for split, path in (("valid", run.data.valid), ("test", run.data.test))
         if path is not None
     }
@@ -149,7 +152,9 @@ def _session(
 
         return measure
 
-    banner = [f"data     {line}" for line in [*stream.samples.describe(), *overlap["notes"]]]
+    stores = {"data.train": train_stores, **{f"data.{split}": [store] for split, store in held_out.items()}}
+    lines = [*stream.samples.describe(), *limit_notes(stores, run.data), *overlap["notes"]]
+    banner = [f"data     {line}" for line in lines]
     if held_out:
         banner.append(f"eval     recipe {recipe}: {describe_masks(run.eval, run.data.max_seq_length)}")
     # Rank 0 reads for all: on a shared file system every rank would read the same bytes.

@@ -74,6 +74,7 @@ class Session:
         downstream: Measures the model besides its loss, after evaluations; None for nothing.
         verification: Compares the files of the data with their checksums, in the background on one rank;
             None for data without any. Closed at the end.
+        begin: Writes further files, on one process, when the run may write into its directory; None for none.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Session:
     training_values: Callable[[Means], Means]
     verification: BackgroundVerification | None = None
     downstream: Measurement | None = None
+    begin: Callable[[], None] | None = None
 
 
 def run_session(
@@ -176,6 +178,8 @@ def _run_once(
         trackers = open_trackers(run.logging, run.run_dir, asdict(run), loop.step) if ranks.is_main else []
         for tracker in trackers:
             stack.callback(tracker.close)
+        if session.begin is not None:
+            on_one_rank(session.begin)
         log = None
         if ranks.is_main:
             # Last of all that can fail: the log of an earlier start is changed only once this one will run.

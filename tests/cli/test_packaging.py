@@ -192,6 +192,7 @@ def test_extras_and_python_versions():
         "logging",
         "parquet",
         "tape",
+        "excel",
         "finetune",
         "dev",
     ]

@@ -35,6 +35,7 @@ OTHER_SUBJECTS = {
     "data/readers/test_limits.py": "sizes that files claim, through every reader",
     "finetune/test_label_layouts.py": "layouts of labels, from published files to a trained model",
     "finetune/test_best.py": "the best and the last weights of a run, through every command",
+    "finetune/test_one_table.py": "one table of variants, from a workbook to predictions",
     "finetune/test_targets.py": "several target columns, from table to prediction",
     "infer/test_finite.py": "outputs that are not finite, through every command and function",
     "infer/test_flipped_bits.py": "flipped bits in outputs and in unfinished ones",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from esm2mega.infer.variants import read_table
+from esm2mega.infer.variant_tables import read_table
 from tests import foreign
 from tests.infer_models import (
     MAX_SEQ_LENGTH,

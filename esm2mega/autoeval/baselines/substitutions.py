@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from esm2mega.autoeval.baselines.fit import Baseline
 from esm2mega.data.labels.dataset import LabelledProteins
+from esm2mega.data.variants.variant import Variant
 from esm2mega.errors import UserError
 from esm2mega.finetune.metrics import Predictions
-from esm2mega.infer.variants import Variant
 from esm2mega.vocabulary import VOCAB
 
 BLOSUM62 = "BLOSUM62"

@@ -9,11 +9,12 @@ import numpy as np
 
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
-from esm2mega.data.labels.rows import Row, Table, read_table
+from esm2mega.data.labels.rows import Table, read_table
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.labels.sets import SPLIT_WORDS
-from esm2mega.data.readers.base import SourceOptions
+from esm2mega.data.labels.splits import rows_by_split
 from esm2mega.data.readers.fasta import FastaReader
+from esm2mega.data.readers.settings import options_of
 from esm2mega.data.readers.sources import open_source
 from esm2mega.errors import UserError
 
@@ -80,9 +81,7 @@ def _in_folder(path: Path, task: TaskConfig, data: DataConfig) -> dict[str, Tabl
 
 
 def _in_file(path: Path, task: TaskConfig, data: DataConfig, column: str | None) -> dict[str, Table]:
-    source = open_source(
-        path, SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column, set_by="keys")
-    )
+    source = open_source(path, options_of(data))
     if isinstance(source, FastaReader):
         # The names are those by which a reader of headers knows which split is meant.
         return {split: read_table(path, task, data, f"data.{split}") for split in SPLITS}
@@ -99,14 +98,7 @@ def _in_file(path: Path, task: TaskConfig, data: DataConfig, column: str | None)
             "too; name another with --split-column"
         )
     whole = read_table(path, replace(task, target_columns=[*task.target_columns, column]), data, "--labels")
-    rows: dict[str, list[Row]] = {}
-    for location, name, tokens, cells in whole.rows:
-        word = str(cells[column]).strip().lower()
-        if word not in SPLIT_WORDS:
-            raise UserError(f"{location}: {column}={cells[column]!r} is not one of {', '.join(SPLIT_WORDS)}")
-        others = {key: cell for key, cell in cells.items() if key != column}
-        rows.setdefault(SPLIT_WORDS[word], []).append((location, name, tokens, others))
-    return {split: Table(path, split, found, whole.notes) for split, found in rows.items()}
+    return rows_by_split(whole, column)
 
 
 def fewer_labels(proteins: LabelledProteins, most: int, seed: int) -> LabelledProteins:

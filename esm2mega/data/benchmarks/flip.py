@@ -21,7 +21,8 @@ from typing import Any
 
 from esm2mega.data.benchmarks.names import FLIP_TASKS, FlipTask, differing
 from esm2mega.data.benchmarks.tables import MASK, SPLITS, TARGET, LabelledRow, LabelledTables
-from esm2mega.data.labels.cells import LARGEST, check_marks, plain_number
+from esm2mega.data.labels.cells import LARGEST, check_marks
+from esm2mega.data.labels.numbers import plain_number
 from esm2mega.data.labels.rows import ResidueStrings
 from esm2mega.data.labels.sets import split_of
 from esm2mega.data.readers.base import SourceOptions, require_columns, residues_of

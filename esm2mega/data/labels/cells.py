@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from esm2mega.data.labels.forms import CHARACTERS, NO_LABEL, WORDS
 from esm2mega.data.labels.lists import MARKS, is_list, list_of
+from esm2mega.data.labels.numbers import PLAIN, cure, read_number
 from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.errors import UserError
 from esm2mega.files import shortened
@@ -43,31 +44,22 @@ def text_of(cells: Cells, column: str, location: str) -> str:
     return str(value).strip()
 
 
-def plain_number(value: object) -> float:
-    """Return a value or its text as a number; raise `ValueError` for anything else.
+def number_of(value: object, column: str, location: str, written: str = PLAIN) -> float:
+    """Return a cell, or a word of it, as a number; NaN for a missing value.
 
-    Python's underscores between digits are refused: in a table ``1_000`` is more likely a mistake than 1000.
+    Args:
+        value: The cell.
+        column: Its column, for messages.
+        location: Where its row is, for messages.
+        written: How numbers are written, see `esm2mega.data.labels.numbers`.
     """
-    if isinstance(value, str) and "_" in value:
-        raise ValueError(f"{value!r} is not a number")
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, OverflowError):
-        raise ValueError(f"{value!r} is not a number") from None
-
-
-def number_of(value: object, column: str, location: str) -> float:
-    """Return a cell, or a word of it, as a number; NaN for a missing value."""
     if value is None or (isinstance(value, str) and value.strip() in MISSING_VALUES | {""}):
         return math.nan
     try:
-        number = plain_number(value)
+        number = read_number(value, written)
     except ValueError:
-        cure = "correct it, or leave it empty"
-        if isinstance(value, str) and _is_number(value.replace(",", ".")):
-            cure = "write decimals with a point, and nothing between thousands"
         raise UserError(
-            f"{location}: {shortened(value)} in column {column!r} is not a number; {cure}"
+            f"{location}: {shortened(value)} in column {column!r} is not a number; {cure(value, written)}"
         ) from None
     if math.isinf(number):
         raise UserError(f"{location}: {shortened(value)} in column {column!r} is not finite; leave it empty")
@@ -79,13 +71,17 @@ def number_of(value: object, column: str, location: str) -> float:
     return number
 
 
-def numbers_of(cells: Cells, column: str, location: str, num_residues: int) -> npt.NDArray[np.float64]:
+def numbers_of(
+    cells: Cells, column: str, location: str, num_residues: int, written: str = PLAIN
+) -> npt.NDArray[np.float64]:
     """Return the numbers of a cell, ``[L]``: of a list, its text, or of words, one for each residue."""
     value = cells[column]
+    if isinstance(value, str) and written != PLAIN and value.strip()[:1] not in ("[", "("):
+        value = value.replace(";", " ").split()
     if isinstance(value, str) and "," in value and _is_number(value.replace(",", ".")):
         raise UserError(
             f"{location}: {value!r} in column {column!r} may be two numbers, or one with a decimal comma; "
-            "write [0, 5] or 0.5"
+            "write [0, 5] or 0.5, or set data.numbers=decimal_comma"
         )
     if isinstance(value, str):
         value = _listed(value, column, location) if is_list(value) else value.split()
@@ -95,7 +91,7 @@ def numbers_of(cells: Cells, column: str, location: str, num_residues: int) -> n
             "each residue, nan for none"
         )
     check_length(value, num_residues, column, location)
-    return np.array([number_of(word, column, location) for word in value], dtype=np.float64)
+    return np.array([number_of(word, column, location, written) for word in value], dtype=np.float64)
 
 
 def classes_of(

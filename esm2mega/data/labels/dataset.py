@@ -24,7 +24,8 @@ from esm2mega.data.labels.degenerate import SplitLabels, label_notes
 from esm2mega.data.labels.forms import column_form
 from esm2mega.data.labels.in_memory import Proteins, table_in_memory
 from esm2mega.data.labels.readers import TargetReader, join_labels, target_reader
-from esm2mega.data.labels.rows import Table, read_table, with_mask_file
+from esm2mega.data.labels.repeats import repeat_notes
+from esm2mega.data.labels.rows import Table, limited, read_table, with_mask_file
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.data.readers.base import residues_of
 from esm2mega.errors import UserError
@@ -220,7 +221,9 @@ def label(
     loaded: TargetInfo | None = None,
 ) -> tuple[LabelledProteins, TargetInfo]:
     """Read the labels of a table; `forms` is from `agreed_forms`, the rest as for `read_labelled`."""
-    reader = target_reader(with_mask_file(task), forms)
+    written = DataConfig.numbers if data is None else data.numbers
+    table = limited(table, data)
+    reader = target_reader(with_mask_file(task), forms, written)
     rows = [
         _Row(location, name, tokens, reader.read(cells, location, len(tokens)))
         for location, name, tokens, cells in table.rows
@@ -256,6 +259,7 @@ def _numbered(
     split = SplitLabels(key, labels, offsets, [row.location for row in rows], trains=known is None)
     notes += label_notes(split, info, reader.task.target_columns)
     ids, tokens = [row.id for row in rows], np.concatenate([row.tokens for row in rows])
+    notes += repeat_notes(split, tokens, info.per_residue)
     return LabelledProteins(path, ids, tokens, offsets, labels, info.per_residue, info.per_pair, notes), info
 
 

@@ -24,6 +24,8 @@ from esm2mega.config.task import masks_of
 from esm2mega.data.labels.rows import Row, Table
 from esm2mega.data.labels.tokenised import INPUT_IDS, tokens_of_ids
 from esm2mega.data.readers.base import require_columns, residues_of
+from esm2mega.data.readers.columns import variant_at
+from esm2mega.data.readers.settings import options_of
 from esm2mega.errors import UserError
 
 Proteins = Any
@@ -64,8 +66,10 @@ def labelled_in_memory(given: Proteins, task: TaskConfig, data: DataConfig, name
         UserError: It has none of the forms, or an entry is bad; the message names the entry.
     """
     masks = [mask for mask in masks_of(task) if mask is not None]
-    required = [data.sequence_column, *task.target_columns, *dict.fromkeys(masks)]
-    optional = [] if data.sequence_column != INPUT_IDS else ["attention_mask"]
+    options = options_of(data)
+    column = options.sequence_column
+    required = [column, *task.target_columns, *dict.fromkeys(masks)]
+    optional = [] if column != INPUT_IDS else ["attention_mask"]
     optional += [data.id_column or "id"]
     for number, entry in enumerate(_entries(given, required, optional, name, _PAIRS)):
         location = f"{name}[{number}]"
@@ -79,13 +83,17 @@ def labelled_in_memory(given: Proteins, task: TaskConfig, data: DataConfig, name
                     f"{location}: a pair has no column for task.mask_column={task.mask_column}; give rows or "
                     "a table, or set task.mask_column=null"
                 )
-            cells = {data.sequence_column: sequence, **_by_column(_cell(value), task, location)}
+            cells = {column: sequence, **_by_column(_cell(value), task, location)}
         identifier = cells.get(data.id_column or "id")
-        identifier = str(number if identifier is None else identifier)
-        if data.sequence_column == INPUT_IDS:
+        if identifier is None:
+            identifier = number if options.wild_type is None else cells[column]
+        identifier = str(identifier)
+        if column == INPUT_IDS:
             yield location, identifier, tokens_of_ids(cells, location), cells
             continue
-        text = _text(cells[data.sequence_column], location)
+        text = _text(cells[column], location)
+        if options.wild_type is not None:
+            text = variant_at(location, text, options.wild_type)
         yield location, identifier, vocabulary.encode_residues(residues_of(text, location, identifier)), cells
 
 

@@ -32,6 +32,7 @@ from esm2mega.data.labels.cells import (
     text_of,
 )
 from esm2mega.data.labels.contacts import pair_labels, read_coordinates
+from esm2mega.data.labels.numbers import PLAIN
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.files import first_of, shortened
@@ -43,10 +44,17 @@ _SHOWN = 12
 class TargetReader(ABC):
     """Reads the labels of one task."""
 
-    def __init__(self, task: TaskConfig, forms: Sequence[str] = ()) -> None:
-        """Read the labels of `task`; `forms` is how classes of residues are written in each target column."""
+    def __init__(self, task: TaskConfig, forms: Sequence[str] = (), numbers: str = PLAIN) -> None:
+        """Make the reader.
+
+        Args:
+            task: The task.
+            forms: How classes of residues are written in each target column.
+            numbers: How numbers are written: `data.numbers`.
+        """
         self.task = task
         self.forms = list(forms)
+        self.numbers = numbers
 
     @abstractmethod
     def read(self, cells: Cells, location: str, num_residues: int) -> Any:
@@ -98,7 +106,7 @@ class _Numbers(TargetReader):
 
     def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         columns = self.task.target_columns
-        return np.array([number_of(cells[column], column, location) for column in columns])
+        return np.array([number_of(cells[column], column, location, self.numbers) for column in columns])
 
     def _learn(self, labels: Sequence[Any], loaded: TargetInfo | None) -> TargetInfo:
         values = np.stack(labels)
@@ -115,7 +123,7 @@ class _ResidueNumbers(TargetReader):
         columns = [
             np.where(
                 mask_of(cells, mask, location, num_residues),
-                numbers_of(cells, column, location, num_residues),
+                numbers_of(cells, column, location, num_residues, self.numbers),
                 np.nan,
             )
             for column, mask in zip(self.task.target_columns, masks_of(self.task), strict=True)
@@ -151,8 +159,8 @@ class _ResidueClasses(TargetReader):
     Each column has classes of its own.
     """
 
-    def __init__(self, task: TaskConfig, forms: Sequence[str] = ()) -> None:
-        super().__init__(task, forms)
+    def __init__(self, task: TaskConfig, forms: Sequence[str] = (), numbers: str = PLAIN) -> None:
+        super().__init__(task, forms, numbers)
         self._declared = [names or [] for names in classes_of_columns(task)]
 
     def read(self, cells: Cells, location: str, num_residues: int) -> list[list[str | None]]:
@@ -219,7 +227,9 @@ class _FlagColumns(TargetReader):
 
     def read(self, cells: Cells, location: str, num_residues: int) -> npt.NDArray[np.float64]:
         columns = self.task.target_columns
-        flags = np.array([number_of(_flag(cells[column]), column, location) for column in columns])
+        flags = np.array(
+            [number_of(_flag(cells[column]), column, location, self.numbers) for column in columns]
+        )
         for column, flag in zip(columns, flags.tolist(), strict=True):
             if flag not in (0.0, 1.0) and not math.isnan(flag):
                 raise UserError(
@@ -273,7 +283,7 @@ class _Contacts(TargetReader):
         return np.asarray(label, dtype=np.float64)
 
 
-def target_reader(task: TaskConfig, forms: Sequence[str] = ()) -> TargetReader:
+def target_reader(task: TaskConfig, forms: Sequence[str] = (), numbers: str = PLAIN) -> TargetReader:
     """Return the reader of a task's labels; the arguments are those of `TargetReader`."""
     several = len(task.target_columns) > 1
     readers: dict[str, type[TargetReader]] = {
@@ -284,7 +294,7 @@ def target_reader(task: TaskConfig, forms: Sequence[str] = ()) -> TargetReader:
         "token_regression": _ResidueNumbers,
         PAIR_KIND: _Contacts,
     }
-    return readers[_kind_of(task)](task, forms)
+    return readers[_kind_of(task)](task, forms, numbers)
 
 
 def join_labels(encoded: Iterable[npt.NDArray[Any]], per_residue: bool) -> npt.NDArray[Any]:

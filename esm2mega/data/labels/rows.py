@@ -26,11 +26,11 @@ from esm2mega.data.labels.cells import Cells, check_marks
 from esm2mega.data.labels.data_dir import data_dir_rows, is_data_dir
 from esm2mega.data.labels.sets import SetFilter
 from esm2mega.data.labels.tokenised import INPUT_IDS, tokens_of_ids
-from esm2mega.data.readers.base import Record, SourceOptions, require_columns, table_record
+from esm2mega.data.readers.base import Record, SourceOptions, require_columns
+from esm2mega.data.readers.columns import TableReader
 from esm2mega.data.readers.fasta import FastaReader, attributes, check_blanks, read_entries
-from esm2mega.data.readers.parquet import ParquetReader
+from esm2mega.data.readers.settings import options_of
 from esm2mega.data.readers.sources import open_source
-from esm2mega.data.readers.tables import CsvReader, JsonLinesReader
 from esm2mega.errors import UserError
 
 MASK_FILE = "task.mask_file"
@@ -63,7 +63,7 @@ def read_table(path: str | Path, task: TaskConfig, data: DataConfig, key: str) -
     """Read every protein of a file, with the cells of its labels.
 
     Args:
-        path: CSV, JSON lines, Parquet or FASTA file, also compressed; or a data directory of Model Zoo.
+        path: CSV, JSON lines, Parquet, Excel or FASTA file; or a data directory of Model Zoo.
         task: Columns, label and mask files.
         data: Columns of sequences and ids.
         key: Name of `path` for the user, such as ``data.train``.
@@ -88,6 +88,15 @@ def read_table(path: str | Path, task: TaskConfig, data: DataConfig, key: str) -
         of_set = " of this SET" if sets.num_others else ""
         raise UserError(f"{key}={path}: holds no proteins{of_set}; give a table with some")
     return Table(path, key, found, [*notes, *sets.notes(path)])
+
+
+def limited(table: Table, data: DataConfig | None) -> Table:
+    """Return the table with its first rows alone, as many as `data.limit` says."""
+    most, total = None if data is None else data.limit, len(table.rows)
+    if most is None or total <= most:
+        return table
+    note = f"the first {most} of {total} proteins of {table.key} are taken (data.limit={most})"
+    return replace(table, rows=table.rows[:most], notes=[*table.notes, note])
 
 
 def with_mask_file(task: TaskConfig) -> TaskConfig:
@@ -120,16 +129,16 @@ def _rows(path: Path, task: TaskConfig, data: DataConfig, key: str, sets: SetFil
             (location, name, tokens_of_ids(cells, location), cells)
             for location, name, cells in data_dir_rows(path, required, data.id_column)
         )
-    source = open_source(path, _options(data))
+    source = open_source(path, options_of(data))
     if isinstance(source, FastaReader):
         return _header_rows(source, required, sets)
-    if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
+    if not isinstance(source, TableReader):
         raise UserError(
-            f"{key}={path}: labels are read from CSV, JSON lines, Parquet and FASTA; give such a file, "
-            "made from TAPE's by `esm2mega prepare tape`, or labels in task.label_file"
+            f"{key}={path}: labels are read from CSV, JSON lines, Parquet, Excel and FASTA; give such a "
+            "file, made from TAPE's by `esm2mega prepare tape`, or labels in task.label_file"
         )
     require_columns(f"{key}={path}", source.columns, required, _CORRECT)
-    return _table_rows(source, data)
+    return _table_rows(source)
 
 
 def _required_columns(task: TaskConfig) -> list[str]:
@@ -137,21 +146,14 @@ def _required_columns(task: TaskConfig) -> list[str]:
     return [*task.target_columns, *dict.fromkeys(filter(None, masks_of(task)))]
 
 
-def _options(data: DataConfig) -> SourceOptions:
-    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column, set_by="keys")
-
-
-def _table_rows(source: CsvReader | JsonLinesReader | ParquetReader, data: DataConfig) -> Iterator[Row]:
-    options = _options(data)
-    id_column = data.id_column or ("id" if "id" in source.columns else None)
+def _table_rows(source: TableReader) -> Iterator[Row]:
     for block in source.blocks():
         for line, cells in source.rows(block):
-            name = line if id_column is None else cells[id_column]
             location = source.location(line)
-            if data.sequence_column == INPUT_IDS:
-                yield location, str(name), tokens_of_ids(cells, location), cells
+            if source.sequence_column == INPUT_IDS:
+                yield location, str(source.name(line, cells)), tokens_of_ids(cells, location), cells
                 continue
-            record = table_record(source, options, line, name, cells[data.sequence_column])
+            record = source.record(line, cells)
             yield location, record.id, vocabulary.encode_residues(record.residues), cells
 
 
@@ -206,7 +208,7 @@ class ResidueStrings:
 
 def _sequences(path: Path, data: DataConfig) -> Iterator[tuple[str, Record]]:
     """Yield location and record of each protein; labels are found by id, so no id may be repeated."""
-    source = open_source(path, _options(data))
+    source = open_source(path, options_of(data))
     lines: dict[str, int] = {}
     for record in source:
         location = source.location(record.line)
@@ -276,8 +278,8 @@ def _label_table(
     source: object, path: Path, task: TaskConfig, data: DataConfig
 ) -> dict[str, tuple[str, Cells]]:
     """Return location and cells of each row by id."""
-    if not isinstance(source, (CsvReader, JsonLinesReader, ParquetReader)):
-        raise UserError(f"task.label_file={path}: give CSV, JSON lines, Parquet or FASTA")
+    if not isinstance(source, TableReader):
+        raise UserError(f"task.label_file={path}: give CSV, JSON lines, Parquet, Excel or FASTA")
     required = _required_columns(task)
     require_columns(f"task.label_file={path}", source.columns, required, _CORRECT)
     table: dict[str, tuple[str, Cells]] = {}

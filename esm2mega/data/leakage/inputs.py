@@ -13,7 +13,7 @@ from esm2mega.data.readers.sources import is_known_ending, open_source
 from esm2mega.data.store.splits import SPLITS
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
-from esm2mega.files import refuse_stream
+from esm2mega.files import refuse_stream, split_sheet
 
 Proteins = list[tuple[str, str]]
 
@@ -88,7 +88,7 @@ def _holds_proteins(path: Path) -> bool:
 
 def _read(path: Path) -> Proteins:
     refuse_stream(path)
-    if not path.exists():
+    if not split_sheet(path)[0].exists():
         raise UserError(f"{path}: no such path; give a table, a FASTA file or a token store")
     if path.is_dir() and (path / _MANIFEST).is_file():
         store = TokenStore(path)

@@ -8,7 +8,6 @@ residue is an ASCII letter or one of `*`, `-`, `.`, in every format.
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import string
 from abc import ABC, abstractmethod
@@ -19,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from esm2mega import vocabulary
 from esm2mega.errors import UserError
-from esm2mega.files import file_sha256, first_of, refuse_stream, shortened
+from esm2mega.files import file_sha256, first_of, refuse_stream
 
 WHITE_SPACE = b" \t\r\n"
 """Blanks, tabs and ends of lines stand in sequences that are wrapped or in groups, and mean nothing there."""
@@ -72,6 +71,8 @@ class SourceOptions:
         sequence_column: column, or key, that holds the residues.
         id_column: column that holds the ids; None for `id` where there is one and else the line number.
         drop_empty: leave rows without a sequence out and count them, instead of refusing the file.
+        wild_type: protein of which `sequence_column` holds variants, such as ``A24G``, in place of sequences;
+            None where it holds sequences.
         set_by: how the user sets these in the command at hand: by its options, by the keys of the section
             ``data``, or not at all. It decides the cures in messages, and nothing about what is read.
     """
@@ -80,6 +81,8 @@ class SourceOptions:
     sequence_column: str = "sequence"
     id_column: str | None = None
     drop_empty: bool = False
+    # Not in the text that names a cache, which readers add it to: names without it are as they always were.
+    wild_type: str | None = field(default=None, repr=False)
     # Not in the text that names a cache: what is read does not depend on it.
     set_by: Literal["options", "keys", "nothing"] = field(default="options", repr=False, compare=False)
 
@@ -87,6 +90,8 @@ class SourceOptions:
         """Return what the user writes to give one of the columns another name; None if nothing does."""
         if self.set_by == "nothing":
             return None
+        if name == "sequence_column" and self.wild_type is not None:
+            name = "mutation_column"
         return f"--{name.replace('_', '-')} {value}" if self.set_by == "options" else f"data.{name}={value}"
 
 
@@ -199,45 +204,6 @@ def check_id(source: RecordSource, line: int, name: str) -> str:
     return name
 
 
-def table_record(
-    source: RecordSource, options: SourceOptions, line: int, name: object, sequence: object
-) -> Record:
-    """Make the record of a table's row; raise UserError for cells that hold no id or no sequence.
-
-    Args:
-        source: the table.
-        options: `drop_empty`, and the names of the columns for messages.
-        line: line, or row, of the record.
-        name: cell of the id column; text or an integer.
-        sequence: cell of the sequence column; text. White space in it is removed.
-    """
-    if isinstance(name, int) and not isinstance(name, bool):
-        name = str(name)
-    if not isinstance(name, str) or not name.strip():
-        setting = options.setting("id_column", "NAME")
-        other = "" if setting is None else f", or name another column with {setting}"
-        raise UserError(
-            f"{source.location(line)}: the id {shortened(name)} is {_kind(name)}; give every row an id{other}"
-        )
-    name = check_id(source, line, name.strip())
-    if sequence is None or (isinstance(sequence, str) and sequence.strip() in MISSING_VALUES | {""}):
-        if options.drop_empty:
-            return Record(name, b"", line)
-        shown = "is empty" if not sequence else f"{sequence!r} is a missing value"
-        raise UserError(
-            f"{source.location(line)}: the sequence of {name!r} {shown}; complete or remove the row, or "
-            "leave such rows out with `esm2mega prepare fasta --drop-empty`"
-        )
-    if not isinstance(sequence, str):
-        setting = options.setting("sequence_column", "NAME")
-        cure = "correct the row" if setting is None else f"name the column of sequences with {setting}"
-        raise UserError(
-            f"{source.location(line)}: {options.sequence_column!r} of {name!r} is {_kind(sequence)}, "
-            f"not a sequence; {cure}"
-        )
-    return Record(name, residues_of(sequence, source.location(line), name), line)
-
-
 def residues_of(sequence: str, location: str, name: str) -> bytes:
     """Return the residues of a cell, without white space; raise UserError at a character that is none."""
     check_length(len(sequence), location, name)
@@ -259,36 +225,6 @@ def check_length(length: int, location: str, name: str) -> None:
         )
 
 
-def find_columns(
-    path: Path, available: Sequence[str], options: SourceOptions, what: str = "column"
-) -> tuple[str, str | None]:
-    """Return the names of the sequence column and the id column; None for the latter to use row numbers.
-
-    Args:
-        path: path of the table, for messages.
-        available: names of its columns.
-        options: the names that the user asked for.
-        what: word of the format for a column.
-    """
-    if options.sequence_column != options.id_column:  # of a table of labels, ids stand for the sequences
-        _require(path, available, options, "sequence_column", what)
-    if options.id_column is not None:
-        _require(path, available, options, "id_column", what)
-        return options.sequence_column, options.id_column
-    return options.sequence_column, "id" if "id" in available else None
-
-
-def _require(path: Path, available: Sequence[str], options: SourceOptions, setting: str, what: str) -> None:
-    name: str = getattr(options, setting)
-    by_lower = {column.lower(): column for column in available}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    if (cure := options.setting(setting, by_lower[near[0]] if near else "NAME")) is None:
-        hint = f"rename {by_lower[near[0]]!r}" if near else "rename one of them"
-    else:
-        hint = f"did you mean {cure}?" if near else f"name one of them with {cure}"
-    require_columns(str(path), available, [name], hint, what)
-
-
 def require_columns(
     location: str, available: Sequence[str], required: Iterable[str], cure: str, what: str = "column"
 ) -> None:
@@ -306,10 +242,3 @@ def require_columns(
             raise UserError(f"{location}: has {count} {what}s {name!r}; rename all but one")
         if not count:
             raise UserError(f"{location}: no {what} {name!r} among {first_of(available, 12)}; {cure}")
-
-
-def _kind(value: object) -> str:
-    if value is None or value == "":
-        return "empty"
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), "blank" if isinstance(value, str) else f"of type {type(value).__name__}")

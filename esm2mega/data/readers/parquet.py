@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm2mega.data.readers.arrow import readable
-from esm2mega.data.readers.base import (
-    LONGEST_TEXT,
-    Block,
-    ByteProgress,
-    Record,
-    RowSource,
-    SourceOptions,
-    find_columns,
-    table_record,
-)
+from esm2mega.data.readers.base import LONGEST_TEXT, Block, ByteProgress, Record, RowSource, SourceOptions
+from esm2mega.data.readers.columns import TableReader
 from esm2mega.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,8 +20,10 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 4096
 
 
-class ParquetReader(RowSource):
+class ParquetReader(RowSource, TableReader):
     """Reads the rows of a Parquet file; columns hold text, and ids may be integers."""
+
+    numbers = "row numbers"
 
     def __init__(
         self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
@@ -37,29 +31,23 @@ class ParquetReader(RowSource):
         """Read the schema; raise UserError when a column is missing or of another type."""
         super().__init__(path, progress)
         self._check_file(self.path, "Parquet")
-        self._options = options
         with open_parquet(self.path) as file:
             schema = file.schema_arrow
-            self.columns: list[str] = schema.names
-            self._sequence, self._id = find_columns(self.path, schema.names, options)
+            self._find_columns(schema.names, options)
             # A table of labels has no sequences; its ids stand for them.
             integers = options.sequence_column == options.id_column
-            self._check_type(self._sequence, schema.field(self._sequence).type, integers)
-            if self._id is not None:
-                self._check_type(self._id, schema.field(self._id).type, integers=True)
+            self._check_type(self.sequence_column, schema.field(self.sequence_column).type, integers)
+            if self.id_column is not None:
+                self._check_type(self.id_column, schema.field(self.id_column).type, integers=True)
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self._starts = [0, *itertools.accumulate(groups)]
         if not self._starts[-1]:
             raise UserError(f"{self.path}: has no rows; give a table with sequences")
 
-    def notes(self) -> list[str]:
-        return [f"{self.path}: has no 'id', so the ids are row numbers"] if self._id is None else []
-
     def records(self, block: Block) -> Iterator[Record]:
-        columns = [self._sequence] if self._id is None else [self._sequence, self._id]
-        for line, row in self.rows(block, columns):
-            name = line if self._id is None else row[self._id]
-            yield table_record(self, self._options, line, name, row[self._sequence])
+        columns = [self.sequence_column, *filter(None, [self.id_column])]
+        for line, cells in self.rows(block, list(dict.fromkeys(columns))):
+            yield self.record(line, cells)
 
     def rows(
         self, block: Block, columns: Sequence[str] | None = None
@@ -84,9 +72,6 @@ class ParquetReader(RowSource):
     def _ranges(self) -> list[tuple[int, int]]:
         return [(a, b) for a, b in zip(self._starts, self._starts[1:], strict=False) if b > a]
 
-    def _reading(self) -> str:
-        return repr((self._options, self._id))
-
     def _check_type(self, column: str, found: pyarrow.DataType, integers: bool) -> None:
         import pyarrow.types as kinds
 
@@ -96,7 +81,7 @@ class ParquetReader(RowSource):
         text += [kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view]
         if any(is_kind(found) for is_kind in text) or (integers and kinds.is_integer(found)):
             return
-        setting = self._options.setting("id_column" if integers else "sequence_column", "NAME")
+        setting = self.options.setting("id_column" if integers else "sequence_column", "NAME")
         cure = "make it text" if setting is None else f"name another with {setting}"
         raise UserError(f"{self.path}: the column {column!r} holds {found}, not text; {cure}")
 

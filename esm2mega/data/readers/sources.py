@@ -7,20 +7,26 @@ from pathlib import Path
 
 from esm2mega.data.readers.base import ByteProgress, RecordSource, SourceOptions
 from esm2mega.data.readers.esm2fa import Esm2faReader, is_data_set
+from esm2mega.data.readers.excel import ExcelReader
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.readers.megatron import MegatronReader
 from esm2mega.data.readers.parquet import ParquetReader
 from esm2mega.data.readers.tables import CsvReader, JsonLinesReader
 from esm2mega.data.readers.tape import TapeReader
 from esm2mega.errors import UserError
+from esm2mega.files import split_sheet
 
-FORMATS = ("fasta", "csv", "jsonl", "parquet", "megatron", "tape", "esm2fa")
+TABLES = ("csv", "jsonl", "parquet", "excel")
+"""Names the formats with columns among `FORMATS`."""
+
+FORMATS = ("fasta", "csv", "jsonl", "parquet", "excel", "megatron", "tape", "esm2fa")
 
 _COMPRESSION_ENDINGS = (".gz", ".zst")
 _FORMAT_OF_ENDING = {
     **dict.fromkeys((".csv", ".tsv"), "csv"),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods"), "excel"),
     **dict.fromkeys((".idx", ".bin"), "megatron"),
     **dict.fromkeys((".lmdb", ".mdb"), "tape"),
 }
@@ -42,6 +48,11 @@ def open_source(
         UserError: The file is missing, lacks a column, or is of another format.
     """
     kind = options.format or format_of(Path(path))
+    if options.wild_type is not None and kind not in TABLES:
+        raise UserError(
+            f"{path}: data.wild_type is set, and variants are read from tables ({', '.join(TABLES)}), not "
+            f"from {kind}; give a table with a column of variants, or data.wild_type=null"
+        )
     if kind == "fasta":
         return FastaReader(path, progress)
     if kind == "csv":
@@ -50,6 +61,8 @@ def open_source(
         return JsonLinesReader(path, options, progress)
     if kind == "parquet":
         return ParquetReader(path, options, progress)
+    if kind == "excel":
+        return ExcelReader(path, options, progress)
     if kind == "megatron":
         return MegatronReader(path, progress)
     if kind == "tape":
@@ -77,7 +90,7 @@ def is_known_ending(path: Path) -> bool:
 
 def _ending(path: Path) -> str:
     """Return the ending of a name in lower case, without those of compression."""
-    endings = [ending.lower() for ending in path.suffixes]
+    endings = [ending.lower() for ending in split_sheet(path)[0].suffixes]
     while endings and endings[-1] in _COMPRESSION_ENDINGS:
         endings.pop()
     return endings[-1] if endings else ""

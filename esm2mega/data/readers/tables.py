@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from esm2mega.data.readers.base import (
-    LONGEST_TEXT,
-    Block,
-    ByteProgress,
-    Record,
-    SourceOptions,
-    find_columns,
-    table_record,
-)
+from esm2mega.data.readers.base import LONGEST_TEXT, Block, ByteProgress, SourceOptions
+from esm2mega.data.readers.columns import TableReader
 from esm2mega.data.readers.text import TextSource
 from esm2mega.errors import UserError
 from esm2mega.files import parse_json
@@ -26,40 +18,17 @@ _DELIMITERS = ",\t;"
 _HEADER_BYTES = 1 << 20
 
 
-class _TableSource(TextSource):
-    """Reads rows with named cells; `notes` says where the ids come from when no column holds them.
-
-    Attributes:
-        columns: names of the columns, in the order of the file.
-    """
-
-    columns: Sequence[str]
+class _TextTable(TextSource, TableReader):
+    """Reads a table that is text."""
 
     def __init__(
         self, path: str | Path, options: SourceOptions, progress: ByteProgress | None = None
     ) -> None:
         super().__init__(path, progress)
-        self._options = options
-        self._sequence = options.sequence_column
-        self._id: str | None = None
-
-    def notes(self) -> list[str]:
-        return [f"{self.path}: has no 'id', so the ids are line numbers"] if self._id is None else []
-
-    def records(self, block: Block) -> Iterator[Record]:
-        for line, row in self.rows(block):
-            name = line if self._id is None else row[self._id]
-            yield table_record(self, self._options, line, name, row[self._sequence])
-
-    @abstractmethod
-    def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the line of each row and all its cells by column."""
-
-    def _reading(self) -> str:
-        return repr((self._options, self._id))
+        self.options = options
 
 
-class CsvReader(_TableSource):
+class CsvReader(_TextTable):
     """Reads CSV with a header line; the delimiter is the comma, tab or semicolon that the header has most of.
 
     A field in double quotes may hold delimiters, line ends, and double quotes written twice. So a block ends
@@ -86,8 +55,7 @@ class CsvReader(_TableSource):
             names = next(csv.reader([header], delimiter=self._delimiter, strict=True))
         except csv.Error as error:
             raise UserError(f"{self.location(1)}: not CSV ({error}); correct the header") from None
-        self.columns = [name.strip() for name in names]
-        self._sequence, self._id = find_columns(self.path, self.columns, options)
+        self._find_columns([name.strip() for name in names], options)
 
     def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
         text = self.decoded(block)
@@ -134,7 +102,7 @@ class CsvReader(_TableSource):
         header = stream.readline(_HEADER_BYTES)
         if header.startswith(b">"):
             cure = "give --format fasta, or rename the file"
-            if self._options.set_by != "options":
+            if self.options.set_by != "options":
                 cure = "give the file a name that ends in .fasta"
             raise UserError(f"{self.path}: is FASTA, not CSV; {cure}")
         if b"\0" in header:
@@ -144,7 +112,7 @@ class CsvReader(_TableSource):
         return header
 
 
-class JsonLinesReader(_TableSource):
+class JsonLinesReader(_TextTable):
     """Reads one JSON object per line."""
 
     format_name = "JSON lines"
@@ -161,16 +129,15 @@ class JsonLinesReader(_TableSource):
                 text += stream.readline(LONGEST_TEXT)
             if len(text) > LONGEST_TEXT:
                 raise self._too_long(line)
-        self.columns = list(self._parse(text, line))
-        self._sequence, self._id = find_columns(self.path, self.columns, options, "key")
+        self._find_columns(list(self._parse(text, line)), options, "key")
 
     def rows(self, block: Block) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for line, text in enumerate(block.text.split(b"\n"), block.line):
             if not text.strip():
                 continue
             row = self._parse(text, line)
-            if self._sequence not in row or (self._id is not None and self._id not in row):
-                missing = self._id if self._sequence in row else self._sequence
+            if self.sequence_column not in row or (self.id_column is not None and self.id_column not in row):
+                missing = self.id_column if self.sequence_column in row else self.sequence_column
                 raise UserError(
                     f"{self.location(line)}: no key {missing!r}, which the first object has; add it, or "
                     "remove the line"

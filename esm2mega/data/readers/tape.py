@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esm2mega.data.readers.base import Block, ByteProgress, Record, RowSource, SourceOptions, table_record
+from esm2mega.data.readers.base import Block, ByteProgress, Record, RowSource, SourceOptions
+from esm2mega.data.readers.columns import table_record
 from esm2mega.data.readers.lmdb_pages import check_pages
 from esm2mega.errors import UserError
 from esm2mega.files import shortened

@@ -18,12 +18,13 @@ import filelock
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig
 from esm2mega.data.readers.base import SourceOptions
+from esm2mega.data.readers.settings import options_of
 from esm2mega.data.readers.sources import format_of, open_source
 from esm2mega.data.store.manifest import FORMAT_VERSION, cache_lock
 from esm2mega.data.store.prepare import OpenProgress, PrepareOptions, prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import MachineError
-from esm2mega.files import file_sha256, refuse_stream, user_cache
+from esm2mega.files import file_sha256, refuse_stream, split_sheet, user_cache
 
 DIRECTORY = "prepared"
 """The cache has this name, below the user's cache; earlier versions had it beside the run directories."""
@@ -67,7 +68,7 @@ def open_store(
                 )
             )
         return store
-    options = _options(data)
+    options = options_of(data)
     out = _directory(_store_name(path, options, allow_unknown), data.cache_dir, run_dir)
     if not out.is_dir():
         _make(out.parent)
@@ -112,20 +113,19 @@ def check_heads(paths: Iterable[str], data: DataConfig) -> None:
     Raises:
         UserError: A path is neither of them, or the first lines of a file or its columns do not fit.
     """
+    options = options_of(data)
     for path in paths:
         if is_sequence_file(path):
-            open_source(path, _options(data))
+            open_source(path, options)
         else:
             TokenStore(path)
 
 
-def _options(data: DataConfig) -> SourceOptions:
-    return SourceOptions(sequence_column=data.sequence_column, id_column=data.id_column, set_by="keys")
-
-
 def is_sequence_file(path: str) -> bool:
     """Return whether `prepare` can read a path: a file, or a directory of TAPE's or ESM2-FA's data."""
-    return os.path.isfile(path) or (os.path.isdir(path) and format_of(Path(path)) in ("tape", "esm2fa"))
+    return split_sheet(path)[0].is_file() or (
+        os.path.isdir(path) and format_of(Path(path)) in ("tape", "esm2fa")
+    )
 
 
 def _store_name(path: str, options: SourceOptions, allow_unknown: bool) -> str:
@@ -139,6 +139,8 @@ def _store_name(path: str, options: SourceOptions, allow_unknown: bool) -> str:
         vocabulary.TOKENIZER_HASH,
         FORMAT_VERSION,
     )
+    # Not in every name, as below.
+    parts += tuple(part for part in (options.wild_type, split_sheet(path)[1]) if part is not None)
     if allow_unknown:
         # Not in every name: caches that earlier versions made are found again.
         parts += ("allow_unknown",)

@@ -14,6 +14,7 @@ when it is read for the model. A store has a name that `TokenStore` refuses unti
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -258,6 +259,18 @@ class TokenStore:
         """Return the ids of proteins `first` to `stop`, exclusive: joined UTF-8, and bytes of each, [n]."""
         return self._ids.encoded(first, stop)
 
+    def first(self, count: int) -> TokenStore:
+        """Return a view of the first proteins, without clusters, as a store of its own."""
+        if count >= len(self):
+            return self
+        view = copy.copy(self)
+        view.lengths, view.starts, view.clusters = self.lengths[:count], self.starts[:count], None
+        return view
+
+    @property
+    def _is_view(self) -> bool:
+        return len(self) < int(self.manifest["sequences"])
+
     @property
     def counts(self) -> StoreCounts:
         """Return the counts that the manifest states."""
@@ -266,12 +279,17 @@ class TokenStore:
     @property
     def token_counts(self) -> npt.NDArray[np.int64]:
         """Return how often each token id occurs, [33]; `<cls>` and `<eos>` are not stored and count 0."""
+        if self._is_view:
+            end = int(self.starts[-1] + self.lengths[-1])
+            return np.bincount(self.tokens[:end], minlength=len(vocabulary.VOCAB))
         return np.asarray(self.manifest["token_counts"], dtype=np.int64)
 
     @property
     def fingerprint(self) -> str:
         """Return a hash of the proteins and their order; ids, clusters and sources do not matter."""
         hashes = [self.manifest["tokens_sha256"], self.manifest["files"][INDEX]["sha256"]]
+        if self._is_view:
+            hashes.append(str(len(self)))
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     @property

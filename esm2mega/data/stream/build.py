@@ -21,6 +21,7 @@ import numpy.typing as npt
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig
 from esm2mega.data.counter_rng import Integers
+from esm2mega.data.store.limit import limited
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.masking import mask_tokens
 from esm2mega.data.stream.packing import EMPTY_WINDOW, Pack, PackCursor, PackPlan, PackShape, PackWindow
@@ -268,5 +269,5 @@ def worker_batches(
     paths: Sequence[Path], spec: BatchSpec, share: Share, state: StreamState, worker: int
 ) -> Iterator[tuple[BatchArrays, StreamState]]:
     """Run `train_batches` for one worker of a share, in a process that has not opened the stores yet."""
-    samples = TrainSamples([TokenStore(path) for path in paths], spec.data, spec.seed)
+    samples = TrainSamples([limited(TokenStore(path), spec.data) for path in paths], spec.data, spec.seed)
     return train_batches(samples, spec, replace(share, worker=worker), state)

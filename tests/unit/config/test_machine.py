@@ -9,7 +9,7 @@ from esm2mega.config.machine import on_this_machine
 from esm2mega.config.schema import LoggingConfig, Run, flatten, map_paths
 
 PATHS = {
-    *("run_dir", "init_from", "data.train", "data.valid", "data.test", "data.cache_dir"),
+    *("run_dir", "init_from", "data.train", "data.valid", "data.test", "data.cache_dir", "data.wild_type"),
     *("checkpoint.resume", "task.label_file", "task.mask_file"),
 }
 OTHERS = {
@@ -19,6 +19,7 @@ OTHERS = {
     "logging.wandb_run_name": "theirs",
     "logging.samples": True,
     "data.workers": 64,
+    "data.limit": 3,
     "parallel.timeout_minutes": 1e9,
     "model.layer_spec": "te",
     "model.attention_backend": "flash",
@@ -49,7 +50,7 @@ def test_the_keys_are_all_there_are() -> None:
     """A new path or tracker comes into these lists, and its default must then be a place of the user's."""
     seen: set[str] = set()
     run = Run()
-    for key in ("init_from", "data.train", "data.valid", "data.test", "data.cache_dir"):
+    for key in ("init_from", "data.train", "data.valid", "data.test", "data.cache_dir", "data.wild_type"):
         _set(run, key, "x")
     run.task.label_file = run.task.mask_file = "x"
     map_paths(run, lambda key, path: seen.add(key) or path)

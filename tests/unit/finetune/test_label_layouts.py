@@ -135,12 +135,17 @@ def test_labels_of_proteins(
     assert losses(tmp_path / "run", *layout(tmp_path), "task.kind=regression")[0] == numbers
 
 
-def test_decimal_commas_of_a_spreadsheet_are_refused(tmp_path: Path) -> None:
+def test_decimal_commas_of_a_spreadsheet_are_named_and_read_when_asked(tmp_path: Path) -> None:
     settings = spreadsheet(tmp_path)
-    train = tmp_path / "train.csv"
-    train.write_bytes(train.read_bytes().replace(b".", b","))
+    expected = losses(tmp_path / "plain", *settings, "task.kind=regression")
+    for name in ("train.csv", "valid.csv", "test.csv"):
+        table = tmp_path / name
+        table.write_bytes(table.read_bytes().replace(b".", b","))
+    found = losses(tmp_path / "comma", *settings, "task.kind=regression", "data.numbers=decimal_comma")
+    assert found[0] == expected[0]
     with pytest.raises(
-        UserError, match=r"train.csv:2: '.+,.+' in column 'target' .*; write decimals with a point"
+        UserError,
+        match=r"train.csv:2: '.+,.+' in column 'target' .*; set data.numbers=decimal_comma",
     ):
         losses(tmp_path / "run", *settings, "task.kind=regression")
 

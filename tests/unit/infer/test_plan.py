@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from esm2mega.data.variants.variant import Substitution
+from esm2mega.data.variants.wild_types import WildType
 from esm2mega.errors import UserError
 from esm2mega.infer.plan import Plan, ScoreOptions, plan_file, plan_scan
-from esm2mega.infer.variants import Substitution
-from esm2mega.infer.wild_types import WildType
 
 WILD = WildType("w", "MKTAY")
 OTHER = WildType("o", "GSHM")

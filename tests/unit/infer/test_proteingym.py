@@ -11,7 +11,7 @@ from esm2mega.cli.app import main
 from esm2mega.errors import UserError
 from esm2mega.infer.plan import ScoreOptions
 from esm2mega.infer.proteingym import mean_of_means, read_reference, score_assays
-from esm2mega.infer.variants import read_table
+from esm2mega.infer.variant_tables import read_table
 from tests.infer_models import Reference, pseudo_log_likelihood
 
 

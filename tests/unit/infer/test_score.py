@@ -11,11 +11,12 @@ import torch
 
 import esm2mega
 from esm2mega.cli.app import main
+from esm2mega.data.variants.variant import AMINO_ACIDS
+from esm2mega.data.variants.wild_types import WildType
 from esm2mega.errors import UserError
 from esm2mega.infer.plan import ScoreOptions
 from esm2mega.infer.score import draw_scan, score_file
-from esm2mega.infer.variants import AMINO_ACIDS, read_table
-from esm2mega.infer.wild_types import WildType
+from esm2mega.infer.variant_tables import read_table
 from esm2mega.infer.windows import optimal
 from esm2mega.vocabulary import MASK, STANDARD_RESIDUES, VOCAB
 from tests.infer_models import (

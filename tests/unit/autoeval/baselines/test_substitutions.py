@@ -13,8 +13,8 @@ from esm2mega.autoeval.baselines.substitutions import (
 )
 from esm2mega.config.schema import TaskConfig
 from esm2mega.data.labels.dataset import proteins_of_pairs
+from esm2mega.data.variants.variant import Substitution
 from esm2mega.errors import UserError
-from esm2mega.infer.variants import Substitution
 from tests.infer_models import LETTERS, random_proteins
 
 WILD = random_proteins([60], seed=5)[0]

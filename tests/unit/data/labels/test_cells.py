@@ -256,9 +256,7 @@ def test_a_message_never_prints_a_whole_list(value: Any) -> None:
 
 def test_the_decimal_comma_is_refused_with_its_cure() -> None:
     for cell in ("1,5", "-0,25", "1,5e-3"):
-        with pytest.raises(
-            UserError, match=f"^x.csv:2: '{cell}' .* not a number; write decimals with a point"
-        ):
+        with pytest.raises(UserError, match=f"^x.csv:2: '{cell}' .* not a number; it has a decimal comma"):
             number_of(cell, "t", "x.csv:2")
     with pytest.raises(UserError, match="is not a number; correct it, or leave it empty"):
         number_of("1,5,3", "t", "x.csv:2")

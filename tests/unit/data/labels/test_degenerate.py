@@ -171,7 +171,7 @@ def test_a_number_beside_which_all_others_are_equal() -> None:
 
 
 BAD_NUMBERS = [
-    ("1_000", "'1_000' in column 'target' is not a number; write decimals with a point, and nothing between"),
+    ("1_000", "'1_000' in column 'target' is not a number; write nothing between thousands"),
     ("1e300", "'1e300' in column 'target' is beyond 1e\\+19"),
     ("-2e19", "'-2e19' in column 'target' is beyond 1e\\+19"),
     ("1e400", "'1e400' in column 'target' is not finite"),

@@ -16,7 +16,7 @@ from esm2mega.data.readers.base import LONGEST_SEQUENCE, LONGEST_TEXT, SourceOpt
 from esm2mega.data.readers.sources import open_source
 from esm2mega.data.readers.text import zstd
 from esm2mega.errors import UserError
-from esm2mega.infer.variants import read_table
+from esm2mega.infer.variant_tables import read_table
 from tests.unit.data.readers.test_megatron import write as write_megatron
 
 PIECE = b"A" * (4 << 20)

@@ -1,4 +1,4 @@
-"""Describes variants of a protein, and reads and writes the tables that hold them."""
+"""Reads and writes the tables that hold variants and their scores."""
 
 from __future__ import annotations
 
@@ -8,61 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
+from esm2mega.data.readers.excel import read_sheet
+from esm2mega.data.readers.sources import format_of
 from esm2mega.data.readers.text import bounded_lines, open_text
 from esm2mega.errors import UserError
-from esm2mega.files import OTHER_OUT, refuse_stream, replacing
-from esm2mega.vocabulary import STANDARD_RESIDUES, VOCAB
-
-AMINO_ACIDS = "".join(sorted(VOCAB[i] for i in STANDARD_RESIDUES))
-"""Lists the 20 standard residues in alphabetical order."""
-
-STOP = "*"
-"""Stands for the end of the protein in the place of a residue, as in ``A24*``."""
+from esm2mega.files import OTHER_OUT, refuse_stream, replacing, split_sheet
 
 _DELIMITERS = ",\t;"
-
-
-class Substitution(NamedTuple):
-    """Says that residue `position` (from 0) of the wild type, `wild`, becomes `mutant`, maybe `STOP`."""
-
-    position: int
-    wild: str
-    mutant: str
-
-
-Variant = tuple[Substitution, ...]
-"""Holds the residues that change; a variant without any is the wild type."""
-
-
-def write_variant(variant: Variant, offset: int) -> str:
-    """Write a variant in a form that `notation.parse_variant` reads."""
-    return ":".join(f"{s.wild}{s.position + offset}{s.mutant}" for s in variant)
-
-
-def single_substitutions(sequence: str) -> list[Variant]:
-    """List the substitutions of every standard residue of the sequence by each of the 19 others, in order."""
-    return [
-        (Substitution(index, wild, mutant),)
-        for index, wild in enumerate(sequence)
-        if wild in AMINO_ACIDS
-        for mutant in AMINO_ACIDS
-        if mutant != wild
-    ]
-
-
-def apply(variant: Variant, sequence: str) -> str:
-    """Return the sequence of the mutant, which ends before a stop."""
-    letters = list(sequence)
-    for substitution in variant:
-        letters[substitution.position] = substitution.mutant
-    return "".join(letters).partition(STOP)[0]
-
-
-def ends_early(variant: Variant) -> bool:
-    """Return whether the variant has a stop."""
-    return any(substitution.mutant == STOP for substitution in variant)
 
 
 @dataclass
@@ -101,6 +54,8 @@ def read_table(path: str | Path) -> Table:
         UserError: The file is missing or empty, is no CSV, or a row has more or fewer cells than the header.
     """
     refuse_stream(path)
+    if format_of(Path(path)) == "excel":
+        return _read_workbook(path)
     try:
         with open_text(Path(path)) as content, io.TextIOWrapper(content, "utf-8", newline="") as stream:
             lines_of_text = bounded_lines(Path(path), stream)
@@ -124,6 +79,17 @@ def read_table(path: str | Path) -> Table:
     if not rows:
         raise UserError(f"{path}: has no rows under a header; give a table of variants")
     return Table(Path(path), columns, rows, lines)
+
+
+def _read_workbook(path: str | Path) -> Table:
+    """Read a sheet as a table of texts; a cell without a value becomes an empty one."""
+    if not split_sheet(path)[0].is_file():
+        raise UserError(f"{path}: no such Excel file")
+    sheet = read_sheet(path)
+    if not sheet.rows:
+        raise UserError(f"{path}: has no rows under a header; give a table of variants")
+    rows = [["" if cell is None else str(cell) for cell in cells] for _, cells in sheet.rows]
+    return Table(Path(path), sheet.columns, rows, [number for number, _ in sheet.rows])
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

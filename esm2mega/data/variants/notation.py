@@ -15,12 +15,13 @@ import re
 
 from Bio.Data.IUPACData import protein_letters_3to1_extended
 
+from esm2mega.data.variants.variant import STOP, Substitution, Variant
 from esm2mega.errors import UserError
-from esm2mega.infer.variants import STOP, Substitution, Variant
 from esm2mega.vocabulary import VOCAB
 
 _WILD_TYPE = frozenset({"WT", "_WT", "_SY", "WILDTYPE", "WILD-TYPE", "WILD TYPE", "WILD_TYPE", "="})
-_LETTER = {name.upper(): letter for name, letter in protein_letters_3to1_extended.items()} | {"TER": STOP}
+LETTER = {name.upper(): letter for name, letter in protein_letters_3to1_extended.items()} | {"TER": STOP}
+"""Maps names of residues in three letters to those in one."""
 
 _HGVS = re.compile(r"(?:[\w.-]+:)?P\.(.+)")
 _CHANGE = re.compile(r"([A-Z]|[A-Z]{3})(-?[0-9]{1,9})([A-Z]|[A-Z]{3}|\*|=)")
@@ -44,19 +45,34 @@ def parse_variant(text: str, sequence: str, offset: int, offset_name: str = "--o
             that the wild type does not have there, leads to no residue of ESM-2, occurs twice, or is behind a
             stop.
     """
-    upper = text.strip().upper()
-    hgvs = _HGVS.fullmatch(upper)
-    parts = _hgvs_parts(hgvs[1]) if hgvs is not None else upper.split(":")
+    parts, is_hgvs = parts_of(text)
     if len(parts) == 1 and parts[0] in _WILD_TYPE:
         return ()
     cure = f", or set {offset_name} (now {offset}) to the number of the first residue" if offset_name else ""
-    changes = [_change(text, part, hgvs is not None, sequence, offset, cure) for part in parts]
+    changes = [substitution_of(text, part, is_hgvs, sequence, offset, cure) for part in parts]
     if len({change.position for change in changes}) < len(changes):
         raise UserError(f"{text!r} changes a residue twice; give each residue once")
     end = min((change.position for change in changes if change.mutant == STOP), default=len(sequence))
     if any(change.position > end for change in changes):
         raise UserError(f"{text!r} changes a residue behind a stop; leave that change out")
     return tuple(change for change in changes if change.mutant != change.wild)
+
+
+def parts_of(text: str) -> tuple[list[str], bool]:
+    """Return the changes of a variant in upper case, and whether they are HGVS."""
+    upper = text.strip().upper()
+    hgvs = _HGVS.fullmatch(upper)
+    return (upper.split(":"), False) if hgvs is None else (_hgvs_parts(hgvs[1]), True)
+
+
+def is_wild_type(text: str) -> bool:
+    """Tell whether a text is one of the names of the wild type."""
+    return parts_of(text)[0][0] in _WILD_TYPE
+
+
+def is_indel(part: str) -> bool:
+    """Tell whether a change looks like an insertion, deletion, frame shift or extension."""
+    return _OTHER_CHANGES.search(part) is not None
 
 
 def _hgvs_parts(text: str) -> list[str]:
@@ -70,11 +86,38 @@ def _without(text: str, pair: str) -> str:
     return text[1:-1] if text.startswith(pair[0]) and text.endswith(pair[1]) else text
 
 
-def _change(text: str, part: str, is_hgvs: bool, sequence: str, offset: int, cure: str) -> Substitution:
+def residue_at(part: str, letters: str, number: int, sequence: str, offset: int, cure: str) -> int:
+    """Return the index of a residue that a change names; raise `UserError` if it is not that residue.
+
+    Args:
+        part: The change, for messages.
+        letters: Name of the residue, in one letter or three.
+        number: Its number.
+        sequence: The wild type.
+        offset: Number of its first residue.
+        cure: End of messages.
+    """
+    index, name = number - offset, LETTER.get(letters, letters)
+    if not 0 <= index < len(sequence):
+        raise UserError(
+            f"{part}: residue {number} is not in the sequence, whose {len(sequence)} residues are "
+            f"numbered from {offset}; correct it{cure}"
+        )
+    if sequence[index] != name:
+        raise UserError(
+            f"{part}: residue {number} of the sequence is {sequence[index]}, not {name}; correct it{cure}"
+        )
+    return index
+
+
+def substitution_of(
+    text: str, part: str, is_hgvs: bool, sequence: str, offset: int, cure: str
+) -> Substitution:
+    """Read a substitution, `part` of the variant `text`; the rest is as for `residue_at`."""
     match = _CHANGE.fullmatch(part)
-    names = [] if match is None else [_LETTER.get(match[i], match[i]) for i in (1, 3)]
+    names = [] if match is None else [LETTER.get(match[i], match[i]) for i in (1, 3)]
     if match is None or any(len(name) > 1 for name in names):
-        if _OTHER_CHANGES.search(part):
+        if is_indel(part):
             raise UserError(
                 f"{text!r} is no substitution; variants with insertions and deletions are scored as whole "
                 "sequences, which a column mutated_sequence holds"
@@ -82,17 +125,8 @@ def _change(text: str, part: str, is_hgvs: bool, sequence: str, offset: int, cur
         raise UserError(
             f"{text!r} is no variant; write A24G, A24G:D25N for several substitutions, p.Ala24Gly, or WT"
         )
-    wild, number, mutant = names[0], int(match[2]), names[1]
-    index = number - offset
-    if not 0 <= index < len(sequence):
-        raise UserError(
-            f"{part}: residue {number} is not in the sequence, whose {len(sequence)} residues are "
-            f"numbered from {offset}; correct it{cure}"
-        )
-    if sequence[index] != wild:
-        raise UserError(
-            f"{part}: residue {number} of the sequence is {sequence[index]}, not {wild}; correct it{cure}"
-        )
+    wild, mutant = names
+    index = residue_at(part, match[1], int(match[2]), sequence, offset, cure)
     if match[3] == "X" and (is_hgvs or len(match[1]) > 1):
         raise UserError(f"{text!r}: X is a stop in old HGVS and any residue in new; write Ter or Xaa")
     if mutant == "=":

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from esm2mega.data.variants.wild_types import WildType, clean, read_wild_types
 from esm2mega.errors import UserError
-from esm2mega.infer.wild_types import WildType, clean, read_wild_types
 
 
 def test_sequences_are_cleaned_and_strangers_refused() -> None:

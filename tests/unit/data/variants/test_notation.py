@@ -2,9 +2,9 @@
 
 import pytest
 
+from esm2mega.data.variants.notation import parse_variant
+from esm2mega.data.variants.variant import Substitution, apply, write_variant
 from esm2mega.errors import UserError
-from esm2mega.infer.notation import parse_variant
-from esm2mega.infer.variants import Substitution, apply, write_variant
 
 SEQUENCE = "MKTAYX"
 

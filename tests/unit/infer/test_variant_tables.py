@@ -4,17 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.errors import UserError
-from esm2mega.infer.variants import (
+from esm2mega.data.variants.variant import (
     STOP,
     Substitution,
     apply,
     ends_early,
-    read_table,
     single_substitutions,
-    write_table,
     write_variant,
 )
+from esm2mega.errors import UserError
+from esm2mega.infer.variant_tables import read_table, write_table
 
 SEQUENCE = "MKTAYX"
 

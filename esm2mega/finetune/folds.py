@@ -1,0 +1,98 @@
+"""Trains a model for each fold of a table, and gathers what each predicts of the fold that it has not seen.
+
+The fold of a model is its test; the next fold chooses its best checkpoint, and the others train it. A start
+that finds finished folds takes them as they are, as a finished run is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esm2mega.config.schema import Run
+from esm2mega.config.split import FOLD
+from esm2mega.convert.start_point import StartPoint
+from esm2mega.data.labels.splits import FOLDER
+from esm2mega.files import replacing, write_json
+from esm2mega.finetune.checkpoint import evaluate_task
+from esm2mega.finetune.run import UserParts, finetune
+from esm2mega.parallel.errors import on_one_rank
+
+PREDICTIONS, SUMMARY = "folds.csv", "folds.json"
+"""Name, in the directory of the run, the predictions of all folds and the metrics over them."""
+
+_COUNTS = ("step", "num_labels", "num_sequences")
+
+
+def cross_validate(
+    run: Run, count: int, parts: UserParts, opened: StartPoint | None = None, begun: float | None = None
+) -> list[str]:
+    """Train and test on every fold; all ranks call this together.
+
+    Args:
+        run: The configuration; its `data.split` is replaced.
+        count: Number of folds.
+        parts: As for `finetune`.
+        opened: As for `finetune`.
+        begun: As for `finetune`.
+
+    Returns:
+        A report for the reader, with mean and standard deviation of every metric.
+    """
+    results = []
+    for number in range(1, count + 1):
+        fold = copy.deepcopy(run)
+        fold.run_dir = str(Path(run.run_dir) / f"fold_{number}")
+        fold.data.split = f"{FOLD}{number}/{count}"
+        finetune(fold, parts, opened=opened, begun=begun)
+        out = Path(fold.run_dir) / "test.json"
+        overrides = [] if run.task.mask_file is None else [f"task.mask_file={run.task.mask_file}"]
+        evaluate_task(fold.run_dir, Path(fold.run_dir) / FOLDER / "test.csv", out, overrides, parts.code)
+        results.append(on_one_rank(partial(_read, out)))
+    metrics = _spread(results)
+    on_one_rank(lambda: _write(Path(run.run_dir), results, metrics))
+    lines = [
+        f"{name}: {values['mean']:.6g} +- {values['std']:.2g} over {len(values['values'])} folds"
+        for name, values in metrics.items()
+    ]
+    return [*lines, f"out-of-fold predictions: {Path(run.run_dir) / PREDICTIONS}"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _spread(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return mean, standard deviation and values over the folds of each metric that all of them define."""
+    found = {}
+    for name in results[0]:
+        values = [result.get(name) for result in results]
+        if name in _COUNTS or not all(isinstance(value, (int, float)) for value in values):
+            continue
+        numbers = np.array(values, dtype=np.float64)
+        found[name] = {"mean": float(numbers.mean()), "std": float(numbers.std(ddof=1)), "values": values}
+    return found
+
+
+def _write(folder: Path, results: list[dict[str, Any]], metrics: dict[str, dict[str, Any]]) -> None:
+    with (
+        replacing(folder / PREDICTIONS) as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", "fold", "prediction", "label"])
+        for number, result in enumerate(results, 1):
+            for entry in result["predictions"]:
+                writer.writerow([entry["id"], number, _cell(entry["prediction"]), _cell(entry["label"])])
+    write_json(folder / SUMMARY, {"folds": len(results), "metrics": metrics})
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (list, dict)) else value

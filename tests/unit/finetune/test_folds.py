@@ -1,0 +1,113 @@
+"""Cross-validation: every protein is predicted once, by the model that has not seen it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esm2mega.cli.app import main
+from tests.unit.runs import SETTINGS
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
+
+RNG = np.random.default_rng(2)
+SEQUENCES = ["".join(RNG.choice(list("LAGVSERTIDPKQNFYMHWC"), n)) for n in RNG.integers(4, 40, 14)]
+FOLDS = 3
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def settings(folder: Path) -> list[str]:
+    return [
+        *SETTINGS,
+        *("task.kind=regression", "task.bootstrap=0", "train.max_steps=2", "train.eval_every=1"),
+        *(f"run_dir={folder / 'run'}", f"data.train={folder / 't.csv'}"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("folds")
+    lines = [f"p{number},{sequence},{number / 4}" for number, sequence in enumerate(SEQUENCES)]
+    (folder / "t.csv").write_text("\n".join(["id,sequence,target", *lines]) + "\n")
+    assert main(["finetune", "--folds", str(FOLDS), *settings(folder)]) == 0
+    return folder
+
+
+def test_every_protein_is_predicted_once_by_a_model_that_has_not_seen_it(folder: Path) -> None:
+    found = rows(folder / "run" / "folds.csv")
+    assert sorted(row["id"] for row in found) == sorted(f"p{number}" for number in range(14))
+    labels = {f"p{number}": number / 4 for number in range(14)}
+    assert all(float(row["label"]) == labels[row["id"]] for row in found)
+    for number in range(1, FOLDS + 1):
+        parts = {
+            split: {row["id"] for row in rows(folder / "run" / f"fold_{number}" / "splits" / f"{split}.csv")}
+            for split in ("train", "valid", "test")
+        }
+        assert parts["test"] == {row["id"] for row in found if row["fold"] == str(number)}
+        assert sum(map(len, parts.values())) == 14 and len(parts["train"] | parts["valid"]) == 14 - len(
+            parts["test"]
+        )
+        following = {row["id"] for row in found if row["fold"] == str(number % FOLDS + 1)}
+        assert parts["valid"] == following
+
+
+def test_the_predictions_are_those_of_predict(folder: Path, tmp_path: Path) -> None:
+    model = folder / "run" / "fold_2"
+    out = tmp_path / "p.csv"
+    assert main(["predict", str(model), str(folder / "t.csv"), "--out", str(out)]) == 0
+    predicted = {row["id"]: float(row["target"]) for row in rows(out)}
+    for row in rows(folder / "run" / "folds.csv"):
+        if row["fold"] == "2":
+            # Prediction files hold fp32.
+            assert float(row["prediction"]) == pytest.approx(predicted[row["id"]], abs=1e-6)
+
+
+def test_mean_and_spread_are_those_of_the_folds(folder: Path) -> None:
+    summary = json.loads((folder / "run" / "folds.json").read_text())
+    tests = [json.loads((folder / "run" / f"fold_{n}" / "test.json").read_text()) for n in (1, 2, 3)]
+    assert summary["folds"] == 3 and {"loss", "rmse", "mae"} <= summary["metrics"].keys()
+    assert not {"step", "num_sequences"} & summary["metrics"].keys()
+    for name, found in summary["metrics"].items():
+        values = [test[name] for test in tests]
+        assert found["values"] == values
+        assert found["mean"] == pytest.approx(statistics.mean(values), rel=1e-12, abs=1e-12)
+        assert found["std"] == pytest.approx(statistics.stdev(values), rel=1e-9, abs=1e-12)
+
+
+def test_another_start_takes_finished_folds_as_they_are(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["folds.csv", "folds.json", "fold_1/test.json"]
+    before = [(folder / "run" / name).read_bytes() for name in files]
+    assert main(["finetune", "--folds", str(FOLDS), *settings(folder)]) == 0
+    assert [(folder / "run" / name).read_bytes() for name in files] == before
+    printed = capsys.readouterr().out
+    assert "over 3 folds" in printed and "out-of-fold predictions: " in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--folds", "3", "data.split=0.8/0.2"], "--folds 3 splits data.train itself; set data.split=null"),
+        (["--folds", "3", "data.valid=x.csv"], "cuts data.train into all splits, and data.valid=x.csv"),
+        (["--folds", "20"], "no protein is left for part 15 (train), since the 14"),
+        (["data.split=fold:4/3"], "data.split=fold:4/3 must be one of 3 or more folds"),
+        (["data.split=fold:1/2"], "data.split=fold:1/2 must be one of 3 or more folds"),
+        (["data.split=fold:x/3"], "data.split=fold:x/3 must be one of 3 or more folds"),
+    ],
+)
+def test_what_is_refused(
+    words: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [text for text in settings(folder) if not text.startswith("run_dir")]
+    assert main(["finetune", *given, f"run_dir={tmp_path / 'run'}", *words]) == 2
+    assert message in capsys.readouterr().err
