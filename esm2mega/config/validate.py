@@ -174,13 +174,11 @@ def check_training_inputs(run: Run) -> None:
             "data.train is not set: give a token store, e.g. data.train=DIR/train made by "
             "`esm2mega prepare fasta INPUT --out DIR`, or a file of sequences"
         )
-    named: list[tuple[str, str | None]] = [("data.train", path) for path in run.data.train_paths()]
-    named += [("data.valid", run.data.valid), ("data.test", run.data.test)]
+    named = [("data.train", path) for path in run.data.train_paths()]
+    held_out = (("data.valid", run.data.valid), ("data.test", run.data.test))
+    named += [(key, path) for key, path in held_out if path is not None]
     for key, path in named:
-        if path is not None:
-            refuse_stream(path, f"{key}={path}")
-        if path is None:
-            continue
+        refuse_stream(path, f"{key}={path}")
         file = split_sheet(path)[0]
         if labelled and not (file.is_file() or os.path.isfile(os.path.join(path, DATA_DIR_LIST))):
             raise UserError(f"{key}={path}: no such file; give a table with sequences and labels")

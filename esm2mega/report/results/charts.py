@@ -21,6 +21,9 @@ GREY = "c6"
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _PAD = 340, 260, 52, 38, 10
 _TICKS = 5
+_DIGIT_WIDTH = 6.5
+"""Bounds the width of a digit of the small letters of a chart."""
+
 _PUNCTUATION = re.compile("([/:_@])")
 
 
@@ -103,11 +106,17 @@ class Plot:
     def _y(self, value: float) -> float:
         return _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _PAD) * self.y.share(value)
 
+    def _anchor(self, tick: float) -> str:
+        """Return where the number of a tick of the x axis hangs; a long one at the end would be cut off."""
+        width = _DIGIT_WIDTH * len(_number(tick))
+        return "end" if self._x(tick) + width / 2 > _WIDTH else "middle"
+
     def _axes(self) -> str:
         right, bottom = _WIDTH - _PAD, _HEIGHT - _BOTTOM
         grid = "".join(f"M{_LEFT} {self._y(tick):.1f}H{right}" for tick in self.y.ticks())
         numbers = "".join(
-            f'<text x="{self._x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{_number(tick)}</text>'
+            f'<text x="{self._x(tick):.1f}" y="{bottom + 15}" text-anchor="{self._anchor(tick)}">'
+            f"{_number(tick)}</text>"
             for tick in self.x.ticks()
         ) + "".join(
             f'<text x="{_LEFT - 6}" y="{self._y(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'

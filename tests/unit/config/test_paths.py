@@ -33,7 +33,7 @@ def test_home_and_number_in_every_path_and_in_no_other_text() -> None:
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {
         *("run_dir", "init_from", "data.train", "data.valid", "data.test", "data.cache_dir"),
-        *("checkpoint.resume", "task.label_file", "task.mask_file"),
+        *("checkpoint.resume", "task.label_file", "task.mask_file", "data.wild_type"),
     }
     assert {after[key] for key in changed} == {"/home/me/x_0"}
 

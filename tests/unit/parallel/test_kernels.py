@@ -80,6 +80,20 @@ class OnlyOnCuda:
         raise RuntimeError("CUDA only")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_adam_is_that_of_pytorch_wherever_others_are_installed(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """So a state passes between machines with and without Transformer Engine or apex."""
+    monkeypatch.setattr(megatron.core.optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
+        monkeypatch.setattr(distrib_optimizer, name, True)
+    kernels.install(torch.device(device))
+    assert megatron.core.optimizer.USING_PYTORCH_OPTIMIZER
+    assert not distrib_optimizer.HAVE_APEX_OR_TE
+    assert not (distrib_optimizer.USING_TE_OPTIMIZER or distrib_optimizer.USING_APEX_OPTIMIZER)
+
+
 @pytest.mark.parametrize("distributed", ["false", "true"])
 def test_a_cpu_trains_although_megatron_found_fused_kernels(
     monkeypatch: pytest.MonkeyPatch, distributed: str

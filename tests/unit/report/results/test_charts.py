@@ -49,3 +49,9 @@ def test_groups_of_points() -> None:
         (GREY, "others"),
     ]
     assert sorted(np.concatenate([rows for _, _, rows in names])) == list(range(36))
+
+
+def test_a_long_number_at_the_end_of_the_axis_is_not_cut_off() -> None:
+    chart = Plot(Axis("step", 400, 2500), Axis("y", 0, 1)).figure("t")
+    found = {text: anchor for anchor, text in re.findall(r'text-anchor="(\w+)">([\d,]+)</text>', chart)}
+    assert found["2,500"] == "end" and found["2,000"] == "middle"
