@@ -124,6 +124,19 @@ def test_tables_of_a_benchmark(tmp_path: Path) -> None:
         file.write("c,MK,True\n")
     with pytest.raises(UserError, match="test.csv: is missing or was changed"):
         inspect_path(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    entry = manifest["splits"]["train"]
+    for splits in (
+        [],
+        {"train": 3},
+        {"train": {**entry, "file": 3}},
+        {"train": {**entry, "file": "../train.csv"}},
+        {"train": {**entry, "longest": None}},
+        {"train": {key: value for key, value in entry.items() if key != "sha256"}},
+    ):
+        (out / "manifest.json").write_text(json.dumps({**manifest, "splits": splits}))
+        with pytest.raises(UserError, match="manifest.json: is damaged, it does not describe the splits"):
+            inspect_path(out)
 
 
 def test_the_task_of_a_fine_tuned_checkpoint(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from esm2mega.data.benchmarks.tables import TARGET, LabelledRow, LabelledTables
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.store.staging import check_new
 from esm2mega.errors import UserError
-from esm2mega.files import file_sha256, shortened
+from esm2mega.files import file_sha256, refuse_stream, shortened
 
 _ENDINGS = (".fasta", ".fa", ".faa")
 _ONE_ATOM = ["x", "y", "z"]
@@ -45,13 +45,14 @@ def prepare_contacts(source: str | Path, out: str | Path) -> list[str]:
         UserError: A file is missing, or its residues are not those of the sequence.
     """
     check_new(Path(out))
-    folder = Path(source)
+    refuse_stream(folder := Path(source))
     fastas = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in _ENDINGS]
     if len(fastas) != 1:
         raise UserError(
             f"--source {source}: has {len(fastas) or 'no'} FASTA files; name a folder with one, and ID.csv "
             "with the coordinates of each protein"
         )
+    refuse_stream(fastas[0])
     rows, checksums = [], {fastas[0].name: file_sha256(fastas[0])}
     for record in (reader := FastaReader(fastas[0])):
         name = f"{record.id}.csv"
@@ -83,7 +84,7 @@ def read_atoms(path: Path, sequence: str) -> Array:
 def _read_atoms(path: Path, sequence: str) -> Array:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the coordinates of every protein of the FASTA file")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file)
         header = table.fieldnames or []
         columns = _BACKBONE if set(_BACKBONE) <= set(header) else _ONE_ATOM
@@ -94,6 +95,12 @@ def _read_atoms(path: Path, sequence: str) -> Array:
             )
         found, letters = [], []
         for row in table:
+            if None in row:  # as with commas for decimal points
+                count = len(header) + len(row[None])
+                raise UserError(
+                    f"{path}:{table.line_num}: has {count} cells, the header {len(header)}; give as many, "
+                    "and numbers with a decimal point"
+                )
             letters.append((row["residue"] or "").strip().upper())
             found.append([_number(row[column], f"{path}:{table.line_num}: {column}") for column in columns])
     wrong = next(

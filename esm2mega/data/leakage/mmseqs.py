@@ -27,6 +27,9 @@ _LARGEST_E_VALUE = "0.001"
 _MEMORY = "4G"
 """Limits the index of the proteins that are searched; a larger set is searched in parts."""
 
+_NO_WORDS = "No k-mer could be extracted"
+"""MMseqs2 ends so where all proteins are too short or repeats, which beside others it just does not find."""
+
 _CLEAN = {ord(c): "X" for c in "*-.BJOUZ"}
 
 
@@ -78,8 +81,11 @@ def mmseqs_hits(
         if sum(map(len, first)) < _SMALL:
             command += ["-k", "5"]
         command += ["--dbtype", "1", "--format-output", "target,query,fident", "-v", "1"]
-        code, said = _run(command)
+        code, lines = _run(command)
+        if code and any(_NO_WORDS in line for line in lines):
+            return np.zeros((0, 2), dtype=np.int64), np.zeros(0), False
         if code:
+            said = lines[-1] if lines else "no message"
             raise MachineError(
                 f"{program} easy-search: exit code {code}: {said}; its files were in "
                 f"{tempfile.gettempdir()}, which may be full: name another one in TMPDIR"
@@ -88,8 +94,8 @@ def mmseqs_hits(
         return rows, identities, bool(np.bincount(rows[:, 1], minlength=1).max() >= most)
 
 
-def _run(command: Sequence[str]) -> tuple[int, str]:
-    """Run a program and all that it starts, and return its exit code and the last line that it said."""
+def _run(command: Sequence[str]) -> tuple[int, list[str]]:
+    """Run a program and all that it starts, and return its exit code and the lines that it said."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -108,8 +114,7 @@ def _run(command: Sequence[str]) -> tuple[int, str]:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return process.returncode, lines[-1] if lines else "no message"
+    return process.returncode, [line.strip() for line in said.splitlines() if line.strip()]
 
 
 def _parsed(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

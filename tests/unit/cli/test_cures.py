@@ -334,6 +334,10 @@ def test_cures_of_unreadable_tables(
     table.write_text(TABLES[name])
     run = str(finished.run_dir)
     training = [*SETTINGS, "train.max_steps=1", "train.eval_every=0", f"run_dir={out}", f"data.train={table}"]
+    structures = tmp_path / "structures"
+    structures.mkdir()
+    (structures / "a.fasta").write_text(">a\nMKT\n")
+    (structures / ("a.fasta" if name.endswith(".fasta") else "a.csv")).write_text(TABLES[name])
     for command, arguments in {
         "prepare fasta": [str(table), "--out", out, "--workers", "1"],
         "embed": [run, str(table), "--out", f"{out}.h5"],
@@ -344,12 +348,14 @@ def test_cures_of_unreadable_tables(
         "compare": [str(tuned), str(tuned), "--data", str(table)],
         "score": [run, "--fasta", str(table), "--out", f"{out}.csv"],
         "prepare deeploc2": ["--source", str(table), "--out", out],
+        "prepare contacts": ["--source", str(structures), "--out", out],
+        "inspect": ["--leakage", str(table), str(table)],
     }.items():
         capsys.readouterr()
         code = main([*command.split(), *arguments])
         line = capsys.readouterr().err.strip().rpartition("\n")[2]
         if code == 0 and name in ("long.csv", "comma.csv"):
-            continue  # long proteins are cropped there, and labels are not read
+            continue  # long proteins are cropped there or taken as they are, and labels are not read
         assert code == 2 and line.startswith("esm2mega: error: "), (command, line)
         assert not wrong_cures(line, command), (command, line)
 

@@ -128,6 +128,8 @@ def test_where_no_stream_can_be_read_it_is_refused_for_what_it_is(
             [*score, "--sequence", "MK", "--variants", stream],
             ["prepare", "uniref", "--uf50", stream, *others, "--out", out],
             ["prepare", "deeploc2", "--source", stream, "--out", out],
+            ["prepare", "contacts", "--source", stream, "--out", out],
+            ["inspect", "--leakage", str(tmp_path / "uf90"), stream],
         ):
             assert main(arguments) == 2, arguments
             error = capsys.readouterr().err

@@ -64,6 +64,7 @@ def test_c_beta_has_the_geometry_of_an_amino_acid() -> None:
         ("residue,x,y,z\nA,1,2,3\n", "has 'A' as residue 1, the sequence has 'M'"),
         ("residue,x,y,z\nM,1,b,3\n", "p1.csv:2: y is 'b', not a number"),
         ("residue,x,y,z\nM,1,inf,3\n", "p1.csv:2: y is 'inf', not a number"),
+        ("residue,x,y,z\nM,1,5,2,0,3,0\n", "p1.csv:2: has 7 cells, the header 4; .* a decimal point"),
         ("residue,x,y,z\nM,1,2\n", "p1.csv:2: z is None, not a number"),
         ("\xff", "p1.csv: is no CSV"),
     ],

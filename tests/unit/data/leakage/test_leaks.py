@@ -235,3 +235,9 @@ def test_a_failure_of_mmseqs_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(MachineError, match="exit code 3: Could not write"):
         find_leaks({"train": [("a", "MKT")], "test": [("b", "MKT")]})
     assert list(tmp_path.iterdir()) == [program]
+    # So it ends where all proteins that are searched are too short or repeats.
+    program.write_text(
+        "#!/bin/sh\necho 'No k-mer could be extracted for x.'\necho 'Error: Search died'\nexit 1\n"
+    )
+    leaks = find_leaks({"train": [("a", "MKT"), ("c", "MKV")], "test": [("b", "MKT")]})
+    assert (leaks.method, leaks.num_pairs, leaks.num_identical) == (MMSEQS, 1, 1)
