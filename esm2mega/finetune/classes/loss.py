@@ -87,8 +87,8 @@ class LossReduction(TaskLossReduction):
         means = {key: torch.as_tensor(value) for key, value in beside.items() if key != _AVG}
         return LossTerms(loss * count, count, {key: (mean * count, count) for key, mean in means.items()})
 
-    def means(self, reports: Sequence[dict[str, Tensor]], device: torch.device) -> Means:
-        found = super().means(reports, device)
+    def means_of(self, totals: Sequence[Sequence[float]]) -> Means:
+        found = super().means_of(totals)
         if found["loss"] is None:
             return found
         named = {_AVG: found["loss"]} | {name: found[name] for name in self.names if name != "loss"}

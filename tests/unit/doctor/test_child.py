@@ -52,11 +52,19 @@ def test_a_process_that_hangs_is_ended_with_what_it_started(run, tmp_path):
         timeout=1,
     )
     assert finding == Finding(FAILED, "the check: no answer within 1 s", "the cure")
-    time.sleep(0.1)
     for pid in map(int, pids.read_text().split()):
-        status = Path("/proc", str(pid), "stat")
-        # A process that ended may wait for its parent: a zombie.
-        assert not status.exists() or status.read_text().split()[2] == "Z"
+        deadline = time.monotonic() + 10
+        while not has_ended(pid):
+            assert time.monotonic() < deadline, pid
+            time.sleep(0.05)
+
+
+def has_ended(pid: int) -> bool:
+    """A process that ended may wait for its parent: a zombie."""
+    try:
+        return Path("/proc", str(pid), "stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_a_child_of_a_rank_is_no_rank(run, monkeypatch):

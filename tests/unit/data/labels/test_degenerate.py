@@ -163,7 +163,8 @@ def test_one_column_of_several(tmp_path: Path) -> None:
 
 def test_a_number_beside_which_all_others_are_equal() -> None:
     values = [*np.linspace(0, 1, 30), 1e6]
-    found, _ = proteins_of_pairs([("MK", x) for x in values], TaskConfig(kind="regression"), None, "train")
+    pairs = [("M" * length, x) for length, x in enumerate(values, 1)]
+    found, _ = proteins_of_pairs(pairs, TaskConfig(kind="regression"), None, "train")
     assert found.notes == [
         "train[30]: 1000000.0 in column 'target' is so far away that all other numbers of train are nearly "
         "equal beside it; check that label"

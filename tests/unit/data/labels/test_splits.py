@@ -104,7 +104,7 @@ def test_a_column_may_name_the_splits(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "t.csv", rows, "id,sequence,target,set")
     assert ids(splits(path, split_by="set")) == {"train": ["a", "d"], "valid": ["c"], "test": ["b"]}
-    with pytest.raises(UserError, match=r"t.csv:3: set='holdout' is not one of train, valid"):
+    with pytest.raises(UserError, match=r"t.csv:3: set='holdout' is not one of train, val, test, valid"):
         splits(write(path, [rows[0], ("b", "M", "2", "holdout")], "id,sequence,target,set"), split_by="set")
     with pytest.raises(UserError, match=r"data.split_by=set: no row of .* has train there; give some"):
         splits(write(path, rows[1:2], "id,sequence,target,set"), split_by="set")

@@ -61,12 +61,12 @@ def test_groups_that_a_first_search_left_apart_are_joined_when_the_parts_are_com
     sequences, _ = families([4, 4], seed=2)
     calls = []
 
-    def hits(first: list[str], second: list[str], *_: float) -> tuple[np.ndarray, np.ndarray]:
+    def hits(first: list[str], second: list[str], *_: float) -> tuple[np.ndarray, np.ndarray, bool]:
         calls.append((len(first), len(second)))
         if len(calls) == 1:
-            return np.zeros((0, 2), dtype=np.int64), np.zeros(0)
+            return np.zeros((0, 2), dtype=np.int64), np.zeros(0), False
         pairs = [(i, j) for i, a in enumerate(first) for j, b in enumerate(second) if a[:1] == b[:1]]
-        return np.array(pairs, dtype=np.int64).reshape(-1, 2), np.ones(len(pairs))
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2), np.ones(len(pairs)), False
 
     monkeypatch.setattr("esm2mega.data.leakage.clusters.kmer_hits", hits)
     parts, groups, _ = divide_apart(sequences, 0.5, lambda g: np.unique(g, return_inverse=True)[1] % 2, KMERS)
