@@ -105,7 +105,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Make Adam with decoupled weight decay on matrices, and none on biases and LayerNorms.
 
-    It is fused with apex or Transformer Engine. Parameters with a factor of the learning rate in `scales` are
+    It is PyTorch's fused Adam on every machine. Parameters with a factor of the learning rate in `scales` are
     in groups of their own. The optimizer is distributed if `model` was wrapped for that. In fp16 it scales
     the loss, and the schedules of `model` are told to ask it by how much.
 
