@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esm2mega.errors import UserError
-from esm2mega.files import replacing
 from esm2mega.report.curves import curve, loss_label, running_mean
 from esm2mega.report.figure import SMOOTHING_POINTS, png_of, style_axes
-from esm2mega.report.plot import HTML_NAME, PNG_NAME, RunRecords, read_run
-from esm2mega.report.style import HEAD, STYLE
+from esm2mega.report.plot import IMAGE_STYLE, RunRecords, read_run, write_report
+from esm2mega.report.results.charts import scrolling
+from esm2mega.report.style import page_of
 from esm2mega.report.summary import summarise, summarise_downstream
 
 if TYPE_CHECKING:
@@ -24,29 +24,16 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", ":", "-.")
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-{head}<title>{title} - esm2mega</title>
-<style>
-{style}
-img {{ width: 100%; height: auto; background: #fff; }}
-th, td, h1 {{ overflow-wrap: anywhere; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
+_STYLE = f"{IMAGE_STYLE}th, td, h1 {{ overflow-wrap: anywhere; }}\n"
+
+_BODY = """<h1>{title}</h1>
 <h2>Final numbers</h2>
 {numbers}
 <h2>Keys that differ</h2>
 {keys}
 <h2>Curves</h2>
 <img alt="Loss, learning rate, gradient norm and throughput of all runs by optimizer step"
-  src="data:image/png;base64,{png}">
-<footer>esm2mega. {footer}</footer>
-</body>
-</html>
-"""
+  src="data:image/png;base64,{png}">"""
 
 
 def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> list[str]:
@@ -66,21 +53,16 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> list[str]:
     names = unique_names(real)
     runs = {name: read_run(run) for name, run in zip(names, run_dirs, strict=True)}
     png = png_of(_figure(runs))
-    page = _PAGE.format(
-        title=html.escape(" and ".join(names) if len(names) == 2 else f"{len(names)} runs"),
-        head=HEAD,
-        style=STYLE,
+    title = html.escape(" and ".join(names) if len(names) == 2 else f"{len(names)} runs")
+    body = _BODY.format(
+        title=title,
         numbers=_table("number", names, final_numbers(runs)),
         keys=_table("key", names, differing_keys(runs)),
         png=base64.b64encode(png).decode(),
-        footer=_comparable(runs),
     )
-    files = [(Path(out) / PNG_NAME, png), (Path(out) / HTML_NAME, page.encode())]
+    page = page_of(title, body, f"esm2mega. {_comparable(runs)}", _STYLE)
     Path(out).mkdir(parents=True, exist_ok=True)
-    for path, data in files:
-        with replacing(path, "free space or fix its permissions") as partial:
-            partial.write_bytes(data)
-    return [str(path) for path, _ in files]
+    return [str(path) for path in write_report(Path(out), png, page)]
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
@@ -167,7 +149,4 @@ def _table(what: str, names: Sequence[str], rows: Mapping[str, Sequence[str]]) -
     for key, cells in rows.items():
         texts = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr><th scope="row">{html.escape(key)}</th>{texts}</tr>')
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{what}"><table><tr>{heads}</tr>'
-        f"{''.join(lines)}</table></div>"
-    )
+    return scrolling(f"<tr>{heads}</tr>{''.join(lines)}", what)

@@ -15,7 +15,8 @@ from esm2mega.files import replacing
 from esm2mega.report.curves import Curve, TaskRun, downstream_curves, loss_label, task_run
 from esm2mega.report.figure import figure_of, png_of
 from esm2mega.report.log import DOWNSTREAM, EVAL, LOG_NAME, TEST, TRAIN, read_log
-from esm2mega.report.style import HEAD, STYLE
+from esm2mega.report.results.charts import scrolling
+from esm2mega.report.style import page_of
 from esm2mega.report.summary import metrics_table, summarise, summarise_downstream
 
 CONFIG_NAME = "config.yaml"
@@ -44,12 +45,16 @@ def plot_run(run_dir: str | Path) -> PlotFiles:
     name = run_dir.resolve().name
     png = png_of(figure_of(name, run.train, run.evaluations, run.downstream, run.task, label))
     page = _html(name, png, summary, run.task, run.config)
-    files = PlotFiles(run_dir / PNG_NAME, run_dir / HTML_NAME, summary)
-    # A browser that reloads during a run never sees half a page.
-    for path, data in ((files.png, png), (files.html, page.encode())):
+    return PlotFiles(*write_report(run_dir, png, page), summary)
+
+
+def write_report(folder: Path, png: bytes, page: str) -> tuple[Path, Path]:
+    """Write the figure and the page; a browser that reloads during a run never sees half a page."""
+    paths = folder / PNG_NAME, folder / HTML_NAME
+    for path, data in zip(paths, (png, page.encode()), strict=True):
         with replacing(path, "free space or fix its permissions") as partial:
             partial.write_bytes(data)
-    return files
+    return paths
 
 
 @dataclass(frozen=True)
@@ -119,30 +124,21 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return rows
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-{head}<title>{title} - esm2mega</title>
-<style>
-{style}
-img {{ width: 100%; height: auto; background: #fff; }}
-.settings th, .settings td, h1 {{ overflow-wrap: anywhere; }}
+IMAGE_STYLE = "img { width: 100%; height: auto; background: #fff; }\n"
+"""Lets the curves take the width of a page."""
+
+_STYLE = f"""{IMAGE_STYLE}.settings th, .settings td, h1 {{ overflow-wrap: anywhere; }}
 .settings th {{ width: 40%; }}
 .config th, .config td {{ font-family: ui-monospace, monospace; font-size: 13px; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
+"""
+
+_BODY = """<h1>{title}</h1>
 <h2>Final numbers</h2>
 <table class="settings">{summary}</table>
 {metrics}
 <h2>Curves</h2>
 <img alt="{alt}" src="data:image/png;base64,{png}">
-{config}
-<footer>esm2mega. {footer}</footer>
-</body>
-</html>
-"""
+{config}"""
 
 _ALT = "Loss, learning rate, gradient norm, throughput and downstream tasks by optimizer step"
 _FOOTER = (
@@ -162,17 +158,15 @@ def _html(
     if config:
         table = f'<table class="settings config">{_rows(config)}</table>'
         section = f"<details open><summary>Configuration</summary>{table}</details>"
-    return _PAGE.format(
+    body = _BODY.format(
         title=html.escape(title),
-        head=HEAD,
-        style=STYLE,
         summary=_rows(summary),
         metrics="" if task is None else _metrics(task),
         alt=_ALT if task is None else f"{html.escape(task.headline)} of validation and test; {_ALT}",
         png=base64.b64encode(png).decode(),
         config=section,
-        footer=_FOOTER if task is None else _TASK_FOOTER,
     )
+    return page_of(html.escape(title), body, f"esm2mega. {_FOOTER if task is None else _TASK_FOOTER}", _STYLE)
 
 
 def _metrics(task: TaskRun) -> str:
@@ -184,10 +178,7 @@ def _metrics(task: TaskRun) -> str:
         f"{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
         for name, *cells in metrics_table(task)
     )
-    return (
-        '<h2>Metrics</h2>\n<div class="scroll" tabindex="0" role="region" aria-label="Metrics">'
-        f"<table><tr>{heads}</tr>{rows}</table></div>"
-    )
+    return f"<h2>Metrics</h2>\n{scrolling(f'<tr>{heads}</tr>{rows}', 'Metrics')}"
 
 
 def _rows(table: Mapping[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-STYLE = """
+_STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --soft: #59636e; --line: #d1d9e0; --page: #ffffff;
   --model: #0072b2; --baseline: #7a7f85; --published: #b35400; --low: #9cc9e8; --high: #00395c;
   --c0: #0072b2; --c1: #b35400; --c2: #00795a; --c3: #a0468c; --c4: #7a6a00; --c5: #4b4fc4; --c6: #7a7f85; }
@@ -66,9 +66,25 @@ a { color: inherit; }
 footer { margin: 3rem 0 1rem; }
 """
 
-HEAD = """<meta charset="utf-8">
+_HEAD = """<meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 """
 """Opens the head of a page; the policy keeps a browser from loading or running anything."""
+
+
+def page_of(title: str, body: str, footer: str, style: str = "") -> str:
+    """Return a whole page.
+
+    Args:
+        title: Its title, as HTML.
+        body: What stands above the footer, as HTML.
+        footer: The footer, as HTML.
+        style: Rules for this page besides those of all pages.
+    """
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n{_HEAD}<title>{title} - esm2mega</title>\n'
+        f"<style>\n{_STYLE}{style}</style>\n</head>\n<body>\n{body}\n<footer>{footer}</footer>\n"
+        "</body>\n</html>\n"
+    )

@@ -15,7 +15,7 @@ from esm2mega.files import OTHER_OUT, replacing
 from esm2mega.report.results.charts import COLORS, GREY, Plot, axis_of, breakable, scrolling
 from esm2mega.report.results.pictures import pictures_of
 from esm2mega.report.results.rows import best_of, differences, overview, rows_of, slug_of
-from esm2mega.report.style import HEAD, STYLE
+from esm2mega.report.style import page_of
 
 PAGE = "results.html"
 
@@ -35,15 +35,13 @@ def write_results_page(results: Mapping[str, Any], folder: Path) -> Path:
     """
     tasks = [_task(task, results, folder) for task in results["tasks"]]
     body = "\n".join(["<h1>Benchmarks</h1>", _models(results), overview(results), *tasks])
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n{HEAD}'
-        f"<title>Benchmarks - esm2mega</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n{body}\n"
-        f"<footer>esm2mega {escape(results['esm2mega'])}, seed {results['seed']}. Lines over bars are 95 % "
+    footer = (
+        f"esm2mega {escape(results['esm2mega'])}, seed {results['seed']}. Lines over bars are 95 % "
         "intervals by resampling the test proteins. Rows in italics cannot be compared with the others; the "
-        "note says why.</footer>\n</body>\n</html>\n"
+        "note says why."
     )
     with replacing(folder / PAGE, OTHER_OUT) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page_of("Benchmarks", body, footer), encoding="utf-8")
     return folder / PAGE
 
 
