@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from esm2mega.config.schema import DataConfig, TaskConfig
+from esm2mega.config.split import SPLITS
 from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
 from esm2mega.data.labels.rows import Table, read_table
 from esm2mega.data.labels.schema import IGNORED, TargetInfo
@@ -18,8 +19,7 @@ from esm2mega.data.readers.settings import options_of
 from esm2mega.data.readers.sources import open_source
 from esm2mega.errors import UserError
 
-TRAIN, VALID, TEST = "train", "valid", "test"
-SPLITS = (TRAIN, VALID, TEST)
+TRAIN, VALID, TEST = SPLITS
 
 SPLIT_COLUMNS = ("split", "set")
 """Columns that are looked for, in this order, unless one is named."""

@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from esm2mega.config.split import SPLITS
 from esm2mega.data.benchmarks.names import FLIP_TASKS, FlipTask, differing
-from esm2mega.data.benchmarks.tables import MASK, SPLITS, TARGET, LabelledRow, LabelledTables
+from esm2mega.data.benchmarks.tables import MASK, TARGET, LabelledRow, LabelledTables
 from esm2mega.data.labels.cells import LARGEST, check_marks
 from esm2mega.data.labels.numbers import plain_number
 from esm2mega.data.labels.rows import ResidueStrings

@@ -21,7 +21,6 @@ from esm2mega.files import file_sha256, parse_json
 TARGET, MASK = "target", "mask"
 """These are the names of the columns of labels, and of the mask that says which residues count."""
 
-SPLITS = ("train", "valid", "test")
 
 MANIFEST = "manifest.json"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from esm2mega.config.split import SPLITS
 from esm2mega.data import counter_rng
 from esm2mega.data.overlap import KnownSequences
 from esm2mega.data.store.parts import Part
@@ -17,7 +18,6 @@ from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
 from esm2mega.files import shortened
 
-SPLITS = ("train", "valid", "test")
 TRAIN = SPLITS.index("train")
 LEFT_OUT = -1
 """Stands in the place of a split for records that go to none."""
