@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 
 from esm2mega.prove.prover import Prover
-from esm2mega.prove.trials import GROUPS, HEADS
+from esm2mega.prove.trials import GROUPS, HEADS, Trial
+from tests.prove.short import short_and_whole
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
-def test_heads_equal_one_process(prover: Prover) -> None:
+OF_HEAD = {name: [t for t in GROUPS["heads"] if t.label == f"head {name}"] for name in HEADS}
+IN_TURN = {name: rows[number % len(rows)] for number, (name, rows) in enumerate(OF_HEAD.items())}
+# Few weights in a sharded optimizer, and head, loss and model of a user's own, both resumed; maps in bf16.
+MORE = (OF_HEAD["max"][-1], OF_HEAD["own"][-1], GROUPS["bf16"][-1])
+# At other layouts, and a user's own at all of them.
+AGAIN = (OF_HEAD["frozen"][2], OF_HEAD["attention_maps"][2], *OF_HEAD["own"])
+
+
+@short_and_whole(
+    # `freeze` has the head of `mlp`, and `targets` that of `cnn`.
+    [*(trial for name, trial in IN_TURN.items() if name not in ("mlp", "cnn")), *MORE],
+    dict.fromkeys([*IN_TURN.values(), *MORE, *AGAIN]),
+)
+def test_heads_equal_one_process(
+    prover: Prover, runs: Callable[[], AbstractContextManager[None]], trials: list[Trial]
+) -> None:
     """One layout for each head, in turn; `esm2mega prove --layouts heads` has all combinations."""
-    of_head = {name: [t for t in GROUPS["heads"] if t.label == f"head {name}"] for name in HEADS}
-    trials = [rows[number % len(rows)] for number, rows in enumerate(of_head.values())]
-    trials += [of_head["frozen"][2], of_head["attention_maps"][2], of_head["max"][-1], GROUPS["bf16"][-1]]
-    # Head, loss and model of a user's own at every layout, and resumed.
-    trials += [trial for trial in of_head["own"] if trial not in trials]
-    assert all(of_head.values())
-    for verdict in list(prover.judge(trials)):
+    assert all(OF_HEAD.values())
+    with runs():
+        verdicts = list(prover.judge(trials))
+    for verdict in verdicts:
         assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
         assert verdict.passed, f"{verdict.trial}: {verdict.largest.value:.1e} in {verdict.largest}"

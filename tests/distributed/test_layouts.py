@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -17,17 +19,33 @@ from esm2mega.prove.prover import Prover
 from esm2mega.prove.training import SAVED, STEPS
 from esm2mega.prove.trials import GROUPS, Trial
 from tests.checkpoints import full_weights
+from tests.prove.short import short_and_whole
 
 # Each test proves all its layouts at once.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
-def test_fixed_dozen_equals_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# Every axis at its largest, and every way to recompute.
+HARDEST = [
+    *("TP4, 4 per pack, recompute selective", "PP4, recompute selective", "PP2, 4 per pack, recompute full"),
+    *("PP2 VPP2, 3 per pack, 4 layers", "TP2 PP2 SP, 3 per pack", "DP3, 2 per pack"),
+    "TP2 DP2 SP DO, 2 per pack",
+]
+
+
+@pytest.mark.parametrize(
+    "names", [HARDEST, pytest.param([*map(str, GROUPS["ci"])], marks=pytest.mark.slow)], ids=["some", "dozen"]
+)
+def test_fixed_dozen_equals_one_process(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "proof.json"
+    monkeypatch.setitem(GROUPS, "ci", tuple(trial for trial in GROUPS["ci"] if str(trial) in names))
     code = main(["prove", "--layouts", "ci", "--json", str(out)])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert printed.count(" equal\n") == 12 and "12 of 12 passed" in printed
+    count = len(names)
+    assert printed.count(" equal\n") == count and f"{count} of {count} passed" in printed
     for row in json.loads(out.read_text())["rows"]:
         assert set(row["worst"]) == set(KINDS), f"{row['trial']}: something was not compared"
         assert max(found["value"] for found in row["worst"].values()) <= 1e-10, row["trial"]
@@ -54,25 +72,37 @@ def test_fp16_is_as_near_to_fp32_as_one_process(prover: Prover) -> None:
         assert verdict.largest.value > 0.1
 
 
-def test_model_families_equal_one_process(prover: Prover) -> None:
+LARGE = [trial for trial in GROUPS["families"] if trial.processes == 4]
+
+
+@short_and_whole([LARGE[0], GROUPS["exports"][0]], [*LARGE, GROUPS["exports"][0]])
+def test_model_families_equal_one_process(
+    prover: Prover, runs: Callable[[], AbstractContextManager[None]], trials: list[Trial]
+) -> None:
     """TAPE's post-LN and ProteinLM's pre-LN, with their learned positions, over tensors and stages; and one
     of them in the files of ProteinLM, and back.
     """
-    trials = [trial for trial in GROUPS["families"] if trial.processes == 4][:2]
-    trials += GROUPS["exports"][:1]
     families = {setting for trial in trials for setting in trial.settings if "family" in setting}
-    assert len(trials) == 3 and len(families) == 2
-    for verdict in list(prover.judge(trials)):
+    assert len(families) == 2
+    with runs():
+        verdicts = list(prover.judge(trials))
+    for verdict in verdicts:
         assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
         assert {x.kind for x in verdict.worst} == {*KINDS, *([EXPORT] if verdict.trial.through else [])}
         assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"
 
 
-def test_dropout_equals_one_process(prover: Prover) -> None:
+DROPPING = [row_named(name) for name in ("TP2 PP2 SP, 3 per pack, pre-LN, dropout", "TP2 -> DP2 DO, dropout")]
+
+
+@short_and_whole(DROPPING, DROPPING)
+def test_dropout_equals_one_process(
+    prover: Prover, runs: Callable[[], AbstractContextManager[None]], trials: list[Trial]
+) -> None:
     """Over tensors, stages and parts of the sequence, and after a resume at another layout."""
-    names = ("TP2 PP2 SP, 3 per pack, pre-LN, dropout", "TP2 -> DP2 DO, dropout")
-    trials = [row_named(name) for name in names]
-    for verdict in list(prover.judge(trials)):
+    with runs():
+        verdicts = list(prover.judge(trials))
+    for verdict in verdicts:
         assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
         assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"
 

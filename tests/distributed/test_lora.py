@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -11,30 +13,35 @@ from esm2mega.prove.compare import Outcome
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover
 from esm2mega.prove.trials import GROUPS, Trial
+from tests.prove.short import short_and_whole
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
-def test_adapters_equal_those_of_one_process(prover: Prover) -> None:
-    """TP2, PP2, TP2 SP, DP2, TP2 PP2 of LoRA and two of DoRA; a stop and a resume at another layout."""
-    layouts = {
-        Layout(tp=2, packed=3),
-        Layout(pp=2, packed=2, recompute="full"),
-        Layout(tp=2, sp=True, recompute="full"),
-        Layout(dp=2, packed=2, distributed_optimizer=True),
-        Layout(tp=2, pp=2, packed=3),
-        Layout(tp=2, packed=2),
-        Layout(tp=2, sp=True, dp=2),
-    }
-    trials = [trial for trial in GROUPS["lora"] if len(trial.layouts) == 2 or trial.layouts[0] in layouts]
-    assert len(trials) == len(layouts) + 2
+ROWS = GROUPS["lora"]
+# TP2 SP, DP2 and TP2 PP2 of LoRA, TP2 SP DP2 of DoRA, and a stop and a resume at another layout of both.
+LAYOUTS = (
+    Layout(tp=2, sp=True, recompute="full"),
+    Layout(dp=2, packed=2, distributed_optimizer=True),
+    Layout(tp=2, pp=2, packed=3),
+    Layout(tp=2, sp=True, dp=2),
+)
+SOME = [trial for trial in ROWS if len(trial.layouts) == 2 or trial.layouts[0] in LAYOUTS]
+
+
+@short_and_whole(SOME, [trial for trial in ROWS if trial.label != "LoRA of some linears"])
+def test_adapters_equal_those_of_one_process(
+    prover: Prover, runs: Callable[[], AbstractContextManager[None]], trials: list[Trial]
+) -> None:
+    assert len(trials) >= len(LAYOUTS) + 2
     seen: dict[Trial, Outcome] = {}
-    for verdict in list(prover.judge(trials)):
-        assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
-        assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"
-        reference = prover.reference(verdict.trial)
-        assert isinstance(reference, Outcome)
-        seen[verdict.trial] = reference
+    with runs():
+        for verdict in list(prover.judge(trials)):
+            assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
+            assert verdict.largest.value <= 1e-10, f"{verdict.trial}: {verdict.largest}"
+            reference = prover.reference(verdict.trial)
+            assert isinstance(reference, Outcome)
+            seen[verdict.trial] = reference
     # Equal numbers prove nothing unless every factor moves: A from the step after B.
     for reference in seen.values():
         (rank,) = reference.ranks
@@ -44,6 +51,7 @@ def test_adapters_equal_those_of_one_process(prover: Prover) -> None:
         assert all(values.abs().max() > 1e-9 for _, _, _, values in last.values())
 
 
+@pytest.mark.slow
 def test_random_layouts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code = main(
         ["prove", "--lora", "--layouts", "random:2", "--seed", "3", "--json", str(tmp_path / "p.json")]

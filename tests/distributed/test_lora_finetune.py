@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,26 +18,29 @@ from esm2mega.prove.prover import Prover
 from esm2mega.prove.trials import ADAPTABLE, GROUPS, HEADS, Trial
 from tests.checkpoints import full_tensors
 from tests.distributed.runs import SETTINGS, kill_after_step_5, train
+from tests.prove.short import packed, short_and_whole
 from tests.ranks import run_ranks
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
-def test_adapters_and_heads_equal_one_process(prover: Prover) -> None:
-    """One layout for each head, in turn; `esm2mega prove --layouts lora-heads` has all combinations."""
-    rows = GROUPS["lora-heads"]
-    of_head = [[t for t in rows if t.label.startswith(f"head {head},")][:4] for head in ADAPTABLE]
-    # One layout is impossible for the regression on attention maps.
-    assert all(len(trials) >= 3 for trials in of_head)
-    trials = [trials[number % len(trials)] for number, trials in enumerate(of_head)]
-    trials += [trial for trial in rows if trial.processes == 4 or len(trial.layouts) == 2]
-    # Adapters in the last stage alone, which the distributed optimizer cannot have.
-    last = ("finetune.mode=lora", "lora.rank=3", "lora.target_modules=['*.4.*.linear_q']")
-    bare = Trial((Layout(pp=2, packed=2),), "fp64", (*HEADS["mlp"], *last), "last stage", continues=True)
-    refused = replace(bare, layouts=(Layout(pp=2, dp=2, packed=2, distributed_optimizer=True),))
-    for verdict in list(prover.judge([*trials, bare, refused])):
-        if verdict.trial == refused:
+OF_HEAD = {
+    head: [trial for trial in GROUPS["lora-heads"] if trial.label.startswith(f"head {head},")][:4]
+    for head in ADAPTABLE
+}
+IN_TURN = {head: rows[number % len(rows)] for number, (head, rows) in enumerate(OF_HEAD.items())}
+# Groups of parameters that differ between stages, and a resume: of heads for whole proteins.
+MORE = [trial for trial in GROUPS["lora-heads"] if trial.processes == 4 or len(trial.layouts) == 2]
+# Adapters in the last stage alone, which the distributed optimizer cannot have.
+LAST = ("finetune.mode=lora", "lora.rank=3", "lora.target_modules=['*.4.*.linear_q']")
+BARE = Trial((Layout(pp=2, packed=2),), "fp64", (*HEADS["mlp"], *LAST), "last stage", continues=True)
+REFUSED = replace(BARE, layouts=(Layout(pp=2, dp=2, packed=3, distributed_optimizer=True),))
+
+
+def check(prover: Prover, trials: list[Trial]) -> None:
+    for verdict in list(prover.judge(trials)):
+        if verdict.trial == REFUSED:
             assert "leaves a pipeline stage without weights to train" in str(verdict.error)
             continue
         assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
@@ -52,6 +57,26 @@ def test_adapters_and_heads_equal_one_process(prover: Prover) -> None:
         read = ("linear_q_", "linear_k_") if "attention_maps" in str(verdict.trial) else ("_lora.",)
         adapted = [name for name in last if "_lora." in name and any(part in name for part in read)]
         assert adapted and all(last[name][3].abs().max() > 1e-9 for name in adapted)
+
+
+@short_and_whole(
+    # One head for residues and one for pairs, and a user's own.
+    [*(IN_TURN[head] for head in ("targets", "product", "own")), *MORE, BARE, REFUSED],
+    [*IN_TURN.values(), *MORE, BARE, REFUSED],
+)
+def test_adapters_and_heads_equal_one_process(
+    prover: Prover, runs: Callable[[], AbstractContextManager[None]], trials: list[Trial]
+) -> None:
+    """One layout for each head, in turn; `esm2mega prove --layouts lora-heads` has all combinations."""
+    # One layout is impossible for the regression on attention maps.
+    assert all(len(rows) >= 3 for rows in OF_HEAD.values()) and len(MORE) == 2
+    with runs():
+        check(prover, trials)
+
+
+def test_adapters_below_attention_maps_equal_one_process(prover: Prover) -> None:
+    """In all steps: weights of the maps and factors B start at zero, so that factors A move late."""
+    check(prover, [packed(IN_TURN["attention_maps"])])
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +101,11 @@ def test_a_killed_run_goes_on_and_predicts_at_another_layout(base: Path, tmp_pat
     table, run_dir = _table(tmp_path / "train.csv"), tmp_path / "run"
     arguments = ["-m", "esm2mega", "finetune", f"init_from={base}", f"data.train={table}", *SETTINGS]
     arguments += ["task.kind=regression", "finetune.mode=lora", "lora.rank=4", "lora.dropout=0.1"]
-    arguments += ["model.precision=fp64", "train.max_steps=30", "checkpoint.save_every=5"]
+    arguments += ["model.precision=fp64", "train.max_steps=15", "checkpoint.save_every=5"]
     arguments += ["checkpoint.keep_last=9"]
     run_ranks([*arguments, f"run_dir={tmp_path / 'whole'}"], 1, tmp_path / "unbroken")
     kill_after_step_5([*arguments, f"run_dir={run_dir}"], run_dir, tmp_path / "killed", seconds=240)
-    last = "step_00000030"
+    last = "step_00000015"
     assert not (run_dir / "checkpoints" / last).exists(), "the run was too fast to be killed between"
     run_ranks([*arguments, f"run_dir={run_dir}"], 1, tmp_path / "resumed")
     expected = full_tensors(tmp_path / "whole" / "checkpoints" / last)

@@ -8,17 +8,20 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from esm2mega.prove.command import row_named
 from esm2mega.prove.compare import KINDS
 from esm2mega.prove.prover import Prover
-from esm2mega.prove.trials import GROUPS
+from esm2mega.prove.trials import GROUPS, Trial
 from tests.checkpoints import full_tensors
 from tests.distributed.runs import SETTINGS, Outcome, kill_after_step_5, outcome, records, train
+from tests.prove.short import short_and_whole
 from tests.ranks import end_ranks, start_ranks
 
 pytestmark = pytest.mark.distributed
@@ -62,13 +65,25 @@ def test_kill_and_resume_is_bit_identical(unbroken: Outcome, store: Path, tmp_pa
     assert [name for name, value in expected.items() if not torch.equal(actual[name], value)] == []
 
 
+# Each axis is left and entered.
+PAIRS = [
+    *("TP2 -> 1 process", "PP2 -> TP2", "DP2 DO -> TP2 PP2", "TP2 SP -> DP2 DO", "PP2 DP2 DO -> DP4 DO"),
+    *("1 process, 4 layers -> PP2 VPP2, 4 layers", "PP2 VPP2, 4 layers -> DP2 DO, 4 layers"),
+    "DP2 DO -> PP2, bf16",
+]
+
+
 @pytest.mark.timeout(900)
-def test_resume_at_another_layout(prover: Prover) -> None:
+@short_and_whole(map(row_named, PAIRS), GROUPS["resume"])
+def test_resume_at_another_layout(
+    prover: Prover, runs: Callable[[], AbstractContextManager[None]], trials: list[Trial]
+) -> None:
     """Data, schedule and early stopping go on, and losses, gradients, weights and optimizer equal those of an
     unbroken run of one process.
     """
-    verdicts = list(prover.judge(GROUPS["resume"]))
-    assert len(verdicts) == len(GROUPS["resume"])
+    with runs():
+        verdicts = list(prover.judge(trials))
+    assert len(verdicts) == len(trials)
     for verdict in verdicts:
         assert verdict.error is None, f"{verdict.trial}: {verdict.error}"
         assert {difference.kind for difference in verdict.worst} == set(KINDS), "something was not compared"

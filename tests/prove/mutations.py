@@ -33,6 +33,7 @@ from esm2mega.train import build as training
 from esm2mega.train import evaluate
 from esm2mega.train.losses import LossReduction
 from tests.prove import plants
+from tests.prove.short import to_first_checkpoint
 
 _MEGATRON = "megatron.core"
 # A key that nothing reads while Weights & Biases is off: it carries the name into the processes.
@@ -205,6 +206,7 @@ def adapter_input_gradient_of_one_rank() -> AbstractContextManager[Any]:
     return patch.object(lora_layers, "copy_to_tensor_model_parallel_region", lambda hidden, group: hidden)
 
 
+_ONE = Layout(packed=4)
 _TP2 = Layout(tp=2, packed=4)
 _DP2 = Layout(dp=2, packed=3)
 
@@ -237,8 +239,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "replicated parameters counted twice", replicated_parameters_counted_twice, (_TP2,), "gradient norm"
     ),
-    Mutation("data shifted after resume", data_shifted_after_resume, (Layout(), Layout(tp=2)), "loss"),
-    Mutation("place in the window lost by resuming", place_in_window_lost, (Layout(), Layout(tp=2)), "loss"),
+    Mutation("data shifted after resume", data_shifted_after_resume, (_ONE, _TP2), "loss"),
+    Mutation("place in the window lost by resuming", place_in_window_lost, (_ONE, _TP2), "loss"),
     Mutation(
         "last evaluation packs dropped",
         last_evaluation_packs_dropped,
@@ -283,12 +285,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (Layout(dp=2, packed=2),),
         "loss",
     ),
-    Mutation(
-        "learning rate begins again after resume", plants.schedule_begins_again, (Layout(), Layout()), "state"
-    ),
-    Mutation(
-        "moments of Adam lost by resuming", plants.moments_lost_by_resuming, (Layout(), Layout()), "weight"
-    ),
+    Mutation("learning rate begins again after resume", plants.schedule_begins_again, (_ONE, _ONE), "state"),
+    Mutation("moments of Adam lost by resuming", plants.moments_lost_by_resuming, (_ONE, _ONE), "weight"),
     Mutation(
         "optimizer state saved with padding",
         optimizer_saved_with_padding,
@@ -359,6 +357,8 @@ def judge(trials: Sequence[Trial]) -> dict[Trial, Verdict]:
 
     with (
         patch.object(prover, "_references", unplanted),
+        # Each shows in all steps.
+        to_first_checkpoint(),
         Prover(4, seed=1234, serve=serve_mutated) as judging,
     ):
         return {verdict.trial: verdict for verdict in judging.judge(trials)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,9 +231,17 @@ def test_adapters_without_a_place_here(base32: Base, tmp_path: Path) -> None:
         import_adapters(tmp_path / "whole", str(tmp_path / "bare"), tmp_path / "out3")
 
 
-def _saved(folder: Path, base: Base) -> Path:
-    _peft_model(base, KINDS["plain"], ["query", "value"]).save_pretrained(folder)
+@pytest.fixture(scope="module")
+def saved(base32: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "peft"
+    _peft_model(base32, KINDS["plain"], ["query", "value"]).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def source(saved: Path, tmp_path: Path) -> Path:
+    """Adapters that peft saved, to be changed."""
+    return shutil.copytree(saved, tmp_path / "peft")
 
 
 @pytest.mark.parametrize(
@@ -258,8 +267,9 @@ def _saved(folder: Path, base: Base) -> Path:
         ("lora_dropout", [0.1]),
     ],
 )
-def test_what_would_change_the_adapter_is_refused(base32: Base, tmp_path: Path, key: str, value: Any) -> None:
-    source = _saved(tmp_path / "peft", base32)
+def test_what_would_change_the_adapter_is_refused(
+    base32: Base, source: Path, tmp_path: Path, key: str, value: Any
+) -> None:
     path = source / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(UserError, match=key):
@@ -273,9 +283,8 @@ def test_what_would_change_the_adapter_is_refused(base32: Base, tmp_path: Path, 
     + [("True", True), ("1", True), (1, True)],
 )
 def test_truth_values_count_for_what_their_text_says(
-    base32: Base, tmp_path: Path, text: Any, value: bool
+    base32: Base, source: Path, tmp_path: Path, text: Any, value: bool
 ) -> None:
-    source = _saved(tmp_path / "peft", base32)
     path = source / "adapter_config.json"
     changed = {"use_rslora": text, "use_dora": "False", "fan_in_fan_out": "False", "lora_dropout": "0.25"}
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
@@ -284,8 +293,7 @@ def test_truth_values_count_for_what_their_text_says(
     assert (lora.use_rslora, lora.use_dora, lora.dropout) == (value, False, 0.25)
 
 
-def test_tensors_without_a_place_are_refused_or_reported(base32: Base, tmp_path: Path) -> None:
-    source = _saved(tmp_path / "peft", base32)
+def test_tensors_without_a_place_are_refused_or_reported(base32: Base, source: Path, tmp_path: Path) -> None:
     path = source / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "base_model.model.classifier.dense.weight": torch.ones(2)}, path)
