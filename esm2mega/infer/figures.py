@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+RESIDUES_OF_A_ROW = 100
+"""Is where a heat map goes on in a row below."""
+
+READING = (
+    "How to read it: a band along the diagonal, four residues off, is a helix;\n"
+    "a ladder parallel to the diagonal is a pair of parallel strands, one across it\n"
+    "a pair of antiparallel ones; single dots far from it hold the fold together."
+)
+
 _TICKS = 12
+_SHARP_ROWS = 40
+"""Counts the rows up to which a heat map has 150 dots per inch: beyond, the picture would grow too large."""
 
 
 def contact_map(path: Path, title: str, contacts: npt.NDArray[Any]) -> None:
@@ -20,10 +31,10 @@ def contact_map(path: Path, title: str, contacts: npt.NDArray[Any]) -> None:
         title: Title above the map.
         contacts: Probabilities, ``[L, L]``, 0 to 1; NaN stays blank.
     """
-    figure, axes = _figure(6, 5.4)
+    figure, (axes,) = _figure(6, 6.2)
     image = axes.imshow(contacts, cmap="Greys", vmin=0, vmax=1, origin="lower", interpolation="nearest")
     figure.colorbar(image, label="contact probability")
-    axes.set(title=title, xlabel="residue", ylabel="residue")
+    axes.set(title=title, xlabel=f"residue\n\n{READING}", ylabel="residue")
     _number(axes.xaxis, contacts.shape[0], 1)
     _number(axes.yaxis, contacts.shape[0], 1)
     figure.savefig(path, dpi=150)
@@ -32,7 +43,7 @@ def contact_map(path: Path, title: str, contacts: npt.NDArray[Any]) -> None:
 def heat_map(
     path: Path, title: str, scores: npt.NDArray[Any], sequence: str, letters: Sequence[str], offset: int
 ) -> None:
-    """Draw the scores of all single substitutions.
+    """Draw the scores of all single substitutions, with 100 residues in a row.
 
     Args:
         path: PNG to write.
@@ -42,29 +53,53 @@ def heat_map(
         letters: The a substituents.
         offset: Number of the first residue.
     """
+    figure = heat_map_figure(title, scores, sequence, letters, offset)
+    figure.savefig(path, dpi=150 if len(sequence) <= _SHARP_ROWS * RESIDUES_OF_A_ROW else 75)
+
+
+def heat_map_figure(
+    title: str, scores: npt.NDArray[Any], sequence: str, letters: Sequence[str], offset: int
+) -> Any:
+    """Return the figure of `heat_map`, whose arguments these are."""
     length = len(sequence)
-    figure, axes = _figure(min(4 + length / 14, 120), 4.6)
+    rows = -(-length // RESIDUES_OF_A_ROW)
+    width = min(length, RESIDUES_OF_A_ROW)
+    figure, panels = _figure(3 + width / 9, 0.8 + 3.2 * rows, rows)
     largest = float(np.nanmax(np.abs(scores))) or 1.0
-    image = axes.imshow(
-        scores.T, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest"
+    for row, axes in enumerate(panels):
+        first = row * RESIDUES_OF_A_ROW
+        part = scores[first : first + RESIDUES_OF_A_ROW]
+        image = axes.imshow(
+            part.T, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest"
+        )
+        own = [
+            (i, letters.index(letter))
+            for i, letter in enumerate(sequence[first : first + RESIDUES_OF_A_ROW])
+            if letter in letters
+        ]
+        axes.scatter([i for i, _ in own], [j for _, j in own], s=3, c="black", linewidths=0)
+        axes.set_yticks(range(len(letters)), letters, fontsize=7)
+        axes.set_ylabel("substituted by")
+        # Every row is as wide as a whole one, so that a residue has the same size in all.
+        axes.set_xlim(-0.5, width - 0.5)
+        ticks = [i for i in range(len(part)) if i == 0 or (i + first + offset) % 10 == 0]
+        axes.set_xticks(ticks, [str(i + first + offset) for i in ticks], fontsize=7)
+    panels[0].set_title(title)
+    panels[-1].set_xlabel("residue; a dot marks the wild type")
+    figure.colorbar(
+        image, ax=list(panels), label="log p(mutant) - log p(wild type)", pad=0.01, aspect=20 * rows
     )
-    figure.colorbar(image, label="log p(mutant) - log p(wild type)", pad=0.01)
-    own = [(i, letters.index(letter)) for i, letter in enumerate(sequence) if letter in letters]
-    axes.scatter([i for i, _ in own], [j for _, j in own], s=3, c="black", linewidths=0)
-    axes.set(title=title, xlabel="residue", ylabel="substituted by")
-    axes.set_yticks(range(len(letters)), letters, fontsize=7)
-    _number(axes.xaxis, length, offset)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float, rows: int = 1) -> Any:
     # A Figure of its own, not pyplot: it needs no window system and leaves no state behind.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(rows, squeeze=False)[:, 0]
 
 
 def _number(axis: Any, length: int, offset: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ _LOSSES = {
     "token_classification": "cross-entropy (nats per labelled residue)",
     "contact": "binary cross-entropy (nats per pair of residues)",
 }
+
+SMOOTHING_POINTS = 60
+"""Counts the training records above which a running mean is drawn over the raw curve."""
 
 _MOST = 1e300
 """No value of a run is larger; sums and margins of larger ones would be infinite."""
@@ -49,7 +53,7 @@ def loss_label(config: Mapping[str, str], is_task: bool) -> str:
     """Return name and unit of the loss that a configuration trains with.
 
     Args:
-        config: Dotted key -> text, as `esm2mega.report.plot.read_config` returns it; empty if it is lost.
+        config: Dotted key -> text, from `esm2mega.report.run_records.read_config`; empty if it is lost.
         is_task: Whether the records are those of a fine-tuning.
     """
     kind = config.get("task.kind")
@@ -73,6 +77,18 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
             total -= values[index - window]
         means.append(total / min(index + 1, window))
     return means
+
+
+def smoothed(values: Sequence[float]) -> tuple[list[float], int]:
+    """Return the running mean that is drawn of a long curve, and over how many records: 1 for a short one."""
+    window = max(5, len(values) // 40) if len(values) > SMOOTHING_POINTS else 1
+    return running_mean(values, window), window
+
+
+def recipes_of(evaluations: Sequence[Record]) -> list[tuple[str | None, list[Record]]]:
+    """Return the evaluations by recipe, in their order: losses of different recipes cannot be compared."""
+    groups = itertools.groupby(evaluations, key=lambda record: record.get("eval_recipe"))
+    return [(recipe, list(group)) for recipe, group in groups]
 
 
 def of_last_recipe(evaluations: Sequence[Record]) -> list[Record]:

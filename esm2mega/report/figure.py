@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from esm2mega.errors import UserError
-from esm2mega.report.curves import Curve, Record, TaskRun, curve, loss_label, running_mean
+from esm2mega.report.curves import Curve, Record, TaskRun, curve, loss_label, recipes_of, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
 # Colours that stay apart for the common forms of colour blindness (Okabe and Ito), and in grey.
 TRAIN_COLOR, VALID_COLOR, BASELINE_COLOR, AXIS_COLOR = "#0072B2", "#D55E00", "#555555", "#888888"
 TASK_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-
-SMOOTHING_POINTS = 60
-"""Counts the training records above which a running mean is drawn over the raw curve."""
 
 
 def figure_of(
@@ -119,15 +115,15 @@ def _draw_downstream(axes: Axes, curves: Mapping[str, Curve]) -> None:
 def _draw_loss(axes: Axes, train: Sequence[Record], evaluations: Sequence[Record], label: str) -> None:
     steps, losses = curve(train, "loss")
     if steps:
-        smooth = len(losses) > SMOOTHING_POINTS
+        means, window = smoothed(losses)
+        smooth = window > 1
         axes.plot(
             steps, losses, color=TRAIN_COLOR, linewidth=0.8 if smooth else 1.6, alpha=0.3 if smooth else 1.0,
             label=None if smooth else "training", marker="o" if len(steps) == 1 else None,
         )  # fmt: skip
         if smooth:
-            window = max(5, len(losses) // 40)
             axes.plot(
-                steps, running_mean(losses, window), color=TRAIN_COLOR, linewidth=1.8,
+                steps, means, color=TRAIN_COLOR, linewidth=1.8,
                 label=f"training (mean of {window} records)",
             )  # fmt: skip
     eval_steps, eval_losses = _draw_validation(axes, evaluations)
@@ -153,8 +149,7 @@ def _draw_loss(axes: Axes, train: Sequence[Record], evaluations: Sequence[Record
 
 def _draw_validation(axes: Axes, evaluations: Sequence[Record]) -> tuple[list[int], list[float]]:
     """Draw a line for each recipe, since their losses cannot be compared; return the points of the last."""
-    by_recipe = itertools.groupby(evaluations, key=lambda record: record.get("eval_recipe"))
-    curves = [(recipe, *curve(list(group), "valid_loss")) for recipe, group in by_recipe]
+    curves = [(recipe, *curve(group, "valid_loss")) for recipe, group in recipes_of(evaluations)]
     curves = [found for found in curves if found[1]]
     for number, (recipe, steps, losses) in enumerate(curves, start=1):
         is_last = number == len(curves)

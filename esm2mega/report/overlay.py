@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import os
 from collections.abc import Mapping, Sequence
@@ -10,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esm2mega.errors import UserError
-from esm2mega.report.curves import curve, loss_label, running_mean
-from esm2mega.report.figure import SMOOTHING_POINTS, png_of, style_axes
-from esm2mega.report.plot import IMAGE_STYLE, RunRecords, read_run, write_report
+from esm2mega.report.curves import curve, loss_label, smoothed
+from esm2mega.report.figure import png_of, style_axes
+from esm2mega.report.plot import write_report
 from esm2mega.report.results.charts import scrolling
+from esm2mega.report.run_charts import charts_of_runs
+from esm2mega.report.run_records import RunRecords, read_run
 from esm2mega.report.style import page_of
 from esm2mega.report.summary import summarise, summarise_downstream
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", ":", "-.")
 
-_STYLE = f"{IMAGE_STYLE}th, td, h1 {{ overflow-wrap: anywhere; }}\n"
+_STYLE = "th, td, h1 { overflow-wrap: anywhere; }\n"
 
 _BODY = """<h1>{title}</h1>
 <h2>Final numbers</h2>
@@ -32,8 +33,8 @@ _BODY = """<h1>{title}</h1>
 <h2>Keys that differ</h2>
 {keys}
 <h2>Curves</h2>
-<img alt="Loss, learning rate, gradient norm and throughput of all runs by optimizer step"
-  src="data:image/png;base64,{png}">"""
+<p>Put the pointer on a curve to read its values.</p>
+{charts}"""
 
 
 def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> list[str]:
@@ -58,7 +59,7 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> list[str]:
         title=title,
         numbers=_table("number", names, final_numbers(runs)),
         keys=_table("key", names, differing_keys(runs)),
-        png=base64.b64encode(png).decode(),
+        charts=charts_of_runs(runs),
     )
     page = page_of(title, body, f"esm2mega. {_comparable(runs)}", _STYLE)
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -128,8 +129,8 @@ def _figure(runs: Mapping[str, RunRecords]) -> Figure:
         axes = figure.add_subplot(place)
         for number, (name, run) in enumerate(runs.items()):
             steps, values = curve(run.evaluations if key.startswith("valid_") else run.train, key)
-            if key == "loss" and len(values) > SMOOTHING_POINTS:
-                values = running_mean(values, max(5, len(values) // 40))
+            if key == "loss":
+                values, _ = smoothed(values)
             axes.plot(
                 steps, values, color=COLORS[number % len(COLORS)], label=name, linewidth=1.5,
                 linestyle=DASHES[number // len(COLORS) % len(DASHES)], marker="o" if len(steps) < 3 else None,

@@ -46,6 +46,8 @@ figcaption { font-weight: 600; margin-bottom: .25rem; }
 .dots { stroke: var(--color); stroke-linecap: round; stroke-opacity: .55; fill: none; }
 .band { fill: var(--color); fill-opacity: .15; }
 .line, .dashed { stroke: var(--color); stroke-width: 1.8; fill: none; } .dashed { stroke-dasharray: 5 4; }
+.faint { stroke-width: .8; stroke-opacity: .4; }
+.value-at { fill: transparent; } .value-at:hover { fill: var(--color); }
 .c0 { --color: var(--c0); } .c1 { --color: var(--c1); } .c2 { --color: var(--c2); }
 .c3 { --color: var(--c3); } .c4 { --color: var(--c4); }
 .c5 { --color: var(--c5); } .c6 { --color: var(--c6); }

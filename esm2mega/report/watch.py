@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.report.log import CLOCK, DOWNSTREAM, EVAL, LOG_NAME, TEST, TRAIN, scan_log
-from esm2mega.report.plot import read_config
 from esm2mega.report.progress import duration
+from esm2mega.report.run_records import read_config
 
 INCIDENTS_NAME = "incidents.jsonl"
 

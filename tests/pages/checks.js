@@ -44,7 +44,7 @@
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode, element = node.parentElement, words = node.data.trim().slice(0, 40);
-    if (!words || element.closest("script, style")) continue;
+    if (!words || element.closest("script, style, svg title")) continue;  // a title is shown by the pointer alone
     const style = getComputedStyle(element), isSvg = element instanceof SVGElement;
     const back = background(element);
     const ratio = contrast(over(parsed(isSvg ? style.fill : style.color), back), back);

@@ -21,6 +21,8 @@ GREY = "c6"
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _PAD = 340, 260, 52, 38, 10
 _TICKS = 5
+_MOST_VALUES = 150
+"""Limits the points of a line whose numbers are shown: each takes some 150 bytes of the page."""
 _DIGIT_WIDTH = 6.5
 """Bounds the width of a digit of the small letters of a chart."""
 
@@ -29,23 +31,44 @@ _PUNCTUATION = re.compile("([/:_@])")
 
 @dataclass(frozen=True)
 class Axis:
-    """Describes an axis by its name and ends."""
+    """Describes an axis by its name and ends.
+
+    Attributes:
+        name: What it measures.
+        low: The number at its beginning.
+        high: The number at its end.
+        is_log: Whether equal ratios have equal lengths; then all numbers are above 0.
+    """
 
     name: str
     low: float
     high: float
+    is_log: bool = False
 
     def share(self, value: float) -> float:
         """Return where a value lies, from 0 to 1."""
+        if self.is_log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
         """Return round numbers between the ends."""
+        if self.is_log:
+            return self._powers()
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / _TICKS))
         step *= next(each for each in (1, 2, 5, 10) if (self.high - self.low) / (each * step) <= _TICKS)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
+
+    def _powers(self) -> list[float]:
+        """Return powers of 10 between the ends, or their doubles and fives as well where there are few."""
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        powers = [10.0**decade for decade in decades if self.low <= 10.0**decade <= self.high]
+        if len(powers) > 1:
+            return powers[:: -(-len(powers) // (_TICKS + 1))]
+        ticks = (factor * 10.0**decade for decade in decades for factor in (1, 2, 5))
+        return [tick for tick in ticks if self.low <= tick <= self.high]
 
 
 def axis_of(name: str, values: Iterable[float]) -> Axis:
@@ -62,6 +85,7 @@ class Plot:
     def __init__(self, x: Axis, y: Axis) -> None:
         self.x, self.y = x, y
         self._drawn: list[str] = []
+        self._values: list[str] = []
         self._legend: list[str] = []
 
     def dots(self, xs: Sequence[float], ys: Sequence[float], color: str) -> None:
@@ -82,6 +106,25 @@ class Plot:
         points = " ".join(self._place(x, y, ",") for x, y in there)
         self._drawn.append(f'<polygon class="band {color}" points="{points}"/>')
 
+    def values(self, xs: Sequence[float], ys: Sequence[float], color: str, name: str) -> None:
+        """Show the numbers of points while the pointer is over them; of many, evenly chosen ones.
+
+        Args:
+            xs: Where the points lie.
+            ys: Their values.
+            color: The colour of the mark that appears.
+            name: What the values are.
+        """
+        step = -(-len(xs) // _MOST_VALUES) or 1
+        # The last point is always one of them: its value is the one that is asked for most.
+        chosen = sorted({*range(len(xs) - 1, -1, -step)})
+        for x, y in ((xs[each], ys[each]) for each in chosen):
+            text = f"{name}: {_exact(y)} at {self.x.name} {_exact(x)}"
+            self._values.append(
+                f'<circle class="value-at {color}" cx="{self._x(x):.1f}" cy="{self._y(y):.1f}" r="6">'
+                f"<title>{escape(text)}</title></circle>"
+            )
+
     def label(self, color: str, text: str) -> None:
         """Name a colour below the chart."""
         self._legend.append(f'<li><span class="key {color}"></span>{escape(text)}</li>')
@@ -94,7 +137,7 @@ class Plot:
         return (
             f"<figure><figcaption>{escape(title)}</figcaption>"
             f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{said}">'
-            f"{self._axes()}{''.join(self._drawn)}</svg>{legend}{below}</figure>"
+            f"{self._axes()}{''.join(self._drawn + self._values)}</svg>{legend}{below}</figure>"
         )
 
     def _place(self, x: float, y: float, between: str = " ") -> str:
@@ -175,5 +218,13 @@ def breakable(text: str) -> str:
     return _PUNCTUATION.sub(r"\1<wbr>", escape(text))
 
 
+def _exact(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.5g}"
+
+
 def _number(value: float) -> str:
+    """Return the text of a tick, short enough for the space beside an axis."""
+    if 0 < abs(value) < 0.001:
+        digits, exponent = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.4g}"

@@ -13,7 +13,7 @@ from esm2mega.config.renamed import REMOVED, RENAMED, current_settings
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
 from esm2mega.infer.work import differing
-from esm2mega.report.plot import read_config
+from esm2mega.report.run_records import read_config
 
 
 def test_old_names_are_gone_and_new_ones_are_there() -> None:

@@ -11,7 +11,7 @@ from esm2mega.errors import UserError
 from esm2mega.report.curves import loss_label
 from esm2mega.report.log import JsonlLog
 from esm2mega.report.overlay import _figure, differing_keys, final_numbers, plot_runs, unique_names
-from esm2mega.report.plot import read_run
+from esm2mega.report.run_records import read_run
 
 
 def make(run: Path, lr: float, loss: float, recipe: str = "ab") -> Path:

@@ -1,6 +1,6 @@
 """The report shows the right numbers, needs no network, and refuses a run without records."""
 
-import base64
+import html
 import math
 import re
 from html.parser import HTMLParser
@@ -106,18 +106,49 @@ def test_files_and_final_numbers(run_dir):
     ]
 
 
-def test_html_loads_nothing_and_holds_the_png_and_the_configuration(run_dir):
+def test_html_loads_nothing_and_holds_the_charts_and_the_configuration(run_dir):
     files = plot_run(run_dir)
     page = parse(files.html)
-    (image,) = page.links
-    prefix = "data:image/png;base64,"
-    assert image.startswith(prefix)
-    assert base64.b64decode(image[len(prefix) :]) == files.png.read_bytes()
+    assert page.links == [] and page.tags.count("svg") == 4
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert not re.search(r"url\(|@import|https?:", files.html.read_text())
     text = "".join(page.text)
     for shown in ("model.size", "tiny", "optim.betas", "[0.9, 0.98]", "2.5000 nats at step 100", "run <1>"):
         assert shown in text
+
+
+def test_the_pointer_shows_the_values_of_a_curve(run_dir):
+    text = html.unescape(plot_run(run_dir).html.read_text())
+    titles = re.findall("<title>([^<]*)</title></circle>", text)
+    assert "training: 2.95 at optimizer step 10" in titles
+    assert "validation: 2.5 at optimizer step 100" in titles
+    assert "residues per second: 1,000 at optimizer step 100" in titles
+    assert len(titles) == 10 + 2 + 3 * 10
+    assert "masked cross-entropy (nats per residue)" in text and "unigram baseline: 2.9" in text
+
+
+def test_long_curves_stay_small_and_keep_their_last_value(tmp_path):
+    with JsonlLog(tmp_path / "log.jsonl") as log:
+        for step in range(1, 2001):
+            log.write(train(step, 3.0 - step / 4000))
+    text = plot_run(tmp_path).html.read_text()
+    titles = re.findall("<title>(training[^<]*)</title>", text)
+    assert len(titles) <= 150
+    assert "at optimizer step 2,000" in titles[-1] and "mean of 50 records" in titles[-1]
+    assert len(text) < 400_000
+
+
+def test_gradient_norms_that_span_decades_have_a_logarithmic_axis(tmp_path):
+    with JsonlLog(tmp_path / "log.jsonl") as log:
+        for step, norm in ((1, 1000.0), (2, 30.0), (3, 1.0)):
+            log.write(train(step, grad_norm=norm))
+    text = plot_run(tmp_path).html.read_text()
+    (chart,) = re.findall("<figcaption>Gradient norm.*?</figure>", text, re.DOTALL)
+    ticks = re.findall('text-anchor="end">([^<]*)<', chart)
+    assert ticks == ["1", "10", "100", "1,000"]
+    # The middle of a logarithmic axis lies close to 30.
+    (_, middle, _) = map(float, re.findall(r'cy="([\d.]+)"', chart))
+    assert abs(middle - (10 + 222) / 2) < 6
 
 
 def test_the_baseline_is_dashed_and_labelled(run_dir):
