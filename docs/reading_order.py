@@ -90,7 +90,7 @@ SECTIONS = (
         "parts.",
         {
             "parallel": "initialize errors",
-            "model": "esm2 packed embedding rotary layer_spec attention layer layernorm lm_head build init",
+            "model": "esm2 packed embedding rotary layer_spec attention linear layer layernorm lm_head build",
         },
     ),
     Section(

@@ -39,6 +39,7 @@ class ModelConfig:
     layer_spec: str = _choice("auto", "auto", "local", "te")
     attention_backend: str = _choice("auto", "auto", "sdpa", "varlen", "flash", "te")
     recompute: str = _choice("none", "none", "selective", "full")
+    compile: bool = False
     activation: str = _choice("gelu", "gelu", "gelu_tanh")
     layernorm_epsilon: float = 1e-5
     final_layernorm: bool = True

@@ -15,6 +15,7 @@ from pathlib import Path
 from esm2mega.config.batches import check_batches, check_sequence_parallel
 from esm2mega.config.best_metric import check_best_metric, downstream_names
 from esm2mega.config.lora import check_lora, check_start
+from esm2mega.config.model import check_compile, check_model
 from esm2mega.config.presets import shape_of
 from esm2mega.config.run_name import FORMS, is_there, split_run
 from esm2mega.config.schema import (
@@ -142,8 +143,8 @@ def validate_model(run: Run) -> None:
     """Check the rules for every use of a model: single values, shape, numerics, layout, adapters."""
     check_choices(run)
     check_ranges(run)
-    _check_family(run.model, run.data)
-    _check_model(run.model)
+    check_model(run.model, run.data.max_seq_length)
+    check_compile(run.model, run.parallel, run.lora)
     _check_layout(run.model, run.parallel, run.train)
     check_lora(run.lora, run.model, has_lm_head=run.task.kind is None)
 
@@ -274,63 +275,6 @@ def check_ranges(run: Run) -> None:
         )
     if not run.run_dir:
         raise UserError("run_dir is empty; give the directory that the run is written to")
-
-
-def _check_family(model: ModelConfig, data: DataConfig) -> None:
-    """Check positions, LayerNorms and layers against the family of the model."""
-    if model.family == "esm2" and model.max_positions is not None:
-        raise UserError(
-            f"model.max_positions={model.max_positions} does not go with model.family=esm2, which has rotary "
-            "positions; set model.max_positions=null"
-        )
-    if model.family != "esm2" and (model.max_positions or 0) < data.max_seq_length:
-        raise UserError(
-            f"model.max_positions={model.max_positions} is less than "
-            f"data.max_seq_length={data.max_seq_length}; model.family={model.family} has a learned "
-            "position for each token: raise the one or lower the other"
-        )
-    if not model.final_layernorm and model.family != "proteinbert_preln":
-        raise UserError(
-            f"model.final_layernorm=false does not go with model.family={model.family}; set it to true"
-        )
-    if model.family == "proteinbert_postln" and model.layer_spec == "te":
-        raise UserError(
-            "model.layer_spec=te does not go with model.family=proteinbert_postln, whose LayerNorms are not "
-            "fused; set model.layer_spec=auto"
-        )
-
-
-def _check_model(model: ModelConfig) -> None:
-    """Check the model on its own, and what its precision allows."""
-    shape = shape_of(model)
-    hidden, heads = shape.hidden_size, shape.num_attention_heads
-    if hidden % heads:
-        raise UserError(
-            f"model.hidden_size={hidden} is not divisible by model.num_attention_heads={heads}; "
-            "change one of the two"
-        )
-    if hidden // heads % 2:
-        raise UserError(
-            f"model.hidden_size={hidden} / model.num_attention_heads={heads} gives head dimension "
-            f"{hidden // heads}, which is odd; rotary positions rotate pairs of channels: choose an even one"
-        )
-    if model.attention_dropout and model.attention_backend not in ("auto", "sdpa"):
-        raise UserError(
-            f"model.attention_dropout={model.attention_dropout} needs masks that are equal at every layout, "
-            f"and model.attention_backend={model.attention_backend} takes none; set "
-            "model.attention_backend=sdpa or model.attention_dropout=0"
-        )
-    if model.attention_backend in ("varlen", "flash") and model.precision not in ("bf16", "fp16"):
-        raise UserError(
-            f"model.attention_backend={model.attention_backend} computes in half precision only, but "
-            f"model.precision={model.precision}; set model.precision=bf16 or fp16, or "
-            "model.attention_backend=auto"
-        )
-    if model.precision == "fp64" and "te" in (model.layer_spec, model.attention_backend):
-        raise UserError(
-            "model.precision=fp64 does not exist in Transformer Engine; "
-            "set model.layer_spec=local and model.attention_backend=sdpa"
-        )
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> None:

@@ -257,19 +257,29 @@ class ESM2SelfAttention(SelfAttention):
             query, key, value = (part.contiguous() for part in qkv.unbind(dim=2))
         else:
             query, key, value = split_and_rotate(qkv, rotary_pos_emb)
+        context = self.attend(query, key, value, packed_seq_params, rows)
+        return self.linear_proj(context)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, rows: Tensor | None = None
+    ) -> Tensor:
+        """Compute what the output projection gets: ``[T, 1, h/t]``, or ``[m, 1, h/t]`` at `rows`.
+
+        Args:
+            query: ``[T, n/t, d]``, as `key` and `value`.
+            key: Rotated, as `query`.
+            value: As projected.
+            packed: Borders of the sequences.
+            rows: As for `forward`.
+        """
         # Our kernels accept fewer queries than keys. Transformer Engine's get all queries: they are chosen
         # and proven for self-attention, and the rest of the layer costs more.
         if rows is not None and isinstance(self.core_attention, PackedCoreAttention):
-            query, packed_seq_params = query.index_select(0, rows), packed_seq_params.at_rows()
+            query, packed = query.index_select(0, rows), packed.at_rows()
             rows = None
         if self.checkpoint_core_attention and self.training:
             context = self._checkpointed_attention_forward(
-                query,
-                key,
-                value,
-                None,
-                attn_mask_type=self.attn_mask_type,
-                packed_seq_params=packed_seq_params,
+                query, key, value, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed
             )
         else:
             context = self.core_attention(
@@ -279,9 +289,9 @@ class ESM2SelfAttention(SelfAttention):
                 None,
                 attn_mask_type=self.attn_mask_type,
                 attention_bias=None,
-                packed_seq_params=packed_seq_params,
+                packed_seq_params=packed,
             )
         if rows is not None:
             context = context.index_select(0, rows)
         # [m, n/t, d] -> [m, 1, h/t]
-        return self.linear_proj(context.reshape(context.shape[0], 1, -1))
+        return context.reshape(context.shape[0], 1, -1)

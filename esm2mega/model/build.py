@@ -15,6 +15,7 @@ from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, ParallelConfig
 from esm2mega.model import layer_spec
 from esm2mega.model.attention import choose_kernel
+from esm2mega.model.compiled import can_compile
 from esm2mega.model.esm2 import ESM2Model, padded_vocab_size, stage_flags
 from esm2mega.model.init import initialize_parameters
 from esm2mega.model.pipeline_split import pipeline_layout, split_layers
@@ -37,6 +38,7 @@ class ESM2TransformerConfig(TransformerConfig):
     max_positions: int = 0
     keyed_hidden_dropout: float = 0.0
     keyed_attention_dropout: float = 0.0
+    compiled_layers: bool = False
 
     @property
     def drops(self) -> bool:
@@ -101,6 +103,7 @@ def transformer_config(
         max_positions=model.max_positions or 0,
         keyed_hidden_dropout=model.hidden_dropout,
         keyed_attention_dropout=model.attention_dropout,
+        compiled_layers=model.compile and can_compile(device),
         **_recompute(model.recompute),
     )
 
@@ -137,8 +140,9 @@ def build_model(
         has_lora: Whether its linears will get adapters, which need the input that fused layers keep inside.
         make_model: Makes a chunk with the head of a task; None for `ESM2ForTask`.
     """
-    # Post-LN needs LayerNorms of their own, not fused into the linears that follow.
-    spec_name = "local" if has_lora or model.family == "proteinbert_postln" else model.layer_spec
+    # Post-LN needs LayerNorms of their own, not fused into the linears that follow; compiled layers are ours.
+    is_local = has_lora or model.compile or model.family == "proteinbert_postln"
+    spec_name = "local" if is_local else model.layer_spec
     spec = layer_spec.choose_layer_spec(spec_name, device, DTYPES[model.precision])
     # Transformer Engine's attention has no kernel for packs in fp32, and draws its dropout from a generator.
     te_attention = (

@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from esm2mega.model.compiled import after_attention, before_attention, is_plain
 from esm2mega.model.dropout import ATTENTION_OUTPUT, MLP_OUTPUT, drop, place_of
+from esm2mega.model.linear import with_bias
 from esm2mega.model.packed import PackedSequences
 
 
@@ -38,6 +41,8 @@ class ESM2Layer(TransformerLayer):
         """
         rows = packed_seq_params.rows if self.layer_number == self.config.num_layers else None
         drops = self.training and self.config.keyed_hidden_dropout > 0
+        if self.config.compiled_layers and not drops and is_plain(self):
+            return self._compiled(hidden_states, packed_seq_params, others["rotary_pos_emb"], rows), None
         if rows is None and not drops:
             return super().forward(hidden_states, packed_seq_params=packed_seq_params, **others)
         attended = self.self_attention(
@@ -48,16 +53,26 @@ class ESM2Layer(TransformerLayer):
         )
         residual = hidden_states if rows is None else hidden_states.index_select(0, rows)
         if drops:
-            output, bias = attended
             place = place_of(self.layer_number, ATTENTION_OUTPUT)
-            hidden_states = residual + dropped(output + bias, self.config, packed_seq_params, place, rows)
-            output, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+            output = dropped(with_bias(*attended), self.config, packed_seq_params, place, rows)
+            hidden_states = residual + output
             place = place_of(self.layer_number, MLP_OUTPUT)
-            return hidden_states + dropped(output + bias, self.config, packed_seq_params, place, rows), None
+            output = with_bias(*self.mlp(self.pre_mlp_layernorm(hidden_states)))
+            return hidden_states + dropped(output, self.config, packed_seq_params, place, rows), None
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
             hidden_states = add(attended, residual, self.hidden_dropout)
         return self._forward_mlp(hidden_states), None
+
+    def _compiled(
+        self, hidden_states: Tensor, packed: PackedSequences, tables: Tensor, rows: Tensor | None
+    ) -> Tensor:
+        query, key, value = before_attention(self, hidden_states, tables)
+        context = self.self_attention.attend(query, key, value, packed, rows)
+        residual = hidden_states if rows is None else hidden_states.index_select(0, rows)
+        output = after_attention(self, residual, context)
+        # A view would hold the whole graph of the layer in memory when the pipeline sends it on.
+        return make_viewless_tensor(inp=output, requires_grad=output.requires_grad, keep_graph=True)
 
 
 def dropped(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -22,6 +21,7 @@ from esm2mega.errors import UserError
 from esm2mega.model.attention import ESM2SelfAttention, PackedCoreAttention
 from esm2mega.model.layer import ESM2Layer
 from esm2mega.model.layernorm import LayerNorm
+from esm2mega.model.linear import ColumnLinear, RowLinear
 from esm2mega.model.proteinbert import PostLayerNormLayer
 
 
@@ -60,8 +60,8 @@ def local_layer(post_layernorm: bool = False) -> ModuleSpec:
     return _layer(
         module=PostLayerNormLayer if post_layernorm else ESM2Layer,
         norm=LayerNorm,
-        column=ColumnParallelLinear,
-        row=RowParallelLinear,
+        column=ColumnLinear,
+        row=RowLinear,
         core_attention=PackedCoreAttention,
         keys={
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

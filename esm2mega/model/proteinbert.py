@@ -20,6 +20,7 @@ from torch import Tensor
 
 from esm2mega.model.dropout import ATTENTION_OUTPUT, EMBEDDING, MLP_OUTPUT, place_of
 from esm2mega.model.layer import dropped
+from esm2mega.model.linear import with_bias
 from esm2mega.model.packed import PackedSequences
 from esm2mega.vocabulary import PAD
 
@@ -78,21 +79,18 @@ class PostLayerNormLayer(TransformerLayer):
         normed = self.input_layernorm(hidden_states)
         if drops and self.layer_number == 1:
             normed = dropped(normed, self.config, packed_seq_params, place_of(0, EMBEDDING))
-        attention, bias = self.self_attention(
+        attended = self.self_attention(
             normed, None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
         )
+        output = with_bias(*attended)
         if drops:
             place = place_of(self.layer_number, ATTENTION_OUTPUT)
-            normed = normed + dropped(attention + bias, self.config, packed_seq_params, place)
-        else:
-            normed = normed + attention + bias
-        normed = self.pre_mlp_layernorm(normed)
-        output, bias = self.mlp(normed)
+            output = dropped(output, self.config, packed_seq_params, place)
+        normed = self.pre_mlp_layernorm(normed + output)
+        output = with_bias(*self.mlp(normed))
         if drops:
-            place = place_of(self.layer_number, MLP_OUTPUT)
-            output = normed + dropped(output + bias, self.config, packed_seq_params, place)
-        else:
-            output = normed + output + bias
+            output = dropped(output, self.config, packed_seq_params, place_of(self.layer_number, MLP_OUTPUT))
+        output = normed + output
         # A view would hold the whole graph of the layer in memory when the pipeline sends it on.
         output = make_viewless_tensor(inp=output, requires_grad=output.requires_grad, keep_graph=True)
         return output, None

@@ -5,7 +5,9 @@ Legend: ``T`` tokens of a pack, ``n`` heads, ``t`` tensor-parallel size, ``d`` h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class RotaryTables(MegatronModule):
         dtype = torch.float64 if config.params_dtype == torch.float64 else torch.float32
         # [d / 2]
         self.register_buffer("inv_freq", rotary_frequencies(config.kv_channels, dtype, device))
+        best_turn(device, config.params_dtype)  # tries the kernel, so that no step has to wait for that
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTables:
         """Follow ``.to``, ``.bfloat16`` and the like to another device, but not to another precision."""
@@ -86,38 +89,92 @@ class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(tables)
-        q, k, v = qkv.unbind(dim=2)
-        rotated = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
-        for x, out in zip((q, k), rotated, strict=True):
-            _rotate(x, tables[0], tables[1], out)
-        return rotated[0], rotated[1], v.contiguous()
+        parts = qkv.unbind(dim=2)
+        q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in parts)
+        best_turn(qkv.device, qkv.dtype)(parts, (q, k, v), tables)
+        return q, k, v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (tables,) = ctx.saved_tensors
-        dq, dk, dv = grads
+        dq = grads[0]
         dqkv = dq.new_empty(*dq.shape[:2], 3, dq.shape[2])
-        _rotate(dq, tables[0], -tables[1], dqkv[:, :, 0])
-        _rotate(dk, tables[0], -tables[1], dqkv[:, :, 1])
-        dqkv[:, :, 2] = dv
+        best_turn(dq.device, dq.dtype)(grads, dqkv.unbind(dim=2), tables, back=True)
         return dqkv, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Rotate pair ``(i, i + d/2)`` of ``x [T, n/t, d]`` into `out`.
+def turn(sources: Sequence[Tensor], targets: Sequence[Tensor], tables: Tensor, back: bool = False) -> None:
+    """Write q and k turned, and v as it is, with PyTorch's operations on any device.
 
     It is computed in the dtype of the tables, and rounded once.
+
+    Args:
+        sources: q, k and v, each ``[T, n/t, d]``.
+        targets: As `sources`.
+        tables: ``[2, T, 1, d / 2]``, cos then sin.
+        back: Turn by the negative angles.
     """
-    first, second = x.chunk(2, dim=-1)
-    out_first, out_second = out.chunk(2, dim=-1)
+    cos, sin = tables[0], -tables[1] if back else tables[1]
+    for x, out in zip(sources[:2], targets[:2], strict=True):
+        _rotate(x, cos, sin, out)
+    targets[2].copy_(sources[2])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Rotate pair ``(i, i + d/2)`` of ``x [T, n/t, d]`` into `out`."""
+    # [T, n/t, d] -> [T, n/t, 2, d / 2], with the tables as [T, 1, 1, d / 2]
+    halves, turned = x.unflatten(-1, (2, -1)), out.unflatten(-1, (2, -1))
     if out.dtype == cos.dtype:
         # In place: no temporaries.
-        torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-        return
-    # First the products with cos, then sin is added in place: two passes, no temporary in fp32.
-    out_first.copy_(torch.addcmul(first * cos, second, sin, value=-1))
-    out_second.copy_(torch.addcmul(second * cos, first, sin))
+        products = torch.mul(halves, cos.unsqueeze(-2), out=turned)
+    else:
+        products = halves * cos.unsqueeze(-2)
+    products[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-1)
+    products[..., 1, :].addcmul_(halves[..., 0, :], sin)
+    if products is not turned:
+        turned.copy_(products)
+
+
+@cache
+def best_turn(device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
+    """Return the kernel of `rotary_kernel` where it computes what `turn` computes, else `turn`.
+
+    It is tried once, when a model is built, and then the host waits for it.
+    """
+    if device.type != "cuda":
+        return turn
+    try:
+        from esm2mega.model import rotary_kernel
+    except ModuleNotFoundError:  # Triton comes with PyTorch for CUDA, but not with every build of it
+        return turn
+    try:
+        defect = _defect(rotary_kernel.turn, device, dtype)
+    except Exception as error:  # whatever a compiler of kernels may raise
+        defect = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if defect is None:
+        return rotary_kernel.turn
+    print(
+        f"esm2mega: the kernel for rotary positions does not work here ({defect}); PyTorch's do instead",
+        file=sys.stderr,
+        flush=True,
+    )
+    return turn
+
+
+def _defect(kernel: Callable[..., None], device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return how far a kernel is from `turn`, if it is, in both directions."""
+    wide = torch.promote_types(dtype, torch.float32)
+    tables = torch.randn(2, 5, 1, 12, dtype=wide, device=device)
+    qkv = torch.randn(5, 3, 3, 24, dtype=wide, device=device).to(dtype).unbind(dim=2)
+    for back in (False, True):
+        ours, theirs = torch.empty(2, 3, 5, 3, 24, dtype=dtype, device=device)
+        kernel(qkv, ours.unbind(), tables, back)
+        turn(qkv, theirs.unbind(), tables, back)
+        differs = (ours - theirs).abs().max().item()
+        # One rounding each: products may be rounded before they are added, or not.
+        if not differs <= torch.finfo(dtype).eps * theirs.abs().max().item():
+            return f"it is off by {differs:.1g}"
+    return None
 
 
 def split_and_rotate(qkv: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:

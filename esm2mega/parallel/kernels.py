@@ -14,6 +14,7 @@ import megatron.core.optimizer
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer, clip_grads, distrib_optimizer, optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_scale
 from torch import Tensor
 
@@ -45,6 +46,25 @@ def foreach_scale(
     if source is not target:
         torch._foreach_copy_(target, source)
     torch._foreach_mul_(target, scale)
+
+
+def foreach_copy(this: list[Tensor], that: list[Tensor], overflow_buf: Tensor | None = None) -> None:
+    """Copy the first list to the second, with the convention of Megatron-Core's copies between weights.
+
+    Args:
+        this: Source.
+        that: Target, in another dtype or the same.
+        overflow_buf: Ignored; part of the convention.
+    """
+    if this:
+        torch._foreach_copy_(that, this)
+
+
+def _copy_shards(self: DistributedOptimizer) -> None:
+    """Copy this rank's shards of the main weights into the model's, whose fp32 shards are the main ones."""
+    groups = zip(self.shard_fp32_from_float16_groups, self.shard_float16_groups, strict=True)
+    for main_group, group in groups if not self.is_stub_optimizer else ():
+        foreach_copy(main_group, group)
 
 
 @torch.no_grad()
@@ -108,8 +128,11 @@ def install(device: torch.device) -> None:
     """Make Megatron-Core use PyTorch's Adam, and on a CPU nothing of Transformer Engine or apex.
 
     This sets what Megatron-Core sets at its import where neither of them is installed. Its own clipping gets
-    these kernels, unless it has found fused ones that run on `device`.
+    these kernels, unless it has found fused ones that run on `device`. Weights are copied in a few launches,
+    where Megatron-Core copies one tensor after the other.
     """
+    optimizer._multi_tensor_copy_this_to_that = foreach_copy
+    DistributedOptimizer._copy_main_params_to_model_params = _copy_shards
     megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = True
     distrib_optimizer.Adam = torch.optim.Adam
     for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):

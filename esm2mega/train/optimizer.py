@@ -35,18 +35,26 @@ def wrap_data_parallel(
 ) -> list[DistributedDataParallel]:
     """Wrap the chunks in Megatron-Core's data parallelism, and let the schedule finalise their gradients.
 
-    Gradients of bf16 and fp16 models are kept and reduced in fp32.
+    Gradients of bf16 and fp16 models are kept and reduced in fp32. With the distributed optimizer they are
+    reduced in pieces, each as soon as the backward pass has made it. That needs a gradient of every weight in
+    every step, which a language model has and a user's head may not have.
     """
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = _finalize_with_exact_count
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=model.precision in ("bf16", "fp16"),
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.distributed_optimizer and all(type(c) is ESM2Model for c in chunks),
     )
-    return [
+    wrapped = [
         DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
+    # By these the schedule keeps gradients from being reduced before the last micro-batch has added its own.
+    without_reduction = [chunk.no_sync for chunk in wrapped]
+    for chunk in chunks:
+        chunk.config.no_sync_func = without_reduction if len(wrapped) > 1 else without_reduction[0]
+    return wrapped
 
 
 def train_state(

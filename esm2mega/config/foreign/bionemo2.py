@@ -41,7 +41,7 @@ WANDB = "a variable of Weights & Biases: WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TA
 
 PADDING = "nothing is padded: proteins are packed"
 
-_OVERLAP = "gradients are reduced as megatron-core does by default"
+_OVERLAP = "with `parallel.distributed_optimizer` gradients are reduced during the backward pass"
 
 
 def prepare_from(section: str) -> Any:

@@ -24,6 +24,7 @@ OTHERS = {
     "model.layer_spec": "te",
     "model.attention_backend": "flash",
     "model.recompute": "full",
+    "model.compile": True,
 }
 
 

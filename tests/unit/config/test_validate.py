@@ -41,6 +41,10 @@ RULES = [
        "model.attention_dropout=0") for backend in ("varlen", "flash", "te")),
     (["model.layernorm_epsilon=0"], 1, "model.layernorm_epsilon=0.0 must be greater than 0"),
     (["model.init_std=-1"], 1, "model.init_std=-1.0 must be greater than 0"),
+    *((["model.compile=true", f"{key}={value}"], 2,
+       f"compiles no layers with {key}={value}; set model.compile=false")
+      for key, value in (("parallel.tensor_model_parallel_size", 2), ("model.layer_spec", "te"),
+                         ("model.hidden_dropout", 0.1), ("lora.rank", 4))),
     # layout
     (["parallel.tensor_model_parallel_size=3"], 3,
      "model.num_attention_heads=20 is not divisible by parallel.tensor_model_parallel_size=3; "

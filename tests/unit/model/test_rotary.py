@@ -139,3 +139,51 @@ def test_frequencies_are_saved_and_loaded() -> None:
     target.load_state_dict(source.state_dict())
     assert torch.equal(target.inv_freq, source.inv_freq)
     assert list(source.state_dict()) == ["inv_freq"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_every_bit_is_that_of_the_products_with_cos_plus_those_with_sin(dtype: torch.dtype) -> None:
+    """In that order, and in the dtype of the tables: fewer passes must not change a number."""
+    tables = _tables({torch.float64: "fp64"}.get(dtype, "fp32"))(PACKED)
+    qkv = _qkv(dtype).requires_grad_()
+    outputs = split_and_rotate(qkv, tables)
+    weights = _qkv(dtype).flip(0).unbind(dim=2)
+    torch.autograd.backward(outputs, weights)
+    assert qkv.grad is not None
+    for number in (0, 1):
+        for x, actual, sign in (
+            (qkv.detach()[:, :, number], outputs[number], 1),
+            (weights[number], qkv.grad[:, :, number], -1),
+        ):
+            (cos, sin), (first, second) = tables, x.to(tables.dtype).chunk(2, dim=-1)
+            left = torch.addcmul(first * cos, second, sin * sign, value=-1)
+            right = torch.addcmul(second * cos, first, sin * sign)
+            assert torch.equal(actual, torch.cat((left, right), dim=-1).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_the_kernel_computes_the_formula(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """In Triton's interpreter, which cuts numbers off to bf16 where a GPU rounds them."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton", reason="no Triton")
+    from esm2mega.model.rotary_kernel import turn as kernel
+
+    generator = torch.Generator().manual_seed(4)
+    wide = torch.promote_types(dtype, torch.float32)
+    # Numbers of heads and channels that are no powers of two, and more heads than a program takes.
+    for tokens, heads, channels in ((7, 3, 6), (2, 33, 128)):
+        tables = torch.randn(2, tokens, 1, channels // 2, generator=generator, dtype=wide)
+        parts = torch.randn(3, tokens, heads, channels, generator=generator, dtype=wide).to(dtype)
+        apart = parts.transpose(0, 1).reshape(tokens, 3, heads, channels).transpose(1, 2).unbind(dim=2)
+        other = parts.transpose(2, 3).contiguous().transpose(2, 3)
+        for sources, back in ((apart, False), (parts, True), (other, True)):
+            targets = torch.empty(tokens, heads, 3, channels, dtype=dtype).unbind(dim=2)
+            kernel(sources, targets, tables, back)
+            cos, sin = tables[0], -tables[1] if back else tables[1]
+            for x, actual in zip(parts[:2], targets[:2], strict=True):
+                first, second = x.to(wide).chunk(2, dim=-1)
+                exact = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+                if dtype == torch.bfloat16:
+                    exact = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32)
+                assert torch.equal(actual, exact.to(dtype))
+            assert torch.equal(targets[2], parts[2])

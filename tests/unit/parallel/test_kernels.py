@@ -112,6 +112,22 @@ def test_a_cpu_trains_although_megatron_found_fused_kernels(
     assert math.isfinite(result.grad_norm)
 
 
+@pytest.mark.parametrize("distributed", ["false", "true"])
+def test_a_model_gets_its_main_weights_rounded(distributed: str) -> None:
+    run = tiny_run(f"parallel.distributed_optimizer={distributed}", "model.precision=bf16")
+    with process_groups(run.parallel, seed=1):
+        state = train_state(run)
+        weights = list(state.model[0].parameters())
+        before = [weight.detach().clone() for weight in weights]
+        for _ in range(2):  # the rate of the first step is 0
+            train_step(state, [packed_batch([[0, 5, 32, 7, 2]], {1: 5, 2: 9})])
+    for weight in weights:
+        main = weight.main_param.view_as(weight)  # type: ignore[attr-defined]
+        assert main.dtype == torch.float32
+        assert torch.equal(weight, main.bfloat16())
+    assert any(not torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_clipping_goes_through_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Megatron-Core calls them: the norm of all gradients, then one factor."""
