@@ -78,7 +78,10 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["esm2mega", "esm2mega.*"]), "esm2mega.conf"],
     package_dir={"esm2mega.conf": "conf"},
-    package_data={"esm2mega": ["py.typed", "*/*.csv"], "esm2mega.conf": ["*.yaml", "finetune/*.yaml"]},
+    package_data={
+        "esm2mega": ["py.typed", "*/*.csv", "model/*.cpp"],
+        "esm2mega.conf": ["*.yaml", "finetune/*.yaml"],
+    },
     install_requires=REQUIRED,
     extras_require={
         "te": ["transformer-engine[pytorch]"],

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,8 @@ gc.disable()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _caches = tempfile.mkdtemp()
+_kernels = Path(_caches, "kernels")
+_kernels.mkdir()
 atexit.register(shutil.rmtree, _caches, ignore_errors=True)
 _numbers = itertools.count()
 
@@ -33,7 +36,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Ranks and the processes of `esm2mega prove` are forked from the same process; a cache for each test."""
-    os.environ["XDG_CACHE_HOME"] = f"{_caches}/{next(_numbers)}"
+    """Ranks and the processes of `esm2mega prove` are forked from the same process; a cache for each test.
+
+    What the tests share of it are the compiled kernels.
+    """
+    cache = Path(_caches, str(next(_numbers)))
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    (cache / "esm2mega").mkdir(parents=True)
+    (cache / "esm2mega/kernels").symlink_to(_kernels)
     if item.get_closest_marker("distributed"):
         warm.prepare()

@@ -37,7 +37,7 @@ class ModelConfig:
     num_attention_heads: int | None = None
     precision: str = _choice("fp32", "fp32", "bf16", "fp16", "fp64")
     layer_spec: str = _choice("auto", "auto", "local", "te")
-    attention_backend: str = _choice("auto", "auto", "sdpa", "varlen", "flash", "te")
+    attention_backend: str = _choice("auto", "auto", "sdpa", "native", "varlen", "flash", "te")
     recompute: str = _choice("none", "none", "selective", "full")
     compile: bool = False
     activation: str = _choice("gelu", "gelu", "gelu_tanh")

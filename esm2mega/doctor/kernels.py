@@ -26,6 +26,7 @@ AMPERE = (8, 0)
 KERNEL_ERROR = 0.03
 """Bounds the difference of attention in bf16 from fp32; outputs are averages of values around 1."""
 
+NATIVE_CURE = "install g++, with which attention on a CPU takes half the time"
 VARLEN_CURE = "install torch 2.11 or newer"
 FLASH_CURE = "pip install flash-attn on a CUDA machine"
 TE_CURE = "pip install 'esm2mega[te]' on a CUDA machine"
@@ -43,6 +44,8 @@ def check_attention() -> Iterator[Finding]:
         # A run has one kernel for all its devices.
         capability = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
     yield sdpa_finding(device)
+    if cuda is None:
+        yield native_finding()
     yield fused_finding("varlen", VARLEN_CURE, device, capability)
     yield fused_finding("flash", FLASH_CURE, device, capability)
 
@@ -55,6 +58,20 @@ def sdpa_finding(device: torch.device) -> Finding:
     if (defect := _attention_defect("sdpa", device, torch.float32)) is not None:
         return Finding(FAILED, f"{what}: {defect}", "reinstall torch")
     return Finding(OK, f"{what}: computed on {device.type}, usable on every device")
+
+
+def native_finding() -> Finding:
+    """Return whether our own attention for CPUs compiles, and computes."""
+    import torch
+
+    from esm2mega.model import native
+
+    what = "attention backend native"
+    if (defect := native.defect()) is not None:
+        return Finding(MISSING, f"{what}: {defect}", NATIVE_CURE)
+    if (defect := _attention_defect("native", torch.device("cpu"), torch.float32)) is not None:
+        return Finding(FAILED, f"{what}: {defect}", "set model.attention_backend=sdpa")
+    return Finding(OK, f"{what}: compiled for this processor, and computed")
 
 
 def fused_finding(

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from esm2mega.errors import UserError
+from esm2mega.model import native, native_attention
 from esm2mega.model.dropout import FIRST_HEAD, drop, place_of
 from esm2mega.model.packed import PackedSequences
 from esm2mega.model.rotary import split_and_rotate
@@ -81,6 +82,11 @@ def sdpa_with_dropout(
     return torch.cat(outputs)
 
 
+def compiled(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float) -> Tensor:
+    """Attend with our own compiled kernel for the whole pack, on a CPU in fp32 or bf16."""
+    return native_attention.attend(q, k, v, packed.cu_seqlens_q, packed.cu_seqlens_kv, scale)
+
+
 def varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float) -> Tensor:
     """Attend with one kernel of `torch.nn.attention.varlen` for the whole pack, on CUDA in bf16 or fp16."""
     from torch.nn.attention.varlen import varlen_attn
@@ -101,7 +107,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences, scale: float
     )
 
 
-KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "varlen": varlen, "flash": flash}
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "native": compiled, "varlen": varlen, "flash": flash}
 
 FUSED = {
     "varlen": ("torch.nn.attention.varlen", "varlen_attn", "scale"),
@@ -123,18 +129,27 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
         UserError: The kernel that was asked for by name cannot run here.
     """
     fused = _fused_kernels_run(device, dtype, head_dim)
+    native_runs = device.type == "cpu" and native_attention.takes(dtype, head_dim)
     usable = {
         "sdpa": True,
+        "native": native_runs and native.defect() is None,
         "varlen": fused and kernel_defect("varlen") is None,
         "flash": fused and kernel_defect("flash") is None,
     }
     if name == "auto":
-        return next(kernel for kernel in ("flash", "varlen", "sdpa") if usable[kernel])
+        return next(kernel for kernel in ("flash", "varlen", "native", "sdpa") if usable[kernel])
     if name == "te":
         raise UserError(
             "model.attention_backend=te needs bf16 or fp16, model.attention_dropout=0 and the Transformer "
             "Engine layers, which are not all given here; "
             "set model.attention_backend=auto, or model.layer_spec=te where it is installed"
+        )
+    if name == "native" and not usable[name]:
+        given = f"this is {device.type} with {dtype}, head dimension {head_dim}"
+        raise UserError(
+            "model.attention_backend=native needs a CPU, fp32 or bf16, a head dimension that 8 divides, and "
+            f"a C++ compiler; {native.defect() if native_runs else given}: "
+            "set model.attention_backend=auto"
         )
     if not usable[name]:
         raise UserError(

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from esm2mega.model import native, native_rotary
 from esm2mega.model.packed import PackedSequences
 
 ROTARY_BASE = 10000.0
@@ -137,10 +138,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 @cache
 def best_turn(device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
-    """Return the kernel of `rotary_kernel` where it computes what `turn` computes, else `turn`.
+    """Return the fastest that computes what `turn` computes: of `native_rotary`, `rotary_kernel`, or `turn`.
 
-    It is tried once, when a model is built, and then the host waits for it.
+    That of CUDA is tried once, when a model is built, and then the host waits for it.
     """
+    if device.type == "cpu" and dtype in native.PREFIXES and native.defect() is None:
+        return native_rotary.turn
     if device.type != "cuda":
         return turn
     try:

@@ -8,8 +8,15 @@ import torch
 
 from esm2mega.doctor import kernels
 from esm2mega.doctor.finding import FAILED, MISSING, OK
-from esm2mega.doctor.kernels import apex_findings, check_attention, fused_finding, sdpa_finding, te_findings
-from esm2mega.model import attention
+from esm2mega.doctor.kernels import (
+    apex_findings,
+    check_attention,
+    fused_finding,
+    native_finding,
+    sdpa_finding,
+    te_findings,
+)
+from esm2mega.model import attention, native
 
 CPU = torch.device("cpu")
 HOPPER, TURING = (9, 0), (7, 5)
@@ -32,11 +39,19 @@ def test_the_attention_of_every_device_is_computed():
     ("kernel", "text"), [(wrong, "an output is off by"), (refused, "no kernel image is available")]
 )
 def test_attention_that_computes_something_else_fails(monkeypatch, kernel, text):
-    for name in ("sdpa", "varlen"):
+    for name in ("sdpa", "native", "varlen"):
         monkeypatch.setitem(attention.KERNELS, name, kernel)
-    for finding in (sdpa_finding(CPU), fused_finding("varlen", "cure", CPU, HOPPER)):
+    monkeypatch.setattr(native, "defect", lambda: None)
+    for finding in (sdpa_finding(CPU), native_finding(), fused_finding("varlen", "cure", CPU, HOPPER)):
         assert finding.state == FAILED
         assert text in finding.what and "\n" not in finding.what
+
+
+def test_native_attention_without_a_compiler_is_missing(monkeypatch):
+    monkeypatch.setattr(native, "defect", lambda: "no C++ compiler")
+    finding = native_finding()
+    assert finding.state == MISSING
+    assert "no C++ compiler" in finding.what and "install g++" in finding.cure
 
 
 def test_varlen_needs_a_device_of_compute_capability_8(monkeypatch):

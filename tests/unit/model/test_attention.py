@@ -87,6 +87,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(
         attention, "kernel_defect", lambda name: None if attention.FUSED[name][0] in found else "absent"
     )
+    monkeypatch.setattr(attention.native, "defect", lambda: None if "native" in found else "no C++ compiler")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     return found
 
@@ -103,6 +104,11 @@ VARLEN, FLASH = "torch.nn.attention.varlen", "flash_attn"
         (set(), CUDA, torch.bfloat16, "sdpa"),
         ({VARLEN, FLASH}, CUDA, torch.float32, "sdpa"),
         ({VARLEN, FLASH}, CPU, torch.bfloat16, "sdpa"),
+        ({"native"}, CPU, torch.bfloat16, "native"),
+        ({"native"}, CPU, torch.float32, "native"),
+        ({"native"}, CPU, torch.float64, "sdpa"),
+        ({"native"}, CPU, torch.float16, "sdpa"),
+        ({"native"}, CUDA, torch.float32, "sdpa"),
     ],
 )
 def test_auto_takes_the_fastest_that_runs(
@@ -153,6 +159,26 @@ def test_a_named_kernel_that_cannot_run_is_an_error(
     assert f"model.attention_backend={name}" in message
     assert device.type in message
     assert "model.attention_backend=auto" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("found", "device", "dtype", "head_dim", "reason"),
+    [
+        (set(), CPU, torch.float32, 64, "no C++ compiler: set"),
+        ({"native"}, CPU, torch.float64, 64, "torch.float64"),
+        ({"native"}, CPU, torch.float32, 12, "head dimension 12"),
+        ({"native"}, CUDA, torch.float32, 64, "this is cuda"),
+    ],
+)
+def test_native_attention_that_cannot_run_is_an_error(
+    packages: set[str], found: set[str], device: torch.device, dtype: torch.dtype, head_dim: int, reason: str
+) -> None:
+    packages |= found
+    with pytest.raises(UserError) as error:
+        choose_kernel("native", device, dtype, head_dim)
+    message = str(error.value)
+    assert reason in message and "set model.attention_backend=auto" in message
     assert "\n" not in message
 
 

@@ -104,7 +104,8 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         calls.append(1)
         return attention.sdpa(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setitem(attention.KERNELS, "sdpa", counted)
+    for name in ("sdpa", "native"):
+        monkeypatch.setitem(attention.KERNELS, name, counted)
     yield calls
 
 

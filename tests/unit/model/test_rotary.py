@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from esm2mega.config.schema import ModelConfig, ParallelConfig
+from esm2mega.model import native, native_rotary
 from esm2mega.model.build import build_model, transformer_config
 from esm2mega.model.packed import PackedSequences
-from esm2mega.model.rotary import RotaryTables, split_and_rotate
+from esm2mega.model.rotary import RotaryTables, best_turn, split_and_rotate, turn
 
 D = 6
 PACKED = PackedSequences.from_lengths([3, 1, 1000])
@@ -187,3 +188,28 @@ def test_the_kernel_computes_the_formula(monkeypatch: pytest.MonkeyPatch, dtype:
                     exact = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32)
                 assert torch.equal(actual, exact.to(dtype))
             assert torch.equal(targets[2], parts[2])
+
+
+@pytest.mark.parametrize("dim", [6, 16, 24, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_compiled_turn_has_the_bits_of_pytorchs(dtype: torch.dtype, dim: int) -> None:
+    """Forward from a part of the projection, backward from gradients that are expanded or transposed."""
+    if (defect := native.defect()) is not None:
+        pytest.skip(defect)
+    generator = torch.Generator().manual_seed(dim)
+    wide = torch.promote_types(dtype, torch.float32)
+    tables = torch.randn(2, 37, 1, dim // 2, generator=generator, dtype=wide)
+    qkv = torch.randn(37, 3, 3, dim, generator=generator, dtype=wide).to(dtype).unbind(dim=2)
+    grads = (qkv[0][:1].expand(37, 3, dim), qkv[1].transpose(0, 1).contiguous().transpose(0, 1), qkv[2])
+    for sources, back in ((qkv, False), (grads, True)):
+        ours, theirs = torch.zeros(2, 37, 3, 3, dim, dtype=dtype)
+        native_rotary.turn(sources, ours.unbind(dim=2), tables, back)
+        turn(sources, theirs.unbind(dim=2), tables, back)
+        assert torch.equal(ours, theirs)
+
+
+def test_the_processor_has_the_compiled_turn() -> None:
+    if (defect := native.defect()) is not None:
+        pytest.skip(defect)
+    assert best_turn(CPU, torch.float32) is native_rotary.turn
+    assert best_turn(CPU, torch.float16) is turn

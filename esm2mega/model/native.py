@@ -1,0 +1,133 @@
+"""Compiles the package's C++ for the processor of this machine, and loads it.
+
+A source is compiled once per processor, without anything of PyTorch, and kept in the cache of the user.
+Without a C++ compiler the package uses PyTorch's own operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from esm2mega.errors import MachineError, UserError
+from esm2mega.files import replacing, user_cache
+from esm2mega.processes import end_with_parent
+
+COMPILERS = ("g++", "clang++")
+
+# Nothing reads errno or floating-point traps. The package does not link OpenMP itself: the name libgomp.so.1
+# finds the one that PyTorch has loaded, whose threads are then shared.
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp", "-fPIC", "-shared"),
+)
+
+CONTRACTION = {"native_attention": "fast", "native_rotary": "off"}
+"""Says whether a product and a sum may become one instruction, for each source."""
+
+SECONDS = 120.0
+"""Limits how long compiling a source takes: 3 s on an idle machine."""
+
+PREFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
+"""Gives the first part of the names of a source's functions for each data type."""
+
+
+class NotCompiledError(Exception):
+    """Says in one line why there is no compiled code on this machine."""
+
+
+def defect() -> str | None:
+    """Return why compiled code cannot run here, or None if it can; the first call may compile for seconds."""
+    try:
+        for name in CONTRACTION:
+            library(name)
+    except NotCompiledError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """Load a source of `CONTRACTION` for this processor, compiled now if it has not been.
+
+    Raises:
+        NotCompiledError: There is no compiler, or nothing that it made can be loaded.
+    """
+    flags = (*FLAGS, f"-ffp-contract={CONTRACTION[name]}")
+    with resources.as_file(resources.files("esm2mega.model") / f"{name}.cpp") as source:
+        identity = "\0".join((source.read_text(), *flags, platform.machine(), _processor()))
+        try:
+            digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+            path = user_cache() / "kernels" / f"{name}-{digest}.so"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as partial:
+                    _compile(source, flags, partial)
+            if path.stat().st_uid != os.geteuid():
+                raise NotCompiledError(
+                    f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of yours"
+                )
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:
+                path.unlink()  # whoever comes next compiles it again
+                raise
+        except (MachineError, OSError, UserError) as error:
+            raise NotCompiledError(str(error)) from None
+
+
+def call(name: str, function: str, tensors: Sequence[Tensor], *numbers: ctypes._SimpleCData) -> None:
+    """Call ``<data type>_<function>`` of a library with pointers to tensors, then numbers, then the threads.
+
+    The data type is that of the first tensor; the library reads and writes while the call lasts.
+    """
+    called = getattr(library(name), f"{PREFIXES[tensors[0].dtype]}_{function}")
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+    called(*pointers, *numbers, ctypes.c_int(torch.get_num_threads()))
+
+
+def strides(tensors: Sequence[Tensor]) -> Tensor:
+    """Return token and head strides, in elements, of tensors ``[T, n, d]``, one after the other: int64."""
+    return torch.tensor([stride for x in tensors for stride in x.stride()[:2]])
+
+
+def _compile(source: Path, flags: Sequence[str], target: Path) -> None:
+    compiler = next((found for each in COMPILERS if (found := shutil.which(each))), None)
+    if compiler is None:
+        raise NotCompiledError(f"no C++ compiler ({' or '.join(COMPILERS)}) on the PATH")
+    try:
+        done = subprocess.run(
+            [compiler, *flags, str(source), "-o", str(target)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            preexec_fn=end_with_parent,
+        )
+    except subprocess.TimeoutExpired:
+        raise NotCompiledError(f"{compiler} took longer than {SECONDS:.0f} s") from None
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        raise NotCompiledError(f"{compiler} failed: {said.strip()}")
+
+
+def _processor() -> str:
+    """Return what tells processors apart: a cluster may share one cache among machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
