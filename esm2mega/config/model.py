@@ -25,7 +25,7 @@ def check_compile(model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig
         (tp, parallel.tensor_model_parallel_size, 1),
         ("model.family", model.family, "esm2"),
         ("model.layer_spec", model.layer_spec, ("auto", "local")),
-        ("model.attention_backend", model.attention_backend, ("auto", "sdpa", "varlen", "flash")),
+        ("model.attention_backend", model.attention_backend, ("auto", "sdpa", "native", "varlen", "flash")),
         ("model.hidden_dropout", model.hidden_dropout, 0),
         ("lora.rank", lora.rank, None),
     ):

@@ -167,15 +167,17 @@ def best_turn(device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
 def _defect(kernel: Callable[..., None], device: torch.device, dtype: torch.dtype) -> str | None:
     """Return how far a kernel is from `turn`, if it is, in both directions."""
     wide = torch.promote_types(dtype, torch.float32)
-    tables = torch.randn(2, 5, 1, 12, dtype=wide, device=device)
-    qkv = torch.randn(5, 3, 3, 24, dtype=wide, device=device).to(dtype).unbind(dim=2)
+    # No random numbers: a machine with the kernel must draw the same ones later as a machine without.
+    values = torch.linspace(-40.0, 40.0, 2 * 5 * 12 + 5 * 3 * 3 * 24, dtype=wide, device=device).sin()
+    tables = values[: 2 * 5 * 12].view(2, 5, 1, 12)
+    qkv = values[2 * 5 * 12 :].view(5, 3, 3, 24).to(dtype).unbind(dim=2)
     for back in (False, True):
         ours, theirs = torch.empty(2, 3, 5, 3, 24, dtype=dtype, device=device)
         kernel(qkv, ours.unbind(), tables, back)
         turn(qkv, theirs.unbind(), tables, back)
         differs = (ours - theirs).abs().max().item()
-        # One rounding each: products may be rounded before they are added, or not.
-        if not differs <= torch.finfo(dtype).eps * theirs.abs().max().item():
+        # Products may be rounded before they are added, or not.
+        if not differs <= 2 * torch.finfo(dtype).eps * theirs.abs().max().item():
             return f"it is off by {differs:.1g}"
     return None
 

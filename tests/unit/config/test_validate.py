@@ -44,6 +44,7 @@ RULES = [
     *((["model.compile=true", f"{key}={value}"], 2,
        f"compiles no layers with {key}={value}; set model.compile=false")
       for key, value in (("parallel.tensor_model_parallel_size", 2), ("model.layer_spec", "te"),
+                         ("model.attention_backend", "te"),
                          ("model.hidden_dropout", 0.1), ("lora.rank", 4))),
     # layout
     (["parallel.tensor_model_parallel_size=3"], 3,
@@ -194,6 +195,7 @@ def test_validate_needs_a_resolved_run():
           "train.global_batch_tokens=16384"], 4),
         (["model.precision=fp64"], 1),
         (["model.precision=bf16", "model.attention_backend=flash", "parallel.distributed_optimizer=true"], 1),
+        (["model.compile=true", "model.attention_backend=native"], 1),
         (["data.max_seq_length=3", "train.micro_batch_tokens=3", "train.global_batch_tokens=6"], 1),
         (["data.mask_fraction=0.9", "data.random_fraction=0.1"], 1),
         (["data.mask_fraction=0", "data.random_fraction=0"], 1),

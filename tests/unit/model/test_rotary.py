@@ -5,12 +5,14 @@ Legend: ``T`` tokens, ``n`` heads, ``d`` head dimension.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from esm2mega.config.schema import ModelConfig, ParallelConfig
-from esm2mega.model import native, native_rotary
+from esm2mega.model import native, native_rotary, rotary
 from esm2mega.model.build import build_model, transformer_config
 from esm2mega.model.packed import PackedSequences
 from esm2mega.model.rotary import RotaryTables, best_turn, split_and_rotate, turn
@@ -213,3 +215,12 @@ def test_the_processor_has_the_compiled_turn() -> None:
         pytest.skip(defect)
     assert best_turn(CPU, torch.float32) is native_rotary.turn
     assert best_turn(CPU, torch.float16) is turn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_kernel_that_is_off_is_found(dtype: torch.dtype) -> None:
+    def other_way(sources: Any, targets: Any, tables: Tensor, back: bool = False) -> None:
+        turn(sources, targets, tables, not back)
+
+    assert rotary._defect(turn, CPU, dtype) is None
+    assert (rotary._defect(other_way, CPU, dtype) or "").startswith("it is off by ")

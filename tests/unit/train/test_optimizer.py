@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from esm2mega.model.build import build_model
+from esm2mega.model.esm2 import ESM2Model
+from esm2mega.parallel.initialize import process_groups
+from esm2mega.train.optimizer import wrap_data_parallel
 from esm2mega.train.step import TrainState, train_step
 from tests.unit.runs import packed_batch, tiny_run, train_state
 
@@ -163,3 +167,38 @@ def test_bf16_weights_move_by_less_than_their_spacing(world: None) -> None:
             assert (scale == 1.0).all(), "1e-3 is below half a spacing of 2^-8 under 1"
     # Adam moves by lr per step: 1 - 500e-5 = 0.995, to the nearest bf16 below 1 (spacing 2^-8)
     assert scale.unique().tolist() == [0.99609375]
+
+
+def test_gradients_are_reduced_in_the_backward_pass_of_the_last_micro_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the second step on; in the first one it is not known yet how often each weight gets a gradient."""
+    run = tiny_run("parallel.distributed_optimizer=true")
+    with process_groups(run.parallel, seed=1):
+        state = train_state(run)
+        (wrapped,) = state.model
+        (group,) = wrapped.bucket_groups
+        events = []
+
+        def tell(name: str) -> None:
+            original = getattr(group, name)
+            monkeypatch.setattr(group, name, lambda **settings: (events.append(name), original(**settings)))
+
+        tell("start_grad_sync")
+        tell("finish_grad_sync")
+        wrapped.register_forward_pre_hook(lambda *_: events.append("forward"))
+        train_step(state, BATCHES * 2)
+        assert events == ["forward", "forward", "finish_grad_sync", "start_grad_sync"]
+        events.clear()
+        train_step(state, BATCHES * 2)
+        assert events == ["forward", "forward", "start_grad_sync", "finish_grad_sync"]
+
+
+def test_gradients_that_may_be_missing_are_reduced_at_the_end(world: None) -> None:
+    class WithOwnHead(ESM2Model): ...
+
+    run = tiny_run("parallel.distributed_optimizer=true")
+    (model,) = build_model(run.model, run.parallel, torch.device("cpu"), run.seed)
+    model.__class__ = WithOwnHead
+    (wrapped,) = wrap_data_parallel([model], run.model, run.parallel)
+    assert not wrapped.ddp_config.overlap_grad_reduce
