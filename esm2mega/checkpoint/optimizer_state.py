@@ -8,6 +8,8 @@ are not tensors are nested:
 * `MIXED` (bf16, fp16): main weights ``optimizer.state.fp32_param``; the rest as plain, one level deeper.
 * `DISTRIBUTED`: main weights ``optimizer.state.param`` in any precision; a step in each parameter group.
 
+Fused Adams of other packages have a step in each parameter group in every form, see `place_count`.
+
 The loss scale of fp16 is a value beside them, ``grad_scaler``, in `MIXED` and in `DISTRIBUTED`.
 
 The second half of the module holds what Megatron-Core's distributed optimizer needs for saving and loading.
@@ -200,15 +202,36 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
                 state["step"] = state["step"].clone()
 
 
-def count_from_zero(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> None:
-    """Enter a step count of zero into a state that holds none, for PyTorch's Adam, which must load one.
+def place_count(loaded: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Enter the count of steps where it is loaded from for PyTorch's Adam, which keeps it beside its moments.
 
-    Megatron-Core does not save a count of zero, that of a training whose steps were all skipped.
+    The fused Adams of Transformer Engine and apex, with which others may have trained, keep it in the groups
+    of parameters. Megatron-Core does not save a count of zero, that of a training whose steps were all
+    skipped.
+
+    Args:
+        loaded: A state of the form of `optimizer`, which is changed.
+        optimizer: The optimizer that it is for.
     """
     (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    if isinstance(part.optimizer, torch.optim.AdamW) and not isinstance(part, DistributedOptimizer):
-        inner = loaded["optimizer"] if isinstance(part, Float16OptimizerWithFloat16Params) else loaded
-        inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
+    if not isinstance(part.optimizer, torch.optim.AdamW):  # of nothing, where all weights are frozen
+        return
+    inner = loaded if form_of_optimizer(optimizer) == PLAIN else loaded["optimizer"]
+    # Groups without parameters have none; the others agree.
+    counts = [group.pop("step") for group in inner["param_groups"] if "step" in group]
+    count = float(max(counts, default=0))
+    if isinstance(part, DistributedOptimizer):
+        for group in inner["param_groups"]:
+            group["step"] = count
+    else:
+        inner["state"].setdefault("common_step", torch.tensor(count, dtype=torch.float32))
+
+
+def count_in_whole_steps(state: dict[str, Any]) -> None:
+    """Make the count in the groups of a distributed optimizer's state an integer, as fused Adams need it."""
+    for group in state.get("optimizer", {}).get("param_groups", []):
+        if "step" in group:
+            group["step"] = int(group["step"])
 
 
 def _set_states(

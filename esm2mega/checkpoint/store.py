@@ -21,11 +21,12 @@ from esm2mega.checkpoint.digests import unreadable
 from esm2mega.checkpoint.optimizer_state import (
     ask_for,
     begin_states,
-    count_from_zero,
+    count_in_whole_steps,
     form_of_names,
     form_of_optimizer,
     ignored,
     make_loadable,
+    place_count,
     separate_steps,
     translate,
 )
@@ -121,7 +122,7 @@ def load_training_state(
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     settings = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
     _adopt_rates(state, optimizer)
-    count_from_zero(state, optimizer)
+    place_count(state, optimizer)
     optimizer.load_state_dict(state)
     for group, configured in zip(optimizer.param_groups, settings, strict=True):
         group.update(configured)
@@ -258,6 +259,7 @@ def sharded_state(
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=dict(SHARDING)
         )
+        count_in_whole_steps(state["optimizer"])
         # Ranks that hold no part of a gathered state say None, which Megatron-Core warns of as a difference.
         if state["optimizer"].get("param_state", state) is None:
             del state["optimizer"]["param_state"]

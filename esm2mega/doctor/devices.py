@@ -1,4 +1,4 @@
-"""Checks the CPU, every CUDA device, and whether they compute in bf16."""
+"""Checks the CPU, every CUDA device, and in which precisions they compute."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def check_devices() -> Iterator[Finding]:
     """Yield every CUDA device, and bf16 on each device and on the CPU."""
     import torch
 
+    from esm2mega.model.arithmetic import TF32_CAPABILITY
+
     yield _bf16_on_cpu()
     if not torch.cuda.is_available():
         build = "" if torch.version.cuda else " and this torch is a CPU build"
@@ -41,6 +43,8 @@ def check_devices() -> Iterator[Finding]:
         text = ".".join(map(str, capability))
         yield Finding(OK, f"cuda:{index}: {properties.name}, {memory:.0f} GiB, compute capability {text}")
         yield _bf16_on_cuda(index, capability)
+        if capability >= TF32_CAPABILITY:
+            yield _fp32_on_cuda(index)
 
 
 def _bf16_on_cpu() -> Finding:
@@ -68,6 +72,14 @@ def _bf16_on_cuda(index: int, capability: tuple[int, int]) -> Finding:
             "set model.precision=fp32",
         )
     return Finding(OK, f"{what}: computed")
+
+
+def _fp32_on_cuda(index: int) -> Finding:
+    from esm2mega.model.arithmetic import TF32_SWITCH, products_round_to_tf32
+
+    if products_round_to_tf32():
+        return Finding(OK, f"fp32 on cuda:{index}: with TF32; {TF32_SWITCH}=0 turns it off")
+    return Finding(OK, f"fp32 on cuda:{index}: without TF32; {TF32_SWITCH}=1 turns it on")
 
 
 def bf16_defect(device: torch.device) -> str | None:

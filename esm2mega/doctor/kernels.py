@@ -1,4 +1,4 @@
-"""Checks the kernels that make a GPU fast by computing with them: attention, Transformer Engine and apex.
+"""Checks the kernels that make a GPU fast by computing with them: attention and Transformer Engine.
 
 A package counts only with its kernels: a module of the right name proves nothing.
 """
@@ -30,7 +30,6 @@ NATIVE_CURE = "install g++, with which attention on a CPU takes half the time"
 VARLEN_CURE = "install torch 2.11 or newer"
 FLASH_CURE = "pip install flash-attn on a CUDA machine"
 TE_CURE = "pip install 'esm2mega[te]' on a CUDA machine"
-APEX_CURE = "build it from its source, with its CUDA extensions"
 NO_DEVICE = "it needs a CUDA device"
 
 
@@ -132,20 +131,17 @@ def _attention_defect(kernel: str, device: torch.device, dtype: torch.dtype) -> 
     return None if off < KERNEL_ERROR else f"an output is off by {off:.2g}"
 
 
-def check_packages_with_kernels() -> Iterator[Finding]:
-    """Try Transformer Engine and apex, each in a process of its own, if a module of that name is there.
+def check_transformer_engine() -> Iterator[Finding]:
+    """Try Transformer Engine, in a process of its own, if a module of that name is there.
 
-    Megatron-Core imports both wherever they are found, so that one that is broken stops every training.
+    Megatron-Core imports it wherever it is found, so that a broken one stops every training.
     """
-    for module, function, what, cure in (
-        ("transformer_engine", "te_findings", "attention backend te and model.layer_spec=te", TE_CURE),
-        ("apex", "apex_findings", "apex (fused Adam on CUDA)", APEX_CURE),
-    ):
-        if importlib.util.find_spec(module) is None:
-            yield Finding(MISSING, f"{what}: no module {module}", cure)
-        else:
-            rebuild = f"uninstall it, or {cure}"
-            yield from run_apart(__name__, function, f"{what}: its import or its kernels", rebuild, SECONDS)
+    what = "attention backend te and model.layer_spec=te"
+    if importlib.util.find_spec("transformer_engine") is None:
+        yield Finding(MISSING, f"{what}: no module transformer_engine", TE_CURE)
+        return
+    rebuild = f"uninstall it, or {TE_CURE}"
+    yield from run_apart(__name__, "te_findings", f"{what}: its import or its kernels", rebuild, SECONDS)
 
 
 def te_findings() -> Iterator[Finding]:
@@ -181,39 +177,6 @@ def te_findings() -> Iterator[Finding]:
         yield Finding(FAILED, f"{what}: an output is not finite", f"uninstall it, or {TE_CURE}")
         return
     yield Finding(OK, f"{what}: computed a layer and attention")
-
-
-def apex_findings() -> Iterator[Finding]:
-    """Import what Megatron-Core takes from apex, and make a step of its fused Adam."""
-    import torch
-
-    what = f"apex {_version('apex')} (fused Adam on CUDA)"
-    try:
-        adam = importlib.import_module("apex.optimizers").FusedAdam
-    except (ImportError, AttributeError) as error:
-        yield Finding(
-            MISSING, f"{what}: without its optimizers ({_first_line(error)}); torch's is used", APEX_CURE
-        )
-        return
-    try:
-        importlib.import_module("amp_C")
-    except ImportError as error:
-        # Megatron-Core takes a FusedAdam that can be imported, and fails when it is made.
-        yield Finding(
-            FAILED, f"{what}: without its kernels ({_first_line(error)})", f"uninstall it, or {APEX_CURE}"
-        )
-        return
-    if (device := cuda_device()) is None:
-        yield Finding(MISSING, f"{what}: kernels found", NO_DEVICE)
-        return
-    parameter = torch.nn.Parameter(torch.ones(8, device=device))
-    parameter.grad = torch.ones_like(parameter)
-    adam([parameter], lr=0.1).step()
-    # The first step of Adam has the length of the learning rate.
-    if not (parameter - 0.9).abs().max() < 1e-3:
-        yield Finding(FAILED, f"{what}: a step went wrong", f"uninstall it, or {APEX_CURE}")
-        return
-    yield Finding(OK, f"{what}: made a step")
 
 
 def cuda_device() -> torch.device | None:

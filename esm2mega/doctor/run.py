@@ -50,7 +50,7 @@ def check_host(path: Path, quick: bool) -> Iterator[Finding]:
         "reinstall both, and repair or uninstall what the line names",
         kernels.SECONDS + collectives.SECONDS,
     )
-    yield from kernels.check_packages_with_kernels()
+    yield from kernels.check_transformer_engine()
     yield collectives.check_gloo()
 
 

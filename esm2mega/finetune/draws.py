@@ -154,8 +154,8 @@ class Draws:
             UserError: A head of the user's own drops nothing.
         """
         self._members, self._how, self._ranks = members, how, ranks
-        self._models = [load_task(member, ranks) for member in members]
-        for chunk in (chunk for chunks in self._models for chunk in chunks):
+        self.models = [load_task(member, ranks) for member in members]
+        for chunk in (chunk for chunks in self.models for chunk in chunks):
             chunk.eval()
             if how.kind == "dropout":
                 self._let_drop(chunk)
@@ -184,7 +184,7 @@ class Draws:
         model = self._members[0].run.model
         drops = any(
             isinstance(module, KeyedDropout) and module.p > 0
-            for chunk in self._models[0]
+            for chunk in self.models[0]
             for module in chunk.modules()
         )
         every = [False] * self._ranks.world_size
@@ -209,19 +209,19 @@ class Draws:
                     found.append(Found(kept, Summary(self._members[0].info)))
                 found[place].summary.add(kept["values"])
         if self._how.kind == "dropout":
-            for chunk in self._models[0]:
+            for chunk in self.models[0]:
                 chunk.forget_features()
         return found
 
     def _draw(self, number: int, batches: Sequence[LabelledBatch], id_of: Any) -> list[dict[str, Any]]:
         """Return the predictions of one draw, an entry for each pack."""
-        member, chunks, seed = self._members[0], self._models[0], None
+        member, chunks, seed = self._members[0], self.models[0], None
         batches = [replace(batch, labels=None) for batch in batches]
         if self._how.kind == "dropout":
             seed = sample_seed(member.run.seed, number)
             batches = [with_keys(batch, seed) for batch in batches]
         else:
-            member, chunks = self._members[number], self._models[number]
+            member, chunks = self._members[number], self.models[number]
         collecting = Collecting(loss_of_task(member.run.task, member.info), member.predict, member.info)
         for _ in run_groups(chunks, collecting, batches, self._ranks, seed):
             if collecting.not_finite is not None:

@@ -70,7 +70,8 @@ class RegressionLossReduction(TaskLossReduction):
         values = _at_least_fp32(output)
         labels = batch.labels
         there = ~torch.isnan(labels)
-        scaled = ((labels - self._mean.to(labels.device)) / self._std.to(labels.device)).to(values.dtype)
+        mean, std = self._scale_on(labels.device)
+        scaled = ((labels - mean) / std).to(values.dtype)
         # Missing labels are replaced before the loss: NaN times 0 would still be NaN.
         scaled = torch.where(there, scaled, values.detach())
         if self.loss == "huber":
@@ -80,7 +81,13 @@ class RegressionLossReduction(TaskLossReduction):
         return LossTerms(each.sum(), there.sum())
 
     def predictions(self, output: Tensor) -> Tensor:
-        return output.double() * self._std.to(output.device) + self._mean.to(output.device)
+        mean, std = self._scale_on(output.device)
+        return output.double() * std + mean
+
+    def _scale_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, which stay on the device: a copy waits for it."""
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        return self._mean, self._std
 
     def scale(self, num_outputs: int) -> tuple[list[float], list[float]]:
         """Return mean and standard deviation of each of the k outputs."""
@@ -129,7 +136,8 @@ class ClassificationLossReduction(TaskLossReduction):
         labels = batch.labels[:, None] if batch.labels.dim() == 1 else batch.labels
         weights: Sequence[Tensor | None] = [None] * len(logits)
         if self._weights is not None:
-            weights = self._split(self._weights.to(logits[0]))
+            self._weights = self._weights.to(logits[0].device)  # once, since a copy waits for the device
+            weights = self._split(self._weights.to(logits[0].dtype))
         sums = [
             F.cross_entropy(
                 of_target,
@@ -174,7 +182,10 @@ class MultilabelLossReduction(TaskLossReduction):
         logits = _at_least_fp32(output)
         there = ~torch.isnan(batch.labels)
         labels = torch.where(there, batch.labels, 0.0).to(logits.dtype)
-        weights = None if self._weights is None else self._weights.to(logits)
+        weights = None
+        if self._weights is not None:
+            self._weights = self._weights.to(logits.device)  # once, since a copy waits for the device
+            weights = self._weights.to(logits.dtype)
         each = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights, reduction="none")
         return LossTerms((each * there).sum(), there.sum())
 

@@ -30,6 +30,7 @@ from esm2mega.infer.contents import Write
 from esm2mega.infer.job import Compute, Job, refuse_long, run_job
 from esm2mega.infer.source import source_of
 from esm2mega.infer.target import Mode
+from esm2mega.model.arithmetic import describe_computing
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.evaluate import run_groups
 
@@ -159,6 +160,7 @@ class PredictJob(Job):
             return self._load_draws(self._uncertainty, contents, ranks)
         task = self._task
         chunks = load_task(task, ranks)
+        self._note_computing(chunks, ranks)
         for chunk in chunks:
             chunk.eval()
         collecting = Collecting(loss_of_task(task.run.task, task.info), task.predict, task.info)
@@ -174,9 +176,14 @@ class PredictJob(Job):
 
         return compute
 
+    def _note_computing(self, chunks: Sequence[Any], ranks: Ranks) -> None:
+        trained = self._task.start.run.model.precision
+        self.computing = describe_computing(chunks[0].config, ranks.device, trained)
+
     def _load_draws(self, how: Uncertainty, contents: PredictionContents, ranks: Ranks) -> Compute:
         """Load what predicts several times, and calibrate its intervals where that is asked for."""
         draws = Draws(self._members, how, ranks)
+        self._note_computing(draws.models[0], ranks)
         if self._labelled is not None:
             draws.calibrate(self._labelled, str(how.calibrate))
         self._factors = draws.factor

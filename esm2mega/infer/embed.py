@@ -22,6 +22,7 @@ from esm2mega.infer.job import Compute, Job, make_folder, refuse_long, run_job
 from esm2mega.infer.proteins import Embedder, Lengths, Values, micro_batch_tokens, output_request
 from esm2mega.infer.source import open_model
 from esm2mega.infer.target import Mode
+from esm2mega.model.arithmetic import describe_computing
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.parallel.paths import expand_paths
 
@@ -123,7 +124,9 @@ class EmbedJob(Job):
 
     def load(self, contents: Embeddings, ranks: Ranks) -> Compute:
         size = micro_batch_tokens(self.run.infer, self._limits, ranks.device)
-        engine = Engine(load_model(self._source, self.run, ranks), ranks, self._request, size)
+        model = load_model(self._source, self.run, ranks)
+        self.computing = describe_computing(model.config, ranks.device, self._source.run.model.precision)
+        engine = Engine(model, ranks, self._request, size)
         embedder = Embedder(engine, self.run.infer, self._limits, self._source.path)
 
         def compute(piece: int) -> Iterator[tuple[int, Iterable[Write]]]:

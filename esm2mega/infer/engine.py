@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from esm2mega.batch import host_borders
 from esm2mega.config.schema import Run
 from esm2mega.data.stream.packing import plan_packs
 from esm2mega.infer.source import ModelSource
@@ -29,6 +30,7 @@ from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.hidden_states import hidden_states
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel.initialize import Ranks
+from esm2mega.parcel import Parcel
 from esm2mega.vocabulary import PAD
 
 _ROWS_PER_THREAD = 32
@@ -147,7 +149,12 @@ class Engine:
             request: What to compute.
             micro_batch_tokens: Tokens of the largest pack; with a pipeline, every pack is padded to it.
         """
-        self._model, self._ranks, self._request = model, ranks, request
+        self._model, self._ranks = model, ranks
+        if request.contact_head is not None:
+            # Sent once: each copy of pageable memory waits for the device.
+            weight, bias = request.contact_head
+            request = replace(request, contact_head=(weight.to(ranks.device), bias))
+        self._request = request
         self.micro_batch_tokens = micro_batch_tokens
 
     def run(self, packs: Sequence[WindowPack]) -> Iterator[PackOutputs]:
@@ -184,11 +191,14 @@ class Engine:
         device = self._ranks.device
         lengths = [window.num_tokens for window in pack.windows]
         tail = self._padded(sum(lengths)) - sum(lengths)
-        ids = torch.from_numpy(np.pad(pack.tokens, (0, tail), constant_values=PAD).astype(np.int64)).to(
-            device
-        )
+        tokens = np.pad(pack.tokens, (0, tail), constant_values=PAD).astype(np.int64)
         lengths += [tail] * (tail > 0)
-        packed = PackedSequences.from_lengths(lengths, device, pack.logit_counts(lengths))
+        counts = pack.logit_counts(lengths)
+        sent = [torch.from_numpy(tokens), host_borders(lengths, counts)]
+        if pack.logit_positions is not None:
+            sent.append(torch.from_numpy(pack.logit_positions))
+        ids, borders, *rows = Parcel.of(sent).to(device)
+        packed = PackedSequences.from_lengths(lengths, device, counts, borders)
         if maps is not None:
             assert self._request.contact_head is not None
             starts = np.cumsum([0, *lengths]).tolist()
@@ -200,10 +210,7 @@ class Engine:
             maps.begin(spans, dict(enumerate(weight, start=1)))
         outputs = PackOutputs()
         if self._request.logits or not model.post_process:
-            positions = None
-            if pack.logit_positions is not None:
-                positions = torch.from_numpy(pack.logit_positions).to(device)
-            result = model(ids, packed, positions)
+            result = model(ids, packed, rows[0] if rows else None)
             outputs.logits = result if model.post_process else None
         else:
             result = model.encode(ids, packed)

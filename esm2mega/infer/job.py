@@ -51,11 +51,13 @@ class Job(ABC):
         mode: What to do about an output that exists already.
         run: The configuration.
         target: Where the output goes.
+        computing: Says how the model computes, once `load` has loaded it.
     """
 
     name: str
     unit: str
     allow_unknown = False
+    computing = ""
 
     def __init__(self, input: str, mode: Mode, run: Run, target: OutputTarget) -> None:
         """Set the attributes of the job."""
@@ -79,7 +81,7 @@ class Job(ABC):
 
     @abstractmethod
     def load(self, contents: Any, ranks: Ranks) -> Compute:
-        """Load the model, and return the function that computes pieces with it.
+        """Load the model, set `computing`, and return the function that computes pieces with the model.
 
         Args:
             contents: The contents, from `contents`.
@@ -116,7 +118,7 @@ def run_job(job: Job) -> list[str]:
         _compute(job, work, ranks, remaining[ranks.dp_rank :: ranks.dp_size])
         dist.barrier()
         made = on_one_rank(work.finish)
-        return job.report(contents, made)
+        return [*job.report(contents, made), job.computing]
 
 
 def _check_existing(job: Job) -> None:

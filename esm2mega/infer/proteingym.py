@@ -123,6 +123,7 @@ def score_assays(
         *notes,
         *(f"{assay.id}: Spearman {value:.4f} over {number:,} variants" for assay, number, value in results),
         f"{folder / SUMMARY}: {len(results):,} assays, mean Spearman {mean:.4f}",
+        score.computing,
     ]
 
 

@@ -28,6 +28,7 @@ from esm2mega.infer.proteins import Lengths, micro_batch_tokens
 from esm2mega.infer.source import ModelSource, open_model
 from esm2mega.infer.strategies import pseudo_log_likelihoods, pseudo_perplexity, score_variants
 from esm2mega.infer.variant_tables import read_table, write_table
+from esm2mega.model.arithmetic import describe_computing
 from esm2mega.parallel.initialize import Ranks, process_groups
 
 _MOST_SHOWN = 20
@@ -50,7 +51,13 @@ class Scorer:
     """Scores variants with a loaded model; all ranks use it together."""
 
     def __init__(
-        self, marginals: Marginals, options: ScoreOptions, source: ModelSource, precision: str, width: int
+        self,
+        marginals: Marginals,
+        options: ScoreOptions,
+        source: ModelSource,
+        precision: str,
+        width: int,
+        computing: str,
     ) -> None:
         """Set the model and the options.
 
@@ -60,8 +67,9 @@ class Scorer:
             source: The checkpoint of the model.
             precision: Precision of the model.
             width: Most tokens of a protein at once.
+            computing: How the model computes, for a reader.
         """
-        self._marginals, self.options = marginals, options
+        self._marginals, self.options, self.computing = marginals, options, computing
         self._source, self._precision, self._width = source, precision, width
 
     def settings(self) -> dict[str, Any]:
@@ -126,10 +134,12 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
     with process_groups(run.parallel, run.seed) as ranks:
         limits = Lengths.of(run.infer, run.data)
         size = micro_batch_tokens(run.infer, limits, ranks.device)
-        engine = Engine(load_model(source, run, ranks), ranks, OutputRequest(logits=True), size)
+        model = load_model(source, run, ranks)
+        engine = Engine(model, ranks, OutputRequest(logits=True), size)
         refused = partial(not_finite, checkpoint=source.path)
         marginals = Marginals(engine, ranks, limits.width, refused, options.normalization)
-        yield Scorer(marginals, options, source, run.model.precision, limits.width), ranks
+        computing = describe_computing(model.config, ranks.device, source.run.model.precision)
+        yield Scorer(marginals, options, source, run.model.precision, limits.width, computing), ranks
 
 
 def score_file(
@@ -154,9 +164,11 @@ def score_file(
     with scorer(checkpoint, options) as (score, ranks):
         if plan.table is not None:
             scored = score(plan)
-            return write_scored(Path(out), plan, scored, options) if ranks.is_main else []
-        scores = [score.variants(p, [v for _, v in chosen]) for p, chosen in plan.variants]
-        return _write_scan(Path(out), plan, scores, options) if ranks.is_main else []
+            lines = write_scored(Path(out), plan, scored, options) if ranks.is_main else []
+        else:
+            scores = [score.variants(p, [v for _, v in chosen]) for p, chosen in plan.variants]
+            lines = _write_scan(Path(out), plan, scores, options) if ranks.is_main else []
+        return [*lines, score.computing]
 
 
 def write_scored(out: Path, plan: Plan, scored: Scored, options: ScoreOptions) -> list[str]:

@@ -27,12 +27,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 @dataclass
 class ESM2TransformerConfig(TransformerConfig):
-    """Extends Megatron-Core's configuration by the attention kernel and by fields of `ModelConfig`.
+    """Extends Megatron-Core's configuration by kernels as they were chosen and by fields of `ModelConfig`.
 
     Megatron-Core's own `hidden_dropout` and `attention_dropout` stay 0, since they draw from generators.
     """
 
     packed_attention: str = "sdpa"
+    layer_spec: str = "local"
     family: str = "esm2"
     final_layernorm: bool = True
     max_positions: int = 0
@@ -47,7 +48,11 @@ class ESM2TransformerConfig(TransformerConfig):
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, device: torch.device, packed_attention: str
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    device: torch.device,
+    packed_attention: str,
+    layer_spec: str = "local",
 ) -> ESM2TransformerConfig:
     """Translate our configuration to Megatron-Core's.
 
@@ -55,7 +60,8 @@ def transformer_config(
         model: Shape and numerics.
         parallel: Layout.
         device: Where the weights live.
-        packed_attention: Kernel name from `choose_kernel`.
+        packed_attention: Kernel name from `choose_kernel`, or ``te`` for that of Transformer Engine.
+        layer_spec: ``local`` or ``te``, from `choose_layer_spec`.
     """
     dtype = DTYPES[model.precision]
     shape = shape_of(model)
@@ -98,6 +104,7 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         packed_attention=packed_attention,
+        layer_spec=layer_spec,
         family=model.family,
         final_layernorm=model.final_layernorm,
         max_positions=model.max_positions or 0,
@@ -151,13 +158,16 @@ def build_model(
         and DTYPES[model.precision] in (torch.bfloat16, torch.float16)
         and not model.attention_dropout
     )
-    backend = "auto" if te_attention else model.attention_backend
     shape = shape_of(model)
     head_dim = shape.hidden_size // shape.num_attention_heads
-    kernel = choose_kernel(backend, device, DTYPES[model.precision], head_dim)
-    config = transformer_config(model, parallel, device, kernel)
+    kernel = (
+        "te"
+        if te_attention
+        else choose_kernel(model.attention_backend, device, DTYPES[model.precision], head_dim)
+    )
+    config = transformer_config(model, parallel, device, kernel, spec)
     layer = (
-        layer_spec.te_layer("te" if te_attention else kernel)
+        layer_spec.te_layer(kernel)
         if spec == "te"
         else layer_spec.local_layer(post_layernorm=model.family == "proteinbert_postln")
     )

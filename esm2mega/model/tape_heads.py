@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +25,7 @@ from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.model.dropout import KeyedDropout
 from esm2mega.model.heads import PooledHead, ProductHead, TaskHead, convolved, upper_triangles
+from esm2mega.parcel import Parcel
 
 _FIRST_KERNEL, _SECOND_KERNEL = 5, 3
 """Sets how many tokens the two convolutions over a protein see."""
@@ -110,35 +111,41 @@ class TokenHead(TaskHead):
 
     def features(self, hidden_states: Tensor, segments: Segments) -> Tensor:
         """Reduce ``[T, h]`` to the tokens of proteins, ``[E, h]``."""
-        pieces = [
-            torch.arange(start, start + len(text), device=hidden_states.device)
-            for start, text in zip(segments.starts, segments.tokens, strict=True)
-        ]
-        return hidden_states.index_select(0, torch.cat([segments.residues[:0], *pieces]))
+        return hidden_states.index_select(0, _Tokens.of(segments).places)
 
-    def _dropped(self, dropout: KeyedDropout, values: Tensor, segments: Segments) -> Tensor:
+    def _dropped(self, dropout: KeyedDropout, values: Tensor, segments: Segments, tokens: _Tokens) -> Tensor:
         """Drop elements of ``[E, c]`` by protein, number of the token in its piece, and channel."""
-        owners, numbers = _owners(segments), _numbers(segments)
-        return dropout(values, segments.keys[owners], numbers)
+        return dropout(values, segments.keys[tokens.owners], tokens.numbers)
 
 
-def _owners(segments: Segments) -> Tensor:
-    """Return which protein each token belongs to, int64 ``[E]``."""
-    counts = torch.tensor([len(text) for text in segments.tokens], dtype=torch.int64)
-    return torch.repeat_interleave(counts).to(segments.keys.device)
+class _Tokens(NamedTuple):
+    """Says what the tokens of the proteins of a pack are, on the device.
 
+    Attributes:
+        places: Where they are in the pack, int64 ``[E]``.
+        owners: Which protein each belongs to, int64 ``[E]``.
+        numbers: Number of each within its piece of a protein, from 0, int64 ``[E]``.
+        residues: Which of them are residues, int64 ``[R]``.
+    """
 
-def _numbers(segments: Segments) -> Tensor:
-    """Return the number of each token within its piece of a protein, from 0, int64 ``[E]``."""
-    pieces = [torch.arange(len(text)) for text in segments.tokens]
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *pieces]).to(segments.keys.device)
+    places: Tensor
+    owners: Tensor
+    numbers: Tensor
+    residues: Tensor
 
-
-def _residues(segments: Segments) -> Tensor:
-    """Return which of the tokens of proteins are residues, int64 ``[R]``."""
-    before = accumulate((len(text) for text in segments.tokens), initial=0)
-    pieces = [torch.arange(at + x.start, at + x.stop) for at, x in zip(before, segments.spans, strict=False)]
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *pieces]).to(segments.keys.device)
+    @classmethod
+    def of(cls, segments: Segments) -> _Tokens:
+        """Compute them on the host, and send them without waiting."""
+        lengths = np.array([len(text) for text in segments.tokens], dtype=np.int64)
+        before = [0, *np.cumsum(lengths).tolist()]
+        owners = np.repeat(np.arange(len(lengths)), lengths)
+        numbers = np.arange(before[-1]) - np.array(before, dtype=np.int64)[owners]
+        places = np.array(segments.starts, dtype=np.int64)[owners] + numbers
+        residues = [
+            np.arange(at + x.start, at + x.stop) for at, x in zip(before, segments.spans, strict=False)
+        ]
+        arrays = [places, owners, numbers, np.concatenate([np.zeros(0, dtype=np.int64), *residues])]
+        return cls(*Parcel.of([torch.from_numpy(array) for array in arrays]).to(segments.keys.device))
 
 
 class TapeResidueHead(TokenHead):
@@ -156,12 +163,12 @@ class TapeResidueHead(TokenHead):
         self.output = WeightNormed((num_outputs, width, _SECOND_KERNEL), device, dtype)
 
     def predict(self, features: Tensor, segments: Segments) -> Tensor:
-        owners, gap = _owners(segments), _FIRST_KERNEL // 2
+        tokens, gap = _Tokens.of(segments), _FIRST_KERNEL // 2
         scaled = features * self.norm.weight + self.norm.bias
-        hidden = F.relu(convolved(self.first, scaled, owners, segments.num_proteins, gap))
-        hidden = self._dropped(self.dropout, hidden, segments)
-        outputs = convolved(self.output, hidden, owners, segments.num_proteins, gap)
-        return outputs.index_select(0, _residues(segments))
+        hidden = F.relu(convolved(self.first, scaled, tokens.owners, segments.num_proteins, gap))
+        hidden = self._dropped(self.dropout, hidden, segments, tokens)
+        outputs = convolved(self.output, hidden, tokens.owners, segments.num_proteins, gap)
+        return outputs.index_select(0, tokens.residues)
 
 
 class _ResidualBlock(torch.nn.Module):
@@ -207,7 +214,7 @@ class ResidualContactHead(TokenHead):
 
     def predict(self, features: Tensor, segments: Segments) -> Tensor:
         """Return the logits of a contact, ``[P, 1]``: those of the class of contacts minus the other's."""
-        states = self._dropped(self.dropout, features, segments)
+        states = self._dropped(self.dropout, features, segments, _Tokens.of(segments))
         states = states.to(torch.promote_types(states.dtype, torch.float32))
         lengths = [len(text) for text in segments.tokens]
         maps = [

@@ -124,4 +124,6 @@ def _claim_device() -> torch.device:
             "at most one process per device (--nproc-per-node), or look at CUDA_VISIBLE_DEVICES"
         )
     torch.cuda.set_device(local_rank)
+    # Convolutions of heads round fp32 to TF32 where products do; PyTorch would let them do so by default.
+    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     return torch.device("cuda", local_rank)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from esm2mega.parallel.host_copy import HostCopy
+from esm2mega.parcel import Parcel
 from esm2mega.processes import STOP_SIGNALS
 from esm2mega.train.time_limit import TimeLimit
 
@@ -36,11 +38,11 @@ class StopSignal:
         is_saving: Callable[[], bool] = lambda: False,
         limit: TimeLimit | None = None,
     ) -> None:
-        """Prepare the flags that the ranks share, on `device`; the other arguments are attributes."""
+        """Let the ranks share their flags on `device`; the other arguments are attributes."""
         self.alarm = alarm
         self.is_saving = is_saving
         self.limit = limit
-        self._flags = torch.zeros(2, dtype=torch.int32, device=device)
+        self._device = device
         self._previous: dict[int, Any] = {}
         self._reason = _NONE
         self.name: str | None = None
@@ -81,9 +83,9 @@ class StopSignal:
         # Asked in any case, since it times the work between two questions.
         if self.limit is not None and self.limit.is_near():
             reason = _TIME
-        self._flags[0] = reason
-        self._flags[1] = self.is_saving()
-        dist.all_reduce(self._flags, op=dist.ReduceOp.MAX)
-        self._reason, saving = self._flags.tolist()
+        mine = torch.tensor([reason, self.is_saving()], dtype=torch.int32)
+        (flags,) = Parcel.of([mine]).to(self._device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        self._reason, saving = map(int, HostCopy(flags).values())
         self.saving = bool(saving)
         return self.stopping

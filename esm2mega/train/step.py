@@ -5,6 +5,7 @@ Legend: ``T`` tokens of a micro-batch (its pack length).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def run_schedule(
     Args:
         model: This rank's chunks.
         loss: The loss and its reduction.
-        batches: This rank's micro-batches, all of the same T; every chunk reads them all.
+        batches: This rank's micro-batches, all of the same T; every chunk reads them all. Without a pipeline
+            each is asked for when its turn comes.
         device: Where the micro-batches are wanted.
         forward_only: Whether to leave the gradients out, as in evaluation.
         dropout_seed: As in `TrainState`.
@@ -144,14 +146,13 @@ def run_schedule(
     Returns:
         The reports of `loss`, one per micro-batch; empty on all but the last pipeline stage.
     """
-    on_device = [batch.to(device) for batch in batches]
-    iterators = [iter(on_device) for _ in model]
-    seq_length = on_device[0].input_ids.numel() + _set_carried_rows(model, batches)
+    seq_length = batches[0].input_ids.numel() + _set_carried_rows(model, batches)
+    iterators = itertools.tee((batch.to(device) for batch in batches), len(model))
     return get_forward_backward_func()(
         forward_step_func=lambda data, chunk: forward_step(loss, data, chunk, dropout_seed),
-        data_iterator=iterators if len(model) > 1 else iterators[0],
+        data_iterator=list(iterators) if len(model) > 1 else iterators[0],
         model=model,
-        num_microbatches=len(on_device),
+        num_microbatches=len(batches),
         seq_length=seq_length,
         micro_batch_size=1,
         forward_only=forward_only,
@@ -165,6 +166,8 @@ def _set_carried_rows(model: list[Any], batches: Sequence[Batch]) -> int:
     tokens to each rank.
     """
     chunks = unwrap_model(model)
+    if chunks[0].config.pipeline_model_parallel_size == 1:
+        return 0
     rows = max(chunks[0].rows_to_carry(batch.head_inputs) for batch in batches)
     for chunk in chunks:
         chunk.carried_rows = rows

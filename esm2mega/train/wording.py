@@ -13,6 +13,7 @@ from esm2mega.config.schema import Run, TrainConfig, flatten
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.files import first_of
+from esm2mega.model.arithmetic import arithmetic
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.incidents import Incidents
 from esm2mega.train.loop import LoopState, out_of_patience
@@ -29,8 +30,8 @@ def describe_run(run: Run, ranks: Ranks, model: list[Any]) -> list[str]:
     """Describe the model, the layout and the batch of the run."""
     config = unwrap_model(model)[0].config
     return [
-        f"model    {run.model.size or 'own shape'}: {shape_of(run.model)}; {run.model.precision}, "
-        f"attention {config.packed_attention}",
+        f"model    {run.model.size or 'own shape'}: {shape_of(run.model)}; "
+        f"{arithmetic(config, ranks.device)}, attention {config.packed_attention}",
         f"layout   {ranks.world_size} x {ranks.device.type}: "
         f"TP {ranks.tp_size}, PP {ranks.pp_size}, DP {ranks.dp_size}"
         + (", SP" if run.parallel.sequence_parallel else "")

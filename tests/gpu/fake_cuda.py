@@ -61,6 +61,10 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "aten" and torch.is_inference_mode_enabled() and _is_composite(func):
+            # Elsewhere autograd has taken `to` and `item` apart before they come here.
+            with self:
+                return func.decompose(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             if args[0].is_cuda:
                 self.wait("item")
@@ -85,6 +89,11 @@ class Watch(TorchDispatchMode):
             self.transfers[f"{way} at {_place()}"] += 1
         else:
             self.wait(way)
+
+
+def _is_composite(func: Any) -> bool:
+    key = "CompositeImplicitAutograd"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
 
 def _place() -> str:

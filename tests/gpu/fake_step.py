@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +23,7 @@ from esm2mega.train.optimizer import train_state
 from esm2mega.train.step import launch_step
 from tests.gpu.cases import packed_batch
 from tests.gpu.fake_cuda import fake_cuda
+from tests.te_stub import transformer_engine
 
 MICRO_BATCHES = 2
 
@@ -28,6 +31,7 @@ MICRO_BATCHES = 2
 def main(stand_in: str, plant: str, *overrides: str) -> None:
     original = ESM2Layer.forward
     of_layers: list[dict[str, int]] = []
+    backward: list[Counter[str]] = []
 
     def counted(self: Any, hidden_states: Any, **others: Any) -> Any:
         if plant == "item":
@@ -35,11 +39,14 @@ def main(stand_in: str, plant: str, *overrides: str) -> None:
         before = watch.operations.copy()
         outputs = original(self, hidden_states, **others)
         of_layers.append(dict(watch.operations - before))
+        # Called when the gradient of the input is complete: layer by layer, from the last one.
+        hidden_states.register_hook(lambda gradient: backward.append(watch.operations.copy()))
         return outputs
 
     batches = [packed_batch() for _ in range(MICRO_BATCHES)]
-    with fake_cuda(Path(stand_in)) as watch, process_groups(ParallelConfig(), seed=1) as ranks:
-        run = load_run("pretrain_esm2_tiny", list(overrides))
+    run = load_run("pretrain_esm2_tiny", list(overrides))
+    te = transformer_engine() if run.model.layer_spec == "te" else nullcontext()
+    with te, fake_cuda(Path(stand_in)) as watch, process_groups(ParallelConfig(), seed=1) as ranks:
         (model,) = build_model(run.model, run.parallel, ranks.device, run.seed)
         state = train_state(run, [model], MLMLossReduction(), ranks, None)
         launch_step(state, batches)  # makes the optimizer's state
@@ -51,6 +58,8 @@ def main(stand_in: str, plant: str, *overrides: str) -> None:
         waits, transfers = dict(watch.waits), dict(watch.transfers)
         launched.result()
         found = {"waits": waits, "transfers": transfers, "layer": of_layers[0]}
+        # The layer before the last one of the first micro-batch.
+        found["backward"] = dict(backward[1] - backward[0])
         found["result"] = dict(watch.waits - type(watch.waits)(waits))
         print(json.dumps({**found, "attention": model.config.packed_attention}))
 

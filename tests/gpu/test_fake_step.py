@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 MICRO_BATCHES = 2
 # Forward, of one layer that is not the last, in bf16 with the fused kernel of attention; views do not count.
 OPERATIONS_OF_A_LAYER = 21
+# Backward, of the same, with the sums into the buffer of gradients.
+BACKWARD_OPERATIONS_OF_A_LAYER = 51
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +42,20 @@ def step(stand_in: Path, *overrides: str, plant: str = "nothing") -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("precision", "attention"),
+    ("precision", "layers", "attention"),
     [
-        ("bf16", "varlen"),
-        pytest.param("fp32", "sdpa", marks=pytest.mark.slow),
-        pytest.param("fp64", "sdpa", marks=pytest.mark.slow),
+        ("bf16", "auto", "varlen"),
+        pytest.param("fp32", "auto", "sdpa", marks=pytest.mark.slow),
+        pytest.param("fp64", "auto", "sdpa", marks=pytest.mark.slow),
+        # Of the stand-in in tests/te_stub.py, which checks what it is called with.
+        pytest.param("bf16", "te", "te", marks=pytest.mark.slow),
+        pytest.param("fp32", "te", "sdpa", marks=pytest.mark.slow),
     ],
 )
-def test_a_step_waits_for_nothing_before_its_result(stand_in: Path, precision: str, attention: str) -> None:
-    found = step(stand_in, f"model.precision={precision}")
+def test_a_step_waits_for_nothing_before_its_result(
+    stand_in: Path, precision: str, layers: str, attention: str
+) -> None:
+    found = step(stand_in, f"model.precision={precision}", f"model.layer_spec={layers}")
     assert found["attention"] == attention
     assert found["waits"] == {}
     # One transfer for each micro-batch, and back what the log wants.
@@ -59,9 +66,26 @@ def test_a_step_waits_for_nothing_before_its_result(stand_in: Path, precision: s
     assert list(found["result"].values()) == [1]
     if attention == "varlen":
         assert sum(found["layer"].values()) == OPERATIONS_OF_A_LAYER, found["layer"]
+        assert sum(found["backward"].values()) == BACKWARD_OPERATIONS_OF_A_LAYER, found["backward"]
 
 
 def test_an_item_in_a_layer_is_found(stand_in: Path) -> None:
     found = step(stand_in, "model.precision=bf16", plant="item")
     assert [key.partition(" at ")[0] for key in found["waits"]] == ["item"]
     assert "hidden_states.sum().item()" in next(iter(found["waits"]))
+
+
+@pytest.mark.slow
+def test_outputs_and_heads_wait_for_nothing(stand_in: Path) -> None:
+    """Embeddings, contacts, logits of some tokens, and steps of training heads and their losses."""
+    ended = warm.run(["-m", "tests.gpu.fake_outputs", str(stand_in)], cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    # Two integers, which every process must know of before the next step.
+    signal = found.pop("signal")
+    assert list(signal["waits"].values()) == [1] and sorted(signal["transfers"].values()) == [1, 1]
+    assert {name: each["waits"] for name, each in found.items()} == dict.fromkeys(
+        ["contacts", "logits", "regression", "tape"], {}
+    )
+    # A pack is sent in one transfer.
+    assert list(found["contacts"]["transfers"].values()) == [2] == list(found["logits"]["transfers"].values())

@@ -148,9 +148,6 @@ class LabelledStream(PackStream[LabelledBatch]):
     def _start(self) -> Prefetcher[tuple[LabelledBatch, StreamState]]:
         return Prefetcher(self._batches(self._state), self._num_ahead)
 
-    def _finish(self, built: LabelledBatch) -> LabelledBatch:
-        return built
-
     def _batches(self, state: StreamState) -> Iterator[tuple[LabelledBatch, StreamState]]:
         for pack, behind in deal(self.samples, self._spec, self._share, state):
             yield build_labelled(self._proteins, self._spec, pack), behind

@@ -42,6 +42,7 @@ from esm2mega.data.stream.packing import Pack, PackCursor, PackPlan
 from esm2mega.data.stream.prefetch import Prefetcher, ProcessPrefetcher
 from esm2mega.data.stream.recipe import masked_as, protein_streams
 from esm2mega.data.stream.samples import EvalSamples, Proteins, TrainSamples
+from esm2mega.data.stream.step_batches import StepBatches
 from esm2mega.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ def _as_tensors(arrays: BatchArrays) -> PackedBatch:
     return batch.packed_up() if torch.cuda.is_available() else batch
 
 
+def _with_tensors(built: tuple[BatchArrays, StreamState]) -> tuple[PackedBatch, StreamState]:
+    arrays, behind = built
+    return _as_tensors(arrays), behind
+
+
 BatchT = TypeVar("BatchT")
 
 
@@ -102,23 +108,22 @@ class PackStream(ABC, Generic[BatchT]):
         self._shape = spec.pack_shape()
         self._share = share
         self._state = StreamState()
-        self._ahead: Prefetcher[Any] | ProcessPrefetcher[Any] | None = None
+        self._ahead: Prefetcher[tuple[BatchT, StreamState]] | None = None
         self._num_ahead = 1
 
     @abstractmethod
-    def _start(self) -> Prefetcher[Any] | ProcessPrefetcher[Any]:
-        """Start building ahead from the state on: pairs of a batch for `_finish` and the state behind it."""
-
-    @abstractmethod
-    def _finish(self, built: Any) -> BatchT:
-        """Return the batch in the form that the model needs."""
+    def _start(self) -> Prefetcher[tuple[BatchT, StreamState]]:
+        """Start building ahead from the state on: pairs of a batch and the state behind it."""
 
     @abstractmethod
     def _padding(self) -> BatchT:
         """Build a batch of padding without labels."""
 
-    def next_step(self, micro_batches: int) -> list[BatchT]:
-        """Take this rank's batches of the next step, on every rank equally many.
+    def next_step(self, micro_batches: int) -> Sequence[BatchT]:
+        """Return this rank's batches of the next step, on every rank equally many.
+
+        Where a step takes a number of packs, each is taken from the stream when it is first asked for, so
+        that the first one runs while others are built.
 
         Args:
             micro_batches: Their number. Where a step takes a number of samples, what it is filled up to a
@@ -127,7 +132,7 @@ class PackStream(ABC, Generic[BatchT]):
         # A whole step is built while the device works on the one before, so the host can launch it at once.
         self._num_ahead = micro_batches
         if self._spec.global_batch_size is None:
-            return list(itertools.islice(self, micro_batches))
+            return StepBatches(self, micro_batches)
         batches = [next(self)]
         while self._state.cursor.offset:
             batches.append(next(self))
@@ -139,8 +144,8 @@ class PackStream(ABC, Generic[BatchT]):
     def __next__(self) -> BatchT:
         if self._ahead is None:
             self._ahead = self._start()
-        built, self._state = next(self._ahead)
-        return self._finish(built)
+        batch, self._state = next(self._ahead)
+        return batch
 
     def __enter__(self) -> Self:
         return self
@@ -309,16 +314,15 @@ class TrainStream(PackStream[PackedBatch]):
         share = Share(dp_rank, dp_size, workers=max(1, spec.data.workers))
         super().__init__(TrainSamples(stores, spec.data, spec.seed), spec, share)
 
-    def _start(self) -> Prefetcher[Any] | ProcessPrefetcher[Any]:
-        if workers := self._spec.data.workers:
-            paths = [store.path for store in self.samples.stores]
-            batches = functools.partial(worker_batches, paths, self._spec, self._share, self._state)
-            return ProcessPrefetcher(batches, workers)
-        arrays = train_batches(self.samples, self._spec, self._share, self._state)
-        return Prefetcher(((_as_tensors(built), behind) for built, behind in arrays), self._num_ahead)
-
-    def _finish(self, built: BatchArrays | PackedBatch) -> PackedBatch:
-        return built if isinstance(built, PackedBatch) else _as_tensors(built)
+    def _start(self) -> Prefetcher[tuple[PackedBatch, StreamState]]:
+        # Tensors are made, and for a GPU pinned, in a thread of this process, wherever the arrays come from.
+        if not (workers := self._spec.data.workers):
+            arrays = train_batches(self.samples, self._spec, self._share, self._state)
+            return Prefetcher(map(_with_tensors, arrays), self._num_ahead)
+        paths = [store.path for store in self.samples.stores]
+        batches = functools.partial(worker_batches, paths, self._spec, self._share, self._state)
+        processes = ProcessPrefetcher(batches, workers)
+        return Prefetcher(map(_with_tensors, processes), self._num_ahead, processes.close)
 
     def _padding(self) -> PackedBatch:
         return _as_tensors(build_arrays(self.samples.stores, self._spec, PADDING))

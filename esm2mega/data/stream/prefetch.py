@@ -25,14 +25,17 @@ class Prefetcher(Generic[T]):
     An exception inside `items` is raised by the `next` that would have returned that item.
     """
 
-    def __init__(self, items: Iterator[T], ahead: int = 1) -> None:
+    def __init__(
+        self, items: Iterator[T], ahead: int = 1, on_close: Callable[[], None] = lambda: None
+    ) -> None:
         """Start the thread, which builds the first items at once.
 
         Args:
             items: What is built; only the thread takes from it.
             ahead: Most items that wait to be taken, at least 1.
+            on_close: Ends what `items` take from; called when the thread has ended.
         """
-        self._items = items
+        self._items, self._on_close = items, on_close
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         self._wanted = threading.Semaphore(ahead)  # how many items the thread may still build
         self._closed = False
@@ -58,6 +61,7 @@ class Prefetcher(Generic[T]):
         self._end = self._end or _End(StopIteration())
         self._wanted.release()
         self._thread.join()
+        self._on_close()
 
     def _run(self) -> None:
         while True:

@@ -78,9 +78,12 @@ def test_each_cuda_device_is_tried(monkeypatch, capability, defect, state, text)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(devices, "bf16_defect", lambda device: defect if device.type == "cuda" else None)
-    _, card, bf16 = check_devices()
+    _, card, bf16, *fp32 = check_devices()
     assert card.what == f"cuda:0: Card, 80 GiB, compute capability {capability[0]}.{capability[1]}"
     assert bf16.state == state and text in bf16.what
+    # A card that can round to TF32 is said not to.
+    words = "fp32 on cuda:0: without TF32; TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 turns it on"
+    assert [line.what for line in fp32] == [words] * (capability >= (8, 0))
 
 
 def test_no_cuda_device_is_noted(monkeypatch):

@@ -9,7 +9,6 @@ import torch
 from esm2mega.doctor import kernels
 from esm2mega.doctor.finding import FAILED, MISSING, OK
 from esm2mega.doctor.kernels import (
-    apex_findings,
     check_attention,
     fused_finding,
     native_finding,
@@ -96,52 +95,8 @@ def package(tmp_path, monkeypatch):
 
     yield write
     for name in list(sys.modules):
-        if name.partition(".")[0] in ("apex", "amp_C", "transformer_engine"):
+        if name.partition(".")[0] == "transformer_engine":
             del sys.modules[name]
-
-
-ADAM = """
-class FusedAdam:
-    def __init__(self, parameters, lr):
-        self.parameters, self.lr = parameters, lr
-    def step(self):
-        for each in self.parameters:
-            each.data -= self.lr * {length}
-"""
-
-
-def test_an_empty_module_is_not_apex(package):
-    package(**{"apex____init__": ""})
-    (finding,) = apex_findings()
-    assert finding.state == MISSING
-    assert "without its optimizers (No module named 'apex.optimizers')" in finding.what
-
-
-@pytest.mark.parametrize("amp_c", [None, "raise ImportError('amp_C.so: undefined symbol: _ZN3c10')"])
-def test_apex_without_its_kernels_fails_since_megatron_takes_it(package, amp_c):
-    package(**{"apex__optimizers": ADAM.format(length=1)})
-    if amp_c is not None:
-        package(amp_C=amp_c)
-    (finding,) = apex_findings()
-    assert finding.state == FAILED
-    assert "without its kernels" in finding.what and finding.cure.startswith("uninstall it")
-
-
-@pytest.mark.parametrize(
-    ("length", "device", "state", "text"),
-    [
-        (1, CPU, OK, "made a step"),
-        (0, CPU, FAILED, "a step went wrong"),
-        ("float('nan')", CPU, FAILED, "a step went wrong"),
-        (1, None, MISSING, "kernels found"),
-    ],
-)
-def test_apex_is_real_when_it_makes_a_step(package, monkeypatch, length, device, state, text):
-    package(**{"apex__optimizers": ADAM.format(length=length), "amp_C": ""})
-    monkeypatch.setattr(kernels, "cuda_device", lambda: device)
-    (finding,) = apex_findings()
-    assert finding.state == state
-    assert text in finding.what
 
 
 TE = """
@@ -179,14 +134,15 @@ def test_transformer_engine_is_real_when_it_computes(package, monkeypatch, code,
 def test_kernels_compute_on_a_real_gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    findings = [*check_attention(), *kernels.check_packages_with_kernels()]
+    findings = [*check_attention(), *kernels.check_transformer_engine()]
     assert [finding for finding in findings if finding.state == FAILED] == []
 
 
-def test_packages_are_tried_only_if_they_are_there_and_then_apart(monkeypatch, package):
+def test_transformer_engine_is_tried_only_if_it_is_there_and_then_apart(monkeypatch, package):
     tried = []
     monkeypatch.setattr(kernels, "run_apart", lambda module, function, *rest: tried.append(function) or [])
-    package(**{"apex____init__": ""})
-    (te,) = kernels.check_packages_with_kernels()
+    (te,) = kernels.check_transformer_engine()
     assert te.state == MISSING and te.what.endswith("no module transformer_engine")
-    assert tried == ["apex_findings"]
+    package(transformer_engine____init__="")
+    assert list(kernels.check_transformer_engine()) == []
+    assert tried == ["te_findings"]

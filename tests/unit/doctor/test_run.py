@@ -44,7 +44,7 @@ def test_the_verdict_counts(monkeypatch, states, works, verdict):
 
 def test_a_full_report_tries_everything_and_says_that_it_is_for_one_host(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "run_apart", lambda module, function, *rest: [Finding(OK, function)])
-    monkeypatch.setattr(run.kernels, "check_packages_with_kernels", lambda: [Finding(OK, "kernels")])
+    monkeypatch.setattr(run.kernels, "check_transformer_engine", lambda: [Finding(OK, "kernels")])
     monkeypatch.setattr(run.collectives, "check_gloo", lambda: Finding(OK, "gloo"))
     lines = doctor(tmp_path)[1].splitlines()
     assert lines[-5:-1] == [

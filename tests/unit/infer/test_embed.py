@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,7 +196,9 @@ def test_half_precision_storage_rounds_once(
 def test_half_compute_is_near(
     reference: Reference, fasta: Path, everything: Path, tmp_path: Path, precision: str, bound: float
 ) -> None:
-    run(reference, fasta, tmp_path / "x.h5", f"infer.precision={precision}")
+    report = run(reference, fasta, tmp_path / "x.h5", f"infer.precision={precision}")
+    how = f"computed in {precision} on cpu, attention (native|sdpa); the checkpoint is in fp32"
+    assert re.fullmatch(how, report[-1])
     with h5py.File(tmp_path / "x.h5") as file, h5py.File(everything) as full:
         name = f"residue/layer_{LAYERS}"
         actual, expected = file[name][:], full[name][:]

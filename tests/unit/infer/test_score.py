@@ -201,7 +201,10 @@ def test_whole_sequences_equal_hugging_face_in_fp64(
     command = ["score", str(reference.checkpoint), "--variants", str(fasta), "infer.precision=fp64"]
     command += ["--max-seq-length", "36", "--out"]
     assert main([*command, str(tmp_path / "out.csv"), "--sequence", wild]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'out.csv'}: 5 sequences\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'out.csv'}: 5 sequences",
+        "computed in fp64 on cpu, attention sdpa; the checkpoint is in fp32",
+    ]
     table = read_table(tmp_path / "out.csv")
     added = ["pseudo_perplexity", "pseudo_log_likelihood", "score"]
     assert table.columns == ["id", "sequence", *added]

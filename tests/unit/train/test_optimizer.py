@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from esm2mega.errors import UserError
 from esm2mega.model.build import build_model
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.parallel.initialize import process_groups
-from esm2mega.train.optimizer import wrap_data_parallel
+from esm2mega.train.optimizer import build_optimizer, wrap_data_parallel
 from esm2mega.train.step import TrainState, train_step
 from tests.unit.runs import packed_batch, tiny_run, train_state
 
@@ -29,6 +31,18 @@ def _rates(*overrides: str, steps: int) -> list[float]:
         rates.append(rate)
         state.schedule.step(increment=1)
     return rates
+
+
+def test_the_distributed_optimizer_in_fp64_on_a_gpu_is_refused() -> None:
+    run = tiny_run()
+    on_a_gpu: Any = SimpleNamespace(
+        ddp_config=SimpleNamespace(use_distributed_optimizer=True),
+        parameters=lambda: iter([SimpleNamespace(is_cuda=True)]),
+    )
+    with pytest.raises(
+        UserError, match="no fp64 on a GPU; set parallel.distributed_optimizer=false or model"
+    ):
+        build_optimizer(run.optim, run.schedule, "fp64", [on_a_gpu])
 
 
 def test_linear_is_the_published_schedule(world: None) -> None:

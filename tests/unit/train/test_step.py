@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from esm2mega.config.schema import DataConfig
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.loader import TrainStream
+from esm2mega.data.stream.step_batches import StepBatches
 from esm2mega.parallel.initialize import process_groups
 from esm2mega.train.losses import LossReduction, LossTerms, MLMLossReduction
 from esm2mega.train.step import TrainState, dropout_keys, run_schedule, train_step
@@ -64,6 +66,21 @@ def test_step_learns(world: None) -> None:
     assert results[-1].metrics["loss"] < 0.5 * results[0].metrics["loss"]
     assert results[0].metrics["count"] == 4
     assert results[0].lr == 1e-2
+
+
+def test_a_micro_batch_is_taken_when_the_one_before_has_run(world: None) -> None:
+    """So that a step begins while its later micro-batches are built."""
+    state, order = train_state(tiny_run()), []
+    state.model[0].module.register_forward_hook(lambda *arguments: order.append("forward"))
+
+    def source() -> Iterator[PackedBatch]:
+        while True:
+            order.append("taken")
+            yield BATCHES[0]
+
+    lazily = train_step(state, StepBatches(source(), 3))
+    assert order == ["taken", "forward"] * 3
+    assert lazily == train_step(train_state(tiny_run()), BATCHES * 3)
 
 
 def test_gradients_of_the_last_step_are_forgotten(world: None) -> None:

@@ -72,6 +72,21 @@ def test_close_ends_the_thread() -> None:
         next(ahead)
 
 
+def test_what_a_thread_takes_from_ends_after_it() -> None:
+    """As the processes whose arrays a thread makes tensors of."""
+    processes = ProcessPrefetcher(functools.partial(numbers_of, last=10**9), 1)
+    ahead = Prefetcher(map(str, processes), 2, processes.close)
+    assert next(ahead) == "0"
+    children = [child for child in multiprocessing.active_children() if "esm2mega-data" in child.name]
+    ahead.close()
+    assert [child.exitcode for child in children] == [-signal.SIGKILL]
+    failing = Prefetcher(map(str, ProcessPrefetcher(die, 1)))
+    assert next(failing) == "0"
+    with pytest.raises(MachineError, match="data worker 0 of 1 died"):
+        next(failing)
+    failing.close()
+
+
 def numbers_of(worker: int, last: int) -> Iterator[int]:
     """Every second number below `last`."""
     yield from range(worker, last, 2)
