@@ -47,8 +47,11 @@ _PACK_TOKENS = click.option(
 )
 @click.option("--pooling", metavar="mean|cls|max", help="How residues become one vector [default: mean].")
 @click.option(
-    "--precision", metavar="fp32|bf16|fp16", help="Precision of the computation [default: as in training]."
+    "--precision",
+    metavar="fp32|bf16|fp16|int8",
+    help="Precision of the computation [default: as in training].",
 )
+@click.option("--max-drift", metavar="D", help="Largest drift of --precision int8 from fp32 [default: 0.02].")
 @click.option("--dtype", metavar="fp32|fp16|bf16", help="Data type of the output [default: fp32].")
 @click.option("--layout", metavar="ragged|bionemo", help="Layout of HDF5 files [default: ragged].")
 @click.option(
@@ -94,7 +97,7 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
         "infer.layers": listed(options["layers"]),
         **{
             f"infer.{name}": options[name]
-            for name in ("pooling", "precision", "dtype", "layout", "compression", "too_long")
+            for name in ("pooling", "precision", "max_drift", "dtype", "layout", "compression", "too_long")
         },
         "infer.max_seq_length": options["max_seq_length"],
         "infer.micro_batch_tokens": options["pack_tokens"],

@@ -56,6 +56,54 @@ def validate_inference(run: Run, world_size: int) -> None:
         )
 
 
+def in_int8(run: Run) -> bool:
+    """Return whether the layers multiply in int8."""
+    return run.infer.precision == "int8"
+
+
+def validate_int8(run: Run) -> None:
+    """Refuse what cannot be computed in int8 with the same bits everywhere.
+
+    Args:
+        run: Resolved configuration, from `inference_run`.
+
+    Raises:
+        UserError: A rule does not hold.
+    """
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if (size := getattr(run.parallel, key)) > 1:
+            raise UserError(
+                f"parallel.{key}={size}: in int8 every process holds the whole model, since a token has one "
+                f"scale for all of its channels; set parallel.{key}=1, and the processes share the proteins"
+            )
+    if run.lora.rank is not None:
+        raise UserError(
+            "--precision int8 has no adapters; merge them into the weights with `esm2mega lora merge`, or "
+            "use --precision fp32"
+        )
+    if not 0 < run.infer.max_drift <= 1:
+        raise UserError(
+            f"infer.max_drift={run.infer.max_drift:g} is not above 0 and at most 1; 0.02 is the default"
+        )
+
+
+def refuse_int8(run: Run, what: str) -> None:
+    """Refuse int8 where its drift from fp32 is not measured.
+
+    Args:
+        run: Resolved configuration, from `inference_run`.
+        what: What cannot compute in int8.
+
+    Raises:
+        UserError: int8 is asked for.
+    """
+    if in_int8(run):
+        raise UserError(
+            f"infer.precision=int8 is of `esm2mega embed`, which measures how far it is from fp32; {what} "
+            "computes in fp32, bf16, fp16 or fp64"
+        )
+
+
 def absolute_layers(infer: InferConfig, model: ModelConfig) -> list[int]:
     """Return `infer.layers` counted from 0, ascending, each once.
 
@@ -98,6 +146,7 @@ def inference_run(checkpoint: Run, overrides: Sequence[str], config: str | None 
             f"data.limit={run.data.limit} is for training and evaluation, and this computes all of its "
             "input; remove it, and give a file with fewer proteins"
         )
-    run.model.precision = run.infer.precision or run.model.precision
+    # In int8 the products of the layers are computed; all else is in fp32, the weights before too.
+    run.model.precision = "fp32" if in_int8(run) else run.infer.precision or run.model.precision
     run.model.recompute = "none"
     return run

@@ -274,7 +274,8 @@ class InferConfig:
     outputs: list[str] = field(default_factory=lambda: ["residue", "pooled"])
     layers: list[int] = field(default_factory=lambda: [-1])
     pooling: str = _choice("mean", "mean", "cls", "max")
-    precision: str | None = _choice(None, "fp32", "bf16", "fp16", "fp64")
+    precision: str | None = _choice(None, "fp32", "bf16", "fp16", "fp64", "int8")
+    max_drift: float = 0.02
     dtype: str = _choice("fp32", "fp32", "fp16", "bf16")
     layout: str = _choice("ragged", "ragged", "bionemo")
     compression: str = _choice("none", "none", "gzip", "lzf")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from esm2mega.checkpoint.finite import not_finite
-from esm2mega.config.infer import inference_run, validate_inference
+from esm2mega.config.infer import inference_run, refuse_int8, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.schema import ParallelConfig
@@ -105,6 +105,7 @@ class Model:
         self._source = source_of(read_with_base(path, cure=MERGE_THEM))
         self._run = inference_run(self._source.run, overrides)
         validate_inference(self._run, 1)
+        refuse_int8(self._run, "esm2mega.load")
         self._ranks = _world.enter()
         self._open = True
         try:

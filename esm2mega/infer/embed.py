@@ -9,20 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from esm2mega.config.infer import absolute_layers, inference_run, validate_inference
+from esm2mega.config.infer import (
+    absolute_layers,
+    in_int8,
+    inference_run,
+    validate_inference,
+    validate_int8,
+)
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import values_of
 from esm2mega.convert.start_point import asks_to_verify
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.errors import UserError
 from esm2mega.infer.contents import Write
+from esm2mega.infer.drift import Drift, measured, sample
 from esm2mega.infer.embedding_target import EmbeddingTarget
 from esm2mega.infer.embeddings import Embeddings
-from esm2mega.infer.engine import Engine, load_model
+from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.job import Compute, Job, make_folder, refuse_long, run_job
 from esm2mega.infer.proteins import Embedder, Lengths, Values, micro_batch_tokens, output_request
 from esm2mega.infer.source import open_model
 from esm2mega.infer.target import Mode
 from esm2mega.model.arithmetic import describe_computing
+from esm2mega.model.esm2 import ESM2Model
+from esm2mega.model.int8 import check_products, quantize
+from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.parallel.paths import expand_paths
 
@@ -85,11 +96,15 @@ class EmbedJob(Job):
         if request.contact_maps is not None and "contacts" not in run.infer.outputs:
             run.infer.outputs.append("contacts")
         validate_inference(run, world_size_from_environment())
+        if in_int8(run):
+            validate_int8(run)
+            check_products()
         super().__init__(
             request.input, request.mode, run, EmbeddingTarget.of(request.out, run.infer, run.model)
         )
         self._request = output_request(run.infer, run.model, self._source)
         self._limits = Lengths.of(run.infer, run.data)
+        self._drift: Drift | None = None
 
     def check(self, store: TokenStore) -> None:
         if self._contact_maps is not None:
@@ -109,7 +124,7 @@ class EmbedJob(Job):
             "layers": absolute_layers(infer, run.model),
             "pooling": infer.pooling,
             "dtype": infer.dtype,
-            "precision": run.model.precision,
+            "precision": "int8" if in_int8(run) else run.model.precision,
             "tensor_model_parallel_size": run.parallel.tensor_model_parallel_size,
             "layout": infer.layout,
             "too_long": infer.too_long,
@@ -126,6 +141,9 @@ class EmbedJob(Job):
         size = micro_batch_tokens(self.run.infer, self._limits, ranks.device)
         model = load_model(self._source, self.run, ranks)
         self.computing = describe_computing(model.config, ranks.device, self._source.run.model.precision)
+        if in_int8(self.run):
+            self.computing += "; products of the layers in int8"
+            self._drift = self._quantized(model, contents, ranks)
         engine = Engine(model, ranks, self._request, size)
         embedder = Embedder(engine, self.run.infer, self._limits, self._source.path)
 
@@ -144,6 +162,34 @@ class EmbedJob(Job):
 
         return compute
 
+    def _quantized(self, model: ESM2Model, contents: Embeddings, ranks: Ranks) -> Drift | None:
+        """Let the model multiply in int8; rank 0 measures the drift for all ranks, of which each gets it.
+
+        Raises:
+            UserError: The drift is above the bound.
+        """
+        if ranks.device.type != "cpu":
+            raise UserError(
+                f"--precision int8 is for CPUs, and this computes on {ranks.device.type}; use "
+                "--precision bf16, or hide the GPU with CUDA_VISIBLE_DEVICES="
+            )
+        if not ranks.is_main:
+            quantize(model)
+
+        def measure() -> Drift | None:
+            layers = self._request.layers or (len(model.encoder.layers),)
+            wants = OutputRequest(layers, logits=self._source.has_lm_head)
+            engine = Engine(
+                model, ranks, wants, micro_batch_tokens(self.run.infer, self._limits, ranks.device)
+            )
+            proteins = sample(contents.store, self._limits.most_residues)
+            drift = measured(engine, proteins, self._source.has_lm_head, lambda: quantize(model))
+            if drift is not None:
+                drift.check(self.run.infer.max_drift)
+            return drift
+
+        return on_one_rank(measure)
+
     def _draw(self, number: int, protein: str, values: Values) -> None:
         if self._contact_maps is None or "contacts" not in values:
             return
@@ -157,6 +203,8 @@ class EmbedJob(Job):
         """Say what was written, and which proteins were cropped or are means over windows."""
         total = int(contents.offsets[-1])
         lines = [f"{', '.join(map(str, made))}: {len(contents):,} proteins, {total:,} residues"]
+        if self._drift is not None:
+            lines.append(f"int8 beside fp32: {self._drift}")
         if cropped := int(contents.truncated.sum()):
             lost = int(contents.store.lengths.sum(dtype=np.int64)) - total
             lines.append(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from esm2mega.checkpoint.finite import not_finite
-from esm2mega.config.infer import inference_run, validate_inference
+from esm2mega.config.infer import inference_run, refuse_int8, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import values_of
 from esm2mega.convert.start_point import asks_to_verify
@@ -131,6 +131,7 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
     source.check_lm_head()
     run = inference_run(source.run, options.overrides)
     validate_inference(run, world_size_from_environment())
+    refuse_int8(run, "`score`")
     with process_groups(run.parallel, run.seed) as ranks:
         limits = Lengths.of(run.infer, run.data)
         size = micro_batch_tokens(run.infer, limits, ranks.device)

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from esm2mega.errors import MachineError
 from esm2mega.infer.variant_tables import read_table
+from esm2mega.model.int8 import check_products
 from tests import foreign
 from tests.infer_models import (
     MAX_SEQ_LENGTH,
@@ -76,6 +78,24 @@ def test_data_parallel_gives_the_same_file(
 ) -> None:
     run_ranks(arguments(reference, fasta, tmp_path / "x.h5", *EVERYTHING), 2, tmp_path / "output")
     assert (tmp_path / "x.h5").read_bytes() == alone.read_bytes()
+
+
+def test_data_parallel_in_int8_gives_the_same_file(reference: Reference, tmp_path: Path) -> None:
+    try:
+        check_products()
+    except MachineError as error:
+        pytest.skip(str(error))
+    pairs = [
+        (f"p{number}", sequence) for number, sequence in enumerate(random_proteins([3, 126, 60, 90] * 20))
+    ]
+    fasta = write_fasta(tmp_path / "proteins.fasta", pairs)
+    files = []
+    for world_size in (1, 2):
+        out = tmp_path / f"{world_size}.h5"
+        command = arguments(reference, fasta, out, "--precision", "int8", "--max-drift", "0.5")
+        run_ranks(command, world_size, tmp_path / f"output_{world_size}")
+        files.append(out.read_bytes())
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(
