@@ -20,8 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from random_weights import random_weights
-
+from esm2mega.benchmark.random_weights import random_weights
 from esm2mega.config.presets import PRESETS
 from esm2mega.convert.formats import hf
 

@@ -30,12 +30,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from esm2mega.benchmark.data import building, loading
 from esm2mega.config.presets import PRESETS
 from esm2mega.config.schema import DataConfig
 from esm2mega.data.store.prepare import prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
-from esm2mega.data.stream.build import BatchSpec, build_arrays, train_plan
-from esm2mega.data.stream.packing import PackCursor, PackPlan, PackShape
+from esm2mega.data.stream.build import BatchSpec
+from esm2mega.data.stream.packing import PackPlan, PackShape
 from esm2mega.data.stream.samples import TrainSamples
 
 DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
@@ -112,55 +113,39 @@ def measure_memory(lengths: npt.NDArray[np.int32], sequences: int, tokens: int) 
 
 def measure_building(store: TokenStore, spec: BatchSpec, packs: int) -> float:
     """Return tokens per second of processor time of building batches from planned packs."""
-    samples = TrainSamples([store], spec.data, spec.seed)
-    planned, _ = train_plan(samples, spec).take(PackCursor(), packs)
+    work = building(store, spec, packs)
     started = time.process_time()
-    tokens = sum(build_arrays([store], spec, pack).num_tokens for pack in planned)
-    return tokens / (time.process_time() - started)
+    work.run()
+    return work.units / (time.process_time() - started)
 
 
 def measure_loader(store: TokenStore, spec: BatchSpec, packs: int) -> float:
     """Return tokens per second of the stream when nobody else works; the start is not counted."""
-    from esm2mega.data.stream.loader import TrainStream
-
-    with TrainStream([store], spec) as stream:
-        for _ in range(max(1, spec.data.workers)):
-            next(stream)
+    with loading(store, spec, packs) as work:
         started = time.perf_counter()
-        tokens = sum(batch.num_tokens for batch in itertools.islice(stream, packs))
-        return tokens / (time.perf_counter() - started)
+        work.run()
+        return work.units / (time.perf_counter() - started)
 
 
 def measure_model(store: TokenStore, spec: BatchSpec, size: str, steps: int, threads: int) -> float:
     """Return tokens per second of training steps of one pack each; the first one is not counted."""
     import torch
 
-    from esm2mega.config.load import load_run
+    from esm2mega.benchmark.machine import synchronize
+    from esm2mega.benchmark.ours import training
     from esm2mega.data.stream.loader import TrainStream
-    from esm2mega.model.build import build_model
-    from esm2mega.parallel.initialize import process_groups
-    from esm2mega.train.losses import MLMLossReduction
-    from esm2mega.train.optimizer import build_optimizer, build_schedule, wrap_data_parallel
-    from esm2mega.train.step import TrainState, train_step
+    from esm2mega.train.step import train_step
 
     torch.set_num_threads(threads)
-    run = load_run(f"pretrain_esm2_{size}", ["model.precision=fp32"] if not torch.cuda.is_available() else [])
-    with process_groups(run.parallel, run.seed) as ranks, TrainStream([store], spec) as stream:
-        model = wrap_data_parallel(
-            build_model(run.model, run.parallel, ranks.device, run.seed), run.model, run.parallel
-        )
-        optimizer = build_optimizer(run.optim, run.schedule, run.model.precision, model)
-        schedule = build_schedule(run.schedule, run.optim, optimizer)
-        state = TrainState(model, optimizer, schedule, MLMLossReduction(), ranks.device)
+    changes = ["model.precision=fp32"] if not torch.cuda.is_available() else []
+    with training(size, changes) as state, TrainStream([store], spec) as stream:
         batches = list(itertools.islice(stream, steps + 1))
         train_step(state, batches[:1])
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         started = time.perf_counter()
         for batch in batches[1:]:
             train_step(state, [batch])
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         return sum(batch.num_tokens for batch in batches[1:]) / (time.perf_counter() - started)
 
 

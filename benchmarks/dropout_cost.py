@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batches import pack, random_proteins
-from esm2mega_model import training
 
 from esm2mega.batch import PackedBatch
+from esm2mega.benchmark.batches import pack, random_proteins
+from esm2mega.benchmark.ours import training
 from esm2mega.config.presets import PRESETS
 from esm2mega.train.step import TrainState, train_step
 

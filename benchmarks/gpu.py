@@ -12,11 +12,12 @@ the exit code is 1 if a line is missing.
 
     peaks     bf16 products of matrices and a copy: what the device reaches with nothing around it
     parity    the same three steps on CPU and GPU, in fp32 and bf16, with each kernel, and once more
+    twice     the same steps twice under deterministic algorithms; other bits are a failure
     syncs     where the host waits for the device in a step
     train     whole optimizer steps, from 8M to 3B; `of peak` is their share of the fastest product above
     profile   the kernels of a step, by time
     hf        the same proteins with Hugging Face's `EsmForMaskedLM`, as it is and compiled
-    embed     proteins to vectors
+    embed     proteins to vectors, beside Hugging Face's `EsmModel`
 
 Residues are random, lengths are drawn like those of UniRef90 or are 1,024 tokens each. `--reduced` runs the
 same lines in tiny shapes on the CPU, which shows that they run and measures nothing.
@@ -169,10 +170,11 @@ def tables(journal: Journal, lines: Sequence[Line]) -> Iterator[str]:
 
 
 def _share_of_peak(row: Mapping[str, Any], kind: str, journal: Journal) -> Entry:
-    if kind not in ("train", "hugging_face") or not journal.finished("peaks"):
+    if kind not in ("train", "hugging_face", "embed", "embed_hugging_face") or not journal.finished("peaks"):
         return {}
-    peak = max(one.get("TFLOP/s", 0) for one in journal.entries["peaks"]["rows"])
-    return {"of peak": f"{row['TFLOP/s'] / peak:.0%}"}
+    precision = row.get("precision", "bf16")
+    products = [one for one in journal.entries["peaks"]["rows"] if one["what"].startswith(precision)]
+    return {"of peak": f"{row['TFLOP/s'] / max(one['TFLOP/s'] for one in products):.0%}"}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -21,7 +21,7 @@ class Line:
         precision: Of our model.
         attention: Value of `model.attention_backend`.
         recompute: Value of `model.recompute`.
-        compiled: Whether Hugging Face's model goes through `torch.compile`.
+        compiled: Whether Hugging Face's model, or what our layers compute around attention, is compiled.
         on_cpu: Runs on the CPU, whether there is a GPU or not.
         reference: The line whose gradients and weights this one's are compared with.
         warm_up: Uncounted repetitions.
@@ -53,6 +53,7 @@ class Line:
             f"model.precision={self.precision}",
             f"model.attention_backend={self.attention}",
             f"model.recompute={self.recompute}",
+            f"model.compile={str(self.compiled).lower()}",
         ]
 
     def reduced(self) -> Line:
@@ -81,6 +82,9 @@ LINES = (
     Line("parity-bf16-sdpa", "parity", 60, attention="sdpa", reference=CPU_FP32),
     Line(VARLEN, "parity", 60, attention="varlen", reference=CPU_FP32),
     Line(f"{VARLEN}-again", "parity", 60, attention="varlen", reference=VARLEN),
+    Line("twice-fp32-sdpa", "twice", 60, precision="fp32", attention="sdpa"),
+    Line("twice-bf16-sdpa", "twice", 60, attention="sdpa"),
+    Line("twice-bf16-varlen", "twice", 60, attention="varlen"),
     Line("parity-cpu-bf16-sdpa", "parity", 120, attention="sdpa", on_cpu=True, reference=CPU_FP32),
     Line("syncs-8M", "syncs", 60, micro_batches=2),
     Line("train-650M", "train", 90, size="650M", tokens=16384, micro_batches=4),
@@ -98,9 +102,11 @@ LINES = (
         full_length=True,
         compiled=True,
     ),
+    Line("train-650M-compile", "train", 120, size="650M", tokens=16384, micro_batches=4, compiled=True),
     Line("train-650M-one", "train", 60, size="650M", tokens=16384),
     Line("train-650M-sdpa", "train", 60, size="650M", tokens=16384, micro_batches=2, attention="sdpa"),
     Line("embed-650M-bf16", "embed", 60, size="650M", tokens=16384, micro_batches=4),
+    Line("embed-hf-650M-bf16", "embed_hugging_face", 60, size="650M", tokens=16384, micro_batches=4),
     Line("embed-650M-fp32", "embed", 60, size="650M", tokens=16384, micro_batches=4, precision="fp32"),
     Line("train-8M", "train", 60, tokens=65536, micro_batches=2),
     Line("train-35M", "train", 60, size="35M", tokens=65536),

@@ -12,65 +12,93 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import gpu_parity
 import gpu_steps
 import torch
-from batches import random_residues
 from gpu_lines import Line, choose_lines
-from gpu_timing import SEED, Row, device, milliseconds, protein_lengths, tera
-from infer_throughput import esm2mega
+from gpu_timing import SEED, Row, milliseconds, protein_lengths, tera
 
-PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "flash-attn")
+from esm2mega.benchmark.machine import PACKAGES, device
+from esm2mega.benchmark.ours import embedding_pass
+from esm2mega.benchmark.peers import hf_embedding
+from esm2mega.benchmark.products import DTYPES, copy, forward_flops, product
+from esm2mega.benchmark.proteins import extract_batches, random_residues
+from esm2mega.benchmark.turns import Pass
+from esm2mega.config.presets import PRESETS
+from esm2mega.config.schema import ParallelConfig
+from esm2mega.doctor.packages import installed_version
+from esm2mega.parallel.initialize import process_groups
+from esm2mega.train.throughput import memory_gb
 
 
 def peaks(line: Line, folder: Path) -> Iterator[Row]:
-    """Measure what products of matrices and copies reach here: a large product, and those of a 650M layer."""
+    """Measure what products of matrices and copies reach here: large products, and those of a 650M layer."""
     on_cpu = device().type == "cpu"
     t, h, n = (64, 32, 128) if on_cpu else (16384, 1280, 8192)
-    for m, k, columns in ((n, n, n), (t, h, 3 * h), (t, h, h), (t, h, 4 * h), (t, 4 * h, h)):
-        a = torch.randn(m, k, device=device(), dtype=torch.bfloat16)
-        b = torch.randn(k, columns, device=device(), dtype=torch.bfloat16)
-        seconds = statistics.median(milliseconds(lambda a=a, b=b: a @ b, line)) / 1e3
-        yield {
-            "what": f"bf16 [{m}, {k}] x [{k}, {columns}]",
-            "TFLOP/s": tera(2 * m * k * columns / seconds),
-        }
-    source = torch.empty(2**20 if on_cpu else 2**30, dtype=torch.uint8, device=device())
-    target = torch.empty_like(source)
-    seconds = statistics.median(milliseconds(lambda: target.copy_(source), line)) / 1e3
-    yield {
-        "what": f"copy of {source.numel() // 2**20} MiB, read and written",
-        "TB/s": tera(2 * source.numel() / seconds),
-    }
+    layer = ((t, h, 3 * h), (t, h, h), (t, h, 4 * h), (t, 4 * h, h))
+    for precision, shapes in (("bf16", ((n, n, n), *layer)), ("fp32", ((n, n, n),))):
+        for m, k, columns in shapes:
+            work = product(m, k, columns, DTYPES[precision], device())
+            seconds = statistics.median(milliseconds(work.run, line)) / 1e3
+            yield {
+                "what": f"{precision} [{m}, {k}] x [{k}, {columns}]",
+                "TFLOP/s": tera(work.units / seconds),
+            }
+    size = 2**20 if on_cpu else 2**30
+    work = copy(size, device())
+    seconds = statistics.median(milliseconds(work.run, line)) / 1e3
+    yield {"what": f"copy of {size // 2**20} MiB, read and written", "TB/s": tera(work.units / seconds)}
 
 
 def embed(line: Line, folder: Path) -> Iterator[Row]:
     """Time `esm2mega embed` without its files: proteins in, the last layer's vector of each residue out."""
-    lengths = [n for number in range(line.micro_batches) for n in protein_lengths(line, SEED + number)]
-    with esm2mega([random_residues(lengths, SEED)], line.size, line.precision) as one_pass:
-        times = milliseconds(one_pass, line)
-    yield {
+    lengths = _embedded_lengths(line)
+    with process_groups(ParallelConfig(), seed=SEED) as ranks:
+        work = embedding_pass(line.size, line.precision, random_residues(lengths, SEED), ranks)
+        yield _figures_of_embedding(line, lengths, work)
+
+
+def embed_hugging_face(line: Line, folder: Path) -> Iterator[Row]:
+    """Time the same with Hugging Face's `EsmModel`, on batches padded to their longest, sorted by length."""
+    lengths = _embedded_lengths(line)
+    proteins = random_residues(lengths, SEED)
+    batches = [[proteins[i] for i in batch] for batch in extract_batches([n - 2 for n in lengths])]
+    yield _figures_of_embedding(line, lengths, hf_embedding(batches, line.size, line.precision, device()))
+
+
+def _embedded_lengths(line: Line) -> list[int]:
+    return [n for number in range(line.micro_batches) for n in protein_lengths(line, SEED + number)]
+
+
+def _figures_of_embedding(line: Line, lengths: list[int], work: Pass) -> Row:
+    times = milliseconds(work.run, line)
+    seconds = statistics.median(times) / 1e3
+    return {
         "size": line.size,
         "precision": line.precision,
         "tokens": sum(lengths),
-        "ms": round(statistics.median(times), 1),
+        "ms": round(1e3 * seconds, 1),
         "fastest": round(min(times), 1),
         "slowest": round(max(times), 1),
-        "tokens/s": round(1e3 * sum(lengths) / statistics.median(times)),
+        "tokens/s": round(sum(lengths) / seconds),
+        "TFLOP/s": tera(forward_flops(PRESETS[line.size], lengths, has_logits=False) / seconds),
+        "GB": round(memory_gb(device()), 1),
+        "computed/real": round(work.computed, 2),
     }
 
 
 MEASUREMENTS: dict[str, Callable[[Line, Path], Iterator[Row]]] = {
     "peaks": peaks,
     "parity": gpu_parity.parity,
+    "twice": gpu_parity.twice,
     "syncs": gpu_steps.syncs,
     "train": gpu_steps.train,
     "profile": gpu_steps.profile,
     "hugging_face": gpu_steps.hugging_face,
     "embed": embed,
+    "embed_hugging_face": embed_hugging_face,
 }
 
 
@@ -82,17 +110,10 @@ def conditions() -> Row:
         "GiB": round(torch.cuda.get_device_properties(0).total_memory / 2**30) if on_gpu else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: installed_version(package) for package in PACKAGES},
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

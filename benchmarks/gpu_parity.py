@@ -1,19 +1,20 @@
-"""The same training steps on CPU and GPU: how far gradients and weights are apart."""
+"""The same training steps on CPU and GPU: how far gradients and weights are apart; and twice on one."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from esm2mega_model import training
 from gpu_lines import LINES, Line
 from gpu_steps import micro_batches
 from gpu_timing import Row
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from esm2mega.benchmark.ours import training
 from esm2mega.train.step import train_step
 
 STEPS = 3
@@ -27,6 +28,36 @@ def parity(line: Line, folder: Path) -> Iterator[Row]:
     Raises:
         SystemExit: That line left nothing in the folder.
     """
+    gradients, weights, row = trained(line)
+    if line.name in {other.reference for other in LINES}:
+        torch.save({"gradients": gradients, "weights": weights}, folder / f"{line.name}.pt")
+    if line.reference is not None:
+        reference = folder / f"{line.reference}.pt"
+        row |= {"compared with": line.reference, **compared(gradients, weights, reference)}
+    yield row
+
+
+def twice(line: Line, folder: Path) -> Iterator[Row]:
+    """Train the same steps twice under PyTorch's deterministic algorithms, which promise equal bits.
+
+    Raises:
+        SystemExit: Bits differ.
+    """
+    # cuBLAS reads it when it makes its first workspace.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradients, weights, row = trained(line)
+        again, weights_again, _ = trained(line)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if not (same_bits(gradients, again) and same_bits(weights, weights_again)):
+        raise SystemExit(f"{line.name}: the same steps twice have different bits")
+    yield {**row, "bits equal": True}
+
+
+def trained(line: Line) -> tuple[dict[str, Tensor], dict[str, Tensor], Row]:
+    """Train a few steps, and return the first gradients, the last weights, and what the steps report."""
     gradients: dict[str, Tensor] = {}
 
     def keep_first(chunks: list[Any]) -> None:
@@ -46,12 +77,7 @@ def parity(line: Line, folder: Path) -> Iterator[Row]:
             "losses": ", ".join(f"{step.metrics['loss']:.6f}" for step in steps),
             "gradient norm": round(steps[0].grad_norm, 6),
         }
-    if line.name in {other.reference for other in LINES}:
-        torch.save({"gradients": gradients, "weights": weights}, folder / f"{line.name}.pt")
-    if line.reference is not None:
-        reference = folder / f"{line.reference}.pt"
-        row |= {"compared with": line.reference, **compared(gradients, weights, reference)}
-    yield row
+    return gradients, weights, row
 
 
 def compared(gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], reference: Path) -> Row:
@@ -62,12 +88,13 @@ def compared(gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], ref
     return {
         "gradients differ": f"{distance(gradients, theirs['gradients']):.1e}",
         "weights differ": f"{distance(weights, theirs['weights']):.1e}",
-        "bits equal": all(
-            torch.equal(mine[name], theirs[kind][name])
-            for kind, mine in (("gradients", gradients), ("weights", weights))
-            for name in theirs[kind]
-        ),
+        "bits equal": same_bits(gradients, theirs["gradients"]) and same_bits(weights, theirs["weights"]),
     }
+
+
+def same_bits(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Return whether all tensors are equal."""
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 def distance(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:

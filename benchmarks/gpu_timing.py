@@ -7,28 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from batches import uniref_lengths
 from gpu_lines import Line
 
-from esm2mega import vocabulary
-from esm2mega.config.presets import PRESETS, ModelShape
+from esm2mega.benchmark.machine import device, synchronize
+from esm2mega.benchmark.products import model_flops
+from esm2mega.benchmark.proteins import uniref_lengths
+from esm2mega.config.presets import PRESETS
 from esm2mega.train.throughput import memory_gb
 
 Row = dict[str, Any]
 """Figures of a measurement by the heading of their column; None where there is none on this device."""
 
 SEED = 1
-
-
-def device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def synchronize() -> None:
-    """Wait until the device has done what it was asked to."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def milliseconds(work: Callable[[], object], line: Line) -> list[float]:
@@ -56,21 +46,6 @@ def protein_lengths(line: Line, seed: int) -> list[int]:
         return uniref_lengths(line.tokens, seed)
     width = min(1024, line.tokens)
     return [width] * (line.tokens // width)
-
-
-def model_flops(shape: ModelShape, lengths: Sequence[int]) -> int:
-    """Count the products of a forward and a backward pass, two operations each.
-
-    These are the products of the published model with logits of all tokens: what a program leaves out, pads
-    or computes again does not change the count.
-
-    Args:
-        shape: Of the model.
-        lengths: Tokens of each protein.
-    """
-    h, layers = shape.hidden_size, shape.num_layers
-    weights = layers * (4 * h * h + 2 * h * shape.ffn_hidden_size) + h * h + h * len(vocabulary.VOCAB)
-    return 6 * weights * sum(lengths) + 12 * layers * h * sum(length**2 for length in lengths)
 
 
 def figures_of_steps(line: Line, lengths: Sequence[int], times: list[float]) -> Row:

@@ -23,112 +23,41 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from batches import (
+
+from esm2mega.benchmark.batches import (
     Batches,
     Batching,
     by_number,
     by_tokens,
     mask_protein,
-    pack,
-    pad,
-    padded_tokens,
+    random_order,
     real_tokens,
+    sorted_order,
 )
-from esm2mega_model import training
-
-from esm2mega import vocabulary
+from esm2mega.benchmark.machine import processor
+from esm2mega.benchmark.ours import training, training_pass
+from esm2mega.benchmark.peers import LEARNING_RATE, HuggingFaceTrainer
+from esm2mega.benchmark.proteins import draw, read_proteins
+from esm2mega.benchmark.turns import Prepare, ratios, take_turns
 from esm2mega.config.presets import PRESETS
-from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.stream.masking import MaskedTokens
+from esm2mega.errors import UserError
 
 DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
-LEARNING_RATE = 1e-4
-
-Pass = Callable[[], None]
-"""Trains on every protein once."""
-
-Contender = Callable[[Batches], Pass]
-"""Brings batches into the form that the contender trains on, which is not timed."""
 
 
 def draw_proteins(fasta: Path, number: int, max_residues: int, seed: int) -> list[MaskedTokens]:
     """Draw one protein from each of `number` slices of the FASTA ordered by length, cut and mask them."""
-    records = sorted((record.residues for record in FastaReader(fasta)), key=len)
-    if number > len(records):
-        raise SystemExit(f"--proteins {number} is more than the {len(records)} of {fasta}")
-    rng = np.random.default_rng(seed)
-    borders = np.linspace(0, len(records), number + 1).astype(int)
-    proteins = []
-    for chosen in rng.integers(borders[:-1], borders[1:]):
-        residues = vocabulary.encode_residues(records[chosen][:max_residues])
-        proteins.append(mask_protein(residues, chosen, seed))
-    return proteins
-
-
-def random_order(proteins: Sequence[MaskedTokens], batching: Batching, rng: np.random.Generator) -> Batches:
-    """Batches of the proteins in a new random order."""
-    return batching([proteins[i] for i in rng.permutation(len(proteins))])
-
-
-def sorted_order(proteins: Sequence[MaskedTokens], batching: Batching, rng: np.random.Generator) -> Batches:
-    """Batches of proteins of similar length, the batches in a new random order."""
-    batches = batching(sorted(proteins, key=lambda protein: len(protein.input_ids)))
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-@contextmanager
-def hf_contender(size: str) -> Iterator[Contender]:
-    """Yield `EsmForMaskedLM` on padded batches."""
-    from hf_model import config_of
-    from transformers import EsmForMaskedLM
-
-    torch.manual_seed(0)
-    model = EsmForMaskedLM(config_of(size)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-
-    def contender(batches: Batches) -> Pass:
-        padded = [pad(batch) for batch in batches]
-
-        def one_pass() -> None:
-            for input_ids, attention_mask, labels in padded:
-                optimizer.zero_grad()
-                model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-
-        return one_pass
-
-    yield contender
-
-
-@contextmanager
-def esm2mega_contender(size: str) -> Iterator[Contender]:
-    """Yield esm2mega's own training step on packs."""
-    from esm2mega.train.step import train_step
-
-    with training(size, [f"optim.lr={LEARNING_RATE}", "model.precision=fp32"]) as state:
-
-        def contender(batches: Batches) -> Pass:
-            packs = [pack(batch) for batch in batches]
-
-            def one_pass() -> None:
-                for pack in packs:
-                    train_step(state, [pack])
-
-            return one_pass
-
-        yield contender
+    drawn = draw(read_proteins(fasta, max_residues), number, seed)
+    return [mask_protein(residues, number, seed) for number, residues in enumerate(drawn)]
 
 
 @dataclass(frozen=True)
@@ -151,31 +80,25 @@ class Result:
 def measure(
     size: str, proteins: Sequence[MaskedTokens], batching: Batching, rounds: int, seed: int
 ) -> list[Result]:
-    """Let the contenders take turns; the first round warms up caches and allocators, uncounted."""
-    results = {name: Result(size, name, [], []) for name in ("hf-random", "hf-sorted", "esm2mega")}
-    rng = np.random.default_rng(seed)
-    with ExitStack() as stack:
-        contenders = {
-            "hf-random": stack.enter_context(hf_contender(size)),
-            "hf-sorted": stack.enter_context(hf_contender(size)),
-            "esm2mega": stack.enter_context(esm2mega_contender(size)),
+    """Let the contenders take turns; all have the same batches in a round but for `hf-sorted`."""
+
+    def batches(number: int, order: Callable[..., Batches]) -> Batches:
+        return order(proteins, batching, np.random.default_rng([seed, number]))
+
+    def told(name: str, number: int, rate: float) -> None:
+        note = f"round {number} of {rounds}" if number else "warm-up"
+        print(f"{size:>5} {name:<10} {note}: {rate:,.0f} tokens/s", flush=True)
+
+    trainer = HuggingFaceTrainer(size, "fp32", torch.device("cpu"))
+    sorted_trainer = HuggingFaceTrainer(size, "fp32", torch.device("cpu"))
+    with training(size, [f"optim.lr={LEARNING_RATE}", "model.precision=fp32"]) as state:
+        contenders: dict[str, Prepare] = {
+            "hf-random": lambda number: trainer.pass_over(batches(number, random_order)),
+            "hf-sorted": lambda number: sorted_trainer.pass_over(batches(number, sorted_order)),
+            "esm2mega": lambda number: training_pass(state, batches(number, random_order)),
         }
-        for round_number in range(rounds + 1):
-            shuffled = random_order(proteins, batching, rng)
-            by_length = sorted_order(proteins, batching, rng)
-            for name, contender in contenders.items():
-                batches = by_length if name == "hf-sorted" else shuffled
-                computed = real_tokens(batches) if name == "esm2mega" else padded_tokens(batches)
-                one_pass = contender(batches)
-                started = time.perf_counter()
-                one_pass()
-                rate = real_tokens(batches) / (time.perf_counter() - started)
-                note = "warm-up" if round_number == 0 else f"round {round_number} of {rounds}"
-                print(f"{size:>5} {name:<10} {note}: {rate:,.0f} tokens/s", flush=True)
-                if round_number > 0:
-                    results[name].tokens_per_second.append(rate)
-                    results[name].computed_tokens.append(computed / real_tokens(batches))
-    return list(results.values())
+        turns = take_turns(contenders, rounds, told)
+    return [Result(size, name, one.rates, one.computed) for name, one in turns.items()]
 
 
 def table(results: list[Result]) -> str:
@@ -188,7 +111,7 @@ def table(results: list[Result]) -> str:
         rates = result.tokens_per_second
         spread = f"{min(rates):,.0f}-{max(rates):,.0f}"
         computed = f"{statistics.mean(result.computed_tokens):.2f} x"
-        within_rounds = [mine / theirs for mine, theirs in zip(ours[result.size], rates, strict=True)]
+        within_rounds = ratios(ours[result.size], rates)
         ratio = "" if result.contender == "esm2mega" else f"{statistics.median(within_rounds):.2f} x"
         lines.append(
             f"{result.size:>5} {result.contender:<10} {statistics.median(rates):9,.0f} {spread:>13} "
@@ -200,7 +123,7 @@ def table(results: list[Result]) -> str:
 def describe(proteins: Sequence[MaskedTokens], options: argparse.Namespace) -> dict[str, object]:
     """Return what a reader needs to judge the numbers."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "threads": options.threads,
         "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")},
         "proteins": len(proteins),
@@ -210,16 +133,6 @@ def describe(proteins: Sequence[MaskedTokens], options: argparse.Namespace) -> d
         "rounds": options.rounds,
         "seed": options.seed,
     }
-
-
-def _processor() -> str:
-    """Return the processor's name; `platform` knows none on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -245,7 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.batch_tokens < options.max_residues + 2:
         parser.error("--batch-tokens must hold the longest protein, --max-residues and two special tokens")
     batching = by_number(options.batch_size) if options.batch_size else by_tokens(options.batch_tokens)
-    proteins = draw_proteins(options.fasta, options.proteins, options.max_residues, options.seed)
+    try:
+        proteins = draw_proteins(options.fasta, options.proteins, options.max_residues, options.seed)
+    except UserError as error:
+        parser.error(str(error))
     setting = describe(proteins, options)
     print(json.dumps(setting, indent=1))
     results = [

@@ -31,7 +31,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from batches import pack, random_proteins, uniref_lengths
+from esm2mega.benchmark.batches import pack, random_proteins
+from esm2mega.benchmark.proteins import uniref_lengths
 
 
 class Packs:

@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from random_weights import random_weights
 
+from esm2mega.benchmark.random_weights import random_weights
 from esm2mega.config.presets import PRESETS
 from esm2mega.convert.formats import esm2mega as own_format
 

@@ -161,6 +161,7 @@ SECTIONS = (
             "prove": "command trials layouts training workers",
             "plan": "command layouts estimate stage counting kernel fake_ranks hardware report",
             "drill": "command ranks compare",
+            "benchmark": "command sections contenders turns proteins batches ours peers products breakdown",
             "quickstart": "run",
             "doctor": "run finding packages devices kernels collectives directory limits hosts",
             "": "inspect",

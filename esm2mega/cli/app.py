@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import click
 
 from esm2mega.cli.autoeval import autoeval
+from esm2mega.cli.benchmark import benchmark
 from esm2mega.cli.convert import convert_command
 from esm2mega.cli.drill import drill
 from esm2mega.cli.group import CONTEXT, Group, Options
@@ -44,7 +45,7 @@ def cli() -> None:
 
 for _command in (
     *(quickstart, translate, prepare, plan, pretrain, finetune, predict, evaluate, compare, convert_command),
-    *(embed, probe, autoeval, score, lora, inspect, prove, drill, plot, watch, doctor),
+    *(embed, probe, autoeval, score, lora, inspect, prove, drill, plot, watch, benchmark, doctor),
 ):
     cli.add_command(_command)
 

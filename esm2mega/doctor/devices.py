@@ -53,10 +53,24 @@ def _bf16_on_cpu() -> Finding:
     what = "bf16 on cpu"
     if (defect := bf16_defect(torch.device("cpu"))) is not None:
         return Finding(FAILED, f"{what}: {defect}", "set model.precision=fp32, and reinstall torch")
-    flags = set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
-    fast = sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    fast = bf16_instructions()
     with_what = f"with {', '.join(fast)}" if fast else "without instructions for it, slower than fp32"
     return Finding(OK, f"{what}: computed, {with_what}")
+
+
+def bf16_instructions() -> list[str]:
+    """Return the instructions of the processor that multiply bf16; where they are not known, none."""
+    flags = set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
+    return sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def multiplies_bf16() -> bool:
+    """Return whether the device that this process trains on has instructions for products in bf16."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return bool(bf16_instructions())
 
 
 def _bf16_on_cuda(index: int, capability: tuple[int, int]) -> Finding:

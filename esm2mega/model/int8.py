@@ -51,7 +51,7 @@ def check_products() -> None:
     Raises:
         MachineError: The processor or PyTorch has no such products.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not any(capabilities.get(name) for name in _INSTRUCTIONS):
         raise MachineError(
             "--precision int8 needs a processor with AVX-512 VNNI, AVX-VNNI or AMX, which PyTorch does not "

@@ -8,7 +8,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -26,7 +25,7 @@ with open(folder / "calls", "a") as file:
 if name == "conditions":
     rows = [{"device": "none", "torch": "2.0"}]
 elif name == "peaks":
-    rows = [{"what": "product", "TFLOP/s": 2.0}]
+    rows = [{"what": "bf16 product", "TFLOP/s": 2.0}, {"what": "copy", "TB/s": 1.0}]
 elif name == "train-8M":
     rows = [{"tokens/s": 123456, "TFLOP/s": 0.5, "GB": None}]
 elif name == "train-35M":
@@ -166,9 +165,31 @@ def test_a_cpu_waits_for_nothing(measure, tmp_path):
     assert measure("syncs-8M", tmp_path) == [{"place": "all, 2 micro-batches", "times/step": 0}]
 
 
-def test_embedding_is_measured(measure, tmp_path):
-    (row,) = measure("embed-650M-fp32", tmp_path)
-    assert (row["precision"], row["tokens"]) == ("fp32", 512) and row["tokens/s"] > 0
+@pytest.mark.parametrize("name", ["embed-650M-fp32", "embed-hf-650M-bf16"])
+def test_embedding_is_measured(name, measure, tmp_path):
+    (row,) = measure(name, tmp_path)
+    assert (row["precision"], row["tokens"]) == (name[-4:], 512) and row["tokens/s"] > 0
+    assert row["GB"] > 0 and (row["computed/real"] > 1) == ("hf" in name)
+
+
+def test_the_same_steps_twice_have_the_same_bits(measure, tmp_path, monkeypatch):
+    (row,) = measure("twice-fp32-sdpa", tmp_path)
+    assert row["bits equal"] and not torch.are_deterministic_algorithms_enabled()
+    parity = importlib.import_module("gpu_parity")
+    monkeypatch.setattr(parity, "same_bits", lambda mine, theirs: False)
+    with pytest.raises(SystemExit, match="the same steps twice have different bits"):
+        measure("twice-fp32-sdpa", tmp_path)
+
+
+def test_shares_are_those_of_the_product_of_their_precision(gpu, tmp_path):
+    journal = gpu.Journal(tmp_path / "out.jsonl")
+    products = [("bf16 a", 4.0), ("bf16 b", 8.0), ("fp32 a", 1.0)]
+    rows = [{"what": what, "TFLOP/s": rate} for what, rate in products] + [{"what": "copy", "TB/s": 9.0}]
+    assert gpu._share_of_peak({"TFLOP/s": 2.0}, "train", journal) == {}
+    journal.add({"line": "peaks", "rows": rows})
+    assert gpu._share_of_peak({"TFLOP/s": 2.0}, "train", journal) == {"of peak": "25%"}
+    assert gpu._share_of_peak({"TFLOP/s": 0.5, "precision": "fp32"}, "embed", journal) == {"of peak": "50%"}
+    assert gpu._share_of_peak({"TFLOP/s": 0.5}, "parity", journal) == {}
 
 
 def test_parity_compares_what_lines_leave(measure, tmp_path):
@@ -192,38 +213,6 @@ def test_waits_are_counted_by_place():
     places = importlib.import_module("gpu_steps").waits_of(work)
     line = work.__code__.co_firstlineno + 2
     assert places == {f"tests/cli/test_gpu_benchmark.py:{line}": 3}
-
-
-def test_flops_are_those_that_pytorch_counts():
-    """Hugging Face's model, forward and backward, on two proteins of different length."""
-    from hf_model import config_of
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import EsmForMaskedLM
-
-    from esm2mega.config.presets import PRESETS
-
-    model = EsmForMaskedLM(config_of("tiny"))
-    model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter:
-        for length in (7, 30):
-            model(input_ids=torch.full((1, length), 5)).logits.sum().backward()
-    model_flops = importlib.import_module("gpu_timing").model_flops
-    assert model_flops(PRESETS["tiny"], [7, 30]) == counter.get_total_flops()
-
-
-def test_lengths_fill_a_micro_batch_and_are_spread():
-    lengths = importlib.import_module("batches").uniref_lengths(1_000_000, seed=3)
-    assert sum(lengths) == 1_000_000
-    assert 14 <= min(lengths) < 60 and 950 < max(lengths) <= 1024
-    # The mean of the 8,000 sequences, and their two special tokens.
-    assert np.mean(lengths) == pytest.approx(317, rel=0.03)
-
-
-def test_padded_batches_stay_within_their_tokens():
-    batches = importlib.import_module("batches")
-    proteins = batches.random_proteins([5, 9, 9, 10, 30, 31, 200], seed=1)
-    divided = batches.by_padded_tokens(40)(proteins)
-    assert [[len(p.input_ids) for p in batch] for batch in divided] == [[5, 9, 9, 10], [30], [31], [200]]
 
 
 def test_lines_are_measured_after_what_they_are_compared_with():

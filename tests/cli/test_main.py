@@ -15,7 +15,7 @@ from esm2mega.errors import MachineError, StoppedBySignal, UserError
 COMMANDS = [
     *("quickstart", "translate", "prepare", "plan", "pretrain", "finetune", "predict", "evaluate", "compare"),
     *("convert", "embed", "probe", "autoeval", "score", "lora"),
-    *("inspect", "prove", "drill", "plot", "watch", "doctor"),
+    *("inspect", "prove", "drill", "plot", "watch", "benchmark", "doctor"),
 ]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")
 
@@ -63,6 +63,7 @@ def test_help_lists_the_commands_in_the_order_of_the_work(capsys):
         ["lora", "export", "absent", "--out", "there"],
         ["lora", "import", "absent", "--base", "absent", "--out", "there"],
         ["translate", "absent", "--out", "there"],
+        ["benchmark", "absent", "--out", "there"],
     ],
     ids=lambda command: "-".join(command[:2]),
 )

@@ -1,10 +1,9 @@
-"""The throughput benchmark runs, and its contenders are given the same work."""
+"""The benchmark of training runs, and all contenders are measured."""
 
 import importlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,37 +25,6 @@ def fasta(tmp_path_factory):
     path = tmp_path_factory.mktemp("fasta") / "small.fasta"
     simulate_families(path, n_families=10, members=2, spec=FamilySpec(median_length=60, max_length=150))
     return path
-
-
-def test_packed_and_padded_batches_hold_the_same_tokens_and_labels(benchmark, fasta):
-    drawn = benchmark.draw_proteins(fasta, 12, max_residues=50, seed=1)
-    shuffled = benchmark.random_order(drawn, benchmark.by_number(4), np.random.default_rng(0))
-    by_length = benchmark.sorted_order(drawn, benchmark.by_number(4), np.random.default_rng(0))
-    assert [len(batch) for batch in shuffled] == [4, 4, 4]
-    everything = [
-        sorted(p.input_ids.tobytes() for p in sum(batches, [])) for batches in (shuffled, by_length)
-    ]
-    assert everything[0] == everything[1] == sorted(p.input_ids.tobytes() for p in drawn)
-    real = benchmark.real_tokens(shuffled)
-    assert real <= benchmark.padded_tokens(by_length) <= benchmark.padded_tokens(shuffled)
-    proteins = next(batch for batch in shuffled if max(len(p.input_ids) for p in batch) == 52)
-    input_ids, attention_mask, labels = benchmark.pad(proteins)
-    pack = benchmark.pack(proteins)
-    keep = attention_mask.bool()
-    assert torch.equal(input_ids[keep], pack.input_ids)
-    assert torch.equal(labels[keep][pack.label_positions], pack.labels)
-    assert int((labels != -100).sum()) == len(pack.labels) > 0
-    assert pack.seqlens == attention_mask.sum(1).tolist() == np.diff(pack.cu_seqlens).tolist()
-
-
-def test_a_batch_holds_what_fits_into_its_tokens(benchmark, fasta):
-    drawn = benchmark.draw_proteins(fasta, 12, max_residues=50, seed=1)
-    batches = benchmark.by_tokens(120)(drawn)
-    assert [p for batch in batches for p in batch] == drawn
-    totals = [sum(len(p.input_ids) for p in batch) for batch in batches]
-    assert max(totals) <= 120
-    firsts = [len(batch[0].input_ids) for batch in batches[1:]]
-    assert all(total + first > 120 for total, first in zip(totals, firsts, strict=False))
 
 
 def test_all_contenders_are_measured(benchmark, fasta, tmp_path, capsys):

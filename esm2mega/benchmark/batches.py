@@ -1,4 +1,7 @@
-"""Masked proteins in batches: divided among them, padded or packed, the same for every contender."""
+"""Divides masked proteins among batches, padded or packed, the same for every contender.
+
+Legend: ``b`` proteins of a batch, ``s`` tokens of its longest, ``L`` residues of a protein.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +9,21 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from esm2mega import vocabulary
 from esm2mega.batch import PackedBatch
+from esm2mega.benchmark.proteins import Protein, random_residues
 from esm2mega.config.schema import DataConfig
 from esm2mega.data.stream.masking import MaskedTokens, mask_tokens
 
 IGNORED_LABEL = -100
 
 Batches = list[list[MaskedTokens]]
-"""Proteins as masked tokens, `<cls>` and `<eos>` included, batch by batch."""
+"""Holds proteins as masked tokens, `<cls>` and `<eos>` included, batch by batch."""
 
 Batching = Callable[[Sequence[MaskedTokens]], Batches]
 """Divides proteins, in their order, among batches."""
-
-# Residues of 8,000 sequences of UniRef90, longer ones cut at 1,022: every twentieth part of them.
-UNIREF_QUANTILES = (
-    *(12, 71, 95, 119, 139, 163, 188, 213, 245, 261, 277),
-    *(297, 321, 348, 369, 399, 439, 492, 565, 737, 1022),
-)
-
-
-def uniref_lengths(tokens: int, seed: int) -> list[int]:
-    """Draw lengths that are distributed like those of UniRef90 and add up to `tokens`.
-
-    Returns:
-        Tokens of each protein, `<cls>` and `<eos>` included; the last one is what remains.
-    """
-    rng = np.random.default_rng(seed)
-    parts = np.linspace(0, 1, len(UNIREF_QUANTILES))
-    shortest, longest = UNIREF_QUANTILES[0] + 2, UNIREF_QUANTILES[-1] + 2
-    lengths: list[int] = []
-    room = tokens
-    while room:
-        length = min(int(np.interp(rng.random(), parts, UNIREF_QUANTILES)) + 2, room)
-        if room - length < shortest:
-            length = room if room <= longest else length - shortest
-        lengths.append(length)
-        room -= length
-    return lengths
-
-
-def random_residues(lengths: Sequence[int], seed: int) -> list[npt.NDArray[np.uint8]]:
-    """Draw standard residues.
-
-    Args:
-        lengths: Tokens of each protein, the `<cls>` and `<eos>` that it will get included.
-        seed: Of the draw.
-
-    Returns:
-        Token ids of each, [l - 2].
-    """
-    rng = np.random.default_rng(seed)
-    pool = np.array(vocabulary.STANDARD_RESIDUES, dtype=np.uint8)
-    return [rng.choice(pool, size=length - 2) for length in lengths]
 
 
 def random_proteins(lengths: Sequence[int], seed: int) -> list[MaskedTokens]:
@@ -70,11 +32,11 @@ def random_proteins(lengths: Sequence[int], seed: int) -> list[MaskedTokens]:
     return [mask_protein(residues, number, seed) for number, residues in enumerate(proteins)]
 
 
-def mask_protein(residues: npt.NDArray[np.uint8], number: int, seed: int) -> MaskedTokens:
+def mask_protein(residues: Protein, number: int, seed: int) -> MaskedTokens:
     """Put `<cls>` and `<eos>` around token ids of residues, and mask them as training does.
 
     Args:
-        residues: Token ids, [l].
+        residues: Token ids, ``[L]``.
         number: Of the protein: masks are a function of it and the seed.
         seed: Of the masks.
     """
@@ -116,23 +78,34 @@ def by_padded_tokens(budget: int) -> Batching:
     return batched
 
 
+def random_order(proteins: Sequence[MaskedTokens], batching: Batching, rng: np.random.Generator) -> Batches:
+    """Return batches of the proteins in a new random order."""
+    return batching([proteins[i] for i in rng.permutation(len(proteins))])
+
+
+def sorted_order(proteins: Sequence[MaskedTokens], batching: Batching, rng: np.random.Generator) -> Batches:
+    """Return batches of proteins of similar length, the batches in a new random order."""
+    batches = batching(sorted(proteins, key=lambda protein: len(protein.input_ids)))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
 def by_number(size: int) -> Batching:
     """Return the batching by `size` proteins, fewer in the last batch."""
     return lambda proteins: [list(proteins[start : start + size]) for start in range(0, len(proteins), size)]
 
 
 def real_tokens(batches: Batches) -> int:
-    """Tokens of the proteins alone."""
+    """Count the tokens of the proteins alone."""
     return sum(len(protein.input_ids) for batch in batches for protein in batch)
 
 
 def padded_tokens(batches: Batches) -> int:
-    """Tokens that are computed when each batch is padded to its longest protein."""
+    """Count the tokens that are computed when each batch is padded to its longest protein."""
     return sum(len(batch) * max(len(protein.input_ids) for protein in batch) for batch in batches)
 
 
 def pad(proteins: Sequence[MaskedTokens]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return input ids, attention mask (1 = keep) and labels, [b, s] each."""
+    """Return input ids, attention mask (1 = keep) and labels, ``[b, s]`` each."""
     width = max(len(protein.input_ids) for protein in proteins)
     input_ids = torch.full((len(proteins), width), vocabulary.PAD)
     attention_mask = torch.zeros_like(input_ids)

@@ -1,4 +1,4 @@
-"""Random ESM-2 weights of any size, which are drawn tensor by tensor as a format writes them."""
+"""Draws random ESM-2 weights of any size, tensor by tensor as a format writes them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from esm2mega.convert.lazy_weights import Description, Weights
 from esm2mega.convert.name_table import FREQUENCIES, our_shapes
 from esm2mega.model.rotary import rotary_frequencies
 
+STANDARD_DEVIATION = 0.02
+"""Keeps activations in the range of a trained model, so that no program meets numbers that slow it down."""
+
 
 def random_weights(size: str) -> Weights:
     """Return fp32 weights of a preset with the language-model head."""
@@ -21,6 +24,6 @@ def random_weights(size: str) -> Weights:
     def read(name: str) -> Tensor:
         if name == FREQUENCIES:
             return rotary_frequencies(shape.hidden_size // shape.num_attention_heads, torch.float32)
-        return torch.randn(infos[name].shape, generator=generator)
+        return STANDARD_DEVIATION * torch.randn(infos[name].shape, generator=generator)
 
     return Weights(Description(shape, 1e-5), infos, read)
