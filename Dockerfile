@@ -23,7 +23,7 @@ FROM ${BASE_IMAGE}
 ARG TORCH=torch==2.13.0
 ARG TORCH_ARGS=""
 # Everything that the commands of the README need.
-ARG EXTRAS=excel,finetune,logging,parquet,tape
+ARG EXTRAS=excel,finetune,logging,onnx,parquet,tape
 
 # The base image's Python is that of its Linux distribution, which pip leaves alone unless it is told otherwise.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1

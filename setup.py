@@ -34,11 +34,13 @@ HF = ["transformers>=5.23", "peft"]
 PARQUET = ["pyarrow>=16.1"]
 TAPE = ["lmdb>=1.4"]
 EXCEL = ["openpyxl>=3.1", "defusedxml>=0.7"]  # openpyxl parses with defusedxml where it is installed
+ONNX = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 FINETUNE = ["scipy>=1.11", "scikit-learn>=1.4"]
 DEV = [
     *PARQUET,
     *TAPE,
     *EXCEL,
+    *ONNX,
     *FINETUNE,
     # References that the parity tests compare with.
     "transformers>=5.23",
@@ -90,6 +92,7 @@ setup(
         "parquet": PARQUET,
         "tape": TAPE,
         "excel": EXCEL,
+        "onnx": ONNX,
         "finetune": FINETUNE,
         "dev": DEV,
     },

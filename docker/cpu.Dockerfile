@@ -16,7 +16,7 @@ FROM ${BASE_IMAGE}
 ARG TORCH=torch==2.13.0
 ARG TORCH_ARGS=""
 # Everything that the commands of the README need.
-ARG EXTRAS=excel,finetune,logging,parquet,tape
+ARG EXTRAS=excel,finetune,logging,onnx,parquet,tape
 
 # The compiler is for torch.compile. Debian keeps one version of it at a time, so none can be named for long.
 # hadolint ignore=DL3008

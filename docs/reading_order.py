@@ -149,7 +149,7 @@ SECTIONS = (
         "Comparison, proof, first steps, and looking around",
         "`autoeval/` takes models through benchmarks, and compares them. `prove/` trains the same "
         "small model at many layouts and compares every number with those of one process; `drill/` kills the "
-        "processes of a user's own training.",
+        "processes of a user's own training. `export/` writes models as programs for other places.",
         {
             "autoeval": (
                 "tasks suite task_data units recipe prediction_table results compare sides models difference"
@@ -158,6 +158,7 @@ SECTIONS = (
             "autoeval/baselines": "fit features substitutions",
             "autoeval/downstream": "measure tables embedding",
             "report/results": "page charts predictions",
+            "export": "command padded padded_heads programs",
             "prove": "command trials layouts training workers",
             "plan": "command layouts estimate stage counting kernel fake_ranks hardware report",
             "drill": "command ranks compare",

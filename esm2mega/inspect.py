@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from esm2mega.config.hub import cached, how_to_fetch
 from esm2mega.config.run_name import split_run
 from esm2mega.errors import UserError
 
@@ -25,9 +26,10 @@ def inspect_path(path: str | Path, verify: bool = False) -> str:
         UserError: The path holds nothing that is known, or it is damaged.
     """
     run, which = split_run(path)
-    directory = Path(run)
+    directory = cached(run) or Path(run)
     if not directory.exists():
-        raise UserError(f"{path}: no such path; give a token store, a run directory or a checkpoint")
+        cure = how_to_fetch(run) or "give a token store, a run directory or a checkpoint"
+        raise UserError(f"{path}: no such path; {cure}")
     if which is not None:
         return "\n".join(_checkpoint_lines(path, verify))
     if (directory / "manifest.json").is_file():

@@ -78,9 +78,9 @@ def pseudo_log_likelihood(reference: Reference, sequence: str, width: int = MAX_
     return total
 
 
-def make_reference(folder: Path) -> Reference:
-    """A model of `SHAPE` with random values in every tensor."""
-    model = references.hugging_face(SHAPE)
+def make_reference(folder: Path, shape: Shape = SHAPE) -> Reference:
+    """A model with random values in every tensor."""
+    model = references.hugging_face(shape)
     model.set_attn_implementation("eager")
     model.save_pretrained(folder / "hf")
     checkpoint = folder / "run" / "checkpoints" / "step_00000000"

@@ -49,7 +49,7 @@ def write_plane(
     names, shown, vectors = points
     if len(names) < _FEWEST:
         return False
-    planes = {"pca": pca(vectors), **_umap(vectors, seed)}
+    planes = {"pca": pca(vectors), **umap_plane(vectors, seed)}
     with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "label", *(f"{method}_{n}" for method in planes for n in (1, 2))])
@@ -96,7 +96,7 @@ def pca(vectors: Array) -> Array:
     return plane
 
 
-def _umap(vectors: Array, seed: int) -> dict[str, Array]:
+def umap_plane(vectors: Array, seed: int) -> dict[str, Array]:
     """Return the plane of UMAP under its name; nothing where it is not installed, or has too few points."""
     if importlib.util.find_spec("umap") is None or len(vectors) <= 2 * _NEIGHBOURS:
         return {}
@@ -117,7 +117,7 @@ Points = tuple[list[str], list[str], Array]
 
 
 def _proteins(found: Embeddings, layer: str, labels: Sequence[tuple[str, str]]) -> Points:
-    chosen = _evenly([pair for pair in labels if pair[1].strip()], MOST_POINTS)
+    chosen = evenly([pair for pair in labels if pair[1].strip()], MOST_POINTS)
     names, shown = [name for name, _ in chosen], [label for _, label in chosen]
     return names, shown, found.vectors(layer, names) if names else np.zeros((0, 1))
 
@@ -126,9 +126,9 @@ def _residues(found: Embeddings, layer: str, labels: Sequence[tuple[str, str]]) 
     names: list[str] = []
     shown: list[str] = []
     parts: list[Array] = []
-    for name, letters in _evenly(labels, MOST_POINTS // _RESIDUES_OF_A_PROTEIN):
+    for name, letters in evenly(labels, MOST_POINTS // _RESIDUES_OF_A_PROTEIN):
         numbers = [number for number, letter in enumerate(letters) if letter != "-"]
-        chosen = _evenly(numbers, _RESIDUES_OF_A_PROTEIN)
+        chosen = evenly(numbers, _RESIDUES_OF_A_PROTEIN)
         if chosen:
             parts.append(found.residues(layer, name)[chosen])
             names += [f"{name}:{number + 1}" for number in chosen]
@@ -136,7 +136,7 @@ def _residues(found: Embeddings, layer: str, labels: Sequence[tuple[str, str]]) 
     return names, shown, np.concatenate(parts) if parts else np.zeros((0, 1))
 
 
-def _evenly(values: Sequence, most: int) -> list:
+def evenly(values: Sequence, most: int) -> list:
     """Return at most `most` values, evenly chosen along their order."""
     if len(values) <= most:
         return list(values)

@@ -19,6 +19,7 @@ from typing import Any
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.digests import CURE
 from esm2mega.config.best_metric import VALID_LOSS, less_is_better
+from esm2mega.config.hub import how_to_fetch
 from esm2mega.config.run_name import FORMS, split_run
 from esm2mega.config.schema import CheckpointConfig
 from esm2mega.errors import DamagedError, UserError
@@ -91,9 +92,8 @@ def choose_checkpoint(named: str | Path, resuming: bool = False, without: Sequen
             raise UserError(f"{named}: {path} is a checkpoint, of which there is no @{which}; leave it out")
         return Choice(path)
     if not path.is_dir():
-        raise UserError(
-            f"{named}: no such checkpoint; give a step_XXXXXXXX directory or a run directory, or {FORMS}"
-        )
+        cure = how_to_fetch(text) or f"give a step_XXXXXXXX directory or a run directory, or {FORMS}"
+        raise UserError(f"{named}: no such checkpoint; {cure}")
     complete, _ = layout.find_checkpoints(path.parent if path.name == "checkpoints" else path)
     if not complete:
         raise _none_complete(path)

@@ -19,9 +19,11 @@ from esm2mega.cli.autoeval import autoeval
 from esm2mega.cli.benchmark import benchmark
 from esm2mega.cli.convert import convert_command
 from esm2mega.cli.drill import drill
+from esm2mega.cli.export import export_command
 from esm2mega.cli.group import CONTEXT, Group, Options
 from esm2mega.cli.infer import embed, score
 from esm2mega.cli.lora import lora
+from esm2mega.cli.map import map_command
 from esm2mega.cli.plan import plan
 from esm2mega.cli.prepare import prepare
 from esm2mega.cli.probe import probe
@@ -45,7 +47,8 @@ def cli() -> None:
 
 for _command in (
     *(quickstart, translate, prepare, plan, pretrain, finetune, predict, evaluate, compare, convert_command),
-    *(embed, probe, autoeval, score, lora, inspect, prove, drill, plot, watch, benchmark, doctor),
+    *(export_command, embed, map_command, probe, autoeval, score, lora),
+    *(inspect, prove, drill, plot, watch, benchmark, doctor),
 ):
     cli.add_command(_command)
 

@@ -32,6 +32,10 @@ from esm2mega.convert.formats.registry import READABLE, WRITABLE
     "--drop", multiple=True, metavar="PATTERN", help="Leave out tensors that ESM-2 has no place for."
 )
 @click.option("--drop-head", is_flag=True, help="Leave out the head: convert the encoder alone.")
+@click.option("--license", metavar="ID", help="Licence for the model card of --to hf, such as apache-2.0.")
+@click.option(
+    "--results", metavar="DIR", help="Results of `esm2mega autoeval` for SRC, for the card of --to hf."
+)
 @click.option("--verify", is_flag=True, help="Run both models, compare them, and write DST.verify.json.")
 @single_process
 def convert_command(
@@ -42,15 +46,24 @@ def convert_command(
     dtype: str | None,
     drop: tuple[str, ...],
     drop_head: bool,
+    license: str | None,
+    results: str | None,
     verify: bool,
 ) -> None:
     """Convert the checkpoint SRC to DST, and print a line for everything that is changed or left out.
+
+    With --to hf, DST has a model card, README.md, with what is known of the training.
 
     Example: esm2mega convert facebook/esm2_t6_8M_UR50D my_8M --to esm2mega --verify
     """
     from esm2mega.convert.convert import convert
 
-    conversion = convert(Path(source), Path(target), to, source_format, dtype, drop, drop_head)
+    benchmarks = None if results is None else Path(results)
+    conversion = convert(
+        *(Path(source), Path(target), to, source_format, dtype, drop, drop_head),
+        license=license,
+        results=benchmarks,
+    )
     click.echo("\n".join(conversion.lines()))
     if verify:
         from esm2mega.convert.verify.verify import verify as run_verify

@@ -41,15 +41,16 @@ def lora_merge_command(checkpoint: str, out: str, base: str | None) -> None:
 @click.argument("checkpoint")
 @click.option("--out", required=True, metavar="DIR", help="PEFT directory to make.")
 @click.option("--bare", is_flag=True, help="For EsmModel, the encoder without a head (FEATURE_EXTRACTION).")
+@click.option("--license", metavar="ID", help="Licence for the model card, such as apache-2.0.")
 @single_process
-def lora_export_command(checkpoint: str, out: str, bare: bool) -> None:
+def lora_export_command(checkpoint: str, out: str, bare: bool, license: str | None) -> None:
     """Write the adapters of CHECKPOINT for peft, to use with EsmForMaskedLM or another ESM with a head.
 
     Example: esm2mega lora export runs/adapted --out adapted_peft
     """
     from esm2mega.lora.hf_peft import export_adapters
 
-    click.echo("\n".join(export_adapters(checkpoint, Path(out), bare)))
+    click.echo("\n".join(export_adapters(checkpoint, Path(out), bare, license)))
 
 
 @lora.command("import", short_help="Read adapters from a directory of Hugging Face PEFT.")

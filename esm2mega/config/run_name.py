@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+from esm2mega.config.hub import cached
 from esm2mega.errors import UserError
 
 FORMS = "RUN@best, RUN@last or RUN@step_N"
@@ -24,8 +25,8 @@ def split_run(named: str | os.PathLike[str]) -> tuple[str, str | None]:
 
 
 def is_there(named: str | os.PathLike[str]) -> bool:
-    """Tell whether a path exists, or the run of which it names a checkpoint."""
-    return os.path.exists(split_run(named)[0])
+    """Tell whether a path exists, the run of which it names a checkpoint, or a model in the Hub's cache."""
+    return os.path.exists(split_run(named)[0]) or cached(named) is not None
 
 
 def joined_names(argument: str, text: str) -> list[str]:

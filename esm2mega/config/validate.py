@@ -14,6 +14,7 @@ from pathlib import Path
 
 from esm2mega.config.batches import check_batches, check_sequence_parallel
 from esm2mega.config.best_metric import check_best_metric, downstream_names
+from esm2mega.config.hub import how_to_fetch
 from esm2mega.config.lora import check_lora, check_start
 from esm2mega.config.model import check_compile, check_model
 from esm2mega.config.presets import shape_of
@@ -198,9 +199,8 @@ def check_training_inputs(run: Run) -> None:
     check_best_metric(run.checkpoint, run.task, has_valid(run.data), run.downstream)
     check_start(run.lora, run.init_from)
     if run.init_from is not None and not is_there(run.init_from):
-        raise UserError(
-            f"init_from={run.init_from} does not exist; give a checkpoint, a run, {FORMS}, or init_from=null"
-        )
+        cure = how_to_fetch(run.init_from) or f"give a checkpoint, a run, {FORMS}, or init_from=null"
+        raise UserError(f"init_from={run.init_from} does not exist; {cure}")
     resume = run.checkpoint.resume
     if resume not in ("auto", "never") and not os.path.isdir(split_run(resume)[0]):
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from esm2mega.convert.checksum import foreign_sha256, weights_sha256
 from esm2mega.convert.finite import cast_and_counted, note_not_finite
 from esm2mega.convert.formats.esm2mega import default_dtype
 from esm2mega.convert.formats.registry import WITH_OTHER_HEADS, load_format, read_weights
@@ -16,8 +17,10 @@ from esm2mega.convert.heads import tape_heads
 from esm2mega.convert.heads.cerebras_classifier import parameters_of
 from esm2mega.convert.heads.contact_head import is_contact_head, with_published_head
 from esm2mega.convert.heads.hf_classifiers import architecture_of, with_unit_scale
+from esm2mega.convert.history import benchmark_scores, history_of
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Notes, Weights, dtype_name
-from esm2mega.convert.start_point import find_source
+from esm2mega.convert.model_card import Card, check_license, write_card
+from esm2mega.convert.start_point import OWN, find_source
 from esm2mega.errors import UserError
 from esm2mega.files import appearing, refuse_existing
 
@@ -69,6 +72,8 @@ def convert(
     dtype: str | None = None,
     drop: Sequence[str] = (),
     drop_head: bool = False,
+    license: str | None = None,
+    results: Path | None = None,
 ) -> Conversion:
     """Convert a checkpoint from any readable format to a writable one.
 
@@ -80,16 +85,27 @@ def convert(
         dtype: One of `DTYPES`, or None to keep that of the source.
         drop: Shell patterns of the source's tensors that have no known meaning and are left out.
         drop_head: Whether to leave out the head and convert the encoder alone.
+        license: Identifier of the licence on the Hub, for the model card that ``hf`` has.
+        results: Folder of a suite of benchmarks that measured the source, for the card.
 
     Raises:
-        UserError: The source cannot be read or does not fit the target, or the target exists.
+        UserError: The source cannot be read or does not fit the target, the target exists, or the results are
+            those of other weights.
         OSError: The disk is full, or a file cannot be written for another reason. Nothing is left behind.
     """
+    check_license(license)
+    for option, value in (("--license", license), ("--results", results)):
+        if value is not None and to != "hf":
+            raise UserError(f"{option} is for the model card of --to hf; leave it out")
     writer = load_format(to)
     for path in (target, *([] if writer.IS_DIRECTORY else writer.beside(target))):
         refuse_existing(path)
     files, source_format = find_source(source, source_format)
     source, weights = files.path, read_weights(files, source_format, drop)
+    scores = []
+    if results is not None:
+        is_own = source_format == OWN
+        scores = benchmark_scores(results, weights_sha256(source) if is_own else _foreign(weights))
     if weights.description.family not in writer.FAMILIES:
         raise UserError(
             f"{source}: holds a model of family {weights.description.family}; {to} holds "
@@ -119,6 +135,12 @@ def convert(
 
     with appearing(target, writer.IS_DIRECTORY) as path:
         writer.write(weights, path)
+        if to == "hf":
+            described = replace(weights.description, head=head)
+            history = history_of(source) if source_format == OWN else None
+            notes = [] if history is not None else weights.notes.lines()
+            card = Card(target.name, described, source_format, history, scores, license, notes)
+            write_card(card, path)
     note_not_finite(weights, finite)
     return Conversion(
         source,
@@ -134,6 +156,11 @@ def convert(
 
 _CHECK_HEAD: dict[str, Callable[[HeadDescription], Any]] = {"hf": architecture_of, "cerebras": parameters_of}
 """These refuse the head of a task that a format has no equal of."""
+
+
+def _foreign(weights: Weights) -> str:
+    """Return the checksum by which a suite of benchmarks knows weights in another format."""
+    return foreign_sha256(weights.cast(default_dtype(weights.description.dtype)))
 
 
 def without_head(weights: Weights) -> Weights:

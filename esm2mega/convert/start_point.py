@@ -16,6 +16,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.auxiliary import read_auxiliary
 from esm2mega.checkpoint.digests import read_digests
 from esm2mega.checkpoint.fallback import ALL_OF_IT, Verification, choose_good, share_of
+from esm2mega.config.hub import cached, how_to_fetch
 from esm2mega.config.load import values_of
 from esm2mega.config.schema import FinetuneConfig, Run, TaskConfig
 from esm2mega.convert.files.source import SourceFiles
@@ -125,15 +126,24 @@ def find_source(
     Raises:
         UserError: There are none, or they are in no known format.
     """
-    source = SourceFiles(Path(named))
+    source = SourceFiles(_located(named))
     if format_name not in (None, OWN) and not source.path.exists():
-        raise UserError(f"{named}: no such file or directory")
+        cure = how_to_fetch(named)
+        raise UserError(f"{named}: no such file or directory{'; ' if cure else ''}{cure or ''}")
     if format_name is None:
         # What does not exist as it is written may name a checkpoint of a run.
         format_name = detect(source) if source.path.exists() else OWN
     if format_name == OWN:
         source = SourceFiles(_chosen(named, False, verification))
     return source, format_name
+
+
+def _located(named: str | Path) -> Path:
+    """Return the path that a name means: itself, or the copy in the local cache of the Hub, which is said."""
+    if (found := cached(named)) is None:
+        return Path(named)
+    print(f"esm2mega: {named}: taken from the cache of the Hub, {found}", file=sys.stderr, flush=True)
+    return found
 
 
 def read_start(path: str | Path, verification: Verification = ALL_OF_IT, partial: bool = False) -> StartPoint:
@@ -247,7 +257,7 @@ def read_checkpoint(
     Raises:
         UserError: There is none, or it cannot be read.
     """
-    source = SourceFiles(Path(checkpoint))
+    source = SourceFiles(_located(checkpoint))
     if source.path.exists() and (found := find_format(source)) != OWN:
         refuse_foreign(source.path, found)
     return _read_own(_chosen(checkpoint, resuming, verification), verification)

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from esm2mega.checkpoint.store import load_weights
-from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, OPTIMIZER, TRAINED, TRAINED_ENCODER
-from esm2mega.checkpoint.tensors import TensorReader, combined_sha256, tensor_sha256
+from esm2mega.checkpoint.tensor_filter import ALL, ENCODER, TRAINED, TRAINED_ENCODER
+from esm2mega.checkpoint.tensors import TensorReader
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
+from esm2mega.convert.checksum import foreign_sha256, weights_sha256
 from esm2mega.convert.formats.esm2mega import default_dtype, is_auxiliary
 from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, as_published, is_contact_head
 from esm2mega.convert.into_model import fill_model
@@ -128,15 +129,6 @@ def _of_foreign(start: StartPoint) -> ModelSource:
         start.run,
         lambda chunks: fill_model(weights, chunks, ALL if has_lm_head else ENCODER),
         {name: weights.read(name).clone() for name in weights.infos if is_beside(name)},
-        lambda: combined_sha256(
-            (name, tensor_sha256(weights.read(name))) for name in weights.infos if not is_beside(name)
-        ),
+        lambda: foreign_sha256(weights),
         has_lm_head,
     )
-
-
-def weights_sha256(checkpoint: Path) -> str:
-    """Compute the checksum that `esm2mega inspect` prints as ``weights sha256``."""
-    reader = TensorReader(checkpoint)
-    names = (name for name in reader.index if not name.startswith(OPTIMIZER))
-    return combined_sha256((name, tensor_sha256(reader.read(name))) for name in names)

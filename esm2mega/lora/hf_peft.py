@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -28,7 +28,9 @@ from esm2mega.convert.formats.hf import NAMES
 from esm2mega.convert.formats.registry import detect
 from esm2mega.convert.heads.contact_head import is_contact_head
 from esm2mega.convert.heads.hf_classifiers import dropout_of, find_equal, no_equal
-from esm2mega.convert.lazy_weights import Weights
+from esm2mega.convert.history import history_of
+from esm2mega.convert.lazy_weights import Description, HeadDescription, Weights
+from esm2mega.convert.model_card import Card, check_license, write_card
 from esm2mega.convert.name_table import is_lm_head
 from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
 from esm2mega.errors import UserError
@@ -46,9 +48,12 @@ from esm2mega.lora.hf_head import (
     to_theirs,
     write_task,
 )
+from esm2mega.model.build import DTYPES
 
 
-def export_adapters(checkpoint: str | Path, target: Path, bare: bool = False) -> list[str]:
+def export_adapters(
+    checkpoint: str | Path, target: Path, bare: bool = False, license: str | None = None
+) -> list[str]:
     """Write `target`, a directory that `peft` loads onto an ESM-2 of `transformers` with the same base.
 
     The head of a task is written too if transformers has an equal one.
@@ -57,6 +62,7 @@ def export_adapters(checkpoint: str | Path, target: Path, bare: bool = False) ->
         checkpoint: A checkpoint of adapters, or the directory of a run with one.
         target: Directory to make; it must not exist, and appears when it is complete.
         bare: Whether it is for `EsmModel`, the encoder without a head, and not for a model with one.
+        license: Identifier of the licence on the Hub, for the model card.
 
     Returns:
         Lines of a report for the user.
@@ -64,6 +70,7 @@ def export_adapters(checkpoint: str | Path, target: Path, bare: bool = False) ->
     Raises:
         UserError: `transformers` has no such model, or `target` exists.
     """
+    check_license(license)
     refuse_existing(target)
     adapters = AdapterReader(read_checkpoint(checkpoint))
     checkpoint = adapters.start.path
@@ -122,7 +129,30 @@ def export_adapters(checkpoint: str | Path, target: Path, bare: bool = False) ->
         write_safetensors(directory / TENSORS, infos, lambda name: tensors[name])
         if head is not None and architecture is not None:
             write_task(directory, head)
+        lacks_head = bare or (head is not None and architecture is None)
+        write_card(_card(adapters, target.name, None if lacks_head else head or "lm", license), directory)
     return report
+
+
+def _card(
+    adapters: AdapterReader, name: str, head: Literal["lm"] | HeadDescription | None, license: str | None
+) -> Card:
+    """Return what the model card of adapters says; `head` is that of the adapters, or of their base."""
+    model = adapters.run.model
+    description = Description(
+        shape_of(model),
+        model.layernorm_epsilon,
+        model.activation,
+        DTYPES[model.precision],
+        head=head,
+    )
+    return Card(
+        name,
+        description,
+        history=history_of(adapters.start.path),
+        license=license,
+        base=Path(adapters.base.path).name,
+    )
 
 
 def _factors(adapters: AdapterReader) -> Iterator[tuple[str, Factors]]:

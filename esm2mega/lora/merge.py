@@ -19,7 +19,7 @@ from esm2mega.convert.finite import counted, note_not_finite
 from esm2mega.convert.formats import esm2mega as own_format
 from esm2mega.convert.formats.esm2mega import default_dtype
 from esm2mega.convert.lazy_weights import HeadDescription, Weights, dtype_name
-from esm2mega.convert.start_point import read_checkpoint, read_start
+from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
 from esm2mega.convert.tensors import fuse_qkv, split_qkv
 from esm2mega.files import appearing, refuse_existing
 from esm2mega.lora.base import check_base, identify, with_base
@@ -52,12 +52,10 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
     under = read_start(base) if base is not None else with_base(start, None, cure=cure).base
     assert under is not None
     check_base(start, identify(under))
-    weights = merged(under.weights, adapters)
+    weights = _merged_with_head(under.weights, adapters)
     weights.origin |= {"format": "merged adapters", "path": str(start.path)}
-    run = None
-    if (head := adapters.head()) is not None:
-        weights = _with_head(weights, head, adapters) if head.shapes else weights
-        run = _merged_run(start.run, weights)
+    head = adapters.head()
+    run = None if head is None else _merged_run(start.run, weights)
     weights, finite = counted(weights)
     with appearing(target) as directory:
         own_format.write(weights, directory, run)
@@ -70,6 +68,22 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
         *([f"weights  {', '.join(adapters.of_base)}, trained beside"] if adapters.of_base else []),
         *weights.notes.lines(),
     ]
+
+
+def whole_weights(start: StartPoint) -> Weights:
+    """Return all weights of an open checkpoint; adapters are merged into those of the base that it came with.
+
+    The base is not compared with the one of the training, which loading the model does.
+    """
+    if start.base is None:
+        return start.weights
+    return _merged_with_head(start.base.weights, AdapterReader(start))
+
+
+def _merged_with_head(weights: Weights, adapters: AdapterReader) -> Weights:
+    """Return `merged` weights with the head that was trained beside the adapters, if there is one."""
+    head, weights = adapters.head(), merged(weights, adapters)
+    return weights if head is None or not head.shapes else _with_head(weights, head, adapters)
 
 
 def _with_head(weights: Weights, head: HeadDescription, adapters: AdapterReader) -> Weights:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+
 _STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --soft: #59636e; --line: #d1d9e0; --page: #ffffff;
   --model: #0072b2; --baseline: #7a7f85; --published: #b35400; --low: #9cc9e8; --high: #00395c;
@@ -70,13 +73,15 @@ footer { margin: 3rem 0 1rem; }
 
 _HEAD = """<meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:{script}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 """
-"""Opens the head of a page; the policy keeps a browser from loading or running anything."""
+"""Opens the head of a page; the policy keeps a browser from loading anything, and from running any script but
+that of the page, by its hash.
+"""
 
 
-def page_of(title: str, body: str, footer: str, style: str = "") -> str:
+def page_of(title: str, body: str, footer: str, style: str = "", script: str = "") -> str:
     """Return a whole page.
 
     Args:
@@ -84,9 +89,13 @@ def page_of(title: str, body: str, footer: str, style: str = "") -> str:
         body: What stands above the footer, as HTML.
         footer: The footer, as HTML.
         style: Rules for this page besides those of all pages.
+        script: The script of the page; empty for none.
     """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    head = _HEAD.format(script=f"; script-src 'sha256-{digest}'" if script else "")
+    end = f"<script>{script}</script>\n" if script else ""
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n{_HEAD}<title>{title} - esm2mega</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n{head}<title>{title} - esm2mega</title>\n'
         f"<style>\n{_STYLE}{style}</style>\n</head>\n<body>\n{body}\n<footer>{footer}</footer>\n"
-        "</body>\n</html>\n"
+        f"{end}</body>\n</html>\n"
     )

@@ -12,6 +12,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.fallback import ALL_OF_IT, Verification, set_aside
 from esm2mega.checkpoint.run_lock import owning
 from esm2mega.config.batches import formula, resolve_batches
+from esm2mega.config.hub import how_to_fetch
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run, load_run_over, values_of
 from esm2mega.config.machine import on_this_machine
@@ -56,7 +57,8 @@ def load_run_with_start(config: str | None, overrides: Sequence[str] = ()) -> tu
         start = open_together(lambda how: _read_trainable(init_from, how, partial), verify)
     if start is None:
         if init_from is not None and shape == [None, None]:
-            raise UserError(f"init_from={init_from} does not exist, and no model is configured; correct it")
+            cure = how_to_fetch(init_from) or "correct it"
+            raise UserError(f"init_from={init_from} does not exist, and no model is configured; {cure}")
         return expand_paths(load_run(config, overrides)), None
     model = on_this_machine(start.run).model
     return expand_paths(load_run_over(Run(model=model), overrides, config)), start

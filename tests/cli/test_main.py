@@ -14,7 +14,7 @@ from esm2mega.errors import MachineError, StoppedBySignal, UserError
 
 COMMANDS = [
     *("quickstart", "translate", "prepare", "plan", "pretrain", "finetune", "predict", "evaluate", "compare"),
-    *("convert", "embed", "probe", "autoeval", "score", "lora"),
+    *("convert", "export", "embed", "map", "probe", "autoeval", "score", "lora"),
     *("inspect", "prove", "drill", "plot", "watch", "benchmark", "doctor"),
 ]
 HEAVY = ("torch", "numpy", "omegaconf", "megatron", "rich", "matplotlib")

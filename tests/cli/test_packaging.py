@@ -193,6 +193,7 @@ def test_extras_and_python_versions():
         "parquet",
         "tape",
         "excel",
+        "onnx",
         "finetune",
         "dev",
     ]

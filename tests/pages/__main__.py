@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tests.pages.browser import VIEWS, find_chromium, look_at
-from tests.pages.demo import write_demo_page, write_demo_report
+from tests.pages.demo import write_demo_map, write_demo_page, write_demo_report
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
         print("there is no Chromium: apt-get install chromium")
         return 2
     failed = 0
-    for write in (write_demo_page, write_demo_report):
+    for write in (write_demo_page, write_demo_report, write_demo_map):
         page = write(out / write.__name__)
         for view in VIEWS:
             faults = look_at(page, view, chromium, out / f"{page.stem}-{view.name}.png")

@@ -50,7 +50,9 @@ def look_at(page: Path, view: View, chromium: str, picture: Path | None = None) 
     if picture is not None:
         # Folded parts are open while the page is measured.
         shown = text.replace("<details>", "<details open>")
-        _run(chromium, view, min(int(found["height"]), 16_000), shown, f"--screenshot={picture.resolve()}")
+        open_page(
+            chromium, view, min(int(found["height"]), 16_000), shown, f"--screenshot={picture.resolve()}"
+        )
     return faults
 
 
@@ -59,13 +61,13 @@ def _measure(text: str, view: View, chromium: str) -> dict[str, Any]:
     opened, count = _POLICY.subn("", text)
     assert count == 1, "the page has a policy against scripts and files from elsewhere"
     script = f'<script id="checks">{CHECKS.read_text()}</script></body>'
-    dumped = _run(chromium, view, 900, opened.replace("</body>", script), "--dump-dom")
+    dumped = open_page(chromium, view, 900, opened.replace("</body>", script), "--dump-dom")
     found = _FOUND.search(dumped)
     assert found is not None, dumped[-2000:]
     return dict(json.loads(found[1]))
 
 
-def _run(chromium: str, view: View, height: int, text: str, what: str) -> str:
+def open_page(chromium: str, view: View, height: int, text: str, what: str) -> str:
     """Open a page in a frame of the view's width, since a window of Chromium is 500 pixels wide at least."""
     size = f'width="{view.width}" height="{height}"'
     frame = (

@@ -12,6 +12,7 @@ import numpy as np
 
 from esm2mega.report.log import JsonlLog
 from esm2mega.report.plot import plot_run
+from esm2mega.report.results.map_page import METHODS, write_map_page
 from esm2mega.report.results.page import write_results_page
 
 SCRIPT = "<script>alert('ids are text')</script>"
@@ -69,6 +70,19 @@ def write_demo_report(folder: Path) -> Path:
         log.write({"kind": "test", "step": 700, "test_loss": 0.7, **test, **baseline})
     (folder / "config.yaml").write_text("task:\n  kind: classification\n  target_columns: [location]\n")
     return plot_run(folder).html
+
+
+def write_demo_map(folder: Path) -> Path:
+    """Write the map of embeddings of some families, by both methods."""
+    rng = np.random.default_rng(7)
+    families = [LOCATIONS[n] for n in rng.integers(0, len(LOCATIONS), 600)]
+    centres = {name: rng.normal(0, 4, 2) for name in LOCATIONS}
+    planes = {name: np.array([centres[f] for f in families]) + rng.normal(0, 1, (600, 2)) for name in METHODS}
+    ids = [SCRIPT, *(f"protein_{number}" for number in range(1, 600))]
+    out = folder / "map.html"
+    notes = ["layer_6 of proteins.h5", "coloured by location of labels.csv"]
+    write_map_page(out, planes, ids, families, "Map of proteins.h5", notes)
+    return out
 
 
 def _regression(folder: Path, rng: np.random.Generator) -> Json:

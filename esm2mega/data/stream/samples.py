@@ -48,6 +48,10 @@ class Proteins(Protocol):
     def residues(self, row: int) -> npt.NDArray[np.uint8]: ...
 
 
+TRAIN_FINGERPRINTS = "data.train (fingerprint)"
+"""Names the entry of a checkpoint's state that identifies each of the stores that were trained on."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pieces:
     """Describes pieces of proteins, as the model reads them; all arrays are int64.
@@ -164,13 +168,20 @@ class TrainSamples:
     def identity(self) -> dict[str, Any]:
         """Return what the sequence depends on, under the names of the configuration."""
         return {
-            "data.train (fingerprint)": [order.fingerprint for order in self._orders],
+            TRAIN_FINGERPRINTS: [order.fingerprint for order in self._orders],
             "data.weights": None if self._mixture is None else self._mixture.shares.tolist(),
             "data.sampling": [order.sampling for order in self._orders],
             "data.max_seq_length": self._config.max_seq_length,
             "data.crop": self._config.crop,
             "seed": self._seed,
         }
+
+
+def fingerprint_by_clusters(store: TokenStore) -> str:
+    """Return what identifies a store of which clusters are drawn: its proteins, their order, the clusters."""
+    files = store.manifest["files"]
+    hashes = [store.fingerprint, *(files[name]["sha256"] for name in (OFFSETS, MEMBERS))]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 class EvalSamples:
@@ -266,9 +277,7 @@ class _StoreOrder:
         self.size = len(store) if self._clusters is None else len(self._clusters)
         self.fingerprint = store.fingerprint[:16]
         if self._clusters is not None:
-            files = cast(TokenStore, store).manifest["files"]  # nothing else has clusters
-            hashes = [store.fingerprint, *(files[name]["sha256"] for name in (OFFSETS, MEMBERS))]
-            self.fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+            self.fingerprint = fingerprint_by_clusters(cast(TokenStore, store))  # nothing else has clusters
         self._seed = seed
         self._order = SampleOrder(self.size, seed)
 

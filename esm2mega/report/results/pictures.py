@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from esm2mega.report.results.charts import COLORS, GREY, RAMP, Axis, Plot, axis_of, scrolling, table
+from esm2mega.report.results.charts import COLORS, GREY, Axis, Plot, axis_of, scrolling, table
+from esm2mega.report.results.groups import groups_of, most_frequent
 from esm2mega.report.results.predictions import Array, Classes, Flags, Numbers, read_rows, targets_of
 from esm2mega.report.results.scores import (
     NUM_BINS,
@@ -84,7 +85,7 @@ def _of_classes(classes: Classes) -> Iterator[str]:
     else:
         yield _confused(classes, name)
     if classes.known is not None and classes.scores is not None:
-        chosen, left_out = _chosen(np.bincount(classes.known, minlength=len(classes.names)))
+        chosen, left_out = most_frequent(np.bincount(classes.known, minlength=len(classes.names)))
         if len(classes.names) == 2:
             chosen = chosen[:1]  # the curve of the other class says the same
         each = {classes.names[n]: (classes.known == n, classes.scores[:, n]) for n in chosen}
@@ -118,7 +119,7 @@ def _of_flags(flags: Flags) -> Iterator[str]:
         lines.append([name, *(f"{count:,}" for count in counts)])
     heads = ("class", "true positive", "false positive", "false negative", "true negative")
     yield table("Confusion of each class, from a probability of 0.5", heads, lines)
-    chosen, left_out = _chosen((flags.known == 1).sum(axis=0))
+    chosen, left_out = most_frequent((flags.known == 1).sum(axis=0))
     each = {flags.names[n]: (flags.known[there[:, n], n] == 1, flags.scores[there[:, n], n]) for n in chosen}
     note = f"the {len(chosen)} most frequent of {len(flags.names)} classes" if left_out else ""
     yield from _score_curves(each, note)
@@ -197,48 +198,10 @@ def _planes(points: Sequence[Mapping[str, str]]) -> Iterator[str]:
             continue
         xy = np.array([[float(point[f"{method}_{n}"]) for n in (1, 2)] for point in points])
         plot = Plot(axis_of("first", xy[:, 0].tolist()), axis_of("second", xy[:, 1].tolist()))
-        for color, label, rows in _groups([point["label"] for point in points]):
+        for color, label, rows in groups_of([point["label"] for point in points]):
             plot.dots(xy[rows, 0].tolist(), xy[rows, 1].tolist(), color)
             plot.label(color, f"{label} ({len(rows):,})")
         yield plot.figure(f"Embeddings of the test split, {title}", f"{len(points):,} points")
-
-
-def _groups(labels: Sequence[str]) -> list[tuple[str, str, Array]]:
-    """Return colour, name and rows of each label; of numbers in ranges of equal size, rare ones together."""
-    numbers = _as_numbers(labels)
-    if numbers is None:
-        names, rows = np.unique(labels, return_inverse=True)
-        chosen, left_out = _chosen(np.bincount(rows))
-        found = [
-            (color, str(names[n]), np.flatnonzero(rows == n))
-            for color, n in zip(COLORS, chosen, strict=False)
-        ]
-        return [*found, *[(GREY, "others", np.flatnonzero(~np.isin(rows, chosen)))] * left_out]
-    values = np.unique(numbers)
-    if len(values) <= len(RAMP):
-        colors = zip(RAMP, values.tolist(), strict=False)
-        return [(color, f"{value:.4g}", np.flatnonzero(numbers == value)) for color, value in colors]
-    ends = np.unique(np.quantile(numbers, np.linspace(0, 1, len(RAMP) + 1)))
-    ranges = np.clip(np.searchsorted(ends, numbers, side="right"), 1, len(ends) - 1)
-    return [
-        (RAMP[n - 1], f"{ends[n - 1]:.3g} to {ends[n]:.3g}", np.flatnonzero(ranges == n))
-        for n in range(1, len(ends))
-    ]
-
-
-def _as_numbers(labels: Sequence[str]) -> Array | None:
-    """Return labels as numbers; None where one is none."""
-    try:
-        numbers = np.array([float(label) for label in labels])
-    except ValueError:
-        return None
-    return numbers if np.isfinite(numbers).all() else None
-
-
-def _chosen(counts: Array) -> tuple[list[int], bool]:
-    """Return the most frequent classes, as many as there are colours, and whether others are left out."""
-    order = np.argsort(-counts, kind="stable").tolist()
-    return order[: len(COLORS)], len(order) > len(COLORS)
 
 
 def _step(count: int) -> int:

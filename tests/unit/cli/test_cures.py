@@ -37,6 +37,7 @@ KEYS = set(known_keys())
 ELSEWHERE = {
     *("--nproc-per-node", "--standalone"),  # of torchrun
     "--editable",  # of pip
+    "--local-dir",  # of hf download
     *("--ipc", "--ulimit"),  # of docker run
     "--no-bias-gelu-fusion",  # of Megatron-LM
     # of MMseqs2
@@ -235,6 +236,7 @@ def readers_of_checkpoints(path: Path, folder: Path) -> dict[str, list[str]]:
     training = [f"init_from={path}", f"data.train={fasta}", f"run_dir={out}", "train.eval_every=0"]
     return {
         "convert": [str(path), out, "--to", "hf"],
+        "export": [str(path), "--to", "torch", "--out", f"{out}.pt2"],
         "embed": [str(path), fasta, "--out", f"{out}.h5"],
         "score": [str(path), "--sequence", "MK", "--out", f"{out}.csv"],
         "inspect": [str(path)],

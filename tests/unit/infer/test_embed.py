@@ -87,7 +87,7 @@ def test_ragged_file_holds_every_value_in_input_order(reference: Reference, ever
 
 def test_attributes_name_the_weights_as_inspect_does(reference: Reference, everything: Path) -> None:
     from esm2mega.checkpoint.tensors import TensorReader
-    from esm2mega.infer.source import weights_sha256
+    from esm2mega.convert.checksum import weights_sha256
 
     assert "lm_head.dense.weight" in TensorReader(reference.checkpoint).index
     with h5py.File(everything) as file:

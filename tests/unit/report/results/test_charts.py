@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esm2mega.report.results.charts import COLORS, GREY, RAMP, Axis, Plot, axis_of
-from esm2mega.report.results.pictures import _groups
+from esm2mega.report.results.groups import groups_of
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,12 @@ def test_any_values_have_an_axis(values: list[float]) -> None:
 
 
 def test_groups_of_points() -> None:
-    ranges = _groups([str(value) for value in range(100)])
+    ranges = groups_of([str(value) for value in range(100)])
     assert [color for color, _, _ in ranges] == list(RAMP)
     assert sum(len(rows) for _, _, rows in ranges) == 100 and {len(rows) for _, _, rows in ranges} == {20}
-    assert [len(rows) for _, _, rows in _groups(["0"] * 7 + ["1"] * 3)] == [7, 3]
-    assert len(_groups(["2.5"] * 4)) == 1
-    names = _groups([name for n, name in enumerate("ABCDEFGH") for _ in range(n + 1)])
+    assert [len(rows) for _, _, rows in groups_of(["0"] * 7 + ["1"] * 3)] == [7, 3]
+    assert len(groups_of(["2.5"] * 4)) == 1
+    names = groups_of([name for n, name in enumerate("ABCDEFGH") for _ in range(n + 1)])
     assert [(color, name) for color, name, _ in names] == [
         *zip(COLORS, "HGFEDC", strict=True),
         (GREY, "others"),

@@ -1,0 +1,57 @@
+"""Defines the command `map`.
+
+Importing it needs no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from esm2mega.cli.group import command, single_process
+
+
+@command("map", short_help="Draw embeddings in two dimensions: a page, or a file for ProtSpace.")
+@click.argument("embeddings", metavar="EMBEDDINGS.h5")
+@click.option(
+    "--out", required=True, metavar="FILE", help="NAME.html, or NAME.parquetbundle, which ProtSpace opens."
+)
+@click.option(
+    "--labels", metavar="TABLE", help="CSV or Excel table with labels of the proteins, by their ids."
+)
+@click.option(
+    "--column", metavar="NAME", help="Column of --labels that colours the points [default: the only one]."
+)
+@click.option("--id-column", default="id", show_default=True, metavar="NAME", help="Column of the ids.")
+@click.option("--layer", type=int, metavar="N", help="Number of the layer [default: the last of the file].")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of UMAP.")
+@single_process
+def map_command(
+    embeddings: str,
+    out: str,
+    labels: str | None,
+    column: str | None,
+    id_column: str,
+    layer: int | None,
+    seed: int,
+) -> None:
+    """Draw the proteins of EMBEDDINGS.h5, which `esm2mega embed` wrote, where similar ones lie together.
+
+    The places are the first two principal components, and those of UMAP where umap-learn is installed. The
+    page is one file, in which proteins are found by their ids.
+
+    Example: esm2mega map proteins.h5 --labels labels.csv --column family --out map.html
+    """
+    from esm2mega.autoeval.embedding_map import MapRequest, draw_map
+
+    request = MapRequest(
+        Path(embeddings),
+        Path(out),
+        None if labels is None else Path(labels),
+        column,
+        id_column,
+        layer,
+        seed,
+    )
+    click.echo("\n".join(draw_map(request)))

@@ -1,0 +1,207 @@
+"""Gathers what is known of how a model was trained, for its model card; nothing is guessed.
+
+What is read beside the checkpoint, the log of its run and the manifest of its data, may have been moved or
+changed since, and then counts as not known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esm2mega.checkpoint import layout
+from esm2mega.config.schema import Run
+from esm2mega.data.labels.schema import TargetInfo
+from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.samples import TRAIN_FINGERPRINTS, fingerprint_by_clusters
+from esm2mega.errors import UserError
+from esm2mega.files import content_sha256, parse_json
+from esm2mega.report.log import EVAL, LOG_NAME, TEST, scan_log
+
+_MERGED = "merged adapters"
+_NO_METRIC = ("kind", "step", "time", "eval_recipe")
+_RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Describes proteins of a training.
+
+    Attributes:
+        use: What they were for: ``train``, ``valid`` or ``test``.
+        name: Name of the file or store, without the folders that hold it.
+        proteins, residues: Their numbers; None where the store is not there any more.
+        sources: Name and SHA-256 of each file that the store was made from.
+    """
+
+    use: str
+    name: str
+    proteins: int | None = None
+    residues: int | None = None
+    sources: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """Holds what a benchmark measured: a headline metric with its 95 % interval."""
+
+    task: str
+    mode: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    proteins: int | None
+
+
+@dataclass(frozen=True)
+class History:
+    """Holds what is known of a training.
+
+    Attributes:
+        run: Its configuration.
+        version: Version of this package that trained.
+        step: Its last step.
+        samples, tokens: Consumed so far.
+        info: Meaning of the outputs of a head, with the number of labels of each.
+        data: Its proteins.
+        metrics: What was measured with these weights, by the split.
+        adapters: How adapters of it are held: ``merged``, or ``beside`` the weights; None without adapters.
+    """
+
+    run: Run
+    version: str
+    step: int
+    samples: int
+    tokens: int
+    info: TargetInfo | None = None
+    data: Sequence[DataSet] = ()
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    adapters: str | None = None
+
+
+def history_of(checkpoint: Path) -> History | None:
+    """Return what is known of the training that wrote a checkpoint of this package; None if no training did.
+
+    A checkpoint of merged adapters has the history of these, as long as their checkpoint is where it was.
+    """
+    run, state = layout.read_config(checkpoint), layout.read_state(checkpoint)
+    data, origin = state.get("data"), state.get("origin")
+    if isinstance(data, Mapping):
+        return History(
+            run,
+            str(state["esm2mega_version"]),
+            state["step"],
+            data["consumed_samples"],
+            data["consumed_tokens"],
+            None if run.task.kind is None else TargetInfo.from_dict(state["task"]),
+            list(_data_sets(run, state)),
+            _metrics(checkpoint, state),
+            "beside" if "base" in state else None,
+        )
+    if isinstance(origin, Mapping) and origin.get("format") == _MERGED:
+        adapters = Path(str(origin.get("path")))
+        try:
+            found = history_of(adapters)
+        except (UserError, OSError):  # moved or removed since
+            return None
+        return None if found is None else dataclasses.replace(found, adapters="merged")
+    return None
+
+
+def _data_sets(run: Run, state: Mapping[str, Any]) -> Iterator[DataSet]:
+    stores = (state["data"].get("identity") or {}).get(TRAIN_FINGERPRINTS) or []
+    paths = run.data.train_paths()
+    for number, path in enumerate(paths):
+        yield _described("train", path, stores[number] if len(stores) == len(paths) else None)
+    for use in ("valid", "test"):
+        if (path := getattr(run.data, use)) is not None:
+            yield DataSet(use, Path(path).name or str(path))
+
+
+def _described(use: str, path: str, fingerprint: str | None) -> DataSet:
+    """Describe a token store, if it has the fingerprint of what was trained on."""
+    name = Path(path).name or path
+    try:
+        store = TokenStore(path)
+    except (UserError, OSError):
+        return DataSet(use, name)
+    known = [store.fingerprint[:16], *([] if store.clusters is None else [fingerprint_by_clusters(store)])]
+    if fingerprint not in known:
+        return DataSet(use, name)
+    sources = tuple((Path(str(s["name"])).name, str(s["sha256"])) for s in store.manifest["sources"])
+    return DataSet(use, name, len(store), int(store.token_counts.sum()), sources)
+
+
+def _metrics(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return what the run's log says of the weights of this step; the last record of each kind counts."""
+    found: dict[str, dict[str, float]] = {}
+    if (valid_loss := state.get("valid_loss")) is not None:
+        found["valid"] = {"valid_loss": float(valid_loss)}
+    log = checkpoint.parent.parent / LOG_NAME
+    if checkpoint.parent.name != "checkpoints" or not log.is_file():
+        return found
+    try:
+        records = scan_log(log).records
+    except UserError:
+        return found
+    for record in records:
+        kind = {EVAL: "valid", TEST: "test"}.get(str(record.get("kind")))
+        if kind is None or record.get("step") != state["step"]:
+            continue
+        numbers = {
+            str(name): float(value)
+            for name, value in record.items()
+            if name not in _NO_METRIC and isinstance(value, int | float) and math.isfinite(value)
+        }
+        found[kind] = numbers
+    return found
+
+
+def benchmark_scores(folder: Path, weights_sha256: str) -> list[Score]:
+    """Return what a suite of `esm2mega autoeval` measured of a model.
+
+    Args:
+        folder: Folder of the suite's results.
+        weights_sha256: Checksum of the model's weights.
+
+    Raises:
+        UserError: There are no results, or none of these weights.
+    """
+    path = folder / _RESULTS if folder.is_dir() else folder
+    try:
+        results = parse_json(path.read_bytes())
+        names = [m["name"] for m in results["models"] if m["weights_sha256"] == weights_sha256]
+        if not names:
+            raise UserError(
+                f"--results {folder}: none of its models has the weights of this one (sha256 "
+                f"{weights_sha256[:12]}…); run `esm2mega autoeval` with this checkpoint, or leave it out"
+            )
+        return [
+            Score(
+                str(task["task"]),
+                str(row["mode"]),
+                str(row.get("metric", task["metric"])),
+                float(row["value"]),
+                None if row["low"] is None else float(row["low"]),
+                None if row["high"] is None else float(row["high"]),
+                (task.get("num_proteins") or {}).get("test"),
+            )
+            for task in results["tasks"]
+            for row in task["rows"]
+            if row["row"] == "model" and row["model"] == names[0] and row["value"] is not None
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--results {folder}: holds no results of `esm2mega autoeval` ({error}); give the folder that "
+            "it wrote, or leave it out"
+        ) from None
+
+
+def file_checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a folder by its name."""
+    return {path.name: content_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}

@@ -1,0 +1,48 @@
+"""Groups points by their labels, each group with a colour: classes, or ranges of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from esm2mega.report.results.charts import COLORS, GREY, RAMP
+from esm2mega.report.results.predictions import Array
+
+
+def groups_of(labels: Sequence[str]) -> list[tuple[str, str, Array]]:
+    """Return colour, name and rows of each label; of numbers in ranges of equal size, rare ones together."""
+    numbers = _as_numbers(labels)
+    if numbers is None:
+        names, rows = np.unique(labels, return_inverse=True)
+        chosen, left_out = most_frequent(np.bincount(rows))
+        found = [
+            (color, str(names[n]), np.flatnonzero(rows == n))
+            for color, n in zip(COLORS, chosen, strict=False)
+        ]
+        return [*found, *[(GREY, "others", np.flatnonzero(~np.isin(rows, chosen)))] * left_out]
+    values = np.unique(numbers)
+    if len(values) <= len(RAMP):
+        colors = zip(RAMP, values.tolist(), strict=False)
+        return [(color, f"{value:.4g}", np.flatnonzero(numbers == value)) for color, value in colors]
+    ends = np.unique(np.quantile(numbers, np.linspace(0, 1, len(RAMP) + 1)))
+    ranges = np.clip(np.searchsorted(ends, numbers, side="right"), 1, len(ends) - 1)
+    return [
+        (RAMP[n - 1], f"{ends[n - 1]:.3g} to {ends[n]:.3g}", np.flatnonzero(ranges == n))
+        for n in range(1, len(ends))
+    ]
+
+
+def _as_numbers(labels: Sequence[str]) -> Array | None:
+    """Return labels as numbers; None where one is none."""
+    try:
+        numbers = np.array([float(label) for label in labels])
+    except ValueError:
+        return None
+    return numbers if np.isfinite(numbers).all() else None
+
+
+def most_frequent(counts: Array) -> tuple[list[int], bool]:
+    """Return the most frequent classes, as many as there are colours, and whether others are left out."""
+    order = np.argsort(-counts, kind="stable").tolist()
+    return order[: len(COLORS)], len(order) > len(COLORS)
