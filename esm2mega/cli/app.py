@@ -25,12 +25,13 @@ from esm2mega.cli.infer import embed, score
 from esm2mega.cli.lora import lora
 from esm2mega.cli.map import map_command
 from esm2mega.cli.plan import plan
+from esm2mega.cli.predict import predict
 from esm2mega.cli.prepare import prepare
 from esm2mega.cli.probe import probe
 from esm2mega.cli.prove import prove
 from esm2mega.cli.stopped import Stopped, stopped_by_signals
 from esm2mega.cli.tools import doctor, inspect, plot, quickstart, watch
-from esm2mega.cli.train import compare, evaluate, finetune, predict, pretrain
+from esm2mega.cli.train import compare, evaluate, finetune, pretrain
 from esm2mega.cli.translate import translate
 from esm2mega.errors import MachineError, StoppedBySignal, UserError
 from esm2mega.version import __version__

@@ -1,4 +1,4 @@
-"""Defines the commands `pretrain`, `finetune`, `predict`, `evaluate` and `compare`.
+"""Defines the commands `pretrain`, `finetune`, `evaluate` and `compare`.
 
 Importing them needs no torch or numpy.
 """
@@ -10,35 +10,46 @@ from typing import Any
 
 import click
 
-from esm2mega.cli.group import command, output_mode, say
-from esm2mega.config.scalars import as_word
+from esm2mega.cli.group import command, say
 from esm2mega.errors import UserError
 
-_CODE = click.option(
+CODE = click.option(
     "--code",
     multiple=True,
     metavar="MODULE:CLASS",
     help="Class of your own head or loss, imported from this folder or an installed package.",
 )
 
+_FAST_DEV_RUN = click.option(
+    "--fast-dev-run",
+    is_flag=True,
+    help="Try it out: two steps, an evaluation, a checkpoint, and nothing of it is kept.",
+)
+
 
 @command(short_help="Train a masked language model, or resume training.", goes_on=True)
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
 @click.option("--dry-run", is_flag=True, help="Only say what memory the ranks of this job would need.")
+@_FAST_DEV_RUN
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
-def pretrain(config: str | None, dry_run: bool, overrides: tuple[str, ...]) -> None:
+def pretrain(config: str | None, dry_run: bool, fast_dev_run: bool, overrides: tuple[str, ...]) -> None:
     """Train a masked language model, or resume from the newest checkpoint in run_dir.
 
     Example: esm2mega pretrain --config pretrain_esm2_8M data.train=DIR/train data.valid=DIR/valid
     """
     begun = time.monotonic()
     from esm2mega.config.launcher import world_size_from_environment
-    from esm2mega.config.load import load_run
+    from esm2mega.config.load import load_run, values_of
     from esm2mega.config.paths import is_expanded
     from esm2mega.config.validate import check_training_inputs, validate
 
-    run = load_run(config, overrides)
-    if not is_expanded(run):  # only then it is worth the import of torch before the checks
+    opened = None
+    # Only with one of these it is worth the import of torch before the checks.
+    if values_of(["init_from"], config, overrides)[0] is not None:
+        from esm2mega.train.start import load_run_with_start
+
+        run, opened = load_run_with_start(config, overrides)
+    elif not is_expanded(run := load_run(config, overrides)):
         from esm2mega.parallel.paths import expand_paths
 
         run = expand_paths(run)
@@ -57,7 +68,14 @@ def pretrain(config: str | None, dry_run: bool, overrides: tuple[str, ...]) -> N
         from esm2mega.autoeval.downstream.measure import Downstream
 
         downstream = Downstream(run)
-    run_pretrain(run, begun=begun, downstream=downstream)
+    if fast_dev_run:
+        from esm2mega.train.trial import DONE, trial_of
+
+        with trial_of(run) as short:
+            run_pretrain(short, begun=begun, opened=opened, is_trial=True)
+        say([DONE])
+        return
+    run_pretrain(run, begun=begun, downstream=downstream, opened=opened)
 
 
 @command(short_help="Train a head and the encoder on labelled proteins.", goes_on=True)
@@ -68,27 +86,40 @@ def pretrain(config: str | None, dry_run: bool, overrides: tuple[str, ...]) -> N
     metavar="K",
     help="Train K models, each tested on another part of data.train, in run_dir/fold_1 and so on.",
 )
-@_CODE
+@CODE
+@_FAST_DEV_RUN
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def finetune(
-    config: str | None, folds: int | None, code: tuple[str, ...], overrides: tuple[str, ...]
+    config: str | None,
+    folds: int | None,
+    code: tuple[str, ...],
+    fast_dev_run: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Fine-tune on a table of labelled proteins, or resume from the newest checkpoint in run_dir.
 
-    Example: esm2mega finetune init_from=runs/mine task.kind=regression task.target_columns=[fitness]
-    data.train=train.csv data.valid=valid.csv
+    What is not set is chosen from the data and the model, and printed: batch, epochs, learning rate, warmup,
+    evaluations and when to stop.
+
+    Example: esm2mega finetune run_dir=runs/fitness init_from=runs/mine task.kind=regression
+    task.target_columns=[fitness] data.train=train.csv data.valid=valid.csv
     """
     begun = time.monotonic()
     from esm2mega.config.launcher import world_size_from_environment
+    from esm2mega.config.load import given_keys
+    from esm2mega.config.split import has_valid
     from esm2mega.config.task import validate_task
     from esm2mega.config.validate import check_training_inputs, validate
+    from esm2mega.finetune.defaults import provisional
     from esm2mega.train.start import load_run_with_start
 
     run, opened = load_run_with_start(config, overrides)
+    given = given_keys(config, overrides)
     if folds is not None:
         if run.data.split is not None:
             raise UserError(f"--folds {folds} splits data.train itself; set data.split=null")
         run.data.split = f"fold:1/{folds}"
+    run = provisional(run, given, has_valid(run.data))
     validate(run, world_size_from_environment())
     validate_task(run)
     check_training_inputs(run)
@@ -98,83 +129,19 @@ def finetune(
     from esm2mega.finetune.run import finetune as run_finetune
 
     parts = UserParts(code=load_code(code))
+    if fast_dev_run:
+        from esm2mega.train.trial import DONE, KEYS, trial_of
+
+        with trial_of(run) as short:
+            run_finetune(short, parts, opened=opened, begun=begun, given={*given, *KEYS}, is_trial=True)
+        say([DONE])
+        return
     if folds is None:
-        run_finetune(run, parts, opened=opened, begun=begun)
+        run_finetune(run, parts, opened=opened, begun=begun, given=given)
         return
     from esm2mega.finetune.folds import cross_validate
 
-    say(cross_validate(run, folds, parts, opened, begun))
-
-
-@command(short_help="Predict with a fine-tuned model, in input order.")
-@click.argument("checkpoint")
-@click.argument("input", metavar="INPUT")
-@click.option("--out", required=True, metavar="PATH", help="File to write: NAME.csv, .parquet or .h5.")
-@click.option(
-    "--sequence-column", metavar="NAME", help="Column of the sequences in a table [default: as in training]."
-)
-@click.option(
-    "--id-column", metavar="NAME", help="Column of the ids in a table [default: id, else line numbers]."
-)
-@click.option(
-    "--too-long",
-    metavar="error|crop",
-    help="What to do with proteins longer than --max-seq-length [default: as in training].",
-)
-@click.option(
-    "--max-seq-length",
-    metavar="N",
-    help="Most tokens at once, with <cls> and <eos> [default: as in training].",
-)
-@click.option(
-    "--uncertainty",
-    type=click.Choice(["ensemble", "dropout"]),
-    help="Also say how sure: by RUN,RUN that commas join [then the default], or by samples of dropout.",
-)
-@click.option("--samples", type=click.IntRange(2), metavar="N", help="Samples of dropout [default: 20].")
-@click.option(
-    "--calibrate", metavar="TABLE", help="Labelled proteins, for intervals that hold 95 % of such labels."
-)
-@_CODE
-@click.option("--resume", is_flag=True, help="Continue an unfinished output; start one if there is none.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
-def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Predict the proteins of INPUT with a fine-tuned checkpoint; a run means its best one.
-
-    INPUT is FASTA, CSV, Parquet and others, also compressed, or a token store; - is standard input. Runs that
-    differ in their seed are joined by commas: their mean is predicted, and their spread says how sure it is.
-
-    Example: esm2mega predict runs/mine proteins.fasta --out predictions.csv
-    """
-    mode = output_mode(resume, overwrite)
-    from esm2mega.config.run_name import joined_names
-
-    names = joined_names("CHECKPOINT", checkpoint)
-    kind = options["uncertainty"] or ("ensemble" if len(names) > 1 else None)
-    for option in ("samples", "calibrate"):
-        if options[option] is not None and kind is None:
-            raise UserError(f"--{option} {options[option]}: needs --uncertainty, or several runs as RUN,RUN")
-    if options["samples"] is not None and kind == "ensemble":
-        raise UserError(
-            f"--samples {options['samples']}: counts samples of dropout; give --uncertainty dropout"
-        )
-    from esm2mega.finetune.code_option import load_code
-    from esm2mega.finetune.draws import Uncertainty
-    from esm2mega.finetune.predict import predict as run_predict
-
-    samples = (options["samples"] or 20) if kind == "dropout" else 0
-    uncertainty = None if kind is None else Uncertainty(kind, samples, options["calibrate"])
-
-    settings = {
-        "data.sequence_column": options["sequence_column"],
-        "data.id_column": options["id_column"],
-        "infer.too_long": options["too_long"],
-        "infer.max_seq_length": options["max_seq_length"],
-    }
-    given = [as_word(key, value) for key, value in settings.items() if value is not None]
-    overrides = [*given, *options["overrides"]]
-    say(run_predict(names, input, out, overrides, mode, load_code(options["code"]), uncertainty))
+    say(cross_validate(run, folds, parts, opened, begun, given))
 
 
 @command(short_help="Compute loss and perplexity of a checkpoint, or the metrics of its task.")
@@ -199,7 +166,7 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
     metavar="T",
     help="Tokens of one pack [default: as in training].",
 )
-@_CODE
+@CODE
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def evaluate(
     checkpoint: str,
@@ -259,7 +226,7 @@ def evaluate(
 )
 @click.option("--out", metavar="FILE.json", help="Also write the numbers to this file.")
 @click.option("--per-protein", is_flag=True, help="Also write the losses of each protein to this file.")
-@_CODE
+@CODE
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def compare(
     a: str,

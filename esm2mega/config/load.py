@@ -102,6 +102,17 @@ def _given(config: str | None, overrides: Sequence[str]) -> list[Setting]:
     return with_architecture(settings, _is_default, _value_of)
 
 
+def given_keys(config: str | None, overrides: Sequence[str] = ()) -> frozenset[str]:
+    """Return the keys that a file or overrides set to more than null, the shipped `base.yaml` aside.
+
+    Args:
+        config: Path or name of a file; None for none.
+        overrides: `key=value`, as for `load_run`.
+    """
+    settings = _given(config, overrides)
+    return frozenset(s.key for s in settings if not (_is_default(s) or isinstance(s.value, Unset)))
+
+
 def _value_of(setting: Setting) -> Any:
     """Return the value that a setting alone gives its key."""
     with _naming_places([setting]):

@@ -16,7 +16,8 @@ from esm2mega.convert.formats.registry import WITH_OTHER_HEADS, load_format, rea
 from esm2mega.convert.heads import tape_heads
 from esm2mega.convert.heads.cerebras_classifier import parameters_of
 from esm2mega.convert.heads.contact_head import is_contact_head, with_published_head
-from esm2mega.convert.heads.hf_classifiers import architecture_of, with_unit_scale
+from esm2mega.convert.heads.hf_classifiers import architecture_of, find_equal, with_unit_scale
+from esm2mega.convert.heads.plain_head import CONFIG_FILE, HEAD_FILE, is_plain, write_plain
 from esm2mega.convert.history import benchmark_scores, history_of
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Notes, Weights, dtype_name
 from esm2mega.convert.model_card import Card, check_license, write_card
@@ -121,13 +122,16 @@ def convert(
     target_dtype = DTYPES[dtype] if dtype is not None else weights.description.dtype
     if to == "esm2mega" and dtype is None:
         target_dtype = default_dtype(target_dtype)
-    head = weights.description.head
+    head, beside = weights.description.head, None
     if isinstance(head, HeadDescription) and to in tape_heads.HEADS:
         tape_heads.equal_head(head, to)
         weights = with_unit_scale(weights, target_dtype)
     elif isinstance(head, HeadDescription) and to != "esm2mega":
         if to == "hf" and is_contact_head(head):
             weights, head = with_published_head(weights), None
+        elif to == "hf" and find_equal(head) is None and head.is_configured and is_plain(head.task):
+            beside, head = (head, with_unit_scale(weights, target_dtype)), None
+            weights = without_head(weights, f"written to {HEAD_FILE} and {CONFIG_FILE} beside the encoder")
         else:
             _CHECK_HEAD[to](head)
             weights = with_unit_scale(weights, target_dtype)
@@ -135,6 +139,8 @@ def convert(
 
     with appearing(target, writer.IS_DIRECTORY) as path:
         writer.write(weights, path)
+        if beside is not None:
+            write_plain(*beside, target_dtype, path)
         if to == "hf":
             described = replace(weights.description, head=head)
             history = history_of(source) if source_format == OWN else None
@@ -163,12 +169,12 @@ def _foreign(weights: Weights) -> str:
     return foreign_sha256(weights.cast(default_dtype(weights.description.dtype)))
 
 
-def without_head(weights: Weights) -> Weights:
-    """Reduce a model to its encoder, and note the tensors that are left out."""
+def without_head(weights: Weights, why: str = "as asked for") -> Weights:
+    """Reduce a model to its encoder, and note the tensors that are left out, and why."""
     description = replace(weights.description, head=None)
     kept = {name: info for name, info in weights.infos.items() if name in description.shapes}
     if dropped := [name for name in weights.infos if name not in kept]:
-        weights.notes.dropped.append(f"{', '.join(dropped)}: the head, as asked for")
+        weights.notes.dropped.append(f"{', '.join(dropped)}: the head, {why}")
     return replace(weights, description=description, infos=kept)
 
 

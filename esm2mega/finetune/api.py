@@ -20,6 +20,7 @@ from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.checkpoint.layout import step_of
 from esm2mega.config.best_metric import check_best_metric
 from esm2mega.config.launcher import world_size_from_environment
+from esm2mega.config.load import given_keys, run_from_yaml
 from esm2mega.config.schema import LoRAConfig, Run
 from esm2mega.config.split import has_valid
 from esm2mega.config.task import validate_task
@@ -28,6 +29,7 @@ from esm2mega.data.labels.dataset import apply_length_policy, proteins_of_sequen
 from esm2mega.data.labels.in_memory import Proteins, sequences_in_memory
 from esm2mega.errors import UserError
 from esm2mega.finetune.checkpoint import evaluate_task, open_task, run_task, without_dropping
+from esm2mega.finetune.defaults import provisional
 from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.output import contact_maps, shown_predictions
 from esm2mega.finetune.run import UserParts, finetune
@@ -101,6 +103,7 @@ def train_with(
     parts: UserParts,
     config: str | None = None,
     lora: LoRAConfig | None = None,
+    chooses: bool = True,
 ) -> TrainedModel:
     """Fine-tune as `train_model` does, with what a user brings in `parts`.
 
@@ -109,6 +112,8 @@ def train_with(
         parts: Data and code; without a transform of theirs, adapters are added in the usual way.
         config: As for `train_model`.
         lora: As for `train_model`; a transform needs it.
+        chooses: Whether keys that are not set get the values that the command chooses, or else those of
+            `conf/base.yaml`.
     """
     run, opened = load_run_with_start(config, overrides)
     if lora is not None:
@@ -125,13 +130,18 @@ def train_with(
             raise UserError(
                 f"data.{split}={getattr(run.data, split)} and the argument {split} are both set; give one"
             )
+    validates = "valid" in given or has_valid(run.data)
+    keys = given_keys(config, overrides) if chooses else None
+    if keys is not None:
+        run = provisional(run, keys, validates)
     validate(run, world_size_from_environment())
     validate_task(run)
-    validates = "valid" in given or has_valid(run.data)
     check_best_metric(run.checkpoint, run.task, validates)
     if run.train.eval_every and not validates:
         raise UserError(f"train.eval_every={run.train.eval_every} needs validation data; give valid")
-    finetune(run, parts, opened=opened)
+    finetune(run, parts, opened=opened, given=keys)
+    if keys is not None:
+        run = run_from_yaml(Path(run.run_dir) / "config.yaml")
     checkpoint = choose_checkpoint(run.run_dir).path
     metrics: dict[str, Any] = {}
     for record in read_log(Path(run.run_dir) / LOG_NAME):

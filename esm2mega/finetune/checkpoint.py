@@ -19,6 +19,7 @@ from esm2mega.convert.start_point import StartPoint, asks_to_verify, open_checkp
 from esm2mega.data.labels.dataset import LabelledProteins, proteins_of_pairs, read_labelled
 from esm2mega.data.labels.in_memory import Proteins
 from esm2mega.data.labels.schema import TargetInfo, with_columns
+from esm2mega.data.labels.splits import with_masks_beside
 from esm2mega.errors import UserError
 from esm2mega.files import check_out, write_json
 from esm2mega.finetune.bootstrap import bootstrap_intervals
@@ -224,7 +225,8 @@ def evaluate_task(
 def labelled(task: TaskCheckpoint, data: str | Path | Proteins) -> LabelledProteins:
     """Read labelled proteins by the classes and scale of the checkpoint."""
     if isinstance(data, (str, Path)):
-        proteins, _ = read_labelled(data, task.run.task, task.run.data, task.info, "--data")
+        how = with_masks_beside(task.run.task, data)
+        proteins, _ = read_labelled(data, how, task.run.data, task.info, "--data")
     else:
         proteins, _ = proteins_of_pairs(data, task.run.task, task.info, "data", task.run.data)
     return proteins

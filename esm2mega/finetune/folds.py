@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ _COUNTS = ("step", "num_labels", "num_sequences")
 
 
 def cross_validate(
-    run: Run, count: int, parts: UserParts, opened: StartPoint | None = None, begun: float | None = None
+    run: Run,
+    count: int,
+    parts: UserParts,
+    opened: StartPoint | None = None,
+    begun: float | None = None,
+    given: Collection[str] | None = None,
 ) -> list[str]:
     """Train and test on every fold; all ranks call this together.
 
@@ -41,6 +47,7 @@ def cross_validate(
         parts: As for `finetune`.
         opened: As for `finetune`.
         begun: As for `finetune`.
+        given: As for `finetune`.
 
     Returns:
         A report for the reader, with mean and standard deviation of every metric.
@@ -50,10 +57,9 @@ def cross_validate(
         fold = copy.deepcopy(run)
         fold.run_dir = str(Path(run.run_dir) / f"fold_{number}")
         fold.data.split = f"{FOLD}{number}/{count}"
-        finetune(fold, parts, opened=opened, begun=begun)
+        finetune(fold, parts, opened=opened, begun=begun, given=given)
         out = Path(fold.run_dir) / "test.json"
-        overrides = [] if run.task.mask_file is None else [f"task.mask_file={run.task.mask_file}"]
-        evaluate_task(fold.run_dir, Path(fold.run_dir) / FOLDER / "test.csv", out, overrides, parts.code)
+        evaluate_task(fold.run_dir, Path(fold.run_dir) / FOLDER / "test.csv", out, code=parts.code)
         results.append(on_one_rank(partial(_read, out)))
     metrics = _spread(results)
     on_one_rank(lambda: _write(Path(run.run_dir), results, metrics))
@@ -62,6 +68,21 @@ def cross_validate(
         for name, values in metrics.items()
     ]
     return [*lines, f"out-of-fold predictions: {Path(run.run_dir) / PREDICTIONS}"]
+
+
+def folds_of(name: str) -> list[str]:
+    """Return the runs of all folds where `name` is the directory of `cross_validate`, else `name` alone.
+
+    All ranks call this together.
+    """
+
+    def find() -> list[str]:
+        summary = Path(name) / SUMMARY
+        if not summary.is_file():
+            return [name]
+        return [str(Path(name) / f"fold_{number}") for number in range(1, int(_read(summary)["folds"]) + 1)]
+
+    return on_one_rank(find)
 
 
 def _read(path: Path) -> dict[str, Any]:

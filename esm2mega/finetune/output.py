@@ -70,6 +70,21 @@ def table_cells(values: Array, info: TargetInfo) -> dict[str, Any]:
     return {"prediction": ";".join(shown) if info.kind == "multilabel" else shown, **named}
 
 
+def rank_columns(info: TargetInfo) -> list[str]:
+    """Return the columns of the ranks of numbers of proteins: ``rank``, or ``NAME_rank`` of several."""
+    return ["rank"] if len(info.names) == 1 else [f"{name}_rank" for name in info.names]
+
+
+def ranked(values: Array) -> Array:
+    """Return the rank of each number among those of its output, ``[n, k]``: 1 for the highest.
+
+    Equal numbers have the same rank, that of the first of them.
+    """
+    ordered = np.sort(-values, axis=0)
+    columns = [np.searchsorted(each, -column) for each, column in zip(ordered.T, values.T, strict=True)]
+    return np.stack(columns, axis=1) + 1
+
+
 def uncertainty_columns(extras: Iterable[str], info: TargetInfo) -> list[str]:
     """Return the columns that say how uncertain predictions are: ``NAME_sd``, or ``entropy`` for one target.
 

@@ -20,6 +20,7 @@ from esm2mega.files import check_out
 from esm2mega.finetune.checkpoint import labelled, load_task, without_dropping
 from esm2mega.finetune.draws import AT_ONCE, Draws, Uncertainty, check_uncertainty, open_members
 from esm2mega.finetune.evaluate import Collecting
+from esm2mega.finetune.kept_columns import KeptColumns
 from esm2mega.finetune.losses import loss_of_task
 from esm2mega.finetune.metrics import check_packages
 from esm2mega.finetune.prediction_files import PredictionContents, PredictionTarget, check_format
@@ -31,6 +32,7 @@ from esm2mega.infer.job import Compute, Job, refuse_long, run_job
 from esm2mega.infer.source import source_of
 from esm2mega.infer.target import Mode
 from esm2mega.model.arithmetic import describe_computing
+from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.evaluate import run_groups
 
@@ -54,6 +56,8 @@ def predict(
     mode: Mode = "new",
     code: GivenCode | None = None,
     uncertainty: Uncertainty | None = None,
+    ranks: bool = False,
+    keep: Sequence[str] = (),
 ) -> list[str]:
     """Predict every protein of a file; all ranks call this together.
 
@@ -66,6 +70,8 @@ def predict(
         code: The user's own head, if it was trained with such; its loss only if that turns outputs into
             predictions.
         uncertainty: How uncertain the predictions are, and by what; None for predictions alone.
+        ranks: Whether a table says the rank of each number.
+        keep: Columns of the input that a table takes over, or ``all`` alone.
 
     Returns:
         A report for the reader.
@@ -74,7 +80,7 @@ def predict(
         UserError: The input or the settings are not valid, or the output exists already.
     """
     names = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
-    return run_job(PredictJob(names, str(input), Path(out), overrides, mode, code, uncertainty))
+    return run_job(PredictJob(names, str(input), Path(out), overrides, mode, code, uncertainty, ranks, keep))
 
 
 class PredictJob(Job):
@@ -93,6 +99,8 @@ class PredictJob(Job):
         mode: Mode,
         code: GivenCode | None,
         uncertainty: Uncertainty | None,
+        ranks: bool = False,
+        keep: Sequence[str] = (),
     ) -> None:
         """Open the checkpoints; the arguments are those of `predict`."""
         check_format(out)
@@ -113,7 +121,14 @@ class PredictJob(Job):
             if uncertainty.calibrate is not None:
                 self._labelled = labelled(self._task, uncertainty.calibrate)
         self._extras = extras
-        super().__init__(input, mode, run, PredictionTarget.of(out, self._task.info, extras))
+        self._ranks, self._kept = ranks, None
+        if keep:
+            if out.suffix == ".h5":
+                raise UserError(
+                    f"--keep-columns: columns are kept in tables; give --out {out.with_suffix('.csv')}"
+                )
+            self._kept = on_one_rank(lambda: KeptColumns(input, run.data, list(keep)))
+        super().__init__(input, mode, run, PredictionTarget.of(out, self._task.info, extras, ranks))
 
     def check(self, store: TokenStore) -> None:
         data = self.run.data
@@ -140,6 +155,8 @@ class PredictJob(Job):
             "packing": shape.packing,
             "pack_window": shape.window,
             "seed": run.seed,
+            **({"ranks": True} if self._ranks else {}),
+            **({} if self._kept is None else {"kept_columns": self._kept.names}),
             **self._how(),
         }
 
@@ -153,7 +170,9 @@ class PredictJob(Job):
         return {"uncertainty": how.kind, "num_draws": draws, "calibrated_on": table}
 
     def contents(self, store: TokenStore, attributes: dict[str, Any]) -> PredictionContents:
-        return PredictionContents(store, attributes, self._task.info, self._spec, self._extras)
+        return PredictionContents(
+            *(store, attributes, self._task.info, self._spec, self._extras, self._ranks, self._kept)
+        )
 
     def load(self, contents: PredictionContents, ranks: Ranks) -> Compute:
         if self._uncertainty is not None:

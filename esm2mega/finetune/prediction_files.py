@@ -20,9 +20,12 @@ from esm2mega.data.labels.stream import LabelledPacks, UnlabelledProteins
 from esm2mega.data.stream.build import BatchSpec
 from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, file_sha256, parse_json, write_json
+from esm2mega.finetune.kept_columns import KeptColumns
 from esm2mega.finetune.output import (
     pair_map,
     probabilities,
+    rank_columns,
+    ranked,
     table_cells,
     uncertainty_cells,
     uncertainty_columns,
@@ -48,11 +51,15 @@ class PredictionContents(Contents):
         info: Meaning of the predictions.
         spec: Settings that decide the packs.
         extras: Names and widths of arrays that stand beside the predictions, and say how uncertain they are.
+        ranks: Whether a table says the rank of each number, 1 for the highest.
+        kept: Columns of the input that a table takes over; None for none.
     """
 
     info: TargetInfo
     spec: BatchSpec
     extras: Mapping[str, int] = field(default_factory=dict)
+    ranks: bool = False
+    kept: KeptColumns | None = None
 
     @cached_property
     def packs(self) -> LabelledPacks:
@@ -148,13 +155,17 @@ class PredictionContents(Contents):
     def table(self, arrays: ArrayFile, first: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield the row of each protein from `first` to `stop`, exclusive: cells by column."""
         every = {name: arrays.read(name) for name in self.specs}
+        ranks = ranked(every[MEAN]) if self.ranks else None
         for number, protein in enumerate(self.ids(first, stop), start=first):
             rows: Any = number
             if self.info.per_residue:
                 rows = slice(self.offsets[number], self.offsets[number + 1])
             values = {name: array[rows] for name, array in every.items()}
             row = {"id": protein, "truncated": bool(self.truncated[number])}
-            yield row | table_cells(values.pop(MEAN), self.info) | uncertainty_cells(values, self.info)
+            row |= table_cells(values.pop(MEAN), self.info) | uncertainty_cells(values, self.info)
+            if ranks is not None:
+                row |= dict(zip(rank_columns(self.info), ranks[number].tolist(), strict=True))
+            yield row if self.kept is None else row | self.kept.cells(number, protein, row)
 
 
 @dataclass(frozen=True)
@@ -162,20 +173,23 @@ class PredictionTarget(OutputTarget):
     """Says where predictions go, and in which format: ``csv``, ``parquet`` or ``hdf5``."""
 
     @classmethod
-    def of(cls, out: str | Path, info: TargetInfo, extras: Iterable[str] = ()) -> PredictionTarget:
+    def of(
+        cls, out: str | Path, info: TargetInfo, extras: Iterable[str] = (), ranks: bool = False
+    ) -> PredictionTarget:
         """Choose the format by the ending of the name.
 
         Args:
             out: Path as the user named it.
             info: Meaning of the predictions.
             extras: Names of the arrays beside the predictions.
+            ranks: Whether a table has ranks.
 
         Raises:
             UserError: The ending is unknown, or a table cannot hold the predictions.
         """
         path = Path(out)
         check_format(path)
-        check_kind(path, info, extras)
+        check_kind(path, info, extras, ranks)
         return cls(path, _FORMATS[path.suffix])
 
     def finish(self, path: Path, contents: Contents, arrays: ArrayFile) -> list[Path]:
@@ -208,14 +222,25 @@ def check_format(out: Path) -> None:
         check_parquet()
 
 
-def check_kind(out: Path, info: TargetInfo, extras: Iterable[str] = ()) -> None:
-    """Raise `UserError` if the output is a table and cannot hold the predictions."""
+def check_kind(out: Path, info: TargetInfo, extras: Iterable[str] = (), ranks: bool = False) -> None:
+    """Raise `UserError` if the output cannot hold the predictions, or their ranks."""
+    if ranks and info.kind != "regression":
+        raise UserError(
+            f"--rank: ranks numbers of proteins, and these are of task.kind={info.kind}; leave it out"
+        )
     if out.suffix == ".h5":
+        if ranks:
+            raise UserError(f"--rank: ranks are written to tables; give --out {out.with_suffix('.csv')}")
         return
     if info.per_pair:
         raise UserError(f"--out {out}: contacts are maps of all pairs; give a name that ends with .h5")
     names = info.names if info.kind == "regression" else [target.name for target in info.targets]
-    for name in ("id", "truncated", *uncertainty_columns(extras, info)):
+    for name in (
+        "id",
+        "truncated",
+        *uncertainty_columns(extras, info),
+        *(rank_columns(info) if ranks else ()),
+    ):
         if name in names:
             raise UserError(
                 f"--out {out}: {name!r} is a column of its own in this table and the name of a target; give "

@@ -5,19 +5,23 @@ This module does no arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from esm2mega.config.best_metric import HEADLINES
+from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.lora import check_start
 from esm2mega.config.schema import DataConfig, Run, TaskConfig, TrainConfig
 from esm2mega.config.split import is_cut
 from esm2mega.config.task import masks_of, validate_task
+from esm2mega.config.validate import validate
+from esm2mega.convert.heads.plain_head import export_notes
+from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.labels.dataset import LabelledProteins, agreed_forms, label
-from esm2mega.data.labels.degenerate import check_classes
+from esm2mega.data.labels.degenerate import check_classes, question_classes
 from esm2mega.data.labels.forms import SAID
 from esm2mega.data.labels.in_memory import Proteins, table_in_memory
 from esm2mega.data.labels.rows import Table, limited, read_table
@@ -29,6 +33,7 @@ from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.recipe import proteins_hash
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
+from esm2mega.finetune.defaults import choose, choose_batch
 from esm2mega.finetune.evaluate import UNSEEN, has_labels, measure, packs_of, task_recipe
 from esm2mega.finetune.loaded_head import check_units, loaded_targets
 from esm2mega.finetune.losses import loss_of_task
@@ -85,6 +90,8 @@ def finetune(
     on_gradients: Callable[[list[Any]], None] | None = None,
     opened: StartPoint | None = None,
     begun: float | None = None,
+    given: Collection[str] | None = None,
+    is_trial: bool = False,
 ) -> LoopState:
     """Train as configured; every process of the world calls this with the same, validated configuration.
 
@@ -94,6 +101,9 @@ def finetune(
         on_gradients: See `esm2mega.train.step.TrainState`.
         opened: The checkpoint that `init_from` names, if it has been opened for the configuration.
         begun: See `esm2mega.train.session.run_session`.
+        given: The keys that the user has set; `esm2mega.finetune.defaults` chooses others. None for a
+            configuration that is taken as it is.
+        is_trial: Whether the test split is read, but not evaluated.
 
     Returns:
         The final state of the loop, the same on every rank.
@@ -117,6 +127,11 @@ def finetune(
         check_units(f"init_from={start.path}", loaded, info)
     splits, train = replace(splits, info=info), splits.of["train"]
     check_classes(info, run.task.target_columns, train.notes)
+    if is_trial:
+        splits.of.pop("test", None)
+    if start is None or not start.is_resumed:
+        question_classes(info, run.task)
+    run, chosen = _chosen(run, splits, start, given)
     if "valid" in splits.of:
         _check_predictable(run, splits.of["valid"])
     elif run.train.eval_every:
@@ -126,11 +141,11 @@ def finetune(
             "train.eval_every=0"
         )
     run = with_batches(run, start)
-    run = resolve_epochs(run, lambda: LabelledStream(train, train_spec(run.data, run.train, run.seed, train)))
+    run = resolve_epochs(run, lambda: _stream(run, run.train, train))
     with process_groups(run.parallel, run.seed) as ranks:
 
         def make(start: StartPoint | None) -> Session:
-            return _session(run, ranks, splits, parts, start, on_gradients)
+            return _session(run, ranks, splits, parts, start, on_gradients, chosen)
 
         return run_session(run, ranks, make, start, begun)
 
@@ -199,6 +214,32 @@ def train_spec(data: DataConfig, train: TrainConfig, seed: int, proteins: Labell
     return BatchSpec(data, train.micro_batch_tokens, seed, train.max_epochs, global_batch_size=total)
 
 
+def _chosen(
+    run: Run, splits: Splits, start: StartPoint | None, given: Collection[str] | None
+) -> tuple[Run, list[str]]:
+    """Choose what the user has not set; return the run and lines that say so."""
+    if given is None:
+        return run, []
+    train = splits.of["train"]
+    saved = start.run if start is not None and start.is_resumed else None
+    run, batch = choose_batch(run, given, train, saved)
+    counted = with_batches(run, start)
+
+    def num_steps(settings: TrainConfig) -> int:
+        with _stream(counted, settings, train) as stream:
+            return stream.num_steps(settings.global_batch_tokens // settings.micro_batch_tokens)
+
+    run, lines = choose(counted, given, "valid" in splits.of, saved, num_steps)
+    if run.train.max_epochs is None:  # else `resolve_epochs` validates
+        validate(run, world_size_from_environment())
+    return run, [*batch, *lines]
+
+
+def _stream(run: Run, settings: TrainConfig, train: LabelledProteins) -> LabelledStream:
+    """Return the training batches of all ranks, as their number is counted."""
+    return LabelledStream(train, train_spec(run.data, settings, run.seed, train))
+
+
 def _check_predictable(run: Run, proteins: LabelledProteins) -> None:
     """Refuse validation data without any label: they have no loss that could be best or stop the run."""
     spec, limit = batch_spec(run.data, run.train, run.seed), run.train.eval_batches
@@ -218,6 +259,7 @@ def _session(
     parts: UserParts,
     start: StartPoint | None,
     on_gradients: Callable[[list[Any]], None] | None,
+    chosen: Sequence[str],
 ) -> Session:
     code, info = parts.code, splits.info
     resumed = start.task if start is not None and start.is_resumed else None
@@ -279,7 +321,12 @@ def _session(
         eval_recipe=recipe,
         eval_proteins=None if valid is None else proteins_hash(valid.fingerprint, run.train.eval_batches),
         extra_state={"task": info.to_dict(), "token_counts": None, **trained_code.as_state()},
-        banner=[*_described(splits, run.task.target_columns), *trained_code.lines()],
+        banner=[
+            *chosen,
+            *export_notes(HeadDescription(run.task, info, {}, trained_code)),
+            *_described(splits, run.task.target_columns),
+            *trained_code.lines(),
+        ],
         result=result,
         training_values=lambda metrics: {name: metrics[name] for name in loss.names},
     )

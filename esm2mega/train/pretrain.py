@@ -39,6 +39,8 @@ def pretrain(
     on_gradients: Callable[[list[Any]], None] | None = None,
     begun: float | None = None,
     downstream: Measurement | None = None,
+    opened: StartPoint | None = None,
+    is_trial: bool = False,
 ) -> LoopState:
     """Pretrain as configured; every process of the world calls this with the same, validated configuration.
 
@@ -47,6 +49,8 @@ def pretrain(
         on_gradients: See `esm2mega.train.step.TrainState`.
         begun: See `esm2mega.train.session.run_session`.
         downstream: Measures the model after evaluations, as `run.downstream` says; None for nothing.
+        opened: The checkpoint that `init_from` names, if it has been opened for the configuration.
+        is_trial: Whether data.test is read, but not evaluated.
 
     Returns:
         The final state of the loop, the same on every rank.
@@ -71,15 +75,17 @@ def pretrain(
         if path is not None
     }
     stores = {"data.train": train_stores, **{f"data.{split}": [store] for split, store in held_out.items()}}
-    opened = [store for sets in stores.values() for store in sets]
+    every = [store for sets in stores.values() for store in sets]
     timeout = timedelta(minutes=run.parallel.timeout_minutes)
-    on_one_rank(lambda: verify(opened, arrays_only=True), timeout)
+    on_one_rank(lambda: verify(every, arrays_only=True), timeout)
     if "valid" in held_out:
         _check_predictable(run, held_out["valid"])
-    start = open_training_start(run)
+    start = open_training_start(run, opened)
     run = with_batches(run, start)
     run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
     overlap = _overlap(run, stores, start)
+    if is_trial:
+        held_out.pop("test", None)
     with process_groups(run.parallel, run.seed) as ranks:
 
         def make(start: StartPoint | None) -> Session:

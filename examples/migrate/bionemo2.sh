@@ -61,14 +61,16 @@ torchrun -m esm2mega embed "$CHECKPOINT" "$PROTEINS" --out "$OUT/proteins.h5" \
 # shellcheck disable=SC2086  # FINETUNE holds several words, or none
 esm2mega finetune run_dir="$OUT/frozen" init_from="$CHECKPOINT" finetune.mode=frozen task.kind=regression \
   data.sequence_column=sequences 'task.target_columns=[labels]' data.train="$TRAIN" data.valid="$VALID" \
-  schedule.name=constant schedule.warmup_steps=0 train.max_steps="$STEPS" $FINETUNE
+  optim.lr=4e-4 schedule.name=constant schedule.warmup_steps=0 train.max_steps="$STEPS" \
+  checkpoint.best_metric=valid_loss train.early_stopping.patience=0 $FINETUNE
 
 # finetune_esm2 --lora-finetune.
 # shellcheck disable=SC2086
 esm2mega finetune run_dir="$OUT/lora" init_from="$CHECKPOINT" finetune.mode=lora lora.rank=32 \
   'lora.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]' task.kind=regression \
   data.sequence_column=sequences 'task.target_columns=[labels]' data.train="$TRAIN" data.valid="$VALID" \
-  schedule.name=constant schedule.warmup_steps=0 train.max_steps="$STEPS" $FINETUNE
+  optim.lr=4e-4 schedule.name=constant schedule.warmup_steps=0 train.max_steps="$STEPS" \
+  checkpoint.best_metric=valid_loss train.early_stopping.patience=0 $FINETUNE
 
 # infer_esm2 --config-class ESM2FineTuneSeqConfig --lora-checkpoint-path: the base is found by itself.
 esm2mega predict "$OUT/lora" "$PROTEINS" --out "$OUT/predictions.csv"

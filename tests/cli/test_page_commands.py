@@ -11,8 +11,12 @@ import click
 import pytest
 
 from esm2mega.cli.app import cli
-from esm2mega.config.load import load_run
+from esm2mega.config.best_metric import check_best_metric
+from esm2mega.config.load import given_keys, load_run
+from esm2mega.config.split import has_valid
+from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
+from esm2mega.finetune.defaults import provisional
 from tests.cli.pages import COMMANDS, PAGES, ROOT, Command, name_of, spans
 
 # First words of commands that install, activate or hand over to what is checked elsewhere.
@@ -44,6 +48,18 @@ def check_esm2mega(words: Sequence[str], world_size: int) -> None:
         # What `check_training_inputs` asks for, without the stores being there.
         assert run.data.train is not None
         assert run.data.valid is not None or not run.train.eval_every, "evaluates without data.valid"
+    elif path == "esm2mega finetune":
+        config, overrides = params["config"], params["overrides"]
+        assert isinstance(overrides, tuple)
+        config = None if config is None else str(config)
+        given = given_keys(config, overrides)
+        # The shape is that of a checkpoint which is not there.
+        shape = [] if "model.size" in given or "init_from" not in given else ["model.size=tiny"]
+        run = load_run(config, [*shape, *overrides])
+        run = provisional(run, given, has_valid(run.data))
+        validate(run, world_size)
+        validate_task(run)
+        check_best_metric(run.checkpoint, run.task, has_valid(run.data))
 
 
 def check_torchrun(words: Sequence[str]) -> None:

@@ -47,7 +47,7 @@ def test_the_best_weights_are_tested(tmp_path: Path, layout: tuple[str, ...]) ->
     arguments = ["-m", "esm2mega", "finetune", f"run_dir={run_dir}", "task.kind=regression", *SETTINGS]
     arguments += [f"data.{split}={path}" for split, path in tables.items()]
     arguments += ["model.precision=fp64", "train.eval_every=1", "train.early_stopping.patience=2"]
-    arguments += ["optim.lr=3", "schedule.warmup_steps=4", *layout]
+    arguments += ["checkpoint.best_metric=valid_loss", "optim.lr=3", "schedule.warmup_steps=4", *layout]
     (first, _) = run_ranks(arguments, 2, tmp_path / "output")
     best, last = (choose_checkpoint(f"{run_dir}@{which}").path for which in ("best", "last"))
     assert best.name == "step_00000001" and last.name == "step_00000003"

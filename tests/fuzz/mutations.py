@@ -133,7 +133,7 @@ def _emptied(rng: random.Random, data: bytes) -> bytes:
     return b""
 
 
-_BYTES: Sequence[Mutation] = (
+BYTES: Sequence[Mutation] = (
     *(flip, flip, flip, _flips, _truncated, _truncated, _removed, _duplicated, _swapped, _magic, _magic),
     *(_text, _text, _noise, _appended, _encoded, _emptied),
 )
@@ -170,10 +170,10 @@ def mutate(rng: random.Random, it: Path, patterns: Sequence[str]) -> tuple[Path,
     if draw < 0.08 and it.is_dir():
         return path, _folder(rng, it, path)
     if draw < 0.45:
-        how = structure.change(rng, path, _BYTES)
+        how = structure.change(rng, path, BYTES)
         if how is not None:
             return path, f"structure: {how}"
-    mutation = rng.choice(_BYTES)
+    mutation = rng.choice(BYTES)
     path.write_bytes(mutation(rng, path.read_bytes()))
     return path, mutation.__name__.strip("_")
 

@@ -36,6 +36,7 @@ from esm2mega.convert.heads.hf_classifiers import (
     head_notes,
     head_rows,
 )
+from esm2mega.convert.heads.plain_head import CONFIG_FILE, HEAD_FILE
 from esm2mega.convert.lazy_weights import (
     Description,
     Weights,
@@ -128,6 +129,10 @@ def read(source: SourceFiles, drop: Sequence[str] = (), partial: bool = False) -
     weights.notes.dropped += prefix
     if (head := description.task) is not None:
         weights.notes.filled += head_notes(head, config)
+    elif (source.folder / CONFIG_FILE).is_file():
+        weights.notes.dropped.append(
+            f"{CONFIG_FILE} and {HEAD_FILE}: the head of a task, which `convert` writes and does not read"
+        )
     return weights
 
 

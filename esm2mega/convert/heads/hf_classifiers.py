@@ -54,12 +54,20 @@ def find_equal(head: HeadDescription) -> str | None:
 
     It is None if there is no such class, as for a user's own head or for several targets of residues.
     """
+    name = _class_of(head)
+    return name if name is not None and head.shapes.keys() == _tensors(name) else None
+
+
+def has_class(head: HeadDescription) -> bool:
+    """Tell whether a configured head has a class of transformers, whatever its tensors are."""
+    return _class_of(head) is not None
+
+
+def _class_of(head: HeadDescription) -> str | None:
     if _several_of_residues(head) or not head.is_configured:
         return None
-    for name, (form, kinds) in _EQUALS.items():
-        if head_form(head.task) == form and head.task.kind in kinds and head.shapes.keys() == _tensors(name):
-            return name
-    return None
+    form, kind = head_form(head.task), head.task.kind
+    return next((name for name, (own, kinds) in _EQUALS.items() if form == own and kind in kinds), None)
 
 
 def _several_of_residues(head: HeadDescription) -> bool:

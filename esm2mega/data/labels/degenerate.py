@@ -7,6 +7,7 @@ Legend: ``n`` proteins, ``k`` outputs, ``m`` target columns, ``L`` residues of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import NUMERIC_KINDS
 from esm2mega.data.labels.contacts import SEPARATION, pair_labels
 from esm2mega.data.labels.schema import IGNORED, Target, TargetInfo
@@ -25,6 +27,12 @@ Array = npt.NDArray[Any]
 
 _NEARLY_EQUAL = 1e-3
 """Is the standard deviation of all numbers but one, relative to that of all, which is worth a note."""
+
+
+_MANY_NUMBERS = 100
+"""Is the number of classes named by whole numbers from which on they are taken for measurements."""
+_MANY_FRACTIONS = 20
+"""Is that number where some of them are no whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,41 @@ def check_classes(info: TargetInfo, columns: Sequence[str], notes: Sequence[str]
                 f"{reason}: a head needs two classes; give labels of another one too, or name both in "
                 "task.classes"
             )
+
+
+def question_classes(info: TargetInfo, task: TaskConfig) -> None:
+    """Refuse numbers that nobody has declared to be classes and that look like measurements.
+
+    Args:
+        info: Meaning of the head's outputs.
+        task: Section of the configuration, which may declare classes or their number.
+
+    Raises:
+        UserError: There are too many different numbers, or many that are no whole numbers.
+    """
+    if info.kind not in ("classification", "token_classification") or task.classes or task.num_classes:
+        return
+    for target, column in zip(info.targets, task.target_columns, strict=True):
+        names = target.names
+        if len(names) < _MANY_FRACTIONS or not all(map(_is_number, names)):
+            continue
+        fractions = [name for name in names if not float(name).is_integer()]
+        if len(names) < _MANY_NUMBERS and not fractions:
+            continue
+        kind = "regression" if info.kind == "classification" else "token_regression"
+        raise UserError(
+            f"task.kind={info.kind}: the column {column!r} holds {len(names)} different numbers, such as "
+            f"{(fractions or names)[0]}, and each would be a class; if they are measurements, set "
+            f"task.kind={kind}, and if they are classes, declare them by task.num_classes={len(names)} or "
+            "task.classes"
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _of_numbers(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.config.split import CLUSTER, RANDOM, SPLITS, part_names, split_column, split_shares
-from esm2mega.data.labels.rows import Row, Table
+from esm2mega.data.labels.rows import MASK_FILE, Row, Table
 from esm2mega.data.labels.sets import SPLIT_WORDS
 from esm2mega.data.leakage.clusters import divide_apart
 from esm2mega.errors import UserError
@@ -32,6 +32,9 @@ TRAIN, VALID, TEST = SPLITS
 
 FOLDER = "splits"
 """Holds, in the directory of a run, the splits of its table as tables of their own."""
+
+MASKS = "masks.fasta"
+"""Names the file of masks beside the tables, which `task.mask_file` takes; only where it was set."""
 
 
 def with_split_column(task: TaskConfig, data: DataConfig) -> TaskConfig:
@@ -127,7 +130,9 @@ def rows_by_split(table: Table, column: str) -> dict[str, Table]:
 
 
 def write_splits(run_dir: str, tables: Mapping[str, Table], columns: Sequence[str], is_resumed: bool) -> None:
-    """Write the splits as tables that `evaluate` reads: ids, sequences, labels; one process calls this.
+    """Write the splits as tables that `evaluate` reads, and masks of `task.mask_file` beside them.
+
+    The tables hold ids, sequences and labels. One process calls this.
 
     Args:
         run_dir: Directory of the run.
@@ -138,9 +143,10 @@ def write_splits(run_dir: str, tables: Mapping[str, Table], columns: Sequence[st
     Raises:
         UserError: The run goes on, and its splits were others.
     """
+    folder = Path(run_dir) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
     for split, table in tables.items():
-        path = Path(run_dir) / FOLDER / f"{split}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{split}.csv"
         before = path.read_bytes() if path.is_file() and is_resumed else None
         with replacing(path) as partial:
             with partial.open("w", newline="", encoding="utf-8") as file:
@@ -154,6 +160,21 @@ def write_splits(run_dir: str, tables: Mapping[str, Table], columns: Sequence[st
                     f"{path}: the run was begun with another split than data.train and data.split give now; "
                     "set the keys of data back, have MMseqs2 as it was, or choose another run_dir"
                 )
+    rows = [row for table in tables.values() for row in table.rows]
+    if MASK_FILE in rows[0][3]:
+        # Proteins that a table repeats have one mask.
+        masks = {name: cells[MASK_FILE] for _, name, _, cells in rows}
+        with replacing(folder / MASKS) as partial:
+            partial.write_text("".join(f">{name}\n{mask}\n" for name, mask in masks.items()), "utf-8")
+
+
+def with_masks_beside(task: TaskConfig, path: str | Path) -> TaskConfig:
+    """Return the section with the masks that `write_splits` wrote beside a table, unless others are set."""
+    masks = Path(path).parent / MASKS
+    is_written = masks.parent.name == FOLDER and masks.is_file()
+    if not is_written or task.mask_file is not None or task.mask_column is not None:
+        return task
+    return replace(task, mask_file=str(masks))
 
 
 def _groups_of(table: Table, column: str, owners: Numbers, count: int) -> Numbers:

@@ -56,7 +56,7 @@ def train_model(
         as_word("train.max_steps", n_steps_train),
     ]
     lora = None if transform is None else transform.config
-    trained = train_with(settings, UserParts(given, config.code(), transform), lora=lora)
+    trained = train_with(settings, UserParts(given, config.code(), transform), lora=lora, chooses=False)
     return trained.checkpoint, trained.metrics, trained.run
 
 

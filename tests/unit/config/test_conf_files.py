@@ -7,12 +7,13 @@ from omegaconf import OmegaConf
 
 from esm2mega.config.architecture import FROM
 from esm2mega.config.batches import num_micro_batches
-from esm2mega.config.load import conf_dir, config_names, load_run
+from esm2mega.config.load import conf_dir, config_names, given_keys, load_run
 from esm2mega.config.presets import PRESETS, ModelShape, shape_of
 from esm2mega.config.schema import Run, flatten
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
 from esm2mega.data.benchmarks.names import FLIP_TASKS, TAPE_TASKS
+from esm2mega.finetune.defaults import BATCH, LENGTH, SINGLE
 
 SIZES = [size for size in PRESETS if size != "tiny"]
 TAPE_CONFIGS = {f"tape_{task.removesuffix('_prediction')}": task for task in TAPE_TASKS}
@@ -111,6 +112,13 @@ def test_tiny_is_for_a_cpu_and_minutes():
     assert run.train.max_steps * run.train.global_batch_tokens < 5_000_000
     for world_size in (1, 2):
         validate(run, world_size)
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "finetune").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_task_leaves_nothing_to_be_chosen(path):
+    """Its numbers are those of the file, whatever `finetune` chooses for other configurations."""
+    given = given_keys(str(path))
+    assert {*SINGLE} <= given and given & {*LENGTH} and given & {*BATCH}
 
 
 @pytest.mark.parametrize("task", FLIP_TASKS)

@@ -38,7 +38,8 @@ LORA = ("finetune.mode=lora", "lora.rank=2")
 def train(run_dir: Path, *overrides: str, **given: Any) -> TrainedModel:
     """Evaluate after every step; out of patience after step 4."""
     settings = [*SETTINGS, f"run_dir={run_dir}", "task.kind=regression", "train.eval_every=1"]
-    settings += ["train.max_steps=9", "train.early_stopping.patience=3", *RUIN, *overrides]
+    settings += ["train.max_steps=9", "train.early_stopping.patience=3", "checkpoint.best_metric=valid_loss"]
+    settings += [*RUIN, *overrides]
     return train_model(settings, **{"train": TRAIN, "valid": VALID, "test": TEST, **given})
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from esm2mega.cli.app import main
+from esm2mega.finetune.folds import folds_of
 from tests.unit.runs import SETTINGS
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
@@ -111,3 +112,13 @@ def test_what_is_refused(
     given = [text for text in settings(folder) if not text.startswith("run_dir")]
     assert main(["finetune", *given, f"run_dir={tmp_path / 'run'}", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_folds_are_an_ensemble(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "whole.csv"
+    assert folds_of(str(folder / "run")) == [str(folder / "run" / f"fold_{n}") for n in range(1, FOLDS + 1)]
+    assert main(["predict", str(folder / "run"), str(folder / "t.csv"), "--out", str(out)]) == 0
+    assert f"mean and sd over {FOLDS} checkpoints" in capsys.readouterr().out
+    assert list(rows(out)[0]) == [
+        *("id", "truncated", "target", "target_sd", "target_low", "target_high"),
+    ]

@@ -150,3 +150,25 @@ def test_a_pretraining_is_not_cut(tmp_path: Path, capsys: pytest.CaptureFixture[
     given = [*SETTINGS, f"run_dir={tmp_path / 'run'}", f"data.train={tmp_path / 'a.fasta'}"]
     assert main(["pretrain", *given, "data.split=0.8/0.2"]) == 2
     assert "and this is a pretraining; set data.split=null" in capsys.readouterr().err
+
+
+def test_masks_of_a_file_stand_beside_the_splits(tmp_path: Path) -> None:
+    """The split of the run is evaluated as in the run, also when the file is gone."""
+    sequences = ["".join(RNG.choice(list(LETTERS), n)) for n in RNG.integers(8, 30, 12)]
+    states = ["".join("HEC"[ord(letter) % 3] for letter in s) for s in sequences]
+    rows = [f"p{n},{s},{x}" for n, (s, x) in enumerate(zip(sequences, states, strict=True))]
+    (tmp_path / "t.csv").write_text("\n".join(["id,sequence,target", *rows]) + "\n")
+    masks = ["".join(RNG.choice(["0", "1"], len(s))) for s in sequences]
+    (tmp_path / "m.fasta").write_text("".join(f">p{n}\n{mask}\n" for n, mask in enumerate(masks)))
+    words = ["task.kind=token_classification", "task.bootstrap=0", "train.max_steps=2", "train.eval_every=2"]
+    words += [f"run_dir={tmp_path / 'run'}", f"data.train={tmp_path / 't.csv'}", "data.split=0.6/0.2/0.2"]
+    assert main(["finetune", *SETTINGS, *words, f"task.mask_file={tmp_path / 'm.fasta'}"]) == 0
+    (tmp_path / "m.fasta").unlink()
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    (tested,) = [record for record in records if record["kind"] == "test"]
+    table, out = tmp_path / "run" / "splits" / "test.csv", tmp_path / "e.json"
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(table), "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["loss"] == tested["test_loss"]
+    ids = [row["id"] for row in csv.DictReader(table.open())]
+    assert found["num_labels"] == sum(masks[int(name[1:])].count("1") for name in ids)

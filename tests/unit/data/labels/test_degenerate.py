@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from esm2mega.cli.app import main
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data.labels.dataset import proteins_of_pairs, read_labelled
-from esm2mega.data.labels.degenerate import check_classes
+from esm2mega.data.labels.degenerate import check_classes, question_classes
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from tests.unit.runs import SETTINGS
@@ -234,3 +235,19 @@ def test_a_run_says_it_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFi
         in capsys.readouterr().err
     )
     assert not (tmp_path / "none").exists()
+
+
+def test_many_numbers_are_no_classes_unless_declared() -> None:
+    whole, fractions = [str(number) for number in range(150)], [f"{number / 8}" for number in range(30)]
+    task = TaskConfig(kind="classification")
+    for names, example in ((whole, "0"), (fractions, "0.125")):
+        info = TargetInfo("classification", names)
+        with pytest.raises(UserError, match=rf"holds {len(names)} different numbers, such as {example}, .*"):
+            question_classes(info, task)
+        question_classes(info, replace(task, num_classes=len(names)))
+        question_classes(info, replace(task, classes=names))
+    for names in (whole[:99], fractions[:19], [f"EC {name}" for name in whole], [*whole, "NA"]):
+        question_classes(TargetInfo("classification", names), task)
+    residues = TargetInfo("token_classification", fractions)
+    with pytest.raises(UserError, match=r"set task.kind=token_regression, and if they are classes, declare"):
+        question_classes(residues, replace(task, kind="token_classification"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import io
+import random
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from esm2mega.data.readers.sources import open_source
 from esm2mega.data.store.cache import open_store
 from esm2mega.errors import UserError
 from esm2mega.infer.variant_tables import read_table
+from tests.fuzz.mutations import BYTES
 
 openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed: pip install esm2mega[excel]")
 
@@ -159,3 +163,43 @@ def test_a_store_is_prepared_from_a_workbook(tmp_path: Path, capsys: pytest.Capt
         assert main(["prepare", "fasta", str(source), "--out", str(tmp_path / out), "--workers", "1"]) == 0
     contents = [(tmp_path / out / "train" / "tokens.bin").read_bytes() for out in ("x", "c")]
     assert contents[0] == contents[1]
+
+
+def damaged(rng: random.Random, workbook: bytes) -> bytes:
+    """The workbook, or the XML of one of its members, with bits, blocks or words changed."""
+    if rng.random() < 0.3:
+        return rng.choice(BYTES)(rng, workbook)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(workbook)) as old, zipfile.ZipFile(packed, "w") as new:
+        chosen = rng.choice(old.namelist())
+        for name in old.namelist():
+            content = old.read(name)
+            if name != chosen:
+                new.writestr(name, content)
+            elif rng.random() < 0.9:  # else it is left out
+                new.writestr(name, rng.choice(BYTES)(rng, content))
+    return packed.getvalue()
+
+
+def check_damaged(folder: Path, seeds: range) -> None:
+    """Each is read, or refused in one line; both happen."""
+    good = book(folder / "good.xlsx", one=[HEADER, *ROWS], two=[["sequence"], ["MK"]]).read_bytes()
+    path, ends = folder / "t.xlsx", Counter[str]()
+    for seed in seeds:
+        path.write_bytes(damaged(random.Random(seed), good))
+        try:
+            read_labelled(path, TaskConfig("regression"), DataConfig(), None, "data.train")
+            ends["read"] += 1
+        except UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error), (seed, str(error))
+            ends["refused"] += 1
+    assert min(ends["read"], ends["refused"]) > len(seeds) // 10
+
+
+def test_damaged_workbooks_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    check_damaged(tmp_path, range(60))
+
+
+@pytest.mark.slow
+def test_many_damaged_workbooks(tmp_path: Path) -> None:
+    check_damaged(tmp_path, range(60, 2000))
