@@ -25,7 +25,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm pages image-root example format reading-order \
+.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm pages site tutorials image-root example format reading-order \
   migration-keys clean
 
 help: ## this list
@@ -41,10 +41,11 @@ format: $(DEV)/.installed ## write the code in the common format
 	$(DEV_RUN) ruff check --fix --quiet .
 	$(DEV_RUN) ruff format .
 
-lint: $(DEV)/.installed ## style of Python, shell and Dockerfiles, and the contract of imports
+lint: $(DEV)/.installed ## style of Python, shell and Dockerfiles, spelling, and the contract of imports
 	$(DEV_RUN) ruff check .
 	$(DEV_RUN) ruff format --check .
 	$(DEV_RUN) lint-imports --no-logo
+	$(DEV_RUN) codespell
 	$(DEV_RUN) hadolint Dockerfile $(wildcard docker/*.Dockerfile)
 	$(DEV_RUN) shellcheck .ci/run $(wildcard examples/*.sh examples/*/*.sh examples/slurm/*.sbatch tests/slurm/*.sh)
 
@@ -79,6 +80,13 @@ slurm: $(DEV)/.installed ## the examples for Slurm on a Slurm of one node, see d
 
 pages: $(DEV)/.installed ## the pages of reports in headless Chromium, wide and narrow, light and dark; OUT=DIR holds their pictures
 	$(DEV_RUN) python -m tests.pages --out $(or $(OUT),$(error name a folder, as in make pages OUT=/tmp/pages))
+
+site: $(DEV)/.installed ## the documentation as a searchable site in build/site, with all keys, commands and the Python API
+	$(DEV_RUN) sphinx-build -q -W --keep-going -c docs . build/site
+	@echo build/site/index.html
+
+tutorials: $(DEV)/.installed ## the tutorials of docs/tutorials as printed, with the time of each step; OUT=DIR holds their files
+	$(DEV_RUN) python -m tests.tutorials --out $(or $(OUT),$(error name a folder, as in make tutorials OUT=/tmp/tutorials))
 
 example: $(DEV)/.installed ## the CPU example, in reduced form
 	$(DEV_RUN) STEPS=4 OUT="$$(mktemp -d)" bash examples/pretrain_cpu.sh

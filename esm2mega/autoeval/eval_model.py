@@ -85,7 +85,7 @@ def short_names(checkpoints: Sequence[str]) -> list[str]:
     slugs = [slug_of(name) for name in (RANDOM, *names)]
     twice = next(number for number, slug in enumerate(slugs) if slug in slugs[:number])
     raise UserError(
-        f"{checkpoints[twice - 1]}: is named twice, or as another one but for blanks; name each one once"
+        f"{checkpoints[twice - 1]}: is named twice, perhaps with other blanks; name each model once"
     )
 
 

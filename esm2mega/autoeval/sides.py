@@ -31,7 +31,7 @@ def open_models(
         paths = [model.start.path for model in side]
         if repeated := next((path for path in paths if paths.count(path) > 1), None):
             raise UserError(
-                f"{repeated}: is named twice on one side; name each run once, for their spread is the noise"
+                f"{repeated}: is named twice on one side; name each run once, since their spread is the noise"
             )
     for model in every[1:]:
         _check_alike(every[0], model)

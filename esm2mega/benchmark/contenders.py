@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -103,11 +104,11 @@ def trainers(settings: Settings, proteins: Sequence[Protein], present: Sequence[
         trainer = peers.HuggingFaceTrainer(settings.model, precision, ranks.device)
         return lambda number: trainer.pass_over(batches(number, order))
 
-    makers: Makers = {Contender(OURS, p): lambda p=p: ours(p) for p in settings.precisions}
+    makers: Makers = {Contender(OURS, p): partial(ours, p) for p in settings.precisions}
     if "transformers" in present:
         for p in settings.precisions:
-            makers[Contender("hf-random", p)] = lambda p=p: hugging_face(p, random_order)
-            makers[Contender("hf-sorted", p)] = lambda p=p: hugging_face(p, sorted_order)
+            makers[Contender("hf-random", p)] = partial(hugging_face, p, random_order)
+            makers[Contender("hf-sorted", p)] = partial(hugging_face, p, sorted_order)
     return makers
 
 
@@ -126,7 +127,7 @@ def embedders(
         return maker
 
     makers: Makers = {
-        Contender(OURS, p): always(lambda p=p: embedding_pass(size, p, proteins, ranks))
+        Contender(OURS, p): always(partial(embedding_pass, size, p, proteins, ranks))
         for p in settings.precisions
     }
     for package, name, peer in (
@@ -135,10 +136,10 @@ def embedders(
     ):
         if package in present:
             for p in settings.precisions:
-                makers[Contender(name, p)] = always(lambda p=p, peer=peer: peer(batches, size, p, device))
+                makers[Contender(name, p)] = always(partial(peer, batches, size, p, device))
     if "esm-cpp" in present:
         for p in ("fp32", "int8"):
             makers[Contender("esm-cpp", p)] = always(
-                lambda p=p: peers.esm_cpp_embedding(batches, size, p, settings.threads)
+                partial(peers.esm_cpp_embedding, batches, size, p, settings.threads)
             )
     return makers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def measure_machine(settings: Settings, device: torch.device) -> tuple[dict[str,
         rates = {key: turns[key].rates for key, (precision, _) in products.items() if precision == name}
         if not rates:
             continue
-        best = max(rates, key=lambda key, rates=rates: spread(rates[key]).median)
+        best = max(rates.items(), key=lambda pair: spread(pair[1]).median)[0]
         peaks[name] = products[best][1]
         rows += [
             {"product": key, "precision": name, "operations_per_second": values, "is_peak": key == best}
@@ -171,7 +172,7 @@ def measure_steps(settings: Settings, store: TokenStore, ranks: Ranks) -> list[d
             with TrainStream([store], _spec(settings)) as stream:
                 parts = breakdown(state, stream, 1, settings.steps * settings.rounds)
                 batches = stream.next_step(1)
-                found = operations_of(lambda state=state, batches=batches: train_step(state, batches))
+                found = operations_of(partial(train_step, state, batches))
             busy = sum(one.seconds for one in found)
             operations = [
                 {"name": one.name, "calls": one.calls, "share": one.seconds / busy}

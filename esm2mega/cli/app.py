@@ -119,7 +119,7 @@ def _end(name: str, options: Options) -> None:
 
 
 def _words(name: str, options: Options) -> str:
-    return f"stopped by {name}" + ("; start the same command again to go on" if options.goes_on else "")
+    return f"stopped by {name}" + ("; start the same command again to continue" if options.goes_on else "")
 
 
 def _code(options: Options) -> int:

@@ -18,21 +18,33 @@ from esm2mega.errors import UserError
 @command(short_help="Evaluate checkpoints on the field's benchmarks.", goes_on=True)
 @click.argument("words", nargs=-1, required=True, metavar="CHECKPOINT… [KEY=VALUE]…")
 @click.option(
-    "--tasks", multiple=True, required=True, metavar="A,B", help="Tasks and suites; a wrong name lists them."
+    "--tasks",
+    multiple=True,
+    required=True,
+    metavar="A,B",
+    help="Tasks and suites; an unknown name lists them.",
 )
 @click.option(
     "--mode", "modes", multiple=True, metavar="A,B", help=f"Any of {', '.join(MODES)} [default: probe]."
 )
-@click.option("--source", required=True, metavar="DIR", help="Folder of the published files of the tasks.")
-@click.option("--out", required=True, metavar="DIR", help="Folder of results; goes on with what it holds.")
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Heads of each model.")
+@click.option("--source", required=True, metavar="DIR", help="Folder with the published files of the tasks.")
 @click.option(
-    "--seed", type=click.IntRange(0), default=1234, show_default=True, help="Seed of the first one."
+    "--out", required=True, metavar="DIR", help="Folder for the results; continues if it holds some."
 )
-@click.option("--layers", multiple=True, metavar="N,M", help="Layers that a probe tries [default: -1].")
-@click.option("--limit-train", type=click.IntRange(2), metavar="N", help="Most training proteins.")
-@click.option("--limit-valid", type=click.IntRange(2), metavar="N", help="Most validation proteins.")
-@click.option("--limit-test", type=click.IntRange(2), metavar="N", help="Most test proteins.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of seeds, that is of heads trained for each model.",
+)
+@click.option("--seed", type=click.IntRange(0), default=1234, show_default=True, help="First seed.")
+@click.option(
+    "--layers", multiple=True, metavar="N,M", help="Layers that a probe chooses from [default: -1]."
+)
+@click.option("--limit-train", type=click.IntRange(2), metavar="N", help="Use at most N training proteins.")
+@click.option("--limit-valid", type=click.IntRange(2), metavar="N", help="Use at most N validation proteins.")
+@click.option("--limit-test", type=click.IntRange(2), metavar="N", help="Use at most N test proteins.")
 def autoeval(
     words: tuple[str, ...],
     tasks: tuple[str, ...],
@@ -46,9 +58,9 @@ def autoeval(
 ) -> None:
     """Evaluate checkpoints on benchmarks, with simple baselines and published figures beside each number.
 
-    Tasks are named as flip/gb1:sampled, tape/stability, deeploc2 and proteingym, suites as flip, tape, quick
-    and contacts. KEY=VALUE changes the fine-tuning, and with parallel.* the layout in every mode. The same
-    command goes on with what was stopped.
+    Tasks have names such as flip/gb1:sampled, tape/stability, deeploc2 and proteingym; suites are flip, tape,
+    quick and contacts. KEY=VALUE changes settings of fine-tuning, and parallel.* the layout in every mode. If
+    the command is stopped, the same command continues.
 
     Example: esm2mega autoeval runs/mine --tasks quick --source flip --out results
     """

@@ -29,7 +29,7 @@ from esm2mega.convert.formats.registry import READABLE, WRITABLE
     help="Data type of the weights in DST [default: as in SRC].",
 )
 @click.option(
-    "--drop", multiple=True, metavar="PATTERN", help="Leave out tensors that ESM-2 has no place for."
+    "--drop", multiple=True, metavar="PATTERN", help="Leave out tensors for which ESM-2 has no place."
 )
 @click.option("--drop-head", is_flag=True, help="Leave out the head: convert the encoder alone.")
 @click.option("--license", metavar="ID", help="Licence for the model card of --to hf, such as apache-2.0.")
@@ -50,7 +50,7 @@ def convert_command(
     results: str | None,
     verify: bool,
 ) -> None:
-    """Convert the checkpoint SRC to DST, and print a line for everything that is changed or left out.
+    """Convert the checkpoint SRC to DST, and list everything that is changed or left out.
 
     With --to hf, DST has a model card, README.md, with what is known of the training.
 

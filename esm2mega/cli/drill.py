@@ -16,20 +16,26 @@ _TRAININGS = {"pretrain": pretrain, "finetune": finetune}
 
 
 @command(short_help="Kill the processes of your own training, and prove that nothing is lost.")
-@click.option("--out", required=True, metavar="DIR", help="Directory to make, for the runs and drill.json.")
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Steps of a run.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to create, for the runs and drill.json.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=50, show_default=True, help="Number of steps of each run."
+)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Number of kills.")
 @click.option(
-    "--processes", type=click.IntRange(1), default=1, show_default=True, help="Ranks, on this machine."
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of ranks, all on this machine.",
 )
 @click.option("--seed", type=click.IntRange(0), default=1234, show_default=True, help="Seed of the kills.")
 @click.argument("words", nargs=-1, required=True, metavar="-- pretrain|finetune …")
 def drill(out: str, steps: int, rounds: int, processes: int, seed: int, words: tuple[str, ...]) -> None:
-    """Run a training for some steps unbroken, and with ranks killed at random moments and started again.
+    """Run a training for some steps without interruption, and again with ranks killed and restarted.
 
-    Weights, optimizer and log must be the same bit by bit, and every sample used once; else the exit code is
-    1. The runs are new ones below DIR; your run_dir is left alone. Only processes that the drill started are
-    killed.
+    Weights, optimizer and log must be identical bit by bit, and every sample used exactly once; otherwise the
+    exit code is 1. The runs are new ones below DIR; your run_dir is not touched. Only processes that the
+    drill started are killed.
 
     Example: esm2mega drill --out drill --processes 2 -- pretrain --config my.yaml
     parallel.tensor_model_parallel_size=2

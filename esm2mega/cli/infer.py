@@ -23,33 +23,40 @@ def _settings(options: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
 
 
 _PACK_TOKENS = click.option(
-    "--pack-tokens", metavar="T", help="Tokens computed together [default: 2048 on a CPU, 16384 on a GPU]."
+    "--pack-tokens",
+    metavar="T",
+    help="Tokens per pack, which are computed together [default: 2048 on a CPU, 16384 on a GPU].",
 )
 
 
-@command(short_help="Compute embeddings, logits and contacts of proteins.")
+@command(short_help="Compute embeddings, logits and contact maps of proteins.")
 @click.argument("checkpoint")
 @click.argument("input", metavar="INPUT")
 @click.option(
-    "--out", required=True, metavar="PATH", help="NAME.h5, .npz or .parquet, or a folder for .pt files."
+    "--out",
+    required=True,
+    metavar="PATH",
+    help="Output: NAME.h5, .npz or .parquet, or a folder for .pt files.",
 )
 @click.option(
     "--include",
     multiple=True,
     metavar="A,B",
-    help="Any of residue, pooled, logits, contacts [default: residue,pooled].",
+    help="Any of residue, pooled, logits and contacts [default: residue,pooled].",
 )
 @click.option(
     "--layers",
     multiple=True,
     metavar="N,M",
-    help="Numbers of hidden states: 0 is the embedding, -1 the last one [default: -1].",
+    help="Layers whose output is stored: 0 is the token embedding, -1 the last layer [default: -1].",
 )
-@click.option("--pooling", metavar="mean|cls|max", help="How residues become one vector [default: mean].")
+@click.option(
+    "--pooling", metavar="mean|cls|max", help="How residue vectors become one protein vector [default: mean]."
+)
 @click.option(
     "--precision",
     metavar="fp32|bf16|fp16|int8",
-    help="Precision of the computation [default: as in training].",
+    help="Precision of the computation [default: same as in training].",
 )
 @click.option("--max-drift", metavar="D", help="Largest drift of --precision int8 from fp32 [default: 0.02].")
 @click.option("--dtype", metavar="fp32|fp16|bf16", help="Data type of the output [default: fp32].")
@@ -65,7 +72,7 @@ _PACK_TOKENS = click.option(
 @click.option(
     "--max-seq-length",
     metavar="N",
-    help="Most tokens at once, with <cls> and <eos> [default: as in training].",
+    help="Most tokens at once, with <cls> and <eos> [default: same as in training].",
 )
 @_PACK_TOKENS
 @click.option(
@@ -74,17 +81,18 @@ _PACK_TOKENS = click.option(
 @click.option(
     "--id-column", metavar="NAME", help="Column of the ids in a table [default: id, else line numbers]."
 )
-@click.option("--contact-maps", metavar="DIR", help="Also draw each protein's contacts as a PNG in DIR.")
+@click.option(
+    "--contact-maps", metavar="DIR", help="Also draw the contact map of each protein as a PNG in DIR."
+)
 @click.option("--config", metavar="FILE|NAME", help="Configuration with an `infer` section, such as `infer`.")
 @click.option("--resume", is_flag=True, help="Continue an unfinished output; start one if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Embed the proteins of INPUT: FASTA, CSV, Parquet and others, also compressed, or a token store.
+    """Compute embeddings of the proteins of INPUT, in input order, with their ids.
 
-    INPUT may be a stream, and is - for standard input.
-
-    Results are in input order with their ids. The other proteins of INPUT do not change those of a protein.
+    INPUT is a FASTA, CSV, Parquet or other sequence file, compressed or not, a stream, or a token store; -
+    reads standard input. The result for a protein does not depend on the other proteins of INPUT.
 
     Example: esm2mega embed runs/mine proteins.fasta --out proteins.h5
     """
@@ -115,16 +123,16 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
     say(run_embed(request))
 
 
-@command(short_help="Score variants without training on measurements.")
+@command(short_help="Score variants by how likely the model finds them, without training.")
 @click.argument("checkpoint")
-@click.option("--sequence", metavar="S", help="Sequence of the wild type.")
-@click.option("--fasta", metavar="FILE", help="File with one or more wild types.")
+@click.option("--sequence", metavar="S", help="Sequence of the wild type, on the command line.")
+@click.option("--fasta", metavar="FILE", help="FASTA with one or more wild types.")
 @click.option(
     "--variants",
     metavar="FILE",
-    help="Table of variants, or of whole sequences, or FASTA of these [default: all single substitutions].",
+    help="Table of variants or of whole sequences, or FASTA [default: all single substitutions].",
 )
-@click.option("--out", required=True, metavar="PATH", help="CSV to write; with --proteingym a folder.")
+@click.option("--out", required=True, metavar="PATH", help="CSV to write, or with --proteingym a folder.")
 @click.option(
     "--strategy",
     type=click.Choice(["wt-marginals", "masked-marginals", "pseudo-ppl"]),
@@ -135,41 +143,64 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
     type=click.Choice(["vocabulary", "residues"]),
     default="vocabulary",
     show_default=True,
-    help="Normalise probabilities over all 33 tokens, or over the 20 residues.",
+    help="Normalise probabilities over all 33 tokens, or over the 20 standard residues.",
 )
-@click.option("--offset", type=int, default=1, show_default=True, help="Number of the first residue.")
 @click.option(
-    "--mutation-column", default="mutant", show_default=True, metavar="NAME", help="Column of variants."
+    "--offset", type=int, default=1, show_default=True, help="Number of the first residue in the variants."
+)
+@click.option(
+    "--mutation-column", default="mutant", show_default=True, metavar="NAME", help="Column with the variants."
 )
 @click.option(
     "--sequence-column",
     metavar="NAME",
-    help="Column of whole sequences [default: mutated_sequence, where there is no column of variants].",
+    help="Column with whole sequences [default: mutated_sequence, if there is no column of variants].",
 )
 @click.option(
-    "--id-column", default="id", show_default=True, metavar="NAME", help="Column that names the wild type."
-)
-@click.option("--score-column", default="score", show_default=True, metavar="NAME", help="Column to add.")
-@click.option("--measured", metavar="NAME", help="Column of measured values, for Spearman's correlation.")
-@click.option("--skip-invalid", is_flag=True, help="List rows that have no score, instead of refusing them.")
-@click.option("--heat-map", metavar="FILE.png", help="Also draw the scan of a single wild type.")
-@click.option("--proteingym", metavar="CSV", help="ProteinGym's reference file; all its assays are scored.")
-@click.option("--assays", metavar="DIR", help="Folder of the assays, with --proteingym.")
-@click.option(
-    "--precision", metavar="fp32|bf16|fp16", help="Precision of the computation [default: as in training]."
+    "--id-column",
+    default="id",
+    show_default=True,
+    metavar="NAME",
+    help="Column that names the wild type of a row.",
 )
 @click.option(
-    "--max-seq-length", metavar="N", help="Tokens of the window around a residue [default: as in training]."
+    "--score-column",
+    default="score",
+    show_default=True,
+    metavar="NAME",
+    help="Name of the column that is added.",
+)
+@click.option(
+    "--measured",
+    metavar="NAME",
+    help="Column of measured values; report Spearman's correlation with the scores.",
+)
+@click.option(
+    "--skip-invalid",
+    is_flag=True,
+    help="Leave rows that cannot be scored empty and list them, instead of stopping.",
+)
+@click.option("--heat-map", metavar="FILE.png", help="Also draw all single substitutions of the wild type.")
+@click.option("--proteingym", metavar="CSV", help="ProteinGym's reference file; score all its assays.")
+@click.option("--assays", metavar="DIR", help="Folder with the assays, for --proteingym.")
+@click.option(
+    "--precision",
+    metavar="fp32|bf16|fp16",
+    help="Precision of the computation [default: same as in training].",
+)
+@click.option(
+    "--max-seq-length",
+    metavar="N",
+    help="Tokens of the window around a residue [default: same as in training].",
 )
 @_PACK_TOKENS
-@click.option("--resume", is_flag=True, help="Keep the assays that are finished, with --proteingym.")
+@click.option("--resume", is_flag=True, help="With --proteingym, keep the assays that are finished.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def score(checkpoint: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Score variants, or whole sequences, by how likely the model finds them.
+    """Score variants, or whole sequences, by how likely the model finds them (zero-shot).
 
-    Nothing is trained on measurements. Whole sequences may be longer or shorter than the wild type, and need
-    none.
+    Whole sequences may be longer or shorter than the wild type, and can be scored without one.
 
     Example: esm2mega score runs/mine --fasta wild_type.fasta --variants variants.csv --out scores.csv
     """

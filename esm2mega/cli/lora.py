@@ -17,15 +17,15 @@ from esm2mega.errors import UserError
 _CLASSIFIER_KINDS = [kind for kind in TASK_KINDS if kind != PAIR_KIND]
 
 
-@group(short_help="Merge adapters into their base, export and import them as PEFT.")
+@group(short_help="Merge adapters into their base, or export and import them as PEFT.")
 def lora() -> None:
-    """Merge, export or import low-rank adapters, which are trained with lora.rank."""
+    """Merge, export or import low-rank adapters (LoRA)."""
 
 
-@lora.command("merge", short_help="Make one whole checkpoint of base and adapters.")
+@lora.command("merge", short_help="Combine base and adapters in one checkpoint.")
 @click.argument("checkpoint")
-@click.option("--out", required=True, metavar="DIR", help="Checkpoint to make.")
-@click.option("--base", metavar="PATH", help="Checkpoint of the base [default: where it was in training].")
+@click.option("--out", required=True, metavar="DIR", help="Checkpoint to create.")
+@click.option("--base", metavar="PATH", help="Checkpoint of the base [default: its path during training].")
 @single_process
 def lora_merge_command(checkpoint: str, out: str, base: str | None) -> None:
     """Merge the adapters of CHECKPOINT into the weights of their base, as an ordinary checkpoint.
@@ -37,14 +37,16 @@ def lora_merge_command(checkpoint: str, out: str, base: str | None) -> None:
     click.echo("\n".join(merge(checkpoint, Path(out), base)))
 
 
-@lora.command("export", short_help="Write adapters to a directory of Hugging Face PEFT.")
+@lora.command("export", short_help="Write adapters as a Hugging Face PEFT directory.")
 @click.argument("checkpoint")
-@click.option("--out", required=True, metavar="DIR", help="PEFT directory to make.")
-@click.option("--bare", is_flag=True, help="For EsmModel, the encoder without a head (FEATURE_EXTRACTION).")
+@click.option("--out", required=True, metavar="DIR", help="PEFT directory to create.")
+@click.option(
+    "--bare", is_flag=True, help="Export for EsmModel, the encoder without a head (FEATURE_EXTRACTION)."
+)
 @click.option("--license", metavar="ID", help="Licence for the model card, such as apache-2.0.")
 @single_process
 def lora_export_command(checkpoint: str, out: str, bare: bool, license: str | None) -> None:
-    """Write the adapters of CHECKPOINT for peft, to use with EsmForMaskedLM or another ESM with a head.
+    """Write the adapters of CHECKPOINT for peft, for EsmForMaskedLM or another ESM model with a head.
 
     Example: esm2mega lora export runs/adapted --out adapted_peft
     """
@@ -53,20 +55,20 @@ def lora_export_command(checkpoint: str, out: str, bare: bool, license: str | No
     click.echo("\n".join(export_adapters(checkpoint, Path(out), bare, license)))
 
 
-@lora.command("import", short_help="Read adapters from a directory of Hugging Face PEFT.")
+@lora.command("import", short_help="Read adapters from a Hugging Face PEFT directory.")
 @click.argument("source", metavar="PEFT_DIR")
 @click.option("--base", required=True, metavar="CHECKPOINT", help="Base of the adapters, in any format.")
-@click.option("--out", required=True, metavar="DIR", help="Checkpoint of adapters to make.")
+@click.option("--out", required=True, metavar="DIR", help="Adapter checkpoint to create.")
 @click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors that are not adapters.")
 @click.option(
     "--task", type=click.Choice(_CLASSIFIER_KINDS), help="What the classifier predicts, as task.kind."
 )
-@click.option("--labels", metavar="NAME,…", help="Names of the outputs [default: LABEL_0 and so on].")
+@click.option("--labels", metavar="NAME,…", help="Names of the outputs [default: LABEL_0, LABEL_1, …].")
 @single_process
 def lora_import_command(
     source: str, base: str, out: str, drop: tuple[str, ...], task: str | None, labels: str | None
 ) -> None:
-    """Make a checkpoint of the adapters in PEFT_DIR, which peft saved.
+    """Make an adapter checkpoint from PEFT_DIR, a directory that peft saved.
 
     Example: esm2mega lora import my_peft --base facebook/esm2_t6_8M_UR50D --out adapted
     """

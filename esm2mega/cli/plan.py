@@ -13,22 +13,39 @@ if TYPE_CHECKING:
     from esm2mega.config.schema import Run
 
 
-@command(short_help="Say which layouts of a model fit on GPUs, and how fast they are, before a job runs.")
-@click.option("--model", metavar="SIZE", help="Size of the model: 8M, 35M, 150M, 650M, 3B, 15B.")
+@command(
+    short_help="Find out which layouts of a model fit on GPUs, and how fast they are, before a job runs."
+)
+@click.option("--model", metavar="SIZE", help="Model size: 8M, 35M, 150M, 650M, 3B or 15B.")
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
-@click.option("--gpus", type=click.IntRange(1), metavar="N", help="GPUs of the job, over all hosts.")
+@click.option(
+    "--gpus", type=click.IntRange(1), metavar="N", help="Number of GPUs of the job, over all hosts."
+)
 @click.option("--memory-gb", type=click.FloatRange(0, min_open=True), metavar="X", help="Memory of one GPU.")
 @click.option(
-    "--gpu", type=click.Choice(["a100", "h100"]), default="h100", show_default=True, help="Rates to assume."
+    "--gpu",
+    type=click.Choice(["a100", "h100"]),
+    default="h100",
+    show_default=True,
+    help="GPU whose speed is assumed.",
 )
 @click.option(
-    "--tflops", type=click.FloatRange(0, min_open=True), metavar="X", help="Measured rate of matrix products."
+    "--tflops",
+    type=click.FloatRange(0, min_open=True),
+    metavar="X",
+    help="Measured rate of matrix products, in TFLOP/s.",
 )
 @click.option(
-    "--link-gbps", type=click.FloatRange(0, min_open=True), metavar="X", help="GB/s between GPUs of a host."
+    "--link-gbps",
+    type=click.FloatRange(0, min_open=True),
+    metavar="X",
+    help="Bandwidth between GPUs of a host, in GB/s.",
 )
 @click.option(
-    "--network-gbps", type=click.FloatRange(0, min_open=True), metavar="X", help="GB/s per GPU between hosts."
+    "--network-gbps",
+    type=click.FloatRange(0, min_open=True),
+    metavar="X",
+    help="Bandwidth between hosts per GPU, in GB/s.",
 )
 @click.option(
     "--gpus-per-host",
@@ -36,13 +53,13 @@ if TYPE_CHECKING:
     default=8,
     show_default=True,
     metavar="N",
-    help="GPUs of a host.",
+    help="Number of GPUs of a host.",
 )
 @click.option(
     "--length",
     type=click.IntRange(3),
     metavar="N",
-    help="Tokens of each protein [default: the most allowed].",
+    help="Tokens of each protein [default: the largest number allowed].",
 )
 @click.option("--json", "out", metavar="FILE", help="Also write all numbers to this file.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
@@ -61,10 +78,10 @@ def plan(
     out: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Plan a pretraining on GPUs that need not be there: memory of every rank, communication, time of a step.
+    """Plan a pretraining run for GPUs you need not have: memory of every rank, communication, time per step.
 
-    The layouts that fit are listed, the fastest first, and why the others do not. A layout among KEY=VALUE,
-    or in the configuration, is planned alone, stage by stage.
+    Lists the layouts that fit, the fastest first, and says why the others do not. If KEY=VALUE or the
+    configuration sets a layout, only that one is planned, stage by stage.
 
     Example: esm2mega plan --model 3B --gpus 16 --memory-gb 80
     """

@@ -15,12 +15,14 @@ from esm2mega.config.scalars import as_word
 from esm2mega.errors import UserError
 
 
-@command(short_help="Predict with a fine-tuned model, in input order.")
+@command(short_help="Predict labels with a fine-tuned model, in input order.")
 @click.argument("checkpoint")
 @click.argument("input", metavar="INPUT")
 @click.option("--out", required=True, metavar="PATH", help="File to write: NAME.csv, .parquet or .h5.")
 @click.option(
-    "--sequence-column", metavar="NAME", help="Column of the sequences in a table [default: as in training]."
+    "--sequence-column",
+    metavar="NAME",
+    help="Column of the sequences in a table [default: same as in training].",
 )
 @click.option(
     "--id-column", metavar="NAME", help="Column of the ids in a table [default: id, else line numbers]."
@@ -28,38 +30,38 @@ from esm2mega.errors import UserError
 @click.option(
     "--too-long",
     metavar="error|crop",
-    help="What to do with proteins longer than --max-seq-length [default: as in training].",
+    help="What to do with proteins longer than --max-seq-length [default: same as in training].",
 )
 @click.option(
     "--max-seq-length",
     metavar="N",
-    help="Most tokens at once, with <cls> and <eos> [default: as in training].",
+    help="Most tokens at once, with <cls> and <eos> [default: same as in training].",
 )
 @click.option(
     "--uncertainty",
     type=click.Choice(["ensemble", "dropout"]),
-    help="Also say how sure: by RUN,RUN that commas join [then the default], or by samples of dropout.",
+    help="Also report uncertainty: from an ensemble (the default for RUN,RUN) or from samples of dropout.",
 )
-@click.option("--samples", type=click.IntRange(2), metavar="N", help="Samples of dropout [default: 20].")
+@click.option(
+    "--samples", type=click.IntRange(2), metavar="N", help="Number of dropout samples [default: 20]."
+)
 @click.option("--rank", is_flag=True, help="Add the rank of each predicted number, 1 for the highest.")
 @click.option(
     "--keep-columns",
     metavar="NAME,NAME|all",
-    help="Take over these columns of a table, such as labels or notes.",
+    help="Copy these columns of the input table, such as labels or notes.",
 )
-@click.option(
-    "--calibrate", metavar="TABLE", help="Labelled proteins, for intervals that hold 95 % of such labels."
-)
+@click.option("--calibrate", metavar="TABLE", help="Labelled proteins to calibrate the 95 % intervals on.")
 @CODE
 @click.option("--resume", is_flag=True, help="Continue an unfinished output; start one if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Predict the proteins of INPUT with a fine-tuned checkpoint; a run means its best one.
+    """Predict labels for the proteins of INPUT with a fine-tuned model; a run stands for its best checkpoint.
 
-    INPUT is FASTA, CSV, Parquet and others, also compressed, or a token store; - is standard input. Runs that
-    differ in their seed are joined by commas: their mean is predicted, and their spread says how sure it is.
-    So are the folds of a run that `finetune --folds` made. Classes come with the probabilities of all.
+    INPUT is a FASTA, CSV, Parquet or other sequence file, compressed or not, or a token store; - reads
+    standard input. Several runs joined by commas form an ensemble, and so do the folds of `finetune --folds`:
+    their mean is the prediction, and their spread its uncertainty. Classes come with the probability of each.
 
     Example: esm2mega predict runs/fitness proteins.fasta --out predictions.csv
     """

@@ -22,7 +22,7 @@ def _source(metavar: str, what: str) -> Any:
 
 
 _DOWNLOAD = click.option(
-    "--download", is_flag=True, help="Fetch what is not in --source from where it is published."
+    "--download", is_flag=True, help="Download what is not in --source from where it is published."
 )
 
 
@@ -33,24 +33,32 @@ def prepare() -> None:
 
 @prepare.command("fasta")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
-@click.option("--out", required=True, metavar="DIR", help="Directory to make, with train, valid and test.")
+@click.option(
+    "--out", required=True, metavar="DIR", help="Directory to create, with train, valid and test in it."
+)
 @click.option(
     "--val-size",
     "--valid-size",
     "valid_size",
     default=0,
     metavar="N",
-    help="Sequences held out for validation.",
+    help="Number of sequences to hold out for validation.",
 )
-@click.option("--test-size", default=0, metavar="N", help="Sequences held out for testing.")
+@click.option("--test-size", default=0, metavar="N", help="Number of sequences to hold out for testing.")
 @click.option(
-    "--valid", metavar="FILE", help="Sequences for validation, instead of --val-size; left out of training."
+    "--valid",
+    metavar="FILE",
+    help="Sequences for validation, instead of --val-size; they are excluded from training.",
 )
-@click.option("--test", metavar="FILE", help="The same for testing, instead of --test-size.")
+@click.option(
+    "--test",
+    metavar="FILE",
+    help="Sequences for testing, instead of --test-size; they are excluded from training.",
+)
 @click.option(
     "--split",
     metavar="N,N,N",
-    help="Sizes of train, valid and test, one behind the other; or shares, as Megatron-LM takes them.",
+    help="Sizes of train, valid and test, in the order of the input; or shares, as in Megatron-LM.",
 )
 @click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the split.")
 @click.option(
@@ -63,17 +71,17 @@ def prepare() -> None:
     default="sequence",
     show_default=True,
     metavar="NAME",
-    help="Column of the sequences in tables.",
+    help="Column with the sequences, in tables.",
 )
 @click.option(
-    "--id-column", metavar="NAME", help="Column of the ids in tables [default: id, else line numbers]."
+    "--id-column", metavar="NAME", help="Column with the ids, in tables [default: id, else line numbers]."
 )
-@click.option("--drop-empty", is_flag=True, help="Leave out, and count, rows of tables without a sequence.")
+@click.option("--drop-empty", is_flag=True, help="Leave out table rows without a sequence, and count them.")
 @click.option(
     "--workers",
     type=click.IntRange(1),
     metavar="N",
-    help="Number of processes [default: that of the cores, at most 16].",
+    help="Number of processes [default: number of cores, at most 16].",
 )
 @click.option(
     "--shard-size",
@@ -81,15 +89,15 @@ def prepare() -> None:
     default=16.0,
     show_default=True,
     metavar="GIB",
-    help="Largest size of a file of tokens; the rest goes to further files.",
+    help="Largest size of a token file; larger stores are written as several files.",
 )
 @click.option(
     "--refined",
     metavar="FASTA",
-    help="Write the sequences as FASTA too, long ones in pieces with the range in the id.",
+    help="Also write the sequences as FASTA, long ones in pieces with their range in the id.",
 )
 @click.option(
-    "--max-length", type=int, metavar="N", help="Most residues of a piece of --refined [default: 1022]."
+    "--max-length", type=int, metavar="N", help="Longest piece of --refined, in residues [default: 1022]."
 )
 @single_process
 def prepare_fasta_command(
@@ -107,11 +115,11 @@ def prepare_fasta_command(
     max_length: int | None,
     **source: Any,
 ) -> None:
-    """Write sequence files into token stores for training.
+    """Convert sequence files to token stores for training.
 
-    INPUT is FASTA, CSV, JSON lines (these also as .gz and .zst), Parquet, Megatron, TAPE or a directory of
-    ESM2-FA; - is standard input. If the command was killed, the same command continues from what was
-    finished.
+    INPUT is FASTA, CSV, JSON lines (these also as .gz and .zst), Excel, Parquet, Megatron, TAPE or a
+    directory of ESM2-FA; - reads standard input. If the command is killed, the same command continues where
+    it was.
     """
     from esm2mega.data.readers.base import SourceOptions
     from esm2mega.data.store.prepare import PrepareOptions, prepare_fasta
@@ -130,12 +138,16 @@ def prepare_fasta_command(
     click.echo("\n".join(report.lines()))
 
 
-@prepare.command("uniref", short_help="Prepare UniRef50 clusters of UniRef90 sequences for cluster sampling.")
-@click.option("--uf50", metavar="FASTA", help="One representative per training cluster.")
+@prepare.command("uniref", short_help="Make a token store of UniRef90 sequences in UniRef50 clusters.")
+@click.option("--uf50", metavar="FASTA", help="One representative of each training cluster.")
 @click.option("--uf90", metavar="FASTA", help="All members of the clusters.")
-@click.option("--mapping", metavar="TSV", help="Cluster id, tab, member ids; the first line is a header.")
-@click.option("--valid", metavar="FASTA", help="Representatives held out for validation.")
-@click.option("--test", metavar="FASTA", help="Representatives held out for testing.")
+@click.option(
+    "--mapping",
+    metavar="TSV",
+    help="Per line a cluster id, a tab and the member ids; the first line is a header.",
+)
+@click.option("--valid", metavar="FASTA", help="Representatives to hold out for validation.")
+@click.option("--test", metavar="FASTA", help="Representatives to hold out for testing.")
 @click.option(
     "--val-size",
     "--valid-size",
@@ -150,18 +162,32 @@ def prepare_fasta_command(
     metavar="N",
     help="Number of clusters to draw for testing, instead of --test.",
 )
-@click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the draw.")
-@click.option("--drop-other-clusters", is_flag=True, help="Leave out clusters that are not in --uf50.")
-@click.option("--train-cluster-path", metavar="PARQUET", help="BioNeMo 2: lists of member ids, ur90_id.")
-@click.option("--train-database-path", metavar="DB", help="BioNeMo 2: SQLite table protein(id, sequence).")
-@click.option("--valid-cluster-path", metavar="PARQUET", help="BioNeMo 2: representatives, ur50_id.")
+@click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the random split.")
+@click.option(
+    "--drop-other-clusters", is_flag=True, help="Leave out clusters whose representative is not in --uf50."
+)
+@click.option(
+    "--train-cluster-path", metavar="PARQUET", help="BioNeMo 2: lists of member ids in the column ur90_id."
+)
+@click.option(
+    "--train-database-path",
+    metavar="DB",
+    help="BioNeMo 2: SQLite database with the table protein(id, sequence).",
+)
+@click.option(
+    "--valid-cluster-path", metavar="PARQUET", help="BioNeMo 2: representatives in the column ur50_id."
+)
 @click.option("--valid-database-path", metavar="DB", help="BioNeMo 2: sequences of the representatives.")
-@click.option("--table", metavar="PARQUET|DIR", help="Rows of ur50_id, ur90_id, sequence.")
-@click.option("--valid-table", metavar="PARQUET|DIR", help="The same for the representatives.")
-@click.option("--out", required=True, metavar="DIR", help="Directory to make, with train, valid and test.")
+@click.option("--table", metavar="PARQUET|DIR", help="Table with the columns ur50_id, ur90_id and sequence.")
+@click.option(
+    "--valid-table", metavar="PARQUET|DIR", help="The same table for the validation representatives."
+)
+@click.option(
+    "--out", required=True, metavar="DIR", help="Directory to create, with train, valid and test in it."
+)
 @single_process
 def prepare_uniref_command(**options: Any) -> None:
-    """Write UniRef90 sequences and the UniRef50 clusters over them into a token store for cluster sampling.
+    """Make a token store of UniRef90 sequences and their UniRef50 clusters, for sampling by cluster.
 
     Give --uf50, --uf90 and --mapping; or --train-cluster-path and --train-database-path; or --table.
     """
@@ -172,14 +198,16 @@ def prepare_uniref_command(**options: Any) -> None:
 
 @prepare.command("flip", short_help="Write a task of FLIP as tables of labelled proteins.")
 @click.argument("task", type=click.Choice(FLIP_TASKS), metavar="TASK")
-@_source("DIR", "The task's files, as FLIP publishes them")
+@_source("DIR", "Folder with the files of the task, as FLIP publishes them")
 @_DOWNLOAD
 @click.option(
-    "--out", required=True, metavar="DIR", help="Directory to make, with train.csv, valid.csv, test.csv."
+    "--out", required=True, metavar="DIR", help="Directory to create, with train.csv, valid.csv and test.csv."
 )
-@click.option("--split", metavar="NAME", help="One of the task's splits; a wrong name lists them.")
+@click.option("--split", metavar="NAME", help="One of the task's splits; an unknown name lists them.")
 @click.option(
-    "--allow-other-sizes", is_flag=True, help="Accept other numbers of proteins than the published ones."
+    "--allow-other-sizes",
+    is_flag=True,
+    help="Accept files whose number of proteins differs from the published one.",
 )
 @single_process
 def prepare_flip_command(
@@ -205,9 +233,9 @@ def prepare_flip_command(
 
 @prepare.command("tape", short_help="Write a task of TAPE as tables of labelled proteins.")
 @click.argument("task", type=click.Choice(TAPE_TASKS), metavar="TASK")
-@_source("DIR", "The task's LMDB files, as TAPE publishes them")
+@_source("DIR", "Folder with the LMDB files of the task, as TAPE publishes them")
 @_DOWNLOAD
-@click.option("--out", required=True, metavar="DIR", help="Directory to make, with a CSV per split.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to create, with a CSV for each split.")
 @single_process
 def prepare_tape_command(task: str, source: str | None, download: bool, out: str) -> None:
     """Write a task of TAPE as tables for fine-tuning.
@@ -231,38 +259,46 @@ def prepare_tape_command(task: str, source: str | None, download: bool, out: str
 @prepare.command("deeploc2", short_help="Write DeepLoc 2's proteins as tables of labelled proteins.")
 @_source("CSV", "Swissprot_Train_Validation_dataset.csv")
 @_DOWNLOAD
-@click.option("--out", required=True, metavar="DIR", help="Directory to make, with a CSV per split.")
+@click.option("--out", required=True, metavar="DIR", help="Directory to create, with a CSV for each split.")
 @click.option(
     "--features",
     metavar="DIR",
-    help="Also make a directory of token ids, masks and labels that Cerebras Model Zoo reads.",
+    help="Also write a directory of token ids, masks and labels that Cerebras Model Zoo reads.",
 )
 @click.option(
     "--labels",
     type=click.Choice(["membrane", "locations"]),
     default="membrane",
     show_default=True,
-    help="Label whether a protein is in a membrane, or in which of ten locations.",
+    help="Label proteins by whether they are in a membrane, or by which of ten locations they are in.",
 )
 @click.option(
-    "--min-length", default=100, show_default=True, metavar="N", help="Fewest residues of a protein."
+    "--min-length",
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="Leave out proteins with fewer residues.",
 )
 @click.option(
-    "--max-length", default=1026, show_default=True, metavar="N", help="Most residues of a protein."
+    "--max-length",
+    default=1026,
+    show_default=True,
+    metavar="N",
+    help="Leave out proteins with more residues.",
 )
 @click.option(
     "--test-fraction",
     type=float,
     show_default="0.2",
     metavar="X",
-    help="Fraction to draw at random for testing; not with partitions.",
+    help="Random fraction for testing; not with partitions.",
 )
 @click.option(
     "--valid-fraction",
     type=float,
     show_default="0",
     metavar="X",
-    help="Fraction to draw at random for validation; not with partitions.",
+    help="Random fraction for validation; not with partitions.",
 )
 @click.option(
     "--test-partition",
@@ -271,9 +307,9 @@ def prepare_tape_command(task: str, source: str | None, download: bool, out: str
     help="Homology partition for testing, instead of fractions.",
 )
 @click.option(
-    "--valid-partition", type=click.IntRange(0, 4), metavar="N", help="Another partition, for validation."
+    "--valid-partition", type=click.IntRange(0, 4), metavar="N", help="Homology partition for validation."
 )
-@click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the draw.")
+@click.option("--seed", default=1234, show_default=True, metavar="N", help="Seed of the random split.")
 @single_process
 def prepare_deeploc2_command(
     source: str | None, download: bool, out: str, features: str | None, **options: Any
@@ -294,14 +330,20 @@ def prepare_deeploc2_command(
 
 
 @prepare.command("contacts")
-@click.option("--source", required=True, metavar="DIR", help="Folder with one FASTA file and ID.csv of each.")
-@click.option("--out", required=True, metavar="DIR", help="Directory to make, with test.csv.")
+@click.option(
+    "--source",
+    required=True,
+    metavar="DIR",
+    help="Folder with one FASTA file, and ID.csv for each of its proteins.",
+)
+@click.option("--out", required=True, metavar="DIR", help="Directory to create, with test.csv.")
 @single_process
 def prepare_contacts_command(source: str, out: str) -> None:
-    """Write proteins with coordinates as a table of contacts.
+    """Write proteins with coordinates as a table for evaluating contacts.
 
-    ID.csv has a row for each residue: residue, x, y, z of the atom between which distances count (C-alpha or
-    C-beta); or residue and n_x, n_y, n_z, ca_x, …, c_z, from which an ideal C-beta is built.
+    ID.csv has a row for each residue. Its columns are residue, x, y and z of the atom between which distances
+    are measured (C-alpha or C-beta); or residue and n_x, n_y, n_z, ca_x, …, c_z, from which an ideal C-beta
+    is built.
 
     Example: esm2mega prepare contacts --source structures --out contacts
     """

@@ -17,10 +17,10 @@ from esm2mega.errors import UserError
 @click.option(
     "--layouts",
     metavar="GROUP|random:N",
-    help="Groups with commas between them: ci, more, resume, heads, bf16, fp16, families, lora, lora-heads; "
+    help="Groups, separated by commas: ci, more, resume, heads, bf16, fp16, families, lora, lora-heads; "
     "or random:N [default: all].",
 )
-@click.option("--row", metavar="NAME", help="One row of a group, by its name in the table.")
+@click.option("--row", metavar="NAME", help="Run one row of a group, by its name in the table.")
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")
 @click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline stages.")
 @click.option("--vpp", type=click.IntRange(1), metavar="N", help="Chunks per pipeline stage (interleaved).")
@@ -32,7 +32,7 @@ from esm2mega.errors import UserError
     is_flag=False,
     flag_value="auto",
     metavar="[K]",
-    help="Proteins per micro-batch, a divisor of 12; without K the fewest above 1. The reference has one.",
+    help="Proteins per micro-batch, a divisor of 12; without K the smallest above 1. The reference has one.",
 )
 @click.option("--distributed-optimizer", is_flag=True, default=None, help="Shard the optimizer state.")
 @click.option(
@@ -50,17 +50,21 @@ from esm2mega.errors import UserError
     help="Precision of one layout [default: fp64].",
 )
 @click.option(
-    "--lora", is_flag=True, help="Train adapters, with --head also the head; alone it means --layouts lora."
+    "--lora",
+    is_flag=True,
+    help="Train adapters, and with --head also a head; on its own it means --layouts lora.",
 )
-@click.option("--head", metavar="NAME", help="Fine-tune with this head; a wrong name lists them.")
+@click.option("--head", metavar="NAME", help="Fine-tune with this head; an unknown name lists them.")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
     default=1234,
     show_default=True,
-    help="Seed of everything random.",
+    help="Seed of everything that is random.",
 )
-@click.option("--processes", type=click.IntRange(1), metavar="N", help="Most processes at once [default: 4].")
+@click.option(
+    "--processes", type=click.IntRange(1), metavar="N", help="Run at most N processes at once [default: 4]."
+)
 @click.option("--json", "out", metavar="FILE", help="Also write all numbers to this file.")
 @single_process
 def prove(

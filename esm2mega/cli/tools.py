@@ -8,8 +8,8 @@ from esm2mega.cli.group import command, single_process
 from esm2mega.errors import UserError
 
 
-@command(short_help="Simulate, prepare, pretrain a tiny model, evaluate and plot, in minutes.")
-@click.option("--out", default="quickstart", show_default=True, metavar="DIR", help="Directory to make.")
+@command(short_help="Simulate proteins, pretrain a tiny model, evaluate and plot it, in minutes.")
+@click.option("--out", default="quickstart", show_default=True, metavar="DIR", help="Directory to create.")
 @single_process
 def quickstart(out: str) -> None:
     """Simulate protein families, pretrain a tiny model on 2 CPU processes, evaluate it and plot the run."""
@@ -21,14 +21,18 @@ def quickstart(out: str) -> None:
 @command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATH…")
 @click.option(
-    "--verify", is_flag=True, help="List the files of a checkpoint or token store as they are verified."
+    "--verify", is_flag=True, help="List every file of a checkpoint or token store as it is verified."
 )
 @click.option(
-    "--leakage", is_flag=True, help="Find related proteins in the splits TRAIN VALID TEST, or of one folder."
+    "--leakage",
+    is_flag=True,
+    help="Find related proteins in different splits: TRAIN VALID TEST, or one folder with them.",
 )
-@click.option("--min-identity", type=float, metavar="X", help="Least identity of related proteins [0.3].")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of MMseqs2 [1].")
-@click.option("--out", metavar="FILE.csv", help="File for all related pairs, the worst first.")
+@click.option(
+    "--min-identity", type=float, metavar="X", help="Smallest identity that counts as related [default: 0.3]."
+)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of MMseqs2 [default: 1].")
+@click.option("--out", metavar="FILE.csv", help="Write all related pairs to this file, the closest first.")
 @single_process
 def inspect(
     paths: tuple[str, ...],
@@ -38,10 +42,10 @@ def inspect(
     threads: int | None,
     out: str | None,
 ) -> None:
-    """Show what a token store, or a checkpoint in any format that `convert` reads, holds.
+    """Show what is in a token store, a run, an output, or a checkpoint of any format that `convert` reads.
 
-    With --leakage, compare the proteins of the splits TRAIN VALID TEST, of TRAIN TEST, or of one folder with
-    train, valid and test: tables, FASTA files, or token stores.
+    With --leakage, look for related proteins in different splits. Give TRAIN VALID TEST, TRAIN TEST, or one
+    folder with train, valid and test; each is a table, a FASTA file or a token store.
     """
     if leakage:
         from esm2mega.data.leakage.command import leakage_lines
@@ -63,20 +67,20 @@ def inspect(
     click.echo(inspect_path(paths[0], verify))
 
 
-@command(short_help="Draw the curves of a run, or of several, as PNG and HTML.")
+@command(short_help="Plot the curves of one run, or of several, as PNG and HTML.")
 @click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR…")
-@click.option("--out", metavar="DIR", help="Directory for the files of several runs.")
+@click.option("--out", metavar="DIR", help="Output directory, for several runs.")
 @single_process
 def plot(run_dirs: tuple[str, ...], out: str | None) -> None:
-    """Draw the curves of a run from its log.jsonl, as PNG and as one self-contained HTML file.
+    """Plot the curves of a run from its log.jsonl, as PNG and as one self-contained HTML file.
 
-    Several runs are drawn over each other, with the keys in which they differ and their final numbers.
+    Several runs share one set of axes, with a list of the keys that differ and of the final numbers.
     """
     if len(run_dirs) > 1:
         from esm2mega.report.overlay import plot_runs
 
         if out is None:
-            raise UserError("several runs share a page, which goes to none of them: give --out DIR")
+            raise UserError("several runs share one page, which belongs to none of them: give --out DIR")
         click.echo("\n".join(plot_runs(run_dirs, out)))
         return
     if out is not None:
@@ -97,14 +101,15 @@ def plot(run_dirs: tuple[str, ...], out: str | None) -> None:
     default=10.0,
     show_default=True,
     metavar="S",
-    help="Seconds to wait.",
+    help="Seconds between two looks.",
 )
-@click.option("--once", is_flag=True, help="Say how the run stands, and end.")
+@click.option("--once", is_flag=True, help="Show the current state once, and exit.")
 @single_process
 def watch(run_dir: str, every: float, once: bool) -> None:
-    """Say how a run stands whenever its log changes, until its last step: rates, time left, evaluations.
+    """Show the progress of a run whenever its log changes: speed, time left, evaluations, incidents.
 
-    It only reads the files of the run, so it may run on any machine that sees them, and the run may be over.
+    It only reads the files of the run, so it works on any machine that sees them, also after the run has
+    ended.
     """
     from datetime import datetime, timezone
 
@@ -117,19 +122,19 @@ def watch(run_dir: str, every: float, once: bool) -> None:
         run_watch(run_dir, every, click.echo)
 
 
-@command(short_help="Check what this machine can do, with cures for what is missing.")
+@command(short_help="Check this machine, and say how to fix what is missing.")
 @click.argument("directory", default=".")
-@click.option("--quick", is_flag=True, help="Leave out what needs PyTorch or other processes.")
+@click.option("--quick", is_flag=True, help="Skip checks that need PyTorch or start processes.")
 def doctor(directory: str, quick: bool) -> None:
     """Check versions, devices, kernels, limits, communication, and the file system of DIRECTORY.
 
-    DIRECTORY is where runs are to be written, by default the current one. Started by torchrun or srun on
-    several hosts, also compare their clocks and what they see of each other's files.
+    DIRECTORY is where runs will be written; the default is the current one. When torchrun or srun starts this
+    command on several hosts, it also compares their clocks and checks that they see each other's files.
     """
     from esm2mega.doctor.run import doctor as run_doctor
 
     works, report = run_doctor(directory, quick)
-    if report:  # rank 0 speaks for all
+    if report:  # rank 0 reports for all
         click.echo(report)
     if not works:
         raise click.exceptions.Exit(1)

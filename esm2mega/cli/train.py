@@ -17,7 +17,7 @@ CODE = click.option(
     "--code",
     multiple=True,
     metavar="MODULE:CLASS",
-    help="Class of your own head or loss, imported from this folder or an installed package.",
+    help="Your own head or loss class, imported from this folder or from an installed package.",
 )
 
 _FAST_DEV_RUN = click.option(
@@ -29,7 +29,7 @@ _FAST_DEV_RUN = click.option(
 
 @command(short_help="Train a masked language model, or resume training.", goes_on=True)
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
-@click.option("--dry-run", is_flag=True, help="Only say what memory the ranks of this job would need.")
+@click.option("--dry-run", is_flag=True, help="Only print how much memory each rank of this job would need.")
 @_FAST_DEV_RUN
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def pretrain(config: str | None, dry_run: bool, fast_dev_run: bool, overrides: tuple[str, ...]) -> None:
@@ -84,7 +84,7 @@ def pretrain(config: str | None, dry_run: bool, fast_dev_run: bool, overrides: t
     "--folds",
     type=click.IntRange(3),
     metavar="K",
-    help="Train K models, each tested on another part of data.train, in run_dir/fold_1 and so on.",
+    help="Cross-validate: train K models, each tested on a different part of data.train.",
 )
 @CODE
 @_FAST_DEV_RUN
@@ -144,7 +144,7 @@ def finetune(
     say(cross_validate(run, folds, parts, opened, begun, given))
 
 
-@command(short_help="Compute loss and perplexity of a checkpoint, or the metrics of its task.")
+@command(short_help="Compute the loss and perplexity of a checkpoint, or the metrics of its task.")
 @click.argument("checkpoint")
 @click.option(
     "--data",
@@ -157,14 +157,16 @@ def finetune(
     "--out",
     multiple=True,
     metavar="FILE.json",
-    help="Also write the numbers to this file; as often as --data, in the same order.",
+    help="Also write the numbers to this file; give one for each --data, in the same order.",
 )
-@click.option("--max-batches", type=click.IntRange(1), metavar="N", help="Most packs to use [default: all].")
+@click.option(
+    "--max-batches", type=click.IntRange(1), metavar="N", help="Use at most N packs [default: all]."
+)
 @click.option(
     "--micro-batch-tokens",
     type=click.IntRange(3),
     metavar="T",
-    help="Tokens of one pack [default: as in training].",
+    help="Tokens per pack [default: same as in training].",
 )
 @CODE
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
@@ -177,11 +179,11 @@ def evaluate(
     code: tuple[str, ...],
     overrides: tuple[str, ...],
 ) -> None:
-    """Compute the loss of a checkpoint, and for comparison that of predicting residue frequencies.
+    """Compute the loss of a checkpoint, next to the loss of predicting residue frequencies alone.
 
-    For a fine-tuned checkpoint it is the loss and the metrics of its task, on a table with labels. RUN@best,
-    RUN@last and RUN@step_N name a checkpoint of a run; RUN alone is the best one of a fine-tuning, and the
-    last one of a pretraining. Several test splits are evaluated in one command, by a --data for each.
+    For a fine-tuned checkpoint, compute the loss and metrics of its task on a table with labels. RUN@best,
+    RUN@last and RUN@step_N name a checkpoint of a run; RUN alone means the best checkpoint of a fine-tuning
+    run and the last one of a pretraining run. Repeat --data to evaluate several test splits in one command.
     """
     if out and len(out) != len(data):
         raise UserError(
@@ -218,14 +220,14 @@ def evaluate(
         say(["", *lines] if number else lines)
 
 
-@command(short_help="Compare two checkpoints or runs on the same proteins, against the noise.")
+@command(short_help="Test whether two checkpoints or runs differ by more than chance.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option(
     "--data", required=True, metavar="STORE", help="Token store, sequence file or table to evaluate on."
 )
 @click.option("--out", metavar="FILE.json", help="Also write the numbers to this file.")
-@click.option("--per-protein", is_flag=True, help="Also write the losses of each protein to this file.")
+@click.option("--per-protein", is_flag=True, help="Include the loss of every protein in this file.")
 @CODE
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def compare(
@@ -237,11 +239,11 @@ def compare(
     code: tuple[str, ...],
     overrides: tuple[str, ...],
 ) -> None:
-    """Compute how B differs from A, paired per protein, with 95 % intervals, and say whether that shows.
+    """Compute the difference between B and A, paired per protein, with 95 % intervals.
 
-    Language models are compared on the same masks, models of a task on the same rows of a table. A and B are
-    named as for `evaluate`. Runs that differ in their seed alone are joined by commas, and the noise between
-    them is part of the interval. KEY=VALUE holds for all of them.
+    Language models are compared on the same masked residues, fine-tuned models on the same rows of a table.
+    Name A and B as for `evaluate`. Join runs that differ only in their seed by commas: the variation between
+    seeds then widens the interval. KEY=VALUE applies to all of them.
 
     Example: esm2mega compare runs/a1,runs/a2,runs/a3 runs/b1,runs/b2,runs/b3 --data my_store/valid
     """

@@ -17,8 +17,8 @@ from esm2mega.cli.group import command, single_process
 def translate(file: str, out: str) -> None:
     """Translate a configuration of BioNeMo 1 or 2, Cerebras Model Zoo, ESM2-FA or ProteinLM.
 
-    THEIR_FILE is YAML or JSON, or a script that starts one of their programs with options; nothing of it is
-    run. What cannot be translated is listed with the reason, here and at the head of OURS.yaml.
+    THEIR_FILE is YAML or JSON, or a script that starts one of their programs with options; the script is not
+    run. What cannot be translated is listed with the reason, on the screen and at the top of OURS.yaml.
 
     Example: esm2mega translate pretrain_esm2_8M.yaml --out mine.yaml
     """

@@ -34,7 +34,7 @@ def validate_inference(run: Run, world_size: int) -> None:
     infer = run.infer
     for key in ("sequence_parallel", "virtual_pipeline_model_parallel_size", "distributed_optimizer"):
         if getattr(run.parallel, key):
-            raise UserError(f"parallel.{key} is of use in training only; remove it")
+            raise UserError(f"parallel.{key} only matters in training; remove it")
     for name in infer.outputs:
         if name not in OUTPUTS:
             near = difflib.get_close_matches(name, OUTPUTS, n=1)

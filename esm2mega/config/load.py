@@ -264,7 +264,7 @@ def find_config(config: str, beside: Path | None = None) -> Path:
 def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[Setting]:
     """Yield the settings of a file, those of its `defaults` first."""
     if path.resolve() in including:
-        raise UserError(f"{path}: includes itself through `defaults`; remove the circle")
+        raise UserError(f"{path}: includes itself through `defaults`; remove the cycle")
     content, lines = _read_config(path)
     defaults = content.pop("defaults", Unset())
     settings = list(_leaves(content, "", path, lines))

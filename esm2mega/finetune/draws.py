@@ -68,7 +68,7 @@ def open_members(
     paths = [member.start.path for member in members]
     if repeated := next((path for path in paths if paths.count(path) > 1), None):
         raise UserError(
-            f"{repeated}: is named twice; name each member once, for their spread is the uncertainty"
+            f"{repeated}: is named twice; name each member once, since their spread is the uncertainty"
         )
     for member in members[1:]:
         both = f"{first.start.path} and {member.start.path}"

@@ -131,7 +131,7 @@ def _check_existing(job: Job) -> None:
             raise UserError(f"{path}: exists; replace it with --overwrite, or choose another --out")
     if mode == "new" and has_begun(target):
         raise UserError(
-            f"{target.work_dir}: an unfinished output of an earlier start; go on with --resume, or "
+            f"{target.work_dir}: an unfinished output of an earlier start; continue with --resume, or "
             "begin again with --overwrite"
         )
 
@@ -158,8 +158,7 @@ def _begin(job: Job) -> tuple[dict[str, Any], Path, list[int]] | str:
             earlier = target.attributes(finished[0])
             if not earlier:
                 raise UserError(
-                    f"{finished[0]}: exists and does not say of which settings it is; replace it with "
-                    "--overwrite"
+                    f"{finished[0]}: exists and does not record its settings; replace it with --overwrite"
                 )
             if differences := differing(earlier, attributes):
                 raise UserError(

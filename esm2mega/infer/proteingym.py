@@ -144,7 +144,7 @@ def _check_existing(folder: Path, mode: Mode) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if mode == "new":
             raise UserError(
-                f"{folder}: is not empty; go on with --resume, replace its tables with --overwrite, or "
+                f"{folder}: is not empty; continue with --resume, replace its tables with --overwrite, or "
                 "choose another --out"
             )
         if mode == "resume" and not (folder / _SETTINGS).is_file():

@@ -81,8 +81,8 @@ def export_adapters(
         )
     if adapters.of_base:
         raise UserError(
-            f"{checkpoint}: {', '.join(adapters.of_base)} were trained beside the adapters, for which a "
-            "directory of PEFT has no place; use esm2mega lora merge"
+            f"{checkpoint}: {', '.join(adapters.of_base)} were trained together with the adapters, and a "
+            "PEFT directory has no place for them; use esm2mega lora merge"
         )
     factors = {module: _trimmed(value) for module, value in _factors(adapters)}
     tensors = {

@@ -166,7 +166,7 @@ Next, with your own proteins:
   esm2mega prepare fasta my_proteins.fasta.gz --out my_store --val-size 1000
   {pretrain}
   esm2mega plot runs/mine
-A run that was stopped goes on with the same command. `esm2mega doctor` tells what this machine can do."""
+The same command continues a run that was stopped. `esm2mega doctor` shows what this machine can do."""
 
 
 def _simulate_arguments(fasta: Path, out: Path, seed: int) -> list[str]:

@@ -168,7 +168,7 @@ class Incidents:
         action = "stop" if self.policy == "stop" else "continue"
         name, cure = f"{split}_loss", f"look at data.{split}, or set train.on_nonfinite=skip"
         on_one_rank(lambda: self._write(step, {"kind": name, "action": action, "loss": _text(loss)}))
-        return self._act(action, f"step {step}: {name} is {_text(loss)}", "the run goes on", cure)
+        return self._act(action, f"step {step}: {name} is {_text(loss)}", "the run continues", cure)
 
     def _count(self, step: int) -> str:
         """Count a step that is not finite, and return what is done about it."""

@@ -368,7 +368,7 @@ def _raise_if(stop: StopSignal, loop: LoopState, hooks: Hooks) -> None:
         hooks.verified()  # an alarm has an error of its own, which this raises
         raise StoppedBySignal(
             f"stopped by {stop.reason} after step {loop.step}, which is saved; "
-            "start the same command again to go on"
+            "start the same command again to continue"
         )
 
 

@@ -153,7 +153,7 @@ def find_resume(run: Run, verification: Verification = ALL_OF_IT) -> StartPoint 
             raise UserError(
                 f"checkpoint.resume=never, but {run.run_dir} holds checkpoints up to {complete[-1].name}; "
                 "choose another run_dir, one with {version} for a new number at every start, or "
-                "checkpoint.resume=auto to go on"
+                "checkpoint.resume=auto to continue"
             )
         for directory in incomplete:
             print(f"esm2mega: ignoring {directory}: it has no {layout.COMPLETE}", file=sys.stderr)

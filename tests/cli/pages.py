@@ -11,11 +11,13 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RUNS = ROOT / "docs" / "runs.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 MIGRATE = sorted((ROOT / "docs" / "migrate").glob("*.md"))
 PAGES = [
     README,
     *DOCS,
     *MIGRATE,
+    *TUTORIALS,
     ROOT / "tools" / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
@@ -62,7 +64,8 @@ def commands(text: str) -> list[Command]:
     return [Command(line) for line in lines if line.strip() and not line.startswith("#")]
 
 
-COMMANDS = [(page, command) for page in PAGES for command in commands(TEXT[page])]
+# The commands of the tutorials are run, by tests/tutorials/test_tutorials.py.
+COMMANDS = [(page, command) for page in PAGES if page not in TUTORIALS for command in commands(TEXT[page])]
 
 
 def walk() -> list[Command]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -63,3 +64,12 @@ def _write_labels(folder: Path) -> None:
     for name, part in (("train.csv", rows[:24]), ("valid.csv", rows[24:])):
         (folder / name).write_text("\n".join(["sequence,fitness", *part]) + "\n")
     (folder / "new_proteins.fasta").write_text("\n".join(records[:20]) + "\n")
+
+
+def path_with_commands(folder: Path, python: Path) -> str:
+    """A search path on which `esm2mega` and `torchrun` are those of this interpreter and this checkout."""
+    for name, module in (("esm2mega", "esm2mega"), ("torchrun", "torch.distributed.run")):
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(python))} -m {module} "$@"\n')
+        script.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"

@@ -20,7 +20,7 @@ from esm2mega.finetune.defaults import provisional
 from tests.cli.pages import COMMANDS, PAGES, ROOT, Command, name_of, spans
 
 # First words of commands that install, activate or hand over to what is checked elsewhere.
-UNCHECKED = {".", "cd", "docker", "export", "pip", "python3.11", "python3.12", "pytest"}
+UNCHECKED = {".", "cd", "docker", "export", "git", "pip", "python3.11", "python3.12", "pytest"}
 
 
 def parse_with_click(words: Sequence[str]) -> tuple[str, dict[str, object]]:
@@ -132,6 +132,12 @@ def test_the_check_of_commands_can_fail() -> None:
     ):
         with pytest.raises((Exception, SystemExit)):
             check(Command(line))
+
+
+def test_every_target_of_the_makefile_is_explained() -> None:
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    text = (ROOT / "CONTRIBUTING.md").read_text() + (ROOT / "README.md").read_text()
+    assert [name for name in targets if not re.search(rf"\bmake {name}\b(?!-)", text)] == ["help", "clean"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -18,14 +18,16 @@ import pytest
 from esm2mega.cli.app import cli
 from esm2mega.data.store.token_store import TokenStore
 from tests import warm
-from tests.cli.pages import PAGES, README, ROOT, RUNS, TEXT, blocks, commands, name_of, walk
-from tests.cli.readme_walk import STEPS_PER_START, reduced, write_inputs
+from tests.cli.pages import PAGES, README, ROOT, RUNS, TEXT, TUTORIALS, blocks, commands, name_of, walk
+from tests.cli.readme_walk import STEPS_PER_START, path_with_commands, reduced, write_inputs
 
 README_LINES = 250
 
 # Commands of the README that the walk below does not run, by their first words: the test that runs them and
 # how it is seen there. None stands for what no test can run: it needs a network, GPUs or a container.
 RUN_ELSEWHERE = {
+    "git clone": None,
+    "cd esm2mega": None,
     "python3.11 -m venv": None,
     ". venv/bin/activate": None,
     "pip install": None,
@@ -63,15 +65,6 @@ class Walked:
     def records(self, kind: str) -> list[dict[str, float]]:
         lines = (self.run_dir / "log.jsonl").read_text().splitlines()
         return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def path_with_commands(folder: Path, python: Path) -> str:
-    """A search path on which `esm2mega` and `torchrun` are those of this interpreter and this checkout."""
-    for name, module in (("esm2mega", "esm2mega"), ("torchrun", "torch.distributed.run")):
-        script = folder / name
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(str(python))} -m {module} "$@"\n')
-        script.chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +199,11 @@ def test_benchmarks_have_results(walked: Walked) -> None:
 def test_python_blocks_of_the_docs_run(walked: Walked) -> None:
     for copy in ("one", "two"):
         shutil.copytree(walked.run_dir, walked.folder / "runs" / copy)
-    code = {page: blocks(TEXT[page], "python") for page in PAGES if page.name != RUN_WITH_A_PROGRAM}
+    code = {
+        page: blocks(TEXT[page], "python")
+        for page in PAGES
+        if page not in TUTORIALS and page.name != RUN_WITH_A_PROGRAM
+    }
     assert sum(map(len, code.values())) >= 3
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for page, texts in code.items():

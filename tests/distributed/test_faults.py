@@ -153,7 +153,7 @@ def test_a_signal_at_the_rendezvous(tmp_path: Path, proteins: Path, name: str) -
         assert process.wait(30) == 75
     finally:
         end_ranks([process])
-    line = f"esm2mega: [rank 0] stopped by {name}; start the same command again to go on"
+    line = f"esm2mega: [rank 0] stopped by {name}; start the same command again to continue"
     assert (tmp_path / "err").read_text().splitlines() == [line]
 
 

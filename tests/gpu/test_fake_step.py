@@ -25,7 +25,7 @@ MICRO_BATCHES = 2
 # Forward, of one layer that is not the last, in bf16 with the fused kernel of attention; views do not count.
 OPERATIONS_OF_A_LAYER = 21
 # Backward, of the same, with the sums into the buffer of gradients.
-BACKWARD_OPERATIONS_OF_A_LAYER = 51
+BACKWARD_OPERATIONS_OF_A_LAYER = 42
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,7 @@ def _mapping(
                 f"{path}: names {str(name)[:60]} in defaults, which is not beside it; its keys are not known"
             )
         elif beside in above or len(above) > 10:
-            raise UserError(f"{beside}: includes itself through defaults; remove the circle")
+            raise UserError(f"{beside}: includes itself through defaults; remove the cycle")
         else:
             try:
                 inner, inner_lines = read_yaml(_text(beside))

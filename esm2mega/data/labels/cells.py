@@ -188,7 +188,7 @@ def names_of(cells: Cells, column: str, location: str) -> list[str]:
         if text[0] not in "[(":
             raise UserError(
                 f"{location}: {shortened(text)} in column {column!r} has commas; write names with ; between, "
-                "and a ; behind a name that has a comma"
+                "and a ; after a name that has a comma"
             )
         value = _listed(text, column, location, bare_text=False)
     if not isinstance(value, list) or not all(isinstance(name, str) and name.strip() for name in value):

@@ -81,7 +81,7 @@ def cut(table: Table, data: DataConfig) -> dict[str, Table]:
         parts, words = divide(groups), f"whole groups of the column {column!r}"
     elif data.split_by == RANDOM:
         groups = np.arange(len(sequences))
-        parts, words = divide(groups), "by chance"
+        parts, words = divide(groups), "at random"
     else:
         identity = float(data.split_by.removeprefix(CLUSTER))
         parts, groups, method = on_one_rank(lambda: divide_apart(sequences, identity, divide))
@@ -101,7 +101,7 @@ def cut(table: Table, data: DataConfig) -> dict[str, Table]:
     sizes = " / ".join(str(len(rows)) for rows in chosen.values())
     note = f"{table.path} is split into {sizes} proteins, {words}, of which there are {num_groups}"
     if data.split_by == RANDOM:
-        note = f"{table.path} is split into {sizes} proteins by chance, equal sequences together"
+        note = f"{table.path} is split into {sizes} proteins at random, equal sequences together"
     return {
         name: Table(table.path, f"data.{name}", [_without(table.rows[row], column) for row in rows], notes)
         for (name, rows), notes in zip(chosen.items(), ([*table.notes, note], [], []), strict=False)

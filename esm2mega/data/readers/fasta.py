@@ -152,7 +152,7 @@ class FastaReader(TextSource):
     def _parse_id(self, header: bytes, line: int) -> str:
         words = header.split(None, 1)
         if not words or header[:1].isspace():
-            raise UserError(f"{self.location(line)}: the header has no id; write it right behind the '>'")
+            raise UserError(f"{self.location(line)}: the header has no id; write it right after the '>'")
         try:
             name = words[0].decode("utf-8")
         except UnicodeDecodeError:
@@ -213,6 +213,6 @@ def check_blanks(entry: FastaEntry, keys: Container[str], location: str) -> None
     for word, after in pairwise(entry.words):
         if word.partition("=")[0] in keys and "=" not in after:
             raise UserError(
-                f"{location}: {after!r} behind {word!r} in the header of {entry.id!r}: a value ends at white "
+                f"{location}: {after!r} after {word!r} in the header of {entry.id!r}: a value ends at white "
                 "space; write _ for blanks"
             )

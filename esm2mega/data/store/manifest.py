@@ -65,7 +65,7 @@ def read_manifest(path: Path, staged: bool) -> Mapping[str, Any]:
         part.startswith(".") and part.endswith(PARTIAL_SUFFIX) for part in path.resolve().parts
     ):
         raise UserError(
-            f"{path}: is what an interrupted `prepare` left behind; start that again to go on, or remove it"
+            f"{path}: is what an interrupted `prepare` left behind; start it again to continue, or remove it"
         )
     if not path.exists():
         raise UserError(

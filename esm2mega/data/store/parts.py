@@ -111,7 +111,7 @@ def write_parts(
                 worker.kill()
             raise MachineError(
                 "a worker process was killed or could not start, perhaps for want of memory; the same "
-                "command goes on with what is finished, and needs less memory with fewer --workers"
+                "command continues with what is finished, and needs less memory with fewer --workers"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -1,5 +1,7 @@
 """Writes and reads token stores: directories of memory-mapped proteins, written once, never loaded whole.
 
+A store holds::
+
     tokens.bin, tokens.idx     megatron-core IndexedDataset of uint8 token ids: residues, one item per protein
       or tokens-00000.bin, …   the same bytes in files of limited size, under the one index
     ids.bin, ids.offsets.npy   the ids in UTF-8 back to back, and int64 [n + 1] where each begins (and ends)

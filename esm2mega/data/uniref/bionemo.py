@@ -179,7 +179,7 @@ def _take_validation(
         for record, number in zip(chosen, numbers[numbers >= 0].tolist(), strict=True):
             if met[number]:
                 raise UserError(
-                    f"{database.location(record.line)}: {record.id!r} stands there before; remove this row"
+                    f"{database.location(record.line)}: {record.id!r} occurs before; remove this row"
                 )
             met[number] = True
         append_proteins(writer, database, chosen)

@@ -144,8 +144,8 @@ class ClusterTable:
             record = batch[repeated[0]]
             earlier = next(other.line for other in proteins if other.id == record.id)
             raise UserError(
-                f"{proteins.location(record.line)}: {record.id!r} stands there before, at "
-                f"{proteins.location(earlier)}; a member must be there once"
+                f"{proteins.location(record.line)}: {record.id!r} occurs earlier, at "
+                f"{proteins.location(earlier)}; a member must occur once"
             )
 
     def _refuse_missing(self, proteins: ProteinSource) -> None:

@@ -78,7 +78,7 @@ class IndexedIds:
         """Raise UserError with the rule at the first id that occurs twice."""
         if found := self.ids.repeats():
             raise UserError(
-                f"{self.location(found[0])}: {shown(self.ids[found[0]])} stands there before, at "
+                f"{self.location(found[0])}: {shown(self.ids[found[0]])} occurs earlier, at "
                 f"{self.location(found[1])}; {rule}"
             )
 

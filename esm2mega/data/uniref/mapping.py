@@ -113,7 +113,7 @@ class MappingReader(TextSource):
             raise UserError(f"{self.location(line)}: the cluster has no id; the first column must hold it")
         if len(columns) < 2:
             raise UserError(
-                f"{self.location(line)}: {shown(name)} has no tab behind it; columns are separated by tabs"
+                f"{self.location(line)}: {shown(name)} is not followed by a tab, which separates columns"
             )
         members = [member.strip() for member in columns[1].split(b"; " if b"; " in columns[1] else b",")]
         members[-1] = members[-1].removesuffix(b";")

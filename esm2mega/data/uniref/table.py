@@ -103,7 +103,7 @@ def prepare_table(
                 append_proteins(writer, table, batch)
             clusters.close()
             members.close()
-            IndexedIds(table, members).refuse_repeats("a member must be there once")
+            IndexedIds(table, members).refuse_repeats("a member must occur once")
             count, largest = _write_clusters(clusters, scratch / "order", writer)
             writer.provenance = {
                 "sources": table.provenance(),

@@ -54,7 +54,7 @@ def parse_variant(text: str, sequence: str, offset: int, offset_name: str = "--o
         raise UserError(f"{text!r} changes a residue twice; give each residue once")
     end = min((change.position for change in changes if change.mutant == STOP), default=len(sequence))
     if any(change.position > end for change in changes):
-        raise UserError(f"{text!r} changes a residue behind a stop; leave that change out")
+        raise UserError(f"{text!r} changes a residue after a stop; leave that change out")
     return tuple(change for change in changes if change.mutant != change.wild)
 
 

@@ -84,7 +84,7 @@ def _indel(part: str, match: re.Match[str], wild: str) -> tuple[int, int, str]:
         if end < begin + 2:
             raise UserError(f"{part}: ends before it begins; write the residue of the lower number first")
     if kind in ("DEL", "DUP") and inserted:
-        raise UserError(f"{part}: names residues behind {kind.lower()}; leave them out")
+        raise UserError(f"{part}: names residues after {kind.lower()}; leave them out")
     if kind in ("INS", "DELINS") and not inserted:
         raise UserError(f"{part}: names no residues that are inserted; add them")
     letters = _letters(part, inserted, in_three=len(first_name) == 3)

@@ -76,7 +76,7 @@ def test_every_command_ends_with_one_line(
     before = signal.getsignal(signal.Signals[name])
     assert main(words) == code
     assert "Traceback" not in (errors := capsys.readouterr().err)
-    again = "; start the same command again to go on" if code == 75 else ""
+    again = "; start the same command again to continue" if code == 75 else ""
     lines = [line for line in errors.splitlines() if line.startswith("esm2mega: stopped")]
     assert lines == [f"esm2mega: stopped by {name}{again}"]
     assert signal.getsignal(signal.Signals[name]) == before
@@ -119,7 +119,7 @@ def test_a_process_that_waits_outside_of_python_is_ended(finished: TinyRun, tmp_
     ended = warm.run(["-c", _WAITS_OUTSIDE, *words], timeout=50)
     assert ended.returncode == 75
     assert ended.stderr.splitlines() == [
-        "esm2mega: stopped by SIGTERM; start the same command again to go on"
+        "esm2mega: stopped by SIGTERM; start the same command again to continue"
     ]
     assert time.monotonic() - begun < 30
 

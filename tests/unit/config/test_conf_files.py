@@ -1,6 +1,7 @@
 """The shipped configurations: base.yaml is the schema, the others are the published recipes."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
@@ -13,6 +14,7 @@ from esm2mega.config.schema import Run, flatten
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
 from esm2mega.data.benchmarks.names import FLIP_TASKS, TAPE_TASKS
+from esm2mega.errors import UserError
 from esm2mega.finetune.defaults import BATCH, LENGTH, SINGLE
 
 SIZES = [size for size in PRESETS if size != "tiny"]
@@ -104,6 +106,33 @@ def test_documented_layouts_are_valid(size):
         run = load_run(name, text.split())
         validate(run, processes)
         assert num_micro_batches(run.train, run.parallel, processes) >= 1
+
+
+RULE = re.compile(
+    r"^# Tensor parallel sizes must divide (\d+) heads, .* A pipeline has at most\n# (\d+) stages",
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("name", [name for name in config_names() if re.match("pretrain_.*[MB]$", name)])
+def test_layouts_that_a_file_rules_out_are_those_that_are_refused(name):
+    """Every tensor and pipeline parallel size up to one more than the heads and layers that it names."""
+    text = (conf_dir() / f"{name}.yaml").read_text()
+    (rule,) = RULE.findall(text)
+    heads, layers = map(int, rule)
+
+    def is_allowed(key, size):
+        try:
+            validate(replace(run, parallel=replace(run.parallel, **{key: size})), size)
+        except UserError:
+            return False
+        return True
+
+    run = load_run(name)
+    sizes = [size for size in range(1, heads + 2) if is_allowed("tensor_model_parallel_size", size)]
+    assert sizes == [size for size in range(1, heads + 1) if heads % size == 0]
+    stages = [size for size in range(1, layers + 2) if is_allowed("pipeline_model_parallel_size", size)]
+    assert stages == list(range(1, layers + 1))
 
 
 def test_tiny_is_for_a_cpu_and_minutes():

@@ -154,7 +154,7 @@ def test_resume_goes_on_and_gives_the_same_bytes(
     with pytest.raises(Stop):
         predict(checkpoint, fasta, out, uncertainty=how)
     assert not out.exists()
-    with pytest.raises(UserError, match="unfinished output of an earlier start; go on with --resume"):
+    with pytest.raises(UserError, match="unfinished output of an earlier start; continue with --resume"):
         predict(checkpoint, fasta, out)
     other = ["infer.max_seq_length=70"]
     with pytest.raises(UserError, match="begun with other settings: max_seq_length was 64 and is 70"):
@@ -188,11 +188,11 @@ def test_a_csv_whose_settings_are_not_known_is_not_complete(
     for text in ("[]", "{}", "no JSON", '{"sha256": "0", "attributes": {}}', None):
         noted.unlink() if text is None else noted.write_text(text)
         assert main(command) == 2
-        assert "does not say of which settings it is" in capsys.readouterr().err
+        assert "does not record its settings" in capsys.readouterr().err
     noted.write_text(settings)
     out.write_bytes(content + b"p9,False,H\n")
     assert main(command) == 2
-    assert "does not say of which settings it is" in capsys.readouterr().err
+    assert "does not record its settings" in capsys.readouterr().err
     assert main([*command[:-1], "--overwrite"]) == 0
     assert out.read_bytes() == content and noted.read_text() == settings
 

@@ -39,7 +39,7 @@ def test_proteingym_layout(reference: Reference, tmp_path: Path) -> None:
     def again(mode: str, options: ScoreOptions = options) -> list[str]:
         return score_assays(str(reference.checkpoint), found, str(tmp_path / "out"), options, mode)
 
-    with pytest.raises(UserError, match="is not empty; go on with --resume"):
+    with pytest.raises(UserError, match="is not empty; continue with --resume"):
         again("new")
     assert again("resume") == first
     assert stamps == [(tmp_path / "out" / f"{name}.csv").stat().st_mtime_ns for name in assays]

@@ -36,7 +36,7 @@ def test_labels_in_headers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.labels, [[-1.25e-05], [np.nan], [2.5e-3]])
     assert found.ids == ["NA", "b", "c"] and found.lengths.tolist() == [3, 2, 2]
     classes = {"kind": "classification", "target_columns": ["place"]}
-    with pytest.raises(UserError, match=r"a.fasta:5: 'some' behind 'place=007' in the header of 'c'"):
+    with pytest.raises(UserError, match=r"a.fasta:5: 'some' after 'place=007' in the header of 'c'"):
         read(tmp_path, {"a.fasta": text}, "a.fasta", **classes)
     _, info = read(tmp_path, {"a.fasta": text.replace(" some words", "")}, "a.fasta", **classes)
     assert info.names == ["007", "Lysosome/Vacuole", "a=b"]

@@ -136,7 +136,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "only unknown": (proteins(("b1", "JJ")), "n.db: row 1: the sequence of 'b1' has only unknown residues"),
     "protein twice": (
         proteins(*PROTEINS, ("a2", "M"), key=""),
-        "n.db: row 5: 'a2' stands there before, at n.db: row 3",
+        "n.db: row 5: 'a2' occurs earlier, at n.db: row 3",
     ),
     "missing validation id": (
         valid_ids("v1", "v3", "v4"),
@@ -144,7 +144,7 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "validation id twice": (
         valid_ids("v1", "v1"),
-        "n.parquet: row 2: 'v1' stands there before, at n.parquet: row 1",
+        "n.parquet: row 2: 'v1' occurs earlier, at n.parquet: row 1",
     ),
     "validation in training": (
         valid_ids("v1", "a2"),

@@ -233,17 +233,17 @@ BAD: dict[str, tuple[Mapping[str, str], str]] = {
     ),
     "no tab": (
         {"mapping": MAPPING + "UniRef50_D UniRef90_x\n"},
-        "mapping.tsv:6: 'UniRef50_D UniRef90_x' has no tab behind it",
+        "mapping.tsv:6: 'UniRef50_D UniRef90_x' is not followed by a tab",
     ),
     "no cluster id": ({"mapping": MAPPING + "\tUniRef90_x\n"}, "mapping.tsv:6: the cluster has no id"),
     "empty mapping": ({"mapping": "h\n"}, "mapping.tsv: no clusters in the file"),
     "UniRef50 id twice": (
         {"uf50": UF50 + ">UniRef50_A\nMK\n"},
-        "uf50.fasta:7: 'UniRef50_A' stands there before, at uf50.fasta:1",
+        "uf50.fasta:7: 'UniRef50_A' occurs earlier, at uf50.fasta:1",
     ),
     "member twice in UniRef90": (
         {"uf90": UF90 + ">UniRef90_a2\nMK\n"},
-        "uf90.fasta:11: 'UniRef90_a2' stands there before, at uf90.fasta:3; a member must",
+        "uf90.fasta:11: 'UniRef90_a2' occurs earlier, at uf90.fasta:3; a member must",
     ),
     "only unknown residues": (
         {"uf90": UF90.replace("AAC", "JJJ")},
@@ -269,7 +269,7 @@ BAD: dict[str, tuple[Mapping[str, str], str]] = {
     ),
     "validation id twice": (
         {"valid": ">UniRef50_E\nMK\n>UniRef50_E\nMK\n"},
-        "valid.fasta:3: 'UniRef50_E' stands there before, at valid.fasta:1",
+        "valid.fasta:3: 'UniRef50_E' occurs earlier, at valid.fasta:1",
     ),
 }
 

@@ -65,7 +65,7 @@ HELD_OUT = [("D", "d1", "MK")]
         (
             [*GOOD, ("C", "a1", "MK")],
             HELD_OUT,
-            "t.parquet: row 3: 'a1' stands there before, at t.parq",
+            "t.parquet: row 3: 'a1' occurs earlier, at t.parq",
         ),
         (
             GOOD,
@@ -75,7 +75,7 @@ HELD_OUT = [("D", "d1", "MK")]
         (
             GOOD,
             [*HELD_OUT, ("D", "d2", "M")],
-            "v.parquet: row 2: 'D' stands there before, at v.parq",
+            "v.parquet: row 2: 'D' occurs earlier, at v.parq",
         ),
         ([*GOOD, ("C", "c1", "M2")], HELD_OUT, "t.parquet: row 3: '2' in the sequence of 'c1' is no residue"),
         ([*GOOD, (None, "c1", "M")], HELD_OUT, "t.parquet: row 3: ur50_id is None, not a text"),

@@ -72,7 +72,7 @@ def test_what_is_known_is_read(text: str, mutant: str) -> None:
         ("p.Met1Ter", "leaves no residue"),
         ("K2A:K2G", "changes a residue twice"),
         ("K2K:K2G", "changes a residue twice"),
-        ("K2*:T3G", "changes a residue behind a stop"),
+        ("K2*:T3G", "changes a residue after a stop"),
     ],
 )
 def test_refuses_what_is_not_known(text: str, message: str) -> None:

@@ -53,7 +53,7 @@ def test_three_letters_are_read_as_biopython_reads_them() -> None:
         ("K2_K2del", r"K2_K2DEL: ends before it begins"),
         ("K2ins", r"K2INS: names no residues"),
         ("K2insG", r"K2INSG: residues are inserted between two neighbours"),
-        ("K2delK", r"K2DELK: names residues behind del; leave them out"),
+        ("K2delK", r"K2DELK: names residues after del; leave them out"),
         ("A2del", r"A2DEL: residue 2 of the sequence is K, not A; correct it$"),
         ("K2_T30del", r"K2_T30DEL: residue 30 is not in the sequence, whose 10 residues"),
         ("p.Lys2_Thr3insGlyXyz", r"XYZ is no residue of ESM-2"),
