@@ -145,7 +145,10 @@ def convert(
             described = replace(weights.description, head=head)
             history = history_of(source) if source_format == OWN else None
             notes = [] if history is not None else weights.notes.lines()
-            card = Card(target.name, described, source_format, history, scores, license, notes)
+            separate = None if beside is None else beside[0]
+            card = Card(
+                target.name, described, source_format, history, scores, license, notes, beside=separate
+            )
             write_card(card, path)
     note_not_finite(weights, finite)
     return Conversion(

@@ -14,6 +14,7 @@ import yaml
 from esm2mega.config.head_form import head_form
 from esm2mega.convert.card_recipe import recipe
 from esm2mega.convert.heads.hf_classifiers import TOKEN, architecture_of
+from esm2mega.convert.heads.plain_head import CONFIG_FILE, HEAD_FILE, READER
 from esm2mega.convert.history import History, Score, file_checksums
 from esm2mega.convert.lazy_weights import Description, HeadDescription, dtype_name
 from esm2mega.convert.markdown import count, plain, table
@@ -41,6 +42,7 @@ class Card:
         license: Identifier of the licence on the Hub; None if it was not given.
         notes: What the conversion changed.
         base: For a directory of adapters, the name of their base; None for a whole model.
+        beside: The head that lies in files of its own beside the encoder, if one does.
     """
 
     name: str
@@ -51,6 +53,12 @@ class Card:
     license: str | None = None
     notes: Sequence[str] = ()
     base: str | None = None
+    beside: HeadDescription | None = None
+
+    @property
+    def task(self) -> HeadDescription | None:
+        """The head of a task, wherever it lies; None for a model without one."""
+        return self.description.task or self.beside
 
 
 def check_license(identifier: str | None) -> None:
@@ -72,8 +80,8 @@ def card_text(card: Card, checksums: Mapping[str, str]) -> str:
     front = yaml.safe_dump(_front_matter(card), sort_keys=False, allow_unicode=True)
     parts = [f"---\n{front}---", f"# {plain(card.name)}", _introduction(card)]
     parts += ["## How to use it", *_usage(card)]
-    if card.description.task is not None:
-        parts += ["## What it predicts", *_outputs(card.description.task)]
+    if card.task is not None:
+        parts += ["## What it predicts", *_outputs(card.task)]
     if card.history is not None:
         parts += ["## Training data", *_data(card.history)]
         parts += ["## Training", table(("setting", "value"), recipe(card.history))]
@@ -91,7 +99,7 @@ def _front_matter(card: Card) -> dict[str, Any]:
     front: dict[str, Any] = {"license": card.license} if card.license else {}
     front["library_name"] = "transformers" if card.base is None else "peft"
     front["pipeline_tag"] = _pipeline(card)
-    kinds = [] if card.description.task is None else [str(card.description.task.task.kind).replace("_", "-")]
+    kinds = [] if card.task is None else [str(card.task.task.kind).replace("_", "-")]
     front["tags"] = [*_TAGS, *kinds, *(["lora"] if card.history and card.history.adapters else [])]
     return front
 
@@ -118,8 +126,8 @@ def _introduction(card: Card) -> str:
         if name != FREQUENCIES and not name.startswith(CONTACT_HEAD)
     )
     kind = "protein language model" if card.description.head == "lm" else "protein encoder"
-    if card.description.task is not None:
-        kind = f"model for {str(card.description.task.task.kind).replace('_', ' ')} of proteins"
+    if card.task is not None:
+        kind = f"model for {str(card.task.task.kind).replace('_', ' ')} of proteins"
     layout = (
         f"{shape.num_layers} layers, hidden size {shape.hidden_size:,}, {shape.num_attention_heads} heads, "
         f"feed-forward width {shape.ffn_hidden_size:,}, {parameters:,} parameters, "
@@ -178,6 +186,9 @@ def _usage(card: Card) -> Iterator[str]:
         f"outputs = model(**inputs).{result}",
     ]
     yield "```python\n" + "\n".join(lines) + "\n```"
+    if card.beside is not None:
+        yield f"That is the encoder. Its head lies in `{HEAD_FILE}` and `{CONFIG_FILE}`, and predicts so:"
+        yield f"```python\n{READER}\n```"
     yield "With esm2mega:"
     yield "```bash\n" + "\n".join(_commands(card)) + "\n```"
 
@@ -220,7 +231,7 @@ def _outputs(head: HeadDescription) -> Iterator[str]:
         rows.append(row)
     yield table(columns, rows)
     if (more := info.num_outputs - len(rows)) > 0:
-        yield f"And {more:,} more, which `config.json` names."
+        yield f"And {more:,} more, which `config.json` or `head.json` names."
     if info.std:
         yield "Predictions are in the units of the labels."
 

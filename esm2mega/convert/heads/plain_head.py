@@ -1,8 +1,8 @@
 """Writes a head that transformers has no class for beside its encoder: tensors, and what computes with them.
 
 `HEAD_FILE` has the layers, with the scale of the labels in the last one, and `CONFIG_FILE` says what they
-read, in which order they are applied, and what the outputs are. A few lines of PyTorch compute with both, see
-docs/converters.md; no code comes with them.
+read, in which order they are applied, and what the outputs are. A few lines of PyTorch compute with both:
+`READER`, which stands in the model card and in docs/converters.md. No code comes with the files.
 """
 
 from __future__ import annotations
@@ -25,6 +25,25 @@ _LAYERS = {"mlp": ["dense", "relu", "output"], "linear": ["output"]}
 """Lists the layers of the first part of a head's form: linears by their names, functions between them."""
 _READS = ("mean", "cls", "max")
 """Lists the values of `task.pooling` that a reader computes without weights."""
+
+READER = """import json
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+folder = "NAME"
+encoder, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+head, weights = json.load(open(f"{folder}/head.json")), load_file(f"{folder}/head.safetensors")
+with torch.no_grad():  # one protein at a time, without padding
+    inputs = tokenizer("MKTAYIAKQR", return_tensors="pt")
+    states = encoder(**inputs).last_hidden_state[0]  # <cls>, residues, <eos>
+    x = {"mean": states[1:-1].mean(0), "max": states[1:-1].amax(0), "cls": states[0]}[head["reads"]]
+    for layer in head["layers"]:
+        x = x.relu() if layer == "relu" else weights[f"{layer}.weight"] @ x + weights[f"{layer}.bias"]
+    x = {"classification": x.softmax(0), "multilabel": x.sigmoid()}.get(head["task"], x)
+predicted = dict(zip(head["names"], x.tolist()))"""
+"""Is a program that predicts with the folder NAME."""
 
 _PREFIX = "head."
 

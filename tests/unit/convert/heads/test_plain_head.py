@@ -11,7 +11,7 @@ import pytest
 from esm2mega import infer_model, train_model
 from esm2mega.cli.app import main
 from esm2mega.config.schema import TaskConfig
-from esm2mega.convert.heads.plain_head import export_notes
+from esm2mega.convert.heads.plain_head import READER, export_notes
 from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.data.labels.schema import TargetInfo
 from tests.cli.pages import ROOT, TEXT, blocks
@@ -40,6 +40,11 @@ def test_the_lines_of_the_docs_predict_the_same(
     assert main(["convert", str(trained.checkpoint), str(out), "--to", "hf", "--verify"]) == 0
     assert "the head, written to head.safetensors and head.json beside the encoder" in capsys.readouterr().out
     (lines,) = blocks(TEXT[ROOT / "docs" / "converters.md"], "py")
+    assert lines.strip() == READER.replace("NAME", "fitness_hf")
+    card = (out / "README.md").read_text()
+    assert (
+        READER in card and f"Task: {kind}." in card and "head.safetensors" in card.partition("Checksums")[2]
+    )
     expected = infer_model(trained.checkpoint, SEQUENCES[:1])[0]
     names: dict[str, object] = {}
     exec(lines.replace('"fitness_hf"', repr(str(out))).replace("MKTAYIAKQR", SEQUENCES[0]), names)
