@@ -15,6 +15,7 @@ from esm2mega.benchmark.ours import configured, embedding_pass, state_of, traini
 from esm2mega.benchmark.proteins import Protein
 from esm2mega.benchmark.turns import Pass, Prepare
 from esm2mega.config.schema import Run
+from esm2mega.model.int8 import int8_defect
 from esm2mega.parallel.initialize import Ranks
 
 OURS = "esm2mega"
@@ -126,9 +127,10 @@ def embedders(
 
         return maker
 
+    in_int8 = ["int8"] if device.type == "cpu" and int8_defect() is None else []
     makers: Makers = {
         Contender(OURS, p): always(partial(embedding_pass, size, p, proteins, ranks))
-        for p in settings.precisions
+        for p in [*settings.precisions, *in_int8]
     }
     for package, name, peer in (
         ("transformers", "hf-sorted", peers.hf_embedding),

@@ -16,6 +16,7 @@ from esm2mega.config.schema import Run
 from esm2mega.infer.engine import Engine, OutputRequest
 from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens
 from esm2mega.model.build import build_model
+from esm2mega.model.int8 import quantize
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.train.losses import MLMLossReduction
 from esm2mega.train.optimizer import train_state
@@ -60,14 +61,18 @@ def training_pass(state: TrainState, batches: Batches) -> Pass:
 def embedding_pass(size: str, precision: str, proteins: Sequence[Protein], ranks: Ranks) -> Pass:
     """Return the work of `esm2mega embed` without files; units are tokens with `<cls>` and `<eos>`.
 
-    Proteins come in a random order, in packs; the vectors of the last layer reach the host in fp32.
+    Proteins come in a random order, in packs; the vectors of the last layer reach the host in fp32. int8
+    means the products of the layers, as for ``embed --precision int8``.
     """
-    run = configured(size, [f"model.precision={precision}", "infer.outputs=[residue]"])
+    in_int8 = precision == "int8"
+    run = configured(size, [f"model.precision={'fp32' if in_int8 else precision}", "infer.outputs=[residue]"])
     shuffled = [proteins[i] for i in np.random.default_rng(0).permutation(len(proteins))]
     limits = Lengths.of(run.infer, run.data)
     assert max(map(len, proteins)) <= limits.most_residues
     (model,) = build_model(run.model, run.parallel, ranks.device, run.seed)
     model.eval().requires_grad_(False)
+    if in_int8:
+        quantize(model)
     layers = run.model.num_layers
     assert layers is not None
     tokens = micro_batch_tokens(run.infer, limits, ranks.device)

@@ -57,7 +57,7 @@ def _data(data: Result) -> Iterator[str]:
 def _contests(result: Result) -> Iterator[str]:
     for section in ("training", "embedding"):
         contest = result[section]
-        precisions = result["settings"]["precisions"]
+        precisions = list(dict.fromkeys(name for row in contest["rows"] for name in row["ours_is"]))
         heads = ["contender", "precision", "tokens/s", "spread", "computed", "of product"]
         rows = [
             [

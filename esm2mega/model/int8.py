@@ -73,6 +73,15 @@ def check_products() -> None:
         )
 
 
+def int8_defect() -> str | None:
+    """Return why `check_products` refuses this machine, or None if it does not."""
+    try:
+        check_products()
+    except MachineError as error:
+        return str(error)
+    return None
+
+
 def quantize(model: Any) -> None:
     """Let the layers of a model multiply in int8; embedding, LayerNorms, attention and head stay as they are.
 
