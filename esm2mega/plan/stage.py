@@ -18,7 +18,7 @@ import esm2mega.model.build
 from esm2mega.batch import PackedBatch
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, ParallelConfig
-from esm2mega.model.attention import KERNELS
+from esm2mega.model.attention import KERNELS, choose_kernel
 from esm2mega.model.build import DTYPES, build_model
 from esm2mega.model.packed import PackedSequences
 from esm2mega.model.pipeline_split import LABELLED_SHARE
@@ -219,8 +219,11 @@ def _kernel(device: Device, model: ModelConfig) -> Iterator[FusedAttention]:
     fused = device == "cuda" and is_half and head_dim % 8 == 0 and head_dim <= 256
     fused = fused and model.attention_backend != "sdpa" and not model.attention_dropout
     kernel = FusedAttention()
+    name = "varlen" if fused else "sdpa"
+    if device == "cpu" and model.attention_backend in ("auto", "native"):
+        name = choose_kernel(model.attention_backend, torch.device("cpu"), DTYPES[model.precision], head_dim)
     with (
-        patch.object(esm2mega.model.build, "choose_kernel", lambda *a: "varlen" if fused else "sdpa"),
+        patch.object(esm2mega.model.build, "choose_kernel", lambda *a: name),
         patch.dict(KERNELS, {"varlen": kernel}),
     ):
         yield kernel

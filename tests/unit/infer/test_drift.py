@@ -124,7 +124,7 @@ def test_a_drift_without_a_number_is_refused() -> None:
     ],
 )
 def test_settings_that_are_refused(override: str, said: str) -> None:
-    run = load_run("base", ["infer.precision=int8", override])
+    run = load_run("base", ["model.size=8M", "infer.precision=int8", override])
     with pytest.raises(UserError, match=said):
         validate_int8(run)
 

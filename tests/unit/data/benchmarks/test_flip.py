@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_an_error_with_its_place(
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("TARGET=Cell membrane SET=train", "'membrane' behind 'TARGET=Cell' in the header of 'x'"),
+        ("TARGET=Cell membrane SET=train", "'membrane' after 'TARGET=Cell' in the header of 'x'"),
         ("TARGET=fast SET=train", "the target 'fast' of 'x' is not a number"),
         ("TARGET= SET=train", "'x' has no target"),
         ("SET=train", "the header of 'x' has no TARGET="),

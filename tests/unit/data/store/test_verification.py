@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -175,8 +177,12 @@ def test_the_background_finds_damage_and_stops_when_told(
     slow = BackgroundVerification([store])
     writer = os.open(store.path / "tokens.bin", os.O_WRONLY)  # returns once the thread has opened it
     assert not slow.wait(0.05)
-    os.write(writer, b"12")
-    slow.close()
+    closing = threading.Thread(target=slow.close)
+    closing.start()
+    while closing.is_alive():  # the reader looks whether it is to stop between two reads
+        with suppress(BrokenPipeError):  # it has stopped meanwhile
+            os.write(writer, b"1")
+        closing.join(0.01)
     os.close(writer)
     assert slow.problem is None
 
