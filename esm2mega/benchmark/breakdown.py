@@ -48,7 +48,7 @@ def timed_step(state: TrainState, stream: PackStream[Any], micro_batches: int) -
     phases = Phases()
     with _borders(phases):
         phases.enter("data")
-        batches = stream.next_step(micro_batches)
+        batches = list(stream.next_step(micro_batches))  # a training takes them one by one
         phases.enter("optimizer")
         launched = step.launch_step(state, batches)
         phases.enter("waiting")

@@ -50,8 +50,8 @@ def loading(store: TokenStore, spec: BatchSpec, packs: int) -> Iterator[Pass]:
     first = max(1, spec.data.workers)
     tokens = _tokens(_planned(store, spec, first + packs)[first:])
     with TrainStream([store], spec) as stream:
-        stream.next_step(first)
-        yield Pass(lambda: stream.next_step(packs), tokens)
+        list(stream.next_step(first))
+        yield Pass(lambda: list(stream.next_step(packs)), tokens)
 
 
 def _planned(store: TokenStore, spec: BatchSpec, packs: int) -> list[Pack]:
