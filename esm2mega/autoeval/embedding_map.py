@@ -15,6 +15,7 @@ from esm2mega.errors import UserError
 from esm2mega.files import first_of, refuse_existing
 from esm2mega.finetune.metrics import check_packages
 from esm2mega.infer.variant_tables import Table, read_table
+from esm2mega.report.results.groups import MISSING
 from esm2mega.report.results.map_page import METHODS, write_map_page
 
 PAGE, BUNDLE = ".html", ".parquetbundle"
@@ -22,7 +23,6 @@ PAGE, BUNDLE = ".html", ".parquetbundle"
 _MOST_POINTS = 10_000
 _FEWEST = 3
 _ID, _SEQUENCE = "id", "sequence"
-_MISSING = "none"
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,7 @@ def draw_map(request: MapRequest) -> list[str]:
     methods = " and ".join(METHODS[name] for name in planes)
     lines = [f"{len(ids):,} proteins of {request.embeddings}, {layer}: {methods} -> {out}"]
     if labels.missing:
-        lines.append(
-            f"{labels.missing:,} proteins have no row in {request.labels}; their label is {_MISSING}"
-        )
+        lines.append(f"{labels.missing:,} proteins have no row in {request.labels}; their label is {MISSING}")
     if "umap" not in planes:
         lines.append("for UMAP too: pip install umap-learn")
     return lines
@@ -128,7 +126,9 @@ def _labels(request: MapRequest, ids: Sequence[str]) -> _Labels:
         )
     columns = [name for name in table.columns if name not in (request.id_column, _SEQUENCE)]
     shown = _shown_column(request, table, columns)
-    of = {name: _cells(table.column(name, "--column"), found) for name in columns}
+    # A page shows one column, a bundle has all of them, the one to begin with first.
+    wanted = [shown] if request.out.suffix == PAGE else dict.fromkeys([shown, *columns])
+    of = {name: _cells(table.column(name, "--column"), found) for name in wanted}
     return _Labels(of, shown, sum(row is None for row in found))
 
 
@@ -138,6 +138,8 @@ def _shown_column(request: MapRequest, table: Table, columns: Sequence[str]) -> 
         return request.column
     if len(columns) == 1 or request.out.suffix == BUNDLE and columns:
         return columns[0]
+    if not columns:
+        raise UserError(f"{request.labels}: has ids and nothing else; leave --labels out, or add a column")
     raise UserError(
         f"{request.labels}: has the columns {first_of(columns)}; name the one that colours the points with "
         "--column"
@@ -145,8 +147,8 @@ def _shown_column(request: MapRequest, table: Table, columns: Sequence[str]) -> 
 
 
 def _cells(cells: Sequence[str], rows: Sequence[int | None]) -> list[str]:
-    """Return the label of each protein; without one that of a class `_MISSING`, which no number is."""
-    return [_MISSING if row is None or not cells[row].strip() else cells[row].strip() for row in rows]
+    """Return the label of each protein; without one that of a class `MISSING`, which no number is."""
+    return [MISSING if row is None or not cells[row].strip() else cells[row].strip() for row in rows]
 
 
 def _vectors(file: EmbeddingFile, layer: int | None, numbers: Sequence[int]) -> tuple[str, Array]:
@@ -155,7 +157,9 @@ def _vectors(file: EmbeddingFile, layer: int | None, numbers: Sequence[int]) -> 
     names = file.layers[kind]
     name = names[-1] if layer is None else f"layer_{layer}"
     if name not in names:
-        raise UserError(f"--layer {layer}: {file.path} holds {first_of(names)}; give one of them")
+        known = [name.removeprefix("layer_") for name in names if name.startswith("layer_")]
+        cure = f"holds {first_of(known)}; give one of these" if known else "has one layer; leave it out"
+        raise UserError(f"--layer {layer}: {file.path} {cure}")
     if kind == POOLED:
         return name, file.pooled(name, numbers)
     residues = (file.residues(name, number) for number in numbers)

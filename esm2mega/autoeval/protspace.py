@@ -21,6 +21,9 @@ _VERSION = {b"protspace_format_version": b"2"}
 _RESERVED = {ord(mark): f"%{ord(mark):02X}" for mark in (";", "|", "%", *map(chr, range(32)), "\x7f")}
 """ProtSpace reads these as the structure of a cell, unless they are written so."""
 
+_IDENTIFIER = "identifier"
+"""Is the column of the ids in every table of a bundle."""
+
 
 def write_bundle(
     out: Path, planes: Mapping[str, Array], ids: Sequence[str], labels: Mapping[str, Sequence[str]]
@@ -34,7 +37,7 @@ def write_bundle(
         labels: Labels of the proteins by the column.
 
     Raises:
-        UserError: pyarrow is not installed, or an id is there twice.
+        UserError: pyarrow is not installed, an id is there twice, or a column has the name of the ids.
     """
     try:
         import pyarrow as pa
@@ -44,8 +47,13 @@ def write_bundle(
     if len(set(ids)) < len(ids):
         twice = next(name for number, name in enumerate(ids) if name in ids[:number])
         raise UserError(f"--out {out}: the id {twice!r} is there twice; give every protein an id of its own")
+    if _IDENTIFIER in labels:
+        raise UserError(
+            f"--out {out}: ProtSpace keeps the ids in a column {_IDENTIFIER}; rename that of --labels, "
+            f"or give --id-column {_IDENTIFIER} if it holds the ids"
+        )
     cells = {name: [text.translate(_RESERVED) for text in column] for name, column in labels.items()}
-    annotations = pa.table({"identifier": list(ids), **cells}).replace_schema_metadata(_VERSION)
+    annotations = pa.table({_IDENTIFIER: list(ids), **cells}).replace_schema_metadata(_VERSION)
     names = [_NAMES[method] for method in planes]
     projections = {
         "projection_name": names,
@@ -55,7 +63,7 @@ def write_bundle(
     count = len(ids)
     points: dict[str, Any] = {
         "projection_name": [name for name in names for _ in range(count)],
-        "identifier": list(ids) * len(names),
+        _IDENTIFIER: list(ids) * len(names),
         "x": [float(x) for plane in planes.values() for x in plane[:, 0]],
         "y": [float(y) for plane in planes.values() for y in plane[:, 1]],
         "z": pa.array([None] * count * len(names), pa.float64()),

@@ -41,6 +41,7 @@ def pretrain(config: str | None, dry_run: bool, fast_dev_run: bool, overrides: t
     from esm2mega.config.launcher import world_size_from_environment
     from esm2mega.config.load import load_run, values_of
     from esm2mega.config.paths import is_expanded
+    from esm2mega.config.split import has_valid
     from esm2mega.config.validate import check_training_inputs, validate
 
     opened = None
@@ -69,11 +70,11 @@ def pretrain(config: str | None, dry_run: bool, fast_dev_run: bool, overrides: t
 
         downstream = Downstream(run)
     if fast_dev_run:
-        from esm2mega.train.trial import DONE, trial_of
+        from esm2mega.train.trial import done, trial_of
 
         with trial_of(run) as short:
             run_pretrain(short, begun=begun, opened=opened, is_trial=True)
-        say([DONE])
+        say([done(has_valid(run.data))])
         return
     run_pretrain(run, begun=begun, downstream=downstream, opened=opened)
 
@@ -130,11 +131,11 @@ def finetune(
 
     parts = UserParts(code=load_code(code))
     if fast_dev_run:
-        from esm2mega.train.trial import DONE, KEYS, trial_of
+        from esm2mega.train.trial import KEYS, done, trial_of
 
         with trial_of(run) as short:
             run_finetune(short, parts, opened=opened, begun=begun, given={*given, *KEYS}, is_trial=True)
-        say([DONE])
+        say([done(has_valid(run.data))])
         return
     if folds is None:
         run_finetune(run, parts, opened=opened, begun=begun, given=given)

@@ -187,7 +187,10 @@ def _usage(card: Card) -> Iterator[str]:
     ]
     yield "```python\n" + "\n".join(lines) + "\n```"
     if card.beside is not None:
-        yield f"That is the encoder. Its head lies in `{HEAD_FILE}` and `{CONFIG_FILE}`, and predicts so:"
+        yield (
+            f"That is the encoder. Its head lies in `{HEAD_FILE}` and `{CONFIG_FILE}`. Here `NAME` is the "
+            "folder; `hf download owner/name --local-dir NAME` fetches it from a hub."
+        )
         yield f"```python\n{READER}\n```"
     yield "With esm2mega:"
     yield "```bash\n" + "\n".join(_commands(card)) + "\n```"

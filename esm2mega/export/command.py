@@ -136,7 +136,7 @@ def padded_model(start: StartPoint, source: ModelSource, outputs: Sequence[str])
 
 
 def _scale(start: StartPoint) -> Tensor | None:
-    """Return what the differences of predicted numbers are divided by, ``[k]``; None for other outputs."""
+    """Return what differences of predicted numbers are divided by at least, ``[k]``; None for others."""
     return torch.tensor(start.task.info.std) if start.task is not None and start.task.info.std else None
 
 
@@ -151,7 +151,8 @@ def _differences(run: Run, ids: Sequence[Tensor], ours: Outputs, scale: Tensor |
                 # Padding follows the tokens and the residues.
                 difference = (value[tuple(map(slice, own[name].shape))] - own[name]).abs()
                 if name == "logits" and scale is not None:
-                    difference = difference / scale
+                    # Rounding of a number grows with it, also where it was not scaled in training.
+                    difference = difference / torch.maximum(scale, own[name].abs())
                 differences.setdefault(name, []).append(difference.max())
     # The largest of values that include NaN is NaN.
     return {name: float(torch.stack(values).max()) for name, values in differences.items()}

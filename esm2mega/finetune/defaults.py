@@ -178,8 +178,8 @@ def _as_before(run: Run, given: Collection[str], validates: bool, saved: Run) ->
         _copy(key, saved, run)
     if not validates and "train.eval_every" not in given:
         run.train.eval_every = 0
-        if "train.early_stopping.patience" not in given:
-            run.train.early_stopping.patience = 0
+    if not run.train.eval_every and "train.early_stopping.patience" not in given:
+        run.train.early_stopping.patience = 0
     values = flatten(run)
     words = ", ".join(f"{key}={values[key]}" for key in kept)
     return _with_decay(run, given), [f"chosen   as in the checkpoint: {words}"] if kept else []

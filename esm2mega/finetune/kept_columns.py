@@ -57,7 +57,7 @@ class KeptColumns:
             raise UserError(f"{_OPTION}: {self._path} is no table and has no columns; leave the option out")
         return source
 
-    def cells(self, number: int, protein: str, taken: Mapping[str, Any]) -> dict[str, Any]:
+    def cells(self, number: int, protein: str, taken: Mapping[str, Any]) -> dict[str, str]:
         """Return the cells of a protein; those of one after the other are read in one pass.
 
         Args:
@@ -92,6 +92,8 @@ class KeptColumns:
                 yield str(source.name(line, cells)).strip(), cells
 
 
-def _plain(cell: Any) -> Any:
-    """Return a cell as a table of text holds it."""
-    return json.dumps(cell) if isinstance(cell, (list, dict)) else cell
+def _plain(cell: Any) -> str:
+    """Return a cell as text, so that a column has one type, whatever its first rows hold."""
+    if cell is None:
+        return ""
+    return json.dumps(cell) if isinstance(cell, (list, dict)) else str(cell)

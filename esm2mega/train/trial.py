@@ -20,7 +20,12 @@ KEYS = (
 )
 """Lists the keys that a trial sets, which nothing else chooses then."""
 
-DONE = "fast-dev-run: two steps, an evaluation and a checkpoint succeeded; nothing is kept"
+
+def done(evaluates: bool) -> str:
+    """Return the last line of a trial that has gone well; without validation data nothing is evaluated."""
+    tried = "two steps, an evaluation" if evaluates else "two steps (and no evaluation without data.valid)"
+    return f"fast-dev-run: {tried} and a checkpoint succeeded; nothing is kept"
+
 
 _PACKS = 2
 """Is the number of packs of the evaluation."""

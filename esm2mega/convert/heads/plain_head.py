@@ -75,7 +75,7 @@ def export_notes(head: HeadDescription) -> list[str]:
         return []
     if head.is_configured and is_plain(head.task):
         return [f"head     `convert --to hf` writes it as {HEAD_FILE} and {CONFIG_FILE}, beside the encoder"]
-    return [f"head     `convert --to hf` will write the encoder alone: {no_equal(head)}"]
+    return [f"head     `convert --to hf` refuses it, --drop-head writes the encoder alone: {no_equal(head)}"]
 
 
 def write_plain(head: HeadDescription, weights: Weights, dtype: torch.dtype, folder: Path) -> None:

@@ -9,9 +9,23 @@ import numpy as np
 from esm2mega.report.results.charts import COLORS, GREY, RAMP
 from esm2mega.report.results.predictions import Array
 
+MISSING = "none"
+"""Is the label of what has none."""
+
 
 def groups_of(labels: Sequence[str]) -> list[tuple[str, str, Array]]:
-    """Return colour, name and rows of each label; of numbers in ranges of equal size, rare ones together."""
+    """Return colour, name and rows of each label; of numbers in ranges of equal size, rare ones together.
+
+    What is `MISSING` is a group of its own, in grey, and does not count among the others.
+    """
+    missing = np.array([label == MISSING for label in labels], dtype=bool)
+    there = np.flatnonzero(~missing)
+    found = _groups_of_known([labels[row] for row in there.tolist()]) if len(there) else []
+    known = [(color, name, there[rows]) for color, name, rows in found]
+    return [*known, *[(GREY, MISSING, np.flatnonzero(missing))] * bool(missing.any())]
+
+
+def _groups_of_known(labels: Sequence[str]) -> list[tuple[str, str, Array]]:
     numbers = _as_numbers(labels)
     if numbers is None:
         names, rows = np.unique(labels, return_inverse=True)

@@ -104,6 +104,14 @@ def test_a_page_without_labels_and_one_of_numbers(vectors: np.ndarray) -> None:
     assert {point["class"] for point in page.points[: COUNT - 2]} == {f"point s{n}" for n in range(5)}
 
 
+def test_numbers_keep_their_ranges_where_some_are_missing(vectors: np.ndarray) -> None:
+    """And the column of the ids can colour as any other."""
+    assert main(["map", "e.h5", "--labels", "labels.csv", "--column", "size", "--out", "m.html"]) == 0
+    classes = [point["class"] for point in Page(Path("m.html").read_text()).points[:COUNT]]
+    assert {*classes} == {*(f"point s{n}" for n in range(5)), "point c6"} and classes.count("point c6") == 1
+    assert main(["map", "e.h5", "--labels", "labels.csv", "--column", "id", "--out", "i.html"]) == 0
+
+
 def read_bundle(path: Path) -> list[Any]:
     """The three tables, taken apart as ProtSpace does."""
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -125,6 +133,8 @@ def test_a_bundle_for_protspace(vectors: np.ndarray) -> None:
     np.testing.assert_allclose([[row["x"], row["y"]] for row in rows], pca(vectors))
     with pytest.raises(UserError, match="'p' is there twice"):
         write_bundle(Path("x.parquetbundle"), {"pca": pca(vectors)[:2]}, ["p", "p"], {})
+    with pytest.raises(UserError, match="give --id-column identifier if it holds the ids"):
+        write_bundle(Path("x.parquetbundle"), {"pca": pca(vectors)[:1]}, ["p"], {"identifier": ["q"]})
     with pytest.raises(UserError, match="which ends a table; rename it"):
         write_bundle(
             Path("x.parquetbundle"), {"pca": pca(vectors)[:1]}, ["p"], {"a": ["---PARQUET_DELIMITER---"]}
@@ -157,7 +167,8 @@ def test_protspace_opens_the_bundle(vectors: np.ndarray) -> None:
         (["--out", "m.html", "--labels", "labels.csv", "--column", "x"], "no column 'x'"),
         (["--out", "m.html", "--labels", "others.csv"], "none of its ids, first 'q', is in e.h5"),
         (["--out", "m.html", "--labels", "twice.csv"], "the id 'p3' is there more than once"),
-        (["--out", "m.html", "--layer", "7"], "--layer 7: e.h5 holds layer_2"),
+        (["--out", "m.html", "--layer", "7"], "--layer 7: e.h5 holds 2; give one of these"),
+        (["--out", "m.html", "--labels", "ids.csv"], "has ids and nothing else; leave --labels out"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -166,6 +177,7 @@ def test_refusals(
 ) -> None:
     Path("there.html").touch()
     Path("others.csv").write_text("id,family\nq,a\n")
+    Path("ids.csv").write_text("id\np3\n")
     Path("twice.csv").write_text("id,family\np3,a\np3,b\n")
     assert main(["map", "e.h5", *options]) == 2
     assert message in capsys.readouterr().err
