@@ -45,6 +45,10 @@ class MachineError(UserError):
     exit_code = 1
 
 
+class LostWorkerError(MachineError):
+    """Reports that a process of this rank alone was lost; the other ranks know nothing of it. Exit code 1."""
+
+
 class StoppedBySignal(Exception):
     """Reports that a signal stopped the run and the state was saved. Exit code 75 (EX_TEMPFAIL: requeue)."""
 

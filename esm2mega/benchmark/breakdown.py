@@ -48,7 +48,9 @@ def timed_step(state: TrainState, stream: PackStream[Any], micro_batches: int) -
     phases = Phases()
     with _borders(phases):
         phases.enter("data")
-        batches = list(stream.next_step(micro_batches))  # a training takes them one by one
+        # A training takes and sends them one by one.
+        device = next(state.model[0].parameters()).device
+        batches = [batch.to(device) for batch in stream.next_step(micro_batches)]
         phases.enter("optimizer")
         launched = step.launch_step(state, batches)
         phases.enter("waiting")
@@ -70,8 +72,7 @@ def _borders(phases: Phases) -> Iterator[None]:
 
         return called
 
-    # The schedule begins with the transfer of the batches to the device, and ends when all ranks have the
-    # gradients of all.
+    # The schedule ends when all ranks have the gradients of all.
     with (
         patch.object(step, "run_schedule", entering("data", "optimizer", step.run_schedule)),
         patch.object(schedules, "forward_step", entering("forward", "waiting", schedules.forward_step)),

@@ -54,7 +54,10 @@ def _bf16_on_cpu() -> Finding:
     if (defect := bf16_defect(torch.device("cpu"))) is not None:
         return Finding(FAILED, f"{what}: {defect}", "set model.precision=fp32, and reinstall torch")
     fast = bf16_instructions()
-    with_what = f"with {', '.join(fast)}" if fast else "without instructions for it, slower than fp32"
+    advice = "faster than fp32: set model.precision=bf16, or give embed --precision bf16"
+    with_what = (
+        f"with {', '.join(fast)}, {advice}" if fast else "without instructions for it, slower than fp32"
+    )
     return Finding(OK, f"{what}: computed, {with_what}")
 
 

@@ -27,6 +27,7 @@ KERNEL_ERROR = 0.03
 """Bounds the difference of attention in bf16 from fp32; outputs are averages of values around 1."""
 
 NATIVE_CURE = "install g++, with which attention on a CPU takes half the time"
+CACHE_CURE = "set XDG_CACHE_HOME to a folder of yours that can be written to, or reinstall g++"
 VARLEN_CURE = "install torch 2.11 or newer"
 FLASH_CURE = "pip install flash-attn on a CUDA machine"
 TE_CURE = "pip install 'esm2mega[te]' on a CUDA machine"
@@ -67,7 +68,9 @@ def native_finding() -> Finding:
 
     what = "attention backend native"
     if (defect := native.defect()) is not None:
-        return Finding(MISSING, f"{what}: {defect}", NATIVE_CURE)
+        return Finding(
+            MISSING, f"{what}: {defect}", NATIVE_CURE if "no C++ compiler" in defect else CACHE_CURE
+        )
     if (defect := _attention_defect("native", torch.device("cpu"), torch.float32)) is not None:
         return Finding(FAILED, f"{what}: {defect}", "set model.attention_backend=sdpa")
     return Finding(OK, f"{what}: compiled for this processor, and computed")

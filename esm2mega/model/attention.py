@@ -132,7 +132,7 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
     native_runs = device.type == "cpu" and native_attention.takes(dtype, head_dim)
     usable = {
         "sdpa": True,
-        "native": native_runs and native.defect() is None,
+        "native": name in ("auto", "native") and native_runs and native.defect() is None,
         "varlen": fused and kernel_defect("varlen") is None,
         "flash": fused and kernel_defect("flash") is None,
     }

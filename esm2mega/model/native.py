@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from esm2mega.errors import MachineError, UserError
@@ -57,23 +58,42 @@ def defect() -> str | None:
     return None
 
 
-@functools.cache
 def library(name: str) -> ctypes.CDLL:
     """Load a source of `CONTRACTION` for this processor, compiled now if it has not been.
+
+    Of several processes one compiles, and the others wait for it.
 
     Raises:
         NotCompiledError: There is no compiler, or nothing that it made can be loaded.
     """
+    found = _loaded(name)
+    if isinstance(found, str):
+        raise NotCompiledError(found)
+    return found
+
+
+@functools.cache
+def _loaded(name: str) -> ctypes.CDLL | str:
+    """Return the library, or why there is none, which is found out once."""
+    try:
+        return _load(name)
+    except NotCompiledError as error:
+        return str(error)
+
+
+def _load(name: str) -> ctypes.CDLL:
     flags = (*FLAGS, f"-ffp-contract={CONTRACTION[name]}")
     with resources.as_file(resources.files("esm2mega.model") / f"{name}.cpp") as source:
         identity = "\0".join((source.read_text(), *flags, platform.machine(), _processor()))
         try:
             digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
             path = user_cache() / "kernels" / f"{name}-{digest}.so"
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as partial:
-                    _compile(source, flags, partial)
+                with FileLock(f"{path}.lock", timeout=SECONDS):
+                    if not path.exists():
+                        with replacing(path) as partial:
+                            _compile(source, flags, partial)
             if path.stat().st_uid != os.geteuid():
                 raise NotCompiledError(
                     f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of yours"
@@ -83,7 +103,7 @@ def library(name: str) -> ctypes.CDLL:
             except OSError:
                 path.unlink()  # whoever comes next compiles it again
                 raise
-        except (MachineError, OSError, UserError) as error:
+        except (MachineError, OSError, Timeout, UserError) as error:
             raise NotCompiledError(str(error)) from None
 
 

@@ -34,6 +34,8 @@ def _turn(
     targets = (to_q, to_k, to_v)
     strides = native.strides((*sources, *targets))
     sizes = (c_int64(q.shape[0]), c_int64(q.shape[1]), c_int64(q.shape[2] // 2))
+    # A model that was cast keeps the precision of its tables.
+    tables = tables.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
     tensors = (*sources, *targets, tables[0], tables[1], strides)
     native.call("native_rotary", "turn", tensors, *sizes, c_int(back))
 

@@ -66,6 +66,7 @@ def states_of(model: ModelConfig, parallel: ParallelConfig, world_size: int, sta
     All tensor-parallel ranks have as many.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    model = replace(model, compile=False)  # nothing is compiled for tensors without values
     with fake_rank(parallel, world_size, stage * (world_size // pp)):
         with fake_tensors(), _kernel("cuda", model):
             chunks = build_model(model, parallel, CPU, seed=0)
@@ -144,7 +145,7 @@ def _measured(
     """Run a stage of few layers forward and backward on fake tensors."""
     values, tp, sequence_parallel = settings
     stages, number = _PIPELINES[role]
-    model = replace(ModelConfig(**dict(values)), size=None, num_layers=stages * layers)
+    model = replace(ModelConfig(**dict(values)), size=None, num_layers=stages * layers, compile=False)
     parallel = ParallelConfig(tp, stages, sequence_parallel=sequence_parallel)
     equal = patch.object(esm2mega.model.build, "split_layers", lambda *a, **k: [layers] * stages)
     with (

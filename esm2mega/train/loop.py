@@ -16,7 +16,7 @@ from esm2mega.config.batches import num_micro_batches as num_micro_batches_of
 from esm2mega.config.best_metric import VALID_LOSS, less_is_better
 from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig
 from esm2mega.data.stream.loader import PackStream
-from esm2mega.errors import MachineError, StoppedBySignal
+from esm2mega.errors import LostWorkerError, MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.downstream import DownstreamHook
 from esm2mega.train.incidents import Incidents, RollBack
@@ -355,9 +355,14 @@ def _finish_save(hooks: Hooks, stop: StopSignal) -> None:
 
 @contextmanager
 def _saved_first(hooks: Hooks) -> Iterator[None]:
-    """Finish what is being saved before an error that every rank raises; it is a good state of before."""
+    """Finish what is being saved before an error that every rank raises; it is a good state of before.
+
+    All ranks finish together, which after the loss of a worker of this rank would wait for the others.
+    """
     try:
         yield
+    except LostWorkerError:
+        raise
     except (MachineError, RollBack):
         hooks.saver.finish()
         raise

@@ -13,7 +13,7 @@ from multiprocessing.context import SpawnProcess
 from multiprocessing.util import Finalize
 from typing import Generic, TypeVar
 
-from esm2mega.errors import MachineError
+from esm2mega.errors import LostWorkerError
 from esm2mega.processes import follow_parent
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Prefetcher(Generic[T]):
         Args:
             items: What is built; only the thread takes from it.
             ahead: Most items that wait to be taken, at least 1.
-            on_close: Ends what `items` take from; called when the thread has ended.
+            on_close: Ends what `items` take from, so that the thread does not wait for that; called first.
         """
         self._items, self._on_close = items, on_close
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
@@ -60,8 +60,8 @@ class Prefetcher(Generic[T]):
         self._closed = True
         self._end = self._end or _End(StopIteration())
         self._wanted.release()
-        self._thread.join()
         self._on_close()
+        self._thread.join()
 
     def _run(self) -> None:
         while True:
@@ -124,7 +124,7 @@ class ProcessPrefetcher(Generic[T]):
             self._processes[self._turn].join()
             code = self._processes[self._turn].exitcode
             item = _End(
-                MachineError(
+                LostWorkerError(
                     f"data worker {self._turn} of {len(self._pipes)} died (exit code {code}); -9 means "
                     "killed, mostly for lack of memory: lower data.workers; data.workers=0 shows its error"
                 )
@@ -157,8 +157,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _finish(pipes: list[Connection], processes: list[SpawnProcess]) -> None:
-    for pipe in pipes:
-        pipe.close()
+    # The pipes end with the processes, for a thread that reads one too, and are closed by nobody then.
     for process in processes:
         process.kill()
     for process in processes:

@@ -224,3 +224,15 @@ def test_a_kernel_that_is_off_is_found(dtype: torch.dtype) -> None:
 
     assert rotary._defect(turn, CPU, dtype) is None
     assert (rotary._defect(other_way, CPU, dtype) or "").startswith("it is off by ")
+
+
+def test_tables_of_another_precision_are_converted() -> None:
+    """A model that was cast keeps its tables; the kernel gets pointers, and would read past their end."""
+    if (defect := native.defect()) is not None:
+        pytest.skip(defect)
+    tables = torch.randn(2, 5, 1, 8)
+    qkv = torch.randn(5, 3, 3, 16, dtype=torch.float64).unbind(dim=2)
+    ours, theirs = torch.zeros(2, 5, 3, 3, 16, dtype=torch.float64)
+    native_rotary.turn(qkv, ours.unbind(dim=2), tables)
+    turn(qkv, theirs.unbind(dim=2), tables.double())
+    assert torch.equal(ours, theirs)

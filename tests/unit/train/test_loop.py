@@ -19,7 +19,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import best_checkpoint, prune
 from esm2mega.config.schema import CheckpointConfig, EarlyStoppingConfig, Run, TrainConfig
 from esm2mega.data.stream.build import StreamState
-from esm2mega.errors import DamagedError, MachineError, StoppedBySignal
+from esm2mega.errors import DamagedError, LostWorkerError, MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train import loop as loop_module
 from esm2mega.train import throughput
@@ -617,3 +617,21 @@ def test_saves_in_the_background_are_finished_when_written_and_before_the_end(pl
     assert failed == [("save", 3), ("finish", 3), ("MachineError", 3)], (
         "the state before the failure is a good one"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "finishes"),
+    [
+        (MachineError("loss is NaN"), True),
+        (RollBack("bad"), True),
+        (LostWorkerError("data worker 0 died"), False),
+        (ValueError(), False),
+    ],
+)
+def test_a_save_is_finished_before_errors_of_all_ranks_alone(error: Exception, finishes: bool) -> None:
+    """Finishing is for all ranks together, and the others know nothing of a worker that this one lost."""
+    finished: list[int] = []
+    hooks: Any = SimpleNamespace(saver=SimpleNamespace(finish=lambda: finished.append(1)))
+    with pytest.raises(type(error)), loop_module._saved_first(hooks):
+        raise error
+    assert bool(finished) == finishes
