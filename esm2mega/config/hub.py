@@ -12,6 +12,7 @@ from pathlib import Path
 _NAME = re.compile(r"(?P<owner>\w[\w.-]*)/(?P<name>\w[\w.-]*)", re.ASCII)
 _REVISION = re.compile(r"\w[\w.-]*", re.ASCII)
 _MAIN = "main"
+_CACHED = "models--"
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -27,7 +28,7 @@ def cached(named: str | os.PathLike[str]) -> Path | None:
     text = os.fspath(named)
     if not _NAME.fullmatch(text) or os.path.exists(text):
         return None
-    folder = _cache() / f"models--{text.replace('/', '--')}"
+    folder = _cache() / f"{_CACHED}{text.replace('/', '--')}"
     try:
         revision = (folder / "refs" / _MAIN).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -52,6 +53,18 @@ def how_to_fetch(named: str | os.PathLike[str]) -> str | None:
         f"if it is a model of the Hugging Face Hub, fetch it with `hf download {text} --local-dir "
         f"{found['name']}`, and name that directory"
     )
+
+
+def shared_name(path: str | os.PathLike[str]) -> str:
+    """Return a name for a model that means something elsewhere, in place of a path of this machine.
+
+    A directory in the cache of the Hub has its ``owner/name``, a checkpoint of a run is ``RUN@step_N``.
+    """
+    *above, name = Path(os.path.abspath(path)).parts
+    for part in reversed(above):
+        if part.startswith(_CACHED):
+            return part.removeprefix(_CACHED).replace("--", "/", 1)
+    return f"{above[-2]}@{name}" if above[-1:] == ["checkpoints"] and len(above) > 1 else name
 
 
 def _cache() -> Path:

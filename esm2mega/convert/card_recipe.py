@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
+from esm2mega.config.hub import shared_name
 from esm2mega.config.schema import Run
 from esm2mega.convert.history import History
 from esm2mega.convert.markdown import plain
@@ -43,7 +43,7 @@ def recipe(history: History) -> Iterator[tuple[str, str]]:
         yield "dropout of the head", f"{run.task.dropout:g}"
     yield from _lora(history)
     if run.init_from is not None:
-        yield "started from", plain(Path(run.init_from).name or run.init_from)
+        yield "started from", plain(shared_name(run.init_from))
     yield "seed", str(run.seed)
     yield "parallel layout", _layout(run)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from esm2mega.checkpoint.finite import FiniteCheck
 from esm2mega.checkpoint.tensors import TensorInfo
+from esm2mega.config.hub import shared_name
 from esm2mega.config.lora import LINEARS, LM_HEAD, Targets, is_trained_bias, shortest_patterns
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run
@@ -95,7 +96,10 @@ def export_adapters(
     architecture = None if head is None or bare else find_equal(head)
     base = Path(adapters.base.path)
     is_theirs = base.exists() and detect(SourceFiles(base)) == "hf"
-    config = _their_config(adapters, str(base) if is_theirs else None, factors)
+    # A model of the Hub is found by its name wherever the directory goes.
+    shared = shared_name(base)
+    named = shared if "/" in shared else str(base)
+    config = _their_config(adapters, named if is_theirs else None, factors)
     beyond: list[str] = []
     if bare:
         beyond = [name for name in tensors if not name.startswith(f"{ROOT}esm.")]
@@ -151,7 +155,7 @@ def _card(
         description,
         history=history_of(adapters.start.path),
         license=license,
-        base=Path(adapters.base.path).name,
+        base=shared_name(adapters.base.path),
     )
 
 

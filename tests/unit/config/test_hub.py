@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from esm2mega.cli.app import main
-from esm2mega.config.hub import cached, how_to_fetch
+from esm2mega.config.hub import cached, how_to_fetch, shared_name
 from tests import foreign
 
 NAME = "facebook/esm2_t6_8M_UR50D"
@@ -104,3 +104,20 @@ def test_only_whole_models_of_names_are_taken(
     (hub / "model.safetensors").unlink()
     Path(NAME).rmdir()
     assert cached(NAME) is None, "a configuration alone is no model"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (
+            "/home/me/.cache/huggingface/hub/models--facebook--esm2_t6_8M_UR50D/snapshots/c731",
+            "facebook/esm2_t6_8M_UR50D",
+        ),
+        ("/scratch/runs/mine/checkpoints/step_00000900", "mine@step_00000900"),
+        ("runs/mine", "mine"),
+        ("mine", "mine"),
+        (".", Path.cwd().name),
+    ],
+)
+def test_a_shared_name_holds_no_path_of_this_machine(path: str, name: str) -> None:
+    assert shared_name(path) == name
