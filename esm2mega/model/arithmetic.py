@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from esm2mega.model.build import DTYPES
+
 TF32_CAPABILITY = (8, 0)
 """Is the first compute capability whose products can round fp32 to TF32, which has 10 bits of mantissa."""
 
 TF32_SWITCH = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 """Names the variable that lets them, which PyTorch reads when it starts."""
 
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def arithmetic(config: Any, device: torch.device) -> str:

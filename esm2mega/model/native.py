@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -36,6 +35,9 @@ FLAGS = (
 
 CONTRACTION = {"native_attention": "fast", "native_rotary": "off"}
 """Says whether a product and a sum may become one instruction, for each source."""
+
+HEADER = "native_numbers.h"
+"""Is what the sources have in common."""
 
 SECONDS = 120.0
 """Limits how long compiling a source takes: 3 s on an idle machine."""
@@ -83,28 +85,27 @@ def _loaded(name: str) -> ctypes.CDLL | str:
 
 def _load(name: str) -> ctypes.CDLL:
     flags = (*FLAGS, f"-ffp-contract={CONTRACTION[name]}")
-    with resources.as_file(resources.files("esm2mega.model") / f"{name}.cpp") as source:
-        identity = "\0".join((source.read_text(), *flags, platform.machine(), _processor()))
+    source = Path(__file__).with_name(f"{name}.cpp")
+    sources = (source.read_text(), source.with_name(HEADER).read_text())
+    identity = "\0".join((*sources, *flags, platform.machine(), _processor()))
+    try:
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        path = user_cache() / "kernels" / f"{name}-{digest}.so"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with FileLock(f"{path}.lock", timeout=SECONDS):
+                if not path.exists():
+                    with replacing(path) as partial:
+                        _compile(source, flags, partial)
+        if path.stat().st_uid != os.geteuid():
+            raise NotCompiledError(f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of yours")
         try:
-            digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-            path = user_cache() / "kernels" / f"{name}-{digest}.so"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                with FileLock(f"{path}.lock", timeout=SECONDS):
-                    if not path.exists():
-                        with replacing(path) as partial:
-                            _compile(source, flags, partial)
-            if path.stat().st_uid != os.geteuid():
-                raise NotCompiledError(
-                    f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of yours"
-                )
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:
-                path.unlink()  # whoever comes next compiles it again
-                raise
-        except (MachineError, OSError, Timeout, UserError) as error:
-            raise NotCompiledError(str(error)) from None
+            return ctypes.CDLL(str(path))
+        except OSError:
+            path.unlink()  # whoever comes next compiles it again
+            raise
+    except (MachineError, OSError, Timeout, UserError) as error:
+        raise NotCompiledError(str(error)) from None
 
 
 def call(name: str, function: str, tensors: Sequence[Tensor], *numbers: ctypes._SimpleCData) -> None:

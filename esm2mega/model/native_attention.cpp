@@ -15,6 +15,8 @@
 #include <memory>
 #include <vector>
 
+#include "native_numbers.h"
+
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -33,24 +35,6 @@ constexpr int CHUNK = 8 * LANES;  // queries of a task of the forward pass
 
 typedef float vec __attribute__((vector_size(W * sizeof(float)), aligned(W * sizeof(float))));
 typedef int32_t ivec __attribute__((vector_size(W * sizeof(float)), aligned(W * sizeof(float))));
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline void from_float(float x, float& out) { out = x; }
-inline void from_float(float x, bf16& out) {  // to the nearest, ties to even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
@@ -106,7 +90,7 @@ template <class T>
 void read_rows(Rows<const T> x, int64_t first, int64_t count, int64_t head, int d, int width, float factor, float* out) {
   for (int64_t i = 0; i < count; ++i) {
     const T* row = x.at(first + i, head);
-    for (int c = 0; c < d; ++c) out[i * width + c] = to_float(row[c]) * factor;
+    for (int c = 0; c < d; ++c) out[i * width + c] = wide(row[c]) * factor;
     for (int c = d; c < width; ++c) out[i * width + c] = 0;
   }
 }
@@ -117,7 +101,7 @@ void read_lanes(Rows<const T> x, int64_t first, int count, int64_t head, int d, 
   if (count < LANES) std::fill(out, out + d * LANES, 0.0f);
   for (int i = 0; i < count; ++i) {
     const T* row = x.at(first + i, head);
-    for (int c = 0; c < d; ++c) out[c * LANES + i] = to_float(row[c]) * factor;
+    for (int c = 0; c < d; ++c) out[c * LANES + i] = wide(row[c]) * factor;
   }
 }
 
@@ -267,7 +251,7 @@ void forward_task(const Task& t, Rows<const T> q, Rows<const T> k, Rows<const T>
     }
     for (int i = 0; i < count; ++i) {
       T* row = out.at(t.q + first + i, t.head);
-      for (int c = 0; c < d; ++c) from_float(sums[c * LANES + i], row[c]);
+      for (int c = 0; c < d; ++c) rounded(sums[c * LANES + i], row[c]);
       lse[t.q + first + i] = top[i / W][i % W] + std::log(total[i / W][i % W]);
     }
   }
@@ -311,7 +295,7 @@ void backward_task(const Task& t, Rows<const T> grad, Rows<const T> q, Rows<cons
       borders[i] = lse[query + i];
       const T* row = out.at(query + i, t.head);
       float delta = 0;
-      for (int c = 0; c < d; ++c) delta += to_float(row[c]) * grad_rows[i * width + c];
+      for (int c = 0; c < d; ++c) delta += wide(row[c]) * grad_rows[i * width + c];
       borders[LANES + i] = delta;
     }
     const vec top[2] = {load(borders), load(borders + W)}, delta[2] = {load(borders + LANES), load(borders + LANES + W)};
@@ -346,14 +330,14 @@ void backward_task(const Task& t, Rows<const T> grad, Rows<const T> q, Rows<cons
     }
     for (int i = 0; i < count; ++i) {
       T* row = grad_q.at(query + i, t.head);
-      for (int c = 0; c < d; ++c) from_float(sum_q[c * LANES + i] * scale, row[c]);
+      for (int c = 0; c < d; ++c) rounded(sum_q[c * LANES + i] * scale, row[c]);
     }
   }
   for (int64_t j = 0; j < t.keys; ++j) {
     T *row_k = grad_k.at(t.k + j, t.head), *row_v = grad_v.at(t.k + j, t.head);
     for (int c = 0; c < d; ++c) {
-      from_float(sum_k[j * width + c], row_k[c]);
-      from_float(sum_v[j * width + c], row_v[c]);
+      rounded(sum_k[j * width + c], row_k[c]);
+      rounded(sum_v[j * width + c], row_v[c]);
     }
   }
 }

@@ -5,28 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "native_numbers.h"
+
 namespace {
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline double to_arithmetic(double x) { return x; }
-inline float to_arithmetic(float x) { return x; }
-inline float to_arithmetic(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline void rounded(double x, double& out) { out = x; }
-inline void rounded(float x, float& out) { out = x; }
-inline void rounded(float x, bf16& out) {  // to the nearest, ties to even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out.bits = uint16_t(x != x ? 0x7fc0 : nearest);
-}
 
 // a + b * c, rounded once, as in PyTorch's addcmul
 inline float plus(float a, float b, float c) { return __builtin_fmaf(b, c, a); }
@@ -36,7 +17,7 @@ template <class T, class A>
 inline void turn(const T* __restrict x, const A* __restrict cos, const A* __restrict sin, A sign, int64_t half,
                  T* __restrict out) {
   for (int64_t c = 0; c < half; ++c) {
-    const A first = to_arithmetic(x[c]), second = to_arithmetic(x[c + half]), s = sign * sin[c];
+    const A first = wide(x[c]), second = wide(x[c + half]), s = sign * sin[c];
     rounded(plus(first * cos[c], -second, s), out[c]);
     rounded(plus(second * cos[c], first, s), out[c + half]);
   }

@@ -124,10 +124,10 @@ class Plot:
             color: The colour of the mark that appears.
             name: What the values are.
         """
-        step = -(-len(xs) // _MOST_VALUES) or 1
+        step = max(1, -(-len(xs) // _MOST_VALUES))
         # The last point is always one of them: its value is the one that is asked for most.
-        chosen = sorted({*range(len(xs) - 1, -1, -step)})
-        for x, y in ((xs[each], ys[each]) for each in chosen):
+        first = (len(xs) - 1) % step
+        for x, y in zip(xs[first::step], ys[first::step], strict=True):
             text = f"{name}: {_exact(y)} at {self.x.name} {_exact(x)}"
             self._values.append(
                 f'<circle class="value-at {color}" cx="{self._x(x):.1f}" cy="{self._y(y):.1f}" r="6">'
