@@ -18,6 +18,9 @@ OUT ?=
 
 QUICKSTART := .venv/quickstart
 DEV := .venv/dev
+# The other supported pair of Python and megatron-core.
+PY312 := .venv/py312
+PYTHON312 ?= python3.12
 # Results are never overwritten or removed: quickstart, then quickstart-2, quickstart-3, …
 FRESH = $(shell out=quickstart; n=1; while [ -e $$out ]; do n=$$((n + 1)); out=quickstart-$$n; done; echo $$out)
 # The tools find each other (torchrun, shellcheck) through the environment's own bin.
@@ -25,7 +28,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm pages site tutorials image-root example format reading-order \
+.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm versions pages site tutorials image-root example format reading-order \
   migration-keys clean
 
 help: ## this list
@@ -78,6 +81,9 @@ multinode: $(DEV)/.installed ## two hosts in network namespaces lose one another
 slurm: $(DEV)/.installed ## the examples for Slurm on a Slurm of one node, see docs/multi-node.md
 	$(DEV_RUN) python -m tests.slurm
 
+versions: $(DEV)/.installed $(PY312)/.installed ## a run goes on under the other version of megatron-core, which needs PYTHON312, and back
+	$(DEV_RUN) OMP_NUM_THREADS=1 pytest -q tests/distributed/test_versions.py
+
 pages: $(DEV)/.installed ## the pages of reports in headless Chromium, wide and narrow, light and dark; OUT=DIR holds their pictures
 	$(DEV_RUN) python -m tests.pages --out $(or $(OUT),$(error name a folder, as in make pages OUT=/tmp/pages))
 
@@ -109,6 +115,10 @@ $(QUICKSTART)/.installed: setup.py pyproject.toml
 
 $(DEV)/.installed: setup.py pyproject.toml
 	$(call install,$(DEV),.[dev])
+
+$(PY312)/.installed: PYTHON = $(PYTHON312)
+$(PY312)/.installed: setup.py pyproject.toml
+	$(call install,$(PY312),.[dev])
 
 define install
 	@$(if $(strip $(PYTHON)),,echo "no Python 3.10 or newer with the venv module found; name one with PYTHON=…" >&2; exit 2)

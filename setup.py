@@ -86,7 +86,7 @@ setup(
     packages=[*find_packages(include=["esm2mega", "esm2mega.*"]), "esm2mega.conf"],
     package_dir={"esm2mega.conf": "conf"},
     package_data={
-        "esm2mega": ["py.typed", "*/*.csv", "model/*.cpp", "model/*.h"],
+        "esm2mega": ["py.typed", "*/*.csv", "model/kernels/*.cpp", "model/kernels/*.h"],
         "esm2mega.conf": ["*.yaml", "finetune/*.yaml"],
     },
     install_requires=REQUIRED,

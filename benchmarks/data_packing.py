@@ -12,6 +12,9 @@ changes; those of the loader and the model in seconds of the clock. Tokens are r
               are a memory map
     loader    `TrainStream` alone, batches built in a thread or in processes, and building them in a loop
     model     training steps on batches that are there already
+    balance   what attention costs the rank that it costs most in a step, over the mean of the ranks, if packs
+              were dealt in turn and as they are divided; then the same of all products of a 650M model. `cut`
+              are the proteins of the FASTA, `long` the same with one in a hundred as long as a pack
 """
 
 from __future__ import annotations
@@ -35,8 +38,9 @@ from esm2mega.config.presets import PRESETS
 from esm2mega.config.schema import DataConfig
 from esm2mega.data.store.prepare import prepare_fasta
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.balance import share_out
 from esm2mega.data.stream.build import BatchSpec
-from esm2mega.data.stream.packing import PackPlan, PackShape
+from esm2mega.data.stream.packing import PackCursor, PackPlan, PackShape
 from esm2mega.data.stream.samples import TrainSamples
 
 DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
@@ -111,6 +115,31 @@ def measure_memory(lengths: npt.NDArray[np.int32], sequences: int, tokens: int) 
     return peak
 
 
+def measure_balance(
+    lengths: npt.NDArray[np.int32], tokens: int, dp_size: int, micro_batches: int, steps: int = 50
+) -> tuple[float, float, float, float]:
+    """Return the largest over the mean cost of the ranks, on average over steps: four numbers.
+
+    They are of attention dealt in turn and divided, and of the whole step of a 650M model likewise. A layer
+    has 24 h^2 operations for each token, and 4 h for each product of tokens.
+    """
+    samples = TrainSamples([Lengths(lengths)], DataConfig(max_seq_length=tokens), SEED)  # type: ignore[list-item]
+    plan = PackPlan(samples, SEED, PackShape(tokens, tokens))
+    count = dp_size * micro_batches
+    linear = 6 * PRESETS["650M"].hidden_size * tokens * micro_batches
+    cursor, found = PackCursor(), []
+    for _ in range(steps):
+        packs, cursor = plan.take(cursor, count)
+        costs = np.array([pack.cost for pack in packs])
+        in_turn = costs.reshape(micro_batches, dp_size).sum(axis=0)
+        divided = np.array([costs[share].sum() for share in share_out(costs.tolist(), dp_size)])
+        found.append(
+            [x.max() / x.mean() for added in (0, linear) for x in (in_turn + added, divided + added)]
+        )
+    in_turn_mean, divided_mean, step_in_turn, step_divided = np.mean(found, axis=0).tolist()
+    return in_turn_mean, divided_mean, step_in_turn, step_divided
+
+
 def measure_building(store: TokenStore, spec: BatchSpec, packs: int) -> float:
     """Return tokens per second of processor time of building batches from planned packs."""
     work = building(store, spec, packs)
@@ -156,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("fasta", nargs="?", type=Path, default=DEFAULT_FASTA, help="whose lengths to take")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 16384, 65536])
+    parser.add_argument("--balance-tokens", nargs="*", type=int, default=[4096, 16384], help="T of balance")
     parser.add_argument("--sequences", nargs="+", type=int, default=[10**5, 10**6, 10**7])
     parser.add_argument("--seconds", type=float, default=2.0, help="processor time of each planning rate")
     parser.add_argument("--loader-tokens", type=int, default=4096, help="T of loader, model and memory")
@@ -187,6 +217,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     flush=True,
                 )
 
+        balances = []
+        print("attention, and a 650M step: largest over mean of the ranks, in turn and divided")
+        for tokens, (dp_size, micro_batches) in itertools.product(
+            options.balance_tokens, ((4, 4), (8, 16), (64, 4))
+        ):
+            long = many[:100_000].copy()
+            long[::100] = tokens - 2
+            for kind, drawn in (("cut", many[:100_000]), ("long", long)):
+                ratios = measure_balance(drawn, tokens, dp_size, micro_batches)
+                balances.append([kind, tokens, dp_size, micro_batches, *ratios])
+                print(
+                    f"{kind:>5} T {tokens:6} DP {dp_size:3} x {micro_batches:2}:",
+                    "{:.2f} {:.2f}   {:.3f} {:.3f}".format(*ratios),
+                    flush=True,
+                )
+
         memory = {}
         for sequences in options.sequences:
             memory[sequences] = measure_memory(store.lengths, sequences, options.loader_tokens)
@@ -208,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         result = {
             "plans": [asdict(plan) for plan in plans],
+            "balance": balances,
             "peak_bytes": memory,
             "tokens_per_second": rates,
         }

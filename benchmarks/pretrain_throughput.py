@@ -42,7 +42,6 @@ from esm2mega.benchmark.batches import (
     real_tokens,
     sorted_order,
 )
-from esm2mega.benchmark.machine import processor
 from esm2mega.benchmark.ours import training, training_pass
 from esm2mega.benchmark.peers import LEARNING_RATE, HuggingFaceTrainer
 from esm2mega.benchmark.proteins import draw, read_proteins
@@ -50,6 +49,7 @@ from esm2mega.benchmark.turns import Prepare, ratios, take_turns
 from esm2mega.config.presets import PRESETS
 from esm2mega.data.stream.masking import MaskedTokens
 from esm2mega.errors import UserError
+from esm2mega.processor import model_name
 
 DEFAULT_FASTA = Path(__file__).parents[2] / "shared/data/uniref_sample/uniref90_sample_8000.fasta"
 
@@ -123,7 +123,7 @@ def table(results: list[Result]) -> str:
 def describe(proteins: Sequence[MaskedTokens], options: argparse.Namespace) -> dict[str, object]:
     """Return what a reader needs to judge the numbers."""
     return {
-        "processor": processor(),
+        "processor": model_name(),
         "threads": options.threads,
         "versions": {name: version(name) for name in ("torch", "transformers", "megatron-core")},
         "proteins": len(proteins),

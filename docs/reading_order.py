@@ -91,6 +91,7 @@ SECTIONS = (
         {
             "parallel": "initialize errors",
             "model": "esm2 packed embedding rotary layer_spec attention linear layer layernorm lm_head build",
+            "model/kernels": "native native_attention native_rotary triton_rotary int8",
         },
     ),
     Section(
@@ -139,6 +140,7 @@ SECTIONS = (
             "data/labels": "rows cells readers schema degenerate dataset stream",
             "data/benchmarks": "names tables flip",
             "data/leakage": "command inputs leaks mmseqs kmers",
+            "model/heads": "task task_heads tape_heads sample_dropout",
             "finetune": (
                 "run user_code losses param_groups evaluate metrics bootstrap checkpoint predict output api"
             ),

@@ -27,7 +27,7 @@ API = {
     "esm2mega.infer.api": "Embeddings, contacts and scores",
     "esm2mega.finetune.api": "Fine-tuning, evaluation and prediction",
     "esm2mega.finetune.classes": "Fine-tuning by classes of your own",
-    "esm2mega.model.heads": "Heads",
+    "esm2mega.model.heads.task_heads": "Heads",
     "esm2mega.finetune.losses": "Losses",
     "esm2mega.model.pooling": "From residues to one vector",
     "esm2mega.data.store.token_store": "Token stores",

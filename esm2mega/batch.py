@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -41,7 +43,9 @@ class PackedBatch:
             host; None in training.
         samples: for each piece of a protein, the number of its sample and of its first token, on the host.
         starts: where each of these pieces begins in the pack, on the host.
+        pack: number of the pack in the order of all packs; -1 for padding, and in evaluation.
         borders: on a GPU, borders of the segments and of their labels, see `host_borders`; else None.
+        host_positions: on a GPU, `label_positions` on the host; else None.
         parcel: the tensors of this batch, ready to be sent to a GPU; None for not yet.
     """
 
@@ -58,7 +62,9 @@ class PackedBatch:
     rows: list[int] | None = None
     samples: Sequence[tuple[int, int]] = ()
     starts: Sequence[int] = ()
+    pack: int = -1
     borders: Tensor | None = None
+    host_positions: npt.NDArray[np.int64] | None = None
     parcel: Parcel | None = None
 
     def by_protein(self, logits: Tensor) -> Iterator[tuple[int, PackedBatch, Tensor]]:
@@ -81,6 +87,7 @@ class PackedBatch:
                 label_positions=self.label_positions[labels],
                 labels=self.labels[labels],
                 label_counts=label_counts,
+                host_positions=None if self.host_positions is None else self.host_positions[labels],
             )
             yield row, part, logits[labels]
 
@@ -92,6 +99,11 @@ class PackedBatch:
         """
         return self.label_positions
 
+    @property
+    def label_places(self) -> npt.NDArray[np.int64]:
+        """Return `label_positions` on the host, without waiting for a device."""
+        return self.label_positions.numpy() if self.host_positions is None else self.host_positions
+
     def without_labels(self) -> PackedBatch:
         """Return a batch of the same tokens in which no token is to be predicted."""
         return replace(
@@ -100,6 +112,7 @@ class PackedBatch:
             labels=self.labels[:0],
             label_counts=[0] * len(self.seqlens),
             borders=None,
+            host_positions=None if self.host_positions is None else self.host_positions[:0],
             parcel=None,
         )
 
@@ -122,6 +135,7 @@ class PackedBatch:
             label_positions=label_positions,
             labels=labels,
             borders=borders,
+            host_positions=self.label_places,
             parcel=None,
         )
 
@@ -221,6 +235,7 @@ class LabelledBatch:
         num_residues: Number of residues, R.
         num_sequences: Number of proteins, or pieces of them, n.
         samples: For each of the n, the number of its sample and of its first token, on the host.
+        pack: Number of the pack in the order of all packs; -1 for padding, and in evaluation.
         borders: On a GPU, borders of the segments, see `host_borders`; else None.
         parcel: The tensors of this batch, ready to be sent to a GPU; None for not yet.
     """
@@ -234,11 +249,12 @@ class LabelledBatch:
     num_residues: int
     num_sequences: int
     samples: Sequence[tuple[int, int]] = ()
+    pack: int = -1
     borders: Tensor | None = None
     parcel: Parcel | None = None
 
-    label_counts = None
-    """This is None because the head needs every hidden state, so the last layer computes all of them."""
+    label_counts = label_places = None
+    """These are None because the head needs every hidden state, so the last layer computes all of them."""
 
     @property
     def starts(self) -> Sequence[int]:

@@ -50,6 +50,15 @@ class LostWorkerError(MachineError):
 
 
 class StoppedBySignal(Exception):
-    """Reports that a signal stopped the run and the state was saved. Exit code 75 (EX_TEMPFAIL: requeue)."""
+    """Reports that a signal stopped the run and the state was saved. Exit code 75 (EX_TEMPFAIL: requeue).
+
+    Attributes:
+        reason: What stopped it, for a reader.
+    """
 
     exit_code = 75
+
+    def __init__(self, reason: str, rest: str) -> None:
+        """Make the message of the reason, and of what is said about the run."""
+        super().__init__(f"stopped by {reason}{rest}")
+        self.reason = reason

@@ -15,12 +15,16 @@ from typing import Any
 from unittest.mock import patch
 
 import megatron.core.extensions
+import megatron.core.fp8_utils
 import megatron.core.utils
 import torch
+import torch.utils.checkpoint
+from megatron.core.transformer import transformer_block
 from torch import Tensor
 from torch.nn import functional as F
 
 WRAPPERS = "megatron.core.extensions.transformer_engine"
+FP8 = "megatron.core.fp8_utils"
 
 
 class _Linear(torch.nn.Module):
@@ -53,9 +57,71 @@ class _Linear(torch.nn.Module):
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Any:
         assert inp.dtype == self.weight.dtype
+        weight = self.weight
+        if Autocast.active is not None:
+            Autocast.firsts.append(is_first_microbatch)
+            # What its products in FP8 take.
+            multiple = 32 if Autocast.active == "mxfp8" else 16
+            assert not inp[..., 0].numel() % multiple and all(n % multiple == 0 for n in weight.shape)
+            inp, weight = _in_fp8(inp), _in_fp8(weight)
         if self.return_bias:
-            return F.linear(inp, self.weight), self.bias
-        return F.linear(inp, self.weight, self.bias)
+            return F.linear(inp, weight), self.bias
+        return F.linear(inp, weight, self.bias)
+
+
+def _in_fp8(values: Tensor) -> Tensor:
+    """Round to e4m3 with one scale for the tensor; the gradient passes as it is."""
+    scale = 448 / values.detach().float().abs().amax().clamp(min=1e-12)
+    rounded = ((values.float() * scale).to(torch.float8_e4m3fn).float() / scale).to(values.dtype)
+    return values + (rounded - values).detach()
+
+
+class Autocast:
+    """Lets linears multiply in FP8 in a block.
+
+    Attributes:
+        active: The recipe of the block that runs, or None.
+        entered: Format and recipe of all blocks.
+        firsts: Whether the weights were quantized anew, for each product in FP8.
+    """
+
+    active: str | None = None
+    entered: list[tuple[str, str]] = []
+    firsts: list[bool | None] = []
+
+    def __init__(self, *, enabled: bool, fp8_recipe: Any, fp8_group: Any) -> None:
+        assert enabled and fp8_group is not None
+        self.recipe = fp8_recipe
+
+    def __enter__(self) -> None:
+        assert Autocast.active is None
+        Autocast.active = self.recipe["name"]
+        Autocast.entered.append((self.recipe["fp8_format"], self.recipe["name"]))
+
+    def __exit__(self, *error: Any) -> None:
+        Autocast.active = None
+
+
+def _tensorwise(*, fp8_format: str, fp8_dpa: bool) -> dict[str, str]:
+    assert not fp8_dpa
+    return {"name": "tensorwise", "fp8_format": fp8_format}
+
+
+def _mxfp8(*, fp8_format: str) -> dict[str, str]:
+    return {"name": "mxfp8", "fp8_format": fp8_format}
+
+
+def _checkpoint(
+    function: Any, *args: Any, distribute_saved_activations: bool, get_rng_state_tracker: Any, tp_group: Any
+) -> Any:
+    """Compute again in the backward pass, in the same FP8 as forward."""
+    recipe = Autocast.active
+
+    def again(*inner: Any) -> Any:
+        with patch.object(Autocast, "active", recipe):
+            return function(*inner)
+
+    return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False)
 
 
 class Linear(_Linear):
@@ -172,26 +238,47 @@ def transformer_engine() -> Iterator[list[dict[str, Any]]]:
     class Unused:
         """What Megatron-Core derives from and this package never makes."""
 
-    fp8 = _module("fp8", FP8GlobalStateManager=Unused, fp8_autocast=Unused)
+    fp8 = _module("fp8", FP8GlobalStateManager=Unused, fp8_autocast=Autocast)
+    distributed = _module("distributed", CudaRNGStatesTracker=Unused, checkpoint=_checkpoint)
+    tensor = _module("tensor", QuantizedTensor=Unused)
     pytorch = _module(
         "pytorch",
         Linear=Linear,
         LayerNormLinear=LayerNormLinear,
         DotProductAttention=DotProductAttention,
         GroupedLinear=Unused,
-        distributed=_module("distributed", CudaRNGStatesTracker=Unused),
+        distributed=distributed,
         ops=_module("ops", __getattr__=lambda name: Unused),
         fp8=fp8,
+        fp8_autocast=Autocast,
+        tensor=tensor,
     )
-    common = _module("common", recipe=_module("recipe", DelayedScaling=Unused))
+    recipe = _module(
+        "recipe",
+        DelayedScaling=Unused,
+        Float8CurrentScaling=_tensorwise,
+        MXFP8BlockScaling=_mxfp8,
+        Format=types.SimpleNamespace(E4M3="e4m3", HYBRID="hybrid"),
+    )
+    common = _module("common", recipe=recipe)
     te = _module("transformer_engine", pytorch=pytorch, common=common, __version__="2.6.0")
-    found = {te.__name__: te, f"{te.__name__}.pytorch": pytorch, f"{te.__name__}.pytorch.fp8": fp8}
+    parts = {"": te, ".pytorch": pytorch, ".pytorch.fp8": fp8, ".pytorch.tensor": tensor}
+    parts[".pytorch.distributed"] = distributed
+    found = {f"{te.__name__}{name}": part for name, part in parts.items()}
     with (
         patch.dict(sys.modules, found),
         patch.object(megatron.core.utils, "_te_version", None),
         patch.object(megatron.core.extensions, "transformer_engine", None, create=True),
         patch.object(DotProductAttention, "calls", []),
+        patch.object(Autocast, "entered", []),
+        patch.object(Autocast, "firsts", []),
+        patch.object(megatron.core, "fp8_utils", None),
+        patch.object(transformer_block, "get_fp8_context", None),
+        patch.object(transformer_block, "te_checkpoint", None),
     ):
-        sys.modules.pop(WRAPPERS, None)
-        importlib.import_module(WRAPPERS)
+        for name in (WRAPPERS, FP8):
+            sys.modules.pop(name, None)
+        wrappers = importlib.import_module(WRAPPERS)
+        transformer_block.te_checkpoint = wrappers.te_checkpoint
+        transformer_block.get_fp8_context = importlib.import_module(FP8).get_fp8_context
         yield DotProductAttention.calls

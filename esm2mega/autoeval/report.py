@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from esm2mega.autoeval.results import RESULTS_CSV, RESULTS_JSON
+from esm2mega.autoeval.results import RESULTS_CSV
 from esm2mega.report.results.page import PAGE
+from esm2mega.report.results.suite import RESULTS_JSON
 
 
 def lines(results: Mapping[str, Any], out: str) -> Iterator[str]:

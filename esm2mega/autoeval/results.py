@@ -20,7 +20,7 @@ from esm2mega.files import OTHER_OUT, replacing
 from esm2mega.finetune.bootstrap import percentiles
 from esm2mega.train.loop import defined
 
-RESULTS_JSON, RESULTS_CSV = "results.json", "results.csv"
+RESULTS_CSV = "results.csv"
 
 FORMAT = 1
 

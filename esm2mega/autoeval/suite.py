@@ -44,7 +44,6 @@ from esm2mega.autoeval.random_encoder import write_random_encoder
 from esm2mega.autoeval.request import SuiteRequest, begin, check_request
 from esm2mega.autoeval.results import (
     FORMAT,
-    RESULTS_JSON,
     Measured,
     baseline_row,
     differences,
@@ -64,6 +63,7 @@ from esm2mega.finetune.bootstrap import bootstrap_contacts, bootstrap_headline
 from esm2mega.finetune.metrics import Predictions, check_packages, metrics_of
 from esm2mega.infer.proteingym import mean_of_means
 from esm2mega.report.results.page import write_results_page
+from esm2mega.report.results.suite import RESULTS_JSON
 from esm2mega.train.loop import defined
 from esm2mega.version import __version__
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from esm2mega.config.presets import PRESETS
 from esm2mega.convert.name_table import our_shapes
 from esm2mega.doctor.devices import multiplies_bf16
 from esm2mega.errors import UserError
-from esm2mega.files import appearing, refuse_existing, write_json
+from esm2mega.files import appearing, check_out, refuse_existing, replacing, write_json
 from esm2mega.parallel.initialize import Ranks, process_groups
 
 PRECISIONS = ("fp32", "bf16")
@@ -86,8 +86,8 @@ def settings_of(
     )
 
 
-def benchmark(settings: Settings, fasta: str | None, out: str, say: Callable[[str], object]) -> list[str]:
-    """Measure everything, and write JSON and picture.
+def benchmark(settings: Settings, fasta: str | None, out: str, say: Callable[[str], object]) -> Iterator[str]:
+    """Measure everything, and write JSON and picture; what is measured is not lost if something fails later.
 
     Args:
         settings: What is measured.
@@ -95,15 +95,16 @@ def benchmark(settings: Settings, fasta: str | None, out: str, say: Callable[[st
         out: Folder to make.
         say: Is told at the beginning which peers are left out.
 
-    Returns:
-        What to print.
+    Yields:
+        What to print, before anything is written: the disk may be full by then.
 
     Raises:
-        UserError: The folder exists, the proteins cannot be read, or the models do not fit.
+        UserError: The folder exists or cannot be made, the proteins cannot be read, or the models do not fit.
     """
     if (size := world_size_from_environment()) > 1:
         raise UserError(f"benchmark measures one process, not {size}; start it without torchrun")
     refuse_existing(Path(out))
+    check_out(Path(out) / JSON_NAME)
     torch.set_num_threads(settings.threads)
     proteins = _proteins(settings, fasta)
     absent = absent_peers(settings, device())
@@ -112,9 +113,7 @@ def benchmark(settings: Settings, fasta: str | None, out: str, say: Callable[[st
     present = [name for name in MODULES if settings.has_peers and name not in absent]
     _check_memory(settings, "transformers" in present)
     run = settings.run(settings.precisions[0])
-    with process_groups(run.parallel, run.seed) as ranks:
-        measured = _measure(settings, proteins, present, ranks)
-    result = {
+    result: dict[str, Any] = {
         "conditions": conditions(),
         "settings": asdict(settings),
         "proteins": {
@@ -123,12 +122,32 @@ def benchmark(settings: Settings, fasta: str | None, out: str, say: Callable[[st
             "mean_tokens": sum(map(len, proteins)) / len(proteins) + 2,
         },
         "absent": absent,
-        **measured,
     }
+    sections: dict[str, Any] = {}
+    try:
+        with process_groups(run.parallel, run.seed) as ranks:
+            for name, section in _measure(settings, proteins, present, ranks):
+                sections[name] = section
+    except BaseException as error:
+        if sections:
+            _write(
+                result | sections | {"ended_by": " ".join(f"{type(error).__name__}: {error}".split())}, out
+            )
+            say(
+                f"ended before the last section; the {len(sections)} before it are in {Path(out) / JSON_NAME}"
+            )
+        raise
+    result |= sections
+    yield from report_lines(result)
+    _write(result, out)
+    with replacing(Path(out) / PICTURE_NAME) as partial:
+        draw_benchmark(result, partial)
+    yield from ("", *(str(Path(out) / name) for name in (JSON_NAME, PICTURE_NAME)))
+
+
+def _write(result: dict[str, Any], out: str) -> None:
     with appearing(Path(out)) as folder:
         write_json(folder / JSON_NAME, result)
-        draw_benchmark(result, folder / PICTURE_NAME)
-    return [*report_lines(result), "", *(str(Path(out) / name) for name in (JSON_NAME, PICTURE_NAME))]
 
 
 def _proteins(settings: Settings, fasta: str | None) -> list[Protein]:
@@ -154,7 +173,8 @@ def _check_memory(settings: Settings, has_hugging_face: bool) -> None:
 
 def _measure(
     settings: Settings, proteins: Sequence[Protein], present: Sequence[str], ranks: Ranks
-) -> dict[str, Any]:
+) -> Iterator[tuple[str, Any]]:
+    """Yield each section by its name, as soon as it is measured."""
     shape, rounds = PRESETS[settings.model], settings.rounds
     mean = sum(map(len, proteins)) / len(proteins) + 2
     number = max(1, min(len(proteins), round(settings.steps * settings.tokens / mean)))
@@ -163,29 +183,30 @@ def _measure(
     batches = draw_batches(proteins, min(settings.steps, all_batches), settings.seed)
 
     machine, peaks = measure_machine(settings, ranks.device)
+    yield "machine", machine
     with tempfile.TemporaryDirectory(prefix="esm2mega_") as folder:
         data, store = measure_data(settings, proteins, Path(folder))
+        yield "data", data
         lengths = [len(protein) + 2 for protein in trained]
-        training = measure_contenders(
+        training, failed = measure_contenders(
             "training",
             trainers(settings, trained, present, ranks),
             peaks,
             model_flops(shape, lengths) / sum(lengths),
             rounds,
         )
+        yield "training", _contest(lengths, training, failed)
         embedded = [len(protein) + 2 for batch in batches for protein in batch]
-        embedding = measure_contenders(
+        embedding, failed = measure_contenders(
             "embedding",
             embedders(settings, batches, present, ranks),
             peaks,
             forward_flops(shape, embedded, has_logits=False) / sum(embedded),
             rounds,
         )
-        steps = measure_steps(settings, store, ranks)
-    return {
-        "machine": machine,
-        "data": data,
-        "training": {"proteins": len(lengths), "tokens": sum(lengths), "rows": training},
-        "embedding": {"proteins": len(embedded), "tokens": sum(embedded), "rows": embedding},
-        "steps": steps,
-    }
+        yield "embedding", _contest(embedded, embedding, failed)
+        yield "steps", measure_steps(settings, store, ranks)
+
+
+def _contest(lengths: Sequence[int], rows: list[dict[str, Any]], failed: dict[str, str]) -> dict[str, Any]:
+    return {"proteins": len(lengths), "tokens": sum(lengths), "rows": rows, "failed": failed}

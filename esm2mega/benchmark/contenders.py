@@ -15,7 +15,7 @@ from esm2mega.benchmark.ours import configured, embedding_pass, state_of, traini
 from esm2mega.benchmark.proteins import Protein
 from esm2mega.benchmark.turns import Pass, Prepare
 from esm2mega.config.schema import Run
-from esm2mega.model.int8 import int8_defect
+from esm2mega.model.kernels.int8 import int8_defect
 from esm2mega.parallel.initialize import Ranks
 
 OURS = "esm2mega"

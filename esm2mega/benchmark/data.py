@@ -46,12 +46,21 @@ def building(store: TokenStore, spec: BatchSpec, packs: int) -> Pass:
 
 @contextmanager
 def loading(store: TokenStore, spec: BatchSpec, packs: int) -> Iterator[Pass]:
-    """Yield taking training batches from their stream, once; it has started already. Units are tokens."""
-    first = max(1, spec.data.workers)
-    tokens = _tokens(_planned(store, spec, first + packs)[first:])
+    """Yield taking training batches from their stream, once; it has started already. Units are tokens.
+
+    The batches are taken in steps of one for each worker, and so may be some more than `packs`.
+    """
+    size = max(1, spec.data.workers)
+    steps = -(-packs // size)
+    tokens = _tokens(_planned(store, spec, size + steps * size)[size:])
+
+    def take() -> None:
+        for _ in range(steps):
+            list(stream.next_step(size))
+
     with TrainStream([store], spec) as stream:
-        list(stream.next_step(first))
-        yield Pass(lambda: list(stream.next_step(packs)), tokens)
+        list(stream.next_step(size))
+        yield Pass(take, tokens)
 
 
 def _planned(store: TokenStore, spec: BatchSpec, packs: int) -> list[Pack]:

@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import torch
 
-from esm2mega.doctor.devices import CPU_INFO
 from esm2mega.doctor.packages import installed_version
+from esm2mega.processor import model_name
 
 PACKAGES = (
     "torch",
@@ -38,22 +38,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def processor() -> str:
-    """Return the processor's name; `platform` knows none on Linux."""
-    if CPU_INFO.exists():
-        for line in CPU_INFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def conditions() -> dict[str, Any]:
     """Return what a reader needs to judge a figure: device, memory, threads, versions."""
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "device_gb": torch.cuda.get_device_properties(0).total_memory / 2**30 if on_gpu else None,
-        "processor": processor(),
+        "processor": model_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": psutil.virtual_memory().total / 2**30,
         "threads": torch.get_num_threads(),

@@ -16,7 +16,7 @@ from esm2mega.config.schema import Run
 from esm2mega.infer.engine import Engine, OutputRequest
 from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens
 from esm2mega.model.build import build_model
-from esm2mega.model.int8 import quantize
+from esm2mega.model.kernels.int8 import quantize
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.train.losses import MLMLossReduction
 from esm2mega.train.optimizer import train_state
@@ -75,7 +75,7 @@ def embedding_pass(size: str, precision: str, proteins: Sequence[Protein], ranks
         quantize(model)
     layers = run.model.num_layers
     assert layers is not None
-    tokens = micro_batch_tokens(run.infer, limits, ranks.device)
+    tokens = micro_batch_tokens(run.infer, ranks.device)
     engine = Engine(model, ranks, OutputRequest((layers,)), tokens)
     embedder = Embedder(engine, run.infer, limits, Path())
     name = f"residue/layer_{layers}"

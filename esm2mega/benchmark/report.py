@@ -70,6 +70,8 @@ def _contests(result: Result) -> Iterator[str]:
         ]
         title = f"{section} of {contest['proteins']} proteins, {contest['tokens']:,} tokens"
         yield from _table(title, [*heads, *(f"esm2mega {p} is" for p in precisions)], rows)
+        for name, reason in contest["failed"].items():
+            yield f"{name} failed: {reason}"
 
 
 def _steps(result: Result) -> Iterator[str]:

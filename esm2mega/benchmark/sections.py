@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from esm2mega.benchmark.ours import state_of
 from esm2mega.benchmark.products import DTYPES, copy, product
 from esm2mega.benchmark.profile import operations_of
 from esm2mega.benchmark.proteins import Protein
-from esm2mega.benchmark.turns import Pass, Prepare, Turns, ratios, spread, take_turns
+from esm2mega.benchmark.turns import Pass, Prepare, Turns, failure_of, ratios, spread, take_turns
 from esm2mega.config.presets import PRESETS
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.build import BatchSpec
@@ -33,9 +33,11 @@ Peaks = dict[str, Pass]
 """Holds the fastest product of each precision."""
 
 
-def _measured(section: str, contenders: Mapping[str, Prepare], rounds: int) -> dict[str, Turns]:
+def _measured(
+    section: str, contenders: Mapping[str, Prepare], rounds: int, guests: Collection[str] = ()
+) -> dict[str, Turns]:
     with Progress(len(contenders) * (rounds + 1), section, "pass") as progress:
-        return take_turns(contenders, rounds, lambda name, *_: progress.update(1, last=name))
+        return take_turns(contenders, rounds, lambda name, *_: progress.update(1, last=name), guests)
 
 
 def measure_machine(settings: Settings, device: torch.device) -> tuple[dict[str, Any], Peaks]:
@@ -118,8 +120,10 @@ def _spec(settings: Settings) -> BatchSpec:
 
 def measure_contenders(
     section: str, makers: Makers, peaks: Peaks, flops_per_token: float, rounds: int
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Let contenders take turns, with the fastest product of each precision among them.
+
+    Another program that raises an error is left out, since what the others do is of use without it.
 
     Args:
         section: Shown with the progress.
@@ -131,15 +135,26 @@ def measure_contenders(
     Returns:
         A row for each contender: real tokens per second round by round; computed tokens for each real one;
         the share of the product of its precision; and, by precision, how many times its rate that of
-        our model is.
+        our model is. And the error of each contender that has no row.
     """
-    contenders = {str(contender): make() for contender, make in makers.items()}
+    contenders, failed = {}, {}
+    for contender, make in makers.items():
+        try:
+            contenders[str(contender)] = make()
+        except Exception as error:  # whatever another program raises
+            if contender.program == OURS:
+                raise
+            failed[str(contender)] = failure_of(error)
     used = {contender.precision for contender in makers} & peaks.keys()
     products = {f"product {name}": _same(peaks[name]) for name in sorted(used)}
-    turns = _measured(section, {**contenders, **products}, rounds)
+    guests = [str(contender) for contender in makers if contender.program != OURS]
+    turns = _measured(section, {**contenders, **products}, rounds, guests)
+    failed |= {name: one.failure for name, one in turns.items() if one.failure}
     ours = {one.precision: turns[str(one)].rates for one in makers if one.program == OURS}
     rows = []
     for contender in makers:
+        if str(contender) in failed:
+            continue
         one = turns[str(contender)]
         beside = turns.get(f"product {contender.precision}")
         share = None if beside is None else [flops_per_token * r for r in ratios(one.rates, beside.rates)]
@@ -157,7 +172,7 @@ def measure_contenders(
                 },
             }
         )
-    return rows
+    return rows, failed
 
 
 def measure_steps(settings: Settings, store: TokenStore, ranks: Ranks) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,31 +37,54 @@ class Turns:
     Attributes:
         rates: Units per second.
         computed: As in `Pass`.
+        failure: What a guest raised, in one line, and after which it had no more turns; else empty.
     """
 
     rates: list[float] = field(default_factory=list)
     computed: list[float] = field(default_factory=list)
+    failure: str = ""
 
 
 Told = Callable[[str, int, float], object]
 """Is told a contender, the number of the round and the rate, as soon as they are known; round 0 warms up."""
 
 
-def take_turns(contenders: Mapping[str, Prepare], rounds: int, told: Told) -> dict[str, Turns]:
+def failure_of(error: Exception) -> str:
+    """Return an error of another program in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def take_turns(
+    contenders: Mapping[str, Prepare], rounds: int, told: Told, guests: Collection[str] = ()
+) -> dict[str, Turns]:
     """Let every contender pass once in each round, in an order that rotates from round to round.
 
     Round 0 warms up caches and allocators, and does not count.
+
+    Args:
+        contenders: Who takes turns.
+        rounds: Rounds that count.
+        told: Is told each rate.
+        guests: Those whose errors end their own turns, and not those of the others.
     """
     turns = {name: Turns() for name in contenders}
     names = list(contenders)
     for number in range(rounds + 1):
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
-            work = contenders[name](number)
-            synchronize()
-            began = time.perf_counter()
-            work.run()
-            synchronize()
+            if turns[name].failure:
+                continue
+            try:
+                work = contenders[name](number)
+                synchronize()
+                began = time.perf_counter()
+                work.run()
+                synchronize()
+            except Exception as error:  # whatever another program raises
+                if name not in guests:
+                    raise
+                turns[name].failure = failure_of(error)
+                continue
             rate = work.units / (time.perf_counter() - began)
             told(name, number, rate)
             if number:

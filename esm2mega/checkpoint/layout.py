@@ -40,6 +40,8 @@ FORMAT_VERSION = 1
 MODEL = "model"
 CONFIG = "config.yaml"
 _CHECKSUM = "sha256"
+DATA_SETS = "data_sets"
+"""Names the entry of ``train_state.json`` with the proteins of a run, see `esm2mega.train.session`."""
 _ENTRIES = ("esm2mega_version", "step", "valid_loss", "data")
 """These entries are in every ``train_state.json``; a training that resumes looks up what else it needs."""
 

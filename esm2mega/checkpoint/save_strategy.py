@@ -149,6 +149,11 @@ class SaveQueue(AsyncCallsQueue):
     def _get_async_caller(self) -> AsyncCaller:
         return InThisProcess(self._in_background)
 
+    def abandon(self) -> None:
+        """Wait until nothing is being written any more, and forget what was; there is no collective here."""
+        while self.async_calls:
+            self.async_calls.popleft().async_caller.close()
+
 
 def _run_behind(function: Callable[..., None], arguments: list[Any]) -> None:
     """Run a function in this thread with less right to the processors than the other threads have."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
@@ -32,6 +33,7 @@ from esm2mega.checkpoint.save_strategy import SaveInThisProcess, SaveQueue
 from esm2mega.checkpoint.tensor_filter import ALL, TensorFilter
 from esm2mega.config.schema import Run
 from esm2mega.errors import MachineError
+from esm2mega.parallel.errors import lost_peer
 
 # The exception says what failed too, and becomes the one line that is printed.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
@@ -62,11 +64,41 @@ class _Save:
 
     @contextmanager
     def noting_failure(self) -> Iterator[None]:
-        """Keep the first failure of the block, since the other ranks wait in `Saver._agree`."""
+        """Keep the first failure of the block, which has no collective; all ranks meet in `Saver._agree`."""
         try:
             yield
         except (Exception, CheckpointException) as error:  # PyTorch's is not an `Exception`
             self.failure = self.failure or error
+
+    @contextmanager
+    def among_collectives(self) -> Iterator[None]:
+        """Let a failure of the block end this rank at once, since other ranks may wait for it there.
+
+        To wait for them in `Saver._agree` would be to wait until the timeout, which reports a lost connection
+        instead of the failure. What PyTorch raises on every rank is kept as by `noting_failure`.
+        """
+        try:
+            yield
+        except CheckpointException as error:
+            self.failure = self.failure or error
+        except Exception as error:
+            if dist.get_rank() == 0:
+                self.remove()
+            if lost_peer(error) is not None:
+                raise
+            raise self.error({dist.get_rank(): store.reason_of(self.failure or error)}) from error
+
+    def remove(self) -> None:
+        """Remove what was written; rank 0 calls this."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def error(self, reasons: Mapping[int, str]) -> MachineError:
+        """Return the error of a save that failed, from the reasons by rank."""
+        rank, reason = next(iter(reasons.items()))
+        where = f" (rank {rank})" if dist.get_world_size() > 1 else ""
+        is_of_disk = any(known in reason for known in (*store.DISK, "written whole"))
+        cure = "; free space or choose another run_dir" if is_of_disk else ""
+        return MachineError(f"{self.directory}: not saved: {reason}{where}{cure}")
 
 
 class Saver:
@@ -138,8 +170,11 @@ class Saver:
                 (partial_dir / layout.MODEL).mkdir(parents=True)
                 _try_to_write(partial_dir / layout.MODEL)
         self._agree(save)
-        with save.noting_failure():
-            self._begin(save, model, optimizer, tensor_filter)
+        with save.among_collectives():
+            request = self._planned(save, model, optimizer, tensor_filter)
+        if save.failure is None:
+            with save.noting_failure():
+                self._queue.schedule_async_request(request)
         self._agree(save)
         self._running = save
         if not self._in_background:
@@ -168,7 +203,7 @@ class Saver:
         """
         save, _ = self._written()
         if save is not None and dist.get_rank() == 0:
-            shutil.rmtree(save.partial, ignore_errors=True)
+            save.remove()
 
     def _written(self) -> tuple[_Save | None, Entries]:
         """Wait until all ranks have written the save that is running; return it and the digests of all ranks.
@@ -178,14 +213,15 @@ class Saver:
         save, self._running = self._running, None
         if save is None:
             return None, {}
-        with save.noting_failure():
+        with save.among_collectives():
             # Its collectives are over the world, and let every rank learn that one could not write.
             self._queue.maybe_finalize_async_calls(blocking=True, no_dist=True)
         return save, self._agree(save)
 
-    def _begin(
+    def _planned(
         self, save: _Save, model: Sequence[Any], optimizer: MegatronOptimizer, tensor_filter: TensorFilter
-    ) -> None:
+    ) -> AsyncRequest:
+        """Collect the state of all ranks, and decide which of them writes what."""
         with places_without_padding(optimizer):
             state_of_ranks = store.sharded_state(model, optimizer, False, tensor_filter)
         request = dist_checkpointing.save(
@@ -196,11 +232,9 @@ class Saver:
             async_sharded_save=True,
             **_OWN_WRITER,
         )
-        self._queue.schedule_async_request(
-            request._replace(
-                async_fn=partial(_work, save, request.async_fn, dist.get_rank()),
-                finalize_fns=[partial(_and_meet, save, finalize) for finalize in request.finalize_fns],
-            )
+        return request._replace(
+            async_fn=partial(_work, save, request.async_fn, dist.get_rank()),
+            finalize_fns=[partial(_and_meet, save, finalize) for finalize in request.finalize_fns],
         )
 
     def _agree(self, save: _Save) -> Entries:
@@ -214,13 +248,12 @@ class Saver:
         reasons = {rank: reason for rank, (reason, _) in enumerate(ranks) if reason is not None}
         if not reasons:
             return {name: entry for _, entries in ranks for name, entry in entries.items()}
+        # A thread that still writes would make files anew where they are removed.
+        self._queue.abandon()
+        dist.barrier()
         if dist.get_rank() == 0:
-            shutil.rmtree(save.partial, ignore_errors=True)
-        rank, reason = next(iter(reasons.items()))
-        where = f" (rank {rank})" if len(ranks) > 1 else ""
-        is_of_disk = any(known in reason for known in (*store.DISK, "written whole"))
-        cure = "; free space or choose another run_dir" if is_of_disk else ""
-        raise MachineError(f"{save.directory}: not saved: {reason}{where}{cure}") from save.failure
+            save.remove()
+        raise save.error(reasons) from save.failure
 
 
 def _try_to_write(folder: Path) -> None:

@@ -16,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import CheckpointException
 
-from esm2mega.checkpoint import layout
+from esm2mega.checkpoint import common_state, layout
 from esm2mega.checkpoint.digests import unreadable
 from esm2mega.checkpoint.optimizer_state import (
     ask_for,
@@ -180,16 +180,19 @@ def load_weights(checkpoint: Path, model: Sequence[Any], tensor_filter: TensorFi
 def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bool]) -> dict[str, Any]:
     """Load the tensors of `request`; a missing tensor is an error, as is an unexpected one that `matters`."""
     model_dir = checkpoint / layout.MODEL
-    checked_index(model_dir)
+    index = checked_index(model_dir)
     try:
         # Megatron-Core takes the model's point of view: what it calls missing is in the checkpoint, and was
         # not requested.
         loaded, unexpected, missing = dist_checkpointing.load(
-            request, str(model_dir), strict=StrictHandling.RETURN_ALL
+            request,
+            str(model_dir),
+            strict=StrictHandling.RETURN_ALL,
+            **common_state.load_options(model_dir, index),
         )
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{model_dir}: common.pt is not a file of plain values; use an earlier checkpoint"
+            f"{model_dir}: holds more than tensors and plain values; use an earlier checkpoint"
         ) from error
     except _UNREADABLE as error:
         if lost_peer(error) is not None:
@@ -200,7 +203,7 @@ def _load(checkpoint: Path, request: dict[str, Any], matters: Callable[[str], bo
         if (cause := os_error_in(error)) is not None:
             raise unreadable(Path(cause.filename or model_dir), cause) from error
         raise UserError(f"{model_dir}: cannot be loaded into this model: {reason_of(error)}") from error
-    unexpected = {name for name in unexpected if matters(name)}
+    unexpected = {name for name in unexpected if matters(name) and name != common_state.NAME}
     if missing or unexpected:
         raise UserError(
             f"{model_dir}: cannot be loaded into this model: missing {first_of(sorted(missing), _SHOWN)}, "

@@ -75,9 +75,10 @@ def benchmark(
     """
     from pathlib import Path
 
-    from esm2mega.files import refuse_existing
+    from esm2mega.files import check_out, refuse_existing
 
     refuse_existing(Path(out))  # before PyTorch is imported
+    check_out(Path(out) / "benchmark.json")
     from esm2mega.benchmark.command import benchmark as run_benchmark
     from esm2mega.benchmark.command import settings_of
 

@@ -17,14 +17,20 @@ from esm2mega.errors import UserError
 @click.option(
     "--layouts",
     metavar="GROUP|random:N",
-    help="Groups, separated by commas: ci, more, resume, heads, bf16, fp16, families, lora, lora-heads; "
-    "or random:N [default: all].",
+    help="Groups, separated by commas: ci, more, resume, heads, bf16, fp16, families, exports, lora, "
+    "lora-heads, dropout, cp; or random:N [default: all].",
 )
 @click.option("--row", metavar="NAME", help="Run one row of a group, by its name in the table.")
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel size of one layout.")
 @click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline stages.")
 @click.option("--vpp", type=click.IntRange(1), metavar="N", help="Chunks per pipeline stage (interleaved).")
 @click.option("--dp", type=click.IntRange(1), metavar="N", help="Data-parallel size.")
+@click.option("--cp", type=click.IntRange(1), metavar="N", help="Context-parallel size.")
+@click.option(
+    "--exchange",
+    type=click.Choice(["auto", "heads", "needed", "gather"]),
+    help="How context-parallel processes attend to each other's tokens [default: auto].",
+)
 @click.option("--sp", is_flag=True, default=None, help="Use sequence parallelism.")
 @click.option(
     "--packed",
@@ -63,7 +69,10 @@ from esm2mega.errors import UserError
     help="Seed of everything that is random.",
 )
 @click.option(
-    "--processes", type=click.IntRange(1), metavar="N", help="Run at most N processes at once [default: 4]."
+    "--processes",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Run at most N processes at once [default: 4, or more if a row needs them].",
 )
 @click.option("--json", "out", metavar="FILE", help="Also write all numbers to this file.")
 @single_process
@@ -104,17 +113,16 @@ def prove(
         trials = [with_lora(trial) if lora else trial]
         processes = processes or layout.processes
 
-    from esm2mega.prove.command import PROCESSES, choose_trials, row_named
+    from esm2mega.prove.command import PROCESSES, choose_trials, most_processes, row_named
     from esm2mega.prove.command import prove as run_prove
 
-    processes = processes or PROCESSES
     if row is not None:
         trials = [row_named(row)]
     elif not one:
         group = {(True, False): "lora", (False, True): "heads", (True, True): "lora-heads"}.get(
             (lora, head is not None), "all"
         )
-        trials = choose_trials(layouts or group, seed, processes, lora, head)
+        trials = choose_trials(layouts or group, seed, processes or PROCESSES, lora, head)
     shrink = (layouts or "").startswith("random")
-    if not run_prove(trials, seed, processes, out, shrink):
+    if not run_prove(trials, seed, processes or most_processes(trials), out, shrink):
         raise click.exceptions.Exit(1)

@@ -70,13 +70,20 @@ def inspect(
 @command(short_help="Plot the curves of one run, or of several, as PNG and HTML.")
 @click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR…")
 @click.option("--out", metavar="DIR", help="Output directory, for several runs.")
+@click.option(
+    "--results",
+    metavar="DIR",
+    help="Results of `esm2mega autoeval` for checkpoints of the run, to show in the HTML too.",
+)
 @single_process
-def plot(run_dirs: tuple[str, ...], out: str | None) -> None:
+def plot(run_dirs: tuple[str, ...], out: str | None, results: str | None) -> None:
     """Plot the curves of a run from its log.jsonl, as PNG and as one self-contained HTML file.
 
     Several runs share one set of axes, with a list of the keys that differ and of the final numbers.
     """
     if len(run_dirs) > 1:
+        if results is not None:
+            raise UserError(f"--results {results} is for the page of one run; leave it out, or plot one run")
         from esm2mega.report.overlay import plot_runs
 
         if out is None:
@@ -89,7 +96,12 @@ def plot(run_dirs: tuple[str, ...], out: str | None) -> None:
         )
     from esm2mega.report.plot import plot_run
 
-    files = plot_run(run_dirs[0])
+    benchmarks = None
+    if results is not None:
+        from esm2mega.autoeval.of_run import benchmarks_of_run
+
+        benchmarks = benchmarks_of_run(run_dirs[0], results)
+    files = plot_run(run_dirs[0], benchmarks)
     click.echo(f"{files.png}\n{files.html}")
 
 

@@ -1,6 +1,6 @@
 """Decides how large a batch is, in tokens or in proteins, and how it is divided over the processes.
 
-With DP = world size / (TP x PP), an optimizer step takes one of
+With DP = world size / (TP x PP x CP), an optimizer step takes one of
 
 - `train.global_batch_tokens` = T x DP x micro-batches per rank, in packs of T = `train.micro_batch_tokens`;
 - `train.global_batch_size` proteins, by default `train.micro_batch_size` x DP x
@@ -126,15 +126,32 @@ def derived_keys(train: TrainConfig) -> tuple[str, ...]:
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Return the number of model replicas: world size / (TP x PP)."""
+    """Return the number of model replicas: world size / (TP x PP x CP)."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size < 1 or world_size % (tp * pp):
+    cp, each = parallel.context_parallel_size, processes_of_a_replica(parallel)
+    if world_size < 1 or world_size % each:
+        context = f" x parallel.context_parallel_size={cp}" if cp > 1 else ""
         raise UserError(
             f"world size {world_size} is not a multiple of parallel.tensor_model_parallel_size={tp} x "
-            f"parallel.pipeline_model_parallel_size={pp} = {tp * pp}; "
-            f"start a multiple of {tp * pp} processes or change these sizes"
+            f"parallel.pipeline_model_parallel_size={pp}{context} = {each}; "
+            f"start a multiple of {each} processes or change these sizes"
         )
-    return world_size // (tp * pp)
+    return world_size // each
+
+
+def processes_of_a_replica(parallel: ParallelConfig) -> int:
+    """Return how many processes share one pack: TP x PP x CP."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return tp * pp * parallel.context_parallel_size
+
+
+def sizes_that_round(parallel: ParallelConfig) -> dict[str, int]:
+    """Return the sizes of a layout that decide in which order sums are taken, for what records of outputs."""
+    sizes = {"tensor_model_parallel_size": parallel.tensor_model_parallel_size}
+    # Only where there is some: outputs of earlier versions are found to be the same.
+    if parallel.context_parallel_size > 1:
+        sizes["context_parallel_size"] = parallel.context_parallel_size
+    return sizes
 
 
 def num_micro_batches(train: TrainConfig, parallel: ParallelConfig, world_size: int) -> int:
@@ -200,18 +217,27 @@ def check_batches(train: TrainConfig, data: DataConfig, parallel: ParallelConfig
         )
 
 
-def check_sequence_parallel(train: TrainConfig, tp_size: int) -> None:
-    """Check that the tokens of a pack can be divided over the tensor-parallel processes."""
+def shares_of_a_pack(parallel: ParallelConfig) -> int:
+    """Return how many processes share the tokens of a pack: CP, and times TP under sequence parallelism."""
+    tp = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return parallel.context_parallel_size * tp
+
+
+def check_shares(train: TrainConfig, parallel: ParallelConfig) -> None:
+    """Check that the tokens of a pack can be divided over the processes that share them."""
+    shares = shares_of_a_pack(parallel)
     tokens, size = train.micro_batch_tokens, train.micro_batch_size
-    if tokens % tp_size == 0:
+    if tokens % shares == 0:
         return
     if size is None:
         what, cure = f"train.micro_batch_tokens={tokens}", "train.micro_batch_tokens"
-        value = -(-tokens // tp_size) * tp_size
+        value = -(-tokens // shares) * shares
     else:
         what = f"train.micro_batch_size={size} x data.max_seq_length={tokens // size} = {tokens}"
-        cure, value = "train.micro_batch_size", -(-size // tp_size) * tp_size
-    raise UserError(
-        f"{what} is not divisible by parallel.tensor_model_parallel_size={tp_size}, which "
-        f"parallel.sequence_parallel=true needs; set {cure}={value}"
-    )
+        cure, value = "train.micro_batch_size", -(-size // shares) * shares
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    sizes = [f"parallel.context_parallel_size={cp}"] * (cp > 1)
+    sizes += [f"parallel.tensor_model_parallel_size={tp}"] * parallel.sequence_parallel
+    product = f" = {shares}" if len(sizes) > 1 else ""
+    needed = ", which parallel.sequence_parallel=true needs" if parallel.sequence_parallel else ""
+    raise UserError(f"{what} is not divisible by {' x '.join(sizes)}{product}{needed}; set {cure}={value}")

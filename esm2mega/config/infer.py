@@ -70,11 +70,11 @@ def validate_int8(run: Run) -> None:
     Raises:
         UserError: A rule does not hold.
     """
-    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         if (size := getattr(run.parallel, key)) > 1:
             raise UserError(
-                f"parallel.{key}={size}: in int8 every process holds the whole model, since a token has one "
-                f"scale for all of its channels; set parallel.{key}=1, and the processes share the proteins"
+                f"parallel.{key}={size}: in int8 every process computes its proteins with the whole model; "
+                f"set parallel.{key}=1, and the processes share the proteins"
             )
     if run.lora.rank is not None:
         raise UserError(

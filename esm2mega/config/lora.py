@@ -130,8 +130,6 @@ def check_lora(lora: LoRAConfig, model: ModelConfig, has_lm_head: bool) -> None:
         return
     if lora.alpha is not None and lora.alpha <= 0:
         raise UserError(f"lora.alpha={lora.alpha} must be greater than 0")
-    if lora.dropout >= 1:
-        raise UserError(f"lora.dropout={lora.dropout} must be below 1")
     resolve_targets(lora.target_modules, shape_of(model).num_layers, has_lm_head)
     if model.layer_spec == "te":
         raise UserError(

@@ -27,7 +27,7 @@ def on_this_machine(run: Run) -> Run:
     run.data.workers = DataConfig.workers
     run.data.limit = DataConfig.limit
     run.parallel.timeout_minutes = ParallelConfig.timeout_minutes
-    for key in ("layer_spec", "attention_backend", "recompute", "compile"):
+    for key in ("layer_spec", "attention_backend", "recompute", "compile", "fp8", "fp8_recipe"):
         setattr(run.model, key, getattr(ModelConfig, key))
     return run
 

@@ -5,9 +5,13 @@ It is pure Python, like `esm2mega.config.validate`.
 
 from __future__ import annotations
 
+from esm2mega.config.batches import shares_of_a_pack
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import LoRAConfig, ModelConfig, ParallelConfig
 from esm2mega.errors import UserError
+
+FP8_MULTIPLES = {"tensorwise": 16, "mxfp8": 32}
+"""Says what rows and columns of a product in FP8 are a multiple of, by recipe."""
 
 
 def check_model(model: ModelConfig, max_seq_length: int) -> None:
@@ -16,7 +20,81 @@ def check_model(model: ModelConfig, max_seq_length: int) -> None:
     _check_numerics(model)
 
 
-def check_compile(model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig) -> None:
+def check_context(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Check that attention can be exchanged between the context-parallel processes as is asked for."""
+    size, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if size == 1:
+        return
+    heads = shape_of(model).num_attention_heads // tp
+    if parallel.context_parallel_exchange == "heads" and heads % size:
+        raise UserError(
+            f"parallel.context_parallel_exchange=heads gives each of parallel.context_parallel_size={size} "
+            f"processes an equal number of heads, and there are {heads} (model.num_attention_heads / "
+            "parallel.tensor_model_parallel_size); set parallel.context_parallel_exchange=auto"
+        )
+    if model.attention_backend == "te":
+        raise UserError(
+            "model.attention_backend=te attends within one process, and "
+            f"parallel.context_parallel_size={size} divides the tokens; set model.attention_backend=auto"
+        )
+
+
+def context_exchange(model: ModelConfig, parallel: ParallelConfig) -> str:
+    """Return what `parallel.context_parallel_exchange` means: ``heads``, ``needed`` or ``gather``.
+
+    By heads, every process has the same work whatever the lengths of the proteins, and sends least.
+    """
+    if parallel.context_parallel_exchange != "auto":
+        return parallel.context_parallel_exchange
+    heads = shape_of(model).num_attention_heads // parallel.tensor_model_parallel_size
+    return "needed" if heads % parallel.context_parallel_size else "heads"
+
+
+def check_layers(model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, tokens: int) -> None:
+    """Check that the layers are of the kinds that are compiled, or multiply in FP8, if they shall be.
+
+    Args:
+        model: Shape and numerics.
+        parallel: Layout.
+        lora: Adapters.
+        tokens: Tokens of a micro-batch.
+    """
+    _check_compile(model, parallel, lora)
+    if model.fp8 is not None:
+        _check_fp8(model, parallel, lora, tokens)
+
+
+def _check_fp8(model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, tokens: int) -> None:
+    for key, value, needed in (
+        ("model.precision", model.precision, ("bf16",)),
+        ("model.layer_spec", model.layer_spec, ("auto", "te")),
+        ("model.family", model.family, ("esm2", "proteinbert_preln")),
+        ("model.compile", model.compile, (False,)),
+        ("lora.rank", lora.rank, (None,)),
+    ):
+        if value not in needed:
+            raise UserError(
+                f"model.fp8={model.fp8} needs layers of Transformer Engine in bf16, and there are none with "
+                f"{key}={value}; set model.fp8=null"
+            )
+    shape, multiple = shape_of(model), FP8_MULTIPLES[model.fp8_recipe]
+    tp = parallel.tensor_model_parallel_size
+    shared = [
+        ("model.hidden_size", shape.hidden_size, tp),
+        ("model.ffn_hidden_size", shape.ffn_hidden_size, tp),
+    ]
+    if (shares := shares_of_a_pack(parallel)) > 1:
+        shared.append(("train.micro_batch_tokens", tokens, shares))
+    for key, count, parts in shared:
+        if count % (multiple * parts):
+            raise UserError(
+                f"model.fp8_recipe={model.fp8_recipe} needs a multiple of {multiple} on each of the {parts} "
+                f"processes that share it, and {key}={count} is no multiple of {multiple * parts}; set "
+                "model.fp8=null"
+            )
+
+
+def _check_compile(model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig) -> None:
     """Check that the layers are of the only kind that is compiled."""
     if not model.compile:
         return

@@ -40,6 +40,8 @@ class ModelConfig:
     attention_backend: str = _choice("auto", "auto", "sdpa", "native", "varlen", "flash", "te")
     recompute: str = _choice("none", "none", "selective", "full")
     compile: bool = False
+    fp8: str | None = _choice(None, "e4m3", "hybrid")
+    fp8_recipe: str = _choice("tensorwise", "tensorwise", "mxfp8")
     activation: str = _choice("gelu", "gelu", "gelu_tanh")
     layernorm_epsilon: float = 1e-5
     final_layernorm: bool = True
@@ -57,6 +59,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     sequence_parallel: bool = False
+    context_parallel_size: int = 1
+    context_parallel_exchange: str = _choice("auto", "auto", "heads", "needed", "gather")
     distributed_optimizer: bool = False
     timeout_minutes: float = 30.0
 
@@ -306,6 +310,12 @@ class Run:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     infer: InferConfig = field(default_factory=InferConfig)
+
+    @property
+    def drops_in_encoder(self) -> bool:
+        """Return whether the encoder or an adapter in the model drops something in training."""
+        adapters = self.lora.rank is not None and self.lora.dropout > 0
+        return adapters or self.model.hidden_dropout > 0 or self.model.attention_dropout > 0
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,11 +12,11 @@ import math
 import os
 from pathlib import Path
 
-from esm2mega.config.batches import check_batches, check_sequence_parallel
+from esm2mega.config.batches import check_batches, check_shares
 from esm2mega.config.best_metric import check_best_metric, downstream_names
 from esm2mega.config.hub import how_to_fetch
 from esm2mega.config.lora import check_lora, check_start
-from esm2mega.config.model import check_compile, check_model
+from esm2mega.config.model import check_context, check_layers, check_model
 from esm2mega.config.presets import shape_of
 from esm2mega.config.run_name import FORMS, is_there, split_run
 from esm2mega.config.schema import (
@@ -47,6 +47,7 @@ _AT_LEAST = {
     "parallel.tensor_model_parallel_size": 1,
     "parallel.pipeline_model_parallel_size": 1,
     "parallel.virtual_pipeline_model_parallel_size": 1,
+    "parallel.context_parallel_size": 1,
     "data.max_seq_length": 3,  # <cls>, one residue, <eos>
     "data.split_seed": 0,
     "data.limit": 1,
@@ -107,6 +108,7 @@ _AT_MOST = {
     "model.hidden_dropout": 0.99,
     "model.attention_dropout": 0.99,
     "task.dropout": 0.99,
+    "lora.dropout": 0.99,
     "task.label_smoothing": 0.99,
 }
 _GREATER_THAN_ZERO = (
@@ -145,7 +147,7 @@ def validate_model(run: Run) -> None:
     check_choices(run)
     check_ranges(run)
     check_model(run.model, run.data.max_seq_length)
-    check_compile(run.model, run.parallel, run.lora)
+    check_layers(run.model, run.parallel, run.lora, run.train.micro_batch_tokens)
     _check_layout(run.model, run.parallel, run.train)
     check_lora(run.lora, run.model, has_lm_head=run.task.kind is None)
 
@@ -310,13 +312,13 @@ def _check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConf
                 f"parallel.virtual_pipeline_model_parallel_size={vpp} = {pp * vpp}; "
                 f"{_virtual_cure(shape.num_layers, pp)}"
             )
-    if parallel.sequence_parallel:
-        if tp == 1:
-            raise UserError(
-                "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; "
-                "set parallel.sequence_parallel=false"
-            )
-        check_sequence_parallel(train, tp)
+    if parallel.sequence_parallel and tp == 1:
+        raise UserError(
+            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; "
+            "set parallel.sequence_parallel=false"
+        )
+    check_context(model, parallel)
+    check_shares(train, parallel)
 
 
 def _virtual_cure(num_layers: int, pp: int) -> str:

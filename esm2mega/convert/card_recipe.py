@@ -66,5 +66,6 @@ def _layout(run: Run) -> str:
     parallel = run.parallel
     return (
         f"tensor {parallel.tensor_model_parallel_size}, pipeline {parallel.pipeline_model_parallel_size}"
+        f"{f', context {parallel.context_parallel_size}' if parallel.context_parallel_size > 1 else ''}"
         f"{', sequence parallel' if parallel.sequence_parallel else ''}"
     )

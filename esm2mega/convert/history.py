@@ -19,12 +19,12 @@ from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.data.stream.samples import TRAIN_FINGERPRINTS, fingerprint_by_clusters
 from esm2mega.errors import UserError
-from esm2mega.files import content_sha256, parse_json
+from esm2mega.files import content_sha256
 from esm2mega.report.log import EVAL, LOG_NAME, TEST, scan_log
+from esm2mega.report.results.suite import MALFORMED, no_results, read_suite
 
 _MERGED = "merged adapters"
 _NO_METRIC = ("kind", "step", "time", "eval_recipe")
-_RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class DataSet:
     Attributes:
         use: What they were for: ``train``, ``valid`` or ``test``.
         name: Name of the file or store, without the folders that hold it.
-        proteins, residues: Their numbers; None where the store is not there any more.
-        sources: Name and SHA-256 of each file that the store was made from.
+        proteins, residues: Their numbers; None in checkpoints of earlier versions whose store is not there.
+        sources: Name and SHA-256 of each file that the store was made from, if the store is still there.
     """
 
     use: str
@@ -116,8 +116,17 @@ def history_of(checkpoint: Path) -> History | None:
 def _data_sets(run: Run, state: Mapping[str, Any]) -> Iterator[DataSet]:
     stores = (state["data"].get("identity") or {}).get(TRAIN_FINGERPRINTS) or []
     paths = run.data.train_paths()
-    for number, path in enumerate(paths):
-        yield _described("train", path, stores[number] if len(stores) == len(paths) else None)
+    found = [
+        _described("train", path, stores[number] if len(stores) == len(paths) else None)
+        for number, path in enumerate(paths)
+    ]
+    if (noted := state.get(layout.DATA_SETS)) is not None:
+        sources = iter([one.sources for one in found])
+        for one in noted:
+            of_store = next(sources, ()) if one["use"] == "train" else ()
+            yield DataSet(one["use"], one["name"], one["proteins"], one["residues"], of_store)
+        return
+    yield from found
     for use in ("valid", "test"):
         if (path := getattr(run.data, use)) is not None:
             yield DataSet(use, Path(path).name or str(path))
@@ -172,10 +181,9 @@ def benchmark_scores(folder: Path, weights_sha256: str) -> list[Score]:
     Raises:
         UserError: There are no results, or none of these weights.
     """
-    path = folder / _RESULTS if folder.is_dir() else folder
+    suite = read_suite(folder)
     try:
-        results = parse_json(path.read_bytes())
-        names = [m["name"] for m in results["models"] if m["weights_sha256"] == weights_sha256]
+        names = [m["name"] for m in suite.results["models"] if m["weights_sha256"] == weights_sha256]
         if not names:
             raise UserError(
                 f"--results {folder}: none of its models has the weights of this one (sha256 "
@@ -191,15 +199,12 @@ def benchmark_scores(folder: Path, weights_sha256: str) -> list[Score]:
                 None if row["high"] is None else float(row["high"]),
                 (task.get("num_proteins") or {}).get("test"),
             )
-            for task in results["tasks"]
+            for task in suite.results["tasks"]
             for row in task["rows"]
             if row["row"] == "model" and row["model"] == names[0] and row["value"] is not None
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--results {folder}: holds no results of `esm2mega autoeval` ({error}); give the folder that "
-            "it wrote, or leave it out"
-        ) from None
+    except MALFORMED as error:
+        raise no_results(folder, error) from None
 
 
 def file_checksums(folder: Path) -> dict[str, str]:

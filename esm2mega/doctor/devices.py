@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esm2mega import processor
 from esm2mega.doctor.finding import FAILED, MISSING, OK, WARNING, Finding
 
 if TYPE_CHECKING:
     import torch
 
-CPU_INFO = Path("/proc/cpuinfo")
 BF16_ERROR = 2.0**-6
 """Bounds the relative error of a product in bf16: inputs and result are rounded by up to 2^-9 each."""
 
@@ -53,18 +52,12 @@ def _bf16_on_cpu() -> Finding:
     what = "bf16 on cpu"
     if (defect := bf16_defect(torch.device("cpu"))) is not None:
         return Finding(FAILED, f"{what}: {defect}", "set model.precision=fp32, and reinstall torch")
-    fast = bf16_instructions()
+    fast = processor.instructions(processor.BF16)
     advice = "faster than fp32: set model.precision=bf16, or give embed --precision bf16"
     with_what = (
         f"with {', '.join(fast)}, {advice}" if fast else "without instructions for it, slower than fp32"
     )
     return Finding(OK, f"{what}: computed, {with_what}")
-
-
-def bf16_instructions() -> list[str]:
-    """Return the instructions of the processor that multiply bf16; where they are not known, none."""
-    flags = set(CPU_INFO.read_text().split()) if CPU_INFO.exists() else set()
-    return sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def multiplies_bf16() -> bool:
@@ -73,7 +66,7 @@ def multiplies_bf16() -> bool:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)
-    return bool(bf16_instructions())
+    return bool(processor.instructions(processor.BF16))
 
 
 def _bf16_on_cuda(index: int, capability: tuple[int, int]) -> Finding:

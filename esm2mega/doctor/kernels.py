@@ -64,7 +64,7 @@ def native_finding() -> Finding:
     """Return whether our own attention for CPUs compiles, and computes."""
     import torch
 
-    from esm2mega.model import native
+    from esm2mega.model.kernels import native
 
     what = "attention backend native"
     if (defect := native.defect()) is not None:

@@ -19,6 +19,7 @@ from esm2mega.convert.into_model import fill_model
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.export.padded import CONTACTS, HEAD
 from esm2mega.infer.engine import Engine, OutputRequest, WindowPack, load_model
+from esm2mega.infer.maps import in_memory
 from esm2mega.infer.source import source_of
 from esm2mega.infer.windows import whole
 from esm2mega.lora import checkpoint as own
@@ -71,7 +72,7 @@ def _of_model(
         if pack.logits is not None:
             result["logits"] = pack.logits[: len(x)]
         if pack.contacts:
-            result["contacts"] = torch.nn.functional.pad(pack.contacts[0], (1, 1, 1, 1))
+            result["contacts"] = torch.nn.functional.pad(in_memory(pack.contacts[0]), (1, 1, 1, 1))
         # Copies: a view would keep the whole pack in memory.
         results.append({name: value.float().cpu().clone() for name, value in result.items()})
     return results

@@ -34,7 +34,7 @@ from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.output import contact_maps, shown_predictions
 from esm2mega.finetune.run import UserParts, finetune
 from esm2mega.finetune.user_code import GivenCode
-from esm2mega.model.task import MakeHead
+from esm2mega.model.heads.task import MakeHead
 from esm2mega.report.log import LOG_NAME, read_log
 from esm2mega.train.start import load_run_with_start
 

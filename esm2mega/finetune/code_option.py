@@ -14,7 +14,7 @@ from esm2mega.finetune.classes.config import FineTuneConfig
 from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.user_code import GivenCode
 from esm2mega.model.heads import TaskHead
-from esm2mega.model.task import MakeHead
+from esm2mega.model.heads.task import MakeHead
 
 
 def load_code(names: Sequence[str]) -> GivenCode:

@@ -11,7 +11,13 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from esm2mega.config.batches import PROTEIN_KEYS, TOKEN_KEYS, data_parallel_size, fill_batches
+from esm2mega.config.batches import (
+    PROTEIN_KEYS,
+    TOKEN_KEYS,
+    data_parallel_size,
+    fill_batches,
+    shares_of_a_pack,
+)
 from esm2mega.config.best_metric import HEADLINES, VALID_LOSS
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import resolve_max_steps
@@ -98,8 +104,7 @@ def choose_batch(
 
 def _pack_size(proteins: int, tokens: float, data: DataConfig, parallel: ParallelConfig) -> int:
     """Return the `train.micro_batch_size` whose packs have the least padding; of several the largest."""
-    most, tp_size = _TOKENS_PER_PACK // data.max_seq_length, parallel.tensor_model_parallel_size
-    divisor = tp_size if parallel.sequence_parallel else 1
+    most, divisor = _TOKENS_PER_PACK // data.max_seq_length, shares_of_a_pack(parallel)
     sizes = [size for size in range(1, max(most, divisor) + 1) if size * data.max_seq_length % divisor == 0]
 
     def padded(size: int) -> int:

@@ -26,7 +26,6 @@ from esm2mega.finetune.losses import loss_of_task
 from esm2mega.finetune.run import batch_spec
 from esm2mega.finetune.uncertainty import Summary, conformal_factor, spread_factor
 from esm2mega.finetune.user_code import GivenCode
-from esm2mega.lora.layers import Adapter
 from esm2mega.model.dropout import KeyedDropout
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks
@@ -118,7 +117,7 @@ def check_uncertainty(members: Sequence[TaskCheckpoint], how: Uncertainty) -> No
         )
     if how.kind == "dropout" and len(members) > 1:
         raise UserError("--uncertainty dropout samples one checkpoint; name one, or leave the option out")
-    drops = run.model.hidden_dropout or run.model.attention_dropout or run.task.dropout
+    drops = run.drops_in_encoder or run.task.dropout > 0
     if how.kind == "dropout" and first.head.is_configured and not drops:
         raise no_dropout(path)
 
@@ -127,7 +126,8 @@ def no_dropout(path: Path) -> UserError:
     """Return the error for a model that drops nothing."""
     return UserError(
         f"{path}: was trained without dropout (task.dropout=0, model.hidden_dropout=0, "
-        "model.attention_dropout=0), so its samples would be equal; join several runs by commas instead"
+        "model.attention_dropout=0, lora.dropout=0), so its samples would be equal; join several runs by "
+        "commas instead"
     )
 
 
@@ -169,26 +169,21 @@ class Draws:
         return self._how.samples or len(self._members)
 
     def _let_drop(self, chunk: Any) -> None:
-        """Turn dropout on; that of adapters stays off, since its masks differ between layouts."""
+        """Turn dropout on."""
         chunk.train()
-        for module in chunk.modules():
-            if isinstance(module, Adapter):
-                module.eval()
-        model, first = self._members[0].run.model, self._members[0]
+        first = self._members[0]
         # Where the head alone drops, all samples share the features of a protein.
-        shares = not model.hidden_dropout and not model.attention_dropout
-        chunk.frozen = shares and first.head.is_configured
+        chunk.frozen = not first.run.drops_in_encoder and first.head.is_configured
 
     def _check_own(self) -> None:
         """Raise `UserError` if nothing drops in any stage; the ranks gather over the world."""
-        model = self._members[0].run.model
-        drops = any(
+        drops = self._members[0].run.drops_in_encoder or any(
             isinstance(module, KeyedDropout) and module.p > 0
             for chunk in self.models[0]
             for module in chunk.modules()
         )
         every = [False] * self._ranks.world_size
-        dist.all_gather_object(every, drops or bool(model.hidden_dropout or model.attention_dropout))
+        dist.all_gather_object(every, drops)
         if not any(every):
             raise no_dropout(self._members[0].start.path)
 

@@ -228,13 +228,16 @@ def split_by_protein(info: TargetInfo) -> Split:
     return split
 
 
-def has_labels(packs: LabelledPacks) -> bool:
-    """Tell whether any label of the packs is known; they are built until one is."""
-    return any(
-        bool((~labels.isnan() if labels.is_floating_point() else labels != IGNORED).any())
-        for batch in packs
-        if (labels := batch.labels) is not None
-    )
+def packs_to_a_label(packs: LabelledPacks) -> int | None:
+    """Return how many packs there are up to the first with a known label; None if none has one."""
+    for number, batch in enumerate(packs, start=1):
+        labels = batch.labels
+        if (
+            labels is not None
+            and (~labels.isnan() if labels.is_floating_point() else labels != IGNORED).any()
+        ):
+            return number
+    return None
 
 
 def task_recipe(task: TaskConfig, data: DataConfig, seed: int, loss: LossReduction) -> str:

@@ -16,8 +16,8 @@ from esm2mega.convert.heads.user_code import is_same, name_of
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.model.heads import TaskHead
-from esm2mega.model.sample_dropout import SampleDropout
-from esm2mega.model.task import ESM2ForTask, MakeHead, MakeModel
+from esm2mega.model.heads.sample_dropout import SampleDropout
+from esm2mega.model.heads.task import ESM2ForTask, MakeHead, MakeModel
 from esm2mega.pairs import num_pairs
 from esm2mega.train import users_code
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from esm2mega.checkpoint.finite import not_finite
+from esm2mega.config.batches import sizes_that_round
 from esm2mega.config.head_form import head_form
 from esm2mega.config.load import values_of
 from esm2mega.data.store.token_store import TokenStore
@@ -147,7 +148,7 @@ class PredictJob(Job):
         return {
             "task_hash": hashlib.sha256(meaning.encode()).hexdigest(),
             "precision": run.model.precision,
-            "tensor_model_parallel_size": run.parallel.tensor_model_parallel_size,
+            **sizes_that_round(run.parallel),
             "too_long": run.data.too_long,
             "crop": run.data.crop,
             "max_seq_length": run.data.max_seq_length,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from esm2mega.checkpoint import layout
 from esm2mega.config.best_metric import HEADLINES
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.lora import check_start
@@ -34,7 +35,7 @@ from esm2mega.data.stream.recipe import proteins_hash
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
 from esm2mega.finetune.defaults import choose, choose_batch
-from esm2mega.finetune.evaluate import UNSEEN, has_labels, measure, packs_of, task_recipe
+from esm2mega.finetune.evaluate import UNSEEN, measure, packs_of, packs_to_a_label, task_recipe
 from esm2mega.finetune.loaded_head import check_units, loaded_targets
 from esm2mega.finetune.losses import loss_of_task
 from esm2mega.finetune.metrics import check_packages
@@ -44,7 +45,7 @@ from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.train import users_code
 from esm2mega.train.build import HeadTraining, build
 from esm2mega.train.loop import Evaluation, LoopState
-from esm2mega.train.session import Session, resolve_epochs, run_session
+from esm2mega.train.session import Session, data_set, resolve_epochs, run_session
 from esm2mega.train.start import open_training_start, with_batches
 
 _STEPS_PER_WINDOW = 4
@@ -132,6 +133,8 @@ def finetune(
     if start is None or not start.is_resumed:
         question_classes(info, run.task)
     run, chosen = _chosen(run, splits, start, given)
+    if is_trial and "valid" in splits.of:
+        run = _reaching_a_label(run, splits.of["valid"])
     if "valid" in splits.of:
         _check_predictable(run, splits.of["valid"])
     elif run.train.eval_every:
@@ -240,10 +243,17 @@ def _stream(run: Run, settings: TrainConfig, train: LabelledProteins) -> Labelle
     return LabelledStream(train, train_spec(run.data, settings, run.seed, train))
 
 
+def _reaching_a_label(run: Run, proteins: LabelledProteins) -> Run:
+    """Let the few packs that a trial evaluates go on to the first one with a label, which may be rare."""
+    found = packs_to_a_label(LabelledPacks(proteins, batch_spec(run.data, run.train, run.seed)))
+    limit = 0 if found is None else max(found, run.train.eval_batches)
+    return replace(run, train=replace(run.train, eval_batches=limit))
+
+
 def _check_predictable(run: Run, proteins: LabelledProteins) -> None:
     """Refuse validation data without any label: they have no loss that could be best or stop the run."""
     spec, limit = batch_spec(run.data, run.train, run.seed), run.train.eval_batches
-    if not has_labels(LabelledPacks(proteins, spec, limit)):
+    if packs_to_a_label(LabelledPacks(proteins, spec, limit)) is None:
         part = f" in train.eval_batches={limit} packs" if limit else ""
         raise UserError(
             f"data.valid={proteins.path}: every label of its {len(proteins)} proteins is missing or masked"
@@ -320,7 +330,14 @@ def _session(
         evaluation=evaluation,
         eval_recipe=recipe,
         eval_proteins=None if valid is None else proteins_hash(valid.fingerprint, run.train.eval_batches),
-        extra_state={"task": info.to_dict(), "token_counts": None, **trained_code.as_state()},
+        extra_state={
+            "task": info.to_dict(),
+            "token_counts": None,
+            **trained_code.as_state(),
+            layout.DATA_SETS: [
+                data_set(split, proteins.path, proteins.lengths) for split, proteins in splits.of.items()
+            ],
+        },
         banner=[
             *chosen,
             *export_notes(HeadDescription(run.task, info, {}, trained_code)),

@@ -20,7 +20,7 @@ from esm2mega.errors import UserError
 from esm2mega.finetune.losses import RegressionLossReduction, TaskLossReduction, loss_of_task
 from esm2mega.finetune.own_head import OwnHead, check_output, other_code, own_model, shown_type
 from esm2mega.model.heads import TaskHead, head_of_task
-from esm2mega.model.task import MakeHead, MakeModel
+from esm2mega.model.heads.task import MakeHead, MakeModel
 from esm2mega.train import users_code
 
 Predict = Callable[[Tensor], Tensor]

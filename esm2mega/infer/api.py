@@ -27,6 +27,7 @@ from esm2mega.data.variants.variant import single_substitutions, write_variant
 from esm2mega.data.variants.wild_types import clean
 from esm2mega.errors import UserError
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
+from esm2mega.infer.maps import in_memory
 from esm2mega.infer.marginals import NORMALIZATIONS, Marginals
 from esm2mega.infer.proteins import Embedder, Lengths, micro_batch_tokens, output_request
 from esm2mega.infer.source import source_of
@@ -214,7 +215,7 @@ class Model:
                 raise UserError(f"{text!r}: {error}") from None
         self._source.check_lm_head()
         limits = Lengths.of(self._run.infer, self._run.data)
-        size = micro_batch_tokens(self._run.infer, limits, self._ranks.device)
+        size = micro_batch_tokens(self._run.infer, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, OutputRequest(logits=True), size)
         refused = partial(not_finite, checkpoint=self._source.path)
         marginals = Marginals(engine, self._ranks, limits.width, refused, normalize, shows_progress=False)
@@ -227,7 +228,7 @@ class Model:
         run = load_run_over(self._run, overrides)
         validate_inference(run, 1)
         wants, limits = output_request(run.infer, run.model, self._source), Lengths.of(run.infer, run.data)
-        size = micro_batch_tokens(run.infer, limits, self._ranks.device)
+        size = micro_batch_tokens(run.infer, self._ranks.device)
         engine = Engine(self._loaded(), self._ranks, wants, size)
         residues = [encode_residues(clean(text)) for text in texts]
         results: list[dict[str, Array]] = [{} for _ in residues]
@@ -235,7 +236,7 @@ class Model:
         named = "sequences[{}]".format
         for number, values in embedder.run(residues, named) if residues else ():
             # Copies: a view would keep the whole pack in memory.
-            results[number] = {name: _array(value) for name, value in values.items()}
+            results[number] = {name: _array(in_memory(value)) for name, value in values.items()}
         return results
 
     def _loaded(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from esm2mega.config.batches import sizes_that_round
 from esm2mega.config.infer import (
     absolute_layers,
     in_int8,
@@ -24,15 +26,17 @@ from esm2mega.errors import UserError
 from esm2mega.infer.contents import Write
 from esm2mega.infer.drift import Drift, measured, sample
 from esm2mega.infer.embedding_target import EmbeddingTarget
-from esm2mega.infer.embeddings import Embeddings
+from esm2mega.infer.embeddings import STORED, Embeddings
 from esm2mega.infer.engine import Engine, OutputRequest, load_model
 from esm2mega.infer.job import Compute, Job, make_folder, refuse_long, run_job
+from esm2mega.infer.maps import cells
+from esm2mega.infer.memory import need_of, used_bytes
 from esm2mega.infer.proteins import Embedder, Lengths, Values, micro_batch_tokens, output_request
 from esm2mega.infer.source import open_model
 from esm2mega.infer.target import Mode
 from esm2mega.model.arithmetic import describe_computing
 from esm2mega.model.esm2 import ESM2Model
-from esm2mega.model.int8 import check_products, quantize
+from esm2mega.model.kernels.int8 import check_products, quantize
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.parallel.paths import expand_paths
@@ -125,7 +129,7 @@ class EmbedJob(Job):
             "pooling": infer.pooling,
             "dtype": infer.dtype,
             "precision": "int8" if in_int8(run) else run.model.precision,
-            "tensor_model_parallel_size": run.parallel.tensor_model_parallel_size,
+            **sizes_that_round(run.parallel),
             "layout": infer.layout,
             "too_long": infer.too_long,
             "max_seq_length": self._limits.width,
@@ -138,13 +142,14 @@ class EmbedJob(Job):
         return Embeddings(store, attributes, self.run.infer, self.run.model, self._limits)
 
     def load(self, contents: Embeddings, ranks: Ranks) -> Compute:
-        size = micro_batch_tokens(self.run.infer, self._limits, ranks.device)
+        size = micro_batch_tokens(self.run.infer, ranks.device)
         model = load_model(self._source, self.run, ranks)
         self.computing = describe_computing(model.config, ranks.device, self._source.run.model.precision)
         if in_int8(self.run):
             self.computing += "; products of the layers in int8"
             self._drift = self._quantized(model, contents, ranks)
-        engine = Engine(model, ranks, self._request, size)
+        self._say_need(contents, size, ranks)
+        engine = Engine(model, ranks, self._request, size, self.target.work_dir)
         embedder = Embedder(engine, self.run.infer, self._limits, self._source.path)
 
         def compute(piece: int) -> Iterator[tuple[int, Iterable[Write]]]:
@@ -157,10 +162,25 @@ class EmbedJob(Job):
             for location, values in embedder.run(residues, named) if residues else ():
                 number = numbers[location]
                 yield 1, contents.stored(number, values)
-                if ranks.tp_rank == 0:
+                if ranks.hands_on:
                     self._draw(number, contents.store.id(number), values)
 
         return compute
+
+    def _say_need(self, contents: Embeddings, size: int, ranks: Ranks) -> None:
+        """Say on rank 0 what memory and disk a protein takes that is longer than an ordinary pack."""
+        window = min(int(contents.lengths.max()) + 2, self._limits.width)
+        if window <= size or not ranks.is_main:
+            return
+        stored = np.dtype(STORED[self.run.infer.dtype]).itemsize
+        need = need_of(self.run.model, self._request, window, window, ranks.tp_size, ranks.cp_size, stored)
+        memory = (used_bytes(ranks.device) + need.memory) / 1e9
+        disk = f", and {need.disk / 1e9:.1f} GB of disk while contacts are computed" if need.disk else ""
+        print(
+            f"{window:,} tokens pass at once: every process needs about {memory:.1f} GB of memory{disk}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _quantized(self, model: ESM2Model, contents: Embeddings, ranks: Ranks) -> Drift | None:
         """Let the model multiply in int8; rank 0 measures the drift for all ranks, of which each gets it.
@@ -179,9 +199,7 @@ class EmbedJob(Job):
         def measure() -> Drift | None:
             layers = self._request.layers or (len(model.encoder.layers),)
             wants = OutputRequest(layers, logits=self._source.has_lm_head)
-            engine = Engine(
-                model, ranks, wants, micro_batch_tokens(self.run.infer, self._limits, ranks.device)
-            )
+            engine = Engine(model, ranks, wants, micro_batch_tokens(self.run.infer, ranks.device))
             proteins = sample(contents.store, self._limits.most_residues)
             drift = measured(engine, proteins, self._source.has_lm_head, lambda: quantize(model))
             if drift is not None:
@@ -194,10 +212,12 @@ class EmbedJob(Job):
         if self._contact_maps is None or "contacts" not in values:
             return
         from esm2mega.infer.exports import safe_name
-        from esm2mega.infer.figures import contact_map
+        from esm2mega.infer.figures import MOST_CELLS, contact_map
 
         path = Path(self._contact_maps) / f"{number:06d}.{safe_name(protein)}.png"
-        contact_map(path, protein, values["contacts"].float().cpu().numpy())
+        contacts = values["contacts"]
+        drawn = cells(contacts, MOST_CELLS).float().cpu().numpy()
+        contact_map(path, protein, drawn, contacts.shape[0])
 
     def report(self, contents: Embeddings, made: Sequence[Path]) -> list[str]:
         """Say what was written, and which proteins were cropped or are means over windows."""

@@ -17,6 +17,7 @@ from esm2mega.config.schema import InferConfig, ModelConfig
 from esm2mega.errors import UserError
 from esm2mega.infer.arrays import ArraySpec
 from esm2mega.infer.contents import Array, Contents, Write
+from esm2mega.infer.maps import row_blocks
 from esm2mega.infer.proteins import Lengths, Values
 from esm2mega.model.esm2 import VOCAB_SIZE
 
@@ -126,18 +127,25 @@ class Embeddings(Contents):
         Raises:
             UserError: A value is beyond the range of the dtype.
         """
+        dtype = self.infer.dtype
         for name, value in values.items():
-            row = value.reshape(1, -1) if name.startswith("pooled/") else value
-            row = row.flatten() if name == "contacts" else row
-            dtype = self.infer.dtype
-            row = row.to(_TORCH[dtype])
-            if bool(row.isinf().any()):
-                cure = {"fp16": "set --dtype bf16 or fp32", "bf16": "set --dtype fp32"}
-                raise UserError(
-                    f"{self.store.id(number)}: {name} has values beyond {torch.finfo(_TORCH[dtype]).max:g}, "
-                    f"the largest of {dtype}; {cure.get(dtype, 'train with a smaller optim.lr')}"
-                )
-            yield name, self.rows(name, number).start, to_numpy(row, dtype)
+            start = self.rows(name, number).start
+            for first, block in row_blocks(value):
+                row = block.reshape(1, -1) if name.startswith("pooled/") else block
+                row = row.flatten() if name == "contacts" else row
+                row = row.to(_TORCH[dtype])
+                if bool(row.isinf().any()):
+                    raise self._overflow(number, name)
+                before = first * value.shape[1] if name == "contacts" else first
+                yield name, start + before, to_numpy(row, dtype)
+
+    def _overflow(self, number: int, name: str) -> UserError:
+        dtype = self.infer.dtype
+        cure = {"fp16": "set --dtype bf16 or fp32", "bf16": "set --dtype fp32"}
+        return UserError(
+            f"{self.store.id(number)}: {name} has values beyond {torch.finfo(_TORCH[dtype]).max:g}, "
+            f"the largest of {dtype}; {cure.get(dtype, 'train with a smaller optim.lr')}"
+        )
 
 
 def to_numpy(values: Tensor, dtype: str) -> Array:

@@ -6,9 +6,11 @@ Legend: ``T`` tokens of a pack, ``h`` hidden size, ``m`` tokens that get logits,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,10 +24,13 @@ from torch import Tensor
 from esm2mega.batch import host_borders
 from esm2mega.config.schema import Run
 from esm2mega.data.stream.packing import plan_packs
+from esm2mega.infer.maps import ContactMap
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window
 from esm2mega.model.build import build_model
 from esm2mega.model.contact_maps import ContactMaps, Span
+from esm2mega.model.contact_tiles import ContactTiles
+from esm2mega.model.context_parallel import gather_for_all
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.hidden_states import hidden_states
 from esm2mega.model.packed import PackedSequences
@@ -88,17 +93,20 @@ class PackOutputs:
     Attributes:
         hidden: Hidden states by layer, ``[T, h]``; only the layers of this pipeline stage.
         logits: Logits, ``[m, v]``; None before the last stage, or if they are not wanted.
-        contacts: Contact probabilities of each window, ``[l, l]``; empty before the last stage, or if they
-            are not wanted.
+        contacts: Contact probabilities of each window, ``[l, l]``, of long ones in tiles; empty before the
+            last stage, or if they are not wanted.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
-    contacts: list[Tensor] = field(default_factory=list)
+    contacts: Sequence[ContactMap] = ()
 
     def is_finite(self) -> bool:
         """Return whether all values are finite; it waits for the device once, whatever their number."""
-        tensors = [*self.hidden.values(), *self.contacts, *([] if self.logits is None else [self.logits])]
+        maps = [values for values in self.contacts if isinstance(values, Tensor)]
+        tensors = [*self.hidden.values(), *maps, *([] if self.logits is None else [self.logits])]
+        if not all(values.is_finite for values in self.contacts if isinstance(values, ContactTiles)):
+            return False
         return not tensors or bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
@@ -107,15 +115,18 @@ def group_windows(num_tokens: npt.ArrayLike, capacity: int) -> list[list[int]]:
 
     Args:
         num_tokens: Number of tokens of each window.
-        capacity: Most tokens of a pack.
+        capacity: Most tokens of a pack with several windows.
 
     Returns:
-        The indices of the windows of each pack.
+        The indices of the windows of each pack; windows of more tokens are alone.
     """
-    pack_of = plan_packs(num_tokens, capacity)
+    lengths = np.asarray(num_tokens, dtype=np.int64)
+    alone, others = np.flatnonzero(lengths > capacity), np.flatnonzero(lengths <= capacity)
+    pack_of = plan_packs(lengths[others], capacity)
     order = np.argsort(pack_of, kind="stable")
     borders = np.flatnonzero(np.diff(pack_of[order])) + 1
-    return [indices.tolist() for indices in np.split(order, borders)] if len(order) else []
+    packs = [others[places].tolist() for places in np.split(order, borders)] if len(order) else []
+    return [[window] for window in alone.tolist()] + packs
 
 
 def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
@@ -128,7 +139,7 @@ def load_model(source: ModelSource, run: Run, ranks: Ranks) -> ESM2Model:
 
 
 class RunsPacks(Protocol):
-    """Runs packs of at most `micro_batch_tokens` tokens, and yields the outputs of each, in order."""
+    """Runs packs, and yields the outputs of each, in order; packs of `micro_batch_tokens` suit it."""
 
     micro_batch_tokens: int
 
@@ -139,7 +150,12 @@ class Engine:
     """Runs packs through a model; all ranks of one model replica run the same packs."""
 
     def __init__(
-        self, model: ESM2Model, ranks: Ranks, request: OutputRequest, micro_batch_tokens: int
+        self,
+        model: ESM2Model,
+        ranks: Ranks,
+        request: OutputRequest,
+        micro_batch_tokens: int,
+        scratch: Path | None = None,
     ) -> None:
         """Set the model and what it computes.
 
@@ -147,7 +163,9 @@ class Engine:
             model: This rank's stage, from `load_model`.
             ranks: Ranks of this process.
             request: What to compute.
-            micro_batch_tokens: Tokens of the largest pack; with a pipeline, every pack is padded to it.
+            micro_batch_tokens: Tokens of a pack; with a pipeline, all are padded to it or to the largest.
+            scratch: Folder for the contacts of long proteins while they are computed; None for the system's
+                folder of temporary files.
         """
         self._model, self._ranks = model, ranks
         if request.contact_head is not None:
@@ -156,13 +174,14 @@ class Engine:
             request = replace(request, contact_head=(weight.to(ranks.device), bias))
         self._request = request
         self.micro_batch_tokens = micro_batch_tokens
+        self._scratch = scratch
 
     def run(self, packs: Sequence[WindowPack]) -> Iterator[PackOutputs]:
         """Yield the outputs of each pack, in order."""
         with self._collectors() as (hidden, maps), torch.inference_mode():
             if self._ranks.pp_size == 1:
                 for pack in packs:
-                    outputs, _ = self._forward(self._model, pack, hidden, maps)
+                    outputs, _ = self._forward(self._model, pack, self._padded(pack), hidden, maps)
                     self._finish_contacts(outputs)
                     yield outputs
                 return
@@ -178,19 +197,26 @@ class Engine:
         with ExitStack() as stack:
             maps = None
             if self._request.contact_head is not None:
-                maps = ContactMaps(self._model.encoder.layers)
+                maps = ContactMaps(
+                    self._model.encoder.layers, functools.partial(ContactTiles, folder=self._scratch)
+                )
                 stack.callback(maps.remove)
             yield stack.enter_context(hidden_states(self._model, self._request.layers)), maps
 
     def _forward(
-        self, model: ESM2Model, pack: WindowPack, hidden: dict[int, Tensor], maps: ContactMaps | None
+        self,
+        model: ESM2Model,
+        pack: WindowPack,
+        num_tokens: int,
+        hidden: dict[int, Tensor],
+        maps: ContactMaps | None,
     ) -> tuple[PackOutputs, Tensor]:
-        """Return the outputs, and the tensor for the next stage."""
+        """Return the outputs of a pack that is padded to `num_tokens`, and the tensor for the next stage."""
         # Where only some tokens get logits, the last layer computes no other tokens.
         assert pack.logit_positions is None or not self._request.layers
         device = self._ranks.device
         lengths = [window.num_tokens for window in pack.windows]
-        tail = self._padded(sum(lengths)) - sum(lengths)
+        tail = num_tokens - sum(lengths)
         tokens = np.pad(pack.tokens, (0, tail), constant_values=PAD).astype(np.int64)
         lengths += [tail] * (tail > 0)
         counts = pack.logit_counts(lengths)
@@ -198,7 +224,7 @@ class Engine:
         if pack.logit_positions is not None:
             sent.append(torch.from_numpy(pack.logit_positions))
         ids, borders, *rows = Parcel.of(sent).to(device)
-        packed = PackedSequences.from_lengths(lengths, device, counts, borders)
+        packed = PackedSequences.from_lengths(lengths, device, counts, borders, pack.logit_positions)
         if maps is not None:
             assert self._request.contact_head is not None
             starts = np.cumsum([0, *lengths]).tolist()
@@ -214,23 +240,33 @@ class Engine:
             outputs.logits = result if model.post_process else None
         else:
             result = model.encode(ids, packed)
-        outputs.hidden = dict(hidden)
+        outputs.hidden = {layer: self._of_all_tokens(states) for layer, states in hidden.items()}
         outputs.contacts = [] if maps is None else list(maps.sums)
         return outputs, result
 
-    def _padded(self, num_tokens: int) -> int:
-        if self._ranks.pp_size > 1:
-            return self.micro_batch_tokens
+    def _of_all_tokens(self, states: Tensor) -> Tensor:
+        """Gather hidden states over the context-parallel group: ``[T/c, h] -> [T, h]``."""
+        return gather_for_all(states) if self._ranks.cp_size > 1 else states
+
+    def _padded(self, pack: WindowPack) -> int:
         smallest = _ROWS_PER_THREAD * torch.get_num_threads() if self._ranks.device.type == "cpu" else 1
-        return max(num_tokens, smallest)
+        return self._in_equal_parts(max(len(pack.tokens), smallest * self._ranks.cp_size))
+
+    def _in_equal_parts(self, num_tokens: int) -> int:
+        """Return the least number of tokens from there on that context-parallel processes can divide."""
+        size = self._ranks.cp_size
+        return -(-num_tokens // size) * size
 
     def _pipeline(
         self, packs: Sequence[WindowPack], hidden: dict[int, Tensor], maps: ContactMaps | None
     ) -> list[PackOutputs]:
         collected: list[PackOutputs] = []
+        # Stages send each other tensors of one size.
+        longest = max(self.micro_batch_tokens, *(len(pack.tokens) for pack in packs))
+        num_tokens = self._in_equal_parts(longest)
 
         def step(waiting: Iterator[WindowPack], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
-            outputs, result = self._forward(model, next(waiting), hidden, maps)
+            outputs, result = self._forward(model, next(waiting), num_tokens, hidden, maps)
             collected.append(outputs)
             return result, lambda output, non_loss_data=True: output.new_zeros(1)
 
@@ -239,7 +275,7 @@ class Engine:
             data_iterator=iter(packs),
             model=[self._model],
             num_microbatches=len(packs),
-            seq_length=self.micro_batch_tokens,
+            seq_length=num_tokens,
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
@@ -249,15 +285,27 @@ class Engine:
     def _finish_contacts(self, outputs: PackOutputs) -> None:
         """Add up the shares of all heads and layers; the last stage turns the sums into probabilities.
 
-        The all-reduce runs over the tensor-parallel and then over the pipeline-parallel group.
+        The all-reduce runs over the tensor-, the context- and then the pipeline-parallel group.
         """
         if self._request.contact_head is None:
             return
-        for logits in outputs.contacts:
+        bias = self._request.contact_head[1]
+
+        def finished(logits: Tensor) -> Tensor:
             if self._ranks.tp_size > 1:
                 dist.all_reduce(logits, group=parallel_state.get_tensor_model_parallel_group())
+            if self._ranks.cp_size > 1:
+                dist.all_reduce(logits, group=parallel_state.get_context_parallel_group())
             if self._ranks.pp_size > 1:
                 dist.all_reduce(logits, group=parallel_state.get_pipeline_model_parallel_group())
-        bias = self._request.contact_head[1]
-        last = self._model.post_process
-        outputs.contacts = [torch.sigmoid(logits + bias) for logits in outputs.contacts] if last else []
+            return torch.sigmoid(logits + bias)
+
+        maps: list[ContactMap] = []
+        for sums in outputs.contacts:
+            if isinstance(sums, ContactTiles):
+                sums.transform(finished)
+                maps.append(sums)
+            else:
+                assert isinstance(sums, Tensor)
+                maps.append(finished(sums))
+        outputs.contacts = maps if self._model.post_process else []

@@ -18,25 +18,39 @@ READING = (
     "a pair of antiparallel ones; single dots far from it hold the fold together."
 )
 
+MOST_CELLS = 2048
+"""Limits the cells of a contact map: the picture has fewer dots."""
+
 _TICKS = 12
 _SHARP_ROWS = 40
 """Counts the rows up to which a heat map has 150 dots per inch: beyond, the picture would grow too large."""
 
 
-def contact_map(path: Path, title: str, contacts: npt.NDArray[Any]) -> None:
+def contact_map(path: Path, title: str, contacts: npt.NDArray[Any], length: int) -> None:
     """Draw contact probabilities.
 
     Args:
         path: PNG to write.
         title: Title above the map.
-        contacts: Probabilities, ``[L, L]``, 0 to 1; NaN stays blank.
+        contacts: Probabilities, ``[c, c]``, 0 to 1: of pairs of residues, or the largest ones of cells, whose
+            width is ``L / c`` residues, rounded up; NaN stays blank.
+        length: Residues of the protein, L.
     """
     figure, (axes,) = _figure(6, 6.2)
-    image = axes.imshow(contacts, cmap="Greys", vmin=0, vmax=1, origin="lower", interpolation="nearest")
+    end = len(contacts) * -(-length // len(contacts)) - 0.5
+    image = axes.imshow(
+        contacts,
+        cmap="Greys",
+        vmin=0,
+        vmax=1,
+        origin="lower",
+        interpolation="nearest",
+        extent=(-0.5, end, -0.5, end),
+    )
     figure.colorbar(image, label="contact probability")
     axes.set(title=title, xlabel=f"residue\n\n{READING}", ylabel="residue")
-    _number(axes.xaxis, contacts.shape[0], 1)
-    _number(axes.yaxis, contacts.shape[0], 1)
+    _number(axes.xaxis, length, 1)
+    _number(axes.yaxis, length, 1)
     figure.savefig(path, dpi=150)
 
 

@@ -108,6 +108,7 @@ def run_job(job: Job) -> list[str]:
         UserError: The input or the settings are not valid, or the output exists already.
     """
     _check_existing(job)
+    goes_on = job.mode == "resume" and has_begun(job.target)
     with process_groups(job.run.parallel, job.run.seed) as ranks:
         begun = on_one_rank(lambda: _begin(job))
         if isinstance(begun, str):
@@ -115,7 +116,13 @@ def run_job(job: Job) -> list[str]:
         attributes, store_path, remaining = begun
         contents = job.contents(TokenStore(store_path), attributes)
         work = Work(job.target, contents)
-        _compute(job, work, ranks, remaining[ranks.dp_rank :: ranks.dp_size])
+        try:
+            _compute(job, work, ranks, remaining[ranks.dp_rank :: ranks.dp_size])
+        except UserError:
+            # Refused when the model was loaded, or in the first piece: there is nothing to resume yet.
+            if ranks.is_main and not goes_on and not work.has_finished:
+                shutil.rmtree(work.folder, ignore_errors=True)
+            raise
         dist.barrier()
         made = on_one_rank(work.finish)
         return [*job.report(contents, made), job.computing]
@@ -251,8 +258,8 @@ def _attributes(job: Job, store: TokenStore) -> dict[str, Any]:
 def _compute(job: Job, work: Work, ranks: Ranks, pieces: Sequence[int]) -> None:
     """Compute and write this rank's share of the pieces."""
     compute = job.load(work.contents, ranks)
-    # Ranks of a tensor-parallel group hold the same; one of them writes. Pipeline stages write their own.
-    writes = ranks.tp_rank == 0
+    # Pipeline stages write their own.
+    writes = ranks.hands_on
     total = sum(map(work.contents.amount, pieces))
     with (
         work.open_arrays() as arrays,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,15 @@ from esm2mega.config.infer import absolute_layers, window_tokens
 from esm2mega.config.schema import DataConfig, InferConfig, ModelConfig
 from esm2mega.errors import UserError
 from esm2mega.infer.engine import OutputRequest, PackOutputs, RunsPacks, WindowPack, group_windows
+from esm2mega.infer.maps import JoinedMap, row_blocks
 from esm2mega.infer.source import ModelSource
 from esm2mega.infer.windows import Window, overlapping, whole
 
-Values = dict[str, Tensor]
+Values = dict[str, Any]
 """Holds the values of a protein or a window by the name of their array in the output.
 
 The names and shapes are ``residue/layer_N [L, h]``, ``pooled/layer_N [h]``, ``logits [L, v]`` and
-``contacts [L, L]``.
+``contacts [L, L]``. All are tensors, but contacts, which are a `ContactMap`.
 """
 
 
@@ -143,7 +145,10 @@ class Embedder:
                     continue
                 pieces = waiting.setdefault(number, {})
                 # Copies: a view would keep the whole pack in memory.
-                pieces[index] = window, {name: value.clone() for name, value in values.items()}
+                pieces[index] = (
+                    window,
+                    {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()},
+                )
                 if len(pieces) == num_windows[number]:
                     # Joined in the order of the windows, whatever packs they were in, sums have equal bits.
                     joined = _join([pieces[p] for p in range(len(pieces))])
@@ -153,7 +158,7 @@ class Embedder:
     def _check(self, protein: str, values: Values) -> None:
         """Refuse values of a window that are not finite."""
         for name, value in values.items():
-            if not bool(value.isfinite().all()):
+            if not all(bool(rows.isfinite().all()) for _, rows in row_blocks(value)):
                 kind, slash, layer = name.partition("/")
                 # Pooled values are made of those of residues, or of <cls>.
                 output = name if kind in self._outputs else f"pooled{slash}{layer}"
@@ -169,7 +174,7 @@ class Embedder:
         for number, window in enumerate(pack.windows):
             span = window.residue_tokens
             residues = slice(first + span.start, first + span.stop)
-            values = {}
+            values: Values = {}
             for layer, states in outputs.hidden.items():
                 values[f"residue/layer_{layer}"] = states[residues]
                 if window.start == 0:
@@ -183,7 +188,7 @@ class Embedder:
 
     def _of_protein(self, values: Values) -> Values:
         """Pool the values of a protein, and leave out what was not asked for."""
-        result = {}
+        result: Values = {}
         for name, value in values.items():
             kind, _, layer = name.partition("/")
             if kind == "residue" and "pooled" in self._outputs and self._pooling != "cls":
@@ -205,30 +210,29 @@ def _join(pieces: Sequence[tuple[Window, Values]]) -> Values:
     length = pieces[0][0].num_residues
     joined: Values = {}
     for name, example in pieces[0][1].items():
+        if name == "contacts":
+            joined[name] = JoinedMap([(window, values[name]) for window, values in pieces])
+            continue
         if name.startswith("cls/"):
             joined[name] = example
             continue
-        square = name == "contacts"
         dtype = torch.promote_types(example.dtype, torch.float32)
-        shape = (length, length) if square else (length, example.shape[1])
-        total = torch.zeros(shape, dtype=dtype, device=example.device)
-        count = torch.zeros(shape if square else (length, 1), dtype=dtype, device=example.device)
+        total = torch.zeros(length, example.shape[1], dtype=dtype, device=example.device)
+        count = torch.zeros(length, 1, dtype=dtype, device=example.device)
         for window, values in pieces:
-            rows = (window.residues, window.residues) if square else (window.residues,)
-            total[rows] += values[name]
-            count[rows] += 1
+            total[window.residues] += values[name]
+            count[window.residues] += 1
         joined[name] = total / count
     return joined
 
 
-def micro_batch_tokens(infer: InferConfig, limits: Lengths, device: torch.device) -> int:
-    """Return the tokens of a pack: the configured number or what suits the device, and at least a window.
+def micro_batch_tokens(infer: InferConfig, device: torch.device) -> int:
+    """Return the tokens of a pack: the configured number or what suits the device.
 
     A 35M model on 2 cores of an AMD EPYC embedded 1,390, 1,460, 1,240 and 1,180 tokens/s in packs of 1,024,
     2,048, 4,096 and 8,192. The size for GPUs is not measured.
     """
-    size = infer.micro_batch_tokens or (2048 if device.type == "cpu" else 16384)
-    return max(size, limits.width)
+    return infer.micro_batch_tokens or (2048 if device.type == "cpu" else 16384)
 
 
 def output_request(infer: InferConfig, model: ModelConfig, source: ModelSource) -> OutputRequest:

@@ -134,7 +134,7 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
     refuse_int8(run, "`score`")
     with process_groups(run.parallel, run.seed) as ranks:
         limits = Lengths.of(run.infer, run.data)
-        size = micro_batch_tokens(run.infer, limits, ranks.device)
+        size = micro_batch_tokens(run.infer, ranks.device)
         model = load_model(source, run, ranks)
         engine = Engine(model, ranks, OutputRequest(logits=True), size)
         refused = partial(not_finite, checkpoint=source.path)

@@ -60,6 +60,11 @@ class Work:
     def folder(self) -> Path:
         return self.target.work_dir
 
+    @property
+    def has_finished(self) -> bool:
+        """Tell whether any process has noted a finished piece."""
+        return any(path.stat().st_size for path in self.folder.glob("done.*"))
+
     def begin(self) -> list[int]:
         """Reserve all places, or take over those of an earlier start; one process calls this.
 

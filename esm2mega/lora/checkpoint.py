@@ -29,7 +29,7 @@ from esm2mega.lora.base import Base, check_adapters, check_base, has_adapters, i
 from esm2mega.lora.inject import SUFFIX, apply_lora, is_adapter
 from esm2mega.model.esm2 import padded_vocab_size
 from esm2mega.model.freezing import gathered, refuse_split_layers
-from esm2mega.model.task import ESM2ForTask
+from esm2mega.model.heads.task import ESM2ForTask
 from esm2mega.parallel.errors import on_one_rank
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from esm2mega.config.lora import LINEARS, LM_HEAD, is_trained_bias, resolve_targets
 from esm2mega.config.schema import LoRAConfig
+from esm2mega.lora.dropout import (
+    InputDropout,
+    dropout_of_layer,
+    dropout_of_lm_head,
+    hand_keys_to_layer,
+    hand_keys_to_lm_head,
+)
 from esm2mega.lora.layers import AdaptedLinear, Adapter, Split
 from esm2mega.model.freezing import ask_for_gradients, freeze
 from esm2mega.model.init import draw
@@ -63,7 +68,7 @@ def apply_lora(
             for layer in chunk.encoder.layers:
                 adapt_layer(layer, lora, targets)
             if chunk.post_process and LM_HEAD.name in targets:
-                _adapt_lm_head(chunk.lm_head, lora)
+                _adapt_lm_head(chunk, lora)
         for name, parameter in chunk.named_parameters():
             if is_adapter(name):
                 _initialize(chunk.global_parameter_name(name), parameter, seed)
@@ -74,22 +79,10 @@ def is_adapter(name: str) -> bool:
     return name.rpartition(".")[0].endswith(SUFFIX)
 
 
-def seed_dropout(seed: int, step: int) -> None:
-    """Seed the generators of dropout from the run's seed, the step, and the data-parallel and pipeline ranks.
-
-    A resumed run therefore drops what the uninterrupted run would have dropped.
-    """
-    location = (
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-    )
-    key = hashlib.blake2b(f"dropout:{seed}:{step}:{location}".encode(), digest_size=4).digest()
-    tensor_parallel.model_parallel_cuda_manual_seed(int.from_bytes(key, "little") >> 1)
-
-
 def adapt_layer(layer: Any, lora: LoRAConfig, targets: dict[str, tuple[int, ...]]) -> None:
     """Put adapters, without initial values, beside those linears of a layer that are targets."""
     number = layer.layer_number - 1
+    dropouts: dict[str, InputDropout] = {}
     for fused in dict.fromkeys(linear.fused for linear in LINEARS):
         parts = [linear for linear in LINEARS if linear.fused == fused]
         host = getattr(layer, parts[0].block)
@@ -106,14 +99,22 @@ def adapt_layer(layer: Any, lora: LoRAConfig, targets: dict[str, tuple[int, ...]
             setattr(host, f"{linear.name}{SUFFIX}", adapter)
             adapters.append(adapter)
         if any(adapters):
-            module.register_forward_hook(AdaptedLinear(module, adapters, split, lora, layer.config))
+            dropout = dropouts[fused] = dropout_of_layer(
+                layer, fused, lora.dropout, module.tp_group if split == "columns" else None
+            )
+            module.register_forward_hook(AdaptedLinear(module, adapters, split, lora, layer.config, dropout))
+    if dropouts and lora.dropout:
+        hand_keys_to_layer(layer, dropouts)
 
 
-def _adapt_lm_head(head: Any, lora: LoRAConfig) -> None:
+def _adapt_lm_head(chunk: Any, lora: LoRAConfig) -> None:
     """Adapt the dense of the masked-language-model head, which every tensor-parallel rank has whole."""
+    head, dropout = chunk.lm_head, dropout_of_lm_head(lora.dropout)
     adapter = Adapter(head.config, head.dense.weight, None, lora, None)
     setattr(head, f"dense{SUFFIX}", adapter)
-    head.dense.register_forward_hook(AdaptedLinear(head.dense, [adapter], None, lora, head.config))
+    head.dense.register_forward_hook(AdaptedLinear(head.dense, [adapter], None, lora, head.config, dropout))
+    if lora.dropout:
+        hand_keys_to_lm_head(chunk, dropout)
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ adapter, ``n`` heads, ``d`` head dimension, ``i`` and ``o`` inputs and outputs o
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -32,13 +31,13 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 
 from esm2mega.config.schema import LoRAConfig
+from esm2mega.lora.dropout import InputDropout
 
 Split = Literal["rows", "columns"] | None
 """Says how a weight is split: by rows in a column-parallel linear, by columns in a row-parallel one."""
@@ -106,7 +105,13 @@ class AdaptedLinear:
     """
 
     def __init__(
-        self, module: Any, adapters: Sequence[Adapter | None], split: Split, lora: LoRAConfig, config: Any
+        self,
+        module: Any,
+        adapters: Sequence[Adapter | None],
+        split: Split,
+        lora: LoRAConfig,
+        config: Any,
+        dropout: InputDropout,
     ) -> None:
         """Take `adapters`, one for each part of the output of `module`; a part without one has None.
 
@@ -116,12 +121,13 @@ class AdaptedLinear:
             split: How the weight of `module` is split.
             lora: Kind of the adapters.
             config: Configuration of the part of the model that holds `module`.
+            dropout: Drops the input of the adapters, in training.
         """
         self._module, self._split, self._scaling = module, split, lora.scaling
         self._group = None if split is None else module.tp_group
         self._adapters = list(adapters)
         self._present = [adapter for adapter in adapters if adapter is not None]
-        self._dropout = lora.dropout
+        self._dropout = dropout
         self._sequence_parallel = config.sequence_parallel
         self._heads = config.num_attention_heads // (1 if split is None else module.tp_group.size())
         for part, adapter in enumerate(adapters):
@@ -158,7 +164,8 @@ class AdaptedLinear:
     def _deltas(self, x: Tensor) -> list[Tensor]:
         """Return ``s B A x`` of each adapter, in the layout of the linear's output."""
         group = self._group
-        x = self._dropped(x)
+        if self._present[0].training:
+            x = self._dropout(x)
         # [T, 1, k r]: one product and one collective for all k adapters
         hidden = linear(x, torch.cat([adapter.lora_A for adapter in self._present]))
         if self._split == "rows" and self._sequence_parallel:
@@ -173,14 +180,6 @@ class AdaptedLinear:
             hidden = reduce_from_tensor_model_parallel_region(hidden, group=group)
         parts = hidden.chunk(len(self._present), dim=-1)
         return [linear(h, a.lora_B) * self._scaling for h, a in zip(parts, self._present, strict=True)]
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        if not self._dropout or not self._present[0].training:
-            return x
-        # Processes with the same activations must drop the same elements, but the tracker's seeds differ.
-        same = self._split != "columns" and not self._sequence_parallel
-        with contextlib.nullcontext() if same else get_cuda_rng_tracker().fork():
-            return dropout(x, self._dropout)
 
     def _combine(
         self, value: Tensor, delta: Tensor, part: int, adapter: Adapter, bias: Tensor | None

@@ -29,6 +29,10 @@ def arithmetic(config: Any, device: torch.device) -> str:
         device: Where the model lives.
     """
     name = _NAMES[config.params_dtype]
+    if config.fp8:
+        return (
+            f"{name} with FP8 ({config.fp8}, {config.fp8_recipe.value}) in the linears of Transformer Engine"
+        )
     if name != "fp32" or not can_round_to_tf32(device):
         return name
     if products_round_to_tf32():

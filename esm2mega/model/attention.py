@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from esm2mega.errors import UserError
-from esm2mega.model import native, native_attention
 from esm2mega.model.dropout import FIRST_HEAD, drop, place_of
+from esm2mega.model.kernels import native, native_attention
 from esm2mega.model.packed import PackedSequences
 from esm2mega.model.rotary import split_and_rotate
 
@@ -216,19 +216,40 @@ class PackedCoreAttention(MegatronModule):
     ) -> Tensor:
         """Compute attention: q ``[m, n/t, d]``, k and v ``[T, n/t, d]`` -> ``[m, n/t, d]``.
 
-        The borders of the sequences are the only mask.
+        The borders of the sequences are the only mask. Under context parallelism all are ``[T/c, n/t, d]``,
+        and the exchange with the other ranks is part of what recomputation repeats, so that its results are
+        not kept.
         """
+        exchange = packed_seq_params.exchange
+        first_head = 0
+        if exchange is not None or self._drops:
+            first_head = first_head_of_this_rank(query.shape[1])
+        if exchange is not None:
+            return exchange.attend(query, key, value, first_head, self._attend)
+        return self._attend(query, key, value, packed_seq_params, first_head)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.config.keyed_attention_dropout > 0
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, first_head: int
+    ) -> Tensor:
+        """Attend with the heads from number `first_head` on, of all heads of the model."""
+        if not len(query):
+            # A context-parallel rank may have no label. No kernel gets an empty tensor then, and the backward
+            # pass still comes to the keys, whose exchange all ranks take part in.
+            return query + (key.sum() + value.sum()) * 0.0
+        if not self._drops:
+            return self.kernel(query, key, value, packed, self.scale)
+        heads = torch.arange(first_head, first_head + query.shape[1], device=query.device)
         p = self.config.keyed_attention_dropout
-        if not p or not self.training:
-            return self.kernel(query, key, value, packed_seq_params, self.scale)
-        places = self.first_place + heads_of_this_rank(query.shape[1], query.device)
-        return sdpa_with_dropout(query, key, value, packed_seq_params, self.scale, p, places)
+        return sdpa_with_dropout(query, key, value, packed, self.scale, p, self.first_place + heads)
 
 
-def heads_of_this_rank(count: int, device: torch.device) -> Tensor:
-    """Return the numbers, among all heads, of the `count` heads that this tensor-parallel rank has."""
-    first = parallel_state.get_tensor_model_parallel_rank() * count
-    return torch.arange(first, first + count, device=device)
+def first_head_of_this_rank(count: int) -> int:
+    """Return the number, among all heads, of the first of the `count` that this tensor-parallel rank has."""
+    return parallel_state.get_tensor_model_parallel_rank() * count
 
 
 class ESM2SelfAttention(SelfAttention):
@@ -308,5 +329,5 @@ class ESM2SelfAttention(SelfAttention):
             )
         if rows is not None:
             context = context.index_select(0, rows)
-        # [m, n/t, d] -> [m, 1, h/t]
-        return context.reshape(context.shape[0], 1, -1)
+        # [m, n/t, d] -> [m, 1, h/t]; a context-parallel rank may have no row
+        return context.flatten(1).unsqueeze(1)

@@ -7,19 +7,22 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import gelu
 
+from esm2mega.config.model import context_exchange
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, ParallelConfig
 from esm2mega.model import layer_spec
 from esm2mega.model.attention import choose_kernel
 from esm2mega.model.compiled import can_compile
 from esm2mega.model.esm2 import ESM2Model, padded_vocab_size, stage_flags
+from esm2mega.model.heads.task import ESM2ForTask, MakeHead, MakeModel
 from esm2mega.model.init import initialize_parameters
-from esm2mega.model.pipeline_split import pipeline_layout, split_layers
-from esm2mega.model.task import ESM2ForTask, MakeHead, MakeModel
+from esm2mega.model.kernels.fp8 import check_fp8
+from esm2mega.model.pipeline_split import last_layer_is_whole, pipeline_layout, split_layers
 
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -39,12 +42,16 @@ class ESM2TransformerConfig(TransformerConfig):
     max_positions: int = 0
     keyed_hidden_dropout: float = 0.0
     keyed_attention_dropout: float = 0.0
+    keyed_adapter_dropout: float = 0.0
     compiled_layers: bool = False
+    last_layer_whole: bool = False
+    context_exchange: str = "needed"
 
     @property
     def drops(self) -> bool:
         """Return whether training needs `PackedSequences.with_dropout_keys`."""
-        return self.keyed_hidden_dropout > 0 or self.keyed_attention_dropout > 0
+        dropouts = self.keyed_hidden_dropout, self.keyed_attention_dropout, self.keyed_adapter_dropout
+        return max(dropouts) > 0
 
 
 def transformer_config(
@@ -68,7 +75,7 @@ def transformer_config(
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     stages = parallel.pipeline_model_parallel_size
     vocabulary = padded_vocab_size(parallel.tensor_model_parallel_size)
-    whole = parallel.sequence_parallel or model.family == "proteinbert_postln"
+    whole = last_layer_is_whole(model, parallel)
     counts = split_layers(shape, stages, vocabulary, last_layer_whole=whole)
     return ESM2TransformerConfig(
         num_layers=shape.num_layers,
@@ -97,6 +104,7 @@ def transformer_config(
         pipeline_model_parallel_layout=None if interleaved or stages == 1 else pipeline_layout(counts),
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
         # Loss functions return sums and counts; gradients are divided once, by the global count.
         calculate_per_token_loss=True,
         # With two pipeline ranks the previous and the next rank are the same peer, and the batched exchange
@@ -111,7 +119,10 @@ def transformer_config(
         keyed_hidden_dropout=model.hidden_dropout,
         keyed_attention_dropout=model.attention_dropout,
         compiled_layers=model.compile and can_compile(device),
+        last_layer_whole=whole,
+        context_exchange=context_exchange(model, parallel),
         **_recompute(model.recompute),
+        **_fp8(model),
     )
 
 
@@ -125,6 +136,11 @@ def _recompute(mode: str) -> dict[str, Any]:
     if mode == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}
+
+
+def _fp8(model: ModelConfig) -> dict[str, Any]:
+    # Weights stay in bf16, and neither recipe has a state that a checkpoint would have to keep.
+    return {} if model.fp8 is None else {"fp8": model.fp8, "fp8_recipe": Fp8Recipe(model.fp8_recipe)}
 
 
 def build_model(
@@ -151,13 +167,16 @@ def build_model(
     is_local = has_lora or model.compile or model.family == "proteinbert_postln"
     spec_name = "local" if is_local else model.layer_spec
     spec = layer_spec.choose_layer_spec(spec_name, device, DTYPES[model.precision])
-    # Transformer Engine's attention has no kernel for packs in fp32, and draws its dropout from a generator.
+    # Transformer Engine's attention has no kernel for packs in fp32, draws its dropout from a generator, and
+    # its own context parallelism cuts each protein, not the pack.
     te_attention = (
         spec == "te"
         and model.attention_backend in ("auto", "te")
         and DTYPES[model.precision] in (torch.bfloat16, torch.float16)
         and not model.attention_dropout
+        and parallel.context_parallel_size == 1
     )
+    check_fp8(model, spec, device)
     shape = shape_of(model)
     head_dim = shape.hidden_size // shape.num_attention_heads
     kernel = (
@@ -167,7 +186,7 @@ def build_model(
     )
     config = transformer_config(model, parallel, device, kernel, spec)
     layer = (
-        layer_spec.te_layer(kernel)
+        layer_spec.te_layer(kernel, model.fp8_recipe if model.fp8 else None)
         if spec == "te"
         else layer_spec.local_layer(post_layernorm=model.family == "proteinbert_postln")
     )

@@ -9,7 +9,8 @@ In the encoder the hash is taken in steps, of which only the last one is compute
     key of a piece     of seed, sample number, and the number of the piece's first token in its protein
     key of a token     of the key of its piece, and its position in that
     key of a row       of the key of its token, the layer, and the place in the layer; for probabilities of
-                       attention the token is the query, and each head is a place of its own
+                       attention the token is the query, and each head is a place of its own, as is each
+                       linear with an adapter
     64 bits            of the key of a row; four elements share them, 16 bits each
 """
 
@@ -34,6 +35,9 @@ _BLOCK = {"cpu": 1 << 16, "other": 1 << 24}
 
 EMBEDDING, ATTENTION_OUTPUT, MLP_OUTPUT, FIRST_HEAD = range(4)
 """Number the places of a layer where the encoder drops; head n, counted from 0, is `FIRST_HEAD` + n."""
+
+FIRST_ADAPTER = _PLACES_PER_LAYER // 2
+"""Is the first of the places of a layer where inputs of adapters are dropped, see `esm2mega.lora.dropout`."""
 
 
 class KeyedDropout(torch.nn.Module):
@@ -82,7 +86,7 @@ def place_of(layer_number: int, place: int) -> int:
     return layer_number * _PLACES_PER_LAYER + place
 
 
-def drop(values: Tensor, p: float, keys: Tensor, place: int | Tensor) -> Tensor:
+def drop(values: Tensor, p: float, keys: Tensor, place: int | Tensor, first: int = 0) -> Tensor:
     """Zero elements of the encoder with probability `p`, and scale the others so that the mean stays.
 
     Args:
@@ -90,21 +94,25 @@ def drop(values: Tensor, p: float, keys: Tensor, place: int | Tensor) -> Tensor:
         p: Probability above 0 and below 1; taken as a multiple of 1 / 65536, and as that at least.
         keys: Keys of the tokens of the rows, int64; its shape, together with that of `place`, gives ``[*]``.
         place: Number of the place from `place_of`, or several of them.
+        first: Number of the first channel of `values` among those of all tensor-parallel ranks.
     """
     level = max(1, round(p * _LEVELS))
-    kept = values.masked_fill(_dropped(keys, place, values.shape[-1], level), 0.0)
+    kept = values.masked_fill(_dropped(keys, place, first, values.shape[-1], level), 0.0)
     return kept.mul_(_LEVELS / (_LEVELS - level))
 
 
-def _dropped(keys: Tensor, place: int | Tensor, count: int, level: int) -> Tensor:
+def _dropped(keys: Tensor, place: int | Tensor, first: int, count: int, level: int) -> Tensor:
     """Decide for `count` elements of each row, with probability level / 65536: bool ``[*, count]``."""
     # A scalar tensor on the CPU: its product wraps around, unlike that of Python's integers.
     rows = _mix(keys + (torch.as_tensor(place) + 1) * _STEP)
-    steps = torch.arange(1, -(-count // 4) + 1, device=keys.device) * _STEP
+    # Four channels share a hash; those of this rank may begin and end within one.
+    begin, end = first // 4, -(-(first + count) // 4)
+    steps = torch.arange(begin + 1, end + 1, device=keys.device) * _STEP
+    mine = slice(first - 4 * begin, first - 4 * begin + count)
     size = max(1, _BLOCK["cpu" if keys.device.type == "cpu" else "other"] // len(steps))
     dropped = torch.empty(rows.numel(), count, dtype=torch.bool, device=keys.device)
     for block, result in zip(rows.flatten().split(size), dropped.split(size), strict=True):
-        bits = _mix(block[:, None] + steps).view(torch.int16)[:, :count]
+        bits = _mix(block[:, None] + steps).view(torch.int16)[:, mine]
         torch.lt(bits, level - _LEVELS // 2, out=result)
     return dropped.view(*rows.shape, count)
 

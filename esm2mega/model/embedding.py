@@ -9,6 +9,7 @@ import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from torch import Tensor
 
+from esm2mega.model.context_parallel import own_part
 from esm2mega.model.packed import PackedSequences
 from esm2mega.vocabulary import MASK
 
@@ -48,10 +49,10 @@ class ESM2Embedding(LanguageModelEmbedding):
             packed: Borders of the sequences.
 
         Returns:
-            ``[T, 1, h]``, or this rank's ``[T/t, 1, h]`` under sequence parallelism.
+            ``[T, 1, h]``, or this rank's part of it under sequence or context parallelism.
         """
-        embeddings = super().forward(input_ids.unsqueeze(0), position_ids=None)
-        scale = token_dropout_scale(input_ids, packed).to(embeddings.dtype)
+        embeddings = super().forward(own_part(input_ids, self.config).unsqueeze(0), position_ids=None)
+        scale = own_part(token_dropout_scale(input_ids, packed), self.config).to(embeddings.dtype)
         if self.config.sequence_parallel:
             scale = scale.chunk(self.tp_group.size())[self.tp_group.rank()]
         return embeddings * scale[:, None, None]

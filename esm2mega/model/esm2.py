@@ -1,7 +1,7 @@
 """Defines `ESM2Model`: ESM-2, or the pipeline stage of it that this rank holds.
 
 Legend: ``T`` tokens of a pack, ``m`` of them that get logits, ``h`` hidden size, ``t`` tensor-parallel size,
-``v`` vocabulary (33), ``V`` vocabulary padded for the tensor-parallel split.
+``c`` context-parallel size, ``v`` vocabulary (33), ``V`` vocabulary padded for the tensor-parallel split.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
+from esm2mega.model.context_parallel import (
+    chosen_for_all,
+    gather_for_all,
+    in_parts,
+    own_part,
+    rows_for_all,
+)
 from esm2mega.model.embedding import ESM2Embedding
 from esm2mega.model.lm_head import LMHead
 from esm2mega.model.packed import PackedSequences
@@ -148,15 +155,17 @@ class ESM2Model(LanguageModule):
             packed: Borders of the sequences.
 
         Returns:
-            ``[T, 1, h]``, or ``[T/t, 1, h]`` under sequence parallelism; ``[m, 1, h]`` from the last stage if
-            `packed` has rows.
+            ``[T/c, 1, h]``, or ``[T/(c t), 1, h]`` under sequence parallelism; ``[m, 1, h]`` from the last
+            stage if `packed` has rows.
         """
+        if self.config.context_parallel_size > 1 and packed.exchange is None:
+            packed = in_parts(packed, self.config)
         if self.training and self.config.drops:
             packed = self._with_shares_of_keys(packed)
         return self.encoder(
             hidden_states=self.embedding(input_ids, packed) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=None if self.rotary is None else self.rotary(packed),
+            rotary_pos_emb=None if self.rotary is None else own_part(self.rotary(packed), self.config, dim=1),
             packed_seq_params=packed,
         )
 
@@ -167,12 +176,19 @@ class ESM2Model(LanguageModule):
                 "a model with dropout is in training mode, but its input has no keys for that: call eval(), "
                 "or give it PackedSequences.with_dropout_keys"
             )
+        if (size := self.config.context_parallel_size) > 1:
+            packed = packed.with_share(size, parallel_state.get_context_parallel_rank())
         if not self.config.sequence_parallel:
             return packed
         return packed.with_share(self.tp_group.size(), self.tp_group.rank())
 
     def gathered(self, hidden_states: Tensor) -> Tensor:
-        """Give all tokens to every rank's head: ``[T/t, 1, h] -> [T, 1, h]`` under sequence parallelism."""
+        """Give all tokens to every rank's head: the layout of `encode` -> ``[T, 1, h]``."""
+        hidden_states = self._part_gathered(hidden_states)
+        return gather_for_all(hidden_states) if self.config.context_parallel_size > 1 else hidden_states
+
+    def _part_gathered(self, hidden_states: Tensor) -> Tensor:
+        """Gather a context-parallel part over tensor-parallel ranks: ``[T/(c t), 1, h] -> [T/c, 1, h]``."""
         if not self.config.sequence_parallel:
             return hidden_states
         # Every rank computes the same head on the gathered tokens, so the gradient is split, not reduced.
@@ -191,21 +207,28 @@ class ESM2Model(LanguageModule):
             logit_positions: int64 ``[m]``, ascending, tokens that get logits; all of them when None. Training
                 passes the masked ones: the head then costs 15 % of what it would, and so does most of the
                 last layer if `packed` has row counts, there is no sequence parallelism (which scatters the
-                tokens over ranks), and the model is pre-LN.
+                tokens over ranks), the model is pre-LN, and under context parallelism `packed` has host rows.
 
         Returns:
-            Hidden states in the layout of `encode`, or logits ``[m, v]``, the same on every tensor-parallel
-            rank. The padding of the vocabulary is cut off, so it gets no probability.
+            Hidden states in the layout of `encode`, or logits ``[m, v]``, the same on every tensor- and
+            context-parallel rank. The padding of the vocabulary is cut off, so it gets no probability.
         """
-        last_layer_whole = self.config.sequence_parallel or self.config.family == "proteinbert_postln"
-        if self.post_process and logit_positions is not None and not last_layer_whole:
+        if self.post_process and logit_positions is not None and not self.config.last_layer_whole:
             packed = packed.with_rows(logit_positions)
+        is_part = self.config.context_parallel_size > 1
+        if is_part:
+            packed = in_parts(packed, self.config)
         hidden_states = self.encode(input_ids, packed)
         if not self.post_process:
             return hidden_states
-        hidden_states = self.gathered(hidden_states)
-        if logit_positions is not None and packed.rows is None:
-            hidden_states = hidden_states.index_select(0, logit_positions)
+        if logit_positions is None:
+            hidden_states = self.gathered(hidden_states)
+        elif packed.rows is not None:
+            hidden_states = rows_for_all(hidden_states, packed) if is_part else hidden_states
+        elif is_part:
+            hidden_states = chosen_for_all(self._part_gathered(hidden_states), logit_positions)
+        else:
+            hidden_states = self._part_gathered(hidden_states).index_select(0, logit_positions)
         shared = self.shared_embedding_or_output_weight() if self.pre_process else None
         logits, _ = self.output_layer(self.lm_head(hidden_states), weight=shared)
         # [m, 1, V] -> [m, v]
@@ -223,6 +246,13 @@ class ESM2Model(LanguageModule):
             return name
         number, _, rest = name.removeprefix(prefix).partition(".")
         return f"{prefix}{self.encoder.layers[int(number)].layer_number - 1}.{rest}"
+
+
+def shares_of_tokens(config: Any) -> int:
+    """Return how many ranks share the hidden states of a pack, as far as between the layers: c, or c t."""
+    return config.context_parallel_size * (
+        config.tensor_model_parallel_size if config.sequence_parallel else 1
+    )
 
 
 def stage_flags(vp_stage: int | None = None) -> tuple[bool, bool]:

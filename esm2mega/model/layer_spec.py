@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from esm2mega.errors import UserError
 from esm2mega.model.attention import ESM2SelfAttention, PackedCoreAttention
+from esm2mega.model.kernels.fp8 import whole_blocks
 from esm2mega.model.layer import ESM2Layer
 from esm2mega.model.layernorm import LayerNorm
 from esm2mega.model.linear import ColumnLinear, RowLinear
@@ -70,7 +71,7 @@ def local_layer(post_layernorm: bool = False) -> ModuleSpec:
     )
 
 
-def te_layer(core_attention: str) -> ModuleSpec:
+def te_layer(core_attention: str, fp8_recipe: str | None = None) -> ModuleSpec:
     """Return the spec of a layer of Transformer Engine's fused LayerNorm-linear modules.
 
     GELU stays PyTorch's exact-erf one: Transformer Engine's kernel is the tanh approximation.
@@ -78,6 +79,7 @@ def te_layer(core_attention: str) -> ModuleSpec:
     Args:
         core_attention: ``te`` for Transformer Engine's attention, else one of
             `esm2mega.model.attention.KERNELS`.
+        fp8_recipe: The value of `model.fp8_recipe` if linears multiply in FP8.
     """
     from megatron.core.extensions.transformer_engine import (
         TEDotProductAttention,
@@ -85,11 +87,14 @@ def te_layer(core_attention: str) -> ModuleSpec:
         TERowParallelLinear,
     )
 
+    column, row = TELayerNormColumnParallelLinear, TERowParallelLinear
+    if fp8_recipe is not None:
+        column, row = whole_blocks(column, fp8_recipe), whole_blocks(row, fp8_recipe)
     return _layer(
         module=ESM2Layer,
         norm=None,
-        column=TELayerNormColumnParallelLinear,
-        row=TERowParallelLinear,
+        column=column,
+        row=row,
         core_attention=TEDotProductAttention if core_attention == "te" else PackedCoreAttention,
         keys={},
     )

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -29,11 +32,14 @@ class PackedSequences(PackedSeqParams):
             ``[n + 1]``; None to find it from `row_counts`.
         row_counts: How many tokens of each sequence get logits, on the host; None if that is not known.
         rows: The tokens that get logits, ascending, int64 ``[m]``, to which the last layer limits itself;
-            None for all tokens.
+            None for all tokens. Under context parallelism those of this rank, counted within its part.
+        host_rows: All tokens that get logits, on the host, which only context parallelism asks for.
         query_keys: 64 random bits for each query, for dropout; int64 ``[T]``, or ``[m]`` after `at_rows`.
             None where nothing is dropped.
-        hidden_keys: The same for each token whose hidden states this rank holds: ``[T]``, or ``[T/t]`` under
-            sequence parallelism.
+        hidden_keys: The same for each token whose hidden states this rank holds: ``[T]``, or a part of them
+            under sequence or context parallelism.
+        exchange: Under context parallelism, how attention reaches the tokens of other ranks, from
+            `esm2mega.model.context_parallel`; else None.
     """
 
     seqlens: tuple[int, ...] = ()
@@ -41,8 +47,10 @@ class PackedSequences(PackedSeqParams):
     row_borders: Tensor | None = None
     row_counts: tuple[int, ...] | None = None
     rows: Tensor | None = None
+    host_rows: npt.NDArray[np.int64] | None = None
     query_keys: Tensor | None = None
     hidden_keys: Tensor | None = None
+    exchange: Any = None
 
     @classmethod
     def from_lengths(
@@ -51,6 +59,7 @@ class PackedSequences(PackedSeqParams):
         device: torch.device | str = "cpu",
         row_counts: Sequence[int] | None = None,
         borders: Tensor | None = None,
+        host_rows: npt.NDArray[np.int64] | None = None,
     ) -> PackedSequences:
         """Make the borders of sequences that lie back to back.
 
@@ -59,6 +68,7 @@ class PackedSequences(PackedSeqParams):
             device: Where to put ``cu_seqlens`` (int32, ``[n + 1]``).
             row_counts: ``n`` numbers of tokens that get logits, if known.
             borders: `esm2mega.batch.host_borders` of both on `device`, if they are there already.
+            host_rows: The tokens that get logits, ascending, ``[m]``, if known.
         """
         cu_seqlens = _borders(seqlens, device) if borders is None else borders[0]
         longest = max(seqlens)
@@ -72,6 +82,7 @@ class PackedSequences(PackedSeqParams):
             query_lens=tuple(seqlens),
             row_borders=None if borders is None or row_counts is None else borders[1],
             row_counts=None if row_counts is None else tuple(row_counts),
+            host_rows=host_rows,
         )
 
     def with_rows(self, rows: Tensor) -> PackedSequences:
@@ -105,15 +116,24 @@ class PackedSequences(PackedSeqParams):
     def at_rows(self) -> PackedSequences:
         """Return the borders for attention from `rows` to all tokens, with fewer queries than keys."""
         assert self.row_counts is not None
-        keys = self.query_keys
-        if keys is not None:
+        if self.exchange is not None:
+            return replace(self, exchange=self.exchange.at_rows())
+        packed = self.with_queries(self.row_counts, self.row_borders)
+        if self.query_keys is not None:
             assert self.rows is not None
-            keys = keys.index_select(0, self.rows)
-        packed = replace(self, query_lens=self.row_counts, query_keys=keys)
-        packed.cu_seqlens_q = self.row_borders
-        if packed.cu_seqlens_q is None:
-            packed.cu_seqlens_q = _borders(self.row_counts, self.cu_seqlens_q.device)
-        packed.max_seqlen_q = max(self.row_counts)
+            packed.query_keys = self.query_keys.index_select(0, self.rows)
+        return packed
+
+    def with_queries(self, counts: Sequence[int], borders: Tensor | None = None) -> PackedSequences:
+        """Return these sequences with fewer queries than keys, whose dropout keys remain those of all tokens.
+
+        Args:
+            counts: ``n`` numbers of queries.
+            borders: Where the queries of each sequence begin, int32 ``[n + 1]``; None to find it.
+        """
+        packed = replace(self, query_lens=tuple(counts))
+        packed.cu_seqlens_q = _borders(counts, self.cu_seqlens_q.device) if borders is None else borders
+        packed.max_seqlen_q = max(counts)
         return packed
 
     @property

@@ -8,9 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from esm2mega.config.presets import ModelShape
+from esm2mega.config.schema import ModelConfig, ParallelConfig
 
 # Share of the tokens that get logits: ESM-2 selects 15 % of the residues (Lin et al. 2023).
 LABELLED_SHARE = 0.15
+
+
+def last_layer_is_whole(model: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Return whether the last layer computes all tokens, and not only those that get logits.
+
+    It does under sequence parallelism, which scatters the tokens over ranks evenly, and in post-LN.
+    """
+    return parallel.sequence_parallel or model.family == "proteinbert_postln"
 
 
 def split_layers(
@@ -29,8 +38,8 @@ def split_layers(
         shape: Dimensions of the model; at least as many layers as stages.
         stages: Pipeline stages, first to last.
         padded_vocab_size: ``V``.
-        last_layer_whole: Whether the last layer computes everything for all tokens, as under sequence
-            parallelism.
+        last_layer_whole: Whether the last layer computes everything for all tokens, from
+            `last_layer_is_whole`.
 
     Returns:
         One number per stage, each at least 1; all equal if `stages` divides the number of layers.

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from esm2mega.model.context_parallel import own_part
 from esm2mega.model.dropout import ATTENTION_OUTPUT, EMBEDDING, MLP_OUTPUT, place_of
 from esm2mega.model.layer import dropped
 from esm2mega.model.linear import with_bias
@@ -48,11 +49,12 @@ class ProteinBertEmbedding(LanguageModelEmbedding):
             packed: Borders of the sequences, each of at most ``p`` tokens.
 
         Returns:
-            ``[T, 1, h]``, or this rank's ``[T/t, 1, h]`` under sequence parallelism.
+            ``[T, 1, h]``, or this rank's part of it under sequence or context parallelism.
         """
         # The pad tail of a pack may be longer than the table; nothing reads its output.
         positions = packed.positions().masked_fill(input_ids == PAD, 0)
-        embeddings = super().forward(input_ids.unsqueeze(0), positions.unsqueeze(0))
+        own = [own_part(values, self.config).unsqueeze(0) for values in (input_ids, positions)]
+        embeddings = super().forward(*own)
         # TAPE drops behind the LayerNorm of the embedding, which here belongs to the first layer.
         if self.training and self.config.keyed_hidden_dropout and self.config.family == "proteinbert_preln":
             return dropped(embeddings, self.config, packed, place_of(0, EMBEDDING))

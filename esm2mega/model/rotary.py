@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from esm2mega.model import native, native_rotary
+from esm2mega.model.kernels import native, native_rotary
 from esm2mega.model.packed import PackedSequences
 
 ROTARY_BASE = 10000.0
@@ -138,7 +138,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 @cache
 def best_turn(device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
-    """Return the fastest that computes what `turn` computes: of `native_rotary`, `rotary_kernel`, or `turn`.
+    """Return the fastest that computes what `turn` computes: of `native_rotary`, `triton_rotary`, or `turn`.
 
     That of CUDA is tried once, when a model is built, and then the host waits for it.
     """
@@ -147,15 +147,15 @@ def best_turn(device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
     if device.type != "cuda":
         return turn
     try:
-        from esm2mega.model import rotary_kernel
+        from esm2mega.model.kernels import triton_rotary
     except ModuleNotFoundError:  # Triton comes with PyTorch for CUDA, but not with every build of it
         return turn
     try:
-        defect = _defect(rotary_kernel.turn, device, dtype)
+        defect = _defect(triton_rotary.turn, device, dtype)
     except Exception as error:  # whatever a compiler of kernels may raise
         defect = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if defect is None:
-        return rotary_kernel.turn
+        return triton_rotary.turn
     print(
         f"esm2mega: the kernel for rotary positions does not work here ({defect}); PyTorch's do instead",
         file=sys.stderr,

@@ -23,6 +23,13 @@ from esm2mega.parallel import rendezvous
 
 T = TypeVar("T")
 
+
+class _FailedRankError(MachineError):
+    """Tells the other ranks that one of them met an error which is no fault of input or machine."""
+
+    claimed_report: bool | None = None
+
+
 # Phrases by which gloo, NCCL and the rendezvous store say that the other side of a connection is gone.
 _LOST = re.compile(
     r"Connection (reset|closed) by peer|Connection refused|Connection was likely closed|Broken pipe"
@@ -108,7 +115,7 @@ def first_error(
 
     Args:
         action: Called on every rank with the rank and the number of ranks. Its UserError, MachineError or
-            OSError is returned, of several that of the lowest rank.
+            OSError is returned, of several that of the lowest rank; any other error ends all ranks.
         timeout: As for `on_one_rank`.
 
     Raises:
@@ -124,7 +131,12 @@ def first_error(
     with meeting(timeout):
         store = rendezvous.meet(timeout)
         key = f"esm2mega/share_{rendezvous.next_number(store, 'share', rank)}"
-    own = _attempt(lambda: action(rank, world_size))[1]
+    defect: Exception | None = None
+    try:
+        own = _attempt(lambda: action(rank, world_size))[1]
+    except Exception as error:
+        # The others wait for this rank.
+        defect, own = error, _FailedRankError(f"rank {rank} failed before the run began; read its message")
     with meeting(timeout):
         store.set(f"{key}/{rank}", pickle.dumps(own))  # type: ignore[arg-type]
 
@@ -134,9 +146,17 @@ def first_error(
     def gathered() -> Exception | None:
         # The ranks of this world wrote them, as in `_through_store`.
         with meeting(timeout, absent):
-            return _first([pickle.loads(store.get(f"{key}/{other}")) for other in range(world_size)])
+            errors = [pickle.loads(store.get(f"{key}/{other}")) for other in range(world_size)]
+        if (failed := next((error for error in errors if type(error) is _FailedRankError), None)) is not None:
+            raise failed
+        return _first(errors)
 
-    return on_one_rank(gathered, timeout)
+    try:
+        return on_one_rank(gathered, timeout)
+    except _FailedRankError as failed:
+        # The rank where it happened reports it.
+        failed.claimed_report = False
+        raise failed if defect is None else defect from None
 
 
 def _first(errors: Sequence[Exception | None]) -> Exception | None:

@@ -33,6 +33,8 @@ class Ranks:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     device: torch.device
@@ -41,6 +43,14 @@ class Ranks:
     def is_main(self) -> bool:
         """Return whether this process writes logs, prints and shows progress: only global rank 0 does."""
         return self.rank == 0
+
+    @property
+    def hands_on(self) -> bool:
+        """Return whether this is the one of the processes with the same results that hands them on.
+
+        Tensor- and context-parallel ranks of a pipeline stage have the same.
+        """
+        return self.tp_rank == 0 and self.cp_rank == 0
 
 
 @contextmanager
@@ -51,9 +61,11 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     launcher a world of one process is made in memory: no port is opened.
 
     Args:
-        config: Sizes of the tensor and pipeline dimensions; the data dimension is what remains of the world.
-        seed: Seed of the generators behind dropout. Weights and data do not use them: both are pure functions
-            of the run's seed, see `esm2mega.model.init` and `esm2mega.data.counter_rng`.
+        config: Sizes of the tensor, pipeline and context dimensions; that of the data is what remains of the
+            world.
+        seed: Seed of Megatron-Core's generators. Weights, data and dropout do not use them: they are pure
+            functions of the run's seed, see `esm2mega.model.init`, `esm2mega.data.counter_rng` and
+            `esm2mega.model.dropout`.
     """
     device = _claim_device()
     if device.type == "cpu":
@@ -70,6 +82,7 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
             tensor_model_parallel_size=config.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+            context_parallel_size=config.context_parallel_size,
             # Used as minutes of a timedelta, which need not be whole.
             distributed_timeout_minutes=config.timeout_minutes,
             # Checkpoints of the distributed optimizer are gathered in host memory.
@@ -83,6 +96,8 @@ def process_groups(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=parallel_state.get_context_parallel_world_size(),
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
             device=device,

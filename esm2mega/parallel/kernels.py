@@ -75,7 +75,9 @@ def squared_norm(optimizer: MegatronOptimizer) -> Tensor:
     optimizer over the world), and each of them holds the result.
     """
     part = _only_part(optimizer)
-    gradients = part.get_main_grads_for_grad_norm()
+    # The second is the name in Megatron-Core 0.19.
+    names = "get_main_grads_for_grad_norm", "get_grads_for_grad_norm"
+    gradients = next(getattr(part, name) for name in names if hasattr(part, name))()
     if gradients:
         norm, _ = foreach_l2_norm(0, gradients[0], [gradients], per_tensor=False)
         total = norm**2.0

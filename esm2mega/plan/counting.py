@@ -8,12 +8,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-_SHARES = {"allreduce_": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
+_SHARES = {"allreduce_": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0, "alltoall_base_": 1.0}
 """Says how often each collective sends a rank's share of its largest tensor, as ring algorithms do."""
 
 _ATTENTION: dict[str, Callable[..., float]] = {
@@ -37,6 +39,7 @@ class Cost:
         flops: Operations of matrix products and of attention, with those that are computed again.
         moved: Bytes that all other operations read and write.
         sent: Bytes that the rank sends to its tensor-parallel group.
+        exchanged: Bytes that it sends to its context-parallel group.
     """
 
     peak: float
@@ -44,6 +47,7 @@ class Cost:
     flops: float
     moved: float
     sent: float
+    exchanged: float
 
     def extended(self, longer: Cost, layers: int) -> Cost:
         """Return the cost of `layers` more layers than this stage has, where `longer` has one more."""
@@ -65,20 +69,19 @@ class StepCounter(TorchDispatchMode):
         peak: Most bytes that lived at once.
         flops: As in `Cost`, without the kernels of attention that PyTorch's formulas do not know.
         moved: As in `Cost`.
-        sent: As in `Cost`, if all collectives are those of one group.
+        sent: As in `Cost`, and all that is not `exchanged`.
+        exchanged: As in `Cost`.
     """
 
-    def __init__(self, present: Iterable[Tensor] = (), group_size: int = 1) -> None:
+    def __init__(self, present: Iterable[Tensor] = ()) -> None:
         """Start at 0.
 
         Args:
             present: Tensors that are there already and do not count, such as parameters and gradients.
-            group_size: Ranks of the group whose collectives are counted.
         """
         super().__init__()
         self.live = self.peak = 0
-        self.flops = self.moved = self.sent = 0.0
-        self._share = (group_size - 1) / group_size
+        self.flops = self.moved = self.sent = self.exchanged = 0.0
         self._known: dict[int, weakref.ref[Any]] = {}
         for tensor in present:
             self._keep(tensor.untyped_storage(), 0)
@@ -106,11 +109,29 @@ class StepCounter(TorchDispatchMode):
         elif packet.__name__ in _ATTENTION:
             self.flops += _ATTENTION[packet.__name__](*args, **kwargs)
         elif func.namespace == "c10d":
-            sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.sent += _SHARES.get(packet.__name__, 0.0) * self._share * max(sizes, default=0)
+            self._count_collective(packet.__name__, args)
         elif not func.is_view and not packet.__name__.startswith("empty"):
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self.moved += sum(tensor.nbytes for tensor in (*read, *made))
+
+    def _count_collective(self, name: str, args: tuple[Any, ...]) -> None:
+        leaves = tree_leaves(args)
+        boxed = [leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject)]
+        (group,) = (
+            ProcessGroup.unbox(leaf)
+            for leaf in boxed
+            if leaf._type().annotation_str.endswith(".ProcessGroup")
+        )
+        largest = max((leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)), default=0)
+        share = (group.size() - 1) / group.size()
+        if name == "alltoall_base_" and (counts := args[4]):
+            # Of what it gives, a rank keeps the part for itself.
+            largest, share = args[1].nbytes, 1.0 - counts[group.rank()] / sum(counts)
+        count = _SHARES.get(name, 0.0) * share * largest
+        if group.group_name == parallel_state.get_context_parallel_group().group_name and group.size() > 1:
+            self.exchanged += count
+        else:
+            self.sent += count
 
     def _keep(self, storage: torch.UntypedStorage, size: int) -> None:
         key = id(storage)

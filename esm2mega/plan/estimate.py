@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from esm2mega.config.batches import data_parallel_size, num_micro_batches
+from esm2mega.config.batches import data_parallel_size, num_micro_batches, shares_of_a_pack
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, ParallelConfig, Run
 from esm2mega.model.build import DTYPES
 from esm2mega.model.esm2 import padded_vocab_size
-from esm2mega.model.pipeline_split import split_layers
+from esm2mega.model.pipeline_split import last_layer_is_whole, split_layers
 from esm2mega.plan.counting import Cost
 from esm2mega.plan.hardware import Hardware
 from esm2mega.plan.stage import Device, Role, States, cost_of, example_batch, states_of
@@ -51,7 +51,8 @@ class LayoutPlan:
         data_parallel_size: Replicas of the model.
         micro_batches: Micro-batches of a step on each rank.
         stages: The stages of the pipeline.
-        sent: Bytes that a rank sends in a step to its ``tensor``, ``pipeline`` and ``data`` groups.
+        sent: Bytes that a rank sends in a step to its ``tensor``, ``context``, ``pipeline`` and ``data``
+            groups.
         bubble: Share of a step in which a stage waits for others.
         step_seconds: Estimated duration of a step; None without rates.
         tokens_per_second: Of the whole job; None without rates.
@@ -89,13 +90,13 @@ def estimate(run: Run, world_size: int, device: Device, hardware: Hardware | Non
     dp = data_parallel_size(parallel, world_size)
     count = num_micro_batches(run.train, parallel, world_size)
     hidden = tokens * shape_of(model).hidden_size * DTYPES[model.precision].itemsize
-    hidden //= tp if parallel.sequence_parallel else 1
+    hidden //= shares_of_a_pack(parallel)
     batch = example_batch(tokens, length)
     batches = count * sum(
         x.nbytes for x in (batch.input_ids, batch.cu_seqlens, batch.label_positions, batch.labels)
     )
 
-    stages, seconds, sent = [], [], 0.0
+    stages, seconds, sent, exchanged = [], [], 0.0, 0.0
     for number, layers in enumerate(stage_layers(model, parallel)):
         chunks = [
             cost_of(model, parallel, role, layers // virtual, tokens, length, device)
@@ -110,12 +111,14 @@ def estimate(run: Run, world_size: int, device: Device, hardware: Hardware | Non
         )
         stages.append(StagePlan(layers, states, round(activations), waiting, batches))
         sent = max(sent, sum(chunk.sent for chunk in chunks))
+        exchanged = max(exchanged, sum(chunk.exchanged for chunk in chunks))
         if hardware is not None:
-            seconds.append(_seconds(chunks, model, hardware, tp <= hardware.per_host))
+            seconds.append(_seconds(chunks, model, hardware, tp, tp * parallel.context_parallel_size))
     volume = {
         "tensor": sent * count,
+        **({"context": exchanged * count} if parallel.context_parallel_size > 1 else {}),
         "pipeline": 2.0 * hidden * virtual * count if pp > 1 else 0.0,
-        "data": max(_gradient_traffic(stage.states, parallel, dp) for stage in stages),
+        "data": max(_gradient_traffic(stage.states, parallel, world_size // (tp * pp)) for stage in stages),
     }
     bubble = (pp - 1) / (count * virtual + pp - 1)
     step = None
@@ -135,7 +138,7 @@ def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
     shape, stages = shape_of(model), parallel.pipeline_model_parallel_size
     if parallel.virtual_pipeline_model_parallel_size is not None:
         return [shape.num_layers // stages] * stages
-    whole = parallel.sequence_parallel or model.family == "proteinbert_postln"
+    whole = last_layer_is_whole(model, parallel)
     vocabulary = padded_vocab_size(parallel.tensor_model_parallel_size)
     return split_layers(shape, stages, vocabulary, last_layer_whole=whole)
 
@@ -169,19 +172,35 @@ def _activations(chunks: Sequence[Cost], waiting: int) -> float:
     return (waiting - 1) * held + max(chunk.peak for chunk in chunks)
 
 
-def _gradient_traffic(states: States, parallel: ParallelConfig, dp: int) -> float:
-    """Return the bytes that a rank sends in a step so that all replicas have the same weights."""
-    share = (dp - 1) / dp
+def _gradient_traffic(states: States, parallel: ParallelConfig, copies: int) -> float:
+    """Return the bytes that a rank sends in a step so that all `copies` of the weights stay the same."""
+    share = (copies - 1) / copies
     if parallel.distributed_optimizer:
         return share * (states.gradients + states.parameters)
     return 2 * share * states.gradients
 
 
-def _seconds(chunks: Sequence[Cost], model: ModelConfig, hardware: Hardware, in_host: bool) -> float:
-    """Return how long a stage takes for a micro-batch, if nothing overlaps."""
-    link = hardware.link if in_host else hardware.network
+def _seconds(
+    chunks: Sequence[Cost], model: ModelConfig, hardware: Hardware, tensor: int, context: int
+) -> float:
+    """Return how long a stage takes for a micro-batch, if nothing overlaps.
+
+    Args:
+        chunks: What its chunks cost.
+        model: Shape and numerics.
+        hardware: Rates.
+        tensor: Neighbouring processes over which a tensor-parallel group extends.
+        context: The same of a context-parallel group.
+    """
+
+    def rate(extent: int) -> float:
+        return hardware.link if extent <= hardware.per_host else hardware.network
+
     return sum(
-        chunk.flops / hardware.products(model.precision) + chunk.moved / hardware.memory + chunk.sent / link
+        chunk.flops / hardware.products(model.precision)
+        + chunk.moved / hardware.memory
+        + chunk.sent / rate(tensor)
+        + chunk.exchanged / rate(context)
         for chunk in chunks
     )
 

@@ -48,22 +48,32 @@ class Ranking:
 def candidates(run: Run, gpus: int, per_host: int) -> Iterator[ParallelConfig]:
     """Yield layouts for `gpus` processes: tensor parallelism within a host, and at most 16 stages.
 
-    Sequence parallelism and the distributed optimizer are on wherever they save something.
+    Sequence parallelism and the distributed optimizer are on wherever they save something. Context
+    parallelism stays within a host too, and is for proteins that are longer than the part of a pack that it
+    gives to a process: packs of shorter ones can be made smaller instead, and are not sent around.
     """
     shape = shape_of(run.model)
     for tp in range(1, min(gpus, per_host) + 1):
         if gpus % tp or shape.num_attention_heads % tp or shape.ffn_hidden_size % tp:
             continue
         for pp in range(1, min(gpus // tp, shape.num_layers, _MOST_STAGES) + 1):
-            if gpus % (tp * pp) == 0:
+            for cp in _context_sizes(run, gpus, per_host, tp * pp, tp):
                 yield replace(
                     run.parallel,
                     tensor_model_parallel_size=tp,
                     pipeline_model_parallel_size=pp,
                     virtual_pipeline_model_parallel_size=None,
+                    context_parallel_size=cp,
                     sequence_parallel=tp > 1,
                     distributed_optimizer=gpus > tp * pp,
                 )
+
+
+def _context_sizes(run: Run, gpus: int, per_host: int, others: int, tp: int) -> Iterator[int]:
+    tokens, longest = run.train.micro_batch_tokens, run.data.max_seq_length
+    for cp in range(1, per_host // tp + 1):
+        if gpus % (others * cp) == 0 and (cp == 1 or tokens // cp < longest):
+            yield cp
 
 
 def rank_layouts(

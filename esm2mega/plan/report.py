@@ -11,7 +11,7 @@ from esm2mega.plan.estimate import LayoutPlan
 from esm2mega.plan.layouts import GB, Failed, Ranking
 
 _COLUMNS = (
-    *("TP", "PP", "DP", "recompute", "weights", "grads", "optim", "activ.", "GB"),
+    *("TP", "PP", "CP", "DP", "recompute", "weights", "grads", "optim", "activ.", "GB"),
     *("sent GB", "bubble", "step s", "tokens/s"),
 )
 _STAGE_COLUMNS = ("stage", "layers", "in flight", "weights", "grads", "optim", "activ.", "batches", "GB")
@@ -54,6 +54,7 @@ def overrides(plan: LayoutPlan) -> list[str]:
     words = [
         f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}",
         f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}",
+        *[f"parallel.context_parallel_size={size}" for size in [parallel.context_parallel_size] if size > 1],
         f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}",
         f"parallel.distributed_optimizer={str(parallel.distributed_optimizer).lower()}",
     ]
@@ -87,7 +88,11 @@ def as_json(
 
 def _row(plan: LayoutPlan) -> list[str]:
     parallel, worst = plan.parallel, plan.worst
-    sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    sizes = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
     return [
         *(str(size) for size in (*sizes, plan.data_parallel_size)),
         plan.model.recompute,
@@ -102,7 +107,10 @@ def _row(plan: LayoutPlan) -> list[str]:
 def _name(parallel: ParallelConfig) -> str:
     virtual = parallel.virtual_pipeline_model_parallel_size
     interleaved = "" if virtual is None else f" VPP {virtual}"
-    return f"TP {parallel.tensor_model_parallel_size} PP {parallel.pipeline_model_parallel_size}{interleaved}"
+    sizes = (
+        f"TP {parallel.tensor_model_parallel_size} PP {parallel.pipeline_model_parallel_size}{interleaved}"
+    )
+    return f"{sizes} CP {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else sizes
 
 
 def _gigabytes(*sizes: float) -> list[str]:

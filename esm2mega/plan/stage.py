@@ -9,13 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from typing import Any, Literal
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 import esm2mega.model.build
 from esm2mega.batch import PackedBatch
+from esm2mega.config.batches import processes_of_a_replica, shares_of_a_pack
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import ModelConfig, ParallelConfig
 from esm2mega.model.attention import KERNELS, choose_kernel
@@ -47,7 +50,8 @@ class States:
     Attributes:
         parameters: Weights that the model computes with, padding of the buffers included.
         gradients: Their gradients, likewise.
-        optimizer: For each data-parallel rank: master weights, both moments of Adam, and its step counts.
+        optimizer: For each data- and context-parallel rank: master weights, both moments of Adam, and its
+            step counts.
     """
 
     parameters: int
@@ -66,7 +70,7 @@ def states_of(model: ModelConfig, parallel: ParallelConfig, world_size: int, sta
     All tensor-parallel ranks have as many.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    model = replace(model, compile=False)  # nothing is compiled for tensors without values
+    model = replace(model, compile=False, fp8=None)  # nothing is compiled for tensors without values
     with fake_rank(parallel, world_size, stage * (world_size // pp)):
         with fake_tensors(), _kernel("cuda", model):
             chunks = build_model(model, parallel, CPU, seed=0)
@@ -121,16 +125,20 @@ def cost_of(
 
     Args:
         model: Shape and numerics.
-        parallel: Layout; only what happens within the tensor-parallel group counts here.
+        parallel: Layout; only what happens within the tensor- and context-parallel groups counts here.
         role: Which stage.
         layers: Layers of the stage, or of the chunk of an interleaved pipeline.
         tokens: T.
         length: Tokens of each protein.
         device: Where the job runs, which decides on the kernel of attention.
     """
-    settings = (
-        tuple(vars(model).items()), parallel.tensor_model_parallel_size, parallel.sequence_parallel,
-    )  # fmt: skip
+    within = replace(
+        ParallelConfig(parallel.tensor_model_parallel_size),
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
+        context_parallel_exchange=parallel.context_parallel_exchange,
+    )
+    settings = tuple(vars(model).items()), tuple(vars(within).items())
     rest = (tokens, length, device)
     if layers <= max(_MEASURED):
         return _measured(settings, role, layers, *rest)
@@ -140,16 +148,18 @@ def cost_of(
 
 @cache
 def _measured(
-    settings: tuple[Any, int, bool], role: Role, layers: int, tokens: int, length: int, device: Device
+    settings: tuple[Any, Any], role: Role, layers: int, tokens: int, length: int, device: Device
 ) -> Cost:
     """Run a stage of few layers forward and backward on fake tensors."""
-    values, tp, sequence_parallel = settings
+    values, within = settings
     stages, number = _PIPELINES[role]
-    model = replace(ModelConfig(**dict(values)), size=None, num_layers=stages * layers, compile=False)
-    parallel = ParallelConfig(tp, stages, sequence_parallel=sequence_parallel)
+    model = replace(ModelConfig(**dict(values)), size=None, num_layers=stages * layers)
+    model = replace(model, compile=False, fp8=None)
+    parallel = replace(ParallelConfig(**dict(within)), pipeline_model_parallel_size=stages)
+    of_stage = processes_of_a_replica(parallel) // stages
     equal = patch.object(esm2mega.model.build, "split_layers", lambda *a, **k: [layers] * stages)
     with (
-        fake_rank(parallel, tp * stages, number * tp),
+        fake_rank(parallel, of_stage * stages, number * of_stage),
         fake_tensors(),
         _kernel(device, model) as kernel,
         equal,
@@ -167,12 +177,14 @@ def _measured(
             # Megatron-Core adds gradients of products to it, and drops those that autograd makes.
             parameter.main_grad = torch.empty_like(parameter)
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        packed = PackedSequences.from_lengths(batch.seqlens, CPU, batch.label_counts)
-        counter = StepCounter(present, tp)
+        packed = PackedSequences.from_lengths(
+            batch.seqlens, CPU, batch.label_counts, host_rows=batch.label_places
+        )
+        counter = StepCounter(present)
         hidden = None
         with counter:
             if number > 0:
-                rows = tokens // tp if sequence_parallel else tokens
+                rows = tokens // shares_of_a_pack(parallel)
                 hidden = torch.empty(
                     rows, 1, shape_of(model).hidden_size, dtype=DTYPES[model.precision], requires_grad=True
                 )
@@ -184,7 +196,9 @@ def _measured(
             output.backward(torch.empty_like(output))
         hidden = output = None
         held -= counter.live  # buffers of Megatron-Core that all micro-batches share
-        return Cost(counter.peak, held, counter.flops + kernel.flops, counter.moved, counter.sent)
+        return Cost(
+            counter.peak, held, counter.flops + kernel.flops, counter.moved, counter.sent, counter.exchanged
+        )
 
 
 def _drop_gradient(parameter: Any) -> None:
@@ -197,12 +211,19 @@ def example_batch(tokens: int, length: int) -> PackedBatch:
     counts = [round(LABELLED_SHARE * n) for n in seqlens]
     masked = sum(counts)
     residues = tokens - 2 * len(seqlens)
+    starts = accumulate(seqlens, initial=0)
+    places = [
+        start + n * length // count
+        for start, length, count in zip(starts, seqlens, counts, strict=False)
+        for n in range(count)
+    ]
     return PackedBatch(
         input_ids=torch.zeros(tokens, dtype=torch.int64),
         cu_seqlens=torch.zeros(len(seqlens) + 1, dtype=torch.int32),
         seqlens=seqlens,
         max_seqlen=max(seqlens),
-        label_positions=torch.arange(masked),
+        label_positions=torch.tensor(places, dtype=torch.int64),
+        host_positions=np.array(places, dtype=np.int64),
         labels=torch.zeros(masked, dtype=torch.int64),
         label_counts=counts,
         num_tokens=tokens,

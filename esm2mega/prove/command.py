@@ -24,12 +24,17 @@ from esm2mega.report.progress import Progress
 from esm2mega.version import __version__
 
 PROCESSES = 4
-"""Limits the processes by default; no trial of a group needs more."""
+"""Limits the processes by default, unless a trial needs more."""
 
 _RANDOM = re.compile(r"random:([1-9]\d*)")
 
 Say = Callable[[str], None]
 print_line: Say = partial(print, flush=True)
+
+
+def most_processes(trials: Sequence[Trial]) -> int:
+    """Return how many processes may run at a time if nothing else is said."""
+    return max([PROCESSES, *(trial.processes for trial in trials)])
 
 
 def choose_trials(

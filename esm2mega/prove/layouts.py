@@ -37,6 +37,8 @@ class Layout:
         pp: Pipeline stages.
         vpp: Pieces per pipeline stage; 1 for the schedule without interleaving.
         dp: Data-parallel size.
+        cp: Context-parallel size.
+        exchange: How context-parallel ranks attend, as `parallel.context_parallel_exchange`.
         sp: Whether sequence parallelism is on.
         packed: Number of proteins in one micro-batch.
         distributed_optimizer: Whether the optimizer state is sharded over the data-parallel processes.
@@ -48,6 +50,8 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     dp: int = 1
+    cp: int = 1
+    exchange: str = "auto"
     sp: bool = False
     packed: int = 1
     distributed_optimizer: bool = False
@@ -56,7 +60,7 @@ class Layout:
 
     @property
     def processes(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def reference(self) -> Layout:
@@ -65,10 +69,11 @@ class Layout:
 
     def __str__(self) -> str:
         """Write the layout as in ``TP2 PP2 SP, 3 per pack``."""
-        sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "DP": self.dp}
+        sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "DP": self.dp, "CP": self.cp}
         words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         words += ["SP"] * self.sp + ["DO"] * self.distributed_optimizer
-        extras = [f"{self.packed} per pack"] * (self.packed > 1)
+        extras = [f"by {self.exchange}"] * (self.exchange != "auto")
+        extras += [f"{self.packed} per pack"] * (self.packed > 1)
         extras += [f"recompute {self.recompute}"] * (self.recompute != "none")
         extras += [f"{self.layers} layers"] * (self.layers != LAYERS)
         return ", ".join([" ".join(words) or "1 process", *extras])
@@ -81,6 +86,8 @@ class Layout:
             "parallel.tensor_model_parallel_size": self.tp,
             "parallel.pipeline_model_parallel_size": self.pp,
             "parallel.virtual_pipeline_model_parallel_size": None if self.vpp == 1 else self.vpp,
+            "parallel.context_parallel_size": self.cp,
+            "parallel.context_parallel_exchange": self.exchange,
             "parallel.sequence_parallel": self.sp,
             "parallel.distributed_optimizer": self.distributed_optimizer,
             "train.micro_batch_tokens": self.packed * TOKENS_PER_PROTEIN,
@@ -122,7 +129,7 @@ class Layout:
         for name, value in vars(self).items():
             if (default := getattr(plain, name)) != value:
                 changes.append({name: default})
-            if name in ("tp", "pp", "vpp", "dp", "packed"):
+            if name in ("tp", "pp", "vpp", "dp", "cp", "packed"):
                 changes += [{name: between} for between in range(2, value)]
         if self.vpp > 1 and self.layers != self.pp * self.vpp:
             changes.append({"layers": self.pp * self.vpp})
@@ -195,13 +202,16 @@ def is_possible(layout: Layout, training: Sequence[str]) -> bool:
 def _draw(rng: random.Random, processes: int) -> Layout:
     """Draw a layout; most impossible ones are avoided, and `is_possible` refuses the rest."""
     tp, pp = rng.choice([1, 2, 4]), rng.randint(1, 4)
-    dp = rng.randint(1, max(1, min(4, processes // (tp * pp))))
+    cp = rng.choice([1, 1, 2, 3, 4])
+    dp = rng.randint(1, max(1, min(4, processes // (tp * pp * cp))))
     vpp = rng.choice([1, 1, 2, 3]) if pp > 1 else 1
     return Layout(
         tp=tp,
         pp=pp,
         vpp=vpp,
         dp=dp,
+        cp=cp,
+        exchange=rng.choice(["auto", "heads", "needed", "gather"]) if cp > 1 else "auto",
         sp=tp > 1 and rng.random() < 0.5,
         packed=rng.choice([k for k in _DIVISORS if PROTEINS_PER_STEP % (k * dp) == 0]),
         distributed_optimizer=rng.random() < 0.5,

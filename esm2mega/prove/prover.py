@@ -23,7 +23,7 @@ from esm2mega.prove.compare import (
 )
 from esm2mega.prove.exports import export_differences
 from esm2mega.prove.layouts import Layout
-from esm2mega.prove.training import SAVED, STEPS, settings, write_stores
+from esm2mega.prove.training import MIXED, SAVED, STEPS, settings, write_stores
 from esm2mega.prove.trials import Trial
 from esm2mega.prove.workers import Job, Serve, Workers
 
@@ -171,7 +171,10 @@ class Prover:
             if before is not None:
                 shutil.copytree(before.run_dir, out / "run")
             labelled = any(setting.startswith("task.kind=") for setting in leg.settings)
-            overrides = settings(self._stores, out / "run", leg.precision, self.seed, leg.stop, labelled)
+            mixed = is_mixed(leg.settings)
+            overrides = settings(
+                self._stores, out / "run", leg.precision, self.seed, leg.stop, labelled, mixed
+            )
             overrides += [*leg.layout.settings(), *leg.settings]
             overrides += [] if base is None else [as_word("init_from", base.run_dir)]
             jobs.append(Job(tuple(overrides), leg.layout.processes, out, leg.code))
@@ -206,13 +209,18 @@ class Prover:
         return Verdict(trial, bound, tuple(_worst_of(kind, found) for kind in kinds))
 
 
+def is_mixed(settings: Sequence[str]) -> bool:
+    """Return whether a training takes proteins of very different lengths."""
+    return any(setting in MIXED for setting in settings)
+
+
 def _references(trial: Trial) -> list[Leg]:
     """Return the unbroken runs of one process that a trial must equal, or in bf16 and fp16 is measured by."""
     layout = trial.layouts[-1].reference
     # A larger micro-batch rounds its gradients fewer times, so it has a yardstick of its own. Which proteins
     # the steps of a resumed run take, inside a window, also depends on it.
     alike = replace(layout, packed=trial.layouts[-1].packed)
-    if len(trial.layouts) > 1:
+    if len(trial.layouts) > 1 or is_mixed(trial.settings):
         layout = alike
     if not trial.is_half:
         return [Leg(layout, trial.precision, trial.settings, base=_base(trial), code=trial.code)]

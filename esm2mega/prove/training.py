@@ -31,6 +31,12 @@ MID_WINDOW = (f"data.pack_window={PROTEINS_PER_STEP + 8}",)
 What a step takes then depends on the number of proteins per micro-batch, so the reference needs the same one.
 """
 
+MIXED = (f"data.max_seq_length={PROTEINS_PER_STEP * TOKENS_PER_PROTEIN}",)
+"""Makes runs take proteins of very different lengths, of which the longest fill the pack of a step alone.
+
+How many proteins a step takes then depends on the length of a pack, so the reference needs the same one.
+"""
+
 SETTINGS = [
     # All dimensions differ and divide by TP 4.
     "model.hidden_size=48",
@@ -73,8 +79,20 @@ def write_stores(folder: Path) -> Path:
                 residues[1 if number % 4 else 5 :] = ord(_UNKNOWN)
             file.write(b">p%d\n%s\n" % (number, residues.tobytes()))
     prepare_fasta([fasta], folder / "stores", valid_size=_VALID)
+    _write_mixed(folder)
     _write_tables(folder / "stores")
     return folder / "stores"
+
+
+def _write_mixed(folder: Path) -> None:
+    """Write the stores ``mixed/train`` and ``mixed/valid``; one protein in six is as long as a pack."""
+    rng = np.random.default_rng(7)
+    fasta, most = folder / "mixed.fasta", PROTEINS_PER_STEP * TOKENS_PER_PROTEIN - 2
+    with fasta.open("wb") as file:
+        for number in range(_TRAIN + _VALID):
+            length = most if number % 6 == 0 else round(most ** rng.random())
+            file.write(b">m%d\n%s\n" % (number, rng.choice(_KNOWN, size=length).tobytes()))
+    prepare_fasta([fasta], folder / "stores" / "mixed", valid_size=_VALID)
 
 
 def _write_tables(folder: Path) -> None:
@@ -119,7 +137,13 @@ def _write_tables(folder: Path) -> None:
 
 
 def settings(
-    stores: Path, run_dir: Path, precision: str, seed: int, stop: int, labelled: bool = False
+    stores: Path,
+    run_dir: Path,
+    precision: str,
+    seed: int,
+    stop: int,
+    labelled: bool = False,
+    mixed: bool = False,
 ) -> list[str]:
     """Return all overrides of a run but those of its layout.
 
@@ -130,8 +154,10 @@ def settings(
         seed: Seed of weights, data and masks.
         stop: Step after which the run ends; the schedule is always that of `STEPS` steps.
         labelled: Fine-tune on the tables.
+        mixed: Take the proteins of `MIXED`.
     """
     ending = ".csv" if labelled else ""
+    stores = stores / "mixed" if mixed else stores
     return [
         *SETTINGS,
         as_word("run_dir", run_dir),

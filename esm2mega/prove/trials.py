@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from esm2mega.errors import UserError
 from esm2mega.prove.layouts import TOKENS_PER_PROTEIN, Layout, is_possible
-from esm2mega.prove.training import MID_WINDOW, SETTINGS
+from esm2mega.prove.training import MID_WINDOW, MIXED, SETTINGS
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,18 @@ class Trial:
 
 _LORA, _HEAD = "LoRA", "head "
 
-LORA = ("lora.rank=3", "lora.alpha=8", "lora.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]")
-"""Switches on adapters of every linear layer."""
+LORA = (
+    "lora.rank=3",
+    "lora.alpha=8",
+    "lora.dropout=0.2",
+    "lora.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]",
+)
+"""Switches on adapters of every linear layer, with dropout."""
 
 _DORA = (*LORA, "lora.target_modules=[all-linear]", "lora.use_dora=true", "lora.use_rslora=true")
 _SOME = (
     "lora.rank=5",
+    "lora.dropout=0.1",
     "lora.target_modules=['*.[123].*.linear_q','*.[12].*.linear_fc?','*.3.*.linear_v',lm_head.dense]",
     "lora.bias=all",
 )
@@ -337,6 +343,54 @@ _DROPPING: tuple[tuple[str, tuple[str, ...], tuple[Layout, ...]], ...] = (
     ("dropout", (*DROPOUT, *MID_WINDOW), (replace(_DP2, packed=2), replace(_PP2, packed=2))),
 )
 
+_CONTEXT = (
+    Layout(cp=2, packed=3),
+    Layout(cp=4, packed=2, recompute="full"),
+    # One protein per pack, so that some parts are padding alone, and have no labels.
+    Layout(cp=4, exchange="needed"),
+    Layout(cp=3, packed=6, exchange="gather", recompute="selective"),
+    Layout(tp=2, cp=2, sp=True, packed=3, recompute="full"),
+    # Two of six heads each, for three processes; and by needed, since 4 does not divide 6.
+    Layout(tp=2, cp=3, packed=3, recompute="selective"),
+    Layout(tp=2, cp=4, sp=True, packed=2),
+    Layout(pp=2, cp=2, packed=4),
+    Layout(pp=2, vpp=2, cp=2, packed=3, layers=4, exchange="needed"),
+    Layout(cp=2, dp=2, packed=3, distributed_optimizer=True),
+    Layout(cp=2, dp=3, packed=2, exchange="needed", distributed_optimizer=True),
+)
+_LONG_AND_SHORT = (
+    *(Layout(cp=4, packed=12, exchange=exchange) for exchange in ("heads", "needed", "gather")),
+    Layout(tp=2, cp=2, sp=True, packed=12, exchange="needed", recompute="full"),
+)
+_CONTEXT_PAIRS = (
+    (Layout(cp=2, packed=3), Layout(dp=2, packed=3, distributed_optimizer=True)),
+    (Layout(tp=2, packed=2), Layout(cp=4, packed=2, exchange="needed")),
+    (Layout(cp=2, dp=2, packed=3, distributed_optimizer=True), Layout(pp=2, cp=2, packed=3)),
+)
+_CONTEXT_HEADS = (Layout(cp=2, packed=3), Layout(cp=2, packed=2, exchange="needed"))
+_CONTEXT_DROPPING = (Layout(cp=2, packed=3), Layout(tp=2, cp=2, sp=True, packed=3, exchange="needed"))
+
+
+def _in_parts() -> list[Trial]:
+    """Return the trials of context parallelism."""
+    plain = [Trial((layout,)) for layout in _CONTEXT]
+    mixed = [Trial((layout,), settings=MIXED, label="long and short") for layout in _LONG_AND_SHORT]
+    resumed = [Trial(pair, settings=MID_WINDOW) for pair in _CONTEXT_PAIRS]
+    heads = [with_head(Trial((_CONTEXT_HEADS[number % 2],)), head) for number, head in enumerate(HEADS)]
+    # Their stages have parts of a head each.
+    heads += [
+        with_head(Trial((Layout(pp=2, cp=2, packed=4),)), head) for head in ("frozen", "attention_maps")
+    ]
+    adapted = [with_lora(Trial((layout,))) for layout in _CONTEXT_DROPPING]
+    adapted.append(with_lora(with_head(Trial((Layout(cp=2, packed=2),)), "product")))
+    dropping = [Trial((layout,), settings=DROPOUT, label="dropout") for layout in _CONTEXT_DROPPING]
+    others = [
+        Trial((Layout(cp=2, packed=3),), "bf16"),
+        Trial((Layout(cp=2, packed=3),), settings=(_POST_LN, _POSITIONS), label="post-LN"),
+    ]
+    return [*plain, *mixed, *resumed, *heads, *adapted, *dropping, *others]
+
+
 # These have pipeline stages whose groups of parameters differ, and a resume.
 _HEADS_AND_LORA = (
     with_lora(with_head(Trial((Layout(pp=2, dp=2, packed=2, distributed_optimizer=True),)), "mlp")),
@@ -371,6 +425,9 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         *(Trial((layout,), "bf16") for layout in _CI if layout.processes > 1),
         # Sums in fp32 travel beside states in bf16.
         with_head(Trial((Layout(pp=2, packed=4),), "bf16"), "attention_maps"),
+        # Main weights are kept beside what is trained; what is frozen has none. From whole to sharded ones.
+        with_lora(Trial(_BF16_PAIRS[0], "bf16", MID_WINDOW)),
+        with_head(Trial(_BF16_PAIRS[0], "bf16", MID_WINDOW), "frozen"),
     ),
     # The second sends gradients that are multiplied by the loss scale from stage to stage.
     "fp16": (
@@ -395,5 +452,6 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
         *(_dropping(with_head(Trial((_HEADS_AT[n],)), head)) for n, head in ((1, "residue"), (2, "mlp"))),
         _dropping(with_lora(Trial((Layout(tp=2, sp=True, packed=2, recompute="full"),)))),
     ),
+    "cp": tuple(_in_parts()),
 }
 """Maps each name that ``--layouts`` takes to its trials; ``all``, the default, takes every group."""

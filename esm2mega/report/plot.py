@@ -11,6 +11,8 @@ from esm2mega.files import replacing
 from esm2mega.report.curves import TaskRun, loss_label
 from esm2mega.report.figure import figure_of, png_of
 from esm2mega.report.results.charts import scrolling
+from esm2mega.report.results.page import sections_of
+from esm2mega.report.results.suite import Suite
 from esm2mega.report.run_charts import charts_of_run
 from esm2mega.report.run_records import RunRecords, read_run
 from esm2mega.report.style import page_of
@@ -28,11 +30,33 @@ class PlotFiles:
     summary: dict[str, str]
 
 
-def plot_run(run_dir: str | Path) -> PlotFiles:
+@dataclass(frozen=True)
+class Benchmarks:
+    """Holds what a suite of benchmarks measured of the checkpoints of a run.
+
+    Attributes:
+        suite: Its results, of these checkpoints alone.
+        model: Name in the suite of the checkpoint whose pictures come first.
+        step: The step of that checkpoint.
+        is_best: Whether it is the best of the run; if not, it is the newest that was measured.
+    """
+
+    suite: Suite
+    model: str
+    step: int
+    is_best: bool
+
+
+def plot_run(run_dir: str | Path, benchmarks: Benchmarks | None = None) -> PlotFiles:
     """Draw the report of a run into `run_dir`, from its `log.jsonl` and, if there is one, `config.yaml`.
 
+    Args:
+        run_dir: Directory of the run.
+        benchmarks: What a suite measured of its checkpoints, for the page.
+
     Raises:
-        UserError: There is no log, or it has no training or evaluation record.
+        UserError: There is no log, or it has no training or evaluation record; or a file of the suite is
+            missing.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
@@ -40,7 +64,7 @@ def plot_run(run_dir: str | Path) -> PlotFiles:
     label = loss_label(run.config, run.task is not None)
     name = run_dir.resolve().name
     png = png_of(figure_of(name, run.train, run.evaluations, run.downstream, run.task, label))
-    page = _html(name, run, summary)
+    page = _html(name, run, summary, benchmarks)
     return PlotFiles(*write_report(run_dir, png, page), summary)
 
 
@@ -65,6 +89,7 @@ _BODY = """<h1>{title}</h1>
 <h2>Curves</h2>
 <p>Put the pointer on a curve to read its values.</p>
 {charts}
+{benchmarks}
 {config}"""
 
 _FOOTER = (
@@ -77,7 +102,9 @@ _TASK_FOOTER = (
 )
 
 
-def _html(title: str, run: RunRecords, summary: Mapping[str, str]) -> str:
+def _html(
+    title: str, run: RunRecords, summary: Mapping[str, str], benchmarks: Benchmarks | None = None
+) -> str:
     section = ""
     if run.config:
         table = f'<table class="settings config">{_rows(run.config)}</table>'
@@ -87,10 +114,22 @@ def _html(title: str, run: RunRecords, summary: Mapping[str, str]) -> str:
         summary=_rows(summary),
         metrics="" if run.task is None else _metrics(run.task),
         charts=charts_of_run(run),
+        benchmarks="" if benchmarks is None else _benchmarks(benchmarks),
         config=section,
     )
     return page_of(
         html.escape(title), body, f"esm2mega. {_FOOTER if run.task is None else _TASK_FOOTER}", _STYLE
+    )
+
+
+def _benchmarks(found: Benchmarks) -> str:
+    """Return the sections of the tasks, and which checkpoint they show."""
+    name = "The best checkpoint" if found.is_best else "The newest checkpoint that was measured"
+    other = "" if found.is_best else ", since the best one, if the run keeps one, was not"
+    return (
+        f"<h2>Benchmarks</h2>\n<p>{name} comes first: step {found.step:,}{other}. From the results of "
+        f"<code>esm2mega autoeval</code> in {html.escape(found.suite.named)}.</p>\n"
+        f"{sections_of(found.suite, found.model)}"
     )
 
 

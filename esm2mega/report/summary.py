@@ -53,7 +53,7 @@ def summarise(
                 rows[label] = text.format(value)
         rates = sorted(r for record in train if (r := number(record, "tokens_per_second")) is not None)
         if rates:
-            rows["Median throughput"] = f"{rates[len(rates) // 2]:,.0f} tokens/s"
+            rows["Median throughput"] = f"{rates[len(rates) // 2]:,.0f} residues/s"
         undefined = sum("loss" in record and record["loss"] is None for record in train)
         if undefined:
             rows["Records without a loss"] = f"{undefined:,} (nothing to predict, or the run diverged there)"

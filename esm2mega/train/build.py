@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,10 +13,10 @@ from esm2mega.config.schema import Run
 from esm2mega.convert.into_model import load_for_task, load_initial_weights
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.lora.checkpoint import load_base
-from esm2mega.lora.inject import adapters_line, seed_dropout
+from esm2mega.lora.inject import adapters_line
 from esm2mega.model.build import build_model
 from esm2mega.model.freezing import check_stages
-from esm2mega.model.task import MakeHead, MakeModel
+from esm2mega.model.heads.task import MakeHead, MakeModel
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.train.losses import LossReduction
 from esm2mega.train.optimizer import train_state
@@ -105,8 +104,6 @@ def build(
         key = f"finetune.freeze={run.finetune.freeze}"
         check_stages(chunks, f"lora.target_modules={run.lora.target_modules}" if has_lora else key)
     state = train_state(run, chunks, loss, ranks, on_gradients, None if head is None else head.scales(chunks))
-    if has_lora and run.lora.dropout:
-        state.on_step_begin = partial(seed_dropout, run.seed)
     if start is not None:
         start.release()
     return Built(state, TRAINED if has_lora else ALL, auxiliary, extra_state, banner)

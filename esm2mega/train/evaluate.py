@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from esm2mega.config.batches import processes_of_a_replica
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.machine import on_this_machine
@@ -130,8 +131,8 @@ def run_groups(
 def gathered(mine: T | None, ranks: Ranks) -> list[T] | None:
     """Gather what an evaluation left on each replica of the model; all ranks call this together.
 
-    One process of a replica gives it: the first of the tensor-parallel group in the last stage. The gather
-    runs over the world.
+    One process of a replica gives it: the first of the tensor- and context-parallel groups in the last stage.
+    The gather runs over the world.
 
     Args:
         mine: What this process has; None for nothing.
@@ -140,7 +141,7 @@ def gathered(mine: T | None, ranks: Ranks) -> list[T] | None:
     Returns:
         On the main process what the replicas gave, without None; None on the others.
     """
-    gives = ranks.tp_rank == 0 and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    gives = ranks.hands_on and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     parts: list[T | None] = [None] * ranks.world_size
     dist.gather_object(mine if gives else None, parts if ranks.is_main else None, dst=0)
     return [part for part in parts if part is not None] if ranks.is_main else None
@@ -290,7 +291,7 @@ def adapt_layout(run: Run, overrides: Sequence[str]) -> Run:
     training, and checkpoints that no training wrote have default values there.
     """
     world, parallel = world_size_from_environment(), run.parallel
-    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    model_parallel = processes_of_a_replica(parallel)
     if world % model_parallel and not any(x.lstrip("+").startswith("parallel.") for x in overrides):
         run.parallel = ParallelConfig(timeout_minutes=parallel.timeout_minutes)
         model_parallel = 1

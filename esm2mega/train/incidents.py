@@ -6,7 +6,7 @@ All ranks hold the same counters and reach the same decision; rank 0 writes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from esm2mega.files import first_of
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.log import JsonlLog, utc_now
-from esm2mega.train.step import StepResult
+from esm2mega.train.step import Batch, StepResult
 
 FILE_NAME = "incidents.jsonl"
 
@@ -78,7 +78,13 @@ class Incidents:
             self.in_a_row = 0
 
     def note_step(
-        self, step: int, result: StepResult, stream: PackStream[Any], before: StreamState, ranks: Ranks
+        self,
+        step: int,
+        result: StepResult,
+        batches: Sequence[Batch],
+        stream: PackStream[Any],
+        before: StreamState,
+        ranks: Ranks,
     ) -> str:
         """Enter a step that is not finite; all ranks call this together.
 
@@ -87,6 +93,7 @@ class Incidents:
         Args:
             step: Number of the step, from 1.
             result: What it gave.
+            batches: This rank's micro-batches of the step.
             stream: The training batches, behind the step.
             before: Their state before the step.
             ranks: Where this process stands.
@@ -98,9 +105,8 @@ class Incidents:
             MachineError: The run ends here.
             RollBack: It goes on from its last good checkpoint, without these packs.
         """
-        mine = [before.consumed_packs + m * ranks.dp_size + ranks.dp_rank for m in result.suspects]
-        # Numbers behind the step are those of padding, by which its last round was filled up.
-        mine = [number for number in mine if number < stream.state.consumed_packs]
+        # Padding, by which the last round of a step is filled up, has no number.
+        mine = [batches[m].pack for m in result.suspects if batches[m].pack >= 0]
         every: list[list[int]] = [[] for _ in range(ranks.world_size)]
         # Over the world, since only the last stage of each pipeline knows the losses of its packs.
         dist.all_gather_object(every, mine)

@@ -183,7 +183,7 @@ def fit(
                     incidents.note_weights(loop.step - 1)
                 is_unproven = False
                 with _saved_first(hooks):
-                    hooks.say(incidents.note_step(loop.step, result, stream, before, ranks))
+                    hooks.say(incidents.note_step(loop.step, result, batches, stream, before, ranks))
             last = loop.step == train.max_steps or stopping
             if last or loop.step % train.log_every == 0:
                 tokens = stream.state.consumed_tokens
@@ -372,8 +372,8 @@ def _raise_if(stop: StopSignal, loop: LoopState, hooks: Hooks) -> None:
     if stop.stopping:
         hooks.verified()  # an alarm has an error of its own, which this raises
         raise StoppedBySignal(
-            f"stopped by {stop.reason} after step {loop.step}, which is saved; "
-            "start the same command again to continue"
+            stop.reason,
+            f" after step {loop.step}, which is saved; start the same command again to continue",
         )
 
 

@@ -78,7 +78,7 @@ def train_state(
     model = wrap_data_parallel(chunks, run.model, run.parallel)
     optimizer = build_optimizer(run.optim, run.schedule, run.model.precision, model, scales)
     schedule = build_schedule(run.schedule, run.optim, optimizer)
-    seed = run.seed if run.model.hidden_dropout or run.model.attention_dropout else None
+    seed = run.seed if run.drops_in_encoder else None
     return TrainState(
         model, optimizer, schedule, loss, ranks.device, on_gradients=on_gradients, dropout_seed=seed
     )
@@ -96,8 +96,9 @@ def _finalize_with_exact_count(model: list[Any], num_tokens: torch.Tensor, **kwa
     if pipeline.size() > 1:
         # Only the last stage of a pipeline has counted; its other stages get the number here …
         dist.broadcast(count, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
-    # … and every rank holds the sum over the data-parallel group.
-    dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    # … and every rank holds the sum over the ranks that the gradients are summed over: context-parallel ranks
+    # count the same labels once each, as `esm2mega.model.context_parallel` says.
+    dist.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     # Without any label the gradients are 0 and stay so.
     scaling = 1.0 / count.clamp(min=1.0)
     for chunk in model:

@@ -5,10 +5,12 @@ There is no arithmetic here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+from esm2mega.checkpoint import layout
 from esm2mega.config.best_metric import is_downstream
 from esm2mega.config.schema import Run
 from esm2mega.convert.start_point import StartPoint
@@ -30,7 +32,7 @@ from esm2mega.train.downstream import Measurement
 from esm2mega.train.evaluate import evaluate, evaluation_record, unigram_log_probabilities
 from esm2mega.train.loop import Evaluation, LoopState
 from esm2mega.train.losses import MLMLossReduction, loss_and_perplexity
-from esm2mega.train.session import Session, resolve_epochs, run_session
+from esm2mega.train.session import Session, data_set, resolve_epochs, run_session
 from esm2mega.train.start import open_training_start, with_batches
 
 
@@ -78,6 +80,8 @@ def pretrain(
     every = [store for sets in stores.values() for store in sets]
     timeout = timedelta(minutes=run.parallel.timeout_minutes)
     on_one_rank(lambda: verify(every, arrays_only=True), timeout)
+    if is_trial and "valid" in held_out:
+        run = _reaching_a_mask(run, held_out["valid"])
     if "valid" in held_out:
         _check_predictable(run, held_out["valid"])
     start = open_training_start(run, opened)
@@ -110,6 +114,14 @@ def _overlap(run: Run, stores: dict[str, list[TokenStore]], start: StartPoint | 
         lambda: check_overlap(stores, run.data.allow_overlap), timedelta(minutes=run.parallel.timeout_minutes)
     )
     return {"of": compared, "notes": notes}
+
+
+def _reaching_a_mask(run: Run, store: TokenStore) -> Run:
+    """Let the few packs that a trial evaluates go on to the first one in which a residue is masked."""
+    packs = enumerate(EvalPacks(store, _batch_spec(run), run.eval), start=1)
+    found = next((number for number, batch in packs if len(batch.labels)), None)
+    limit = 0 if found is None else max(found, run.train.eval_batches)
+    return replace(run, train=replace(run.train, eval_batches=limit))
 
 
 def _check_predictable(run: Run, store: TokenStore) -> None:
@@ -181,13 +193,27 @@ def _session(
         evaluation=evaluation,
         eval_recipe=recipe,
         eval_proteins=evaluated,
-        extra_state={"token_counts": counts.tolist(), "overlap": overlap},
+        extra_state={
+            "token_counts": counts.tolist(),
+            "overlap": overlap,
+            layout.DATA_SETS: _data_sets(run, train_stores, held_out),
+        },
         banner=banner,
         result=_result,
         training_values=loss_and_perplexity,
         verification=verification,
         downstream=downstream,
     )
+
+
+def _data_sets(
+    run: Run, train_stores: Sequence[TokenStore], held_out: Mapping[str, TokenStore]
+) -> list[dict[str, Any]]:
+    trained = zip(run.data.train_paths(), train_stores, strict=True)
+    return [
+        *(data_set("train", path, store.lengths) for path, store in trained),
+        *(data_set(split, getattr(run.data, split), store.lengths) for split, store in held_out.items()),
+    ]
 
 
 def _result(record: dict[str, Any], split: str) -> str:

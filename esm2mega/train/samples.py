@@ -26,7 +26,6 @@ def samples_of_step(batches: Sequence[Batch]) -> list[list[int]]:
     """
     group = parallel_state.get_data_parallel_group()
     shares: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(shares, [batch.samples for batch in batches], group=group)
-    # Pack m * dp_size + r of the step is micro-batch m of rank r.
-    packs = [pack for of_ranks in zip(*shares, strict=True) for pack in of_ranks]
-    return [list(piece) for pack in packs for piece in pack]
+    dist.all_gather_object(shares, [(batch.pack, batch.samples) for batch in batches], group=group)
+    packs = sorted((pack for share in shares for pack in share), key=lambda pack: pack[0])
+    return [list(piece) for _, samples in packs for piece in samples]

@@ -13,6 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import Evaluated, best_checkpoint, prune
 from esm2mega.checkpoint.digests import CURE
@@ -371,6 +374,19 @@ def _begin_evaluations(loop: LoopState, recipe: str, proteins: str | None) -> li
     if before == recipe:
         what = "other validation proteins than before"
     return [f"eval     {what}: best and early stopping start anew"]
+
+
+def data_set(use: str, path: str | Path, lengths: npt.NDArray[Any]) -> dict[str, Any]:
+    """Return an entry of `esm2mega.checkpoint.layout.DATA_SETS`, which a reader of the checkpoint is told.
+
+    Args:
+        use: What the proteins are for: ``train``, ``valid`` or ``test``.
+        path: Their file or store; of it the name is kept, without the folders that hold it.
+        lengths: Number of residues of each protein, ``[n]``.
+    """
+    name = Path(path).name or str(path)
+    residues = int(lengths.sum(dtype=np.int64))
+    return {"use": use, "name": name, "proteins": len(lengths), "residues": residues}
 
 
 def _saved_state(

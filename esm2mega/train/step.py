@@ -21,6 +21,7 @@ from torch import Tensor
 
 from esm2mega.batch import LabelledBatch, PackedBatch
 from esm2mega.data.counter_rng import Purpose, bits_at, stream_starts
+from esm2mega.model.esm2 import shares_of_tokens
 from esm2mega.model.packed import PackedSequences
 from esm2mega.parallel import kernels
 from esm2mega.parallel.host_copy import HostCopy
@@ -42,8 +43,7 @@ class TrainState:
         on_gradients: Called in every step with `model` when its gradients are complete (summed over all
             ranks, divided by the count, without the loss scale) and not yet clipped; for proofs and
             diagnosis. With the distributed optimizer that is so in the share of this rank.
-        on_step_begin: Called before every step with the number of finished steps; seeds adapters' dropout.
-        dropout_seed: Seed of the dropout in the encoder; None if it has none.
+        dropout_seed: Seed of the dropout in the encoder and its adapters; None if there is none.
     """
 
     model: list[Any]
@@ -52,7 +52,6 @@ class TrainState:
     loss: LossReduction
     device: torch.device
     on_gradients: Callable[[list[Any]], None] | None = None
-    on_step_begin: Callable[[int], None] | None = None
     dropout_seed: int | None = None
 
 
@@ -117,7 +116,8 @@ def forward_step(
     """Run the model on a micro-batch; return its output and the function that makes a loss of it."""
     batch = next(batches)
     device = batch.input_ids.device
-    packed = PackedSequences.from_lengths(batch.seqlens, device, batch.label_counts, batch.borders)
+    places = batch.label_places
+    packed = PackedSequences.from_lengths(batch.seqlens, device, batch.label_counts, batch.borders, places)
     if dropout_seed is not None:
         (keys,) = Parcel.of([dropout_keys(dropout_seed, batch)]).to(device)
         packed = packed.with_dropout_keys(keys)
@@ -162,8 +162,8 @@ def run_schedule(
 def _set_carried_rows(model: list[Any], batches: Sequence[Batch]) -> int:
     """Tell the chunks the most rows that any micro-batch sends to the next stage; return them in tokens.
 
-    The schedule gives all micro-batches the same shape, and under sequence parallelism an equal share of the
-    tokens to each rank.
+    The schedule gives all micro-batches the same shape, and under sequence and context parallelism an equal
+    share of the tokens to each rank.
     """
     chunks = unwrap_model(model)
     if chunks[0].config.pipeline_model_parallel_size == 1:
@@ -172,7 +172,7 @@ def _set_carried_rows(model: list[Any], batches: Sequence[Batch]) -> int:
     for chunk in chunks:
         chunk.carried_rows = rows
     config = chunks[0].config
-    return rows * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    return rows * shares_of_tokens(config)
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,6 @@ def launch_step(state: TrainState, batches: Sequence[Batch]) -> LaunchedStep:
         state: Model, optimizer, schedule, loss.
         batches: This rank's micro-batches of the step.
     """
-    if state.on_step_begin is not None:
-        state.on_step_begin(state.schedule.num_steps)
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()

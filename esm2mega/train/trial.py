@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from esm2mega.config.schema import LoggingConfig, Run
+from esm2mega.errors import StoppedBySignal
 from esm2mega.parallel.errors import on_one_rank
 
 _STEPS = 2
@@ -40,6 +41,9 @@ def trial_of(run: Run) -> Iterator[Run]:
 
     Args:
         run: The run that is tried out.
+
+    Raises:
+        StoppedBySignal: A signal came or the time was up; unlike in a run, nothing is saved.
     """
     parent = _existing(Path(run.run_dir).absolute())
     folder = on_one_rank(lambda: tempfile.mkdtemp(prefix="fast_dev_run_", dir=parent))
@@ -62,6 +66,9 @@ def trial_of(run: Run) -> Iterator[Run]:
             logging=LoggingConfig(samples=run.logging.samples),
             downstream=replace(run.downstream, tasks=[]),
         )
+    except StoppedBySignal as error:
+        rest = " before the trial was over (--fast-dev-run); nothing of it is kept, start the command again"
+        raise StoppedBySignal(error.reason, rest) from None
     finally:
         # Without a word to the other ranks, which may have ended after an error.
         if os.environ.get("RANK", "0") == "0":

@@ -34,9 +34,24 @@ def describe_run(run: Run, ranks: Ranks, model: list[Any]) -> list[str]:
         f"{arithmetic(config, ranks.device)}, attention {config.packed_attention}",
         f"layout   {ranks.world_size} x {ranks.device.type}: "
         f"TP {ranks.tp_size}, PP {ranks.pp_size}, DP {ranks.dp_size}"
+        + (f", CP {ranks.cp_size} by {config.context_exchange}" if ranks.cp_size > 1 else "")
         + (", SP" if run.parallel.sequence_parallel else "")
         + (f"; stages of {_stages(config)} layers" if config.pipeline_model_parallel_layout else ""),
         f"batch    {_batch(run.train)}",
+        *_needless_parts(run),
+    ]
+
+
+def _needless_parts(run: Run) -> list[str]:
+    """Say that context parallelism is of no use where a part of a pack holds the longest protein."""
+    size, tokens = run.parallel.context_parallel_size, run.train.micro_batch_tokens
+    if size == 1 or tokens // size < run.data.max_seq_length:
+        return []
+    return [
+        f"note     proteins have at most data.max_seq_length={run.data.max_seq_length} tokens, and each of "
+        f"parallel.context_parallel_size={size} processes has {tokens // size} of a pack: "
+        f"train.micro_batch_tokens={tokens // size} with parallel.context_parallel_size=1 needs no more "
+        "memory and exchanges nothing"
     ]
 
 

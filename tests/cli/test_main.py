@@ -185,7 +185,7 @@ def test_world_size_of_torchrun_is_checked(monkeypatch, capsys):
     [
         (UserError("x.yaml:3: bad"), 2, "error: x.yaml:3: bad"),
         (MachineError("disk full"), 1, "error: disk full"),
-        (StoppedBySignal("stopped by SIGTERM after step 7"), 75, "stopped by SIGTERM after step 7"),
+        (StoppedBySignal("SIGTERM", " after step 7"), 75, "stopped by SIGTERM after step 7"),
         (OSError(28, "No space left on device", "a/b"), 1, "error: No space left on device: a/b"),
         (KeyboardInterrupt(), 1, "interrupted"),
         (

@@ -122,6 +122,10 @@ def test_readme_is_short() -> None:
     assert len(TEXT[README].splitlines()) <= README_LINES
 
 
+def test_the_readme_names_every_command() -> None:
+    assert [name for name in cli.commands if f"esm2mega {name}" not in TEXT[README]] == []
+
+
 @pytest.mark.distributed
 def test_walk_writes_what_the_docs_list(walked: Walked) -> None:
     last = walked.run_dir / "checkpoints" / f"step_{2 * STEPS_PER_START:08d}"

@@ -38,6 +38,8 @@ OTHER_SUBJECTS = {
     "finetune/test_one_table.py": "one table of variants, from a workbook to predictions",
     "finetune/test_targets.py": "several target columns, from table to prediction",
     "infer/test_finite.py": "outputs that are not finite, through every command and function",
+    "infer/test_long_proteins.py": "long proteins, from a FASTA to files and arrays",
+    "train/test_long_proteins.py": "long proteins in training and evaluation",
     "infer/test_flipped_bits.py": "flipped bits in outputs and in unfinished ones",
     "lora/test_exchange.py": "merging and the exchange with PEFT, against each other",
     "lora/test_finetuned.py": "adapters with a head, from training to prediction",

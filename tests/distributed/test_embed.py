@@ -16,7 +16,7 @@ import torch
 
 from esm2mega.errors import MachineError
 from esm2mega.infer.variant_tables import read_table
-from esm2mega.model.int8 import check_products
+from esm2mega.model.kernels.int8 import check_products
 from tests import foreign
 from tests.infer_models import (
     MAX_SEQ_LENGTH,
@@ -80,6 +80,18 @@ def test_data_parallel_gives_the_same_file(
     assert (tmp_path / "x.h5").read_bytes() == alone.read_bytes()
 
 
+@pytest.mark.parametrize("layout", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
+def test_contacts_in_tiles_are_added_over_ranks(reference: Reference, tmp_path: Path, layout: str) -> None:
+    """From 4,096 residues on they are computed in tiles, of which each rank has a share."""
+    pairs = [(f"p{n}", text) for n, text in enumerate(random_proteins([40, 4200, 90]))]
+    fasta = write_fasta(tmp_path / "proteins.fasta", pairs)
+    words = ("--include", "residue,contacts", "--max-seq-length", "5000")
+    run_ranks(arguments(reference, fasta, tmp_path / "alone.h5", *words), 1, tmp_path / "one")
+    split = (*words, f"parallel.{layout}_model_parallel_size=2")
+    run_ranks(arguments(reference, fasta, tmp_path / "split.h5", *split), 2, tmp_path / "two")
+    assert max(differences(tmp_path / "split.h5", tmp_path / "alone.h5").values(), default=0) <= 1e-5
+
+
 def test_data_parallel_in_int8_gives_the_same_file(reference: Reference, tmp_path: Path) -> None:
     try:
         check_products()
@@ -100,7 +112,11 @@ def test_data_parallel_in_int8_gives_the_same_file(reference: Reference, tmp_pat
 
 @pytest.mark.parametrize(
     ("layout", "world_size", "bitwise"),
-    [("tensor", 2, {"residue/layer_0", "pooled/layer_0"}), ("pipeline", 2, {"residue", "pooled", "logits"})],
+    [
+        ("tensor_model", 2, {"residue/layer_0", "pooled/layer_0"}),
+        ("pipeline_model", 2, {"residue", "pooled", "logits"}),
+        ("context", 2, {"residue/layer_0", "pooled/layer_0"}),
+    ],
 )
 def test_model_parallel_gives_the_same_numbers(
     reference: Reference,
@@ -111,7 +127,7 @@ def test_model_parallel_gives_the_same_numbers(
     world_size: int,
     bitwise: set[str],
 ) -> None:
-    split = f"parallel.{layout}_model_parallel_size=2"
+    split = f"parallel.{layout}_parallel_size=2"
     run_ranks(
         arguments(reference, fasta, tmp_path / "x.h5", *EVERYTHING, split), world_size, tmp_path / "output"
     )
@@ -231,7 +247,7 @@ def test_scores_are_the_same_at_every_layout(reference: Reference, tmp_path: Pat
         assert np.abs(scores - found[0][1]).max() < 1e-4
 
 
-@pytest.mark.parametrize("split", ["tensor", "pipeline"])
+@pytest.mark.parametrize("split", ["tensor_model", "pipeline_model", "context"])
 def test_whole_sequences_at_layouts(reference: Reference, tmp_path: Path, split: str) -> None:
     """A model in two parts, in fp64, against Hugging Face's in one; one protein is over the window."""
     wild, other, long = random_proteins([24, 9, 40], seed=8)
@@ -246,7 +262,7 @@ def test_whole_sequences_at_layouts(reference: Reference, tmp_path: Path, split:
         "infer.precision=fp64",
         "infer.max_seq_length=30",
     ]
-    run_ranks([*command, f"parallel.{split}_model_parallel_size=2"], 2, tmp_path / "output")
+    run_ranks([*command, f"parallel.{split}_parallel_size=2"], 2, tmp_path / "output")
     own = pseudo_log_likelihood(reference, wild, 30)
     table = read_table(out)
     assert table.column("id", "") == list(proteins)

@@ -97,22 +97,46 @@ def _table(path: Path) -> Path:
     return path
 
 
-def test_a_killed_run_goes_on_and_predicts_at_another_layout(base: Path, tmp_path: Path) -> None:
-    table, run_dir = _table(tmp_path / "train.csv"), tmp_path / "run"
+def _killed_and_whole(base: Path, folder: Path, *settings: str) -> Path:
+    """Directory of a training that was killed behind its first checkpoint and resumed.
+
+    It must end as the unbroken one, bit for bit.
+    """
+    table, run_dir = _table(folder / "train.csv"), folder / "run"
     arguments = ["-m", "esm2mega", "finetune", f"init_from={base}", f"data.train={table}", *SETTINGS]
-    arguments += ["task.kind=regression", "finetune.mode=lora", "lora.rank=4", "lora.dropout=0.1"]
-    arguments += ["model.precision=fp64", "train.max_steps=15", "checkpoint.save_every=5"]
-    arguments += ["checkpoint.keep_last=9"]
-    run_ranks([*arguments, f"run_dir={tmp_path / 'whole'}"], 1, tmp_path / "unbroken")
-    kill_after_step_5([*arguments, f"run_dir={run_dir}"], run_dir, tmp_path / "killed", seconds=240)
+    arguments += ["task.kind=regression", "train.max_steps=15", "checkpoint.save_every=5"]
+    arguments += ["checkpoint.keep_last=9", *settings]
+    run_ranks([*arguments, f"run_dir={folder / 'whole'}"], 1, folder / "unbroken")
+    kill_after_step_5([*arguments, f"run_dir={run_dir}"], run_dir, folder / "killed", seconds=240)
     last = "step_00000015"
     assert not (run_dir / "checkpoints" / last).exists(), "the run was too fast to be killed between"
-    run_ranks([*arguments, f"run_dir={run_dir}"], 1, tmp_path / "resumed")
-    expected = full_tensors(tmp_path / "whole" / "checkpoints" / last)
+    run_ranks([*arguments, f"run_dir={run_dir}"], 1, folder / "resumed")
+    expected = full_tensors(folder / "whole" / "checkpoints" / last)
     actual = full_tensors(run_dir / "checkpoints" / last)
     assert actual.keys() == expected.keys()
     assert [name for name, value in expected.items() if not torch.equal(actual[name], value)] == []
+    return run_dir
 
+
+ADAPTED = ("finetune.mode=lora", "lora.rank=4", "lora.dropout=0.1")
+
+
+@pytest.mark.parametrize("settings", [ADAPTED, ("finetune.mode=frozen",)], ids=["adapters", "frozen"])
+def test_a_killed_run_in_bf16_goes_on_bit_for_bit(
+    base: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    """Weights that are trained have main weights in fp32 beside them, frozen ones have none."""
+    run_dir = _killed_and_whole(base, tmp_path, "model.precision=bf16", *settings)
+    saved = full_tensors(run_dir / "checkpoints" / "step_00000015")
+    kinds = {value.dtype for name, value in saved.items() if not name.startswith("optimizer.")}
+    # The frequencies of the rotary positions are in fp32.
+    assert torch.bfloat16 in kinds and kinds <= {torch.bfloat16, torch.float32}
+    assert any("fp32_param" in name for name in saved)
+
+
+def test_a_killed_run_goes_on_and_predicts_at_another_layout(base: Path, tmp_path: Path) -> None:
+    run_dir = _killed_and_whole(base, tmp_path, "model.precision=fp64", *ADAPTED)
+    table = tmp_path / "train.csv"
     found = []
     for name, size, layout in (
         ("one", 1, []),

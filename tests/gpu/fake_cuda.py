@@ -106,8 +106,9 @@ def _place() -> str:
 
 
 @contextmanager
-def fake_cuda(stand_in: Path) -> Iterator[Watch]:
-    """Let everything in the block run on a CUDA device that computes nothing, in a world of one process."""
+def fake_cuda(stand_in: Path, processes: int = 1) -> Iterator[Watch]:
+    """Let everything in the block run on a CUDA device that computes nothing, as the first of some
+    processes; the others are not there, and collectives return at once."""
     ctypes.CDLL(str(stand_in))
     watch, start_groups = Watch(), dist.init_process_group
 
@@ -118,13 +119,13 @@ def fake_cuda(stand_in: Path) -> Iterator[Watch]:
             watch.wait("event")
 
     def start(backend: str, store: object, rank: int, world_size: int, timeout: object) -> None:
-        start_groups("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        start_groups("fake", store=FakeStore(), rank=rank, world_size=processes)
 
     def no_state(*device: object, **form: object) -> torch.Tensor:
         return torch.zeros(16, dtype=torch.uint8)
 
     def gather(results: list[object], value: object, group: object = None) -> None:
-        results[0] = value
+        results[:] = [value] * len(results)
 
     generators = "megatron.core.tensor_parallel.random."
     with ExitStack() as stack:

@@ -14,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 from esm2mega.config.load import load_run
-from esm2mega.config.schema import ParallelConfig
 from esm2mega.model.build import build_model
 from esm2mega.model.layer import ESM2Layer
 from esm2mega.parallel.initialize import process_groups
@@ -46,7 +45,8 @@ def main(stand_in: str, plant: str, *overrides: str) -> None:
     batches = [packed_batch() for _ in range(MICRO_BATCHES)]
     run = load_run("pretrain_esm2_tiny", list(overrides))
     te = transformer_engine() if run.model.layer_spec == "te" else nullcontext()
-    with te, fake_cuda(Path(stand_in)) as watch, process_groups(ParallelConfig(), seed=1) as ranks:
+    world = fake_cuda(Path(stand_in), run.parallel.tensor_model_parallel_size)
+    with te, world as watch, process_groups(run.parallel, seed=1) as ranks:
         (model,) = build_model(run.model, run.parallel, ranks.device, run.seed)
         state = train_state(run, [model], MLMLossReduction(), ranks, None)
         launch_step(state, batches)  # makes the optimizer's state

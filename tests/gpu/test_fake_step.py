@@ -76,6 +76,29 @@ def test_an_item_in_a_layer_is_found(stand_in: Path) -> None:
 
 
 @pytest.mark.slow
+def test_tensor_parallel_columns_have_their_bias_in_the_product(stand_in: Path) -> None:
+    found = step(stand_in, "model.precision=bf16", "parallel.tensor_model_parallel_size=2")
+    assert found["waits"] == {}
+    # Those of a layer in one process, but that the two products whose sums go over the ranks get no bias:
+    # that is an addition of its own. `_unsafe_view` gives a product its third dimension back.
+    assert found["layer"].pop("aten._unsafe_view.default") == 2
+    assert sum(found["layer"].values()) == OPERATIONS_OF_A_LAYER + 2, found["layer"]
+    products = (found["layer"][f"aten.{name}.default"] for name in ("addmm", "mm"))
+    assert list(products) == [2, 2]
+    assert found["backward"].pop("aten._unsafe_view.default") == 4
+    assert sum(found["backward"].values()) == BACKWARD_OPERATIONS_OF_A_LAYER, found["backward"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["e4m3", "hybrid"])
+def test_a_step_in_fp8_waits_for_nothing(stand_in: Path, format: str) -> None:
+    found = step(stand_in, "model.precision=bf16", "model.layer_spec=te", f"model.fp8={format}")
+    assert found["waits"] == {}
+    # The products themselves are those of the stand-in; rows are added before each, and taken away after it.
+    assert found["layer"]["aten.constant_pad_nd.default"] == 4
+
+
+@pytest.mark.slow
 def test_outputs_and_heads_wait_for_nothing(stand_in: Path) -> None:
     """Embeddings, contacts, logits of some tokens, and steps of training heads and their losses."""
     ended = warm.run(["-m", "tests.gpu.fake_outputs", str(stand_in)], cwd=ROOT)

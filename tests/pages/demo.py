@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from esm2mega.report.log import JsonlLog
-from esm2mega.report.plot import plot_run
+from esm2mega.report.plot import Benchmarks, plot_run
 from esm2mega.report.results.map_page import METHODS, write_map_page
 from esm2mega.report.results.page import write_results_page
+from esm2mega.report.results.suite import Suite
 
 SCRIPT = "<script>alert('ids are text')</script>"
 STEPS = (500, 1000, 2000)
@@ -49,7 +50,7 @@ def write_demo_results(folder: Path) -> Json:
 
 
 def write_demo_report(folder: Path) -> Path:
-    """Write the log of a fine-tuning, and its report."""
+    """Write the log of a fine-tuning, and its report with the benchmarks of two of its checkpoints."""
     rng = np.random.default_rng(6)
     names = ("accuracy", "balanced_accuracy", "mcc", "f1_macro", "f1_micro", "auroc")
     with JsonlLog(folder / "log.jsonl") as log:
@@ -69,7 +70,9 @@ def write_demo_report(folder: Path) -> Path:
         baseline = {f"test_baseline_{name}": 0.3 for name in names}
         log.write({"kind": "test", "step": 700, "test_loss": 0.7, **test, **baseline})
     (folder / "config.yaml").write_text("task:\n  kind: classification\n  target_columns: [location]\n")
-    return plot_run(folder).html
+    results = write_demo_results(folder / "results")
+    measured = Suite("results", folder / "results", results).of_models(["run@step_500", "run@step_1000"])
+    return plot_run(folder, Benchmarks(measured, "run@step_1000", 1000, is_best=True)).html
 
 
 def write_demo_map(folder: Path) -> Path:

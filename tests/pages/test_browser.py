@@ -27,13 +27,14 @@ def test_pages_can_be_read(write: Callable[[Path], Path], tmp_path: Path) -> Non
         assert look_at(page, view, chromium) == [], view.name
 
 
-SEARCH = """
+# In a block, since the page's own script declares names as well.
+SEARCH = """{
 const box = document.getElementById("search"), found = parent.document.createElement("p");
 box.value = " TEIN_17"; box.dispatchEvent(new Event("input"));
 const lines = [...document.querySelectorAll("#hits li")].map((line) => line.textContent);
 found.textContent = "found " + JSON.stringify([lines, document.querySelectorAll(".hit").length]) + " end";
 parent.document.body.append(found);
-"""
+}"""
 
 
 def test_a_map_is_searched_under_its_own_policy(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from megatron.core import parallel_state
 
 from esm2mega.data.stream import build as batch
 from esm2mega.data.stream.loader import TrainStream
+from esm2mega.lora import dropout as lora_dropout
+from esm2mega.lora import inject
 from esm2mega.lora import layers as lora_layers
 from esm2mega.model import attention, build
 from esm2mega.prove import prover
@@ -107,7 +109,7 @@ def bias_dropped_on_one_rank() -> AbstractContextManager[Any]:
         if parallel_state.get_tensor_model_parallel_rank() == 1:
             for chunk in chunks:
                 chunk.encoder.layers[1].mlp.linear_fc1.register_forward_hook(
-                    lambda module, inputs, output: (output[0], torch.zeros_like(output[1]))
+                    lambda module, inputs, output: (output[0] - module.bias, output[1])
                 )
         return chunks
 
@@ -206,9 +208,38 @@ def adapter_input_gradient_of_one_rank() -> AbstractContextManager[Any]:
     return patch.object(lora_layers, "copy_to_tensor_model_parallel_region", lambda hidden, group: hidden)
 
 
+def adapter_channels_numbered_on_each_rank() -> AbstractContextManager[Any]:
+    original = lora_dropout.InputDropout.__init__
+
+    def without_group(self: Any, p: float, place: int, group: Any = None) -> None:
+        original(self, p, place)
+
+    return patch.object(lora_dropout.InputDropout, "__init__", without_group)
+
+
+def adapter_keys_of_the_latest_micro_batch() -> AbstractContextManager[Any]:
+    """As if the model handed the keys out: a layer that is computed again then has those of a later one."""
+    original = inject.hand_keys_to_layer
+
+    def before_recomputation(layer: Any, dropouts: Any) -> None:
+        original(layer, dropouts)
+        hooks = layer._forward_pre_hooks
+        number, hand_keys = next(reversed(hooks.items()))
+
+        def first_time(*arguments: Any) -> None:
+            if not torch.is_grad_enabled():
+                hand_keys(*arguments)
+
+        hooks[number] = first_time
+
+    return patch.object(inject, "hand_keys_to_layer", before_recomputation)
+
+
 _ONE = Layout(packed=4)
 _TP2 = Layout(tp=2, packed=4)
 _DP2 = Layout(dp=2, packed=3)
+_CP2 = Layout(cp=2, packed=4)
+_CP2_NEEDED = Layout(cp=2, packed=3, exchange="needed")
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -293,6 +324,38 @@ MUTATIONS: tuple[Mutation, ...] = (
         (Layout(pp=2, dp=2, packed=3, distributed_optimizer=True),),
         "checkpoint",
     ),
+    Mutation(
+        "labels counted by one context-parallel rank",
+        plants.labels_counted_by_one_context_rank,
+        (_CP2,),
+        "gradient norm",
+    ),
+    Mutation("keys of a neighbour protein", plants.keys_of_a_neighbour, (_CP2_NEEDED,), "loss"),
+    Mutation(
+        "positions begin anew in each part of a pack",
+        plants.positions_begin_anew_in_each_part,
+        (_CP2,),
+        "loss",
+    ),
+    Mutation(
+        "gradients of fetched keys not given back",
+        plants.gradients_of_fetched_keys_lost,
+        (_CP2_NEEDED,),
+        "gradient",
+    ),
+    Mutation(
+        "gradient of what all context-parallel ranks compute counted once",
+        plants.gradient_of_what_all_compute_counted_once,
+        (_CP2,),
+        "gradient",
+    ),
+    Mutation(
+        "dropout of every part of a pack as in the first",
+        plants.dropout_of_the_first_part,
+        (_CP2,),
+        "loss",
+        settings=DROPOUT[:1],
+    ),
     Mutation("dropout keyed by rank", plants.dropout_keyed_by_rank, (_DP2,), "loss", settings=DROPOUT),
     Mutation(
         "dropout of heads by their number on the rank",
@@ -312,6 +375,20 @@ MUTATIONS: tuple[Mutation, ...] = (
         "factor A of one rank's outputs alone",
         adapter_input_gradient_of_one_rank,
         (_TP2,),
+        "gradient",
+        lora=True,
+    ),
+    Mutation(
+        "dropout of adapters by the number of a channel on the rank",
+        adapter_channels_numbered_on_each_rank,
+        (_TP2,),
+        "gradient",
+        lora=True,
+    ),
+    Mutation(
+        "dropout of adapters by keys of another micro-batch",
+        adapter_keys_of_the_latest_micro_batch,
+        (Layout(pp=2, packed=3, recompute="full"),),
         "gradient",
         lora=True,
     ),

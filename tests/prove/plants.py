@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from esm2mega.checkpoint import store
-from esm2mega.model import attention, esm2, init
-from esm2mega.train import step
+from esm2mega.model import attention, context_parallel, esm2, init
+from esm2mega.train import optimizer, step
 from esm2mega.train.losses import LossReduction
 
 
@@ -88,9 +88,73 @@ def dropout_keyed_by_rank() -> AbstractContextManager[Any]:
 
 
 def heads_numbered_on_each_rank() -> AbstractContextManager[Any]:
+    return patch.object(attention, "first_head_of_this_rank", lambda count: 0)
+
+
+def labels_counted_by_one_context_rank() -> AbstractContextManager[Any]:
+    """Labels are counted over data-parallel ranks alone, as gradients are not."""
+    original = parallel_state.get_data_parallel_group
+
+    def without_context(with_context_parallel: bool = False, **keywords: Any) -> Any:
+        return original(**keywords)
+
     return patch.object(
-        attention, "heads_of_this_rank", lambda count, device: torch.arange(count, device=device)
+        optimizer, "parallel_state", _With(parallel_state, get_data_parallel_group=without_context)
     )
+
+
+def keys_of_a_neighbour() -> AbstractContextManager[Any]:
+    """Queries attend to all keys that a rank has fetched, those of other proteins too."""
+    original = context_parallel._between
+
+    def joined(*arguments: Any) -> Any:
+        local = original(*arguments)
+        keys, queries = sum(local.seqlens), sum(local.query_lens)
+        whole = context_parallel.PackedSequences.from_lengths([keys]).with_queries([queries])
+        if local.rows is not None:
+            whole.rows, whole.row_counts = local.rows, (len(local.rows),)
+        return whole
+
+    return patch.object(context_parallel, "_between", joined)
+
+
+def positions_begin_anew_in_each_part() -> AbstractContextManager[Any]:
+    original = esm2.own_part
+
+    def first_part(values: Tensor, config: Any, dim: int = 0) -> Tensor:
+        return (
+            original(values, config, dim) if dim == 0 else values.chunk(config.context_parallel_size, dim)[0]
+        )
+
+    return patch.object(esm2, "own_part", first_part)
+
+
+def gradients_of_fetched_keys_lost() -> AbstractContextManager[Any]:
+    def of_own_alone(ctx: Any, *gradients: Tensor) -> Any:
+        before = sum(ctx.taken[: parallel_state.get_context_parallel_rank()])
+        own = gradients[0][before : before + ctx.length]
+        return own, None, None
+
+    return patch.object(context_parallel._Fetch, "backward", staticmethod(of_own_alone))
+
+
+def gradient_of_what_all_compute_counted_once() -> AbstractContextManager[Any]:
+    return patch.object(context_parallel._Sum, "backward", staticmethod(lambda ctx, gradient: gradient))
+
+
+def dropout_of_the_first_part() -> AbstractContextManager[Any]:
+    original = esm2.PackedSequences.with_share
+    return patch.object(esm2.PackedSequences, "with_share", lambda self, size, rank: original(self, size, 0))
+
+
+class _With:
+    """A module with some of its functions replaced, for one of the modules that use it."""
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        self._module, self._replaced = module, replaced
+
+    def __getattr__(self, name: str) -> Any:
+        return self._replaced.get(name) or getattr(self._module, name)
 
 
 def evaluation_of_one_data_rank() -> AbstractContextManager[Any]:

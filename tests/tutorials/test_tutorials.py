@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import openpyxl
 import pytest
 
 from esm2mega.cli.app import main
@@ -116,8 +117,8 @@ def test_candidates_are_ranked(walked: dict[str, tuple[Path, str]]) -> None:
     assert re.search(r"Spearman", output), "the zero-shot scores were not compared with the measurements"
     with (folder / "ranked.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    with (folder / "candidates.csv").open(newline="") as file:
-        assert {row["mutant"] for row in rows} == {row["mutant"] for row in csv.DictReader(file)}
+    sheet = openpyxl.load_workbook(folder / "variants.xlsx")["candidates"]
+    assert {row["mutant"] for row in rows} == {row[0] for row in sheet.iter_rows(2, values_only=True)}
     assert [int(row["rank"]) for row in rows] == list(range(1, len(rows) + 1))
     values = [float(row["fitness"]) for row in rows]
     assert values == sorted(values, reverse=True) and min(float(row["sd"]) for row in rows) > 0

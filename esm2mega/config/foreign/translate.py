@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.config.architecture import FROM
+from esm2mega.config.batches import processes_of_a_replica
 from esm2mega.config.foreign.reading import Foreign, read_foreign
 from esm2mega.config.foreign.rules import Rule, Settings, Source
 from esm2mega.config.foreign.values import Untranslated, shaped
@@ -328,8 +329,7 @@ def problems(translation: Translation, out: str) -> list[str]:
             run = load_run_over(load_run(None, ["model.size=15B"]), [f"{FROM}=null"], out)
         else:
             run = load_run(out)
-        layout = run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size
-        validate(run, max(layout, translation.processes))
+        validate(run, max(processes_of_a_replica(run.parallel), translation.processes))
         if translation.finetunes:
             validate_task(run)
     except UserError as error:

@@ -29,7 +29,7 @@ from esm2mega.convert.heads.hf_classifiers import outputs_in_units, refuse_repea
 from esm2mega.convert.lazy_weights import HeadDescription
 from esm2mega.convert.name_table import Kind, Shape, TableRow
 from esm2mega.errors import UserError
-from esm2mega.model.tape_heads import BLOCKS, CHANNELS, RESIDUE_WIDTH, WIDTHS
+from esm2mega.model.heads.tape_heads import BLOCKS, CHANNELS, RESIDUE_WIDTH, WIDTHS
 
 _LENGTH = Kind(
     lambda parts, _: parts[0].reshape(1), lambda value, _, __: [value.reshape(())], lambda shape: ()

@@ -1,7 +1,7 @@
 """Computes the heads of TAPE and ProteinLM in plain PyTorch from their stored tensors.
 
-It shares no code with `esm2mega.model.tape_heads` and does not use the name tables, so that a mistake in
-either shows.
+It shares no code with `esm2mega.model.heads.tape_heads` and does not use the name tables, so that a mistake
+in either shows.
 
 Legend: ``s`` tokens of one protein, ``h`` hidden size, ``k`` outputs, ``c`` channels, ``P`` pairs of
 residues.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +149,8 @@ class LabelledStream(PackStream[LabelledBatch]):
         return Prefetcher(self._batches(self._state), self._num_ahead)
 
     def _batches(self, state: StreamState) -> Iterator[tuple[LabelledBatch, StreamState]]:
-        for pack, behind in deal(self.samples, self._spec, self._share, state):
-            yield build_labelled(self._proteins, self._spec, pack), behind
+        for number, pack, behind in deal(self.samples, self._spec, self._share, state):
+            yield replace(build_labelled(self._proteins, self._spec, pack), pack=number), behind
 
     def _padding(self) -> LabelledBatch:
         return build_labelled(self._proteins, self._spec, PADDING)

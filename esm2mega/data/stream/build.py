@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from esm2mega.config.schema import DataConfig
 from esm2mega.data.counter_rng import Integers
 from esm2mega.data.store.limit import limited
 from esm2mega.data.store.token_store import TokenStore
+from esm2mega.data.stream.balance import share_out
 from esm2mega.data.stream.masking import mask_tokens
 from esm2mega.data.stream.packing import EMPTY_WINDOW, Pack, PackCursor, PackPlan, PackShape, PackWindow
 from esm2mega.data.stream.samples import Pieces, Proteins, TrainSamples
@@ -69,6 +71,7 @@ class BatchArrays:
         num_sequences: proteins, or pieces of them.
         samples: number of the sample and of the first token of each.
         starts: where each begins in the pack.
+        pack: number of the pack in the order of all packs; -1 for padding, and in evaluation.
     """
 
     input_ids: npt.NDArray[np.uint8]
@@ -80,12 +83,13 @@ class BatchArrays:
     num_sequences: int
     samples: list[tuple[int, int]]
     starts: list[int]
+    pack: int = -1
 
 
 _COUNTED_SAMPLES = 16384
 
 # This pack holds padding only, for ranks that have nothing left to do.
-PADDING = Pack(PackWindow(EMPTY_WINDOW.pieces, EMPTY_WINDOW.offsets, [0, 0], [0]), 0)
+PADDING = Pack(PackWindow(EMPTY_WINDOW.pieces, EMPTY_WINDOW.offsets, [0, 0], [0], [0]), 0)
 
 
 def build_arrays(
@@ -207,23 +211,30 @@ class Share:
         dp_size: number of data-parallel ranks.
         worker: number of this worker among those of the rank.
         workers: number of workers of the rank, which take turns.
+        micro_batches: packs that each rank takes in a step; where a step takes a number of samples, the packs
+            of these are divided instead.
     """
 
     dp_rank: int = 0
     dp_size: int = 1
     worker: int = 0
     workers: int = 1
+    micro_batches: int = 1
 
-    def pack(self, packs: Sequence[Pack], first: int, skipped: frozenset[int]) -> Pack:
-        """Return the pack of this rank among those that are dealt next.
 
-        Args:
-            packs: one for each rank; fewer at the end of the data.
-            first: number of the first of them in the order of all packs.
-            skipped: numbers of the packs that are replaced by padding.
-        """
-        is_used = self.dp_rank < len(packs) and first + self.dp_rank not in skipped
-        return packs[self.dp_rank] if is_used else PADDING
+class Dealt(NamedTuple):
+    """Holds a pack that was dealt to a rank.
+
+    Attributes:
+        number: its number in the order of all packs; -1 for a rank for which none was left.
+        pack: the pack, or padding.
+        behind: the state when every rank has taken as many packs. Until the step ends it counts them, and
+            says nothing about which they were.
+    """
+
+    number: int
+    pack: Pack
+    behind: StreamState
 
 
 def train_plan(samples: TrainSamples, spec: BatchSpec) -> PackPlan:
@@ -236,33 +247,39 @@ def train_plan(samples: TrainSamples, spec: BatchSpec) -> PackPlan:
     return PackPlan(samples, spec.seed, spec.pack_shape(), num_samples)
 
 
-def deal(
-    samples: TrainSamples, spec: BatchSpec, share: Share, state: StreamState
-) -> Iterator[tuple[Pack, StreamState]]:
-    """Yield the packs of `share` behind `state`, each with the state when every rank has taken its pack.
+def deal(samples: TrainSamples, spec: BatchSpec, share: Share, state: StreamState) -> Iterator[Dealt]:
+    """Yield the packs of `share` behind `state`, where a step must begin.
 
-    Pack m of a data-parallel rank is number m * dp_size + dp_rank behind `state`. Where a step takes a number
-    of samples, these are a window, and its packs are dealt by themselves: ranks for which none is left in the
-    last round get padding, as all do behind the end of the data.
+    The packs of a step are consecutive, and `share_out` divides them among the ranks. Where a step takes a
+    number of samples, these are a window. Ranks for which no pack is left in the last round of a step get
+    padding, as all do behind the end of the data.
     """
     plan = train_plan(samples, spec)
     while True:
-        count = share.dp_size
+        count = share.dp_size * share.micro_batches
         if spec.global_batch_size is not None:
-            count = min(count, len(plan.window(state.cursor.window)) - state.cursor.offset)
-        packs, cursor = plan.take(state.cursor, count)
-        pack = share.pack(packs, state.consumed_packs, spec.skipped)
-        state = state.after(packs, cursor)
-        yield pack, state
+            count = len(plan.window(state.cursor.window)) - state.cursor.offset
+        packs, _ = plan.take(state.cursor, count)
+        mine = share_out([pack.cost for pack in packs], share.dp_size)[share.dp_rank]
+        first = state.consumed_packs
+        for done in range(0, max(len(packs), 1), share.dp_size):
+            taken, cursor = plan.take(state.cursor, min(share.dp_size, len(packs) - done))
+            state = state.after(taken, cursor)
+            if not mine:
+                yield Dealt(-1, PADDING, state)
+                continue
+            place = mine.pop(0)
+            number = first + place
+            yield Dealt(number, PADDING if number in spec.skipped else packs[place], state)
 
 
 def train_batches(
     samples: TrainSamples, spec: BatchSpec, share: Share, state: StreamState
 ) -> Iterator[tuple[BatchArrays, StreamState]]:
     """Yield the batches of the packs that `deal` deals; of a worker, those whose turn it is."""
-    for number, (pack, behind) in enumerate(deal(samples, spec, share, state)):
-        if number % share.workers == share.worker:
-            yield build_arrays(samples.stores, spec, pack), behind
+    for turn, (number, pack, behind) in enumerate(deal(samples, spec, share, state)):
+        if turn % share.workers == share.worker:
+            yield replace(build_arrays(samples.stores, spec, pack), pack=number), behind
 
 
 def worker_batches(

@@ -1,7 +1,7 @@
 """Serves packed, masked batches: an endless stream for training, a fixed list for evaluation.
 
-Micro-batch m of data-parallel rank r is pack m * dp_size + r behind the last step, so the packs between two
-optimizer steps are the same for every dp_size and every number of micro-batches.
+The packs of a step are those that come next in the order of all packs, so the packs between two optimizer
+steps are the same for every dp_size and every number of micro-batches; `balance` divides them among ranks.
 Ranks of one tensor- or pipeline-parallel group use the same dp_rank and build the same batches.
 
     T   tokens of a pack (`train.micro_batch_tokens`), padding included
@@ -75,6 +75,7 @@ def _as_tensors(arrays: BatchArrays) -> PackedBatch:
         num_sequences=arrays.num_sequences,
         samples=arrays.samples,
         starts=arrays.starts,
+        pack=arrays.pack,
     )
     return batch.packed_up() if torch.cuda.is_available() else batch
 
@@ -90,9 +91,9 @@ BatchT = TypeVar("BatchT")
 class PackStream(ABC, Generic[BatchT]):
     """Iterates over this rank's training batches, which are built ahead; close it after use.
 
-    The state covers the batches that were taken, not those built ahead, and is valid for any `dp_size`: it is
-    the same on all ranks after they have taken equally many batches. With `max_epochs` the data end, and
-    batches of padding without labels follow.
+    The state covers the batches that were taken, not those built ahead. Behind a step it is valid for any
+    `dp_size`, and the same on all ranks; within a step it only counts. With `max_epochs` the data end, and
+    batches of padding without labels follow. Batches that are not taken by `next_step` are steps of one.
     """
 
     def __init__(self, samples: TrainSamples, spec: BatchSpec, share: Share) -> None:
@@ -109,7 +110,6 @@ class PackStream(ABC, Generic[BatchT]):
         self._share = share
         self._state = StreamState()
         self._ahead: Prefetcher[tuple[BatchT, StreamState]] | None = None
-        self._num_ahead = 1
 
     @abstractmethod
     def _start(self) -> Prefetcher[tuple[BatchT, StreamState]]:
@@ -129,14 +129,20 @@ class PackStream(ABC, Generic[BatchT]):
             micro_batches: Their number. Where a step takes a number of samples, what it is filled up to a
                 multiple of, with batches of padding.
         """
-        # A whole step is built while the device works on the one before, so the host can launch it at once.
-        self._num_ahead = micro_batches
+        if micro_batches != self._share.micro_batches:
+            self.close()
+            self._share = replace(self._share, micro_batches=micro_batches)
         if self._spec.global_batch_size is None:
             return StepBatches(self, micro_batches)
         batches = [next(self)]
         while self._state.cursor.offset:
             batches.append(next(self))
         return batches + [self._padding() for _ in range(-len(batches) % micro_batches)]
+
+    @property
+    def _num_ahead(self) -> int:
+        """Return how many batches are built ahead: a whole step, so that the host can launch it at once."""
+        return self._share.micro_batches
 
     def __iter__(self) -> Self:
         return self

@@ -157,24 +157,28 @@ class PackWindow:
         offsets: where each piece begins within its pack, int64 [n].
         bounds: where each pack begins in `pieces`, and the end, [packs + 1].
         num_tokens: tokens of each pack without padding, [packs].
+        costs: what attention costs in each pack, [packs]: the sum over its segments of their tokens squared,
+            since the padding between and behind pieces attends to itself.
     """
 
     pieces: Pieces
     offsets: Integers
     bounds: list[int]
     num_tokens: list[int]
+    costs: list[int]
 
     def __len__(self) -> int:
         """Return the number of packs."""
         return len(self.num_tokens)
 
     @classmethod
-    def of(cls, pieces: Pieces, pack_of: Integers, padded: bool) -> PackWindow:
+    def of(cls, pieces: Pieces, pack_of: Integers, capacity: int, padded: bool) -> PackWindow:
         """Sort pieces by pack, and lay them out.
 
         Args:
             pieces: pieces in the order of their samples, at least one, [n].
             pack_of: pack of each piece, [n]; every pack from 0 to the largest has at least one piece.
+            capacity: tokens of a pack, T.
             padded: whether every piece of a pack takes as much room as the longest one.
         """
         pieces = pieces[np.sort(pack_of * len(pieces) + np.arange(len(pieces))) % len(pieces)]
@@ -186,11 +190,15 @@ class PackWindow:
             offsets = rows * np.repeat(np.maximum.reduceat(pieces.lengths, bounds[:-1]), counts)
         else:
             offsets = ends[:-1] - np.repeat(ends[bounds[:-1]], counts)
-        return cls(pieces, offsets, bounds.tolist(), np.diff(ends[bounds]).tolist())
+        stops = np.append(offsets[1:], capacity)  # where the padding behind each piece ends
+        stops[bounds[1:] - 1] = capacity
+        segments = pieces.lengths**2 + (stops - offsets - pieces.lengths) ** 2
+        costs = np.add.reduceat(segments, bounds[:-1])
+        return cls(pieces, offsets, bounds.tolist(), np.diff(ends[bounds]).tolist(), costs.tolist())
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
-EMPTY_WINDOW = PackWindow(Pieces(*[_NOTHING] * 5), _NOTHING, [0], [])
+EMPTY_WINDOW = PackWindow(Pieces(*[_NOTHING] * 5), _NOTHING, [0], [], [])
 
 
 @dataclass(frozen=True)
@@ -204,6 +212,11 @@ class Pack:
     def num_tokens(self) -> int:
         """Return the number of tokens of all pieces together, without padding, at most T."""
         return self.window.num_tokens[self.number]
+
+    @property
+    def cost(self) -> int:
+        """Return what attention costs in the pack, in products of tokens."""
+        return self.window.costs[self.number]
 
     @property
     def num_pieces(self) -> int:
@@ -327,4 +340,5 @@ class PackPlan:
         count = int(pack_of.max()) + 1
         # Pack i of the plan comes at place shuffled[i].
         shuffled = counter_rng.permute(np.arange(count), count, self._seed, Purpose.PACK_ORDER, number)
-        return PackWindow.of(pieces, shuffled[pack_of], padded=self.shape.packing == "bucket")
+        padded = self.shape.packing == "bucket"
+        return PackWindow.of(pieces, shuffled[pack_of], self.shape.micro_batch_tokens, padded)

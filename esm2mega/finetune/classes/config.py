@@ -15,7 +15,7 @@ from esm2mega.finetune.classes.whole import whole_model
 from esm2mega.finetune.losses import TaskLossReduction
 from esm2mega.finetune.user_code import GivenCode, OwnModel
 from esm2mega.model.heads import TaskHead
-from esm2mega.model.task import MakeHead
+from esm2mega.model.heads.task import MakeHead
 
 _HEAD = ("head", "head.")
 """These prefixes mean all weights of the head."""

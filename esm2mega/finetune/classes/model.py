@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from esm2mega.model.heads import TaskHead
-from esm2mega.model.task import ESM2ForTask, MakeHead
+from esm2mega.model.heads.task import ESM2ForTask, MakeHead
 
 
 class FineTuneModel(ESM2ForTask):

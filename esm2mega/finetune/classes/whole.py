@@ -12,7 +12,7 @@ from esm2mega.convert.into_model import load_for_task
 from esm2mega.finetune.user_code import GivenCode
 from esm2mega.model.build import build_model
 from esm2mega.model.heads import head_of_task
-from esm2mega.model.task import MakeModel
+from esm2mega.model.heads.task import MakeModel
 from esm2mega.parallel.initialize import process_groups
 from esm2mega.train.start import load_run_with_start
 

@@ -24,6 +24,7 @@ _MOST_FOUND = 30
 
 _STYLE = """
 .map figure { max-width: none; } .map .chart { max-height: 85vh; }
+@media (min-width: 700px) { .map .chart text { font-size: 6px; } }
 .point { fill: var(--color); fill-opacity: .7; }
 .found .point { fill-opacity: .12; } .found .hit { fill-opacity: 1; stroke: var(--text); }
 .search { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--soft);

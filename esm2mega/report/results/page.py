@@ -15,6 +15,7 @@ from esm2mega.files import OTHER_OUT, replacing
 from esm2mega.report.results.charts import COLORS, GREY, Plot, axis_of, breakable, scrolling
 from esm2mega.report.results.pictures import pictures_of
 from esm2mega.report.results.rows import best_of, differences, overview, rows_of, slug_of
+from esm2mega.report.results.suite import MALFORMED, Suite, no_results
 from esm2mega.report.style import page_of
 
 PAGE = "results.html"
@@ -33,8 +34,7 @@ def write_results_page(results: Mapping[str, Any], folder: Path) -> Path:
     Returns:
         Path of the page.
     """
-    tasks = [_task(task, results, folder) for task in results["tasks"]]
-    body = "\n".join(["<h1>Benchmarks</h1>", _models(results), overview(results), *tasks])
+    body = f"<h1>Benchmarks</h1>\n{_sections(results, folder, None)}"
     footer = (
         f"esm2mega {escape(results['esm2mega'])}, seed {results['seed']}. Lines over bars are 95 % "
         "intervals by resampling the test proteins. Rows in italics cannot be compared with the others; the "
@@ -43,6 +43,27 @@ def write_results_page(results: Mapping[str, Any], folder: Path) -> Path:
     with replacing(folder / PAGE, OTHER_OUT) as partial:
         partial.write_text(page_of("Benchmarks", body, footer), encoding="utf-8")
     return folder / PAGE
+
+
+def sections_of(suite: Suite, first: str) -> str:
+    """Return what the page of a suite shows, for another page.
+
+    Args:
+        suite: The results.
+        first: Name of the model whose pictures come first; those of the others are folded.
+
+    Raises:
+        UserError: A file of the suite is missing or damaged.
+    """
+    try:
+        return _sections(suite.results, suite.folder, first)
+    except MALFORMED as error:
+        raise no_results(suite.named, error) from None
+
+
+def _sections(results: Mapping[str, Any], folder: Path, first: str | None) -> str:
+    tasks = [_task(task, results, folder, first) for task in results["tasks"]]
+    return "\n".join([_models(results), overview(results), *tasks])
 
 
 def _models(results: Mapping[str, Any]) -> str:
@@ -57,13 +78,13 @@ def _models(results: Mapping[str, Any]) -> str:
     return scrolling(f"<tr>{heads}</tr>{rows}", "Models")
 
 
-def _task(task: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> str:
+def _task(task: Mapping[str, Any], results: Mapping[str, Any], folder: Path, first: str | None) -> str:
     parts = [
         f'<section id="{slug_of(task)}"><h2>{escape(task["task"])}</h2>',
         *(f"<p>{fact}</p>" for fact in _facts(task)),
         rows_of(task),
         differences(task),
-        *_pictures(task, results, folder),
+        *_pictures(task, results, folder, first),
         _commands(task),
         "</section>",
     ]
@@ -94,16 +115,24 @@ def _facts(task: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _pictures(task: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    """Yield the curve over steps, the pictures of the best row, and those of the others, folded."""
+def _pictures(
+    task: Mapping[str, Any], results: Mapping[str, Any], folder: Path, first: str | None
+) -> Iterator[str]:
+    """Yield the curve over steps, the pictures of the best row, and those of the others, folded.
+
+    The best row is that of the model `first`, if one is named and has pictures.
+    """
     models = [row for row in task["rows"] if row["row"] == "model"]
-    best = best_of([row for row in models if row["predictions"]], task["less_is_better"])
+    drawn_of = [row for row in models if row["predictions"]]
+    of_first = [row for row in drawn_of if row["model"] == first]
+    best = best_of(of_first or drawn_of, task["less_is_better"])
+    heading = "Checkpoint" if of_first else "Best row"
     curve = _curves(models, task, results)
     for row in sorted(models, key=lambda row: row is not best):
         drawn = "".join([curve if row is best else "", *pictures_of(row, task["kind"], folder)])
         title = f"{escape(row['model'])}, {escape(row['mode'])}"
         if row is best:
-            yield f'<h3>Best row: {title}</h3>\n<div class="pictures">{drawn}</div>'
+            yield f'<h3>{heading}: {title}</h3>\n<div class="pictures">{drawn}</div>'
         elif drawn:
             inside = f'<div class="pictures">{drawn}</div>'
             yield f"<details><summary>Pictures of {title}</summary>{inside}</details>"

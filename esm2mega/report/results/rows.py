@@ -117,7 +117,8 @@ def differences(task: Mapping[str, Any]) -> str:
         f'<th scope="col">{name}</th>' for name in ("models", "difference", "on the same proteins")
     )
     table = scrolling(f"<tr>{heads}</tr>{''.join(lines)}", "Paired differences")
-    return f"<details open><summary>{len(lines)} paired differences</summary>{table}</details>"
+    summary = f"{len(lines)} paired difference{'s' * (len(lines) > 1)}"
+    return f"<details open><summary>{summary}</summary>{table}</details>"
 
 
 def best_of(rows: Sequence[Row], less_is_better: bool) -> Row | None:

@@ -16,7 +16,7 @@ from esm2mega.benchmark import command, contenders, peers, sections
 from esm2mega.benchmark.breakdown import PHASES
 from esm2mega.benchmark.turns import Pass
 from esm2mega.cli.app import main
-from esm2mega.model.int8 import int8_defect
+from esm2mega.model.kernels.int8 import int8_defect
 from tests.infer_models import random_proteins, write_fasta
 
 SMALL = ["benchmark", "--model", "tiny", "--steps", "2", "--rounds", "1", "--pack-tokens", "128"]
@@ -169,3 +169,63 @@ def test_a_device_without_a_product_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     result, peaks = sections.measure_machine(settings, torch.device("cpu"))
     assert set(peaks) == {"fp32", "bf16"}
     assert result["products_absent"] == {"int8": "not for Char"}
+
+
+def test_a_peer_that_fails_takes_nothing_from_the_others(
+    stubbed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    class Raising(HuggingFace):
+        def pass_over(self, batches: Any) -> Pass:
+            raise RuntimeError("no kernel\nfor this shape")
+
+    def no_model(*_: Any) -> Pass:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(contenders.peers, "HuggingFaceTrainer", Raising)
+    monkeypatch.setattr(contenders.peers, "hf_embedding", no_model)
+    out = tmp_path / "out"
+    assert main([*SMALL, "--precision", "fp32", "--peers", "--threads", "1", "--out", str(out)]) == 0
+    result = json.loads((out / command.JSON_NAME).read_text())
+    failed = "RuntimeError: no kernel for this shape"
+    assert result["training"]["failed"] == {"hf-random fp32": failed, "hf-sorted fp32": failed}
+    assert result["embedding"]["failed"] == {"hf-sorted fp32": "MemoryError: too large"}
+    for section in ("training", "embedding"):
+        assert {row["contender"] for row in result[section]["rows"]} == {"esm2mega"}
+    assert f"hf-random fp32 failed: {failed}\n" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_a_failure_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise RuntimeError("the step is broken")
+
+    monkeypatch.setattr(command, "measure_steps", stopped)
+    out = tmp_path / "out"
+    assert main([*SMALL, "--precision", "fp32", "--threads", "1", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "the step is broken" in error and f"the 4 before it are in {out / command.JSON_NAME}" in error
+    result = json.loads((out / command.JSON_NAME).read_text())
+    assert result["ended_by"] == "RuntimeError: the step is broken"
+    assert result["embedding"]["rows"] and "steps" not in result
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("it measured"))
+    (tmp_path / "file").write_text("")
+    assert main([*SMALL, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert f"{tmp_path / 'file'} is not a directory" in capsys.readouterr().err
+
+
+def test_the_report_is_shown_before_it_is_written(
+    stubbed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "write_json", full)
+    assert main([*SMALL, "--precision", "fp32", "--threads", "1", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert "a training step of esm2mega" in said.out and "No space left on device" in said.err

@@ -25,6 +25,8 @@ OTHERS = {
     "model.attention_backend": "flash",
     "model.recompute": "full",
     "model.compile": True,
+    "model.fp8": "hybrid",
+    "model.fp8_recipe": "mxfp8",
 }
 
 

@@ -46,6 +46,17 @@ RULES = [
       for key, value in (("parallel.tensor_model_parallel_size", 2), ("model.layer_spec", "te"),
                          ("model.attention_backend", "te"),
                          ("model.hidden_dropout", 0.1), ("lora.rank", 4))),
+    *((["model.fp8=hybrid", "model.precision=bf16", f"{key}={value}"], 1,
+       f"model.fp8=hybrid needs layers of Transformer Engine in bf16, and there are none with {key}={value}; "
+       "set model.fp8=null")
+      for key, value in (("model.precision", "fp16"), ("model.layer_spec", "local"), ("lora.rank", 4),
+                         ("model.compile", True))),
+    (["model.fp8=e4m3", "model.precision=bf16", "parallel.tensor_model_parallel_size=2",
+      "model.fp8_recipe=mxfp8", "model.size=35M"], 2, "model.fp8_recipe=mxfp8 needs a multiple of 32 on each "
+     "of the 2 processes that share it, and model.hidden_size=480 is no multiple of 64; set model.fp8=null"),
+    (["model.fp8=e4m3", "model.precision=bf16", "parallel.tensor_model_parallel_size=2",
+      "parallel.sequence_parallel=true", "train.micro_batch_tokens=2056"], 2,
+     "and train.micro_batch_tokens=2056 is no multiple of 32; set model.fp8=null"),
     # layout
     (["parallel.tensor_model_parallel_size=3"], 3,
      "model.num_attention_heads=20 is not divisible by parallel.tensor_model_parallel_size=3; "
@@ -76,6 +87,24 @@ RULES = [
      "world size 8 is not a multiple of parallel.tensor_model_parallel_size=2 x "
      "parallel.pipeline_model_parallel_size=3 = 6"),
     (["parallel.tensor_model_parallel_size=2"], 1, "world size 1 is not a multiple of"),
+    (["parallel.context_parallel_size=3", "train.micro_batch_tokens=4098"], 4,
+     "world size 4 is not a multiple of parallel.tensor_model_parallel_size=1 x "
+     "parallel.pipeline_model_parallel_size=1 x parallel.context_parallel_size=3 = 3"),
+    (["parallel.context_parallel_size=0"], 1, "parallel.context_parallel_size=0 is too small"),
+    (["parallel.context_parallel_size=3"], 3,
+     "train.micro_batch_tokens=4096 is not divisible by parallel.context_parallel_size=3; set "
+     "train.micro_batch_tokens=4098"),
+    (["parallel.context_parallel_size=3", "parallel.tensor_model_parallel_size=2",
+      "parallel.sequence_parallel=true", "model.attention_backend=sdpa"], 6,
+     "train.micro_batch_tokens=4096 is not divisible by parallel.context_parallel_size=3 x "
+     "parallel.tensor_model_parallel_size=2 = 6, which parallel.sequence_parallel=true needs; set "
+     "train.micro_batch_tokens=4098"),
+    (["parallel.context_parallel_size=8", "parallel.context_parallel_exchange=heads"], 8,
+     "parallel.context_parallel_exchange=heads gives each of parallel.context_parallel_size=8 processes an "
+     "equal number of heads, and there are 20"),
+    (["parallel.context_parallel_size=2", "model.attention_backend=te"], 2,
+     "model.attention_backend=te attends within one process, and parallel.context_parallel_size=2 divides "
+     "the tokens; set model.attention_backend=auto"),
     ([], 0, "world size 0 is not a multiple of"),
     (["parallel.tensor_model_parallel_size=0"], 1, "parallel.tensor_model_parallel_size=0 is too small"),
     (["parallel.timeout_minutes=0"], 1, "parallel.timeout_minutes=0.0 must be greater than 0"),
@@ -191,11 +220,18 @@ def test_validate_needs_a_resolved_run():
         (["train.global_batch_tokens=8192"], 2),
         (["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"], 2),
         (["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=3"], 6),
+        (["parallel.context_parallel_size=8"], 8),
+        (["parallel.context_parallel_size=2", "parallel.tensor_model_parallel_size=2",
+          "parallel.context_parallel_exchange=heads", "parallel.sequence_parallel=true",
+          "train.global_batch_tokens=8192"], 8),
         (["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=3",
           "train.global_batch_tokens=16384"], 4),
         (["model.precision=fp64"], 1),
         (["model.precision=bf16", "model.attention_backend=flash", "parallel.distributed_optimizer=true"], 1),
         (["model.compile=true", "model.attention_backend=native"], 1),
+        (["model.fp8=hybrid", "model.precision=bf16"], 1),
+        (["model.fp8=e4m3", "model.precision=bf16", "model.layer_spec=te", "model.fp8_recipe=mxfp8",
+          "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"], 2),
         (["data.max_seq_length=3", "train.micro_batch_tokens=3", "train.global_batch_tokens=6"], 1),
         (["data.mask_fraction=0.9", "data.random_fraction=0.1"], 1),
         (["data.mask_fraction=0", "data.random_fraction=0"], 1),

@@ -106,7 +106,8 @@ def test_a_pretrained_model(finished: TinyRun, tmp_path: Path) -> None:
     assert "# mine\n\nAn ESM-2 protein language model, trained with esm2mega" in card
     store, (training, validation) = TokenStore(finished.train), rows_of(card, "Training data")
     assert training == ["training", "train", f"{len(store)}", f"{int(store.lengths.sum()):,}"]
-    assert validation[:2] == ["validation", "valid"]
+    valid = TokenStore(finished.valid)
+    assert validation == ["validation", "valid", f"{len(valid)}", f"{int(valid.lengths.sum()):,}"]
     assert f"random.fasta | `{store.manifest['sources'][0]['sha256']}`" in card
     recipe = dict(rows_of(card, "Training"))
     assert recipe["optimizer steps"] == "4 of 4" and recipe["tokens per step"] == "256"
@@ -138,8 +139,7 @@ def test_what_is_not_known_any_more_is_left_out(finished: TinyRun, tmp_path: Pat
         finally:
             shutil.rmtree(stored, ignore_errors=True)
             moved.rename(stored)
-        (training, _) = rows_of(card, "Training data")
-        assert training == ["training", "train"]
+        assert rows_of(card, "Training data") == rows_of(whole, "Training data")[:2], "the checkpoint says it"
         assert "random.fasta" not in card and "valid\\_perplexity" not in card
         assert "valid\\_loss" in card, "this one is in the checkpoint"
         assert "No licence was stated" in card and not re.search(r"^license:", card, re.MULTILINE)
@@ -161,6 +161,11 @@ def test_fine_tuned_models(
     card = converted(tmp_path / "run", tmp_path / "mine", "--dtype", "fp32")
     check_sound(card, tmp_path / "mine", f"{'token' if kind.startswith('token') else 'text'}-classification")
     assert known in card and "fine-tuned with esm2mega" in card
+    counts = [[use, number, residues] for use, _, number, residues in rows_of(card, "Training data")]
+    assert counts == [
+        ["training", "8", f"{sum(map(len, SEQUENCES[:8]))}"],
+        ["validation", f"{len(labels) - 8}", f"{sum(map(len, SEQUENCES[8 : len(labels)]))}"],
+    ]
     outputs = rows_of(card, "What it predicts")
     assert len(outputs) == width and len({len(row) for row in outputs}) == 1
     assert dict(rows_of(card, "Training"))["trained weights"] == "all"

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from esm2mega import processor
 from esm2mega.doctor import devices
 from esm2mega.doctor.devices import bf16_defect, check_cpu, check_devices
 from esm2mega.doctor.finding import FAILED, MISSING, OK, WARNING
@@ -57,7 +58,7 @@ def test_a_device_that_cannot_multiply_fails(refused):
 )
 def test_instructions_of_the_cpu_are_named(tmp_path, monkeypatch, flags, text):
     (tmp_path / "cpuinfo").write_text(flags)
-    monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
     finding = next(check_devices())
     assert finding.state == OK and text in finding.what
 

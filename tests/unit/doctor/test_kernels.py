@@ -15,7 +15,8 @@ from esm2mega.doctor.kernels import (
     sdpa_finding,
     te_findings,
 )
-from esm2mega.model import attention, native
+from esm2mega.model import attention
+from esm2mega.model.kernels import native
 
 CPU = torch.device("cpu")
 HOPPER, TURING = (9, 0), (7, 5)

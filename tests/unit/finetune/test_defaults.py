@@ -171,3 +171,34 @@ def test_a_trial_leaves_nothing(
     assert "done: step 2, checkpoint" in output.err and "step 2: validation loss" in output.err
     assert "nothing is kept" in output.out
     assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_a_trial_that_is_stopped_says_that_nothing_is_kept(
+    command: str, finished: TinyRun, tables: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = words(finished, tables, f"run_dir={tmp_path / 'runs' / 'x'}", "train.max_minutes=0.0001")
+    if command == "pretrain":
+        data = [f"data.train={finished.train}", f"data.valid={finished.valid}", "data.max_seq_length=64"]
+        batch = ["train.micro_batch_tokens=128", "train.global_batch_tokens=256", "train.max_minutes=0.0001"]
+        settings = [*settings[:1], *data, *batch, "schedule.warmup_steps=0", settings[-2]]
+    assert main([command, *settings, "--fast-dev-run"]) == 75
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("esm2mega: stopped")]
+    assert "stopped by train.max_minutes before the trial" in line and "nothing of it is kept" in line
+    assert "saved" not in line and list(tmp_path.rglob("*")) == []
+
+
+def test_a_trial_evaluates_up_to_the_first_label(
+    finished: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its two packs would hold none of the few labels, and the run itself has all of them."""
+    (tmp_path / "train.csv").write_text(
+        "sequence,target\n" + "".join(f"{text},{len(text)}\n" for text in SEQUENCES)
+    )
+    rows = [f"M{text},{len(text) if number == 12 else ''}\n" for number, text in enumerate(SEQUENCES)]
+    (tmp_path / "valid.csv").write_text("sequence,target\n" + "".join(rows))
+    batch = ["data.max_seq_length=32", "train.micro_batch_tokens=32", "train.global_batch_tokens=64"]
+    data = [f"data.train={tmp_path / 'train.csv'}", f"data.valid={tmp_path / 'valid.csv'}", *batch]
+    start = [f"init_from={finished.run_dir}", f"run_dir={tmp_path / 'run'}", "task.kind=regression"]
+    assert main(["finetune", *start, *data, "task.target_columns=[target]", "--fast-dev-run"]) == 0
+    assert "step 2: validation loss" in capfd.readouterr().err

@@ -328,6 +328,33 @@ def test_a_kill_behind_the_last_step_leaves_an_output(
     assert out.read_bytes() == before and sorted(tmp_path.iterdir()) == [out]
 
 
+def test_a_model_that_is_refused_leaves_nothing_but_earlier_work(
+    reference: Reference, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal when the model is loaded, as that of a drift in int8, has computed nothing to resume."""
+
+    def refused(*_: Any) -> None:
+        raise UserError("the drift is too large")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.h5"
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="drift"):
+        patched.setattr("esm2mega.infer.embed.EmbedJob.load", refused)
+        run(reference, fasta, out)
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("esm2mega.infer.job._compute", interrupted)
+        run(reference, fasta, out)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="drift"):
+        patched.setattr("esm2mega.infer.embed.EmbedJob.load", refused)
+        run(reference, fasta, out, mode="resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.h5.partial"]
+    run(reference, fasta, out, mode="resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
+
+
 def test_existing_output_needs_a_word(reference: Reference, fasta: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.npz"
     run(reference, fasta, out, "infer.outputs=[pooled]")

@@ -14,7 +14,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def config(precision: str = "fp32", layer_spec: str = "local") -> SimpleNamespace:
-    return SimpleNamespace(params_dtype=DTYPES[precision], layer_spec=layer_spec, packed_attention="sdpa")
+    dtype = DTYPES[precision]
+    return SimpleNamespace(params_dtype=dtype, layer_spec=layer_spec, packed_attention="sdpa", fp8=None)
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from esm2mega.config.schema import ModelConfig, ParallelConfig
-from esm2mega.model import native, native_rotary, rotary
+from esm2mega.model import rotary
 from esm2mega.model.build import build_model, transformer_config
+from esm2mega.model.kernels import native, native_rotary
 from esm2mega.model.packed import PackedSequences
 from esm2mega.model.rotary import RotaryTables, best_turn, split_and_rotate, turn
 
@@ -169,7 +170,7 @@ def test_the_kernel_computes_the_formula(monkeypatch: pytest.MonkeyPatch, dtype:
     """In Triton's interpreter, which cuts numbers off to bf16 where a GPU rounds them."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="no Triton")
-    from esm2mega.model.rotary_kernel import turn as kernel
+    from esm2mega.model.kernels.triton_rotary import turn as kernel
 
     generator = torch.Generator().manual_seed(4)
     wide = torch.promote_types(dtype, torch.float32)

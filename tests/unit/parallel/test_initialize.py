@@ -27,7 +27,7 @@ with process_groups(ParallelConfig(tensor_model_parallel_size=2), seed=1) as ran
 @pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
 def test_one_process_needs_no_launcher() -> None:
     with process_groups(ParallelConfig(), seed=1) as ranks:
-        assert ranks == Ranks(0, 1, 0, 1, 0, 1, 0, 1, torch.device("cpu"))
+        assert ranks == Ranks(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, torch.device("cpu"))
         assert ranks.is_main
         assert dist.get_backend() == "gloo"
 

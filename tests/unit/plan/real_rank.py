@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from megatron.core import parallel_state
 from torch import Tensor
 
 from esm2mega.config.load import load_run
@@ -36,14 +37,14 @@ def main(out: str, *overrides: str) -> None:
         present = [*held, *inputs, *(x for c in chunks for x in (*c.parameters(), *c.buffers()))]
         finalize = chunks[0].config.finalize_model_grads_func
         chunks[0].config.finalize_model_grads_func = None
-        counter = StepCounter(present, ranks.tp_size)
+        counter = StepCounter(present)
         with counter:
             run_schedule(state.model, state.loss, batches, ranks.device, forward_only=False)
         chunks[0].config.finalize_model_grads_func = finalize
         train_step(state, batches)
         content = {
             "stage": ranks.pp_rank,
-            "data": ranks.dp_rank,
+            "data": parallel_state.get_data_parallel_rank(with_context_parallel=True),
             "parameters": _storages([p for c in chunks for p in c.parameters()]),
             "gradients": _storages([b.grad_data for b in buffers]),
             "optimizer": _optimizer_bytes(state, chunks),

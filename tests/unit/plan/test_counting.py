@@ -35,5 +35,5 @@ def test_products_count_their_operations_and_the_rest_its_bytes() -> None:
 
 
 def test_a_cost_grows_with_every_further_layer() -> None:
-    two, three = Cost(10, 8, 100, 50, 4), Cost(13, 11, 140, 60, 6)
-    assert two.extended(three, 3) == Cost(19, 17, 220, 80, 10)
+    two, three = Cost(10, 8, 100, 50, 4, 1), Cost(13, 11, 140, 60, 6, 2)
+    assert two.extended(three, 3) == Cost(19, 17, 220, 80, 10, 4)

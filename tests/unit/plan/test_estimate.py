@@ -25,10 +25,14 @@ LAYOUTS = {
         *("parallel.pipeline_model_parallel_size=2", "parallel.distributed_optimizer=true"),
         "model.precision=bf16",
     ),
+    "CP2 DP2": (
+        *("parallel.context_parallel_size=2", "parallel.distributed_optimizer=true"),
+        *("data.max_seq_length=512", "model.recompute=selective"),
+    ),
 }
 
 
-@pytest.mark.parametrize("layout", [pytest.param("TP2 PP2", marks=pytest.mark.slow), "PP2 DP2"])
+@pytest.mark.parametrize("layout", [pytest.param("TP2 PP2", marks=pytest.mark.slow), "PP2 DP2", "CP2 DP2"])
 def test_real_ranks_have_the_bytes_of_the_plan(layout: str, tmp_path: Path) -> None:
     world_size = 4
     dp_size = 2 if "DP2" in layout else 1
@@ -38,7 +42,7 @@ def test_real_ranks_have_the_bytes_of_the_plan(layout: str, tmp_path: Path) -> N
 
     plan = estimate(load_run(None, words), world_size, "cpu", None, LENGTH)
     assert plan.micro_batches == MICRO_BATCHES
-    assert sorted(stage.layers for stage in plan.stages) == [4, 5]
+    assert sorted(stage.layers for stage in plan.stages) in ([4, 5], [9])
     for rank in real:
         stage = plan.stages[rank["stage"]]
         states = stage.states

@@ -85,6 +85,8 @@ def test_random_layouts_are_the_same_for_a_seed_and_reach_every_axis() -> None:
         "tp": {1, 2, 4},
         "pp": {1, 2, 3, 4},
         "dp": {1, 2, 3, 4},
+        "cp": {1, 2, 3, 4},
+        "exchange": {"auto", "heads", "needed", "gather"},
         "sp": {False, True},
         "packed": {1, 2, 3, 4, 6, 12},
         "distributed_optimizer": {False, True},

@@ -30,7 +30,7 @@ from esm2mega.train.step import StepResult
 from esm2mega.train.time_limit import TimeLimit
 from tests.unit.runs import CPU, tiny_run
 
-RANKS = Ranks(0, 1, 0, 1, 0, 1, 0, 1, CPU)
+RANKS = Ranks(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, CPU)
 Event = tuple[Any, ...]
 
 
@@ -41,9 +41,10 @@ class Stream:
         self.state = StreamState()
 
     def next_step(self, micro_batches: int) -> list[SimpleNamespace]:
-        packs = self.state.consumed_packs + micro_batches
+        first = self.state.consumed_packs
+        packs = first + micro_batches
         self.state = StreamState(consumed_packs=packs, consumed_samples=packs, consumed_tokens=100 * packs)
-        return [SimpleNamespace(num_residues=90)] * micro_batches
+        return [SimpleNamespace(num_residues=90, pack=number) for number in range(first, packs)]
 
     def contents_of(self, behind: StreamState, packs: Iterable[int]) -> list[dict[str, Any]]:
         return [{"pack": n, "proteins": [f"p{n}"], "samples": [[n, 0]]} for n in sorted(packs)]

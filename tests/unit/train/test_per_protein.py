@@ -147,6 +147,6 @@ def test_the_loss_sees_a_batch_of_one_protein() -> None:
     assert seen == [*((1, length, [length]) for length in lengths), (6, sum(lengths), lengths)]
     from esm2mega.parallel.initialize import Ranks
 
-    gathered = loss.gather(7, Ranks(0, 1, 0, 1, 0, 1, 0, 1, CPU))
+    gathered = loss.gather(7, Ranks(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, CPU))
     assert gathered is not None
     assert (gathered.sums.tolist(), gathered.counts.tolist()) == ([1.0] * 6 + [0.0], [1] * 6 + [0])

@@ -48,7 +48,7 @@ def make_pack(
     stores, starts = [0] * len(rows), starts or [0] * len(rows)
     pieces = Pieces(*(np.array(part, dtype=np.int64) for part in (samples, stores, rows, starts, lengths)))
     offsets = np.cumsum(pieces.lengths) - pieces.lengths
-    return Pack(PackWindow(pieces, offsets, [0, len(rows)], [sum(lengths)]), 0)
+    return Pack(PackWindow(pieces, offsets, [0, len(rows)], [sum(lengths)], [0]), 0)
 
 
 def originals(batch: PackedBatch) -> list[str]:
@@ -182,36 +182,48 @@ def reference(many: TokenStore) -> Read:
 
 
 def read_ranks(
-    store: TokenStore, dp_size: int, packs: int, workers: int, state: dict[str, Any] | None = None
+    store: TokenStore,
+    dp_size: int,
+    packs: int,
+    workers: int,
+    state: dict[str, Any] | None = None,
+    micro_batches: int = 1,
 ) -> tuple[list[str], dict[str, Any]]:
     """Digests of the next packs in pack order, read by `dp_size` ranks, and the state behind them."""
     spec = replace(LONG, data=replace(LONG.data, workers=workers))
-    per_rank: list[list[str]] = []
+    found: dict[int, str] = {}
     states: list[dict[str, Any]] = []
     for rank in range(dp_size):
         with TrainStream([store], spec, rank, dp_size) as stream:
             if state is not None:
                 stream.load_state_dict(json.loads(json.dumps(state)))
+            first = stream.state.consumed_packs
             planned, _ = train_plan(stream.samples, spec).take(stream.state.cursor, packs)
-            names = [stream.samples.names(pack.pieces) for pack in planned[rank::dp_size]]
-            batches = itertools.islice(stream, packs // dp_size)
-            per_rank.append([digest(batch, ids) for batch, ids in zip(batches, names, strict=True)])
+            for _ in range(packs // (dp_size * micro_batches)):
+                for batch in stream.next_step(micro_batches):
+                    assert batch.pack not in found
+                    names = stream.samples.names(planned[batch.pack - first].pieces)
+                    found[batch.pack] = digest(batch, names)
             states.append(stream.state_dict())
     assert all(other == states[0] for other in states)
-    return [pack for step in zip(*per_rank, strict=True) for pack in step], states[0]
+    assert sorted(found) == list(range(first, first + packs))
+    return [found[number] for number in sorted(found)], states[0]
 
 
 @pytest.mark.parametrize(
-    ("dp_size", "workers"),
+    ("dp_size", "workers", "micro_batches"),
     [
-        *((1, 2), (3, 2), (8, 0)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (2, 0), (2, 2), (3, 0), (8, 2))),
+        *((1, 2, 4), (3, 2, 4), (8, 0, 3)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((1, 0, 1), (2, 0, 43), (2, 2, 1), (3, 0, 8), (8, 2, 1))
+        ),
     ],
 )
 def test_data_are_the_same_for_every_number_of_ranks_and_workers(
-    many: TokenStore, reference: Read, dp_size: int, workers: int
+    many: TokenStore, reference: Read, dp_size: int, workers: int, micro_batches: int
 ) -> None:
-    digests, state = read_ranks(many, dp_size, PACKS, workers)
+    digests, state = read_ranks(many, dp_size, PACKS, workers, micro_batches=micro_batches)
     assert digests == reference.digests
     assert state["consumed_packs"] == PACKS
     assert state["consumed_samples"] == reference.sequences
@@ -227,8 +239,8 @@ def test_a_resume_continues_with_any_number_of_ranks_and_workers(
     many: TokenStore, reference: Read, before: int, after: int, workers: int, stop: int
 ) -> None:
     first, state = read_ranks(many, before, stop, workers)
-    rest = (PACKS - stop) // after * after
-    second, _ = read_ranks(many, after, rest, 2 - workers, state)
+    rest = (PACKS - stop) // (2 * after) * 2 * after
+    second, _ = read_ranks(many, after, rest, 2 - workers, state, micro_batches=2)
     assert first + second == reference.digests[: stop + rest]
 
 

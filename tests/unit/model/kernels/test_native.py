@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from esm2mega.model import native
+from esm2mega import processor
+from esm2mega.model.kernels import native
 
 LAST = "while [ $# -gt 1 ]; do shift; done"  # shell: makes the last argument the first
 
@@ -36,7 +37,7 @@ def test_it_is_compiled_once(no_library: Path, monkeypatch: pytest.MonkeyPatch) 
     native._loaded.cache_clear()
     monkeypatch.setenv("PATH", "")
     assert native.defect() is None
-    monkeypatch.setattr(native, "_processor", lambda: "another one, with the same home")
+    monkeypatch.setattr(processor, "identity", lambda: "another one, with the same home")
     native._loaded.cache_clear()
     assert "no C++ compiler" in str(native.defect())
     assert kept == sorted((no_library / "cache/esm2mega/kernels").glob("*.so"))

@@ -1,6 +1,6 @@
 """Turns q and k on a CPU in one pass that reads and writes every number once.
 
-The kernel is ``native_rotary.cpp``, which `esm2mega.model.native` compiles.
+The kernel is ``native_rotary.cpp``, which `esm2mega.model.kernels.native` compiles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ctypes import c_int, c_int64
 import torch
 from torch import Tensor
 
-from esm2mega.model import native
+from esm2mega.model.kernels import native
 
 
 def turn(sources: Sequence[Tensor], targets: Sequence[Tensor], tables: Tensor, back: bool = False) -> None:

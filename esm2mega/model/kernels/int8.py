@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esm2mega import processor
 from esm2mega.errors import MachineError, UserError
 
 GELU_SHIFT = 0.171
@@ -36,8 +37,6 @@ GELU_SHIFT = 0.171
 
 ROWS = 256
 """Sets how many tokens are computed at once, so that what is between two operations stays in the cache."""
-
-_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -51,11 +50,10 @@ def check_products() -> None:
     Raises:
         MachineError: The processor or PyTorch has no such products.
     """
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not any(capabilities.get(name) for name in _INSTRUCTIONS):
+    if not processor.instructions(processor.INT8):
         raise MachineError(
-            "--precision int8 needs a processor with AVX-512 VNNI, AVX-VNNI or AMX, which PyTorch does not "
-            "find here; use --precision fp32"
+            "--precision int8 needs a processor with AVX-512 VNNI, AVX-VNNI or AMX, and this one names "
+            "none of them; use --precision fp32"
         )
     k = 256
     activations = torch.full((64, k), 255, dtype=torch.uint8)

@@ -24,7 +24,7 @@ from esm2mega.batch import Segments
 from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.model.dropout import KeyedDropout
-from esm2mega.model.heads import PooledHead, ProductHead, TaskHead, convolved, upper_triangles
+from esm2mega.model.heads.task_heads import PooledHead, ProductHead, TaskHead, convolved, upper_triangles
 from esm2mega.parcel import Parcel
 
 _FIRST_KERNEL, _SECOND_KERNEL = 5, 3

@@ -1,6 +1,6 @@
 """Gives the compiled attention for CPUs to PyTorch as an operation with a gradient.
 
-The kernel is ``native_attention.cpp``, which `esm2mega.model.native` compiles.
+The kernel is ``native_attention.cpp``, which `esm2mega.model.kernels.native` compiles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esm2mega.model import native
+from esm2mega.model.kernels import native
 
 
 def takes(dtype: torch.dtype, head_dim: int) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from esm2mega.batch import Segments
 from esm2mega.errors import UserError
 from esm2mega.model import pipeline_payload
-from esm2mega.model.esm2 import ESM2Model
+from esm2mega.model.esm2 import ESM2Model, shares_of_tokens
 from esm2mega.model.packed import PackedSequences
 
 MakeHead = Callable[[Any, torch.device], Any]
@@ -79,7 +79,7 @@ class ESM2ForTask(ESM2Model):
         Returns:
             Hidden states in the layout of `encode`, followed by the `carried_rows` of a head that spans
             stages; or predictions, ``[n, k]`` of proteins, ``[R, k]`` of residues or ``[P, 1]`` of pairs, the
-            same on every tensor-parallel rank.
+            same on every tensor- and context-parallel rank.
         """
         head = self.head
         if head is not None:
@@ -133,8 +133,7 @@ class ESM2ForTask(ESM2Model):
                     features = self.head.features(self.gathered(hidden_states)[:, 0], segments)
                 self._keep(features, segments)
             elif not self.post_process:
-                share = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-                hidden_states = self._zeros(input_ids.numel() // share, 1)
+                hidden_states = self._zeros(input_ids.numel() // shares_of_tokens(self.config), 1)
         if not self.post_process:
             return self._passed(hidden_states, received)
         kept = [value for tokens in segments.tokens if (value := self._features[tokens]) is not None]

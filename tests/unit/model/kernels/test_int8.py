@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
+from esm2mega import processor
 from esm2mega.errors import MachineError, UserError
-from esm2mega.model import int8
-from esm2mega.model.int8 import GELU_SHIFT, Int8Linear, Int8MLP, check_products
+from esm2mega.model.kernels import int8
+from esm2mega.model.kernels.int8 import GELU_SHIFT, Int8Linear, Int8MLP, check_products
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def machine() -> None:
+    """Skip a test that multiplies where the processor cannot."""
     try:
         check_products()
     except MachineError as error:
@@ -49,6 +52,7 @@ def by_formula(rows: Tensor, weight: Tensor, bias: Tensor, shift: float | None) 
     )
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("shift", [None, GELU_SHIFT])
 def test_the_formula_of_the_docstring(shift: float | None) -> None:
     given = linear(96, 72)
@@ -64,6 +68,7 @@ def test_the_formula_of_the_docstring(shift: float | None) -> None:
     assert ((found[:, 0] - exact).norm(dim=1) <= 0.02 * exact.norm(dim=1)).all()
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_token_has_the_same_bits_alone_and_among_others(threads: int) -> None:
     mlp = Int8MLP(Int8Linear(linear(48, 104)), gelu, Int8Linear(linear(104, 48, 1), GELU_SHIFT))
@@ -79,6 +84,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("machine")
 def test_tokens_of_zeros_and_tokens_that_are_not_finite() -> None:
     given = linear(32, 32)
     rows = torch.zeros(5, 32)
@@ -92,6 +98,7 @@ def test_tokens_of_zeros_and_tokens_that_are_not_finite() -> None:
     assert not found[1:].isfinite().any()
 
 
+@pytest.mark.usefixtures("machine")
 def test_weights_that_are_not_finite_are_refused() -> None:
     given = linear(32, 32)
     given.weight[3, 5] = torch.nan
@@ -99,15 +106,14 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         Int8Linear(given)
 
 
-@pytest.mark.parametrize("capabilities", [{}, {"avx512_f": True, "avx2": True}])
-def test_a_processor_without_the_instructions(
-    capabilities: dict[str, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+def test_a_processor_without_the_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text("flags : fpu avx2 avx512f")
+    monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
     with pytest.raises(MachineError, match="AVX-512 VNNI.*--precision fp32"):
         check_products()
 
 
+@pytest.mark.usefixtures("machine")
 def test_kernels_that_are_missing_or_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*unused: object) -> Tensor:
         raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_pointwise'")

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from esm2mega import processor
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import replacing, user_cache
 from esm2mega.processes import end_with_parent
@@ -87,7 +87,7 @@ def _load(name: str) -> ctypes.CDLL:
     flags = (*FLAGS, f"-ffp-contract={CONTRACTION[name]}")
     source = Path(__file__).with_name(f"{name}.cpp")
     sources = (source.read_text(), source.with_name(HEADER).read_text())
-    identity = "\0".join((*sources, *flags, platform.machine(), _processor()))
+    identity = "\0".join((*sources, *flags, processor.identity()))
     try:
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         path = user_cache() / "kernels" / f"{name}-{digest}.so"
@@ -142,13 +142,3 @@ def _compile(source: Path, flags: Sequence[str], target: Path) -> None:
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
         raise NotCompiledError(f"{compiler} failed: {said.strip()}")
-
-
-def _processor() -> str:
-    """Return what tells processors apart: a cluster may share one cache among machines that differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))

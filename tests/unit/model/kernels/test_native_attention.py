@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from esm2mega.model import native
-from esm2mega.model.native_attention import attend
+from esm2mega.model.kernels import native
+from esm2mega.model.kernels.native_attention import attend
 
 LENGTHS = (33, 1, 340, 70, 9)
 QUERIES = (33, 0, 100, 70, 1)  # as in the last layer: a protein without labels has none

@@ -27,9 +27,10 @@ from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.model import pooling
 from esm2mega.model.contact_maps import ContactMaps, Span
+from esm2mega.model.context_parallel import sum_for_all
 from esm2mega.model.dropout import KeyedDropout
+from esm2mega.model.heads.task import MakeHead
 from esm2mega.model.pipeline_payload import carried_dtype
-from esm2mega.model.task import MakeHead
 from esm2mega.pairs import num_pairs
 
 _KERNEL = 7
@@ -334,6 +335,8 @@ class AttentionMapHead(SpanningHead):
     def predict(self, features: Tensor, segments: Segments) -> Tensor:
         """Return the logits of a contact, ``[P, 1]``."""
         logits = reduce_from_tensor_model_parallel_region(self.carry(segments))
+        if self.config.context_parallel_size > 1:
+            logits = sum_for_all(logits)
         # Adding the states times zero keeps a pack without proteins part of the graph.
         return (logits + features.sum() * 0.0)[:, None] + self.bias
 
@@ -371,7 +374,7 @@ _OF_PAIRS: dict[str, Any] = {
 def head_of_task(task: TaskConfig, num_outputs: int) -> MakeHead:
     """Return the function that makes the head which a configuration names."""
     # This module is built on the one here.
-    from esm2mega.model import tape_heads
+    from esm2mega.model.heads import tape_heads
 
     if task.head in tape_heads.WIDTHS:
         make = tape_heads.head_class(task)

@@ -1,0 +1,382 @@
+"""Lets the ranks of a context-parallel group attend to each other's tokens: one pack, cut into equal parts.
+
+Rank r of c holds the hidden states of the tokens ``r * T / c`` up to the next rank's. All of them know the
+token ids and the borders of the whole pack, so positions, masks and dropout are what they are in one process.
+Only attention looks beyond a part, and there are two ways to let it:
+
+heads     Every rank gets all tokens, for one part of the heads, and gives the results back (all-to-all).
+needed    Every rank gets the keys and values of those tokens that its own attend to: the rest of the protein
+          that its part begins within, and the rest of the one that it ends within. ``gather`` is the same
+          with the keys and values of all tokens.
+
+Heads and losses see the whole pack on every rank, and compute the same there. A gradient on its way back from
+what every rank has computed is therefore multiplied by c, without being sent, in place of a sum over c equal
+ones; so the sum over the group, which Megatron-Core takes of all gradients of weights together with that over
+data-parallel ranks, counts every label c times, in the sums as in the number that these are divided by.
+
+Legend: ``T`` tokens of a pack, ``c`` context-parallel size, ``t`` tensor-parallel size, ``n`` heads, ``d``
+head dimension, ``K`` tokens whose keys a rank gets.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn.functional import pad
+
+from esm2mega.batch import host_borders
+from esm2mega.model.packed import PackedSequences
+from esm2mega.parcel import Parcel
+
+Attend = Callable[[Tensor, Tensor, Tensor, PackedSequences, int], Tensor]
+"""Takes q, k and v of some heads, their borders, and the number of the first head, and attends."""
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """Says which of the tokens that get logits are in this rank's part; they follow each other.
+
+    Attributes:
+        first: How many of them lie in the parts before.
+        counts: How many each rank has; m in all.
+        queries: How many each sequence has in this part, of all sequences of the pack.
+        rows: Where they are in this part, int64 ``[counts[rank]]``.
+    """
+
+    first: int
+    counts: tuple[int, ...]
+    queries: tuple[int, ...]
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class HeadExchange:
+    """Gives every rank all tokens of ``n / (t * c)`` heads.
+
+    Attributes:
+        packed: Borders of the whole pack.
+        size: c.
+        rank: Which part this rank has.
+        own_rows: Tokens that get logits, if the last layer limits itself to them.
+        query_counts: How many queries each rank has in this layer; None for all its tokens.
+    """
+
+    packed: PackedSequences
+    size: int
+    rank: int
+    own_rows: OwnRows | None = None
+    query_counts: tuple[int, ...] | None = None
+
+    def at_rows(self) -> HeadExchange:
+        """Return the exchange of the last layer, whose queries are those of `own_rows`."""
+        assert self.own_rows is not None
+        return replace(self, packed=self.packed.at_rows(), query_counts=self.own_rows.counts)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, first_head: int, kernel: Attend) -> Tensor:
+        """Attend: q ``[T/c, n/t, d]``, or those of `own_rows`, k and v ``[T/c, n/t, d]`` -> as q.
+
+        All-to-alls of the context-parallel group send q, k and v there, in one or two parts, and the results
+        back.
+
+        Args:
+            query: Those of this rank's tokens, as `key` and `value`.
+            key: Rotated, as `query`.
+            value: As projected.
+            first_head: Number of the first of these heads among all.
+            kernel: What attends.
+        """
+        if self.query_counts is None:
+            q, k, v = self._by_heads(torch.stack((query, key, value), dim=1)).unbind(dim=1)
+        else:
+            (q,) = self._by_heads(query[:, None], self.query_counts).unbind(dim=1)
+            k, v = self._by_heads(torch.stack((key, value), dim=1)).unbind(dim=1)
+        own, heads, channels = query.shape
+        each = heads // self.size
+        context = kernel(q, k, v, self.packed, first_head + self.rank * each)
+        counts = self.query_counts or (own,) * self.size
+        # [queries of all, n/tc, d] -> [c * own, n/tc, d] -> [own, c, n/tc, d]
+        returned = _AllToAll.apply(context, counts, (own,) * self.size)
+        return returned.view(self.size, own, each, channels).transpose(0, 1).reshape(own, heads, channels)
+
+    def _by_heads(self, own: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
+        """Exchange ``[own, k, n/t, d]`` of this rank's tokens for ``[all, k, n/tc, d]`` of its heads.
+
+        Args:
+            own: Several values of each token side by side.
+            counts: How many tokens each rank has; None for equally many.
+        """
+        tokens, kinds, heads, channels = own.shape
+        parts = own.view(tokens, kinds, self.size, heads // self.size, channels).permute(2, 0, 1, 3, 4)
+        return _AllToAll.apply(
+            parts.reshape(self.size * tokens, kinds, heads // self.size, channels),
+            (tokens,) * self.size,
+            counts or (tokens,) * self.size,
+        )
+
+
+@dataclass(frozen=True)
+class KeyExchange:
+    """Gives every rank the keys and values that its own tokens attend to.
+
+    Attributes:
+        packed: Borders of the sequences of these keys, and of the queries of this rank in them.
+        given: Which of this rank's tokens each rank gets.
+        taken: How many tokens this rank gets of each; in the order of the ranks they lie side by side.
+        own_rows: Tokens that get logits, if the last layer limits itself to them.
+    """
+
+    packed: PackedSequences
+    given: tuple[slice, ...]
+    taken: tuple[int, ...]
+    own_rows: OwnRows | None = None
+
+    def at_rows(self) -> KeyExchange:
+        """Return the exchange of the last layer, whose queries are those of `own_rows`."""
+        return replace(self, packed=self.packed.at_rows())
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, first_head: int, kernel: Attend) -> Tensor:
+        """Attend as `HeadExchange.attend` does; one all-to-all of the group, for keys and values together."""
+        # [T/c, 2, n/t, d] -> [K, 2, n/t, d]
+        keys, values = _Fetch.apply(torch.stack((key, value), dim=1), self.given, self.taken).unbind(dim=1)
+        return kernel(query, keys, values, self.packed, first_head)
+
+
+Exchange = HeadExchange | KeyExchange
+
+
+def own_part(values: Tensor, config: Any, dim: int = 0) -> Tensor:
+    """Return this rank's part of what it has for all tokens: ``[T, …] -> [T/c, …]``.
+
+    Args:
+        values: For each token.
+        config: Configuration of the model.
+        dim: The dimension of the tokens.
+    """
+    size = config.context_parallel_size
+    return values if size == 1 else values.chunk(size, dim)[parallel_state.get_context_parallel_rank()]
+
+
+def in_parts(packed: PackedSequences, config: Any) -> PackedSequences:
+    """Return a pack as a rank sees it that holds a part of it: with an exchange, and its own rows if any.
+
+    It is planned on the host, which has all lengths and the places of the labels.
+
+    Args:
+        packed: The whole pack, with dropout keys of all queries if any.
+        config: Configuration of the model.
+    """
+    size, rank = config.context_parallel_size, parallel_state.get_context_parallel_rank()
+    borders = [0, *accumulate(packed.seqlens)]
+    own_rows = None
+    if packed.rows is not None:
+        own_rows = _own_rows(packed, borders, size, rank)
+    if config.context_exchange == "heads":
+        exchange: Exchange = HeadExchange(packed, size, rank, own_rows)
+    else:
+        exchange = _key_exchange(packed, borders, size, rank, config.context_exchange == "gather", own_rows)
+    return replace(packed, exchange=exchange, rows=None if own_rows is None else own_rows.rows)
+
+
+def _own_rows(packed: PackedSequences, borders: Sequence[int], size: int, rank: int) -> OwnRows:
+    assert (
+        packed.host_rows is not None and packed.rows is not None
+    )  # `PackedSequences.with_rows` has checked it
+    part = packed.num_tokens // size
+    limits = np.searchsorted(packed.host_rows, np.arange(size + 1) * part).tolist()
+    first, last = limits[rank : rank + 2]
+    own = packed.host_rows[first:last]
+    queries = np.diff(np.searchsorted(own, borders)).tolist()
+    counts = tuple(end - start for start, end in pairwise(limits))
+    return OwnRows(first, counts, tuple(queries), packed.rows[first:last] - rank * part)
+
+
+def _key_exchange(
+    packed: PackedSequences,
+    borders: Sequence[int],
+    size: int,
+    rank: int,
+    everything: bool,
+    own_rows: OwnRows | None,
+) -> KeyExchange:
+    part = packed.num_tokens // size
+    spans = [_span(borders, r * part, (r + 1) * part, everything) for r in range(size)]
+    start, end = rank * part, (rank + 1) * part
+    given = tuple(slice(max(a, start) - start, max(min(b, end), max(a, start)) - start) for a, b in spans)
+    first, last = spans[rank]
+    taken = tuple(max(0, min(last, (r + 1) * part) - max(first, r * part)) for r in range(size))
+    inside = range(bisect_left(borders, first), bisect_left(borders, last))
+    local = _between(packed, borders, inside, start, end, own_rows)
+    return KeyExchange(local, given, taken, own_rows)
+
+
+def _span(borders: Sequence[int], start: int, end: int, everything: bool) -> tuple[int, int]:
+    """Return from where to where the sequences reach that have tokens in a part."""
+    if everything:
+        return 0, borders[-1]
+    return borders[bisect_right(borders, start) - 1], borders[bisect_left(borders, end)]
+
+
+def _between(
+    packed: PackedSequences,
+    borders: Sequence[int],
+    inside: range,
+    start: int,
+    end: int,
+    own_rows: OwnRows | None,
+) -> PackedSequences:
+    """Return the borders of the sequences `inside`, with queries from `start` to `end`."""
+    lengths = [borders[number + 1] - borders[number] for number in inside]
+    queries = [max(0, min(end, borders[number + 1]) - max(start, borders[number])) for number in inside]
+    rows = [0] * len(queries) if own_rows is None else [own_rows.queries[number] for number in inside]
+    device = packed.cu_seqlens_q.device
+    (on_device,) = Parcel.of([torch.cat([host_borders(lengths, queries), host_borders(rows)])]).to(device)
+    local = PackedSequences.from_lengths(lengths, device, borders=on_device)
+    local = local.with_queries(queries, on_device[1])
+    keys = packed.query_keys
+    local.query_keys = None if keys is None else keys[start:end]
+    if own_rows is not None:
+        local.rows, local.row_counts, local.row_borders = own_rows.rows, tuple(rows), on_device[2]
+    return local
+
+
+class _Fetch(torch.autograd.Function):
+    """Fetches tokens of all ranks of the context-parallel group: ``[T/c, …] -> [K, …]``.
+
+    The backward pass gives the gradients back to the ranks that have the tokens, and adds them up there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, given: Sequence[slice], taken: Sequence[int]) -> Tensor:
+        ctx.given, ctx.taken, ctx.length = given, taken, len(own)
+        sent = torch.cat([own[rows] for rows in given])
+        return _all_to_all(sent, [rows.stop - rows.start for rows in given], taken)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        sizes = [rows.stop - rows.start for rows in ctx.given]
+        returned = _all_to_all(gradients[0], ctx.taken, sizes)
+        total = returned.new_zeros(ctx.length, *returned.shape[1:])
+        for rows, piece in zip(ctx.given, returned.split(sizes), strict=True):
+            total[rows] += piece
+        return total, None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    """Gives each rank its rows; the backward pass gives the gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+        ctx.given, ctx.taken = given, taken
+        return _all_to_all(rows, given, taken)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _all_to_all(gradients[0], ctx.taken, ctx.given), None, None
+
+
+def _all_to_all(sent: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+    """Run an all-to-all of the context-parallel group along the first dimension.
+
+    Args:
+        sent: Rows for each rank, one after the other.
+        given: How many rows each rank gets.
+        taken: How many rows come from each rank.
+    """
+    received = sent.new_empty(sum(taken), *sent.shape[1:])
+    group = parallel_state.get_context_parallel_group()
+    dist.all_to_all_single(received, sent.contiguous(), list(taken), list(given), group=group)
+    return received
+
+
+class _Gather(torch.autograd.Function):
+    """Gathers the parts of all ranks: ``[T/c, …] -> [T, …]``, over the context-parallel group.
+
+    With `shared` every rank computes the same with them; then the backward pass sends nothing. Otherwise it
+    adds up the gradients of all ranks (reduce-scatter).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, shared: bool) -> Tensor:
+        ctx.shared = shared
+        group = parallel_state.get_context_parallel_group()
+        gathered = own.new_empty(own.shape[0] * group.size(), *own.shape[1:])
+        dist.all_gather_into_tensor(gathered, own.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        group = parallel_state.get_context_parallel_group()
+        if ctx.shared:
+            return gradients[0].chunk(group.size())[group.rank()] * group.size(), None
+        gradient = gradients[0].contiguous()
+        own = gradient.new_empty(gradient.shape[0] // group.size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient, group=group)
+        return own, None
+
+
+def gather_for_all(own: Tensor) -> Tensor:
+    """Give every rank all tokens, with which each computes the same: ``[T/c, …] -> [T, …]``."""
+    return _Gather.apply(own, True)
+
+
+def gather_for_shares(own: Tensor) -> Tensor:
+    """Give every rank all tokens, with which each computes something else: ``[T/c, …] -> [T, …]``."""
+    return _Gather.apply(own, False)
+
+
+class _Sum(torch.autograd.Function):
+    """Adds up what the ranks of the context-parallel group have; each then computes the same with it."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone()
+        dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * parallel_state.get_context_parallel_world_size()
+
+
+def sum_for_all(own: Tensor) -> Tensor:
+    """Add up shares of a result, which every rank then has; over the context-parallel group."""
+    return _Sum.apply(own)
+
+
+def rows_for_all(own: Tensor, packed: PackedSequences) -> Tensor:
+    """Give every rank the hidden states of the tokens that get logits: ``[own, …] -> [m, …]``.
+
+    Each is on one rank, and the others add zeros, which changes nothing (an all-reduce of the group).
+
+    Args:
+        own: Those of this rank's part.
+        packed: From `in_parts`, with rows.
+    """
+    own_rows = packed.exchange.own_rows
+    behind = sum(own_rows.counts) - own_rows.first - len(own)
+    return sum_for_all(pad(own, [0, 0] * (own.dim() - 1) + [own_rows.first, behind]))
+
+
+def chosen_for_all(own: Tensor, rows: Tensor) -> Tensor:
+    """Give every rank some of the tokens: ``[T/c, …] -> [m, …]``, as `rows_for_all`, from all of them.
+
+    Neither shapes nor sizes depend on where the tokens are, and nobody waits for the device.
+
+    Args:
+        own: This rank's part.
+        rows: Positions in the whole pack, int64 ``[m]``.
+    """
+    length = own.shape[0]
+    place = rows - parallel_state.get_context_parallel_rank() * length
+    is_own = (place >= 0) & (place < length)
+    chosen = own.index_select(0, place.clamp(0, length - 1))
+    return sum_for_all(chosen.masked_fill(~is_own.view(-1, *[1] * (own.dim() - 1)), 0.0))

@@ -1,0 +1,32 @@
+"""Proteins in one pack, long ones and short ones, are the same whether one process has them or several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import context_checks
+from tests.distributed.context_checks import NAMES, computed
+from tests.ranks import run_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "bound"),
+    # In fp32 with the kernel of this machine, whose sums are the same, and products of fewer rows.
+    [("fp64", 4, 1e-12), ("fp32", 4, 2e-5), pytest.param("fp64", 3, 1e-12, marks=pytest.mark.slow)],
+)
+def test_a_pack_in_parts_equals_the_whole(tmp_path: Path, dtype: str, size: int, bound: float) -> None:
+    expected = computed(dtype, 1, "auto")
+    program = ["-m", context_checks.__name__, str(tmp_path / "found"), dtype, str(size)]
+    run_ranks(program, size, tmp_path / "output", timeout=240)
+    for rank in range(size):
+        found = torch.load(tmp_path / f"found.{rank}", weights_only=True)
+        for exchange in NAMES:
+            assert found[exchange].keys() == expected.keys()
+            for name, tensor in expected.items():
+                difference = (found[exchange][name] - tensor).abs().max() / tensor.abs().max()
+                assert difference < bound, f"rank {rank}, {exchange}, {name}: {difference:.2g}"
