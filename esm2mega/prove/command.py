@@ -16,9 +16,10 @@ import torch
 
 from esm2mega.errors import UserError
 from esm2mega.files import refuse_compressed, write_json
+from esm2mega.prove.heads import CODE, HEADS
 from esm2mega.prove.layouts import Layout, is_possible, random_layouts
 from esm2mega.prove.prover import Prover, Verdict
-from esm2mega.prove.trials import CODE, GROUPS, HEADS, Trial, drawn_training, with_head, with_lora
+from esm2mega.prove.trials import GROUPS, Trial, drawn_training, with_head, with_lora
 from esm2mega.prove.workers import Serve
 from esm2mega.report.progress import Progress
 from esm2mega.version import __version__

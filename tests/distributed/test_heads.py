@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager
 
 import pytest
 
+from esm2mega.prove.heads import HEADS
 from esm2mega.prove.prover import Prover
-from esm2mega.prove.trials import GROUPS, HEADS, Trial
+from esm2mega.prove.trials import GROUPS, Trial
 from tests.prove.short import short_and_whole
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from esm2mega.prove.compare import Outcome
+from esm2mega.prove.heads import ADAPTABLE, HEADS
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover
-from esm2mega.prove.trials import ADAPTABLE, GROUPS, HEADS, Trial
+from esm2mega.prove.trials import GROUPS, Trial
 from tests.checkpoints import full_tensors
 from tests.distributed.runs import SETTINGS, kill_after_step_5, train
 from tests.prove.short import packed, short_and_whole
