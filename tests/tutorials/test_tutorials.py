@@ -118,10 +118,10 @@ def test_candidates_are_ranked(walked: dict[str, tuple[Path, str]]) -> None:
     with (folder / "ranked.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     sheet = openpyxl.load_workbook(folder / "variants.xlsx")["candidates"]
-    assert {row["mutant"] for row in rows} == {row[0] for row in sheet.iter_rows(2, values_only=True)}
+    assert {row["id"] for row in rows} == {row[0] for row in sheet.iter_rows(2, values_only=True)}
     assert [int(row["rank"]) for row in rows] == list(range(1, len(rows) + 1))
     values = [float(row["fitness"]) for row in rows]
-    assert values == sorted(values, reverse=True) and min(float(row["sd"]) for row in rows) > 0
+    assert values == sorted(values, reverse=True) and min(float(row["fitness_sd"]) for row in rows) > 0
     assert len((folder / "runs" / "variants" / "folds.csv").read_text().splitlines()) > 20
     probed = json.loads((folder / "runs" / "probe" / "results.json").read_text())
     assert {"rmse", "spearman"} <= set(probed["test"])
