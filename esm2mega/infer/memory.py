@@ -18,7 +18,7 @@ from esm2mega.model.contact_maps import Span, is_long
 from esm2mega.model.contact_tiles import PANEL_ELEMENTS, TILE
 
 _ALLOCATOR = 1.15
-"""Is what the allocators of PyTorch and of the C library take for each byte in use, as measured."""
+"""Estimates what the allocators of PyTorch and of the C library take for each byte in use."""
 
 
 @dataclass(frozen=True)

@@ -187,9 +187,8 @@ def in_parts(packed: PackedSequences, config: Any) -> PackedSequences:
 
 
 def _own_rows(packed: PackedSequences, borders: Sequence[int], size: int, rank: int) -> OwnRows:
-    assert (
-        packed.host_rows is not None and packed.rows is not None
-    )  # `PackedSequences.with_rows` has checked it
+    # Whoever gives row counts under context parallelism gives these too, see `ESM2Model.forward`.
+    assert packed.host_rows is not None and packed.rows is not None
     part = packed.num_tokens // size
     limits = np.searchsorted(packed.host_rows, np.arange(size + 1) * part).tolist()
     first, last = limits[rank : rank + 2]
@@ -210,12 +209,19 @@ def _key_exchange(
     part = packed.num_tokens // size
     spans = [_span(borders, r * part, (r + 1) * part, everything) for r in range(size)]
     start, end = rank * part, (rank + 1) * part
-    given = tuple(slice(max(a, start) - start, max(min(b, end), max(a, start)) - start) for a, b in spans)
+    wanted = [_overlap(*span, start, end) for span in spans]
+    given = tuple(slice(tokens.start - start, tokens.stop - start) for tokens in wanted)
     first, last = spans[rank]
-    taken = tuple(max(0, min(last, (r + 1) * part) - max(first, r * part)) for r in range(size))
+    taken = tuple(len(_overlap(first, last, r * part, (r + 1) * part)) for r in range(size))
     inside = range(bisect_left(borders, first), bisect_left(borders, last))
     local = _between(packed, borders, inside, start, end, own_rows)
     return KeyExchange(local, given, taken, own_rows)
+
+
+def _overlap(first: int, last: int, start: int, end: int) -> range:
+    """Return what two stretches of a pack have in common; an empty range if they have nothing."""
+    begin = max(first, start)
+    return range(begin, max(begin, min(last, end)))
 
 
 def _span(borders: Sequence[int], start: int, end: int, everything: bool) -> tuple[int, int]:
@@ -235,7 +241,7 @@ def _between(
 ) -> PackedSequences:
     """Return the borders of the sequences `inside`, with queries from `start` to `end`."""
     lengths = [borders[number + 1] - borders[number] for number in inside]
-    queries = [max(0, min(end, borders[number + 1]) - max(start, borders[number])) for number in inside]
+    queries = [len(_overlap(borders[number], borders[number + 1], start, end)) for number in inside]
     rows = [0] * len(queries) if own_rows is None else [own_rows.queries[number] for number in inside]
     device = packed.cu_seqlens_q.device
     (on_device,) = Parcel.of([torch.cat([host_borders(lengths, queries), host_borders(rows)])]).to(device)
