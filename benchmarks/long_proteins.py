@@ -123,6 +123,7 @@ def embed(
         *started,
         *("embed", str(checkpoint), str(fasta), "--out", str(out)),
         *("--include", options.include, "--precision", options.precision, "--max-seq-length", str(longest)),
+        *("--dtype", "fp64" if options.precision == "fp64" else "fp32"),
         f"parallel.context_parallel_size={processes}",
     ]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -54,27 +56,31 @@ def ids_of(sequence: str) -> torch.Tensor:
     return torch.tensor([[0, *encode_residues(sequence).tolist(), 2]])
 
 
+@contextmanager
+def in_double(reference: Reference) -> Iterator[Reference]:
+    """A copy that computes in fp64 within the block, where Hugging Face would go to fp32 by `.float()` too.
+
+    The frequencies of the rotation stay numbers of 32 bits, as a checkpoint has them.
+    """
+    with patch.object(torch.Tensor, "float", torch.Tensor.double):
+        yield replace(reference, model=copy.deepcopy(reference.model).double())
+
+
 @torch.no_grad()
 def pseudo_log_likelihood(reference: Reference, sequence: str, width: int = MAX_SEQ_LENGTH) -> float:
     """Sum of log p(residue) by Hugging Face's model in fp64, with one protein and one mask at a time,
     of a long protein `width` tokens around it.
     """
-    model = copy.deepcopy(reference.model).double()
-    for module in model.modules():
-        if hasattr(module, "inv_freq"):  # in fp32 so far
-            d = SHAPE.hidden_size // SHAPE.num_attention_heads
-            module.inv_freq = 1.0 / 10000.0 ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
     total = 0.0
-    for residue in range(len(sequence)):
-        ids, token = ids_of(sequence), residue + 1
-        own = int(ids[0, token])
-        ids[0, token] = MASK
-        window = optimal(residue, len(sequence), width)
-        seen = ids[:, window.start : window.stop]
-        # It has the share of masked tokens in fp32, by `.float()`.
-        with patch.object(torch.Tensor, "float", torch.Tensor.double):
-            logits = model(seen, attention_mask=torch.ones_like(seen)).logits[0, token - window.start]
-        total += float(logits.log_softmax(-1)[own])
+    with in_double(reference) as exact:
+        for residue in range(len(sequence)):
+            ids, token = ids_of(sequence), residue + 1
+            own = int(ids[0, token])
+            ids[0, token] = MASK
+            window = optimal(residue, len(sequence), width)
+            seen = ids[:, window.start : window.stop]
+            logits = exact.run_ids(seen).logits[0, token - window.start]
+            total += float(logits.log_softmax(-1)[own])
     return total
 
 

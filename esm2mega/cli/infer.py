@@ -55,11 +55,11 @@ _PACK_TOKENS = click.option(
 )
 @click.option(
     "--precision",
-    metavar="fp32|bf16|fp16|int8",
+    metavar="fp32|bf16|fp16|fp64|int8",
     help="Precision of the computation [default: same as in training].",
 )
 @click.option("--max-drift", metavar="D", help="Largest drift of --precision int8 from fp32 [default: 0.02].")
-@click.option("--dtype", metavar="fp32|fp16|bf16", help="Data type of the output [default: fp32].")
+@click.option("--dtype", metavar="fp32|fp16|bf16|fp64", help="Data type of the output [default: fp32].")
 @click.option("--layout", metavar="ragged|bionemo", help="Layout of HDF5 files [default: ragged].")
 @click.option(
     "--compression", metavar="none|gzip|lzf", help="Compression with --layout bionemo [default: none]."

@@ -280,7 +280,7 @@ class InferConfig:
     pooling: str = _choice("mean", "mean", "cls", "max")
     precision: str | None = _choice(None, "fp32", "bf16", "fp16", "fp64", "int8")
     max_drift: float = 0.02
-    dtype: str = _choice("fp32", "fp32", "fp16", "bf16")
+    dtype: str = _choice("fp32", "fp32", "fp16", "bf16", "fp64")
     layout: str = _choice("ragged", "ragged", "bionemo")
     compression: str = _choice("none", "none", "gzip", "lzf")
     too_long: str = _choice("error", "error", "crop", "chunk")

@@ -21,10 +21,10 @@ from esm2mega.infer.maps import row_blocks
 from esm2mega.infer.proteins import Lengths, Values
 from esm2mega.model.esm2 import VOCAB_SIZE
 
-STORED = {"fp32": "float32", "fp16": "float16", "bf16": "uint16"}
+STORED = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "fp64": "float64"}
 """Maps each `infer.dtype` to a numpy dtype; numpy and HDF5 have no bfloat16, so its bits are stored."""
 
-_TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 MOST_PIECE_TOKENS, LEAST_PIECE_TOKENS = 1 << 16, 1 << 12
 """Bound the tokens of a piece of the input."""

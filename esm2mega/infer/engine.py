@@ -30,10 +30,10 @@ from esm2mega.infer.windows import Window
 from esm2mega.model.build import build_model
 from esm2mega.model.contact_maps import ContactMaps, Span
 from esm2mega.model.contact_tiles import ContactTiles
-from esm2mega.model.context_parallel import gather_for_all
 from esm2mega.model.esm2 import ESM2Model
 from esm2mega.model.hidden_states import hidden_states
 from esm2mega.model.packed import PackedSequences
+from esm2mega.parallel.context_collectives import gather_for_all
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.parcel import Parcel
 from esm2mega.vocabulary import PAD

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from esm2mega.model.contact_tiles import ContactTiles, add_layer
-from esm2mega.model.context_parallel import gather_for_shares
+from esm2mega.parallel.context_collectives import gather_for_shares
 
 _MAP_ELEMENTS = 1 << 24
 """Limits the elements of attention maps held at once: 64 MB in fp32, or one map if it is larger."""

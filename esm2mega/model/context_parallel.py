@@ -9,6 +9,8 @@ needed    Every rank gets the keys and values of those tokens that its own atten
           that its part begins within, and the rest of the one that it ends within. ``gather`` is the same
           with the keys and values of all tokens.
 
+Half of the heads are exchanged while the other half attends.
+
 Heads and losses see the whole pack on every rank, and compute the same there. A gradient on its way back from
 what every rank has computed is therefore multiplied by c, without being sent, in place of a sum over c equal
 ones; so the sum over the group, which Megatron-Core takes of all gradients of weights together with that over
@@ -28,13 +30,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.functional import pad
 
 from esm2mega.batch import host_borders
 from esm2mega.model.packed import PackedSequences
+from esm2mega.parallel.context_collectives import AllToAll, sum_for_all
 from esm2mega.parcel import Parcel
 
 Attend = Callable[[Tensor, Tensor, Tensor, PackedSequences, int], Tensor]
@@ -84,8 +86,7 @@ class HeadExchange:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, first_head: int, kernel: Attend) -> Tensor:
         """Attend: q ``[T/c, n/t, d]``, or those of `own_rows`, k and v ``[T/c, n/t, d]`` -> as q.
 
-        All-to-alls of the context-parallel group send q, k and v there, in one or two parts, and the results
-        back.
+        All-to-alls of the context-parallel group send q, k and v there, and the results back.
 
         Args:
             query: Those of this rank's tokens, as `key` and `value`.
@@ -94,33 +95,45 @@ class HeadExchange:
             first_head: Number of the first of these heads among all.
             kernel: What attends.
         """
-        if self.query_counts is None:
-            q, k, v = self._by_heads(torch.stack((query, key, value), dim=1)).unbind(dim=1)
-        else:
-            (q,) = self._by_heads(query[:, None], self.query_counts).unbind(dim=1)
-            k, v = self._by_heads(torch.stack((key, value), dim=1)).unbind(dim=1)
         own, heads, channels = query.shape
         each = heads // self.size
-        context = kernel(q, k, v, self.packed, first_head + self.rank * each)
         counts = self.query_counts or (own,) * self.size
-        # [queries of all, n/tc, d] -> [c * own, n/tc, d] -> [own, c, n/tc, d]
-        returned = _AllToAll.apply(context, counts, (own,) * self.size)
-        return returned.view(self.size, own, each, channels).transpose(0, 1).reshape(own, heads, channels)
+        turns = _turns(each)
+        sent: list[tuple[AllToAll, ...]]
+        if self.query_counts is None:
+            sent = [(self._by_heads((query, key, value), turn, counts),) for turn in turns]
+        else:
+            sent = [
+                (self._by_heads((query,), turn, counts), self._by_heads((key, value), turn)) for turn in turns
+            ]
+        returned = []
+        for turn, arriving in zip(turns, sent, strict=True):
+            q, k, v = (part for exchange in arriving for part in exchange.wait().unbind(dim=1))
+            context = kernel(q, k, v, self.packed, first_head + self.rank * each + turn.start)
+            # [queries of all, n/tc, d] -> [c * own, n/tc, d]
+            returned.append(AllToAll(context, counts, (own,) * self.size))
+        # [own, c, n/tc, d]
+        by_ranks = [
+            exchange.wait().view(self.size, own, turn.stop - turn.start, channels).transpose(0, 1)
+            for turn, exchange in zip(turns, returned, strict=True)
+        ]
+        return torch.cat(by_ranks, dim=2).view(own, heads, channels)
 
-    def _by_heads(self, own: Tensor, counts: tuple[int, ...] | None = None) -> Tensor:
-        """Exchange ``[own, k, n/t, d]`` of this rank's tokens for ``[all, k, n/tc, d]`` of its heads.
+    def _by_heads(
+        self, own: tuple[Tensor, ...], turn: slice, counts: tuple[int, ...] | None = None
+    ) -> AllToAll:
+        """Begin to exchange k tensors ``[own, n/t, d]`` of this rank's tokens for ``[all, k, n/tc, d]``.
 
         Args:
-            own: Several values of each token side by side.
+            own: Several values of each token.
+            turn: Which of the heads of each rank.
             counts: How many tokens each rank has; None for equally many.
         """
-        tokens, kinds, heads, channels = own.shape
-        parts = own.view(tokens, kinds, self.size, heads // self.size, channels).permute(2, 0, 1, 3, 4)
-        return _AllToAll.apply(
-            parts.reshape(self.size * tokens, kinds, heads // self.size, channels),
-            (tokens,) * self.size,
-            counts or (tokens,) * self.size,
-        )
+        tokens, heads, channels = own[0].shape
+        parts = (x.view(tokens, self.size, heads // self.size, channels)[:, :, turn] for x in own)
+        # [c, own, k, n/tc, d]
+        sent = torch.stack([part.transpose(0, 1) for part in parts], dim=2).flatten(0, 1)
+        return AllToAll(sent, (tokens,) * self.size, counts or (tokens,) * self.size)
 
 
 @dataclass(frozen=True)
@@ -144,10 +157,27 @@ class KeyExchange:
         return replace(self, packed=self.packed.at_rows())
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, first_head: int, kernel: Attend) -> Tensor:
-        """Attend as `HeadExchange.attend` does; one all-to-all of the group, for keys and values together."""
-        # [T/c, 2, n/t, d] -> [K, 2, n/t, d]
-        keys, values = _Fetch.apply(torch.stack((key, value), dim=1), self.given, self.taken).unbind(dim=1)
-        return kernel(query, keys, values, self.packed, first_head)
+        """Attend as `HeadExchange.attend` does; all-to-alls of the group send keys and values together."""
+        turns = _turns(query.shape[1])
+        sizes = [rows.stop - rows.start for rows in self.given]
+        sent = [
+            # [T/c, 2, n/t, d] -> [K, 2, n/t, d]
+            AllToAll(
+                _Pick.apply(torch.stack((key[:, turn], value[:, turn]), dim=1), self.given), sizes, self.taken
+            )
+            for turn in turns
+        ]
+        contexts = []
+        for turn, arriving in zip(turns, sent, strict=True):
+            keys, values = arriving.wait().unbind(dim=1)
+            contexts.append(kernel(query[:, turn], keys, values, self.packed, first_head + turn.start))
+        return torch.cat(contexts, dim=1)
+
+
+def _turns(heads: int) -> list[slice]:
+    """Divide heads in two, so that one half attends while the other, or its results, are on their way."""
+    half = heads // 2
+    return [slice(0, half), slice(half, heads)] if half else [slice(0, heads)]
 
 
 Exchange = HeadExchange | KeyExchange
@@ -254,108 +284,24 @@ def _between(
     return local
 
 
-class _Fetch(torch.autograd.Function):
-    """Fetches tokens of all ranks of the context-parallel group: ``[T/c, …] -> [K, …]``.
+class _Pick(torch.autograd.Function):
+    """Puts the rows side by side that each rank gets, some of them several times: ``[T/c, …] -> [given, …]``.
 
-    The backward pass gives the gradients back to the ranks that have the tokens, and adds them up there.
+    The backward pass adds up the gradients of each row, in one tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, given: Sequence[slice], taken: Sequence[int]) -> Tensor:
-        ctx.given, ctx.taken, ctx.length = given, taken, len(own)
-        sent = torch.cat([own[rows] for rows in given])
-        return _all_to_all(sent, [rows.stop - rows.start for rows in given], taken)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        sizes = [rows.stop - rows.start for rows in ctx.given]
-        returned = _all_to_all(gradients[0], ctx.taken, sizes)
-        total = returned.new_zeros(ctx.length, *returned.shape[1:])
-        for rows, piece in zip(ctx.given, returned.split(sizes), strict=True):
-            total[rows] += piece
-        return total, None, None
-
-
-class _AllToAll(torch.autograd.Function):
-    """Gives each rank its rows; the backward pass gives the gradients back."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
-        ctx.given, ctx.taken = given, taken
-        return _all_to_all(rows, given, taken)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _all_to_all(gradients[0], ctx.taken, ctx.given), None, None
-
-
-def _all_to_all(sent: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
-    """Run an all-to-all of the context-parallel group along the first dimension.
-
-    Args:
-        sent: Rows for each rank, one after the other.
-        given: How many rows each rank gets.
-        taken: How many rows come from each rank.
-    """
-    received = sent.new_empty(sum(taken), *sent.shape[1:])
-    group = parallel_state.get_context_parallel_group()
-    dist.all_to_all_single(received, sent.contiguous(), list(taken), list(given), group=group)
-    return received
-
-
-class _Gather(torch.autograd.Function):
-    """Gathers the parts of all ranks: ``[T/c, …] -> [T, …]``, over the context-parallel group.
-
-    With `shared` every rank computes the same with them; then the backward pass sends nothing. Otherwise it
-    adds up the gradients of all ranks (reduce-scatter).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, shared: bool) -> Tensor:
-        ctx.shared = shared
-        group = parallel_state.get_context_parallel_group()
-        gathered = own.new_empty(own.shape[0] * group.size(), *own.shape[1:])
-        dist.all_gather_into_tensor(gathered, own.contiguous(), group=group)
-        return gathered
+    def forward(ctx: Any, own: Tensor, given: Sequence[slice]) -> Tensor:
+        ctx.given, ctx.length = given, len(own)
+        return torch.cat([own[rows] for rows in given])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        group = parallel_state.get_context_parallel_group()
-        if ctx.shared:
-            return gradients[0].chunk(group.size())[group.rank()] * group.size(), None
-        gradient = gradients[0].contiguous()
-        own = gradient.new_empty(gradient.shape[0] // group.size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient, group=group)
-        return own, None
-
-
-def gather_for_all(own: Tensor) -> Tensor:
-    """Give every rank all tokens, with which each computes the same: ``[T/c, …] -> [T, …]``."""
-    return _Gather.apply(own, True)
-
-
-def gather_for_shares(own: Tensor) -> Tensor:
-    """Give every rank all tokens, with which each computes something else: ``[T/c, …] -> [T, …]``."""
-    return _Gather.apply(own, False)
-
-
-class _Sum(torch.autograd.Function):
-    """Adds up what the ranks of the context-parallel group have; each then computes the same with it."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        total = own.clone()
-        dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0] * parallel_state.get_context_parallel_world_size()
-
-
-def sum_for_all(own: Tensor) -> Tensor:
-    """Add up shares of a result, which every rank then has; over the context-parallel group."""
-    return _Sum.apply(own)
+        total = gradients[0].new_zeros(ctx.length, *gradients[0].shape[1:])
+        pieces = gradients[0].split([rows.stop - rows.start for rows in ctx.given])
+        for rows, piece in zip(ctx.given, pieces, strict=True):
+            total[rows] += piece
+        return total, None
 
 
 def rows_for_all(own: Tensor, packed: PackedSequences) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from esm2mega.model.context_parallel import (
     chosen_for_all,
-    gather_for_all,
     in_parts,
     own_part,
     rows_for_all,
@@ -31,6 +30,7 @@ from esm2mega.model.lm_head import LMHead
 from esm2mega.model.packed import PackedSequences
 from esm2mega.model.proteinbert import ProteinBertEmbedding
 from esm2mega.model.rotary import RotaryTables
+from esm2mega.parallel.context_collectives import gather_for_all
 from esm2mega.vocabulary import VOCAB
 
 VOCAB_SIZE = len(VOCAB)

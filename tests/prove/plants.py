@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from esm2mega.checkpoint import store
 from esm2mega.model import attention, context_parallel, esm2, init
+from esm2mega.parallel import context_collectives
 from esm2mega.train import optimizer, step
 from esm2mega.train.losses import LossReduction
 
@@ -131,15 +132,17 @@ def positions_begin_anew_in_each_part() -> AbstractContextManager[Any]:
 
 def gradients_of_fetched_keys_lost() -> AbstractContextManager[Any]:
     def of_own_alone(ctx: Any, *gradients: Tensor) -> Any:
-        before = sum(ctx.taken[: parallel_state.get_context_parallel_rank()])
-        own = gradients[0][before : before + ctx.length]
-        return own, None, None
+        pieces = gradients[0].split([rows.stop - rows.start for rows in ctx.given])
+        rank = parallel_state.get_context_parallel_rank()
+        own = gradients[0].new_zeros(ctx.length, *gradients[0].shape[1:])
+        own[ctx.given[rank]] = pieces[rank]
+        return own, None
 
-    return patch.object(context_parallel._Fetch, "backward", staticmethod(of_own_alone))
+    return patch.object(context_parallel._Pick, "backward", staticmethod(of_own_alone))
 
 
 def gradient_of_what_all_compute_counted_once() -> AbstractContextManager[Any]:
-    return patch.object(context_parallel._Sum, "backward", staticmethod(lambda ctx, gradient: gradient))
+    return patch.object(context_collectives._Sum, "backward", staticmethod(lambda ctx, gradient: gradient))
 
 
 def dropout_of_the_first_part() -> AbstractContextManager[Any]:

@@ -27,11 +27,11 @@ from esm2mega.config.schema import TaskConfig
 from esm2mega.config.task import PAIR_KIND, RESIDUE_KINDS
 from esm2mega.model import pooling
 from esm2mega.model.contact_maps import ContactMaps, Span
-from esm2mega.model.context_parallel import sum_for_all
 from esm2mega.model.dropout import KeyedDropout
 from esm2mega.model.heads.task import MakeHead
 from esm2mega.model.pipeline_payload import carried_dtype
 from esm2mega.pairs import num_pairs
+from esm2mega.parallel.context_collectives import sum_for_all
 
 _KERNEL = 7
 """Sets how many residues a convolution sees, as in the FLIP and BioNeMo baselines."""

@@ -20,7 +20,14 @@ from esm2mega.errors import UserError
 from esm2mega.infer.embed import EmbedRequest, embed
 from esm2mega.infer.hdf5_checksums import verify
 from esm2mega.infer.windows import overlapping
-from tests.infer_models import MAX_SEQ_LENGTH, Reference, ids_of, random_proteins, write_fasta
+from tests.infer_models import (
+    MAX_SEQ_LENGTH,
+    Reference,
+    ids_of,
+    in_double,
+    random_proteins,
+    write_fasta,
+)
 
 LAYERS = 4
 # Relative to the largest value; as in tests/parity: fp32 sums over up to 128 keys and 104 channels.
@@ -205,6 +212,25 @@ def test_half_compute_is_near(
         # bf16 keeps 8 bits, fp16 11; this random model is steeper than a trained one.
         assert 0 < np.abs(actual - expected).mean() < bound * np.abs(expected).mean()
         assert file.attrs["precision"] == precision
+
+
+def test_fp64_is_stored_as_it_is_computed(reference: Reference, fasta: Path, tmp_path: Path) -> None:
+    overrides = ("infer.precision=fp64", "infer.dtype=fp64", "infer.outputs=[residue,pooled,logits]")
+    run(reference, fasta, tmp_path / "x.h5", *overrides)
+    with h5py.File(tmp_path / "x.h5") as file, in_double(reference) as exact:
+        names = {"residue": f"residue/layer_{LAYERS}", "pooled": f"pooled/layer_{LAYERS}", "logits": "logits"}
+        assert {file[name].dtype for name in names.values()} == {np.dtype("float64")}
+        for number, (_, sequence) in enumerate(PROTEINS):
+            theirs, rows = exact.run(sequence), slice(*file["offsets"][number : number + 2])
+            states = theirs.hidden_states[-1][0, 1:-1]
+            for name, where, expected in (
+                ("residue", rows, states),
+                ("pooled", number, states.mean(0)),
+                ("logits", rows, theirs.logits[0, 1:-1]),
+            ):
+                difference = np.abs(file[names[name]][where] - expected.numpy()).max()
+                # Sums of up to 416 products in fp64, whose order differs.
+                assert difference <= 1e-12 * expected.abs().max()
 
 
 LONG = random_proteins([300], seed=8)[0]
