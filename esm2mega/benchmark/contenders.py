@@ -1,4 +1,4 @@
-"""Lists who takes part in a benchmark: our model in every precision and, where they are installed, peers."""
+"""Lists the programs of a benchmark: esm2mega in every precision, and those of others where installed."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import click
 from esm2mega.cli.group import command, listed, single_process
 
 
-@command(short_help="Measure how fast this machine computes, trains and embeds, and peers beside it.")
+@command(short_help="Measure how fast this machine computes, trains and embeds, next to other programs.")
 @click.argument("fasta", required=False, metavar="[FASTA]")
 @click.option("--model", metavar="SIZE", default="8M", show_default=True, help="8M, 35M, 150M, 650M, …")
 @click.option(
@@ -28,7 +28,7 @@ from esm2mega.cli.group import command, listed, single_process
     default=4,
     show_default=True,
     metavar="N",
-    help="Batches of a pass over the proteins, about.",
+    help="Approximate number of batches in a round.",
 )
 @click.option(
     "--rounds",
@@ -36,7 +36,7 @@ from esm2mega.cli.group import command, listed, single_process
     default=3,
     show_default=True,
     metavar="N",
-    help="Passes that count; one before them warms up.",
+    help="Measured rounds, after one that warms up.",
 )
 @click.option(
     "--pack-tokens",
@@ -66,7 +66,7 @@ def benchmark(
     seed: int,
     out: str,
 ) -> None:
-    """Measure products of matrices, copies, the data side, training, embedding, and the parts of a step.
+    """Measure matrix products, memory copies, data loading, training, embedding, and the parts of a step.
 
     All programs get the same proteins, from FASTA or made up with the lengths of UniRef90, and take turns; a
     ratio is taken within a round. DIR gets benchmark.json and benchmark.png.

@@ -13,7 +13,7 @@ from esm2mega.cli.group import command, single_process
 from esm2mega.convert.formats.registry import READABLE, WRITABLE
 
 
-@command("convert", short_help="Convert checkpoints from and to Hugging Face, fair-esm, BioNeMo, Cerebras.")
+@command("convert", short_help="Convert checkpoints from and to Hugging Face, fair-esm, BioNeMo and others.")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @click.option("--to", required=True, type=click.Choice(WRITABLE), help="Format to write.")

@@ -12,7 +12,7 @@ import click
 from esm2mega.cli.group import command, listed, single_process
 
 
-@command("export", short_help="Write a model as a program of PyTorch or ONNX, which needs no esm2mega.")
+@command("export", short_help="Write a model as a PyTorch or ONNX program that runs without esm2mega.")
 @click.argument("checkpoint")
 @click.option(
     "--to",

@@ -146,7 +146,7 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
     help="Normalise probabilities over all 33 tokens, or over the 20 standard residues.",
 )
 @click.option(
-    "--offset", type=int, default=1, show_default=True, help="Number of the first residue in the variants."
+    "--offset", type=int, default=1, show_default=True, help="Number that variants give to the first residue."
 )
 @click.option(
     "--mutation-column", default="mutant", show_default=True, metavar="NAME", help="Column with the variants."
@@ -185,7 +185,7 @@ def embed(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, 
 @click.option("--assays", metavar="DIR", help="Folder with the assays, for --proteingym.")
 @click.option(
     "--precision",
-    metavar="fp32|bf16|fp16",
+    metavar="fp32|bf16|fp16|fp64",
     help="Precision of the computation [default: same as in training].",
 )
 @click.option(

@@ -36,10 +36,10 @@ def map_command(
     layer: int | None,
     seed: int,
 ) -> None:
-    """Draw the proteins of EMBEDDINGS.h5, which `esm2mega embed` wrote, where similar ones lie together.
+    """Draw a map of the proteins in EMBEDDINGS.h5, written by `esm2mega embed`; similar ones lie close.
 
-    The places are the first two principal components, and those of UMAP where umap-learn is installed. The
-    page is one file, in which proteins are found by their ids.
+    It shows the first two principal components and, where umap-learn is installed, also UMAP. The page is one
+    file, in which you can search for proteins by their ids.
 
     Example: esm2mega map proteins.h5 --labels labels.csv --column family --out map.html
     """

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from esm2mega.config.schema import Run
 
 
-@command(
-    short_help="Find out which layouts of a model fit on GPUs, and how fast they are, before a job runs."
-)
+@command(short_help="Estimate which layouts of a model fit on given GPUs, and how fast they are.")
 @click.option("--model", metavar="SIZE", help="Model size: 8M, 35M, 150M, 650M, 3B or 15B.")
 @click.option("--config", metavar="FILE|NAME", help="YAML file, or the name of a shipped configuration.")
 @click.option(
@@ -78,7 +76,7 @@ def plan(
     out: str | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Plan a pretraining run for GPUs you need not have: memory of every rank, communication, time per step.
+    """Plan a pretraining run without its GPUs: memory of every rank, communication, and time per step.
 
     Lists the layouts that fit, the fastest first, and says why the others do not. If KEY=VALUE or the
     configuration sets a layout, only that one is planned, stage by stage.

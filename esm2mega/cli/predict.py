@@ -57,7 +57,7 @@ from esm2mega.errors import UserError
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]…")
 def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool, **options: Any) -> None:
-    """Predict labels for the proteins of INPUT with a fine-tuned model; a run stands for its best checkpoint.
+    """Predict labels for the proteins of INPUT with a fine-tuned model; of a run, the best checkpoint.
 
     INPUT is a FASTA, CSV, Parquet or other sequence file, compressed or not, or a token store; - reads
     standard input. Several runs joined by commas form an ensemble, and so do the folds of `finetune --folds`:

@@ -18,7 +18,7 @@ def quickstart(out: str) -> None:
     run_quickstart(out)
 
 
-@command()
+@command(short_help="Describe a token store, a run, an output or a checkpoint; find leakage.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH…")
 @click.option(
     "--verify", is_flag=True, help="List every file of a checkpoint or token store as it is verified."
@@ -113,7 +113,7 @@ def plot(run_dirs: tuple[str, ...], out: str | None, results: str | None) -> Non
     default=10.0,
     show_default=True,
     metavar="S",
-    help="Seconds between two looks.",
+    help="Seconds between two updates.",
 )
 @click.option("--once", is_flag=True, help="Show the current state once, and exit.")
 @single_process

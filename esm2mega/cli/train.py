@@ -23,7 +23,7 @@ CODE = click.option(
 _FAST_DEV_RUN = click.option(
     "--fast-dev-run",
     is_flag=True,
-    help="Try it out: two steps, an evaluation, a checkpoint, and nothing of it is kept.",
+    help="Try it out: two steps, an evaluation and a checkpoint, all removed at the end.",
 )
 
 
@@ -99,8 +99,8 @@ def finetune(
 ) -> None:
     """Fine-tune on a table of labelled proteins, or resume from the newest checkpoint in run_dir.
 
-    What is not set is chosen from the data and the model, and printed: batch, epochs, learning rate, warmup,
-    evaluations and when to stop.
+    Batch size, epochs, learning rate, warmup, evaluations and early stopping are chosen from the data and the
+    model unless you set them, and printed.
 
     Example: esm2mega finetune run_dir=runs/fitness init_from=runs/mine task.kind=regression
     task.target_columns=[fitness] data.train=train.csv data.valid=valid.csv
