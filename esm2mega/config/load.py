@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import pickle
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -88,7 +89,11 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
         config: Path or name of a file whose values come before the overrides; None for none.
     """
     settings = [s for s in _given(config, overrides) if not (s.key.startswith("model.") and _is_default(s))]
-    return resolve(_to_run(OmegaConf.structured(_escaped(base)), settings))
+    tree, defaults = _defaults(), flatten(Run())
+    for key, value in flatten(base).items():
+        if value != defaults[key]:  # setting all of them takes as long as making a tree
+            OmegaConf.update(tree, key, _escaped(value), merge=False)
+    return resolve(_to_run(tree, settings))
 
 
 def _given(config: str | None, overrides: Sequence[str]) -> list[Setting]:
@@ -178,9 +183,6 @@ def _escaped(value: Any) -> Any:
         return [_escaped(item) for item in value]
     if isinstance(value, dict):
         return {name: _escaped(inner) for name, inner in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _escaped(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
     return value
 
 
@@ -428,13 +430,13 @@ def _naming_places(settings: Iterable[Setting]) -> Iterator[None]:
 
 
 def _defaults() -> DictConfig:
-    """Return a typed tree of all defaults, as a copy, which takes a tenth of the time of making one."""
-    return copy.deepcopy(_structured())
+    """Return a typed tree of all defaults; reading it anew takes a twentieth of the time of making one."""
+    return typing.cast(DictConfig, pickle.loads(_pickled_defaults()))
 
 
 @functools.cache
-def _structured() -> DictConfig:
-    return OmegaConf.structured(Run)
+def _pickled_defaults() -> bytes:
+    return pickle.dumps(OmegaConf.structured(Run))
 
 
 def _first_line(error: Exception) -> str:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from tests.prove.mutations import MUTATIONS, found, judge, trial
+from tests.prove.mutations import MUTATIONS, Mutation, found, judge, trial
+
+
+def test_every_error_is_planted_in_its_own_way() -> None:
+    assert len(MUTATIONS) == len({mutation.plant for mutation in MUTATIONS}) >= 30
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-def test_every_mutation_is_found() -> None:
+@pytest.mark.parametrize(
+    "mutations",
+    [
+        pytest.param(MUTATIONS[::2], id="every_other"),
+        pytest.param(MUTATIONS, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_mutations_are_found(mutations: Sequence[Mutation]) -> None:
     cleans = [trial(MUTATIONS[number], planted=False) for number in (-3, -1)]
-    verdicts = judge([*map(trial, MUTATIONS), *cleans])
-    assert len(MUTATIONS) == len({mutation.plant for mutation in MUTATIONS}) >= 25
-    for mutation in MUTATIONS:
+    verdicts = judge([*map(trial, mutations), *cleans])
+    for mutation in mutations:
         verdict = verdicts[trial(mutation)]
         assert verdict.error is None, f"{mutation.what}: {verdict.error}"
         assert not verdict.passed, mutation.what
