@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from esm2mega.plan.counting import Cost, StepCounter
 
@@ -32,6 +33,15 @@ def test_products_count_their_operations_and_the_rest_its_bytes() -> None:
         c.add_(1.0)
     assert counter.flops == 2 * 3 * 5 * 7
     assert counter.moved == 2 * 3 * 7 * 4
+
+
+def test_questions_and_empty_tensors_move_nothing() -> None:
+    with FakeTensorMode(), StepCounter() as counter:
+        a = torch.empty(3, 5)
+        b, c = a.new_empty(7), torch.empty_like(a)
+        assert {x.device.type for x in (a, b, c)} == {"cpu"}
+    assert counter.moved == 0
+    assert counter.peak == 4 * (15 + 7 + 15)
 
 
 def test_a_cost_grows_with_every_further_layer() -> None:
