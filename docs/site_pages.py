@@ -20,8 +20,8 @@ GENERATED = ROOT / "docs" / "generated"
 
 LAYOUT_LETTERS = (
     "Lengths and batches are counted in tokens, with the `<cls>` and `<eos>` of each protein. Steps are "
-    "optimizer steps. T stands for `train.micro_batch_tokens`, TP and PP for the tensor and pipeline "
-    "parallel sizes, and DP = processes / (TP x PP). `null` means that a key is not set."
+    "optimizer steps. T stands for `train.micro_batch_tokens`, TP, PP and CP for the tensor, pipeline and "
+    "context parallel sizes, and DP = processes / (TP x PP x CP). `null` means that a key is not set."
 )
 API = {
     "esm2mega.infer.api": "Embeddings, contacts and scores",

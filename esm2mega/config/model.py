@@ -24,6 +24,11 @@ def check_context(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Check that attention can be exchanged between the context-parallel processes as is asked for."""
     size, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     if size == 1:
+        if parallel.context_parallel_exchange != "auto":
+            raise UserError(
+                f"parallel.context_parallel_exchange={parallel.context_parallel_exchange} needs "
+                "parallel.context_parallel_size > 1; set parallel.context_parallel_exchange=auto"
+            )
         return
     heads = shape_of(model).num_attention_heads // tp
     if parallel.context_parallel_exchange == "heads" and heads % size:

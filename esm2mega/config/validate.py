@@ -139,6 +139,7 @@ def validate(run: Run, world_size: int) -> None:
     check_split(run.data, is_labelled=run.task.kind is not None)
     _check_stores(run.data, run.train, is_labelled=run.task.kind is not None)
     _check_schedule(run.schedule, run.train)
+    check_shares(run.train, run.parallel)
     check_batches(run.train, run.data, run.parallel, world_size)
 
 
@@ -318,7 +319,6 @@ def _check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConf
             "set parallel.sequence_parallel=false"
         )
     check_context(model, parallel)
-    check_shares(train, parallel)
 
 
 def _virtual_cure(num_layers: int, pp: int) -> str:

@@ -84,8 +84,9 @@ def open_members(
                 raise UserError(f"{both} have {key}={one} and {other}; give {key}={one}, which holds for all")
         if first.run.parallel != member.run.parallel:
             raise UserError(
-                f"{both} have other layouts; give parallel.tensor_model_parallel_size=N and "
-                "parallel.pipeline_model_parallel_size=N, which hold for all"
+                f"{both} have other layouts; give parallel.tensor_model_parallel_size=N "
+                "parallel.pipeline_model_parallel_size=N parallel.context_parallel_size=N "
+                "parallel.context_parallel_exchange=auto, which hold for all"
             )
     return members
 

@@ -162,7 +162,7 @@ class EmbedJob(Job):
             for location, values in embedder.run(residues, named) if residues else ():
                 number = numbers[location]
                 yield 1, contents.stored(number, values)
-                if ranks.hands_on:
+                if ranks.is_output_rank:
                     self._draw(number, contents.store.id(number), values)
 
         return compute
@@ -173,7 +173,8 @@ class EmbedJob(Job):
         if window <= size or not ranks.is_main:
             return
         stored = np.dtype(STORED[self.run.infer.dtype]).itemsize
-        need = need_of(self.run.model, self._request, window, window, ranks.tp_size, ranks.cp_size, stored)
+        windows = int(contents.num_windows.max())
+        need = need_of(self.run.model, self._request, window, windows, ranks.tp_size, ranks.cp_size, stored)
         memory = (used_bytes(ranks.device) + need.memory) / 1e9
         disk = f", and {need.disk / 1e9:.1f} GB of disk while contacts are computed" if need.disk else ""
         print(

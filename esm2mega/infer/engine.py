@@ -163,7 +163,7 @@ class Engine:
             model: This rank's stage, from `load_model`.
             ranks: Ranks of this process.
             request: What to compute.
-            micro_batch_tokens: Tokens of a pack; with a pipeline, all are padded to it or to the largest.
+            micro_batch_tokens: Tokens of a pack; with a pipeline, smaller ones are padded to it.
             scratch: Folder for the contacts of long proteins while they are computed; None for the system's
                 folder of temporary files.
         """
@@ -185,12 +185,26 @@ class Engine:
                     self._finish_contacts(outputs)
                     yield outputs
                 return
-            size = _IN_FLIGHT * self._ranks.pp_size
-            for first in range(0, len(packs), size):
-                group = self._pipeline(packs[first : first + size], hidden, maps)
-                for outputs in group:
+            for group in self._groups(packs):
+                for outputs in self._pipeline(group, hidden, maps):
                     self._finish_contacts(outputs)
                     yield outputs
+
+    def _groups(self, packs: Sequence[WindowPack]) -> list[list[WindowPack]]:
+        """Divide packs into those that pass through the pipeline together, in order.
+
+        Stages send each other tensors of one size, so a pack of more tokens than usual passes alone.
+        """
+        groups: list[list[WindowPack]] = []
+        room = 0
+        for pack in packs:
+            is_long = len(pack.tokens) > self.micro_batch_tokens
+            if is_long or not room:
+                groups.append([])
+                room = _IN_FLIGHT * self._ranks.pp_size
+            groups[-1].append(pack)
+            room = 0 if is_long else room - 1
+        return groups
 
     @contextmanager
     def _collectors(self) -> Iterator[tuple[dict[int, Tensor], ContactMaps | None]]:
@@ -261,9 +275,7 @@ class Engine:
         self, packs: Sequence[WindowPack], hidden: dict[int, Tensor], maps: ContactMaps | None
     ) -> list[PackOutputs]:
         collected: list[PackOutputs] = []
-        # Stages send each other tensors of one size.
-        longest = max(self.micro_batch_tokens, *(len(pack.tokens) for pack in packs))
-        num_tokens = self._in_equal_parts(longest)
+        num_tokens = self._in_equal_parts(max(self.micro_batch_tokens, len(packs[0].tokens)))
 
         def step(waiting: Iterator[WindowPack], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
             outputs, result = self._forward(model, next(waiting), num_tokens, hidden, maps)

@@ -259,7 +259,7 @@ def _compute(job: Job, work: Work, ranks: Ranks, pieces: Sequence[int]) -> None:
     """Compute and write this rank's share of the pieces."""
     compute = job.load(work.contents, ranks)
     # Pipeline stages write their own.
-    writes = ranks.hands_on
+    writes = ranks.is_output_rank
     total = sum(map(work.contents.amount, pieces))
     with (
         work.open_arrays() as arrays,

@@ -152,6 +152,6 @@ class Marginals:
             packs.append(WindowPack(windows, np.concatenate(tokens), np.array(positions, dtype=np.int64)))
             rows.append([number for i in chosen for number in copies[i].places])
         for numbers, pack, outputs in zip(rows, packs, self._engine.run(packs), strict=True):
-            if outputs.logits is not None and self._ranks.hands_on:
+            if outputs.logits is not None and self._ranks.is_output_rank:
                 logits[numbers] = outputs.logits.double()
             progress.update(len(pack.windows))

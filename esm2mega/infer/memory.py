@@ -38,12 +38,12 @@ def need_of(
     model: ModelConfig,
     request: OutputRequest,
     tokens: int,
-    window: int,
+    windows: int,
     tp_size: int,
     cp_size: int,
     stored_bytes: int,
 ) -> Need:
-    """Compute what a pack needs.
+    """Compute what the pack of a long protein, or of a window of it, needs.
 
     Within a layer, attention holds the residual and the normalised states (h each), the fused projection and
     q, k and v (3 h each), and what it returns (h); the feed-forward block the residual, the normalised states
@@ -55,8 +55,8 @@ def need_of(
     Args:
         model: Shape and precision.
         request: What is computed.
-        tokens: T.
-        window: Tokens of the longest window in it.
+        tokens: T, all of them of one window.
+        windows: How many windows of the protein are joined; all but the last wait for it.
         tp_size: t.
         cp_size: c.
         stored_bytes: Bytes of a number in the output.
@@ -68,26 +68,30 @@ def need_of(
     exchanged = 9 / tp_size if cp_size > 1 else 0
     attention = (2 + 7 / tp_size + exchanged) * h * size * tokens / cp_size
     feed_forward = (3 * h + 2 * f) * size * tokens / cp_size
-    span = Span(0, window, slice(1, window - 1))
-    length = window - 2
+    # The language-model head sees all tokens on every process.
+    head = 3 * h * size * tokens if request.logits else 0
+    span = Span(0, tokens, slice(1, tokens - 1))
+    length = tokens - 2
     has_contacts = request.contact_head is not None
-    disk = held = 0
+    disk = held = waiting = 0
     if has_contacts and cp_size > 1:
         attention += 4 * h / tp_size * size * tokens
         n = -(-n // cp_size)
     if has_contacts and is_long(span):
         panels = 2 * PANEL_ELEMENTS * wide + 3 * min(n, PANEL_ELEMENTS // TILE**2) * TILE**2 * wide
         channels = shape.hidden_size // shape.num_attention_heads
-        attention += n * (3 * channels * wide + wide + 3 * 8) * window + panels
-        disk = (length // TILE + 1) ** 2 // 2 * TILE**2 * wide
+        attention += n * (3 * channels * wide + wide + 3 * 8) * tokens + panels
+        disk = windows * (length // TILE + 1) ** 2 // 2 * TILE**2 * wide
         held += TILE * length * (2 * wide + stored_bytes + 1)
     elif has_contacts:
         attention += 4 * PANEL_ELEMENTS * wide + length**2 * wide
         held += length**2 * (2 * wide + stored_bytes + 1)
+        waiting = length**2 * wide
     outputs = len(request.layers) * h * size * tokens + (2 * 33 * wide * tokens if request.logits else 0)
     # A layer's output is rounded and copied while the others wait to be written.
-    written = h * (wide + stored_bytes + 1) * window if request.layers else 0
-    peak = max(max(attention, feed_forward) + outputs, outputs + max(written, held))
+    written = h * (wide + stored_bytes + 1) * tokens if request.layers else 0
+    peak = max(max(attention, feed_forward, head) + outputs, outputs + max(written, held))
+    peak += (windows - 1) * (outputs + waiting)
     return Need(int(_ALLOCATOR * peak), disk)
 
 

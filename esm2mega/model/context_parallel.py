@@ -2,7 +2,7 @@
 
 Rank r of c holds the hidden states of the tokens ``r * T / c`` up to the next rank's. All of them know the
 token ids and the borders of the whole pack, so positions, masks and dropout are what they are in one process.
-Only attention looks beyond a part, and there are two ways to let it:
+Only attention looks beyond a part, and there are two ways to let it, one of them with a variant:
 
 heads     Every rank gets all tokens, for one part of the heads, and gives the results back (all-to-all).
 needed    Every rank gets the keys and values of those tokens that its own attend to: the rest of the protein

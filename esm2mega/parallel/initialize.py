@@ -45,10 +45,10 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def hands_on(self) -> bool:
-        """Return whether this is the one of the processes with the same results that hands them on.
+    def is_output_rank(self) -> bool:
+        """Return whether this process writes the results of its pipeline stage.
 
-        Tensor- and context-parallel ranks of a pipeline stage have the same.
+        Tensor- and context-parallel ranks of a stage all have them; the first of these writes.
         """
         return self.tp_rank == 0 and self.cp_rank == 0
 

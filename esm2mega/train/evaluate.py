@@ -141,7 +141,7 @@ def gathered(mine: T | None, ranks: Ranks) -> list[T] | None:
     Returns:
         On the main process what the replicas gave, without None; None on the others.
     """
-    gives = ranks.hands_on and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    gives = ranks.is_output_rank and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     parts: list[T | None] = [None] * ranks.world_size
     dist.gather_object(mine if gives else None, parts if ranks.is_main else None, dst=0)
     return [part for part in parts if part is not None] if ranks.is_main else None

@@ -10,6 +10,7 @@ from megatron.core.utils import unwrap_model
 from esm2mega.checkpoint.choice import best_checkpoint
 from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import Run, TrainConfig, flatten
+from esm2mega.config.task import PAIR_KIND
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.files import first_of
@@ -38,20 +39,28 @@ def describe_run(run: Run, ranks: Ranks, model: list[Any]) -> list[str]:
         + (", SP" if run.parallel.sequence_parallel else "")
         + (f"; stages of {_stages(config)} layers" if config.pipeline_model_parallel_layout else ""),
         f"batch    {_batch(run.train)}",
-        *_needless_parts(run),
+        *_limits_of_context_parallelism(run),
     ]
 
 
-def _needless_parts(run: Run) -> list[str]:
-    """Say that context parallelism is of no use where a part of a pack holds the longest protein."""
+def _limits_of_context_parallelism(run: Run) -> list[str]:
+    """Say where context parallelism saves no memory."""
     size, tokens = run.parallel.context_parallel_size, run.train.micro_batch_tokens
-    if size == 1 or tokens // size < run.data.max_seq_length:
+    if size == 1:
         return []
+    if tokens // size < run.data.max_seq_length:
+        return [
+            "note     a head of contacts keeps its maps of all pairs on every process: "
+            f"parallel.context_parallel_size={size} saves nothing of these"
+        ] * (run.task.kind == PAIR_KIND)
+    proteins = run.train.micro_batch_size
+    smaller = f"train.micro_batch_tokens={tokens // size}"
+    if proteins is not None:
+        smaller = f"train.micro_batch_size={proteins // size}"
     return [
-        f"note     proteins have at most data.max_seq_length={run.data.max_seq_length} tokens, and each of "
-        f"parallel.context_parallel_size={size} processes has {tokens // size} of a pack: "
-        f"train.micro_batch_tokens={tokens // size} with parallel.context_parallel_size=1 needs no more "
-        "memory and exchanges nothing"
+        f"note     context parallelism saves nothing here: the longest protein ({run.data.max_seq_length} "
+        f"tokens) fits into the part of a pack that one process has ({tokens // size}); "
+        f"parallel.context_parallel_size=1 {smaller} needs no more memory and exchanges nothing"
     ]
 
 

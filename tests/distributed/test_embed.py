@@ -80,15 +80,26 @@ def test_data_parallel_gives_the_same_file(
     assert (tmp_path / "x.h5").read_bytes() == alone.read_bytes()
 
 
-@pytest.mark.parametrize("layout", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
-def test_contacts_in_tiles_are_added_over_ranks(reference: Reference, tmp_path: Path, layout: str) -> None:
+# Six heads cannot be divided among four context-parallel ranks, of which one has none then.
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        ("tensor_model_parallel_size", 2),
+        ("context_parallel_size", 2),
+        pytest.param("context_parallel_size", 4, marks=pytest.mark.slow),
+        pytest.param("pipeline_model_parallel_size", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_contacts_in_tiles_are_added_over_ranks(
+    reference: Reference, tmp_path: Path, layout: str, ranks: int
+) -> None:
     """From 4,096 residues on they are computed in tiles, of which each rank has a share."""
     pairs = [(f"p{n}", text) for n, text in enumerate(random_proteins([40, 4200, 90]))]
     fasta = write_fasta(tmp_path / "proteins.fasta", pairs)
     words = ("--include", "residue,contacts", "--max-seq-length", "5000")
     run_ranks(arguments(reference, fasta, tmp_path / "alone.h5", *words), 1, tmp_path / "one")
-    split = (*words, f"parallel.{layout}_model_parallel_size=2")
-    run_ranks(arguments(reference, fasta, tmp_path / "split.h5", *split), 2, tmp_path / "two")
+    split = (*words, f"parallel.{layout}={ranks}")
+    run_ranks(arguments(reference, fasta, tmp_path / "split.h5", *split), ranks, tmp_path / "several")
     assert max(differences(tmp_path / "split.h5", tmp_path / "alone.h5").values(), default=0) <= 1e-5
 
 

@@ -29,7 +29,7 @@ from esm2mega.prove import prover
 from esm2mega.prove.layouts import Layout
 from esm2mega.prove.prover import Prover, Verdict
 from esm2mega.prove.training import MID_WINDOW
-from esm2mega.prove.trials import DROPOUT, Trial, with_lora
+from esm2mega.prove.trials import DROPOUT, Trial, with_head, with_lora
 from esm2mega.prove.workers import Job, serve_with, train
 from esm2mega.train import build as training
 from esm2mega.train import evaluate
@@ -52,6 +52,7 @@ class Mutation:
         layouts: Of the trial that must find it.
         seen_in: A kind of number that must differ, see `esm2mega.prove.compare.KINDS`.
         lora: Whether adapters are trained.
+        head: The head that is trained, by its name in `esm2mega prove`; empty for the language model.
         alone: Whether it is made in the reference too, since it is the same wherever there is one process.
         settings: Overrides of the training, which the reference has too.
     """
@@ -61,6 +62,7 @@ class Mutation:
     layouts: tuple[Layout, ...]
     seen_in: str
     lora: bool = False
+    head: str = ""
     alone: bool = False
     settings: tuple[str, ...] = ()
 
@@ -350,6 +352,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         "gradient",
     ),
     Mutation(
+        "gradient of a head that all context-parallel ranks compute counted once",
+        plants.gradient_of_gathered_states_counted_once,
+        (_CP2,),
+        "gradient",
+        head="mlp",
+    ),
+    Mutation(
         "dropout of every part of a pack as in the first",
         plants.dropout_of_the_first_part,
         (_CP2,),
@@ -415,6 +424,7 @@ def trial(mutation: Mutation, planted: bool = True) -> Trial:
     inside = MID_WINDOW if len(mutation.layouts) > 1 else ()
     plain = Trial(mutation.layouts, settings=(*mutation.settings, *inside))
     whole = with_lora(plain) if mutation.lora else plain
+    whole = with_head(whole, mutation.head) if mutation.head else whole
     key = (f"{_KEY}={mutation.plant.__name__}",) if planted else ()
     return replace(whole, settings=(*whole.settings, *key))
 

@@ -145,6 +145,17 @@ def gradient_of_what_all_compute_counted_once() -> AbstractContextManager[Any]:
     return patch.object(context_collectives._Sum, "backward", staticmethod(lambda ctx, gradient: gradient))
 
 
+def gradient_of_gathered_states_counted_once() -> AbstractContextManager[Any]:
+    def of_own_part(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        size, rank = (
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_context_parallel_rank(),
+        )
+        return gradient.chunk(size)[rank], None
+
+    return patch.object(context_collectives._Gather, "backward", staticmethod(of_own_part))
+
+
 def dropout_of_the_first_part() -> AbstractContextManager[Any]:
     original = esm2.PackedSequences.with_share
     return patch.object(esm2.PackedSequences, "with_share", lambda self, size, rank: original(self, size, 0))

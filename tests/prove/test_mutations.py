@@ -8,6 +8,13 @@ import pytest
 
 from tests.prove.mutations import MUTATIONS, Mutation, found, judge, trial
 
+# What context parallelism may get wrong, and every other one of the rest.
+IN_EVERY_RUN = [
+    mutation
+    for number, mutation in enumerate(MUTATIONS)
+    if number % 2 == 0 or any(layout.cp > 1 for layout in mutation.layouts)
+]
+
 
 def test_every_error_is_planted_in_its_own_way() -> None:
     assert len(MUTATIONS) == len({mutation.plant for mutation in MUTATIONS}) >= 30
@@ -18,7 +25,7 @@ def test_every_error_is_planted_in_its_own_way() -> None:
 @pytest.mark.parametrize(
     "mutations",
     [
-        pytest.param(MUTATIONS[::2], id="every_other"),
+        pytest.param(IN_EVERY_RUN, id="some"),
         pytest.param(MUTATIONS, id="all", marks=pytest.mark.slow),
     ],
 )

@@ -172,7 +172,8 @@ class _LastStates(LossReduction):
 
     def forward(self, batch: Any, output: Tensor) -> LossTerms:
         if len(batch.labels):  # packs without labels fill up the last group of an interleaved pipeline
-            # [T/t, h] -> [T, h] under sequence parallelism; a gather over the tensor-parallel group.
+            # -> [T, h]; a gather over the tensor-parallel group under sequence parallelism, and over the
+            # context-parallel one.
             states = self._model.gathered(self._hidden[self._layer].unsqueeze(1)).squeeze(1)
             self.found.append(states)
         return LossTerms(output.new_zeros(()), torch.tensor(0, device=output.device))

@@ -239,9 +239,11 @@ NATIVE = Table(
             switch({"model.layer_spec": "te", "model.activation": "gelu_tanh"}),
             "its GELU is computed by tanh",
         ),
-        same("cp_size", "sequences are not split over processes", "1"),
+        key("cp_size", "parallel.context_parallel_size", integer),
         same(
-            "fp8_config.enabled fp4_config.enabled quant_stats_config.enabled", "fp32, bf16 and fp16", "false"
+            "fp8_config.enabled fp4_config.enabled quant_stats_config.enabled",
+            "`model.fp8` and `model.fp8_recipe` set FP8 for the linears of Transformer Engine's layers",
+            "false",
         ),
         same(
             "fp8_config.* fp4_config.* quant_stats_config.* fp8_layers fp4_layers bf16_baseline_file "

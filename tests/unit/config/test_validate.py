@@ -99,6 +99,9 @@ RULES = [
      "train.micro_batch_tokens=4096 is not divisible by parallel.context_parallel_size=3 x "
      "parallel.tensor_model_parallel_size=2 = 6, which parallel.sequence_parallel=true needs; set "
      "train.micro_batch_tokens=4098"),
+    (["parallel.context_parallel_exchange=heads"], 1,
+     "parallel.context_parallel_exchange=heads needs parallel.context_parallel_size > 1; "
+     "set parallel.context_parallel_exchange=auto"),
     (["parallel.context_parallel_size=8", "parallel.context_parallel_exchange=heads"], 8,
      "parallel.context_parallel_exchange=heads gives each of parallel.context_parallel_size=8 processes an "
      "equal number of heads, and there are 20"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 import esm2mega
+from esm2mega.config.infer import validate_inference
+from esm2mega.config.load import load_run
 from esm2mega.config.schema import ModelConfig
 from esm2mega.errors import UserError
 from esm2mega.infer import maps
 from esm2mega.infer.embed import EmbedRequest, embed
-from esm2mega.infer.engine import OutputRequest, group_windows
+from esm2mega.infer.engine import Engine, OutputRequest, group_windows
 from esm2mega.infer.memory import need_of
 from esm2mega.model import contact_maps, contact_tiles
 from tests.infer_models import Reference, random_proteins, write_fasta
@@ -122,13 +125,37 @@ def test_long_windows_are_alone_and_the_others_share_packs() -> None:
     assert group_windows([129], 128) == [[0]]
 
 
+def test_a_long_pack_passes_the_pipeline_alone() -> None:
+    """The others are not padded to it; each stage gets tensors of one size at a time."""
+    engine = SimpleNamespace(micro_batch_tokens=128, _ranks=SimpleNamespace(pp_size=1))
+    packs = [SimpleNamespace(tokens=range(length)) for length in (128, 300, 20, 50, 129, 400, 60)]
+    groups = [[len(pack.tokens) for pack in group] for group in Engine._groups(engine, packs)]
+    assert groups == [[128], [300], [20, 50], [129], [400], [60]]
+    many = Engine._groups(engine, packs[:1] * 10)
+    assert len(many) > 1 and sum(map(len, many)) == 10
+
+
+def test_context_parallel_inference_asks_nothing_of_the_packs_of_training() -> None:
+    run = load_run(None, ["model.size=8M", "parallel.context_parallel_size=3"])
+    validate_inference(run, 3)
+
+
 def test_what_is_said_grows_with_the_length_and_not_with_its_square() -> None:
     model = ModelConfig(
         num_layers=33, hidden_size=1280, ffn_hidden_size=5120, num_attention_heads=20, precision="fp32"
     )
     request = OutputRequest((33,), contact_head=(torch.zeros(660), 0.0))
-    small, large = (need_of(model, request, n + 2, n + 2, 1, 1, 4) for n in (10_000, 30_000))
+    small, large = (need_of(model, request, n + 2, 1, 1, 1, 4) for n in (10_000, 30_000))
     assert small.memory < large.memory < 3 * small.memory
     assert 8 * small.disk < large.disk < 10 * small.disk
     # Titin: half a map of 34,350 residues in fp32.
-    assert need_of(model, request, 34_352, 34_352, 1, 1, 4).disk == pytest.approx(2.36e9, rel=0.05)
+    assert need_of(model, request, 34_352, 1, 1, 1, 4).disk == pytest.approx(2.36e9, rel=0.05)
+
+
+def test_windows_of_a_protein_wait_for_each_other() -> None:
+    model = ModelConfig(num_layers=6, hidden_size=320, ffn_hidden_size=1280, num_attention_heads=20)
+    request = OutputRequest((6,), contact_head=(torch.zeros(120), 0.0))
+    one, five = (need_of(model, request, 8192, windows, 1, 1, 4) for windows in (1, 5))
+    assert five.disk == 5 * one.disk
+    # Hidden states of four windows: 320 numbers of 4 bytes for each token.
+    assert five.memory - one.memory >= 4 * 8192 * 320 * 4
