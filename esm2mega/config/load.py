@@ -431,6 +431,7 @@ def _naming_places(settings: Iterable[Setting]) -> Iterator[None]:
 
 def _defaults() -> DictConfig:
     """Return a typed tree of all defaults; reading it anew takes a twentieth of the time of making one."""
+    # The bytes are those that this process has just made of the schema.
     return typing.cast(DictConfig, pickle.loads(_pickled_defaults()))
 
 

@@ -149,7 +149,7 @@ def validate_model(run: Run) -> None:
     check_ranges(run)
     check_model(run.model, run.data.max_seq_length)
     check_layers(run.model, run.parallel, run.lora, run.train.micro_batch_tokens)
-    _check_layout(run.model, run.parallel, run.train)
+    _check_layout(run.model, run.parallel)
     check_lora(run.lora, run.model, has_lm_head=run.task.kind is None)
 
 
@@ -280,7 +280,7 @@ def check_ranges(run: Run) -> None:
         raise UserError("run_dir is empty; give the directory that the run is written to")
 
 
-def _check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> None:
+def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Check the model's dimensions against TP, PP, VPP and SP."""
     shape = shape_of(model)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size

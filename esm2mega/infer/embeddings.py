@@ -19,12 +19,11 @@ from esm2mega.infer.arrays import ArraySpec
 from esm2mega.infer.contents import Array, Contents, Write
 from esm2mega.infer.maps import row_blocks
 from esm2mega.infer.proteins import Lengths, Values
+from esm2mega.model.build import DTYPES
 from esm2mega.model.esm2 import VOCAB_SIZE
 
 STORED = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "fp64": "float64"}
 """Maps each `infer.dtype` to a numpy dtype; numpy and HDF5 have no bfloat16, so its bits are stored."""
-
-_TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 MOST_PIECE_TOKENS, LEAST_PIECE_TOKENS = 1 << 16, 1 << 12
 """Bound the tokens of a piece of the input."""
@@ -133,7 +132,7 @@ class Embeddings(Contents):
             for first, block in row_blocks(value):
                 row = block.reshape(1, -1) if name.startswith("pooled/") else block
                 row = row.flatten() if name == "contacts" else row
-                row = row.to(_TORCH[dtype])
+                row = row.to(DTYPES[dtype])
                 if bool(row.isinf().any()):
                     raise self._overflow(number, name)
                 before = first * value.shape[1] if name == "contacts" else first
@@ -143,14 +142,14 @@ class Embeddings(Contents):
         dtype = self.infer.dtype
         cure = {"fp16": "set --dtype bf16 or fp32", "bf16": "set --dtype fp32"}
         return UserError(
-            f"{self.store.id(number)}: {name} has values beyond {torch.finfo(_TORCH[dtype]).max:g}, "
+            f"{self.store.id(number)}: {name} has values beyond {torch.finfo(DTYPES[dtype]).max:g}, "
             f"the largest of {dtype}; {cure.get(dtype, 'train with a smaller optim.lr')}"
         )
 
 
 def to_numpy(values: Tensor, dtype: str) -> Array:
     """Round values to `infer.dtype`, and return them as the numpy dtype of `STORED`."""
-    rounded = values.to(_TORCH[dtype]).cpu()
+    rounded = values.to(DTYPES[dtype]).cpu()
     return (rounded.view(torch.uint16) if dtype == "bf16" else rounded).numpy()
 
 

@@ -81,7 +81,7 @@ def need_of(
         panels = 2 * PANEL_ELEMENTS * wide + 3 * min(n, PANEL_ELEMENTS // TILE**2) * TILE**2 * wide
         channels = shape.hidden_size // shape.num_attention_heads
         attention += n * (3 * channels * wide + wide + 3 * 8) * tokens + panels
-        disk = windows * (length // TILE + 1) ** 2 // 2 * TILE**2 * wide
+        disk = windows * ((length // TILE + 1) ** 2 // 2) * TILE**2 * wide
         held += TILE * length * (2 * wide + stored_bytes + 1)
     elif has_contacts:
         attention += 4 * PANEL_ELEMENTS * wide + length**2 * wide

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 
@@ -90,56 +94,39 @@ class _Wait(torch.autograd.Function):
         return gradients[0], None
 
 
-class _Gather(torch.autograd.Function):
-    """Gathers the parts of all ranks: ``[T/c, …] -> [T, …]``, over the context-parallel group.
-
-    With `shared` every rank computes the same with them; then the backward pass sends nothing. Otherwise it
-    adds up the gradients of all ranks (reduce-scatter).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, shared: bool) -> Tensor:
-        ctx.shared = shared
-        group = parallel_state.get_context_parallel_group()
-        gathered = own.new_empty(own.shape[0] * group.size(), *own.shape[1:])
-        dist.all_gather_into_tensor(gathered, own.contiguous(), group=group)
-        return gathered
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        group = parallel_state.get_context_parallel_group()
-        if ctx.shared:
-            return gradients[0].chunk(group.size())[group.rank()] * group.size(), None
-        gradient = gradients[0].contiguous()
-        own = gradient.new_empty(gradient.shape[0] // group.size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient, group=group)
-        return own, None
-
-
-def gather_for_all(own: Tensor) -> Tensor:
-    """Give every rank all tokens, with which each computes the same: ``[T/c, …] -> [T, …]``."""
-    return _Gather.apply(own, True)
-
-
-def gather_for_shares(own: Tensor) -> Tensor:
-    """Give every rank all tokens, with which each computes something else: ``[T/c, …] -> [T, …]``."""
-    return _Gather.apply(own, False)
-
-
-class _Sum(torch.autograd.Function):
-    """Adds up what the ranks of the context-parallel group have; each then computes the same with it."""
+class _CountedByAll(torch.autograd.Function):
+    """Changes nothing, and multiplies the gradient by c: that of what all ranks compute alike."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor) -> Tensor:
-        total = own.clone()
-        dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
-        return total
+        return own.view_as(own)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return gradients[0] * parallel_state.get_context_parallel_world_size()
 
 
+def gather_for_all(own: Tensor) -> Tensor:
+    """Give every rank all tokens, with which each computes the same: ``[T/c, …] -> [T, …]``.
+
+    It is an all-gather of the group; the backward pass sends nothing.
+    """
+    group = parallel_state.get_context_parallel_group()
+    return gather_from_sequence_parallel_region(
+        _CountedByAll.apply(own), tensor_parallel_output_grad=False, group=group
+    )
+
+
+def gather_for_shares(own: Tensor) -> Tensor:
+    """Give every rank all tokens, with which each computes something else: ``[T/c, …] -> [T, …]``.
+
+    It is an all-gather of the group; the backward pass adds up the gradients of all ranks (reduce-scatter).
+    """
+    return gather_from_sequence_parallel_region(own, group=parallel_state.get_context_parallel_group())
+
+
 def sum_for_all(own: Tensor) -> Tensor:
-    """Add up shares of a result, which every rank then has; over the context-parallel group."""
-    return _Sum.apply(own)
+    """Add up shares of a result, with which every rank then computes the same; an all-reduce of the group."""
+    # Megatron-Core adds up in place, and in contiguous tensors alone.
+    copy = _CountedByAll.apply(own).clone(memory_format=torch.contiguous_format)
+    return reduce_from_tensor_model_parallel_region(copy, group=parallel_state.get_context_parallel_group())

@@ -18,7 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from esm2mega.checkpoint import store
 from esm2mega.model import attention, context_parallel, esm2, init
-from esm2mega.parallel import context_collectives
 from esm2mega.train import optimizer, step
 from esm2mega.train.losses import LossReduction
 
@@ -141,19 +140,24 @@ def gradients_of_fetched_keys_lost() -> AbstractContextManager[Any]:
     return patch.object(context_parallel._Pick, "backward", staticmethod(of_own_alone))
 
 
+def _counted_once(module: Any, collective: str) -> AbstractContextManager[Any]:
+    original = getattr(module, collective)
+
+    def divided(own: Tensor) -> Tensor:
+        result = original(own)
+        if result.requires_grad:
+            result.register_hook(lambda gradient: gradient / parallel_state.get_context_parallel_world_size())
+        return result
+
+    return patch.object(module, collective, divided)
+
+
 def gradient_of_what_all_compute_counted_once() -> AbstractContextManager[Any]:
-    return patch.object(context_collectives._Sum, "backward", staticmethod(lambda ctx, gradient: gradient))
+    return _counted_once(context_parallel, "sum_for_all")
 
 
 def gradient_of_gathered_states_counted_once() -> AbstractContextManager[Any]:
-    def of_own_part(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        size, rank = (
-            parallel_state.get_context_parallel_world_size(),
-            parallel_state.get_context_parallel_rank(),
-        )
-        return gradient.chunk(size)[rank], None
-
-    return patch.object(context_collectives._Gather, "backward", staticmethod(of_own_part))
+    return _counted_once(esm2, "gather_for_all")
 
 
 def dropout_of_the_first_part() -> AbstractContextManager[Any]:
