@@ -179,7 +179,8 @@ from esm2mega.cli.app import main
 code = main(sys.argv[1:])
 for line in Path("/proc/self/status").read_text().splitlines():
     if line.startswith("VmHWM"):
-        print("VmHWM", line.split()[1], file=sys.stderr)
+        # At once, since the ranks of torchrun write without buffers, between one another's words.
+        sys.stderr.write(f"VmHWM {line.split()[1]}\\n")
 sys.exit(code)
 """
 
