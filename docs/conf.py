@@ -23,6 +23,10 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 root_doc = "docs/index"
+# The other folders hold no page; an environment among them takes longer to search than the pages to read.
+exclude_patterns = [
+    each.name for each in ROOT.iterdir() if each.is_dir() and each.name not in ("docs", "tools")
+]
 include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**.md", "tools/README.md"]
 
 # Links are checked as on the pages of a repository, to headings by their text.

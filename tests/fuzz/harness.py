@@ -175,6 +175,11 @@ class Harness:
         shutil.rmtree(case, ignore_errors=True)
         (case / "it").mkdir(parents=True)
         (case / "out").mkdir()
+        # Of the cache the cases share the compiled kernels, which take seconds.
+        kernels = self.out / "kernels"
+        kernels.mkdir(exist_ok=True)
+        (case / "cache/esm2mega").mkdir(parents=True)
+        (case / "cache/esm2mega/kernels").symlink_to(kernels)
         it = case / "it" / subject.path.name
         if subject.path.is_dir():
             shutil.copytree(subject.path, it)
