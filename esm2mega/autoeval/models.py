@@ -22,7 +22,7 @@ from esm2mega.finetune.metrics import Array, Predictions
 from esm2mega.finetune.run import batch_spec
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import MaskedEvaluation, evaluate
-from esm2mega.train.finite import Watched
+from esm2mega.train.finite import Watched, refuse_large
 from esm2mega.train.losses import MLMLossReduction
 from esm2mega.train.per_protein import PerProtein, ProteinLosses
 
@@ -157,6 +157,8 @@ class LanguageModel(Model):
             with Progress(len(packs), self.name, "pack", enabled=ranks.is_main) as progress:
                 means = evaluate(model, watched, packs, ranks, progress)
             self.evaluation.refuse_not_finite(watched, ranks)
+            if means is not None:
+                refuse_large(means["loss"], self.name, self.start)
             losses = loss.gather(len(self.evaluation.store), ranks)
         assert means is not None
         return None if losses is None else Measurement(means["loss"], losses, {})

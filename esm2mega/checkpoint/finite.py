@@ -1,4 +1,4 @@
-"""Counts values that are not finite (NaN and infinity) in weights, and phrases the error for such results."""
+"""Counts values that are not finite (NaN and infinity) in weights, and phrases their errors."""
 
 from __future__ import annotations
 
@@ -65,4 +65,18 @@ def not_finite(protein: str, output: str, checkpoint: str | Path) -> UserError:
     return UserError(
         f"{protein}: {output} has values that are not finite (NaN or infinity), which are not written; "
         f"`esm2mega inspect {checkpoint}` counts and names the weights that are damaged or diverged"
+    )
+
+
+def too_large(name: str, what: str, checkpoint: str | Path) -> UserError:
+    """Return the error for a loss that is too large for what is computed from finite outputs.
+
+    Args:
+        name: Name of the data or of the protein.
+        what: Says what is too large.
+        checkpoint: The model.
+    """
+    return UserError(
+        f"{name}: {what}, so nothing is written; the weights of {checkpoint} are damaged or diverged: use an "
+        "earlier checkpoint"
     )

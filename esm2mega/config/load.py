@@ -15,7 +15,7 @@ import functools
 import os
 import pickle
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -74,6 +74,18 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
     content, lines = _read_config(Path(path))
     settings = _current(_leaves(content, "", Path(path), lines))
     literal = [replace(s, value=_literal(s.value)) for s in settings if s.key not in ignore]
+    return resolve(_to_run(_defaults(), literal))
+
+
+def run_from_values(values: Mapping[str, Any], where: str) -> Run:
+    """Make a configuration of values of `esm2mega.config.schema.flatten`, as `run_from_yaml` does of a file.
+
+    Args:
+        values: Dotted key -> value; absent ones are the defaults.
+        where: The file that holds them, for errors.
+    """
+    settings = _current(Setting(key, value, where) for key, value in values.items())
+    literal = [replace(setting, value=_literal(setting.value)) for setting in settings]
     return resolve(_to_run(_defaults(), literal))
 
 

@@ -122,13 +122,13 @@ def convert(
     target_dtype = DTYPES[dtype] if dtype is not None else weights.description.dtype
     if to == "esm2mega" and dtype is None:
         target_dtype = default_dtype(target_dtype)
-    head, beside = weights.description.head, None
+    head, beside, contacts = weights.description.head, None, None
     if isinstance(head, HeadDescription) and to in tape_heads.HEADS:
         tape_heads.equal_head(head, to)
         weights = with_unit_scale(weights, target_dtype)
     elif isinstance(head, HeadDescription) and to != "esm2mega":
         if to == "hf" and is_contact_head(head):
-            weights, head = with_published_head(weights), None
+            weights, head, contacts = with_published_head(weights), None, head
         elif to == "hf" and find_equal(head) is None and head.is_configured and is_plain(head.task):
             beside, head = (head, with_unit_scale(weights, target_dtype)), None
             weights = without_head(weights, f"written to {HEAD_FILE} and {CONFIG_FILE} beside the encoder")
@@ -144,10 +144,16 @@ def convert(
         if to == "hf":
             described = replace(weights.description, head=head)
             history = history_of(source) if source_format == OWN else None
-            notes = [] if history is not None else weights.notes.lines()
-            separate = None if beside is None else beside[0]
             card = Card(
-                target.name, described, source_format, history, scores, license, notes, beside=separate
+                target.name,
+                described,
+                source_format,
+                history,
+                scores,
+                license,
+                weights.notes.lines(),
+                beside=None if beside is None else beside[0],
+                contacts=contacts,
             )
             write_card(card, path)
     note_not_finite(weights, finite)

@@ -1,29 +1,30 @@
 """Gathers what is known of how a model was trained, for its model card; nothing is guessed.
 
-What is read beside the checkpoint, the log of its run and the manifest of its data, may have been moved or
-changed since, and then counts as not known.
+The log of its run is read beside the checkpoint; it may have been moved since, and then counts as not known.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint import layout
-from esm2mega.config.schema import Run
+from esm2mega.config.load import run_from_values
+from esm2mega.config.schema import Run, flatten
 from esm2mega.data.labels.schema import TargetInfo
-from esm2mega.data.store.token_store import TokenStore
-from esm2mega.data.stream.samples import TRAIN_FINGERPRINTS, fingerprint_by_clusters
 from esm2mega.errors import UserError
 from esm2mega.files import content_sha256
 from esm2mega.report.log import EVAL, LOG_NAME, TEST, scan_log
 from esm2mega.report.results.suite import MALFORMED, no_results, read_suite
 
-_MERGED = "merged adapters"
+TRAINING = "training"
+"""Names the entry of ``origin`` in ``train_state.json`` with the training of merged adapters."""
+
+_NUMBERS = ("version", "step", "samples", "tokens")
 _NO_METRIC = ("kind", "step", "time", "eval_recipe")
 
 
@@ -34,8 +35,8 @@ class DataSet:
     Attributes:
         use: What they were for: ``train``, ``valid`` or ``test``.
         name: Name of the file or store, without the folders that hold it.
-        proteins, residues: Their numbers; None in checkpoints of earlier versions whose store is not there.
-        sources: Name and SHA-256 of each file that the store was made from, if the store is still there.
+        proteins, residues: Their numbers; None in checkpoints of earlier versions.
+        sources: Name and SHA-256 of each file that a token store was made from.
     """
 
     use: str
@@ -87,7 +88,11 @@ class History:
 def history_of(checkpoint: Path) -> History | None:
     """Return what is known of the training that wrote a checkpoint of this package; None if no training did.
 
-    A checkpoint of merged adapters has the history of these, as long as their checkpoint is where it was.
+    A checkpoint of merged adapters holds the history of these. Of the files that a checkpoint names none is
+    opened, since it may come from elsewhere.
+
+    Raises:
+        UserError: What it holds of the training of merged adapters is not what a merge writes.
     """
     run, state = layout.read_config(checkpoint), layout.read_state(checkpoint)
     data, origin = state.get("data"), state.get("origin")
@@ -103,47 +108,57 @@ def history_of(checkpoint: Path) -> History | None:
             _metrics(checkpoint, state),
             "beside" if "base" in state else None,
         )
-    if isinstance(origin, Mapping) and origin.get("format") == _MERGED:
-        adapters = Path(str(origin.get("path")))
+    if isinstance(origin, Mapping) and (record := origin.get(TRAINING)) is not None:
+        path = checkpoint / layout.STATE
         try:
-            found = history_of(adapters)
-        except (UserError, OSError):  # moved or removed since
-            return None
-        return None if found is None else dataclasses.replace(found, adapters="merged")
+            return _from_record(record, str(path))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"{path}: its {TRAINING!r} is not what `esm2mega lora merge` writes ({reason}); merge the "
+                "adapters again"
+            ) from error
     return None
 
 
+def as_record(history: History) -> dict[str, Any]:
+    """Return a history as JSON, which a checkpoint of merged adapters holds as ``origin.training``."""
+    defaults = flatten(Run())
+    return {
+        **{name: getattr(history, name) for name in _NUMBERS},
+        "config": {key: value for key, value in flatten(history.run).items() if value != defaults[key]},
+        "task": None if history.info is None else history.info.to_dict(),
+        "data": [dataclasses.asdict(one) for one in history.data],
+        "metrics": history.metrics,
+    }
+
+
+def _from_record(record: Mapping[str, Any], where: str) -> History:
+    return History(
+        run_from_values(record["config"], where),
+        **{name: record[name] for name in _NUMBERS},
+        info=None if record["task"] is None else TargetInfo.from_dict(record["task"]),
+        data=[DataSet(**{**one, "sources": _pairs(one["sources"])}) for one in record["data"]],
+        metrics={split: dict(numbers) for split, numbers in record["metrics"].items()},
+        adapters="merged",
+    )
+
+
+def _pairs(sources: Iterable[Sequence[str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((str(name), str(sha256)) for name, sha256 in sources)
+
+
 def _data_sets(run: Run, state: Mapping[str, Any]) -> Iterator[DataSet]:
-    stores = (state["data"].get("identity") or {}).get(TRAIN_FINGERPRINTS) or []
-    paths = run.data.train_paths()
-    found = [
-        _described("train", path, stores[number] if len(stores) == len(paths) else None)
-        for number, path in enumerate(paths)
-    ]
     if (noted := state.get(layout.DATA_SETS)) is not None:
-        sources = iter([one.sources for one in found])
         for one in noted:
-            of_store = next(sources, ()) if one["use"] == "train" else ()
-            yield DataSet(one["use"], one["name"], one["proteins"], one["residues"], of_store)
+            sources = _pairs(one.get("sources", ()))
+            yield DataSet(one["use"], one["name"], one["proteins"], one["residues"], sources)
         return
-    yield from found
-    for use in ("valid", "test"):
-        if (path := getattr(run.data, use)) is not None:
-            yield DataSet(use, Path(path).name or str(path))
-
-
-def _described(use: str, path: str, fingerprint: str | None) -> DataSet:
-    """Describe a token store, if it has the fingerprint of what was trained on."""
-    name = Path(path).name or path
-    try:
-        store = TokenStore(path)
-    except (UserError, OSError):
-        return DataSet(use, name)
-    known = [store.fingerprint[:16], *([] if store.clusters is None else [fingerprint_by_clusters(store)])]
-    if fingerprint not in known:
-        return DataSet(use, name)
-    sources = tuple((Path(str(s["name"])).name, str(s["sha256"])) for s in store.manifest["sources"])
-    return DataSet(use, name, len(store), int(store.token_counts.sum()), sources)
+    # A checkpoint of an earlier version names its data and no more.
+    named = [("train", path) for path in run.data.train_paths()]
+    named += [(use, path) for use in ("valid", "test") if (path := getattr(run.data, use)) is not None]
+    for use, path in named:
+        yield DataSet(use, Path(path).name or str(path))
 
 
 def _metrics(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, dict[str, float]]:

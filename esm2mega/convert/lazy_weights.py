@@ -121,7 +121,7 @@ class Weights:
         read: Returns the value of a tensor by name.
         notes: What reading and writing did besides moving tensors. Everything derived from one source shares
             the object and adds to it.
-        origin: Format and path of the source.
+        origin: Format and path of the source; of merged adapters also their training.
         absent: What the source lacks of a tensor, by its name, in words; empty unless the source was read in
             part. Such a tensor is in `infos` if a part of it is there.
         present: Returns which elements of such a tensor are there, bool in its shape; the others read as 0.
@@ -131,7 +131,7 @@ class Weights:
     infos: dict[str, TensorInfo]
     read: Callable[[str], Tensor]
     notes: Notes = field(default_factory=Notes)
-    origin: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     present: Callable[[str], Tensor] | None = None
 

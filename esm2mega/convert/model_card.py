@@ -43,6 +43,7 @@ class Card:
         notes: What the conversion changed.
         base: For a directory of adapters, the name of their base; None for a whole model.
         beside: The head that lies in files of its own beside the encoder, if one does.
+        contacts: The head that became the contact head of transformers, if one did.
     """
 
     name: str
@@ -54,11 +55,17 @@ class Card:
     notes: Sequence[str] = ()
     base: str | None = None
     beside: HeadDescription | None = None
+    contacts: HeadDescription | None = None
 
     @property
     def task(self) -> HeadDescription | None:
         """The head of a task, wherever it lies; None for a model without one."""
-        return self.description.task or self.beside
+        return self.description.task or self.beside or self.contacts
+
+    @property
+    def has_lost_head(self) -> bool:
+        """Whether the training had a task whose head was left out, with which its metrics go."""
+        return self.task is None and self.history is not None and self.history.run.task.kind is not None
 
 
 def check_license(identifier: str | None) -> None:
@@ -167,10 +174,12 @@ def _usage(card: Card) -> Iterator[str]:
         f"from transformers import AutoTokenizer, {architecture}",
         "",
     ]
+    # Other implementations of attention give no maps, of which contacts are made.
+    eager = "" if card.contacts is None else ', attn_implementation="eager"'
     if card.base is None:
         lines += [
             'tokenizer = AutoTokenizer.from_pretrained("NAME")',
-            f'model = {architecture}.from_pretrained("NAME").eval()',
+            f'model = {architecture}.from_pretrained("NAME"{eager}).eval()',
         ]
     else:
         lines[0] = f"from peft import PeftModel\n{lines[0]}"
@@ -180,11 +189,12 @@ def _usage(card: Card) -> Iterator[str]:
             'model = PeftModel.from_pretrained(base, "NAME").eval()',
         ]
         yield f"`BASE` is the model that the adapters belong to, {plain(card.base)}."
-    result = "last_hidden_state" if architecture == "EsmModel" else "logits"
-    lines += [
-        f'inputs = tokenizer(["{_EXAMPLE}"], return_tensors="pt", padding=True)',
-        f"outputs = model(**inputs).{result}",
-    ]
+    lines.append(f'inputs = tokenizer(["{_EXAMPLE}"], return_tensors="pt", padding=True)')
+    if card.contacts is not None:
+        lines.append('outputs = model.predict_contacts(inputs["input_ids"], inputs["attention_mask"])')
+    else:
+        result = "last_hidden_state" if architecture == "EsmModel" else "logits"
+        lines.append(f"outputs = model(**inputs).{result}")
     yield "```python\n" + "\n".join(lines) + "\n```"
     if card.beside is not None:
         yield (
@@ -212,7 +222,8 @@ def _commands(card: Card) -> list[str]:
             "esm2mega convert NAME model --to esm2mega",
             "esm2mega predict model proteins.fasta --out predictions.csv",
         ]
-    return ["esm2mega embed NAME proteins.fasta --out proteins.h5"]
+    wanted = "" if card.contacts is None else " --include contacts"
+    return [f"esm2mega embed NAME proteins.fasta --out proteins.h5{wanted}"]
 
 
 def _outputs(head: HeadDescription) -> Iterator[str]:
@@ -257,8 +268,10 @@ def _data(history: History) -> Iterator[str]:
 
 
 def _measured(card: Card) -> Iterator[str]:
+    if card.has_lost_head:
+        yield "The head of the task is not in this model, so what was measured with it says nothing about it."
     for split, words in (("valid", "validation"), ("test", "test")):
-        if card.history is not None and (found := card.history.metrics.get(split)):
+        if card.history is not None and not card.has_lost_head and (found := card.history.metrics.get(split)):
             yield f"On the {words} data:"
             yield table(("metric", "value"), ((plain(name), f"{value:.4f}") for name, value in found.items()))
     if card.scores:

@@ -12,13 +12,15 @@ from functools import partial
 from pathlib import Path
 
 from esm2mega.checkpoint.layout import find_checkpoints, step_of
-from esm2mega.config.load import load_run, values_of
+from esm2mega.config.best_metric import VALID_LOSS, is_downstream
+from esm2mega.config.load import values_of
 from esm2mega.config.scalars import as_word
 from esm2mega.config.schema import Run
 from esm2mega.drill.compare import Remains, differences, unaccounted
 from esm2mega.drill.ranks import GRACE, Ranks
 from esm2mega.errors import MachineError, UserError
 from esm2mega.files import first_of, write_json
+from esm2mega.train.start import load_run_with_start
 from esm2mega.version import __version__
 
 REPORT = "drill.json"
@@ -111,7 +113,7 @@ def drill(
         raise UserError(
             f"--out {out}: is not an empty directory, and a drill overwrites nothing; name another one"
         )
-    settings = settings_of(load_run(training.config, training.overrides), steps)
+    settings = settings_of(load_run_with_start(training.config, training.overrides)[0], steps)
     (given,) = values_of(("run_dir",), training.config, training.overrides)
     if given is not None:
         say(f"run_dir  {given} of the configuration is left alone; the runs of the drill lie below {out}")
@@ -198,6 +200,11 @@ def settings_of(run: Run, steps: int) -> list[str]:
         "checkpoint.resume": "auto",
         "checkpoint.save_every": min(saved, often) if saved else often,
     }
+    if run.downstream.tasks:
+        # Heads are fitted beside the training: when they are logged, and whether a kill loses one, is chance.
+        settings["downstream.tasks"] = []
+        if is_downstream(run.checkpoint.best_metric):
+            settings["checkpoint.best_metric"] = VALID_LOSS
     return [as_word(key, value) for key, value in settings.items()]
 
 

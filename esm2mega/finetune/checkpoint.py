@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esm2mega.checkpoint.finite import too_large
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import load_run_over
 from esm2mega.config.machine import on_this_machine
@@ -69,8 +71,10 @@ class TaskCheckpoint:
         return self.code.loss or loss_of_task(self.run.task, self.info)
 
     def refuse_not_finite(self, measured: Measured, proteins: LabelledProteins) -> None:
-        """Raise `UserError` if the model gave values that are not finite; all ranks call this together."""
+        """Raise `UserError` if outputs or their loss are not finite; all ranks call this together."""
         refuse_not_finite(measured.not_finite, proteins.id, "its prediction", self.start)
+        if measured.loss is not None and not math.isfinite(measured.loss):
+            raise too_large(str(proteins.path), "the loss is too large for a number", self.start.path)
 
     @property
     def recipe(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from esm2mega.checkpoint.finite import not_finite
+from esm2mega.checkpoint.finite import not_finite, too_large
 from esm2mega.config.infer import inference_run, refuse_int8, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import values_of
@@ -100,7 +101,11 @@ class Scorer:
             sums = pseudo_log_likelihoods(self._marginals, [*own, *sequences], named)
             for (row, sequence), total in zip(chosen, sums[len(own) :], strict=True):
                 difference = [total - sums[0]] if own else []
-                values[row] = [pseudo_perplexity(total, len(sequence)), total, *difference]
+                perplexity = pseudo_perplexity(total, len(sequence))
+                if not math.isfinite(perplexity):
+                    loss = f"a loss of {-total / len(sequence):.3g} nats has no finite perplexity"
+                    raise too_large(named(sequence), loss, self._source.path)
+                values[row] = [perplexity, total, *difference]
         return Scored(plan.columns(self.options), values)
 
     def variants(self, protein: WildType, variants: Sequence[Variant]) -> list[float]:

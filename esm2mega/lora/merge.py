@@ -18,6 +18,7 @@ from esm2mega.convert.files.distributed_writer import stacked_name
 from esm2mega.convert.finite import counted, note_not_finite
 from esm2mega.convert.formats import esm2mega as own_format
 from esm2mega.convert.formats.esm2mega import default_dtype
+from esm2mega.convert.history import TRAINING, as_record, history_of
 from esm2mega.convert.lazy_weights import HeadDescription, Weights, dtype_name
 from esm2mega.convert.start_point import StartPoint, read_checkpoint, read_start
 from esm2mega.convert.tensors import fuse_qkv, split_qkv
@@ -54,6 +55,8 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
     check_base(start, identify(under))
     weights = _merged_with_head(under.weights, adapters)
     weights.origin |= {"format": "merged adapters", "path": str(start.path)}
+    if (history := history_of(start.path)) is not None:
+        weights.origin[TRAINING] = as_record(history)
     head = adapters.head()
     run = None if head is None else _merged_run(start.run, weights)
     weights, finite = counted(weights)

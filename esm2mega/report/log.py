@@ -27,6 +27,8 @@ TRAIN = "train"
 EVAL = "eval"
 TEST = "test"
 DOWNSTREAM = "downstream"
+EARLY_STOP = "early_stop"
+_KINDS = (TRAIN, EVAL, TEST, DOWNSTREAM, EARLY_STOP)
 LOG_NAME = "log.jsonl"
 SYNC_SECONDS = 5.0
 CLOCK = ("time", "tokens_per_second", "step_time", "memory_gb")
@@ -219,7 +221,9 @@ def _odd_key(record: Mapping[str, Any]) -> str | None:
     """Return the key of a record whose value no run has written; None if there is none."""
     step = record.get("step")
     is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= _MOST_STEPS
-    if not is_step and ("step" in record or record.get("kind") in (TRAIN, EVAL, TEST, DOWNSTREAM)):
+    if not is_step and (
+        "step" in record or record.get("kind") in (TRAIN, EVAL, TEST, DOWNSTREAM, EARLY_STOP)
+    ):
         return "step"
     texts = (key for key in ("kind", "eval_recipe") if not isinstance(record.get(key), (str, type(None))))
     return next(texts, None)

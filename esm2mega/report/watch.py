@@ -10,7 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from esm2mega.report.log import CLOCK, DOWNSTREAM, EVAL, LOG_NAME, TEST, TRAIN, scan_log
+from esm2mega.config.split import CLUSTER, FOLD, RANDOM
+from esm2mega.report.log import CLOCK, DOWNSTREAM, EARLY_STOP, EVAL, LOG_NAME, TEST, TRAIN, scan_log
 from esm2mega.report.progress import duration
 from esm2mega.report.run_records import read_config
 
@@ -41,7 +42,7 @@ def watch(run_dir: str | Path, every: float, say: Callable[[str], None]) -> None
         if found != seen:
             say("\n".join(status(run_dir, now)))
             seen = found
-        if is_finished(run_dir):
+        if is_finished(run_dir, now):
             return
         time.sleep(every)
 
@@ -70,17 +71,35 @@ def status(run_dir: str | Path, now: datetime) -> list[str]:
     return [*lines, *_incidents(run_dir)]
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Return whether the last step of a run is logged, with the evaluation and the test that follow it."""
+def is_finished(run_dir: Path, now: datetime) -> bool:
+    """Return whether the last step of a run is logged, with the evaluation and the test that follow it.
+
+    Args:
+        run_dir: Directory of the run.
+        now: The present time, with its zone.
+    """
     config = read_config(run_dir)
     most = _number(config.get("train.max_steps"))
     records = scan_log(run_dir / LOG_NAME).records
     done = {record.get("kind") for record in records if record.get("step") == most}
-    if TRAIN not in done or (_number(config.get("train.eval_every")) and EVAL not in done):
+    is_last = TRAIN in done and (EVAL in done or not _number(config.get("train.eval_every")))
+    if not is_last and not _is_stopped_early(records):
         return False
     # The test of a fine-tuning names the step of the best weights.
-    is_tested = bool(config.get("data.test"))
-    return not is_tested or any(record.get("kind") == TEST for record in records)
+    if any(record.get("kind") == TEST for record in records):
+        return True
+    split, split_by = config.get("data.split") or "", config.get("data.split_by") or RANDOM
+    if config.get("data.test") or split.startswith(FOLD) or split.count("/") == 2:
+        return False
+    # A column of the table may name a test split or none: then its record may still come.
+    is_column = split_by != RANDOM and not split_by.startswith(CLUSTER)
+    return not is_column or _silence(records, now) is not None
+
+
+def _is_stopped_early(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether early stopping ended the run, which has not gone on from there since."""
+    kinds = [record.get("kind") for record in records if record.get("kind") in (TRAIN, EARLY_STOP)]
+    return kinds[-1:] == [EARLY_STOP]
 
 
 def _progress(
@@ -95,11 +114,14 @@ def _progress(
         f"{name}: step {step:,}" if not most else f"{name}: step {step:,} of {most:,} ({step / most:.0%})"
     ]
     lap = train.get("step_time")
-    if most and lap and step < most:
+    is_over = _is_stopped_early(records) or bool(most and step >= most)
+    if _is_stopped_early(records):
+        parts.append("stopped early")
+    elif most and lap and step < most:
         parts.append(f"{duration((most - step) * lap)} left")
     if (age := _age(records, now)) is not None:
         parts.append(f"last record {duration(age)} ago")
-        if (laps := _silence(records, now)) is not None and (not most or step < most):
+        if (laps := _silence(records, now)) is not None and not is_over:
             parts.append(f"silent for {laps:.0f} times as long as its longest pause before")
     return ", ".join(parts)
 

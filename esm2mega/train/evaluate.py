@@ -38,7 +38,7 @@ from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress, show_bytes
-from esm2mega.train.finite import Watched, refuse_not_finite
+from esm2mega.train.finite import Watched, refuse_large, refuse_not_finite
 from esm2mega.train.losses import LossReduction, Means, MLMLossReduction, perplexity
 from esm2mega.train.step import Batch, run_schedule
 from esm2mega.vocabulary import SPECIAL_TOKENS
@@ -266,6 +266,7 @@ def evaluate_checkpoint(
             metrics = evaluate(model, watched, batches, ranks, progress)
         assert metrics is not None and metrics["count"] is not None
         evaluation.refuse_not_finite(watched, ranks)
+        refuse_large(metrics["loss"], str(data), start)
         result = {
             "checkpoint": str(start.path),
             "data": str(data),

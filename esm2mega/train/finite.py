@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from esm2mega.batch import PackedBatch
-from esm2mega.checkpoint.finite import not_finite
+from esm2mega.checkpoint.finite import not_finite, too_large
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.parallel.errors import on_one_rank
-from esm2mega.train.losses import LossReduction, LossTerms
+from esm2mega.train.losses import LossReduction, LossTerms, perplexity
 
 
 class Watched(LossReduction):
@@ -52,3 +53,15 @@ def refuse_not_finite(
             raise not_finite(name(min(rows)), output, start.path)
 
     on_one_rank(check)
+
+
+def refuse_large(loss: float | None, name: str, start: StartPoint) -> None:
+    """Raise `UserError` if a mean loss of language modelling has no finite perplexity.
+
+    Args:
+        loss: In nats per residue, the same on every rank; None where nothing was to be predicted.
+        name: Name of the data.
+        start: The model.
+    """
+    if loss is not None and not math.isfinite(perplexity(loss)):
+        raise too_large(name, f"a loss of {loss:.3g} nats has no finite perplexity", start.path)

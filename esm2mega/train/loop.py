@@ -18,6 +18,7 @@ from esm2mega.config.schema import CheckpointConfig, Run, TrainConfig
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import LostWorkerError, MachineError, StoppedBySignal
 from esm2mega.parallel.initialize import Ranks
+from esm2mega.report.log import EARLY_STOP
 from esm2mega.train.downstream import DownstreamHook
 from esm2mega.train.incidents import Incidents, RollBack
 from esm2mega.train.losses import Means, loss_and_perplexity
@@ -328,7 +329,12 @@ def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal, inciden
         if found is not None:
             loop.downstream_step = loop.step
             record = {**record, **found}
-    return note_evaluation(loop, record, run.train, run.checkpoint)
+    is_kept = note_evaluation(loop, record, run.train, run.checkpoint)
+    if out_of_patience(loop, run.train):
+        # Whoever follows the log learns of the end before `train.max_steps` from nothing else.
+        lasting = loop.evaluations_without_improvement
+        hooks.log({"kind": EARLY_STOP, "step": loop.step, "evaluations_without_improvement": lasting})
+    return is_kept
 
 
 def _save(loop: LoopState, hooks: Hooks, stop: StopSignal) -> None:

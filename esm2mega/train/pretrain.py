@@ -209,11 +209,9 @@ def _session(
 def _data_sets(
     run: Run, train_stores: Sequence[TokenStore], held_out: Mapping[str, TokenStore]
 ) -> list[dict[str, Any]]:
-    trained = zip(run.data.train_paths(), train_stores, strict=True)
-    return [
-        *(data_set("train", path, store.lengths) for path, store in trained),
-        *(data_set(split, getattr(run.data, split), store.lengths) for split, store in held_out.items()),
-    ]
+    used = [("train", path, store) for path, store in zip(run.data.train_paths(), train_stores, strict=True)]
+    used += [(split, getattr(run.data, split), store) for split, store in held_out.items()]
+    return [data_set(split, path, store.lengths, store.manifest["sources"]) for split, path, store in used]
 
 
 def _result(record: dict[str, Any], split: str) -> str:

@@ -6,7 +6,7 @@ There is no arithmetic here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -376,17 +376,21 @@ def _begin_evaluations(loop: LoopState, recipe: str, proteins: str | None) -> li
     return [f"eval     {what}: best and early stopping start anew"]
 
 
-def data_set(use: str, path: str | Path, lengths: npt.NDArray[Any]) -> dict[str, Any]:
+def data_set(
+    use: str, path: str | Path, lengths: npt.NDArray[Any], sources: Iterable[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """Return an entry of `esm2mega.checkpoint.layout.DATA_SETS`, which a reader of the checkpoint is told.
 
     Args:
         use: What the proteins are for: ``train``, ``valid`` or ``test``.
         path: Their file or store; of it the name is kept, without the folders that hold it.
         lengths: Number of residues of each protein, ``[n]``.
+        sources: The files that a token store was made from, as its manifest lists them.
     """
     name = Path(path).name or str(path)
     residues = int(lengths.sum(dtype=np.int64))
-    return {"use": use, "name": name, "proteins": len(lengths), "residues": residues}
+    files = [[Path(str(source["name"])).name, str(source["sha256"])] for source in sources]
+    return {"use": use, "name": name, "proteins": len(lengths), "residues": residues, "sources": files}
 
 
 def _saved_state(

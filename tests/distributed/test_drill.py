@@ -14,10 +14,11 @@ import psutil
 import pytest
 
 from esm2mega.cli.app import main
+from esm2mega.config.schema import CheckpointConfig, DownstreamConfig, Run
 from esm2mega.drill import command
 from esm2mega.drill.compare import Remains, differences, unaccounted
 from tests import warm
-from tests.distributed.runs import SETTINGS
+from tests.distributed.runs import SETTINGS, SHAPE
 
 pytestmark = pytest.mark.distributed
 
@@ -99,14 +100,14 @@ def test_the_checksum_is_that_of_inspect(drilled: Path, capsys: pytest.CaptureFi
 
 
 def test_a_restart_that_changes_the_run_is_found(
-    warm_python: None,
+    drilled: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     """As a resume would that loses something: here every start but the first has another weight decay.
 
-    The training is a fine-tuning.
+    The training is a fine-tuning, whose model is that of `init_from`.
     """
     start = command._Machine._start
 
@@ -124,9 +125,10 @@ def test_a_restart_that_changes_the_run_is_found(
     rows = [f"{'MKTAYIAKQR' * 3}{letter}L,{number}.5" for number, letter in enumerate("ACDEFGHIKLMNPQRSTVWY")]
     labels.write_text("\n".join(["sequence,value", *rows]) + "\n")
     task = ["task.kind=regression", "task.target_columns=[value]", f"data.train={labels}"]
+    task.append(f"init_from={drilled / 'unbroken'}")
     # This seed draws its first moment at a tenth of the run, where all steps are still to come.
     options = ["--out", str(tmp_path / "out"), "--steps", str(STEPS), "--rounds", "1", "--seed", "14"]
-    assert main(["drill", *options, "--", "finetune", *SETTINGS, *task]) == 1
+    assert main(["drill", *options, "--", "finetune", *SETTINGS[len(SHAPE) :], *task]) == 1
     report = json.loads((tmp_path / "out" / "drill.json").read_text())
     assert not report["equal"] and any(fault.startswith("weights: ") for fault in report["faults"])
     assert "UNEQUAL" in capsys.readouterr().out
@@ -177,6 +179,14 @@ def test_a_signal_leaves_no_process(number: signal.Signals, store: Path, tmp_pat
         assert not psutil.wait_procs(ranks, timeout=10)[1]
     finally:
         process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("best", "metric"), [("downstream/x", "valid_loss"), ("valid_perplexity", None)])
+def test_nothing_is_measured_downstream(best: str, metric: str | None) -> None:
+    run = Run(downstream=DownstreamConfig(tasks=["x"]), checkpoint=CheckpointConfig(best_metric=best))
+    given = dict(word.split("=", 1) for word in command.settings_of(run, STEPS))
+    assert given["downstream.tasks"] == "[]" and given.get("checkpoint.best_metric") == metric
+    assert "downstream.tasks" not in " ".join(command.settings_of(Run(), STEPS))
 
 
 @pytest.mark.parametrize(

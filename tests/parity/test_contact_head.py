@@ -18,6 +18,7 @@ from esm2mega.convert.convert import convert
 from esm2mega.convert.files.vocabulary import write_tokenizer
 from esm2mega.convert.formats.registry import open_weights
 from esm2mega.convert.heads.contact_head import BIAS, WEIGHT, as_published
+from esm2mega.convert.model_card import CARD
 from esm2mega.convert.verify.verify import verify
 from esm2mega.errors import MachineError, UserError
 from esm2mega.finetune.api import TrainedModel, infer_model, train_model
@@ -110,6 +111,15 @@ def test_it_goes_back_as_trained(published: Path, mode: str, tmp_path: Path) -> 
     assert report.notes.changed == ["head of the task: now the contact head"]
     assert any(line.startswith("contact_head.regression.*: that of before") for line in report.notes.dropped)
     close(found, expected_contacts(tmp_path / "hf"))
+    # The card says what the head was trained for, and its program predicts contacts.
+    card = (tmp_path / "hf" / CARD).read_text()
+    assert "An ESM-2 model for contact of proteins" in card and "Task: contact." in card
+    assert "head of the task: now the contact head" in card
+    program = card.partition("```python\n")[2].partition("```")[0]
+    values: dict[str, Any] = {}
+    with torch.no_grad():
+        exec(program.replace("NAME", str(tmp_path / "hf")), values)
+    assert values["outputs"].shape == (1, 76, 76) and "--include contacts" in card
     assert open_weights(tmp_path / "hf").description.head is None
     file = tmp_path / "hf" / "model.safetensors"
     state = load_file(file)

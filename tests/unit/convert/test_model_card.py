@@ -122,7 +122,7 @@ def test_a_pretrained_model(finished: TinyRun, tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_any_more_is_left_out(finished: TinyRun, tmp_path: Path) -> None:
-    """A checkpoint without its run, whose store holds other proteins by now, or none."""
+    """A checkpoint without its run: what else it names is not opened, so it may be gone or another one."""
     checkpoint = tmp_path / "moved"
     shutil.copytree(choose_checkpoint(finished.run_dir).path, checkpoint)
     whole = converted(finished.run_dir, tmp_path / "whole")
@@ -139,8 +139,8 @@ def test_what_is_not_known_any_more_is_left_out(finished: TinyRun, tmp_path: Pat
         finally:
             shutil.rmtree(stored, ignore_errors=True)
             moved.rename(stored)
-        assert rows_of(card, "Training data") == rows_of(whole, "Training data")[:2], "the checkpoint says it"
-        assert "random.fasta" not in card and "valid\\_perplexity" not in card
+        assert rows_of(card, "Training data") == rows_of(whole, "Training data"), "the checkpoint says it"
+        assert "random.fasta" in card and "valid\\_perplexity" not in card
         assert "valid\\_loss" in card, "this one is in the checkpoint"
         assert "No licence was stated" in card and not re.search(r"^license:", card, re.MULTILINE)
     assert config == (checkpoint / "config.yaml").read_text()
@@ -172,6 +172,17 @@ def test_fine_tuned_models(
     assert check_use(card, tmp_path / "mine").shape[-1] == width
 
 
+def test_a_head_that_is_dropped_takes_its_metrics_along(finished: TinyRun, tmp_path: Path) -> None:
+    train(finished, tmp_path / "run", "regression", NUMBERS, "task.head=hf")
+    card = converted(tmp_path / "run", tmp_path / "mine", "--drop-head")
+    check_sound(card, tmp_path / "mine", "feature-extraction")
+    assert "An ESM-2 protein encoder, fine-tuned with esm2mega" in card and "What it predicts" not in card
+    assert "head of the task is not in this model" in card
+    assert "valid\\_loss" not in card
+    notes = card.partition("## Conversion\n\n")[2].partition("\n\n")[0]
+    assert "as asked for" in notes and check_use(card, tmp_path / "mine").shape[-1] == 24
+
+
 @pytest.mark.slow
 def test_adapters_merged_and_beside(finished: TinyRun, tmp_path: Path) -> None:
     lora = ("finetune.mode=lora", "lora.rank=2", "task.head=hf")
@@ -184,7 +195,9 @@ def test_adapters_merged_and_beside(finished: TinyRun, tmp_path: Path) -> None:
     check_use(card, tmp_path / "mine")
     Path("predictions.csv").unlink()
     shutil.rmtree("run")
-    assert "nothing is recorded of its training" in converted("whole", tmp_path / "later")
+    again = converted("whole", tmp_path / "later", "--dtype", "fp32")
+    for heading in ("Training data", "Training", "What it predicts", "Evaluation"):
+        assert rows_of(again, heading) == rows_of(card, heading), "the merged checkpoint holds it"
 
     train(finished, tmp_path / "run", "regression", NUMBERS, *lora)
     converted(finished.run_dir, tmp_path / "base", "--dtype", "fp32")

@@ -128,6 +128,26 @@ def test_a_nan_in_a_weight_ends_every_command(
     assert not list(tmp_path.rglob("done.*")), "no piece counts as finished"
 
 
+@pytest.mark.parametrize("name", ["evaluate", "compare", "whole"])
+def test_finite_outputs_with_an_infinite_perplexity_are_refused(
+    reference: Reference, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """One bias of 1e4: every logit is a number, and the loss of the other tokens is some 10,000 nats."""
+
+    def raise_a(bias: torch.Tensor) -> None:
+        bias[VOCAB.index("A")] = 1e4
+
+    large = changed_weights(reference.checkpoint, tmp_path / "large", {"output_layer.bias": raise_a})
+    places = {"CKPT": str(large), "GOOD": str(reference.checkpoint)}
+    command = [places.get(word, word) for word in COMMANDS[name][0]]
+    out = next(tmp_path / word for word in command if word.startswith("OUT"))
+    named = [str(inputs / word) if (inputs / word).exists() else word for word in command]
+    assert main([str(out) if word.startswith("OUT") else word for word in named]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r": a loss of [\d.e+]+ nats has no finite perplexity, so nothing is written; ", error)
+    assert not out.exists()
+
+
 def test_contacts_and_other_infinities(
     diverged: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,15 +73,57 @@ def test_records_of_earlier_versions_have_no_age(tmp_path: Path) -> None:
     assert status(tmp_path, START)[0] == f"{tmp_path.name}: step 3"
 
 
+EVALUATION = {"kind": "eval", "step": 1000, "valid_loss": 2.0}
+TESTED = {"kind": "test", "step": 700, "test_loss": 2.0}
+STOPPED = {"kind": "early_stop", "step": 300, "evaluations_without_improvement": 2}
+SOON = START + timedelta(seconds=460)
+
+
 def test_a_run_is_over_with_the_evaluation_of_its_last_step(run: Path) -> None:
     write(run, train(1000, 400))
-    assert not is_finished(run)
-    write(run, {"kind": "eval", "step": 1000, "valid_loss": 2.0})
-    assert is_finished(run)
-    (run / "config.yaml").write_text("train:\n  max_steps: 1000\n  eval_every: 100\ndata:\n  test: there\n")
-    assert not is_finished(run)
-    write(run, {"kind": "test", "step": 700, "test_loss": 2.0})
-    assert is_finished(run)
+    assert not is_finished(run, SOON)
+    write(run, EVALUATION)
+    assert is_finished(run, SOON)
+
+
+@pytest.mark.parametrize(
+    ("data", "is_expected"),
+    [
+        ("test: there", True),
+        ("split: 0.8/0.1/0.1", True),
+        ("split: 0.8/0.2", False),
+        ("split: fold:1/5", True),
+        ("split_by: cluster:0.3\n  split: 0.8/0.2", False),
+    ],
+)
+def test_a_run_with_test_data_is_over_when_they_are_measured(run: Path, data: str, is_expected: bool) -> None:
+    config = f"train:\n  max_steps: 1000\n  eval_every: 100\ndata:\n  {data}\n"
+    (run / "config.yaml").write_text(config)
+    write(run, train(1000, 400), EVALUATION)
+    assert is_finished(run, SOON) != is_expected
+    write(run, TESTED)
+    assert is_finished(run, SOON)
+
+
+def test_a_column_of_splits_may_name_a_test(run: Path) -> None:
+    """Nothing that a run writes says so, so its silence does."""
+    config = "train:\n  max_steps: 1000\n  eval_every: 100\ndata:\n  split_by: part\n"
+    (run / "config.yaml").write_text(config)
+    write(run, train(1000, 400), EVALUATION)
+    assert not is_finished(run, SOON)
+    assert is_finished(run, START + timedelta(hours=3))
+
+
+def test_early_stopping_ends_a_run(run: Path) -> None:
+    write(run, train(300, 100), {**EVALUATION, "step": 300}, STOPPED)
+    assert is_finished(run, SOON)
+    assert status(run, START + timedelta(hours=1))[0].endswith(
+        "step 300 of 1,000 (30%), stopped early, last record 58 min 20 s ago"
+    )
+    # It was continued with more patience.
+    write(run, train(400, 150))
+    assert not is_finished(run, SOON)
+    assert "stopped early" not in status(run, SOON)[0]
 
 
 def test_watching_says_what_changed_and_ends_with_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
