@@ -59,15 +59,18 @@ class Measurement(Protocol):
             Whether it was not abandoned.
         """
 
-    def result(self, wait: bool) -> Measured | None:
-        """Return the result of what was begun, once, on the main rank; None if there is none.
+    def wait(self, seconds: float) -> bool:
+        """Wait on the main rank for what was begun, at most so long; return whether nothing is left to do."""
 
-        Args:
-            wait: Whether to wait for it.
-        """
+    def result(self) -> Measured | None:
+        """Return the result of what was begun, once, on the main rank; None if none is ready."""
 
     def forget(self) -> None:
-        """Drop what was begun, once it has ended."""
+        """Drop what was begun, without waiting for its end."""
+
+
+_SECONDS = 1.0
+"""Is how long the ranks wait before they ask whether the run is stopped; a fit may take many minutes."""
 
 
 class DownstreamHook:
@@ -97,6 +100,7 @@ class DownstreamHook:
         self._max_steps = run.train.max_steps
         self._interval = run.train.eval_every * run.downstream.every
         self._best_metric = run.checkpoint.best_metric
+        self._begun: int | None = None
 
     def is_due(self, step: int) -> bool:
         """Return whether the evaluation of this step is followed by a measurement."""
@@ -105,28 +109,41 @@ class DownstreamHook:
     def measure(self, step: int, abandon: Callable[[], bool]) -> dict[str, Any] | None:
         """Finish what was begun before, and begin to measure; all ranks call this together.
 
+        Args:
+            step: Finished steps.
+            abandon: As for `Measurement.begin`; it is also called while a result is waited for.
+
         Returns:
             The value of `checkpoint.best_metric` by its name, if this is what measures it, the same on every
             rank; None if the measurement was abandoned.
         """
-        self.finish()
+        if not self.finish(abandon):
+            return None
+        self._begun = step
         if not self._measurement.begin(step, self._model, self._ranks, abandon):
             return None
         metric = self._best_metric
         if not metric.startswith(f"{DOWNSTREAM}/"):
             return {}
-        return {metric: on_one_rank(lambda: self._take(wait=True)[metric])}
+        return {metric: on_one_rank(lambda: self._take()[metric])} if self._wait(abandon) else None
 
     def poll(self) -> None:
         """Log a result that is ready."""
-        self._take(wait=False)
+        self._take()
 
-    def finish(self) -> None:
-        """Wait for the result of what was begun, if any, and log it."""
-        self._take(wait=True)
+    def finish(self, abandon: Callable[[], bool]) -> bool:
+        """Wait for the result of what was begun, if any, and log it; all ranks call this together.
 
-    def take_up(self, log: Path, step: int, last: int | None) -> None:
-        """Make up for a measurement that a kill ended in an earlier start; all ranks call this together.
+        Returns:
+            Whether it was not abandoned.
+        """
+        if not self._wait(abandon):
+            return False
+        self._take()
+        return True
+
+    def take_up(self, log: Path, step: int, last: int | None) -> dict[str, Any]:
+        """Make up for a measurement that an earlier start did not finish; all ranks call this together.
 
         At the same step it is done again; later its weights are gone, and this is said.
 
@@ -134,16 +151,31 @@ class DownstreamHook:
             log: The log, which the main rank reads.
             step: Step of the loop.
             last: Step of the last measurement that was begun; None if there was none.
+
+        Returns:
+            What `measure` returns; nothing where nothing is made up for.
         """
         if last is None or on_one_rank(lambda: _is_logged(log, last)):
-            return
+            return {}
         if step == last:
-            self.measure(step, lambda: False)
-        else:
-            self._say(f"the downstream tasks of step {last} were not finished when the run was killed")
+            return self.measure(step, lambda: False) or {}
+        self._say(f"the downstream tasks of step {last} were not finished when the run ended before")
+        return {}
 
-    def _take(self, wait: bool) -> Mapping[str, float | None]:
-        measured = self._measurement.result(wait) if self._ranks.is_main else None
+    def _wait(self, abandon: Callable[[], bool]) -> bool:
+        """Return True when nothing is left to fit, and False once `abandon` does, which drops it.
+
+        Rank 0 waits and tells the others, by a broadcast over the world each time.
+        """
+        while not on_one_rank(lambda: self._measurement.wait(_SECONDS)):
+            if abandon():
+                self._measurement.forget()
+                self._say(f"the run is stopped before the downstream tasks of step {self._begun} are fitted")
+                return False
+        return True
+
+    def _take(self) -> Mapping[str, float | None]:
+        measured = self._measurement.result() if self._ranks.is_main else None
         if measured is None:
             return {}
         self._log({"kind": DOWNSTREAM, "step": measured.step, **measured.record})

@@ -226,11 +226,12 @@ def fit(
                 if last:
                     _finish_save(hooks, stop)
                     if hooks.downstream is not None:
-                        hooks.downstream.finish()
+                        hooks.downstream.finish(stop.received)
             _raise_if(stop, loop, hooks)
         _finish_save(hooks, stop)
         if hooks.downstream is not None:
-            hooks.downstream.finish()
+            hooks.downstream.finish(stop.received)
+            _raise_if(stop, loop, hooks)
         if hooks.test and loop.step and loop.test_loss is None:
             record = hooks.test(stop.received)
             _raise_if(stop, loop, hooks)
@@ -325,10 +326,9 @@ def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal, inciden
         hooks.say(words)
     hooks.log({"kind": "eval", "step": loop.step, **record})
     if hooks.downstream is not None and hooks.downstream.is_due(loop.step):
-        found = hooks.downstream.measure(loop.step, stop.received)
-        if found is not None:
-            loop.downstream_step = loop.step
-            record = {**record, **found}
+        # What is abandoned is made up for by the next start.
+        loop.downstream_step = loop.step
+        record = {**record, **(hooks.downstream.measure(loop.step, stop.received) or {})}
     is_kept = note_evaluation(loop, record, run.train, run.checkpoint)
     if out_of_patience(loop, run.train):
         # Whoever follows the log learns of the end before `train.max_steps` from nothing else.

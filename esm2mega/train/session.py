@@ -39,7 +39,7 @@ from esm2mega.report.progress import Progress
 from esm2mega.train.build import Built
 from esm2mega.train.downstream import DownstreamHook, Measurement
 from esm2mega.train.incidents import FILE_NAME, Incidents, RollBack
-from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit, note_evaluation
 from esm2mega.train.losses import Means
 from esm2mega.train.signals import StopSignal
 from esm2mega.train.sound import is_sound
@@ -219,7 +219,9 @@ def _run_once(
             stack.callback(session.downstream.forget)
             hook = DownstreamHook(session.downstream, run, state.model, ranks, write, progress.message)
             if not is_fresh:
-                hook.take_up(Path(run.run_dir) / LOG_NAME, loop.step, loop.downstream_step)
+                found = hook.take_up(Path(run.run_dir) / LOG_NAME, loop.step, loop.downstream_step)
+                if found:
+                    note_evaluation(loop, {**(loop.evaluation or {}), **found}, run.train, run.checkpoint)
         saver = stack.enter_context(Saver(run.checkpoint.async_save))
         saved_last = None if resumed is None else resumed.path
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -100,8 +101,9 @@ class Downstream:
             self.vectors = [TaskVectors(task, hidden_size) for task in self.tasks]
 
         on_one_rank(reserve)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="downstream")
         self._fit: Future[Measured] | None = None
+        self._thread: threading.Thread | None = None
+        self._is_forgotten = threading.Event()
 
     @property
     def banner(self) -> list[str]:
@@ -123,6 +125,9 @@ class Downstream:
 
         All ranks call this together, when nothing that was begun before is left to fit.
         """
+        if self._thread is not None:
+            self._thread.join()  # what was forgotten reads the vectors until its present task ends
+            self._thread = None
         reasons: list[str | None] = []
         for number, task in enumerate(self.tasks):
             places = [(split, row) for split, each in task.splits.items() for row in range(len(each))]
@@ -135,7 +140,13 @@ class Downstream:
             if abandoned := reasons[-1] == "the run was stopped":
                 return not abandoned
         if ranks.is_main:
-            self._fit = self._pool.submit(self._measure, step, reasons)
+            self._fit = Future()
+            self._is_forgotten.clear()
+            # As a daemon it does not hold up the end of a run that is stopped.
+            self._thread = threading.Thread(
+                target=self._run_fit, args=(self._fit, step, reasons), name="downstream", daemon=True
+            )
+            self._thread.start()
         return True
 
     @staticmethod
@@ -146,22 +157,35 @@ class Downstream:
         split, row = places[protein]
         vectors.put(split, row, values)
 
-    def result(self, wait: bool) -> Measured | None:
-        """Return what was measured, once; None for nothing, or what is not ready and not waited for."""
-        if self._fit is None or not (wait or self._fit.done()):
+    def wait(self, seconds: float) -> bool:
+        """Wait for the fit, at most so long; return whether none is going on."""
+        return self._fit is None or not wait([self._fit], seconds).not_done
+
+    def result(self) -> Measured | None:
+        """Return what was measured, once; None if nothing is ready."""
+        if self._fit is None or not self._fit.done():
             return None
         fit, self._fit = self._fit, None
         return fit.result()
 
     def forget(self) -> None:
-        """Wait for what is being fitted, and drop it."""
-        self.result(wait=True)
+        """Drop what is being fitted; its thread ends when the task is fitted that it is at."""
+        self._is_forgotten.set()
+        self._fit = None
+
+    def _run_fit(self, fit: Future[Measured], step: int, reasons: Sequence[str | None]) -> None:
+        try:
+            fit.set_result(self._measure(step, reasons))
+        except BaseException as error:  # whoever takes the result raises it
+            fit.set_exception(error)
 
     def _measure(self, step: int, reasons: Sequence[str | None]) -> Measured:
         record: dict[str, float | None] = {}
         best: dict[str, float | None] = {}
         words = []
         for task, vectors, reason in zip(self.tasks, self.vectors, reasons, strict=True):
+            if self._is_forgotten.is_set():
+                break
             headline = HEADLINES[task.info.kind]
             names = [split for split in (VALID, TEST) if split in task.splits]
             values: dict[str, float | None] = dict.fromkeys(names)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from esm2mega.autoeval.downstream.tables import open_tasks
 from esm2mega.checkpoint import layout
 from esm2mega.cli.app import main
 from esm2mega.config.schema import DownstreamConfig, Run
+from esm2mega.errors import StoppedBySignal
 from esm2mega.train.loop import LoopState, note_evaluation
 from esm2mega.train.pretrain import pretrain
 from tests.checkpoints import full_weights
@@ -185,7 +188,7 @@ def test_what_a_kill_left_unfinished_is_measured_again_or_said(
 
     assert resumed(missing=4, last=4)[0] == complete
     assert resumed(missing=9, last=2)[0] == complete
-    said = "the downstream tasks of step 2 were not finished when the run was killed"
+    said = "the downstream tasks of step 2 were not finished when the run ended before"
     assert said not in capsys.readouterr().err
     assert resumed(missing=2, last=3)[0] == complete[1:]
     assert capsys.readouterr().err.count(said) == 1
@@ -222,6 +225,42 @@ def test_training_goes_on_while_a_head_is_fitted_even_if_that_fails(
         "size/test_spearman": None,
     }
     assert "size spearman: valid none, test none (not measured: MemoryError)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("metric", "steps"), [("downstream/size", [2, 3]), ("valid_loss", [3])])
+def test_a_stop_waits_for_no_fit(
+    finished: TinyRun,
+    tasks: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    metric: str,
+    steps: list[int],
+) -> None:
+    """The fit behind step 2 lasts until the run has ended; what the next start measures again counts."""
+    is_over, fit_layer = threading.Event(), module.fit_layer
+
+    def slow(*_: Any) -> Any:
+        # By then the loop waits for this: after step 2 to choose the best, or behind the last step.
+        threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert is_over.wait(timeout=120)
+        raise ValueError("nobody takes this")
+
+    monkeypatch.setattr(module, "fit_layer", slow)
+    changes = ("train.max_steps=3", "checkpoint.keep_best=2", f"checkpoint.best_metric={metric}")
+    run = measured_run(finished, tasks[:1], tmp_path / "run", *changes)
+    try:
+        with pytest.raises(StoppedBySignal, match=f"after step {steps[0]}, which is saved"):
+            pretrain(run, downstream=Downstream(run))
+    finally:
+        is_over.set()
+    assert "stopped before the downstream tasks of step 2 are fitted" in capsys.readouterr().err
+    monkeypatch.setattr(module, "fit_layer", fit_layer)
+    loop = pretrain(run, downstream=Downstream(run))
+    found = records(tmp_path / "run", "downstream")
+    assert [record["step"] for record in found] == steps and loop.step == 3
+    if metric != "valid_loss":
+        assert loop.ranking == {record["step"]: record["size/valid_spearman"] for record in found}
 
 
 def test_proteins_and_residues_are_chosen_by_the_seed(tasks: tuple[Path, Path]) -> None:
