@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import best_checkpoint
-from esm2mega.errors import UserError
+from esm2mega.errors import DamagedError, UserError
 from esm2mega.infer.source import source_of
 from esm2mega.lora.base import MERGE_THEM, read_with_base
 from esm2mega.report.plot import Benchmarks
@@ -38,7 +39,11 @@ def benchmarks_of_run(run_dir: str | Path, results: str | Path) -> Benchmarks:
             step := layout.step_of(path) or None
         ) not in steps:  # a suite has no step for one before the first
             continue
-        checksum = source_of(read_with_base(path, cure=MERGE_THEM)).checksum()
+        try:
+            checksum = source_of(read_with_base(path, cure=MERGE_THEM)).checksum()
+        except DamagedError as error:
+            print(f"esm2mega: {error}; this checkpoint is passed over", file=sys.stderr)
+            continue
         for name, weights, of_step in measured:
             if (weights, of_step) == (checksum, step):
                 names[path] = name

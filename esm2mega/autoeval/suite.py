@@ -58,7 +58,7 @@ from esm2mega.autoeval.units import Commands, Outcome, Unit, run_unit, wild_type
 from esm2mega.config.best_metric import HEADLINES, less_is_better
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.data.leakage.leaks import find_leaks
-from esm2mega.files import check_out, read_json, write_json
+from esm2mega.files import check_out, read_json, replacing, write_json
 from esm2mega.finetune.bootstrap import bootstrap_contacts, bootstrap_headline
 from esm2mega.finetune.metrics import Predictions, check_packages, metrics_of
 from esm2mega.infer.proteingym import mean_of_means
@@ -340,5 +340,6 @@ def _published_rows(task: str, metric: str) -> list[dict[str, Any]]:
 def _write(out: Path, results: dict[str, Any], script: str) -> None:
     write_csv(out, results)
     write_results_page(results, out)
-    (out / _COMMANDS).write_text(script)
+    with replacing(out / _COMMANDS) as partial:
+        partial.write_text(script)
     write_json(out / RESULTS_JSON, results)

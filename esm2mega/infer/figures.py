@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from esm2mega.files import replacing
+
 RESIDUES_OF_A_ROW = 100
 """Is where a heat map goes on in a row below."""
 
@@ -51,7 +53,7 @@ def contact_map(path: Path, title: str, contacts: npt.NDArray[Any], length: int)
     axes.set(title=title, xlabel=f"residue\n\n{READING}", ylabel="residue")
     _number(axes.xaxis, length, 1)
     _number(axes.yaxis, length, 1)
-    figure.savefig(path, dpi=150)
+    _save(figure, path, 150)
 
 
 def heat_map(
@@ -68,7 +70,12 @@ def heat_map(
         offset: Number of the first residue.
     """
     figure = heat_map_figure(title, scores, sequence, letters, offset)
-    figure.savefig(path, dpi=150 if len(sequence) <= _SHARP_ROWS * RESIDUES_OF_A_ROW else 75)
+    _save(figure, path, 150 if len(sequence) <= _SHARP_ROWS * RESIDUES_OF_A_ROW else 75)
+
+
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=dpi)
 
 
 def heat_map_figure(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from esm2mega.config.schema import LoggingConfig
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import replacing
 
 
 class Tracker(Protocol):
@@ -64,8 +65,8 @@ class WandbTracker:
             import uuid
 
             run_id = uuid.uuid4().hex[:12]
-            id_file.parent.mkdir(parents=True, exist_ok=True)
-            id_file.write_text(run_id + "\n")
+            with replacing(id_file) as partial:
+                partial.write_text(run_id + "\n")
         try:
             self._run: Any = wandb.init(
                 project=project or "esm2mega",

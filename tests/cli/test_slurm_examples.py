@@ -162,17 +162,22 @@ def binds(tmp_path):
     ("container", "start"), [("pyxis", "--container-image=i.sif"), ("apptainer", "apptainer")]
 )
 def test_a_container_sees_every_path_that_the_job_names(container, start, slurm, tmp_path):
-    """Of the store, the run, the configuration, and what stands in it and in the overrides."""
-    names = ("work", "store", "runs", "conf", "models", "links", "cache")
+    """Of the store, the run, the configuration, its `defaults`, and what stands in these and the overrides."""
+    names = ("work", "store", "runs", "conf", "models", "links", "cache", "shared", "wild")
     folders = {name: tmp_path / "disk" / name for name in names}
     for folder in folders.values():
         folder.mkdir(parents=True)
     (folders["models"] / "esm2.pt").touch()
     config = folders["conf"] / "mine.yaml"
     config.write_text(
-        f"defaults: base\ninit_from: '{folders['models']}/esm2.pt'  # not /of/comments\n"
+        f"defaults: [base, common-1]\ninit_from: '{folders['models']}/esm2.pt'  # not /of/comments\n"
         f"data: {{train: [{folders['links']}/a, ../links/b]}}\nlogging: {{url: https://host/x}}\n"
     )
+    third = folders["shared"] / "third.yaml"
+    (folders["conf"] / "common-1.yaml").write_text(
+        f"seed: 3\ndefaults:\n  # first\n  - '{third}'\n  - pretrain_esm2_8M\ntrain: {{max_steps: 5}}\n"
+    )
+    third.write_text(f"defaults: {config}\ndata:\n  wild_type: {folders['wild']}/wt.fasta\n")
     overrides = f"data.cache_dir=~/x checkpoint.resume={folders['runs']}/old@step_4"
     done = run(
         "slurm/pretrain.sbatch", cwd=folders["work"], **slurm, CONTAINER=container, IMAGE="i.sif",
@@ -312,14 +317,23 @@ def test_shards_hold_every_protein_once(compressed, slurm, tmp_path):
             OPTIONS="--layers 4", PYTHON=fake_python(tmp_path, show),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-    shards = [(tmp_path / "out" / f"shard_{number}.fasta").read_text() for number in range(3)]
+    shards = [(tmp_path / "out" / f"shard_{number}_of_3.fasta").read_text() for number in range(3)]
     assert [shard.count(">p") for shard in shards] == [3, 2, 2]
     records = [record for shard in shards for record in shard.split(">p")[1:]]
     assert sorted(records) == text.split(">p")[1:]
     assert (tmp_path / "words").read_text().splitlines() == [
         f"-m esm2mega embed runs/mine {shard}.fasta --out {shard}.h5 --resume --layers 4"
-        for shard in ("out/shard_0", "out/shard_1", "out/shard_2")
+        for shard in ("out/shard_0_of_3", "out/shard_1_of_3", "out/shard_2_of_3")
     ]
+    # A FASTA of the same name with other proteins.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / fasta.name).write_bytes(fasta.read_bytes() + b"\n")
+    done = run(
+        "slurm/embed_array.sbatch", cwd=tmp_path, **{**slurm, "SLURM_NTASKS": "1"},
+        FASTA=str(tmp_path / "other" / fasta.name), CHECKPOINT="runs/mine", SLURM_ARRAY_TASK_ID="0",
+        OUT="out", PYTHON=fake_python(tmp_path, show),
+    )  # fmt: skip
+    assert done.returncode == 2 and "OUT=out holds shards of p.fasta, " in done.stderr, done.stderr
 
 
 def test_evaluation_goes_on_after_a_task_that_fails_and_fails_in_the_end(slurm, tmp_path):

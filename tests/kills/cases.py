@@ -33,13 +33,17 @@ _TRAINING = (
 )
 _SHORT = ("train.max_steps=1", "train.eval_every=0")
 _LAYOUTS = {
-    1: (),
-    2: ("parallel.distributed_optimizer=true",),
-    4: (
-        "parallel.tensor_model_parallel_size=2",
-        "parallel.pipeline_model_parallel_size=2",
-        "train.global_batch_tokens=512",
+    "1": (1, ()),
+    "2": (2, ("parallel.distributed_optimizer=true",)),
+    "4": (
+        4,
+        (
+            "parallel.tensor_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_size=2",
+            "train.global_batch_tokens=512",
+        ),
     ),
+    "cp": (2, ("parallel.context_parallel_size=2",)),
 }
 
 _RESUMED = re.compile(r"^run {6}.*?(?:resumed from step_(\d+).*)?$", re.MULTILINE)
@@ -106,36 +110,50 @@ def _files(folder: Path) -> dict[str, Path]:
 def make_inputs(folder: Path) -> list[Case]:
     """Make what the commands read, unless it is there, and return the cases."""
     fasta, store, table = folder / "proteins.fasta", folder / "store", folder / "table.csv"
-    model, tuned = folder / "model", folder / "tuned"
+    model, tuned, adapted, assays = (folder / name for name in ("model", "tuned", "adapted", "assays"))
+    adapters = [f"init_from={model}", "finetune.mode=lora", "lora.rank=2"]
     labelled = [f"data.train={table}", "task.kind=regression", "task.target_columns=[value]"]
     if not (folder / "made").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_fasta(fasta)
         _write_table(table)
+        _write_assays(assays)
         for words in (
             ["prepare", "fasta", str(fasta), "--out", str(store), "--valid-size", "12"],
             ["pretrain", *_TRAINING, f"run_dir={model}", f"data.train={store}/train", *_SHORT],
             ["finetune", *_TRAINING, f"run_dir={tuned}", *labelled, *_SHORT],
+            ["finetune", *_TRAINING, f"run_dir={adapted}", *labelled, *adapters, *_SHORT],
         ):
             run_ranks(["-m", "esm2mega", "-v", *words], 1, folder / "output")
         (folder / "made").touch()
     cases = []
-    for processes, layout in _LAYOUTS.items():
+    for name, (processes, layout) in _LAYOUTS.items():
         for mode in ("sync", "async"):
             # Saving in the background is an option of later versions.
             if mode == "async" and ASYNC not in known_keys():
                 continue
             settings = [*_TRAINING, *layout, *([f"{ASYNC}=true"] if mode == "async" else [])]
             settings += [f"data.train={store}/train", f"data.valid={store}/valid"]
-            cases.append(_training(f"pretrain-{processes}-{mode}", "pretrain", settings, processes))
-    cases.append(
-        _training("finetune", "finetune", [*_TRAINING, *labelled, f"data.valid={table}.valid.csv"], 1)
-    )
+            cases.append(_training(f"pretrain-{name}-{mode}", "pretrain", settings, processes))
+    tuning = [*_TRAINING, *labelled, f"data.valid={table}.valid.csv"]
+    cases.append(_training("finetune", "finetune", tuning, 1))
+    cases.append(_training("finetune-lora-2", "finetune", [*tuning, *adapters, f"{ASYNC}=true"], 2))
 
     def embed(folder: Path) -> list[str]:
         out = ["--out", str(folder / "x.h5"), "--resume", "--pack-tokens", "512"]
         return ["embed", str(model), str(fasta), *out, "--max-seq-length", "300", "--too-long", "chunk"]
+
+    def embed_in_pieces(folder: Path) -> list[str]:
+        out = ["--out", str(folder / "x.npz"), "--resume", "--include", "pooled", "--pooling", "cls"]
+        return ["embed", str(model), str(fasta), *out, "--max-seq-length", "300", "--too-long", "crop"]
+
+    def score(folder: Path) -> list[str]:
+        out = ["--out", str(folder / "gym"), "--resume"]
+        return ["score", str(model), "--proteingym", str(assays / "gym.csv"), "--assays", str(assays), *out]
+
+    def merge(folder: Path) -> list[str]:
+        return ["lora", "merge", str(adapted), "--out", str(folder / "whole")]
 
     def predict(folder: Path) -> list[str]:
         out = ["--out", str(folder / "x.csv"), "--resume", "--too-long", "crop"]
@@ -150,9 +168,12 @@ def make_inputs(folder: Path) -> list[Case]:
     return [
         *cases,
         Case("embed", embed),
+        Case("embed-2", embed_in_pieces, 2),
+        Case("score", score),
         Case("predict", predict),
         Case("prepare", prepare, result="data"),
         Case("convert", convert, result="hf"),
+        Case("lora-merge", merge, result="whole"),
     ]
 
 
@@ -168,3 +189,17 @@ def _write_table(path: Path) -> None:
         rows = ["".join(rng.choice(letters, size=int(rng.integers(20, 120)))) for _ in range(count)]
         lines = [f"{row},{row.count('L') + 0.5}" for row in rows]
         file.write_text("\n".join(["sequence,value", *lines]) + "\n")
+
+
+def _write_assays(folder: Path) -> None:
+    """Three assays of a protein as ProteinGym has them: a table of references, and a file of variants each."""
+    folder.mkdir()
+    protein, columns = (
+        "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ",
+        "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type",
+    )
+    rows = [f"{name},{name}.csv,P{name},{protein},Activity" for name in "abc"]
+    (folder / "gym.csv").write_text("\n".join([columns, *rows]) + "\n")
+    for shift, name in enumerate("abc"):
+        variants = [f"{letter}{at}W,{at % 5}" for at, letter in enumerate(protein, 1) if at % 3 == shift]
+        (folder / f"{name}.csv").write_text("\n".join(["mutant,DMS_score", *variants]) + "\n")

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.distributed
 # The rest takes longer, and is part of `make kills` alone.
 LEFT_OUT = {
     *("pretrain-1-sync", "pretrain-1-async", "pretrain-2-sync", "pretrain-4-sync", "pretrain-4-async"),
-    *("finetune", "predict", "convert"),
+    *("pretrain-cp-sync", "pretrain-cp-async", "finetune", "finetune-lora-2", "predict", "convert"),
+    *("embed-2", "score", "lora-merge"),
 }
 
 

@@ -255,7 +255,7 @@ def check_arrays(trial: Trial, numbers: dict[str, str]) -> None:
     ]
     found: list[str] = []
     for shard in range(3):
-        with h5py.File(trial.folder / "embeddings" / f"shard_{shard}.h5") as file:
+        with h5py.File(trial.folder / "embeddings" / f"shard_{shard}_of_3.h5") as file:
             found += [name.decode() for name in file["ids"]]
     if sorted(found) != sorted(wanted):
         raise TrialFailed(f"the shards hold {len(found)} proteins, and not each of the {len(wanted)} once")
