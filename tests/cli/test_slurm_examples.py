@@ -162,7 +162,7 @@ def binds(tmp_path):
     ("container", "start"), [("pyxis", "--container-image=i.sif"), ("apptainer", "apptainer")]
 )
 def test_a_container_sees_every_path_that_the_job_names(container, start, slurm, tmp_path):
-    """Of the store, the run, the configuration, its `defaults`, and what stands in these and the overrides."""
+    """Of the store, the run, the configuration, its `defaults`, and what these and the overrides name."""
     names = ("work", "store", "runs", "conf", "models", "links", "cache", "shared", "wild")
     folders = {name: tmp_path / "disk" / name for name in names}
     for folder in folders.values():

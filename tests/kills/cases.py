@@ -152,8 +152,8 @@ def make_inputs(folder: Path) -> list[Case]:
         out = ["--out", str(folder / "gym"), "--resume"]
         return ["score", str(model), "--proteingym", str(assays / "gym.csv"), "--assays", str(assays), *out]
 
-    def merge(folder: Path) -> list[str]:
-        return ["lora", "merge", str(adapted), "--out", str(folder / "whole")]
+    def export(folder: Path) -> list[str]:
+        return ["lora", "export", str(adapted), "--out", str(folder / "peft")]
 
     def predict(folder: Path) -> list[str]:
         out = ["--out", str(folder / "x.csv"), "--resume", "--too-long", "crop"]
@@ -173,7 +173,7 @@ def make_inputs(folder: Path) -> list[Case]:
         Case("predict", predict),
         Case("prepare", prepare, result="data"),
         Case("convert", convert, result="hf"),
-        Case("lora-merge", merge, result="whole"),
+        Case("lora-export", export, result="peft"),
     ]
 
 
@@ -192,12 +192,10 @@ def _write_table(path: Path) -> None:
 
 
 def _write_assays(folder: Path) -> None:
-    """Three assays of a protein as ProteinGym has them: a table of references, and a file of variants each."""
+    """Write three assays of a protein as ProteinGym has them, and the table that lists them."""
     folder.mkdir()
-    protein, columns = (
-        "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ",
-        "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type",
-    )
+    protein = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
+    columns = "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type"
     rows = [f"{name},{name}.csv,P{name},{protein},Activity" for name in "abc"]
     (folder / "gym.csv").write_text("\n".join([columns, *rows]) + "\n")
     for shift, name in enumerate("abc"):

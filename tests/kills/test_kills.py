@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 LEFT_OUT = {
     *("pretrain-1-sync", "pretrain-1-async", "pretrain-2-sync", "pretrain-4-sync", "pretrain-4-async"),
     *("pretrain-cp-sync", "pretrain-cp-async", "finetune", "finetune-lora-2", "predict", "convert"),
-    *("embed-2", "score", "lora-merge"),
+    *("embed-2", "score", "lora-export"),
 }
 
 
