@@ -14,7 +14,7 @@ from esm2mega.convert.lazy_weights import Weights
 from esm2mega.convert.name_table import FREQUENCIES
 from esm2mega.convert.start_point import read_start
 from esm2mega.files import appearing
-from esm2mega.lora.base import recorded_base
+from esm2mega.lora.base import MERGE_THEM, check_base, has_adapters, identify, with_base
 from esm2mega.model.init import initial_value
 from esm2mega.model.rotary import rotary_frequencies
 
@@ -30,8 +30,11 @@ def write_random_encoder(like: str | Path, out: Path, seed: int) -> Path:
         seed: Seed of the weights.
     """
     start = read_start(like)
-    if start.run.lora.rank is not None:  # adapters have the shape of what they are trained on
-        start = read_start(recorded_base(start).path)
+    if has_adapters(start):  # they have the shape of what they are trained on
+        base = with_base(start, None, cure=MERGE_THEM).base
+        assert base is not None
+        check_base(start, identify(base))
+        start = base
     description = replace(start.weights.description, head="lm", dtype=torch.float32)
 
     def read(name: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from esm2mega.checkpoint.tensors import combined_sha256, tensor_sha256
 from esm2mega.config.run_name import is_there, split_run
 from esm2mega.config.schema import LoRAConfig
 from esm2mega.convert.formats.esm2mega import is_auxiliary
+from esm2mega.convert.name_table import CONTACT_HEAD
 from esm2mega.convert.start_point import StartPoint, open_together, read_start
 from esm2mega.errors import UserError
 from esm2mega.files import refuse_stream
@@ -32,23 +34,32 @@ class Base:
         path: Checkpoint with the weights, in any format.
         sha256: Checksum of all its weights by name; it is the same in every format that stores the same
             values and dtype.
+        contact_sha256: The same of its contact head, which formats may leave out; None without one, and in
+            checkpoints of earlier versions.
     """
 
     path: str
     sha256: str
+    contact_sha256: str | None = None
 
     def as_state(self) -> dict[str, Any]:
         """Return the entry of ``train_state.json``."""
-        return {_KEY: asdict(self)}
+        return {_KEY: {name: value for name, value in asdict(self).items() if value is not None}}
 
 
 def identify(base: StartPoint) -> Base:
     """Read all weights of a checkpoint in any format, and return what identifies them."""
     weights = base.weights
     is_beside = is_auxiliary(weights.description)
-    names = sorted(name for name in weights.infos if not is_beside(name))
+
+    def checksum(names: Iterable[str]) -> str:
+        return combined_sha256((name, tensor_sha256(weights.read(name))) for name in sorted(names))
+
+    contacts = [name for name in weights.infos if name.startswith(CONTACT_HEAD)]
     return Base(
-        str(base.path.resolve()), combined_sha256((name, tensor_sha256(weights.read(name))) for name in names)
+        str(base.path.resolve()),
+        checksum(name for name in weights.infos if not is_beside(name)),
+        checksum(contacts) if contacts else None,
     )
 
 
@@ -130,7 +141,7 @@ def recorded_base(start: StartPoint) -> Base:
     entry = start.state.get(_KEY)
     if (
         not isinstance(entry, dict)
-        or set(entry) != {"path", "sha256"}
+        or not {"path", "sha256"} <= set(entry) <= {field.name for field in fields(Base)}
         or not all(isinstance(value, str) for value in entry.values())
     ):
         raise UserError(
@@ -146,6 +157,12 @@ def check_base(start: StartPoint, found: Base) -> None:
         raise UserError(
             f"{start.path}: its adapters belong to other weights than those of {found.path} (sha256 "
             f"{recorded.sha256[:12]}…, not {found.sha256[:12]}…); give the base that they were trained on"
+        )
+    contacts = recorded.contact_sha256, found.contact_sha256
+    if None not in contacts and contacts[0] != contacts[1]:
+        raise UserError(
+            f"{start.path}: {found.path} has the weights that its adapters were trained on, but another "
+            "contact head; give the base that they were trained on"
         )
 
 

@@ -43,6 +43,7 @@ LAYOUTS = {
     "TP2": (2, ("parallel.tensor_model_parallel_size=2",)),
     "PP2": (2, ("parallel.pipeline_model_parallel_size=2",)),
     "DP2": (2, ()),
+    "CP2": (2, ("parallel.context_parallel_size=2",)),
 }
 
 
@@ -71,7 +72,9 @@ def weights(run_dir: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return full_tensors(run_dir / "checkpoints" / f"step_{step:08d}")
 
 
-@pytest.mark.parametrize("layouts", [("1", "TP2", "DP2"), pytest.param(("1", "PP2"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layouts", [("1", "TP2", "DP2", "CP2"), pytest.param(("1", "PP2"), marks=pytest.mark.slow)]
+)
 def test_every_layout_leaves_out_the_same_pack(
     tmp_path: Path, proteins: Path, layouts: tuple[str, ...]
 ) -> None:

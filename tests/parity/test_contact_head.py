@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,15 @@ def test_every_stage_of_a_pipeline_takes_its_layers(published: Path, tmp_path: P
     command += ["optim.lr=1e-12", "parallel.pipeline_model_parallel_size=3", "checkpoint.save_every=1"]
     run_ranks(command, 3, tmp_path / "output")
     close(infer_model(tmp_path / "run", SEQUENCES), expected_contacts(published))
+
+
+def test_adapters_are_not_used_over_another_contact_head(published: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(published, tmp_path / "base")
+    trained = train(base, tmp_path / "run", "finetune.mode=lora", "lora.rank=3")
+    assert infer_model(trained.checkpoint, SEQUENCES[:1])
+    file = base / "model.safetensors"
+    state = load_file(file)
+    state["esm.contact_head.regression.bias"] = state["esm.contact_head.regression.bias"] + 1
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(UserError, match="its adapters were trained on, but another contact head"):
+        infer_model(trained.checkpoint, SEQUENCES[:1])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from esm2mega.checkpoint import layout
 from esm2mega.cli.app import main
-from esm2mega.config.schema import Run, map_paths
+from esm2mega.config.schema import Run
 from tests.infer_models import write_fasta
 from tests.unit.conftest import TinyRun
 from tests.unit.runs import SETTINGS
@@ -27,12 +31,18 @@ STEP = (
 
 
 def _path_keys() -> list[str]:
-    """All keys that are marked as paths in the schema, whatever their value."""
-    run, keys = Run(), []
-    run.init_from = run.data.train = run.data.valid = run.data.test = run.data.cache_dir = "x"
-    run.task.label_file = run.task.mask_file = "x"
-    map_paths(run, lambda key, path: keys.append(key) or path)  # type: ignore[func-returns-value]
-    return keys
+    """All keys that are marked as paths in the schema."""
+
+    def keys(section: Any, prefix: str = "") -> Iterator[str]:
+        for entry in dataclasses.fields(section):
+            if dataclasses.is_dataclass(value := getattr(section, entry.name)):
+                yield from keys(value, f"{prefix}{entry.name}.")
+            elif entry.metadata.get("is_path"):
+                yield f"{prefix}{entry.name}"
+
+    found = list(keys(Run()))
+    assert {"data.wild_type", "downstream.tasks", "init_from", "run_dir", "task.label_file"} <= set(found)
+    return found
 
 
 def _trapped(source: Path, target: Path, trap: Path, first: int) -> Path:
@@ -50,7 +60,8 @@ def _trapped(source: Path, target: Path, trap: Path, first: int) -> Path:
         section = content
         for name in sections:
             section = section[name]
-        section[last] = form.format(trap=trap).replace("KEY", key)
+        value = form.format(trap=trap).replace("KEY", key)
+        section[last] = [value] if isinstance(section[last], list) else value
     content["logging"] = {"tensorboard": True, "wandb": False, "wandb_project": f"{trap}/project"}
     content["data"]["workers"] = 2
     config.write_text(yaml.safe_dump(content))
@@ -102,6 +113,47 @@ def test_no_command_writes_where_a_checkpoint_says(
     assert main([*commands[0][:-1], "e2.json", f"data.cache_dir={here / 'mine'}"]) == 0
     assert [path.name for path in (here / "mine").rglob("train")] == ["train"]
     assert json.loads((here / "e.json").read_text()) == json.loads((here / "e2.json").read_text())
+
+
+def test_no_command_reads_what_a_checkpoint_names(
+    finished: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its configuration leads to a store and a checkpoint that are there, and can be read."""
+    monkeypatch.chdir(tmp_path)
+    trap = shutil.copytree(finished.run_dir, tmp_path / "trap")
+    for name, path in (("train", finished.train), ("valid", finished.valid)):
+        shutil.copytree(path, trap / name)
+    checkpoint = shutil.copytree(layout.step_dir(finished.run_dir, 4), tmp_path / "checkpoint")
+    content = yaml.safe_load((checkpoint / layout.CONFIG).read_text())
+    content["data"] |= {"train": [f"{trap}/train"], "valid": f"{trap}/valid"}
+    content |= {"run_dir": str(trap), "init_from": str(trap)}
+    (checkpoint / layout.CONFIG).write_text(yaml.safe_dump(content))
+    (checkpoint / "digests.json").unlink()
+    (checkpoint / layout.COMPLETE).write_text("")
+    write_fasta(tmp_path / "x.fasta", [("a", "MKTAYIAKQRQISFVKSH"), ("b", "MKLVINGKTLKGEITV")])
+    opened: list[str] = []
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if is_on and event in ("open", "os.listdir", "os.scandir"):
+            name = arguments[0]
+            opened.append("" if name is None or isinstance(name, int) else os.fsdecode(name))
+
+    is_on = True
+    sys.addaudithook(note)  # for the life of the process, so it is switched off behind
+    try:
+        for words in (
+            ["evaluate", "checkpoint", "--data", "x.fasta", "--out", "e.json"],
+            ["embed", "checkpoint", "x.fasta", "--out", "e.h5"],
+            ["score", "checkpoint", "--sequence", "MKT", "--out", "s.csv"],
+            ["inspect", "checkpoint"],
+            ["convert", "checkpoint", "converted", "--to", "hf"],
+            ["convert", "checkpoint", "copied", "--to", "esm2mega"],
+        ):
+            assert main(words) == 0, (words, capsys.readouterr().err)
+    finally:
+        is_on = False
+    assert any(name.endswith("x.fasta") for name in opened), "the hook sees what is opened"
+    assert [name for name in opened if name.startswith(str(trap))] == []
 
 
 def test_the_base_of_adapters_is_the_one_path_that_is_read(
