@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import lmdb
 import numpy as np
+import openpyxl
 import pyarrow
 import torch
 import yaml
@@ -22,6 +23,7 @@ from pyarrow import parquet
 from safetensors.torch import save_file
 
 from esm2mega.cli.app import main
+from esm2mega.convert.checksum import weights_sha256
 from esm2mega.data.benchmarks.deeploc2 import LOCATIONS
 from esm2mega.infer.work import Work
 from tests import esm2fa, foreign, foreign_bert
@@ -125,7 +127,11 @@ def _lmdb(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _tables(folder: Path, proteins: list[tuple[str, str]]) -> None:
     """Proteins with labels, and variants."""
-    values = [{"id": n, "sequence": s, "value": s.count("L") + 0.5} for n, s in proteins]
+    parts = ("train", "train", "valid", "test")
+    values = [
+        {"id": name, "sequence": text, "value": text.count("L") + 0.5, "part": parts[number % 4]}
+        for number, (name, text) in enumerate(proteins)
+    ]
     states = [{"id": n, "sequence": s, "states": "".join("HEC"[ord(x) % 3] for x in s)} for n, s in proteins]
     lists = [
         {"id": n, "sequence": s, "names": json.dumps(["a", "b", "c"][: len(s) % 4])} for n, s in proteins
@@ -137,6 +143,15 @@ def _tables(folder: Path, proteins: list[tuple[str, str]]) -> None:
             writer.writerows(rows)
     numbers = [{"sequence": s, "number": [float(ord(x) % 7) for x in s]} for _, s in proteins]
     (folder / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in numbers))
+    book = openpyxl.Workbook()
+    for row in [list(values[0]), *(list(row.values()) for row in values)]:
+        book.active.append(row)
+    book.save(folder / "values.xlsx")
+    (folder / "mutants").mkdir()
+    (folder / "mutants" / "wt.fasta").write_text(f">wild\n{WILD}\n")
+    changes = [f"{WILD[i]}{i + 1}W,{i}" for i in range(len(WILD))] + [f"{WILD[1]}2C:{WILD[2]}3D,1", "A4del,2"]
+    (folder / "mutants" / "mutants.csv").write_text("\n".join(["mutant,value", *changes]) + "\n")
+    _structures(folder / "structures", proteins[:3])
     mutants = [f"{WILD[i]}{i + 1}W,{i % 3}.5" for i in range(len(WILD))] + [f"{WILD[1]}2C:{WILD[2]}3D,1"]
     (folder / "variants.csv").write_text("\n".join(["mutant,DMS_score", *mutants]) + "\n")
     (folder / "proteingym" / "assays").mkdir(parents=True)
@@ -154,6 +169,17 @@ def _tables(folder: Path, proteins: list[tuple[str, str]]) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(configuration))
 
 
+def _structures(folder: Path, proteins: list[tuple[str, str]]) -> None:
+    """Proteins with a place of each residue."""
+    folder.mkdir()
+    rng = np.random.default_rng(6)
+    (folder / "x.fasta").write_text("".join(f">{name}\n{text}\n" for name, text in proteins))
+    for name, text in proteins:
+        places = rng.normal(scale=9.0, size=(len(text), 3)).round(3)
+        rows = [f"{letter},{x},{y},{z}" for letter, (x, y, z) in zip(text, places, strict=True)]
+        (folder / f"{name}.csv").write_text("\n".join(["residue,x,y,z", *rows]) + "\n")
+
+
 def _benchmarks(folder: Path) -> None:
     """Published tasks, cut to some proteins."""
     rng = np.random.default_rng(5)
@@ -164,6 +190,8 @@ def _benchmarks(folder: Path) -> None:
         for n in range(9)
     ]
     (folder / "flip" / "two_vs_rest.fasta").write_text("".join(entries))
+    made = ("--out", folder / "prepared", "--allow-other-sizes")
+    _command("prepare", "flip", "gb1", "--source", folder / "flip", *made)
     (folder / "tape-task").mkdir()
     for split in ("train", "valid", "test"):
         rows = [{"primary": WILD[n:], "stability_score": np.array([n / 4], np.float32)} for n in range(5)]
@@ -198,10 +226,22 @@ def _ours(folder: Path) -> None:
         (run / "checkpoints" / "step_00000002").rename(folder / name)
     (folder / "checkpoint").rename(last)
     shutil.copytree(last, folder / "checkpoint")
+    (model / "incidents.jsonl").write_text('{"step": 1, "time": "2026-01-01T00:00:00", "policy": "skip"}\n')
     _command("embed", last, fasta, "--out", folder / "x.h5")
+    _command("embed", last, fasta, "--out", folder / "b.h5", "--dtype", "bf16", "--include", "pooled,logits")
+    _results(folder / "results", weights_sha256(folder / "checkpoint"))
     _command("lora", "export", folder / "adapter", "--out", folder / "peft")
     _unfinished(folder, ["embed", str(last), str(fasta), "--out", str(folder / "e" / "x.h5")])
     _unfinished(folder, ["predict", str(folder / "task"), str(fasta), "--out", str(folder / "p" / "x.h5")])
+
+
+def _results(folder: Path, weights: str) -> None:
+    """What a suite of benchmarks measured of the checkpoint."""
+    folder.mkdir()
+    row = {"row": "model", "model": "m", "mode": "probe", "value": 0.5, "low": 0.4, "high": 0.6}
+    task = {"task": "flip/gb1", "metric": "spearman", "num_proteins": {"test": 9}, "rows": [row]}
+    models = [{"name": "m", "weights_sha256": weights, "step": 2}]
+    (folder / "results.json").write_text(json.dumps({"models": models, "tasks": [task]}, indent=1))
 
 
 def _unfinished(folder: Path, words: list[str]) -> None:

@@ -104,14 +104,29 @@ def _ours(folder: Path) -> Iterator[Subject]:
         ),
     )
     yield Subject("cluster-store", folder / "clusters", OURS, (inspect, (*start, "data.train={it}")))
-    yield Subject("hdf5", folder / "x.h5", OURS, (inspect,), witness="hdf5")
+    labels = ("--labels", f"{folder}/values.csv")
+    probe = ("probe", "{it}", *labels, "--split-column", "part", "--out", "{out}/probe", "task.bootstrap=0")
+    probe += ("task.kind=regression", "task.target_columns=[value]")
+    mapped = ("map", "{it}", *labels, "--column", "value", "--out", "{out}/map.html")
+    yield Subject("hdf5", folder / "x.h5", OURS, (inspect, probe, mapped), witness="hdf5")
+    yield Subject("hdf5-bf16", folder / "b.h5", OURS, (inspect,), witness="hdf5")
     for name, command, checkpoint in (
         ("e", "embed", f"{folder}/run@step_2"),
         ("p", "predict", f"{folder}/task"),
     ):
         words = (command, checkpoint, fasta, "--out", "{it}/x.h5", "--resume")
         yield Subject(f"{command}-journal", folder / name, OURS, (words,))
-    yield Subject("log", folder / "run", PLAIN, (("plot", "{it}"),), ("log.jsonl",))
+    tuning = ("finetune", *TRAINING, "task.kind=regression", "task.target_columns=[value]", "run_dir={it}")
+    tuning += (
+        f"data.train={folder}/values.csv",
+        f"data.valid={folder}/values.csv",
+        "data.allow_overlap=true",
+    )
+    yield Subject("task-run", folder / "tuned", OURS, (tuning,), ("checkpoints/*",))
+    read = (("plot", "{it}"), ("watch", "{it}", "--once"))
+    yield Subject("log", folder / "run", PLAIN, read, ("log.jsonl", "incidents.jsonl"))
+    card = ("convert", model, "{out}/hf", "--to", "hf", "--results", "{it}")
+    yield Subject("results", folder / "results", PLAIN, (card,), ("results.json",))
 
 
 def _checkpoints(folder: Path) -> Iterator[Subject]:
@@ -187,6 +202,17 @@ def _tables(folder: Path) -> Iterator[Subject]:
     ):
         words = (*tuning, f"task.kind={kind}", f"task.target_columns=[{column}]")
         yield Subject(name.replace(".", "-"), folder / name, PLAIN, (words,))
+    # What is not read of a workbook, such as its styles, carries a CRC as well.
+    words = (*tuning, "task.kind=regression", "task.target_columns=[value]")
+    yield Subject("excel", folder / "values.xlsx", CRC, (words,))
+    mutants = (*words[:-2], "data.wild_type={it}/wt.fasta", "data.train={it}/mutants.csv", *words[-2:])
+    yield Subject("mutants", folder / "mutants", PLAIN, (mutants,))
+    mapped = ("map", f"{folder}/x.h5", "--labels", "{it}", "--column", "value", "--out", "{out}/map.html")
+    yield Subject("map-labels", folder / "values.csv", PLAIN, (mapped,))
+    contacts = ("prepare", "contacts", "--source", "{it}", "--out", "{out}/contacts")
+    yield Subject("structures", folder / "structures", PLAIN, (contacts,))
+    prepared = (*words, "data.train={it}/train.csv", "task.target_columns=[target]")
+    yield Subject("prepared", folder / "prepared", PLAIN, (("inspect", "{it}"), prepared))
     score = ("score", model, "--sequence", WILD, "--variants", "{it}", "--out", "{out}/x.csv")
     yield Subject("variants", folder / "variants.csv", PLAIN, ((*score, "--measured", "DMS_score"),))
     gym = (

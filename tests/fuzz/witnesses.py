@@ -110,7 +110,7 @@ def indexed(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
 
 def hdf5(it: Path, out: Path, words: Sequence[str]) -> Iterator[str]:
     """Compare the values of a file whose checksums hold with those of the sound one beside it."""
-    sound, changed = content(Path(words[-1]).parent.parent / "sound.h5"), content(it)
+    sound, changed = content(it.parent.parent / "sound.h5"), content(it)
     if sound != changed:
         yield f"other values in {[name for name in sound if changed.get(name) != sound[name]]}"
 
