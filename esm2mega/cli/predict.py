@@ -25,7 +25,9 @@ from esm2mega.errors import UserError
     help="Column of the sequences in a table [default: same as in training].",
 )
 @click.option(
-    "--id-column", metavar="NAME", help="Column of the ids in a table [default: id, else line numbers]."
+    "--id-column",
+    metavar="NAME",
+    help="Column of the ids in a table [default: id, else variants or line numbers].",
 )
 @click.option(
     "--too-long",
@@ -61,7 +63,8 @@ def predict(checkpoint: str, input: str, out: str, resume: bool, overwrite: bool
 
     INPUT is a FASTA, CSV, Parquet or other sequence file, compressed or not, or a token store; - reads
     standard input. Several runs joined by commas form an ensemble, and so do the folds of `finetune --folds`:
-    their mean is the prediction, and their spread its uncertainty. Classes come with the probability of each.
+    their mean is the prediction, and their spread its uncertainty. Classes of proteins come with the
+    probability of each.
 
     Example: esm2mega predict runs/fitness proteins.fasta --out predictions.csv
     """

@@ -87,7 +87,7 @@ def plot(run_dirs: tuple[str, ...], out: str | None, results: str | None) -> Non
         from esm2mega.report.overlay import plot_runs
 
         if out is None:
-            raise UserError("several runs share one page, which belongs to none of them: give --out DIR")
+            raise UserError("the page of several runs needs a directory of its own: give --out DIR")
         click.echo("\n".join(plot_runs(run_dirs, out)))
         return
     if out is not None:

@@ -249,7 +249,9 @@ def compare(
     Example: esm2mega compare runs/a1,runs/a2,runs/a3 runs/b1,runs/b2,runs/b3 --data my_store/valid
     """
     if extra := next((word for word in overrides if "=" not in word), None):
-        raise UserError(f"{extra}: is a third name; join the runs of one side by commas, as in RUN,RUN")
+        raise UserError(
+            f"{extra}: is an unexpected third argument; join the runs of one side by commas, as in RUN,RUN"
+        )
     from esm2mega.autoeval.compare import compare as run_compare
     from esm2mega.autoeval.compare import lines
     from esm2mega.finetune.code_option import load_code

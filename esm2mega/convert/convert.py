@@ -170,7 +170,7 @@ def convert(
 
 
 _CHECK_HEAD: dict[str, Callable[[HeadDescription], Any]] = {"hf": architecture_of, "cerebras": parameters_of}
-"""These refuse the head of a task that a format has no equal of."""
+"""These refuse the head of a task that a format has no equivalent of."""
 
 
 def _foreign(weights: Weights) -> str:

@@ -49,8 +49,8 @@ ELSEWHERE = {
     "esm2mega lora import": ("tests/unit/cli/test_lora.py", '"import"'),
     "esm2mega prepare flip": ("tests/cli/test_flip.py", '"prepare"'),
     "esm2mega prepare tape": ("tests/unit/finetune/test_label_layouts.py", '"tape"'),
-    "esm2mega prepare deeploc2": ("tests/unit/cli/test_cures.py", '"prepare deeploc2"'),
-    "esm2mega prepare contacts": ("tests/unit/cli/test_cures.py", '"prepare contacts"'),
+    "esm2mega prepare deeploc2": ("tests/unit/data/benchmarks/test_features.py", '"deeploc2"'),
+    "esm2mega prepare contacts": ("tests/unit/data/benchmarks/test_contacts.py", '"contacts"'),
 }
 """Maps the others to a test that runs the command, and how it is seen there."""
 
@@ -77,7 +77,6 @@ def test_every_example_exists_with_its_options(line: str) -> None:
     check(Command(line))
 
 
-@pytest.mark.slow  # test_readme.py runs much of the same
 def test_examples_run_in_the_order_of_the_work(
     finished: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

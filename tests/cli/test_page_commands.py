@@ -17,7 +17,7 @@ from esm2mega.config.split import has_valid
 from esm2mega.config.task import validate_task
 from esm2mega.config.validate import validate
 from esm2mega.finetune.defaults import provisional
-from tests.cli.pages import COMMANDS, PAGES, ROOT, Command, name_of, spans
+from tests.cli.pages import COMMANDS, PAGES, ROOT, TEXT, Command, commands, name_of, spans
 
 # First words of commands that install, activate or hand over to what is checked elsewhere.
 UNCHECKED = {".", "cd", "docker", "export", "git", "pip", "python3.11", "python3.12", "pytest"}
@@ -114,6 +114,20 @@ def check(command: Command) -> None:
 def test_command_exists_with_its_options(command: Command) -> None:
     if command.words:
         check(command)
+
+
+def test_no_page_writes_the_same_output_twice() -> None:
+    """An output that exists is refused, so who pastes the commands one after the other would be stopped."""
+    twice = []
+    for page in PAGES:
+        seen: set[str] = set()
+        for command in commands(TEXT[page]):
+            words = command.words
+            if "esm2mega" in words and "--out" in words and not {"--resume", "--overwrite"} & set(words):
+                out = words[words.index("--out") + 1]
+                twice += [f"{page.name}: {command.line}"] * (out in seen)
+                seen.add(out)
+    assert not twice
 
 
 def test_the_check_of_commands_can_fail() -> None:

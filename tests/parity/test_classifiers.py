@@ -303,12 +303,12 @@ def test_heads_without_an_equal() -> None:
     info = TargetInfo("regression", ["x"])
     for change in ({"head": "mlp"}, {"head": "linear", "pooling": "cls"}, {"head": "auto"}):
         task = TaskConfig(kind="regression", **change)
-        with pytest.raises(UserError, match=r"no equal of the head (mlp|linear) .*--drop-head writes"):
+        with pytest.raises(UserError, match=r"no equivalent of the head (mlp|linear) .*--drop-head writes"):
             architecture_of(HeadDescription(task, info, {}))
     gelu = TaskConfig(kind="classification", head="pooler", pooler_activation="gelu")
-    with pytest.raises(UserError, match="no equal of the head cls gelu"):
+    with pytest.raises(UserError, match="no equivalent of the head cls gelu"):
         architecture_of(HeadDescription(gelu, info, {}))
-    with pytest.raises(UserError, match="no equal of the head residue cnn"):
+    with pytest.raises(UserError, match="no equivalent of the head residue cnn"):
         architecture_of(HeadDescription(TaskConfig(kind="token_classification", head="cnn"), info, {}))
     pooler = TaskConfig(kind="classification", head="pooler")
     assert head_form(pooler) == head_form(TaskConfig(kind="classification", head="hf"))
@@ -318,7 +318,7 @@ def test_heads_without_an_equal() -> None:
         == "EsmForSequenceClassification"
     )
     # A user's own head under the same configuration.
-    with pytest.raises(UserError, match="no equal of the head cls tanh"):
+    with pytest.raises(UserError, match="no equivalent of the head cls tanh"):
         architecture_of(HeadDescription(pooler, info, dict.fromkeys([*names, "head.gate"], ())))
 
 

@@ -327,12 +327,12 @@ def test_what_is_finetuned_here_goes_out(pretrained: Path, kind: str, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head": "mlp"}, "proteinlm has no equal of task.head=mlp for task.kind=regression"),
-        ({"head": "tape"}, "no equal of task.head=tape .* train with task.head=proteinlm"),
-        ({"kind": "multilabel"}, "no equal of task.head=proteinlm for task.kind=multilabel"),
+        ({"head": "mlp"}, "proteinlm has no equivalent of task.head=mlp for task.kind=regression"),
+        ({"head": "tape"}, "no equivalent of task.head=tape .* train with task.head=proteinlm"),
+        ({"kind": "multilabel"}, "no equivalent of task.head=proteinlm for task.kind=multilabel"),
         ({"hidden_size": 7}, "task.hidden_size=7: proteinlm has 1024 in this head"),
         ({"target_columns": ["a", "b"]}, "proteinlm predicts one of them; train on one column"),
-        ({"dropout": 0.0}, "no equal of a user's own head"),
+        ({"dropout": 0.0}, "no equivalent of a user's own head"),
     ],
 )
 def test_heads_without_an_equal(change: dict[str, Any], message: str) -> None:

@@ -97,14 +97,14 @@ def no_equal(head: HeadDescription) -> str:
     task = head.task
     if head.code is not None and not head.is_configured:
         name = head.code.head or head.code.model or head.code.loss
-        return f"transformers has no equal of {name}, which is code of its user"
+        return f"transformers has no equivalent of {name}, which is your own code"
     if _several_of_residues(head):
         return (
-            f"transformers has no equal of a head for {len(head.info.targets)} columns of residues "
+            f"transformers has no equivalent of a head for {len(head.info.targets)} columns of residues "
             f"(task.target_columns={task.target_columns})"
         )
     return (
-        f"transformers has no equal of the head {' '.join(head_form(task))} (task.head={task.head}, "
+        f"transformers has no equivalent of the head {' '.join(head_form(task))} (task.head={task.head}, "
         f"task.kind={task.kind})"
     )
 

@@ -149,7 +149,7 @@ def equal_head(head: HeadDescription, format_name: str) -> TapeHead:
     is_plain = head.is_configured and found is not None
     if found is None or not is_plain or head.shapes.keys() != shapes_of(found, 0, 0).keys():
         what = f"task.head={task.head} for task.kind={task.kind}" if found is None else "a user's own head"
-        raise UserError(f"{format_name} has no equal of {what}{advice}")
+        raise UserError(f"{format_name} has no equivalent of {what}{advice}")
     if found.width is not None and (task.hidden_size or found.width) != found.width:
         raise UserError(
             f"task.hidden_size={task.hidden_size}: {format_name} has {found.width} in this head{advice}"

@@ -236,4 +236,7 @@ def _number(value: float) -> str:
     if 0 < abs(value) < 0.001:
         digits, exponent = f"{value:.2e}".split("e")
         return f"{float(digits):g}e{int(exponent)}"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 1e4):
+            return f"{value / size:.4g}{letter}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.4g}"

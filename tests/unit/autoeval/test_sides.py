@@ -103,7 +103,7 @@ def test_names_that_make_no_sense_are_one_line(
     for words, message in (
         ([f"{run},{run}@last", run], "step_00000004: is named twice on one side"),
         ([f"{run},", run], "a name is empty; give runs as RUN,RUN"),
-        ([run, run, run], f"{run}: is a third name; join the runs of one side by commas"),
+        ([run, run, run], f"{run}: is an unexpected third argument; join the runs of one side by commas"),
         ([run, str(tmp_path / "absent")], "absent: no such checkpoint"),
         ([run, run, "--per-protein"], "--per-protein is written to a file; name it by --out FILE.json"),
         ([run, run, "--out", str(tmp_path)], "is a directory"),

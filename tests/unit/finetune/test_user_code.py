@@ -104,7 +104,7 @@ def test_a_loss_with_predictions_of_its_own_is_asked_for(tmp_path: Path) -> None
         infer_model(checkpoint, SEQUENCES)
     assert min(infer_model(checkpoint, SEQUENCES, loss=LogLoss())) > 0
     with pytest.raises(
-        UserError, match="transformers has no equal of tests.own_code:LogLoss, which is code of"
+        UserError, match="transformers has no equivalent of tests.own_code:LogLoss, which is your own code"
     ):
         convert(checkpoint, tmp_path / "hf", "hf")
 

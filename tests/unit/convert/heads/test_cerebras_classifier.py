@@ -139,11 +139,13 @@ def test_what_is_refused(truth: foreign.Truth, tmp_path: Path) -> None:
     )
     assert parameters_of(head)["num_labels"] == 2
     for changed in ({"pooler_activation": "tanh"}, {"head": "mlp"}, {"kind": "token_classification"}):
-        with pytest.raises(UserError, match="has no equal of this head .*; --drop-head writes the encoder"):
+        with pytest.raises(
+            UserError, match="has no equivalent of this head .*; --drop-head writes the encoder"
+        ):
             parameters_of(replace(head, task=replace(head.task, **changed)))
     path = write_classifier(truth, tmp_path)
     convert(path, tmp_path / "ours", "esm2mega")
-    with pytest.raises(UserError, match="transformers has no equal of the head cls gelu"):
+    with pytest.raises(UserError, match="transformers has no equivalent of the head cls gelu"):
         convert(tmp_path / "ours", tmp_path / "hf", "hf")
     state = torch.load(path)["model"]
     twin = "classifier.bert_encoder.transformer_encoder.norm.bias"
