@@ -75,6 +75,4 @@ def test_what_becomes_of_a_head_is_said_before_training() -> None:
         ("regression", {"pooling": "attention"}),
         ("classification", {"head": "tape"}),
     ):
-        assert "--drop-head writes the encoder alone: transformers has no equivalent of" in notes(
-            kind, **task
-        )
+        assert "--drop-head writes the encoder alone: transformers has no equivalent" in notes(kind, **task)
