@@ -96,8 +96,8 @@ def parameters_of(head: HeadDescription) -> dict[str, Any]:
     if not head.is_configured or head_form(task) != CLS_GELU or task.kind not in problems:
         raise UserError(
             f"Model Zoo's classifier of ESM-2 has no equivalent of this head (task.head={task.head}, "
-            f"task.kind={task.kind}); it has that of task.head=pooler task.pooler_activation=gelu for labels of "
-            "proteins; --drop-head writes the encoder without it"
+            f"task.kind={task.kind}); it has that of task.head=pooler task.pooler_activation=gelu for labels "
+            "of proteins; --drop-head writes the encoder without it"
         )
     return {
         "num_labels": len(head.info.names),
