@@ -157,10 +157,9 @@ class LanguageModel(Model):
             with Progress(len(packs), self.name, "pack", enabled=ranks.is_main) as progress:
                 means = evaluate(model, watched, packs, ranks, progress)
             self.evaluation.refuse_not_finite(watched, ranks)
-            if means is not None:
-                refuse_large(means["loss"], self.name, self.start)
+            assert means is not None
+            refuse_large(means["loss"], self.name, self.start)
             losses = loss.gather(len(self.evaluation.store), ranks)
-        assert means is not None
         return None if losses is None else Measurement(means["loss"], losses, {})
 
     def resampled(self, found: Measurement, of: Model) -> dict[str, Array]:

@@ -15,7 +15,7 @@ import functools
 import os
 import pickle
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -71,22 +71,20 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
         path: The file.
         ignore: Top-level keys that the writer added to those of the run.
     """
-    content, lines = _read_config(Path(path))
-    settings = _current(_leaves(content, "", Path(path), lines))
+    return _literal_run(*_read_config(Path(path)), Path(path), ignore)
+
+
+def _literal_run(
+    content: dict[Any, Any], lines: dict[str, int], path: Path, ignore: Sequence[str] = ()
+) -> Run:
+    settings = _current(_leaves(content, "", path, lines))
     literal = [replace(s, value=_literal(s.value)) for s in settings if s.key not in ignore]
     return resolve(_to_run(_defaults(), literal))
 
 
-def run_from_values(values: Mapping[str, Any], where: str) -> Run:
-    """Make a configuration of values of `esm2mega.config.schema.flatten`, as `run_from_yaml` does of a file.
-
-    Args:
-        values: Dotted key -> value; absent ones are the defaults.
-        where: The file that holds them, for errors.
-    """
-    settings = _current(Setting(key, value, where) for key, value in values.items())
-    literal = [replace(setting, value=_literal(setting.value)) for setting in settings]
-    return resolve(_to_run(_defaults(), literal))
+def run_from_text(text: str, path: Path) -> Run:
+    """Read what `resolved_text` returned, as `run_from_yaml` does; `path` names its place in errors."""
+    return _literal_run(*_parsed(text, path), path)
 
 
 def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None) -> Run:
@@ -178,13 +176,17 @@ def values_of(keys: Sequence[str], config: str | None, overrides: Sequence[str] 
 
 def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
     """Write YAML that `run_from_yaml` reads back to an equal `Run`; `path` is replaced in one step."""
+    with replacing(Path(path)) as partial:
+        partial.write_text(resolved_text(run), encoding="utf-8")
+
+
+def resolved_text(run: Run) -> str:
+    """Return what `save_resolved` writes."""
     content = _escaped(dataclasses.asdict(run))
     for key in derived_keys(run.train):
         section, _, name = key.partition(".")
         del content[section][name]
-    text = OmegaConf.to_yaml(OmegaConf.create(content))
-    with replacing(Path(path)) as partial:
-        partial.write_text(f"{_RESOLVED} {__version__}.\n{text}", encoding="utf-8")
+    return f"{_RESOLVED} {__version__}.\n{OmegaConf.to_yaml(OmegaConf.create(content))}"
 
 
 def _escaped(value: Any) -> Any:
@@ -314,14 +316,19 @@ def _is_resolved(path: Path) -> bool:
 
 def _read_config(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     """Return a file's mapping, and the line of every dotted key."""
-    text = ""
     try:
         text = path.read_text(encoding="utf-8")
-        content, lines = read_yaml(text)
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start}); give a YAML file") from error
+    return _parsed(text, path)
+
+
+def _parsed(text: str, path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
+    """Return the mapping that a YAML text holds, and the line of every dotted key."""
+    try:
+        content, lines = read_yaml(text)
     except yaml.MarkedYAMLError as error:
         _refuse_script(path, text)
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1

@@ -18,7 +18,7 @@ from esm2mega.convert.heads.cerebras_classifier import parameters_of
 from esm2mega.convert.heads.contact_head import is_contact_head, with_published_head
 from esm2mega.convert.heads.hf_classifiers import architecture_of, find_equal, with_unit_scale
 from esm2mega.convert.heads.plain_head import CONFIG_FILE, HEAD_FILE, is_plain, write_plain
-from esm2mega.convert.history import benchmark_scores, history_of
+from esm2mega.convert.history import TRAINING, as_record, benchmark_scores, history_of
 from esm2mega.convert.lazy_weights import Description, HeadDescription, Notes, Weights, dtype_name
 from esm2mega.convert.model_card import Card, check_license, write_card
 from esm2mega.convert.start_point import OWN, find_source
@@ -137,13 +137,15 @@ def convert(
             weights = with_unit_scale(weights, target_dtype)
     weights, finite = cast_and_counted(weights, target_dtype)
 
+    history = history_of(source) if source_format == OWN and to in (OWN, "hf") else None
+    if to == OWN and history is not None:
+        weights.origin[TRAINING] = as_record(history)
     with appearing(target, writer.IS_DIRECTORY) as path:
         writer.write(weights, path)
         if beside is not None:
             write_plain(*beside, target_dtype, path)
         if to == "hf":
             described = replace(weights.description, head=head)
-            history = history_of(source) if source_format == OWN else None
             card = Card(
                 target.name,
                 described,

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint import layout
-from esm2mega.config.load import run_from_values
-from esm2mega.config.schema import Run, flatten
+from esm2mega.config.load import resolved_text, run_from_text
+from esm2mega.config.schema import Run
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.files import content_sha256
 from esm2mega.report.log import EVAL, LOG_NAME, TEST, scan_log
-from esm2mega.report.results.suite import MALFORMED, no_results, read_suite
+from esm2mega.report.results.suite import MALFORMED as MALFORMED_SUITE
+from esm2mega.report.results.suite import no_results, read_suite
 
 TRAINING = "training"
-"""Names the entry of ``origin`` in ``train_state.json`` with the training of merged adapters."""
+"""Names the entry of ``origin`` in ``train_state.json`` with the training of the source."""
+
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What reading a training raises that no run has written."""
 
 _NUMBERS = ("version", "step", "samples", "tokens")
 _NO_METRIC = ("kind", "step", "time", "eval_recipe")
@@ -88,13 +92,26 @@ class History:
 def history_of(checkpoint: Path) -> History | None:
     """Return what is known of the training that wrote a checkpoint of this package; None if no training did.
 
-    A checkpoint of merged adapters holds the history of these. Of the files that a checkpoint names none is
-    opened, since it may come from elsewhere.
+    A checkpoint that was converted, or merged with adapters, holds the history of its source. Of the files
+    that a checkpoint names none is opened, since it may come from elsewhere.
 
     Raises:
-        UserError: What it holds of the training of merged adapters is not what a merge writes.
+        UserError: What it holds of its training is not what this package writes.
     """
     run, state = layout.read_config(checkpoint), layout.read_state(checkpoint)
+    try:
+        return _history(checkpoint, run, state)
+    except MALFORMED as error:
+        raise UserError(f"{checkpoint / layout.STATE}: {malformed(error)}") from error
+
+
+def malformed(error: Exception) -> str:
+    """Say that what a checkpoint holds of its training cannot be read."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"what it says of the training is not what esm2mega writes ({reason}); take another checkpoint"
+
+
+def _history(checkpoint: Path, run: Run, state: Mapping[str, Any]) -> History | None:
     data, origin = state.get("data"), state.get("origin")
     if isinstance(data, Mapping):
         return History(
@@ -109,38 +126,30 @@ def history_of(checkpoint: Path) -> History | None:
             "beside" if "base" in state else None,
         )
     if isinstance(origin, Mapping) and (record := origin.get(TRAINING)) is not None:
-        path = checkpoint / layout.STATE
-        try:
-            return _from_record(record, str(path))
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(
-                f"{path}: its {TRAINING!r} is not what `esm2mega lora merge` writes ({reason}); merge the "
-                "adapters again"
-            ) from error
+        return _from_record(record, checkpoint / layout.STATE)
     return None
 
 
 def as_record(history: History) -> dict[str, Any]:
-    """Return a history as JSON, which a checkpoint of merged adapters holds as ``origin.training``."""
-    defaults = flatten(Run())
+    """Return a history as JSON, which a converted or merged checkpoint holds as ``origin.training``."""
     return {
         **{name: getattr(history, name) for name in _NUMBERS},
-        "config": {key: value for key, value in flatten(history.run).items() if value != defaults[key]},
+        "config": resolved_text(history.run),
         "task": None if history.info is None else history.info.to_dict(),
         "data": [dataclasses.asdict(one) for one in history.data],
         "metrics": history.metrics,
+        "adapters": history.adapters,
     }
 
 
-def _from_record(record: Mapping[str, Any], where: str) -> History:
+def _from_record(record: Mapping[str, Any], where: Path) -> History:
     return History(
-        run_from_values(record["config"], where),
+        run_from_text(record["config"], where),
         **{name: record[name] for name in _NUMBERS},
         info=None if record["task"] is None else TargetInfo.from_dict(record["task"]),
         data=[DataSet(**{**one, "sources": _pairs(one["sources"])}) for one in record["data"]],
         metrics={split: dict(numbers) for split, numbers in record["metrics"].items()},
-        adapters="merged",
+        adapters=record["adapters"],
     )
 
 
@@ -218,7 +227,7 @@ def benchmark_scores(folder: Path, weights_sha256: str) -> list[Score]:
             for row in task["rows"]
             if row["row"] == "model" and row["model"] == names[0] and row["value"] is not None
         ]
-    except MALFORMED as error:
+    except MALFORMED_SUITE as error:
         raise no_results(folder, error) from None
 
 

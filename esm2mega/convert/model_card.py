@@ -15,7 +15,7 @@ from esm2mega.config.head_form import head_form
 from esm2mega.convert.card_recipe import recipe
 from esm2mega.convert.heads.hf_classifiers import TOKEN, architecture_of
 from esm2mega.convert.heads.plain_head import CONFIG_FILE, HEAD_FILE, READER
-from esm2mega.convert.history import History, Score, file_checksums
+from esm2mega.convert.history import MALFORMED, History, Score, file_checksums, malformed
 from esm2mega.convert.lazy_weights import Description, HeadDescription, dtype_name
 from esm2mega.convert.markdown import count, plain, table
 from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES
@@ -78,8 +78,16 @@ def check_license(identifier: str | None) -> None:
 
 
 def write_card(card: Card, folder: Path) -> None:
-    """Write the card beside the finished files of a directory, whose checksums it lists."""
-    (folder / CARD).write_text(card_text(card, file_checksums(folder)), encoding="utf-8")
+    """Write the card beside the finished files of a directory, whose checksums it lists.
+
+    Raises:
+        UserError: What the checkpoint holds of its training is not what this package writes.
+    """
+    try:
+        text = card_text(card, file_checksums(folder))
+    except MALFORMED as error:
+        raise UserError(f"{card.name}: {malformed(error)}") from error
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def card_text(card: Card, checksums: Mapping[str, str]) -> str:
@@ -134,7 +142,8 @@ def _introduction(card: Card) -> str:
     )
     kind = "protein language model" if card.description.head == "lm" else "protein encoder"
     if card.task is not None:
-        kind = f"model for {str(card.task.task.kind).replace('_', ' ')} of proteins"
+        task = str(card.task.task.kind).replace("_", " ")
+        kind = f"model for {'contact prediction' if task == 'contact' else task} of proteins"
     layout = (
         f"{shape.num_layers} layers, hidden size {shape.hidden_size:,}, {shape.num_attention_heads} heads, "
         f"feed-forward width {shape.ffn_hidden_size:,}, {parameters:,} parameters, "
@@ -269,7 +278,7 @@ def _data(history: History) -> Iterator[str]:
 
 def _measured(card: Card) -> Iterator[str]:
     if card.has_lost_head:
-        yield "The head of the task is not in this model, so what was measured with it says nothing about it."
+        yield "The head of the task is not in this model, so its metrics are not shown."
     for split, words in (("valid", "validation"), ("test", "test")):
         if card.history is not None and not card.has_lost_head and (found := card.history.metrics.get(split)):
             yield f"On the {words} data:"

@@ -35,7 +35,7 @@ from esm2mega.finetune.output import contact_maps, shown_predictions
 from esm2mega.finetune.run import UserParts, finetune
 from esm2mega.finetune.user_code import GivenCode
 from esm2mega.model.heads.task import MakeHead
-from esm2mega.report.log import LOG_NAME, read_log
+from esm2mega.report.log import EVAL, LOG_NAME, TEST, TRAIN, read_log
 from esm2mega.train.start import load_run_with_start
 
 
@@ -145,7 +145,7 @@ def train_with(
     checkpoint = choose_checkpoint(run.run_dir).path
     metrics: dict[str, Any] = {}
     for record in read_log(Path(run.run_dir) / LOG_NAME):
-        if record["kind"] != "eval" or record["step"] == step_of(checkpoint):
+        if record["kind"] in (TRAIN, TEST) or (record["kind"], record["step"]) == (EVAL, step_of(checkpoint)):
             metrics |= {name: value for name, value in record.items() if name not in ("kind", "step")}
     return TrainedModel(checkpoint, choose_checkpoint(run.run_dir, resuming=True).path, metrics, run)
 

@@ -73,8 +73,9 @@ class TaskCheckpoint:
     def refuse_not_finite(self, measured: Measured, proteins: LabelledProteins) -> None:
         """Raise `UserError` if outputs or their loss are not finite; all ranks call this together."""
         refuse_not_finite(measured.not_finite, proteins.id, "its prediction", self.start)
-        if measured.loss is not None and not math.isfinite(measured.loss):
-            raise too_large(str(proteins.path), "the loss is too large for a number", self.start.path)
+        # A loss of the user's own may have no value where its metrics have.
+        if self.code.loss is None and measured.loss is not None and math.isinf(measured.loss):
+            raise too_large(str(proteins.path), "the loss overflows", self.start.path)
 
     @property
     def recipe(self) -> str:

@@ -75,7 +75,7 @@ def heat_map(
 
 def _save(figure: Any, path: Path, dpi: int) -> None:
     with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=dpi)
+        figure.savefig(partial, format=path.suffix[1:] or "png", dpi=dpi)
 
 
 def heat_map_figure(

@@ -56,7 +56,7 @@ def merge(checkpoint: str | Path, target: Path, base: str | None = None) -> list
     weights = _merged_with_head(under.weights, adapters)
     weights.origin |= {"format": "merged adapters", "path": str(start.path)}
     if (history := history_of(start.path)) is not None:
-        weights.origin[TRAINING] = as_record(history)
+        weights.origin[TRAINING] = as_record(replace(history, adapters="merged"))
     head = adapters.head()
     run = None if head is None else _merged_run(start.run, weights)
     weights, finite = counted(weights)

@@ -221,9 +221,7 @@ def _odd_key(record: Mapping[str, Any]) -> str | None:
     """Return the key of a record whose value no run has written; None if there is none."""
     step = record.get("step")
     is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= _MOST_STEPS
-    if not is_step and (
-        "step" in record or record.get("kind") in (TRAIN, EVAL, TEST, DOWNSTREAM, EARLY_STOP)
-    ):
+    if not is_step and ("step" in record or record.get("kind") in _KINDS):
         return "step"
     texts = (key for key in ("kind", "eval_recipe") if not isinstance(record.get(key), (str, type(None))))
     return next(texts, None)

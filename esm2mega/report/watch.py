@@ -85,15 +85,25 @@ def is_finished(run_dir: Path, now: datetime) -> bool:
     is_last = TRAIN in done and (EVAL in done or not _number(config.get("train.eval_every")))
     if not is_last and not _is_stopped_early(records):
         return False
+    if is_last and config.get("downstream.tasks", "[]") != "[]" and DOWNSTREAM not in done:
+        return _is_quiet(records, now)
     # The test of a fine-tuning names the step of the best weights.
-    if any(record.get("kind") == TEST for record in records):
+    trained = max((n for n, record in enumerate(records) if record.get("kind") == TRAIN), default=0)
+    if any(record.get("kind") == TEST for record in records[trained:]):
         return True
     split, split_by = config.get("data.split") or "", config.get("data.split_by") or RANDOM
     if config.get("data.test") or split.startswith(FOLD) or split.count("/") == 2:
         return False
     # A column of the table may name a test split or none: then its record may still come.
     is_column = split_by != RANDOM and not split_by.startswith(CLUSTER)
-    return not is_column or _silence(records, now) is not None
+    return not is_column or _is_quiet(records, now)
+
+
+def _is_quiet(records: Sequence[Mapping[str, Any]], now: datetime) -> bool:
+    """Return whether no record has come for long; times are to the second, and logs may have none."""
+    times = _times(records)[-11:]
+    longest = max(((after - before).total_seconds() for before, after in pairwise(times)), default=0.0)
+    return not times or (now - times[-1]).total_seconds() > _QUIET_LAPS * max(longest, 1.0)
 
 
 def _is_stopped_early(records: Sequence[Mapping[str, Any]]) -> bool:

@@ -159,7 +159,7 @@ class DownstreamHook:
             return {}
         if step == last:
             return self.measure(step, lambda: False) or {}
-        self._say(f"the downstream tasks of step {last} were not finished when the run ended before")
+        self._say(f"the downstream tasks of step {last} were not finished before the run ended")
         return {}
 
     def _wait(self, abandon: Callable[[], bool]) -> bool:
@@ -170,7 +170,7 @@ class DownstreamHook:
         while not on_one_rank(lambda: self._measurement.wait(_SECONDS)):
             if abandon():
                 self._measurement.forget()
-                self._say(f"the run is stopped before the downstream tasks of step {self._begun} are fitted")
+                self._say(f"stopping without waiting for the downstream tasks of step {self._begun}")
                 return False
         return True
 

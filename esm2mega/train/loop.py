@@ -310,6 +310,18 @@ def note_evaluation(
     return loop.step in loop.ranking
 
 
+def enter_evaluation(
+    loop: LoopState, record: Mapping[str, Any], run: Run, log: Callable[[dict[str, Any]], None]
+) -> bool:
+    """Do what `note_evaluation` does, and log if early stopping ends the run with it."""
+    is_kept = note_evaluation(loop, record, run.train, run.checkpoint)
+    if out_of_patience(loop, run.train):
+        # Whoever follows the log learns of the end before `train.max_steps` from nothing else.
+        lasting = loop.evaluations_without_improvement
+        log({"kind": EARLY_STOP, "step": loop.step, "evaluations_without_improvement": lasting})
+    return is_kept
+
+
 def defined(value: Any) -> Any:
     """Return a value of a record; None for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -329,12 +341,7 @@ def _evaluate(loop: LoopState, hooks: Hooks, run: Run, stop: StopSignal, inciden
         # What is abandoned is made up for by the next start.
         loop.downstream_step = loop.step
         record = {**record, **(hooks.downstream.measure(loop.step, stop.received) or {})}
-    is_kept = note_evaluation(loop, record, run.train, run.checkpoint)
-    if out_of_patience(loop, run.train):
-        # Whoever follows the log learns of the end before `train.max_steps` from nothing else.
-        lasting = loop.evaluations_without_improvement
-        hooks.log({"kind": EARLY_STOP, "step": loop.step, "evaluations_without_improvement": lasting})
-    return is_kept
+    return enter_evaluation(loop, record, run, hooks.log)
 
 
 def _save(loop: LoopState, hooks: Hooks, stop: StopSignal) -> None:

@@ -39,7 +39,7 @@ from esm2mega.report.progress import Progress
 from esm2mega.train.build import Built
 from esm2mega.train.downstream import DownstreamHook, Measurement
 from esm2mega.train.incidents import FILE_NAME, Incidents, RollBack
-from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, fit, note_evaluation
+from esm2mega.train.loop import Evaluation, Hooks, LoopState, begin_evaluations, enter_evaluation, fit
 from esm2mega.train.losses import Means
 from esm2mega.train.signals import StopSignal
 from esm2mega.train.sound import is_sound
@@ -218,10 +218,6 @@ def _run_once(
         if session.downstream is not None:
             stack.callback(session.downstream.forget)
             hook = DownstreamHook(session.downstream, run, state.model, ranks, write, progress.message)
-            if not is_fresh:
-                found = hook.take_up(Path(run.run_dir) / LOG_NAME, loop.step, loop.downstream_step)
-                if found:
-                    note_evaluation(loop, {**(loop.evaluation or {}), **found}, run.train, run.checkpoint)
         saver = stack.enter_context(Saver(run.checkpoint.async_save))
         saved_last = None if resumed is None else resumed.path
 
@@ -245,6 +241,12 @@ def _run_once(
             what = (state.model, state.optimizer, run, saved, built.auxiliary, built.saved)
             saver.save(directory, *what, then=completed)
 
+        if hook is not None and not is_fresh:
+            found = hook.take_up(Path(run.run_dir) / LOG_NAME, loop.step, loop.downstream_step)
+            # Without the evaluation that it belongs to, which is made anew, it will be measured anew.
+            if found and loop.evaluation is not None:
+                enter_evaluation(loop, {**loop.evaluation, **found}, run, write)
+                save(loop)
         hooks = Hooks(
             write,
             show,

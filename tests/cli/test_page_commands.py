@@ -1,4 +1,4 @@
-"""Every command that README and docs print exists, with its options; none is run."""
+"""Every command that README and docs print exists, with its options; test_page_walk.py runs them."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def make_inputs(folder: Path) -> list[Case]:
     model, tuned, adapted, assays = (folder / name for name in ("model", "tuned", "adapted", "assays"))
     adapters = [f"init_from={model}", "finetune.mode=lora", "lora.rank=2"]
     labelled = [f"data.train={table}", "task.kind=regression", "task.target_columns=[value]"]
-    if not (folder / "made").exists():
+    if not (folder / "made-2").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_fasta(fasta)
@@ -126,7 +126,7 @@ def make_inputs(folder: Path) -> list[Case]:
             ["finetune", *_TRAINING, f"run_dir={adapted}", *labelled, *adapters, *_SHORT],
         ):
             run_ranks(["-m", "esm2mega", "-v", *words], 1, folder / "output")
-        (folder / "made").touch()
+        (folder / "made-2").touch()
     cases = []
     for name, (processes, layout) in _LAYOUTS.items():
         for mode in ("sync", "async"):

@@ -114,7 +114,7 @@ def test_it_goes_back_as_trained(published: Path, mode: str, tmp_path: Path) -> 
     close(found, expected_contacts(tmp_path / "hf"))
     # The card says what the head was trained for, and its program predicts contacts.
     card = (tmp_path / "hf" / CARD).read_text()
-    assert "An ESM-2 model for contact of proteins" in card and "Task: contact." in card
+    assert "An ESM-2 model for contact prediction of proteins" in card and "Task: contact." in card
     assert "head of the task: now the contact head" in card
     program = card.partition("```python\n")[2].partition("```")[0]
     values: dict[str, Any] = {}

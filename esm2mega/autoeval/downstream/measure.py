@@ -10,7 +10,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -125,9 +125,6 @@ class Downstream:
 
         All ranks call this together, when nothing that was begun before is left to fit.
         """
-        if self._thread is not None:
-            self._thread.join()  # what was forgotten reads the vectors until its present task ends
-            self._thread = None
         reasons: list[str | None] = []
         for number, task in enumerate(self.tasks):
             places = [(split, row) for split, each in task.splits.items() for row in range(len(each))]
@@ -158,8 +155,13 @@ class Downstream:
         vectors.put(split, row, values)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the fit, at most so long; return whether none is going on."""
-        return self._fit is None or not wait([self._fit], seconds).not_done
+        """Wait for the fit, at most so long; return whether none is going on.
+
+        One that was forgotten counts, since it reads the vectors until its present task ends.
+        """
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
 
     def result(self) -> Measured | None:
         """Return what was measured, once; None if nothing is ready."""
@@ -211,7 +213,7 @@ class Downstream:
         probe = ProbeTask(LINEAR, self._run.seed, task.info, task.splits, vectors)
         try:
             metrics: Mapping[str, Mapping[str, float]] = fit_layer(probe, _LAYER).metrics
-        except (UserError, MemoryError, ArithmeticError, ValueError) as error:
+        except (UserError, MemoryError, ArithmeticError, ValueError, RuntimeError) as error:
             return undefined, " ".join(f"not measured: {str(error) or type(error).__name__}".split())
         found = {split: metrics[split][headline] for split in undefined}
         return {split: value if math.isfinite(value) else None for split, value in found.items()}, None

@@ -158,21 +158,21 @@ class Plot:
     def _y(self, value: float) -> float:
         return _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _PAD) * self.y.share(value)
 
-    def _anchor(self, tick: float) -> str:
+    def _anchor(self, tick: float, text: str) -> str:
         """Return where the number of a tick of the x axis hangs; a long one at the end would be cut off."""
-        width = _DIGIT_WIDTH * len(_number(tick))
+        width = _DIGIT_WIDTH * len(text)
         return "end" if self._x(tick) + width / 2 > _WIDTH else "middle"
 
     def _axes(self) -> str:
         right, bottom = _WIDTH - _PAD, _HEIGHT - _BOTTOM
         grid = "".join(f"M{_LEFT} {self._y(tick):.1f}H{right}" for tick in self.y.ticks())
         numbers = "".join(
-            f'<text x="{self._x(tick):.1f}" y="{bottom + 15}" text-anchor="{self._anchor(tick)}">'
-            f"{_number(tick)}</text>"
-            for tick in self.x.ticks()
+            f'<text x="{self._x(tick):.1f}" y="{bottom + 15}" text-anchor="{self._anchor(tick, text)}">'
+            f"{text}</text>"
+            for tick, text in _numbered(self.x.ticks())
         ) + "".join(
-            f'<text x="{_LEFT - 6}" y="{self._y(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
-            for tick in self.y.ticks()
+            f'<text x="{_LEFT - 6}" y="{self._y(tick) + 4:.1f}" text-anchor="end">{text}</text>'
+            for tick, text in _numbered(self.y.ticks())
         )
         names = (
             f'<text x="{(_LEFT + right) / 2:.0f}" y="{_HEIGHT - 4}" text-anchor="middle">'
@@ -231,12 +231,21 @@ def _exact(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.5g}"
 
 
+def _numbered(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """Return each tick with its text; from 10,000 on in thousands, millions and so on, if these differ."""
+    largest = max(map(abs, ticks), default=0.0)
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if largest >= max(size, 1e4):
+            short = [f"{tick / size:.4g}{letter}" if tick else "0" for tick in ticks]
+            if len({*short}) == len(short):
+                return list(zip(ticks, short, strict=True))
+            break
+    return [(tick, _number(tick)) for tick in ticks]
+
+
 def _number(value: float) -> str:
     """Return the text of a tick, short enough for the space beside an axis."""
     if 0 < abs(value) < 0.001:
         digits, exponent = f"{value:.2e}".split("e")
         return f"{float(digits):g}e{int(exponent)}"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(size, 1e4):
-            return f"{value / size:.4g}{letter}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.4g}"

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from esm2mega.checkpoint import layout
 from esm2mega.checkpoint.choice import choose_checkpoint
 from esm2mega.cli.app import main
 from esm2mega.config.presets import ModelShape
@@ -20,7 +22,7 @@ from esm2mega.config.schema import LoRAConfig, Run, TaskConfig
 from esm2mega.convert.checksum import foreign_sha256, weights_sha256
 from esm2mega.convert.formats.registry import open_weights
 from esm2mega.convert.heads.hf_classifiers import SEQUENCE, TOKEN, shapes_of
-from esm2mega.convert.history import DataSet, History
+from esm2mega.convert.history import DataSet, History, as_record, history_of
 from esm2mega.convert.lazy_weights import Description, HeadDescription
 from esm2mega.convert.model_card import CARD, Card, card_text
 from esm2mega.data.labels.schema import TargetInfo
@@ -181,6 +183,54 @@ def test_a_head_that_is_dropped_takes_its_metrics_along(finished: TinyRun, tmp_p
     assert "valid\\_loss" not in card
     notes = card.partition("## Conversion\n\n")[2].partition("\n\n")[0]
     assert "as asked for" in notes and check_use(card, tmp_path / "mine").shape[-1] == 24
+
+
+HOSTILE: list[dict[str, Any]] = [
+    {"data": {}},
+    {layout.DATA_SETS: 5},
+    {layout.DATA_SETS: [{}]},
+    {"valid_loss": "abc"},
+    {"data": None, "origin": {"training": 5}},
+    {"data": None, "origin": {"training": {}}},
+]
+
+
+@pytest.mark.parametrize("change", [*HOSTILE, "step", "samples", "use", "metrics", "config", "rank"])
+def test_a_training_that_no_run_has_written_is_one_line(
+    finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any] | str
+) -> None:
+    """By hand, with a valid checksum of the state and no digests."""
+    checkpoint = shutil.copytree(choose_checkpoint(finished.run_dir).path, tmp_path / "checkpoint")
+    state = {name: value for name, value in layout.read_state(checkpoint).items() if name != "sha256"}
+    if isinstance(change, str):
+        known = history_of(checkpoint)
+        assert known is not None
+        record = json.loads(json.dumps(as_record(known)))
+        wrong: dict[str, Any] = {"step": "x", "samples": None, "metrics": {"valid": {"a": [1]}}}
+        if change in wrong:
+            record[change] = wrong[change]
+        elif change == "use":
+            record["data"][0]["use"] = "x"
+        else:
+            settings = yaml.safe_load(record["config"])
+            section, key, value = {"config": ("optim", "betas", [0.9]), "rank": ("lora", "rank", 0)}[change]
+            settings[section][key] = value
+            record["config"] = yaml.safe_dump(settings)
+        change = {"data": None, "origin": {"training": record}}
+    layout.write_state(checkpoint, {**state, **change})
+    (checkpoint / "digests.json").unlink()
+    (checkpoint / layout.COMPLETE).write_text("")
+    assert main(["convert", str(checkpoint), str(tmp_path / "mine"), "--to", "hf"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("esm2mega: error: ") and "internal" not in error
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_copy_keeps_the_history(finished: TinyRun, tmp_path: Path) -> None:
+    assert main(["convert", str(finished.run_dir), str(tmp_path / "copy"), "--to", "esm2mega"]) == 0
+    card, again = converted(finished.run_dir, tmp_path / "a"), converted(tmp_path / "copy", tmp_path / "b")
+    for heading in ("Training data", "Training", "Evaluation"):
+        assert rows_of(again, heading) == rows_of(card, heading) != []
 
 
 @pytest.mark.slow

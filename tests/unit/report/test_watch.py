@@ -105,12 +105,33 @@ def test_a_run_with_test_data_is_over_when_they_are_measured(run: Path, data: st
     assert is_finished(run, SOON)
 
 
+def test_a_continued_run_waits_for_its_own_test(run: Path) -> None:
+    (run / "config.yaml").write_text("train:\n  max_steps: 2000\n  eval_every: 100\ndata:\n  test: there\n")
+    write(run, train(1000, 400), EVALUATION, TESTED, train(2000, 800), {**EVALUATION, "step": 2000})
+    assert not is_finished(run, SOON)
+    write(run, {**TESTED, "step": 1900})
+    assert is_finished(run, SOON)
+
+
+def test_a_downstream_measurement_is_waited_for(run: Path) -> None:
+    config = "train:\n  max_steps: 1000\n  eval_every: 100\ndownstream:\n  tasks: [gb1]\n"
+    (run / "config.yaml").write_text(config)
+    write(run, train(1000, 400), EVALUATION)
+    assert not is_finished(run, SOON) and is_finished(run, START + timedelta(hours=1))
+    write(run, {"kind": "downstream", "step": 1000, "gb1/valid_spearman": 0.5})
+    assert is_finished(run, SOON)
+
+
 def test_a_column_of_splits_may_name_a_test(run: Path) -> None:
     """Nothing that a run writes says so, so its silence does."""
     config = "train:\n  max_steps: 1000\n  eval_every: 100\ndata:\n  split_by: part\n"
     (run / "config.yaml").write_text(config)
     write(run, train(1000, 400), EVALUATION)
     assert not is_finished(run, SOON)
+    assert is_finished(run, START + timedelta(hours=3))
+    # All records within a second.
+    (run / "log.jsonl").unlink()
+    write(run, train(999, 400), train(1000, 400), EVALUATION)
     assert is_finished(run, START + timedelta(hours=3))
 
 

@@ -23,6 +23,7 @@ from esm2mega.autoeval.downstream import measure as module
 from esm2mega.autoeval.downstream.measure import Downstream
 from esm2mega.autoeval.downstream.tables import open_tasks
 from esm2mega.checkpoint import layout
+from esm2mega.checkpoint.choice import best_checkpoint
 from esm2mega.cli.app import main
 from esm2mega.config.schema import DownstreamConfig, Run
 from esm2mega.errors import StoppedBySignal
@@ -188,7 +189,7 @@ def test_what_a_kill_left_unfinished_is_measured_again_or_said(
 
     assert resumed(missing=4, last=4)[0] == complete
     assert resumed(missing=9, last=2)[0] == complete
-    said = "the downstream tasks of step 2 were not finished when the run ended before"
+    said = "the downstream tasks of step 2 were not finished before the run ended"
     assert said not in capsys.readouterr().err
     assert resumed(missing=2, last=3)[0] == complete[1:]
     assert capsys.readouterr().err.count(said) == 1
@@ -254,12 +255,15 @@ def test_a_stop_waits_for_no_fit(
             pretrain(run, downstream=Downstream(run))
     finally:
         is_over.set()
-    assert "stopped before the downstream tasks of step 2 are fitted" in capsys.readouterr().err
+    assert "stopping without waiting for the downstream tasks of step 2" in capsys.readouterr().err
     monkeypatch.setattr(module, "fit_layer", fit_layer)
     loop = pretrain(run, downstream=Downstream(run))
     found = records(tmp_path / "run", "downstream")
     assert [record["step"] for record in found] == steps and loop.step == 3
     if metric != "valid_loss":
+        best = max(found, key=lambda record: record["size/valid_spearman"])["step"]
+        chosen = best_checkpoint(run.run_dir)
+        assert chosen is not None and layout.step_of(chosen.path) == best, "it is saved, too"
         assert loop.ranking == {record["step"]: record["size/valid_spearman"] for record in found}
 
 
