@@ -7,7 +7,8 @@
 usable = $(1) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
 PYTHON ?= $(shell for p in python3.11 python3.10 python3.12 python3; do $(call usable,$$p) && echo $$p && break; done)
 TORCH ?= torch==2.13.0
-WORKERS ?= 2
+# For two cores: the tests wait for processes, disks and timeouts during a quarter of their time.
+WORKERS ?= 3
 # Arguments of `make image-root`, such as --build-arg NAME=VALUE.
 IMAGE_ARGS ?=
 KILLS ?= 1200
