@@ -32,6 +32,9 @@ def describe(out: Path) -> dict[str, Any]:
         if path.is_file() and not any(folder in path.parents for folder in special):
             # HDF5 leaves bytes unused between what it holds.
             held = repr(witnesses.content(path)).encode() if path.suffix == ".h5" else path.read_bytes()
+            if path.name == "results.json":
+                # A probe notes the checksum of the whole file of embeddings, of such bytes too.
+                held = repr({**json.loads(held), "embeddings": None}).encode()
             found[path.relative_to(out).as_posix()] = hashlib.sha256(held).hexdigest()
     return found
 
