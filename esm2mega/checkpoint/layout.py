@@ -28,7 +28,8 @@ from esm2mega.checkpoint.digests import (
     unreadable,
     write_digests,
 )
-from esm2mega.config.load import run_from_yaml, save_resolved
+from esm2mega.config.load import run_from_yaml
+from esm2mega.config.resolved import save_resolved
 from esm2mega.config.scalars import read_yaml
 from esm2mega.config.schema import Run
 from esm2mega.errors import DamagedError, MachineError, UserError

@@ -26,25 +26,30 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
 from esm2mega.config.architecture import with_architecture
-from esm2mega.config.batches import PROTEIN_KEYS, derived_keys, fill_batches, way_of_counting
+from esm2mega.config.batches import PROTEIN_KEYS, fill_batches, way_of_counting
 from esm2mega.config.keys import is_section, known_keys, refusal_of_unknown
 from esm2mega.config.presets import fill_shape
 from esm2mega.config.renamed import REMOVED, current_key, refusal_of_key
-from esm2mega.config.scalars import Unset, escaped, literal, read_word, read_yaml, show, shown, written
+from esm2mega.config.resolved import FIRST_WORDS
+from esm2mega.config.scalars import (
+    Unset,
+    each_text,
+    escaped,
+    literal,
+    read_word,
+    read_yaml,
+    show,
+    shown,
+    written,
+)
 from esm2mega.config.schema import Run, ScheduleConfig, TrainConfig, flatten
 from esm2mega.config.setting import Setting
 from esm2mega.config.typed import as_typed, expected, is_text
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import UserError
-from esm2mega.files import replacing
-from esm2mega.version import __version__
 
 _WITH_GAPS = ("task.mask_column",)
 """Names the keys whose lists may have nulls in them."""
-
-
-_RESOLVED = "# Resolved configuration, written by esm2mega"
-"""Begins every file that `save_resolved` writes."""
 
 
 def load_run(config: str | None, overrides: Sequence[str] = ()) -> Run:
@@ -77,9 +82,9 @@ def run_from_yaml(path: str | os.PathLike[str], ignore: Sequence[str] = ()) -> R
 def _literal_run(
     content: dict[Any, Any], lines: dict[str, int], path: Path, ignore: Sequence[str] = ()
 ) -> Run:
-    settings = _current(_leaves(content, "", path, lines))
-    literal = [replace(s, value=_literal(s.value)) for s in settings if s.key not in ignore]
-    return resolve(_to_run(_defaults(), literal))
+    found = _current(_leaves(content, "", path, lines))
+    settings = [replace(s, value=each_text(s.value, literal)) for s in found if s.key not in ignore]
+    return resolve(_to_run(_defaults(), settings))
 
 
 def run_from_text(text: str, path: Path) -> Run:
@@ -102,7 +107,7 @@ def load_run_over(base: Run, overrides: Sequence[str], config: str | None = None
     tree, defaults = _defaults(), flatten(Run())
     for key, value in flatten(base).items():
         if value != defaults[key]:  # setting all of them takes as long as making a tree
-            OmegaConf.update(tree, key, _escaped(value), merge=False)
+            OmegaConf.update(tree, key, each_text(value, escaped), merge=False)
     return resolve(_to_run(tree, settings))
 
 
@@ -172,41 +177,6 @@ def values_of(keys: Sequence[str], config: str | None, overrides: Sequence[str] 
     given = {setting.key for setting in settings}
     with _naming_places(settings):
         return [OmegaConf.select(tree, key) if key in given else None for key in keys]
-
-
-def save_resolved(run: Run, path: str | os.PathLike[str]) -> None:
-    """Write YAML that `run_from_yaml` reads back to an equal `Run`; `path` is replaced in one step."""
-    with replacing(Path(path)) as partial:
-        partial.write_text(resolved_text(run), encoding="utf-8")
-
-
-def resolved_text(run: Run) -> str:
-    """Return what `save_resolved` writes."""
-    content = _escaped(dataclasses.asdict(run))
-    for key in derived_keys(run.train):
-        section, _, name = key.partition(".")
-        del content[section][name]
-    return f"{_RESOLVED} {__version__}.\n{OmegaConf.to_yaml(OmegaConf.create(content))}"
-
-
-def _escaped(value: Any) -> Any:
-    """Return resolved values so that OmegaConf takes none of their text for a reference."""
-    if isinstance(value, str):
-        return escaped(value)
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _escaped(inner) for name, inner in value.items()}
-    return value
-
-
-def _literal(value: Any) -> Any:
-    """Return a value as a file holds it, in which every ``${`` that is not escaped becomes so."""
-    if isinstance(value, list):
-        return [_literal(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _literal(inner) for name, inner in value.items()}
-    return value if isinstance(value, Unset) or not isinstance(value, str) else literal(value)
 
 
 def resolve(run: Run) -> Run:
@@ -311,7 +281,7 @@ def _current(settings: Iterable[Setting]) -> Iterator[Setting]:
 
 def _is_resolved(path: Path) -> bool:
     """Return whether `save_resolved` wrote a file, whose keys may be those of an earlier version."""
-    return path.read_text(encoding="utf-8").startswith(_RESOLVED)
+    return path.read_text(encoding="utf-8").startswith(FIRST_WORDS)
 
 
 def _read_config(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:

@@ -7,7 +7,7 @@ what the key is for. Here the type of a key decides, later: see `esm2mega.config
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
@@ -145,6 +145,15 @@ def written(value: object) -> str:
     if isinstance(value, (int, float)) or (_PLAIN.fullmatch(text) and text != "null"):
         return text
     return yaml.safe_dump(escaped(text), default_style='"', allow_unicode=True, width=float("inf")).strip()
+
+
+def each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a value with every text in it changed, also in lists and mappings; `Unset` stays."""
+    if isinstance(value, list):
+        return [each_text(item, change) for item in value]
+    if isinstance(value, dict):
+        return {name: each_text(inner, change) for name, inner in value.items()}
+    return change(value) if isinstance(value, str) and not isinstance(value, Unset) else value
 
 
 def escaped(text: str) -> str:

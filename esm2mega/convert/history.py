@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint import layout
-from esm2mega.config.load import resolved_text, run_from_text
+from esm2mega.config.load import run_from_text
+from esm2mega.config.resolved import resolved_text
 from esm2mega.config.schema import Run
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.errors import UserError
 from esm2mega.files import content_sha256
 from esm2mega.report.log import EVAL, LOG_NAME, TEST, scan_log
-from esm2mega.report.results.suite import MALFORMED as MALFORMED_SUITE
-from esm2mega.report.results.suite import no_results, read_suite
+from esm2mega.report.results.suite import MALFORMED, no_results, read_suite
 
 TRAINING = "training"
 """Names the entry of ``origin`` in ``train_state.json`` with the training of the source."""
 
-MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+NOT_WRITTEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 """What reading a training raises that no run has written."""
 
-_NUMBERS = ("version", "step", "samples", "tokens")
+_AS_THEY_ARE = ("version", "step", "samples", "tokens")
 _NO_METRIC = ("kind", "step", "time", "eval_recipe")
 
 
@@ -101,7 +101,7 @@ def history_of(checkpoint: Path) -> History | None:
     run, state = layout.read_config(checkpoint), layout.read_state(checkpoint)
     try:
         return _history(checkpoint, run, state)
-    except MALFORMED as error:
+    except NOT_WRITTEN as error:
         raise UserError(f"{checkpoint / layout.STATE}: {malformed(error)}") from error
 
 
@@ -133,7 +133,7 @@ def _history(checkpoint: Path, run: Run, state: Mapping[str, Any]) -> History | 
 def as_record(history: History) -> dict[str, Any]:
     """Return a history as JSON, which a converted or merged checkpoint holds as ``origin.training``."""
     return {
-        **{name: getattr(history, name) for name in _NUMBERS},
+        **{name: getattr(history, name) for name in _AS_THEY_ARE},
         "config": resolved_text(history.run),
         "task": None if history.info is None else history.info.to_dict(),
         "data": [dataclasses.asdict(one) for one in history.data],
@@ -145,7 +145,7 @@ def as_record(history: History) -> dict[str, Any]:
 def _from_record(record: Mapping[str, Any], where: Path) -> History:
     return History(
         run_from_text(record["config"], where),
-        **{name: record[name] for name in _NUMBERS},
+        **{name: record[name] for name in _AS_THEY_ARE},
         info=None if record["task"] is None else TargetInfo.from_dict(record["task"]),
         data=[DataSet(**{**one, "sources": _pairs(one["sources"])}) for one in record["data"]],
         metrics={split: dict(numbers) for split, numbers in record["metrics"].items()},
@@ -227,7 +227,7 @@ def benchmark_scores(folder: Path, weights_sha256: str) -> list[Score]:
             for row in task["rows"]
             if row["row"] == "model" and row["model"] == names[0] and row["value"] is not None
         ]
-    except MALFORMED_SUITE as error:
+    except MALFORMED as error:
         raise no_results(folder, error) from None
 
 

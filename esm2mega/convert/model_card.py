@@ -15,7 +15,7 @@ from esm2mega.config.head_form import head_form
 from esm2mega.convert.card_recipe import recipe
 from esm2mega.convert.heads.hf_classifiers import TOKEN, architecture_of
 from esm2mega.convert.heads.plain_head import CONFIG_FILE, HEAD_FILE, READER
-from esm2mega.convert.history import MALFORMED, History, Score, file_checksums, malformed
+from esm2mega.convert.history import NOT_WRITTEN, History, Score, file_checksums, malformed
 from esm2mega.convert.lazy_weights import Description, HeadDescription, dtype_name
 from esm2mega.convert.markdown import count, plain, table
 from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES
@@ -85,7 +85,7 @@ def write_card(card: Card, folder: Path) -> None:
     """
     try:
         text = card_text(card, file_checksums(folder))
-    except MALFORMED as error:
+    except NOT_WRITTEN as error:
         raise UserError(f"{card.name}: {malformed(error)}") from error
     (folder / CARD).write_text(text, encoding="utf-8")
 

@@ -101,9 +101,8 @@ def is_finished(run_dir: Path, now: datetime) -> bool:
 
 def _is_quiet(records: Sequence[Mapping[str, Any]], now: datetime) -> bool:
     """Return whether no record has come for long; times are to the second, and logs may have none."""
-    times = _times(records)[-11:]
-    longest = max(((after - before).total_seconds() for before, after in pairwise(times)), default=0.0)
-    return not times or (now - times[-1]).total_seconds() > _QUIET_LAPS * max(longest, 1.0)
+    age = _age(records, now)
+    return age is None or age > _QUIET_LAPS * max(_longest_pause(records), 1.0)
 
 
 def _is_stopped_early(records: Sequence[Mapping[str, Any]]) -> bool:
@@ -124,8 +123,9 @@ def _progress(
         f"{name}: step {step:,}" if not most else f"{name}: step {step:,} of {most:,} ({step / most:.0%})"
     ]
     lap = train.get("step_time")
-    is_over = _is_stopped_early(records) or bool(most and step >= most)
-    if _is_stopped_early(records):
+    is_early = _is_stopped_early(records)
+    is_over = is_early or bool(most and step >= most)
+    if is_early:
         parts.append("stopped early")
     elif most and lap and step < most:
         parts.append(f"{duration((most - step) * lap)} left")
@@ -175,14 +175,15 @@ def _age(records: Sequence[Mapping[str, Any]], now: datetime) -> float | None:
 
 
 def _silence(records: Sequence[Mapping[str, Any]], now: datetime) -> float | None:
-    """Return how many times the longest of the last ten pauses the present one is; None if that is usual.
-
-    It is the longest of them, since evaluations and checkpoints take their time.
-    """
-    times = _times(records)[-11:]
-    longest = max(((after - before).total_seconds() for before, after in pairwise(times)), default=0.0)
-    age = _age(records, now)
+    """Return how many times the longest of the last ten pauses the present one is; None if that is usual."""
+    age, longest = _age(records, now), _longest_pause(records)
     return age / longest if age and longest and age > _QUIET_LAPS * longest else None
+
+
+def _longest_pause(records: Sequence[Mapping[str, Any]]) -> float:
+    """Return the longest of the last ten pauses in seconds: evaluations and checkpoints take their time."""
+    times = _times(records)[-11:]
+    return max(((after - before).total_seconds() for before, after in pairwise(times)), default=0.0)
 
 
 def _times(records: Sequence[Mapping[str, Any]]) -> list[datetime]:

@@ -24,7 +24,8 @@ from esm2mega.checkpoint.run_lock import owning
 from esm2mega.checkpoint.saver import Saver, remove_partial
 from esm2mega.checkpoint.store import load_training_state, load_weights
 from esm2mega.config.launcher import world_size_from_environment
-from esm2mega.config.load import resolve_max_steps, save_resolved
+from esm2mega.config.load import resolve_max_steps
+from esm2mega.config.resolved import save_resolved
 from esm2mega.config.schema import CheckpointConfig, Run
 from esm2mega.config.validate import validate
 from esm2mega.convert.start_point import StartPoint

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from esm2mega.config.architecture import FROM, PUBLISHED, check_esm2
-from esm2mega.config.load import load_run, load_run_over, run_from_yaml, save_resolved
+from esm2mega.config.load import load_run, load_run_over, run_from_yaml
 from esm2mega.config.presets import PRESETS, shape_of
+from esm2mega.config.resolved import save_resolved
 from esm2mega.errors import UserError
 from esm2mega.vocabulary import MASK, PAD, VOCAB
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esm2mega.config.batches import data_parallel_size, num_micro_batches, resolve_batches
-from esm2mega.config.load import load_run, load_run_over, run_from_yaml, save_resolved
+from esm2mega.config.load import load_run, load_run_over, run_from_yaml
+from esm2mega.config.resolved import save_resolved
 from esm2mega.config.schema import Run, TrainConfig
 from esm2mega.config.validate import validate
 from esm2mega.errors import UserError

@@ -18,8 +18,8 @@ from esm2mega.config.load import (
     resolve,
     resolve_max_steps,
     run_from_yaml,
-    save_resolved,
 )
+from esm2mega.config.resolved import save_resolved
 from esm2mega.config.scalars import as_word
 from esm2mega.config.schema import Run, flatten
 from esm2mega.errors import MachineError, UserError

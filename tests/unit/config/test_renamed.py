@@ -8,8 +8,9 @@ import pytest
 
 from esm2mega.cli.app import main
 from esm2mega.config.keys import known_keys
-from esm2mega.config.load import load_run, load_run_over, run_from_yaml, save_resolved
+from esm2mega.config.load import load_run, load_run_over, run_from_yaml
 from esm2mega.config.renamed import REMOVED, RENAMED, current_settings
+from esm2mega.config.resolved import save_resolved
 from esm2mega.config.schema import Run
 from esm2mega.errors import UserError
 from esm2mega.infer.work import differing
