@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from esm2mega.cli.app import main
 from esm2mega.model.kernels.int8 import int8_defect
-from tests.cli.pages import COMMANDS, ROOT, TEXT, Command, blocks, name_of
+from tests.cli.pages import COMMANDS, README, ROOT, TEXT, Command, blocks, name_of
 from tests.flip_files import LETTERS, write_gb1, write_secondary_structure
+from tests.infer_models import write_fasta
+from tests.proteingym_files import write_assays
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
 
@@ -76,18 +78,10 @@ def place_of(page: Path, command: Command) -> str | None:
     return next((tested for part, tested in ELSEWHERE.items() if part in named), None)
 
 
-WALKED = {
-    page: lines
-    for page in dict.fromkeys(page for page, _ in COMMANDS)
-    if page.name != "README.md"
-    and (
-        lines := [
-            command
-            for other, command in COMMANDS
-            if other == page and "esm2mega" in command.words[:1] and place_of(page, command) is None
-        ]
-    )
-}
+WALKED: dict[Path, list[Command]] = {}
+for page, command in COMMANDS:
+    if page != README and "esm2mega" in command.words[:1] and place_of(page, command) is None:
+        WALKED.setdefault(page, []).append(command)
 
 
 def test_what_is_not_run_here_is_tested_elsewhere() -> None:
@@ -147,7 +141,7 @@ def _write_inputs() -> None:
         ("designs", proteins[:4]),
         ("train", proteins[:40]),
     ):
-        Path(f"{name}.fasta").write_text("".join(f">{n}\n{s}\n" for n, s in part))
+        write_fasta(Path(f"{name}.fasta"), part)
     Path("train.fasta.gz").write_bytes(gzip.compress(Path("train.fasta").read_bytes()))
     # Of other proteins than the FASTA files, so that no splits share any.
     others = ["".join(rng.choice(list(LETTERS), size)) for size in rng.integers(12, 50, 60)]
@@ -166,7 +160,7 @@ def _write_inputs() -> None:
     parquet.write_table(pyarrow.table({"aa": others[:9]}), "more.parquet")
     wild = "MKTAYIAKQRQISFVKSHFSRQ"
     for name in ("wild_type", "wt"):
-        Path(f"{name}.fasta").write_text(f">w\n{wild}\n")
+        write_fasta(Path(f"{name}.fasta"), [("w", wild)])
     changes = [(f"{letter}{at}W", at % 5 + 0.5) for at, letter in enumerate(wild, 1)]
     rows("variants.csv", ("mutant", "fitness"), changes)
     rows("indels.csv", ("mutated_sequence",), [(wild[:1] + wild[2:],), (wild[:3] + "WW" + wild[3:],)])
@@ -178,10 +172,9 @@ def _write_inputs() -> None:
     write_gb1(Path("FLIP/gb1-sampled"), "sampled")
     shutil.move("FLIP/gb1-sampled/sampled.fasta", "FLIP/gb1/sampled.fasta")
     write_secondary_structure(Path("FLIP/secondary_structure"))
-    Path("DMS_ProteinGym_substitutions").mkdir()
-    assay = ("DMS_id", "DMS_filename", "UniProt_ID", "target_seq", "coarse_selection_type")
-    rows("DMS_substitutions.csv", assay, [("a", "a.csv", "P", wild, "Activity")])
-    rows("DMS_ProteinGym_substitutions/a.csv", ("mutant", "DMS_score"), changes)
+    table = "".join(f"{mutant},{score}\n" for mutant, score in (("mutant", "DMS_score"), *changes))
+    assays = Path("DMS_ProteinGym_substitutions")
+    write_assays(Path("DMS_substitutions.csv"), assays, {"a": (wild, table)})
     (code,) = (
         text for text in blocks(TEXT[ROOT / "docs/finetuning.md"], "python") if "class MeanHead" in text
     )

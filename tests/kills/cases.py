@@ -15,6 +15,7 @@ from esm2mega.config.keys import known_keys
 from esm2mega.drill.compare import Remains, differences, unaccounted
 from esm2mega.errors import UserError
 from tests.distributed.runs import SETTINGS, write_fasta
+from tests.proteingym_files import write_assays
 from tests.ranks import run_ranks
 
 ASYNC = "checkpoint.async_save"
@@ -192,12 +193,10 @@ def _write_table(path: Path) -> None:
 
 
 def _write_assays(folder: Path) -> None:
-    """Write three assays of a protein as ProteinGym has them, and the table that lists them."""
-    folder.mkdir()
+    """Write three assays of a protein, each of every third residue."""
     protein = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
-    columns = "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type"
-    rows = [f"{name},{name}.csv,P{name},{protein},Activity" for name in "abc"]
-    (folder / "gym.csv").write_text("\n".join([columns, *rows]) + "\n")
+    tables = {}
     for shift, name in enumerate("abc"):
         variants = [f"{letter}{at}W,{at % 5}" for at, letter in enumerate(protein, 1) if at % 3 == shift]
-        (folder / f"{name}.csv").write_text("\n".join(["mutant,DMS_score", *variants]) + "\n")
+        tables[name] = (protein, "\n".join(["mutant,DMS_score", *variants]) + "\n")
+    write_assays(folder / "gym.csv", folder, tables)

@@ -13,16 +13,16 @@ from esm2mega.infer.plan import ScoreOptions
 from esm2mega.infer.proteingym import mean_of_means, read_reference, score_assays
 from esm2mega.infer.variant_tables import read_table
 from tests.infer_models import Reference, pseudo_log_likelihood
+from tests.proteingym_files import HEADER, write_assays
 
 
 def test_proteingym_layout(reference: Reference, tmp_path: Path) -> None:
     (tmp_path / "assays").mkdir()
     assays = {"A_X": "MKTAYIAKQR", "B_Y": "GSHMLEDPVE"}
-    header = "DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type\n"
     rows = [
         f"{name},{name}.csv,P_{name[0]},{sequence},{name[0]}ctivity\n" for name, sequence in assays.items()
     ]
-    (tmp_path / "reference.csv").write_text(header + "".join(rows))
+    (tmp_path / "reference.csv").write_text(HEADER + "".join(rows))
     for name, w in assays.items():
         lines = [f"{w[i]}{i + 1}W:{w[i + 1]}{i + 2}C,x,{i * i % 7}\n" for i in range(0, 8)]
         (tmp_path / "assays" / f"{name}.csv").write_text(
@@ -52,14 +52,11 @@ def test_proteingym_layout(reference: Reference, tmp_path: Path) -> None:
     assert len(read_table(tmp_path / "out" / "B_Y.csv").rows) == 1
 
 
-def write_assays(folder: Path, tables: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """Write a reference file, and a table for each name, given the wild type and the table."""
-    (folder / "assays").mkdir()
-    rows = "".join(f"{name},{name}.csv,P,{wild},A\n" for name, (wild, _) in tables.items())
-    (folder / "r.csv").write_text("DMS_id,DMS_filename,UniProt_ID,target_seq,coarse_selection_type\n" + rows)
-    for name, (_, table) in tables.items():
-        (folder / "assays" / f"{name}.csv").write_text(table)
-    return str(folder / "r.csv"), str(folder / "assays")
+def written(folder: Path, tables: dict[str, tuple[str, str]]) -> tuple[str, str]:
+    """The names of the reference file and of the folder of the tables."""
+    reference, assays = folder / "r.csv", folder / "assays"
+    write_assays(reference, assays, tables)
+    return str(reference), str(assays)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +75,7 @@ def test_the_last_assay_is_checked_before_the_first_is_scored(
 ) -> None:
     """Before the model is looked for: there is none."""
     first = "mutant,DMS_score\nM1A,1\nK2N,2\n"
-    reference_file, folder = write_assays(tmp_path, {"A": ("MKTAY", first), "Z": ("GSHM", last)})
+    reference_file, folder = written(tmp_path, {"A": ("MKTAY", first), "Z": ("GSHM", last)})
     assays = read_reference(reference_file, folder)
     with pytest.raises(UserError, match=message) as caught:
         score_assays(str(tmp_path / "no_model"), assays, str(tmp_path / "out"), ScoreOptions())
@@ -89,14 +86,14 @@ def test_ids_that_name_no_table_are_refused(tmp_path: Path) -> None:
     table = "mutant,DMS_score\nM1A,1\n"
     for number, name in enumerate(("../x", "summary")):
         (tmp_path / str(number)).mkdir()
-        reference_file, folder = write_assays(tmp_path / str(number), {"A": ("MK", table)})
+        reference_file, folder = written(tmp_path / str(number), {"A": ("MK", table)})
         Path(reference_file).write_text(Path(reference_file).read_text().replace("\nA,", f"\n{name},"))
         with pytest.raises(UserError, match=f"r.csv:2: DMS_id '{name}' cannot name a table"):
             read_reference(reference_file, folder)
 
 
 def test_a_reference_file_without_a_column_is_refused(tmp_path: Path) -> None:
-    reference_file, folder = write_assays(tmp_path, {"A": ("MK", "mutant,DMS_score\nM1A,1\n")})
+    reference_file, folder = written(tmp_path, {"A": ("MK", "mutant,DMS_score\nM1A,1\n")})
     Path(reference_file).write_text(Path(reference_file).read_text().replace("UniProt_ID", "protein"))
     with pytest.raises(UserError, match="r.csv: no column 'UniProt_ID' .*; is it the reference file of Prot"):
         read_reference(reference_file, folder)
@@ -112,7 +109,7 @@ def test_indels_and_rows_without_a_score(
     rows = "".join(f"{m},{number},1\n" for number, m in enumerate(mutants))
     indels = "mutated_sequence,DMS_score,DMS_score_bin\n" + rows
     substitutions = "mutant,DMS_score\nG1A,1\nS2*,2\nWT,3\nH3K,4\n"
-    reference_file, folder = write_assays(tmp_path, {"I": ("MKTAYIA", indels), "S": ("GSHM", substitutions)})
+    reference_file, folder = written(tmp_path, {"I": ("MKTAYIA", indels), "S": ("GSHM", substitutions)})
     command = ["score", str(reference.checkpoint), "--proteingym", reference_file, "--assays", folder]
     command += ["--out", str(tmp_path / "out")]
     assert main(command) == 2
