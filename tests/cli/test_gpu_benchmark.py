@@ -91,10 +91,9 @@ def test_other_conditions_need_another_file(gpu, tmp_path):
 
 
 def test_a_line_that_hangs_is_ended_with_all_that_it_started(gpu, tmp_path):
-    began = time.monotonic()
     entry = gpu.measured("syncs-8M", 2, tmp_path, reduced=True, on_cpu=True)
     assert entry == {"line": "syncs-8M", "failed": "not finished after 2 s"}
-    assert time.monotonic() - began < 30
+    assert not (tmp_path / "syncs-8M.json").exists()
     child = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 10
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:

