@@ -14,6 +14,7 @@ IMAGE_ARGS ?=
 KILLS ?= 1200
 INPUTS ?= 10000
 BITS ?= 500
+PROTSPACE ?= protspace==4.8.2
 # Folder for what a target makes, where it takes one.
 OUT ?=
 
@@ -29,7 +30,7 @@ DEV_RUN := PATH="$(CURDIR)/$(DEV)/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm versions pages site tutorials image-root example format reading-order \
+.PHONY: help quickstart setup lint type test test-all kills fuzz rot gpu multinode slurm versions protspace pages site tutorials image-root example format reading-order \
   migration-keys clean
 
 help: ## this list
@@ -84,6 +85,11 @@ slurm: $(DEV)/.installed ## the examples for Slurm on a Slurm of one node, see d
 
 versions: $(DEV)/.installed $(PY312)/.installed ## a run goes on under the other version of megatron-core, which needs PYTHON312, and back
 	$(DEV_RUN) OMP_NUM_THREADS=1 pytest -q tests/distributed/test_versions.py
+
+# Its dependencies are many, and the reader needs none that is not there.
+protspace: $(DEV)/.installed ## the reader of ProtSpace itself opens what `map` writes for it
+	$(DEV)/bin/pip install --quiet --no-deps --upgrade --target .venv/protspace $(PROTSPACE)
+	$(DEV_RUN) PYTHONPATH=.venv/protspace OMP_NUM_THREADS=1 pytest -q tests/unit/autoeval/test_embedding_map.py -k protspace
 
 pages: $(DEV)/.installed ## the pages of reports in headless Chromium, wide and narrow, light and dark; OUT=DIR holds their pictures
 	$(DEV_RUN) python -m tests.pages --out $(or $(OUT),$(error name a folder, as in make pages OUT=/tmp/pages))

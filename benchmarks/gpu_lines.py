@@ -20,6 +20,8 @@ class Line:
         full_length: Proteins of 1,024 tokens each, instead of lengths as in UniRef90.
         precision: Of our model.
         attention: Value of `model.attention_backend`.
+        layer_spec: Value of `model.layer_spec`.
+        fp8: Value of `model.fp8`, which needs Transformer Engine; None for none.
         recompute: Value of `model.recompute`.
         compiled: Whether Hugging Face's model, or what our layers compute around attention, is compiled.
         on_cpu: Runs on the CPU, whether there is a GPU or not.
@@ -37,6 +39,8 @@ class Line:
     full_length: bool = False
     precision: str = "bf16"
     attention: str = "auto"
+    layer_spec: str = "auto"
+    fp8: str | None = None
     recompute: str = "none"
     compiled: bool = False
     on_cpu: bool = False
@@ -52,6 +56,8 @@ class Line:
             "schedule.warmup_steps=0",
             f"model.precision={self.precision}",
             f"model.attention_backend={self.attention}",
+            f"model.layer_spec={self.layer_spec}",
+            f"model.fp8={self.fp8 or 'null'}",
             f"model.recompute={self.recompute}",
             f"model.compile={str(self.compiled).lower()}",
         ]
@@ -63,8 +69,10 @@ class Line:
             size="tiny",
             tokens=256,
             micro_batches=min(self.micro_batches, 2),
-            # The other kernels need CUDA.
+            # The other kernels need CUDA, and so does Transformer Engine.
             attention="sdpa",
+            layer_spec="auto",
+            fp8=None,
             on_cpu=True,
             warm_up=1,
             repetitions=2,
@@ -113,6 +121,9 @@ LINES = (
     Line("train-150M", "train", 60, size="150M", tokens=32768, micro_batches=2),
     Line("train-3B-recompute", "train", 120, size="3B", tokens=8192, recompute="full"),
     Line("train-3B", "train", 120, size="3B", tokens=8192),
+    Line("train-650M-local", "train", 90, size="650M", tokens=16384, micro_batches=4, layer_spec="local"),
+    Line("train-650M-fp8", "train", 120, size="650M", tokens=16384, micro_batches=4, fp8="hybrid"),
+    Line("train-3B-fp8", "train", 120, size="3B", tokens=8192, fp8="hybrid"),
 )
 
 

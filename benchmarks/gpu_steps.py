@@ -17,7 +17,9 @@ from esm2mega.benchmark.batches import by_padded_tokens, pack, padded_tokens, ra
 from esm2mega.benchmark.machine import device
 from esm2mega.benchmark.ours import training
 from esm2mega.benchmark.peers import HuggingFaceTrainer
+from esm2mega.benchmark.products import DTYPES
 from esm2mega.benchmark.profile import operations_of
+from esm2mega.model.layer_spec import choose_layer_spec
 from esm2mega.train.step import train_step
 
 
@@ -68,9 +70,17 @@ def train(line: Line, folder: Path) -> Iterator[Row]:
             **figures_of_steps(line, lengths, times),
             "micro-batches": line.micro_batches,
             "attention": model.config.packed_attention,
+            "layers": _layers(line),
+            "fp8": line.fp8,
             "recompute": line.recompute,
             "compiled": line.compiled,
         }
+
+
+def _layers(line: Line) -> str:
+    """Return whose layers a line trains: those of Transformer Engine are not compiled."""
+    asked = "local" if line.compiled else line.layer_spec
+    return choose_layer_spec(asked, device(), DTYPES[line.precision])
 
 
 def profile(line: Line, folder: Path) -> Iterator[Row]:

@@ -38,6 +38,11 @@ def contact_map(path: Path, title: str, contacts: npt.NDArray[Any], length: int)
             width is ``L / c`` residues, rounded up; NaN stays blank.
         length: Residues of the protein, L.
     """
+    _save(contact_map_figure(title, contacts, length), path, 150)
+
+
+def contact_map_figure(title: str, contacts: npt.NDArray[Any], length: int) -> Any:
+    """Return the figure of `contact_map`, whose arguments these are."""
     figure, (axes,) = _figure(6, 6.2)
     end = len(contacts) * -(-length // len(contacts)) - 0.5
     image = axes.imshow(
@@ -53,7 +58,7 @@ def contact_map(path: Path, title: str, contacts: npt.NDArray[Any], length: int)
     axes.set(title=title, xlabel=f"residue\n\n{READING}", ylabel="residue")
     _number(axes.xaxis, length, 1)
     _number(axes.yaxis, length, 1)
-    _save(figure, path, 150)
+    return figure
 
 
 def heat_map(

@@ -108,6 +108,16 @@ def test_no_line_begins_when_the_minutes_are_over(gpu, tmp_path, capsys):
     assert "the time is over before peaks" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("engine", [None, "2.9.0"])
+def test_fp8_is_measured_where_transformer_engine_is(gpu, tmp_path, capsys, monkeypatch, engine):
+    rows = {"conditions": [{"device": "a GPU", "transformer-engine": engine}], "train-3B-fp8": [{"ms": 1}]}
+    monkeypatch.setattr(gpu, "measured", lambda name, *_: {"line": name, "seconds": 1, "rows": rows[name]})
+    gpu.main(["--out", str(tmp_path / "out.jsonl"), "--lines", "train-3B-fp8"])
+    printed = capsys.readouterr().out
+    assert ("left out: train-3B-fp8, which needs Transformer Engine (pip " in printed) == (engine is None)
+    assert ("| train-3B-fp8 | 1 |" in printed) == (engine is not None)
+
+
 def test_no_gpu_and_unknown_lines_are_one_line_errors(gpu, tmp_path, capsys):
     with pytest.raises(SystemExit, match="^no CUDA device: run this where there is one, or --reduced"):
         gpu.main(["--out", str(tmp_path / "out.jsonl")])
@@ -138,7 +148,8 @@ def test_steps_are_measured(measure, tmp_path):
     (ours,) = measure("train-650M", tmp_path)
     (theirs,) = measure("hf-650M", tmp_path)
     assert ours["tokens/step"] == theirs["tokens/step"] == 512
-    assert ours["attention"] == "sdpa" and ours["micro-batches"] == 2
+    assert (ours["attention"], ours["layers"], ours["fp8"]) == ("sdpa", "local", None)
+    assert ours["micro-batches"] == 2
     assert theirs["computed/real"] >= 1 and not theirs["compiled"]
     for row in (ours, theirs):
         assert 0 < row["fastest"] <= row["ms/step"] <= row["slowest"]

@@ -145,7 +145,7 @@ def test_a_bundle_for_protspace(vectors: np.ndarray) -> None:
 @pytest.mark.slow
 def test_protspace_opens_the_bundle(vectors: np.ndarray) -> None:
     """By the reader of ProtSpace itself."""
-    bundle = pytest.importorskip("protspace.data.io.bundle", reason="protspace is not installed")
+    bundle = pytest.importorskip("protspace.data.io.bundle", reason="protspace is not here: `make protspace`")
     reader = pytest.importorskip("protspace.utils.arrow_reader")
     encoding = pytest.importorskip("protspace.data.annotations.encoding")
     assert main(["map", "e.h5", "--labels", "labels.csv", "--out", "m.parquetbundle"]) == 0

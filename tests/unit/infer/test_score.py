@@ -14,7 +14,6 @@ from esm2mega.cli.app import main
 from esm2mega.data.variants.variant import AMINO_ACIDS
 from esm2mega.data.variants.wild_types import WildType
 from esm2mega.errors import UserError
-from esm2mega.infer.figures import heat_map_figure
 from esm2mega.infer.plan import ScoreOptions
 from esm2mega.infer.score import draw_scan, score_file
 from esm2mega.infer.variant_tables import read_table
@@ -291,20 +290,6 @@ def test_heat_map_of_a_scan(reference: Reference, tmp_path: Path) -> None:
     assert "76 single substitutions" in report[0] and "1 residues other than the 20" in report[1]
     draw_scan(str(tmp_path / "s.png"), protein, str(tmp_path / "s.csv"), options)
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_long_protein_has_rows_of_100_residues_with_their_numbers() -> None:
-    sequence = "MKTAYIAKQR" * 23 + "MKTA"
-    scores = np.arange(234.0 * 20).reshape(234, 20) - 2000
-    *rows, bar = heat_map_figure("t", scores, sequence, "ACDEFGHIKLMNPQRSTVWY", 25).axes
-    assert len(rows) == 3 and bar.get_ylabel().startswith("log p(mutant)")
-    for row, first in zip(rows, (0, 100, 200), strict=True):
-        drawn = row.images[0].get_array()
-        assert np.array_equal(drawn, scores[first : first + 100].T)
-        assert row.get_xlim() == (-0.5, 99.5)
-        labels = [tick.get_text() for tick in row.get_xticklabels()]
-        assert labels[:3] == [str(first + 25), str(first + 30), str(first + 40)]
-        assert len(row.collections[0].get_offsets()) == min(100, 234 - first), "a dot for each wild type"
 
 
 def test_outputs_are_guarded(
