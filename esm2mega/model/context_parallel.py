@@ -209,6 +209,9 @@ def in_parts(packed: PackedSequences, config: Any) -> PackedSequences:
     own_rows = None
     if packed.rows is not None:
         own_rows = _own_rows(packed, borders, size, rank)
+        if not all(own_rows.counts):
+            # The layer would get an empty tensor on a rank without labels: it stays whole on all ranks.
+            packed, own_rows = replace(packed, rows=None), None
     if config.context_exchange == "heads":
         exchange: Exchange = HeadExchange(packed, size, rank, own_rows)
     else:

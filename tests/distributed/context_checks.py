@@ -1,6 +1,7 @@
 """A pack in parts as a program: each rank writes what it computed of the whole pack, and its gradients.
 
-``context_checks FILE DTYPE SIZE``: with SIZE context-parallel ranks; FILE gets an entry for each exchange.
+``context_checks FILE DTYPE SIZE``: with SIZE context-parallel ranks; FILE gets an entry for each exchange and
+each way to place the labels.
 """
 
 from __future__ import annotations
@@ -26,8 +27,14 @@ LENGTHS = [7, 301, 2, 64, 1, 150, 3, 2, 190]
 
 NAMES = ["heads", "needed", "gather"]
 
+PLACES = {
+    "everywhere": torch.arange(2, 720, 13),
+    # The ranks between the first quarter and the last have no token to predict.
+    "ends": torch.cat([torch.arange(0, 170, 7), torch.arange(600, 720, 11)]),
+}
 
-def computed(dtype: str, size: int, exchange: str) -> dict[str, Tensor]:
+
+def computed(dtype: str, size: int, exchange: str, labels_at: str) -> dict[str, Tensor]:
     """Logits of some tokens, their loss, and the gradient of every parameter, summed over the ranks."""
     run = tiny_run(
         f"model.precision={dtype}",
@@ -45,8 +52,7 @@ def computed(dtype: str, size: int, exchange: str) -> dict[str, Tensor]:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter += (0.1 * noise).to(parameter.dtype)
         ids = torch.randint(4, 24, (sum(LENGTHS),), generator=generator)
-        # All in the first quarter and the last: the ranks between have no token to predict.
-        places = torch.cat([torch.arange(0, 170, 7), torch.arange(600, 720, 11)])
+        places = PLACES[labels_at]
         labels = torch.randint(4, 24, places.shape, generator=generator)
         counts = [int(((places >= a) & (places < b)).sum()) for a, b in _spans()]
         packed = PackedSequences.from_lengths(LENGTHS, row_counts=counts, host_rows=places.numpy())
@@ -70,7 +76,7 @@ def _spans() -> list[tuple[int, int]]:
 
 
 def main(file: str, dtype: str, size: int) -> None:
-    found = {name: computed(dtype, size, name) for name in NAMES}
+    found = {f"{name} {at}": computed(dtype, size, name, at) for name in NAMES for at in PLACES}
     torch.save(found, Path(file).with_suffix(f".{os.environ.get('RANK', '0')}"))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed import context_checks
-from tests.distributed.context_checks import NAMES, computed
+from tests.distributed.context_checks import NAMES, PLACES, computed
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -20,13 +21,14 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
     [("fp64", 4, 1e-12), ("fp32", 4, 2e-5), pytest.param("fp64", 3, 1e-12, marks=pytest.mark.slow)],
 )
 def test_a_pack_in_parts_equals_the_whole(tmp_path: Path, dtype: str, size: int, bound: float) -> None:
-    expected = computed(dtype, 1, "auto")
+    whole = {at: computed(dtype, 1, "auto", at) for at in PLACES}
     program = ["-m", context_checks.__name__, str(tmp_path / "found"), dtype, str(size)]
     run_ranks(program, size, tmp_path / "output", timeout=240)
     for rank in range(size):
         found = torch.load(tmp_path / f"found.{rank}", weights_only=True)
-        for exchange in NAMES:
-            assert found[exchange].keys() == expected.keys()
+        for exchange, (at, expected) in itertools.product(NAMES, whole.items()):
+            parts = found[f"{exchange} {at}"]
+            assert parts.keys() == expected.keys()
             for name, tensor in expected.items():
-                difference = (found[exchange][name] - tensor).abs().max() / tensor.abs().max()
-                assert difference < bound, f"rank {rank}, {exchange}, {name}: {difference:.2g}"
+                difference = (parts[name] - tensor).abs().max() / tensor.abs().max()
+                assert difference < bound, f"rank {rank}, {exchange}, {at}, {name}: {difference:.2g}"

@@ -67,16 +67,16 @@ def test_keys_of_every_query_arrive(monkeypatch: pytest.MonkeyPatch, size: int, 
 
 @pytest.mark.parametrize("mode", ["heads", "needed", "gather"])
 def test_rows_with_logits_are_divided_by_where_they_are(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    lengths, rows = [5, 30, 1, 4], np.array([0, 3, 7, 8, 19, 39])
+    lengths, rows = [5, 30, 1, 4], np.array([0, 3, 7, 8, 19, 25, 39])
     owner = np.repeat(np.arange(4), lengths)
     counts = np.bincount(owner[rows], minlength=4).tolist()
     packed = PackedSequences.from_lengths(lengths, row_counts=counts, host_rows=rows)
     packed = packed.with_rows(torch.from_numpy(rows))
-    expected = [[0, 3, 7, 8], [9], [], [9]]
+    expected = [[0, 3, 7, 8], [9], [5], [9]]
     for rank, found in enumerate(parts(monkeypatch, packed, 4, mode)):
         assert found.rows.tolist() == expected[rank]
         own = found.exchange.own_rows
-        assert (own.counts, own.first) == ((4, 1, 0, 1), sum(map(len, expected[:rank])))
+        assert (own.counts, own.first) == ((4, 1, 1, 1), sum(map(len, expected[:rank])))
         last = found.at_rows().exchange
         if isinstance(last, HeadExchange):
             # Of its heads a rank has all queries.
@@ -86,3 +86,11 @@ def test_rows_with_logits_are_divided_by_where_they_are(monkeypatch: pytest.Monk
             queries = [n for n in np.bincount(owner[held], minlength=4).tolist() if n]
             assert [n for n in last.packed.query_lens if n] == queries
             assert sum(last.packed.query_lens) == len(found.rows)
+
+
+@pytest.mark.parametrize("mode", ["heads", "needed", "gather"])
+def test_a_layer_stays_whole_if_a_rank_had_no_rows(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    lengths, rows = [5, 30, 1, 4], np.array([0, 3, 19, 39])
+    packed = PackedSequences.from_lengths(lengths, row_counts=[2, 1, 0, 1], host_rows=rows)
+    for found in parts(monkeypatch, packed.with_rows(torch.from_numpy(rows)), 4, mode):
+        assert (found.rows, found.exchange.own_rows, found.exchange.packed.rows) == (None, None, None)
