@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from esm2mega.megatron_import import install as _install
 from esm2mega.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ _HOMES = {
     "load": "esm2mega.infer.api",
     "train_model": "esm2mega.finetune.api",
 }
+_install()
+
 __all__ = ["Model", "evaluate_model", "infer_model", "load", "train_model"]
 
 

@@ -12,8 +12,9 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -116,6 +117,31 @@ def call(name: str, function: str, tensors: Sequence[Tensor], *numbers: ctypes._
     called = getattr(library(name), f"{PREFIXES[tensors[0].dtype]}_{function}")
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
     called(*pointers, *numbers, ctypes.c_int(torch.get_num_threads()))
+
+
+def operation(
+    name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function of CPU tensors the operation ``esm2mega::NAME`` of PyTorch.
+
+    It is as `torch.library.custom_op` makes one, but calling it does not load PyTorch's compiler, which would
+    take a second.
+
+    Args:
+        name: Name of the operation.
+        fake: Takes the same arguments, and returns tensors of the shapes and data types of the results.
+        mutates: Names of the arguments that the function writes to.
+    """
+
+    def define(function: Callable[..., Any]) -> Any:
+        qualified = f"esm2mega::{name}"
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(qualified, "cpu", function)
+        torch.library.register_fake(qualified, fake)
+        return getattr(torch.ops.esm2mega, name).default
+
+    return define
 
 
 def strides(tensors: Sequence[Tensor]) -> Tensor:

@@ -41,7 +41,17 @@ def attend(
     return out
 
 
-@torch.library.custom_op("esm2mega::native_attention", mutates_args=(), device_types="cpu")
+def _outputs(q: Tensor, *unused: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _like_inputs(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *unused: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@native.operation("native_attention", _outputs)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -54,7 +64,7 @@ def _forward(
     return out, log_sums
 
 
-@torch.library.custom_op("esm2mega::native_attention_backward", mutates_args=(), device_types="cpu")
+@native.operation("native_attention_backward", _like_inputs)
 def _backward(
     grad: Tensor,
     q: Tensor,
@@ -84,18 +94,6 @@ def _sizes(q: Tensor, cu_seqlens: Tensor) -> tuple[c_int64, c_int64, c_int64]:
     return c_int64(len(cu_seqlens) - 1), c_int64(q.shape[1]), c_int64(q.shape[2])
 
 
-@_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-@_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *unused: object) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -107,4 +105,4 @@ def _gradients(ctx: Any, grad: Tensor, unused: Tensor | None) -> tuple[Tensor | 
     return *grads, None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+torch.library.register_autograd("esm2mega::native_attention", _gradients, setup_context=_keep)

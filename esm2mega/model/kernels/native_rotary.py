@@ -26,7 +26,7 @@ def turn(sources: Sequence[Tensor], targets: Sequence[Tensor], tables: Tensor, b
     _turn(*sources, *targets, tables, back)
 
 
-@torch.library.custom_op("esm2mega::native_turn", mutates_args=("to_q", "to_k", "to_v"), device_types="cpu")
+@native.operation("native_turn", lambda *unused: None, mutates=("to_q", "to_k", "to_v"))
 def _turn(
     q: Tensor, k: Tensor, v: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, tables: Tensor, back: bool
 ) -> None:
@@ -38,8 +38,3 @@ def _turn(
     tables = tables.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
     tensors = (*sources, *targets, tables[0], tables[1], strides)
     native.call("native_rotary", "turn", tensors, *sizes, c_int(back))
-
-
-@_turn.register_fake
-def _(*unused: object) -> None:
-    pass
