@@ -51,6 +51,14 @@ def replacing(path: Path, cure: str = "", durable: bool = False) -> Iterator[Pat
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
+def real_path(path: str | Path) -> Path:
+    """Return the absolute path without symbolic links; of links that form a loop, the path as it stands.
+
+    Before Python 3.13 `Path.resolve` raises RuntimeError for a loop; opening the file says what is wrong.
+    """
+    return Path(os.path.realpath(path))
+
+
 def refuse_compressed(path: Path) -> None:
     """Refuse the name of a compressed file for one that is plain, which other programs could not read.
 

@@ -217,7 +217,7 @@ class TaskModel(Model):
         task = self.task
         loss = PerProtein(task.loss, split_by_protein(task.info))
         with loaded(task) as (model, ranks):
-            packs = packs_of(self.proteins, batch_spec(task.run.data, task.run.train, task.run.seed), ranks)
+            packs = packs_of(self.proteins, batch_spec(task.run), ranks)
             with Progress(len(packs), self.name, "pack", enabled=ranks.is_main) as progress:
                 found = measure(model, loss, task.predict, packs, task.info, ranks, progress)
             assert found is not None

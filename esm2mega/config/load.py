@@ -47,6 +47,7 @@ from esm2mega.config.setting import Setting
 from esm2mega.config.typed import as_typed, expected, is_text
 from esm2mega.config.validate import check_choices
 from esm2mega.errors import UserError
+from esm2mega.files import real_path
 
 _WITH_GAPS = ("task.mask_column",)
 """Names the keys whose lists may have nulls in them."""
@@ -142,7 +143,7 @@ def _value_of(setting: Setting) -> Any:
 def _is_default(setting: Setting) -> bool:
     """Return whether a setting was written in the shipped `base.yaml`."""
     file = Path(setting.where.rpartition(":")[0])
-    return file.name == "base.yaml" and file.resolve() == (conf_dir() / "base.yaml").resolve()
+    return file.name == "base.yaml" and real_path(file) == real_path(conf_dir() / "base.yaml")
 
 
 def value_checker() -> Callable[[str, object, str], None]:
@@ -249,7 +250,7 @@ def find_config(config: str, beside: Path | None = None) -> Path:
 
 def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[Setting]:
     """Yield the settings of a file, those of its `defaults` first."""
-    if path.resolve() in including:
+    if real_path(path) in including:
         raise UserError(f"{path}: includes itself through `defaults`; remove the cycle")
     content, lines = _read_config(path)
     defaults = content.pop("defaults", Unset())
@@ -268,7 +269,7 @@ def _file_settings(path: Path, including: tuple[Path, ...]) -> Iterator[Setting]
             found = find_config(name, beside=path.parent)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        yield from _file_settings(found, (*including, path.resolve()))
+        yield from _file_settings(found, (*including, real_path(path)))
     yield from _current(settings) if _is_resolved(path) else settings
 
 

@@ -10,6 +10,9 @@ from esm2mega.config.presets import shape_of
 from esm2mega.config.schema import LoRAConfig, ModelConfig, ParallelConfig
 from esm2mega.errors import UserError
 
+_ALIGNED = 8
+"""Is what packs with room left are a multiple of on each process: products of matrices are fast there."""
+
 FP8_MULTIPLES = {"tensorwise": 16, "mxfp8": 32}
 """Says what rows and columns of a product in FP8 are a multiple of, by recipe."""
 
@@ -97,6 +100,16 @@ def _check_fp8(model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, t
                 f"processes that share it, and {key}={count} is no multiple of {multiple * parts}; set "
                 "model.fp8=null"
             )
+
+
+def tail_multiple(model: ModelConfig, parallel: ParallelConfig) -> int | None:
+    """Return of how many tokens packs with room left are a multiple; None where every pack must have T.
+
+    The stages of a pipeline send packs of one length, and compiled layers are compiled for one.
+    """
+    if parallel.pipeline_model_parallel_size > 1 or model.compile:
+        return None
+    return shares_of_a_pack(parallel) * (FP8_MULTIPLES[model.fp8_recipe] if model.fp8 else _ALIGNED)
 
 
 def _check_compile(model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig) -> None:

@@ -34,7 +34,7 @@ from esm2mega.config.schema import (
 from esm2mega.config.split import check_split, has_valid
 from esm2mega.config.task import DATA_DIR_LIST
 from esm2mega.errors import UserError
-from esm2mega.files import refuse_stream, split_sheet
+from esm2mega.files import real_path, refuse_stream, split_sheet
 
 _AT_LEAST = {
     "seed": 0,
@@ -348,12 +348,12 @@ def _check_stores(data: DataConfig, train: TrainConfig, is_labelled: bool) -> No
     One file of labelled proteins may hold several splits; their proteins are compared when they are read.
     """
     paths = data.train_paths()
-    real = [os.path.realpath(path) for path in paths]
+    real = [real_path(path) for path in paths]
     for split in ("valid", "test"):
         path = getattr(data, split)
         if path is None or is_labelled or data.allow_overlap:
             continue
-        if os.path.realpath(path) in real:
+        if real_path(path) in real:
             raise UserError(
                 f"data.{split}={path} is also data.train; its loss would not measure unseen proteins: "
                 "give another store, as `esm2mega prepare fasta --val-size N --test-size N` makes it, or set "

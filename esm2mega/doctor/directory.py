@@ -14,6 +14,7 @@ from pathlib import Path
 import filelock
 
 from esm2mega.doctor.finding import FAILED, OK, Finding
+from esm2mega.files import real_path
 
 FREE_GIB = 1.0
 LOCK_CURE = "mount it with locks (NFS: without nolock, Lustre: with -o flock), or keep runs elsewhere"
@@ -22,7 +23,7 @@ PREFIX = ".esm2mega-doctor-"
 
 def check_directory(directory: Path) -> Iterator[Finding]:
     """Try in `directory` what checkpoints need and what keeps two runs apart, and leave nothing there."""
-    what = f"directory {directory.resolve()}"
+    what = f"directory {real_path(directory)}"
     if not directory.is_dir():
         found = directory.exists()
         yield Finding(

@@ -24,6 +24,7 @@ from torch.distributed import PrefixStore, Store
 
 from esm2mega.doctor.directory import LOCK_CURE, PREFIX, try_lock, write_synced
 from esm2mega.doctor.finding import FAILED, OK, WARNING, Finding
+from esm2mega.files import real_path
 from esm2mega.parallel import rendezvous
 
 MEETING = timedelta(minutes=1)
@@ -195,7 +196,7 @@ class Hosts:
             yield self._shared(directory, self.names[rank], seconds, lock)
 
     def _shared(self, directory: Path, host: str, seconds: float | None, lock: str) -> Finding:
-        what = f"directory {directory.resolve()} on {host}"
+        what = f"directory {real_path(directory)} on {host}"
         if seconds is None:
             return Finding(
                 FAILED,

@@ -153,7 +153,7 @@ def run_task(task: TaskCheckpoint, proteins: LabelledProteins, words: str) -> tu
         UserError: The model gives values that are not finite.
     """
     with loaded(task) as (chunks, ranks):
-        packs = packs_of(proteins, batch_spec(task.run.data, task.run.train, task.run.seed), ranks)
+        packs = packs_of(proteins, batch_spec(task.run), ranks)
         with Progress(len(packs), words, "pack", enabled=ranks.is_main) as progress:
             measured = measure(
                 chunks,

@@ -248,9 +248,7 @@ class Draws:
     ) -> Iterator[tuple[Array, Array, Array]]:
         """Yield mean, standard deviation and labels of this rank's packs, ``[r, k]`` each."""
         batches: list[LabelledBatch] = []
-        packs = packs_of(
-            proteins, batch_spec(member.run.data, member.run.train, member.run.seed), self._ranks
-        )
+        packs = packs_of(proteins, batch_spec(member.run), self._ranks)
         for number, batch in enumerate(packs, start=1):
             batches.append(batch)
             if len(batches) < AT_ONCE and number < len(packs):

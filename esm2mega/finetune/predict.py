@@ -110,7 +110,7 @@ class PredictJob(Job):
         self._task = self._members[0]
         run = self._task.run
         without_dropping(run.data)
-        self._spec = batch_spec(run.data, run.train, run.seed)
+        self._spec = batch_spec(run)
         self._uncertainty = uncertainty
         self._labelled = None
         self._factors: list[float] = []

@@ -14,6 +14,7 @@ from esm2mega.checkpoint import layout
 from esm2mega.config.best_metric import HEADLINES
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.lora import check_start
+from esm2mega.config.model import tail_multiple
 from esm2mega.config.schema import DataConfig, Run, TaskConfig, TrainConfig
 from esm2mega.config.split import is_cut
 from esm2mega.config.task import masks_of, validate_task
@@ -198,23 +199,25 @@ def read_splits(
     return Splits(found, info, notes, tables if is_cut(data) else None)
 
 
-def batch_spec(data: DataConfig, train: TrainConfig, seed: int) -> BatchSpec:
+def batch_spec(run: Run) -> BatchSpec:
     """Return the settings that decide the content of the batches of evaluation and prediction."""
-    return BatchSpec(data, train.micro_batch_tokens, seed)
+    multiple = tail_multiple(run.model, run.parallel)
+    return BatchSpec(run.data, run.train.micro_batch_tokens, run.seed, tail_multiple=multiple)
 
 
-def train_spec(data: DataConfig, train: TrainConfig, seed: int, proteins: LabelledProteins) -> BatchSpec:
+def train_spec(run: Run, proteins: LabelledProteins) -> BatchSpec:
     """Return the settings that decide the content of the batches of training.
 
     Packs are made of proteins of similar length where there is a choice, and lengths often correlate with
     labels. So the choice is small by default: among the proteins of a few steps, each of them once.
     """
+    data, train = run.data, run.train
     total = train.global_batch_size
     if data.pack_window is None and total is None:
         mean_tokens = len(proteins.tokens) / len(proteins) + 2
         window = round(_STEPS_PER_WINDOW * train.global_batch_tokens / mean_tokens)
         data = replace(data, pack_window=max(1, min(window, len(proteins))))
-    return BatchSpec(data, train.micro_batch_tokens, seed, train.max_epochs, global_batch_size=total)
+    return replace(batch_spec(run), data=data, max_epochs=train.max_epochs, global_batch_size=total)
 
 
 def _chosen(
@@ -240,19 +243,19 @@ def _chosen(
 
 def _stream(run: Run, settings: TrainConfig, train: LabelledProteins) -> LabelledStream:
     """Return the training batches of all ranks, as their number is counted."""
-    return LabelledStream(train, train_spec(run.data, settings, run.seed, train))
+    return LabelledStream(train, train_spec(replace(run, train=settings), train))
 
 
 def _reaching_a_label(run: Run, proteins: LabelledProteins) -> Run:
     """Let the few packs that a trial evaluates go on to the first one with a label, which may be rare."""
-    found = packs_to_a_label(LabelledPacks(proteins, batch_spec(run.data, run.train, run.seed)))
+    found = packs_to_a_label(LabelledPacks(proteins, batch_spec(run)))
     limit = 0 if found is None else max(found, run.train.eval_batches)
     return replace(run, train=replace(run.train, eval_batches=limit))
 
 
 def _check_predictable(run: Run, proteins: LabelledProteins) -> None:
     """Refuse validation data without any label: they have no loss that could be best or stop the run."""
-    spec, limit = batch_spec(run.data, run.train, run.seed), run.train.eval_batches
+    spec, limit = batch_spec(run), run.train.eval_batches
     if packs_to_a_label(LabelledPacks(proteins, spec, limit)) is None:
         part = f" in train.eval_batches={limit} packs" if limit else ""
         raise UserError(
@@ -285,7 +288,7 @@ def _session(
     built = build(run, ranks, start, loss, on_gradients, head)
     trained_code = code.as_trained(run.task, info, make_head.name)
     predict = code.predictor(run.task, info, trained_code)
-    spec, train = batch_spec(run.data, run.train, run.seed), splits.of["train"]
+    spec, train = batch_spec(run), splits.of["train"]
     recipe = task_recipe(run.task, run.data, run.seed, loss)
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
@@ -324,9 +327,7 @@ def _session(
         name="finetune",
         begin=begin,
         built=built,
-        stream=LabelledStream(
-            train, train_spec(run.data, run.train, run.seed, train), ranks.dp_rank, ranks.dp_size
-        ),
+        stream=LabelledStream(train, train_spec(run, train), ranks.dp_rank, ranks.dp_size),
         evaluation=evaluation,
         eval_recipe=recipe,
         eval_proteins=None if valid is None else proteins_hash(valid.fingerprint, run.train.eval_batches),

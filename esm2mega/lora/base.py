@@ -15,7 +15,7 @@ from esm2mega.convert.formats.esm2mega import is_auxiliary
 from esm2mega.convert.name_table import CONTACT_HEAD
 from esm2mega.convert.start_point import StartPoint, open_together, read_start
 from esm2mega.errors import UserError
-from esm2mega.files import refuse_stream
+from esm2mega.files import real_path, refuse_stream
 
 _SET_INIT_FROM = "say where it is with init_from=PATH"
 
@@ -57,7 +57,7 @@ def identify(base: StartPoint) -> Base:
 
     contacts = [name for name in weights.infos if name.startswith(CONTACT_HEAD)]
     return Base(
-        str(base.path.resolve()),
+        str(real_path(base.path)),
         checksum(name for name in weights.infos if not is_beside(name)),
         checksum(contacts) if contacts else None,
     )
@@ -91,7 +91,7 @@ def with_base(
         return start
     path = _find_base(start, given, cure)
     # `given` may name a run, of which is not chosen again.
-    if opened is not None and path.resolve() in (opened.path.resolve(), Path(given or opened.path).resolve()):
+    if opened is not None and real_path(path) in (real_path(opened.path), real_path(given or opened.path)):
         base = opened
     else:
         base = read_start(path, verification)
@@ -126,7 +126,7 @@ def _find_base(start: StartPoint, given: str | None, cure: str) -> Path:
     recorded = recorded_base(start).path
     if given is not None and is_there(given):
         run, which = split_run(given)
-        inside = which is None and Path(run).resolve() in Path(recorded).resolve().parents
+        inside = which is None and real_path(run) in real_path(recorded).parents
         return Path(recorded if inside and is_there(recorded) else given)
     if given is not None and Path(given) != Path(recorded):
         raise UserError(f"init_from={given} does not exist; name the base of {start.path}, or leave it out")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esm2mega.errors import UserError
+from esm2mega.files import real_path
 from esm2mega.report.curves import curve, loss_label, smoothed
 from esm2mega.report.figure import png_of, style_axes
 from esm2mega.report.plot import write_report
@@ -47,7 +47,7 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> list[str]:
     Raises:
         UserError: A run is named twice, or has nothing to draw.
     """
-    real = [os.path.realpath(run) for run in run_dirs]
+    real = [str(real_path(run)) for run in run_dirs]
     for number, run in enumerate(run_dirs):
         if real[number] in real[:number]:
             raise UserError(f"{run} is named twice; name each run once")

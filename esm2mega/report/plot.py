@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from esm2mega.files import replacing
+from esm2mega.files import real_path, replacing
 from esm2mega.report.curves import TaskRun, loss_label
 from esm2mega.report.figure import figure_of, png_of
 from esm2mega.report.results.charts import scrolling
@@ -62,7 +62,7 @@ def plot_run(run_dir: str | Path, benchmarks: Benchmarks | None = None) -> PlotF
     run = read_run(run_dir)
     summary = summarise(run.train, run.evaluations, run.task) | summarise_downstream(run.downstream)
     label = loss_label(run.config, run.task is not None)
-    name = run_dir.resolve().name
+    name = real_path(run_dir).name
     png = png_of(figure_of(name, run.train, run.evaluations, run.downstream, run.task, label))
     page = _html(name, run, summary, benchmarks)
     return PlotFiles(*write_report(run_dir, png, page), summary)

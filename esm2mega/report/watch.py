@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from esm2mega.config.split import CLUSTER, FOLD, RANDOM
+from esm2mega.files import real_path
 from esm2mega.report.log import CLOCK, DOWNSTREAM, EARLY_STOP, EVAL, LOG_NAME, TEST, TRAIN, scan_log
 from esm2mega.report.progress import duration
 from esm2mega.report.run_records import read_config
@@ -115,7 +116,7 @@ def _progress(
     run_dir: Path, train: Mapping[str, Any] | None, records: Sequence[Mapping[str, Any]], now: datetime
 ) -> str:
     """Return the line on the step, the time left, and how old the last record is."""
-    name = run_dir.resolve().name
+    name = real_path(run_dir).name
     if train is None:
         return f"{name}: no training record yet"
     step, most = train["step"], _number(read_config(run_dir).get("train.max_steps"))

@@ -142,7 +142,7 @@ def fit(
     train = run.train
     num_micro_batches = num_micro_batches_of(run.train, run.parallel, ranks.world_size)
     clock = Throughput(loop.step, stream.state.consumed_tokens)
-    residues = packs = 0
+    residues = computed = 0
     # Micro-batches that had a finite loss.
     probe: Sequence[Batch] = ()
     # Whether weights are being saved that are finite, and of which the next step tells whether their loss is.
@@ -162,7 +162,7 @@ def fit(
             loop.step += 1
             loop.evaluation = loop.test_loss = None
             residues += sum(batch.num_residues for batch in batches)
-            packs += len(batches) * ranks.dp_size
+            computed += sum(len(batch.input_ids) for batch in batches)
             hooks.show(result)
             if hooks.downstream is not None:
                 hooks.downstream.poll()
@@ -189,7 +189,8 @@ def fit(
             if last or loop.step % train.log_every == 0:
                 tokens = stream.state.consumed_tokens
                 all_residues = sum_over_data_parallel(residues, ranks.device)
-                lap = clock.lap(loop.step, tokens, packs * train.micro_batch_tokens, all_residues)
+                all_computed = sum_over_data_parallel(computed, ranks.device)
+                lap = clock.lap(loop.step, tokens, all_computed, all_residues)
                 values = hooks.training_values(result.metrics)
                 hooks.log(
                     {
@@ -207,7 +208,7 @@ def fit(
                         **({"samples": samples_of_step(batches)} if run.logging.samples else {}),
                     }
                 )
-                residues = packs = 0
+                residues = computed = 0
             with clock.paused():
                 if not stop.saving:
                     _finish_save(hooks, stop)

@@ -12,6 +12,7 @@ from typing import Any
 
 from esm2mega.checkpoint import layout
 from esm2mega.config.best_metric import is_downstream
+from esm2mega.config.model import tail_multiple
 from esm2mega.config.schema import Run
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.overlap import check_overlap
@@ -139,7 +140,13 @@ def _check_predictable(run: Run, store: TokenStore) -> None:
 def _batch_spec(run: Run) -> BatchSpec:
     train = run.train
     total = train.global_batch_size
-    return BatchSpec(run.data, train.micro_batch_tokens, run.seed, train.max_epochs, global_batch_size=total)
+    # Where a step takes a number of packs, they are full; where it takes proteins, its last one may be empty.
+    multiple = None if total is None else tail_multiple(run.model, run.parallel)
+    return BatchSpec(
+        *(run.data, train.micro_batch_tokens, run.seed, train.max_epochs),
+        global_batch_size=total,
+        tail_multiple=multiple,
+    )
 
 
 def _session(

@@ -32,6 +32,7 @@ from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.store.verification import BackgroundVerification
 from esm2mega.data.stream.loader import PackStream
 from esm2mega.errors import DamagedError
+from esm2mega.files import real_path
 from esm2mega.parallel.errors import first_error, on_one_rank
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.external import open_trackers
@@ -227,7 +228,7 @@ def _run_once(
             extra_state = {**session.extra_state, **built.extra_state}
             saved = _saved_state(loop, run.checkpoint, state, stream, incidents, extra_state)
             saver.finish()
-            if saved_last is not None and saved_last.resolve() == directory.resolve():
+            if saved_last is not None and real_path(saved_last) == real_path(directory):
                 # The weights are saved already; only what is known about them has changed.
                 if ranks.is_main:
                     layout.write_state(directory, saved)

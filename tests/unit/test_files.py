@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import esm2mega
 from esm2mega import files
+from esm2mega.cli.app import main
 from esm2mega.errors import MachineError, UserError
-from esm2mega.files import parse_json, read_json
+from esm2mega.files import parse_json, read_json, real_path
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
@@ -171,3 +173,14 @@ def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
         path.touch()
     files.write_json(tmp_path / "a.json", {})
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", *(path.name for path in others)}
+
+
+def test_links_in_a_loop_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`Path.resolve` raises RuntimeError for them before Python 3.13, so nothing here calls it."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert real_path(loop) == real_path(tmp_path) / "loop"
+    assert main(["prepare", "fasta", str(loop), "--out", str(tmp_path / "store")]) == 2
+    assert capsys.readouterr().err == f"esm2mega: error: {loop}: no such FASTA file\n"
+    package = Path(esm2mega.__file__).parent
+    assert [path for path in package.rglob("*.py") if ".resolve()" in path.read_text()] == []

@@ -45,7 +45,7 @@ def read_model_config(file: Path, keys: Sequence[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from error
     found = [o for o in objects if isinstance(o.get("num_layers"), int) and "num_attention_heads" in o]
-    distinct = {tuple(o.get(key) for key in keys[:4]) for o in found}
+    distinct = {json.dumps([o.get(key) for key in keys[:4]], sort_keys=True) for o in found}
     if len(distinct) != 1:
         raise UserError(f"{file}: holds {len(distinct)} configurations of a model, expected one")
     return found[0]

@@ -1,6 +1,6 @@
 """Builds micro-batches of labelled proteins, and serves them for training and evaluation.
 
-T   tokens of a pack (`train.micro_batch_tokens`), padding included
+T   tokens of a pack, padding included: `train.micro_batch_tokens`, or `BatchSpec.capacity`
 n   proteins (or pieces of them) of a pack
 R   residues of these
 k   outputs
@@ -80,7 +80,7 @@ def build_labelled(
     proteins: LabelledProteins | UnlabelledProteins, spec: BatchSpec, pack: Pack
 ) -> LabelledBatch:
     """Read, crop and lay out one pack."""
-    pieces, capacity = pack.pieces, spec.micro_batch_tokens
+    pieces, capacity = pack.pieces, spec.capacity(pack)
     tokens = piece_tokens([proteins], pieces)
     packed = np.cumsum(pieces.lengths) - pieces.lengths  # where each piece begins in `tokens`
     owners = np.repeat(np.arange(len(pieces)), pieces.lengths)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from esm2mega import vocabulary
 from esm2mega.errors import DamagedError, UserError
-from esm2mega.files import json_sha256, parse_json
+from esm2mega.files import json_sha256, parse_json, real_path
 
 FORMAT = "esm2mega token store"
 FORMAT_VERSION = 1
@@ -62,7 +62,7 @@ class StoreCounts:
 def read_manifest(path: Path, staged: bool) -> Mapping[str, Any]:
     """Read the manifest of a complete store of this format and tokenizer; refuse anything else."""
     if not staged and any(
-        part.startswith(".") and part.endswith(PARTIAL_SUFFIX) for part in path.resolve().parts
+        part.startswith(".") and part.endswith(PARTIAL_SUFFIX) for part in real_path(path).parts
     ):
         raise UserError(
             f"{path}: is what an interrupted `prepare` left behind; start it again to continue, or remove it"

@@ -42,6 +42,7 @@ from esm2mega.data.store.splits import (
 from esm2mega.data.store.staging import check_new, staging_directory
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
 from esm2mega.errors import MachineError, UserError
+from esm2mega.files import real_path
 
 OpenProgress = Callable[[str, int], AbstractContextManager[ByteProgress | None]]
 """This shows the progress of a stage, given its name and the number of bytes to go through."""
@@ -206,7 +207,7 @@ def _check_arguments(
 ) -> None:
     if not inputs:
         raise UserError("no input: name at least one file of sequences")
-    resolved = [Path(path).resolve() for path in inputs]
+    resolved = [real_path(path) for path in inputs]
     for position, path in enumerate(resolved):
         if path in resolved[:position]:
             raise UserError(f"{inputs[position]}: given twice; name each file once")
@@ -237,9 +238,9 @@ def _check_given(inputs: Sequence[str | Path], given: Mapping[str, str | Path], 
             f"--{next(iter(given))} names a file of held-out sequences, --val-size and --test-size draw them "
             "from the input; give one or the other"
         )
-    purposes = {Path(path).resolve(): "an input" for path in inputs}
+    purposes = {real_path(path): "an input" for path in inputs}
     for name, path in given.items():
-        if (other := purposes.setdefault(Path(path).resolve(), f"--{name}")) != f"--{name}":
+        if (other := purposes.setdefault(real_path(path), f"--{name}")) != f"--{name}":
             raise UserError(f"{path}: given both as {other} and as --{name}; each has a file of its own")
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from esm2mega.data.store.manifest import damaged
 from esm2mega.errors import DamagedError, UserError
-from esm2mega.files import parse_json, user_cache, write_json
+from esm2mega.files import parse_json, real_path, user_cache, write_json
 from esm2mega.processes import yield_processors
 
 SMALL_BYTES = 4 << 20
@@ -178,7 +178,7 @@ def _places(store: Path) -> list[Path]:
     """Return the files that may hold the record of a store, the preferred one first."""
     places = [store / RECORD]
     with suppress(UserError):  # a user without a home has one place only
-        name = hashlib.sha256(str(store.resolve()).encode()).hexdigest()[:32]
+        name = hashlib.sha256(str(real_path(store)).encode()).hexdigest()[:32]
         places.append(user_cache() / "verified" / f"{name}.json")
     return places
 

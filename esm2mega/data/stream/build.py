@@ -4,7 +4,7 @@ Crop and masks of a training sample depend on its number and the seed, not on th
 evaluation are in `recipe.py`. Processes that build batches (`data.workers`) import this module alone, and so
 start in a fraction of a second.
 
-    T   tokens of a pack (`train.micro_batch_tokens`), padding included
+    T   tokens of a pack, padding included: `train.micro_batch_tokens`, or `BatchSpec.capacity`
     n   segments of a pack: its pieces of proteins, and the padding between and behind them
     M   tokens to predict
 """
@@ -42,6 +42,8 @@ class BatchSpec:
         skipped: numbers of training packs that are replaced by padding, in the order of all packs from 0.
         global_batch_size: samples that a step takes, which are then packed together; None where a step takes
             a number of packs.
+        tail_multiple: a pack with room left ends at the first multiple of so many tokens behind its last
+            protein, or at T; None where every pack has T tokens.
     """
 
     data: DataConfig
@@ -50,11 +52,25 @@ class BatchSpec:
     max_epochs: int | None = None
     skipped: frozenset[int] = frozenset()
     global_batch_size: int | None = None
+    tail_multiple: int | None = None
+
+    def capacity(self, pack: Pack) -> int:
+        """Return the number of tokens of a pack with its padding, at least 1 and at most T."""
+        if self.tail_multiple is None or self.data.packing != "pack":
+            return self.micro_batch_tokens
+        filled = -(-max(pack.num_tokens, 1) // self.tail_multiple) * self.tail_multiple
+        return min(filled, self.micro_batch_tokens)
 
     def pack_shape(self) -> PackShape:
         """Return the part of the specification that decides which samples share a pack."""
         window = self.global_batch_size or self.data.pack_window
-        return PackShape(self.micro_batch_tokens, self.data.max_seq_length, window, self.data.packing)
+        return PackShape(
+            self.micro_batch_tokens,
+            self.data.max_seq_length,
+            window,
+            self.data.packing,
+            has_whole_tails=self.tail_multiple is None,
+        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,7 @@ def build_arrays(
         pack: The pack.
         streams: Random stream that masks each piece, [n]; None for the one with its sample number.
     """
-    pieces, capacity = pack.pieces, spec.micro_batch_tokens
+    pieces, capacity = pack.pieces, spec.capacity(pack)
     streams = pieces.samples if streams is None else streams
     tokens = piece_tokens(stores, pieces)
     # The chunks of a protein share a stream of random numbers; any other piece has its own.

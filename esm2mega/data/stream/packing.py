@@ -172,13 +172,13 @@ class PackWindow:
         return len(self.num_tokens)
 
     @classmethod
-    def of(cls, pieces: Pieces, pack_of: Integers, capacity: int, padded: bool) -> PackWindow:
+    def of(cls, pieces: Pieces, pack_of: Integers, capacity: int | None, padded: bool) -> PackWindow:
         """Sort pieces by pack, and lay them out.
 
         Args:
             pieces: pieces in the order of their samples, at least one, [n].
             pack_of: pack of each piece, [n]; every pack from 0 to the largest has at least one piece.
-            capacity: tokens of a pack, T.
+            capacity: tokens of a pack, T; None where packs end behind their last piece.
             padded: whether every piece of a pack takes as much room as the longest one.
         """
         pieces = pieces[np.sort(pack_of * len(pieces) + np.arange(len(pieces))) % len(pieces)]
@@ -190,8 +190,9 @@ class PackWindow:
             offsets = rows * np.repeat(np.maximum.reduceat(pieces.lengths, bounds[:-1]), counts)
         else:
             offsets = ends[:-1] - np.repeat(ends[bounds[:-1]], counts)
-        stops = np.append(offsets[1:], capacity)  # where the padding behind each piece ends
-        stops[bounds[1:] - 1] = capacity
+        stops = np.append(offsets[1:], 0)  # where the padding behind each piece ends
+        last = bounds[1:] - 1
+        stops[last] = offsets[last] + pieces.lengths[last] if capacity is None else capacity
         segments = pieces.lengths**2 + (stops - offsets - pieces.lengths) ** 2
         costs = np.add.reduceat(segments, bounds[:-1])
         return cls(pieces, offsets, bounds.tolist(), np.diff(ends[bounds]).tolist(), costs.tolist())
@@ -264,12 +265,14 @@ class PackShape:
         max_seq_length: tokens of the longest piece.
         pack_window: samples that are packed together; None for 8 T.
         packing: "pack", or "bucket" for padded batches of similar length.
+        has_whole_tails: whether a pack with room left is padded up to T, which decides its cost alone.
     """
 
     micro_batch_tokens: int
     max_seq_length: int
     pack_window: int | None = None
     packing: str = "pack"
+    has_whole_tails: bool = True
 
     def __post_init__(self) -> None:
         if self.micro_batch_tokens < self.max_seq_length:
@@ -341,4 +344,5 @@ class PackPlan:
         # Pack i of the plan comes at place shuffled[i].
         shuffled = counter_rng.permute(np.arange(count), count, self._seed, Purpose.PACK_ORDER, number)
         padded = self.shape.packing == "bucket"
-        return PackWindow.of(pieces, shuffled[pack_of], self.shape.micro_batch_tokens, padded)
+        capacity = self.shape.micro_batch_tokens if padded or self.shape.has_whole_tails else None
+        return PackWindow.of(pieces, shuffled[pack_of], capacity, padded)

@@ -17,6 +17,7 @@ from esm2mega.config.schema import ParallelConfig
 from esm2mega.convert.convert import convert
 from esm2mega.convert.formats.registry import open_weights
 from esm2mega.convert.verify.verify import verify
+from esm2mega.errors import UserError
 from esm2mega.parallel.initialize import process_groups
 from tests import foreign
 
@@ -149,3 +150,14 @@ def test_both_forms_of_gelu_come_back(written: Path, tmp_path: Path) -> None:
     assert open_weights(theirs).description == open_weights(tmp_path / "again").description
     assert open_weights(tmp_path / "again").description.activation == "gelu_tanh"
     assert open_weights(written).description.activation == "gelu"
+
+
+def test_a_dimension_that_is_no_number_is_one_line(tmp_path: Path) -> None:
+    theirs = foreign.write_nemo2(foreign.truth(torch.float32, "formula"), tmp_path)
+    file = theirs / "context" / "io.json"
+    graph = json.loads(file.read_text())
+    items = dict(graph["objects"]["esm2_config_1"]["items"])
+    items["Attr(name='ffn_hidden_size')"]["type"] = "no leaf"
+    file.write_text(json.dumps(graph))
+    with pytest.raises(UserError, match="io.json: ffn_hidden_size is {.*}, not a positive number"):
+        open_weights(theirs)

@@ -12,7 +12,14 @@ import pytest
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig
 from esm2mega.data.store.token_store import StoreWriter, TokenStore
-from esm2mega.data.stream.build import BatchArrays, BatchSpec, build_arrays, token_counts, train_plan
+from esm2mega.data.stream.build import (
+    PADDING,
+    BatchArrays,
+    BatchSpec,
+    build_arrays,
+    token_counts,
+    train_plan,
+)
 from esm2mega.data.stream.masking import mask_tokens
 from esm2mega.data.stream.packing import Pack, PackCursor
 from esm2mega.data.stream.samples import TrainSamples
@@ -126,3 +133,24 @@ def test_counts_of_a_mixture_follow_the_weights(tmp_path: Path) -> None:
     a, leucine = vocabulary.encode_residues("AL").tolist()
     assert counts.sum() == counts[a] + counts[leucine] == 16384
     assert counts[leucine] / 16384 == pytest.approx(0.1, abs=5 * np.sqrt(0.09 / 16384))
+
+
+@pytest.mark.parametrize("multiple", [1, 24, 1000])
+def test_packs_with_room_left_end_behind_their_last_protein(store: TokenStore, multiple: int) -> None:
+    """They hold the same proteins with the same masks, and cost what these cost."""
+    spec = replace(SPEC, max_epochs=1, global_batch_size=7, tail_multiple=multiple)
+    samples = TrainSamples([store], spec.data, spec.seed)
+    packs, _ = train_plan(samples, spec).take(PackCursor(), 10_000)
+    assert packs and any(pack.num_tokens < 200 for pack in packs)
+    for pack in packs:
+        short = build_arrays([store], spec, pack)
+        full = build_arrays([store], replace(spec, tail_multiple=None), pack)
+        length = len(short.input_ids)
+        assert length == min(-(-pack.num_tokens // multiple) * multiple, 256)
+        assert np.array_equal(short.input_ids, full.input_ids[:length]) and len(full.input_ids) == 256
+        assert short.cu_seqlens[-1] == length and short.starts == full.starts
+        assert np.array_equal(short.label_positions, full.label_positions)
+        assert pack.cost == int((pack.pieces.lengths**2).sum())
+    assert len(build_arrays([store], spec, PADDING).input_ids) == min(multiple, 256)
+    padded = replace(spec, data=replace(spec.data, packing="bucket"))
+    assert {padded.capacity(pack) for pack in packs} == {256}
