@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 # Colours that stay apart for the common forms of colour blindness (Okabe and Ito), and in grey.
 TRAIN_COLOR, VALID_COLOR, BASELINE_COLOR, AXIS_COLOR = "#0072B2", "#D55E00", "#555555", "#888888"
+_LETTERS_BESIDE = 32
+"""Limits a line of the name of the loss, which stands upright beside the lowest panel that has it."""
+
 TASK_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 
@@ -140,7 +144,7 @@ def _draw_loss(axes: Axes, train: Sequence[Record], evaluations: Sequence[Record
             annotation_clip=False,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
         )  # fmt: skip
-    axes.set_ylabel(label)
+    axes.set_ylabel(textwrap.fill(label, _LETTERS_BESIDE))
     style_axes(axes)
     axes.set_xlabel("optimizer step")
     if axes.get_legend_handles_labels()[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 # Colours that stay apart for the common forms of colour blindness (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", ":", "-.")
+
+_LETTERS_ABOVE = 60
+"""Limits a line of a panel's title, which stands above half of the figure."""
 
 _STYLE = "th, td, h1 { overflow-wrap: anywhere; }\n"
 
@@ -135,7 +139,7 @@ def _figure(runs: Mapping[str, RunRecords]) -> Figure:
                 steps, values, color=COLORS[number % len(COLORS)], label=name, linewidth=1.5,
                 linestyle=DASHES[number // len(COLORS) % len(DASHES)], marker="o" if len(steps) < 3 else None,
             )  # fmt: skip
-        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_title(textwrap.fill(title, _LETTERS_ABOVE), fontsize=10, loc="left")
         style_axes(axes)
         if key == "loss":
             axes.legend(frameon=False, loc="best", fontsize=9)

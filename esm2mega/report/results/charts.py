@@ -23,6 +23,8 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _PAD = 340, 260, 52, 38, 10
 _TICKS = 5
 _MOST_VALUES = 150
 """Limits the points of a line whose numbers are shown: each takes some 150 bytes of the page."""
+_MOST_LETTERS = 40
+"""Limits the name of the y axis, as high as the chart: the unit of a longer one stands below the chart."""
 _DIGIT_WIDTH = 6.5
 """Bounds the width of a digit of the small letters of a chart."""
 
@@ -140,6 +142,7 @@ class Plot:
 
     def figure(self, title: str, note: str = "") -> str:
         """Return the chart as HTML."""
+        note = "; ".join(filter(None, (self._below(), note)))
         legend = f'<ul class="legend">{"".join(self._legend)}</ul>' if self._legend else ""
         said = escape(f"{title}: {self.y.name} over {self.x.name}" + f"; {note}" * bool(note))
         below = f"<p>{escape(note)}</p>" if note else ""
@@ -163,6 +166,15 @@ class Plot:
         width = _DIGIT_WIDTH * len(text)
         return "end" if self._x(tick) + width / 2 > _WIDTH else "middle"
 
+    def _beside(self) -> str:
+        """Return the name of the y axis, without its unit in brackets if there is no room for both."""
+        return self.y.name.removesuffix(f" ({self._below()})")
+
+    def _below(self) -> str:
+        """Return the unit of the y axis if there is no room for it beside the axis."""
+        _, _, unit = self.y.name.partition(" (")
+        return unit.removesuffix(")") if len(self.y.name) > _MOST_LETTERS else ""
+
     def _axes(self) -> str:
         right, bottom = _WIDTH - _PAD, _HEIGHT - _BOTTOM
         grid = "".join(f"M{_LEFT} {self._y(tick):.1f}H{right}" for tick in self.y.ticks())
@@ -178,7 +190,7 @@ class Plot:
             f'<text x="{(_LEFT + right) / 2:.0f}" y="{_HEIGHT - 4}" text-anchor="middle">'
             f"{escape(self.x.name)}</text>"
             f'<text transform="translate(12 {(_PAD + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">'
-            f"{escape(self.y.name)}</text>"
+            f"{escape(self._beside())}</text>"
         )
         base = f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>'
         return f'<path class="grid" d="{grid}"/>{base}{numbers}{names}'

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from esm2mega.errors import UserError
-from esm2mega.report.curves import downstream_curves, running_mean, task_run
-from esm2mega.report.figure import figure_of
+from esm2mega.report.curves import downstream_curves, loss_label, running_mean, task_run
+from esm2mega.report.figure import figure_of, png_of
 from esm2mega.report.log import JsonlLog, read_log
 from esm2mega.report.plot import plot_run
 from esm2mega.report.summary import metrics_table, summarise
@@ -286,6 +286,19 @@ def test_the_figure_of_a_fine_tuning(task_dir):
     ]
     pretraining = figure_of("run", [train(10)], [evaluation(10, 2.4)]).axes
     assert pretraining[0].get_ylabel().startswith("masked cross-entropy") and len(pretraining) == 4
+
+
+def test_the_longest_name_of_a_loss_stays_beside_its_panel(task_dir):
+    records = read_log(task_dir / "log.jsonl")
+    kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "eval", "test")}
+    label = loss_label({"task.kind": "regression"}, True)
+    task = task_run(kinds["eval"], kinds["test"], "regression")
+    figure = figure_of("run", kinds["train"], kinds["eval"], None, task, label)
+    assert png_of(figure)  # which lays everything out
+    loss = figure.axes[1]
+    assert loss.get_ylabel().replace("\n", " ") == label
+    words, panel = loss.yaxis.label.get_window_extent(), loss.get_window_extent()
+    assert words.height <= panel.height * 1.1 and words.x0 >= 0 and words.x1 < panel.x0
 
 
 def test_metrics_of_a_fine_tuning_by_their_direction(task_dir):

@@ -55,3 +55,12 @@ def test_a_long_number_at_the_end_of_the_axis_is_not_cut_off() -> None:
     chart = Plot(Axis("step", 400, 2500), Axis("y", 0, 1)).figure("t")
     found = {text: anchor for anchor, text in re.findall(r'text-anchor="(\w+)">([\d,]+)</text>', chart)}
     assert found["2,500"] == "end" and found["2,000"] == "middle"
+
+
+def test_the_unit_of_a_long_name_stands_below_the_chart() -> None:
+    long = "mean squared error (standard deviations of the training labels, squared)"
+    figure = Plot(Axis("x", 0, 1), Axis(long, 0, 1)).figure("Loss", "a note")
+    assert ">mean squared error</text>" in figure
+    assert "<p>standard deviations of the training labels, squared; a note</p>" in figure
+    short = Plot(Axis("x", 0, 1), Axis("Huber loss (units of the labels)", 0, 1)).figure("Loss")
+    assert ">Huber loss (units of the labels)</text>" in short and "<p>" not in short
