@@ -8,7 +8,8 @@ nothing else. Lines, their sizes and limits are in `gpu_lines.py`; `--lines` tak
 The file named by `--out` gets each line when it is finished, and the same command goes on behind the finished
 ones after a kill, or when the minutes were over. Beside it lies a folder, `h100.work` for `h100.jsonl`, with
 what the processes printed, and what is compared. At the end all tables are printed, as Markdown;
-the exit code is 1 if a line is missing. Lines in FP8 are left out where Transformer Engine is not installed.
+the exit code is 1 if a line is missing. Lines in FP8 are left out where the card has none, or Transformer
+Engine is not installed.
 
     peaks     bf16 products of matrices and a copy: what the device reaches with nothing around it
     parity    the same three steps on CPU and GPU, in fp32 and bf16, with each kernel, and once more
@@ -42,6 +43,7 @@ from gpu_lines import Line, choose_lines
 HERE = Path(__file__).parent
 CONDITIONS = "conditions"
 STARTUP_SECONDS = 90
+FP8_CAPABILITY = (8, 9)
 
 Entry = dict[str, Any]
 """What the journal holds of a line: its name, and rows and seconds, or why there are none."""
@@ -213,9 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (here,) = entry["rows"]
     if here["device"] == "none" and not options.reduced:
         raise SystemExit("no CUDA device: run this where there is one, or --reduced to see that it runs")
-    if not here.get("transformer-engine"):
+    has_fp8 = tuple(map(int, str(here.get("capability") or "0.0").split("."))) >= FP8_CAPABILITY
+    if not (has_fp8 and here.get("transformer-engine")):
         for line in (line for line in lines if line.fp8):
-            print(f"left out: {line.name}, which needs Transformer Engine (pip install 'esm2mega[te]')")
+            print(f"left out: {line.name}, which needs Transformer Engine and compute capability 8.9")
         lines = [line for line in lines if not line.fp8]
     journal = Journal(options.out)
     journal.check_conditions({**here, "reduced": options.reduced})

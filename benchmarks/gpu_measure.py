@@ -108,6 +108,7 @@ def conditions() -> Row:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "none",
         "GiB": round(torch.cuda.get_device_properties(0).total_memory / 2**30) if on_gpu else None,
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if on_gpu else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         **{package: installed_version(package) for package in PACKAGES},

@@ -1,6 +1,6 @@
 """Defines the micro-batches that the data pipeline hands to the model and the losses: packs with labels.
 
-T   tokens of a pack (`train.micro_batch_tokens`), padding included
+T   tokens of a pack, padding included: at most `train.micro_batch_tokens`
 n   segments: proteins, or pieces of them
 M   tokens to predict
 R   residues of the proteins

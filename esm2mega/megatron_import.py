@@ -7,7 +7,6 @@ the time in which a command starts, and most commands call none of these functio
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,21 +25,22 @@ def install() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Meets the import of the package once, and leaves the rest to the other finders."""
+    """Lets the other finders find the package, and changes how it is executed, which happens once."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != PACKAGE:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 del loader.exec_module
+                sys.meta_path.remove(self)
                 with _compiling_later():
                     execute(module)
 

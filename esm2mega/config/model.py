@@ -103,11 +103,11 @@ def _check_fp8(model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, t
 
 
 def tail_multiple(model: ModelConfig, parallel: ParallelConfig) -> int | None:
-    """Return of how many tokens packs with room left are a multiple; None where every pack must have T.
+    """Return of how many tokens packs with room left are a multiple.
 
-    The stages of a pipeline send packs of one length, and compiled layers are compiled for one.
+    None means that every pack must have T tokens: the stages of a pipeline send packs of one length.
     """
-    if parallel.pipeline_model_parallel_size > 1 or model.compile:
+    if parallel.pipeline_model_parallel_size > 1:
         return None
     return shares_of_a_pack(parallel) * (FP8_MULTIPLES[model.fp8_recipe] if model.fp8 else _ALIGNED)
 

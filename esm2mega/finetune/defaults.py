@@ -103,9 +103,12 @@ def choose_batch(
 
 
 def _pack_size(proteins: int, tokens: float, data: DataConfig, parallel: ParallelConfig) -> int:
-    """Return the `train.micro_batch_size` whose packs have the least padding; of several the largest."""
+    """Return the largest `train.micro_batch_size`; in a pipeline, the one with the least padding."""
     most, divisor = _TOKENS_PER_PACK // data.max_seq_length, shares_of_a_pack(parallel)
     sizes = [size for size in range(1, max(most, divisor) + 1) if size * data.max_seq_length % divisor == 0]
+    if parallel.pipeline_model_parallel_size == 1:
+        # Packs with room left are not padded, see `esm2mega.config.model.tail_multiple`.
+        return max((size for size in sizes if size <= proteins), default=sizes[0])
 
     def padded(size: int) -> int:
         capacity = size * data.max_seq_length

@@ -213,11 +213,19 @@ def train_spec(run: Run, proteins: LabelledProteins) -> BatchSpec:
     """
     data, train = run.data, run.train
     total = train.global_batch_size
+    # Where a step takes a number of packs, they are full.
+    multiple = None if total is None else tail_multiple(run.model, run.parallel)
     if data.pack_window is None and total is None:
         mean_tokens = len(proteins.tokens) / len(proteins) + 2
         window = round(_STEPS_PER_WINDOW * train.global_batch_tokens / mean_tokens)
         data = replace(data, pack_window=max(1, min(window, len(proteins))))
-    return replace(batch_spec(run), data=data, max_epochs=train.max_epochs, global_batch_size=total)
+    return replace(
+        batch_spec(run),
+        data=data,
+        max_epochs=train.max_epochs,
+        global_batch_size=total,
+        tail_multiple=multiple,
+    )
 
 
 def _chosen(

@@ -236,10 +236,6 @@ class PackedCoreAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, first_head: int
     ) -> Tensor:
         """Attend with the heads from number `first_head` on, of all heads of the model."""
-        if not len(query):
-            # A context-parallel rank may have no label. No kernel gets an empty tensor then, and the backward
-            # pass still comes to the keys, whose exchange all ranks take part in.
-            return query + (key.sum() + value.sum()) * 0.0
         if not self._drops:
             return self.kernel(query, key, value, packed, self.scale)
         heads = torch.arange(first_head, first_head + query.shape[1], device=query.device)
@@ -329,5 +325,5 @@ class ESM2SelfAttention(SelfAttention):
             )
         if rows is not None:
             context = context.index_select(0, rows)
-        # [m, n/t, d] -> [m, 1, h/t]; a context-parallel rank may have no row
+        # [m, n/t, d] -> [m, 1, h/t]
         return context.flatten(1).unsqueeze(1)

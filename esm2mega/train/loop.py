@@ -25,7 +25,7 @@ from esm2mega.train.losses import Means, loss_and_perplexity
 from esm2mega.train.samples import samples_of_step
 from esm2mega.train.signals import StopSignal
 from esm2mega.train.step import Batch, StepResult, TrainState, train_step
-from esm2mega.train.throughput import Throughput, memory_gb, sum_over_data_parallel
+from esm2mega.train.throughput import Throughput, memory_gb, sums_over_data_parallel
 
 
 @dataclass
@@ -141,8 +141,8 @@ def fit(
     """
     train = run.train
     num_micro_batches = num_micro_batches_of(run.train, run.parallel, ranks.world_size)
-    clock = Throughput(loop.step, stream.state.consumed_tokens)
-    residues = computed = 0
+    clock = Throughput(loop.step)
+    counts = (0, 0, 0)
     # Micro-batches that had a finite loss.
     probe: Sequence[Batch] = ()
     # Whether weights are being saved that are finite, and of which the next step tells whether their loss is.
@@ -161,8 +161,7 @@ def fit(
                 result = train_step(state, batches)
             loop.step += 1
             loop.evaluation = loop.test_loss = None
-            residues += sum(batch.num_residues for batch in batches)
-            computed += sum(len(batch.input_ids) for batch in batches)
+            counts = _counted(counts, batches)
             hooks.show(result)
             if hooks.downstream is not None:
                 hooks.downstream.poll()
@@ -187,10 +186,7 @@ def fit(
                     hooks.say(incidents.note_step(loop.step, result, batches, stream, before, ranks))
             last = loop.step == train.max_steps or stopping
             if last or loop.step % train.log_every == 0:
-                tokens = stream.state.consumed_tokens
-                all_residues = sum_over_data_parallel(residues, ranks.device)
-                all_computed = sum_over_data_parallel(computed, ranks.device)
-                lap = clock.lap(loop.step, tokens, all_computed, all_residues)
+                lap = clock.lap(loop.step, *sums_over_data_parallel(counts, ranks.device))
                 values = hooks.training_values(result.metrics)
                 hooks.log(
                     {
@@ -200,7 +196,7 @@ def fit(
                         "lr": result.lr,
                         "grad_norm": result.grad_norm,
                         **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
-                        "consumed_tokens": tokens,
+                        "consumed_tokens": stream.state.consumed_tokens,
                         "tokens_per_second": lap.tokens_per_second,
                         "step_time": lap.step_time,
                         "pack_fill": lap.pack_fill,
@@ -208,7 +204,7 @@ def fit(
                         **({"samples": samples_of_step(batches)} if run.logging.samples else {}),
                     }
                 )
-                residues = computed = 0
+                counts = (0, 0, 0)
             with clock.paused():
                 if not stop.saving:
                     _finish_save(hooks, stop)
@@ -248,6 +244,16 @@ def fit(
         while not hooks.verified() and not stop.received():
             pass
         _raise_if(stop, loop, hooks)
+
+
+def _counted(counts: tuple[int, int, int], batches: Sequence[Batch]) -> tuple[int, int, int]:
+    """Add to numbers of tokens, of tokens with padding, and of residues those of this rank's batches."""
+    tokens, computed, residues = counts
+    return (
+        tokens + sum(batch.num_tokens for batch in batches),
+        computed + sum(len(batch.input_ids) for batch in batches),
+        residues + sum(batch.num_residues for batch in batches),
+    )
 
 
 def finished(loop: LoopState, train: TrainConfig) -> bool:

@@ -137,8 +137,8 @@ def run_schedule(
     Args:
         model: This rank's chunks.
         loss: The loss and its reduction.
-        batches: This rank's micro-batches, all of the same T; every chunk reads them all. Without a pipeline
-            each is asked for when its turn comes.
+        batches: This rank's micro-batches, in a pipeline all of the same T; every chunk reads them all.
+            Without a pipeline each is asked for when its turn comes.
         device: Where the micro-batches are wanted.
         forward_only: Whether to leave the gradients out, as in evaluation.
         dropout_seed: As in `TrainState`.

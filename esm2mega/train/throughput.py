@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,28 +31,24 @@ class Lap:
 class Throughput:
     """Measures the time of training, with a clock that can be paused while the loop does something else."""
 
-    def __init__(self, step: int, consumed_tokens: int) -> None:
-        """Start the clock.
-
-        Args:
-            step: Finished steps at the start.
-            consumed_tokens: Tokens consumed at the start, ``<cls>`` and ``<eos>`` included.
-        """
-        self._step, self._tokens = step, consumed_tokens
+    def __init__(self, step: int) -> None:
+        """Start the clock behind `step` finished steps."""
+        self._step = step
         self._began = time.perf_counter()
 
-    def lap(self, step: int, consumed_tokens: int, computed_tokens: int, residues: int) -> Lap:
+    def lap(self, step: int, tokens: int, computed_tokens: int, residues: int) -> Lap:
         """Return the means since the last lap, which must have ended at an earlier step.
 
         Args:
             step: Finished steps.
-            consumed_tokens: Tokens consumed up to now, ``<cls>`` and ``<eos>`` included.
+            tokens: Tokens of proteins since the last lap, ``<cls>`` and ``<eos>`` included, but not those of
+                packs that are replaced by padding.
             computed_tokens: Tokens computed since the last lap, padding included.
             residues: Residues since the last lap.
         """
         now = time.perf_counter()
-        seconds, steps, tokens = now - self._began, step - self._step, consumed_tokens - self._tokens
-        self._began, self._step, self._tokens = now, step, consumed_tokens
+        seconds, steps = now - self._began, step - self._step
+        self._began, self._step = now, step
         return Lap(seconds / steps, residues / seconds, tokens / computed_tokens)
 
     @contextmanager
@@ -62,11 +58,11 @@ class Throughput:
         self._began += time.perf_counter() - began
 
 
-def sum_over_data_parallel(count: int, device: torch.device) -> int:
-    """Return the sum of a host number over the data-parallel group, valid on every rank."""
-    total = torch.tensor(count, dtype=torch.int64, device=device)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    return int(total.item())
+def sums_over_data_parallel(counts: Sequence[int], device: torch.device) -> list[int]:
+    """Return the sums of host numbers over the data-parallel group, valid on every rank."""
+    totals = torch.tensor(counts, dtype=torch.int64, device=device)
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+    return [int(total) for total in totals.tolist()]
 
 
 def memory_gb(device: torch.device) -> float:

@@ -67,7 +67,9 @@ def _limits_of_context_parallelism(run: Run) -> list[str]:
 def _batch(train: TrainConfig) -> str:
     """Return what a step takes, in the unit in which the configuration counts."""
     if train.global_batch_size is not None:
-        return f"{train.global_batch_size} proteins a step in packs of {train.micro_batch_tokens} tokens"
+        return (
+            f"{train.global_batch_size} proteins a step in packs of up to {train.micro_batch_tokens} tokens"
+        )
     return f"{train.global_batch_tokens} tokens a step in packs of {train.micro_batch_tokens}"
 
 

@@ -108,14 +108,20 @@ def test_no_line_begins_when_the_minutes_are_over(gpu, tmp_path, capsys):
     assert "the time is over before peaks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("engine", [None, "2.9.0"])
-def test_fp8_is_measured_where_transformer_engine_is(gpu, tmp_path, capsys, monkeypatch, engine):
-    rows = {"conditions": [{"device": "a GPU", "transformer-engine": engine}], "train-3B-fp8": [{"ms": 1}]}
+@pytest.mark.parametrize(
+    ("engine", "capability", "measured"),
+    [(None, "9.0", False), ("2.9.0", "8.0", False), ("2.9.0", "8.9", True)],
+)
+def test_fp8_is_measured_where_there_is_some(
+    gpu, tmp_path, capsys, monkeypatch, engine, capability, measured
+):
+    here = {"device": "a GPU", "transformer-engine": engine, "capability": capability}
+    rows = {"conditions": [here], "train-3B-fp8": [{"ms": 1}]}
     monkeypatch.setattr(gpu, "measured", lambda name, *_: {"line": name, "seconds": 1, "rows": rows[name]})
     gpu.main(["--out", str(tmp_path / "out.jsonl"), "--lines", "train-3B-fp8"])
     printed = capsys.readouterr().out
-    assert ("left out: train-3B-fp8, which needs Transformer Engine (pip " in printed) == (engine is None)
-    assert ("| train-3B-fp8 | 1 |" in printed) == (engine is not None)
+    assert ("left out: train-3B-fp8, which needs Transformer Engine and" in printed) != measured
+    assert ("| train-3B-fp8 | 1 |" in printed) == measured
 
 
 def test_no_gpu_and_unknown_lines_are_one_line_errors(gpu, tmp_path, capsys):

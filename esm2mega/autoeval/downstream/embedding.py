@@ -121,7 +121,7 @@ class _TrainedModel:
     """
 
     def __init__(self, model: list[Any], ranks: Ranks, micro_batch_tokens: int) -> None:
-        """Set the model; its packs all have `micro_batch_tokens` tokens, as in training."""
+        """Set the model; its packs all have `micro_batch_tokens` tokens, as a pipeline needs it."""
         self._model, self._ranks = model, ranks
         self.micro_batch_tokens = micro_batch_tokens
 

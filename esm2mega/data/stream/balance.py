@@ -1,9 +1,9 @@
 """Divides packs among data-parallel ranks so that attention costs each of them about as much.
 
-All packs have T tokens, but the work of attention grows with the square of a protein's length: a pack of one
-protein of 16,384 tokens costs 49 times as much there as one of proteins of 335. The ranks wait for each other
-at the end of a step, and so for the one whose packs cost most. Which packs a step takes is not changed, only
-which rank takes them, so its result is the same sum in another order.
+Packs have about T tokens each, but the work of attention grows with the square of a protein's length: a pack
+of one protein of 16,384 tokens costs 49 times as much there as one of proteins of 335. The ranks wait for
+each other at the end of a step, and so for the one whose packs cost most. Which packs a step takes is not
+changed, only which rank takes them, so its result is the same sum in another order.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The packs of a step are those that come next in the order of all packs, so the p
 steps are the same for every dp_size and every number of micro-batches; `balance` divides them among ranks.
 Ranks of one tensor-, pipeline- or context-parallel group use the same dp_rank and build the same batches.
 
-    T   tokens of a pack (`train.micro_batch_tokens`), padding included
+    T   tokens of a pack, padding included: `train.micro_batch_tokens`, or `BatchSpec.capacity`
     n   segments of a pack: its pieces of proteins, and each stretch of `<pad>` between or behind them
     M   tokens to predict
 """

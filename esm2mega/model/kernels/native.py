@@ -124,8 +124,8 @@ def operation(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make a function of CPU tensors the operation ``esm2mega::NAME`` of PyTorch.
 
-    It is as `torch.library.custom_op` makes one, but calling it does not load PyTorch's compiler, which would
-    take a second.
+    Calling what `torch.library.custom_op` makes would load PyTorch's compiler, which takes a second. Unlike
+    that, an operation without a registered gradient passes none on, silently.
 
     Args:
         name: Name of the operation.

@@ -105,4 +105,11 @@ def _gradients(ctx: Any, grad: Tensor, unused: Tensor | None) -> tuple[Tensor | 
     return *grads, None, None, None
 
 
+def _refuse(ctx: Any, *unused: object) -> tuple[None, ...]:
+    raise RuntimeError(
+        "the compiled attention has no second derivative; set model.attention_backend=sdpa, which has one"
+    )
+
+
+torch.library.register_autograd("esm2mega::native_attention_backward", _refuse)
 torch.library.register_autograd("esm2mega::native_attention", _gradients, setup_context=_keep)

@@ -11,11 +11,11 @@ import pytest
 
 from esm2mega.cli.app import main
 from esm2mega.config.load import given_keys, load_run, run_from_yaml
-from esm2mega.config.schema import Run, TrainConfig
+from esm2mega.config.schema import DataConfig, ParallelConfig, Run, TrainConfig
 from esm2mega.config.validate import validate
 from esm2mega.data.labels.dataset import LabelledProteins, proteins_of_sequences
 from esm2mega.finetune.api import train_with
-from esm2mega.finetune.defaults import choose, choose_batch, learning_rate, provisional
+from esm2mega.finetune.defaults import _pack_size, choose, choose_batch, learning_rate, provisional
 from esm2mega.finetune.run import UserParts
 from tests.unit.conftest import TinyRun
 
@@ -66,11 +66,13 @@ def test_the_size_of_the_data_decides() -> None:
             assert words in said
 
 
-def test_packs_hold_a_step_with_little_padding() -> None:
+def test_packs_of_a_pipeline_hold_a_step_with_little_padding() -> None:
+    """Elsewhere packs are not padded, and the largest ones are the best."""
+    pipeline = ParallelConfig(pipeline_model_parallel_size=2)
     for length, size in ((50, 1), (290, 3), (1000, 4)):
-        run, _ = chosen(300, length=length)
-        assert run.train.micro_batch_size == size
-    assert chosen(300, "data.max_seq_length=64")[0].train.micro_batch_size == 13
+        assert chosen(300, length=length)[0].train.micro_batch_size == 4
+        assert _pack_size(16, length + 2, DataConfig(), pipeline) == size
+    assert _pack_size(16, 52, DataConfig(max_seq_length=64), pipeline) == 13
 
 
 def test_what_is_set_wins() -> None:
@@ -123,7 +125,7 @@ def test_a_run_says_what_is_chosen_and_goes_on_with_it(
     settings = words(finished, tables, f"run_dir={tmp_path / 'run'}")
     assert main(["finetune", *settings, "train.max_steps=6"]) == 0
     said = capfd.readouterr().err
-    assert "chosen   train.global_batch_size=8 and train.micro_batch_size=1, for 20 training proteins" in said
+    assert "chosen   train.global_batch_size=8 and train.micro_batch_size=4, for 20 training proteins" in said
     assert "chosen   optim.lr=0.0005, for all weights" in said and "valid_spearman" in said
     saved = run_from_yaml(tmp_path / "run" / "config.yaml")
     assert (saved.optim.lr, saved.train.eval_every, saved.train.global_batch_size) == (5e-4, 3, 8)

@@ -45,7 +45,8 @@ class Stream:
         packs = first + micro_batches
         self.state = StreamState(consumed_packs=packs, consumed_samples=packs, consumed_tokens=100 * packs)
         ids = range(128)
-        return [SimpleNamespace(num_residues=90, pack=n, input_ids=ids) for n in range(first, packs)]
+        numbers = range(first, packs)
+        return [SimpleNamespace(num_residues=90, num_tokens=100, pack=n, input_ids=ids) for n in numbers]
 
     def contents_of(self, behind: StreamState, packs: Iterable[int]) -> list[dict[str, Any]]:
         return [{"pack": n, "proteins": [f"p{n}"], "samples": [[n, 0]]} for n in sorted(packs)]

@@ -150,7 +150,8 @@ def test_steps_in_proteins(finished: TinyRun, tmp_path: Path, capsys: pytest.Cap
     assert state["data"]["identity"]["train.global_batch_size"] == 12
     said = capsys.readouterr().err
     assert (
-        "batch    12 proteins a step in packs of 256 tokens\n" in said and "as in the checkpoint" not in said
+        "batch    12 proteins a step in packs of up to 256 tokens\n" in said
+        and "as in the checkpoint" not in said
     )
     losses("a", "train.micro_batch_size=4", "train.accumulate_grad_batches=2", "train.max_steps=3")
     assert layout.read_state(layout.step_dir(tmp_path / "a", 3))["data"]["consumed_samples"] == 36

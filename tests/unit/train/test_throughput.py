@@ -26,23 +26,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_lap_is_the_mean_since_the_last(clock: Clock) -> None:
-    meter = Throughput(step=10, consumed_tokens=1000)
+    meter = Throughput(step=10)
     clock.now += 8.0
-    lap = meter.lap(step=14, consumed_tokens=1600, computed_tokens=800, residues=560)
+    lap = meter.lap(step=14, tokens=600, computed_tokens=800, residues=560)
     assert (lap.step_time, lap.tokens_per_second, lap.pack_fill) == (2.0, 70.0, 0.75)
     clock.now += 1.0
-    lap = meter.lap(step=15, consumed_tokens=1800, computed_tokens=200, residues=190)
+    lap = meter.lap(step=15, tokens=200, computed_tokens=200, residues=190)
     assert (lap.step_time, lap.tokens_per_second, lap.pack_fill) == (1.0, 190.0, 1.0)
 
 
 def test_pauses_do_not_count(clock: Clock) -> None:
-    meter = Throughput(step=0, consumed_tokens=0)
+    meter = Throughput(step=0)
     clock.now += 1.0
     for _ in range(2):
         with meter.paused():
             clock.now += 50.0
     clock.now += 1.0
-    assert meter.lap(step=1, consumed_tokens=100, computed_tokens=100, residues=96).step_time == 2.0
+    assert meter.lap(step=1, tokens=100, computed_tokens=100, residues=96).step_time == 2.0
 
 
 def test_memory_is_that_of_this_process() -> None:

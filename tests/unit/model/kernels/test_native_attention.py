@@ -115,3 +115,12 @@ def test_pytorch_finds_it_a_whole_operation() -> None:
     q, k, v, _ = inputs(QUERIES, 2, 8, torch.float32)
     arguments = (*(x.requires_grad_() for x in (q, k, v)), borders(QUERIES), borders(LENGTHS), 0.3)
     torch.library.opcheck(torch.ops.esm2mega.native_attention.default, arguments)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Instead of a gradient of zero, which a penalty on gradients would train with."""
+    q, k, v = (torch.randn(5, 2, 8, requires_grad=True) for _ in range(3))
+    borders = torch.tensor([0, 5], dtype=torch.int32)
+    (first,) = torch.autograd.grad(attend(q, k, v, borders, borders, 0.3).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; set model.attention_backend=sdpa"):
+        first.sum().backward()
