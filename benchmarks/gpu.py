@@ -43,7 +43,6 @@ from gpu_lines import Line, choose_lines
 HERE = Path(__file__).parent
 CONDITIONS = "conditions"
 STARTUP_SECONDS = 90
-FP8_CAPABILITY = (8, 9)
 
 Entry = dict[str, Any]
 """What the journal holds of a line: its name, and rows and seconds, or why there are none."""
@@ -215,8 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (here,) = entry["rows"]
     if here["device"] == "none" and not options.reduced:
         raise SystemExit("no CUDA device: run this where there is one, or --reduced to see that it runs")
-    has_fp8 = tuple(map(int, str(here.get("capability") or "0.0").split("."))) >= FP8_CAPABILITY
-    if not (has_fp8 and here.get("transformer-engine")):
+    if not here.get("fp8"):
         for line in (line for line in lines if line.fp8):
             print(f"left out: {line.name}, which needs Transformer Engine and compute capability 8.9")
         lines = [line for line in lines if not line.fp8]

@@ -27,8 +27,11 @@ from esm2mega.benchmark.products import DTYPES, copy, forward_flops, product
 from esm2mega.benchmark.proteins import extract_batches, random_residues
 from esm2mega.benchmark.turns import Pass
 from esm2mega.config.presets import PRESETS
-from esm2mega.config.schema import ParallelConfig
+from esm2mega.config.schema import ModelConfig, ParallelConfig
 from esm2mega.doctor.packages import installed_version
+from esm2mega.errors import UserError
+from esm2mega.model.kernels.fp8 import check_fp8
+from esm2mega.model.layer_spec import choose_layer_spec
 from esm2mega.parallel.initialize import process_groups
 from esm2mega.train.throughput import memory_gb
 
@@ -108,13 +111,22 @@ def conditions() -> Row:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "none",
         "GiB": round(torch.cuda.get_device_properties(0).total_memory / 2**30) if on_gpu else None,
-        "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if on_gpu else None,
+        "fp8": _has_fp8(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         **{package: installed_version(package) for package in PACKAGES},
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
+
+
+def _has_fp8() -> bool:
+    """Return whether the lines in FP8 can run here."""
+    try:
+        check_fp8(ModelConfig(fp8="hybrid"), choose_layer_spec("auto", device(), torch.bfloat16), device())
+    except UserError:
+        return False
+    return True
 
 
 def _commit() -> str | None:

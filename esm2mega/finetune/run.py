@@ -211,21 +211,12 @@ def train_spec(run: Run, proteins: LabelledProteins) -> BatchSpec:
     Packs are made of proteins of similar length where there is a choice, and lengths often correlate with
     labels. So the choice is small by default: among the proteins of a few steps, each of them once.
     """
-    data, train = run.data, run.train
-    total = train.global_batch_size
-    # Where a step takes a number of packs, they are full.
-    multiple = None if total is None else tail_multiple(run.model, run.parallel)
-    if data.pack_window is None and total is None:
-        mean_tokens = len(proteins.tokens) / len(proteins) + 2
-        window = round(_STEPS_PER_WINDOW * train.global_batch_tokens / mean_tokens)
-        data = replace(data, pack_window=max(1, min(window, len(proteins))))
-    return replace(
-        batch_spec(run),
-        data=data,
-        max_epochs=train.max_epochs,
-        global_batch_size=total,
-        tail_multiple=multiple,
-    )
+    spec = BatchSpec.of_training(run)
+    if run.data.pack_window is not None or spec.global_batch_size is not None:
+        return spec
+    mean_tokens = len(proteins.tokens) / len(proteins) + 2
+    window = round(_STEPS_PER_WINDOW * run.train.global_batch_tokens / mean_tokens)
+    return replace(spec, data=replace(run.data, pack_window=max(1, min(window, len(proteins)))))
 
 
 def _chosen(

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 # Colours that stay apart for the common forms of colour blindness (Okabe and Ito), and in grey.
 TRAIN_COLOR, VALID_COLOR, BASELINE_COLOR, AXIS_COLOR = "#0072B2", "#D55E00", "#555555", "#888888"
-_LETTERS_BESIDE = 32
-"""Limits a line of the name of the loss, which stands upright beside the lowest panel that has it."""
-
 TASK_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+
+_LETTERS_BESIDE = 32
+"""Limits a line of the name of the loss, which stands upright, no longer than its panel is high."""
 
 
 def figure_of(

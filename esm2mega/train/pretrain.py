@@ -12,7 +12,6 @@ from typing import Any
 
 from esm2mega.checkpoint import layout
 from esm2mega.config.best_metric import is_downstream
-from esm2mega.config.model import tail_multiple
 from esm2mega.config.schema import Run
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.overlap import check_overlap
@@ -87,7 +86,7 @@ def pretrain(
         _check_predictable(run, held_out["valid"])
     start = open_training_start(run, opened)
     run = with_batches(run, start)
-    run = resolve_epochs(run, lambda: TrainStream(train_stores, _batch_spec(run)))
+    run = resolve_epochs(run, lambda: TrainStream(train_stores, BatchSpec.of_training(run)))
     overlap = _overlap(run, stores, start)
     if is_trial:
         held_out.pop("test", None)
@@ -119,7 +118,7 @@ def _overlap(run: Run, stores: dict[str, list[TokenStore]], start: StartPoint | 
 
 def _reaching_a_mask(run: Run, store: TokenStore) -> Run:
     """Let the few packs that a trial evaluates go on to the first one in which a residue is masked."""
-    packs = enumerate(EvalPacks(store, _batch_spec(run), run.eval), start=1)
+    packs = enumerate(EvalPacks(store, BatchSpec.of_training(run), run.eval), start=1)
     found = next((number for number, batch in packs if len(batch.labels)), None)
     limit = 0 if found is None else max(found, run.train.eval_batches)
     return replace(run, train=replace(run.train, eval_batches=limit))
@@ -127,7 +126,7 @@ def _reaching_a_mask(run: Run, store: TokenStore) -> Run:
 
 def _check_predictable(run: Run, store: TokenStore) -> None:
     """Refuse validation data whose masks select no residue: they have no loss that could be best or stop."""
-    packs = EvalPacks(store, _batch_spec(run), run.eval, run.train.eval_batches)
+    packs = EvalPacks(store, BatchSpec.of_training(run), run.eval, run.train.eval_batches)
     if not any(len(batch.labels) for batch in packs):
         part = f" in train.eval_batches={run.train.eval_batches} packs" if run.train.eval_batches else ""
         raise UserError(
@@ -135,18 +134,6 @@ def _check_predictable(run: Run, store: TokenStore) -> None:
             f"proteins{part}, so there is nothing to predict; give more proteins, or set data.valid=null and "
             "train.eval_every=0"
         )
-
-
-def _batch_spec(run: Run) -> BatchSpec:
-    train = run.train
-    total = train.global_batch_size
-    # Where a step takes a number of packs, they are full; where it takes proteins, its last one may be empty.
-    multiple = None if total is None else tail_multiple(run.model, run.parallel)
-    return BatchSpec(
-        *(run.data, train.micro_batch_tokens, run.seed, train.max_epochs),
-        global_batch_size=total,
-        tail_multiple=multiple,
-    )
 
 
 def _session(
@@ -160,7 +147,7 @@ def _session(
     downstream: Measurement | None,
 ) -> Session:
     built = build(run, ranks, start, MLMLossReduction(), on_gradients)
-    spec = _batch_spec(run)
+    spec = BatchSpec.of_training(run)
     stream = TrainStream(train_stores, spec, ranks.dp_rank, ranks.dp_size)
     counts = token_counts(stream.samples)
     recipe = masks_recipe(run.eval, run.data.max_seq_length)

@@ -108,20 +108,27 @@ def test_no_line_begins_when_the_minutes_are_over(gpu, tmp_path, capsys):
     assert "the time is over before peaks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("engine", "capability", "measured"),
-    [(None, "9.0", False), ("2.9.0", "8.0", False), ("2.9.0", "8.9", True)],
-)
-def test_fp8_is_measured_where_there_is_some(
-    gpu, tmp_path, capsys, monkeypatch, engine, capability, measured
-):
-    here = {"device": "a GPU", "transformer-engine": engine, "capability": capability}
+@pytest.mark.parametrize("measured", [False, True])
+def test_fp8_is_measured_where_there_is_some(gpu, tmp_path, capsys, monkeypatch, measured):
+    here = {"device": "a GPU", "fp8": measured}
     rows = {"conditions": [here], "train-3B-fp8": [{"ms": 1}]}
     monkeypatch.setattr(gpu, "measured", lambda name, *_: {"line": name, "seconds": 1, "rows": rows[name]})
     gpu.main(["--out", str(tmp_path / "out.jsonl"), "--lines", "train-3B-fp8"])
     printed = capsys.readouterr().out
     assert ("left out: train-3B-fp8, which needs Transformer Engine and" in printed) != measured
     assert ("| train-3B-fp8 | 1 |" in printed) == measured
+
+
+@pytest.mark.parametrize(
+    ("layers", "capability", "found"), [("local", (9, 0), False), ("te", (8, 0), False), ("te", (8, 9), True)]
+)
+def test_fp8_needs_transformer_engine_and_its_card(monkeypatch, layers, capability, found):
+    measure = importlib.import_module("gpu_measure")
+    monkeypatch.setattr(measure, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(measure, "choose_layer_spec", lambda *_: layers)
+    monkeypatch.setattr("esm2mega.model.kernels.fp8.is_te_min_version", lambda version: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert measure._has_fp8() == found
 
 
 def test_no_gpu_and_unknown_lines_are_one_line_errors(gpu, tmp_path, capsys):

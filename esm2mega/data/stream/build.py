@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from esm2mega import vocabulary
-from esm2mega.config.schema import DataConfig
+from esm2mega.config.model import tail_multiple
+from esm2mega.config.schema import DataConfig, Run
 from esm2mega.data.counter_rng import Integers
 from esm2mega.data.store.limit import limited
 from esm2mega.data.store.token_store import TokenStore
@@ -54,12 +55,29 @@ class BatchSpec:
     global_batch_size: int | None = None
     tail_multiple: int | None = None
 
+    @classmethod
+    def of_training(cls, run: Run) -> BatchSpec:
+        """Return what decides the batches that a run trains on."""
+        train = run.train
+        total = train.global_batch_size
+        return cls(
+            *(run.data, train.micro_batch_tokens, run.seed, train.max_epochs),
+            global_batch_size=total,
+            # Where a step takes a number of packs, they are full.
+            tail_multiple=None if total is None else tail_multiple(run.model, run.parallel),
+        )
+
     def capacity(self, pack: Pack) -> int:
         """Return the number of tokens of a pack with its padding, at least 1 and at most T."""
-        if self.tail_multiple is None or self.data.packing != "pack":
+        if self._tail_multiple is None:
             return self.micro_batch_tokens
-        filled = -(-max(pack.num_tokens, 1) // self.tail_multiple) * self.tail_multiple
+        filled = -(-max(pack.num_tokens, 1) // self._tail_multiple) * self._tail_multiple
         return min(filled, self.micro_batch_tokens)
+
+    @property
+    def _tail_multiple(self) -> int | None:
+        """Return `tail_multiple`; None for padded batches, which all have T tokens."""
+        return self.tail_multiple if self.data.packing == "pack" else None
 
     def pack_shape(self) -> PackShape:
         """Return the part of the specification that decides which samples share a pack."""
@@ -69,7 +87,7 @@ class BatchSpec:
             self.data.max_seq_length,
             window,
             self.data.packing,
-            has_whole_tails=self.tail_multiple is None,
+            has_whole_tails=self._tail_multiple is None,
         )
 
 

@@ -344,5 +344,5 @@ class PackPlan:
         # Pack i of the plan comes at place shuffled[i].
         shuffled = counter_rng.permute(np.arange(count), count, self._seed, Purpose.PACK_ORDER, number)
         padded = self.shape.packing == "bucket"
-        capacity = self.shape.micro_batch_tokens if padded or self.shape.has_whole_tails else None
+        capacity = self.shape.micro_batch_tokens if self.shape.has_whole_tails else None
         return PackWindow.of(pieces, shuffled[pack_of], capacity, padded)
