@@ -82,7 +82,8 @@ def is_finished(run_dir: Path, now: datetime) -> bool:
     config = read_config(run_dir)
     most = _number(config.get("train.max_steps"))
     records = scan_log(run_dir / LOG_NAME).records
-    done = {record.get("kind") for record in records if record.get("step") == most}
+    # A run that goes on with fewer steps than it has done ends at once, beyond them.
+    done = {record.get("kind") for record in records if most and record.get("step", 0) >= most}
     is_last = TRAIN in done and (EVAL in done or not _number(config.get("train.eval_every")))
     if not is_last and not _is_stopped_early(records):
         return False

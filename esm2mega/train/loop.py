@@ -41,6 +41,7 @@ class LoopState:
         ranking: Step -> value of the `checkpoint.keep_best` best evaluations, best first. The checkpoint of
             each of them is in the directory of the run.
         evaluations_without_improvement: Evaluations since the last improvement, for early stopping.
+        early_stop_step: Step at which early stopping has ended the run, as its log says; None if it never has.
         eval_recipe: Hash of the recipe of these evaluations; None in files of earlier versions.
         eval_proteins: Hash of the proteins that they are made with; None before the first.
         test_loss: Loss on the test split, computed at the end of the run; None before.
@@ -53,6 +54,7 @@ class LoopState:
     best_step: int | None = None
     ranking: dict[int, float] = field(default_factory=dict)
     evaluations_without_improvement: int = 0
+    early_stop_step: int | None = None
     eval_recipe: str | None = None
     eval_proteins: str | None = None
     test_loss: float | None = None
@@ -153,6 +155,9 @@ def fit(
         if hooks.evaluate and loop.step and finished(loop, train) and loop.evaluation is None:
             _evaluate(loop, hooks, run, stop, incidents)
             _raise_if(stop, loop, hooks)
+            _save(loop, hooks, stop)
+        # A run that goes on with less patience than before may have none left.
+        if _note_early_stop(loop, train, hooks.log):
             _save(loop, hooks, stop)
         while not finished(loop, train):
             before = stream.state
@@ -322,11 +327,21 @@ def enter_evaluation(
 ) -> bool:
     """Do what `note_evaluation` does, and log if early stopping ends the run with it."""
     is_kept = note_evaluation(loop, record, run.train, run.checkpoint)
-    if out_of_patience(loop, run.train):
-        # Whoever follows the log learns of the end before `train.max_steps` from nothing else.
-        lasting = loop.evaluations_without_improvement
-        log({"kind": EARLY_STOP, "step": loop.step, "evaluations_without_improvement": lasting})
+    _note_early_stop(loop, run.train, log)
     return is_kept
+
+
+def _note_early_stop(loop: LoopState, train: TrainConfig, log: Callable[[dict[str, Any]], None]) -> bool:
+    """Log once if early stopping ends the run here; return whether it was logged now.
+
+    Whoever follows the log learns of an end before `train.max_steps` from nothing else.
+    """
+    is_early = out_of_patience(loop, train) and loop.step < train.max_steps
+    if not is_early or loop.early_stop_step == loop.step:
+        return False
+    loop.early_stop_step, lasting = loop.step, loop.evaluations_without_improvement
+    log({"kind": EARLY_STOP, "step": loop.step, "evaluations_without_improvement": lasting})
+    return True
 
 
 def defined(value: Any) -> Any:

@@ -86,6 +86,14 @@ def test_a_run_is_over_with_the_evaluation_of_its_last_step(run: Path) -> None:
     assert is_finished(run, SOON)
 
 
+def test_a_run_that_goes_on_with_fewer_steps_is_over(run: Path) -> None:
+    (run / "config.yaml").write_text("train:\n  max_steps: 600\n  eval_every: 400\n")
+    write(run, train(700, 400))
+    assert not is_finished(run, SOON)
+    write(run, {**EVALUATION, "step": 700})
+    assert is_finished(run, SOON)
+
+
 @pytest.mark.parametrize(
     ("data", "is_expected"),
     [

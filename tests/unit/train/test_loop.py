@@ -252,8 +252,19 @@ def test_patience_ends_the_run_and_saves(play: Play) -> None:
 def test_a_run_out_of_patience_stays_so_when_started_again(play: Play) -> None:
     stopped = {"step": 8, "evaluation": {"valid_loss": 2.0}, "evaluations_without_improvement": 2}
     run = tiny_run("train.max_steps=50", "train.early_stopping.patience=2")
-    assert play(run, [], loop=LoopState(**stopped)) == []
+    assert play(run, [], loop=LoopState(**stopped, early_stop_step=8)) == []
     assert play(tiny_run("train.max_steps=9"), [1.0], loop=LoopState(**stopped)) != []
+
+
+def test_a_run_that_goes_on_without_patience_logs_its_end_once(play: Play) -> None:
+    """Its last evaluation was made with more patience, and logged no end."""
+    lasting = {"step": 8, "evaluation": {"valid_loss": 2.0}, "evaluations_without_improvement": 2}
+    run = tiny_run("train.max_steps=50", "train.early_stopping.patience=2")
+    events = play(run, [], loop=LoopState(**lasting))
+    assert _brief(events) == [("early_stop", 8), ("save", 8)]
+    assert play(run, [], loop=LoopState.from_dict(events[-1][2])) == []
+    at_the_end = tiny_run("train.max_steps=8", "train.early_stopping.patience=2")
+    assert play(at_the_end, [], loop=LoopState(**lasting)) == []
 
 
 def test_a_missing_evaluation_of_the_last_step_is_made_up_for(play: Play) -> None:
