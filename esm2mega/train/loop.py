@@ -41,7 +41,7 @@ class LoopState:
         ranking: Step -> value of the `checkpoint.keep_best` best evaluations, best first. The checkpoint of
             each of them is in the directory of the run.
         evaluations_without_improvement: Evaluations since the last improvement, for early stopping.
-        early_stop_step: Step at which early stopping has ended the run, as its log says; None if it never has.
+        early_stop_step: Step at which early stopping has ended the run, as its log says; None if it has not.
         eval_recipe: Hash of the recipe of these evaluations; None in files of earlier versions.
         eval_proteins: Hash of the proteins that they are made with; None before the first.
         test_loss: Loss on the test split, computed at the end of the run; None before.
