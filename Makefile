@@ -57,9 +57,10 @@ lint: $(DEV)/.installed ## style of Python, shell and Dockerfiles, spelling, and
 type: $(DEV)/.installed ## types
 	$(DEV_RUN) mypy
 
-# One thread per process: the tests start groups of processes that would fight over the cores.
+# One thread per process: the tests start groups of processes that would fight over the cores. A worker that has none
+# left takes tests of another one, whose share happened to hold the long ones.
 test: lint type ## style, types, and all tests that need minutes and no GPU
-	$(DEV_RUN) OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(DEV_RUN) OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: lint type ## also the slow tests, and those for a GPU where there is one
 	$(DEV_RUN) OMP_NUM_THREADS=1 pytest -q $(PYTEST_ARGS)

@@ -33,8 +33,8 @@ def _table(path: Path, seed: int, count: int) -> Path:
     "layout",
     [
         ("parallel.tensor_model_parallel_size=2",),
-        ("parallel.pipeline_model_parallel_size=2",),
-        ("parallel.distributed_optimizer=true",),
+        pytest.param(("parallel.pipeline_model_parallel_size=2",), marks=pytest.mark.slow),
+        pytest.param(("parallel.distributed_optimizer=true",), marks=pytest.mark.slow),
     ],
 )
 def test_the_best_weights_are_tested(tmp_path: Path, layout: tuple[str, ...]) -> None:

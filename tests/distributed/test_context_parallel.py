@@ -18,7 +18,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 @pytest.mark.parametrize(
     ("dtype", "size", "bound"),
     # In fp32 with the kernel of this machine, whose sums are the same, and products of fewer rows.
-    [("fp64", 4, 1e-12), ("fp32", 4, 2e-5), pytest.param("fp64", 3, 1e-12, marks=pytest.mark.slow)],
+    [
+        ("fp64", 4, 1e-12),
+        pytest.param("fp32", 4, 2e-5, marks=pytest.mark.slow),
+        pytest.param("fp64", 3, 1e-12, marks=pytest.mark.slow),
+    ],
 )
 def test_a_pack_in_parts_equals_the_whole(tmp_path: Path, dtype: str, size: int, bound: float) -> None:
     whole = {at: computed(dtype, 1, "auto", at) for at in PLACES}

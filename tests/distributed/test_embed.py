@@ -85,7 +85,7 @@ def test_data_parallel_gives_the_same_file(
     ("layout", "ranks"),
     [
         ("tensor_model_parallel_size", 2),
-        ("context_parallel_size", 2),
+        pytest.param("context_parallel_size", 2, marks=pytest.mark.slow),
         pytest.param("context_parallel_size", 4, marks=pytest.mark.slow),
         pytest.param("pipeline_model_parallel_size", 2, marks=pytest.mark.slow),
     ],

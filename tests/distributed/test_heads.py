@@ -25,8 +25,11 @@ AGAIN = (OF_HEAD["frozen"][2], OF_HEAD["attention_maps"][2], *OF_HEAD["own"])
 
 
 @short_and_whole(
-    # `freeze` has the head of `mlp`, and `targets` that of `cnn`.
-    [*(trial for name, trial in IN_TURN.items() if name not in ("mlp", "cnn")), *MORE],
+    # Heads of proteins, of residues and of pairs, on a frozen encoder, a user's own, and of another package.
+    [
+        *(IN_TURN[name] for name in ("attention", "targets", "attention_maps", "frozen", "own", "tape")),
+        *MORE[:2],
+    ],
     dict.fromkeys([*IN_TURN.values(), *MORE, *AGAIN]),
 )
 def test_heads_equal_one_process(

@@ -75,6 +75,7 @@ def test_adapters_and_heads_equal_one_process(
         check(prover, trials)
 
 
+@pytest.mark.slow
 def test_adapters_below_attention_maps_equal_one_process(prover: Prover) -> None:
     """In all steps: weights of the maps and factors B start at zero, so that factors A move late."""
     check(prover, [packed(IN_TURN["attention_maps"])])
@@ -122,7 +123,13 @@ def _killed_and_whole(base: Path, folder: Path, *settings: str) -> Path:
 ADAPTED = ("finetune.mode=lora", "lora.rank=4", "lora.dropout=0.1")
 
 
-@pytest.mark.parametrize("settings", [ADAPTED, ("finetune.mode=frozen",)], ids=["adapters", "frozen"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(ADAPTED, id="adapters", marks=pytest.mark.slow),
+        pytest.param(("finetune.mode=frozen",), id="frozen"),
+    ],
+)
 def test_a_killed_run_in_bf16_goes_on_bit_for_bit(
     base: Path, tmp_path: Path, settings: tuple[str, ...]
 ) -> None:

@@ -68,9 +68,9 @@ def values_of(path: Path) -> np.ndarray:
     ("kind", "layout"),
     [
         ("token_regression", "data"),
-        ("token_regression", "pipeline"),
+        pytest.param("token_regression", "pipeline", marks=pytest.mark.slow),
         ("contact", "tensor"),
-        ("contact", "pipeline"),
+        pytest.param("contact", "pipeline", marks=pytest.mark.slow),
     ],
 )
 def test_every_layout_predicts_what_one_process_does(

@@ -14,7 +14,7 @@ from tests.fuzz.subjects import CRC, OURS, PLAIN, Subject
 
 pytestmark = pytest.mark.distributed
 
-FUZZED, ROTTEN = 8, 4
+FUZZED, ROTTEN = 5, 3
 
 
 @pytest.fixture(scope="module")

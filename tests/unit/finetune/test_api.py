@@ -93,7 +93,7 @@ def test_configured_heads(finished: TinyRun, tmp_path: Path, kind: str, head: st
     check_doors(trained, kind, tmp_path)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["full", "lora", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_an_own_head_with_an_own_loss(finished: TinyRun, tmp_path: Path, mode: str) -> None:
     """Outputs are in the units of the labels: `head(pooled)`, computed here from what `load` embeds."""
     given = {"make_head": MeanHead, "loss": AbsoluteLoss()}
@@ -121,7 +121,7 @@ def test_an_own_head_with_an_own_loss(finished: TinyRun, tmp_path: Path, mode: s
     assert "bias" in trained.metrics
 
 
-@pytest.mark.parametrize("loss", [HalfScale, LogLoss, FlagLoss])
+@pytest.mark.parametrize("loss", [HalfScale, pytest.param(LogLoss, marks=pytest.mark.slow), FlagLoss])
 def test_own_losses_with_a_configured_head(finished: TinyRun, tmp_path: Path, loss: type[Any]) -> None:
     """Their outputs are scaled by numbers of their own, logarithms, and logits of several labels."""
     kind = "multilabel" if loss is FlagLoss else "regression"

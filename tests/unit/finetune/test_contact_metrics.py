@@ -143,7 +143,7 @@ def learn(run_dir: Path, *overrides: str):
     return train_model(settings, train=hairpins(24, 1), valid=hairpins(8, 2))
 
 
-@pytest.mark.parametrize("head", ["product", "attention_maps"])
+@pytest.mark.parametrize("head", [pytest.param("product", marks=pytest.mark.slow), "attention_maps"])
 def test_contacts_are_learned_and_predicted(tmp_path: Path, head: str) -> None:
     h5py = pytest.importorskip("h5py")
     trained = learn(tmp_path / "run", f"task.head={head}")

@@ -141,7 +141,7 @@ def stop_behind(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
     monkeypatch.setattr(module, "_compute", stops)
 
 
-@pytest.mark.parametrize("name", ["x.h5", "x.csv", "x.parquet"])
+@pytest.mark.parametrize("name", ["x.h5", "x.csv", pytest.param("x.parquet", marks=pytest.mark.slow)])
 def test_resume_goes_on_and_gives_the_same_bytes(
     checkpoint: Path, fasta: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

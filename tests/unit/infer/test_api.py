@@ -46,7 +46,9 @@ def test_values_and_shapes(reference: Reference) -> None:
         model.logits(["MKT"])
 
 
-@pytest.mark.parametrize(("threads", "every"), [(1, 1), (2, 3), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("threads", "every"), [(2, 3), *(pytest.param(threads, 1, marks=pytest.mark.slow) for threads in (1, 2))]
+)
 def test_same_bits_alone_in_any_pack_and_in_any_order(reference: Reference, threads: int, every: int) -> None:
     """Every hidden state, logit and contact, fp32 on the CPU with the same number of threads.
 

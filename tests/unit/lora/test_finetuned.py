@@ -243,7 +243,13 @@ def _theirs(model: Any, kind: str) -> Any:
     return (values.softmax(dim=1) if kind == "classification" else values).numpy()
 
 
-@pytest.mark.parametrize("kind", ["regression", "token_regression", "classification"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "classification",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("regression", "token_regression")),
+    ],
+)
 def test_exported_with_its_head_it_predicts_the_same_in_peft(base: Base, kind: str, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import EsmForSequenceClassification, EsmForTokenClassification

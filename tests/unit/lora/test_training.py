@@ -102,10 +102,10 @@ def test_base_gets_no_gradient_and_stays_as_it_is(finished: TinyRun, tmp_path: P
 @pytest.mark.parametrize(
     "changes",
     [
-        ("lora.dropout=0.3",),
-        ("lora.use_dora=true",),
-        ("model.recompute=full",),
+        ("lora.use_dora=true", "model.recompute=full"),
         ("model.precision=bf16", "lora.dropout=0.3"),
+        pytest.param(("lora.dropout=0.3",), marks=pytest.mark.slow),
+        pytest.param(("model.recompute=full",), marks=pytest.mark.slow),
     ],
 )
 def test_resume_and_evaluation_are_exact(finished: TinyRun, tmp_path: Path, changes: tuple[str, ...]) -> None:
