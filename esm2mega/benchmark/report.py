@@ -72,6 +72,13 @@ def _contests(result: Result) -> Iterator[str]:
         yield from _table(title, [*heads, *(f"esm2mega {p} is" for p in precisions)], rows)
         for name, reason in contest["failed"].items():
             yield f"{name} failed: {reason}"
+        for row in contest["rows"]:
+            listed = [
+                [one["name"], str(one["calls"]), f"{one['share']:.1%}"] for one in row.get("operations", ())
+            ]
+            if listed:
+                title = f"longest operations of {row['contender']} in {section}, {row['precision']}"
+                yield from _table(title, ["name", "calls", "share"], listed)
 
 
 def _steps(result: Result) -> Iterator[str]:
@@ -84,9 +91,6 @@ def _steps(result: Result) -> Iterator[str]:
         for row in result["steps"]
     ]
     yield from _table("a training step of esm2mega", ["precision", "seconds", *PHASES], rows)
-    for row in result["steps"]:
-        found = [[one["name"], str(one["calls"]), f"{one['share']:.1%}"] for one in row["operations"]]
-        yield from _table(f"its longest operations in {row['precision']}", ["name", "calls", "share"], found)
 
 
 def _giga(rates: Sequence[float]) -> list[str]:

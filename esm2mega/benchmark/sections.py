@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from esm2mega.data.stream.build import BatchSpec
 from esm2mega.data.stream.loader import TrainStream
 from esm2mega.parallel.initialize import Ranks
 from esm2mega.report.progress import Progress
-from esm2mega.train.step import train_step
 
 LISTED_OPERATIONS = 12
-"""Is how many operations of a step are named."""
+"""Is how many operations of a contender are named."""
 
 Peaks = dict[str, Pass]
 """Holds the fastest product of each precision."""
@@ -135,7 +133,8 @@ def measure_contenders(
     Returns:
         A row for each contender: real tokens per second round by round; computed tokens for each real one;
         the share of the product of its precision; and, by precision, how many times its rate that of
-        our model is. And the error of each contender that has no row.
+        our model is. Rows of our model have its longest operations in one more pass too, with the share
+        of each of the time of all. And the error of each contender that has no row.
     """
     contenders, failed = {}, {}
     for contender, make in makers.items():
@@ -158,6 +157,7 @@ def measure_contenders(
         one = turns[str(contender)]
         beside = turns.get(f"product {contender.precision}")
         share = None if beside is None else [flops_per_token * r for r in ratios(one.rates, beside.rates)]
+        is_ours = contender.program == OURS
         rows.append(
             {
                 "contender": contender.program,
@@ -170,29 +170,30 @@ def measure_contenders(
                     for precision, rates in ours.items()
                     if contender != Contender(OURS, precision)
                 },
+                **({"operations": _longest(contenders[str(contender)])} if is_ours else {}),
             }
         )
     return rows, failed
 
 
-def measure_steps(settings: Settings, store: TokenStore, ranks: Ranks) -> list[dict[str, Any]]:
-    """Divide steps of our model, with the real loader, among what they do, in each precision.
+def _longest(prepare: Prepare) -> list[dict[str, Any]]:
+    """Return the longest operations of a pass, by name, calls, and share of the time of all."""
+    found = operations_of(prepare(0).run)
+    busy = sum(one.seconds for one in found)
+    return [
+        {"name": one.name, "calls": one.calls, "share": one.seconds / busy}
+        for one in found[:LISTED_OPERATIONS]
+    ]
 
-    The ``operations`` are those of one more step, with the share of each of the time of all.
-    """
+
+def measure_steps(settings: Settings, store: TokenStore, ranks: Ranks) -> list[dict[str, Any]]:
+    """Divide steps of our model, with the real loader, among what they do, in each precision."""
     rows = []
     with Progress(len(settings.precisions), "step", "precision") as progress:
         for precision in settings.precisions:
             state = state_of(settings.run(precision), ranks)
             with TrainStream([store], _spec(settings)) as stream:
                 parts = breakdown(state, stream, 1, settings.steps * settings.rounds)
-                batches = stream.next_step(1)
-                found = operations_of(partial(train_step, state, batches))
-            busy = sum(one.seconds for one in found)
-            operations = [
-                {"name": one.name, "calls": one.calls, "share": one.seconds / busy}
-                for one in found[:LISTED_OPERATIONS]
-            ]
-            rows.append({"precision": precision, **parts, "operations": operations})
+            rows.append({"precision": precision, **parts})
             progress.update(1)
     return rows

@@ -91,9 +91,14 @@ def test_everything_is_measured_and_written(stubbed: None, tmp_path: Path, capsy
     (step,) = result["steps"]
     assert step["steps"] == 2 and list(step["shares"]) == list(PHASES)
     assert sum(step["shares"].values()) == pytest.approx(1)
-    shares = [one["share"] for one in step["operations"]]
-    assert shares == sorted(shares, reverse=True) and 0.5 < sum(shares) <= 1
-    assert "aten::mm" in {one["name"] for one in step["operations"]}
+    assert "operations" not in theirs
+    for section in ("training", "embedding"):
+        operations = result[section]["rows"][0]["operations"]
+        shares = [one["share"] for one in operations]
+        assert shares == sorted(shares, reverse=True) and 0.5 < sum(shares) <= 1
+        assert "aten::addmm" in {one["name"] for one in operations}
+        assert f"longest operations of esm2mega in {section}, fp32" in said.out
+    assert "aten::mm" in {one["name"] for one in ours["operations"]}
     assert "fair-esm is left out: not installed (pip install fair-esm)\n" in said.err
     assert "esm-cpp is left out: 0.2 does not import: " in said.err
     assert set(result["absent"]) == {"fair-esm", "esm-cpp"}
