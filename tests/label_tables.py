@@ -242,7 +242,7 @@ def _one_label(draw: st.DrawFn, kind: str, lengths: list[int]) -> Table:
     if kind == "classification":
         meanings: list[Any] = [draw(st.sampled_from(_NAMES)) for _ in lengths]
         cells: list[Any] = list(meanings)
-        damages = {"empty": "", "text": "[0, 1]", "quotes": "['a']", "list": ["a"], "flag": True, "half": 0.5}
+        damages = {"empty": "", "text": "[0, 1]", "quotes": "['a']", "list": ["a"], "half": 0.5}
     else:
         number = st.integers(-400, 400).map(lambda value: value / 4)
         meanings = [0.25, *(draw(number | st.none()) for _ in lengths[1:])]

@@ -113,11 +113,11 @@ def _labels(request: MapRequest, ids: Sequence[str]) -> _Labels:
             raise UserError(f"--column {request.column} is a column of --labels; give that too")
         return _Labels({}, None)
     table = read_table(request.labels)
-    names = table.column(request.id_column, "--id-column")
+    names = [name.strip() for name in table.column(request.id_column, "--id-column")]
     rows = {name: number for number, name in enumerate(names)}
     if len(rows) < len(names):
         twice = next(name for number, name in enumerate(names) if rows[name] != number)
-        raise UserError(f"{request.labels}: the id {twice!r} is there more than once; leave one row of it")
+        raise UserError(f"{request.labels}: the id {twice!r} occurs more than once; keep one row for each id")
     found = [rows.get(name) for name in ids]
     if all(row is None for row in found):
         raise UserError(

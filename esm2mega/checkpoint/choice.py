@@ -24,6 +24,7 @@ from esm2mega.config.run_name import FORMS, split_run
 from esm2mega.config.schema import CheckpointConfig
 from esm2mega.errors import DamagedError, UserError
 from esm2mega.files import first_of
+from esm2mega.report.decimals import four_decimals
 
 States = Mapping[Path, Mapping[str, Any]]
 """Maps the complete checkpoints of a run, oldest first, to the content of their ``train_state.json``."""
@@ -51,7 +52,7 @@ class Evaluated:
         return layout.step_of(self.path)
 
     def __str__(self) -> str:
-        return f"by {self.metric} ({self.value:.4f})"
+        return f"by {self.metric} ({four_decimals(self.value)})"
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ def refuse_int8(run: Run, what: str) -> None:
     """
     if in_int8(run):
         raise UserError(
-            f"infer.precision=int8 is of `esm2mega embed`, which measures how far it is from fp32; {what} "
-            "computes in fp32, bf16, fp16 or fp64"
+            "infer.precision=int8 works in `esm2mega embed` alone, which measures its drift from fp32; "
+            f"{what} computes in fp32, bf16, fp16 or fp64"
         )
 
 

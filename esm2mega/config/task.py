@@ -79,7 +79,7 @@ def validate_task(run: Run) -> None:
             f"task.class_weights={task.class_weights} does not go with task.kind={task.kind}; remove it"
         )
     if task.loss != "mse" and task.kind not in NUMERIC_KINDS:
-        raise UserError(f"task.loss={task.loss} is of numbers, not of task.kind={task.kind}; remove it")
+        raise UserError(f"task.loss={task.loss} applies to numbers, not to task.kind={task.kind}; remove it")
     uses_cls = task.head in ("pooler", "hf", "tape", "proteinlm") or task.pooling == "cls"
     if uses_cls and not per_residue and data.too_long == "crop" and data.crop != "start":
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from esm2mega.config.head_form import head_form
+from esm2mega.config.hub import shared_name
 from esm2mega.convert.card_recipe import recipe
 from esm2mega.convert.heads.hf_classifiers import TOKEN, architecture_of
 from esm2mega.convert.heads.plain_head import CONFIG_FILE, HEAD_FILE, READER
@@ -20,6 +21,7 @@ from esm2mega.convert.lazy_weights import Description, HeadDescription, dtype_na
 from esm2mega.convert.markdown import count, plain, table
 from esm2mega.convert.name_table import CONTACT_HEAD, FREQUENCIES
 from esm2mega.errors import UserError
+from esm2mega.report.decimals import four_decimals
 from esm2mega.version import __version__
 
 CARD = "README.md"
@@ -113,6 +115,10 @@ def card_text(card: Card, checksums: Mapping[str, str]) -> str:
 def _front_matter(card: Card) -> dict[str, Any]:
     front: dict[str, Any] = {"license": card.license} if card.license else {}
     front["library_name"] = "transformers" if card.base is None else "peft"
+    origin = None if card.history is None else card.history.run.init_from
+    # The Hub links a model to the one that it was made from.
+    if origin is not None and "/" in (name := shared_name(origin)):
+        front["base_model"] = name
     front["pipeline_tag"] = _pipeline(card)
     kinds = [] if card.task is None else [str(card.task.task.kind).replace("_", "-")]
     front["tags"] = [*_TAGS, *kinds, *(["lora"] if card.history and card.history.adapters else [])]
@@ -282,7 +288,9 @@ def _measured(card: Card) -> Iterator[str]:
     for split, words in (("valid", "validation"), ("test", "test")):
         if card.history is not None and not card.has_lost_head and (found := card.history.metrics.get(split)):
             yield f"On the {words} data:"
-            yield table(("metric", "value"), ((plain(name), f"{value:.4f}") for name, value in found.items()))
+            yield table(
+                ("metric", "value"), ((plain(name), four_decimals(value)) for name, value in found.items())
+            )
     if card.scores:
         yield "On benchmarks, by `esm2mega autoeval`, with 95 % intervals over the test proteins:"
         yield table(
@@ -290,8 +298,10 @@ def _measured(card: Card) -> Iterator[str]:
             (
                 (
                     *(plain(x) for x in (score.task, score.mode, score.metric)),
-                    f"{score.value:.4f}",
-                    "" if score.low is None or score.high is None else f"{score.low:.4f} to {score.high:.4f}",
+                    four_decimals(score.value),
+                    ""
+                    if score.low is None or score.high is None
+                    else f"{four_decimals(score.low)} to {four_decimals(score.high)}",
                     count(score.proteins),
                 )
                 for score in card.scores

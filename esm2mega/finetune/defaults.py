@@ -144,8 +144,8 @@ def choose(
     if not _any_of(LENGTH, given):
         train.max_epochs = max(1, min(_MOST_EPOCHS, _STEPS // epoch))
         lines.append(
-            f"train.max_epochs={train.max_epochs} of {epoch} steps each, at most {_MOST_EPOCHS} epochs and "
-            f"some {_STEPS} steps"
+            f"train.max_epochs={train.max_epochs} ({epoch} steps each; at most {_MOST_EPOCHS} epochs or "
+            f"about {_STEPS:,} steps)"
         )
     total = train.max_steps if train.max_epochs is None else num_steps(train)
     if "optim.lr" not in given:
@@ -168,7 +168,7 @@ def choose(
         metric = f"valid_{HEADLINES[run.task.kind]}" if validates else VALID_LOSS
         run.checkpoint.best_metric = metric
         if validates:
-            lines.append(f"checkpoint.best_metric={metric}, which judges task.kind={run.task.kind}")
+            lines.append(f"checkpoint.best_metric={metric}, the usual metric of task.kind={run.task.kind}")
     if "train.early_stopping.patience" not in given and validates and train.eval_every:
         patience = max(_PATIENCE, math.ceil(_PATIENCE * epoch / train.eval_every))
         train.early_stopping.patience = patience

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import csv
 import json
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from esm2mega.config.schema import Run
 from esm2mega.config.split import FOLD
 from esm2mega.convert.start_point import StartPoint
 from esm2mega.data.labels.splits import FOLDER
+from esm2mega.errors import UserError
 from esm2mega.files import replacing, write_json
 from esm2mega.finetune.checkpoint import evaluate_task
-from esm2mega.finetune.run import UserParts, finetune
+from esm2mega.finetune.run import UserParts, finetune, read_splits
 from esm2mega.parallel.errors import on_one_rank
 
 PREDICTIONS, SUMMARY = "folds.csv", "folds.json"
@@ -52,22 +54,34 @@ def cross_validate(
     Returns:
         A report for the reader, with mean and standard deviation of every metric.
     """
+    folds = [_fold_of(run, number, count) for number in range(1, count + 1)]
+    _check(folds, parts)
     results = []
-    for number in range(1, count + 1):
-        fold = copy.deepcopy(run)
-        fold.run_dir = str(Path(run.run_dir) / f"fold_{number}")
-        fold.data.split = f"{FOLD}{number}/{count}"
+    for fold in folds:
         finetune(fold, parts, opened=opened, begun=begun, given=given)
         out = Path(fold.run_dir) / "test.json"
         evaluate_task(fold.run_dir, Path(fold.run_dir) / FOLDER / "test.csv", out, code=parts.code)
         results.append(on_one_rank(partial(_read, out)))
     metrics = _spread(results)
     on_one_rank(lambda: _write(Path(run.run_dir), results, metrics))
-    lines = [
-        f"{name}: {values['mean']:.6g} +- {values['std']:.2g} over {len(values['values'])} folds"
-        for name, values in metrics.items()
-    ]
+    lines = [f"{name}: {_described(values)}" for name, values in metrics.items()]
     return [*lines, f"out-of-fold predictions: {Path(run.run_dir) / PREDICTIONS}"]
+
+
+def _fold_of(run: Run, number: int, count: int) -> Run:
+    fold = copy.deepcopy(run)
+    fold.run_dir = str(Path(run.run_dir) / f"fold_{number}")
+    fold.data.split = f"{FOLD}{number}/{count}"
+    return fold
+
+
+def _check(folds: Sequence[Run], parts: UserParts) -> None:
+    """Read all folds before the first one is trained: a class may be missing from one of them alone."""
+    for number, fold in enumerate(folds, 1):
+        try:
+            read_splits(fold.data, fold.task, parts)
+        except UserError as error:
+            raise UserError(f"fold {number} of {len(folds)}: {error}") from None
 
 
 def folds_of(name: str) -> list[str]:
@@ -91,15 +105,35 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _spread(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return mean, standard deviation and values over the folds of each metric that all of them define."""
-    found = {}
-    for name in results[0]:
-        values = [result.get(name) for result in results]
-        if name in _COUNTS or not all(isinstance(value, (int, float)) for value in values):
+    """Return mean, standard deviation and values of each metric over the folds that define it.
+
+    A fold that does not, such as one with constant predictions, has no correlation: its value is None.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for result in results for name in result):
+        values = [_number(result.get(name)) for result in results]
+        known = np.array([value for value in values if value is not None])
+        if name in _COUNTS or not len(known):
             continue
-        numbers = np.array(values, dtype=np.float64)
-        found[name] = {"mean": float(numbers.mean()), "std": float(numbers.std(ddof=1)), "values": values}
+        std = float(known.std(ddof=1)) if len(known) > 1 else None
+        found[name] = {"mean": float(known.mean()), "std": std, "values": values}
     return found
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def _described(values: dict[str, Any]) -> str:
+    """Describe what `_spread` found of a metric."""
+    spread = "" if values["std"] is None else f" +- {values['std']:.2g}"
+    of_all = len(values["values"])
+    missing = [str(number) for number, value in enumerate(values["values"], 1) if value is None]
+    folds = f"{of_all} folds"
+    if missing:
+        folds = f"{of_all - len(missing)} of {of_all} folds; not defined in fold {', '.join(missing)}"
+    return f"{values['mean']:.6g}{spread} over {folds}"
 
 
 def _write(folder: Path, results: list[dict[str, Any]], metrics: dict[str, dict[str, Any]]) -> None:

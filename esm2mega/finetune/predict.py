@@ -253,14 +253,14 @@ class PredictJob(Job):
         )
         if self._labelled is None:
             return [
-                f"mean and sd over {by}; intervals: mean ± {factors} sd, which hold one more such prediction "
-                "with 95 %, and say nothing of noise in labels"
+                f"mean and sd over {by}; 95 % intervals (mean ± {factors} sd) are for the prediction of one "
+                "more such model; measurement noise is not included"
             ]
         names = f" of {', '.join(info.names)}" if len(info.names) > 1 else ""
         return [
-            f"mean and sd over {by}; intervals: mean ± {factors} sd{names}, calibrated on "
-            f"{len(self._labelled)} proteins of {how.calibrate}, hold 95 % of labels of proteins "
-            "drawn like these"
+            f"mean and sd over {by}; intervals (mean ± {factors} sd{names}), calibrated on "
+            f"{len(self._labelled)} proteins of {how.calibrate}, are expected to contain 95 % of the labels "
+            "of similar proteins"
         ]
 
 

@@ -43,6 +43,7 @@ from esm2mega.finetune.metrics import check_packages
 from esm2mega.finetune.param_groups import scales_of, set_trainable
 from esm2mega.finetune.user_code import GivenCode
 from esm2mega.parallel.initialize import Ranks, process_groups
+from esm2mega.report.decimals import four_decimals
 from esm2mega.train import users_code
 from esm2mega.train.build import HeadTraining, build
 from esm2mega.train.loop import Evaluation, LoopState
@@ -313,14 +314,15 @@ def _session(
         if record[f"{split}_loss"] is None:
             return "loss none: nothing to predict"
         headline = HEADLINES[info.kind]
-        return f"loss {record[f'{split}_loss']:.4f}, {headline} {record[f'{split}_{headline}']:.4f}"
+        value = four_decimals(record[f"{split}_{headline}"])
+        return f"loss {four_decimals(record[f'{split}_loss'])}, {headline} {value}"
 
     valid = splits.of.get("valid")
     columns = [*run.task.target_columns, *dict.fromkeys(filter(None, masks_of(run.task)))]
 
     def begin() -> None:
         if splits.cut is not None:
-            write_splits(run.run_dir, splits.cut, columns, resumed is not None)
+            write_splits(run.run_dir, splits.cut, columns, run.data.numbers, resumed is not None)
 
     return Session(
         name="finetune",

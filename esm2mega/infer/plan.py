@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from esm2mega.data.labels.numbers import plain_number
+from esm2mega.config.load import values_of
+from esm2mega.data.labels.numbers import PLAIN, cure, is_written_otherwise, read_number
 from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.data.readers.fasta import FastaReader
 from esm2mega.data.readers.sources import format_of
@@ -71,6 +72,12 @@ class ScoreOptions:
     def variant_strategy(self) -> str:
         """Return the strategy of variants that are substitutions."""
         return self.strategy or DEFAULT_STRATEGY
+
+    @property
+    def numbers(self) -> str:
+        """Return how measured numbers are written: `data.numbers` of the overrides."""
+        (written,) = values_of(["data.numbers"], None, self.overrides)
+        return PLAIN if written is None else str(written)
 
 
 @dataclass(frozen=True)
@@ -243,7 +250,7 @@ def _check_columns(plan: Plan, table: Table, options: ScoreOptions) -> None:
             cure = "name the new one with --score-column" if name == options.score_column else "rename it"
             raise UserError(f"{table.path}: has a column {name!r} already; {cure}")
     if options.measured_column is not None and not any(
-        number is not None for number in measured(table, options.measured_column)
+        number is not None for number in measured(table, options.measured_column, options.numbers)
     ):
         raise UserError(
             f"{table.path}: no row has a number in {options.measured_column!r}, to be compared with the "
@@ -251,17 +258,29 @@ def _check_columns(plan: Plan, table: Table, options: ScoreOptions) -> None:
         )
 
 
-def measured(table: Table, column: str) -> list[float | None]:
-    """Return the measured number of each row; None where there is none."""
-    return [_number(text) for text in table.column(column, "--measured")]
+def measured(table: Table, column: str, numbers: str = PLAIN) -> list[float | None]:
+    """Return the measured number of each row; None where there is none.
 
+    Args:
+        table: The table.
+        column: Its column.
+        numbers: How numbers are written, see `esm2mega.data.labels.numbers`.
 
-def _number(text: str) -> float | None:
-    try:
-        value = plain_number(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+    Raises:
+        UserError: A number is written in another way, so that it would be left out.
+    """
+    found = []
+    for row, text in enumerate(table.column(column, "--measured")):
+        try:
+            value = read_number(text, numbers)
+        except ValueError:
+            if is_written_otherwise(text, numbers):
+                raise UserError(
+                    f"{table.location(row)}: {text!r} in column {column!r}: {cure(text, numbers)}"
+                ) from None
+            value = math.nan
+        found.append(value if math.isfinite(value) else None)
+    return found
 
 
 def _is_fasta(path: str) -> bool:

@@ -17,6 +17,7 @@ from esm2mega.config.infer import inference_run, refuse_int8, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import values_of
 from esm2mega.convert.start_point import asks_to_verify
+from esm2mega.data.labels.numbers import PLAIN
 from esm2mega.data.variants.variant import AMINO_ACIDS, Variant, ends_early, write_variant
 from esm2mega.data.variants.wild_types import WildType
 from esm2mega.errors import UserError
@@ -129,8 +130,8 @@ def scorer(checkpoint: str, options: ScoreOptions) -> Iterator[tuple[Scorer, Ran
     too_long, base = values_of(["infer.too_long", "init_from"], None, options.overrides)
     if too_long is not None:
         raise UserError(
-            f"infer.too_long={too_long} is of `embed` and `predict`; `score` sees each residue of a long "
-            "protein in the window around it: leave it out"
+            f"infer.too_long={too_long} is a key of `embed` and `predict`; `score` sees each residue of a "
+            "long protein in the window around it: leave it out"
         )
     source = open_model(checkpoint, base, asks_to_verify(options.overrides))
     source.check_lm_head()
@@ -196,10 +197,10 @@ def write_scored(out: Path, plan: Plan, scored: Scored, options: ScoreOptions) -
     what = "sequences" if plan.whole else "variants"
     lines = [f"{out}: {len(table.rows) - len(plan.skipped):,} {what}", *described(plan)]
     if options.measured_column is not None:
-        number, value = measured_spearman(plan, scored, options.measured_column)
+        number, value = measured_spearman(plan, scored, options.measured_column, options.numbers)
         name = f" of {scored.columns[-1]}" if plan.whole else ""
         lines.append(f"Spearman{name} with {options.measured_column}: {value:.4f} over {number:,} {what}")
-        missing = sum(m is None for m in measured(table, options.measured_column))
+        missing = sum(m is None for m in measured(table, options.measured_column, options.numbers))
         if missing:
             lines.append(f"{missing:,} {what} have no number in {options.measured_column}")
     return lines
@@ -225,12 +226,15 @@ def described(plan: Plan) -> list[str]:
     return lines
 
 
-def measured_spearman(plan: Plan, scored: Scored, column: str) -> tuple[int, float]:
-    """Return how many rows have a score and a measured number, and the rank correlation over them."""
+def measured_spearman(plan: Plan, scored: Scored, column: str, numbers: str = PLAIN) -> tuple[int, float]:
+    """Return how many rows have a score and a measured number, and the rank correlation over them.
+
+    The arguments are those of `esm2mega.infer.plan.measured`.
+    """
     assert plan.table is not None
     pairs = [
         (number, values[-1])
-        for number, values in zip(measured(plan.table, column), scored.values, strict=True)
+        for number, values in zip(measured(plan.table, column, numbers), scored.values, strict=True)
         if number is not None and values is not None
     ]
     return len(pairs), spearman([number for number, _ in pairs], [score for _, score in pairs])

@@ -99,12 +99,10 @@ def final_numbers(runs: Mapping[str, RunRecords]) -> dict[str, list[str]]:
 
 
 def _comparable(runs: Mapping[str, RunRecords]) -> str:
-    """Say whether the losses of validation were measured alike."""
+    """Say whether the validation losses were measured alike."""
     recipes = {run.evaluations[-1].get("eval_recipe") for run in runs.values() if run.evaluations}
     if len(recipes) > 1:
-        return (
-            "The evaluation recipes differ, so the losses of validation cannot be compared with each other."
-        )
+        return "The evaluation recipes differ, so the validation losses cannot be compared with each other."
     return "Whether two runs differ by more than chance is what <code>esm2mega compare</code> measures."
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from esm2mega.report.curves import Curve, Record, TaskRun, number, of_last_recipe
+from esm2mega.report.decimals import four_decimals
 
 _NOT_DEFINED = "not defined"
 
@@ -63,7 +64,7 @@ def summarise(
 def summarise_downstream(curves: Mapping[str, Curve]) -> dict[str, str]:
     """Return the last value of each downstream task."""
     return {
-        f"Downstream {name}": f"{values[-1]:.4f} at step {steps[-1]:,}"
+        f"Downstream {name}": f"{four_decimals(values[-1])} at step {steps[-1]:,}"
         for name, (steps, values) in curves.items()
     }
 
@@ -78,7 +79,7 @@ def metrics_table(task: TaskRun) -> list[list[str]]:
             [
                 name,
                 _shown(values[-1] if values else None),
-                "" if best is None else f"{best[1]:.4f} (step {best[0]:,})",
+                "" if best is None else f"{four_decimals(best[1])} (step {best[0]:,})",
                 _shown(task.test.get(name)),
                 _shown(task.baseline.get(name)),
             ]
@@ -90,20 +91,22 @@ def _of_task(task: TaskRun) -> dict[str, str]:
     name, rows = task.headline, {}
     steps, values = task.valid.get(name, ([], []))
     if (best := task.best(name)) is not None:
-        rows[f"Validation {name}"] = f"{values[-1]:.4f} at step {steps[-1]:,}"
-        rows[f"Best validation {name}"] = f"{best[1]:.4f} at step {best[0]:,}"
+        rows[f"Validation {name}"] = f"{four_decimals(values[-1])} at step {steps[-1]:,}"
+        rows[f"Best validation {name}"] = f"{four_decimals(best[1])} at step {best[0]:,}"
     elif task.valid:
         rows[f"Validation {name}"] = f"{_NOT_DEFINED} for these predictions"
     if task.test_step is not None:
         value, known = task.test.get(name), task.baseline.get(name)
         rows[f"Test {name}"] = (
-            f"{_NOT_DEFINED}" if value is None else f"{value:.4f} at step {task.test_step:,}"
+            f"{_NOT_DEFINED}" if value is None else f"{four_decimals(value)} at step {task.test_step:,}"
         )
         rows["Baseline on the test"] = (
-            f"{_NOT_DEFINED}: it predicts the same for all" if known is None else f"{name} {known:.4f}"
+            f"{_NOT_DEFINED}: it predicts the same for all"
+            if known is None
+            else f"{name} {four_decimals(known)}"
         )
     return rows
 
 
 def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{four_decimals(value)}"

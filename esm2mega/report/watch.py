@@ -134,7 +134,7 @@ def _progress(
     if (age := _age(records, now)) is not None:
         parts.append(f"last record {duration(age)} ago")
         if (laps := _silence(records, now)) is not None and not is_over:
-            parts.append(f"silent for {laps:.0f} times as long as its longest pause before")
+            parts.append(f"no record for {laps:.0f} times its longest recent pause; it may be stuck")
     return ", ".join(parts)
 
 

@@ -16,6 +16,7 @@ from esm2mega.data.stream.loader import PackStream
 from esm2mega.files import first_of
 from esm2mega.model.arithmetic import arithmetic
 from esm2mega.parallel.initialize import Ranks
+from esm2mega.report.decimals import four_decimals
 from esm2mega.train.incidents import Incidents
 from esm2mega.train.loop import LoopState, out_of_patience
 
@@ -136,6 +137,6 @@ def describe_ending(run: Run, begun: LoopState, loop: LoopState, last: Path | No
     elif best is not None:
         text += f"; best {best}: step {best.step}, checkpoint {best.path}"
     elif loop.best_value is not None and not run.checkpoint.keep_best:
-        value = f"{run.checkpoint.best_metric} ({loop.best_value:.4f})"
+        value = f"{run.checkpoint.best_metric} ({four_decimals(loop.best_value)})"
         text += f"; best by {value}: step {loop.best_step}, not kept (checkpoint.keep_best=0)"
     return text

@@ -37,7 +37,10 @@ def text_of(cells: Cells, column: str, location: str) -> str:
             f"{location}: {shortened(value)} in column {column!r} is a list, not one class; give one, or set "
             "task.kind=multilabel, or token_classification for a class per residue"
         )
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    if isinstance(value, bool):
+        # As spreadsheets write it, so that the same table has the same classes as CSV.
+        return str(value).upper()
+    if not isinstance(value, (str, int)):
         raise UserError(
             f"{location}: the label {shortened(value)} in column {column!r} is not text; write it as text"
         )

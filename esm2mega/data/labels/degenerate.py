@@ -152,8 +152,8 @@ def _of_numbers(
     farthest = int(np.abs(values - np.median(values)).argmax())
     if 0.0 < np.delete(values, farthest).std() < _NEARLY_EQUAL * values.std():
         return [
-            f"{place(int(there[farthest]))}: {values[farthest]!s} {where} is so far away that all other "
-            f"numbers of {split.key} are nearly equal beside it; check that label"
+            f"{place(int(there[farthest]))}: {values[farthest]!s} {where} is an extreme outlier, next to "
+            f"which all other numbers of {split.key} look the same; check that label"
         ]
     return []
 

@@ -55,12 +55,19 @@ def read_number(value: object, written: str) -> float:
     return plain_number(_BETWEEN_THOUSANDS.sub("", whole) + comma.replace(",", ".") + rest)
 
 
-def cure(value: object, written: str) -> str:
-    """Say what can be done about a cell that is no number as it is `written`."""
-    if not isinstance(value, str):
-        return "correct it, or leave it empty"
-    if "_" in value:
-        return "write nothing between thousands"
+def write_number(value: int | float, written: str) -> str:
+    """Write a number so that `read_number` returns it."""
+    text = repr(float(value) if isinstance(value, float) else int(value))
+    return text.replace(".", ",") if written == DECIMAL_COMMA else text
+
+
+def is_written_otherwise(value: object, written: str) -> bool:
+    """Return whether a cell that is no number as it is `written` is one in another form."""
+    return isinstance(value, str) and bool(_readings(value, written))
+
+
+def _readings(value: str, written: str) -> dict[str, float]:
+    """Return what a text is in all forms but that in which it is `written`."""
     readings = {}
     for other in (PLAIN, DECIMAL_COMMA, THOUSANDS_COMMA):
         try:
@@ -68,6 +75,16 @@ def cure(value: object, written: str) -> str:
         except ValueError:
             continue
     readings.pop(written, None)
+    return readings
+
+
+def cure(value: object, written: str) -> str:
+    """Say what can be done about a cell that is no number as it is `written`."""
+    if not isinstance(value, str):
+        return "correct it, or leave it empty"
+    if "_" in value:
+        return "write nothing between thousands"
+    readings = _readings(value, written)
     marked = {other: number for other, number in readings.items() if other != PLAIN}
     if PLAIN in readings:
         return f"data.numbers={written} is set, and this has a point for decimals; write all numbers alike"

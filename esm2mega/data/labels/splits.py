@@ -19,6 +19,7 @@ import numpy.typing as npt
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.config.split import CLUSTER, RANDOM, SPLITS, part_names, split_column, split_shares
+from esm2mega.data.labels.numbers import write_number
 from esm2mega.data.labels.rows import MASK_FILE, Row, Table
 from esm2mega.data.labels.sets import SPLIT_WORDS
 from esm2mega.data.leakage.clusters import divide_apart
@@ -129,7 +130,9 @@ def rows_by_split(table: Table, column: str) -> dict[str, Table]:
     }
 
 
-def write_splits(run_dir: str, tables: Mapping[str, Table], columns: Sequence[str], is_resumed: bool) -> None:
+def write_splits(
+    run_dir: str, tables: Mapping[str, Table], columns: Sequence[str], numbers: str, is_resumed: bool
+) -> None:
     """Write the splits as tables that `evaluate` reads, and masks of `task.mask_file` beside them.
 
     The tables hold ids, sequences and labels. One process calls this.
@@ -138,6 +141,7 @@ def write_splits(run_dir: str, tables: Mapping[str, Table], columns: Sequence[st
         run_dir: Directory of the run.
         tables: The splits, from `cut`.
         columns: Columns of labels and masks.
+        numbers: How `evaluate` will read numbers from the text: `data.numbers`.
         is_resumed: Whether the run goes on, with which another split would mix training and test.
 
     Raises:
@@ -154,7 +158,7 @@ def write_splits(run_dir: str, tables: Mapping[str, Table], columns: Sequence[st
                 writer.writerow(["id", "sequence", *columns])
                 for _, name, tokens, cells in table.rows:
                     text = vocabulary.decode(tokens).replace("<unk>", "X")
-                    writer.writerow([name, text, *(_cell(cells[column]) for column in columns)])
+                    writer.writerow([name, text, *(_cell(cells[column], numbers) for column in columns)])
             if before is not None and partial.read_bytes() != before:
                 raise UserError(
                     f"{path}: the run was begun with another split than data.train and data.split give now; "
@@ -225,7 +229,10 @@ def _without(row: Row, column: str | None) -> Row:
     return location, name, tokens, {key: cell for key, cell in cells.items() if key != column}
 
 
-def _cell(cell: object) -> object:
+def _cell(cell: object, numbers: str) -> object:
     if cell is None:
         return ""
+    # A spreadsheet has numbers, which this table has as text.
+    if isinstance(cell, (int, float)) and not isinstance(cell, bool):
+        return write_number(cell, numbers)
     return json.dumps(cell) if isinstance(cell, (list, dict)) else cell

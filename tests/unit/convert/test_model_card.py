@@ -278,6 +278,18 @@ def heads() -> dict[str, tuple[Any, str, str]]:
     }
 
 
+HUB = "/home/me/.cache/huggingface/hub/models--facebook--esm2_t6_8M_UR50D/snapshots/c731"
+
+
+@pytest.mark.parametrize(
+    ("start", "name"), [(HUB, "facebook/esm2_t6_8M_UR50D"), ("/home/me/esm2_8M", None), (None, None)]
+)
+def test_the_hub_is_told_what_a_model_was_made_from(start: str | None, name: str | None) -> None:
+    history = History(Run(init_from=start), "1.2.3", 7, 30, 900)
+    card = Card("mine", Description(ModelShape(2, 24, 56, 3), 1e-5, head="lm"), history=history)
+    assert hub.ModelCard(card_text(card, {"model.safetensors": "0" * 64})).data.base_model == name
+
+
 @pytest.mark.parametrize("base", [None, "esm2_8M"])
 @pytest.mark.parametrize("head", heads())
 def test_the_text_of_every_kind_of_card(head: str, base: str | None) -> None:

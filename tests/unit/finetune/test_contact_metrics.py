@@ -234,7 +234,7 @@ def test_a_piece_of_a_protein_keeps_its_places(tmp_path: Path) -> None:
 def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
     for overrides, message in (
         (["task.head=cnn"], "heads for pairs of residues are auto, product, attention_maps"),
-        (["task.loss=huber"], "task.loss=huber is of numbers, not of task.kind=contact"),
+        (["task.loss=huber"], "task.loss=huber applies to numbers, not to task.kind=contact"),
         (["data.too_long=crop", "data.crop=chunk"], "would lose the pairs between chunks"),
         (["task.head=attention_maps", "model.recompute=full"], "computes its maps again itself"),
     ):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from esm2mega.cli.app import main
-from esm2mega.finetune.folds import folds_of
+from esm2mega.finetune.folds import _described, _spread, folds_of
 from tests.unit.runs import SETTINGS
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install esm2mega[finetune]")
@@ -112,6 +112,30 @@ def test_what_is_refused(
     given = [text for text in settings(folder) if not text.startswith("run_dir")]
     assert main(["finetune", *given, f"run_dir={tmp_path / 'run'}", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_all_folds_are_read_before_the_first_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class of one protein is missing where that protein is tested, or chooses the checkpoint."""
+    lines = [f"p{number},{sequence},{'ab'[number % 2]}" for number, sequence in enumerate(SEQUENCES)]
+    lines[5] = f"p5,{SEQUENCES[5]},rare"
+    (tmp_path / "t.csv").write_text("\n".join(["id,sequence,target", *lines]) + "\n")
+    given = [text for text in settings(tmp_path) if not text.startswith("task.kind")]
+    assert main(["finetune", "--folds", str(FOLDS), *given, "task.kind=classification"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("esm2mega: error: fold ") and "'rare'" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metric_that_a_fold_does_not_define_is_that_of_the_others() -> None:
+    results = [{"spearman": 0.5, "step": 2}, {"spearman": None, "step": 2}, {"spearman": 0.7, "step": 2}]
+    found = _spread(results)
+    assert found["spearman"]["values"] == [0.5, None, 0.7]
+    assert found["spearman"]["mean"] == pytest.approx(0.6)
+    assert _described(found["spearman"]) == "0.6 +- 0.14 over 2 of 3 folds; not defined in fold 2"
+    assert _described(_spread(results[:2])["spearman"]) == "0.5 over 1 of 2 folds; not defined in fold 2"
+    assert _spread([{"spearman": None}] * 3) == {}
 
 
 def test_the_folds_are_an_ensemble(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

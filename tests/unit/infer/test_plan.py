@@ -10,7 +10,7 @@ import pytest
 from esm2mega.data.variants.variant import Substitution
 from esm2mega.data.variants.wild_types import WildType
 from esm2mega.errors import UserError
-from esm2mega.infer.plan import Plan, ScoreOptions, plan_file, plan_scan
+from esm2mega.infer.plan import Plan, ScoreOptions, measured, plan_file, plan_scan
 
 WILD = WildType("w", "MKTAY")
 OTHER = WildType("o", "GSHM")
@@ -142,3 +142,17 @@ def test_variants_need_a_wild_type_with_letters_that_have_a_probability(tmp_path
         plan(tmp_path, "mutated_sequence\nMK\n", odd, normalization="residues")
     with pytest.raises(UserError, match="w: X has no probability among the 20"):
         plan_scan([WILD, odd], ScoreOptions(strategy="pseudo-ppl", normalization="residues"))
+
+
+def test_measured_numbers_are_read_as_they_are_written(tmp_path: Path) -> None:
+    """One that is written in another way is no missing one."""
+    rows = ['M1A,"0,91"', 'K2N,"1.234,5"', "T3A,n.d.", "A4G,"]
+    (tmp_path / "v.csv").write_text("mutant,fitness\n" + "\n".join(rows) + "\n")
+    comma = ScoreOptions(measured_column="fitness", overrides=["data.numbers=decimal_comma"])
+    found = plan_file(str(tmp_path / "v.csv"), [WILD], comma)
+    assert found.table is not None
+    assert measured(found.table, "fitness", comma.numbers) == [0.91, 1234.5, None, None]
+    with pytest.raises(
+        UserError, match=r"v.csv:2: '0,91' in column 'fitness': it has a decimal comma; set data"
+    ):
+        plan_file(str(tmp_path / "v.csv"), [WILD], ScoreOptions(measured_column="fitness"))

@@ -263,3 +263,5 @@ def test_the_decimal_comma_is_refused_with_its_cure() -> None:
     with pytest.raises(UserError, match="is a list, not one class; .* task.kind=multilabel"):
         text_of({"t": "[0, 1]"}, "t", "x.csv:2")
     assert text_of({"t": "[NiFe] hydrogenase"}, "t", "x.csv:2") == "[NiFe] hydrogenase"
+    # Spreadsheets make these of TRUE and FALSE, and write them so to CSV.
+    assert [text_of({"t": value}, "t", "x") for value in (True, False)] == ["TRUE", "FALSE"]

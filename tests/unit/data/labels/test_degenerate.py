@@ -167,8 +167,8 @@ def test_a_number_beside_which_all_others_are_equal() -> None:
     pairs = [("M" * length, x) for length, x in enumerate(values, 1)]
     found, _ = proteins_of_pairs(pairs, TaskConfig(kind="regression"), None, "train")
     assert found.notes == [
-        "train[30]: 1000000.0 in column 'target' is so far away that all other numbers of train are nearly "
-        "equal beside it; check that label"
+        "train[30]: 1000000.0 in column 'target' is an extreme outlier, next to which all other numbers of "
+        "train look the same; check that label"
     ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esm2mega.data.labels.cells import number_of, numbers_of
-from esm2mega.data.labels.numbers import read_number
+from esm2mega.data.labels.numbers import read_number, write_number
 from esm2mega.errors import UserError
 
 RNG = np.random.default_rng(4)
@@ -21,6 +21,12 @@ NUMBERS = [
     1000.0,
 ]
 SWAP = str.maketrans(",.", ".,")
+
+
+@pytest.mark.parametrize("written", ["plain", "thousands_comma", "decimal_comma"])
+def test_numbers_that_are_written_are_read_back(written: str) -> None:
+    for number in [*NUMBERS, 1.234, 0.91, 1.5e-7, 1234, -3]:
+        assert read_number(write_number(number, written), written) == number
 
 
 @pytest.mark.parametrize("written", ["thousands_comma", "decimal_comma"])

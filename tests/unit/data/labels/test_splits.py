@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from esm2mega.config.schema import DataConfig, TaskConfig
-from esm2mega.data.labels.rows import Table, read_table
+from esm2mega.data.labels.dataset import read_labelled
+from esm2mega.data.labels.rows import Row, Table, read_table
+from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.data.labels.splits import cut, rows_by_split, with_split_column, write_splits
 from esm2mega.errors import UserError
 
@@ -124,20 +126,34 @@ def test_the_splits_are_written_and_a_resumed_run_keeps_them(tmp_path: Path) -> 
     rows = [(f"p{i}", s, str(i / 8)) for i, s in enumerate(SEQUENCES[:20])]
     path = write(tmp_path / "t.csv", rows)
     found = splits(path, split="0.8/0.1/0.1")
-    write_splits(str(tmp_path / "run"), found, ["target"], is_resumed=False)
+    write_splits(str(tmp_path / "run"), found, ["target"], "plain", is_resumed=False)
     for split, names in ids(found).items():
         with (tmp_path / "run" / "splits" / f"{split}.csv").open() as file:
             written = list(csv.DictReader(file))
         assert [(row["id"], row["sequence"], row["target"]) for row in written] == [
             row for row in rows if row[0] in names
         ]
-    write_splits(str(tmp_path / "run"), found, ["target"], is_resumed=True)
+    write_splits(str(tmp_path / "run"), found, ["target"], "plain", is_resumed=True)
     other = splits(path, split="0.8/0.1/0.1", split_seed=5)
     before = (tmp_path / "run" / "splits" / "train.csv").read_bytes()
     with pytest.raises(UserError, match=r"splits/train.csv: the run was begun with another split"):
-        write_splits(str(tmp_path / "run"), other, ["target"], is_resumed=True)
+        write_splits(str(tmp_path / "run"), other, ["target"], "plain", is_resumed=True)
     assert (tmp_path / "run" / "splits" / "train.csv").read_bytes() == before
-    write_splits(str(tmp_path / "run"), other, ["target"], is_resumed=False)
+    write_splits(str(tmp_path / "run"), other, ["target"], "plain", is_resumed=False)
+
+
+@pytest.mark.parametrize("numbers", ["plain", "decimal_comma"])
+def test_numbers_of_a_spreadsheet_are_written_as_text_is_read(tmp_path: Path, numbers: str) -> None:
+    """Its cells are numbers, whatever `data.numbers` says of text."""
+    labels = [1.234, 0.91, 12, "0,5" if numbers == "decimal_comma" else "0.5"]
+    rows: list[Row] = [
+        (f"x:{n}", f"p{n}", np.full(4, 5, dtype=np.uint8), {"target": x}) for n, x in enumerate(labels)
+    ]
+    write_splits(str(tmp_path), {"test": Table("x", "data.test", rows, [])}, ["target"], numbers, False)
+    data = DataConfig(numbers=numbers)
+    info = TargetInfo("regression", ["target"])
+    read, _ = read_labelled(tmp_path / "splits/test.csv", TaskConfig(kind="regression"), data, info, "--data")
+    assert read.labels.ravel().tolist() == [1.234, 0.91, 12.0, 0.5]
 
 
 def test_the_words_of_a_column_are_those_of_the_field() -> None:
