@@ -166,7 +166,7 @@ def test_protspace_opens_the_bundle(vectors: np.ndarray) -> None:
         (["--out", "m.html", "--labels", "labels.csv"], "has the columns family, size; name the one"),
         (["--out", "m.html", "--labels", "labels.csv", "--column", "x"], "no column 'x'"),
         (["--out", "m.html", "--labels", "others.csv"], "none of its ids, first 'q', is in e.h5"),
-        (["--out", "m.html", "--labels", "twice.csv"], "the id 'p3' is there more than once"),
+        (["--out", "m.html", "--labels", "twice.csv"], "the id 'p3' occurs more than once"),
         (["--out", "m.html", "--layer", "7"], "--layer 7: e.h5 holds 2; give one of these"),
         (["--out", "m.html", "--labels", "ids.csv"], "has ids and nothing else; leave --labels out"),
     ],

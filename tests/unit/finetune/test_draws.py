@@ -87,7 +87,7 @@ def test_an_ensemble_is_the_mean_of_its_members(
     assert sd.min() > 1e-3
     words = ["predict", ",".join(map(str, members)), str(fasta), "--out"]
     assert main([*words, str(tmp_path / "x.csv")]) == 0
-    assert "mean and sd over 3 checkpoints; intervals: mean ± 4.968 sd" in capsys.readouterr().out
+    assert "mean and sd over 3 checkpoints; 95 % intervals (mean ± 4.968 sd)" in capsys.readouterr().out
     found = rows_of(tmp_path / "x.csv")
     half = spread_factor(3) * sd
 
