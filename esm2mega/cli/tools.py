@@ -79,7 +79,8 @@ def inspect(
 def plot(run_dirs: tuple[str, ...], out: str | None, results: str | None) -> None:
     """Plot the curves of a run from its log.jsonl, as PNG and as one self-contained HTML file.
 
-    Several runs share one set of axes, with a list of the keys that differ and of the final numbers.
+    Several runs share one set of axes, with a list of the keys that differ and of the final numbers. So do
+    the folds of a cross-validation, with predictions against labels.
     """
     if len(run_dirs) > 1:
         if results is not None:
@@ -94,6 +95,13 @@ def plot(run_dirs: tuple[str, ...], out: str | None, results: str | None) -> Non
         raise UserError(
             f"--out {out} is for several runs; the page of one goes to its own directory: leave --out out"
         )
+    from esm2mega.report.folds import fold_dirs, plot_folds
+
+    if fold_dirs(run_dirs[0]):
+        if results is not None:
+            raise UserError(f"--results {results} is for the page of one run; name one of the folds")
+        click.echo("\n".join(plot_folds(run_dirs[0])))
+        return
     from esm2mega.report.plot import plot_run
 
     benchmarks = None

@@ -26,9 +26,7 @@ from esm2mega.files import replacing, write_json
 from esm2mega.finetune.checkpoint import evaluate_task
 from esm2mega.finetune.run import UserParts, finetune, read_splits
 from esm2mega.parallel.errors import on_one_rank
-
-PREDICTIONS, SUMMARY = "folds.csv", "folds.json"
-"""Name, in the directory of the run, the predictions of all folds and the metrics over them."""
+from esm2mega.report.folds import PREDICTIONS, SUMMARY, fold_dirs
 
 _COUNTS = ("step", "num_labels", "num_sequences")
 
@@ -91,10 +89,7 @@ def folds_of(name: str) -> list[str]:
     """
 
     def find() -> list[str]:
-        summary = Path(name) / SUMMARY
-        if not summary.is_file():
-            return [name]
-        return [str(Path(name) / f"fold_{number}") for number in range(1, int(_read(summary)["folds"]) + 1)]
+        return list(map(str, fold_dirs(name))) or [name]
 
     return on_one_rank(find)
 

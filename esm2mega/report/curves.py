@@ -27,6 +27,9 @@ _LOSSES = {
 SMOOTHING_POINTS = 60
 """Counts the training records above which a running mean is drawn over the raw curve."""
 
+_COMPARED = ("rmse", "mae")
+"""Lists errors that a constant prediction has as well."""
+
 _MOST = 1e300
 """No value of a run is larger; sums and margins of larger ones would be infinite."""
 
@@ -129,6 +132,16 @@ class TaskRun:
         points = list(zip(*self.valid.get(metric, ([], [])), strict=True))
         sign = 1 if less_is_better(metric) else -1
         return min(points, key=lambda point: sign * point[1]) if points else None
+
+    @property
+    def drawn(self) -> list[str]:
+        """Return the metrics that have a chart: the headline, and an error where that has no baseline.
+
+        A constant has no rank correlation, so that of a regression has nothing to be compared with.
+        """
+        has_baseline = self.headline in self.baseline
+        others = [name for name in _COMPARED if name in self.baseline and not has_baseline]
+        return [self.headline, *others[:1]]
 
     @property
     def metrics(self) -> list[str]:

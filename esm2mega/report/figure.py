@@ -51,7 +51,9 @@ def figure_of(
     figure.suptitle(name, fontsize=14, fontweight="bold", x=0.012, ha="left")
     row = 0
     if task is not None:
-        _draw_headline(figure.add_subplot(grid[0, :]), task)
+        places = grid[0, :].subgridspec(1, len(task.drawn))
+        for column, metric in enumerate(task.drawn):
+            _draw_metric(figure.add_subplot(places[0, column]), task, metric)
         row = 1
     label = label or loss_label({}, task is not None)
     _draw_loss(figure.add_subplot(grid[row, :]), train, evaluations, label)
@@ -67,9 +69,8 @@ def figure_of(
     return figure
 
 
-def _draw_headline(axes: Axes, task: TaskRun) -> None:
-    """Draw the metric that judges a task: validation over steps, and test and baseline as levels."""
-    name = task.headline
+def _draw_metric(axes: Axes, task: TaskRun, name: str) -> None:
+    """Draw a metric of a task: validation over steps, and test and baseline as levels."""
     steps, values = task.valid.get(name, ([], []))
     if steps:
         axes.plot(

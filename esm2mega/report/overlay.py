@@ -36,17 +36,19 @@ _BODY = """<h1>{title}</h1>
 {numbers}
 <h2>Keys that differ</h2>
 {keys}
+{sections}
 <h2>Curves</h2>
 <p>Put the pointer on a curve to read its values.</p>
 {charts}"""
 
 
-def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> list[str]:
+def plot_runs(run_dirs: Sequence[str | Path], out: str | Path, sections: str = "") -> list[str]:
     """Draw runs over each other into the directory `out`; return the paths of the PNG and the HTML file.
 
     Args:
         run_dirs: Directories of two runs or more, each named once.
         out: Directory for the files; it is made if it is absent.
+        sections: More sections of the page, as HTML, before its curves.
 
     Raises:
         UserError: A run is named twice, or has nothing to draw.
@@ -63,6 +65,7 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> list[str]:
         title=title,
         numbers=_table("number", names, final_numbers(runs)),
         keys=_table("key", names, differing_keys(runs)),
+        sections=sections,
         charts=charts_of_runs(runs),
     )
     page = page_of(title, body, f"esm2mega. {_comparable(runs)}", _STYLE)

@@ -23,7 +23,7 @@ _TRAIN, _VALID, _TEST = COLORS[:3]
 def charts_of_run(run: RunRecords) -> str:
     """Return the charts of one run as HTML: the metric of a task, losses, and how the training went."""
     label = loss_label(run.config, run.task is not None)
-    charts = [] if run.task is None else [_headline(run.task)]
+    charts = [] if run.task is None else [_metric(run.task, name) for name in run.task.drawn]
     charts.append(_losses(run, label))
     charts += [_panel({"": run}, key, title, name) for key, title, name in _PANELS]
     if run.downstream:
@@ -47,13 +47,13 @@ def _side_by_side(charts: Sequence[str]) -> str:
     return f'<div class="pictures">{"".join(charts)}</div>'
 
 
-def _headline(task: TaskRun) -> str:
-    """Draw the metric that judges a task: validation over steps, and test and baseline as levels."""
-    name = _words(task.headline)
-    steps, values = task.valid.get(task.headline, ([], []))
+def _metric(task: TaskRun, metric: str) -> str:
+    """Draw a metric of a task: validation over steps, and test and baseline as levels."""
+    name = _words(metric)
+    steps, values = task.valid.get(metric, ([], []))
     levels = {
-        "test": (_TEST, task.test.get(task.headline)),
-        "baseline on the test": (GREY, task.baseline.get(task.headline)),
+        "test": (_TEST, task.test.get(metric)),
+        "baseline on the test": (GREY, task.baseline.get(metric)),
     }
     known = [value for _, value in levels.values() if value is not None]
     plot = Plot(_step_axis(steps), axis_of(name, [*values, *known]))
@@ -62,7 +62,7 @@ def _headline(task: TaskRun) -> str:
         if value is not None:
             plot.line([plot.x.low, plot.x.high], [value] * 2, color, dashed=color == GREY)
             plot.label(color, f"{text}: {value:.4g}")
-    best = task.best(task.headline)
+    best = task.best(metric)
     note = "" if best is None else f"best validation {best[1]:.4g} at step {best[0]:,}"
     return plot.figure(name, note or "not defined, or not evaluated yet")
 

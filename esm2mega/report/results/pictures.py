@@ -39,18 +39,32 @@ def pictures_of(row: Mapping[str, Any], kind: str, folder: Path) -> Iterator[str
         folder: Folder of the results.
     """
     if row.get("predictions"):
-        targets = targets_of(read_rows(folder / row["predictions"]), kind)
-        for target in targets[:_MOST_TARGETS]:
-            if isinstance(target, Numbers):
-                yield from _of_numbers(target, row["mode"] == _ZERO_SHOT, len(targets) > 1)
-            elif isinstance(target, Classes):
-                yield from _of_classes(target)
-            else:
-                yield from _of_flags(target)
-        if len(targets) > _MOST_TARGETS:
-            yield f"<p>Shown are {_MOST_TARGETS} of {len(targets)} targets; the others are in the file.</p>"
+        rows = read_rows(folder / row["predictions"])
+        yield from pictures_of_predictions(rows, kind, row["mode"] == _ZERO_SHOT)
     if row.get("plane"):
         yield from _planes(read_rows(folder / row["plane"]))
+
+
+def pictures_of_predictions(
+    rows: Sequence[Mapping[str, str]], kind: str, is_score: bool = False
+) -> Iterator[str]:
+    """Yield the figures of a file of predictions.
+
+    Args:
+        rows: Its rows.
+        kind: The value of `task.kind`.
+        is_score: Whether they are scores, which are in no unit of the labels.
+    """
+    targets = targets_of(rows, kind)
+    for target in targets[:_MOST_TARGETS]:
+        if isinstance(target, Numbers):
+            yield from _of_numbers(target, is_score, len(targets) > 1)
+        elif isinstance(target, Classes):
+            yield from _of_classes(target)
+        else:
+            yield from _of_flags(target)
+    if len(targets) > _MOST_TARGETS:
+        yield f"<p>Shown are {_MOST_TARGETS} of {len(targets)} targets; the others are in the file.</p>"
 
 
 def _of_numbers(numbers: Numbers, is_score: bool, is_one_of_several: bool) -> Iterator[str]:

@@ -138,6 +138,13 @@ def test_a_metric_that_a_fold_does_not_define_is_that_of_the_others() -> None:
     assert _spread([{"spearman": None}] * 3) == {}
 
 
+def test_the_folds_are_drawn_with_their_predictions(folder: Path) -> None:
+    assert main(["plot", str(folder / "run")]) == 0
+    page = (folder / "run" / "report.html").read_text()
+    assert all(f"fold_{number}" in page for number in range(1, FOLDS + 1))
+    assert "Predicted against measured" in page and "rmse" in page
+
+
 def test_the_folds_are_an_ensemble(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "whole.csv"
     assert folds_of(str(folder / "run")) == [str(folder / "run" / f"fold_{n}") for n in range(1, FOLDS + 1)]

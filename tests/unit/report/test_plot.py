@@ -288,6 +288,29 @@ def test_the_figure_of_a_fine_tuning(task_dir):
     assert pretraining[0].get_ylabel().startswith("masked cross-entropy") and len(pretraining) == 4
 
 
+def test_a_regression_has_its_error_beside_a_baseline(task_dir):
+    """The rank correlation that judges it has none."""
+    with JsonlLog(task_dir / "log.jsonl") as log:
+        log.write(task_evaluation(20, 0.625, "test", test_baseline_rmse=1.25, test_baseline_mae=1.0))
+    records = read_log(task_dir / "log.jsonl")
+    kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "eval", "test")}
+    task = task_run(kinds["eval"], kinds["test"], "regression")
+    assert task.drawn == ["spearman", "rmse"]
+    headline, error, loss, *_ = figure_of("run", kinds["train"], kinds["eval"], None, task).axes
+    assert [axes.get_ylabel() for axes in (headline, error, loss)] == ["spearman", "rmse", "loss"]
+    lines = {line.get_label(): line for line in error.get_lines()}
+    assert list(lines["baseline on the test (1.250)"].get_ydata()) == [1.25, 1.25]
+    assert list(lines["best validation (0.250 at step 10)"].get_xdata()) == [10], "less is better"
+    text = "".join(parse(plot_run(task_dir).html).text)
+    assert "baseline on the test: 1.25" in text and "best validation 0.25 at step 10" in text
+    classes = task_run(
+        [task_evaluation(10, 0.5, names=CLASSES)],
+        [task_evaluation(10, 0.5, "test", CLASSES, test_baseline_accuracy=0.25)],
+        None,
+    )
+    assert classes.drawn == ["accuracy"]
+
+
 def test_the_longest_name_of_a_loss_stays_beside_its_panel(task_dir):
     records = read_log(task_dir / "log.jsonl")
     kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "eval", "test")}

@@ -1,0 +1,123 @@
+"""Draws the folds of a cross-validation over each other, and predictions of proteins not trained on."""
+
+from __future__ import annotations
+
+import csv
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from esm2mega.errors import UserError
+from esm2mega.files import parse_json
+from esm2mega.report.decimals import four_decimals
+from esm2mega.report.overlay import plot_runs
+from esm2mega.report.results.charts import scrolling
+from esm2mega.report.results.pictures import pictures_of_predictions
+from esm2mega.report.results.predictions import read_rows
+from esm2mega.report.run_records import read_config
+
+PREDICTIONS, SUMMARY = "folds.csv", "folds.json"
+"""Name, in the directory of a cross-validation, the predictions of all folds and the metrics over them."""
+
+_DRAWN = ("regression", "classification", "token_classification")
+"""Lists the kinds whose predictions a cell of `PREDICTIONS` holds as text or as one number."""
+
+
+def fold_dirs(folder: str | Path) -> list[Path]:
+    """Return the runs of all folds where `folder` is that of a cross-validation; empty if it is not.
+
+    Raises:
+        UserError: The summary of the folds is damaged.
+    """
+    path = Path(folder) / SUMMARY
+    if not path.is_file():
+        return []
+    return [Path(folder) / f"fold_{number}" for number in range(1, int(_summary(path)["folds"]) + 1)]
+
+
+def plot_folds(folder: str | Path) -> list[str]:
+    """Draw the folds of a finished cross-validation into its directory.
+
+    Args:
+        folder: Directory of the cross-validation.
+
+    Returns:
+        The paths of the PNG and of the HTML file.
+
+    Raises:
+        UserError: A file is missing or damaged, or a fold has nothing to draw.
+    """
+    folder = Path(folder)
+    runs = fold_dirs(folder)
+    kind = read_config(runs[0]).get("task.kind", "")
+    sections = [f"<h2>Over the folds</h2>\n{_metrics(_summary(folder / SUMMARY)['metrics'])}"]
+    if pictures := _pictures(folder / PREDICTIONS, kind):
+        sections.append(
+            "<h2>Predictions of proteins that were not trained on</h2>\n"
+            f'<div class="pictures">{pictures}</div>'
+        )
+    return plot_runs(runs, folder, "\n".join(sections))
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not _is_summary(found):
+        raise _damaged(path)
+    return dict(found)
+
+
+def _is_summary(found: object) -> bool:
+    if not isinstance(found, dict) or not isinstance(metrics := found.get("metrics"), dict):
+        return False
+    count = found.get("folds")
+    return (
+        isinstance(count, int)
+        and count > 0
+        and all(
+            isinstance(each, dict)
+            and isinstance(values := each.get("values"), list)
+            and all(_is_number_or_none(value) for value in (each.get("mean"), each.get("std"), *values))
+            for each in metrics.values()
+        )
+    )
+
+
+def _is_number_or_none(value: object) -> bool:
+    return value is None or isinstance(value, (int, float))
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: is damaged; run `esm2mega finetune --folds` again, which keeps finished folds")
+
+
+def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table of the metrics: mean, standard deviation, and the value of every fold."""
+    if not metrics:
+        return "<p>No metric is defined.</p>"
+    count = max(len(found["values"]) for found in metrics.values())
+    names = ["metric", "mean", "standard deviation", *(f"fold {number}" for number in range(1, count + 1))]
+    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
+    rows = ""
+    for name, found in metrics.items():
+        values = [found.get("mean"), found.get("std"), *found["values"]]
+        cells = "".join(f"<td>{'' if value is None else four_decimals(value)}</td>" for value in values)
+        rows += f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>'
+    return scrolling(f"<tr>{heads}</tr>{rows}", "metric")
+
+
+def _pictures(path: Path, kind: str) -> str:
+    """Return the pictures of all predictions, where a protein has one prediction that can be drawn."""
+    if kind not in _DRAWN:
+        return ""
+    columns = ("id", "prediction", "label")
+    try:
+        # Several targets are objects.
+        rows = [row for row in read_rows(path) if not row["prediction"].startswith("{")]
+        kept = [{name: row[name] for name in columns} for row in rows]
+        return "".join(pictures_of_predictions(kept, kind))
+    except (OSError, LookupError, ValueError, AttributeError, csv.Error):
+        raise _damaged(path) from None
