@@ -227,11 +227,11 @@ def evaluate_task(
     return result
 
 
-def labelled(task: TaskCheckpoint, data: str | Path | Proteins) -> LabelledProteins:
-    """Read labelled proteins by the classes and scale of the checkpoint."""
+def labelled(task: TaskCheckpoint, data: str | Path | Proteins, option: str = "--data") -> LabelledProteins:
+    """Read labelled proteins by the classes and scale of the checkpoint; `option` names them in messages."""
     if isinstance(data, (str, Path)):
         how = with_masks_beside(task.run.task, data)
-        proteins, _ = read_labelled(data, how, task.run.data, task.info, "--data")
+        proteins, _ = read_labelled(data, how, task.run.data, task.info, option)
     else:
         proteins, _ = proteins_of_pairs(data, task.run.task, task.info, "data", task.run.data)
     return proteins

@@ -15,9 +15,10 @@ from esm2mega.checkpoint.finite import not_finite
 from esm2mega.config.batches import sizes_that_round
 from esm2mega.config.head_form import head_form
 from esm2mega.config.load import values_of
+from esm2mega.data.labels.splits import num_in_table, training_table
 from esm2mega.data.store.token_store import TokenStore
 from esm2mega.errors import UserError
-from esm2mega.files import check_out
+from esm2mega.files import check_out, real_path
 from esm2mega.finetune.checkpoint import labelled, load_task, without_dropping
 from esm2mega.finetune.draws import AT_ONCE, Draws, Uncertainty, check_uncertainty, open_members
 from esm2mega.finetune.evaluate import Collecting
@@ -120,7 +121,8 @@ class PredictJob(Job):
             check_uncertainty(self._members, uncertainty)
             extras = extra_widths(self._task.info)
             if uncertainty.calibrate is not None:
-                self._labelled = labelled(self._task, uncertainty.calibrate)
+                self._labelled = labelled(self._task, uncertainty.calibrate, "--calibrate")
+                on_one_rank(self._refuse_training_proteins)
         self._extras = extras
         self._ranks, self._kept = ranks, None
         if keep:
@@ -130,6 +132,19 @@ class PredictJob(Job):
                 )
             self._kept = on_one_rank(lambda: KeptColumns(input, run.data, list(keep)))
         super().__init__(input, mode, run, PredictionTarget.of(out, self._task.info, extras, ranks))
+
+    def _refuse_training_proteins(self) -> None:
+        """Refuse to calibrate on proteins that a member was trained on, on which its errors are too small."""
+        assert self._labelled is not None
+        for member in self._members:
+            # RUN/checkpoints/step_N
+            table = training_table(real_path(member.start.path).parents[1])
+            if table is not None and (count := num_in_table(self._labelled, table)):
+                raise UserError(
+                    f"--calibrate {self._labelled.path}: {count} of its {len(self._labelled)} proteins are "
+                    f"in {table}, on which the model was trained, so intervals would be too narrow; give "
+                    "others"
+                )
 
     def check(self, store: TokenStore) -> None:
         data = self.run.data

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.config.split import CLUSTER, RANDOM, SPLITS, part_names, split_column, split_shares
+from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.labels.numbers import write_number
 from esm2mega.data.labels.rows import MASK_FILE, Row, Table
 from esm2mega.data.labels.sets import SPLIT_WORDS
@@ -68,7 +69,7 @@ def cut(table: Table, data: DataConfig) -> dict[str, Table]:
         if TRAIN not in found:
             raise UserError(f"data.split_by={column}: no row of {table.path} has train there; give some")
         return found
-    texts = [vocabulary.decode(tokens).replace("<unk>", "X") for _, _, tokens, _ in table.rows]
+    texts = [_text(tokens) for _, _, tokens, _ in table.rows]
     sequences = sorted(set(texts))
     place = {text: number for number, text in enumerate(sequences)}
     owners = np.array([place[text] for text in texts], dtype=np.int64)
@@ -157,8 +158,9 @@ def write_splits(
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["id", "sequence", *columns])
                 for _, name, tokens, cells in table.rows:
-                    text = vocabulary.decode(tokens).replace("<unk>", "X")
-                    writer.writerow([name, text, *(_cell(cells[column], numbers) for column in columns)])
+                    writer.writerow(
+                        [name, _text(tokens), *(_cell(cells[column], numbers) for column in columns)]
+                    )
             if before is not None and partial.read_bytes() != before:
                 raise UserError(
                     f"{path}: the run was begun with another split than data.train and data.split give now; "
@@ -170,6 +172,30 @@ def write_splits(
         masks = {name: cells[MASK_FILE] for _, name, _, cells in rows}
         with replacing(folder / MASKS) as partial:
             partial.write_text("".join(f">{name}\n{mask}\n" for name, mask in masks.items()), "utf-8")
+
+
+def training_table(run_dir: Path) -> Path | None:
+    """Return the table of the proteins that a run was trained on, if `write_splits` wrote it."""
+    path = run_dir / FOLDER / f"{TRAIN}.csv"
+    return path if path.is_file() else None
+
+
+def num_in_table(proteins: LabelledProteins, table: Path) -> int:
+    """Return how many proteins have their sequence in a table that `write_splits` wrote.
+
+    Raises:
+        UserError: The table has no sequences any more.
+    """
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            there = {row["sequence"] for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, csv.Error):
+        raise UserError(f"{table}: cannot be read as the table that the run wrote; put it back") from None
+    return sum(_text(proteins.residues(row)) in there for row in range(len(proteins)))
+
+
+def _text(tokens: npt.NDArray[np.uint8]) -> str:
+    return vocabulary.decode(tokens).replace("<unk>", "X")
 
 
 def with_masks_beside(task: TaskConfig, path: str | Path) -> TaskConfig:

@@ -153,3 +153,27 @@ def test_the_folds_are_an_ensemble(folder: Path, capsys: pytest.CaptureFixture[s
     assert list(rows(out)[0]) == [
         *("id", "truncated", "target", "target_sd", "target_low", "target_high"),
     ]
+
+
+def test_intervals_are_not_calibrated_on_proteins_of_the_training(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every protein of the table was trained on by some fold; others are taken."""
+    words = [
+        "predict",
+        str(folder / "run"),
+        str(folder / "t.csv"),
+        "--out",
+        str(tmp_path / "x.csv"),
+        "--calibrate",
+    ]
+    assert main([*words, str(folder / "t.csv")]) == 2
+    said = capsys.readouterr().err
+    assert "of its 14 proteins are in " in said and "fold_1/splits/train.csv, on which the model was" in said
+    lines = [f"{('MKVW' * 8)[: 5 + number]},{number / 8}" for number in range(24)]
+    (tmp_path / "other.csv").write_text("\n".join(["sequence,target", *lines]) + "\n")
+    assert main([*words, str(tmp_path / "other.csv")]) == 0
+    assert "calibrated on 24 proteins of" in capsys.readouterr().out
+    (tmp_path / "odd.csv").write_text("sequence,target\nMKV,high\n")
+    assert main([*words, str(tmp_path / "odd.csv")]) == 2
+    assert "odd.csv:2: 'high' in column 'target' is not a number" in capsys.readouterr().err
