@@ -72,13 +72,10 @@ def _contests(result: Result) -> Iterator[str]:
         yield from _table(title, [*heads, *(f"esm2mega {p} is" for p in precisions)], rows)
         for name, reason in contest["failed"].items():
             yield f"{name} failed: {reason}"
-        for row in contest["rows"]:
-            listed = [
-                [one["name"], str(one["calls"]), f"{one['share']:.1%}"] for one in row.get("operations", ())
-            ]
-            if listed:
-                title = f"longest operations of {row['contender']} in {section}, {row['precision']}"
-                yield from _table(title, ["name", "calls", "share"], listed)
+        for row in (row for row in contest["rows"] if "operations" in row):
+            listed = [[one["name"], str(one["calls"]), f"{one['share']:.1%}"] for one in row["operations"]]
+            title = f"longest operations of {row['contender']} in {section}, {row['precision']}"
+            yield from _table(title, ["name", "calls", "share"], listed)
 
 
 def _steps(result: Result) -> Iterator[str]:

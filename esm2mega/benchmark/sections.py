@@ -157,7 +157,6 @@ def measure_contenders(
         one = turns[str(contender)]
         beside = turns.get(f"product {contender.precision}")
         share = None if beside is None else [flops_per_token * r for r in ratios(one.rates, beside.rates)]
-        is_ours = contender.program == OURS
         rows.append(
             {
                 "contender": contender.program,
@@ -170,9 +169,10 @@ def measure_contenders(
                     for precision, rates in ours.items()
                     if contender != Contender(OURS, precision)
                 },
-                **({"operations": _longest(contenders[str(contender)])} if is_ours else {}),
             }
         )
+        if contender.program == OURS:
+            rows[-1]["operations"] = _longest(contenders[str(contender)])
     return rows, failed
 
 

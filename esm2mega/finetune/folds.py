@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import math
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,8 @@ from esm2mega.files import replacing, write_json
 from esm2mega.finetune.checkpoint import evaluate_task
 from esm2mega.finetune.run import UserParts, finetune, read_splits
 from esm2mega.parallel.errors import on_one_rank
-from esm2mega.report.folds import PREDICTIONS, SUMMARY, fold_dirs
+from esm2mega.report.curves import number
+from esm2mega.report.folds import PREDICTIONS, SUMMARY, fold_dir, fold_dirs
 
 _COUNTS = ("step", "num_labels", "num_sequences")
 
@@ -52,7 +52,7 @@ def cross_validate(
     Returns:
         A report for the reader, with mean and standard deviation of every metric.
     """
-    folds = [_fold_of(run, number, count) for number in range(1, count + 1)]
+    folds = [_fold_of(run, fold, count) for fold in range(1, count + 1)]
     _check(folds, parts)
     results = []
     for fold in folds:
@@ -66,20 +66,20 @@ def cross_validate(
     return [*lines, f"out-of-fold predictions: {Path(run.run_dir) / PREDICTIONS}"]
 
 
-def _fold_of(run: Run, number: int, count: int) -> Run:
-    fold = copy.deepcopy(run)
-    fold.run_dir = str(Path(run.run_dir) / f"fold_{number}")
-    fold.data.split = f"{FOLD}{number}/{count}"
-    return fold
+def _fold_of(run: Run, fold: int, count: int) -> Run:
+    changed = copy.deepcopy(run)
+    changed.run_dir = str(fold_dir(run.run_dir, fold))
+    changed.data.split = f"{FOLD}{fold}/{count}"
+    return changed
 
 
 def _check(folds: Sequence[Run], parts: UserParts) -> None:
     """Read all folds before the first one is trained: a class may be missing from one of them alone."""
-    for number, fold in enumerate(folds, 1):
+    for fold, run in enumerate(folds, 1):
         try:
-            read_splits(fold.data, fold.task, parts)
+            read_splits(run.data, run.task, parts)
         except UserError as error:
-            raise UserError(f"fold {number} of {len(folds)}: {error}") from None
+            raise UserError(f"fold {fold} of {len(folds)}: {error}") from None
 
 
 def folds_of(name: str) -> list[str]:
@@ -106,7 +106,7 @@ def _spread(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for result in results for name in result):
-        values = [_number(result.get(name)) for result in results]
+        values = [number(result, name) for result in results]
         known = np.array([value for value in values if value is not None])
         if name in _COUNTS or not len(known):
             continue
@@ -115,16 +115,11 @@ def _spread(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
-
-
 def _described(values: dict[str, Any]) -> str:
     """Describe what `_spread` found of a metric."""
     spread = "" if values["std"] is None else f" +- {values['std']:.2g}"
     of_all = len(values["values"])
-    missing = [str(number) for number, value in enumerate(values["values"], 1) if value is None]
+    missing = [str(fold) for fold, value in enumerate(values["values"], 1) if value is None]
     folds = f"{of_all} folds"
     if missing:
         folds = f"{of_all - len(missing)} of {of_all} folds; not defined in fold {', '.join(missing)}"
@@ -138,9 +133,9 @@ def _write(folder: Path, results: list[dict[str, Any]], metrics: dict[str, dict[
     ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "fold", "prediction", "label"])
-        for number, result in enumerate(results, 1):
+        for fold, result in enumerate(results, 1):
             for entry in result["predictions"]:
-                writer.writerow([entry["id"], number, _cell(entry["prediction"]), _cell(entry["label"])])
+                writer.writerow([entry["id"], fold, _cell(entry["prediction"]), _cell(entry["label"])])
     write_json(folder / SUMMARY, {"folds": len(results), "metrics": metrics})
 
 

@@ -138,7 +138,7 @@ class PredictJob(Job):
         assert self._labelled is not None
         for member in self._members:
             # RUN/checkpoints/step_N
-            table = training_table(real_path(member.start.path).parents[1])
+            table = training_table(real_path(member.start.path).parent.parent)
             if table is not None and (count := num_in_table(self._labelled, table)):
                 raise UserError(
                     f"--calibrate {self._labelled.path}: {count} of its {len(self._labelled)} proteins are "

@@ -20,7 +20,7 @@ from esm2mega.data.readers.base import require_columns
 from esm2mega.data.variants.wild_types import WildType, clean
 from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, read_json, write_json
-from esm2mega.infer.plan import Plan, ScoreOptions, plan_table
+from esm2mega.infer.plan import Plan, ScoreOptions, measured, plan_table
 from esm2mega.infer.score import Scored, described, measured_spearman, scorer, write_scored
 from esm2mega.infer.target import Mode
 from esm2mega.infer.variant_tables import Table, read_table, write_table
@@ -111,7 +111,8 @@ def score_assays(
                 scored = score(plan)
                 if ranks.is_main:
                     write_scored(path, plan, scored, options)
-            number, value = measured_spearman(plan, scored, MEASURED)
+            assert plan.table is not None
+            number, value = measured_spearman(scored, measured(plan.table, MEASURED))
             results.append((assay, number, value))
             notes += [f"{assay.id}: {line}" for line in described(plan)]
         if ranks.is_main:

@@ -17,7 +17,6 @@ from esm2mega.config.infer import inference_run, refuse_int8, validate_inference
 from esm2mega.config.launcher import world_size_from_environment
 from esm2mega.config.load import values_of
 from esm2mega.convert.start_point import asks_to_verify
-from esm2mega.data.labels.numbers import PLAIN
 from esm2mega.data.variants.variant import AMINO_ACIDS, Variant, ends_early, write_variant
 from esm2mega.data.variants.wild_types import WildType
 from esm2mega.errors import UserError
@@ -197,11 +196,11 @@ def write_scored(out: Path, plan: Plan, scored: Scored, options: ScoreOptions) -
     what = "sequences" if plan.whole else "variants"
     lines = [f"{out}: {len(table.rows) - len(plan.skipped):,} {what}", *described(plan)]
     if options.measured_column is not None:
-        number, value = measured_spearman(plan, scored, options.measured_column, options.numbers)
+        known = measured(table, options.measured_column, options.numbers)
+        number, value = measured_spearman(scored, known)
         name = f" of {scored.columns[-1]}" if plan.whole else ""
         lines.append(f"Spearman{name} with {options.measured_column}: {value:.4f} over {number:,} {what}")
-        missing = sum(m is None for m in measured(table, options.measured_column, options.numbers))
-        if missing:
+        if missing := known.count(None):
             lines.append(f"{missing:,} {what} have no number in {options.measured_column}")
     return lines
 
@@ -226,15 +225,16 @@ def described(plan: Plan) -> list[str]:
     return lines
 
 
-def measured_spearman(plan: Plan, scored: Scored, column: str, numbers: str = PLAIN) -> tuple[int, float]:
+def measured_spearman(scored: Scored, known: Sequence[float | None]) -> tuple[int, float]:
     """Return how many rows have a score and a measured number, and the rank correlation over them.
 
-    The arguments are those of `esm2mega.infer.plan.measured`.
+    Args:
+        scored: The scores.
+        known: The measured numbers, from `esm2mega.infer.plan.measured`.
     """
-    assert plan.table is not None
     pairs = [
         (number, values[-1])
-        for number, values in zip(measured(plan.table, column, numbers), scored.values, strict=True)
+        for number, values in zip(known, scored.values, strict=True)
         if number is not None and values is not None
     ]
     return len(pairs), spearman([number for number, _ in pairs], [score for _, score in pairs])

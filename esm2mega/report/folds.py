@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from esm2mega.errors import UserError
 from esm2mega.files import parse_json
 from esm2mega.report.decimals import four_decimals
 from esm2mega.report.overlay import plot_runs
-from esm2mega.report.results.charts import scrolling
+from esm2mega.report.results.charts import table
 from esm2mega.report.results.pictures import pictures_of_predictions
 from esm2mega.report.results.predictions import read_rows
 from esm2mega.report.run_records import read_config
@@ -33,7 +32,12 @@ def fold_dirs(folder: str | Path) -> list[Path]:
     path = Path(folder) / SUMMARY
     if not path.is_file():
         return []
-    return [Path(folder) / f"fold_{number}" for number in range(1, int(_summary(path)["folds"]) + 1)]
+    return [fold_dir(folder, number) for number in range(1, int(_summary(path)["folds"]) + 1)]
+
+
+def fold_dir(folder: str | Path, number: int) -> Path:
+    """Return the directory of the run of a fold, counted from 1."""
+    return Path(folder) / f"fold_{number}"
 
 
 def plot_folds(folder: str | Path) -> list[str]:
@@ -99,14 +103,16 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     if not metrics:
         return "<p>No metric is defined.</p>"
     count = max(len(found["values"]) for found in metrics.values())
-    names = ["metric", "mean", "standard deviation", *(f"fold {number}" for number in range(1, count + 1))]
-    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
-    rows = ""
-    for name, found in metrics.items():
-        values = [found.get("mean"), found.get("std"), *found["values"]]
-        cells = "".join(f"<td>{'' if value is None else four_decimals(value)}</td>" for value in values)
-        rows += f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>'
-    return scrolling(f"<tr>{heads}</tr>{rows}", "metric")
+    heads = ["metric", "mean", "standard deviation", *(f"fold {number}" for number in range(1, count + 1))]
+    rows = [
+        [name, *map(_shown, (found.get("mean"), found.get("std"), *found["values"]))]
+        for name, found in metrics.items()
+    ]
+    return table("Metrics of the folds", heads, rows)
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else four_decimals(value)
 
 
 def _pictures(path: Path, kind: str) -> str:

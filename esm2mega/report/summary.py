@@ -109,4 +109,4 @@ def _of_task(task: TaskRun) -> dict[str, str]:
 
 
 def _shown(value: float | None) -> str:
-    return "" if value is None else f"{four_decimals(value)}"
+    return "" if value is None else four_decimals(value)
