@@ -217,7 +217,10 @@ def evaluate(
                 micro_batch_tokens=micro_batch_tokens,
                 overrides=overrides,
             )
-        lines = [f"{name}: {_shown(value)}" for name, value in numbers.items()]
+        intervals = numbers.pop("intervals", {})
+        lines = [
+            f"{name}: {_shown(value)}{_interval(intervals.get(name))}" for name, value in numbers.items()
+        ]
         say(["", *lines] if number else lines)
 
 
@@ -259,6 +262,10 @@ def compare(
     result = run_compare((a, b), data, out, per_protein, overrides, load_code(code))
     if result is not None:
         say(lines(result))
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f" (95 % interval {ends[0]:.6g} to {ends[1]:.6g})"
 
 
 def _shown(value: Any) -> str:

@@ -208,7 +208,8 @@ def evaluate_model(
         loss: The loss of the training, if it was not a configured one.
 
     Returns:
-        Loss, metrics and counts by name; a metric that is not defined is None.
+        Loss, metrics and counts by name; a metric that is not defined is None. Under ``intervals`` stand the
+        95 % intervals of metrics by name.
     """
     code = GivenCode(make_head, loss)
     return evaluate_task(checkpoint, data, overrides=_settings(overrides), code=code)

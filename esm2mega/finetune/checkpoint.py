@@ -23,12 +23,11 @@ from esm2mega.data.labels.in_memory import Proteins
 from esm2mega.data.labels.schema import TargetInfo, with_columns
 from esm2mega.data.labels.splits import with_masks_beside
 from esm2mega.errors import UserError
-from esm2mega.files import check_out, write_json
-from esm2mega.finetune.bootstrap import bootstrap_intervals
-from esm2mega.finetune.evaluate import UNSEEN, Measured, measure, packs_of, task_recipe
+from esm2mega.files import check_out
+from esm2mega.finetune.evaluate import Measured, measure, packs_of, task_recipe
 from esm2mega.finetune.losses import TaskLossReduction, loss_of_task
 from esm2mega.finetune.metrics import check_packages
-from esm2mega.finetune.output import rows_of, shown_labels, shown_predictions
+from esm2mega.finetune.result import intervals_of, result_of, write_result
 from esm2mega.finetune.run import batch_spec
 from esm2mega.finetune.user_code import GivenCode, Predict
 from esm2mega.lora.base import open_base
@@ -39,7 +38,6 @@ from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress
 from esm2mega.train.evaluate import adapt_layout
 from esm2mega.train.finite import refuse_not_finite
-from esm2mega.train.loop import defined
 
 
 @dataclass(frozen=True)
@@ -182,12 +180,13 @@ def evaluate_task(
     Args:
         checkpoint: As for `open_task`.
         data: A table like that of training, or proteins in memory as `train_model` takes them.
-        out: JSON file for the result, with 95 % intervals and the prediction of every protein.
+        out: JSON file for the result, with the prediction of every protein.
         overrides: As for `open_task`.
         code: As for `open_task`.
 
     Returns:
-        Loss, metrics and counts; a loss or metric that is not defined is None.
+        Loss, metrics and counts; a loss or metric that is not defined is None. Under ``intervals`` stand
+        the 95 % intervals of metrics by name.
     """
     if out is not None:
         check_out(Path(out))
@@ -195,36 +194,12 @@ def evaluate_task(
     task = open_task(checkpoint, overrides, code, needs_loss=True)
     proteins = labelled(task, data)
     measured, is_main = run_task(task, proteins, "evaluate")
-    result: dict[str, Any] = {
-        "checkpoint": str(task.start.path),
-        "data": str(proteins.path),
-        "step": task.start.state["step"],
-        "loss": measured.loss,
-        **measured.metrics,
-        **({UNSEEN: measured.unseen} if measured.unseen else {}),
-        "num_labels": measured.num_labels,
-        "num_sequences": len(proteins),
-        "eval_recipe": task.recipe,
-    }
-    result = {name: defined(value) for name, value in result.items()}
+    step, checkpoint = task.start.state["step"], str(task.start.path)
+    result = result_of(measured, proteins, checkpoint, str(proteins.path), step, task.recipe)
+    intervals = intervals_of(measured, task.info, task.run)
     if out is not None and is_main:
-        found = measured.predictions
-        assert found is not None
-        run = task.run
-        intervals = bootstrap_intervals(found, task.info, run.task.bootstrap, run.seed)
-        examples = [
-            {"id": proteins.id(row), "prediction": prediction, "label": label}
-            for row, prediction, label in zip(
-                rows_of(found),
-                shown_predictions(found, task.info, proteins),
-                shown_labels(found, task.info, proteins),
-                strict=True,
-            )
-        ]
-        write_json(
-            Path(out), {**result, "intervals": intervals, "notes": proteins.notes, "predictions": examples}
-        )
-    return result
+        write_result(Path(out), result, intervals, measured, task.info, proteins)
+    return {**result, "intervals": intervals}
 
 
 def labelled(task: TaskCheckpoint, data: str | Path | Proteins, option: str = "--data") -> LabelledProteins:

@@ -19,7 +19,7 @@ import numpy as np
 from esm2mega.config.schema import Run
 from esm2mega.config.split import FOLD
 from esm2mega.convert.start_point import StartPoint
-from esm2mega.data.labels.splits import FOLDER
+from esm2mega.data.labels.splits import split_file
 from esm2mega.errors import UserError
 from esm2mega.files import replacing, write_json
 from esm2mega.finetune.checkpoint import evaluate_task
@@ -27,6 +27,7 @@ from esm2mega.finetune.run import UserParts, finetune, read_splits
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.report.curves import number
 from esm2mega.report.folds import PREDICTIONS, SUMMARY, fold_dir, fold_dirs
+from esm2mega.report.predicted import TEST_RESULT
 
 _COUNTS = ("step", "num_labels", "num_sequences")
 
@@ -57,8 +58,10 @@ def cross_validate(
     results = []
     for fold in folds:
         finetune(fold, parts, opened=opened, begun=begun, given=given)
-        out = Path(fold.run_dir) / "test.json"
-        evaluate_task(fold.run_dir, Path(fold.run_dir) / FOLDER / "test.csv", out, code=parts.code)
+        out = Path(fold.run_dir) / TEST_RESULT
+        # It is not there where somebody has removed it since the fold was trained.
+        if not on_one_rank(out.is_file):
+            evaluate_task(fold.run_dir, split_file(fold.run_dir, "test"), out, code=parts.code)
         results.append(on_one_rank(partial(_read, out)))
     metrics = _spread(results)
     on_one_rank(lambda: _write(Path(run.run_dir), results, metrics))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from esm2mega.checkpoint import layout
@@ -28,7 +29,7 @@ from esm2mega.data.labels.forms import SAID
 from esm2mega.data.labels.in_memory import Proteins, table_in_memory
 from esm2mega.data.labels.rows import Table, limited, read_table
 from esm2mega.data.labels.schema import TargetInfo
-from esm2mega.data.labels.splits import cut, with_split_column, write_splits
+from esm2mega.data.labels.splits import cut, split_file, with_split_column, write_splits
 from esm2mega.data.labels.stream import LabelledPacks, LabelledStream
 from esm2mega.data.overlap import check_overlap
 from esm2mega.data.stream.build import BatchSpec
@@ -36,14 +37,17 @@ from esm2mega.data.stream.recipe import proteins_hash
 from esm2mega.errors import UserError
 from esm2mega.files import first_of
 from esm2mega.finetune.defaults import choose, choose_batch
-from esm2mega.finetune.evaluate import UNSEEN, measure, packs_of, packs_to_a_label, task_recipe
+from esm2mega.finetune.evaluate import UNSEEN, Measured, measure, packs_of, packs_to_a_label, task_recipe
 from esm2mega.finetune.loaded_head import check_units, loaded_targets
 from esm2mega.finetune.losses import loss_of_task
 from esm2mega.finetune.metrics import check_packages
 from esm2mega.finetune.param_groups import scales_of, set_trainable
+from esm2mega.finetune.result import Intervals, interval_words, intervals_of, result_of, write_result
 from esm2mega.finetune.user_code import GivenCode
+from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.report.decimals import four_decimals
+from esm2mega.report.predicted import TEST_RESULT
 from esm2mega.train import users_code
 from esm2mega.train.build import HeadTraining, build
 from esm2mega.train.loop import Evaluation, LoopState
@@ -290,6 +294,11 @@ def _session(
     predict = code.predictor(run.task, info, trained_code)
     spec, train = batch_spec(run), splits.of["train"]
     recipe = task_recipe(run.task, run.data, run.seed, loss)
+    # Without a test split, validation is what is compared with the baseline.
+    compared = "test" if "test" in splits.of else "valid"
+    found: dict[str, Measured] = {}
+    intervals: Intervals = {}
+    test_file = Path(run.run_dir) / TEST_RESULT
 
     def evaluation(split: str, limit: int) -> Evaluation | None:
         if split not in splits.of:
@@ -300,22 +309,39 @@ def _session(
             measured = measure(
                 *(built.state.model, loss, predict, packs, info, ranks),
                 abandon=abandon,
-                baseline=split == "test",
+                baseline=split == compared,
             )
             if measured is None:
                 return None
+            found[split] = measured
             named = {f"{split}_{name}": value for name, value in measured.metrics.items()}
             unseen = {f"{split}_{UNSEEN}": measured.unseen} if measured.unseen else {}
             return {f"{split}_loss": measured.loss, **named, **unseen, "eval_recipe": recipe}
 
         return evaluate
 
+    def tested(checkpoint: Path, step: int) -> None:
+        measured, proteins = found["test"], splits.of["test"]
+        data = proteins.path if splits.cut is None else split_file(run.run_dir, "test")
+        outcome = result_of(measured, proteins, str(checkpoint), str(data), step, recipe)
+        intervals.update(intervals_of(measured, info, run))
+
+        def write() -> None:
+            if not measured.not_finite:
+                write_result(test_file, outcome, intervals, measured, info, proteins)
+
+        on_one_rank(write)
+
     def result(record: dict[str, Any], split: str) -> str:
         if record[f"{split}_loss"] is None:
             return "loss none: nothing to predict"
         headline = HEADLINES[info.kind]
         value = four_decimals(record[f"{split}_{headline}"])
-        return f"loss {four_decimals(record[f'{split}_loss'])}, {headline} {value}"
+        words = f"loss {four_decimals(record[f'{split}_loss'])}, {headline} {value}"
+        if split != "test":
+            return words
+        interval = interval_words(intervals.get(headline))
+        return f"{words}{interval and f' ({interval})'}; all metrics and predictions are in {test_file}"
 
     valid = splits.of.get("valid")
     columns = [*run.task.target_columns, *dict.fromkeys(filter(None, masks_of(run.task)))]
@@ -348,6 +374,7 @@ def _session(
         ],
         result=result,
         training_values=lambda metrics: {name: metrics[name] for name in loss.names},
+        tested=tested,
     )
 
 

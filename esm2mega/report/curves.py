@@ -117,8 +117,10 @@ class TaskRun:
         valid: Metric -> its values on the validation split, by the last recipe alone.
         test: Metric -> its value on the test split; empty before the test.
         test_step: The step whose weights were tested; None before the test.
-        baseline: Metric -> what a predictor that knows only the training labels has on the test split; it has
-            none where the metric is not defined for a constant, as correlations are not.
+        baseline: Metric -> what a predictor that knows only the training labels has on the test split, or on
+            the validation split of a run without one; it has none where the metric is not defined for a
+            constant, as correlations are not.
+        baseline_split: The split of the baseline, in words.
     """
 
     headline: str
@@ -126,6 +128,7 @@ class TaskRun:
     test: dict[str, float]
     test_step: int | None
     baseline: dict[str, float]
+    baseline_split: str = "test"
 
     def best(self, metric: str) -> tuple[int, float] | None:
         """Return step and value of the best validation, the first of equal ones; None where there is none."""
@@ -161,14 +164,15 @@ def task_run(evaluations: Sequence[Record], tests: Sequence[Record], kind: str |
     valid = {
         name.removeprefix(_VALID): found
         for name in dict.fromkeys(name for record in evaluations for name in record)
-        if name.startswith(_VALID) and (found := curve(evaluations, name))[0]
+        if name.startswith(_VALID)
+        and not name.startswith(f"{_VALID}{_BASELINE}")
+        and (found := curve(evaluations, name))[0]
     }
     last = tests[-1] if tests else {}
-    test = {
-        name.removeprefix(_TEST): value
-        for name in last
-        if name.startswith(_TEST) and (value := number(last, name)) is not None
-    }
+    test, baseline = _values(last, _TEST), _values(last, f"{_TEST}{_BASELINE}")
+    # Without a test split, the records of validation have the baseline.
+    if not tests and evaluations:
+        baseline = _values(evaluations[-1], f"{_VALID}{_BASELINE}")
     # A metric that was never defined has no curve, but says as well what the task is.
     named = {name.removeprefix(_VALID) for record in evaluations for name in record}
     headline = (
@@ -181,5 +185,12 @@ def task_run(evaluations: Sequence[Record], tests: Sequence[Record], kind: str |
         valid,
         {name: value for name, value in test.items() if not name.startswith(_BASELINE)},
         int(last["step"]) if "step" in last else None,
-        {name.removeprefix(_BASELINE): value for name, value in test.items() if name.startswith(_BASELINE)},
+        baseline,
+        "test" if tests else "validation",
     )
+
+
+def _values(record: Record, prefix: str) -> dict[str, float]:
+    """Return the numbers of a record whose names begin with `prefix`, by their names without it."""
+    named = {name.removeprefix(prefix): number(record, name) for name in record if name.startswith(prefix)}
+    return {name: value for name, value in named.items() if value is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ from esm2mega.errors import UserError
 from esm2mega.files import parse_json
 from esm2mega.report.decimals import four_decimals
 from esm2mega.report.overlay import plot_runs
+from esm2mega.report.predicted import TEST_RESULT, pictures_of_results, read_tested
 from esm2mega.report.results.charts import table
-from esm2mega.report.results.pictures import pictures_of_predictions
-from esm2mega.report.results.predictions import read_rows
 from esm2mega.report.run_records import read_config
 
 PREDICTIONS, SUMMARY = "folds.csv", "folds.json"
 """Name, in the directory of a cross-validation, the predictions of all folds and the metrics over them."""
 
-_DRAWN = ("regression", "classification", "token_classification")
-"""Lists the kinds whose predictions a cell of `PREDICTIONS` holds as text or as one number."""
+_CURE = "run `esm2mega finetune --folds` again, which keeps finished folds"
 
 
 def fold_dirs(folder: str | Path) -> list[Path]:
@@ -54,13 +51,11 @@ def plot_folds(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     runs = fold_dirs(folder)
-    kind = read_config(runs[0]).get("task.kind", "")
     sections = [f"<h2>Over the folds</h2>\n{_metrics(_summary(folder / SUMMARY)['metrics'])}"]
-    if pictures := _pictures(folder / PREDICTIONS, kind):
-        sections.append(
-            "<h2>Predictions of proteins that were not trained on</h2>\n"
-            f'<div class="pictures">{pictures}</div>'
-        )
+    kind = read_config(runs[0]).get("task.kind", "")
+    tests = [read_tested(run / TEST_RESULT, kind, f"remove it, and {_CURE}") for run in runs]
+    if pictures := pictures_of_results([test for test in tests if test is not None], kind):
+        sections.append(f"<h2>Predictions of proteins that were not trained on</h2>\n{pictures}")
     return plot_runs(runs, folder, "\n".join(sections))
 
 
@@ -70,7 +65,7 @@ def _summary(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         found = None
     if not _is_summary(found):
-        raise _damaged(path)
+        raise UserError(f"{path}: is damaged; {_CURE}")
     return dict(found)
 
 
@@ -94,10 +89,6 @@ def _is_number_or_none(value: object) -> bool:
     return value is None or isinstance(value, (int, float))
 
 
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path}: is damaged; run `esm2mega finetune --folds` again, which keeps finished folds")
-
-
 def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a table of the metrics: mean, standard deviation, and the value of every fold."""
     if not metrics:
@@ -113,17 +104,3 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _shown(value: float | None) -> str:
     return "" if value is None else four_decimals(value)
-
-
-def _pictures(path: Path, kind: str) -> str:
-    """Return the pictures of all predictions, where a protein has one prediction that can be drawn."""
-    if kind not in _DRAWN:
-        return ""
-    columns = ("id", "prediction", "label")
-    try:
-        # Several targets are objects.
-        rows = [row for row in read_rows(path) if not row["prediction"].startswith("{")]
-        kept = [{name: row[name] for name in columns} for row in rows]
-        return "".join(pictures_of_predictions(kept, kind))
-    except (OSError, LookupError, ValueError, AttributeError, csv.Error):
-        raise _damaged(path) from None

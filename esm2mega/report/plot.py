@@ -10,6 +10,7 @@ from pathlib import Path
 from esm2mega.files import real_path, replacing
 from esm2mega.report.curves import TaskRun, loss_label
 from esm2mega.report.figure import figure_of, png_of
+from esm2mega.report.predicted import TEST_RESULT, Tested, read_tested, section_of
 from esm2mega.report.results.charts import scrolling
 from esm2mega.report.results.page import sections_of
 from esm2mega.report.results.suite import Suite
@@ -64,7 +65,7 @@ def plot_run(run_dir: str | Path, benchmarks: Benchmarks | None = None) -> PlotF
     label = loss_label(run.config, run.task is not None)
     name = real_path(run_dir).name
     png = png_of(figure_of(name, run.train, run.evaluations, run.downstream, run.task, label))
-    page = _html(name, run, summary, benchmarks)
+    page = _html(name, run, summary, _tested(run_dir, run), benchmarks)
     return PlotFiles(*write_report(run_dir, png, page), summary)
 
 
@@ -89,6 +90,7 @@ _BODY = """<h1>{title}</h1>
 <h2>Curves</h2>
 <p>Put the pointer on a curve to read its values.</p>
 {charts}
+{predictions}
 {benchmarks}
 {config}"""
 
@@ -102,8 +104,23 @@ _TASK_FOOTER = (
 )
 
 
+def _tested(run_dir: Path, run: RunRecords) -> Tested | None:
+    """Return what the test of a fine-tuning found, if its file is that of the logged test."""
+    if run.task is None or run.task.test_step is None:
+        return None
+    path, kind = run_dir / TEST_RESULT, run.config.get("task.kind", "")
+    found = read_tested(
+        path, kind, f"write it anew with `esm2mega evaluate {run_dir} --data TABLE --out {path}`"
+    )
+    return found if found is not None and found.step == run.task.test_step else None
+
+
 def _html(
-    title: str, run: RunRecords, summary: Mapping[str, str], benchmarks: Benchmarks | None = None
+    title: str,
+    run: RunRecords,
+    summary: Mapping[str, str],
+    tested: Tested | None,
+    benchmarks: Benchmarks | None,
 ) -> str:
     section = ""
     if run.config:
@@ -112,8 +129,9 @@ def _html(
     body = _BODY.format(
         title=html.escape(title),
         summary=_rows(summary),
-        metrics="" if run.task is None else _metrics(run.task),
+        metrics="" if run.task is None else _metrics(run.task, {} if tested is None else tested.intervals),
         charts=charts_of_run(run),
+        predictions="" if tested is None else section_of(tested, run.config.get("task.kind", "")),
         benchmarks="" if benchmarks is None else _benchmarks(benchmarks),
         config=section,
     )
@@ -133,14 +151,15 @@ def _benchmarks(found: Benchmarks) -> str:
     )
 
 
-def _metrics(task: TaskRun) -> str:
-    """Return a table of all metrics of a fine-tuning."""
-    names = ("metric", "last validation", "best validation", "test", "baseline on the test")
+def _metrics(task: TaskRun, intervals: Mapping[str, tuple[float, float]]) -> str:
+    """Return a table of all metrics of a fine-tuning, and of their 95 % intervals on the test."""
+    test = "test (95 % interval)" if intervals else "test"
+    names = ("metric", "last validation", "best validation", test, f"baseline on the {task.baseline_split}")
     heads = "".join(f'<th scope="col">{name}</th>' for name in names)
     rows = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th>'
         f"{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-        for name, *cells in metrics_table(task)
+        for name, *cells in metrics_table(task, intervals)
     )
     return f"<h2>Metrics</h2>\n{scrolling(f'<tr>{heads}</tr>{rows}', 'Metrics')}"
 

@@ -69,8 +69,13 @@ def summarise_downstream(curves: Mapping[str, Curve]) -> dict[str, str]:
     }
 
 
-def metrics_table(task: TaskRun) -> list[list[str]]:
-    """Return a row for each metric of a fine-tuning: name, last validation, best one, test and baseline."""
+def metrics_table(task: TaskRun, intervals: Mapping[str, tuple[float, float]]) -> list[list[str]]:
+    """Return a row for each metric of a fine-tuning: name, last validation, best one, test and baseline.
+
+    Args:
+        task: What was measured.
+        intervals: Metric -> 95 % interval on the test.
+    """
     rows = []
     for name in task.metrics:
         steps, values = task.valid.get(name, ([], []))
@@ -80,7 +85,7 @@ def metrics_table(task: TaskRun) -> list[list[str]]:
                 name,
                 _shown(values[-1] if values else None),
                 "" if best is None else f"{four_decimals(best[1])} (step {best[0]:,})",
-                _shown(task.test.get(name)),
+                _with_interval(task.test.get(name), intervals.get(name)),
                 _shown(task.baseline.get(name)),
             ]
         )
@@ -96,16 +101,25 @@ def _of_task(task: TaskRun) -> dict[str, str]:
     elif task.valid:
         rows[f"Validation {name}"] = f"{_NOT_DEFINED} for these predictions"
     if task.test_step is not None:
-        value, known = task.test.get(name), task.baseline.get(name)
+        value = task.test.get(name)
         rows[f"Test {name}"] = (
             f"{_NOT_DEFINED}" if value is None else f"{four_decimals(value)} at step {task.test_step:,}"
         )
-        rows["Baseline on the test"] = (
+    if task.test_step is not None or task.baseline:
+        known = task.baseline.get(name)
+        rows[f"Baseline on the {task.baseline_split}"] = (
             f"{_NOT_DEFINED}: it predicts the same for all"
             if known is None
             else f"{name} {four_decimals(known)}"
         )
     return rows
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None or interval is None:
+        return _shown(value)
+    low, high = map(four_decimals, interval)
+    return f"{four_decimals(value)} ({low} to {high})"
 
 
 def _shown(value: float | None) -> str:

@@ -80,6 +80,8 @@ class Session:
         verification: Compares the files of the data with their checksums, in the background on one rank;
             None for data without any. Closed at the end.
         begin: Writes further files, on one process, when the run may write into its directory; None for none.
+        tested: Takes the checkpoint that was tested and its step, on all ranks together, and writes what the
+            test found; None for nothing.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Session:
     verification: BackgroundVerification | None = None
     downstream: Measurement | None = None
     begin: Callable[[], None] | None = None
+    tested: Callable[[Path, int], None] | None = None
 
 
 def run_session(
@@ -336,13 +339,16 @@ def _test(run: Run, session: Session, loop: LoopState) -> Evaluation | None:
     if evaluate is None or run.task.kind is None:
         return evaluate
 
-    def with_best_weights(abandon: Callable[[], bool]) -> dict[str, float] | None:
+    def with_best_weights(abandon: Callable[[], bool]) -> dict[str, Any] | None:
         best = _best_to_load(run, loop.step)
-        if best is None:
-            return evaluate(abandon)
-        load_weights(best.path, session.built.state.model, session.built.saved)
+        path, step = layout.step_dir(run.run_dir, loop.step), loop.step
+        if best is not None:
+            path, step = best.path, best.step
+            load_weights(path, session.built.state.model, session.built.saved)
         record = evaluate(abandon)
-        return None if record is None else {**record, "step": best.step}
+        if record is not None and session.tested is not None:
+            session.tested(path, step)
+        return None if record is None else {**record, "step": step}
 
     return with_best_weights
 

@@ -151,7 +151,7 @@ def write_splits(
     folder = Path(run_dir) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for split, table in tables.items():
-        path = folder / f"{split}.csv"
+        path = split_file(run_dir, split)
         before = path.read_bytes() if path.is_file() and is_resumed else None
         with replacing(path) as partial:
             with partial.open("w", newline="", encoding="utf-8") as file:
@@ -174,9 +174,14 @@ def write_splits(
             partial.write_text("".join(f">{name}\n{mask}\n" for name, mask in masks.items()), "utf-8")
 
 
+def split_file(run_dir: str | Path, split: str) -> Path:
+    """Return the table that `write_splits` writes for a split."""
+    return Path(run_dir) / FOLDER / f"{split}.csv"
+
+
 def training_table(run_dir: Path) -> Path | None:
     """Return the table of the proteins that a run was trained on, if `write_splits` wrote it."""
-    path = run_dir / FOLDER / f"{TRAIN}.csv"
+    path = split_file(run_dir, TRAIN)
     return path if path.is_file() else None
 
 

@@ -80,7 +80,7 @@ def check_doors(trained: TrainedModel, kind: str, folder: Path, *code: str, **gi
     arguments = ["evaluate", str(checkpoint), "--data", str(path), "--out", str(result), *words]
     assert main([*arguments, "task.bootstrap=0"]) == 0
     by_command = json.loads(result.read_text())
-    by_program = evaluate_model(checkpoint, rows, **given)
+    by_program = evaluate_model(checkpoint, rows, ["task.bootstrap=0"], **given)
     assert by_program | {"data": ""} == {name: by_command[name] for name in by_program} | {"data": ""}
     logged = {n: v for n, v in trained.metrics.items() if n.startswith("valid_") and not np.isnan(v)}
     assert logged == {name: by_command[name.removeprefix("valid_")] for name in logged}

@@ -13,15 +13,21 @@ from esm2mega.report.folds import fold_dirs, plot_folds
 from esm2mega.report.log import JsonlLog
 
 
-def make(folder: Path, kind: str, rows: list[str], metrics: dict[str, object]) -> Path:
-    for number in (1, 2):
+def example(name: str, prediction: object, label: object) -> dict[str, object]:
+    return {"id": name, "prediction": prediction, "label": label}
+
+
+def make(folder: Path, kind: str, tests: list[list[object]], metrics: dict[str, object]) -> Path:
+    """Write a cross-validation of two folds with the predictions of their tests."""
+    for number, examples in enumerate(tests, 1):
         run = folder / f"fold_{number}"
         with JsonlLog(run / "log.jsonl") as log:
             log.write({"kind": "train", "step": 2, "loss": 1.0 + number, "lr": 1e-3})
             log.write({"kind": "eval", "step": 2, "valid_loss": 0.5 * number, "eval_recipe": "ab"})
         (run / "config.yaml").write_text(f"task:\n  kind: {kind}\ndata:\n  split: fold:{number}/2\n")
+        result = {"data": "t.csv", "step": 2, "intervals": {}, "predictions": examples}
+        (run / "test.json").write_text(json.dumps(result))
     (folder / "folds.json").write_text(json.dumps({"folds": 2, "metrics": metrics}))
-    (folder / "folds.csv").write_text("\n".join(["id,fold,prediction,label", *rows]) + "\n")
     return folder
 
 
@@ -31,9 +37,9 @@ def spread(*values: float | None) -> dict[str, object]:
 
 
 def test_numbers_are_drawn_against_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = ["a,1,0.5,0.75", "b,2,1.5,1.25", "c,2,2.5,"]
+    tests = [[example("a", 0.5, 0.75)], [example("b", 1.5, 1.25), example("c", 2.5, None)]]
     metrics = {"spearman": spread(0.5, None), "mse": spread(1e-19, 3e-19)}
-    folder = make(tmp_path / "run", "regression", rows, metrics)
+    folder = make(tmp_path / "run", "regression", tests, metrics)
     assert main(["plot", str(folder)]) == 0
     assert capsys.readouterr().out.splitlines() == [str(folder / "report.png"), str(folder / "report.html")]
     page = (folder / "report.html").read_text()
@@ -46,19 +52,24 @@ def test_numbers_are_drawn_against_labels(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "picture"),
+    ("kind", "tests", "picture"),
     [
-        ("classification", ["a,1,in,in", "b,2,in,out"], "known"),
-        ("token_classification", ["a,1,HHE,HEE", "b,2,EE,E-"], "known"),
-        ("regression", ['a,1,"{""x"": 1.0, ""y"": 2.0}","{""x"": 1.0, ""y"": null}"'], None),
-        ("multilabel", ['a,1,"[""in""]","[""out""]"'], None),
-        ("contact", ['a,1,"[[0, 9, 0.5]]","[[0, 9]]"'], None),
+        ("classification", [[example("a", "in", "in")], [example("b", "in", "out")]], "known"),
+        ("token_classification", [[example("a", "HHE", "HEE")], [example("b", "EE", "E-")]], "known"),
+        ("token_regression", [[example("a", [0.5, None], [1.5, 2.0])], []], "Predicted against measured"),
+        (
+            "regression",
+            [[example("a", {"x": 1.0, "y": 2.0}, {"x": 1.5, "y": 2.5})], []],
+            "Predicted against measured of x",
+        ),
+        ("multilabel", [[example("a", ["in"], ["out"])], []], None),
+        ("contact", [[example("a", [[0, 9, 0.5]], [[0, 9]])], []], None),
     ],
 )
 def test_each_kind_has_the_pictures_that_its_file_allows(
-    tmp_path: Path, kind: str, rows: list[str], picture: str | None
+    tmp_path: Path, kind: str, tests: list[list[object]], picture: str | None
 ) -> None:
-    folder = make(tmp_path / "run", kind, rows, {"loss": spread(1.0, 2.0)})
+    folder = make(tmp_path / "run", kind, tests, {"loss": spread(1.0, 2.0)})
     plot_folds(folder)
     page = (folder / "report.html").read_text()
     assert ("Predictions of proteins that were not trained on" in page) == (picture is not None)
@@ -69,17 +80,19 @@ def test_what_is_no_cross_validation_and_what_is_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fold_dirs(tmp_path) == []
-    folder = make(tmp_path / "run", "regression", [], {})
+    folder = make(tmp_path / "run", "regression", [[], []], {})
     assert fold_dirs(folder) == [folder / "fold_1", folder / "fold_2"]
     plot_folds(folder)
     assert "No metric is defined." in (folder / "report.html").read_text()
     assert main(["plot", str(folder), "--results", "r"]) == 2
     assert "--results r is for the page of one run; name one of the folds" in capsys.readouterr().err
-    (folder / "folds.csv").write_text("id,fold,prediction,label\na,1,high,0.5\n")
-    with pytest.raises(UserError, match=r"folds.csv: is damaged; run"):
-        plot_folds(folder)
-    (folder / "folds.csv").unlink()
-    with pytest.raises(UserError, match=r"folds.csv: is damaged; run"):
+    result = folder / "fold_2" / "test.json"
+    for damage in ("", "[]", '{"step": 2}', json.dumps({**json.loads(result.read_text()), "intervals": 1})):
+        result.write_text(damage)
+        with pytest.raises(UserError, match=r"fold_2/test.json: is damaged; remove it, and run"):
+            plot_folds(folder)
+    make(folder, "regression", [[example("a", "high", 0.5)], []], {})
+    with pytest.raises(UserError, match=r"fold_1/test.json: is damaged; remove it, and run"):
         plot_folds(folder)
     odd_metrics = ('{"folds": 2, "metrics": {"a": 1}}', '{"folds": 2, "metrics": {"a": {"mean": "x"}}}')
     for damage in (

@@ -1,6 +1,7 @@
 """The report shows the right numbers, needs no network, and refuses a run without records."""
 
 import html
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -311,6 +312,43 @@ def test_a_regression_has_its_error_beside_a_baseline(task_dir):
     assert classes.drawn == ["accuracy"]
 
 
+def test_without_a_test_split_the_baseline_is_that_of_validation(task_dir):
+    more = {"valid_baseline_rmse": 1.25, "valid_baseline_mae": 1.0}
+    task = task_run([task_evaluation(10, 0.5, **more), task_evaluation(20, 0.25, **more)], [], "regression")
+    assert (task.baseline, task.baseline_split) == ({"rmse": 1.25, "mae": 1.0}, "validation")
+    assert "baseline_rmse" not in task.metrics, "a level, and no curve"
+    rows = summarise([], [task_evaluation(10, 0.5, **more)], task)
+    assert rows["Baseline on the validation"] == "not defined: it predicts the same for all"
+    _, error, *_ = figure_of("run", [], [task_evaluation(10, 0.5)], None, task).axes
+    assert "baseline on the validation (1.250)" in {line.get_label() for line in error.get_lines()}
+    (task_dir / "log.jsonl").unlink()
+    with JsonlLog(task_dir / "log.jsonl") as log:
+        log.write(task_evaluation(10, 0.5, **more))
+    text = "".join(parse(plot_run(task_dir).html).text)
+    assert "baseline on the validation: 1.25" in text and "1.2500" in text
+
+
+def test_the_predictions_of_the_test_are_drawn(task_dir):
+    examples = [{"id": "a", "prediction": 0.5, "label": 0.75}, {"id": "b", "prediction": 1.5, "label": None}]
+    result = {
+        "data": "splits/<test>.csv",
+        "step": 20,
+        "intervals": {"mse": [0.5, 0.75]},
+        "predictions": examples,
+    }
+    (task_dir / "test.json").write_text(json.dumps(result))
+    text = "".join(parse(plot_run(task_dir).html).text)
+    assert "Predicted against measured" in text and "0.6250 (0.5000 to 0.7500)" in text
+    assert "2 proteins of splits/<test>.csv, by the weights of step 20; from test.json." in text
+    # What was written for another checkpoint is not what the log says.
+    (task_dir / "test.json").write_text(json.dumps({**result, "step": 30}))
+    text = "".join(parse(plot_run(task_dir).html).text)
+    assert "Predicted against measured" not in text and "95 %" not in text
+    (task_dir / "test.json").write_text("{")
+    with pytest.raises(UserError, match=r"test.json: is damaged; write it anew with `esm2mega evaluate "):
+        plot_run(task_dir)
+
+
 def test_the_longest_name_of_a_loss_stays_beside_its_panel(task_dir):
     records = read_log(task_dir / "log.jsonl")
     kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "eval", "test")}
@@ -328,9 +366,11 @@ def test_metrics_of_a_fine_tuning_by_their_direction(task_dir):
     records = read_log(task_dir / "log.jsonl")
     others = [task_evaluation(5, 0.99, recipe="b" * 12)]
     task = task_run([*others, *(r for r in records if r["kind"] == "eval")], records[-1:], None)
-    rows = {name: cells for name, *cells in metrics_table(task)}
+    rows = {name: cells for name, *cells in metrics_table(task, {"mse": (0.5, 2e-5)})}
     assert rows["spearman"] == ["0.5000", "0.7500 (step 20)", "0.6250", ""], "of the last recipe alone"
-    assert rows["mse"] == ["0.5000", "0.2500 (step 10)", "0.6250", "1.5000"], "less is better"
+    assert rows["mse"] == [*("0.5000", "0.2500 (step 10)", "0.6250 (0.5000 to 2e-05)", "1.5000")], (
+        "less is better"
+    )
     assert next(iter(rows)) == "spearman"
 
 
