@@ -26,6 +26,7 @@ def on_this_machine(run: Run) -> Run:
     run.logging = LoggingConfig()
     run.data.workers = DataConfig.workers
     run.data.limit = DataConfig.limit
+    run.data.first_residue = DataConfig.first_residue  # of the file data.wild_type, a path that is forgotten
     run.parallel.timeout_minutes = ParallelConfig.timeout_minutes
     for key in ("layer_spec", "attention_backend", "recompute", "compile", "fp8", "fp8_recipe"):
         setattr(run.model, key, getattr(ModelConfig, key))

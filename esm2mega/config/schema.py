@@ -86,6 +86,7 @@ class DataConfig:
     id_column: str | None = None
     wild_type: str | None = _path()
     mutation_column: str = "mutant"
+    first_residue: int = 1
     numbers: str = _choice("plain", "plain", "decimal_comma", "thousands_comma")
     max_seq_length: int = 1024
     crop: str = _choice("random", "random", "start", "chunk")

@@ -93,7 +93,7 @@ def labelled_in_memory(given: Proteins, task: TaskConfig, data: DataConfig, name
             continue
         text = _text(cells[column], location)
         if options.wild_type is not None:
-            text = variant_at(location, text, options.wild_type)
+            text = variant_at(location, text, options)
         yield location, identifier, vocabulary.encode_residues(residues_of(text, location, identifier)), cells
 
 

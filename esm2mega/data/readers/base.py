@@ -73,6 +73,8 @@ class SourceOptions:
         drop_empty: leave rows without a sequence out and count them, instead of refusing the file.
         wild_type: protein of which `sequence_column` holds variants, such as ``A24G``, in place of sequences;
             None where it holds sequences.
+        first_residue: number that the variants give to the first residue of this protein.
+        sequences_beside: column of sequences of a table without the column of variants.
         set_by: how the user sets these in the command at hand: by its options, by the keys of the section
             ``data``, or not at all. It decides the cures in messages, and nothing about what is read.
     """
@@ -83,8 +85,17 @@ class SourceOptions:
     drop_empty: bool = False
     # Not in the text that names a cache, which readers add it to: names without it are as they always were.
     wild_type: str | None = field(default=None, repr=False)
+    first_residue: int = field(default=1, repr=False)
+    sequences_beside: str | None = field(default=None, repr=False)
     # Not in the text that names a cache: what is read does not depend on it.
     set_by: Literal["options", "keys", "nothing"] = field(default="options", repr=False, compare=False)
+
+    @property
+    def of_variants(self) -> str:
+        """Return, as text, what decides which sequences variants stand for; empty for tables of sequences."""
+        if self.wild_type is None:
+            return ""
+        return self.wild_type if self.first_residue == 1 else f"{self.wild_type} from {self.first_residue}"
 
     def setting(self, name: str, value: str) -> str | None:
         """Return what the user writes to give one of the columns another name; None if nothing does."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from esm2mega.config.schema import DataConfig
 from esm2mega.data.readers.base import (
     MISSING_VALUES,
     Block,
@@ -18,12 +20,13 @@ from esm2mega.data.readers.base import (
     require_columns,
     residues_of,
 )
+from esm2mega.data.variants.notation import looks_like_variant
 from esm2mega.data.variants.sequences import mutated_sequence
 from esm2mega.errors import UserError
 from esm2mega.files import shortened
 
-_VARIANTS = "mutant"
-"""Is the name of columns of variants in the tables of the field."""
+_VARIANTS = ("mutant", "mutants", "mutation", "mutations", "variant", "variants", "hgvs_pro", "aa_change")
+"""Lists the names of columns of variants in the tables of the field, in lower case."""
 
 
 class TableReader(RecordSource):
@@ -48,7 +51,12 @@ class TableReader(RecordSource):
         """Yield the line of each row and all its cells by column."""
 
     def notes(self) -> list[str]:
-        return [] if self.id_column else [f"{self.path}: has no 'id', so the ids are {self.numbers}"]
+        notes = []
+        if self.options.wild_type is None and self.options.sequences_beside is not None:
+            notes.append(f"{self.path}: has no column of variants, so {self.sequence_column!r} is read")
+        if self.id_column is None:
+            notes.append(f"{self.path}: has no 'id', so the ids are {self.numbers}")
+        return notes
 
     def records(self, block: Block) -> Iterator[Record]:
         for line, cells in self.rows(block):
@@ -64,11 +72,14 @@ class TableReader(RecordSource):
 
     def _find_columns(self, columns: Sequence[str], options: SourceOptions, what: str = "column") -> None:
         """Set the attributes; `what` is the word of the format for a column."""
+        variants, sequences = options.sequence_column, options.sequences_beside
+        if sequences is not None and variants not in columns and sequences in columns:
+            options = replace(options, sequence_column=sequences, wild_type=None)
         self.options, self.columns = options, columns
         self.sequence_column, self.id_column = find_columns(self.path, columns, options, what)
 
     def _reading(self) -> str:
-        return repr((self.options, self.id_column)) + (self.options.wild_type or "")
+        return repr((self.options, self.id_column)) + self.options.of_variants
 
 
 def table_record(
@@ -98,9 +109,11 @@ def table_record(
         if options.drop_empty:
             return Record(name, b"", line)
         shown = "is empty" if not sequence else f"{sequence!r} is a missing value"
+        what = "sequence" if options.wild_type is None else "variant"
+        leave_out = ", or leave such rows out with `esm2mega prepare fasta --drop-empty`"
         raise UserError(
-            f"{source.location(line)}: the sequence of {name!r} {shown}; complete or remove the row, or "
-            "leave such rows out with `esm2mega prepare fasta --drop-empty`"
+            f"{source.location(line)}: the {what} of {name!r} {shown}; complete or remove the row"
+            f"{leave_out if options.set_by == 'options' else ''}"
         )
     if not isinstance(sequence, str):
         setting = options.setting("sequence_column", "NAME")
@@ -110,14 +123,20 @@ def table_record(
             f"not a sequence; {cure}"
         )
     if options.wild_type is not None:
-        sequence = variant_at(source.location(line), sequence, options.wild_type)
+        sequence = variant_at(source.location(line), sequence, options)
+    elif options.set_by == "keys" and looks_like_variant(sequence):
+        raise UserError(
+            f"{source.location(line)}: {shortened(sequence)} is a variant, not a sequence; name its protein "
+            f"with data.wild_type=FILE.fasta data.mutation_column={options.sequence_column}"
+        )
     return Record(name, residues_of(sequence, source.location(line), name), line)
 
 
-def variant_at(location: str, text: str, wild_type: str) -> str:
-    """Return the sequence of a variant; errors name the location."""
+def variant_at(location: str, text: str, options: SourceOptions) -> str:
+    """Return the sequence of a variant of the wild type of `options`; errors name the location."""
+    assert options.wild_type is not None
     try:
-        return mutated_sequence(text, wild_type)
+        return mutated_sequence(text, options.wild_type, options.first_residue)
     except UserError as error:
         raise UserError(f"{location}: {error}") from None
 
@@ -155,8 +174,10 @@ def _require(path: Path, available: Sequence[str], options: SourceOptions, setti
         hint = f"rename {by_lower[near[0]]!r}" if near else "rename one of them"
     else:
         hint = f"did you mean {cure}?" if near else f"name one of them with {cure}"
-        if "data.sequence_column=" in cure and _VARIANTS in by_lower:
-            hint = f"set data.wild_type=FILE.fasta if {by_lower[_VARIANTS]!r} holds variants of one protein"
+        variants = next((by_lower[each] for each in _VARIANTS if each in by_lower), None)
+        if "data.sequence_column=" in cure and variants is not None:
+            column = "" if variants == DataConfig.mutation_column else f" data.mutation_column={variants}"
+            hint = f"set data.wild_type=FILE.fasta{column} if {variants!r} holds variants of one protein"
     require_columns(str(path), available, [name], hint, what)
 
 

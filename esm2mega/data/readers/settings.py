@@ -19,6 +19,8 @@ def options_of(data: DataConfig) -> SourceOptions:
         sequence_column=data.sequence_column if wild_type is None else data.mutation_column,
         id_column=data.id_column,
         wild_type=wild_type,
+        first_residue=data.first_residue,
+        sequences_beside=None if wild_type is None else data.sequence_column,
         set_by="keys",
     )
 

@@ -140,7 +140,7 @@ def _store_name(path: str, options: SourceOptions, allow_unknown: bool) -> str:
         FORMAT_VERSION,
     )
     # Not in every name, as below.
-    parts += tuple(part for part in (options.wild_type, split_sheet(path)[1]) if part is not None)
+    parts += tuple(part for part in (options.of_variants or None, split_sheet(path)[1]) if part is not None)
     if allow_unknown:
         # Not in every name: caches that earlier versions made are found again.
         parts += ("allow_unknown",)

@@ -3,7 +3,7 @@
 | written | read as |
 |---|---|
 | ``A24G``, ``Ala24Gly``, ``p.Ala24Gly``, ``p.(Ala24Gly)``, ``NP_1.1:p.Ala24Gly`` | a substitution |
-| ``A24G:D25N``, ``p.[Ala24Gly;Asp25Asn]`` | several |
+| ``A24G:D25N``, ``p.[Ala24Gly;Asp25Asn]`` | several; ``/ , ; + _`` and blanks separate them as ``:`` does |
 | ``A24A``, ``A24=``, ``p.Ala24=`` | no change of the protein: the wild type |
 | ``WT``, ``_wt``, ``_sy``, ``p.=`` | the wild type (the underscores are those of Enrich2 and MaveDB) |
 | ``A24*``, ``A24Ter``, ``p.Ala24Ter`` | the protein ends before residue 24 |
@@ -23,8 +23,14 @@ _WILD_TYPE = frozenset({"WT", "_WT", "_SY", "WILDTYPE", "WILD-TYPE", "WILD TYPE"
 LETTER = {name.upper(): letter for name, letter in protein_letters_3to1_extended.items()} | {"TER": STOP}
 """Maps names of residues in three letters to those in one."""
 
-_HGVS = re.compile(r"(?:[\w.-]+:)?P\.(.+)")
+_ACCESSION = re.compile(r"(?!P\.)([\w.-]+):(?=P\.)")
+"""Matches the protein that HGVS may name before its changes."""
+
 _CHANGE = re.compile(r"([A-Z]|[A-Z]{3})(-?[0-9]{1,9})([A-Z]|[A-Z]{3}|\*|=)")
+_BEGIN_OF_CHANGE = re.compile(r"[A-Z]{1,3}-?\d+(?:_[A-Z]{1,3}-?\d+)?(?:DEL|INS|DUP|FS|EXT)")
+"""Matches how the changes begin that are no substitutions."""
+
+_BETWEEN = re.compile(r"\s*[:/,;+]\s*|\s+")
 _OTHER_CHANGES = re.compile(r"\d(?:_[A-Z]{1,3}\d+)?(?:DEL|INS|DUP)|FS|EXT")
 
 
@@ -48,7 +54,7 @@ def parse_variant(text: str, sequence: str, offset: int, offset_name: str = "--o
     parts, is_hgvs = parts_of(text)
     if len(parts) == 1 and parts[0] in _WILD_TYPE:
         return ()
-    cure = f", or set {offset_name} (now {offset}) to the number of the first residue" if offset_name else ""
+    cure = offset_cure(offset, offset_name)
     changes = [substitution_of(text, part, is_hgvs, sequence, offset, cure) for part in parts]
     if len({change.position for change in changes}) < len(changes):
         raise UserError(f"{text!r} changes a residue twice; give each residue once")
@@ -58,11 +64,42 @@ def parse_variant(text: str, sequence: str, offset: int, offset_name: str = "--o
     return tuple(change for change in changes if change.mutant != change.wild)
 
 
+def offset_cure(offset: int, name: str) -> str:
+    """Return the end of a message on a wrong residue; `name` is what sets the offset, or empty."""
+    return f", or set {name} (now {offset}) to the number of the first residue" if name else ""
+
+
 def parts_of(text: str) -> tuple[list[str], bool]:
     """Return the changes of a variant in upper case, and whether they are HGVS."""
     upper = text.strip().upper()
-    hgvs = _HGVS.fullmatch(upper)
-    return (upper.split(":"), False) if hgvs is None else (_hgvs_parts(hgvs[1]), True)
+    if upper in _WILD_TYPE:
+        return [upper], False
+    accession = _ACCESSION.match(upper)
+    if accession is not None and not _is_change(accession[1]):
+        upper = upper[accession.end() :]
+    whole = _without_parentheses(upper.removeprefix("P."))
+    if upper.startswith("P.") and whole.startswith("[") and whole.endswith("]"):
+        return [_without_parentheses(part.strip()) for part in whole[1:-1].split(";")], True
+    parts: list[str] = []
+    is_hgvs = False
+    for part in _BETWEEN.split(upper):
+        if part.startswith("P."):
+            is_hgvs = True
+            parts.append(_without_parentheses(part[2:]))
+        else:
+            parts += _substitutions_of(part)
+    return parts, is_hgvs
+
+
+def _without_parentheses(part: str) -> str:
+    """Take off the parentheses of a change that was predicted and not observed."""
+    return part[1:-1] if part.startswith("(") and part.endswith(")") else part
+
+
+def _substitutions_of(part: str) -> list[str]:
+    """Return substitutions between underscores, which the ends of a deletion or insertion have too."""
+    changes = part.split("_")
+    return changes if all(map(_CHANGE.fullmatch, changes)) else [part]
 
 
 def is_wild_type(text: str) -> bool:
@@ -70,20 +107,18 @@ def is_wild_type(text: str) -> bool:
     return parts_of(text)[0][0] in _WILD_TYPE
 
 
+def _is_change(part: str) -> bool:
+    return bool(_CHANGE.fullmatch(part) or _BEGIN_OF_CHANGE.match(part))
+
+
+def looks_like_variant(text: str) -> bool:
+    """Tell whether a text has the form of changes, be they right or not."""
+    return all(map(_is_change, parts_of(text)[0]))
+
+
 def is_indel(part: str) -> bool:
     """Tell whether a change looks like an insertion, deletion, frame shift or extension."""
     return _OTHER_CHANGES.search(part) is not None
-
-
-def _hgvs_parts(text: str) -> list[str]:
-    """Take off the parentheses of a predicted change and the brackets of changes of one molecule."""
-    text = _without(text, "()")
-    parts = text[1:-1].split(";") if text.startswith("[") and text.endswith("]") else [text]
-    return [_without(part.strip(), "()") for part in parts]
-
-
-def _without(text: str, pair: str) -> str:
-    return text[1:-1] if text.startswith(pair[0]) and text.endswith(pair[1]) else text
 
 
 def residue_at(part: str, letters: str, number: int, sequence: str, offset: int, cure: str) -> int:

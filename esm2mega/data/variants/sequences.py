@@ -8,7 +8,7 @@
 | ``p.Lys23_Val25delinsTrp``, ``p.Lys23delinsTrpGly`` | residues in the place of others |
 | ``p.Lys23dup``, ``p.Lys23_Val25dup`` | residues that stand twice |
 | ``A24G:K30del``, ``p.[Ala24Gly;Lys30del]`` | several of them, which do not touch the same residue |
-| ``MKTAYIA…`` | the whole sequence of the variant |
+| ``MKTAYIA…``, ``MKTAYIA…*`` | the whole sequence of the variant |
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from esm2mega.data.variants.notation import (
     LETTER,
     is_indel,
     is_wild_type,
+    offset_cure,
     parse_variant,
     parts_of,
     residue_at,
@@ -31,18 +32,24 @@ from esm2mega.vocabulary import VOCAB
 _INDEL = re.compile(
     r"([A-Z]|[A-Z]{3})(-?[0-9]{1,9})(?:_([A-Z]|[A-Z]{3})(-?[0-9]{1,9}))?(DELINS|DEL|INS|DUP)([A-Z]*)"
 )
-_FIRST_RESIDUE = 1
+
+_OFFSET_NAME = "data.first_residue"
 
 
-def mutated_sequence(text: str, wild: str) -> str:
-    """Return the sequence of a variant of the protein `wild`, whose residues are numbered from 1.
+def mutated_sequence(text: str, wild: str, offset: int = 1) -> str:
+    """Return the sequence of a variant of a protein.
+
+    Args:
+        text: The variant, in one of the forms above.
+        wild: The protein.
+        offset: Number of its first residue.
 
     Raises:
         UserError: The text has none of the forms above, or does not fit the wild type.
     """
     text = text.strip()
-    if text.isalpha() and not is_wild_type(text):
-        return _whole(text, wild)
+    if (residues := text.removesuffix(STOP)).isalpha() and not is_wild_type(residues):
+        return _whole(residues, wild)
     parts, is_hgvs = parts_of(text)
     found = [_INDEL.fullmatch(part) for part in parts]
     for part, match in zip(parts, found, strict=True):
@@ -52,13 +59,13 @@ def mutated_sequence(text: str, wild: str) -> str:
                 "named; write the whole sequence of the variant in its place"
             )
     if not any(found):
-        return apply(parse_variant(text, wild, _FIRST_RESIDUE, ""), wild)
+        return apply(parse_variant(text, wild, offset, _OFFSET_NAME), wild)
     edits = []
     for part, match in zip(parts, found, strict=True):
         if match is not None:
-            edits.append(_indel(part, match, wild))
+            edits.append(_indel(part, match, wild, offset))
             continue
-        change = substitution_of(text, part, is_hgvs, wild, _FIRST_RESIDUE, "")
+        change = substitution_of(text, part, is_hgvs, wild, offset, offset_cure(offset, _OFFSET_NAME))
         end = len(wild) if change.mutant == STOP else change.position + 1
         edits.append((change.position, end, change.mutant.replace(STOP, "")))
     return _edited(text, sorted(edits), wild)
@@ -74,13 +81,14 @@ def _whole(text: str, wild: str) -> str:
     return text.upper()
 
 
-def _indel(part: str, match: re.Match[str], wild: str) -> tuple[int, int, str]:
+def _indel(part: str, match: re.Match[str], wild: str, offset: int) -> tuple[int, int, str]:
     """Return begin and end of the residues that are replaced, and what replaces them."""
+    cure = offset_cure(offset, _OFFSET_NAME)
     first_name, first, last_name, last, kind, inserted = match.groups()
-    begin = residue_at(part, first_name, int(first), wild, _FIRST_RESIDUE, "")
+    begin = residue_at(part, first_name, int(first), wild, offset, cure)
     end = begin + 1
     if last is not None:
-        end = 1 + residue_at(part, last_name, int(last), wild, _FIRST_RESIDUE, "")
+        end = 1 + residue_at(part, last_name, int(last), wild, offset, cure)
         if end < begin + 2:
             raise UserError(f"{part}: ends before it begins; write the residue of the lower number first")
     if kind in ("DEL", "DUP") and inserted:

@@ -10,6 +10,7 @@ import pytest
 from esm2mega.config.schema import DataConfig, TaskConfig
 from esm2mega.data.labels.dataset import LabelledProteins, proteins_of_pairs, read_labelled
 from esm2mega.data.readers.settings import options_of
+from esm2mega.data.readers.sources import open_source
 from esm2mega.data.store.cache import open_store
 from esm2mega.errors import UserError
 
@@ -57,6 +58,31 @@ def test_a_table_of_variants_is_read_as_one_of_sequences(tmp_path: Path, ending:
     assert read(other, renamed).fingerprint == expected.fingerprint
 
 
+def test_residues_are_numbered_as_the_table_does(tmp_path: Path) -> None:
+    data = variants(tmp_path)
+    expected = read(write(tmp_path / "s.csv", "sequence", ["MNTAYIAKQR"] * 3), DataConfig())
+    table = write(tmp_path / "t.csv", "mutant", ["K22N"] * 3)
+    shifted = DataConfig(**{**vars(data), "first_residue": 21, "cache_dir": str(tmp_path / "c")})
+    assert read(table, shifted).fingerprint == expected.fingerprint
+    # Other residues are another store.
+    (tmp_path / "wt.fasta").write_text(">a\nMKKKYIAKQR\n")
+    table = write(tmp_path / "t.csv", "mutant", ["K3N"] * 3)
+    stores = [
+        open_store(str(table), DataConfig(**{**vars(shifted), "first_residue": first}), None, "x")
+        for first in (1, 2)
+    ]
+    assert stores[0].tokens.tolist() != stores[1].tokens.tolist()
+
+
+def test_a_table_of_sequences_beside_those_of_variants(tmp_path: Path) -> None:
+    """What a run writes of its splits, or proteins that intervals are calibrated on."""
+    table = write(tmp_path / "s.csv", "sequence", [row[1] for row in ROWS])
+    found = read(table, data := variants(tmp_path))
+    assert found.fingerprint == read(table, DataConfig()).fingerprint
+    source = open_source(table, options_of(data))
+    assert source.notes()[0] == f"{table}: has no column of variants, so 'sequence' is read"
+
+
 def test_the_wild_type_is_part_of_the_name_of_a_cached_store(tmp_path: Path) -> None:
     """Another wild type with the same table is another store, and so are the same bytes as sequences."""
     table = write(tmp_path / "t.csv", "mutant", ["K2N", "K2A", "K2G"])
@@ -86,16 +112,26 @@ def test_rows_of_a_program_and_labels_in_a_file_of_their_own(tmp_path: Path) -> 
 def test_what_is_refused_is_named_with_its_place(tmp_path: Path) -> None:
     data = variants(tmp_path)
     table = write(tmp_path / "t.csv", "mutant", ["K2N", "A2G", "WT"])
-    with pytest.raises(UserError, match=r"t.csv:3: A2G: residue 2 of the sequence is K, not A; correct it$"):
+    with pytest.raises(
+        UserError, match=r"t.csv:3: A2G: residue 2 of the sequence is K, not A; correct it, or set"
+    ):
         read(table, data)
     with pytest.raises(UserError, match=r"data\[1\]: A2G: residue 2 of the sequence is K"):
         proteins_of_pairs([("K2N", 1.0), ("A2G", 2.0)], TASK, None, "data", data)
-    with pytest.raises(UserError, match=r"t.csv:3: the sequence of '3' is empty"):
+    with pytest.raises(UserError, match=r"t.csv:3: the variant of '3' is empty; complete or remove the row$"):
         read(write(table, "mutant", ["K2N", "", "WT"]), data)
     with pytest.raises(
         UserError, match=r"t.csv: no column 'sequence' .* set data.wild_type=FILE.fasta if 'm"
     ):
         read(table, DataConfig())
+    named = r"set data.wild_type=FILE.fasta data.mutation_column=Mutation if 'Mutation' holds variants"
+    with pytest.raises(UserError, match=named):
+        read(write(tmp_path / "m.csv", "Mutation", ["K2N", "A2G", "WT"]), DataConfig())
+    with pytest.raises(UserError, match=r"did you mean data.mutation_column=Mutation\?"):
+        read(tmp_path / "m.csv", data)
+    unnamed = r"m.csv:2: 'K2N' is a variant, not a sequence; .* data.mutation_column=Mutation$"
+    with pytest.raises(UserError, match=unnamed):
+        read(tmp_path / "m.csv", DataConfig(sequence_column="Mutation"))
     with pytest.raises(UserError, match=r"no column 'mutant' among x.* data.mutation_column="):
         read(write(tmp_path / "s.csv", "x", ["K2N", "A2G", "WT"]), data)
     (tmp_path / "p.fasta").write_text(">a target=1\nMK\n")
