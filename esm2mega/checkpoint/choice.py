@@ -25,6 +25,7 @@ from esm2mega.config.schema import CheckpointConfig
 from esm2mega.errors import DamagedError, UserError
 from esm2mega.files import first_of
 from esm2mega.report.decimals import four_decimals
+from esm2mega.report.fold_dirs import refusal_of_folds
 
 States = Mapping[Path, Mapping[str, Any]]
 """Maps the complete checkpoints of a run, oldest first, to the content of their ``train_state.json``."""
@@ -97,7 +98,7 @@ def choose_checkpoint(named: str | Path, resuming: bool = False, without: Sequen
         raise UserError(f"{named}: no such checkpoint; {cure}")
     complete, _ = layout.find_checkpoints(path.parent if path.name == "checkpoints" else path)
     if not complete:
-        raise _none_complete(path)
+        raise refusal_of_folds(path) or _none_complete(path)
     complete = [path for path in complete if path not in without]
     if not complete:
         names = first_of([path.name for path in without])

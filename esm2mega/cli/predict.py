@@ -47,7 +47,13 @@ from esm2mega.errors import UserError
 @click.option(
     "--samples", type=click.IntRange(2), metavar="N", help="Number of dropout samples [default: 20]."
 )
-@click.option("--rank", is_flag=True, help="Add the rank of each predicted number, 1 for the highest.")
+@click.option(
+    "--rank",
+    flag_value="highest",
+    default=None,
+    help="Add the rank of each predicted number, 1 for the highest.",
+)
+@click.option("--rank-lowest", "rank", flag_value="lowest", help="The same, with 1 for the lowest number.")
 @click.option(
     "--keep-columns",
     metavar="NAME,NAME|all",

@@ -95,7 +95,8 @@ def plot(run_dirs: tuple[str, ...], out: str | None, results: str | None) -> Non
         raise UserError(
             f"--out {out} is for several runs; the page of one goes to its own directory: leave --out out"
         )
-    from esm2mega.report.folds import fold_dirs, plot_folds
+    from esm2mega.report.fold_dirs import fold_dirs
+    from esm2mega.report.folds import plot_folds
 
     if fold_dirs(run_dirs[0]):
         if results is not None:
@@ -129,15 +130,15 @@ def watch(run_dir: str, every: float, once: bool) -> None:
     """Show the progress of a run whenever its log changes: speed, time left, evaluations, incidents.
 
     It only reads the files of the run, so it works on any machine that sees them, also after the run has
-    ended.
+    ended. A run that has not begun is waited for. Of a cross-validation, it shows the fold that is trained.
     """
     from datetime import datetime, timezone
 
-    from esm2mega.report.watch import status
+    from esm2mega.report.watch import standing
     from esm2mega.report.watch import watch as run_watch
 
     if once:
-        click.echo("\n".join(status(run_dir, datetime.now(timezone.utc))))
+        click.echo("\n".join(standing(run_dir, datetime.now(timezone.utc))))
     else:
         run_watch(run_dir, every, click.echo)
 

@@ -10,6 +10,7 @@ from esm2mega.convert.files.source import OF_PYTORCH, OF_TRANSFORMERS, SourceFil
 from esm2mega.convert.formats.hf import open_tensors
 from esm2mega.convert.formats.registry import read_weights
 from esm2mega.errors import UserError
+from esm2mega.report.fold_dirs import refusal_of_folds
 
 _OTHER_ARCHIVES = (".nemo", ".mdl")
 
@@ -21,6 +22,8 @@ def explanation(source: SourceFiles) -> str | None:
         UserError: A file of the path is damaged.
     """
     path = source.path
+    if (error := refusal_of_folds(path)) is not None:
+        return str(error)
     if (path / "adapter_config.json").is_file():
         return (
             f"{path}: holds adapters of PEFT, not a whole model; read them with `esm2mega lora import {path} "

@@ -26,7 +26,7 @@ from esm2mega.finetune.checkpoint import evaluate_task
 from esm2mega.finetune.run import UserParts, finetune, read_splits
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.report.curves import number
-from esm2mega.report.folds import PREDICTIONS, SUMMARY, fold_dir, fold_dirs
+from esm2mega.report.fold_dirs import PREDICTIONS, SUMMARY, fold_dir, fold_dirs
 from esm2mega.report.predicted import TEST_RESULT
 
 _COUNTS = ("step", "num_labels", "num_sequences")

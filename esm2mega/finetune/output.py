@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -75,13 +75,18 @@ def rank_columns(info: TargetInfo) -> list[str]:
     return ["rank"] if len(info.names) == 1 else [f"{name}_rank" for name in info.names]
 
 
-def ranked(values: Array) -> Array:
-    """Return the rank of each number among those of its output, ``[n, k]``: 1 for the highest.
+RankOne = Literal["highest", "lowest"]
+"""Says which number has rank 1."""
+
+
+def ranked(values: Array, first: RankOne) -> Array:
+    """Return the rank of each number among those of its output, ``[n, k]``: 1 for `first`.
 
     Equal numbers have the same rank, that of the first of them.
     """
-    ordered = np.sort(-values, axis=0)
-    columns = [np.searchsorted(each, -column) for each, column in zip(ordered.T, values.T, strict=True)]
+    ordering = -values if first == "highest" else values
+    ordered = np.sort(ordering, axis=0)
+    columns = [np.searchsorted(each, column) for each, column in zip(ordered.T, ordering.T, strict=True)]
     return np.stack(columns, axis=1) + 1
 
 

@@ -25,6 +25,7 @@ from esm2mega.finetune.evaluate import Collecting
 from esm2mega.finetune.kept_columns import KeptColumns
 from esm2mega.finetune.losses import loss_of_task
 from esm2mega.finetune.metrics import check_packages
+from esm2mega.finetune.output import RankOne
 from esm2mega.finetune.prediction_files import PredictionContents, PredictionTarget, check_format
 from esm2mega.finetune.run import batch_spec
 from esm2mega.finetune.uncertainty import extra_widths
@@ -58,7 +59,7 @@ def predict(
     mode: Mode = "new",
     code: GivenCode | None = None,
     uncertainty: Uncertainty | None = None,
-    ranks: bool = False,
+    ranks: RankOne | None = None,
     keep: Sequence[str] = (),
 ) -> list[str]:
     """Predict every protein of a file; all ranks call this together.
@@ -72,7 +73,7 @@ def predict(
         code: The user's own head, if it was trained with such; its loss only if that turns outputs into
             predictions.
         uncertainty: How uncertain the predictions are, and by what; None for predictions alone.
-        ranks: Whether a table says the rank of each number.
+        ranks: Which number has rank 1 in a table; None for a table without ranks.
         keep: Columns of the input that a table takes over, or ``all`` alone.
 
     Returns:
@@ -101,7 +102,7 @@ class PredictJob(Job):
         mode: Mode,
         code: GivenCode | None,
         uncertainty: Uncertainty | None,
-        ranks: bool = False,
+        ranks: RankOne | None = None,
         keep: Sequence[str] = (),
     ) -> None:
         """Open the checkpoints; the arguments are those of `predict`."""
@@ -171,7 +172,7 @@ class PredictJob(Job):
             "packing": shape.packing,
             "pack_window": shape.window,
             "seed": run.seed,
-            **({"ranks": True} if self._ranks else {}),
+            **({"ranks": self._ranks} if self._ranks else {}),
             **({} if self._kept is None else {"kept_columns": self._kept.names}),
             **self._how(),
         }

@@ -22,6 +22,7 @@ from esm2mega.errors import UserError
 from esm2mega.files import OTHER_OUT, file_sha256, parse_json, write_json
 from esm2mega.finetune.kept_columns import KeptColumns
 from esm2mega.finetune.output import (
+    RankOne,
     pair_map,
     probabilities,
     rank_columns,
@@ -51,14 +52,14 @@ class PredictionContents(Contents):
         info: Meaning of the predictions.
         spec: Settings that decide the packs.
         extras: Names and widths of arrays that stand beside the predictions, and say how uncertain they are.
-        ranks: Whether a table says the rank of each number, 1 for the highest.
+        ranks: Which number has rank 1 in a table; None for a table without ranks.
         kept: Columns of the input that a table takes over; None for none.
     """
 
     info: TargetInfo
     spec: BatchSpec
     extras: Mapping[str, int] = field(default_factory=dict)
-    ranks: bool = False
+    ranks: RankOne | None = None
     kept: KeptColumns | None = None
 
     @cached_property
@@ -155,7 +156,7 @@ class PredictionContents(Contents):
     def table(self, arrays: ArrayFile, first: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield the row of each protein from `first` to `stop`, exclusive: cells by column."""
         every = {name: arrays.read(name) for name in self.specs}
-        ranks = ranked(every[MEAN]) if self.ranks else None
+        ranks = ranked(every[MEAN], self.ranks) if self.ranks else None
         for number, protein in enumerate(self.ids(first, stop), start=first):
             rows: Any = number
             if self.info.per_residue:
@@ -174,7 +175,7 @@ class PredictionTarget(OutputTarget):
 
     @classmethod
     def of(
-        cls, out: str | Path, info: TargetInfo, extras: Iterable[str] = (), ranks: bool = False
+        cls, out: str | Path, info: TargetInfo, extras: Iterable[str] = (), ranks: RankOne | None = None
     ) -> PredictionTarget:
         """Choose the format by the ending of the name.
 
@@ -182,7 +183,7 @@ class PredictionTarget(OutputTarget):
             out: Path as the user named it.
             info: Meaning of the predictions.
             extras: Names of the arrays beside the predictions.
-            ranks: Whether a table has ranks.
+            ranks: Which number has rank 1 in a table; None for a table without ranks.
 
         Raises:
             UserError: The ending is unknown, or a table cannot hold the predictions.
@@ -222,15 +223,21 @@ def check_format(out: Path) -> None:
         check_parquet()
 
 
-def check_kind(out: Path, info: TargetInfo, extras: Iterable[str] = (), ranks: bool = False) -> None:
+def _option(ranks: RankOne) -> str:
+    return "--rank" if ranks == "highest" else "--rank-lowest"
+
+
+def check_kind(out: Path, info: TargetInfo, extras: Iterable[str] = (), ranks: RankOne | None = None) -> None:
     """Raise `UserError` if the output cannot hold the predictions, or their ranks."""
     if ranks and info.kind != "regression":
         raise UserError(
-            f"--rank: ranks numbers of proteins, and these are of task.kind={info.kind}; leave it out"
+            f"{_option(ranks)}: ranks numbers of proteins, not task.kind={info.kind}; leave it out"
         )
     if out.suffix == ".h5":
         if ranks:
-            raise UserError(f"--rank: ranks are written to tables; give --out {out.with_suffix('.csv')}")
+            raise UserError(
+                f"{_option(ranks)}: ranks are written to tables; give --out {out.with_suffix('.csv')}"
+            )
         return
     if info.per_pair:
         raise UserError(f"--out {out}: contacts are maps of all pairs; give a name that ends with .h5")

@@ -6,35 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from esm2mega.errors import UserError
-from esm2mega.files import parse_json
 from esm2mega.report.decimals import four_decimals
+from esm2mega.report.fold_dirs import CURE, SUMMARY, fold_dirs, read_summary
 from esm2mega.report.overlay import plot_runs
 from esm2mega.report.predicted import TEST_RESULT, pictures_of_results, read_tested
 from esm2mega.report.results.charts import table
 from esm2mega.report.run_records import read_config
-
-PREDICTIONS, SUMMARY = "folds.csv", "folds.json"
-"""Name, in the directory of a cross-validation, the predictions of all folds and the metrics over them."""
-
-_CURE = "run `esm2mega finetune --folds` again, which keeps finished folds"
-
-
-def fold_dirs(folder: str | Path) -> list[Path]:
-    """Return the runs of all folds where `folder` is that of a cross-validation; empty if it is not.
-
-    Raises:
-        UserError: The summary of the folds is damaged.
-    """
-    path = Path(folder) / SUMMARY
-    if not path.is_file():
-        return []
-    return [fold_dir(folder, number) for number in range(1, int(_summary(path)["folds"]) + 1)]
-
-
-def fold_dir(folder: str | Path, number: int) -> Path:
-    """Return the directory of the run of a fold, counted from 1."""
-    return Path(folder) / f"fold_{number}"
 
 
 def plot_folds(folder: str | Path) -> list[str]:
@@ -51,42 +28,12 @@ def plot_folds(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     runs = fold_dirs(folder)
-    sections = [f"<h2>Over the folds</h2>\n{_metrics(_summary(folder / SUMMARY)['metrics'])}"]
+    sections = [f"<h2>Over the folds</h2>\n{_metrics(read_summary(folder / SUMMARY)['metrics'])}"]
     kind = read_config(runs[0]).get("task.kind", "")
-    tests = [read_tested(run / TEST_RESULT, kind, f"remove it, and {_CURE}") for run in runs]
+    tests = [read_tested(run / TEST_RESULT, kind, f"remove it, and {CURE}") for run in runs]
     if pictures := pictures_of_results([test for test in tests if test is not None], kind):
         sections.append(f"<h2>Predictions of proteins that were not trained on</h2>\n{pictures}")
     return plot_runs(runs, folder, "\n".join(sections))
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not _is_summary(found):
-        raise UserError(f"{path}: is damaged; {_CURE}")
-    return dict(found)
-
-
-def _is_summary(found: object) -> bool:
-    if not isinstance(found, dict) or not isinstance(metrics := found.get("metrics"), dict):
-        return False
-    count = found.get("folds")
-    return (
-        isinstance(count, int)
-        and count > 0
-        and all(
-            isinstance(each, dict)
-            and isinstance(values := each.get("values"), list)
-            and all(_is_number_or_none(value) for value in (each.get("mean"), each.get("std"), *values))
-            for each in metrics.values()
-        )
-    )
-
-
-def _is_number_or_none(value: object) -> bool:
-    return value is None or isinstance(value, (int, float))
 
 
 def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:

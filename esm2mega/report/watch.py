@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from esm2mega.config.split import CLUSTER, FOLD, RANDOM
 from esm2mega.files import real_path
+from esm2mega.report.fold_dirs import fold_dir
 from esm2mega.report.log import CLOCK, DOWNSTREAM, EARLY_STOP, EVAL, LOG_NAME, TEST, TRAIN, scan_log
 from esm2mega.report.progress import duration
 from esm2mega.report.run_records import read_config
@@ -23,45 +25,122 @@ _QUIET_LAPS = 5
 """A run is silent when its last record is so many times as old as its longest recent pause."""
 
 
-def watch(run_dir: str | Path, every: float, say: Callable[[str], None]) -> None:
-    """Say how a run stands whenever its files change, until its last step is done.
+@dataclass(frozen=True)
+class Look:
+    """Holds what one look at a run has found in its files.
 
-    Args:
+    Attributes:
         run_dir: Directory of the run.
-        every: Seconds between two looks at the files.
-        say: Takes the lines of each report as one text.
-
-    Raises:
-        UserError: There is no log yet, or it is damaged.
+        stamps: Size and time of the log and of the incidents.
+        records: Records of the log.
+        config: The configuration, as dotted key -> text.
     """
-    run_dir = Path(run_dir)
-    seen: list[Any] = []
-    while True:
-        now = datetime.now(timezone.utc)
-        found: list[Any] = [_stamp(run_dir / name) for name in (LOG_NAME, INCIDENTS_NAME)]
-        found.append(_silence(scan_log(run_dir / LOG_NAME).records, now) is not None)
-        if found != seen:
-            say("\n".join(status(run_dir, now)))
-            seen = found
-        if is_finished(run_dir, now):
-            return
-        time.sleep(every)
+
+    run_dir: Path
+    stamps: tuple[Any, ...]
+    records: list[dict[str, Any]]
+    config: dict[str, str]
 
 
-def status(run_dir: str | Path, now: datetime) -> list[str]:
-    """Return lines on how a run stands: step, rate, time left, memory, last evaluation, incidents.
-
-    Args:
-        run_dir: Directory of the run.
-        now: The present time, with its zone.
+def look(run_dir: str | Path) -> Look:
+    """Read the files of a run.
 
     Raises:
         UserError: There is no log, or it is damaged.
     """
     run_dir = Path(run_dir)
-    records = scan_log(run_dir / LOG_NAME).records
+    # Before the files are read: what is written meanwhile is seen by the next look.
+    stamps = tuple(_stamp(run_dir / name) for name in (LOG_NAME, INCIDENTS_NAME))
+    return Look(run_dir, stamps, scan_log(run_dir / LOG_NAME).records, read_config(run_dir))
+
+
+def watch(run_dir: str | Path, every: float, say: Callable[[str], None]) -> None:
+    """Say how a run stands whenever its files change, until its last step is done.
+
+    A run that has not begun, such as a job that is queued, is waited for. Of a cross-validation, the fold
+    that is trained is followed, until all are.
+
+    Args:
+        run_dir: Directory of the run, or of a cross-validation.
+        every: Seconds between two looks at the files.
+        say: Takes the lines of each report as one text.
+
+    Raises:
+        UserError: The log is damaged.
+    """
+    run_dir = Path(run_dir)
+    seen: Any = None
+    while True:
+        now = datetime.now(timezone.utc)
+        looks = [look(run) for run in _begun(run_dir)]
+        state = [(each.stamps, _silence(each.records, now) is not None) for each in looks]
+        if state != seen:
+            say("\n".join(_standing(run_dir, looks, now)))
+            seen = state
+        if _is_over(run_dir, looks, now):
+            return
+        time.sleep(every)
+
+
+def standing(run_dir: str | Path, now: datetime) -> list[str]:
+    """Return lines on how a run, or the fold of a cross-validation that is trained, stands.
+
+    Args:
+        run_dir: Directory of the run, or of a cross-validation.
+        now: The present time, with its zone.
+
+    Raises:
+        UserError: There is no log yet, or it is damaged.
+    """
+    run_dir = Path(run_dir)
+    looks = [look(run) for run in _begun(run_dir) or [run_dir]]
+    return _standing(run_dir, looks, now)
+
+
+def _begun(run_dir: Path) -> list[Path]:
+    """Return the run if it has a log, else its folds that have one, in their order."""
+    if (run_dir / LOG_NAME).is_file():
+        return [run_dir]
+    folds: list[Path] = []
+    while (fold := fold_dir(run_dir, len(folds) + 1) / LOG_NAME).is_file():
+        folds.append(fold.parent)
+    return folds
+
+
+def _standing(run_dir: Path, looks: Sequence[Look], now: datetime) -> list[str]:
+    if not looks:
+        return [f"{run_dir}: has no {LOG_NAME} yet; waiting for the run to begin"]
+    # Several machines may train folds at the same time.
+    shown = [each for each in looks if not is_finished(each, now)] or [looks[-1]]
+    lines = [line for each in shown for line in status(each, now)]
+    if looks[0].run_dir == run_dir:
+        return lines
+    done = sum(is_finished(each, now) for each in looks)
+    return [f"{real_path(run_dir).name}: {done} of {_num_folds(looks)} folds are finished", *lines]
+
+
+def _num_folds(looks: Sequence[Look]) -> int:
+    """Return how many folds there are to be, by the configuration of the first one."""
+    _, _, count = looks[0].config.get("data.split", "").partition("/")
+    return _number(count) or len(looks)
+
+
+def _is_over(run_dir: Path, looks: Sequence[Look], now: datetime) -> bool:
+    if not looks or not all(is_finished(each, now) for each in looks):
+        return False
+    return looks[0].run_dir == run_dir or len(looks) >= _num_folds(looks)
+
+
+def status(found: Look, now: datetime) -> list[str]:
+    """Return lines on how a run stands: step, rate, time left, memory, last evaluation, incidents.
+
+    Args:
+        found: The run.
+        now: The present time, with its zone.
+    """
+    records = found.records
     last = {record.get("kind"): record for record in records}
-    lines = [_progress(run_dir, last.get(TRAIN), records, now)]
+    lines = [_progress(found, last.get(TRAIN), now)]
     if (train := last.get(TRAIN)) is not None:
         lines.append("  training: " + _numbers(train, ("loss", "perplexity", "lr", "grad_norm")))
         lines.append("  machine: " + _machine(train))
@@ -69,19 +148,18 @@ def status(run_dir: str | Path, now: datetime) -> list[str]:
         if (record := last.get(kind)) is not None:
             names = [key for key in record if key not in _NOT_RESULTS]
             lines.append(f"  {name} at step {record['step']:,}: {_numbers(record, names)}")
-    return [*lines, *_incidents(run_dir)]
+    return [*lines, *_incidents(found.run_dir)]
 
 
-def is_finished(run_dir: Path, now: datetime) -> bool:
+def is_finished(found: Look, now: datetime) -> bool:
     """Return whether the last step of a run is logged, with the evaluation and the test that follow it.
 
     Args:
-        run_dir: Directory of the run.
+        found: The run.
         now: The present time, with its zone.
     """
-    config = read_config(run_dir)
+    config, records = found.config, found.records
     most = _number(config.get("train.max_steps"))
-    records = scan_log(run_dir / LOG_NAME).records
     # A run that goes on with fewer steps than it has done ends at once, beyond them.
     done = {record.get("kind") for record in records if most and record.get("step", 0) >= most}
     is_last = TRAIN in done and (EVAL in done or not _number(config.get("train.eval_every")))
@@ -113,14 +191,12 @@ def _is_stopped_early(records: Sequence[Mapping[str, Any]]) -> bool:
     return kinds[-1:] == [EARLY_STOP]
 
 
-def _progress(
-    run_dir: Path, train: Mapping[str, Any] | None, records: Sequence[Mapping[str, Any]], now: datetime
-) -> str:
+def _progress(found: Look, train: Mapping[str, Any] | None, now: datetime) -> str:
     """Return the line on the step, the time left, and how old the last record is."""
-    name = real_path(run_dir).name
+    name, records = real_path(found.run_dir).name, found.records
     if train is None:
         return f"{name}: no training record yet"
-    step, most = train["step"], _number(read_config(run_dir).get("train.max_steps"))
+    step, most = train["step"], _number(found.config.get("train.max_steps"))
     parts = [
         f"{name}: step {step:,}" if not most else f"{name}: step {step:,} of {most:,} ({step / most:.0%})"
     ]

@@ -135,8 +135,13 @@ def test_names_that_mean_nothing(tmp_path: Path) -> None:
     incomplete = _checkpoint(tmp_path / "none", 20, complete=False)
     checkpoint = _checkpoint(tmp_path / "run", 10)
     _checkpoint(tmp_path / "run", 20)
+    (tmp_path / "folds" / "fold_1" / "checkpoints").mkdir(parents=True)
     for named, message in (
         (incomplete, f"{incomplete}: not a complete checkpoint: the file COMPLETE is missing"),
+        (
+            tmp_path / "folds",
+            f"{tmp_path / 'folds'}: is a cross-validation, .* such as {tmp_path}/folds/fold_1",
+        ),
         (tmp_path / "none", f"{tmp_path / 'none'}: holds no complete checkpoint"),
         (f"{tmp_path}@best", f"{tmp_path}: holds no complete checkpoint"),
         (

@@ -50,6 +50,9 @@ def test_ranks_and_columns_of_the_input(run: Path, tmp_path: Path) -> None:
     values = np.array([float(row["target"]) for row in found])
     assert [int(row["rank"]) for row in found] == rankdata(-values, method="min").tolist()
     assert found[0]["rank"] == found[-1]["rank"]  # the same protein
+    lowest = tmp_path / "lowest.csv"
+    assert main(["predict", str(run), str(source), "--out", str(lowest), "--rank-lowest"]) == 0
+    assert [int(row["rank"]) for row in rows(lowest)] == rankdata(values, method="min").tolist()
     # A later start knows them.
     assert main([*words, "all", "--resume"]) == 0
     assert main([*words, "my note", "--resume"]) == 2
@@ -76,7 +79,8 @@ def test_parquet_keeps_them_over_groups_of_rows(
         ),
         (["--keep-columns", "all", "FASTA"], "f.fasta is no table and has no columns; leave the option out"),
         (["--keep-columns", "all", "H5"], "columns are kept in tables; give --out"),
-        (["--rank", "H5"], "ranks are written to tables; give --out"),
+        (["--rank", "H5"], "--rank: ranks are written to tables; give --out"),
+        (["--rank-lowest", "H5"], "--rank-lowest: ranks are written to tables; give --out"),
     ],
 )
 def test_what_cannot_stand_there(

@@ -9,7 +9,8 @@ import pytest
 
 from esm2mega.cli.app import main
 from esm2mega.errors import UserError
-from esm2mega.report.folds import fold_dirs, plot_folds
+from esm2mega.report.fold_dirs import fold_dirs
+from esm2mega.report.folds import plot_folds
 from esm2mega.report.log import JsonlLog
 
 

@@ -12,7 +12,7 @@ from esm2mega.cli.app import main
 from esm2mega.errors import UserError
 from esm2mega.report import watch as watch_module
 from esm2mega.report.log import JsonlLog
-from esm2mega.report.watch import is_finished, status, watch
+from esm2mega.report.watch import is_finished, look, standing, status, watch
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
@@ -46,7 +46,7 @@ def test_it_says_step_time_left_rates_and_evaluation(run: Path) -> None:
         "eval_recipe": "ab",
     }
     write(run, {**evaluation, "time": (START + timedelta(seconds=52)).isoformat()})
-    first, *rest = status(run, START + timedelta(seconds=60))
+    first, *rest = status(look(run), START + timedelta(seconds=60))
     # 800 steps of half a second are left.
     assert first == f"{run.name}: step 200 of 1,000 (20%), 6 min 40 s left, last record 8 s ago"
     assert rest == [
@@ -59,18 +59,18 @@ def test_it_says_step_time_left_rates_and_evaluation(run: Path) -> None:
 def test_incidents_are_counted(run: Path) -> None:
     incidents = [{"step": 40, "time": "t1", "policy": "skip"}, {"step": 60, "time": "t2", "policy": "skip"}]
     write(run, *incidents, name="incidents.jsonl")
-    assert status(run, START)[-1].startswith("  incidents: 2, the last at step 60, t2; see ")
+    assert status(look(run), START)[-1].startswith("  incidents: 2, the last at step 60, t2; see ")
 
 
 @pytest.mark.parametrize(("age", "silent"), [(240, False), (260, True)])
 def test_a_run_is_silent_after_five_times_its_longest_pause(run: Path, age: int, silent: bool) -> None:
-    line = status(run, START + timedelta(seconds=50 + age))[0]
+    line = status(look(run), START + timedelta(seconds=50 + age))[0]
     assert ("no record for 5 times its longest recent pause" in line) == silent
 
 
 def test_records_of_earlier_versions_have_no_age(tmp_path: Path) -> None:
     write(tmp_path, {k: v for k, v in train(3, 0).items() if k != "time"})
-    assert status(tmp_path, START)[0] == f"{tmp_path.name}: step 3"
+    assert status(look(tmp_path), START)[0] == f"{tmp_path.name}: step 3"
 
 
 EVALUATION = {"kind": "eval", "step": 1000, "valid_loss": 2.0}
@@ -81,17 +81,17 @@ SOON = START + timedelta(seconds=460)
 
 def test_a_run_is_over_with_the_evaluation_of_its_last_step(run: Path) -> None:
     write(run, train(1000, 400))
-    assert not is_finished(run, SOON)
+    assert not is_finished(look(run), SOON)
     write(run, EVALUATION)
-    assert is_finished(run, SOON)
+    assert is_finished(look(run), SOON)
 
 
 def test_a_run_that_goes_on_with_fewer_steps_is_over(run: Path) -> None:
     (run / "config.yaml").write_text("train:\n  max_steps: 600\n  eval_every: 400\n")
     write(run, train(700, 400))
-    assert not is_finished(run, SOON)
+    assert not is_finished(look(run), SOON)
     write(run, {**EVALUATION, "step": 700})
-    assert is_finished(run, SOON)
+    assert is_finished(look(run), SOON)
 
 
 @pytest.mark.parametrize(
@@ -108,26 +108,26 @@ def test_a_run_with_test_data_is_over_when_they_are_measured(run: Path, data: st
     config = f"train:\n  max_steps: 1000\n  eval_every: 100\ndata:\n  {data}\n"
     (run / "config.yaml").write_text(config)
     write(run, train(1000, 400), EVALUATION)
-    assert is_finished(run, SOON) != is_expected
+    assert is_finished(look(run), SOON) != is_expected
     write(run, TESTED)
-    assert is_finished(run, SOON)
+    assert is_finished(look(run), SOON)
 
 
 def test_a_continued_run_waits_for_its_own_test(run: Path) -> None:
     (run / "config.yaml").write_text("train:\n  max_steps: 2000\n  eval_every: 100\ndata:\n  test: there\n")
     write(run, train(1000, 400), EVALUATION, TESTED, train(2000, 800), {**EVALUATION, "step": 2000})
-    assert not is_finished(run, SOON)
+    assert not is_finished(look(run), SOON)
     write(run, {**TESTED, "step": 1900})
-    assert is_finished(run, SOON)
+    assert is_finished(look(run), SOON)
 
 
 def test_a_downstream_measurement_is_waited_for(run: Path) -> None:
     config = "train:\n  max_steps: 1000\n  eval_every: 100\ndownstream:\n  tasks: [gb1]\n"
     (run / "config.yaml").write_text(config)
     write(run, train(1000, 400), EVALUATION)
-    assert not is_finished(run, SOON) and is_finished(run, START + timedelta(hours=1))
+    assert not is_finished(look(run), SOON) and is_finished(look(run), START + timedelta(hours=1))
     write(run, {"kind": "downstream", "step": 1000, "gb1/valid_spearman": 0.5})
-    assert is_finished(run, SOON)
+    assert is_finished(look(run), SOON)
 
 
 def test_a_column_of_splits_may_name_a_test(run: Path) -> None:
@@ -135,24 +135,24 @@ def test_a_column_of_splits_may_name_a_test(run: Path) -> None:
     config = "train:\n  max_steps: 1000\n  eval_every: 100\ndata:\n  split_by: part\n"
     (run / "config.yaml").write_text(config)
     write(run, train(1000, 400), EVALUATION)
-    assert not is_finished(run, SOON)
-    assert is_finished(run, START + timedelta(hours=3))
+    assert not is_finished(look(run), SOON)
+    assert is_finished(look(run), START + timedelta(hours=3))
     # All records within a second.
     (run / "log.jsonl").unlink()
     write(run, train(999, 400), train(1000, 400), EVALUATION)
-    assert is_finished(run, START + timedelta(hours=3))
+    assert is_finished(look(run), START + timedelta(hours=3))
 
 
 def test_early_stopping_ends_a_run(run: Path) -> None:
     write(run, train(300, 100), {**EVALUATION, "step": 300}, STOPPED)
-    assert is_finished(run, SOON)
-    assert status(run, START + timedelta(hours=1))[0].endswith(
+    assert is_finished(look(run), SOON)
+    assert status(look(run), START + timedelta(hours=1))[0].endswith(
         "step 300 of 1,000 (30%), stopped early, last record 58 min 20 s ago"
     )
     # It was continued with more patience.
     write(run, train(400, 150))
-    assert not is_finished(run, SOON)
-    assert "stopped early" not in status(run, SOON)[0]
+    assert not is_finished(look(run), SOON)
+    assert "stopped early" not in status(look(run), SOON)[0]
 
 
 def test_watching_says_what_changed_and_ends_with_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,11 +176,50 @@ def test_watching_says_what_changed_and_ends_with_the_run(run: Path, monkeypatch
 def test_a_half_written_record_waits(run: Path) -> None:
     with (run / "log.jsonl").open("a") as file:
         file.write(json.dumps(train(300, 100))[:30])
-    assert "step 200 of 1,000" in status(run, START)[0]
+    assert "step 200 of 1,000" in status(look(run), START)[0]
 
 
-def test_a_run_without_a_log_is_refused(tmp_path: Path, capsys) -> None:
+def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+
+    def begin(_: float) -> None:
+        config = "train:\n  max_steps: 1000\n  eval_every: 0\n"
+        run.mkdir()
+        (run / "config.yaml").write_text(config)
+        write(run, train(1000, 450))
+
+    monkeypatch.setattr(watch_module.time, "sleep", begin)
+    said: list[str] = []
+    watch(run, 10.0, said.append)
+    assert said[0] == f"{run}: has no log.jsonl yet; waiting for the run to begin"
+    assert said[1].startswith("run: step 1,000 of 1,000 (100%), last record ") and len(said) == 2
+
+
+def test_once_needs_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="give the run_dir of a run that has started"):
-        watch(tmp_path, 10.0, print)
+        standing(tmp_path, START)
     assert main(["watch", str(tmp_path), "--once"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_fold_that_is_trained_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(fold: int, *records: dict[str, object]) -> None:
+        run = tmp_path / f"fold_{fold}"
+        run.mkdir(exist_ok=True)
+        split = f"data:\n  split: fold:{fold}/3\n"
+        (run / "config.yaml").write_text(f"train:\n  max_steps: 1000\n  eval_every: 100\n{split}")
+        write(run, *records)
+
+    finished = (train(1000, 400), EVALUATION, TESTED)
+    steps = iter([lambda: begin(2, train(100, 0)), lambda: begin(2, *finished), lambda: begin(3, *finished)])
+    monkeypatch.setattr(watch_module.time, "sleep", lambda _: next(steps)())
+    monkeypatch.setattr(watch_module, "_silence", lambda records, now: None)
+    begin(1, *finished)
+    said: list[str] = []
+    watch(tmp_path, 10.0, said.append)
+    assert [[line.partition(" (")[0] for line in text.split("\n")[:2]] for text in said] == [
+        [f"{tmp_path.name}: 1 of 3 folds are finished", "fold_1: step 1,000 of 1,000"],
+        [f"{tmp_path.name}: 1 of 3 folds are finished", "fold_2: step 100 of 1,000"],
+        [f"{tmp_path.name}: 2 of 3 folds are finished", "fold_2: step 1,000 of 1,000"],
+        [f"{tmp_path.name}: 3 of 3 folds are finished", "fold_3: step 1,000 of 1,000"],
+    ]
