@@ -11,11 +11,13 @@ import numpy as np
 from esm2mega.autoeval.plane import evenly, pca, umap_plane
 from esm2mega.autoeval.probe.embeddings import POOLED, RESIDUE, Array, EmbeddingFile
 from esm2mega.autoeval.protspace import write_bundle
+from esm2mega.data.labels.numbers import PLAIN, read_number
+from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.errors import UserError
 from esm2mega.files import first_of, refuse_existing
 from esm2mega.finetune.metrics import check_packages
 from esm2mega.infer.variant_tables import Table, read_table
-from esm2mega.report.results.groups import MISSING
+from esm2mega.report.results.groups import MISSING, as_numbers
 from esm2mega.report.results.map_page import METHODS, write_map_page
 
 PAGE, BUNDLE = ".html", ".parquetbundle"
@@ -35,6 +37,7 @@ class MapRequest:
         labels: Table of labels; None for none.
         column: Column of the table that colours the points; None for its only one.
         id_column: Column with the ids of the proteins.
+        numbers: How its numbers are written, as `data.numbers` says.
         layer: Number of the layer; None for the last one of the file.
         seed: Seed of UMAP.
     """
@@ -44,6 +47,7 @@ class MapRequest:
     labels: Path | None = None
     column: str | None = None
     id_column: str = _ID
+    numbers: str = PLAIN
     layer: int | None = None
     seed: int = 0
 
@@ -87,6 +91,10 @@ def draw_map(request: MapRequest) -> list[str]:
     lines = [f"{len(ids):,} proteins of {request.embeddings}, {layer}: {methods} -> {out}"]
     if labels.missing:
         lines.append(f"{labels.missing:,} proteins have no row in {request.labels}; their label is {MISSING}")
+    if labels.shown is not None and (words := _words(labels.of[labels.shown])):
+        lines.append(
+            f"{len(words):,} cells of {labels.shown} are no numbers, first {words[0]!r}; they are grey"
+        )
     if "umap" not in planes:
         lines.append("for UMAP too: pip install umap-learn")
     return lines
@@ -128,7 +136,7 @@ def _labels(request: MapRequest, ids: Sequence[str]) -> _Labels:
     shown = _shown_column(request, table, columns)
     # A page shows one column, a bundle has all of them, the one to begin with first.
     wanted = [shown] if request.out.suffix == PAGE else dict.fromkeys([shown, *columns])
-    of = {name: _cells(table.column(name, "--column"), found) for name in wanted}
+    of = {name: _cells(table.column(name, "--column"), found, request.numbers) for name in wanted}
     return _Labels(of, shown, sum(row is None for row in found))
 
 
@@ -146,9 +154,27 @@ def _shown_column(request: MapRequest, table: Table, columns: Sequence[str]) -> 
     )
 
 
-def _cells(cells: Sequence[str], rows: Sequence[int | None]) -> list[str]:
+def _cells(cells: Sequence[str], rows: Sequence[int | None], numbers: str) -> list[str]:
     """Return the label of each protein; without one that of a class `MISSING`, which no number is."""
-    return [MISSING if row is None or not cells[row].strip() else cells[row].strip() for row in rows]
+    found = ["" if row is None else cells[row].strip() for row in rows]
+    return [MISSING if cell in MISSING_VALUES | {""} else _plain(cell, numbers) for cell in found]
+
+
+def _plain(cell: str, numbers: str) -> str:
+    """Return a number as `float` reads it, and any other cell as it is."""
+    if numbers == PLAIN:
+        return cell
+    try:
+        return repr(read_number(cell, numbers))
+    except ValueError:
+        return cell
+
+
+def _words(labels: Sequence[str]) -> list[str]:
+    """Return what is no number in a column of numbers."""
+    known = [label for label in labels if label != MISSING]
+    numbers = as_numbers(known)
+    return [] if numbers is None else [known[n] for n in np.flatnonzero(np.isnan(numbers))]
 
 
 def _vectors(file: EmbeddingFile, layer: int | None, numbers: Sequence[int]) -> tuple[str, Array]:

@@ -24,6 +24,13 @@ from esm2mega.cli.group import command, single_process
     "--column", metavar="NAME", help="Column of --labels that colours the points [default: the only one]."
 )
 @click.option("--id-column", default="id", show_default=True, metavar="NAME", help="Column of the ids.")
+@click.option(
+    "--numbers",
+    type=click.Choice(["plain", "decimal_comma", "thousands_comma"]),
+    default="plain",
+    show_default=True,
+    help="How numbers in --labels are written: 1234.5, 1.234,5 or 1,234.5.",
+)
 @click.option("--layer", type=int, metavar="N", help="Number of the layer [default: the last of the file].")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of UMAP.")
 @single_process
@@ -33,6 +40,7 @@ def map_command(
     labels: str | None,
     column: str | None,
     id_column: str,
+    numbers: str,
     layer: int | None,
     seed: int,
 ) -> None:
@@ -51,6 +59,7 @@ def map_command(
         None if labels is None else Path(labels),
         column,
         id_column,
+        numbers,
         layer,
         seed,
     )

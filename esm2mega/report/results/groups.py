@@ -12,11 +12,15 @@ from esm2mega.report.results.predictions import Array
 MISSING = "none"
 """Is the label of what has none."""
 
+NO_NUMBER = "no number"
+"""Is the label of words in a column of numbers, such as ``n.d.`` or ``>100``."""
+
 
 def groups_of(labels: Sequence[str]) -> list[tuple[str, str, Array]]:
     """Return colour, name and rows of each label; of numbers in ranges of equal size, rare ones together.
 
-    What is `MISSING` is a group of its own, in grey, and does not count among the others.
+    Labels of which more than half are numbers are numbers. What is none, or is `MISSING`, is a group of its
+    own, in grey, and does not count among the others.
     """
     missing = np.array([label == MISSING for label in labels], dtype=bool)
     there = np.flatnonzero(~missing)
@@ -26,7 +30,7 @@ def groups_of(labels: Sequence[str]) -> list[tuple[str, str, Array]]:
 
 
 def _groups_of_known(labels: Sequence[str]) -> list[tuple[str, str, Array]]:
-    numbers = _as_numbers(labels)
+    numbers = as_numbers(labels)
     if numbers is None:
         names, rows = np.unique(labels, return_inverse=True)
         chosen, left_out = most_frequent(np.bincount(rows))
@@ -35,25 +39,36 @@ def _groups_of_known(labels: Sequence[str]) -> list[tuple[str, str, Array]]:
             for color, n in zip(COLORS, chosen, strict=False)
         ]
         return [*found, *[(GREY, "others", np.flatnonzero(~np.isin(rows, chosen)))] * left_out]
-    values = np.unique(numbers)
+    words = np.flatnonzero(np.isnan(numbers))
+    others = [(GREY, NO_NUMBER, words)] * bool(len(words))
+    known = numbers[~np.isnan(numbers)]
+    values = np.unique(known)
     if len(values) <= len(RAMP):
         colors = zip(RAMP, values.tolist(), strict=False)
-        return [(color, f"{value:.4g}", np.flatnonzero(numbers == value)) for color, value in colors]
-    ends = np.unique(np.quantile(numbers, np.linspace(0, 1, len(RAMP) + 1)))
+        found = [(color, f"{value:.4g}", np.flatnonzero(numbers == value)) for color, value in colors]
+        return [*found, *others]
+    ends = np.unique(np.quantile(known, np.linspace(0, 1, len(RAMP) + 1)))
     ranges = np.clip(np.searchsorted(ends, numbers, side="right"), 1, len(ends) - 1)
-    return [
+    ranges[words] = 0
+    found = [
         (RAMP[n - 1], f"{ends[n - 1]:.3g} to {ends[n]:.3g}", np.flatnonzero(ranges == n))
         for n in range(1, len(ends))
     ]
+    return [*found, *others]
 
 
-def _as_numbers(labels: Sequence[str]) -> Array | None:
-    """Return labels as numbers; None where one is none."""
+def as_numbers(labels: Sequence[str]) -> Array | None:
+    """Return labels as numbers, NaN for those that are none; None where these are half of them or more."""
+    numbers = np.array([_number(label) for label in labels])
+    return numbers if 2 * np.isnan(numbers).sum() < len(numbers) else None
+
+
+def _number(label: str) -> float:
     try:
-        numbers = np.array([float(label) for label in labels])
+        number = float(label)
     except ValueError:
-        return None
-    return numbers if np.isfinite(numbers).all() else None
+        return np.nan
+    return number if np.isfinite(number) else np.nan
 
 
 def most_frequent(counts: Array) -> tuple[list[int], bool]:

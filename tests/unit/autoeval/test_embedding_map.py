@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import re
 from collections.abc import Sequence
@@ -110,6 +111,23 @@ def test_numbers_keep_their_ranges_where_some_are_missing(vectors: np.ndarray) -
     classes = [point["class"] for point in Page(Path("m.html").read_text()).points[:COUNT]]
     assert {*classes} == {*(f"point s{n}" for n in range(5)), "point c6"} and classes.count("point c6") == 1
     assert main(["map", "e.h5", "--labels", "labels.csv", "--column", "id", "--out", "i.html"]) == 0
+
+
+def test_words_in_a_column_of_numbers_are_said(
+    vectors: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit of detection, and numbers with decimal commas where they are declared."""
+    cells = [f"{number},5" for number in range(len(IDS))]
+    cells[1], cells[3] = ">100", "n/a"
+    with Path("t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "melting"], *zip(IDS, cells, strict=True)])
+    words = ["map", "e.h5", "--labels", "t.csv", "--numbers", "decimal_comma", "--out"]
+    assert main([*words, "commas.html"]) == 0
+    assert "2 cells of melting are no numbers, first '>100'; they are grey" in capsys.readouterr().out
+    page = Path("commas.html").read_text()
+    assert "no number (2)" in page and " to " in page
+    assert main([*[word for word in words if "numbers" not in word and "comma" not in word], "p.html"]) == 0
+    assert "are no numbers" not in capsys.readouterr().out, "all are classes"
 
 
 def read_bundle(path: Path) -> list[Any]:
