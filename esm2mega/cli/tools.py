@@ -69,7 +69,7 @@ def inspect(
 
 @command(short_help="Plot the curves of one run, or of several, as PNG and HTML.")
 @click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR…")
-@click.option("--out", metavar="DIR", help="Output directory, for several runs.")
+@click.option("--out", metavar="DIR", help="Output directory [default: that of the run, if it is one].")
 @click.option(
     "--results",
     metavar="DIR",
@@ -91,17 +91,13 @@ def plot(run_dirs: tuple[str, ...], out: str | None, results: str | None) -> Non
             raise UserError("the page of several runs needs a directory of its own: give --out DIR")
         click.echo("\n".join(plot_runs(run_dirs, out)))
         return
-    if out is not None:
-        raise UserError(
-            f"--out {out} is for several runs; the page of one goes to its own directory: leave --out out"
-        )
     from esm2mega.report.fold_dirs import fold_dirs
     from esm2mega.report.folds import plot_folds
 
     if fold_dirs(run_dirs[0]):
         if results is not None:
             raise UserError(f"--results {results} is for the page of one run; name one of the folds")
-        click.echo("\n".join(plot_folds(run_dirs[0])))
+        click.echo("\n".join(plot_folds(run_dirs[0], out)))
         return
     from esm2mega.report.plot import plot_run
 
@@ -110,7 +106,7 @@ def plot(run_dirs: tuple[str, ...], out: str | None, results: str | None) -> Non
         from esm2mega.autoeval.of_run import benchmarks_of_run
 
         benchmarks = benchmarks_of_run(run_dirs[0], results)
-    files = plot_run(run_dirs[0], benchmarks)
+    files = plot_run(run_dirs[0], benchmarks, out)
     click.echo(f"{files.png}\n{files.html}")
 
 

@@ -14,11 +14,12 @@ from esm2mega.report.results.charts import table
 from esm2mega.report.run_records import read_config
 
 
-def plot_folds(folder: str | Path) -> list[str]:
-    """Draw the folds of a finished cross-validation into its directory.
+def plot_folds(folder: str | Path, out: str | Path | None = None) -> list[str]:
+    """Draw the folds of a finished cross-validation.
 
     Args:
         folder: Directory of the cross-validation.
+        out: Directory for the files, which is made if it is absent; None for that of the cross-validation.
 
     Returns:
         The paths of the PNG and of the HTML file.
@@ -33,7 +34,7 @@ def plot_folds(folder: str | Path) -> list[str]:
     tests = [read_tested(run / TEST_RESULT, kind, f"remove it, and {CURE}") for run in runs]
     if pictures := pictures_of_results([test for test in tests if test is not None], kind):
         sections.append(f"<h2>Predictions of proteins that were not trained on</h2>\n{pictures}")
-    return plot_runs(runs, folder, "\n".join(sections))
+    return plot_runs(runs, folder if out is None else out, "\n".join(sections))
 
 
 def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:

@@ -69,7 +69,6 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path, sections: str = "
         charts=charts_of_runs(runs),
     )
     page = page_of(title, body, f"esm2mega. {_comparable(runs)}", _STYLE)
-    Path(out).mkdir(parents=True, exist_ok=True)
     return [str(path) for path in write_report(Path(out), png, page)]
 
 

@@ -48,12 +48,15 @@ class Benchmarks:
     is_best: bool
 
 
-def plot_run(run_dir: str | Path, benchmarks: Benchmarks | None = None) -> PlotFiles:
-    """Draw the report of a run into `run_dir`, from its `log.jsonl` and, if there is one, `config.yaml`.
+def plot_run(
+    run_dir: str | Path, benchmarks: Benchmarks | None = None, out: str | Path | None = None
+) -> PlotFiles:
+    """Draw the report of a run, from its `log.jsonl` and, if there is one, `config.yaml`.
 
     Args:
         run_dir: Directory of the run.
         benchmarks: What a suite measured of its checkpoints, for the page.
+        out: Directory for the files, which is made if it is absent; None for that of the run.
 
     Raises:
         UserError: There is no log, or it has no training or evaluation record; or a file of the suite is
@@ -66,11 +69,15 @@ def plot_run(run_dir: str | Path, benchmarks: Benchmarks | None = None) -> PlotF
     name = real_path(run_dir).name
     png = png_of(figure_of(name, run.train, run.evaluations, run.downstream, run.task, label))
     page = _html(name, run, summary, _tested(run_dir, run), benchmarks)
-    return PlotFiles(*write_report(run_dir, png, page), summary)
+    return PlotFiles(*write_report(run_dir if out is None else Path(out), png, page), summary)
 
 
 def write_report(folder: Path, png: bytes, page: str) -> tuple[Path, Path]:
-    """Write the figure and the page; a browser that reloads during a run never sees half a page."""
+    """Write the figure and the page into a folder, which is made if it is absent.
+
+    A browser that reloads during a run never sees half a page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     paths = folder / PNG_NAME, folder / HTML_NAME
     for path, data in zip(paths, (png, page.encode()), strict=True):
         with replacing(path, "free space or fix its permissions") as partial:

@@ -29,10 +29,10 @@ def summarise(
         # Losses of another recipe are those of other masks: the best is the best of the last recipe.
         measured = of_last_recipe(measured)
         last, best = measured[-1], min(measured, key=lambda record: record["valid_loss"])
-        rows["Validation loss"] = f"{last['valid_loss']:.4f}{nats} at step {last['step']:,}"
+        rows["Validation loss"] = f"{four_decimals(last['valid_loss'])}{nats} at step {last['step']:,}"
         if task is None and (perplexity := number(last, "valid_perplexity")) is not None:
             rows["Validation perplexity"] = f"{perplexity:.3f}"
-        rows["Best validation loss"] = f"{best['valid_loss']:.4f}{nats} at step {best['step']:,}"
+        rows["Best validation loss"] = f"{four_decimals(best['valid_loss'])}{nats} at step {best['step']:,}"
         if last.get("eval_recipe"):
             rows["Evaluation recipe"] = last["eval_recipe"]
         unigram = number(last, "unigram_loss")
@@ -43,8 +43,9 @@ def summarise(
     if train:
         last = train[-1]
         rows["Steps"] = f"{last['step']:,}"
+        if (loss := number(last, "loss")) is not None:
+            rows["Training loss"] = f"{four_decimals(loss)}{nats}"
         for key, label, text in (
-            ("loss", "Training loss", f"{{:.4f}}{nats}"),
             ("consumed_tokens", "Tokens consumed", "{:,.0f}"),
             ("pack_fill", "Pack fill", "{:.1%}"),
             ("memory_gb", "Memory", "{:.2f} GB"),

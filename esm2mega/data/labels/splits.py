@@ -200,7 +200,8 @@ def num_in_table(proteins: LabelledProteins, table: Path) -> int:
 
 
 def _text(tokens: npt.NDArray[np.uint8]) -> str:
-    return vocabulary.decode(tokens).replace("<unk>", "X")
+    # J is read as <unk> again; X has a token of its own.
+    return vocabulary.decode(tokens).replace("<unk>", "J")
 
 
 def with_masks_beside(task: TaskConfig, path: str | Path) -> TaskConfig:

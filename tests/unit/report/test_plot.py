@@ -328,6 +328,12 @@ def test_without_a_test_split_the_baseline_is_that_of_validation(task_dir):
     assert "baseline on the validation: 1.25" in text and "1.2500" in text
 
 
+def test_small_losses_keep_their_digits():
+    """Squared errors of small labels that are not scaled."""
+    rows = summarise([train(10, 3e-7)], [{**task_evaluation(10, 0.5), "valid_loss": 2.5e-6}])
+    assert rows["Training loss"].startswith("3e-07") and rows["Validation loss"].startswith("2.5e-06")
+
+
 def test_the_predictions_of_the_test_are_drawn(task_dir):
     examples = [{"id": "a", "prediction": 0.5, "label": 0.75}, {"id": "b", "prediction": 1.5, "label": None}]
     result = {

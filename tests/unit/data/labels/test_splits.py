@@ -156,6 +156,18 @@ def test_numbers_of_a_spreadsheet_are_written_as_text_is_read(tmp_path: Path, nu
     assert read.labels.ravel().tolist() == [1.234, 0.91, 12.0, 0.5]
 
 
+def test_letters_without_a_token_are_read_as_such_again(tmp_path: Path) -> None:
+    """And X, which has one, is another sequence."""
+    path = write(
+        tmp_path / "t.csv", [("a", "LAJ?", "1"), ("b", "LAXX", "2"), ("c", "LAGV", "3"), ("d", "GGGG", "4")]
+    )
+    found = splits(path, split="0.5/0.25/0.25")
+    write_splits(str(tmp_path), found, ["target"], "plain", is_resumed=False)
+    for split, table in found.items():
+        again = read_table(tmp_path / "splits" / f"{split}.csv", TASK, DataConfig(), "--data")
+        assert [row[2].tolist() for row in again.rows] == [row[2].tolist() for row in table.rows]
+
+
 def test_the_words_of_a_column_are_those_of_the_field() -> None:
     rows = [
         ("x", "a", np.zeros(1, dtype=np.uint8), {"s": word})
