@@ -159,7 +159,7 @@ def test_numbers_of_a_spreadsheet_are_written_as_text_is_read(tmp_path: Path, nu
 def test_letters_without_a_token_are_read_as_such_again(tmp_path: Path) -> None:
     """And X, which has one, is another sequence."""
     path = write(
-        tmp_path / "t.csv", [("a", "LAJ?", "1"), ("b", "LAXX", "2"), ("c", "LAGV", "3"), ("d", "GGGG", "4")]
+        tmp_path / "t.csv", [("a", "LAJ*", "1"), ("b", "LAXX", "2"), ("c", "LAGV", "3"), ("d", "GGGG", "4")]
     )
     found = splits(path, split="0.5/0.25/0.25")
     write_splits(str(tmp_path), found, ["target"], "plain", is_resumed=False)
