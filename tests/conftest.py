@@ -29,6 +29,22 @@ atexit.register(shutil.rmtree, _caches, ignore_errors=True)
 _numbers = itertools.count()
 
 
+@pytest.hookimpl(tryfirst=True)  # before those marked as slow are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow the parameters of a test that `some` does not choose."""
+    groups: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("some"):
+            groups.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    for group in groups.values():
+        marker = group[0].get_closest_marker("some")
+        assert marker is not None
+        (count,) = marker.args
+        chosen = {number * len(group) // count for number in range(count)}
+        for number in set(range(len(group))) - chosen:
+            group[number].add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()

@@ -88,9 +88,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "run"
 
 
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("flip", "tape", "deeploc2")), "proteingym"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flip", "tape", "deeploc2", "proteingym"])
 def test_a_benchmark_in_its_quick_form(name: str, model: Path, tmp_path: Path) -> None:
     """A second start finds everything done."""
     write, tasks = WRITERS[name]

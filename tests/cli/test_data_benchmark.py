@@ -25,6 +25,7 @@ def measure(out, part, *arguments):
     return json.loads((out / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_packing_and_loading(fasta, tmp_path):
     sizes = ["--tokens", 1024, "--sequences", 20000, 200000, "--loader-tokens", 1024, "--packs", 20]
     sizes += ["--balance-tokens", 1024]

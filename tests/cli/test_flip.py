@@ -189,6 +189,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).checkpoint
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("task", [x for x in FLIP_TASKS if x not in ("gb1", "secondary_structure")])
 def test_shipped_configuration_on_the_published_layout(
     tmp_path: Path,

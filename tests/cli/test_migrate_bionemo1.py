@@ -53,6 +53,7 @@ def write_flip(folder: Path) -> None:
     fasta(residues / "resolved.fasta", resolved)
 
 
+@pytest.mark.slow
 def test_the_published_sequence_of_commands(tmp_path: Path) -> None:
     write_uniref(tmp_path / "uniref")
     write_flip(tmp_path / "flip")

@@ -40,6 +40,7 @@ def test_each_rank_of_tp2_pp2_gets_its_share(tmp_path: Path) -> None:
     assert f"initial: a part of {qkv}: {lost[0]} is not there" in first & last
 
 
+@pytest.mark.slow
 def test_import_training_resume_and_export(store: Path, tmp_path: Path) -> None:
     """fp16-rounded frequencies and the contact head come out as they went in, of a run on one process that
     TP2 x PP2 went on with; so do the weights, since a learning rate of 1e-300 moves none.

@@ -42,6 +42,7 @@ def test_both_ranks_go_on_from_the_newest_good_one(store: Path, tmp_path: Path) 
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_named_is_refused_once(store: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     train(run_dir, store, {**BOTH_WRITE, "train.max_steps": 1}, 2)

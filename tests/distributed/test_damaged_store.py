@@ -31,6 +31,7 @@ def clustered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(
     "name",

@@ -42,7 +42,8 @@ def _measured(folder: Path, store: Path, world_size: int, *layout: str) -> list[
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
-        (
+        (2, ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")),
+        pytest.param(
             4,
             (
                 "parallel.tensor_model_parallel_size=2",
@@ -50,6 +51,7 @@ def _measured(folder: Path, store: Path, world_size: int, *layout: str) -> list[
                 "parallel.distributed_optimizer=true",
                 "model.recompute=full",
             ),
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             2,

@@ -135,6 +135,7 @@ def test_a_restart_that_changes_the_run_is_found(
     assert Path(report["runs"][-1]["run_dir"], "log.jsonl").exists(), "what differs has to stay"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "found"),
     [

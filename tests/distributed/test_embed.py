@@ -80,14 +80,15 @@ def test_data_parallel_gives_the_same_file(
     assert (tmp_path / "x.h5").read_bytes() == alone.read_bytes()
 
 
+@pytest.mark.slow
 # Six heads cannot be divided among four context-parallel ranks, of which one has none then.
 @pytest.mark.parametrize(
     ("layout", "ranks"),
     [
         ("tensor_model_parallel_size", 2),
-        pytest.param("context_parallel_size", 2, marks=pytest.mark.slow),
-        pytest.param("context_parallel_size", 4, marks=pytest.mark.slow),
-        pytest.param("pipeline_model_parallel_size", 2, marks=pytest.mark.slow),
+        ("context_parallel_size", 2),
+        ("context_parallel_size", 4),
+        ("pipeline_model_parallel_size", 2),
     ],
 )
 def test_contacts_in_tiles_are_added_over_ranks(
@@ -121,6 +122,7 @@ def test_data_parallel_in_int8_gives_the_same_file(reference: Reference, tmp_pat
     assert files[0] == files[1]
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("layout", "world_size", "bitwise"),
     [
@@ -258,6 +260,7 @@ def test_scores_are_the_same_at_every_layout(reference: Reference, tmp_path: Pat
         assert np.abs(scores - found[0][1]).max() < 1e-4
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("split", ["tensor_model", "pipeline_model", "context"])
 def test_whole_sequences_at_layouts(reference: Reference, tmp_path: Path, split: str) -> None:
     """A model in two parts, in fp64, against Hugging Face's in one; one protein is over the window."""
@@ -291,7 +294,8 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("large", [4000, pytest.param(8000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("large", [4000, 8000])
 def test_memory_does_not_grow_with_the_input(reference: Reference, tmp_path: Path, large: int) -> None:
     """Peak memory of one process for 500 proteins and for many, whose output is 115 or 245 MB larger."""
     peaks = []

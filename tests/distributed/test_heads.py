@@ -25,11 +25,8 @@ AGAIN = (OF_HEAD["frozen"][2], OF_HEAD["attention_maps"][2], *OF_HEAD["own"])
 
 
 @short_and_whole(
-    # Heads of proteins, of residues and of pairs, on a frozen encoder, a user's own, and of another package.
-    [
-        *(IN_TURN[name] for name in ("attention", "targets", "attention_maps", "frozen", "own", "tape")),
-        *MORE[:2],
-    ],
+    # Heads of proteins, of residues and of pairs, and a user's own, resumed.
+    [*(IN_TURN[name] for name in ("attention", "targets", "attention_maps")), MORE[1]],
     dict.fromkeys([*IN_TURN.values(), *MORE, *AGAIN]),
 )
 def test_heads_equal_one_process(

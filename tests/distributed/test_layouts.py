@@ -25,11 +25,8 @@ from tests.prove.short import short_and_whole
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
-# Every axis, and a way to recompute.
-HARDEST = [
-    *("TP4, 4 per pack, recompute selective", "PP2 VPP2, 3 per pack, 4 layers", "TP2 PP2 SP, 3 per pack"),
-    "TP2 DP2 SP DO, 2 per pack",
-]
+# Every axis.
+HARDEST = ["TP2 PP2 SP, 3 per pack", "TP2 DP2 SP DO, 2 per pack"]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +47,7 @@ def test_fixed_dozen_equals_one_process(
         assert max(found["value"] for found in row["worst"].values()) <= 1e-10, row["trial"]
 
 
+@pytest.mark.slow
 def test_bf16_is_as_near_to_fp32_as_one_process(prover: Prover) -> None:
     trials = (
         Trial((Layout(tp=2, sp=True, packed=3),), "bf16"),
@@ -74,7 +72,7 @@ def test_fp16_is_as_near_to_fp32_as_one_process(prover: Prover) -> None:
 LARGE = [trial for trial in GROUPS["families"] if trial.processes == 4]
 
 
-@short_and_whole([LARGE[0], GROUPS["exports"][0]], [*LARGE, GROUPS["exports"][0]])
+@short_and_whole(LARGE[:1], [*LARGE, GROUPS["exports"][0]])
 def test_model_families_equal_one_process(
     prover: Prover, runs: Callable[[], AbstractContextManager[None]], trials: list[Trial]
 ) -> None:

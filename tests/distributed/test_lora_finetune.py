@@ -61,8 +61,8 @@ def check(prover: Prover, trials: list[Trial]) -> None:
 
 
 @short_and_whole(
-    # One head for residues and one for pairs, and a user's own.
-    [*(IN_TURN[head] for head in ("targets", "product", "own")), *MORE, BARE, REFUSED],
+    # One head for residues and one for pairs.
+    [*(IN_TURN[head] for head in ("targets", "product")), MORE[0]],
     [*IN_TURN.values(), *MORE, BARE, REFUSED],
 )
 def test_adapters_and_heads_equal_one_process(
@@ -123,6 +123,7 @@ def _killed_and_whole(base: Path, folder: Path, *settings: str) -> Path:
 ADAPTED = ("finetune.mode=lora", "lora.rank=4", "lora.dropout=0.1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -142,6 +143,7 @@ def test_a_killed_run_in_bf16_goes_on_bit_for_bit(
     assert any("fp32_param" in name for name in saved)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_predicts_at_another_layout(base: Path, tmp_path: Path) -> None:
     run_dir = _killed_and_whole(base, tmp_path, "model.precision=fp64", *ADAPTED)
     table = tmp_path / "train.csv"

@@ -99,6 +99,7 @@ def _fails(planted: Planted, run_dir: Path, store: Path) -> str:
     return line
 
 
+@pytest.mark.some(1)
 @_each(SAVES)
 def test_in_a_save(planted: Planted, store: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

@@ -27,6 +27,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.some(1)
 @all_kernels
 def test_the_same_steps_twice_have_the_same_bits(
     ranks: Ranks, precision: str, attention: str, deterministic: None

@@ -77,6 +77,7 @@ def run(model: Model) -> torch.Tensor:
     return model(batch.input_ids, attention_mask=batch.attention_mask).logits
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back(sources: Path, name: str, tmp_path: Path) -> None:
     """A checkpoint as fine-tuning writes it; back in transformers the same bits, labels and logits."""
@@ -222,6 +223,7 @@ def test_columns_of_a_loaded_head(sources: Path, tmp_path: Path, capsys: pytest.
     assert (task["names"], task["std"]) == (["a", "b"], [1.0, 1.0])
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("installed", [True, False])
 @pytest.mark.parametrize("name", ["several numbers", "residues"])
 def test_verification_compares_the_outputs(

@@ -93,6 +93,7 @@ def test_it_starts_as_published(
     close(infer_model(trained.checkpoint, SEQUENCES), expected_contacts(published))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("mode", ["full", "frozen", "lora"])
 def test_it_goes_back_as_trained(published: Path, mode: str, tmp_path: Path) -> None:
     """Into an `EsmModel` of transformers, and into the contacts of `embed`."""

@@ -86,6 +86,7 @@ CASES: dict[str, tuple[str, bool, Callable[[foreign.Truth, Path], Path]]] = {
 }
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_the_source(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp64: every value, the frequencies and the form of GELU must be right to 1e-10. The batch has padding,
@@ -102,6 +103,7 @@ def test_logits_are_those_of_the_source(case: str, tmp_path: Path, monkeypatch: 
     assert difference <= TOLERANCE.fp64
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("target", ["hf", "fair-esm", "te", "nemo2", "cerebras"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_round_trips_are_bitwise(target: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_tape_equals_tape_proteins(tmp_path: Path) -> None:
 Write = Callable[[foreign_bert.BertTruth, Path], Path]
 
 
+@pytest.mark.some(2)
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize(
     ("tanh", "final_norm", "write"),

@@ -191,6 +191,7 @@ def comparable(output: Tensor, kind: str) -> Tensor:
     return (output[..., 1] - output[..., 0])[first, second][:, None]
 
 
+@pytest.mark.some(3)
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("kind", [kind for kind in TASKS if kind != "classification"])
 @pytest.mark.parametrize("name", ["tape", "proteinlm"])

@@ -216,6 +216,7 @@ def test_metrics_are_compared_by_a_paired_bootstrap(tuned: dict[str, Any], tmp_p
     assert found["verdict"].startswith("B is better" if spearman["is_shown"] else "no difference shown")
 
 
+@pytest.mark.slow
 def test_a_task_does_not_differ_from_itself(tuned: dict[str, Any]) -> None:
     found: Any = compare((tuned["learned"], tuned["learned"]), tuned["table"])
     for each in found["differences"].values():
@@ -259,6 +260,7 @@ def _table_of_kinds(path: Path) -> Path:
     return path
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_task_is_compared(kind: str, tmp_path: Path) -> None:
     """By numbers that are those of `evaluate`, with intervals of two different models."""

@@ -99,6 +99,7 @@ def saved(path: Path, *settings: str, steps: int = 2) -> TrainState:
     return state
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("before", "after"), [(WHOLE, WHOLE), (SPLIT, SPLIT), (WHOLE, SPLIT), (SPLIT, WHOLE)], ids=str

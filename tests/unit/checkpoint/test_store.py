@@ -79,6 +79,7 @@ def _save(state: TrainState, directory: Path, *overrides: str) -> Path:
     return directory
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize(
     ("steps", "settings"),
     [
@@ -139,6 +140,7 @@ def _by_name(state: TrainState) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("before", "after"), [("false", "true"), ("true", "false")])
 def test_distributed_optimizer_can_be_switched(
@@ -324,6 +326,7 @@ def _assert_clean_failure(results: list[RankResult], run_dir: Path, reason: str,
     assert list((run_dir / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("step", [4, 2])
 def test_full_disk_while_saving(finished: TinyRun, tmp_path: Path, step: int) -> None:
     """Both ranks end, and one of them tells why: at the end of the run, and in the background before it."""
@@ -362,6 +365,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("file", ["common", "index", "config"])
 def test_full_disk_for_a_file_of_rank_0_alone(finished: TinyRun, tmp_path: Path, file: str) -> None:
     """The other rank, which waits in a collective behind it, is told."""
@@ -403,6 +407,7 @@ def test_really_full_disk_while_saving(finished: TinyRun, tmp_path: Path, small_
     )
 
 
+@pytest.mark.slow
 def test_resume_and_inspect_show_no_warnings_of_libraries(finished: TinyRun, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished.run_dir, run_dir)

@@ -328,6 +328,7 @@ TABLES = {
 }
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("name", TABLES)
 def test_cures_of_unreadable_tables(
     name: str, finished: TinyRun, tmp_path: Path, tuned: Path, capsys: pytest.CaptureFixture[str]

@@ -137,6 +137,7 @@ def test_where_no_stream_can_be_read_it_is_refused_for_what_it_is(
             assert stream in error
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
 def test_compressed_tables_are_read_as_the_plain_ones(

@@ -169,6 +169,7 @@ def test_weights_under_adapters_are_merged(
     assert (run(ids, mask)["logits"] - adapted.logits(checkpoint)).abs().max() < command.BOUND
 
 
+@pytest.mark.slow
 def test_the_tanh_form_of_gelu(reference: Reference, tmp_path: Path, eager: list[torch.nn.Module]) -> None:
     """The command compares with the model of this package, and both differ from the erf form."""
     weights = open_weights(reference.checkpoint)

@@ -87,6 +87,7 @@ def check_doors(trained: TrainedModel, kind: str, folder: Path, *code: str, **gi
     return found
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(("kind", "head", "mode"), CONFIGURED)
 def test_configured_heads(finished: TinyRun, tmp_path: Path, kind: str, head: str, mode: str) -> None:
     trained = train(finished, tmp_path / "run", kind, f"task.head={head}", *MODES[mode])

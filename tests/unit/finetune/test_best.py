@@ -173,6 +173,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_takes_the_best_of_a_run_and_says_so(
     tuned: Tuned, folder: Path, opened: list[Path], capfd: pytest.CaptureFixture[str], name: str

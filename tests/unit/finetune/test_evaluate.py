@@ -54,6 +54,7 @@ def _table(path: Path, count: int, labelled: bool) -> Path:
     return path
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_to_predict_is_null(
     finished: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str

@@ -66,6 +66,7 @@ def right(row: int, three: str, large: str) -> tuple[list[bool], list[bool]]:
     return first, [a == b for a, b in zip(large.split(), LARGE[row].split(), strict=True)]
 
 
+@pytest.mark.slow
 def test_metrics_of_training_follow_from_what_is_predicted(
     tables: Path, trained: TrainedModel, tmp_path: Path
 ) -> None:

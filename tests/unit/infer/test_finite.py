@@ -91,6 +91,7 @@ COMMANDS: dict[str, tuple[Sequence[str], str]] = {
 }
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_nan_in_a_weight_ends_every_command(
     reference: Reference,

@@ -82,6 +82,7 @@ def test_a_long_protein_equals_hugging_face_and_changes_no_other(
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_tiles_change_no_output(
     reference: Reference, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_equals_unmerged(base64: Base, kind: str, tmp_path: Path) -> None:
     checkpoint = adapted.make_adapters(tmp_path / "adapters", base64, KINDS[kind], torch.float64)
@@ -51,6 +52,7 @@ def test_merged_equals_unmerged(base64: Base, kind: str, tmp_path: Path) -> None
     assert layout.read_config(tmp_path / "merged").lora.rank is None
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_exported_adapter_gives_the_same_logits_in_peft(base32: Base, kind: str, tmp_path: Path) -> None:
     from peft import PeftModel
@@ -92,6 +94,7 @@ def _peft_model(base: Base, lora: LoRAConfig, targets: list[str] | str, **settin
     return model
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("kind", ["plain", "rslora", "dora", "some", "head"])
 def test_adapter_and_gradients_of_peft(base32: Base, kind: str, tmp_path: Path) -> None:
     """What peft saved gives the same logits here; so do its gradients of every factor."""
@@ -144,6 +147,7 @@ _QUICK = {("dense", "plain"), ("all-linear", "dora"), ("lora_only", "dora"), ("p
 _QUICK |= {("features", "plain")}
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("form", "kind"),
     [

@@ -115,6 +115,7 @@ def test_adapters_and_head_are_saved(finished: TinyRun, trained: TrainedModel) -
     assert state["base"] == {"path": str(base), "sha256": identify(read_start(base)).sha256}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_unbroken_one(finished: TinyRun, tmp_path: Path) -> None:
     """With dropout in adapters and head, and trained biases."""
     settings = (*ADAPTERS, "lora.dropout=0.3", "lora.use_dora=true", "schedule.decay_steps=4")

@@ -194,6 +194,7 @@ def test_a_defect_on_rank_0_does_not_leave_the_others_waiting(tmp_path: Path, ha
     assert results[1].stderr == ""
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("kind", "has_launcher", "line"),
     [

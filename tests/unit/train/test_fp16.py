@@ -69,6 +69,7 @@ def _train(data: Path, run_dir: Path, *changes: str) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_unbroken_one(
     finished: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,6 +127,7 @@ def test_fine_tuning_skips(store: Path, tmp_path: Path, mode: str) -> None:
     assert _same(before, behind)
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("rate", ["1e30", "1e160"])
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
 @pytest.mark.parametrize("in_background", [False, True], ids=["at_once", "in_background"])

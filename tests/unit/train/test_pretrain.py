@@ -382,6 +382,7 @@ def test_a_resume_with_another_recipe_starts_the_comparison_anew(
     assert times == sorted(times) and all(time.utcoffset() == timedelta(0) for time in times)
 
 
+@pytest.mark.slow
 def test_a_small_model_gets_below_residue_frequencies(tmp_path: Path) -> None:
     """The whole way from simulated families to a loss that only context can give."""
     lengths = {"median_length": 40, "length_sigma": 0.1, "min_length": 30, "max_length": 60}

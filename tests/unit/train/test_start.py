@@ -138,6 +138,7 @@ CONTACT_HEAD = (*CONTACTS, "finetune.load_head=true")
 HEAD = (*CLASSIFIER, "data.crop=start", "finetune.load_head=true")
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize(
     ("source", "settings"),
     [

@@ -228,6 +228,7 @@ def test_training_goes_on_while_a_head_is_fitted_even_if_that_fails(
     assert "size spearman: valid none, test none (not measured: MemoryError)" in capsys.readouterr().err
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("metric", "steps"), [("downstream/size", [2, 3]), ("valid_loss", [3])])
 def test_a_stop_waits_for_no_fit(
     finished: TinyRun,

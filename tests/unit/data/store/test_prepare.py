@@ -394,6 +394,7 @@ def test_progress_goes_through_every_byte_of_both_stages(small_fasta: Path, tmp_
     assert stages == {"read": [read, read], "merge": [212, 212]}
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", ["p.fasta", "p.fasta.gz", "p.fasta.zst", "p.csv", "p.jsonl.gz", "p.parquet"])
 def test_real_proteins_from_every_format(
     real_fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
