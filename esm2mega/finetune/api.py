@@ -208,8 +208,8 @@ def evaluate_model(
         loss: The loss of the training, if it was not a configured one.
 
     Returns:
-        Loss, metrics and counts by name; a metric that is not defined is None. Under ``intervals`` stand the
-        95 % intervals of metrics by name.
+        Loss, metrics and counts by name; a metric that is not defined is None. Under ``intervals`` stands
+        the 95 % interval of the metric that judges the task, where it is quickly computed.
     """
     code = GivenCode(make_head, loss)
     return evaluate_task(checkpoint, data, overrides=_settings(overrides), code=code)

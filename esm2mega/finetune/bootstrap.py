@@ -37,7 +37,13 @@ def bootstrap_intervals(
 
 
 def bootstrap_headline(found: Predictions, info: TargetInfo, resamples: int, seed: int) -> Array:
-    """Compute the metric of `HEADLINES` alone in resamples, ``[resamples]``, as `bootstrap_metrics` does.
+    """Compute the metric of `HEADLINES` alone in resamples, ``[resamples]``, as `bootstrap_metrics` does."""
+    drawn = quick_headline(found, info, resamples, seed)
+    return bootstrap_metrics(found, info, resamples, seed)[HEADLINES[info.kind]] if drawn is None else drawn
+
+
+def quick_headline(found: Predictions, info: TargetInfo, resamples: int, seed: int) -> Array | None:
+    """Do what `bootstrap_headline` does, if that needs little time; return None otherwise.
 
     An accuracy and a micro-averaged F1 need only sums of each protein, so that nothing is computed anew for
     every resample; a rank correlation of proteins needs no other metric beside it.
@@ -50,7 +56,7 @@ def bootstrap_headline(found: Predictions, info: TargetInfo, resamples: int, see
     elif headline == "accuracy" and len(info.targets) == 1:
         right, counts = right_of_proteins(found, info)
     else:
-        return bootstrap_metrics(found, info, resamples, seed)[headline]
+        return None
     rng = np.random.default_rng(derive_seed(seed, Purpose.BOOTSTRAP))
     drawn = [rng.integers(0, len(counts), len(counts)) for _ in range(resamples)]
     known = np.array([counts[chosen].sum() for chosen in drawn], np.float64)

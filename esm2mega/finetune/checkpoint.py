@@ -180,13 +180,13 @@ def evaluate_task(
     Args:
         checkpoint: As for `open_task`.
         data: A table like that of training, or proteins in memory as `train_model` takes them.
-        out: JSON file for the result, with the prediction of every protein.
+        out: JSON file for the result, with the intervals of all metrics and the prediction of every protein.
         overrides: As for `open_task`.
         code: As for `open_task`.
 
     Returns:
         Loss, metrics and counts; a loss or metric that is not defined is None. Under ``intervals`` stand
-        the 95 % intervals of metrics by name.
+        the 95 % intervals of metrics by name, without `out` at most that of the metric that judges the task.
     """
     if out is not None:
         check_out(Path(out))
@@ -196,7 +196,7 @@ def evaluate_task(
     measured, is_main = run_task(task, proteins, "evaluate")
     step, checkpoint = task.start.state["step"], str(task.start.path)
     result = result_of(measured, proteins, checkpoint, str(proteins.path), step, task.recipe)
-    intervals = intervals_of(measured, task.info, task.run)
+    intervals = intervals_of(measured, task.info, task.run, of_all=out is not None)
     if out is not None and is_main:
         write_result(Path(out), result, intervals, measured, task.info, proteins)
     return {**result, "intervals": intervals}

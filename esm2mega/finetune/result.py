@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from esm2mega.config.best_metric import HEADLINES
 from esm2mega.config.schema import Run
 from esm2mega.data.labels.dataset import LabelledProteins
 from esm2mega.data.labels.schema import TargetInfo
 from esm2mega.files import write_json
-from esm2mega.finetune.bootstrap import bootstrap_intervals
+from esm2mega.finetune.bootstrap import bootstrap_intervals, percentiles, quick_headline
 from esm2mega.finetune.evaluate import UNSEEN, Measured
 from esm2mega.finetune.output import rows_of, shown_labels, shown_predictions
 from esm2mega.parallel.errors import on_one_rank
@@ -50,20 +51,27 @@ def result_of(
     return {name: defined(value) for name, value in result.items()}
 
 
-def intervals_of(measured: Measured, info: TargetInfo, run: Run) -> Intervals:
+def intervals_of(measured: Measured, info: TargetInfo, run: Run, of_all: bool) -> Intervals:
     """Compute the 95 % intervals of the metrics; all ranks call this together, and each has the result.
 
     Args:
         measured: What was measured.
         info: Meaning of the predictions.
         run: The configuration, with `task.bootstrap` resamples; none without them.
+        of_all: Whether those of all metrics are computed, which takes minutes for many residues or classes;
+            if not, that of the metric of `HEADLINES` is, if it needs little time.
     """
 
     def compute() -> Intervals:
         found = measured.predictions
-        if found is None or found.labels is None:
+        if found is None or found.labels is None or not run.task.bootstrap:
             return {}
-        return bootstrap_intervals(found, info, run.task.bootstrap, run.seed)
+        settings = (found, info, run.task.bootstrap, run.seed)
+        if of_all:
+            return bootstrap_intervals(*settings)
+        drawn = quick_headline(*settings)
+        interval = None if drawn is None else percentiles(drawn)
+        return {} if interval is None else {HEADLINES[info.kind]: interval}
 
     return on_one_rank(compute)
 

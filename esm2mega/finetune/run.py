@@ -324,7 +324,7 @@ def _session(
         measured, proteins = found["test"], splits.of["test"]
         data = proteins.path if splits.cut is None else split_file(run.run_dir, "test")
         outcome = result_of(measured, proteins, str(checkpoint), str(data), step, recipe)
-        intervals.update(intervals_of(measured, info, run))
+        intervals.update(intervals_of(measured, info, run, of_all=False))
 
         def write() -> None:
             if not measured.not_finite:
