@@ -12,7 +12,6 @@ from esm2mega.autoeval.plane import evenly, pca, umap_plane
 from esm2mega.autoeval.probe.embeddings import POOLED, RESIDUE, Array, EmbeddingFile
 from esm2mega.autoeval.protspace import write_bundle
 from esm2mega.data.labels.numbers import PLAIN, read_number
-from esm2mega.data.readers.base import MISSING_VALUES
 from esm2mega.errors import UserError
 from esm2mega.files import first_of, refuse_existing
 from esm2mega.finetune.metrics import check_packages
@@ -91,9 +90,9 @@ def draw_map(request: MapRequest) -> list[str]:
     lines = [f"{len(ids):,} proteins of {request.embeddings}, {layer}: {methods} -> {out}"]
     if labels.missing:
         lines.append(f"{labels.missing:,} proteins have no row in {request.labels}; their label is {MISSING}")
-    if labels.shown is not None and (words := _words(labels.of[labels.shown])):
+    if out.suffix == PAGE and labels.shown is not None and (words := _words(labels.of[labels.shown])):
         lines.append(
-            f"{len(words):,} cells of {labels.shown} are no numbers, first {words[0]!r}; they are grey"
+            f"cells of {labels.shown} that are not numbers, such as {words[0]!r}: {len(words):,}, in grey"
         )
     if "umap" not in planes:
         lines.append("for UMAP too: pip install umap-learn")
@@ -157,7 +156,7 @@ def _shown_column(request: MapRequest, table: Table, columns: Sequence[str]) -> 
 def _cells(cells: Sequence[str], rows: Sequence[int | None], numbers: str) -> list[str]:
     """Return the label of each protein; without one that of a class `MISSING`, which no number is."""
     found = ["" if row is None else cells[row].strip() for row in rows]
-    return [MISSING if cell in MISSING_VALUES | {""} else _plain(cell, numbers) for cell in found]
+    return [MISSING if not cell else _plain(cell, numbers) for cell in found]
 
 
 def _plain(cell: str, numbers: str) -> str:

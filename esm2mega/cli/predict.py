@@ -53,7 +53,7 @@ from esm2mega.errors import UserError
     default=None,
     help="Add the rank of each predicted number, 1 for the highest.",
 )
-@click.option("--rank-lowest", "rank", flag_value="lowest", help="The same, with 1 for the lowest number.")
+@click.option("--rank-lowest", "rank", flag_value="lowest", help="Add the rank, 1 for the lowest number.")
 @click.option(
     "--keep-columns",
     metavar="NAME,NAME|all",

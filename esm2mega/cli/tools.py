@@ -126,7 +126,8 @@ def watch(run_dir: str, every: float, once: bool) -> None:
     """Show the progress of a run whenever its log changes: speed, time left, evaluations, incidents.
 
     It only reads the files of the run, so it works on any machine that sees them, also after the run has
-    ended. A run that has not begun is waited for. Of a cross-validation, it shows the fold that is trained.
+    ended. A run that has not begun is waited for. For a cross-validation, it shows the fold that is being
+    trained.
     """
     from datetime import datetime, timezone
 

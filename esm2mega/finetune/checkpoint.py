@@ -33,6 +33,7 @@ from esm2mega.finetune.user_code import GivenCode, Predict
 from esm2mega.lora.base import open_base
 from esm2mega.lora.checkpoint import load_model
 from esm2mega.model.build import build_model
+from esm2mega.parallel.errors import on_one_rank
 from esm2mega.parallel.initialize import Ranks, process_groups
 from esm2mega.parallel.paths import expand_paths
 from esm2mega.report.progress import Progress
@@ -196,7 +197,7 @@ def evaluate_task(
     measured, is_main = run_task(task, proteins, "evaluate")
     step, checkpoint = task.start.state["step"], str(task.start.path)
     result = result_of(measured, proteins, checkpoint, str(proteins.path), step, task.recipe)
-    intervals = intervals_of(measured, task.info, task.run, of_all=out is not None)
+    intervals = on_one_rank(lambda: intervals_of(measured, task.info, task.run, of_all=out is not None))
     if out is not None and is_main:
         write_result(Path(out), result, intervals, measured, task.info, proteins)
     return {**result, "intervals": intervals}

@@ -27,7 +27,8 @@ from esm2mega.finetune.run import UserParts, finetune, read_splits
 from esm2mega.parallel.errors import on_one_rank
 from esm2mega.report.curves import number
 from esm2mega.report.fold_dirs import PREDICTIONS, SUMMARY, fold_dir, fold_dirs
-from esm2mega.report.predicted import TEST_RESULT
+from esm2mega.report.log import LOG_NAME, TEST, read_log
+from esm2mega.report.predicted import TEST_RESULT, read_tested
 
 _COUNTS = ("step", "num_labels", "num_sequences")
 
@@ -59,8 +60,8 @@ def cross_validate(
     for fold in folds:
         finetune(fold, parts, opened=opened, begun=begun, given=given)
         out = Path(fold.run_dir) / TEST_RESULT
-        # It is not there where somebody has removed it since the fold was trained.
-        if not on_one_rank(out.is_file):
+        # Somebody may have removed it since the fold was trained, or evaluated other proteins into it.
+        if not on_one_rank(partial(_is_of_test, out)):
             evaluate_task(fold.run_dir, split_file(fold.run_dir, "test"), out, code=parts.code)
         results.append(on_one_rank(partial(_read, out)))
     metrics = _spread(results)
@@ -95,6 +96,15 @@ def folds_of(name: str) -> list[str]:
         return list(map(str, fold_dirs(name))) or [name]
 
     return on_one_rank(find)
+
+
+def _is_of_test(path: Path) -> bool:
+    """Return whether a result is that of the test that the log of its fold has."""
+    found = read_tested(path, "", "remove it, and start again")
+    tests = [record for record in read_log(path.parent / LOG_NAME) if record.get("kind") == TEST]
+    if found is None or not tests:
+        return False
+    return found.is_of(tests[-1]["step"], number(tests[-1], "test_loss"))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -172,7 +172,8 @@ class PredictJob(Job):
             "packing": shape.packing,
             "pack_window": shape.window,
             "seed": run.seed,
-            **({"ranks": self._ranks} if self._ranks else {}),
+            # As earlier versions note it.
+            **({"ranks": self._ranks == "highest" or self._ranks} if self._ranks else {}),
             **({} if self._kept is None else {"kept_columns": self._kept.names}),
             **self._how(),
         }

@@ -16,7 +16,6 @@ from esm2mega.files import write_json
 from esm2mega.finetune.bootstrap import bootstrap_intervals, percentiles, quick_headline
 from esm2mega.finetune.evaluate import UNSEEN, Measured
 from esm2mega.finetune.output import rows_of, shown_labels, shown_predictions
-from esm2mega.parallel.errors import on_one_rank
 from esm2mega.report.decimals import four_decimals
 from esm2mega.train.loop import defined
 
@@ -52,7 +51,7 @@ def result_of(
 
 
 def intervals_of(measured: Measured, info: TargetInfo, run: Run, of_all: bool) -> Intervals:
-    """Compute the 95 % intervals of the metrics; all ranks call this together, and each has the result.
+    """Compute the 95 % intervals of the metrics; the main process, which has the predictions, calls this.
 
     Args:
         measured: What was measured.
@@ -61,19 +60,16 @@ def intervals_of(measured: Measured, info: TargetInfo, run: Run, of_all: bool) -
         of_all: Whether those of all metrics are computed, which takes minutes for many residues or classes;
             if not, that of the metric of `HEADLINES` is, if it needs little time.
     """
-
-    def compute() -> Intervals:
-        found = measured.predictions
-        if found is None or found.labels is None or not run.task.bootstrap:
-            return {}
-        settings = (found, info, run.task.bootstrap, run.seed)
-        if of_all:
-            return bootstrap_intervals(*settings)
-        drawn = quick_headline(*settings)
-        interval = None if drawn is None else percentiles(drawn)
-        return {} if interval is None else {HEADLINES[info.kind]: interval}
-
-    return on_one_rank(compute)
+    found = measured.predictions
+    assert found is not None
+    if found.labels is None or not run.task.bootstrap:
+        return {}
+    settings = (found, info, run.task.bootstrap, run.seed)
+    if of_all:
+        return bootstrap_intervals(*settings)
+    drawn = quick_headline(*settings)
+    interval = None if drawn is None else percentiles(drawn)
+    return {} if interval is None else {HEADLINES[info.kind]: interval}
 
 
 def write_result(

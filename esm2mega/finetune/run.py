@@ -313,7 +313,8 @@ def _session(
             )
             if measured is None:
                 return None
-            found[split] = measured
+            if split == "test":
+                found[split] = measured
             named = {f"{split}_{name}": value for name, value in measured.metrics.items()}
             unseen = {f"{split}_{UNSEEN}": measured.unseen} if measured.unseen else {}
             return {f"{split}_loss": measured.loss, **named, **unseen, "eval_recipe": recipe}
@@ -324,24 +325,29 @@ def _session(
         measured, proteins = found["test"], splits.of["test"]
         data = proteins.path if splits.cut is None else split_file(run.run_dir, "test")
         outcome = result_of(measured, proteins, str(checkpoint), str(data), step, recipe)
-        intervals.update(intervals_of(measured, info, run, of_all=False))
 
-        def write() -> None:
-            if not measured.not_finite:
-                write_result(test_file, outcome, intervals, measured, info, proteins)
+        def write() -> Intervals:
+            if measured.not_finite:
+                test_file.unlink(missing_ok=True)  # of an earlier test
+                return {}
+            computed = intervals_of(measured, info, run, of_all=False)
+            write_result(test_file, outcome, computed, measured, info, proteins)
+            return computed
 
-        on_one_rank(write)
+        intervals.update(on_one_rank(write))
 
     def result(record: dict[str, Any], split: str) -> str:
         if record[f"{split}_loss"] is None:
             return "loss none: nothing to predict"
         headline = HEADLINES[info.kind]
-        value = four_decimals(record[f"{split}_{headline}"])
-        words = f"loss {four_decimals(record[f'{split}_loss'])}, {headline} {value}"
+        value = record[f"{split}_{headline}"]
+        shown = "not defined" if value is None else four_decimals(value)
+        words = f"loss {four_decimals(record[f'{split}_loss'])}, {headline} {shown}"
         if split != "test":
             return words
         interval = interval_words(intervals.get(headline))
-        return f"{words}{interval and f' ({interval})'}; all metrics and predictions are in {test_file}"
+        where = f"; all metrics and predictions are in {test_file}" if test_file.is_file() else ""
+        return f"{words}{interval and f' ({interval})'}{where}"
 
     valid = splits.of.get("valid")
     columns = [*run.task.target_columns, *dict.fromkeys(filter(None, masks_of(run.task)))]

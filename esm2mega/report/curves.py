@@ -186,7 +186,7 @@ def task_run(evaluations: Sequence[Record], tests: Sequence[Record], kind: str |
         {name: value for name, value in test.items() if not name.startswith(_BASELINE)},
         int(last["step"]) if "step" in last else None,
         baseline,
-        "test" if tests else "validation",
+        "validation" if baseline and not tests else "test",
     )
 
 

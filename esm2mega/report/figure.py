@@ -87,7 +87,7 @@ def _draw_metric(axes: Axes, task: TaskRun, name: str) -> None:
     if (value := task.baseline.get(name)) is not None:
         axes.axhline(
             value, color=BASELINE_COLOR, linewidth=1.4, linestyle=(0, (6, 3)),
-            label=f"baseline on the {task.baseline_split} ({value:.3f})",
+            label=f"baseline, {task.baseline_split} split ({value:.3f})",
         )  # fmt: skip
     axes.set_ylabel(name.replace("_", " "))
     style_axes(axes)

@@ -38,7 +38,8 @@ def refusal_of_folds(path: Path) -> UserError | None:
     if not first.is_dir():
         return None
     return UserError(
-        f"{path}: is a cross-validation, which has a model for each fold; name one of them, such as {first}"
+        f"{path}: is the directory of a cross-validation, with a model for each fold; name one of them, "
+        f"such as {first}"
     )
 
 

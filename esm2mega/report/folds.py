@@ -32,8 +32,13 @@ def plot_folds(folder: str | Path, out: str | Path | None = None) -> list[str]:
     sections = [f"<h2>Over the folds</h2>\n{_metrics(read_summary(folder / SUMMARY)['metrics'])}"]
     kind = read_config(runs[0]).get("task.kind", "")
     tests = [read_tested(run / TEST_RESULT, kind, f"remove it, and {CURE}") for run in runs]
-    if pictures := pictures_of_results([test for test in tests if test is not None], kind):
-        sections.append(f"<h2>Predictions of proteins that were not trained on</h2>\n{pictures}")
+    there = [test for test in tests if test is not None]
+    if pictures := pictures_of_results(there, kind):
+        missing = f"<p>Of {len(there)} of {len(tests)} folds: the others have no {TEST_RESULT}.</p>\n"
+        sections.append(
+            "<h2>Predictions of proteins that were not trained on</h2>\n"
+            f"{missing if len(there) < len(tests) else ''}{pictures}"
+        )
     return plot_runs(runs, folder if out is None else out, "\n".join(sections))
 
 

@@ -112,14 +112,18 @@ _TASK_FOOTER = (
 
 
 def _tested(run_dir: Path, run: RunRecords) -> Tested | None:
-    """Return what the test of a fine-tuning found, if its file is that of the logged test."""
+    """Return what the test of a fine-tuning found, if its file is that of the logged test.
+
+    `evaluate --out` may have written that of other proteins there.
+    """
     if run.task is None or run.task.test_step is None:
         return None
     path, kind = run_dir / TEST_RESULT, run.config.get("task.kind", "")
     found = read_tested(
         path, kind, f"write it anew with `esm2mega evaluate {run_dir} --data TABLE --out {path}`"
     )
-    return found if found is not None and found.step == run.task.test_step else None
+    is_logged = found is not None and found.is_of(run.task.test_step, run.task.test.get("loss"))
+    return found if is_logged else None
 
 
 def _html(
@@ -161,7 +165,7 @@ def _benchmarks(found: Benchmarks) -> str:
 def _metrics(task: TaskRun, intervals: Mapping[str, tuple[float, float]]) -> str:
     """Return a table of all metrics of a fine-tuning, and of their 95 % intervals on the test."""
     test = "test (95 % interval)" if intervals else "test"
-    names = ("metric", "last validation", "best validation", test, f"baseline on the {task.baseline_split}")
+    names = ("metric", "last validation", "best validation", test, f"baseline ({task.baseline_split} split)")
     heads = "".join(f'<th scope="col">{name}</th>' for name in names)
     rows = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th>'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ TEST_RESULT = "test.json"
 _DRAWN = ("regression", "classification", "token_classification", "token_regression")
 """Lists the kinds of which every prediction is in the file; of the others it has the likeliest ones."""
 
+_SAME = 1e-3
+"""Is the relative difference up to which two losses are those of the same proteins and weights."""
+
 
 @dataclass(frozen=True)
 class Tested:
@@ -27,16 +31,25 @@ class Tested:
 
     Attributes:
         step: Step of the checkpoint.
+        loss: Its loss; None where nothing was to be predicted.
         data: The table that was evaluated.
         intervals: Metric -> its 95 % interval.
         rows: Identifier, prediction and label of each protein, as cells of a table; several targets have
-            columns of their own. Empty for the kinds whose files do not have every prediction.
+            columns of their own. Empty for the kinds whose files do not have every prediction, and where
+            names of classes hold blanks, so that the classes of residues cannot be told apart.
     """
 
     step: int
+    loss: float | None
     data: str
     intervals: Mapping[str, tuple[float, float]]
     rows: Sequence[Mapping[str, str]]
+
+    def is_of(self, step: int | None, loss: float | None) -> bool:
+        """Return whether this is the test that a log has; another layout may round its loss otherwise."""
+        if self.loss is None or loss is None:
+            return self.step == step and self.loss == loss
+        return self.step == step and math.isclose(self.loss, loss, rel_tol=_SAME)
 
 
 def read_tested(path: Path, kind: str, cure: str) -> Tested | None:
@@ -56,8 +69,14 @@ def read_tested(path: Path, kind: str, cure: str) -> Tested | None:
         found = parse_json(path.read_text(encoding="utf-8"))
         intervals = {str(name): (float(low), float(high)) for name, (low, high) in found["intervals"].items()}
         rows = [_row(example) for example in found["predictions"]] if kind in _DRAWN else []
-        targets_of(rows, kind)  # which raises for cells that are none of this kind
-        return Tested(int(found["step"]), str(found["data"]), intervals, rows)
+        loss = None if found["loss"] is None else float(found["loss"])
+        try:
+            targets_of(rows, kind)
+        except ValueError:
+            if kind != "token_classification":
+                raise
+            rows = []
+        return Tested(int(found["step"]), loss, str(found["data"]), intervals, rows)
     except (OSError, LookupError, ValueError, TypeError, AttributeError):
         raise UserError(f"{path}: is damaged; {cure}") from None
 

@@ -53,7 +53,7 @@ def _metric(task: TaskRun, metric: str) -> str:
     steps, values = task.valid.get(metric, ([], []))
     levels = {
         "test": (_TEST, task.test.get(metric)),
-        f"baseline on the {task.baseline_split}": (GREY, task.baseline.get(metric)),
+        f"baseline, {task.baseline_split} split": (GREY, task.baseline.get(metric)),
     }
     known = [value for _, value in levels.values() if value is not None]
     plot = Plot(_step_axis(steps), axis_of(name, [*values, *known]))

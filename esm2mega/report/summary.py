@@ -108,7 +108,7 @@ def _of_task(task: TaskRun) -> dict[str, str]:
         )
     if task.test_step is not None or task.baseline:
         known = task.baseline.get(name)
-        rows[f"Baseline on the {task.baseline_split}"] = (
+        rows[f"Baseline ({task.baseline_split} split)"] = (
             f"{_NOT_DEFINED}: it predicts the same for all"
             if known is None
             else f"{name} {four_decimals(known)}"

@@ -57,8 +57,8 @@ def look(run_dir: str | Path) -> Look:
 def watch(run_dir: str | Path, every: float, say: Callable[[str], None]) -> None:
     """Say how a run stands whenever its files change, until its last step is done.
 
-    A run that has not begun, such as a job that is queued, is waited for. Of a cross-validation, the fold
-    that is trained is followed, until all are.
+    A run that has not begun, such as a job that is queued, is waited for. For a cross-validation, the folds
+    that are being trained are followed, until the last one has ended.
 
     Args:
         run_dir: Directory of the run, or of a cross-validation.
@@ -73,7 +73,7 @@ def watch(run_dir: str | Path, every: float, say: Callable[[str], None]) -> None
     while True:
         now = datetime.now(timezone.utc)
         looks = [look(run) for run in _begun(run_dir)]
-        state = [(each.stamps, _silence(each.records, now) is not None) for each in looks]
+        state = [(each.stamps, _is_silent(each, now)) for each in looks]
         if state != seen:
             say("\n".join(_standing(run_dir, looks, now)))
             seen = state
@@ -82,8 +82,12 @@ def watch(run_dir: str | Path, every: float, say: Callable[[str], None]) -> None
         time.sleep(every)
 
 
+def _is_silent(found: Look, now: datetime) -> bool:
+    return not is_finished(found, now) and _silence(found.records, now) is not None
+
+
 def standing(run_dir: str | Path, now: datetime) -> list[str]:
-    """Return lines on how a run, or the fold of a cross-validation that is trained, stands.
+    """Return lines on how a run stands, or the folds of a cross-validation that are being trained.
 
     Args:
         run_dir: Directory of the run, or of a cross-validation.
@@ -101,10 +105,8 @@ def _begun(run_dir: Path) -> list[Path]:
     """Return the run if it has a log, else its folds that have one, in their order."""
     if (run_dir / LOG_NAME).is_file():
         return [run_dir]
-    folds: list[Path] = []
-    while (fold := fold_dir(run_dir, len(folds) + 1) / LOG_NAME).is_file():
-        folds.append(fold.parent)
-    return folds
+    folds = [log.parent for log in run_dir.glob(f"{fold_dir('', 0).name[:-1]}*/{LOG_NAME}")]
+    return sorted(folds, key=lambda fold: (len(fold.name), fold.name))
 
 
 def _standing(run_dir: Path, looks: Sequence[Look], now: datetime) -> list[str]:

@@ -24,7 +24,7 @@ from esm2mega.config.task import masks_of
 from esm2mega.data.labels.rows import Row, Table
 from esm2mega.data.labels.tokenised import INPUT_IDS, tokens_of_ids
 from esm2mega.data.readers.base import require_columns, residues_of
-from esm2mega.data.readers.columns import variant_at
+from esm2mega.data.readers.columns import refuse_variant, variant_at
 from esm2mega.data.readers.settings import options_of
 from esm2mega.errors import UserError
 
@@ -34,7 +34,10 @@ Proteins = Any
 _ROWS = "rows {column: cell}, or a table of columns, such as a data frame or a dictionary of lists"
 _PAIRS = f"give pairs (sequence, value), {_ROWS}"
 _SEQUENCES = f"give a list of sequences, {_ROWS}"
-_CURE = "correct data.sequence_column, task.target_columns or task.mask_column, or rename it"
+_CURE = (
+    "correct data.sequence_column (with data.wild_type: data.mutation_column), task.target_columns or "
+    "task.mask_column, or rename it"
+)
 
 
 def table_in_memory(given: Proteins, task: TaskConfig, data: DataConfig, name: str) -> Table:
@@ -94,6 +97,8 @@ def labelled_in_memory(given: Proteins, task: TaskConfig, data: DataConfig, name
         text = _text(cells[column], location)
         if options.wild_type is not None:
             text = variant_at(location, text, options)
+        else:
+            refuse_variant(location, text, column)
         yield location, identifier, vocabulary.encode_residues(residues_of(text, location, identifier)), cells
 
 

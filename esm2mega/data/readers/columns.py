@@ -73,7 +73,7 @@ class TableReader(RecordSource):
     def _find_columns(self, columns: Sequence[str], options: SourceOptions, what: str = "column") -> None:
         """Set the attributes; `what` is the word of the format for a column."""
         variants, sequences = options.sequence_column, options.sequences_beside
-        if sequences is not None and variants not in columns and sequences in columns:
+        if sequences is not None and sequences in columns and not _may_be_variants(columns, variants):
             options = replace(options, sequence_column=sequences, wild_type=None)
         self.options, self.columns = options, columns
         self.sequence_column, self.id_column = find_columns(self.path, columns, options, what)
@@ -124,12 +124,18 @@ def table_record(
         )
     if options.wild_type is not None:
         sequence = variant_at(source.location(line), sequence, options)
-    elif options.set_by == "keys" and looks_like_variant(sequence):
-        raise UserError(
-            f"{source.location(line)}: {shortened(sequence)} is a variant, not a sequence; name its protein "
-            f"with data.wild_type=FILE.fasta data.mutation_column={options.sequence_column}"
-        )
+    elif options.set_by == "keys":
+        refuse_variant(source.location(line), sequence, options.sequence_column)
     return Record(name, residues_of(sequence, source.location(line), name), line)
+
+
+def refuse_variant(location: str, text: str, column: str) -> None:
+    """Raise `UserError` for a variant in the place of a sequence, where no protein is named that it is of."""
+    if looks_like_variant(text):
+        raise UserError(
+            f"{location}: {shortened(text)} is a variant, not a sequence; name its protein with "
+            f"data.wild_type=FILE.fasta data.mutation_column={column}"
+        )
 
 
 def variant_at(location: str, text: str, options: SourceOptions) -> str:
@@ -164,6 +170,13 @@ def find_columns(
     # Variants of one protein are good names of themselves.
     default = None if options.wild_type is None else options.sequence_column
     return options.sequence_column, "id" if "id" in available else default
+
+
+def _may_be_variants(columns: Sequence[str], name: str) -> bool:
+    """Return whether a table has the column of variants, or one that may be meant by it."""
+    by_lower = [column.lower() for column in columns]
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.75)
+    return bool(near) or any(column in _VARIANTS for column in by_lower)
 
 
 def _require(path: Path, available: Sequence[str], options: SourceOptions, setting: str, what: str) -> None:

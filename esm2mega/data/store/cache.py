@@ -18,6 +18,7 @@ import filelock
 from esm2mega import vocabulary
 from esm2mega.config.schema import DataConfig
 from esm2mega.data.readers.base import SourceOptions
+from esm2mega.data.readers.columns import TableReader
 from esm2mega.data.readers.settings import options_of
 from esm2mega.data.readers.sources import format_of, open_source
 from esm2mega.data.store.manifest import FORMAT_VERSION, cache_lock
@@ -131,6 +132,8 @@ def is_sequence_file(path: str) -> bool:
 def _store_name(path: str, options: SourceOptions, allow_unknown: bool) -> str:
     """Name a store by the file's stem, which people can read, and a hash over all that decides the store."""
     source = open_source(path, options)
+    if isinstance(source, TableReader):
+        options = source.options  # of a table without a column of variants, others than were given
     content = [file_sha256(file) for file in source.files()]
     parts: tuple[object, ...] = (
         type(source).__name__,

@@ -3,7 +3,7 @@
 | written | read as |
 |---|---|
 | ``A24G``, ``Ala24Gly``, ``p.Ala24Gly``, ``p.(Ala24Gly)``, ``NP_1.1:p.Ala24Gly`` | a substitution |
-| ``A24G:D25N``, ``p.[Ala24Gly;Asp25Asn]`` | several; ``/ , ; + _`` and blanks separate them as ``:`` does |
+| ``A24G:D25N``, ``p.[Ala24Gly;Asp25Asn]`` | several, also with ``/ , ; +``, blanks or ``_`` between them |
 | ``A24A``, ``A24=``, ``p.Ala24=`` | no change of the protein: the wild type |
 | ``WT``, ``_wt``, ``_sy``, ``p.=`` | the wild type (the underscores are those of Enrich2 and MaveDB) |
 | ``A24*``, ``A24Ter``, ``p.Ala24Ter`` | the protein ends before residue 24 |
@@ -27,7 +27,10 @@ _ACCESSION = re.compile(r"(?!P\.)([\w.-]+):(?=P\.)")
 """Matches the protein that HGVS may name before its changes."""
 
 _CHANGE = re.compile(r"([A-Z]|[A-Z]{3})(-?[0-9]{1,9})([A-Z]|[A-Z]{3}|\*|=)")
-_BEGIN_OF_CHANGE = re.compile(r"[A-Z]{1,3}-?\d+(?:_[A-Z]{1,3}-?\d+)?(?:DEL|INS|DUP|FS|EXT)")
+_AMBIGUOUS = re.compile(r"[A-Z][0-9]+[A-Z]")
+"""Matches A2M, a gene and a change."""
+
+_BEGIN_OF_CHANGE = re.compile(r"([A-Z]|[A-Z]{3})-?\d+(?:_[A-Z]{1,3}-?\d+)?(?:DEL|INS|DUP|FS|EXT)")
 """Matches how the changes begin that are no substitutions."""
 
 _BETWEEN = re.compile(r"\s*[:/,;+]\s*|\s+")
@@ -70,11 +73,20 @@ def offset_cure(offset: int, name: str) -> str:
 
 
 def parts_of(text: str) -> tuple[list[str], bool]:
-    """Return the changes of a variant in upper case, and whether they are HGVS."""
+    """Return the changes of a variant in upper case, and whether they are HGVS.
+
+    Raises:
+        UserError: What stands before the changes may be one of them.
+    """
     upper = text.strip().upper()
     if upper in _WILD_TYPE:
         return [upper], False
     accession = _ACCESSION.match(upper)
+    if accession is not None and _AMBIGUOUS.fullmatch(accession[1]):
+        raise UserError(
+            f"{text!r}: {accession[1]} may be a change or the name of a protein; leave the name "
+            "out, or write all changes in one form"
+        )
     if accession is not None and not _is_change(accession[1]):
         upper = upper[accession.end() :]
     whole = _without_parentheses(upper.removeprefix("P."))
@@ -108,12 +120,17 @@ def is_wild_type(text: str) -> bool:
 
 
 def _is_change(part: str) -> bool:
-    return bool(_CHANGE.fullmatch(part) or _BEGIN_OF_CHANGE.match(part))
+    """Tell whether a part names a residue and what becomes of it; SCN5A, a gene, does not."""
+    match = _CHANGE.fullmatch(part) or _BEGIN_OF_CHANGE.match(part)
+    return match is not None and (len(match[1]) == 1 or match[1] in LETTER)
 
 
 def looks_like_variant(text: str) -> bool:
     """Tell whether a text has the form of changes, be they right or not."""
-    return all(map(_is_change, parts_of(text)[0]))
+    try:
+        return all(map(_is_change, parts_of(text)[0]))
+    except UserError:
+        return True
 
 
 def is_indel(part: str) -> bool:

@@ -140,7 +140,7 @@ def test_names_that_mean_nothing(tmp_path: Path) -> None:
         (incomplete, f"{incomplete}: not a complete checkpoint: the file COMPLETE is missing"),
         (
             tmp_path / "folds",
-            f"{tmp_path / 'folds'}: is a cross-validation, .* such as {tmp_path}/folds/fold_1",
+            f"{tmp_path}/folds: is the directory of a cross-validation, .* such as {tmp_path}/folds/fold_1",
         ),
         (tmp_path / "none", f"{tmp_path / 'none'}: holds no complete checkpoint"),
         (f"{tmp_path}@best", f"{tmp_path}: holds no complete checkpoint"),

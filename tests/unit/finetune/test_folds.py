@@ -89,6 +89,9 @@ def test_another_start_takes_finished_folds_as_they_are(
 ) -> None:
     files = ["folds.csv", "folds.json", "fold_1/test.json"]
     before = [(folder / "run" / name).read_bytes() for name in files]
+    # Somebody has evaluated other proteins into the file of a fold.
+    result = folder / "run" / "fold_1" / "test.json"
+    result.write_text(json.dumps({**json.loads(result.read_text()), "loss": 77.0, "predictions": []}))
     assert main(["finetune", "--folds", str(FOLDS), *settings(folder)]) == 0
     assert [(folder / "run" / name).read_bytes() for name in files] == before
     printed = capsys.readouterr().out

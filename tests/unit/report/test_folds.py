@@ -26,7 +26,7 @@ def make(folder: Path, kind: str, tests: list[list[object]], metrics: dict[str, 
             log.write({"kind": "train", "step": 2, "loss": 1.0 + number, "lr": 1e-3})
             log.write({"kind": "eval", "step": 2, "valid_loss": 0.5 * number, "eval_recipe": "ab"})
         (run / "config.yaml").write_text(f"task:\n  kind: {kind}\ndata:\n  split: fold:{number}/2\n")
-        result = {"data": "t.csv", "step": 2, "intervals": {}, "predictions": examples}
+        result = {"data": "t.csv", "step": 2, "loss": 1.0, "intervals": {}, "predictions": examples}
         (run / "test.json").write_text(json.dumps(result))
     (folder / "folds.json").write_text(json.dumps({"folds": 2, "metrics": metrics}))
     return folder
@@ -63,6 +63,8 @@ def test_numbers_are_drawn_against_labels(tmp_path: Path, capsys: pytest.Capture
             [[example("a", {"x": 1.0, "y": 2.0}, {"x": 1.5, "y": 2.5})], []],
             "Predicted against measured of x",
         ),
+        # Names of classes with blanks cannot be told apart.
+        ("token_classification", [[example("a", "signal peptide other", "other other")], []], None),
         ("multilabel", [[example("a", ["in"], ["out"])], []], None),
         ("contact", [[example("a", [[0, 9, 0.5]], [[0, 9]])], []], None),
     ],
@@ -92,6 +94,10 @@ def test_what_is_no_cross_validation_and_what_is_damaged(
         result.write_text(damage)
         with pytest.raises(UserError, match=r"fold_2/test.json: is damaged; remove it, and run"):
             plot_folds(folder)
+    result.unlink()
+    make(folder, "regression", [[example("a", 0.25, 0.5)]], {})
+    plot_folds(folder)
+    assert "Of 1 of 2 folds: the others have no test.json." in (folder / "report.html").read_text()
     make(folder, "regression", [[example("a", "high", 0.5)], []], {})
     with pytest.raises(UserError, match=r"fold_1/test.json: is damaged; remove it, and run"):
         plot_folds(folder)

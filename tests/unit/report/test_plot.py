@@ -259,7 +259,7 @@ def test_a_fine_tuning_shows_its_own_metrics(task_dir):
     assert shown["Validation spearman"] == "0.5000 at step 30"
     assert shown["Best validation spearman"] == "0.7500 at step 20"
     assert shown["Test spearman"] == "0.6250 at step 20"
-    assert shown["Baseline on the test"] == "not defined: it predicts the same for all"
+    assert shown["Baseline (test split)"] == "not defined: it predicts the same for all"
     assert shown["Validation loss"] == "0.4000 at step 30", "the loss of a regression is not in nats"
     page = parse(files.html)
     text = "".join(page.text)
@@ -300,10 +300,10 @@ def test_a_regression_has_its_error_beside_a_baseline(task_dir):
     headline, error, loss, *_ = figure_of("run", kinds["train"], kinds["eval"], None, task).axes
     assert [axes.get_ylabel() for axes in (headline, error, loss)] == ["spearman", "rmse", "loss"]
     lines = {line.get_label(): line for line in error.get_lines()}
-    assert list(lines["baseline on the test (1.250)"].get_ydata()) == [1.25, 1.25]
+    assert list(lines["baseline, test split (1.250)"].get_ydata()) == [1.25, 1.25]
     assert list(lines["best validation (0.250 at step 10)"].get_xdata()) == [10], "less is better"
     text = "".join(parse(plot_run(task_dir).html).text)
-    assert "baseline on the test: 1.25" in text and "best validation 0.25 at step 10" in text
+    assert "baseline, test split: 1.25" in text and "best validation 0.25 at step 10" in text
     classes = task_run(
         [task_evaluation(10, 0.5, names=CLASSES)],
         [task_evaluation(10, 0.5, "test", CLASSES, test_baseline_accuracy=0.25)],
@@ -318,14 +318,14 @@ def test_without_a_test_split_the_baseline_is_that_of_validation(task_dir):
     assert (task.baseline, task.baseline_split) == ({"rmse": 1.25, "mae": 1.0}, "validation")
     assert "baseline_rmse" not in task.metrics, "a level, and no curve"
     rows = summarise([], [task_evaluation(10, 0.5, **more)], task)
-    assert rows["Baseline on the validation"] == "not defined: it predicts the same for all"
+    assert rows["Baseline (validation split)"] == "not defined: it predicts the same for all"
     _, error, *_ = figure_of("run", [], [task_evaluation(10, 0.5)], None, task).axes
-    assert "baseline on the validation (1.250)" in {line.get_label() for line in error.get_lines()}
+    assert "baseline, validation split (1.250)" in {line.get_label() for line in error.get_lines()}
     (task_dir / "log.jsonl").unlink()
     with JsonlLog(task_dir / "log.jsonl") as log:
         log.write(task_evaluation(10, 0.5, **more))
     text = "".join(parse(plot_run(task_dir).html).text)
-    assert "baseline on the validation: 1.25" in text and "1.2500" in text
+    assert "baseline, validation split: 1.25" in text and "1.2500" in text
 
 
 def test_small_losses_keep_their_digits():
@@ -339,6 +339,7 @@ def test_the_predictions_of_the_test_are_drawn(task_dir):
     result = {
         "data": "splits/<test>.csv",
         "step": 20,
+        "loss": 0.4,
         "intervals": {"mse": [0.5, 0.75]},
         "predictions": examples,
     }
@@ -346,10 +347,11 @@ def test_the_predictions_of_the_test_are_drawn(task_dir):
     text = "".join(parse(plot_run(task_dir).html).text)
     assert "Predicted against measured" in text and "0.6250 (0.5000 to 0.7500)" in text
     assert "2 proteins of splits/<test>.csv, by the weights of step 20; from test.json." in text
-    # What was written for another checkpoint is not what the log says.
-    (task_dir / "test.json").write_text(json.dumps({**result, "step": 30}))
-    text = "".join(parse(plot_run(task_dir).html).text)
-    assert "Predicted against measured" not in text and "95 %" not in text
+    # What was written for another checkpoint, or other proteins, is not what the log says.
+    for other in ({"step": 30}, {"loss": 0.41}, {"loss": None}):
+        (task_dir / "test.json").write_text(json.dumps({**result, **other}))
+        text = "".join(parse(plot_run(task_dir).html).text)
+        assert "Predicted against measured" not in text and "95 %" not in text
     (task_dir / "test.json").write_text("{")
     with pytest.raises(UserError, match=r"test.json: is damaged; write it anew with `esm2mega evaluate "):
         plot_run(task_dir)

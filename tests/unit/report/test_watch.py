@@ -195,6 +195,18 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, monkeypatch: pyt
     assert said[1].startswith("run: step 1,000 of 1,000 (100%), last record ") and len(said) == 2
 
 
+def test_folds_on_several_machines_begin_in_any_order(tmp_path: Path) -> None:
+    for fold in (10, 3):
+        run = tmp_path / f"fold_{fold}"
+        run.mkdir()
+        split = f"data:\n  split: fold:{fold}/12\n"
+        (run / "config.yaml").write_text(f"train:\n  max_steps: 1000\n  eval_every: 100\n{split}")
+        write(run, train(100, 0))
+    lines = standing(tmp_path, START)
+    assert lines[0] == f"{tmp_path.name}: 0 of 12 folds are finished"
+    assert [line.partition(":")[0] for line in lines if line.startswith("fold_")] == ["fold_3", "fold_10"]
+
+
 def test_once_needs_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="give the run_dir of a run that has started"):
         standing(tmp_path, START)

@@ -83,6 +83,26 @@ def test_a_table_of_sequences_beside_those_of_variants(tmp_path: Path) -> None:
     assert source.notes()[0] == f"{table}: has no column of variants, so 'sequence' is read"
 
 
+def test_a_column_that_may_hold_the_variants_is_never_passed_over(tmp_path: Path) -> None:
+    """Sheets often have the wild type in every row of their column of sequences."""
+    data = variants(tmp_path)
+    rows = "".join(f"{variant},{WILD},{target}\n" for variant, _, target in ROWS)
+    for name, asked in (("mutation", "mutant"), ("Mutation", "mutations"), ("mutants", "mutant")):
+        (tmp_path / "t.csv").write_text(f"{name},sequence,target\n{rows}")
+        with pytest.raises(UserError, match=rf"no column '{asked}' .* data.mutation_column={name}"):
+            read(tmp_path / "t.csv", DataConfig(wild_type=data.wild_type, mutation_column=asked))
+
+
+def test_the_column_that_is_read_is_part_of_the_name_of_a_store(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("sequence,other\nMKTAYI,MKV\nMKTAYL,MKI\n")
+    data = {**vars(variants(tmp_path)), "cache_dir": str(tmp_path / "c")}
+    found = [
+        open_store(str(tmp_path / "t.csv"), DataConfig(**{**data, "sequence_column": name}), None, "x")
+        for name in ("sequence", "other")
+    ]
+    assert [store.lengths.tolist() for store in found] == [[6, 6], [3, 3]]
+
+
 def test_the_wild_type_is_part_of_the_name_of_a_cached_store(tmp_path: Path) -> None:
     """Another wild type with the same table is another store, and so are the same bytes as sequences."""
     table = write(tmp_path / "t.csv", "mutant", ["K2N", "K2A", "K2G"])
@@ -132,6 +152,8 @@ def test_what_is_refused_is_named_with_its_place(tmp_path: Path) -> None:
     unnamed = r"m.csv:2: 'K2N' is a variant, not a sequence; .* data.mutation_column=Mutation$"
     with pytest.raises(UserError, match=unnamed):
         read(tmp_path / "m.csv", DataConfig(sequence_column="Mutation"))
+    with pytest.raises(UserError, match=r"data\[0\]: 'K2N' is a variant, not a sequence; name its protein"):
+        proteins_of_pairs([("K2N", 1.0)], TASK, None, "data", DataConfig())
     with pytest.raises(UserError, match=r"no column 'mutant' among x.* data.mutation_column="):
         read(write(tmp_path / "s.csv", "x", ["K2N", "A2G", "WT"]), data)
     (tmp_path / "p.fasta").write_text(">a target=1\nMK\n")
