@@ -133,9 +133,10 @@ def test_walk_writes_what_the_docs_list(walked: Walked) -> None:
     listing = next(block for block in blocks(TEXT[RUNS], "") if block.startswith("runs/mine/"))
     listed = set(re.findall(r"^  ([a-z.]+)(?:, ([a-z.]+))?(?=[ /])", listing, re.MULTILINE))
     names = {name for pair in listed for name in pair if name}
-    # The listing is complete, besides the file that the README's own command put there. No incident.
+    # The listing is complete, besides the file that the README's own command put there. There is no incident,
+    # and nothing that a fine-tuning alone writes.
     found = {path.name for path in walked.run_dir.iterdir()}
-    assert names - {"incidents.jsonl"} == found - {"evaluation.json"}
+    assert names - {"incidents.jsonl", "splits", "test.json"} == found - {"evaluation.json"}
     assert len(TokenStore(walked.folder / "my_store" / "valid")) == 400
 
 
