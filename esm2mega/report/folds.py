@@ -52,7 +52,7 @@ def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
         [name, *map(_shown, (found.get("mean"), found.get("std"), *found["values"]))]
         for name, found in metrics.items()
     ]
-    return table("Metrics of the folds", heads, rows)
+    return table("Metrics of the folds", heads, rows, is_wide=True)
 
 
 def _shown(value: float | None) -> str:

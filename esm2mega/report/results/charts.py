@@ -215,7 +215,7 @@ def bar(value: float, low: float | None, high: float | None, limits: Limits, kin
     )
 
 
-def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], is_wide: bool = False) -> str:
     """Return a table of texts as a figure; the first cell of a row is its heading."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
     lines = ""
@@ -223,7 +223,8 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         lines += f'<tr><th scope="row">{breakable(name)}</th>{shown}</tr>'
     box = scrolling(f"<tr>{head}</tr>{lines}", caption)
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{box}</figure>"
+    wide = ' class="wide"' if is_wide else ""
+    return f"<figure{wide}><figcaption>{escape(caption)}</figcaption>{box}</figure>"
 
 
 def scrolling(rows: str, name: str, kind: str = "") -> str:
