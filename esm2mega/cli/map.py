@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from esm2mega.cli.group import command, single_process
+from esm2mega.data.labels.numbers import DECIMAL_COMMA, PLAIN, THOUSANDS_COMMA
 
 
 @command("map", short_help="Draw embeddings in two dimensions: a page, or a file for ProtSpace.")
@@ -26,8 +27,8 @@ from esm2mega.cli.group import command, single_process
 @click.option("--id-column", default="id", show_default=True, metavar="NAME", help="Column of the ids.")
 @click.option(
     "--numbers",
-    type=click.Choice(["plain", "decimal_comma", "thousands_comma"]),
-    default="plain",
+    type=click.Choice([PLAIN, DECIMAL_COMMA, THOUSANDS_COMMA]),
+    default=PLAIN,
     show_default=True,
     help="How numbers in --labels are written: 1234.5, 1.234,5 or 1,234.5.",
 )

@@ -13,10 +13,10 @@ def on_this_machine(run: Run) -> Run:
     """Return the configuration of a checkpoint as far as it holds on the machine that reads it.
 
     Wherever the checkpoint comes from, it chooses no file or directory here, be it to read or to write, no
-    tracker, no number of loading processes, no part of a file (`data.limit`), no waiting time, and no
-    kernels: these keys have their defaults, which the settings of this start replace. What decides the
-    numbers of the model stays. The parallel layout stays as well, for
-    `esm2mega.train.evaluate.adapt_layout` to adapt.
+    tracker, no number of loading processes, no part of a file (`data.limit`), no numbering of its residues
+    (`data.first_residue`), no waiting time, and no kernels: these keys have their defaults, which the
+    settings of this start replace. What decides the numbers of the model stays. The parallel layout stays as
+    well, for `esm2mega.train.evaluate.adapt_layout` to adapt.
 
     Args:
         run: Configuration that the checkpoint holds.
@@ -26,7 +26,7 @@ def on_this_machine(run: Run) -> Run:
     run.logging = LoggingConfig()
     run.data.workers = DataConfig.workers
     run.data.limit = DataConfig.limit
-    run.data.first_residue = DataConfig.first_residue  # of the file data.wild_type, a path that is forgotten
+    run.data.first_residue = DataConfig.first_residue
     run.parallel.timeout_minutes = ParallelConfig.timeout_minutes
     for key in ("layer_spec", "attention_backend", "recompute", "compile", "fp8", "fp8_recipe"):
         setattr(run.model, key, getattr(ModelConfig, key))

@@ -11,6 +11,8 @@ from esm2mega.files import parse_json
 PREDICTIONS, SUMMARY = "folds.csv", "folds.json"
 """Name, in the directory of a cross-validation, the predictions of all folds and the metrics over them."""
 
+_FOLD = "fold_"
+
 CURE = "run `esm2mega finetune --folds` again, which keeps finished folds"
 """Says what to do about a damaged file of a cross-validation."""
 
@@ -29,7 +31,13 @@ def fold_dirs(folder: str | Path) -> list[Path]:
 
 def fold_dir(folder: str | Path, number: int) -> Path:
     """Return the directory of the run of a fold, counted from 1."""
-    return Path(folder) / f"fold_{number}"
+    return Path(folder) / f"{_FOLD}{number}"
+
+
+def begun_folds(folder: str | Path) -> list[Path]:
+    """Return the directories of the folds that have one, in the order of their numbers."""
+    numbers = [path.name.removeprefix(_FOLD) for path in Path(folder).glob(f"{_FOLD}*")]
+    return [fold_dir(folder, number) for number in sorted(int(text) for text in numbers if text.isdecimal())]
 
 
 def refusal_of_folds(path: Path) -> UserError | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from esm2mega.config.split import CLUSTER, FOLD, RANDOM
 from esm2mega.files import real_path
-from esm2mega.report.fold_dirs import fold_dir
+from esm2mega.report.fold_dirs import begun_folds
 from esm2mega.report.log import CLOCK, DOWNSTREAM, EARLY_STOP, EVAL, LOG_NAME, TEST, TRAIN, scan_log
 from esm2mega.report.progress import duration
 from esm2mega.report.run_records import read_config
@@ -105,8 +105,7 @@ def _begun(run_dir: Path) -> list[Path]:
     """Return the run if it has a log, else its folds that have one, in their order."""
     if (run_dir / LOG_NAME).is_file():
         return [run_dir]
-    folds = [log.parent for log in run_dir.glob(f"{fold_dir('', 0).name[:-1]}*/{LOG_NAME}")]
-    return sorted(folds, key=lambda fold: (len(fold.name), fold.name))
+    return [fold for fold in begun_folds(run_dir) if (fold / LOG_NAME).is_file()]
 
 
 def _standing(run_dir: Path, looks: Sequence[Look], now: datetime) -> list[str]:
