@@ -29,7 +29,7 @@ DASHES = ("-", "--", ":", "-.")
 _LETTERS_ABOVE = 60
 """Limits a line of a panel's title, which stands above half of the figure."""
 
-_STYLE = "th, td, h1 { overflow-wrap: anywhere; }\nfigure th, figure td { overflow-wrap: normal; }\n"
+_STYLE = "h1 { overflow-wrap: anywhere; }\n"
 
 _BODY = """<h1>{title}</h1>
 <h2>Final numbers</h2>
